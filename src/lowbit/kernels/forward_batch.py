@@ -1,0 +1,34 @@
+"""ForwardBatch: the shape of one step, as attention and the models see it.
+
+A step runs a ragged batch: sequence s contributes ``query_lengths[s]`` consecutive new tokens and may
+look back at ``context_lengths[s]`` tokens in all (new ones included) through its row of ``page_table``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class ForwardBatch:
+    """All index tensors are int32, contiguous and on the model's device.
+
+    ``tokens``, ``positions``, ``write_slots``: (tokens,), sequences one after another; a slot is
+    ``page * page_size + offset``. ``query_lengths``, ``context_lengths``: (sequences,).
+    ``page_table``: (sequences, pages), entries beyond a sequence's own pages are undefined.
+    ``sample_rows``: int64 (rows,): the token rows whose logits are wanted.
+    ``max_query`` and ``max_context`` repeat the maxima, so that nobody asks the device for them.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    write_slots: Tensor
+    query_lengths: Tensor
+    context_lengths: Tensor
+    page_table: Tensor
+    sample_rows: Tensor
+    page_size: int
+    max_query: int
+    max_context: int

@@ -1,0 +1,58 @@
+"""The contract of a linear kernel: one file a packed layout.
+
+A kernel says why it cannot run a scheme (``refuses``), turns the canonical weight into its own buffers
+(``pack``), back (``unpack``) and multiplies (``linear``). Formats and kernels never meet: the only thing
+between them is ``QuantizedTensor``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight as one kernel wants it: opaque to everything but that kernel. ``shape``: (out, in)."""
+
+    kernel: LinearKernel
+    scheme: Scheme
+    shape: tuple[int, ...]
+    buffers: dict[str, Tensor] = field(repr=False)
+    origin: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the weight occupies."""
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+class LinearKernel(Protocol):
+    """One packed layout and everything that is done with it."""
+
+    name: str
+    computes: str  # "as stored", or the activation quantization the kernel imposes
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """The reason this kernel cannot run it ("needs in % 64 == 0, got 100"), or None."""
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """The kernel's own buffers; ``weight`` may be dropped afterwards."""
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The canonical weight again: ``unpack(pack(w)) == w``."""
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) @ weight.T -> (tokens, out). A row's result does not depend on other rows.
+
+        On CPU ``x`` and the result are float32; on CUDA both have the model's dtype.
+        """
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in): dequantized weight rows, the embedding lookup."""

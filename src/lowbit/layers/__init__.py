@@ -1,0 +1,1 @@
+"""What a model is made of; one class each, for every format."""

@@ -1,0 +1,1 @@
+"""Model families: tensor names, row orders and the order of layers."""

@@ -1,0 +1,29 @@
+"""Model: what the engine asks of any model family."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.attention import CacheSpec, LayerCache
+from lowbit.kernels.forward_batch import ForwardBatch
+
+
+class Model(Protocol):
+    """A loaded model. Plain objects: nothing here trains."""
+
+    vocab_size: int  # rows of the logits
+    context_length: int  # the longest sequence it was made for, in tokens
+    device: torch.device
+
+    def cache_specs(self) -> list[CacheSpec]:
+        """One spec for each attention layer, in order."""
+
+    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+        """float32 (len(batch.sample_rows), vocab_size): logits of the wanted rows.
+
+        Writes the new tokens' K and V into ``caches``. Raises ``NumericalError`` never: the engine checks
+        the logits it samples from for NaN.
+        """

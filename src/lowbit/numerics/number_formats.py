@@ -1,0 +1,189 @@
+"""Number formats: what a stored code of 1 to 8 bits (or a whole block of bytes) is worth.
+
+One table, indexed by readers, kernels, quantizers and tests alike. A scalar format maps each code to a
+value; integer formats are *offset binary* (value = code - 2^(bits-1)) when signed and plain when not, so
+that "unsigned with a zero point of 2^(bits-1) everywhere" and "signed without a zero point" share codes.
+A block format (GGUF) has no scalar table: its bytes decode a block at a time through a ``BlockLayout``.
+
+Sources: OCP Microscaling Formats v1.0 (e2m1, e2m3, e3m2, e8m0), "FP8 Formats for Deep Learning"
+(Micikevicius et al., 2022: e4m3, e5m2), QLoRA (Dettmers et al., 2023: nf4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A GGUF-like block: ``weights`` elements along *in* in ``bytes`` bytes.
+
+    ``decode`` maps uint8 (..., blocks, bytes) to float32 (..., blocks, weights), the exact value of each
+    element; ``expand`` maps the same bytes to small codes, scales and offsets (see ``Expanded``).
+    """
+
+    weights: int
+    bytes: int
+    decode: Callable[[Tensor], Tensor] = field(compare=False)
+    expand: Callable[[Tensor], Expanded] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A block format taken apart: value = code_value * prod(scales) + prod(offsets).
+
+    ``codes`` uint8 (..., blocks, weights) in ``number_format``; scale and offset level i is float32
+    (..., blocks, weights / columns[i]), inner level first. ``offsets`` is empty or has as many levels.
+    """
+
+    number_format: str
+    codes: Tensor
+    columns: tuple[int, ...]
+    scales: tuple[Tensor, ...]
+    offsets: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """``bits`` a code; ``values[code]`` its worth (NaN where the code has none); or a ``block``."""
+
+    name: str
+    bits: float
+    values: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
+    dtype: torch.dtype | None = field(default=None, compare=False)  # the torch dtype of the same bytes
+    block: BlockLayout | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_integer(self) -> bool:
+        return self.name.startswith(("int", "uint"))
+
+    def table(self, device: torch.device | str = "cpu") -> Tensor:
+        """float32 (2^bits,): the value of every code."""
+        if self.values is None:
+            raise LowbitError("E0701", f"number format {self.name} has no table of scalar values")
+        return torch.tensor(self.values, dtype=torch.float32, device=device)
+
+
+def _small_float(exponent_bits: int, mantissa_bits: int, bias: int) -> tuple[float, ...]:
+    """All codes of a sign/exponent/mantissa format without specials, sign in the top bit."""
+    magnitudes = []
+    for code in range(1 << (exponent_bits + mantissa_bits)):
+        exponent, mantissa = code >> mantissa_bits, code & ((1 << mantissa_bits) - 1)
+        if exponent == 0:
+            magnitudes.append(math.ldexp(mantissa, 1 - bias - mantissa_bits))
+        else:
+            magnitudes.append(math.ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits))
+    return tuple(magnitudes) + tuple(-value for value in magnitudes)
+
+
+def _with_nan(values: tuple[float, ...], *codes: int) -> tuple[float, ...]:
+    listed = list(values)
+    for code in codes:
+        listed[code] = math.nan
+    return tuple(listed)
+
+
+def _e5m2() -> tuple[float, ...]:
+    values = list(_small_float(5, 2, 15))
+    values[0x7C], values[0xFC] = math.inf, -math.inf
+    return _with_nan(tuple(values), 0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF)
+
+
+def _fnuz(exponent_bits: int, mantissa_bits: int, bias: int) -> tuple[float, ...]:
+    return _with_nan(_small_float(exponent_bits, mantissa_bits, bias), 0x80)
+
+
+_NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_BNB_FP4_HALF = (
+    0.0, 0.0052083334885537624, 0.6666666865348816, 1.0,
+    0.3333333432674408, 0.5, 0.1666666716337204, 0.25,
+)  # fmt: skip
+_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def _build() -> dict[str, NumberFormat]:
+    formats = [
+        NumberFormat(f"uint{bits}", bits, tuple(float(c) for c in range(1 << bits))) for bits in range(1, 9)
+    ] + [
+        NumberFormat(f"int{bits}", bits, tuple(float(c - (1 << bits - 1)) for c in range(1 << bits)))
+        for bits in range(1, 9)
+    ]
+    formats += [
+        NumberFormat("ternary", 2, (-1.0, 0.0, 1.0, math.nan)),
+        NumberFormat("e2m1", 4, _small_float(2, 1, 1)),
+        NumberFormat("e2m3", 6, _small_float(2, 3, 1)),
+        NumberFormat("e3m2", 6, _small_float(3, 2, 3)),
+        NumberFormat("e4m3", 8, _with_nan(_small_float(4, 3, 7), 0x7F, 0xFF), torch.float8_e4m3fn),
+        NumberFormat("e4m3fnuz", 8, _fnuz(4, 3, 8), torch.float8_e4m3fnuz),
+        NumberFormat("e5m2", 8, _e5m2(), torch.float8_e5m2),
+        NumberFormat("e5m2fnuz", 8, _fnuz(5, 2, 16), torch.float8_e5m2fnuz),
+        NumberFormat(
+            "e8m0",
+            8,
+            _with_nan(tuple(2.0 ** (code - 127) for code in range(256)), 0xFF),
+            torch.float8_e8m0fnu,
+        ),
+        NumberFormat("nf4", 4, _NF4),
+        NumberFormat("fp4_bnb", 4, _BNB_FP4_HALF + tuple(-v for v in _BNB_FP4_HALF)),
+        NumberFormat("iq4_nl_codes", 4, tuple(float(v) for v in _IQ4_NL)),
+        NumberFormat("f16", 16, None, torch.float16),
+        NumberFormat("bf16", 16, None, torch.bfloat16),
+        NumberFormat("f32", 32, None, torch.float32),
+    ]
+    return {number_format.name: number_format for number_format in formats}
+
+
+NUMBER_FORMATS: dict[str, NumberFormat] = _build()
+
+
+def number_format(name: str) -> NumberFormat:
+    """The format called ``name``; GGUF block formats are called ``gguf_q4_0`` and so on."""
+    if name.startswith("gguf_") and name not in NUMBER_FORMATS:
+        from lowbit.numerics.block_layouts import block_formats
+
+        NUMBER_FORMATS.update(block_formats())
+    try:
+        return NUMBER_FORMATS[name]
+    except KeyError:
+        known = ", ".join(sorted(NUMBER_FORMATS))
+        raise LowbitError("E0701", f"unknown number format {name!r}; known: {known}") from None
+
+
+def nearest_code(values: Tensor, fmt: NumberFormat) -> Tensor:
+    """uint8 codes of the nearest value, saturating; zero always gets the code of +0.
+
+    ``values`` float (...). Integer and small float formats break ties to the even code (IEEE), lookup
+    tables (nf4) to the lower value (bitsandbytes).
+    """
+    if fmt.is_integer:
+        low = -(1 << int(fmt.bits) - 1) if fmt.name.startswith("int") else 0
+        high = low + (1 << int(fmt.bits)) - 1
+        return (values.float().round().clamp(low, high) - low).to(torch.uint8)
+    if fmt.dtype is not None and fmt.name in ("e4m3", "e5m2"):
+        limit = torch.finfo(fmt.dtype).max
+        return values.float().clamp(-limit, limit).to(fmt.dtype).view(torch.uint8)
+    pairs: dict[float, int] = {}
+    for code, value in enumerate(fmt.values or ()):
+        if math.isfinite(value):
+            pairs.setdefault(value, code)  # -0.0 == 0.0: the first code, +0, stays
+    table = torch.tensor(sorted(pairs), dtype=torch.float64, device=values.device)
+    codes = torch.tensor([pairs[value] for value in sorted(pairs)], device=values.device)
+    middles = (table[1:] + table[:-1]) / 2
+    wide = values.double()
+    nearest = torch.bucketize(wide, middles)  # a tie goes to the lower neighbour
+    if fmt.name.startswith("e"):
+        tie = wide == middles[nearest.clamp(max=middles.numel() - 1)]
+        nearest = nearest + (tie & (codes[nearest] % 2 == 1)).long()
+    return codes[nearest].to(torch.uint8)

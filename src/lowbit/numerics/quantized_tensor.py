@@ -1,0 +1,227 @@
+"""QuantizedTensor: the one canonical form of a quantized weight, used at load, save and test time only.
+
+Everything a format reader produces means
+
+    weight[r, c] = (value(code[r, c]) - zero[g]) * scale0[g] * scale1[h] + offset[g]
+
+with ``g`` the inner block that holds (r, c), ``h`` an outer block, and ``c`` counted in stored column
+order. ``dequantize`` *is* this line in float32; every kernel is tested against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight of logical ``shape`` (..., out, in).
+
+    ``codes``: uint8 (..., out, in), one code a byte; raw block bytes (..., out, row bytes) for block
+    formats; the matrix itself for dense schemes. ``scales[i]``: (..., ceil(out/rows_i), ceil(in/cols_i)),
+    or (..., blocks) when flattened, in the dtype the file has (e8m0/e4m3 as torch float8). ``zeros``: like
+    ``scales[0]``, in code units. ``offsets[i]``: like ``scales[i]``; the offset is their product.
+    ``column_order``: int64 (in,): stored column j multiplies input ``column_order[j]``.
+    ``origin``: "file: module", for messages.
+    """
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    codes: Tensor
+    scales: tuple[Tensor, ...] = ()
+    zeros: Tensor | None = None
+    offsets: tuple[Tensor, ...] = ()
+    column_order: Tensor | None = None
+    origin: str = ""
+
+    def dequantize(self) -> Tensor:
+        """float32 (..., out, in), columns in the input's order. The definition of every scheme."""
+        weight = self._dequantize_stored()
+        if self.column_order is None:
+            return weight
+        logical = torch.empty_like(weight)
+        logical[..., self.column_order] = weight
+        return logical
+
+    def _dequantize_stored(self) -> Tensor:
+        if self.scheme.is_dense:
+            return self.codes.float()
+        layout = self.scheme.weight.block
+        if layout is not None:
+            blocks = self.codes.unflatten(-1, (-1, layout.bytes))  # (..., out, blocks, bytes)
+            return layout.decode(blocks).flatten(-2)  # (..., out, in)
+        values = self.scheme.weight.table(self.codes.device)[self.codes.long()]
+        if self.zeros is not None:
+            values = values - self._spread(self.zeros, 0)
+        scale = reduce(torch.mul, (self._spread(s, i) for i, s in enumerate(self.scales)))
+        values = values * scale
+        if self.offsets:
+            values = values + reduce(torch.mul, (self._spread(o, i) for i, o in enumerate(self.offsets)))
+        return values
+
+    def _spread(self, per_block: Tensor, level: int) -> Tensor:
+        """float32 (..., out, in): each block's number repeated over the weights it covers."""
+        out, columns = self.shape[-2:]
+        rows, block_columns = self.scheme.blocks[level]
+        per_block = per_block.float()
+        if self.scheme.flattened:
+            flat = per_block.repeat_interleave(block_columns, -1)[..., : out * columns]
+            return flat.unflatten(-1, (out, columns))
+        tall = per_block.repeat_interleave(rows or out, -2)[..., :out, :]
+        return tall.repeat_interleave(block_columns or columns, -1)[..., :columns]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the scheme needs for this weight, codes bit-packed."""
+        weights = 1
+        for size in self.shape:
+            weights *= size
+        return round(weights * self.scheme.bits_per_weight(self.shape) / 8)
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Output rows ``start:stop``; they must begin and end on a block border of every level."""
+        out = self.shape[-2]
+        if self.scheme.flattened and len(self.shape) == 2:
+            columns, block = self.shape[-1], self.scheme.blocks[0][1]
+            if (start * columns) % block:
+                raise LowbitError("E0702", f"{self.origin}: row {start} is inside a block of {block}")
+        scales = tuple(self._cut_rows(s, i, start, stop) for i, s in enumerate(self.scales))
+        offsets = tuple(self._cut_rows(o, i, start, stop) for i, o in enumerate(self.offsets))
+        zeros = None if self.zeros is None else self._cut_rows(self.zeros, 0, start, stop)
+        assert 0 <= start < stop <= out, "rows() needs a non-empty range inside the matrix"
+        return replace(
+            self,
+            shape=(*self.shape[:-2], stop - start, self.shape[-1]),
+            codes=self.codes[..., start:stop, :],
+            scales=scales,
+            zeros=zeros,
+            offsets=offsets,
+        )
+
+    def _cut_rows(self, per_block: Tensor, level: int, start: int, stop: int) -> Tensor:
+        out, columns = self.shape[-2:]
+        rows, block_columns = self.scheme.blocks[level]
+        if self.scheme.flattened:
+            return per_block[..., start * columns // block_columns : -(-stop * columns // block_columns)]
+        if rows == 0:
+            return per_block
+        if start % rows or (stop % rows and stop != out):
+            raise LowbitError(
+                "E0702", f"{self.origin}: rows {start}:{stop} cut a block of {rows} rows in two"
+            )
+        return per_block[..., start // rows : -(-stop // rows), :]
+
+    def permute_rows(self, order: Tensor) -> QuantizedTensor:
+        """Row i of the result is row ``order[i]`` of this; needs blocks of single rows."""
+        if self.scheme.flattened or any(rows > 1 for rows, _ in self.scheme.blocks):
+            raise LowbitError(
+                "E0702",
+                f"{self.origin}: scheme {self.scheme} has blocks of rows; cannot reorder them",
+            )
+
+        def pick(per_block: Tensor, level: int) -> Tensor:
+            return per_block if self.scheme.blocks[level][0] == 0 else per_block[..., order, :]
+
+        return replace(
+            self,
+            codes=self.codes[..., order, :],
+            scales=tuple(pick(s, i) for i, s in enumerate(self.scales)),
+            zeros=None if self.zeros is None else pick(self.zeros, 0),
+            offsets=tuple(pick(o, i) for i, o in enumerate(self.offsets)),
+        )
+
+    def expand(self) -> QuantizedTensor:
+        """A block format as small codes with scales and offsets; anything else unchanged."""
+        layout = self.scheme.weight.block
+        if layout is None:
+            return self
+        parts = layout.expand(self.codes.unflatten(-1, (-1, layout.bytes)))
+        f32 = number_format("f32")
+        scheme = Scheme(
+            weight=number_format(parts.number_format),
+            blocks=tuple((1, columns) for columns in parts.columns),
+            scales=(f32,) * len(parts.columns),
+            offset=bool(parts.offsets),
+            activation=self.scheme.activation,
+        )
+        return replace(
+            self,
+            scheme=scheme,
+            codes=parts.codes.flatten(-2),
+            scales=tuple(s.flatten(-2) for s in parts.scales),
+            offsets=tuple(o.flatten(-2) for o in parts.offsets),
+        )
+
+
+def concatenate(parts: list[QuantizedTensor]) -> QuantizedTensor | None:
+    """One weight whose rows are the parts' rows, or None where their schemes do not allow it.
+
+    Allowed: equal schemes and columns, no column order of their own that differs, and each part but the
+    last ending on a block border. A scale for the whole axis becomes one scale a row, exactly.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(part.scheme != first.scheme or part.shape[-1] != first.shape[-1] for part in parts):
+        return None
+    orders = [part.column_order for part in parts]
+    if any((o is None) != (orders[0] is None) for o in orders):
+        return None
+    if orders[0] is not None and any(not torch.equal(o, orders[0]) for o in orders[1:] if o is not None):
+        return None
+    if first.scheme.flattened:
+        block = first.scheme.blocks[0][1]
+        if any(part.shape[-2] * part.shape[-1] % block for part in parts[:-1]):
+            return None
+        return _joined(parts, first.scheme, -1)
+    for rows, _ in first.scheme.blocks:
+        if rows and any(part.shape[-2] % rows for part in parts[:-1]):
+            return None
+    blocks = tuple((rows or 1, columns) for rows, columns in first.scheme.blocks)
+    return _joined([_per_row(part) for part in parts], replace(first.scheme, blocks=blocks), -2)
+
+
+def _per_row(part: QuantizedTensor) -> QuantizedTensor:
+    """Whole-axis row blocks spelled as one block for each row."""
+
+    def rows(per_block: Tensor, level: int) -> Tensor:
+        if part.scheme.blocks[level][0]:
+            return per_block
+        return per_block.expand(*per_block.shape[:-2], part.shape[-2], per_block.shape[-1])
+
+    return replace(
+        part,
+        scales=tuple(rows(s, i) for i, s in enumerate(part.scales)),
+        zeros=None if part.zeros is None else rows(part.zeros, 0),
+        offsets=tuple(rows(o, i) for i, o in enumerate(part.offsets)),
+    )
+
+
+def _joined(parts: list[QuantizedTensor], scheme: Scheme, scale_axis: int) -> QuantizedTensor:
+    first = parts[0]
+
+    def join(tensors: list[Tensor], axis: int) -> Tensor:
+        return torch.cat([t.contiguous() for t in tensors], axis)
+
+    return replace(
+        first,
+        scheme=scheme,
+        shape=(*first.shape[:-2], sum(part.shape[-2] for part in parts), first.shape[-1]),
+        codes=join([part.codes for part in parts], -2),
+        scales=tuple(join([part.scales[i] for part in parts], scale_axis) for i in range(len(first.scales))),
+        zeros=None
+        if first.zeros is None
+        else join([part.zeros for part in parts if part.zeros is not None], scale_axis),
+        offsets=tuple(
+            join([part.offsets[i] for part in parts], scale_axis) for i in range(len(first.offsets))
+        ),
+        origin=", ".join(part.origin for part in parts),
+    )
