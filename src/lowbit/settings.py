@@ -1,12 +1,30 @@
 """Every option once: name, type, default, help. Flags, LOWBIT_* variables and docs/options.md derive from it.
 
-Flag names are SGLang's where SGLang has the option. This module imports nothing heavy.
+A field ``max_running_requests: int`` of ``Settings`` *is* the flag ``--max-running-requests``, the variable
+``LOWBIT_MAX_RUNNING_REQUESTS`` and a row of docs/options.md; a flag beats a variable beats the default.
+Flag names are SGLang's where SGLang has the option. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from lowbit.errors import LowbitError, printable
+
+Flags = Mapping[str, tuple[str, str | bool]]  # field -> the flag as written and its text, True for a switch
+
+GROUPS = {  # in the order help and docs list them
+    "model": "Model and checkpoint",
+    "engine": "Engine and memory",
+    "server": "Server",
+    "messages": "Messages",
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +38,7 @@ class Option:
     minimum: float | None = None
     maximum: float | None = None
     metavar: str = ""
+    synonyms: tuple[tuple[str, str], ...] = ()  # (what others call a choice, the choice)
 
 
 def option(default: Any, help: str, group: str, **more: Any) -> Any:
@@ -35,7 +54,7 @@ class Settings:
 
     model: str = option(
         "smollm2",
-        "Model: a folder, a GGUF file, a hub id, or the embedded model 'smollm2'.",
+        "Folder, GGUF file or hub id; 'smollm2' is the embedded model.",
         "model",
         aliases=("--model-path",),
     )
@@ -55,6 +74,7 @@ class Settings:
     dtype: str = option(
         "auto", "Type of unquantized weights and activations.", "model",
         choices=("auto", "bfloat16", "float16", "float32"),
+        synonyms=(("bf16", "bfloat16"), ("half", "float16"), ("float", "float32")),
     )  # fmt: skip
     quantization: str | None = option(
         None, "Not needed for quantized checkpoints: their config says the method.", "model"
@@ -67,6 +87,7 @@ class Settings:
     kv_cache_dtype: str = option(
         "auto", "Type of the KV cache; auto: bf16, or f32 for f32 models.", "engine",
         choices=("auto", "bf16", "f32"),
+        synonyms=(("bfloat16", "bf16"), ("float32", "f32")),
     )  # fmt: skip
     page_size: int = option(16, "Tokens in a KV page.", "engine", choices=("16",))
     mem_fraction_static: float = option(
@@ -101,14 +122,154 @@ class Settings:
     log_level: str = option(
         "info", "How much to log.", "server", choices=("debug", "info", "warning", "error")
     )
-    json_errors: bool = option(False, "Print start-up errors as JSON.", "server")
+    json_errors: bool = option(False, "Print the error that ends a command as one JSON line.", "messages")
+    debug: bool = option(False, "Print the traceback of an error as well.", "messages")
 
     @classmethod
     def options(cls) -> dict[str, Option]:
         """Field name -> its option."""
-        return {f.name: f.metadata["option"] for f in fields(cls)}
+        return options_of(cls)
+
+    @classmethod
+    def from_sources(cls, flags: Flags, environ: Mapping[str, str]) -> Settings:
+        """Settings from what stands on the command line and in the environment, every value checked."""
+        values: dict[str, object] = {}
+        for name in cls.options():
+            if name in flags:
+                values[name] = parse(cls, name, *flags[name])
+            elif (text := environ.get(variable_of(name), "")) and not _is_service_link(text):
+                values[name] = parse(cls, name, variable_of(name), text)
+        return cls(**values)  # type: ignore[arg-type]
+
+    def check(self) -> Settings:
+        """Every field against its type, choices and range, for settings made in Python; returns self."""
+        for name in self.options():
+            value = getattr(self, name)
+            check(type(self), name, value, name)
+        return self
 
     @property
     def queue_limit(self) -> int:
         """How many requests may wait."""
         return self.max_queued_requests or max(64, 4 * self.max_running_requests)
+
+
+def flag_of(name: str) -> str:
+    """``max_body_mb`` -> ``--max-body-mb``."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(name: str) -> str:
+    """``max_body_mb`` -> ``LOWBIT_MAX_BODY_MB``."""
+    return "LOWBIT_" + name.upper()
+
+
+def options_of(owner: type) -> dict[str, Option]:
+    """The options of a dataclass whose fields were made by ``option()``."""
+    return {f.name: f.metadata["option"] for f in fields(owner) if "option" in f.metadata}
+
+
+@cache
+def _hints(owner: Any) -> dict[str, Any]:
+    return get_type_hints(owner)
+
+
+def type_of(owner: type, name: str) -> tuple[type, bool]:
+    """The type of a field's value and whether it may be None."""
+    hint = _hints(owner)[name]
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
+    return kinds[0], NoneType in get_args(hint)
+
+
+def default_of(owner: type, name: str) -> object:
+    """What the field is when nobody sets it."""
+    entry: Field[object] = owner.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return None if entry.default is MISSING else entry.default
+
+
+def parse(owner: type, name: str, spelled: str, text: str | bool) -> object:
+    """The value that ``text`` means for field ``name``; ``spelled`` is the flag or variable as written."""
+    kind, _ = type_of(owner, name)
+    if isinstance(text, bool):
+        return text
+    text = dict(options_of(owner)[name].synonyms).get(text, text)
+    value: object = text
+    if kind is bool:
+        value = _SWITCH.get(text.strip().lower())
+        if value is None:
+            raise _bad(spelled, "is a switch: use 1 or 0", text)
+    elif kind is int or kind is float:
+        try:
+            value = kind(text.strip())
+        except ValueError:
+            raise _bad(spelled, f"needs {_NOUN[kind]}", text) from None
+    check(owner, name, value, spelled)
+    return value
+
+
+def check(owner: type, name: str, value: object, spelled: str) -> None:
+    """E0103 unless ``value`` has the type, is one of the choices and lies in the range of field ``name``."""
+    kind, optional = type_of(owner, name)
+    rule = options_of(owner)[name]
+    if value is None and optional:
+        return
+    number = kind is float and isinstance(value, int)
+    if not (number or isinstance(value, kind)) or (isinstance(value, bool) and kind is not bool):
+        raise _bad(spelled, f"needs {_NOUN[kind]}", value)
+    if rule.choices and str(value) not in rule.choices:
+        one = len(rule.choices) == 1
+        allowed = f"can only be {rule.choices[0]}" if one else f"must be one of {', '.join(rule.choices)}"
+        raise _bad(spelled, allowed, value, did_you_mean(str(value), rule.choices))
+    if isinstance(value, (int, float)) and kind is not bool:
+        low, high = rule.minimum, rule.maximum
+        if (
+            not math.isfinite(value)
+            or (low is not None and value < low)
+            or (high is not None and value > high)
+        ):
+            raise _bad(spelled, f"must be {range_text(rule)}", value)
+
+
+_SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
+_NOUN = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
+
+def _bad(spelled: str, rule: str, found: object, hint: str = "") -> LowbitError:
+    return LowbitError("E0103", f"{spelled} {rule}, got {printable(repr(found))}{hint}")
+
+
+def range_text(rule: Option) -> str:
+    """The range of a number in words, or '' where it has none."""
+    low, high = rule.minimum, rule.maximum
+    if low is not None and high is not None:
+        return f"between {low:g} and {high:g}"
+    if low is not None:
+        return f"{low:g} or more"
+    return f"at most {high:g}" if high is not None else "finite"
+
+
+def did_you_mean(found: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest known name, or nothing where none is near."""
+    close = difflib.get_close_matches(found, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# Read before any option is: they choose the native library or force a rare path in tests.
+ENVIRONMENT_ONLY = ("LOWBIT_ISA", "LOWBIT_TEST_RETRACT", "LOWBIT_TEST_EVICT", "LOWBIT_TEST_CHUNK")
+
+
+def _is_service_link(text: str) -> bool:
+    """A Kubernetes service called "lowbit" sets LOWBIT_PORT=tcp://… in every pod: that is no option."""
+    return text.startswith(("tcp://", "udp://"))
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """A warning for each LOWBIT_* variable that is no option but looks like a misspelt one."""
+    known = [variable_of(name) for name in Settings.options()]
+    warnings = []
+    for variable in sorted(environ):
+        if not variable.startswith("LOWBIT_") or variable in (*known, *ENVIRONMENT_ONLY):
+            continue
+        if nearest := difflib.get_close_matches(variable, known, n=1, cutoff=0.8):
+            warnings.append(f"{variable} is no option of lowbit; did you mean {nearest[0]}?")
+    return warnings

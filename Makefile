@@ -1,0 +1,74 @@
+# lowbit. `make serve` and `make test` install what is missing first; a second run installs nothing.
+
+PYTHON ?= python3
+MODEL ?= smollm2
+PORT ?= 30000
+# Further flags: pip's for torch ("--index-url …" for a build of your own choice), pytest's, and the server's.
+TORCH_FLAGS ?=
+PYTEST_FLAGS ?=
+SERVE_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NATIVE := $(wildcard CMakeLists.txt) $(shell find src/lowbit/csrc cmake -type f 2>/dev/null)
+
+.PHONY: install serve test test-quick test-all lint format docs bench clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/.installed
+
+# torch comes first and pinned, so that no other package chooses its build; the package itself is built
+# without isolation, with the pinned tools of this environment.
+$(VENV)/.dependencies: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "lowbit needs Python 3.11 or newer; $(PYTHON) is older or missing. Run: make install PYTHON=python3.12" >&2; \
+	    exit 2; }
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch"
+	@$(PIP) $(TORCH_FLAGS) torch
+	@echo "installing the other dependencies"
+	@$(PIP) scikit-build-core cmake ninja
+	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	    print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"]))' > $(VENV)/requirements.txt
+	@$(PIP) --requirement $(VENV)/requirements.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
+	@echo "building lowbit"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+serve: install
+	@echo 'when the server is ready, try:'
+	@echo "  curl http://127.0.0.1:$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
+	@echo "    -d '{\"model\": \"default\", \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}'"
+	@exec $(BIN)/lowbit serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_FLAGS)
+
+test: install
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Under 90 seconds: without the tests that start a server or compare with another library over long texts.
+test-quick: install
+	@$(BIN)/python -m pytest -m "not slow" --ignore=tests/server --ignore=tests/engine $(PYTEST_FLAGS)
+
+test-all: install
+	@$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
+
+lint: install
+	@$(BIN)/ruff check src tests benchmarks
+	@$(BIN)/ruff format --check src tests benchmarks
+	@$(BIN)/mypy src/lowbit benchmarks
+
+format: install
+	@$(BIN)/ruff check --fix src tests benchmarks
+	@$(BIN)/ruff format src tests benchmarks
+
+docs: install
+	@$(BIN)/python -m lowbit.settings_docs > docs/options.md
+
+bench: install
+	@$(BIN)/python benchmarks/serving.py
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

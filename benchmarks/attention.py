@@ -1,0 +1,205 @@
+"""How fast is paged attention? Each shape is first checked against the reference kernel, then timed.
+
+A layer call is timed as the model makes it (write and attend), beside torch's scaled_dot_product_attention
+on contiguous K and V of the same dtype, one call a sequence (torch's best case: it gathers no pages).
+GB/s counts K and V once a sequence; GFLOPS counts what causal attention needs, not what tiles waste.
+The last line is JSON.
+
+    python benchmarks/attention.py [--threads N] [--repeats N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.kernels import native
+from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec
+from lowbit.kernels.attention_cpu import CpuAttention
+from lowbit.kernels.attention_reference import ReferenceAttention
+from lowbit.kernels.forward_batch import ForwardBatch
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``sequences`` sequences that each add ``queries`` tokens to a context of ``context`` in all."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    sequences: int
+    queries: int
+    context: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """K and V of all sequences in bfloat16."""
+        return self.sequences * self.context * self.kv_heads * self.dim * 4
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the scores and values a causal mask leaves."""
+        seen = sum(range(self.context - self.queries + 1, self.context + 1))
+        return 4 * self.sequences * self.heads * self.dim * seen
+
+
+SHAPES = [
+    Shape("135M prefill 512", 9, 3, 64, 1, 512, 512),
+    Shape("135M prefill 128 at 1024", 9, 3, 64, 1, 128, 1024),
+    Shape("135M decode 1 x 128", 9, 3, 64, 1, 1, 128),
+    Shape("135M decode 1 x 1024", 9, 3, 64, 1, 1, 1024),
+    Shape("135M decode 8 x 256", 9, 3, 64, 8, 1, 256),
+    Shape("135M decode 32 x 256", 9, 3, 64, 32, 1, 256),
+    Shape("135M decode 32 x 1024", 9, 3, 64, 32, 1, 1024),
+    Shape("8B prefill 512", 32, 8, 128, 1, 512, 512),
+    Shape("8B decode 1 x 4096", 32, 8, 128, 1, 1, 4096),
+    Shape("8B decode 8 x 1024", 32, 8, 128, 8, 1, 1024),
+    Shape("no groups decode 1 x 4096", 16, 16, 128, 1, 1, 4096),
+]
+
+
+def batch_of(shape: Shape) -> tuple[ForwardBatch, ForwardBatch, int]:
+    """The batch to time, the batch that fills the cache before, and the number of pages."""
+    per_sequence = -(-shape.context // PAGE_SIZE)
+    count = per_sequence * shape.sequences
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).int()
+    table = order.view(shape.sequences, per_sequence)
+
+    def batch(first: int, end: int) -> ForwardBatch:
+        positions = torch.arange(first, end, dtype=torch.int32)
+        slots = table[:, positions.long() // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        tokens = positions.repeat(shape.sequences)
+        lengths = torch.full((shape.sequences,), end - first, dtype=torch.int32)
+        contexts = torch.full((shape.sequences,), end, dtype=torch.int32)
+        return ForwardBatch(
+            tokens,
+            tokens,
+            slots.flatten().int(),
+            lengths,
+            contexts,
+            table,
+            torch.arange(len(tokens)),
+            PAGE_SIZE,
+            end - first,
+            end,
+        )
+
+    return batch(shape.context - shape.queries, shape.context), batch(0, shape.context), count
+
+
+def measured(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """(median, spread between the quartiles) of the milliseconds of a call."""
+    call()
+    start = time.perf_counter()
+    call()
+    inner = max(int(2e-3 / (time.perf_counter() - start)), 1)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(inner):
+            call()
+        times.append((time.perf_counter() - start) / inner * 1e3)
+    low, middle, high = statistics.quantiles(times, n=4)
+    return middle, high - low
+
+
+def torch_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], object]:
+    """torch on the same numbers: (1, heads, tokens, dim) in bfloat16, each sequence by itself."""
+    dtype, sequences = torch.bfloat16, []
+    for part in range(shape.sequences):
+        new = slice(part * shape.queries, (part + 1) * shape.queries)
+        all_tokens = slice(part * shape.context, (part + 1) * shape.context)
+        sequences.append(
+            [x.transpose(0, 1)[None].to(dtype).contiguous() for x in (q[new], k[all_tokens], v[all_tokens])]
+        )
+    earlier = shape.context - shape.queries
+    mask = torch.ones(shape.queries, shape.context, dtype=torch.bool).tril(earlier)
+    arguments = {"is_causal": True} if not earlier else {} if shape.queries == 1 else {"attn_mask": mask}
+
+    def call() -> None:
+        for queries, keys, values in sequences:
+            functional.scaled_dot_product_attention(queries, keys, values, enable_gqa=True, **arguments)
+
+    return call
+
+
+def run(shape: Shape, repeats: int) -> dict[str, object]:
+    """Check, time, print one line, return the numbers."""
+    spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, torch.bfloat16)
+    parameters = AttentionParameters(scale=shape.dim**-0.5)
+    random_numbers = torch.Generator().manual_seed(1)
+    tokens = shape.sequences * shape.queries
+    q = torch.randn(tokens, shape.heads, shape.dim, generator=random_numbers)
+    k, v = torch.randn(2, shape.sequences * shape.context, shape.kv_heads, shape.dim, generator=random_numbers)
+    batch, filling, pages = batch_of(shape)
+    last = torch.arange(len(k)).view(shape.sequences, -1)[:, -shape.queries :].flatten()
+    new_k, new_v = k[last], v[last]
+
+    results = []
+    for kernel in (CpuAttention(), ReferenceAttention()):
+        cache = kernel.allocate(spec, pages, PAGE_SIZE, torch.device("cpu"))
+        kernel.write(cache, k, v, filling)
+        results.append(kernel.attend(q, cache, batch, parameters))
+        if isinstance(kernel, CpuAttention):
+            native_kernel, native_cache = kernel, cache
+    error = ((results[0] - results[1]).norm() / results[1].norm()).item()
+    assert error < 5e-3, f"{shape.name}: differs from the reference by {error:.2e}"
+
+    def call() -> None:
+        native_kernel.write(native_cache, new_k, new_v, batch)
+        native_kernel.attend(q, native_cache, batch, parameters)
+
+    ms, spread = measured(call, repeats)
+    torch_ms, _ = measured(torch_attention(shape, q, k, v), repeats)
+    numbers = {
+        "shape": shape.name,
+        "ms": round(ms, 4),
+        "spread_ms": round(spread, 4),
+        "gb_per_s": round(shape.cache_bytes / ms / 1e6, 2),
+        "gflops": round(shape.operations / ms / 1e6, 1),
+        "torch_ms": round(torch_ms, 4),
+        "speedup": round(torch_ms / ms, 2),
+        "error": float(f"{error:.2e}"),
+    }
+    print(
+        f"{shape.name:28} {ms:8.3f} ms ±{spread:6.3f} {numbers['gb_per_s']:7.2f} GB/s {numbers['gflops']:7.1f} GFLOPS"
+        f"  torch {torch_ms:8.3f} ms  {numbers['speedup']:6.2f}x  error {error:.1e}"
+    )
+    return numbers
+
+
+def main() -> None:
+    """Print a line a shape, then JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    native.set_threads(options.threads)
+    results = [run(shape, options.repeats) for shape in SHAPES]
+    print(
+        json.dumps(
+            {
+                "benchmark": "attention",
+                "isa": native.isa(),
+                "machine": platform.processor() or platform.machine(),
+                "threads": options.threads,
+                "torch": torch.__version__,
+                "results": results,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

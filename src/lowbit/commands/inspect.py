@@ -1,0 +1,172 @@
+"""``lowbit inspect MODEL``: what a checkpoint is and how it would run here. Reads headers, loads no weight.
+
+Modules that differ only in their layer number, and are stored and run alike, share a row. Below the table
+stand the reasons why better kernels were not chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lowbit.commands.arguments import Parser, add_model, settings_from
+from lowbit.errors import LowbitError, printable
+from lowbit.settings import Settings
+
+if TYPE_CHECKING:
+    from lowbit.loading import ModelPlan, ModulePlan
+
+USAGE = "[MODEL]"
+GROUPS: tuple[str, ...] = ("model", "engine")
+
+
+def add_arguments(parser: Parser) -> None:
+    """MODEL, --json and --tokens."""
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print every module as JSON")
+    parser.add_argument(
+        "--tokens", metavar="N", help="context to compute the KV cache for; default: the model's longest"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan of the model."""
+    settings = settings_from(arguments)
+    tokens = _token_count(arguments.tokens)
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.commands.console import progress_line
+
+    with progress_line() as on_progress:
+        header = open_checkpoint(settings.model, settings.revision, on_progress)
+    from lowbit.loading import plan_model
+
+    plan = plan_model(
+        header, device=settings.device, dtype=settings.dtype, kv_cache_dtype=settings.kv_cache_dtype
+    )
+    tokens = tokens or settings.context_length or plan.context_length
+    if arguments.json:
+        print(json.dumps(as_json(settings, plan, tokens), indent=2))
+    else:
+        show(settings, plan, tokens)
+    return 0
+
+
+def _token_count(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise LowbitError("E0103", f"--tokens must be a whole number from 1, got {printable(repr(text))}")
+    return int(text)
+
+
+@dataclass
+class Row:
+    """Modules of one kind that are stored and run alike."""
+
+    kind: str  # "self_attn.q_proj", the layer number left out
+    first: ModulePlan
+    count: int = 0
+    nbytes: int = 0
+
+
+def rows_of(plan: ModelPlan) -> list[Row]:
+    """The modules grouped by kind, shape, scheme and kernel, in the model's order."""
+    rows: dict[tuple[object, ...], Row] = {}
+    for module in plan.modules:
+        kind = re.sub(r"^(model\.)?(layers\.\d+\.)?", "", module.name)
+        key = (kind, module.shape, module.scheme, module.kernel, module.computes, module.refusals)
+        row = rows.setdefault(key, Row(kind, module))
+        row.count += 1
+        row.nbytes += module.stored_nbytes
+    return list(rows.values())
+
+
+@dataclass
+class Refusal:
+    """One reason, and the kinds of modules it was given for."""
+
+    kernel: str
+    reason: str
+    kinds: list[str] = field(default_factory=list)
+
+
+def refusals_of(rows: list[Row]) -> list[Refusal]:
+    """Every reason once."""
+    refusals: dict[tuple[str, str], Refusal] = {}
+    for row in rows:
+        for kernel, reason in row.first.refusals:
+            kinds = refusals.setdefault((kernel, reason), Refusal(kernel, reason)).kinds
+            if row.kind not in kinds:
+                kinds.append(row.kind)
+    return list(refusals.values())
+
+
+def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, object]:
+    """The plan for programs: sizes in bytes, every module by itself."""
+    kv_bytes = plan.kv_bytes_per_token * tokens
+    return {
+        "model": settings.model,
+        "architecture": plan.architecture,
+        "format": plan.format,
+        "device": plan.device,
+        "layers": plan.config.layers,
+        "parameters": plan.parameters,
+        "context_length": plan.context_length,
+        "weight_bytes": plan.weight_bytes,
+        "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "tokens": tokens,
+        "kv_bytes": kv_bytes,
+        "total_bytes": plan.weight_bytes + kv_bytes,
+        "modules": [
+            {
+                "name": module.name,
+                "shape": list(module.shape),
+                "scheme": str(module.scheme),
+                "kernel": module.kernel,
+                "computes": module.computes,
+                "stored_bytes": module.stored_nbytes,
+                "refusals": [{"kernel": kernel, "reason": reason} for kernel, reason in module.refusals],
+            }
+            for module in plan.modules
+        ],
+    }
+
+
+def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
+    """The plan for people."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from lowbit.commands.console import binary_size, console
+
+    out, config = console(), plan.config
+    out.print(
+        f"[bold]{escape(printable(settings.model))}[/]: {escape(printable(plan.architecture))}, "
+        f"format {plan.format}, {plan.parameters / 1e6:,.1f} M weights in {config.layers} layers "
+        f"(hidden {config.hidden_size}, {config.heads} heads, {config.kv_heads} K/V heads, "
+        f"vocabulary {config.vocab_size}), context {plan.context_length}"
+    )
+    table = Table()
+    for title in ("modules", "kind", "shape (out, in)", "scheme", "stored", "kernel", "computes"):
+        table.add_column(
+            title, justify="right" if title in ("modules", "stored") else "left", overflow="fold"
+        )
+    rows = rows_of(plan)
+    for row in rows:
+        module = row.first
+        shape = " x ".join(str(size) for size in module.shape)
+        cells = (row.kind, shape, str(module.scheme), binary_size(row.nbytes), module.kernel, module.computes)
+        table.add_row(str(row.count), *(escape(printable(cell)) for cell in cells))
+    out.print(table)
+    for refusal in refusals_of(rows):
+        line = f"not {refusal.kernel}: {refusal.reason} ({', '.join(refusal.kinds)})"
+        out.print(escape(printable(line, 400)))
+    kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)
+    out.print(
+        f"memory on {plan.device}: weights {binary_size(plan.weight_bytes)} "
+        f"+ KV cache {binary_size(kv_bytes)} for {tokens} tokens ({each} a token) "
+        f"= {binary_size(plan.weight_bytes + kv_bytes)}"
+    )

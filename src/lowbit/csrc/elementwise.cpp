@@ -1,0 +1,181 @@
+// The small operations between matrix products: RMSNorm, gated activation, rotary embedding. float32.
+//
+// A row is computed by one thread in an order fixed by its width alone, so its bits never depend on the
+// other rows. Strides are in floats between rows (tokens).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "vector16.h"
+
+#include "lowbit.h"
+#include "thread_pool.h"
+
+namespace lowbit {
+namespace {
+
+constexpr std::int64_t TASK_FLOATS = 1 << 14;  // less is not worth waking a thread
+
+// Calls row(index) for every row, several rows a task.
+template <class Row>
+void for_rows(std::int64_t rows, std::int64_t width, const Row& row) {
+    const std::int64_t together = std::max<std::int64_t>(TASK_FLOATS / std::max<std::int64_t>(width, 1), 1);
+    const std::int64_t tasks = (rows + together - 1) / together;
+    const auto task = [&](std::int64_t index) {
+        const std::int64_t end = std::min((index + 1) * together, rows);
+        for (std::int64_t here = index * together; here < end; ++here) row(here);
+    };
+    if (tasks == 1) {
+        task(0);
+    } else {
+        parallel_for(tasks, task);
+    }
+}
+
+// body(column, lanes) over a row's vectors; the last may have fewer than 16 lanes.
+template <class Body>
+inline void for_vectors(int width, const Body& body) {
+    int column = 0;
+    for (; column + LANES <= width; column += LANES) body(column, LANES);
+    if (column < width) body(column, width - column);
+}
+
+inline Vector16 load_some(const float* from, int lanes) { return lanes == LANES ? load(from) : load_lanes(from, lanes); }
+
+inline void store_some(float* to, Vector16 x, int lanes) {
+    if (lanes == LANES) {
+        store(to, x);
+    } else {
+        store_lanes(to, x, lanes);
+    }
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019).
+void normalize(const float* x, const float* weight, float eps, int width, float* out) {
+    Vector16 squares[4] = {zeros(), zeros(), zeros(), zeros()};
+    for_vectors(width, [&](int column, int lanes) {
+        const Vector16 value = load_some(x + column, lanes);
+        Vector16& sum = squares[column / LANES % 4];
+        sum = fma(value, value, sum);
+    });
+    const float sum = reduce_add(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+    const Vector16 scale = broadcast(1.0f / std::sqrt(sum / static_cast<float>(width) + eps));
+    for_vectors(width, [&](int column, int lanes) {
+        const Vector16 value = multiply(load_some(x + column, lanes), scale);
+        store_some(out + column, multiply(value, load_some(weight + column, lanes)), lanes);
+    });
+}
+
+enum class Activation { SILU = 0, GELU_TANH = 1, GELU = 2 };
+
+inline Vector16 sigmoid_times(Vector16 x, Vector16 argument) {  // x / (1 + e^-argument)
+    return divide(x, add(broadcast(1.0f), exp(subtract(zeros(), argument))));
+}
+
+// x times the normal distribution function, by formula 7.1.26 of Abramowitz and Stegun: absolute error
+// below 1.5e-7 |x|.
+inline Vector16 gelu(Vector16 x) {
+    const Vector16 scaled = multiply(maximum(x, subtract(zeros(), x)), broadcast(0.70710678118654752f));
+    const Vector16 t = divide(broadcast(1.0f), fma(scaled, broadcast(0.3275911f), broadcast(1.0f)));
+    Vector16 sum = broadcast(1.061405429f);
+    for (const float next : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f, 0.0f}) {
+        sum = fma(sum, t, broadcast(next));
+    }
+    const Vector16 bell = exp(negative_fma(scaled, scaled, zeros()));
+    const Vector16 tail = multiply(multiply(sum, broadcast(0.5f)), bell);
+    return multiply(x, select(negative(x), tail, negative_fma(tail, broadcast(1.0f), broadcast(1.0f))));
+}
+
+inline Vector16 activate(Vector16 x, Activation activation) {
+    switch (activation) {
+        case Activation::GELU: return gelu(x);
+        case Activation::GELU_TANH: {  // 0.5 x (1 + tanh y) = x / (1 + e^-2y)
+            const Vector16 cubic = fma(multiply(x, x), broadcast(0.044715f), broadcast(1.0f));
+            return sigmoid_times(x, multiply(multiply(x, cubic), broadcast(1.5957691216057308f)));
+        }
+        default: return sigmoid_times(x, x);
+    }
+}
+
+// x1, x2 <- x1 cos - x2 sin, x2 cos + x1 sin for the halves (or the pairs) of each head's first rotary_dim
+// dimensions (Su et al., 2021).
+void rotate_heads(float* row, int heads, int head_dim, int half, bool interleaved, const float* cosines,
+                  const float* sines) {
+    for (int head = 0; head < heads; ++head, row += head_dim) {
+        if (interleaved) {
+            for (int pair = 0; pair < half; ++pair) {
+                const float first = row[2 * pair], second = row[2 * pair + 1];
+                row[2 * pair] = std::fma(-second, sines[pair], first * cosines[pair]);
+                row[2 * pair + 1] = std::fma(first, sines[pair], second * cosines[pair]);
+            }
+            continue;
+        }
+        for_vectors(half, [&](int column, int lanes) {
+            const Vector16 first = load_some(row + column, lanes), second = load_some(row + half + column, lanes);
+            const Vector16 cosine = load_some(cosines + column, lanes), sine = load_some(sines + column, lanes);
+            store_some(row + column, negative_fma(second, sine, multiply(first, cosine)), lanes);
+            store_some(row + half + column, fma(first, sine, multiply(second, cosine)), lanes);
+        });
+    }
+}
+
+}  // namespace
+}  // namespace lowbit
+
+// x, out (rows, width). out may be x.
+LOWBIT_EXPORT void lowbit_rms_norm(const float* x, std::int64_t x_stride, const float* weight, float eps,
+                                   std::int64_t rows, std::int32_t width, float* out, std::int64_t out_stride) {
+    lowbit::for_rows(rows, width, [&](std::int64_t row) {
+        lowbit::normalize(x + row * x_stride, weight, eps, width, out + row * out_stride);
+    });
+}
+
+// residual += x; out = rms_norm(residual). out may be x.
+LOWBIT_EXPORT void lowbit_add_rms_norm(const float* x, std::int64_t x_stride, float* residual,
+                                       std::int64_t residual_stride, const float* weight, float eps,
+                                       std::int64_t rows, std::int32_t width, float* out, std::int64_t out_stride) {
+    using namespace lowbit;
+    for_rows(rows, width, [&](std::int64_t row) {
+        float* sum = residual + row * residual_stride;
+        const float* added = x + row * x_stride;
+        for_vectors(width, [&](int column, int lanes) {
+            store_some(sum + column, add(load_some(sum + column, lanes), load_some(added + column, lanes)), lanes);
+        });
+        normalize(sum, weight, eps, width, out + row * out_stride);
+    });
+}
+
+// gate_up (rows, 2 * width) -> activation(gate) * up (rows, width).
+LOWBIT_EXPORT void lowbit_gated_activation(const float* gate_up, std::int64_t stride, std::int32_t activation,
+                                           std::int64_t rows, std::int32_t width, float* out,
+                                           std::int64_t out_stride) {
+    using namespace lowbit;
+    for_rows(rows, width, [&](std::int64_t row) {
+        const float* gate = gate_up + row * stride;
+        float* to = out + row * out_stride;
+        for_vectors(width, [&](int column, int lanes) {
+            const Vector16 activated = activate(load_some(gate + column, lanes), static_cast<Activation>(activation));
+            store_some(to + column, multiply(activated, load_some(gate + width + column, lanes)), lanes);
+        });
+    });
+}
+
+// Rotates q (tokens, q_heads, head_dim) and k (tokens, k_heads, head_dim) in place. cosines and sines
+// (table_rows, rotary_dim / 2). 0, or 1 where a position is not in the table: then nothing is rotated.
+LOWBIT_EXPORT int lowbit_rotary(float* q, std::int64_t q_stride, std::int32_t q_heads, float* k, std::int64_t k_stride,
+                                std::int32_t k_heads, std::int32_t head_dim, std::int32_t rotary_dim,
+                                const float* cosines, const float* sines, std::int64_t table_rows,
+                                const std::int32_t* positions, std::int64_t tokens, std::int32_t interleaved) {
+    using namespace lowbit;
+    for (std::int64_t token = 0; token < tokens; ++token) {
+        if (positions[token] < 0 || positions[token] >= table_rows) return 1;
+    }
+    const int half = rotary_dim / 2;
+    for_rows(tokens, std::int64_t{q_heads + k_heads} * head_dim, [&](std::int64_t token) {
+        const float* cosine = cosines + std::int64_t{positions[token]} * half;
+        const float* sine = sines + std::int64_t{positions[token]} * half;
+        rotate_heads(q + token * q_stride, q_heads, head_dim, half, interleaved != 0, cosine, sine);
+        rotate_heads(k + token * k_stride, k_heads, head_dim, half, interleaved != 0, cosine, sine);
+    });
+    return 0;
+}

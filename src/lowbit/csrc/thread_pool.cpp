@@ -1,0 +1,158 @@
+#include "thread_pool.h"
+
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "lowbit.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int SPINS_BEFORE_SLEEP = 4000;  // about 50 microseconds of pause instructions
+constexpr int SPINS_BEFORE_YIELD = 1000;
+
+void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen) {
+    syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<std::uint32_t>& word) {
+    syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+class ThreadPool {
+  public:
+    ~ThreadPool() { stop(); }
+
+    int threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+    void resize(int count) {
+        const std::lock_guard<std::mutex> guard(mutex_);
+        count = std::max(count, 1);
+        if (count == threads()) return;
+        stop();
+        stopping_.store(false);
+        for (int i = 1; i < count; ++i) workers_.emplace_back([this] { work(); });
+    }
+
+    void run(std::int64_t tasks, TaskFunction function, void* context) {
+        // A second caller, or a task that calls parallel_for itself, does its work alone.
+        std::unique_lock<std::mutex> guard(mutex_, std::try_to_lock);
+        if (tasks <= 1 || !guard.owns_lock() || workers_.empty() || tasks > INT32_MAX) {
+            for (std::int64_t task = 0; task < tasks; ++task) function(context, task);
+            return;
+        }
+        function_.store(function, std::memory_order_relaxed);
+        context_.store(context, std::memory_order_relaxed);
+        tasks_.store(static_cast<std::uint32_t>(tasks), std::memory_order_relaxed);
+        done_.store(0, std::memory_order_relaxed);
+        const std::uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+        ticket_.store(static_cast<std::uint64_t>(epoch) << 32, std::memory_order_release);
+        epoch_.store(epoch, std::memory_order_seq_cst);
+        if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(epoch_);
+        claim(epoch);
+        for (int spins = 0; done_.load(std::memory_order_acquire) != static_cast<std::uint32_t>(tasks); ++spins) {
+            if (spins < SPINS_BEFORE_YIELD) {
+                _mm_pause();
+            } else {
+                sched_yield();
+            }
+        }
+    }
+
+    // In a forked child the worker threads are gone.
+    void forget_workers() {
+        for (std::thread& worker : workers_) worker.detach();
+        workers_.clear();
+    }
+
+  private:
+    // Takes tasks of job ``epoch`` until none are left. The job's fields may be read before a ticket is won:
+    // they only change once all tasks are done, and then no ticket of that epoch can be won any more.
+    void claim(std::uint32_t epoch) {
+        std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        while (static_cast<std::uint32_t>(ticket >> 32) == epoch) {
+            const TaskFunction function = function_.load(std::memory_order_relaxed);
+            void* const context = context_.load(std::memory_order_relaxed);
+            const auto next = static_cast<std::uint32_t>(ticket);
+            if (next >= tasks_.load(std::memory_order_relaxed)) return;
+            if (ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) {
+                function(context, next);
+                done_.fetch_add(1, std::memory_order_release);
+                ticket = ticket_.load(std::memory_order_acquire);
+            }
+        }
+    }
+
+    void work() {
+        std::uint32_t seen = epoch_.load(std::memory_order_acquire);
+        // A worker born between jobs must not wait for one that is already there.
+        claim(seen);
+        while (!stopping_.load(std::memory_order_acquire)) {
+            std::uint32_t epoch = epoch_.load(std::memory_order_acquire);
+            for (int spins = 0; epoch == seen && spins < SPINS_BEFORE_SLEEP; ++spins) {
+                _mm_pause();
+                epoch = epoch_.load(std::memory_order_acquire);
+            }
+            if (epoch == seen) {
+                sleepers_.fetch_add(1, std::memory_order_seq_cst);
+                if (!stopping_.load(std::memory_order_seq_cst)) futex_wait(epoch_, seen);
+                sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+                continue;
+            }
+            seen = epoch;
+            claim(epoch);
+        }
+    }
+
+    void stop() {
+        stopping_.store(true, std::memory_order_seq_cst);
+        epoch_.fetch_add(1, std::memory_order_seq_cst);  // ticket_ keeps its old epoch: nothing to claim
+        futex_wake_all(epoch_);
+        for (std::thread& worker : workers_) worker.join();
+        workers_.clear();
+    }
+
+    std::mutex mutex_;
+    std::vector<std::thread> workers_;
+    std::atomic<bool> stopping_{false};
+    std::atomic<std::uint32_t> epoch_{0};
+    std::atomic<int> sleepers_{0};
+    alignas(64) std::atomic<std::uint64_t> ticket_{0};  // epoch << 32 | next task
+    alignas(64) std::atomic<std::uint32_t> done_{0};
+    std::atomic<std::uint32_t> tasks_{0};
+    std::atomic<TaskFunction> function_{nullptr};
+    std::atomic<void*> context_{nullptr};
+};
+
+ThreadPool& pool() {
+    // Never destroyed: worker threads may outlive main's statics.
+    static ThreadPool* const made = [] {
+        auto* fresh = new ThreadPool;
+        static ThreadPool* shared = fresh;
+        pthread_atfork(nullptr, nullptr, [] { shared->forget_workers(); });
+        return fresh;
+    }();
+    return *made;
+}
+
+}  // namespace
+
+int threads() { return pool().threads(); }
+void set_threads(int count) { pool().resize(count); }
+void run_tasks(std::int64_t tasks, TaskFunction function, void* context) { pool().run(tasks, function, context); }
+
+}  // namespace lowbit
+
+LOWBIT_EXPORT void lowbit_set_threads(int count) { lowbit::set_threads(count); }
+LOWBIT_EXPORT int lowbit_threads() { return lowbit::threads(); }

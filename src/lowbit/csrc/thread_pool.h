@@ -1,0 +1,30 @@
+// A persistent thread pool: parallel_for(tasks, function) runs function(task) for every task in 0..tasks.
+//
+// The caller is worker 0. Tasks are claimed one by one, so which thread runs a task is not fixed: a task's
+// result must not depend on it. Workers spin briefly for the next job, because a decode step issues one
+// every few microseconds, and then sleep on a futex, so that an idle or oversubscribed machine is left alone.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace lowbit {
+
+using TaskFunction = void (*)(void* context, std::int64_t task);
+
+// Threads that work, the caller included.
+int threads();
+void set_threads(int count);
+
+// Runs tasks on the pool; inline where there is one task, one thread, or another caller holds the pool.
+void run_tasks(std::int64_t tasks, TaskFunction function, void* context);
+
+template <typename Function>
+void parallel_for(std::int64_t tasks, Function&& function) {
+    using Plain = std::remove_reference_t<Function>;
+    run_tasks(
+        tasks, [](void* context, std::int64_t task) { (*static_cast<Plain*>(context))(task); },
+        const_cast<void*>(static_cast<const void*>(&function)));
+}
+
+}  // namespace lowbit

@@ -1,0 +1,202 @@
+"""Paged attention on a CPU: bfloat16 or float32 pages, native code (csrc/attention.cpp).
+
+A page holds 16 tokens of every K/V head, laid out for the inner loops (csrc/attention_tiles.h):
+
+    bfloat16   k (pages, heads, k_dim / 2, 16 tokens, 2)   v (pages, heads, 8, v_dim, 2 tokens)
+    float32    k (pages, heads, k_dim, 16 tokens)          v (pages, heads, 16 tokens, v_dim)
+
+Scores multiply bfloat16 queries and keys where the CPU has such an instruction (AVX-512), all else is
+float32. Keys are processed in segments of 256 tokens at fixed positions, merged in ascending order, so a
+token's result is bit-equal whatever the batch, the chunks, the page numbers and the number of threads
+(FlashAttention-2: Dao, 2023; segments over threads as in Flash-Decoding: Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import native
+from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec, LayerCache
+from lowbit.kernels.forward_batch import ForwardBatch
+
+MAX_DIM = 256  # of a head: the work buffers of a thread have this width
+_DTYPES = (torch.bfloat16, torch.float32)
+_FAULTS = {
+    1: "the lengths do not belong to the tokens",
+    2: "the page table names a page that the cache does not have",
+    3: "a write slot is outside the cache",
+}
+
+
+class _Cache(ctypes.Structure):
+    """lowbit_attention_cache."""
+
+    _fields_ = [
+        ("k", ctypes.c_void_p),
+        ("v", ctypes.c_void_p),
+        ("pages", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("k_dim", ctypes.c_int32),
+        ("v_dim", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("bfloat", ctypes.c_int32),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    """lowbit_attention_batch."""
+
+    _fields_ = [
+        ("query_lengths", ctypes.c_void_p),
+        ("context_lengths", ctypes.c_void_p),
+        ("page_table", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        ("sequences", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
+    ]
+
+
+@dataclass(frozen=True)
+class _Functions:
+    """The native functions, with their argument types set."""
+
+    write: Callable[..., int]
+    attend: Callable[..., int]
+
+
+@cache
+def _functions() -> _Functions | None:
+    library = native.library()
+    if library is None:
+        return None
+    pointer, stride, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    write, attend = library.lowbit_attention_write, library.lowbit_attention_attend
+    write.argtypes = (pointer, pointer, stride, pointer, stride, pointer, ctypes.c_int32)
+    attend.argtypes = (pointer, pointer, pointer, stride, ctypes.c_int32, number, number, pointer, pointer)
+    write.restype = attend.restype = ctypes.c_int32
+    return _Functions(write, attend)
+
+
+@dataclass(frozen=True)
+class CpuLayerCache(LayerCache):
+    """A LayerCache that keeps the struct the native code reads."""
+
+    view: _Cache
+
+
+class CpuAttention:
+    """See the module docstring."""
+
+    name = "cpu"
+
+    def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
+        """Paged bfloat16 or float32 caches on a CPU with head sizes in sixteens up to 256."""
+        if device.type != "cpu":
+            return f"runs on a CPU, got {device.type}"
+        if spec.kind != "paged":
+            return f"serves paged caches, got {spec.kind!r}"
+        if spec.dtype not in _DTYPES:
+            return f"needs a bfloat16 or float32 cache, got {spec.dtype}"
+        for name, dim in (("k_dim", spec.k_dim), ("v_dim", spec.v_dim)):
+            if dim % 16 or not 0 < dim <= MAX_DIM:
+                return f"needs {name} % 16 == 0 and {name} <= {MAX_DIM}, got {dim}"
+        return None if native.library() is not None else "the native library is not there"
+
+    def allocate(self, spec: CacheSpec, pages: int, page_size: int, device: torch.device) -> LayerCache:
+        """Zeroed pages."""
+        if page_size != PAGE_SIZE:
+            raise LowbitError(
+                "E0420", f"attention kernel {self.name!r} needs pages of {PAGE_SIZE} tokens, got {page_size}"
+            )
+        heads, k_dim, v_dim = spec.heads, spec.k_dim, spec.v_dim
+        if spec.dtype is torch.bfloat16:
+            shapes = {"k": (k_dim // 2, PAGE_SIZE, 2), "v": (PAGE_SIZE // 2, v_dim, 2)}
+        else:
+            shapes = {"k": (k_dim, PAGE_SIZE), "v": (PAGE_SIZE, v_dim)}
+        buffers = {
+            name: torch.zeros(pages, heads, *shape, dtype=spec.dtype) for name, shape in shapes.items()
+        }
+        view = _Cache(
+            buffers["k"].data_ptr(),
+            buffers["v"].data_ptr(),
+            pages,
+            heads,
+            k_dim,
+            v_dim,
+            spec.window,
+            spec.dtype is torch.bfloat16,
+        )
+        return CpuLayerCache(spec, self, pages, page_size, buffers, view)
+
+    def write(self, cache: LayerCache, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
+        """Round k and v to the cache dtype and store them at ``batch.write_slots``."""
+        assert isinstance(cache, CpuLayerCache) and (functions := _functions()) is not None
+        k, v = _strided(k), _strided(v)
+        spec, tokens = cache.spec, len(batch.write_slots)
+        assert k.shape == (tokens, spec.heads, spec.k_dim), f"k {tuple(k.shape)} is not {spec}'s"
+        assert v.shape == (tokens, spec.heads, spec.v_dim), f"v {tuple(v.shape)} is not {spec}'s"
+        fault = functions.write(
+            ctypes.byref(cache.view),
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            batch.write_slots.data_ptr(),
+            tokens,
+        )
+        if fault:
+            raise _error(fault)
+
+    def attend(
+        self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters
+    ) -> Tensor:
+        """q (tokens, query heads, k_dim) -> (tokens, query heads * v_dim) in q's dtype."""
+        assert isinstance(cache, CpuLayerCache) and (functions := _functions()) is not None
+        spec, queries = cache.spec, _strided(q)
+        tokens, heads, dim = queries.shape
+        assert dim == spec.k_dim and heads % spec.heads == 0, f"q {tuple(q.shape)} does not fit {spec}"
+        sinks = parameters.sinks
+        assert sinks is None or (sinks.dtype is torch.float32 and sinks.shape == (heads,)), "one sink a head"
+        view = _Batch(
+            batch.query_lengths.data_ptr(),
+            batch.context_lengths.data_ptr(),
+            batch.page_table.data_ptr(),
+            batch.page_table.stride(0),
+            len(batch.query_lengths),
+            tokens,
+        )
+        out = torch.empty(tokens, heads * spec.v_dim)
+        fault = functions.attend(
+            ctypes.byref(cache.view),
+            ctypes.byref(view),
+            queries.data_ptr(),
+            queries.stride(0),
+            heads,
+            parameters.scale,
+            parameters.softcap,
+            None if sinks is None else sinks.data_ptr(),
+            out.data_ptr(),
+        )
+        if fault:
+            raise _error(fault)
+        return out if q.dtype is torch.float32 else out.to(q.dtype)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """x (tokens, heads, dim) as float32 with contiguous heads: a view of a fused output stays one."""
+    if x.dtype is torch.float32 and x.stride(2) == 1 and x.stride(1) == x.shape[2]:
+        return x
+    return x.float().contiguous()
+
+
+def _error(fault: int) -> Exception:
+    if fault in _FAULTS:
+        return LowbitError("E0703", f"attention: {_FAULTS[fault]}")
+    return MemoryError("attention: no memory for the unmerged segments")

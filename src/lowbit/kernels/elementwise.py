@@ -1,0 +1,216 @@
+"""The small operations between matrix products: RMSNorm, gated activation, rotary embedding.
+
+float32 tensors on a CPU go to the native library, where a row's bits do not depend on the other rows or on
+the number of threads; everything else runs in torch, computing in float32 and rounding once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import native
+
+# Number of the activation in csrc/elementwise.cpp, and torch's function.
+_ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "silu": (0, functional.silu),
+    "gelu_tanh": (1, lambda x: functional.gelu(x, approximate="tanh")),
+    "gelu_pytorch_tanh": (1, lambda x: functional.gelu(x, approximate="tanh")),
+    "gelu": (2, functional.gelu),
+}
+
+_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+
+@dataclass(frozen=True)
+class _Functions:
+    """The native functions, with their argument types set."""
+
+    rms_norm: Callable[..., None]
+    add_rms_norm: Callable[..., None]
+    gated_activation: Callable[..., None]
+    rotary: Callable[..., int]
+
+
+@cache
+def _functions() -> _Functions | None:
+    library = native.library()
+    if library is None:
+        return None
+    row = (_POINTER, _LONG)  # a matrix: its address and the floats from row to row
+    declared = {
+        "rms_norm": (*row, _POINTER, _FLOAT, _LONG, _INT, *row),
+        "add_rms_norm": (*row, *row, _POINTER, _FLOAT, _LONG, _INT, *row),
+        "gated_activation": (*row, _INT, _LONG, _INT, *row),
+        "rotary": (*row, _INT, *row, _INT, _INT, _INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
+    }
+    found = {}
+    for name, arguments in declared.items():
+        found[name] = function = getattr(library, f"lowbit_{name}")
+        function.argtypes = arguments
+        function.restype = _INT if name == "rotary" else None
+    return _Functions(**found)
+
+
+def _native_for(x: Tensor) -> _Functions | None:
+    """The native functions where x is a float32 matrix on the CPU whose rows are contiguous."""
+    if x.is_cpu and x.dtype is torch.float32 and x.dim() == 2 and x.stride(1) == 1:
+        return _functions()
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last axis (Zhang and Sennrich, 2019). ``out`` may be x."""
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    functions = _native_for(x)
+    if functions is None or _native_for(out) is None:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+        return out.copy_(normed)
+    rows, width = x.shape
+    _check_weight(weight, width)
+    functions.rms_norm(
+        x.data_ptr(), x.stride(0), weight.data_ptr(), eps, rows, width, out.data_ptr(), out.stride(0)
+    )
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``residual += x`` in place, then its RMSNorm."""
+    functions = _native_for(x)
+    if functions is None or _native_for(residual) is None:
+        residual.add_(x)
+        return rms_norm(residual, weight, eps)
+    rows, width = residual.shape
+    _check_weight(weight, width)
+    assert x.shape == residual.shape, "a layer's output and the residual stream have one shape"
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    functions.add_rms_norm(
+        x.data_ptr(),
+        x.stride(0),
+        residual.data_ptr(),
+        residual.stride(0),
+        weight.data_ptr(),
+        eps,
+        rows,
+        width,
+        out.data_ptr(),
+        width,
+    )
+    return out
+
+
+def _check_weight(weight: Tensor, width: int) -> None:
+    assert weight.numel() == width and weight.dtype is torch.float32 and weight.is_contiguous(), (
+        "a norm's weight is float32 and as wide as what it normalizes"
+    )
+
+
+def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | None = None) -> Tensor:
+    """gate_up (tokens, 2 * width), gate first -> activation(gate) * up (tokens, width)."""
+    known = _ACTIVATIONS.get(activation)
+    if known is None:
+        raise LowbitError(
+            "E0242", f"activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+        )
+    number, function = known
+    width = gate_up.shape[-1] // 2
+    if out is None:
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
+    functions = _native_for(gate_up)
+    if functions is None or _native_for(out) is None:
+        gate, up = gate_up.float().chunk(2, -1)
+        return out.copy_(function(gate) * up)
+    functions.gated_activation(
+        gate_up.data_ptr(),
+        gate_up.stride(0),
+        number,
+        gate_up.shape[0],
+        width,
+        out.data_ptr(),
+        out.stride(0),
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """float32 (positions, rotary_dim / 2) cosines and sines of position times frequency."""
+
+    cosines: Tensor
+    sines: Tensor
+
+    @staticmethod
+    def build(frequencies: Tensor, positions: int, magnitude: float, device: torch.device) -> RotaryTable:
+        """``frequencies``: float32 (rotary_dim / 2,) radians a token; ``magnitude`` scales both tables.
+
+        Angles are float32 products, as in transformers, whose rounding models were trained with.
+        """
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies.float().cpu())
+        cosines, sines = angles.cos() * magnitude, angles.sin() * magnitude
+        return RotaryTable(cosines.to(device).contiguous(), sines.to(device).contiguous())
+
+
+def apply_rotary(
+    q: Tensor, k: Tensor, table: RotaryTable, positions: Tensor, interleaved: bool = False
+) -> None:
+    """Rotate q (tokens, heads, dim) and k (tokens, kv heads, dim) in place (RoFormer: Su et al., 2021).
+
+    The table's width says how many leading dimensions of a head turn: halves with each other, or with
+    ``interleaved`` neighbours. ``positions``: int32 (tokens,). q and k may be views of one fused output.
+    """
+    if not (_is_strided(q) and _is_strided(k) and (functions := _functions()) is not None):
+        _rotate(q, table, positions, interleaved)
+        _rotate(k, table, positions, interleaved)
+        return
+    tokens, q_heads, dim = q.shape
+    rows, half = table.cosines.shape
+    assert k.shape[0] == tokens and k.shape[2] == dim and 2 * half <= dim, "q, k and the table belong together"
+    assert positions.dtype is torch.int32 and positions.is_contiguous(), "positions are int32 and contiguous"
+    missing = functions.rotary(
+        q.data_ptr(),
+        q.stride(0),
+        q_heads,
+        k.data_ptr(),
+        k.stride(0),
+        k.shape[1],
+        dim,
+        2 * half,
+        table.cosines.data_ptr(),
+        table.sines.data_ptr(),
+        rows,
+        positions.data_ptr(),
+        tokens,
+        interleaved,
+    )
+    if missing:
+        raise LowbitError(
+            "E0703", f"a token's position is {int(positions.max())}, the rotary table has {rows} positions"
+        )
+
+
+def _is_strided(x: Tensor) -> bool:
+    """float32 on the CPU with contiguous heads, so that one number says where the next token is."""
+    return x.is_cpu and x.dtype is torch.float32 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+
+
+def _rotate(x: Tensor, table: RotaryTable, positions: Tensor, interleaved: bool) -> None:
+    rows = positions.long()
+    cosines, sines = table.cosines[rows].unsqueeze(1), table.sines[rows].unsqueeze(1)  # (tokens, 1, half)
+    half = cosines.shape[-1]
+    if interleaved:
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    else:
+        first, second = x[..., :half], x[..., half : 2 * half]
+    turned_first = first.float() * cosines - second.float() * sines
+    turned_second = second.float() * cosines + first.float() * sines
+    first.copy_(turned_first)
+    second.copy_(turned_second)

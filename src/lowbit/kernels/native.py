@@ -1,0 +1,152 @@
+"""The native library: which instruction set this CPU has, and the shared library built for it.
+
+One library for each of ``amx``, ``avx512`` (with VNNI, BF16 and VBMI) and ``avx2`` (with FMA and F16C), all
+from the same sources (csrc/), behind one plain C ABI. The best one the CPU has is loaded on first use;
+``LOWBIT_ISA`` names another (``scalar``: none, everything runs on torch). Tensors pass as addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+from lowbit.errors import LowbitError
+
+INSTRUCTION_SETS = ("amx", "avx512", "avx2")  # best first
+_NEEDED_FLAGS = {
+    "avx2": {"avx2", "fma", "f16c", "bmi2"},
+    "avx512": {
+        *("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
+        *("avx512_vnni", "avx512_bf16", "avx512vbmi"),
+    },
+}
+_NEEDED_FLAGS["amx"] = _NEEDED_FLAGS["avx512"] | {"amx_tile", "amx_bf16", "amx_int8"}
+_NEEDED_FLAGS["amx_emulated"] = _NEEDED_FLAGS["avx512"]  # AMX code with tiles in plain C++, for tests
+
+_SYSCALL_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """The features the kernel reports for this CPU; it leaves out those whose registers it does not save."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def has(isa: str) -> bool:
+    """Whether this CPU has the instruction set."""
+    return cpu_flags() >= _NEEDED_FLAGS[isa]
+
+
+def _directories() -> list[Path]:
+    """Where the libraries may lie: a development build, beside this package, in an editable install."""
+    found = [Path(__file__).parent.parent / "_native"]
+    if chosen := os.environ.get("LOWBIT_NATIVE_DIR"):
+        found.insert(0, Path(chosen))
+    try:
+        found.append(Path(str(importlib.metadata.distribution("lowbit").locate_file("lowbit/_native"))))
+    except importlib.metadata.PackageNotFoundError:
+        pass  # running from a source tree that is not installed
+    return found
+
+
+def _library_file(isa: str) -> Path | None:
+    for directory in _directories():
+        file = directory / f"liblowbit_{isa}.so"
+        if file.is_file():
+            return file
+    return None
+
+
+def _ask_for_tiles() -> bool:
+    """Linux lends a process the AMX tile registers only after it asks, before any thread uses them."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.syscall(_SYSCALL_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+
+
+@cache
+def isa() -> str:
+    """The instruction set in use: one of ``INSTRUCTION_SETS``, or ``scalar`` for none."""
+    wanted = os.environ.get("LOWBIT_ISA", "")
+    if wanted == "scalar":
+        return "scalar"
+    if wanted:
+        if wanted not in _NEEDED_FLAGS:
+            names = ", ".join((*INSTRUCTION_SETS, "scalar"))
+            raise LowbitError("E0411", f"LOWBIT_ISA={wanted} is no instruction set; known: {names}")
+        missing = sorted(_NEEDED_FLAGS[wanted] - cpu_flags())
+        if missing:
+            raise LowbitError(
+                "E0411", f"LOWBIT_ISA={wanted} but this CPU has no {', '.join(missing)}; unset LOWBIT_ISA"
+            )
+        if _library_file(wanted) is None:
+            raise LowbitError(
+                "E0411",
+                f"LOWBIT_ISA={wanted} but liblowbit_{wanted}.so was not built; install again with a compiler",
+            )
+        if wanted == "amx" and not _ask_for_tiles():
+            raise LowbitError("E0411", "LOWBIT_ISA=amx but the operating system refuses AMX tiles")
+        return wanted
+    for candidate in INSTRUCTION_SETS:
+        if has(candidate) and _library_file(candidate) and (candidate != "amx" or _ask_for_tiles()):
+            return candidate
+    return "scalar"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where lowbit runs on torch alone."""
+    chosen = isa()
+    if chosen == "scalar":
+        return None
+    loaded = ctypes.CDLL(str(_library_file(chosen)))
+    loaded.lowbit_set_threads.argtypes = (ctypes.c_int,)
+    loaded.lowbit_set_threads.restype = None
+    loaded.lowbit_threads.restype = ctypes.c_int
+    loaded.lowbit_set_threads(available_cores())
+    return loaded
+
+
+def available_cores() -> int:
+    """Cores this process may use: its affinity, cut by the cgroup's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+def set_threads(count: int) -> None:
+    """How many threads native kernels use, the caller included."""
+    loaded = library()
+    if loaded is not None:
+        loaded.lowbit_set_threads(count)
+
+
+def threads() -> int:
+    """Threads in use."""
+    loaded = library()
+    return 1 if loaded is None else int(loaded.lowbit_threads())
+
+
+def describe() -> str:
+    """One line for the start-up log: "native kernels: avx512, 2 threads", or why there are none."""
+    chosen = isa()
+    if chosen != "scalar":
+        return f"native kernels: {chosen}, {threads()} threads"
+    if os.environ.get("LOWBIT_ISA") == "scalar":
+        return "native kernels: none (LOWBIT_ISA=scalar); running on torch"
+    if not has("avx2"):
+        return "native kernels: none for this CPU (no AVX2); running on torch, much slower"
+    return "native kernels: not built (no C++ compiler at installation); running on torch, much slower"

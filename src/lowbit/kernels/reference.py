@@ -1,0 +1,110 @@
+"""Reference linear kernel: dequantize a slice of rows in torch and multiply. Any scheme, any device.
+
+The oracle of every other kernel and the slow, right path for what has no fast one. Codes stay bit-packed
+(at most 1.1 times the scheme's own bytes), and rows are dequantized in slices, so that memory stays near
+the packed size. Its matrix product is torch's: row results may differ in the last bit with the number of
+rows (architecture.md, "Sameness").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from lowbit.numerics.bit_packing import pack_bits, unpack_bits
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+SLICE_WEIGHTS = 1 << 24  # weights dequantized at once: 64 MiB of float32
+
+
+class Reference:
+    """See the module docstring."""
+
+    name = "reference"
+    computes = "as stored"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Never."""
+        return None
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """The canonical tensors themselves, codes packed to their bits."""
+        buffers = {"codes": self._packed_codes(weight)}
+        buffers |= {f"scale{i}": scale for i, scale in enumerate(weight.scales)}
+        buffers |= {f"offset{i}": offset for i, offset in enumerate(weight.offsets)}
+        if weight.zeros is not None:
+            buffers["zeros"] = weight.zeros
+        if weight.column_order is not None:
+            buffers["column_order"] = weight.column_order
+        # Detached from the mapped file: its pages must not be needed once loading is over.
+        owned = {name: buffer.to(device, copy=True).contiguous() for name, buffer in buffers.items()}
+        return PackedWeight(self, weight.scheme, weight.shape, owned, weight.origin)
+
+    @staticmethod
+    def _packed_codes(weight: QuantizedTensor) -> Tensor:
+        bits = weight.scheme.weight.bits
+        if weight.scheme.is_dense or weight.scheme.weight.block is not None or bits == 8:
+            return weight.codes
+        return pack_bits(weight.codes, int(bits))
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The canonical weight again."""
+        return self._with_codes(self._stored(packed))
+
+    @staticmethod
+    def _stored(packed: PackedWeight) -> QuantizedTensor:
+        """The buffers as a QuantizedTensor whose codes are still bit-packed: rows can be cut from it."""
+        buffers, levels = packed.buffers, range(len(packed.scheme.scales))
+        return QuantizedTensor(
+            packed.scheme,
+            packed.shape,
+            buffers["codes"],
+            tuple(buffers[f"scale{i}"] for i in levels),
+            buffers.get("zeros"),
+            tuple(buffers[f"offset{i}"] for i in levels if f"offset{i}" in buffers),
+            buffers.get("column_order"),
+            packed.origin,
+        )
+
+    @staticmethod
+    def _with_codes(stored: QuantizedTensor) -> QuantizedTensor:
+        scheme = stored.scheme
+        if scheme.is_dense or scheme.weight.block is not None or scheme.weight.bits == 8:
+            return stored
+        codes = unpack_bits(stored.codes, int(scheme.weight.bits), stored.shape[-1])
+        return replace(stored, codes=codes)
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) @ weight.T in x's dtype, a slice of rows at a time."""
+        rows = packed.shape[0]
+        if out is None:
+            out = x.new_empty(x.shape[0], rows)
+        stored, step = self._stored(packed), self._rows_at_once(packed)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            weight = self._with_codes(stored.rows(start, stop)).dequantize().to(x.dtype)
+            out[:, start:stop] = functional.linear(x, weight)
+        return out
+
+    @staticmethod
+    def _rows_at_once(packed: PackedWeight) -> int:
+        """Rows a slice may have: whole blocks of every scale level, at least one."""
+        rows, columns = packed.shape
+        whole = max((block_rows for block_rows, _ in packed.scheme.blocks), default=1) or 1
+        if packed.scheme.flattened:
+            block = packed.scheme.blocks[0][1]
+            whole = block // math.gcd(block, columns)
+        return min(max(SLICE_WEIGHTS // columns // whole, 1) * whole, rows)
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in)."""
+        if packed.scheme.flattened or any(rows > 1 for rows, _ in packed.scheme.blocks):
+            return self.unpack(packed).dequantize()[ids.long()]
+        wanted = self._stored(packed).permute_rows(ids.long())  # rows stand alone: decode only these
+        return self._with_codes(replace(wanted, shape=(len(ids), packed.shape[1]))).dequantize()

@@ -1,0 +1,31 @@
+"""WeightLoader: how a model family asks for its weights, without knowing files, formats or kernels.
+
+``loading`` implements it twice: once to load, once to plan (``lowbit inspect``); a family's ``build`` is
+one description that serves both.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowbit.layers.linear import Embedding, Linear, Part
+
+
+class WeightLoader(Protocol):
+    """``activation_dtype``: what flows between layers; ``cache_dtype``: K and V in the cache."""
+
+    device: torch.device
+    activation_dtype: torch.dtype
+    cache_dtype: torch.dtype
+
+    def linear(self, name: str, parts: list[Part]) -> Linear:
+        """The parts' rows one below another, fused where their schemes allow it."""
+
+    def embedding(self, part: Part) -> Embedding:
+        """A matrix looked up by row."""
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """float32 (size,): a norm's weight, by its tensor's canonical name."""

@@ -1,0 +1,217 @@
+"""The decoder: pre-norm blocks of rotary GQA attention and a gated MLP.
+
+One class for every family of this shape (``families.py``); what differs is in ``ModelConfig``. Weights
+arrive through a ``WeightLoader``, so that one ``build`` serves loading, planning, every format and kernel.
+Sources: Touvron et al., 2023 (Llama), Ainslie et al., 2023 (GQA), Su et al., 2021 (RoPE).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from lowbit.kernels.elementwise import (
+    RotaryTable,
+    add_rms_norm,
+    apply_rotary,
+    gated_activation,
+    rms_norm,
+)
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
+from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.layers.rotary import RopeScaling, rotary_frequencies
+from lowbit.layers.weight_loader import WeightLoader
+from lowbit.models.config import ModelConfig
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of one layer. Norms are float32 (hidden,), Q/K norms (head_dim,)."""
+
+    attention_norm: Tensor
+    qkv: Linear  # (heads + 2 * kv_heads) * head_dim rows
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear  # 2 * intermediate rows
+    down: Linear
+    rotary: RotaryTable
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    attention_post_norm: Tensor | None = None
+    mlp_post_norm: Tensor | None = None
+
+
+class Decoder:
+    """A loaded decoder; see ``models.model.Model``."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        loader: WeightLoader,
+        embedding: Embedding,
+        blocks: list[Block],
+        final_norm: Tensor,
+        head: Linear,
+    ) -> None:
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.context_length = config.context_length
+        self.device = loader.device
+        self.embedding = embedding
+        self.blocks = blocks
+        self.final_norm = final_norm
+        self.head = head
+        self.cache_dtype = loader.cache_dtype
+        scale = config.attention_scale or config.head_dim**-0.5
+        self.attention = AttentionParameters(scale=scale, softcap=config.attention_softcap)
+
+    def cache_specs(self) -> list[CacheSpec]:
+        """Every layer caches all its K/V heads; some look back through a window only."""
+        c = self.config
+        windows = c.windows or (0,) * c.layers
+        return [
+            CacheSpec("paged", c.kv_heads, c.head_dim, c.head_dim, self.cache_dtype, window)
+            for window in windows
+        ]
+
+    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+        """float32 (sample rows, vocabulary)."""
+        config, eps = self.config, self.config.rms_norm_eps
+        residual = self.embedding(batch.tokens)  # (tokens, hidden)
+        if config.embedding_scale != 1.0:
+            residual = residual * config.embedding_scale
+        hidden = rms_norm(residual, self.blocks[0].attention_norm, eps)
+        following = [block.attention_norm for block in self.blocks[1:]] + [self.final_norm]
+        for block, cache, next_norm in zip(self.blocks, caches, following, strict=True):
+            attended = block.output(self._attend(block, cache, hidden, batch))
+            if block.attention_post_norm is not None:
+                attended = rms_norm(attended, block.attention_post_norm, eps)
+            hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
+            mixed = block.down(gated_activation(block.gate_up(hidden), config.activation))
+            if block.mlp_post_norm is not None:
+                mixed = rms_norm(mixed, block.mlp_post_norm, eps)
+            hidden = add_rms_norm(mixed, residual, next_norm, eps)
+        logits = self.head(hidden[batch.sample_rows]).float()
+        if config.logit_softcap:
+            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        return logits
+
+    def _attend(self, block: Block, cache: LayerCache, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+        """(tokens, heads * head_dim): attention before its output projection."""
+        config = self.config
+        heads = block.qkv(hidden).view(-1, config.heads + 2 * config.kv_heads, config.head_dim)
+        q, k, v = heads.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+        if block.q_norm is not None and block.k_norm is not None:
+            q = _norm_heads(q, block.q_norm, config.rms_norm_eps)
+            k = _norm_heads(k, block.k_norm, config.rms_norm_eps)
+        apply_rotary(q, k, block.rotary, batch.positions)
+        cache.kernel.write(cache, k, v, batch)
+        return cache.kernel.attend(q, cache, batch, self.attention)
+
+
+def _norm_heads(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of every head of (tokens, heads, head_dim)."""
+    return rms_norm(heads.reshape(-1, heads.shape[-1]), weight, eps).view(heads.shape)
+
+
+def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
+    """Ask ``loader`` for every weight of the model, in the order of the layers."""
+    if config.activation not in ACTIVATIONS:
+        raise LowbitError(
+            "E0242",
+            f"config.json: activation {config.activation!r} is not supported; "
+            f"supported: {', '.join(ACTIVATIONS)}",
+        )
+    embedding = loader.embedding(Part("model.embed_tokens", (config.vocab_size, config.hidden_size)))
+    tables = _rotary_tables(config, loader)
+    blocks = [
+        _block(config, loader, f"model.layers.{n}", tables[bool(config.windows and config.windows[n])])
+        for n in range(config.layers)
+    ]
+    final_norm = _norm(config, loader, "model.norm.weight")
+    if config.tied_head:
+        head = embedding.as_head()
+    else:
+        head = loader.linear("lm_head", [Part("lm_head", (config.vocab_size, config.hidden_size))])
+    return Decoder(config, loader, embedding, blocks, final_norm, head)
+
+
+def _rotary_tables(config: ModelConfig, loader: WeightLoader) -> tuple[RotaryTable, RotaryTable]:
+    """The tables of layers without and with a window."""
+    divisors = None
+    if config.rope_scaling.kind == "table":
+        divisors = loader.vector(config.rope_scaling.tensor, config.rotary_dim // 2)
+    frequencies, magnitude = rotary_frequencies(
+        config.rotary_dim, config.rope_theta, config.rope_scaling, divisors
+    )
+    table = RotaryTable.build(frequencies, config.context_length, magnitude, loader.device)
+    if config.local_rope_theta is None:
+        return table, table
+    local, _ = rotary_frequencies(config.rotary_dim, config.local_rope_theta, RopeScaling())
+    return table, RotaryTable.build(local, config.context_length, 1.0, loader.device)
+
+
+def _norm(config: ModelConfig, loader: WeightLoader, name: str, size: int = 0) -> Tensor:
+    return loader.vector(name, size or config.hidden_size) + config.norm_offset
+
+
+def _block(config: ModelConfig, loader: WeightLoader, prefix: str, rotary: RotaryTable) -> Block:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    q_rows = config.heads * config.head_dim
+    before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+
+    def head_norm(name: str) -> Tensor | None:
+        return (
+            _norm(config, loader, f"{attention}.{name}.weight", config.head_dim) if config.qk_norm else None
+        )
+
+    def post_norm(name: str) -> Tensor | None:
+        return _norm(config, loader, f"{prefix}.{name}.weight") if config.post_norms else None
+
+    return Block(
+        attention_norm=_norm(config, loader, f"{prefix}.input_layernorm.weight"),
+        qkv=loader.linear(f"{attention}.qkv_proj", _qkv_parts(config, attention)),
+        output=loader.linear(
+            f"{attention}.o_proj",
+            [Part(f"{attention}.o_proj", (hidden, q_rows), bias=config.output_bias)],
+        ),
+        mlp_norm=_norm(config, loader, f"{prefix}.{before_mlp}.weight"),
+        gate_up=loader.linear(f"{mlp}.gate_up_proj", _gate_up_parts(config, mlp)),
+        down=loader.linear(
+            f"{mlp}.down_proj", [Part(f"{mlp}.down_proj", (hidden, inner), bias=config.mlp_bias)]
+        ),
+        rotary=rotary,
+        q_norm=head_norm("q_norm"),
+        k_norm=head_norm("k_norm"),
+        attention_post_norm=post_norm("post_attention_layernorm"),
+        mlp_post_norm=post_norm("post_feedforward_layernorm"),
+    )
+
+
+def _qkv_parts(config: ModelConfig, attention: str) -> list[Part]:
+    q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    hidden, bias = config.hidden_size, config.qkv_bias
+    if config.fused_parts:
+        return [Part(f"{attention}.qkv_proj", (q_rows + 2 * kv_rows, hidden), bias=bias)]
+    return [
+        Part(f"{attention}.q_proj", (q_rows, hidden), rotary_heads=config.heads, bias=bias),
+        Part(f"{attention}.k_proj", (kv_rows, hidden), rotary_heads=config.kv_heads, bias=bias),
+        Part(f"{attention}.v_proj", (kv_rows, hidden), bias=bias),
+    ]
+
+
+def _gate_up_parts(config: ModelConfig, mlp: str) -> list[Part]:
+    inner, hidden = config.intermediate_size, config.hidden_size
+    if config.fused_parts:
+        return [Part(f"{mlp}.gate_up_proj", (2 * inner, hidden), bias=config.mlp_bias)]
+    return [
+        Part(f"{mlp}.gate_proj", (inner, hidden), bias=config.mlp_bias),
+        Part(f"{mlp}.up_proj", (inner, hidden), bias=config.mlp_bias),
+    ]

@@ -1,0 +1,166 @@
+"""The families the decoder serves: how each spells its config, its tensors and its rows.
+
+Llama (Touvron et al., 2023; Grattafiori et al., 2024), Mistral (Jiang et al., 2023), Qwen2 and Qwen3 (Yang
+et al., 2024, 2025), Gemma 2 and 3 (Gemma Team, 2024, 2025), Phi-3 (Abdin et al., 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.models.config import (
+    ConfigKeys,
+    ModelConfig,
+    base_config,
+    gguf_keys,
+    json_keys,
+    rope_keys,
+)
+from lowbit.models.decoder import build
+from lowbit.models.registry import Family
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "rope_freqs": "rope_freqs",
+    "rope_factors_long": "rope_factors_long",
+    "rope_factors_short": "rope_factors_short",
+    "model.layers.{n}.input_layernorm": "blk.{n}.attn_norm",
+    "model.layers.{n}.self_attn.q_proj": "blk.{n}.attn_q",
+    "model.layers.{n}.self_attn.k_proj": "blk.{n}.attn_k",
+    "model.layers.{n}.self_attn.v_proj": "blk.{n}.attn_v",
+    "model.layers.{n}.self_attn.qkv_proj": "blk.{n}.attn_qkv",
+    "model.layers.{n}.self_attn.q_norm": "blk.{n}.attn_q_norm",
+    "model.layers.{n}.self_attn.k_norm": "blk.{n}.attn_k_norm",
+    "model.layers.{n}.self_attn.o_proj": "blk.{n}.attn_output",
+    "model.layers.{n}.post_attention_layernorm": "blk.{n}.ffn_norm",
+    "model.layers.{n}.mlp.gate_proj": "blk.{n}.ffn_gate",
+    "model.layers.{n}.mlp.up_proj": "blk.{n}.ffn_up",
+    "model.layers.{n}.mlp.gate_up_proj": "blk.{n}.ffn_up",  # Phi-3 keeps gate and up in one matrix
+    "model.layers.{n}.mlp.down_proj": "blk.{n}.ffn_down",
+}
+GEMMA_GGUF_NAMES = GGUF_NAMES | {
+    "model.layers.{n}.post_attention_layernorm": "blk.{n}.post_attention_norm",
+    "model.layers.{n}.pre_feedforward_layernorm": "blk.{n}.ffn_norm",
+    "model.layers.{n}.post_feedforward_layernorm": "blk.{n}.post_ffw_norm",
+}
+UNUSED = (
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",  # a buffer old exports kept
+    r"blk\.\d+\.attn_rot_embd\.weight",
+    r"rope_factors_(long|short)\.weight",  # one of the two is used
+)
+
+
+def _llama(header: CheckpointHeader) -> ModelConfig:
+    config = base_config(header)
+    if header.container == "gguf":
+        return config
+    keys = json_keys(header)
+    bias = keys.flag("attention_bias", False)
+    return replace(config, qkv_bias=bias, output_bias=bias, mlp_bias=keys.flag("mlp_bias", False))
+
+
+def _mistral(header: CheckpointHeader) -> ModelConfig:
+    config, keys = base_config(header), json_keys(header)
+    return replace(config, windows=_windows(keys, config.layers, everywhere=True))
+
+
+def _qwen2(header: CheckpointHeader) -> ModelConfig:
+    config = base_config(header)
+    if header.container == "gguf":
+        return config
+    keys = json_keys(header)
+    windows = _windows(keys, config.layers) if keys.flag("use_sliding_window", False) else ()
+    return replace(config, qkv_bias=True, windows=windows)
+
+
+def _qwen3(header: CheckpointHeader) -> ModelConfig:
+    config = base_config(header)
+    if header.container == "gguf":
+        return replace(config, qk_norm=True)
+    keys = json_keys(header)
+    bias = keys.flag("attention_bias", False)
+    windows = _windows(keys, config.layers) if keys.flag("use_sliding_window", False) else ()
+    return replace(config, qkv_bias=bias, output_bias=bias, qk_norm=True, windows=windows)
+
+
+def _windows(keys: ConfigKeys, layers: int, everywhere: bool = False) -> tuple[int, ...]:
+    """Each layer's window from ``layer_types``, or as the family's older configs imply it."""
+    if not keys.has("sliding_window"):
+        return ()
+    window = keys.size("sliding_window")
+    types = keys.values.get("layer_types")
+    if isinstance(types, list) and len(types) == layers:
+        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    if everywhere:
+        return (window,) * layers
+    first = keys.size("max_window_layers", layers) if keys.values.get("max_window_layers") else 0
+    return tuple(window if n >= first else 0 for n in range(layers))
+
+
+def _gemma(header: CheckpointHeader, period: int) -> ModelConfig:
+    """Gemma 2 and 3; every ``period``-th layer sees all tokens, the others a window."""
+    config = base_config(header)
+    config = replace(config, post_norms=True, tied_head=True, embedding_scale=math.sqrt(config.hidden_size))
+    if header.container == "gguf":
+        keys = gguf_keys(header)
+        # GGUF says nothing of the query scale: 1/sqrt(head_dim) but for Gemma 2 27B.
+        scale = (config.hidden_size / config.heads) ** -0.5 if config.layers == 46 else None
+        names = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
+        activation = "gelu_pytorch_tanh"
+    else:
+        keys = json_keys(header)
+        scale = keys.number("query_pre_attn_scalar", config.head_dim) ** -0.5
+        names = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
+        activation = config.activation
+        config = replace(config, norm_offset=1.0, tied_head=keys.flag("tie_word_embeddings", True))
+    window = keys.size(names[2], 4096)
+    types = keys.values.get("layer_types")
+    if not (isinstance(types, list) and len(types) == config.layers):
+        types = ["full_attention" if n % period == period - 1 else "" for n in range(config.layers)]
+    return replace(
+        config,
+        activation=activation,
+        attention_scale=scale,
+        attention_softcap=keys.number(names[0], 0.0),
+        logit_softcap=keys.number(names[1], 0.0),
+        windows=tuple(0 if kind == "full_attention" else window for kind in types),
+    )
+
+
+def _gemma2(header: CheckpointHeader) -> ModelConfig:
+    return _gemma(header, period=2)
+
+
+def _gemma3(header: CheckpointHeader) -> ModelConfig:
+    period = 6
+    local_theta = 10000.0
+    if header.container != "gguf":
+        keys = json_keys(header)
+        period = keys.size("sliding_window_pattern", keys.size("_sliding_window_pattern", 6))
+        local = rope_keys(keys, "sliding_attention")
+        local_theta = keys.number("rope_local_base_freq", local.number("rope_theta", 10000.0))
+    config = _gemma(header, period)
+    theta = 1e6 if header.container == "gguf" and "gemma3.rope.freq_base" not in header.metadata else 0
+    return replace(config, qk_norm=True, local_rope_theta=local_theta, rope_theta=theta or config.rope_theta)
+
+
+def _phi3(header: CheckpointHeader) -> ModelConfig:
+    config = replace(base_config(header), fused_parts=True)
+    keys = gguf_keys(header) if header.container == "gguf" else json_keys(header)
+    name = "attention.sliding_window" if header.container == "gguf" else "sliding_window"
+    window = keys.size(name) if keys.has(name) else 0
+    windows = (window,) * config.layers if 0 < window < config.context_length else ()
+    return replace(config, windows=windows)
+
+
+LLAMA = Family("llama", _llama, build, GGUF_NAMES, True, UNUSED)
+MISTRAL = Family("mistral", _mistral, build, GGUF_NAMES, True, UNUSED)
+QWEN2 = Family("qwen2", _qwen2, build, GGUF_NAMES, False, UNUSED)
+QWEN3 = Family("qwen3", _qwen3, build, GGUF_NAMES, False, UNUSED)
+GEMMA2 = Family("gemma2", _gemma2, build, GEMMA_GGUF_NAMES, False, UNUSED)
+GEMMA3 = Family("gemma3", _gemma3, build, GEMMA_GGUF_NAMES, False, UNUSED)
+PHI3 = Family("phi3", _phi3, build, GGUF_NAMES, False, UNUSED)

@@ -1,0 +1,65 @@
+"""Architecture names -> model families. A family's module is imported when one of its names is met."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError, printable
+from lowbit.layers.weight_loader import WeightLoader
+from lowbit.models.config import ModelConfig, architecture_of
+from lowbit.models.model import Model
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular to a family.
+
+    ``gguf_names``: canonical tensor stem -> GGUF stem, ``{n}`` standing for the layer number.
+    ``gguf_rotates_pairs``: whether GGUF stores its Q/K rows as adjacent rotary pairs (formats.md 2.7.4).
+    ``unused``: regular expressions of tensor names a checkpoint may hold and the model does not use.
+    """
+
+    name: str
+    read_config: Callable[[CheckpointHeader], ModelConfig]
+    build: Callable[[ModelConfig, WeightLoader], Model]
+    gguf_names: dict[str, str]
+    gguf_rotates_pairs: bool
+    unused: tuple[str, ...] = field(default=())
+
+
+# Architecture -> (module of this package, its Family).
+MODULES = {
+    "LlamaForCausalLM": ("families", "LLAMA"),
+    "llama": ("families", "LLAMA"),
+}
+
+
+def supported_architectures() -> list[str]:
+    """Every architecture name a checkpoint may carry."""
+    return sorted(MODULES)
+
+
+def family_of(header: CheckpointHeader) -> Family:
+    """The family that implements the checkpoint's architecture, or E0240/E0241."""
+    name = architecture_of(header)
+    if name in MODULES:
+        module, attribute = MODULES[name]
+        family: Family = getattr(importlib.import_module(f"lowbit.models.{module}"), attribute)
+        return family
+    shown = printable(repr(name))
+    if "auto_map" in header.config:
+        raise LowbitError(
+            "E0240",
+            f"config.json asks for custom code (auto_map); lowbit never runs code from a model. "
+            f"Architecture {shown} is not built in (see: lowbit models)",
+        )
+    close = difflib.get_close_matches(name, MODULES, n=3, cutoff=0.75)
+    raise LowbitError(
+        "E0241",
+        f"architecture {shown} is not supported; closest supported: {', '.join(close) or 'none'}. "
+        "See: lowbit models",
+    )

@@ -1,0 +1,226 @@
+"""POST /v1/chat/completions: messages through the checkpoint's template, tokens back as deltas.
+
+What messages contain never becomes a control token: the template's ``render`` sees to that. Its output has
+the special tokens already, so nothing adds a second BOS.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from lowbit.engine.messages import TokenEvent, TokenLogprob
+from lowbit.errors import LowbitError, printable, thousands
+from lowbit.server import protocol
+from lowbit.server.api_error import bad_request
+from lowbit.server.generation import (
+    Generation,
+    Output,
+    TokenNames,
+    check_fit,
+    collect,
+    created,
+    relay,
+    salt_of,
+)
+from lowbit.server.http import Exchange
+from lowbit.server.protocol import ChatRequest, StreamOptions, TokenizeRequest
+
+if TYPE_CHECKING:
+    from lowbit.server.app import App
+
+_ROLES = {"system", "user", "assistant", "tool", "developer"}
+_MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
+# What the openai client writes when an answer is sent back as history, and SDKs' cache hints.
+_MESSAGE_IGNORED = {"refusal", "audio", "annotations", "function_call", "cache_control", "id", "prefix"}
+_RESERVED_VARIABLES = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
+
+
+def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, object]]:
+    """The messages in the form templates expect: plain text contents, parsed tool arguments."""
+    if not messages:
+        raise bad_request("empty_messages", "messages is an empty list", "messages")
+    if len(messages) > protocol.MAX_MESSAGES:
+        text = f"{thousands(len(messages))} messages; limit {thousands(protocol.MAX_MESSAGES)}"
+        raise bad_request("too_many_messages", text, "messages")
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _message(message: dict[str, Any], where: str) -> dict[str, object]:
+    given = {name: value for name, value in message.items() if value is not None}
+    for name in given.keys() - _MESSAGE_FIELDS - _MESSAGE_IGNORED:
+        raise bad_request("unknown_field", f"unknown field '{where}.{printable(name)}'", where)
+    role = given.get("role")
+    if role not in _ROLES:
+        choices = ", ".join(sorted(_ROLES))
+        raise bad_request(
+            "invalid_role", f"{where}.role must be one of {choices}; got {protocol.shown(role)}", where
+        )
+    if "content" not in given and not (role == "assistant" and given.get("tool_calls")):
+        raise bad_request("missing_field", f"'{where}.content' is missing", where)
+    result: dict[str, object] = {name: given[name] for name in given.keys() & _MESSAGE_FIELDS}
+    for name in result.keys() - {"content", "tool_calls"}:
+        if not isinstance(result[name], str):
+            raise bad_request("invalid_type", f"{where}.{name} must be a string", f"{where}.{name}")
+    # Few templates know OpenAI's newer name of the system role.
+    result["role"] = "system" if role == "developer" else role
+    result["content"] = _content(given.get("content", ""), f"{where}.content")
+    if "tool_calls" in given:
+        result["tool_calls"] = _tool_calls(given["tool_calls"], f"{where}.tool_calls")
+    return result
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_request("invalid_type", f"{where} must be a string or a list of parts", where)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            text = f"{where}[{index}] is of type {protocol.shown(kind)}; this model reads text parts only"
+            raise bad_request("unsupported_content", text, where)
+        if not isinstance(part.get("text"), str):
+            raise bad_request("missing_field", f"'{where}[{index}].text' is missing", where)
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, object]]:
+    """Tool calls with their arguments as objects: templates print them with ``tojson``."""
+    if not isinstance(calls, list) or len(calls) > protocol.MAX_TOOLS:
+        raise bad_request(
+            "invalid_type", f"{where} must be a list of at most {protocol.MAX_TOOLS} calls", where
+        )
+    result = []
+    for index, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise bad_request("invalid_type", f"{where}[{index}] must have a 'function' with a name", where)
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                text = f"{where}[{index}].function.arguments is not JSON"
+                raise bad_request("invalid_json", text, where) from None
+        result.append({**call, "function": {**function, "arguments": arguments}})
+    return result
+
+
+async def render(
+    app: App, request: ChatRequest | TokenizeRequest, messages: list[dict[str, Any]]
+) -> list[int]:
+    """Token ids of the conversation."""
+    template = app.text.require_template()
+    variables = request.chat_template_kwargs
+    for name in variables.keys() & _RESERVED_VARIABLES:
+        text = f"chat_template_kwargs may not set '{name}'"
+        raise bad_request("invalid_request", text, "chat_template_kwargs")
+    if request.continue_final_message and messages and messages[-1].get("role") != "assistant":
+        text = "continue_final_message needs a last message of role 'assistant'"
+        raise bad_request("invalid_request", text, "continue_final_message")
+    prepared = template_messages(messages)
+    tools = protocol.tool_list(request) if isinstance(request, ChatRequest) else request.tools or None
+
+    def work() -> list[int]:
+        return template.render(
+            prepared,
+            tools=tools,
+            add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
+            continue_final_message=request.continue_final_message,
+            variables=dict(variables) or None,
+        )
+
+    seconds = app.limits.template_seconds + app.limits.tokenize_seconds
+    try:
+        return await app.workers.run(seconds, "the chat template", work)
+    except LowbitError as error:
+        raise bad_request("chat_template_error", error.message, "messages") from None
+
+
+async def chat_completions(app: App, exchange: Exchange) -> None:
+    """The endpoint."""
+    document = await exchange.read_json()
+    request = protocol.read(document, ChatRequest)
+    app.check_model(request.model)
+    ready = app.client.require_ready()
+    if request.top_logprobs and not request.logprobs:
+        raise bad_request("invalid_request", "top_logprobs needs logprobs: true", "top_logprobs")
+    max_tokens = (
+        request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    )
+    sampling = protocol.sampling_params(
+        request,
+        app.text.defaults,
+        ready.vocab_size,
+        max_tokens=max_tokens,
+        logprobs=request.top_logprobs if request.logprobs else None,
+    )
+    ids = await render(app, request, request.messages)
+    check_fit(ready, len(ids), max_tokens, "messages")
+    identity = app.new_id("chatcmpl")
+    salt = salt_of(exchange, request.cache_salt)
+    generation = Generation.plan(identity, [tuple(ids)], app.seeded(sampling), request.n, salt)
+    names = TokenNames(app.text.tokenizer, request.return_tokens_as_token_ids)
+    envelope: dict[str, object] = {"id": identity, "created": created(), "model": app.model_name}
+    if request.stream:
+        envelope["object"] = "chat.completion.chunk"
+        options = request.stream_options or StreamOptions()
+
+        def chunk(index: int, event: TokenEvent, output: Output) -> dict[str, object] | None:
+            return _chunk(index, event, output, names if request.logprobs else None)
+
+        await relay(app.client, generation, exchange, chunk, envelope, options)
+        return
+    await collect(app.client, generation, exchange)
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(output.text), "refusal": None},
+            "logprobs": _logprobs(output.logprobs, names) if request.logprobs else None,
+            "finish_reason": output.finish_reason,
+            "matched_stop": output.matched_stop,
+        }
+        for index, output in enumerate(generation.outputs)
+    ]
+    envelope |= {"object": "chat.completion", "choices": choices, "usage": generation.usage()}
+    await exchange.send_json(envelope)
+
+
+def _chunk(
+    index: int, event: TokenEvent, output: Output, names: TokenNames | None
+) -> dict[str, object] | None:
+    """A choice of a chunk; None where there is nothing to tell (half a character is waiting)."""
+    delta: dict[str, object] = {}
+    if not output.begun:
+        output.begun = True
+        delta = {"role": "assistant", "content": event.text}
+    elif event.text:
+        delta = {"content": event.text}
+    shows_logprobs = names is not None and bool(event.logprobs)
+    if not delta and event.finish_reason is None and not shows_logprobs:
+        return None
+    choice: dict[str, object] = {
+        "index": index,
+        "delta": delta,
+        "logprobs": _logprobs(event.logprobs, names) if names is not None and event.logprobs else None,
+        "finish_reason": event.finish_reason,
+    }
+    if event.finish_reason is not None:
+        choice["matched_stop"] = event.matched_stop
+    return choice
+
+
+def _logprobs(
+    logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...], names: TokenNames
+) -> dict[str, object]:
+    content = [
+        {
+            **names.entry(item.token, item.logprob),
+            "top_logprobs": [names.entry(token, logprob) for token, logprob in item.top],
+        }
+        for item in logprobs
+    ]
+    return {"content": content, "refusal": None}

@@ -1,0 +1,56 @@
+"""Is it alive, is it ready, does it generate?
+
+/health, /livez     the process answers (200 also while the model loads)
+/readyz             requests are served: 200, else 503 with the reason
+/health_generate    one real token came out of the engine
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from lowbit.engine.messages import SamplingParams
+from lowbit.server.api_error import ApiError
+from lowbit.server.generation import Generation
+from lowbit.server.http import Exchange
+
+if TYPE_CHECKING:
+    from lowbit.server.app import App
+
+
+async def health(app: App, exchange: Exchange) -> None:
+    """The process is alive; what it is doing is said, not judged."""
+    await exchange.send_json({"status": "draining" if app.draining else app.client.state})
+
+
+async def ready(app: App, exchange: Exchange) -> None:
+    """Whether to send requests here."""
+    if app.draining:
+        raise ApiError(503, "draining", "the server is shutting down")
+    app.client.require_ready()
+    if app.client.hung:
+        raise ApiError(503, "engine_hung", "the engine has not answered for a while")
+    await exchange.send_json({"status": "ready"})
+
+
+async def generate(app: App, exchange: Exchange) -> None:
+    """One token, through the whole engine."""
+    app.client.require_ready()
+    tokenizer = app.text.tokenizer
+    prompt = (tokenizer.bos_id if tokenizer.bos_id is not None else 0,)
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    # A salt of its own: the probe must compute, not read the prefix cache.
+    generation = Generation.plan(app.new_id("health"), [prompt], sampling, 1, app.new_id("health"))
+    stream = app.client.open(generation.requests)
+    try:
+        async with asyncio.timeout(app.limits.health_seconds):
+            while stream.unfinished or stream.has_news:
+                for index, event in await stream.next(1.0):
+                    generation.add(index, event, exchange.request_id)
+    except TimeoutError:
+        text = f"no token within {app.limits.health_seconds:g} s"
+        raise ApiError(503, "health_timeout", text) from None
+    finally:
+        stream.close()
+    await exchange.send_json({"status": "ok", "completion_tokens": generation.outputs[0].completion_tokens})

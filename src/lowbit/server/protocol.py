@@ -1,0 +1,448 @@
+"""What a request may say: the fields of the OpenAI API that lowbit honours, and the bounds of each.
+
+Every field of a body is in exactly one of four places:
+
+    a struct below     honoured; type by msgspec, numbers by NUMBERS
+    IGNORED            known to OpenAI, SGLang or vLLM, without effect on the answer here
+    UNSUPPORTED        known, but ignoring it would change what the client asked for: 400 unless harmless
+    nowhere            400 ``unknown_field`` with the nearest name
+
+``null`` means "not given", as in the OpenAI API.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from lowbit.engine.messages import SamplingParams
+from lowbit.errors import printable, thousands
+from lowbit.server.api_error import bad_request
+from lowbit.server.strict_json import MAX_DEPTH, Document, depth_exceeds
+
+MAX_CHOICES = 8
+MAX_PROMPTS = 2048
+MAX_MESSAGES = 2048
+MAX_TOOLS = 128
+MAX_TOOL_BYTES = 64 * 1024
+MAX_TOOL_DEPTH = 32
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+MAX_STOP_IDS = 256
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
+_MAX_COUNT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """The closed interval of a number, and whether it must be whole."""
+
+    low: float
+    high: float
+    whole: bool = False
+
+
+NUMBERS: dict[str, Range] = {
+    "temperature": Range(0, 2),
+    "top_p": Range(0, 1),
+    "min_p": Range(0, 1),
+    "top_k": Range(-1, _MAX_COUNT, whole=True),
+    "repetition_penalty": Range(0.01, 10),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "seed": Range(-(2**63), 2**63 - 1, whole=True),
+    "max_tokens": Range(0, _MAX_COUNT, whole=True),
+    "max_completion_tokens": Range(1, _MAX_COUNT, whole=True),
+    "min_tokens": Range(0, _MAX_COUNT, whole=True),
+    "n": Range(1, MAX_CHOICES, whole=True),
+    "top_logprobs": Range(0, MAX_LOGPROBS, whole=True),
+}
+_COMPLETION_NUMBERS = {**NUMBERS, "logprobs": Range(0, MAX_LOGPROBS, whole=True)}
+_CHAT_NUMBERS = {**NUMBERS, "max_tokens": Range(1, _MAX_COUNT, whole=True)}
+
+# Accepted and without effect on the answer: bookkeeping, hints about speed, choices with one possible value.
+IGNORED = frozenset(
+    {
+        *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "prediction", "verbosity", "reasoning_effort", "include_reasoning"),
+        *("separate_reasoning", "stream_reasoning", "spaces_between_special_tokens", "priority"),
+        *("request_id", "rid", "custom_labels", "parallel_tool_calls", "data_parallel_rank"),
+        *("bootstrap_host", "bootstrap_port", "bootstrap_room"),
+    }
+)
+_GRAMMARS = {
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+    *("json_schema", "regex", "ebnf", "structural_tag", "grammar"),
+}
+
+# field -> (values that ask for nothing, why the others are refused). Empty lists and objects ask for nothing.
+UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "response_format": (
+        ({"type": "text"},),
+        "structured output is not supported yet; ask for JSON in the prompt and check the answer",
+    ),
+    "best_of": ((1,), "best_of is not offered; use n and choose yourself"),
+    "suffix": (("",), "inserting text before a suffix is not supported"),
+    "modalities": ((["text"],), "this server answers with text only"),
+    "audio": ((), "this server answers with text only"),
+    "functions": ((), "'functions' is the old name; use 'tools'"),
+    "function_call": (("none", "auto"), "'function_call' is the old name; use 'tool_choice'"),
+    "web_search_options": ((), "there is no web search here"),
+    "chat_template": (
+        (),
+        "a chat template never comes from a request; start the server with --chat-template",
+    ),
+    "echo": ((False,), "the messages are not repeated; you have them"),
+    "add_special_tokens": ((False,), "the chat template decides about special tokens"),
+    "documents": ((), "documents are not supported; put their text into the messages"),
+    "prompt_logprobs": ((), "use 'echo' with 'logprobs' of /v1/completions"),
+    "truncate_prompt_tokens": ((), "prompts are not truncated; shorten the prompt"),
+    "allowed_token_ids": ((), "use 'logit_bias' instead"),
+    "bad_words": ((), "use 'logit_bias' instead"),
+    "length_penalty": ((1,), "beam search is not supported"),
+    "use_beam_search": ((False,), "beam search is not supported"),
+    "stop_regex": ((), "use 'stop' with plain strings"),
+    "lora_path": ((), "LoRA adapters are not supported"),
+    "session_params": ((), "sessions are not supported; send the whole conversation"),
+    "logits_processors": ((), "logits processors are not supported"),
+    "custom_logit_processor": ((), "logit processors are not supported"),
+    "return_hidden_states": ((False,), "hidden states are not returned"),
+    "return_token_ids": ((False,), "use 'return_tokens_as_token_ids' with 'logprobs'"),
+    "kv_transfer_params": ((), "KV transfer is not supported"),
+} | dict.fromkeys(_GRAMMARS, ((), "grammars and structured output are not supported yet"))
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """``include_usage``: a last chunk with usage; ``continuous_usage_stats``: usage in every chunk."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False  # OpenAI pads chunks against traffic analysis; nothing to hide here
+
+
+class GenerationFields(msgspec.Struct, kw_only=True):
+    """What chat and completions share. None: the model's default."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] = []
+    logit_bias: dict[str, float] = {}
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    no_stop_trim: bool = False  # SGLang's name of include_stop_str_in_output
+    return_tokens_as_token_ids: bool = False
+    cache_salt: str = ""
+
+
+class ChatRequest(GenerationFields, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
+    tool_choice: Any = None
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+
+
+class CompletionRequest(GenerationFields, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[Any]
+    echo: bool = False
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /tokenize: a prompt, or messages to put through the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] = []
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+    skip_special_tokens: bool = False
+
+
+Schema = TypeVar("Schema", bound=msgspec.Struct)
+
+_NUMBERS_OF: dict[type, dict[str, Range]] = {
+    ChatRequest: _CHAT_NUMBERS,
+    CompletionRequest: _COMPLETION_NUMBERS,
+}
+
+
+def read(document: Document, schema: type[Schema]) -> Schema:
+    """The request that a body holds, every field checked."""
+    if not isinstance(document.value, dict):
+        raise bad_request("invalid_request", "the body must be a JSON object")
+    fields = {name: value for name, value in document.value.items() if value is not None}
+    known = {field.encode_name for field in msgspec.structs.fields(schema)}
+    for name in fields.keys() - known:
+        _refuse_or_ignore(name, fields, known)
+    for name, bounds in _NUMBERS_OF.get(schema, {}).items():
+        if name in fields:
+            fields[name] = check_number(name, fields[name], bounds)
+    options = fields.get("stream_options")
+    if isinstance(options, dict):
+        _refuse_unknown(options, {f.name for f in msgspec.structs.fields(StreamOptions)}, "stream_options.")
+    document.reject_not_finite()
+    try:
+        return msgspec.convert({name: fields[name] for name in fields.keys() & known}, schema)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(error) from None
+
+
+def _refuse_or_ignore(name: str, fields: dict[str, Any], known: set[str]) -> None:
+    if name in IGNORED:
+        return
+    if name not in UNSUPPORTED:
+        _refuse_unknown({name: None}, known)
+        return
+    harmless, reason = UNSUPPORTED[name]
+    if fields[name] not in ([], {}) and fields[name] not in harmless:
+        raise bad_request("unsupported_field", f"'{name}' cannot be honoured: {reason}", name)
+
+
+def _refuse_unknown(fields: dict[str, Any], known: set[str], prefix: str = "") -> None:
+    for name in fields.keys() - known:
+        near = difflib.get_close_matches(name[:64], known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise bad_request(
+            "unknown_field", f"unknown field '{prefix}{printable(name)}'{hint}", prefix + name[:64]
+        )
+
+
+def check_number(name: str, value: object, bounds: Range) -> int | float:
+    """``value`` as a number within its bounds; a whole 16.0 counts as 16."""
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if bounds.whole and isinstance(number, float) and number.is_integer():
+        number = int(number)
+    sound = number is not None and math.isfinite(number) and bounds.low <= number <= bounds.high
+    if number is None or not sound or (bounds.whole and not isinstance(number, int)):
+        kind = "a whole number" if bounds.whole else "a finite number"
+        text = f"{name} must be {kind} between {bounds.low:,} and {bounds.high:,}".replace(",", " ")
+        raise bad_request("invalid_number", f"{text}; got {shown(value)}", name)
+    return number
+
+
+def shown(value: object) -> str:
+    """A value of a request, in JSON's spelling, short."""
+    return printable(json.dumps(value, ensure_ascii=False), 60)
+
+
+_TYPE_ERROR = re.compile(r"Expected `(?P<expected>.+?)`, got `(?P<got>.+?)`(?: - at `\$\.?(?P<path>.*)`)?$")
+_MISSING = re.compile(r"Object missing required field `(?P<name>.+?)`")
+
+
+def _wrong_type(error: msgspec.ValidationError) -> Exception:
+    """msgspec's message in our words."""
+    if found := _MISSING.match(str(error)):
+        return bad_request("missing_field", f"'{found['name']}' is missing", found["name"])
+    if found := _TYPE_ERROR.match(str(error)):
+        path = found["path"] or "the body"
+        expected = found["expected"].replace(" | ", " or ").replace(" or null", "")
+        return bad_request("invalid_type", f"{path} must be {expected}, not {found['got']}", path)
+    return bad_request("invalid_request", str(error))
+
+
+# --- lists and maps with bounds of their own -------------------------------------------------------------
+
+
+def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
+    """``stop`` as a tuple."""
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > MAX_STOPS:
+        raise bad_request("too_many_stops", f"{len(strings)} stop strings; limit {MAX_STOPS}", "stop")
+    for string in strings:
+        size = len(string.encode())
+        if size > MAX_STOP_BYTES:
+            raise bad_request(
+                "stop_too_long", f"a stop string of {size} bytes; limit {MAX_STOP_BYTES}", "stop"
+            )
+        if not string:
+            raise bad_request("invalid_request", "a stop string is empty", "stop")
+    return strings
+
+
+def logit_biases(biases: dict[str, float], vocab_size: int) -> dict[int, float]:
+    """``logit_bias`` by token id."""
+    if len(biases) > MAX_BIASES:
+        raise bad_request(
+            "too_many_biases", f"logit_bias has {len(biases)} entries; limit {MAX_BIASES}", "logit_bias"
+        )
+    result: dict[int, float] = {}
+    for key, bias in biases.items():
+        if not re.fullmatch(r"[0-9]{1,9}", key) or int(key) >= vocab_size:
+            raise bad_request(
+                "invalid_token_id",
+                f"logit_bias: '{printable(key, 40)}' is no token id; ids are 0 to {vocab_size - 1}",
+                "logit_bias",
+            )
+        check_number(f"logit_bias['{key}']", bias, Range(-MAX_BIAS, MAX_BIAS))
+        result[int(key)] = bias
+    return result
+
+
+def token_ids(ids: list[Any], vocab_size: int, param: str) -> tuple[int, ...]:
+    """Ids of a request, each within the vocabulary."""
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise bad_request(
+                "invalid_token_id",
+                f"{param}: {shown(token)} is no token id; ids are 0 to {vocab_size - 1}",
+                param,
+            )
+    return tuple(ids)
+
+
+def prompts(prompt: str | list[Any], vocab_size: int) -> list[str | tuple[int, ...]]:
+    """``prompt`` in its four forms: text, ids, list of texts, list of ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
+        raise bad_request("empty_prompt", "prompt is an empty list", "prompt")
+    if type(prompt[0]) is int:
+        return [token_ids(prompt, vocab_size, "prompt")]
+    if len(prompt) > MAX_PROMPTS:
+        raise bad_request(
+            "too_many_prompts", f"{thousands(len(prompt))} prompts; limit {thousands(MAX_PROMPTS)}", "prompt"
+        )
+    result: list[str | tuple[int, ...]] = []
+    for index, item in enumerate(prompt):
+        if isinstance(item, str) and isinstance(prompt[0], str):
+            result.append(item)
+        elif isinstance(item, list) and isinstance(prompt[0], list):
+            result.append(token_ids(item, vocab_size, f"prompt[{index}]"))
+        else:
+            raise bad_request(
+                "invalid_type", "prompt must be a string, a list of strings, ids, or lists of ids", "prompt"
+            )
+    return result
+
+
+def tool_list(request: ChatRequest) -> list[dict[str, Any]] | None:
+    """The tools the template shows the model; None when there are none or tool_choice is "none"."""
+    if request.tool_choice not in (None, "none", "auto"):
+        raise bad_request(
+            "unsupported_field",
+            f"tool_choice {shown(request.tool_choice)} cannot be honoured; use 'auto' or 'none'",
+            "tool_choice",
+        )
+    if len(request.tools) > MAX_TOOLS:
+        raise bad_request("too_many_tools", f"{len(request.tools)} tools; limit {MAX_TOOLS}", "tools")
+    for index, tool in enumerate(request.tools):
+        where = f"tools[{index}]"
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict):
+            raise bad_request(
+                "invalid_type", f"{where} must have type 'function' and a 'function' object", where
+            )
+        if not isinstance(function.get("name"), str):
+            raise bad_request("missing_field", f"{where}.function.name is missing", where)
+        encoded = json.dumps(tool).encode()
+        if len(encoded) > MAX_TOOL_BYTES:
+            raise bad_request(
+                "tool_too_large", f"{where} is {len(encoded)} bytes; limit {MAX_TOOL_BYTES}", where
+            )
+        if depth_exceeds(encoded, MAX_TOOL_DEPTH):
+            raise bad_request("tool_too_deep", f"{where} is nested more than {MAX_TOOL_DEPTH} deep", where)
+    return request.tools if request.tools and request.tool_choice != "none" else None
+
+
+# --- sampling --------------------------------------------------------------------------------------------
+
+_WITH_MODEL_DEFAULT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def sampling_params(
+    fields: GenerationFields,
+    defaults: dict[str, float],
+    vocab_size: int,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """How to sample: the request's fields, else the model's generation_config, else OpenAI's defaults."""
+    chosen: dict[str, Any] = {}
+    for name in _WITH_MODEL_DEFAULT:
+        value = getattr(fields, name)
+        value = defaults.get(name) if value is None else value
+        if value is not None:
+            chosen[name] = value
+    chosen["top_k"] = max(0, int(chosen.get("top_k", 0)))  # -1 is vLLM's and SGLang's "all"
+    if chosen.get("top_p") == 0:
+        chosen["top_p"] = 1e-6  # nothing but the best token, which always stays
+    if len(fields.stop_token_ids) > MAX_STOP_IDS:
+        raise bad_request(
+            "too_many_stops",
+            f"{len(fields.stop_token_ids)} stop_token_ids; limit {MAX_STOP_IDS}",
+            "stop_token_ids",
+        )
+    if max_tokens and fields.min_tokens > max_tokens:
+        raise bad_request(
+            "invalid_number",
+            f"min_tokens {fields.min_tokens} is more than max_tokens {max_tokens}",
+            "min_tokens",
+        )
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=fields.min_tokens,
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        seed=fields.seed,
+        logit_bias=logit_biases(fields.logit_bias, vocab_size),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        stop=stop_strings(fields.stop),
+        stop_token_ids=token_ids(fields.stop_token_ids, vocab_size, "stop_token_ids"),
+        ignore_eos=fields.ignore_eos,
+        skip_special_tokens=fields.skip_special_tokens,
+        include_stop_str_in_output=fields.include_stop_str_in_output or fields.no_stop_trim,
+        **chosen,
+    )
+
+
+def seed_of_choice(seed: int | None, choice: int) -> int | None:
+    """Choices of one request draw differently, and each the same every time."""
+    return None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
+
+
+assert MAX_TOOL_DEPTH < MAX_DEPTH

@@ -1,0 +1,139 @@
+"""The model as the HTTP process knows it: its tokenizer, chat template and sampling defaults; no tensor.
+
+Tokenizing and templates run in worker threads under a deadline (R16): a text made to be slow costs its
+sender a 400 and the others nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lowbit.errors import LowbitError
+from lowbit.server.api_error import ApiError, bad_request
+from lowbit.settings import Settings
+from lowbit.tokenization.tokenizer import ChatTemplate, Tokenizer
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """``root``: the resolved file or folder, what the engine loads. ``template``: None, with the reason in
+    ``no_template``, where the model has none. ``defaults``: generation_config's sampling fields."""
+
+    root: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    no_template: str = ""
+    defaults: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, settings: Settings, on_progress: Progress | None = None) -> TextModel:
+        """Resolve the model's name (downloading it if need be) and read its text parts."""
+        from lowbit.checkpoint import open_checkpoint
+        from lowbit.tokenization import load_chat_template, load_generation_config, load_tokenizer
+
+        header = open_checkpoint(settings.model, settings.revision, on_progress)
+        tokenizer = load_tokenizer(header, settings.tokenizer)
+        template, reason = None, ""
+        try:
+            template = load_chat_template(header, tokenizer, settings.chat_template)
+        except LowbitError as error:
+            if error.code != "E0252":  # no template is fine until somebody chats
+                raise
+            reason = error.message
+        defaults = sampling_defaults(load_generation_config(header))
+        return cls(str(header.root), tokenizer, template, reason, defaults)
+
+    def require_template(self) -> ChatTemplate:
+        """The chat template, or 400."""
+        if self.template is None:
+            reason = self.no_template or (
+                "this model has no chat template; use /v1/completions or start with --chat-template chatml"
+            )
+            raise bad_request("no_chat_template", reason, "messages")
+        return self.template
+
+
+_DEFAULT_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def sampling_defaults(config: Any) -> dict[str, float]:
+    """The sampling fields that a generation_config sets; ``do_sample`` false there means greedy."""
+    values = config if isinstance(config, dict) else vars(config)
+    defaults = {name: values[name] for name in _DEFAULT_NAMES if isinstance(values.get(name), (int, float))}
+    return {name: value for name, value in defaults.items() if not isinstance(value, bool)}
+
+
+def served_name(settings: Settings) -> str:
+    """The name the API serves the model under: as set, else the last part of the model's name."""
+    if settings.served_model_name:
+        return settings.served_model_name
+    path = Path(settings.model)
+    if path.exists():
+        return path.resolve().stem if path.is_file() else path.resolve().name
+    return settings.model
+
+
+class Workers:
+    """A few threads for text work, with a deadline each.
+
+    Daemon threads of our own, because a pool's threads are waited for when the process ends: one that is
+    stuck in a hopeless text must not keep a stopped server alive.
+    """
+
+    def __init__(self, threads: int = 4) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        for number in range(threads):
+            threading.Thread(target=self._work, name=f"text-{number}", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+
+    async def run(self, seconds: float | None, what: str, work: Callable[[], Result]) -> Result:
+        """``work()``, or 400 when it takes too long, or 503 when no thread got to it in that time.
+
+        ``seconds`` None: as long as it takes. A thread cannot be stopped: one that is late finishes unheard.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Result] = loop.create_future()
+        began = threading.Event()
+
+        def settle(result: Result | None, error: Exception | None) -> None:
+            if done.done():
+                return
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(result)  # type: ignore[arg-type]
+
+        def job() -> None:
+            began.set()
+            result, error = None, None
+            if not done.cancelled():
+                try:
+                    result = work()
+                except Exception as failure:  # handed to the request, whose handler knows what to do
+                    error = failure
+            with contextlib.suppress(RuntimeError):  # the loop may have ended meanwhile
+                loop.call_soon_threadsafe(settle, result, error)
+
+        self._jobs.put(job)
+        try:
+            async with asyncio.timeout(seconds):
+                return await done
+        except TimeoutError:
+            if began.is_set():
+                text = f"{what} took longer than {seconds:g} s; shorten the input"
+                raise bad_request("text_timeout", text) from None
+            text = f"no thread free for {what}; retry after 1 s"
+            raise ApiError(503, "overloaded", text, retry_after=1) from None

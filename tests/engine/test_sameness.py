@@ -1,0 +1,140 @@
+"""A request's logits are bit-equal alone and in any company (docs/architecture.md, "Sameness").
+
+64 prompts of 1 to 700 tokens on the embedded model, each run alone on a fresh engine without a prefix
+cache, then together: random arrivals, up to 32 at once, a pool too small for all of them (retraction and
+eviction), prompts that share prefixes, odd chunk sizes. Every sampled row's logits are hashed with the
+position and token they follow; a single differing bit anywhere makes an unknown hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.engine.engine import Engine
+from lowbit.engine.messages import Request, SamplingParams, TokenEvent
+from lowbit.kernels.attention import CacheSpec, LayerCache
+from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.loading import load_model
+from lowbit.models.model import Model
+from lowbit.settings import Settings
+from lowbit.tokenization import load_tokenizer
+
+NEW_TOKENS = 6
+
+
+class Recorder:
+    """A model that remembers a hash of every row of logits it gave."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.vocab_size, self.context_length = model.vocab_size, model.context_length
+        self.device = model.device
+        self.seen: set[tuple[int, int, bytes]] = set()
+        self.largest_batch = 0
+
+    def cache_specs(self) -> list[CacheSpec]:
+        return self.model.cache_specs()
+
+    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+        logits = self.model.forward(batch, caches)
+        self.largest_batch = max(self.largest_batch, len(batch.query_lengths))
+        rows = batch.sample_rows.tolist()
+        for row, values in zip(rows, logits, strict=True):
+            digest = hashlib.sha256(values.contiguous().numpy().tobytes()).digest()
+            self.seen.add((int(batch.positions[row]), int(batch.tokens[row]), digest))
+        return logits
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model(open_checkpoint("smollm2"), device="cpu")
+
+
+def prompts() -> list[tuple[int, ...]]:
+    """Lengths log-uniform from 1 to 700; every third prompt continues an earlier one."""
+    draw = random.Random(20)
+    made: list[tuple[int, ...]] = []
+    for index in range(64):
+        length = 700 if index == 5 else max(1, int(700 ** draw.random()))
+        prompt = [draw.randrange(20, 49000) for _ in range(length)]
+        if index % 3 == 2:
+            prompt = (list(draw.choice(made)) + prompt)[:700]
+        made.append(tuple(prompt))
+    return made
+
+
+def request(index: int, prompt: tuple[int, ...]) -> Request:
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    return Request(id=str(index), prompt=prompt, sampling=sampling)
+
+
+def settings(**changes: object) -> Settings:
+    return Settings(**{"device": "cpu", "max_running_requests": 32, **changes})
+
+
+def collect(events: list[TokenEvent], tokens: dict[str, list[int]]) -> None:
+    for event in events:
+        assert event.finish_reason != "error", event.error
+        tokens.setdefault(event.id, []).extend(event.tokens)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Model) -> Iterator[tuple[Recorder, dict[str, list[int]]]]:
+    """Every prompt by itself: one prefill, then decode steps of one row."""
+    recorder, tokens = Recorder(model), {}
+    tokenizer = load_tokenizer(open_checkpoint("smollm2"))
+    whole = settings(disable_radix_cache=True, chunked_prefill_size=1024, max_total_tokens=1024)
+    engine = Engine(recorder, tokenizer, whole)
+    for index, prompt in enumerate(prompts()):
+        engine.submit(request(index, prompt))
+        while engine.has_work():
+            collect(engine.step(), tokens)
+    assert recorder.largest_batch == 1
+    yield recorder, tokens
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("pool", "chunk", "threads"),
+    [
+        pytest.param(16384, 512, 2, id="roomy"),
+        pytest.param(1600, 173, 1, id="retraction, eviction, odd chunks, one thread"),
+    ],
+)
+def test_logits_do_not_depend_on_company(
+    pool: int, chunk: int, threads: int, model: Model, alone: tuple[Recorder, dict[str, list[int]]]
+) -> None:
+    from lowbit.kernels import native
+
+    expected, expected_tokens = alone
+    recorder, tokens = Recorder(model), {}
+    tokenizer = load_tokenizer(open_checkpoint("smollm2"))
+    engine = Engine(recorder, tokenizer, settings(max_total_tokens=pool, chunked_prefill_size=chunk))
+    native.set_threads(threads)
+    try:
+        draw = random.Random(21)
+        waiting = list(enumerate(prompts()))
+        draw.shuffle(waiting)
+        while waiting or engine.has_work():
+            for _ in range(draw.choice((0, 1, 2, 8))):
+                if waiting:
+                    engine.submit(request(*waiting.pop()))
+            collect(engine.step(), tokens)
+            assert engine.check() == []
+    finally:
+        native.set_threads(2)
+    assert recorder.largest_batch >= 8
+    assert tokens == expected_tokens
+    assert recorder.seen <= expected.seen, "a row of logits differs from the same row computed alone"
+    status = engine.status()
+    assert status.cached_prompt_tokens > 0, "no prefix was shared: the test lost its point"
+    if pool < 16384:
+        assert status.preemptions > 0, "nothing was retracted: the test lost its point"
+    torch.set_num_threads(2)

@@ -1,0 +1,390 @@
+"""Paged attention against float64, and its law: nothing a token is computed with changes its bits."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import native
+from lowbit.kernels.attention import (
+    PAGE_SIZE,
+    AttentionKernel,
+    AttentionParameters,
+    CacheSpec,
+    choose_attention,
+)
+from lowbit.kernels.attention_cpu import CpuAttention
+from lowbit.kernels.attention_reference import ReferenceAttention
+from lowbit.kernels.forward_batch import ForwardBatch
+
+CPU = torch.device("cpu")
+NOWHERE = 2**30  # what undefined entries of a page table hold
+Sequence = tuple[Tensor, Tensor, Tensor]  # q (tokens, heads, k_dim), k, v of every token
+Step = list[tuple[int, int, int]]  # (sequence, first new token, end) of one batch
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    native.set_threads(2)
+    yield
+    native.set_threads(2)
+
+
+def draw(spec: CacheSpec, group: int, lengths: list[int], seed: int = 0) -> list[Sequence]:
+    """Random sequences. q is a bfloat16 number, so that rounding it changes nothing."""
+    random_numbers = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random_numbers)
+
+    return [
+        (
+            (2 * normal(length, spec.heads * group, spec.k_dim)).bfloat16().float(),
+            normal(length, spec.heads, spec.k_dim),
+            normal(length, spec.heads, spec.v_dim) + 0.5,
+        )
+        for length in lengths
+    ]
+
+
+def hand_out_pages(lengths: list[int], seed: int = 0, spare: int = 3) -> tuple[list[list[int]], int]:
+    """Scrambled page numbers for every sequence, and how many pages there are."""
+    counts = [-(-length // PAGE_SIZE) for length in lengths]
+    numbers = list(range(sum(counts) + spare))
+    random.Random(seed).shuffle(numbers)
+    return [[numbers.pop() for _ in range(count)] for count in counts], sum(counts) + spare
+
+
+def make_batch(step: Step, pages: list[list[int]]) -> ForwardBatch:
+    positions = [position for _, first, end in step for position in range(first, end)]
+    owners = [sequence for sequence, first, end in step for _ in range(first, end)]
+    slots = [
+        pages[owner][position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+        for owner, position in zip(owners, positions, strict=True)
+    ]
+    used = [pages[sequence][: -(-end // PAGE_SIZE)] for sequence, _, end in step]
+    width = max(map(len, used)) + 2
+
+    def int32(numbers: list) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    return ForwardBatch(
+        tokens=int32(positions),
+        positions=int32(positions),
+        write_slots=int32(slots),
+        query_lengths=int32([end - first for _, first, end in step]),
+        context_lengths=int32([end for _, _, end in step]),
+        page_table=int32([row + [NOWHERE] * (width - len(row)) for row in used]),
+        sample_rows=torch.arange(len(positions)),
+        page_size=PAGE_SIZE,
+        max_query=max(end - first for _, first, end in step),
+        max_context=max(end for _, _, end in step),
+    )
+
+
+def simulate(
+    spec: CacheSpec,
+    sequences: list[Sequence],
+    steps: list[Step],
+    parameters: AttentionParameters,
+    kernel: AttentionKernel | None = None,
+    pages: list[list[int]] | None = None,
+    seed: int = 0,
+) -> list[Tensor]:
+    """(tokens, heads * v_dim) of every sequence; a slot nobody has written holds NaN."""
+    lengths = [len(q) for q, _, _ in sequences]
+    if pages is None:
+        pages, count = hand_out_pages(lengths, seed)
+    else:
+        count = 1 + max(number for row in pages for number in row)
+    kernel = kernel or CpuAttention()
+    cache = kernel.allocate(spec, count, PAGE_SIZE, CPU)
+    for buffer in cache.buffers.values():
+        buffer.fill_(torch.nan)
+    outputs = [torch.full((len(q), q.shape[1] * spec.v_dim), torch.nan) for q, _, _ in sequences]
+    for step in steps:
+        batch = make_batch(step, pages)
+        q, k, v = (
+            torch.cat([sequences[owner][part][first:end] for owner, first, end in step]) for part in range(3)
+        )
+        kernel.write(cache, k, v, batch)
+        attended = kernel.attend(q, cache, batch, parameters)
+        chunks = attended.split([end - first for _, first, end in step])
+        for (owner, first, end), chunk in zip(step, chunks, strict=True):
+            outputs[owner][first:end] = chunk
+    return outputs
+
+
+def whole(sequences: list[Sequence]) -> list[Step]:
+    """One batch with all of every sequence."""
+    return [[(owner, 0, len(q)) for owner, (q, _, _) in enumerate(sequences)]]
+
+
+def expected(spec: CacheSpec, sequence: Sequence, parameters: AttentionParameters) -> Tensor:
+    """Attention written from its definition in float64, head by head, K and V as the cache holds them."""
+    q, k, v = sequence[0].double(), *(part.to(spec.dtype).double() for part in sequence[1:])
+    tokens, heads, _ = q.shape
+    age = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    hidden = age < 0
+    if spec.window:
+        hidden |= age >= spec.window
+    out = []
+    for head in range(heads):
+        kv_head = head // (heads // spec.heads)
+        scores = q[:, head] @ k[:, kv_head].T * parameters.scale
+        if parameters.softcap:
+            scores = parameters.softcap * (scores / parameters.softcap).tanh()
+        weights = scores.exp().masked_fill(hidden, 0)
+        total = weights.sum(1)
+        if parameters.sinks is not None:
+            total = total + parameters.sinks[head].double().exp()
+        out.append(weights @ v[:, kv_head] / total[:, None])
+    return torch.cat(out, 1)
+
+
+def plain(spec: CacheSpec) -> AttentionParameters:
+    return AttentionParameters(scale=spec.k_dim**-0.5)
+
+
+def spec_of(
+    heads: int, k_dim: int, v_dim: int = 0, dtype: torch.dtype = torch.bfloat16, window: int = 0
+) -> CacheSpec:
+    return CacheSpec("paged", heads, k_dim, v_dim or k_dim, dtype, window)
+
+
+def assert_equal_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for number, (left, right) in enumerate(zip(found, wanted, strict=True)):
+        assert not left.isnan().any(), f"sequence {number} has NaN"
+        differing = (left.view(torch.int32) != right.view(torch.int32)).any(1).nonzero().flatten().tolist()
+        assert not differing, f"sequence {number}: tokens {differing[:8]} differ"
+
+
+CASES = {
+    "llama": (spec_of(3, 64), 3, {}),
+    "llama f32": (spec_of(3, 64, dtype=torch.float32), 3, {}),
+    "no groups, 80": (spec_of(2, 80), 1, {}),
+    "groups of 4, 96 f32": (spec_of(1, 96, dtype=torch.float32), 4, {}),
+    "groups of 8, 128": (spec_of(1, 128), 8, {}),
+    "256": (spec_of(1, 256), 2, {}),
+    "256 f32": (spec_of(1, 256, dtype=torch.float32), 2, {}),
+    "16": (spec_of(2, 16), 7, {}),
+    "k 192, v 128": (spec_of(1, 192, 128), 3, {}),
+    "k 48, v 112 f32": (spec_of(1, 48, 112, torch.float32), 3, {}),
+    "one K/V head, 50 queries": (spec_of(1, 32), 50, {}),
+    "window": (spec_of(2, 64, window=37), 3, {}),
+    "window of one": (spec_of(1, 32, window=1), 2, {}),
+    "window wider than a segment": (spec_of(1, 64, window=300), 2, {}),
+    "softcap": (spec_of(2, 64), 2, {"softcap": 3.0}),
+    "sinks": (spec_of(2, 64), 2, {"sinks": torch.tensor([1.5, -3.0, 60.0, 0.0])}),
+    "all of it": (
+        spec_of(1, 64, dtype=torch.float32, window=290),
+        2,
+        {"sinks": torch.tensor([4.0, -1.0]), "softcap": 8.0},
+    ),
+}
+LENGTHS = [1, 15, 16, 17, 130, 600]
+
+
+@pytest.mark.parametrize("kernel", [CpuAttention(), ReferenceAttention()], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_float64(case: str, kernel: AttentionKernel) -> None:
+    spec, group, extra = CASES[case]
+    parameters = replace(plain(spec), **extra)
+    sequences = draw(spec, group, LENGTHS)
+    outputs = simulate(spec, sequences, whole(sequences), parameters, kernel)
+    for sequence, found in zip(sequences, outputs, strict=True):
+        wanted = expected(spec, sequence, parameters)
+        assert (found - wanted).abs().max() <= 4e-6 * wanted.abs().max()
+
+
+def test_rounding_queries_costs_what_bfloat16_costs() -> None:
+    """Queries that are no bfloat16 numbers: the error is that of keys rounded the same way."""
+    spec = spec_of(3, 64)
+    sequences = draw(spec, 3, [500])
+    sequences = [(q + 1e-3 * q.roll(1, 0), k, v) for q, k, v in sequences]
+    wanted = expected(spec, sequences[0], plain(spec))
+    (found,) = simulate(spec, sequences, whole(sequences), plain(spec))
+    assert (found - wanted).square().mean().sqrt() <= 3e-3 * wanted.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_alone_chunked_and_moved(case: str) -> None:
+    spec, group, extra = CASES[case]
+    parameters = replace(plain(spec), **extra)
+    sequences = draw(spec, group, LENGTHS)
+    together = simulate(spec, sequences, whole(sequences), parameters)
+
+    alone: list[Step] = [[(owner, 0, length)] for owner, length in enumerate(LENGTHS)]
+    assert_equal_bits(simulate(spec, sequences, alone, parameters, seed=1), together)
+
+    chunked: list[Step] = []
+    chooser = random.Random(2)
+    done = [0] * len(LENGTHS)
+    while any(end < length for end, length in zip(done, LENGTHS, strict=True)):
+        step: Step = []
+        for owner, length in enumerate(LENGTHS):
+            end = min(done[owner] + chooser.choice((1, 5, 16, 77)), length)
+            if end > done[owner] and chooser.random() < 0.8:
+                step.append((owner, done[owner], end))
+                done[owner] = end
+        if step:
+            chunked.append(step)
+    assert_equal_bits(simulate(spec, sequences, chunked, parameters, seed=3), together)
+
+    native.set_threads(1)
+    assert_equal_bits(simulate(spec, sequences, whole(sequences), parameters, seed=4), together)
+    assert_equal_bits(simulate(spec, sequences, chunked, parameters, seed=5), together)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_same_bits_token_by_token(group: int) -> None:
+    """Decode from the first token on, over two segment borders: threads share the segments of a row."""
+    spec = spec_of(1, 64)
+    sequences = draw(spec, group, [560])
+    together = simulate(spec, sequences, whole(sequences), plain(spec))
+    steps: list[Step] = [[(0, position, position + 1)] for position in range(560)]
+    for threads in (2, 1):
+        native.set_threads(threads)
+        assert_equal_bits(simulate(spec, sequences, steps, plain(spec)), together)
+
+
+def test_shared_prefix_pages() -> None:
+    spec, shared = spec_of(2, 64), 20 * PAGE_SIZE
+    first, second = draw(spec, 3, [400, 470])
+    second = tuple(torch.cat([a[:shared], b[shared:]]) for a, b in zip(first, second, strict=True))
+    apart = simulate(spec, [first, second], whole([first, second]), plain(spec))
+    (mine, other), _ = hand_out_pages([400, 470])
+    pages = [mine, mine[: shared // PAGE_SIZE] + other[shared // PAGE_SIZE :]]
+    steps: list[Step] = [[(0, 0, 400)], [(1, shared, 470)]]
+    found = simulate(spec, [first, second], steps, plain(spec), pages=pages)
+    assert_equal_bits([found[0], found[1][shared:]], [apart[0], apart[1][shared:]])
+
+
+def test_later_tokens_do_not_reach_back() -> None:
+    """A NaN in a token of the same chunk spoils that token and those after it, no other."""
+    spec = spec_of(2, 64)
+    (q, k, v), mate = draw(spec, 2, [300, 40])
+    clean = simulate(spec, [(q, k, v), mate], whole([(q, k, v), mate]), plain(spec))
+    for spoiled in (k.clone(), v.clone()):
+        spoiled[283] = torch.nan
+        sequence = (q, spoiled, v) if spoiled[0].equal(k[0]) else (q, k, spoiled)
+        found = simulate(spec, [sequence, mate], whole([sequence, mate]), plain(spec))
+        assert_equal_bits([found[0][:283], found[1]], [clean[0][:283], clean[1]])
+        assert found[0][283:].isnan().all()
+
+
+def test_reads_views_of_a_fused_output() -> None:
+    spec, group, tokens = spec_of(2, 32), 3, 50
+    fused = torch.randn(tokens, 2 * (group + 2), 32, generator=torch.Generator().manual_seed(6))
+    q, k, v = fused.split((2 * group, 2, 2), dim=1)
+    kernel, batch = CpuAttention(), make_batch([(0, 0, tokens)], [[2, 0, 5, 1]])
+    results = []
+    for parts in ((q, k, v), tuple(part.contiguous() for part in (q, k, v)), (q.double(), k.double(), v)):
+        cache = kernel.allocate(spec, 6, PAGE_SIZE, CPU)
+        kernel.write(cache, parts[1], parts[2], batch)
+        results.append(kernel.attend(parts[0], cache, batch, plain(spec)))
+    assert results[0].equal(results[1])
+    assert results[2].dtype is torch.float64 and results[2].float().equal(results[0])
+
+
+def test_rounds_to_the_cache_as_torch_does() -> None:
+    """Ties, subnormals, infinities and NaN: what is stored is what ``to(bfloat16)`` gives."""
+    cruel = torch.tensor([1.00390625, 1.01171875, -1e-40, 3.4e38, torch.inf, -torch.inf, torch.nan, -0.0])
+    cruel = torch.cat([cruel, torch.randn(8)]).repeat(16, 1, 1)  # (16 tokens, 1 head, 16)
+    kernel, spec = CpuAttention(), spec_of(1, 16)
+    cache = kernel.allocate(spec, 1, PAGE_SIZE, CPU)
+    kernel.write(cache, cruel, cruel.flip(2), make_batch([(0, 0, 16)], [[0]]))
+    k = cache.buffers["k"][0, 0].permute(1, 0, 2).flatten(1)  # (16 tokens, k_dim)
+    v = cache.buffers["v"][0, 0].permute(0, 2, 1).flatten(0, 1)
+    for stored, given in ((k, cruel), (v, cruel.flip(2))):
+        rounded = given[:, 0].bfloat16()
+        assert stored.isnan().equal(rounded.isnan())
+        assert stored.nan_to_num(7).view(torch.int16).equal(rounded.nan_to_num(7).view(torch.int16))
+
+
+def test_extreme_scores() -> None:
+    """Scores of hundreds and sinks far above them neither overflow nor vanish."""
+    spec = spec_of(1, 64, dtype=torch.float32)
+    parameters = AttentionParameters(scale=1.0, sinks=torch.tensor([-1e4, 100.0]))
+    sequences = [(8 * q, 4 * k, v) for q, k, v in draw(spec, 2, [300])]
+    (found,) = simulate(spec, sequences, whole(sequences), parameters)
+    (wanted,) = simulate(spec, sequences, whole(sequences), parameters, ReferenceAttention())
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
+
+
+REFUSED = {
+    "latent": ("paged", CacheSpec("latent", 1, 64, 64, torch.bfloat16)),
+    "dtype": ("float16", spec_of(1, 64, dtype=torch.float16)),
+    "odd": ("k_dim % 16 == 0 and k_dim <= 256, got 40", spec_of(1, 40)),
+    "wide": ("v_dim <= 256, got 512", spec_of(1, 64, 512)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses_with_the_reason(case: str) -> None:
+    text, spec = REFUSED[case]
+    assert text in str(CpuAttention().refuses(spec, CPU))
+
+
+def test_choice() -> None:
+    assert choose_attention(spec_of(1, 64), CPU).name == "cpu"
+    assert choose_attention(spec_of(1, 40), CPU).name == "reference"
+    assert "cuda" in str(CpuAttention().refuses(spec_of(1, 64), torch.device("cuda")))
+    with pytest.raises(LowbitError, match="'latent'"):
+        choose_attention(CacheSpec("latent", 1, 64, 64, torch.bfloat16), CPU)
+    with pytest.raises(LowbitError, match="int8"):
+        choose_attention(spec_of(1, 64, dtype=torch.int8), CPU)
+    with pytest.raises(LowbitError, match="pages of 16 tokens, got 32"):
+        CpuAttention().allocate(spec_of(1, 64), 4, 32, CPU)
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert choose_attention(spec_of(1, 64), CPU).name == "reference"
+
+
+def test_a_batch_that_does_not_fit_is_an_error() -> None:
+    """Wrong page numbers, slots and lengths never become wild reads."""
+    spec, kernel = spec_of(1, 16), CpuAttention()
+    cache = kernel.allocate(spec, 2, PAGE_SIZE, CPU)
+    q = torch.zeros(20, 1, 16)
+    batch = make_batch([(0, 0, 20)], [[0, 1]])
+    for slot in (-1, 2 * PAGE_SIZE):
+        slots = batch.write_slots.clone()
+        slots[7] = slot
+        with pytest.raises(LowbitError, match="write slot"):
+            kernel.write(cache, q, q, replace(batch, write_slots=slots))
+    for page in (-1, 2, NOWHERE):
+        table = batch.page_table.clone()
+        table[0, 1] = page
+        with pytest.raises(LowbitError, match="page table"):
+            kernel.attend(q, cache, replace(batch, page_table=table), plain(spec))
+    for field, number in (("query_lengths", 19), ("query_lengths", 21), ("context_lengths", 2000)):
+        with pytest.raises(LowbitError, match="lengths"):
+            wrong = {field: torch.tensor([number], dtype=torch.int32)}
+            kernel.attend(q, cache, replace(batch, **wrong), plain(spec))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_on_other_instruction_sets(isa: str) -> None:
+    """All of this file and of the elementwise tests once more, with the instruction set forced."""
+    if os.environ.get("LOWBIT_ISA"):
+        pytest.skip("this is the run with a forced instruction set")
+    if isa not in native.available():
+        pytest.skip(f"this CPU has no {isa}")
+    here = Path(__file__)
+    files = [str(here), str(here.with_name("test_elementwise.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    run = subprocess.run(command, env=os.environ | {"LOWBIT_ISA": isa}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]

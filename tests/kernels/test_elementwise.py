@@ -1,0 +1,215 @@
+"""RMSNorm, gated activations and rotary embedding against float64, and row by row."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import elementwise, native
+from lowbit.kernels.elementwise import (
+    RotaryTable,
+    add_rms_norm,
+    apply_rotary,
+    gated_activation,
+    rms_norm,
+)
+
+WIDTHS = [1, 15, 16, 17, 64, 576, 1000, 4099]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every test runs on the native library and on torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(elementwise, "_functions", lambda: None)
+    else:
+        assert elementwise._functions() is not None
+    native.set_threads(2)
+    yield request.param
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def norm64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm(width: int) -> None:
+    x, weight = normal(5, width) * torch.tensor([1e-3, 1.0, 30.0, 1e4, 0.0])[:, None], normal(width, seed=1)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), norm64(x, weight, 1e-5), rtol=1e-6, atol=1e-9)
+    wanted, place = rms_norm(x, weight, 1e-5), x.clone()
+    assert rms_norm(place, weight, 1e-5, out=place) is place
+    assert place.equal(wanted)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_add_rms_norm(width: int) -> None:
+    x, residual, weight = normal(3, width), 10 * normal(3, width, seed=1), normal(width, seed=2)
+    total = x + residual
+    found = add_rms_norm(x, residual, weight, 1e-6)
+    assert residual.equal(total)
+    torch.testing.assert_close(found.double(), norm64(total, weight, 1e-6), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gated_activation(name: str, width: int) -> None:
+    gate = torch.cat([3 * normal(3, width), torch.linspace(-100, 100, 2 * width).view(2, width)])
+    up = normal(5, width, seed=1)
+    wanted = ACTIVATIONS[name](gate.double()) * up.double()
+    found = gated_activation(torch.cat([gate, up], 1), name)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-6 if "gelu" in name else 1e-9)
+    out = torch.full((5, width), torch.nan)
+    assert gated_activation(torch.cat([gate, up], 1), name, out=out) is out
+    assert out.equal(found)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_at_the_ends(name: str, path: str) -> None:
+    if path == "torch":
+        pytest.skip("torch's own gelu of infinity is NaN on some CPUs")
+    gate = torch.tensor([[torch.inf, torch.nan, 3e38, -3e38, 0.0]])
+    found = gated_activation(torch.cat([gate, torch.ones_like(gate)], 1), name)
+    torch.testing.assert_close(found, torch.tensor([[torch.inf, torch.nan, 3e38, 0.0, 0.0]]), equal_nan=True)
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(LowbitError, match=r"'relu2' is not supported; supported: silu, gelu_tanh"):
+        gated_activation(normal(1, 4), "relu2")
+
+
+def rotated64(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Complex multiplication by e^(i angle): angles (tokens, half)."""
+    half, wide = angles.shape[1], x.double().clone()
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (tokens, 1, half)
+    if interleaved:
+        first, second = wide[..., 0 : 2 * half : 2], wide[..., 1 : 2 * half : 2]
+    else:
+        first, second = wide[..., :half], wide[..., half : 2 * half]
+    turned = torch.complex(first, second) * turn
+    first.copy_(turned.real)
+    second.copy_(turned.imag)
+    return wide
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 64), (80, 32), (128, 128), (16, 6), (40, 40)])
+def test_rotary_in_views_of_a_fused_output(dim: int, rotary_dim: int, interleaved: bool) -> None:
+    heads, kv_heads, tokens = 6, 2, 9
+    frequencies = 10000.0 ** (-torch.arange(rotary_dim // 2) / (rotary_dim / 2))
+    table = RotaryTable.build(frequencies, 100, 1.0, torch.device("cpu"))
+    positions = torch.tensor([0, 1, 2, 50, 99, 7, 7, 63, 98], dtype=torch.int32)
+    fused = normal(tokens, heads + 2 * kv_heads, dim)
+    before = fused.clone()
+    q, k, v = fused.split((heads, kv_heads, kv_heads), dim=1)
+    apply_rotary(q, k, table, positions, interleaved)
+    angles = (positions[:, None].float() * frequencies).double()
+    wanted = rotated64(before[:, : heads + kv_heads], angles, interleaved)
+    torch.testing.assert_close(fused[:, : heads + kv_heads].double(), wanted, rtol=1e-6, atol=2e-6)
+    assert v.equal(before[:, heads + kv_heads :])
+
+
+def test_rotary_magnitude() -> None:
+    table = RotaryTable.build(torch.tensor([0.5, 0.25]), 8, 1.5, torch.device("cpu"))
+    q, k = normal(3, 1, 4), normal(3, 1, 4, seed=1)
+    norms = q.norm(dim=-1)
+    apply_rotary(q, k, table, torch.tensor([0, 3, 7], dtype=torch.int32))
+    torch.testing.assert_close(q.norm(dim=-1), 1.5 * norms)
+
+
+@pytest.mark.parametrize("position", [-1, 8])
+def test_a_position_outside_the_table(position: int, path: str) -> None:
+    if path == "torch" and position < 0:
+        pytest.skip("torch counts negative indices from the end")
+    table = RotaryTable.build(torch.tensor([0.5, 0.25]), 8, 1.0, torch.device("cpu"))
+    q, k = normal(3, 1, 4), normal(3, 1, 4)
+    with pytest.raises((LowbitError, IndexError), match=r"position|out of bounds"):
+        apply_rotary(q, k, table, torch.tensor([0, position, 7], dtype=torch.int32))
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "rms_norm": lambda x, weight: rms_norm(x, weight, 1e-5),
+    "add_rms_norm": lambda x, weight: add_rms_norm(x, 2 * x.flip(-1), weight, 1e-5),
+    **{
+        name: lambda x, weight, name=name: gated_activation(torch.cat([x, weight.expand_as(x)], 1), name)
+        for name in ACTIVATIONS
+    },
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("width", [17, 576])
+def test_a_row_does_not_depend_on_the_others(name: str, width: int, path: str) -> None:
+    if path == "torch":
+        pytest.skip("torch's rows may differ in the last bit")
+    x, weight = normal(200, width), normal(width, seed=1)
+    together = OPERATIONS[name](x, weight)
+    for rows in (1, 2, 77):
+        assert torch.cat([OPERATIONS[name](part, weight) for part in x.split(rows)]).equal(together)
+    native.set_threads(1)
+    assert OPERATIONS[name](x, weight).equal(together)
+
+
+def test_other_dtypes_and_shapes_run_in_torch() -> None:
+    x, weight = normal(2, 3, 64).bfloat16(), normal(64, seed=1)
+    found = rms_norm(x, weight, 1e-5)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found, norm64(x, weight, 1e-5).bfloat16())
+    residual = x.clone()
+    assert add_rms_norm(x, residual, weight, 1e-5).shape == x.shape
+    assert residual.equal(x + x)
+    assert gated_activation(x).shape == (2, 3, 32)
+    table = RotaryTable.build(torch.ones(32), 4, 1.0, torch.device("cpu"))
+    apply_rotary(x, residual, table, torch.tensor([0, 3], dtype=torch.int32))
+    torch.testing.assert_close(x[0], normal(2, 3, 64).bfloat16()[0])
+
+
+def test_strided_rows() -> None:
+    wide, weight = normal(6, 200), normal(64, seed=1)
+    view, dense = wide[:, 10:74], wide[:, 10:74].contiguous()
+    assert rms_norm(view, weight, 1e-5).equal(rms_norm(dense, weight, 1e-5))
+    assert gated_activation(view).equal(gated_activation(dense))
+    residual = torch.zeros(6, 100)[:, :64]
+    assert add_rms_norm(view, residual, weight, 1e-5).equal(rms_norm(dense, weight, 1e-5))
+
+
+def at_guard_page(values: Tensor) -> Tensor:
+    """A copy of values whose last byte is followed by a page that must not be touched."""
+    page = mmap.PAGESIZE
+    size = -(-values.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0) == 0
+    flat = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=size - values.nbytes)
+    return flat.view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("width", range(1, 36))
+def test_nothing_past_the_end_is_touched(width: int) -> None:
+    x, weight = at_guard_page(normal(3, width)), at_guard_page(normal(width, seed=1))
+    out = at_guard_page(torch.full((3, width), torch.nan))
+    assert rms_norm(x, weight, 1e-5, out=out).isfinite().all()
+    add_rms_norm(x, out, weight, 1e-5)
+    gated = at_guard_page(torch.full((3, width), torch.nan))
+    assert gated_activation(at_guard_page(normal(3, 2 * width)), "silu", out=gated).isfinite().all()
+    table = RotaryTable(at_guard_page(normal(4, width)), at_guard_page(normal(4, width)))
+    k = at_guard_page(normal(3, 1, 2 * width))
+    apply_rotary(k.clone(), k, table, torch.tensor([3, 3, 3], dtype=torch.int32))

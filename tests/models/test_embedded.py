@@ -1,0 +1,83 @@
+"""The embedded model: lowbit's normal arithmetic against transformers in float32 on real English text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.loading import load_model, plan_model
+from lowbit.models.model import Model
+from lowbit.tokenization import load_tokenizer
+
+PROMPTS, LENGTH = 9, 480  # 4,320 positions
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model(open_checkpoint("smollm2"), device="cpu")
+
+
+def english_prompts() -> list[list[int]]:
+    """Python's language reference, which every installation carries."""
+    tokenizer = load_tokenizer(open_checkpoint("smollm2"))
+    text = "\n\n".join(topics[name] for name in ("execmodel", "types", "import", "naming", "objects"))
+    tokens = tokenizer.encode(text)
+    assert len(tokens) >= PROMPTS * LENGTH
+    return [tokens[i * LENGTH : (i + 1) * LENGTH] for i in range(PROMPTS)]
+
+
+def test_kl_to_the_float_model(model: Model, embedded_path: Path) -> None:
+    """Mean KL(transformers fp32 || lowbit) <= 0.0005; the promise is 0.002."""
+    oracle = AutoModelForCausalLM.from_pretrained(
+        embedded_path.parent, gguf_file=embedded_path.name, dtype=torch.float32
+    ).eval()
+    divergences = []
+    for prompt in english_prompts():
+        with torch.no_grad():
+            expected = torch.log_softmax(oracle(torch.tensor([prompt])).logits[0], -1)
+        found = torch.log_softmax(prompt_logits(model, [prompt])[0], -1)
+        divergences.append((expected.exp() * (expected - found)).sum(-1))
+    divergence = torch.cat(divergences)
+    assert divergence.numel() >= 4000
+    print(f"mean KL {divergence.mean():.6f}, largest {divergence.max():.4f}")
+    assert divergence.mean() <= 0.0005
+
+
+def test_packed_weights_are_no_larger_than_the_file(model: Model) -> None:
+    header = open_checkpoint("smollm2")
+    packed = sum(
+        linear.nbytes
+        for block in model.blocks
+        for linear in (block.qkv, block.output, block.gate_up, block.down)
+    )
+    assert packed + model.embedding.weight.nbytes <= 1.1 * header.nbytes
+    kernels = {w.kernel.name for b in model.blocks for w in (*b.qkv.weights, *b.down.weights)}
+    assert kernels == {"cpu_blocks"}
+
+
+def test_no_torch_matmul_in_a_decode_step(model: Model) -> None:
+    """Every product of a step runs on packed weights in the native library."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        prompt_logits(model, [[1], [2]])
+    names = {event.key for event in recorded.key_averages()}
+    products = {"aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "aten::baddbmm"}
+    assert names, "the profiler saw nothing"
+    assert not names & products
+
+
+def test_plan_agrees_with_the_file() -> None:
+    plan = plan_model(open_checkpoint("smollm2"), device="cpu")
+    assert plan.architecture == "llama"
+    assert plan.format == "gguf"
+    assert len(plan.modules) == 1 + 30 * 7
+    assert {str(module.scheme) for module in plan.modules} == {"q4_1", "q8_0"}
+    assert {module.kernel for module in plan.modules} == {"cpu_blocks"}
+    assert plan.kv_bytes_per_token == 30 * 3 * 128 * 2

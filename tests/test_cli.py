@@ -1,0 +1,277 @@
+"""The command line: words to settings, and whatever goes wrong to one line and an exit status.
+
+Most tests call ``main`` in this process with the server and the engine replaced; a few start Python to see
+what is imported and how a pipe or an interrupt ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from lowbit.cli import COMMANDS, main, parser_of
+from lowbit.commands.sglang_flags import ONLY_ONE, REFUSED, WITHOUT_EFFECT
+from lowbit.error_catalogue import CATALOGUE
+from lowbit.errors import LowbitError
+from lowbit.settings import Settings, flag_of
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in [name for name in os.environ if name.startswith("LOWBIT_")]:
+        monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """The settings that ``lowbit serve`` called the server with."""
+    calls: list[Settings] = []
+    stub = ModuleType("lowbit.server.app")
+
+    def serve(settings: Settings) -> int:
+        calls.append(settings)
+        return 0
+
+    stub.serve = serve  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lowbit.server.app", stub)
+    return calls
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """Make ``lowbit serve`` raise."""
+
+    def serve(settings: Settings) -> int:
+        raise error
+
+    stub = ModuleType("lowbit.server.app")
+    stub.serve = serve  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lowbit.server.app", stub)
+
+
+def test_serve_without_words_serves_the_embedded_model(served: list[Settings]) -> None:
+    assert main(["serve"]) == 0
+    assert served == [Settings()]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["m", "--port", "81", "--threads", "2"],
+        ["--port", "81", "m", "--threads=2"],
+        ["--model-path", "m", "--threads", "2", "--port=81"],
+        ["--model", "m", "m", "--port", "80", "--threads", "2", "--port", "81"],
+    ],
+)
+def test_the_model_is_a_word_or_a_flag_and_the_last_flag_counts(
+    served: list[Settings], words: list[str]
+) -> None:
+    assert main(["serve", *words]) == 0
+    assert served == [Settings(model="m", port=81, threads=2)]
+
+
+def test_sglangs_launch_line(served: list[Settings], capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model-path org/m --tokenizer-path org/t --host 0.0.0.0 --port 30001 --context-length 4096"
+    words += " --mem-fraction-static 0.3 --served-model-name m --chunked-prefill-size 256 --dtype half"
+    words += " --disable-radix-cache --disable-cuda-graph --tp-size 1 --dp 1 --attention-backend triton"
+    words += " --max-running-requests 8 --max-total-tokens 8192 --random-seed 1 --enable-metrics --api-key k"
+    assert main(["serve", *words.split()]) == 0
+    assert served == [
+        Settings(
+            model="org/m",
+            tokenizer="org/t",
+            host="0.0.0.0",
+            port=30001,
+            context_length=4096,
+            mem_fraction_static=0.3,
+            served_model_name="m",
+            chunked_prefill_size=256,
+            dtype="float16",
+            disable_radix_cache=True,
+            disable_cuda_graph=True,
+            max_running_requests=8,
+            max_total_tokens=8192,
+            random_seed=1,
+            api_key="k",
+        )
+    ]
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 1
+    assert notes[0].startswith("lowbit: note: without effect here: --attention-backend (")
+    assert "--enable-metrics (always on)" in notes[0]
+
+
+def test_every_sglang_flag_of_the_lists_is_taken(served: list[Settings]) -> None:
+    words = [word for flag in ONLY_ONE for word in (flag, "1")]
+    for flag, (arity, _) in WITHOUT_EFFECT.items():
+        words += [flag] if arity == "switch" else [flag, "x"]
+    assert main(["serve", *words]) == 0
+    assert served == [Settings()]
+    own = {flag_of(name) for name in Settings.options()}
+    assert not own & {*ONLY_ONE, *WITHOUT_EFFECT, *REFUSED}
+
+
+def test_variables_reach_the_server(served: list[Settings], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_MODEL", "m")
+    monkeypatch.setenv("LOWBIT_PORT", "81")
+    assert main(["serve", "--port", "82"]) == 0
+    assert served == [Settings(model="m", port=82)]
+
+
+def test_a_misspelt_variable_is_a_warning(
+    served: list[Settings], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOWBIT_THREAD", "2")
+    assert main(["serve"]) == 0
+    expected = "lowbit: warning: LOWBIT_THREAD is no option of lowbit; did you mean LOWBIT_THREADS?\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_servers_exit_status_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = ModuleType("lowbit.server.app")
+    stub.serve = lambda settings: 9  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lowbit.server.app", stub)
+    assert main(["serve"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (LowbitError("E0203", "x is short"), 3, "lowbit: error[E0203]: x is short"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a\nb"),
+            7,
+            "lowbit: error[E0300]: a\\nb: No such file or directory",
+        ),
+        (
+            MemoryError(),
+            5,
+            "lowbit: error[E0500]: out of memory; close other programs, or use a smaller model or context",
+        ),
+        (
+            ValueError("odd\nthing"),
+            70,
+            "lowbit: error[E0700]: unexpected ValueError: odd\\nthing. This is a fault in lowbit; "
+            "--debug shows where",
+        ),
+        (
+            AssertionError(),
+            70,
+            "lowbit: error[E0700]: unexpected AssertionError. This is a fault in lowbit; --debug shows where",
+        ),
+        (
+            OSError("no file at all"),
+            70,
+            "lowbit: error[E0700]: unexpected OSError: no file at all. This is a fault in lowbit; "
+            "--debug shows where",
+        ),
+    ],
+)
+def test_any_exception_is_one_line_and_a_status(
+    error: Exception,
+    status: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing(monkeypatch, error)
+    assert main(["serve"]) == status
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", line + "\n")
+
+
+def test_json_errors(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    failing(monkeypatch, LowbitError("E0203", 'x "is" short'))
+    expected = {"error": {"code": "E0203", "message": 'x "is" short', "exit_code": 3}}
+    for words in (["serve", "--json-errors"], ["--json-errors", "serve"]):
+        assert main(words) == 3
+        assert json.loads(capsys.readouterr().err) == expected
+    monkeypatch.setenv("LOWBIT_JSON_ERRORS", "1")
+    assert main(["serve"]) == 3
+    assert json.loads(capsys.readouterr().err) == expected
+
+
+def test_traceback_with_debug_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(monkeypatch, ValueError("odd"))
+    for words in (["--debug", "serve"], ["serve", "m", "--debug"]):
+        assert main(words) == 70
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "Traceback (most recent call last):" and "ValueError: odd" in lines
+        assert lines[-1].startswith("lowbit: error[E0700]: unexpected ValueError: odd")
+
+
+def test_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    failing(monkeypatch, KeyboardInterrupt())
+    assert main(["serve"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert all(f"\n  {name} " in overview for name in COMMANDS)
+    assert main([]) == 2
+    assert capsys.readouterr().err == overview
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("lowbit ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: lowbit {name}") and "--debug" in text
+    assert "--tp-size" not in text, "SGLang's flags are hidden"
+    assert parser_of(name).description == COMMANDS[name]
+
+
+def test_help_of_serve_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {flag_of(name)}" in text for name in Settings.options())
+
+
+@pytest.mark.parametrize("spelled", ["E0203", "e0203", "0203", "203", "error[E0203]:"])
+def test_explain(spelled: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", spelled]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"E0203: {CATALOGUE['E0203'].title}\n\n")
+    assert "What to do:" in text and "status 3" in text
+
+
+def test_explain_lists_every_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert listed == sorted(CATALOGUE)
+
+
+def run_python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys, lowbit.cli; lowbit.cli.main(['serve', '--help']); lowbit.cli.main(['explain']);"
+    code += "print('loaded', sorted({'torch', 'rich', 'fastapi', 'uvicorn', 'msgspec'} & set(sys.modules)))"
+    assert run_python("-c", code).stdout.splitlines()[-1] == "loaded []"
+
+
+def test_module_and_launch_server_run_the_command_line() -> None:
+    result = run_python("-m", "lowbit.launch_server", "--modle-path", "x")
+    assert result.returncode == 2
+    assert (
+        result.stderr == "lowbit: error[E0102]: unknown option --modle-path; did you mean '--model-path'?\n"
+    )
+    assert run_python("-m", "lowbit", "explain", "E0101").stdout.startswith("E0101: ")
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m lowbit explain | true; echo ${{PIPESTATUS[0]}}"
+    for _ in range(3):  # whether the writer notices depends on who is first
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert result.stderr == "" and result.stdout.strip() in ("0", "141")

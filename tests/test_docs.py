@@ -1,0 +1,58 @@
+"""The generated page is the one that would be generated, and the project's texts say what is so."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lowbit.cli import COMMANDS
+from lowbit.settings import Settings, flag_of, variable_of
+from lowbit.settings_docs import options_page
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_options_page_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "options.md").read_text() == options_page(), "run: make docs"
+
+
+def test_options_page_lists_every_flag_variable_and_default() -> None:
+    rows = [line for line in options_page().splitlines() if line.startswith("| `--")]
+    assert len(rows) == len(Settings.options())
+    for name, row in zip(Settings.options(), rows, strict=True):
+        assert f"`{flag_of(name)}`" in row and f"`{variable_of(name)}`" in row
+        assert len(re.findall(r"(?<!\\)\|", row)) == 5, "four cells"
+
+
+def test_readme_names_only_what_exists() -> None:
+    readme = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"\bmake ([a-z-]+)", readme)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+    for command in set(re.findall(r"^ *lowbit ([a-z]+)", readme, re.MULTILINE)):
+        assert command in COMMANDS, f"lowbit {command}"
+    flags = {flag_of(name) for name in Settings.options()}
+    flags |= {alias for rule in Settings.options().values() for alias in rule.aliases}
+    for flag in set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", readme)):
+        assert flag in flags or flag in ("--prompt", "--index-url"), flag
+    for link in re.findall(r"\]\(([^)#:]+)\)", readme):
+        assert (ROOT / link).exists(), link
+
+
+def test_ci_runs_readmes_test_command() -> None:
+    assert "make test" in (ROOT / "README.md").read_text()
+    assert "phase test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_pinned_version_is_exact_and_every_dependency_pinned() -> None:
+    import tomllib
+
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pins["torch"] == "2.13.0"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [name for names in project["optional-dependencies"].values() for name in names]
+    for requirement in project["dependencies"] + extras:
+        name = re.match(r"[A-Za-z0-9_.-]+", requirement)
+        assert name is not None
+        assert re.sub(r"[-_.]+", "-", name.group()).lower() in pins, requirement

@@ -1,0 +1,122 @@
+"""``lowbit inspect``: the plan of a stand-in model, in words and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import lowbit.checkpoint
+from lowbit.cli import main
+
+KIB = 1024
+
+
+def module(name: str, scheme: str, nbytes: int, kernel: str, *refusals: tuple[str, str]) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name,
+        shape=(64, 48),
+        scheme=scheme,
+        kernel=kernel,
+        computes="as stored",
+        refusals=refusals,
+        stored_nbytes=nbytes,
+    )
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """A model of two layers, the second layer's down_proj in another scheme; the calls of plan_model."""
+    odd = ("fast", "needs in % 64 == 0, got 48")
+    plan = SimpleNamespace(
+        architecture="LlamaForCausalLM",
+        format="gguf",
+        device="cpu",
+        config=SimpleNamespace(layers=2, hidden_size=48, heads=6, kv_heads=2, vocab_size=64),
+        parameters=5 * 64 * 48,
+        context_length=512,
+        weight_bytes=12 * KIB,
+        kv_bytes_per_token=256,
+        modules=[
+            module("model.embed_tokens", "bf16", 6 * KIB, "dense"),
+            module("model.layers.0.self_attn.q_proj", "Q4_1", KIB, "fast"),
+            module("model.layers.0.mlp.down_proj", "Q4_1", KIB, "fast"),
+            module("model.layers.1.self_attn.q_proj", "Q4_1", KIB, "fast"),
+            module("model.layers.1.mlp.down_proj", "Q6_K", 3 * KIB, "slow", odd, ("dense", "not [dense]")),
+        ],
+    )
+    calls: list[dict[str, object]] = []
+    loading = ModuleType("lowbit.loading")
+
+    def plan_model(header: object, **how: object) -> SimpleNamespace:
+        calls.append({"header": header, **how})
+        return plan
+
+    loading.plan_model = plan_model  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lowbit.loading", loading)
+    opened = lambda name, revision, on_progress: (name, revision)  # noqa: E731
+    monkeypatch.setattr(lowbit.checkpoint, "open_checkpoint", opened, raising=False)
+    return calls
+
+
+def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "org/m", "--revision", "v1", "--device", "cpu", "--tokens", "100"]) == 0
+    assert planned == [
+        {"header": ("org/m", "v1"), "device": "cpu", "dtype": "auto", "kv_cache_dtype": "auto"}
+    ]
+    text = capsys.readouterr().out
+    assert "org/m: LlamaForCausalLM, format gguf" in text
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    assert cells == [
+        ["1", "embed_tokens", "64 x 48", "bf16", "6.0 KiB", "dense", "as stored"],
+        ["2", "self_attn.q_proj", "64 x 48", "Q4_1", "2.0 KiB", "fast", "as stored"],
+        ["1", "mlp.down_proj", "64 x 48", "Q4_1", "1.0 KiB", "fast", "as stored"],
+        ["1", "mlp.down_proj", "64 x 48", "Q6_K", "3.0 KiB", "slow", "as stored"],
+    ]
+    assert "not fast: needs in % 64 == 0, got 48 (mlp.down_proj)" in text
+    assert "not dense: not [dense] (mlp.down_proj)" in text, "square brackets are text, not markup"
+    assert "weights 12.0 KiB + KV cache 25.0 KiB for 100 tokens (256 B a token) = 37.0 KiB" in text
+
+
+def test_json(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "org/m", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["tokens"], plan["kv_bytes"]) == (512, 512 * 256), "the model's longest context"
+    assert plan["total_bytes"] == 12 * KIB + 512 * 256
+    assert [m["name"] for m in plan["modules"]][-1] == "model.layers.1.mlp.down_proj"
+    assert plan["modules"][-1]["refusals"] == [
+        {"kernel": "fast", "reason": "needs in % 64 == 0, got 48"},
+        {"kernel": "dense", "reason": "not [dense]"},
+    ]
+
+
+@pytest.mark.parametrize("tokens", ["0", "-1", "1e3", "many", ""])
+def test_bad_token_counts(
+    planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str], tokens: str
+) -> None:
+    assert main(["inspect", "org/m", f"--tokens={tokens}"]) == 2
+    expected = f"lowbit: error[E0103]: --tokens must be a whole number from 1, got {tokens!r}\n"
+    assert capsys.readouterr().err == expected
+    assert not planned
+
+
+def test_context_length_is_the_default_for_the_cache(
+    planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "m", "--context-length", "8"]) == 0
+    assert "KV cache 2.0 KiB for 8 tokens" in capsys.readouterr().out
+
+
+def test_pull_says_where_the_model_lies(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    header = SimpleNamespace(root=tmp_path, tensors={"a": 1, "b": 2}, nbytes=3 << 20, revision="abc")
+    opened = lambda name, revision, on_progress: on_progress(1, 2, "x") or header  # noqa: E731
+    monkeypatch.setattr(lowbit.checkpoint, "open_checkpoint", opened, raising=False)
+    assert main(["pull", "org/m"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"org/m at abc: 2 tensors, 3.0 MiB, in {tmp_path}\n"
+    assert captured.err == "", "no bar where stderr is no terminal"
