@@ -148,11 +148,11 @@ ThreadPool& pool() {
 
 }  // namespace
 
-int threads() { return pool().threads(); }
+int thread_count() { return pool().threads(); }
 void set_threads(int count) { pool().resize(count); }
 void run_tasks(std::int64_t tasks, TaskFunction function, void* context) { pool().run(tasks, function, context); }
 
 }  // namespace lowbit
 
 LOWBIT_EXPORT void lowbit_set_threads(int count) { lowbit::set_threads(count); }
-LOWBIT_EXPORT int lowbit_threads() { return lowbit::threads(); }
+LOWBIT_EXPORT int lowbit_threads() { return lowbit::thread_count(); }

@@ -13,7 +13,7 @@ namespace lowbit {
 using TaskFunction = void (*)(void* context, std::int64_t task);
 
 // Threads that work, the caller included.
-int threads();
+int thread_count();
 void set_threads(int count);
 
 // Runs tasks on the pool; inline where there is one task, one thread, or another caller holds the pool.

@@ -1,0 +1,334 @@
+"""What requests may say: every bound, its message and the field it names."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from server.fake_text import ByteTokenizer
+
+from lowbit.engine.messages import EngineReady, TokenEvent
+from lowbit.server import protocol
+from lowbit.server.api_error import ApiError, from_event, to_api_error
+from lowbit.server.chat import template_messages
+from lowbit.server.completions import encode_prompt
+from lowbit.server.generation import check_fit
+from lowbit.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    logit_biases,
+    prompts,
+    read,
+    sampling_params,
+    seed_of_choice,
+    stop_strings,
+    tool_list,
+)
+from lowbit.server.strict_json import parse
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return read(parse(json.dumps({"messages": HELLO, **fields}).encode()), ChatRequest)
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return read(parse(json.dumps({"prompt": "x", **fields}).encode()), CompletionRequest)
+
+
+def refusal(call: Any, *arguments: Any, **fields: Any) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        call(*arguments, **fields)
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ('"temperature": NaN', "temperature must be a finite number between 0 and 2; got NaN"),
+        ('"temperature": -Infinity', "temperature must be a finite number between 0 and 2; got -Infinity"),
+        ('"temperature": 2.5', "temperature must be a finite number between 0 and 2; got 2.5"),
+        ('"temperature": true', "temperature must be a finite number between 0 and 2; got true"),
+        ('"temperature": "hot"', 'temperature must be a finite number between 0 and 2; got "hot"'),
+        ('"top_p": -0.1', "top_p must be a finite number between 0 and 1; got -0.1"),
+        ('"min_p": 1.5', "min_p must be a finite number between 0 and 1; got 1.5"),
+        ('"top_k": -2', "top_k must be a whole number between -1 and 2 147 483 647; got -2"),
+        ('"repetition_penalty": 0', "repetition_penalty must be a finite number between 0.01 and 10; got 0"),
+        ('"presence_penalty": 3', "presence_penalty must be a finite number between -2 and 2; got 3"),
+        ('"frequency_penalty": -3', "frequency_penalty must be a finite number between -2 and 2; got -3"),
+        ('"n": 9', "n must be a whole number between 1 and 8; got 9"),
+        ('"n": 1.5', "n must be a whole number between 1 and 8; got 1.5"),
+        ('"max_tokens": 0', "max_tokens must be a whole number between 1 and 2 147 483 647; got 0"),
+        ('"top_logprobs": 21', "top_logprobs must be a whole number between 0 and 20; got 21"),
+        (
+            '"seed": 9223372036854775808',
+            "seed must be a whole number between -9 223 372 036 854 775 808 and 9 223 372 036 854 775 807; "
+            "got 9223372036854775808",
+        ),
+        ('"logit_bias": {"1": NaN}', "the body contains NaN, which is not JSON"),
+        ('"user": NaN', "the body contains NaN, which is not JSON"),
+    ],
+)
+def test_numbers(body: str, message: str) -> None:
+    error = refusal(read, parse(f'{{"messages": [], {body}}}'.encode()), ChatRequest)
+    assert (error.code, error.message) == ("invalid_number", message)
+    assert error.param == (body.split('"')[1] if "must be" in message else None)
+
+
+def test_whole_floats_count_as_integers() -> None:
+    assert chat(max_tokens=16.0, seed=3.0).max_tokens == 16
+    assert completion(logprobs=2, max_tokens=0).max_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"max_token": 5}, "unknown field 'max_token'; did you mean 'max_tokens'?", "max_token"),
+        ({"temprature": 5}, "unknown field 'temprature'; did you mean 'temperature'?", "temprature"),
+        ({"qqqqqq": 5}, "unknown field 'qqqqqq'", "qqqqqq"),
+        ({"a\nb": 5}, "unknown field 'a\\nb'", "a\nb"),
+        (
+            {"stream_options": {"include_usag": True}},
+            "unknown field 'stream_options.include_usag'; did you mean 'include_usage'?",
+            "stream_options.include_usag",
+        ),
+    ],
+)
+def test_unknown_fields(fields: dict[str, Any], message: str, param: str) -> None:
+    error = refusal(chat, **fields)
+    assert (error.code, error.message, error.param) == ("unknown_field", message, param)
+
+
+def test_ignored_and_harmless_fields() -> None:
+    fields: dict[str, Any] = dict.fromkeys(protocol.IGNORED, "anything")
+    for name, (harmless, _) in protocol.UNSUPPORTED.items():
+        fields[name] = harmless[0] if harmless else None
+    fields |= {"functions": [], "tools": None, "best_of": 1, "response_format": {"type": "text"}}
+    assert chat(**fields).messages == HELLO
+
+
+@pytest.mark.parametrize("name", sorted(protocol.UNSUPPORTED))
+def test_unsupported_fields(name: str) -> None:
+    error = refusal(chat, **{name: {"type": "something"}})
+    assert (error.code, error.param) == ("unsupported_field", name)
+    assert "cannot be honoured" in error.message
+
+
+def test_every_field_has_one_place() -> None:
+    honoured = {field.name for schema in (ChatRequest,) for field in protocol.msgspec.structs.fields(schema)}
+    assert not honoured & protocol.IGNORED
+    assert not honoured & protocol.UNSUPPORTED.keys()
+    assert not protocol.IGNORED & protocol.UNSUPPORTED.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"messages": "hi"}, "messages must be array, not str", "messages"),
+        ({"messages": ["hi"]}, "messages[0] must be object, not str", "messages[0]"),
+        ({"stream": "yes"}, "stream must be bool, not str", "stream"),
+        ({"stop": 5}, "stop must be str or array, not int", "stop"),
+        ({"messages": None}, "'messages' is missing", "messages"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias[...] must be float, not str", "logit_bias[...]"),
+    ],
+)
+def test_types(fields: dict[str, Any], message: str, param: str) -> None:
+    error = refusal(chat, **fields)
+    assert (error.message, error.param) == (message, param)
+
+
+def test_body_must_be_an_object() -> None:
+    assert "must be a JSON object" in refusal(read, parse(b"[1]"), ChatRequest).message
+
+
+def test_null_means_not_given() -> None:
+    assert chat(temperature=None, stop=None, tools=None, seed=None, stream_options=None).temperature is None
+
+
+def test_stops() -> None:
+    assert stop_strings("a") == ("a",)
+    assert stop_strings(None) == ()
+    assert stop_strings(["é" * 128] * 16) == ("é" * 128,) * 16
+    assert refusal(stop_strings, ["a"] * 17).message == "17 stop strings; limit 16"
+    assert refusal(stop_strings, ["é" * 129]).message == "a stop string of 258 bytes; limit 256"
+    assert refusal(stop_strings, [""]).message == "a stop string is empty"
+    error = refusal(sampling_params, chat(stop_token_ids=[1] * 257), {}, 300, max_tokens=1, logprobs=None)
+    assert error.message == "257 stop_token_ids; limit 256"
+    error = refusal(sampling_params, chat(stop_token_ids=[300]), {}, 300, max_tokens=1, logprobs=None)
+    assert error.message == "stop_token_ids: 300 is no token id; ids are 0 to 299"
+
+
+def test_logit_bias() -> None:
+    assert logit_biases({"5": -100, "0": 1.5}, 6) == {5: -100, 0: 1.5}
+    assert (
+        refusal(logit_biases, {str(i): 0 for i in range(1025)}, 5000).message
+        == "logit_bias has 1025 entries; limit 1024"
+    )
+    for key in ("6", "-1", "1.0", "x", "", "٣", "99999999999"):
+        assert refusal(logit_biases, {key: 1}, 6).code == "invalid_token_id"
+    assert "between -100.0 and 100.0; got 101" in refusal(logit_biases, {"1": 101}, 6).message
+
+
+def test_prompt_forms() -> None:
+    assert prompts("a", 10) == ["a"]
+    assert prompts(["a", "b"], 10) == ["a", "b"]
+    assert prompts([1, 2], 10) == [(1, 2)]
+    assert prompts([[1], [2, 3]], 10) == [(1,), (2, 3)]
+    assert refusal(prompts, [], 10).code == "empty_prompt"
+    assert refusal(prompts, [1, 10], 10).message == "prompt: 10 is no token id; ids are 0 to 9"
+    assert refusal(prompts, [[1], [-1]], 10).message == "prompt[1]: -1 is no token id; ids are 0 to 9"
+    assert refusal(prompts, [1, True], 10).code == "invalid_token_id"
+    for mixed in (["a", 1], [[1], "a"], ["a", [1]], [{}], [None]):
+        assert refusal(prompts, mixed, 10).code == "invalid_type"
+    assert refusal(prompts, ["a"] * 2049, 10).message == "2 049 prompts; limit 2 048"
+
+
+def test_tools() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    assert tool_list(chat(tools=[tool])) == [tool]
+    assert tool_list(chat(tools=[tool], tool_choice="auto")) == [tool]
+    assert tool_list(chat(tools=[tool], tool_choice="none")) is None
+    assert tool_list(chat()) is None
+    assert refusal(tool_list, chat(tools=[tool], tool_choice="required")).message == (
+        "tool_choice \"required\" cannot be honoured; use 'auto' or 'none'"
+    )
+    assert refusal(tool_list, chat(tools=[tool] * 129)).message == "129 tools; limit 128"
+    assert refusal(tool_list, chat(tools=[{"type": "x"}])).code == "invalid_type"
+    assert refusal(tool_list, chat(tools=[{"type": "function", "function": {}}])).code == "missing_field"
+    deep: dict[str, Any] = {}
+    for _ in range(32):
+        deep = {"a": deep}
+    nested = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    assert refusal(tool_list, chat(tools=[nested])).message == "tools[0] is nested more than 32 deep"
+    wide = {"type": "function", "function": {"name": "f", "description": "x" * 65536}}
+    assert "limit 65536" in refusal(tool_list, chat(tools=[wide])).message
+
+
+def test_sampling_defaults_and_overrides() -> None:
+    defaults = {"temperature": 0.6, "top_p": 0.9, "top_k": 20.0, "repetition_penalty": 1.1}
+    params = sampling_params(chat(top_p=0.5), defaults, 100, max_tokens=7, logprobs=3)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.6, 0.5, 20, 0.0)
+    assert (params.repetition_penalty, params.max_tokens, params.logprobs) == (1.1, 7, 3)
+    plain = sampling_params(chat(), {}, 100, max_tokens=None, logprobs=None)
+    assert (plain.temperature, plain.top_p, plain.top_k, plain.max_tokens) == (1.0, 1.0, 0, None)
+    assert sampling_params(chat(top_k=-1), defaults, 100, max_tokens=None, logprobs=None).top_k == 0
+    assert sampling_params(chat(temperature=0), defaults, 100, max_tokens=None, logprobs=None).temperature == 0
+    assert 0 < sampling_params(chat(top_p=0), {}, 100, max_tokens=None, logprobs=None).top_p < 1e-5
+    assert sampling_params(
+        chat(no_stop_trim=True), {}, 100, max_tokens=1, logprobs=None
+    ).include_stop_str_in_output
+    error = refusal(sampling_params, chat(min_tokens=9), {}, 100, max_tokens=8, logprobs=None)
+    assert error.message == "min_tokens 9 is more than max_tokens 8"
+
+
+def test_seeds_of_choices() -> None:
+    assert seed_of_choice(None, 3) is None
+    assert seed_of_choice(5, 0) == 5
+    assert seed_of_choice(5, 2) == 7
+    assert seed_of_choice(2**63 - 1, 1) == -(2**63)
+
+
+READY = EngineReady(
+    model_name="m", context_length=8192, pool_tokens=16384, page_size=16, vocab_size=9, max_running=4
+)
+SMALL_POOL = EngineReady(
+    model_name="m", context_length=99999, pool_tokens=8192, page_size=16, vocab_size=9, max_running=4
+)
+
+
+def test_what_cannot_finish_is_refused() -> None:
+    check_fit(READY, 8191, 1, "prompt")
+    check_fit(READY, 8191, None, "prompt")
+    error = refusal(check_fit, READY, 9120, 512, "messages")
+    assert (error.code, error.param) == ("prompt_too_long", "messages")
+    assert error.message == (
+        "prompt is 9 120 tokens and max_tokens 512: 9 632 > context 8 192; shorten the prompt by 1 440 tokens"
+    )
+    error = refusal(check_fit, READY, 8000, 512, "messages")
+    assert error.message == (
+        "prompt is 8 000 tokens and max_tokens 512: 8 512 > context 8 192; "
+        "shorten the prompt by 320 tokens or lower max_tokens"
+    )
+    error = refusal(check_fit, READY, 8192, None, "messages")
+    assert error.message == (
+        "prompt is 8 192 tokens and at least 1 more: 8 193 > context 8 192; shorten the prompt by 1 tokens"
+    )
+    check_fit(SMALL_POOL, 8000, 192, "prompt")
+    error = refusal(check_fit, SMALL_POOL, 5440, 4192, "prompt")
+    assert error.code == "never_fits"
+    assert error.message == (
+        "this request needs 602 KV blocks, the server has 512; lower max_tokens to 2 752 "
+        "or restart with a larger --mem-fraction-static"
+    )
+    assert "shorten the prompt" in refusal(check_fit, SMALL_POOL, 8192, 1, "prompt").message
+    assert refusal(check_fit, READY, 0, 1, "prompt").code == "empty_prompt"
+
+
+def test_messages() -> None:
+    given = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "refusal": None,
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+            ],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+    prepared = template_messages(given)
+    assert [message["role"] for message in prepared] == ["system", "user", "assistant", "tool"]
+    assert prepared[1]["content"] == "a\nb"
+    assert prepared[2]["content"] == ""
+    calls = prepared[2]["tool_calls"]
+    assert isinstance(calls, list) and calls[0]["function"]["arguments"] == {"x": 1}
+    assert prepared[3] == {"role": "tool", "content": "2", "tool_call_id": "1"}
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "robot", "content": "x"}, 'messages[0].role must be one of'),
+        ({"content": "x"}, "got null"),
+        ({"role": "user"}, "'messages[0].content' is missing"),
+        ({"role": "user", "content": "x", "contents": "y"}, "unknown field 'messages[0].contents'"),
+        ({"role": "user", "content": 5}, "messages[0].content must be a string or a list of parts"),
+        ({"role": "user", "content": ["x"]}, "messages[0].content[0] is of type null"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, 'is of type "image_url"; this model reads text'),
+        ({"role": "user", "content": [{"type": "text"}]}, "'messages[0].content[0].text' is missing"),
+        ({"role": "user", "content": "x", "name": 5}, "messages[0].name must be a string"),
+        ({"role": "assistant", "tool_calls": "x"}, "must be a list of at most 128 calls"),
+        ({"role": "assistant", "tool_calls": [{}]}, "must have a 'function' with a name"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+            "arguments is not JSON",
+        ),
+    ],
+)
+def test_bad_messages(message: dict[str, Any], said: str) -> None:
+    assert said in refusal(template_messages, [message]).message
+
+
+def test_message_count() -> None:
+    assert refusal(template_messages, []).code == "empty_messages"
+    assert refusal(template_messages, HELLO * 2049).message == "2 049 messages; limit 2 048"
+
+
+def test_raw_prompts_parse_specials_and_get_one_bos() -> None:
+    tokenizer = ByteTokenizer()
+    assert encode_prompt(tokenizer, "a<end>") == [256, 97, 257]
+    assert encode_prompt(tokenizer, "<bos>a") == [256, 97]
+    assert encode_prompt(tokenizer, "<bos><bos>a", add_special=False) == [256, 256, 97]
+
+
+def test_internal_errors_say_nothing() -> None:
+    error = to_api_error(KeyError("/secret/path"), "id7")
+    assert (error.status, error.message) == (500, "unexpected error, id id7; see the server log")
+    odd = from_event(TokenEvent(id="x", finish_reason="error", error="/secret", error_code="E9999"), "id7")
+    assert (odd.status, odd.code) == (500, "internal")
+    assert "secret" not in json.dumps(odd.body())
