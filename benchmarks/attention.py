@@ -140,7 +140,9 @@ def run(shape: Shape, repeats: int) -> dict[str, object]:
     random_numbers = torch.Generator().manual_seed(1)
     tokens = shape.sequences * shape.queries
     q = torch.randn(tokens, shape.heads, shape.dim, generator=random_numbers)
-    k, v = torch.randn(2, shape.sequences * shape.context, shape.kv_heads, shape.dim, generator=random_numbers)
+    k, v = torch.randn(
+        2, shape.sequences * shape.context, shape.kv_heads, shape.dim, generator=random_numbers
+    )
     batch, filling, pages = batch_of(shape)
     last = torch.arange(len(k)).view(shape.sequences, -1)[:, -shape.queries :].flatten()
     new_k, new_v = k[last], v[last]
@@ -172,8 +174,9 @@ def run(shape: Shape, repeats: int) -> dict[str, object]:
         "error": float(f"{error:.2e}"),
     }
     print(
-        f"{shape.name:28} {ms:8.3f} ms ±{spread:6.3f} {numbers['gb_per_s']:7.2f} GB/s {numbers['gflops']:7.1f} GFLOPS"
-        f"  torch {torch_ms:8.3f} ms  {numbers['speedup']:6.2f}x  error {error:.1e}"
+        f"{shape.name:28} {ms:8.3f} ms ±{spread:6.3f} {numbers['gb_per_s']:7.2f} GB/s"
+        f" {numbers['gflops']:7.1f} GFLOPS  torch {torch_ms:8.3f} ms"
+        f"  {numbers['speedup']:6.2f}x  error {error:.1e}"
     )
     return numbers
 

@@ -155,7 +155,7 @@ def running_server(model: str, threads: int | None) -> Iterator[tuple[str, float
     server = subprocess.Popen(command)
     url = f"http://127.0.0.1:{port}"
     try:
-        while not _is_ready(f"{url}/health"):
+        while not _is_ready(f"{url}/readyz"):
             if server.poll() is not None:
                 raise SystemExit(f"the server ended with status {server.returncode}")
             time.sleep(0.02)

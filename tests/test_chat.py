@@ -198,7 +198,7 @@ def test_generate_json(say: Say) -> None:
 
 
 def test_generate_needs_a_prompt(say: Say) -> None:
-    line = "lowbit: error[E0109]: no prompt; use --prompt TEXT, or pipe the text in\n"
+    line = "lowbit: error[E0110]: no prompt; use --prompt TEXT, or pipe the text in\n"
     assert say(["generate"]) == (2, "", line)
     assert say(["generate", "--prompt", ""]) == (2, "", line)
     line = "lowbit: error[E0252]: base has no chat template; leave out --chat\n"

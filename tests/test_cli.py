@@ -10,12 +10,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
 from lowbit.cli import COMMANDS, main, parser_of
 from lowbit.commands.sglang_flags import ONLY_ONE, REFUSED, WITHOUT_EFFECT
+from lowbit.engine.messages import EngineReady
 from lowbit.error_catalogue import CATALOGUE
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings, flag_of
@@ -33,8 +35,19 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     calls: list[Settings] = []
     stub = ModuleType("lowbit.server.app")
 
-    def serve(settings: Settings) -> int:
+    def serve(settings: Settings, on_ready: Callable[..., None], *, on_progress: Callable[..., None]) -> int:
         calls.append(settings)
+        on_progress(1, 2, "weights")
+        ready = EngineReady(
+            model_name="m\n",
+            context_length=8192,
+            pool_tokens=65536,
+            page_size=16,
+            vocab_size=100,
+            max_running=64,
+            details={"kernels": "avx2"},
+        )
+        on_ready(ready, "http://127.0.0.1:30000")
         return 0
 
     stub.serve = serve  # type: ignore[attr-defined]
@@ -45,7 +58,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     """Make ``lowbit serve`` raise."""
 
-    def serve(settings: Settings) -> int:
+    def serve(*arguments: object, **keywords: object) -> int:
         raise error
 
     stub = ModuleType("lowbit.server.app")
@@ -53,9 +66,18 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     monkeypatch.setitem(sys.modules, "lowbit.server.app", stub)
 
 
-def test_serve_without_words_serves_the_embedded_model(served: list[Settings]) -> None:
+READY = (
+    "lowbit: ready: m\\n on http://127.0.0.1:30000, context 8 192 tokens, KV cache 65 536 tokens, "
+    "64 requests at once\nlowbit: kernels: avx2\n"
+)
+
+
+def test_serve_without_words_serves_the_embedded_model(
+    served: list[Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["serve"]) == 0
     assert served == [Settings()]
+    assert capsys.readouterr() == ("", READY), "no bar where stderr is no terminal"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +122,7 @@ def test_sglangs_launch_line(served: list[Settings], capsys: pytest.CaptureFixtu
         )
     ]
     notes = capsys.readouterr().err.splitlines()
-    assert len(notes) == 1
+    assert notes[1:] == READY.splitlines()
     assert notes[0].startswith("lowbit: note: without effect here: --attention-backend (")
     assert "--enable-metrics (always on)" in notes[0]
 
@@ -128,12 +150,12 @@ def test_a_misspelt_variable_is_a_warning(
     monkeypatch.setenv("LOWBIT_THREAD", "2")
     assert main(["serve"]) == 0
     expected = "lowbit: warning: LOWBIT_THREAD is no option of lowbit; did you mean LOWBIT_THREADS?\n"
-    assert capsys.readouterr().err == expected
+    assert capsys.readouterr().err == expected + READY
 
 
 def test_the_servers_exit_status_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = ModuleType("lowbit.server.app")
-    stub.serve = lambda settings: 9  # type: ignore[attr-defined]
+    stub.serve = lambda *arguments, **keywords: 9  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lowbit.server.app", stub)
     assert main(["serve"]) == 9
 

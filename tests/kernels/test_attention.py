@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import native
+from lowbit.kernels import attention_reference, native
 from lowbit.kernels.attention import (
     PAGE_SIZE,
     AttentionKernel,
@@ -27,6 +28,7 @@ from lowbit.kernels.attention_cpu import CpuAttention
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.kernels.forward_batch import ForwardBatch
 
+pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library was not built")
 CPU = torch.device("cpu")
 NOWHERE = 2**30  # what undefined entries of a page table hold
 Sequence = tuple[Tensor, Tensor, Tensor]  # q (tokens, heads, k_dim), k, v of every token
@@ -169,7 +171,7 @@ def assert_equal_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert not differing, f"sequence {number}: tokens {differing[:8]} differ"
 
 
-CASES = {
+CASES: dict[str, tuple[CacheSpec, int, dict[str, Any]]] = {
     "llama": (spec_of(3, 64), 3, {}),
     "llama f32": (spec_of(3, 64, dtype=torch.float32), 3, {}),
     "no groups, 80": (spec_of(2, 80), 1, {}),
@@ -202,6 +204,24 @@ def test_equals_float64(case: str, kernel: AttentionKernel) -> None:
     parameters = replace(plain(spec), **extra)
     sequences = draw(spec, group, LENGTHS)
     outputs = simulate(spec, sequences, whole(sequences), parameters, kernel)
+    for sequence, found in zip(sequences, outputs, strict=True):
+        wanted = expected(spec, sequence, parameters)
+        assert (found - wanted).abs().max() <= 4e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("group_scores", [1, 500_000, 1 << 26])
+def test_padded_reference(group_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of other devices, with one, some and all sequences a group."""
+    monkeypatch.setattr(attention_reference, "GROUP_SCORES", group_scores)
+    monkeypatch.setattr(ReferenceAttention, "_one_by_one", ReferenceAttention._padded)
+    spec, group, extra = CASES["all of it"]
+    parameters = replace(plain(spec), **extra)
+    sequences = draw(spec, group, LENGTHS)
+    steps: list[Step] = [
+        [(owner, 0, length // 2) for owner, length in enumerate(LENGTHS) if length > 1],
+        [(owner, length // 2, length) for owner, length in enumerate(LENGTHS)],
+    ]
+    outputs = simulate(spec, sequences, steps, parameters, ReferenceAttention())
     for sequence, found in zip(sequences, outputs, strict=True):
         wanted = expected(spec, sequence, parameters)
         assert (found - wanted).abs().max() <= 4e-6 * wanted.abs().max()
@@ -261,7 +281,8 @@ def test_same_bits_token_by_token(group: int) -> None:
 def test_shared_prefix_pages() -> None:
     spec, shared = spec_of(2, 64), 20 * PAGE_SIZE
     first, second = draw(spec, 3, [400, 470])
-    second = tuple(torch.cat([a[:shared], b[shared:]]) for a, b in zip(first, second, strict=True))
+    q, k, v = (torch.cat([a[:shared], b[shared:]]) for a, b in zip(first, second, strict=True))
+    second = (q, k, v)
     apart = simulate(spec, [first, second], whole([first, second]), plain(spec))
     (mine, other), _ = hand_out_pages([400, 470])
     pages = [mine, mine[: shared // PAGE_SIZE] + other[shared // PAGE_SIZE :]]
@@ -372,16 +393,16 @@ def test_a_batch_that_does_not_fit_is_an_error() -> None:
             kernel.attend(q, cache, replace(batch, page_table=table), plain(spec))
     for field, number in (("query_lengths", 19), ("query_lengths", 21), ("context_lengths", 2000)):
         with pytest.raises(LowbitError, match="lengths"):
-            wrong = {field: torch.tensor([number], dtype=torch.int32)}
+            wrong: dict[str, Any] = {field: torch.tensor([number], dtype=torch.int32)}
             kernel.attend(q, cache, replace(batch, **wrong), plain(spec))
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_on_other_instruction_sets(isa: str) -> None:
     """All of this file and of the elementwise tests once more, with the instruction set forced."""
-    if os.environ.get("LOWBIT_ISA"):
-        pytest.skip("this is the run with a forced instruction set")
-    if isa not in native.available():
+    if os.environ.get("LOWBIT_ISA") or isa == native.isa():
+        pytest.skip("this run covers it")
+    if not native.has(isa):
         pytest.skip(f"this CPU has no {isa}")
     here = Path(__file__)
     files = [str(here), str(here.with_name("test_elementwise.py"))]

@@ -35,8 +35,8 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Every test runs on the native library and on torch."""
     if request.param == "torch":
         monkeypatch.setattr(elementwise, "_functions", lambda: None)
-    else:
-        assert elementwise._functions() is not None
+    elif native.library() is None:
+        pytest.skip("the native library was not built")
     native.set_threads(2)
     yield request.param
 
@@ -53,7 +53,9 @@ def norm64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rms_norm(width: int) -> None:
     x, weight = normal(5, width) * torch.tensor([1e-3, 1.0, 30.0, 1e4, 0.0])[:, None], normal(width, seed=1)
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), norm64(x, weight, 1e-5), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        rms_norm(x, weight, 1e-5).double(), norm64(x, weight, 1e-5), rtol=1e-6, atol=1e-9
+    )
     wanted, place = rms_norm(x, weight, 1e-5), x.clone()
     assert rms_norm(place, weight, 1e-5, out=place) is place
     assert place.equal(wanted)
@@ -144,27 +146,25 @@ def test_a_position_outside_the_table(position: int, path: str) -> None:
         apply_rotary(q, k, table, torch.tensor([0, position, 7], dtype=torch.int32))
 
 
-OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "rms_norm": lambda x, weight: rms_norm(x, weight, 1e-5),
-    "add_rms_norm": lambda x, weight: add_rms_norm(x, 2 * x.flip(-1), weight, 1e-5),
-    **{
-        name: lambda x, weight, name=name: gated_activation(torch.cat([x, weight.expand_as(x)], 1), name)
-        for name in ACTIVATIONS
-    },
-}
+def operation(name: str, x: Tensor, weight: Tensor) -> Tensor:
+    if name == "rms_norm":
+        return rms_norm(x, weight, 1e-5)
+    if name == "add_rms_norm":
+        return add_rms_norm(x, 2 * x.flip(-1), weight, 1e-5)
+    return gated_activation(torch.cat([x, weight.expand_as(x)], 1), name)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", *ACTIVATIONS])
 @pytest.mark.parametrize("width", [17, 576])
 def test_a_row_does_not_depend_on_the_others(name: str, width: int, path: str) -> None:
     if path == "torch":
         pytest.skip("torch's rows may differ in the last bit")
     x, weight = normal(200, width), normal(width, seed=1)
-    together = OPERATIONS[name](x, weight)
+    together = operation(name, x, weight)
     for rows in (1, 2, 77):
-        assert torch.cat([OPERATIONS[name](part, weight) for part in x.split(rows)]).equal(together)
+        assert torch.cat([operation(name, part, weight) for part in x.split(rows)]).equal(together)
     native.set_threads(1)
-    assert OPERATIONS[name](x, weight).equal(together)
+    assert operation(name, x, weight).equal(together)
 
 
 def test_other_dtypes_and_shapes_run_in_torch() -> None:

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from server.fake_text import BOS, END, answer
+from server.fake_text import END, answer
 
 from lowbit.engine.messages import EngineReady, EngineStatus, Request, TokenEvent, TokenLogprob
-from lowbit.engine.process import Connection, EngineLike, die_with_parent, serve_parent
+from lowbit.engine.process import Connection, EngineLike, die_with_parent, serve_parent, set_signals
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings
 
@@ -103,9 +103,10 @@ class FakeEngine:
         if stop:
             text = sequence.text[sequence.sent : sequence.text.index(stop)]
         else:  # every second token's text is held back, as a real detokenizer does with parts of characters
-            text = "" if sequence.done % 2 and not reason else sequence.text[sequence.sent : sequence.done]
-        if text:
-            sequence.sent = sequence.done
+            certain = sequence.done - max((len(stop) - 1 for stop in sampling.stop), default=0)
+            until = sequence.done if reason else sequence.sent if sequence.done % 2 else certain
+            text = sequence.text[sequence.sent : max(sequence.sent, until)]
+        sequence.sent += len(text)
         if "WIDE" in sequence.command:
             text = "w" * 32768
         return TokenEvent(
@@ -194,8 +195,6 @@ if __name__ == "__main__":
     parser.add_argument("--fd", type=int)
     parser.add_argument("--parent", type=int)
     options = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    set_signals()
     die_with_parent(options.parent)
-    assert BOS < END
     sys.exit(serve_parent(Connection(socket.socket(fileno=options.fd)), build))

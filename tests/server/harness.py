@@ -28,7 +28,7 @@ from lowbit.settings import Settings
 
 HERE = Path(__file__).parent
 FAKE_ENGINE = [sys.executable, str(HERE / "fake_engine.py")]
-QUICK = Limits(tick_seconds=0.05, stop_seconds=2.0)
+QUICK = Limits(tick_seconds=0.05, stop_seconds=2.0, linger_seconds=0.3)
 
 
 def settings(**values: Any) -> Settings:

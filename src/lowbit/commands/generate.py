@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read()
     if not prompt:
-        raise LowbitError("E0109", "no prompt; use --prompt TEXT, or pipe the text in")
+        raise LowbitError("E0110", "no prompt; use --prompt TEXT, or pipe the text in")
     from lowbit.commands.local_model import Speed, load, stream, terminal_text
 
     llm = load(settings)

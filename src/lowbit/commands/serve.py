@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from lowbit.commands.arguments import Parser, add_model, add_sglang_flags, settings_from
+from lowbit.errors import printable, thousands
+
+if TYPE_CHECKING:
+    from lowbit.engine.messages import EngineReady
 
 USAGE = "[MODEL]"
 GROUPS: tuple[str, ...] = ("model", "engine", "server")
@@ -17,8 +24,26 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until told to stop."""
+    """Serve until told to stop: a progress bar while the model loads, then where it is served and how."""
     settings = settings_from(arguments)
+    from lowbit.commands.console import progress_line
     from lowbit.server.app import serve
 
-    return serve(settings)
+    with ExitStack() as loading:
+        show = loading.enter_context(progress_line())
+
+        def on_ready(ready: EngineReady, url: str) -> None:
+            loading.close()
+            print(summary(ready, url), file=sys.stderr, flush=True)
+
+        return serve(settings, on_ready, on_progress=show)
+
+
+def summary(ready: EngineReady, url: str) -> str:
+    """What is served where, and within which limits."""
+    context = thousands(ready.context_length)
+    first = (
+        f"lowbit: ready: {printable(ready.model_name)} on {url}, context {context} tokens, KV cache "
+        f"{thousands(ready.pool_tokens)} tokens, {ready.max_running} requests at once"
+    )
+    return "\n".join([first, *(f"lowbit: {printable(k)}: {printable(v)}" for k, v in ready.details.items())])

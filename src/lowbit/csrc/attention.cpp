@@ -163,6 +163,12 @@ private:
         return split;
     }
 
+    // Page `number` of the block's sequence: the elements of its K/V head.
+    const Element* head_page(const void* pages, int dim, const Block& block, int number) const {
+        const std::int64_t head = std::int64_t{block.pages[number]} * cache_.heads + block.kv_head;
+        return static_cast<const Element*>(pages) + head * dim * PAGE_TOKENS;
+    }
+
     void prepare_queries(const Block& block, Scratch& scratch) const {
         const int words = query_words<Element>(cache_.k_dim);
         for (int row = block.row_begin; row < block.row_end; ++row) {
@@ -237,38 +243,28 @@ private:
         }
         if (begin >= end) return;
 
-        const Element *keys[SEGMENT_PAGES], *page_values[SEGMENT_PAGES];
-        const void *pk[SEGMENT_PAGES+8], *pv[SEGMENT_PAGES+8];
+        const int together = pages_at_once(std::min(end - begin, SCORE_ROWS));
         const int page_begin = first[begin] / PAGE_TOKENS, page_end = (last[end - 1] + PAGE_TOKENS - 1) / PAGE_TOKENS;
+        const int last_page = position(block, block.row_end - 1) / PAGE_TOKENS;
+        const Element *keys[SEGMENT_PAGES], *keys_ahead[SEGMENT_PAGES], *page_values[SEGMENT_PAGES];
         for (int page = page_begin; page < page_end; ++page) {
-            const std::int64_t head = std::int64_t{block.pages[base / PAGE_TOKENS + page]} * cache_.heads + block.kv_head;
-            keys[page] = static_cast<const Element*>(cache_.k) + head * cache_.k_dim * PAGE_TOKENS;
-            page_values[page] = static_cast<const Element*>(cache_.v) + head * cache_.v_dim * PAGE_TOKENS;
-        }
-        for (int page = page_begin; page < page_end; ++page) {
-            int ahead = page + pages_at_once(std::min(end - begin, SCORE_ROWS));
-            pv[page] = page_values[page];
-            if (ahead < page_end) pk[page] = keys[ahead];
-            else if (base / PAGE_TOKENS + ahead < block.segment_end * SEGMENT_PAGES && base / PAGE_TOKENS + ahead <= position(block, block.row_end-1) / PAGE_TOKENS)
-                pk[page] = static_cast<const Element*>(cache_.k) + (std::int64_t{block.pages[base / PAGE_TOKENS + ahead]} * cache_.heads + block.kv_head) * cache_.k_dim * PAGE_TOKENS;
-            else pk[page] = keys[page];
+            const int number = base / PAGE_TOKENS + page;
+            keys[page] = head_page(cache_.k, cache_.k_dim, block, number);
+            keys_ahead[page] = head_page(cache_.k, cache_.k_dim, block, std::min(number + together, last_page));
+            page_values[page] = head_page(cache_.v, cache_.v_dim, block, number);
         }
 
         const int words = query_words<Element>(cache_.k_dim);
-        const int together = pages_at_once(std::min(end - begin, SCORE_ROWS));
         int from = begin, to = begin;
         for (int page = page_begin; page < page_end; page += together) {
             const int count = std::min(together, page_end - page);
             while (last[from] <= page * PAGE_TOKENS) ++from;  // rows before these pages
             while (to < end && first[to] < (page + count) * PAGE_TOKENS) ++to;
+            const Prefetch<Element> prefetch{keys_ahead + page, page_values + page, cache_.v_dim / 2};
+            const auto score = rows <= SCORE_ROWS ? score_pages<Element, true> : score_pages<Element, false>;
             for (int row = from; row < to; row += SCORE_ROWS) {
-                Prefetch pre{pk + page, pv + page, cache_.v_dim / 2};
-                if (rows <= SCORE_ROWS)
-                score_pages<Element, true>(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
-                            cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, pre);
-                else
-                score_pages<Element, false>(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
-                            cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, pre);
+                score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count, cache_.k_dim,
+                      scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, prefetch);
             }
         }
         for (int row = begin; row < end; ++row) {

@@ -88,19 +88,28 @@ inline void prepare_query(const float* query, int k_dim, float* prepared) {
     }
 }
 
-// What a few rows (decode) wait for is memory, and scattered pages defeat the hardware prefetcher: while
-// the keys of a page are read, their own values and the keys some pages ahead are fetched, line for line.
+// What a few rows (decode) wait for is memory, and scattered pages defeat the hardware's prefetcher: while
+// the keys of a page are read, its values and the keys some pages ahead are fetched, line for line.
+template <class Element>
 struct Prefetch {
-    const void* const* keys;    // by page
-    const void* const* values;
-    int lines_of_values;
+    const Element* const* keys;  // by page, like the pages themselves
+    const Element* const* values;
+    int value_lines;  // lines a page, one for each line of keys
+
+    __attribute__((always_inline)) void lines(int page, int line) const {
+        constexpr int LINE = 2 * LANES;  // 64 bytes of bfloat16
+        _mm_prefetch(reinterpret_cast<const char*>(keys[page] + line * LINE), _MM_HINT_T0);
+        if (line < value_lines) {
+            _mm_prefetch(reinterpret_cast<const char*>(values[page] + line * LINE), _MM_HINT_T0);
+        }
+    }
 };
 
 // scores[row][page * 16 + token] = query . key for ROWS rows and PAGES pages. Rows of scores are
 // SEGMENT_TOKENS apart.
 template <class Element, int ROWS, int PAGES, bool PREFETCH>
 inline void score_tile(const float* queries, const Element* const* pages, int k_dim, float* scores,
-                       const Prefetch& prefetch) {
+                       const Prefetch<Element>& prefetch) {
     const int words = query_words<Element>(k_dim);
     Vector16 sums[ROWS][PAGES];
     for (auto& row : sums) {
@@ -108,11 +117,7 @@ inline void score_tile(const float* queries, const Element* const* pages, int k_
     }
     for (int pair = 0; pair < k_dim / 2; ++pair) {
         if constexpr (PREFETCH) {
-            constexpr int LINE = 2 * LANES;  // elements: 64 bytes, or 128 of float32
-            for (int page = 0; page < PAGES; ++page) {
-                _mm_prefetch(static_cast<const Element*>(prefetch.keys[page]) + pair * LINE, _MM_HINT_T0);
-                if (pair < prefetch.lines_of_values) _mm_prefetch(static_cast<const Element*>(prefetch.values[page]) + pair * LINE, _MM_HINT_T0);
-            }
+            for (int page = 0; page < PAGES; ++page) prefetch.lines(page, pair);
         }
 #if defined(__AVX512BF16__)
         if constexpr (BFLOAT_QUERIES<Element>) {
@@ -155,7 +160,7 @@ inline void score_tile(const float* queries, const Element* const* pages, int k_
 // The same for 1 <= rows <= ROWS rows and any number of pages.
 template <class Element, bool PREFETCH, int ROWS = SCORE_ROWS>
 inline void score_pages(const float* queries, int rows, const Element* const* pages, int count, int k_dim,
-                        float* scores, Prefetch prefetch) {
+                        float* scores, Prefetch<Element> prefetch) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
             score_pages<Element, PREFETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scores, prefetch);
@@ -165,7 +170,8 @@ inline void score_pages(const float* queries, int rows, const Element* const* pa
     constexpr int TOGETHER = pages_at_once(ROWS);
     int page = 0;
     for (; page + TOGETHER <= count; page += TOGETHER) {
-        score_tile<Element, ROWS, TOGETHER, PREFETCH>(queries, pages + page, k_dim, scores + page * PAGE_TOKENS, prefetch);
+        score_tile<Element, ROWS, TOGETHER, PREFETCH>(queries, pages + page, k_dim, scores + page * PAGE_TOKENS,
+                                                      prefetch);
         prefetch.keys += TOGETHER;
         prefetch.values += TOGETHER;
     }

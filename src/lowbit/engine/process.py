@@ -216,6 +216,15 @@ def die_with_parent(parent: int) -> None:
         raise ParentGoneError
 
 
+def set_signals() -> None:
+    """The terminal sends Ctrl+C to the whole group, and only the parent obeys: it lets requests finish and
+    then asks us to drain. SIGUSR1 is its watchdog asking for a stack dump."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
 def settings_from(values: dict[str, Any]) -> Settings:
     """The settings of a Start message; a name this version does not have is our own bug."""
     known = {f.name for f in fields(Settings)}
@@ -299,11 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--parent", type=int, required=True)
     options = parser.parse_args(arguments)
-    # The terminal sends Ctrl+C to the whole group; the parent finishes what runs and then asks us to drain.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the parent's watchdog asks for a stack dump
+    set_signals()
     try:
         die_with_parent(options.parent)
     except ParentGoneError:

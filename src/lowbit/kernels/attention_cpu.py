@@ -13,7 +13,10 @@ token's result is bit-equal whatever the batch, the chunks, the page numbers and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -86,8 +89,9 @@ def _functions() -> _Functions | None:
 
 @dataclass(frozen=True)
 class CpuLayerCache(LayerCache):
-    """A LayerCache that keeps the struct the native code reads."""
+    """A LayerCache with what the native code is called with."""
 
+    functions: _Functions
     view: _Cache
 
 
@@ -111,18 +115,19 @@ class CpuAttention:
 
     def allocate(self, spec: CacheSpec, pages: int, page_size: int, device: torch.device) -> LayerCache:
         """Zeroed pages."""
+        functions = _functions()
+        assert functions is not None, "refuses() says so where there is no library"
         if page_size != PAGE_SIZE:
             raise LowbitError(
                 "E0420", f"attention kernel {self.name!r} needs pages of {PAGE_SIZE} tokens, got {page_size}"
             )
         heads, k_dim, v_dim = spec.heads, spec.k_dim, spec.v_dim
+        shapes: dict[str, tuple[int, ...]]
         if spec.dtype is torch.bfloat16:
             shapes = {"k": (k_dim // 2, PAGE_SIZE, 2), "v": (PAGE_SIZE // 2, v_dim, 2)}
         else:
             shapes = {"k": (k_dim, PAGE_SIZE), "v": (PAGE_SIZE, v_dim)}
-        buffers = {
-            name: torch.zeros(pages, heads, *shape, dtype=spec.dtype) for name, shape in shapes.items()
-        }
+        buffers = {name: _zeros((pages, heads, *shape), spec.dtype) for name, shape in shapes.items()}
         view = _Cache(
             buffers["k"].data_ptr(),
             buffers["v"].data_ptr(),
@@ -133,16 +138,16 @@ class CpuAttention:
             spec.window,
             spec.dtype is torch.bfloat16,
         )
-        return CpuLayerCache(spec, self, pages, page_size, buffers, view)
+        return CpuLayerCache(spec, self, pages, page_size, buffers, functions, view)
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
         """Round k and v to the cache dtype and store them at ``batch.write_slots``."""
-        assert isinstance(cache, CpuLayerCache) and (functions := _functions()) is not None
+        assert isinstance(cache, CpuLayerCache), "a cache is used by the kernel that allocated it"
         k, v = _strided(k), _strided(v)
         spec, tokens = cache.spec, len(batch.write_slots)
         assert k.shape == (tokens, spec.heads, spec.k_dim), f"k {tuple(k.shape)} is not {spec}'s"
         assert v.shape == (tokens, spec.heads, spec.v_dim), f"v {tuple(v.shape)} is not {spec}'s"
-        fault = functions.write(
+        fault = cache.functions.write(
             ctypes.byref(cache.view),
             k.data_ptr(),
             k.stride(0),
@@ -158,7 +163,7 @@ class CpuAttention:
         self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters
     ) -> Tensor:
         """q (tokens, query heads, k_dim) -> (tokens, query heads * v_dim) in q's dtype."""
-        assert isinstance(cache, CpuLayerCache) and (functions := _functions()) is not None
+        assert isinstance(cache, CpuLayerCache), "a cache is used by the kernel that allocated it"
         spec, queries = cache.spec, _strided(q)
         tokens, heads, dim = queries.shape
         assert dim == spec.k_dim and heads % spec.heads == 0, f"q {tuple(q.shape)} does not fit {spec}"
@@ -173,7 +178,7 @@ class CpuAttention:
             tokens,
         )
         out = torch.empty(tokens, heads * spec.v_dim)
-        fault = functions.attend(
+        fault = cache.functions.attend(
             ctypes.byref(cache.view),
             ctypes.byref(view),
             queries.data_ptr(),
@@ -187,6 +192,20 @@ class CpuAttention:
         if fault:
             raise _error(fault)
         return out if q.dtype is torch.float32 else out.to(q.dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeroed memory that costs nothing until it is written, in huge pages where the system has them.
+
+    Pages of the cache are scattered: with 4 KiB of memory a page, each would miss the address cache.
+    """
+    count = math.prod(shape)
+    if not count:
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize)
+    with contextlib.suppress(OSError, AttributeError):  # a kernel, or a system, without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _strided(x: Tensor) -> Tensor:

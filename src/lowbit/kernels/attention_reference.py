@@ -58,30 +58,43 @@ class ReferenceAttention:
         self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters
     ) -> Tensor:
         """q (tokens, query heads, k_dim) -> (tokens, query heads * v_dim) in q's dtype."""
+        attend = self._one_by_one if q.device.type == "cpu" else self._padded
+        return attend(q, cache, batch, parameters).flatten(1)
+
+    def _one_by_one(
+        self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters
+    ) -> Tensor:
+        """(tokens, heads, v_dim), with lengths read on the host."""
+        out = q.new_empty(*q.shape[:2], cache.spec.v_dim)
+        queries, contexts = batch.query_lengths.tolist(), batch.context_lengths.tolist()
+        first = 0
+        for row, (count, context) in enumerate(zip(queries, contexts, strict=True)):
+            group = _Group(slice(row, row + 1), torch.tensor([first]), count, context)
+            out[first : first + count] = self._attend_group(q, cache, batch, parameters, group)[0]
+            first += count
+        return out
+
+    def _padded(
+        self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters
+    ) -> Tensor:
+        """The same without reading a length: groups of sequences, padded to the batch's maxima."""
         tokens, heads, _ = q.shape
-        out = q.new_empty(tokens, heads, cache.spec.v_dim)
         lengths = batch.query_lengths.long()
         first_tokens = lengths.cumsum(0) - lengths
-        if q.device.type == "cpu":
-            contexts = batch.context_lengths.tolist()
-            for row, (first, queries) in enumerate(zip(first_tokens.tolist(), lengths.tolist(), strict=True)):
-                group = _Group(slice(row, row + 1), first_tokens[row : row + 1], queries, contexts[row])
-                attended = self._attend_group(q, cache, batch, parameters, group)
-                out[first : first + queries] = attended[0]
-            return out.flatten(1)
-        # Every token's own (sequence, row of the padded group): output_size keeps this off the host.
+        # Every token's sequence and its place there: output_size spares a wait for the sum of lengths.
         rows = torch.arange(len(lengths), device=q.device)
         sequence = rows.repeat_interleave(lengths, output_size=tokens)
         offset = torch.arange(tokens, device=q.device) - first_tokens[sequence]
         size = max(GROUP_SCORES // (heads * batch.max_query * batch.max_context), 1)
+        out = q.new_zeros(tokens, heads, cache.spec.v_dim)
         for start in range(0, len(lengths), size):
             chosen = slice(start, start + size)
             group = _Group(chosen, first_tokens[chosen], batch.max_query, batch.max_context)
             attended = self._attend_group(q, cache, batch, parameters, group)
-            inside = ((sequence >= start) & (sequence < start + size))[:, None, None]
+            inside = (sequence >= start) & (sequence < start + size)
             mine = attended[(sequence - start).clamp(0, len(attended) - 1), offset]
-            out = torch.where(inside, mine, out)
-        return out.flatten(1)
+            out = torch.where(inside[:, None, None], mine, out)
+        return out
 
     def _attend_group(
         self,

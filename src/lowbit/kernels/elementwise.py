@@ -173,7 +173,9 @@ def apply_rotary(
         return
     tokens, q_heads, dim = q.shape
     rows, half = table.cosines.shape
-    assert k.shape[0] == tokens and k.shape[2] == dim and 2 * half <= dim, "q, k and the table belong together"
+    assert k.shape[0] == tokens and k.shape[2] == dim and 2 * half <= dim, (
+        "q, k and the table belong together"
+    )
     assert positions.dtype is torch.int32 and positions.is_contiguous(), "positions are int32 and contiguous"
     missing = functions.rotary(
         q.data_ptr(),

@@ -37,7 +37,6 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]
 ABORT_EXTENSION = "lowbit.abort"  # connection.py puts the transport's abort() into the scope under this name
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 _INLINE_JSON_BYTES = 256 * 1024  # larger bodies are parsed in a thread
-_DISCARD_SECONDS = 2.0
 _ENCODER = msgspec.json.Encoder()
 
 Access = Literal["public", "key", "admin"]
@@ -239,7 +238,7 @@ class Exchange:
 
     async def _discard_body(self) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_DISCARD_SECONDS):
+            async with asyncio.timeout(self._limits.linger_seconds):
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect" or not message.get("more_body", False):

@@ -23,6 +23,7 @@ class Limits:
     body_chunks: int = 16_384  # pieces of a chunked body: each costs far more than its bytes
     connections: int = 1024
     keep_alive_seconds: float = 15.0
+    linger_seconds: float = 2.0  # reading on after an early refusal, so that the client gets to see it
     queued_bytes: int = 256 * MiB  # bodies of all requests in progress
 
     tokenize_seconds: float = 5.0

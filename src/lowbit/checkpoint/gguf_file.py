@@ -1,0 +1,386 @@
+"""GGUF files: header reader and writer (the GGUF specification, versions 2 and 3; formats.md 2.7.1).
+
+    "GGUF" version u32 | tensor count u64 | metadata count u64 | metadata … | tensor infos … | pad | data
+
+Everything little-endian. Every length is checked against the bytes that are left before anything is
+allocated, and every tensor against the real file size, before one payload byte is touched. No torch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lowbit.checkpoint.file_checks import check_regular_file, refuse_impostors, truncated
+from lowbit.checkpoint.gguf_types import GGUF_TYPES, GGUF_TYPES_BY_NAME, REFUSED_TYPES, GgufType
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.errors import LowbitError, printable, thousands
+
+MAX_STRING = 16 << 20
+MAX_ARRAY = 64 << 20
+MAX_DIMS = 4
+MAX_NAME = 64
+MAX_KEY = 1 << 16
+MAX_TENSORS = 200_000
+MAX_ARRAY_DEPTH = 4
+MIN_METADATA_BYTES = 8 + 4 + 1  # an empty key, a type, the smallest value
+MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+class _Reader:
+    """A cursor over the mapped file that never reads, or allocates for, what is not there."""
+
+    def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
+        self.path = path
+        self.data = data
+        self.size = size
+        self.at = 0
+
+    def fail(self, code: str, what: str) -> LowbitError:
+        return LowbitError(code, f"{self.path.name}: {what}")
+
+    def need(self, count: int) -> int:
+        """The place of the next ``count`` bytes, which are now behind the cursor."""
+        start = self.at
+        if count > self.size - start:
+            raise truncated(self.path, self.size, start + count)
+        self.at = start + count
+        return start
+
+    def number(self, letter: str) -> int:
+        (value,) = struct.unpack_from(f"<{letter}", self.data, self.need(struct.calcsize(f"<{letter}")))
+        return int(value)
+
+    def count(self, what: str, smallest: int, limit: int) -> int:
+        """A 64-bit count of things that take at least ``smallest`` bytes each."""
+        count = self.number("Q")
+        fits = (self.size - self.at) // smallest
+        if count > fits:
+            raise self.fail(
+                "E0221",
+                f"header claims {thousands(count)} {what}; at most {thousands(fits)} fit in the file. "
+                "The file is damaged or hostile",
+            )
+        if count > limit:
+            raise self.fail("E0221", f"header claims {thousands(count)} {what}, limit {thousands(limit)}")
+        return count
+
+    def text(self, what: str, limit: int) -> str:
+        length = self.number("Q")
+        if length > limit:
+            raise self.fail(
+                "E0221", f"{what} of {thousands(length)} bytes, limit {thousands(limit)}; the file is damaged"
+            )
+        start = self.need(length)
+        try:
+            return self.data[start : start + length].decode()
+        except UnicodeDecodeError:
+            raise self.fail("E0221", f"{what} at byte {start} is no UTF-8; the file is damaged") from None
+
+    def value(self, kind: int, key: str, depth: int = 0) -> object:
+        """One metadata value of type ``kind``."""
+        if kind == _STRING:
+            return self.text(f"the value of {key!r}", MAX_STRING)
+        if kind == _ARRAY:
+            return self._array(key, depth)
+        if kind not in _SCALARS:
+            raise self.fail("E0221", f"metadata {key!r} has unknown type {kind}; the file is damaged")
+        letter = _SCALARS[kind]
+        (value,) = struct.unpack_from(f"<{letter}", self.data, self.need(struct.calcsize(f"<{letter}")))
+        if kind == _BOOL:
+            if value > 1:
+                raise self.fail("E0221", f"metadata {key!r} is a bool of value {value}; the file is damaged")
+            return bool(value)
+        return value
+
+    def _array(self, key: str, depth: int) -> list[object]:
+        if depth >= MAX_ARRAY_DEPTH:
+            raise self.fail("E0221", f"metadata {key!r} nests arrays deeper than {MAX_ARRAY_DEPTH}")
+        kind = self.number("I")
+        if kind == _STRING:
+            return self._strings(key)
+        if kind == _ARRAY:
+            count = self.count(f"arrays in {key!r}", 12, MAX_ARRAY)
+            return [self._array(key, depth + 1) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise self.fail("E0221", f"array {key!r} has unknown type {kind}; the file is damaged")
+        width = struct.calcsize(f"<{_SCALARS[kind]}")
+        count = self.count(f"elements of {key!r}", width, MAX_ARRAY)
+        start = self.need(count * width)
+        dtype = np.dtype(_SCALARS[kind]).newbyteorder("<")
+        values = np.frombuffer(self.data, dtype, count, start)
+        if kind == _BOOL:
+            if count and values.max() > 1:
+                raise self.fail("E0221", f"array {key!r} holds a bool above 1; the file is damaged")
+            values = values.astype(bool)
+        listed: list[object] = values.tolist()
+        del values  # a view would keep the map from closing
+        return listed
+
+    def _strings(self, key: str) -> list[object]:
+        """A string array; tokenizers have 100,000 of them, so this loop is tight."""
+        count = self.count(f"strings in {key!r}", 8, MAX_ARRAY)
+        data, size, at = self.data, self.size, self.at
+        length_of = struct.Struct("<Q").unpack_from
+        texts: list[object] = []
+        try:
+            for _ in range(count):
+                (length,) = length_of(data, at)
+                start = at + 8
+                at = start + length
+                if at > size or length > MAX_STRING:
+                    raise truncated(self.path, size, at)
+                texts.append(data[start:at].decode())
+        except struct.error:
+            raise truncated(self.path, size, at + 8) from None
+        except UnicodeDecodeError:
+            raise self.fail("E0221", f"a string of {key!r} is no UTF-8; the file is damaged") from None
+        self.at = at
+        return texts
+
+
+def read_gguf_header(path: Path) -> CheckpointHeader:
+    """The header of a GGUF model; any part of a split file stands for all of them."""
+    split = _SPLIT_NAME.fullmatch(path.name)
+    if split is None:
+        return _read_one(path)
+    stem, count = split[1], int(split[3])
+    if not 1 <= count <= 10_000:
+        raise LowbitError("E0221", f"{path.name}: a split into {count} parts")
+    first = path.with_name(f"{stem}-00001-of-{split[3]}.gguf")
+    return _join(first, [path.with_name(f"{stem}-{n:05}-of-{split[3]}.gguf") for n in range(1, count + 1)])
+
+
+def _join(first: Path, parts: list[Path]) -> CheckpointHeader:
+    """One header of all the parts of a split file; metadata is complete in the first."""
+    for part in parts:
+        if not part.exists():
+            raise LowbitError("E0207", f"{part.name} is missing ({len(parts)} parts belong together)")
+    headers = [_read_one(part) for part in parts]
+    tensors: dict[str, TensorEntry] = {}
+    for number, (part, header) in enumerate(zip(parts, headers, strict=True)):
+        told = (header.metadata.get("split.no", 0), header.metadata.get("split.count", 1))
+        if told != (number, len(parts)):
+            raise LowbitError(
+                "E0224",
+                f"{part.name}: says it is part {printable(told[0])} of {printable(told[1])} (split.no, "
+                f"split.count), its name says {number} of {len(parts)}; files of different models are mixed",
+            )
+        for name, entry in header.tensors.items():
+            if name in tensors:
+                raise LowbitError(
+                    "E0224", f"{part.name}: tensor {printable(name)!r} is in {tensors[name].file.name} too"
+                )
+            tensors[name] = entry
+    total = headers[0].metadata.get("split.tensors.count")
+    if total is not None and total != len(tensors):
+        raise LowbitError(
+            "E0224",
+            f"{first.name}: split.tensors.count is {printable(total)}, the parts hold {len(tensors)} tensors",
+        )
+    return CheckpointHeader(first, "gguf", tensors, metadata=headers[0].metadata)
+
+
+def _read_one(path: Path) -> CheckpointHeader:
+    size = check_regular_file(path, "GGUF file")
+    with open(path, "rb") as file:
+        refuse_impostors(path, file.read(64), size)
+        if size < 24:
+            raise truncated(path, size, 24)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(_Reader(path, data, min(size, len(data))))
+
+
+def _parse(reader: _Reader) -> CheckpointHeader:
+    start = reader.need(4)
+    magic = reader.data[start : start + 4]
+    if magic != b"GGUF":
+        raise reader.fail("E0220", f"no GGUF file (it starts with {magic!r}); is the name right?")
+    version = reader.number("I")
+    if version not in (2, 3):
+        if version >> 16:
+            raise reader.fail("E0222", "is big-endian; convert it with gguf_convert_endian.py")
+        if version < 2:
+            raise reader.fail("E0222", f"version {version} is too old (lowbit reads 2-3); convert it again")
+        raise reader.fail("E0222", f"version {version} is newer than this lowbit (reads 2-3); update lowbit")
+    tensor_count = reader.count("tensors", MIN_TENSOR_BYTES, MAX_TENSORS)
+    metadata_count = reader.count("metadata entries", MIN_METADATA_BYTES, MAX_ARRAY)
+    metadata: dict[str, object] = {}
+    for _ in range(metadata_count):
+        key = reader.text("a metadata key", MAX_KEY)
+        if key in metadata:
+            raise reader.fail("E0221", f"metadata key {printable(key)!r} is there twice")
+        metadata[key] = reader.value(reader.number("I"), printable(key))
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise reader.fail("E0220", f"is a {printable(kind)}, not a model (general.type)")
+    infos = [_tensor_info(reader) for _ in range(tensor_count)]
+    tensors = _place(reader, infos, _alignment(reader, metadata))
+    return CheckpointHeader(reader.path, "gguf", tensors, metadata=metadata)
+
+
+def _alignment(reader: _Reader, metadata: dict[str, object]) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    if isinstance(alignment, bool) or not isinstance(alignment, int):
+        raise reader.fail("E0221", f"general.alignment is {printable(alignment)}, no number")
+    if not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise reader.fail("E0221", f"general.alignment is {alignment}; a power of two up to 2^20 is expected")
+    return alignment
+
+
+@dataclass(frozen=True)
+class _Info:
+    name: str
+    type: GgufType
+    shape: tuple[int, ...]  # row-major: the file's dimensions reversed
+    offset: int
+    nbytes: int
+
+
+def _tensor_info(reader: _Reader) -> _Info:
+    name = reader.text("a tensor name", MAX_NAME)
+    shown = printable(name)
+    dims = reader.number("I")
+    if not 1 <= dims <= MAX_DIMS:
+        raise reader.fail("E0221", f"tensor {shown!r} has {dims} dimensions; 1 to {MAX_DIMS} are expected")
+    sizes = [reader.number("Q") for _ in range(dims)]
+    type_id = reader.number("I")
+    offset = reader.number("Q")
+    kind = GGUF_TYPES.get(type_id)
+    if kind is None:
+        why = REFUSED_TYPES.get(type_id, "an id this lowbit does not know")
+        names = ", ".join(entry.name for entry in GGUF_TYPES.values())
+        raise reader.fail(
+            "E0223", f"tensor {shown!r} uses type {type_id}, {why}; supported: {names}"
+        )
+    if min(sizes) < 1:
+        raise reader.fail("E0221", f"tensor {shown!r} has an empty dimension {sizes}; the file is damaged")
+    if sizes[0] % kind.weights:
+        raise reader.fail(
+            "E0221",
+            f"tensor {shown!r} is {kind.name} with rows of {sizes[0]}, no multiple of {kind.weights}; "
+            "the file is damaged",
+        )
+    elements = 1
+    for size in sizes:
+        elements *= size  # Python integers do not overflow
+    nbytes = elements // kind.weights * kind.bytes
+    if nbytes > reader.size:
+        raise truncated(reader.path, reader.size, reader.at + nbytes)
+    return _Info(name, kind, tuple(reversed(sizes)), offset, nbytes)
+
+
+def _place(reader: _Reader, infos: list[_Info], alignment: int) -> dict[str, TensorEntry]:
+    """Absolute places of the tensors: aligned, inside the file, no two on the same bytes."""
+    base = -(-reader.at // alignment) * alignment
+    tensors: dict[str, TensorEntry] = {}
+    for info in infos:
+        shown = printable(info.name)
+        if info.name in tensors:
+            raise reader.fail("E0221", f"tensor {shown!r} is there twice")
+        if info.offset % alignment:
+            raise reader.fail(
+                "E0221", f"tensor {shown!r} lies at {info.offset}, no multiple of alignment {alignment}"
+            )
+        start = base + info.offset
+        if start + info.nbytes > reader.size:
+            raise truncated(reader.path, reader.size, start + info.nbytes)
+        tensors[info.name] = TensorEntry(
+            info.name, reader.path, info.type.name, info.shape, start, info.nbytes
+        )
+    end, previous = 0, ""
+    for entry in sorted(tensors.values(), key=lambda entry: entry.start):
+        if entry.start < end:
+            raise reader.fail(
+                "E0221",
+                f"tensors {printable(previous)!r} and {printable(entry.name)!r} overlap at byte {entry.start}",
+            )
+        end, previous = entry.start + entry.nbytes, entry.name
+    # A file one alignment longer than its tensors is padded; more is not part of the model.
+    if tensors and reader.size > -(-end // alignment) * alignment:
+        raise reader.fail(
+            "E0221",
+            f"{thousands(reader.size)} bytes, but the last tensor ends at {thousands(end)}; the file is damaged",
+        )
+    return tensors
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor to write: ``data`` are its bytes, row-major, in blocks of ``type_name``."""
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def write_gguf(
+    path: Path, metadata: dict[str, object], tensors: Iterable[GgufTensor], alignment: int = 32
+) -> None:
+    """Write a version 3 file. Python ints become u32 (i64 where that does not hold them), floats f32."""
+    listed = list(tensors)
+    out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(listed), len(metadata)))
+    for key, value in metadata.items():
+        out += _packed_text(key) + _packed_value(value)
+    offset = 0
+    for tensor in listed:
+        kind = GGUF_TYPES_BY_NAME[tensor.type_name]
+        out += _packed_text(tensor.name) + struct.pack("<I", len(tensor.shape))
+        out += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+        out += struct.pack("<IQ", kind.id, offset)
+        offset += -(-len(tensor.data) // alignment) * alignment
+    out += bytes(-len(out) % alignment)
+    with open(path, "wb") as file:
+        file.write(out)
+        for tensor in listed:
+            file.write(tensor.data + bytes(-len(tensor.data) % alignment))
+
+
+def _packed_text(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _packed_value(value: object) -> bytes:
+    kind, body = _kind_and_body(value)
+    return struct.pack("<I", kind) + body
+
+
+def _kind_and_body(value: object) -> tuple[int, bytes]:
+    match value:
+        case bool():
+            return _BOOL, struct.pack("<B", value)
+        case int() if 0 <= value < 1 << 32:
+            return 4, struct.pack("<I", value)
+        case int():
+            return 11, struct.pack("<q", value)
+        case float():
+            return 6, struct.pack("<f", value)
+        case str():
+            return _STRING, _packed_text(value)
+        case list():
+            return _ARRAY, _packed_array(value)
+    raise TypeError(f"GGUF metadata cannot hold a {type(value).__name__}")
+
+
+def _packed_array(values: list[object]) -> bytes:
+    # One type for all: signed where any number is negative.
+    if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        letter, kind = ("i", 5) if all(-(1 << 31) <= int(str(v)) < 1 << 31 for v in values) else ("q", 11)
+        return struct.pack("<IQ", kind, len(values)) + struct.pack(f"<{len(values)}{letter}", *values)
+    parts = [_kind_and_body(value) for value in values]
+    kinds = {kind for kind, _ in parts}
+    if len(kinds) != 1:
+        raise TypeError("a GGUF array holds values of one type")
+    return struct.pack("<IQ", kinds.pop(), len(values)) + b"".join(body for _, body in parts)

@@ -1,0 +1,198 @@
+"""Models of the Hugging Face hub: one revision, resolved once, and only the files that are needed.
+
+Everything goes through ``huggingface_hub`` (its cache, its login, HF_HUB_OFFLINE, HF_ENDPOINT); a
+reference is ``org/name``, or ``org/name:file.gguf`` or ``org/name:Q4_K_M`` for one GGUF file of a repo.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowbit.errors import LowbitError, printable
+
+Progress = Callable[[int, int, str], None]
+
+_REFERENCE = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?::([\w.@+/-]{1,200}))?")
+_SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json", "model.safetensors.index.json"),
+    *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``repo``: "org/name". ``file``: a GGUF file's name, or the quantization it has in its name."""
+
+    repo: str
+    file: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.file is None else f"{self.repo}:{self.file}"
+
+
+def parse_reference(name: str) -> Reference | None:
+    """The hub reference ``name`` spells, or None where it is none."""
+    found = _REFERENCE.fullmatch(name)
+    return None if found is None else Reference(found[1], found[2])
+
+
+def fetch(
+    reference: Reference, revision: str | None = None, on_progress: Progress | None = None
+) -> tuple[Path, str]:
+    """(local folder or GGUF file, commit): what is not in the cache is downloaded at one commit."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = revision or constants.DEFAULT_REVISION
+    if constants.HF_HUB_OFFLINE:
+        try:
+            folder = Path(snapshot_download(reference.repo, revision=wanted, local_files_only=True))
+        except (LocalEntryNotFoundError, FileNotFoundError):
+            raise _not_cached(reference, wanted) from None
+        return _chosen(folder, reference, [path.name for path in folder.iterdir()]), folder.name
+    try:
+        info = HfApi().model_info(reference.repo, revision=wanted, files_metadata=True)
+    except Exception as error:
+        cached = _from_cache(reference, wanted, error)
+        if cached is not None:
+            return cached
+        raise _explained(error, reference, wanted) from None
+    commit = info.sha or wanted
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    names = _needed(reference, list(sizes))
+    total, done = sum(sizes[name] for name in names), 0
+    for name in names:
+        if on_progress is not None:
+            on_progress(done, total, f"{reference.repo}: {name}")
+        file = _download(reference, name, commit)
+        done += sizes[name]
+    if on_progress is not None:
+        on_progress(total, total, reference.repo)
+    return _chosen(file.parents[name.count("/")], reference, names), commit
+
+
+def _download(reference: Reference, name: str, commit: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(reference.repo, name, revision=commit))
+    except Exception as error:
+        raise _explained(error, reference, commit) from None
+
+
+def _from_cache(reference: Reference, revision: str, error: Exception) -> tuple[Path, str] | None:
+    """Without a network a cached model still serves; an answer of the hub is never overruled."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return None
+    try:
+        folder = Path(snapshot_download(reference.repo, revision=revision, local_files_only=True))
+    except Exception:  # not cached: the network's error is the one to tell
+        return None
+    return _chosen(folder, reference, [path.name for path in folder.iterdir()]), folder.name
+
+
+def _needed(reference: Reference, names: list[str]) -> list[str]:
+    """The files of a repo that lowbit reads."""
+    if reference.file is not None:
+        return _gguf_files(reference, names)
+    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if not weights:
+        ggufs = [name for name in names if name.endswith(".gguf")]
+        if len(ggufs) == 1:
+            return ggufs
+        if ggufs:
+            listed = ", ".join(printable(name) for name in sorted(ggufs)[:12])
+            raise LowbitError(
+                "E0607", f"{reference.repo} holds {len(ggufs)} GGUF files; name one: "
+                f"{reference.repo}:<file or type>, of {listed}"
+            )
+        raise LowbitError("E0607", f"{reference.repo} holds no .safetensors and no .gguf file")
+    if "model.safetensors" in weights and "model.safetensors.index.json" not in names:
+        weights = ["model.safetensors"]
+    if "model.safetensors.index.json" in names:
+        weights = [name for name in weights if not name.startswith("consolidated")]
+    return [name for name in _SMALL_FILES if name in names] + sorted(weights)
+
+
+def _gguf_files(reference: Reference, names: list[str]) -> list[str]:
+    """The file called so, or the one (with all its parts) whose name holds the quantization."""
+    wanted = reference.file or ""
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if wanted in ggufs:
+        found = [wanted]
+    else:
+        pattern = re.compile(rf"(?<![A-Za-z0-9]){re.escape(wanted.removesuffix('.gguf'))}(?![A-Za-z0-9_])", re.I)
+        found = [name for name in ggufs if pattern.search(Path(name).name)]
+    stems = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", name) for name in found}
+    if len(stems) != 1:
+        listed = ", ".join(printable(name) for name in sorted(ggufs)[:12]) or "none"
+        what = "no GGUF file matches" if not stems else f"{len(stems)} GGUF files match"
+        raise LowbitError("E0607", f"{reference.repo}: {what} {printable(wanted)!r}; there are: {listed}")
+    stem = stems.pop()
+    return sorted(name for name in ggufs if re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", name) == stem)
+
+
+def _chosen(folder: Path, reference: Reference, names: list[str]) -> Path:
+    """The folder, or the GGUF file in it that was meant."""
+    try:
+        needed = _needed(reference, names)
+    except LowbitError as error:
+        raise LowbitError(error.code, f"{error.message} (in the cache, {folder.name[:12]})") from None
+    first = needed[0]
+    return folder / first if first.endswith(".gguf") else folder
+
+
+def _not_cached(reference: Reference, revision: str) -> LowbitError:
+    return LowbitError(
+        "E0604",
+        f"no network and {reference.repo}@{revision} is not in the cache; connect once and run: "
+        f"lowbit pull {reference}",
+    )
+
+
+def _explained(error: Exception, reference: Reference, revision: str) -> LowbitError:
+    """What the hub's client raised, as one line with the way out."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo = reference.repo
+    if isinstance(error, RevisionNotFoundError):
+        known = _revisions(repo)
+        listed = f"; it has: {', '.join(known)}" if known else ""
+        return LowbitError("E0601", f"revision {printable(revision)!r} not found in {repo}{listed}")
+    if isinstance(error, GatedRepoError):
+        return LowbitError(
+            "E0603", f"{repo} is gated: accept its licence on the hub, then log in with 'hf auth login'"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return LowbitError(
+            "E0602", f"repo {repo!r} not found (or private: log in with 'hf auth login'); check the spelling"
+        )
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code if error.response is not None else "?"
+        return LowbitError("E0608", f"the hub answered {status} for {repo}; try again later")
+    if type(error).__name__ in ("ConnectionError", "ConnectTimeout", "ConnectError", "OfflineModeIsEnabled"):
+        return _not_cached(reference, revision)
+    return LowbitError("E0608", f"{repo} could not be fetched: {printable(error)}")
+
+
+def _revisions(repo: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(repo)
+    except Exception:  # only to make a message better
+        return []
+    return [printable(ref.name, 40) for ref in [*refs.branches, *refs.tags][:8]]

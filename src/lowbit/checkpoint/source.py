@@ -1,0 +1,75 @@
+"""From what a person types to a checkpoint: a folder, a GGUF file, ``smollm2``, or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from lowbit.checkpoint.gguf_file import read_gguf_header
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.safetensors_file import read_folder_header
+from lowbit.errors import LowbitError, printable
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
+
+EMBEDDED_NAME = "smollm2"
+
+
+def open_checkpoint(
+    name: str, revision: str | None = None, on_progress: Progress | None = None
+) -> CheckpointHeader:
+    """The header of the model called ``name``; a hub model is fetched first if it is not in the cache."""
+    path, resolved = resolve(name, revision, on_progress)
+    return replace(read_local(path), revision=resolved)
+
+
+def resolve(
+    name: str, revision: str | None = None, on_progress: Progress | None = None
+) -> tuple[Path, str | None]:
+    """(folder or GGUF file, hub commit or None)."""
+    if name == EMBEDDED_NAME:
+        from lowbit.checkpoint.embedded import embedded_model
+
+        return embedded_model(on_progress), None
+    path = Path(name).expanduser()
+    if path.exists():
+        return path, None
+    from lowbit.checkpoint import hub
+
+    if not _looks_like_path(name) and (reference := hub.parse_reference(name)) is not None:
+        return hub.fetch(reference, revision, on_progress)
+    raise LowbitError("E0201", _nothing_there(name, path))
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith((".gguf", os.sep)) and ":" not in name
+
+
+def _nothing_there(name: str, path: Path) -> str:
+    shown = printable(name)
+    candidates = [EMBEDDED_NAME]
+    if path.parent.is_dir():
+        candidates += [str(path.parent / entry.name) for entry in path.parent.iterdir()]
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    guess = f"; did you mean {printable(close[0])!r}?" if close else ""
+    return (
+        f"no model {shown!r}: not a folder, not a GGUF file, not a hub id (org/name), not "
+        f"{EMBEDDED_NAME!r}{guess}"
+    )
+
+
+def read_local(path: Path) -> CheckpointHeader:
+    """The header of a folder or a GGUF file on this machine."""
+    if not path.is_dir():
+        return read_gguf_header(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if not ggufs or (path / "config.json").exists() and any(path.glob("*.safetensors")):
+        return read_folder_header(path)
+    models = [file for file in ggufs if "-of-" not in file.name or "-00001-of-" in file.name]
+    if len(models) != 1:
+        listed = ", ".join(printable(file.name) for file in ggufs[:8])
+        raise LowbitError("E0201", f"{path.name} holds {len(ggufs)} GGUF files; name one of: {listed}")
+    return read_gguf_header(models[0])

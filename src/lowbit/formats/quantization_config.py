@@ -1,0 +1,60 @@
+"""Where a checkpoint says how it is quantized (formats.md 0.1), in the order the field agrees on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowbit.checkpoint.documents import read_json
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError
+
+_NESTED = ("text_config", "llm_config", "language_config", "language_model_config")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """``method``: the quant_method, or what its absence means there. ``place``: the file, for messages."""
+
+    method: str
+    values: dict[str, object]
+    place: str
+
+
+def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
+    """The checkpoint's own word on its quantization, or None where it has none."""
+    if header.container == "gguf":
+        return None
+    config = header.config
+    for holder in (config, *(config[name] for name in _NESTED if isinstance(config.get(name), dict))):
+        assert isinstance(holder, dict), "filtered above"
+        found = holder.get("quantization_config")
+        if found is not None:
+            return _checked(found, "config.json: quantization_config")
+    if config.get("compression_config") is not None:
+        return _checked(
+            config["compression_config"], "config.json: compression_config", "compressed-tensors"
+        )
+    for name, method in (
+        ("hf_quant_config.json", "modelopt"),
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("quantization_config.json", "auto-round"),
+    ):
+        values = read_json(header, name)
+        if values is not None:
+            return _checked(values, name, method)
+    if isinstance(config.get("quantization"), dict):
+        return _checked(config["quantization"], "config.json: quantization", "mlx")
+    return None
+
+
+def _checked(found: object, place: str, method: str = "") -> QuantizationConfig:
+    if not isinstance(found, dict):
+        raise LowbitError("E0212", f"{place} must be an object, found {type(found).__name__}")
+    told = found.get("quant_method")
+    if told is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        told = "bitsandbytes"  # files of 2023 name no method
+    name = told if isinstance(told, str) and told else method
+    if not name:
+        raise LowbitError("E0212", f"{place} names no quant_method; it cannot be told what the weights are")
+    return QuantizationConfig(name, found, place)
