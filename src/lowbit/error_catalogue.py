@@ -185,4 +185,10 @@ CATALOGUE: dict[str, Entry] = {
         "Rows of a weight were to be taken or moved inside a block that shares one scale.",
         _REPORT,
     ),
+    "E0703": Entry(
+        "a batch that does not fit its cache",
+        "Lengths, page numbers, write slots or positions of a step contradict each other or the KV cache. A "
+        "kernel refuses them before it touches memory.",
+        _REPORT,
+    ),
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from guard_page import at_guard_page
 from lowbit.errors import LowbitError
 from lowbit.kernels import elementwise, native
 from lowbit.kernels.elementwise import (
@@ -188,18 +187,6 @@ def test_strided_rows() -> None:
     assert gated_activation(view).equal(gated_activation(dense))
     residual = torch.zeros(6, 100)[:, :64]
     assert add_rms_norm(view, residual, weight, 1e-5).equal(rms_norm(dense, weight, 1e-5))
-
-
-def at_guard_page(values: Tensor) -> Tensor:
-    """A copy of values whose last byte is followed by a page that must not be touched."""
-    page = mmap.PAGESIZE
-    size = -(-values.nbytes // page) * page
-    memory = mmap.mmap(-1, size + page)
-    libc = ctypes.CDLL(None, use_errno=True)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0) == 0
-    flat = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=size - values.nbytes)
-    return flat.view(values.shape).copy_(values)
 
 
 @pytest.mark.parametrize("width", range(1, 36))

@@ -17,12 +17,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from server.fake_text import END, answer
-
 from lowbit.engine.messages import EngineReady, EngineStatus, Request, TokenEvent, TokenLogprob
 from lowbit.engine.process import Connection, EngineLike, die_with_parent, serve_parent, set_signals
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings
+from server.fake_text import END, answer
 
 OPTIONS = json.loads(os.environ.get("FAKE_ENGINE", "{}"))
 CONTEXT, PAGE, POOL, RUNNING = 1000, 16, 640, 4
@@ -161,7 +160,12 @@ def logprob(token: int, count: int) -> TokenLogprob:
 
 def build(settings: Settings, progress: Callable[[int, int, str], None]) -> tuple[EngineLike, EngineReady]:
     """Pretend to load."""
-    assert settings.model == "/fake" and settings.api_key is None and settings.api_key_file is None
+    assert (
+        settings.model == "/fake"
+        and settings.served_model_name == "tiny"
+        and settings.api_key is None
+        and settings.api_key_file is None
+    )
     starts = OPTIONS.get("count_starts")
     if starts:
         with Path(starts).open("a") as file:

@@ -18,13 +18,13 @@ from typing import Any
 
 import httpx
 import uvloop
-from server.fake_text import load_fake_text
 
 from lowbit.server.app import App, Stop, run_server
 from lowbit.server.connection import listen
 from lowbit.server.limits import Limits
 from lowbit.server.text import TextModel
 from lowbit.settings import Settings
+from server.fake_text import load_fake_text
 
 HERE = Path(__file__).parent
 FAKE_ENGINE = [sys.executable, str(HERE / "fake_engine.py")]
@@ -123,7 +123,9 @@ class ServerThread:
 
 
 @contextlib.contextmanager
-def serving(limits: Limits = QUICK, fake: dict[str, Any] | None = None, **values: Any) -> Iterator[ServerThread]:
+def serving(
+    limits: Limits = QUICK, fake: dict[str, Any] | None = None, **values: Any
+) -> Iterator[ServerThread]:
     """A ready server, ended afterwards."""
     with fake_options(fake or {}):
         server = ServerThread(settings(**values), limits)

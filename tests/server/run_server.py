@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import sys
 
-from server.fake_text import load_fake_text
-from server.harness import FAKE_ENGINE, QUICK, settings
-
 import lowbit.server.app as app
 from lowbit.errors import LowbitError
 from lowbit.server.limits import Limits
+from server.fake_text import load_fake_text
+from server.harness import FAKE_ENGINE, QUICK, settings
 
 
 def main() -> int:

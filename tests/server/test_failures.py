@@ -14,6 +14,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
+from lowbit.engine.messages import EngineStatus
+from lowbit.errors import LowbitError
+from lowbit.server import engine_client
 from server.fake_text import BOS, answer
 from server.harness import (
     ServerThread,
@@ -25,10 +29,6 @@ from server.harness import (
     settings,
     wait_until,
 )
-
-from lowbit.engine.messages import EngineStatus
-from lowbit.errors import LowbitError
-from lowbit.server import engine_client
 
 LONG = {"prompt": "x", "max_tokens": 600}
 
@@ -44,7 +44,9 @@ def error_of(response: httpx.Response) -> tuple[int, str]:
 
 def is_right(server: ServerThread) -> bool:
     response = complete(server, "after")
-    return response.status_code == 200 and response.json()["choices"][0]["text"] == answer([BOS, *b"after"], 5)
+    return response.status_code == 200 and response.json()["choices"][0]["text"] == answer(
+        [BOS, *b"after"], 5
+    )
 
 
 def events(text: str) -> list[Any]:
@@ -131,7 +133,7 @@ def test_restart_limit_ends_the_server() -> None:
         server.join()
     failure = server.failure
     assert isinstance(failure, LowbitError)
-    assert (failure.code, failure.exit_code) == ("E0702", 70)
+    assert (failure.code, failure.exit_code) == ("E0711", 70)
     assert "the engine stopped 3 times in 10 minutes; last: killed by signal 9 (SIGKILL)" in failure.message
 
 
@@ -172,7 +174,7 @@ def test_first_start_is_killed() -> None:
         server = ServerThread(settings())
         server.join()
     assert isinstance(server.failure, LowbitError)
-    assert (server.failure.code, server.failure.exit_code) == ("E0503", 5)
+    assert (server.failure.code, server.failure.exit_code) == ("E0500", 5)
     assert "probably out of memory" in server.failure.message
 
 
@@ -238,7 +240,8 @@ def test_client_that_leaves_frees_its_place(stream: bool) -> None:
         body = json.dumps({**LONG, "stream": stream, "n": 3}).encode()
         client = socket.create_connection(("127.0.0.1", server.port))
         client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+            + body
         )
         wait_until(lambda: server.app.client.status.running == 3)
         client.close()
@@ -271,7 +274,8 @@ def test_client_that_does_not_read_is_given_up(limits: engine_client.Limits) -> 
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", server.port))
         client.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+            + body
         )
         wait_until(lambda: server.app.active == 1)
         server.assert_idle()
@@ -325,7 +329,9 @@ def test_queue_wait_and_total_time_are_bounded() -> None:
         serving(limits, fake={"step_seconds": 0.02}) as server,
         concurrent.futures.ThreadPoolExecutor(8) as pool,
     ):
-        running = [pool.submit(complete, server, max_tokens=600, stream=bool(index % 2)) for index in range(4)]
+        running = [
+            pool.submit(complete, server, max_tokens=600, stream=bool(index % 2)) for index in range(4)
+        ]
         wait_until(lambda: server.app.client.status.running == 4)
         response = complete(server)
         assert error_of(response) == (503, "queue_timeout")
@@ -354,7 +360,9 @@ def test_idle_accounting_check_is_counted() -> None:
     with serving(fake={"violate": True}) as server:
         wait_until(lambda: server.app.client.status.invariant_violations >= 1)
         metrics = httpx.get(server.url + "/metrics").text
-        [line] = [line for line in metrics.splitlines() if line.startswith("lowbit_invariant_violations_total")]
+        [line] = [
+            line for line in metrics.splitlines() if line.startswith("lowbit_invariant_violations_total")
+        ]
         assert float(line.split()[1]) >= 1
 
 
@@ -451,6 +459,22 @@ def test_summed_status() -> None:
 
 def test_raw_garbage_does_not_disturb_others() -> None:
     with serving() as server:
-        for data in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n"):
+        for data in (
+            b"\x00" * 100,
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        ):
             exchange_raw(server.port, data, timeout=0.5)
         assert is_right(server)
+
+
+def test_engine_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(engine_client.asyncio, "create_subprocess_exec", refuse)
+    server = ServerThread(settings())
+    server.join()
+    assert isinstance(server.failure, LowbitError)
+    assert server.failure.code == "E0710"
+    assert "could not be started: Resource temporarily unavailable" in server.failure.message

@@ -1,4 +1,4 @@
-"""Limits of the HTTP layer, who may enter, and the shapes of refusals: with raw sockets where clients are odd."""
+"""Limits of the HTTP layer, who may enter, and the shapes of refusals; raw sockets where clients are odd."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-from server.harness import ServerThread, exchange_raw, quick, serving, settings, wait_until
 
 from lowbit.server import app as app_module
 from lowbit.server.app import ROUTES, api_keys, exposure_warning
 from lowbit.server.http import Guard, Route, host_name, is_loopback
 from lowbit.server.limits import Limits
+from server.harness import ServerThread, exchange_raw, quick, serving, settings, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
@@ -211,7 +211,9 @@ def test_request_id(server: ServerThread) -> None:
         assert len(answer.headers["x-request-id"]) == 32
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:99", "127.0.0.1:1", "[::1]:8", "10.0.0.7", "localhost."])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:99", "127.0.0.1:1", "[::1]:8", "10.0.0.7", "localhost."]
+)
 def test_hosts_that_are_served(server: ServerThread, host: str) -> None:
     assert httpx.get(server.url + "/health", headers={"Host": host}).status_code == 200
 
@@ -293,10 +295,10 @@ def test_key_file_errors(tmp_path: Path) -> None:
     empty.write_text("# nothing\n")
     with pytest.raises(app_module.LowbitError, match="holds no key") as caught:
         api_keys(settings(api_key_file=str(empty)))
-    assert caught.value.code == "E0109"
+    assert caught.value.code == "E0111"
     with pytest.raises(app_module.LowbitError, match="No such file") as caught:
         api_keys(settings(api_key_file=str(tmp_path / "none")))
-    assert caught.value.code == "E0301"
+    assert caught.value.code == "E0300"
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe")
     with pytest.raises(app_module.LowbitError, match="not UTF-8"):

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+
 from server.fake_text import BOS, answer
 from server.harness import ServerThread, serving
 
@@ -82,7 +83,7 @@ def test_chat_stream(client: openai.OpenAI) -> None:
 
 
 def test_chat_stream_helper(client: openai.OpenAI) -> None:
-    """The client's own accumulator agrees with the whole answer. It calls "length" an error: so use a stop."""
+    """The client's own accumulator agrees with the whole answer; it calls "length" an error, so stop."""
     stop = answer(RENDERED, 16, 3)[-4:]
     with client.chat.completions.stream(model="tiny", messages=USER, stop=stop, seed=3) as stream:
         for _ in stream:
@@ -114,9 +115,7 @@ def test_n_choices_differ_by_seed(client: openai.OpenAI) -> None:
 
 def test_stop(client: openai.OpenAI) -> None:
     text = answer(RENDERED, 20)
-    result = client.chat.completions.create(
-        model="tiny", messages=USER, max_tokens=20, stop=["?", text[4:6]]
-    )
+    result = client.chat.completions.create(model="tiny", messages=USER, max_tokens=20, stop=["?", text[4:6]])
     choice = result.choices[0]
     assert (choice.finish_reason, choice.message.content) == ("stop", text[:4])
     assert choice.model_extra is not None and choice.model_extra["matched_stop"] == text[4:6]
@@ -233,7 +232,9 @@ def test_more_prompts_than_places(client: openai.OpenAI, server: ServerThread) -
     """A long list waits for its turn; it is not refused, and does not fill the queue."""
     prompts = [f"prompt {index}" for index in range(600)]
     result = client.completions.create(model="tiny", prompt=prompts, max_tokens=1)
-    assert [choice.text for choice in result.choices] == [answer([BOS, *text.encode()], 1) for text in prompts]
+    assert [choice.text for choice in result.choices] == [
+        answer([BOS, *text.encode()], 1) for text in prompts
+    ]
 
 
 def test_completion_stream(client: openai.OpenAI) -> None:
@@ -283,7 +284,11 @@ def test_echo_with_logprobs(client: openai.OpenAI, prompt: Any, max_tokens: int,
     assert top[0] is None
     assert top[4] == {"b": -0.25, "c": -0.5}
     assert all(token in alternatives for alternatives, token in zip(top[1:], tokens[1:], strict=True))
-    assert top[3] == {"\x01": -0.25, "\x02": -0.5, "<end>": -0.25}  # the token itself, though not among the best
+    assert top[3] == {
+        "\x01": -0.25,
+        "\x02": -0.5,
+        "<end>": -0.25,
+    }  # the token itself, though not among the best
     start = 5 if shown.startswith("<bos>") else 0
     expected = [0, start, start + 1, start + 1, start + 6, *range(start + 7, start + 7 + max_tokens)]
     assert joined("text_offset") == expected

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from server.fake_text import ByteTokenizer
 
 from lowbit.engine.messages import EngineReady, TokenEvent
 from lowbit.server import protocol
@@ -26,6 +25,7 @@ from lowbit.server.protocol import (
     tool_list,
 )
 from lowbit.server.strict_json import parse
+from server.fake_text import ByteTokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -215,7 +215,9 @@ def test_sampling_defaults_and_overrides() -> None:
     plain = sampling_params(chat(), {}, 100, max_tokens=None, logprobs=None)
     assert (plain.temperature, plain.top_p, plain.top_k, plain.max_tokens) == (1.0, 1.0, 0, None)
     assert sampling_params(chat(top_k=-1), defaults, 100, max_tokens=None, logprobs=None).top_k == 0
-    assert sampling_params(chat(temperature=0), defaults, 100, max_tokens=None, logprobs=None).temperature == 0
+    assert (
+        sampling_params(chat(temperature=0), defaults, 100, max_tokens=None, logprobs=None).temperature == 0
+    )
     assert 0 < sampling_params(chat(top_p=0), {}, 100, max_tokens=None, logprobs=None).top_p < 1e-5
     assert sampling_params(
         chat(no_stop_trim=True), {}, 100, max_tokens=1, logprobs=None
@@ -293,13 +295,17 @@ def test_messages() -> None:
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ({"role": "robot", "content": "x"}, 'messages[0].role must be one of'),
+        ({"role": "robot", "content": "x"}, "messages[0].role must be one of"),
         ({"content": "x"}, "got null"),
+        ({"role": ["user"], "content": "x"}, 'got ["user"]'),
         ({"role": "user"}, "'messages[0].content' is missing"),
         ({"role": "user", "content": "x", "contents": "y"}, "unknown field 'messages[0].contents'"),
         ({"role": "user", "content": 5}, "messages[0].content must be a string or a list of parts"),
         ({"role": "user", "content": ["x"]}, "messages[0].content[0] is of type null"),
-        ({"role": "user", "content": [{"type": "image_url"}]}, 'is of type "image_url"; this model reads text'),
+        (
+            {"role": "user", "content": [{"type": "image_url"}]},
+            'is of type "image_url"; this model reads text',
+        ),
         ({"role": "user", "content": [{"type": "text"}]}, "'messages[0].content[0].text' is missing"),
         ({"role": "user", "content": "x", "name": 5}, "messages[0].name must be a string"),
         ({"role": "assistant", "tool_calls": "x"}, "must be a list of at most 128 calls"),

@@ -51,7 +51,9 @@ def test_refuses(body: bytes, said: str) -> None:
     assert said in caught.value.message
 
 
-@pytest.mark.parametrize("body", [b"[" * 64 + b"]" * 64, b'{"a":[' * 32 + b"]}" * 32, b'"' + b"[" * 500 + b'"'])
+@pytest.mark.parametrize(
+    "body", [b"[" * 64 + b"]" * 64, b'{"a":[' * 32 + b"]}" * 32, b'"' + b"[" * 500 + b'"']
+)
 def test_allowed_depth(body: bytes) -> None:
     parse(body)
 

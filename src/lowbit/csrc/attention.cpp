@@ -72,11 +72,18 @@ struct alignas(64) Scratch {
 
 template <class Element>
 class Attention {
-public:
+  public:
     Attention(const lowbit_attention_cache& cache, const lowbit_attention_batch& batch, const float* q,
               std::int64_t q_stride, int q_heads, const Softmax& softmax, const float* sinks, float* out)
-        : cache_(cache), batch_(batch), q_(q), q_stride_(q_stride), q_heads_(q_heads), group_(q_heads / cache.heads),
-          softmax_(softmax), sinks_(sinks), out_(out) {}
+        : cache_(cache),
+          batch_(batch),
+          q_(q),
+          q_stride_(q_stride),
+          q_heads_(q_heads),
+          group_(q_heads / cache.heads),
+          softmax_(softmax),
+          sinks_(sinks),
+          out_(out) {}
 
     Status run() {
         const Status status = plan();
@@ -98,7 +105,7 @@ public:
         return OK;
     }
 
-private:
+  private:
     int position(const Block& block, int row) const { return block.first_position + row / group_; }
     int first_seen(int position) const {
         return cache_.window > 0 ? std::max(position - cache_.window + 1, 0) : 0;
@@ -155,11 +162,13 @@ private:
             const int begin = first_seen(position(block, block.row_begin));
             if (!split) items_.push_back({index, -1, std::int64_t{block.rows()} * (end - begin)});
             for (int segment = block.segment_begin; split && segment < block.segment_end; ++segment) {
-                const int length = std::min(end, (segment + 1) * SEGMENT_TOKENS) - std::max(begin, segment * SEGMENT_TOKENS);
+                const int length =
+                    std::min(end, (segment + 1) * SEGMENT_TOKENS) - std::max(begin, segment * SEGMENT_TOKENS);
                 items_.push_back({index, segment, std::int64_t{block.rows()} * length});
             }
         }
-        std::stable_sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
+        std::stable_sort(items_.begin(), items_.end(),
+                         [](const Item& a, const Item& b) { return a.cost > b.cost; });
         return split;
     }
 
@@ -173,7 +182,8 @@ private:
         const int words = query_words<Element>(cache_.k_dim);
         for (int row = block.row_begin; row < block.row_end; ++row) {
             const std::int64_t token = block.first_token + row / group_;
-            const float* query = q_ + token * q_stride_ + (block.kv_head * group_ + row % group_) * cache_.k_dim;
+            const float* query =
+                q_ + token * q_stride_ + (block.kv_head * group_ + row % group_) * cache_.k_dim;
             prepare_query<Element>(query, cache_.k_dim, scratch.queries + (row - block.row_begin) * words);
         }
     }
@@ -215,7 +225,9 @@ private:
     std::size_t partial_row(const Block& block, int segment, int row) const {
         return block.partial + static_cast<std::size_t>((segment - block.segment_begin) * block.rows() + row);
     }
-    float* partial_values(std::size_t row) { return partial_values_.data() + row * static_cast<std::size_t>(cache_.v_dim); }
+    float* partial_values(std::size_t row) {
+        return partial_values_.data() + row * static_cast<std::size_t>(cache_.v_dim);
+    }
 
     void merge(RowState& state, float* values, const RowState& next, const float* next_values) const {
         if (next.sum != 0.0f) merge_segment(state, values, next, next_values, cache_.v_dim);
@@ -229,7 +241,8 @@ private:
     }
 
     // Softmax states and weighted values of the block's rows over one segment; sum 0 where a row sees none.
-    void run_segment(const Block& block, int segment, Scratch& scratch, RowState* states, float* values) const {
+    void run_segment(const Block& block, int segment, Scratch& scratch, RowState* states,
+                     float* values) const {
         int first[BLOCK_ROWS], last[BLOCK_ROWS];  // tokens of the segment each row sees
         const int base = segment * SEGMENT_TOKENS, rows = block.rows();
         int begin = 0, end = 0;  // rows that see any: both ends ascend with the row, so they are consecutive
@@ -244,13 +257,15 @@ private:
         if (begin >= end) return;
 
         const int together = pages_at_once(std::min(end - begin, SCORE_ROWS));
-        const int page_begin = first[begin] / PAGE_TOKENS, page_end = (last[end - 1] + PAGE_TOKENS - 1) / PAGE_TOKENS;
+        const int page_begin = first[begin] / PAGE_TOKENS,
+                  page_end = (last[end - 1] + PAGE_TOKENS - 1) / PAGE_TOKENS;
         const int last_page = position(block, block.row_end - 1) / PAGE_TOKENS;
         const Element *keys[SEGMENT_PAGES], *keys_ahead[SEGMENT_PAGES], *page_values[SEGMENT_PAGES];
         for (int page = page_begin; page < page_end; ++page) {
             const int number = base / PAGE_TOKENS + page;
             keys[page] = head_page(cache_.k, cache_.k_dim, block, number);
-            keys_ahead[page] = head_page(cache_.k, cache_.k_dim, block, std::min(number + together, last_page));
+            keys_ahead[page] =
+                head_page(cache_.k, cache_.k_dim, block, std::min(number + together, last_page));
             page_values[page] = head_page(cache_.v, cache_.v_dim, block, number);
         }
 
@@ -263,13 +278,13 @@ private:
             const Prefetch<Element> prefetch{keys_ahead + page, page_values + page, cache_.v_dim / 2};
             const auto score = rows <= SCORE_ROWS ? score_pages<Element, true> : score_pages<Element, false>;
             for (int row = from; row < to; row += SCORE_ROWS) {
-                score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count, cache_.k_dim,
-                      scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, prefetch);
+                score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
+                      cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, prefetch);
             }
         }
         for (int row = begin; row < end; ++row) {
-            softmax_segment(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_, states[row].maximum,
-                            states[row].sum);
+            softmax_segment<Element>(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_,
+                                     states[row].maximum, states[row].sum);
         }
         std::fill(values + begin * cache_.v_dim, values + end * cache_.v_dim, 0.0f);
         for (int row = begin; row < end; row += VALUE_ROWS) {
@@ -292,7 +307,8 @@ private:
     std::vector<float> partial_values_;
 };
 
-inline void write_token(Bfloat* k_page, Bfloat* v_page, int offset, const float* k, const float* v, int k_dim, int v_dim) {
+inline void write_token(Bfloat* k_page, Bfloat* v_page, int offset, const float* k, const float* v, int k_dim,
+                        int v_dim) {
     for (int pair = 0; pair < k_dim / 2; ++pair) {
         Bfloat* to = k_page + 2 * (pair * PAGE_TOKENS + offset);
         to[0] = to_bfloat(k[2 * pair]);
@@ -302,8 +318,10 @@ inline void write_token(Bfloat* k_page, Bfloat* v_page, int offset, const float*
     for (int dimension = 0; dimension < v_dim; ++dimension) to[2 * dimension] = to_bfloat(v[dimension]);
 }
 
-inline void write_token(float* k_page, float* v_page, int offset, const float* k, const float* v, int k_dim, int v_dim) {
-    for (int dimension = 0; dimension < k_dim; ++dimension) k_page[dimension * PAGE_TOKENS + offset] = k[dimension];
+inline void write_token(float* k_page, float* v_page, int offset, const float* k, const float* v, int k_dim,
+                        int v_dim) {
+    for (int dimension = 0; dimension < k_dim; ++dimension)
+        k_page[dimension * PAGE_TOKENS + offset] = k[dimension];
     std::copy_n(v, v_dim, v_page + offset * v_dim);
 }
 
@@ -329,9 +347,9 @@ void write(const lowbit_attention_cache& cache, const float* k, std::int64_t k_s
 }  // namespace lowbit
 
 // k (tokens, heads, k_dim) and v (tokens, heads, v_dim), strides in floats between tokens. 0, or a Status.
-LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, const float* k, std::int64_t k_stride,
-                                         const float* v, std::int64_t v_stride, const std::int32_t* slots,
-                                         std::int32_t tokens) {
+LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, const float* k,
+                                         std::int64_t k_stride, const float* v, std::int64_t v_stride,
+                                         const std::int32_t* slots, std::int32_t tokens) {
     for (int token = 0; token < tokens; ++token) {
         if (slots[token] < 0 || slots[token] / lowbit::PAGE_TOKENS >= cache->pages) return lowbit::BAD_SLOT;
     }
@@ -345,13 +363,16 @@ LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, co
 
 // q (tokens, q_heads, k_dim), q_stride floats between tokens -> out (tokens, q_heads, v_dim). sinks may be
 // null. 0, or a Status.
-LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache, const lowbit_attention_batch* batch,
-                                          const float* q, std::int64_t q_stride, std::int32_t q_heads, float scale,
+LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
+                                          const lowbit_attention_batch* batch, const float* q,
+                                          std::int64_t q_stride, std::int32_t q_heads, float scale,
                                           float softcap, const float* sinks, float* out) {
     const lowbit::Softmax softmax{scale, softcap};
     try {
         if (cache->bfloat != 0) {
-            return lowbit::Attention<lowbit::Bfloat>(*cache, *batch, q, q_stride, q_heads, softmax, sinks, out).run();
+            return lowbit::Attention<lowbit::Bfloat>(*cache, *batch, q, q_stride, q_heads, softmax, sinks,
+                                                     out)
+                .run();
         }
         return lowbit::Attention<float>(*cache, *batch, q, q_stride, q_heads, softmax, sinks, out).run();
     } catch (const std::bad_alloc&) {

@@ -2,7 +2,8 @@
 //
 // A page holds 16 tokens of one K/V head:
 //
-//   bfloat16  K [k_dim / 2][16 tokens][2]     one 64-byte line: a pair of dimensions of 16 tokens, the operand
+//   bfloat16  K [k_dim / 2][16 tokens][2]     one 64-byte line: a pair of dimensions of 16 tokens, the
+//   operand
 //                                             of vdpbf16ps that yields 16 scores for a broadcast query pair
 //             V [8 token pairs][v_dim][2]     one line: 16 dimensions of two tokens
 //   float32   K [k_dim][16 tokens]   V [16 tokens][v_dim]
@@ -61,23 +62,24 @@ inline Vector16 second_values(const float* page, int v_dim, int pair, int dimens
     return load(page + (2 * pair + 1) * v_dim + dimension);
 }
 
-// Queries as the score loop wants them: float32, or on AVX-512 beside a bfloat16 cache pairs of bfloat16.
+// Whether vdpbf16ps multiplies: on AVX-512 beside a bfloat16 cache. Queries and softmax weights are then
+// rounded to bfloat16 and lie as pairs in 32-bit words; sums stay float32. Otherwise all is float32.
 #if defined(__AVX512BF16__)
 template <class Element>
-constexpr bool BFLOAT_QUERIES = sizeof(Element) == sizeof(Bfloat);
+constexpr bool BFLOAT_PRODUCTS = sizeof(Element) == sizeof(Bfloat);
 #else
 template <class Element>
-constexpr bool BFLOAT_QUERIES = false;
+constexpr bool BFLOAT_PRODUCTS = false;
 #endif
 
 template <class Element>
 constexpr int query_words(int k_dim) {  // 32-bit words a row
-    return BFLOAT_QUERIES<Element> ? k_dim / 2 : k_dim;
+    return BFLOAT_PRODUCTS<Element> ? k_dim / 2 : k_dim;
 }
 
 template <class Element>
 inline void prepare_query(const float* query, int k_dim, float* prepared) {
-    if constexpr (BFLOAT_QUERIES<Element>) {
+    if constexpr (BFLOAT_PRODUCTS<Element>) {
         for (int pair = 0; pair < k_dim / 2; ++pair) {
             const std::uint32_t low = to_bfloat(query[2 * pair]), high = to_bfloat(query[2 * pair + 1]);
             const std::uint32_t word = low | high << 16;
@@ -120,7 +122,7 @@ inline void score_tile(const float* queries, const Element* const* pages, int k_
             for (int page = 0; page < PAGES; ++page) prefetch.lines(page, pair);
         }
 #if defined(__AVX512BF16__)
-        if constexpr (BFLOAT_QUERIES<Element>) {
+        if constexpr (BFLOAT_PRODUCTS<Element>) {
             __m512bh keys[PAGES];
 #pragma GCC unroll 8
             for (int page = 0; page < PAGES; ++page) {
@@ -146,7 +148,8 @@ inline void score_tile(const float* queries, const Element* const* pages, int k_
 #pragma GCC unroll 8
             for (int row = 0; row < ROWS; ++row) {
                 const float* query = queries + row * words + 2 * pair;
-                sums[row][page] = fma(odd, broadcast(query[1]), fma(even, broadcast(query[0]), sums[row][page]));
+                sums[row][page] =
+                    fma(odd, broadcast(query[1]), fma(even, broadcast(query[0]), sums[row][page]));
             }
         }
     }
@@ -170,13 +173,14 @@ inline void score_pages(const float* queries, int rows, const Element* const* pa
     constexpr int TOGETHER = pages_at_once(ROWS);
     int page = 0;
     for (; page + TOGETHER <= count; page += TOGETHER) {
-        score_tile<Element, ROWS, TOGETHER, PREFETCH>(queries, pages + page, k_dim, scores + page * PAGE_TOKENS,
-                                                      prefetch);
+        score_tile<Element, ROWS, TOGETHER, PREFETCH>(queries, pages + page, k_dim,
+                                                      scores + page * PAGE_TOKENS, prefetch);
         prefetch.keys += TOGETHER;
         prefetch.values += TOGETHER;
     }
     for (; page < count; ++page) {
-        score_tile<Element, ROWS, 1, PREFETCH>(queries, pages + page, k_dim, scores + page * PAGE_TOKENS, prefetch);
+        score_tile<Element, ROWS, 1, PREFETCH>(queries, pages + page, k_dim, scores + page * PAGE_TOKENS,
+                                               prefetch);
         ++prefetch.keys;
         ++prefetch.values;
     }
@@ -187,11 +191,28 @@ struct Softmax {
     float softcap = 0.0f;
 };
 
-// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum).
+// Returns what was stored.
+template <class Element>
+inline Vector16 store_weights(float* weights, int vector, Vector16 weight) {
+#if defined(__AVX512BF16__)
+    if constexpr (BFLOAT_PRODUCTS<Element>) {
+        const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weight.lanes));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + vector * LANES / 2), rounded);
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16))};
+    }
+#endif
+    store(weights + vector * LANES, weight);
+    return weight;
+}
+
+// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum): floats
+// in the place of the scores, or pairs of bfloat16, token t in half-word t. Unseen tokens of a vector get 0.
+template <class Element>
 inline void softmax_segment(float* scores, int first, int last, const Softmax& softmax, float& maximum_score,
                             float& sum) {
     const int begin = first / LANES, end = (last + LANES - 1) / LANES;
-    const Vector16 factor = broadcast(softmax.softcap > 0 ? softmax.scale / softmax.softcap : softmax.scale * LOG2_E);
+    const Vector16 factor =
+        broadcast(softmax.softcap > 0 ? softmax.scale / softmax.softcap : softmax.scale * LOG2_E);
     const Vector16 cap = broadcast(softmax.softcap * LOG2_E);
     Vector16 best = broadcast(MINUS_INFINITY);
     for (int vector = begin; vector < end; ++vector) {
@@ -207,16 +228,16 @@ inline void softmax_segment(float* scores, int first, int last, const Softmax& s
     const Vector16 top = broadcast(maximum_score);
     Vector16 total = zeros();
     for (int vector = begin; vector < end; ++vector) {
-        float* here = scores + vector * LANES;
-        const Vector16 weight = exp2(subtract(load(here), top));
-        store(here, weight);
-        total = add(total, weight);
+        Vector16 weight = exp2(subtract(load(scores + vector * LANES), top));
+        weight = store_weights<Element>(scores, vector, weight);
+        total = add(total, weight);  // of the rounded weights: they add up to one
     }
     sum = reduce_add(total);
 }
 
 template <int ROWS, int VECTORS>
-__attribute__((always_inline)) inline void weigh(const float* weights, int token, const Vector16 (&values)[VECTORS],
+__attribute__((always_inline)) inline void weigh(const float* weights, int token,
+                                                 const Vector16 (&values)[VECTORS],
                                                  Vector16 (&sums)[ROWS][VECTORS]) {
 #pragma GCC unroll 8
     for (int row = 0; row < ROWS; ++row) {
@@ -266,36 +287,90 @@ inline void value_tile(const float* weights, const Element* const* pages, int v_
     }
 }
 
+#if defined(__AVX512BF16__)
+// The same for pairs of bfloat16: two tokens an instruction. Where a row sees one token of a pair the other
+// is cleared: its weight is 0, but 0 times what an unused slot holds might be NaN.
+template <int ROWS, int VECTORS>
+inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_dim, int first, int last,
+                        int dimension, float* out) {
+    Vector16 sums[ROWS][VECTORS];
+    for (int row = 0; row < ROWS; ++row) {
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            sums[row][vector] = load(out + row * v_dim + dimension + vector * LANES);
+        }
+    }
+    for (int pair = first / 2; pair < (last + 1) / 2; ++pair) {
+        const Bfloat* from =
+            pages[pair / (PAGE_TOKENS / 2)] + 2 * (pair % (PAGE_TOKENS / 2) * v_dim + dimension);
+        const bool whole = 2 * pair >= first && 2 * pair + 1 < last;
+        const unsigned seen =
+            whole ? ~0u : (2 * pair >= first ? 0xFFFFu : 0u) | (2 * pair + 1 < last ? ~0xFFFFu : 0u);
+        __m512i values[VECTORS];
+#pragma GCC unroll 8
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            values[vector] = _mm512_loadu_si512(from + 2 * vector * LANES);
+            if (!whole)
+                values[vector] = _mm512_and_si512(values[vector], _mm512_set1_epi32(static_cast<int>(seen)));
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; ++row) {
+            int word;
+            std::memcpy(&word, weights + row * SEGMENT_TOKENS + pair, sizeof word);
+            const auto weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
+#pragma GCC unroll 8
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                sums[row][vector].lanes = _mm512_dpbf16_ps(
+                    sums[row][vector].lanes, reinterpret_cast<__m512bh>(values[vector]), weight);
+            }
+        }
+    }
+    for (int row = 0; row < ROWS; ++row) {
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            store(out + row * v_dim + dimension + vector * LANES, sums[row][vector]);
+        }
+    }
+}
+#endif
+
 // All dimensions.
 template <class Element, int ROWS, int VECTORS = VALUE_VECTORS>
 inline void value_rows(const float* weights, const Element* const* pages, int v_dim, int first, int last,
                        float* out, int dimension = 0) {
     for (; dimension + VECTORS * LANES <= v_dim; dimension += VECTORS * LANES) {
+#if defined(__AVX512BF16__)
+        if constexpr (BFLOAT_PRODUCTS<Element>) {
+            value_pairs<ROWS, VECTORS>(weights, pages, v_dim, first, last, dimension, out);
+            continue;
+        }
+#endif
         value_tile<Element, ROWS, VECTORS>(weights, pages, v_dim, first, last, dimension, out);
     }
     if constexpr (VECTORS > 1) {
-        if (dimension < v_dim) value_rows<Element, ROWS, VECTORS - 1>(weights, pages, v_dim, first, last, out, dimension);
+        if (dimension < v_dim)
+            value_rows<Element, ROWS, VECTORS - 1>(weights, pages, v_dim, first, last, out, dimension);
     }
 }
 
 // Tokens first[row] <= t < last[row] for each of 1 <= rows <= ROWS rows; both ascend with the row.
 template <class Element, int ROWS = VALUE_ROWS>
-inline void value_block(const float* weights, int rows, const Element* const* pages, int v_dim, const int* first,
-                        const int* last, float* out) {
+inline void value_block(const float* weights, int rows, const Element* const* pages, int v_dim,
+                        const int* first, const int* last, float* out) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
             value_block<Element, ROWS - 1>(weights, rows, pages, v_dim, first, last, out);
             return;
         }
     }
-    // The tokens all rows see are read once; what only some see is added row by row, before and after.
-    const int shared_first = first[ROWS - 1], shared_last = std::max(last[0], shared_first);
+    // The tokens all rows see are read once, in whole pairs; the rest is added row by row, before and after.
+    const int shared_first = (first[ROWS - 1] + 1) / 2 * 2,
+              shared_last = std::max(last[0] / 2 * 2, shared_first);
     const auto alone = [&](int row, int from, int to) {
         if (from >= to) return;
         value_rows<Element, 1>(weights + row * SEGMENT_TOKENS, pages, v_dim, from, to, out + row * v_dim);
     };
     for (int row = 0; row < ROWS; ++row) alone(row, first[row], std::min(shared_first, last[row]));
-    if (shared_first < shared_last) value_rows<Element, ROWS>(weights, pages, v_dim, shared_first, shared_last, out);
+    if (shared_first < shared_last)
+        value_rows<Element, ROWS>(weights, pages, v_dim, shared_first, shared_last, out);
     for (int row = 0; row < ROWS; ++row) alone(row, std::max(shared_last, first[row]), last[row]);
 }
 
@@ -308,7 +383,8 @@ struct RowState {
 inline float exp2(float x) { return first_lane(exp2(broadcast(x))); }
 
 // state, values <- state, values and the next segment's (log-sum-exp merge).
-inline void merge_segment(RowState& state, float* values, const RowState& next, const float* next_values, int v_dim) {
+inline void merge_segment(RowState& state, float* values, const RowState& next, const float* next_values,
+                          int v_dim) {
     if (state.sum == 0.0f) {  // nothing yet: a sum that has a term has one of 1 (or is NaN)
         state = next;
         std::copy_n(next_values, v_dim, values);

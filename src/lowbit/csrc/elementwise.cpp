@@ -40,7 +40,9 @@ inline void for_vectors(int width, const Body& body) {
     if (column < width) body(column, width - column);
 }
 
-inline Vector16 load_some(const float* from, int lanes) { return lanes == LANES ? load(from) : load_lanes(from, lanes); }
+inline Vector16 load_some(const float* from, int lanes) {
+    return lanes == LANES ? load(from) : load_lanes(from, lanes);
+}
 
 inline void store_some(float* to, Vector16 x, int lanes) {
     if (lanes == LANES) {
@@ -88,12 +90,14 @@ inline Vector16 gelu(Vector16 x) {
 
 inline Vector16 activate(Vector16 x, Activation activation) {
     switch (activation) {
-        case Activation::GELU: return gelu(x);
+        case Activation::GELU:
+            return gelu(x);
         case Activation::GELU_TANH: {  // 0.5 x (1 + tanh y) = x / (1 + e^-2y)
             const Vector16 cubic = fma(multiply(x, x), broadcast(0.044715f), broadcast(1.0f));
             return sigmoid_times(x, multiply(multiply(x, cubic), broadcast(1.5957691216057308f)));
         }
-        default: return sigmoid_times(x, x);
+        default:
+            return sigmoid_times(x, x);
     }
 }
 
@@ -111,8 +115,10 @@ void rotate_heads(float* row, int heads, int head_dim, int half, bool interleave
             continue;
         }
         for_vectors(half, [&](int column, int lanes) {
-            const Vector16 first = load_some(row + column, lanes), second = load_some(row + half + column, lanes);
-            const Vector16 cosine = load_some(cosines + column, lanes), sine = load_some(sines + column, lanes);
+            const Vector16 first = load_some(row + column, lanes),
+                           second = load_some(row + half + column, lanes);
+            const Vector16 cosine = load_some(cosines + column, lanes),
+                           sine = load_some(sines + column, lanes);
             store_some(row + column, negative_fma(second, sine, multiply(first, cosine)), lanes);
             store_some(row + half + column, fma(first, sine, multiply(second, cosine)), lanes);
         });
@@ -124,7 +130,8 @@ void rotate_heads(float* row, int heads, int head_dim, int half, bool interleave
 
 // x, out (rows, width). out may be x.
 LOWBIT_EXPORT void lowbit_rms_norm(const float* x, std::int64_t x_stride, const float* weight, float eps,
-                                   std::int64_t rows, std::int32_t width, float* out, std::int64_t out_stride) {
+                                   std::int64_t rows, std::int32_t width, float* out,
+                                   std::int64_t out_stride) {
     lowbit::for_rows(rows, width, [&](std::int64_t row) {
         lowbit::normalize(x + row * x_stride, weight, eps, width, out + row * out_stride);
     });
@@ -133,13 +140,15 @@ LOWBIT_EXPORT void lowbit_rms_norm(const float* x, std::int64_t x_stride, const 
 // residual += x; out = rms_norm(residual). out may be x.
 LOWBIT_EXPORT void lowbit_add_rms_norm(const float* x, std::int64_t x_stride, float* residual,
                                        std::int64_t residual_stride, const float* weight, float eps,
-                                       std::int64_t rows, std::int32_t width, float* out, std::int64_t out_stride) {
+                                       std::int64_t rows, std::int32_t width, float* out,
+                                       std::int64_t out_stride) {
     using namespace lowbit;
     for_rows(rows, width, [&](std::int64_t row) {
         float* sum = residual + row * residual_stride;
         const float* added = x + row * x_stride;
         for_vectors(width, [&](int column, int lanes) {
-            store_some(sum + column, add(load_some(sum + column, lanes), load_some(added + column, lanes)), lanes);
+            store_some(sum + column, add(load_some(sum + column, lanes), load_some(added + column, lanes)),
+                       lanes);
         });
         normalize(sum, weight, eps, width, out + row * out_stride);
     });
@@ -154,7 +163,8 @@ LOWBIT_EXPORT void lowbit_gated_activation(const float* gate_up, std::int64_t st
         const float* gate = gate_up + row * stride;
         float* to = out + row * out_stride;
         for_vectors(width, [&](int column, int lanes) {
-            const Vector16 activated = activate(load_some(gate + column, lanes), static_cast<Activation>(activation));
+            const Vector16 activated =
+                activate(load_some(gate + column, lanes), static_cast<Activation>(activation));
             store_some(to + column, multiply(activated, load_some(gate + width + column, lanes)), lanes);
         });
     });
@@ -162,10 +172,11 @@ LOWBIT_EXPORT void lowbit_gated_activation(const float* gate_up, std::int64_t st
 
 // Rotates q (tokens, q_heads, head_dim) and k (tokens, k_heads, head_dim) in place. cosines and sines
 // (table_rows, rotary_dim / 2). 0, or 1 where a position is not in the table: then nothing is rotated.
-LOWBIT_EXPORT int lowbit_rotary(float* q, std::int64_t q_stride, std::int32_t q_heads, float* k, std::int64_t k_stride,
-                                std::int32_t k_heads, std::int32_t head_dim, std::int32_t rotary_dim,
-                                const float* cosines, const float* sines, std::int64_t table_rows,
-                                const std::int32_t* positions, std::int64_t tokens, std::int32_t interleaved) {
+LOWBIT_EXPORT int lowbit_rotary(float* q, std::int64_t q_stride, std::int32_t q_heads, float* k,
+                                std::int64_t k_stride, std::int32_t k_heads, std::int32_t head_dim,
+                                std::int32_t rotary_dim, const float* cosines, const float* sines,
+                                std::int64_t table_rows, const std::int32_t* positions, std::int64_t tokens,
+                                std::int32_t interleaved) {
     using namespace lowbit;
     for (std::int64_t token = 0; token < tokens; ++token) {
         if (positions[token] < 0 || positions[token] >= table_rows) return 1;

@@ -40,7 +40,9 @@ inline Vector16 subtract(Vector16 a, Vector16 b) { return {_mm512_sub_ps(a.lanes
 inline Vector16 multiply(Vector16 a, Vector16 b) { return {_mm512_mul_ps(a.lanes, b.lanes)}; }
 inline Vector16 divide(Vector16 a, Vector16 b) { return {_mm512_div_ps(a.lanes, b.lanes)}; }
 // a * b + c and c - a * b, rounded once.
-inline Vector16 fma(Vector16 a, Vector16 b, Vector16 c) { return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)}; }
+inline Vector16 fma(Vector16 a, Vector16 b, Vector16 c) {
+    return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)};
+}
 inline Vector16 negative_fma(Vector16 a, Vector16 b, Vector16 c) {
     return {_mm512_fnmadd_ps(a.lanes, b.lanes, c.lanes)};
 }
@@ -62,7 +64,9 @@ inline Lanes negative(Vector16 x) { return _mm512_cmp_ps_mask(x.lanes, _mm512_se
 inline Vector16 load_lanes(const float* from, int count) {  // zeros past count; nothing is read there
     return {_mm512_maskz_loadu_ps(lane_range(0, count), from)};
 }
-inline void store_lanes(float* to, Vector16 x, int count) { _mm512_mask_storeu_ps(to, lane_range(0, count), x.lanes); }
+inline void store_lanes(float* to, Vector16 x, int count) {
+    _mm512_mask_storeu_ps(to, lane_range(0, count), x.lanes);
+}
 
 // fraction * 2^exponent; exactly 0 below 2^-126, NaN stays NaN. exponent is whole.
 inline Vector16 times_power_of_two(Vector16 fraction, Vector16 exponent, Vector16 unrounded) {
@@ -110,7 +114,9 @@ inline void store(float* to, Vector16 x) {
     _mm256_storeu_ps(to, x.low);
     _mm256_storeu_ps(to + 8, x.high);
 }
-inline Vector16 add(Vector16 a, Vector16 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Vector16 add(Vector16 a, Vector16 b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
 inline Vector16 subtract(Vector16 a, Vector16 b) {
     return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
 }
@@ -145,7 +151,8 @@ inline Lanes lane_range(int first, int last) {
     const __m256i high = _mm256_add_epi32(low, _mm256_set1_epi32(8));
     const __m256i below = _mm256_set1_epi32(first - 1), end = _mm256_set1_epi32(last);
     const auto inside = [&](__m256i lane) {
-        return _mm256_castsi256_ps(_mm256_and_si256(_mm256_cmpgt_epi32(lane, below), _mm256_cmpgt_epi32(end, lane)));
+        return _mm256_castsi256_ps(
+            _mm256_and_si256(_mm256_cmpgt_epi32(lane, below), _mm256_cmpgt_epi32(end, lane)));
     };
     return {inside(low), inside(high)};
 }
@@ -154,7 +161,8 @@ inline Vector16 select(Lanes which, Vector16 inside, Vector16 outside) {
             _mm256_blendv_ps(outside.high, inside.high, which.high)};
 }
 inline Lanes negative(Vector16 x) {
-    return {_mm256_cmp_ps(x.low, _mm256_setzero_ps(), _CMP_LT_OQ), _mm256_cmp_ps(x.high, _mm256_setzero_ps(), _CMP_LT_OQ)};
+    return {_mm256_cmp_ps(x.low, _mm256_setzero_ps(), _CMP_LT_OQ),
+            _mm256_cmp_ps(x.high, _mm256_setzero_ps(), _CMP_LT_OQ)};
 }
 inline Vector16 load_lanes(const float* from, int count) {  // zeros past count; nothing is read there
     const Lanes which = lane_range(0, count);
@@ -171,13 +179,14 @@ inline void store_lanes(float* to, Vector16 x, int count) {
 inline Vector16 times_power_of_two(Vector16 fraction, Vector16 exponent, Vector16 unrounded) {
     const auto scaled = [](__m256 part, __m256 power, __m256 wanted) {
         // Above 2^127 the exponent field reads 255: infinity.
-        const __m256i field = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(128.0f), power)),
-                                               _mm256_set1_epi32(127));
+        const __m256i field = _mm256_add_epi32(
+            _mm256_cvtps_epi32(_mm256_min_ps(_mm256_set1_ps(128.0f), power)), _mm256_set1_epi32(127));
         const __m256 result = _mm256_mul_ps(part, _mm256_castsi256_ps(_mm256_slli_epi32(field, 23)));
         const __m256 normal = _mm256_cmp_ps(wanted, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
         return _mm256_and_ps(normal, result);
     };
-    return {scaled(fraction.low, exponent.low, unrounded.low), scaled(fraction.high, exponent.high, unrounded.high)};
+    return {scaled(fraction.low, exponent.low, unrounded.low),
+            scaled(fraction.high, exponent.high, unrounded.high)};
 }
 
 // 32-bit words of two bfloat16 each: the lower halves, the upper halves.
@@ -217,7 +226,8 @@ inline float reduce_max(Vector16 x) {
 // 2^fraction for |fraction| <= 0.5: minimax polynomial, relative error 2e-9 before rounding.
 inline Vector16 exp2_fraction(Vector16 fraction) {
     Vector16 sum = broadcast(0.000153533621f);
-    for (const float next : {0.00133988746f, 0.00961843736f, 0.0555033247f, 0.240226479f, 0.693147203f, 1.0f}) {
+    for (const float next :
+         {0.00133988746f, 0.00961843736f, 0.0555033247f, 0.240226479f, 0.693147203f, 1.0f}) {
         sum = fma(sum, fraction, broadcast(next));
     }
     return sum;

@@ -131,7 +131,7 @@ class EngineLoop:
     def run(self) -> None:
         """Until the parent leaves, or has asked to drain and the work is done."""
         while True:
-            busy = self._engine.has_work()
+            busy = self._draining or self._engine.has_work()
             for message in self._connection.receive(0.0 if busy else _IDLE_CHECK_SECONDS):
                 self._handle(message)
             if self._engine.has_work():
@@ -265,12 +265,12 @@ def serve_parent(
     except LowbitError as error:
         return _fail(connection, error.code, error.message, error.exit_code)
     except MemoryError as error:
-        return _fail(connection, "E0503", f"out of memory in the engine: {printable(error) or 'malloc'}", 5)
+        return _fail(connection, "E0500", f"out of memory in the engine: {printable(error) or 'malloc'}", 5)
     except Exception as error:
         _log("engine failed", traceback=traceback.format_exc())
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{os.path.basename(frame.filename)}:{frame.lineno}"
-        return _fail(connection, "E0701", f"{type(error).__name__} at {where}: {printable(error)}", EXIT_BUG)
+        return _fail(connection, "E0710", f"{type(error).__name__} at {where}: {printable(error)}", EXIT_BUG)
     return 0
 
 

@@ -88,7 +88,8 @@ class App:
     def loaded(self, text: TextModel) -> None:
         """The text parts are there; the engine may load the same files."""
         self._text = text
-        self.client.resolved(replace(self.settings, model=text.root, revision=None))
+        resolved = replace(self.settings, model=text.root, revision=None, served_model_name=self.model_name)
+        self.client.resolved(resolved)
 
     def check_model(self, model: str | None) -> None:
         """Requests name the served model, say "default", or nothing."""
@@ -173,12 +174,12 @@ def api_keys(settings: Settings) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             where = printable(settings.api_key_file)
-            raise LowbitError("E0301", f"cannot read --api-key-file {where}: {reason}") from None
+            raise LowbitError("E0300", f"cannot read --api-key-file {where}: {reason}") from None
         lines = (line.strip() for line in text.splitlines())
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
             where = printable(settings.api_key_file)
-            raise LowbitError("E0109", f"--api-key-file {where} holds no key; put one key on each line")
+            raise LowbitError("E0111", f"--api-key-file {where} holds no key; put one key on each line")
         keys += found
     return keys
 
@@ -204,8 +205,8 @@ def serve(
 ) -> int:
     """Serve until SIGTERM or SIGINT; the exit status. LowbitError when serving cannot begin or go on.
 
-    ``on_ready`` gets the engine's limits and the server's URL; ``on_progress`` (done, total, what) while
-    files are downloaded and weights are loaded, from another thread. The rest is for tests.
+    ``on_ready`` gets the engine's limits and the server's URL, once; ``on_progress`` (done, total, what)
+    while files are downloaded, from another thread, and while weights are loaded. The rest is for tests.
     """
     configure(settings.log_level)
     limits = limits or Limits.from_settings(settings)
@@ -270,7 +271,7 @@ async def run_server(app: App, sockets: list[Any], load_text: Callable[[], TextM
             engine.result()
         elif http.done():
             http.result()
-            raise LowbitError("E0701", "the HTTP server stopped by itself; please report it")
+            raise LowbitError("E0710", "the HTTP server stopped by itself; please report it")
     except LowbitError as error:
         failure = error
         app.draining = True

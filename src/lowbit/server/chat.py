@@ -51,7 +51,7 @@ def _message(message: dict[str, Any], where: str) -> dict[str, object]:
     for name in given.keys() - _MESSAGE_FIELDS - _MESSAGE_IGNORED:
         raise bad_request("unknown_field", f"unknown field '{where}.{printable(name)}'", where)
     role = given.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         choices = ", ".join(sorted(_ROLES))
         raise bad_request(
             "invalid_role", f"{where}.role must be one of {choices}; got {protocol.shown(role)}", where

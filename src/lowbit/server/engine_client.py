@@ -3,7 +3,7 @@
     starting ──EngineReady──▶ ready ──process gone, or hung for hang_kill_seconds──▶ restarting ──▶ ready …
         │                                                        │
         └── EngineFailed or gone: EngineStartError               └── more than ``restarts`` in the window:
-                                                                      LowbitError E0702
+                                                                      LowbitError E0711
 
 Every accepted sequence gets exactly one final event: from the engine, or from here when the engine died
 (``engine_restarting``), a deadline passed (``queue_timeout``, ``request_timeout``) or the server stops
@@ -109,6 +109,7 @@ class EngineClient:
         self._dumped = False
         self._finish_rate = 0.0  # sequences a second, smoothed; for Retry-After
         self._finished_before = 0
+        self._was_ready = False  # this engine, not the one before
         self._stopping = False
 
     # --- what handlers use ---
@@ -238,16 +239,18 @@ class EngineClient:
             if len(deaths) > self.limits.restarts:
                 minutes = self.limits.restart_window_seconds / 60
                 text = f"the engine stopped {len(deaths)} times in {minutes:g} minutes; last: {reason}"
-                raise LowbitError("E0702", f"{text}. The log above says more; please report it")
+                raise LowbitError("E0711", f"{text}. The log above says more; please report it")
             self.counters.restarts += 1
+            if not self._was_ready:  # it cannot even load: whatever is wrong may need a moment
+                await asyncio.sleep(min(10.0, 0.2 * 2 ** len(deaths)))
 
     def _start_error(self, reason: str) -> LowbitError:
         if self._failure is not None:
             return LowbitError(self._failure.code, self._failure.message)
         if "memory limit" in reason or "signal 9" in reason:
             text = f"the engine was killed while loading ({reason}): probably out of memory"
-            return LowbitError("E0503", f"{text}; use a smaller model or --mem-fraction-static 0.2")
-        return LowbitError("E0701", f"the engine process ended while loading: {reason}")
+            return LowbitError("E0500", f"{text}; use a smaller model or --mem-fraction-static 0.2")
+        return LowbitError("E0710", f"the engine process ended while loading: {reason}")
 
     def _forget_engine(self) -> None:
         """The engine cannot be talked to any more: nobody enters, and whoever waited is told at once."""
@@ -256,9 +259,11 @@ class EngineClient:
         self._writer = None
         if self.state == "ready":
             self.state = "restarting"
-        self.fail_all(
-            "engine_restarting", "the engine stopped and is being restarted; send the request again"
-        )
+        if self._stopping:
+            self.fail_all("draining", "the server is shutting down")
+        else:
+            text = "the engine stopped and is being restarted; send the request again"
+            self.fail_all("engine_restarting", text)
         self._asked_since = None
         self._dumped = False
         self.counters.status_before = _summed(self.counters.status_before, self.status, gauges=False)
@@ -279,16 +284,13 @@ class EngineClient:
     async def _run_once(self) -> str:
         """One engine from start to end; why it ended."""
         self._failure = None
+        self._was_ready = False
         mine, its = socket.socketpair()
-        with its:
-            arguments = [*self._command, "--fd", str(its.fileno()), "--parent", str(os.getpid())]
-            self._process = process = await asyncio.create_subprocess_exec(
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=sys.__stderr__,  # stdout belongs to the command that started the server
-                pass_fds=(its.fileno(),),
-                env=_environment(),
-            )
+        try:
+            self._process = process = await self._spawn(its)
+        except OSError as error:
+            mine.close()
+            return f"it could not be started: {error.strerror}"
         reader, self._writer = await asyncio.open_unix_connection(sock=mine)
         ticker = asyncio.create_task(self._tick())
         broken = ""
@@ -308,6 +310,18 @@ class EngineClient:
         if self._failure is not None:
             return f"{self._failure.message} ({self._failure.code})"
         return broken or _how_it_ended(process.returncode)
+
+    async def _spawn(self, its: socket.socket) -> asyncio.subprocess.Process:
+        """A new engine process with its end of the socket pair."""
+        with its:
+            arguments = [*self._command, "--fd", str(its.fileno()), "--parent", str(os.getpid())]
+            return await asyncio.create_subprocess_exec(
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=sys.__stderr__,  # stdout belongs to the command that started the server
+                pass_fds=(its.fileno(),),
+                env=_environment(),
+            )
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         """The socket is closed: the process must leave; it is never left behind."""
@@ -339,6 +353,7 @@ class EngineClient:
                 first = self.ready is None
                 self.ready = message
                 self.state = "ready"
+                self._was_ready = True
                 log(logging.INFO, "engine ready", restarts=self.counters.restarts)
                 if first:
                     self.hooks.on_ready(message)

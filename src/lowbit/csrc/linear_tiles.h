@@ -1,0 +1,377 @@
+// The inner tiles of the linear kernels: 16 output rows by 32 columns, decoded once and used for many tokens.
+//
+// Packed weights (kernels/cpu_blocks.py draws the layout) are read 16 output rows at a time, because a row of
+// results then fills a register and its scales are one multiply-add. A tile is decoded to exact bfloat16
+// numbers (integer codes, table values) or floats; scales and offsets are applied in float32 afterwards.
+//
+// THE ORDER OF THE SUM IS FIXED, whatever the number of tokens or threads: for every sub-block (16 or 32
+// columns) a fresh accumulator runs over ascending columns, then total = scale * accumulator + total, then
+// total = addend * sum(x) + total. A token's result never depends on its neighbours.
+#pragma once
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC bug 105593, in its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace lowbit {
+
+constexpr int ROWS = 16;     // output rows of a tile
+constexpr int COLUMNS = 32;  // columns of a tile
+constexpr int PAIRS = COLUMNS / 2;
+
+// How codes are stored. Widths below 8 look their value up in a table; planes are low bits first.
+enum class Codes : std::int32_t { bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, int8 = 8, uint8 = 9, bf16 = 16, f16 = 17, f32 = 32 };
+
+constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32; }
+
+// Bytes of one tile's codes.
+constexpr std::int64_t tile_bytes(Codes codes) {
+    switch (codes) {
+        case Codes::int8:
+        case Codes::uint8: return ROWS * COLUMNS;
+        case Codes::bf16:
+        case Codes::f16: return ROWS * COLUMNS * 2;
+        case Codes::f32: return ROWS * COLUMNS * 4;
+        default: return ROWS * COLUMNS / 8 * static_cast<std::int64_t>(codes);
+    }
+}
+
+inline float bfloat_to_float(std::uint16_t bits) {
+    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+inline std::uint16_t float_to_bfloat(float value) {  // round to nearest even; NaN stays NaN
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 64u);
+    return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Where the code of (row, column) of a tile lies, for packing and single rows: a 16-bit word for each
+// (row, column parity), and in it one field for each pair of columns. Planes follow each other in a tile:
+//   4 bits: 4 pairs a word, 64-byte lines of 8 columns   2 bits: 8 pairs a word, lines of 16 columns
+//   1 bit: 16 pairs a word, one line for the tile
+struct Plane {
+    int width;  // bits of a field
+    int shift;  // its place in the code
+    std::int64_t offset;
+};
+
+constexpr int plane_count(Codes codes) {
+    return codes == Codes::bits3 || codes == Codes::bits5 || codes == Codes::bits6 ? 2 : 1;
+}
+constexpr Plane plane(Codes codes, int index) {
+    switch (codes) {
+        case Codes::bits2: return {2, 0, 0};
+        case Codes::bits3: return index == 0 ? Plane{2, 0, 0} : Plane{1, 2, 128};
+        case Codes::bits4: return {4, 0, 0};
+        case Codes::bits5: return index == 0 ? Plane{4, 0, 0} : Plane{1, 4, 256};
+        default: return index == 0 ? Plane{4, 0, 0} : Plane{2, 4, 256};
+    }
+}
+
+struct Field {
+    std::int64_t byte;  // of the 16-bit word
+    int shift;
+};
+constexpr Field field(Plane p, int row, int column) {
+    const int pair = column / 2, per_word = 16 / p.width;
+    return {p.offset + pair / per_word * 64 + (row * 2 + column % 2) * 2, pair % per_word * p.width};
+}
+
+inline unsigned read_code(const std::uint8_t* tile, Codes codes, int row, int column) {
+    unsigned code = 0;
+    for (int i = 0; i < plane_count(codes); ++i) {
+        const Plane p = plane(codes, i);
+        const Field f = field(p, row, column);
+        std::uint16_t word;
+        std::memcpy(&word, tile + f.byte, sizeof word);
+        code |= ((static_cast<unsigned>(word) >> f.shift) & ((1u << p.width) - 1u)) << p.shift;
+    }
+    return code;
+}
+
+inline void write_code(std::uint8_t* tile, Codes codes, int row, int column, unsigned code) {
+    for (int i = 0; i < plane_count(codes); ++i) {
+        const Plane p = plane(codes, i);
+        const Field f = field(p, row, column);
+        std::uint16_t word;
+        std::memcpy(&word, tile + f.byte, sizeof word);
+        word = static_cast<std::uint16_t>(word | (((code >> p.shift) & ((1u << p.width) - 1u)) << f.shift));
+        std::memcpy(tile + f.byte, &word, sizeof word);
+    }
+}
+
+#if defined(__AVX512BF16__)
+
+// ---- AVX-512 with BF16 -----------------------------------------------------------------------------------
+
+// table: 64 bfloat16 values, repeated where codes have fewer than 6 bits.
+struct Table {
+    __m512i low, high;
+    explicit Table(const std::uint16_t* values) : low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)) {}
+};
+
+// One register of 16 rows x 2 columns for each pair of columns.
+template <Codes CODES>
+inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
+    if constexpr (CODES == Codes::bf16) {
+        for (int pair = 0; pair < PAIRS; ++pair) w[pair] = _mm512_loadu_si512(tile + pair * 64);
+    } else if constexpr (CODES == Codes::int8 || CODES == Codes::uint8) {
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 32));
+            const __m512i words = CODES == Codes::int8 ? _mm512_cvtepi8_epi16(bytes) : _mm512_cvtepu8_epi16(bytes);
+            // Whole numbers up to 256 are exact in bfloat16: the upper half of the float is all there is.
+            const __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
+            const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
+            const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+            w[pair] = _mm512_mask_blend_epi16(0xAAAAAAAAu, lower, _mm512_castps_si512(odd));
+        }
+    } else if constexpr (CODES == Codes::bits4) {
+        UNROLL
+        for (int line = 0; line < 4; ++line) {
+            const __m512i words = _mm512_loadu_si512(tile + line * 64);
+            w[line * 4 + 0] = _mm512_permutexvar_epi16(words, table.low);
+            w[line * 4 + 1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table.low);
+            w[line * 4 + 2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table.low);
+            w[line * 4 + 3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table.low);
+        }
+    } else if constexpr (CODES == Codes::bits2) {
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const __m512i words = _mm512_loadu_si512(tile + pair / 8 * 64);
+            w[pair] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(pair % 8 * 2)), table.low);
+        }
+    } else {
+        constexpr int LOW = CODES == Codes::bits3 ? 2 : 4;       // bits of the first plane
+        constexpr int HIGH = static_cast<int>(CODES) - LOW;      // bits of the second
+        constexpr std::int64_t SECOND = ROWS * COLUMNS / 8 * LOW;
+        const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH) - 1) << LOW));
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            constexpr int PER_LOW = 16 / LOW, PER_HIGH = 16 / HIGH;
+            const __m512i low = _mm512_srli_epi16(_mm512_loadu_si512(tile + pair / PER_LOW * 64),
+                                                  static_cast<unsigned>(pair % PER_LOW * LOW));
+            const __m512i packed = _mm512_loadu_si512(tile + SECOND + pair / PER_HIGH * 64);
+            const int place = pair % PER_HIGH * HIGH;
+            const __m512i high = place >= LOW ? _mm512_srli_epi16(packed, static_cast<unsigned>(place - LOW))
+                                              : _mm512_slli_epi16(packed, static_cast<unsigned>(LOW - place));
+            const __m512i index = _mm512_ternarylogic_epi32(high_bits, high, low, 0xCA);  // mask ? high : low
+            w[pair] = HIGH == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
+                                : _mm512_permutexvar_epi16(index, table.low);
+        }
+    }
+}
+
+// 16 columns of floats.
+template <Codes CODES>
+inline void decode_floats(const std::uint8_t* tile, __m512* w) {
+    UNROLL
+    for (int column = 0; column < 16; ++column) {
+        if constexpr (CODES == Codes::f32) {
+            w[column] = _mm512_loadu_ps(tile + column * 64);
+        } else {
+            w[column] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + column * 32)));
+        }
+    }
+}
+
+using Sixteen = __m512;
+inline Sixteen sixteen_zeros() { return _mm512_setzero_ps(); }
+inline Sixteen sixteen_load(const float* from) { return _mm512_loadu_ps(from); }
+inline void sixteen_store(float* to, Sixteen x) { _mm512_storeu_ps(to, x); }
+inline void sixteen_store_some(float* to, Sixteen x, int count) {
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1u), x);
+}
+inline Sixteen sixteen_fma(Sixteen a, Sixteen b, Sixteen c) { return _mm512_fmadd_ps(a, b, c); }
+inline Sixteen sixteen_multiply(Sixteen a, Sixteen b) { return _mm512_mul_ps(a, b); }
+inline Sixteen sixteen_add(Sixteen a, Sixteen b) { return _mm512_add_ps(a, b); }
+inline Sixteen sixteen_set(float x) { return _mm512_set1_ps(x); }
+inline Sixteen sixteen_f16(const std::uint8_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Sixteen sixteen_bf16(const std::uint8_t* from) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline Sixteen sixteen_int8(const std::uint8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
+// Dot products of columns [FIRST, FIRST + COUNT) with COUNT_TOKENS tokens, each in an accumulator of its own.
+template <int FIRST, int COUNT, int TOKENS>
+inline void dot(const __m512i* w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
+    for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_ps();
+    UNROLL
+    for (int pair = FIRST / 2; pair < (FIRST + COUNT) / 2; ++pair) {
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            std::int32_t two;
+            std::memcpy(&two, x + t * stride + pair * 2, sizeof two);
+            sums[t] = _mm512_dpbf16_ps(sums[t], reinterpret_cast<__m512bh>(w[pair]),
+                                       reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
+        }
+    }
+}
+
+template <int TOKENS>
+inline void dot_floats(const __m512* w, const float* x, std::int64_t stride, Sixteen* sums) {
+    for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_ps();
+    UNROLL
+    for (int column = 0; column < 16; ++column) {
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sums[t] = _mm512_fmadd_ps(w[column], _mm512_set1_ps(x[t * stride + column]), sums[t]);
+        }
+    }
+}
+
+using BfloatTile = __m512i[PAIRS];
+using FloatTile = __m512[16];
+
+#else
+
+// ---- AVX2: the same layout, decoded to floats ------------------------------------------------------------
+
+// Integer tables are lines: their values need no lookup.
+struct Table {
+    alignas(32) float values[64];
+    bool line = true;
+    explicit Table(const std::uint16_t* from) {
+        for (int i = 0; i < 64; ++i) values[i] = bfloat_to_float(from[i]);
+        // Short tables repeat: the first four codes tell a line from nf4-like tables, the widths do the rest.
+        for (int i = 1; i < 4; ++i) line = line && values[i] == values[0] + static_cast<float>(i);
+    }
+};
+
+struct Sixteen {
+    __m256 low, high;
+};
+inline Sixteen sixteen_zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Sixteen sixteen_load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+inline void sixteen_store(float* to, Sixteen x) {
+    _mm256_storeu_ps(to, x.low);
+    _mm256_storeu_ps(to + 8, x.high);
+}
+inline void sixteen_store_some(float* to, Sixteen x, int count) {
+    float all[ROWS];
+    sixteen_store(all, x);
+    std::memcpy(to, all, static_cast<std::size_t>(count) * sizeof(float));
+}
+inline Sixteen sixteen_fma(Sixteen a, Sixteen b, Sixteen c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Sixteen sixteen_multiply(Sixteen a, Sixteen b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+inline Sixteen sixteen_add(Sixteen a, Sixteen b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline Sixteen sixteen_set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline __m128i eight_shorts(const std::uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+inline Sixteen sixteen_f16(const std::uint8_t* from) {
+    return {_mm256_cvtph_ps(eight_shorts(from)), _mm256_cvtph_ps(eight_shorts(from + 16))};
+}
+inline __m256 eight_bf16(__m128i shorts) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(shorts), 16));
+}
+inline Sixteen sixteen_bf16(const std::uint8_t* from) {
+    return {eight_bf16(eight_shorts(from)), eight_bf16(eight_shorts(from + 16))};
+}
+inline __m256 eight_int8(const std::uint8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Sixteen sixteen_int8(const std::uint8_t* from) { return {eight_int8(from), eight_int8(from + 8)}; }
+
+struct BfloatTile {
+    alignas(32) float columns[COLUMNS][ROWS];
+};
+struct FloatTile {
+    alignas(32) float columns[16][ROWS];
+};
+
+// A 32-bit lane holds a row's even and odd column words.
+template <Codes CODES>
+inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
+    for (int half = 0; half < 2; ++half) {
+        for (int column = 0; column < COLUMNS; ++column) {
+            __m256 value;
+            const int pair = column / 2, odd = column % 2;
+            if constexpr (CODES == Codes::bf16) {
+                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 64 + half * 32));
+                value = _mm256_castsi256_ps(odd ? _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)))
+                                                : _mm256_slli_epi32(both, 16));
+            } else if constexpr (CODES == Codes::int8 || CODES == Codes::uint8) {
+                const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + pair * 32 + half * 16));
+                const __m256i words = CODES == Codes::int8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
+                value = _mm256_cvtepi32_ps(_mm256_srai_epi32(odd ? words : _mm256_slli_epi32(words, 16), 16));
+            } else {
+                __m256i code = _mm256_setzero_si256();
+                for (int i = 0; i < plane_count(CODES); ++i) {
+                    const Plane p = plane(CODES, i);
+                    const Field f = field(p, half * 8, column - odd);
+                    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte));
+                    const __m256i low = _mm256_srli_epi32(words, odd * 16 + f.shift);
+                    const __m256i bits = _mm256_and_si256(low, _mm256_set1_epi32((1 << p.width) - 1));
+                    code = _mm256_or_si256(code, _mm256_slli_epi32(bits, p.shift));
+                }
+                value = table.line ? _mm256_add_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(table.values[0]))
+                                   : _mm256_i32gather_ps(table.values, code, 4);
+            }
+            _mm256_store_ps(&w.columns[column][half * 8], value);
+        }
+    }
+}
+
+template <Codes CODES>
+inline void decode_floats(const std::uint8_t* tile, FloatTile& w) {
+    UNROLL
+    for (int column = 0; column < 16; ++column) {
+        if constexpr (CODES == Codes::f32) {
+            std::memcpy(w.columns[column], tile + column * 64, 64);
+        } else {
+            sixteen_store(w.columns[column], sixteen_f16(tile + column * 32));
+        }
+    }
+}
+
+template <int FIRST, int COUNT, int TOKENS>
+inline void dot(const BfloatTile& w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
+    for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
+    for (int column = FIRST; column < FIRST + COUNT; ++column) {
+        const Sixteen values = sixteen_load(w.columns[column]);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sums[t] = sixteen_fma(values, sixteen_set(bfloat_to_float(x[t * stride + column])), sums[t]);
+        }
+    }
+}
+
+template <int TOKENS>
+inline void dot_floats(const FloatTile& w, const float* x, std::int64_t stride, Sixteen* sums) {
+    for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
+    UNROLL
+    for (int column = 0; column < 16; ++column) {
+        const Sixteen values = sixteen_load(w.columns[column]);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + column]), sums[t]);
+        }
+    }
+}
+
+#endif
+
+}  // namespace lowbit

@@ -1,0 +1,226 @@
+"""cpu_blocks: weights of 2- to 8-bit codes with scales for each 16, 32 … columns, on AVX2 and AVX-512.
+
+Takes any canonical scheme whose code values are exact in bfloat16 (integers, small floats, iq4_nl) and GGUF
+blocks that expand to one, K-quants with their two levels of scales included. The input is rounded to
+bfloat16; codes are exact, accumulation and scales are float32: weights are never rounded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import packed_linear
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.packed_linear import (
+    ADDEND_NONE,
+    ADDEND_OFFSET,
+    ADDEND_ZERO,
+    CODES,
+    COLUMNS,
+    SCALE_DTYPES,
+    SCALES_BF16,
+    SCALES_F16,
+    SCALES_F32,
+    SCALES_TWO_LEVEL,
+    SUPER,
+    Description,
+    NativeWeight,
+    Parts,
+)
+from lowbit.numerics.number_formats import NumberFormat, number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+_SCALE_KINDS = {
+    "f16": SCALES_F16,
+    "bf16": SCALES_BF16,
+    "f32": SCALES_F32,
+    "e8m0": SCALES_BF16,  # powers of two are exact in bf16
+    "e4m3": SCALES_F16,  # a subset of f16
+}
+_LARGEST_GROWTH = 1.1  # packed bytes to the scheme's own
+# GGUF types whose inner scales are small whole numbers and whose outer ones are f16.
+_TWO_LEVEL = {f"gguf_{name}" for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")}
+_ONE_LEVEL = {f"gguf_{name}" for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "tq2_0")}
+
+
+@cache
+def _expanded(scheme: Scheme) -> Scheme | None:
+    """The scheme a block format takes apart to, or None where its scales have no native form."""
+    name, layout = scheme.weight.name, scheme.weight.block
+    if layout is None:
+        return scheme
+    if name not in _TWO_LEVEL | _ONE_LEVEL and name != "gguf_mxfp4":
+        return None
+    parts = layout.expand(torch.zeros(1, layout.bytes, dtype=torch.uint8))
+    inner = {"gguf_mxfp4": "bf16"}.get(name, "int8" if name in _TWO_LEVEL else "f16")
+    names = (inner, "f16")[: len(parts.columns)]
+    return Scheme(
+        number_format(parts.number_format),
+        tuple((1, columns) for columns in parts.columns),
+        tuple(number_format(scale) for scale in names),
+        offset=bool(parts.offsets),
+        activation=scheme.activation,
+    )
+
+
+@cache
+def _code_kind(fmt: NumberFormat) -> str | None:
+    """The name in ``CODES`` of how such codes are stored, or None."""
+    if fmt.name in ("int8", "uint8"):
+        return fmt.name
+    if fmt.values is None or not 2 <= fmt.bits <= 6:
+        return None
+    table = fmt.table()
+    return f"bits{int(fmt.bits)}" if torch.equal(table.bfloat16().float(), table) else None
+
+
+@cache
+def _table(fmt: NumberFormat) -> Tensor:
+    """bfloat16 (64,): the value of every index the kernel may form, short tables repeated."""
+    if fmt.bits > 6:
+        return torch.zeros(64, dtype=torch.bfloat16)
+    values = fmt.table().bfloat16()
+    return values.repeat(64 // len(values)).contiguous()
+
+
+def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
+    """The native description of an expanded scheme, or why there is none."""
+    fmt, (out, columns) = scheme.weight, shape[-2:]
+    code_kind = _code_kind(fmt)
+    if code_kind is None:
+        return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
+    if scheme.zero == "float":
+        return "zero points are not whole numbers"
+    if scheme.flattened:
+        return "blocks run over the flattened matrix"
+    if columns % COLUMNS:
+        return f"needs in % {COLUMNS} == 0, got {columns}"
+    two_level = len(scheme.scales) == 2 and scheme.scales[0].name == "int8" and scheme.blocks[1] == (1, SUPER)
+    if len(scheme.scales) != 1 and not two_level:
+        return f"{len(scheme.scales)} levels of scales"
+    inner = scheme.scales[0].name
+    if not two_level and inner not in _SCALE_KINDS:
+        return f"scales are {inner}"
+    group = scheme.blocks[0][1] or columns
+    if group != 16 and group % COLUMNS or columns % group:
+        return f"needs groups of 16 or a multiple of {COLUMNS} that divide in, got {group} of {columns}"
+    kind = SCALES_TWO_LEVEL if two_level else _SCALE_KINDS[inner]
+    addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero == "integer" else ADDEND_NONE
+    return Description(None, None, out, columns, CODES[code_kind], group, kind, addend)
+
+
+class CpuBlocks:
+    """See the module docstring."""
+
+    name = "cpu_blocks"
+    computes = "as stored"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the scheme cannot run here, or None."""
+        if reason := packed_linear.unusable(device):
+            return reason
+        if len(shape) != 2:
+            return "stacked experts"
+        if scheme.is_dense:
+            return "weights are not quantized"
+        if scheme.activation is not None:
+            return f"the scheme quantizes its input ({scheme.activation})"
+        expanded = _expanded(scheme)
+        if expanded is None:
+            return f"no packed layout for {scheme.weight.name}"
+        described = _describe(expanded, shape)
+        if isinstance(described, str):
+            return described
+        # Padding to 16 rows is not growth of the layout: judge a weight of whole blocks.
+        tall = (-(-shape[0] // 16) * 16, shape[1])
+        own = scheme.bits_per_weight(tall) * tall[0] * tall[1] / 8
+        if described.nbytes > _LARGEST_GROWTH * own:
+            return f"would take {described.nbytes} bytes, the scheme's own are {own:.0f}"
+        return None
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """Codes, scales and offsets in the kernel's layout."""
+        scheme = _expanded(weight.scheme)
+        assert scheme is not None, "refuses() was asked first"
+        description = _describe(scheme, weight.shape)
+        assert isinstance(description, Description), "refuses() was asked first"
+        parts = _parts(weight.expand(), scheme, description)
+        table = _table(scheme.weight)
+        description.table = table.data_ptr()
+        buffers = {"data": packed_linear.pack(description, parts), "table": table}
+        if weight.column_order is not None:
+            buffers["column_order"] = weight.column_order.clone()
+        return NativeWeight(
+            self,
+            weight.scheme,
+            weight.shape,
+            buffers,
+            weight.origin,
+            description,
+            ctypes.addressof(description),
+            weight.shape[-1],
+        )
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again, block formats expanded."""
+        assert isinstance(packed, NativeWeight), "packed by this kernel"
+        scheme = _expanded(packed.scheme)
+        assert scheme is not None, "it was packed"
+        read = packed_linear.unpack(packed)
+        assert read.scales is not None, "every scheme here has scales"
+        # Blocks of several rows were spread over their rows, exactly.
+        scheme = replace(scheme, blocks=tuple((1, columns) for _, columns in scheme.blocks))
+        scales = [read.scales] + ([] if read.outer_scales is None else [read.outer_scales])
+        addends = [a for a in (read.addends, read.outer_addends) if a is not None]
+        integer_zero = scheme.zero == "integer"
+        return QuantizedTensor(
+            scheme,
+            packed.shape,
+            read.codes,
+            tuple(scales),
+            addends[0].to(torch.uint8) if integer_zero else None,
+            () if integer_zero else tuple(addends),
+            packed.buffers.get("column_order"),
+            packed.origin,
+        )
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """float32 (tokens, in) -> float32 (tokens, out)."""
+        return packed_linear.linear(x, packed, out)
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in)."""
+        return packed_linear.rows(packed, ids)
+
+
+def _parts(weight: QuantizedTensor, scheme: Scheme, description: Description) -> Parts:
+    """The tensors in the dtypes the native packer reads, one scale for each row and group."""
+    two_level = description.scales == SCALES_TWO_LEVEL
+    dtype = torch.int8 if two_level else SCALE_DTYPES[description.scales]
+
+    def per_row(tensor: Tensor, level: int, dtype: torch.dtype) -> Tensor:
+        rows = scheme.blocks[level][0]
+        if rows != 1:
+            tensor = tensor.repeat_interleave(rows or weight.shape[0], 0)[: weight.shape[0]]
+        # float8 scales go through float32, which holds them exactly
+        return (tensor.float() if tensor.dtype.itemsize == 1 and not two_level else tensor).to(dtype).contiguous()
+
+    addend = None
+    if weight.zeros is not None:
+        addend = per_row(weight.zeros, 0, torch.float16)
+    elif weight.offsets:
+        addend = per_row(weight.offsets[0], 0, dtype)
+    f16 = torch.float16
+    return Parts(
+        weight.codes.contiguous(),
+        per_row(weight.scales[0], 0, dtype),
+        addend,
+        per_row(weight.scales[1], 1, f16) if two_level else None,
+        per_row(weight.offsets[1], 1, f16) if two_level and weight.offsets else None,
+    )

@@ -1,0 +1,288 @@
+"""What the native linear kernels share: packing, multiplying and looking up rows (csrc/linear.cpp).
+
+A weight is cut into blocks of 16 output rows; a block is one sequential stream of tiles of 32 columns, each
+group's scales (and offsets or zero points) for the 16 rows standing before its tiles:
+
+    block of 16 rows:  [outer scales, 256 columns][scales][offsets] tile tile … [scales][offsets] tile …
+
+In a tile, a 16-bit word belongs to a (row, column parity) and holds one code for each of several pairs of
+columns: one load and a few shifts give whole registers of 16 rows by 2 columns, ready for a bfloat16 dot
+product. 4-bit codes lie 4 a word; 3, 5 and 6 bits are planes of 2 + 1, 4 + 1 and 4 + 2 bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import native
+from lowbit.kernels.linear_kernel import PackedWeight
+
+ROWS, COLUMNS, SUPER = 16, 32, 256
+
+# The numbers of csrc/linear_tiles.h and csrc/linear.cpp.
+CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "int8": 8, "uint8": 9}
+DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
+SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL = range(5)
+ADDEND_NONE, ADDEND_OFFSET, ADDEND_ZERO = range(3)
+SCALE_DTYPES = {SCALES_F16: torch.float16, SCALES_BF16: torch.bfloat16, SCALES_F32: torch.float32}
+
+_PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
+
+
+class Description(ctypes.Structure):
+    """``lowbit_weight`` of csrc/linear.cpp."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("codes", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("scales", ctypes.c_int32),
+        ("addend", ctypes.c_int32),
+    )
+
+    @property
+    def scale_size(self) -> int:
+        """Bytes of one group's 16 scales."""
+        return {SCALES_NONE: 0, SCALES_F32: 64, SCALES_TWO_LEVEL: 16}.get(self.scales, 32)
+
+    @property
+    def addend_size(self) -> int:
+        """Bytes of one group's 16 offsets or zero points."""
+        return {ADDEND_NONE: 0, ADDEND_OFFSET: self.scale_size, ADDEND_ZERO: 32}[self.addend]
+
+    @property
+    def super_size(self) -> int:
+        """Bytes of the outer scales (and offsets) of 16 rows."""
+        if self.scales != SCALES_TWO_LEVEL:
+            return 0
+        return 64 if self.addend == ADDEND_OFFSET else 32
+
+    @property
+    def unit(self) -> int:
+        """Columns whose scales stand together."""
+        return max(self.group, COLUMNS)
+
+    @property
+    def tile_size(self) -> int:
+        """Bytes of a tile's codes."""
+        bits = {8: 8, 9: 8, 17: 16}.get(self.codes, self.codes)
+        return ROWS * COLUMNS * bits // 8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight."""
+        headers = self.unit // self.group * (self.scale_size + self.addend_size)
+        unit = headers + self.unit // COLUMNS * self.tile_size
+        block = self.columns // self.unit * unit
+        if self.super_size:
+            block += self.columns // SUPER * self.super_size
+        return -(-self.rows // ROWS) * block
+
+
+@dataclass(frozen=True)
+class NativeWeight(PackedWeight):
+    """A PackedWeight with the struct the native code reads; ``columns``: the logical ones."""
+
+    description: Description = field(default_factory=Description, repr=False)
+    address: int = 0
+    columns: int = 0
+
+
+@dataclass(frozen=True)
+class _Functions:
+    size: Callable[..., int]
+    pack: Callable[..., None]
+    linear: Callable[..., int]
+    rows: Callable[..., None]
+
+
+@cache
+def functions() -> _Functions | None:
+    """The native functions, or None where there is no library."""
+    library = native.library()
+    if library is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.lowbit_linear_bytes.argtypes = (pointer,)
+    library.lowbit_linear_bytes.restype = number
+    library.lowbit_linear_pack.argtypes = (pointer, number, *(pointer,) * 6)
+    library.lowbit_linear_pack.restype = None
+    library.lowbit_linear.argtypes = (pointer, pointer, number, number, number, pointer, number)
+    library.lowbit_linear.restype = ctypes.c_int
+    library.lowbit_linear_rows.argtypes = (pointer, number, pointer, number, pointer)
+    library.lowbit_linear_rows.restype = None
+    return _Functions(
+        library.lowbit_linear_bytes,
+        library.lowbit_linear_pack,
+        library.lowbit_linear,
+        library.lowbit_linear_rows,
+    )
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why no native kernel can run there, or None."""
+    if device.type != "cpu":
+        return f"runs on a CPU, the device is {device.type}"
+    return None if functions() is not None else "the native library is not there"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is packed: contiguous CPU tensors in the dtypes the description names."""
+
+    codes: Tensor  # (rows, columns): uint8 codes, or the dense matrix
+    scales: Tensor | None = None  # (rows, groups)
+    addends: Tensor | None = None
+    outer_scales: Tensor | None = None  # (rows, columns / 256) f16
+    outer_addends: Tensor | None = None
+
+
+def pack(description: Description, parts: Parts) -> Tensor:
+    """uint8 (bytes,): the packed weight; ``description.data`` then points at it."""
+    loaded = functions()
+    assert loaded is not None, "refuses() was asked first"
+    data = torch.empty(description.nbytes, dtype=torch.uint8)
+    assert loaded.size(ctypes.addressof(description)) == data.numel(), "both sides compute the same layout"
+
+    def address(tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        assert tensor.is_contiguous() and tensor.device.type == "cpu", "the packer reads plain memory"
+        return tensor.data_ptr()
+
+    loaded.pack(
+        ctypes.addressof(description),
+        parts.codes.shape[-1],
+        address(parts.codes),
+        address(parts.scales),
+        address(parts.addends),
+        address(parts.outer_scales),
+        address(parts.outer_addends),
+        data.data_ptr(),
+    )
+    description.data = data.data_ptr()
+    return data
+
+
+def linear(x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+    """x float32 (tokens, in) -> float32 (tokens, out)."""
+    assert isinstance(packed, NativeWeight), "packed by a native kernel"
+    order = packed.buffers.get("column_order")
+    if order is not None:
+        x = x.index_select(1, order)
+    if x.dtype is not torch.float32:
+        x = x.float()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    tokens, columns = x.shape
+    if columns != packed.columns:
+        raise LowbitError("E0703", f"{packed.origin}: input has {columns} columns, weight {packed.columns}")
+    rows = packed.description.rows
+    if out is None:
+        out = torch.empty(tokens, rows)
+    assert out.dtype is torch.float32 and out.stride(1) == 1 and out.shape == (tokens, rows)
+    loaded = functions()
+    assert loaded is not None, "packed by a native kernel"
+    failed = loaded.linear(
+        packed.address, x.data_ptr(), tokens, x.stride(0), columns, out.data_ptr(), out.stride(0)
+    )
+    if failed:
+        raise MemoryError(f"{packed.origin}: no memory for {tokens} tokens")
+    return out
+
+
+def rows(packed: PackedWeight, ids: Tensor) -> Tensor:
+    """float32 (len(ids), in)."""
+    assert isinstance(packed, NativeWeight), "packed by a native kernel"
+    wanted = ids.to(torch.int64).contiguous()
+    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < packed.shape[0]:
+        raise LowbitError("E0703", f"{packed.origin}: row outside 0..{packed.shape[0] - 1} asked for")
+    out = torch.empty(len(wanted), packed.columns)
+    loaded = functions()
+    assert loaded is not None, "packed by a native kernel"
+    loaded.rows(packed.address, packed.columns, wanted.data_ptr(), len(wanted), out.data_ptr())
+    order = packed.buffers.get("column_order")
+    if order is not None:
+        logical = torch.empty_like(out)
+        logical[:, order] = out
+        return logical
+    return out
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """``Parts`` read back from packed bytes; padding rows and columns cut off."""
+
+    codes: Tensor  # uint8 (rows, columns), offset binary; or the dense matrix
+    scales: Tensor | None
+    addends: Tensor | None
+    outer_scales: Tensor | None
+    outer_addends: Tensor | None
+
+
+def unpack(packed: NativeWeight) -> Unpacked:
+    """The inverse of ``pack``, in torch."""
+    d, columns = packed.description, packed.columns
+    blocks = packed.buffers["data"].view(-(-d.rows // ROWS), -1)
+    supers = d.columns // SUPER if d.super_size else 1
+    per_super = blocks.view(len(blocks), supers, -1)  # (blocks, supers, bytes)
+    outer, body = per_super[..., : d.super_size], per_super[..., d.super_size :]
+    units = body.reshape(len(blocks), d.columns // d.unit, -1)  # (blocks, units, bytes)
+    headers = d.unit // d.group
+    header_size = headers * (d.scale_size + d.addend_size)
+    head = units[..., :header_size].unflatten(-1, (headers, -1)) if header_size else None
+    scale_dtype = torch.int8 if d.super_size else SCALE_DTYPES.get(d.scales)
+    addend_dtype = torch.float16 if d.addend == ADDEND_ZERO else scale_dtype
+
+    def sixteen(area: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+        """(blocks, ..., 16 numbers) -> (rows, groups)."""
+        if area is None or area.shape[-1] == 0 or dtype is None:
+            return None
+        numbers = area.contiguous().view(dtype).flatten(1, -2)  # (blocks, groups, 16)
+        return numbers.transpose(1, 2).reshape(-1, numbers.shape[1])[: d.rows].contiguous()
+
+    f16 = torch.float16
+    return Unpacked(
+        _unpack_codes(units[..., header_size:], d)[: d.rows, :columns].contiguous(),
+        sixteen(None if head is None else head[..., : d.scale_size], scale_dtype),
+        sixteen(None if head is None else head[..., d.scale_size :], addend_dtype),
+        sixteen(outer[..., :32], f16) if d.super_size else None,
+        sixteen(outer[..., 32:], f16) if d.super_size == 64 else None,
+    )
+
+
+def _unpack_codes(area: Tensor, d: Description) -> Tensor:
+    """uint8 (blocks, units, bytes) -> (rows, columns)."""
+    tiles = area.reshape(-1, d.tile_size)
+    blocks = -(-d.rows // ROWS)
+    if d.codes in (CODES["int8"], CODES["uint8"], DENSE_CODES["bf16"]):
+        dtype = torch.bfloat16 if d.codes == DENSE_CODES["bf16"] else torch.uint8
+        cells = tiles.contiguous().view(dtype).view(-1, COLUMNS // 2, ROWS, 2).permute(0, 2, 1, 3)
+        codes = cells.reshape(-1, ROWS, COLUMNS)
+        if d.codes == CODES["int8"]:
+            codes = codes ^ 0x80
+    elif d.codes in (DENSE_CODES["f16"], DENSE_CODES["f32"]):
+        dtype = torch.float16 if d.codes == DENSE_CODES["f16"] else torch.float32
+        codes = tiles.contiguous().view(dtype).view(-1, COLUMNS, ROWS).transpose(1, 2)
+    else:
+        codes = torch.zeros(len(tiles), ROWS, COLUMNS, dtype=torch.uint8)
+        offset = 0
+        for width, shift in _PLANES[d.codes]:
+            size = ROWS * COLUMNS * width // 8
+            words = tiles[:, offset : offset + size].contiguous().view(torch.int16).int()
+            words = words.view(-1, size // 64, ROWS, 2)  # (tiles, lines, rows, parity)
+            fields = torch.arange(0, 16, width)
+            planes = words.unsqueeze(-1) >> fields & (1 << width) - 1  # (tiles, lines, rows, parity, fields)
+            codes |= (planes.permute(0, 2, 1, 4, 3).reshape(-1, ROWS, COLUMNS) << shift).to(torch.uint8)
+            offset += size
+    return codes.reshape(blocks, -1, ROWS, COLUMNS).transpose(1, 2).reshape(blocks * ROWS, -1)

@@ -1,0 +1,66 @@
+"""/metrics: every promised number is there, moves, and has the right value."""
+
+from __future__ import annotations
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.harness import ServerThread, quick, serving, wait_until
+
+
+def scrape(server: ServerThread) -> dict[str, float]:
+    """Sample (with labels but le) -> value."""
+    values = {}
+    for family in text_string_to_metric_families(httpx.get(server.url + "/metrics").text):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return values
+
+
+def test_numbers() -> None:
+    with serving(quick()) as server:
+        before = scrape(server)
+        assert before["lowbit_ready"] == 1
+        body = {"prompt": "twelve bytes", "max_tokens": 10}  # 13 tokens with the BOS
+        assert httpx.post(server.url + "/v1/completions", json=body).status_code == 200
+        assert httpx.post(server.url + "/v1/completions", json={"prompt": 5}).status_code == 400
+        httpx.get(server.url + "/some/scanner/path")
+        wait_until(lambda: server.app.client.status.generated_tokens == 10)
+        after = scrape(server)
+    assert after["lowbit_requests_total{path=/v1/completions,status=200}"] == 1
+    assert after["lowbit_requests_total{path=/v1/completions,status=400}"] == 1
+    assert after["lowbit_requests_total{path=unknown,status=404}"] == 1
+    assert not any("scanner" in name for name in after)
+    assert after["lowbit_prompt_tokens_total"] == 13
+    assert after["lowbit_cached_prompt_tokens_total"] == 3
+    assert after["lowbit_cache_hit_rate"] == 3 / 13
+    assert after["lowbit_generated_tokens_total"] == 10
+    assert after["lowbit_steps_total"] == 10
+    assert after["lowbit_captured_steps_total"] == 5
+    assert after["lowbit_time_to_first_token_seconds_count"] == 1
+    assert after["lowbit_time_to_first_token_seconds_sum"] < 5
+    assert after["lowbit_inter_token_latency_seconds_count"] == 9
+    assert 0.002 * 9 <= after["lowbit_inter_token_latency_seconds_sum"] < 5
+    assert after["lowbit_queue_wait_seconds_count"] == 1
+    assert after["lowbit_running_requests"] == after["lowbit_queue_requests"] == 0
+    assert after["lowbit_kv_pages_total"] == after["lowbit_kv_pages{state=free}"] == 40
+    assert after["lowbit_kv_pages{state=used}"] == after["lowbit_kv_pages{state=cached}"] == 0
+    assert after["lowbit_invariant_violations_total"] == after["lowbit_engine_restarts_total"] == 0
+    assert after["lowbit_request_duration_seconds_count{path=/v1/completions}"] == 2
+
+
+def test_running_and_waiting() -> None:
+    with serving(quick(), fake={"step_seconds": 0.02}) as server:
+        with httpx.stream(
+            "POST",
+            server.url + "/v1/completions",
+            json={"prompt": "x", "max_tokens": 500, "n": 8, "stream": True},
+        ) as response:
+            lines = response.iter_lines()  # kept: its end would close the response
+            next(lines)
+            wait_until(lambda: server.app.client.status.running == 4)
+            values = scrape(server)
+            assert values["lowbit_running_requests"] == 4
+            assert values["lowbit_kv_pages{state=used}"] == 4
+        wait_until(lambda: scrape(server)["lowbit_running_requests"] == 0, 2)
