@@ -14,9 +14,11 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -181,6 +183,22 @@ def run(shape: Shape, repeats: int) -> dict[str, object]:
     return numbers
 
 
+def commit() -> str:
+    """The commit measured, "-dirty" where files differ from it."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def cpu_name() -> str:
+    """The processor's own name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main() -> None:
     """Print a line a shape, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -194,8 +212,9 @@ def main() -> None:
         json.dumps(
             {
                 "benchmark": "attention",
+                "commit": commit(),
+                "cpu": cpu_name(),
                 "isa": native.isa(),
-                "machine": platform.processor() or platform.machine(),
                 "threads": options.threads,
                 "torch": torch.__version__,
                 "results": results,

@@ -308,6 +308,21 @@ def test_shared_prefix_pages() -> None:
     assert_equal_bits([found[0], found[1][shared:]], [apart[0], apart[1][shared:]])
 
 
+def test_pages_before_the_window_may_be_gone() -> None:
+    spec = spec_of(1, 32, window=40)
+    sequences = draw(spec, 2, [700])
+    (wanted,) = simulate(spec, sequences, whole(sequences), plain(spec))
+    pages, count = hand_out_pages([700])
+    kernel = CpuAttention()
+    cache = kernel.allocate(spec, count, PAGE_SIZE, CPU)
+    q, k, v = sequences[0]
+    kernel.write(cache, k, v, make_batch([(0, 0, 700)], pages))
+    for first, end in ((699, 700), (600, 700)):
+        batch = make_batch([(0, first, end)], pages)
+        batch.page_table[0, : (first - 39) // PAGE_SIZE] = NOWHERE
+        assert kernel.attend(q[first:end], cache, batch, plain(spec)).equal(wanted[first:end])
+
+
 def test_later_tokens_do_not_reach_back() -> None:
     """A NaN in a token of the same chunk spoils that token and those after it, no other."""
     spec = spec_of(2, 64)

@@ -162,7 +162,7 @@ def build(settings: Settings, progress: Callable[[int, int, str], None]) -> tupl
     """Pretend to load."""
     assert (
         settings.model == "/fake"
-        and settings.served_model_name == "tiny"
+        and settings.served_model_name
         and settings.api_key is None
         and settings.api_key_file is None
     )

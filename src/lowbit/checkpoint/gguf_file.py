@@ -260,9 +260,7 @@ def _tensor_info(reader: _Reader) -> _Info:
     if kind is None:
         why = REFUSED_TYPES.get(type_id, "an id this lowbit does not know")
         names = ", ".join(entry.name for entry in GGUF_TYPES.values())
-        raise reader.fail(
-            "E0223", f"tensor {shown!r} uses type {type_id}, {why}; supported: {names}"
-        )
+        raise reader.fail("E0223", f"tensor {shown!r} uses type {type_id}, {why}; supported: {names}")
     if min(sizes) < 1:
         raise reader.fail("E0221", f"tensor {shown!r} has an empty dimension {sizes}; the file is damaged")
     if sizes[0] % kind.weights:

@@ -57,7 +57,9 @@ GGUF_TYPES_BY_NAME = {entry.name: entry for entry in GGUF_TYPES.values()}
 REFUSED_TYPES: dict[int, str] = {
     **dict.fromkeys((4, 5), "a type removed from GGUF in 2023; quantize the model again"),
     **dict.fromkeys((9, 15), "a type for activations, never of weights; the file is damaged"),
-    **dict.fromkeys((31, 32, 33, 36, 37, 38), "a repacked type removed from GGUF; use the Q4_0 or IQ4_NL file"),
+    **dict.fromkeys(
+        (31, 32, 33, 36, 37, 38), "a repacked type removed from GGUF; use the Q4_0 or IQ4_NL file"
+    ),
     41: "Q1_0, which no published model uses yet",
     42: "Q2_0, which no published model uses yet",
 }

@@ -111,8 +111,9 @@ def _needed(reference: Reference, names: list[str]) -> list[str]:
         if ggufs:
             listed = ", ".join(printable(name) for name in sorted(ggufs)[:12])
             raise LowbitError(
-                "E0607", f"{reference.repo} holds {len(ggufs)} GGUF files; name one: "
-                f"{reference.repo}:<file or type>, of {listed}"
+                "E0607",
+                f"{reference.repo} holds {len(ggufs)} GGUF files; name one: "
+                f"{reference.repo}:<file or type>, of {listed}",
             )
         raise LowbitError("E0607", f"{reference.repo} holds no .safetensors and no .gguf file")
     if "model.safetensors" in weights and "model.safetensors.index.json" not in names:
@@ -129,7 +130,9 @@ def _gguf_files(reference: Reference, names: list[str]) -> list[str]:
     if wanted in ggufs:
         found = [wanted]
     else:
-        pattern = re.compile(rf"(?<![A-Za-z0-9]){re.escape(wanted.removesuffix('.gguf'))}(?![A-Za-z0-9_])", re.I)
+        pattern = re.compile(
+            rf"(?<![A-Za-z0-9]){re.escape(wanted.removesuffix('.gguf'))}(?![A-Za-z0-9_])", re.I
+        )
         found = [name for name in ggufs if pattern.search(Path(name).name)]
     stems = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", name) for name in found}
     if len(stems) != 1:

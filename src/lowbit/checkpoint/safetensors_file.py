@@ -207,10 +207,9 @@ def _check_index(index: dict[str, object], tensors: dict[str, TensorEntry]) -> N
         if entry is None or entry.file.name != shard:
             where = "no shard" if entry is None else entry.file.name
             raise LowbitError(
-                "E0226", f"{INDEX} puts tensor {printable(name)!r} in {printable(shard)}, but {where} holds it"
+                "E0226",
+                f"{INDEX} puts tensor {printable(name)!r} in {printable(shard)}, but {where} holds it",
             )
     for name, entry in tensors.items():
         if name not in weight_map:
-            raise LowbitError(
-                "E0226", f"{entry.file.name}: tensor {printable(name)!r} is not in {INDEX}"
-            )
+            raise LowbitError("E0226", f"{entry.file.name}: tensor {printable(name)!r} is not in {INDEX}")

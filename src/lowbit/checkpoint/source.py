@@ -45,7 +45,7 @@ def resolve(
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith((".gguf", os.sep)) and ":" not in name
+    return name.startswith((".", "/", "~")) or (name.endswith((".gguf", os.sep)) and ":" not in name)
 
 
 def _nothing_there(name: str, path: Path) -> str:
@@ -66,7 +66,7 @@ def read_local(path: Path) -> CheckpointHeader:
     if not path.is_dir():
         return read_gguf_header(path)
     ggufs = sorted(path.glob("*.gguf"))
-    if not ggufs or (path / "config.json").exists() and any(path.glob("*.safetensors")):
+    if not ggufs or ((path / "config.json").exists() and any(path.glob("*.safetensors"))):
         return read_folder_header(path)
     models = [file for file in ggufs if "-of-" not in file.name or "-00001-of-" in file.name]
     if len(models) != 1:

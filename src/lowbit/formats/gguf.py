@@ -91,9 +91,7 @@ def _with_outer_scale(stored: QuantizedTensor, outer: Tensor) -> QuantizedTensor
     assert layout is not None, "nvfp4 is a block format"
     parts = layout.expand(stored.codes.unflatten(-1, (-1, layout.bytes)))
     inner = parts.scales[0].flatten(-2).to(torch.float8_e4m3fn)  # exact: they were e4m3 bytes
-    return replace(
-        stored, codes=parts.codes.flatten(-2), scales=(inner, outer.float().reshape(1, 1))
-    )
+    return replace(stored, codes=parts.codes.flatten(-2), scales=(inner, outer.float().reshape(1, 1)))
 
 
 FORMAT = Gguf()

@@ -31,9 +31,7 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
         if found is not None:
             return _checked(found, "config.json: quantization_config")
     if config.get("compression_config") is not None:
-        return _checked(
-            config["compression_config"], "config.json: compression_config", "compressed-tensors"
-        )
+        return _checked(config["compression_config"], "config.json: compression_config", "compressed-tensors")
     for name, method in (
         ("hf_quant_config.json", "modelopt"),
         ("quantize_config.json", "gptq"),

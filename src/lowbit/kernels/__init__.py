@@ -19,7 +19,6 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     """All linear kernels, best first; the last one refuses nothing."""
     from lowbit.kernels.cpu_blocks import CpuBlocks
     from lowbit.kernels.cpu_dense import CpuDense
-
     from lowbit.kernels.reference import Reference
 
     return (CpuBlocks(), CpuDense(), Reference())

@@ -108,7 +108,7 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     if not two_level and inner not in _SCALE_KINDS:
         return f"scales are {inner}"
     group = scheme.blocks[0][1] or columns
-    if group != 16 and group % COLUMNS or columns % group:
+    if (group != 16 and group % COLUMNS) or columns % group:
         return f"needs groups of 16 or a multiple of {COLUMNS} that divide in, got {group} of {columns}"
     kind = SCALES_TWO_LEVEL if two_level else _SCALE_KINDS[inner]
     addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero == "integer" else ADDEND_NONE
@@ -209,7 +209,11 @@ def _parts(weight: QuantizedTensor, scheme: Scheme, description: Description) ->
         if rows != 1:
             tensor = tensor.repeat_interleave(rows or weight.shape[0], 0)[: weight.shape[0]]
         # float8 scales go through float32, which holds them exactly
-        return (tensor.float() if tensor.dtype.itemsize == 1 and not two_level else tensor).to(dtype).contiguous()
+        return (
+            (tensor.float() if tensor.dtype.itemsize == 1 and not two_level else tensor)
+            .to(dtype)
+            .contiguous()
+        )
 
     addend = None
     if weight.zeros is not None:

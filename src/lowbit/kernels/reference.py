@@ -12,11 +12,11 @@ import math
 from dataclasses import replace
 
 import torch
-from lowbit.numerics.bit_packing import pack_bits, unpack_bits
 from torch import Tensor
 from torch.nn import functional
 
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.bit_packing import pack_bits, unpack_bits
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 

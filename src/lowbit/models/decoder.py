@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import (
     RotaryTable,
     add_rms_norm,
@@ -17,10 +21,6 @@ from lowbit.kernels.elementwise import (
     gated_activation,
     rms_norm,
 )
-from torch import Tensor
-
-from lowbit.errors import LowbitError
-from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies

@@ -314,7 +314,9 @@ def _decode(expand: Callable[[Tensor], Expanded], blocks: Tensor) -> Tensor:
     weights = parts.codes.shape[-1]
 
     def spread(levels: tuple[Tensor, ...]) -> Tensor:
-        return reduce(torch.mul, (level.repeat_interleave(weights // level.shape[-1], -1) for level in levels))
+        return reduce(
+            torch.mul, (level.repeat_interleave(weights // level.shape[-1], -1) for level in levels)
+        )
 
     values = NUMBER_FORMATS[parts.number_format].table(blocks.device)[parts.codes.long()]
     values = values * spread(parts.scales)

@@ -300,8 +300,8 @@ class EngineClient:
             await self._read(reader)
         except FrameError as error:
             broken = f"the engine sent {error}"
-        except OSError as error:
-            broken = f"the engine's socket failed: {error.strerror}"
+        except ConnectionError:
+            pass  # it died with messages unread; how, its exit status says
         finally:
             ticker.cancel()
             self._forget_engine()

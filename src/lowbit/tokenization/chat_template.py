@@ -1,0 +1,386 @@
+"""Chat templates: Jinja from a checkpoint, run in a sandbox under a deadline, rendered straight to token ids.
+
+A template is text from a stranger, and message contents are text from another: the sandbox is immutable,
+output and time are bounded, and special tokens written inside a message never become control tokens. For
+that, special texts in contents are replaced by private-use marks before rendering; afterwards the text is cut
+at the template's own special tokens, the marks turn back into text, and the pieces are encoded as plain text.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from lowbit.checkpoint.documents import read_json, read_text
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError, printable
+from lowbit.tokenization.fast_tokenizer import FastTokenizer
+
+MAX_SOURCE = 1 << 20
+MAX_OUTPUT = 16 << 20
+DEADLINE_SECONDS = 1.0
+_LARGEST_REPEAT = 1 << 16
+_FIRST_MARK = 0xF0000  # Unicode's supplementary private-use plane
+_BOS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class FoundTemplate:
+    """``variables``: special tokens' texts, which templates print."""
+
+    source: str
+    place: str
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def find_template(header: CheckpointHeader, override: str | None = None) -> FoundTemplate | None:
+    """The template to use, and where it came from."""
+    if header.container == "gguf":
+        variables = _gguf_specials(header)
+    else:
+        config = read_json(header, "tokenizer_config.json") or {}
+        variables = {}
+        for name in _BOS_NAMES:
+            value = config.get(name)
+            text = value.get("content") if isinstance(value, dict) else value
+            if isinstance(text, str):
+                variables[name] = text
+    if override == "chatml":
+        return FoundTemplate(CHATML, "chatml", variables)
+    if override is not None:
+        path = Path(override)
+        source = read_text(path.parent, path.name)
+        if source is None:
+            raise LowbitError(
+                "E0253", f"--chat-template {printable(override)}: no such file, and not 'chatml'"
+            )
+        return FoundTemplate(source, path.name, variables)
+    if header.container == "gguf":
+        stored = header.metadata.get("tokenizer.chat_template")
+        return FoundTemplate(stored, header.root.name, variables) if isinstance(stored, str) else None
+    source = read_text(header, "chat_template.jinja")
+    if source is not None:
+        return FoundTemplate(source, "chat_template.jinja", variables)
+    stored = config.get("chat_template")
+    if isinstance(stored, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
+        stored = named.get("default", next(iter(named.values()), None))
+    return FoundTemplate(stored, "tokenizer_config.json", variables) if isinstance(stored, str) else None
+
+
+def _gguf_specials(header: CheckpointHeader) -> dict[str, str]:
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    found = {}
+    for stored, name in names.items():
+        number = header.metadata.get(f"tokenizer.ggml.{stored}_token_id")
+        if isinstance(number, int) and isinstance(tokens, list) and 0 <= number < len(tokens):
+            found[name] = str(tokens[number])
+    return found
+
+
+class _TooLarge(jinja2.exceptions.SecurityError):
+    """An operation that would build an enormous string."""
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks the assistant's words for training; here its body is simply printed."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own interface)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Immutable, and without cheap ways to enormous strings."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for text, count in ((left, right), (right, left)):
+                if isinstance(text, str | list | tuple) and isinstance(count, int):
+                    if len(text) * count > _LARGEST_REPEAT:
+                        raise _TooLarge(f"a repetition of {count}")
+        if operator == "**" and (abs(_number(left)) > 1e6 or abs(_number(right)) > 64):
+            raise _TooLarge("a large power")
+        if operator == "%" and isinstance(left, str) and re.search(r"\d{5}|\*", left):
+            raise _TooLarge("a wide format")
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        name = getattr(__obj, "__name__", "")
+        if name in ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "replace", "join"):
+            if any(isinstance(arg, int) and arg > _LARGEST_REPEAT for arg in args):
+                raise _TooLarge(f"{name} of a large width")
+        if name in ("format", "format_map") and re.search(r"\d{5}", str(getattr(__obj, "__self__", ""))):
+            raise _TooLarge("a wide format")
+        return super().call(__context, __obj, *args, **kwargs)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _bounded_width(name: str) -> Callable[..., object]:
+    """A Jinja filter with a width that cannot be enormous."""
+    from jinja2.filters import FILTERS
+
+    plain = FILTERS[name]
+
+    def filtered(*args: Any, **kwargs: Any) -> object:
+        if any(isinstance(v, int) and v > _LARGEST_REPEAT for v in (*args, *kwargs.values())):
+            raise _TooLarge(f"{name} of a large width")
+        return plain(*args, **kwargs)
+
+    return filtered
+
+
+def _tojson(value: object, ensure_ascii: bool = False, indent: int | None = None,
+            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:  # fmt: skip
+    """JSON as transformers' templates expect it: no HTML escapes, characters as they are."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+class _Expired(Exception):
+    """Thrown into a template's thread when its time is up."""
+
+
+class JinjaTemplate:
+    """See ``tokenizer.ChatTemplate``."""
+
+    def __init__(
+        self, source: str, place: str, tokenizer: FastTokenizer, variables: Mapping[str, str]
+    ) -> None:
+        if len(source) > MAX_SOURCE:
+            raise LowbitError(
+                "E0253", f"{place}: chat_template of {len(source)} characters, limit {MAX_SOURCE}"
+            )
+        self.source = source
+        self._place = place
+        self._tokenizer = tokenizer
+        self._variables = dict(variables)
+        environment = _Sandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        for name in ("center", "indent", "batch", "slice", "wordwrap", "truncate"):
+            environment.filters[name] = _bounded_width(name)
+        environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        environment.globals.pop("lipsum", None)
+        try:
+            self._template = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+            raise LowbitError(
+                "E0253",
+                f"{place}: chat_template is no valid Jinja: {printable(error)}. Start with "
+                "--chat-template <file> to use your own",
+            ) from None
+        # Special texts, longest first, so that a longer one is never cut by a shorter.
+        texts = sorted(tokenizer.special_texts, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._takes_parts = _iterates_over_content(source)
+
+    def render(
+        self,
+        messages: list[dict[str, object]],
+        *,
+        tools: list[dict[str, object]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: dict[str, object] | None = None,
+    ) -> list[int]:
+        """Token ids of the conversation."""
+        marks = _Marks(self._special)
+        prepared = [self._prepare(message, marks) for message in messages]
+        final = None
+        if continue_final_message:
+            if add_generation_prompt or not messages:
+                raise LowbitError(
+                    "E0256", "continue_final_message needs a last message and add_generation_prompt false"
+                )
+            final = prepared[-1].get("content")
+            if not isinstance(final, str):
+                raise LowbitError("E0256", "continue_final_message: the last message has no text to continue")
+        context = {
+            **self._variables,
+            **(marks.hide(variables) if variables else {}),
+            "messages": prepared,
+            "tools": marks.hide(tools) if tools else None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        text = self._run(context)
+        if final is not None:
+            text = _cut_after(text, final)
+        return self._encode(text, marks)
+
+    def _prepare(self, message: dict[str, object], marks: _Marks) -> dict[str, object]:
+        """A copy with parts flattened, arguments parsed and special texts hidden."""
+        prepared = {key: value for key, value in message.items() if value is not None or key == "content"}
+        content = prepared.get("content")
+        if isinstance(content, list) and not self._takes_parts:
+            prepared["content"] = "".join(
+                str(part.get("text", "")) for part in content if isinstance(part, dict)
+            )
+        calls = prepared.get("tool_calls")
+        if isinstance(calls, list):
+            prepared["tool_calls"] = [_parsed_arguments(call) for call in calls]
+        hidden = marks.hide(prepared)
+        assert isinstance(hidden, dict), "a message stays an object"
+        return hidden
+
+    def _run(self, context: dict[str, object]) -> str:
+        """Render in a thread of its own, which is thrown out when its time is up."""
+        result: list[str] = []
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                length, pieces = 0, []
+                for piece in self._template.generate(**context):
+                    length += len(piece)
+                    if length > MAX_OUTPUT:
+                        raise _TooLarge(f"more than {MAX_OUTPUT} characters of output")
+                    pieces.append(piece)
+                result.append("".join(pieces))
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=work, daemon=True, name="chat-template")
+        thread.start()
+        thread.join(DEADLINE_SECONDS)
+        if thread.is_alive():
+            # Python code can be interrupted between two bytecodes; a template is nothing else.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Expired)
+            )
+            thread.join(DEADLINE_SECONDS)
+            raise LowbitError(
+                "E0253", f"{self._place}: chat_template took longer than {DEADLINE_SECONDS:g} s; refused"
+            )
+        if result:
+            return result[0]
+        raise self._explained(failure[0])
+
+    def _explained(self, error: BaseException) -> LowbitError:
+        place = self._place
+        if isinstance(error, jinja2.exceptions.SecurityError):
+            return LowbitError(
+                "E0253",
+                f"{place}: chat_template is not safe: {printable(error)}; refused. Start with "
+                "--chat-template <file> to use your own",
+            )
+        if isinstance(error, jinja2.exceptions.TemplateError):  # raise_exception: the template refuses
+            return LowbitError("E0256", f"the chat template refuses this conversation: {printable(error)}")
+        return LowbitError("E0256", f"{place}: chat_template failed on this conversation: {printable(error)}")
+
+    def _encode(self, text: str, marks: _Marks) -> list[int]:
+        """The template's special tokens as ids, everything between as plain text."""
+        tokenizer, ids, start = self._tokenizer, [], 0
+        pieces: list[tuple[str, int | None]] = []
+        for found in self._special.finditer(text) if self._special else ():
+            pieces.append((text[start : found.start()], tokenizer.special_texts[found[0]]))
+            start = found.end()
+        pieces.append((text[start:], None))
+        for plain, special in pieces:
+            if plain:
+                ids += tokenizer.encode(marks.show(plain), add_special=False, parse_special=False)
+            if special is not None:
+                ids.append(special)
+        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
+            ids = ids[1:]
+        return ids
+
+
+class _Marks:
+    """Special texts inside messages <-> private-use characters that no template or tokenizer treats."""
+
+    def __init__(self, special: re.Pattern[str] | None) -> None:
+        self._special = special
+        self._texts: list[str] = []
+
+    def hide(self, value: object) -> Any:
+        """A copy of nested lists and objects with every special text marked."""
+        if isinstance(value, str):
+            return value if self._special is None else self._special.sub(self._mark, value)
+        if isinstance(value, list | tuple):
+            return [self.hide(item) for item in value]
+        if isinstance(value, dict):
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
+        return value
+
+    def _mark(self, found: re.Match[str]) -> str:
+        if found[0] not in self._texts:
+            self._texts.append(found[0])
+        return chr(_FIRST_MARK + self._texts.index(found[0]))
+
+    def show(self, text: str) -> str:
+        """The special texts again."""
+        for index, special in enumerate(self._texts):
+            text = text.replace(chr(_FIRST_MARK + index), special)
+        return text
+
+
+def _parsed_arguments(call: object) -> object:
+    """A tool call whose arguments are an object: OpenAI sends them as JSON text, templates want the object."""
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+        return call
+    function = dict(call["function"])
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except ValueError:
+            return call  # not JSON: the template gets the text as it is
+        if isinstance(parsed, dict):
+            function["arguments"] = parsed
+    return {**call, "function": function}
+
+
+def _cut_after(text: str, final: str) -> str:
+    """``text`` up to the end of the last message's words, as transformers continues them."""
+    place = text.rfind(final)
+    if place < 0:
+        final = final.strip()
+        place = text.rfind(final)
+    if place < 0:
+        raise LowbitError(
+            "E0256", "continue_final_message: the template does not print the last message as it is"
+        )
+    return text[: place + len(final)]
+
+
+def _iterates_over_content(source: str) -> bool:
+    """Whether the template itself walks over content parts: ``for part in message['content']``."""
+    return re.search(r"for\s+\w+\s+in\s+\w+(\[['\"]content['\"]\]|\.content)", source) is not None

@@ -1,0 +1,170 @@
+"""FastTokenizer: lowbit's Tokenizer on top of the ``tokenizers`` library, whatever the vocabulary came from.
+
+The library decides whether special tokens inside a text count by a switch on the object, so there are two
+objects: one that parses them, and one, built when first asked for, that does not.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass, field
+
+import tokenizers
+
+from lowbit.errors import LowbitError, printable
+
+MAX_ID = 1 << 24
+MAX_ADDED = 1_000_000
+
+
+@dataclass(frozen=True)
+class Specials:
+    """What a checkpoint says about its special tokens. ``adds_bos`` None: as its post-processor does."""
+
+    bos: str | None = None
+    eos: str | None = None
+    stop_ids: frozenset[int] = field(default_factory=frozenset)
+    adds_bos: bool | None = None
+    adds_eos: bool | None = None
+
+
+class FastTokenizer:
+    """See ``tokenizer.Tokenizer``. ``source``: tokenizer.json's text; ``place``: the file, for messages."""
+
+    def __init__(self, source: str, specials: Specials, place: str) -> None:
+        self._source = source
+        self._place = place
+        self._tokenizer = _build(source, place)
+        self._lock = threading.Lock()
+        self._plain: tokenizers.Tokenizer | None = None
+        self._bytes: dict[int, bytes] = {}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        self._added = {number: token.content for number, token in added.items()}
+        largest = max(added, default=-1)
+        self.vocab_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), largest + 1)
+        self.bos_id = self._id(specials.bos)
+        self.eos_id = self._id(specials.eos)
+        self.stop_ids = specials.stop_ids | ({self.eos_id} if self.eos_id is not None else set())
+        self._forced_bos = specials.adds_bos
+        self._forced_eos = specials.adds_eos
+        self.adds_bos = bool(
+            self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
+            if specials.adds_bos is None
+            else specials.adds_bos and self.bos_id is not None
+        )
+        self._byte_level = _is_byte_level(self._tokenizer)
+        self.special_texts = {self._added[number]: number for number in self.special_ids}
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Ids of ``text``; never two BOS in a row at the start."""
+        tokenizer = self._tokenizer if parse_special else self._without_specials()
+        by_library = add_special and self._forced_bos is None and self._forced_eos is None
+        try:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=by_library).ids
+        except BaseException as error:  # the library panics on some hostile files, past Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise LowbitError(
+                "E0255", f"{self._place}: the tokenizer failed on this text: {printable(error)}"
+            ) from None
+        if add_special and not by_library:
+            if self._forced_bos and self.bos_id is not None:
+                ids = [self.bos_id, *ids]
+            if self._forced_eos and self.eos_id is not None:
+                ids = [*ids, self.eos_id]
+        if len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
+            ids = ids[1:]  # the text itself began with it
+        return ids
+
+    def _without_specials(self) -> tokenizers.Tokenizer:
+        with self._lock:
+            if self._plain is None:
+                self._plain = _build(self._source, self._place)
+                self._plain.encode_special_tokens = True
+            return self._plain
+
+    def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """The text of ``ids``."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        return text
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for."""
+        known = self._bytes.get(token)
+        if known is None:
+            known = self._bytes[token] = self._find_bytes(token)
+        return known
+
+    def _find_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        text = self._tokenizer.id_to_token(token)
+        if text is None:
+            return b""
+        if self._byte_level:
+            table = _byte_of()
+            return bytes(table[c] for c in text) if all(c in table for c in text) else text.encode()
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("▁", " ").encode()
+
+    def token_text(self, token: int) -> str:
+        """The token as OpenAI's logprobs print it."""
+        return self.token_bytes(token).decode("utf-8", errors="replace")
+
+
+def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
+    return "ByteLevel" in str(tokenizer.decoder)
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: character -> byte."""
+    if not _BYTES:
+        printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable_bytes]
+        _BYTES.update({chr(byte): byte for byte in printable_bytes})
+        _BYTES.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return _BYTES
+
+
+_BYTES: dict[str, int] = {}
+
+
+def _build(source: str, place: str) -> tokenizers.Tokenizer:
+    """The library's object. It panics on some damaged files instead of raising, so everything is caught."""
+    try:
+        return tokenizers.Tokenizer.from_str(source)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise LowbitError("E0254", f"{place}: no usable tokenizer: {printable(error)}") from None
+
+
+def check_source(values: dict[str, object], place: str) -> str:
+    """tokenizer.json's object as text for the library, after what it does not check itself."""
+    added = values.get("added_tokens")
+    if isinstance(added, list):
+        if len(added) > MAX_ADDED:
+            raise LowbitError("E0254", f"{place}: {len(added)} added tokens, limit {MAX_ADDED}")
+        seen: set[object] = set()
+        for token in added:
+            number = token.get("id") if isinstance(token, dict) else None
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MAX_ID:
+                raise LowbitError("E0254", f"{place}: an added token has id {printable(number)}")
+            if number in seen:
+                raise LowbitError("E0254", f"{place}: two added tokens have id {number}")
+            seen.add(number)
+    model = values.get("model")
+    if not isinstance(model, dict):
+        raise LowbitError("E0254", f"{place}: no tokenizer model in it")
+    vocabulary = model.get("vocab")
+    numbers = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    worst = max((n for n in numbers if isinstance(n, int)), default=0)
+    if worst >= MAX_ID or len(numbers) > MAX_ID:
+        raise LowbitError("E0254", f"{place}: a token has id {worst}, limit {MAX_ID}")
+    return json.dumps(values)

@@ -1,0 +1,227 @@
+"""A tokenizer from GGUF metadata: byte-level BPE (``gpt2``), SentencePiece BPE (``llama``) or unigram (``t5``).
+
+The vocabulary is put into the form of tokenizer.json, so that the ``tokenizers`` library does the work.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError, printable
+from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials
+from lowbit.tokenization.pretokenizers import IGNORES_MERGES, pre_tokenizer
+
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+
+# Tokens that end a turn, by text, as ggml's vocabulary knows them: many files name only one of theirs.
+END_OF_TURN = frozenset(
+    {
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
+        *("<|eom_id|>", "<EOT>", "_<EOT>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|call|>"),
+        *("<｜end▁of▁sentence｜>", "<|eot|>", "<turn|>", "[EOT]", "[EOS]", "<|user|>", "<|observation|>"),
+    }
+    - {"<|user|>", "<|observation|>"}
+)
+
+
+class _Vocabulary:
+    """The tokenizer keys of the metadata, checked."""
+
+    def __init__(self, header: CheckpointHeader) -> None:
+        self.file = header.root.name
+        self.metadata = header.metadata
+        tokens = self._get("tokens")
+        if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+            raise LowbitError("E0250", f"{self.file}: no tokenizer in its metadata (tokenizer.ggml.tokens)")
+        self.tokens: list[str] = tokens
+        types = self._get("token_type")
+        if types is not None and (not isinstance(types, list) or len(types) != len(tokens)):
+            raise LowbitError("E0254", f"{self.file}: tokenizer.ggml.token_type does not fit its tokens")
+        self.types: list[int] = types if isinstance(types, list) else [1] * len(tokens)
+        self.ids: dict[str, int] = {}
+        for number, token in enumerate(tokens):
+            self.ids.setdefault(token, number)
+
+    def _get(self, name: str) -> object:
+        return self.metadata.get(f"tokenizer.ggml.{name}")
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self._get(name)
+        return value if isinstance(value, str) else default
+
+    def flag(self, name: str) -> bool | None:
+        value = self._get(name)
+        return value if isinstance(value, bool) else None
+
+    def special(self, name: str) -> str | None:
+        """The text of a token named by id."""
+        number = self._get(f"{name}_token_id")
+        if number is None:
+            return None
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self.tokens):
+            raise LowbitError(
+                "E0254",
+                f"{self.file}: tokenizer.ggml.{name}_token_id is {printable(number)}, the vocabulary has "
+                f"{len(self.tokens)} tokens",
+            )
+        return self.tokens[number]
+
+    def scores(self) -> list[float]:
+        values = self._get("scores")
+        if not isinstance(values, list) or len(values) != len(self.tokens):
+            raise LowbitError("E0254", f"{self.file}: tokenizer.ggml.scores does not fit its tokens")
+        return values
+
+    def merges(self) -> list[str]:
+        values = self._get("merges")
+        if not isinstance(values, list) or not all(isinstance(m, str) for m in values):
+            raise LowbitError("E0254", f"{self.file}: tokenizer.ggml.merges is missing")
+        return values
+
+    def added_tokens(self) -> list[dict[str, object]]:
+        """Control and user-defined tokens, which are found in text before anything else."""
+        specials = {self.special(name) for name in ("bos", "eos", "unknown", "padding")}
+        listed = []
+        for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
+            control = kind == _CONTROL or (kind == _UNKNOWN and token in specials)
+            if (control or kind == _USER_DEFINED) and token:
+                listed.append(
+                    {
+                        "id": number,
+                        "content": token,
+                        "single_word": False,
+                        "lstrip": False,
+                        "rstrip": False,
+                        "normalized": False,
+                        "special": control,
+                    }
+                )
+        return listed
+
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends a turn: named by id, or known by its text."""
+        named = {self.special(name) for name in ("eos", "eot", "eom")}
+        by_text = {
+            token
+            for token, kind in zip(self.tokens, self.types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED) and token in END_OF_TURN
+        }
+        return frozenset(self.ids[token] for token in named | by_text if token is not None)
+
+
+def gguf_tokenizer(header: CheckpointHeader) -> FastTokenizer:
+    """The tokenizer a GGUF file carries."""
+    whole = header.metadata.get("tokenizer.huggingface.json")
+    vocabulary = _Vocabulary(header)
+    model = vocabulary.text("model")
+    if isinstance(whole, str):
+        source = whole
+    elif model == "gpt2":
+        source = json.dumps(_byte_level(vocabulary))
+    elif model == "llama":
+        source = json.dumps(_sentencepiece(vocabulary))
+    elif model == "t5":
+        source = json.dumps(_unigram(vocabulary))
+    else:
+        raise LowbitError(
+            "E0254",
+            f"{vocabulary.file}: tokenizer model {printable(model)!r} is not supported (gpt2, llama, t5); pass "
+            "--tokenizer <folder or repo> of the base model",
+        )
+    adds_bos = vocabulary.flag("add_bos_token")
+    if adds_bos is None:
+        adds_bos = model == "llama"
+    specials = Specials(
+        bos=vocabulary.special("bos"),
+        eos=vocabulary.special("eos"),
+        stop_ids=vocabulary.stop_ids(),
+        adds_bos=adds_bos,
+        adds_eos=bool(vocabulary.flag("add_eos_token")),
+    )
+    return FastTokenizer(source, specials, vocabulary.file)
+
+
+def _document(vocabulary: _Vocabulary, **parts: object) -> dict[str, object]:
+    empty = {"version": "1.0", "truncation": None, "padding": None, "normalizer": None}
+    empty |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
+    return {**empty, "added_tokens": vocabulary.added_tokens(), **parts}
+
+
+def _byte_level(vocabulary: _Vocabulary) -> dict[str, object]:
+    name = vocabulary.text("pre", "default")
+    return _document(
+        vocabulary,
+        pre_tokenizer=pre_tokenizer(name, vocabulary.file),
+        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        model={
+            "type": "BPE",
+            "vocab": vocabulary.ids,
+            "merges": vocabulary.merges(),
+            "ignore_merges": name in IGNORES_MERGES,
+        },
+    )
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, object]:
+    """SentencePiece BPE: merges follow from the scores; a higher score merges first."""
+    ids, scores = vocabulary.ids, vocabulary.scores()
+    merges: list[tuple[float, int, int, str, str]] = []
+    for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):
+        if kind in (_CONTROL, _UNKNOWN, _BYTE):
+            continue
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                merges.append((-score, ids[left], ids[right], left, right))
+    merges.sort(key=lambda merge: merge[:3])
+    steps: list[dict[str, object]] = []
+    if vocabulary.flag("add_space_prefix") is not False:
+        steps.append({"type": "Prepend", "prepend": "▁"})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    decoders: list[dict[str, object]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if len(steps) == 2:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return _document(
+        vocabulary,
+        normalizer={"type": "Sequence", "normalizers": steps},
+        decoder={"type": "Sequence", "decoders": decoders},
+        model={
+            "type": "BPE",
+            "vocab": ids,
+            "merges": [(left, right) for *_, left, right in merges],
+            "unk_token": vocabulary.special("unknown") or "<unk>",
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    )
+
+
+def _unigram(vocabulary: _Vocabulary) -> dict[str, object]:
+    unknown = vocabulary.special("unknown")
+    steps: list[dict[str, object]] = []
+    charsmap = vocabulary.metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if isinstance(charsmap, list) and charsmap:
+        packed = base64.b64encode(bytes(byte & 255 for byte in charsmap)).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": packed})
+    if vocabulary.flag("remove_extra_whitespaces"):
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    scheme = "never" if vocabulary.flag("add_space_prefix") is False else "always"
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True}
+    return _document(
+        vocabulary,
+        normalizer={"type": "Sequence", "normalizers": steps} if steps else None,
+        pre_tokenizer=space,
+        decoder=space,
+        model={
+            "type": "Unigram",
+            "unk_id": None if unknown is None else vocabulary.ids[unknown],
+            "vocab": list(zip(vocabulary.tokens, vocabulary.scores(), strict=True)),
+            "byte_fallback": _BYTE in vocabulary.types,
+        },
+    )

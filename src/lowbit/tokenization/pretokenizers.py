@@ -1,0 +1,81 @@
+"""How byte-level BPE vocabularies cut text into words: GGUF's pre-tokenizer names -> regular expressions.
+
+A GGUF file names its pre-tokenizer (``tokenizer.ggml.pre``) instead of carrying it. Each name stands for a
+sequence of patterns; every match of one becomes a piece of its own, the text between is cut by the next.
+"""
+
+from __future__ import annotations
+
+from lowbit.errors import LowbitError, printable
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_TAIL}"
+QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_TAIL}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+GPT4O = "|".join(f"{word}{_CONTRACTIONS}?" for word in _CASED) + rf"|\p{{N}}{{1,3}}|{_CASED_TAIL}"
+TEKKEN = "|".join(_CASED) + rf"|\p{{N}}|{_CASED_TAIL}"
+_CJK = r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_DEEPSEEK_V3_WORDS = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# name: patterns, in the order they are applied. ``DIGITS`` and ``GPT2`` have fast paths of their own.
+DIGITS = r"\p{N}"
+_TABLE: dict[tuple[str, ...], tuple[str, ...]] = {
+    (
+        *("default", "gpt-2", "gpt2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt"),
+        *("jina-v1-en", "jina-v2-code", "olmo", "jais", "trillion", "granite-docling", "mellum", "a.x-4.0"),
+        *("roberta-bpe", "exaone4", "modern-bert"),
+    ): (GPT2,),
+    (*("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),): (DIGITS, GPT2),
+    (
+        *("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "chatglm-bpe", "glm4", "falcon3"),
+        *("pixtral", "midm-2.0", "lfm2", "falcon-h1"),
+    ): (LLAMA3,),
+    ("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez", "solar-open", "hunyuan-dense"): (QWEN2,),
+    ("gpt-4o", "llama4", "gpt-oss", "kormo"): (GPT4O,),
+    ("tekken",): (TEKKEN,),
+    ("falcon",): (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
+    ("deepseek-coder",): (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, DIGITS),
+    ("deepseek-v3", "deepseek3-llm", "hunyuan-v1-moe"): (
+        r"\p{N}{1,3}",
+        r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        _DEEPSEEK_V3_WORDS,
+    ),
+    ("viking",): (r" ?[^(\s|.,!?…。，、।۔،)]+", DIGITS),
+    ("bloom", "poro-chat", "gpt3-finnish"): (r" ?[^(\s|.,!?…。，、।۔،)]+",),
+}
+PRE_TOKENIZERS = {name: patterns for names, patterns in _TABLE.items() for name in names}
+
+# Vocabularies whose whole-word entries win over merges (Llama 3's tiktoken origin).
+IGNORES_MERGES = frozenset({"llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3", "pixtral", "tekken"})
+
+
+def pre_tokenizer(name: str, file: str) -> dict[str, object]:
+    """The pre-tokenizer of a GGUF name, as the ``tokenizers`` library spells it; unknown names are refused."""
+    if name not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise LowbitError(
+            "E0254",
+            f"{file}: tokenizer.ggml.pre {printable(name)!r} is not known; known: {known}. "
+            "Pass --tokenizer <folder or repo> of the base model",
+        )
+    steps: list[dict[str, object]] = []
+    patterns = PRE_TOKENIZERS[name]
+    for pattern in patterns:
+        if pattern == DIGITS:
+            steps.append({"type": "Digits", "individual_digits": True})
+        elif pattern == GPT2 and pattern == patterns[-1]:
+            steps.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+            return {"type": "Sequence", "pretokenizers": steps}
+        else:
+            split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            steps.append(split)
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False})
+    return {"type": "Sequence", "pretokenizers": steps}
