@@ -7,6 +7,7 @@ from the same sources (csrc/), behind one plain C ABI. The best one the CPU has 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -53,10 +54,8 @@ def _directories() -> list[Path]:
     found = [Path(__file__).parent.parent / "_native"]
     if chosen := os.environ.get("LOWBIT_NATIVE_DIR"):
         found.insert(0, Path(chosen))
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a source tree, not installed
         found.append(Path(str(importlib.metadata.distribution("lowbit").locate_file("lowbit/_native"))))
-    except importlib.metadata.PackageNotFoundError:
-        pass  # running from a source tree that is not installed
     return found
 
 

@@ -38,7 +38,8 @@ _BOS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -119,9 +120,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
             for text, count in ((left, right), (right, left)):
-                if isinstance(text, str | list | tuple) and isinstance(count, int):
-                    if len(text) * count > _LARGEST_REPEAT:
-                        raise _TooLarge(f"a repetition of {count}")
+                sequence = isinstance(text, str | list | tuple) and isinstance(count, int)
+                if sequence and len(text) * count > _LARGEST_REPEAT:
+                    raise _TooLarge(f"a repetition of {count}")
         if operator == "**" and (abs(_number(left)) > 1e6 or abs(_number(right)) > 64):
             raise _TooLarge("a large power")
         if operator == "%" and isinstance(left, str) and re.search(r"\d{5}|\*", left):
@@ -130,9 +131,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         name = getattr(__obj, "__name__", "")
-        if name in ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "replace", "join"):
-            if any(isinstance(arg, int) and arg > _LARGEST_REPEAT for arg in args):
-                raise _TooLarge(f"{name} of a large width")
+        wide = any(isinstance(arg, int) and arg > _LARGEST_REPEAT for arg in args)
+        if wide and name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
+            raise _TooLarge(f"{name} of a large width")
         if name in ("format", "format_map") and re.search(r"\d{5}", str(getattr(__obj, "__self__", ""))):
             raise _TooLarge("a wide format")
         return super().call(__context, __obj, *args, **kwargs)
@@ -172,7 +173,7 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-class _Expired(Exception):
+class _ExpiredError(Exception):
     """Thrown into a template's thread when its time is up."""
 
 
@@ -283,7 +284,7 @@ class JinjaTemplate:
         if thread.is_alive():
             # Python code can be interrupted between two bytecodes; a template is nothing else.
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Expired)
+                ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_ExpiredError)
             )
             thread.join(DEADLINE_SECONDS)
             raise LowbitError(
@@ -353,7 +354,7 @@ class _Marks:
 
 
 def _parsed_arguments(call: object) -> object:
-    """A tool call whose arguments are an object: OpenAI sends them as JSON text, templates want the object."""
+    """A tool call whose arguments are an object: OpenAI sends JSON text, templates want the object."""
     if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
         return call
     function = dict(call["function"])

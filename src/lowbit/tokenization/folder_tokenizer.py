@@ -60,7 +60,12 @@ def _byte_level(vocabulary: dict[str, object], merges: str, config: dict[str, ob
                 "normalizer": None,
                 "pre_tokenizer": pre_tokenizer("gpt-2", "vocab.json"),
                 "post_processor": None,
-                "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True},
+                "decoder": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": True,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                },
                 "model": {"type": "BPE", "vocab": vocabulary, "merges": lines},
             }
         )

@@ -1,4 +1,4 @@
-"""A tokenizer from GGUF metadata: byte-level BPE (``gpt2``), SentencePiece BPE (``llama``) or unigram (``t5``).
+"""A tokenizer from GGUF metadata: byte-level BPE (gpt2), SentencePiece BPE (llama) or unigram (t5).
 
 The vocabulary is put into the form of tokenizer.json, so that the ``tokenizers`` library does the work.
 """
@@ -127,8 +127,8 @@ def gguf_tokenizer(header: CheckpointHeader) -> FastTokenizer:
     else:
         raise LowbitError(
             "E0254",
-            f"{vocabulary.file}: tokenizer model {printable(model)!r} is not supported (gpt2, llama, t5); pass "
-            "--tokenizer <folder or repo> of the base model",
+            f"{vocabulary.file}: tokenizer model {printable(model)!r} is not supported (gpt2, llama, t5); "
+            "pass --tokenizer <folder or repo> of the base model",
         )
     adds_bos = vocabulary.flag("add_bos_token")
     if adds_bos is None:

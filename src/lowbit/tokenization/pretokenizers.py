@@ -58,7 +58,7 @@ IGNORES_MERGES = frozenset({"llama-bpe", "llama3", "llama-v3", "smaug-bpe", "fal
 
 
 def pre_tokenizer(name: str, file: str) -> dict[str, object]:
-    """The pre-tokenizer of a GGUF name, as the ``tokenizers`` library spells it; unknown names are refused."""
+    """The pre-tokenizer of a GGUF name, as the ``tokenizers`` library spells it, or E0254."""
     if name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise LowbitError(
@@ -72,10 +72,12 @@ def pre_tokenizer(name: str, file: str) -> dict[str, object]:
         if pattern == DIGITS:
             steps.append({"type": "Digits", "individual_digits": True})
         elif pattern == GPT2 and pattern == patterns[-1]:
-            steps.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+            steps.append(
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+            )
             return {"type": "Sequence", "pretokenizers": steps}
         else:
             split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
             steps.append(split)
-    steps.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": False})
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
     return {"type": "Sequence", "pretokenizers": steps}
