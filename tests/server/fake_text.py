@@ -26,6 +26,8 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         if "SLOWTEXT" in text:
             time.sleep(0.5)
+        if "BADTEXT" in text:
+            raise LowbitError("E0255", "the tokenizer failed on this text")
         ids = [BOS] if add_special else []
         while text:
             name = next((name for name in SPECIAL if parse_special and text.startswith(name)), None)
@@ -74,8 +76,12 @@ class LineTemplate:
             ids += self._tokenizer.encode(f"tool {tool}\n", add_special=False, parse_special=False)
         for message in messages:
             if message["content"] == "TEMPLATE ERROR":
-                raise LowbitError("E0254", "the chat template refuses these messages: roles must alternate")
-            line = f"{message['role']}: {message['content']}"
+                raise LowbitError(
+                    "E0256", "the chat template refuses this conversation: roles must alternate"
+                )
+            content = message["content"]
+            text = content if isinstance(content, str) else "|".join(part["text"] for part in content)
+            line = f"{message['role']}: {text}"
             ids += self._tokenizer.encode(line, add_special=False, parse_special=False)
             ids += [ord("\n")]
         if continue_final_message:

@@ -322,6 +322,24 @@ def test_omitted_max_tokens_is_the_engines_choice(client: openai.OpenAI) -> None
     assert len(result.choices[0].text) == 40
 
 
+def test_content_parts(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("a", "b")]}]
+    result = client.chat.completions.create(model="tiny", messages=messages, max_tokens=3)
+    assert result.choices[0].message.content == answer([BOS, *b"user: a|b\nassistant:"], 3)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_text_the_tokenizer_refuses(server: ServerThread, path: str) -> None:
+    response = httpx.post(server.url + path, json={"prompt": "BADTEXT"})
+    assert response.status_code == 400
+    assert response.json()["error"] == {
+        "message": "the tokenizer failed on this text",
+        "type": "invalid_request_error",
+        "param": "prompt",
+        "code": "text_refused",
+    }
+
+
 def test_engine_refusals_and_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="the engine refuses this"):
         client.completions.create(model="tiny", prompt="REFUSE", max_tokens=2)

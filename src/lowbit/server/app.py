@@ -35,7 +35,7 @@ from lowbit.server.http import Exchange, Guard, QueuedBytes, Receive, Route, Sco
 from lowbit.server.limits import Limits
 from lowbit.server.logs import configure, log
 from lowbit.server.metrics import Metrics
-from lowbit.server.text import TextModel, Workers, served_name
+from lowbit.server.text import Result, TextModel, Workers, served_name
 from lowbit.settings import Settings
 
 _CANCEL_SECONDS = 2.0  # for handlers to tell their clients that the server stops
@@ -96,6 +96,13 @@ class App:
         if model not in (None, "default", self.model_name):
             text = f"model '{printable(model)}' not served here; available: {self.model_name}"
             raise ApiError(404, "model_not_found", text, param="model")
+
+    async def text_work(self, seconds: float, what: str, work: Callable[[], Result], param: str) -> Result:
+        """Tokenizing or a template in a worker; what it refuses is the request's fault: 400."""
+        try:
+            return await self.workers.run(seconds, what, work)
+        except LowbitError as error:
+            raise ApiError(400, "text_refused", error.message, param=param) from None
 
     def seeded(self, sampling: SamplingParams) -> SamplingParams:
         """With ``--random-seed`` where the request has no seed."""

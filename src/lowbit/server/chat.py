@@ -6,11 +6,10 @@ the special tokens already, so nothing adds a second BOS.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from lowbit.engine.messages import TokenEvent, TokenLogprob
-from lowbit.errors import LowbitError, printable, thousands
+from lowbit.errors import printable, thousands
 from lowbit.server import protocol
 from lowbit.server.api_error import bad_request
 from lowbit.server.generation import (
@@ -36,17 +35,21 @@ _MESSAGE_IGNORED = {"refusal", "audio", "annotations", "function_call", "cache_c
 _RESERVED_VARIABLES = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 
 
-def template_messages(messages: list[dict[str, Any]]) -> list[dict[str, object]]:
-    """The messages in the form templates expect: plain text contents, parsed tool arguments."""
+def template_messages(
+    messages: list[dict[str, Any]], knows_developer: bool = False
+) -> list[dict[str, object]]:
+    """The messages, checked, in the form templates expect."""
     if not messages:
         raise bad_request("empty_messages", "messages is an empty list", "messages")
     if len(messages) > protocol.MAX_MESSAGES:
         text = f"{thousands(len(messages))} messages; limit {thousands(protocol.MAX_MESSAGES)}"
         raise bad_request("too_many_messages", text, "messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [
+        _message(message, f"messages[{index}]", knows_developer) for index, message in enumerate(messages)
+    ]
 
 
-def _message(message: dict[str, Any], where: str) -> dict[str, object]:
+def _message(message: dict[str, Any], where: str, knows_developer: bool) -> dict[str, object]:
     given = {name: value for name, value in message.items() if value is not None}
     for name in given.keys() - _MESSAGE_FIELDS - _MESSAGE_IGNORED:
         raise bad_request("unknown_field", f"unknown field '{where}.{printable(name)}'", where)
@@ -62,20 +65,20 @@ def _message(message: dict[str, Any], where: str) -> dict[str, object]:
     for name in result.keys() - {"content", "tool_calls"}:
         if not isinstance(result[name], str):
             raise bad_request("invalid_type", f"{where}.{name} must be a string", f"{where}.{name}")
-    # Few templates know OpenAI's newer name of the system role.
-    result["role"] = "system" if role == "developer" else role
+    # The openai client's newer name of the system role; few templates know it.
+    result["role"] = "system" if role == "developer" and not knows_developer else role
     result["content"] = _content(given.get("content", ""), f"{where}.content")
     if "tool_calls" in given:
         result["tool_calls"] = _tool_calls(given["tool_calls"], f"{where}.tool_calls")
     return result
 
 
-def _content(content: Any, where: str) -> str:
+def _content(content: Any, where: str) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise bad_request("invalid_type", f"{where} must be a string or a list of parts", where)
-    texts = []
+    parts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
@@ -83,30 +86,21 @@ def _content(content: Any, where: str) -> str:
             raise bad_request("unsupported_content", text, where)
         if not isinstance(part.get("text"), str):
             raise bad_request("missing_field", f"'{where}[{index}].text' is missing", where)
-        texts.append(part["text"])
-    return "\n".join(texts)
+        parts.append({"type": "text", "text": part["text"]})
+    return parts
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, object]]:
-    """Tool calls with their arguments as objects: templates print them with ``tojson``."""
+    """Tool calls of an earlier answer, checked for shape; the template reads their arguments."""
     if not isinstance(calls, list) or len(calls) > protocol.MAX_TOOLS:
-        raise bad_request(
-            "invalid_type", f"{where} must be a list of at most {protocol.MAX_TOOLS} calls", where
-        )
-    result = []
+        text = f"{where} must be a list of at most {protocol.MAX_TOOLS} calls"
+        raise bad_request("invalid_type", text, where)
     for index, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise bad_request("invalid_type", f"{where}[{index}] must have a 'function' with a name", where)
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                text = f"{where}[{index}].function.arguments is not JSON"
-                raise bad_request("invalid_json", text, where) from None
-        result.append({**call, "function": {**function, "arguments": arguments}})
-    return result
+            text = f"{where}[{index}] must have a 'function' with a name"
+            raise bad_request("invalid_type", text, where)
+    return calls
 
 
 async def render(
@@ -121,7 +115,7 @@ async def render(
     if request.continue_final_message and messages and messages[-1].get("role") != "assistant":
         text = "continue_final_message needs a last message of role 'assistant'"
         raise bad_request("invalid_request", text, "continue_final_message")
-    prepared = template_messages(messages)
+    prepared = template_messages(messages, knows_developer="developer" in template.source)
     tools = protocol.tool_list(request) if isinstance(request, ChatRequest) else request.tools or None
 
     def work() -> list[int]:
@@ -134,10 +128,7 @@ async def render(
         )
 
     seconds = app.limits.template_seconds + app.limits.tokenize_seconds
-    try:
-        return await app.workers.run(seconds, "the chat template", work)
-    except LowbitError as error:
-        raise bad_request("chat_template_error", error.message, "messages") from None
+    return await app.text_work(seconds, "the chat template", work, "messages")
 
 
 async def chat_completions(app: App, exchange: Exchange) -> None:

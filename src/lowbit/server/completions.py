@@ -57,15 +57,16 @@ async def completions(app: App, exchange: Exchange) -> None:
         prompt_logprobs=request.logprobs if request.echo else None,
     )
     given = protocol.prompts(request.prompt, ready.vocab_size)
-    prompts, texts = await app.workers.run(
-        app.limits.tokenize_seconds, "tokenizing", lambda: _encode_all(app.text.tokenizer, given, request)
+    tokenizer, seconds = app.text.tokenizer, app.limits.tokenize_seconds
+    prompts, texts = await app.text_work(
+        seconds, "tokenizing", lambda: _encode_all(tokenizer, given, request), "prompt"
     )
     for prompt in prompts:
         check_fit(ready, len(prompt), request.max_tokens, "prompt")
     identity = app.new_id("cmpl")
     salt = salt_of(exchange, request.cache_salt)
     generation = Generation.plan(identity, prompts, app.seeded(sampling), request.n, salt)
-    printer = _Printer(request, TokenNames(app.text.tokenizer, request.return_tokens_as_token_ids), texts)
+    printer = _Printer(request, TokenNames(tokenizer, request.return_tokens_as_token_ids), texts)
     envelope: dict[str, object] = {
         "id": identity,
         "object": "text_completion",

@@ -388,7 +388,7 @@ def tool_list(request: ChatRequest) -> list[dict[str, Any]] | None:
 
 # --- sampling --------------------------------------------------------------------------------------------
 
-_WITH_MODEL_DEFAULT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+WITH_MODEL_DEFAULT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def sampling_params(
@@ -402,7 +402,7 @@ def sampling_params(
 ) -> SamplingParams:
     """How to sample: the request's fields, else the model's generation_config, else OpenAI's defaults."""
     chosen: dict[str, Any] = {}
-    for name in _WITH_MODEL_DEFAULT:
+    for name in WITH_MODEL_DEFAULT:
         value = getattr(fields, name)
         value = defaults.get(name) if value is None else value
         if value is not None:

@@ -13,64 +13,56 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from lowbit.errors import LowbitError
+from lowbit.checkpoint import open_checkpoint
 from lowbit.server.api_error import ApiError, bad_request
+from lowbit.server.protocol import WITH_MODEL_DEFAULT
 from lowbit.settings import Settings
+from lowbit.tokenization import (
+    GenerationConfig,
+    load_chat_template,
+    load_generation_config,
+    load_tokenizer,
+)
 from lowbit.tokenization.tokenizer import ChatTemplate, Tokenizer
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int, str], None]
 
 
+NO_TEMPLATE = "this model has no chat template; use /v1/completions or start with --chat-template chatml"
+
+
 @dataclass(frozen=True)
 class TextModel:
-    """``root``: the resolved file or folder, what the engine loads. ``template``: None, with the reason in
-    ``no_template``, where the model has none. ``defaults``: generation_config's sampling fields."""
+    """``root``: the resolved file or folder, what the engine loads. ``template``: None where the model has
+    none. ``defaults``: the sampling fields its generation_config sets."""
 
     root: str
     tokenizer: Tokenizer
     template: ChatTemplate | None
-    no_template: str = ""
     defaults: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def load(cls, settings: Settings, on_progress: Progress | None = None) -> TextModel:
         """Resolve the model's name (downloading it if need be) and read its text parts."""
-        from lowbit.checkpoint import open_checkpoint
-        from lowbit.tokenization import load_chat_template, load_generation_config, load_tokenizer
-
         header = open_checkpoint(settings.model, settings.revision, on_progress)
         tokenizer = load_tokenizer(header, settings.tokenizer)
-        template, reason = None, ""
-        try:
-            template = load_chat_template(header, tokenizer, settings.chat_template)
-        except LowbitError as error:
-            if error.code != "E0252":  # no template is fine until somebody chats
-                raise
-            reason = error.message
-        defaults = sampling_defaults(load_generation_config(header))
-        return cls(str(header.root), tokenizer, template, reason, defaults)
+        template = load_chat_template(header, tokenizer, settings.chat_template)
+        return cls(str(header.root), tokenizer, template, sampling_defaults(load_generation_config(header)))
 
     def require_template(self) -> ChatTemplate:
         """The chat template, or 400."""
         if self.template is None:
-            reason = self.no_template or (
-                "this model has no chat template; use /v1/completions or start with --chat-template chatml"
-            )
-            raise bad_request("no_chat_template", reason, "messages")
+            raise bad_request("no_chat_template", NO_TEMPLATE, "messages")
         return self.template
 
 
-_DEFAULT_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-def sampling_defaults(config: Any) -> dict[str, float]:
-    """The sampling fields that a generation_config sets; ``do_sample`` false there means greedy."""
-    values = config if isinstance(config, dict) else vars(config)
-    defaults = {name: values[name] for name in _DEFAULT_NAMES if isinstance(values.get(name), (int, float))}
-    return {name: value for name, value in defaults.items() if not isinstance(value, bool)}
+def sampling_defaults(config: GenerationConfig) -> dict[str, float]:
+    """The sampling fields that a generation_config sets."""
+    values = {name: getattr(config, name) for name in WITH_MODEL_DEFAULT}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def served_name(settings: Settings) -> str:

@@ -25,10 +25,11 @@ async def tokenize(app: App, exchange: Exchange) -> None:
     if prompt is None:
         ids = await render(app, request, request.messages or [])
     else:
-        ids = await app.workers.run(
+        ids = await app.text_work(
             app.limits.tokenize_seconds,
             "tokenizing",
             lambda: encode_prompt(text.tokenizer, prompt, request.add_special_tokens),
+            "prompt",
         )
     context = app.client.ready.context_length if app.client.ready else None
     await exchange.send_json({"count": len(ids), "max_model_len": context, "tokens": ids})
@@ -40,9 +41,10 @@ async def detokenize(app: App, exchange: Exchange) -> None:
     app.check_model(request.model)
     tokenizer = app.text.tokenizer
     ids = protocol.token_ids(request.tokens, tokenizer.vocab_size, "tokens")
-    text = await app.workers.run(
+    text = await app.text_work(
         app.limits.tokenize_seconds,
         "detokenizing",
         lambda: tokenizer.decode(list(ids), skip_special=request.skip_special_tokens),
+        "tokens",
     )
     await exchange.send_json({"text": text, "prompt": text})

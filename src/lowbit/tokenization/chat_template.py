@@ -242,7 +242,7 @@ class JinjaTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         text = self._run(context)
-        if final is not None:
+        if isinstance(final, str):
             text = _cut_after(text, final)
         return self._encode(text, marks)
 

@@ -1,0 +1,403 @@
+"""Engine: requests in, token events out, one scheduler step at a time.
+
+It owns the page pool, the scheduler and the model's caches, and knows nothing of HTTP or processes: the
+engine process (process.py) and ``LLM`` drive it. Every accepted request ends in exactly one event whose
+``finish_reason`` is set; an error in one sequence ends that sequence only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.engine.memory import pool_pages
+from lowbit.engine.messages import (
+    EngineReady,
+    EngineStatus,
+    FinishReason,
+    Request,
+    TokenEvent,
+    TokenLogprob,
+)
+from lowbit.engine.page_pool import PagePool
+from lowbit.engine.runner import Runner
+from lowbit.engine.sampler import log_probabilities, sample
+from lowbit.engine.scheduler import Chunk, Scheduler
+from lowbit.engine.sequence import Sequence
+from lowbit.errors import LowbitError, printable
+from lowbit.models.model import Model
+from lowbit.settings import Settings
+from lowbit.tokenization.tokenizer import Tokenizer
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class ForcedModes:
+    """What tests force, by LOWBIT_TEST_* variables or directly; outputs must not change by it."""
+
+    retract_every: int = 0  # retract the youngest sequence every so many steps
+    evict_always: bool = False  # keep no prefix longer than it is used
+    chunk: int = 0  # prompt tokens a step, whatever the settings say
+    check: bool = False  # check the accounting after every step
+
+    @classmethod
+    def from_environment(cls) -> ForcedModes:
+        """As the variables say."""
+        read = os.environ.get
+        return cls(
+            retract_every=int(read("LOWBIT_TEST_RETRACT", "0")),
+            evict_always=read("LOWBIT_TEST_EVICT") == "always",
+            chunk=int(read("LOWBIT_TEST_CHUNK", "0")),
+            check=read("LOWBIT_CHECK") == "1",
+        )
+
+
+class Engine:
+    """A loaded model that serves requests."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        *,
+        stop_ids: frozenset[int] = frozenset(),
+        forced: ForcedModes | None = None,
+        details: dict[str, str] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self._forced = forced or ForcedModes.from_environment()
+        self._stop_ids = tokenizer.stop_ids | stop_ids
+        self._details = details or {}
+        pages = pool_pages(model, settings)
+        self._pool = PagePool(pages)
+        self._scheduler = Scheduler(
+            self._pool,
+            settings.page_size,
+            max_running=settings.max_running_requests,
+            prefill_budget=self._forced.chunk or settings.chunked_prefill_size,
+            share_prefixes=not settings.disable_radix_cache,
+        )
+        self._runner = Runner(model, pages, settings.page_size)
+        self.pool_tokens = pages * settings.page_size
+        self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)
+        self._sequences: dict[str, Sequence] = {}
+        self._news: list[TokenEvent] = []  # events that did not come from a step
+        self._step_began = 0.0
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._generated_tokens = 0
+        self._violations = 0
+
+    # ---- requests ------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Accept a request; one that can never run is a LowbitError whose code is the API's."""
+        length, sampling = len(request.prompt), request.sampling
+        if request.id in self._sequences:
+            raise LowbitError("duplicate_id", f"request {printable(request.id)!r} is already running")
+        if length == 0:
+            raise LowbitError("empty_prompt", "the prompt is empty")
+        bad = next((t for t in request.prompt if not 0 <= t < self.model.vocab_size), None)
+        if bad is not None:
+            raise LowbitError(
+                "invalid_token", f"token id {bad} is outside the vocabulary of {self.model.vocab_size}"
+            )
+        if request.echo_only:
+            limit = length
+        elif sampling.max_tokens is None:
+            limit = self.context_length
+        else:
+            limit = length + sampling.max_tokens
+        if limit > self.context_length or (length >= self.context_length and not request.echo_only):
+            wanted = sampling.max_tokens or 0
+            raise LowbitError(
+                "prompt_too_long",
+                f"prompt is {length} tokens and max_tokens {wanted}: {length + wanted} > context "
+                f"{self.context_length}; shorten the prompt or lower max_tokens",
+            )
+        sequence = Sequence.start(request, limit, self._stop_ids, self.tokenizer, self.settings.random_seed)
+        self._sequences[request.id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request; one that is unknown or has ended is none of our business."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._news.append(self._end(sequence, "abort"))
+
+    def has_work(self) -> bool:
+        """Whether ``step`` would do something."""
+        return bool(self._sequences or self._news)
+
+    # ---- steps ---------------------------------------------------------------------------------------
+
+    def step(self) -> list[TokenEvent]:
+        """One forward pass over the next batch; its events."""
+        events, self._news = self._news, []
+        self._step_began = time.monotonic()
+        try:
+            if self._scheduler.running or self._scheduler.waiting:
+                events += self._run(self._scheduler.next_chunks())
+        finally:
+            self._step_began = 0.0
+        if self._forced.check and (found := self.check()):
+            raise AssertionError("; ".join(found))
+        return events
+
+    def _run(self, chunks: list[Chunk]) -> list[TokenEvent]:
+        if not chunks:
+            return []
+        rows, owners = self._wanted_rows(chunks)
+        logits = self._runner.forward(chunks, rows)
+        self._steps += 1
+        events: list[TokenEvent] = []
+        first = 0
+        samplers: list[tuple[Chunk, int]] = []  # (chunk, row of logits that is sampled)
+        for chunk, count in zip(chunks, owners, strict=True):
+            mine = logits[first : first + count]
+            event = self._account(chunk, mine)
+            if event is not None:
+                events.append(event)
+            elif chunk.sequence.pending == 0:
+                samplers.append((chunk, first + count - 1))
+            first += count
+        events += self._sample(samplers, logits)
+        self._force()
+        return events
+
+    def _wanted_rows(self, chunks: list[Chunk]) -> tuple[list[int], list[int]]:
+        """(token rows whose logits are needed, how many of them each chunk has)."""
+        rows: list[int] = []
+        owners: list[int] = []
+        first = 0
+        for chunk in chunks:
+            sequence, last = chunk.sequence, first + chunk.count - 1
+            completes = sequence.computed + chunk.count == len(sequence.tokens)
+            if sequence.wants_prompt_logprobs:
+                wanted = list(range(first, last + 1))
+            else:
+                wanted = [last] if completes else []
+            rows += wanted
+            owners.append(len(wanted))
+            first = last + 1
+        return rows, owners
+
+    def _account(self, chunk: Chunk, logits: Tensor) -> TokenEvent | None:
+        """Take note of a computed chunk; an event where it ends the sequence (NaN, or only echo)."""
+        sequence = chunk.sequence
+        start = sequence.computed
+        self._prompt_tokens += max(0, min(start + chunk.count, sequence.prompt_length) - start)
+        if len(logits) and not bool(torch.isfinite(logits.amax(dim=1)).all()):
+            return self._end(sequence, "error", "model_numerical_error", self._numerical_error(start, logits))
+        sequence.computed += chunk.count
+        if sequence.wants_prompt_logprobs:
+            self._note_prompt_logprobs(sequence, start, logits)
+        if sequence.computed <= sequence.prompt_length:
+            self._scheduler.cache_computed(sequence)
+        if sequence.pending == 0 and sequence.request.echo_only:
+            return self._end(sequence, "length")
+        return None
+
+    @staticmethod
+    def _numerical_error(start: int, logits: Tensor) -> str:
+        bad = int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
+        count = int((~torch.isfinite(logits[bad])).sum())
+        return (
+            f"{count} of {logits.shape[1]} logits are NaN or infinite near token {start + bad}; "
+            "request stopped, others unaffected"
+        )
+
+    def _note_prompt_logprobs(self, sequence: Sequence, start: int, logits: Tensor) -> None:
+        """Row i predicts token i + 1; the first prompt token has no prediction."""
+        alternatives = sequence.sampling.prompt_logprobs or 0
+        if not sequence.prompt_logprobs:
+            sequence.prompt_logprobs.append(None)
+        for offset, row in enumerate(logits):
+            target = start + offset + 1
+            if len(sequence.prompt_logprobs) <= target < sequence.prompt_length:
+                token = sequence.request.prompt[target]
+                sequence.prompt_logprobs.append(log_probabilities(row, token, alternatives))
+
+    def _sample(self, samplers: list[tuple[Chunk, int]], logits: Tensor) -> list[TokenEvent]:
+        """Choose and append each sequence's next token."""
+        if not samplers:
+            return []
+        sequences = [chunk.sequence for chunk, _ in samplers]
+        picked = logits[[row for _, row in samplers]]
+        tokens = sample(picked, sequences)
+        return [
+            self._append(sequence, token, row)
+            for sequence, token, row in zip(sequences, tokens, picked, strict=True)
+        ]
+
+    def _append(self, sequence: Sequence, token: int, row: Tensor) -> TokenEvent:
+        """Add a token; the event it makes, the last one where it ends the sequence."""
+        sampling = sequence.sampling
+        sequence.tokens.append(token)
+        if sequence.counts is not None:
+            sequence.counts[token] += 1
+        self._generated_tokens += 1
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if sampling.logprobs is not None:
+            logprobs = (log_probabilities(row, token, sampling.logprobs),)
+        early = sequence.output_length < sampling.min_tokens
+        if token in sequence.stop_ids and not early:
+            text = sequence.detokenizer.finish()
+            return self._end(sequence, "stop", text=text, tokens=(token,), logprobs=logprobs, matched=token)
+        text, matched = sequence.detokenizer.add([token])
+        if matched is not None and not early:
+            return self._end(sequence, "stop", text=text, tokens=(token,), logprobs=logprobs, matched=matched)
+        if len(sequence.tokens) >= sequence.limit:
+            text += sequence.detokenizer.finish()
+            return self._end(sequence, "length", text=text, tokens=(token,), logprobs=logprobs)
+        return self._event(sequence, tokens=(token,), text=text, logprobs=logprobs)
+
+    def _event(
+        self,
+        sequence: Sequence,
+        *,
+        tokens: tuple[int, ...] = (),
+        text: str = "",
+        logprobs: tuple[TokenLogprob, ...] = (),
+        finish_reason: FinishReason | None = None,
+        matched: str | int | None = None,
+        code: str = "",
+        error: str = "",
+    ) -> TokenEvent:
+        """An event; the first of a sequence says what its prompt cost."""
+        first, sequence.announced = not sequence.announced, True
+        if first:
+            self._cached_tokens += sequence.cached_tokens
+        final = finish_reason is not None
+        wanted = first and sequence.sampling.prompt_logprobs is not None
+        return TokenEvent(
+            id=sequence.id,
+            tokens=tokens,
+            text=text,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if wanted else None,
+            cached_tokens=sequence.cached_tokens if first else 0,
+            finish_reason=finish_reason,
+            matched_stop=matched,
+            error=error,
+            error_code=code,
+            prompt_tokens=sequence.prompt_length if final else 0,
+            completion_tokens=sequence.output_length if final else 0,
+        )
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        code: str = "",
+        error: str = "",
+        *,
+        text: str = "",
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        matched: str | int | None = None,
+    ) -> TokenEvent:
+        """Free what the sequence held; its last event."""
+        if reason == "error":
+            # Nothing it computed may be shared: its pages hold what went wrong.
+            sequence.computed = 0
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.id]
+        return self._event(
+            sequence,
+            tokens=tokens,
+            text=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            matched=matched,
+            code=code,
+            error=error,
+        )
+
+    def _force(self) -> None:
+        """What the forced modes ask after a step."""
+        forced, scheduler = self._forced, self._scheduler
+        if forced.retract_every and self._steps % forced.retract_every == 0 and len(scheduler.running) > 1:
+            scheduler.retract(scheduler.running[-1])
+        if forced.evict_always:
+            scheduler.tree.evict(self._pool.total)
+
+    # ---- state ---------------------------------------------------------------------------------------
+
+    def status(self) -> EngineStatus:
+        """Counters and gauges."""
+        began = self._step_began
+        return EngineStatus(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            pages_total=self._pool.total,
+            pages_free=self._pool.free,
+            pages_cached=self._pool.idle,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._scheduler.preemptions,
+            invariant_violations=self._violations,
+            stepping_seconds=time.monotonic() - began if began else 0.0,
+        )
+
+    def ready(self) -> EngineReady:
+        """The limits the server admits requests by."""
+        return EngineReady(
+            model_name=self.settings.served_model_name or self.settings.model,
+            context_length=self.context_length,
+            pool_tokens=self.pool_tokens,
+            page_size=self.settings.page_size,
+            vocab_size=self.model.vocab_size,
+            max_running=self.settings.max_running_requests,
+            details=self._details,
+        )
+
+    def flush_cache(self) -> int:
+        """Drop every idle prefix page; how many."""
+        return self._scheduler.tree.evict(self._pool.total)
+
+    def check(self) -> list[str]:
+        """Violations of the accounting invariants (I1-I4); [] when all is right."""
+        found = self._scheduler.check()
+        known = {sequence.id for sequence in (*self._scheduler.running, *self._scheduler.waiting)}
+        if known != self._sequences.keys():
+            found.append("a request is neither waiting nor running")
+        self._violations += bool(found)
+        return found
+
+
+def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engine:
+    """Open, load and set up everything that ``settings`` ask for."""
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.kernels import native
+    from lowbit.loading import load_model
+    from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
+
+    if settings.threads is not None:
+        native.set_threads(settings.threads)
+        torch.set_num_threads(settings.threads)
+    header = open_checkpoint(settings.model, settings.revision, on_progress)
+    tokenizer = load_tokenizer(header, settings.tokenizer)
+    model = load_model(
+        header,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        on_progress=on_progress,
+    )
+    check_vocabulary(tokenizer, model.vocab_size)
+    stop_ids = load_generation_config(header).stop_ids
+    details = {"device": str(model.device), "kernels": native.describe(), "weights": header.container}
+    return Engine(model, tokenizer, settings, stop_ids=stop_ids, details=details)

@@ -1,0 +1,62 @@
+"""Runner: a step's chunks as one ForwardBatch, through the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.engine.scheduler import Chunk
+from lowbit.kernels.attention import LayerCache, choose_attention
+from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.models.model import Model
+
+
+class Runner:
+    """The model and its KV caches of ``pages`` pages."""
+
+    def __init__(self, model: Model, pages: int, page_size: int) -> None:
+        self._model = model
+        self._page_size = page_size
+        self._caches: list[LayerCache] = [
+            choose_attention(spec, model.device).allocate(spec, pages, page_size, model.device)
+            for spec in model.cache_specs()
+        ]
+
+    def forward(self, chunks: list[Chunk], rows: list[int]) -> Tensor:
+        """float32 (len(rows), vocabulary) on the CPU: the logits of token rows ``rows`` of the batch."""
+        logits = self._model.forward(self._batch(chunks, rows), self._caches)
+        return logits.cpu()
+
+    def _batch(self, chunks: list[Chunk], rows: list[int]) -> ForwardBatch:
+        size = self._page_size
+        queries = np.array([chunk.count for chunk in chunks], dtype=np.int32)
+        starts = np.array([chunk.sequence.computed for chunk in chunks], dtype=np.int32)
+        contexts = starts + queries
+        widths = -(-contexts // size)
+        table = np.zeros((len(chunks), int(widths.max())), dtype=np.int32)
+        for row, chunk in enumerate(chunks):
+            table[row, : widths[row]] = chunk.sequence.pages[: widths[row]]
+        new = (c.sequence.tokens[c.sequence.computed : c.sequence.computed + c.count] for c in chunks)
+        tokens = np.concatenate([np.array(part, dtype=np.int32) for part in new])
+        owners = np.repeat(np.arange(len(chunks)), queries)
+        firsts = np.cumsum(queries) - queries
+        positions = (np.arange(len(tokens)) - firsts[owners] + starts[owners]).astype(np.int32)
+        slots = (table[owners, positions // size] * size + positions % size).astype(np.int32)
+        device = self._model.device
+
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return ForwardBatch(
+            tokens=on_device(tokens),
+            positions=on_device(positions),
+            write_slots=on_device(slots),
+            query_lengths=on_device(queries),
+            context_lengths=on_device(contexts),
+            page_table=on_device(table),
+            sample_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+            page_size=size,
+            max_query=int(queries.max()),
+            max_context=int(contexts.max()),
+        )

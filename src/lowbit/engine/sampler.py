@@ -1,0 +1,140 @@
+"""Sampler: logits -> tokens. Each row depends on its own request only, never on its neighbours.
+
+Order, as vLLM has it: minimum length and logit bias, penalties, temperature, min-p, top-k, top-p. The draw is
+one uniform number from a counter-based generator (Philox: Salmon et al., 2011) keyed by the request's seed
+and the token's position: the same request draws the same numbers in any batch and after any retraction.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.engine.messages import TokenLogprob
+from lowbit.engine.sequence import Sequence
+
+_CANDIDATES = 1024  # top-p rarely needs more; then no whole vocabulary is sorted
+
+
+def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
+    """The next token of each row. logits float32 (rows, vocabulary), finite."""
+    greedy = logits.argmax(dim=1).tolist()  # of equal logits the lowest id
+    return [
+        token if _is_plain_greedy(sequence) else _sample_row(row, sequence)
+        for token, row, sequence in zip(greedy, logits, sequences, strict=True)
+    ]
+
+
+def _is_plain_greedy(sequence: Sequence) -> bool:
+    """Whether the largest raw logit is the answer."""
+    sampling = sequence.sampling
+    return (
+        sampling.temperature == 0
+        and not sampling.logit_bias
+        and sampling.min_tokens <= sequence.output_length
+        and not _has_penalties(sequence)
+    )
+
+
+def _has_penalties(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0)
+
+
+def _sample_row(row: Tensor, sequence: Sequence) -> int:
+    sampling = sequence.sampling
+    logits = row.cpu().clone()
+    if sequence.output_length < sampling.min_tokens and sequence.stop_ids:
+        logits[[token for token in sequence.stop_ids if token < len(logits)]] = -torch.inf
+    for token, bias in sampling.logit_bias.items():
+        logits[token] += bias
+    if _has_penalties(sequence):
+        _penalize(logits, sequence)
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits /= sampling.temperature
+    return _draw(logits, sequence)
+
+
+def _penalize(logits: Tensor, sequence: Sequence) -> None:
+    """Repetition over prompt and output (Keskar et al., 2019), presence and frequency over the output."""
+    if sequence.counts is None or sequence.prompt_mask is None:
+        _count_tokens(sequence, len(logits))
+    assert sequence.counts is not None and sequence.prompt_mask is not None, "just made"
+    sampling = sequence.sampling
+    counts = torch.from_numpy(sequence.counts)
+    if sampling.repetition_penalty != 1.0:
+        seen = (counts > 0) | torch.from_numpy(sequence.prompt_mask)
+        factor = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
+        torch.where(seen, logits * factor, logits, out=logits)
+    logits -= counts * sampling.frequency_penalty
+    logits -= (counts > 0) * sampling.presence_penalty
+
+
+def _count_tokens(sequence: Sequence, vocabulary: int) -> None:
+    """Start counting; the engine keeps the counts up to date from then on."""
+    output = np.array(sequence.tokens[sequence.prompt_length :], dtype=np.int64)
+    sequence.counts = np.bincount(output, minlength=vocabulary).astype(np.int32)
+    sequence.prompt_mask = np.zeros(vocabulary, dtype=bool)
+    sequence.prompt_mask[list(sequence.request.prompt)] = True
+
+
+def _draw(logits: Tensor, sequence: Sequence) -> int:
+    """One token from the distribution that min-p, top-k and top-p leave."""
+    sampling = sequence.sampling
+    probabilities = torch.softmax(logits.double(), 0)
+    if sampling.min_p > 0:
+        probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
+        probabilities /= probabilities.sum()
+    uniform = np.random.Generator(np.random.Philox(key=sequence.seed, counter=len(sequence.tokens))).random()
+    keep = sampling.top_k if 0 < sampling.top_k < len(logits) else 0
+    if not keep and sampling.top_p >= 1:
+        cumulative = probabilities.cumsum(0)
+        place = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+        return _last_possible(probabilities, place)
+    values, ids = _largest(probabilities, keep, sampling.top_p)
+    cumulative = values.cumsum(0)
+    place = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    return int(ids[_last_possible(values, place)])
+
+
+def _last_possible(probabilities: Tensor, place: int) -> int:
+    """``place``, or the last token before it that has any probability (rounding at the very end)."""
+    place = min(place, len(probabilities) - 1)
+    while place > 0 and probabilities[place] == 0:
+        place -= 1
+    return place
+
+
+def _largest(probabilities: Tensor, keep: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """(probabilities, ids), largest first, that top-k and top-p leave."""
+    count = keep or min(_CANDIDATES, len(probabilities))
+    values, ids = _sorted_top(probabilities, count)
+    if top_p >= 1:
+        return values, ids
+    total = float(values.sum()) if keep else 1.0
+    if not keep and float(values.sum()) < top_p:  # the tail is needed too
+        values, ids = _sorted_top(probabilities, len(probabilities))
+    before = values.cumsum(0) - values
+    kept = max(int((before < top_p * total).sum()), 1)
+    return values[:kept], ids[:kept]
+
+
+def _sorted_top(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest, equal ones by id: topk alone leaves their order open."""
+    values, ids = torch.topk(probabilities, count)
+    ids, by_id = ids.sort()
+    values, order = values[by_id].sort(descending=True, stable=True)
+    return values, ids[order]
+
+
+def log_probabilities(row: Tensor, token: int, alternatives: int) -> TokenLogprob:
+    """The token's log-probability under the raw logits ``row``, and the ``alternatives`` best."""
+    wide = row.double()
+    normalizer = torch.logsumexp(wide, 0)
+    top: tuple[tuple[int, float], ...] = ()
+    if alternatives:
+        values, ids = _sorted_top(wide, min(alternatives, len(row)))
+        top = tuple(zip(ids.tolist(), (values - normalizer).tolist(), strict=True))
+    return TokenLogprob(token, float(wide[token] - normalizer), top)

@@ -1,0 +1,161 @@
+"""Scheduler: which tokens of which sequences run in the next step.
+
+Continuous batching (Orca: Yu et al., 2022) with chunked prefill (Sarathi: Agrawal et al., 2023): every
+sequence that decodes contributes its one token, and prompts fill what is left of the step's prefill budget.
+First come, first served. When pages run out, idle cached prefixes are evicted, then the youngest sequence
+is retracted: its pages go (into the prefix tree where they are whole) and it waits at the front.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from lowbit.engine.page_pool import PagePool
+from lowbit.engine.prefix_tree import PrefixTree
+from lowbit.engine.sequence import Sequence
+
+PROMPT_LOGPROB_ROWS = 128  # rows of logits a prompt with log-probabilities may ask for at once
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``count`` tokens of a sequence, from ``sequence.computed`` on."""
+
+    sequence: Sequence
+    count: int
+
+
+class Scheduler:
+    """Waiting and running sequences over one page pool."""
+
+    def __init__(
+        self, pool: PagePool, page_size: int, *, max_running: int, prefill_budget: int, share_prefixes: bool
+    ) -> None:
+        self.pool = pool
+        self.tree = PrefixTree(pool, page_size)
+        self.page_size = page_size
+        self.max_running = max_running
+        self.prefill_budget = prefill_budget
+        self.share_prefixes = share_prefixes
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def next_chunks(self) -> list[Chunk]:
+        """The next step's work; [] when nothing is left to do."""
+        budget = self.prefill_budget
+        chunks: dict[Sequence, Chunk] = {}
+        retracted = False
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # retracted for an older one's pages
+            count = self._wanted(sequence, budget)
+            if count == 0:
+                continue
+            victims = self._make_room(sequence, count)
+            for victim in victims:
+                chunks.pop(victim, None)
+            retracted = retracted or bool(victims)
+            if sequence in victims:
+                continue
+            chunks[sequence] = Chunk(sequence, count)
+            if sequence.pending > 1:
+                budget -= count
+        if not retracted:
+            self._admit(budget, chunks)
+        return list(chunks.values())
+
+    def _wanted(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of the sequence for this step."""
+        if sequence.pending == 1:
+            return 1
+        count = min(sequence.pending, budget)
+        return min(count, PROMPT_LOGPROB_ROWS) if sequence.wants_prompt_logprobs else count
+
+    def _admit(self, budget: int, chunks: dict[Sequence, Chunk]) -> None:
+        """Waiting sequences while there is budget and room for all their known tokens."""
+        while self.waiting and budget > 0 and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            # At least one token is computed afresh: its logits are what the step is for.
+            most = (len(sequence.tokens) - 1) // self.page_size
+            matched: list[int] = []
+            if self.share_prefixes and not sequence.wants_prompt_logprobs:
+                matched = self.tree.match(sequence.request.cache_salt, sequence.tokens, most)
+            needed = self._pages_for(len(sequence.tokens)) - len(matched)
+            if needed > self.pool.free + self.pool.idle:
+                self.pool.release(matched)
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.pages = matched
+            sequence.computed = len(matched) * self.page_size
+            if not sequence.admitted:
+                sequence.admitted = True
+                sequence.cached_tokens = min(sequence.computed, sequence.prompt_length)
+            count = self._wanted(sequence, budget)
+            victims = self._make_room(sequence, count)
+            assert not victims, "room was counted before"
+            chunks[sequence] = Chunk(sequence, count)
+            budget -= count
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def _make_room(self, sequence: Sequence, count: int) -> list[Sequence]:
+        """Give the sequence pages for ``count`` more tokens; who was retracted for it, perhaps itself."""
+        needed = self._pages_for(sequence.computed + count) - len(sequence.pages)
+        victims: list[Sequence] = []
+        while needed > self.pool.free:
+            if self.tree.evict(needed - self.pool.free):
+                continue
+            victim = self.running[-1]
+            self.retract(victim)
+            victims.append(victim)
+            if victim is sequence:
+                return victims
+        if needed > 0:
+            sequence.pages += self.pool.take(needed)
+        return victims
+
+    def retract(self, sequence: Sequence) -> None:
+        """Take a running sequence's pages; it starts again when there is room."""
+        self.preemptions += 1
+        self._give_up_pages(sequence)
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+
+    def cache_computed(self, sequence: Sequence) -> None:
+        """Put the whole pages computed so far into the prefix tree, so that others can share them now."""
+        if not self.share_prefixes:
+            return
+        whole = sequence.computed // self.page_size
+        kept = self.tree.insert(sequence.request.cache_salt, sequence.tokens, sequence.pages[:whole])
+        sequence.pages[:whole] = kept
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence that has ended, wherever it is."""
+        if sequence in self.running:
+            self._give_up_pages(sequence)
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _give_up_pages(self, sequence: Sequence) -> None:
+        self.cache_computed(sequence)
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.computed = 0
+
+    def check(self) -> list[str]:
+        """Violations of the page accounting."""
+        tables = [sequence.pages for sequence in self.running]
+        found = self.pool.check(tables, self.tree.pages())
+        found += [f"{s.id} waits and holds pages" for s in self.waiting if s.pages]
+        if not self.running and not self.waiting and self.pool.free + self.pool.idle != self.pool.total:
+            found.append(f"idle, but {self.pool.total - self.pool.free - self.pool.idle} pages are used")
+        return found

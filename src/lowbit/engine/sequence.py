@@ -1,0 +1,81 @@
+"""Sequence: one request on its way. Its state is two counters; the rest is derived."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lowbit.engine.detokenizer import IncrementalDetokenizer
+from lowbit.engine.messages import Request, SamplingParams, TokenLogprob
+from lowbit.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(eq=False)
+class Sequence:
+    """``tokens``: prompt and output so far. ``computed``: how many of them have K and V in ``pages``.
+
+    ``limit``: tokens it may reach in all. ``stop_ids``: ids that end it.
+    """
+
+    request: Request
+    limit: int
+    stop_ids: frozenset[int]
+    detokenizer: IncrementalDetokenizer
+    tokens: list[int]
+    seed: int
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    cached_tokens: int = 0  # prompt tokens that came from the prefix cache, when first admitted
+    admitted: bool = False
+    announced: bool = False  # whether its first event is out
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    counts: np.ndarray | None = None  # int32 (vocabulary,): output tokens so far, where penalties need them
+    prompt_mask: np.ndarray | None = None  # bool (vocabulary,): tokens of the prompt, likewise
+
+    @classmethod
+    def start(
+        cls, request: Request, limit: int, stop_ids: frozenset[int], tokenizer: Tokenizer, seed: int | None
+    ) -> Sequence:
+        """A sequence that has computed nothing."""
+        sampling = request.sampling
+        own = sampling.seed if sampling.seed is not None else seed
+        return cls(
+            request,
+            limit,
+            frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else stop_ids),
+            IncrementalDetokenizer(tokenizer, sampling),
+            list(request.prompt),
+            secrets.randbits(63) if own is None else own & (1 << 63) - 1,
+        )
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How its tokens are chosen."""
+        return self.request.sampling
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def output_length(self) -> int:
+        """Tokens generated."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Known tokens without K and V: 1 while decoding, more while the prompt is computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt rows' logits are still needed."""
+        return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.prompt_length
