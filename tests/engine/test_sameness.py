@@ -13,12 +13,12 @@ import random
 from collections.abc import Iterator
 
 import pytest
-import torch
 from torch import Tensor
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.engine.engine import Engine
+from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.messages import Request, SamplingParams, TokenEvent
+from lowbit.kernels import native
 from lowbit.kernels.attention import CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.loading import load_model
@@ -100,23 +100,30 @@ def alone(model: Model) -> Iterator[tuple[Recorder, dict[str, list[int]]]]:
     yield recorder, tokens
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("pool", "chunk", "threads"),
-    [
-        pytest.param(16384, 512, 2, id="roomy"),
-        pytest.param(1600, 173, 1, id="retraction, eviction, odd chunks, one thread"),
-    ],
-)
-def test_logits_do_not_depend_on_company(
-    pool: int, chunk: int, threads: int, model: Model, alone: tuple[Recorder, dict[str, list[int]]]
-) -> None:
-    from lowbit.kernels import native
+CASES = {
+    "roomy": (settings(max_total_tokens=16384), ForcedModes(), 2),
+    "small pool, odd chunks, one thread": (
+        settings(max_total_tokens=1600, chunked_prefill_size=173),
+        ForcedModes(retract_every=7),
+        1,
+    ),
+    "everything evicted, tiny chunks": (
+        settings(max_total_tokens=4800, chunked_prefill_size=512),
+        ForcedModes(retract_every=5, evict_always=True, chunk=61),
+        2,
+    ),
+}
 
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_do_not_depend_on_company(
+    case: str, model: Model, alone: tuple[Recorder, dict[str, list[int]]]
+) -> None:
     expected, expected_tokens = alone
+    chosen, forced, threads = CASES[case]
     recorder, tokens = Recorder(model), {}
-    tokenizer = load_tokenizer(open_checkpoint("smollm2"))
-    engine = Engine(recorder, tokenizer, settings(max_total_tokens=pool, chunked_prefill_size=chunk))
+    engine = Engine(recorder, load_tokenizer(open_checkpoint("smollm2")), chosen, forced=forced)
     native.set_threads(threads)
     try:
         draw = random.Random(21)
@@ -134,7 +141,5 @@ def test_logits_do_not_depend_on_company(
     assert tokens == expected_tokens
     assert recorder.seen <= expected.seen, "a row of logits differs from the same row computed alone"
     status = engine.status()
-    assert status.cached_prompt_tokens > 0, "no prefix was shared: the test lost its point"
-    if pool < 16384:
-        assert status.preemptions > 0, "nothing was retracted: the test lost its point"
-    torch.set_num_threads(2)
+    assert forced.evict_always or status.cached_prompt_tokens > 0, "no prefix was shared"
+    assert not forced.retract_every or status.preemptions > 0, "nothing was retracted"

@@ -32,7 +32,7 @@ VARIANTS = {
     "mqa": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "wide heads": {"head_dim": 48},
-    "small heads": {"head_dim": 16, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "many heads": {"head_dim": 16, "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "linear rope": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},

@@ -46,7 +46,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.sequences: dict[str, Sequence] = {}
-        self.steps = self.prompt_tokens = self.generated = self.flushed = self.checks = 0
+        self.steps = self.prompt_tokens = self.generated = self.flushed = self.violations = 0
 
     def submit(self, request: Request) -> None:
         if b"REFUSE" in bytes(token for token in request.prompt if token < 256):
@@ -140,14 +140,15 @@ class FakeEngine:
             cached_prompt_tokens=self.prompt_tokens // 4,
             generated_tokens=self.generated,
             preemptions=self.flushed,
+            invariant_violations=self.violations,
         )
 
     def flush_cache(self) -> None:
         self.flushed += 1
 
     def check(self) -> object:
-        self.checks += 1
-        return "page 3 is free and used" if OPTIONS.get("violate") else None
+        self.violations += bool(OPTIONS.get("violate"))
+        return ["page 3 is free and used"] if OPTIONS.get("violate") else []
 
 
 def logprob(token: int, count: int) -> TokenLogprob:

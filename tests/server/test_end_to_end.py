@@ -161,6 +161,20 @@ def test_bad_requests_do_not_disturb(served: Served, client: openai.OpenAI) -> N
     assert "Paris" in greedy_chat(client)
 
 
+def test_enormous_prompt_stalls_nobody(served: Served) -> None:
+    """Tokenizing four million characters takes seconds, but not on the event loop."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "hello world " * 350_000, "max_tokens": 1}
+        refused = pool.submit(httpx.post, served.url + "/v1/completions", json=body, timeout=30)
+        slowest = 0.0
+        while not refused.done():
+            began = time.monotonic()
+            assert httpx.get(served.url + "/health").status_code == 200
+            slowest = max(slowest, time.monotonic() - began)
+    assert refused.result().json()["error"]["code"] in ("prompt_too_long", "text_timeout")
+    assert slowest < 0.7
+
+
 def test_leaving_client_frees_its_place(served: Served, client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model="smollm2", prompt=TEXT, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}

@@ -108,6 +108,7 @@ class ScriptedEngine:
         self.calls: list[str] = []
         self.fail_in: str = ""
         self.violation: object = None
+        self.violations = 10
 
     def submit(self, request: Request) -> None:
         self.calls.append(f"submit {request.id}")
@@ -140,7 +141,7 @@ class ScriptedEngine:
         return events
 
     def status(self) -> EngineStatus:
-        return EngineStatus(running=len(self.running), invariant_violations=10)
+        return EngineStatus(running=len(self.running), invariant_violations=self.violations)
 
     def flush_cache(self) -> None:
         self.calls.append("flush")
@@ -148,6 +149,7 @@ class ScriptedEngine:
     def check(self) -> object:
         if isinstance(self.violation, Exception):
             raise self.violation
+        self.violations += bool(self.violation)
         return self.violation
 
 
@@ -304,9 +306,12 @@ def test_wrong_first_message(messages: list[Any]) -> None:
     assert parent.exit_status() == 70
 
 
-@pytest.mark.parametrize("violation", ["page 3 is free and used", AssertionError("I1")])
+@pytest.mark.parametrize("violation", [["page 3 is free and used"], AssertionError("I1")])
 def test_idle_check_counts_violations(
-    parent: Parent, monkeypatch: pytest.MonkeyPatch, violation: object
+    parent: Parent,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    violation: object,
 ) -> None:
     monkeypatch.setattr(engine_process, "_IDLE_CHECK_SECONDS", 0.02)
     parent.start()
@@ -315,6 +320,7 @@ def test_idle_check_counts_violations(
     parent.engine.violation = None
     parent.send(Ping())
     assert parent.until(EngineStatus).invariant_violations > 12
+    assert "accounting invariant violated" in capfd.readouterr().err
 
 
 def test_sound_checks_count_nothing(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,6 +285,27 @@ def test_client_that_does_not_read_is_given_up(limits: engine_client.Limits) -> 
         assert server.app.client.counters.finished == 0  # given up, not run to the end
 
 
+def test_client_that_does_not_read_a_whole_answer_is_given_up() -> None:
+    """The answer waits in the connection's buffer, and must not wait there for ever."""
+    with serving(quick(send_seconds=0.4, keep_alive_seconds=1), fake={"step_seconds": 0.0}) as server:
+        body = json.dumps({"prompt": "WIDE", "max_tokens": 600}).encode()
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        wait_until(lambda: server.app.client.counters.finished == 1)
+        time.sleep(1.5)
+        received = 0
+        while data := client.recv(1 << 20):
+            received += len(data)
+        assert received < 600 * 32768  # what the kernel held already, not the rest
+        client.close()
+        server.assert_idle()
+
+
 def test_pings_keep_a_silent_stream_alive() -> None:
     with serving(quick(ping_seconds=0.1), fake={"step_seconds": 0.35}) as server:
         response = complete(server, stream=True, max_tokens=2)

@@ -81,7 +81,7 @@ class EngineLike(Protocol):
         """Drop unlocked prefix-cache pages."""
 
     def check(self) -> object:
-        """Check the page accounting; an exception, or a non-empty result, is a violation."""
+        """Check the page accounting; a non-empty result is a violation, which the status counts."""
 
 
 class ParentGoneError(Exception):
@@ -124,7 +124,7 @@ class EngineLoop:
     def __init__(self, engine: EngineLike, connection: Connection) -> None:
         self._engine = engine
         self._connection = connection
-        self._violations = 0
+        self._failed_checks = 0
         self._last_check = time.monotonic()
         self._draining = False
 
@@ -171,9 +171,9 @@ class EngineLoop:
             self._connection.send([_refusal(request, "internal", "the engine could not set up the request")])
 
     def status(self) -> EngineStatus:
-        """The engine's status with the violations found while idle added."""
+        """The engine's status; a check that could not even be made is a violation too."""
         status = self._engine.status()
-        total = status.invariant_violations + self._violations
+        total = status.invariant_violations + self._failed_checks
         return msgspec.structs.replace(status, invariant_violations=total)
 
     def _check_when_idle(self) -> None:
@@ -184,9 +184,9 @@ class EngineLoop:
         try:
             found = self._engine.check()
         except Exception as error:  # counted and logged, not fatal: serving on is better than a restart loop
+            self._failed_checks += 1
             found = repr(error)
         if found:
-            self._violations += 1
             _log("accounting invariant violated", found=found)
 
 

@@ -31,7 +31,8 @@ _STATUS_BY_CODE = {
     "out_of_memory": 503,
     "prompt_too_long": 400,
     "never_fits": 400,
-    "invalid_request": 400,
+    "empty_prompt": 400,
+    "invalid_token": 400,
 }
 
 

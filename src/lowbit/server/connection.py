@@ -110,6 +110,7 @@ class Connection(HttpToolsProtocol):
         self._begun = False  # a request line has begun and its headers are not complete
         self._between = True  # no body is being received: the next bytes belong to headers
         self._header_timer: asyncio.TimerHandle | None = None
+        self._flush_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse above the limit; headers must come soon."""
@@ -120,8 +121,10 @@ class Connection(HttpToolsProtocol):
         self._arm_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self._disarm_header_timer()
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -175,6 +178,22 @@ class Connection(HttpToolsProtocol):
         self._between = True
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """The answer is written, though perhaps not sent: a client that does not read it is given up."""
+        super().on_response_complete()
+        self._watch_flush(self.transport.get_write_buffer_size())
+
+    def _watch_flush(self, waiting: int) -> None:
+        if waiting:
+            self._flush_timer = self.loop.call_later(self.limits.send_seconds, self._check_flush, waiting)
+
+    def _check_flush(self, before: int) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        if waiting >= before:
+            self.transport.abort()
+        else:
+            self._watch_flush(waiting)
 
     def send_400_response(self, msg: str) -> None:
         """What the parser could not read."""
