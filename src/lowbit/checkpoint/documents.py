@@ -34,7 +34,7 @@ def read_bytes(place: CheckpointHeader | Path, name: str, limit: int | None = No
     allowed = limit or _LIMITS.get(name, _DEFAULT_LIMIT)
     if size > allowed:
         raise LowbitError(
-            "E0206", f"{name} is {thousands(size)} bytes, limit {thousands(allowed)}; it is no model's file"
+            "E0227", f"{name} is {thousands(size)} bytes, limit {thousands(allowed)}; it is no model's file"
         )
     try:
         return path.read_bytes()
@@ -50,7 +50,7 @@ def read_text(place: CheckpointHeader | Path, name: str) -> str | None:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise LowbitError("E0206", f"{name}: byte {error.start} is no UTF-8; the file is damaged") from None
+        raise LowbitError("E0227", f"{name}: byte {error.start} is no UTF-8; the file is damaged") from None
 
 
 def read_json(place: CheckpointHeader | Path, name: str) -> dict[str, object] | None:
@@ -60,18 +60,18 @@ def read_json(place: CheckpointHeader | Path, name: str) -> dict[str, object] | 
         return None
     value = parse_json(data, name)
     if not isinstance(value, dict):
-        raise LowbitError("E0206", f"{name} holds a {type(value).__name__}, an object was expected")
+        raise LowbitError("E0227", f"{name} holds a {type(value).__name__}, an object was expected")
     return value
 
 
 def parse_json(data: bytes, name: str) -> object:
     """Strict JSON; ``name`` is the file for messages."""
     if _depth(data) > MAX_DEPTH:
-        raise LowbitError("E0206", f"{name} nests deeper than {MAX_DEPTH}; it is no model's file")
+        raise LowbitError("E0227", f"{name} nests deeper than {MAX_DEPTH}; it is no model's file")
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise LowbitError("E0206", f"{name} is no valid JSON: {printable(error)}") from None
+        raise LowbitError("E0227", f"{name} is no valid JSON: {printable(error)}") from None
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

