@@ -71,130 +71,22 @@ CATALOGUE: dict[str, Entry] = {
     "E0107": Entry(
         "two models named",
         "The command line names one model as MODEL and another with --model or --model-path.",
-        "Name one of them.",
+        "Name the model once, in either way.",
     ),
     "E0108": Entry(
         "no such error code",
         "lowbit explain was asked for a code that no error has.",
         "lowbit explain without a code lists all of them.",
     ),
-    "E0109": Entry(
-        "no prompt",
-        "lowbit generate got neither --prompt nor text on its standard input, or the text is empty.",
-        "lowbit generate --prompt 'Once upon a time', or pipe the prompt into the command.",
-    ),
-    "E0203": Entry(
-        "incomplete file",
-        "The file is shorter than its own header says. Almost always a download that was cut off.",
-        _DOWNLOAD_AGAIN,
-    ),
-    "E0209": Entry(
-        "missing tensor",
-        "A tensor the architecture needs is in none of the checkpoint's files: a shard is missing, the file "
-        "was made by a faulty converter, or config and weights are from different models.",
-        "Compare the files with the model's page and download what is missing (lowbit pull MODEL).",
-    ),
-    "E0210": Entry(
-        "a tensor's shape disagrees with the config",
-        "The config asks for other dimensions than the tensor has. Config and weights are from different "
-        "models, or the vocabulary was extended and only one of them changed.",
-        "Use the config.json that belongs to these weights.",
-    ),
-    "E0211": Entry(
-        "unknown checkpoint format",
-        "No reader recognises the checkpoint, or more than one does. Formats are recognised by "
-        "quantization_config in config.json and by the names of the tensors.",
-        "lowbit models lists the formats that can be read. Where several claim the model, correct "
-        "quantization_config.",
-    ),
-    "E0216": Entry(
-        "bad config",
-        "A key of config.json or of the GGUF metadata is missing, has the wrong type, or a value no model "
-        "can have. Nothing that changes the meaning of a model is guessed.",
-        "Take the config of the original model. " + _DOWNLOAD_AGAIN,
-    ),
-    "E0217": Entry(
-        "a tensor without a place",
-        "The checkpoint holds a tensor that the architecture does not use and that is not on its short list "
-        "of known unused names. Serving without it would be serving another model.",
-        "Check that config.json belongs to these weights. If it does, this variant of the architecture is "
-        "not supported yet.",
-    ),
-    "E0218": Entry(
-        "a layer asks something of its input",
-        "The checkpoint stores a multiplier, a scale or a norm for the input of a linear layer, and lowbit "
-        "does not apply that yet. Leaving it out would give wrong results.",
-        "Use another quantization of the same model.",
-    ),
-    "E0240": Entry(
-        "the model brings its own code",
-        "config.json names Python code (auto_map) for an architecture that is not built in. lowbit never "
-        "runs code from a model, whoever made it.",
-        "lowbit models lists the architectures. There may be a version of the model that uses one of them.",
-    ),
-    "E0241": Entry(
-        "unknown architecture",
-        "The architecture named in config.json or in the GGUF metadata is not built in.",
-        "lowbit models lists the architectures that are.",
-    ),
-    "E0242": Entry(
-        "unsupported variant of an architecture",
-        "The architecture is built in, but this model sets something in its config that is not: a kind of "
-        "rotary scaling, an activation function.",
-        "The message lists what is supported. Use another model of the family.",
-    ),
-    "E0300": Entry(
-        "the operating system refused",
-        "A file or folder could not be opened, read or written; the message gives the system's own words.",
-        "Check that the path exists and that you may read or write it.",
-    ),
-    "E0410": Entry(
-        "no kernel",
-        "Every linear kernel refused a weight; the message has each one's reason.",
-        "lowbit inspect MODEL shows the reasons for all weights. Another --device may serve it.",
-    ),
-    "E0412": Entry(
-        "no such device",
-        "--device cuda, but PyTorch finds no usable NVIDIA GPU: none is there, the driver is too old, or the "
-        "installed PyTorch is a CPU build.",
-        "Use --device cpu, or install a CUDA build of PyTorch and check that nvidia-smi lists the GPU.",
-    ),
-    "E0420": Entry(
-        "no attention kernel",
-        "Every attention kernel refused the model's KV cache; the message has each one's reason.",
-        "Try another --kv-cache-dtype.",
-    ),
-    "E0500": Entry(
-        "out of memory",
-        "The operating system gave no more memory.",
-        "Close other programs; use a smaller model, --context-length or --mem-fraction-static.",
-    ),
-    "E0700": Entry(
-        "unexpected error",
-        "Something happened that the author of the code did not foresee.",
-        _REPORT,
-    ),
-    "E0701": Entry(
-        "unknown number format inside lowbit",
-        "A reader or kernel asked for a number format that is not in the table, or for a table of values of "
-        "a format that has none.",
-        _REPORT,
-    ),
-    "E0702": Entry(
-        "a weight cannot be cut there",
-        "Rows of a weight were to be taken or moved inside a block that shares one scale.",
-        _REPORT,
-    ),
-    "E0703": Entry(
-        "a batch that does not fit its cache",
-        "Lengths, page numbers, write slots or positions of a step contradict each other or the KV cache. A "
-        "kernel refuses them before it touches memory.",
-        _REPORT,
-    ),
     "E0110": Entry(
         "nothing to continue",
         "lowbit generate got no prompt: no --prompt, and nothing on its standard input.",
         "Use --prompt TEXT, or pipe the text in.",
+    ),
+    "E0111": Entry(
+        "an API key file without a key",
+        "--api-key-file names a file with nothing but blank lines and comments; the server would be open.",
+        "Put one key on each line.",
     ),
     "E0201": Entry(
         "no such model",
@@ -206,6 +98,11 @@ CATALOGUE: dict[str, Entry] = {
         "not a regular file",
         "A folder, pipe, socket or device stands where a model's file was expected.",
         "Name the file itself; a link to a regular file is fine.",
+    ),
+    "E0203": Entry(
+        "incomplete file",
+        "The file is shorter than its own header says. Almost always a download that was cut off.",
+        _DOWNLOAD_AGAIN,
     ),
     "E0204": Entry(
         "a git-LFS pointer instead of the weights",
@@ -233,12 +130,50 @@ CATALOGUE: dict[str, Entry] = {
         "The index names a file by a path. A model may only consist of files of its own folder.",
         "Put the shards beside the index and correct its names; do not trust a model that names other paths.",
     ),
+    "E0209": Entry(
+        "missing tensor",
+        "A tensor the architecture needs is in none of the checkpoint's files: a shard is missing, the file "
+        "was made by a faulty converter, or config and weights are from different models.",
+        "Compare the files with the model's page and download what is missing (lowbit pull MODEL).",
+    ),
+    "E0210": Entry(
+        "a tensor's shape disagrees with the config",
+        "The config asks for other dimensions than the tensor has. Config and weights are from different "
+        "models, or the vocabulary was extended and only one of them changed.",
+        "Use the config.json that belongs to these weights.",
+    ),
+    "E0211": Entry(
+        "unknown checkpoint format",
+        "No reader recognises the checkpoint, or more than one does. Formats are recognised by "
+        "quantization_config in config.json and by the names of the tensors.",
+        "lowbit models lists the formats that can be read. Where several claim the model, correct "
+        "quantization_config.",
+    ),
     "E0212": Entry(
         "the quantization config makes no sense",
         "quantization_config (or the file that stands for it) has the wrong type, no method, or "
         "numbers no format has.",
         "The checkpoint is damaged or was made by a faulty tool; take it from another source, or "
         "correct the key.",
+    ),
+    "E0216": Entry(
+        "bad config",
+        "A key of config.json or of the GGUF metadata is missing, has the wrong type, or a value no model "
+        "can have. Nothing that changes the meaning of a model is guessed.",
+        "Take the config of the original model. " + _DOWNLOAD_AGAIN,
+    ),
+    "E0217": Entry(
+        "a tensor without a place",
+        "The checkpoint holds a tensor that the architecture does not use and that is not on its short list "
+        "of known unused names. Serving without it would be serving another model.",
+        "Check that config.json belongs to these weights. If it does, this variant of the architecture is "
+        "not supported yet.",
+    ),
+    "E0218": Entry(
+        "a layer asks something of its input",
+        "The checkpoint stores a multiplier, a scale or a norm for the input of a linear layer, and lowbit "
+        "does not apply that yet. Leaving it out would give wrong results.",
+        "Use another quantization of the same model.",
     ),
     "E0219": Entry(
         "a tensor of a type that cannot be a weight",
@@ -291,6 +226,23 @@ CATALOGUE: dict[str, Entry] = {
         "The folder holds only .bin files. A pickle can run code when it is loaded, so lowbit does not.",
         "Use the repository's .safetensors files, or re-save with safetensors.torch.save_file.",
     ),
+    "E0240": Entry(
+        "the model brings its own code",
+        "config.json names Python code (auto_map) for an architecture that is not built in. lowbit never "
+        "runs code from a model, whoever made it.",
+        "lowbit models lists the architectures. There may be a version of the model that uses one of them.",
+    ),
+    "E0241": Entry(
+        "unknown architecture",
+        "The architecture named in config.json or in the GGUF metadata is not built in.",
+        "lowbit models lists the architectures that are.",
+    ),
+    "E0242": Entry(
+        "unsupported variant of an architecture",
+        "The architecture is built in, but this model sets something in its config that is not: a kind of "
+        "rotary scaling, an activation function.",
+        "The message lists what is supported. Use another model of the family.",
+    ),
     "E0250": Entry(
         "no tokenizer",
         "Neither the folder nor the GGUF metadata hold a tokenizer that lowbit reads.",
@@ -326,15 +278,41 @@ CATALOGUE: dict[str, Entry] = {
         "The template itself refuses it (the order of roles, say), or failed on it.",
         "Change the messages as the template's words ask.",
     ),
+    "E0300": Entry(
+        "the operating system refused",
+        "A file or folder could not be opened, read or written; the message gives the system's own words.",
+        "Check that the path exists and that you may read or write it.",
+    ),
     "E0301": Entry(
         "a file cannot be read",
         "The operating system refused to open, read or map it.",
         "Check the file's permissions and the disk.",
     ),
+    "E0410": Entry(
+        "no kernel",
+        "Every linear kernel refused a weight; the message has each one's reason.",
+        "lowbit inspect MODEL shows the reasons for all weights. Another --device may serve it.",
+    ),
     "E0411": Entry(
         "an instruction set this CPU lacks",
         "LOWBIT_ISA names one that the CPU, the operating system or this installation does not have.",
         "Unset LOWBIT_ISA; lowbit then takes the best there is.",
+    ),
+    "E0412": Entry(
+        "no such device",
+        "--device cuda, but PyTorch finds no usable NVIDIA GPU: none is there, the driver is too old, or the "
+        "installed PyTorch is a CPU build.",
+        "Use --device cpu, or install a CUDA build of PyTorch and check that nvidia-smi lists the GPU.",
+    ),
+    "E0420": Entry(
+        "no attention kernel",
+        "Every attention kernel refused the model's KV cache; the message has each one's reason.",
+        "Try another --kv-cache-dtype.",
+    ),
+    "E0500": Entry(
+        "out of memory",
+        "The operating system gave no more memory.",
+        "Close other programs; use a smaller model, --context-length or --mem-fraction-static.",
     ),
     "E0502": Entry(
         "not enough memory for the KV cache",
@@ -381,15 +359,32 @@ CATALOGUE: dict[str, Entry] = {
         "It answered with an error, or the download broke off.",
         "Try again later; what is complete stays in the cache.",
     ),
+    "E0700": Entry(
+        "unexpected error",
+        "Something happened that the author of the code did not foresee.",
+        _REPORT,
+    ),
+    "E0701": Entry(
+        "unknown number format inside lowbit",
+        "A reader or kernel asked for a number format that is not in the table, or for a table of values of "
+        "a format that has none.",
+        _REPORT,
+    ),
+    "E0702": Entry(
+        "a weight cannot be cut there",
+        "Rows of a weight were to be taken or moved inside a block that shares one scale.",
+        _REPORT,
+    ),
+    "E0703": Entry(
+        "a batch that does not fit its cache",
+        "Lengths, page numbers, write slots or positions of a step contradict each other or the KV cache. A "
+        "kernel refuses them before it touches memory.",
+        _REPORT,
+    ),
     "E0704": Entry(
         "the engine ended a request",
         "A numerical error or a fault in the engine; the message has the cause.",
         _REPORT,
-    ),
-    "E0111": Entry(
-        "an API key file without a key",
-        "--api-key-file names a file with nothing but blank lines and comments; the server would be open.",
-        "Put one key on each line.",
     ),
     "E0710": Entry(
         "the engine died while it loaded",
@@ -408,7 +403,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0802": Entry(
         "a port that needs root",
-        "Ports below 1024 are reserved.",
+        "Ports below 1024 may only be listened on by root.",
         "Use a port above 1023, such as --port 8000.",
     ),
     "E0803": Entry(

@@ -6,6 +6,7 @@ import json
 import sys
 
 import lowbit.server.app as app
+from lowbit.engine.messages import EngineReady
 from lowbit.errors import LowbitError
 from lowbit.server.limits import Limits
 from server.fake_text import load_fake_text
@@ -22,10 +23,17 @@ def main() -> int:
         print(json.dumps({"url": f"http://127.0.0.1:{sock.getsockname()[1]}"}), flush=True)
         return sock
 
+    def on_ready(ready: EngineReady, url: str) -> None:
+        raise OSError(32, "Broken pipe")  # whatever happens to a terminal, the server goes on
+
     app.listen = announcing_listen
     try:
         return app.serve(
-            settings(**values), limits=limits, engine_command=FAKE_ENGINE, load_text=load_fake_text
+            settings(**values),
+            on_ready,
+            limits=limits,
+            engine_command=FAKE_ENGINE,
+            load_text=load_fake_text,
         )
     except LowbitError as error:
         print(error, file=sys.stderr)

@@ -225,10 +225,11 @@ def serve(
             print(f"lowbit: warning: {warning}", file=sys.stderr, flush=True)
     port = sock.getsockname()[1]
     url = f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{port}"
+    report = _harmless(on_progress) if on_progress is not None else None
     if on_ready is not None:
-        app.client.hooks.on_ready = lambda ready: on_ready(ready, url)
-    if on_progress is not None:
-        report = on_progress
+        announce = _harmless(on_ready)
+        app.client.hooks.on_ready = lambda ready: announce(ready, url)
+    if report is not None:
 
         def engine_progress(progress: EngineProgress) -> None:
             report(progress.done, progress.total, progress.what)
@@ -241,10 +242,22 @@ def serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.ask)
-        return await run_server(app, [sock], lambda: load_text(settings, on_progress), stop)
+        return await run_server(app, [sock], lambda: load_text(settings, report), stop)
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
+
+
+def _harmless(callback: Callable[..., None]) -> Callable[..., None]:
+    """``callback`` whose failure is logged and no more: a closed terminal must not end the server."""
+
+    def call(*arguments: object) -> None:
+        try:
+            callback(*arguments)
+        except Exception as error:
+            log(logging.WARNING, "callback failed", error=repr(error))
+
+    return call
 
 
 class Stop:

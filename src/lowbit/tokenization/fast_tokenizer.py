@@ -65,7 +65,9 @@ class FastTokenizer:
         tokenizer = self._tokenizer if parse_special else self._without_specials()
         by_library = add_special and self._forced_bos is None and self._forced_eos is None
         try:
-            ids: list[int] = tokenizer.encode(text, add_special_tokens=by_library).ids
+            # The batch call lets go of the interpreter lock: a long text must not stop the event loop.
+            (encoded,) = tokenizer.encode_batch_fast([text], add_special_tokens=by_library)
+            ids: list[int] = encoded.ids
         except BaseException as error:  # the library panics on some hostile files, past Exception
             if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
                 raise
