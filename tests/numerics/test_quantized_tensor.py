@@ -1,0 +1,222 @@
+"""QuantizedTensor against naive loops: every group has numbers of its own, widths are odd."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.numerics.number_formats import NUMBER_FORMATS, nearest_code, number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
+from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
+
+OUT, IN = 13, 70
+
+
+def make(
+    name: str = "uint4",
+    blocks: tuple[tuple[int, int], ...] = ((1, 32),),
+    zero: str = "none",
+    offset: bool = False,
+    flattened: bool = False,
+    order: bool = False,
+    shape: tuple[int, int] = (OUT, IN),
+    seed: int = 0,
+) -> QuantizedTensor:
+    """A random weight with unlike numbers everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    fmt = number_format(name)
+    out, columns = shape
+
+    def level(block: tuple[int, int]) -> torch.Tensor:
+        rows, cols = block[0] or out, block[1] or columns
+        size = (-(-out * columns // cols),) if flattened else (-(-out // rows), -(-columns // cols))
+        return torch.randn(size, generator=generator)
+
+    f32 = number_format("f32")
+    scheme = Scheme(fmt, blocks, (f32,) * len(blocks), zero, offset, flattened, order)  # type: ignore[arg-type]
+    finite = torch.isfinite(fmt.table()).nonzero().flatten()
+    codes = finite[torch.randint(0, len(finite), shape, generator=generator)].to(torch.uint8)
+    zeros = None
+    if zero == "integer":
+        zeros = torch.randint(0, 16, level(blocks[0]).shape, generator=generator).to(torch.uint8)
+    if zero == "float":
+        zeros = level(blocks[0]) * 5
+    return QuantizedTensor(
+        scheme,
+        shape,
+        codes,
+        tuple(level(block) for block in blocks),
+        zeros,
+        tuple(level(block) for block in blocks) if offset else (),
+        torch.randperm(columns, generator=generator) if order else None,
+        "test: module",
+    )
+
+
+def naive(weight: QuantizedTensor) -> np.ndarray:
+    """The one equation, a weight at a time, in float64."""
+    out, columns = weight.shape
+    values = weight.scheme.weight.table().double().numpy()
+    result = np.zeros((out, columns))
+    for row, column in itertools.product(range(out), range(columns)):
+
+        def at(tensor: torch.Tensor, level: int, row: int = row, column: int = column) -> float:
+            rows, cols = weight.scheme.blocks[level]
+            if weight.scheme.flattened:
+                return float(tensor[(row * columns + column) // cols])
+            return float(tensor[row // (rows or out), column // (cols or columns)])
+
+        value = values[int(weight.codes[row, column])]
+        if weight.zeros is not None:
+            value -= at(weight.zeros, 0)
+        value *= math.prod(at(scale, level) for level, scale in enumerate(weight.scales))
+        if weight.offsets:
+            value += math.prod(at(offset, level) for level, offset in enumerate(weight.offsets))
+        target = column if weight.column_order is None else int(weight.column_order[column])
+        result[row, target] = value
+    return result
+
+
+VARIANTS = {
+    "groups": {},
+    "ragged groups": {"blocks": ((1, 48),)},
+    "per channel": {"blocks": ((1, 0),)},
+    "per tensor": {"blocks": ((0, 0),), "name": "e4m3"},
+    "square blocks": {"blocks": ((4, 32),), "name": "e4m3"},
+    "two levels": {"blocks": ((1, 16), (0, 0)), "name": "e2m1"},
+    "two levels with offsets": {"blocks": ((1, 16), (1, 64)), "offset": True},
+    "integer zero": {"zero": "integer"},
+    "float zero": {"zero": "float"},
+    "offset": {"offset": True},
+    "act-order": {"order": True, "zero": "integer"},
+    "flattened": {"blocks": ((1, 64),), "flattened": True, "name": "nf4"},
+    "signed": {"name": "int3"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dequantize_is_the_equation(variant: str) -> None:
+    weight = make(**VARIANTS[variant])
+    np.testing.assert_allclose(weight.dequantize().numpy(), naive(weight), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("flattened", "square blocks")])
+def test_rows_and_permutation(variant: str) -> None:
+    weight = make(**VARIANTS[variant])
+    whole = weight.dequantize()
+    assert torch.equal(weight.rows(3, 9).dequantize(), whole[3:9])
+    order = torch.randperm(OUT, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(weight.permute_rows(order).dequantize(), whole[order])
+
+
+def test_rows_on_block_borders_only() -> None:
+    blocks = make(**VARIANTS["square blocks"])
+    assert torch.equal(blocks.rows(4, 12).dequantize(), blocks.dequantize()[4:12])
+    assert torch.equal(blocks.rows(8, OUT).dequantize(), blocks.dequantize()[8:])
+    with pytest.raises(LowbitError, match="cut a block of 4 rows"):
+        blocks.rows(2, 8)
+    with pytest.raises(LowbitError, match="blocks of rows"):
+        blocks.permute_rows(torch.arange(OUT))
+    flat = make(blocks=((1, 64),), flattened=True, name="nf4", shape=(8, 96))
+    assert torch.equal(flat.rows(2, 4).dequantize(), flat.dequantize()[2:4])
+    with pytest.raises(LowbitError, match="inside a block of 64"):
+        flat.rows(1, 2)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "act-order"])
+def test_concatenate(variant: str) -> None:
+    more = {**VARIANTS[variant], "shape": (16, 64)}
+    parts = [make(**more, seed=seed) for seed in (1, 2, 3)]
+    whole = concatenate(parts)
+    assert whole is not None
+    assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
+
+
+def test_concatenate_refuses_what_differs() -> None:
+    first = make()
+    assert concatenate([first, make("uint5")]) is None
+    assert concatenate([first, make(shape=(OUT, 64))]) is None
+    assert concatenate([make(order=True, seed=1), make(order=True, seed=2)]) is None
+    same = make(order=True, seed=1)
+    joined = concatenate([same, same])
+    assert joined is not None and torch.equal(joined.dequantize()[:OUT], same.dequantize())
+    ragged = make("e4m3", ((4, 32),))
+    assert concatenate([ragged, ragged]) is None  # 13 rows do not end on a block of 4
+
+
+def test_dense_and_sizes() -> None:
+    weight = QuantizedTensor(dense("bf16"), (4, 8), torch.randn(4, 8).bfloat16())
+    assert torch.equal(weight.dequantize(), weight.codes.float())
+    assert weight.nbytes == 64
+    assert make("uint4", ((1, 32),), "integer", shape=(4, 64)).nbytes == (4 * 64 * 4 + 8 * (32 + 4)) // 8
+    assert Scheme(number_format("gguf_q4_1")).bits_per_weight((16, 64)) == 5.0
+
+
+def test_schemes_are_values_with_a_short_spelling() -> None:
+    f16 = number_format("f16")
+    scheme = Scheme(number_format("int4"), ((1, 128),), (f16,), "integer", reordered=True)
+    assert str(scheme) == "int4 1x128 f16 asym act-order"
+    assert hash(scheme) == hash(Scheme(number_format("int4"), ((1, 128),), (f16,), "integer", reordered=True))
+    activation = ActivationScheme(number_format("int8"), (1, 0))
+    assert str(activation) == "int8 1xall dynamic"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("e4m3", ml_dtypes.float8_e4m3fn),
+        ("e4m3fnuz", ml_dtypes.float8_e4m3fnuz),
+        ("e5m2", ml_dtypes.float8_e5m2),
+        ("e5m2fnuz", ml_dtypes.float8_e5m2fnuz),
+        ("e8m0", ml_dtypes.float8_e8m0fnu),
+        ("e2m1", ml_dtypes.float4_e2m1fn),
+        ("e2m3", ml_dtypes.float6_e2m3fn),
+        ("e3m2", ml_dtypes.float6_e3m2fn),
+    ],
+)
+def test_small_floats_equal_ml_dtypes(name: str, dtype: type) -> None:
+    table = number_format(name).table().numpy()
+    theirs = np.arange(len(table), dtype=np.uint8).view(dtype).astype(np.float32)
+    assert np.array_equal(table, theirs, equal_nan=True)
+    if name == "e8m0":
+        return
+    values = np.linspace(-600, 600, 4001, dtype=np.float32)
+    values = np.concatenate([values, values / 128, theirs[np.isfinite(theirs)]])
+    limit = np.nanmax(np.where(np.isfinite(table), table, np.nan))
+    expected = np.clip(values, -limit, limit).astype(dtype).astype(np.float32)
+    codes = nearest_code(torch.from_numpy(values), number_format(name)).numpy()
+    assert np.array_equal(table[codes], expected)
+
+
+def test_nearest_integer_codes_round_half_to_even() -> None:
+    values = torch.tensor([-9.0, -8.0, -0.5, 0.5, 1.5, 2.5, 6.9, 7.0, 99.0])
+    codes = nearest_code(values, number_format("int4"))
+    assert (codes.int() - 8).tolist() == [-8, -8, 0, 0, 2, 2, 7, 7, 7]
+    assert nearest_code(torch.tensor([-3.0, 2.5, 300.0]), number_format("uint8")).tolist() == [0, 2, 255]
+
+
+def test_nf4_ties_take_the_lower_value() -> None:
+    table = number_format("nf4").table().double()
+    middles = (table[1:] + table[:-1]) / 2
+    assert nearest_code(middles, number_format("nf4")).tolist() == list(range(15))
+
+
+@pytest.mark.parametrize("name", sorted(NUMBER_FORMATS))
+def test_every_code_is_its_own_nearest(name: str) -> None:
+    fmt = number_format(name)
+    if fmt.values is None:
+        pytest.skip("no table of scalar values")
+    table = fmt.table()
+    finite = table[torch.isfinite(table)]
+    assert torch.equal(table[nearest_code(finite, fmt).long()], finite)
+
+
+def test_unknown_number_format_is_named() -> None:
+    with pytest.raises(LowbitError, match="int99"):
+        number_format("int99")
