@@ -73,7 +73,21 @@ def fetch(
         done += sizes[name]
     if on_progress is not None:
         on_progress(total, total, reference.repo)
-    return _chosen(file.parents[name.count("/")], reference, names), commit
+    snapshot = file.parents[name.count("/")]
+    _remember(snapshot, wanted, commit)
+    return _chosen(snapshot, reference, names), commit
+
+
+def _remember(snapshot: Path, revision: str, commit: str) -> None:
+    """Note in the hub's cache which commit the revision was, as its client does for downloads by name:
+    without a network the name then still leads to the files."""
+    if revision == commit or not re.fullmatch(r"[\w./-]+", revision) or ".." in revision:
+        return
+    note = snapshot.parents[1] / "refs" / revision
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_name(f"{note.name}.part")
+    temporary.write_text(commit)
+    temporary.replace(note)
 
 
 def _download(reference: Reference, name: str, commit: str) -> Path:

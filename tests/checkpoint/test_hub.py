@@ -1,0 +1,206 @@
+"""The hub through huggingface_hub's real client, against a local stand-in of its HTTP API."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from checkpoint.tiny import write_folder, write_gguf_file
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Repositories by name: file name -> content; what was asked for is remembered."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        self.broken = False
+        self.asked: list[str] = []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self._serve(head=True)
+
+            def do_GET(self) -> None:
+                self._serve(head=False)
+
+            def _answer(self, status: int, body: bytes, head: bool, **headers: str) -> None:
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                if not head:
+                    self.wfile.write(body)
+
+            def _serve(self, head: bool) -> None:
+                path = self.path.split("?")[0]
+                hub.asked.append(path)
+                if hub.broken:
+                    return self._answer(500, b"{}", head)
+                parts = path.strip("/").split("/")
+                if parts[:2] == ["api", "models"]:
+                    return self._api("/".join(parts[2:4]), parts[4:], head)
+                repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+                content = hub.repos.get(repo, {}).get(name)
+                if content is None or revision not in (COMMIT, "main"):
+                    return self._answer(404, b"", head, X_Error_Code="EntryNotFound")
+                etag = f'"{hashlib.sha256(content).hexdigest()}"'
+                return self._answer(200, content, head, ETag=etag, X_Repo_Commit=COMMIT)
+
+            def _api(self, repo: str, rest: list[str], head: bool) -> None:
+                if repo in hub.gated:
+                    return self._answer(403, b"{}", head, X_Error_Code="GatedRepo")
+                if repo not in hub.repos:
+                    return self._answer(401, b"{}", head, X_Error_Code="RepoNotFound")
+                if rest == ["refs"]:
+                    refs = {
+                        "branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}],
+                        "tags": [{"name": "v1.0", "ref": "refs/tags/v1.0", "targetCommit": COMMIT}],
+                        "converts": [],
+                    }
+                    return self._answer(200, json.dumps(refs).encode(), head, Content_Type="application/json")
+                if rest[:1] == ["revision"] and rest[1] not in ("main", COMMIT):
+                    return self._answer(404, b"{}", head, X_Error_Code="RevisionNotFound")
+                info = {
+                    "id": repo,
+                    "modelId": repo,
+                    "sha": COMMIT,
+                    "siblings": [
+                        {"rfilename": name, "size": len(content)} for name, content in hub.repos[repo].items()
+                    ],
+                }
+                return self._answer(200, json.dumps(info).encode(), head, Content_Type="application/json")
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    made = Hub()
+    folder = tmp_path_factory.mktemp("repos")
+
+    def files(source: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in source.iterdir()}
+
+    useless = {"README.md": b"# hi", "pytorch_model.bin": b"pickle", "original/consolidated.pth": b"x"}
+    made.repos["org/single"] = files(write_folder(folder / "a")) | useless
+    made.repos["org/sharded"] = files(write_folder(folder / "b", shards=3)) | useless
+    gguf = write_gguf_file(folder / "m.gguf").read_bytes()
+    made.repos["org/ggufs"] = {"tiny-Q4_K_M.gguf": gguf, "tiny-Q8_0.gguf": gguf, "tiny-IQ4_XS.gguf": gguf}
+    made.repos["org/onegguf"] = {"tiny.gguf": gguf, "README.md": b"hi"}
+    made.repos["org/nothing"] = {"README.md": b"hi"}
+    made.gated.add("org/gated")
+    yield made
+    made.server.shutdown()
+
+
+SCRIPT = """
+import json, sys
+from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError
+try:
+    header = open_checkpoint(sys.argv[1], sys.argv[2] or None)
+    print(json.dumps({"tensors": len(header.tensors), "revision": header.revision, "root": str(header.root)}))
+except LowbitError as error:
+    print(json.dumps({"code": error.code, "message": error.message}))
+"""
+
+
+def open_in_process(hub: Hub, home: Path, name: str, revision: str = "", **env: str) -> dict[str, str]:
+    """A process of its own, because the hub's client reads its settings when it is imported."""
+    hub.asked.clear()
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", **env,
+    }  # fmt: skip
+    environment.pop("HF_TOKEN", None)
+    command = [sys.executable, "-c", SCRIPT, name, revision]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("repo", ["single", "sharded"])
+def test_only_what_is_needed_at_one_commit(hub: Hub, repo: str, tmp_path: Path) -> None:
+    found = open_in_process(hub, tmp_path, f"org/{repo}")
+    assert found.get("tensors") == 12, found
+    assert found["revision"] == COMMIT
+    files = [path for path in hub.asked if "/resolve/" in path]
+    assert files and all(f"/resolve/{COMMIT}/" in path for path in files)
+    assert not any(name in path for path in files for name in ("README", ".bin", ".pth"))
+    # A second start, without a network, from the cache.
+    again = open_in_process(hub, tmp_path, f"org/{repo}", HF_HUB_OFFLINE="1")
+    assert again.get("tensors") == 12 and again["revision"] == COMMIT, again
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["tiny-Q8_0.gguf", "Q8_0", "q8_0", "IQ4_XS"])
+def test_gguf_by_name_or_type(hub: Hub, name: str, tmp_path: Path) -> None:
+    found = open_in_process(hub, tmp_path, f"org/ggufs:{name}")
+    assert found.get("tensors") == 12, found
+    expected = "tiny-IQ4_XS.gguf" if name == "IQ4_XS" else "tiny-Q8_0.gguf"
+    assert found["root"].endswith(expected)
+    assert {path.rsplit("/", 1)[1] for path in hub.asked if "/resolve/" in path} == {expected}
+
+
+def test_repo_of_one_gguf(hub: Hub, tmp_path: Path) -> None:
+    assert open_in_process(hub, tmp_path, "org/onegguf").get("tensors") == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "code", "words"),
+    [
+        ("org/nowhere", "", "E0602", "org/nowhere"),
+        ("org/gated", "", "E0603", "hf auth login"),
+        ("org/single", "v9", "E0601", "it has: main, v1.0"),
+        ("org/ggufs", "", "E0607", "holds 3 GGUF files"),
+        ("org/ggufs:Q2_K", "", "E0607", "no GGUF file matches"),
+        ("org/nothing", "", "E0607", "no .safetensors"),
+    ],
+)
+def test_what_the_hub_refuses(
+    hub: Hub, name: str, revision: str, code: str, words: str, tmp_path: Path
+) -> None:
+    found = open_in_process(hub, tmp_path, name, revision)
+    assert found.get("code") == code and words in found["message"], found
+
+
+def test_offline_and_not_cached(hub: Hub, tmp_path: Path) -> None:
+    found = open_in_process(hub, tmp_path, "org/single", HF_HUB_OFFLINE="1")
+    assert found.get("code") == "E0604" and "lowbit pull org/single" in found["message"], found
+
+
+def test_server_error_and_no_server(hub: Hub, tmp_path: Path) -> None:
+    hub.broken = True
+    try:
+        found = open_in_process(hub, tmp_path, "org/single")
+    finally:
+        hub.broken = False
+    assert found.get("code") == "E0608" and "500" in found["message"], found
+    gone = open_in_process(hub, tmp_path, "org/single", HF_ENDPOINT="http://127.0.0.1:9")
+    assert gone.get("code") == "E0604", gone
+    open_in_process(hub, tmp_path, "org/single")
+    cached = open_in_process(hub, tmp_path, "org/single", HF_ENDPOINT="http://127.0.0.1:9")
+    assert cached.get("tensors") == 12, cached
