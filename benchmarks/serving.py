@@ -116,7 +116,6 @@ class EngineTarget:
 
     def __init__(self, model: str, threads: int | None) -> None:
         from lowbit.engine.engine import load_engine
-
         from lowbit.settings import Settings
 
         self.engine = load_engine(Settings(model=model, threads=threads))

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from lowbit.checkpoint.tensor_data import TensorData
 from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import CheckpointFormat, StoredLinear, StoredModule, detect
 from lowbit.kernels import PackedWeight, choose

@@ -64,6 +64,12 @@ def embedded_model(on_progress: Progress | None = None) -> Path:
     return file
 
 
+def cached_model() -> Path | None:
+    """The embedded model's file if it is already here; nothing is fetched or hashed."""
+    file = cache_directory() / f"{PACKAGE}-{VERSION}" / MODEL_NAME
+    return file if _is_known(file) else None
+
+
 def _marker(file: Path) -> Path:
     return file.with_suffix(".verified.json")
 

@@ -301,14 +301,14 @@ def _place(reader: _Reader, infos: list[_Info], alignment: int) -> dict[str, Ten
         if entry.start < end:
             raise reader.fail(
                 "E0221",
-                f"tensors {printable(previous)!r} and {printable(entry.name)!r} overlap at byte {entry.start}",
+                f"tensors {printable(previous)!r} and {printable(entry.name)!r} overlap (byte {entry.start})",
             )
         end, previous = entry.start + entry.nbytes, entry.name
     # A file one alignment longer than its tensors is padded; more is not part of the model.
     if tensors and reader.size > -(-end // alignment) * alignment:
         raise reader.fail(
             "E0221",
-            f"{thousands(reader.size)} bytes, but the last tensor ends at {thousands(end)}; the file is damaged",
+            f"{thousands(reader.size)} bytes, but its last tensor ends at {thousands(end)}; it is damaged",
         )
     return tensors
 

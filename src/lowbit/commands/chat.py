@@ -21,9 +21,8 @@ from lowbit.commands.sampling_options import GROUP, SamplingOptions
 from lowbit.errors import LowbitError, printable
 
 if TYPE_CHECKING:
-    from lowbit.llm import LLM
-
     from lowbit.engine.messages import SamplingParams
+    from lowbit.llm import LLM
 
 USAGE = "[MODEL]"
 GROUPS: tuple[str, ...] = ("model", "engine")

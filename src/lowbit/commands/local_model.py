@@ -11,16 +11,14 @@ from lowbit.errors import LowbitError
 from lowbit.settings import Settings
 
 if TYPE_CHECKING:
-    from lowbit.llm import LLM
-
     from lowbit.engine.messages import SamplingParams, TokenEvent
+    from lowbit.llm import LLM
 
 
 def load(settings: Settings) -> LLM:
     """The model, a progress bar on stderr while it loads."""
-    from lowbit.llm import LLM
-
     from lowbit.commands.console import progress_line
+    from lowbit.llm import LLM
 
     with progress_line() as on_progress:
         return LLM(settings, on_progress=on_progress)

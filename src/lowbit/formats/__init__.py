@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-from lowbit.checkpoint.tensor_data import TensorData
 from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme

@@ -33,7 +33,7 @@ def dense_scheme(header: CheckpointHeader, module: StoredModule) -> Scheme:
     if entry.dtype not in _DTYPES:
         raise LowbitError(
             "E0219",
-            f"{entry.file.name}: tensor {name!r} is {entry.dtype}, an unquantized weight is F32, F16 or BF16; "
+            f"{entry.file.name}: tensor {name!r} is {entry.dtype}, a plain weight is F32, F16 or BF16; "
             "config.json does not say how it is quantized",
         )
     return dense(_DTYPES[entry.dtype])

@@ -85,7 +85,7 @@ def unpack_words(
 def pack_words(
     codes: Tensor, bits: int, *, dim: int = -1, order: tuple[int, ...] | None = None, padded: bool = False
 ) -> Tensor:
-    """uint8 codes -> int32 words along ``dim``: the inverse of ``unpack_words``; short words are zero-filled."""
+    """uint8 codes -> int32 words along ``dim``: the inverse of ``unpack_words``, zero-filled."""
     codes = codes.movedim(dim, -1)
     group = len(order) if order else 32 // bits if padded or 32 % bits == 0 else 32
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % group))

@@ -55,7 +55,7 @@ def _each_bit(packed: Tensor) -> Tensor:
     return (packed.unsqueeze(-1) >> shifts & 1).flatten(-2)
 
 
-# ---- 32 weights a block -------------------------------------------------------------------------------------
+# ---- 32 weights a block ----
 
 
 def _q4_0(b: Tensor) -> Expanded:
@@ -100,7 +100,7 @@ def _nvfp4(b: Tensor) -> Expanded:
     return Expanded("e2m1", codes, (16,), (table[(raw & 127).long()],))
 
 
-# ---- K-quants: 256 weights, two levels ----------------------------------------------------------------------
+# ---- K-quants: 256 weights, two levels ----
 
 
 def _q2_k(b: Tensor) -> Expanded:
@@ -160,7 +160,7 @@ def _iq4_xs(b: Tensor) -> Expanded:
     return Expanded("iq4_nl_codes", codes, (32, 256), (scales, _f16(b[..., :2])))
 
 
-# ---- Ternary ------------------------------------------------------------------------------------------------
+# ---- Ternary ----
 
 
 def _tq1_0(b: Tensor) -> Expanded:
@@ -180,7 +180,7 @@ def _tq2_0(b: Tensor) -> Expanded:
     return Expanded("ternary", codes, (256,), (_f16(b[..., 64:66]),))
 
 
-# ---- Lattice grids ------------------------------------------------------------------------------------------
+# ---- Lattice grids ----
 
 
 @cache
@@ -278,7 +278,7 @@ def _iq1_m(b: Tensor) -> Expanded:
     return Expanded("int8", codes, (16, 256), ((2 * scales + 1).float() / 8, d))
 
 
-# ---- The table ----------------------------------------------------------------------------------------------
+# ---- The table ----
 
 # name: (weights, bytes, function)
 _TYPES: dict[str, tuple[int, int, Callable[[Tensor], Expanded]]] = {
