@@ -13,7 +13,7 @@ import base64
 import gguf.quants
 import numpy as np
 
-HEADER = '''"""Lattice grids of the GGUF IQ types, made by tools/make_block_tables.py (the packing is told there)."""
+HEADER = '''"""Lattice grids of the GGUF IQ types, made by tools/make_block_tables.py (see there)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lattice grids of the GGUF IQ types, made by tools/make_block_tables.py (the packing is told there)."""
+"""Lattice grids of the GGUF IQ types, made by tools/make_block_tables.py (see there)."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+from jinja2.visitor import NodeTransformer
 
 from lowbit.checkpoint.documents import read_json, read_text
 from lowbit.checkpoint.header import CheckpointHeader
@@ -115,7 +116,11 @@ class _GenerationTag(jinja2.ext.Extension):
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Immutable, and without cheap ways to enormous strings."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        """Parse, with ``~`` turned into a call that bounds its result."""
+        return _BoundedConcat().visit(super()._parse(source, name, filename))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -123,6 +128,8 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 sequence = isinstance(text, str | list | tuple) and isinstance(count, int)
                 if sequence and len(text) * count > _LARGEST_REPEAT:
                     raise _TooLarge(f"a repetition of {count}")
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            _bounded(len(left) + len(right))
         if operator == "**" and (abs(_number(left)) > 1e6 or abs(_number(right)) > 64):
             raise _TooLarge("a large power")
         if operator == "%" and isinstance(left, str) and re.search(r"\d{5}|\*", left):
@@ -134,9 +141,48 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         wide = any(isinstance(arg, int) and arg > _LARGEST_REPEAT for arg in args)
         if wide and name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
             raise _TooLarge(f"{name} of a large width")
+        if name in ("replace", "join") and args:
+            own = getattr(__obj, "__self__", "")
+            _bounded(_product_size(name, own, args))
         if name in ("format", "format_map") and re.search(r"\d{5}", str(getattr(__obj, "__self__", ""))):
             raise _TooLarge("a wide format")
         return super().call(__context, __obj, *args, **kwargs)
+
+
+class _BoundedConcat(NodeTransformer):
+    """``a ~ b`` becomes ``[a, b] | _concat``."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        parts = jinja2.nodes.List(node.nodes, lineno=node.lineno)
+        return jinja2.nodes.Filter(parts, "_concat", [], [], None, None, lineno=node.lineno)
+
+
+def _bounded(size: int) -> None:
+    if size > MAX_OUTPUT:
+        raise _TooLarge(f"a text of {size} characters")
+
+
+def _concat(parts: list[object]) -> str:
+    texts = [str(part) for part in parts]
+    _bounded(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _product_size(name: str, own: object, args: tuple[Any, ...]) -> int:
+    """The most characters str.replace or str.join can make."""
+    if not isinstance(own, str):
+        return 0
+    if name == "replace":
+        return len(own) * max(1, len(str(args[1])) if len(args) > 1 else 1)
+    items = list(args[0])
+    return sum(len(str(item)) for item in items) + len(own) * len(items)
+
+
+def _replace(text: object, old: str, new: str, count: int | None = None) -> str:
+    """Jinja's replace, bounded."""
+    _bounded(len(str(text)) * max(1, len(str(new))))
+    return str(text).replace(str(old), str(new), -1 if count is None else count)
 
 
 def _number(value: object) -> float:
@@ -194,7 +240,7 @@ class JinjaTemplate:
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = _tojson
+        environment.filters.update(tojson=_tojson, _concat=_concat, replace=_replace)
         for name in ("center", "indent", "batch", "slice", "wordwrap", "truncate"):
             environment.filters[name] = _bounded_width(name)
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
@@ -319,8 +365,6 @@ class JinjaTemplate:
                 ids += tokenizer.encode(marks.show(plain), add_special=False, parse_special=False)
             if special is not None:
                 ids.append(special)
-        if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
-            ids = ids[1:]
         return ids
 
 

@@ -61,7 +61,7 @@ class FastTokenizer:
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Ids of ``text``; never two BOS in a row at the start."""
+        """Ids of ``text``; the BOS that is added is not added before one that is there."""
         tokenizer = self._tokenizer if parse_special else self._without_specials()
         by_library = add_special and self._forced_bos is None and self._forced_eos is None
         try:
@@ -79,7 +79,7 @@ class FastTokenizer:
                 ids = [self.bos_id, *ids]
             if self._forced_eos and self.eos_id is not None:
                 ids = [*ids, self.eos_id]
-        if len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
+        if add_special and self.adds_bos and len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
             ids = ids[1:]  # the text itself began with it
         return ids
 

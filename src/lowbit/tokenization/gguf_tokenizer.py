@@ -180,17 +180,10 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, object]:
     if vocabulary.flag("add_space_prefix") is not False:
         steps.append({"type": "Prepend", "prepend": "▁"})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
-    decoders: list[dict[str, object]] = [
-        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if len(steps) == 2:
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return _document(
         vocabulary,
         normalizer={"type": "Sequence", "normalizers": steps},
-        decoder={"type": "Sequence", "decoders": decoders},
+        decoder=_underline_decoder(strips_space=len(steps) == 2),
         model={
             "type": "BPE",
             "vocab": ids,
@@ -200,6 +193,18 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, object]:
             "byte_fallback": True,
         },
     )
+
+
+def _underline_decoder(strips_space: bool) -> dict[str, object]:
+    """Underlines to spaces, byte tokens to bytes, without the space that was put before the text."""
+    steps: list[dict[str, object]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if strips_space:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
 
 
 def _unigram(vocabulary: _Vocabulary) -> dict[str, object]:
@@ -212,12 +217,12 @@ def _unigram(vocabulary: _Vocabulary) -> dict[str, object]:
     if vocabulary.flag("remove_extra_whitespaces"):
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     scheme = "never" if vocabulary.flag("add_space_prefix") is False else "always"
-    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True}
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     return _document(
         vocabulary,
         normalizer={"type": "Sequence", "normalizers": steps} if steps else None,
         pre_tokenizer=space,
-        decoder=space,
+        decoder=_underline_decoder(strips_space=scheme == "always"),
         model={
             "type": "Unigram",
             "unk_id": None if unknown is None else vocabulary.ids[unknown],

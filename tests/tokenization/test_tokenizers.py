@@ -1,0 +1,320 @@
+"""Tokenizers against transformers and sentencepiece on more than two thousand varied strings each."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from checkpoint.tiny import METADATA, gguf_tensors, write_folder
+from lowbit.checkpoint import CheckpointHeader, open_checkpoint
+from lowbit.checkpoint.gguf_file import write_gguf
+from lowbit.errors import LowbitError
+from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
+from lowbit.tokenization.fast_tokenizer import FastTokenizer
+from lowbit.tokenization.pretokenizers import LLAMA3, PRE_TOKENIZERS
+from tokenization.texts import SPECIALS, varied_texts
+
+CORPUS = [topics[name] for name in sorted(topics)[:40]] + varied_texts(300, seed=9)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> FastTokenizer:
+    return load_tokenizer(open_checkpoint("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def oracle(embedded_path: Path) -> PreTrainedTokenizerFast:
+    """transformers' tokenizer of the same file. Its GGUF reader ignores the pre-tokenizer's name, so the
+    one SmolLM2 was trained with (each digit by itself, then GPT-2's words) is put in."""
+    made = AutoTokenizer.from_pretrained(embedded_path.parent, gguf_file=embedded_path.name)
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    return made
+
+
+def test_embedded_tokenizer_on_varied_strings(
+    embedded: FastTokenizer, oracle: PreTrainedTokenizerFast
+) -> None:
+    texts = varied_texts()
+    assert len(texts) >= 2000
+    for text in texts:
+        expected = oracle.encode(text, add_special_tokens=False)
+        assert embedded.encode(text) == expected, repr(text)
+        assert embedded.decode(expected, skip_special=False) == oracle.decode(expected), repr(text)
+
+
+def test_embedded_tokenizer_without_digits_as_transformers_reads_it(
+    embedded: FastTokenizer, embedded_path: Path
+) -> None:
+    """Without the pre-tokenizer put in by hand, on strings it makes no difference for."""
+    plain = AutoTokenizer.from_pretrained(embedded_path.parent, gguf_file=embedded_path.name)
+    texts = [text for text in varied_texts() if not any(c.isnumeric() for c in text)]
+    assert len(texts) > 800
+    for text in texts:
+        assert embedded.encode(text) == plain.encode(text, add_special_tokens=False), repr(text)
+
+
+def test_embedded_facts(embedded: FastTokenizer) -> None:
+    assert embedded.vocab_size == 49152
+    assert (embedded.bos_id, embedded.eos_id, embedded.adds_bos) == (1, 2, False)
+    assert embedded.stop_ids == {0, 2}  # <|endoftext|> and <|im_end|>
+    assert embedded.token_bytes(2) == b"<|im_end|>"
+    ids = embedded.encode("Ünï 猫😀\n")
+    assert b"".join(map(embedded.token_bytes, ids)).decode() == "Ünï 猫😀\n"
+
+
+def test_specials_count_only_where_they_may(embedded: FastTokenizer) -> None:
+    text = "a<|im_end|>b"
+    assert 2 in embedded.encode(text)
+    plain = embedded.encode(text, parse_special=False)
+    assert not embedded.special_ids & set(plain)
+    assert embedded.decode(plain) == text
+
+
+# ---- Hugging Face folders -------------------------------------------------------------------------------
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """Llama 3's kind: a regular expression, bytes, BOS by the post-processor."""
+    made = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+    made.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=2000, special_tokens=special, initial_alphabet=alphabet)
+    )
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return made
+
+
+def sentencepiece_like() -> tokenizers.Tokenizer:
+    """Llama 2's kind: spaces as underlines, bytes for what is unknown."""
+    made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=2500, special_tokens=special))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return made
+
+
+def unigram() -> tokenizers.Tokenizer:
+    """T5's and Gemma's relatives."""
+    made = tokenizers.Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.train_from_iterator(
+        CORPUS,
+        trainers.UnigramTrainer(vocab_size=1500, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>"),
+    )
+    return made
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece_like, unigram])
+def test_folder_tokenizers_on_varied_strings(kind: object, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=kind(),  # type: ignore[operator]
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    made.save_pretrained(folder)
+    oracle = PreTrainedTokenizerFast.from_pretrained(folder)
+    ours = load_tokenizer(open_checkpoint(str(folder)))
+    assert (ours.bos_id, ours.eos_id) == (oracle.bos_token_id, oracle.eos_token_id)
+    for text in varied_texts(2050, seed=3):
+        for add_special in (True, False):
+            expected = oracle.encode(text, add_special_tokens=add_special)
+            if text.startswith("<s>") and add_special and expected[:2] == [ours.bos_id] * 2:
+                expected = expected[1:]  # never a double BOS
+            assert ours.encode(text, add_special=add_special) == expected, repr(text)
+        assert ours.decode(expected) == oracle.decode(expected, skip_special_tokens=True)
+
+
+def test_vocab_and_merges_files(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(CORPUS[:40], trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet))
+    made.model.save(str(folder))
+    ours = load_tokenizer(open_checkpoint(str(folder)))
+    for text in varied_texts(400):
+        assert ours.encode(text) == made.encode(text).ids
+        assert ours.decode(ours.encode(text)) == text
+
+
+# ---- GGUF with SentencePiece vocabularies ---------------------------------------------------------------
+
+
+def trained(kind: str) -> sentencepiece.SentencePieceProcessor:
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in CORPUS for line in text.splitlines() if line.strip()),
+        model_writer=written,
+        model_type=kind,
+        vocab_size=1200,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+
+
+def sentencepiece_metadata(spm: sentencepiece.SentencePieceProcessor, model: str) -> dict[str, object]:
+    def token_type(number: int) -> int:
+        if spm.is_unknown(number):
+            return 2
+        return 3 if spm.is_control(number) else 6 if spm.is_byte(number) else 1
+
+    count = spm.get_piece_size()
+    return {
+        **METADATA,
+        "tokenizer.ggml.model": model,
+        "tokenizer.ggml.tokens": [spm.id_to_piece(n) for n in range(count)],
+        "tokenizer.ggml.scores": [float(spm.get_score(n)) for n in range(count)],
+        "tokenizer.ggml.token_type": [token_type(n) for n in range(count)],
+        "tokenizer.ggml.bos_token_id": spm.bos_id(),
+        "tokenizer.ggml.eos_token_id": spm.eos_id(),
+        "tokenizer.ggml.unknown_token_id": spm.unk_id(),
+        "tokenizer.ggml.add_bos_token": True,
+    }
+
+
+@pytest.mark.parametrize(("kind", "model"), [("bpe", "llama"), ("unigram", "t5")])
+def test_gguf_sentencepiece_on_varied_strings(kind: str, model: str, tmp_path: Path) -> None:
+    spm = trained(kind)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, sentencepiece_metadata(spm, model), gguf_tensors())
+    ours = load_tokenizer(open_checkpoint(str(path)))
+    assert ours.adds_bos and ours.bos_id == spm.bos_id() and spm.eos_id() in ours.stop_ids
+    checked = 0
+    for text in varied_texts(2400, seed=5):
+        if "\0" in text or "▁" in text or not text or any(special in text for special in SPECIALS):
+            continue  # sentencepiece itself gives up at NUL, and reads "<s>" in a text as text
+        expected = spm.encode(text)
+        assert ours.encode(text) == [spm.bos_id(), *expected], repr(text)
+        assert ours.decode(expected) == spm.decode(expected), repr(text)
+        checked += 1
+    assert checked >= 1500
+
+
+# ---- What is refused ------------------------------------------------------------------------------------
+
+
+def header_with(metadata: dict[str, object]) -> CheckpointHeader:
+    return CheckpointHeader(Path("x.gguf"), "gguf", {}, metadata={**METADATA, **metadata})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "code", "words"),
+    [
+        ({"tokenizer.ggml.tokens": None}, "E0250", "no tokenizer"),
+        ({"tokenizer.ggml.model": "rwkv"}, "E0254", "'rwkv'"),
+        ({"tokenizer.ggml.merges": [], "tokenizer.ggml.pre": "klingon"}, "E0254", "'klingon' is not known"),
+        ({"tokenizer.ggml.merges": None}, "E0254", "merges"),
+        ({"tokenizer.ggml.token_type": [1]}, "E0254", "token_type"),
+        ({"tokenizer.ggml.merges": [], "tokenizer.ggml.bos_token_id": 40}, "E0254", "has 40 tokens"),
+        ({"tokenizer.ggml.model": "llama"}, "E0254", "scores"),
+        ({"tokenizer.ggml.merges": ["t1 nope"]}, "E0254", "no usable tokenizer"),
+        ({"tokenizer.huggingface.json": "{"}, "E0254", "no usable tokenizer"),
+    ],
+    ids=str,
+)
+def test_gguf_tokenizers_that_cannot_be(metadata: dict[str, object], code: str, words: str) -> None:
+    with pytest.raises(LowbitError) as caught:
+        load_tokenizer(header_with(metadata))
+    assert caught.value.code == code and words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": None},
+        {"added_tokens": [{"id": -1, "content": "x"}]},
+        {"added_tokens": [{"id": 1 << 31, "content": "x"}]},
+        {"added_tokens": [{"id": 5, "content": "x"}, {"id": 5, "content": "y"}]},
+        {"model": {"type": "BPE", "vocab": {"a": 1 << 31}, "merges": []}},
+        {"model": {"type": "Magic"}},
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "("},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+    ],
+    ids=str,
+)
+def test_hostile_tokenizer_files(change: dict[str, object], tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    values = json.loads(byte_level_json())
+    (folder / "tokenizer.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(LowbitError) as caught:
+        load_tokenizer(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0254" and "tokenizer.json" in caught.value.message
+
+
+def byte_level_json() -> str:
+    made = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    return made.to_str()
+
+
+def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(LowbitError, match="--tokenizer") as caught:
+        load_tokenizer(open_checkpoint(str(write_folder(tmp_path / "hf"))))
+    assert caught.value.code == "E0250"
+
+
+def test_tokenizer_of_another_model(embedded: FastTokenizer) -> None:
+    check_vocabulary(embedded, 49152)
+    with pytest.raises(LowbitError, match="49152 ids but the embedding has 32000 rows") as caught:
+        check_vocabulary(embedded, 32000)
+    assert caught.value.code == "E0251"
+
+
+@pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
+def test_every_pre_tokenizer_runs(name: str) -> None:
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
+    header = header_with(
+        {
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [1] * len(tokens),
+            "tokenizer.ggml.merges": [],
+            "tokenizer.ggml.pre": name,
+        }
+    )
+    ours = load_tokenizer(header)
+    for text in varied_texts(60):
+        assert ours.decode(ours.encode(text)) == text  # nothing is lost between the pieces
+
+
+def test_generation_config(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [7, 9], "temperature": 0.6, "top_k": 50, "do_sample": True, "top_p": 0.9})
+    )
+    config = load_generation_config(open_checkpoint(str(folder)))
+    assert config.stop_ids == {7, 9}
+    assert (config.temperature, config.top_k, config.top_p, config.min_p) == (0.6, 50, 0.9, None)
