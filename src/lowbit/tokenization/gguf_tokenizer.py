@@ -176,14 +176,11 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, object]:
             if left in ids and right in ids:
                 merges.append((-score, ids[left], ids[right], left, right))
     merges.sort(key=lambda merge: merge[:3])
-    steps: list[dict[str, object]] = []
-    if vocabulary.flag("add_space_prefix") is not False:
-        steps.append({"type": "Prepend", "prepend": "▁"})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
+    steps = _underlines(vocabulary)
     return _document(
         vocabulary,
         normalizer={"type": "Sequence", "normalizers": steps},
-        decoder=_underline_decoder(strips_space=len(steps) == 2),
+        decoder=_underline_decoder(strips_space=_prepends(vocabulary)),
         model={
             "type": "BPE",
             "vocab": ids,
@@ -193,6 +190,18 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, object]:
             "byte_fallback": True,
         },
     )
+
+
+def _prepends(vocabulary: _Vocabulary) -> bool:
+    """Whether a space is put before the text."""
+    return vocabulary.flag("add_space_prefix") is not False
+
+
+def _underlines(vocabulary: _Vocabulary) -> list[dict[str, object]]:
+    """Spaces to underlines, one more in front. Not the library's Metaspace, which leaves out the one in front
+    of a text that begins with a space."""
+    steps: list[dict[str, object]] = [{"type": "Prepend", "prepend": "▁"}] if _prepends(vocabulary) else []
+    return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
 
 
 def _underline_decoder(strips_space: bool) -> dict[str, object]:
@@ -216,13 +225,11 @@ def _unigram(vocabulary: _Vocabulary) -> dict[str, object]:
         steps.append({"type": "Precompiled", "precompiled_charsmap": packed})
     if vocabulary.flag("remove_extra_whitespaces"):
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-    scheme = "never" if vocabulary.flag("add_space_prefix") is False else "always"
-    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+    steps += _underlines(vocabulary)
     return _document(
         vocabulary,
-        normalizer={"type": "Sequence", "normalizers": steps} if steps else None,
-        pre_tokenizer=space,
-        decoder=_underline_decoder(strips_space=scheme == "always"),
+        normalizer={"type": "Sequence", "normalizers": steps},
+        decoder=_underline_decoder(strips_space=_prepends(vocabulary)),
         model={
             "type": "Unigram",
             "unk_id": None if unknown is None else vocabulary.ids[unknown],
