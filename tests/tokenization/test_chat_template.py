@@ -132,7 +132,7 @@ HOSTILE = {
     "repetition": "{{ 'a' * 1000000000 }}",
     "list repetition": "{{ [0] * 1000000000 }}",
     "growing": "{% set n = namespace(x='ab') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "growing sum": "{% set n = namespace(x='a') %}{% for i in range(64) %}{% set n.x = n.x+n.x %}{% endfor %}",
+    "growing sum": "{% set n = namespace(x='a') %}{% for i in range(64) %}{% set n.x=n.x+n.x %}{% endfor %}",
     "replace": "{% set x = 'a' * 60000 %}{{ x | replace('a', x) }}",
     "replace method": "{% set x = 'a' * 60000 %}{{ x.replace('a', x) }}",
     "width": "{{ 'a' | center(1000000000) }}",
