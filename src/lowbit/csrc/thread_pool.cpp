@@ -57,7 +57,8 @@ class ThreadPool {
         tasks_.store(static_cast<std::uint32_t>(tasks), std::memory_order_relaxed);
         done_.store(0, std::memory_order_relaxed);
         const std::uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-        ticket_.store(static_cast<std::uint64_t>(epoch) << 32, std::memory_order_release);
+        ticket_.store(static_cast<std::uint64_t>(epoch) << 32 | static_cast<std::uint64_t>(tasks),
+                      std::memory_order_release);
         epoch_.store(epoch, std::memory_order_seq_cst);
         if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(epoch_);
         claim(epoch);
@@ -77,17 +78,17 @@ class ThreadPool {
     }
 
   private:
-    // Takes tasks of job ``epoch`` until none are left. The job's fields may be read before a ticket is won:
-    // they only change once all tasks are done, and then no ticket of that epoch can be won any more.
+    // Takes tasks of job ``epoch`` until none are left. A ticket counts the tasks nobody has taken yet, so that
+    // one of a finished job can never be won, whatever the fields of the next job already say; the fields are
+    // read after a ticket is won, when they cannot change before its task is done.
     void claim(std::uint32_t epoch) {
         std::uint64_t ticket = ticket_.load(std::memory_order_acquire);
         while (static_cast<std::uint32_t>(ticket >> 32) == epoch) {
-            const TaskFunction function = function_.load(std::memory_order_relaxed);
-            void* const context = context_.load(std::memory_order_relaxed);
-            const auto next = static_cast<std::uint32_t>(ticket);
-            if (next >= tasks_.load(std::memory_order_relaxed)) return;
-            if (ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) {
-                function(context, next);
+            const auto left = static_cast<std::uint32_t>(ticket);
+            if (left == 0) return;
+            if (ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) {
+                const std::uint32_t task = tasks_.load(std::memory_order_relaxed) - left;
+                function_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), task);
                 done_.fetch_add(1, std::memory_order_release);
                 ticket = ticket_.load(std::memory_order_acquire);
             }
@@ -128,7 +129,7 @@ class ThreadPool {
     std::atomic<bool> stopping_{false};
     std::atomic<std::uint32_t> epoch_{0};
     std::atomic<int> sleepers_{0};
-    alignas(64) std::atomic<std::uint64_t> ticket_{0};  // epoch << 32 | next task
+    alignas(64) std::atomic<std::uint64_t> ticket_{0};  // epoch << 32 | tasks nobody has taken
     alignas(64) std::atomic<std::uint32_t> done_{0};
     std::atomic<std::uint32_t> tasks_{0};
     std::atomic<TaskFunction> function_{nullptr};
