@@ -1,0 +1,398 @@
+"""The engine on a stand-in model: scheduling, sharing, stopping, log-probabilities, failures, accounting."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from engine.stand_in import EOS, VOCABULARY, ByteTokenizer, StandIn, continuation, next_token
+from lowbit.engine.engine import Engine, ForcedModes
+from lowbit.engine.messages import Request, SamplingParams, TokenEvent
+from lowbit.errors import LowbitError
+from lowbit.kernels import attention
+from lowbit.settings import Settings
+
+NUMBERS = itertools.count()
+
+
+def make_engine(forced: ForcedModes | None = None, model: StandIn | None = None, **options: object) -> Engine:
+    values = {"device": "cpu", "max_total_tokens": 640, "max_running_requests": 8, **options}
+    return Engine(model or StandIn(), ByteTokenizer(), Settings(**values), forced=forced or ForcedModes())
+
+
+@pytest.fixture(autouse=True)
+def plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in reads the reference kernel's plain pages."""
+    use_reference(monkeypatch)
+
+
+def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowbit.kernels.attention_reference import ReferenceAttention
+
+    monkeypatch.setattr(attention, "attention_kernels", lambda: [ReferenceAttention()])
+
+
+def make_request(prompt: list[int], count: int | None = 8, **options: object) -> Request:
+    more = {name: options.pop(name) for name in ("cache_salt", "echo_only", "id") if name in options}
+    values = {"temperature": 0.0, "max_tokens": count, **options}
+    name = f"r{next(NUMBERS)}"
+    return Request(**{"id": name, "prompt": tuple(prompt), "sampling": SamplingParams(**values), **more})
+
+
+def run(engine: Engine, *requests: Request) -> list[list[TokenEvent]]:
+    """Each request's events, all submitted at once."""
+    events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
+    for request in requests:
+        engine.submit(request)
+    for _ in range(10_000):
+        if not engine.has_work():
+            break
+        for event in engine.step():
+            events[event.id].append(event)
+        assert engine.check() == []
+    assert not engine.has_work(), "no end in sight"
+    for listed in events.values():
+        assert sum(event.finish_reason is not None for event in listed) == 1
+        assert listed[-1].finish_reason is not None
+    return list(events.values())
+
+
+def tokens_of(events: list[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.tokens]
+
+
+def prompts(count: int, seed: int = 0, longest: int = 90) -> list[list[int]]:
+    draw = random.Random(seed)
+    made: list[list[int]] = []
+    for index in range(count):
+        fresh = [draw.randrange(4, VOCABULARY) for _ in range(draw.randint(1, longest))]
+        made.append((draw.choice(made) + fresh)[:longest] if index % 3 == 2 else fresh)
+    return made
+
+
+@pytest.mark.parametrize(
+    "forced",
+    [
+        ForcedModes(),
+        ForcedModes(chunk=1),
+        ForcedModes(chunk=7, retract_every=3),
+        ForcedModes(retract_every=2, evict_always=True),
+    ],
+    ids=str,
+)
+def test_output_is_what_each_gives_alone(forced: ForcedModes) -> None:
+    engine = make_engine(forced)
+    listed = prompts(20)
+    for prompt, events in zip(listed, run(engine, *(make_request(p, 20) for p in listed)), strict=True):
+        expected = continuation(prompt, 20)
+        assert tokens_of(events) == expected
+        last = events[-1]
+        assert last.prompt_tokens == len(prompt) and last.completion_tokens == len(expected)
+        assert last.finish_reason == ("stop" if expected[-1] == EOS else "length")
+        shown = "".join(event.text for event in events)
+        assert shown == ByteTokenizer().decode(expected)
+    assert not forced.retract_every or engine.status().preemptions > 0
+
+
+def test_tiny_pools_retract_and_still_finish() -> None:
+    engine = make_engine(max_total_tokens=96)
+    listed = prompts(12, seed=3, longest=20)
+    requests = [make_request(p, 60, ignore_eos=True) for p in listed]
+    for prompt, events in zip(listed, run(engine, *requests), strict=True):
+        assert tokens_of(events) == continuation(prompt, 60, stops=False)
+    assert engine.status().preemptions > 0
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    engine = make_engine()
+    prefix = list(range(4, 52))  # three whole pages
+    (first,) = run(engine, make_request([*prefix, 9, 9]))
+    assert first[0].cached_tokens == 0
+    (second,) = run(engine, make_request([*prefix, 8, 8, 8]))
+    assert second[0].cached_tokens == 48
+    assert tokens_of(second) == continuation([*prefix, 8, 8, 8], 8)
+    (whole,) = run(engine, make_request(prefix))
+    assert whole[0].cached_tokens == 32, "the last token is always computed: its logits are needed"
+    (other,) = run(engine, make_request(prefix, cache_salt="another key"))
+    assert other[0].cached_tokens == 0
+    assert engine.flush_cache() > 0
+    (after,) = run(engine, make_request(prefix))
+    assert after[0].cached_tokens == 0
+    off = make_engine(disable_radix_cache=True)
+    run(off, make_request(prefix))
+    (again,) = run(off, make_request(prefix))
+    assert again[0].cached_tokens == 0
+
+
+def test_answers_become_prefixes() -> None:
+    engine = make_engine()
+    prompt = list(range(4, 24))
+    (events,) = run(engine, make_request(prompt, 30, ignore_eos=True))
+    whole = prompt + tokens_of(events)
+    (follow,) = run(engine, make_request([*whole, 5, 6]))
+    assert follow[0].cached_tokens == (len(whole) - 1) // 16 * 16
+
+
+def test_stop_rules() -> None:
+    prompt = [20, 21, 22]
+    free = continuation(prompt, 40, stops=False)
+    engine = make_engine()
+    (events,) = run(engine, make_request(prompt, 40, ignore_eos=True, stop_token_ids=(free[5],)))
+    first = free.index(free[5])
+    assert tokens_of(events) == free[: first + 1] and events[-1].matched_stop == free[5]
+    letters = ByteTokenizer().decode(free, skip_special=False)
+    stop = letters[6:9]
+    (events,) = run(
+        engine, make_request(prompt, 40, ignore_eos=True, stop=(stop,), skip_special_tokens=False)
+    )
+    assert events[-1].matched_stop == stop and events[-1].finish_reason == "stop"
+    assert "".join(event.text for event in events) == letters[: letters.index(stop)]
+    (events,) = run(engine, make_request(prompt, 5, ignore_eos=True))
+    assert events[-1].finish_reason == "length" and len(tokens_of(events)) == 5
+
+
+def test_min_tokens_holds_the_end_back() -> None:
+    start = next(s for s in range(4, VOCABULARY) if EOS in continuation([s], 30)[:20])
+    natural = continuation([start], 60)
+    engine = make_engine()
+    (events,) = run(engine, make_request([start], 60, min_tokens=len(natural) + 3))
+    assert len(tokens_of(events)) >= len(natural) + 3
+    assert tokens_of(events)[: len(natural) - 1] == natural[:-1]
+
+
+def test_max_tokens_none_runs_to_the_context() -> None:
+    engine = make_engine()
+    assert engine.context_length == 400
+    (events,) = run(engine, make_request([7] * 390, None, ignore_eos=True))
+    assert len(tokens_of(events)) == 10 and events[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "code"),
+    [
+        ([], {}, "empty_prompt"),
+        ([1] * 395, {"count": 8}, "prompt_too_long"),
+        ([1] * 400, {"count": None}, "prompt_too_long"),
+        ([VOCABULARY], {}, "invalid_token"),
+        ([-1], {}, "invalid_token"),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt: list[int], options: dict[str, int], code: str) -> None:
+    engine = make_engine()
+    with pytest.raises(LowbitError) as caught:
+        engine.submit(make_request(prompt, **options))
+    assert caught.value.code == code
+    assert not engine.has_work()
+
+
+def test_a_pool_smaller_than_the_context_is_the_limit() -> None:
+    engine = make_engine(max_total_tokens=64)
+    with pytest.raises(LowbitError, match="> context 64"):
+        engine.submit(make_request([5] * 50, 20))
+    (events,) = run(engine, make_request([5] * 50, None, ignore_eos=True))
+    assert len(tokens_of(events)) == 14
+
+
+def test_two_requests_of_one_name() -> None:
+    engine = make_engine()
+    engine.submit(make_request([5], id="same"))
+    with pytest.raises(LowbitError, match="already running"):
+        engine.submit(make_request([5], id="same"))
+
+
+def test_cancel_at_any_time() -> None:
+    engine = make_engine(max_running_requests=2)
+    requests = [make_request(p, 30) for p in prompts(5, seed=8)]
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    engine.cancel(requests[0].id)  # runs
+    engine.cancel(requests[4].id)  # waits
+    engine.cancel("unknown")
+    ended: dict[str, str] = {}
+    while engine.has_work():
+        for event in engine.step():
+            if event.finish_reason:
+                assert event.id not in ended
+                ended[event.id] = event.finish_reason
+        assert engine.check() == []
+    assert ended[requests[0].id] == ended[requests[4].id] == "abort"
+    assert len(ended) == 5
+
+
+def test_nan_ends_its_own_request_only() -> None:
+    model = StandIn()
+    engine = make_engine(model=model)
+    model.poisoned = {50}
+    good, bad = [10, 11, 12], [10, 11, 50]
+    one, two = run(engine, make_request(good, 6), make_request(bad, 6))
+    assert tokens_of(one)[:1] == [next_token(good)]
+    assert two[-1].finish_reason == "error" and two[-1].error_code == "model_numerical_error"
+    assert "1 of 64 logits" in two[-1].error
+    assert engine.check() == []
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    engine = make_engine()
+    prompt = [9, 8, 7]
+    (events,) = run(engine, make_request(prompt, 4, logprobs=3, ignore_eos=True, temperature=0.0))
+    model = StandIn()
+    for index, event in enumerate(events):
+        (entry,) = event.logprobs
+        context = prompt + tokens_of(events)[:index]
+        generator = torch.Generator().manual_seed(sum(context) * 7 + len(context))
+        row = torch.rand(model.vocab_size, generator=generator)
+        row[next_token(context)] = 5.0
+        expected = torch.log_softmax(row.double(), 0)
+        assert entry.token == event.tokens[0]
+        assert entry.logprob == pytest.approx(float(expected[entry.token]))
+        assert [token for token, _ in entry.top] == expected.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    "forced", [ForcedModes(), ForcedModes(chunk=5), ForcedModes(retract_every=2)], ids=str
+)
+def test_prompt_logprobs_over_a_prefix_hit(forced: ForcedModes) -> None:
+    prompt = prompts(1, seed=5, longest=300)[0] + [9] * 200
+    alone = make_engine()
+    (expected,) = run(alone, make_request(prompt, 3, prompt_logprobs=2))
+    engine = make_engine(forced)
+    run(engine, make_request(prompt, 3))  # fills the cache
+    found, _ = run(engine, make_request(prompt, 3, prompt_logprobs=2), make_request([5, 6], 9))
+    assert found[0].prompt_logprobs == expected[0].prompt_logprobs
+    listed = found[0].prompt_logprobs
+    assert listed is not None and len(listed) == len(prompt) and listed[0] is None
+    assert all(
+        entry is not None and entry.token == token
+        for entry, token in zip(listed[1:], prompt[1:], strict=True)
+    )
+
+
+def test_echo_without_tokens() -> None:
+    engine = make_engine()
+    (events,) = run(engine, make_request([4, 5, 6], None, prompt_logprobs=0, echo_only=True))
+    assert tokens_of(events) == [] and events[-1].finish_reason == "length"
+    assert events[0].prompt_logprobs is not None and len(events[0].prompt_logprobs) == 3
+
+
+def test_status_counts() -> None:
+    engine = make_engine()
+    run(engine, *(make_request(p, 5, ignore_eos=True) for p in prompts(6, longest=30)))
+    status = engine.status()
+    assert (status.running, status.waiting) == (0, 0)
+    assert status.generated_tokens == 30
+    assert status.pages_free + status.pages_cached == status.pages_total == 40
+    assert status.steps > 0 and status.invariant_violations == 0
+
+
+class Accounting(RuleBasedStateMachine):
+    """Everything that can happen, in any order, on a pool of a few pages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        use_reference(self.patch)
+        self.engine: Engine | None = None
+        self.open: dict[str, tuple[list[int], int]] = {}
+        self.output: dict[str, list[int]] = {}
+        self.quiet = 0
+
+    def teardown(self) -> None:
+        if self.engine is not None:
+            for _ in range(3000):
+                if not self.engine.has_work():
+                    break
+                self.advance()
+            assert not self.open, "a request never ended"
+            assert self.engine.check() == []
+            status = self.engine.status()
+            assert status.pages_free + status.pages_cached == status.pages_total
+        self.patch.undo()
+
+    @rule(pages=st.integers(1, 8), running=st.integers(1, 4), chunk=st.sampled_from((1, 5, 16, 100)))
+    def start(self, pages: int, running: int, chunk: int) -> None:
+        if self.engine is None:
+            self.engine = make_engine(
+                ForcedModes(chunk=chunk), max_total_tokens=16 * pages, max_running_requests=running
+            )
+
+    @rule(
+        base=st.integers(0, 3),
+        length=st.integers(1, 60),
+        count=st.integers(1, 40),
+        salt=st.sampled_from(("", "a")),
+    )
+    def submit(self, base: int, length: int, count: int, salt: str) -> None:
+        assume(self.engine is not None)
+        assert self.engine is not None
+        prompt = [(base * 13 + i * i) % 60 + 4 for i in range(length)]
+        request = make_request(prompt, count, cache_salt=salt, ignore_eos=True)
+        try:
+            self.engine.submit(request)
+        except LowbitError as error:
+            assert error.code == "prompt_too_long" and length + count > self.engine.context_length
+            return
+        assert length + count <= self.engine.context_length
+        self.open[request.id] = (prompt, count)
+        self.output[request.id] = []
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        assume(self.engine is not None)
+        for _ in range(count):
+            self.advance()
+
+    def advance(self) -> None:
+        assert self.engine is not None
+        events = self.engine.step()
+        waits = self.engine.status().waiting and not self.engine.status().running
+        self.quiet = self.quiet + 1 if waits else 0
+        assert self.quiet < 3, "something waits and nothing runs"
+        for event in events:
+            prompt, count = self.open[event.id]
+            self.output[event.id] += event.tokens
+            if event.finish_reason == "length":
+                assert self.output[event.id] == continuation(prompt, count, stops=False)
+            if event.finish_reason is not None:
+                assert event.finish_reason in ("length", "abort")
+                del self.open[event.id]
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        assume(self.engine is not None and self.open)
+        assert self.engine is not None
+        self.engine.cancel(data.draw(st.sampled_from(sorted(self.open))))
+
+    @rule()
+    def flush(self) -> None:
+        assume(self.engine is not None)
+        assert self.engine is not None
+        self.engine.flush_cache()
+
+    @rule()
+    def retract(self) -> None:
+        assume(self.engine is not None)
+        assert self.engine is not None
+        if self.engine._scheduler.running:
+            self.engine._scheduler.retract(self.engine._scheduler.running[-1])
+
+    @invariant()
+    def books_are_right(self) -> None:
+        if self.engine is not None:
+            assert self.engine.check() == []
+
+
+TestAccounting = Accounting.TestCase
+TestAccounting.settings = hypothesis_settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
