@@ -95,6 +95,7 @@ def load_model(
         loader.on_progress = on_progress
         model = family.build(config, loader)
         loader.names.refuse_leftovers()
+    model.kernels = frozenset(loader.kernels)
     return model
 
 
@@ -265,6 +266,7 @@ class _Loader(_Asker):
         self.data = data
         self.on_progress: Progress | None = None
         self.done = 0
+        self.kernels: set[str] = set()
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """Read the parts, fuse them where they allow it, pack."""
@@ -301,7 +303,9 @@ class _Loader(_Asker):
         return replace(weight, scheme=scheme, codes=weight.codes.to(scheme.weight.dtype))
 
     def _pack(self, weight: QuantizedTensor) -> PackedWeight:
-        return choose(weight.scheme, weight.shape, self.device).kernel.pack(weight, self.device)
+        kernel = choose(weight.scheme, weight.shape, self.device).kernel
+        self.kernels.add(kernel.name)
+        return kernel.pack(weight, self.device)
 
     def _bias(self, read: list[StoredLinear]) -> Tensor | None:
         """The parts' biases below each other, zeros where a part has none."""

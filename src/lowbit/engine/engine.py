@@ -397,7 +397,12 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
         kv_cache_dtype=settings.kv_cache_dtype,
         on_progress=on_progress,
     )
+    if native.library() is not None and "reference" not in model.kernels:
+        # What is left for torch is small, and its own threads, which spin after every operation, would take
+        # the cores from the native ones.
+        torch.set_num_threads(1)
     check_vocabulary(tokenizer, model.vocab_size)
     stop_ids = load_generation_config(header).stop_ids
-    details = {"device": str(model.device), "kernels": native.describe(), "weights": header.container}
+    linear = ", ".join(sorted(model.kernels))
+    details = {"device": str(model.device), "kernels": native.describe(), "linear layers": linear}
     return Engine(model, tokenizer, settings, stop_ids=stop_ids, details=details)

@@ -63,6 +63,7 @@ class Decoder:
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
         self.device = loader.device
+        self.kernels: frozenset[str] = frozenset()
         self.embedding = embedding
         self.blocks = blocks
         self.final_norm = final_norm

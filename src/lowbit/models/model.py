@@ -17,6 +17,7 @@ class Model(Protocol):
     vocab_size: int  # rows of the logits
     context_length: int  # the longest sequence it was made for, in tokens
     device: torch.device
+    kernels: frozenset[str]  # names of the linear kernels its weights were packed for; set by load_model
 
     def cache_specs(self) -> list[CacheSpec]:
         """One spec for each attention layer, in order."""
