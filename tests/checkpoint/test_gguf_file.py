@@ -150,7 +150,7 @@ def test_a_tensor_in_two_parts(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "E0204", "git lfs pull"),
         (b"<!DOCTYPE html><html>Access restricted", "E0205", "HTML"),
         (b"PK\3\4" + bytes(100), "E0205", "archive"),
-        (b"GGML" + bytes(100), "E0220", "no GGUF"),
+        (b"GGML" + bytes(100), "E0220", "not a GGUF file"),
         (b"GGUF" + struct.pack(">I", 3) + bytes(100), "E0222", "big-endian"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1, 1 << 63) + bytes(100), "E0221", "9 223 372 036 854 775 808"),
         (b"GGUF" + struct.pack("<IQQ", 9, 0, 0) + bytes(100), "E0222", "newer"),

@@ -443,3 +443,75 @@ def test_m10_bools_are_bools(gguf: Path) -> None:
     data[data.index(key) + len(key) + 4] = 7
     gguf.write_bytes(data)
     must_refuse(gguf)
+
+
+# ---- M07: shapes ----------------------------------------------------------------------------------------
+
+SHAPES = {
+    "transposed": lambda shape: shape[::-1],
+    "one row more": lambda shape: [shape[0] + 1, *shape[1:]],
+    "one row less": lambda shape: [shape[0] - 1, *shape[1:]],
+    "one column more": lambda shape: [*shape[:-1], shape[-1] + 1],
+    "empty": lambda shape: [0, *shape[1:]],
+    "extra dimension": lambda shape: [1, *shape],
+    "flat": lambda shape: [shape[0] * shape[1]],
+    "overflow": lambda shape: [1 << 40, 1 << 40],
+    "nine dimensions": lambda shape: [1] * 7 + list(shape),
+    "halved and doubled": lambda shape: [shape[0] // 2, shape[1] * 2],
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("name", ["mlp.up_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("fits", [True, False], ids=["bytes fit", "bytes as they were"])
+def test_m07_safetensors_shapes(folder: Path, name: str, kind: str, fits: bool) -> None:
+    """Also with as many bytes as the new shape needs: then only the config can tell."""
+    file = folder / "model.safetensors"
+    header, payload = split_safetensors(file.read_bytes())
+    entry = header[f"model.layers.0.{name}.weight"]
+    entry["shape"] = SHAPES[kind](list(entry["shape"]))
+    needed = 4
+    for size in entry["shape"]:
+        needed *= size
+    begin, end = entry["data_offsets"]
+    if fits and needed != end - begin and needed < 1 << 20:
+        moved = needed - (end - begin)
+        payload = payload[:begin] + bytes(needed) + payload[end:]
+        for other in header.values():
+            if "data_offsets" in other and other["data_offsets"][0] >= end:
+                other["data_offsets"] = [at + moved for at in other["data_offsets"]]
+        entry["data_offsets"] = [begin, begin + needed]
+    file.write_bytes(join_safetensors(header, payload))
+    must_refuse(folder)
+
+
+@pytest.mark.parametrize("sizes", [(96, 64), (64, 97), (64, 95), (32, 192), (1 << 62, 4), (64, 0), (128, 96)])
+def test_m07_gguf_shapes(gguf: Path, sizes: tuple[int, int]) -> None:
+    data = bytearray(gguf.read_bytes())
+    name = b"blk.0.ffn_up.weight"
+    struct.pack_into("<QQ", data, data.index(name) + len(name) + 4, *sizes)
+    gguf.write_bytes(data)
+    must_refuse(gguf)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("hidden_size", n) for n in (32, 63, 65, 128)),
+        *(("intermediate_size", n) for n in (95, 97, 64)),
+        *(("vocab_size", n) for n in (39, 41, 64)),
+        *(("num_attention_heads", n) for n in (1, 4, 3)),
+        ("num_key_value_heads", 1),
+        ("head_dim", 16),
+        ("num_hidden_layers", 2),
+    ],
+)
+def test_m07_config_disagrees(folder: Path, key: str, value: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config[key] = value
+    if key == "num_attention_heads":
+        config["num_key_value_heads"] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    if key == "num_attention_heads" and value in (1, 4):
+        return  # 1 x 64 and 4 x 16 give matrices of the same shape: only the numbers' meaning differs
+    must_refuse(folder)

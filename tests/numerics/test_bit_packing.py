@@ -23,9 +23,9 @@ def stream_words(codes: list[int], bits: int, padded: bool) -> list[int]:
 
 
 def all_codes(bits: int) -> torch.Tensor:
-    """Every code in every position of 96 (three words of any width), and some more."""
+    """Every code in every position of 96 (three words of any width), and random neighbours."""
     generator = torch.Generator().manual_seed(bits)
-    rows = [torch.arange(96).add(start) % (1 << bits) for start in range(min(1 << bits, 32))]
+    rows = [torch.arange(96).add(start) % (1 << bits) for start in range(1 << bits)]
     rows += [torch.randint(0, 1 << bits, (96,), generator=generator) for _ in range(16)]
     return torch.stack(rows).to(torch.uint8)
 
@@ -63,3 +63,31 @@ def test_order_and_direction(dim: int) -> None:
     expected = sum(first[holds[k]] << 4 * k for k in range(8))
     assert int(words.movedim(dim, -1)[0, 0]) & 0xFFFFFFFF == expected
     assert torch.equal(unpack_words(words, 4, codes.shape[dim], dim=dim, order=AWQ_ORDER), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dim", [0, 1, 2, -2])
+def test_words_along_any_axis_of_experts(bits: int, padded: bool, dim: int) -> None:
+    codes = torch.randint(0, 1 << bits, (35, 37, 33), generator=torch.Generator().manual_seed(bits))
+    codes = codes.to(torch.uint8)
+    words = pack_words(codes, bits, dim=dim, padded=padded)
+    count = codes.shape[dim]
+    assert words.dtype == torch.int32
+    line = codes.movedim(dim, -1)[3, 4].tolist()
+    packed = words.movedim(dim, -1)[3, 4].numpy().view(np.uint32).tolist()
+    assert packed[: len(stream_words(line, bits, padded))] == stream_words(line, bits, padded)
+    assert torch.equal(unpack_words(words, bits, count, dim=dim, padded=padded), codes)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 15, 17])
+def test_a_last_word_that_is_not_full(count: int) -> None:
+    """With an order too: the fields of missing codes are zero, wherever they lie."""
+    codes = torch.randint(1, 16, (3, count), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    words = pack_words(codes, 4, order=AWQ_ORDER)
+    assert words.shape == (3, -(-count // 8))
+    fields = [[int(w) >> 4 * k & 15 for k in range(8)] for w in words[:, -1].numpy().view(np.uint32)]
+    used = (count - 1) % 8 + 1
+    for row, line in zip(fields, codes[:, -used:].tolist(), strict=True):
+        assert [row[AWQ_ORDER[i]] for i in range(8)] == line + [0] * (8 - used)
+    assert torch.equal(unpack_words(words, 4, count, order=AWQ_ORDER), codes)

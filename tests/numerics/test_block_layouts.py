@@ -1,4 +1,7 @@
-"""GGUF blocks against the gguf package's own dequantizers: bit-equal."""
+"""GGUF blocks against the gguf package's own dequantizers: bit-equal.
+
+The package has none for Q1_0: there the oracle is a loop written from the layout.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ import torch
 from gguf.quants import dequantize
 
 from lowbit.checkpoint.gguf_types import GGUF_TYPES_BY_NAME
-from lowbit.numerics.block_layouts import block_formats
+from lowbit.numerics.block_layouts import _grid, block_formats
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 # Where a block's f16 fields lie; IQ1_M spreads its d over the top nibbles of its last 8 bytes.
 F16_FIELDS = {
-    **dict.fromkeys(("q4_0", "q5_0", "q8_0", "iq4_nl", "iq4_xs"), (0,)),
+    **dict.fromkeys(("q1_0", "q4_0", "q5_0", "q8_0", "iq4_nl", "iq4_xs"), (0,)),
     **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
     **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq1_s"), (0,)),
     "q2_k": (80, 82),
@@ -49,6 +52,23 @@ def random_blocks(name: str, rows: int = 48, blocks: int = 3) -> np.ndarray:
     return raw.reshape(rows, -1)
 
 
+def dequantized(name: str, raw: np.ndarray) -> np.ndarray:
+    """float32 (rows, columns) by the gguf package."""
+    if name == "q1_0":
+        return np.stack([q1_0_row(row) for row in raw])
+    with np.errstate(all="ignore"):
+        return dequantize(raw, gguf.GGMLQuantizationType[name.upper()])
+
+
+def q1_0_row(row: np.ndarray) -> np.ndarray:
+    """Blocks of f16 d and 128 bits, lowest first: d where set, -d where not."""
+    values = []
+    for block in row.reshape(-1, 18):
+        d = np.float32(block[:2].view(np.float16)[0])
+        values += [d if block[2 + i // 8] >> i % 8 & 1 else -d for i in range(128)]
+    return np.array(values, np.float32)
+
+
 def tensor_of(name: str, raw: np.ndarray) -> QuantizedTensor:
     fmt = number_format(f"gguf_{name}")
     assert fmt.block is not None
@@ -59,12 +79,57 @@ def tensor_of(name: str, raw: np.ndarray) -> QuantizedTensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_dequantize_is_bit_equal_to_gguf(name: str) -> None:
     raw = random_blocks(name)
-    with np.errstate(all="ignore"):
-        expected = dequantize(raw, gguf.GGMLQuantizationType[name.upper()])
+    expected = dequantized(name, raw)
     found = tensor_of(name, raw).dequantize().numpy()
     assert np.array_equal(found, expected, equal_nan=True)
     finite = expected[np.isfinite(expected)]
     assert len(np.unique(finite)) > 50, "the blocks are too tame to tell anything"
+
+
+def test_every_scale_byte_of_mxfp4_and_nvfp4() -> None:
+    """All but 255: NaN in OCP's rule, never written. Exponents 0 and 1 are float32 subnormals."""
+    codes = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (255, 1))  # all 16 in both nibbles
+    scales = np.arange(255, dtype=np.uint8)
+    mxfp4 = np.concatenate([scales[:, None], codes], 1)
+    assert np.array_equal(tensor_of("mxfp4", mxfp4).dequantize().numpy(), dequantized("mxfp4", mxfp4))
+    assert np.count_nonzero(dequantized("mxfp4", mxfp4[:1])) == 28, "subnormals must not be flushed"
+    nvfp4 = np.concatenate([np.stack([np.roll(scales, n) for n in range(4)], 1), codes, codes], 1)
+    assert np.array_equal(tensor_of("nvfp4", nvfp4).dequantize().numpy(), dequantized("nvfp4", nvfp4))
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "q6_k", "iq3_s"])
+def test_extreme_f16_scales(name: str) -> None:
+    """The largest and smallest scales, of either sign, and both zeros."""
+    extremes = np.array([65504, -65504, 6e-8, -6e-8, 6.1e-5, 0.0, -0.0, 1.0], np.float16)
+    raw = random_blocks(name, rows=8, blocks=1)
+    at = F16_FIELDS[name][0]
+    raw[:, at : at + 2] = extremes.view(np.uint8).reshape(8, 2)
+    assert np.array_equal(tensor_of(name, raw).dequantize().numpy(), dequantized(name, raw))
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S"])
+def test_every_vector_of_the_grids(name: str) -> None:
+    kind = getattr(gguf.quants, name)
+    kind.init_grid()
+    assert np.array_equal(_grid(name, torch.device("cpu")).numpy(), kind.grid.reshape(kind.grid.shape[-2:]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_leading_shape_any_address_any_device(name: str) -> None:
+    raw = random_blocks(name, rows=6)
+    layout = number_format(f"gguf_{name}").block
+    assert layout is not None
+    blocks = torch.from_numpy(raw).unflatten(-1, (-1, layout.bytes))  # (6, 3, bytes)
+    expected = layout.decode(blocks)
+    assert expected.shape == (6, 3, layout.weights) and expected.dtype == torch.float32
+    stacked = layout.decode(blocks.unflatten(0, (2, 3)))
+    assert torch.equal(stacked.flatten(0, 1).nan_to_num(), expected.nan_to_num())
+    shifted = torch.zeros(1 + layout.bytes, dtype=torch.uint8)  # one block at an odd address
+    shifted[1:] = blocks[1, 1]
+    alone = layout.decode(shifted[1:].view(1, 1, layout.bytes))
+    assert torch.equal(alone[0, 0].nan_to_num(), expected[1, 1].nan_to_num())
+    # On the meta device an operand left behind on the CPU is an error.
+    assert layout.decode(blocks.to("meta")).shape == expected.shape
 
 
 @pytest.mark.parametrize("name", NAMES)

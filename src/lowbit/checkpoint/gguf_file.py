@@ -3,11 +3,13 @@
     "GGUF" version u32 | tensor count u64 | metadata count u64 | metadata … | tensor infos … | pad | data
 
 Everything little-endian. Every length is checked against the bytes that are left before anything is
-allocated, and every tensor against the real file size, before one payload byte is touched. No torch.
+allocated, every tensor against the real file size before one payload byte is touched, and what the header
+becomes in memory stays below twice the file and 64 MiB. No torch.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from lowbit.checkpoint.file_checks import check_regular_file, refuse_impostors, truncated
-from lowbit.checkpoint.gguf_types import GGUF_TYPES, GGUF_TYPES_BY_NAME, REFUSED_TYPES, GgufType
+from lowbit.checkpoint.gguf_types import GGUF_TYPES, GGUF_TYPES_BY_NAME, GgufType, refusal
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.errors import LowbitError, printable, thousands
 
@@ -27,14 +29,23 @@ MAX_ARRAY = 64 << 20
 MAX_DIMS = 4
 MAX_NAME = 64
 MAX_KEY = 1 << 16
+MAX_METADATA = 1 << 16
 MAX_TENSORS = 200_000
 MAX_ARRAY_DEPTH = 4
+MAX_PARTS = 10_000
 MIN_METADATA_BYTES = 8 + 4 + 1  # an empty key, a type, the smallest value
 MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension
 
+# What Python objects take: beside the characters of ASCII strings, which the file's own size bounds.
+FREE_MEMORY = 64 << 20
+STRING_OBJECT = 64  # header and list slot
+NUMBER_OBJECT = 32
+LIST_SLOT = 8
+TENSOR_OBJECTS = 448
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_SPLIT_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
 
 class _Reader:
@@ -45,6 +56,7 @@ class _Reader:
         self.data = data
         self.size = size
         self.at = 0
+        self.memory = FREE_MEMORY + size
 
     def fail(self, code: str, what: str) -> LowbitError:
         return LowbitError(code, f"{self.path.name}: {what}")
@@ -56,6 +68,16 @@ class _Reader:
             raise truncated(self.path, self.size, start + count)
         self.at = start + count
         return start
+
+    def charge(self, nbytes: int) -> None:
+        """Account for memory before it is taken."""
+        self.memory -= nbytes
+        if self.memory < 0:
+            raise self.fail(
+                "E0221",
+                f"its header would take more than {thousands(FREE_MEMORY + 2 * self.size)} bytes of memory; "
+                "the file is damaged or hostile",
+            )
 
     def number(self, letter: str) -> int:
         (value,) = struct.unpack_from(f"<{letter}", self.data, self.need(struct.calcsize(f"<{letter}")))
@@ -78,14 +100,26 @@ class _Reader:
     def text(self, what: str, limit: int) -> str:
         length = self.number("Q")
         if length > limit:
-            raise self.fail(
-                "E0221", f"{what} of {thousands(length)} bytes, limit {thousands(limit)}; the file is damaged"
-            )
+            raise self.too_long(what, length, limit)
         start = self.need(length)
+        raw = self.data[start : start + length]
+        if not raw.isascii():
+            self.charge(3 * length)  # up to four bytes a character
         try:
-            return self.data[start : start + length].decode()
+            return raw.decode()
         except UnicodeDecodeError:
-            raise self.fail("E0221", f"{what} at byte {start} is no UTF-8; the file is damaged") from None
+            raise self.fail("E0221", f"{what} at byte {start} is not UTF-8; the file is damaged") from None
+
+    def too_long(self, what: str, length: int, limit: int) -> LowbitError:
+        told = f"{what} of {thousands(length)} bytes, limit {thousands(limit)}"
+        return self.fail("E0221", f"{told}; the file is damaged")
+
+    def name(self, what: str, limit: int) -> str:
+        """A key or a tensor's name: printable, not empty."""
+        name = self.text(what, limit)
+        if not name or not name.isprintable():
+            raise self.fail("E0221", f"{what} is '{printable(name)}'; the file is damaged")
+        return name
 
     def value(self, kind: int, key: str, depth: int = 0) -> object:
         """One metadata value of type ``kind``."""
@@ -111,25 +145,31 @@ class _Reader:
             return self._strings(key)
         if kind == _ARRAY:
             count = self.count(f"arrays in {key!r}", 12, MAX_ARRAY)
+            self.charge(count * STRING_OBJECT)
             return [self._array(key, depth + 1) for _ in range(count)]
         if kind not in _SCALARS:
             raise self.fail("E0221", f"array {key!r} has unknown type {kind}; the file is damaged")
         width = struct.calcsize(f"<{_SCALARS[kind]}")
         count = self.count(f"elements of {key!r}", width, MAX_ARRAY)
         start = self.need(count * width)
-        dtype = np.dtype(_SCALARS[kind]).newbyteorder("<")
-        values = np.frombuffer(self.data, dtype, count, start)
+        self.charge(count * LIST_SLOT)
+        # The bytes are copied: a view, alive in a traceback, would keep the map from closing.
+        values = np.frombuffer(self.data[start : self.at], np.dtype(_SCALARS[kind]).newbyteorder("<"))
         if kind == _BOOL:
             if count and values.max() > 1:
                 raise self.fail("E0221", f"array {key!r} holds a bool above 1; the file is damaged")
             values = values.astype(bool)
+        elif values.dtype.kind == "f":
+            self.charge(count * NUMBER_OBJECT)
+        elif width > 1:  # Python keeps one object for each of -5 to 256
+            self.charge(int(np.count_nonzero((values < -5) | (values > 256))) * NUMBER_OBJECT)
         listed: list[object] = values.tolist()
-        del values  # a view would keep the map from closing
         return listed
 
     def _strings(self, key: str) -> list[object]:
         """A string array; tokenizers have 100,000 of them, so this loop is tight."""
         count = self.count(f"strings in {key!r}", 8, MAX_ARRAY)
+        self.charge(count * STRING_OBJECT)
         data, size, at = self.data, self.size, self.at
         length_of = struct.Struct("<Q").unpack_from
         texts: list[object] = []
@@ -138,13 +178,18 @@ class _Reader:
                 (length,) = length_of(data, at)
                 start = at + 8
                 at = start + length
-                if at > size or length > MAX_STRING:
+                if length > MAX_STRING:
+                    raise self.too_long(f"a string of {key!r}", length, MAX_STRING)
+                if at > size:
                     raise truncated(self.path, size, at)
-                texts.append(data[start:at].decode())
+                raw = data[start:at]
+                if not raw.isascii():
+                    self.charge(3 * length)
+                texts.append(raw.decode())
         except struct.error:
             raise truncated(self.path, size, at + 8) from None
         except UnicodeDecodeError:
-            raise self.fail("E0221", f"a string of {key!r} is no UTF-8; the file is damaged") from None
+            raise self.fail("E0221", f"a string of {key!r} is not UTF-8; the file is damaged") from None
         self.at = at
         return texts
 
@@ -153,10 +198,20 @@ def read_gguf_header(path: Path) -> CheckpointHeader:
     """The header of a GGUF model; any part of a split file stands for all of them."""
     split = _SPLIT_NAME.fullmatch(path.name)
     if split is None:
-        return _read_one(path)
-    stem, count = split[1], int(split[3])
-    if not 1 <= count <= 10_000:
-        raise LowbitError("E0221", f"{path.name}: a split into {count} parts")
+        header = _read_one(path)
+        count = header.metadata.get("split.count", 1)
+        if count not in (0, 1):  # merging writes 0
+            raise LowbitError(
+                "E0224",
+                f"{path.name} is one part of {printable(count)} (split.count), but not called "
+                "'<name>-00001-of-00002.gguf' or the like; give all parts their names back",
+            )
+        return header
+    stem, number, count = split[1], int(split[2]), int(split[3])
+    if not 1 <= number <= count <= MAX_PARTS:
+        raise LowbitError(
+            "E0224", f"{path.name} is called part {number} of {count}; 1 to {thousands(MAX_PARTS)} can be"
+        )
     first = path.with_name(f"{stem}-00001-of-{split[3]}.gguf")
     return _join(first, [path.with_name(f"{stem}-{n:05}-of-{split[3]}.gguf") for n in range(1, count + 1)])
 
@@ -166,15 +221,17 @@ def _join(first: Path, parts: list[Path]) -> CheckpointHeader:
     for part in parts:
         if not part.exists():
             raise LowbitError("E0207", f"{part.name} is missing ({len(parts)} parts belong together)")
-    headers = [_read_one(part) for part in parts]
+    metadata: dict[str, object] = {}
     tensors: dict[str, TensorEntry] = {}
-    for number, (part, header) in enumerate(zip(parts, headers, strict=True)):
+    for number, part in enumerate(parts):
+        header = _read_one(part)
+        metadata = metadata or header.metadata
         told = (header.metadata.get("split.no", 0), header.metadata.get("split.count", 1))
-        if told != (number, len(parts)):
+        if told != (number, len(parts)) and not (told == (0, 0) and len(parts) == 1):
             raise LowbitError(
                 "E0224",
-                f"{part.name}: says it is part {printable(told[0])} of {printable(told[1])} (split.no, "
-                f"split.count), its name says {number} of {len(parts)}; files of different models are mixed",
+                f"{part.name}: says split.no {printable(told[0])} and split.count {printable(told[1])}, its "
+                f"name says {number} and {len(parts)}; files of different models are mixed",
             )
         for name, entry in header.tensors.items():
             if name in tensors:
@@ -182,30 +239,34 @@ def _join(first: Path, parts: list[Path]) -> CheckpointHeader:
                     "E0224", f"{part.name}: tensor {printable(name)!r} is in {tensors[name].file.name} too"
                 )
             tensors[name] = entry
-    total = headers[0].metadata.get("split.tensors.count")
+    total = metadata.get("split.tensors.count")
     if total is not None and total != len(tensors):
         raise LowbitError(
             "E0224",
             f"{first.name}: split.tensors.count is {printable(total)}, the parts hold {len(tensors)} tensors",
         )
-    return CheckpointHeader(first, "gguf", tensors, metadata=headers[0].metadata)
+    return CheckpointHeader(first, "gguf", tensors, metadata=metadata)
 
 
 def _read_one(path: Path) -> CheckpointHeader:
     size = check_regular_file(path, "GGUF file")
-    with open(path, "rb") as file:
-        refuse_impostors(path, file.read(64), size)
-        if size < 24:
-            raise truncated(path, size, 24)
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(_Reader(path, data, min(size, len(data))))
+    try:
+        with open(path, "rb") as file:
+            refuse_impostors(path, file.read(64), size)
+            if size < 24:
+                raise truncated(path, size, 24)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise LowbitError("E0301", f"{path.name}: cannot be read: {error}") from None
+    with mapped as data:
+        return _parse(_Reader(path, data, len(data)))
 
 
 def _parse(reader: _Reader) -> CheckpointHeader:
     start = reader.need(4)
     magic = reader.data[start : start + 4]
     if magic != b"GGUF":
-        raise reader.fail("E0220", f"no GGUF file (it starts with {magic!r}); is the name right?")
+        raise reader.fail("E0220", f"not a GGUF file (it starts with {magic!r}); is the name right?")
     version = reader.number("I")
     if version not in (2, 3):
         if version >> 16:
@@ -214,16 +275,19 @@ def _parse(reader: _Reader) -> CheckpointHeader:
             raise reader.fail("E0222", f"version {version} is too old (lowbit reads 2-3); convert it again")
         raise reader.fail("E0222", f"version {version} is newer than this lowbit (reads 2-3); update lowbit")
     tensor_count = reader.count("tensors", MIN_TENSOR_BYTES, MAX_TENSORS)
-    metadata_count = reader.count("metadata entries", MIN_METADATA_BYTES, MAX_ARRAY)
+    metadata_count = reader.count("metadata entries", MIN_METADATA_BYTES, MAX_METADATA)
+    reader.charge(tensor_count * TENSOR_OBJECTS)
     metadata: dict[str, object] = {}
     for _ in range(metadata_count):
-        key = reader.text("a metadata key", MAX_KEY)
+        key = reader.name("a metadata key", MAX_KEY)
         if key in metadata:
-            raise reader.fail("E0221", f"metadata key {printable(key)!r} is there twice")
+            raise reader.fail("E0221", f"metadata key '{printable(key)}' is there twice")
         metadata[key] = reader.value(reader.number("I"), printable(key))
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        raise reader.fail("E0220", f"is a {printable(kind)}, not a model (general.type)")
+        raise reader.fail(
+            "E0220", f"general.type is {printable(kind)!r}; lowbit serves files of type 'model'"
+        )
     infos = [_tensor_info(reader) for _ in range(tensor_count)]
     tensors = _place(reader, infos, _alignment(reader, metadata))
     return CheckpointHeader(reader.path, "gguf", tensors, metadata=metadata)
@@ -238,7 +302,7 @@ def _alignment(reader: _Reader, metadata: dict[str, object]) -> int:
     return alignment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Info:
     name: str
     type: GgufType
@@ -248,67 +312,63 @@ class _Info:
 
 
 def _tensor_info(reader: _Reader) -> _Info:
-    name = reader.text("a tensor name", MAX_NAME)
+    name = reader.name("a tensor name", MAX_NAME)
     shown = printable(name)
     dims = reader.number("I")
     if not 1 <= dims <= MAX_DIMS:
-        raise reader.fail("E0221", f"tensor {shown!r} has {dims} dimensions; 1 to {MAX_DIMS} are expected")
+        raise reader.fail("E0221", f"tensor '{shown}' has {dims} dimensions; 1 to {MAX_DIMS} are expected")
     sizes = [reader.number("Q") for _ in range(dims)]
     type_id = reader.number("I")
     offset = reader.number("Q")
     kind = GGUF_TYPES.get(type_id)
     if kind is None:
-        why = REFUSED_TYPES.get(type_id, "an id this lowbit does not know")
         names = ", ".join(entry.name for entry in GGUF_TYPES.values())
-        raise reader.fail("E0223", f"tensor {shown!r} uses type {type_id}, {why}; supported: {names}")
+        raise reader.fail(
+            "E0223", f"tensor '{shown}' uses type {type_id}, {refusal(type_id)}; supported: {names}"
+        )
     if min(sizes) < 1:
-        raise reader.fail("E0221", f"tensor {shown!r} has an empty dimension {sizes}; the file is damaged")
+        raise reader.fail("E0221", f"tensor '{shown}' has an empty dimension {sizes}; the file is damaged")
     if sizes[0] % kind.weights:
         raise reader.fail(
             "E0221",
-            f"tensor {shown!r} is {kind.name} with rows of {sizes[0]}, no multiple of {kind.weights}; "
+            f"tensor '{shown}' is {kind.name} with rows of {sizes[0]}, no multiple of {kind.weights}; "
             "the file is damaged",
         )
-    elements = 1
-    for size in sizes:
-        elements *= size  # Python integers do not overflow
-    nbytes = elements // kind.weights * kind.bytes
+    nbytes = math.prod(sizes) // kind.weights * kind.bytes  # Python integers do not overflow
     if nbytes > reader.size:
         raise truncated(reader.path, reader.size, reader.at + nbytes)
     return _Info(name, kind, tuple(reversed(sizes)), offset, nbytes)
 
 
 def _place(reader: _Reader, infos: list[_Info], alignment: int) -> dict[str, TensorEntry]:
-    """Absolute places of the tensors: aligned, inside the file, no two on the same bytes."""
-    base = -(-reader.at // alignment) * alignment
+    """Absolute places of the tensors.
+
+    They follow one another in the order of their infos, each padded to ``alignment``: ggml reads nothing
+    else, and so overlaps, holes and tails cannot be.
+    """
+
+    def aligned(place: int) -> int:
+        return -(-place // alignment) * alignment
+
+    base = end = aligned(reader.at)
     tensors: dict[str, TensorEntry] = {}
     for info in infos:
-        shown = printable(info.name)
+        shown, offset = printable(info.name), end - base
         if info.name in tensors:
-            raise reader.fail("E0221", f"tensor {shown!r} is there twice")
-        if info.offset % alignment:
-            raise reader.fail(
-                "E0221", f"tensor {shown!r} lies at {info.offset}, no multiple of alignment {alignment}"
-            )
-        start = base + info.offset
-        if start + info.nbytes > reader.size:
-            raise truncated(reader.path, reader.size, start + info.nbytes)
-        tensors[info.name] = TensorEntry(
-            info.name, reader.path, info.type.name, info.shape, start, info.nbytes
-        )
-    end, previous = 0, ""
-    for entry in sorted(tensors.values(), key=lambda entry: entry.start):
-        if entry.start < end:
+            raise reader.fail("E0221", f"tensor '{shown}' is there twice")
+        if info.offset != offset:
             raise reader.fail(
                 "E0221",
-                f"tensors {printable(previous)!r} and {printable(entry.name)!r} overlap (byte {entry.start})",
+                f"tensor '{shown}' lies at {thousands(info.offset)} of the data, {thousands(offset)} was "
+                f"expected from the sizes before it and alignment {alignment}; the file is damaged",
             )
-        end, previous = entry.start + entry.nbytes, entry.name
-    # A file one alignment longer than its tensors is padded; more is not part of the model.
-    if tensors and reader.size > -(-end // alignment) * alignment:
+        if end + info.nbytes > reader.size:
+            raise truncated(reader.path, reader.size, end + info.nbytes)
+        tensors[info.name] = TensorEntry(info.name, reader.path, info.type.name, info.shape, end, info.nbytes)
+        end = aligned(end + info.nbytes)
+    if reader.size > end:
         raise reader.fail(
-            "E0221",
-            f"{thousands(reader.size)} bytes, but its last tensor ends at {thousands(end)}; it is damaged",
+            "E0221", f"has {thousands(reader.size)} bytes, its tensors end at {thousands(end)}; it is damaged"
         )
     return tensors
 
@@ -322,12 +382,20 @@ class GgufTensor:
     shape: tuple[int, ...]
     data: bytes
 
+    def __post_init__(self) -> None:
+        kind = GGUF_TYPES_BY_NAME[self.type_name]
+        assert self.shape[-1] % kind.weights == 0, f"{self.name}: rows of {self.shape[-1]} in {kind.name}"
+        nbytes = math.prod(self.shape) // kind.weights * kind.bytes
+        assert len(self.data) == nbytes, f"{self.name}: {len(self.data)} bytes, {kind.name} takes {nbytes}"
+
 
 def write_gguf(
     path: Path, metadata: dict[str, object], tensors: Iterable[GgufTensor], alignment: int = 32
 ) -> None:
-    """Write a version 3 file. Python ints become u32 (i64 where that does not hold them), floats f32."""
+    """Write a version 3 file. Python ints become u32, i64 or u64, the first that holds them; floats f32."""
     listed = list(tensors)
+    if alignment != 32:
+        metadata = {**metadata, "general.alignment": alignment}
     out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(listed), len(metadata)))
     for key, value in metadata.items():
         out += _packed_text(key) + _packed_value(value)
@@ -342,7 +410,8 @@ def write_gguf(
     with open(path, "wb") as file:
         file.write(out)
         for tensor in listed:
-            file.write(tensor.data + bytes(-len(tensor.data) % alignment))
+            file.write(tensor.data)
+            file.write(bytes(-len(tensor.data) % alignment))
 
 
 def _packed_text(text: str) -> bytes:
@@ -361,8 +430,10 @@ def _kind_and_body(value: object) -> tuple[int, bytes]:
             return _BOOL, struct.pack("<B", value)
         case int() if 0 <= value < 1 << 32:
             return 4, struct.pack("<I", value)
-        case int():
+        case int() if value < 1 << 63:
             return 11, struct.pack("<q", value)
+        case int():
+            return 10, struct.pack("<Q", value)
         case float():
             return 6, struct.pack("<f", value)
         case str():
@@ -373,10 +444,10 @@ def _kind_and_body(value: object) -> tuple[int, bytes]:
 
 
 def _packed_array(values: list[object]) -> bytes:
-    # One type for all: signed where any number is negative.
-    if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        letter, kind = ("i", 5) if all(-(1 << 31) <= int(str(v)) < 1 << 31 for v in values) else ("q", 11)
-        return struct.pack("<IQ", kind, len(values)) + struct.pack(f"<{len(values)}{letter}", *values)
+    whole = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    if len(whole) == len(values):
+        letter, kind = ("i", 5) if all(-(1 << 31) <= value < 1 << 31 for value in whole) else ("q", 11)
+        return struct.pack("<IQ", kind, len(whole)) + struct.pack(f"<{len(whole)}{letter}", *whole)
     parts = [_kind_and_body(value) for value in values]
     kinds = {kind for kind, _ in parts}
     if len(kinds) != 1:

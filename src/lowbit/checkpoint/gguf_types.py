@@ -49,6 +49,7 @@ GGUF_TYPES: dict[int, GgufType] = {
         GgufType(35, "TQ2_0", 256, 66),
         GgufType(39, "MXFP4", 32, 17),
         GgufType(40, "NVFP4", 64, 36),
+        GgufType(41, "Q1_0", 128, 18),
     )
 }
 GGUF_TYPES_BY_NAME = {entry.name: entry for entry in GGUF_TYPES.values()}
@@ -57,9 +58,15 @@ GGUF_TYPES_BY_NAME = {entry.name: entry for entry in GGUF_TYPES.values()}
 REFUSED_TYPES: dict[int, str] = {
     **dict.fromkeys((4, 5), "a type removed from GGUF in 2023; quantize the model again"),
     **dict.fromkeys((9, 15), "a type for activations, never of weights; the file is damaged"),
-    **dict.fromkeys(
-        (31, 32, 33, 36, 37, 38), "a repacked type removed from GGUF; use the Q4_0 or IQ4_NL file"
-    ),
-    41: "Q1_0, which no published model uses yet",
-    42: "Q2_0, which no published model uses yet",
+    **dict.fromkeys((31, 32, 33), "a repacked type removed from GGUF; use the Q4_0 file"),
+    36: "IQ4_NL_4_4, removed from GGUF, or I2_S of bitnet.cpp; use an IQ4_NL or TQ2_0 file",
+    **dict.fromkeys((37, 38), "a repacked type removed from GGUF; use the IQ4_NL file"),
+    42: "Q2_0, which is written in two layouts (64 or 128 weights a block); use another file of the model",
 }
+
+
+def refusal(type_id: int) -> str:
+    """Why tensors of a type that is not in ``GGUF_TYPES`` are refused."""
+    if 97 <= type_id < 512:
+        return "a type of the ik_llama.cpp fork"
+    return REFUSED_TYPES.get(type_id, "an id lowbit does not know")

@@ -2,7 +2,8 @@
 
 Rows of Q and K are stored in the order ggml's graph of the architecture wants. Where that is adjacent
 rotary pairs (llama), row 2 j + b of a head is the model's row b D/2 + j: whole rows move, block bytes and
-all, nothing is quantized again. NVFP4 tensors may have a sibling ``<module>.scale`` of one float.
+all, nothing is quantized again. NVFP4 weights may have a sibling ``<module>.scale`` of one float, or of one
+for each expert, that multiplies them; beside another type it stays unread, and loading refuses what is left.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.gguf_types import GGUF_TYPES_BY_NAME
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredLinear, StoredModule
@@ -48,21 +50,22 @@ class Gguf:
             )
         if entry.dtype in _DENSE:
             return dense(_DENSE[entry.dtype])
-        if f"{module.stored}.scale" in header.tensors:
+        if _outer_scale(header, module) is not None:
             # The outer scale makes it two levels: the blocks are taken apart.
             f32 = number_format("f32")
             return Scheme(number_format("e2m1"), ((1, 16), (0, 0)), (number_format("e4m3"), f32))
-        try:
-            return Scheme(number_format(f"gguf_{entry.dtype.lower()}"))
-        except LowbitError:
+        if GGUF_TYPES_BY_NAME[entry.dtype].weights == 1:
             raise LowbitError(
-                "E0219", f"{entry.file.name}: tensor {name!r} is {entry.dtype}, no type of weights"
-            ) from None
+                "E0219", f"{entry.file.name}: tensor {name!r} is {entry.dtype}, not a type of weights"
+            )
+        return Scheme(number_format(f"gguf_{entry.dtype.lower()}"))
 
     def tensors_of(self, header: CheckpointHeader, module: StoredModule) -> list[str]:
-        """Weight, and what there is of bias and NVFP4's outer scales."""
-        further = (f"{module.stored}.{suffix}" for suffix in ("bias", "scale", "input_scale"))
-        return [f"{module.stored}.weight", *(name for name in further if name in header.tensors)]
+        """Weight, bias, and what NVFP4 has beside it. Its input scale is not applied: inputs stay 16-bit."""
+        names = [f"{module.stored}.weight", f"{module.stored}.bias"]
+        if _is_nvfp4(header, module):
+            names += [f"{module.stored}.scale", f"{module.stored}.input_scale"]
+        return [name for name in names if name in header.tensors or name == names[0]]
 
     def read(self, header: CheckpointHeader, module: StoredModule, data: TensorData) -> StoredLinear:
         """Mapped rows, put in the model's order."""
@@ -70,19 +73,47 @@ class Gguf:
         scheme = self.scheme_of(header, module)
         origin = f"{header.file_of(name)}: {module.name}"
         stored = QuantizedTensor(scheme, module.shape, data.tensor(name), origin=origin)
-        if f"{module.stored}.scale" in header.tensors:
-            stored = _with_outer_scale(stored, data.tensor(f"{module.stored}.scale"))
+        outer = _outer_scale(header, module)
+        if outer is not None:
+            stored = _with_outer_scale(stored, data.tensor(outer.name))
         bias = read_bias(header, module, data)
         if module.rotary_heads:
-            order = _half_split_rows(module.shape[-2], module.rotary_heads)
+            order = _half_split_rows(module, header.file_of(name))
             stored = stored.permute_rows(order)
             bias = None if bias is None else bias[order]
         return StoredLinear(stored, bias)
 
 
-def _half_split_rows(rows: int, heads: int) -> Tensor:
-    """int64 (rows,): where each of the model's rows lies in the file."""
+def _half_split_rows(module: StoredModule, file: str) -> Tensor:
+    """int64 (out,): where each of the model's rows lies in the file."""
+    rows, heads = module.shape[-2], module.rotary_heads
+    if rows % (2 * heads):
+        raise LowbitError(
+            "E0210",
+            f"{file}: tensor '{module.stored}.weight' has {rows} rows, not {heads} heads of an even size; "
+            "the file is damaged or of another kind",
+        )
     return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(rows)
+
+
+def _is_nvfp4(header: CheckpointHeader, module: StoredModule) -> bool:
+    entry = header.tensors.get(f"{module.stored}.weight")
+    return entry is not None and entry.dtype == "NVFP4"
+
+
+def _outer_scale(header: CheckpointHeader, module: StoredModule) -> TensorEntry | None:
+    """NVFP4's tensor of one float, or of one an expert; of any other type nobody knows what it means."""
+    entry = header.tensors.get(f"{module.stored}.scale")
+    if entry is None or not _is_nvfp4(header, module):
+        return None
+    expected = module.shape[:-2] or (1,)
+    if entry.dtype != "F32" or entry.shape != expected:
+        raise LowbitError(
+            "E0210",
+            f"{entry.file.name}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}, the scale of "
+            f"an NVFP4 weight is F32 {list(expected)}; the file is damaged or of another kind",
+        )
+    return entry
 
 
 def _with_outer_scale(stored: QuantizedTensor, outer: Tensor) -> QuantizedTensor:
@@ -91,7 +122,8 @@ def _with_outer_scale(stored: QuantizedTensor, outer: Tensor) -> QuantizedTensor
     assert layout is not None, "nvfp4 is a block format"
     parts = layout.expand(stored.codes.unflatten(-1, (-1, layout.bytes)))
     inner = parts.scales[0].flatten(-2).to(torch.float8_e4m3fn)  # exact: they were e4m3 bytes
-    return replace(stored, codes=parts.codes.flatten(-2), scales=(inner, outer.float().reshape(1, 1)))
+    scales = (inner, outer.reshape(*stored.shape[:-2], 1, 1))
+    return replace(stored, codes=parts.codes.flatten(-2), scales=scales)
 
 
 FORMAT = Gguf()

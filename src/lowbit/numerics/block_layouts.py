@@ -6,6 +6,9 @@ apart; the value of a weight is then the canonical equation,
     code_value * scale0 * scale1 + offset0 * offset1
 
 so decoding and expanding cannot disagree. All functions take uint8 (..., blocks, bytes), on any device.
+
+Bytes no writer produces: an MXFP4 exponent of 255 is NaN (OCP's rule; ggml reads 2^128), and the sign bit
+of an NVFP4 scale is ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from lowbit.numerics.number_formats import NUMBER_FORMATS, BlockLayout, Expanded
 
 def _f16(pair: Tensor) -> Tensor:
     """uint8 (..., 2 n) little-endian f16 -> float32 (..., n)."""
-    return pair.contiguous().view(torch.float16).float()
+    # A copy always: a lone block of a mapped file may be "contiguous" and lie at an odd address.
+    return pair.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
 def _u16(pair: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ def _iq4_nl(b: Tensor) -> Expanded:
 
 
 def _mxfp4(b: Tensor) -> Expanded:
-    scale = torch.exp2(b[..., :1].float() - 127)
+    scale = NUMBER_FORMATS["e8m0"].table(b.device)[b[..., :1].int()]
     return Expanded("e2m1", _nibbles(b[..., 1:]), (32,), (scale,))
 
 
@@ -97,7 +101,7 @@ def _nvfp4(b: Tensor) -> Expanded:
     raw = b[..., :4]
     table = NUMBER_FORMATS["e4m3"].table(b.device).nan_to_num(0.0)
     codes = _nibbles(b[..., 4:].unflatten(-1, (4, 8))).flatten(-2)
-    return Expanded("e2m1", codes, (16,), (table[(raw & 127).long()],))
+    return Expanded("e2m1", codes, (16,), (table[(raw & 127).int()],))
 
 
 # ---- K-quants: 256 weights, two levels ----
@@ -160,7 +164,13 @@ def _iq4_xs(b: Tensor) -> Expanded:
     return Expanded("iq4_nl_codes", codes, (32, 256), (scales, _f16(b[..., :2])))
 
 
-# ---- Ternary ----
+# ---- One bit and ternary ----
+
+
+def _q1_0(b: Tensor) -> Expanded:
+    """A set bit is +d, a clear one -d: 2 d bit - d, exact."""
+    d = _f16(b[..., :2])
+    return Expanded("uint1", _each_bit(b[..., 2:]), (128,), (2 * d,), (-d,))
 
 
 def _tq1_0(b: Tensor) -> Expanded:
@@ -301,6 +311,7 @@ _TYPES: dict[str, tuple[int, int, Callable[[Tensor], Expanded]]] = {
     "iq1_m": (256, 56, _iq1_m),
     "iq4_nl": (32, 18, _iq4_nl),
     "iq4_xs": (256, 136, _iq4_xs),
+    "q1_0": (128, 18, _q1_0),
     "tq1_0": (256, 54, _tq1_0),
     "tq2_0": (256, 66, _tq2_0),
     "mxfp4": (32, 17, _mxfp4),
@@ -318,7 +329,7 @@ def _decode(expand: Callable[[Tensor], Expanded], blocks: Tensor) -> Tensor:
             torch.mul, (level.repeat_interleave(weights // level.shape[-1], -1) for level in levels)
         )
 
-    values = NUMBER_FORMATS[parts.number_format].table(blocks.device)[parts.codes.long()]
+    values = NUMBER_FORMATS[parts.number_format].table(blocks.device)[parts.codes.int()]
     values = values * spread(parts.scales)
     return values + spread(parts.offsets) if parts.offsets else values
 
