@@ -35,6 +35,12 @@ class Family:
 MODULES = {
     "LlamaForCausalLM": ("families", "LLAMA"),
     "llama": ("families", "LLAMA"),
+    "MistralForCausalLM": ("families", "MISTRAL"),
+    "Qwen2ForCausalLM": ("families", "QWEN2"),
+    "Qwen3ForCausalLM": ("families", "QWEN3"),
+    "Gemma2ForCausalLM": ("families", "GEMMA2"),
+    "Gemma3ForCausalLM": ("families", "GEMMA3"),
+    "Phi3ForCausalLM": ("families", "PHI3"),
 }
 
 

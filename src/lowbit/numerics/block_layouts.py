@@ -329,7 +329,7 @@ def _decode(expand: Callable[[Tensor], Expanded], blocks: Tensor) -> Tensor:
             torch.mul, (level.repeat_interleave(weights // level.shape[-1], -1) for level in levels)
         )
 
-    values = NUMBER_FORMATS[parts.number_format].table(blocks.device)[parts.codes.int()]
+    values = torch.take(NUMBER_FORMATS[parts.number_format].table(blocks.device), parts.codes.long())
     values = values * spread(parts.scales)
     return values + spread(parts.offsets) if parts.offsets else values
 
