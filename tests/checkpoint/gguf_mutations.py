@@ -1,6 +1,6 @@
 """A hand-packed GGUF file that knows the place of each of its numbers, and a plain reader to compare with.
 
-Nothing here imports lowbit. ``seed_file`` holds every metadata type and five kinds of tensors, chosen so that
+Nothing here imports lowbit. ``seed_file`` holds every metadata type and tensors of four kinds, chosen so that
 no size can change by one step without moving a tensor behind it or the end of the file; ``plain_read`` takes
 a file for what its bytes say, one ``struct`` at a time, and raises ValueError where they say nothing.
 """
@@ -113,7 +113,7 @@ TENSORS: list[tuple[str, int, tuple[int, ...]]] = [  # name, type, dimensions as
     ("blk.0.attn_norm.weight", 28, (5,)),
     ("blk.0.attn_q.weight", 2, (64, 3)),
     ("blk.0.ffn_up_exps.weight", 0, (2, 5, 3)),
-    ("output_norm.weight", 0, (16,)),
+    ("output_norm.weight", 28, (16,)),
 ]
 
 

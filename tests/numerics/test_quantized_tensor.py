@@ -205,11 +205,9 @@ def nearest_by_hand(value: float, table: list[float]) -> float:
     return table[min(near, key=lambda code: code % 2)]
 
 
-@pytest.mark.parametrize("name", ["e2m1", "e2m3", "e3m2", *TORCH_FLOATS])
+@pytest.mark.parametrize("name", ["e2m1", "e2m3", "e3m2", "e4m3", "e4m3fnuz", "e5m2", "e5m2fnuz"])
 def test_nearest_code_of_a_float_format(name: str) -> None:
     """Every value, every tie between two neighbours, a little beside each tie, and far outside."""
-    if name == "e8m0":
-        pytest.skip("scales are rounded by rules of their own")
     table = [float(value) for value in number_format(name).table()]
     finite = sorted({value for value in table if math.isfinite(value)})
     ties = [(low + high) / 2 for low, high in itertools.pairwise(finite)]
@@ -233,11 +231,9 @@ def test_nf4_ties_take_the_lower_value() -> None:
     assert nearest_code(middles, number_format("nf4")).tolist() == list(range(15))
 
 
-@pytest.mark.parametrize("name", sorted(NUMBER_FORMATS))
+@pytest.mark.parametrize("name", sorted(name for name, fmt in NUMBER_FORMATS.items() if fmt.values))
 def test_every_code_is_its_own_nearest(name: str) -> None:
     fmt = number_format(name)
-    if fmt.values is None:
-        pytest.skip("no table of scalar values")
     table = fmt.table()
     finite = table[torch.isfinite(table)]
     assert torch.equal(table[nearest_code(finite, fmt).long()], finite)
