@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 
 from checkpoint.tiny import METADATA, gguf_tensors, write_gguf_file
-from lowbit.checkpoint.gguf_file import read_gguf_header, write_gguf
+from lowbit.checkpoint.gguf_file import GgufTensor, read_gguf_header, write_gguf
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 
@@ -91,7 +94,7 @@ def test_version_2_reads_the_same(tmp_path: Path) -> None:
     assert read_gguf_header(path) == before
 
 
-def split(tmp_path: Path, count: int = 3, **wrong: object) -> list[Path]:
+def split(tmp_path: Path, count: int = 3, **wrong: Any) -> list[Path]:
     """The tiny model in ``count`` parts; ``wrong`` overrides the last part's split keys."""
     paths = []
     tensors = gguf_tensors()
@@ -119,7 +122,7 @@ def test_split_files_are_one_model(tmp_path: Path) -> None:
     ("wrong", "code"),
     [({"split__no": 0}, "E0224"), ({"split__count": 4}, "E0224")],
 )
-def test_parts_that_do_not_belong_together(tmp_path: Path, wrong: dict[str, object], code: str) -> None:
+def test_parts_that_do_not_belong_together(tmp_path: Path, wrong: dict[str, Any], code: str) -> None:
     parts = split(tmp_path, **wrong)
     with pytest.raises(LowbitError) as caught:
         read_gguf_header(parts[1])
@@ -175,7 +178,127 @@ def test_removed_types_are_refused_by_name(tmp_path: Path) -> None:
     assert caught.value.code == "E0223" and caught.value.exit_code == 4
 
 
-def test_the_embedded_header_reads_fast(embedded_path: Path) -> None:
+def test_the_embedded_header_is_what_the_package_reads(embedded_path: Path) -> None:
+    """Every key and every tensor of a real file."""
     header = read_gguf_header(embedded_path)
-    assert len(header.tensors) == 272
+    reader = gguf.GGUFReader(embedded_path)
+    fields = {key: value for key, value in reader.fields.items() if not key.startswith("GGUF.")}
+    assert header.metadata == {key: value.contents() for key, value in fields.items()}
     assert len(header.metadata["tokenizer.ggml.tokens"]) == 49152  # type: ignore[arg-type]
+    found = {name: (e.dtype, e.shape, e.start, e.nbytes) for name, e in header.tensors.items()}
+    assert found == {
+        tensor.name: (
+            tensor.tensor_type.name,
+            tuple(int(n) for n in reversed(tensor.shape)),
+            int(tensor.data_offset),
+            int(tensor.n_bytes),
+        )
+        for tensor in reader.tensors
+    }
+    assert len(found) == 272
+
+
+def test_the_embedded_header_reads_fast(embedded_path: Path) -> None:
+    """About 35 ms; the bound only says that nobody made it ten times slower."""
+    started = time.process_time()
+    read_gguf_header(embedded_path)
+    assert time.process_time() - started < 0.4
+
+
+def test_a_file_nobody_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf_file(tmp_path / "x.gguf")
+
+    def refuse(*arguments: object, **more: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(LowbitError, match=r"x\.gguf.*Permission denied") as caught:
+        read_gguf_header(path)
+    assert caught.value.code == "E0301"
+
+
+@pytest.mark.parametrize("what", ["fifo", "directory", "device", "missing"])
+def test_what_is_no_file(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x.gguf"
+    match what:
+        case "fifo":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+    with pytest.raises(LowbitError, match=r"x\.gguf") as caught:
+        read_gguf_header(path)
+    assert caught.value.code == ("E0201" if what == "missing" else "E0202")
+
+
+def test_a_part_without_its_name(tmp_path: Path) -> None:
+    parts = split(tmp_path)
+    alone = parts[0].rename(tmp_path / "model.gguf")
+    with pytest.raises(LowbitError, match=r"model\.gguf is one part of 3") as caught:
+        read_gguf_header(alone)
+    assert caught.value.code == "E0224"
+
+
+@pytest.mark.parametrize("name", ["m-00004-of-00003.gguf", "m-00000-of-00003.gguf", "m-00001-of-99999.gguf"])
+def test_a_part_that_cannot_be(tmp_path: Path, name: str) -> None:
+    split(tmp_path)[0].rename(tmp_path / name)
+    with pytest.raises(LowbitError, match="is called part") as caught:
+        read_gguf_header(tmp_path / name)
+    assert caught.value.code == "E0224"
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "m-00001-of-00001.gguf"])
+def test_a_merged_file(tmp_path: Path, name: str) -> None:
+    """Merging leaves split.count 0."""
+    write_gguf(tmp_path / name, {**METADATA, "split.no": 0, "split.count": 0}, gguf_tensors())
+    assert len(read_gguf_header(tmp_path / name).tensors) == len(gguf_tensors())
+
+
+def test_a_first_part_of_metadata_alone(tmp_path: Path) -> None:
+    tensors = gguf_tensors()
+    keys: dict[str, object] = {"split.count": 2, "split.tensors.count": len(tensors)}
+    write_gguf(tmp_path / "m-00001-of-00002.gguf", {**METADATA, "split.no": 0, **keys}, [])
+    write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1, **keys}, tensors)
+    header = read_gguf_header(tmp_path / "m-00002-of-00002.gguf")
+    assert len(header.tensors) == len(tensors)
+    assert header.metadata["general.architecture"] == "llama"
+
+
+def test_the_count_over_all_parts(tmp_path: Path) -> None:
+    parts = split(tmp_path)
+    write_gguf(parts[2], {"split.no": 2, "split.count": 3}, gguf_tensors()[2::3][:-1])
+    with pytest.raises(LowbitError, match=r"split\.tensors\.count is 12, the parts hold 11") as caught:
+        read_gguf_header(parts[0])
+    assert caught.value.code == "E0224"
+
+
+@pytest.mark.parametrize("alignment", [1, 4, 64, 4096])
+def test_other_alignments(tmp_path: Path, alignment: int) -> None:
+    """Also one that puts tensors at odd addresses."""
+    path = tmp_path / "x.gguf"
+    raw = np.random.default_rng(3).integers(0, 255, 17 * 3, dtype=np.uint8).tobytes()
+    values = np.arange(6, dtype=np.float32)
+    tensors = [GgufTensor("a", "MXFP4", (3, 32), raw), GgufTensor("b", "F32", (2, 3), values.tobytes())]
+    write_gguf(path, {"general.name": "odd"}, tensors, alignment=alignment)
+    ours = read_gguf_header(path)
+    reader = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    with TensorData(ours) as data:
+        assert data.raw("a").numpy().tobytes() == raw == np.array(reader["a"].data).tobytes()
+        assert data.tensor("b").flatten().tolist() == values.tolist()
+        assert ours.tensors["b"].start == int(reader["b"].data_offset)
+
+
+def test_values_the_writer_knows(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    metadata: dict[str, object] = {
+        "a.u32": 4_294_967_295, "a.i64": -5, "a.wide": 1 << 40, "a.u64": (1 << 64) - 1, "a.f32": 0.75,
+        "a.bool": False, "a.text": "é", "a.none": [], "a.ints": [1, -(1 << 40)], "a.small": [-1, 3],
+        "a.floats": [0.5], "a.texts": ["x", ""], "a.bools": [True, False], "a.nested": [[1, 2], [3, 4]],
+    }  # fmt: skip
+    write_gguf(path, metadata, [])
+    assert read_gguf_header(path).metadata == metadata
+    with pytest.raises(TypeError, match="one type"):
+        write_gguf(path, {"a": [1, "x"]}, [])
+    with pytest.raises(TypeError, match="NoneType"):
+        write_gguf(path, {"a": None}, [])

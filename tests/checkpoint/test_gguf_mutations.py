@@ -223,7 +223,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "five dimensions": (one_tensor(sizes=(2, 2, 2, 1, 1)), "5 dimensions"),
     "no dimension": (one_tensor(sizes=()), "0 dimensions"),
     "empty dimension": (one_tensor(sizes=(8, 0)), "[8, 0]"),
+    "three elements where two fit": (
+        one_entry(struct.pack("<IQII", 4, 3, 1, 2), ARRAY), "claims 3 elements of 'a'; at most 2 fit"),
     "rows of half a block": (one_tensor(kind=2, sizes=(48,), nbytes=27), "rows of 48, no multiple of 32"),
+    "whole blocks over two rows": (one_tensor(kind=2, sizes=(48, 2), nbytes=54), "rows of 48, no multiple"),
     "product of 2^128": (one_tensor(sizes=(1 << 32,) * 4), "header needs"),
     "product that wraps to 8": (one_tensor(sizes=((1 << 61) + 1, 8)), "header needs"),
     "alignment that is text": (one_entry(packed(b"32"), STRING, b"general.alignment"), "no number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def naive(weight: QuantizedTensor) -> np.ndarray:
     return result
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "groups": {},
     "ragged groups": {"blocks": ((1, 48),)},
     "per channel": {"blocks": ((1, 0),)},
@@ -130,7 +131,7 @@ def test_rows_on_block_borders_only() -> None:
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "act-order"])
 def test_concatenate(variant: str) -> None:
-    more = {**VARIANTS[variant], "shape": (16, 64)}
+    more: dict[str, Any] = {**VARIANTS[variant], "shape": (16, 64)}
     parts = [make(**more, seed=seed) for seed in (1, 2, 3)]
     whole = concatenate(parts)
     assert whole is not None
