@@ -156,6 +156,23 @@ CATALOGUE: dict[str, Entry] = {
         "The checkpoint is damaged or was made by a faulty tool; take it from another source, or "
         "correct the key.",
     ),
+    "E0213": Entry(
+        "packing contradicts the quantization config",
+        "A tensor's dtype or shape cannot hold what the checkpoint's quantization config says: another number "
+        "of bits, another group size, or another tool's packing.",
+        "Correct the config if you know which is right; otherwise download the checkpoint again.",
+    ),
+    "E0214": Entry(
+        "config and data disagree",
+        "The checkpoint's config and its tensors say different things, and the tensors prove which is right "
+        "(GPTQ v1 or v2 zero points, sym, act-order, packing). lowbit reads what the data say.",
+        "Nothing has to be done; --strict makes it an error. lowbit check MODEL --fix OUT writes a corrected copy.",
+    ),
+    "E0215": Entry(
+        "NaN or infinite scale",
+        "A scale of a quantized weight is not a finite number; every weight it covers would be NaN.",
+        "The file is damaged: download it again. lowbit check MODEL lists all such tensors.",
+    ),
     "E0216": Entry(
         "bad config",
         "A key of config.json or of the GGUF metadata is missing, has the wrong type, or a value no model "
@@ -170,10 +187,10 @@ CATALOGUE: dict[str, Entry] = {
         "not supported yet.",
     ),
     "E0218": Entry(
-        "a layer asks something of its input",
-        "The checkpoint stores a multiplier, a scale or a norm for the input of a linear layer, and lowbit "
-        "does not apply that yet. Leaving it out would give wrong results.",
-        "Use another quantization of the same model.",
+        "a variant of a known format that is not read",
+        "The checkpoint's format is known, but it uses something of it that lowbit does not read or apply: "
+        "another packing, rotations at run time, adapters. Leaving it out would give wrong results.",
+        "Use another quantization of the same model, or export it again as the message says.",
     ),
     "E0219": Entry(
         "a tensor of a type that cannot be a weight",
@@ -288,6 +305,17 @@ CATALOGUE: dict[str, Entry] = {
         "The operating system refused to open, read or map it.",
         "Check the file's permissions and the disk.",
     ),
+    "E0401": Entry(
+        "the model is quantized in another way",
+        "--quantization names a method other than the one the checkpoint's own config names. A quantized "
+        "checkpoint is read as what it is; the flag is only for models that are not quantized.",
+        "Drop --quantization, or pass the original, unquantized model.",
+    ),
+    "E0402": Entry(
+        "quantizing at load is not possible this way",
+        "The model is not quantized and the method that --quantization names is unknown or not built in.",
+        "Pass a checkpoint that is quantized already, or leave --quantization away.",
+    ),
     "E0410": Entry(
         "no kernel",
         "Every linear kernel refused a weight; the message has each one's reason.",
@@ -385,6 +413,12 @@ CATALOGUE: dict[str, Entry] = {
         "the engine ended a request",
         "A numerical error or a fault in the engine; the message has the cause.",
         _REPORT,
+    ),
+    "E0705": Entry(
+        "a kernel disagrees with the reference",
+        "At every start a few rows of each weight are multiplied by the chosen kernel and by the reference. "
+        "They differ: the kernel was built wrongly, or misreads this layout. Nothing is served with it.",
+        _REPORT + " LOWBIT_ISA=scalar runs without native kernels.",
     ),
     "E0710": Entry(
         "the engine died while it loaded",

@@ -13,8 +13,10 @@ from lowbit.checkpoint.gguf_file import GgufTensor, read_gguf_header, write_gguf
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import StoredLinear, StoredModule, detect
+from lowbit.formats import Notes, StoredLinear, StoredModule, detect
 from lowbit.formats.gguf import FORMAT
+from lowbit.layers.linear import Part
+from lowbit.loading.names import Placed, row_order
 from numerics.test_block_layouts import NAMES, dequantized, random_blocks
 
 
@@ -44,10 +46,22 @@ def floats(name: str, values: np.ndarray) -> GgufTensor:
 
 
 def read(header: CheckpointHeader, shape: tuple[int, ...], rotary_heads: int = 0) -> StoredLinear:
-    """Module ``blk.0.attn_q`` as the format reads it, detached from the file."""
-    module = StoredModule("model.layers.0.self_attn.q_proj", "blk.0.attn_q", shape, rotary_heads)
+    """Module ``blk.0.attn_q`` as the format reads it and loading puts its rows, detached from the file."""
+    module = StoredModule("model.layers.0.self_attn.q_proj", "blk.0.attn_q", shape)
     with TensorData(header) as data:
-        return FORMAT.read(header, module, data)
+        return in_order(header, module, opened(header).read(module, data), rotary_heads)
+
+
+def opened(header: CheckpointHeader) -> FORMAT:
+    return FORMAT(header, Notes())
+
+
+def in_order(header: CheckpointHeader, module: StoredModule, found: StoredLinear, heads: int) -> StoredLinear:
+    order = row_order(Placed(Part(module.name, module.shape), module, heads), header)
+    if order is None:
+        return found
+    bias = None if found.bias is None else found.bias[order]
+    return StoredLinear(found.weight.permute_rows(order), bias)
 
 
 def columns_of(kind: str, raw: np.ndarray) -> int:
@@ -111,7 +125,7 @@ def test_unmoved_rows_are_the_mapped_bytes(tmp_path: Path) -> None:
     module = StoredModule("q", "blk.0.attn_q", shape)
     with TensorData(header) as data:
         mapped = data.raw("blk.0.attn_q.weight").data_ptr()
-        assert FORMAT.read(header, module, data).weight.codes.data_ptr() == mapped
+        assert opened(header).read(module, data).weight.codes.data_ptr() == mapped
 
 
 def test_stacked_experts(tmp_path: Path) -> None:
@@ -124,27 +138,49 @@ def test_stacked_experts(tmp_path: Path) -> None:
     assert np.array_equal(found.expand().dequantize().numpy(), expected)
 
 
-@pytest.mark.parametrize("lead", [(), (4,)])
-def test_nvfp4_with_an_outer_scale(tmp_path: Path, lead: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("experts", [0, 4])
+def test_nvfp4_with_an_outer_scale(tmp_path: Path, experts: int) -> None:
     """A number for the tensor, or one for each expert, all unlike."""
     raw = random_blocks("nvfp4", rows=24)
-    shape = (*lead, 24 // max(1, *lead, 1), columns_of("nvfp4", raw))
-    outer = np.array([0.37, -1.9, 0.0, 113.0], np.float32)[: lead[0] if lead else 1]
+    shape = (24 // max(1, experts), columns_of("nvfp4", raw))
+    stacked = (experts, *shape) if experts else shape
+    outer = np.array([0.37, -1.9, 0.0, 113.0], np.float32)[: experts or 1]
     header = written(
         tmp_path,
-        block_tensor("blk.0.attn_q.weight", "nvfp4", raw, shape),
+        block_tensor("blk.0.attn_q.weight", "nvfp4", raw, stacked),
         floats("blk.0.attn_q.scale", outer),
         floats("blk.0.attn_q.input_scale", np.array([0.5], np.float32)),
     )
-    module = StoredModule("q", "blk.0.attn_q", shape)
-    assert FORMAT.tensors_of(header, module) == [
-        "blk.0.attn_q.weight", "blk.0.attn_q.scale", "blk.0.attn_q.input_scale",
-    ]  # fmt: skip
-    found = read(header, shape)
-    assert found.weight.scheme == FORMAT.scheme_of(header, module)
-    assert found.weight.scales[0].dtype == torch.float8_e4m3fn
-    expected = dequantized("nvfp4", raw).reshape(shape) * outer.reshape(*lead, 1, 1)
-    np.testing.assert_allclose(found.weight.dequantize().numpy(), expected, rtol=2e-7)
+    wanted = dequantized("nvfp4", raw).reshape(max(experts, 1), *shape)
+    for number in range(max(experts, 1)):
+        expert = number if experts else None
+        module = StoredModule("q", "blk.0.attn_q", shape, expert, experts)
+        assert opened(header).tensors_of(module) == [
+            "blk.0.attn_q.weight", "blk.0.attn_q.scale", "blk.0.attn_q.input_scale",
+        ]  # fmt: skip
+        with TensorData(header) as data:
+            found = opened(header).read(module, data)
+        assert found.weight.scheme == opened(header).scheme_of(module)
+        assert found.weight.scales[0].dtype == torch.float8_e4m3fn
+        expected = wanted[number] * outer[number]
+        np.testing.assert_allclose(found.weight.dequantize().numpy(), expected, rtol=2e-7)
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "F32"])
+def test_one_expert_of_a_stack(tmp_path: Path, kind: str) -> None:
+    raw = random_blocks("q4_k", rows=12)
+    shape = (4, columns_of("q4_k", raw))
+    values = dequantized("q4_k", raw).reshape(3, *shape)
+    stack = floats("blk.0.attn_q.weight", values)
+    if kind == "q4_k":
+        stack = block_tensor("blk.0.attn_q.weight", "q4_k", raw, (3, *shape))
+    bias = np.arange(12, dtype=np.float32).reshape(3, 4)
+    header = written(tmp_path, stack, floats("blk.0.attn_q.bias", bias))
+    with TensorData(header) as data:
+        for number in range(3):
+            found = opened(header).read(StoredModule("q", "blk.0.attn_q", shape, number, 3), data)
+            assert np.array_equal(found.weight.dequantize().numpy(), values[number])
+            assert found.bias is not None and np.array_equal(found.bias.numpy(), bias[number])
 
 
 def test_nvfp4_rows_move_with_their_scales(tmp_path: Path) -> None:
@@ -168,7 +204,7 @@ def test_a_scale_beside_another_type_is_left_over(tmp_path: Path, kind: str) -> 
         weight = floats("blk.0.attn_q.weight", np.ones((4, 8), np.float32))
     header = written(tmp_path, weight, floats("blk.0.attn_q.scale", np.array([2.0], np.float32)))
     module = StoredModule("q", "blk.0.attn_q", weight.shape)
-    assert FORMAT.tensors_of(header, module) == ["blk.0.attn_q.weight"]
+    assert opened(header).tensors_of(module) == ["blk.0.attn_q.weight"]
     assert read(header, weight.shape).weight.scheme.weight.name in ("gguf_q4_0", "f32")
 
 
@@ -181,7 +217,7 @@ def refusal(header: CheckpointHeader, shape: tuple[int, ...], rotary_heads: int 
 
 def test_missing_weight(tmp_path: Path) -> None:
     header = written(tmp_path, floats("other.weight", np.ones((2, 4), np.float32)))
-    assert FORMAT.tensors_of(header, StoredModule("q", "blk.0.attn_q", (2, 4))) == ["blk.0.attn_q.weight"]
+    assert opened(header).tensors_of(StoredModule("q", "blk.0.attn_q", (2, 4))) == ["blk.0.attn_q.weight"]
     assert refusal(header, (2, 4)).code == "E0209"
 
 
@@ -228,7 +264,8 @@ def test_the_embedded_models_first_layer(embedded_path: Path) -> None:
     with TensorData(header) as data:
         for name, heads in (("attn_q", 9), ("attn_k", 3), ("attn_v", 0)):
             entry = header.tensors[f"blk.0.{name}.weight"]
-            module = StoredModule(name, f"blk.0.{name}", entry.shape, heads)
-            found = FORMAT.read(header, module, data).weight.dequantize().numpy()
+            module = StoredModule(name, f"blk.0.{name}", entry.shape)
+            stored = opened(header).read(module, data)
+            found = in_order(header, module, stored, heads).weight.dequantize().numpy()
             expected = dequantized(entry.dtype.lower(), data.tensor(entry.name).numpy())
             assert np.array_equal(converters_rows(found, heads) if heads else found, expected)

@@ -54,10 +54,10 @@ def test_packed_weights_are_no_larger_than_the_file(model: Model) -> None:
     packed = sum(
         linear.nbytes
         for block in model.blocks
-        for linear in (block.qkv, block.output, block.gate_up, block.down)
+        for linear in (block.qkv, block.output, block.mlp.gate_up, block.mlp.down)
     )
     assert packed + model.embedding.weight.nbytes <= 1.1 * header.nbytes
-    kernels = {w.kernel.name for b in model.blocks for w in (*b.qkv.weights, *b.down.weights)}
+    kernels = {w.kernel.name for b in model.blocks for w in (*b.qkv.weights, *b.mlp.down.weights)}
     assert kernels == {"cpu_blocks"}
 
 

@@ -47,6 +47,17 @@ CASES = {
     "Phi3": {"sliding_window": None},
     "Phi3 with a window": {"sliding_window": 50},
     "Phi3 longrope": {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
+    "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+    "Qwen3Moe": {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
+    "Qwen3Moe with dense layers": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 2,
+    },
+    "GptOss": {"head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 30},
 }
 
 
@@ -91,5 +102,6 @@ def test_windows_are_in_the_plan(case: str, tmp_path: Path) -> None:
         "Gemma2": [32, 0, 32, 0],
         "Gemma3": [32, 32, 32, 32, 32, 0, 32],
         "Phi3 with a window": [50] * 4,
+        "GptOss": [30, 0, 30, 0],
     }
     assert windows == expected.get(case, [0] * 4)

@@ -1,98 +1,145 @@
 """Plain checkpoints: every weight an f32, f16 or bf16 matrix (out, in) called ``<module>.weight``.
 
-Other formats use ``read_dense`` for the modules they leave unquantized.
+Other formats use ``read_dense`` and its fellows for the modules they leave unquantized. Stacked experts are
+(experts, out, in), or (experts, in, out) where the family says so.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import StoredLinear, StoredModule
+from lowbit.formats import Notes, StoredLinear, StoredModule
 from lowbit.formats.quantization_config import quantization_config
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
-_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+DENSE_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+
+def is_dense(header: CheckpointHeader, module: StoredModule) -> bool:
+    """Whether the module's ``weight`` is there and a plain matrix of floats."""
+    entry = header.tensors.get(module.tensor("weight"))
+    return entry is not None and entry.dtype in DENSE_DTYPES
 
 
 def dense_scheme(header: CheckpointHeader, module: StoredModule) -> Scheme:
     """The scheme of ``<stored>.weight``; a missing tensor, another shape or dtype is an error."""
-    name = f"{module.stored}.weight"
+    name = module.tensor("weight")
     entry = header.tensors.get(name)
     if entry is None:
         raise LowbitError("E0209", f"{header.root.name}: no file contains {name!r}")
-    if entry.shape != module.shape:
+    expected = stacked_shape(module)
+    if entry.shape != expected:
         raise LowbitError(
             "E0210",
             f"{entry.file.name}: tensor {name!r} is {list(entry.shape)} but the config asks for "
-            f"{list(module.shape)}; config and weights are from different models",
+            f"{list(expected)}; config and weights are from different models",
         )
-    if entry.dtype not in _DTYPES:
+    if entry.dtype not in DENSE_DTYPES:
         raise LowbitError(
             "E0219",
             f"{entry.file.name}: tensor {name!r} is {entry.dtype}, a plain weight is F32, F16 or BF16; "
             "config.json does not say how it is quantized",
         )
-    return dense(_DTYPES[entry.dtype])
+    return dense(DENSE_DTYPES[entry.dtype])
+
+
+def stacked_shape(module: StoredModule) -> tuple[int, ...]:
+    """The stored shape of a plain weight."""
+    out, columns = module.shape
+    if module.expert is None:
+        return (out, columns)
+    return (module.experts, columns, out) if module.transposed else (module.experts, out, columns)
 
 
 def dense_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:
     """Weight, and bias where there is one."""
-    names = [f"{module.stored}.weight"]
-    bias = f"{module.stored}.bias"
-    return [*names, bias] if bias in header.tensors else names
+    return [module.tensor("weight"), *bias_tensors(header, module)]
+
+
+def bias_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:
+    """The bias where there is one."""
+    bias = module.tensor("bias")
+    return [bias] if bias in header.tensors else []
 
 
 def read_bias(header: CheckpointHeader, module: StoredModule, data: TensorData) -> Tensor | None:
     """The bias (out,) or None."""
-    name = f"{module.stored}.bias"
+    name = module.tensor("bias")
     entry = header.tensors.get(name)
     if entry is None:
         return None
-    if entry.shape != (module.shape[-2],) or entry.dtype not in _DTYPES:
+    expected = (module.shape[0],) if module.expert is None else (module.experts, module.shape[0])
+    if entry.shape != expected or entry.dtype not in DENSE_DTYPES:
         raise LowbitError(
             "E0210",
             f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, a bias of "
-            f"{module.shape[-2]} floats was expected",
+            f"{list(expected)} floats was expected",
         )
-    return data.tensor(name)
+    return of_expert(module, data.tensor(name))
+
+
+def of_expert(module: StoredModule, stored: Tensor) -> Tensor:
+    """The module's own slice of a stacked tensor; any other tensor unchanged."""
+    return stored if module.expert is None else stored[module.expert]
 
 
 def read_dense(header: CheckpointHeader, module: StoredModule, data: TensorData) -> StoredLinear:
     """A plain weight in canonical form: ``codes`` is the mapped matrix itself."""
     scheme = dense_scheme(header, module)
-    name = f"{module.stored}.weight"
-    origin = f"{header.file_of(name)}: {module.name}"
-    weight = QuantizedTensor(scheme, module.shape, data.tensor(name), origin=origin)
-    return StoredLinear(weight, read_bias(header, module, data))
+    weight = of_expert(module, data.tensor(module.tensor("weight")))
+    if module.transposed:
+        weight = weight.T
+    quantized = QuantizedTensor(scheme, module.shape, weight, origin=origin_of(header, module))
+    return StoredLinear(quantized, read_bias(header, module, data))
+
+
+def origin_of(header: CheckpointHeader, module: StoredModule, suffix: str = "weight") -> str:
+    """ "file: module", for messages."""
+    return f"{header.file_of(module.tensor(suffix))}: {module.name}"
+
+
+def weight_entry(header: CheckpointHeader, module: StoredModule) -> TensorEntry | None:
+    """What is stored as the module's ``weight``, whatever it is."""
+    return header.tensors.get(module.tensor("weight"))
 
 
 class Dense:
     """Unquantized safetensors checkpoints."""
 
     name = "dense"
+    aliases = ()
     reference = "transformers"
+    unused = ()
 
-    def claims(self, header: CheckpointHeader) -> str | None:
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header = header
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
         """A safetensors checkpoint whose config names no quantization."""
         if header.container != "safetensors" or quantization_config(header) is not None:
             return None
         return "config.json names no quantization"
 
-    def scheme_of(self, header: CheckpointHeader, module: StoredModule) -> Scheme:
+    def scheme_of(self, module: StoredModule) -> Scheme:
         """The stored dtype."""
-        return dense_scheme(header, module)
+        return dense_scheme(self.header, module)
 
-    def tensors_of(self, header: CheckpointHeader, module: StoredModule) -> list[str]:
+    def tensors_of(self, module: StoredModule) -> list[str]:
         """Weight and bias."""
-        return dense_tensors(header, module)
+        return dense_tensors(self.header, module)
 
-    def read(self, header: CheckpointHeader, module: StoredModule, data: TensorData) -> StoredLinear:
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """The mapped matrix."""
-        return read_dense(header, module, data)
+        return read_dense(self.header, module, data)
+
+    def describe(self) -> str:
+        """Not quantized."""
+        return "not quantized"
 
 
-FORMAT = Dense()
+FORMAT = Dense

@@ -26,6 +26,8 @@ _ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "gelu": (2, functional.gelu),
 }
 
+SWIGLU_LIMIT = 7.0
+
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
@@ -115,7 +117,12 @@ def _check_weight(weight: Tensor, width: int) -> None:
 
 
 def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | None = None) -> Tensor:
-    """gate_up (tokens, 2 * width), gate first -> activation(gate) * up (tokens, width)."""
+    """gate_up (tokens, 2 * width), gate first -> activation(gate) * up (tokens, width).
+
+    ``swiglu_clamped`` is gpt-oss': (up + 1) * gate * sigmoid(1.702 gate), gate <= 7 and |up| <= 7.
+    """
+    if activation == "swiglu_clamped":
+        return _swiglu_clamped(gate_up, out)
     known = _ACTIVATIONS.get(activation)
     if known is None:
         raise LowbitError(
@@ -139,6 +146,13 @@ def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | No
         out.stride(0),
     )
     return out
+
+
+def _swiglu_clamped(gate_up: Tensor, out: Tensor | None) -> Tensor:
+    gate, up = gate_up.float().chunk(2, -1)
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    y = ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(gate_up.dtype)
+    return y if out is None else out.copy_(y)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Linear: y = x @ W.T + bias for a weight in any packed form, fused from parts where they are alike."""
+"""Linear: y = Q(x) @ W.T + bias for a weight in any packed form, fused from parts where they are alike."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import PackedWeight
+from lowbit.kernels.activation_quant import InputTransform
 
 
 @dataclass(frozen=True)
@@ -26,23 +27,50 @@ class Part:
 
 
 class Linear:
-    """A layer of one packed weight, or of several where the parts' schemes differ (GGUF mixes)."""
+    """A layer of one packed weight, or of several where the parts' schemes or inputs differ (GGUF mixes).
 
-    def __init__(self, name: str, weights: list[PackedWeight], bias: Tensor | None) -> None:
+    ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: list[PackedWeight],
+        bias: Tensor | None,
+        inputs: list[InputTransform | None] | None = None,
+    ) -> None:
         self.name = name
         self.weights = weights
         self.bias = bias
+        self.inputs = inputs if inputs and any(inputs) else None
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""
-        first, *rest = self.weights
-        if not rest:
-            y = first.kernel.linear(x, first, out)
+        if self.inputs is not None:
+            y = self._with_inputs(x, self.inputs)
+        elif len(self.weights) == 1:
+            y = self.weights[0].kernel.linear(x, self.weights[0], out)
         else:
             y = torch.cat([w.kernel.linear(x, w) for w in self.weights], dim=1)
         if self.bias is not None:
             y += self.bias
         return y
+
+    def _with_inputs(self, x: Tensor, inputs: list[InputTransform | None]) -> Tensor:
+        """Each distinct transform runs once."""
+        done: dict[int, tuple[Tensor, Tensor | None]] = {id(None): (x, None)}
+        parts = []
+        for weight, transform in zip(self.weights, inputs, strict=True):
+            if id(transform) not in done:
+                assert transform is not None, "None is there from the start"
+                changed, factor = transform(x)
+                done[id(transform)] = (changed.to(x.dtype), factor)
+            changed, factor = done[id(transform)]
+            y = weight.kernel.linear(changed, weight)
+            if factor is not None:
+                y = y.mul_(factor) if y.dtype is torch.float32 else (y.float() * factor).to(y.dtype)
+            parts.append(y)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 
 
@@ -29,3 +30,12 @@ class WeightLoader(Protocol):
 
     def vector(self, name: str, size: int) -> Tensor:
         """float32 (size,): a norm's weight, by its tensor's canonical name."""
+
+    def experts(self, name: str, spec: ExpertsSpec) -> Experts:
+        """The routed experts ``<name>.0.gate_proj`` …, stored one by one or stacked."""
+
+    def matrix(self, part: Part) -> Tensor:
+        """float32 (out, in): the dequantized matrix, for what a family folds into other steps."""
+
+    def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
+        """What K and V of the attention called ``attention`` are divided by in an fp8 cache; else 1, 1."""

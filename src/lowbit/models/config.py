@@ -17,6 +17,35 @@ MAX_SIZE = 1 << 24  # no published model has a dimension, vocabulary or context 
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts in place of the MLP. ``layers``: the layers that have one.
+
+    ``routing``: ``softmax_top_k`` or ``top_k_softmax``; ``renormalize``: the former's weights sum to 1.
+    ``router``: the router's name under the MLP.
+    """
+
+    experts: int
+    per_token: int
+    intermediate_size: int
+    layers: frozenset[int]
+    routing: str = "softmax_top_k"
+    renormalize: bool = True
+    router: str = "gate"
+    router_bias: bool = False
+    expert_bias: bool = False
+    interleaved: bool = False  # stacked gate and up rows in turn
+    transposed: bool = False  # plain stacked weights as (experts, in, out)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.experts:
+            raise LowbitError(
+                "E0216",
+                f"the model's config sends each token to {self.per_token} of {self.experts} experts; it is "
+                "damaged or of another kind",
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Dimensions in elements, contexts in tokens."""
 
@@ -38,7 +67,6 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
-    fused_parts: bool = False  # the checkpoint stores qkv_proj and gate_up_proj as one matrix each
     qk_norm: bool = False  # RMSNorm over each head of Q and K before the rotation
     post_norms: bool = False  # RMSNorm after attention and after the MLP, before the residual is added
     norm_offset: float = 0.0  # added to every norm weight (Gemma in safetensors stores weight - 1)
@@ -48,6 +76,8 @@ class ModelConfig:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
+    sinks: bool = False  # a learned logit for each head in the softmax sum (gpt-oss)
+    moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
         divisors = len(self.rope_scaling.divisors)

@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of rotary GQA attention and a gated MLP.
+"""The decoder: pre-norm blocks of rotary GQA attention and a gated MLP or a mixture of experts.
 
 One class for every family of this shape (``families.py``); what differs is in ``ModelConfig``. Weights
 arrive through a ``WeightLoader``, so that one ``build`` serves loading, planning, every format and kernel.
@@ -18,16 +18,17 @@ from lowbit.kernels.elementwise import (
     RotaryTable,
     add_rms_norm,
     apply_rotary,
-    gated_activation,
     rms_norm,
 )
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, Route, softmax_top_k, top_k_softmax
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.layers.weight_loader import WeightLoader
-from lowbit.models.config import ModelConfig
+from lowbit.models.config import ModelConfig, MoeConfig
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "swiglu_clamped")
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ class Block:
     qkv: Linear  # (heads + 2 * kv_heads) * head_dim rows
     output: Linear
     mlp_norm: Tensor
-    gate_up: Linear  # 2 * intermediate rows
-    down: Linear
+    mlp: GatedMlp | MixtureOfExperts
     rotary: RotaryTable
+    attention: AttentionParameters
+    k_scale: float = 1.0  # K and V are stored divided by these (fp8 caches)
+    v_scale: float = 1.0
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     attention_post_norm: Tensor | None = None
@@ -69,8 +72,6 @@ class Decoder:
         self.final_norm = final_norm
         self.head = head
         self.cache_dtype = loader.cache_dtype
-        scale = config.attention_scale or config.head_dim**-0.5
-        self.attention = AttentionParameters(scale=scale, softcap=config.attention_softcap)
 
     def cache_specs(self) -> list[CacheSpec]:
         """Every layer caches all its K/V heads; some look back through a window only."""
@@ -94,7 +95,7 @@ class Decoder:
             if block.attention_post_norm is not None:
                 attended = rms_norm(attended, block.attention_post_norm, eps)
             hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
-            mixed = block.down(gated_activation(block.gate_up(hidden), config.activation))
+            mixed = block.mlp(hidden)
             if block.mlp_post_norm is not None:
                 mixed = rms_norm(mixed, block.mlp_post_norm, eps)
             hidden = add_rms_norm(mixed, residual, next_norm, eps)
@@ -112,8 +113,12 @@ class Decoder:
             q = _norm_heads(q, block.q_norm, config.rms_norm_eps)
             k = _norm_heads(k, block.k_norm, config.rms_norm_eps)
         apply_rotary(q, k, block.rotary, batch.positions)
+        if block.k_scale != 1.0 or block.v_scale != 1.0:
+            # K's scale returns through the softmax scale of ``block.attention``.
+            cache.kernel.write(cache, k / block.k_scale, v / block.v_scale, batch)
+            return cache.kernel.attend(q, cache, batch, block.attention) * block.v_scale
         cache.kernel.write(cache, k, v, batch)
-        return cache.kernel.attend(q, cache, batch, self.attention)
+        return cache.kernel.attend(q, cache, batch, block.attention)
 
 
 def _norm_heads(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -132,7 +137,7 @@ def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
     embedding = loader.embedding(Part("model.embed_tokens", (config.vocab_size, config.hidden_size)))
     tables = _rotary_tables(config, loader)
     blocks = [
-        _block(config, loader, f"model.layers.{n}", tables[bool(config.windows and config.windows[n])])
+        _block(config, loader, n, tables[bool(config.windows and config.windows[n])])
         for n in range(config.layers)
     ]
     final_norm = _norm(config, loader, "model.norm.weight")
@@ -162,9 +167,9 @@ def _norm(config: ModelConfig, loader: WeightLoader, name: str, size: int = 0) -
     return loader.vector(name, size or config.hidden_size) + config.norm_offset
 
 
-def _block(config: ModelConfig, loader: WeightLoader, prefix: str, rotary: RotaryTable) -> Block:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: RotaryTable) -> Block:
+    hidden, prefix = config.hidden_size, f"model.layers.{layer}"
+    attention = f"{prefix}.self_attn"
     q_rows = config.heads * config.head_dim
     before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
 
@@ -176,6 +181,7 @@ def _block(config: ModelConfig, loader: WeightLoader, prefix: str, rotary: Rotar
     def post_norm(name: str) -> Tensor | None:
         return _norm(config, loader, f"{prefix}.{name}.weight") if config.post_norms else None
 
+    k_scale, v_scale = loader.kv_scales(attention, layer)
     return Block(
         attention_norm=_norm(config, loader, f"{prefix}.input_layernorm.weight"),
         qkv=loader.linear(f"{attention}.qkv_proj", _qkv_parts(config, attention)),
@@ -184,11 +190,15 @@ def _block(config: ModelConfig, loader: WeightLoader, prefix: str, rotary: Rotar
             [Part(f"{attention}.o_proj", (hidden, q_rows), bias=config.output_bias)],
         ),
         mlp_norm=_norm(config, loader, f"{prefix}.{before_mlp}.weight"),
-        gate_up=loader.linear(f"{mlp}.gate_up_proj", _gate_up_parts(config, mlp)),
-        down=loader.linear(
-            f"{mlp}.down_proj", [Part(f"{mlp}.down_proj", (hidden, inner), bias=config.mlp_bias)]
-        ),
+        mlp=_mlp(config, loader, layer),
         rotary=rotary,
+        attention=AttentionParameters(
+            scale=(config.attention_scale or config.head_dim**-0.5) * k_scale,
+            softcap=config.attention_softcap,
+            sinks=loader.vector(f"{attention}.sinks", config.heads) if config.sinks else None,
+        ),
+        k_scale=k_scale,
+        v_scale=v_scale,
         q_norm=head_norm("q_norm"),
         k_norm=head_norm("k_norm"),
         attention_post_norm=post_norm("post_attention_layernorm"),
@@ -196,11 +206,41 @@ def _block(config: ModelConfig, loader: WeightLoader, prefix: str, rotary: Rotar
     )
 
 
+def _mlp(config: ModelConfig, loader: WeightLoader, layer: int) -> GatedMlp | MixtureOfExperts:
+    moe, mlp = config.moe, f"model.layers.{layer}.mlp"
+    if moe is not None and layer in moe.layers:
+        router = Part(f"{mlp}.{moe.router}", (moe.experts, config.hidden_size), bias=moe.router_bias)
+        spec = ExpertsSpec(
+            moe.experts,
+            config.hidden_size,
+            moe.intermediate_size,
+            bias=moe.expert_bias,
+            interleaved=moe.interleaved,
+            transposed=moe.transposed,
+        )
+        return MixtureOfExperts(
+            loader.linear(router.name, [router]),
+            _route(moe),
+            loader.experts(f"{mlp}.experts", spec),
+            config.activation,
+        )
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return GatedMlp(
+        loader.linear(f"{mlp}.gate_up_proj", _gate_up_parts(config, mlp)),
+        loader.linear(f"{mlp}.down_proj", [Part(f"{mlp}.down_proj", (hidden, inner), bias=config.mlp_bias)]),
+        config.activation,
+    )
+
+
+def _route(moe: MoeConfig) -> Route:
+    if moe.routing == "top_k_softmax":
+        return top_k_softmax(moe.per_token)
+    return softmax_top_k(moe.per_token, moe.renormalize)
+
+
 def _qkv_parts(config: ModelConfig, attention: str) -> list[Part]:
     q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
     hidden, bias = config.hidden_size, config.qkv_bias
-    if config.fused_parts:
-        return [Part(f"{attention}.qkv_proj", (q_rows + 2 * kv_rows, hidden), bias=bias)]
     return [
         Part(f"{attention}.q_proj", (q_rows, hidden), rotary_heads=config.heads, bias=bias),
         Part(f"{attention}.k_proj", (kv_rows, hidden), rotary_heads=config.kv_heads, bias=bias),
@@ -210,8 +250,6 @@ def _qkv_parts(config: ModelConfig, attention: str) -> list[Part]:
 
 def _gate_up_parts(config: ModelConfig, mlp: str) -> list[Part]:
     inner, hidden = config.intermediate_size, config.hidden_size
-    if config.fused_parts:
-        return [Part(f"{mlp}.gate_up_proj", (2 * inner, hidden), bias=config.mlp_bias)]
     return [
         Part(f"{mlp}.gate_proj", (inner, hidden), bias=config.mlp_bias),
         Part(f"{mlp}.up_proj", (inner, hidden), bias=config.mlp_bias),

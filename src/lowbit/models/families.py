@@ -1,7 +1,8 @@
 """The families the decoder serves: how each spells its config, its tensors and its rows.
 
-Llama (Touvron et al., 2023; Grattafiori et al., 2024), Mistral (Jiang et al., 2023), Qwen2 and Qwen3 (Yang
-et al., 2024, 2025), Gemma 2 and 3 (Gemma Team, 2024, 2025), Phi-3 (Abdin et al., 2024).
+Llama (Touvron et al., 2023; Grattafiori et al., 2024), Mistral and Mixtral (Jiang et al., 2023, 2024), Qwen2
+and Qwen3, dense and with experts (Yang et al., 2024, 2025), Gemma 2 and 3 (Gemma Team, 2024, 2025), Phi-3
+(Abdin et al., 2024), gpt-oss (OpenAI, 2025).
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import math
 from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError
 from lowbit.models.config import (
     ConfigKeys,
     ModelConfig,
+    MoeConfig,
     base_config,
     gguf_keys,
     json_keys,
@@ -41,6 +44,13 @@ GGUF_NAMES = {
     "model.layers.{n}.mlp.up_proj": "blk.{n}.ffn_up",
     "model.layers.{n}.mlp.gate_up_proj": "blk.{n}.ffn_up",  # Phi-3 keeps gate and up in one matrix
     "model.layers.{n}.mlp.down_proj": "blk.{n}.ffn_down",
+    "model.layers.{n}.mlp.gate": "blk.{n}.ffn_gate_inp",
+    "model.layers.{n}.mlp.router": "blk.{n}.ffn_gate_inp",
+    "model.layers.{n}.mlp.experts.gate_proj": "blk.{n}.ffn_gate_exps",
+    "model.layers.{n}.mlp.experts.up_proj": "blk.{n}.ffn_up_exps",
+    "model.layers.{n}.mlp.experts.gate_up_proj": "blk.{n}.ffn_gate_up_exps",
+    "model.layers.{n}.mlp.experts.down_proj": "blk.{n}.ffn_down_exps",
+    "model.layers.{n}.self_attn.sinks": "blk.{n}.attn_sinks.weight",
 }
 GEMMA_GGUF_NAMES = GGUF_NAMES | {
     "model.layers.{n}.post_attention_layernorm": "blk.{n}.post_attention_norm",
@@ -149,7 +159,7 @@ def _gemma3(header: CheckpointHeader) -> ModelConfig:
 
 
 def _phi3(header: CheckpointHeader) -> ModelConfig:
-    config = replace(base_config(header), fused_parts=True)
+    config = base_config(header)
     keys = gguf_keys(header) if header.container == "gguf" else json_keys(header)
     name = "attention.sliding_window" if header.container == "gguf" else "sliding_window"
     window = keys.size(name) if keys.has(name) else 0
@@ -157,10 +167,98 @@ def _phi3(header: CheckpointHeader) -> ModelConfig:
     return replace(config, windows=windows)
 
 
-LLAMA = Family("llama", _llama, build, GGUF_NAMES, True, UNUSED)
+def _mixtral(header: CheckpointHeader) -> ModelConfig:
+    config = base_config(header)
+    if header.container == "gguf":
+        keys = gguf_keys(header)
+        count, used = keys.size("expert_count"), keys.size("expert_used_count")
+    else:
+        keys = json_keys(header)
+        count, used = keys.size("num_local_experts"), keys.size("num_experts_per_tok")
+        config = replace(config, windows=_windows(keys, config.layers, everywhere=True))
+    moe = MoeConfig(count, used, config.intermediate_size, frozenset(range(config.layers)))
+    return replace(config, moe=moe)
+
+
+def _llama_or_mixtral(header: CheckpointHeader) -> ModelConfig:
+    """GGUF calls Mixtral ``llama`` with experts."""
+    if header.container == "gguf" and gguf_keys(header).values.get("expert_count"):
+        return _mixtral(header)
+    return _llama(header)
+
+
+def _qwen3_moe(header: CheckpointHeader) -> ModelConfig:
+    config = _qwen3(header)
+    if header.container == "gguf":
+        keys = gguf_keys(header)
+        count, used = keys.size("expert_count"), keys.size("expert_used_count")
+        inner, layers, renormalize = keys.size("expert_feed_forward_length"), list(range(config.layers)), True
+    else:
+        keys = json_keys(header)
+        count = keys.size("num_experts", keys.size("num_local_experts", 128))
+        used, inner = keys.size("num_experts_per_tok"), keys.size("moe_intermediate_size")
+        renormalize = keys.flag("norm_topk_prob", False)
+        step, dense = keys.size("decoder_sparse_step", 1), keys.values.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise LowbitError("E0216", f"{keys.place}: key 'mlp_only_layers' must be a list")
+        layers = [n for n in range(config.layers) if n not in dense and (n + 1) % step == 0]
+    moe = MoeConfig(count, used, inner, frozenset(layers), renormalize=renormalize)
+    return replace(config, moe=moe)
+
+
+def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
+    config = base_config(header)
+    if header.container == "gguf":
+        keys = gguf_keys(header)
+        count, used = keys.size("expert_count"), keys.size("expert_used_count")
+        inner, window = keys.size("expert_feed_forward_length"), keys.size("attention.sliding_window")
+        types: object = None
+    else:
+        keys = json_keys(header)
+        count = keys.size("num_local_experts", keys.size("num_experts", 128))
+        used = keys.size("num_experts_per_tok", keys.size("experts_per_token", 4))
+        inner, window = config.intermediate_size, keys.size("sliding_window", 128)
+        types = keys.values.get("layer_types")
+        limit = keys.number("swiglu_limit", 7.0)
+        if limit != 7.0:
+            raise LowbitError("E0242", f"{keys.place}: swiglu_limit {limit} is not supported; only 7 is")
+    if not (isinstance(types, list) and len(types) == config.layers):
+        types = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(config.layers)]
+    return replace(
+        config,
+        qkv_bias=True,
+        output_bias=True,
+        sinks=True,
+        activation="swiglu_clamped",
+        windows=tuple(window if kind == "sliding_attention" else 0 for kind in types),
+        moe=MoeConfig(
+            count,
+            used,
+            inner,
+            frozenset(range(config.layers)),
+            routing="top_k_softmax",
+            router="router",
+            router_bias=True,
+            expert_bias=True,
+            interleaved=True,
+            transposed=True,
+        ),
+    )
+
+
+# Mixtral's experts were block_sparse_moe before transformers 5; GPTQModel writes mlp.
+MOE_ALIASES = ((r"\.mlp\.(gate|experts)\b(?!_)", r".block_sparse_moe.\1"),)
+GPT_OSS_GGUF_NAMES = GGUF_NAMES | {
+    "model.layers.{n}.post_attention_layernorm": "blk.{n}.post_attention_norm",
+}
+
+LLAMA = Family("llama", _llama_or_mixtral, build, GGUF_NAMES, True, UNUSED, MOE_ALIASES)
 MISTRAL = Family("mistral", _mistral, build, GGUF_NAMES, True, UNUSED)
+MIXTRAL = Family("mixtral", _mixtral, build, GGUF_NAMES, True, UNUSED, MOE_ALIASES)
 QWEN2 = Family("qwen2", _qwen2, build, GGUF_NAMES, False, UNUSED)
 QWEN3 = Family("qwen3", _qwen3, build, GGUF_NAMES, False, UNUSED)
+QWEN3_MOE = Family("qwen3_moe", _qwen3_moe, build, GGUF_NAMES, False, UNUSED)
 GEMMA2 = Family("gemma2", _gemma2, build, GEMMA_GGUF_NAMES, False, UNUSED)
 GEMMA3 = Family("gemma3", _gemma3, build, GEMMA_GGUF_NAMES, False, UNUSED)
 PHI3 = Family("phi3", _phi3, build, GGUF_NAMES, False, UNUSED)
+GPT_OSS = Family("gpt_oss", _gpt_oss, build, GPT_OSS_GGUF_NAMES, False, UNUSED)

@@ -21,6 +21,7 @@ class Family:
     ``gguf_names``: canonical tensor stem -> GGUF stem, ``{n}`` standing for the layer number.
     ``gguf_rotates_pairs``: whether GGUF stores its Q/K rows as adjacent rotary pairs (formats.md 2.7.4).
     ``unused``: regular expressions of tensor names a checkpoint may hold and the model does not use.
+    ``aliases``: (regular expression, replacement): other spellings of canonical names in the wild.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Family:
     gguf_names: dict[str, str]
     gguf_rotates_pairs: bool
     unused: tuple[str, ...] = field(default=())
+    aliases: tuple[tuple[str, str], ...] = field(default=())
 
 
 # Architecture -> (module of this package, its Family).
@@ -36,11 +38,14 @@ MODULES = {
     "LlamaForCausalLM": ("families", "LLAMA"),
     "llama": ("families", "LLAMA"),
     "MistralForCausalLM": ("families", "MISTRAL"),
+    "MixtralForCausalLM": ("families", "MIXTRAL"),
     "Qwen2ForCausalLM": ("families", "QWEN2"),
     "Qwen3ForCausalLM": ("families", "QWEN3"),
+    "Qwen3MoeForCausalLM": ("families", "QWEN3_MOE"),
     "Gemma2ForCausalLM": ("families", "GEMMA2"),
     "Gemma3ForCausalLM": ("families", "GEMMA3"),
     "Phi3ForCausalLM": ("families", "PHI3"),
+    "GptOssForCausalLM": ("families", "GPT_OSS"),
 }
 
 

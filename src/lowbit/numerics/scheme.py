@@ -6,7 +6,7 @@ Its short spelling, ``str(scheme)``, is what ``lowbit inspect`` prints and kerne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lowbit.numerics.number_formats import NumberFormat, number_format
@@ -14,17 +14,30 @@ from lowbit.numerics.number_formats import NumberFormat, number_format
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """How a scheme wants its input quantized: one scale for ``block`` = (tokens, columns), 0 = all."""
+    """How a scheme wants its input x (tokens, columns) quantized before the product.
+
+    One scale for ``block`` = (tokens, columns), 0 = all: (1, 0) is per token, (0, 0) per tensor. ``limit``:
+    the code value the largest |x| of a block becomes (127, 127.5, 448, 6); 0 means the format's largest.
+    ``scale``: what the scale itself is rounded to (f32: not at all; e8m0: a power of two; e4m3: NVFP4, under
+    the static outer scale). ``upper_bound``: largest |x| a scale takes account of (fbgemm), 0 = none.
+    ``outliers``: inputs of at least this size stay as they are (LLM.int8), 0 = none.
+    """
 
     number_format: NumberFormat
     block: tuple[int, int]
     mode: Literal["static", "dynamic", "delayed"] = "dynamic"
     symmetric: bool = True
+    limit: float = 0.0
+    scale: NumberFormat = field(default_factory=lambda: number_format("f32"))
+    upper_bound: float = 0.0
+    outliers: float = 0.0
 
     def __str__(self) -> str:
         rows, columns = ("all" if size == 0 else str(size) for size in self.block)
         shape = "" if self.symmetric else " asym"
-        return f"{self.number_format.name} {rows}x{columns} {self.mode}{shape}"
+        scale = "" if self.scale.name == "f32" else f" {self.scale.name}"
+        outliers = f" outliers {self.outliers:g}" if self.outliers else ""
+        return f"{self.number_format.name} {rows}x{columns} {self.mode}{scale}{shape}{outliers}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""AutoRound checkpoints (Cheng et al., 2023): the tensors of other formats under a config of its own.
+
+``packing_format`` says whose tensors they are: GPTQ's with v1 zeros (``auto_round:auto_gptq``), GPTQ's with
+plain zeros (``auto_round``, ``auto_round:gptqmodel`` …) or AWQ's (``auto_round:auto_awq``). ``extra_config``
+gives modules other bits or leaves them alone (bits >= 16): an exact name first, then regular expressions.
+Rotated exports, FP8, MLX and llm_compressor layouts, and NVFP4 with e5m3 scales are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError, printable
+from lowbit.formats import Notes, StoredLinear, StoredModule, require_tensors
+from lowbit.formats.awq import AwqRule, awq_scheme, awq_tensors, read_awq
+from lowbit.formats.dense import dense_scheme, dense_tensors, read_dense
+from lowbit.formats.gptq import GptqRule, check_bits, gptq_scheme, gptq_tensors, read_gptq, read_number
+from lowbit.formats.matching import spellings
+from lowbit.formats.quantization_config import quantization_config
+from lowbit.numerics.scheme import Scheme
+
+_METHODS = ("auto-round", "auto_round", "intel/auto-round", "inc")
+_V1 = ("auto_round:auto_gptq", "auto_gptq", "auto_round:gptq")
+_V2 = (
+    "auto_round",
+    "auto_round:gptqmodel",
+    "auto_round:exllamav2",
+    "auto_round:triton",
+    "auto_round:gptqmodel:triton",
+)
+_AWQ = ("auto_round:auto_awq", "auto_awq", "awq", "auto_round:awq")
+_BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
+class AutoRound:
+    """See the module docstring."""
+
+    name = "auto-round"
+    aliases = ("auto_round", "inc", "gptq", "gptq_marlin", "awq", "awq_marlin")
+    reference = "auto-round"
+    unused = (r".*\.workspace",)
+
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header, self.notes = header, notes
+        found = quantization_config(header)
+        assert found is not None, "claims() saw it"
+        self.values, self.place = found.values, found.place
+        packing = str(self.values.get("packing_format") or self.values.get("backend") or "auto_round")
+        self.packing = packing.lower()
+        if self.packing not in (*_V1, *_V2, *_AWQ):
+            raise LowbitError(
+                "E0218",
+                f"{self.place}.packing_format {printable(repr(packing))} is not read; export the model with "
+                "--format auto_gptq, auto_awq or llm_compressor",
+            )
+        for key in self.values:
+            if "rotation" in key and self.values[key]:
+                raise LowbitError("E0218", f"{self.place}.{key}: rotated activations are not built in")
+        check_bits(read_number(self.values, self.place, "bits"), _BITS, self.place)
+        _group(self.values, self.place)
+        extra = self.values.get("extra_config") or {}
+        if not isinstance(extra, dict) or not all(isinstance(value, dict) for value in extra.values()):
+            raise LowbitError("E0212", f"{self.place}.extra_config must be an object of objects")
+        self.extra: dict[str, dict[str, object]] = extra
+        require_tensors(header, (".qweight",), self.place, "auto-round")
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """quant_method auto-round in one of its spellings."""
+        found = quantization_config(header)
+        if found is None or found.method.lower() not in _METHODS:
+            return None
+        return f"{found.place} says {found.method}"
+
+    def describe(self) -> str:
+        """Bits, group and packing."""
+        bits, group = self.values.get("bits"), self.values.get("group_size")
+        return f"auto-round, {bits}-bit, group {group}, {self.packing}"
+
+    def scheme_of(self, module: StoredModule) -> Scheme:
+        """As the packing format's own reader."""
+        if self._is_dense(module):
+            return dense_scheme(self.header, module)
+        rule = self._rule(module)
+        if isinstance(rule, AwqRule):
+            return awq_scheme(self.header, module, rule)
+        return gptq_scheme(self.header, module, rule)
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """As the packing format's own reader."""
+        if self._is_dense(module):
+            return dense_tensors(self.header, module)
+        if self.packing in _AWQ:
+            return awq_tensors(self.header, module)
+        return gptq_tensors(self.header, module)
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """As the packing format's own reader."""
+        if self._is_dense(module):
+            return read_dense(self.header, module, data)
+        rule = self._rule(module)
+        if isinstance(rule, AwqRule):
+            return read_awq(self.header, module, data, rule)
+        return read_gptq(self.header, module, data, rule, self.notes)
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        tensors = self.header.tensors
+        return module.tensor("qweight") not in tensors and module.tensor("weight") in tensors
+
+    def _rule(self, module: StoredModule) -> GptqRule | AwqRule:
+        values = {**self.values, **self._override(module)}
+        bits = check_bits(read_number(values, self.place, "bits"), _BITS, self.place)
+        group = _group(values, self.place)
+        if self.packing in _AWQ:
+            return AwqRule(check_bits(bits, (4,), self.place), group, "gemm")
+        sym = values.get("sym")
+        rule = GptqRule(
+            bits, group, "v1" if self.packing in _V1 else "v2", sym if isinstance(sym, bool) else None
+        )
+        return replace(rule, desc_act=values.get("desc_act") is True)
+
+    def _override(self, module: StoredModule) -> dict[str, object]:
+        names = spellings(module.stored)
+        for name in names:
+            if name in self.extra:
+                return self.extra[name]
+        for pattern, values in self.extra.items():
+            if any(_matches(pattern, name) for name in names):
+                return values
+        return {}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return len(pattern) <= 1024 and re.search(pattern, name) is not None
+    except re.error:
+        return False  # a plain name that is no regular expression
+
+
+def _group(values: dict[str, object], place: str) -> int:
+    """AutoRound writes 0 for one scale a tensor (not for packed codes) and -1 for one a channel."""
+    size = read_number(values, place, "group_size")
+    if size != -1 and size <= 0:
+        raise LowbitError("E0212", f"{place}.group_size is {size}; packed codes have -1 or a positive number")
+    return size
+
+
+FORMAT = AutoRound

@@ -1,0 +1,107 @@
+"""Module names in quantization configs: every spelling under which a list may name a module.
+
+The same module is ``model.layers.0.mlp.up_proj``, ``model.language_model.layers.0…`` or
+``language_model.model.layers.0…`` depending on the version of the tool that wrote the list, and lists may
+hold the fused name of a part (``qkv_proj``, ``gate_up_proj``, ``experts``). Each rule of the field
+(formats.md 0.5) is one function ``rule(key, name) -> bool``; ``listed`` tries it under every spelling.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+from lowbit.errors import LowbitError, printable
+
+_PREFIXES = ("model.", "language_model.", "model.language_model.", "language_model.model.", "")
+_STEM = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(?=.)")
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "w1": "w13",
+    "w3": "w13",
+}
+
+Rule = Callable[[str, str], bool]
+
+
+@lru_cache(maxsize=1 << 16)
+def spellings(name: str) -> tuple[str, ...]:
+    """The name itself first, then under every prefix, then as the fused layer it may be a part of."""
+    stem = _STEM.sub("", name, count=1)
+    found = dict.fromkeys([name, *(prefix + stem for prefix in _PREFIXES)])
+    leaf = name.rpartition(".")[2]
+    if leaf in _FUSED:
+        found |= dict.fromkeys(_with_leaf(spelling, _FUSED[leaf]) for spelling in list(found))
+    return tuple(found)
+
+
+def _with_leaf(name: str, leaf: str) -> str:
+    return f"{name.rpartition('.')[0]}.{leaf}"
+
+
+def listed(name: str, keys: Iterable[str], rule: Rule) -> bool:
+    """Whether any key names the module under any of its spellings."""
+    return any(rule(key, spelling) for key in keys for spelling in spellings(name))
+
+
+def exact(key: str, name: str) -> bool:
+    """The full module name (AutoFP8, vLLM ``ignored_layers``)."""
+    return key == name
+
+
+def module_prefix(key: str, name: str) -> bool:
+    """transformers >= 5 ``modules_to_not_convert``: a regex matching up to a module border, or a suffix."""
+    if name.endswith(key) and (len(name) == len(key) or name[-len(key) - 1] == "." or key.startswith(".")):
+        return True
+    return _compiled(f"(?:{key})(?:(?<=\\.)|(?=\\.|$))").match(name) is not None
+
+
+def substring(key: str, name: str) -> bool:
+    """AutoAWQ: anywhere in the name, but on module borders (``mlp.gate`` is not ``mlp.gate_proj``)."""
+    return f".{key.strip('.')}." in f".{name}." or (key.endswith(".") and key in name)
+
+
+def regex_or_exact(key: str, name: str) -> bool:
+    """compressed-tensors: ``re:`` patterns match from the start, anything else is the exact name."""
+    return regex(key[3:], name) if key.startswith("re:") else key == name
+
+
+def regex(key: str, name: str) -> bool:
+    """A regular expression from the name's start, with no anchor at its end (``re.match``)."""
+    return _compiled(key).match(name) is not None
+
+
+def wildcard(key: str, name: str) -> bool:
+    """ModelOpt ``exclude_modules``: a shell pattern for the whole name or for one dotted part of it."""
+    if fnmatch.fnmatchcase(name, key):
+        return True
+    return any(fnmatch.fnmatchcase(part, key) for part in name.split("."))
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    if len(pattern) > 1024:
+        raise LowbitError("E0212", f"a module pattern of the quantization config has {len(pattern)} letters")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise LowbitError(
+            "E0212", f"module pattern {printable(repr(pattern))} of the quantization config: {error}"
+        ) from None
+
+
+def strings(values: object, key: str, place: str) -> tuple[str, ...]:
+    """A list of strings, or nothing: the value of an ignore key."""
+    if values is None:
+        return ()
+    if isinstance(values, str):
+        return (values,)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise LowbitError("E0212", f"{place}.{key} must be a list of module names")
+    return tuple(values)

@@ -1,0 +1,94 @@
+"""Methods that exist and are not read here: each refused by name, with what to do instead.
+
+``refuse`` speaks when no format claims a checkpoint. Facts of each method: formats.md 2.10-2.17.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError, printable
+from lowbit.formats.quantization_config import quantization_config
+
+_LATER = "is not read yet; use a GPTQ, AWQ, FP8, compressed-tensors, bitsandbytes or GGUF version"
+_CODEBOOK = "stores vector codebooks, which no kernel here runs; use a GPTQ, AWQ or GGUF version"
+_ROTATED = "rotates activations at run time, which is not built in; use a version without rotation"
+_PRIVATE = "stores one GPU kernel's private layout; use the GPTQ, AWQ or FP8 version it was made from"
+_ONLINE = (
+    "is a way of quantizing at load, not a form of checkpoint; remove quantization_config from config.json"
+)
+
+REFUSED: dict[str, str] = {
+    "torchao": _LATER,
+    "hqq": _LATER,
+    "quanto": _LATER,
+    "quark": _LATER,
+    "bitnet": _LATER,
+    "mlx": _LATER,
+    "metal": _LATER,
+    "gemma": _LATER,
+    "sinq": "has a scale for each column beside each row's; " + _LATER,
+    "eetq": _PRIVATE + " (int8 weight-only gives the same numbers)",
+    "qoq": _PRIVATE,
+    "qserve": _PRIVATE,
+    "qqq": _PRIVATE,
+    "w4afp8": "has no published description; use the FP8 or an int4 version",
+    "bitblas": _PRIVATE,
+    "gptq_bitblas": _PRIVATE,
+    "nvfp4": "stores swizzled scales; use the ModelOpt or compressed-tensors version",
+    "fouroversix": "is NVFP4 under other names; use the ModelOpt or compressed-tensors version",
+    "petit_nvfp4": _PRIVATE,
+    "modelslim": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
+    "humming": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
+    "aqlm": _CODEBOOK,
+    "vptq": _CODEBOOK,
+    "quip": _CODEBOOK,
+    "higgs": _CODEBOOK,
+    "exl2": "is ExLlamaV2's; use a GPTQ, AWQ or GGUF version",
+    "exl3": "is ExLlamaV3's; use a GPTQ, AWQ or GGUF version",
+    "spqr": "keeps outliers in a sparse matrix; use a GPTQ, AWQ or GGUF version",
+    "fp_quant": _ROTATED,
+    "paroquant": _ROTATED,
+    "deepspeedfp": _ONLINE,
+    "tpu_int8": _ONLINE,
+    "experts_int8": _ONLINE,
+    "ipex": _ONLINE,
+    "neuron_quant": _ONLINE,
+}
+# A method that no config names, by the tensors only it writes.
+_SUFFIXES = {
+    ".trellis": "exl3",
+    ".q_invperm": "exl2",
+    ".Qidxs": "quip",
+    ".codebooks": "aqlm",
+    ".centroids": "vptq",
+    ".W_q": "hqq",
+    "._data": "quanto",
+}
+
+
+def refuse(header: CheckpointHeader) -> NoReturn:
+    """E0211 with the method's name and the way out."""
+    found = quantization_config(header)
+    method, place = (found.method, found.place) if found else (_by_tensors(header), "the tensors' names")
+    name = method.lower().replace("_", "-") if method else ""
+    for known, advice in REFUSED.items():
+        if known.replace("_", "-") == name:
+            raise LowbitError("E0211", f"{header.root.name}: quantization method {known} ({place}) {advice}")
+    from lowbit.formats import all_formats
+
+    listed = ", ".join(sorted(fmt.name for fmt in all_formats()))
+    raise LowbitError(
+        "E0211",
+        f"{header.root.name}: quantization method {printable(repr(method))} ({place}) is unknown; "
+        f"known: {listed}",
+    )
+
+
+def _by_tensors(header: CheckpointHeader) -> str | None:
+    for name in header.tensors:
+        for suffix, method in _SUFFIXES.items():
+            if name.endswith(suffix):
+                return method
+    return None

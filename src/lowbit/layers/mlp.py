@@ -1,0 +1,71 @@
+"""The feed-forward half of a block: a gated MLP, or a router with experts (and perhaps a shared one).
+
+GLU variants (Shazeer, 2020); mixture of experts as in Mixtral (Jiang et al., 2024), Qwen3-MoE (Yang et al.,
+2025) and gpt-oss (OpenAI, 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowbit.kernels.elementwise import gated_activation
+from lowbit.layers.experts import Experts
+from lowbit.layers.linear import Linear
+
+# float32 router logits (tokens, experts) -> (int64 (tokens, k) chosen experts, float32 (tokens, k) weights)
+Route = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """down(activation(gate(x)) * up(x)); ``gate_up``: (2 * intermediate, hidden), gate rows first."""
+
+    gate_up: Linear
+    down: Linear
+    activation: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (tokens, hidden) -> (tokens, hidden)."""
+        return self.down(gated_activation(self.gate_up(x), self.activation))
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts:
+    """The sum of a token's chosen experts, weighted, and of the shared one where there is one."""
+
+    router: Linear
+    route: Route
+    experts: Experts
+    activation: str
+    shared: GatedMlp | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (tokens, hidden) -> (tokens, hidden)."""
+        chosen, weights = self.route(self.router(x).float())
+        mixed = self.experts(x, chosen, weights, self.activation)
+        return mixed if self.shared is None else mixed + self.shared(x)
+
+
+def softmax_top_k(k: int, renormalize: bool) -> Route:
+    """Probabilities over all experts, the k largest kept; ``renormalize``: they then sum to 1."""
+
+    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, chosen = logits.softmax(-1).topk(k, dim=-1)
+        if renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights
+
+    return route
+
+
+def top_k_softmax(k: int) -> Route:
+    """The k largest logits, softmax over these alone (gpt-oss)."""
+
+    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
+        largest, chosen = logits.topk(k, dim=-1)
+        return chosen, largest.softmax(-1)
+
+    return route

@@ -1,0 +1,495 @@
+"""load_model and plan_model: the only file that knows checkpoints, formats, kernels and models together.
+
+A model family asks for its weights through a ``WeightLoader``. ``_Loader`` answers by reading a module in
+canonical form, fusing equal parts, packing them for the chosen kernel and dropping the canonical form
+before the next module is read, so that peak memory is the packed model plus one module. ``_Planner``
+answers the same questions from headers alone, for ``lowbit inspect``. ``names`` knows where a module lies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError, printable
+from lowbit.formats import CheckpointFormat, InputRule, Notes, detect
+from lowbit.formats.kv_scales import KvScales
+from lowbit.kernels import PackedWeight, choose
+from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.attention import CacheSpec
+from lowbit.layers.experts import Experts, ExpertsSpec
+from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.loading.names import Names, Placed, row_order
+from lowbit.loading.self_check import check_packed
+from lowbit.models.config import ModelConfig
+from lowbit.models.model import Model
+from lowbit.models.registry import Family, family_of
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
+from lowbit.numerics.scheme import Scheme
+
+_log = logging.getLogger("lowbit")
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
+
+_DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One stored module: what it is and which kernel will run it. ``refusals``: (kernel, reason)."""
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: Scheme
+    kernel: str
+    computes: str
+    refusals: tuple[tuple[str, str], ...]
+    stored_nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model as it would be loaded, from headers alone."""
+
+    architecture: str
+    format: str
+    described: str  # "gptq, 4-bit, group 128"
+    config: ModelConfig
+    modules: list[ModulePlan]
+    cache_specs: list[CacheSpec]
+    device: str
+    peak_bytes: int  # of memory while loading, about: all packed weights and the largest module unpacked
+
+    @property
+    def weight_bytes(self) -> int:
+        """Stored bytes of all planned modules."""
+        return sum(module.stored_nbytes for module in self.modules)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache one token needs over all layers."""
+        return sum(spec.token_bytes() for spec in self.cache_specs)
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        return self.config.context_length
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the planned modules (norms not counted)."""
+        return sum(module.shape[0] * module.shape[1] for module in self.modules)
+
+
+def load_model(
+    header: CheckpointHeader,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
+    quantization: str | None = None,
+    strict: bool = False,
+    kv_scales: KvScales | None = None,
+    on_progress: Progress | None = None,
+) -> Model:
+    """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
+
+    ``quantization``: what the user believes the method is; anything but the checkpoint's own is E0401.
+    ``strict``: contradictions the data could settle are errors. ``kv_scales``: from a file beside the
+    checkpoint instead of the checkpoint's own.
+    """
+    opened = _Opened.of(header, quantization, strict)
+    with TensorData(header) as data:
+        target = _Target.resolve(header, device, dtype, kv_cache_dtype)
+        loader = _Loader(opened, target, data, kv_scales, on_progress)
+        model = opened.family.build(opened.config, loader)
+        loader.names.refuse_leftovers()
+    model.kernels = frozenset(loader.kernels)
+    return model
+
+
+def plan_model(
+    header: CheckpointHeader,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
+    quantization: str | None = None,
+    strict: bool = False,
+) -> ModelPlan:
+    """What ``load_model`` would do, without reading a weight."""
+    opened = _Opened.of(header, quantization, strict)
+    planner = _Planner(opened, _Target.resolve(header, device, dtype, kv_cache_dtype))
+    model = opened.family.build(opened.config, planner)
+    planner.names.refuse_leftovers()
+    return ModelPlan(
+        architecture=opened.config.architecture,
+        format=opened.form.name,
+        described=opened.form.describe(),
+        config=opened.config,
+        modules=planner.modules,
+        cache_specs=model.cache_specs(),
+        device=planner.device.type,
+        peak_bytes=planner.peak_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint with its family, its format and its config."""
+
+    header: CheckpointHeader
+    family: Family
+    form: CheckpointFormat
+    config: ModelConfig
+
+    @classmethod
+    def of(cls, header: CheckpointHeader, quantization: str | None, strict: bool) -> _Opened:
+        family = family_of(header)
+        form = detect(header)(header, Notes(strict))
+        if quantization is not None:
+            _check_quantization(form, quantization)
+        return cls(header, family, form, family.read_config(header))
+
+
+def _check_quantization(form: CheckpointFormat, asked: str) -> None:
+    """The config decides; a flag may only repeat it."""
+    if form.name == "dense":
+        raise LowbitError(
+            "E0402",
+            f"--quantization {printable(asked)}: this model is not quantized, and quantizing at load is not "
+            "built in yet; pass a quantized checkpoint",
+        )
+    if asked != form.name and asked not in form.aliases:
+        raise LowbitError(
+            "E0401",
+            f"--quantization {printable(asked)}: this model is already quantized ({form.describe()}); "
+            "drop --quantization, or pass the original model to re-quantize",
+        )
+    _log.warning("lowbit: --quantization %s is not needed: the checkpoint says %s", asked, form.describe())
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a model runs and in which types."""
+
+    device: torch.device
+    activation_dtype: torch.dtype
+    cache_dtype: torch.dtype
+    dense_dtype: torch.dtype | None  # None: as stored
+
+    @classmethod
+    def resolve(cls, header: CheckpointHeader, device: str, dtype: str, kv_cache_dtype: str) -> _Target:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise LowbitError("E0412", "--device cuda: torch sees no CUDA device here; use --device cpu")
+        on_cpu = device == "cpu"
+        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        exact = dtype == "float32" or (dtype == "auto" and _is_float32(header))
+        cache = torch.float32 if exact else torch.bfloat16
+        if kv_cache_dtype != "auto":
+            cache = {"bf16": torch.bfloat16, "f32": torch.float32}[kv_cache_dtype]
+        # On a CPU the residual stream, norms and accumulation stay in float32; kernels round their inputs.
+        activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
+        return cls(torch.device(device), activation, cache, wanted if on_cpu else activation)
+
+
+def _is_float32(header: CheckpointHeader) -> bool:
+    """Whether all matrices are stored in float32: then nothing is rounded anywhere."""
+    matrices = [entry.dtype for entry in header.tensors.values() if len(entry.shape) > 1]
+    return bool(matrices) and set(matrices) == {"F32"}
+
+
+class _Asker:
+    """What loading and planning share: names, target and the parts' places."""
+
+    def __init__(self, opened: _Opened, target: _Target) -> None:
+        self.header = opened.header
+        self.form = opened.form
+        self.target = target
+        self.device = target.device
+        self.activation_dtype = target.activation_dtype
+        self.cache_dtype = target.cache_dtype
+        self.names = Names(opened.header, opened.family, opened.form.unused)
+
+    def placed(self, name: str, parts: list[Part]) -> list[Placed]:
+        """The parts' stored modules, their tensors marked as used."""
+        return [self._taken(place) for place in self.names.place(name, parts)]
+
+    def placed_expert(self, name: str, spec: ExpertsSpec, number: int) -> tuple[list[Placed], list[Placed]]:
+        """One expert's gate and up, and its down projection."""
+        gate_up, down = self.names.expert(name, spec, number)
+        return [self._taken(place) for place in gate_up], [self._taken(place) for place in down]
+
+    def _taken(self, place: Placed) -> Placed:
+        tensors = self.form.tensors_of(place.module)
+        self.names.take(tensors)
+        if place.part.bias:
+            gguf = self.header.container == "gguf"
+            bias = f"{place.module.stored}.bias" if gguf else place.module.tensor("bias")
+            if bias not in tensors:
+                self.names.take([bias])
+        return place
+
+    def stored_nbytes(self, place: Placed) -> int:
+        """Bytes of the module in the files; its share of a stack of experts."""
+        tensors = self.form.tensors_of(place.module)
+        return sum(self.header.tensors[name].nbytes for name in tensors) // (place.module.experts or 1)
+
+    def check_vector(self, name: str, size: int) -> str:
+        """The stored name of a 1-D tensor of ``size`` elements."""
+        stored = self.names.tensor(name)
+        self.names.take([stored])
+        entry = self.header.tensors[stored]
+        if entry.shape != (size,) or entry.dtype not in ("F32", "F16", "BF16"):
+            raise LowbitError(
+                "E0210",
+                f"{entry.file.name}: tensor {stored!r} is {entry.dtype} {list(entry.shape)} but the config "
+                f"asks for {size} floats; config and weights are from different models",
+            )
+        return stored
+
+    def as_run(self, scheme: Scheme) -> Scheme:
+        """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's."""
+        if scheme.activation is not None:
+            scheme = replace(scheme, activation=None)
+        if not scheme.is_dense or self.target.dense_dtype is None:
+            return scheme
+        return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))
+
+
+@dataclass
+class _Read:
+    """One stored module read: its weight, bias and what it wants of its input."""
+
+    weight: QuantizedTensor
+    bias: Tensor | None
+    transform: InputTransform | None
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.weight.shape[-2]
+
+
+class _Loader(_Asker):
+    """``WeightLoader`` that reads and packs."""
+
+    def __init__(
+        self,
+        opened: _Opened,
+        target: _Target,
+        data: TensorData,
+        kv_scales: KvScales | None,
+        on_progress: Progress | None,
+    ) -> None:
+        super().__init__(opened, target)
+        self.data = data
+        self.on_progress = on_progress
+        self.done = 0
+        self.kernels: set[str] = set()
+        self._kv_scales = kv_scales if kv_scales is not None else KvScales(self.header)
+
+    def linear(self, name: str, parts: list[Part]) -> Linear:
+        """Read the parts, fuse neighbours that allow it, pack."""
+        return self._linear(name, self.placed(name, parts))
+
+    def experts(self, name: str, spec: ExpertsSpec) -> Experts:
+        """Read and pack one expert after another."""
+        gate_up, down = [], []
+        for number in range(spec.count):
+            first, last = self.placed_expert(name, spec, number)
+            gate_up.append(self._linear(f"{name}.{number}.gate_up_proj", first))
+            down.append(self._linear(f"{name}.{number}.down_proj", last))
+        return Experts(name, gate_up, down)
+
+    def embedding(self, part: Part) -> Embedding:
+        """Read and pack the embedding matrix."""
+        [place] = self.placed(part.name, [part])
+        return Embedding(self._pack(self._read(place).weight), self.activation_dtype)
+
+    def matrix(self, part: Part) -> Tensor:
+        """The dequantized float32 (out, in) matrix itself, for what a family folds into other steps."""
+        [place] = self.placed(part.name, [part])
+        return self._read(place).weight.dequantize().to(self.device)
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """A float32 copy of a small tensor."""
+        stored = self.check_vector(name, size)
+        return self.data.tensor(stored).to(device=self.device, dtype=torch.float32, copy=True)
+
+    def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
+        """What the checkpoint (or the file that was passed) says K and V are divided by in the cache."""
+        found = self._kv_scales.of_layer(self.names, attention, layer, self.data)
+        return found if self.cache_dtype is torch.float8_e4m3fn else (1.0, 1.0)
+
+    def _linear(self, name: str, places: list[Placed]) -> Linear:
+        read = [self._read(place) for place in places]
+        bias = self._bias(read)
+        weights, inputs = [], []
+        for weight, transform in _fused(read):
+            weights.append(self._pack(weight))
+            inputs.append(transform)
+        return Linear(name, weights, bias, inputs)
+
+    def _read(self, place: Placed) -> _Read:
+        stored = self.form.read(place.module, self.data)
+        weight, bias = self._cast(stored.weight), stored.bias
+        rule = self._transform(stored.weight.scheme, stored.input)
+        order = row_order(place, self.header)
+        if order is not None:
+            weight = weight.permute_rows(order)
+            bias = None if bias is None else bias[order]
+        if self.on_progress is not None:
+            self.done += self.stored_nbytes(place)
+            self.on_progress(self.done, self.header.nbytes, place.part.name)
+        return _Read(weight, bias, rule)
+
+    def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:
+        if scheme.activation is None and rule is None:
+            return None
+        rule = rule or InputRule()
+
+        def owned(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(self.device, torch.float32, copy=True)
+
+        return InputTransform(
+            scheme.activation, owned(rule.multiplier), owned(rule.static_scale), owned(rule.static_zero)
+        )
+
+    def _cast(self, weight: QuantizedTensor) -> QuantizedTensor:
+        scheme = self.as_run(weight.scheme)
+        if scheme is weight.scheme:
+            return weight
+        if scheme.is_dense:
+            return replace(weight, scheme=scheme, codes=weight.codes.to(scheme.weight.dtype))
+        return replace(weight, scheme=scheme)
+
+    def _pack(self, weight: QuantizedTensor) -> PackedWeight:
+        kernel = choose(weight.scheme, weight.shape, self.device).kernel
+        self.kernels.add(kernel.name)
+        packed = kernel.pack(weight, self.device)
+        check_packed(weight, packed)
+        return packed
+
+    def _bias(self, read: list[_Read]) -> Tensor | None:
+        """The parts' biases below each other, zeros where a part has none."""
+        if all(part.bias is None for part in read):
+            return None
+        rows = [torch.zeros(part.rows) if part.bias is None else part.bias.float() for part in read]
+        return torch.cat(rows).to(device=self.device, dtype=self.activation_dtype)
+
+
+def _fused(read: list[_Read]) -> Iterator[tuple[QuantizedTensor, InputTransform | None]]:
+    """Neighbours that are alike joined, the rest by themselves; ``read`` is emptied on the way.
+
+    Transforms that do the same become one object, so that a Linear runs them once.
+    """
+    inputs: list[InputTransform] = []
+    while read:
+        first = read.pop(0)
+        transform = first.transform
+        if transform is not None:
+            transform = next((known for known in inputs if known.same_as(transform)), transform)
+            inputs.append(transform)
+        run = [first.weight]
+        while read and _alike(transform, read[0].transform):
+            joined = concatenate([*run, read[0].weight])
+            if joined is None:
+                break
+            run = [joined]
+            read.pop(0)
+        yield run[0], transform
+
+
+def _alike(a: InputTransform | None, b: InputTransform | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.same_as(b)
+
+
+class _Planner(_Asker):
+    """``WeightLoader`` that only writes down what would be read."""
+
+    def __init__(self, opened: _Opened, target: _Target) -> None:
+        super().__init__(opened, target)
+        self.modules: list[ModulePlan] = []
+        self.kv_tensors = KvScales(self.header)
+        self.largest_module = 0
+
+    def linear(self, name: str, parts: list[Part]) -> Linear:
+        """A Linear without weights."""
+        for place in self.placed(name, parts):
+            self._plan(place)
+        return Linear(name, [], None)
+
+    def experts(self, name: str, spec: ExpertsSpec) -> Experts:
+        """Experts without weights."""
+        for number in range(spec.count):
+            for places in self.placed_expert(name, spec, number):
+                for place in places:
+                    self._plan(place)
+        return Experts(name, [], [])
+
+    def embedding(self, part: Part) -> Embedding:
+        """An embedding without its matrix."""
+        [place] = self.placed(part.name, [part])
+        self._plan(place)
+        return _PlannedEmbedding()
+
+    def matrix(self, part: Part) -> Tensor:
+        """Zeros of the matrix's shape that take no memory; the module is in the plan as a float32 one."""
+        [place] = self.placed(part.name, [part])
+        self._plan(place, kernel="unpacked")
+        return torch.zeros(()).expand(part.shape)
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """Ones: nothing is computed with them but frequencies nobody uses."""
+        self.check_vector(name, size)
+        return torch.ones(size)
+
+    def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
+        """Their tensors have a place; their values do not matter here."""
+        self.kv_tensors.find(self.names, attention)
+        return 1.0, 1.0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Packed weights and the largest module with one byte a code."""
+        return sum(module.stored_nbytes for module in self.modules) + self.largest_module
+
+    def _plan(self, place: Placed, kernel: str | None = None) -> None:
+        scheme = self.form.scheme_of(place.module)
+        shape = place.part.shape
+        choice = choose(self.as_run(scheme), shape, self.device)
+        width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
+        self.largest_module = max(self.largest_module, int(shape[0] * shape[1] * width))
+        self.modules.append(
+            ModulePlan(
+                place.part.name,
+                shape,
+                scheme,
+                kernel or choice.kernel.name,
+                choice.kernel.computes,
+                () if kernel else choice.refusals,
+                self.stored_nbytes(place),
+            )
+        )
+
+
+class _PlannedEmbedding(Embedding):
+    """An embedding nobody will look anything up in."""
+
+    def __init__(self) -> None:
+        pass
+
+    def as_head(self) -> Linear:
+        """A head without weights."""
+        return Linear("lm_head", [], None)

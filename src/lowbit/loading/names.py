@@ -1,0 +1,214 @@
+"""Where a model's modules lie in a checkpoint: prefixes, families' other spellings, fused and stacked forms.
+
+A model asks under canonical names (Hugging Face's for its class). A checkpoint may say
+``model.language_model.layers.0…``, keep q, k and v in one ``qkv_proj``, store experts one by one or stacked,
+call them ``block_sparse_moe.experts.3.w1``, or be a GGUF file with names of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError, printable
+from lowbit.formats import StoredModule
+from lowbit.layers.experts import ExpertsSpec
+from lowbit.layers.linear import Part
+from lowbit.models.registry import Family
+
+_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
+_LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # Mixtral's first spelling
+_STACKED = re.compile(r"(.+\.experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13))(?:_\w+)?$")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A part and where it is stored. ``interleaved``: gate and up rows come in turn."""
+
+    part: Part
+    module: StoredModule
+    rotary_heads: int = 0
+    interleaved: bool = False
+
+
+class Names:
+    """The tensors of a checkpoint under the model's names; remembers which were used."""
+
+    def __init__(self, header: CheckpointHeader, family: Family, unused: Iterable[str] = ()) -> None:
+        self.header = header
+        self.family = family
+        self.unused = tuple(unused)
+        self.used: set[str] = set()
+        self.in_gguf = header.container == "gguf"
+        self.modules = {name.rpartition(".")[0] for name in header.tensors}
+        self.stacks = {match[1] for name in header.tensors if (match := _STACKED.match(name))}
+        found = (prefix for prefix in _PREFIXES if f"{prefix}embed_tokens" in self.modules)
+        self.prefix = "model." if self.in_gguf else next(found, "model.")
+
+    def place(self, name: str, parts: list[Part]) -> list[Placed]:
+        """Where the parts of layer ``name`` are stored: each by itself, or all in one fused module."""
+        stems = [self._stem(part.name) for part in parts]
+        if len(parts) > 1 and not any(stem in self.modules for stem in stems):
+            fused = self._stem(name, missing_ok=True)
+            if fused in self.modules:
+                rows = sum(part.shape[0] for part in parts)
+                part = Part(name, (rows, parts[0].shape[1]), bias=parts[0].bias)
+                return [Placed(part, StoredModule(name, fused, part.shape))]
+        rotates = self.in_gguf and self.family.gguf_rotates_pairs
+        return [
+            Placed(part, StoredModule(part.name, stem, part.shape), part.rotary_heads if rotates else 0)
+            for part, stem in zip(parts, stems, strict=True)
+        ]
+
+    def expert(self, name: str, spec: ExpertsSpec, number: int) -> tuple[list[Placed], list[Placed]]:
+        """Where one expert's gate and up, and its down projection are stored."""
+        gate_up = {"gate_proj": spec.intermediate, "up_proj": spec.intermediate}
+        column = {"gate_proj": spec.hidden, "up_proj": spec.hidden, "down_proj": spec.intermediate}
+        shapes = {leaf: (rows, column[leaf]) for leaf, rows in (gate_up | {"down_proj": spec.hidden}).items()}
+
+        def stacked(leaf: str, stem: str, shape: tuple[int, int], interleaved: bool = False) -> Placed:
+            part = Part(f"{name}.{number}.{leaf}", shape, bias=spec.bias)
+            module = StoredModule(part.name, stem, shape, number, spec.count, spec.transposed)
+            return Placed(part, module, interleaved=interleaved)
+
+        style, base = self._expert_style(name)
+        if style == "each":
+            placed = {}
+            for leaf, shape in shapes.items():
+                stem = f"{base}.{number}.{leaf}"
+                if stem not in self.modules and f"{base}.{number}.{_LEAVES[leaf]}" in self.modules:
+                    stem = f"{base}.{number}.{_LEAVES[leaf]}"
+                part = Part(f"{name}.{number}.{leaf}", shape, bias=spec.bias)
+                placed[leaf] = Placed(part, StoredModule(part.name, stem, shape))
+            fused = f"{base}.{number}.gate_up_proj"
+            if placed["gate_proj"].module.stored not in self.modules and fused in self.modules:
+                shape = (2 * spec.intermediate, spec.hidden)
+                part = Part(f"{name}.{number}.gate_up_proj", shape, bias=spec.bias)
+                return [Placed(part, StoredModule(part.name, fused, shape))], [placed["down_proj"]]
+            return [placed["gate_proj"], placed["up_proj"]], [placed["down_proj"]]
+        stems = {leaf: self._stacked_stem(name, base, leaf) for leaf in ("gate_up_proj", *shapes)}
+        down = [stacked("down_proj", stems["down_proj"], shapes["down_proj"])]
+        if style == "fused":
+            shape = (2 * spec.intermediate, spec.hidden)
+            interleaved = spec.interleaved and not self.in_gguf
+            return [stacked("gate_up_proj", stems["gate_up_proj"], shape, interleaved)], down
+        return [stacked(leaf, stems[leaf], shapes[leaf]) for leaf in gate_up], down
+
+    def _expert_style(self, name: str) -> tuple[str, str]:
+        """("each" | "stacked" | "fused", the stored name of the experts)."""
+        if self.in_gguf:
+            fused = self._stacked_stem(name, "", "gate_up_proj")
+            return ("fused" if fused in self.modules else "stacked"), ""
+        bases = [self._stem(name, missing_ok=True)]
+        bases += [base for base in self._candidates(name) if base not in bases]
+        for base in bases:
+            if f"{base}.gate_up_proj" in self.stacks or f"{base}.w13" in self.stacks:
+                return "fused", base
+            if f"{base}.gate_proj" in self.stacks:
+                return "stacked", base
+            if any(f"{base}.0.{leaf}" in self.modules for leaf in ("gate_proj", "w1", "gate_up_proj")):
+                return "each", base
+        return "each", bases[0]
+
+    def _stacked_stem(self, name: str, base: str, leaf: str) -> str:
+        if self.in_gguf:
+            return self._gguf_stem(f"{name}.{leaf}") or f"{name}.{leaf}"
+        other = {"gate_up_proj": "w13", "down_proj": "w2"}.get(leaf, _LEAVES.get(leaf, leaf))
+        return f"{base}.{other}" if f"{base}.{other}" in self.stacks else f"{base}.{leaf}"
+
+    def tensor(self, canonical: str) -> str:
+        """The stored name of one tensor."""
+        if self.in_gguf and (whole := self._gguf_stem(canonical)) is not None:
+            return whole
+        stem, _, suffix = canonical.rpartition(".")
+        return f"{self._stem(stem, missing_ok=True)}.{suffix}"
+
+    def find(self, *canonical: str) -> str | None:
+        """The stored name of the first of these tensors that is there, marked as used."""
+        for name in canonical:
+            stored = self.tensor(name)
+            if stored in self.header.tensors:
+                self.used.add(stored)
+                return stored
+        return None
+
+    def _stem(self, canonical: str, missing_ok: bool = False) -> str:
+        if self.in_gguf:
+            stem = self._gguf_stem(canonical)
+            if stem is None and not missing_ok:
+                raise LowbitError(
+                    "E0241",
+                    f"{self.header.root.name}: GGUF files of {self.family.name} have no name for "
+                    f"{canonical!r}; this variant is not supported",
+                )
+            return stem or canonical
+        candidates = self._candidates(canonical)
+        return next((stem for stem in candidates if stem in self.modules), candidates[0])
+
+    def _candidates(self, canonical: str) -> list[str]:
+        """Every spelling a Hugging Face checkpoint may use, the most usual first."""
+        names = [canonical]
+        for pattern, replacement in self.family.aliases:
+            other = re.sub(pattern, replacement, canonical)
+            if other != canonical:
+                names.append(other)
+        if self.prefix == "model.":
+            return names
+        placed = [self.prefix + name.removeprefix("model.") for name in names if name.startswith("model.")]
+        return placed or [*names, *(f"language_model.{name}" for name in names)]
+
+    def _gguf_stem(self, canonical: str) -> str | None:
+        number = re.search(r"\.(\d+)\.", canonical)
+        general = canonical if number is None else canonical.replace(number[0], ".{n}.", 1)
+        stored = self.family.gguf_names.get(general)
+        return stored if stored is None or number is None else stored.format(n=number[1])
+
+    def take(self, names: Iterable[str]) -> None:
+        """Mark tensors as used; a missing one is an error that names it."""
+        for name in names:
+            if name not in self.header.tensors:
+                raise LowbitError(
+                    "E0209",
+                    f"{self.header.root.name}: no file contains {name!r} required by {self.family.name}; "
+                    f"the checkpoint holds {len(self.header.tensors)} tensors",
+                )
+            self.used.add(name)
+
+    def refuse_leftovers(self) -> None:
+        """Nothing a checkpoint stores is silently dropped."""
+        known = [re.compile(pattern) for pattern in (*self.family.unused, *self.unused)]
+        left = [
+            name
+            for name in self.header.tensors
+            if name not in self.used and not any(pattern.fullmatch(name) for pattern in known)
+        ]
+        if left:
+            shown = printable(left[0])
+            raise LowbitError(
+                "E0217",
+                f"{self.header.file_of(left[0])}: tensor {shown!r} has no place in {self.family.name} "
+                f"({len(left)} such of {len(self.header.tensors)}); config and weights are from different "
+                "models, or this variant is not supported",
+            )
+
+
+def row_order(place: Placed, header: CheckpointHeader) -> Tensor | None:
+    """int64 (out,): where each of the model's rows lies in the file; None if just there."""
+    rows, heads = place.part.shape[0], place.rotary_heads
+    if place.interleaved:
+        return torch.arange(rows).view(rows // 2, 2).T.reshape(rows)
+    if not heads:
+        return None
+    if rows % (2 * heads):
+        raise LowbitError(
+            "E0210",
+            f"{header.root.name}: tensor '{place.module.stored}.weight' has {rows} rows, not {heads} heads "
+            "of an even size; the file is damaged or of another kind",
+        )
+    # Row 2 j + b of a stored head is the model's row b D/2 + j.
+    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(rows)

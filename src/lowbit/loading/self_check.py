@@ -1,0 +1,55 @@
+"""The start-up check: every packed weight against the reference on a few rows of its real numbers.
+
+A kernel that was compiled wrongly, or chosen for a layout it misreads, refuses to serve instead of serving
+another model. One token goes through each weight; a handful of rows are dequantized for comparison.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import PackedWeight
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+
+ROWS = 4
+# Inputs are exact in bfloat16. What is left is the rounding of weights and sums: far below the error of one
+# misplaced group, which is near 1.
+TOLERANCE = 0.01
+
+
+def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
+    """E0705 where the kernel's product of some rows disagrees with the definition."""
+    if packed.kernel.name == "reference" or weight.scheme.is_dense:
+        return
+    rows = _whole_blocks(weight)
+    if rows is None:
+        return
+    start, stop = rows
+    device = next(iter(packed.buffers.values())).device
+    x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(start)).bfloat16().float()
+    dense = weight.rows(start, stop).dequantize()
+    wanted = (x @ dense.T)[0]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    got = packed.kernel.linear(x.to(device, dtype), packed)[0, start:stop].float().cpu()
+    scale = dense.norm(dim=1) * x.norm() + 1e-30
+    # "not <=": NaN must fail too.
+    wrong = ~((got - wanted).abs() / scale <= TOLERANCE)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise LowbitError(
+            "E0705",
+            f"{weight.origin}: kernel {packed.kernel.name!r} gives {float(got[row]):.6g} in row {start + row} "
+            f"where the reference gives {float(wanted[row]):.6g}; nothing is served with it. LOWBIT_ISA=scalar runs "
+            "without it; please report",
+        )
+
+
+def _whole_blocks(weight: QuantizedTensor) -> tuple[int, int] | None:
+    """A few rows in the last third of the matrix that begin and end on block borders."""
+    out = weight.shape[0]
+    if weight.scheme.flattened:
+        return (0, min(ROWS, out))
+    height = max((rows for rows, _ in weight.scheme.blocks), default=1) or 1
+    first = out * 2 // 3 // height * height
+    return first, min(first + max(ROWS, height), out)

@@ -1,0 +1,99 @@
+"""What GGUF files call the tensors of each family (formats.md 2.7.3).
+
+    canonical (Hugging Face's name, stacked experts without a number)      GGUF
+    model.layers.{n}.mlp.experts.gate_proj                  .weight        blk.{n}.ffn_gate_exps .weight
+
+A key is a module, and ``.weight`` or ``.bias`` follows on both sides; the keys of ``WHOLE`` are tensors, with
+nothing after them. Observed in files that llama.cpp's converter wrote (tests/fixtures/gguf_families, whose
+README.md has every tensor and every metadata key). What the same name holds differently there:
+
+- ``llama`` files (Llama, Mistral, Mixtral): rows of Q and K, and of their biases, as adjacent rotary pairs
+  (2.7.4). All others: as in the checkpoint; DeepSeek's rotate adjacent pairs in both.
+- Gemma: 1 is already added to every norm's weight, Q's and K's and the last one too.
+- Phi-3: Q, K, V are one matrix, and so are gate and up, gate above up.
+- Experts are stacked (experts, out, in). gpt-oss: gate and up, rows in turn in the checkpoint, are two
+  tensors each for weight and bias, and (in, out) has become (out, in).
+- DeepSeek: ``kv_b_proj`` is cut by heads: ``k_b_proj`` (heads, kv_lora_rank, qk_nope_head_dim), transposed in
+  each head, and ``v_b_proj`` (heads, v_head_dim, kv_lora_rank). Files from before that have ``kv_b_proj`` whole.
+
+Tied embeddings leave ``output`` out; Gemma's files never have it.
+"""
+
+from __future__ import annotations
+
+_LAYER = "model.layers.{n}."
+
+_ROOT = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    # Made by the converter from the config: what the rotary frequencies are divided by.
+    "rope_freqs": "rope_freqs",
+    "rope_factors_long": "rope_factors_long",
+    "rope_factors_short": "rope_factors_short",
+}
+_ATTENTION = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+_LATENT_ATTENTION = {
+    "self_attn.q_a_proj": "attn_q_a",
+    "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b",
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+    "self_attn.kv_b_proj": "attn_kv_b",
+    "self_attn.k_b_proj": "attn_k_b",
+    "self_attn.v_b_proj": "attn_v_b",
+}
+_MLP = {
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",  # Phi-3 keeps gate and up in one matrix
+    "mlp.down_proj": "ffn_down",
+}
+_EXPERTS = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps",  # with the converter's --fuse-gate-up-exps; gate above up
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+}
+
+
+def _of_layers(names: dict[str, str]) -> dict[str, str]:
+    return {_LAYER + canonical: "blk.{n}." + stored for canonical, stored in names.items()}
+
+
+WHOLE = _of_layers(
+    {
+        "self_attn.sinks": "attn_sinks.weight",
+        "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    }
+)
+
+# Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, DeepSeek-V2 and -V3.
+GGUF_NAMES = _ROOT | _of_layers(_ATTENTION | _LATENT_ATTENTION | _MLP | _EXPERTS) | WHOLE
+
+# Gemma 2 and 3 have four norms a layer: the one before the MLP keeps the MLP's name.
+GEMMA_GGUF_NAMES = GGUF_NAMES | _of_layers(
+    {
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
+)
+
+# The same norm as Llama's, under another name.
+GPT_OSS_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
