@@ -79,15 +79,22 @@ class Settings:
     quantization: str | None = option(
         None, "Not needed for quantized checkpoints: their config says the method.", "model"
     )
+    strict: bool = option(
+        False, "Refuse checkpoints whose config and tensors contradict each other.", "model"
+    )
+    quantization_param_path: str | None = option(
+        None, "JSON file with a scale for each layer's fp8 KV cache, instead of the checkpoint's.", "model"
+    )
 
     device: str = option("auto", "Where to run.", "engine", choices=("auto", "cpu", "cuda"))
     threads: int | None = option(
         None, "CPU threads; default: the cores this process may use.", "engine", minimum=1
     )
     kv_cache_dtype: str = option(
-        "auto", "Type of the KV cache; auto: bf16, or f32 for f32 models.", "engine",
-        choices=("auto", "bf16", "f32"),
-        synonyms=(("bfloat16", "bf16"), ("float32", "f32")),
+        "auto", "Type of the KV cache; auto: what the checkpoint was calibrated for, else bf16, or f32 for "
+        "f32 models.", "engine",
+        choices=("auto", "bf16", "f32", "fp8_e4m3"),
+        synonyms=(("bfloat16", "bf16"), ("float32", "f32"), ("fp8", "fp8_e4m3")),
     )  # fmt: skip
     page_size: int = option(16, "Tokens in a KV page.", "engine", choices=("16",))
     mem_fraction_static: float = option(

@@ -44,7 +44,12 @@ def run(arguments: argparse.Namespace) -> int:
     from lowbit.loading import plan_model
 
     plan = plan_model(
-        header, device=settings.device, dtype=settings.dtype, kv_cache_dtype=settings.kv_cache_dtype
+        header,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        quantization=settings.quantization,
+        strict=settings.strict,
     )
     tokens = tokens or settings.context_length or plan.context_length
     if arguments.json:

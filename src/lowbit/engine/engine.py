@@ -395,6 +395,9 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
         device=settings.device,
         dtype=settings.dtype,
         kv_cache_dtype=settings.kv_cache_dtype,
+        quantization=settings.quantization,
+        strict=settings.strict,
+        kv_scales_path=settings.quantization_param_path,
         on_progress=on_progress,
     )
     if native.library() is not None and "reference" not in model.kernels:

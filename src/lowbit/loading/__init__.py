@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import CheckpointFormat, InputRule, Notes, detect
-from lowbit.formats.kv_scales import KvScales
+from lowbit.formats.kv_scales import KvScales, read_scales_file, wants_fp8_cache
 from lowbit.kernels import PackedWeight, choose
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.attention import CacheSpec
@@ -38,6 +39,7 @@ _log = logging.getLogger("lowbit")
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
+_CACHE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -96,16 +98,19 @@ def load_model(
     kv_cache_dtype: str = "auto",
     quantization: str | None = None,
     strict: bool = False,
-    kv_scales: KvScales | None = None,
+    kv_scales_path: str | None = None,
     on_progress: Progress | None = None,
 ) -> Model:
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
     ``quantization``: what the user believes the method is; anything but the checkpoint's own is E0401.
-    ``strict``: contradictions the data could settle are errors. ``kv_scales``: from a file beside the
-    checkpoint instead of the checkpoint's own.
+    ``strict``: contradictions the data could settle are errors. ``kv_scales_path``: a file with scales of
+    the fp8 KV cache, instead of the checkpoint's own.
     """
     opened = _Opened.of(header, quantization, strict)
+    kv_scales = KvScales(header)
+    if kv_scales_path is not None:
+        kv_scales = read_scales_file(Path(kv_scales_path), header, opened.config.layers)
     with TensorData(header) as data:
         target = _Target.resolve(header, device, dtype, kv_cache_dtype)
         loader = _Loader(opened, target, data, kv_scales, on_progress)
@@ -196,7 +201,9 @@ class _Target:
         exact = dtype == "float32" or (dtype == "auto" and _is_float32(header))
         cache = torch.float32 if exact else torch.bfloat16
         if kv_cache_dtype != "auto":
-            cache = {"bf16": torch.bfloat16, "f32": torch.float32}[kv_cache_dtype]
+            cache = _CACHE_DTYPES[kv_cache_dtype]
+        elif wants_fp8_cache(header):
+            cache = torch.float8_e4m3fn
         # On a CPU the residual stream, norms and accumulation stay in float32; kernels round their inputs.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
         return cls(torch.device(device), activation, cache, wanted if on_cpu else activation)
@@ -287,7 +294,7 @@ class _Loader(_Asker):
         opened: _Opened,
         target: _Target,
         data: TensorData,
-        kv_scales: KvScales | None,
+        kv_scales: KvScales,
         on_progress: Progress | None,
     ) -> None:
         super().__init__(opened, target)
@@ -295,7 +302,8 @@ class _Loader(_Asker):
         self.on_progress = on_progress
         self.done = 0
         self.kernels: set[str] = set()
-        self._kv_scales = kv_scales if kv_scales is not None else KvScales(self.header)
+        self._said_unused = False
+        self._kv_scales = kv_scales
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """Read the parts, fuse neighbours that allow it, pack."""
@@ -328,7 +336,12 @@ class _Loader(_Asker):
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What the checkpoint (or the file that was passed) says K and V are divided by in the cache."""
         found = self._kv_scales.of_layer(self.names, attention, layer, self.data)
-        return found if self.cache_dtype is torch.float8_e4m3fn else (1.0, 1.0)
+        if self.cache_dtype is torch.float8_e4m3fn:
+            return found
+        if found != (1.0, 1.0) and not self._said_unused:
+            self._said_unused = True
+            _log.warning("lowbit: KV scales are only used with --kv-cache-dtype fp8_e4m3")
+        return 1.0, 1.0
 
     def _linear(self, name: str, places: list[Placed]) -> Linear:
         read = [self._read(place) for place in places]

@@ -53,7 +53,7 @@ class Names:
     def place(self, name: str, parts: list[Part]) -> list[Placed]:
         """Where the parts of layer ``name`` are stored: each by itself, or all in one fused module."""
         stems = [self._stem(part.name) for part in parts]
-        if len(parts) > 1 and not any(stem in self.modules for stem in stems):
+        if len(parts) > 1 and not all(stem in self.modules for stem in stems):
             fused = self._stem(name, missing_ok=True)
             if fused in self.modules:
                 rows = sum(part.shape[0] for part in parts)

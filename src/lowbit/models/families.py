@@ -22,41 +22,9 @@ from lowbit.models.config import (
     rope_keys,
 )
 from lowbit.models.decoder import build
+from lowbit.models.gguf_names import GEMMA_GGUF_NAMES, GGUF_NAMES, GPT_OSS_GGUF_NAMES
 from lowbit.models.registry import Family
 
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "rope_freqs": "rope_freqs",
-    "rope_factors_long": "rope_factors_long",
-    "rope_factors_short": "rope_factors_short",
-    "model.layers.{n}.input_layernorm": "blk.{n}.attn_norm",
-    "model.layers.{n}.self_attn.q_proj": "blk.{n}.attn_q",
-    "model.layers.{n}.self_attn.k_proj": "blk.{n}.attn_k",
-    "model.layers.{n}.self_attn.v_proj": "blk.{n}.attn_v",
-    "model.layers.{n}.self_attn.qkv_proj": "blk.{n}.attn_qkv",
-    "model.layers.{n}.self_attn.q_norm": "blk.{n}.attn_q_norm",
-    "model.layers.{n}.self_attn.k_norm": "blk.{n}.attn_k_norm",
-    "model.layers.{n}.self_attn.o_proj": "blk.{n}.attn_output",
-    "model.layers.{n}.post_attention_layernorm": "blk.{n}.ffn_norm",
-    "model.layers.{n}.mlp.gate_proj": "blk.{n}.ffn_gate",
-    "model.layers.{n}.mlp.up_proj": "blk.{n}.ffn_up",
-    "model.layers.{n}.mlp.gate_up_proj": "blk.{n}.ffn_up",  # Phi-3 keeps gate and up in one matrix
-    "model.layers.{n}.mlp.down_proj": "blk.{n}.ffn_down",
-    "model.layers.{n}.mlp.gate": "blk.{n}.ffn_gate_inp",
-    "model.layers.{n}.mlp.router": "blk.{n}.ffn_gate_inp",
-    "model.layers.{n}.mlp.experts.gate_proj": "blk.{n}.ffn_gate_exps",
-    "model.layers.{n}.mlp.experts.up_proj": "blk.{n}.ffn_up_exps",
-    "model.layers.{n}.mlp.experts.gate_up_proj": "blk.{n}.ffn_gate_up_exps",
-    "model.layers.{n}.mlp.experts.down_proj": "blk.{n}.ffn_down_exps",
-    "model.layers.{n}.self_attn.sinks": "blk.{n}.attn_sinks.weight",
-}
-GEMMA_GGUF_NAMES = GGUF_NAMES | {
-    "model.layers.{n}.post_attention_layernorm": "blk.{n}.post_attention_norm",
-    "model.layers.{n}.pre_feedforward_layernorm": "blk.{n}.ffn_norm",
-    "model.layers.{n}.post_feedforward_layernorm": "blk.{n}.post_ffw_norm",
-}
 UNUSED = (
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",  # a buffer old exports kept
     r"blk\.\d+\.attn_rot_embd\.weight",
@@ -117,8 +85,8 @@ def _gemma(header: CheckpointHeader, period: int) -> ModelConfig:
     config = replace(config, post_norms=True, tied_head=True, embedding_scale=math.sqrt(config.hidden_size))
     if header.container == "gguf":
         keys = gguf_keys(header)
-        # GGUF says nothing of the query scale: 1/sqrt(head_dim) but for Gemma 2 27B.
-        scale = (config.hidden_size / config.heads) ** -0.5 if config.layers == 46 else None
+        # GGUF says nothing of the query scale: 1/sqrt(head_dim) but for Gemma 2 27B and Gemma 3 27B.
+        scale = (config.hidden_size / config.heads) ** -0.5 if config.layers in (46, 62) else None
         names = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
         activation = "gelu_pytorch_tanh"
     else:
@@ -147,8 +115,9 @@ def _gemma2(header: CheckpointHeader) -> ModelConfig:
 
 def _gemma3(header: CheckpointHeader) -> ModelConfig:
     period = 6
-    local_theta = 10000.0
-    if header.container != "gguf":
+    if header.container == "gguf":
+        local_theta = gguf_keys(header).number("rope.freq_base_swa", 10000.0)
+    else:
         keys = json_keys(header)
         period = keys.size("sliding_window_pattern", keys.size("_sliding_window_pattern", 6))
         local = rope_keys(keys, "sliding_attention")
@@ -213,6 +182,8 @@ def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
         count, used = keys.size("expert_count"), keys.size("expert_used_count")
         inner, window = keys.size("expert_feed_forward_length"), keys.size("attention.sliding_window")
         types: object = None
+        # GGUF does not say that the bounds of gpt-oss' YaRN are not rounded.
+        config = replace(config, rope_scaling=replace(config.rope_scaling, truncate=False))
     else:
         keys = json_keys(header)
         count = keys.size("num_local_experts", keys.size("num_experts", 128))
@@ -248,9 +219,6 @@ def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
 
 # Mixtral's experts were block_sparse_moe before transformers 5; GPTQModel writes mlp.
 MOE_ALIASES = ((r"\.mlp\.(gate|experts)\b(?!_)", r".block_sparse_moe.\1"),)
-GPT_OSS_GGUF_NAMES = GGUF_NAMES | {
-    "model.layers.{n}.post_attention_layernorm": "blk.{n}.post_attention_norm",
-}
 
 LLAMA = Family("llama", _llama_or_mixtral, build, GGUF_NAMES, True, UNUSED, MOE_ALIASES)
 MISTRAL = Family("mistral", _mistral, build, GGUF_NAMES, True, UNUSED)

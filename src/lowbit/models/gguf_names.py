@@ -13,8 +13,8 @@ README.md has every tensor and every metadata key). What the same name holds dif
 - Phi-3: Q, K, V are one matrix, and so are gate and up, gate above up.
 - Experts are stacked (experts, out, in). gpt-oss: gate and up, rows in turn in the checkpoint, are two
   tensors each for weight and bias, and (in, out) has become (out, in).
-- DeepSeek: ``kv_b_proj`` is cut by heads: ``k_b_proj`` (heads, kv_lora_rank, qk_nope_head_dim), transposed in
-  each head, and ``v_b_proj`` (heads, v_head_dim, kv_lora_rank). Files from before that have ``kv_b_proj`` whole.
+- DeepSeek: ``kv_b_proj`` is cut by heads: ``k_b_proj`` (heads, kv_lora_rank, qk_nope_head_dim), transposed
+  in each head, and ``v_b_proj`` (heads, v_head_dim, kv_lora_rank). Older files have ``kv_b_proj`` whole.
 
 Tied embeddings leave ``output`` out; Gemma's files never have it.
 """

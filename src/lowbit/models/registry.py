@@ -46,6 +46,13 @@ MODULES = {
     "Gemma3ForCausalLM": ("families", "GEMMA3"),
     "Phi3ForCausalLM": ("families", "PHI3"),
     "GptOssForCausalLM": ("families", "GPT_OSS"),
+    "qwen2": ("families", "QWEN2"),
+    "qwen3": ("families", "QWEN3"),
+    "qwen3moe": ("families", "QWEN3_MOE"),
+    "gemma2": ("families", "GEMMA2"),
+    "gemma3": ("families", "GEMMA3"),
+    "phi3": ("families", "PHI3"),
+    "gpt-oss": ("families", "GPT_OSS"),
 }
 
 
