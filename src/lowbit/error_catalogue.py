@@ -158,15 +158,16 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0213": Entry(
         "packing contradicts the quantization config",
-        "A tensor's dtype or shape cannot hold what the checkpoint's quantization config says: another number "
-        "of bits, another group size, or another tool's packing.",
+        "A tensor's dtype or shape cannot hold what the checkpoint's quantization config says: another "
+        "number of bits, another group size, or another tool's packing.",
         "Correct the config if you know which is right; otherwise download the checkpoint again.",
     ),
     "E0214": Entry(
         "config and data disagree",
         "The checkpoint's config and its tensors say different things, and the tensors prove which is right "
         "(GPTQ v1 or v2 zero points, sym, act-order, packing). lowbit reads what the data say.",
-        "Nothing has to be done; --strict makes it an error. lowbit check MODEL --fix OUT writes a corrected copy.",
+        "Nothing has to be done; --strict makes it an error. lowbit check MODEL --fix OUT writes a corrected "
+        "copy.",
     ),
     "E0215": Entry(
         "NaN or infinite scale",

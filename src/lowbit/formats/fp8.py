@@ -214,8 +214,8 @@ class Fp8:
         return LowbitError(
             "E0213",
             f"{scale.file.name}: tensor {scale.name!r} is {list(scale.shape)}; for weight blocks of "
-            f"{block[0]} x {block[1]} a {module.shape[0]} x {module.shape[1]} weight has {expected}, per channel "
-            f"[{module.shape[0]}, 1], per tensor one number ({self.place})",
+            f"{block[0]} x {block[1]} a {module.shape[0]} x {module.shape[1]} weight has {expected}, per "
+            f"channel [{module.shape[0]}, 1], per tensor one number ({self.place})",
         )
 
     def _activation(self, block: tuple[int, int]) -> ActivationScheme:
@@ -241,8 +241,8 @@ class Fp8:
         if stored.numel() != 1:
             raise LowbitError(
                 "E0213",
-                f"{self.header.file_of(name)}: tensor {name!r} is {list(stored.shape)}; a static input scale is "
-                "one number",
+                f"{self.header.file_of(name)}: tensor {name!r} is {list(stored.shape)}; a static input "
+                "scale is one number",
             )
         return InputRule(static_scale=stored.float().reshape(()))
 

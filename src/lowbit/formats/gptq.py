@@ -11,9 +11,9 @@ weight[o, i] = (code[i, o] - zero[g_idx[i], o]) * scale[g_idx[i], o]
 
 v1 files (``checkpoint_format: gptq``) store zero - 1, v2 files and planar ones the zero. A symmetric file
 proves which: every field is 2^(bits-1) - 1 or 2^(bits-1). In an asymmetric v1 file a zero of 0 wraps:
-GPTQModel adds 1 to the whole word, so a borrow reaches the neighbours; other writers wrap each field. Act-order
-(``g_idx`` not i // group_size) becomes a column order. Marlin files hold the same codes in tensor-core tiles.
-Stacked experts, adapters and other pack dtypes than int32 are refused.
+GPTQModel adds 1 to the whole word, so a borrow reaches the neighbours; other writers wrap each field.
+Act-order (``g_idx`` not i // group_size) becomes a column order. Marlin files hold the same codes in
+tensor-core tiles. Stacked experts, adapters and other pack dtypes than int32 are refused.
 """
 
 from __future__ import annotations

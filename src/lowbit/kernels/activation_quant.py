@@ -126,7 +126,7 @@ def _scale(amax: Tensor, scheme: ActivationScheme) -> Tensor:
 
 def _grouped(x: Tensor, scheme: ActivationScheme, outer: Tensor | None) -> Tensor:
     """x quantized and dequantized in groups of columns, the last one perhaps shorter."""
-    tokens, columns = x.shape
+    columns = x.shape[1]
     size = scheme.block[1]
     padded = torch.nn.functional.pad(x.float(), (0, -columns % size))
     groups = padded.unflatten(-1, (-1, size))  # (tokens, groups, size)

@@ -40,9 +40,9 @@ def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
         row = int(wrong.nonzero()[0])
         raise LowbitError(
             "E0705",
-            f"{weight.origin}: in row {start + row} kernel {packed.kernel.name!r} gives {float(got[row]):.6g}, "
-            f"the reference {float(wanted[row]):.6g}; nothing is served with it. LOWBIT_ISA=scalar runs "
-            "without it; please report",
+            f"{weight.origin}: in row {start + row} kernel {packed.kernel.name!r} gives "
+            f"{float(got[row]):.6g} and the reference {float(wanted[row]):.6g}; nothing is served with it. "
+            "LOWBIT_ISA=scalar runs without it; please report",
         )
 
 

@@ -53,7 +53,10 @@ def _unpack_whole(packed: Tensor, bits: int) -> Tensor:
 
 def words_to_bytes(words: Tensor, dim: int = -1) -> Tensor:
     """int32 words -> their four little-endian bytes, along ``dim`` moved to the end."""
-    return words.movedim(dim, -1).contiguous().view(torch.uint8)
+    words = words.movedim(dim, -1).contiguous()
+    if words.stride(-1) != 1:  # a single word counts as contiguous whatever its stride
+        words = words.clone(memory_format=torch.contiguous_format)
+    return words.view(torch.uint8)
 
 
 def unpack_words(

@@ -1,0 +1,104 @@
+"""Whole tiny models of every format, as the tools saved them: logits against transformers.
+
+The oracle is transformers' model with the dequantized weights (which each format's own test compares with the
+tool). Inputs that a checkpoint wants quantized are quantized in the oracle too, by hooks before each layer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.formats import Notes, StoredModule, detect
+from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.reference import Reference
+from lowbit.loading import load_model, plan_model
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+CASES = sorted(
+    str(path.parent.relative_to(FIXTURES))
+    for path in FIXTURES.glob("*/*/config.json")
+    if json.loads(path.read_text()).get("architectures") == ["LlamaForCausalLM"]
+)
+TOKENS = [3, 17, 22, 5, 30, 11, 2, 31, 8, 21, 12, 1, 7, 7, 19, 28, 4, 9]
+
+
+def oracle(folder: Path) -> transformers.PreTrainedModel:
+    """transformers' Llama in float32 with the weights that the format's reader gives."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    for key in ("quantization_config", "compression_config"):
+        if hasattr(config, key):
+            delattr(config, key)
+    config.dtype = torch.float32
+    model = transformers.LlamaForCausalLM(config).eval().float()
+    header = open_checkpoint(str(folder))
+    reader = detect(header)(header, Notes())
+    with TensorData(header) as data, torch.no_grad():
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+                if getattr(module, "weight", None) is not None:
+                    module.weight.copy_(data.tensor(f"{name}.weight").float())
+                continue
+            if name == "lm_head" and config.tie_word_embeddings:
+                continue
+            stored = reader.read(StoredModule(name, name, tuple(module.weight.shape)), data)
+            module.weight.copy_(stored.weight.dequantize())
+            if stored.bias is not None and getattr(module, "bias", None) is not None:
+                module.bias.copy_(stored.bias.float())
+            rule, scheme = stored.input, stored.weight.scheme.activation
+            if isinstance(module, torch.nn.Linear) and (rule is not None or scheme is not None):
+                module.register_forward_pre_hook(quantize_input(scheme, rule))
+    return model
+
+
+def quantize_input(scheme: object, rule: object):  # a hook
+    """Hand the layer the values its input has after quantization."""
+    owned = [
+        None if value is None else value.float().clone()
+        for value in (getattr(rule, name, None) for name in ("multiplier", "static_scale", "static_zero"))
+    ]
+    transform = InputTransform(scheme, *owned)  # type: ignore[arg-type]
+
+    def hook(module: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        values, factor = transform(inputs[0].flatten(0, -2))
+        values = values if factor is None else values * factor
+        return (values.view(*inputs[0].shape[:-1], -1),)
+
+    return hook
+
+
+def distance(folder: Path) -> tuple[float, frozenset[str]]:
+    """(largest difference of a position's logits over their largest, kernels)."""
+    model = load_model(open_checkpoint(str(folder)), device="cpu", kv_cache_dtype="f32")
+    [logits] = prompt_logits(model, [TOKENS])
+    with torch.no_grad():
+        wanted = oracle(folder)(torch.tensor([TOKENS])).logits[0]
+    return float(((logits - wanted).abs().amax(1) / wanted.abs().amax(1)).max()), model.kernels
+
+
+def quantizes_inputs(folder: Path) -> bool:
+    plan = plan_model(open_checkpoint(str(folder)))
+    return any(module.scheme.activation is not None for module in plan.modules)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_on_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
+    worst, kernels = distance(FIXTURES / case)
+    assert kernels == {"reference"}
+    # Rounding an input to a code may tip either way on the last bit of float32.
+    assert worst <= (0.1 if quantizes_inputs(FIXTURES / case) else 1e-3), f"{worst:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_on_the_chosen_kernels(case: str) -> None:
+    worst, kernels = distance(FIXTURES / case)
+    assert worst <= (0.2 if quantizes_inputs(FIXTURES / case) else 3e-2), f"{worst:.2e} on {sorted(kernels)}"
