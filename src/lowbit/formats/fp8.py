@@ -59,7 +59,7 @@ class Fp8:
     """See the module docstring."""
 
     name = "fp8"
-    aliases = ("fbgemm_fp8", "mxfp8", "w8a8_fp8")
+    aliases = ("fbgemm_fp8", "mxfp8")
     reference = "transformers"
     unused = ()
 
@@ -69,7 +69,7 @@ class Fp8:
         assert found is not None, "claims() saw it"
         self.method, self.place = found.method.lower(), found.place
         values = found.values
-        self.block = _block_size(values, self.place)
+        self.block = block_size(values, self.place)
         kind = values.get("activation_scheme", "dynamic")
         if kind not in ("static", "dynamic", None):
             raise LowbitError(
@@ -247,7 +247,8 @@ class Fp8:
         return InputRule(static_scale=stored.float().reshape(()))
 
 
-def _block_size(values: dict[str, object], place: str) -> tuple[int, int] | None:
+def block_size(values: dict[str, object], place: str) -> tuple[int, int] | None:
+    """``weight_block_size`` as (rows, columns), or None."""
     block = values.get("weight_block_size")
     if block is None:
         return None

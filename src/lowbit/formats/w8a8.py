@@ -1,0 +1,151 @@
+"""SGLang's own 8-bit checkpoints: w8a8_int8, w8a8_fp8 and blockwise_int8 (formats.md 2.15).
+
+    w8a8_int8        weight I8 [out, in]        weight_scale F32 [out, 1]
+    w8a8_fp8         weight F8_E4M3 [out, in]   weight_scale F32 [out, 1]
+    blockwise_int8   weight I8 [out, in]        weight_scale_inv F32 [ceil(out / b0), ceil(in / b1)]
+
+weight[r, c] = code[r, c] * scale; inputs are quantized per token, beside blocks per group of b1 columns.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError
+from lowbit.formats import (
+    Notes,
+    StoredLinear,
+    StoredModule,
+    check_shape,
+    entry_of,
+    finite_scales,
+    require_tensors,
+)
+from lowbit.formats.dense import (
+    bias_tensors,
+    dense_scheme,
+    dense_tensors,
+    is_dense,
+    of_expert,
+    origin_of,
+    read_bias,
+    read_dense,
+)
+from lowbit.formats.fp8 import block_size
+from lowbit.formats.quantization_config import quantization_config
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import ActivationScheme, Scheme
+
+_SCALES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+
+class W8a8Int8:
+    """Per-channel int8 weights, per-token int8 inputs."""
+
+    name: ClassVar[str] = "w8a8_int8"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str] = "sglang"
+    unused: ClassVar[tuple[str, ...]] = ()
+    dtype: ClassVar[str] = "I8"
+    scale_name: ClassVar[str] = "weight_scale"
+
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header = header
+        found = quantization_config(header)
+        assert found is not None, "claims() saw it"
+        self.place = found.place
+        self.block = self._block(found.values)
+        require_tensors(header, (f".{self.scale_name}", "_scale", "_scale_inv"), self.place, self.name)
+
+    def _block(self, values: dict[str, object]) -> tuple[int, int]:
+        return (1, 0)
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """quant_method is the format's name."""
+        found = quantization_config(header)
+        if found is None or found.method.lower() != cls.name:
+            return None
+        return f"{found.place} says {found.method}"
+
+    def describe(self) -> str:
+        """The name says it all."""
+        return f"{self.name} in {self.place.split(':')[0]}"
+
+    def scheme_of(self, module: StoredModule) -> Scheme:
+        """From the scale's dtype."""
+        if is_dense(self.header, module):
+            return dense_scheme(self.header, module)
+        _, scale = self._entries(module)
+        code = number_format("int8" if self.dtype == "I8" else "e4m3")
+        limit = 127.0 if self.dtype == "I8" else 448.0
+        activation = ActivationScheme(code, (1, self.block[1]), limit=limit)
+        return Scheme(code, (self.block,), (number_format(_SCALES[scale.dtype]),), activation=activation)
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """Weight, scale and bias."""
+        if is_dense(self.header, module):
+            return dense_tensors(self.header, module)
+        return [module.tensor("weight"), module.tensor(self.scale_name), *bias_tensors(self.header, module)]
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """The bytes as codes."""
+        if is_dense(self.header, module):
+            return read_dense(self.header, module, data)
+        weight, scale = self._entries(module)
+        codes = of_expert(module, data.tensor(weight.name)).view(torch.uint8)
+        if self.dtype == "I8":
+            codes = codes ^ 0x80  # two's complement to offset binary
+        scales = finite_scales(self.header, scale.name, of_expert(module, data.tensor(scale.name)))
+        quantized = QuantizedTensor(
+            self.scheme_of(module),
+            module.shape,
+            codes,
+            (scales.reshape(self._grid(module)),),
+            origin=origin_of(self.header, module),
+        )
+        return StoredLinear(quantized, read_bias(self.header, module, data))
+
+    def _grid(self, module: StoredModule) -> tuple[int, int]:
+        (out, columns), (rows, width) = module.shape, self.block
+        return -(-out // (rows or out)), -(-columns // (width or columns))
+
+    def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
+        lead = () if module.expert is None else (module.experts,)
+        weight = entry_of(self.header, module, "weight", (self.dtype,), self.name)
+        check_shape(weight, (*lead, *module.shape), self.name)
+        scale = entry_of(self.header, module, self.scale_name, tuple(_SCALES), self.name)
+        grid = self._grid(module)
+        if not (self.block == (1, 0) and scale.shape == (*lead, grid[0])):
+            check_shape(scale, (*lead, *grid), self.name)
+        return weight, scale
+
+
+class W8a8Fp8(W8a8Int8):
+    """Per-channel e4m3 weights, per-token e4m3 inputs."""
+
+    name = "w8a8_fp8"
+    dtype = "F8_E4M3"
+
+
+class BlockwiseInt8(W8a8Int8):
+    """int8 weights in blocks, inputs in groups of as many columns."""
+
+    name = "blockwise_int8"
+    scale_name = "weight_scale_inv"
+
+    def _block(self, values: dict[str, object]) -> tuple[int, int]:
+        block = block_size(values, self.place)
+        if block is None:
+            raise LowbitError(
+                "E0212", f"{self.place} has no 'weight_block_size'; blocks cannot be read without it"
+            )
+        return block
+
+
+FORMATS = (W8a8Int8, W8a8Fp8, BlockwiseInt8)
