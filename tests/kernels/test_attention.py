@@ -394,8 +394,8 @@ def test_choice() -> None:
     assert choose_attention(spec_of(1, 64), CPU).name == "cpu"
     assert choose_attention(spec_of(1, 40), CPU).name == "reference"
     assert "cuda" in str(CpuAttention().refuses(spec_of(1, 64), torch.device("cuda")))
-    with pytest.raises(LowbitError, match="'latent'"):
-        choose_attention(CacheSpec("latent", 1, 64, 64, torch.bfloat16), CPU)
+    with pytest.raises(LowbitError, match="'recurrent'"):
+        choose_attention(CacheSpec("recurrent", 1, 64, 64, torch.bfloat16), CPU)
     with pytest.raises(LowbitError, match="int8"):
         choose_attention(spec_of(1, 64, dtype=torch.int8), CPU)
     with pytest.raises(LowbitError, match="pages of 16 tokens, got 32"):

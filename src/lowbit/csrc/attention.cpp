@@ -16,12 +16,13 @@
 #include "thread_pool.h"
 
 extern "C" {
-// One layer's pages. bfloat: 1 for bfloat16 elements, 0 for float32. window: 0 for no limit.
+// One layer's pages. bfloat: 1 for bfloat16 elements, 0 for float32. window: 0 for no limit. latent: 1 where
+// a value is the first v_dim numbers of its key; v is then null.
 struct lowbit_attention_cache {
     void* k;
     void* v;
     std::int64_t pages;
-    std::int32_t heads, k_dim, v_dim, window, bfloat;
+    std::int32_t heads, k_dim, v_dim, window, bfloat, latent;
 };
 
 // A ragged batch (kernels/forward_batch.py). Row s of page_table starts at page_table + s * table_stride.
@@ -38,8 +39,8 @@ namespace lowbit {
 namespace {
 
 constexpr int BLOCK_ROWS = 48;  // a multiple of SCORE_ROWS and VALUE_ROWS; 48 rows of scores are 48 KiB
-constexpr int MAX_DIM = 256;
-constexpr std::size_t MAX_SPLIT_FLOATS = std::size_t{1} << 22;  // 16 MiB of unmerged segments
+constexpr int MAX_K_DIM = 576, MAX_V_DIM = 512;  // a latent and its rotary part (DeepSeek-V2)
+constexpr std::size_t MAX_SPLIT_FLOATS = std::size_t{1} << 24;  // 64 MiB of unmerged segments
 
 enum Status { OK = 0, BAD_LENGTHS = 1, BAD_PAGE = 2, BAD_SLOT = 3, NO_MEMORY = 4 };
 
@@ -62,11 +63,13 @@ struct Item {
 };
 
 // Work of one thread: lives on its stack.
+template <class Element>
 struct alignas(64) Scratch {
-    float queries[BLOCK_ROWS * MAX_DIM];
+    float queries[BLOCK_ROWS * MAX_K_DIM];
     float scores[BLOCK_ROWS * SEGMENT_TOKENS];
-    float values[BLOCK_ROWS * MAX_DIM];
-    float next_values[BLOCK_ROWS * MAX_DIM];
+    float values[BLOCK_ROWS * MAX_V_DIM];
+    float next_values[BLOCK_ROWS * MAX_V_DIM];
+    Element turned[STRIP * SEGMENT_TOKENS];  // of a latent cache
     RowState states[BLOCK_ROWS], next_states[BLOCK_ROWS];
 };
 
@@ -178,7 +181,7 @@ class Attention {
         return static_cast<const Element*>(pages) + head * dim * PAGE_TOKENS;
     }
 
-    void prepare_queries(const Block& block, Scratch& scratch) const {
+    void prepare_queries(const Block& block, Scratch<Element>& scratch) const {
         const int words = query_words<Element>(cache_.k_dim);
         for (int row = block.row_begin; row < block.row_end; ++row) {
             const std::int64_t token = block.first_token + row / group_;
@@ -189,7 +192,7 @@ class Attention {
     }
 
     void run_block(const Block& block) const {
-        Scratch scratch;
+        Scratch<Element> scratch;
         prepare_queries(block, scratch);
         for (int segment = block.segment_begin; segment < block.segment_end; ++segment) {
             run_segment(block, segment, scratch, scratch.next_states, scratch.next_values);
@@ -204,7 +207,7 @@ class Attention {
     }
 
     void run_part(const Block& block, int segment) {
-        Scratch scratch;
+        Scratch<Element> scratch;
         prepare_queries(block, scratch);
         const std::size_t first = partial_row(block, segment, 0);
         run_segment(block, segment, scratch, partial_states_.data() + first, partial_values(first));
@@ -213,7 +216,7 @@ class Attention {
     void merge_parts(const Block& block) {
         for (int row = 0; row < block.rows(); ++row) {
             RowState state;
-            float values[MAX_DIM];
+            float values[MAX_V_DIM];
             for (int segment = block.segment_begin; segment < block.segment_end; ++segment) {
                 const std::size_t part = partial_row(block, segment, row);
                 merge(state, values, partial_states_[part], partial_values(part));
@@ -241,7 +244,7 @@ class Attention {
     }
 
     // Softmax states and weighted values of the block's rows over one segment; sum 0 where a row sees none.
-    void run_segment(const Block& block, int segment, Scratch& scratch, RowState* states,
+    void run_segment(const Block& block, int segment, Scratch<Element>& scratch, RowState* states,
                      float* values) const {
         int first[BLOCK_ROWS], last[BLOCK_ROWS];  // tokens of the segment each row sees
         const int base = segment * SEGMENT_TOKENS, rows = block.rows();
@@ -266,7 +269,8 @@ class Attention {
             keys[page] = head_page(cache_.k, cache_.k_dim, block, number);
             keys_ahead[page] =
                 head_page(cache_.k, cache_.k_dim, block, std::min(number + together, last_page));
-            page_values[page] = head_page(cache_.v, cache_.v_dim, block, number);
+            page_values[page] =
+                cache_.latent ? keys[page] : head_page(cache_.v, cache_.v_dim, block, number);
         }
 
         const int words = query_words<Element>(cache_.k_dim);
@@ -275,7 +279,8 @@ class Attention {
             const int count = std::min(together, page_end - page);
             while (last[from] <= page * PAGE_TOKENS) ++from;  // rows before these pages
             while (to < end && first[to] < (page + count) * PAGE_TOKENS) ++to;
-            const Prefetch<Element> prefetch{keys_ahead + page, page_values + page, cache_.v_dim / 2};
+            const Prefetch<Element> prefetch{keys_ahead + page, page_values + page,
+                                             cache_.latent ? 0 : cache_.v_dim / 2};
             const auto score = rows <= SCORE_ROWS ? score_pages<Element, true> : score_pages<Element, false>;
             for (int row = from; row < to; row += SCORE_ROWS) {
                 score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
@@ -287,9 +292,19 @@ class Attention {
                                      states[row].maximum, states[row].sum);
         }
         std::fill(values + begin * cache_.v_dim, values + end * cache_.v_dim, 0.0f);
-        for (int row = begin; row < end; row += VALUE_ROWS) {
-            value_block(scratch.scores + row * SEGMENT_TOKENS, std::min(VALUE_ROWS, end - row), page_values,
-                        cache_.v_dim, first + row, last + row, values + row * cache_.v_dim);
+        const int strip = cache_.latent ? STRIP : cache_.v_dim;
+        for (int dimension = 0; dimension < cache_.v_dim; dimension += strip) {
+            const int width = std::min(strip, cache_.v_dim - dimension);
+            for (int page = page_begin; cache_.latent && page < page_end; ++page) {
+                Element* turned = scratch.turned + page * PAGE_TOKENS * width;
+                turn_keys(keys[page] + dimension * PAGE_TOKENS, width, turned);
+                page_values[page] = turned;
+            }
+            for (int row = begin; row < end; row += VALUE_ROWS) {
+                value_block(scratch.scores + row * SEGMENT_TOKENS, std::min(VALUE_ROWS, end - row),
+                            page_values, width, first + row, last + row,
+                            values + row * cache_.v_dim + dimension, cache_.v_dim);
+            }
         }
     }
 
@@ -314,6 +329,7 @@ inline void write_token(Bfloat* k_page, Bfloat* v_page, int offset, const float*
         to[0] = to_bfloat(k[2 * pair]);
         to[1] = to_bfloat(k[2 * pair + 1]);
     }
+    if (v_page == nullptr) return;
     Bfloat* to = v_page + offset / 2 * 2 * v_dim + offset % 2;
     for (int dimension = 0; dimension < v_dim; ++dimension) to[2 * dimension] = to_bfloat(v[dimension]);
 }
@@ -322,7 +338,7 @@ inline void write_token(float* k_page, float* v_page, int offset, const float* k
                         int v_dim) {
     for (int dimension = 0; dimension < k_dim; ++dimension)
         k_page[dimension * PAGE_TOKENS + offset] = k[dimension];
-    std::copy_n(v, v_dim, v_page + offset * v_dim);
+    if (v_page != nullptr) std::copy_n(v, v_dim, v_page + offset * v_dim);
 }
 
 template <class Element>
@@ -334,10 +350,15 @@ void write(const lowbit_attention_cache& cache, const float* k, std::int64_t k_s
         for (int token = static_cast<int>(task) * TOGETHER; token < end; ++token) {
             const std::int64_t page = slots[token] / PAGE_TOKENS * std::int64_t{cache.heads};
             for (int head = 0; head < cache.heads; ++head) {
+                Element* v_page = nullptr;
+                const float* value = nullptr;
+                if (!cache.latent) {
+                    v_page = static_cast<Element*>(cache.v) + (page + head) * cache.v_dim * PAGE_TOKENS;
+                    value = v + token * v_stride + head * cache.v_dim;
+                }
                 write_token(static_cast<Element*>(cache.k) + (page + head) * cache.k_dim * PAGE_TOKENS,
-                            static_cast<Element*>(cache.v) + (page + head) * cache.v_dim * PAGE_TOKENS,
-                            slots[token] % PAGE_TOKENS, k + token * k_stride + head * cache.k_dim,
-                            v + token * v_stride + head * cache.v_dim, cache.k_dim, cache.v_dim);
+                            v_page, slots[token] % PAGE_TOKENS, k + token * k_stride + head * cache.k_dim,
+                            value, cache.k_dim, cache.v_dim);
             }
         }
     });
@@ -346,7 +367,8 @@ void write(const lowbit_attention_cache& cache, const float* k, std::int64_t k_s
 }  // namespace
 }  // namespace lowbit
 
-// k (tokens, heads, k_dim) and v (tokens, heads, v_dim), strides in floats between tokens. 0, or a Status.
+// k (tokens, heads, k_dim) and v (tokens, heads, v_dim; null for a latent cache), strides in floats between
+// tokens. 0, or a Status.
 LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, const float* k,
                                          std::int64_t k_stride, const float* v, std::int64_t v_stride,
                                          const std::int32_t* slots, std::int32_t tokens) {

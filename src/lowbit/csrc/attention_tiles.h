@@ -8,6 +8,9 @@
 //             V [8 token pairs][v_dim][2]     one line: 16 dimensions of two tokens
 //   float32   K [k_dim][16 tokens]   V [16 tokens][v_dim]
 //
+// A latent page has no V: its values are the first v_dim numbers of its keys, which turn_keys() brings into
+// V's layout, a strip of dimensions of one segment at a time, just before they are weighed.
+//
 // Sameness (a token's result must not depend on what is computed with it): keys are cut into segments of
 // 16 pages at fixed absolute positions. In a segment every row takes its own maximum, sum and weighted
 // values, each a chain over ascending dimensions or tokens that is the same whether the row is computed
@@ -37,6 +40,7 @@ constexpr int pages_at_once(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2
 constexpr int SCORE_ROWS = 4, VALUE_ROWS = 3, VALUE_VECTORS = 2;
 constexpr int pages_at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
+constexpr int STRIP = VALUE_VECTORS * LANES;  // dimensions of a latent segment that are turned at once
 
 // A pair of dimensions of 16 keys.
 inline void load_keys(const Bfloat* page, int pair, Vector16& even, Vector16& odd) {
@@ -46,6 +50,47 @@ inline void load_keys(const Bfloat* page, int pair, Vector16& even, Vector16& od
 inline void load_keys(const float* page, int pair, Vector16& even, Vector16& odd) {
     even = load(page + 2 * LANES * pair);
     odd = load(page + 2 * LANES * pair + LANES);
+}
+
+// The keys of `width` dimensions of a page (a multiple of 16) in V's layout: no bit changes.
+inline void turn_keys(const Bfloat* keys, int width, Bfloat* values) {
+    // Two tokens' pair of dimensions, [a0 b0 a1 b1], becomes [a0 a1 b0 b1]; such groups are then transposed.
+    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                           0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    for (int dimension = 0; dimension < width; dimension += 4) {
+        for (int pair = 0; pair < PAGE_TOKENS / 2; pair += 4) {
+            const auto groups = [&](int line) {
+                const Bfloat* from = keys + (dimension + line) * PAGE_TOKENS + 4 * pair;
+                return _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), order);
+            };
+            const __m256i lower = groups(0), upper = groups(2);
+            const __m256i even = _mm256_unpacklo_epi64(lower, upper);
+            const __m256i odd = _mm256_unpackhi_epi64(lower, upper);
+            const auto keep = [&](int which, __m128i four) {
+                Bfloat* to = values + 2 * ((pair + which) * width + dimension);
+                _mm_storeu_si128(reinterpret_cast<__m128i*>(to), four);
+            };
+            keep(0, _mm256_castsi256_si128(even));
+            keep(1, _mm256_castsi256_si128(odd));
+            keep(2, _mm256_extracti128_si256(even, 1));
+            keep(3, _mm256_extracti128_si256(odd, 1));
+        }
+    }
+}
+inline void turn_keys(const float* keys, int width, float* values) {
+    for (int dimension = 0; dimension < width; dimension += 4) {
+        for (int token = 0; token < PAGE_TOKENS; token += 4) {
+            const float* from = keys + dimension * PAGE_TOKENS + token;
+            __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + PAGE_TOKENS),
+                   c = _mm_loadu_ps(from + 2 * PAGE_TOKENS), d = _mm_loadu_ps(from + 3 * PAGE_TOKENS);
+            _MM_TRANSPOSE4_PS(a, b, c, d);
+            float* to = values + token * width + dimension;
+            _mm_storeu_ps(to, a);
+            _mm_storeu_ps(to + width, b);
+            _mm_storeu_ps(to + 2 * width, c);
+            _mm_storeu_ps(to + 3 * width, d);
+        }
+    }
 }
 
 // Sixteen dimensions of token pair `pair`.
@@ -250,14 +295,14 @@ __attribute__((always_inline)) inline void weigh(const float* weights, int token
 }
 
 // out[row][dimension ...] += weight * value over tokens first <= t < last of a segment, in ascending order,
-// for ROWS rows and VECTORS * 16 dimensions. Rows of weights are SEGMENT_TOKENS apart, rows of out v_dim.
+// for ROWS rows and VECTORS * 16 dimensions. Rows of weights are SEGMENT_TOKENS apart, rows of out `stride`.
 template <class Element, int ROWS, int VECTORS>
 inline void value_tile(const float* weights, const Element* const* pages, int v_dim, int first, int last,
-                       int dimension, float* out) {
+                       int dimension, float* out, int stride) {
     Vector16 sums[ROWS][VECTORS], values[VECTORS];
     for (int row = 0; row < ROWS; ++row) {
         for (int vector = 0; vector < VECTORS; ++vector) {
-            sums[row][vector] = load(out + row * v_dim + dimension + vector * LANES);
+            sums[row][vector] = load(out + row * stride + dimension + vector * LANES);
         }
     }
     for (int token = first; token < last;) {
@@ -282,7 +327,7 @@ inline void value_tile(const float* weights, const Element* const* pages, int v_
     }
     for (int row = 0; row < ROWS; ++row) {
         for (int vector = 0; vector < VECTORS; ++vector) {
-            store(out + row * v_dim + dimension + vector * LANES, sums[row][vector]);
+            store(out + row * stride + dimension + vector * LANES, sums[row][vector]);
         }
     }
 }
@@ -292,11 +337,11 @@ inline void value_tile(const float* weights, const Element* const* pages, int v_
 // is cleared: its weight is 0, but 0 times what an unused slot holds might be NaN.
 template <int ROWS, int VECTORS>
 inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_dim, int first, int last,
-                        int dimension, float* out) {
+                        int dimension, float* out, int stride) {
     Vector16 sums[ROWS][VECTORS];
     for (int row = 0; row < ROWS; ++row) {
         for (int vector = 0; vector < VECTORS; ++vector) {
-            sums[row][vector] = load(out + row * v_dim + dimension + vector * LANES);
+            sums[row][vector] = load(out + row * stride + dimension + vector * LANES);
         }
     }
     for (int pair = first / 2; pair < (last + 1) / 2; ++pair) {
@@ -326,7 +371,7 @@ inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_
     }
     for (int row = 0; row < ROWS; ++row) {
         for (int vector = 0; vector < VECTORS; ++vector) {
-            store(out + row * v_dim + dimension + vector * LANES, sums[row][vector]);
+            store(out + row * stride + dimension + vector * LANES, sums[row][vector]);
         }
     }
 }
@@ -335,29 +380,29 @@ inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_
 // All dimensions.
 template <class Element, int ROWS, int VECTORS = VALUE_VECTORS>
 inline void value_rows(const float* weights, const Element* const* pages, int v_dim, int first, int last,
-                       float* out, int dimension = 0) {
+                       float* out, int stride, int dimension = 0) {
     for (; dimension + VECTORS * LANES <= v_dim; dimension += VECTORS * LANES) {
 #if defined(__AVX512BF16__)
         if constexpr (BFLOAT_PRODUCTS<Element>) {
-            value_pairs<ROWS, VECTORS>(weights, pages, v_dim, first, last, dimension, out);
+            value_pairs<ROWS, VECTORS>(weights, pages, v_dim, first, last, dimension, out, stride);
             continue;
         }
 #endif
-        value_tile<Element, ROWS, VECTORS>(weights, pages, v_dim, first, last, dimension, out);
+        value_tile<Element, ROWS, VECTORS>(weights, pages, v_dim, first, last, dimension, out, stride);
     }
     if constexpr (VECTORS > 1) {
         if (dimension < v_dim)
-            value_rows<Element, ROWS, VECTORS - 1>(weights, pages, v_dim, first, last, out, dimension);
+            value_rows<Element, ROWS, VECTORS - 1>(weights, pages, v_dim, first, last, out, stride, dimension);
     }
 }
 
 // Tokens first[row] <= t < last[row] for each of 1 <= rows <= ROWS rows; both ascend with the row.
 template <class Element, int ROWS = VALUE_ROWS>
 inline void value_block(const float* weights, int rows, const Element* const* pages, int v_dim,
-                        const int* first, const int* last, float* out) {
+                        const int* first, const int* last, float* out, int stride) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            value_block<Element, ROWS - 1>(weights, rows, pages, v_dim, first, last, out);
+            value_block<Element, ROWS - 1>(weights, rows, pages, v_dim, first, last, out, stride);
             return;
         }
     }
@@ -366,11 +411,12 @@ inline void value_block(const float* weights, int rows, const Element* const* pa
               shared_last = std::max(last[0] / 2 * 2, shared_first);
     const auto alone = [&](int row, int from, int to) {
         if (from >= to) return;
-        value_rows<Element, 1>(weights + row * SEGMENT_TOKENS, pages, v_dim, from, to, out + row * v_dim);
+        value_rows<Element, 1>(weights + row * SEGMENT_TOKENS, pages, v_dim, from, to, out + row * stride,
+                               stride);
     };
     for (int row = 0; row < ROWS; ++row) alone(row, first[row], std::min(shared_first, last[row]));
     if (shared_first < shared_last)
-        value_rows<Element, ROWS>(weights, pages, v_dim, shared_first, shared_last, out);
+        value_rows<Element, ROWS>(weights, pages, v_dim, shared_first, shared_last, out, stride);
     for (int row = 0; row < ROWS; ++row) alone(row, std::max(shared_last, first[row]), last[row]);
 }
 

@@ -9,13 +9,23 @@
     X.weight.quant_state.bitsandbytes__nf4   U8: JSON with blocksize, shape, nested_offset …
 
     weight.flat[i] = quant_map[code_i] * absmax[i // blocksize]
-    absmax[j] = nested_quant_map[u8_j] * nested_absmax[j // 256] + nested_offset
+    absmax[j] = nested_quant_map[u8_j] * nested_absmax[j // nested_blocksize] + nested_offset
 
 Blocks run over the flat tensor and may cross rows; where a row is whole blocks they are plain 1 x blocksize.
+The second level is undone into float32 scales in the tool's own order of operations, so nothing is lost. The
+tool's fp4 table has +0 as code 8 where ours, by its sign bit, has -0: equal numbers, and no other difference
+between the file's table and ours is accepted.
 
-int8: ``weight`` I8 [out, in], ``SCB`` F32 [out] (a row's largest |w|): weight * SCB / 127. Inputs of at
-least ``llm_int8_threshold`` stay in full precision. Column-tiled layouts (``weight_format`` other than 0) are
-refused. A checkpoint of plain floats that carries these keys was to be quantized at load; it is read plain.
+int8: ``weight`` I8 [out, in], ``SCB`` F32 [out] (a row's largest |w|): weight * SCB / 127. The tool computes
+(weight * SCB) * 0.007874015718698502 in float32; one scale a row, SCB * 0.00787…, is the nearest float32 for
+it: at most 2 units of the last bit apart in float32, 1 in float16 (where 4 of 100,000 values differ at all).
+Inputs of at least ``llm_int8_threshold`` stay in full precision.
+
+Which modules are quantized the tensors say, not ``llm_int8_skip_modules``. Plain floats under these keys were
+to be quantized at load; they are read plain, with a warning. Refused: column-tiled int8 (``weight_format``
+other than 0, before 0.42), other code tables (af4, int4), packed stacks of experts (the tool leaves stacks in
+floats). Verified with bitsandbytes 0.50.2; its own 4-bit CPU dequantizer is wrong for rows that are no whole
+blocks, the tensors it writes are not.
 """
 
 from __future__ import annotations
@@ -36,7 +46,7 @@ from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
-_STATE = "weight.quant_state.bitsandbytes__"
+_STATE = ".quant_state.bitsandbytes__"
 _FORMATS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 # The tool multiplies by this float32 where the definition says / 127.
 _INT8_STEP = 7.874015718698502e-3
@@ -47,7 +57,7 @@ class BitsAndBytes:
     """See the module docstring."""
 
     name = "bitsandbytes"
-    aliases = ("bnb", "bitsandbytes_4bit", "bitsandbytes_8bit")
+    aliases = ("bnb",)
     reference = "bitsandbytes"
     unused = (r".*\.weight_format",)
 
@@ -64,9 +74,26 @@ class BitsAndBytes:
                 f"{printable(repr(threshold))}",
             )
         self.threshold = float(threshold)
-        packed = any(name.endswith(".SCB") or _STATE in name for name in header.tensors)
-        if not packed:
-            notes.contradiction(
+        self.states = _states(header)
+        self.kinds = {name.rpartition("__")[2] for name in self.states.values()}
+        self.kinds |= {"int8" for name in header.tensors if name.endswith(".SCB")}
+        self._compare(_kind_in_config(self.values, self.place))
+
+    def _compare(self, said: str | None) -> None:
+        """E0214 where the config says another kind than the tensors, which win."""
+        header = self.header
+        if self.kinds:
+            if said is not None and said not in self.kinds:
+                self.notes.contradiction(
+                    "E0214",
+                    f"{header.root.name}: {self.place} says {said} but the tensors are "
+                    f"{' and '.join(sorted(self.kinds))}; reading what the tensors say",
+                )
+        elif not any(
+            name.endswith(".absmax") or (name.endswith(".weight") and entry.dtype in ("I8", "U8"))
+            for name, entry in header.tensors.items()
+        ):
+            self.notes.contradiction(
                 "E0214",
                 f"{header.root.name}: {self.place} says bitsandbytes but every tensor is plain; reading it "
                 "as an unquantized model",
@@ -81,55 +108,76 @@ class BitsAndBytes:
         return f"{found.place} says {found.method}"
 
     def describe(self) -> str:
-        """The kind, as the config gives it."""
-        kind = self.values.get("bnb_4bit_quant_type") if self.values.get("load_in_4bit") else "int8"
-        return f"bitsandbytes, {kind} in {self.place.split(':')[0]}"
+        """The kinds that are there."""
+        file = self.place.split(":")[0]
+        if not self.kinds:
+            return f"bitsandbytes in {file}, weights not quantized"
+        return f"bitsandbytes, {' and '.join(sorted(self.kinds))} in {file}"
 
     def scheme_of(self, module: StoredModule) -> Scheme:
         """From the tensors that are there and their shapes."""
-        state = self._state_entry(module)
-        if state is not None:
-            fmt = number_format(_FORMATS[state.name.rpartition("__")[2]])
-            size = self._block_size(module, state)
-            return _four_bit_scheme(fmt, module.shape, size)
-        if module.tensor("SCB") in self.header.tensors:
-            return self._int8_scheme()
-        return dense_scheme(self.header, module)
+        kind = self._kind(module)
+        if kind in _FORMATS:
+            return _four_bit_scheme(kind, module.shape, self._block_size(module))
+        return self._int8_scheme() if kind == "int8" else dense_scheme(self.header, module)
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """The weight and everything its state is made of."""
-        tensors, weight = self.header.tensors, module.tensor("weight")
-        if self._state_entry(module) is not None:
-            prefix = f"{weight}."
+        tensors, weight, kind = self.header.tensors, module.tensor("weight"), self._kind(module)
+        if kind == "dense":
+            return dense_tensors(self.header, module)
+        if kind == "int8":
+            own = [module.tensor("SCB"), module.tensor("weight_format")]
+        else:
             parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-            found = [prefix + part for part in parts if prefix + part in tensors]
-            state = [name for kind in _FORMATS if (name := module.tensor(_STATE + kind)) in tensors]
-            return [weight, *found, *state, *bias_tensors(self.header, module)]
-        if module.tensor("SCB") in tensors:
-            return [weight, module.tensor("SCB"), *bias_tensors(self.header, module)]
-        return dense_tensors(self.header, module)
+            own = [*(f"{weight}.{part}" for part in parts), self.states[weight]]
+        return [weight, *(name for name in own if name in tensors), *bias_tensors(self.header, module)]
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """Codes and scales, double quantization taken apart."""
-        state = self._state_entry(module)
-        if state is not None:
-            return StoredLinear(self._four_bit(module, data, state), read_bias(self.header, module, data))
-        if module.tensor("SCB") in self.header.tensors:
-            return StoredLinear(self._int8(module, data), read_bias(self.header, module, data))
-        return read_dense(self.header, module, data)
+        kind = self._kind(module)
+        if kind == "dense":
+            return read_dense(self.header, module, data)
+        weight = self._int8(module, data) if kind == "int8" else self._four_bit(module, data, kind)
+        return StoredLinear(weight, read_bias(self.header, module, data))
 
-    def _state_entry(self, module: StoredModule) -> TensorEntry | None:
-        for kind in _FORMATS:
-            entry = self.header.tensors.get(module.tensor(_STATE + kind))
-            if entry is not None:
-                if module.expert is not None:
-                    raise LowbitError("E0218", f"{module.name}: stacked 4-bit experts are not read")
-                return entry
-        return None
+    def _kind(self, module: StoredModule) -> str:
+        """nf4, fp4, int8 or dense, from the names that are there."""
+        name, tensors = module.tensor("weight"), self.header.tensors
+        weight, state = tensors.get(name), self.states.get(name)
+        odd = weight is not None and weight.dtype in ("I8", "U8")
+        if module.expert is not None:
+            if odd or state is not None or f"{name}.absmax" in tensors:
+                raise LowbitError(
+                    "E0218",
+                    f"{self.header.file_of(name)}: {name!r} is a stack of experts packed by bitsandbytes, "
+                    "which is not read; use a version with one module for each expert",
+                )
+            return "dense"
+        if state is not None:
+            kind = state.rpartition("__")[2]
+            if kind not in _FORMATS:
+                raise LowbitError(
+                    "E0218",
+                    f"{self.header.file_of(state)}: tensor {printable(repr(state))} says "
+                    f"{printable(kind)}; the 4-bit types that are read are {' and '.join(_FORMATS)}",
+                )
+            return kind
+        if module.tensor("SCB") in tensors:
+            return "int8"
+        if f"{name}.absmax" in tensors or (weight is not None and weight.dtype == "U8"):
+            raise LowbitError(
+                "E0209",
+                f"{self.header.root.name}: no file contains '{name}{_STATE}nf4' or '…__fp4', the state of a "
+                "4-bit bitsandbytes weight",
+            )
+        if odd:
+            entry_of(self.header, module, "SCB", ("F32",), "the row scales of an int8 bitsandbytes weight")
+        return "dense"
 
     # ---- 4 bits
 
-    def _block_size(self, module: StoredModule, state: TensorEntry) -> int:
+    def _block_size(self, module: StoredModule) -> int:
         """Weights of a block, from the number of scales: the header says enough without reading the state."""
         absmax = self._part(module, "absmax", ("F32", "U8"))
         count = math.prod(module.shape)
@@ -146,26 +194,26 @@ class BitsAndBytes:
     def _part(self, module: StoredModule, part: str, dtypes: tuple[str, ...]) -> TensorEntry:
         return entry_of(self.header, module, f"weight.{part}", dtypes, "a 4-bit bitsandbytes weight")
 
-    def _four_bit(self, module: StoredModule, data: TensorData, state: TensorEntry) -> QuantizedTensor:
+    def _four_bit(self, module: StoredModule, data: TensorData, kind: str) -> QuantizedTensor:
+        state = self.header.tensors[self.states[module.tensor("weight")]]
         said = _state(state, data)
-        fmt = number_format(_FORMATS[state.name.rpartition("__")[2]])
         out, columns = module.shape
         count = out * columns
         if said.get("shape") != [out, columns]:
             raise LowbitError(
                 "E0210",
-                f"{state.file.name}: {state.name!r} says the weight is {said.get('shape')} but the config "
-                f"asks for {[out, columns]}; config and weights are from different models",
+                f"{state.file.name}: {state.name!r} says the weight is "
+                f"{printable(repr(said.get('shape')))} but the config asks for {[out, columns]}; config and "
+                "weights are from different models",
             )
-        size = self._block_size(module, state)
-        if said.get("blocksize") != size and -(-count // size) > 1:
+        size = self._block_size(module)
+        if said.get("blocksize") != size and count > size:
             raise LowbitError(
                 "E0213",
-                f"{state.file.name}: {state.name!r} says blocksize {said.get('blocksize')}, absmax has "
-                f"blocks of {size}; the file is damaged",
+                f"{state.file.name}: {state.name!r} says blocksize {printable(repr(said.get('blocksize')))}, "
+                f"absmax has blocks of {size}; the file is damaged",
             )
-        size = int(size)
-        self._check_map(module, data, fmt)
+        self._check_map(module, data, number_format(_FORMATS[kind]))
         weight = entry_of(self.header, module, "weight", tuple(_STORAGE), "a 4-bit bitsandbytes weight")
         need = -(-count // 2)
         if weight.nbytes != -(-need // _STORAGE[weight.dtype]) * _STORAGE[weight.dtype]:
@@ -177,7 +225,7 @@ class BitsAndBytes:
         raw = data.raw(weight.name)[:need]
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[:count].view(out, columns)
         absmax = self._absmax(module, data, said, -(-count // size))
-        scheme = _four_bit_scheme(fmt, module.shape, size)
+        scheme = _four_bit_scheme(kind, module.shape, size)
         if not scheme.flattened:
             absmax = absmax.view(out, -1)
         return QuantizedTensor(scheme, module.shape, codes, (absmax,), origin=origin_of(self.header, module))
@@ -205,17 +253,16 @@ class BitsAndBytes:
         table = self._part(module, "nested_quant_map", ("F32",))
         check_shape(table, (256,), "a doubly quantized bitsandbytes weight")
         size, offset = said.get("nested_blocksize"), said.get("nested_offset")
-        if not isinstance(size, int) or size <= 0 or not isinstance(offset, int | float):
+        if not isinstance(size, int) or size <= 0 or not isinstance(offset, float):
             raise LowbitError(
                 "E0213",
                 f"{entry.file.name}: the state of {module.stored!r} lacks nested_blocksize or nested_offset",
             )
         check_shape(outer, (-(-blocks // size),), "a doubly quantized bitsandbytes weight")
-        steps = data.tensor(table.name)[absmax.long()]
-        scales = data.tensor(outer.name).repeat_interleave(size)[:blocks]
-        return finite_scales(
-            self.header, outer.name, steps * scales + torch.tensor(offset, dtype=torch.float32)
-        )
+        steps = finite_scales(self.header, table.name, data.tensor(table.name))[absmax.long()]
+        scales = finite_scales(self.header, outer.name, data.tensor(outer.name))
+        spread = scales.repeat_interleave(min(size, blocks))[:blocks]  # a file may claim any block size
+        return finite_scales(self.header, entry.name, steps * spread + offset)
 
     # ---- int8
 
@@ -225,21 +272,19 @@ class BitsAndBytes:
 
     def _int8(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         what = "an int8 bitsandbytes weight"
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked int8 experts are not read")
         weight = entry_of(self.header, module, "weight", ("I8",), what)
         check_shape(weight, module.shape, what)
         scb = entry_of(self.header, module, "SCB", ("F32", "F16", "BF16"), what)
         check_shape(scb, module.shape[:1], what)
         layout = self.header.tensors.get(module.tensor("weight_format"))
-        if layout is not None and layout.dtype == "U8" and int(data.raw(layout.name)[0]) != 0:
+        if layout is not None and data.raw(layout.name).any():
             raise LowbitError(
                 "E0218",
                 f"{layout.file.name}: tensor {layout.name!r} says the weight is column-tiled for one GPU "
                 "generation; save the model again with bitsandbytes 0.42 or newer",
             )
         scales = finite_scales(self.header, scb.name, data.tensor(scb.name)).float() * _INT8_STEP
-        codes = data.tensor(weight.name).view(torch.uint8) ^ 0x80
+        codes = data.tensor(weight.name).view(torch.uint8) ^ 0x80  # two's complement to offset binary
         return QuantizedTensor(
             self._int8_scheme(),
             module.shape,
@@ -249,19 +294,51 @@ class BitsAndBytes:
         )
 
 
-def _four_bit_scheme(fmt: NumberFormat, shape: tuple[int, int], size: int) -> Scheme:
+def _kind_in_config(values: dict[str, object], place: str) -> str | None:
+    """nf4, fp4 or int8 as the config has it, or None where it does not say."""
+    four, eight = bool(values.get("load_in_4bit")), bool(values.get("load_in_8bit"))
+    if four and eight:
+        raise LowbitError("E0212", f"{place} has both load_in_4bit and load_in_8bit; a model is one of them")
+    if not four:
+        return "int8" if eight else None
+    kind = values.get("bnb_4bit_quant_type", "fp4")  # the tool's default
+    if kind not in _FORMATS:
+        raise LowbitError(
+            "E0212",
+            f"{place}.bnb_4bit_quant_type must be {' or '.join(_FORMATS)}, found {printable(repr(kind))}",
+        )
+    return str(kind)
+
+
+def _states(header: CheckpointHeader) -> dict[str, str]:
+    """Weight name -> name of the tensor that holds its state."""
+    states: dict[str, str] = {}
+    for name in header.tensors:
+        weight, mark, _ = name.partition(_STATE)
+        if mark and states.setdefault(weight, name) != name:
+            raise LowbitError(
+                "E0213",
+                f"{header.file_of(name)}: {weight!r} has two states, {printable(repr(states[weight]))} and "
+                f"{printable(repr(name))}; the file is damaged",
+            )
+    return states
+
+
+def _four_bit_scheme(kind: str, shape: tuple[int, int], size: int) -> Scheme:
     flattened = shape[1] % size != 0
-    return Scheme(fmt, ((1, size),), (number_format("f32"),), flattened=flattened)
+    return Scheme(number_format(_FORMATS[kind]), ((1, size),), (number_format("f32"),), flattened=flattened)
 
 
 def _state(entry: TensorEntry, data: TensorData) -> dict[str, object]:
-    if entry.nbytes > 1 << 16:
+    if entry.dtype != "U8" or entry.nbytes > 1 << 16:
         raise LowbitError(
-            "E0213", f"{entry.file.name}: {entry.name!r} has {entry.nbytes} bytes; it is no state"
+            "E0213",
+            f"{entry.file.name}: {entry.name!r} is {entry.dtype} of {entry.nbytes} bytes; a state is a short "
+            "JSON text as U8",
         )
     try:
         said = json.loads(bytes(data.raw(entry.name).numpy()).decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         said = None
     if not isinstance(said, dict):
         raise LowbitError(

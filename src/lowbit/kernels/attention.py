@@ -22,7 +22,11 @@ PAGE_SIZE = 16  # tokens a page: one AVX-512 register of scores, one AMX tile of
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What one layer keeps for every token. ``kind`` "paged": K and V heads. ``window``: 0 = all tokens."""
+    """What one layer keeps for every token. ``window``: 0 = all tokens.
+
+    ``kind`` "paged": K and V heads; "latent": one row of ``k_dim`` whose first ``v_dim`` values are V too
+    (MLA).
+    """
 
     kind: Literal["paged", "latent", "recurrent"]
     heads: int
@@ -33,7 +37,8 @@ class CacheSpec:
 
     def token_bytes(self) -> int:
         """Bytes one token occupies in this layer's cache."""
-        return self.heads * (self.k_dim + self.v_dim) * self.dtype.itemsize
+        values = self.k_dim if self.kind == "latent" else self.k_dim + self.v_dim
+        return self.heads * values * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,10 @@ class AttentionKernel(Protocol):
         """Zeroed pages."""
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
-        """Store k (tokens, kv heads, k_dim) and v (tokens, kv heads, v_dim) at ``batch.write_slots``."""
+        """Store k (tokens, kv heads, k_dim) and v (tokens, kv heads, v_dim) at ``batch.write_slots``.
+
+        A latent cache stores k alone: v is part of it.
+        """
 
     def attend(
         self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters

@@ -35,24 +35,27 @@ class ReferenceAttention:
     name = "reference"
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
-        """Anything that is not a paged cache of floats."""
-        if spec.kind != "paged":
-            return f"serves paged caches, got {spec.kind!r}"
+        """Anything that is not a paged or latent cache of floats."""
+        if spec.kind not in ("paged", "latent"):
+            return f"serves paged and latent caches, got {spec.kind!r}"
         return None if spec.dtype.is_floating_point else f"needs a float cache, got {spec.dtype}"
 
     def allocate(self, spec: CacheSpec, pages: int, page_size: int, device: torch.device) -> LayerCache:
         """Zeroed pages."""
+        dims = {"k": spec.k_dim} if spec.kind == "latent" else {"k": spec.k_dim, "v": spec.v_dim}
         buffers = {
             name: torch.zeros(pages, page_size, spec.heads, dim, dtype=spec.dtype, device=device)
-            for name, dim in (("k", spec.k_dim), ("v", spec.v_dim))
+            for name, dim in dims.items()
         }
         return LayerCache(spec, self, pages, page_size, buffers)
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
         """Round k and v to the cache dtype and store them at ``batch.write_slots``."""
         slots = (batch.write_slots.long(),)
-        for name, new in (("k", k), ("v", v)):
-            cache.buffers[name].flatten(0, 1).index_put_(slots, new.to(cache.spec.dtype))
+        for name, buffer in cache.buffers.items():
+            rounded = _rounded(k if name == "k" else v, cache.spec.dtype)
+            # Bytes are moved: not every device indexes float8.
+            _movable(buffer).flatten(0, 1).index_put_(slots, _movable(rounded))
 
     def attend(
         self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters
@@ -144,10 +147,11 @@ class ReferenceAttention:
         absent = ~written[..., None, None]
 
         def gathered(name: str) -> Tensor:
-            found = cache.buffers[name].flatten(0, 1)[slots].float()  # (S, context, heads, dim)
-            return found.masked_fill(absent, 0.0).transpose(1, 2)
+            stored = _movable(cache.buffers[name]).flatten(0, 1)[slots].view(cache.spec.dtype)
+            return stored.float().masked_fill(absent, 0.0).transpose(1, 2)  # (S, heads, context, dim)
 
-        return gathered("k"), gathered("v")
+        k = gathered("k")
+        return k, (k[..., : cache.spec.v_dim] if cache.spec.kind == "latent" else gathered("v"))
 
     @staticmethod
     def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -157,3 +161,13 @@ class ReferenceAttention:
         _, kv_heads, group, _, _ = scores.shape
         column = sinks.float().view(1, kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in the cache's dtype; e4m3 saturates instead of becoming NaN."""
+    return x.clamp(-448.0, 448.0).to(dtype) if dtype is torch.float8_e4m3fn else x.to(dtype)
+
+
+def _movable(x: Tensor) -> Tensor:
+    """The same bytes in a dtype that every device can index."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x

@@ -6,7 +6,6 @@ GLU variants (Shazeer, 2020); mixture of experts as in Mixtral (Jiang et al., 20
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,9 +13,7 @@ from torch import Tensor
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.layers.experts import Experts
 from lowbit.layers.linear import Linear
-
-# float32 router logits (tokens, experts) -> (int64 (tokens, k) chosen experts, float32 (tokens, k) weights)
-Route = Callable[[Tensor], tuple[Tensor, Tensor]]
+from lowbit.layers.routing import Route
 
 
 @dataclass(frozen=True)
@@ -47,25 +44,3 @@ class MixtureOfExperts:
         chosen, weights = self.route(self.router(x).float())
         mixed = self.experts(x, chosen, weights, self.activation)
         return mixed if self.shared is None else mixed + self.shared(x)
-
-
-def softmax_top_k(k: int, renormalize: bool) -> Route:
-    """Probabilities over all experts, the k largest kept; ``renormalize``: they then sum to 1."""
-
-    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights, chosen = logits.softmax(-1).topk(k, dim=-1)
-        if renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return chosen, weights
-
-    return route
-
-
-def top_k_softmax(k: int) -> Route:
-    """The k largest logits, softmax over these alone (gpt-oss)."""
-
-    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        largest, chosen = logits.topk(k, dim=-1)
-        return chosen, largest.softmax(-1)
-
-    return route

@@ -34,8 +34,14 @@ class WeightLoader(Protocol):
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """The routed experts ``<name>.0.gate_proj`` …, stored one by one or stacked."""
 
-    def matrix(self, part: Part) -> Tensor:
-        """float32 (out, in): the dequantized matrix, for what a family folds into other steps."""
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint stores a module of this canonical name."""
+
+    def matrices(self, part: Part, stacked: int = 0) -> Tensor:
+        """float32 (out, in): the dequantized matrix, for what a family folds into other steps.
+
+        (stacked, out, in) where that many are stored along the first axis.
+        """
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What K and V of the attention called ``attention`` are divided by in an fp8 cache; else 1, 1."""

@@ -225,7 +225,7 @@ class _Asker:
         self.device = target.device
         self.activation_dtype = target.activation_dtype
         self.cache_dtype = target.cache_dtype
-        self.names = Names(opened.header, opened.family, opened.form.unused)
+        self.names = Names(opened.header, opened.family, opened.config.layers, opened.form.unused)
 
     def placed(self, name: str, parts: list[Part]) -> list[Placed]:
         """The parts' stored modules, their tensors marked as used."""
@@ -235,6 +235,18 @@ class _Asker:
         """One expert's gate and up, and its down projection."""
         gate_up, down = self.names.expert(name, spec, number)
         return [self._taken(place) for place in gate_up], [self._taken(place) for place in down]
+
+    def placed_stack(self, part: Part, stacked: int) -> list[Placed]:
+        """The one module, or each of those stacked under one name."""
+        [place] = self.names.place(part.name, [part])
+        if not stacked:
+            return [self._taken(place)]
+        modules = [replace(place.module, expert=n, experts=stacked) for n in range(stacked)]
+        return [self._taken(replace(place, module=module)) for module in modules]
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint stores a module of this canonical name."""
+        return self.names.has(name)
 
     def _taken(self, place: Placed) -> Placed:
         tensors = self.form.tensors_of(place.module)
@@ -323,10 +335,10 @@ class _Loader(_Asker):
         [place] = self.placed(part.name, [part])
         return Embedding(self._pack(self._read(place).weight), self.activation_dtype)
 
-    def matrix(self, part: Part) -> Tensor:
-        """The dequantized float32 (out, in) matrix itself, for what a family folds into other steps."""
-        [place] = self.placed(part.name, [part])
-        return self._read(place).weight.dequantize().to(self.device)
+    def matrices(self, part: Part, stacked: int = 0) -> Tensor:
+        """The dequantized matrix itself, or (stacked, out, in) of them."""
+        found = [self._read(place).weight.dequantize() for place in self.placed_stack(part, stacked)]
+        return (torch.stack(found) if stacked else found[0]).to(self.device)
 
     def vector(self, name: str, size: int) -> Tensor:
         """A float32 copy of a small tensor."""
@@ -457,11 +469,11 @@ class _Planner(_Asker):
         self._plan(place)
         return _PlannedEmbedding()
 
-    def matrix(self, part: Part) -> Tensor:
-        """Zeros of the matrix's shape that take no memory; the module is in the plan as a float32 one."""
-        [place] = self.placed(part.name, [part])
-        self._plan(place, kernel="unpacked")
-        return torch.zeros(()).expand(part.shape)
+    def matrices(self, part: Part, stacked: int = 0) -> Tensor:
+        """Zeros of that shape that take no memory; the plan counts it as float32."""
+        for place in self.placed_stack(part, stacked):
+            self._plan(place, unpacked=True)
+        return torch.zeros(()).expand((stacked, *part.shape) if stacked else part.shape)
 
     def vector(self, name: str, size: int) -> Tensor:
         """Ones: nothing is computed with them but frequencies nobody uses."""
@@ -478,7 +490,7 @@ class _Planner(_Asker):
         """Packed weights and the largest module with one byte a code."""
         return sum(module.stored_nbytes for module in self.modules) + self.largest_module
 
-    def _plan(self, place: Placed, kernel: str | None = None) -> None:
+    def _plan(self, place: Placed, unpacked: bool = False) -> None:
         scheme = self.form.scheme_of(place.module)
         shape = place.part.shape
         choice = choose(self.as_run(scheme), shape, self.device)
@@ -489,10 +501,10 @@ class _Planner(_Asker):
                 place.part.name,
                 shape,
                 scheme,
-                kernel or choice.kernel.name,
+                "unpacked" if unpacked else choice.kernel.name,
                 choice.kernel.computes,
-                () if kernel else choice.refusals,
-                self.stored_nbytes(place),
+                () if unpacked else choice.refusals,
+                4 * shape[0] * shape[1] if unpacked else self.stored_nbytes(place),
             )
         )
 

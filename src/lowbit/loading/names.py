@@ -39,9 +39,12 @@ class Placed:
 class Names:
     """The tensors of a checkpoint under the model's names; remembers which were used."""
 
-    def __init__(self, header: CheckpointHeader, family: Family, unused: Iterable[str] = ()) -> None:
+    def __init__(
+        self, header: CheckpointHeader, family: Family, layers: int, unused: Iterable[str] = ()
+    ) -> None:
         self.header = header
         self.family = family
+        self.layers = layers
         self.unused = tuple(unused)
         self.used: set[str] = set()
         self.in_gguf = header.container == "gguf"
@@ -137,6 +140,10 @@ class Names:
                 return stored
         return None
 
+    def has(self, canonical: str) -> bool:
+        """Whether a module of this name is stored."""
+        return self._stem(canonical, missing_ok=True) in self.modules
+
     def _stem(self, canonical: str, missing_ok: bool = False) -> str:
         if self.in_gguf:
             stem = self._gguf_stem(canonical)
@@ -168,6 +175,10 @@ class Names:
         stored = self.family.gguf_names.get(general)
         return stored if stored is None or number is None else stored.format(n=number[1])
 
+    def _layer_of(self, stored: str) -> int:
+        number = re.search(r"(?:layers|blk)\.(\d+)\.", stored)
+        return int(number[1]) if number else -1
+
     def take(self, names: Iterable[str]) -> None:
         """Mark tensors as used; a missing one is an error that names it."""
         for name in names:
@@ -185,7 +196,9 @@ class Names:
         left = [
             name
             for name in self.header.tensors
-            if name not in self.used and not any(pattern.fullmatch(name) for pattern in known)
+            if name not in self.used
+            and not any(pattern.fullmatch(name) for pattern in known)
+            and not (self.family.prediction_layers and self._layer_of(name) >= self.layers)
         ]
         if left:
             shown = printable(left[0])

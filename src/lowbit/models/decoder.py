@@ -23,8 +23,9 @@ from lowbit.kernels.elementwise import (
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
-from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, Route, softmax_top_k, top_k_softmax
+from lowbit.layers.mlp import GatedMlp, MixtureOfExperts
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
+from lowbit.layers.routing import Route, softmax_top_k, top_k_softmax
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig, MoeConfig
 

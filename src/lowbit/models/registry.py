@@ -21,6 +21,7 @@ class Family:
     ``gguf_names``: canonical tensor stem -> GGUF stem, ``{n}`` standing for the layer number.
     ``gguf_rotates_pairs``: whether GGUF stores its Q/K rows as adjacent rotary pairs (formats.md 2.7.4).
     ``unused``: regular expressions of tensor names a checkpoint may hold and the model does not use.
+    ``prediction_layers``: layers behind the model's own are multi-token prediction heads, not used here.
     ``aliases``: (regular expression, replacement): other spellings of canonical names in the wild.
     """
 
@@ -31,6 +32,7 @@ class Family:
     gguf_rotates_pairs: bool
     unused: tuple[str, ...] = field(default=())
     aliases: tuple[tuple[str, str], ...] = field(default=())
+    prediction_layers: bool = False
 
 
 # Architecture -> (module of this package, its Family).
@@ -46,6 +48,9 @@ MODULES = {
     "Gemma3ForCausalLM": ("families", "GEMMA3"),
     "Phi3ForCausalLM": ("families", "PHI3"),
     "GptOssForCausalLM": ("families", "GPT_OSS"),
+    "DeepseekV2ForCausalLM": ("deepseek", "FAMILY"),
+    "DeepseekV3ForCausalLM": ("deepseek", "FAMILY"),
+    "deepseek2": ("deepseek", "FAMILY"),
     "qwen2": ("families", "QWEN2"),
     "qwen3": ("families", "QWEN3"),
     "qwen3moe": ("families", "QWEN3_MOE"),

@@ -1,0 +1,379 @@
+"""DeepSeek V2, V3 and R1: multi-head latent attention, and experts chosen by groups.
+
+The cache holds for a token one latent row shared by all heads, its normalized compression (``kv_lora_rank``
+values) and a rotated key (``qk_rope_head_dim``): 576 values a layer. ``kv_b_proj`` would expand the latent
+to K and V of each head; instead its two halves are folded into the query and the output (absorption), so that
+attention runs over the latent rows themselves:
+
+    q_latent = q_nope W_K                      scores = [q_latent, q_rope] . [latent, k_rope]
+    output   = (softmax(scores) latent) W_V^T
+
+Sources: DeepSeek-V2 (2024), DeepSeek-V3 (2024), YaRN (Peng et al., 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError, printable
+from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
+from lowbit.kernels.elementwise import RotaryTable, add_rms_norm, apply_rotary, rms_norm
+from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.layers.experts import ExpertsSpec
+from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.layers.mlp import GatedMlp, MixtureOfExperts
+from lowbit.layers.rotary import rotary_frequencies
+from lowbit.layers.routing import Route, group_limited_sigmoid, group_limited_softmax, softmax_top_k
+from lowbit.layers.weight_loader import WeightLoader
+from lowbit.models.config import ConfigKeys, ModelConfig, base_config, gguf_keys, json_keys, rope_keys
+from lowbit.models.gguf_names import GGUF_NAMES
+from lowbit.models.registry import Family
+
+LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps is
+
+
+@dataclass(frozen=True)
+class DeepseekConfig(ModelConfig):
+    """What latent attention and group routing add. ``q_lora_rank`` 0: queries are not compressed."""
+
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    nope_dim: int = 0  # of a head's query and key without rotation
+    v_dim: int = 0
+    dense_layers: int = 0  # the first ones have a plain MLP
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    shared_size: int = 0
+    sigmoid: bool = False
+    groups: int = 1
+    kept_groups: int = 1
+    renormalize: bool = False
+    routed_scale: float = 1.0
+
+    @property
+    def rope_dim(self) -> int:
+        """Rotated values of a head's query and of the shared key."""
+        return self.rotary_dim
+
+
+def read_config(header: CheckpointHeader) -> DeepseekConfig:
+    """From config.json or GGUF metadata."""
+    base = base_config(header)
+    if header.container == "gguf":
+        config = _from_gguf(base, gguf_keys(header), header)
+    else:
+        config = _from_json(base, json_keys(header))
+    if config.experts and (config.experts % config.groups or config.kept_groups > config.groups):
+        raise LowbitError(
+            "E0216",
+            f"{header.root.name}: {config.experts} experts in {config.groups} groups of which "
+            f"{config.kept_groups} are kept; the config is damaged or of another kind",
+        )
+    return config
+
+
+def _with(base: ModelConfig, **more: object) -> DeepseekConfig:
+    known = {field.name: getattr(base, field.name) for field in fields(ModelConfig)}
+    return DeepseekConfig(**{**known, **more})
+
+
+def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
+    nope, rope = keys.size("qk_nope_head_dim"), keys.size("qk_rope_head_dim")
+    scoring = keys.text(
+        "scoring_func", "sigmoid" if base.architecture.startswith("DeepseekV3") else "softmax"
+    )
+    method = keys.text("topk_method", "noaux_tc" if scoring == "sigmoid" else "greedy")
+    if (scoring, method) not in (
+        ("sigmoid", "noaux_tc"),
+        ("softmax", "greedy"),
+        ("softmax", "group_limited_greedy"),
+    ):
+        raise LowbitError(
+            "E0242",
+            f"{keys.place}: routing by {printable(scoring)} and {printable(method)} is not supported; "
+            "supported: sigmoid with noaux_tc, softmax with greedy or group_limited_greedy",
+        )
+    grouped = method != "greedy"
+    dense = keys.values.get("first_k_dense_replace", 0)
+    if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
+        raise LowbitError("E0216", f"{keys.place}: key 'first_k_dense_replace' must be a whole number")
+    rope_section = rope_keys(keys)
+    return _with(
+        base,
+        head_dim=nope + rope,
+        rotary_dim=rope,
+        kv_heads=1,
+        attention_scale=_softmax_scale(
+            nope + rope, rope_section.number("factor", 1.0), rope_section.number("mscale_all_dim", 0.0)
+        ),
+        mlp_bias=keys.flag("mlp_bias", False),
+        q_lora_rank=keys.size("q_lora_rank") if keys.has("q_lora_rank") else 0,
+        kv_lora_rank=keys.size("kv_lora_rank"),
+        nope_dim=nope,
+        v_dim=keys.size("v_head_dim"),
+        dense_layers=dense,
+        experts=keys.size("n_routed_experts"),
+        experts_per_token=keys.size("num_experts_per_tok"),
+        expert_size=keys.size("moe_intermediate_size"),
+        shared_size=keys.size("n_shared_experts", 1) * keys.size("moe_intermediate_size"),
+        sigmoid=scoring == "sigmoid",
+        groups=keys.size("n_group", 1) if grouped else 1,
+        kept_groups=keys.size("topk_group", 1) if grouped else 1,
+        # transformers' V2 never renormalizes; V3 does where the config says so.
+        renormalize=scoring == "sigmoid" and keys.flag("norm_topk_prob", True),
+        routed_scale=keys.number("routed_scaling_factor", 1.0),
+    )
+
+
+def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) -> DeepseekConfig:
+    head, rope = keys.size("attention.key_length_mla"), keys.size("rope.dimension_count")
+    # ggml keeps 0.1 * mscale_all_dim; cosines and sines then need no factor of their own.
+    mscale = keys.number("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
+    scaling = base.rope_scaling
+    if scaling.kind == "yarn" and mscale:
+        scaling = replace(scaling, mscale=mscale, mscale_all_dim=mscale)
+    sigmoid = keys.size("expert_gating_func", 1) == 2
+    return _with(
+        base,
+        head_dim=head,
+        rotary_dim=rope,
+        kv_heads=1,
+        rope_scaling=scaling,
+        attention_scale=_softmax_scale(head, scaling.factor, mscale),
+        q_lora_rank=keys.size("attention.q_lora_rank") if keys.has("attention.q_lora_rank") else 0,
+        kv_lora_rank=keys.size("attention.kv_lora_rank"),
+        nope_dim=head - rope,
+        v_dim=keys.size("attention.value_length_mla"),
+        dense_layers=keys.size("leading_dense_block_count", 0)
+        if keys.values.get("leading_dense_block_count")
+        else 0,
+        experts=keys.size("expert_count"),
+        experts_per_token=keys.size("expert_used_count"),
+        expert_size=keys.size("expert_feed_forward_length"),
+        shared_size=keys.size("expert_shared_count", 1) * keys.size("expert_feed_forward_length"),
+        sigmoid=sigmoid,
+        groups=keys.size("expert_group_count", 1),
+        kept_groups=keys.size("expert_group_used_count", 1),
+        renormalize=keys.flag("expert_weights_norm", False),
+        routed_scale=keys.number("expert_weights_scale", 1.0),
+    )
+
+
+def _softmax_scale(head_dim: int, factor: float, mscale_all_dim: float) -> float:
+    """1 / sqrt(head_dim), with YaRN's temperature on both query and key."""
+    mscale = 0.1 * mscale_all_dim * math.log(factor) + 1.0 if mscale_all_dim and factor > 1 else 1.0
+    return head_dim**-0.5 * mscale * mscale
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """The weights of one attention; see the module docstring. Norms are float32."""
+
+    q: Linear  # from the input, or from the compressed query
+    q_a: Linear | None
+    q_norm: Tensor | None  # (q_lora_rank,)
+    kv_a: Linear  # (kv_lora_rank + rope, hidden)
+    kv_norm: Tensor  # (kv_lora_rank,)
+    k_up: Tensor  # float32 (heads, nope, kv_lora_rank)
+    v_up: Tensor  # float32 (heads, v, kv_lora_rank)
+    output: Linear
+
+
+@dataclass(frozen=True)
+class Block:
+    """The weights of one layer."""
+
+    attention_norm: Tensor
+    attention: LatentAttention
+    mlp_norm: Tensor
+    mlp: GatedMlp | MixtureOfExperts
+
+
+class Deepseek:
+    """A loaded model; see ``models.model.Model``."""
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        loader: WeightLoader,
+        embedding: Embedding,
+        blocks: list[Block],
+        rotary: RotaryTable,
+        final_norm: Tensor,
+        head: Linear,
+    ) -> None:
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.context_length = config.context_length
+        self.device = loader.device
+        self.kernels: frozenset[str] = frozenset()
+        self.embedding = embedding
+        self.blocks = blocks
+        self.rotary = rotary
+        self.final_norm = final_norm
+        self.head = head
+        self.cache_dtype = loader.cache_dtype
+        assert config.attention_scale is not None, "read_config sets it"
+        self.attention = AttentionParameters(scale=config.attention_scale)
+
+    def cache_specs(self) -> list[CacheSpec]:
+        """One latent row a token and layer."""
+        c = self.config
+        row = c.kv_lora_rank + c.rope_dim
+        return [CacheSpec("latent", 1, row, c.kv_lora_rank, self.cache_dtype)] * c.layers
+
+    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+        """float32 (sample rows, vocabulary)."""
+        eps = self.config.rms_norm_eps
+        residual = self.embedding(batch.tokens)  # (tokens, hidden)
+        hidden = rms_norm(residual, self.blocks[0].attention_norm, eps)
+        following = [block.attention_norm for block in self.blocks[1:]] + [self.final_norm]
+        for block, cache, next_norm in zip(self.blocks, caches, following, strict=True):
+            attended = self._attend(block.attention, cache, hidden, batch)
+            hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
+            hidden = add_rms_norm(block.mlp(hidden), residual, next_norm, eps)
+        return self.head(hidden[batch.sample_rows]).float()
+
+    def _attend(
+        self, weights: LatentAttention, cache: LayerCache, hidden: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        """(tokens, hidden): attention with its output projection."""
+        c = self.config
+        compressed = hidden
+        if weights.q_a is not None and weights.q_norm is not None:
+            compressed = rms_norm(weights.q_a(hidden), weights.q_norm, LATENT_NORM_EPS)
+        q = weights.q(compressed).view(-1, c.heads, c.head_dim)
+        q_nope, q_rope = q.split((c.nope_dim, c.rope_dim), dim=2)
+        latent, k_rope = weights.kv_a(hidden).split((c.kv_lora_rank, c.rope_dim), dim=1)
+        latent = rms_norm(latent.contiguous(), weights.kv_norm, LATENT_NORM_EPS)
+        q_rope, k_rope = q_rope.contiguous(), k_rope.contiguous().unsqueeze(1)
+        apply_rotary(q_rope, k_rope, self.rotary, batch.positions, interleaved=True)
+        q_latent = torch.einsum("thn,hnr->thr", q_nope, weights.k_up.to(q.dtype))
+        row = torch.cat((latent, k_rope.squeeze(1)), dim=1).unsqueeze(1)  # (tokens, 1, row)
+        cache.kernel.write(cache, row, row[..., : c.kv_lora_rank], batch)
+        queries = torch.cat((q_latent, q_rope), dim=2)
+        attended = cache.kernel.attend(queries, cache, batch, self.attention)
+        attended = attended.view(-1, c.heads, c.kv_lora_rank)
+        values = torch.einsum("thr,hvr->thv", attended, weights.v_up.to(attended.dtype))
+        return weights.output(values.flatten(1))
+
+
+def build(config: ModelConfig, loader: WeightLoader) -> Deepseek:
+    """Ask ``loader`` for every weight of the model, in the order of the layers."""
+    assert isinstance(config, DeepseekConfig), "read by this module"
+    if config.activation != "silu":
+        raise LowbitError(
+            "E0242", f"config.json: activation {config.activation!r} is not supported; only silu is"
+        )
+    hidden = config.hidden_size
+    embedding = loader.embedding(Part("model.embed_tokens", (config.vocab_size, hidden)))
+    frequencies, magnitude = rotary_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling)
+    rotary = RotaryTable.build(frequencies, config.context_length, magnitude, loader.device)
+    blocks = [_block(config, loader, n) for n in range(config.layers)]
+    final_norm = loader.vector("model.norm.weight", hidden)
+    if config.tied_head:
+        head = embedding.as_head()
+    else:
+        head = loader.linear("lm_head", [Part("lm_head", (config.vocab_size, hidden))])
+    return Deepseek(config, loader, embedding, blocks, rotary, final_norm, head)
+
+
+def _block(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Block:
+    prefix = f"model.layers.{layer}"
+    return Block(
+        loader.vector(f"{prefix}.input_layernorm.weight", config.hidden_size),
+        _attention(config, loader, f"{prefix}.self_attn"),
+        loader.vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
+        _mlp(config, loader, layer),
+    )
+
+
+def _attention(config: DeepseekConfig, loader: WeightLoader, name: str) -> LatentAttention:
+    c, hidden = config, config.hidden_size
+
+    def linear(leaf: str, rows: int, columns: int) -> Linear:
+        return loader.linear(f"{name}.{leaf}", [Part(f"{name}.{leaf}", (rows, columns))])
+
+    q_rows, row = c.heads * c.head_dim, c.kv_lora_rank + c.rope_dim
+    q_a = q_norm = None
+    if c.q_lora_rank:
+        q_a = linear("q_a_proj", c.q_lora_rank, hidden)
+        q_norm = loader.vector(f"{name}.q_a_layernorm.weight", c.q_lora_rank)
+        q = linear("q_b_proj", q_rows, c.q_lora_rank)
+    else:
+        q = linear("q_proj", q_rows, hidden)
+    k_up, v_up = _up_projections(config, loader, name)
+    loader.kv_scales(name, 0)  # latent caches are not quantized; their tensors have a place all the same
+    return LatentAttention(
+        q,
+        q_a,
+        q_norm,
+        linear("kv_a_proj_with_mqa", row, hidden),
+        loader.vector(f"{name}.kv_a_layernorm.weight", c.kv_lora_rank),
+        k_up,
+        v_up,
+        linear("o_proj", hidden, c.heads * c.v_dim),
+    )
+
+
+def _up_projections(config: DeepseekConfig, loader: WeightLoader, name: str) -> tuple[Tensor, Tensor]:
+    """float32 (heads, nope, rank) and (heads, v, rank), from one matrix or, in newer GGUF files, from two."""
+    c = config
+    if loader.has(f"{name}.k_b_proj") and not loader.has(f"{name}.kv_b_proj"):
+        k = loader.matrices(Part(f"{name}.k_b_proj", (c.kv_lora_rank, c.nope_dim)), c.heads)
+        v = loader.matrices(Part(f"{name}.v_b_proj", (c.v_dim, c.kv_lora_rank)), c.heads)
+        return k.transpose(1, 2).contiguous(), v
+    rows = c.heads * (c.nope_dim + c.v_dim)
+    both = loader.matrices(Part(f"{name}.kv_b_proj", (rows, c.kv_lora_rank)))
+    k, v = both.view(c.heads, c.nope_dim + c.v_dim, c.kv_lora_rank).split((c.nope_dim, c.v_dim), dim=1)
+    return k.contiguous(), v.contiguous()
+
+
+def _mlp(config: DeepseekConfig, loader: WeightLoader, layer: int) -> GatedMlp | MixtureOfExperts:
+    c, mlp = config, f"model.layers.{layer}.mlp"
+    if layer < c.dense_layers:
+        return _gated(config, loader, mlp, c.intermediate_size)
+    router = Part(f"{mlp}.gate", (c.experts, c.hidden_size))
+    return MixtureOfExperts(
+        loader.linear(router.name, [router]),
+        _route(config, loader, mlp),
+        loader.experts(f"{mlp}.experts", ExpertsSpec(c.experts, c.hidden_size, c.expert_size)),
+        c.activation,
+        _gated(config, loader, f"{mlp}.shared_experts", c.shared_size),
+    )
+
+
+def _gated(config: DeepseekConfig, loader: WeightLoader, mlp: str, inner: int) -> GatedMlp:
+    hidden = config.hidden_size
+    gate_up = [
+        Part(f"{mlp}.gate_proj", (inner, hidden), bias=config.mlp_bias),
+        Part(f"{mlp}.up_proj", (inner, hidden), bias=config.mlp_bias),
+    ]
+    down = Part(f"{mlp}.down_proj", (hidden, inner), bias=config.mlp_bias)
+    return GatedMlp(
+        loader.linear(f"{mlp}.gate_up_proj", gate_up), loader.linear(down.name, [down]), config.activation
+    )
+
+
+def _route(config: DeepseekConfig, loader: WeightLoader, mlp: str) -> Route:
+    c = config
+    if c.sigmoid:
+        correction = loader.vector(f"{mlp}.gate.e_score_correction_bias", c.experts)
+        return group_limited_sigmoid(
+            c.experts_per_token, c.groups, c.kept_groups, c.renormalize, c.routed_scale, correction
+        )
+    if c.groups > 1:
+        return group_limited_softmax(
+            c.experts_per_token, c.groups, c.kept_groups, c.renormalize, c.routed_scale
+        )
+    return softmax_top_k(c.experts_per_token, c.renormalize, c.routed_scale)
+
+
+UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # a buffer old exports kept
+FAMILY = Family("deepseek", read_config, build, GGUF_NAMES, False, UNUSED, prediction_layers=True)

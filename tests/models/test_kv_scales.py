@@ -1,0 +1,178 @@
+"""Scales of the fp8 KV cache: every spelling, the file of --quantization-param-path, and that they are "
+"used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError
+from lowbit.kernels.attention_reference import ReferenceAttention
+from lowbit.loading import load_model, plan_model
+from lowbit.models.model import Model
+
+LAYERS = 2
+TOKENS = torch.randint(1, 64, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, max_position_embeddings=128,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def with_tensors(plain: Path, folder: Path, tensors: dict[str, Tensor], **config: object) -> Path:
+    stored = load_file(plain / "model.safetensors")
+    save_file({**stored, **tensors}, folder / "model.safetensors")
+    written = {**json.loads((plain / "config.json").read_text()), **config}
+    (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def scales(*suffixes: str) -> dict[str, Tensor]:
+    """A scale of its own for each layer and name."""
+    return {
+        f"model.layers.{layer}.self_attn.{suffix}": torch.tensor(
+            0.01 * (1 + layer) * (2 if "v" in suffix else 1)
+        )
+        for layer in range(LAYERS)
+        for suffix in suffixes
+    }
+
+
+def loaded(folder: Path, cache: str = "fp8_e4m3", file: Path | None = None) -> Model:
+    path = None if file is None else str(file)
+    return load_model(open_checkpoint(str(folder)), device="cpu", kv_cache_dtype=cache, kv_scales_path=path)
+
+
+SPELLINGS = {
+    "compressed-tensors": (("k_scale", "v_scale"), [(0.01, 0.02), (0.02, 0.04)]),
+    "modelopt": (("k_proj.k_scale", "v_proj.v_scale"), [(0.01, 0.02), (0.02, 0.04)]),
+    "quark": (
+        ("k_proj.output_scale", "v_proj.output_scale", "prob_output_scale"),
+        [(0.01, 0.02), (0.02, 0.04)],
+    ),
+    "runtime": (("attn.k_scale", "attn.v_scale"), [(0.01, 0.02), (0.02, 0.04)]),
+    "autofp8": (("kv_scale",), [(0.02, 0.02), (0.04, 0.04)]),
+    "only k": (("k_scale",), [(0.01, 0.01), (0.02, 0.02)]),
+    "none": ((), [(1.0, 1.0), (1.0, 1.0)]),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_spellings(case: str, plain: Path, tmp_path: Path) -> None:
+    suffixes, wanted = SPELLINGS[case]
+    model = loaded(with_tensors(plain, tmp_path, scales(*suffixes)))
+    found = [scale for block in model.blocks for scale in (block.k_scale, block.v_scale)]
+    assert found == pytest.approx([scale for pair in wanted for scale in pair])
+    plan_model(open_checkpoint(str(tmp_path)))  # every scale has a place in the plan too
+
+
+def test_they_are_used(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as K and V rounded to e4m3 steps of their scale beside a float32 cache."""
+    model = loaded(with_tensors(plain, tmp_path, scales("k_scale", "v_scale")))
+    [logits] = prompt_logits(model, [TOKENS])
+    exact = loaded(plain, "f32")
+    [unrounded] = prompt_logits(exact, [TOKENS])
+    pairs = iter([(block.k_scale, block.v_scale) for block in model.blocks])
+    write = ReferenceAttention.write
+
+    def rounded(x: Tensor, scale: float) -> Tensor:
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    def spied(self: ReferenceAttention, cache: object, k: Tensor, v: Tensor, batch: object) -> None:
+        k_scale, v_scale = next(pairs)
+        write(self, cache, rounded(k, k_scale), rounded(v, v_scale), batch)
+
+    monkeypatch.setattr(ReferenceAttention, "write", spied)
+    monkeypatch.setattr("lowbit.kernels.attention.attention_kernels", lambda: [ReferenceAttention()])
+    [wanted] = prompt_logits(exact, [TOKENS])
+    assert (logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert (unrounded - wanted).abs().max() > 1e-3 * wanted.abs().max()
+
+
+def test_file_instead_of_the_checkpoint(plain: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scales.json"
+    table = {"0": 0.5, "1": {"k": 0.25, "v": 2.0}}
+    said = {"model_type": "llama", "kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": table}}}
+    file.write_text(json.dumps(said))
+    model = loaded(plain, file=file)
+    assert [(block.k_scale, block.v_scale) for block in model.blocks] == [(0.5, 0.5), (0.25, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "qwen2"}, "model_type"),
+        ({"kv_cache": {"dtype": "float8_e5m2"}}, "dtype"),
+        ({"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 1.0}}}}, "layer 1 of 2"),
+        ({"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 1.0, "1": -1}}}}, "layer 1"),
+        ({"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {}, "1": {}}}}, "rank"),
+    ],
+)
+def test_bad_files(change: dict, said: str, plain: Path, tmp_path: Path) -> None:
+    good = {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 1.0, "1": 1.0}}}
+    file = tmp_path / "scales.json"
+    file.write_text(json.dumps({"model_type": "llama", "kv_cache": good, **change}))
+    with pytest.raises(LowbitError, match=said):
+        loaded(plain, file=file)
+
+
+def test_missing_file(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(LowbitError, match="quantization-param-path"):
+        loaded(plain, file=tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [(torch.tensor(float("nan")), "E0215"), (torch.tensor(0.0), "E0215"), (torch.ones(4), "E0218")],
+)
+def test_bad_scales(value: Tensor, code: str, plain: Path, tmp_path: Path) -> None:
+    folder = with_tensors(plain, tmp_path, {"model.layers.0.self_attn.k_scale": value})
+    with pytest.raises(LowbitError) as caught:
+        loaded(folder)
+    assert caught.value.code == code
+
+
+def test_negative_means_never_calibrated(plain: Path, tmp_path: Path) -> None:
+    folder = with_tensors(plain, tmp_path, {"model.layers.0.self_attn.k_scale": torch.tensor(-1.0)})
+    assert loaded(folder).blocks[0].k_scale == 1.0
+
+
+def test_zero_points_are_refused(plain: Path, tmp_path: Path) -> None:
+    folder = with_tensors(plain, tmp_path, {"model.layers.0.self_attn.k_zero_point": torch.tensor(1.0)})
+    with pytest.raises(LowbitError, match="zero points"):
+        loaded(folder)
+
+
+def test_auto_follows_the_checkpoint(plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "dense",
+        "config_groups": {},
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True},
+    }
+    folder = with_tensors(plain, tmp_path, scales("k_scale", "v_scale"), quantization_config=quantization)
+    assert loaded(folder, "auto").cache_specs()[0].dtype is torch.float8_e4m3fn
+    assert loaded(folder, "bf16").cache_specs()[0].dtype is torch.bfloat16
+    assert "kv-cache-dtype fp8_e4m3" in caplog.text
