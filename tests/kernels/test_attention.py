@@ -50,14 +50,15 @@ def draw(spec: CacheSpec, group: int, lengths: list[int], seed: int = 0) -> list
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random_numbers)
 
-    return [
-        (
-            (2 * normal(length, spec.heads * group, spec.k_dim)).bfloat16().float(),
-            normal(length, spec.heads, spec.k_dim),
-            normal(length, spec.heads, spec.v_dim) + 0.5,
-        )
-        for length in lengths
-    ]
+    def sequence(length: int) -> Sequence:
+        q = (2 * normal(length, spec.heads * group, spec.k_dim)).bfloat16().float()
+        k = normal(length, spec.heads, spec.k_dim)
+        if spec.kind == "latent":
+            k[..., : spec.v_dim] += 0.5
+            return q, k, k[..., : spec.v_dim]
+        return q, k, normal(length, spec.heads, spec.v_dim) + 0.5
+
+    return [sequence(length) for length in lengths]
 
 
 def hand_out_pages(lengths: list[int], seed: int = 0, spare: int = 3) -> tuple[list[list[int]], int]:
@@ -165,6 +166,10 @@ def spec_of(
     return CacheSpec("paged", heads, k_dim, v_dim or k_dim, dtype, window)
 
 
+def latent_of(k_dim: int, v_dim: int, dtype: torch.dtype = torch.bfloat16, window: int = 0) -> CacheSpec:
+    return CacheSpec("latent", 1, k_dim, v_dim, dtype, window)
+
+
 def assert_equal_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
     for number, (left, right) in enumerate(zip(found, wanted, strict=True)):
         assert not left.isnan().any(), f"sequence {number} has NaN"
@@ -191,6 +196,16 @@ CASES: dict[str, tuple[CacheSpec, int, dict[str, Any]]] = {
     "sinks": (spec_of(2, 64), 2, {"sinks": torch.tensor([1.5, -3.0, 60.0, 0.0])}),
     "all of it": (
         spec_of(1, 64, dtype=torch.float32, window=290),
+        2,
+        {"sinks": torch.tensor([4.0, -1.0]), "softcap": 8.0},
+    ),
+    "DeepSeek's latent": (latent_of(576, 512), 16, {}),
+    "DeepSeek's latent f32": (latent_of(576, 512, torch.float32), 5, {}),
+    "latent with a short strip": (latent_of(112, 80), 50, {}),
+    "latent with a short strip f32": (latent_of(112, 80, torch.float32), 3, {}),
+    "latent that is all value": (latent_of(16, 16), 2, {}),
+    "all of it, latent": (
+        latent_of(96, 48, window=290),
         2,
         {"sinks": torch.tensor([4.0, -1.0]), "softcap": 8.0},
     ),
@@ -283,10 +298,11 @@ def test_same_bits_alone_chunked_and_moved(case: str) -> None:
     assert_equal_bits(simulate(spec, sequences, chunked, parameters, seed=5), together)
 
 
-@pytest.mark.parametrize("group", [1, 3])
-def test_same_bits_token_by_token(group: int) -> None:
+@pytest.mark.parametrize(
+    ("spec", "group"), [(spec_of(1, 64), 1), (spec_of(1, 64), 3), (latent_of(96, 80), 8)]
+)
+def test_same_bits_token_by_token(spec: CacheSpec, group: int) -> None:
     """Decode from the first token on, over two segment borders: threads share the segments of a row."""
-    spec = spec_of(1, 64)
     sequences = draw(spec, group, [560])
     together = simulate(spec, sequences, whole(sequences), plain(spec))
     steps: list[Step] = [[(0, position, position + 1)] for position in range(560)]
@@ -365,6 +381,19 @@ def test_rounds_to_the_cache_as_torch_does() -> None:
         assert stored.nan_to_num(7).view(torch.int16).equal(rounded.nan_to_num(7).view(torch.int16))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_latent_is_stored_once(dtype: torch.dtype) -> None:
+    """576 numbers a token, from which the same results come as from K and V stored apart, bit for bit."""
+    spec = latent_of(576, 512, dtype)
+    assert spec.token_bytes() == 576 * dtype.itemsize
+    for kernel in (CpuAttention(), ReferenceAttention()):
+        buffers = kernel.allocate(spec, 3, PAGE_SIZE, CPU).buffers
+        assert sum(buffer.nbytes for buffer in buffers.values()) == 3 * PAGE_SIZE * spec.token_bytes()
+    sequences = draw(spec, 16, [1, 300, 33])
+    apart = simulate(replace(spec, kind="paged"), sequences, whole(sequences), plain(spec))
+    assert_equal_bits(simulate(spec, sequences, whole(sequences), plain(spec)), apart)
+
+
 def test_extreme_scores() -> None:
     """Scores of hundreds and sinks far above them neither overflow nor vanish."""
     spec = spec_of(1, 64, dtype=torch.float32)
@@ -377,10 +406,11 @@ def test_extreme_scores() -> None:
 
 
 REFUSED = {
-    "latent": ("paged", CacheSpec("latent", 1, 64, 64, torch.bfloat16)),
+    "recurrent": ("paged", CacheSpec("recurrent", 1, 64, 64, torch.bfloat16)),
+    "values beyond the key": ("v_dim 80 > k_dim 64", latent_of(64, 80)),
     "dtype": ("float16", spec_of(1, 64, dtype=torch.float16)),
-    "odd": ("k_dim % 16 == 0 and k_dim <= 256, got 40", spec_of(1, 40)),
-    "wide": ("v_dim <= 256, got 512", spec_of(1, 64, 512)),
+    "odd": ("k_dim % 16 == 0 and k_dim <= 576, got 40", spec_of(1, 40)),
+    "wide": ("v_dim <= 512, got 528", spec_of(1, 64, 528)),
 }
 
 
@@ -393,6 +423,8 @@ def test_refuses_with_the_reason(case: str) -> None:
 def test_choice() -> None:
     assert choose_attention(spec_of(1, 64), CPU).name == "cpu"
     assert choose_attention(spec_of(1, 40), CPU).name == "reference"
+    assert choose_attention(latent_of(576, 512), CPU).name == "cpu"
+    assert choose_attention(latent_of(32, 24), CPU).name == "reference"
     assert "cuda" in str(CpuAttention().refuses(spec_of(1, 64), torch.device("cuda")))
     with pytest.raises(LowbitError, match="'recurrent'"):
         choose_attention(CacheSpec("recurrent", 1, 64, 64, torch.bfloat16), CPU)
@@ -429,7 +461,9 @@ def test_a_batch_that_does_not_fit_is_an_error() -> None:
             kernel.attend(q, cache, replace(batch, **wrong), plain(spec))
 
 
-@pytest.mark.parametrize("case", ["llama", "k 48, v 112 f32", "all of it", "sinks"])
+@pytest.mark.parametrize(
+    "case", ["llama", "k 48, v 112 f32", "all of it", "sinks", "all of it, latent", "DeepSeek's latent f32"]
+)
 def test_nothing_past_the_end_is_touched(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention_cpu, "_zeros", lambda shape, dtype: at_guard_page(torch.zeros(shape, dtype=dtype))

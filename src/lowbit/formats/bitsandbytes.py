@@ -24,8 +24,8 @@ Inputs of at least ``llm_int8_threshold`` stay in full precision.
 Which modules are quantized the tensors say, not ``llm_int8_skip_modules``. Plain floats under these keys were
 to be quantized at load; they are read plain, with a warning. Refused: column-tiled int8 (``weight_format``
 other than 0, before 0.42), other code tables (af4, int4), packed stacks of experts (the tool leaves stacks in
-floats). Verified with bitsandbytes 0.50.2; its own 4-bit CPU dequantizer is wrong for rows that are no whole
-blocks, the tensors it writes are not.
+floats). Where a row is no whole blocks the tool's 4-bit CPU kernel (0.50.2) disagrees with what it wrote; its
+plain torch code and the definition above agree.
 """
 
 from __future__ import annotations

@@ -16,6 +16,22 @@ from lowbit.formats.quantization_config import quantization_config
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
+# Tensors only quantized checkpoints have (formats.md 0.3), for files that lost their config.
+_QUANTIZED = {
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".weight_scale": "FP8, int8 or ModelOpt",
+    ".SCB": "bitsandbytes int8",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes",
+    "_blocks": "MXFP4",
+    ".W_q": "HQQ",
+    ".trellis": "EXL3",
+    ".q_invperm": "EXL2",
+    ".Qidxs": "QuIP#",
+    ".codebooks": "AQLM",
+}
 DENSE_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
@@ -117,6 +133,14 @@ class Dense:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
+        for name in header.tensors:
+            method = next((method for suffix, method in _QUANTIZED.items() if name.endswith(suffix)), None)
+            if method is not None:
+                raise LowbitError(
+                    "E0213",
+                    f"{header.file_of(name)}: tensor {name!r} is part of a {method} weight but config.json "
+                    "names no quantization; restore the quantization config that belongs to these weights",
+                )
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:

@@ -1,10 +1,21 @@
-"""SGLang's own 8-bit checkpoints: w8a8_int8, w8a8_fp8 and blockwise_int8 (formats.md 2.15).
+"""SGLang's own 8-bit checkpoints: w8a8_int8, w8a8_fp8 and blockwise_int8.
 
-    w8a8_int8        weight I8 [out, in]        weight_scale F32 [out, 1]
-    w8a8_fp8         weight F8_E4M3 [out, in]   weight_scale F32 [out, 1]
-    blockwise_int8   weight I8 [out, in]        weight_scale_inv F32 [ceil(out / b0), ceil(in / b1)]
+    w8a8_int8        weight I8      [out, in]   weight_scale      F32 [out, 1]
+    w8a8_fp8         weight F8_E4M3 [out, in]   weight_scale      F32 [out, 1]
+    blockwise_int8   weight I8      [out, in]   weight_scale_inv  F32 [ceil(out / b0), ceil(in / b1)]
 
-weight[r, c] = code[r, c] * scale; inputs are quantized per token, beside blocks per group of b1 columns.
+    weight[r, c] = code[r, c] * weight_scale[r]
+    weight[r, c] = code[r, c] * weight_scale_inv[r // b0, c // b1]        (b0, b1) = weight_block_size
+
+Integers are two's complement (canonical form: offset binary, the sign bit turned over); "inv" is the inverse
+of the quantization scale: it multiplies. Blocks at the edges are short. Inputs are always quantized when they
+come, in the weight's number format: per token (largest |x| = 127 or 448), beside blocks per token and b1
+columns. Experts are stored one by one; stacks (experts, out, in) with stacked scales are read too.
+
+Which modules are quantized their dtype says, not ``ignore`` or ``ignored_layers``; ``is_dynamic`` and
+``packed_modules_mapping`` change nothing here. Refused: static input scales (Ascend's exports under the name
+w8a8_int8, ``activation_scheme: static``). No tool writes these on a CPU: read after SGLang's sources, tested
+against numpy.
 """
 
 from __future__ import annotations
@@ -15,7 +26,7 @@ import torch
 
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     Notes,
     StoredLinear,
@@ -42,6 +53,7 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
 _SCALES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_STATIC = ("input_scale", "input_offset", "deq_scale")  # what static exports have beside the weight
 
 
 class W8a8Int8:
@@ -59,8 +71,16 @@ class W8a8Int8:
         found = quantization_config(header)
         assert found is not None, "claims() saw it"
         self.place = found.place
+        kind = found.values.get("activation_scheme")
+        if kind not in (None, "dynamic"):
+            raise LowbitError(
+                "E0212",
+                f"{self.place}.activation_scheme must be dynamic for {self.name}, found "
+                f"{printable(repr(kind))}",
+            )
         self.block = self._block(found.values)
-        require_tensors(header, (f".{self.scale_name}", "_scale", "_scale_inv"), self.place, self.name)
+        stacked = f"_{self.scale_name.removeprefix('weight_')}"
+        require_tensors(header, (f".{self.scale_name}", stacked), self.place, self.name)
 
     def _block(self, values: dict[str, object]) -> tuple[int, int]:
         return (1, 0)
@@ -74,11 +94,12 @@ class W8a8Int8:
         return f"{found.place} says {found.method}"
 
     def describe(self) -> str:
-        """The name says it all."""
-        return f"{self.name} in {self.place.split(':')[0]}"
+        """The name says it all, but for the size of blocks."""
+        blocks = f", blocks {self.block[0]}x{self.block[1]}" if self.block[1] else ""
+        return f"{self.name}{blocks} in {self.place.split(':')[0]}"
 
     def scheme_of(self, module: StoredModule) -> Scheme:
-        """From the scale's dtype."""
+        """From the weight's and the scale's dtype."""
         if is_dense(self.header, module):
             return dense_scheme(self.header, module)
         _, scale = self._entries(module)
@@ -113,9 +134,10 @@ class W8a8Int8:
 
     def _grid(self, module: StoredModule) -> tuple[int, int]:
         (out, columns), (rows, width) = module.shape, self.block
-        return -(-out // (rows or out)), -(-columns // (width or columns))
+        return -(-out // rows), -(-columns // (width or columns))
 
     def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
+        """The weight and its scale, dtypes and shapes checked."""
         lead = () if module.expert is None else (module.experts,)
         weight = entry_of(self.header, module, "weight", (self.dtype,), self.name)
         check_shape(weight, (*lead, *module.shape), self.name)
@@ -123,6 +145,15 @@ class W8a8Int8:
         grid = self._grid(module)
         if not (self.block == (1, 0) and scale.shape == (*lead, grid[0])):
             check_shape(scale, (*lead, *grid), self.name)
+        for suffix in _STATIC:
+            static = self.header.tensors.get(module.tensor(suffix))
+            if static is not None:
+                raise LowbitError(
+                    "E0218",
+                    f"{static.file.name}: tensor {static.name!r} is a scale for static inputs; {self.name} "
+                    "quantizes inputs per token, and the static variant is not read. Export the model with "
+                    "dynamic inputs",
+                )
         return weight, scale
 
 

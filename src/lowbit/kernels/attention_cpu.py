@@ -5,6 +5,9 @@ A page holds 16 tokens of every K/V head, laid out for the inner loops (csrc/att
     bfloat16   k (pages, heads, k_dim / 2, 16 tokens, 2)   v (pages, heads, 8, v_dim, 2 tokens)
     float32    k (pages, heads, k_dim, 16 tokens)          v (pages, heads, 16 tokens, v_dim)
 
+A latent cache (DeepSeek-V2, 2024) has k alone: a value is the first v_dim numbers of its key, and is turned
+into v's layout when it is read.
+
 On AVX-512 beside a bfloat16 cache, queries and softmax weights are rounded to bfloat16 and multiplied in
 pairs (mean KL 0.0001 on the embedded model, two thirds of it from the cache dtype alone); sums, and all else,
 are float32. Keys are processed in segments of 256 tokens at fixed positions, merged in ascending order, so a
@@ -30,7 +33,7 @@ from lowbit.kernels import native
 from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
 
-MAX_DIM = 256  # of a head: the work buffers of a thread have this width
+MAX_DIMS = {"k_dim": 576, "v_dim": 512}  # of a head: the work buffers of a thread have these widths
 _DTYPES = (torch.bfloat16, torch.float32)
 _FAULTS = {
     1: "the lengths do not belong to the tokens",
@@ -51,6 +54,7 @@ class _Cache(ctypes.Structure):
         ("v_dim", ctypes.c_int32),
         ("window", ctypes.c_int32),
         ("bfloat", ctypes.c_int32),
+        ("latent", ctypes.c_int32),
     ]
 
 
@@ -102,16 +106,18 @@ class CpuAttention:
     name = "cpu"
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
-        """Paged bfloat16 or float32 caches on a CPU with head sizes in sixteens up to 256."""
+        """Paged and latent caches of bfloat16 or float32 on a CPU with head sizes in sixteens."""
         if device.type != "cpu":
             return f"runs on a CPU, got {device.type}"
-        if spec.kind != "paged":
-            return f"serves paged caches, got {spec.kind!r}"
+        if spec.kind not in ("paged", "latent"):
+            return f"serves paged and latent caches, got {spec.kind!r}"
         if spec.dtype not in _DTYPES:
             return f"needs a bfloat16 or float32 cache, got {spec.dtype}"
         for name, dim in (("k_dim", spec.k_dim), ("v_dim", spec.v_dim)):
-            if dim % 16 or not 0 < dim <= MAX_DIM:
-                return f"needs {name} % 16 == 0 and {name} <= {MAX_DIM}, got {dim}"
+            if dim % 16 or not 0 < dim <= MAX_DIMS[name]:
+                return f"needs {name} % 16 == 0 and {name} <= {MAX_DIMS[name]}, got {dim}"
+        if spec.kind == "latent" and spec.v_dim > spec.k_dim:
+            return f"a latent's values are part of its key, got v_dim {spec.v_dim} > k_dim {spec.k_dim}"
         return None if native.library() is not None else "the native library is not there"
 
     def allocate(self, spec: CacheSpec, pages: int, page_size: int, device: torch.device) -> LayerCache:
@@ -128,24 +134,29 @@ class CpuAttention:
             shapes = {"k": (k_dim // 2, PAGE_SIZE, 2), "v": (PAGE_SIZE // 2, v_dim, 2)}
         else:
             shapes = {"k": (k_dim, PAGE_SIZE), "v": (PAGE_SIZE, v_dim)}
+        latent = spec.kind == "latent"
+        if latent:
+            del shapes["v"]
         buffers = {name: _zeros((pages, heads, *shape), spec.dtype) for name, shape in shapes.items()}
         view = _Cache(
             buffers["k"].data_ptr(),
-            buffers["v"].data_ptr(),
+            None if latent else buffers["v"].data_ptr(),
             pages,
             heads,
             k_dim,
             v_dim,
             spec.window,
             spec.dtype is torch.bfloat16,
+            latent,
         )
         return CpuLayerCache(spec, self, pages, page_size, buffers, functions, view)
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
         """Round k and v to the cache dtype and store them at ``batch.write_slots``."""
         assert isinstance(cache, CpuLayerCache), "a cache is used by the kernel that allocated it"
-        k, v = _strided(k), _strided(v)
         spec, tokens = cache.spec, len(batch.write_slots)
+        k = _strided(k)
+        v = k[..., : spec.v_dim] if spec.kind == "latent" else _strided(v)
         assert k.shape == (tokens, spec.heads, spec.k_dim), f"k {tuple(k.shape)} is not {spec}'s"
         assert v.shape == (tokens, spec.heads, spec.v_dim), f"v {tuple(v.shape)} is not {spec}'s"
         fault = cache.functions.write(

@@ -1,7 +1,7 @@
 """Routing: which experts a token goes to, and with what weight. Pure functions of float32 router logits.
 
 Each takes (tokens, experts) logits and gives int64 (tokens, k) experts and float32 (tokens, k) weights; rows
-do not see each other. Sources: Mixtral (Jiang et al., 2024), gpt-oss (OpenAI, 2025), DeepSeek-V2 and -V3 (2024).
+do not see each other. Sources: Mixtral (Jiang et al., 2024), gpt-oss (OpenAI, 2025), DeepSeek-V2 and -V3.
 """
 
 from __future__ import annotations

@@ -160,11 +160,11 @@ class _Opened:
         family = family_of(header)
         form = detect(header)(header, Notes(strict))
         if quantization is not None:
-            _check_quantization(form, quantization)
+            check_quantization(form, quantization)
         return cls(header, family, form, family.read_config(header))
 
 
-def _check_quantization(form: CheckpointFormat, asked: str) -> None:
+def check_quantization(form: CheckpointFormat, asked: str) -> None:
     """The config decides; a flag may only repeat it."""
     if form.name == "dense":
         raise LowbitError(

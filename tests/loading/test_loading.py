@@ -1,0 +1,166 @@
+"""load_model: the flag that may only repeat the config, refusals by name, parts that fuse or stay apart."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from formats.helpers import FIXTURES, write_folder
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError
+from lowbit.formats.refused import REFUSED
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.loading import load_model, plan_model
+
+W4A16 = FIXTURES / "compressed_tensors" / "w4a16_group"
+NF4 = FIXTURES / "bitsandbytes" / "nf4"
+
+
+@pytest.mark.parametrize(
+    ("folder", "asked"), [(W4A16, "compressed-tensors"), (NF4, "bitsandbytes"), (NF4, "bnb")]
+)
+def test_the_flag_may_repeat_the_config(folder: Path, asked: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "lowbit"):
+        plan_model(open_checkpoint(str(folder)), quantization=asked)
+    assert "not needed" in caplog.text
+
+
+@pytest.mark.parametrize("asked", ["gptq", "fp8", "int3x", "awq_marlin"])
+def test_another_method_is_refused(asked: str) -> None:
+    with pytest.raises(LowbitError) as caught:
+        load_model(open_checkpoint(str(W4A16)), quantization=asked)
+    assert caught.value.code == "E0401"
+    assert asked in str(caught.value) and "compressed-tensors" in str(caught.value)
+
+
+def test_kernel_aliases(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    tensors = {f"{name}.qweight": torch.zeros(4, 4, dtype=torch.int32)}
+    for method, alias in (("gptq", "gptq_marlin"), ("awq", "awq_marlin")):
+        folder = write_folder(
+            tmp_path / method, tensors, {"quant_method": method, "bits": 4, "group_size": 32}
+        )
+        from lowbit.formats import Notes, detect
+        from lowbit.loading import check_quantization
+
+        header = open_checkpoint(str(folder))
+        check_quantization(detect(header)(header, Notes()), alias)
+        with pytest.raises(LowbitError):
+            check_quantization(detect(header)(header, Notes()), "fp8")
+
+
+@pytest.mark.parametrize("method", sorted(REFUSED))
+def test_everything_else_is_refused_by_name(method: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"model.embed_tokens.weight": torch.ones(2, 2)}, {"quant_method": method})
+    with pytest.raises(LowbitError) as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0211" and method in str(caught.value)
+    assert REFUSED[method] in str(caught.value)
+
+
+def test_unknown_method(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {"model.embed_tokens.weight": torch.ones(2, 2)}, {"quant_method": "q9"})
+    with pytest.raises(LowbitError, match="'q9'.*known: .*gptq"):
+        plan_model(open_checkpoint(str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "method"),
+    [("qweight", "GPTQ or AWQ"), ("weight_packed", "compressed-tensors"), ("weight_scale_inv", "FP8")],
+)
+def test_quantized_tensors_without_a_config(suffix: str, method: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, {f"model.layers.0.mlp.up_proj.{suffix}": torch.ones(2, 2)}, None)
+    with pytest.raises(LowbitError, match=method) as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0213" and suffix in str(caught.value)
+
+
+def renamed(folder: Path, source: Path, rename: dict[str, str]) -> Path:
+    """A copy with tensors' name prefixes changed."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    changed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for old, new in rename.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        changed[name] = tensor
+    save_file(changed, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_prefixes_of_multimodal_wrappers(prefix: str, tmp_path: Path) -> None:
+    head = {"lm_head.": "language_model.lm_head."} if prefix.startswith("language") else {}
+    folder = renamed(tmp_path / "m", W4A16, {"model.": prefix, **head})
+    tokens = [3, 1, 4, 1, 5]
+    models = [load_model(open_checkpoint(str(path)), device="cpu") for path in (W4A16, folder)]
+    first, second = (prompt_logits(model, [tokens])[0] for model in models)
+    assert torch.equal(first, second)
+
+
+def weights_of(folder: Path) -> list[PackedWeight]:
+    model = load_model(open_checkpoint(str(folder)), device="cpu")
+    return model.blocks[0].qkv.weights
+
+
+def test_equal_parts_fuse() -> None:
+    assert len(weights_of(W4A16)) == 1
+
+
+def test_unlike_parts_run_by_themselves(tmp_path: Path) -> None:
+    """k is replaced by a plain matrix: q, k and v stay three, nothing is dropped."""
+    shutil.copytree(NF4, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    stem = "model.layers.0.self_attn.k_proj.weight"
+    plain = torch.randn(32, 64, dtype=torch.bfloat16)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(stem)}
+    save_file({**kept, stem: plain}, tmp_path / "m" / "model.safetensors")
+    found = weights_of(tmp_path / "m")
+    assert [weight.shape[0] for weight in found] == [64, 32, 32]
+    assert str(found[1].scheme) == "bf16" and str(found[0].scheme) == str(found[2].scheme) == "nf4 1x64 f32"
+
+
+def test_neighbours_fuse_without_the_third(tmp_path: Path) -> None:
+    shutil.copytree(NF4, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    stem = "model.layers.0.self_attn.v_proj.weight"
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(stem)}
+    save_file({**kept, stem: torch.randn(32, 64)}, tmp_path / "m" / "model.safetensors")
+    assert [weight.shape[0] for weight in weights_of(tmp_path / "m")] == [96, 32]
+
+
+def test_tied_quantized_embedding() -> None:
+    folder = FIXTURES / "compressed_tensors" / "embedding"
+    plan = plan_model(open_checkpoint(str(folder)))
+    schemes = {module.name: str(module.scheme) for module in plan.modules}
+    assert not schemes["model.embed_tokens"].startswith("bf16")
+
+
+def test_leftover_tensor_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(W4A16, tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    save_file({**load_file(file), "model.layers.0.self_attn.extra.weight": torch.ones(1)}, file)
+    with pytest.raises(LowbitError) as caught:
+        plan_model(open_checkpoint(str(tmp_path / "m")))
+    assert caught.value.code == "E0217"
+
+
+def test_plan_and_load_agree() -> None:
+    for path in sorted(FIXTURES.glob("*/*/config.json")):
+        if json.loads(path.read_text()).get("architectures") != ["LlamaForCausalLM"]:
+            continue
+        header = open_checkpoint(str(path.parent))
+        plan, model = plan_model(header, device="cpu"), load_model(header, device="cpu")
+        assert {module.kernel for module in plan.modules} >= model.kernels, path.parent.name
+        packed = sum(weight.nbytes for block in model.blocks for weight in block.qkv.weights)
+        assert packed <= 2 * plan.weight_bytes
