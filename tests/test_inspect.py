@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,11 +16,19 @@ from lowbit.cli import main
 KIB = 1024
 
 
+class Named(str):
+    """A scheme that is only its name."""
+
+    @property
+    def is_dense(self) -> bool:
+        return self in ("bf16", "f16", "f32")
+
+
 def module(name: str, scheme: str, nbytes: int, kernel: str, *refusals: tuple[str, str]) -> SimpleNamespace:
     return SimpleNamespace(
         name=name,
         shape=(64, 48),
-        scheme=scheme,
+        scheme=Named(scheme),
         kernel=kernel,
         computes="as stored",
         refusals=refusals,
@@ -34,6 +43,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
     plan = SimpleNamespace(
         architecture="LlamaForCausalLM",
         format="gguf",
+        described="gguf, Q4_1 and others",
+        peak_bytes=20 * KIB,
         device="cpu",
         config=SimpleNamespace(layers=2, hidden_size=48, heads=6, kv_heads=2, vocab_size=64),
         parameters=5 * 64 * 48,
@@ -57,18 +68,25 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
     loading.plan_model = plan_model  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lowbit.loading", loading)
-    opened = lambda name, revision, on_progress: (name, revision)  # noqa: E731
-    monkeypatch.setattr(lowbit.checkpoint, "open_checkpoint", opened, raising=False)
+    opened = lambda name, revision, on_progress: nullcontext((name, revision))  # noqa: E731
+    monkeypatch.setattr("lowbit.checkpoint.hub_headers.opened_headers", opened)
     return calls
 
 
 def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "org/m", "--revision", "v1", "--device", "cpu", "--tokens", "100"]) == 0
     assert planned == [
-        {"header": ("org/m", "v1"), "device": "cpu", "dtype": "auto", "kv_cache_dtype": "auto"}
+        {
+            "header": ("org/m", "v1"),
+            "device": "cpu",
+            "dtype": "auto",
+            "kv_cache_dtype": "auto",
+            "quantization": None,
+            "strict": False,
+        }
     ]
     text = capsys.readouterr().out
-    assert "org/m: LlamaForCausalLM, format gguf" in text
+    assert "org/m: LlamaForCausalLM, gguf, Q4_1 and others" in text
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     assert cells == [
         ["1", "embed_tokens", "64 x 48", "bf16", "6.0 KiB", "dense", "as stored"],
@@ -79,12 +97,15 @@ def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[s
     assert "not fast: needs in % 64 == 0, got 48 (mlp.down_proj)" in text
     assert "not dense: not [dense] (mlp.down_proj)" in text, "square brackets are text, not markup"
     assert "weights 12.0 KiB + KV cache 25.0 KiB for 100 tokens (256 B a token) = 37.0 KiB" in text
+    assert "about 20.0 KiB at the peak of loading" in text
+    assert "not quantized: model.embed_tokens\n" in text
 
 
 def test_json(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "org/m", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["tokens"], plan["kv_bytes"]) == (512, 512 * 256), "the model's longest context"
+    assert plan["ignored_layers"] == ["model.embed_tokens"] and plan["peak_bytes_at_load"] == 20 * KIB
     assert plan["total_bytes"] == 12 * KIB + 512 * 256
     assert [m["name"] for m in plan["modules"]][-1] == "model.layers.1.mlp.down_proj"
     assert plan["modules"][-1]["refusals"] == [

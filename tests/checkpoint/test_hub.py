@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from checkpoint.tiny import write_folder, write_gguf_file
 
@@ -27,6 +30,8 @@ class Hub:
         self.gated: set[str] = set()
         self.broken = False
         self.asked: list[str] = []
+        self.ranges: list[tuple[str, int]] = []  # (file, bytes sent)
+        self.ignores_ranges = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -62,6 +67,12 @@ class Hub:
                 if content is None or revision not in (COMMIT, "main"):
                     return self._answer(404, b"", head, X_Error_Code="EntryNotFound")
                 etag = f'"{hashlib.sha256(content).hexdigest()}"'
+                ranges = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if ranges and not hub.ignores_ranges:
+                    first, last = int(ranges[1]), min(int(ranges[2]), len(content) - 1)
+                    hub.ranges.append((name, last + 1 - first))
+                    place = f"bytes {first}-{last}/{len(content)}"
+                    return self._answer(206, content[first : last + 1], head, Content_Range=place)
                 return self._answer(200, content, head, ETag=etag, X_Repo_Commit=COMMIT)
 
             def _api(self, repo: str, rest: list[str], head: bool) -> None:
@@ -110,6 +121,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     gguf = write_gguf_file(folder / "m.gguf").read_bytes()
     made.repos["org/ggufs"] = {"tiny-Q4_K_M.gguf": gguf, "tiny-Q8_0.gguf": gguf, "tiny-IQ4_XS.gguf": gguf}
     made.repos["org/onegguf"] = {"tiny.gguf": gguf, "README.md": b"hi"}
+    weights = {"a.weight": torch.zeros(512, 1024), "b.weight": torch.ones(7, 3)}
+    made.repos["org/big"] = {
+        "model.safetensors": save(weights),
+        "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
+    }
     made.repos["org/nothing"] = {"README.md": b"hi"}
     made.gated.add("org/gated")
     yield made
@@ -128,15 +144,34 @@ except LowbitError as error:
 """
 
 
-def open_in_process(hub: Hub, home: Path, name: str, revision: str = "", **env: str) -> dict[str, str]:
+HEADERS_SCRIPT = """
+import json, os, sys
+from lowbit.checkpoint.hub_headers import opened_headers
+from lowbit.errors import LowbitError
+try:
+    with opened_headers(sys.argv[1], sys.argv[2] or None) as header:
+        files = {entry.file for entry in header.tensors.values()}
+        blocks = sum(os.stat(file).st_blocks * 512 for file in files)
+        shapes = {name: entry.shape for name, entry in header.tensors.items()}
+        print(json.dumps({"shapes": shapes, "revision": header.revision, "blocks": blocks,
+                          "size": sum(os.stat(file).st_size for file in files)}))
+except LowbitError as error:
+    print(json.dumps({"code": error.code, "message": error.message}))
+"""
+
+
+def open_in_process(
+    hub: Hub, home: Path, name: str, revision: str = "", script: str = SCRIPT, **env: str
+) -> dict[str, str]:
     """A process of its own, because the hub's client reads its settings when it is imported."""
     hub.asked.clear()
+    hub.ranges.clear()
     environment = {
         **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", **env,
     }  # fmt: skip
     environment.pop("HF_TOKEN", None)
-    command = [sys.executable, "-c", SCRIPT, name, revision]
+    command = [sys.executable, "-c", script, name, revision]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -163,6 +198,37 @@ def test_gguf_by_name_or_type(hub: Hub, name: str, tmp_path: Path) -> None:
     expected = "tiny-IQ4_XS.gguf" if name == "IQ4_XS" else "tiny-Q8_0.gguf"
     assert found["root"].endswith(expected)
     assert {path.rsplit("/", 1)[1] for path in hub.asked if "/resolve/" in path} == {expected}
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_headers_alone(hub: Hub, ignores: bool, tmp_path: Path) -> None:
+    """Of 2 MiB of weights only the header travels, and the skeleton takes no room."""
+    hub.ignores_ranges = ignores
+    try:
+        found = open_in_process(hub, tmp_path, "org/big", script=HEADERS_SCRIPT)
+    finally:
+        hub.ignores_ranges = False
+    assert found.get("shapes") == {"a.weight": [512, 1024], "b.weight": [7, 3]}, found
+    assert found["revision"] == COMMIT and found["size"] > 2 << 20 and found["blocks"] < 64 << 10
+    sent = sum(count for name, count in hub.ranges)
+    assert ignores or 0 < sent < 1000
+    assert not any(file.name == "model.safetensors" for file in tmp_path.rglob("*"))
+
+
+def test_headers_of_shards_and_ggufs(hub: Hub, tmp_path: Path) -> None:
+    assert len(open_in_process(hub, tmp_path, "org/sharded", script=HEADERS_SCRIPT)["shapes"]) == 12
+    assert len(open_in_process(hub, tmp_path, "org/ggufs:Q8_0", script=HEADERS_SCRIPT)["shapes"]) == 12
+
+
+def test_headers_from_the_cache(hub: Hub, tmp_path: Path) -> None:
+    open_in_process(hub, tmp_path, "org/single")
+    found = open_in_process(hub, tmp_path, "org/single", script=HEADERS_SCRIPT)
+    assert len(found["shapes"]) == 12 and hub.ranges == [], "what is there is not fetched again"
+
+
+def test_headers_of_what_is_refused(hub: Hub, tmp_path: Path) -> None:
+    assert open_in_process(hub, tmp_path, "org/nowhere", script=HEADERS_SCRIPT)["code"] == "E0602"
+    assert open_in_process(hub, tmp_path, "org/gated", script=HEADERS_SCRIPT)["code"] == "E0603"
 
 
 def test_repo_of_one_gguf(hub: Hub, tmp_path: Path) -> None:

@@ -64,18 +64,86 @@ def fetch(
         raise _explained(error, reference, wanted) from None
     commit = info.sha or wanted
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
-    names = _needed(reference, list(sizes))
+    names = needed_files(reference, list(sizes))
     total, done = sum(sizes[name] for name in names), 0
     for name in names:
         if on_progress is not None:
             on_progress(done, total, f"{reference.repo}: {name}")
-        file = _download(reference, name, commit)
+        file = download(reference, name, commit)
         done += sizes[name]
     if on_progress is not None:
         on_progress(total, total, reference.repo)
     snapshot = file.parents[name.count("/")]
     _remember(snapshot, wanted, commit)
     return _chosen(snapshot, reference, names), commit
+
+
+def is_offline() -> bool:
+    """Whether the hub's client was told not to use the network."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def list_files(reference: Reference, revision: str | None) -> tuple[str, dict[str, int]] | None:
+    """(commit, file name -> bytes), or None where there is no network but a cached copy."""
+    from huggingface_hub import HfApi, constants
+
+    wanted = revision or constants.DEFAULT_REVISION
+    try:
+        info = HfApi().model_info(reference.repo, revision=wanted, files_metadata=True)
+    except Exception as error:
+        if _from_cache(reference, wanted, error) is not None:
+            return None
+        raise _explained(error, reference, wanted) from None
+    return info.sha or wanted, {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+
+
+def cached_file(reference: Reference, name: str, commit: str) -> Path | None:
+    """The file in the local cache, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(reference.repo, name, revision=commit)
+    return Path(found) if isinstance(found, str) else None
+
+
+class Ranges:
+    """One file of a repo, read in pieces (HTTP Range)."""
+
+    def __init__(self, reference: Reference, name: str, commit: str) -> None:
+        from huggingface_hub import hf_hub_url
+
+        self.reference, self.name, self.commit = reference, name, commit
+        self.url = hf_hub_url(reference.repo, name, revision=commit)
+
+    def read(self, start: int, count: int) -> bytes:
+        """``count`` bytes from ``start``; the connection is closed after them even where ranges are "
+        "ignored."""
+        from huggingface_hub import get_session
+        from huggingface_hub.utils import build_hf_headers
+
+        if count <= 0:
+            return b""
+        headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}"}
+        try:
+            with get_session().stream("GET", self.url, headers=headers, follow_redirects=True) as response:
+                response.raise_for_status()
+                skip = 0 if response.status_code == 206 else start
+                body = bytearray()
+                for piece in response.iter_bytes():
+                    body += piece
+                    if len(body) >= skip + count:
+                        break
+        except Exception as error:
+            raise _explained(error, self.reference, self.commit) from None
+        found = bytes(body[skip : skip + count])
+        if len(found) != count:
+            raise LowbitError(
+                "E0608",
+                f"{self.reference.repo}: {printable(self.name)} ends after {len(found)} of {count} bytes "
+                "asked for",
+            )
+        return found
 
 
 def _remember(snapshot: Path, revision: str, commit: str) -> None:
@@ -90,7 +158,7 @@ def _remember(snapshot: Path, revision: str, commit: str) -> None:
     temporary.replace(note)
 
 
-def _download(reference: Reference, name: str, commit: str) -> Path:
+def download(reference: Reference, name: str, commit: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
@@ -113,7 +181,7 @@ def _from_cache(reference: Reference, revision: str, error: Exception) -> tuple[
     return _chosen(folder, reference, [path.name for path in folder.iterdir()]), folder.name
 
 
-def _needed(reference: Reference, names: list[str]) -> list[str]:
+def needed_files(reference: Reference, names: list[str]) -> list[str]:
     """The files of a repo that lowbit reads."""
     if reference.file is not None:
         return _gguf_files(reference, names)
@@ -160,7 +228,7 @@ def _gguf_files(reference: Reference, names: list[str]) -> list[str]:
 def _chosen(folder: Path, reference: Reference, names: list[str]) -> Path:
     """The folder, or the GGUF file in it that was meant."""
     try:
-        needed = _needed(reference, names)
+        needed = needed_files(reference, names)
     except LowbitError as error:
         raise LowbitError(error.code, f"{error.message} (in the cache, {folder.name[:12]})") from None
     first = needed[0]

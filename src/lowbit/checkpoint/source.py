@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lowbit.checkpoint import hub
 from lowbit.checkpoint.gguf_file import read_gguf_header
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.safetensors_file import read_folder_header
@@ -37,11 +38,16 @@ def resolve(
     path = Path(name).expanduser()
     if path.exists():
         return path, None
-    from lowbit.checkpoint import hub
-
-    if not _looks_like_path(name) and (reference := hub.parse_reference(name)) is not None:
+    if (reference := hub_reference(name)) is not None:
         return hub.fetch(reference, revision, on_progress)
     raise LowbitError("E0201", _nothing_there(name, path))
+
+
+def hub_reference(name: str) -> hub.Reference | None:
+    """The hub model ``name`` stands for, or None: something local has the name, or it is no reference."""
+    if name == EMBEDDED_NAME or _looks_like_path(name) or Path(name).expanduser().exists():
+        return None
+    return hub.parse_reference(name)
 
 
 def _looks_like_path(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,26 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan of the model."""
     settings = settings_from(arguments)
     tokens = _token_count(arguments.tokens)
-    from lowbit.checkpoint import open_checkpoint
+    with ExitStack() as files:
+        plan = _plan(settings, files)
+    tokens = tokens or settings.context_length or plan.context_length
+    if arguments.json:
+        print(json.dumps(as_json(settings, plan, tokens), indent=2))
+    else:
+        show(settings, plan, tokens)
+    return 0
+
+
+def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
+    """From headers; those of a hub model are there until ``files`` is closed."""
+    from lowbit.checkpoint.hub_headers import opened_headers
     from lowbit.commands.console import progress_line
 
     with progress_line() as on_progress:
-        header = open_checkpoint(settings.model, settings.revision, on_progress)
+        header = files.enter_context(opened_headers(settings.model, settings.revision, on_progress))
     from lowbit.loading import plan_model
 
-    plan = plan_model(
+    return plan_model(
         header,
         device=settings.device,
         dtype=settings.dtype,
@@ -51,12 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
         quantization=settings.quantization,
         strict=settings.strict,
     )
-    tokens = tokens or settings.context_length or plan.context_length
-    if arguments.json:
-        print(json.dumps(as_json(settings, plan, tokens), indent=2))
-    else:
-        show(settings, plan, tokens)
-    return 0
 
 
 def _token_count(text: str | None) -> int | None:
@@ -116,6 +123,9 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
         "model": settings.model,
         "architecture": plan.architecture,
         "format": plan.format,
+        "described": plan.described,
+        "ignored_layers": ignored_layers(plan),
+        "peak_bytes_at_load": plan.peak_bytes,
         "device": plan.device,
         "layers": plan.config.layers,
         "parameters": plan.parameters,
@@ -140,6 +150,14 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
     }
 
 
+def ignored_layers(plan: ModelPlan) -> list[str]:
+    """Linear layers a quantized checkpoint leaves as plain matrices, layer numbers and experts as ``*``."""
+    if plan.format == "dense":
+        return []
+    plain = [module.name for module in plan.modules if module.scheme.is_dense]
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in plain))
+
+
 def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
     """The plan for people."""
     from rich.markup import escape
@@ -150,8 +168,8 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
     out, config = console(), plan.config
     out.print(
         f"[bold]{escape(printable(settings.model))}[/]: {escape(printable(plan.architecture))}, "
-        f"format {plan.format}, {plan.parameters / 1e6:,.1f} M weights in {config.layers} layers "
-        f"(hidden {config.hidden_size}, {config.heads} heads, {config.kv_heads} K/V heads, "
+        f"{escape(printable(plan.described))}, {plan.parameters / 1e6:,.1f} M weights in {config.layers} "
+        f"layers (hidden {config.hidden_size}, {config.heads} heads, {config.kv_heads} K/V heads, "
         f"vocabulary {config.vocab_size}), context {plan.context_length}"
     )
     table = Table()
@@ -169,9 +187,12 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
     for refusal in refusals_of(rows):
         line = f"not {refusal.kernel}: {refusal.reason} ({', '.join(refusal.kinds)})"
         out.print(escape(printable(line, 400)))
+    if ignored := ignored_layers(plan):
+        out.print(escape(printable(f"not quantized: {', '.join(ignored)}", 400)))
     kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)
     out.print(
         f"memory on {plan.device}: weights {binary_size(plan.weight_bytes)} "
         f"+ KV cache {binary_size(kv_bytes)} for {tokens} tokens ({each} a token) "
-        f"= {binary_size(plan.weight_bytes + kv_bytes)}"
+        f"= {binary_size(plan.weight_bytes + kv_bytes)}; "
+        f"about {binary_size(plan.peak_bytes)} at the peak of loading"
     )
