@@ -7,6 +7,7 @@ may read differently must not decide what a model is.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from lowbit.checkpoint.file_checks import check_regular_file
@@ -69,9 +70,21 @@ def parse_json(data: bytes, name: str) -> object:
     if _depth(data) > MAX_DEPTH:
         raise LowbitError("E0227", f"{name} nests deeper than {MAX_DEPTH}; it is no model's file")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise LowbitError("E0227", f"{name} is no valid JSON: {printable(error)}") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]} is too large for a number")
+    return value
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -179,6 +179,7 @@ class BitsAndBytes:
 
     def _block_size(self, module: StoredModule) -> int:
         """Weights of a block, from the number of scales: the header says enough without reading the state."""
+        self._packed(module)
         absmax = self._part(module, "absmax", ("F32", "U8"))
         count = math.prod(module.shape)
         for size in (64, 128, 256, 512, 1024, 2048, 4096, 32, 16):
@@ -190,6 +191,19 @@ class BitsAndBytes:
             f"blocks of 64 have [{-(-count // 64)}]. The packing does not match the model's shape "
             f"{list(module.shape)}",
         )
+
+    def _packed(self, module: StoredModule) -> TensorEntry:
+        """The packed weight, its size checked."""
+        weight = entry_of(self.header, module, "weight", tuple(_STORAGE), "a 4-bit bitsandbytes weight")
+        count, unit = math.prod(module.shape), _STORAGE[weight.dtype]
+        need = -(-count // 2)
+        if weight.nbytes != -(-need // unit) * unit:
+            raise LowbitError(
+                "E0213",
+                f"{weight.file.name}: tensor {weight.name!r} has {weight.nbytes} bytes; {count} 4-bit "
+                f"weights need {need}. The packing does not match the model's shape {list(module.shape)}",
+            )
+        return weight
 
     def _part(self, module: StoredModule, part: str, dtypes: tuple[str, ...]) -> TensorEntry:
         return entry_of(self.header, module, f"weight.{part}", dtypes, "a 4-bit bitsandbytes weight")
@@ -214,15 +228,8 @@ class BitsAndBytes:
                 f"absmax has blocks of {size}; the file is damaged",
             )
         self._check_map(module, data, number_format(_FORMATS[kind]))
-        weight = entry_of(self.header, module, "weight", tuple(_STORAGE), "a 4-bit bitsandbytes weight")
-        need = -(-count // 2)
-        if weight.nbytes != -(-need // _STORAGE[weight.dtype]) * _STORAGE[weight.dtype]:
-            raise LowbitError(
-                "E0213",
-                f"{weight.file.name}: tensor {weight.name!r} has {weight.nbytes} bytes; {count} 4-bit "
-                f"weights need {need}. The packing does not match the model's shape {[out, columns]}",
-            )
-        raw = data.raw(weight.name)[:need]
+        weight = self._packed(module)
+        raw = data.raw(weight.name)[: -(-count // 2)]
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[:count].view(out, columns)
         absmax = self._absmax(module, data, said, -(-count // size))
         scheme = _four_bit_scheme(kind, module.shape, size)
@@ -302,7 +309,7 @@ def _kind_in_config(values: dict[str, object], place: str) -> str | None:
     if not four:
         return "int8" if eight else None
     kind = values.get("bnb_4bit_quant_type", "fp4")  # the tool's default
-    if kind not in _FORMATS:
+    if kind not in tuple(_FORMATS):
         raise LowbitError(
             "E0212",
             f"{place}.bnb_4bit_quant_type must be {' or '.join(_FORMATS)}, found {printable(repr(kind))}",

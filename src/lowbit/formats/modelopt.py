@@ -88,6 +88,10 @@ class ModelOpt:
         self.place = found.place
         inner = found.values.get("quantization")
         values = inner if isinstance(inner, dict) else found.values
+        if values.get("quant_algo") is None:
+            raise LowbitError(
+                "E0212", f"{self.place} has no 'quant_algo'; what inputs are quantized to cannot be told"
+            )
         self.algorithm = self._known(values.get("quant_algo"))
         layers = values.get("quantized_layers") or {}
         if not isinstance(layers, dict):
@@ -216,10 +220,8 @@ class ModelOpt:
         fmt = "e8m0" if scale.dtype in ("U8", "F8_E8M0") else {"F8_E4M3": "e4m3", **_FLOATS}[scale.dtype]
         rows, width = block
         grid = (-(-out // (rows or out)), -(-columns // (width or columns)))
-        count = 1
-        for size in shape:
-            count *= size
-        if count != grid[0] * grid[1]:
+        # Axes of one come and go between versions; nothing else may differ.
+        if [size for size in shape if size != 1] != [size for size in grid if size != 1]:
             check_shape(scale, (*lead, *grid), "ModelOpt")
         blocks, scales = (block,), (number_format(fmt),)
         if second is not None:

@@ -252,7 +252,7 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
         case "yarn":
             return RopeScaling(
                 "yarn",
-                rope.number("factor", context / trained),
+                rope.number("factor", context / trained if context != trained else None),
                 trained,
                 beta_fast=rope.number("beta_fast", 32.0),
                 beta_slow=rope.number("beta_slow", 1.0),
