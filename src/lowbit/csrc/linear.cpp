@@ -15,7 +15,7 @@
 // What kernels/packed_linear.py describes; field for field its ctypes struct.
 struct lowbit_weight {
     const std::uint8_t* data;
-    const std::uint16_t* table;  // 64 bfloat16 values for codes of 2 to 6 bits
+    const std::uint16_t* table;  // 64 bfloat16 values for codes of 2 to 6 bits; 16 floats for wide4
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles
     std::int32_t codes;
@@ -27,7 +27,8 @@ struct lowbit_weight {
 namespace lowbit {
 namespace {
 
-enum class Scales : std::int32_t { none = 0, f16 = 1, bf16 = 2, f32 = 3, two_level = 4 };  // int8 x f16 per 256
+// two_level: int8 x f16 per 256
+enum class Scales : std::int32_t { none = 0, f16 = 1, bf16 = 2, f32 = 3, two_level = 4, e4m3 = 5 };
 enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
 
 constexpr int SUPER = 256;        // columns of an outer block of two-level scales
@@ -47,7 +48,8 @@ struct Layout {
           tiles(w.columns / COLUMNS),
           blocks((w.rows + ROWS - 1) / ROWS),
           sub(w.group == 16 ? 16 : 32) {
-        scale_bytes = scales == Scales::none ? 0 : scales == Scales::f32 ? 64 : scales == Scales::two_level ? 16 : 32;
+        const bool byte_scales = scales == Scales::two_level || scales == Scales::e4m3;
+        scale_bytes = scales == Scales::none ? 0 : scales == Scales::f32 ? 64 : byte_scales ? 16 : 32;
         addend_bytes = addend == Addend::none ? 0 : addend == Addend::zero ? 32 : scale_bytes;
         super_bytes = scales == Scales::two_level ? (addend == Addend::offset ? 64 : 32) : 0;
         unit = std::max(w.group, COLUMNS);
@@ -72,6 +74,7 @@ Sixteen read_sixteen(const std::uint8_t* from, Scales kind) {
         case Scales::f16: return sixteen_f16(from);
         case Scales::bf16: return sixteen_bf16(from);
         case Scales::two_level: return sixteen_int8(from);
+        case Scales::e4m3: return sixteen_e4m3(from);
         default: {
             float values[ROWS];
             std::memcpy(values, from, sizeof values);
@@ -232,13 +235,46 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Table
 }
 
 template <Codes CODES>
-void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Table&, const Input& x,
+void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Table& table, const Input& x,
                           float (*totals)[ROWS]) {
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         for (int half = 0; half < 2; ++half) {
             FloatTile w;
-            decode_floats<CODES>(block + tile * tile_bytes(CODES) + half * tile_bytes(CODES) / 2, w);
+            decode_floats<CODES>(block + tile * tile_bytes(CODES) + half * tile_bytes(CODES) / 2, table, w);
             for_tokens(x.tokens, FloatStep{w, x, tile, half, totals});
+        }
+    }
+}
+
+struct ScaledFloatStep {
+    const FloatTile& w;
+    const Input& x;
+    std::int64_t tile;
+    int half;
+    Sixteen scale;
+    float (*totals)[ROWS];
+    template <int TOKENS>
+    void operator()(int token) const {
+        Sixteen sums[TOKENS];
+        dot_floats<TOKENS>(w, x.floats + (tile * x.tokens + token) * COLUMNS + half * 16, COLUMNS, sums);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sixteen_store(totals[token + t], sixteen_fma(scale, sums[t], sixteen_load(totals[token + t])));
+        }
+    }
+};
+
+// Codes whose values bfloat16 would round: 16 columns at a time in float32, then the scale.
+template <Codes CODES>
+void multiply_wide_block(const Layout& layout, const std::uint8_t* block, const Table& table, const Input& x,
+                         float (*totals)[ROWS]) {
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const std::uint8_t* const codes = walk.next();
+        for (int half = 0; half < 2; ++half) {
+            FloatTile w;
+            decode_floats<CODES>(codes + half * tile_bytes(CODES) / 2, table, w);
+            for_tokens(x.tokens, ScaledFloatStep{w, x, tile, half, walk.scale[layout.sub == 16 ? half : 0], totals});
         }
     }
 }
@@ -267,6 +303,8 @@ BlockFunction block_function(const Layout& layout) {
         case Codes::bits6: return by_sub<Codes::bits6>(layout);
         case Codes::int8: return by_sub<Codes::int8>(layout);
         case Codes::uint8: return by_sub<Codes::uint8>(layout);
+        case Codes::e4m3: return by_sub<Codes::e4m3>(layout);
+        case Codes::wide4: return layout.addend == Addend::none ? multiply_wide_block<Codes::wide4> : nullptr;
         case Codes::bf16: return multiply_block<Codes::bf16, 32, Addend::none, false>;
         case Codes::f16: return multiply_float_block<Codes::f16>;
         case Codes::f32: return multiply_float_block<Codes::f32>;
@@ -380,6 +418,13 @@ float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* t
     switch (codes) {
         case Codes::int8: return static_cast<float>(static_cast<std::int8_t>(tile[column / 2 * 32 + row * 2 + column % 2]));
         case Codes::uint8: return static_cast<float>(tile[column / 2 * 32 + row * 2 + column % 2]);
+        case Codes::e4m3: return e4m3_to_float(tile[column / 2 * 32 + row * 2 + column % 2]);
+        case Codes::wide4: {
+            float value;
+            const auto* const bytes = reinterpret_cast<const std::uint8_t*>(weight.table);
+            std::memcpy(&value, bytes + read_code(tile, Codes::bits4, row, column) * sizeof value, sizeof value);
+            return value;
+        }
         case Codes::bf16: {
             std::uint16_t bits;
             std::memcpy(&bits, tile + column / 2 * 64 + row * 4 + column % 2 * 2, sizeof bits);
@@ -451,6 +496,7 @@ void put_tile(std::uint8_t* tile, const lowbit_weight& weight, Codes codes, cons
                 case Codes::int8:  // offset binary in the canonical form
                     tile[column / 2 * 32 + lane * 2 + column % 2] = static_cast<std::uint8_t>(source[column] ^ 0x80u);
                     break;
+                case Codes::e4m3:
                 case Codes::uint8: tile[column / 2 * 32 + lane * 2 + column % 2] = source[column]; break;
                 case Codes::bf16:
                     std::memcpy(tile + column / 2 * 64 + lane * 4 + column % 2 * 2, source + column * 2, 2);
@@ -501,7 +547,7 @@ void pack(const lowbit_weight& weight, std::int64_t columns, const Sources& from
                     at += layout.addend_bytes;
                 }
             }
-            if (layout.codes == Codes::bits4) {
+            if (layout.codes == Codes::bits4 || layout.codes == Codes::wide4) {
                 put_nibble_tile(at, weight, from.codes, row, column, columns);
             } else {
                 put_tile(at, weight, layout.codes, from.codes, row, column, columns);

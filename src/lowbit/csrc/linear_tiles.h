@@ -27,16 +27,22 @@ constexpr int ROWS = 16;     // output rows of a tile
 constexpr int COLUMNS = 32;  // columns of a tile
 constexpr int PAIRS = COLUMNS / 2;
 
-// How codes are stored. Widths below 8 look their value up in a table; planes are low bits first.
-enum class Codes : std::int32_t { bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, int8 = 8, uint8 = 9, bf16 = 16, f16 = 17, f32 = 32 };
+// How codes are stored. Widths below 8 look their value up in a table; planes are low bits first. ``wide4``: as
+// bits4, with a table of floats that bfloat16 would round (nf4).
+enum class Codes : std::int32_t {
+    bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, int8 = 8, uint8 = 9, e4m3 = 10, wide4 = 14, bf16 = 16, f16 = 17, f32 = 32
+};
 
-constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32; }
+// Codes that meet x in float32.
+constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32 || codes == Codes::wide4; }
 
 // Bytes of one tile's codes.
 constexpr std::int64_t tile_bytes(Codes codes) {
     switch (codes) {
         case Codes::int8:
-        case Codes::uint8: return ROWS * COLUMNS;
+        case Codes::uint8:
+        case Codes::e4m3: return ROWS * COLUMNS;
+        case Codes::wide4: return ROWS * COLUMNS / 2;
         case Codes::bf16:
         case Codes::f16: return ROWS * COLUMNS * 2;
         case Codes::f32: return ROWS * COLUMNS * 4;
@@ -56,6 +62,17 @@ inline std::uint16_t float_to_bfloat(float value) {  // round to nearest even; N
     std::memcpy(&bits, &value, sizeof bits);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 64u);
     return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// FP8: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F and 0xFF are NaN.
+inline float e4m3_to_float(std::uint8_t code) {
+    const std::uint32_t magnitude = code & 0x7fu;
+    // In place as a float it is too small by 2^120; the product also makes subnormals right.
+    const std::uint32_t bits = magnitude == 0x7fu ? 0x7fc00000u : magnitude << 20;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    value *= 0x1p120f;
+    return (code & 0x80u) ? -value : value;
 }
 
 // Where the code of (row, column) of a tile lies, for packing and single rows: a 16-bit word for each
@@ -120,8 +137,26 @@ inline void write_code(std::uint8_t* tile, Codes codes, int row, int column, uns
 // table: 64 bfloat16 values, repeated where codes have fewer than 6 bits.
 struct Table {
     __m512i low, high;
-    explicit Table(const std::uint16_t* values) : low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)) {}
+    __m512 wide;  // the first 16 floats, for wide4
+    explicit Table(const std::uint16_t* values)
+        : low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)), wide(_mm512_loadu_ps(values)) {}
 };
+
+// e4m3 in 16-bit lanes -> bfloat16, exactly.
+inline __m512i e4m3_to_bfloats(__m512i codes) {
+    const __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7f));
+    const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8);
+    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+    // 0 … 7 times 2^-9, which have no exponent of their own
+    const __m512i subnormals = _mm512_set_epi16(
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+        0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0);
+    const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
+    __m512i value = _mm512_mask_permutexvar_epi16(normal, small, magnitude, subnormals);
+    value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
+    return _mm512_or_si512(value, sign);
+}
 
 // One register of 16 rows x 2 columns for each pair of columns.
 template <Codes CODES>
@@ -138,6 +173,12 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
             const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
             const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
             w[pair] = _mm512_mask_blend_epi16(0xAAAAAAAAu, lower, _mm512_castps_si512(odd));
+        }
+    } else if constexpr (CODES == Codes::e4m3) {
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 32));
+            w[pair] = e4m3_to_bfloats(_mm512_cvtepu8_epi16(bytes));
         }
     } else if constexpr (CODES == Codes::bits4) {
         UNROLL
@@ -177,10 +218,15 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
 
 // 16 columns of floats.
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, __m512* w) {
+inline void decode_floats(const std::uint8_t* tile, const Table& table, __m512* w) {
     UNROLL
     for (int column = 0; column < 16; ++column) {
-        if constexpr (CODES == Codes::f32) {
+        if constexpr (CODES == Codes::wide4) {
+            // A 32-bit lane holds a row's even and odd column words; the lookup takes its lowest four bits.
+            const __m512i words = _mm512_loadu_si512(tile + column / 8 * 64);
+            const auto place = static_cast<unsigned>(column % 2 * 16 + column % 8 / 2 * 4);
+            w[column] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, place), table.wide);
+        } else if constexpr (CODES == Codes::f32) {
             w[column] = _mm512_loadu_ps(tile + column * 64);
         } else {
             w[column] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + column * 32)));
@@ -208,6 +254,13 @@ inline Sixteen sixteen_bf16(const std::uint8_t* from) {
 }
 inline Sixteen sixteen_int8(const std::uint8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline Sixteen sixteen_e4m3(const std::uint8_t* from) {  // scales: never NaN
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m512i magnitude = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x7f)), 20);
+    const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x80)), 24);
+    const __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(magnitude), _mm512_set1_ps(0x1p120f));
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
 }
 
 // Dot products of columns [FIRST, FIRST + COUNT) with COUNT_TOKENS tokens, each in an accumulator of its own.
@@ -248,8 +301,10 @@ using FloatTile = __m512[16];
 // Integer tables are lines: their values need no lookup.
 struct Table {
     alignas(32) float values[64];
+    alignas(32) float wide[16];  // for wide4
     bool line = true;
     explicit Table(const std::uint16_t* from) {
+        std::memcpy(wide, from, sizeof wide);
         for (int i = 0; i < 64; ++i) values[i] = bfloat_to_float(from[i]);
         // Short tables repeat: the first four codes tell a line from nf4-like tables, the widths do the rest.
         for (int i = 1; i < 4; ++i) line = line && values[i] == values[0] + static_cast<float>(i);
@@ -294,6 +349,18 @@ inline __m256 eight_int8(const std::uint8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 inline Sixteen sixteen_int8(const std::uint8_t* from) { return {eight_int8(from), eight_int8(from + 8)}; }
+// e4m3 in 32-bit lanes -> floats, subnormals included.
+inline __m256 eight_e4m3(__m256i codes) {
+    const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi32(0x7f));
+    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)), 24);
+    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(low, _mm256_set1_epi32(0x7f)), _mm256_set1_epi32(0x7fc00000));
+    const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(low, 20)), _mm256_set1_ps(0x1p120f));
+    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(_mm256_castps_si256(value), sign), nan));
+}
+inline Sixteen sixteen_e4m3(const std::uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {eight_e4m3(_mm256_cvtepu8_epi32(bytes)), eight_e4m3(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
 
 struct BfloatTile {
     alignas(32) float columns[COLUMNS][ROWS];
@@ -317,6 +384,10 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
                 const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + pair * 32 + half * 16));
                 const __m256i words = CODES == Codes::int8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
                 value = _mm256_cvtepi32_ps(_mm256_srai_epi32(odd ? words : _mm256_slli_epi32(words, 16), 16));
+            } else if constexpr (CODES == Codes::e4m3) {
+                const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + pair * 32 + half * 16));
+                const __m256i words = _mm256_cvtepu8_epi16(bytes);  // a row's even and odd column in a lane
+                value = eight_e4m3(odd ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(0xff)));
             } else {
                 __m256i code = _mm256_setzero_si256();
                 for (int i = 0; i < plane_count(CODES); ++i) {
@@ -336,10 +407,18 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
 }
 
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, FloatTile& w) {
+inline void decode_floats(const std::uint8_t* tile, const Table& table, FloatTile& w) {
     UNROLL
     for (int column = 0; column < 16; ++column) {
-        if constexpr (CODES == Codes::f32) {
+        if constexpr (CODES == Codes::wide4) {
+            const int place = column % 2 * 16 + column % 8 / 2 * 4;
+            for (int half = 0; half < 2; ++half) {
+                const std::uint8_t* const from = tile + column / 8 * 64 + half * 32;
+                const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+                const __m256i code = _mm256_and_si256(_mm256_srli_epi32(words, place), _mm256_set1_epi32(15));
+                _mm256_store_ps(&w.columns[column][half * 8], _mm256_i32gather_ps(table.wide, code, 4));
+            }
+        } else if constexpr (CODES == Codes::f32) {
             std::memcpy(w.columns[column], tile + column * 64, 64);
         } else {
             sixteen_store(w.columns[column], sixteen_f16(tile + column * 32));

@@ -1,8 +1,10 @@
 """cpu_blocks: weights of 2- to 8-bit codes with scales for each 16, 32 … columns, on AVX2 and AVX-512.
 
 Takes any canonical scheme whose code values are exact in bfloat16 (integers, small floats, iq4_nl) and GGUF
-blocks that expand to one, K-quants with their two levels of scales included. The input is rounded to
-bfloat16; codes are exact, accumulation and scales are float32: weights are never rounded.
+blocks that expand to one, K-quants with their two levels of scales included; 4-bit tables that are not
+(nf4) run in float32. An outer scale for a whole row or tensor (NVFP4) multiplies the result. The input is
+rounded to bfloat16 but for the tables in float32; codes are exact, accumulation and scales are float32:
+weights are never rounded.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from lowbit.kernels.packed_linear import (
     COLUMNS,
     SCALE_DTYPES,
     SCALES_BF16,
+    SCALES_E4M3,
     SCALES_F16,
     SCALES_F32,
     SCALES_TWO_LEVEL,
@@ -41,11 +44,12 @@ _SCALE_KINDS = {
     "bf16": SCALES_BF16,
     "f32": SCALES_F32,
     "e8m0": SCALES_BF16,  # powers of two are exact in bf16
-    "e4m3": SCALES_F16,  # a subset of f16
+    "e4m3": SCALES_E4M3,
 }
 _LARGEST_GROWTH = 1.1  # packed bytes to the scheme's own
 # GGUF types whose inner scales are small whole numbers and whose outer ones are f16.
 _TWO_LEVEL = {f"gguf_{name}" for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")}
+_SMALL_FLOATS = {"gguf_mxfp4": "bf16", "gguf_nvfp4": "e4m3"}  # what holds their scales exactly
 _ONE_LEVEL = {f"gguf_{name}" for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "tq2_0")}
 
 
@@ -55,10 +59,10 @@ def _expanded(scheme: Scheme) -> Scheme | None:
     name, layout = scheme.weight.name, scheme.weight.block
     if layout is None:
         return scheme
-    if name not in _TWO_LEVEL | _ONE_LEVEL and name != "gguf_mxfp4":
+    if name not in _TWO_LEVEL | _ONE_LEVEL and name not in _SMALL_FLOATS:
         return None
     parts = layout.expand(torch.zeros(1, layout.bytes, dtype=torch.uint8))
-    inner = {"gguf_mxfp4": "bf16"}.get(name, "int8" if name in _TWO_LEVEL else "f16")
+    inner = _SMALL_FLOATS.get(name, "int8" if name in _TWO_LEVEL else "f16")
     names = (inner, "f16")[: len(parts.columns)]
     return Scheme(
         number_format(parts.number_format),
@@ -72,19 +76,23 @@ def _expanded(scheme: Scheme) -> Scheme | None:
 @cache
 def _code_kind(fmt: NumberFormat) -> str | None:
     """The name in ``CODES`` of how such codes are stored, or None."""
-    if fmt.name in ("int8", "uint8"):
+    if fmt.name in ("int8", "uint8", "e4m3"):
         return fmt.name
     if fmt.values is None or not 2 <= fmt.bits <= 6:
         return None
     table = fmt.table()
-    return f"bits{int(fmt.bits)}" if torch.equal(table.bfloat16().float(), table) else None
+    if torch.equal(table.bfloat16().float(), table):
+        return f"bits{int(fmt.bits)}"
+    return "wide4" if fmt.bits == 4 else None
 
 
 @cache
 def _table(fmt: NumberFormat) -> Tensor:
-    """bfloat16 (64,): the value of every index the kernel may form, short tables repeated."""
+    """bfloat16 (64,): the value of every index the kernel may form, short tables repeated; wide4: float32."""
     if fmt.bits > 6:
         return torch.zeros(64, dtype=torch.bfloat16)
+    if _code_kind(fmt) == "wide4":
+        return fmt.table().repeat(2)
     values = fmt.table().bfloat16()
     return values.repeat(64 // len(values)).contiguous()
 
@@ -102,7 +110,7 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     if columns % COLUMNS:
         return f"needs in % {COLUMNS} == 0, got {columns}"
     two_level = len(scheme.scales) == 2 and scheme.scales[0].name == "int8" and scheme.blocks[1] == (1, SUPER)
-    if len(scheme.scales) != 1 and not two_level:
+    if len(scheme.scales) != 1 and not two_level and not _has_row_scale(scheme):
         return f"{len(scheme.scales)} levels of scales"
     inner = scheme.scales[0].name
     if not two_level and inner not in _SCALE_KINDS:
@@ -111,8 +119,18 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     if (group != 16 and group % COLUMNS) or columns % group:
         return f"needs groups of 16 or a multiple of {COLUMNS} that divide in, got {group} of {columns}"
     kind = SCALES_TWO_LEVEL if two_level else _SCALE_KINDS[inner]
+    if code_kind == "wide4" and (scheme.offset or scheme.zero != "none"):
+        return f"{fmt.name} codes with zero points or offsets"
     addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero == "integer" else ADDEND_NONE
     return Description(None, None, out, columns, CODES[code_kind], group, kind, addend)
+
+
+def _has_row_scale(scheme: Scheme) -> bool:
+    """Whether the outer level is one float32 for a row, or for all of them."""
+    if len(scheme.scales) != 2 or scheme.offset:
+        return False
+    rows, columns = scheme.blocks[1]
+    return scheme.scales[1].name == "f32" and columns == 0 and rows in (0, 1)
 
 
 class CpuBlocks:
@@ -156,6 +174,8 @@ class CpuBlocks:
         buffers = {"data": packed_linear.pack(description, parts), "table": table}
         if weight.column_order is not None:
             buffers["column_order"] = weight.column_order.clone()
+        if _has_row_scale(scheme):
+            buffers["row_scale"] = weight.scales[1].float().flatten().expand(weight.shape[0]).contiguous()
         return NativeWeight(
             self,
             weight.scheme,
@@ -177,6 +197,8 @@ class CpuBlocks:
         # Blocks of several rows were spread over their rows, exactly.
         scheme = replace(scheme, blocks=tuple((1, columns) for _, columns in scheme.blocks))
         scales = [read.scales] + ([] if read.outer_scales is None else [read.outer_scales])
+        if "row_scale" in packed.buffers:
+            scales.append(packed.buffers["row_scale"].unsqueeze(1))
         addends = [a for a in (read.addends, read.outer_addends) if a is not None]
         integer_zero = scheme.zero == "integer"
         return QuantizedTensor(

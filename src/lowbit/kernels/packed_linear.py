@@ -27,13 +27,20 @@ from lowbit.kernels.linear_kernel import PackedWeight
 ROWS, COLUMNS, SUPER = 16, 32, 256
 
 # The numbers of csrc/linear_tiles.h and csrc/linear.cpp.
-CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "int8": 8, "uint8": 9}
+CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6}
+CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "wide4": 14}
 DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
-SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL = range(5)
+SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL, SCALES_E4M3 = range(6)
 ADDEND_NONE, ADDEND_OFFSET, ADDEND_ZERO = range(3)
-SCALE_DTYPES = {SCALES_F16: torch.float16, SCALES_BF16: torch.bfloat16, SCALES_F32: torch.float32}
+SCALE_DTYPES = {
+    SCALES_F16: torch.float16,
+    SCALES_BF16: torch.bfloat16,
+    SCALES_F32: torch.float32,
+    SCALES_E4M3: torch.float8_e4m3fn,
+}
 
 _PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
+_PLANES[14] = _PLANES[4]
 
 
 class Description(ctypes.Structure):
@@ -53,7 +60,8 @@ class Description(ctypes.Structure):
     @property
     def scale_size(self) -> int:
         """Bytes of one group's 16 scales."""
-        return {SCALES_NONE: 0, SCALES_F32: 64, SCALES_TWO_LEVEL: 16}.get(self.scales, 32)
+        sizes = {SCALES_NONE: 0, SCALES_F32: 64, SCALES_TWO_LEVEL: 16, SCALES_E4M3: 16}
+        return sizes.get(self.scales, 32)
 
     @property
     def addend_size(self) -> int:
@@ -75,7 +83,7 @@ class Description(ctypes.Structure):
     @property
     def tile_size(self) -> int:
         """Bytes of a tile's codes."""
-        bits = {8: 8, 9: 8, 17: 16}.get(self.codes, self.codes)
+        bits = {8: 8, 9: 8, 10: 8, 14: 4, 17: 16}.get(self.codes, self.codes)
         return ROWS * COLUMNS * bits // 8
 
     @property
@@ -198,7 +206,8 @@ def linear(x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor
     )
     if failed:
         raise MemoryError(f"{packed.origin}: no memory for {tokens} tokens")
-    return out
+    row_scale = packed.buffers.get("row_scale")
+    return out if row_scale is None else out.mul_(row_scale)
 
 
 def rows(packed: PackedWeight, ids: Tensor) -> Tensor:
@@ -211,6 +220,8 @@ def rows(packed: PackedWeight, ids: Tensor) -> Tensor:
     loaded = functions()
     assert loaded is not None, "packed by a native kernel"
     loaded.rows(packed.address, packed.columns, wanted.data_ptr(), len(wanted), out.data_ptr())
+    if "row_scale" in packed.buffers:
+        out *= packed.buffers["row_scale"][wanted].unsqueeze(1)
     order = packed.buffers.get("column_order")
     if order is not None:
         logical = torch.empty_like(out)
@@ -265,7 +276,7 @@ def _unpack_codes(area: Tensor, d: Description) -> Tensor:
     """uint8 (blocks, units, bytes) -> (rows, columns)."""
     tiles = area.reshape(-1, d.tile_size)
     blocks = -(-d.rows // ROWS)
-    if d.codes in (CODES["int8"], CODES["uint8"], DENSE_CODES["bf16"]):
+    if d.codes in (CODES["int8"], CODES["uint8"], CODES["e4m3"], DENSE_CODES["bf16"]):
         dtype = torch.bfloat16 if d.codes == DENSE_CODES["bf16"] else torch.uint8
         cells = tiles.contiguous().view(dtype).view(-1, COLUMNS // 2, ROWS, 2).permute(0, 2, 1, 3)
         codes = cells.reshape(-1, ROWS, COLUMNS)
