@@ -66,6 +66,7 @@ format: install
 
 docs: install
 	@$(BIN)/python -m lowbit.settings_docs > docs/options.md
+	@PYTHONPATH=tests $(BIN)/python tests/formats/formats_page.py > docs/formats.md
 
 bench: install
 	@$(BIN)/python benchmarks/serving.py

@@ -1,8 +1,11 @@
-"""DeepSeek V2 and V3 against transformers in float32: latent attention, group routing, YaRN, chunks, "
-"extra layers."""
+"""DeepSeek V2 and V3 against transformers in float32: latent attention, routing, YaRN, chunks, extra layers.
+
+Sizes in sixteens run on the native attention kernel, the others on the reference.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,17 @@ from safetensors.torch import load_file, save_file
 
 from forward_helpers import allocate, chunk_batch, prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
+from lowbit.kernels import native
+from lowbit.kernels.attention import choose_attention
+from lowbit.kernels.head_products import HeadMatrices
+from lowbit.layers.rotary import rotary_frequencies
 from lowbit.loading import load_model, plan_model
+from lowbit.models.deepseek import read_config
+from lowbit.models.model import Model
 
 SIZES = {
     "hidden_size": 64,
@@ -43,19 +55,49 @@ YARN = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
+NATIVE = {"kv_lora_rank": 80, "qk_nope_head_dim": 24, "qk_rope_head_dim": 16}
+GROUPS = {"q_lora_rank": 32, "n_group": 4, "topk_group": 2}
 CASES = {
     "DeepseekV2 lite": {"q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.5},
     "DeepseekV2": {"q_lora_rank": 32, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
     "DeepseekV3": {"q_lora_rank": 32, "n_group": 4, "topk_group": 2, "rope_parameters": YARN},
     "DeepseekV3 one group": {"q_lora_rank": 48, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    "DeepseekV2 lite, yarn, native": {
+        **NATIVE,
+        "q_lora_rank": None,
+        "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "DeepseekV2 native, biases": {
+        **NATIVE,
+        "q_lora_rank": 32,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 16.0,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "DeepseekV3 native, biases": {**NATIVE, **GROUPS, "attention_bias": True, "rope_parameters": YARN},
+    "DeepseekV3 native, rotated halves": {**NATIVE, **GROUPS, "rope_interleave": False},
+    "DeepseekV3 native, as wide as published": {
+        **GROUPS,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_parameters": {**YARN, "mscale_all_dim": 1.0},
+    },
 }
+
+
+GGUF = Path(__file__).parents[1] / "fixtures" / "gguf_families" / "deepseek2.gguf"
 
 
 def make_checkpoint(case: str, folder: Path) -> transformers.PreTrainedModel:
     """Random weights, norms and router corrections, saved by transformers."""
     name = case.split()[0]
     torch.manual_seed(5)
-    config = getattr(transformers, f"{name}Config")(**SIZES, **CASES[case])
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **CASES[case]})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -81,6 +123,56 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
             expected = oracle(torch.tensor([prompt])).logits[0]
         worst = ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max()
         assert worst <= 1e-4, f"{case}: {worst:.2e}"
+    kernel = choose_attention(model.cache_specs()[0], model.device).name
+    assert kernel == ("cpu" if "native" in case and native.library() is not None else "reference")
+
+
+def in_chunks(model: Model, prompt: list[int], sizes: list[int]) -> torch.Tensor:
+    """The logits of a prompt that comes in pieces."""
+    pages = [3, 0, 4, 2, 1, 6, 5, 7, 8, 9][: -(-len(prompt) // 16)]
+    caches, done, parts = allocate(model, 10), 0, []
+    for size in sizes:
+        parts.append(model.forward(chunk_batch([(prompt[done : done + size], done, pages)]), caches))
+        done += size
+    assert done == len(prompt)
+    return torch.cat(parts)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+@pytest.mark.parametrize("case", ["DeepseekV2 lite, yarn, native", "DeepseekV3 native, biases"])
+def test_same_bits_alone_together_and_in_chunks(case: str, tmp_path: Path) -> None:
+    make_checkpoint(case, tmp_path)
+    model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(1, 131, (n,), generator=generator).tolist() for n in (150, 1, 33)]
+    together = prompt_logits(model, prompts)
+    for prompt, logits in zip(prompts, together, strict=True):
+        [alone] = prompt_logits(model, [prompt])
+        assert alone.equal(logits)
+    assert in_chunks(model, prompts[0], [17, 64, 5, *[1] * 20, 44]).equal(together[0])
+
+
+def test_native_and_reference_attention_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint("DeepseekV3 native, as wide as published", tmp_path)
+    model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+    prompt = torch.randint(1, 131, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+    [found] = prompt_logits(model, [prompt])
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert choose_attention(model.cache_specs()[0], model.device).name == "reference"
+    [wanted] = prompt_logits(model, [prompt])
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_a_bfloat16_cache_stays_close(tmp_path: Path) -> None:
+    oracle = make_checkpoint("DeepseekV3 native, as wide as published", tmp_path)
+    model = load_model(open_checkpoint(str(tmp_path)), device="cpu", kv_cache_dtype="bf16")
+    assert model.cache_specs()[0].token_bytes() == 2 * 576
+    prompt = torch.randint(1, 131, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+    [found] = prompt_logits(model, [prompt])
+    with torch.no_grad():
+        wanted = oracle(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    found = found.log_softmax(-1)
+    assert (wanted.exp() * (wanted - found)).sum(-1).mean() <= 0.005
 
 
 def test_chunks_and_decode(tmp_path: Path) -> None:
@@ -88,12 +180,8 @@ def test_chunks_and_decode(tmp_path: Path) -> None:
     model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
     prompt = torch.randint(1, 131, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     [whole] = prompt_logits(model, [prompt])
-    caches, pages, done, parts = allocate(model, 3), [2, 0, 1], 0, []
-    for size in (17, 20, 1, 1, 1):
-        batch = chunk_batch([(prompt[done : done + size], done, pages)])
-        parts.append(model.forward(batch, caches))
-        done += size
-    assert torch.allclose(torch.cat(parts), whole, atol=1e-4 * float(whole.abs().max()))
+    parts = in_chunks(model, prompt, [17, 20, 1, 1, 1])
+    assert torch.allclose(parts, whole, atol=1e-4 * float(whole.abs().max()))
 
 
 def test_cache_holds_the_latent_only(tmp_path: Path) -> None:
@@ -130,14 +218,200 @@ def test_prediction_layers_are_left_alone(tmp_path: Path) -> None:
         ("kv_lora_rank", None, "E0216"),
         ("first_k_dense_replace", -1, "E0216"),
         ("num_experts_per_tok", 0, "E0216"),
+        ("num_experts_per_tok", 5, "E0216"),
+        ("n_group", 8, "E0216"),
+        ("routed_scaling_factor", None, "E0216"),
+        ("hidden_act", "relu", "E0242"),
+        ("v_head_dim", 24, "E0210"),
     ],
 )
 def test_bad_configs(key: str, value: object, code: str, tmp_path: Path) -> None:
-    import json
-
     make_checkpoint("DeepseekV3", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(LowbitError) as caught:
         plan_model(open_checkpoint(str(tmp_path)))
     assert caught.value.code == code
+
+
+def test_a_plan_holds_no_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of DeepSeek-V3 they would be 4 GB of float32."""
+    packed: list[HeadMatrices] = []
+    pack = HeadMatrices.pack
+    monkeypatch.setattr(HeadMatrices, "pack", lambda *given: packed.append(pack(*given)) or packed[-1])
+    make_checkpoint("DeepseekV3", tmp_path)
+    for path in (tmp_path, GGUF):
+        plan_model(open_checkpoint(str(path)))
+        assert packed and all(matrices.weights.is_meta for matrices in packed)
+        packed.clear()
+
+
+def test_no_shared_expert(tmp_path: Path) -> None:
+    """``n_shared_experts`` may be null: the routed experts are all there is."""
+    oracle = make_checkpoint("DeepseekV2 lite", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    with torch.no_grad():
+        for name, parameter in oracle.named_parameters():
+            if "shared_experts" in name:
+                parameter.zero_()
+    save_file({name: tensor for name, tensor in tensors.items() if "shared_experts" not in name}, file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_shared_experts": None}))
+    model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+    prompt = list(range(1, 60))
+    [logits] = prompt_logits(model, [prompt])
+    with torch.no_grad():
+        expected = oracle(torch.tensor([prompt])).logits[0]
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_an_input_multiplier_is_folded_into_kv_b(tmp_path: Path) -> None:
+    """ModelOpt's ``pre_quant_scale`` multiplies the input of a matrix that has none once it is absorbed."""
+    oracle = make_checkpoint("DeepseekV3", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(6)
+    for layer in range(3):
+        name = f"model.layers.{layer}.self_attn.kv_b_proj"
+        weight = tensors[f"{name}.weight"]
+        multiplier = torch.rand(weight.shape[1], generator=generator) + 0.5
+        scale = (weight / multiplier).abs().amax(1) / 127
+        codes = (weight / multiplier / scale[:, None]).round()
+        tensors |= {f"{name}.weight": codes.to(torch.int8), f"{name}.weight_scale": scale}
+        tensors |= {f"{name}.pre_quant_scale": multiplier, f"{name}.input_scale": torch.tensor(0.02)}
+        with torch.no_grad():
+            oracle.get_submodule(name).weight.copy_(codes * scale[:, None] * multiplier)
+    save_file(tensors, file)
+    quantization = {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL", "ignore": ["lm_head"]}
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    model = load_model(open_checkpoint(str(tmp_path)), device="cpu", dtype="float32")
+    prompt = list(range(1, 60))
+    [logits] = prompt_logits(model, [prompt])
+    with torch.no_grad():
+        expected = oracle(torch.tensor([prompt])).logits[0]
+    worst = ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max()
+    assert worst <= 1e-4
+
+
+def test_older_gguf_files_keep_the_matrix_whole(tmp_path: Path) -> None:
+    """Before the absorbed form: kv_b_proj in one tensor, the heads' sizes under the plain keys."""
+    new = open_checkpoint(str(GGUF))
+    with TensorData(new) as data:
+        tensors = {name: data.tensor(name).clone() for name in new.tensors}
+    for layer in range(2):
+        k = tensors.pop(f"blk.{layer}.attn_k_b.weight").transpose(1, 2)
+        v = tensors.pop(f"blk.{layer}.attn_v_b.weight")
+        tensors[f"blk.{layer}.attn_kv_b.weight"] = torch.cat([k, v], 1).flatten(0, 1).contiguous()
+    metadata = dict(new.metadata)
+    for name in ("key", "value"):
+        key = f"deepseek2.attention.{name}_length"
+        metadata[key] = metadata.pop(f"{key}_mla")
+    metadata["deepseek2.attention.head_count_kv"] = metadata["deepseek2.attention.head_count"]
+    kinds = {torch.float16: "F16", torch.float32: "F32"}
+    write_gguf(
+        tmp_path / "old.gguf",
+        metadata,
+        [
+            GgufTensor(name, kinds[x.dtype], tuple(x.shape), x.numpy().tobytes())
+            for name, x in tensors.items()
+        ],
+    )
+    prompt = list(range(2, 50))
+    found, wanted = (
+        prompt_logits(load_model(open_checkpoint(str(path)), device="cpu", dtype="float32"), [prompt])[0]
+        for path in (tmp_path / "old.gguf", GGUF)
+    )
+    assert found.equal(wanted)
+
+
+PUBLISHED_YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+COMMON = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "moe_layer_freq": 1,
+}
+# The keys as the models' authors published them, with transformers 4.
+PUBLISHED = {
+    "V2-Lite": COMMON
+    | {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 102400,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": None,
+        "rope_scaling": {**PUBLISHED_YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "V3": COMMON
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_nextn_predict_layers": 1,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "vocab_size": 129280,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "n_group": 8,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "q_lora_rank": 1536,
+        "rope_scaling": {**PUBLISHED_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name: str) -> None:
+    header = CheckpointHeader(Path(name), "safetensors", {}, PUBLISHED[name])
+    config = read_config(header)
+    lite = name == "V2-Lite"
+    assert (config.heads, config.head_dim, config.rotary_dim) == (16 if lite else 128, 192, 64)
+    assert (config.kv_lora_rank, config.nope_dim, config.v_dim) == (512, 128, 128)
+    assert (config.q_lora_rank, config.dense_layers) == ((0, 1) if lite else (1536, 3))
+    assert (config.experts, config.experts_per_token) == ((64, 6) if lite else (256, 8))
+    assert config.shared_size == (2816 if lite else 2048)
+    assert (config.sigmoid, config.groups, config.kept_groups) == ((False, 1, 1) if lite else (True, 8, 4))
+    assert (config.renormalize, config.routed_scale) == ((False, 1.0) if lite else (True, 2.5))
+    # softmax_scale * yarn_get_mscale(40, mscale_all_dim) ** 2 of the authors' code
+    assert config.attention_scale == pytest.approx(0.11472 if lite else 0.13523, rel=1e-4)
+    assert config.rotates_neighbours and config.tied_head is False
+    frequencies, magnitude = rotary_frequencies(64, config.rope_theta, config.rope_scaling)
+    assert magnitude == 1.0 and frequencies[0] == 1.0

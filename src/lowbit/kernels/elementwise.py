@@ -151,7 +151,9 @@ def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | No
 def _swiglu_clamped(gate_up: Tensor, out: Tensor | None) -> Tensor:
     gate, up = gate_up.float().chunk(2, -1)
     gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-    y = ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(gate_up.dtype)
+    # gate * sigmoid(a gate) = silu(a gate) / a: through the native silu, because bits of torch.sigmoid depend
+    # on how many elements it is given.
+    y = gated_activation(torch.cat((1.702 * gate, (up + 1) / 1.702), -1), "silu").to(gate_up.dtype)
     return y if out is None else out.copy_(y)
 
 

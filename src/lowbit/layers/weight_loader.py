@@ -40,7 +40,7 @@ class WeightLoader(Protocol):
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """float32 (out, in): the dequantized matrix, for what a family folds into other steps.
 
-        (stacked, out, in) where that many are stored along the first axis.
+        (stacked, out, in) where that many are stored along the first axis. On the meta device when planning.
         """
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:

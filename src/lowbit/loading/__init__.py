@@ -337,8 +337,14 @@ class _Loader(_Asker):
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """The dequantized matrix itself, or (stacked, out, in) of them."""
-        found = [self._read(place).weight.dequantize() for place in self.placed_stack(part, stacked)]
-        return (torch.stack(found) if stacked else found[0]).to(self.device)
+        found = []
+        for place in self.placed_stack(part, stacked):
+            read = self._read(place)
+            matrix = read.weight.dequantize().to(self.device)
+            if read.transform is not None and read.transform.multiplier is not None:
+                matrix = matrix * read.transform.multiplier  # what x would have been multiplied by
+            found.append(matrix)
+        return torch.stack(found) if stacked else found[0]
 
     def vector(self, name: str, size: int) -> Tensor:
         """A float32 copy of a small tensor."""
@@ -470,10 +476,10 @@ class _Planner(_Asker):
         return _PlannedEmbedding()
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
-        """Zeros of that shape that take no memory; the plan counts it as float32."""
+        """A meta tensor of that shape, which takes no memory; the plan counts it as float32."""
         for place in self.placed_stack(part, stacked):
             self._plan(place, unpacked=True)
-        return torch.zeros(()).expand((stacked, *part.shape) if stacked else part.shape)
+        return torch.empty((stacked, *part.shape) if stacked else part.shape, device="meta")
 
     def vector(self, name: str, size: int) -> Tensor:
         """Ones: nothing is computed with them but frequencies nobody uses."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 
-import torch
 from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader
@@ -24,6 +23,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import RotaryTable, add_rms_norm, apply_rotary, rms_norm
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.head_products import HeadMatrices
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts
@@ -46,10 +46,13 @@ class DeepseekConfig(ModelConfig):
     nope_dim: int = 0  # of a head's query and key without rotation
     v_dim: int = 0
     dense_layers: int = 0  # the first ones have a plain MLP
+    expert_step: int = 1  # of the others every this many-th has experts
+    rotates_neighbours: bool = True  # False: halves, as in Llama
+    attention_bias: bool = False  # of q_a_proj, kv_a_proj_with_mqa and o_proj
     experts: int = 0
     experts_per_token: int = 0
     expert_size: int = 0
-    shared_size: int = 0
+    shared_size: int = 0  # 0: no shared expert
     sigmoid: bool = False
     groups: int = 1
     kept_groups: int = 1
@@ -69,11 +72,19 @@ def read_config(header: CheckpointHeader) -> DeepseekConfig:
         config = _from_gguf(base, gguf_keys(header), header)
     else:
         config = _from_json(base, json_keys(header))
-    if config.experts and (config.experts % config.groups or config.kept_groups > config.groups):
+    size, left = divmod(config.experts, config.groups)
+    if left or config.kept_groups > config.groups or (config.sigmoid and size < 2):
         raise LowbitError(
             "E0216",
             f"{header.root.name}: {config.experts} experts in {config.groups} groups of which "
             f"{config.kept_groups} are kept; the config is damaged or of another kind",
+        )
+    if config.experts_per_token > size * config.kept_groups:
+        raise LowbitError(
+            "E0216",
+            f"{header.root.name}: {config.experts_per_token} experts a token of the "
+            f"{size * config.kept_groups} in {config.kept_groups} groups; the config is damaged or of "
+            "another kind",
         )
     return config
 
@@ -100,9 +111,6 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
             "supported: sigmoid with noaux_tc, softmax with greedy or group_limited_greedy",
         )
     grouped = method != "greedy"
-    dense = keys.values.get("first_k_dense_replace", 0)
-    if isinstance(dense, bool) or not isinstance(dense, int) or dense < 0:
-        raise LowbitError("E0216", f"{keys.place}: key 'first_k_dense_replace' must be a whole number")
     rope_section = rope_keys(keys)
     return _with(
         base,
@@ -113,26 +121,34 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
             nope + rope, rope_section.number("factor", 1.0), rope_section.number("mscale_all_dim", 0.0)
         ),
         mlp_bias=keys.flag("mlp_bias", False),
+        attention_bias=keys.flag("attention_bias", False),
+        rotates_neighbours=keys.flag("rope_interleave", True),
         q_lora_rank=keys.size("q_lora_rank") if keys.has("q_lora_rank") else 0,
         kv_lora_rank=keys.size("kv_lora_rank"),
         nope_dim=nope,
         v_dim=keys.size("v_head_dim"),
-        dense_layers=dense,
+        dense_layers=_count(keys, "first_k_dense_replace"),
+        expert_step=keys.size("moe_layer_freq", 1),
         experts=keys.size("n_routed_experts"),
         experts_per_token=keys.size("num_experts_per_tok"),
         expert_size=keys.size("moe_intermediate_size"),
-        shared_size=keys.size("n_shared_experts", 1) * keys.size("moe_intermediate_size"),
+        shared_size=_count(keys, "n_shared_experts") * keys.size("moe_intermediate_size"),
         sigmoid=scoring == "sigmoid",
         groups=keys.size("n_group", 1) if grouped else 1,
         kept_groups=keys.size("topk_group", 1) if grouped else 1,
         # transformers' V2 never renormalizes; V3 does where the config says so.
         renormalize=scoring == "sigmoid" and keys.flag("norm_topk_prob", True),
-        routed_scale=keys.number("routed_scaling_factor", 1.0),
+        routed_scale=keys.number("routed_scaling_factor"),
     )
 
 
 def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) -> DeepseekConfig:
-    head, rope = keys.size("attention.key_length_mla"), keys.size("rope.dimension_count")
+    # Files from before the absorbed form give the heads' own sizes under the plain names.
+    head = keys.size("attention.key_length_mla", base.head_dim)
+    v_dim = keys.size("attention.value_length_mla", keys.size("attention.value_length", head))
+    rope = keys.size("rope.dimension_count")
+    if rope >= head:
+        raise LowbitError("E0216", f"{keys.place}: heads of {head} with {rope} rotated dimensions")
     # ggml keeps 0.1 * mscale_all_dim; cosines and sines then need no factor of their own.
     mscale = keys.number("rope.scaling.yarn_log_multiplier", 0.0) / 0.1
     scaling = base.rope_scaling
@@ -149,20 +165,25 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
         q_lora_rank=keys.size("attention.q_lora_rank") if keys.has("attention.q_lora_rank") else 0,
         kv_lora_rank=keys.size("attention.kv_lora_rank"),
         nope_dim=head - rope,
-        v_dim=keys.size("attention.value_length_mla"),
-        dense_layers=keys.size("leading_dense_block_count", 0)
-        if keys.values.get("leading_dense_block_count")
-        else 0,
+        v_dim=v_dim,
+        dense_layers=_count(keys, "leading_dense_block_count"),
         experts=keys.size("expert_count"),
         experts_per_token=keys.size("expert_used_count"),
         expert_size=keys.size("expert_feed_forward_length"),
-        shared_size=keys.size("expert_shared_count", 1) * keys.size("expert_feed_forward_length"),
+        shared_size=_count(keys, "expert_shared_count") * keys.size("expert_feed_forward_length"),
         sigmoid=sigmoid,
         groups=keys.size("expert_group_count", 1),
         kept_groups=keys.size("expert_group_used_count", 1),
         renormalize=keys.flag("expert_weights_norm", False),
         routed_scale=keys.number("expert_weights_scale", 1.0),
     )
+
+
+def _count(keys: ConfigKeys, key: str) -> int:
+    """A number that may be 0, or null for none; only a key that is not there at all is an error."""
+    if key in keys.values and keys.values[key] in (None, 0):
+        return 0
+    return keys.size(key)
 
 
 def _softmax_scale(head_dim: int, factor: float, mscale_all_dim: float) -> float:
@@ -180,8 +201,8 @@ class LatentAttention:
     q_norm: Tensor | None  # (q_lora_rank,)
     kv_a: Linear  # (kv_lora_rank + rope, hidden)
     kv_norm: Tensor  # (kv_lora_rank,)
-    k_up: Tensor  # float32 (heads, nope, kv_lora_rank)
-    v_up: Tensor  # float32 (heads, v, kv_lora_rank)
+    k_up: HeadMatrices  # (heads, nope, kv_lora_rank)
+    v_up: HeadMatrices  # (heads, kv_lora_rank, v)
     output: Linear
 
 
@@ -249,18 +270,17 @@ class Deepseek:
         if weights.q_a is not None and weights.q_norm is not None:
             compressed = rms_norm(weights.q_a(hidden), weights.q_norm, LATENT_NORM_EPS)
         q = weights.q(compressed).view(-1, c.heads, c.head_dim)
-        q_nope, q_rope = q.split((c.nope_dim, c.rope_dim), dim=2)
-        latent, k_rope = weights.kv_a(hidden).split((c.kv_lora_rank, c.rope_dim), dim=1)
-        latent = rms_norm(latent.contiguous(), weights.kv_norm, LATENT_NORM_EPS)
-        q_rope, k_rope = q_rope.contiguous(), k_rope.contiguous().unsqueeze(1)
-        apply_rotary(q_rope, k_rope, self.rotary, batch.positions, interleaved=True)
-        q_latent = torch.einsum("thn,hnr->thr", q_nope, weights.k_up.to(q.dtype))
-        row = torch.cat((latent, k_rope.squeeze(1)), dim=1).unsqueeze(1)  # (tokens, 1, row)
-        cache.kernel.write(cache, row, row[..., : c.kv_lora_rank], batch)
-        queries = torch.cat((q_latent, q_rope), dim=2)
-        attended = cache.kernel.attend(queries, cache, batch, self.attention)
-        attended = attended.view(-1, c.heads, c.kv_lora_rank)
-        values = torch.einsum("thr,hvr->thv", attended, weights.v_up.to(attended.dtype))
+        row = weights.kv_a(hidden)  # (tokens, kv_lora_rank + rope): what is cached, made in place
+        latent, k_rope = row.split((c.kv_lora_rank, c.rope_dim), dim=1)
+        rms_norm(latent, weights.kv_norm, LATENT_NORM_EPS, out=latent)
+        q_rope = q[..., c.nope_dim :].contiguous()
+        apply_rotary(q_rope, k_rope.unsqueeze(1), self.rotary, batch.positions, c.rotates_neighbours)
+        query = q.new_empty(*q.shape[:2], row.shape[1])
+        weights.k_up(q[..., : c.nope_dim], out=query[..., : c.kv_lora_rank])
+        query[..., c.kv_lora_rank :] = q_rope
+        cache.kernel.write(cache, row.unsqueeze(1), latent.unsqueeze(1), batch)
+        attended = cache.kernel.attend(query, cache, batch, self.attention)
+        values = weights.v_up(attended.view(-1, c.heads, c.kv_lora_rank))
         return weights.output(values.flatten(1))
 
 
@@ -288,56 +308,59 @@ def _block(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Block:
     prefix = f"model.layers.{layer}"
     return Block(
         loader.vector(f"{prefix}.input_layernorm.weight", config.hidden_size),
-        _attention(config, loader, f"{prefix}.self_attn"),
+        _attention(config, loader, layer),
         loader.vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
         _mlp(config, loader, layer),
     )
 
 
-def _attention(config: DeepseekConfig, loader: WeightLoader, name: str) -> LatentAttention:
-    c, hidden = config, config.hidden_size
+def _attention(config: DeepseekConfig, loader: WeightLoader, layer: int) -> LatentAttention:
+    c, hidden, name = config, config.hidden_size, f"model.layers.{layer}.self_attn"
 
-    def linear(leaf: str, rows: int, columns: int) -> Linear:
-        return loader.linear(f"{name}.{leaf}", [Part(f"{name}.{leaf}", (rows, columns))])
+    def linear(leaf: str, rows: int, columns: int, bias: bool = False) -> Linear:
+        return loader.linear(f"{name}.{leaf}", [Part(f"{name}.{leaf}", (rows, columns), bias=bias)])
 
     q_rows, row = c.heads * c.head_dim, c.kv_lora_rank + c.rope_dim
     q_a = q_norm = None
     if c.q_lora_rank:
-        q_a = linear("q_a_proj", c.q_lora_rank, hidden)
+        q_a = linear("q_a_proj", c.q_lora_rank, hidden, c.attention_bias)
         q_norm = loader.vector(f"{name}.q_a_layernorm.weight", c.q_lora_rank)
         q = linear("q_b_proj", q_rows, c.q_lora_rank)
     else:
         q = linear("q_proj", q_rows, hidden)
     k_up, v_up = _up_projections(config, loader, name)
-    loader.kv_scales(name, 0)  # latent caches are not quantized; their tensors have a place all the same
+    # Scales of a KV cache were measured on K and V, not on the latent row: they have a place, and no use.
+    loader.kv_scales(name, layer)
     return LatentAttention(
         q,
         q_a,
         q_norm,
-        linear("kv_a_proj_with_mqa", row, hidden),
+        linear("kv_a_proj_with_mqa", row, hidden, c.attention_bias),
         loader.vector(f"{name}.kv_a_layernorm.weight", c.kv_lora_rank),
         k_up,
         v_up,
-        linear("o_proj", hidden, c.heads * c.v_dim),
+        linear("o_proj", hidden, c.heads * c.v_dim, c.attention_bias),
     )
 
 
-def _up_projections(config: DeepseekConfig, loader: WeightLoader, name: str) -> tuple[Tensor, Tensor]:
-    """float32 (heads, nope, rank) and (heads, v, rank), from one matrix or, in newer GGUF files, from two."""
-    c = config
+def _up_projections(
+    config: DeepseekConfig, loader: WeightLoader, name: str
+) -> tuple[HeadMatrices, HeadMatrices]:
+    """(heads, nope, rank) and (heads, rank, v), from one matrix or, in newer GGUF files, from two."""
+    c, dtype = config, loader.activation_dtype
     if loader.has(f"{name}.k_b_proj") and not loader.has(f"{name}.kv_b_proj"):
         k = loader.matrices(Part(f"{name}.k_b_proj", (c.kv_lora_rank, c.nope_dim)), c.heads)
         v = loader.matrices(Part(f"{name}.v_b_proj", (c.v_dim, c.kv_lora_rank)), c.heads)
-        return k.transpose(1, 2).contiguous(), v
+        return HeadMatrices.pack(k.transpose(1, 2), dtype), HeadMatrices.pack(v.transpose(1, 2), dtype)
     rows = c.heads * (c.nope_dim + c.v_dim)
     both = loader.matrices(Part(f"{name}.kv_b_proj", (rows, c.kv_lora_rank)))
     k, v = both.view(c.heads, c.nope_dim + c.v_dim, c.kv_lora_rank).split((c.nope_dim, c.v_dim), dim=1)
-    return k.contiguous(), v.contiguous()
+    return HeadMatrices.pack(k, dtype), HeadMatrices.pack(v.transpose(1, 2), dtype)
 
 
 def _mlp(config: DeepseekConfig, loader: WeightLoader, layer: int) -> GatedMlp | MixtureOfExperts:
     c, mlp = config, f"model.layers.{layer}.mlp"
-    if layer < c.dense_layers:
+    if layer < c.dense_layers or layer % c.expert_step:
         return _gated(config, loader, mlp, c.intermediate_size)
     router = Part(f"{mlp}.gate", (c.experts, c.hidden_size))
     return MixtureOfExperts(
@@ -345,7 +368,7 @@ def _mlp(config: DeepseekConfig, loader: WeightLoader, layer: int) -> GatedMlp |
         _route(config, loader, mlp),
         loader.experts(f"{mlp}.experts", ExpertsSpec(c.experts, c.hidden_size, c.expert_size)),
         c.activation,
-        _gated(config, loader, f"{mlp}.shared_experts", c.shared_size),
+        _gated(config, loader, f"{mlp}.shared_experts", c.shared_size) if c.shared_size else None,
     )
 
 

@@ -1,0 +1,245 @@
+"""How much memory and time loading takes: ``python benchmarks/loading.py [--layers N] [--hidden N]``.
+
+A random Llama is written in each format (weights of no sense, packing as the tools have it) and loaded by a
+fresh process. Printed for each: packed bytes over the scheme's own, the peak of anonymous memory beyond what
+the imports took, the bound (packed model + largest module with one byte a code + 300 MB), and seconds beside
+transformers loading the bf16 original in the same run. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMATS = ("bf16", "gptq", "gptq act-order", "awq", "fp8 block", "compressed-tensors W4A16", "nf4")
+SLACK = 300 << 20
+
+
+def module_tensors(kind: str, out: int, columns: int, seed: int) -> dict[str, Tensor]:
+    """The stored tensors of one linear layer, by suffix."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(rows: int, width: int) -> Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, (rows, width), generator=generator, dtype=torch.int64).int()
+
+    def scales(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator) * 0.01 + 0.001
+
+    groups = columns // 128
+    match kind:
+        case "bf16":
+            return {"weight": torch.randn(out, columns, generator=generator).bfloat16() * 0.02}
+        case "gptq" | "gptq act-order":
+            index = torch.arange(columns, dtype=torch.int32) // 128
+            if kind != "gptq":
+                index = index[torch.randperm(columns, generator=generator)]
+            return {
+                "qweight": words(columns // 8, out),
+                "qzeros": words(groups, out // 8),
+                "scales": scales(groups, out).half(),
+                "g_idx": index,
+            }
+        case "awq":
+            return {
+                "qweight": words(columns, out // 8),
+                "qzeros": words(groups, out // 8),
+                "scales": scales(groups, out).half(),
+            }
+        case "fp8 block":
+            codes = torch.randint(0, 0x7F, (out, columns), generator=generator, dtype=torch.uint8)
+            grid = scales(-(-out // 128), -(-columns // 128))
+            return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale_inv": grid}
+        case "compressed-tensors W4A16":
+            return {
+                "weight_packed": words(out, columns // 8),
+                "weight_scale": scales(out, groups).bfloat16(),
+                "weight_shape": torch.tensor([out, columns]),
+            }
+    from lowbit.numerics.number_formats import number_format
+
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [out, columns]}
+    said = list(json.dumps(state).encode())
+    raw = torch.randint(0, 256, (out * columns // 2, 1), generator=generator, dtype=torch.uint8)
+    return {
+        "weight": raw,
+        "weight.absmax": scales(out * columns // 64),
+        "weight.quant_map": number_format("nf4").table(),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(said, dtype=torch.uint8),
+    }
+
+
+QUANTIZATION: dict[str, dict[str, object]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": False},
+    "gptq act-order": {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": False},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "fp8 block": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "compressed-tensors W4A16": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "strategy": "group",
+                    "group_size": 128,
+                    "symmetric": True,
+                },
+            }
+        },
+    },
+}
+
+
+def write_model(folder: Path, kind: str, layers: int, hidden: int) -> None:
+    """A Llama with heads of 64, vocabulary 32,000 and one shard a layer."""
+    inner, heads, vocabulary = hidden * 4, hidden // 64, 32_000
+    config: dict[str, object] = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
+        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4 or 1, "vocab_size": vocabulary, "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    if kind in QUANTIZATION:
+        config["quantization_config"] = QUANTIZATION[kind]
+    kv = (heads // 4 or 1) * 64
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv,
+        hidden), "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj":
+        (inner, hidden), "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    shards = [
+        {
+            "model.embed_tokens.weight": torch.randn(vocabulary, hidden).bfloat16(),
+            "lm_head.weight": torch.randn(vocabulary, hidden).bfloat16(),
+            "model.norm.weight": torch.ones(hidden).bfloat16(),
+        }
+    ]
+    places = dict.fromkeys(shards[0], 0)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        tensors = {
+            f"{prefix}.{norm}_layernorm.weight": torch.ones(hidden).bfloat16()
+            for norm in ("input", "post_attention")
+        }
+        for number, (name, (out, columns)) in enumerate(shapes.items()):
+            for suffix, tensor in module_tensors(kind, out, columns, 100 * layer + number).items():
+                tensors[f"{prefix}.{name}.{suffix}"] = tensor
+        shards.append(tensors)
+        places |= dict.fromkeys(tensors, layer + 1)
+    names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+    for name, tensors in zip(names, shards, strict=True):
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {tensor: names[shard] for tensor, shard in places.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+LOWBIT = """
+import json, sys, threading, time
+import torch
+from lowbit.checkpoint import open_checkpoint
+from lowbit.kernels import native
+from lowbit.loading import load_model, plan_model
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+header = open_checkpoint(sys.argv[1])
+plan = plan_model(header)
+native.library()
+before = peak = anonymous()
+done = False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+start = time.perf_counter()
+model = load_model(header)
+seconds = time.perf_counter() - start
+done = True
+watcher.join()
+weights = [w for block in model.blocks for l in (block.qkv, block.output, block.mlp.gate_up, block.mlp.down)
+           for w in l.weights] + model.head.weights + [model.embedding.weight]
+own = sum(w.shape[0] * w.shape[1] * w.scheme.bits_per_weight(w.shape) / 8 for w in weights)
+print(json.dumps({"seconds": seconds, "peak": peak - before, "packed": sum(w.nbytes for w in weights), "own":
+own,
+                  "module": plan.peak_bytes - plan.weight_bytes, "stored": header.nbytes,
+                  "kernels": sorted(model.kernels)}))
+"""
+TRANSFORMERS = """
+import json, sys, time
+import torch, transformers
+start = time.perf_counter()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+print(json.dumps({"seconds": time.perf_counter() - start}))
+"""
+
+
+def run(script: str, folder: Path) -> dict[str, float]:
+    """The JSON a fresh process prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Write, load and print one line a format."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--formats", nargs="*", default=FORMATS)
+    options = parser.parse_args()
+    mib = 1 << 20
+    rows, rival = [], None
+    titles = ("packed", "of own", "peak", "bound", "load", "transformers")
+    print(f"{'format':26} " + " ".join(f"{title:>12}" for title in titles))
+    for kind in options.formats:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_model(folder, kind, options.layers, options.hidden)
+            run(LOWBIT, folder)  # the files' pages are in memory from here on
+            found = run(LOWBIT, folder)
+            if kind == "bf16":
+                run(TRANSFORMERS, folder)
+                rival = run(TRANSFORMERS, folder)["seconds"]
+        bound = found["packed"] + found["module"] + SLACK
+        cells = (
+            f"{found['packed'] / mib:.0f} M",
+            f"{found['packed'] / found['own']:.3f}",
+            f"{found['peak'] / mib:.0f} M",
+            f"{bound / mib:.0f} M",
+            f"{found['seconds']:.2f} s",
+            f"x {found['seconds'] / rival:.2f}" if rival else "-",
+        )
+        print(f"{kind:26} " + " ".join(f"{cell:>12}" for cell in cells), flush=True)
+        rows.append({"format": kind, **found, "bound": bound, "within": found["peak"] <= bound})
+    told = {"time": time.strftime("%Y-%m-%d"), "options": vars(options), "transformers": rival}
+    print(json.dumps({**told, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

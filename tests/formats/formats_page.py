@@ -1,0 +1,127 @@
+"""docs/formats.md, made from the formats' code and the fixtures: ``make docs`` writes it, a test compares "
+"it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError
+from lowbit.formats import all_formats, detect
+from lowbit.formats.refused import REFUSED
+from lowbit.loading import plan_model
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+# What the tests compare with a tool that runs inside them, without a fixture.
+IN_TESTS = {
+    "dense": "transformers (logits of every family)",
+    "gguf": "the gguf package (every block type)",
+    "mxfp4": "transformers (unpacking and logits)",
+}
+READS = {
+    "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config)",
+    "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too",
+    "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outliers",
+    "blockwise_int8": "int8 in blocks",
+    "compressed-tensors": "pack-quantized 1-8 bit (both packings), int-, float-, naive-quantized, nvfp4, "
+    "mxfp4, mxfp6, mxfp8, sparse and 2:4 masks, marlin-24, several groups, act-order",
+    "dense": "f32, f16, bf16",
+    "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
+    "experts",
+    "gguf": "every block type, mixed types, split files",
+    "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin, dynamic rules",
+    "modelopt": "FP8, NVFP4, MXFP8, MXFP4, int4 AWQ, int8 SmoothQuant, mixed",
+    "mxfp4": "gpt-oss' stacked experts",
+    "w8a8_fp8": "e4m3 per channel",
+    "w8a8_int8": "int8 per channel",
+}
+
+
+def page() -> str:
+    """The whole page."""
+    verified, kernels = evidence()
+    lines = [
+        "# Checkpoint formats",
+        "",
+        "Made by `make docs` from the formats' code and the fixtures under tests/fixtures; do not edit. "
+        "The method is read from the checkpoint's own config: nobody passes a flag.",
+        "",
+        "*Verified against*: a tool nobody here wrote saved these files and dequantized them itself; the "
+        "values agree to the last bit of the stored scale's type. *Kernels*: what runs the fixtures' "
+        "layers on a CPU with AVX2 or AVX-512; everything runs on `reference` too.",
+        "",
+        "| format | also called | reads | verified against (fixtures) | kernels | writes |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for fmt in sorted(all_formats(), key=lambda one: one.name):
+        tools = sorted(verified[fmt.name])
+        if fmt.name in IN_TESTS:
+            tools.append(IN_TESTS[fmt.name])
+        cells = (
+            f"`{fmt.name}`",
+            ", ".join(f"`{alias}`" for alias in fmt.aliases) or "-",
+            READS[fmt.name],
+            "; ".join(tools) or "**unverified**: no tool that writes it runs on a CPU; a numpy oracle only",
+            ", ".join(f"`{kernel}`" for kernel in sorted(kernels[fmt.name])) or "`reference`",
+            "not yet",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "## Recognised and refused", "", "| method | why, and what to do |", "| --- | --- |"]
+    lines += [f"| `{method}` | {why} |" for method, why in sorted(REFUSED.items())]
+    lines += [
+        "",
+        "## Fixtures",
+        "",
+        "| fixture | format | tool | dequantized by |",
+        "| --- | --- | --- | --- |",
+    ]
+    for folder, about in cases():
+        name = f"{folder.parent.name}/{folder.name}"
+        tool = f"{about['tool']} {about['version']}"
+        lines.append(f"| {name} | `{format_of(folder)}` | {tool} | {about['dequantized_by']} |")
+    return "\n".join(lines) + "\n"
+
+
+def cases() -> list[tuple[Path, dict[str, str]]]:
+    """Every fixture folder with what it says about itself."""
+    found = sorted(FIXTURES.glob("*/*/about.json"))
+    return [(path.parent, json.loads(path.read_text())) for path in found]
+
+
+def format_of(folder: Path) -> str:
+    """The format that claims it."""
+    return detect(open_checkpoint(str(folder))).name
+
+
+def evidence() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """(format -> tools with versions and how many cases, format -> kernels of its fixtures' layers)."""
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    kernels: dict[str, set[str]] = defaultdict(set)
+    for folder, about in cases():
+        name = format_of(folder)
+        counts[name][f"{about['tool']} {about['version']}"] += 1
+        try:
+            plan = plan_model(open_checkpoint(str(folder)), device="cpu")
+        except LowbitError:
+            continue
+        kernels[name] |= {module.kernel for module in plan.modules if not module.scheme.is_dense}
+    for path in sorted((FIXTURES / "gguf_families").glob("*.gguf")):
+        plan = plan_model(open_checkpoint(str(path)), device="cpu")
+        kernels["gguf"] |= {
+            m.kernel for m in plan.modules if not m.scheme.is_dense and m.kernel != "unpacked"
+        }
+    about = FIXTURES / "gguf_families" / "about.json"
+    files = len(list((FIXTURES / "gguf_families").glob("*.gguf")))
+    counts["gguf"][f"{json.loads(about.read_text())['tool']} ({files} model families)"] = 1
+    verified = {
+        name: {f"{tool} ({count})" if count > 1 else tool for tool, count in tools.items()}
+        for name, tools in counts.items()
+    }
+    return defaultdict(set, verified), kernels
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

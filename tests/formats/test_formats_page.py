@@ -1,0 +1,35 @@
+"""docs/formats.md is the page the code and the fixtures make, and every fixture says who made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from formats.formats_page import FIXTURES, READS, cases, page
+from lowbit.formats import all_formats
+from lowbit.kernels import native
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_page_is_up_to_date() -> None:
+    if native.library() is None:
+        pytest.skip("the page names native kernels")
+    assert (ROOT / "docs" / "formats.md").read_text() == page(), "run: make docs"
+
+
+def test_every_format_has_a_row() -> None:
+    assert {fmt.name for fmt in all_formats()} == set(READS)
+
+
+def test_fixtures_say_who_made_them() -> None:
+    found = cases()
+    assert len(found) >= 40
+    for folder, about in found:
+        assert {"tool", "version", "script", "dequantized_by"} <= set(about), folder
+        assert (folder.parent / about["script"]).is_file(), f"{folder}: its script is not there"
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        assert size <= 200_000, f"{folder} is {size} bytes"
+    total = sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file())
+    assert total <= 8_000_000
