@@ -1,9 +1,10 @@
 """AutoRound checkpoints (Cheng et al., 2023): the tensors of other formats under a config of its own.
 
 ``packing_format`` says whose tensors they are: GPTQ's with v1 zeros (``auto_round:auto_gptq``), GPTQ's with
-plain zeros (``auto_round``, ``auto_round:gptqmodel`` …) or AWQ's (``auto_round:auto_awq``). ``extra_config``
-gives modules other bits or leaves them alone (bits >= 16): an exact name first, then regular expressions.
-Rotated exports, FP8, MLX and llm_compressor layouts, and NVFP4 with e5m3 scales are refused.
+plain zeros (``auto_round``, ``auto_round:gptqmodel`` …), AWQ's (``auto_round:auto_awq``) or those of
+compressed-tensors (``auto_round:llm_compressor``: NVFP4, MXFP4, MXFP8). ``extra_config`` gives modules other
+bits or leaves them alone (bits >= 16): an exact name first, then regular expressions. Rotated exports, FP8
+and MLX layouts, and NVFP4 with e5m3 scales are refused.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredLinear, StoredModule, require_tensors
 from lowbit.formats.awq import AwqRule, awq_scheme, awq_tensors, read_awq
+from lowbit.formats.compressed_tensors import CompressedTensors
 from lowbit.formats.dense import dense_scheme, dense_tensors, read_dense
 from lowbit.formats.gptq import GptqRule, check_bits, gptq_scheme, gptq_tensors, read_gptq, read_number
-from lowbit.formats.matching import spellings
+from lowbit.formats.matching import matches, spellings
 from lowbit.formats.quantization_config import quantization_config
 from lowbit.numerics.scheme import Scheme
 
@@ -50,6 +52,10 @@ class AutoRound:
         self.values, self.place = found.values, found.place
         packing = str(self.values.get("packing_format") or self.values.get("backend") or "auto_round")
         self.packing = packing.lower()
+        self.inner: CompressedTensors | None = None
+        if self.packing == "auto_round:llm_compressor":
+            self.inner = CompressedTensors(_as_compressed_tensors(header, self.values, self.place), notes)
+            return
         if self.packing not in (*_V1, *_V2, *_AWQ):
             raise LowbitError(
                 "E0218",
@@ -82,15 +88,19 @@ class AutoRound:
 
     def scheme_of(self, module: StoredModule) -> Scheme:
         """As the packing format's own reader."""
+        if self.inner is not None:
+            return self.inner.scheme_of(module)
         if self._is_dense(module):
             return dense_scheme(self.header, module)
-        rule = self._rule(module)
+        rule = self.rule_of(module)
         if isinstance(rule, AwqRule):
             return awq_scheme(self.header, module, rule)
         return gptq_scheme(self.header, module, rule)
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """As the packing format's own reader."""
+        if self.inner is not None:
+            return self.inner.tensors_of(module)
         if self._is_dense(module):
             return dense_tensors(self.header, module)
         if self.packing in _AWQ:
@@ -99,9 +109,11 @@ class AutoRound:
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """As the packing format's own reader."""
+        if self.inner is not None:
+            return self.inner.read(module, data)
         if self._is_dense(module):
             return read_dense(self.header, module, data)
-        rule = self._rule(module)
+        rule = self.rule_of(module)
         if isinstance(rule, AwqRule):
             return read_awq(self.header, module, data, rule)
         return read_gptq(self.header, module, data, rule, self.notes)
@@ -110,12 +122,13 @@ class AutoRound:
         tensors = self.header.tensors
         return module.tensor("qweight") not in tensors and module.tensor("weight") in tensors
 
-    def _rule(self, module: StoredModule) -> GptqRule | AwqRule:
+    def rule_of(self, module: StoredModule) -> GptqRule | AwqRule:
+        """How one module is packed, by whose rules."""
         values = {**self.values, **self._override(module)}
         bits = check_bits(read_number(values, self.place, "bits"), _BITS, self.place)
         group = _group(values, self.place)
         if self.packing in _AWQ:
-            return AwqRule(check_bits(bits, (4,), self.place), group, "gemm")
+            return AwqRule(bits, group, "gemm")
         sym = values.get("sym")
         rule = GptqRule(
             bits, group, "v1" if self.packing in _V1 else "v2", sym if isinstance(sym, bool) else None
@@ -123,21 +136,68 @@ class AutoRound:
         return replace(rule, desc_act=values.get("desc_act") is True)
 
     def _override(self, module: StoredModule) -> dict[str, object]:
-        names = spellings(module.stored)
-        for name in names:
+        for name in spellings(module.stored):
             if name in self.extra:
                 return self.extra[name]
         for pattern, values in self.extra.items():
-            if any(_matches(pattern, name) for name in names):
+            if matches(pattern, module.stored, _searched):
                 return values
         return {}
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _searched(pattern: str, name: str) -> bool:
     try:
         return len(pattern) <= 1024 and re.search(pattern, name) is not None
     except re.error:
         return False  # a plain name that is no regular expression
+
+
+# data_type -> (compressed-tensors format, strategy of the weights, of the inputs)
+_FLOATS = {
+    "nv_fp": ("nvfp4-pack-quantized", "tensor_group"),
+    "nv_fp4": ("nvfp4-pack-quantized", "tensor_group"),
+    "nv_fp4_with_static_gs": ("nvfp4-pack-quantized", "tensor_group"),
+    "mx_fp": ("mxfp4-pack-quantized", "group"),
+    "mx_fp4": ("mxfp4-pack-quantized", "group"),
+    "mx_fp8": ("mxfp8-quantized", "group"),
+}
+
+
+def _as_compressed_tensors(
+    header: CheckpointHeader, values: dict[str, object], place: str
+) -> CheckpointHeader:
+    """The checkpoint under the config compressed-tensors would have written for the same tensors."""
+    kind = str(values.get("data_type", "")).lower()
+    bits = read_number(values, place, "bits")
+    if kind == "mx_fp" and bits == 8:
+        kind = "mx_fp8"
+    if kind not in _FLOATS:
+        raise LowbitError(
+            "E0218", f"{place}.data_type {printable(repr(kind))} in llm_compressor packing is not read"
+        )
+    packed, strategy = _FLOATS[kind]
+    group = _group(values, place)
+    weights: dict[str, object] = {
+        "num_bits": bits, "type": "float", "strategy": strategy, "group_size": group, "symmetric": True,
+    }  # fmt: skip
+    inputs: dict[str, object] | None = None
+    act_bits = values.get("act_bits", 16)
+    if isinstance(act_bits, int) and act_bits < 16:
+        dynamic: object = "local" if strategy == "tensor_group" else True
+        inputs = {**weights, "num_bits": act_bits, "dynamic": dynamic}
+    if strategy == "group":
+        weights["scale_dtype"] = "torch.uint8"
+        if inputs is not None:
+            inputs["scale_dtype"] = "torch.uint8"
+    scheme: dict[str, object] = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    written = {
+        "quant_method": "compressed-tensors",
+        "format": packed,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head"],
+    }
+    return replace(header, config={**header.config, "quantization_config": written})
 
 
 def _group(values: dict[str, object], place: str) -> int:

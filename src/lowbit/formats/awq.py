@@ -16,7 +16,8 @@
     word [R, 64 b + 16 r + s], nibble n = code of row 4 R + r, column 64 b + 32 (s // 8) + 8 n + s % 8
 
 weight[o, i] = (code - zero) * scale; for gemv_fast code * scale + stored, an offset. ``marlin`` files are
-read by ``marlin``. GPTQModel's 2, 3 and 8 bits are packed like gemm without the reordering.
+read by ``marlin``. GPTQModel's 2, 3 and 8 bits are packed like gemm without the reordering, AutoRound's (2 to
+8 bits, a dense stream) with it, eight codes at a time.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class AwqRule:
     bits: int
     group_size: int  # -1: the whole input
     layout: str
+    reordered: bool = True  # whether gemm codes come eight by eight in the kernel's order
 
     def columns(self, columns: int) -> int:
         """Columns of a group."""
@@ -102,6 +104,7 @@ class Awq:
             check_bits(read_number(values, self.place, "bits", "w_bit"), allowed, self.place),
             check_group_size(read_number(values, self.place, "group_size", "q_group_size"), self.place),
             layout,
+            reordered=read_number(values, self.place, "bits", "w_bit") == 4,
         )
         require_tensors(header, (".qweight", ".B"), self.place, "awq")
 
@@ -219,10 +222,9 @@ def read_awq(header: CheckpointHeader, module: StoredModule, data: TensorData, r
     offsets: tuple[Tensor, ...] = ()
     zeros = None
     if rule.layout == "gemm":
-        order = _GEMM_ORDER if rule.bits == 4 else None
-        codes = unpack_words(qweight, rule.bits, out, dim=1, order=order).T  # (out, in)
+        codes = _gemm_codes(qweight, rule, out).T  # (out, in)
         scales = scales.T
-        zeros = None if qzeros is None else unpack_words(qzeros, rule.bits, out, dim=1, order=order).T
+        zeros = None if qzeros is None else _gemm_codes(qzeros, rule, out).T
     elif rule.layout == "gemv":
         codes = unpack_words(qweight, 4, columns)
         scales = scales[:, :groups]
@@ -246,6 +248,15 @@ def read_awq(header: CheckpointHeader, module: StoredModule, data: TensorData, r
         origin=origin_of(header, module, "qweight"),
     )
     return StoredLinear(weight, read_bias(header, module, data))
+
+
+def _gemm_codes(words: Tensor, rule: AwqRule, out: int) -> Tensor:
+    """uint8 (rows, out). Wider codes than a word's own straddle words; the order is of eight codes still."""
+    padded = -(-out // 8) * 8
+    codes = unpack_words(words, rule.bits, padded, dim=1)
+    if rule.reordered and codes.shape[1] == padded:
+        codes = codes.unflatten(1, (-1, 8))[..., list(_GEMM_ORDER)].flatten(1)
+    return codes[:, :out]
 
 
 def _fast_codes(words: Tensor, out: int, columns: int) -> Tensor:

@@ -38,7 +38,7 @@ from lowbit.formats import (
 )
 from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, origin_of, read_bias, read_dense
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
-from lowbit.formats.matching import regex, spellings
+from lowbit.formats.matching import matches, regex
 from lowbit.formats.quantization_config import QuantizationConfig, quantization_config
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
@@ -109,7 +109,7 @@ class Gptq:
     def rule_of(self, module: StoredModule) -> GptqRule:
         """The config's rule with the module's own overrides; the first matching pattern wins."""
         for pattern, values in self.dynamic:
-            if any(regex(pattern, name) for name in spellings(module.stored)):
+            if matches(pattern, module.stored, regex):
                 return _overridden(self.rule, values, self.config.place)
         return self.rule
 

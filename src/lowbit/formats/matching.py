@@ -47,7 +47,18 @@ def _with_leaf(name: str, leaf: str) -> str:
 
 def listed(name: str, keys: Iterable[str], rule: Rule) -> bool:
     """Whether any key names the module under any of its spellings."""
-    return any(rule(key, spelling) for key in keys for spelling in spellings(name))
+    return any(matches(key, name, rule) for key in keys)
+
+
+def matches(key: str, name: str, rule: Rule) -> bool:
+    """Whether ``key`` names the module. The fused layer is only tried by keys that spell it out: a pattern
+    for ``up_proj`` must not catch ``gate_proj`` through ``gate_up_proj``."""
+    fused = _FUSED.get(name.rpartition(".")[2])
+    return any(
+        rule(key, spelling)
+        for spelling in spellings(name)
+        if fused is None or fused in key or not spelling.endswith(f".{fused}")
+    )
 
 
 def exact(key: str, name: str) -> bool:
