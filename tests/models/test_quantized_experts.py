@@ -197,7 +197,7 @@ def test_quantized_experts(fmt: str, name: str, tmp_path: Path) -> None:
     experts = [module for module in plan.modules if ".experts." in module.name]
     assert len(experts) == 2 * EXPERTS * 3 and not any(module.scheme.is_dense for module in experts)
     found = differences(folder, model)
-    # gptq: inputs rounded to bfloat16 by the kernel; the others quantize them to 8 bits, which may tip a router
+    # gptq: inputs rounded to bfloat16 by the kernel; the others quantize them, which may tip a router
     assert found.max() <= 0.03 if fmt == "gptq" else found.median() <= 0.1
 
 

@@ -84,9 +84,10 @@ def quantize_input(scheme: object, rule: object, rounds: bool) -> Callable[..., 
 def distance(folder: Path, rounded: frozenset[str] = frozenset()) -> tuple[Tensor, frozenset[str]]:
     """(each position's difference of logits over their largest, kernels)."""
     model = load_model(open_checkpoint(str(folder)), device="cpu", kv_cache_dtype="f32")
-    [logits] = prompt_logits(model, [TOKENS])
+    tokens = [token % model.vocab_size for token in TOKENS]
+    [logits] = prompt_logits(model, [tokens])
     with torch.no_grad():
-        wanted = oracle(folder, rounded)(torch.tensor([TOKENS])).logits[0]
+        wanted = oracle(folder, rounded)(torch.tensor([tokens])).logits[0]
     return (logits - wanted).abs().amax(1) / wanted.abs().amax(1), model.kernels
 
 
@@ -122,3 +123,11 @@ def test_logits_on_the_chosen_kernels(case: str) -> None:
     )
     difference, _ = distance(FIXTURES / case, rounded)
     check(FIXTURES / case, difference, 1e-2)
+
+
+@pytest.mark.parametrize("case", ["experts_block_16", "experts_tensor"])
+def test_experts_whose_scales_are_stacked(case: str) -> None:
+    """transformers saves each expert's weight by itself and all their scales in one tensor."""
+    model = load_model(open_checkpoint(str(FIXTURES / "fp8" / case)), device="cpu")
+    [logits] = prompt_logits(model, [[1, 2, 3, 4]])
+    assert logits.isfinite().all()

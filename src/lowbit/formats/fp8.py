@@ -8,7 +8,8 @@ weight[r, c] = code[r, c] * scale[block of (r, c)]: "inv" is the inverse of the 
 multiplies. Blocks at the edges are short. Scales may be BF16, F16 or powers of two (E8M0, or U8 exponents).
 A module whose weight is a plain matrix was left alone, whatever lies beside it: transformers writes a
 scale beside matrices it could not tile. fp4 experts of newer DeepSeek models (two e2m1 codes a byte, even
-column low, a scale for 32 columns) are told by their dtype. Stacked experts keep their scales stacked too.
+column low, a scale for 32 columns) are told by their dtype. Stacked experts keep their scales stacked too,
+and transformers stacks the scales of experts it saves one by one. GPTQModel's scales divide.
 
 Inputs: dynamic per token, or per group of columns beside blocks; static per tensor. ue8m0 configs round input
 scales up to powers of two; fbgemm bounds them. Per-tensor dynamic scales are taken per token here, so that a
@@ -18,7 +19,11 @@ Sources: DeepSeek-V3 (2024), transformers' FineGrainedFP8, AutoFP8, fbgemm_gpu.
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
@@ -52,7 +57,25 @@ CODES = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5
 SCALES = {"F32": "f32", "BF16": "bf16", "F16": "f16", "F8_E8M0": "e8m0", "U8": "e8m0"}
 _PACKED_FP4 = ("I8", "U8", "F4")
 _WEIGHT_SCALES = ("weight_scale_inv", "weight_scale", "weight_scales_inv", "scale")
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
 _INPUT_SCALES = ("input_scale", "activation_scale", "act_scale")
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Where a module's scales are. ``shape``: of the module's own; ``expert``: its slice of a stack;
+    ``first``: its first row there, where gate and up share one."""
+
+    entry: TensorEntry
+    shape: tuple[int, ...]
+    expert: int | None = None
+    first: int | None = None
+
+    def cut(self, stored: Tensor) -> Tensor:
+        """The module's own part."""
+        if self.expert is not None:
+            stored = stored[self.expert]
+        return stored if self.first is None else stored[self.first : self.first + self.shape[0]]
 
 
 class Fp8:
@@ -77,6 +100,8 @@ class Fp8:
                 f"{self.place}.activation_scheme must be static or dynamic, found {printable(repr(kind))}",
             )
         self.static = kind == "static"
+        # GPTQModel's "inverse": the stored scale divides.
+        self.divides = values.get("weight_scale_semantics") == "inverse"
         self.ue8m0 = values.get("scale_fmt") == "ue8m0"
         bound = values.get("activation_scale_ub", 0.0) if self.method == "fbgemm_fp8" else 0.0
         self.upper_bound = (
@@ -119,13 +144,15 @@ class Fp8:
         return Scheme(
             number_format(codes),
             (block,),
-            (number_format(SCALES[scale.dtype]),),
+            (number_format("f32" if self.divides else SCALES[scale.entry.dtype]),),
             activation=self._activation(block),
         )
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """Weight, scales and bias; beside a plain weight its scales have no meaning but a place."""
         present = [module.tensor(suffix) for suffix in (*_WEIGHT_SCALES, *_INPUT_SCALES)]
+        if (scale := self._scale_of(module)) is not None:
+            present.append(scale.entry.name)
         scales = [name for name in dict.fromkeys(present) if name in self.header.tensors]
         if is_dense(self.header, module):
             return [*dense_tensors(self.header, module), *scales]
@@ -139,10 +166,12 @@ class Fp8:
         scheme = self.scheme_of(module)
         stored = of_expert(module, data.tensor(weight.name)).view(torch.uint8)
         codes = unpack_bits(stored, 4, module.shape[1]) if packed else stored
-        scales = of_expert(module, data.tensor(scale.name))
-        if scale.dtype == "U8":
+        scales = scale.cut(data.tensor(scale.entry.name))
+        if scale.entry.dtype == "U8":
             scales = scales.view(torch.float8_e8m0fnu)
-        finite_scales(self.header, scale.name, scales)
+        finite_scales(self.header, scale.entry.name, scales)
+        if self.divides:
+            scales = finite_scales(self.header, scale.entry.name, 1.0 / scales.float())
         quantized = QuantizedTensor(
             scheme,
             module.shape,
@@ -152,7 +181,7 @@ class Fp8:
         )
         return StoredLinear(quantized, read_bias(self.header, module, data), self._input(module, data))
 
-    def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry, bool]:
+    def _entries(self, module: StoredModule) -> tuple[TensorEntry, _Scale, bool]:
         """(weight, its scale, whether it is packed fp4), dtypes and shapes checked."""
         name, tensors = module.tensor("weight"), self.header.tensors
         weight = tensors.get(name)
@@ -169,30 +198,51 @@ class Fp8:
         inner = (out, columns // 2 if packed else columns)
         what = f"{self.method} with input {columns}"
         check_shape(weight, inner if module.expert is None else (module.experts, *inner), what)
-        scale = next(
-            (tensors[n] for suffix in _WEIGHT_SCALES if (n := module.tensor(suffix)) in tensors), None
-        )
+        scale = self._scale_of(module)
         if scale is None:
             raise LowbitError(
                 "E0209",
                 f"{self.header.root.name}: no file contains {module.tensor('weight_scale_inv')!r} or "
                 f"{module.tensor('weight_scale')!r}, the scale of an F8 weight",
             )
-        if scale.dtype not in SCALES:
+        if scale.entry.dtype not in SCALES:
             raise LowbitError(
                 "E0213",
-                f"{scale.file.name}: tensor {scale.name!r} is {scale.dtype}; a scale is "
+                f"{scale.entry.file.name}: tensor {scale.entry.name!r} is {scale.entry.dtype}; a scale is "
                 f"{' or '.join(SCALES)}",
             )
         return weight, scale, packed
 
-    def _block(self, module: StoredModule, scale: TensorEntry, packed: bool) -> tuple[int, int]:
+    def _scale_of(self, module: StoredModule) -> _Scale | None:
+        """The tensor that holds the module's scales, and which part of it they are."""
+        tensors = self.header.tensors
+        for suffix in _WEIGHT_SCALES:
+            entry = tensors.get(module.tensor(suffix))
+            if entry is not None:
+                if module.expert is None:
+                    return _Scale(entry, entry.shape)
+                if entry.shape[:1] != (module.experts,):
+                    raise self._odd_scale(module, entry)
+                return _Scale(entry, entry.shape[1:], module.expert)
+        # transformers saves each expert's weight by itself, and all their scales stacked and fused.
+        own = _EXPERT.fullmatch(module.stored)
+        if own is None:
+            return None
+        leaf = "down_proj" if own["leaf"] == "down_proj" else "gate_up_proj"
+        entry = tensors.get(f"{own['experts']}.{leaf}_scale_inv")
+        if entry is None or len(entry.shape) != 3 or int(own["number"]) >= entry.shape[0]:
+            return None
+        _, rows, columns = entry.shape
+        if leaf == "down_proj" or rows == 1:
+            return _Scale(entry, (rows, columns), int(own["number"]))
+        if rows % 2:
+            raise self._odd_scale(module, entry)
+        first = 0 if own["leaf"] == "gate_proj" else rows // 2
+        return _Scale(entry, (rows // 2, columns), int(own["number"]), first)
+
+    def _block(self, module: StoredModule, scale: _Scale, packed: bool) -> tuple[int, int]:
         """(rows, columns) a scale covers, from its shape; the config's block first."""
         out, shape = module.shape[0], scale.shape
-        if module.expert is not None:
-            if not shape or shape[0] != module.experts:
-                raise self._odd_scale(module, scale)
-            shape = shape[1:]
         count = 1
         for size in shape:
             count *= size
@@ -206,7 +256,7 @@ class Fp8:
                 return block
         if shape in ((out,), (out, 1)):
             return (1, 0)
-        raise self._odd_scale(module, scale)
+        raise self._odd_scale(module, scale.entry)
 
     def _odd_scale(self, module: StoredModule, scale: TensorEntry) -> LowbitError:
         block = self.block or (128, 128)
