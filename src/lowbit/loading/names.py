@@ -110,12 +110,13 @@ class Names:
         bases = [self._stem(name, missing_ok=True)]
         bases += [base for base in self._candidates(name) if base not in bases]
         for base in bases:
+            # First: transformers stacks the scales, and nothing else, of experts it saves one by one.
+            if any(f"{base}.0.{leaf}" in self.modules for leaf in ("gate_proj", "w1", "gate_up_proj")):
+                return "each", base
             if f"{base}.gate_up_proj" in self.stacks or f"{base}.w13" in self.stacks:
                 return "fused", base
             if f"{base}.gate_proj" in self.stacks:
                 return "stacked", base
-            if any(f"{base}.0.{leaf}" in self.modules for leaf in ("gate_proj", "w1", "gate_up_proj")):
-                return "each", base
         return "each", bases[0]
 
     def _stacked_stem(self, name: str, base: str, leaf: str) -> str:
