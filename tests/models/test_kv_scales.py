@@ -90,6 +90,8 @@ def test_spellings(case: str, plain: Path, tmp_path: Path) -> None:
 def test_they_are_used(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same as K and V rounded to e4m3 steps of their scale beside a float32 cache."""
     model = loaded(with_tensors(plain, tmp_path, scales("k_scale", "v_scale")))
+    [native] = prompt_logits(model, [TOKENS])
+    monkeypatch.setattr("lowbit.kernels.attention.attention_kernels", lambda: [ReferenceAttention()])
     [logits] = prompt_logits(model, [TOKENS])
     exact = loaded(plain, "f32")
     [unrounded] = prompt_logits(exact, [TOKENS])
@@ -104,10 +106,10 @@ def test_they_are_used(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write(self, cache, rounded(k, k_scale), rounded(v, v_scale), batch)
 
     monkeypatch.setattr(ReferenceAttention, "write", spied)
-    monkeypatch.setattr("lowbit.kernels.attention.attention_kernels", lambda: [ReferenceAttention()])
     [wanted] = prompt_logits(exact, [TOKENS])
     assert (logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert (unrounded - wanted).abs().max() > 1e-3 * wanted.abs().max()
+    assert (native - wanted).abs().max() <= 0.05 * wanted.abs().max(), "bfloat16 queries and weights"
 
 
 def test_file_instead_of_the_checkpoint(plain: Path, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@
 #include "thread_pool.h"
 
 extern "C" {
-// One layer's pages. bfloat: 1 for bfloat16 elements, 0 for float32. window: 0 for no limit. latent: 1 where
-// a value is the first v_dim numbers of its key; v is then null.
+// One layer's pages. elements: 0 for float32, 1 for bfloat16, 2 for e4m3. window: 0 for no limit. latent: 1
+// where a value is the first v_dim numbers of its key; v is then null.
 struct lowbit_attention_cache {
     void* k;
     void* v;
     std::int64_t pages;
-    std::int32_t heads, k_dim, v_dim, window, bfloat, latent;
+    std::int32_t heads, k_dim, v_dim, window, elements, latent;
 };
 
 // A ragged batch (kernels/forward_batch.py). Row s of page_table starts at page_table + s * table_stride.
@@ -42,6 +42,7 @@ constexpr int BLOCK_ROWS = 48;  // a multiple of SCORE_ROWS and VALUE_ROWS; 48 r
 constexpr int MAX_K_DIM = 576, MAX_V_DIM = 512;  // a latent and its rotary part (DeepSeek-V2)
 constexpr std::size_t MAX_SPLIT_FLOATS = std::size_t{1} << 24;  // 64 MiB of unmerged segments
 
+enum Elements { FLOATS = 0, BFLOATS = 1, E4M3S = 2 };
 enum Status { OK = 0, BAD_LENGTHS = 1, BAD_PAGE = 2, BAD_SLOT = 3, NO_MEMORY = 4 };
 
 struct Block {
@@ -73,6 +74,12 @@ struct alignas(64) Scratch {
     RowState states[BLOCK_ROWS], next_states[BLOCK_ROWS];
 };
 
+// Where a thread widens the e4m3 pages of a segment; grown and kept.
+struct Widened {
+    std::vector<Bfloat> keys, values;
+};
+
+// Element: what is computed with. E4m3 pages are widened to Bfloat first.
 template <class Element>
 class Attention {
   public:
@@ -181,6 +188,21 @@ class Attention {
         return static_cast<const Element*>(pages) + head * dim * PAGE_TOKENS;
     }
 
+    // The same of e4m3 pages, widened into place `page` of a segment's buffer.
+    const Element* widened_page(const void* pages, int dim, const Block& block, int number, int page,
+                                std::vector<Bfloat>& buffer) const {
+        if constexpr (sizeof(Element) == sizeof(Bfloat)) {
+            const std::int64_t head = std::int64_t{block.pages[number]} * cache_.heads + block.kv_head;
+            const std::size_t size = static_cast<std::size_t>(dim) * PAGE_TOKENS;
+            if (buffer.size() < size * SEGMENT_PAGES) buffer.resize(size * SEGMENT_PAGES);
+            Bfloat* const to = buffer.data() + size * static_cast<std::size_t>(page);
+            widen(static_cast<const E4m3*>(pages) + head * dim * PAGE_TOKENS, dim * PAGE_TOKENS, to);
+            return to;
+        } else {
+            return head_page(pages, dim, block, number);
+        }
+    }
+
     void prepare_queries(const Block& block, Scratch<Element>& scratch) const {
         const int words = query_words<Element>(cache_.k_dim);
         for (int row = block.row_begin; row < block.row_end; ++row) {
@@ -264,8 +286,16 @@ class Attention {
                   page_end = (last[end - 1] + PAGE_TOKENS - 1) / PAGE_TOKENS;
         const int last_page = position(block, block.row_end - 1) / PAGE_TOKENS;
         const Element *keys[SEGMENT_PAGES], *keys_ahead[SEGMENT_PAGES], *page_values[SEGMENT_PAGES];
+        const bool narrow = cache_.elements == E4M3S;
+        static thread_local Widened widened;
         for (int page = page_begin; page < page_end; ++page) {
             const int number = base / PAGE_TOKENS + page;
+            if (narrow) {
+                keys[page] = keys_ahead[page] =
+                    widened_page(cache_.k, cache_.k_dim, block, number, page, widened.keys);
+                page_values[page] = widened_page(cache_.v, cache_.v_dim, block, number, page, widened.values);
+                continue;
+            }
             keys[page] = head_page(cache_.k, cache_.k_dim, block, number);
             keys_ahead[page] =
                 head_page(cache_.k, cache_.k_dim, block, std::min(number + together, last_page));
@@ -281,7 +311,8 @@ class Attention {
             while (to < end && first[to] < (page + count) * PAGE_TOKENS) ++to;
             const Prefetch<Element> prefetch{keys_ahead + page, page_values + page,
                                              cache_.latent ? 0 : cache_.v_dim / 2};
-            const auto score = rows <= SCORE_ROWS ? score_pages<Element, true> : score_pages<Element, false>;
+            const bool waits = rows <= SCORE_ROWS && !narrow;
+            const auto score = waits ? score_pages<Element, true> : score_pages<Element, false>;
             for (int row = from; row < to; row += SCORE_ROWS) {
                 score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
                       cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, prefetch);
@@ -334,6 +365,17 @@ inline void write_token(Bfloat* k_page, Bfloat* v_page, int offset, const float*
     for (int dimension = 0; dimension < v_dim; ++dimension) to[2 * dimension] = to_bfloat(v[dimension]);
 }
 
+inline void write_token(E4m3* k_page, E4m3* v_page, int offset, const float* k, const float* v, int k_dim,
+                        int v_dim) {
+    for (int pair = 0; pair < k_dim / 2; ++pair) {
+        E4m3* to = k_page + 2 * (pair * PAGE_TOKENS + offset);
+        to[0] = to_e4m3(k[2 * pair]);
+        to[1] = to_e4m3(k[2 * pair + 1]);
+    }
+    E4m3* to = v_page + offset / 2 * 2 * v_dim + offset % 2;
+    for (int dimension = 0; dimension < v_dim; ++dimension) to[2 * dimension] = to_e4m3(v[dimension]);
+}
+
 inline void write_token(float* k_page, float* v_page, int offset, const float* k, const float* v, int k_dim,
                         int v_dim) {
     for (int dimension = 0; dimension < k_dim; ++dimension)
@@ -375,7 +417,9 @@ LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, co
     for (int token = 0; token < tokens; ++token) {
         if (slots[token] < 0 || slots[token] / lowbit::PAGE_TOKENS >= cache->pages) return lowbit::BAD_SLOT;
     }
-    if (cache->bfloat != 0) {
+    if (cache->elements == lowbit::E4M3S) {
+        lowbit::write<lowbit::E4m3>(*cache, k, k_stride, v, v_stride, slots, tokens);
+    } else if (cache->elements == lowbit::BFLOATS) {
         lowbit::write<lowbit::Bfloat>(*cache, k, k_stride, v, v_stride, slots, tokens);
     } else {
         lowbit::write<float>(*cache, k, k_stride, v, v_stride, slots, tokens);
@@ -391,7 +435,7 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
                                           float softcap, const float* sinks, float* out) {
     const lowbit::Softmax softmax{scale, softcap};
     try {
-        if (cache->bfloat != 0) {
+        if (cache->elements != lowbit::FLOATS) {
             return lowbit::Attention<lowbit::Bfloat>(*cache, *batch, q, q_stride, q_heads, softmax, sinks,
                                                      out)
                 .run();

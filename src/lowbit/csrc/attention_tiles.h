@@ -7,6 +7,7 @@
 //                                             of vdpbf16ps that yields 16 scores for a broadcast query pair
 //             V [8 token pairs][v_dim][2]     one line: 16 dimensions of two tokens
 //   float32   K [k_dim][16 tokens]   V [16 tokens][v_dim]
+//   e4m3      as bfloat16, a byte a number: turned into bfloat16, exactly, one segment at a time
 //
 // A latent page has no V: its values are the first v_dim numbers of its keys, which turn_keys() brings into
 // V's layout, a strip of dimensions of one segment at a time, just before they are weighed.
@@ -41,6 +42,52 @@ constexpr int SCORE_ROWS = 4, VALUE_ROWS = 3, VALUE_VECTORS = 2;
 constexpr int pages_at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 constexpr int STRIP = VALUE_VECTORS * LANES;  // dimensions of a latent segment that are turned at once
+
+// FP8 numbers: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F is NaN.
+struct E4m3 {
+    std::uint8_t bits;
+};
+
+// The nearest, ties to even; what is larger than 448 becomes 448.
+inline E4m3 to_e4m3(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const auto sign = static_cast<std::uint8_t>(bits >> 24 & 0x80u);
+    bits &= 0x7fffffffu;
+    if (bits > 0x7f800000u) return {static_cast<std::uint8_t>(sign | 0x7fu)};
+    if (bits >= 0x43e00000u) return {static_cast<std::uint8_t>(sign | 0x7eu)};  // 448
+    if (bits < 0x3c800000u) {  // below 2^-6 steps are 2^-9: adding 2^14 leaves them in the last bits
+        float magnitude;
+        std::memcpy(&magnitude, &bits, sizeof magnitude);
+        magnitude += 0x1p14f;
+        std::uint32_t steps;
+        std::memcpy(&steps, &magnitude, sizeof steps);
+        return {static_cast<std::uint8_t>(sign | (steps & 0xfu))};
+    }
+    bits += 0x7ffffu + (bits >> 20 & 1u);
+    return {static_cast<std::uint8_t>(sign | ((bits >> 20) - (120u << 3)))};
+}
+
+// count numbers (a multiple of 16) as bfloat16.
+inline void widen(const E4m3* from, int count, Bfloat* to) {
+    const __m256i seven_bits = _mm256_set1_epi16(0x7f), exponent = _mm256_set1_epi16(120 << 7);
+    // 0 … 7 times 2^-9, which have no exponent of their own: low and high bytes of their bfloat16
+    const __m256i low = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
+    const __m256i high = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c, 0, 0, 0, 0, 0, 0, 0, 0));
+    for (int i = 0; i < count; i += 16) {
+        const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        const __m256i magnitude = _mm256_and_si256(codes, seven_bits);
+        const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(seven_bits, codes), 8);
+        const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), exponent);
+        const __m256i tiny = _mm256_or_si256(_mm256_shuffle_epi8(low, magnitude),
+                                             _mm256_slli_epi16(_mm256_shuffle_epi8(high, magnitude), 8));
+        __m256i value = _mm256_blendv_epi8(normal, tiny, _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude));
+        value = _mm256_blendv_epi8(value, _mm256_set1_epi16(0x7fc0), _mm256_cmpeq_epi16(magnitude, seven_bits));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_or_si256(value, sign));
+    }
+}
 
 // A pair of dimensions of 16 keys.
 inline void load_keys(const Bfloat* page, int pair, Vector16& even, Vector16& odd) {

@@ -1,10 +1,11 @@
-"""Paged attention on a CPU: bfloat16 or float32 pages, native code (csrc/attention.cpp).
+"""Paged attention on a CPU: bfloat16, float32 or e4m3 pages, native code (csrc/attention.cpp).
 
 A page holds 16 tokens of every K/V head, laid out for the inner loops (csrc/attention_tiles.h):
 
     bfloat16   k (pages, heads, k_dim / 2, 16 tokens, 2)   v (pages, heads, 8, v_dim, 2 tokens)
     float32    k (pages, heads, k_dim, 16 tokens)          v (pages, heads, 16 tokens, v_dim)
 
+e4m3 pages are laid out as bfloat16's, a byte a number, and widened to bfloat16 a segment at a time, exactly.
 A latent cache (DeepSeek-V2, 2024) has k alone: a value is the first v_dim numbers of its key, and is turned
 into v's layout when it is read.
 
@@ -34,7 +35,7 @@ from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec, 
 from lowbit.kernels.forward_batch import ForwardBatch
 
 MAX_DIMS = {"k_dim": 576, "v_dim": 512}  # of a head: the work buffers of a thread have these widths
-_DTYPES = (torch.bfloat16, torch.float32)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # their numbers in attention.cpp
 _FAULTS = {
     1: "the lengths do not belong to the tokens",
     2: "the page table names a page that the cache does not have",
@@ -53,7 +54,7 @@ class _Cache(ctypes.Structure):
         ("k_dim", ctypes.c_int32),
         ("v_dim", ctypes.c_int32),
         ("window", ctypes.c_int32),
-        ("bfloat", ctypes.c_int32),
+        ("elements", ctypes.c_int32),
         ("latent", ctypes.c_int32),
     ]
 
@@ -106,13 +107,15 @@ class CpuAttention:
     name = "cpu"
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
-        """Paged and latent caches of bfloat16 or float32 on a CPU with head sizes in sixteens."""
+        """Paged and latent caches of the dtypes above on a CPU with head sizes in sixteens."""
         if device.type != "cpu":
             return f"runs on a CPU, got {device.type}"
         if spec.kind not in ("paged", "latent"):
             return f"serves paged and latent caches, got {spec.kind!r}"
         if spec.dtype not in _DTYPES:
-            return f"needs a bfloat16 or float32 cache, got {spec.dtype}"
+            return f"needs a bfloat16, float32 or e4m3 cache, got {spec.dtype}"
+        if spec.kind == "latent" and spec.dtype.itemsize == 1:
+            return "keeps latents in bfloat16 or float32"
         for name, dim in (("k_dim", spec.k_dim), ("v_dim", spec.v_dim)):
             if dim % 16 or not 0 < dim <= MAX_DIMS[name]:
                 return f"needs {name} % 16 == 0 and {name} <= {MAX_DIMS[name]}, got {dim}"
@@ -130,7 +133,7 @@ class CpuAttention:
             )
         heads, k_dim, v_dim = spec.heads, spec.k_dim, spec.v_dim
         shapes: dict[str, tuple[int, ...]]
-        if spec.dtype is torch.bfloat16:
+        if spec.dtype is not torch.float32:
             shapes = {"k": (k_dim // 2, PAGE_SIZE, 2), "v": (PAGE_SIZE // 2, v_dim, 2)}
         else:
             shapes = {"k": (k_dim, PAGE_SIZE), "v": (PAGE_SIZE, v_dim)}
@@ -146,7 +149,7 @@ class CpuAttention:
             k_dim,
             v_dim,
             spec.window,
-            spec.dtype is torch.bfloat16,
+            _DTYPES[spec.dtype],
             latent,
         )
         return CpuLayerCache(spec, self, pages, page_size, buffers, functions, view)
@@ -217,7 +220,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, count * dtype.itemsize)
     with contextlib.suppress(OSError, AttributeError):  # a kernel, or a system, without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
 def _strided(x: Tensor) -> Tensor:
