@@ -72,6 +72,13 @@ def canonical(
     )
 
 
+def ragged(name: str, group: int, columns: int) -> QuantizedTensor:
+    """A last group that is short: numbers of a wider weight, its codes cut."""
+    wide = -(-columns // group) * group
+    weight = canonical(name, group, "f32", zero=name.startswith("u"), shape=(37, wide))
+    return replace(weight, shape=(37, columns), codes=weight.codes[:, :columns].contiguous())
+
+
 def nvfp4(rows: int) -> QuantizedTensor:
     """Two levels: e4m3 for 16 columns under one float32 for the tensor (0), or one for each row (1)."""
     inner = canonical("e2m1", 16, "e4m3")
@@ -104,6 +111,8 @@ WEIGHTS = {
     "int4 16x64 blocks": lambda: canonical("int4", 64, "f32", block_rows=16, shape=(48, 256)),
     "e4m3 blocks": lambda: canonical("e4m3", 128, "f32", block_rows=16, shape=(48, 256)),
     "e4m3 channel f32": lambda: canonical("e4m3", 0, "f32"),
+    "e4m3 blocks, ragged": lambda: ragged("e4m3", 128, 320),
+    "uint8 g128 zero, last group short": lambda: ragged("uint8", 128, 192),
     "e4m3 tensor act-order": lambda: canonical("e4m3", 0, "f32", block_rows=0, order=True),
     "e4m3 g32 e8m0 (MXFP8)": lambda: canonical("e4m3", 32, "e8m0"),
     "nf4 g64": lambda: canonical("nf4", 64, "f32"),
@@ -209,6 +218,7 @@ def test_native_kernels_take_what_they_should() -> None:
     [
         (canonical("int4", 32, shape=(16, 96)), None),
         (canonical("int4", 48, shape=(16, 96)), "groups of 16 or a multiple of 32"),
+        (ragged("int4", 128, 224), "would take"),
         (canonical("e2m1", 16, "e8m0"), "would take"),
         (canonical("int4", 8, shape=(16, 64)), "groups of 16 or a multiple of 32"),
         (canonical("int4", 0, shape=(16, 40)), "in % 32 == 0, got 40"),

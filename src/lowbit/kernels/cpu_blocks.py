@@ -10,6 +10,7 @@ weights are never rounded.
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -133,6 +134,32 @@ def _has_row_scale(scheme: Scheme) -> bool:
     return scheme.scales[1].name == "f32" and columns == 0 and rows in (0, 1)
 
 
+def _whole_groups(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
+    """The scheme with smaller groups where its last one is short, so that groups divide the columns."""
+    columns = shape[-1]
+    if scheme.flattened or not scheme.blocks or not columns % (scheme.blocks[0][1] or columns):
+        return scheme
+    rows, group = scheme.blocks[0]
+    return replace(scheme, blocks=((rows, math.gcd(group, columns)), *scheme.blocks[1:]))
+
+
+def _regrouped(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
+    """The weight in ``_whole_groups``: each number of a group repeated for the parts it was cut into."""
+    group, part = weight.scheme.blocks[0][1], scheme.blocks[0][1]
+    count = weight.shape[-1] // part
+
+    def cut(numbers: Tensor) -> Tensor:
+        return numbers.repeat_interleave(group // part, -1)[..., :count]
+
+    return replace(
+        weight,
+        scheme=scheme,
+        scales=(cut(weight.scales[0]), *weight.scales[1:]),
+        zeros=None if weight.zeros is None else cut(weight.zeros),
+        offsets=tuple(cut(offset) if level == 0 else offset for level, offset in enumerate(weight.offsets)),
+    )
+
+
 class CpuBlocks:
     """See the module docstring."""
 
@@ -152,7 +179,7 @@ class CpuBlocks:
         expanded = _expanded(scheme)
         if expanded is None:
             return f"no packed layout for {scheme.weight.name}"
-        described = _describe(expanded, shape)
+        described = _describe(_whole_groups(expanded, shape), shape)
         if isinstance(described, str):
             return described
         # Padding to 16 rows is not growth of the layout: judge a weight of whole blocks.
@@ -164,11 +191,13 @@ class CpuBlocks:
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Codes, scales and offsets in the kernel's layout."""
-        scheme = _expanded(weight.scheme)
-        assert scheme is not None, "refuses() was asked first"
+        expanded = _expanded(weight.scheme)
+        assert expanded is not None, "refuses() was asked first"
+        scheme = _whole_groups(expanded, weight.shape)
         description = _describe(scheme, weight.shape)
         assert isinstance(description, Description), "refuses() was asked first"
-        parts = _parts(weight.expand(), scheme, description)
+        whole = weight.expand() if scheme is expanded else _regrouped(weight, scheme)
+        parts = _parts(whole, scheme, description)
         table = _table(scheme.weight)
         description.table = table.data_ptr()
         buffers = {"data": packed_linear.pack(description, parts), "table": table}
@@ -190,8 +219,9 @@ class CpuBlocks:
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The weight again, block formats expanded."""
         assert isinstance(packed, NativeWeight), "packed by this kernel"
-        scheme = _expanded(packed.scheme)
-        assert scheme is not None, "it was packed"
+        expanded = _expanded(packed.scheme)
+        assert expanded is not None, "it was packed"
+        scheme = _whole_groups(expanded, packed.shape)
         read = packed_linear.unpack(packed)
         assert read.scales is not None, "every scheme here has scales"
         # Blocks of several rows were spread over their rows, exactly.
