@@ -24,6 +24,8 @@ from lowbit.settings import (
 EXAMPLES: dict[str, tuple[str, object]] = {
     "model": ("/models/a b", "/models/a b"),
     "revision": ("v1.0", "v1.0"),
+    "strict": ("true", True),
+    "quantization_param_path": ("scales.json", "scales.json"),
     "tokenizer": ("org/base", "org/base"),
     "chat_template": ("x.jinja", "x.jinja"),
     "served_model_name": ("mine", "mine"),

@@ -50,7 +50,11 @@ class AutoRound:
         found = quantization_config(header)
         assert found is not None, "claims() saw it"
         self.values, self.place = found.values, found.place
-        packing = str(self.values.get("packing_format") or self.values.get("backend") or "auto_round")
+        packing = self.values.get("packing_format", self.values.get("backend", "auto_round"))
+        if not isinstance(packing, str):
+            raise LowbitError(
+                "E0212", f"{self.place}.packing_format must be a string, found {printable(repr(packing))}"
+            )
         self.packing = packing.lower()
         self.inner: CompressedTensors | None = None
         if self.packing == "auto_round:llm_compressor":
@@ -128,7 +132,7 @@ class AutoRound:
         bits = check_bits(read_number(values, self.place, "bits"), _BITS, self.place)
         group = _group(values, self.place)
         if self.packing in _AWQ:
-            return AwqRule(bits, group, "gemm")
+            return AwqRule(bits, group, "gemm", symmetric=values.get("sym") is True)
         sym = values.get("sym")
         rule = GptqRule(
             bits, group, "v1" if self.packing in _V1 else "v2", sym if isinstance(sym, bool) else None

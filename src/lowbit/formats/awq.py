@@ -67,6 +67,7 @@ class AwqRule:
     bits: int
     group_size: int  # -1: the whole input
     layout: str
+    symmetric: bool = False  # whether the config promises no zero points
     reordered: bool = True  # whether gemm codes come eight by eight in the kernel's order
 
     def columns(self, columns: int) -> int:
@@ -104,6 +105,7 @@ class Awq:
             check_bits(read_number(values, self.place, "bits", "w_bit"), allowed, self.place),
             check_group_size(read_number(values, self.place, "group_size", "q_group_size"), self.place),
             layout,
+            symmetric=values.get("zero_point") is False or values.get("sym") is True,
             reordered=read_number(values, self.place, "bits", "w_bit") == 4,
         )
         require_tensors(header, (".qweight", ".B"), self.place, "awq")
@@ -197,6 +199,12 @@ def _check_packing(header: CheckpointHeader, module: StoredModule, rule: AwqRule
     if module.tensor("qzeros") in header.tensors:
         dtypes = ("F16", "BF16") if fast else ("I32",)
         check_shape(entry_of(header, module, "qzeros", dtypes, what), shapes[1], what)
+    elif not rule.symmetric:
+        raise LowbitError(
+            "E0209",
+            f"{header.root.name}: no file contains {module.tensor('qzeros')!r}, which {what} needs: "
+            "nothing in the config says that there are no zero points",
+        )
     check_shape(entry_of(header, module, "scales", tuple(SCALE_DTYPES), what), shapes[2], what)
     if fast and (columns % 64 or out % 4):
         raise LowbitError(

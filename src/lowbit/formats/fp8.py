@@ -101,7 +101,13 @@ class Fp8:
             )
         self.static = kind == "static"
         # GPTQModel's "inverse": the stored scale divides.
-        self.divides = values.get("weight_scale_semantics") == "inverse"
+        semantics = values.get("weight_scale_semantics")
+        if semantics not in (None, "inverse"):
+            raise LowbitError(
+                "E0212",
+                f"{self.place}.weight_scale_semantics must be 'inverse', found {printable(repr(semantics))}",
+            )
+        self.divides = semantics == "inverse"
         self.ue8m0 = values.get("scale_fmt") == "ue8m0"
         bound = values.get("activation_scale_ub", 0.0) if self.method == "fbgemm_fp8" else 0.0
         self.upper_bound = (
