@@ -16,6 +16,12 @@ def test_options_page_is_up_to_date() -> None:
     assert (ROOT / "docs" / "options.md").read_text() == options_page(), "run: make docs"
 
 
+def test_rules_page_is_up_to_date() -> None:
+    from lowbit.doctor.rules import rules_page
+
+    assert (ROOT / "docs" / "check.md").read_text() == rules_page(), "run: make docs"
+
+
 def test_options_page_lists_every_flag_variable_and_default() -> None:
     rows = [line for line in options_page().splitlines() if line.startswith("| `--")]
     assert len(rows) == len(Settings.options())

@@ -29,6 +29,7 @@ COMMANDS = {
     "chat": "Talk to a model in the terminal.",
     "generate": "Continue one prompt and print the text.",
     "inspect": "Say what a checkpoint is and how it would run, without loading it.",
+    "check": "Read all of a checkpoint and say what is wrong with it; --fix writes a corrected copy.",
     "pull": "Download a model, so that it can be served offline.",
     "models": "List what can be served: architectures, formats, models on this machine.",
     "explain": "Explain an error code: lowbit explain E0203.",

@@ -306,6 +306,12 @@ CATALOGUE: dict[str, Entry] = {
         "The operating system refused to open, read or map it.",
         "Check the file's permissions and the disk.",
     ),
+    "E0302": Entry(
+        "the output is there already",
+        "What a command is to write has the name of something that exists; nothing is ever overwritten.",
+        "Name another place, or remove what is there. A name that ends in .partial is left from a run that "
+        "was broken off.",
+    ),
     "E0401": Entry(
         "the model is quantized in another way",
         "--quantization names a method other than the one the checkpoint's own config names. A quantized "
@@ -347,6 +353,11 @@ CATALOGUE: dict[str, Entry] = {
         "not enough memory for the KV cache",
         "The context or the tokens asked for need more KV cache than is free.",
         "Ask for fewer (--context-length, --max-total-tokens), or allow more (--mem-fraction-static).",
+    ),
+    "E0510": Entry(
+        "not enough disk",
+        "The copy that was asked for is larger than what is free on its disk. Nothing was written.",
+        "Free some space, or name a place on another disk.",
     ),
     "E0601": Entry(
         "no such revision",

@@ -6,6 +6,8 @@ Other formats use ``read_dense`` and its fellows for the modules they leave unqu
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
@@ -126,10 +128,10 @@ def weight_entry(header: CheckpointHeader, module: StoredModule) -> TensorEntry 
 class Dense:
     """Unquantized safetensors checkpoints."""
 
-    name = "dense"
-    aliases = ()
-    reference = "transformers"
-    unused = ()
+    name: ClassVar[str] = "dense"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str] = "transformers"
+    unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
