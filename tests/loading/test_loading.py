@@ -146,6 +146,27 @@ def test_tied_quantized_embedding() -> None:
     assert not schemes["model.embed_tokens"].startswith("bf16")
 
 
+@pytest.mark.parametrize("fault", ["rows swapped", "a group's scale", "NaN"])
+def test_a_kernel_that_disagrees_is_not_served(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check at start: each weight's kernel against the reference on a few of its rows."""
+    from lowbit.kernels.reference import Reference
+
+    class Wrong(Reference):
+        name = "wrong"
+
+        def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+            y = super().linear(x, packed, out)
+            if fault == "rows swapped":
+                return y.roll(1, 1)
+            return y * 1.07 if fault != "NaN" else y * float("nan")
+
+    monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Wrong(),))
+    with pytest.raises(LowbitError) as caught:
+        load_model(open_checkpoint(str(W4A16)), device="cpu")
+    assert caught.value.code == "E0705"
+    assert "model.layers.0." in str(caught.value) and "'wrong'" in str(caught.value)
+
+
 def test_leftover_tensor_is_refused(tmp_path: Path) -> None:
     shutil.copytree(W4A16, tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"

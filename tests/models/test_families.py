@@ -47,6 +47,10 @@ CASES = {
     "Phi3": {"sliding_window": None},
     "Phi3 with a window": {"sliding_window": 50},
     "Phi3 longrope": {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
+    "Phi3 partial rotary": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "sliding_window": None,
+    },
     "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
     "Qwen3Moe": {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32},
     "Qwen3Moe with dense layers": {

@@ -1,7 +1,7 @@
 """The rules of the checkpoint doctor, what it finds by them, and docs/check.md.
 
 A rule keeps its number for ever, like an error code. The first digit is its kind: 0 files, 1 config and
-names, 2 numbers, 3 GPTQ packing, 4 the model as a whole. ``python -m lowbit.doctor.rules > docs/check.md``.
+names, 2 numbers, 3 GPTQ packing, 4 the model as a whole. ``make docs`` writes the page.
 """
 
 from __future__ import annotations
@@ -333,6 +333,22 @@ itself is never changed. `--json` prints the findings for programs, `--rules` th
 """
 
 
+UNSEEN = (
+    ("a square matrix stored transposed", "every shape is right", "canary"),
+    ("F16 bytes labelled BF16, or the reverse", "both are 16 bits, and most numbers stay finite", "canary"),
+    (
+        "AWQ's nibble order in a file that says GPTQ, both shapes being equal",
+        "any order of codes is legal",
+        "canary",
+    ),
+    ("v1 zero points in an asymmetric file that says v2", "every zero point is legal", "canary"),
+    ("a flipped bit of a weight, scale or bias", "it is another legal number", "hash manifest"),
+    ("rope_theta, rms_norm_eps and other free numbers", "any value in their range is a model", "canary"),
+    ("the width, or the kind of scale, inputs are quantized with", "nothing stored depends on it", "nothing"),
+    ("weights of another model of the same sizes", "it is a sound checkpoint", "hash manifest"),
+)
+
+
 def rules_page() -> str:
     """docs/check.md."""
     lines = [
@@ -342,8 +358,11 @@ def rules_page() -> str:
     for number, rule in RULES.items():
         cells = (number, rule.severity, rule.title, rule.explanation, rule.fixed)
         lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    lines += [
+        "\n## What no rule can see\n",
+        "A hash manifest is `SHA256SUMS` in the folder, or the hub's cache, whose blobs are named by their "
+        "hash; the canary is the perplexity of an English paragraph (D401, D402).\n",
+        "| What | Why | Found by |\n| --- | --- | --- |",
+    ]
+    lines += [f"| {what} | {why} | {by} |" for what, why, by in UNSEEN]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(rules_page(), end="")

@@ -13,9 +13,9 @@ from lowbit.kernels import PackedWeight
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 
 ROWS = 4
-# Inputs are exact in bfloat16. What is left is the rounding of weights and sums: far below the error of one
-# misplaced group, which is near 1.
-TOLERANCE = 0.01
+# Of |row| |x|, of which a product of n columns is about 1 / sqrt(n). Inputs are exact in bfloat16 and weights
+# are not rounded: what is left is the rounding of float32 sums, and of bfloat16 results on other devices.
+TOLERANCE, BFLOAT_TOLERANCE = 1e-4, 2e-3
 
 
 def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
@@ -35,7 +35,8 @@ def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
     got = packed.kernel.linear(x.to(device, dtype), packed)[0, start:stop].float().cpu()
     scale = (dense.norm(dim=1) + _cancelled(few)) * x.norm()
     # "not <=": NaN must fail too.
-    wrong = ~((got - wanted).abs() / scale <= TOLERANCE)
+    tolerance = TOLERANCE if dtype is torch.float32 else BFLOAT_TOLERANCE
+    wrong = ~((got - wanted).abs() / scale <= tolerance)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise LowbitError(
