@@ -9,7 +9,6 @@ and MLX layouts, and NVFP4 with e5m3 scales are refused.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
@@ -20,7 +19,7 @@ from lowbit.formats.awq import AwqRule, awq_scheme, awq_tensors, read_awq
 from lowbit.formats.compressed_tensors import CompressedTensors
 from lowbit.formats.dense import dense_scheme, dense_tensors, read_dense
 from lowbit.formats.gptq import GptqRule, check_bits, gptq_scheme, gptq_tensors, read_gptq, read_number
-from lowbit.formats.matching import matches, spellings
+from lowbit.formats.matching import compiled, matches, spellings
 from lowbit.formats.quantization_config import quantization_config
 from lowbit.numerics.scheme import Scheme
 
@@ -150,10 +149,7 @@ class AutoRound:
 
 
 def _searched(pattern: str, name: str) -> bool:
-    try:
-        return len(pattern) <= 1024 and re.search(pattern, name) is not None
-    except re.error:
-        return False  # a plain name that is no regular expression
+    return compiled(pattern).search(name) is not None
 
 
 # data_type -> (compressed-tensors format, strategy of the weights, of the inputs)

@@ -70,7 +70,7 @@ def module_prefix(key: str, name: str) -> bool:
     """transformers >= 5 ``modules_to_not_convert``: a regex matching up to a module border, or a suffix."""
     if name.endswith(key) and (len(name) == len(key) or name[-len(key) - 1] == "." or key.startswith(".")):
         return True
-    return _compiled(f"(?:{key})(?:(?<=\\.)|(?=\\.|$))").match(name) is not None
+    return compiled(f"(?:{key})(?:(?<=\\.)|(?=\\.|$))").match(name) is not None
 
 
 def substring(key: str, name: str) -> bool:
@@ -85,7 +85,7 @@ def regex_or_exact(key: str, name: str) -> bool:
 
 def regex(key: str, name: str) -> bool:
     """A regular expression from the name's start, with no anchor at its end (``re.match``)."""
-    return _compiled(key).match(name) is not None
+    return compiled(key).match(name) is not None
 
 
 def wildcard(key: str, name: str) -> bool:
@@ -95,10 +95,23 @@ def wildcard(key: str, name: str) -> bool:
     return any(fnmatch.fnmatchcase(part, key) for part in name.split("."))
 
 
+# A repeated group with a repetition inside, or alternatives: on a name that does not match, Python's engine
+# may
+# try exponentially many ways. No tool writes such a pattern for module names.
+_EXPLOSIVE = re.compile(r"\((?:[^()\\]|\\.)*[+*{|](?:[^()\\]|\\.)*\)[+*{]")
+
+
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of a config; one that cannot be compiled, or could run for ever, is E0212."""
     if len(pattern) > 1024:
         raise LowbitError("E0212", f"a module pattern of the quantization config has {len(pattern)} letters")
+    if _EXPLOSIVE.search(pattern) or pattern.count("*") + pattern.count("+") > 6:
+        raise LowbitError(
+            "E0212",
+            f"module pattern {printable(repr(pattern))} of the quantization config repeats a repetition; "
+            "such patterns may never end and are refused. Spell the modules' names out",
+        )
     try:
         return re.compile(pattern)
     except re.error as error:
