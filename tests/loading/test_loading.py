@@ -66,6 +66,14 @@ def test_everything_else_is_refused_by_name(method: str, tmp_path: Path) -> None
     assert REFUSED[method] in str(caught.value)
 
 
+@pytest.mark.parametrize("dress", ["awq", "fp8"])
+def test_quark_under_another_name(dress: str, tmp_path: Path) -> None:
+    written = {"quant_method": dress, "export": {"kv_cache_group": []}}
+    folder = write_folder(tmp_path, {"model.embed_tokens.weight": torch.ones(2, 2)}, written)
+    with pytest.raises(LowbitError, match="method quark"):
+        plan_model(open_checkpoint(str(folder)))
+
+
 def test_unknown_method(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, {"model.embed_tokens.weight": torch.ones(2, 2)}, {"quant_method": "q9"})
     with pytest.raises(LowbitError, match="'q9'.*known: .*gptq"):

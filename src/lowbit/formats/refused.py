@@ -72,6 +72,8 @@ def refuse(header: CheckpointHeader) -> NoReturn:
     """E0211 with the method's name and the way out."""
     found = quantization_config(header)
     method, place = (found.method, found.place) if found else (_by_tensors(header), "the tensors' names")
+    if found is not None and "export" in found.values:
+        method = "quark"  # in its "custom" dress it calls itself awq or fp8
     name = method.lower().replace("_", "-") if method else ""
     for known, advice in REFUSED.items():
         if known.replace("_", "-") == name:
