@@ -17,7 +17,7 @@ from lowbit.numerics.scheme import ActivationScheme
 NAME = "model.layers.0.mlp.down_proj"
 INT8_TOKEN = ActivationScheme(number_format("int8"), (1, 0), limit=127.5)
 FP8_TOKEN = ActivationScheme(number_format("e4m3"), (1, 0))
-MX8_INPUT = ActivationScheme(number_format("e4m3"), (1, 32), scale=number_format("e8m0"))
+MX8_INPUT = ActivationScheme(number_format("e4m3"), (1, 32), scale=number_format("e8m0"), round_up=1.75)
 
 
 def args(

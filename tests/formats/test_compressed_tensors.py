@@ -45,7 +45,7 @@ SCHEMES: dict[str, tuple[str, ActivationScheme | None]] = {
     "marlin_24_int8": ("int8 1xall f16", None),
     "mxfp4": (
         "e2m1 1x32 e8m0",
-        ActivationScheme(number_format("e2m1"), (1, 32), scale=number_format("e8m0")),
+        ActivationScheme(number_format("e2m1"), (1, 32), scale=number_format("e8m0"), round_up=1.75),
     ),
     "mxfp6": ("e2m3 1x32 e8m0", MX8_INPUT),
     "mxfp8": ("e4m3 1x32 e8m0", MX8_INPUT),

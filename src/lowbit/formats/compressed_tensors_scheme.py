@@ -363,7 +363,9 @@ def activation_of(group: Group, place: str, name: str) -> ActivationScheme | Non
     if args.dynamic and args.strategy == "tensor":
         return ActivationScheme(number, (0, 0), symmetric=args.symmetric, limit=limit)
     if args.dynamic and args.strategy == "group" and args.symmetric:
-        return ActivationScheme(number, (1, args.group), limit=limit, scale=scale)
+        # Of a power of two: the last mantissa that is not nearer to the next one in so few bits.
+        round_up = (1.9375 if args.bits == 6 else 1.75) if mx else 0.0
+        return ActivationScheme(number, (1, args.group), limit=limit, scale=scale, round_up=round_up)
     if not args.dynamic and args.strategy == "tensor":
         return ActivationScheme(number, (0, 0), mode="static", symmetric=args.symmetric)
     how = "dynamic" if args.dynamic else "static"

@@ -117,7 +117,10 @@ def _scale(amax: Tensor, scheme: ActivationScheme) -> Tensor:
         if scheme.limit:  # DeepSeek's ue8m0: the next power of two, nothing saturates
             exponent = (amax / scheme.limit).log2().ceil()
         else:  # OCP MX: largest power of two in the block over the format's own
-            exponent = torch.frexp(amax)[1] - 1 - (torch.frexp(torch.tensor(_limit(scheme)))[1] - 1)
+            mantissa, exponent = torch.frexp(amax)
+            exponent = exponent - torch.frexp(torch.tensor(_limit(scheme)))[1]
+            if scheme.round_up:
+                exponent = exponent + (2 * mantissa >= scheme.round_up)
         scale = torch.exp2(exponent.float().clamp(-127, 127))
     else:
         scale = amax / _limit(scheme)

@@ -19,7 +19,9 @@ class ActivationScheme:
     One scale for ``block`` = (tokens, columns), 0 = all: (1, 0) is per token, (0, 0) per tensor. ``limit``:
     the code value the largest |x| of a block becomes (127, 127.5, 448, 6); 0 means the format's largest.
     ``scale``: what the scale itself is rounded to (f32: not at all; e8m0: a power of two; e4m3: NVFP4, under
-    the static outer scale). ``upper_bound``: largest |x| a scale takes account of (fbgemm), 0 = none.
+    the static outer scale). ``round_up``: beside e8m0, a largest |x| of at least so many times a power of two
+    counts as the next one (compressed-tensors; 0: never, as OCP has it). ``upper_bound``: largest |x| a scale
+    takes account of (fbgemm), 0 = none.
     ``outliers``: inputs of at least this size stay as they are (LLM.int8), 0 = none.
     """
 
@@ -29,6 +31,7 @@ class ActivationScheme:
     symmetric: bool = True
     limit: float = 0.0
     scale: NumberFormat = field(default_factory=lambda: number_format("f32"))
+    round_up: float = 0.0
     upper_bound: float = 0.0
     outliers: float = 0.0
 
