@@ -73,14 +73,12 @@ def test_what_the_cases_cover() -> None:
         "nf4_double": "nf4 1x64 f32",
         "nf4_storage_bf16": "nf4 1x64 f32",
         "nf4_odd": "nf4 1x64 f32 flat",
-        "fp4": "fp4_bnb 1x64 f32",
-        "fp4_storage_f32": "fp4_bnb 1x64 f32",
         "fp4_double_odd": "fp4_bnb 1x64 f32 flat",
         "int8": "int8 1xall f32 (input int8 1xall dynamic outliers 5)",
     }
     dtypes = {path.name: header_of(path).tensors[WEIGHT].dtype for path in CASES}
     assert dtypes["nf4"] == "U8" and dtypes["nf4_storage_bf16"] == "BF16"
-    assert dtypes["fp4_storage_f32"] == "F32" and dtypes["int8"] == "I8"
+    assert dtypes["int8"] == "I8"
     outer = header_of(case("nf4_double")).tensors["model.layers.0.mlp.down_proj.weight.nested_absmax"]
     assert outer.shape == (2,), "one block of the second level would not show its size"
 
@@ -220,7 +218,7 @@ def state(**change: object) -> Callable[[dict[str, Tensor]], None]:
     [
         ("nf4", put(WEIGHT, torch.zeros(2047, 1, dtype=torch.uint8)), "E0213", "2047 bytes"),
         ("nf4", put(WEIGHT, torch.zeros(2048, 1, dtype=torch.int64)), "E0213", "I64"),
-        ("fp4_storage_f32", put(WEIGHT, torch.zeros(511, 1)), "E0213", "2044 bytes"),
+        ("nf4_storage_bf16", put(WEIGHT, torch.zeros(1023, 1, dtype=torch.bfloat16)), "E0213", "2046 bytes"),
         ("nf4", put(f"{WEIGHT}.absmax", torch.ones(63)), "E0213", "absmax"),
         ("nf4", put(f"{WEIGHT}.absmax", torch.ones(64, dtype=torch.float16)), "E0213", "absmax"),
         ("nf4", put(f"{WEIGHT}.absmax", torch.full((64,), NAN)), "E0215", "absmax"),

@@ -49,7 +49,6 @@ def test_what_the_cases_ask_of_their_inputs() -> None:
     assert inputs == {
         "fp8": ("e4m3 allxall static", False),
         "fp8_pc_pt": ("e4m3 1xall dynamic", False),
-        "fp8_pb_wo": ("None", False),
         "nvfp4_w4a16": ("None", False),
         "int4_awq": ("None", True),
         "int8_sq": ("int8 allxall static", True),

@@ -125,9 +125,8 @@ def test_logits_on_the_chosen_kernels(case: str) -> None:
     check(FIXTURES / case, difference, 1e-2)
 
 
-@pytest.mark.parametrize("case", ["experts_block_16", "experts_tensor"])
-def test_experts_whose_scales_are_stacked(case: str) -> None:
+def test_experts_whose_scales_are_stacked() -> None:
     """transformers saves each expert's weight by itself and all their scales in one tensor."""
-    model = load_model(open_checkpoint(str(FIXTURES / "fp8" / case)), device="cpu")
+    model = load_model(open_checkpoint(str(FIXTURES / "fp8" / "experts_block_16")), device="cpu")
     [logits] = prompt_logits(model, [[1, 2, 3, 4]])
     assert logits.isfinite().all()
