@@ -121,6 +121,9 @@ def test_rows_on_block_borders_only() -> None:
     assert torch.equal(blocks.rows(8, OUT).dequantize(), blocks.dequantize()[8:])
     with pytest.raises(LowbitError, match="cut a block of 4 rows"):
         blocks.rows(2, 8)
+    with pytest.raises(LowbitError, match="cut a block of 4 rows"):
+        blocks.rows(4, 10)
+    assert torch.equal(blocks.rows(4, 10, ragged=True).dequantize(), blocks.dequantize()[4:10])
     with pytest.raises(LowbitError, match="blocks of rows"):
         blocks.permute_rows(torch.arange(OUT))
     flat = make(blocks=((1, 64),), flattened=True, name="nf4", shape=(8, 96))

@@ -86,16 +86,19 @@ class QuantizedTensor:
             weights *= size
         return round(weights * self.scheme.bits_per_weight(self.shape) / 8)
 
-    def rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Output rows ``start:stop``; they must begin and end on a block border of every level."""
+    def rows(self, start: int, stop: int, *, ragged: bool = False) -> QuantizedTensor:
+        """Output rows ``start:stop``; they must begin on a block border of every level.
+
+        They must end on one too, unless ``ragged``: the last block of the result may then be short.
+        """
         out = self.shape[-2]
         if self.scheme.flattened and len(self.shape) == 2:
             columns, block = self.shape[-1], self.scheme.blocks[0][1]
             if (start * columns) % block:
                 raise LowbitError("E0702", f"{self.origin}: row {start} is inside a block of {block}")
-        scales = tuple(self._cut_rows(s, i, start, stop) for i, s in enumerate(self.scales))
-        offsets = tuple(self._cut_rows(o, i, start, stop) for i, o in enumerate(self.offsets))
-        zeros = None if self.zeros is None else self._cut_rows(self.zeros, 0, start, stop)
+        scales = tuple(self._cut_rows(s, i, start, stop, ragged) for i, s in enumerate(self.scales))
+        offsets = tuple(self._cut_rows(o, i, start, stop, ragged) for i, o in enumerate(self.offsets))
+        zeros = None if self.zeros is None else self._cut_rows(self.zeros, 0, start, stop, ragged)
         assert 0 <= start < stop <= out, "rows() needs a non-empty range inside the matrix"
         return replace(
             self,
@@ -106,14 +109,14 @@ class QuantizedTensor:
             offsets=offsets,
         )
 
-    def _cut_rows(self, per_block: Tensor, level: int, start: int, stop: int) -> Tensor:
+    def _cut_rows(self, per_block: Tensor, level: int, start: int, stop: int, ragged: bool) -> Tensor:
         out, columns = self.shape[-2:]
         rows, block_columns = self.scheme.blocks[level]
         if self.scheme.flattened:
             return per_block[..., start * columns // block_columns : -(-stop * columns // block_columns)]
         if rows == 0:
             return per_block
-        if start % rows or (stop % rows and stop != out):
+        if start % rows or (stop % rows and stop != out and not ragged):
             raise LowbitError(
                 "E0702", f"{self.origin}: rows {start}:{stop} cut a block of {rows} rows in two"
             )
