@@ -1,21 +1,33 @@
-"""NVIDIA ModelOpt checkpoints: FP8, NVFP4, MX and int formats, each module told by its tensors.
+"""NVIDIA ModelOpt checkpoints: FP8, NVFP4, MX and int formats; each module is told by its tensors' dtypes.
 
-    FP8        weight F8_E4M3 [out, in]     weight_scale F32 []           input_scale F32 []
-    NVFP4      weight U8 [out, in / 2]      weight_scale F8_E4M3 [out, in / 16]
-               weight_scale_2 F32 []        input_scale F32 []            low nibble: the even column
-    int4 AWQ   weight U8 [out / 2, in]      weight_scale [out, in / g]    byte [r, c]: row 2r low, 2r+1 high
-    int8       weight I8 [out, in]          weight_scale [out]
-    MXFP8/4    as FP8/NVFP4 with            weight_scale U8 [out, in / 32], powers of two
+    kind   weight                  weight_scale                           beside them
+    fp8    F8_E4M3 [out, in]       F32 [], [out], [out / 128, 1, in / 128, 1]    input_scale F32 []
+    nvfp4  U8 [out, in / 2]        F8_E4M3 [out, in / 16] (W4A8: / 32)    weight_scale_2, input_scale F32 []
+    mxfp8  F8_E4M3 [out, in]       U8 [out, in / 32], 2^(byte - 127)
+    mxfp4  U8 [out, in / 2]        U8 [out, in / 32]
+    int4   U8 [out / 2, in]        F32 [out, in / g]                      W4A8: weight_scale_2, input_scale
+    int8   I8 [out, in]            F32 [out]                              input_scale
 
-weight = code * weight_scale * weight_scale_2. ``pre_quant_scale`` [in] multiplies the input first. What the
-input is quantized to follows from ``quant_algo`` (of the module in ``quantized_layers``, where algorithms are
-mixed); the config lives in hf_quant_config.json or, since 2025, in config.json. Refused by name: NVFP4_SVD
-(a low-rank branch), NVFP4_AFFINE, W4A8_AWQ (its second scale is not documented).
+4-bit floats pack columns (low nibble: the even one), int4 packs rows (byte [r, c]: row 2 r low, 2 r + 1
+high, two's complement). weight = code * weight_scale, in nvfp4 also * weight_scale_2. W4A8_AWQ's
+weight_scale_2 is no factor: its kernels round code * weight_scale to e4m3 under it, which is not done here.
+``pre_quant_scale`` [in] multiplies the input first. gpt-oss' stacked experts lie as (experts, in, out) and
+call their scales ``<weight>_weight_scale``.
+
+What inputs are quantized to follows from ``quant_algo``, of the module or the block of experts above it in
+``quantized_layers`` where algorithms are mixed. The config is hf_quant_config.json or, since 2025,
+config.json. MX scales of inputs round up, so that nothing saturates. NVFP4 without input_scale leaves inputs
+as they are. Where config and tensors disagree the tensors win, with a warning. Refused by name: NVFP4_SVD (a
+low-rank branch) and NVFP4_AFFINE caches.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
@@ -40,7 +52,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.matching import spellings
+from lowbit.formats.matching import listed, spellings, strings, wildcard
 from lowbit.formats.quantization_config import quantization_config
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
@@ -48,29 +60,68 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
 _FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-# What an algorithm asks of the input: (number format, block, static where input_scale is there, scale).
-_INPUTS: dict[str, tuple[str, tuple[int, int], bool, str] | None] = {
-    "FP8": ("e4m3", (1, 0), True, "f32"),
-    "FP8_PER_CHANNEL_PER_TOKEN": ("e4m3", (1, 0), False, "f32"),
-    "FP8_PB_WO": None,
-    "FP8_PB_REAL": None,
-    "NVFP4": ("e2m1", (1, 16), False, "e4m3"),
-    "NVFP4_AWQ": ("e2m1", (1, 16), False, "e4m3"),
-    "W4A16_NVFP4": None,
-    "W4A8_NVFP4_FP8": ("e4m3", (1, 0), True, "f32"),
-    "W4A8_MXFP4_FP8": ("e4m3", (1, 0), True, "f32"),
-    "MXFP4": ("e2m1", (1, 32), False, "e8m0"),
-    "MXFP8": ("e4m3", (1, 32), False, "e8m0"),
-    "W4A16_AWQ": None,
-    "W8A8_SQ_PER_CHANNEL": ("int8", (1, 0), True, "f32"),
-    "W8A16": None,
+_SCALES = {**_FLOATS, "F8_E4M3": "e4m3", "F8_E8M0": "e8m0", "U8": "e8m0"}
+# (the weight's dtype, what its scales are) -> the kind, and its code.
+_KINDS = {
+    ("F8_E4M3", "float"): ("fp8", "e4m3"),
+    ("F8_E4M3", "e8m0"): ("mxfp8", "e4m3"),
+    ("U8", "e4m3"): ("nvfp4", "e2m1"),
+    ("U8", "e8m0"): ("mxfp4", "e2m1"),
+    ("U8", "float"): ("int4", "int4"),
+    ("I8", "float"): ("int8", "int8"),
 }
-_REFUSED = {
-    "NVFP4_SVD": "keeps a low-rank branch beside each weight",
-    "NVFP4_AFFINE": "has a KV cache with zero points",
-    "W4A8_AWQ": "has a second scale nobody documents",
+# Columns a scale may cover; int4 may have any number.
+_GROUPS: dict[str, tuple[int, ...]] = {"nvfp4": (16, 32), "mxfp4": (32,), "mxfp8": (32,), "int4": ()}
+
+
+class _Algorithm(NamedTuple):
+    """``kind`` of its weights; ``inputs``: e4m3 or int8 (static where there is input_scale, else dynamic per
+    token), e4m3 per token, nvfp4, mxfp4, mxfp8, or nothing."""
+
+    kind: str
+    inputs: str
+
+
+_ALGORITHMS = {
+    "FP8": _Algorithm("fp8", "e4m3"),
+    "FP8_PER_CHANNEL_PER_TOKEN": _Algorithm("fp8", "e4m3 per token"),
+    "FP8_PB_WO": _Algorithm("fp8", ""),
+    "FP8_PB_REAL": _Algorithm("fp8", ""),
+    "NVFP4": _Algorithm("nvfp4", "nvfp4"),
+    "NVFP4_AWQ": _Algorithm("nvfp4", "nvfp4"),
+    "W4A16_NVFP4": _Algorithm("nvfp4", ""),
+    "W4A8_NVFP4_FP8": _Algorithm("nvfp4", "e4m3"),
+    "W4A8_MXFP4_FP8": _Algorithm("mxfp4", "e4m3"),
+    "MXFP4": _Algorithm("mxfp4", "mxfp4"),
+    "MXFP8": _Algorithm("mxfp8", "mxfp8"),
+    "W4A16_AWQ": _Algorithm("int4", ""),
+    "W4A8_AWQ": _Algorithm("int4", "e4m3"),
+    "W8A8_SQ_PER_CHANNEL": _Algorithm("int8", "int8"),
+    "W8A16": _Algorithm("int8", ""),
 }
-_TENSORS = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
+# What inputs are quantized to where only the tensors speak: an input scale is there where they are.
+_USUAL = {"fp8": "e4m3", "nvfp4": "nvfp4", "int4": "e4m3", "int8": "int8", "mxfp4": "e4m3", "mxfp8": ""}
+_SVD = "keeps a low-rank branch beside each weight, which is not supported; use an FP8 or NVFP4 export"
+_OTHERS = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How a module lies in its files, checked. ``block``: the (rows, columns) one scale covers."""
+
+    kind: str
+    code: str
+    weight: TensorEntry
+    scale: TensorEntry
+    block: tuple[int, int]
+
+    @property
+    def scheme(self) -> Scheme:
+        scale = number_format(_SCALES[self.scale.dtype])
+        if self.kind == "nvfp4":
+            scales = (scale, number_format("f32"))
+            return Scheme(number_format(self.code), (self.block, (0, 0)), scales)
+        return Scheme(number_format(self.code), (self.block,), (scale,))
 
 
 class ModelOpt:
@@ -100,28 +151,33 @@ class ModelOpt:
             name: self._known(value.get("quant_algo") if isinstance(value, dict) else None)
             for name, value in layers.items()
         }
-        if "AFFINE" in str(values.get("kv_cache_quant_algo")).upper():
-            raise LowbitError(
-                "E0218", f"{self.place}.kv_cache_quant_algo NVFP4_AFFINE {_REFUSED['NVFP4_AFFINE']}; not read"
-            )
-        require_tensors(header, (".weight_scale", "_weight_scale", "_scale"), self.place, "modelopt")
+        keys = ("exclude_modules", "ignore")
+        self.excluded = tuple(name for key in keys for name in strings(values.get(key), key, self.place))
+        for key in ("kv_cache_quant_algo", "kv_cache_scheme"):
+            if "AFFINE" in str(values.get(key)).upper():
+                raise LowbitError(
+                    "E0218",
+                    f"{self.place}.{key} NVFP4_AFFINE has a KV cache with zero points, which is not "
+                    "supported; use an export with an FP8 cache, or none",
+                )
+        require_tensors(header, (".weight_scale", "_weight_scale"), self.place, "modelopt")
 
     def _known(self, algorithm: object) -> str | None:
         """The algorithm in capitals, or None where none is named (the tensors then say)."""
         if algorithm is None:
             return None
         name = str(algorithm).upper()
-        if name in _REFUSED:
-            raise LowbitError(
-                "E0218", f"{self.place}: quant_algo {name} {_REFUSED[name]}; use an FP8 or NVFP4 export"
-            )
-        if name != "MIXED_PRECISION" and name not in _INPUTS:
+        if name == "MIXED_PRECISION":
+            return None
+        if name in ("NVFP4_SVD", "NVFP4_SVDQUANT"):
+            raise LowbitError("E0218", f"{self.place}: quant_algo {name} {_SVD}")
+        if name not in _ALGORITHMS:
             raise LowbitError(
                 "E0212",
                 f"{self.place}: quant_algo {printable(repr(algorithm))} is unknown; known: "
-                f"{', '.join(_INPUTS)}",
+                f"{', '.join(_ALGORITHMS)}",
             )
-        return None if name == "MIXED_PRECISION" else name
+        return name
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
@@ -140,11 +196,11 @@ class ModelOpt:
         """From dtypes and shapes; the input from the algorithm."""
         if is_dense(self.header, module):
             return dense_scheme(self.header, module)
-        return self._plan(module)[0]
+        return self._scheme(module, self._stored(module))
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """Weight, scales and bias."""
-        present = [name for s in _TENSORS if (name := module.tensor(s)) in self.header.tensors]
+        present = [name for s in _OTHERS if (name := _tensor(module, s)) in self.header.tensors]
         if is_dense(self.header, module):
             return [*dense_tensors(self.header, module), *present]
         return [module.tensor("weight"), *present, *bias_tensors(self.header, module)]
@@ -153,38 +209,124 @@ class ModelOpt:
         """Codes unpacked, both levels of scales."""
         if is_dense(self.header, module):
             return read_dense(self.header, module, data)
-        scheme, weight, grid = self._plan(module)
-        stored = of_expert(module, data.tensor(weight.name))
-        out, columns = module.shape
-        if scheme.weight.name == "int8":
-            codes = stored.view(torch.uint8) ^ 0x80
-        elif scheme.weight.name == "int4":
-            pairs = torch.stack((stored & 15, stored >> 4), 1)  # (out / 2, 2, in)
-            codes = pairs.view(out, columns) ^ 8
-        elif scheme.weight.bits == 4:
-            codes = unpack_bits(stored, 4, columns)
-        else:
-            codes = stored.view(torch.uint8)
-        scales = [self._scale(module, data, "weight_scale", scheme).reshape(grid)]
-        if len(scheme.scales) == 2:
+        stored = self._stored(module)
+        scheme = self._scheme(module, stored)
+        scales = [self._scale(module, data, stored)]
+        if stored.kind == "nvfp4":
             scales.append(self._number(module, data, "weight_scale_2").reshape(1, 1))
         quantized = QuantizedTensor(
-            scheme, module.shape, codes, tuple(scales), origin=origin_of(self.header, module)
+            scheme,
+            module.shape,
+            _codes(stored.kind, _upright(module, data.tensor(stored.weight.name)), module.shape),
+            tuple(scales),
+            origin=origin_of(self.header, module),
         )
-        bias = read_bias(self.header, module, data)
-        return StoredLinear(quantized, bias, self._input(module, data, scheme))
+        return StoredLinear(
+            quantized, read_bias(self.header, module, data), self._input(module, data, scheme.activation)
+        )
 
-    def _scale(self, module: StoredModule, data: TensorData, suffix: str, scheme: Scheme) -> torch.Tensor:
-        name = module.tensor(suffix)
-        stored = of_expert(module, data.tensor(name))
-        if scheme.scales[0].name == "e8m0":
-            stored = stored.view(torch.float8_e8m0fnu)
-        return finite_scales(self.header, name, stored)
+    def _stored(self, module: StoredModule) -> _Stored:
+        """Dtypes and shapes, checked."""
+        weight = entry_of(self.header, module, "weight", ("F8_E4M3", "U8", "I8"), "ModelOpt")
+        scale = self._entry(module, "weight_scale", tuple(_SCALES))
+        family = "float" if scale.dtype in _FLOATS else _SCALES[scale.dtype]
+        if (weight.dtype, family) not in _KINDS:
+            raise LowbitError(
+                "E0213",
+                f"{scale.file.name}: tensor {scale.name!r} is {scale.dtype} beside a weight of "
+                f"{weight.dtype}; ModelOpt stores no such pair. The packing does not match the quantization "
+                "config",
+            )
+        kind, code = _KINDS[weight.dtype, family]
+        self._refuse_unknown(module, weight, kind)
+        out, columns = module.shape
+        if (kind == "int4" and out % 2) or (code == "e2m1" and columns % 2):
+            raise LowbitError(
+                "E0213",
+                f"{weight.file.name}: tensor {weight.name!r} of a {out} x {columns} layer is {kind}, "
+                "two codes to a byte; config and weights are from different models",
+            )
+        packed = {"int4": (out // 2, columns), "e2m1": (out, columns // 2)}.get(code, (out, columns))
+        check_shape(weight, _as_stored(module, packed), f"ModelOpt with {kind}")
+        if kind in _GROUPS:
+            return _Stored(kind, code, weight, scale, (1, self._group(module, scale, kind)))
+        return _Stored(kind, code, weight, scale, self._block(module, scale, kind))
 
-    def _number(self, module: StoredModule, data: TensorData, suffix: str) -> torch.Tensor:
-        """float32 []: a scale of the whole tensor."""
-        entry = entry_of(self.header, module, suffix, tuple(_FLOATS), "ModelOpt")
-        stored = of_expert(module, data.tensor(entry.name))
+    def _refuse_unknown(self, module: StoredModule, weight: TensorEntry, kind: str) -> None:
+        """What has tensors of a meaning that is not read here."""
+        if module.expert is not None and kind not in ("fp8", "nvfp4"):
+            raise LowbitError(
+                "E0218",
+                f"{weight.file.name}: tensor {weight.name!r}: stacked experts in {kind} have groups "
+                "across outputs, which is not supported; use an FP8 or NVFP4 export",
+            )
+        if f"{module.stored}.svdquant_lora_a" in self.header.tensors:
+            raise LowbitError("E0218", f"{weight.file.name}: {module.stored!r} {_SVD}")
+        second = _tensor(module, "weight_scale_2")
+        if kind not in ("nvfp4", "int4") and second in self.header.tensors:
+            raise LowbitError(
+                "E0213",
+                f"{self.header.file_of(second)}: tensor {second!r} lies beside {kind} weights, which have "
+                "one scale; the packing does not match the quantization config",
+            )
+        if kind == "nvfp4":
+            self._entry(module, "weight_scale_2", tuple(_FLOATS))
+
+    def _group(self, module: StoredModule, scale: TensorEntry, kind: str) -> int:
+        """Columns under one scale, 0 for all: as many as the scales' shape says."""
+        out, columns = module.shape
+        across = scale.shape[-2 if module.transposed and module.expert is not None else -1 :][:1]
+        groups = across[0] if across else 0
+        usual = (_GROUPS[kind] or (128,))[0]
+        if not groups or columns % groups or (_GROUPS[kind] and columns // groups not in _GROUPS[kind]):
+            groups = -(-columns // usual)
+        check_shape(scale, _as_stored(module, (out, groups)), f"ModelOpt with {kind}")
+        return columns // groups if groups > 1 or _GROUPS[kind] else 0
+
+    def _block(self, module: StoredModule, scale: TensorEntry, kind: str) -> tuple[int, int]:
+        """(rows, columns) under one scale of an fp8 or int8 weight."""
+        out, columns = module.shape
+        shape = scale.shape
+        if module.expert is not None and shape[:1] == (module.experts,):
+            shape = shape[1:]
+        if all(size == 1 for size in shape):
+            return (0, 0)
+        if shape in ((out,), (out, 1)):
+            return (1, 0)
+        a, b = -(-out // 128), -(-columns // 128)
+        if kind == "fp8" and module.expert is None and shape in ((a, b), (a, 1, b, 1)):
+            return (128, 128)
+        blocks = f", or {[a, 1, b, 1]} for blocks of 128 x 128" if kind == "fp8" else ""
+        raise LowbitError(
+            "E0213",
+            f"{scale.file.name}: tensor {scale.name!r} is {scale.dtype} {list(scale.shape)}; ModelOpt stores "
+            f"one scale, {[out]}{blocks}. The packing does not match the quantization config",
+        )
+
+    def _scale(self, module: StoredModule, data: TensorData, stored: _Stored) -> Tensor:
+        """The inner scales as (rows of blocks, columns of blocks)."""
+        name = stored.scale.name
+        scale = data.tensor(name)
+        if stored.kind in _GROUPS:
+            scale = _upright(module, scale)
+        elif module.expert is not None and scale.shape[:1] == (module.experts,):
+            scale = scale[module.expert]
+        if _SCALES[stored.scale.dtype] == "e8m0":
+            scale = scale.view(torch.float8_e8m0fnu)
+        rows, columns = stored.block
+        out, width = module.shape
+        grid = (-(-out // (rows or out)), -(-width // (columns or width)))
+        return finite_scales(self.header, name, scale.reshape(grid))
+
+    def _entry(self, module: StoredModule, suffix: str, dtypes: tuple[str, ...]) -> TensorEntry:
+        return entry_of(self.header, module, _suffix(module, suffix), dtypes, "ModelOpt")
+
+    def _number(self, module: StoredModule, data: TensorData, suffix: str) -> Tensor:
+        """float32 []: a scale of the whole tensor, or of each expert."""
+        entry = self._entry(module, suffix, tuple(_FLOATS))
+        stored = data.tensor(entry.name).flatten()
+        if module.expert is not None and stored.numel() == module.experts:
+            stored = stored[module.expert : module.expert + 1]
         if stored.numel() != 1:
             raise LowbitError(
                 "E0213",
@@ -192,105 +334,104 @@ class ModelOpt:
             )
         return finite_scales(self.header, entry.name, stored).float().reshape(())
 
-    def _plan(self, module: StoredModule) -> tuple[Scheme, TensorEntry, tuple[int, int]]:
-        """(scheme, the weight's entry, the shape of its inner scales), everything checked."""
-        out, columns = module.shape
-        weight = entry_of(self.header, module, "weight", ("F8_E4M3", "U8", "I8"), "ModelOpt")
-        lead = () if module.expert is None else (module.experts,)
-        scale = entry_of(
-            self.header, module, "weight_scale", (*_FLOATS, "F8_E4M3", "F8_E8M0", "U8"), "ModelOpt"
-        )
-        shape = tuple(size for size in scale.shape[len(lead) :])
-        inner = weight.shape[len(lead) :]
-        if weight.shape[: len(lead)] != lead:
-            check_shape(weight, (*lead, out, columns), "ModelOpt")
-        second: tuple[int, int] | None = None
-        if weight.dtype == "U8" and inner == (out // 2, columns) and scale.dtype in _FLOATS:
-            code, block = "int4", (1, self._group(module, scale, shape))
-        elif weight.dtype == "U8":
-            check_shape(weight, (*lead, out, columns // 2), "ModelOpt with 4-bit floats")
-            code = "e2m1"
-            block = (1, 16) if scale.dtype == "F8_E4M3" else (1, 32)
-            if module.tensor("weight_scale_2") in self.header.tensors:
-                second = (0, 0)
-        else:
-            check_shape(weight, (*lead, out, columns), "ModelOpt")
-            code = "e4m3" if weight.dtype == "F8_E4M3" else "int8"
-            block = self._block(module, scale, shape)
-        fmt = "e8m0" if scale.dtype in ("U8", "F8_E8M0") else {"F8_E4M3": "e4m3", **_FLOATS}[scale.dtype]
-        rows, width = block
-        grid = (-(-out // (rows or out)), -(-columns // (width or columns)))
-        # Axes of one come and go between versions; nothing else may differ.
-        if [size for size in shape if size != 1] != [size for size in grid if size != 1]:
-            check_shape(scale, (*lead, *grid), "ModelOpt")
-        blocks, scales = (block,), (number_format(fmt),)
-        if second is not None:
-            blocks, scales = (block, second), (*scales, number_format("f32"))  # type: ignore[assignment]
-        return Scheme(number_format(code), blocks, scales, activation=self._activation(module)), weight, grid
+    def _scheme(self, module: StoredModule, stored: _Stored) -> Scheme:
+        """The weight's scheme with what its input is quantized to."""
+        weight = stored.scheme
+        activation = self._activation(module, stored)
+        return Scheme(weight.weight, weight.blocks, weight.scales, activation=activation)
 
-    def _group(self, module: StoredModule, scale: TensorEntry, shape: tuple[int, ...]) -> int:
-        columns = module.shape[1]
-        groups = shape[1] if len(shape) == 2 else 1
-        if groups < 1 or columns % groups:
-            check_shape(scale, (module.shape[0], -(-columns // 128)), "ModelOpt int4 with groups of 128")
-        return 0 if groups == 1 else columns // groups
+    def _activation(self, module: StoredModule, stored: _Stored) -> ActivationScheme | None:
+        has_scale = _tensor(module, "input_scale") in self.header.tensors
+        inputs = self._inputs(module, stored, has_scale)
+        if inputs == "nvfp4" and has_scale:
+            return ActivationScheme(number_format("e2m1"), (1, 16), scale=number_format("e4m3"))
+        if inputs in ("mxfp4", "mxfp8"):
+            code, limit = ("e2m1", 6.0) if inputs == "mxfp4" else ("e4m3", 448.0)
+            return ActivationScheme(number_format(code), (1, 32), limit=limit, scale=number_format("e8m0"))
+        if inputs in ("e4m3", "e4m3 per token", "int8"):
+            code, limit = ("int8", 127.0) if inputs == "int8" else ("e4m3", 448.0)
+            if has_scale and inputs != "e4m3 per token":
+                return ActivationScheme(number_format(code), (0, 0), "static", limit=limit)
+            return ActivationScheme(number_format(code), (1, 0), limit=limit)
+        return None
 
-    def _block(self, module: StoredModule, scale: TensorEntry, shape: tuple[int, ...]) -> tuple[int, int]:
-        """(rows, columns) one scale covers, from its shape without axes of one."""
-        out, columns = module.shape
-        sizes = tuple(size for size in shape if size != 1)
-        if not sizes:
-            return (0, 0)
-        if scale.dtype in ("U8", "F8_E8M0"):
-            return (1, 32)
-        if sizes == (out,):
-            return (1, 0)
-        grid = (-(-out // 128), -(-columns // 128))
-        if sizes == tuple(size for size in grid if size != 1):
-            return (128, 128)
-        check_shape(scale, grid, "ModelOpt with blocks of 128 x 128")
-        raise AssertionError("check_shape raised")
+    def _inputs(self, module: StoredModule, stored: _Stored, has_scale: bool) -> str:
+        """What the config asks of the module's input; where it contradicts the tensors, what they ask."""
+        where = f"{stored.weight.file.name}: {module.stored!r} is stored as {stored.kind}"
+        if listed(module.stored, self.excluded, wildcard):
+            self.notes.contradiction(
+                "E0214", f"{where} but {self.place} lists it as not quantized; reading it as it is stored"
+            )
+        name = self._algorithm_of(module)
+        if name is not None and _ALGORITHMS[name].kind == stored.kind:
+            return _ALGORITHMS[name].inputs
+        says = f"says {name}" if name is not None else "names no algorithm for it"
+        self.notes.contradiction("E0214", f"{where} but {self.place} {says}; reading it as it is stored")
+        return _USUAL[stored.kind] if has_scale else ""
 
     def _algorithm_of(self, module: StoredModule) -> str | None:
-        for name in spellings(module.stored):
-            if name in self.layers:
-                return self.layers[name]
+        """The module's own, that of the experts it is one of, or everybody's."""
+        name = module.stored
+        while name and self.layers:
+            for spelling in spellings(name):
+                if spelling in self.layers:
+                    return self.layers[spelling]
+            name = name.rpartition(".")[0]
         return self.algorithm
 
-    def _activation(self, module: StoredModule) -> ActivationScheme | None:
-        algorithm = self._algorithm_of(module)
-        has_input_scale = module.tensor("input_scale") in self.header.tensors
-        if algorithm is None:
-            # Only the tensors speak: an input scale is written exactly where inputs are quantized.
-            weight = self.header.tensors[module.tensor("weight")]
-            algorithm = "FP8" if weight.dtype == "F8_E4M3" else "NVFP4" if weight.dtype == "U8" else "W8A16"
-            if not has_input_scale:
-                return None
-        asked = _INPUTS[algorithm]
-        if asked is None:
-            return None
-        name, block, static, scale = asked
-        limit = {"int8": 127.0, "e4m3": 448.0}.get(name, 0.0) if scale == "f32" else 0.0
-        if static and has_input_scale:
-            return ActivationScheme(number_format(name), (0, 0), "static", limit=limit)
-        return ActivationScheme(number_format(name), block, limit=limit, scale=number_format(scale))
-
-    def _input(self, module: StoredModule, data: TensorData, scheme: Scheme) -> InputRule | None:
+    def _input(
+        self, module: StoredModule, data: TensorData, activation: ActivationScheme | None
+    ) -> InputRule | None:
         multiplier = static = None
-        name = module.tensor("pre_quant_scale")
+        name = _tensor(module, "pre_quant_scale")
         if name in self.header.tensors:
-            entry = entry_of(self.header, module, "pre_quant_scale", tuple(_FLOATS), "ModelOpt")
-            multiplier = of_expert(module, data.tensor(name)).flatten()
+            entry = self._entry(module, "pre_quant_scale", tuple(_FLOATS))
+            multiplier = data.tensor(name)
+            if module.expert is not None and entry.shape[:1] == (module.experts,):
+                multiplier = multiplier[module.expert]
             if multiplier.numel() != module.shape[1]:
                 check_shape(entry, (module.shape[1],), "ModelOpt")
-            finite_scales(self.header, name, multiplier)
-        activation = scheme.activation
-        uses_static = activation is not None and (activation.mode == "static" or activation.block == (1, 16))
-        if uses_static and module.tensor("input_scale") in self.header.tensors:
+            multiplier = finite_scales(self.header, name, multiplier.flatten())
+        if activation is not None and (activation.mode == "static" or activation.block == (1, 16)):
             static = self._number(module, data, "input_scale")
         if multiplier is None and static is None:
             return None
         return InputRule(multiplier, static)
+
+
+def _suffix(module: StoredModule, suffix: str) -> str:
+    """As ``StoredModule.tensor`` wants it: a stack's scales are called ``gate_up_proj_weight_scale``."""
+    return suffix if module.expert is None else f"weight_{suffix}"
+
+
+def _tensor(module: StoredModule, suffix: str) -> str:
+    """The stored name of what belongs to a weight."""
+    return module.tensor(_suffix(module, suffix))
+
+
+def _as_stored(module: StoredModule, shape: tuple[int, int]) -> tuple[int, ...]:
+    """The shape in the file of what is (rows, columns) for one module."""
+    if module.expert is None:
+        return shape
+    return (module.experts, *(shape[::-1] if module.transposed else shape))
+
+
+def _upright(module: StoredModule, stored: Tensor) -> Tensor:
+    """The module's own (rows, columns)."""
+    mine = of_expert(module, stored)
+    return mine.T.contiguous() if module.expert is not None and module.transposed else mine
+
+
+def _codes(kind: str, stored: Tensor, shape: tuple[int, int]) -> Tensor:
+    """uint8 (out, in), signed integers in offset binary."""
+    if kind == "int8":
+        return stored.view(torch.uint8) ^ 0x80
+    if kind == "int4":
+        pairs = torch.stack((stored & 15, stored >> 4), 1)  # (out / 2, 2, in)
+        return pairs.view(shape) ^ 8
+    if kind in ("nvfp4", "mxfp4"):
+        return unpack_bits(stored, 4, shape[1])
+    return stored.view(torch.uint8)
 
 
 FORMAT = ModelOpt

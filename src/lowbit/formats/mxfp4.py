@@ -6,7 +6,9 @@
 
 Rows are output rows; that gate and up rows come in turn is the family's knowledge. A fine-tune may store its
 experts as plain (experts, in, out) matrices: those are read as they are. Experts under names of their own
-(``experts.3.down_proj.weight_blocks`` or ``_blocks``) are read the same way.
+(``experts.3.down_proj.weight_blocks`` or ``experts.3.down_proj_blocks``, the bias likewise) have no first
+axis. Inputs stay as they are. OpenAI's own layout (``original/``: ``mlp1_weight.blocks``) has no config and
+is not read.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class Mxfp4:
         if blocks is None:
             return dense_tensors(self.header, module)
         scales = blocks.name.removesuffix("_blocks") + "_scales"
-        return [blocks.name, scales, *bias_tensors(self.header, module)]
+        return [blocks.name, scales, *bias_tensors(self.header, _named_like(blocks, module))]
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """Nibbles unpacked, low ones first."""
@@ -95,13 +97,22 @@ class Mxfp4:
             (finite_scales(self.header, scales.name, stored),),
             origin=f"{blocks.file.name}: {module.name}",
         )
-        return StoredLinear(weight, read_bias(self.header, module, data))
+        return StoredLinear(weight, read_bias(self.header, _named_like(blocks, module), data))
 
     def _blocks_entry(self, module: StoredModule) -> TensorEntry | None:
+        """The blocks under any of their names, None for a plain matrix; scales alone are an error."""
         tensors = self.header.tensors
-        if module.expert is not None:
-            return tensors.get(module.tensor("blocks"))
-        return tensors.get(f"{module.stored}.weight_blocks") or tensors.get(f"{module.stored}_blocks")
+        stems = (module.stored,) if module.expert is not None else (f"{module.stored}.weight", module.stored)
+        for stem in stems:
+            if f"{stem}_blocks" in tensors:
+                return tensors[f"{stem}_blocks"]
+            if f"{stem}_scales" in tensors:
+                raise LowbitError(
+                    "E0209",
+                    f"{self.header.root.name}: no file contains '{stem}_blocks', the codes that belong to "
+                    f"'{stem}_scales'",
+                )
+        return None
 
     def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
         blocks = self._blocks_entry(module)
@@ -123,12 +134,26 @@ class Mxfp4:
             (blocks, (*lead, out, columns // _BLOCK, _BLOCK // 2)),
             (scales, (*lead, out, columns // _BLOCK)),
         ):
-            if entry.dtype not in ("U8", "F8_E8M0"):
+            if entry.dtype != "U8" and (entry is blocks or entry.dtype != "F8_E8M0"):
                 raise LowbitError(
                     "E0213", f"{entry.file.name}: tensor {entry.name!r} is {entry.dtype}, MXFP4 stores U8"
                 )
             check_shape(entry, shape, f"MXFP4 with input {columns}")
         return blocks, scales
+
+
+def _named_like(blocks: TensorEntry, module: StoredModule) -> StoredModule:
+    """The module under the name its bias has: ``experts.3.down_proj_bias`` beside ``down_proj_blocks``."""
+    if module.expert is not None or blocks.name.endswith(".weight_blocks"):
+        return module
+    return _Flat(module.name, module.stored, module.shape)
+
+
+class _Flat(StoredModule):
+    """A single module whose tensors are called ``<stored>_<suffix>``."""
+
+    def tensor(self, suffix: str) -> str:
+        return f"{self.stored}_{suffix}"
 
 
 FORMAT = Mxfp4
