@@ -1,0 +1,1 @@
+"""Online quantization: float weights -> QuantizedTensor, by name, recipe and method. Imports no torch."""
