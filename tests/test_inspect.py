@@ -12,6 +12,7 @@ import pytest
 
 import lowbit.checkpoint
 from lowbit.cli import main
+from lowbit.quantize.recipe import Asked
 
 KIB = 1024
 
@@ -32,7 +33,9 @@ def module(name: str, scheme: str, nbytes: int, kernel: str, *refusals: tuple[st
         kernel=kernel,
         computes="as stored",
         refusals=refusals,
-        stored_nbytes=nbytes,
+        nbytes=nbytes,
+        reason="",
+        error=None,
     )
 
 
@@ -81,7 +84,7 @@ def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[s
             "device": "cpu",
             "dtype": "auto",
             "kv_cache_dtype": "auto",
-            "quantization": None,
+            "quantization": Asked(),
             "strict": False,
         }
     ]

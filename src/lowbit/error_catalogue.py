@@ -319,9 +319,27 @@ CATALOGUE: dict[str, Entry] = {
         "Drop --quantization, or pass the original, unquantized model.",
     ),
     "E0402": Entry(
-        "quantizing at load is not possible this way",
-        "The model is not quantized and the method that --quantization names is unknown or not built in.",
-        "Pass a checkpoint that is quantized already, or leave --quantization away.",
+        "no such quantization method or option",
+        "--quantization or --torchao-config names a method, or an option of one, that lowbit does not know; "
+        "the message lists what there is.",
+        "docs/options.md lists every method with its options. Leave the flag away to run the model as it is.",
+    ),
+    "E0403": Entry(
+        "a layer cannot have this quantization",
+        "The method does not fit a layer's shape (a group size that does not divide its columns, say), and "
+        "--strict was given: otherwise such layers stay as they are, with a line in the log.",
+        "Use another group size or method for these layers, name them in --quantization-ignore, or drop "
+        "--strict.",
+    ),
+    "E0404": Entry(
+        "a quantization recipe is wrong",
+        "The TOML file of --quantization-recipe cannot be read as rules; the message names the rule.",
+        "lowbit/quantize/recipe.py and docs/options.md describe recipes with an example.",
+    ),
+    "E0405": Entry(
+        "options that contradict each other",
+        "Two flags say how to quantize, or one belongs to a method that was not asked for.",
+        "Keep one of them. A recipe file can give several methods to one model.",
     ),
     "E0410": Entry(
         "no kernel",

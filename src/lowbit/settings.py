@@ -77,11 +77,26 @@ class Settings:
         synonyms=(("bf16", "bfloat16"), ("half", "float16"), ("float", "float32")),
     )  # fmt: skip
     quantization: str | None = option(
-        None, "Not needed for quantized checkpoints: their config says the method.", "model"
+        None, "Method[:option=value,...] that quantizes a float model while it loads (below). Not needed for "
+        "quantized checkpoints: their config says the method.", "model",
+    )  # fmt: skip
+    torchao_config: str | None = option(
+        None, "Quantize a float model while it loads, with torchao's numerics: int8dq, int8wo, fp8wo, "
+        "fp8dq-per_tensor, fp8dq-per_row, int4wo-32, -64, -128 or -256.", "model",
+    )  # fmt: skip
+    quantization_recipe: str | None = option(
+        None, "TOML file that gives parts of a float model different methods (below).", "model"
+    )
+    quantization_ignore: str = option(
+        "", "Patterns of layers that stay as they are, comma-separated.", "model"
+    )
+    gguf_type: str | None = option(
+        None, "Type or mix of --quantization gguf: q4_k_m, q4_0, q8_0, ...; default: q4_k_m.", "model"
     )
     strict: bool = option(
-        False, "Refuse checkpoints whose config and tensors contradict each other.", "model"
-    )
+        False, "Refuse checkpoints whose config and tensors contradict each other, and layers that cannot "
+        "take the method asked for.", "model",
+    )  # fmt: skip
     quantization_param_path: str | None = option(
         None, "JSON file with a scale for each layer's fp8 KV cache, instead of the checkpoint's.", "model"
     )

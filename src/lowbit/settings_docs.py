@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lowbit.commands.sglang_flags import ONLY_ONE, REFUSED, WITHOUT_EFFECT
+from lowbit.quantize.specification import METHODS, TORCHAO, Choice
 from lowbit.settings import GROUPS, Settings, default_of, flag_of, range_text, type_of, variable_of
 
 _INTRODUCTION = """\
@@ -24,6 +25,80 @@ for SGLang works unchanged, these flags:
 """
 
 
+_METHODS = """\
+## Quantizing at load
+
+A float checkpoint (f32, f16, bf16) is quantized while it loads, layer by layer, with `--quantization METHOD`
+or `METHOD:option=value,option=value`, with `--torchao-config NAME`, or with a recipe. `lowbit inspect MODEL
+--quantization METHOD` shows beforehand what each layer becomes, its size and its error. Norms, routers and
+expert gates are never quantized; embeddings, the head and tiny layers only where a recipe names them (and
+by `gguf`, whose mixes define them). A layer a method cannot take stays as it is, with a line in the log, or
+is an error under `--strict`.
+
+| Method | What it does | Options (default) |
+| --- | --- | --- |
+"""
+
+_RECIPES = """\
+
+`--torchao-config` takes {torchao}: torchao 0.18's numerics on lowbit's kernels. They are methods of recipes
+too.
+
+### Recipes
+
+`--quantization-recipe FILE.toml` gives parts of a model different methods. The first rule that names a module
+decides, `default` the rest; without a default they stay as they are.
+
+```toml
+default = "fp8"
+
+[[rule]]
+modules = ["attention", "*.layers.0.*"]
+quantization = "int8wo"
+
+[[rule]]
+modules = "experts"
+quantization = "rtn"
+bits = 3
+group_size = 64
+
+[[rule]]
+modules = "head"
+quantization = "bf16"
+```
+
+`modules` is one pattern or a list: a role (`attention`, `mlp`, `experts`, `head`, `embedding`), a shell
+pattern for the whole name (`*.self_attn.*`), some dotted parts of it (`down_proj`, `layers.0.mlp`), or `re:`
+and a regular expression. Instead of a method, `keep` leaves a module as it is stored and `bf16`, `f16`, `f32`
+cast it.
+`--quantization-ignore` takes the same patterns, comma-separated.
+"""
+
+
+def methods_section() -> str:
+    """The table of online methods, and recipes."""
+    alike: dict[tuple[str, int], list[str]] = {}  # methods of one file and the same options share a row
+    for name, entry in METHODS.items():
+        if name not in TORCHAO:
+            alike.setdefault((entry.module, hash(tuple(entry.options.items()))), []).append(name)
+    rows = []
+    for names in alike.values():
+        entry = METHODS[names[0]]
+        options = "; ".join(map(_choice, entry.options.items())) or "-"
+        rows.append(f"| {', '.join(f'`{name}`' for name in names)} | {entry.summary} | {options} |")
+    listed = ", ".join(f"`{name}`" for name in TORCHAO)
+    return _METHODS + "\n".join(rows) + "\n" + _RECIPES.format(torchao=listed)
+
+
+def _choice(named: tuple[str, Choice]) -> str:
+    """An option in a cell: its name, what it takes, its default."""
+    name, choice = named
+    default = str(choice.default).lower() if isinstance(choice.default, bool) else choice.default
+    shown = "" if default in (None, "") else f" ({default})"
+    takes = f": {', '.join(choice.choices)}" if choice.choices else f": {choice.help}"
+    return f"`{name}`{shown}{takes}".replace("|", "\\|")
+
+
 def options_page() -> str:
     """The whole page."""
     parts = [_INTRODUCTION]
@@ -31,7 +106,7 @@ def options_page() -> str:
         parts.append(f"## {title}\n\n| Flag | Variable | Default | Meaning |\n| --- | --- | --- | --- |")
         parts[-1] += "".join(_row(name) for name, rule in Settings.options().items() if rule.group == group)
         parts[-1] += "\n"
-    parts.append(_SGLANG)
+    parts += [methods_section(), _SGLANG]
     reasons: dict[str, list[str]] = {}
     for flag, (_, reason) in WITHOUT_EFFECT.items():
         reasons.setdefault(reason, []).append(f"`{flag}`")

@@ -19,6 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats.refused import REFUSED
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.loading import load_model, plan_model
+from lowbit.quantize.recipe import Asked
 
 W4A16 = FIXTURES / "compressed_tensors" / "w4a16_group"
 NF4 = FIXTURES / "bitsandbytes" / "nf4"
@@ -52,9 +53,9 @@ def test_kernel_aliases(tmp_path: Path) -> None:
         from lowbit.loading import check_quantization
 
         header = open_checkpoint(str(folder))
-        check_quantization(detect(header)(header, Notes()), alias)
+        check_quantization(detect(header)(header, Notes()), Asked(alias))
         with pytest.raises(LowbitError):
-            check_quantization(detect(header)(header, Notes()), "fp8")
+            check_quantization(detect(header)(header, Notes()), Asked("fp8"))
 
 
 @pytest.mark.parametrize("method", sorted(REFUSED))

@@ -192,7 +192,7 @@ def test_cache_holds_the_latent_only(tmp_path: Path) -> None:
     assert (spec.kind, spec.k_dim, spec.v_dim) == ("latent", 24 + 8, 24)
     assert plan.kv_bytes_per_token == 3 * 32 * spec.dtype.itemsize
     unpacked = [module for module in plan.modules if module.kernel == "unpacked"]
-    assert len(unpacked) == 3 and unpacked[0].stored_nbytes == 4 * (4 * 36) * 24
+    assert len(unpacked) == 3 and unpacked[0].nbytes == 4 * (4 * 36) * 24
     caches = allocate(load_model(header, device="cpu"), 5)
     assert sum(buffer.numel() for buffer in caches[0].buffers.values()) == 5 * 16 * 32
 

@@ -55,13 +55,14 @@ def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
     with progress_line() as on_progress:
         header = files.enter_context(opened_headers(settings.model, settings.revision, on_progress))
     from lowbit.loading import plan_model
+    from lowbit.quantize.recipe import Asked
 
     return plan_model(
         header,
         device=settings.device,
         dtype=settings.dtype,
         kv_cache_dtype=settings.kv_cache_dtype,
-        quantization=settings.quantization,
+        quantization=Asked.by(settings),
         strict=settings.strict,
     )
 
@@ -82,6 +83,7 @@ class Row:
     first: ModulePlan
     count: int = 0
     nbytes: int = 0
+    errors: list[float] = field(default_factory=list)  # estimated, where it is quantized at load
 
 
 def rows_of(plan: ModelPlan) -> list[Row]:
@@ -89,10 +91,15 @@ def rows_of(plan: ModelPlan) -> list[Row]:
     rows: dict[tuple[object, ...], Row] = {}
     for module in plan.modules:
         kind = re.sub(r"^(model\.)?(layers\.\d+\.)?", "", module.name)
-        key = (kind, module.shape, module.scheme, module.kernel, module.computes, module.refusals)
+        key = (
+            *(kind, module.shape, module.scheme, module.kernel, module.computes, module.refusals),
+            module.reason,
+        )
         row = rows.setdefault(key, Row(kind, module))
         row.count += 1
-        row.nbytes += module.stored_nbytes
+        row.nbytes += module.nbytes
+        if module.error is not None:
+            row.errors.append(module.error)
     return list(rows.values())
 
 
@@ -142,7 +149,9 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
                 "scheme": str(module.scheme),
                 "kernel": module.kernel,
                 "computes": module.computes,
-                "stored_bytes": module.stored_nbytes,
+                "stored_bytes": module.nbytes,
+                "not_quantized_because": module.reason or None,
+                "estimated_error": module.error,
                 "refusals": [{"kernel": kernel, "reason": reason} for kernel, reason in module.refusals],
             }
             for module in plan.modules
@@ -173,17 +182,25 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
         f"vocabulary {config.vocab_size}), context {plan.context_length}"
     )
     table = Table()
-    for title in ("modules", "kind", "shape (out, in)", "scheme", "stored", "kernel", "computes"):
-        table.add_column(
-            title, justify="right" if title in ("modules", "stored") else "left", overflow="fold"
-        )
     rows = rows_of(plan)
+    online = any(row.errors for row in rows)
+    titles = ("modules", "kind", "shape (out, in)", "scheme", "stored", "kernel", "computes")
+    for title in (*titles, "error") if online else titles:
+        right = title in ("modules", "stored", "error")
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
     for row in rows:
         module = row.first
         shape = " x ".join(str(size) for size in module.shape)
-        cells = (row.kind, shape, str(module.scheme), binary_size(row.nbytes), module.kernel, module.computes)
+        cells = [row.kind, shape, str(module.scheme), binary_size(row.nbytes), module.kernel, module.computes]
+        if online:
+            cells.append(f"{sum(row.errors) / len(row.errors):.2%}" if row.errors else "")
         table.add_row(str(row.count), *(escape(printable(cell)) for cell in cells))
     out.print(table)
+    if online:
+        out.print("error: |Q(w) - w| / |w|, estimated from a few rows of every layer")
+        for row in rows:
+            if row.first.reason:
+                out.print(escape(printable(f"not quantized: {row.kind} ({row.first.reason})", 400)))
     for refusal in refusals_of(rows):
         line = f"not {refusal.kernel}: {refusal.reason} ({', '.join(refusal.kinds)})"
         out.print(escape(printable(line, 400)))

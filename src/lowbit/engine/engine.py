@@ -383,11 +383,13 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
     from lowbit.checkpoint import open_checkpoint
     from lowbit.kernels import native
     from lowbit.loading import load_model
+    from lowbit.quantize.recipe import Asked
     from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
 
     if settings.threads is not None:
         native.set_threads(settings.threads)
         torch.set_num_threads(settings.threads)
+    asked = Asked.by(settings)  # what is wrong with it is said before anything is read
     header = open_checkpoint(settings.model, settings.revision, on_progress)
     tokenizer = load_tokenizer(header, settings.tokenizer)
     model = load_model(
@@ -395,7 +397,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
         device=settings.device,
         dtype=settings.dtype,
         kv_cache_dtype=settings.kv_cache_dtype,
-        quantization=settings.quantization,
+        quantization=asked,
         strict=settings.strict,
         kv_scales_path=settings.quantization_param_path,
         on_progress=on_progress,
@@ -407,5 +409,11 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
     check_vocabulary(tokenizer, model.vocab_size)
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
-    details = {"device": str(model.device), "kernels": native.describe(), "linear layers": linear}
+    details = {
+        "device": str(model.device),
+        "kernels": native.describe(),
+        "linear layers": linear,
+        "quantization": model.quantization,
+        "weight bytes": str(model.weight_bytes),
+    }
     return Engine(model, tokenizer, settings, stop_ids=stop_ids, details=details)

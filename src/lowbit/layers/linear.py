@@ -17,13 +17,14 @@ class Part:
 
     ``name``: canonical module name. ``shape``: (out, in). ``rotary_heads``: how many heads its rows are
     rotated in (Q and K projections), so that containers with another rotary row order can be put right.
-    ``bias``: whether the config promises one.
+    ``bias``: whether the config promises one. ``router``: it chooses experts, and is never quantized at load.
     """
 
     name: str
     shape: tuple[int, int]
     rotary_heads: int = 0
     bias: bool = False
+    router: bool = False
 
 
 class Linear:

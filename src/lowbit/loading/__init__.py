@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.errors import LowbitError, printable
+from lowbit.errors import LowbitError
 from lowbit.formats import CheckpointFormat, InputRule, Notes, detect
 from lowbit.formats.kv_scales import KvScales, read_scales_file, wants_fp8_cache
 from lowbit.kernels import PackedWeight, choose
@@ -27,6 +27,7 @@ from lowbit.kernels.attention import CacheSpec
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.names import Names, Placed, row_order
+from lowbit.loading.online import SAMPLE_ROWS, Decision, Online, estimated_error, facts_of, is_float
 from lowbit.loading.self_check import check_packed
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
@@ -34,6 +35,7 @@ from lowbit.models.registry import Family, family_of
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme
+from lowbit.quantize.recipe import Asked, Recipe
 
 _log = logging.getLogger("lowbit")
 
@@ -45,7 +47,11 @@ _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One stored module: what it is and which kernel will run it. ``refusals``: (kernel, reason)."""
+    """One stored module: what it is and which kernel will run it. ``refusals``: (kernel, reason).
+
+    ``nbytes``: what it will occupy. When quantizing at load, ``reason``: why it stays plain; ``error``: the
+    estimated |Q(w) - w| / |w|.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -53,7 +59,9 @@ class ModulePlan:
     kernel: str
     computes: str
     refusals: tuple[tuple[str, str], ...]
-    stored_nbytes: int
+    nbytes: int
+    reason: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,8 @@ class ModelPlan:
 
     @property
     def weight_bytes(self) -> int:
-        """Stored bytes of all planned modules."""
-        return sum(module.stored_nbytes for module in self.modules)
+        """Bytes of all planned modules."""
+        return sum(module.nbytes for module in self.modules)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -96,16 +104,16 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
-    quantization: str | None = None,
+    quantization: Asked | str | None = None,
     strict: bool = False,
     kv_scales_path: str | None = None,
     on_progress: Progress | None = None,
 ) -> Model:
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
-    ``quantization``: what the user believes the method is; anything but the checkpoint's own is E0401.
-    ``strict``: contradictions the data could settle are errors. ``kv_scales_path``: a file with scales of
-    the fp8 KV cache, instead of the checkpoint's own.
+    ``quantization``: how to quantize a float checkpoint; of a quantized one, what the user believes its
+    method is: anything but its own is E0401. ``strict``: contradictions the data could settle are errors.
+    ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own.
     """
     opened = _Opened.of(header, quantization, strict)
     kv_scales = KvScales(header)
@@ -116,7 +124,11 @@ def load_model(
         loader = _Loader(opened, target, data, kv_scales, on_progress)
         model = opened.family.build(opened.config, loader)
         loader.names.refuse_leftovers()
+    if loader.online is not None:
+        loader.online.say_kept()
     model.kernels = frozenset(loader.kernels)
+    model.quantization = opened.described
+    model.weight_bytes = loader.packed_bytes
     return model
 
 
@@ -126,18 +138,20 @@ def plan_model(
     device: str = "auto",
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
-    quantization: str | None = None,
+    quantization: Asked | str | None = None,
     strict: bool = False,
 ) -> ModelPlan:
-    """What ``load_model`` would do, without reading a weight."""
+    """What ``load_model`` would do, without reading a weight; but where it would quantize, a few rows of each
+    are looked at to estimate the error."""
     opened = _Opened.of(header, quantization, strict)
-    planner = _Planner(opened, _Target.resolve(header, device, dtype, kv_cache_dtype))
-    model = opened.family.build(opened.config, planner)
+    with TensorData(header) as data:
+        planner = _Planner(opened, _Target.resolve(header, device, dtype, kv_cache_dtype), data)
+        model = opened.family.build(opened.config, planner)
     planner.names.refuse_leftovers()
     return ModelPlan(
         architecture=opened.config.architecture,
         format=opened.form.name,
-        described=opened.form.describe(),
+        described=opened.described,
         config=opened.config,
         modules=planner.modules,
         cache_specs=model.cache_specs(),
@@ -148,37 +162,46 @@ def plan_model(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A checkpoint with its family, its format and its config."""
+    """A checkpoint with its family, its format and its config; ``recipe``: how to quantize it at load."""
 
     header: CheckpointHeader
     family: Family
     form: CheckpointFormat
     config: ModelConfig
+    recipe: Recipe | None
+    strict: bool
 
     @classmethod
-    def of(cls, header: CheckpointHeader, quantization: str | None, strict: bool) -> _Opened:
+    def of(cls, header: CheckpointHeader, quantization: Asked | str | None, strict: bool) -> _Opened:
+        asked = quantization if isinstance(quantization, Asked) else Asked(quantization)
         family = family_of(header)
         form = detect(header)(header, Notes(strict))
-        if quantization is not None:
-            check_quantization(form, quantization)
-        return cls(header, family, form, family.read_config(header))
+        recipe = None
+        if is_float(header):
+            recipe = asked.recipe()
+        elif asked.flag:
+            check_quantization(form, asked)
+        return cls(header, family, form, family.read_config(header), recipe, strict)
+
+    @property
+    def described(self) -> str:
+        """How the weights are quantized: as the checkpoint says, or by what at load."""
+        if self.recipe is None:
+            return self.form.describe()
+        return f"{self.recipe.described}, quantized at load"
 
 
-def check_quantization(form: CheckpointFormat, asked: str) -> None:
+def check_quantization(form: CheckpointFormat, asked: Asked) -> None:
     """The config decides; a flag may only repeat it."""
-    if form.name == "dense":
-        raise LowbitError(
-            "E0402",
-            f"--quantization {printable(asked)}: this model is not quantized, and quantizing at load is not "
-            "built in yet; pass a quantized checkpoint",
-        )
-    if asked != form.name and asked not in form.aliases:
+    method = asked.quantization
+    if method is None or (method != form.name and method not in form.aliases):
+        flag = asked.flag.split()[0]
         raise LowbitError(
             "E0401",
-            f"--quantization {printable(asked)}: this model is already quantized ({form.describe()}); "
-            "drop --quantization, or pass the original model to re-quantize",
+            f"{asked.flag}: this model is already quantized ({form.describe()}); "
+            f"drop {flag}, or pass the original model to re-quantize",
         )
-    _log.warning("lowbit: --quantization %s is not needed: the checkpoint says %s", asked, form.describe())
+    _log.warning("lowbit: --quantization %s is not needed: the checkpoint says %s", method, form.describe())
 
 
 @dataclass(frozen=True)
@@ -226,6 +249,9 @@ class _Asker:
         self.activation_dtype = target.activation_dtype
         self.cache_dtype = target.cache_dtype
         self.names = Names(opened.header, opened.family, opened.config.layers, opened.form.unused)
+        self.online: Online | None = None
+        if opened.recipe is not None:
+            self.online = Online(opened.recipe, self.names, facts_of(opened.config), opened.strict)
 
     def placed(self, name: str, parts: list[Part]) -> list[Placed]:
         """The parts' stored modules, their tensors marked as used."""
@@ -262,6 +288,10 @@ class _Asker:
         """Bytes of the module in the files; its share of a stack of experts."""
         tensors = self.form.tensors_of(place.module)
         return sum(self.header.tensors[name].nbytes for name in tensors) // (place.module.experts or 1)
+
+    def decide(self, place: Placed) -> Decision | None:
+        """What quantizing at load makes of a module; None: nothing is quantized."""
+        return None if self.online is None else self.online.decide(place, self.form.scheme_of(place.module))
 
     def check_vector(self, name: str, size: int) -> str:
         """The stored name of a 1-D tensor of ``size`` elements."""
@@ -314,6 +344,7 @@ class _Loader(_Asker):
         self.on_progress = on_progress
         self.done = 0
         self.kernels: set[str] = set()
+        self.packed_bytes = 0
         self._said_unused = False
         self._kv_scales = kv_scales
 
@@ -339,7 +370,7 @@ class _Loader(_Asker):
         """The dequantized matrix itself, or (stacked, out, in) of them."""
         found = []
         for place in self.placed_stack(part, stacked):
-            read = self._read(place)
+            read = self._read(place, as_stored=True)
             matrix = read.weight.dequantize().to(self.device)
             if read.transform is not None and read.transform.multiplier is not None:
                 matrix = matrix * read.transform.multiplier  # what x would have been multiplied by
@@ -370,18 +401,23 @@ class _Loader(_Asker):
             inputs.append(transform)
         return Linear(name, weights, bias, inputs)
 
-    def _read(self, place: Placed) -> _Read:
+    def _read(self, place: Placed, as_stored: bool = False) -> _Read:
         stored = self.form.read(place.module, self.data)
-        weight, bias = self._cast(stored.weight), stored.bias
-        rule = self._transform(stored.weight.scheme, stored.input)
+        weight, bias, rule = stored.weight, stored.bias, stored.input
         order = row_order(place, self.header)
         if order is not None:
             weight = weight.permute_rows(order)
             bias = None if bias is None else bias[order]
+        if self.online is not None and not as_stored and (decision := self.decide(place)) is not None:
+            made = self.online.quantize(decision, weight)
+            weight = made.weight
+            rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
+        transform = self._transform(weight.scheme, rule)
+        weight = self._cast(weight)
         if self.on_progress is not None:
             self.done += self.stored_nbytes(place)
             self.on_progress(self.done, self.header.nbytes, place.part.name)
-        return _Read(weight, bias, rule)
+        return _Read(weight, bias, transform)
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:
         if scheme.activation is None and rule is None:
@@ -408,6 +444,7 @@ class _Loader(_Asker):
         self.kernels.add(kernel.name)
         packed = kernel.pack(weight, self.device)
         check_packed(weight, packed)
+        self.packed_bytes += packed.nbytes
         return packed
 
     def _bias(self, read: list[_Read]) -> Tensor | None:
@@ -449,8 +486,9 @@ def _alike(a: InputTransform | None, b: InputTransform | None) -> bool:
 class _Planner(_Asker):
     """``WeightLoader`` that only writes down what would be read."""
 
-    def __init__(self, opened: _Opened, target: _Target) -> None:
+    def __init__(self, opened: _Opened, target: _Target, data: TensorData) -> None:
         super().__init__(opened, target)
+        self.data = data
         self.modules: list[ModulePlan] = []
         self.kv_tensors = KvScales(self.header)
         self.largest_module = 0
@@ -493,15 +531,22 @@ class _Planner(_Asker):
 
     @property
     def peak_bytes(self) -> int:
-        """Packed weights and the largest module with one byte a code."""
-        return sum(module.stored_nbytes for module in self.modules) + self.largest_module
+        """Packed weights and the largest module with one byte a code; twice that where it is made here."""
+        copies = 1 if self.online is None else 2
+        return sum(module.nbytes for module in self.modules) + copies * self.largest_module
 
     def _plan(self, place: Placed, unpacked: bool = False) -> None:
-        scheme = self.form.scheme_of(place.module)
+        decision = None if unpacked else self.decide(place)
+        scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
         shape = place.part.shape
         choice = choose(self.as_run(scheme), shape, self.device)
         width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
         self.largest_module = max(self.largest_module, int(shape[0] * shape[1] * width))
+        nbytes = self.stored_nbytes(place)
+        if unpacked:
+            nbytes = 4 * shape[0] * shape[1]
+        elif decision is not None and decision.method is not None:
+            nbytes = round(shape[0] * shape[1] * scheme.bits_per_weight(shape) / 8)
         self.modules.append(
             ModulePlan(
                 place.part.name,
@@ -510,9 +555,19 @@ class _Planner(_Asker):
                 "unpacked" if unpacked else choice.kernel.name,
                 choice.kernel.computes,
                 () if unpacked else choice.refusals,
-                4 * shape[0] * shape[1] if unpacked else self.stored_nbytes(place),
+                nbytes,
+                "" if decision is None else decision.reason,
+                None if decision is None else estimated_error(decision, self._sample(place, decision)),
             )
         )
+
+    def _sample(self, place: Placed, decision: Decision) -> Tensor | None:
+        """Some rows of the stored weight; of a hub model only headers are here, the rest reads as zeros."""
+        if decision.method is None:
+            return None
+        weight = self.form.read(place.module, self.data).weight
+        rows = weight.rows(0, min(SAMPLE_ROWS, place.part.shape[0])).codes
+        return rows if bool(rows.count_nonzero()) else None
 
 
 class _PlannedEmbedding(Embedding):

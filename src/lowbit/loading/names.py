@@ -170,6 +170,10 @@ class Names:
         placed = [self.prefix + name.removeprefix("model.") for name in names if name.startswith("model.")]
         return placed or [*names, *(f"language_model.{name}" for name in names)]
 
+    def gguf_name(self, canonical: str) -> str:
+        """What GGUF calls a module, whatever this checkpoint is; "" where it has no name for it."""
+        return self._gguf_stem(canonical) or ""
+
     def _gguf_stem(self, canonical: str) -> str | None:
         number = re.search(r"\.(\d+)\.", canonical)
         general = canonical if number is None else canonical.replace(number[0], ".{n}.", 1)

@@ -68,6 +68,8 @@ class Decoder:
         self.context_length = config.context_length
         self.device = loader.device
         self.kernels: frozenset[str] = frozenset()
+        self.quantization = ""
+        self.weight_bytes = 0
         self.embedding = embedding
         self.blocks = blocks
         self.final_norm = final_norm
@@ -210,7 +212,9 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
 def _mlp(config: ModelConfig, loader: WeightLoader, layer: int) -> GatedMlp | MixtureOfExperts:
     moe, mlp = config.moe, f"model.layers.{layer}.mlp"
     if moe is not None and layer in moe.layers:
-        router = Part(f"{mlp}.{moe.router}", (moe.experts, config.hidden_size), bias=moe.router_bias)
+        router = Part(
+            f"{mlp}.{moe.router}", (moe.experts, config.hidden_size), bias=moe.router_bias, router=True
+        )
         spec = ExpertsSpec(
             moe.experts,
             config.hidden_size,

@@ -234,6 +234,8 @@ class Deepseek:
         self.context_length = config.context_length
         self.device = loader.device
         self.kernels: frozenset[str] = frozenset()
+        self.quantization = ""
+        self.weight_bytes = 0
         self.embedding = embedding
         self.blocks = blocks
         self.rotary = rotary
@@ -362,7 +364,7 @@ def _mlp(config: DeepseekConfig, loader: WeightLoader, layer: int) -> GatedMlp |
     c, mlp = config, f"model.layers.{layer}.mlp"
     if layer < c.dense_layers or layer % c.expert_step:
         return _gated(config, loader, mlp, c.intermediate_size)
-    router = Part(f"{mlp}.gate", (c.experts, c.hidden_size))
+    router = Part(f"{mlp}.gate", (c.experts, c.hidden_size), router=True)
     return MixtureOfExperts(
         loader.linear(router.name, [router]),
         _route(config, loader, mlp),

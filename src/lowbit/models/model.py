@@ -17,7 +17,10 @@ class Model(Protocol):
     vocab_size: int  # rows of the logits
     context_length: int  # the longest sequence it was made for, in tokens
     device: torch.device
-    kernels: frozenset[str]  # names of the linear kernels its weights were packed for; set by load_model
+    # Set by load_model: the linear kernels its weights were packed for, how they are quantized, their bytes.
+    kernels: frozenset[str]
+    quantization: str
+    weight_bytes: int
 
     def cache_specs(self) -> list[CacheSpec]:
         """One spec for each attention layer, in order."""

@@ -2,7 +2,8 @@
 
 A method sees one module at a time, as the checkpoint stores it. It says what scheme the weight would get
 (``scheme_of``: planning needs no numbers), or why it cannot take it (``refuses``), and does it
-(``quantize``). What its inputs are quantized to stands in the scheme's ``activation``, as with offline checkpoints.
+(``quantize``). What its inputs are quantized to stands in the scheme's ``activation``, as with offline
+checkpoints.
 """
 
 from __future__ import annotations

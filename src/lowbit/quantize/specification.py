@@ -109,7 +109,10 @@ METHODS: dict[str, Entry] = {
     "nvfp4": Entry("floats", "e2m1 with an e4m3 scale for 16 columns under one of the tensor"),
     "bitsandbytes": Entry("bitsandbytes", "nf4, fp4 or LLM.int8", _BITSANDBYTES),
     "nf4": Entry(
-        "bitsandbytes", "bitsandbytes' nf4", {"double_quant": _BITSANDBYTES["double_quant"]}, {"type": "nf4"}
+        "bitsandbytes",
+        "bitsandbytes' 4-bit codes",
+        {"double_quant": _BITSANDBYTES["double_quant"]},
+        {"type": "nf4"},
     ),
     "fp4": Entry(
         "bitsandbytes", "bitsandbytes' fp4", {"double_quant": _BITSANDBYTES["double_quant"]}, {"type": "fp4"}
@@ -135,14 +138,14 @@ METHODS: dict[str, Entry] = {
     **{
         f"int{bits}": Entry(
             "integers",
-            f"{bits}-bit integers rounded to nearest",
+            "integers of so many bits, rounded to nearest",
             {"group_size": _GROUP, "symmetric": _SYMMETRIC},
             {"bits": bits},
         )
         for bits in range(2, 9)
     },
-    "gptq": _gptq("GPTQ on calibration text"),
-    "gptq_marlin": _gptq("gptq; the fast kernel is chosen anyway"),
+    "gptq": _gptq("GPTQ on calibration text (the fast kernel is chosen anyway)"),
+    "gptq_marlin": _gptq("gptq"),
     "marlin": Entry(
         "calibrated",
         "GPTQ, 4 bit, symmetric, groups of 128",
@@ -150,8 +153,13 @@ METHODS: dict[str, Entry] = {
         {"bits": 4, "group_size": 128, "symmetric": True, "act_order": False},
         calibrated=True,
     ),
-    "awq": Entry("calibrated", "AWQ on calibration text, 4 bit with zero points", _AWQ, calibrated=True),
-    "awq_marlin": Entry("calibrated", "awq; the fast kernel is chosen anyway", _AWQ, calibrated=True),
+    "awq": Entry(
+        "calibrated",
+        "AWQ on calibration text, 4 bit with zero points (the fast kernel is chosen anyway)",
+        _AWQ,
+        calibrated=True,
+    ),
+    "awq_marlin": Entry("calibrated", "awq", _AWQ, calibrated=True),
     "auto": Entry(
         "auto",
         "chosen for this machine and a memory budget",
