@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.numerics.number_formats import NumberFormat, nearest_code
+from lowbit.kernels.encode import encode
+from lowbit.numerics.number_formats import NumberFormat
 
 
 def blocked(rows: Tensor, size: int) -> Tensor:
@@ -33,9 +34,7 @@ def largest(rows: Tensor, size: int) -> Tensor:
 
 def scaled_codes(rows: Tensor, scale: Tensor, size: int, fmt: NumberFormat) -> Tensor:
     """uint8 (rows, in): codes nearest to x / scale, 0 where the scale is 0; scale (rows, blocks) float32."""
-    steps = blocked(rows, size) / scale.unsqueeze(-1)
-    steps = torch.where(scale.unsqueeze(-1) == 0, 0.0, steps)
-    return nearest_code(steps.flatten(1)[:, : rows.shape[1]], fmt)
+    return encode(rows, scale, size, fmt)
 
 
 @dataclass(frozen=True)
