@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats.refused import REFUSED
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.loading import load_model, plan_model
+from lowbit.numerics.quantized_tensor import QuantizedTensor
 
 W4A16 = FIXTURES / "compressed_tensors" / "w4a16_group"
 NF4 = FIXTURES / "bitsandbytes" / "nf4"
@@ -154,7 +157,7 @@ def test_tied_quantized_embedding() -> None:
     assert not schemes["model.embed_tokens"].startswith("bf16")
 
 
-@pytest.mark.parametrize("fault", ["rows swapped", "a group's scale", "NaN"])
+@pytest.mark.parametrize("fault", ["rows swapped", "two groups swapped", "a plain matrix", "NaN"])
 def test_a_kernel_that_disagrees_is_not_served(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at start: each weight's kernel against the reference on a few of its rows."""
     from lowbit.kernels.reference import Reference
@@ -162,17 +165,36 @@ def test_a_kernel_that_disagrees_is_not_served(fault: str, monkeypatch: pytest.M
     class Wrong(Reference):
         name = "wrong"
 
+        def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+            if fault == "two groups swapped" and not weight.scheme.is_dense:
+                [scale] = weight.scales
+                weight = replace(weight, scales=(torch.cat((scale[:, 1:2], scale[:, :1], scale[:, 2:]), 1),))
+            if fault == "a plain matrix" and weight.scheme.is_dense:
+                weight = replace(weight, codes=weight.codes.roll(1, 1))
+            return super().pack(weight, device)
+
         def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
             y = super().linear(x, packed, out)
             if fault == "rows swapped":
                 return y.roll(1, 1)
-            return y * 1.07 if fault != "NaN" else y * float("nan")
+            return y * float("nan") if fault == "NaN" else y
 
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Wrong(),))
     with pytest.raises(LowbitError) as caught:
         load_model(open_checkpoint(str(W4A16)), device="cpu")
-    assert caught.value.code == "E0705"
-    assert "model.layers.0." in str(caught.value) and "'wrong'" in str(caught.value)
+    assert caught.value.code == "E0705" and "'wrong' gives" in str(caught.value)
+    layer = "embed_tokens" if fault not in ("two groups swapped",) else "model.layers.0."
+    assert layer in str(caught.value) and re.search(r"gives \S+ and the reference \S+;", str(caught.value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_numbers_that_are_none_are_no_kernels_fault(value: float, tmp_path: Path) -> None:
+    shutil.copytree(W4A16, tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][20:24] = value
+    save_file(tensors, file)
+    load_model(open_checkpoint(str(tmp_path / "m")), device="cpu")
 
 
 def test_leftover_tensor_is_refused(tmp_path: Path) -> None:
