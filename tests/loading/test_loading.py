@@ -44,6 +44,50 @@ def test_another_method_is_refused(asked: str) -> None:
     assert asked in str(caught.value) and "compressed-tensors" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fixture", "accepted", "refused"),
+    [
+        ("auto_round/w4_sym", "gptq_marlin", "awq_marlin"),
+        ("auto_round/w4_asym_awq", "awq", "gptq"),
+        ("auto_round/nvfp4", "compressed-tensors", "gptq"),
+        ("fp8/mxfp8", "mxfp8", "fbgemm_fp8"),
+        ("fp8/block_128", "fp8", "mxfp8"),
+        ("modelopt/nvfp4", "modelopt_fp4", "modelopt_fp8"),
+        ("modelopt/fp8_pb_wo", "modelopt_fp8", "fp8"),
+        ("modelopt/mixed", "modelopt_mixed", "modelopt_fp8"),
+        ("gptq/w4_sym", "gptq_marlin", "awq"),
+        ("awq/gemm", "awq_marlin", "gptq"),
+    ],
+)
+def test_aliases_that_fit_the_checkpoint(fixture: str, accepted: str, refused: str) -> None:
+    header = open_checkpoint(str(FIXTURES / fixture))
+    plan_model(header, quantization=accepted)
+    with pytest.raises(LowbitError) as caught:
+        plan_model(header, quantization=refused)
+    assert caught.value.code == "E0401" and f"--quantization {refused}:" in str(caught.value)
+
+
+def test_strict_reaches_the_reader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From the settings of a server, and from lowbit inspect."""
+    from lowbit.cli import main
+    from lowbit.engine.engine import load_engine
+    from lowbit.settings import Settings
+
+    folder = Path(shutil.copytree(FIXTURES / "modelopt" / "fp8", tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_algo"] = "NVFP4"
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(16)}, "unk_token": "w0"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    with pytest.raises(LowbitError) as caught:
+        load_engine(Settings(model=str(folder), strict=True))
+    assert caught.value.code == "E0214" and "is stored as fp8" in str(caught.value)
+    assert main(["inspect", str(folder), "--strict", "--json"]) == caught.value.exit_code
+    assert "E0214" not in caplog.text
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert caplog.text.count("E0214") == 1, "one warning, however many modules"
+
+
 def test_kernel_aliases(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     tensors = {f"{name}.qweight": torch.zeros(4, 4, dtype=torch.int32)}

@@ -138,7 +138,7 @@ class ModelOpt:
     """See the module docstring."""
 
     name = "modelopt"
-    aliases = ("modelopt_fp8", "modelopt_fp4", "modelopt_mixed")
+    aliases: tuple[str, ...] = ("modelopt_fp8", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
     reference = "nvidia-modelopt"
     unused = (r".*\.(k|v)_bmm_quantizer\._amax",)
 
@@ -155,6 +155,8 @@ class ModelOpt:
                 "E0212", f"{self.place} has no 'quant_algo'; what inputs are quantized to cannot be told"
             )
         self.said = self._said(values)
+        kind = _ALGORITHMS[self.said.algorithm].kind if self.said.algorithm else "mixed"
+        self.aliases = (f"modelopt_{kind.replace('nvfp4', 'fp4')}",)
         layers = values.get("quantized_layers") or {}
         if not isinstance(layers, dict):
             raise LowbitError("E0212", f"{self.place}.quantized_layers must be an object")
