@@ -113,6 +113,62 @@ def test_everything_else_is_refused_by_name(method: str, tmp_path: Path) -> None
     assert REFUSED[method] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "method"),
+    [
+        ("trellis", "exl3"),
+        ("q_invperm", "exl2"),
+        ("Qidxs", "quip"),
+        ("codebooks", "aqlm"),
+        ("centroids.weight", "vptq"),
+        ("W_q", "hqq"),
+        ("weight._data", "quanto"),
+    ],
+)
+def test_refused_by_tensors_alone(suffix: str, method: str, tmp_path: Path) -> None:
+    """Methods whose files may come without a word in config.json."""
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    folder = write_folder(tmp_path, {name: torch.ones(2, 2)}, None)
+    with pytest.raises(LowbitError) as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0211" and f"method {method} " in str(caught.value)
+    assert name in str(caught.value) and REFUSED[method] in str(caught.value)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_mlx_names_no_method(copied: bool, tmp_path: Path) -> None:
+    written = {"group_size": 64, "bits": 4}
+    folder = write_folder(tmp_path, {"model.embed_tokens.scales": torch.ones(2, 2)}, None)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": written}
+    (folder / "config.json").write_text(
+        json.dumps(config | ({"quantization_config": written} if copied else {}))
+    )
+    with pytest.raises(LowbitError) as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0211" and "method mlx" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "said"), [("qmodel.pt", "E0230", ".pt"), ("params.json", "E0201", "Hug")]
+)
+def test_layouts_of_other_tools(file: str, code: str, said: str, tmp_path: Path) -> None:
+    if file != "params.json":
+        (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(LowbitError, match=re.escape(said)) as caught:
+        open_checkpoint(str(tmp_path))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("packing", ["mlx", "auto_round:fp8_static"])
+def test_packings_of_auto_round_that_are_not_read(packing: str, tmp_path: Path) -> None:
+    written = {"quant_method": "auto-round", "bits": 8, "group_size": 64, "packing_format": packing}
+    folder = write_folder(tmp_path, {"model.embed_tokens.weight": torch.ones(2, 2)}, written)
+    with pytest.raises(LowbitError, match="--format auto_gptq") as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0218" and packing in str(caught.value)
+
+
 @pytest.mark.parametrize("dress", ["awq", "fp8"])
 def test_quark_under_another_name(dress: str, tmp_path: Path) -> None:
     written = {"quant_method": dress, "export": {"kv_cache_group": []}}
