@@ -142,7 +142,7 @@ class Dense:
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
-        """A safetensors checkpoint whose config names no quantization, no tensor a refused method."""
+        """A safetensors checkpoint whose config names no method, and no tensor a refused one."""
         if header.container != "safetensors" or quantization_config(header) is not None:
             return None
         if refused_by_tensors(header) is not None:
