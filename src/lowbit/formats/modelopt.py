@@ -17,8 +17,8 @@ call their scales ``<weight>_weight_scale``.
 What inputs are quantized to follows from ``quant_algo``, of the module or the block of experts above it in
 ``quantized_layers`` where algorithms are mixed. The config is hf_quant_config.json or, since 2025,
 config.json. MX scales of inputs round up, so that nothing saturates. NVFP4 without input_scale leaves inputs
-as they are. Where config and tensors disagree (the kind, the columns under a scale, plain weights beside
-scales) the tensors win, with a warning. Without quant_algo, beside a quantized KV cache, only the cache was
+as they are. Where config and tensors disagree on the kind, or plain weights lie beside scales, the tensors
+win, with a warning; another group_size than the tensors' is an error. Without quant_algo, beside a quantized KV cache, only the cache was
 quantized. Refused by name: NVFP4_SVD (a low-rank branch) and NVFP4_AFFINE caches.
 """
 
@@ -395,10 +395,11 @@ class ModelOpt:
         said = self._said_of(module)
         name, width = said.algorithm, stored.block[1] or module.shape[1]
         if stored.kind in _GROUPS and said.group not in (0, width):
-            self.notes.contradiction(
-                "E0214",
-                f"{stored.scale.file.name}: tensor {stored.scale.name!r} has a scale for {width} columns but "
-                f"{self.place} says group_size {said.group}; reading it as it is stored",
+            raise LowbitError(
+                "E0213",
+                f"{stored.scale.file.name}: tensor {stored.scale.name!r} {list(stored.scale.shape)} has a scale "
+                f"for {width} columns but {self.place} says group_size {said.group}; config and weights are "
+                "from different models",
             )
         if name is not None and _ALGORITHMS[name].kind == stored.kind:
             return _ALGORITHMS[name].inputs
