@@ -337,7 +337,14 @@ def test_tensors_win(
 
 @pytest.mark.parametrize(
     ("said", "stored", "agrees"),
-    [(32, 32, True), (128, 32, False), (None, 32, True), (288, 288, True), (64, 288, False)],
+    [
+        (32, 32, True),
+        (128, 32, False),
+        (None, 32, True),
+        (288, 288, True),
+        (300, 288, True),
+        (64, 288, False),
+    ],
 )
 def test_columns_under_a_scale(said: int | None, stored: int, agrees: bool, tmp_path: Path) -> None:
     scales = torch.rand(140, 288 // stored)
