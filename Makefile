@@ -67,7 +67,6 @@ format: install
 docs: install
 	@$(BIN)/python -m lowbit.settings_docs > docs/options.md
 	@$(BIN)/python -c "from lowbit.doctor import rules_page; print(rules_page(), end='')" > docs/check.md
-	@$(BIN)/python -m lowbit.doctor.rules > docs/check.md
 	@PYTHONPATH=tests $(BIN)/python tests/formats/formats_page.py > docs/formats.md
 
 bench: install

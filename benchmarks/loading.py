@@ -1,20 +1,27 @@
 """How much memory and time loading takes: ``python benchmarks/loading.py [--layers N] [--hidden N]``.
 
-A random Llama is written in each format (weights of no sense, packing as the tools have it) and loaded by a
-fresh process. Printed for each: packed bytes over the scheme's own, the peak of anonymous memory beyond what
-the imports took, the bound (packed model + largest module with one byte a code + 300 MB), and seconds beside
-transformers loading the bf16 original in the same run. The last line is JSON.
+A random Llama is written in each format (weights of no sense, packing as the tools have it) and loaded twice:
+by a fresh process, which gives packed bytes over the scheme's own and the seconds beside transformers loading
+the bf16 original in the same run; and by ``lowbit serve``, whose processes (HTTP and engine) are watched
+until it is ready. *Served*: the peak of their anonymous memory together, pages of the KV cache included,
+beyond what the imports of both take. It must stay under the bound: packed model + largest module with one
+byte a code + 300 MB. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +29,7 @@ from torch import Tensor
 
 FORMATS = ("bf16", "gptq", "gptq act-order", "awq", "fp8 block", "compressed-tensors W4A16", "nf4")
 SLACK = 300 << 20
+VOCABULARY = 32_000
 
 
 def module_tensors(kind: str, out: int, columns: int, seed: int) -> dict[str, Tensor]:
@@ -105,8 +113,8 @@ QUANTIZATION: dict[str, dict[str, object]] = {
 
 
 def write_model(folder: Path, kind: str, layers: int, hidden: int) -> None:
-    """A Llama with heads of 64, vocabulary 32,000 and one shard a layer."""
-    inner, heads, vocabulary = hidden * 4, hidden // 64, 32_000
+    """A Llama with heads of 64, a word for each token and one shard a layer."""
+    inner, heads, vocabulary = hidden * 4, hidden // 64, VOCABULARY
     config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -146,6 +154,9 @@ def write_model(folder: Path, kind: str, layers: int, hidden: int) -> None:
     index = {"metadata": {}, "weight_map": {tensor: names[shard] for tensor, shard in places.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
+    words = {f"w{number}": number for number in range(vocabulary)}
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 LOWBIT = """
@@ -186,6 +197,12 @@ own,
                   "module": plan.peak_bytes - plan.weight_bytes, "stored": header.nbytes,
                   "kernels": sorted(model.kernels)}))
 """
+# What the two processes of a server hold before they know of a model.
+IMPORTS = (
+    "import lowbit.commands.serve, lowbit.server.app, lowbit.tokenization, uvicorn",
+    "import torch, lowbit.engine.process, lowbit.engine.engine, lowbit.loading\n"
+    "from lowbit.kernels import native; native.library()",
+)
 TRANSFORMERS = """
 import json, sys, time
 import torch, transformers
@@ -195,15 +212,71 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 """
 
 
-def run(script: str, folder: Path) -> dict[str, float]:
+def run(script: str, folder: Path) -> Any:
     """The JSON a fresh process prints."""
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def unbacked(status: str) -> int:
+    """Bytes no file backs, by /proc/PID/status: anonymous ones and shared ones (pages of a KV cache)."""
+    lines = (line.split() for line in status.splitlines())
+    return sum(int(words[1]) << 10 for words in lines if words[0] in ("RssAnon:", "RssShmem:"))
+
+
+def anonymous(pid: int) -> int:
+    """Unbacked bytes of a process; 0 when it is gone."""
+    with contextlib.suppress(OSError):
+        return unbacked(Path(f"/proc/{pid}/status").read_text())
+    return 0
+
+
+def with_children(pid: int) -> list[int]:
+    """The process and all that descend from it."""
+    found = [pid]
+    for process in found:
+        for children in Path(f"/proc/{process}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, children.read_text().split())
     return found
+
+
+def imports() -> int:
+    """Anonymous bytes after the imports of both processes."""
+    script = "\nimport json; print(json.dumps(open('/proc/self/status').read()))"
+    return sum(unbacked(run(imported + script, Path())) for imported in IMPORTS)
+
+
+def served_peak(folder: Path) -> int:
+    """The most anonymous bytes all processes of ``lowbit serve`` hold together until it is ready."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "lowbit", "serve", str(folder), "--port", str(port)]
+    server = subprocess.Popen([*command, "--log-level", "error"], stderr=subprocess.PIPE, text=True)
+    peak, asked = 0, time.perf_counter()
+    try:
+        while True:
+            peak = max(peak, sum(anonymous(pid) for pid in with_children(server.pid)))
+            if server.poll() is not None:
+                assert server.stderr is not None
+                raise SystemExit(f"the server ended: {server.stderr.read()[-2000:]}")
+            if time.perf_counter() - asked > 0.1:
+                asked = time.perf_counter()
+                with (
+                    contextlib.suppress(urllib.error.URLError, TimeoutError, ConnectionError),
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1) as response,
+                ):
+                    if response.status == 200:
+                        return peak
+            time.sleep(0.002)
+    finally:
+        server.terminate()
+        server.wait(60)
 
 
 def main() -> None:
@@ -215,7 +288,8 @@ def main() -> None:
     options = parser.parse_args()
     mib = 1 << 20
     rows, rival = [], None
-    titles = ("packed", "of own", "peak", "bound", "load", "transformers")
+    titles = ("packed", "of own", "loaded", "served", "bound", "load", "transformers")
+    imported = imports()
     print(f"{'format':26} " + " ".join(f"{title:>12}" for title in titles))
     for kind in options.formats:
         with tempfile.TemporaryDirectory() as name:
@@ -226,17 +300,20 @@ def main() -> None:
             if kind == "bf16":
                 run(TRANSFORMERS, folder)
                 rival = run(TRANSFORMERS, folder)["seconds"]
+            served = served_peak(folder) - imported
         bound = found["packed"] + found["module"] + SLACK
         cells = (
             f"{found['packed'] / mib:.0f} M",
             f"{found['packed'] / found['own']:.3f}",
             f"{found['peak'] / mib:.0f} M",
+            f"{served / mib:.0f} M",
             f"{bound / mib:.0f} M",
             f"{found['seconds']:.2f} s",
             f"x {found['seconds'] / rival:.2f}" if rival else "-",
         )
         print(f"{kind:26} " + " ".join(f"{cell:>12}" for cell in cells), flush=True)
-        rows.append({"format": kind, **found, "bound": bound, "within": found["peak"] <= bound})
+        within = max(found["peak"], served) <= bound
+        rows.append({"format": kind, **found, "served": served, "bound": bound, "within": within})
     told = {"time": time.strftime("%Y-%m-%d"), "options": vars(options), "transformers": rival}
     print(json.dumps({**told, "rows": rows}))
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from lowbit.cli import COMMANDS
+from lowbit.kernels import native
 from lowbit.settings import Settings, flag_of, variable_of
 from lowbit.settings_docs import options_page
 
@@ -20,6 +24,29 @@ def test_rules_page_is_up_to_date() -> None:
     from lowbit.doctor.rules import rules_page
 
     assert (ROOT / "docs" / "check.md").read_text() == rules_page(), "run: make docs"
+
+
+def recipe(target: str) -> list[str]:
+    """The commands of a target of the Makefile."""
+    makefile = (ROOT / "Makefile").read_text()
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert found is not None
+    return [line.strip().removeprefix("@") for line in found[1].splitlines()]
+
+
+def test_make_docs_writes_each_page_once_and_as_committed() -> None:
+    pages = {}
+    for line in recipe("docs"):
+        command, _, page = line.partition(" > ")
+        assert page not in pages, f"{page} is written twice"
+        pages[page] = command.replace("$(BIN)/python", shlex.quote(sys.executable))
+    assert sorted(pages) == ["docs/check.md", "docs/formats.md", "docs/options.md"]
+    if native.library() is None:
+        del pages["docs/formats.md"]  # it names native kernels
+    for page, command in pages.items():
+        done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == (ROOT / page).read_text(), f"{page}: run make docs"
 
 
 def test_options_page_lists_every_flag_variable_and_default() -> None:

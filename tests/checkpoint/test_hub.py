@@ -126,6 +126,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "model.safetensors": save(weights),
         "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
     }
+    quantized = Path(__file__).parents[1] / "fixtures" / "modelopt" / "mixed"
+    made.repos["org/quantized"] = files(quantized) | useless
+    del made.repos["org/quantized"]["expected.safetensors"]
     made.repos["org/nothing"] = {"README.md": b"hi"}
     made.gated.add("org/gated")
     yield made
@@ -224,6 +227,32 @@ def test_headers_from_the_cache(hub: Hub, tmp_path: Path) -> None:
     open_in_process(hub, tmp_path, "org/single")
     found = open_in_process(hub, tmp_path, "org/single", script=HEADERS_SCRIPT)
     assert len(found["shapes"]) == 12 and hub.ranges == [], "what is there is not fetched again"
+
+
+INSPECT_SCRIPT = """
+import contextlib, io, json, sys
+from lowbit.cli import main
+held = io.StringIO()
+with contextlib.redirect_stdout(held):
+    status = main(["inspect", sys.argv[1], "--json", "--tokens", "10", "--strict"])
+print(json.dumps({"status": status, **json.loads(held.getvalue() or "{}")}))
+"""
+
+
+def test_inspecting_a_quantized_model_by_ranges(hub: Hub, tmp_path: Path) -> None:
+    """The whole command on a hub id: a plan of every layer, and of the weights' file only its header."""
+    plan: dict = open_in_process(hub, tmp_path, "org/quantized", script=INSPECT_SCRIPT)
+    assert plan["status"] == 0 and plan["format"] == "modelopt" and plan["ignored_layers"], plan
+    assert {"model.embed_tokens", "lm_head"} <= set(plan["ignored_layers"])
+    schemes = {module["name"].rpartition(".")[2]: module["scheme"] for module in plan["modules"]}
+    assert schemes["o_proj"].startswith("e2m1 1x16 e4m3") and schemes["down_proj"].startswith("int8")
+    assert 0 < plan["weight_bytes"] < plan["peak_bytes_at_load"] and plan["kv_bytes"] > 0
+    weights = hub.repos["org/quantized"]["model.safetensors"]
+    header = 8 + int.from_bytes(weights[:8], "little")
+    asked = [count for name, count in hub.ranges if name == "model.safetensors"]
+    assert header <= sum(asked) < len(weights) // 2, (asked, header, len(weights))
+    assert not any(name in path for path in hub.asked for name in ("README", ".bin", ".pth"))
+    assert not any(file.name == "model.safetensors" for file in tmp_path.rglob("*"))
 
 
 def test_headers_of_what_is_refused(hub: Hub, tmp_path: Path) -> None:

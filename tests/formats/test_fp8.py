@@ -104,7 +104,7 @@ def test_fbgemm_bounds_its_scales(tmp_path: Path) -> None:
     assert activation is not None and activation.upper_bound == 1200.0
 
 
-def test_plain_matrix_with_a_stray_scale(tmp_path: Path) -> None:
+def test_plain_matrix_with_a_stray_scale(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = torch.randn(SHAPE, dtype=torch.bfloat16)
     tensors = {
         f"{NAME}.weight": plain,
@@ -115,6 +115,10 @@ def test_plain_matrix_with_a_stray_scale(tmp_path: Path) -> None:
     assert torch.equal(read(folder, NAME, SHAPE).weight.codes, plain)
     named = reader_of(folder).tensors_of(StoredModule(NAME, NAME, SHAPE))
     assert named == [f"{NAME}.weight", f"{NAME}.weight_scale_inv"]
+    assert "E0214" in caplog.text and f"{NAME}.weight_scale_inv" in caplog.text
+    with pytest.raises(LowbitError) as caught:
+        read(folder, NAME, SHAPE, strict=True)
+    assert caught.value.code == "E0214"
 
 
 def test_stacked_experts(tmp_path: Path) -> None:

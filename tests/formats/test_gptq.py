@@ -146,6 +146,12 @@ def test_module_left_float(tmp_path: Path) -> None:
     assert torch.equal(read(folder, "lm_head", (5, 7)).weight.codes, plain)
 
 
+def refuse_strictly(folder: Path) -> None:
+    with pytest.raises(LowbitError) as caught:
+        read(folder, NAME, (64, 96), strict=True)
+    assert caught.value.code == "E0214"
+
+
 @pytest.mark.parametrize(("said", "stored"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
 def test_data_prove_v1_or_v2(
     said: str, stored: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -155,9 +161,7 @@ def test_data_prove_v1_or_v2(
     with caplog.at_level(logging.WARNING, "lowbit"):
         check(folder, (64, 96), wanted)
     assert "E0214" in caplog.text and "reading as" in caplog.text
-    with pytest.raises(LowbitError) as caught:
-        read(folder, NAME, (64, 96), strict=True)
-    assert caught.value.code == "E0214"
+    refuse_strictly(folder)
 
 
 def test_sym_contradicted_by_zeros(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -165,12 +169,14 @@ def test_sym_contradicted_by_zeros(tmp_path: Path, caplog: pytest.LogCaptureFixt
     folder = write_folder(tmp_path, tensors, config(sym=True))
     check(folder, (64, 96), wanted)
     assert "E0214" in caplog.text
+    refuse_strictly(folder)
 
 
 def test_order_without_desc_act(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tensors, wanted = make(act_order=True)
     check(write_folder(tmp_path, tensors, config()), (64, 96), wanted)
     assert "desc_act false" in caplog.text
+    refuse_strictly(tmp_path)
 
 
 def test_missing_g_idx(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
+from lowbit.formats.kv_scales import wants_fp8_cache
 from lowbit.formats.modelopt import ModelOpt
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.reference import Reference
@@ -146,16 +147,25 @@ def test_whole_mixtures(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert ((logits - wanted).abs().amax(1) / wanted.abs().amax(1)).max() <= 1e-3
 
 
-def test_scales_of_mx_inputs_round_up() -> None:
-    """As the tool's kernel has it: 2^ceil(log2(largest / 448)); nothing saturates."""
-    folder = FIXTURES / "modelopt" / "mxfp8"
-    name, values = next(iter(expected(folder).items()))
-    activation = read(folder, name, (values.shape[0], values.shape[1])).weight.scheme.activation
-    x = torch.linspace(-500, 500, 64).view(1, -1)
+@pytest.mark.parametrize(("algorithm", "largest"), [("MXFP8", 448), ("MXFP4", 6)])
+def test_scales_of_mx_inputs_round_up(algorithm: str, largest: int, tmp_path: Path) -> None:
+    """2^ceil(log2(amax / largest)), as the tool quantizes to MX; OCP's scale would saturate 460 and 7.5."""
+    weight = PACKED if algorithm == "MXFP4" else CODES
+    folder = made(tmp_path, algorithm, {"weight": weight, "weight_scale": POWERS})
+    activation = read(folder, NAME, SHAPE).weight.scheme.activation
+    amax = np.float32([largest * 1.03, largest, largest * 0.3, largest * 40, 0, 2e-38, 9, 1.25, 7.5])
+    x = torch.from_numpy(np.linspace(-1, 0.97, 32, dtype=np.float32) * amax[:, None]).reshape(1, -1)
     quantized, factor = InputTransform(activation)(x)
-    scale = np.exp2(np.ceil(np.log2(500 / 448)))
-    wanted = (x / scale).to(E4M3).float() * scale
-    assert factor is None and torch.equal(quantized, wanted)
+    exponent = np.ceil(np.log2(np.maximum(amax, np.float32(2.0**-126)) / np.float64(largest)))
+    scale = np.exp2(np.maximum(exponent, -127)).astype(np.float32)[:, None]
+    steps = x.view(9, 32).numpy() / scale
+    if algorithm == "MXFP8":
+        codes = torch.from_numpy(steps).to(E4M3).float().numpy()
+    else:
+        positive = mx.E2M1[:8]
+        codes = np.sign(steps) * positive[np.abs(np.abs(steps)[..., None] - positive).argmin(-1)]
+    assert factor is None and np.array_equal(quantized.view(9, 32).numpy(), codes * scale)
+    assert np.abs(steps).max() <= largest
 
 
 E4M3 = torch.float8_e4m3fn
@@ -325,6 +335,53 @@ def test_tensors_win(
     assert caught.value.code == "E0214"
 
 
+@pytest.mark.parametrize(
+    ("said", "stored", "agrees"),
+    [
+        (32, 32, True),
+        (128, 32, False),
+        (None, 32, True),
+        (288, 288, True),
+        (300, 288, True),
+        (64, 288, False),
+    ],
+)
+def test_columns_under_a_scale(said: int | None, stored: int, agrees: bool, tmp_path: Path) -> None:
+    scales = torch.rand(140, 288 // stored)
+    folder = made(tmp_path, "W4A16_AWQ", {"weight": INT4, "weight_scale": scales}, group_size=said)
+    if agrees:
+        assert read(folder, NAME, SHAPE, strict=True).weight.scheme.blocks[0] == (1, stored % 288)
+        return
+    with pytest.raises(LowbitError, match=f"a scale for {stored} columns .* group_size {said}") as caught:
+        read(folder, NAME, SHAPE)
+    assert caught.value.code == "E0213" and f"{NAME}.weight_scale" in str(caught.value)
+
+
+def test_columns_under_a_scale_of_one_layer(tmp_path: Path) -> None:
+    layers = {NAME: {"quant_algo": "W4A16_AWQ", "group_size": 96}, "other": {"quant_algo": "FP8"}}
+    tensors = {"weight": INT4, "weight_scale": torch.rand(140, 3)}
+    folder = made(tmp_path, "MIXED_PRECISION", tensors, quantized_layers=layers, group_size=16)
+    assert read(folder, NAME, SHAPE, strict=True).weight.scheme.blocks[0] == (1, 96)
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_scale_2", "input_scale"])
+def test_a_plain_weight_beside_scales(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = CODES.to(torch.bfloat16)
+    folder = made(tmp_path, "FP8", {"weight": plain, suffix: torch.tensor(0.5), "x.weight_scale": ONE})
+    assert torch.equal(read(folder, NAME, SHAPE).weight.codes, plain)
+    assert "E0214" in caplog.text and f"{NAME}.{suffix}" in caplog.text
+    with pytest.raises(LowbitError) as caught:
+        read(folder, NAME, SHAPE, strict=True)
+    assert caught.value.code == "E0214"
+
+
+def test_only_the_cache_is_quantized(tmp_path: Path) -> None:
+    values = {"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8, "type": "float"}, "ignore": []}
+    folder = write_folder(tmp_path, {f"{NAME}.weight": torch.rand(SHAPE)}, values)
+    assert read(folder, NAME, SHAPE, strict=True).weight.scheme.is_dense
+    assert wants_fp8_cache(header_of(folder))
+
+
 def test_lists_of_other_modules_say_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = made(tmp_path, "FP8", STATIC, exclude_modules=["lm_head", "model.layers.1*", "*router*", "up"])
     read(folder, NAME, SHAPE, strict=True)
@@ -381,6 +438,12 @@ NAN = float("nan")
         ("FP8", {**STATIC, "pre_quant_scale": torch.ones(9)}, "E0213", "pre_quant_scale"),
         ("FP8", {**STATIC, "pre_quant_scale": torch.full((288,), NAN)}, "E0215", "pre_quant_scale"),
         ("FP8", {**STATIC, "bias": torch.ones(9)}, "E0210", "bias"),
+        (
+            "FP8",
+            {"weight": torch.ones(SHAPE), "weight_scale": ONE, "pre_quant_scale": torch.ones(288)},
+            "E0213",
+            "pre_quant_scale",
+        ),
         ("FP8", {"weight": torch.ones(SHAPE)}, "E0213", "remove the quantization config"),
         ("NVFP4", {"weight": PACKED, "weight_scale": INNER}, "E0209", "weight_scale_2"),
         (
@@ -468,6 +531,9 @@ def test_half_a_byte_over(
         {"quant_algo": "MIXED_PRECISION", "quantized_layers": {NAME: {"quant_algo": "FP9"}}},
         {"quant_algo": "FP8", "exclude_modules": {"a": 1}},
         {"quant_algo": "FP8", "ignore": [1]},
+        {"quant_algo": "NVFP4", "group_size": -2},
+        {"quant_algo": "NVFP4", "group_size": "16"},
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": {NAME: {"group_size": True}}},
     ],
 )
 def test_wrong_config(values: dict[str, object], tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats.refused import REFUSED
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.loading import load_model, plan_model
+from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.quantize.recipe import Asked
 
 W4A16 = FIXTURES / "compressed_tensors" / "w4a16_group"
@@ -40,6 +43,50 @@ def test_another_method_is_refused(asked: str) -> None:
         load_model(open_checkpoint(str(W4A16)), quantization=asked)
     assert caught.value.code == "E0401"
     assert asked in str(caught.value) and "compressed-tensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "accepted", "refused"),
+    [
+        ("auto_round/w4_sym", "gptq_marlin", "awq_marlin"),
+        ("auto_round/w4_asym_awq", "awq", "gptq"),
+        ("auto_round/nvfp4", "compressed-tensors", "gptq"),
+        ("fp8/mxfp8", "mxfp8", "fbgemm_fp8"),
+        ("fp8/block_128", "fp8", "mxfp8"),
+        ("modelopt/nvfp4", "modelopt_fp4", "modelopt_fp8"),
+        ("modelopt/fp8_pb_wo", "modelopt_fp8", "fp8"),
+        ("modelopt/mixed", "modelopt_mixed", "modelopt_fp8"),
+        ("gptq/w4_sym", "gptq_marlin", "awq"),
+        ("awq/gemm", "awq_marlin", "gptq"),
+    ],
+)
+def test_aliases_that_fit_the_checkpoint(fixture: str, accepted: str, refused: str) -> None:
+    header = open_checkpoint(str(FIXTURES / fixture))
+    plan_model(header, quantization=accepted)
+    with pytest.raises(LowbitError) as caught:
+        plan_model(header, quantization=refused)
+    assert caught.value.code == "E0401" and f"--quantization {refused}:" in str(caught.value)
+
+
+def test_strict_reaches_the_reader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """From the settings of a server, and from lowbit inspect."""
+    from lowbit.cli import main
+    from lowbit.engine.engine import load_engine
+    from lowbit.settings import Settings
+
+    folder = Path(shutil.copytree(FIXTURES / "modelopt" / "fp8", tmp_path / "m"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_algo"] = "NVFP4"
+    (folder / "config.json").write_text(json.dumps(config))
+    words = {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(16)}, "unk_token": "w0"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    with pytest.raises(LowbitError) as caught:
+        load_engine(Settings(model=str(folder), strict=True))
+    assert caught.value.code == "E0214" and "is stored as fp8" in str(caught.value)
+    assert main(["inspect", str(folder), "--strict", "--json"]) == caught.value.exit_code
+    assert "E0214" not in caplog.text
+    assert main(["inspect", str(folder), "--json"]) == 0
+    assert caplog.text.count("E0214") == 1, "one warning, however many modules"
 
 
 def test_kernel_aliases(tmp_path: Path) -> None:
@@ -65,6 +112,62 @@ def test_everything_else_is_refused_by_name(method: str, tmp_path: Path) -> None
         plan_model(open_checkpoint(str(folder)))
     assert caught.value.code == "E0211" and method in str(caught.value)
     assert REFUSED[method] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "method"),
+    [
+        ("trellis", "exl3"),
+        ("q_invperm", "exl2"),
+        ("Qidxs", "quip"),
+        ("codebooks", "aqlm"),
+        ("centroids.weight", "vptq"),
+        ("W_q", "hqq"),
+        ("weight._data", "quanto"),
+    ],
+)
+def test_refused_by_tensors_alone(suffix: str, method: str, tmp_path: Path) -> None:
+    """Methods whose files may come without a word in config.json."""
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    folder = write_folder(tmp_path, {name: torch.ones(2, 2)}, None)
+    with pytest.raises(LowbitError) as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0211" and f"method {method} " in str(caught.value)
+    assert name in str(caught.value) and REFUSED[method] in str(caught.value)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_mlx_names_no_method(copied: bool, tmp_path: Path) -> None:
+    written = {"group_size": 64, "bits": 4}
+    folder = write_folder(tmp_path, {"model.embed_tokens.scales": torch.ones(2, 2)}, None)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": written}
+    (folder / "config.json").write_text(
+        json.dumps(config | ({"quantization_config": written} if copied else {}))
+    )
+    with pytest.raises(LowbitError) as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0211" and "method mlx" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "said"), [("qmodel.pt", "E0230", ".pt"), ("params.json", "E0201", "Hug")]
+)
+def test_layouts_of_other_tools(file: str, code: str, said: str, tmp_path: Path) -> None:
+    if file != "params.json":
+        (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(LowbitError, match=re.escape(said)) as caught:
+        open_checkpoint(str(tmp_path))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("packing", ["mlx", "auto_round:fp8_static"])
+def test_packings_of_auto_round_that_are_not_read(packing: str, tmp_path: Path) -> None:
+    written = {"quant_method": "auto-round", "bits": 8, "group_size": 64, "packing_format": packing}
+    folder = write_folder(tmp_path, {"model.embed_tokens.weight": torch.ones(2, 2)}, written)
+    with pytest.raises(LowbitError, match="--format auto_gptq") as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0218" and packing in str(caught.value)
 
 
 @pytest.mark.parametrize("dress", ["awq", "fp8"])
@@ -155,7 +258,7 @@ def test_tied_quantized_embedding() -> None:
     assert not schemes["model.embed_tokens"].startswith("bf16")
 
 
-@pytest.mark.parametrize("fault", ["rows swapped", "a group's scale", "NaN"])
+@pytest.mark.parametrize("fault", ["rows swapped", "two groups swapped", "a plain matrix", "NaN"])
 def test_a_kernel_that_disagrees_is_not_served(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check at start: each weight's kernel against the reference on a few of its rows."""
     from lowbit.kernels.reference import Reference
@@ -163,17 +266,36 @@ def test_a_kernel_that_disagrees_is_not_served(fault: str, monkeypatch: pytest.M
     class Wrong(Reference):
         name = "wrong"
 
+        def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+            if fault == "two groups swapped" and not weight.scheme.is_dense:
+                [scale] = weight.scales
+                weight = replace(weight, scales=(torch.cat((scale[:, 1:2], scale[:, :1], scale[:, 2:]), 1),))
+            if fault == "a plain matrix" and weight.scheme.is_dense:
+                weight = replace(weight, codes=weight.codes.roll(1, 1))
+            return super().pack(weight, device)
+
         def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
             y = super().linear(x, packed, out)
             if fault == "rows swapped":
                 return y.roll(1, 1)
-            return y * 1.07 if fault != "NaN" else y * float("nan")
+            return y * float("nan") if fault == "NaN" else y
 
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Wrong(),))
     with pytest.raises(LowbitError) as caught:
         load_model(open_checkpoint(str(W4A16)), device="cpu")
-    assert caught.value.code == "E0705"
-    assert "model.layers.0." in str(caught.value) and "'wrong'" in str(caught.value)
+    assert caught.value.code == "E0705" and "'wrong' gives" in str(caught.value)
+    layer = "embed_tokens" if fault not in ("two groups swapped",) else "model.layers.0."
+    assert layer in str(caught.value) and re.search(r"gives \S+ and the reference \S+;", str(caught.value))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_numbers_that_are_none_are_no_kernels_fault(value: float, tmp_path: Path) -> None:
+    shutil.copytree(W4A16, tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][20:24] = value
+    save_file(tensors, file)
+    load_model(open_checkpoint(str(tmp_path / "m")), device="cpu")
 
 
 def test_leftover_tensor_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.attention import choose_attention
 from lowbit.kernels.head_products import HeadMatrices
+from lowbit.kernels.reference import Reference
 from lowbit.layers.rotary import rotary_frequencies
 from lowbit.loading import load_model, plan_model
 from lowbit.models.deepseek import read_config
@@ -293,6 +294,57 @@ def test_an_input_multiplier_is_folded_into_kv_b(tmp_path: Path) -> None:
         expected = oracle(torch.tensor([prompt])).logits[0]
     worst = ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max()
     assert worst <= 1e-4
+
+
+BLOCK = 48  # ragged at the edge of most matrices
+
+
+def in_fp8_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(codes, weight_scale_inv, what they stand for), a scale for each block."""
+    out, columns = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -columns % BLOCK, 0, -out % BLOCK))
+    blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+    scales = blocks.abs().amax((1, 3)) / 448
+    spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:out, :columns]
+    codes = (weight / spread).to(torch.float8_e4m3fn)
+    return codes, scales, codes.float() * spread
+
+
+@pytest.mark.parametrize("case", ["DeepseekV3", "DeepseekV2 native, biases"])
+def test_fp8_blocks_as_published(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every matrix in blocks but embedding, head and router; kv_b is unpacked from them."""
+    oracle = make_checkpoint(case, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors, state = load_file(file), oracle.state_dict()
+    with torch.no_grad():
+        for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
+            if ".mlp.gate." in name or not name.startswith("model.layers."):
+                continue
+            codes, scales, values = in_fp8_blocks(tensors[name])
+            tensors |= {name: codes, f"{name}_scale_inv": scales}
+            stack, _, rest = name.partition(".experts.")
+            if not rest:
+                state[name].copy_(values)
+                continue
+            number, leaf, _ = rest.split(".")
+            if leaf == "down_proj":
+                state[f"{stack}.experts.down_proj"][int(number)].copy_(values)
+            else:
+                gate, up = state[f"{stack}.experts.gate_up_proj"][int(number)].chunk(2)
+                (gate if leaf == "gate_proj" else up).copy_(values)
+    assert sum(name.endswith("_scale_inv") for name in tensors) > 50
+    save_file(tensors, file)
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [BLOCK, BLOCK]}
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    monkeypatch.setattr("lowbit.formats.fp8.Fp8._activation", lambda *_: None)
+    monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
+    model = load_model(open_checkpoint(str(tmp_path)), device="cpu", dtype="float32")
+    prompt = list(range(1, 60))
+    [logits] = prompt_logits(model, [prompt])
+    with torch.no_grad():
+        expected = oracle(torch.tensor([prompt])).logits[0]
+    assert ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max() <= 1e-3
 
 
 def test_older_gguf_files_keep_the_matrix_whole(tmp_path: Path) -> None:

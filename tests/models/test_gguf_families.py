@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from torch import Tensor
 
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
+from lowbit.numerics.number_formats import number_format
+from numerics.test_block_layouts import F16_FIELDS, dequantized, random_blocks
+from numerics.test_block_layouts import NAMES as TYPES
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "gguf_families"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.gguf"))
@@ -85,3 +92,104 @@ def test_mixed_types_in_split_files(name: str, tmp_path: Path, monkeypatch: pyte
     )
     assert not torch.equal(wanted, torch.zeros_like(wanted))
     assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+HIDDEN, INNER, WORDS, HEADS = 256, 512, 40, 4
+MATRICES = {
+    "token_embd": ("model.embed_tokens", WORDS, HIDDEN),
+    "blk.0.attn_q": ("model.layers.0.self_attn.q_proj", HIDDEN, HIDDEN),
+    "blk.0.attn_k": ("model.layers.0.self_attn.k_proj", HIDDEN // 2, HIDDEN),
+    "blk.0.attn_v": ("model.layers.0.self_attn.v_proj", HIDDEN // 2, HIDDEN),
+    "blk.0.attn_output": ("model.layers.0.self_attn.o_proj", HIDDEN, HIDDEN),
+    "blk.0.ffn_gate": ("model.layers.0.mlp.gate_proj", INNER, HIDDEN),
+    "blk.0.ffn_up": ("model.layers.0.mlp.up_proj", INNER, HIDDEN),
+    "blk.0.ffn_down": ("model.layers.0.mlp.down_proj", HIDDEN, INNER),
+    "output": ("lm_head", WORDS, HIDDEN),
+}
+NORMS = {
+    "output_norm": "model.norm",
+    "blk.0.attn_norm": "model.layers.0.input_layernorm",
+    "blk.0.ffn_norm": "model.layers.0.post_attention_layernorm",
+}
+LLAMA = {
+    "general.architecture": "llama",
+    "llama.block_count": 1,
+    "llama.context_length": 128,
+    "llama.embedding_length": HIDDEN,
+    "llama.feed_forward_length": INNER,
+    "llama.attention.head_count": HEADS,
+    "llama.attention.head_count_kv": HEADS // 2,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.rope.freq_base": 10000.0,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": [f"t{n}" for n in range(WORDS)],
+    "tokenizer.ggml.token_type": [1] * WORDS,
+}
+
+
+def moderate_blocks(kind: str, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(raw blocks, float32 values), random codes under scales that leave values of about 0.06."""
+    layout = gguf_block(kind)
+    raw = random_blocks(kind, rows, columns // layout[0]).reshape(rows, -1, layout[1])
+    if kind == "mxfp4":
+        raw[..., 0] = 121 + raw[..., 0] % 4
+    if kind == "nvfp4":
+        raw[..., :4] = 0x20 + raw[..., :4] % 8
+    if kind == "iq1_m":
+        raw[..., 55] &= 0x8F  # the top nibble of its f16
+        raw[..., 55] |= 0x20
+    fields = F16_FIELDS.get(kind, ())
+    factor = 0.06 / dequantized(kind, raw.reshape(rows, -1)).std() if fields else 1.0
+    for at in fields:
+        scales = np.ascontiguousarray(raw[..., at : at + 2]).view(np.float16) * np.float16(factor)
+        raw[..., at : at + 2] = scales.astype(np.float16).view(np.uint8)
+    return raw.reshape(rows, -1), dequantized(kind, raw.reshape(rows, -1))
+
+
+def gguf_block(kind: str) -> tuple[int, int]:
+    """(weights, bytes) of a block."""
+    layout = number_format(f"gguf_{kind}").block
+    assert layout is not None
+    return layout.weights, layout.bytes
+
+
+def unpaired(rows: Tensor, heads: int) -> Tensor:
+    """Rows of adjacent rotary pairs as Hugging Face has them: first halves, then second ones."""
+    return rows.view(heads, -1, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
+
+
+@pytest.mark.parametrize("start", range(0, len(TYPES), len(MATRICES)))
+def test_every_block_type_in_a_whole_model(
+    start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine types to a Llama, K and IQ types included; transformers has what the gguf package dequantizes."""
+    config = transformers.LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS,
+        num_key_value_heads=HEADS // 2, vocab_size=WORDS, max_position_embeddings=128, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    torch.manual_seed(start)
+    oracle = transformers.LlamaForCausalLM(config).eval()
+    state, tensors = oracle.state_dict(), []
+    for stored, name in NORMS.items():
+        state[f"{name}.weight"].uniform_(0.5, 1.5)
+        values = state[f"{name}.weight"].numpy()
+        tensors.append(GgufTensor(f"{stored}.weight", "F32", values.shape, values.tobytes()))
+    for number, (stored, (name, rows, columns)) in enumerate(MATRICES.items()):
+        kind = TYPES[(start + number) % len(TYPES)]
+        raw, values = moderate_blocks(kind, rows, columns)
+        assert np.isfinite(values).all() and 0.005 < values.std() < 1, (kind, values.std())
+        heads = {"attn_q": HEADS, "attn_k": HEADS // 2}.get(stored.rpartition(".")[2])
+        matrix = torch.from_numpy(np.ascontiguousarray(values))
+        state[f"{name}.weight"].copy_(unpaired(matrix, heads) if heads else matrix)
+        tensors.append(GgufTensor(f"{stored}.weight", kind.upper(), (rows, columns), raw.tobytes()))
+    write_gguf(tmp_path / "m.gguf", LLAMA, tensors)
+    tokens = torch.randint(0, WORDS, (40,), generator=torch.Generator().manual_seed(start)).tolist()
+    with torch.no_grad():
+        wanted = oracle(torch.tensor([tokens])).logits[0]
+    for limit, by_reference in ((3e-2, False), (1e-3, True)):
+        if by_reference:
+            monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
+        model = load_model(open_checkpoint(str(tmp_path / "m.gguf")), device="cpu", dtype="float32")
+        [logits] = prompt_logits(model, [tokens])
+        worst = ((logits - wanted).abs().amax(1) / wanted.abs().amax(1)).max()
+        assert worst <= limit, f"{worst:.2e} on {sorted(model.kernels)}"

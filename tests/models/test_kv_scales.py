@@ -1,5 +1,4 @@
-"""Scales of the fp8 KV cache: every spelling, the file of --quantization-param-path, and that they are "
-"used."""
+"""Scales of the fp8 KV cache: every spelling, --quantization-param-path, and that they are used."""
 
 from __future__ import annotations
 
@@ -178,3 +177,69 @@ def test_auto_follows_the_checkpoint(plain: Path, tmp_path: Path, caplog: pytest
     assert loaded(folder, "auto").cache_specs()[0].dtype is torch.float8_e4m3fn
     assert loaded(folder, "bf16").cache_specs()[0].dtype is torch.bfloat16
     assert "kv-cache-dtype fp8_e4m3" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepSeek whose latents are far from what e4m3 holds well without a scale."""
+    folder = tmp_path_factory.mktemp("deepseek")
+    torch.manual_seed(2)
+    config = transformers.DeepseekV3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=64, max_position_embeddings=128, q_lora_rank=32, kv_lora_rank=32,
+        qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, first_k_dense_replace=LAYERS,
+    )  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "kv_a_layernorm" in name:
+                parameter.uniform_(300, 900)
+            elif "kv_b_proj" in name:
+                parameter.normal_(0, 0.0005)
+            elif "norm" not in name:
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+LATENT_SCALES = [3.0, 7.0]
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "file"])
+def test_used_on_latents(source: str, latent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as latent rows rounded to e4m3 steps of K's scale beside a float32 cache."""
+    monkeypatch.setattr("lowbit.kernels.attention.attention_kernels", lambda: [ReferenceAttention()])
+    stem = "model.layers.{}.self_attn.{}_scale"
+    both = {
+        stem.format(layer, kind): torch.tensor(scale * factor)
+        for layer, scale in enumerate(LATENT_SCALES)
+        for kind, factor in (("k", 1.0), ("v", 5.0))  # V's has nothing to divide
+    }
+    if source == "checkpoint":
+        model = loaded(with_tensors(latent, tmp_path, both))
+    else:
+        table = {str(layer): {"k": scale, "v": 99.0} for layer, scale in enumerate(LATENT_SCALES)}
+        said = {"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": table}}}
+        (tmp_path / "scales.json").write_text(json.dumps(said))
+        model = loaded(latent, file=tmp_path / "scales.json")
+    [logits] = prompt_logits(model, [TOKENS])
+    [unscaled] = prompt_logits(loaded(latent), [TOKENS])
+    exact = loaded(latent, "f32")
+    [unrounded] = prompt_logits(exact, [TOKENS])
+    scales, write = iter(LATENT_SCALES), ReferenceAttention.write
+
+    def spied(self: ReferenceAttention, cache: object, k: Tensor, v: Tensor, batch: object) -> None:
+        scale = next(scales)
+        write(self, cache, (k / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale, v, batch)
+
+    monkeypatch.setattr(ReferenceAttention, "write", spied)
+    [wanted] = prompt_logits(exact, [TOKENS])
+    size = unrounded.abs().max()
+    assert (logits - wanted).abs().max() <= 1e-4 * size
+    assert 1e-3 * size < (unrounded - wanted).abs().max() < 0.3 * (unrounded - unscaled).abs().max()
+
+
+def test_latents_in_other_dtypes_leave_scales_alone(latent: Path, tmp_path: Path) -> None:
+    folder = with_tensors(latent, tmp_path, scales("k_scale", "v_scale"))
+    first, second = (prompt_logits(loaded(path, "f32"), [TOKENS])[0] for path in (latent, folder))
+    assert torch.equal(first, second)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
 from oracles import gptq as gptq_oracle
 
@@ -35,7 +36,7 @@ SIZES = {
 
 def made(name: str) -> transformers.PreTrainedModel:
     torch.manual_seed(9)
-    more = {"num_local_experts": EXPERTS, "sliding_window": None} if name == "Mixtral" else {}
+    more: dict[str, object] = {"num_local_experts": EXPERTS, "sliding_window": None}
     if name == "Qwen3Moe":
         more = {
             "num_experts": EXPERTS,
@@ -43,6 +44,8 @@ def made(name: str) -> transformers.PreTrainedModel:
             "head_dim": 16,
             "norm_topk_prob": True,
         }
+    if name == "GptOss":
+        more = {"num_local_experts": EXPERTS, "head_dim": 16, "sliding_window": 16}
     model = getattr(transformers, f"{name}ForCausalLM")(
         getattr(transformers, f"{name}Config")(**SIZES, **more)
     )
@@ -224,3 +227,64 @@ def test_stacked_fp8_experts(tmp_path: Path) -> None:
     )
     first, second = prompt_logits(loaded, [TOKENS])[0], prompt_logits(reference, [TOKENS])[0]
     assert torch.equal(first, second)
+
+
+def gpt_oss_one_by_one(
+    model: transformers.PreTrainedModel, gate_up: str, down: str, router: str
+) -> dict[str, Tensor]:
+    """The state with (out, in) matrices of each expert; gate and up in turn, or taken apart."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        stack, found, leaf = name.rpartition(".mlp.experts.")
+        stack += found
+        suffix = "bias" if leaf.endswith("_bias") else "weight"
+        if not found:
+            tensors[name.replace(".router.", f".{router}.")] = tensor
+            continue
+        for number, own in enumerate(tensor):
+            matrix = own if suffix == "bias" else own.T
+            if leaf.startswith("down"):
+                tensors[f"{stack}{down.format(number)}.{suffix}"] = matrix
+            elif "," in gate_up:
+                for first, spelling in enumerate(gate_up.split(",")):
+                    tensors[f"{stack}{spelling.format(number)}.{suffix}"] = matrix[first::2]
+            else:
+                tensors[f"{stack}{gate_up.format(number)}.{suffix}"] = matrix
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+
+
+GPT_OSS = {
+    "unsloth": ("gate_up_projs.{}", "down_projs.{}", "router.linear"),
+    "gptqmodel": ("gate_up.{}", "down.{}", "router"),
+    "numbered first": ("{}.gate_up_proj", "{}.down_proj", "router"),
+    "auto-round, llm-compressor": ("{}.gate_proj,{}.up_proj", "{}.down_proj", "router"),
+}
+
+
+@pytest.mark.parametrize("case", GPT_OSS)
+def test_gpt_oss_one_by_one(case: str, tmp_path: Path) -> None:
+    """A matrix of gate and up has them in turn, under whatever name; matrices of their own do not."""
+    model = made("GptOss")
+    folder = write(tmp_path, model, gpt_oss_one_by_one(model, *GPT_OSS[case]), None)
+    assert differences(folder, model).max() <= 1e-4
+
+
+@pytest.mark.parametrize("case", GPT_OSS)
+def test_gpt_oss_one_by_one_in_gptq(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packed matrices give the logits of the same numbers stored plainly, in each arrangement."""
+    monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
+    model = made("GptOss")
+    packed, plain = gpt_oss_one_by_one(model, *GPT_OSS[case]), {}
+    for name in [name for name in packed if ".experts." in name and name.endswith(".weight")]:
+        stored, plain[name] = gptq(packed.pop(name))
+        packed |= {f"{name.removesuffix('.weight')}.{suffix}": tensor for suffix, tensor in stored.items()}
+    config = FORMATS["gptq"][1]
+    logits = []
+    for folder, tensors, said in (("a", packed, config), ("b", {**packed, **plain}, None)):
+        kept = {k: t for k, t in tensors.items() if said or not k.endswith(("qweight", "qzeros", "scales"))}
+        (tmp_path / folder).mkdir()
+        found = write(tmp_path / folder, model, kept, said)
+        loaded = load_model(open_checkpoint(str(found)), device="cpu", dtype="float32")
+        logits += prompt_logits(loaded, [TOKENS])
+    difference = (logits[0] - logits[1]).abs().amax(1) / logits[1].abs().amax(1)
+    assert difference.max() <= 1e-4

@@ -131,9 +131,12 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
     """The checkpoint in a Hugging Face folder: config.json, and one file, several, or an index of them."""
     config = read_json(folder, "config.json")
     if config is None:
-        raise LowbitError(
-            "E0201", f"{folder.name}: no config.json there; a Hugging Face folder or a .gguf file is expected"
-        )
+        what = "a Hugging Face folder or a .gguf file is expected"
+        if (folder / "params.json").is_file():
+            what = (
+                "params.json is of the authors' own layout, which is not read; use the Hugging Face version"
+            )
+        raise LowbitError("E0201", f"{folder.name}: no config.json there; {what}")
     index = read_json(folder, INDEX)
     names = _shards_of(folder, index) if index is not None else _shards_found(folder)
     tensors: dict[str, TensorEntry] = {}
@@ -161,11 +164,14 @@ def _shards_found(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if names:
         return names
-    if list(folder.glob("*.bin")):
+    pickled = next(
+        (path.suffix for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)), ""
+    )
+    if pickled:
         raise LowbitError(
             "E0230",
-            f"{folder.name} holds only pickled weights (.bin); lowbit reads safetensors and GGUF. Use the "
-            "repo's .safetensors files, or re-save with safetensors.torch.save_file",
+            f"{folder.name} holds only pickled weights ({pickled}); lowbit reads safetensors and GGUF. Use "
+            "the repo's .safetensors files, or re-save with safetensors.torch.save_file",
         )
     raise LowbitError("E0201", f"{folder.name}: no .safetensors file there")
 

@@ -104,7 +104,8 @@ class CheckpointFormat(Protocol):
     """The reading half of a format, opened on one checkpoint.
 
     ``name`` is its ``quant_method``, ``aliases`` what ``--quantization`` may also call it (the peers' kernel
-    names), ``reference`` who defined it. Opening raises E0212 where the config is impossible.
+    names; once opened, those that fit the checkpoint), ``reference`` who defined it. Opening raises E0212
+    where the config is impossible.
     """
 
     name: ClassVar[str]

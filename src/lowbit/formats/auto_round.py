@@ -40,7 +40,7 @@ class AutoRound:
     """See the module docstring."""
 
     name = "auto-round"
-    aliases = ("auto_round", "inc", "gptq", "gptq_marlin", "awq", "awq_marlin")
+    aliases: tuple[str, ...] = ("auto_round", "inc", "gptq", "gptq_marlin", "awq", "awq_marlin")
     reference = "auto-round"
     unused = (r".*\.workspace",)
 
@@ -55,6 +55,10 @@ class AutoRound:
                 "E0212", f"{self.place}.packing_format must be a string, found {printable(repr(packing))}"
             )
         self.packing = packing.lower()
+        kernels = ("awq", "awq_marlin") if self.packing in _AWQ else ("gptq", "gptq_marlin")
+        if self.packing == "auto_round:llm_compressor":
+            kernels = ("compressed-tensors", "compressed_tensors")
+        self.aliases = ("auto_round", "inc", *kernels)
         self.inner: CompressedTensors | None = None
         if self.packing == "auto_round:llm_compressor":
             self.inner = CompressedTensors(_as_compressed_tensors(header, self.values, self.place), notes)

@@ -15,6 +15,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import Notes, StoredLinear, StoredModule
 from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.refused import refused_by_tensors
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
@@ -28,11 +29,6 @@ _QUANTIZED = {
     ".quant_state.bitsandbytes__nf4": "bitsandbytes",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes",
     "_blocks": "MXFP4",
-    ".W_q": "HQQ",
-    ".trellis": "EXL3",
-    ".q_invperm": "EXL2",
-    ".Qidxs": "QuIP#",
-    ".codebooks": "AQLM",
 }
 DENSE_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
@@ -146,8 +142,10 @@ class Dense:
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
-        """A safetensors checkpoint whose config names no quantization."""
+        """A safetensors checkpoint whose config names no method, and no tensor a refused one."""
         if header.container != "safetensors" or quantization_config(header) is not None:
+            return None
+        if refused_by_tensors(header) is not None:
             return None
         return "config.json names no quantization"
 

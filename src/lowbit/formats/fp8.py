@@ -82,7 +82,7 @@ class Fp8:
     """See the module docstring."""
 
     name = "fp8"
-    aliases = ("fbgemm_fp8", "mxfp8")
+    aliases: tuple[str, ...] = ("fbgemm_fp8", "mxfp8")
     reference = "transformers"
     unused = ()
 
@@ -93,6 +93,7 @@ class Fp8:
         self.method, self.place = found.method.lower(), found.place
         values = found.values
         self.block = block_size(values, self.place)
+        self.aliases = (self.method, "mxfp8") if self.block == (1, 32) else (self.method,)
         kind = values.get("activation_scheme", "dynamic")
         if kind not in ("static", "dynamic", None):
             raise LowbitError(
@@ -167,6 +168,13 @@ class Fp8:
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """The bytes as codes, the scales as they are."""
         if is_dense(self.header, module):
+            scale = self._scale_of(module)
+            if scale is not None:
+                self.notes.contradiction(
+                    "E0214",
+                    f"{scale.entry.file.name}: tensor {scale.entry.name!r} lies beside a weight of plain "
+                    "floats; reading the weight as it is, without it",
+                )
             return read_dense(self.header, module, data)
         weight, scale, packed = self._entries(module)
         scheme = self.scheme_of(module)

@@ -10,15 +10,17 @@
 
 4-bit floats pack columns (low nibble: the even one), int4 packs rows (byte [r, c]: row 2 r low, 2 r + 1
 high, two's complement). weight = code * weight_scale, in nvfp4 also * weight_scale_2. W4A8_AWQ's
-weight_scale_2 is no factor: its kernels round code * weight_scale to e4m3 under it, which is not done here.
+weight_scale_2 is no factor: the tool's simulation rounds code * weight_scale to e4m3 under it once more,
+which is not done here.
 ``pre_quant_scale`` [in] multiplies the input first. gpt-oss' stacked experts lie as (experts, in, out) and
 call their scales ``<weight>_weight_scale``.
 
 What inputs are quantized to follows from ``quant_algo``, of the module or the block of experts above it in
 ``quantized_layers`` where algorithms are mixed. The config is hf_quant_config.json or, since 2025,
 config.json. MX scales of inputs round up, so that nothing saturates. NVFP4 without input_scale leaves inputs
-as they are. Where config and tensors disagree the tensors win, with a warning. Refused by name: NVFP4_SVD (a
-low-rank branch) and NVFP4_AFFINE caches.
+as they are. Where config and tensors disagree on the kind, or plain weights lie beside scales, the tensors
+win, with a warning; another group_size than the tensors' is an error. Without quant_algo, beside a quantized
+KV cache, only the cache was quantized. Refused by name: NVFP4_SVD (a low-rank branch), NVFP4_AFFINE caches.
 """
 
 from __future__ import annotations
@@ -99,6 +101,15 @@ _ALGORITHMS = {
     "W8A8_SQ_PER_CHANNEL": _Algorithm("int8", "int8"),
     "W8A16": _Algorithm("int8", ""),
 }
+
+
+class _Said(NamedTuple):
+    """What a config says of a module: an algorithm of ``_ALGORITHMS`` and the columns a scale covers."""
+
+    algorithm: str | None = None  # None: only the tensors say
+    group: int = 0  # 0: no word
+
+
 # What inputs are quantized to where only the tensors speak: an input scale is there where they are.
 _USUAL = {"fp8": "e4m3", "nvfp4": "nvfp4", "int4": "e4m3", "int8": "int8", "mxfp4": "e4m3", "mxfp8": ""}
 _SVD = "keeps a low-rank branch beside each weight, which is not supported; use an FP8 or NVFP4 export"
@@ -128,7 +139,7 @@ class ModelOpt:
     """See the module docstring."""
 
     name = "modelopt"
-    aliases = ("modelopt_fp8", "modelopt_fp4", "modelopt_mixed")
+    aliases: tuple[str, ...] = ("modelopt_fp8", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
     reference = "nvidia-modelopt"
     unused = (r".*\.(k|v)_bmm_quantizer\._amax",)
 
@@ -139,36 +150,41 @@ class ModelOpt:
         self.place = found.place
         inner = found.values.get("quantization")
         values = inner if isinstance(inner, dict) else found.values
-        if values.get("quant_algo") is None:
+        cache = [values.get(key) for key in ("kv_cache_quant_algo", "kv_cache_scheme")]
+        if values.get("quant_algo") is None and not any(cache):
             raise LowbitError(
                 "E0212", f"{self.place} has no 'quant_algo'; what inputs are quantized to cannot be told"
             )
-        self.algorithm = self._known(values.get("quant_algo"))
+        self.said = self._said(values)
+        kind = _ALGORITHMS[self.said.algorithm].kind if self.said.algorithm else "mixed"
+        self.aliases = (f"modelopt_{kind.replace('nvfp4', 'fp4')}",)
         layers = values.get("quantized_layers") or {}
         if not isinstance(layers, dict):
             raise LowbitError("E0212", f"{self.place}.quantized_layers must be an object")
-        self.layers = {
-            name: self._known(value.get("quant_algo") if isinstance(value, dict) else None)
-            for name, value in layers.items()
-        }
+        self.layers = {name: self._said(layer) for name, layer in layers.items()}
         keys = ("exclude_modules", "ignore")
         self.excluded = tuple(name for key in keys for name in strings(values.get(key), key, self.place))
-        for key in ("kv_cache_quant_algo", "kv_cache_scheme"):
-            if "AFFINE" in str(values.get(key)).upper():
-                raise LowbitError(
-                    "E0218",
-                    f"{self.place}.{key} NVFP4_AFFINE has a KV cache with zero points, which is not "
-                    "supported; use an export with an FP8 cache, or none",
-                )
-        require_tensors(header, (".weight_scale", "_weight_scale"), self.place, "modelopt")
+        if any("AFFINE" in str(name).upper() for name in cache):
+            raise LowbitError(
+                "E0218",
+                f"{self.place} asks for NVFP4_AFFINE, a KV cache with zero points, which is not supported; "
+                "use an export with an FP8 cache, or none",
+            )
+        if values.get("quant_algo") is not None:
+            require_tensors(header, (".weight_scale", "_weight_scale"), self.place, "modelopt")
 
-    def _known(self, algorithm: object) -> str | None:
-        """The algorithm in capitals, or None where none is named (the tensors then say)."""
-        if algorithm is None:
-            return None
+    def _said(self, values: object) -> _Said:
+        """The config's words on all modules, or on one; what is impossible is E0212."""
+        values = values if isinstance(values, dict) else {}
+        group = values.get("group_size") or 0
+        if isinstance(group, bool) or not isinstance(group, int) or group < 0:
+            raise LowbitError(
+                "E0212", f"{self.place}: group_size must be a positive number, found {printable(repr(group))}"
+            )
+        algorithm = values.get("quant_algo")
         name = str(algorithm).upper()
-        if name == "MIXED_PRECISION":
-            return None
+        if algorithm is None or name == "MIXED_PRECISION":
+            return _Said(None, group)
         if name in ("NVFP4_SVD", "NVFP4_SVDQUANT"):
             raise LowbitError("E0218", f"{self.place}: quant_algo {name} {_SVD}")
         if name not in _ALGORITHMS:
@@ -177,7 +193,7 @@ class ModelOpt:
                 f"{self.place}: quant_algo {printable(repr(algorithm))} is unknown; known: "
                 f"{', '.join(_ALGORITHMS)}",
             )
-        return name
+        return _Said(name, group)
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
@@ -190,11 +206,12 @@ class ModelOpt:
     def describe(self) -> str:
         """The algorithm, as the config names it."""
         mixed = f"mixed over {len(self.layers)} layers" if self.layers else "told by the tensors"
-        return f"modelopt, {self.algorithm or mixed} in {self.place.split(':')[0]}"
+        return f"modelopt, {self.said.algorithm or mixed} in {self.place.split(':')[0]}"
 
     def scheme_of(self, module: StoredModule) -> Scheme:
         """From dtypes and shapes; the input from the algorithm."""
         if is_dense(self.header, module):
+            self._check_plain(module)
             return dense_scheme(self.header, module)
         return self._scheme(module, self._stored(module))
 
@@ -208,6 +225,7 @@ class ModelOpt:
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """Codes unpacked, both levels of scales."""
         if is_dense(self.header, module):
+            self._check_plain(module)
             return read_dense(self.header, module, data)
         stored = self._stored(module)
         scheme = self._scheme(module, stored)
@@ -224,6 +242,19 @@ class ModelOpt:
         return StoredLinear(
             quantized, read_bias(self.header, module, data), self._input(module, data, scheme.activation)
         )
+
+    def _check_plain(self, module: StoredModule) -> None:
+        """A plain weight stands for itself; one that was made for a scaled input does not."""
+        left = [name for suffix in _OTHERS if (name := _tensor(module, suffix)) in self.header.tensors]
+        if not left:
+            return
+        where = f"{self.header.file_of(left[0])}: tensor {left[0]!r} lies beside a weight of plain floats"
+        if _tensor(module, "pre_quant_scale") in left:
+            raise LowbitError(
+                "E0213",
+                f"{where}, which may or may not be divided by pre_quant_scale; use the original export",
+            )
+        self.notes.contradiction("E0214", f"{where}; reading the weight as it is, without it")
 
     def _stored(self, module: StoredModule) -> _Stored:
         """Dtypes and shapes, checked."""
@@ -362,22 +393,30 @@ class ModelOpt:
             self.notes.contradiction(
                 "E0214", f"{where} but {self.place} lists it as not quantized; reading it as it is stored"
             )
-        name = self._algorithm_of(module)
+        said = self._said_of(module)
+        name, width = said.algorithm, stored.block[1] or module.shape[1]
+        if stored.kind in _GROUPS and min(said.group or width, module.shape[1]) != width:
+            raise LowbitError(
+                "E0213",
+                f"{stored.scale.file.name}: tensor {stored.scale.name!r} {list(stored.scale.shape)} has a "
+                f"scale for {width} columns but {self.place} says group_size {said.group}; config and weights "
+                "are from different models",
+            )
         if name is not None and _ALGORITHMS[name].kind == stored.kind:
             return _ALGORITHMS[name].inputs
         says = f"says {name}" if name is not None else "names no algorithm for it"
         self.notes.contradiction("E0214", f"{where} but {self.place} {says}; reading it as it is stored")
         return _USUAL[stored.kind] if has_scale else ""
 
-    def _algorithm_of(self, module: StoredModule) -> str | None:
-        """The module's own, that of the experts it is one of, or everybody's."""
+    def _said_of(self, module: StoredModule) -> _Said:
+        """Of the module itself, of the experts it is one of, or of everybody."""
         name = module.stored
         while name and self.layers:
             for spelling in spellings(name):
                 if spelling in self.layers:
                     return self.layers[spelling]
             name = name.rpartition(".")[0]
-        return self.algorithm
+        return self.said
 
     def _input(
         self, module: StoredModule, data: TensorData, activation: ActivationScheme | None

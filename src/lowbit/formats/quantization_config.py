@@ -29,7 +29,9 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
         assert isinstance(holder, dict), "filtered above"
         found = holder.get("quantization_config")
         if found is not None:
-            return _checked(found, "config.json: quantization_config")
+            # mlx-lm writes its own key and a copy under this one; neither names a method.
+            mlx = "mlx" if isinstance(holder.get("quantization"), dict) else ""
+            return _checked(found, "config.json: quantization_config", mlx)
     if config.get("compression_config") is not None:
         return _checked(config["compression_config"], "config.json: compression_config", "compressed-tensors")
     for name, method in (

@@ -62,7 +62,7 @@ _SUFFIXES = {
     ".q_invperm": "exl2",
     ".Qidxs": "quip",
     ".codebooks": "aqlm",
-    ".centroids": "vptq",
+    ".centroids.weight": "vptq",
     ".W_q": "hqq",
     "._data": "quanto",
 }
@@ -71,7 +71,7 @@ _SUFFIXES = {
 def refuse(header: CheckpointHeader) -> NoReturn:
     """E0211 with the method's name and the way out."""
     found = quantization_config(header)
-    method, place = (found.method, found.place) if found else (_by_tensors(header), "the tensors' names")
+    method, place = (found.method, found.place) if found else refused_by_tensors(header) or ("", "")
     if found is not None and "export" in found.values:
         method = "quark"  # in its "custom" dress it calls itself awq or fp8
     name = method.lower().replace("_", "-") if method else ""
@@ -88,9 +88,10 @@ def refuse(header: CheckpointHeader) -> NoReturn:
     )
 
 
-def _by_tensors(header: CheckpointHeader) -> str | None:
+def refused_by_tensors(header: CheckpointHeader) -> tuple[str, str] | None:
+    """(method, the tensor that shows it) of a checkpoint whose config says nothing."""
     for name in header.tensors:
         for suffix, method in _SUFFIXES.items():
             if name.endswith(suffix):
-                return method
+                return method, f"by tensor {printable(repr(name))}"
     return None

@@ -3,6 +3,10 @@
 A model asks under canonical names (Hugging Face's for its class). A checkpoint may say
 ``model.language_model.layers.0…``, keep q, k and v in one ``qkv_proj``, store experts one by one or stacked,
 call them ``block_sparse_moe.experts.3.w1``, or be a GGUF file with names of its own.
+
+gpt-oss' gate and up rows come in turn wherever a tool kept them in one matrix: stacked (OpenAI, ModelOpt), or
+an expert at a time (unsloth's ``experts.gate_up_projs.3``, GPTQModel's ``experts.gate_up.3``); AutoRound and
+llm-compressor take them apart into ``experts.3.gate_proj`` and ``up_proj``.
 """
 
 from __future__ import annotations
@@ -23,6 +27,13 @@ from lowbit.models.registry import Family
 
 _PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
 _LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # Mixtral's first spelling
+# Where one expert's projection may lie by itself.
+_SINGLE = {
+    "gate_proj": ("{n}.gate_proj", "{n}.w1"),
+    "up_proj": ("{n}.up_proj", "{n}.w3"),
+    "down_proj": ("{n}.down_proj", "{n}.w2", "down_projs.{n}", "down.{n}"),
+    "gate_up_proj": ("{n}.gate_up_proj", "gate_up_projs.{n}", "gate_up.{n}"),
+}
 _STACKED = re.compile(r"(.+\.experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13))(?:_\w+)?$")
 
 
@@ -81,19 +92,18 @@ class Names:
 
         style, base = self._expert_style(name)
         if style == "each":
-            placed = {}
-            for leaf, shape in shapes.items():
-                stem = f"{base}.{number}.{leaf}"
-                if stem not in self.modules and f"{base}.{number}.{_LEAVES[leaf]}" in self.modules:
-                    stem = f"{base}.{number}.{_LEAVES[leaf]}"
+
+            def single(leaf: str, shape: tuple[int, int], interleaved: bool = False) -> Placed:
                 part = Part(f"{name}.{number}.{leaf}", shape, bias=spec.bias)
-                placed[leaf] = Placed(part, StoredModule(part.name, stem, shape))
-            fused = f"{base}.{number}.gate_up_proj"
-            if placed["gate_proj"].module.stored not in self.modules and fused in self.modules:
-                shape = (2 * spec.intermediate, spec.hidden)
-                part = Part(f"{name}.{number}.gate_up_proj", shape, bias=spec.bias)
-                return [Placed(part, StoredModule(part.name, fused, shape))], [placed["down_proj"]]
-            return [placed["gate_proj"], placed["up_proj"]], [placed["down_proj"]]
+                stem = self._single_stem(base, leaf, number)
+                return Placed(part, StoredModule(part.name, stem, shape), interleaved=interleaved)
+
+            down = [single("down_proj", shapes["down_proj"])]
+            if all(self._single_stem(base, leaf, number) not in self.modules for leaf in gate_up):
+                fused = single("gate_up_proj", (2 * spec.intermediate, spec.hidden), spec.interleaved)
+                if fused.module.stored in self.modules:
+                    return [fused], down
+            return [single(leaf, shapes[leaf]) for leaf in gate_up], down
         stems = {leaf: self._stacked_stem(name, base, leaf) for leaf in ("gate_up_proj", *shapes)}
         down = [stacked("down_proj", stems["down_proj"], shapes["down_proj"])]
         if style == "fused":
@@ -111,13 +121,20 @@ class Names:
         bases += [base for base in self._candidates(name) if base not in bases]
         for base in bases:
             # First: transformers stacks the scales, and nothing else, of experts it saves one by one.
-            if any(f"{base}.0.{leaf}" in self.modules for leaf in ("gate_proj", "w1", "gate_up_proj")):
+            if any(
+                self._single_stem(base, leaf, 0) in self.modules for leaf in ("gate_proj", "gate_up_proj")
+            ):
                 return "each", base
             if f"{base}.gate_up_proj" in self.stacks or f"{base}.w13" in self.stacks:
                 return "fused", base
             if f"{base}.gate_proj" in self.stacks:
                 return "stacked", base
         return "each", bases[0]
+
+    def _single_stem(self, base: str, leaf: str, number: int) -> str:
+        """The first spelling that is there, or the most usual."""
+        stems = [f"{base}.{spelling.format(n=number)}" for spelling in _SINGLE[leaf]]
+        return next((stem for stem in stems if stem in self.modules), stems[0])
 
     def _stacked_stem(self, name: str, base: str, leaf: str) -> str:
         if self.in_gguf:

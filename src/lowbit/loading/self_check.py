@@ -20,7 +20,7 @@ TOLERANCE, BFLOAT_TOLERANCE = 1e-4, 2e-3
 
 def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
     """E0705 where the kernel's product of some rows disagrees with the definition."""
-    if packed.kernel.name == "reference" or weight.scheme.is_dense:
+    if packed.kernel.name == "reference":
         return
     start, stop = _few_rows(weight)
     device = next(iter(packed.buffers.values())).device
@@ -31,9 +31,9 @@ def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     got = packed.kernel.linear(x.to(device, dtype), packed)[0, start:stop].float().cpu()
     scale = (dense.norm(dim=1) + _cancelled(few)) * x.norm()
-    # "not <=": NaN must fail too.
+    # "not <=": NaN must fail too, but where the file's own numbers make it.
     tolerance = TOLERANCE if dtype is torch.float32 else BFLOAT_TOLERANCE
-    wrong = ~((got - wanted).abs() / scale <= tolerance)
+    wrong = ~((got - wanted).abs() / scale <= tolerance) & (got.isfinite() | wanted.isfinite())
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise LowbitError(

@@ -8,6 +8,9 @@ attention runs over the latent rows themselves:
     q_latent = q_nope W_K                      scores = [q_latent, q_rope] . [latent, k_rope]
     output   = (softmax(scores) latent) W_V^T
 
+An fp8 cache holds the row divided by the layer's K scale, rotated key included, as vLLM's latent cache does;
+the scale returns in the softmax scale and in what attention yields. V's scale has nothing to divide.
+
 Sources: DeepSeek-V2 (2024), DeepSeek-V3 (2024), YaRN (Peng et al., 2023).
 """
 
@@ -204,6 +207,8 @@ class LatentAttention:
     k_up: HeadMatrices  # (heads, nope, kv_lora_rank)
     v_up: HeadMatrices  # (heads, kv_lora_rank, v)
     output: Linear
+    parameters: AttentionParameters
+    k_scale: float = 1.0  # rows are stored divided by it (fp8 caches)
 
 
 @dataclass(frozen=True)
@@ -242,8 +247,6 @@ class Deepseek:
         self.final_norm = final_norm
         self.head = head
         self.cache_dtype = loader.cache_dtype
-        assert config.attention_scale is not None, "read_config sets it"
-        self.attention = AttentionParameters(scale=config.attention_scale)
 
     def cache_specs(self) -> list[CacheSpec]:
         """One latent row a token and layer."""
@@ -280,8 +283,12 @@ class Deepseek:
         query = q.new_empty(*q.shape[:2], row.shape[1])
         weights.k_up(q[..., : c.nope_dim], out=query[..., : c.kv_lora_rank])
         query[..., c.kv_lora_rank :] = q_rope
+        if weights.k_scale != 1.0:
+            row /= weights.k_scale  # and the latent, which is a part of it
         cache.kernel.write(cache, row.unsqueeze(1), latent.unsqueeze(1), batch)
-        attended = cache.kernel.attend(query, cache, batch, self.attention)
+        attended = cache.kernel.attend(query, cache, batch, weights.parameters)
+        if weights.k_scale != 1.0:
+            attended = attended * weights.k_scale
         values = weights.v_up(attended.view(-1, c.heads, c.kv_lora_rank))
         return weights.output(values.flatten(1))
 
@@ -331,8 +338,8 @@ def _attention(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Late
     else:
         q = linear("q_proj", q_rows, hidden)
     k_up, v_up = _up_projections(config, loader, name)
-    # Scales of a KV cache were measured on K and V, not on the latent row: they have a place, and no use.
-    loader.kv_scales(name, layer)
+    k_scale, _ = loader.kv_scales(name, layer)
+    assert c.attention_scale is not None, "read_config sets it"
     return LatentAttention(
         q,
         q_a,
@@ -342,6 +349,8 @@ def _attention(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Late
         k_up,
         v_up,
         linear("o_proj", hidden, c.heads * c.v_dim, c.attention_bias),
+        AttentionParameters(scale=c.attention_scale * k_scale),
+        k_scale,
     )
 
 

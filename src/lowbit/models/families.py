@@ -219,6 +219,8 @@ def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
 
 # Mixtral's experts were block_sparse_moe before transformers 5; GPTQModel writes mlp.
 MOE_ALIASES = ((r"\.mlp\.(gate|experts)\b(?!_)", r".block_sparse_moe.\1"),)
+# unsloth's 4-bit gpt-oss wraps the router's matrix.
+GPT_OSS_ALIASES = ((r"\.mlp\.router$", ".mlp.router.linear"),)
 
 LLAMA = Family("llama", _llama_or_mixtral, build, GGUF_NAMES, True, UNUSED, MOE_ALIASES)
 MISTRAL = Family("mistral", _mistral, build, GGUF_NAMES, True, UNUSED)
@@ -229,4 +231,4 @@ QWEN3_MOE = Family("qwen3_moe", _qwen3_moe, build, GGUF_NAMES, False, UNUSED)
 GEMMA2 = Family("gemma2", _gemma2, build, GEMMA_GGUF_NAMES, False, UNUSED)
 GEMMA3 = Family("gemma3", _gemma3, build, GEMMA_GGUF_NAMES, False, UNUSED)
 PHI3 = Family("phi3", _phi3, build, GGUF_NAMES, False, UNUSED)
-GPT_OSS = Family("gpt_oss", _gpt_oss, build, GPT_OSS_GGUF_NAMES, False, UNUSED)
+GPT_OSS = Family("gpt_oss", _gpt_oss, build, GPT_OSS_GGUF_NAMES, False, UNUSED, GPT_OSS_ALIASES)
