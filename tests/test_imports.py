@@ -30,7 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"errors", "numerics"},
     "layers": {"errors", "numerics", "kernels"},
     "models": {"errors", "numerics", "kernels", "layers", "checkpoint"},
-    "loading": {"errors", "settings", "numerics", "checkpoint", "formats", "kernels", "layers", "models"},
+    "loading": {
+        *("errors", "settings", "numerics", "checkpoint", "tokenization"),
+        *("formats", "kernels", "layers", "models"),
+    },
     "engine": {
         *("errors", "settings", "numerics", "checkpoint", "tokenization"),
         *("kernels", "layers", "models", "loading"),
