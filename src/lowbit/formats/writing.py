@@ -92,9 +92,13 @@ class CheckpointWriter:
         return {name: scheme for name, scheme in self.schemes.items() if not scheme.is_dense}
 
     def left_alone(self) -> list[str]:
-        """The plain modules other than embeddings, which no tool takes for a Linear."""
+        """The plain modules other than embeddings, which no tool takes for a Linear.
+
+        A head that is tied to the embedding is no module of its own here, and one to the tools.
+        """
         plain = [name for name, scheme in self.schemes.items() if scheme.is_dense]
-        return [name for name in plain if name.rpartition(".")[2] not in EMBEDDINGS]
+        found = [name for name in plain if name.rpartition(".")[2] not in EMBEDDINGS]
+        return found if any(name.endswith("lm_head") for name in self.schemes) else [*found, "lm_head"]
 
 
 def cannot(form: str, module: StoredModule, reason: str) -> LowbitError:
