@@ -32,15 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": {"errors", "numerics", "kernels", "layers", "checkpoint"},
     "quantize": {"errors", "numerics", "kernels", "layers"},
     "loading": {
-        "errors",
-        "settings",
-        "quantize",
-        "numerics",
-        "checkpoint",
-        "formats",
-        "kernels",
-        "layers",
-        "models",
+        *("errors", "settings", "numerics", "checkpoint", "tokenization", "quantize"),
+        *("formats", "kernels", "layers", "models"),
     },
     "engine": {
         *("errors", "settings", "numerics", "checkpoint", "tokenization"),

@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "Continue one prompt and print the text.",
     "inspect": "Say what a checkpoint is and how it would run, without loading it.",
     "check": "Read all of a checkpoint and say what is wrong with it; --fix writes a corrected copy.",
+    "convert": "Write a model in another format, its numbers unchanged, or as plain floats.",
     "pull": "Download a model, so that it can be served offline.",
     "models": "List what can be served: architectures, formats, models on this machine.",
     "explain": "Explain an error code: lowbit explain E0203.",

@@ -312,6 +312,11 @@ CATALOGUE: dict[str, Entry] = {
         "Name another place, or remove what is there. A name that ends in .partial is left from a run that "
         "was broken off.",
     ),
+    "E0303": Entry(
+        "another process is writing there",
+        "The folder a command writes into, OUT.partial, is locked by another lowbit that is at work.",
+        "Wait for it, or name another place.",
+    ),
     "E0401": Entry(
         "the model is quantized in another way",
         "--quantization names a method other than the one the checkpoint's own config names. A quantized "
@@ -361,6 +366,12 @@ CATALOGUE: dict[str, Entry] = {
         "no attention kernel",
         "Every attention kernel refused the model's KV cache; the message has each one's reason.",
         "Try another --kv-cache-dtype.",
+    ),
+    "E0450": Entry(
+        "the format cannot hold these numbers",
+        "Converting never changes a weight. A format that has no way to say exactly what the checkpoint says "
+        "(another group, zero points, offsets, inputs that are quantized otherwise) is refused.",
+        "Choose another format; --format dense holds everything. Or quantize the original model.",
     ),
     "E0500": Entry(
         "out of memory",

@@ -74,7 +74,10 @@ class Settings:
     dtype: str = option(
         "auto", "Type of unquantized weights and activations.", "model",
         choices=("auto", "bfloat16", "float16", "float32"),
-        synonyms=(("bf16", "bfloat16"), ("half", "float16"), ("float", "float32")),
+        synonyms=(
+            ("bf16", "bfloat16"), ("half", "float16"), ("f16", "float16"), ("float", "float32"),
+            ("f32", "float32"),
+        ),
     )  # fmt: skip
     quantization: str | None = option(
         None, "Method[:option=value,...] that quantizes a float model while it loads (below). Not needed for "

@@ -12,6 +12,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats import all_formats, detect
 from lowbit.formats.refused import REFUSED
+from lowbit.formats.writing import all_writers
 from lowbit.loading import plan_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -43,6 +44,7 @@ READS = {
 def page() -> str:
     """The whole page."""
     verified, kernels = evidence()
+    writers = all_writers()
     lines = [
         "# Checkpoint formats",
         "",
@@ -51,7 +53,8 @@ def page() -> str:
         "",
         "*Verified against*: a tool nobody here wrote saved these files and dequantized them itself; the "
         "values agree to the last bit of the stored scale's type. *Kernels*: what runs the fixtures' "
-        "layers on a CPU with AVX2 or AVX-512; everything runs on `reference` too.",
+        "layers on a CPU with AVX2 or AVX-512; everything runs on `reference` too. "
+        "*Writes*: what `lowbit convert --format` writes, exactly or not at all.",
         "",
         "| format | also called | reads | verified against (fixtures) | kernels | writes |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -66,7 +69,7 @@ def page() -> str:
             READS[fmt.name],
             "; ".join(tools) or "**unverified**: no tool that writes it runs on a CPU; a numpy oracle only",
             ", ".join(f"`{kernel}`" for kernel in sorted(kernels[fmt.name])) or "`reference`",
-            "not yet",
+            writers[fmt.name].writes if fmt.name in writers else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "## Recognised and refused", "", "| method | why, and what to do |", "| --- | --- |"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import dataclass
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
@@ -111,8 +112,32 @@ class _Vocabulary:
         return frozenset(self.ids[token] for token in named | by_text if token is not None)
 
 
+@dataclass(frozen=True)
+class GgufSource:
+    """What a GGUF file's tokenizer is made of: tokenizer.json as ``text``, and what its flags say."""
+
+    text: str
+    specials: Specials
+    vocabulary: _Vocabulary
+
+    def special(self, name: str) -> str | None:
+        """The text of ``bos``, ``eos``, ``unknown`` or ``padding``."""
+        return self.vocabulary.special(name)
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Token -> number."""
+        return self.vocabulary.ids
+
+
 def gguf_tokenizer(header: CheckpointHeader) -> FastTokenizer:
     """The tokenizer a GGUF file carries."""
+    found = gguf_source(header)
+    return FastTokenizer(found.text, found.specials, found.vocabulary.file)
+
+
+def gguf_source(header: CheckpointHeader) -> GgufSource:
+    """The tokenizer's parts, checked."""
     whole = header.metadata.get("tokenizer.huggingface.json")
     vocabulary = _Vocabulary(header)
     model = vocabulary.text("model")
@@ -140,7 +165,7 @@ def gguf_tokenizer(header: CheckpointHeader) -> FastTokenizer:
         adds_bos=adds_bos,
         adds_eos=bool(vocabulary.flag("add_eos_token")),
     )
-    return FastTokenizer(source, specials, vocabulary.file)
+    return GgufSource(source, specials, vocabulary)
 
 
 def _document(vocabulary: _Vocabulary, **parts: object) -> dict[str, object]:

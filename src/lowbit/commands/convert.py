@@ -1,0 +1,62 @@
+"""``lowbit convert MODEL --format dense --out DIR``: the same numbers in another format.
+
+    lowbit convert smollm2 --format dense --out smollm2-float
+    lowbit convert ./model-gptq --format compressed-tensors --out ./model-ct
+
+``dense`` is the model as plain floats, whatever it was: in the narrowest type that holds every weight
+exactly, or in ``--dtype``, and then the output says how far weights were rounded. Other formats are written
+where they can say exactly what the checkpoint says; quantizing a float model is not converting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from lowbit.commands.arguments import Parser, add_model, settings_from
+from lowbit.errors import LowbitError, printable
+
+USAGE = "[MODEL] --format FORMAT --out DIR"
+GROUPS: tuple[str, ...] = ("model",)
+_DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+def add_arguments(parser: Parser) -> None:
+    """MODEL, --format, --out, --force, --json."""
+    add_model(parser)
+    parser.add_argument("--format", metavar="FORMAT", help="dense, or a format that holds the same numbers")
+    parser.add_argument("--out", metavar="DIR", help="folder to write; for gguf the file")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert the model; 0."""
+    for flag in ("format", "out"):
+        if not getattr(arguments, flag):
+            raise LowbitError("E0104", f"--{flag} is missing. See: lowbit convert --help")
+    settings = settings_from(arguments)
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.commands.console import progress_line
+    from lowbit.loading.convert import convert, summary
+
+    out = Path(arguments.out).expanduser()
+    with progress_line() as on_progress:
+        header = open_checkpoint(settings.model, settings.revision, on_progress)
+        done = convert(
+            header,
+            arguments.format,
+            out,
+            dtype=_DTYPES[settings.dtype],
+            force=arguments.force,
+            strict=settings.strict,
+            on_progress=on_progress,
+        )
+    if arguments.json:
+        told = {**vars(done), "out": str(done.out)}
+        print(json.dumps(told, indent=2))
+    else:
+        for line in summary(done):
+            print(printable(line, 400))
+    return 0

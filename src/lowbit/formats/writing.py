@@ -1,0 +1,169 @@
+"""The writing half of the formats: QuantizedTensor -> the tensors and the config a format's own tools expect.
+
+A writer never rounds. It refuses, with the reason, what its format cannot hold exactly; changing numbers is
+the business of quantizers. The writers live in modules called ``<format>_writer``; each has ``WRITERS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.formats import InputRule, StoredModule
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+EMBEDDINGS = ("embed_tokens",)
+
+
+class CheckpointWriter:
+    """Writes the modules of one checkpoint.
+
+    ``schemes``: of every module that will be written, by its stored name, plain ones included: what the
+    config says, and what concerns the whole checkpoint (GPTQ's v1 or v2), follows from them. ``stacks``:
+    whether slices of stacked experts can be written.
+    """
+
+    name: ClassVar[str]
+    writes: ClassVar[str]  # for docs/formats.md
+    stacks: ClassVar[bool] = False
+    # Files the format has beside config.json; ``quantization_config`` goes into them as well.
+    config_files: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, schemes: Mapping[str, Scheme]) -> None:
+        self.schemes = dict(schemes)
+
+    @classmethod
+    def refuses_to_write(cls, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why the format cannot hold such a module exactly; None: it can."""
+        return None if scheme.is_dense else f"{cls.name} holds plain floats only"
+
+    def write(
+        self,
+        module: StoredModule,
+        weight: QuantizedTensor,
+        bias: Tensor | None = None,
+        input: InputRule | None = None,
+    ) -> dict[str, Tensor]:
+        """The module's tensors under the names the format's reader expects.
+
+        Of a module that is an expert in a stack, each is this expert's slice of the tensor of that name.
+        """
+        planned = self.schemes.get(module.stored, weight.scheme)
+        if planned.is_dense and weight.scheme.is_dense:
+            found = {"weight": _plain(module, weight)}
+        else:
+            self._check(planned, module)
+            if input is not None and input.multiplier is not None:
+                raise cannot(self.name, module, "its input is multiplied by a vector before the product")
+            found = self._pack(module, as_planned(weight, planned, module), input)
+        if bias is not None:
+            found["bias"] = bias
+        return {module.tensor(suffix): tensor.contiguous() for suffix, tensor in found.items()}
+
+    def quantization_config(self) -> dict[str, object] | None:
+        """What config.json says under ``quantization_config``; None: nothing."""
+        return None
+
+    def _check(self, scheme: Scheme, module: StoredModule) -> None:
+        if module.expert is not None and not self.stacks:
+            raise cannot(self.name, module, "it is one of a stack of experts")
+        reason = self.refuses_to_write(scheme, module.shape)
+        if reason is not None:
+            raise cannot(self.name, module, reason)
+
+    def _pack(
+        self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
+    ) -> dict[str, Tensor]:
+        """Tensors by suffix (``weight``, ``weight_scale``)."""
+        raise NotImplementedError
+
+    def quantized(self) -> dict[str, Scheme]:
+        """The modules that are not plain."""
+        return {name: scheme for name, scheme in self.schemes.items() if not scheme.is_dense}
+
+    def left_alone(self) -> list[str]:
+        """The plain modules other than embeddings, which no tool takes for a Linear.
+
+        A head that is tied to the embedding is no module of its own here, and one to the tools.
+        """
+        plain = [name for name, scheme in self.schemes.items() if scheme.is_dense]
+        found = [name for name in plain if name.rpartition(".")[2] not in EMBEDDINGS]
+        return found if any(name.endswith("lm_head") for name in self.schemes) else [*found, "lm_head"]
+
+
+def cannot(form: str, module: StoredModule, reason: str) -> LowbitError:
+    """E0450: the format cannot hold this module without changing its numbers."""
+    return LowbitError(
+        "E0450",
+        f"--format {form}: {module.name} cannot be written without changing its numbers: {reason}. Choose "
+        "another format (dense holds everything), or quantize the original model anew",
+    )
+
+
+def _plain(module: StoredModule, weight: QuantizedTensor) -> Tensor:
+    return weight.codes.T if module.transposed else weight.codes
+
+
+def as_planned(weight: QuantizedTensor, planned: Scheme, module: StoredModule) -> QuantizedTensor:
+    """The weight as its plan said from headers alone: readers find more in the data.
+
+    An asymmetric weight whose zero points are all in the middle was read as symmetric: its zero points are
+    spelled out again. A promised column order that turned out trivial is left out.
+    """
+    found = weight.scheme
+    if found.zero == "none" and planned.zero == "integer" and found.weight.name.startswith("int"):
+        bits = int(found.weight.bits)
+        zeros = torch.full(weight.scales[0].shape, 1 << bits - 1, dtype=torch.uint8)
+        found = replace(found, weight=number_format(f"uint{bits}"), zero="integer")
+        weight = replace(weight, scheme=found, zeros=zeros)
+    if replace(found, reordered=planned.reordered) != planned:
+        raise LowbitError(
+            "E0450",
+            f"{module.name}: its tensors are {found}, its config and headers promise {planned}; a checkpoint "
+            "that contradicts itself is not converted (lowbit check MODEL --fix OUT may correct it)",
+        )
+    return weight
+
+
+def whole_columns(scheme: Scheme, level: int, columns: int) -> int:
+    """Columns of a block, spelled out."""
+    return scheme.blocks[level][1] or columns
+
+
+def grouped_rows(scheme: Scheme, columns: int) -> str | None:
+    """Why this is not one scale for a group of columns of a row; None where it is."""
+    if scheme.flattened or len(scheme.blocks) != 1 or scheme.offset:
+        return f"scales lie as {scheme}; one for a group of columns of a row is needed"
+    if scheme.blocks[0][0] != 1:
+        return f"a scale covers {scheme.blocks[0][0] or 'all'} rows; one a row is needed"
+    return None
+
+
+@cache
+def all_writers() -> dict[str, type[CheckpointWriter]]:
+    """Every writer by its format's name."""
+    import lowbit.formats as package
+
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    modules = [
+        importlib.import_module(f"{package.__name__}.{name}") for name in names if name.endswith("_writer")
+    ]
+    return {writer.name: writer for module in modules for writer in module.WRITERS}
+
+
+def writer_of(name: str) -> type[CheckpointWriter]:
+    """The writer of a format, or E0450 with those that are."""
+    writers = all_writers()
+    if name not in writers:
+        raise LowbitError("E0450", f"--format {name}: not written; written are {', '.join(sorted(writers))}")
+    return writers[name]

@@ -1,0 +1,156 @@
+"""convert: a checkpoint in another format, the numbers the same; or as plain floats.
+
+Nothing is quantized here. A format that cannot hold a module's numbers exactly refuses, naming the module
+and the reason, before anything is written. ``dense`` holds everything: in float32 exactly, in a narrower
+type either exactly too (``exact_dtype``) or, where the user asks for it, rounded and the rounding counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.safetensors_writer import SHARD_BYTES
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError, thousands
+from lowbit.formats.dense_writer import FLOATS, DenseWriter, exact_dtype
+from lowbit.formats.writing import CheckpointWriter, cannot, writer_of
+from lowbit.loading.saving import NamedTensor, planned_nbytes, save_checkpoint
+from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
+from lowbit.numerics.scheme import Scheme, dense
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class Conversion:
+    """What was written. ``dtype``: of the plain numbers, None where they were left as they are."""
+
+    out: Path
+    form: str
+    dtype: str | None
+    modules: int
+    nbytes: int = 0
+    rounding: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    header: CheckpointHeader,
+    form: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    force: bool = False,
+    strict: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    on_progress: Progress | None = None,
+) -> Conversion:
+    """Write the checkpoint in format ``form`` to the folder ``out``. ``dtype``: bf16, f16 or f32."""
+    source = SourceModel(header, strict=strict)
+    writer, told = _writer(source, form, dtype)
+    done = Conversion(out, form, told, len(source.modules), notes=_notes(source, form))
+    nbytes = planned_nbytes((writer.schemes[one.target.stored], one.target.shape) for one in source.modules)
+    with TensorData(header) as data:
+        save_checkpoint(
+            out,
+            header,
+            source.hf_config(data),
+            _parts(source, data, writer, on_progress),
+            writer,
+            nbytes=nbytes + sum(part.nbytes for part in source.parts if isinstance(part, SourceVector)),
+            tensors=4 * len(source.parts),
+            dtype=told,
+            force=force,
+            shard_bytes=shard_bytes,
+        )
+    done.nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    if isinstance(writer, DenseWriter):
+        done.rounding = writer.rounding
+    return done
+
+
+def _writer(source: SourceModel, form: str, dtype: str | None) -> tuple[CheckpointWriter, str | None]:
+    """The writer for the whole source, every module asked; and the type of plain numbers."""
+    kind = writer_of(form)
+    schemes = {module.target.stored: module.scheme for module in source.modules}
+    if issubclass(kind, DenseWriter):
+        told = dtype or _widest([exact_dtype(scheme) for scheme in schemes.values()])
+        return DenseWriter(dict.fromkeys(schemes, dense(told)), told), told
+    if dtype is not None:
+        raise LowbitError("E0104", f"--dtype is for --format dense; {form} keeps every number as it is")
+    if all(scheme.is_dense for scheme in schemes.values()):
+        raise LowbitError(
+            "E0450",
+            f"--format {form}: {source.header.root.name} is not quantized, and convert does not quantize; it "
+            "writes the numbers there are in another format",
+        )
+    for module in source.modules:
+        if module.scheme.is_dense:
+            continue
+        reason = kind.refuses_to_write(module.scheme, module.target.shape)
+        if module.target.expert is not None and not kind.stacks:
+            reason = "it is one of a stack of experts"
+        if reason is not None:
+            raise cannot(form, module.target, reason)
+    return kind(schemes), None
+
+
+def _widest(names: list[str]) -> str:
+    """The narrowest type that holds all of these: bf16 and f16 together need f32."""
+    found = set(names)
+    return found.pop() if len(found) == 1 else "f32"
+
+
+def _parts(
+    source: SourceModel, data: TensorData, writer: CheckpointWriter, on_progress: Progress | None
+) -> Iterator[ReadModule | NamedTensor]:
+    done, total = 0, sum(part.nbytes for part in source.parts)
+    for part in source.parts:
+        if isinstance(part, SourceModule):
+            yield source.read(part, data)
+        else:
+            yield NamedTensor(part.target, _vector(source, part, data, writer))
+        done += part.nbytes
+        if on_progress is not None:
+            on_progress(done, total, "converting")
+
+
+def _vector(source: SourceModel, part: SourceVector, data: TensorData, writer: CheckpointWriter) -> Tensor:
+    tensor = source.read_vector(part, data)
+    if not isinstance(writer, DenseWriter) or tensor.dtype == FLOATS[writer.dtype]:
+        return tensor
+    # A norm in float32 beside bf16 matrices: in their type where that loses nothing.
+    narrow = tensor.to(FLOATS[writer.dtype])
+    return narrow if bool((narrow.float() == tensor.float()).all()) else tensor
+
+
+def _notes(source: SourceModel, form: str) -> list[str]:
+    """What does not survive."""
+    notes = []
+    activations = {str(module.scheme.activation) for module in source.modules if module.scheme.activation}
+    if form == "dense" and activations:
+        notes.append(f"inputs are no longer quantized (they were: {'; '.join(sorted(activations))})")
+    if source.has_kv_scales:
+        notes.append("the KV cache's scales were left out")
+    return notes
+
+
+def weight_only(scheme: Scheme) -> Scheme:
+    """The scheme with its input as it comes."""
+    return replace(scheme, activation=None)
+
+
+def summary(done: Conversion) -> list[str]:
+    """What to tell a person, a line each."""
+    exact = "every number as it was"
+    if done.form == "dense" and done.dtype is not None:
+        exact = f"{done.dtype}, exact"
+        if done.rounding:
+            exact = f"{done.dtype}: largest relative rounding {100 * done.rounding:.2g} %"
+    lines = [f"{done.out}: {done.form}, {done.modules} modules, {thousands(done.nbytes)} bytes ({exact})"]
+    return lines + done.notes

@@ -1,0 +1,178 @@
+"""What all writers are tested with: cruel weights, and fixtures read, written and read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from formats.helpers import FIXTURES, reader_of, write_folder
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError
+from lowbit.formats import InputRule, StoredLinear, StoredModule
+from lowbit.formats.writing import CheckpointWriter
+from lowbit.loading.source_modules import SourceModel
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import ActivationScheme, Scheme
+
+TYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "e8m0": torch.float8_e8m0fnu,
+    "e4m3": torch.float8_e4m3fn,
+}
+
+
+def scheme(
+    codes: str,
+    *blocks: tuple[int, int],
+    scales: str = "f16",
+    zero: bool = False,
+    activation: ActivationScheme | None = None,
+    **more: bool,
+) -> Scheme:
+    """``scheme("uint4", (1, 32), zero=True)``; ``scales``: one name a level, separated by blanks."""
+    formats = tuple(number_format(name) for name in scales.split())
+    return Scheme(
+        number_format(codes), blocks, formats, "integer" if zero else "none", activation=activation, **more
+    )
+
+
+def cruel(made: Scheme, shape: tuple[int, int], seed: int = 0) -> QuantizedTensor:
+    """Random codes of all values; every block its own scale, zero point and place."""
+    random = torch.Generator().manual_seed(seed)
+    bits = int(made.weight.bits)
+    codes = torch.randint(0, 1 << bits, shape, generator=random, dtype=torch.uint8)
+    if made.weight.name == "e4m3":
+        codes[(codes & 127) == 127] ^= 1  # no NaN
+    levels = []
+    for (rows, columns), scale in zip(made.blocks, made.scales, strict=True):
+        grid = (-(-shape[0] // (rows or shape[0])), -(-shape[1] // (columns or shape[1])))
+        if made.flattened:
+            grid = (-(-shape[0] * shape[1] // columns),)
+        values = torch.rand(grid, generator=random) + 0.25
+        if scale.name == "e8m0":
+            values = torch.randint(100, 140, grid, generator=random).to(torch.uint8).view(TYPES["e8m0"])
+        levels.append(values if values.dtype == TYPES["e8m0"] else values.to(TYPES[scale.name]))
+    zeros = None
+    if made.zero == "integer":
+        zeros = torch.randint(0, 1 << bits, levels[0].shape, generator=random, dtype=torch.uint8)
+    order = torch.randperm(shape[1], generator=random) if made.reordered else None
+    if order is not None:  # as readers have it: within a group the columns ascend
+        group = made.blocks[0][1] or shape[1]
+        order = torch.cat([part.sort().values for part in order.split(group)])
+    return QuantizedTensor(made, shape, codes, tuple(levels), zeros, (), order)
+
+
+def same(a: QuantizedTensor, b: QuantizedTensor) -> None:
+    """Equal in every part, scales bit for bit."""
+    assert a.shape == b.shape and a.scheme.weight == b.scheme.weight and a.scheme.blocks == b.scheme.blocks
+    assert a.scheme == b.scheme, f"{a.scheme} != {b.scheme}"
+    assert torch.equal(a.codes, b.codes), f"codes of {a.scheme}"
+    for one, other in zip((*a.scales, *a.offsets), (*b.scales, *b.offsets), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape, f"{one.dtype} {other.dtype}"
+        assert torch.equal(_bytes(one), _bytes(other))
+    for one, other in ((a.zeros, b.zeros), (a.column_order, b.column_order)):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one.long(), other.long())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+def written(
+    folder: Path, kind: type[CheckpointWriter], modules: dict[str, StoredLinear], plain: Iterable[str] = ()
+) -> Path:
+    """A folder with these modules, written by ``kind``, and some plain ones."""
+    schemes = {name: linear.weight.scheme for name, linear in modules.items()}
+    dense = Scheme(number_format("bf16"))
+    writer = kind(schemes | dict.fromkeys(plain, dense))
+    tensors: dict[str, Tensor] = {}
+    for name, linear in modules.items():
+        out, columns = linear.weight.shape
+        module = StoredModule(name, name, (out, columns))
+        tensors |= writer.write(module, linear.weight, linear.bias, linear.input)
+    for name in plain:
+        tensors[f"{name}.weight"] = torch.ones(8, 64, dtype=torch.bfloat16)
+    return write_folder(folder, tensors, writer.quantization_config())
+
+
+def round_trip(folder: Path, kind: type[CheckpointWriter], modules: dict[str, StoredLinear]) -> None:
+    """What is read back is what was written, and strictly: without one contradiction."""
+    reader = reader_of(written(folder, kind, modules, ("lm_head",)), strict=True)
+    with TensorData(open_checkpoint(str(folder))) as data:
+        for name, linear in modules.items():
+            out, columns = linear.weight.shape
+            module = StoredModule(name, name, (out, columns))
+            found = reader.read(module, data)
+            same(found.weight, linear.weight)
+            assert reader.scheme_of(module) == linear.weight.scheme
+            assert (found.bias is None) == (linear.bias is None)
+            assert found.bias is None or torch.equal(found.bias, linear.bias)
+            _same_input(found.input, linear.input)
+        plain = StoredModule("lm_head", "lm_head", (8, 64))
+        assert reader.read(plain, data).weight.scheme.is_dense
+
+
+def _same_input(a: InputRule | None, b: InputRule | None) -> None:
+    for name in ("multiplier", "static_scale", "static_zero"):
+        one, other = getattr(a, name, None), getattr(b, name, None)
+        assert (one is None) == (other is None), name
+        assert one is None or torch.equal(one.float().reshape(-1), other.float().reshape(-1)), name
+
+
+def fixtures_it_takes(kind: type[CheckpointWriter], *groups: str) -> list[Path]:
+    """Fixture folders, whole models, of which the writer refuses no module."""
+    found = []
+    for path in sorted(about for group in groups for about in FIXTURES.glob(f"{group}/*/about.json")):
+        try:
+            source = SourceModel(open_checkpoint(str(path.parent)))
+        except LowbitError:
+            continue
+        refusals = [
+            m for m in source.modules if kind.refuses_to_write(m.scheme, m.target.shape) or m.target.expert
+        ]
+        if not refusals and any(not m.scheme.is_dense for m in source.modules):
+            found.append(path.parent)
+    return found
+
+
+def convert_and_compare(folder: Path, form: str, out: Path) -> None:
+    """Convert a fixture; every module of the result, read strictly, is the source's."""
+    from lowbit.loading.convert import convert
+
+    convert(open_checkpoint(str(folder)), form, out)
+    before, after = (
+        SourceModel(open_checkpoint(str(folder))),
+        SourceModel(open_checkpoint(str(out)), strict=True),
+    )
+    assert after.form.name == form
+    with TensorData(before.header) as old, TensorData(after.header) as new:
+        assert [m.target.name for m in before.modules] == [m.target.name for m in after.modules]
+        for one, other in zip(before.modules, after.modules, strict=True):
+            a, b = before.read(one, old), after.read(other, new)
+            same(a.weight, b.weight)
+            assert (a.bias is None) == (b.bias is None)
+            _same_input(a.input, b.input)
+
+
+def save(folder: Path, tensors: dict[str, Tensor], config: dict) -> Path:
+    """A folder with a config of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def without_input(made: Scheme) -> Scheme:
+    """The scheme of the weight alone."""
+    return replace(made, activation=None)

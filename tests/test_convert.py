@@ -1,0 +1,49 @@
+"""``lowbit convert`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from formats.helpers import FIXTURES
+from lowbit.cli import main
+
+GPTQ = FIXTURES / "gptq" / "w4_sym"
+
+
+def test_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", str(GPTQ), "--format", "dense", "--out", str(tmp_path / "out"), "--dtype", "bf16"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "out: dense, " in told and "bf16: largest relative rounding 0." in told
+    assert main(words) == 7
+    assert "E0302" in capsys.readouterr().err
+    assert main([*words, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "status"),
+    [
+        (["--out", "x"], "E0104", 2),
+        (["--format", "dense"], "E0104", 2),
+        (["--format", "parquet", "--out", "x"], "E0450", 4),
+        (["--format", "dense", "--out", "x", "--dtype", "int3"], "E0103", 2),
+    ],
+)
+def test_refusals(
+    words: list[str], code: str, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tmp_path / word) if word == "x" else word for word in words]
+    assert main(["convert", str(GPTQ), *words]) == status
+    assert code in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_source_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in GPTQ.iterdir()}
+    assert main(["convert", str(GPTQ), "--format", "dense", "--out", str(GPTQ), "--force"]) == 7
+    assert "is what is being read" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in GPTQ.iterdir()} == before
