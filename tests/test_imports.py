@@ -30,7 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": {"errors", "numerics"},
     "layers": {"errors", "numerics", "kernels"},
     "models": {"errors", "numerics", "kernels", "layers", "checkpoint"},
-    "loading": {"errors", "settings", "numerics", "checkpoint", "formats", "kernels", "layers", "models"},
+    "quantize": {"errors", "numerics"},
+    "loading": {
+        *("errors", "settings", "numerics", "checkpoint"),
+        *("formats", "kernels", "layers", "models", "quantize"),
+    },
     "engine": {
         *("errors", "settings", "numerics", "checkpoint", "tokenization"),
         *("kernels", "layers", "models", "loading"),
