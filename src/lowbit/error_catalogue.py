@@ -367,6 +367,25 @@ CATALOGUE: dict[str, Entry] = {
         "Every attention kernel refused the model's KV cache; the message has each one's reason.",
         "Try another --kv-cache-dtype.",
     ),
+    "E0440": Entry(
+        "this model cannot be calibrated",
+        "GPTQ and AWQ walk a model block by block and watch the inputs of its layers. The blocks of this "
+        "architecture are not of the kind the walk knows.",
+        "Choose a method that needs no calibration data, or a checkpoint that somebody quantized already.",
+    ),
+    "E0441": Entry(
+        "calibration data cannot be used",
+        "The file given as calibration data cannot be read, is not what its name says (.txt, or .jsonl with "
+        "a string under 'text' in every line), is too short, or does not fit the model's vocabulary and "
+        "context.",
+        "Correct the file, or leave the option away: lowbit brings English text of its own.",
+    ),
+    "E0442": Entry(
+        "calibration failed on a layer",
+        "The inputs that a layer saw on the calibration text are NaN or infinite, or so dependent that their "
+        "Hessian has no Cholesky factor even after damping.",
+        "Check the float model (lowbit check MODEL); try other or more calibration text.",
+    ),
     "E0450": Entry(
         "the format cannot hold these numbers",
         "Converting never changes a weight. A format that has no way to say exactly what the checkpoint says "

@@ -87,25 +87,41 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
         """float32 (sample rows, vocabulary)."""
-        config, eps = self.config, self.config.rms_norm_eps
-        residual = self.embedding(batch.tokens)  # (tokens, hidden)
-        if config.embedding_scale != 1.0:
-            residual = residual * config.embedding_scale
-        hidden = rms_norm(residual, self.blocks[0].attention_norm, eps)
-        following = [block.attention_norm for block in self.blocks[1:]] + [self.final_norm]
-        for block, cache, next_norm in zip(self.blocks, caches, following, strict=True):
-            attended = block.output(self._attend(block, cache, hidden, batch))
-            if block.attention_post_norm is not None:
-                attended = rms_norm(attended, block.attention_post_norm, eps)
-            hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
-            mixed = block.mlp(hidden)
-            if block.mlp_post_norm is not None:
-                mixed = rms_norm(mixed, block.mlp_post_norm, eps)
-            hidden = add_rms_norm(mixed, residual, next_norm, eps)
+        config = self.config
+        residual = self.embed(batch.tokens)
+        hidden = rms_norm(residual, self.blocks[0].attention_norm, config.rms_norm_eps)
+        for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
+            hidden = self.forward_block(layer, hidden, residual, cache, batch)
         logits = self.head(hidden[batch.sample_rows]).float()
         if config.logit_softcap:
             logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
         return logits
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(tokens, hidden): the residual stream before the first block."""
+        residual = self.embedding(tokens)
+        if self.config.embedding_scale != 1.0:
+            residual = residual * self.config.embedding_scale
+        return residual
+
+    def forward_block(
+        self, layer: int, hidden: Tensor, residual: Tensor, cache: LayerCache, batch: ForwardBatch
+    ) -> Tensor:
+        """One block: ``hidden`` is ``residual`` under its attention norm.
+
+        Adds to ``residual`` in place and gives it under the next block's norm, or the final one.
+        """
+        block, eps = self.blocks[layer], self.config.rms_norm_eps
+        last = layer + 1 == len(self.blocks)
+        next_norm = self.final_norm if last else self.blocks[layer + 1].attention_norm
+        attended = block.output(self._attend(block, cache, hidden, batch))
+        if block.attention_post_norm is not None:
+            attended = rms_norm(attended, block.attention_post_norm, eps)
+        hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
+        mixed = block.mlp(hidden)
+        if block.mlp_post_norm is not None:
+            mixed = rms_norm(mixed, block.mlp_post_norm, eps)
+        return add_rms_norm(mixed, residual, next_norm, eps)
 
     def _attend(self, block: Block, cache: LayerCache, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """(tokens, heads * head_dim): attention before its output projection."""
@@ -170,11 +186,21 @@ def _norm(config: ModelConfig, loader: WeightLoader, name: str, size: int = 0) -
     return loader.vector(name, size or config.hidden_size) + config.norm_offset
 
 
+def attention_norm_name(layer: int) -> str:
+    """The tensor that scales what a layer's Q, K and V projections see."""
+    return f"model.layers.{layer}.input_layernorm.weight"
+
+
+def mlp_norm_name(config: ModelConfig, layer: int) -> str:
+    """The tensor that scales what a layer's MLP, router and experts see."""
+    name = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    return f"model.layers.{layer}.{name}.weight"
+
+
 def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: RotaryTable) -> Block:
     hidden, prefix = config.hidden_size, f"model.layers.{layer}"
     attention = f"{prefix}.self_attn"
     q_rows = config.heads * config.head_dim
-    before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
 
     def head_norm(name: str) -> Tensor | None:
         return (
@@ -186,13 +212,13 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
 
     k_scale, v_scale = loader.kv_scales(attention, layer)
     return Block(
-        attention_norm=_norm(config, loader, f"{prefix}.input_layernorm.weight"),
+        attention_norm=_norm(config, loader, attention_norm_name(layer)),
         qkv=loader.linear(f"{attention}.qkv_proj", _qkv_parts(config, attention)),
         output=loader.linear(
             f"{attention}.o_proj",
             [Part(f"{attention}.o_proj", (hidden, q_rows), bias=config.output_bias)],
         ),
-        mlp_norm=_norm(config, loader, f"{prefix}.{before_mlp}.weight"),
+        mlp_norm=_norm(config, loader, mlp_norm_name(config, layer)),
         mlp=_mlp(config, loader, layer),
         rotary=rotary,
         attention=AttentionParameters(
