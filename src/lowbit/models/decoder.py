@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import (
     RotaryTable,
@@ -68,6 +69,7 @@ class Decoder:
         self.context_length = config.context_length
         self.device = loader.device
         self.kernels: frozenset[str] = frozenset()
+        self.states = ActivationStates()
         self.embedding = embedding
         self.blocks = blocks
         self.final_norm = final_norm
@@ -103,6 +105,7 @@ class Decoder:
         logits = self.head(hidden[batch.sample_rows]).float()
         if config.logit_softcap:
             logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        self.states.update()
         return logits
 
     def _attend(self, block: Block, cache: LayerCache, hidden: Tensor, batch: ForwardBatch) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
 
@@ -17,6 +18,7 @@ class Model(Protocol):
     vocab_size: int  # rows of the logits
     context_length: int  # the longest sequence it was made for, in tokens
     device: torch.device
+    states: ActivationStates  # of inputs with delayed scales; set by load_model, updated by every forward
     kernels: frozenset[str]  # names of the linear kernels its weights were packed for; set by load_model
 
     def cache_specs(self) -> list[CacheSpec]:
