@@ -480,6 +480,12 @@ CATALOGUE: dict[str, Entry] = {
         "They differ: the kernel was built wrongly, or misreads this layout. Nothing is served with it.",
         _REPORT + " LOWBIT_ISA=scalar runs without native kernels.",
     ),
+    "E0706": Entry(
+        "saved activation scales do not fit",
+        "A file of delayed scales (one scale and a history of amax for each layer) is not readable, or is of "
+        "another model, another quantization or another history length.",
+        "Save the states again with the model and settings you run, or start without them.",
+    ),
     "E0710": Entry(
         "the engine died while it loaded",
         "The engine process ended without saying why.",

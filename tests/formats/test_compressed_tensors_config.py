@@ -227,7 +227,7 @@ def test_offline_rotations_and_unknown_top_level_keys_are_read_over(tmp_path: Pa
         (args(8, "float", "group", 32, dynamic=True, scale_dtype="torch.uint8"), MX8_INPUT),
         (
             args(8, "float", "tensor", None, dynamic=True),
-            ActivationScheme(number_format("e4m3"), (0, 0)),
+            ActivationScheme(number_format("e4m3"), (1, 0)),
         ),
         (args(16, "float", "tensor", None, dynamic=True), None),
         (None, None),

@@ -152,7 +152,7 @@ def test_nvfp4() -> None:
         ActivationScheme(INT8, (1, 0), limit=127.0),
         ActivationScheme(INT8, (1, 0), symmetric=False),
         ActivationScheme(INT8, (1, 0), limit=127.0, outliers=6.0),
-        ActivationScheme(INT8, (0, 0), limit=127.5),
+        ActivationScheme(INT8, (1, 0), limit=127.5),
         ActivationScheme(E4M3, (1, 32), limit=448.0),
         ActivationScheme(E2M1, (1, 32), scale=E8M0),
         ActivationScheme(E2M1, (1, 16), scale=number_format("e4m3")),

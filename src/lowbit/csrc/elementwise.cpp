@@ -6,51 +6,12 @@
 #include <cmath>
 #include <cstdint>
 
-#include "vector16.h"
-
 #include "lowbit.h"
-#include "thread_pool.h"
+#include "row_tasks.h"
+#include "vector16.h"
 
 namespace lowbit {
 namespace {
-
-constexpr std::int64_t TASK_FLOATS = 1 << 14;  // less is not worth waking a thread
-
-// Calls row(index) for every row, several rows a task.
-template <class Row>
-void for_rows(std::int64_t rows, std::int64_t width, const Row& row) {
-    const std::int64_t together = std::max<std::int64_t>(TASK_FLOATS / std::max<std::int64_t>(width, 1), 1);
-    const std::int64_t tasks = (rows + together - 1) / together;
-    const auto task = [&](std::int64_t index) {
-        const std::int64_t end = std::min((index + 1) * together, rows);
-        for (std::int64_t here = index * together; here < end; ++here) row(here);
-    };
-    if (tasks == 1) {
-        task(0);
-    } else {
-        parallel_for(tasks, task);
-    }
-}
-
-// body(column, lanes) over a row's vectors; the last may have fewer than 16 lanes.
-template <class Body>
-inline void for_vectors(int width, const Body& body) {
-    int column = 0;
-    for (; column + LANES <= width; column += LANES) body(column, LANES);
-    if (column < width) body(column, width - column);
-}
-
-inline Vector16 load_some(const float* from, int lanes) {
-    return lanes == LANES ? load(from) : load_lanes(from, lanes);
-}
-
-inline void store_some(float* to, Vector16 x, int lanes) {
-    if (lanes == LANES) {
-        store(to, x);
-    } else {
-        store_lanes(to, x, lanes);
-    }
-}
 
 // out = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich, 2019).
 void normalize(const float* x, const float* weight, float eps, int width, float* out) {

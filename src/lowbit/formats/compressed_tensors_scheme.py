@@ -361,7 +361,8 @@ def activation_of(group: Group, place: str, name: str) -> ActivationScheme | Non
     if args.dynamic and args.strategy == "token":
         return ActivationScheme(number, (1, 0), symmetric=args.symmetric, limit=limit)
     if args.dynamic and args.strategy == "tensor":
-        return ActivationScheme(number, (0, 0), symmetric=args.symmetric, limit=limit)
+        # A scale for each token is finer, and a request's result does not hang on who it is served with.
+        return ActivationScheme(number, (1, 0), symmetric=args.symmetric, limit=limit)
     if args.dynamic and args.strategy == "group" and args.symmetric:
         # Of a power of two: the last mantissa that is not nearer to the next one in so few bits.
         round_up = (1.9375 if args.bits == 6 else 1.75) if mx else 0.0

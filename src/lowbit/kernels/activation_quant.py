@@ -3,9 +3,15 @@
 What is computed is exactly ``Q(x) @ W.T``: codes of x times their scale, multiplied by the stored weight.
 Where a token has one scale, the product runs on the codes themselves (integers to 128 and e4m3 values are
 exact in bfloat16, the precision native kernels take inputs in) and its result is scaled; otherwise x is
-replaced by its dequantized value. A token's result never depends on its neighbours: LLM.int8's outlier
+replaced by its dequantized value. A token's result does not depend on its neighbours: LLM.int8's outlier
 *columns* become outlier *elements* here, which is the same for a single token and keeps more precision
-beside others, and dynamic per-tensor scales are taken per token.
+beside others. The exceptions say so themselves: dynamic per-tensor scales, one for all tokens of a batch, and
+delayed scales (``activation_state``). NaN stays NaN under every rule; infinity becomes NaN or stays infinite
+where scales are dynamic (NVFP4's saturate), and beside a per-tensor scale the tokens that hold either take no
+part in it, so that what went wrong in one request fails that request alone.
+
+The torch functions here are the definition; float32 on a CPU runs in native code (``activation_native``) with
+the same bits.
 
 Sources: formats.md 3; LLM.int8 (Dettmers et al., 2022); OCP Microscaling Formats v1.0; "FP8 Formats for
 Deep Learning" (Micikevicius et al., 2022).
@@ -13,11 +19,15 @@ Deep Learning" (Micikevicius et al., 2022).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lowbit.kernels.activation_native import Buffers, NativeQuantizer
+from lowbit.kernels.activation_state import ActivationState
 from lowbit.numerics.number_formats import NumberFormat, nearest_code
 from lowbit.numerics.scheme import ActivationScheme
 
@@ -27,29 +37,59 @@ class InputTransform:
     """What happens to x (tokens, in) before it meets a weight.
 
     ``multiplier``: float32 (in,), x is multiplied by it first. ``static_scale``, ``static_zero``: scalar
-    tensors of a static scheme; for NVFP4 the outer scale.
+    tensors of a static scheme; for NVFP4 the outer scale. ``state``: of a delayed scheme.
     """
 
     scheme: ActivationScheme | None = None
     multiplier: Tensor | None = None
     static_scale: Tensor | None = None
     static_zero: Tensor | None = None
+    state: ActivationState | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x', factor): the layer computes ``(x' @ W.T) * factor``; factor is (tokens, 1), scalar or None."""
+        if x.is_cpu and x.dtype is torch.float32 and x.stride(1) == 1 and self._native is not None:
+            changed, factor = self._native(x)
+            is_static = self.scheme is not None and self.scheme.mode == "static" and not self.scheme.block[1]
+            return changed, self.static_scale if is_static else factor
+        return self.in_torch(x)
+
+    @cached_property
+    def _native(self) -> NativeQuantizer | None:
+        state, zero = self.state, self.static_zero
+        buffers = Buffers(
+            self.multiplier,
+            None if self.static_scale is None else self.static_scale.float(),
+            None if zero is None else zero.float(),
+            None if state is None else state.scale,
+            None if state is None else state.amax_history,
+        )
+        if self.scheme is not None and self.scheme.mode == "static" and self.static_scale is None:
+            return None
+        return NativeQuantizer.of(self.scheme, buffers, 0.0 if self.scheme is None else limit_of(self.scheme))
+
+    def in_torch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The definition of what a call does, in torch on any device."""
+        scheme = self.scheme
         if self.multiplier is not None:
             x = x * self.multiplier
-        if self.scheme is None:
+        if scheme is None:
             return x, None
-        columns = self.scheme.block[1]
-        if columns:
-            return _grouped(x, self.scheme, self.static_scale), None
-        if self.scheme.mode == "static":
-            return self._static(x, self.scheme)
-        return _per_token(x, self.scheme)
+        if scheme.input == "bf16":
+            x = x.bfloat16().float()
+        if scheme.block[1]:
+            return _grouped(x, scheme, self.static_scale), None
+        if scheme.mode == "static":
+            return self._static(x, scheme)
+        if scheme.mode == "delayed":
+            return self._delayed(x.float(), scheme)
+        if scheme.block[0] == 0 and scheme.symmetric and not scheme.outliers:
+            return _per_tensor(x.float(), scheme)
+        return _per_token(x, scheme)
 
     def _static(self, x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
         assert self.static_scale is not None, "a static scheme comes with its scale"
+        x = x.float()
         scale = self.static_scale.float()
         # A scale of zero (an input that was never seen in calibration) leaves only zeros.
         steps = torch.where(scale == 0, torch.zeros_like(x), x / scale)
@@ -58,8 +98,18 @@ class InputTransform:
         zero = self.static_zero.float()
         return _nearest(steps + zero, scheme.number_format) - zero, scale
 
+    def _delayed(self, x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+        assert self.state is not None, "a delayed scheme comes with its state"
+        codes = _nearest(x * self.state.scale, scheme.number_format)
+        factor = 1.0 / self.state.scale
+        if x.numel():
+            self.state.note(x.abs().amax())
+        return codes, factor
+
     def same_as(self, other: InputTransform) -> bool:
         """Whether both do the same to every x."""
+        if self.state is not other.state:
+            return False
         return self.scheme == other.scheme and all(
             _same(a, b)
             for a, b in (
@@ -76,13 +126,13 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a, b)
 
 
-def _limit(scheme: ActivationScheme) -> float:
+def limit_of(scheme: ActivationScheme) -> float:
     """The code value a block's largest |x| becomes."""
     if scheme.limit:
         return scheme.limit
     values = scheme.number_format.values
     assert values is not None, "activations are quantized to a format with a table"
-    return max(value for value in values if value == value)  # not NaN
+    return max(value for value in values if math.isfinite(value))
 
 
 def _per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor | None]:
@@ -91,14 +141,26 @@ def _per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor | No
     inner = x if not scheme.outliers else torch.where(x.abs() >= scheme.outliers, 0.0, x)
     if not scheme.symmetric:
         return _asymmetric(inner, scheme)
-    amax = inner.abs().amax(-1, keepdim=True)
-    if scheme.upper_bound:
-        amax = amax.clamp(max=scheme.upper_bound)
-    scale = _scale(amax, scheme)
-    codes = _nearest(inner / scale, scheme.number_format)
+    scale = _scale(inner.abs().amax(-1, keepdim=True), scheme)
+    codes = _codes(inner, scale, scheme)
     if not scheme.outliers:
         return codes, scale
     return torch.where(x.abs() >= scheme.outliers, x, codes * scale), None
+
+
+def _per_tensor(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+    """One scale for all tokens that are finite; the others become NaN."""
+    if x.numel() == 0:
+        return x, torch.ones(1, device=x.device)
+    largest = x.abs().amax(-1, keepdim=True)  # (tokens, 1)
+    finite = torch.isfinite(largest)
+    scale = _scale(torch.where(finite, largest, 0.0).amax().reshape(1), scheme)
+    return torch.where(finite, _codes(x, scale, scheme), math.nan), scale
+
+
+def _codes(x: Tensor, scale: Tensor, scheme: ActivationScheme) -> Tensor:
+    """The nearest codes of x, float32."""
+    return _nearest(x * (1.0 / scale) if scheme.reciprocal else x / scale, scheme.number_format)
 
 
 def _asymmetric(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
@@ -112,23 +174,33 @@ def _asymmetric(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
 
 
 def _scale(amax: Tensor, scheme: ActivationScheme) -> Tensor:
-    """The scale of blocks whose largest |x| is ``amax``; 1 where all are zero."""
+    """The scale of blocks whose largest |x| is ``amax``; 1 where all are zero, or one is NaN."""
+    if scheme.upper_bound:
+        amax = amax.clamp(max=scheme.upper_bound)
     if scheme.scale.name == "e8m0":
         if scheme.limit:  # DeepSeek's ue8m0: the next power of two, nothing saturates
-            exponent = (amax / scheme.limit).log2().ceil()
+            mantissa, exponent = torch.frexp(amax / scheme.limit)
+            exponent = exponent - (mantissa == 0.5).int()
         else:  # OCP MX: largest power of two in the block over the format's own
             mantissa, exponent = torch.frexp(amax)
-            exponent = exponent - torch.frexp(torch.tensor(_limit(scheme)))[1]
+            exponent = exponent - math.frexp(limit_of(scheme))[1]
             if scheme.round_up:
                 exponent = exponent + (2 * mantissa >= scheme.round_up)
-        scale = torch.exp2(exponent.float().clamp(-127, 127))
+        exponent = torch.where(amax.isinf(), 127, exponent.clamp(-127, 127))
+        scale = torch.exp2(exponent.float()).masked_fill(amax.isnan(), 1.0)
     else:
-        scale = amax / _limit(scheme)
+        scale = amax / limit_of(scheme)
+        if scheme.scale.name == "bf16":
+            scale = scale.bfloat16().float()
+    if scheme.floor:
+        return scale.clamp(min=scheme.floor).masked_fill(scale.isnan(), 1.0)
     return torch.where(scale > 0, scale, 1.0).masked_fill(amax == 0, 1.0)
 
 
 def _grouped(x: Tensor, scheme: ActivationScheme, outer: Tensor | None) -> Tensor:
     """x quantized and dequantized in groups of columns, the last one perhaps shorter."""
+    if x.numel() == 0:
+        return x.float()
     columns = x.shape[1]
     size = scheme.block[1]
     padded = torch.nn.functional.pad(x.float(), (0, -columns % size))
@@ -136,12 +208,12 @@ def _grouped(x: Tensor, scheme: ActivationScheme, outer: Tensor | None) -> Tenso
     amax = groups.abs().amax(-1, keepdim=True)
     if scheme.scale.name == "e4m3":  # NVFP4: e4m3 scales under one float32
         global_scale = torch.ones(()) if outer is None else outer.float()
-        inner = (amax / (_limit(scheme) * global_scale)).clamp(2.0**-9, 448.0)
+        inner = (amax / (limit_of(scheme) * global_scale)).clamp(2.0**-9, 448.0)
         scale = inner.to(torch.float8_e4m3fn).float() * global_scale
         scale = torch.where(scale == 0, 1.0, scale)
     else:
         scale = _scale(amax, scheme)
-    values = _nearest(groups / scale, scheme.number_format) * scale
+    values = _codes(groups, scale, scheme) * scale
     return values.flatten(-2)[:, :columns]
 
 
@@ -152,4 +224,5 @@ def _nearest(steps: Tensor, fmt: NumberFormat) -> Tensor:
         return steps.round().clamp(low, low + (1 << int(fmt.bits)) - 1)
     if fmt.name == "e4m3":
         return steps.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    return fmt.table(steps.device)[nearest_code(steps, fmt).long()]
+    values = fmt.table(steps.device)[nearest_code(steps, fmt).long()]
+    return torch.where(steps.isnan(), steps.float(), values)

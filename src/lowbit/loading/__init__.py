@@ -23,6 +23,7 @@ from lowbit.formats import CheckpointFormat, InputRule, Notes, detect
 from lowbit.formats.kv_scales import KvScales, read_scales_file, wants_fp8_cache
 from lowbit.kernels import PackedWeight, choose
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import CacheSpec
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
@@ -129,6 +130,7 @@ def load_model(
     model.kernels = frozenset(loader.kernels)
     model.quantization = opened.described
     model.weight_bytes = loader.packed_bytes
+    model.states = loader.states
     return model
 
 
@@ -345,6 +347,7 @@ class _Loader(_Asker):
         self.done = 0
         self.kernels: set[str] = set()
         self.packed_bytes = 0
+        self.states = ActivationStates()
         self._said_unused = False
         self._kv_scales = kv_scales
 
@@ -395,9 +398,16 @@ class _Loader(_Asker):
     def _linear(self, name: str, places: list[Placed]) -> Linear:
         read = [self._read(place) for place in places]
         bias = self._bias(read)
-        weights, inputs = [], []
+        weights: list[PackedWeight] = []
+        inputs: list[InputTransform | None] = []
+        with_state: dict[int, InputTransform] = {}
         for weight, transform in _fused(read):
             weights.append(self._pack(weight))
+            if transform is not None and transform.scheme is not None and transform.scheme.delay is not None:
+                if id(transform) not in with_state:
+                    state = self.states.add(name, transform.scheme, self.device)
+                    with_state[id(transform)] = replace(transform, state=state)
+                transform = with_state[id(transform)]
             inputs.append(transform)
         return Linear(name, weights, bias, inputs)
 

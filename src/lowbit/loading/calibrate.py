@@ -409,14 +409,14 @@ class _CalibratedLoader(_Loader):
         changed = self.calibrated_vectors.pop(name, None)
         return stored if changed is None else changed.to(self.device)
 
-    def _read(self, place: Placed) -> _Read:
+    def _read(self, place: Placed, as_stored: bool = False) -> _Read:
         name = place.part.name
         names = [name]
         if name not in self.calibrated_modules and name.endswith(".gate_up_proj"):
             names = [name.replace("gate_up_proj", leaf) for leaf in ("gate_proj", "up_proj")]
         found = [self.calibrated_modules.pop(name) for name in names if name in self.calibrated_modules]
         if not found:
-            return super()._read(place)
+            return super()._read(place, as_stored)
         weight = concatenate([module.weight for module in found])
         assert weight is not None, "modules rounded together have one scheme"
         biases = [module.bias for module in found if module.bias is not None]

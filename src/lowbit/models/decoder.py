@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import (
     RotaryTable,
@@ -70,6 +71,7 @@ class Decoder:
         self.kernels: frozenset[str] = frozenset()
         self.quantization = ""
         self.weight_bytes = 0
+        self.states = ActivationStates()
         self.embedding = embedding
         self.blocks = blocks
         self.final_norm = final_norm
@@ -95,6 +97,7 @@ class Decoder:
         logits = self.head(hidden[batch.sample_rows]).float()
         if config.logit_softcap:
             logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        self.states.update()
         return logits
 
     def embed(self, tokens: Tensor) -> Tensor:

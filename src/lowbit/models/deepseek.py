@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
+from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import RotaryTable, add_rms_norm, apply_rotary, rms_norm
 from lowbit.kernels.forward_batch import ForwardBatch
@@ -241,6 +242,7 @@ class Deepseek:
         self.kernels: frozenset[str] = frozenset()
         self.quantization = ""
         self.weight_bytes = 0
+        self.states = ActivationStates()
         self.embedding = embedding
         self.blocks = blocks
         self.rotary = rotary
@@ -264,7 +266,9 @@ class Deepseek:
             attended = self._attend(block.attention, cache, hidden, batch)
             hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
             hidden = add_rms_norm(block.mlp(hidden), residual, next_norm, eps)
-        return self.head(hidden[batch.sample_rows]).float()
+        logits = self.head(hidden[batch.sample_rows]).float()
+        self.states.update()
+        return logits
 
     def _attend(
         self, weights: LatentAttention, cache: LayerCache, hidden: Tensor, batch: ForwardBatch

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
 
@@ -21,6 +22,7 @@ class Model(Protocol):
     kernels: frozenset[str]
     quantization: str
     weight_bytes: int
+    states: ActivationStates  # of inputs with delayed scales; set by load_model, updated by every forward
 
     def cache_specs(self) -> list[CacheSpec]:
         """One spec for each attention layer, in order."""

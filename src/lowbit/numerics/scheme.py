@@ -13,16 +13,36 @@ from lowbit.numerics.number_formats import NumberFormat, number_format
 
 
 @dataclass(frozen=True)
+class Delay:
+    """Delayed scaling (FP8 recipes): the scale follows the largest |x| of the last ``length`` steps.
+
+    ``algorithm``: "max" of all of them, or only the "most_recent". The scale is 2^``margin`` times smaller
+    than it could be.
+    """
+
+    length: int = 1024
+    margin: int = 0
+    algorithm: Literal["max", "most_recent"] = "max"
+
+    def __post_init__(self) -> None:
+        assert self.length >= 1, "a history has at least the step in progress"
+
+
+@dataclass(frozen=True)
 class ActivationScheme:
     """How a scheme wants its input x (tokens, columns) quantized before the product.
 
-    One scale for ``block`` = (tokens, columns), 0 = all: (1, 0) is per token, (0, 0) per tensor. ``limit``:
-    the code value the largest |x| of a block becomes (127, 127.5, 448, 6); 0 means the format's largest.
-    ``scale``: what the scale itself is rounded to (f32: not at all; e8m0: a power of two; e4m3: NVFP4, under
-    the static outer scale). ``round_up``: beside e8m0, a largest |x| of at least so many times a power of two
-    counts as the next one (compressed-tensors; 0: never, as OCP has it). ``upper_bound``: largest |x| a scale
-    takes account of (fbgemm), 0 = none.
+    One scale for ``block`` = (tokens, columns), 0 = all: (1, 0) is per token, (0, 0) per tensor: dynamically,
+    one scale for all the tokens of a batch. ``limit``: the code value the largest |x| of a block becomes
+    (127, 127.5, 448, 6); 0 means the format's largest. ``scale``: what the scale itself is rounded to (f32:
+    not at all; bf16; e8m0: a power of two; e4m3: NVFP4, under the static outer scale). ``round_up``: beside
+    e8m0, a largest |x| of at least so many times a power of two counts as the next one (compressed-tensors;
+    0: never, as OCP has it). ``upper_bound``: largest |x| a scale takes account of (fbgemm), 0 = none.
     ``outliers``: inputs of at least this size stay as they are (LLM.int8), 0 = none.
+
+    ``input`` "bf16": x is rounded to bfloat16 first (torchao, beside ``scale`` bf16). ``floor``: the smallest
+    scale; 0: none, and a block of zeros has scale 1. ``reciprocal``: codes are x times 1 / scale, whose last
+    bit differs from x / scale (torchao's int8). ``delay``: of mode "delayed".
     """
 
     number_format: NumberFormat
@@ -34,6 +54,14 @@ class ActivationScheme:
     round_up: float = 0.0
     upper_bound: float = 0.0
     outliers: float = 0.0
+    input: Literal["", "bf16"] = ""
+    floor: float = 0.0
+    reciprocal: bool = False
+    delay: Delay | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.delay is not None) == (self.mode == "delayed"), "mode delayed says how"
+        assert self.mode != "delayed" or self.block == (0, 0), "delayed scales are per tensor"
 
     def __str__(self) -> str:
         rows, columns = ("all" if size == 0 else str(size) for size in self.block)

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError, printable
 from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.scheme import ActivationScheme, Scheme
+from lowbit.numerics.scheme import ActivationScheme, Delay, Scheme
 from lowbit.quantize.integers import block_largest, spread_rows
-from lowbit.quantize.method import Coded, Method, Module, Quantized, sliced, slices
+from lowbit.quantize.method import Coded, Method, Module, Quantized, number, sliced, slices
 from lowbit.quantize.rounding import blocked, largest, mx_exponent, scaled_codes
 from lowbit.quantize.specification import MethodSpec
 
@@ -71,7 +72,10 @@ class Fp8:
                 return ActivationScheme(e4m3, (0, 0), limit=_LIMIT)
             case "static":
                 return ActivationScheme(e4m3, (0, 0), "static", limit=_LIMIT)
-        return ActivationScheme(e4m3, (0, 0), "delayed", limit=_LIMIT)
+        options = self.spec.options
+        algorithm: Literal["max", "most_recent"] = "max" if options["amax"] == "max" else "most_recent"
+        delay = Delay(number(options, "history"), number(options, "margin"), algorithm)
+        return ActivationScheme(e4m3, (0, 0), "delayed", limit=_LIMIT, delay=delay)
 
     def quantize(self, weight: Tensor, module: Module, origin: str) -> Quantized:
         """By channel, tensor or block."""

@@ -1,0 +1,321 @@
+// Quantizing a layer's input as its checkpoint asks: what kernels/activation_quant.py defines in torch, bit
+// for bit. float32 in, float32 out: codes (or dequantized values) and the factors the product is scaled by.
+//
+// A row is copied to the output first (times a multiplier, rounded to bfloat16 where asked) and quantized
+// there in place. Every step is elementwise IEEE arithmetic, or a maximum of absolute values taken on their
+// bits, where NaN is the largest: results do not depend on the instruction set, the neighbours or the threads.
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "lowbit.h"
+#include "operations.h"
+#include "row_tasks.h"
+
+namespace lowbit {
+namespace {
+
+enum class Rule : std::int32_t { none = 0, fixed = 1, token = 2, asymmetric = 3, tensor = 4, delayed = 5, grouped = 6 };
+enum class Format : std::int32_t { integer = 0, e4m3 = 1, e5m2 = 2, e2m1 = 3, e2m3 = 4, e3m2 = 5 };
+enum class Scale : std::int32_t { f32 = 0, bf16 = 1, e8m0 = 2, e8m0_up = 3, e4m3 = 4 };
+
+constexpr std::uint32_t MAGNITUDE = 0x7FFFFFFFu, INFINITE = 0x7F800000u;
+
+inline std::uint32_t bits_of(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+inline float float_of(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// To bfloat16 and back: nearest, ties to even; NaN stays NaN.
+inline float through_bfloat(float value) {
+    const std::uint32_t bits = bits_of(value);
+    const std::uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
+    return float_of((bits & MAGNITUDE) > INFINITE ? bits | 0x00400000u : rounded);
+}
+
+// Comparisons with NaN are false: it passes through.
+inline float clamped(float x, float low, float high) {
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+struct Integer {
+    float low, high;
+    float operator()(float step) const { return clamped(std::rint(step), low, high); }
+};
+
+// The nearest number with MANTISSA bits after the point and exponents from LEAST, saturating; ties to even.
+// The distance of neighbours is a power of two, so that scaling by it is exact. Formats that are tables in
+// Python have no negative zero.
+template <int LEAST, int MANTISSA, bool NEGATIVE_ZERO>
+struct SmallFloat {
+    float largest;
+    float operator()(float step) const {
+        const float x = clamped(step, -largest, largest);
+        constexpr std::uint32_t least = static_cast<std::uint32_t>(127 + LEAST) << 23;
+        const std::uint32_t field = bits_of(x) & INFINITE;
+        const std::uint32_t distance = (field < least ? least : field) - (std::uint32_t{MANTISSA} << 23);
+        const float rounded = std::rint(x * float_of((254u << 23) - distance)) * float_of(distance);
+        return NEGATIVE_ZERO ? rounded : rounded + 0.0f;
+    }
+};
+using E4m3 = SmallFloat<-6, 3, true>;
+using E5m2 = SmallFloat<-14, 2, true>;
+using E2m1 = SmallFloat<0, 1, false>;
+using E2m3 = SmallFloat<0, 3, false>;
+using E3m2 = SmallFloat<-2, 2, false>;
+
+// The largest |x|, NaN where there is one.
+float largest_magnitude(const float* x, std::int64_t count) {
+    std::uint32_t largest = 0;
+    for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, bits_of(x[i]) & MAGNITUDE);
+    return float_of(largest);
+}
+
+float largest_inlier(const float* x, std::int64_t count, float outliers) {
+    std::uint32_t largest = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float magnitude = std::fabs(x[i]);
+        largest = std::max(largest, bits_of(magnitude >= outliers ? 0.0f : magnitude));
+    }
+    return float_of(largest);
+}
+
+float power_of_two(int exponent) { return std::ldexp(1.0f, std::min(std::max(exponent, -127), 127)); }
+
+// The scale of a block whose largest |x| is amax; 1 where there is nothing to scale by.
+float scale_of(float amax, const lowbit_quantizer& q) {
+    if (q.upper_bound > 0.0f && amax > q.upper_bound) amax = q.upper_bound;
+    float scale;
+    int exponent;
+    switch (static_cast<Scale>(q.scale)) {
+        case Scale::e8m0_up: {  // the next power of two
+            const float fraction = std::frexp(amax / q.limit, &exponent);
+            scale = power_of_two(std::isinf(amax) ? 127 : exponent - (fraction == 0.5f));
+            if (std::isnan(amax)) scale = 1.0f;
+            break;
+        }
+        case Scale::e8m0: {  // the block's largest power of two over the format's own
+            int own;
+            std::frexp(q.limit, &own);
+            const float fraction = std::frexp(amax, &exponent);
+            const bool up = q.round_up > 0.0f && 2.0f * fraction >= q.round_up;
+            scale = power_of_two(std::isinf(amax) ? 127 : exponent - own + up);
+            if (std::isnan(amax)) scale = 1.0f;
+            break;
+        }
+        default:
+            scale = amax / q.limit;
+            if (static_cast<Scale>(q.scale) == Scale::bf16) scale = through_bfloat(scale);
+    }
+    if (q.floor > 0.0f) return std::isnan(scale) ? 1.0f : std::max(scale, q.floor);
+    return scale > 0.0f && amax != 0.0f ? scale : 1.0f;
+}
+
+// steps of x: x / scale, or x times the reciprocal, to the nearest value.
+template <class Nearest>
+void quantize_row(float* x, std::int64_t count, float scale, bool reciprocal, const Nearest& nearest) {
+    if (reciprocal) {
+        const float factor = 1.0f / scale;
+        for (std::int64_t i = 0; i < count; ++i) x[i] = nearest(x[i] * factor);
+    } else {
+        for (std::int64_t i = 0; i < count; ++i) x[i] = nearest(x[i] / scale);
+    }
+}
+
+template <class Nearest>
+void quantize_fixed(float* x, std::int64_t count, float scale, const float* zero, const Nearest& nearest) {
+    const float shift = zero == nullptr ? 0.0f : *zero;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float step = scale == 0.0f ? 0.0f : x[i] / scale;
+        x[i] = zero == nullptr ? nearest(step) : nearest(step + shift) - shift;
+    }
+}
+
+// Integers with a zero point: 0 is always representable.
+template <class Nearest>
+float quantize_asymmetric(float* x, std::int64_t count, float low_code, float high_code, const Nearest& nearest) {
+    float low = 0.0f, high = 0.0f;
+    bool nan = false;
+    for (std::int64_t i = 0; i < count; ++i) {
+        low = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+        nan |= x[i] != x[i];
+    }
+    float scale = (high - low) / (high_code - low_code);
+    if (nan) scale = std::numeric_limits<float>::quiet_NaN();
+    if (scale == 0.0f) scale = 1.0f;
+    const float zero = clamped(std::rint(low_code - low / scale), low_code, high_code);
+    for (std::int64_t i = 0; i < count; ++i) x[i] = nearest(x[i] / scale + zero) - zero;
+    return scale;
+}
+
+// Dequantized x; outliers stay as they are.
+template <class Nearest>
+void quantize_inliers(float* x, std::int64_t count, float scale, float outliers, bool reciprocal,
+                      const Nearest& nearest) {
+    const float factor = 1.0f / scale;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float value = nearest(reciprocal ? x[i] * factor : x[i] / scale) * scale;
+        x[i] = std::fabs(x[i]) >= outliers ? x[i] : value;
+    }
+}
+
+template <class Nearest>
+void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, const Nearest& nearest) {
+    const bool inner = static_cast<Scale>(q.scale) == Scale::e4m3;  // NVFP4: e4m3 scales under one float32
+    const float outer = q.static_scale == nullptr ? 1.0f : *q.static_scale;
+    for (std::int64_t first = 0; first < count; first += q.group) {
+        const std::int64_t width = std::min<std::int64_t>(q.group, count - first);
+        float* const group = x + first;
+        const float amax = largest_magnitude(group, width);
+        float scale;
+        if (inner) {
+            scale = E4m3{448.0f}(clamped(amax / (q.limit * outer), 0.001953125f, 448.0f)) * outer;
+            if (scale == 0.0f) scale = 1.0f;
+        } else {
+            scale = scale_of(amax, q);
+        }
+        quantize_row(group, width, scale, q.reciprocal != 0, nearest);
+        for (std::int64_t i = 0; i < width; ++i) group[i] *= scale;
+    }
+}
+
+// out = x, times the multiplier, through bfloat16.
+void stage(const float* x, std::int64_t width, const lowbit_quantizer& q, float* out) {
+    if (q.multiplier != nullptr) {
+        for (std::int64_t i = 0; i < width; ++i) out[i] = x[i] * q.multiplier[i];
+    } else {
+        std::memcpy(out, x, static_cast<std::size_t>(width) * sizeof(float));
+    }
+    if (q.bfloat_input) {
+        for (std::int64_t i = 0; i < width; ++i) out[i] = through_bfloat(out[i]);
+    }
+}
+
+// The largest |x| of the staged rows. ``finite``: rows with NaN or infinity take no part.
+float largest_of_rows(const std::vector<float>& rows, bool finite) {
+    std::uint32_t largest = 0;
+    for (const float row : rows) {
+        const std::uint32_t bits = bits_of(row);
+        if (!finite || bits < INFINITE) largest = std::max(largest, bits);
+    }
+    return float_of(largest);
+}
+
+template <class Nearest>
+void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, std::int64_t rows,
+              std::int64_t width, float* out, std::int64_t out_stride, float* factors, const Nearest& nearest) {
+    const auto rule = static_cast<Rule>(q.rule);
+    if (rule == Rule::tensor || rule == Rule::delayed) {
+        std::vector<float> largest(static_cast<std::size_t>(rows));
+        for_rows(rows, width, [&](std::int64_t row) {
+            float* const to = out + row * out_stride;
+            stage(x + row * x_stride, width, q, to);
+            largest[static_cast<std::size_t>(row)] = largest_magnitude(to, width);
+        });
+        if (rule == Rule::delayed) {
+            const float now = *q.state_scale, amax = largest_of_rows(largest, false);
+            factors[0] = 1.0f / now;
+            // On the bits, so that NaN is kept as the largest.
+            if (bits_of(amax) > (bits_of(q.state_history[0]) & MAGNITUDE)) q.state_history[0] = amax;
+            for_rows(rows, width, [&](std::int64_t row) {
+                float* const to = out + row * out_stride;
+                for (std::int64_t i = 0; i < width; ++i) to[i] = nearest(to[i] * now);
+            });
+            return;
+        }
+        const float scale = scale_of(largest_of_rows(largest, true), q);
+        factors[0] = scale;
+        for_rows(rows, width, [&](std::int64_t row) {
+            float* const to = out + row * out_stride;
+            const float magnitude = largest[static_cast<std::size_t>(row)];
+            quantize_row(to, width, scale, q.reciprocal != 0, nearest);
+            if (!(magnitude <= FLT_MAX)) {
+                std::fill_n(to, width, std::numeric_limits<float>::quiet_NaN());
+            }
+        });
+        return;
+    }
+    for_rows(rows, width, [&](std::int64_t row) {
+        float* const to = out + row * out_stride;
+        stage(x + row * x_stride, width, q, to);
+        switch (rule) {
+            case Rule::fixed: quantize_fixed(to, width, *q.static_scale, q.static_zero, nearest); break;
+            case Rule::asymmetric: factors[row] = quantize_asymmetric(to, width, q.low, q.high, nearest); break;
+            case Rule::grouped: quantize_groups(to, width, q, nearest); break;
+            case Rule::token: {
+                if (q.outliers > 0.0f) {
+                    const float scale = scale_of(largest_inlier(to, width, q.outliers), q);
+                    quantize_inliers(to, width, scale, q.outliers, q.reciprocal != 0, nearest);
+                    break;
+                }
+                const float scale = scale_of(largest_magnitude(to, width), q);
+                factors[row] = scale;
+                quantize_row(to, width, scale, q.reciprocal != 0, nearest);
+                break;
+            }
+            default: break;
+        }
+    });
+}
+
+// One state at the end of a step: what delayed scaling does with the amax of the step (formats.md 4.2).
+void update(const lowbit_delayed_state& state) {
+    float* const history = state.history;
+    const float newest = history[0];
+    if (newest == 0.0f) return;  // not used in this step
+    const float amax = state.most_recent ? newest : largest_magnitude(history, state.length);
+    if (state.length > 1) {
+        std::memmove(history + 1, history + 2, static_cast<std::size_t>(state.length - 2) * sizeof(float));
+        history[state.length - 1] = newest;
+    }
+    history[0] = 0.0f;
+    if (!(amax > 0.0f && amax <= FLT_MAX)) return;
+    const float scale = state.largest / amax;
+    *state.scale = std::isinf(scale) ? FLT_MAX : scale;
+}
+
+}  // namespace
+}  // namespace lowbit
+
+// x (rows, width) -> out (rows, width), strides in floats between rows; factors: one a row, one in all, or none,
+// as the rule has it. 0, or 1 where memory ran out.
+LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const float* x, std::int64_t x_stride,
+                                        std::int64_t rows, std::int64_t width, float* out,
+                                        std::int64_t out_stride, float* factors) {
+    using namespace lowbit;
+    const lowbit_quantizer& q = *quantizer;
+    const auto with = [&](const auto& nearest) {
+        quantize(q, x, x_stride, rows, width, out, out_stride, factors, nearest);
+    };
+    try {
+        switch (static_cast<Format>(q.format)) {
+            case Format::integer: with(Integer{q.low, q.high}); break;
+            case Format::e4m3: with(E4m3{q.high}); break;
+            case Format::e5m2: with(E5m2{q.high}); break;
+            case Format::e2m1: with(E2m1{q.high}); break;
+            case Format::e2m3: with(E2m3{q.high}); break;
+            case Format::e3m2: with(E3m2{q.high}); break;
+        }
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+// The end of a step, for every state of a model.
+LOWBIT_EXPORT void lowbit_update_delayed(const lowbit_delayed_state* states, std::int64_t count) {
+    lowbit::for_rows(count, states == nullptr || count == 0 ? 1 : states[0].length,
+                     [&](std::int64_t index) { lowbit::update(states[index]); });
+}
