@@ -399,8 +399,8 @@ class ModelOpt:
             raise LowbitError(
                 "E0213",
                 f"{stored.scale.file.name}: tensor {stored.scale.name!r} {list(stored.scale.shape)} has a "
-                f"scale for {width} columns but {self.place} says group_size {said.group}; config and weights "
-                "are from different models",
+                f"scale for {width} columns but {self.place} says group_size {said.group}; config and "
+                "weights are from different models",
             )
         if name is not None and _ALGORITHMS[name].kind == stored.kind:
             return _ALGORITHMS[name].inputs
