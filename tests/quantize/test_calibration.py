@@ -1,0 +1,96 @@
+"""Calibration text and what is remembered of inputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.quantize.calibration import (
+    PRESETS,
+    InputStatistics,
+    built_in_texts,
+    read_texts,
+    token_sequences,
+)
+
+
+def letters(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def test_built_in_text_is_there_and_varied() -> None:
+    texts = built_in_texts()
+    words = texts[0].split()
+    assert len(words) > 3000
+    assert all(mark in texts[0] for mark in ("def ", "SELECT", "theorem", '"id"', "#include", "Assistant:"))
+    assert sum(map(len, texts)) > 100_000, "Python's language reference comes with it"
+
+
+def test_sequences_are_spread_over_all_the_text() -> None:
+    text = "".join(chr(256 + n) for n in range(1000))
+    found = token_sequences(letters, [text[:700], text[700:]], count=4, length=100)
+    assert [sequence[0] - 256 for sequence in found] == [0, 250, 500, 750]
+    assert all(sequence == list(range(sequence[0], sequence[0] + 100)) for sequence in found)
+    assert found == token_sequences(letters, [text], count=4, length=100)
+
+
+def test_short_text_gives_fewer_sequences_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    assert [len(s) for s in token_sequences(letters, ["x" * 250], count=9, length=100)] == [100, 100]
+    assert "2 sequences of 100 tokens, 9 were asked for" in caplog.text
+    with pytest.raises(LowbitError, match="99 tokens, one sequence is 100") as caught:
+        token_sequences(letters, ["x" * 99], length=100)
+    assert caught.value.code == "E0441"
+
+
+def test_text_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo é", encoding="utf-8")
+    assert read_texts(tmp_path / "a.txt") == ["one\n\ntwo é"]
+    lines = [json.dumps({"text": text, "source": 1}) for text in ("first\nline", "second")]
+    (tmp_path / "b.jsonl").write_text("\n\n".join(lines))
+    assert read_texts(tmp_path / "b.jsonl") == ["first\nline", "second"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.csv", b"text", r"\.txt or \.jsonl"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}', "line 2 has no string"),
+        ("a.jsonl", b'["text"]', "line 1 has no string"),
+        ("a.jsonl", b"plain text", "line 1 is not JSON"),
+        ("a.jsonl", b"[" * 200_000, "line 1 is not JSON"),
+        ("missing.txt", None, "cannot be read"),
+    ],
+)
+def test_bad_files_are_named(name: str, content: bytes | None, says: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(LowbitError, match=says) as caught:
+        read_texts(tmp_path / name)
+    assert caught.value.code == "E0441"
+    assert name in caught.value.message and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("chunks", [(100,), (1,) * 100, (7, 50, 0, 43), (99, 1)])
+def test_the_sample_does_not_depend_on_how_inputs_come(chunks: tuple[int, ...]) -> None:
+    """100 inputs, at most 16 kept: every eighth."""
+    x = torch.arange(100.0)[:, None] * torch.tensor([1.0, -2.0])
+    statistics = InputStatistics(2, gram=True, sample_rows=16)
+    for part in x.split(chunks):
+        statistics.add(part)
+    assert statistics.tokens == 100
+    assert torch.equal(statistics.sample, x[::8])
+    assert statistics.gram is not None
+    assert torch.allclose(statistics.gram, x.T @ x)
+    assert torch.allclose(statistics.magnitude, x.abs().mean(0))
+
+
+def test_presets() -> None:
+    marlin = PRESETS["marlin"]
+    assert (marlin.method, marlin.bits, marlin.symmetric, marlin.group_size) == ("gptq", 4, True, None)
+    assert PRESETS["awq"].method == "awq" and not PRESETS["awq"].symmetric
+    assert PRESETS["awq_marlin"].symmetric and PRESETS["gptq_marlin"] == marlin
