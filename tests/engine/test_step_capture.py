@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,9 +49,14 @@ SCHEMES = {
 
 
 @pytest.fixture(autouse=True)
-def needs_a_library() -> None:
+def as_the_engine_runs() -> Iterator[None]:
+    """torch alone, as beside native kernels."""
     if native.library() is None:
         pytest.skip("no native library: nothing is captured")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tiny_llama(folder: Path, **config: object) -> Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -84,6 +85,8 @@ def test_a_failing_operation_is_its_own_error() -> None:
         (lambda x: affine(x[torch.tensor([1, 0])], number=2.0), "aten."),
         (lambda x: affine(x.t().contiguous(), number=2.0), "aten.clone.default in"),
         (lambda x: affine(x, number=float(x.sum())), "aten.sum"),
+        (lambda x: affine(x, factor=torch.tensor([0.5])), "aten.lift_fresh"),
+        (lambda x: affine(x, bias=torch.from_numpy(np.ones(4, np.float32))), "aten.lift_fresh"),
         (lambda x: x, "outlives"),
     ],
 )

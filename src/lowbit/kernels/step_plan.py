@@ -280,7 +280,8 @@ class _Watch(TorchDispatchMode):
             found = self._recorder.arena.empty(shape, dtype)
             if found is not None:
                 return found
-        elif not function.is_view:
+        elif not function.is_view or function is _aten.lift_fresh.default:
+            # lift_fresh: numbers of Python's (torch.tensor, from_numpy), which a replay would not see change.
             self._recorder.refuse(f"{function} in {_place()}")
         return function(*args, **kwargs)
 
