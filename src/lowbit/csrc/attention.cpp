@@ -13,6 +13,7 @@
 
 #include "attention_tiles.h"
 #include "lowbit.h"
+#include "operations.h"
 #include "thread_pool.h"
 
 extern "C" {

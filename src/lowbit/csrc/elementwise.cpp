@@ -1,12 +1,15 @@
-// The small operations between matrix products: RMSNorm, gated activation, rotary embedding. float32.
+// The small operations between matrix products: RMSNorm, gated activation, rotary embedding, factors and
+// biases, gathered rows and columns. float32.
 //
 // A row is computed by one thread in an order fixed by its width alone, so its bits never depend on the
 // other rows. Strides are in floats between rows (tokens).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "lowbit.h"
+#include "operations.h"
 #include "row_tasks.h"
 #include "vector16.h"
 
@@ -150,4 +153,74 @@ LOWBIT_EXPORT int lowbit_rotary(float* q, std::int64_t q_stride, std::int32_t q_
         rotate_heads(k + token * k_stride, k_heads, head_dim, half, interleaved != 0, cosine, sine);
     });
     return 0;
+}
+
+// RMSNorm of every head of x (tokens, heads, dim), in place.
+LOWBIT_EXPORT void lowbit_rms_norm_heads(float* x, std::int64_t x_stride, std::int32_t heads, std::int32_t dim,
+                                         const float* weight, float eps, std::int64_t tokens) {
+    lowbit::for_rows(tokens, std::int64_t{heads} * dim, [&](std::int64_t token) {
+        float* head = x + token * x_stride;
+        for (int i = 0; i < heads; ++i, head += dim) lowbit::normalize(head, weight, eps, dim, head);
+    });
+}
+
+// out = x * column * factor * number / divisor + bias, in this order; what is null or 1 is left out. column,
+// bias (width,); factor: one a row, or with a stride of 0 one in all. out may be x.
+LOWBIT_EXPORT void lowbit_affine(const float* x, std::int64_t x_stride, std::int64_t rows, std::int32_t width,
+                                 const float* column, const float* factor, std::int64_t factor_stride,
+                                 float number, float divisor, const float* bias, float* out,
+                                 std::int64_t out_stride) {
+    using namespace lowbit;
+    for_rows(rows, width, [&](std::int64_t row) {
+        const float* from = x + row * x_stride;
+        float* to = out + row * out_stride;
+        const Vector16 of_row = broadcast(factor == nullptr ? 1.0f : factor[row * factor_stride]);
+        for_vectors(width, [&](int at, int lanes) {
+            Vector16 value = load_some(from + at, lanes);
+            if (column != nullptr) value = multiply(value, load_some(column + at, lanes));
+            if (factor != nullptr) value = multiply(value, of_row);
+            if (number != 1.0f) value = multiply(value, broadcast(number));
+            if (divisor != 1.0f) value = divide(value, broadcast(divisor));
+            if (bias != nullptr) value = add(value, load_some(bias + at, lanes));
+            store_some(to + at, value, lanes);
+        });
+    });
+}
+
+// x = cap * tanh(x / cap), in place (Gemma 2, 2024).
+LOWBIT_EXPORT void lowbit_softcap(float* x, std::int64_t stride, std::int64_t rows, std::int32_t width,
+                                  float cap) {
+    using namespace lowbit;
+    for_rows(rows, width, [&](std::int64_t row) {
+        float* at = x + row * stride;
+        for_vectors(width, [&](int column, int lanes) {
+            const Vector16 value = load_some(at + column, lanes);
+            const Vector16 capped = multiply(broadcast(cap), tanh(divide(value, broadcast(cap))));
+            store_some(at + column, capped, lanes);
+        });
+    });
+}
+
+// out[i] = x[wanted[i]]. 0, or 1 where a wanted row is not one of x (rows, width): then nothing is copied.
+LOWBIT_EXPORT int lowbit_gather_rows(const float* x, std::int64_t x_stride, std::int64_t rows,
+                                     std::int32_t width, const std::int64_t* wanted, std::int64_t count,
+                                     float* out, std::int64_t out_stride) {
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (wanted[i] < 0 || wanted[i] >= rows) return 1;
+    }
+    lowbit::for_rows(count, width, [&](std::int64_t i) {
+        std::memcpy(out + i * out_stride, x + wanted[i] * x_stride, static_cast<std::size_t>(width) * sizeof(float));
+    });
+    return 0;
+}
+
+// out[:, i] = x[:, order[i]]; order (width,) is a permutation.
+LOWBIT_EXPORT void lowbit_gather_columns(const float* x, std::int64_t x_stride, std::int64_t rows,
+                                         std::int32_t width, const std::int64_t* order, float* out,
+                                         std::int64_t out_stride) {
+    lowbit::for_rows(rows, width, [&](std::int64_t row) {
+        const float* from = x + row * x_stride;
+        float* to = out + row * out_stride;
+        for (int column = 0; column < width; ++column) to[column] = from[order[column]];
+    });
 }

@@ -10,6 +10,7 @@
 
 #include "linear_tiles.h"
 #include "lowbit.h"
+#include "operations.h"
 #include "thread_pool.h"
 
 // What kernels/packed_linear.py describes; field for field its ctypes struct.
@@ -586,11 +587,35 @@ LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std
     return 0;
 }
 
-// float32 (count, columns): rows ``ids`` of the weight, which the caller has checked.
-LOWBIT_EXPORT void lowbit_linear_rows(const lowbit_weight* weight, std::int64_t columns, const std::int64_t* ids,
-                                      std::int64_t count, float* out) {
+// float32 (count, columns): rows ``ids`` (int32, or int64 where ``wide``) of the weight, times row_scale (rows,),
+// columns put from stored to logical places by column_order; both may be null. 0, 1 where memory ran out, or 2
+// where an id is no row: then nothing is written.
+LOWBIT_EXPORT int lowbit_linear_rows(const lowbit_weight* weight, std::int64_t columns, const void* ids,
+                                     std::int32_t wide, std::int64_t count, const float* row_scale,
+                                     const std::int64_t* column_order, float* out) {
+    const auto id_at = [&](std::int64_t i) -> std::int64_t {
+        return wide ? static_cast<const std::int64_t*>(ids)[i] : static_cast<const std::int32_t*>(ids)[i];
+    };
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (id_at(i) < 0 || id_at(i) >= weight->rows) return 2;
+    }
     const lowbit::Layout layout(*weight);
+    std::vector<float> stored;
+    try {
+        if (column_order != nullptr) stored.resize(static_cast<std::size_t>(count * columns));
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
     lowbit::parallel_for(count, [&](std::int64_t i) {
-        lowbit::dequantize_row(*weight, layout, ids[i], columns, out + i * columns);
+        float* const logical = out + i * columns;
+        float* const row = column_order == nullptr ? logical : stored.data() + i * columns;
+        lowbit::dequantize_row(*weight, layout, id_at(i), columns, row);
+        for (std::int64_t column = 0; row_scale != nullptr && column < columns; ++column) {
+            row[column] *= row_scale[id_at(i)];
+        }
+        for (std::int64_t column = 0; column_order != nullptr && column < columns; ++column) {
+            logical[column_order[column]] = row[column];
+        }
     });
+    return 0;
 }

@@ -6,6 +6,10 @@
 
 #include "lowbit.h"
 
+struct lowbit_weight;           // linear.cpp
+struct lowbit_attention_cache;  // attention.cpp
+struct lowbit_attention_batch;
+
 // What kernels/activation_native.py describes; field for field its ctypes struct.
 struct lowbit_quantizer {
     const float* multiplier;    // (width,), or null
@@ -32,3 +36,63 @@ LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const
                                         std::int64_t rows, std::int64_t width, float* out,
                                         std::int64_t out_stride, float* factors);
 LOWBIT_EXPORT void lowbit_update_delayed(const lowbit_delayed_state* states, std::int64_t count);
+
+LOWBIT_EXPORT void lowbit_rms_norm(const float* x, std::int64_t x_stride, const float* weight, float eps,
+                                   std::int64_t rows, std::int32_t width, float* out,
+                                   std::int64_t out_stride);
+LOWBIT_EXPORT void lowbit_add_rms_norm(const float* x, std::int64_t x_stride, float* residual,
+                                       std::int64_t residual_stride, const float* weight, float eps,
+                                       std::int64_t rows, std::int32_t width, float* out,
+                                       std::int64_t out_stride);
+LOWBIT_EXPORT void lowbit_rms_norm_heads(float* x, std::int64_t x_stride, std::int32_t heads, std::int32_t dim,
+                                         const float* weight, float eps, std::int64_t tokens);
+LOWBIT_EXPORT void lowbit_gated_activation(const float* gate_up, std::int64_t stride, std::int32_t activation,
+                                           std::int64_t rows, std::int32_t width, float* out,
+                                           std::int64_t out_stride);
+LOWBIT_EXPORT int lowbit_rotary(float* q, std::int64_t q_stride, std::int32_t q_heads, float* k,
+                                std::int64_t k_stride, std::int32_t k_heads, std::int32_t head_dim,
+                                std::int32_t rotary_dim, const float* cosines, const float* sines,
+                                std::int64_t table_rows, const std::int32_t* positions, std::int64_t tokens,
+                                std::int32_t interleaved);
+LOWBIT_EXPORT void lowbit_affine(const float* x, std::int64_t x_stride, std::int64_t rows, std::int32_t width,
+                                 const float* column, const float* factor, std::int64_t factor_stride,
+                                 float number, float divisor, const float* bias, float* out,
+                                 std::int64_t out_stride);
+LOWBIT_EXPORT void lowbit_softcap(float* x, std::int64_t stride, std::int64_t rows, std::int32_t width,
+                                  float cap);
+LOWBIT_EXPORT int lowbit_gather_rows(const float* x, std::int64_t x_stride, std::int64_t rows,
+                                     std::int32_t width, const std::int64_t* wanted, std::int64_t count,
+                                     float* out, std::int64_t out_stride);
+LOWBIT_EXPORT void lowbit_gather_columns(const float* x, std::int64_t x_stride, std::int64_t rows,
+                                         std::int32_t width, const std::int64_t* order, float* out,
+                                         std::int64_t out_stride);
+LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std::int64_t tokens,
+                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride);
+LOWBIT_EXPORT int lowbit_linear_rows(const lowbit_weight* weight, std::int64_t columns, const void* ids,
+                                     std::int32_t wide, std::int64_t count, const float* row_scale,
+                                     const std::int64_t* column_order, float* out);
+LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, const float* k,
+                                         std::int64_t k_stride, const float* v, std::int64_t v_stride,
+                                         const std::int32_t* slots, std::int32_t tokens);
+LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
+                                          const lowbit_attention_batch* batch, const float* q,
+                                          std::int64_t q_stride, std::int32_t q_heads, float scale,
+                                          float softcap, const float* sinks, float* out);
+
+// Their numbers in a plan are their places in this list.
+#define LOWBIT_OPERATIONS(X) \
+    X(quantize_input)        \
+    X(update_delayed)        \
+    X(rms_norm)              \
+    X(add_rms_norm)          \
+    X(rms_norm_heads)        \
+    X(gated_activation)      \
+    X(rotary)                \
+    X(affine)                \
+    X(softcap)               \
+    X(gather_rows)           \
+    X(gather_columns)        \
+    X(linear)                \
+    X(linear_rows)           \
+    X(attention_write)       \
+    X(attention_attend)

@@ -86,7 +86,7 @@ class Engine:
             prefill_budget=self._forced.chunk or settings.chunked_prefill_size,
             share_prefixes=not settings.disable_radix_cache,
         )
-        self._runner = Runner(model, pages, settings.page_size)
+        self._runner = Runner(model, pages, settings.page_size, capture=not settings.disable_cuda_graph)
         self.pool_tokens = pages * settings.page_size
         self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)
         self._sequences: dict[str, Sequence] = {}
@@ -344,6 +344,7 @@ class Engine:
             pages_free=self._pool.free,
             pages_cached=self._pool.idle,
             steps=self._steps,
+            captured_steps=self._runner.captured_steps,
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,

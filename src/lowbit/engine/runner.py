@@ -1,4 +1,4 @@
-"""Runner: a step's chunks as one ForwardBatch, through the model."""
+"""Runner: a step's chunks as one ForwardBatch, through the model, or through a captured step."""
 
 from __future__ import annotations
 
@@ -7,26 +7,42 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.scheduler import Chunk
+from lowbit.engine.step_capture import StepCapture
+from lowbit.kernels import native
 from lowbit.kernels.attention import LayerCache, choose_attention
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.models.model import Model
 
 
 class Runner:
-    """The model and its KV caches of ``pages`` pages."""
+    """The model and its KV caches of ``pages`` pages. ``capture``: replay decode steps where possible."""
 
-    def __init__(self, model: Model, pages: int, page_size: int) -> None:
+    def __init__(self, model: Model, pages: int, page_size: int, *, capture: bool = True) -> None:
         self._model = model
         self._page_size = page_size
         self._caches: list[LayerCache] = [
             choose_attention(spec, model.device).allocate(spec, pages, page_size, model.device)
             for spec in model.cache_specs()
         ]
+        usable = capture and model.device.type == "cpu" and native.library() is not None
+        self._capture = StepCapture(self._run) if usable else None
+
+    @property
+    def captured_steps(self) -> int:
+        """Steps that were replayed."""
+        return self._capture.replayed if self._capture else 0
 
     def forward(self, chunks: list[Chunk], rows: list[int]) -> Tensor:
         """float32 (len(rows), vocabulary) on the CPU: the logits of token rows ``rows`` of the batch."""
-        logits = self._model.forward(self._batch(chunks, rows), self._caches)
-        return logits.cpu()
+        batch = self._batch(chunks, rows)
+        # A decode step: one token of every sequence, and all of them wanted.
+        decodes = batch.max_query == 1 and rows == list(range(len(chunks)))
+        if self._capture is not None and decodes:
+            return self._capture.run(batch)
+        return self._run(batch).cpu()
+
+    def _run(self, batch: ForwardBatch) -> Tensor:
+        return self._model.forward(batch, self._caches)
 
     def _batch(self, chunks: list[Chunk], rows: list[int]) -> ForwardBatch:
         size = self._page_size

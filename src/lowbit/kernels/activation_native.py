@@ -6,7 +6,6 @@ What the code computes is defined by ``activation_quant``, in torch; here is how
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import native
+from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.scheme import ActivationScheme
 
 # The numbers of csrc/activation_quant.cpp.
@@ -51,8 +51,8 @@ class _DelayedState(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Functions:
-    quantize: Callable[..., int]
-    update: Callable[..., None]
+    quantize: Operation
+    update: Operation
 
 
 @cache
@@ -61,11 +61,15 @@ def _functions() -> _Functions | None:
     if library is None:
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_int64
-    library.lowbit_quantize_input.argtypes = (pointer, pointer, long, long, long, pointer, long, pointer)
-    library.lowbit_quantize_input.restype = ctypes.c_int
-    library.lowbit_update_delayed.argtypes = (pointer, long)
-    library.lowbit_update_delayed.restype = None
-    return _Functions(library.lowbit_quantize_input, library.lowbit_update_delayed)
+    arguments = (pointer, pointer, long, long, long, pointer, long, pointer)
+    return _Functions(
+        Operation(library, "quantize_input", arguments, _no_memory),
+        Operation(library, "update_delayed", (pointer, long)),
+    )
+
+
+def _no_memory(_: int) -> Exception:
+    return MemoryError("no memory to quantize inputs")
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,8 @@ class NativeQuantizer:
             factors = torch.empty(rows, 1) if self.factors == "row" else torch.empty(1)
         functions = _functions()
         assert functions is not None, "there is a library: of() asked"
-        failed = functions.quantize(
-            ctypes.addressof(self.description),
+        functions.quantize(
+            ctypes.byref(self.description),
             x.data_ptr(),
             x.stride(0),
             rows,
@@ -177,8 +181,6 @@ class NativeQuantizer:
             width,
             None if factors is None else factors.data_ptr(),
         )
-        if failed:
-            raise MemoryError(f"no memory to quantize {rows} tokens")
         return out, factors
 
 
@@ -205,4 +207,4 @@ class DelayedUpdate:
         """Update all of them."""
         functions = _functions()
         assert functions is not None, "there is a library: of() asked"
-        functions.update(ctypes.addressof(self.states), len(self.states))
+        functions.update(ctypes.byref(self.states), len(self.states))

@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import math
 import mmap
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -33,6 +32,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.step_plan import Operation
 
 MAX_DIMS = {"k_dim": 576, "v_dim": 512}  # of a head: the work buffers of a thread have these widths
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # their numbers in attention.cpp
@@ -76,8 +76,8 @@ class _Batch(ctypes.Structure):
 class _Functions:
     """The native functions, with their argument types set."""
 
-    write: Callable[..., int]
-    attend: Callable[..., int]
+    write: Operation
+    attend: Operation
 
 
 @cache
@@ -86,11 +86,12 @@ def _functions() -> _Functions | None:
     if library is None:
         return None
     pointer, stride, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    write, attend = library.lowbit_attention_write, library.lowbit_attention_attend
-    write.argtypes = (pointer, pointer, stride, pointer, stride, pointer, ctypes.c_int32)
-    attend.argtypes = (pointer, pointer, pointer, stride, ctypes.c_int32, number, number, pointer, pointer)
-    write.restype = attend.restype = ctypes.c_int32
-    return _Functions(write, attend)
+    write = (pointer, pointer, stride, pointer, stride, pointer, ctypes.c_int32)
+    attend = (pointer, pointer, pointer, stride, ctypes.c_int32, number, number, pointer, pointer)
+    return _Functions(
+        Operation(library, "attention_write", write, _error),
+        Operation(library, "attention_attend", attend, _error),
+    )
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class CpuAttention:
         v = k[..., : spec.v_dim] if spec.kind == "latent" else _strided(v)
         assert k.shape == (tokens, spec.heads, spec.k_dim), f"k {tuple(k.shape)} is not {spec}'s"
         assert v.shape == (tokens, spec.heads, spec.v_dim), f"v {tuple(v.shape)} is not {spec}'s"
-        fault = cache.functions.write(
+        cache.functions.write(
             ctypes.byref(cache.view),
             k.data_ptr(),
             k.stride(0),
@@ -171,8 +172,6 @@ class CpuAttention:
             batch.write_slots.data_ptr(),
             tokens,
         )
-        if fault:
-            raise _error(fault)
 
     def attend(
         self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters
@@ -193,7 +192,7 @@ class CpuAttention:
             tokens,
         )
         out = torch.empty(tokens, heads * spec.v_dim)
-        fault = cache.functions.attend(
+        cache.functions.attend(
             ctypes.byref(cache.view),
             ctypes.byref(view),
             queries.data_ptr(),
@@ -204,8 +203,6 @@ class CpuAttention:
             None if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
         )
-        if fault:
-            raise _error(fault)
         return out if q.dtype is torch.float32 else out.to(q.dtype)
 
 

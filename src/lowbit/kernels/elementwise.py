@@ -1,4 +1,4 @@
-"""The small operations between matrix products: RMSNorm, gated activation, rotary embedding.
+"""The small operations between matrix products: norms, gated activation, rotary embedding, factors, gathers.
 
 float32 tensors on a CPU go to the native library, where a row's bits do not depend on the other rows or on
 the number of threads; everything else runs in torch, computing in float32 and rounding once.
@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
+from lowbit.kernels.step_plan import Operation
 
 # Number of the activation in csrc/elementwise.cpp, and torch's function.
 _ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
@@ -35,10 +36,15 @@ _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64,
 class _Functions:
     """The native functions, with their argument types set."""
 
-    rms_norm: Callable[..., None]
-    add_rms_norm: Callable[..., None]
-    gated_activation: Callable[..., None]
-    rotary: Callable[..., int]
+    rms_norm: Operation
+    add_rms_norm: Operation
+    rms_norm_heads: Operation
+    gated_activation: Operation
+    rotary: Operation
+    affine: Operation
+    softcap: Operation
+    gather_rows: Operation
+    gather_columns: Operation
 
 
 @cache
@@ -50,15 +56,26 @@ def _functions() -> _Functions | None:
     declared = {
         "rms_norm": (*row, _POINTER, _FLOAT, _LONG, _INT, *row),
         "add_rms_norm": (*row, *row, _POINTER, _FLOAT, _LONG, _INT, *row),
+        "rms_norm_heads": (*row, _INT, _INT, _POINTER, _FLOAT, _LONG),
         "gated_activation": (*row, _INT, _LONG, _INT, *row),
         "rotary": (*row, _INT, *row, _INT, _INT, _INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
+        "affine": (*row, _LONG, _INT, _POINTER, _POINTER, _LONG, _FLOAT, _FLOAT, _POINTER, *row),
+        "softcap": (*row, _LONG, _INT, _FLOAT),
+        "gather_rows": (*row, _LONG, _INT, _POINTER, _LONG, *row),
+        "gather_columns": (*row, _LONG, _INT, _POINTER, *row),
     }
-    found = {}
-    for name, arguments in declared.items():
-        found[name] = function = getattr(library, f"lowbit_{name}")
-        function.argtypes = arguments
-        function.restype = _INT if name == "rotary" else None
-    return _Functions(**found)
+    faults = {"rotary": _no_position, "gather_rows": _no_row}
+    return _Functions(
+        **{name: Operation(library, name, types, faults.get(name)) for name, types in declared.items()}
+    )
+
+
+def _no_position(_: int) -> Exception:
+    return LowbitError("E0703", "a token's position is outside the rotary table")
+
+
+def _no_row(_: int) -> Exception:
+    return LowbitError("E0703", "a row that the batch does not have was asked for")
 
 
 def _native_for(x: Tensor) -> _Functions | None:
@@ -107,6 +124,101 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
         out.data_ptr(),
         width,
     )
+    return out
+
+
+def rms_norm_heads(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of every head of (tokens, heads, head_dim), in place; it may be a view of a fused output."""
+    functions = _functions()
+    if functions is None or not _is_strided(heads):
+        wide = heads.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+        return heads.copy_(normed)
+    tokens, count, dim = heads.shape
+    _check_weight(weight, dim)
+    functions.rms_norm_heads(heads.data_ptr(), heads.stride(0), count, dim, weight.data_ptr(), eps, tokens)
+    return heads
+
+
+def affine(
+    x: Tensor,
+    *,
+    column: Tensor | None = None,
+    factor: Tensor | None = None,
+    number: float = 1.0,
+    divisor: float = 1.0,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x (tokens, width) * column * factor * number / divisor + bias, in this order. ``out`` may be x.
+
+    ``column``, ``bias``: (width,). ``factor``: float32, one for each token or a single one.
+    """
+    rows, width = x.shape
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    functions = _native_for(x)
+    given = [tensor for tensor in (column, factor, bias) if tensor is not None]
+    plain = all(tensor.dtype is torch.float32 and tensor.is_contiguous() for tensor in given)
+    if functions is None or _native_for(out) is None or not plain:
+        # Beside narrower types, factors are applied in float32.
+        y = x if column is None else x * column
+        if factor is not None:
+            y = y.float() * (factor if factor.numel() == 1 else factor.view(-1, 1))
+        y = y if number == 1.0 else y * number
+        y = y if divisor == 1.0 else y / divisor
+        return out.copy_(y if bias is None else y + bias)
+    assert all(tensor.numel() == width for tensor in (column, bias) if tensor is not None), "one a column"
+    assert factor is None or factor.numel() in (1, rows), "one factor, or one a token"
+    functions.affine(
+        x.data_ptr(),
+        x.stride(0),
+        rows,
+        width,
+        None if column is None else column.data_ptr(),
+        None if factor is None else factor.data_ptr(),
+        int(factor is not None and factor.numel() > 1),
+        number,
+        divisor,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+    )
+    return out
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap), in place (Gemma 2, 2024)."""
+    functions = _native_for(x)
+    if functions is None:
+        return x.copy_(cap * torch.tanh(x / cap))
+    functions.softcap(x.data_ptr(), x.stride(0), *x.shape, cap)
+    return x
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x[rows]; ``rows``: int64 (count,)."""
+    functions = _native_for(x)
+    if functions is None:
+        return x[rows]
+    assert rows.dtype is torch.int64 and rows.is_contiguous(), "rows are int64 and contiguous"
+    width = x.shape[1]
+    out = torch.empty(len(rows), width)
+    functions.gather_rows(
+        x.data_ptr(), x.stride(0), len(x), width, rows.data_ptr(), len(rows), out.data_ptr(), width
+    )
+    return out
+
+
+def gather_columns(x: Tensor, order: Tensor) -> Tensor:
+    """x[:, order]; ``order``: int64 (width,), a permutation."""
+    functions = _native_for(x)
+    if functions is None or len(order) != x.shape[1]:
+        return x.index_select(1, order)
+    assert order.dtype is torch.int64 and order.is_contiguous(), "an order is int64 and contiguous"
+    rows, width = x.shape
+    out = torch.empty(rows, width)
+    functions.gather_columns(x.data_ptr(), x.stride(0), rows, width, order.data_ptr(), out.data_ptr(), width)
     return out
 
 
@@ -193,7 +305,7 @@ def apply_rotary(
         "q, k and the table belong together"
     )
     assert positions.dtype is torch.int32 and positions.is_contiguous(), "positions are int32 and contiguous"
-    missing = functions.rotary(
+    functions.rotary(
         q.data_ptr(),
         q.stride(0),
         q_heads,
@@ -209,10 +321,6 @@ def apply_rotary(
         tokens,
         interleaved,
     )
-    if missing:
-        raise LowbitError(
-            "E0703", f"a token's position is {int(positions.max())}, the rotary table has {rows} positions"
-        )
 
 
 def _is_strided(x: Tensor) -> bool:

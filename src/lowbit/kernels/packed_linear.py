@@ -22,7 +22,9 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
+from lowbit.kernels.elementwise import affine, gather_columns
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.step_plan import Operation
 
 ROWS, COLUMNS, SUPER = 16, 32, 256
 
@@ -110,8 +112,8 @@ class NativeWeight(PackedWeight):
 class _Functions:
     size: Callable[..., int]
     pack: Callable[..., None]
-    linear: Callable[..., int]
-    rows: Callable[..., None]
+    linear: Operation
+    rows: Operation
 
 
 @cache
@@ -125,16 +127,20 @@ def functions() -> _Functions | None:
     library.lowbit_linear_bytes.restype = number
     library.lowbit_linear_pack.argtypes = (pointer, number, *(pointer,) * 6)
     library.lowbit_linear_pack.restype = None
-    library.lowbit_linear.argtypes = (pointer, pointer, number, number, number, pointer, number)
-    library.lowbit_linear.restype = ctypes.c_int
-    library.lowbit_linear_rows.argtypes = (pointer, number, pointer, number, pointer)
-    library.lowbit_linear_rows.restype = None
+    multiply = (pointer, pointer, number, number, number, pointer, number)
+    look_up = (pointer, number, pointer, ctypes.c_int32, number, *(pointer,) * 3)
     return _Functions(
         library.lowbit_linear_bytes,
         library.lowbit_linear_pack,
-        library.lowbit_linear,
-        library.lowbit_linear_rows,
+        Operation(library, "linear", multiply, _fault),
+        Operation(library, "linear_rows", look_up, _fault),
     )
+
+
+def _fault(status: int) -> Exception:
+    if status == 1:
+        return MemoryError("no memory for a product's input")
+    return LowbitError("E0703", "a row outside the embedding was asked for")
 
 
 def unusable(device: torch.device) -> str | None:
@@ -187,7 +193,7 @@ def linear(x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor
     assert isinstance(packed, NativeWeight), "packed by a native kernel"
     order = packed.buffers.get("column_order")
     if order is not None:
-        x = x.index_select(1, order)
+        x = gather_columns(x, order)
     if x.dtype is not torch.float32:
         x = x.float()
     if x.stride(1) != 1:
@@ -201,32 +207,35 @@ def linear(x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor
     assert out.dtype is torch.float32 and out.stride(1) == 1 and out.shape == (tokens, rows)
     loaded = functions()
     assert loaded is not None, "packed by a native kernel"
-    failed = loaded.linear(
-        packed.address, x.data_ptr(), tokens, x.stride(0), columns, out.data_ptr(), out.stride(0)
-    )
-    if failed:
-        raise MemoryError(f"{packed.origin}: no memory for {tokens} tokens")
+    loaded.linear(packed.address, x.data_ptr(), tokens, x.stride(0), columns, out.data_ptr(), out.stride(0))
     row_scale = packed.buffers.get("row_scale")
-    return out if row_scale is None else out.mul_(row_scale)
+    return out if row_scale is None else affine(out, column=row_scale, out=out)
 
 
 def rows(packed: PackedWeight, ids: Tensor) -> Tensor:
     """float32 (len(ids), in)."""
     assert isinstance(packed, NativeWeight), "packed by a native kernel"
-    wanted = ids.to(torch.int64).contiguous()
-    if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < packed.shape[0]:
-        raise LowbitError("E0703", f"{packed.origin}: row outside 0..{packed.shape[0] - 1} asked for")
+    wanted = ids.contiguous() if ids.dtype in (torch.int32, torch.int64) else ids.long().contiguous()
+    row_scale, order = packed.buffers.get("row_scale"), packed.buffers.get("column_order")
+    assert order is None or order.dtype is torch.int64, "an order is int64"
     out = torch.empty(len(wanted), packed.columns)
     loaded = functions()
     assert loaded is not None, "packed by a native kernel"
-    loaded.rows(packed.address, packed.columns, wanted.data_ptr(), len(wanted), out.data_ptr())
-    if "row_scale" in packed.buffers:
-        out *= packed.buffers["row_scale"][wanted].unsqueeze(1)
-    order = packed.buffers.get("column_order")
-    if order is not None:
-        logical = torch.empty_like(out)
-        logical[:, order] = out
-        return logical
+    try:
+        loaded.rows(
+            packed.address,
+            packed.columns,
+            wanted.data_ptr(),
+            wanted.dtype is torch.int64,
+            len(wanted),
+            None if row_scale is None else row_scale.data_ptr(),
+            None if order is None else order.data_ptr(),
+            out.data_ptr(),
+        )
+    except LowbitError:
+        raise LowbitError(
+            "E0703", f"{packed.origin}: a row outside 0..{packed.shape[0] - 1} was asked for"
+        ) from None
     return out
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.elementwise import affine
 
 
 @dataclass(frozen=True)
@@ -47,31 +48,30 @@ class Linear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""
-        if self.inputs is not None:
-            y = self._with_inputs(x, self.inputs)
-        elif len(self.weights) == 1:
+        if len(self.weights) == 1 and self.inputs is None:
             y = self.weights[0].kernel.linear(x, self.weights[0], out)
         else:
-            y = torch.cat([w.kernel.linear(x, w) for w in self.weights], dim=1)
+            y = x.new_empty(x.shape[0], sum(w.shape[0] for w in self.weights)) if out is None else out
+            self._parts(x, self.inputs or [None] * len(self.weights), y)
         if self.bias is not None:
-            y += self.bias
+            affine(y, bias=self.bias, out=y)
         return y
 
-    def _with_inputs(self, x: Tensor, inputs: list[InputTransform | None]) -> Tensor:
-        """Each distinct transform runs once."""
+    def _parts(self, x: Tensor, inputs: list[InputTransform | None], y: Tensor) -> None:
+        """Every weight into its own columns of y; each distinct transform runs once."""
         done: dict[int, tuple[Tensor, Tensor | None]] = {id(None): (x, None)}
-        parts = []
+        start = 0
         for weight, transform in zip(self.weights, inputs, strict=True):
             if id(transform) not in done:
                 assert transform is not None, "None is there from the start"
                 changed, factor = transform(x)
                 done[id(transform)] = (changed.to(x.dtype), factor)
             changed, factor = done[id(transform)]
-            y = weight.kernel.linear(changed, weight)
+            part = y[:, start : start + weight.shape[0]]
+            weight.kernel.linear(changed, weight, part)
             if factor is not None:
-                y = y.mul_(factor) if y.dtype is torch.float32 else (y.float() * factor).to(y.dtype)
-            parts.append(y)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                affine(part, factor=factor, out=part)
+            start += weight.shape[0]
 
     @property
     def nbytes(self) -> int:

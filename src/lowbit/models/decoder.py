@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -18,8 +17,12 @@ from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import (
     RotaryTable,
     add_rms_norm,
+    affine,
     apply_rotary,
+    gather_rows,
     rms_norm,
+    rms_norm_heads,
+    softcap,
 )
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.layers.experts import ExpertsSpec
@@ -94,9 +97,9 @@ class Decoder:
         hidden = rms_norm(residual, self.blocks[0].attention_norm, config.rms_norm_eps)
         for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
             hidden = self.forward_block(layer, hidden, residual, cache, batch)
-        logits = self.head(hidden[batch.sample_rows]).float()
+        logits = self.head(gather_rows(hidden, batch.sample_rows)).float()
         if config.logit_softcap:
-            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+            logits = softcap(logits, config.logit_softcap)
         self.states.update()
         return logits
 
@@ -104,7 +107,7 @@ class Decoder:
         """(tokens, hidden): the residual stream before the first block."""
         residual = self.embedding(tokens)
         if self.config.embedding_scale != 1.0:
-            residual = residual * self.config.embedding_scale
+            residual = affine(residual, number=self.config.embedding_scale, out=residual)
         return residual
 
     def forward_block(
@@ -132,20 +135,21 @@ class Decoder:
         heads = block.qkv(hidden).view(-1, config.heads + 2 * config.kv_heads, config.head_dim)
         q, k, v = heads.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
         if block.q_norm is not None and block.k_norm is not None:
-            q = _norm_heads(q, block.q_norm, config.rms_norm_eps)
-            k = _norm_heads(k, block.k_norm, config.rms_norm_eps)
+            rms_norm_heads(q, block.q_norm, config.rms_norm_eps)
+            rms_norm_heads(k, block.k_norm, config.rms_norm_eps)
         apply_rotary(q, k, block.rotary, batch.positions)
         if block.k_scale != 1.0 or block.v_scale != 1.0:
             # K's scale returns through the softmax scale of ``block.attention``.
-            cache.kernel.write(cache, k / block.k_scale, v / block.v_scale, batch)
-            return cache.kernel.attend(q, cache, batch, block.attention) * block.v_scale
+            cache.kernel.write(cache, _divided(k, block.k_scale), _divided(v, block.v_scale), batch)
+            attended = cache.kernel.attend(q, cache, batch, block.attention)
+            return affine(attended, number=block.v_scale, out=attended)
         cache.kernel.write(cache, k, v, batch)
         return cache.kernel.attend(q, cache, batch, block.attention)
 
 
-def _norm_heads(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of every head of (tokens, heads, head_dim)."""
-    return rms_norm(heads.reshape(-1, heads.shape[-1]), weight, eps).view(heads.shape)
+def _divided(heads: Tensor, scale: float) -> Tensor:
+    """(tokens, heads, head_dim) over a number."""
+    return affine(heads.flatten(1), divisor=scale).view(heads.shape)
 
 
 def build(config: ModelConfig, loader: WeightLoader) -> Decoder:

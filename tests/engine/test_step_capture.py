@@ -1,0 +1,322 @@
+"""Captured steps against eager ones: equal bits of logits, states and tokens, whatever comes and goes."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from checkpoint import tiny
+from engine.stand_in import ByteTokenizer
+from forward_helpers import PAGE, allocate, chunk_batch
+from lowbit.checkpoint import open_checkpoint
+from lowbit.engine.engine import Engine, ForcedModes
+from lowbit.engine.messages import Request, SamplingParams, TokenEvent
+from lowbit.engine.step_capture import StepCapture
+from lowbit.kernels import native
+from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.loading import load_model
+from lowbit.models.decoder import Decoder
+from lowbit.models.model import Model
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.scheme import ActivationScheme, Delay
+from lowbit.settings import Settings
+from models.test_families import make_checkpoint
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+INT8, E4M3, E2M1, E8M0 = (number_format(name) for name in ("int8", "e4m3", "e2m1", "e8m0"))
+DELAYED = ActivationScheme(E4M3, (0, 0), "delayed", limit=448.0, delay=Delay(4, 1))
+SCHEMES = {
+    "plain": None,
+    "int8 per token": ActivationScheme(INT8, (1, 0), limit=127.0),
+    "int8 with a zero point": ActivationScheme(INT8, (1, 0), symmetric=False),
+    "fp8 per token": ActivationScheme(E4M3, (1, 0), limit=448.0),
+    "fp8 per tensor": ActivationScheme(E4M3, (0, 0), limit=448.0),
+    "fp8 in groups": ActivationScheme(E4M3, (1, 32), limit=448.0),
+    "mxfp4": ActivationScheme(E2M1, (1, 32), scale=E8M0),
+    "delayed": DELAYED,
+}
+
+
+@pytest.fixture(autouse=True)
+def as_the_engine_runs() -> Iterator[None]:
+    """torch alone, as beside native kernels."""
+    if native.library() is None:
+        pytest.skip("no native library: nothing is captured")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_llama(folder: Path, **config: object) -> Decoder:
+    """A random Llama of two heads in bfloat16."""
+    tiny.write_folder(folder)
+    path = folder / "config.json"
+    for name, value in config.items():
+        path.write_text(
+            path.read_text().replace("{", f'{{"{name}": {value}, ', 1).replace(f'"{name}": 128,', "")
+        )
+    model = load_model(open_checkpoint(str(folder)), device="cpu", dtype="bfloat16")
+    assert isinstance(model, Decoder)
+    return model
+
+
+def quantize_inputs(model: Decoder, scheme: ActivationScheme | None) -> Decoder:
+    """Ask every layer of the blocks for it."""
+    if scheme is None:
+        return model
+    for block in model.blocks:
+        for linear in (block.qkv, block.output, block.mlp.gate_up, block.mlp.down):  # type: ignore[union-attr]
+            state = None if scheme.delay is None else model.states.add(linear.name, scheme, model.device)
+            transform = InputTransform(scheme, state=state)
+            linear.inputs = [transform] * len(linear.weights)
+    return model
+
+
+Forward = Callable[[ForwardBatch], Tensor]
+
+
+def decode(
+    model: Model, through: Callable[[Forward], Forward], steps: int = 30, longest: int = 40
+) -> list[Tensor]:
+    """Logits of a prefill and of decode steps of 1 to 6 of the sequences, which come and go."""
+    draw = random.Random(8)
+    lengths = [1, longest, PAGE - 1, 2 * PAGE, 9, PAGE]
+    counts = [-(-(length + steps) // PAGE) for length in lengths]
+    numbers = list(range(sum(counts)))
+    draw.shuffle(numbers)
+    pages = [[numbers.pop() for _ in range(count)] for count in counts]
+    caches = allocate(model, sum(counts))
+
+    def plain(batch: ForwardBatch) -> Tensor:
+        return model.forward(batch, caches)
+
+    forward = through(plain)
+    prompts = [[draw.randrange(model.vocab_size) for _ in range(length)] for length in lengths]
+    found = [plain(chunk_batch([(p, 0, own) for p, own in zip(prompts, pages, strict=True)], False))]
+    for _ in range(steps):
+        chosen = draw.sample(range(6), draw.choice((1, 2, 3, 3, 5, 6)))
+        batch = chunk_batch([([draw.randrange(model.vocab_size)], lengths[s], pages[s]) for s in chosen])
+        found.append(forward(batch).clone())
+        for sequence in chosen:
+            lengths[sequence] += 1
+    return found
+
+
+def check(make: Callable[[], Model], **options: int) -> StepCapture:
+    """Eager and captured runs of one model each."""
+    eager, captured = make(), make()
+    expected = decode(eager, lambda plain: plain, **options)
+    captures: list[StepCapture] = []
+
+    def through(plain: Forward) -> Forward:
+        captures.append(StepCapture(plain))
+        return captures[0].run
+
+    found = decode(captured, through, **options)
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(ours, theirs), f"step {step}"
+        assert torch.isfinite(ours).all()
+    for name, tensor in eager.states.state_dict().items():
+        assert torch.equal(captured.states.state_dict()[name], tensor), name
+    return captures[0]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_logits_and_states_are_the_same(scheme: str, tmp_path: Path) -> None:
+    capture = check(lambda: quantize_inputs(tiny_llama(tmp_path), SCHEMES[scheme]))
+    assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
+    if scheme == "delayed":
+        model = quantize_inputs(tiny_llama(tmp_path), DELAYED)
+        decode(model, lambda plain: StepCapture(plain).run)
+        scales = {name: state.scale.item() for name, state in model.states}
+        assert len(set(scales.values())) == 4 and 1.0 not in scales.values()
+
+
+@pytest.mark.parametrize(
+    "family", ["Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3 partial rotary", "Mistral"], ids=str
+)
+def test_every_family_of_the_dense_decoder(family: str, tmp_path: Path) -> None:
+    """Biases, norms of Q and K, post norms, soft caps, windows, embedding scales."""
+    make_checkpoint(family, tmp_path)
+    capture = check(lambda: load_model(open_checkpoint(str(tmp_path)), device="cpu"))
+    assert not capture.refusal and capture.replayed
+
+
+@pytest.mark.parametrize(
+    "fixture",
+    [
+        "compressed_tensors/w8a8_dynamic",
+        "compressed_tensors/w8a8_static_asym",
+        "compressed_tensors/fp8_channel_dynamic",
+        "compressed_tensors/w4a16_actorder",
+        "compressed_tensors/nvfp4",
+        "compressed_tensors/mxfp8",
+        "compressed_tensors/two_groups",
+        "fp8/block_128",
+    ],
+)
+def test_checkpoints_of_many_formats(fixture: str) -> None:
+    """Act-order, row scales, static scales, parts that do not fuse; a layer on the reference is refused."""
+
+    def make() -> Model:
+        return load_model(open_checkpoint(str(FIXTURES / fixture)), device="cpu")
+
+    capture = check(make)
+    if "reference" in make().kernels:
+        assert "reference" in capture.refusal and not capture.replayed
+    else:
+        assert not capture.refusal and capture.replayed
+
+
+def test_an_fp8_cache_with_scales(tmp_path: Path) -> None:
+    def make() -> Model:
+        model = tiny_llama(tmp_path)
+        model.cache_dtype = torch.float8_e4m3fn
+        model.blocks = [replace(block, k_scale=0.37, v_scale=1.9) for block in model.blocks]
+        return model
+
+    capture = check(make)
+    assert not capture.refusal and capture.replayed
+
+
+def test_the_page_table_grows(tmp_path: Path) -> None:
+    """Past 64 pages of 16 tokens everything is recorded anew, once for each size."""
+    capture = check(lambda: tiny_llama(tmp_path, max_position_embeddings=2048), longest=1010)
+    assert not capture.refusal and 0 < capture.replayed < 30 - len(capture.sizes)
+
+
+def test_few_plans_and_little_memory(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path)
+    expected = decode(model, lambda plain: plain)
+    captures: list[StepCapture] = []
+
+    def few(plain: Forward) -> Forward:
+        captures.append(StepCapture(plain, plans=2))
+        return captures[-1].run
+
+    def small(plain: Forward) -> Forward:
+        captures.append(StepCapture(plain, arena_bytes=1000))
+        return captures[-1].run
+
+    for through in (few, small):
+        assert all(map(torch.equal, decode(model, through), expected))
+    assert len(captures[0].sizes) == 2 and 0 < captures[0].replayed < 24
+    assert captures[1].replayed == 0 and not captures[1].refusal
+
+
+def test_mixtures_of_experts_run_eagerly_and_say_why_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_checkpoint("Mixtral", tmp_path)
+    with caplog.at_level(logging.WARNING):
+        capture = check(lambda: load_model(open_checkpoint(str(tmp_path)), device="cpu"))
+    assert capture.replayed == 0 and not capture.sizes
+    [record] = [r for r in caplog.records if "step capture off" in r.getMessage()]
+    assert "aten." in record.getMessage() and "layers.routing" in record.getMessage()
+
+
+# ---- the engine ------------------------------------------------------------------------------------------
+
+
+def serve(
+    model: Model, *, capture: bool, forced: ForcedModes | None = None, seed: int = 3
+) -> tuple[dict[str, list[int]], Engine]:
+    """Requests at random times, some with shared prefixes, some with log-probabilities; their tokens."""
+    draw = random.Random(seed)
+    settings = Settings(
+        device="cpu", max_total_tokens=368, max_running_requests=7, disable_cuda_graph=not capture
+    )
+    engine = Engine(model, ByteTokenizer(), settings, forced=forced or ForcedModes(check=True))
+    prefix = [draw.randrange(4, 40) for _ in range(2 * PAGE + 3)]
+    waiting = []
+    for index in range(20):
+        prompt = (prefix if index % 3 == 0 else []) + [
+            draw.randrange(4, 40) for _ in range(draw.randint(1, 20))
+        ]
+        sampling = SamplingParams(
+            temperature=0.0 if index % 2 else 1.0,
+            seed=index,
+            max_tokens=draw.randint(1, 30),
+            ignore_eos=True,
+            prompt_logprobs=1 if index % 7 == 0 else None,
+        )
+        waiting.append(Request(id=str(index), prompt=tuple(prompt), sampling=sampling))
+    tokens: dict[str, list[int]] = {}
+    while waiting or engine.has_work():
+        while waiting and draw.random() < 0.3:
+            engine.submit(waiting.pop())
+        for event in engine.step():
+            assert event.finish_reason != "error", event.error
+            tokens.setdefault(event.id, []).extend(event.tokens)
+    return tokens, engine
+
+
+@pytest.mark.parametrize("retract", [0, 3])
+@pytest.mark.parametrize("scheme", ["plain", "int8 per token", "fp8 per tensor", "delayed"])
+def test_the_engine_gives_the_same_tokens(scheme: str, retract: int, tmp_path: Path) -> None:
+    forced = ForcedModes(retract_every=retract, check=True)
+
+    def run(capture: bool) -> tuple[dict[str, list[int]], Engine]:
+        model = quantize_inputs(tiny_llama(tmp_path), SCHEMES[scheme])
+        return serve(model, capture=capture, forced=forced)
+
+    expected, eager = run(False)
+    found, captured = run(True)
+    assert found == expected and len(found) == 20
+    assert eager.status().captured_steps == 0
+    assert 0 < captured.status().captured_steps < captured.status().steps
+    for name, tensor in eager.model.states.state_dict().items():
+        assert torch.equal(captured.model.states.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("scheme", ["plain", "fp8 per token", "fp8 per tensor", "delayed"])
+def test_nan_fails_its_own_request_only(scheme: str, tmp_path: Path) -> None:
+    tiny_llama(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][39] = np.nan  # a token nobody may say
+    save_file(weights, file)
+
+    def run(capture: bool) -> tuple[dict[str, list[TokenEvent]], Engine]:
+        loaded = load_model(open_checkpoint(str(tmp_path)), device="cpu", dtype="bfloat16")
+        assert isinstance(loaded, Decoder)
+        model = quantize_inputs(loaded, SCHEMES[scheme])
+        settings = Settings(device="cpu", max_total_tokens=640, disable_cuda_graph=not capture)
+        engine = Engine(model, ByteTokenizer(), settings, forced=ForcedModes(check=True))
+        events: dict[str, list[TokenEvent]] = {}
+        for number in range(4):
+            bias = {39: 1e6} if number == 2 else {39: -1e6}
+            sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logit_bias=bias)
+            engine.submit(Request(id=str(number), prompt=(5, 9 + number, 7), sampling=sampling))
+        while engine.has_work():
+            for event in engine.step():
+                events.setdefault(event.id, []).append(event)
+        return events, engine
+
+    expected, _ = run(False)
+    found, engine = run(True)
+    for number, events in found.items():
+        assert [event.tokens for event in events] == [event.tokens for event in expected[number]]
+        assert events[-1].finish_reason == ("error" if number == "2" else "length")
+    assert found["2"][-1].error_code == "model_numerical_error"
+    assert engine.status().captured_steps > 5
+
+
+def test_the_embedded_model_says_the_same() -> None:
+    """Q4_1 and Q6_K, 30 layers: bits of every logit."""
+    model = load_model(open_checkpoint("smollm2"), device="cpu")
+    assert isinstance(model, Decoder) and isinstance(model.blocks[0].qkv.weights[0], NativeWeight)
+    capture = check(lambda: model, steps=10)
+    assert not capture.refusal and capture.replayed >= 4
