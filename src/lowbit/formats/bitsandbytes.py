@@ -47,9 +47,9 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
 _STATE = ".quant_state.bitsandbytes__"
-_FORMATS = {"nf4": "nf4", "fp4": "fp4_bnb"}
+FOUR_BIT_KINDS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 # The tool multiplies by this float32 where the definition says / 127.
-_INT8_STEP = 7.874015718698502e-3
+INT8_STEP = 7.874015718698502e-3
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -117,7 +117,7 @@ class BitsAndBytes:
     def scheme_of(self, module: StoredModule) -> Scheme:
         """From the tensors that are there and their shapes."""
         kind = self._kind(module)
-        if kind in _FORMATS:
+        if kind in FOUR_BIT_KINDS:
             return _four_bit_scheme(kind, module.shape, self._block_size(module))
         return self._int8_scheme() if kind == "int8" else dense_scheme(self.header, module)
 
@@ -156,11 +156,11 @@ class BitsAndBytes:
             return "dense"
         if state is not None:
             kind = state.rpartition("__")[2]
-            if kind not in _FORMATS:
+            if kind not in FOUR_BIT_KINDS:
                 raise LowbitError(
                     "E0218",
                     f"{self.header.file_of(state)}: tensor {printable(repr(state))} says "
-                    f"{printable(kind)}; the 4-bit types that are read are {' and '.join(_FORMATS)}",
+                    f"{printable(kind)}; the 4-bit types that are read are {' and '.join(FOUR_BIT_KINDS)}",
                 )
             return kind
         if module.tensor("SCB") in tensors:
@@ -227,7 +227,7 @@ class BitsAndBytes:
                 f"{state.file.name}: {state.name!r} says blocksize {printable(repr(said.get('blocksize')))}, "
                 f"absmax has blocks of {size}; the file is damaged",
             )
-        self._check_map(module, data, number_format(_FORMATS[kind]))
+        self._check_map(module, data, number_format(FOUR_BIT_KINDS[kind]))
         weight = self._packed(module)
         raw = data.raw(weight.name)[: -(-count // 2)]
         codes = torch.stack((raw >> 4, raw & 15), 1).flatten()[:count].view(out, columns)
@@ -290,7 +290,7 @@ class BitsAndBytes:
                 f"{layout.file.name}: tensor {layout.name!r} says the weight is column-tiled for one GPU "
                 "generation; save the model again with bitsandbytes 0.42 or newer",
             )
-        scales = finite_scales(self.header, scb.name, data.tensor(scb.name)).float() * _INT8_STEP
+        scales = finite_scales(self.header, scb.name, data.tensor(scb.name)).float() * INT8_STEP
         codes = data.tensor(weight.name).view(torch.uint8) ^ 0x80  # two's complement to offset binary
         return QuantizedTensor(
             self._int8_scheme(),
@@ -309,10 +309,11 @@ def _kind_in_config(values: dict[str, object], place: str) -> str | None:
     if not four:
         return "int8" if eight else None
     kind = values.get("bnb_4bit_quant_type", "fp4")  # the tool's default
-    if kind not in tuple(_FORMATS):
+    if kind not in tuple(FOUR_BIT_KINDS):
         raise LowbitError(
             "E0212",
-            f"{place}.bnb_4bit_quant_type must be {' or '.join(_FORMATS)}, found {printable(repr(kind))}",
+            f"{place}.bnb_4bit_quant_type must be {' or '.join(FOUR_BIT_KINDS)}, found "
+            f"{printable(repr(kind))}",
         )
     return str(kind)
 
@@ -333,7 +334,9 @@ def _states(header: CheckpointHeader) -> dict[str, str]:
 
 def _four_bit_scheme(kind: str, shape: tuple[int, int], size: int) -> Scheme:
     flattened = shape[1] % size != 0
-    return Scheme(number_format(_FORMATS[kind]), ((1, size),), (number_format("f32"),), flattened=flattened)
+    return Scheme(
+        number_format(FOUR_BIT_KINDS[kind]), ((1, size),), (number_format("f32"),), flattened=flattened
+    )
 
 
 def _state(entry: TensorEntry, data: TensorData) -> dict[str, object]:

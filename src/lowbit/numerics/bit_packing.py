@@ -101,4 +101,6 @@ def pack_words(
     else:
         raw = pack_bits(codes, bits)
         raw = torch.nn.functional.pad(raw, (0, -raw.shape[-1] % 4))
-    return raw.contiguous().view(torch.int32).movedim(-1, dim)
+    # A copy always: with axes of one element any strides count as contiguous, and a view needs its own.
+    raw = raw.clone(memory_format=torch.contiguous_format)
+    return raw.view(torch.int32).movedim(-1, dim)
