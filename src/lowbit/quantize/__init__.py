@@ -1,0 +1,1 @@
+"""Quantizing float weights while a model is loaded."""
