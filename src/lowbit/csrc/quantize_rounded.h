@@ -64,14 +64,16 @@ void encode_symmetric(const float* x, int half, std::uint8_t* block) {
 void encode_with_minimum(const float* x, int levels, std::uint8_t* block) {
     const Vector16 first = load(x), second = load(x + LANES);
     const float high = reduce_max(maximum(first, second));
-    const float low = -reduce_max(subtract(zeros(), minimum(first, second)));
-    const float scale = (high - low) / static_cast<float>(levels), inverse = inverse_of(scale);
+    const float lowest = -reduce_max(subtract(zeros(), minimum(first, second)));
+    float low = 0;
+    for (int i = 31; i >= 0; --i) low = x[i] == lowest ? x[i] : low;  // the first one: 0 has two signs
+    const float scale = (high - low + 0.0f) / static_cast<float>(levels), inverse = inverse_of(scale);
     std::uint8_t codes[32];
     for (int i = 0; i < 32; ++i) {
         codes[i] = static_cast<std::uint8_t>(std::min(levels, static_cast<int>((x[i] - low) * inverse + 0.5f)));
     }
     put_half(block, to_half(scale));
-    put_half(block + 2, to_half(low + 0.0f));
+    put_half(block + 2, to_half(low));
     if (levels == 31) pack_fifth_bits(codes, block + 4);
     pack_nibbles(codes, 16, block + (levels == 31 ? 8 : 4));
 }

@@ -5,16 +5,15 @@
 A block is a run of 32, 64, 128 or 256 weights of one row (``block_weights``); its layout is the one
 ``numerics.block_layouts`` reads. Two sorts of types:
 
-- one scale that the largest weight fixes, then rounding: Q4_0 … Q8_0, Q1_0, TQ1_0, TQ2_0 (here), MXFP4, NVFP4.
-  Bit for bit what ``gguf.quants.quantize`` and ggml's C give;
-- a search for the scale with the smallest weighted error: Q2_K … Q6_K, IQ4_NL, IQ4_XS.
+- one scale that the largest weight fixes, then rounding: Q4_0 … Q8_0, Q1_0, TQ1_0, TQ2_0 (here), MXFP4 and
+  NVFP4. Bit for bit what ggml's C and, where it has the type, ``gguf.quants.quantize`` give;
+- a search for the scale with the smallest weighted error: Q2_K … Q6_K, IQ4_NL, IQ4_XS (``gguf_searches``).
 
-csrc/quantize.cpp does the work; the torch versions, here and in ``gguf_searches``, give the same bits where there
-is no native library or the weight is on a GPU.
-
-Codes equal ggml's C compiled without contraction of products and sums, which is what x86-64 without FMA
-makes of it. Compiled with FMA, ggml itself gives other codes: its searches compare errors that are equal up to
-their last bit (gaussian weights: 5 % of the bytes of Q2_K, 3 % of Q5_K, 0.3 % of Q4_K, 0.01 % of Q6_K).
+csrc/quantize.cpp does the work; the torch versions give the same bits where there is no native library or the
+weight is on a GPU. The bits are those of ggml's C compiled without contraction of products and sums: of every
+build for a processor without FMA, such as plain x86-64. Compiled with FMA, ggml itself gives other ones,
+because its searches compare errors that differ in their last bit or not at all (gaussian weights: 5 % of
+Q2_K's bytes, 3 % of Q5_K's, 0.3 % of Q4_K's, 0.01 % of Q6_K's; about as good).
 
 The other types need an importance matrix: ``REFUSED`` says so. NaN and infinity are refused, and so is a
 weight whose scale float16 cannot hold.
@@ -78,8 +77,8 @@ def _symmetric(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_minimum(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    spread = high - low
+    low = x.gather(-1, x.argmin(-1, keepdim=True))  # the first one: 0 has two signs
+    spread = x.amax(-1, keepdim=True) - low + 0.0  # never -0
     scale = spread / torch.full_like(spread, levels)
     codes = ((x - low) * _inverse(scale) + 0.5).clamp_(max=levels).to(torch.uint8)
     return torch.cat((half_bytes(scale), half_bytes(low)), -1), codes
@@ -158,9 +157,23 @@ _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16}
 _ENCODERS = _ROUNDED | gguf_searches.ENCODERS
 # What csrc/quantize.cpp calls them: GGUF's numbers of the types, and the kinds of floats.
 _NATIVE_TYPES = {
-    **{"Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q1_0": 41, "TQ1_0": 34, "TQ2_0": 35},
-    **{"Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ4_NL": 20, "IQ4_XS": 23},
-    **{"MXFP4": 39, "NVFP4": 40},
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q5_0": 6,
+    "Q5_1": 7,
+    "Q8_0": 8,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 12,
+    "Q5_K": 13,
+    "Q6_K": 14,
+    "IQ4_NL": 20,
+    "IQ4_XS": 23,
+    "TQ1_0": 34,
+    "TQ2_0": 35,
+    "MXFP4": 39,
+    "NVFP4": 40,
+    "Q1_0": 41,
 }
 _NATIVE_SOURCES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

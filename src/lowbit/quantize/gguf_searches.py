@@ -1,15 +1,15 @@
 """GGUF types whose scales are searched for, in torch: csrc/quantize.cpp does the same with the same bits.
 
-Q2_K, Q4_K, Q5_K   value = scale * code - min: a least-squares fit for each of 16 to 21 step widths, the one with
-                   the smallest weighted error wins; then scales and minimums are rounded to 4 or 6 bits and the
-                   codes made again.
+Q2_K, Q4_K, Q5_K   value = scale * code - min: a least-squares fit for each of 16 to 21 step widths, that with
+                   the smallest weighted error wins; scales and minimums are then rounded to 4 or 6 bits
+                   and the codes made again.
 Q3_K               value = scale * code: coordinate descent, five sweeps.
 Q6_K               value = scale * code: nineteen step widths.
 IQ4_NL, IQ4_XS     value = scale * table[code]: fifteen scales.
 MXFP4, NVFP4       the scale follows from the largest weight; the code is the nearest value, first of equals.
 
-A search works on sub-blocks that lie along the second axis: x is (weights of a sub-block, sub-blocks). Sums run
-over the first axis one element after the other, because their rounding decides between neighbours.
+A search works on sub-blocks side by side: x is (weights of a sub-block, sub-blocks). Sums run over the first
+axis one element after the other, because their rounding decides between neighbours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch import Tensor
 from lowbit.numerics.number_formats import NUMBER_FORMATS
 from lowbit.quantize.gguf_pack import (
     half_bytes,
-    join_bits,
     join_nibbles,
     join_planes,
     largest_magnitude,
