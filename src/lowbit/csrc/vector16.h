@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 
 namespace lowbit {
@@ -61,6 +62,21 @@ inline Vector16 select(Lanes which, Vector16 inside, Vector16 outside) {
     return {_mm512_mask_blend_ps(which, outside.lanes, inside.lanes)};
 }
 inline Lanes negative(Vector16 x) { return _mm512_cmp_ps_mask(x.lanes, _mm512_setzero_ps(), _CMP_LT_OQ); }
+// False where either is NaN.
+inline Lanes less(Vector16 a, Vector16 b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_LT_OQ); }
+inline Lanes equal(Vector16 a, Vector16 b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_EQ_OQ); }
+inline Lanes both(Lanes a, Lanes b) { return static_cast<Lanes>(a & b); }
+inline bool any(Lanes which) { return which != 0; }
+inline Vector16 square_root(Vector16 x) { return {_mm512_sqrt_ps(x.lanes)}; }
+// The whole number that the low 23 bits of x + 1.5 * 2^23 hold, cut to low..high: the nearest one, ties to
+// even, where |x| < 2^22; what those bits say beyond, and 0 for NaN.
+inline Vector16 nearest_between(Vector16 x, int low, int high) {
+    const __m512i bits = _mm512_castps_si512(_mm512_add_ps(x.lanes, _mm512_set1_ps(12582912.0f)));
+    const __m512i whole =
+        _mm512_sub_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFF)), _mm512_set1_epi32(0x400000));
+    const __m512i cut = _mm512_min_epi32(_mm512_max_epi32(whole, _mm512_set1_epi32(low)), _mm512_set1_epi32(high));
+    return {_mm512_cvtepi32_ps(cut)};
+}
 inline Vector16 load_lanes(const float* from, int count) {  // zeros past count; nothing is read there
     return {_mm512_maskz_loadu_ps(lane_range(0, count), from)};
 }
@@ -163,6 +179,28 @@ inline Vector16 select(Lanes which, Vector16 inside, Vector16 outside) {
 inline Lanes negative(Vector16 x) {
     return {_mm256_cmp_ps(x.low, _mm256_setzero_ps(), _CMP_LT_OQ),
             _mm256_cmp_ps(x.high, _mm256_setzero_ps(), _CMP_LT_OQ)};
+}
+// False where either is NaN.
+inline Lanes less(Vector16 a, Vector16 b) {
+    return {_mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ)};
+}
+inline Lanes equal(Vector16 a, Vector16 b) {
+    return {_mm256_cmp_ps(a.low, b.low, _CMP_EQ_OQ), _mm256_cmp_ps(a.high, b.high, _CMP_EQ_OQ)};
+}
+inline Lanes both(Lanes a, Lanes b) { return {_mm256_and_ps(a.low, b.low), _mm256_and_ps(a.high, b.high)}; }
+inline bool any(Lanes which) { return _mm256_movemask_ps(_mm256_or_ps(which.low, which.high)) != 0; }
+inline Vector16 square_root(Vector16 x) { return {_mm256_sqrt_ps(x.low), _mm256_sqrt_ps(x.high)}; }
+// The whole number that the low 23 bits of x + 1.5 * 2^23 hold, cut to low..high: the nearest one, ties to
+// even, where |x| < 2^22; what those bits say beyond, and 0 for NaN.
+inline Vector16 nearest_between(Vector16 x, int low, int high) {
+    const auto half = [&](__m256 part) {
+        const __m256i bits = _mm256_castps_si256(_mm256_add_ps(part, _mm256_set1_ps(12582912.0f)));
+        const __m256i whole = _mm256_sub_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFF)),
+                                               _mm256_set1_epi32(0x400000));
+        return _mm256_cvtepi32_ps(_mm256_min_epi32(_mm256_max_epi32(whole, _mm256_set1_epi32(low)),
+                                                   _mm256_set1_epi32(high)));
+    };
+    return {half(x.low), half(x.high)};
 }
 inline Vector16 load_lanes(const float* from, int count) {  // zeros past count; nothing is read there
     const Lanes which = lane_range(0, count);
