@@ -23,6 +23,8 @@ class ActivationScheme:
     counts as the next one (compressed-tensors; 0: never, as OCP has it). ``upper_bound``: largest |x| a scale
     takes account of (fbgemm), 0 = none.
     ``outliers``: inputs of at least this size stay as they are (LLM.int8), 0 = none.
+    ``input``: "bf16": x is rounded to bf16 first, and the largest |x| and the scale are computed in bf16,
+    then widened to float32 (torchao). ``floor``: the smallest scale, 0 = none.
     """
 
     number_format: NumberFormat
@@ -34,6 +36,8 @@ class ActivationScheme:
     round_up: float = 0.0
     upper_bound: float = 0.0
     outliers: float = 0.0
+    input: str = ""
+    floor: float = 0.0
 
     def __str__(self) -> str:
         rows, columns = ("all" if size == 0 else str(size) for size in self.block)
