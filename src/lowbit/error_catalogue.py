@@ -170,8 +170,9 @@ CATALOGUE: dict[str, Entry] = {
         "copy.",
     ),
     "E0215": Entry(
-        "NaN or infinite scale",
-        "A scale of a quantized weight is not a finite number; every weight it covers would be NaN.",
+        "NaN or infinite scale or weight",
+        "A scale of a quantized weight is not a finite number, or a weight that is to be quantized is not; "
+        "every weight under that scale would be NaN.",
         "The file is damaged: download it again. lowbit check MODEL lists all such tensors.",
     ),
     "E0216": Entry(

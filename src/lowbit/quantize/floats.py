@@ -25,7 +25,7 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay, Scheme
 from lowbit.quantize.integers import block_largest, spread_rows
 from lowbit.quantize.method import Coded, Method, Module, Quantized, number, sliced, slices
-from lowbit.quantize.rounding import blocked, largest, mx_exponent, scaled_codes
+from lowbit.quantize.rounding import blocked, e8m0_scale, largest, mx_exponent, scaled_codes
 from lowbit.quantize.specification import MethodSpec
 
 _LIMIT = 448.0
@@ -148,7 +148,8 @@ def _channels(rows: Tensor) -> Coded:
 
 def _blocks(rows: Tensor) -> Coded:
     amax = block_largest(rows, _BLOCK)
-    factor = torch.where(amax > 0, _LIMIT / amax, 1.0)
+    # Blocks of subnormals would get an infinite factor, and NaN where they have a zero.
+    factor = torch.where(amax > 0, _LIMIT / amax, 1.0).clamp(max=torch.finfo(torch.float32).max)
     coded = _times(rows, spread_rows(factor, _BLOCK, len(rows)), _BLOCK)
     return Coded(coded.codes, (factor.reciprocal(),))
 
@@ -185,9 +186,8 @@ class Microscaled:
         scheme = self.scheme_of(module)
 
         def encode(rows: Tensor) -> Coded:
-            exponent = mx_exponent(largest(rows, 32), scheme.weight, self._round_up)
-            scale = torch.exp2(exponent)
-            return Coded(scaled_codes(rows, scale, 32, scheme.weight), (scale.to(torch.float8_e8m0fnu),))
+            scale = e8m0_scale(mx_exponent(largest(rows, 32), scheme.weight, self._round_up))
+            return Coded(scaled_codes(rows, scale.float(), 32, scheme.weight), (scale,))
 
         return Quantized(sliced(scheme, weight, origin, encode))
 
@@ -213,7 +213,8 @@ class Nvfp4:
         """scale2 = max|w| / (6 * 448); scale = e4m3(max|block| / (6 * scale2)), at least 2^-9."""
         scheme = self.scheme_of(module)
         amax = max(float(rows.abs().max()) for rows in slices(weight))
-        outer = torch.tensor(amax / (6 * _LIMIT) if amax else 1.0)
+        smallest = torch.finfo(torch.float32).smallest_normal
+        outer = torch.tensor(max(amax / (6 * _LIMIT), smallest) if amax else 1.0)
 
         def encode(rows: Tensor) -> Coded:
             inner = (largest(rows, 16) / (6 * outer)).clamp(2.0**-9, _LIMIT).to(torch.float8_e4m3fn)

@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from lowbit.errors import LowbitError
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.specification import MethodSpec, Value
@@ -116,6 +117,18 @@ def raw_slices(weight: Tensor, multiple: int = 1) -> Iterator[Tensor]:
         yield weight[start : start + step]
 
 
+def check_finite(rows: Tensor, origin: str, start: int = 0) -> None:
+    """E0215 where a weight is NaN or infinite: its block would be. ``start``: the first row's number."""
+    wrong = ~rows.isfinite()
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise LowbitError(
+            "E0215",
+            f"{origin}: the weight in row {start + row}, column {column} is {rows[row, column].item()}: no "
+            "scale covers it. Download the model again, or keep this module in floats",
+        )
+
+
 def sliced(
     scheme: Scheme,
     weight: Tensor,
@@ -129,8 +142,13 @@ def sliced(
 
     ``encode`` gets float32 rows (``raw``: in their stored dtype); ``multiple``: rows that belong together.
     Scales of the last axis' blocks are joined along rows; flattened ones along their only axis.
+    Weights that are NaN or infinite are refused (E0215).
     """
-    parts = [encode(rows) for rows in (raw_slices if raw else slices)(weight, multiple)]
+    parts, start = [], 0
+    for rows in (raw_slices if raw else slices)(weight, multiple):
+        check_finite(rows, origin, start)
+        parts.append(encode(rows))
+        start += len(rows)
 
     def join(tensors: list[Tensor]) -> Tensor:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 0)

@@ -47,29 +47,32 @@ class Ranged:
 
 
 def round_range(rows: Tensor, size: int, bits: int, dtype: torch.dtype) -> Ranged:
-    """Unsigned codes with integer zero points (Jacob et al., 2018); the scale is rounded to ``dtype`` first,
-    so that codes are nearest for the scale that is stored."""
+    """Unsigned codes with integer zero points (Jacob et al., 2018), in compressed-tensors' order of steps.
+
+    The zero point comes from the exact scale; the codes from the scale in ``dtype``, which is stored, so that
+    they are nearest for it. Both are computed as signed numbers, from -2^(bits-1), and then made unsigned.
+    """
     groups = blocked(rows, size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    levels = (1 << bits) - 1
-    scale = stored_scale((high - low) / levels, dtype)
-    wide = scale.float()
-    safe = torch.where(wide == 0, 1.0, wide)
-    zero = (-low / safe).round().clamp(0, levels)
-    steps = (groups / safe.unsqueeze(-1)).round() + zero.unsqueeze(-1)
-    codes = steps.clamp(0, levels).to(torch.uint8).flatten(1)[:, : rows.shape[1]]
-    return Ranged(codes, scale, zero.to(torch.uint8))
+    half = 1 << (bits - 1)
+    exact = (high - low) / (2 * half - 1)
+    zero = (-half - low / torch.where(exact == 0, 1.0, exact)).clamp(-half, half - 1).round()
+    scale = stored_scale(exact, dtype)
+    wide = scale.float().unsqueeze(-1)
+    steps = groups / torch.where(wide == 0, 1.0, wide) + zero.unsqueeze(-1)
+    codes = steps.clamp(-half, half - 1).round() + half
+    return Ranged(codes.to(torch.uint8).flatten(1)[:, : rows.shape[1]], scale, (zero + half).to(torch.uint8))
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale in the dtype it is stored in; one that would vanish or overflow keeps a finite value."""
     info = torch.finfo(dtype)
-    tiny = torch.where(scale > 0, scale.clamp(min=info.smallest_normal, max=info.max), scale)
-    return tiny.to(dtype)
+    smallest = info.smallest_normal * info.eps  # the smallest subnormal
+    return torch.where(scale > 0, scale.clamp(min=smallest, max=info.max), scale).to(dtype)
 
 
 def mx_exponent(amax: Tensor, fmt: NumberFormat, round_up: float = 0.0) -> Tensor:
-    """float32: the exponent of each block's scale: floor(log2 amax) less the format's own largest exponent.
+    """int32: the exponent of each block's scale: floor(log2 amax) less the format's own largest exponent.
 
     ``round_up``: an amax of at least so many times its power of two counts as the next (compressed-tensors).
     Blocks of zeros get the smallest exponent the format of the scale (e8m0) has.
@@ -79,4 +82,9 @@ def mx_exponent(amax: Tensor, fmt: NumberFormat, round_up: float = 0.0) -> Tenso
     exponent = exponent - torch.frexp(torch.tensor(limit))[1]
     if round_up:
         exponent = exponent + (2 * mantissa >= round_up)
-    return torch.where(amax == 0, -127, exponent).float().clamp(-127, 127)
+    return torch.where(amax == 0, -127, exponent).clamp(-127, 127)
+
+
+def e8m0_scale(exponent: Tensor) -> Tensor:
+    """Powers of two as e8m0, from int exponents of -127 … 127; ``.float()`` of it is exact."""
+    return (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
