@@ -84,6 +84,9 @@ def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[s
             "device": "cpu",
             "dtype": "auto",
             "kv_cache_dtype": "auto",
+            "k_cache_dtype": "auto",
+            "v_cache_dtype": "auto",
+            "kv_scales_path": None,
             "quantization": Asked(),
             "strict": False,
         }

@@ -39,6 +39,8 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "device": ("cpu", "cpu"),
     "threads": ("3", 3),
     "kv_cache_dtype": ("f32", "f32"),
+    "k_cache_dtype": ("int8", "int8"),
+    "v_cache_dtype": ("int4", "int4"),
     "page_size": ("16", 16),
     "mem_fraction_static": ("0.25", 0.25),
     "max_total_tokens": ("2048", 2048),
@@ -139,7 +141,15 @@ def test_a_bad_variable_is_named_as_the_variable() -> None:
 
 @pytest.mark.parametrize(
     ("name", "text", "value"),
-    [("dtype", "half", "float16"), ("dtype", "bf16", "bfloat16"), ("kv_cache_dtype", "bfloat16", "bf16")],
+    [
+        *(
+            ("dtype", "half", "float16"),
+            ("dtype", "bf16", "bfloat16"),
+            ("kv_cache_dtype", "bfloat16", "bf16"),
+        ),
+        *(("kv_cache_dtype", "fp8", "fp8_e4m3"), ("kv_cache_dtype", "float8_e4m3fn", "fp8_e4m3")),
+        *(("kv_cache_dtype", "half", "fp16"), ("v_cache_dtype", "float8_e5m2", "fp8_e5m2")),
+    ],
 )
 def test_the_words_other_engines_use_for_a_choice(name: str, text: str, value: str) -> None:
     assert getattr(Settings.from_sources({name: (flag_of(name), text)}, {}), name) == value

@@ -27,6 +27,14 @@ GROUPS = {  # in the order help and docs list them
 }
 
 
+_CACHE_TYPES = ("auto", "bf16", "fp16", "f32", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+_CACHE_SYNONYMS = (
+    *(("bfloat16", "bf16"), ("float16", "fp16"), ("half", "fp16"), ("f16", "fp16")),
+    *(("float32", "f32"), ("float", "f32"), ("fp32", "f32")),
+    *(("fp8", "fp8_e4m3"), ("float8_e4m3fn", "fp8_e4m3"), ("float8_e5m2", "fp8_e5m2")),
+)
+
+
 @dataclass(frozen=True)
 class Option:
     """What ``option()`` stores beside a field."""
@@ -110,9 +118,17 @@ class Settings:
     )
     kv_cache_dtype: str = option(
         "auto", "Type of the KV cache; auto: what the checkpoint was calibrated for, else bf16, or f32 for "
-        "f32 models.", "engine",
-        choices=("auto", "bf16", "f32", "fp8_e4m3"),
-        synonyms=(("bfloat16", "bf16"), ("float32", "f32"), ("fp8", "fp8_e4m3")),
+        "f32 models. fp8 takes the checkpoint's scales; without them, and for int8 and int4, every token "
+        "and head has its own.", "engine",
+        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS,
+    )  # fmt: skip
+    k_cache_dtype: str = option(
+        "auto", "Type of K in the KV cache; auto: as --kv-cache-dtype.", "engine",
+        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS,
+    )  # fmt: skip
+    v_cache_dtype: str = option(
+        "auto", "Type of V in the KV cache; auto: as --kv-cache-dtype.", "engine",
+        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS,
     )  # fmt: skip
     page_size: int = option(16, "Tokens in a KV page.", "engine", choices=("16",))
     mem_fraction_static: float = option(

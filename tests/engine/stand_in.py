@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit.kernels.attention import CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.numerics.cache_format import KvDtype
 
 VOCABULARY = 64
 EOS = 3
@@ -48,7 +49,7 @@ class StandIn:
 
     def cache_specs(self) -> list[CacheSpec]:
         """One layer of two numbers a token."""
-        return [CacheSpec("paged", 1, 2, 2, torch.float32)]
+        return [CacheSpec("paged", 1, 2, 2, KvDtype.of("f32"))]
 
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
         """Logits that are largest at ``next_token(context)``."""

@@ -13,8 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from attention_helpers import (
+    BF16,
+    CPU,
+    E4M3,
+    F16,
+    F32,
+    NOWHERE,
+    Step,
+    assert_equal_bits,
+    draw,
+    expected,
+    hand_out_pages,
+    latent_of,
+    make_batch,
+    plain,
+    simulate,
+    spec_of,
+    whole,
+)
 from guard_page import at_guard_page
 from lowbit.errors import LowbitError
 from lowbit.kernels import attention_cpu, attention_reference, native
@@ -27,13 +45,9 @@ from lowbit.kernels.attention import (
 )
 from lowbit.kernels.attention_cpu import CpuAttention
 from lowbit.kernels.attention_reference import ReferenceAttention
-from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.numerics.cache_format import KvDtype
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the native library was not built")
-CPU = torch.device("cpu")
-NOWHERE = 2**30  # what undefined entries of a page table hold
-Sequence = tuple[Tensor, Tensor, Tensor]  # q (tokens, heads, k_dim), k, v of every token
-Step = list[tuple[int, int, int]]  # (sequence, first new token, end) of one batch
 
 
 @pytest.fixture(autouse=True)
@@ -43,151 +57,18 @@ def two_threads() -> Iterator[None]:
     native.set_threads(2)
 
 
-def draw(spec: CacheSpec, group: int, lengths: list[int], seed: int = 0) -> list[Sequence]:
-    """Random sequences. q is a bfloat16 number, so that rounding it changes nothing."""
-    random_numbers = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=random_numbers)
-
-    def sequence(length: int) -> Sequence:
-        q = (2 * normal(length, spec.heads * group, spec.k_dim)).bfloat16().float()
-        k = normal(length, spec.heads, spec.k_dim)
-        if spec.kind == "latent":
-            k[..., : spec.v_dim] += 0.5
-            return q, k, k[..., : spec.v_dim]
-        return q, k, normal(length, spec.heads, spec.v_dim) + 0.5
-
-    return [sequence(length) for length in lengths]
-
-
-def hand_out_pages(lengths: list[int], seed: int = 0, spare: int = 3) -> tuple[list[list[int]], int]:
-    """Scrambled page numbers for every sequence, and how many pages there are."""
-    counts = [-(-length // PAGE_SIZE) for length in lengths]
-    numbers = list(range(sum(counts) + spare))
-    random.Random(seed).shuffle(numbers)
-    return [[numbers.pop() for _ in range(count)] for count in counts], sum(counts) + spare
-
-
-def make_batch(step: Step, pages: list[list[int]]) -> ForwardBatch:
-    positions = [position for _, first, end in step for position in range(first, end)]
-    owners = [sequence for sequence, first, end in step for _ in range(first, end)]
-    slots = [
-        pages[owner][position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
-        for owner, position in zip(owners, positions, strict=True)
-    ]
-    used = [pages[sequence][: -(-end // PAGE_SIZE)] for sequence, _, end in step]
-    width = max(map(len, used)) + 2
-
-    def int32(numbers: list) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32)
-
-    return ForwardBatch(
-        tokens=int32(positions),
-        positions=int32(positions),
-        write_slots=int32(slots),
-        query_lengths=int32([end - first for _, first, end in step]),
-        context_lengths=int32([end for _, _, end in step]),
-        page_table=int32([row + [NOWHERE] * (width - len(row)) for row in used]),
-        sample_rows=torch.arange(len(positions)),
-        page_size=PAGE_SIZE,
-        max_query=max(end - first for _, first, end in step),
-        max_context=max(end for _, _, end in step),
-    )
-
-
-def simulate(
-    spec: CacheSpec,
-    sequences: list[Sequence],
-    steps: list[Step],
-    parameters: AttentionParameters,
-    kernel: AttentionKernel | None = None,
-    pages: list[list[int]] | None = None,
-    seed: int = 0,
-) -> list[Tensor]:
-    """(tokens, heads * v_dim) of every sequence; a slot nobody has written holds NaN."""
-    lengths = [len(q) for q, _, _ in sequences]
-    if pages is None:
-        pages, count = hand_out_pages(lengths, seed)
-    else:
-        count = 1 + max(number for row in pages for number in row)
-    kernel = kernel or CpuAttention()
-    cache = kernel.allocate(spec, count, PAGE_SIZE, CPU)
-    for buffer in cache.buffers.values():
-        buffer.fill_(torch.nan)
-    outputs = [torch.full((len(q), q.shape[1] * spec.v_dim), torch.nan) for q, _, _ in sequences]
-    for step in steps:
-        batch = make_batch(step, pages)
-        q, k, v = (
-            torch.cat([sequences[owner][part][first:end] for owner, first, end in step]) for part in range(3)
-        )
-        kernel.write(cache, k, v, batch)
-        attended = kernel.attend(q, cache, batch, parameters)
-        chunks = attended.split([end - first for _, first, end in step])
-        for (owner, first, end), chunk in zip(step, chunks, strict=True):
-            outputs[owner][first:end] = chunk
-    return outputs
-
-
-def whole(sequences: list[Sequence]) -> list[Step]:
-    """One batch with all of every sequence."""
-    return [[(owner, 0, len(q)) for owner, (q, _, _) in enumerate(sequences)]]
-
-
-def expected(spec: CacheSpec, sequence: Sequence, parameters: AttentionParameters) -> Tensor:
-    """Attention written from its definition in float64, head by head, K and V as the cache holds them."""
-    q, k, v = sequence[0].double(), *(part.to(spec.dtype).double() for part in sequence[1:])
-    tokens, heads, _ = q.shape
-    age = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    hidden = age < 0
-    if spec.window:
-        hidden |= age >= spec.window
-    out = []
-    for head in range(heads):
-        kv_head = head // (heads // spec.heads)
-        scores = q[:, head] @ k[:, kv_head].T * parameters.scale
-        if parameters.softcap:
-            scores = parameters.softcap * (scores / parameters.softcap).tanh()
-        weights = scores.exp().masked_fill(hidden, 0)
-        total = weights.sum(1)
-        if parameters.sinks is not None:
-            total = total + parameters.sinks[head].double().exp()
-        out.append(weights @ v[:, kv_head] / total[:, None])
-    return torch.cat(out, 1)
-
-
-def plain(spec: CacheSpec) -> AttentionParameters:
-    return AttentionParameters(scale=spec.k_dim**-0.5)
-
-
-def spec_of(
-    heads: int, k_dim: int, v_dim: int = 0, dtype: torch.dtype = torch.bfloat16, window: int = 0
-) -> CacheSpec:
-    return CacheSpec("paged", heads, k_dim, v_dim or k_dim, dtype, window)
-
-
-def latent_of(k_dim: int, v_dim: int, dtype: torch.dtype = torch.bfloat16, window: int = 0) -> CacheSpec:
-    return CacheSpec("latent", 1, k_dim, v_dim, dtype, window)
-
-
-def assert_equal_bits(found: list[Tensor], wanted: list[Tensor]) -> None:
-    for number, (left, right) in enumerate(zip(found, wanted, strict=True)):
-        assert not left.isnan().any(), f"sequence {number} has NaN"
-        differing = (left.view(torch.int32) != right.view(torch.int32)).any(1).nonzero().flatten().tolist()
-        assert not differing, f"sequence {number}: tokens {differing[:8]} differ"
-
-
+INT8, INT4 = KvDtype.of("int8"), KvDtype.of("int4")
 CASES: dict[str, tuple[CacheSpec, int, dict[str, Any]]] = {
     "llama": (spec_of(3, 64), 3, {}),
-    "llama f32": (spec_of(3, 64, dtype=torch.float32), 3, {}),
+    "llama f32": (spec_of(3, 64, dtype=F32), 3, {}),
     "no groups, 80": (spec_of(2, 80), 1, {}),
-    "groups of 4, 96 f32": (spec_of(1, 96, dtype=torch.float32), 4, {}),
+    "groups of 4, 96 f32": (spec_of(1, 96, dtype=F32), 4, {}),
     "groups of 8, 128": (spec_of(1, 128), 8, {}),
     "256": (spec_of(1, 256), 2, {}),
-    "256 f32": (spec_of(1, 256, dtype=torch.float32), 2, {}),
+    "256 f32": (spec_of(1, 256, dtype=F32), 2, {}),
     "16": (spec_of(2, 16), 7, {}),
     "k 192, v 128": (spec_of(1, 192, 128), 3, {}),
-    "k 48, v 112 f32": (spec_of(1, 48, 112, torch.float32), 3, {}),
+    "k 48, v 112 f32": (spec_of(1, 48, 112, F32), 3, {}),
     "one K/V head, 50 queries": (spec_of(1, 32), 50, {}),
     "window": (spec_of(2, 64, window=37), 3, {}),
     "window of one": (spec_of(1, 32, window=1), 2, {}),
@@ -195,17 +76,34 @@ CASES: dict[str, tuple[CacheSpec, int, dict[str, Any]]] = {
     "softcap": (spec_of(2, 64), 2, {"softcap": 3.0}),
     "sinks": (spec_of(2, 64), 2, {"sinks": torch.tensor([1.5, -3.0, 60.0, 0.0])}),
     "all of it": (
-        spec_of(1, 64, dtype=torch.float32, window=290),
+        spec_of(1, 64, dtype=F32, window=290),
         2,
         {"sinks": torch.tensor([4.0, -1.0]), "softcap": 8.0},
     ),
-    "e4m3": (spec_of(2, 64, dtype=torch.float8_e4m3fn), 3, {}),
-    "e4m3, k 96, v 128": (spec_of(1, 96, 128, torch.float8_e4m3fn), 9, {"softcap": 3.0}),
-    "e4m3 window": (spec_of(1, 128, dtype=torch.float8_e4m3fn, window=290), 4, {}),
+    "fp16": (spec_of(2, 64, dtype=F16), 3, {}),
+    "fp16, k 96, v 128": (spec_of(1, 96, 128, F16, window=290), 9, {"softcap": 3.0}),
+    "fp16 latent": (latent_of(112, 80, F16), 5, {}),
+    "e4m3": (spec_of(2, 64, dtype=E4M3), 3, {}),
+    "e4m3, k 96, v 128": (spec_of(1, 96, 128, E4M3), 9, {"softcap": 3.0}),
+    "e4m3 window": (spec_of(1, 128, dtype=E4M3, window=290), 4, {}),
+    "int8": (spec_of(3, 64, dtype=INT8), 3, {}),
+    "int8, k 96, v 128": (spec_of(2, 96, 128, INT8, window=37), 4, {"softcap": 3.0}),
+    "int4": (spec_of(3, 64, dtype=INT4), 3, {}),
+    "int4, 80, short groups": (spec_of(2, 80, dtype=INT4), 1, {}),
+    "int4, 256": (spec_of(1, 256, dtype=INT4, window=290), 9, {}),
+    "e4m3 of each token": (spec_of(2, 128, dtype=KvDtype.of("fp8_e4m3")), 2, {}),
+    "e5m2": (spec_of(2, 80, dtype=KvDtype.of("fp8_e5m2")), 3, {"softcap": 3.0}),
+    "all of it, K int8, V int4": (
+        spec_of(2, 64, dtype=KvDtype.of("int8", "int4"), window=290),
+        2,
+        {"sinks": torch.tensor([4.0, -1.0, 0.0, 9.0]), "softcap": 8.0},
+    ),
+    "latent int8": (latent_of(576, 512, INT8), 5, {}),
+    "latent int4": (latent_of(112, 80, INT4, window=290), 3, {}),
     "DeepSeek's latent": (latent_of(576, 512), 16, {}),
-    "DeepSeek's latent f32": (latent_of(576, 512, torch.float32), 5, {}),
+    "DeepSeek's latent f32": (latent_of(576, 512, F32), 5, {}),
     "latent with a short strip": (latent_of(112, 80), 50, {}),
-    "latent with a short strip f32": (latent_of(112, 80, torch.float32), 3, {}),
+    "latent with a short strip f32": (latent_of(112, 80, F32), 3, {}),
     "latent that is all value": (latent_of(16, 16), 2, {}),
     "all of it, latent": (
         latent_of(96, 48, window=290),
@@ -223,11 +121,12 @@ def test_equals_float64(case: str, kernel: AttentionKernel) -> None:
     parameters = replace(plain(spec), **extra)
     sequences = draw(spec, group, LENGTHS)
     outputs = simulate(spec, sequences, whole(sequences), parameters, kernel)
-    rounded = kernel.name == "cpu" and spec.dtype is not torch.float32 and native.isa() != "avx2"
+    exact = kernel.name == "reference" or native.isa() == "avx2"
+    rounded = not exact and spec.v_format.name not in ("f32", "fp16")
     for (q, k, v), found in zip(sequences, outputs, strict=True):
         wanted = expected(spec, (q, k, v), parameters)
         if rounded:  # the softmax weights: each, and so their sum, is wrong by 2^-9 at most
-            assert ((found - wanted).abs() <= 2**-8 * expected(spec, (q, k, v.abs()), parameters)).all()
+            assert ((found - wanted).abs() <= 2**-8 * expected(spec, (q, k, v), parameters, True)).all()
         else:
             assert (found - wanted).abs().max() <= 4e-6 * wanted.abs().max()
 
@@ -271,11 +170,11 @@ def test_e4m3_pages_round_as_torch_does() -> None:
     numbers = torch.cat((numbers, numbers * 1.0009765625, torch.tensor([464.0, 2**-10, 3 * 2**-10])))
     tokens = -(-numbers.numel() // 16)
     k = torch.nn.functional.pad(numbers, (0, tokens * 16 - numbers.numel())).view(tokens, 1, 16)
-    spec, kernel = spec_of(1, 16, dtype=torch.float8_e4m3fn), CpuAttention()
+    spec, kernel = spec_of(1, 16, dtype=E4M3), CpuAttention()
     cache = kernel.allocate(spec, -(-tokens // PAGE_SIZE), PAGE_SIZE, CPU)
     batch = make_batch([(0, 0, tokens)], [list(range(-(-tokens // PAGE_SIZE)))])
     kernel.write(cache, k, k, batch)
-    stored = cache.buffers["k"].view(torch.uint8).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)[:tokens]
+    stored = cache.buffers["k"].view(-1, 16, PAGE_SIZE).permute(0, 2, 1).flatten(0, 1)[:tokens]
     wanted = k[:, 0].clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     assert torch.equal(stored, wanted)
 
@@ -320,7 +219,14 @@ def test_same_bits_alone_chunked_and_moved(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "group"), [(spec_of(1, 64), 1), (spec_of(1, 64), 3), (latent_of(96, 80), 8)]
+    ("spec", "group"),
+    [
+        (spec_of(1, 64), 1),
+        (spec_of(1, 64), 3),
+        (latent_of(96, 80), 8),
+        (spec_of(2, 64, dtype=INT8), 3),
+        (spec_of(2, 80, dtype=INT4), 2),
+    ],
 )
 def test_same_bits_token_by_token(spec: CacheSpec, group: int) -> None:
     """Decode from the first token on, over two segment borders: threads share the segments of a row."""
@@ -402,11 +308,11 @@ def test_rounds_to_the_cache_as_torch_does() -> None:
         assert stored.nan_to_num(7).view(torch.int16).equal(rounded.nan_to_num(7).view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_latent_is_stored_once(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, E4M3], ids=str)
+def test_a_latent_is_stored_once(dtype: KvDtype) -> None:
     """576 numbers a token, from which the same results come as from K and V stored apart, bit for bit."""
     spec = latent_of(576, 512, dtype)
-    assert spec.token_bytes() == 576 * dtype.itemsize
+    assert spec.token_bytes() == 576 * dtype.k.bits // 8
     for kernel in (CpuAttention(), ReferenceAttention()):
         buffers = kernel.allocate(spec, 3, PAGE_SIZE, CPU).buffers
         assert sum(buffer.nbytes for buffer in buffers.values()) == 3 * PAGE_SIZE * spec.token_bytes()
@@ -417,7 +323,7 @@ def test_a_latent_is_stored_once(dtype: torch.dtype) -> None:
 
 def test_extreme_scores() -> None:
     """Scores of hundreds and sinks far above them neither overflow nor vanish."""
-    spec = spec_of(1, 64, dtype=torch.float32)
+    spec = spec_of(1, 64, dtype=F32)
     parameters = AttentionParameters(scale=1.0, sinks=torch.tensor([-1e4, 100.0]))
     sequences = [(8 * q, 4 * k, v) for q, k, v in draw(spec, 2, [300])]
     (found,) = simulate(spec, sequences, whole(sequences), parameters)
@@ -427,9 +333,9 @@ def test_extreme_scores() -> None:
 
 
 REFUSED = {
-    "recurrent": ("paged", CacheSpec("recurrent", 1, 64, 64, torch.bfloat16)),
+    "recurrent": ("paged", CacheSpec("recurrent", 1, 64, 64, BF16)),
     "values beyond the key": ("v_dim 80 > k_dim 64", latent_of(64, 80)),
-    "dtype": ("float16", spec_of(1, 64, dtype=torch.float16)),
+    "latent of two types": ("one type for both", latent_of(64, 48, KvDtype.of("int8", "bf16"))),
     "odd": ("k_dim % 16 == 0 and k_dim <= 576, got 40", spec_of(1, 40)),
     "wide": ("v_dim <= 512, got 528", spec_of(1, 64, 528)),
 }
@@ -448,9 +354,9 @@ def test_choice() -> None:
     assert choose_attention(latent_of(32, 24), CPU).name == "reference"
     assert "cuda" in str(CpuAttention().refuses(spec_of(1, 64), torch.device("cuda")))
     with pytest.raises(LowbitError, match="'recurrent'"):
-        choose_attention(CacheSpec("recurrent", 1, 64, 64, torch.bfloat16), CPU)
-    with pytest.raises(LowbitError, match="int8"):
-        choose_attention(spec_of(1, 64, dtype=torch.int8), CPU)
+        choose_attention(CacheSpec("recurrent", 1, 64, 64, BF16), CPU)
+    with pytest.raises(LowbitError, match="even head size, got 33"):
+        choose_attention(spec_of(1, 33, dtype=KvDtype.of("int4")), CPU)
     with pytest.raises(LowbitError, match="pages of 16 tokens, got 32"):
         CpuAttention().allocate(spec_of(1, 64), 4, 32, CPU)
 
@@ -483,7 +389,11 @@ def test_a_batch_that_does_not_fit_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["llama", "k 48, v 112 f32", "all of it", "sinks", "all of it, latent", "DeepSeek's latent f32"]
+    "case",
+    [
+        *("llama", "k 48, v 112 f32", "all of it", "sinks", "all of it, latent", "DeepSeek's latent f32"),
+        *("int8, k 96, v 128", "int4, 80, short groups", "fp16", "latent int4"),
+    ],
 )
 def test_nothing_past_the_end_is_touched(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
@@ -508,13 +418,14 @@ def test_nothing_past_the_end_is_touched(case: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_on_other_instruction_sets(isa: str) -> None:
-    """All of this file and of the elementwise tests once more, with the instruction set forced."""
+    """All tests of attention and of the elementwise kernels once more, with the instruction set forced."""
     if os.environ.get("LOWBIT_ISA") or isa == native.isa():
         pytest.skip("this run covers it")
     if not native.has(isa):
         pytest.skip(f"this CPU has no {isa}")
     here = Path(__file__)
-    files = [str(here), str(here.with_name("test_elementwise.py"))]
+    names = ("test_attention.py", "test_cache_formats.py", "test_elementwise.py")
+    files = [str(here.with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env=os.environ | {"LOWBIT_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]

@@ -191,7 +191,7 @@ def test_cache_holds_the_latent_only(tmp_path: Path) -> None:
     plan = plan_model(header)
     [spec] = set(plan.cache_specs)
     assert (spec.kind, spec.k_dim, spec.v_dim) == ("latent", 24 + 8, 24)
-    assert plan.kv_bytes_per_token == 3 * 32 * spec.dtype.itemsize
+    assert plan.kv_bytes_per_token == 3 * 32 * spec.dtype.k.bits // 8
     unpacked = [module for module in plan.modules if module.kernel == "unpacked"]
     assert len(unpacked) == 3 and unpacked[0].nbytes == 4 * (4 * 36) * 24
     caches = allocate(load_model(header, device="cpu"), 5)

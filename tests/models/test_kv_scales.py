@@ -18,6 +18,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.loading import load_model, plan_model
 from lowbit.models.model import Model
+from lowbit.numerics.cache_format import STATIC_E4M3, KvDtype
 from lowbit.settings import Settings
 
 LAYERS = 2
@@ -85,7 +86,10 @@ def test_spellings(case: str, plain: Path, tmp_path: Path) -> None:
     model = loaded(with_tensors(plain, tmp_path, scales(*suffixes)))
     found = [scale for block in model.blocks for scale in (block.k_scale, block.v_scale)]
     assert found == pytest.approx([scale for pair in wanted for scale in pair])
-    plan_model(open_checkpoint(str(tmp_path)))  # every scale has a place in the plan too
+    plan = plan_model(open_checkpoint(str(tmp_path)), device="cpu", kv_cache_dtype="fp8_e4m3")
+    assert plan.cache_specs == model.cache_specs()  # every scale has a place in the plan too
+    dynamic = {spec.dtype.k.dynamic for spec in model.cache_specs()}
+    assert dynamic == {not suffixes}, "without scales every token has its own, not 1"
 
 
 def test_they_are_used(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +124,10 @@ def test_file_instead_of_the_checkpoint(plain: Path, tmp_path: Path) -> None:
     file.write_text(json.dumps(said))
     model = loaded(plain, file=file)
     assert [(block.k_scale, block.v_scale) for block in model.blocks] == [(0.5, 0.5), (0.25, 2.0)]
+    assert not model.cache_specs()[0].dtype.k.dynamic
+    header = open_checkpoint(str(plain))
+    plan = plan_model(header, device="cpu", kv_cache_dtype="fp8_e4m3", kv_scales_path=str(file))
+    assert plan.cache_specs == model.cache_specs()
 
 
 @pytest.mark.parametrize(
@@ -175,8 +183,23 @@ def test_bad_scales(value: Tensor, code: str, plain: Path, tmp_path: Path) -> No
 
 
 def test_negative_means_never_calibrated(plain: Path, tmp_path: Path) -> None:
-    folder = with_tensors(plain, tmp_path, {"model.layers.0.self_attn.k_scale": torch.tensor(-1.0)})
-    assert loaded(folder).blocks[0].k_scale == 1.0
+    """That layer's tokens have scales of their own; the other layer keeps the checkpoint's."""
+    uncalibrated = {f"model.layers.0.self_attn.{name}_scale": torch.tensor(-1.0) for name in "kv"}
+    model = loaded(with_tensors(plain, tmp_path, scales("k_scale", "v_scale") | uncalibrated))
+    assert [(block.k_scale, block.v_scale) for block in model.blocks] == [
+        (1.0, 1.0),
+        (pytest.approx(0.02), pytest.approx(0.04)),
+    ]
+    assert [spec.dtype.k.dynamic for spec in model.cache_specs()] == [True, False]
+
+
+def test_scales_are_for_e4m3_alone(plain: Path, tmp_path: Path) -> None:
+    header = open_checkpoint(str(with_tensors(plain, tmp_path, scales("k_scale", "v_scale"))))
+    model = load_model(header, device="cpu", kv_cache_dtype="fp8_e4m3", k_cache_dtype="int8")
+    assert [block.k_scale for block in model.blocks] == [1.0, 1.0]
+    assert [block.v_scale for block in model.blocks] == pytest.approx([0.02, 0.04])
+    dtype = model.cache_specs()[0].dtype
+    assert (dtype.k.name, dtype.k.dynamic, dtype.v.name, dtype.v.dynamic) == ("int8", True, "fp8_e4m3", False)
 
 
 def test_zero_points_are_refused(plain: Path, tmp_path: Path) -> None:
@@ -194,8 +217,8 @@ def test_auto_follows_the_checkpoint(plain: Path, tmp_path: Path, caplog: pytest
         "kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False, "symmetric": True},
     }
     folder = with_tensors(plain, tmp_path, scales("k_scale", "v_scale"), quantization_config=quantization)
-    assert loaded(folder, "auto").cache_specs()[0].dtype is torch.float8_e4m3fn
-    assert loaded(folder, "bf16").cache_specs()[0].dtype is torch.bfloat16
+    assert loaded(folder, "auto").cache_specs()[0].dtype == KvDtype(STATIC_E4M3, STATIC_E4M3)
+    assert loaded(folder, "bf16").cache_specs()[0].dtype == KvDtype.of("bf16")
     assert "kv-cache-dtype fp8_e4m3" in caplog.text
 
 

@@ -62,6 +62,9 @@ def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
         device=settings.device,
         dtype=settings.dtype,
         kv_cache_dtype=settings.kv_cache_dtype,
+        k_cache_dtype=settings.k_cache_dtype,
+        v_cache_dtype=settings.v_cache_dtype,
+        kv_scales_path=settings.quantization_param_path,
         quantization=Asked.by(settings),
         strict=settings.strict,
     )

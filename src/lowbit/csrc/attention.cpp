@@ -1,5 +1,5 @@
-// Paged attention on a CPU: write K and V into pages, attend over them. See attention_tiles.h for the page
-// layout and for why results do not depend on what is computed together.
+// Paged attention on a CPU: attend over the pages that attention_write.cpp fills. See attention_cache.h for
+// their layout and attention_tiles.h for why results do not depend on what is computed together.
 //
 // Query rows of one K/V head are (token, query head of the group), token after token; a block is up to
 // BLOCK_ROWS of them. A block runs over its segments and merges them as it goes. Where there are too few
@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "attention_tiles.h"
@@ -17,15 +18,6 @@
 #include "thread_pool.h"
 
 extern "C" {
-// One layer's pages. elements: 0 for float32, 1 for bfloat16, 2 for e4m3. window: 0 for no limit. latent: 1
-// where a value is the first v_dim numbers of its key; v is then null.
-struct lowbit_attention_cache {
-    void* k;
-    void* v;
-    std::int64_t pages;
-    std::int32_t heads, k_dim, v_dim, window, elements, latent;
-};
-
 // A ragged batch (kernels/forward_batch.py). Row s of page_table starts at page_table + s * table_stride.
 struct lowbit_attention_batch {
     const std::int32_t* query_lengths;
@@ -40,11 +32,7 @@ namespace lowbit {
 namespace {
 
 constexpr int BLOCK_ROWS = 48;  // a multiple of SCORE_ROWS and VALUE_ROWS; 48 rows of scores are 48 KiB
-constexpr int MAX_K_DIM = 576, MAX_V_DIM = 512;  // a latent and its rotary part (DeepSeek-V2)
 constexpr std::size_t MAX_SPLIT_FLOATS = std::size_t{1} << 24;  // 64 MiB of unmerged segments
-
-enum Elements { FLOATS = 0, BFLOATS = 1, E4M3S = 2 };
-enum Status { OK = 0, BAD_LENGTHS = 1, BAD_PAGE = 2, BAD_SLOT = 3, NO_MEMORY = 4 };
 
 struct Block {
     const std::int32_t* pages;  // the sequence's row of the page table
@@ -65,28 +53,33 @@ struct Item {
 };
 
 // Work of one thread: lives on its stack.
-template <class Element>
+template <class Key>
 struct alignas(64) Scratch {
     float queries[BLOCK_ROWS * MAX_K_DIM];
     float scores[BLOCK_ROWS * SEGMENT_TOKENS];
     float values[BLOCK_ROWS * MAX_V_DIM];
     float next_values[BLOCK_ROWS * MAX_V_DIM];
-    Element turned[STRIP * SEGMENT_TOKENS];  // of a latent cache
+    Key turned[STRIP * SEGMENT_TOKENS];  // of a latent cache
     RowState states[BLOCK_ROWS], next_states[BLOCK_ROWS];
 };
 
-// Where a thread widens the e4m3 pages of a segment; grown and kept.
-struct Widened {
-    std::vector<Bfloat> keys, values;
-};
+// Where a thread widens a segment's pages; grown and kept.
+template <class Operand, bool KEYS>
+Operand* widened_pages(std::size_t size) {
+    static thread_local std::vector<Operand> buffer;
+    if (buffer.size() < size) buffer.resize(size);
+    return buffer.data();
+}
 
-// Element: what is computed with. E4m3 pages are widened to Bfloat first.
-template <class Element>
+// Key and Value: the operands K and V are, or are widened to. Of a latent cache they are the same.
+template <class Key, class Value>
 class Attention {
   public:
     Attention(const lowbit_attention_cache& cache, const lowbit_attention_batch& batch, const float* q,
               std::int64_t q_stride, int q_heads, const Softmax& softmax, const float* sinks, float* out)
         : cache_(cache),
+          keys_(key_store(cache)),
+          values_(value_store(cache)),
           batch_(batch),
           q_(q),
           q_stride_(q_stride),
@@ -183,39 +176,45 @@ class Attention {
         return split;
     }
 
-    // Page `number` of the block's sequence: the elements of its K/V head.
-    const Element* head_page(const void* pages, int dim, const Block& block, int number) const {
-        const std::int64_t head = std::int64_t{block.pages[number]} * cache_.heads + block.kv_head;
-        return static_cast<const Element*>(pages) + head * dim * PAGE_TOKENS;
+    // Page `number` of the block's sequence, of its K/V head.
+    static const std::uint8_t* stored_page(const Store& store, const Block& block, int number) {
+        return store.page(block.pages[number], block.kv_head);
     }
 
-    // The same of e4m3 pages, widened into place `page` of a segment's buffer.
-    const Element* widened_page(const void* pages, int dim, const Block& block, int number, int page,
-                                std::vector<Bfloat>& buffer) const {
-        if constexpr (sizeof(Element) == sizeof(Bfloat)) {
-            const std::int64_t head = std::int64_t{block.pages[number]} * cache_.heads + block.kv_head;
-            const std::size_t size = static_cast<std::size_t>(dim) * PAGE_TOKENS;
-            if (buffer.size() < size * SEGMENT_PAGES) buffer.resize(size * SEGMENT_PAGES);
-            Bfloat* const to = buffer.data() + size * static_cast<std::size_t>(page);
-            widen(static_cast<const E4m3*>(pages) + head * dim * PAGE_TOKENS, dim * PAGE_TOKENS, to);
-            return to;
-        } else {
-            return head_page(pages, dim, block, number);
+    // Pages first <= page < last of a segment as operands, by their place in it.
+    template <bool KEYS, class Operand>
+    void operands(const Block& block, int segment, int first, int last, const Operand** pages) const {
+        const Store& store = KEYS ? keys_ : values_;
+        const std::size_t size = static_cast<std::size_t>(store.dim) * PAGE_TOKENS;
+        Operand* const buffer =
+            store.widened() ? widened_pages<Operand, KEYS>(size * SEGMENT_PAGES) : nullptr;
+        for (int page = first; page < last; ++page) {
+            const int number = segment * SEGMENT_PAGES + page;
+            const std::uint8_t* const stored = stored_page(store, block, number);
+            if (buffer == nullptr) {
+                pages[page] = reinterpret_cast<const Operand*>(stored);
+                continue;
+            }
+            const std::uint8_t* const next =
+                page + 1 < last ? stored_page(store, block, number + 1) : stored;
+            Operand* const to = buffer + size * static_cast<std::size_t>(page);
+            widen<KEYS>(store, stored, next, to);
+            pages[page] = to;
         }
     }
 
-    void prepare_queries(const Block& block, Scratch<Element>& scratch) const {
-        const int words = query_words<Element>(cache_.k_dim);
+    void prepare_queries(const Block& block, Scratch<Key>& scratch) const {
+        const int words = query_words<Key>(cache_.k_dim);
         for (int row = block.row_begin; row < block.row_end; ++row) {
             const std::int64_t token = block.first_token + row / group_;
             const float* query =
                 q_ + token * q_stride_ + (block.kv_head * group_ + row % group_) * cache_.k_dim;
-            prepare_query<Element>(query, cache_.k_dim, scratch.queries + (row - block.row_begin) * words);
+            prepare_query<Key>(query, cache_.k_dim, scratch.queries + (row - block.row_begin) * words);
         }
     }
 
     void run_block(const Block& block) const {
-        Scratch<Element> scratch;
+        Scratch<Key> scratch;
         prepare_queries(block, scratch);
         for (int segment = block.segment_begin; segment < block.segment_end; ++segment) {
             run_segment(block, segment, scratch, scratch.next_states, scratch.next_values);
@@ -230,7 +229,7 @@ class Attention {
     }
 
     void run_part(const Block& block, int segment) {
-        Scratch<Element> scratch;
+        Scratch<Key> scratch;
         prepare_queries(block, scratch);
         const std::size_t first = partial_row(block, segment, 0);
         run_segment(block, segment, scratch, partial_states_.data() + first, partial_values(first));
@@ -266,8 +265,38 @@ class Attention {
         finish_row(state, values, cache_.v_dim, sinks_ == nullptr ? nullptr : sinks_ + head, to);
     }
 
+    // Scores of rows begin <= row < end, which see tokens first[row] <= token < last[row] of the segment.
+    void score_segment(const Block& block, int segment, const int* first, const int* last, int begin, int end,
+                       const Key* const* keys, const Value* const* values, Scratch<Key>& scratch) const {
+        const int together = pages_at_once(std::min(end - begin, SCORE_ROWS));
+        const int page_begin = first[begin] / PAGE_TOKENS,
+                  page_end = (last[end - 1] + PAGE_TOKENS - 1) / PAGE_TOKENS;
+        const int last_page = position(block, block.row_end - 1) / PAGE_TOKENS;
+        const bool waits = block.rows() <= SCORE_ROWS && !keys_.widened();
+        const Key* keys_ahead[SEGMENT_PAGES];
+        for (int page = page_begin; waits && page < page_end; ++page) {
+            const int number = segment * SEGMENT_PAGES + page + together;
+            keys_ahead[page] =
+                reinterpret_cast<const Key*>(stored_page(keys_, block, std::min(number, last_page)));
+        }
+        const int value_lines = cache_.latent || values_.widened() ? 0 : cache_.v_dim / 2;
+        const auto score = waits ? score_pages<Key, Value, true> : score_pages<Key, Value, false>;
+        const int words = query_words<Key>(cache_.k_dim);
+        int from = begin, to = begin;
+        for (int page = page_begin; page < page_end; page += together) {
+            const int count = std::min(together, page_end - page);
+            while (last[from] <= page * PAGE_TOKENS) ++from;  // rows before these pages
+            while (to < end && first[to] < (page + count) * PAGE_TOKENS) ++to;
+            const Prefetch<Key, Value> prefetch{keys_ahead + page, values + page, value_lines};
+            for (int row = from; row < to; row += SCORE_ROWS) {
+                score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
+                      cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, prefetch);
+            }
+        }
+    }
+
     // Softmax states and weighted values of the block's rows over one segment; sum 0 where a row sees none.
-    void run_segment(const Block& block, int segment, Scratch<Element>& scratch, RowState* states,
+    void run_segment(const Block& block, int segment, Scratch<Key>& scratch, RowState* states,
                      float* values) const {
         int first[BLOCK_ROWS], last[BLOCK_ROWS];  // tokens of the segment each row sees
         const int base = segment * SEGMENT_TOKENS, rows = block.rows();
@@ -282,55 +311,30 @@ class Attention {
         }
         if (begin >= end) return;
 
-        const int together = pages_at_once(std::min(end - begin, SCORE_ROWS));
         const int page_begin = first[begin] / PAGE_TOKENS,
                   page_end = (last[end - 1] + PAGE_TOKENS - 1) / PAGE_TOKENS;
-        const int last_page = position(block, block.row_end - 1) / PAGE_TOKENS;
-        const Element *keys[SEGMENT_PAGES], *keys_ahead[SEGMENT_PAGES], *page_values[SEGMENT_PAGES];
-        const bool narrow = cache_.elements == E4M3S;
-        static thread_local Widened widened;
-        for (int page = page_begin; page < page_end; ++page) {
-            const int number = base / PAGE_TOKENS + page;
-            if (narrow) {
-                keys[page] = keys_ahead[page] =
-                    widened_page(cache_.k, cache_.k_dim, block, number, page, widened.keys);
-                page_values[page] = widened_page(cache_.v, cache_.v_dim, block, number, page, widened.values);
-                continue;
-            }
-            keys[page] = head_page(cache_.k, cache_.k_dim, block, number);
-            keys_ahead[page] =
-                head_page(cache_.k, cache_.k_dim, block, std::min(number + together, last_page));
-            page_values[page] =
-                cache_.latent ? keys[page] : head_page(cache_.v, cache_.v_dim, block, number);
-        }
-
-        const int words = query_words<Element>(cache_.k_dim);
-        int from = begin, to = begin;
-        for (int page = page_begin; page < page_end; page += together) {
-            const int count = std::min(together, page_end - page);
-            while (last[from] <= page * PAGE_TOKENS) ++from;  // rows before these pages
-            while (to < end && first[to] < (page + count) * PAGE_TOKENS) ++to;
-            const Prefetch<Element> prefetch{keys_ahead + page, page_values + page,
-                                             cache_.latent ? 0 : cache_.v_dim / 2};
-            const bool waits = rows <= SCORE_ROWS && !narrow;
-            const auto score = waits ? score_pages<Element, true> : score_pages<Element, false>;
-            for (int row = from; row < to; row += SCORE_ROWS) {
-                score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
-                      cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, prefetch);
-            }
-        }
+        const Key* keys[SEGMENT_PAGES];
+        const Value* page_values[SEGMENT_PAGES];
+        operands<true>(block, segment, page_begin, page_end, keys);
+        if (!cache_.latent && !values_.widened())
+            operands<false>(block, segment, page_begin, page_end, page_values);
+        score_segment(block, segment, first, last, begin, end, keys, page_values, scratch);
         for (int row = begin; row < end; ++row) {
-            softmax_segment<Element>(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_,
+            softmax_segment<Value>(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_,
                                      states[row].maximum, states[row].sum);
         }
+        if (!cache_.latent && values_.widened())  // now: they are read while the core has them
+            operands<false>(block, segment, page_begin, page_end, page_values);
         std::fill(values + begin * cache_.v_dim, values + end * cache_.v_dim, 0.0f);
         const int strip = cache_.latent ? STRIP : cache_.v_dim;
         for (int dimension = 0; dimension < cache_.v_dim; dimension += strip) {
             const int width = std::min(strip, cache_.v_dim - dimension);
-            for (int page = page_begin; cache_.latent && page < page_end; ++page) {
-                Element* turned = scratch.turned + page * PAGE_TOKENS * width;
-                turn_keys(keys[page] + dimension * PAGE_TOKENS, width, turned);
-                page_values[page] = turned;
+            if constexpr (std::is_same_v<Key, Value>) {
+                for (int page = page_begin; cache_.latent && page < page_end; ++page) {
+                    Key* turned = scratch.turned + page * PAGE_TOKENS * width;
+                    turn_keys(keys[page] + dimension * PAGE_TOKENS, width, turned);
+                    page_values[page] = turned;
+                }
             }
             for (int row = begin; row < end; row += VALUE_ROWS) {
                 value_block(scratch.scores + row * SEGMENT_TOKENS, std::min(VALUE_ROWS, end - row),
@@ -341,6 +345,7 @@ class Attention {
     }
 
     const lowbit_attention_cache& cache_;
+    const Store keys_, values_;
     const lowbit_attention_batch& batch_;
     const float* q_;
     std::int64_t q_stride_;
@@ -354,79 +359,8 @@ class Attention {
     std::vector<float> partial_values_;
 };
 
-inline void write_token(Bfloat* k_page, Bfloat* v_page, int offset, const float* k, const float* v, int k_dim,
-                        int v_dim) {
-    for (int pair = 0; pair < k_dim / 2; ++pair) {
-        Bfloat* to = k_page + 2 * (pair * PAGE_TOKENS + offset);
-        to[0] = to_bfloat(k[2 * pair]);
-        to[1] = to_bfloat(k[2 * pair + 1]);
-    }
-    if (v_page == nullptr) return;
-    Bfloat* to = v_page + offset / 2 * 2 * v_dim + offset % 2;
-    for (int dimension = 0; dimension < v_dim; ++dimension) to[2 * dimension] = to_bfloat(v[dimension]);
-}
-
-inline void write_token(E4m3* k_page, E4m3* v_page, int offset, const float* k, const float* v, int k_dim,
-                        int v_dim) {
-    for (int pair = 0; pair < k_dim / 2; ++pair) {
-        E4m3* to = k_page + 2 * (pair * PAGE_TOKENS + offset);
-        to[0] = to_e4m3(k[2 * pair]);
-        to[1] = to_e4m3(k[2 * pair + 1]);
-    }
-    E4m3* to = v_page + offset / 2 * 2 * v_dim + offset % 2;
-    for (int dimension = 0; dimension < v_dim; ++dimension) to[2 * dimension] = to_e4m3(v[dimension]);
-}
-
-inline void write_token(float* k_page, float* v_page, int offset, const float* k, const float* v, int k_dim,
-                        int v_dim) {
-    for (int dimension = 0; dimension < k_dim; ++dimension)
-        k_page[dimension * PAGE_TOKENS + offset] = k[dimension];
-    if (v_page != nullptr) std::copy_n(v, v_dim, v_page + offset * v_dim);
-}
-
-template <class Element>
-void write(const lowbit_attention_cache& cache, const float* k, std::int64_t k_stride, const float* v,
-           std::int64_t v_stride, const std::int32_t* slots, int tokens) {
-    constexpr int TOGETHER = 32;  // tokens a task: neighbours share pages, and so cache lines
-    parallel_for((tokens + TOGETHER - 1) / TOGETHER, [&](std::int64_t task) {
-        const int end = std::min(static_cast<int>(task + 1) * TOGETHER, tokens);
-        for (int token = static_cast<int>(task) * TOGETHER; token < end; ++token) {
-            const std::int64_t page = slots[token] / PAGE_TOKENS * std::int64_t{cache.heads};
-            for (int head = 0; head < cache.heads; ++head) {
-                Element* v_page = nullptr;
-                const float* value = nullptr;
-                if (!cache.latent) {
-                    v_page = static_cast<Element*>(cache.v) + (page + head) * cache.v_dim * PAGE_TOKENS;
-                    value = v + token * v_stride + head * cache.v_dim;
-                }
-                write_token(static_cast<Element*>(cache.k) + (page + head) * cache.k_dim * PAGE_TOKENS,
-                            v_page, slots[token] % PAGE_TOKENS, k + token * k_stride + head * cache.k_dim,
-                            value, cache.k_dim, cache.v_dim);
-            }
-        }
-    });
-}
-
 }  // namespace
 }  // namespace lowbit
-
-// k (tokens, heads, k_dim) and v (tokens, heads, v_dim; null for a latent cache), strides in floats between
-// tokens. 0, or a Status.
-LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, const float* k,
-                                         std::int64_t k_stride, const float* v, std::int64_t v_stride,
-                                         const std::int32_t* slots, std::int32_t tokens) {
-    for (int token = 0; token < tokens; ++token) {
-        if (slots[token] < 0 || slots[token] / lowbit::PAGE_TOKENS >= cache->pages) return lowbit::BAD_SLOT;
-    }
-    if (cache->elements == lowbit::E4M3S) {
-        lowbit::write<lowbit::E4m3>(*cache, k, k_stride, v, v_stride, slots, tokens);
-    } else if (cache->elements == lowbit::BFLOATS) {
-        lowbit::write<lowbit::Bfloat>(*cache, k, k_stride, v, v_stride, slots, tokens);
-    } else {
-        lowbit::write<float>(*cache, k, k_stride, v, v_stride, slots, tokens);
-    }
-    return lowbit::OK;
-}
 
 // q (tokens, q_heads, k_dim), q_stride floats between tokens -> out (tokens, q_heads, v_dim). sinks may be
 // null. 0, or a Status.
@@ -434,14 +368,18 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
                                           const lowbit_attention_batch* batch, const float* q,
                                           std::int64_t q_stride, std::int32_t q_heads, float scale,
                                           float softcap, const float* sinks, float* out) {
+    using lowbit::Attention, lowbit::Bfloat;
     const lowbit::Softmax softmax{scale, softcap};
+    const bool keys = lowbit::key_store(*cache).multiplied_as_float();
+    const bool values = cache->latent ? keys : lowbit::value_store(*cache).multiplied_as_float();
     try {
-        if (cache->elements != lowbit::FLOATS) {
-            return lowbit::Attention<lowbit::Bfloat>(*cache, *batch, q, q_stride, q_heads, softmax, sinks,
-                                                     out)
+        const auto attend = [&](auto key, auto value) {
+            return Attention<decltype(key), decltype(value)>(*cache, *batch, q, q_stride, q_heads, softmax,
+                                                             sinks, out)
                 .run();
-        }
-        return lowbit::Attention<float>(*cache, *batch, q, q_stride, q_heads, softmax, sinks, out).run();
+        };
+        if (keys) return values ? attend(float{}, float{}) : attend(float{}, Bfloat{});
+        return values ? attend(Bfloat{}, float{}) : attend(Bfloat{}, Bfloat{});
     } catch (const std::bad_alloc&) {
         return lowbit::NO_MEMORY;
     }

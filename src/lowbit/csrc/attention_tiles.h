@@ -1,13 +1,8 @@
 // The inner loops of paged attention: scores of a page of keys, softmax of a segment, its weighted values.
 //
-// A page holds 16 tokens of one K/V head:
-//
-//   bfloat16  K [k_dim / 2][16 tokens][2]     one 64-byte line: a pair of dimensions of 16 tokens, the
-//   operand
-//                                             of vdpbf16ps that yields 16 scores for a broadcast query pair
-//             V [8 token pairs][v_dim][2]     one line: 16 dimensions of two tokens
-//   float32   K [k_dim][16 tokens]   V [16 tokens][v_dim]
-//   e4m3      as bfloat16, a byte a number: turned into bfloat16, exactly, one segment at a time
+// Keys and values are operands of bfloat16 or float (attention_cache.h). A line of bfloat16 keys is a pair of
+// dimensions of 16 tokens, the operand of vdpbf16ps that yields 16 scores for a broadcast query pair; a line
+// of values is 16 dimensions of two tokens. The two may be of different types.
 //
 // A latent page has no V: its values are the first v_dim numbers of its keys, which turn_keys() brings into
 // V's layout, a strip of dimensions of one segment at a time, just before they are weighed.
@@ -23,15 +18,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vector16.h"
+#include "attention_cache.h"
 
 namespace lowbit {
 
-constexpr int PAGE_TOKENS = 16;
 constexpr int SEGMENT_PAGES = 16;
 constexpr int SEGMENT_TOKENS = PAGE_TOKENS * SEGMENT_PAGES;
-
-using Bfloat = std::uint16_t;
 
 // Rows and vectors that fill the registers: 32 of 512 bits, or 16 of 256 (two a Vector16).
 #if defined(__AVX512F__)
@@ -42,52 +34,6 @@ constexpr int SCORE_ROWS = 4, VALUE_ROWS = 3, VALUE_VECTORS = 2;
 constexpr int pages_at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 constexpr int STRIP = VALUE_VECTORS * LANES;  // dimensions of a latent segment that are turned at once
-
-// FP8 numbers: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F is NaN.
-struct E4m3 {
-    std::uint8_t bits;
-};
-
-// The nearest, ties to even; what is larger than 448 becomes 448.
-inline E4m3 to_e4m3(float value) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const auto sign = static_cast<std::uint8_t>(bits >> 24 & 0x80u);
-    bits &= 0x7fffffffu;
-    if (bits > 0x7f800000u) return {static_cast<std::uint8_t>(sign | 0x7fu)};
-    if (bits >= 0x43e00000u) return {static_cast<std::uint8_t>(sign | 0x7eu)};  // 448
-    if (bits < 0x3c800000u) {  // below 2^-6 steps are 2^-9: adding 2^14 leaves them in the last bits
-        float magnitude;
-        std::memcpy(&magnitude, &bits, sizeof magnitude);
-        magnitude += 0x1p14f;
-        std::uint32_t steps;
-        std::memcpy(&steps, &magnitude, sizeof steps);
-        return {static_cast<std::uint8_t>(sign | (steps & 0xfu))};
-    }
-    bits += 0x7ffffu + (bits >> 20 & 1u);
-    return {static_cast<std::uint8_t>(sign | ((bits >> 20) - (120u << 3)))};
-}
-
-// count numbers (a multiple of 16) as bfloat16.
-inline void widen(const E4m3* from, int count, Bfloat* to) {
-    const __m256i seven_bits = _mm256_set1_epi16(0x7f), exponent = _mm256_set1_epi16(120 << 7);
-    // 0 … 7 times 2^-9, which have no exponent of their own: low and high bytes of their bfloat16
-    const __m256i low = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
-    const __m256i high = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c, 0, 0, 0, 0, 0, 0, 0, 0));
-    for (int i = 0; i < count; i += 16) {
-        const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-        const __m256i magnitude = _mm256_and_si256(codes, seven_bits);
-        const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(seven_bits, codes), 8);
-        const __m256i normal = _mm256_add_epi16(_mm256_slli_epi16(magnitude, 4), exponent);
-        const __m256i tiny = _mm256_or_si256(_mm256_shuffle_epi8(low, magnitude),
-                                             _mm256_slli_epi16(_mm256_shuffle_epi8(high, magnitude), 8));
-        __m256i value = _mm256_blendv_epi8(normal, tiny, _mm256_cmpgt_epi16(_mm256_set1_epi16(8), magnitude));
-        value = _mm256_blendv_epi8(value, _mm256_set1_epi16(0x7fc0), _mm256_cmpeq_epi16(magnitude, seven_bits));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_or_si256(value, sign));
-    }
-}
 
 // A pair of dimensions of 16 keys.
 inline void load_keys(const Bfloat* page, int pair, Vector16& even, Vector16& odd) {
@@ -184,10 +130,10 @@ inline void prepare_query(const float* query, int k_dim, float* prepared) {
 
 // What a few rows (decode) wait for is memory, and scattered pages defeat the hardware's prefetcher: while
 // the keys of a page are read, its values and the keys some pages ahead are fetched, line for line.
-template <class Element>
+template <class Key, class Value>
 struct Prefetch {
-    const Element* const* keys;  // by page, like the pages themselves
-    const Element* const* values;
+    const Key* const* keys;  // by page, like the pages themselves
+    const Value* const* values;
     int value_lines;  // lines a page, one for each line of keys
 
     __attribute__((always_inline)) void lines(int page, int line) const {
@@ -201,9 +147,9 @@ struct Prefetch {
 
 // scores[row][page * 16 + token] = query . key for ROWS rows and PAGES pages. Rows of scores are
 // SEGMENT_TOKENS apart.
-template <class Element, int ROWS, int PAGES, bool PREFETCH>
+template <class Element, int ROWS, int PAGES, bool PREFETCH, class Value>
 inline void score_tile(const float* queries, const Element* const* pages, int k_dim, float* scores,
-                       const Prefetch<Element>& prefetch) {
+                       const Prefetch<Element, Value>& prefetch) {
     const int words = query_words<Element>(k_dim);
     Vector16 sums[ROWS][PAGES];
     for (auto& row : sums) {
@@ -253,12 +199,12 @@ inline void score_tile(const float* queries, const Element* const* pages, int k_
 }
 
 // The same for 1 <= rows <= ROWS rows and any number of pages.
-template <class Element, bool PREFETCH, int ROWS = SCORE_ROWS>
+template <class Element, class Value, bool PREFETCH, int ROWS = SCORE_ROWS>
 inline void score_pages(const float* queries, int rows, const Element* const* pages, int count, int k_dim,
-                        float* scores, Prefetch<Element> prefetch) {
+                        float* scores, Prefetch<Element, Value> prefetch) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            score_pages<Element, PREFETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scores, prefetch);
+            score_pages<Element, Value, PREFETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scores, prefetch);
             return;
         }
     }

@@ -24,6 +24,7 @@ from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.names import Names, Placed
 from lowbit.models.config import ModelConfig
 from lowbit.models.registry import Family, family_of
+from lowbit.numerics.cache_format import KvDtype
 
 
 class DoctorNotes(Notes):
@@ -92,7 +93,7 @@ class Surveyor:
 
     device = torch.device("cpu")
     activation_dtype = torch.float32
-    cache_dtype = torch.float32
+    cache_dtype = KvDtype.of("f32")
 
     def __init__(
         self,
@@ -166,6 +167,10 @@ class Surveyor:
         except LowbitError as error:
             self.report.add_error(error)
         return 1.0, 1.0
+
+    def kv_dtype(self, attention: str, layer: int) -> KvDtype:
+        """Nothing is stored."""
+        return self.cache_dtype
 
     def _try_places(self, name: str, parts: list[Part]) -> None:
         try:

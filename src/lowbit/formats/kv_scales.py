@@ -7,7 +7,8 @@ They come with the checkpoint, under the spelling of whichever tool calibrated t
      "kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": {"0": 0.023, "1": 0.0185}}}}
 
 where the outer key is the tensor-parallel rank, the inner one the layer, and the value one scale for K and V
-or ``{"k": 0.02, "v": 0.03}``. One scale of the two stands for both; a negative one means there is none.
+or ``{"k": 0.02, "v": 0.03}``. One scale of the two stands for both; a negative one means there is none. A
+layer without scales gets each token's own (numerics/cache_format.py), never 1.
 """
 
 from __future__ import annotations
@@ -60,15 +61,17 @@ class KvScales:
         v = names.find(*(f"{attention}.{suffix}" for suffix in _V)) or both
         return k or v, v or k
 
-    def of_layer(self, names: Finder, attention: str, layer: int, data: TensorData) -> tuple[float, float]:
-        """(k_scale, v_scale) of a layer; 1 where nothing says another."""
+    def of_layer(
+        self, names: Finder, attention: str, layer: int, data: TensorData
+    ) -> tuple[float, float] | None:
+        """(k_scale, v_scale) of a layer, or None where nothing says them."""
         k, v = self.find(names, attention)
         if self.table is not None:
             return self.table[layer]
         found = [self._value(name, data) for name in (k, v)]
         known = [value for value in found if value is not None]
         if not known:
-            return 1.0, 1.0
+            return None
         first, second = found[0] or known[0], found[1] or known[-1]
         return first, second
 

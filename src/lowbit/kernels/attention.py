@@ -8,7 +8,8 @@ context came from this chunk, an earlier one or a shared prefix (PagedAttention:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.numerics.cache_format import CacheFormat, KvDtype
 
 PAGE_SIZE = 16  # tokens a page: one AVX-512 register of scores, one AMX tile of keys
 
@@ -32,13 +34,34 @@ class CacheSpec:
     heads: int
     k_dim: int
     v_dim: int
-    dtype: torch.dtype
+    dtype: KvDtype
     window: int = 0
 
+    @property
+    def k_format(self) -> CacheFormat:
+        """How K is stored. The two parts of a latent row, and their sizes, differ: no scale spans both."""
+        if self.kind != "latent" or not self.dtype.k.dynamic:
+            return self.dtype.k
+        group = math.gcd(self.dtype.k.group_of(self.k_dim), self.k_dim, self.v_dim)
+        return replace(self.dtype.k, group=group)
+
+    @property
+    def v_format(self) -> CacheFormat:
+        """How V is stored."""
+        return self.k_format if self.kind == "latent" else self.dtype.v
+
     def token_bytes(self) -> int:
-        """Bytes one token occupies in this layer's cache."""
-        values = self.k_dim if self.kind == "latent" else self.k_dim + self.v_dim
-        return self.heads * values * self.dtype.itemsize
+        """Bytes one token occupies in this layer's cache, scales included."""
+        v_bytes = 0 if self.kind == "latent" else self.v_format.token_bytes(self.v_dim)
+        return self.heads * (self.k_format.token_bytes(self.k_dim) + v_bytes)
+
+    def impossible(self) -> str | None:
+        """Why no kernel could serve this, or None."""
+        if self.kind not in ("paged", "latent"):
+            return f"serves paged and latent caches, got {self.kind!r}"
+        if self.kind == "latent" and self.dtype.k.name != self.dtype.v.name:
+            return f"the values of a latent cache are part of its keys: one type for both, got {self.dtype}"
+        return self.k_format.refuses(self.k_dim) or self.v_format.refuses(self.v_dim)
 
 
 @dataclass(frozen=True)
@@ -103,4 +126,6 @@ def choose_attention(spec: CacheSpec, device: torch.device) -> AttentionKernel:
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
-    raise LowbitError("E0420", f"no attention kernel serves {spec}: " + "; ".join(reasons))
+    shape = f"{spec.heads} heads, k_dim {spec.k_dim}, v_dim {spec.v_dim}, {spec.dtype}"
+    said = "; ".join(reasons)
+    raise LowbitError("E0420", f"no attention kernel serves a {spec.kind} KV cache of {shape}: {said}")

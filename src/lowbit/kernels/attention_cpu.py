@@ -1,19 +1,21 @@
-"""Paged attention on a CPU: bfloat16, float32 or e4m3 pages, native code (csrc/attention.cpp).
+"""Paged attention on a CPU, every cache format: native code (csrc/attention.cpp, attention_write.cpp).
 
-A page holds 16 tokens of every K/V head, laid out for the inner loops (csrc/attention_tiles.h):
+A page holds 16 tokens of every K/V head, laid out for the inner loops (csrc/attention_cache.h):
 
     bfloat16   k (pages, heads, k_dim / 2, 16 tokens, 2)   v (pages, heads, 8, v_dim, 2 tokens)
-    float32    k (pages, heads, k_dim, 16 tokens)          v (pages, heads, 16 tokens, v_dim)
+    others     k (pages, heads, k_dim, 16 tokens)          v (pages, heads, 16 tokens, v_dim)
 
-e4m3 pages are laid out as bfloat16's, a byte a number, and widened to bfloat16 a segment at a time, exactly.
-A latent cache (DeepSeek-V2, 2024) has k alone: a value is the first v_dim numbers of its key, and is turned
-into v's layout when it is read.
+Quantized pages are bytes: the codes of a head in the order of the others, then the head's scales. They, and
+float16 pages, are widened inside the attention loops, a segment at a time into a buffer that the core keeps
+in its own cache; the KV cache itself is never unpacked. A latent cache (DeepSeek-V2, 2024) has k alone: a
+value is the first v_dim numbers of its key, and is turned into v's layout when it is read.
 
-On AVX-512 beside a bfloat16 cache, queries and softmax weights are rounded to bfloat16 and multiplied in
-pairs (mean KL 0.0001 on the embedded model, two thirds of it from the cache dtype alone); sums, and all else,
-are float32. Keys are processed in segments of 256 tokens at fixed positions, merged in ascending order, so a
-token's result is bit-equal whatever the batch, the chunks, the page numbers and the number of threads
-(FlashAttention-2: Dao, 2023; segments over threads as in Flash-Decoding: Dao et al., 2023).
+On AVX-512 queries are rounded to bfloat16 and multiplied in pairs, unless K is float32 or float16, and
+softmax weights likewise with V (mean KL 0.0001 on the embedded model, two thirds of it from a bfloat16 cache
+alone); sums, and all else, are float32. Keys are processed in segments of 256 tokens at fixed positions,
+merged in ascending order, so a token's result is bit-equal whatever the batch, the chunks, the page numbers
+and the number of threads (FlashAttention-2: Dao, 2023; segments over threads as in Flash-Decoding: Dao et
+al., 2023).
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ from lowbit.kernels import native
 from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.step_plan import Operation
+from lowbit.numerics.cache_format import CacheFormat
 
 MAX_DIMS = {"k_dim": 576, "v_dim": 512}  # of a head: the work buffers of a thread have these widths
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}  # their numbers in attention.cpp
+# What attention_cache.h calls them.
+_NUMBERS = {"f32": 0, "bf16": 1, "fp16": 2, "fp8_e4m3": 3, "fp8_e5m2": 4, "int8": 5, "int4": 6}
 _FAULTS = {
     1: "the lengths do not belong to the tokens",
     2: "the page table names a page that the cache does not have",
@@ -54,7 +58,10 @@ class _Cache(ctypes.Structure):
         ("k_dim", ctypes.c_int32),
         ("v_dim", ctypes.c_int32),
         ("window", ctypes.c_int32),
-        ("elements", ctypes.c_int32),
+        ("k_format", ctypes.c_int32),
+        ("v_format", ctypes.c_int32),
+        ("k_group", ctypes.c_int32),
+        ("v_group", ctypes.c_int32),
         ("latent", ctypes.c_int32),
     ]
 
@@ -108,20 +115,19 @@ class CpuAttention:
     name = "cpu"
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
-        """Paged and latent caches of the dtypes above on a CPU with head sizes in sixteens."""
+        """Paged and latent caches on a CPU with head sizes, and channels that share a scale, in sixteens."""
         if device.type != "cpu":
             return f"runs on a CPU, got {device.type}"
-        if spec.kind not in ("paged", "latent"):
-            return f"serves paged and latent caches, got {spec.kind!r}"
-        if spec.dtype not in _DTYPES:
-            return f"needs a bfloat16, float32 or e4m3 cache, got {spec.dtype}"
-        if spec.kind == "latent" and spec.dtype.itemsize == 1:
-            return "keeps latents in bfloat16 or float32"
+        if (reason := spec.impossible()) is not None:
+            return reason
         for name, dim in (("k_dim", spec.k_dim), ("v_dim", spec.v_dim)):
             if dim % 16 or not 0 < dim <= MAX_DIMS[name]:
                 return f"needs {name} % 16 == 0 and {name} <= {MAX_DIMS[name]}, got {dim}"
         if spec.kind == "latent" and spec.v_dim > spec.k_dim:
             return f"a latent's values are part of its key, got v_dim {spec.v_dim} > k_dim {spec.k_dim}"
+        for stored, dim in ((spec.k_format, spec.k_dim), (spec.v_format, spec.v_dim)):
+            if (group := stored.group_of(dim)) % 16:
+                return f"needs scales for 16, 32 … channels, got one for {group}"
         return None if native.library() is not None else "the native library is not there"
 
     def allocate(self, spec: CacheSpec, pages: int, page_size: int, device: torch.device) -> LayerCache:
@@ -132,31 +138,30 @@ class CpuAttention:
             raise LowbitError(
                 "E0420", f"attention kernel {self.name!r} needs pages of {PAGE_SIZE} tokens, got {page_size}"
             )
-        heads, k_dim, v_dim = spec.heads, spec.k_dim, spec.v_dim
-        shapes: dict[str, tuple[int, ...]]
-        if spec.dtype is not torch.float32:
-            shapes = {"k": (k_dim // 2, PAGE_SIZE, 2), "v": (PAGE_SIZE // 2, v_dim, 2)}
-        else:
-            shapes = {"k": (k_dim, PAGE_SIZE), "v": (PAGE_SIZE, v_dim)}
         latent = spec.kind == "latent"
-        if latent:
-            del shapes["v"]
-        buffers = {name: _zeros((pages, heads, *shape), spec.dtype) for name, shape in shapes.items()}
+        k_shape = (spec.k_dim // 2, PAGE_SIZE, 2) if spec.k_format.name == "bf16" else (spec.k_dim, PAGE_SIZE)
+        v_shape = (PAGE_SIZE // 2, spec.v_dim, 2) if spec.v_format.name == "bf16" else (PAGE_SIZE, spec.v_dim)
+        buffers = {"k": _pages((pages, spec.heads), spec.k_format, spec.k_dim, k_shape)}
+        if not latent:
+            buffers["v"] = _pages((pages, spec.heads), spec.v_format, spec.v_dim, v_shape)
         view = _Cache(
             buffers["k"].data_ptr(),
             None if latent else buffers["v"].data_ptr(),
             pages,
-            heads,
-            k_dim,
-            v_dim,
+            spec.heads,
+            spec.k_dim,
+            spec.v_dim,
             spec.window,
-            _DTYPES[spec.dtype],
+            _NUMBERS[spec.k_format.name],
+            _NUMBERS[spec.v_format.name],
+            spec.k_format.group_of(spec.k_dim),
+            spec.v_format.group_of(spec.v_dim),
             latent,
         )
         return CpuLayerCache(spec, self, pages, page_size, buffers, functions, view)
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
-        """Round k and v to the cache dtype and store them at ``batch.write_slots``."""
+        """Store k and v in the cache's formats at ``batch.write_slots``."""
         assert isinstance(cache, CpuLayerCache), "a cache is used by the kernel that allocated it"
         spec, tokens = cache.spec, len(batch.write_slots)
         k = _strided(k)
@@ -204,6 +209,13 @@ class CpuAttention:
             out.data_ptr(),
         )
         return out if q.dtype is torch.float32 else out.to(q.dtype)
+
+
+def _pages(pages: tuple[int, int], stored: CacheFormat, dim: int, shape: tuple[int, ...]) -> Tensor:
+    """(pages, heads, ...): numbers in ``shape``, or the bytes of codes and scales."""
+    if stored.bits > 8:
+        return _zeros((*pages, *shape), stored.dtype)
+    return _zeros((*pages, PAGE_SIZE * stored.token_bytes(dim)), torch.uint8)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

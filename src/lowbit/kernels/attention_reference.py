@@ -1,6 +1,7 @@
-"""Reference attention: gather the pages, mask, softmax in float32. Any device, any dtype; the oracle.
+"""Reference attention: gather the pages, mask, softmax in float32. Any device, any format; the oracle.
 
-A buffer is (pages, page_size, heads, dim), so a slot is one row of (pages * page_size, heads, dim). On a
+A buffer is (pages, page_size, heads, ...) with ... a vector's codes, or its scales (cache_format.py), so a
+slot is one row of (pages * page_size, heads, ...). On a
 CPU each sequence is attended by itself. On other devices sequences are padded to the batch's maxima, which
 are host numbers, so that nothing waits for the device; groups of sequences keep the scores small.
 Paper: PagedAttention (Kwon et al., 2023); attention sinks as in gpt-oss (one logit a head, no value).
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.numerics.cache_format import Stored
 
 GROUP_SCORES = 1 << 26  # scores computed at once on a device: 256 MiB of float32
 
@@ -35,27 +37,30 @@ class ReferenceAttention:
     name = "reference"
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
-        """Anything that is not a paged or latent cache of floats."""
-        if spec.kind not in ("paged", "latent"):
-            return f"serves paged and latent caches, got {spec.kind!r}"
-        return None if spec.dtype.is_floating_point else f"needs a float cache, got {spec.dtype}"
+        """What is no cache at all."""
+        return spec.impossible()
 
     def allocate(self, spec: CacheSpec, pages: int, page_size: int, device: torch.device) -> LayerCache:
         """Zeroed pages."""
-        dims = {"k": spec.k_dim} if spec.kind == "latent" else {"k": spec.k_dim, "v": spec.v_dim}
-        buffers = {
-            name: torch.zeros(pages, page_size, spec.heads, dim, dtype=spec.dtype, device=device)
-            for name, dim in dims.items()
-        }
+        buffers = {}
+        for name in ("k",) if spec.kind == "latent" else ("k", "v"):
+            stored, dim = (spec.k_format, spec.k_dim) if name == "k" else (spec.v_format, spec.v_dim)
+            none = stored.encode(torch.zeros(dim, device=device))
+            for part, row in ((name, none.codes), (f"{name}_scales", none.scales)):
+                if row is not None:
+                    buffers[part] = row.new_zeros(pages, page_size, spec.heads, *row.shape)
         return LayerCache(spec, self, pages, page_size, buffers)
 
     def write(self, cache: LayerCache, k: Tensor, v: Tensor, batch: ForwardBatch) -> None:
-        """Round k and v to the cache dtype and store them at ``batch.write_slots``."""
+        """Store k and v in the cache's formats at ``batch.write_slots``."""
         slots = (batch.write_slots.long(),)
-        for name, buffer in cache.buffers.items():
-            rounded = _rounded(k if name == "k" else v, cache.spec.dtype)
-            # Bytes are moved: not every device indexes float8.
-            _movable(buffer).flatten(0, 1).index_put_(slots, _movable(rounded))
+        rows = {"k": cache.spec.k_format.encode(k)}
+        if cache.spec.kind != "latent":
+            rows["v"] = cache.spec.v_format.encode(v)
+        for name, (codes, scales) in rows.items():
+            for part, row in ((name, codes), (f"{name}_scales", scales)):
+                if row is not None:  # bytes are moved: not every device indexes float8
+                    _movable(cache.buffers[part]).flatten(0, 1).index_put_(slots, _movable(row))
 
     def attend(
         self, q: Tensor, cache: LayerCache, batch: ForwardBatch, parameters: AttentionParameters
@@ -138,7 +143,7 @@ class ReferenceAttention:
         cache: LayerCache, batch: ForwardBatch, group: _Group, context_lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
         """float32 K and V (S, kv heads, context, dim); zeros past each sequence's context."""
-        size = cache.page_size
+        spec, size = cache.spec, cache.page_size
         key = torch.arange(group.context, device=context_lengths.device)
         written = key < context_lengths[:, None]  # (S, context)
         # Table entries past a sequence's own pages are undefined: they are never used as an index.
@@ -146,12 +151,19 @@ class ReferenceAttention:
         slots = torch.where(written, pages * size + key % size, 0)
         absent = ~written[..., None, None]
 
+        def rows(name: str) -> Tensor | None:
+            buffer = cache.buffers.get(name)
+            return None if buffer is None else _movable(buffer).flatten(0, 1)[slots].view(buffer.dtype)
+
         def gathered(name: str) -> Tensor:
-            stored = _movable(cache.buffers[name]).flatten(0, 1)[slots].view(cache.spec.dtype)
-            return stored.float().masked_fill(absent, 0.0).transpose(1, 2)  # (S, heads, context, dim)
+            codes, scales = rows(name), rows(f"{name}_scales")
+            assert codes is not None, "allocate() made it"
+            stored, dim = (spec.k_format, spec.k_dim) if name == "k" else (spec.v_format, spec.v_dim)
+            numbers = stored.decode(Stored(codes, scales), dim)
+            return numbers.masked_fill(absent, 0.0).transpose(1, 2)  # (S, heads, context, dim)
 
         k = gathered("k")
-        return k, (k[..., : cache.spec.v_dim] if cache.spec.kind == "latent" else gathered("v"))
+        return k, (k[..., : spec.v_dim] if spec.kind == "latent" else gathered("v"))
 
     @staticmethod
     def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
@@ -161,11 +173,6 @@ class ReferenceAttention:
         _, kv_heads, group, _, _ = scores.shape
         column = sinks.float().view(1, kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-
-
-def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in the cache's dtype; e4m3 saturates instead of becoming NaN."""
-    return x.clamp(-448.0, 448.0).to(dtype) if dtype is torch.float8_e4m3fn else x.to(dtype)
 
 
 def _movable(x: Tensor) -> Tensor:

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.numerics.cache_format import KvDtype
 
 
 class WeightLoader(Protocol):
-    """``activation_dtype``: what flows between layers; ``cache_dtype``: K and V in the cache."""
+    """``activation_dtype``: what flows between layers; ``cache_dtype``: K and V in the cache, where no scale
+    of theirs is known."""
 
     device: torch.device
     activation_dtype: torch.dtype
-    cache_dtype: torch.dtype
+    cache_dtype: KvDtype
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """The parts' rows one below another, fused where their schemes allow it."""
@@ -45,3 +47,6 @@ class WeightLoader(Protocol):
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What K and V of the attention called ``attention`` are divided by in an fp8 cache; else 1, 1."""
+
+    def kv_dtype(self, attention: str, layer: int) -> KvDtype:
+        """How the layer stores K and V: ``cache_dtype``, its fp8 with the scales of ``kv_scales`` if any."""

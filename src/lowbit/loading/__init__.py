@@ -24,7 +24,7 @@ from lowbit.formats.kv_scales import KvScales, read_scales_file, wants_fp8_cache
 from lowbit.kernels import PackedWeight, choose
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
-from lowbit.kernels.attention import CacheSpec
+from lowbit.kernels.attention import CacheSpec, choose_attention
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.names import Names, Placed, row_order
@@ -33,6 +33,7 @@ from lowbit.loading.self_check import check_packed
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.models.registry import Family, family_of
+from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme
@@ -42,7 +43,6 @@ _log = logging.getLogger("lowbit")
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
-_CACHE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "fp8_e4m3": torch.float8_e4m3fn}
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -105,6 +105,8 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
+    k_cache_dtype: str = "auto",
+    v_cache_dtype: str = "auto",
     quantization: Asked | str | None = None,
     strict: bool = False,
     kv_scales_path: str | None = None,
@@ -117,16 +119,14 @@ def load_model(
     ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own.
     """
     opened = _Opened.of(header, quantization, strict)
-    kv_scales = KvScales(header)
-    if kv_scales_path is not None:
-        kv_scales = read_scales_file(Path(kv_scales_path), header, opened.config.layers)
+    target = _Target.resolve(header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     with TensorData(header) as data:
-        target = _Target.resolve(header, device, dtype, kv_cache_dtype)
-        loader = _Loader(opened, target, data, kv_scales, on_progress)
+        loader = _Loader(opened, target, data, opened.kv_scales(kv_scales_path), on_progress)
         model = opened.family.build(opened.config, loader)
         loader.names.refuse_leftovers()
     if loader.online is not None:
         loader.online.say_kept()
+    _check_caches(model)
     model.kernels = frozenset(loader.kernels)
     model.quantization = opened.described
     model.weight_bytes = loader.packed_bytes
@@ -140,16 +140,21 @@ def plan_model(
     device: str = "auto",
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
+    k_cache_dtype: str = "auto",
+    v_cache_dtype: str = "auto",
     quantization: Asked | str | None = None,
     strict: bool = False,
+    kv_scales_path: str | None = None,
 ) -> ModelPlan:
     """What ``load_model`` would do, without reading a weight; but where it would quantize, a few rows of each
     are looked at to estimate the error."""
     opened = _Opened.of(header, quantization, strict)
+    target = _Target.resolve(header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     with TensorData(header) as data:
-        planner = _Planner(opened, _Target.resolve(header, device, dtype, kv_cache_dtype), data)
+        planner = _Planner(opened, target, data, opened.kv_scales(kv_scales_path))
         model = opened.family.build(opened.config, planner)
     planner.names.refuse_leftovers()
+    _check_caches(model)
     return ModelPlan(
         architecture=opened.config.architecture,
         format=opened.form.name,
@@ -160,6 +165,12 @@ def plan_model(
         device=planner.device.type,
         peak_bytes=planner.peak_bytes,
     )
+
+
+def _check_caches(model: Model) -> None:
+    """Some kernel serves every cache; else E0420 now, not when the first request comes."""
+    for spec in dict.fromkeys(model.cache_specs()):
+        choose_attention(spec, model.device)
 
 
 @dataclass(frozen=True)
@@ -192,6 +203,12 @@ class _Opened:
             return self.form.describe()
         return f"{self.recipe.described}, quantized at load"
 
+    def kv_scales(self, path: str | None) -> KvScales:
+        """The scales of the fp8 KV cache: of the file that was passed, or the checkpoint's own."""
+        if path is None:
+            return KvScales(self.header)
+        return read_scales_file(Path(path), self.header, self.config.layers)
+
 
 def check_quantization(form: CheckpointFormat, asked: Asked) -> None:
     """The config decides; a flag may only repeat it."""
@@ -212,11 +229,14 @@ class _Target:
 
     device: torch.device
     activation_dtype: torch.dtype
-    cache_dtype: torch.dtype
+    cache_dtype: KvDtype
     dense_dtype: torch.dtype | None  # None: as stored
 
     @classmethod
-    def resolve(cls, header: CheckpointHeader, device: str, dtype: str, kv_cache_dtype: str) -> _Target:
+    def resolve(
+        cls, header: CheckpointHeader, device: str, dtype: str, kv: str, k: str = "auto", v: str = "auto"
+    ) -> _Target:
+        """``kv``, ``k`` and ``v``: the types of the cache, of both and of one."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
@@ -224,11 +244,9 @@ class _Target:
         on_cpu = device == "cpu"
         wanted = None if dtype == "auto" else getattr(torch, dtype)
         exact = dtype == "float32" or (dtype == "auto" and _is_float32(header))
-        cache = torch.float32 if exact else torch.bfloat16
-        if kv_cache_dtype != "auto":
-            cache = _CACHE_DTYPES[kv_cache_dtype]
-        elif wants_fp8_cache(header):
-            cache = torch.float8_e4m3fn
+        if kv == "auto":
+            kv = "fp8_e4m3" if wants_fp8_cache(header) else "f32" if exact else "bf16"
+        cache = KvDtype.of(*(kv if one == "auto" else one for one in (k, v)))
         # On a CPU the residual stream, norms and accumulation stay in float32; kernels round their inputs.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
         return cls(torch.device(device), activation, cache, wanted if on_cpu else activation)
@@ -388,12 +406,18 @@ class _Loader(_Asker):
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What the checkpoint (or the file that was passed) says K and V are divided by in the cache."""
         found = self._kv_scales.of_layer(self.names, attention, layer, self.data)
-        if self.cache_dtype is torch.float8_e4m3fn:
-            return found
-        if found != (1.0, 1.0) and not self._said_unused:
+        if found is None:
+            return 1.0, 1.0
+        if not self.cache_dtype.takes_scales and found != (1.0, 1.0) and not self._said_unused:
             self._said_unused = True
             _log.warning("lowbit: KV scales are only used with --kv-cache-dtype fp8_e4m3")
-        return 1.0, 1.0
+        k, v = (stored.name == "fp8_e4m3" for stored in (self.cache_dtype.k, self.cache_dtype.v))
+        return found[0] if k else 1.0, found[1] if v else 1.0
+
+    def kv_dtype(self, attention: str, layer: int) -> KvDtype:
+        """e4m3 with the layer's scales where they are known; each token's own otherwise."""
+        known = self._kv_scales.of_layer(self.names, attention, layer, self.data) is not None
+        return self.cache_dtype.with_static_scales() if known else self.cache_dtype
 
     def _linear(self, name: str, places: list[Placed]) -> Linear:
         read = [self._read(place) for place in places]
@@ -496,11 +520,11 @@ def _alike(a: InputTransform | None, b: InputTransform | None) -> bool:
 class _Planner(_Asker):
     """``WeightLoader`` that only writes down what would be read."""
 
-    def __init__(self, opened: _Opened, target: _Target, data: TensorData) -> None:
+    def __init__(self, opened: _Opened, target: _Target, data: TensorData, kv_scales: KvScales) -> None:
         super().__init__(opened, target)
         self.data = data
         self.modules: list[ModulePlan] = []
-        self.kv_tensors = KvScales(self.header)
+        self._kv_scales = kv_scales
         self.largest_module = 0
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
@@ -536,8 +560,13 @@ class _Planner(_Asker):
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """Their tensors have a place; their values do not matter here."""
-        self.kv_tensors.find(self.names, attention)
+        self._kv_scales.find(self.names, attention)
         return 1.0, 1.0
+
+    def kv_dtype(self, attention: str, layer: int) -> KvDtype:
+        """As when loading, but that values are not read: a scale marked as never calibrated counts."""
+        known = any(self._kv_scales.find(self.names, attention)) or self._kv_scales.table is not None
+        return self.cache_dtype.with_static_scales() if known else self.cache_dtype
 
     @property
     def peak_bytes(self) -> int:

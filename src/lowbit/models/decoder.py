@@ -32,6 +32,7 @@ from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.layers.routing import Route, softmax_top_k, top_k_softmax
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig, MoeConfig
+from lowbit.numerics.cache_format import KvDtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "swiglu_clamped")
 
@@ -47,7 +48,8 @@ class Block:
     mlp: GatedMlp | MixtureOfExperts
     rotary: RotaryTable
     attention: AttentionParameters
-    k_scale: float = 1.0  # K and V are stored divided by these (fp8 caches)
+    kv_dtype: KvDtype
+    k_scale: float = 1.0  # K and V are stored divided by these (static scales of an fp8 cache)
     v_scale: float = 1.0
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
@@ -79,15 +81,14 @@ class Decoder:
         self.blocks = blocks
         self.final_norm = final_norm
         self.head = head
-        self.cache_dtype = loader.cache_dtype
 
     def cache_specs(self) -> list[CacheSpec]:
         """Every layer caches all its K/V heads; some look back through a window only."""
         c = self.config
         windows = c.windows or (0,) * c.layers
         return [
-            CacheSpec("paged", c.kv_heads, c.head_dim, c.head_dim, self.cache_dtype, window)
-            for window in windows
+            CacheSpec("paged", c.kv_heads, c.head_dim, c.head_dim, block.kv_dtype, window)
+            for block, window in zip(self.blocks, windows, strict=True)
         ]
 
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
@@ -233,6 +234,7 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
             softcap=config.attention_softcap,
             sinks=loader.vector(f"{attention}.sinks", config.heads) if config.sinks else None,
         ),
+        kv_dtype=loader.kv_dtype(attention, layer),
         k_scale=k_scale,
         v_scale=v_scale,
         q_norm=head_norm("q_norm"),

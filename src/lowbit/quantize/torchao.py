@@ -52,7 +52,13 @@ class Int8:
         int8, inputs = number_format("int8"), None
         if self.spec.name == "int8dq":
             inputs = ActivationScheme(
-                int8, (1, 0), limit=_INT8_LIMIT, input="bf16", floor=_SMALLEST_INT8_SCALE
+                int8,
+                (1, 0),
+                limit=_INT8_LIMIT,
+                scale=number_format("bf16"),
+                input="bf16",
+                floor=_SMALLEST_INT8_SCALE,
+                reciprocal=True,
             )
         return Scheme(int8, ((1, 0),), (number_format("f32"),), activation=inputs)
 
@@ -91,7 +97,9 @@ class Float8:
         e4m3, block = number_format("e4m3"), (0, 0) if self._whole else (1, 0)
         inputs = None
         if self.spec.name != "fp8wo":
-            inputs = ActivationScheme(e4m3, block, limit=_E4M3_LIMIT, input="bf16")
+            inputs = ActivationScheme(
+                e4m3, block, limit=_E4M3_LIMIT, scale=number_format("bf16"), input="bf16"
+            )
         return Scheme(e4m3, (block,), (number_format("f32"),), activation=inputs)
 
     def quantize(self, weight: Tensor, module: Module, origin: str) -> Quantized:
