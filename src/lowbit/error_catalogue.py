@@ -58,15 +58,17 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0105": Entry(
         "refused option",
-        "The option asks for something lowbit does not do on principle. Running Python code that came with a "
-        "model (--trust-remote-code) is the one case: a checkpoint is data from strangers.",
-        "Leave the option out. Models whose architecture is built in (lowbit models) never need it.",
+        "The option, or this value of it, asks for something lowbit does not do: another engine has it, and "
+        "leaving it out in silence would serve something else than was asked for. --trust-remote-code is "
+        "refused on principle: a checkpoint is data from strangers.",
+        "Do what the message says instead. docs/options.md lists every refused option with its way out.",
     ),
     "E0106": Entry(
         "more than one device",
-        "A parallel size (--tp-size, --dp-size and their like) other than 1: this version of lowbit runs a "
-        "model on one device. It is refused rather than ignored: one device's memory may not do.",
-        "Give the option the value 1 or leave it out.",
+        "A parallel size (--tp-size, --dp-size and their like) other than 1, or its like: this version of "
+        "lowbit runs a model on one device and in one process. It is refused rather than ignored: one "
+        "device's memory may not do.",
+        "Give the option the value the message names or leave it out.",
     ),
     "E0107": Entry(
         "two models named",
@@ -340,6 +342,11 @@ CATALOGUE: dict[str, Entry] = {
         "options that contradict each other",
         "Two flags say how to quantize, or one belongs to a method that was not asked for.",
         "Keep one of them. A recipe file can give several methods to one model.",
+    ),
+    "E0406": Entry(
+        "the files are not what --load-format says",
+        "--load-format safetensors or gguf was given, and the model's files are of the other kind.",
+        "Use --load-format auto, or name the files that were meant: a folder, or a .gguf file.",
     ),
     "E0410": Entry(
         "no kernel",

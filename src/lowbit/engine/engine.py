@@ -83,8 +83,9 @@ class Engine:
             self._pool,
             settings.page_size,
             max_running=settings.max_running_requests,
-            prefill_budget=self._forced.chunk or settings.chunked_prefill_size,
+            prefill_budget=self._forced.chunk or self._prefill_budget(pages),
             share_prefixes=not settings.disable_radix_cache,
+            policy=settings.schedule_policy,
         )
         self._runner = Runner(model, pages, settings.page_size)
         self.pool_tokens = pages * settings.page_size
@@ -97,6 +98,11 @@ class Engine:
         self._cached_tokens = 0
         self._generated_tokens = 0
         self._violations = 0
+
+    def _prefill_budget(self, pages: int) -> int:
+        """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
+        size = self.settings.chunked_prefill_size
+        return pages * self.settings.page_size if size < 0 else size
 
     # ---- requests ------------------------------------------------------------------------------------
 
@@ -390,7 +396,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
         native.set_threads(settings.threads)
         torch.set_num_threads(settings.threads)
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
-    header = open_checkpoint(settings.model, settings.revision, on_progress)
+    header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
     tokenizer = load_tokenizer(header, settings.tokenizer)
     model = load_model(
         header,
