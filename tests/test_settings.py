@@ -34,6 +34,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "quantization": ("int4", "int4"),
     "load_format": ("gguf", "gguf"),
     "schedule_policy": ("lpm", "lpm"),
+    "kernel_timings": ("off", "off"),
     "torchao_config": ("int8wo", "int8wo"),
     "quantization_recipe": ("mixed.toml", "mixed.toml"),
     "quantization_ignore": ("*.o_proj,layers.0", "*.o_proj,layers.0"),

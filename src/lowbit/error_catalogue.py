@@ -364,6 +364,14 @@ CATALOGUE: dict[str, Entry] = {
         "installed PyTorch is a CPU build.",
         "Use --device cpu, or install a CUDA build of PyTorch and check that nvidia-smi lists the GPU.",
     ),
+    "E0413": Entry(
+        "a quantization slower than bf16",
+        "At start each kind of layer is timed beside the same layer in bf16 (--kernel-timings). A method is "
+        "slower on this machine, and --strict was given: otherwise it is a warning. The usual cause is a "
+        "scheme no fast kernel takes, which then runs on the reference kernel.",
+        "lowbit inspect MODEL shows which kernel each layer gets and why. Use the unquantized model with a "
+        "--quantization that has a native kernel here (int8, int4), or drop --strict.",
+    ),
     "E0420": Entry(
         "no attention kernel",
         "Every attention kernel refused the model's KV cache; the message has each one's reason.",

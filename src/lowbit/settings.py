@@ -176,6 +176,10 @@ class Settings:
     disable_cuda_graph: bool = option(
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
     )
+    kernel_timings: str = option(
+        "auto", "At start, time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios "
+        "and warn where bf16 is faster. auto: lowbit serve only.", "engine", choices=("auto", "on", "off"),
+    )  # fmt: skip
     random_seed: int | None = option(None, "Seed of requests that bring none.", "engine")
 
     host: str = option("127.0.0.1", "Address to listen on.", "server")

@@ -384,11 +384,13 @@ class Engine:
         return found
 
 
-def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engine:
-    """Open, load and set up everything that ``settings`` ask for."""
+def load_engine(settings: Settings, on_progress: Progress | None = None, *, serving: bool = False) -> Engine:
+    """Open, load and set up everything that ``settings`` ask for; ``serving``: for a server."""
     from lowbit.checkpoint import open_checkpoint
+    from lowbit.engine import speed
     from lowbit.kernels import native
     from lowbit.loading import load_model
+    from lowbit.loading.samples import Samples
     from lowbit.quantize.recipe import Asked
     from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
 
@@ -398,6 +400,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
     header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
     tokenizer = load_tokenizer(header, settings.tokenizer)
+    samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
     model = load_model(
         header,
         device=settings.device,
@@ -407,11 +410,14 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
         strict=settings.strict,
         kv_scales_path=settings.quantization_param_path,
         on_progress=on_progress,
+        samples=samples,
     )
     if native.library() is not None and "reference" not in model.kernels:
         # What is left for torch is small, and its own threads, which spin after every operation, would take
         # the cores from the native ones.
         torch.set_num_threads(1)
+    if samples is not None:
+        speed.say_speed(samples, model.device, settings.strict)
     check_vocabulary(tokenizer, model.vocab_size)
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
