@@ -7,19 +7,23 @@ engine process (process.py) and ``LLM`` drive it. Every accepted request ends in
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.quality import Quality, read_quality
 from lowbit.engine.memory import pool_pages
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
     FinishReason,
+    MeasuredQuality,
     Request,
     TokenEvent,
     TokenLogprob,
@@ -35,6 +39,8 @@ from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
+
+_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Engine:
         stop_ids: frozenset[int] = frozenset(),
         forced: ForcedModes | None = None,
         details: dict[str, str] | None = None,
+        architecture: str = "",
+        quality: Quality | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -77,6 +85,8 @@ class Engine:
         self._forced = forced or ForcedModes.from_environment()
         self._stop_ids = tokenizer.stop_ids | stop_ids
         self._details = details or {}
+        self._architecture = architecture
+        self._quality = quality
         pages = pool_pages(model, settings)
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
@@ -367,6 +377,10 @@ class Engine:
             page_size=self.settings.page_size,
             vocab_size=self.model.vocab_size,
             max_running=self.settings.max_running_requests,
+            architecture=self._architecture,
+            quantization=getattr(self.model, "quantization", ""),
+            weight_bytes=getattr(self.model, "weight_bytes", 0),
+            quality=None if self._quality is None else MeasuredQuality(**asdict(self._quality)),
             details=self._details,
         )
 
@@ -390,7 +404,9 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     from lowbit.engine import speed
     from lowbit.kernels import native
     from lowbit.loading import load_model
+    from lowbit.loading.online import is_float
     from lowbit.loading.samples import Samples
+    from lowbit.models.config import architecture_of
     from lowbit.quantize.recipe import Asked
     from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
 
@@ -428,4 +444,24 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         "quantization": model.quantization,
         "weight bytes": str(model.weight_bytes),
     }
-    return Engine(model, tokenizer, settings, stop_ids=stop_ids, details=details)
+    quality = None if asked.flag and is_float(header) else _quality(header)
+    if quality is not None:
+        details["quality"] = str(quality)
+    return Engine(
+        model,
+        tokenizer,
+        settings,
+        stop_ids=stop_ids,
+        details=details,
+        architecture=architecture_of(header),
+        quality=quality,
+    )
+
+
+def _quality(header: CheckpointHeader) -> Quality | None:
+    """What was measured of the model as it is stored; a file without sense is no reason not to serve."""
+    try:
+        return read_quality(header)
+    except LowbitError as error:
+        _log.warning("lowbit: the measured quality is left out: %s", error.message)
+        return None
