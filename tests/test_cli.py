@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from lowbit.cli import COMMANDS, main, parser_of
-from lowbit.commands.sglang_flags import ONLY_ONE, REFUSED, WITHOUT_EFFECT
+from lowbit.commands.sglang_flags import COMPARED, ONLY, REFUSED, WITHOUT_EFFECT
 from lowbit.engine.messages import EngineReady
 from lowbit.error_catalogue import CATALOGUE
 from lowbit.errors import LowbitError
@@ -127,14 +127,63 @@ def test_sglangs_launch_line(served: list[Settings], capsys: pytest.CaptureFixtu
     assert "--enable-metrics (always on)" in notes[0]
 
 
-def test_every_sglang_flag_of_the_lists_is_taken(served: list[Settings]) -> None:
-    words = [word for flag in ONLY_ONE for word in (flag, "1")]
+SHAPES = {"switch": [], "value": ["x"], "values": ["1", "2"]}
+
+
+def test_every_sglang_flag_of_the_lists_is_taken(
+    served: list[Settings], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"{flag}={only}" for flag, (only, _) in ONLY.items()]
     for flag, (arity, _) in WITHOUT_EFFECT.items():
-        words += [flag] if arity == "switch" else [flag, "x"]
+        words += [flag, *SHAPES[arity]]
     assert main(["serve", *words]) == 0
     assert served == [Settings()]
+    note = capsys.readouterr().err.splitlines()[0]
+    assert all(f"{flag} ({reason})" in note for flag, (_, reason) in WITHOUT_EFFECT.items())
     own = {flag_of(name) for name in Settings.options()}
-    assert not own & {*ONLY_ONE, *WITHOUT_EFFECT, *REFUSED}
+    assert not own & {*ONLY, *WITHOUT_EFFECT, *REFUSED}
+    assert len({*ONLY, *WITHOUT_EFFECT, *REFUSED}) == len(ONLY) + len(WITHOUT_EFFECT) + len(REFUSED)
+    assert set(COMPARED) <= set(Settings.options())
+
+
+@pytest.mark.parametrize("flag", ONLY)
+def test_what_there_is_one_of_can_be_nothing_else(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    only, why = ONLY[flag]
+    assert main(["serve", f"{flag}=7"]) == 2
+    assert capsys.readouterr().err == f"lowbit: error[E0106]: {flag} 7: {why}; use {flag} {only}\n"
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_refused_flags_say_what_instead(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([flag], [flag, "x"], [f"{flag}=x"], ["m", flag]):
+        assert main(["serve", *words]) == 2
+        assert capsys.readouterr().err == f"lowbit: error[E0105]: {flag}: {REFUSED[flag]}\n"
+
+
+REFUSED_VALUES = [
+    (flag_of(name), value, instead)
+    for name, rule in Settings.options().items()
+    for value, instead in rule.refused
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "instead"), REFUSED_VALUES)
+def test_refused_values_say_what_instead(
+    flag: str, value: str, instead: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["serve", flag, value]) == 2
+    assert capsys.readouterr().err == f"lowbit: error[E0105]: {flag} {value}: {instead}\n"
+    monkeypatch.setenv("LOWBIT" + flag[1:].replace("-", "_").upper(), value)
+    assert main(["serve"]) == 2
+    assert value in capsys.readouterr().err
+
+
+def test_sglangs_memory_and_scheduling_flags(served: list[Settings]) -> None:
+    words = "--load-format layered --schedule-policy lpm --chunked-prefill-size -1 --dtype bfloat16"
+    assert main(["serve", "m", *words.split()]) == 0
+    expected = {"load_format": "layered", "schedule_policy": "lpm", "chunked_prefill_size": -1}
+    assert served == [Settings(model="m", dtype="bfloat16", **expected)]
+    served[0].check()
 
 
 def test_variables_reach_the_server(served: list[Settings], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from lowbit.cli import COMMANDS
+from lowbit.commands.sglang_flags import COMPARED, ONLY, REFUSED, WITHOUT_EFFECT
 from lowbit.kernels import native
 from lowbit.settings import Settings, flag_of, variable_of
 from lowbit.settings_docs import options_page
@@ -50,11 +51,26 @@ def test_make_docs_writes_each_page_once_and_as_committed() -> None:
 
 
 def test_options_page_lists_every_flag_variable_and_default() -> None:
-    rows = [line for line in options_page().splitlines() if line.startswith("| `--")]
+    own = options_page().partition("## SGLang's flags")[0]
+    rows = [line for line in own.splitlines() if line.startswith("| `--")]
     assert len(rows) == len(Settings.options())
     for name, row in zip(Settings.options(), rows, strict=True):
         assert f"`{flag_of(name)}`" in row and f"`{variable_of(name)}`" in row
         assert len(re.findall(r"(?<!\\)\|", row)) == 5, "four cells"
+
+
+def test_options_page_says_what_becomes_of_each_of_sglangs_flags() -> None:
+    table = options_page().partition("## SGLang's flags")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| `--")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 4 for row in rows), "three cells"
+    kinds = {flag: row.split("|")[2].strip() for row in rows for flag in re.findall(r"`(--[^`]+)`", row)}
+    for flag in WITHOUT_EFFECT:
+        assert kinds[flag] == "without effect"
+    assert all(kinds[flag] == "only" for flag in ONLY) and all(kinds[flag] == "refused" for flag in REFUSED)
+    for name in COMPARED:
+        assert kinds[flag_of(name)] == "accepted"
+        for value, _ in Settings.options()[name].refused:
+            assert kinds[f"{flag_of(name)} {value}"] == "refused"
 
 
 def test_readme_names_only_what_exists() -> None:

@@ -29,7 +29,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "formats": {"errors", "numerics", "checkpoint"},
     "kernels": {"errors", "numerics"},
     "layers": {"errors", "numerics", "kernels"},
-    "quantize": {"errors", "numerics", "kernels", "layers"},
     "models": {"errors", "numerics", "kernels", "layers", "checkpoint"},
     "quantize": {"errors", "numerics", "kernels", "layers"},
     "loading": {

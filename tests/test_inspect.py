@@ -71,7 +71,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 
     loading.plan_model = plan_model  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lowbit.loading", loading)
-    opened = lambda name, revision, on_progress: nullcontext((name, revision))  # noqa: E731
+    opened = lambda name, revision, on_progress, **how: nullcontext((name, revision))  # noqa: E731
     monkeypatch.setattr("lowbit.checkpoint.hub_headers.opened_headers", opened)
     return calls
 
@@ -141,7 +141,7 @@ def test_pull_says_where_the_model_lies(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     header = SimpleNamespace(root=tmp_path, tensors={"a": 1, "b": 2}, nbytes=3 << 20, revision="abc")
-    opened = lambda name, revision, on_progress: on_progress(1, 2, "x") or header  # noqa: E731
+    opened = lambda name, revision, on_progress, **how: on_progress(1, 2, "x") or header  # noqa: E731
     monkeypatch.setattr(lowbit.checkpoint, "open_checkpoint", opened, raising=False)
     assert main(["pull", "org/m"]) == 0
     captured = capsys.readouterr()

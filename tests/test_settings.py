@@ -32,6 +32,9 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "context_length": ("4096", 4096),
     "dtype": ("float32", "float32"),
     "quantization": ("int4", "int4"),
+    "load_format": ("gguf", "gguf"),
+    "schedule_policy": ("lpm", "lpm"),
+    "kernel_timings": ("off", "off"),
     "torchao_config": ("int8wo", "int8wo"),
     "quantization_recipe": ("mixed.toml", "mixed.toml"),
     "quantization_ignore": ("*.o_proj,layers.0", "*.o_proj,layers.0"),
@@ -115,6 +118,13 @@ def test_defaults_are_legal() -> None:
         ("mem_fraction_static", "1", "--mem-fraction-static must be between 0.01 and 0.95, got 1.0"),
         ("queue_timeout", "inf", "--queue-timeout must be 0 or more, got inf"),
         ("queue_timeout", "soon", "--queue-timeout needs a number, got 'soon'"),
+        ("chunked_prefill_size", "0", "--chunked-prefill-size must be 1 or more, or -1, got 0"),
+        ("chunked_prefill_size", "-2", "--chunked-prefill-size must be 1 or more, or -1, got -2"),
+        (
+            "schedule_policy",
+            "lmp",
+            "--schedule-policy must be one of fcfs, lpm, got 'lmp'; did you mean 'lpm'?",
+        ),
         ("page_size", "32", "--page-size can only be 16, got 32"),
         (
             "dtype",

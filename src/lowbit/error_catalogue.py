@@ -58,15 +58,17 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0105": Entry(
         "refused option",
-        "The option asks for something lowbit does not do on principle. Running Python code that came with a "
-        "model (--trust-remote-code) is the one case: a checkpoint is data from strangers.",
-        "Leave the option out. Models whose architecture is built in (lowbit models) never need it.",
+        "The option, or this value of it, asks for something lowbit does not do: another engine has it, and "
+        "leaving it out in silence would serve something else than was asked for. --trust-remote-code is "
+        "refused on principle: a checkpoint is data from strangers.",
+        "Do what the message says instead. docs/options.md lists every refused option with its way out.",
     ),
     "E0106": Entry(
         "more than one device",
-        "A parallel size (--tp-size, --dp-size and their like) other than 1: this version of lowbit runs a "
-        "model on one device. It is refused rather than ignored: one device's memory may not do.",
-        "Give the option the value 1 or leave it out.",
+        "A parallel size (--tp-size, --dp-size and their like) other than 1, or its like: this version of "
+        "lowbit runs a model on one device and in one process. It is refused rather than ignored: one "
+        "device's memory may not do.",
+        "Give the option the value the message names or leave it out.",
     ),
     "E0107": Entry(
         "two models named",
@@ -347,6 +349,11 @@ CATALOGUE: dict[str, Entry] = {
         "Two flags say how to quantize, or one belongs to a method that was not asked for.",
         "Keep one of them. A recipe file can give several methods to one model.",
     ),
+    "E0406": Entry(
+        "the files are not what --load-format says",
+        "--load-format safetensors or gguf was given, and the model's files are of the other kind.",
+        "Use --load-format auto, or name the files that were meant: a folder, or a .gguf file.",
+    ),
     "E0410": Entry(
         "no kernel",
         "Every linear kernel refused a weight; the message has each one's reason.",
@@ -362,6 +369,14 @@ CATALOGUE: dict[str, Entry] = {
         "--device cuda, but PyTorch finds no usable NVIDIA GPU: none is there, the driver is too old, or the "
         "installed PyTorch is a CPU build.",
         "Use --device cpu, or install a CUDA build of PyTorch and check that nvidia-smi lists the GPU.",
+    ),
+    "E0413": Entry(
+        "a quantization slower than bf16",
+        "At start each kind of layer is timed beside the same layer in bf16 (--kernel-timings). A method is "
+        "slower on this machine, and --strict was given: otherwise it is a warning. The usual cause is a "
+        "scheme no fast kernel takes, which then runs on the reference kernel.",
+        "lowbit inspect MODEL shows which kernel each layer gets and why. Use the unquantized model with a "
+        "--quantization that has a native kernel here (int8, int4), or drop --strict.",
     ),
     "E0420": Entry(
         "no attention kernel",

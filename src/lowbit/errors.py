@@ -33,6 +33,7 @@ _EXIT_EXCEPTIONS = {  # codes whose exit status is not their prefix's
     "E0401": EXIT_USAGE,
     "E0402": EXIT_USAGE,
     "E0403": EXIT_USAGE,
+    "E0406": EXIT_USAGE,
 }
 
 

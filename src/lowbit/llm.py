@@ -66,7 +66,9 @@ class LLM:
 
         self.settings = model if isinstance(model, Settings) else Settings(model=model, **options)  # type: ignore[arg-type]
         self._engine = load_engine(self.settings, on_progress)
-        header = open_checkpoint(self.settings.model, self.settings.revision)
+        header = open_checkpoint(
+            self.settings.model, self.settings.revision, load_format=self.settings.load_format
+        )
         self.tokenizer = load_tokenizer(header, self.settings.tokenizer)
         self.chat_template: ChatTemplate | None = load_chat_template(
             header, self.tokenizer, self.settings.chat_template

@@ -17,6 +17,36 @@ from typing import Any, get_args, get_type_hints
 
 from lowbit.errors import LowbitError, printable
 
+# Choices that SGLang has and lowbit has not, and what does what they are chosen for.
+_PICKLES = (
+    "such files can run code; use the model's .safetensors, or re-save it with save_file of safetensors"
+)
+_PLAIN_FILES = "weights come from files: use a folder, a GGUF file or a hub id with auto"
+_LOAD_FORMATS_REFUSED = (
+    ("pt", _PICKLES),
+    ("npcache", _PICKLES),
+    ("dummy", "random weights answer nothing; lowbit inspect MODEL says what a model needs"),
+    ("bitsandbytes", "use auto: a bitsandbytes checkpoint says so itself, and --quantization bitsandbytes "
+     "quantizes a float one"),
+    ("sharded_state", "shards of several devices are not joined; use the original model"),
+    ("presharded", "shards of several devices are not joined; use the original model"),
+    ("expert_pack", "experts are read from the GGUF file itself; use gguf"),
+    ("mistral", "consolidated.safetensors is not read; use the repository's files in Hugging Face's layout"),
+    ("flash_rl", "weights are not replaced while serving; use --quantization, and restart for new ones"),
+    ("remote", _PLAIN_FILES),
+    ("remote_instance", _PLAIN_FILES),
+    ("private", _PLAIN_FILES),
+    ("runai_streamer", "files are mapped, not streamed; fetch them with lowbit pull and use auto"),
+    ("fastsafetensors", "files are mapped already; use safetensors"),
+)  # fmt: skip
+_POLICIES_REFUSED = (
+    ("random", "no order is better by chance; use fcfs"),
+    ("dfs-weight", "use lpm, which also runs requests with a common prefix together"),
+    ("lof", "the lengths of answers are not known beforehand; use fcfs"),
+    ("priority", "requests have no priorities here; use fcfs"),
+    ("routing-key", "there is one engine and no router; use lpm"),
+)
+
 Flags = Mapping[str, tuple[str, str | bool]]  # field -> the flag as written and its text, True for a switch
 
 GROUPS = {  # in the order help and docs list them
@@ -47,6 +77,8 @@ class Option:
     maximum: float | None = None
     metavar: str = ""
     synonyms: tuple[tuple[str, str], ...] = ()  # (what others call a choice, the choice)
+    refused: tuple[tuple[str, str], ...] = ()  # (another engine's choice, what to use instead)
+    also: tuple[int, ...] = ()  # numbers outside the range that mean something of their own
 
 
 def option(default: Any, help: str, group: str, **more: Any) -> Any:
@@ -86,6 +118,12 @@ class Settings:
             ("bf16", "bfloat16"), ("half", "float16"), ("f16", "float16"), ("float", "float32"),
             ("f32", "float32"),
         ),
+    )  # fmt: skip
+    load_format: str = option(
+        "auto", "What the model's files must be. auto: what they are; safetensors or gguf: an error where "
+        "they are not, and the choice where a folder holds both; layered: auto, as lowbit always loads and "
+        "quantizes one layer after another.", "model",
+        choices=("auto", "safetensors", "gguf", "layered"), refused=_LOAD_FORMATS_REFUSED,
     )  # fmt: skip
     quantization: str | None = option(
         None, "Method[:option=value,...] that quantizes a float model while it loads (below). Not needed for "
@@ -132,7 +170,11 @@ class Settings:
     )  # fmt: skip
     page_size: int = option(16, "Tokens in a KV page.", "engine", choices=("16",))
     mem_fraction_static: float = option(
-        0.4, "Share of the free memory the KV pool may take.", "engine", minimum=0.01, maximum=0.95
+        0.4,
+        "Share of the memory left free by the weights that the KV pool may take.",
+        "engine",
+        minimum=0.01,
+        maximum=0.95,
     )
     max_total_tokens: int | None = option(
         None, "Tokens the KV pool holds; default: by memory.", "engine", minimum=16
@@ -141,11 +183,22 @@ class Settings:
     max_queued_requests: int | None = option(
         None, "Requests that may wait; default: max(64, 4 x running).", "engine", minimum=1
     )
-    chunked_prefill_size: int = option(512, "Prompt tokens computed in one step.", "engine", minimum=1)
+    chunked_prefill_size: int = option(
+        512, "Prompt tokens computed in one step; -1: whole prompts.", "engine", minimum=1, also=(-1,)
+    )
+    schedule_policy: str = option(
+        "fcfs", "Which waiting request runs next. fcfs: first come, first served; lpm: the one with the "
+        "longest prefix in the cache, but none is passed over more than 16 times.", "engine",
+        choices=("fcfs", "lpm"), refused=_POLICIES_REFUSED, synonyms=(("fifo", "fcfs"),),
+    )  # fmt: skip
     disable_radix_cache: bool = option(False, "Do not reuse the KV cache of shared prefixes.", "engine")
     disable_cuda_graph: bool = option(
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
     )
+    kernel_timings: str = option(
+        "auto", "At start, time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios "
+        "and warn where bf16 is faster. auto: lowbit serve only.", "engine", choices=("auto", "on", "off"),
+    )  # fmt: skip
     random_seed: int | None = option(None, "Seed of requests that bring none.", "engine")
 
     host: str = option("127.0.0.1", "Address to listen on.", "server")
@@ -257,11 +310,13 @@ def check(owner: type, name: str, value: object, spelled: str) -> None:
     number = kind is float and isinstance(value, int)
     if not (number or isinstance(value, kind)) or (isinstance(value, bool) and kind is not bool):
         raise _bad(spelled, f"needs {_NOUN[kind]}", value)
+    if instead := dict(rule.refused).get(str(value)):
+        raise LowbitError("E0105", f"{spelled} {printable(value)}: {instead}")
     if rule.choices and str(value) not in rule.choices:
         one = len(rule.choices) == 1
         allowed = f"can only be {rule.choices[0]}" if one else f"must be one of {', '.join(rule.choices)}"
         raise _bad(spelled, allowed, value, did_you_mean(str(value), rule.choices))
-    if isinstance(value, (int, float)) and kind is not bool:
+    if isinstance(value, (int, float)) and kind is not bool and value not in rule.also:
         low, high = rule.minimum, rule.maximum
         if (
             not math.isfinite(value)
@@ -285,7 +340,7 @@ def range_text(rule: Option) -> str:
     if low is not None and high is not None:
         return f"between {low:g} and {high:g}"
     if low is not None:
-        return f"{low:g} or more"
+        return ", or ".join([f"{low:g} or more", *map(str, rule.also)])
     return f"at most {high:g}" if high is not None else "finite"
 
 

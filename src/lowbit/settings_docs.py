@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lowbit.commands.sglang_flags import ONLY_ONE, REFUSED, WITHOUT_EFFECT
+from collections.abc import Mapping
+
+from lowbit.commands.sglang_flags import COMPARED, ONLY, REFUSED, WITHOUT_EFFECT
 from lowbit.quantize.specification import METHODS, TORCHAO, Choice
 from lowbit.settings import GROUPS, Settings, default_of, flag_of, range_text, type_of, variable_of
 
@@ -21,7 +23,12 @@ _SGLANG = """\
 ## SGLang's flags
 
 `python -m lowbit.launch_server` and `lowbit serve` take the names above and, so that a launch line written
-for SGLang works unchanged, these flags:
+for SGLang works unchanged, these flags. *Accepted*: an option of lowbit; every other option above that SGLang
+has too means the same. *Without effect*: accepted with a note. *Only*: the one value is accepted. *Refused*:
+an error that says what to do instead.
+
+| SGLang's flag | Here | Meaning, reason, or what instead |
+| --- | --- | --- |
 """
 
 
@@ -106,14 +113,28 @@ def options_page() -> str:
         parts.append(f"## {title}\n\n| Flag | Variable | Default | Meaning |\n| --- | --- | --- | --- |")
         parts[-1] += "".join(_row(name) for name, rule in Settings.options().items() if rule.group == group)
         parts[-1] += "\n"
-    parts += [methods_section(), _SGLANG]
-    reasons: dict[str, list[str]] = {}
-    for flag, (_, reason) in WITHOUT_EFFECT.items():
-        reasons.setdefault(reason, []).append(f"`{flag}`")
-    lines = ["Accepted, without effect:\n", *(f"- {', '.join(f)}: {reason}" for reason, f in reasons.items())]
-    lines.append(f"\nAccepted with the value 1 only: {', '.join(f'`{flag}`' for flag in ONLY_ONE)}.")
-    lines.append(f"\nRefused: {', '.join(f'`{flag}`' for flag in REFUSED)}.\n")
-    return "\n".join([*parts, "\n".join(lines)])
+    parts += [methods_section(), sglang_section()]
+    return "\n".join(parts)
+
+
+def sglang_section() -> str:
+    """What each of SGLang's flags does here: options with their differences, then the rest by kind."""
+    rows = [f"| `{flag_of(name)}` | accepted | {text} |" for name, text in COMPARED.items()]
+    for name in COMPARED:
+        for value, instead in Settings.options()[name].refused:
+            rows.append(f"| `{flag_of(name)} {value}` | refused | {instead} |")
+    rows += _grouped("without effect", {flag: reason for flag, (_, reason) in WITHOUT_EFFECT.items()})
+    rows += _grouped("only", {flag: f"`{only}`: {why}" for flag, (only, why) in ONLY.items()})
+    rows += _grouped("refused", REFUSED)
+    return _SGLANG + "\n".join(rows) + "\n"
+
+
+def _grouped(kind: str, reasons: Mapping[str, str]) -> list[str]:
+    """One row for all flags of one reason."""
+    alike: dict[str, list[str]] = {}
+    for flag, reason in reasons.items():
+        alike.setdefault(reason, []).append(f"`{flag}`")
+    return [f"| {', '.join(flags)} | {kind} | {reason} |" for reason, flags in alike.items()]
 
 
 def _row(name: str) -> str:

@@ -14,6 +14,8 @@ from lowbit.checkpoint.documents import MAX_DEPTH, read_json, read_text
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 
+FORMATS = ("auto", "safetensors", "gguf")
+
 
 def test_folder_file_and_folder_of_one_gguf(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
@@ -22,6 +24,21 @@ def test_folder_file_and_folder_of_one_gguf(tmp_path: Path) -> None:
     only.mkdir()
     file = write_gguf_file(only / "model.gguf")
     assert open_checkpoint(str(file)) == open_checkpoint(str(only))
+
+
+def test_load_format_chooses_where_both_are_and_refuses_the_other(tmp_path: Path) -> None:
+    folder, file = write_folder(tmp_path / "hf"), write_gguf_file(tmp_path / "model.gguf")
+    for load_format in ("auto", "layered", "safetensors"):
+        assert open_checkpoint(str(folder), load_format=load_format).container == "safetensors"
+    for load_format in ("auto", "layered", "gguf"):
+        assert open_checkpoint(str(file), load_format=load_format).container == "gguf"
+    for place, wrong, found in ((folder, "gguf", "safetensors"), (file, "safetensors", "gguf")):
+        with pytest.raises(LowbitError, match=f"--load-format {wrong}: .* is {found}; use") as caught:
+            open_checkpoint(str(place), load_format=wrong)
+        assert caught.value.code == "E0406" and caught.value.exit_code == 2
+    shutil.copy(file, folder / "model.gguf")
+    found_in_both = {name: open_checkpoint(str(folder), load_format=name).container for name in FORMATS}
+    assert found_in_both == {"auto": "safetensors", "safetensors": "safetensors", "gguf": "gguf"}
 
 
 def test_folder_of_several_ggufs_lists_them(tmp_path: Path) -> None:

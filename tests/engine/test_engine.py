@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from engine.stand_in import EOS, VOCABULARY, ByteTokenizer, StandIn, continuation, next_token
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.messages import Request, SamplingParams, TokenEvent
+from lowbit.engine.scheduler import PATIENCE
 from lowbit.errors import LowbitError
 from lowbit.kernels import attention
 from lowbit.settings import Settings
@@ -292,6 +293,77 @@ def test_status_counts() -> None:
     assert status.steps > 0 and status.invariant_violations == 0
 
 
+def order_of_first_tokens(engine: Engine, requests: list[Request]) -> list[str]:
+    """Ids in the order they were admitted; everything is submitted at once."""
+    for request in requests:
+        engine.submit(request)
+    seen: dict[str, None] = {}
+    while engine.has_work():
+        for event in engine.step():
+            seen.setdefault(event.id)
+    return list(seen)
+
+
+def test_lpm_runs_the_longest_cached_prefix_first() -> None:
+    prefix = list(range(4, 52))  # three pages
+    strangers = [make_request([60, *prefix[n:]], id=f"stranger {n}") for n in range(2)]
+    short = make_request([*prefix[:16], 60, 61], id="one page")
+    salted = make_request(prefix + [60] * 9, id="another key", cache_salt="another key")
+    listed = make_request(prefix + [60] * 9, id="log-probabilities", prompt_logprobs=1)
+    longest = [make_request([*prefix, 60, n], id=f"three pages {n}") for n in range(2)]
+    requests = [strangers[0], short, salted, listed, longest[0], strangers[1], longest[1]]
+    for policy in ("fcfs", "lpm"):
+        engine = make_engine(max_running_requests=1, schedule_policy=policy)
+        run(engine, make_request([*prefix, 9]))
+        found = order_of_first_tokens(engine, requests)
+        if policy == "fcfs":
+            assert found == [request.id for request in requests]
+            continue
+        assert found[:3] == ["three pages 0", "three pages 1", "one page"]
+        # What strangers leave in the cache may match each other; nobody is lost.
+        assert sorted(found) == sorted(request.id for request in requests)
+
+
+def test_lpm_starves_nobody() -> None:
+    """A prompt nobody else begins like, behind an endless stream of ones that hit the cache."""
+    engine = make_engine(max_running_requests=1, schedule_policy="lpm")
+    prefix = list(range(4, 52))
+    run(engine, make_request([*prefix, 9]))
+    for n in range(3):
+        engine.submit(make_request([*prefix, n], 2, id=f"early {n}"))
+    engine.submit(make_request([61, 62, 63], 2, id="lonely"))
+    engine.submit(make_request([62, 62, 63], 2, id="lonely too"))
+    ended: list[str] = []
+    for n in range(3, 200):
+        engine.submit(make_request([*prefix, n % 60, n // 60], 2, id=f"late {n}"))
+        while not any(event.finish_reason and ended.append(event.id) is None for event in engine.step()):
+            pass
+        assert engine.check() == []
+    assert ended.index("lonely") == 3 + PATIENCE and ended.index("lonely too") == 4 + PATIENCE
+
+
+def test_the_tree_says_what_it_would_match() -> None:
+    engine = make_engine()
+    tree = engine._scheduler.tree
+    prefix = list(range(4, 60))
+    run(engine, make_request([*prefix, 9], 1), make_request([*prefix[:32], *[7] * 20], 1))
+    for tokens in (prefix, prefix[:33], prefix[:31], [5, *prefix], prefix[:16] + [1] * 30, [], [7] * 40):
+        for most in range(5):
+            told = tree.matched("", tokens, most)
+            assert tree.matched("other", tokens, most) == 0
+            pages = tree.match("", tokens, most)
+            assert told == len(pages) == tree.matched("", tokens, most)
+            engine._pool.release(pages)
+
+
+@pytest.mark.parametrize("size", [-1, 100])
+def test_whole_prompts_or_chunks(size: int) -> None:
+    engine = make_engine(chunked_prefill_size=size)
+    listed = prompts(1, seed=5, longest=300)[0] + [9] * 240
+    run(engine, make_request(listed, 1), make_request([8] * 250, 1))
+    assert engine.status().steps == (1 if size == -1 else -(-(len(listed) + 250) // 100))
+
+
 class Accounting(RuleBasedStateMachine):
     """Everything that can happen, in any order, on a pool of a few pages."""
 
@@ -316,11 +388,19 @@ class Accounting(RuleBasedStateMachine):
             assert status.pages_free + status.pages_cached == status.pages_total
         self.patch.undo()
 
-    @rule(pages=st.integers(1, 8), running=st.integers(1, 4), chunk=st.sampled_from((1, 5, 16, 100)))
-    def start(self, pages: int, running: int, chunk: int) -> None:
+    @rule(
+        pages=st.integers(1, 8),
+        running=st.integers(1, 4),
+        chunk=st.sampled_from((1, 5, 16, 100)),
+        policy=st.sampled_from(("fcfs", "lpm")),
+    )
+    def start(self, pages: int, running: int, chunk: int, policy: str) -> None:
         if self.engine is None:
             self.engine = make_engine(
-                ForcedModes(chunk=chunk), max_total_tokens=16 * pages, max_running_requests=running
+                ForcedModes(chunk=chunk),
+                max_total_tokens=16 * pages,
+                max_running_requests=running,
+                schedule_policy=policy,
             )
 
     @rule(
@@ -387,6 +467,7 @@ class Accounting(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         if self.engine is not None:
             assert self.engine.check() == []
+            assert all(sequence.passed <= PATIENCE for sequence in self.engine._scheduler.waiting)
 
 
 TestAccounting = Accounting.TestCase

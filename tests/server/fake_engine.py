@@ -17,7 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lowbit.engine.messages import EngineReady, EngineStatus, Request, TokenEvent, TokenLogprob
+from lowbit.engine.messages import (
+    EngineReady,
+    EngineStatus,
+    MeasuredQuality,
+    Request,
+    TokenEvent,
+    TokenLogprob,
+)
 from lowbit.engine.process import Connection, EngineLike, die_with_parent, serve_parent, set_signals
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings
@@ -190,6 +197,10 @@ def build(settings: Settings, progress: Callable[[int, int, str], None]) -> tupl
         page_size=PAGE,
         vocab_size=END + 1,
         max_running=RUNNING,
+        architecture="FakeForCausalLM",
+        quantization='int4 "1x128"\n',
+        weight_bytes=12345678901,
+        quality=MeasuredQuality(**OPTIONS["quality"]) if "quality" in OPTIONS else None,
         details={"kernel": "none"},
     )
     return FakeEngine(), ready

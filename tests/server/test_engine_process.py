@@ -367,3 +367,11 @@ def test_protocol_needs_no_torch() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(READY))["type"] == "ready"
+
+
+def test_what_the_model_code_says_reaches_stderr_at_the_level_asked_for() -> None:
+    code = "import logging\nfrom lowbit.engine.process import show_log\nshow_log({!r})\n"
+    code += "log = logging.getLogger('lowbit')\nlog.debug('d')\nlog.info('lowbit: i')\nlog.warning('w')"
+    for level, expected in (("debug", "d\nlowbit: i\nw\n"), ("info", "lowbit: i\nw\n"), ("error", "")):
+        done = subprocess.run([sys.executable, "-c", code.format(level)], capture_output=True, text=True)
+        assert (done.stderr, done.stdout, done.returncode) == (expected, "", 0)

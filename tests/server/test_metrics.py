@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.harness import ServerThread, quick, serving, wait_until
+from server.harness import ServerThread, fake_options, quick, serving, settings, wait_until
 
 
 def scrape(server: ServerThread) -> dict[str, float]:
@@ -48,6 +48,45 @@ def test_numbers() -> None:
     assert after["lowbit_kv_pages{state=used}"] == after["lowbit_kv_pages{state=cached}"] == 0
     assert after["lowbit_invariant_violations_total"] == after["lowbit_engine_restarts_total"] == 0
     assert after["lowbit_request_duration_seconds_count{path=/v1/completions}"] == 2
+
+
+QUALITY = {"mean_kl": 0.0125, "top1_agreement": 0.97, "positions": 4096, "against": 'bf16 "original"'}
+SERVED = {"architecture": "FakeForCausalLM", "quantization": 'int4 "1x128"\n', "weight_bytes": 12345678901}
+
+
+def test_what_is_served() -> None:
+    """The scheme and the size; quality only where it was measured."""
+    with serving(quick()) as server:
+        plain = scrape(server)
+        card = httpx.get(server.url + "/v1/models").json()["data"][0]
+    labels = 'architecture=FakeForCausalLM,model=tiny,quantization=int4 "1x128"\\n'
+    assert plain[f"lowbit_model_info{{{labels}}}"] == 1
+    assert plain["lowbit_weight_bytes"] == 12345678901
+    assert not any("quality" in name for name in plain)
+    assert {name: card[name] for name in SERVED} == SERVED and card["quality"] is None
+    with serving(quick(), fake={"quality": QUALITY}) as server:
+        measured = scrape(server)
+        cards = [httpx.get(server.url + path).json() for path in ("/v1/models/tiny", "/get_model_info")]
+        info = httpx.get(server.url + "/get_server_info").json()
+    assert info["engine"]["quality"] == QUALITY
+    against = '{against=bf16 "original"}'
+    assert measured["lowbit_quality_mean_kl" + against] == 0.0125
+    assert measured["lowbit_quality_top1_agreement" + against] == 0.97
+    assert measured["lowbit_quality_positions" + against] == 4096
+    assert all(card["quality"] == QUALITY and card["weight_bytes"] == 12345678901 for card in cards)
+
+
+def test_before_the_model_is_loaded_nothing_is_said_of_it() -> None:
+    with fake_options({"load_seconds": 3.0}):
+        server = ServerThread(settings(), quick())
+        try:
+            values = scrape(server)
+            card = httpx.get(server.url + "/v1/models").json()["data"][0]
+        finally:
+            server.stop()
+    assert values["lowbit_ready"] == 0
+    assert not any(name.startswith(("lowbit_model", "lowbit_weight", "lowbit_quality")) for name in values)
+    assert {card[name] for name in (*SERVED, "quality")} == {None}
 
 
 def test_running_and_waiting() -> None:

@@ -27,7 +27,11 @@ _SAFETENSORS_LIMIT = 100 << 20
 
 @contextmanager
 def opened_headers(
-    name: str, revision: str | None = None, on_progress: Progress | None = None
+    name: str,
+    revision: str | None = None,
+    on_progress: Progress | None = None,
+    *,
+    load_format: str = "auto",
 ) -> Iterator[CheckpointHeader]:
     """The header of the model called ``name``; of a hub model only header bytes are fetched.
 
@@ -35,11 +39,11 @@ def opened_headers(
     """
     reference = hub_reference(name)
     if reference is None or hub.is_offline():
-        yield open_checkpoint(name, revision, on_progress)
+        yield open_checkpoint(name, revision, on_progress, load_format=load_format)
         return
     with tempfile.TemporaryDirectory(prefix="lowbit-headers-") as folder:
         path, commit = _skeleton(Path(folder), reference, revision, on_progress)
-        yield replace(read_local(path), revision=commit)
+        yield replace(read_local(path, load_format), revision=commit)
 
 
 def _skeleton(

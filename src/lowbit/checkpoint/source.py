@@ -20,11 +20,18 @@ EMBEDDED_NAME = "smollm2"
 
 
 def open_checkpoint(
-    name: str, revision: str | None = None, on_progress: Progress | None = None
+    name: str,
+    revision: str | None = None,
+    on_progress: Progress | None = None,
+    *,
+    load_format: str = "auto",
 ) -> CheckpointHeader:
-    """The header of the model called ``name``; a hub model is fetched first if it is not in the cache."""
+    """The header of the model called ``name``; a hub model is fetched first if it is not in the cache.
+
+    ``load_format``: what its files must be, as ``read_local`` has it.
+    """
     path, resolved = resolve(name, revision, on_progress)
-    return replace(read_local(path), revision=resolved)
+    return replace(read_local(path, load_format), revision=resolved)
 
 
 def resolve(
@@ -67,12 +74,26 @@ def _nothing_there(name: str, path: Path) -> str:
     )
 
 
-def read_local(path: Path) -> CheckpointHeader:
-    """The header of a folder or a GGUF file on this machine."""
-    if not path.is_dir():
-        return read_gguf_header(path)
+def read_local(path: Path, load_format: str = "auto") -> CheckpointHeader:
+    """The header of a folder or a GGUF file on this machine.
+
+    ``load_format`` safetensors or gguf: chooses where a folder holds both, and E0406 where it holds the
+    other; anything else takes what is there, safetensors first.
+    """
+    header = _read_folder(path, load_format) if path.is_dir() else read_gguf_header(path)
+    if load_format in ("safetensors", "gguf") and header.container != load_format:
+        raise LowbitError(
+            "E0406",
+            f"--load-format {load_format}: {printable(path.name)} is {header.container}; use --load-format "
+            f"{header.container} or auto, or name the {load_format} files",
+        )
+    return header
+
+
+def _read_folder(path: Path, load_format: str) -> CheckpointHeader:
     ggufs = sorted(path.glob("*.gguf"))
-    if not ggufs or ((path / "config.json").exists() and any(path.glob("*.safetensors"))):
+    complete = (path / "config.json").exists() and any(path.glob("*.safetensors"))
+    if not ggufs or (complete and load_format != "gguf"):
         return read_folder_header(path)
     models = [file for file in ggufs if "-of-" not in file.name or "-00001-of-" in file.name]
     if len(models) != 1:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from lowbit.commands.sglang_flags import ONLY_ONE, REFUSED, WITHOUT_EFFECT
+from lowbit.commands.sglang_flags import ONLY, REFUSED, WITHOUT_EFFECT
 from lowbit.errors import LowbitError, printable
 from lowbit.settings import (
     GROUPS,
@@ -59,7 +59,7 @@ class _Record(argparse.Action):
 
 
 class _SglangFlag(argparse.Action):
-    """A flag of ``sglang_flags``: noted, checked to be 1, or refused."""
+    """A flag of ``sglang_flags``: noted, checked to have its only value, or refused."""
 
     def __call__(
         self,
@@ -71,11 +71,10 @@ class _SglangFlag(argparse.Action):
         flag = option_string or ""
         if flag in REFUSED:
             raise LowbitError("E0105", f"{flag}: {REFUSED[flag]}")
-        if flag in ONLY_ONE:
-            if values != "1":
-                raise LowbitError(
-                    "E0106", f"{flag} {printable(values)}: lowbit runs on one device; use {flag} 1"
-                )
+        if flag in ONLY:
+            only, why = ONLY[flag]
+            if values != only:
+                raise LowbitError("E0106", f"{flag} {printable(values)}: {why}; use {flag} {only}")
             return
         namespace.without_effect = [*namespace.without_effect, f"{flag} ({WITHOUT_EFFECT[flag][1]})"]
 
@@ -115,7 +114,7 @@ def _help(owner: type, name: str) -> str:
 
 def add_sglang_flags(parser: Parser) -> None:
     """SGLang's flags that lowbit does not need; hidden from help."""
-    shapes: dict[str, dict[str, Any]] = {"switch": {"nargs": 0}, "value": {}}
+    shapes: dict[str, dict[str, Any]] = {"switch": {"nargs": 0}, "value": {}, "values": {"nargs": "+"}}
     hidden: dict[str, Any] = {
         "action": _SglangFlag,
         "dest": "_sglang",
@@ -124,10 +123,10 @@ def add_sglang_flags(parser: Parser) -> None:
     }
     for flag, (arity, _) in WITHOUT_EFFECT.items():
         parser.add_argument(flag, **hidden, **shapes[arity])
-    for flag in ONLY_ONE:
+    for flag in ONLY:
         parser.add_argument(flag, **hidden)
-    for flag in REFUSED:
-        parser.add_argument(flag, nargs=0, **hidden)
+    for flag in REFUSED:  # with a value or without: it is refused before anybody looks
+        parser.add_argument(flag, nargs="*", **hidden)
 
 
 def add_model(parser: Parser) -> None:

@@ -53,7 +53,9 @@ def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
     from lowbit.commands.console import progress_line
 
     with progress_line() as on_progress:
-        header = files.enter_context(opened_headers(settings.model, settings.revision, on_progress))
+        header = files.enter_context(
+            opened_headers(settings.model, settings.revision, on_progress, load_format=settings.load_format)
+        )
     from lowbit.loading import plan_model
     from lowbit.quantize.recipe import Asked
 

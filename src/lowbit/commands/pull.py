@@ -23,7 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
     from lowbit.commands.console import binary_size, progress_line
 
     with progress_line() as on_progress:
-        header = open_checkpoint(settings.model, settings.revision, on_progress)
+        header = open_checkpoint(
+            settings.model, settings.revision, on_progress, load_format=settings.load_format
+        )
     revision = f" at {header.revision}" if header.revision else ""
     print(
         f"{printable(settings.model)}{revision}: {len(header.tensors)} tensors, "

@@ -1,23 +1,44 @@
-"""SGLang's server flags that lowbit does not need, so that a launch line written for SGLang still works.
+"""SGLang's server flags that are no option of lowbit's, so that a launch line written for SGLang still works.
 
-Three kinds. *Without effect*: lowbit does the thing always, never, or by itself; the flag is accepted and a
-note says so. *Only one*: parallel sizes, where 1 is what lowbit does and any other number is refused rather
-than ignored. *Refused*: a flag that asks for something lowbit will not do. Every other flag SGLang knows
-and lowbit does not is an unknown option like any other. Names from SGLang's server arguments page.
+*Compared*: options of lowbit whose meaning or values differ from SGLang's in a way worth knowing. *Without
+effect*: lowbit does the thing always, never, or by itself; the flag is accepted and a note says so. *Only*:
+what lowbit has one of, devices above all: the one value is taken and any other refused rather than ignored.
+*Refused*: a flag that asks for something lowbit will not do, and what to do instead. Every other flag SGLang
+knows and lowbit does not is an unknown option like any other. Names from SGLang's server arguments.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-Arity = Literal["switch", "value"]
+Arity = Literal["switch", "value", "values"]
+
+# Option of lowbit -> what somebody who comes from SGLang should know of it.
+COMPARED: dict[str, str] = {
+    "load_format": "auto, safetensors, gguf; layered is how lowbit always loads; others are refused by name",
+    "dtype": "auto keeps each tensor's stored type; SGLang's auto makes f16 of f32",
+    "quantization": "names and options below; not needed for quantized checkpoints",
+    "mem_fraction_static": "share of what the weights leave free, for the KV pool; SGLang counts weights too",
+    "max_total_tokens": "tokens of the KV pool; more than fit is an error, not cut",
+    "chunked_prefill_size": "the same; -1 turns it off",
+    "max_running_requests": "the same",
+    "max_queued_requests": "the same; more are answered with 429",
+    "schedule_policy": "fcfs, lpm; others are refused by name",
+    "page_size": "16 only",
+    "disable_radix_cache": "the same",
+    "disable_cuda_graph": "the same: every step runs eagerly",
+    "random_seed": "of requests that bring no seed",
+}
 
 _CHOSEN = "lowbit chooses kernels itself, see lowbit inspect"
+_COMPILED = "the native kernels are compiled already; there is no graph to compile"
 _ALWAYS = "always on"
 _NEVER = "lowbit has no such thing"
 _SCHEDULER = "lowbit's scheduler sets it itself"
 _ONE_DEVICE = "lowbit runs on one device"
 _LOGGING = "lowbit never logs prompts"
+_LOADER = "files are mapped and read once, layer by layer"
+_NO_PRIORITIES = "requests have no priorities"
 
 WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--attention-backend": ("value", _CHOSEN),
@@ -27,8 +48,16 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--fp8-gemm-backend": ("value", _CHOSEN),
     "--fp4-gemm-backend": ("value", _CHOSEN),
     "--moe-runner-backend": ("value", _CHOSEN),
-    "--enable-torch-compile": ("switch", _CHOSEN),
-    "--torch-compile-max-bs": ("value", _CHOSEN),
+    "--bf16-gemm-backend": ("value", _CHOSEN),
+    "--enable-torch-compile": (
+        "switch",
+        "the native kernels are compiled already; there is no graph to compile",
+    ),
+    "--torch-compile-max-bs": (
+        "value",
+        "the native kernels are compiled already; there is no graph to compile",
+    ),
+    "--enable-tf32-matmul": ("switch", "sums are float32"),
     "--enable-metrics": ("switch", _ALWAYS),
     "--enable-cache-report": ("switch", _ALWAYS),
     "--enable-mixed-chunk": ("switch", _ALWAYS),
@@ -40,21 +69,41 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--disable-custom-all-reduce": ("switch", _NEVER),
     "--disable-cuda-graph-padding": ("switch", _NEVER),
     "--cuda-graph-max-bs": ("value", _SCHEDULER),
+    "--cuda-graph-bs": ("values", _SCHEDULER),
     "--max-prefill-tokens": ("value", _SCHEDULER),
     "--prefill-max-requests": ("value", _SCHEDULER),
-    "--schedule-policy": ("value", _SCHEDULER),
     "--schedule-conservativeness": ("value", _SCHEDULER),
     "--num-continuous-decode-steps": ("value", _SCHEDULER),
     "--radix-eviction-policy": ("value", _SCHEDULER),
+    "--retraction-policy": ("value", "the youngest sequence is retracted"),
+    "--prefill-decode-interval": ("value", "prompts and answers share steps"),
+    "--scheduler-recv-interval": ("value", _SCHEDULER),
+    "--enable-dynamic-chunking": ("switch", _ONE_DEVICE),
+    "--pp-max-micro-batch-size": ("value", _ONE_DEVICE),
+    "--pp-async-batch-depth": ("value", _ONE_DEVICE),
+    "--enable-dp-attention": ("switch", _ONE_DEVICE),
+    "--disable-priority-preemption": ("switch", _NO_PRIORITIES),
+    "--abort-on-priority-when-disabled": ("switch", _NO_PRIORITIES),
+    "--disable-hybrid-swa-memory": ("switch", "there is one KV pool"),
+    "--swa-full-tokens-ratio": ("value", "there is one KV pool"),
+    "--enable-unified-memory": ("switch", "there is one KV pool"),
+    "--enable-page-major-kv-layout": ("switch", "the KV layout is the attention kernel's own"),
+    "--disable-chunked-prefix-cache": ("switch", _NEVER),
+    "--max-mamba-cache-size": ("value", _NEVER),
+    "--quantize-and-serve": ("switch", "what --quantization always does"),
+    "--model-loader-extra-config": ("value", _LOADER),
+    "--weight-loader-disable-mmap": ("switch", _LOADER),
+    "--weight-loader-prefetch-checkpoints": ("switch", _LOADER),
+    "--model-config-parser": ("value", "the files say it"),
     "--sleep-on-idle": ("switch", _ALWAYS),
     "--stream-interval": ("value", "lowbit streams every token"),
     "--tokenizer-mode": ("value", "there is one tokenizer"),
     "--tokenizer-worker-num": ("value", "there is one tokenizer"),
-    "--load-format": ("value", "the files say their format"),
+    "--tokenizer-backend": ("value", "there is one tokenizer"),
+    "--detokenizer-worker-num": ("value", "there is one tokenizer"),
     "--model-impl": ("value", "there is one implementation"),
     "--base-gpu-id": ("value", _ONE_DEVICE),
     "--gpu-id-step": ("value", _ONE_DEVICE),
-    "--node-rank": ("value", _ONE_DEVICE),
     "--nccl-port": ("value", _ONE_DEVICE),
     "--dist-init-addr": ("value", _ONE_DEVICE),
     "--dist-timeout": ("value", _ONE_DEVICE),
@@ -69,23 +118,75 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--soft-watchdog-timeout": ("value", "the watchdog is set by lowbit"),
 }
 
-ONLY_ONE: tuple[str, ...] = (
-    "--tp-size",
-    "--tp",
-    "--tensor-parallel-size",
-    "--dp-size",
-    "--dp",
-    "--data-parallel-size",
-    "--pp-size",
-    "--pp",
-    "--pipeline-parallel-size",
-    "--ep-size",
-    "--ep",
-    "--expert-parallel-size",
+_PARALLEL = (
+    *("--tp-size", "--tp", "--tensor-parallel-size"),
+    *("--dp-size", "--dp", "--data-parallel-size"),
+    *("--pp-size", "--pp", "--pipeline-parallel-size"),
+    *("--ep-size", "--ep", "--expert-parallel-size"),
+    *("--attn-cp-size", "--attention-context-parallel-size"),
+    *("--dcp-size", "--decode-context-parallel-size"),
+    *("--moe-dp-size", "--moe-data-parallel-size", "--moe-dense-tp-size", "--dwdp-size"),
     "--nnodes",
 )
+_ONE_PROCESS = "prompts and answers are computed in one process"
+
+# flag -> (the value it may have, why there is no other)
+ONLY: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(_PARALLEL, ("1", _ONE_DEVICE)),
+    "--node-rank": ("0", _ONE_DEVICE),
+    "--moe-a2a-backend": ("none", _ONE_DEVICE),
+    "--cpu-offload-gb": (
+        "0", "weights lie on the device that computes; use --device cpu, or smaller ones by --quantization"
+    ),
+    "--offload-group-size": ("-1", "weights lie on the device that computes; use --quantization"),
+    "--disaggregation-mode": ("null", _ONE_PROCESS),
+}  # fmt: skip
+
+_EXPORTED = "export the model with ModelOpt and serve the exported folder"
+_MEMORY_ONLY = (
+    "the KV cache lies in memory only; enlarge it with --mem-fraction-static, --max-total-tokens or "
+    "--kv-cache-dtype fp8_e4m3"
+)
+_STAYS = "memory is given back only when the server ends; start another server instead"
+_NO_PRIORITY = "requests have no priorities; use --schedule-policy fcfs or lpm"
+_NO_DRAFTS = "there is no speculative decoding; drop it"
+_NO_ADAPTERS = "adapters are not applied at run time; merge them into the weights first"
 
 REFUSED: dict[str, str] = {
     "--trust-remote-code": "lowbit never runs code from a model, and no flag turns it on; drop it. "
     "The architectures built in: lowbit models",
+    "--modelopt-quant": "use --quantization fp8, awq, nvfp4 or mxfp4, which quantize while loading, or "
+    + _EXPORTED,
+    "--modelopt-checkpoint-restore-path": "such files can run code; " + _EXPORTED,
+    "--modelopt-checkpoint-save-path": _EXPORTED,
+    "--modelopt-export-path": _EXPORTED,
+    "--rl-quant-profile": "weights are not replaced while serving; use --quantization",
+    "--json-model-override-args": "a model is what its config says; edit config.json in a copy of the folder",
+    "--is-embedding": "lowbit generates text only",
+    "--skip-tokenizer-init": "text needs the tokenizer; /v1/completions takes token ids as prompts anyway",
+    "--prefill-only-disable-kv-cache": "lowbit generates text, which needs the KV cache; drop it",
+    **dict.fromkeys(
+        (
+            *("--enable-hierarchical-cache", "--hicache-ratio", "--hicache-size", "--hicache-write-policy"),
+            *("--hicache-io-backend", "--hicache-mem-layout", "--hicache-storage-backend"),
+            "--enable-lmcache",
+        ),
+        _MEMORY_ONLY,
+    ),
+    **dict.fromkeys(("--enable-memory-saver", "--enable-weights-cpu-backup"), _STAYS),
+    **dict.fromkeys(
+        (
+            *("--enable-priority-scheduling", "--schedule-low-priority-values-first"),
+            *("--default-priority-value", "--priority-scheduling-preemption-threshold"),
+        ),
+        _NO_PRIORITY,
+    ),
+    **dict.fromkeys(
+        (
+            *("--speculative-algorithm", "--speculative-draft-model-path", "--speculative-num-steps"),
+            *("--speculative-eagle-topk", "--speculative-num-draft-tokens"),
+        ),
+        _NO_DRAFTS,
+    ),
+    **dict.fromkeys(("--enable-lora", "--lora-paths", "--max-lora-rank"), _NO_ADAPTERS),
 }

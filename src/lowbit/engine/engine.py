@@ -7,19 +7,23 @@ engine process (process.py) and ``LLM`` drive it. Every accepted request ends in
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.quality import Quality, read_quality
 from lowbit.engine.memory import pool_pages
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
     FinishReason,
+    MeasuredQuality,
     Request,
     TokenEvent,
     TokenLogprob,
@@ -35,6 +39,8 @@ from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
+
+_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Engine:
         stop_ids: frozenset[int] = frozenset(),
         forced: ForcedModes | None = None,
         details: dict[str, str] | None = None,
+        architecture: str = "",
+        quality: Quality | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -77,14 +85,17 @@ class Engine:
         self._forced = forced or ForcedModes.from_environment()
         self._stop_ids = tokenizer.stop_ids | stop_ids
         self._details = details or {}
+        self._architecture = architecture
+        self._quality = quality
         pages = pool_pages(model, settings)
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
             self._pool,
             settings.page_size,
             max_running=settings.max_running_requests,
-            prefill_budget=self._forced.chunk or settings.chunked_prefill_size,
+            prefill_budget=self._forced.chunk or self._prefill_budget(pages),
             share_prefixes=not settings.disable_radix_cache,
+            policy=settings.schedule_policy,
         )
         self._runner = Runner(model, pages, settings.page_size, capture=not settings.disable_cuda_graph)
         self.pool_tokens = pages * settings.page_size
@@ -97,6 +108,11 @@ class Engine:
         self._cached_tokens = 0
         self._generated_tokens = 0
         self._violations = 0
+
+    def _prefill_budget(self, pages: int) -> int:
+        """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
+        size = self.settings.chunked_prefill_size
+        return pages * self.settings.page_size if size < 0 else size
 
     # ---- requests ------------------------------------------------------------------------------------
 
@@ -362,6 +378,10 @@ class Engine:
             page_size=self.settings.page_size,
             vocab_size=self.model.vocab_size,
             max_running=self.settings.max_running_requests,
+            architecture=self._architecture,
+            quantization=getattr(self.model, "quantization", ""),
+            weight_bytes=getattr(self.model, "weight_bytes", 0),
+            quality=None if self._quality is None else MeasuredQuality(**asdict(self._quality)),
             details=self._details,
         )
 
@@ -379,11 +399,15 @@ class Engine:
         return found
 
 
-def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engine:
-    """Open, load and set up everything that ``settings`` ask for."""
+def load_engine(settings: Settings, on_progress: Progress | None = None, *, serving: bool = False) -> Engine:
+    """Open, load and set up everything that ``settings`` ask for; ``serving``: for a server."""
     from lowbit.checkpoint import open_checkpoint
+    from lowbit.engine import speed
     from lowbit.kernels import native
     from lowbit.loading import load_model
+    from lowbit.loading.online import is_float
+    from lowbit.loading.samples import Samples
+    from lowbit.models.config import architecture_of
     from lowbit.quantize.recipe import Asked
     from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
 
@@ -391,8 +415,9 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
         native.set_threads(settings.threads)
         torch.set_num_threads(settings.threads)
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
-    header = open_checkpoint(settings.model, settings.revision, on_progress)
+    header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
     tokenizer = load_tokenizer(header, settings.tokenizer)
+    samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
     model = load_model(
         header,
         device=settings.device,
@@ -404,11 +429,14 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
         strict=settings.strict,
         kv_scales_path=settings.quantization_param_path,
         on_progress=on_progress,
+        samples=samples,
     )
     if native.library() is not None and "reference" not in model.kernels:
         # What is left for torch is small, and its own threads, which spin after every operation, would take
         # the cores from the native ones.
         torch.set_num_threads(1)
+    if samples is not None:
+        speed.say_speed(samples, model.device, settings.strict)
     check_vocabulary(tokenizer, model.vocab_size)
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
@@ -419,4 +447,24 @@ def load_engine(settings: Settings, on_progress: Progress | None = None) -> Engi
         "quantization": model.quantization,
         "weight bytes": str(model.weight_bytes),
     }
-    return Engine(model, tokenizer, settings, stop_ids=stop_ids, details=details)
+    quality = None if asked.flag and is_float(header) else _quality(header)
+    if quality is not None:
+        details["quality"] = str(quality)
+    return Engine(
+        model,
+        tokenizer,
+        settings,
+        stop_ids=stop_ids,
+        details=details,
+        architecture=architecture_of(header),
+        quality=quality,
+    )
+
+
+def _quality(header: CheckpointHeader) -> Quality | None:
+    """What was measured of the model as it is stored; a file without sense is no reason not to serve."""
+    try:
+        return read_quality(header)
+    except LowbitError as error:
+        _log.warning("lowbit: the measured quality is left out: %s", error.message)
+        return None

@@ -102,6 +102,15 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     completion_tokens: int = 0
 
 
+class MeasuredQuality(msgspec.Struct, frozen=True, kw_only=True):
+    """What somebody measured of the served model (checkpoint/quality.py)."""
+
+    mean_kl: float  # nats
+    top1_agreement: float  # 0..1
+    positions: int
+    against: str
+
+
 class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """The engine has loaded and can run; the limits the server admits requests by."""
 
@@ -111,6 +120,10 @@ class EngineReady(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     page_size: int
     vocab_size: int
     max_running: int
+    architecture: str = ""
+    quantization: str = ""  # how the weights are quantized, in words
+    weight_bytes: int = 0  # of the packed weights in memory
+    quality: MeasuredQuality | None = None  # None: nobody measured it
     details: dict[str, str] = {}  # for /get_model_info and the start-up lines
 
 

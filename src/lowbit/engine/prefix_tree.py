@@ -45,6 +45,18 @@ class PrefixTree:
         self._pool.hold(pages)
         return pages
 
+    def matched(self, salt: str, tokens: Sequence[int], most: int) -> int:
+        """How many pages ``match`` would find; nothing is held, split or counted as used."""
+        node, size, found = self._roots.get(salt), self._page_size, 0
+        most = min(len(tokens) // size, most)
+        while node is not None and found < most:
+            node = node.children.get(tuple(tokens[found * size : (found + 1) * size]))
+            for key in node.keys if node is not None else ():
+                if found == most or tuple(tokens[found * size : (found + 1) * size]) != key:
+                    return found
+                found += 1
+        return found
+
     def insert(self, salt: str, tokens: Sequence[int], pages: list[int]) -> list[int]:
         """Cache ``pages``, the K and V of all whole pages of ``tokens``.
 

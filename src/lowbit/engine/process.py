@@ -24,6 +24,7 @@ import faulthandler
 import gc
 import importlib
 import json
+import logging
 import os
 import select
 import signal
@@ -234,13 +235,23 @@ def settings_from(values: dict[str, Any]) -> Settings:
     return Settings(**values)
 
 
+def show_log(level: str) -> None:
+    """What the model code has to say goes to stderr, as it is; a closed stderr never stops the engine."""
+    logging.raiseExceptions = False
+    logger = logging.getLogger("lowbit")
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
 def build_engine(
     settings: Settings, on_progress: Callable[[int, int, str], None]
 ) -> tuple[EngineLike, EngineReady]:
     """Load the model and set up its engine: everything that needs torch."""
     from lowbit.engine.engine import load_engine
 
-    engine = load_engine(settings, on_progress=on_progress)
+    show_log(settings.log_level)
+    engine = load_engine(settings, on_progress=on_progress, serving=True)
     return engine, engine.ready()
 
 

@@ -2,19 +2,27 @@
 
 Continuous batching (Orca: Yu et al., 2022) with chunked prefill (Sarathi: Agrawal et al., 2023): every
 sequence that decodes contributes its one token, and prompts fill what is left of the step's prefill budget.
-First come, first served. When pages run out, idle cached prefixes are evicted, then the youngest sequence
-is retracted: its pages go (into the prefix tree where they are whole) and it waits at the front.
+When pages run out, idle cached prefixes are evicted, then the youngest sequence is retracted: its pages go
+(into the prefix tree where they are whole) and it waits at the front.
+
+Who of the waiting comes next is the policy's choice. ``fcfs``: first come, first served. ``lpm``: the longest
+prefix in the cache first (SGLang: Zheng et al., 2024), so that prompts with a common beginning run while its
+pages are there. Alone that could starve a prompt nobody else begins like; so a sequence that PATIENCE later
+arrivals have passed goes before all that were not passed as often, and then cannot be passed any more.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 from lowbit.engine.page_pool import PagePool
 from lowbit.engine.prefix_tree import PrefixTree
 from lowbit.engine.sequence import Sequence
 
+PATIENCE = 16  # later arrivals that may be admitted before a sequence under lpm
+LPM_WINDOW = 128  # waiting sequences lpm looks at; those behind them wait their turn
 PROMPT_LOGPROB_ROWS = 128  # rows of logits a prompt with log-probabilities may ask for at once
 
 
@@ -30,7 +38,14 @@ class Scheduler:
     """Waiting and running sequences over one page pool."""
 
     def __init__(
-        self, pool: PagePool, page_size: int, *, max_running: int, prefill_budget: int, share_prefixes: bool
+        self,
+        pool: PagePool,
+        page_size: int,
+        *,
+        max_running: int,
+        prefill_budget: int,
+        share_prefixes: bool,
+        policy: str = "fcfs",
     ) -> None:
         self.pool = pool
         self.tree = PrefixTree(pool, page_size)
@@ -38,6 +53,7 @@ class Scheduler:
         self.max_running = max_running
         self.prefill_budget = prefill_budget
         self.share_prefixes = share_prefixes
+        self._longest_first = policy == "lpm" and share_prefixes
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = 0
@@ -80,17 +96,16 @@ class Scheduler:
     def _admit(self, budget: int, chunks: dict[Sequence, Chunk]) -> None:
         """Waiting sequences while there is budget and room for all their known tokens."""
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
-            # At least one token is computed afresh: its logits are what the step is for.
-            most = (len(sequence.tokens) - 1) // self.page_size
+            sequence = self._next_waiting()
             matched: list[int] = []
-            if self.share_prefixes and not sequence.wants_prompt_logprobs:
+            if self._may_share(sequence):
+                most = self._most_shared(sequence)
                 matched = self.tree.match(sequence.request.cache_salt, sequence.tokens, most)
             needed = self._pages_for(len(sequence.tokens)) - len(matched)
             if needed > self.pool.free + self.pool.idle:
                 self.pool.release(matched)
                 return
-            self.waiting.popleft()
+            self._take_waiting(sequence)
             self.running.append(sequence)
             sequence.pages = matched
             sequence.computed = len(matched) * self.page_size
@@ -102,6 +117,39 @@ class Scheduler:
             assert not victims, "room was counted before"
             chunks[sequence] = Chunk(sequence, count)
             budget -= count
+
+    def _next_waiting(self) -> Sequence:
+        """Whose turn it is by the policy. One that does not fit yet keeps its turn: nobody slips past it."""
+        first = self.waiting[0]
+        # Retracted sequences stand in front, and what was passed over too often cannot be passed again.
+        if not self._longest_first or len(self.waiting) == 1 or first.admitted:
+            return first
+        best, longest = first, -1
+        for sequence in islice(self.waiting, LPM_WINDOW):
+            if sequence.passed >= PATIENCE:
+                return sequence
+            matched = 0
+            if self._may_share(sequence):
+                salt, most = sequence.request.cache_salt, self._most_shared(sequence)
+                matched = self.tree.matched(salt, sequence.tokens, most)
+            if matched > longest:
+                best, longest = sequence, matched
+        return best
+
+    def _take_waiting(self, sequence: Sequence) -> None:
+        """Out of the queue; those it passes remember."""
+        for earlier in self.waiting:
+            if earlier is sequence:
+                break
+            earlier.passed += 1
+        self.waiting.remove(sequence)
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        return self.share_prefixes and not sequence.wants_prompt_logprobs
+
+    def _most_shared(self, sequence: Sequence) -> int:
+        """Pages it may take from the cache: one token at least is computed afresh, for its logits."""
+        return (len(sequence.tokens) - 1) // self.page_size
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

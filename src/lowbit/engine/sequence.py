@@ -29,6 +29,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache, when first admitted
     admitted: bool = False
+    passed: int = 0  # how many later arrivals were admitted before it
     announced: bool = False  # whether its first event is out
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     counts: np.ndarray | None = None  # int32 (vocabulary,): output tokens so far, where penalties need them

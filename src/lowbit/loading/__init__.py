@@ -29,6 +29,7 @@ from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.names import Names, Placed, row_order
 from lowbit.loading.online import SAMPLE_ROWS, Decision, Online, estimated_error, facts_of, is_float
+from lowbit.loading.samples import Samples
 from lowbit.loading.self_check import check_packed
 from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
@@ -111,17 +112,19 @@ def load_model(
     strict: bool = False,
     kv_scales_path: str | None = None,
     on_progress: Progress | None = None,
+    samples: Samples | None = None,
 ) -> Model:
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
     ``quantization``: how to quantize a float checkpoint; of a quantized one, what the user believes its
     method is: anything but its own is E0401. ``strict``: contradictions the data could settle are errors.
-    ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own.
+    ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own. ``samples``:
+    gets some rows of each kind of layer, to time.
     """
     opened = _Opened.of(header, quantization, strict)
     target = _Target.resolve(header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     with TensorData(header) as data:
-        loader = _Loader(opened, target, data, opened.kv_scales(kv_scales_path), on_progress)
+        loader = _Loader(opened, target, data, opened.kv_scales(kv_scales_path), on_progress, samples)
         model = opened.family.build(opened.config, loader)
         loader.names.refuse_leftovers()
     if loader.online is not None:
@@ -358,9 +361,12 @@ class _Loader(_Asker):
         data: TensorData,
         kv_scales: KvScales,
         on_progress: Progress | None,
+        samples: Samples | None,
     ) -> None:
         super().__init__(opened, target)
         self.data = data
+        self.samples = samples
+        self.tied_head = opened.config.tied_head
         self.on_progress = on_progress
         self.done = 0
         self.kernels: set[str] = set()
@@ -385,7 +391,11 @@ class _Loader(_Asker):
     def embedding(self, part: Part) -> Embedding:
         """Read and pack the embedding matrix."""
         [place] = self.placed(part.name, [part])
-        return Embedding(self._pack(self._read(place).weight), self.activation_dtype)
+        weight = self._read(place).weight
+        packed = self._pack(weight)
+        if self.samples is not None and self.tied_head:
+            self.samples.note(weight, packed, None)
+        return Embedding(packed, self.activation_dtype)
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """The dequantized matrix itself, or (stacked, out, in) of them."""
@@ -433,6 +443,8 @@ class _Loader(_Asker):
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
             inputs.append(transform)
+            if self.samples is not None:
+                self.samples.note(weight, weights[-1], transform)
         return Linear(name, weights, bias, inputs)
 
     def _read(self, place: Placed, as_stored: bool = False) -> _Read:

@@ -37,6 +37,10 @@ def _card(app: App) -> dict[str, object]:
         "owned_by": "lowbit",
         "root": app.settings.model,
         "max_model_len": ready.context_length if ready else None,
+        "architecture": ready.architecture if ready else None,
+        "quantization": ready.quantization if ready else None,
+        "weight_bytes": ready.weight_bytes if ready else None,
+        "quality": msgspec.to_builtins(ready.quality) if ready else None,
     }
 
 
@@ -63,6 +67,9 @@ async def model_info(app: App, exchange: Exchange) -> None:
             "served_model_name": app.model_name,
             "context_length": ready.context_length,
             "vocab_size": ready.vocab_size,
+            "architecture": ready.architecture,
+            "weight_bytes": ready.weight_bytes,
+            "quality": msgspec.to_builtins(ready.quality),
             **ready.details,
         }
     )

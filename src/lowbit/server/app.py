@@ -69,7 +69,7 @@ class App:
         self.model_name = served_name(settings)
         self.metrics = Metrics()
         self.client = EngineClient(settings, limits, self.metrics.hooks(), engine_command)
-        self.metrics.watch(self.client)
+        self.metrics.watch(self.client, self.model_name)
         self.workers = Workers()
         self.queued = QueuedBytes(limits.queued_bytes)
         self.guard = Guard(settings.host, settings.allowed_hosts, api_keys(settings))

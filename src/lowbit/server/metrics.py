@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from lowbit.errors import printable
 from lowbit.server.engine_client import EngineClient, Hooks
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300)
@@ -58,9 +59,10 @@ class Metrics:
         for _ in range(tokens):  # several tokens of one event share the time they took together
             self._token_gap.observe(seconds / tokens)
 
-    def watch(self, client: EngineClient) -> None:
-        """Read this client's engine at every scrape."""
+    def watch(self, client: EngineClient, model: str) -> None:
+        """Read this client's engine at every scrape; ``model``: the name it is served under."""
         self._registry.register(_EngineCollector(client))
+        self._registry.register(_ModelCollector(client, model))
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Count one HTTP answer. ``path`` is a route's, never the client's text."""
@@ -111,3 +113,39 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily(
             "lowbit_cache_hit_rate", "Share of prompt tokens taken from the prefix cache.", value=rate
         )
+
+
+class _ModelCollector(Collector):
+    """What is served, once the engine has loaded it."""
+
+    def __init__(self, client: EngineClient, model: str) -> None:
+        self._client = client
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        """Names as labels of a 1, numbers as gauges; quality only where somebody measured it."""
+        ready = self._client.ready
+        if ready is None:
+            return
+        labels = {
+            "model": self._model,
+            "architecture": ready.architecture,
+            "quantization": ready.quantization,
+        }
+        yield InfoMetricFamily(
+            "lowbit_model", "The served model.", {name: printable(text) for name, text in labels.items()}
+        )
+        yield GaugeMetricFamily(
+            "lowbit_weight_bytes", "Bytes of the model's packed weights.", value=ready.weight_bytes
+        )
+        if (quality := ready.quality) is None:
+            return
+        measured = {
+            "lowbit_quality_mean_kl": ("Mean KL divergence in nats, as measured.", quality.mean_kl),
+            "lowbit_quality_top1_agreement": ("Share of equal first tokens.", quality.top1_agreement),
+            "lowbit_quality_positions": ("Tokens both were measured over.", quality.positions),
+        }
+        for name, (help_text, value) in measured.items():
+            gauge = GaugeMetricFamily(name, help_text, labels=["against"])
+            gauge.add_metric([printable(quality.against)], value)
+            yield gauge

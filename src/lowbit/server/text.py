@@ -47,7 +47,9 @@ class TextModel:
     @classmethod
     def load(cls, settings: Settings, on_progress: Progress | None = None) -> TextModel:
         """Resolve the model's name (downloading it if need be) and read its text parts."""
-        header = open_checkpoint(settings.model, settings.revision, on_progress)
+        header = open_checkpoint(
+            settings.model, settings.revision, on_progress, load_format=settings.load_format
+        )
         tokenizer = load_tokenizer(header, settings.tokenizer)
         template = load_chat_template(header, tokenizer, settings.chat_template)
         return cls(str(header.root), tokenizer, template, sampling_defaults(load_generation_config(header)))
