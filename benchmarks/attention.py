@@ -29,6 +29,7 @@ from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec
 from lowbit.kernels.attention_cpu import CpuAttention
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.numerics.cache_format import KvDtype
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def torch_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
 
 def run(shape: Shape, repeats: int) -> dict[str, object]:
     """Check, time, print one line, return the numbers."""
-    spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, torch.bfloat16)
+    spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, KvDtype.of("bf16"))
     parameters = AttentionParameters(scale=shape.dim**-0.5)
     random_numbers = torch.Generator().manual_seed(1)
     tokens = shape.sequences * shape.queries

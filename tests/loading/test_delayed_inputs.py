@@ -11,7 +11,7 @@ from checkpoint import tiny
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.loading import _Loader, load_model
+from lowbit.loading import Loader, load_model
 from lowbit.models.model import Model
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
@@ -23,7 +23,7 @@ LAYER = "model.layers.0"
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Model:
     """A tiny Llama all of whose layers ask for delayed scales, as an online method's reader would."""
-    monkeypatch.setattr(_Loader, "_transform", lambda *_: InputTransform(SCHEME))
+    monkeypatch.setattr(Loader, "_transform", lambda *_: InputTransform(SCHEME))
     return load_model(open_checkpoint(str(tiny.write_folder(tmp_path))), device="cpu")
 
 

@@ -31,12 +31,15 @@ from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import MixtureOfExperts
-from lowbit.loading import Progress, _Asker, _Loader, _Opened, _Read, _Target
+from lowbit.loading.asker import Asker
+from lowbit.loading.loader import Loader, Progress, ReadPart
 from lowbit.loading.names import Placed, row_order
+from lowbit.loading.opened import Opened, Target
 from lowbit.models import decoder
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import Block, Decoder
 from lowbit.models.model import Model
+from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import concatenate
 from lowbit.quantize.awq import Fold
 from lowbit.quantize.block import FloatBlock, FloatLinear, quantize_block, statistics_for
@@ -60,7 +63,7 @@ def calibrate(
     ``sequences``: token ids (``calibration.token_sequences``). The checkpoint is checked before this returns;
     the work is done as the stream is read, block after block. ``on_progress``: (blocks done, blocks, what).
     """
-    opened = _Opened.of(header, None, strict=False)
+    opened = Opened.of(header, None, strict=False)
     if opened.family.build is not decoder.build:
         raise LowbitError(
             "E0440",
@@ -84,7 +87,7 @@ def quantized_model(
     kv_cache_dtype: str = "auto",
 ) -> Model:
     """The checkpoint as ``load_model`` gives it, with what the stream holds in place of its own."""
-    opened = _Opened.of(header, None, strict=False)
+    opened = Opened.of(header, None, strict=False)
     modules, vectors = {}, {}
     for found in stream:
         if isinstance(found, CalibratedModule):
@@ -92,8 +95,8 @@ def quantized_model(
         else:
             vectors[found.name] = found.tensor
     with TensorData(header) as data:
-        target = _Target.resolve(header, device, "auto", kv_cache_dtype)
-        loader = _CalibratedLoader(opened, target, data, KvScales(header), None)
+        target = Target.resolve(header, device, "auto", kv_cache_dtype)
+        loader = _CalibratedLoader(opened, target, data, KvScales(header))
         loader.calibrated_modules, loader.calibrated_vectors = modules, vectors
         model = opened.family.build(opened.config, loader)
         loader.names.refuse_leftovers()
@@ -169,12 +172,12 @@ class _HeldEmbedding(Embedding):
         return Linear("lm_head", [], None)
 
 
-class _HoldingLoader(_Asker):
+class _HoldingLoader(Asker):
     """``WeightLoader`` whose Linears know where their weights are, and read them later."""
 
-    def __init__(self, opened: _Opened, data: TensorData, options: CalibrationOptions) -> None:
+    def __init__(self, opened: Opened, data: TensorData, options: CalibrationOptions) -> None:
         float32 = torch.float32
-        super().__init__(opened, _Target(torch.device("cpu"), float32, float32, None))
+        super().__init__(opened, Target(torch.device("cpu"), float32, KvDtype.of("f32"), None))
         self.data = data
         self._options = options
         self._kv_tensors = KvScales(self.header)
@@ -205,6 +208,10 @@ class _HoldingLoader(_Asker):
             return replace(weight, shape=(len(tokens), part.shape[1])).dequantize()
 
         return _HeldEmbedding(rows)
+
+    def kv_dtype(self, attention: str, layer: int) -> KvDtype:
+        """Nothing is rounded in the cache."""
+        return self.cache_dtype
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """Only families that are refused ask for them."""
@@ -397,7 +404,7 @@ def _batch(sequences: list[list[int]]) -> ForwardBatch:
     )
 
 
-class _CalibratedLoader(_Loader):
+class _CalibratedLoader(Loader):
     """``WeightLoader`` that prefers what calibration gave; what it used is taken out."""
 
     calibrated_modules: dict[str, CalibratedModule]
@@ -409,7 +416,7 @@ class _CalibratedLoader(_Loader):
         changed = self.calibrated_vectors.pop(name, None)
         return stored if changed is None else changed.to(self.device)
 
-    def _read(self, place: Placed, as_stored: bool = False) -> _Read:
+    def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         name = place.part.name
         names = [name]
         if name not in self.calibrated_modules and name.endswith(".gate_up_proj"):
@@ -420,4 +427,4 @@ class _CalibratedLoader(_Loader):
         weight = concatenate([module.weight for module in found])
         assert weight is not None, "modules rounded together have one scheme"
         biases = [module.bias for module in found if module.bias is not None]
-        return _Read(weight, torch.cat(biases) if biases else None, None)
+        return ReadPart(weight, torch.cat(biases) if biases else None, None)

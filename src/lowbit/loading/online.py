@@ -21,7 +21,8 @@ from lowbit.models.config import ModelConfig
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
-from lowbit.quantize.method import Method, ModelFacts, Module, Quantized, Role, build_method
+from lowbit.quantize.gguf_mixes import ModelFacts
+from lowbit.quantize.method import Method, Module, Quantized, Role, build_method
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.specification import MethodSpec
 
@@ -122,9 +123,23 @@ def role_of(place: Placed) -> Role:
 
 
 def facts_of(config: ModelConfig) -> ModelFacts:
-    """What mixes depend on."""
-    experts = config.moe.experts if config.moe is not None else getattr(config, "experts", 0)
-    return ModelFacts(config.layers, config.heads, config.kv_heads, experts, config.tied_head)
+    """What llama.cpp's mixes depend on."""
+    down_layers = None
+    experts = 0
+    if config.moe is not None:
+        experts = config.moe.experts
+        down_layers = [layer for layer in range(config.layers) if layer not in config.moe.layers]
+    architecture = config.architecture.lower()
+    known = next((name for name in ("llama", "qwen2", "deci") if architecture.startswith(name)), architecture)
+    return ModelFacts(
+        config.layers,
+        config.heads,
+        config.kv_heads,
+        experts,
+        config.tied_head,
+        known,
+        down_layers=down_layers,
+    )
 
 
 def is_float(header: CheckpointHeader) -> bool:

@@ -20,9 +20,13 @@ from lowbit.formats import InputRule, StoredModule
 from lowbit.formats.kv_scales import KvScales
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
-from lowbit.loading import Placed, _Asker, _Opened, _PlannedEmbedding, _Target, row_order
+from lowbit.loading.asker import Asker
+from lowbit.loading.names import Placed, row_order
+from lowbit.loading.opened import Opened, Target
+from lowbit.loading.planner import PlannedEmbedding
 from lowbit.models.config import ModelConfig
 from lowbit.models.hf_config import hf_config
+from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
@@ -64,7 +68,7 @@ class SourceModel:
 
     def __init__(self, header: CheckpointHeader, *, strict: bool = False) -> None:
         self.header = header
-        opened = _Opened.of(header, None, strict)
+        opened = Opened.of(header, None, strict)
         self.form, self.family = opened.form, opened.family
         self.config: ModelConfig = opened.config
         walk = _Walk(opened)
@@ -100,11 +104,11 @@ class SourceModel:
         return dict(self.header.config)
 
 
-class _Walk(_Asker):
+class _Walk(Asker):
     """``WeightLoader`` that only writes down what it was asked for."""
 
-    def __init__(self, opened: _Opened) -> None:
-        super().__init__(opened, _Target.resolve(opened.header, "cpu", "auto", "auto"))
+    def __init__(self, opened: Opened) -> None:
+        super().__init__(opened, Target.resolve(opened.header, "cpu", "auto", "auto"))
         self.family = opened.family
         self.in_gguf = opened.header.container == "gguf"
         self.parts: list[SourceModule | SourceVector] = []
@@ -129,7 +133,7 @@ class _Walk(_Asker):
     def embedding(self, part: Part) -> Embedding:
         """An embedding without its matrix."""
         self._note(self.placed(part.name, [part]))
-        return _PlannedEmbedding()
+        return PlannedEmbedding()
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """A meta tensor of that shape."""
@@ -149,6 +153,10 @@ class _Walk(_Asker):
         """The cache's scales are not weights: found, and left behind."""
         self.has_kv_scales |= any(self._kv.find(self.names, attention))
         return 1.0, 1.0
+
+    def kv_dtype(self, attention: str, layer: int) -> KvDtype:
+        """Nothing is cached while a checkpoint is walked."""
+        return self.cache_dtype
 
     def _note(self, places: list[Placed]) -> None:
         for place in places:

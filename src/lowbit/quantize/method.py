@@ -20,22 +20,12 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
+from lowbit.quantize.gguf_mixes import ModelFacts
 from lowbit.quantize.specification import MethodSpec, Value
 
 Role = Literal["linear", "expert", "router", "head", "embedding"]
 
 SLICE_WEIGHTS = 1 << 22  # weights quantized at once: 16 MiB of float32 and as much again for each temporary
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What llama.cpp's mixes depend on beside the module's name."""
-
-    layers: int = 0
-    heads: int = 1
-    kv_heads: int = 1
-    experts: int = 0
-    tied_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,7 @@ class Module:
     dtype: str = "bf16"
     role: Role = "linear"
     gguf_name: str = ""
-    facts: ModelFacts = field(default_factory=ModelFacts)
+    facts: ModelFacts = field(default_factory=lambda: ModelFacts(layers=1, heads=1, kv_heads=1))
 
 
 @dataclass(frozen=True)

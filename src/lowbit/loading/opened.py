@@ -1,0 +1,106 @@
+"""Opened: a checkpoint with its family, format and config, and where and in which types it is to run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError
+from lowbit.formats import CheckpointFormat, Notes, detect
+from lowbit.formats.kv_scales import KvScales, read_scales_file, wants_fp8_cache
+from lowbit.loading.online import is_float
+from lowbit.models.config import ModelConfig
+from lowbit.models.registry import Family, family_of
+from lowbit.numerics.cache_format import KvDtype
+from lowbit.quantize.recipe import Asked, Recipe
+
+_log = logging.getLogger("lowbit")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint with its family, its format and its config; ``recipe``: how to quantize it at load."""
+
+    header: CheckpointHeader
+    family: Family
+    form: CheckpointFormat
+    config: ModelConfig
+    recipe: Recipe | None
+    strict: bool
+
+    @classmethod
+    def of(cls, header: CheckpointHeader, quantization: Asked | str | None, strict: bool) -> Opened:
+        asked = quantization if isinstance(quantization, Asked) else Asked(quantization)
+        family = family_of(header)
+        form = detect(header)(header, Notes(strict))
+        recipe = None
+        if is_float(header):
+            recipe = asked.recipe()
+        elif asked.flag:
+            check_quantization(form, asked)
+        return cls(header, family, form, family.read_config(header), recipe, strict)
+
+    @property
+    def described(self) -> str:
+        """How the weights are quantized: as the checkpoint says, or by what at load."""
+        if self.recipe is None:
+            return self.form.describe()
+        return f"{self.recipe.described}, quantized at load"
+
+    def kv_scales(self, path: str | None) -> KvScales:
+        """The scales of the fp8 KV cache: of the file that was passed, or the checkpoint's own."""
+        if path is None:
+            return KvScales(self.header)
+        return read_scales_file(Path(path), self.header, self.config.layers)
+
+
+def check_quantization(form: CheckpointFormat, asked: Asked) -> None:
+    """The config decides; a flag may only repeat it."""
+    method = asked.quantization
+    if method is None or (method != form.name and method not in form.aliases):
+        flag = asked.flag.split()[0]
+        raise LowbitError(
+            "E0401",
+            f"{asked.flag}: this model is already quantized ({form.describe()}); "
+            f"drop {flag}, or pass the original model to re-quantize",
+        )
+    _log.warning("lowbit: --quantization %s is not needed: the checkpoint says %s", method, form.describe())
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a model runs and in which types."""
+
+    device: torch.device
+    activation_dtype: torch.dtype
+    cache_dtype: KvDtype
+    dense_dtype: torch.dtype | None  # None: as stored
+
+    @classmethod
+    def resolve(
+        cls, header: CheckpointHeader, device: str, dtype: str, kv: str, k: str = "auto", v: str = "auto"
+    ) -> Target:
+        """``kv``, ``k`` and ``v``: the types of the cache, of both and of one."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise LowbitError("E0412", "--device cuda: torch sees no CUDA device here; use --device cpu")
+        on_cpu = device == "cpu"
+        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        exact = dtype == "float32" or (dtype == "auto" and _is_float32(header))
+        if kv == "auto":
+            kv = "fp8_e4m3" if wants_fp8_cache(header) else "f32" if exact else "bf16"
+        cache = KvDtype.of(*(kv if one == "auto" else one for one in (k, v)))
+        # On a CPU the residual stream, norms and accumulation stay in float32; kernels round their inputs.
+        activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
+        return cls(torch.device(device), activation, cache, wanted if on_cpu else activation)
+
+
+def _is_float32(header: CheckpointHeader) -> bool:
+    """Whether all matrices are stored in float32: then nothing is rounded anywhere."""
+    matrices = [entry.dtype for entry in header.tensors.values() if len(entry.shape) > 1]
+    return bool(matrices) and set(matrices) == {"F32"}

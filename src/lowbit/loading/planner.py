@@ -1,0 +1,178 @@
+"""Planner: the ``WeightLoader`` that only writes down what would be read, for ``lowbit inspect``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.formats.kv_scales import KvScales
+from lowbit.kernels import choose
+from lowbit.kernels.attention import CacheSpec
+from lowbit.layers.experts import Experts, ExpertsSpec
+from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.loading.asker import Asker
+from lowbit.loading.names import Placed
+from lowbit.loading.online import SAMPLE_ROWS, Decision, estimated_error
+from lowbit.loading.opened import Opened, Target
+from lowbit.models.config import ModelConfig
+from lowbit.numerics.cache_format import KvDtype
+from lowbit.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One stored module: what it is and which kernel will run it. ``refusals``: (kernel, reason).
+
+    ``nbytes``: what it will occupy. When quantizing at load, ``reason``: why it stays plain; ``error``: the
+    estimated |Q(w) - w| / |w|.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    scheme: Scheme
+    kernel: str
+    computes: str
+    refusals: tuple[tuple[str, str], ...]
+    nbytes: int
+    reason: str = ""
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model as it would be loaded, from headers alone."""
+
+    architecture: str
+    format: str
+    described: str  # "gptq, 4-bit, group 128"
+    config: ModelConfig
+    modules: list[ModulePlan]
+    cache_specs: list[CacheSpec]
+    device: str
+    peak_bytes: int  # of memory while loading, about: all packed weights and the largest module unpacked
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all planned modules."""
+        return sum(module.nbytes for module in self.modules)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV cache one token needs over all layers."""
+        return sum(spec.token_bytes() for spec in self.cache_specs)
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        return self.config.context_length
+
+    @property
+    def parameters(self) -> int:
+        """Weights in the planned modules (norms not counted)."""
+        return sum(module.shape[0] * module.shape[1] for module in self.modules)
+
+
+class Planner(Asker):
+    """``WeightLoader`` that only writes down what would be read."""
+
+    def __init__(self, opened: Opened, target: Target, data: TensorData, kv_scales: KvScales) -> None:
+        super().__init__(opened, target)
+        self.data = data
+        self.modules: list[ModulePlan] = []
+        self._kv_scales = kv_scales
+        self.largest_module = 0
+
+    def linear(self, name: str, parts: list[Part]) -> Linear:
+        """A Linear without weights."""
+        for place in self.placed(name, parts):
+            self._plan(place)
+        return Linear(name, [], None)
+
+    def experts(self, name: str, spec: ExpertsSpec) -> Experts:
+        """Experts without weights."""
+        for number in range(spec.count):
+            for places in self.placed_expert(name, spec, number):
+                for place in places:
+                    self._plan(place)
+        return Experts(name, [], [])
+
+    def embedding(self, part: Part) -> Embedding:
+        """An embedding without its matrix."""
+        [place] = self.placed(part.name, [part])
+        self._plan(place)
+        return PlannedEmbedding()
+
+    def matrices(self, part: Part, stacked: int = 0) -> Tensor:
+        """A meta tensor of that shape, which takes no memory; the plan counts it as float32."""
+        for place in self.placed_stack(part, stacked):
+            self._plan(place, unpacked=True)
+        return torch.empty((stacked, *part.shape) if stacked else part.shape, device="meta")
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """Ones: nothing is computed with them but frequencies nobody uses."""
+        self.check_vector(name, size)
+        return torch.ones(size)
+
+    def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
+        """Their tensors have a place; their values do not matter here."""
+        self._kv_scales.find(self.names, attention)
+        return 1.0, 1.0
+
+    def kv_dtype(self, attention: str, layer: int) -> KvDtype:
+        """As when loading, but that values are not read: a scale marked as never calibrated counts."""
+        known = any(self._kv_scales.find(self.names, attention)) or self._kv_scales.table is not None
+        return self.cache_dtype.with_static_scales() if known else self.cache_dtype
+
+    @property
+    def peak_bytes(self) -> int:
+        """Packed weights and the largest module with one byte a code; twice that where it is made here."""
+        copies = 1 if self.online is None else 2
+        return sum(module.nbytes for module in self.modules) + copies * self.largest_module
+
+    def _plan(self, place: Placed, unpacked: bool = False) -> None:
+        decision = None if unpacked else self.decide(place)
+        scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
+        shape = place.part.shape
+        choice = choose(self.as_run(scheme), shape, self.device)
+        width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
+        self.largest_module = max(self.largest_module, int(shape[0] * shape[1] * width))
+        nbytes = self.stored_nbytes(place)
+        if unpacked:
+            nbytes = 4 * shape[0] * shape[1]
+        elif decision is not None and decision.method is not None:
+            nbytes = round(shape[0] * shape[1] * scheme.bits_per_weight(shape) / 8)
+        self.modules.append(
+            ModulePlan(
+                place.part.name,
+                shape,
+                scheme,
+                "unpacked" if unpacked else choice.kernel.name,
+                choice.kernel.computes,
+                () if unpacked else choice.refusals,
+                nbytes,
+                "" if decision is None else decision.reason,
+                None if decision is None else estimated_error(decision, self._sample(place, decision)),
+            )
+        )
+
+    def _sample(self, place: Placed, decision: Decision) -> Tensor | None:
+        """Some rows of the stored weight; of a hub model only headers are here, the rest reads as zeros."""
+        if decision.method is None:
+            return None
+        weight = self.form.read(place.module, self.data).weight
+        rows = weight.rows(0, min(SAMPLE_ROWS, place.part.shape[0])).codes
+        return rows if bool(rows.count_nonzero()) else None
+
+
+class PlannedEmbedding(Embedding):
+    """An embedding nobody will look anything up in."""
+
+    def __init__(self) -> None:
+        pass
+
+    def as_head(self) -> Linear:
+        """A head without weights."""
+        return Linear("lm_head", [], None)
