@@ -10,16 +10,17 @@
 
 4-bit floats pack columns (low nibble: the even one), int4 packs rows (byte [r, c]: row 2 r low, 2 r + 1
 high, two's complement). weight = code * weight_scale, in nvfp4 also * weight_scale_2. W4A8_AWQ's
-weight_scale_2 is no factor: its kernels round code * weight_scale to e4m3 under it, which is not done here.
+weight_scale_2 is no factor: the tool's simulation rounds code * weight_scale to e4m3 under it once more,
+which is not done here.
 ``pre_quant_scale`` [in] multiplies the input first. gpt-oss' stacked experts lie as (experts, in, out) and
 call their scales ``<weight>_weight_scale``.
 
 What inputs are quantized to follows from ``quant_algo``, of the module or the block of experts above it in
 ``quantized_layers`` where algorithms are mixed. The config is hf_quant_config.json or, since 2025,
 config.json. MX scales of inputs round up, so that nothing saturates. NVFP4 without input_scale leaves inputs
-as they are. Where config and tensors disagree (the kind, the columns under a scale, plain weights beside
-scales) the tensors win, with a warning. Without quant_algo, beside a quantized KV cache, only the cache was
-quantized. Refused by name: NVFP4_SVD (a low-rank branch) and NVFP4_AFFINE caches.
+as they are. Where config and tensors disagree on the kind, or plain weights lie beside scales, the tensors
+win, with a warning; another group_size than the tensors' is an error. Without quant_algo, beside a quantized
+KV cache, only the cache was quantized. Refused by name: NVFP4_SVD (a low-rank branch), NVFP4_AFFINE caches.
 """
 
 from __future__ import annotations
@@ -394,11 +395,12 @@ class ModelOpt:
             )
         said = self._said_of(module)
         name, width = said.algorithm, stored.block[1] or module.shape[1]
-        if stored.kind in _GROUPS and said.group not in (0, width):
-            self.notes.contradiction(
-                "E0214",
-                f"{stored.scale.file.name}: tensor {stored.scale.name!r} has a scale for {width} columns but "
-                f"{self.place} says group_size {said.group}; reading it as it is stored",
+        if stored.kind in _GROUPS and min(said.group or width, module.shape[1]) != width:
+            raise LowbitError(
+                "E0213",
+                f"{stored.scale.file.name}: tensor {stored.scale.name!r} {list(stored.scale.shape)} has a "
+                f"scale for {width} columns but {self.place} says group_size {said.group}; config and "
+                "weights are from different models",
             )
         if name is not None and _ALGORITHMS[name].kind == stored.kind:
             return _ALGORITHMS[name].inputs
