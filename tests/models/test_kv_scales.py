@@ -13,10 +13,12 @@ from torch import Tensor
 
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.engine.engine import load_engine
 from lowbit.errors import LowbitError
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.loading import load_model, plan_model
 from lowbit.models.model import Model
+from lowbit.settings import Settings
 
 LAYERS = 2
 TOKENS = torch.randint(1, 64, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -136,6 +138,24 @@ def test_bad_files(change: dict, said: str, plain: Path, tmp_path: Path) -> None
     file.write_text(json.dumps({"model_type": "llama", "kv_cache": good, **change}))
     with pytest.raises(LowbitError, match=said):
         loaded(plain, file=file)
+
+
+def test_a_servers_settings_name_the_file(plain: Path, tmp_path: Path) -> None:
+    words = {"type": "WordLevel", "vocab": {f"w{n}": n for n in range(64)}, "unk_token": "w0"}
+    folder = with_tensors(plain, tmp_path, {})
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    table = {"0": 0.5, "1": 0.25}
+    said = {"kv_cache": {"dtype": "float8_e4m3fn", "scaling_factor": {"0": table}}}
+    (tmp_path / "scales.json").write_text(json.dumps(said))
+    settings = Settings(
+        model=str(folder),
+        device="cpu",
+        kv_cache_dtype="fp8_e4m3",
+        quantization_param_path=str(tmp_path / "scales.json"),
+        max_total_tokens=256,
+    )
+    model = load_engine(settings).model
+    assert [block.k_scale for block in model.blocks] == [0.5, 0.25]
 
 
 def test_missing_file(plain: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
+from lowbit.numerics.number_formats import number_format
 from oracles import gptq as gptq_oracle
 
 EXPERTS, HIDDEN, INNER = 4, 64, 64
@@ -269,21 +270,46 @@ def test_gpt_oss_one_by_one(case: str, tmp_path: Path) -> None:
     assert differences(folder, model).max() <= 1e-4
 
 
+def nf4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """bitsandbytes' 4 bits, as unsloth stores gpt-oss: blocks of 64, the even code in the high nibble."""
+    table = number_format("nf4").table()
+    blocks = weight.reshape(-1, 64)
+    scales = blocks.abs().amax(1)
+    codes = (blocks / scales[:, None]).unsqueeze(-1).sub(table).abs().argmin(-1)
+    pairs = codes.to(torch.uint8).view(-1, 2)
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    stored = {
+        "weight": (pairs[:, :1] << 4 | pairs[:, 1:]).contiguous(),
+        "weight.absmax": scales,
+        "weight.quant_map": table.clone(),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
+    return stored, (table[codes] * scales[:, None]).view(weight.shape)
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
 @pytest.mark.parametrize("case", GPT_OSS)
-def test_gpt_oss_one_by_one_in_gptq(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpt_oss_one_by_one_quantized(
+    case: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The packed matrices give the logits of the same numbers stored plainly, in each arrangement."""
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
     model = made("GptOss")
-    packed, plain = gpt_oss_one_by_one(model, *GPT_OSS[case]), {}
-    for name in [name for name in packed if ".experts." in name and name.endswith(".weight")]:
-        stored, plain[name] = gptq(packed.pop(name))
+    plain = gpt_oss_one_by_one(model, *GPT_OSS[case])
+    packed = dict(plain)
+    for name in [name for name in plain if ".experts." in name and name.endswith(".weight")]:
+        stored, plain[name] = (gptq if method == "gptq" else nf4)(packed.pop(name))
         packed |= {f"{name.removesuffix('.weight')}.{suffix}": tensor for suffix, tensor in stored.items()}
-    config = FORMATS["gptq"][1]
+    config = FORMATS["gptq"][1] if method == "gptq" else NF4
     logits = []
-    for folder, tensors, said in (("a", packed, config), ("b", {**packed, **plain}, None)):
-        kept = {k: t for k, t in tensors.items() if said or not k.endswith(("qweight", "qzeros", "scales"))}
+    for folder, tensors, said in (("a", packed, config), ("b", plain, None)):
         (tmp_path / folder).mkdir()
-        found = write(tmp_path / folder, model, kept, said)
+        found = write(tmp_path / folder, model, tensors, said)
         loaded = load_model(open_checkpoint(str(found)), device="cpu", dtype="float32")
         logits += prompt_logits(loaded, [TOKENS])
     difference = (logits[0] - logits[1]).abs().amax(1) / logits[1].abs().amax(1)
