@@ -142,8 +142,8 @@ def test_options_decide_the_scheme() -> None:
         "fp4:double_quant=true": "fp4_bnb 1x64 f32",
         "bitsandbytes:type=int8": "int8 1xall f32 (input int8 1xall dynamic outliers 6)",
         "int4wo-32": "int4 1x32 bf16 offset",
-        "int8dq": "int8 1xall f32 (input int8 1xall dynamic)",
-        "fp8dq-per_tensor": "e4m3 allxall f32 (input e4m3 allxall dynamic)",
+        "int8dq": "int8 1xall f32 (input int8 1xall dynamic bf16)",
+        "fp8dq-per_tensor": "e4m3 allxall f32 (input e4m3 allxall dynamic bf16)",
     }.items():
         assert str(build(text).scheme_of(module)) == words, text
 

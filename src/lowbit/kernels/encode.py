@@ -76,13 +76,13 @@ def _function() -> ctypes._NamedFuncPointer | None:
 def encode(x: Tensor, scale: Tensor, group: int, fmt: NumberFormat) -> Tensor:
     """uint8 (rows, columns): the codes of ``fmt`` nearest to x / scale, 0 / 0 being 0.
 
-    x: float32 (rows, columns); scale: float32 (rows, groups), one for ``group`` columns, 0 = all of them; the
-    last group may be short.
+    x: float32 (rows, columns); scale: float32 (rows, groups), or (1, 1) for all, one for ``group`` columns,
+    0 = all of them; the last group may be short.
     """
     rows, columns = x.shape
     group = group or columns
     groups = -(-columns // group)
-    assert scale.shape == (rows, groups), f"one scale a row and group, got {tuple(scale.shape)}"
+    scale = scale.float().expand(rows, groups)
     function, described = _function(), _described(fmt)
     if (
         function is None
@@ -94,7 +94,7 @@ def encode(x: Tensor, scale: Tensor, group: int, fmt: NumberFormat) -> Tensor:
         spread = scale.repeat_interleave(group, 1)[:, :columns]
         return nearest_code(torch.where(spread == 0, 0.0, x / spread), fmt)
     out = torch.empty(rows, columns, dtype=torch.uint8)
-    scale = scale.float().contiguous()
+    scale = scale.contiguous()
     address = ctypes.addressof(described[0])
     function(x.data_ptr(), rows, columns, x.stride(0), scale.data_ptr(), group, address, out.data_ptr())
     return out

@@ -1,8 +1,8 @@
 """gguf: llama.cpp's block types, in its mixes: ``--quantization gguf --gguf-type q4_k_m``.
 
 ``type``: a mix of llama-quantize (q4_k_m: Q4_K with Q6_K for what loses most), which also says what the head
-and the embedding get; ``pure``: the mix's base type everywhere. What a mix leaves in floats, and what GGUF has
-no name for, stays as it is. Codes are ggml's to the last bit (``gguf_blocks``).
+and the embedding get; ``pure``: the mix's base type everywhere. What a mix leaves in floats, and what GGUF
+has no name for, stays as it is. Codes are ggml's to the last bit (``gguf_blocks``).
 """
 
 from __future__ import annotations
