@@ -70,7 +70,7 @@ Range range_of(const float* numbers, int count) {
 // The numbers divided by their scale and rounded, as codes; 0 where there is no scale to divide by.
 template <class Code>
 void encode_group(const float* numbers, int count, float low, float scale, std::uint8_t* codes, Code&& code) {
-    if (!(scale > 0.0f)) {
+    if (!(scale > 0.0f && scale < -MINUS_INFINITY)) {
         std::fill_n(codes, count, std::uint8_t{0});
         return;
     }

@@ -90,8 +90,9 @@ class CacheFormat:
             low = torch.zeros_like(lowest)
             scale = _away_from_zero(torch.maximum(-lowest, highest) / self.reach)
         scale = scale.masked_fill(~groups.isfinite().all(-1, keepdim=True), torch.nan)
-        divisor = torch.where(scale > 0, scale, 1.0)
-        codes = torch.where(scale > 0, (groups - low) / divisor, 0.0).flatten(-2)[..., : x.shape[-1]]
+        divides = (scale > 0) & scale.isfinite()
+        quotients = (groups - low) / torch.where(divides, scale, 1.0)
+        codes = torch.where(divides, quotients, 0.0).flatten(-2)[..., : x.shape[-1]]
         parameters = torch.cat([scale, low], -1) if self.bits == 4 else scale
         return Stored(self._code(codes), parameters.bfloat16())
 
