@@ -19,9 +19,8 @@ from torch import Tensor
 from lowbit.checkpoint import open_checkpoint
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.messages import Request, SamplingParams, TokenEvent
+from lowbit.engine.scheduler import Chunk
 from lowbit.kernels import native
-from lowbit.kernels.attention import CacheSpec, LayerCache
-from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.loading import load_model
 from lowbit.models.model import Model
 from lowbit.settings import Settings
@@ -32,25 +31,25 @@ PROMPTS = {"auto": 64, "int8": 16, "int4": 16}  # by type of the KV cache
 
 
 class Recorder:
-    """A model that remembers a hash of every row of logits it gave."""
+    """Remembers a hash of every row of logits an engine's runner gave, captured steps included."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.vocab_size, self.context_length = model.vocab_size, model.context_length
-        self.device = model.device
+    def __init__(self, engine: Engine) -> None:
         self.seen: set[tuple[int, int, bytes]] = set()
         self.largest_batch = 0
+        self._forward = engine._runner.forward
+        engine._runner.forward = self._watched  # type: ignore[method-assign]
 
-    def cache_specs(self) -> list[CacheSpec]:
-        return self.model.cache_specs()
-
-    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
-        logits = self.model.forward(batch, caches)
-        self.largest_batch = max(self.largest_batch, len(batch.query_lengths))
-        rows = batch.sample_rows.tolist()
+    def _watched(self, chunks: list[Chunk], rows: list[int]) -> Tensor:
+        logits = self._forward(chunks, rows)
+        self.largest_batch = max(self.largest_batch, len(chunks))
+        places = [
+            (position, chunk.sequence.tokens[position])
+            for chunk in chunks
+            for position in range(chunk.sequence.computed, chunk.sequence.computed + chunk.count)
+        ]
         for row, values in zip(rows, logits, strict=True):
             digest = hashlib.sha256(values.contiguous().numpy().tobytes()).digest()
-            self.seen.add((int(batch.positions[row]), int(batch.tokens[row]), digest))
+            self.seen.add((*places[row], digest))
         return logits
 
 
@@ -94,16 +93,21 @@ def collect(events: list[TokenEvent], tokens: dict[str, list[int]]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(model: Model, cache_type: str) -> Iterator[tuple[Recorder, dict[str, list[int]]]]:
-    """Every prompt by itself: one prefill, then decode steps of one row."""
-    recorder, tokens = Recorder(model), {}
+    """Every prompt by itself: one prefill, then decode steps of one row, all but the first captured.
+
+    In company most steps hold a part of a prompt, and run eagerly.
+    """
+    tokens: dict[str, list[int]] = {}
     tokenizer = load_tokenizer(open_checkpoint("smollm2"))
     whole = settings(disable_radix_cache=True, chunked_prefill_size=1024, max_total_tokens=1024)
-    engine = Engine(recorder, tokenizer, whole)
+    engine = Engine(model, tokenizer, whole)
+    recorder = Recorder(engine)
     for index, prompt in enumerate(prompts(cache_type)):
         engine.submit(request(index, prompt))
         while engine.has_work():
             collect(engine.step(), tokens)
     assert recorder.largest_batch == 1
+    assert native.library() is None or engine.status().captured_steps > 64 * (NEW_TOKENS - 2)
     yield recorder, tokens
 
 
@@ -131,8 +135,9 @@ def test_logits_do_not_depend_on_company(
         pytest.skip("the hardest case will do")
     expected, expected_tokens = alone
     chosen, forced, threads = CASES[case]
-    recorder, tokens = Recorder(model), {}
-    engine = Engine(recorder, load_tokenizer(open_checkpoint("smollm2")), chosen, forced=forced)
+    tokens: dict[str, list[int]] = {}
+    engine = Engine(model, load_tokenizer(open_checkpoint("smollm2")), chosen, forced=forced)
+    recorder = Recorder(engine)
     native.set_threads(threads)
     try:
         draw = random.Random(21)

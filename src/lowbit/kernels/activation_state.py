@@ -16,7 +16,7 @@ Sources: formats.md 4.2; "FP8 Formats for Deep Learning" (Micikevicius et al., 2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class ActivationStates:
 
     def __init__(self) -> None:
         self._states: dict[str, ActivationState] = {}
-        self._update: activation_native.DelayedUpdate | None = None
+        self._update: Callable[[], None] | None = None
 
     def add(self, name: str, scheme: ActivationScheme, device: torch.device) -> ActivationState:
         """A fresh state for the layer ``name``; further ones of the same layer are numbered."""
@@ -98,15 +98,14 @@ class ActivationStates:
         if not self._states:
             return
         if self._update is None:
-            self._update = activation_native.DelayedUpdate.of(
-                [
-                    (state.scale, state.amax_history, state.largest, state.delay.algorithm == "most_recent")
-                    for state in self._states.values()
-                ]
-            )
-        if self._update is not None:
-            self._update()
-            return
+            described = [
+                (state.scale, state.amax_history, state.largest, state.delay.algorithm == "most_recent")
+                for state in self._states.values()
+            ]
+            self._update = activation_native.DelayedUpdate.of(described) or self._update_in_torch
+        self._update()
+
+    def _update_in_torch(self) -> None:
         for state in self._states.values():
             state.update()
 
