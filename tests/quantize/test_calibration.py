@@ -13,6 +13,7 @@ from lowbit.quantize.calibration import (
     PRESETS,
     InputStatistics,
     built_in_texts,
+    calibration_sequences,
     read_texts,
     token_sequences,
 )
@@ -44,6 +45,14 @@ def test_short_text_gives_fewer_sequences_and_says_so(caplog: pytest.LogCaptureF
     with pytest.raises(LowbitError, match="99 tokens, one sequence is 100") as caught:
         token_sequences(letters, ["x" * 99], length=100)
     assert caught.value.code == "E0441"
+
+
+def test_a_file_replaces_the_built_in_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdef")
+    found = calibration_sequences(letters, tmp_path / "a.txt", count=2, length=100, context_length=3)
+    assert found == [letters("abc"), letters("def")]
+    built_in = calibration_sequences(letters, count=3, length=50)
+    assert built_in[0] == letters(built_in_texts()[0][:50]) and len(built_in) == 3
 
 
 def test_text_and_json_lines(tmp_path: Path) -> None:

@@ -21,13 +21,19 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 
 _log = logging.getLogger("lowbit")
 
-# Chapters of Python's language reference (every installation carries it) behind lowbit's own text: most of
-# what a model of any size needs to be excited by, without a download.
+# Beginnings of chapters of Python's language reference, which every installation carries, behind lowbit's own
+# text: enough words for many sequences, without a download and without one chapter outweighing the rest.
 _TOPICS = (
-    *("compound", "specialnames", "formatstrings", "typesseq", "typesmapping", "string-methods", "strings"),
-    *("numeric-types", "function", "class", "try", "with", "for", "calls", "comparisons", "assignment"),
-    *("operator-summary", "exceptions", "context-managers", "async", "truth", "slicings", "dict"),
+    *("assignment", "async", "attribute-access", "augassign", "binary", "bitwise", "bltin-type-objects"),
+    *("booleans", "break", "callable-types", "calls", "class", "comparisons", "compound", "context-managers"),
+    *("continue", "customization", "del", "dict", "dynamic-features", "exceptions", "exprlists", "floating"),
+    *("for", "formatstrings", "function", "global", "id-classes", "identifiers", "if", "imaginary", "in"),
+    *("integers", "lambda", "lists", "nonlocal", "numbers", "numeric-types", "operator-summary", "pass"),
+    *("power", "raise", "return", "sequence-types", "shifting", "slicings", "specialattrs", "specialnames"),
+    *("string-methods", "strings", "subscriptions", "truth", "try", "typesfunctions", "typesmapping"),
+    *("typesmethods", "typesmodules", "typesseq", "typesseq-mutable", "unary", "while", "with", "yield"),
 )
+_TOPIC_CHARACTERS = 4000
 
 Method = Literal["gptq", "awq", "rtn"]
 
@@ -144,7 +150,7 @@ def built_in_texts() -> list[str]:
         from pydoc_data.topics import topics
     except ImportError:  # a Python without its documentation
         return [own]
-    return [own, *(topics[name] for name in _TOPICS if name in topics)]
+    return [own, *(topics[name][:_TOPIC_CHARACTERS] for name in _TOPICS if name in topics)]
 
 
 def read_texts(path: Path) -> list[str]:
@@ -179,6 +185,19 @@ def _text_of(line: str, place: str) -> str:
         )
     text: str = found["text"]
     return text
+
+
+def calibration_sequences(
+    encode: Callable[[str], list[int]],
+    file: Path | None = None,
+    *,
+    count: int = 64,
+    length: int = 512,
+    context_length: int = 1 << 30,
+) -> list[list[int]]:
+    """Sequences of the file's text, or of the built-in one, no longer than the model's context."""
+    texts = built_in_texts() if file is None else read_texts(file)
+    return token_sequences(encode, texts, count, min(length, context_length))
 
 
 def token_sequences(
