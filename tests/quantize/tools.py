@@ -290,15 +290,17 @@ def cruel(rows: int, columns: int, dtype: torch.dtype, seed: int = 7) -> Tensor:
 
     e2m1 = (6.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.75, 2.0, 2.5, 3.5, 5.0)
     nf4 = (1.0, 0.0397901, -0.0455250, 0.1202552, 0.8614784, -0.8480964, 0.5016634)
+    left = torch.arange(columns) < columns // 2
     special = [
         torch.zeros(columns),
         cycle(*(step / 2 for step in range(-15, 16))),  # ties under max / 7.5 and (max - min) / 15
+        cycle(*(step / 2 for step in range(-6, 25))),  # the same beside a zero point of 3
         cycle(*e2m1, *(-value for value in e2m1)),
         cycle(*nf4),
         random[0] * 1e-6,
-        random[1] * 1e-40,
+        random[1] * torch.where(left, 1e-40, 1e-11),
         torch.where(torch.arange(columns) == columns // 3, -1000.0, random[2] * 0.01),
-        torch.full((columns,), 0.3),
+        torch.where(left, 0.3, random[3] * 3e-4),
         -1 - random[3].abs(),
         cycle(-0.0, 0.0),
         cycle(*(step + 0.5 for step in range(-128, 128, 7)), 127.5),  # ties under max / 127.5
@@ -306,5 +308,5 @@ def cruel(rows: int, columns: int, dtype: torch.dtype, seed: int = 7) -> Tensor:
     ]
     for row, values in enumerate(special[: max(rows - 2, 0)]):
         weight[row] = values
-    weight[-1, : columns // 2] = 0  # zero groups beside others
+    weight[-1, left] = 0  # zero groups beside others
     return weight.to(dtype)

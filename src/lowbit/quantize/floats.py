@@ -4,8 +4,12 @@
     fp8 tensor    codes w * (448 / max|w|), scale its inverse, max|w| at least 1e-12 (SGLang)
     fp8 block     128 x 128: codes w * (448 / max|block|), scale the inverse (transformers' fine-grained FP8,
                   DeepSeek-V3, 2024); inputs in groups of 128
-    mxfp8, mxfp4  one power of two for 32 columns, exponents rounded as compressed-tensors does
-    nvfp4         e4m3 scales for 16 columns under one float32 of the tensor, max|w| / (6 * 448)
+    mxfp8, mxfp4  one power of two for 32 columns, exponents rounded as compressed-tensors 0.20 does
+    nvfp4         e4m3 scales for 16 columns under one float32 of the tensor, max|w| / (6 * 448), as
+                  ModelOpt 0.47
+
+Block, mx and nvfp4 weights are the tools' own bit by bit, except that e2m1 numbers that round to -0 get the
+code of +0, which is worth the same.
 
 Inputs of fp8: a scale a token, one for all tokens of a step, groups of 128 columns, static from a file,
 delayed (NVIDIA's Transformer Engine, DelayedScaling), or not quantized.

@@ -130,16 +130,19 @@ class _Search:
     def _move(self, groups: Tensor, steps: Tensor, zero: Tensor) -> float:
         """One step, ``zero`` changed in place; the mean |error| before it."""
         wide, codes = steps.unsqueeze(-1), _codes(groups, steps, zero, self.bits)
-        difference = groups - (codes - zero.unsqueeze(-1)) / wide
+        work = (codes - zero.unsqueeze(-1)).div_(wide)
+        difference = torch.sub(groups, work, out=work)
         size = difference.abs()
-        kept = (size - (1.0 / _BETA) * size.pow(_NORM - 1)).clamp(min=0) * difference.sign()
-        zero.copy_((codes - (groups - kept) * wide).mean(-1))
+        kept = size.pow(_NORM - 1).mul_(1.0 / _BETA)
+        kept = torch.sub(size, kept, out=kept).clamp_(min=0).mul_(difference.sign_())
+        rest = torch.sub(groups, kept, out=kept).mul_(wide)
+        zero.copy_(torch.sub(codes, rest, out=rest).mean(-1))
         return float(size.mean())
 
 
 def _codes(groups: Tensor, steps: Tensor, zero: Tensor, bits: int) -> Tensor:
     """float32: the nearest codes of weights in groups."""
-    return (groups * steps.unsqueeze(-1) + zero.unsqueeze(-1)).round().clamp(0, 2**bits - 1)
+    return (groups * steps.unsqueeze(-1)).add_(zero.unsqueeze(-1)).round_().clamp_(0, 2**bits - 1)
 
 
 def build(spec: MethodSpec) -> Method:

@@ -1,7 +1,8 @@
 """Integer methods without data: rtn (int2 … int8), w8a8_int8, blockwise_int8.
 
-rtn            groups of columns, f16 scales; symmetric: max|x| / (2^(bits-1) - 1/2) as compressed-tensors;
-               else unsigned codes with an integer zero point
+rtn            groups of columns, f16 scales; symmetric: max|x| / (2^(bits-1) - 1/2); else unsigned codes
+               with an integer zero point. Both as compressed-tensors 0.20 has them for float32 weights and
+               float16 scales, bit by bit; but a scale below float16's smallest is that number, not 0
 w8a8_int8      int8 a row, float32 scale max|w| / 127; inputs int8 a token, max|x| / 127
 blockwise_int8 int8 in 128 x 128 blocks, inputs int8 in groups of 128
 """
