@@ -408,6 +408,11 @@ CATALOGUE: dict[str, Entry] = {
         "(another group, zero points, offsets, inputs that are quantized otherwise) is refused.",
         "Choose another format; --format dense holds everything. Or quantize the original model.",
     ),
+    "E0451": Entry(
+        "a package for this format is not installed",
+        "Some formats are written by their own project's library, which lowbit does not need otherwise.",
+        "Install it as the message says.",
+    ),
     "E0500": Entry(
         "out of memory",
         "The operating system gave no more memory.",

@@ -41,15 +41,20 @@ def exact_dtype(scheme: Scheme) -> str:
 
 
 class DenseWriter(CheckpointWriter):
-    """``dtype``: bf16, f16 or f32. ``rounding``: the largest relative change so far."""
+    """``dtype``: bf16, f16 or f32. ``rounding``: the largest relative change so far.
+
+    ``exact``: nothing may be rounded, as the type was chosen for the matrices; a bias of a wider type stays
+    in it unless the narrower one says the same.
+    """
 
     name = "dense"
     writes = "f32, f16, bf16"
     stacks = True
 
-    def __init__(self, schemes: Mapping[str, Scheme], dtype: str = "f32") -> None:
+    def __init__(self, schemes: Mapping[str, Scheme], dtype: str = "f32", *, exact: bool = False) -> None:
         super().__init__(schemes)
         self.dtype = dtype
+        self.exact = exact
         self.rounding = 0.0
 
     @classmethod
@@ -69,8 +74,14 @@ class DenseWriter(CheckpointWriter):
         matrix = self._matrix(module, weight, multiplier)
         found = {module.tensor("weight"): matrix.T.contiguous() if module.transposed else matrix}
         if bias is not None:
-            found[module.tensor("bias")] = self.cast(bias, module.name)
+            narrow = self.narrowed(bias)
+            found[module.tensor("bias")] = narrow if self.exact else self.cast(bias, module.name)
         return found
+
+    def narrowed(self, exact: Tensor) -> Tensor:
+        """In the writer's type where that loses nothing, else as it is."""
+        narrow = exact.to(FLOATS[self.dtype])
+        return narrow if torch.equal(narrow.float(), exact.float()) else exact
 
     def cast(self, exact: Tensor, name: str) -> Tensor:
         """In the writer's type, the change counted."""

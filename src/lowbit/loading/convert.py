@@ -17,8 +17,10 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.safetensors_writer import SHARD_BYTES
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, thousands
-from lowbit.formats.dense_writer import FLOATS, DenseWriter, exact_dtype
+from lowbit.formats.dense_writer import DenseWriter, exact_dtype
+from lowbit.formats.gguf_writer import GgufWriter
 from lowbit.formats.writing import CheckpointWriter, cannot, writer_of
+from lowbit.loading.gguf_saving import require_gguf, save_gguf
 from lowbit.loading.saving import NamedTensor, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.numerics.scheme import Scheme, dense
@@ -52,8 +54,12 @@ def convert(
 ) -> Conversion:
     """Write the checkpoint in format ``form`` to the folder ``out``. ``dtype``: bf16, f16 or f32."""
     source = SourceModel(header, strict=strict)
+    if form == "gguf":
+        require_gguf()
     writer, told = _writer(source, form, dtype)
     done = Conversion(out, form, told, len(source.modules), notes=_notes(source, form))
+    if isinstance(writer, GgufWriter):
+        return _to_gguf(source, writer, done, force, on_progress)
     nbytes = planned_nbytes((writer.schemes[one.target.stored], one.target.shape) for one in source.modules)
     with TensorData(header) as data:
         save_checkpoint(
@@ -74,16 +80,36 @@ def convert(
     return done
 
 
+def _to_gguf(
+    source: SourceModel, writer: GgufWriter, done: Conversion, force: bool, on_progress: Progress | None
+) -> Conversion:
+    with TensorData(source.header) as data:
+        notes = save_gguf(
+            done.out,
+            source,
+            writer.schemes,
+            lambda module: source.read(module, data),
+            data,
+            force=force,
+            on_progress=on_progress,
+        )
+    done.notes += notes
+    done.nbytes = done.out.stat().st_size
+    return done
+
+
 def _writer(source: SourceModel, form: str, dtype: str | None) -> tuple[CheckpointWriter, str | None]:
     """The writer for the whole source, every module asked; and the type of plain numbers."""
     kind = writer_of(form)
     schemes = {module.target.stored: module.scheme for module in source.modules}
     if issubclass(kind, DenseWriter):
         told = dtype or _widest([exact_dtype(scheme) for scheme in schemes.values()])
-        return DenseWriter(dict.fromkeys(schemes, dense(told)), told), told
+        return DenseWriter(dict.fromkeys(schemes, dense(told)), told, exact=dtype is None), told
     if dtype is not None:
         raise LowbitError("E0104", f"--dtype is for --format dense; {form} keeps every number as it is")
-    if all(scheme.is_dense for scheme in schemes.values()):
+    if form == "gguf" and source.header.container == "gguf":
+        raise LowbitError("E0450", f"--format gguf: {source.header.root.name} is a GGUF file already")
+    if form != "gguf" and all(scheme.is_dense for scheme in schemes.values()):
         raise LowbitError(
             "E0450",
             f"--format {form}: {source.header.root.name} is not quantized, and convert does not quantize; it "
@@ -122,11 +148,8 @@ def _parts(
 
 def _vector(source: SourceModel, part: SourceVector, data: TensorData, writer: CheckpointWriter) -> Tensor:
     tensor = source.read_vector(part, data)
-    if not isinstance(writer, DenseWriter) or tensor.dtype == FLOATS[writer.dtype]:
-        return tensor
     # A norm in float32 beside bf16 matrices: in their type where that loses nothing.
-    narrow = tensor.to(FLOATS[writer.dtype])
-    return narrow if bool((narrow.float() == tensor.float()).all()) else tensor
+    return writer.narrowed(tensor) if isinstance(writer, DenseWriter) else tensor
 
 
 def _notes(source: SourceModel, form: str) -> list[str]:

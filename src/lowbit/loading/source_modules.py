@@ -45,8 +45,10 @@ class SourceModule:
 
 @dataclass(frozen=True)
 class SourceVector:
-    """A small tensor beside the modules. ``shift`` is added to it (GGUF has Gemma's norms with 1 added)."""
+    """A small tensor beside the modules, canonically ``name``. ``shift`` is added to it (GGUF has Gemma's
+    norms with 1 added)."""
 
+    name: str
     target: str
     stored: str
     shift: float
@@ -146,7 +148,7 @@ class _Walk(Asker):
         if not name.startswith("rope_"):  # made from the config, and put back there
             shift = self.norm_shift if name.endswith("norm.weight") else 0.0
             target = name if self.in_gguf else stored
-            self.parts.append(SourceVector(target, stored, shift, self.header.tensors[stored].nbytes))
+            self.parts.append(SourceVector(name, target, stored, shift, self.header.tensors[stored].nbytes))
         return torch.ones(size)
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
