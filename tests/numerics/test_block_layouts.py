@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 from lowbit.checkpoint.gguf_file import read_gguf_header
 from lowbit.checkpoint.gguf_types import GGUF_TYPES_BY_NAME
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.numerics.block_layouts import _grid, block_formats
+from lowbit.numerics.block_layouts import block_formats, grid_vectors
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -113,8 +113,10 @@ def test_extreme_f16_scales(name: str) -> None:
 @pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S"])
 def test_every_vector_of_the_grids(name: str) -> None:
     kind = getattr(gguf.quants, name)
-    kind.init_grid()
-    assert np.array_equal(_grid(name, torch.device("cpu")).numpy(), kind.grid.reshape(kind.grid.shape[-2:]))
+    kind.initgrid_vectors()
+    assert np.array_equal(
+        grid_vectors(name, torch.device("cpu")).numpy(), kind.grid.reshape(kind.grid.shape[-2:])
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

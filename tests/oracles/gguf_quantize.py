@@ -5,6 +5,9 @@ Nothing here comes from lowbit. Arithmetic is float32 and sums run in the order 
 
 from __future__ import annotations
 
+from functools import cache
+
+import gguf
 import numpy as np
 
 F = np.float32
@@ -358,7 +361,70 @@ def iq4_xs(x: np.ndarray) -> bytes:
     return half(d) + high.to_bytes(2, "little") + low + codes
 
 
+@cache
+def iq3_points() -> tuple[np.ndarray, list[list[int]]]:
+    """The grid (512, 4) of the gguf package, and for each of 4096 points the grid points to choose from."""
+    gguf.quants.IQ3_S.init_grid()
+    grid = gguf.quants.IQ3_S.grid.reshape(512, 4).astype(np.int32)
+    choices = []
+    for point in range(4096):
+        numbers = np.array([2 * (point >> 3 * i & 7) + 1 for i in range(4)])
+        distance = ((grid - numbers) ** 2).sum(-1)
+        near = sorted(range(512), key=lambda j: (distance[j], j))
+        allowed = [0] if distance[near[0]] == 0 else sorted(set(distance.tolist()))[:3]
+        choices.append([j for j in near if distance[j] in allowed])
+    return grid, choices
+
+
+def iq3_search(x: np.ndarray) -> tuple[np.float32, list[int]]:
+    """Magnitudes (32,) -> scale and eight grid points."""
+    grid, choices = iq3_points()
+    if x.max() == 0:
+        return F(0), [0] * 8
+    w = x * x
+
+    def tried(inverse_scale: np.float32, scale: np.float32) -> tuple[list[int], bool, np.float32, np.float32]:
+        codes = np.clip(nearest(F(0.5) * (inverse_scale * x - F(1))), 0, 7).reshape(8, 4)
+        points, met = [], True
+        for k in range(8):
+            near = choices[sum(int(code) << 3 * i for i, code in enumerate(codes[k]))]
+            part = slice(4 * k, 4 * k + 4)
+            losses = [
+                total(np.sqrt(w[part]) * d * d) for d in (scale * grid[j].astype(F) - x[part] for j in near)
+            ]
+            points.append(near[int(np.argmin(losses))])
+            met &= bool((grid[points[-1]] == 2 * codes[k] + 1).all())
+        q = grid[points].reshape(32).astype(F)
+        return points, met, total(w * x * q), total(w * q * q)
+
+    scale, best, points, met = x.max() / F(15), F(0), [0] * 8, False
+    for step in range(-9, 10):
+        inverse_scale = (F(15) + F(step) * F(0.2)) / x.max()
+        now, now_met, qx, q2 = tried(inverse_scale, F(1) / inverse_scale)
+        if q2 > 0 and qx * qx > best * q2:
+            scale = qx / q2
+            best, points, met = scale * qx, now, now_met
+    if not met and scale > 0:
+        points, _, qx, q2 = tried(F(1) / scale, scale)
+        scale = qx / q2 if q2 > 0 else scale
+    return scale, points
+
+
+def iq3_s(x: np.ndarray) -> bytes:
+    """Codes of a sub-block always at its own place: ggml's C moves those that follow a sub-block of zeros."""
+    found = [iq3_search(np.abs(s)) for s in x.reshape(8, 32)]
+    points = np.array([point for _, sub in found for point in sub])
+    largest = max(scale for scale, _ in found)
+    d = largest / F(31)
+    steps = [0] * 8
+    if largest > 0:
+        steps = [int(np.clip(nearest(F(0.5) * (F(1) / d * scale - F(1))), 0, 15)) for scale, _ in found]
+    packed = bytes(steps[2 * j] | steps[2 * j + 1] << 4 for j in range(4))
+    return half(d * F(1.033)) + bytes((points & 255).tolist()) + bits(points >> 8) + bits(x < 0) + packed
+
+
 TYPES = {
+    "IQ3_S": (256, iq3_s),
     "Q4_0": (32, q4_0),
     "Q4_1": (32, q4_1),
     "Q5_0": (32, q5_0),

@@ -68,6 +68,14 @@ EXPECTED: dict[str, tuple[str, dict | None, dict | None, dict | None, dict | Non
     "q4_k_m": ("Q4_K", *[{"Q6_K": MORE, "Q4_K": without(MORE)}] * 3, None),
     "q5_k_s": ("Q5_K", None, None, None, None),
     "q5_k_m": ("Q5_K", *[{"Q6_K": MORE, "Q5_K": without(MORE)}] * 3, None),
+    "iq3_s": ("IQ3_S", None, {"Q4_K": ALL}, None, None),
+    "iq3_m": (
+        "IQ3_S",
+        {"Q4_K": ALL},
+        {"Q4_K": ALL},
+        {"Q4_K": (0, 1, 2, 3), "IQ3_S": without((0, 1, 2, 3))},
+        {"Q4_K": ALL},
+    ),
     "iq4_nl": ("IQ4_NL", None, {"Q5_K": ALL}, {"Q5_K": (0, 1, 2, 3), "IQ4_NL": without((0, 1, 2, 3))}, None),
     "iq4_xs": ("IQ4_XS", None, {"Q5_K": ALL}, {"Q5_K": (0, 1, 2, 3), "IQ4_XS": without((0, 1, 2, 3))}, None),
     "f16": ("F16", None, None, None, None),
@@ -114,9 +122,11 @@ def test_eight_experts(mix: str) -> None:
     floats = mix in ("f16", "bf16")
     for kind in ("attn_v", "attn_k"):
         assert layers_of(mix, model, kind, SHAPES[kind]) == {base if floats else "Q8_0": ALL}
-    raised = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs")
+    raised = ("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs")
     assert layers_of(mix, model, "attn_output", (HIDDEN, HIDDEN)) == {"Q5_K" if mix in raised else base: ALL}
     experts = (8, HIDDEN, INNER)
+    if mix == "iq3_m":
+        down = {"Q4_K": MORE, "IQ3_S": without(MORE)}
     expected = {"MXFP4": ALL} if mix == "mxfp4_moe" else down or {base: ALL}
     assert layers_of(mix, model, "ffn_down_exps", experts) == expected
     assert type_of(mix, model, "blk.3.ffn_gate_exps.weight", experts) == MIXES[mix]
@@ -133,6 +143,7 @@ FALLBACKS = {
     "TQ1_0": "Q4_0",
     "TQ2_0": "Q4_0",
     "IQ4_XS": "IQ4_NL",
+    "IQ3_S": "IQ4_NL",
     "NVFP4": "F16",
     "Q1_0": "F16",
 }

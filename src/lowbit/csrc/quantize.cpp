@@ -16,6 +16,7 @@
 
 #include "lowbit.h"
 #include "quantize_bytes.h"
+#include "quantize_grid.h"
 #include "quantize_rounded.h"
 #include "quantize_searches.h"
 #include "thread_pool.h"
@@ -32,14 +33,6 @@ enum class Source { F32 = 0, F16 = 1, BF16 = 2 };
 
 constexpr int SUPER = 256;  // weights of a super-block
 constexpr std::int64_t TASK_WEIGHTS = 1 << 15;
-
-// As nearest_between, without limits.
-inline int nearest(float value) {
-    const float shifted = value + 12582912.0f;
-    std::int32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    return (bits & 0x7FFFFF) - 0x400000;
-}
 
 // ---- Blocks ----
 
@@ -75,7 +68,8 @@ void encode_q2_k(Unit<16>& unit, std::uint8_t* block) {
     put_half(block + 80, d);
     put_half(block + 82, dmin);
     for (int j = 0; j < 16; ++j) {
-        const int scale = nearest(to_scale * scales[j]), min = nearest(to_min * mins[j]);
+        const auto scale = static_cast<unsigned>(nearest(to_scale * scales[j]));
+        const auto min = static_cast<unsigned>(nearest(to_min * mins[j]));
         block[j] = static_cast<std::uint8_t>(scale | min << 4);
         scales[j] = from_half(d) * static_cast<float>(block[j] & 15);
         mins[j] = from_half(dmin) * static_cast<float>(block[j] >> 4);
@@ -338,6 +332,33 @@ void encode_unit(Type type, const float* x, std::uint8_t* out) {
     }
 }
 
+// Calls encode(x, out) for every unit of contiguous weights; false where one of them is NaN or infinite.
+template <class Encode>
+bool encode_units(const Layout& layout, Source source, const void* weights, std::int64_t blocks, std::uint8_t* out,
+                  const Encode& encode) {
+    const std::int64_t total = blocks * layout.weights;
+    const std::int64_t tasks = (total + TASK_WEIGHTS - 1) / TASK_WEIGHTS;
+    std::atomic<bool> finite{true};
+    parallel_for(tasks, [&](std::int64_t task) {
+        alignas(64) float x[512];
+        std::uint8_t encoded[2 * 176];  // of the largest unit
+        const std::int64_t end = std::min((task + 1) * TASK_WEIGHTS, total);
+        for (std::int64_t first = task * TASK_WEIGHTS; first < end; first += layout.unit) {
+            const std::int64_t count = std::min<std::int64_t>(layout.unit, end - first);
+            load_floats(weights, source, first, count, x);
+            std::fill(x + count, x + layout.unit, 0.0f);
+            if (!all_finite(x, layout.unit)) {
+                finite.store(false, std::memory_order_relaxed);
+                return;
+            }
+            encode(x, encoded);
+            std::memcpy(out + first / layout.weights * layout.bytes, encoded,
+                        static_cast<std::size_t>(count / layout.weights * layout.bytes));
+        }
+    });
+    return finite.load();
+}
+
 }  // namespace
 }  // namespace lowbit
 
@@ -349,25 +370,17 @@ LOWBIT_EXPORT int lowbit_quantize_blocks(std::int32_t type, std::int32_t source,
     const auto kind = static_cast<Type>(type);
     const Layout layout = layout_of(kind);
     if (layout.unit == 0 || source < 0 || source > 2) return 1;
-    const std::int64_t total = blocks * layout.weights;
-    const std::int64_t tasks = (total + TASK_WEIGHTS - 1) / TASK_WEIGHTS;
-    std::atomic<bool> finite{true};
-    parallel_for(tasks, [&](std::int64_t task) {
-        alignas(64) float x[512];
-        std::uint8_t encoded[2 * 176];  // of the largest unit
-        const std::int64_t end = std::min((task + 1) * TASK_WEIGHTS, total);
-        for (std::int64_t first = task * TASK_WEIGHTS; first < end; first += layout.unit) {
-            const std::int64_t count = std::min<std::int64_t>(layout.unit, end - first);
-            load_floats(weights, static_cast<Source>(source), first, count, x);
-            std::fill(x + count, x + layout.unit, 0.0f);
-            if (!all_finite(x, layout.unit)) {
-                finite.store(false, std::memory_order_relaxed);
-                return;
-            }
-            encode_unit(kind, x, encoded);
-            std::memcpy(out + first / layout.weights * layout.bytes, encoded,
-                        static_cast<std::size_t>(count / layout.weights * layout.bytes));
-        }
-    });
-    return finite.load() ? 0 : 2;
+    const auto encode = [&](const float* x, std::uint8_t* encoded) { encode_unit(kind, x, encoded); };
+    return encode_units(layout, static_cast<Source>(source), weights, blocks, out, encode) ? 0 : 2;
+}
+
+// The same for IQ3_S, with the tables that quantize/gguf_iq3.py makes (struct Grid says what they hold).
+LOWBIT_EXPORT int lowbit_quantize_iq3_s(const float* points, const std::int16_t* index, const std::int32_t* starts,
+                                        const std::int16_t* near, const float* numbers, std::int32_t source,
+                                        const void* weights, std::int64_t blocks, std::uint8_t* out) {
+    using namespace lowbit;
+    if (source < 0 || source > 2) return 1;
+    const Grid grid = {points, index, starts, near, numbers};
+    const auto encode = [&](const float* x, std::uint8_t* encoded) { encode_iq3_s(grid, x, encoded); };
+    return encode_units({256, 256, 110}, static_cast<Source>(source), weights, blocks, out, encode) ? 0 : 2;
 }

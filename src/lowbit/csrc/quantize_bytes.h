@@ -1,4 +1,4 @@
-// How GGUF blocks hold codes and scales.
+// How GGUF blocks hold codes and scales, and how ggml rounds to whole numbers.
 #pragma once
 
 #include "vector16.h"
@@ -27,6 +27,14 @@ void pack_nibbles(const std::uint8_t* codes, int half, std::uint8_t* packed) {  
     for (int j = 0; j < half; ++j) {
         packed[j] = static_cast<std::uint8_t>((codes[j] & 15) | (codes[j + half] & 15) << 4);
     }
+}
+
+// As nearest_between, without limits.
+inline int nearest(float value) {
+    const float shifted = value + 12582912.0f;
+    std::int32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    return (bits & 0x7FFFFF) - 0x400000;
 }
 
 }  // namespace

@@ -67,6 +67,7 @@ inline Lanes less(Vector16 a, Vector16 b) { return _mm512_cmp_ps_mask(a.lanes, b
 inline Lanes equal(Vector16 a, Vector16 b) { return _mm512_cmp_ps_mask(a.lanes, b.lanes, _CMP_EQ_OQ); }
 inline Lanes both(Lanes a, Lanes b) { return static_cast<Lanes>(a & b); }
 inline bool any(Lanes which) { return which != 0; }
+inline int first_of(Lanes which) { return __builtin_ctz(which); }  // the first lane; there is one
 inline Vector16 square_root(Vector16 x) { return {_mm512_sqrt_ps(x.lanes)}; }
 // The whole number that the low 23 bits of x + 1.5 * 2^23 hold, cut to low..high: the nearest one, ties to
 // even, where |x| < 2^22; what those bits say beyond, and 0 for NaN.
@@ -189,6 +190,10 @@ inline Lanes equal(Vector16 a, Vector16 b) {
 }
 inline Lanes both(Lanes a, Lanes b) { return {_mm256_and_ps(a.low, b.low), _mm256_and_ps(a.high, b.high)}; }
 inline bool any(Lanes which) { return _mm256_movemask_ps(_mm256_or_ps(which.low, which.high)) != 0; }
+inline int first_of(Lanes which) {  // the first lane; there is one
+    return __builtin_ctz(static_cast<unsigned>(_mm256_movemask_ps(which.low)) |
+                         static_cast<unsigned>(_mm256_movemask_ps(which.high)) << 8);
+}
 inline Vector16 square_root(Vector16 x) { return {_mm256_sqrt_ps(x.low), _mm256_sqrt_ps(x.high)}; }
 // The whole number that the low 23 bits of x + 1.5 * 2^23 hold, cut to low..high: the nearest one, ties to
 // even, where |x| < 2^22; what those bits say beyond, and 0 for NaN.

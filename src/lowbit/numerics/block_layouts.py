@@ -194,7 +194,7 @@ def _tq2_0(b: Tensor) -> Expanded:
 
 
 @cache
-def _grid(name: str, device: torch.device) -> Tensor:
+def grid_vectors(name: str, device: torch.device) -> Tensor:
     """int16 (vectors, numbers in a vector)."""
     vectors, width, bits, values, text = GRIDS[name]
     packed = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
@@ -220,7 +220,7 @@ def _int8(values: Tensor) -> Tensor:
 
 def _iq2_xxs(b: Tensor) -> Expanded:
     words = b[..., 2:].unflatten(-1, (8, 8))
-    grid = _grid("IQ2_XXS", b.device)[words[..., :4].long()]  # (..., 8, 4, 8)
+    grid = grid_vectors("IQ2_XXS", b.device)[words[..., :4].long()]  # (..., 8, 4, 8)
     rest = _u32(words[..., 4:])  # (..., 8, 1)
     signs = _signs(rest >> torch.arange(0, 28, 7, device=b.device) & 127)
     scale = ((rest >> 28).float() + 0.5) * 0.25
@@ -234,7 +234,7 @@ def _nibble_scales(packed: Tensor) -> Tensor:
 
 def _iq2_xs(b: Tensor) -> Expanded:
     words = _u16(b[..., 2:66])  # (..., 32)
-    values = _grid("IQ2_XS", b.device)[(words & 511).long()] * _signs(words >> 9)
+    values = grid_vectors("IQ2_XS", b.device)[(words & 511).long()] * _signs(words >> 9)
     scales = (_nibble_scales(b[..., 66:74]) + 0.5) * 0.25
     return Expanded("int8", _int8(values).flatten(-2), (16, 256), (scales, _f16(b[..., :2])))
 
@@ -242,13 +242,13 @@ def _iq2_xs(b: Tensor) -> Expanded:
 def _iq2_s(b: Tensor) -> Expanded:
     high = _bits(b[..., 66:74].unsqueeze(-1), 2).flatten(-3)  # two bits for each of 32 vectors
     index = b[..., 2:34].long() | high.long() << 8
-    values = _grid("IQ2_S", b.device)[index] * _sign_bits(b[..., 34:66])
+    values = grid_vectors("IQ2_S", b.device)[index] * _sign_bits(b[..., 34:66])
     scales = (_nibble_scales(b[..., 74:82]) + 0.5) * 0.25
     return Expanded("int8", _int8(values).flatten(-2), (16, 256), (scales, _f16(b[..., :2])))
 
 
 def _iq3_xxs(b: Tensor) -> Expanded:
-    grid = _grid("IQ3_XXS", b.device)[b[..., 2:66].long()].flatten(-2)  # (..., 256)
+    grid = grid_vectors("IQ3_XXS", b.device)[b[..., 2:66].long()].flatten(-2)  # (..., 256)
     rest = _u32(b[..., 66:98])  # (..., 8)
     signs = _signs(rest.unsqueeze(-1) >> torch.arange(0, 28, 7, device=b.device) & 127).flatten(-3)
     scale = ((rest >> 28).float() + 0.5) * 0.5
@@ -257,14 +257,16 @@ def _iq3_xxs(b: Tensor) -> Expanded:
 
 def _iq3_s(b: Tensor) -> Expanded:
     index = b[..., 2:66].long() | _each_bit(b[..., 66:74]).long() << 8
-    values = _grid("IQ3_S", b.device)[index].flatten(-2) * _sign_bits(b[..., 74:106]).flatten(-2)
+    values = grid_vectors("IQ3_S", b.device)[index].flatten(-2) * _sign_bits(b[..., 74:106]).flatten(-2)
     scales = 1 + 2 * _nibble_scales(b[..., 106:110])
     return Expanded("int8", _int8(values), (32, 256), (scales, _f16(b[..., :2])))
 
 
 def _iq1(index: Tensor, minus: Tensor) -> Tensor:
     """Codes 8 g + 1, or 8 g - 1 where ``minus``: the grid's -1, 0, 1 with its shift of an eighth."""
-    return _int8(8 * _grid("IQ1_S", index.device)[index] + (1 - 2 * minus.to(torch.int16)).unsqueeze(-1))
+    return _int8(
+        8 * grid_vectors("IQ1_S", index.device)[index] + (1 - 2 * minus.to(torch.int16)).unsqueeze(-1)
+    )
 
 
 def _iq1_s(b: Tensor) -> Expanded:

@@ -7,7 +7,8 @@ A block is a run of 32, 64, 128 or 256 weights of one row (``block_weights``); i
 
 - one scale that the largest weight fixes, then rounding: Q4_0 … Q8_0, Q1_0, TQ1_0, TQ2_0 (here), MXFP4 and
   NVFP4. Bit for bit what ggml's C and, where it has the type, ``gguf.quants.quantize`` give;
-- a search for the scale with the smallest weighted error: Q2_K … Q6_K, IQ4_NL, IQ4_XS (``gguf_searches``).
+- a search for the scale with the smallest weighted error: Q2_K … Q6_K, IQ4_NL, IQ4_XS (``gguf_searches``),
+  IQ3_S (``gguf_iq3``).
 
 csrc/quantize.cpp does the work; the torch versions give the same bits where there is no native library or the
 weight is on a GPU. The bits are those of ggml's C compiled without contraction of products and sums: of every
@@ -30,7 +31,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.numerics.number_formats import number_format
-from lowbit.quantize import gguf_searches
+from lowbit.quantize import gguf_iq3, gguf_searches
 from lowbit.quantize.gguf_pack import (
     half_bytes,
     join_bits,
@@ -44,7 +45,6 @@ from lowbit.quantize.gguf_pack import (
 _CHUNK = 1 << 20  # weights that torch encodes at once: what fits the caches
 
 REFUSED: dict[str, str] = {
-    "IQ3_S": "has no encoder yet",
     **dict.fromkeys(
         ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"),
         "needs an importance matrix, which needs text to run the model on",
@@ -154,7 +154,7 @@ _ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
     "TQ2_0": _tq2_0,
 }
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16}
-_ENCODERS = _ROUNDED | gguf_searches.ENCODERS
+_ENCODERS = _ROUNDED | gguf_searches.ENCODERS | {"IQ3_S": gguf_iq3.encode_iq3_s}
 # What csrc/quantize.cpp calls them: GGUF's numbers of the types, and the kinds of floats.
 _NATIVE_TYPES = {
     "Q4_0": 2,
@@ -187,7 +187,7 @@ _SCALES = {
     "TQ1_0": slice(52, 54),
     "TQ2_0": slice(64, 66),
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), slice(0, 4)),
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "Q1_0", "IQ4_NL", "IQ4_XS"), slice(0, 2)),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "Q1_0", "IQ4_NL", "IQ4_XS", "IQ3_S"), slice(0, 2)),
 }
 
 
@@ -240,12 +240,18 @@ def _encode_natively(name: str, blocks: Tensor, size: int) -> Tensor | None:
     """None where a weight is not finite."""
     library = native.library()
     assert library is not None, "the caller has looked"
-    function = library.lowbit_quantize_blocks
-    function.argtypes = (ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
-    function.restype = ctypes.c_int32
     out = torch.empty(len(blocks), size, dtype=torch.uint8)
-    source = _NATIVE_SOURCES[blocks.dtype]
-    answer = function(_NATIVE_TYPES[name], source, blocks.data_ptr(), len(blocks), out.data_ptr())
+    weights = (_NATIVE_SOURCES[blocks.dtype], blocks.data_ptr(), len(blocks), out.data_ptr())
+    types = (ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    if name == "IQ3_S":
+        tables = gguf_iq3.native_tables()
+        function = library.lowbit_quantize_iq3_s
+        function.argtypes = (*(ctypes.c_void_p,) * len(tables), *types)
+        answer = function(*(table.data_ptr() for table in tables), *weights)
+    else:
+        function = library.lowbit_quantize_blocks
+        function.argtypes = (ctypes.c_int32, *types)
+        answer = function(_NATIVE_TYPES[name], *weights)
     assert answer != 1, f"csrc/quantize.cpp lacks {name}"
     return None if answer == 2 else out
 

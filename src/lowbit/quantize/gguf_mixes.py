@@ -47,6 +47,8 @@ MIXES: dict[str, str] = {
     "q5_k_s": "Q5_K",
     "q5_k_m": "Q5_K",
     "q6_k": "Q6_K",
+    "iq3_s": "IQ3_S",
+    "iq3_m": "IQ3_S",
     "iq4_nl": "IQ4_NL",
     "iq4_xs": "IQ4_XS",
     "tq1_0": "TQ1_0",
@@ -222,6 +224,8 @@ _VALUE_RULES: dict[str, Callable[[_Place, bool], str | None]] = {  # of the plac
     "q2_k": lambda place, many: "Q4_K" if many else "Q3_K",
     "q3_k_m": lambda place, many: "Q5_K" if place.index < 2 else "Q4_K",
     "q3_k_l": lambda place, many: "Q5_K",
+    "iq3_s": lambda place, many: "Q4_K" if many else None,
+    "iq3_m": lambda place, many: "Q4_K",
     "iq4_nl": lambda place, many: "Q5_K" if many else None,
     "iq4_xs": lambda place, many: "Q5_K" if many else None,
     "q4_k_m": lambda place, many: "Q6_K" if place.more_bits() else None,
@@ -253,16 +257,19 @@ _DOWN_RULES: dict[str, Callable[[_Place], str | None]] = {
 
 
 def _down_type(mix: str, base: str, model: ModelFacts, name: str) -> str:
+    place = _place(name, None if model.experts > 1 else model.down_layers, model.layers)
+    if mix == "iq3_m":
+        return "Q4_K" if place.first(8) or (model.experts == 8 and place.more_bits()) else base
     rule = _DOWN_RULES.get(mix)
-    if rule is None:
-        return base
-    return rule(_place(name, None if model.experts > 1 else model.down_layers, model.layers)) or base
+    return (rule and rule(place)) or base
 
 
-_EIGHT_EXPERT_OUTPUT = {"q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_nl", "iq4_xs"}
+_EIGHT_EXPERT_OUTPUT = {
+    *("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_m", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs")
+}
 
 
 def _attention_output_type(mix: str, base: str, model: ModelFacts) -> str:
     if model.experts == 8:
         return "Q5_K" if mix in _EIGHT_EXPERT_OUTPUT else base
-    return {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K"}.get(mix, base)
+    return {"q2_k": "Q3_K", "q3_k_m": "Q4_K", "q3_k_l": "Q5_K", "iq3_m": "Q4_K"}.get(mix, base)

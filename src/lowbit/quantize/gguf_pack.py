@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,20 @@ def largest_weight(x: Tensor) -> Tensor:
 def over(number: float, x: Tensor) -> Tensor:
     """number / x, rounded once: torch would multiply with the reciprocal."""
     return torch.full_like(x, number) / x
+
+
+def nearest(x: Tensor) -> Tensor:
+    """int32: the low 23 bits of x + 1.5 * 2^23. The nearest integer, ties to even, where |x| < 2^22."""
+    return ((x + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
+
+
+def nearest_between(x: Tensor, low: int, high: int) -> Tensor:
+    return nearest(x).clamp_(low, high).float()
+
+
+def in_order(terms: Tensor | Sequence[Tensor]) -> Tensor:
+    """The sum over the first axis, one after the other from zero."""
+    total = torch.zeros_like(terms[0])
+    for term in terms:
+        total += term
+    return total

@@ -14,7 +14,7 @@ axis one element after the other, because their rounding decides between neighbo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,10 +24,13 @@ from torch import Tensor
 from lowbit.numerics.number_formats import NUMBER_FORMATS
 from lowbit.quantize.gguf_pack import (
     half_bytes,
+    in_order,
     join_nibbles,
     join_planes,
     largest_magnitude,
     largest_weight,
+    nearest,
+    nearest_between,
     over,
 )
 
@@ -36,15 +39,6 @@ _TINY = 1e-15  # a sub-block whose largest weight is below this is zero
 
 def _float32(number: float) -> float:
     return float(torch.tensor(number, dtype=torch.float32))
-
-
-def _nearest(x: Tensor) -> Tensor:
-    """int32: the low 23 bits of x + 1.5 * 2^23. The nearest integer, ties to even, where |x| < 2^22."""
-    return ((x + 12582912.0).view(torch.int32) & 0x7FFFFF) - 0x400000
-
-
-def _nearest_between(x: Tensor, low: int, high: int) -> Tensor:
-    return _nearest(x).clamp_(low, high).float()
 
 
 def _stored(x: Tensor) -> Tensor:
@@ -75,15 +69,7 @@ def _offset_error(
 ) -> Tensor:
     off = scale * codes + low - x
     losses = weights * (off.abs() if absolute else off * off)
-    return _in_order(losses)
-
-
-def _in_order(terms: Tensor | Sequence[Tensor]) -> Tensor:
-    """The sum over the first axis, one after the other from zero."""
-    total = torch.zeros_like(terms[0])
-    for term in terms:
-        total += term
-    return total
+    return in_order(losses)
 
 
 def _make_offset_codes(x: Tensor, weights: Tensor, search: _OffsetSearch) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,16 +85,16 @@ def _make_offset_codes(x: Tensor, weights: Tensor, search: _OffsetSearch) -> tup
 
     inverse = over(search.levels, high - low)
     scale = over(1.0, inverse)
-    codes = _nearest_between(inverse * (x - low), 0, search.levels)
+    codes = nearest_between(inverse * (x - low), 0, search.levels)
     best = _offset_error(x, weights, codes, scale, low, search.absolute_error)
     for step in range(search.steps + 1):
         numerator = _float32(
             _float32(_float32(search.first) + _float32(_float32(search.step) * step)) + search.levels
         )
         inverse = over(numerator, high - low)
-        tried = _nearest_between(inverse * (x - low), 0, search.levels)
+        tried = nearest_between(inverse * (x - low), 0, search.levels)
         weighted = weights * tried
-        sum_l, sum_l2, sum_xl = _in_order(weighted), _in_order(weighted * tried), _in_order(weighted * x)
+        sum_l, sum_l2, sum_xl = in_order(weighted), in_order(weighted * tried), in_order(weighted * x)
         determinant = sum_w * sum_l2 - sum_l * sum_l
         new_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         new_low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
@@ -135,7 +121,7 @@ def _make_offset_codes(x: Tensor, weights: Tensor, search: _OffsetSearch) -> tup
 def _scale_sums(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Σ w x v and Σ w v v with w = x², in the order Q3_K and Q6_K multiply in."""
     w = x * x
-    return _in_order(w * x * values), _in_order(w * values * values)
+    return in_order(w * x * values), in_order(w * values * values)
 
 
 def _make_symmetric_codes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +129,7 @@ def _make_symmetric_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     magnitude, largest = _largest_first(x)
 
     def tried(numerator: float) -> tuple[Tensor, Tensor, Tensor]:
-        codes = _nearest_between(over(numerator, largest) * x, -32, 31)
+        codes = nearest_between(over(numerator, largest) * x, -32, 31)
         return codes, *_scale_sums(x, codes)
 
     codes, sum_xl, sum_l2 = tried(-32.0)
@@ -163,7 +149,7 @@ def _make_symmetric_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 def _make_q3_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     """(16, lanes) -> codes -4..3, stored + 4, and scales."""
     magnitude, largest = _largest_first(x)
-    codes = _nearest_between(over(-4.0, largest) * x, -4, 3)
+    codes = nearest_between(over(-4.0, largest) * x, -4, 3)
     sum_xl, sum_l2 = _scale_sums(x, codes)
     for _ in range(5):
         changed = False
@@ -172,7 +158,7 @@ def _make_q3_codes(x: Tensor) -> tuple[Tensor, Tensor]:
             wx = w * value
             xl, l2 = sum_xl - wx * old, sum_l2 - w * old * old
             positive = xl > 0
-            code = _nearest_between(value * l2 / xl, -4, 3)
+            code = nearest_between(value * l2 / xl, -4, 3)
             xl, l2 = xl + wx * code, l2 + w * code * code
             # The same code can change a sum's last bit, and must not: only another code counts.
             better = positive & (code != old) & (l2 > 0) & (xl * xl * sum_l2 > sum_xl * sum_xl * l2)
@@ -205,7 +191,7 @@ def _make_non_linear_scale(x: Tensor) -> Tensor:
     def sums_for(inverse: Tensor) -> tuple[Tensor, Tensor]:
         values = table[_non_linear_codes(inverse * x)]
         weighted = w * values
-        return _in_order(weighted * x), _in_order(weighted * values)
+        return in_order(weighted * x), in_order(weighted * values)
 
     sum_xl, sum_l2 = sums_for(over(1.0, -largest / torch.full_like(largest, -127)))
     scale = torch.where(sum_l2 > 0, sum_xl / sum_l2, torch.zeros_like(sum_l2))
@@ -230,7 +216,7 @@ def _requantized(
     x: Tensor, found: Tensor, scale: Tensor, low: Tensor | float, limits: tuple[int, int]
 ) -> Tensor:
     """(n, lanes) -> (lanes, n) uint8: codes for the stored scales; the search's where a scale is zero."""
-    codes = _nearest_between((x + low) / scale, *limits) - limits[0]
+    codes = nearest_between((x + low) / scale, *limits) - limits[0]
     return torch.where(scale == 0, found, codes).t().to(torch.uint8)
 
 
@@ -256,7 +242,7 @@ def _offset_scale_codes(scales: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """(blocks, n) of numbers >= 0 -> codes 0..levels and the scale of them, (blocks, 1)."""
     largest = scales.amax(-1, keepdim=True).clamp(min=0) + 0.0  # never -0
     inverse = torch.where(largest > 0, over(levels, largest), torch.zeros_like(largest))
-    return _nearest(inverse * scales), largest / torch.full_like(largest, levels)
+    return nearest(inverse * scales), largest / torch.full_like(largest, levels)
 
 
 def _six_bit_pairs(scales: Tensor, mins: Tensor) -> Tensor:
@@ -270,7 +256,7 @@ def _six_bit_pairs(scales: Tensor, mins: Tensor) -> Tensor:
 def _q45_k(x: Tensor, search: _OffsetSearch) -> Tensor:
     subs = _sub_blocks(x, 32)
     # Through float64, because torch's float32 square root may be off by its last bit.
-    weights = (_in_order(subs * subs) / 32).double().sqrt().float() + subs.abs()
+    weights = (in_order(subs * subs) / 32).double().sqrt().float() + subs.abs()
     found, scales, mins = _make_offset_codes(subs, weights, search)
     scale_codes, d = _offset_scale_codes(scales.view(-1, 8), 63)
     min_codes, dmin = _offset_scale_codes(mins.view(-1, 8), 63)
@@ -289,7 +275,7 @@ def _symmetric_scale_codes(scales: Tensor, half: int) -> tuple[Tensor, Tensor]:
     largest = _largest_scale(scales)
     inverse = over(-half, largest)
     nothing = torch.zeros_like(largest)
-    codes = torch.where(largest != 0, _nearest(inverse * scales).clamp(max=half - 1), 0)
+    codes = torch.where(largest != 0, nearest(inverse * scales).clamp(max=half - 1), 0)
     return codes, torch.where(largest != 0, over(1.0, inverse), nothing)
 
 
@@ -332,7 +318,7 @@ def _iq4_xs(x: Tensor) -> Tensor:
     scales = _make_non_linear_scale(_sub_blocks(x, 32)).view(-1, 8)
     d = -_largest_scale(scales) / 32
     nothing = torch.zeros_like(d)
-    steps = _nearest(torch.where(d == 0, nothing, over(1.0, d)) * scales).clamp(-32, 31)
+    steps = nearest(torch.where(d == 0, nothing, over(1.0, d)) * scales).clamp(-32, 31)
     scale = d * steps
     inverse = torch.where(scale == 0, torch.zeros_like(scale), over(1.0, scale))
     codes = _non_linear_codes(inverse.unsqueeze(-1) * x.view(-1, 8, 32)).to(torch.uint8)
