@@ -164,6 +164,8 @@ def test_every_family_of_the_dense_decoder(family: str, tmp_path: Path) -> None:
         "compressed_tensors/nvfp4",
         "compressed_tensors/mxfp8",
         "compressed_tensors/two_groups",
+        "compressed_tensors/embedding",
+        "compressed_tensors/w3a16_asym",
         "fp8/block_128",
     ],
 )
@@ -175,7 +177,7 @@ def test_checkpoints_of_many_formats(fixture: str) -> None:
 
     capture = check(make)
     if "reference" in make().kernels:
-        assert "reference" in capture.refusal and not capture.replayed
+        assert "in model.layers.0.self_attn.qkv_proj (" in capture.refusal and not capture.replayed
     else:
         assert not capture.refusal and capture.replayed
 
