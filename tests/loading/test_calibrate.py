@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from forward_helpers import prompt_logits
@@ -339,6 +340,24 @@ def test_text_that_does_not_fit_the_model(
     with pytest.raises(LowbitError) as caught:
         calibrate(checkpoints["Llama"], [[1, 2], sequence], options("gptq"))
     assert caught.value.code == "E0441"
+
+
+def test_no_text_at_all(checkpoints: dict[str, CheckpointHeader]) -> None:
+    with pytest.raises(LowbitError, match="no calibration text") as caught:
+        calibrate(checkpoints["Llama"], [], options("awq"))
+    assert caught.value.code == "E0441"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_inputs_that_are_not_numbers_name_the_layer(method: str, tmp_path: Path) -> None:
+    make_checkpoint("Llama", tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.input_layernorm.weight"][5] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(LowbitError, match=r"model\.layers\.1\.self_attn\.qkv_proj") as caught:
+        list(calibrate(open_checkpoint(str(tmp_path)), text(1, 2), options(method, scale_steps=2)))
+    assert caught.value.code == "E0442"
 
 
 def test_quantized_checkpoints_only_on_request() -> None:

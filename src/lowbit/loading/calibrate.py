@@ -71,7 +71,8 @@ def calibrate(
             "weights into each other, and calibration walks plain decoder blocks only; choose a method that "
             "needs no data",
         )
-    _check_tokens(sequences, opened.config)
+    if options.method != "rtn":
+        _check_tokens(sequences, opened.config)
     loader = _HoldingLoader(opened, TensorData(header), options)
     model = opened.family.build(opened.config, loader)
     loader.names.refuse_leftovers()
@@ -111,6 +112,8 @@ def quantized_model(
 
 
 def _check_tokens(sequences: Sequence[list[int]], config: ModelConfig) -> None:
+    if not sequences:
+        raise LowbitError("E0441", "there is no calibration text; GPTQ and AWQ need some")
     for sequence in sequences:
         worst = max(sequence, default=-1)
         if not 0 <= worst < config.vocab_size or min(sequence) < 0 or len(sequence) > config.context_length:

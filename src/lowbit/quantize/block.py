@@ -82,6 +82,9 @@ def quantize_block(
 
     Each Linear's float weight gives way to the dequantized one, for the block to be run with.
     """
+    for linear in block.linears.values():
+        if linear.statistics is not None:
+            linear.statistics.check_finite(linear.name)
     if options.method == "awq":
         yield from _scale(block, options)
     for linear in block.linears.values():

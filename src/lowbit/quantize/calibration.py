@@ -135,6 +135,15 @@ class InputStatistics:
         """float32 (rows, in)."""
         return self._rows
 
+    def check_finite(self, name: str) -> None:
+        """E0442 where an input of the Linear called ``name`` was NaN or infinite."""
+        if not bool(self._magnitudes.isfinite().all()):
+            raise LowbitError(
+                "E0442",
+                f"{name}: its inputs became NaN or infinite on the calibration text; the float model "
+                "is damaged or overflows (lowbit check shows damaged weights)",
+            )
+
     def divide(self, scales: Tensor) -> None:
         """The inputs will come divided by ``scales`` (in,)."""
         self._rows = self._rows / scales
