@@ -39,6 +39,8 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "quantization_recipe": ("mixed.toml", "mixed.toml"),
     "quantization_ignore": ("*.o_proj,layers.0", "*.o_proj,layers.0"),
     "gguf_type": ("q5_k_m", "q5_k_m"),
+    "calibration_data": ("texts.jsonl", "texts.jsonl"),
+    "save_quantized": ("out", "out"),
     "device": ("cpu", "cpu"),
     "threads": ("3", 3),
     "kv_cache_dtype": ("f32", "f32"),

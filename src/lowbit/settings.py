@@ -142,6 +142,13 @@ class Settings:
     gguf_type: str | None = option(
         None, "Type or mix of --quantization gguf: q4_k_m, q4_0, q8_0, ...; default: q4_k_m.", "model"
     )
+    calibration_data: str | None = option(
+        None, "Text for gptq and awq: a .txt file, or .jsonl with text in every line; default: built-in "
+        "text.", "model",
+    )  # fmt: skip
+    save_quantized: str | None = option(
+        None, "Folder (gguf: file) to leave the quantized checkpoint in, to be loaded without flags.", "model"
+    )
     strict: bool = option(
         False, "Refuse checkpoints whose config and tensors contradict each other, and layers that cannot "
         "take the method asked for.", "model",

@@ -399,12 +399,16 @@ class Engine:
         return found
 
 
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
+
+
 def load_engine(settings: Settings, on_progress: Progress | None = None, *, serving: bool = False) -> Engine:
     """Open, load and set up everything that ``settings`` ask for; ``serving``: for a server."""
     from lowbit.checkpoint import open_checkpoint
     from lowbit.engine import speed
     from lowbit.kernels import native
-    from lowbit.loading import load_model
+    from lowbit.loading import Calibration, load_model
     from lowbit.loading.online import is_float
     from lowbit.loading.samples import Samples
     from lowbit.models.config import architecture_of
@@ -430,6 +434,8 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         kv_scales_path=settings.quantization_param_path,
         on_progress=on_progress,
         samples=samples,
+        save=_path(settings.save_quantized),
+        calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
     )
     if native.library() is not None and "reference" not in model.kernels:
         # What is left for torch is small, and its own threads, which spin after every operation, would take

@@ -7,17 +7,22 @@ quantizing at load makes of it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError
 from lowbit.kernels.attention import choose_attention
 from lowbit.loading.loader import Loader, Progress
 from lowbit.loading.opened import Opened, Target, check_quantization
 from lowbit.loading.planner import ModelPlan, ModulePlan, Planner
+from lowbit.loading.quantizing import Calibration, quantized_checkpoint
 from lowbit.loading.samples import Samples
 from lowbit.models.model import Model
 from lowbit.quantize.recipe import Asked
 
-__all__ = ["ModelPlan", "ModulePlan", "Progress", "check_quantization", "load_model", "plan_model"]
+__all__ = ["Calibration", "ModelPlan", "ModulePlan", "Progress", "check_quantization", "load_model", "plan_model"]
 
 
 def load_model(
@@ -33,15 +38,38 @@ def load_model(
     kv_scales_path: str | None = None,
     on_progress: Progress | None = None,
     samples: Samples | None = None,
+    save: Path | None = None,
+    calibration: Calibration | None = None,
 ) -> Model:
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
     ``quantization``: how to quantize a float checkpoint; of a quantized one, what the user believes its
     method is: anything but its own is E0401. ``strict``: contradictions the data could settle are errors.
     ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own. ``samples``:
-    gets some rows of each kind of layer, to time.
+    gets some rows of each kind of layer, to time. ``save``: the folder the quantized checkpoint is left in;
+    ``calibration``: the text calibrated methods look at.
     """
     opened = Opened.of(header, quantization, strict)
+    if opened.recipe is None and save is not None:
+        raise LowbitError(
+            "E0405", "--save-quantized needs a float model and --quantization, --torchao-config or a recipe"
+        )
+    if opened.recipe is not None and (save is not None or opened.recipe.calibrated):
+        made = quantized_checkpoint(opened, save=save, calibration=calibration, on_progress=on_progress)
+        model = load_model(
+            open_checkpoint(str(made)),
+            device=device,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            k_cache_dtype=k_cache_dtype,
+            v_cache_dtype=v_cache_dtype,
+            strict=strict,
+            kv_scales_path=kv_scales_path,
+            on_progress=on_progress,
+            samples=samples,
+        )
+        model.quantization = opened.described
+        return model
     target = Target.resolve(header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     with TensorData(header) as data:
         loader = Loader(opened, target, data, opened.kv_scales(kv_scales_path), on_progress, samples)

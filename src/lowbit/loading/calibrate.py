@@ -56,9 +56,10 @@ def calibrate(
     sequences: Sequence[list[int]],
     options: CalibrationOptions,
     *,
+    keep: Callable[[str], bool] = lambda name: False,
     on_progress: Progress | None = None,
 ) -> Iterator[Calibrated]:
-    """Quantize every Linear of every decoder block; embedding and head stay float.
+    """Quantize every Linear of every decoder block; embedding and head stay float, and what ``keep`` names.
 
     ``sequences``: token ids (``calibration.token_sequences``). The checkpoint is checked before this returns;
     the work is done as the stream is read, block after block. ``on_progress``: (blocks done, blocks, what).
@@ -77,7 +78,7 @@ def calibrate(
     model = opened.family.build(opened.config, loader)
     loader.names.refuse_leftovers()
     assert isinstance(model, Decoder), "decoder.build builds decoders"
-    return _Walk(model, loader, options).run(sequences, on_progress or (lambda done, total, what: None))
+    return _Walk(model, loader, options, keep).run(sequences, on_progress or (lambda done, total, what: None))
 
 
 def quantized_model(
@@ -279,8 +280,14 @@ class _Chunk:
 class _Walk:
     """The walk over the blocks of one model."""
 
-    def __init__(self, model: Decoder, loader: _HoldingLoader, options: CalibrationOptions) -> None:
-        self.model, self.loader, self.options = model, loader, options
+    def __init__(
+        self,
+        model: Decoder,
+        loader: _HoldingLoader,
+        options: CalibrationOptions,
+        keep: Callable[[str], bool],
+    ) -> None:
+        self.model, self.loader, self.options, self.keep = model, loader, options, keep
 
     def run(self, sequences: Sequence[list[int]], on_progress: Progress) -> Iterator[Calibrated]:
         """The stream."""
@@ -299,7 +306,7 @@ class _Walk:
         linears = _linears(block)
         for linear in linears:
             held = linear.load()
-            held.keep = isinstance(block.mlp, MixtureOfExperts) and linear is block.mlp.router
+            held.keep = self._stays_float(block, linear)
             if not held.keep or self.options.method == "awq":
                 held.statistics = statistics_for(self.options, held.weight.shape[1])
         self._forward(layer, chunks, advance=False)
@@ -314,6 +321,20 @@ class _Walk:
             self._forward(layer, chunks, advance=True)
         for linear in linears:
             linear.drop()
+
+    def _stays_float(self, block: Block, linear: HeldLinear) -> bool:
+        """Routers, and what the recipe keeps: all modules that run as one, or none."""
+        if isinstance(block.mlp, MixtureOfExperts) and linear is block.mlp.router:
+            return True
+        kept = [name for name, _ in linear.modules if self.keep(name)]
+        if kept and len(kept) != len(linear.modules):
+            others = ", ".join(name for name, _ in linear.modules if name not in kept)
+            raise LowbitError(
+                "E0405",
+                f"{kept[0]} is to be quantized otherwise than {others}, with which it runs as one layer; "
+                "calibrated methods take all of them or none",
+            )
+        return bool(kept)
 
     def _forward(self, layer: int, chunks: list[_Chunk], advance: bool) -> None:
         """Every sequence through one block; ``advance``: its output is the next block's input."""

@@ -107,6 +107,11 @@ class Recipe:
         found = [rule.method for rule in self.rules] + [self.default]
         return list({method.key: method for method in found if method is not None}.values())
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether a method needs text run through the model."""
+        return any(method.entry.calibrated for method in self.methods)
+
     def verdict(self, name: str, role: str, shape: tuple[int, int]) -> Verdict:
         """What becomes of a module; ``role``: linear, expert, router, head or embedding."""
         if role == "router":

@@ -84,7 +84,7 @@ _CALIBRATED = {
     "bits": Choice(4, "bits of a code", choices=("2", "3", "4", "8"), kind=int),
     "group_size": _GROUP,
     "symmetric": Choice(True, "no zero points", kind=bool),
-    "act_order": Choice(False, "columns in the order of their inputs' size", kind=bool),
+    "act_order": Choice(True, "columns with the largest inputs first, each in its own group", kind=bool),
     "sequences": Choice(64, "calibration sequences", kind=int, least=1),
     "length": Choice(512, "tokens of each", kind=int, least=8),
 }
@@ -150,7 +150,7 @@ METHODS: dict[str, Entry] = {
         "calibrated",
         "GPTQ, 4 bit, symmetric, groups of 128",
         _MARLIN,
-        {"bits": 4, "group_size": 128, "symmetric": True, "act_order": False},
+        {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True},
         calibrated=True,
     ),
     "awq": Entry(

@@ -1,0 +1,277 @@
+"""quantized_checkpoint: a float checkpoint quantized by a recipe, as a checkpoint of its own.
+
+What ``--save-quantized`` leaves behind, and what a calibrated method is loaded from: then the folder lies in
+the cache under a hash of the model, the text and the options, and the next start is a plain load. Modules are
+read, quantized and written one after another; calibration adds one decoder block and its inputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lowbit.checkpoint.embedded import cache_directory
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError
+from lowbit.formats import InputRule, StoredModule
+from lowbit.formats.writing import CheckpointWriter, writer_of
+from lowbit.loading.calibrate import Calibrated, calibrate
+from lowbit.loading.gguf_saving import save_gguf
+from lowbit.loading.names import Names
+from lowbit.loading.online import Decision, Online, facts_of
+from lowbit.loading.opened import Opened
+from lowbit.loading.saving import NamedTensor, planned_nbytes, save_checkpoint
+from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
+from lowbit.numerics.scheme import Scheme
+from lowbit.quantize.calibrated import options_of
+from lowbit.quantize.calibration import CalibratedModule, calibration_sequences
+from lowbit.quantize.recipe import Recipe
+from lowbit.quantize.specification import MethodSpec
+from lowbit.tokenization import load_tokenizer
+
+_log = logging.getLogger("lowbit")
+
+Progress = Callable[[int, int, str], None]
+
+VERSION = 1  # of what a cached result depends on beside its inputs: raised when numerics change
+_SAMPLE = 4096
+# The format a method's users expect its checkpoints in; the first that can hold everything exactly is taken.
+_FORMATS: dict[str, tuple[str, ...]] = {
+    "fp8": ("fp8", "compressed-tensors"),
+    "w8a8_fp8": ("w8a8_fp8", "compressed-tensors"),
+    "w8a8_int8": ("w8a8_int8", "compressed-tensors"),
+    "blockwise_int8": ("blockwise_int8", "compressed-tensors"),
+    "bitsandbytes": ("bitsandbytes",),
+    "nf4": ("bitsandbytes",),
+    "fp4": ("bitsandbytes",),
+    "gguf": ("gguf",),
+    "hqq": ("hqq",),
+    "awq": ("awq",),
+    "awq_marlin": ("awq",),
+    **dict.fromkeys(("gptq", "gptq_marlin", "marlin"), ("gptq",)),
+}
+_USUAL = ("compressed-tensors", "gptq")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrated methods look at. ``file``: text of the user's; ``tokenizer``: where its own is not."""
+
+    file: Path | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A module as it will be written. ``source``: where its floats are, if it is not from calibration."""
+
+    target: StoredModule
+    scheme: Scheme
+    source: SourceModule | None = None
+    decision: Decision | None = None
+
+
+class Quantizing:
+    """A float checkpoint and what a recipe makes of it."""
+
+    def __init__(self, opened: Opened, recipe: Recipe, calibration: Calibration) -> None:
+        self.opened, self.recipe, self.calibration = opened, recipe, calibration
+        self.source = SourceModel(opened.header, strict=opened.strict)
+        names = Names(opened.header, opened.family, opened.config.layers, opened.form.unused)
+        self.online = Online(recipe, names, facts_of(opened.config), opened.strict)
+        calibrated = [spec for spec in recipe.methods if spec.entry.calibrated]
+        if len(calibrated) > 1:
+            raise LowbitError(
+                "E0405",
+                f"{recipe.described} uses {calibrated[0].text} and {calibrated[1].text}; one calibrated "
+                "method a model",
+            )
+        self.calibrated: MethodSpec | None = calibrated[0] if calibrated else None
+        self.modules = [module for part in self.source.modules for module in self._planned(part)]
+
+    def _planned(self, part: SourceModule) -> list[_Module]:
+        decision = self.online.decide(part.place, part.scheme)
+        if not self._is_calibrated(decision):
+            return [_Module(part.target, decision.scheme, part, decision)]
+        if part.target.expert is None:
+            return [_Module(part.target, decision.scheme)]
+        # One of a stack of experts: calibrated ones are modules of their own, gate and up apart.
+        name, (rows, columns) = part.place.part.name, part.target.shape
+        leaves = {"gate_proj": rows // 2, "up_proj": rows // 2}
+        shapes = {name: rows}
+        if name.endswith("gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            shapes = {f"{stem}{leaf}": count for leaf, count in leaves.items()}
+        return [
+            _Module(StoredModule(name, name, (count, columns)), decision.scheme)
+            for name, count in shapes.items()
+        ]
+
+    def _is_calibrated(self, decision: Decision) -> bool:
+        return decision.method is not None and decision.method.spec.entry.calibrated
+
+    def writer(self) -> CheckpointWriter:
+        """The first format that can hold every module exactly."""
+        schemes = {module.target.stored: module.scheme for module in self.modules}
+        methods = self.recipe.methods
+        wanted = _FORMATS.get(methods[0].name, _USUAL) if len(methods) == 1 else ("compressed-tensors",)
+        reasons = []
+        for form in wanted:
+            kind = writer_of(form)
+            reason = next(filter(None, (self._refusal(kind, module) for module in self.modules)), None)
+            if reason is None:
+                return kind(schemes)
+            reasons.append(f"{form}: {reason}")
+        raise LowbitError(
+            "E0450",
+            f"{self.recipe.described} cannot be saved without changing its numbers: {'; '.join(reasons)}. "
+            "Serve it without --save-quantized, or choose another method",
+        )
+
+    def _refusal(self, kind: type[CheckpointWriter], module: _Module) -> str | None:
+        if module.scheme.is_dense:
+            return None
+        if module.target.expert is not None and not kind.stacks:
+            return f"{module.target.name} is one of a stack of experts"
+        reason = kind.refuses_to_write(module.scheme, module.target.shape)
+        return None if reason is None else f"{module.target.name}: {reason}"
+
+    def write(self, out: Path, *, force: bool = False, on_progress: Progress | None = None) -> Path:
+        """Quantize into ``out``, which appears complete or not at all; the path to open."""
+        writer = self.writer()
+        if writer.name == "gguf":
+            return self._write_gguf(out, writer, force, on_progress)
+        schemes = ((module.scheme, module.target.shape) for module in self.modules)
+        vectors = sum(part.nbytes for part in self.source.parts if isinstance(part, SourceVector))
+        with TensorData(self.source.header) as data:
+            save_checkpoint(
+                out,
+                self.source.header,
+                self.source.hf_config(data),
+                self._parts(data, on_progress),
+                writer,
+                nbytes=planned_nbytes(schemes) + vectors,
+                tensors=6 * len(self.modules) + len(self.source.parts),
+                force=force,
+            )
+        self.online.say_kept()
+        return out
+
+    def _write_gguf(
+        self, out: Path, writer: CheckpointWriter, force: bool, on_progress: Progress | None
+    ) -> Path:
+        file = out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")
+        planned = {id(module.source): module for module in self.modules}
+        with TensorData(self.source.header) as data:
+
+            def read(part: SourceModule) -> ReadModule:
+                return self._quantized(planned[id(part)], data)
+
+            for note in save_gguf(
+                file, self.source, writer.schemes, read, data, force=force, on_progress=on_progress
+            ):
+                _log.warning("lowbit: %s", note)
+        self.online.say_kept()
+        return file
+
+    def _quantized(self, module: _Module, data: TensorData) -> ReadModule:
+        assert module.source is not None and module.decision is not None, "not from calibration"
+        found = self.source.read(module.source, data)
+        made = self.online.quantize(module.decision, found.weight)
+        rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
+        return replace(found, weight=made.weight, input=rule)
+
+    def _parts(self, data: TensorData, on_progress: Progress | None) -> Iterator[ReadModule | NamedTensor]:
+        """Calibrated modules as they come, then everything else."""
+        vectors = {part.name: part for part in self.source.parts if isinstance(part, SourceVector)}
+        rest = {module.target.name: module for module in self.modules}
+        if self.calibrated is not None:
+            for found in self._calibrated(self.calibrated, on_progress):
+                if isinstance(found, CalibratedModule):
+                    target = rest.pop(found.name).target
+                    yield ReadModule(target, found.weight, found.bias)
+                else:
+                    yield NamedTensor(vectors.pop(found.name).target, found.tensor)
+        total = sum(module.source.nbytes for module in rest.values() if module.source is not None)
+        done = 0
+        for vector in vectors.values():
+            yield NamedTensor(vector.target, self.source.read_vector(vector, data))
+        for module in rest.values():
+            yield self._quantized(module, data)
+            if on_progress is not None and module.source is not None:
+                done += module.source.nbytes
+                on_progress(done, total, "quantizing")
+
+    def _calibrated(self, spec: MethodSpec, on_progress: Progress | None) -> Iterator[Calibrated]:
+        planned = {module.target.name for module in self.modules if module.source is None}
+        sequences = self._sequences(spec)
+        lengths = sum(map(len, sequences))
+        _log.info("lowbit: %s on %d tokens of calibration text", spec.text, lengths)
+        return calibrate(
+            self.source.header,
+            sequences,
+            options_of(spec),
+            keep=lambda name: name not in planned,
+            on_progress=on_progress,
+        )
+
+    def _sequences(self, spec: MethodSpec) -> list[list[int]]:
+        tokenizer = load_tokenizer(self.source.header, self.calibration.tokenizer)
+        count, length = spec.options["sequences"], spec.options["length"]
+        assert isinstance(count, int) and isinstance(length, int), "checked by the specification"
+        return calibration_sequences(
+            tokenizer.encode,
+            self.calibration.file,
+            count=count,
+            length=length,
+            context_length=self.source.config.context_length,
+        )
+
+    def key(self) -> str:
+        """What the result depends on, as a name: weights, config, recipe, text."""
+        digest = hashlib.sha256()
+        decisions = [f"{module.target.stored} {module.scheme}" for module in self.modules]
+        told = [str(VERSION), *(spec.key for spec in self.recipe.methods), *decisions]
+        digest.update("\n".join(told).encode())
+        digest.update(repr(sorted(self.source.header.config.items(), key=str)).encode())
+        if self.calibrated is not None:
+            digest.update(repr(self._sequences(self.calibrated)).encode())
+        _digest_weights(digest, self.source.header)
+        return digest.hexdigest()[:32]
+
+
+def _digest_weights(digest: hashlib._Hash, header: CheckpointHeader) -> None:
+    """Every tensor's name, type, shape, and its first, middle and last bytes: enough to tell models apart
+    without reading them whole."""
+    for name in sorted(header.tensors):
+        entry = header.tensors[name]
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        with entry.file.open("rb") as file:
+            for at in (0, max(entry.nbytes // 2 - _SAMPLE // 2, 0), max(entry.nbytes - _SAMPLE, 0)):
+                file.seek(entry.start + at)
+                digest.update(file.read(min(_SAMPLE, entry.nbytes)))
+
+
+def quantized_checkpoint(
+    opened: Opened,
+    *,
+    save: Path | None = None,
+    calibration: Calibration | None = None,
+    on_progress: Progress | None = None,
+) -> Path:
+    """The quantized checkpoint of an opened float one: in ``save``, or in the cache, made on first use."""
+    assert opened.recipe is not None, "something was asked for"
+    work = Quantizing(opened, opened.recipe, calibration or Calibration())
+    if save is not None:
+        made = work.write(save, on_progress=on_progress)
+        _log.info("lowbit: saved as %s", made)
+        return made
+    folder = cache_directory() / "quantized" / work.key()
+    if folder.exists():
+        _log.info("lowbit: %s was quantized before: %s", opened.header.root.name, folder)
+        return folder
+    return work.write(folder, on_progress=on_progress)
