@@ -113,7 +113,7 @@ def test_extreme_f16_scales(name: str) -> None:
 @pytest.mark.parametrize("name", ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S"])
 def test_every_vector_of_the_grids(name: str) -> None:
     kind = getattr(gguf.quants, name)
-    kind.initgrid_vectors()
+    kind.init_grid()
     assert np.array_equal(
         grid_vectors(name, torch.device("cpu")).numpy(), kind.grid.reshape(kind.grid.shape[-2:])
     )

@@ -175,3 +175,11 @@ def test_every_instruction_set_gives_ggmls_blocks(isa: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-k", "ggml_wrote or oracles", __file__]
     run = subprocess.run(command, env=os.environ | {"LOWBIT_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
+
+
+def test_codes_of_iq3_s_stay_in_place_after_a_sub_block_of_zeros() -> None:
+    weight = torch.randn(1, 256, generator=torch.Generator().manual_seed(4))
+    weight[:, 32:64] = 0
+    decoded = decode("IQ3_S", encode("IQ3_S", weight), 256)
+    assert (decoded - weight)[weight != 0].square().mean().sqrt() < 0.2
+    assert decoded[:, 32:64].abs().max() < 0.2
