@@ -171,3 +171,24 @@ def test_missing_package_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         convert(folder, "gguf", tmp_path / "out.gguf")
     assert caught.value.code == "E0451"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder"]
+
+
+@pytest.mark.parametrize(("form", "kinds"), [("compressed-tensors", {"Q8_0"}), ("gptq", {"Q8_0", "F32"})])
+def test_simple_blocks_in_other_formats(form: str, kinds: set[str], tmp_path: Path) -> None:
+    """A Q8_0 file as groups of 32: the numbers of every matrix; embeddings plain where they must be."""
+    header = open_checkpoint(str(GGUF / "mistral.gguf"))
+    convert(header, form, tmp_path / "out")
+    before, after = SourceModel(header), SourceModel(open_checkpoint(str(tmp_path / "out")), strict=True)
+    found = set()
+    with TensorData(before.header) as old, TensorData(after.header) as new:
+        for one, other in zip(before.modules, after.modules, strict=True):
+            a, b = before.read(one, old).weight, after.read(other, new).weight
+            assert torch.equal(a.dequantize(), b.dequantize()), one.target.name
+            found.add("F32" if b.scheme.is_dense else "Q8_0")
+    assert found == kinds
+
+
+def test_what_has_offsets_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(LowbitError, match=r"model\.layers\.0\.self_attn\.q_proj cannot be written without"):
+        convert(open_checkpoint("smollm2"), "gptq", tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -44,6 +44,7 @@ class CompressedTensorsWriter(CheckpointWriter):
     """See the module docstring."""
 
     name = "compressed-tensors"
+    embeddings = True
     writes = (
         "pack-quantized 2-8 bit, int-quantized, float-quantized (tensor, channel, block), nvfp4, mxfp4, "
         "mxfp6, mxfp8; several groups"

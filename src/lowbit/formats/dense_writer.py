@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
 from lowbit.formats.writing import CheckpointWriter
-from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
@@ -123,17 +121,6 @@ def row_step(scheme: Scheme, columns: int) -> int:
         block = scheme.blocks[0][1]
         return block // math.gcd(block, columns)
     return math.lcm(*(rows or 1 for rows, _ in scheme.blocks))
-
-
-def as_float(weight: QuantizedTensor) -> QuantizedTensor:
-    """The plain matrix the weight stands for, float32 unless its own type is narrower."""
-    if weight.scheme.is_dense:
-        return weight
-    writer = DenseWriter({}, exact_dtype(weight.scheme))
-    scheme = Scheme(number_format(writer.dtype))
-    out, columns = weight.shape[-2:]
-    codes = writer._matrix(StoredModule(weight.origin, weight.origin, (out, columns)), weight, None)
-    return replace(weight, scheme=scheme, codes=codes, scales=(), zeros=None, offsets=(), column_order=None)
 
 
 WRITERS = (DenseWriter,)

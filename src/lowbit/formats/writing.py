@@ -30,12 +30,13 @@ class CheckpointWriter:
 
     ``schemes``: of every module that will be written, by its stored name, plain ones included: what the
     config says, and what concerns the whole checkpoint (GPTQ's v1 or v2), follows from them. ``stacks``:
-    whether slices of stacked experts can be written.
+    whether slices of stacked experts can be written; ``embeddings``: whether the tools read a quantized one.
     """
 
     name: ClassVar[str]
     writes: ClassVar[str]  # for docs/formats.md
     stacks: ClassVar[bool] = False
+    embeddings: ClassVar[bool] = False
     # Files the format has beside config.json; ``quantization_config`` goes into them as well.
     config_files: ClassVar[tuple[str, ...]] = ()
 
@@ -133,11 +134,6 @@ def as_planned(weight: QuantizedTensor, planned: Scheme, module: StoredModule) -
             "that contradicts itself is not converted (lowbit check MODEL --fix OUT may correct it)",
         )
     return weight
-
-
-def whole_columns(scheme: Scheme, level: int, columns: int) -> int:
-    """Columns of a block, spelled out."""
-    return scheme.blocks[level][1] or columns
 
 
 def grouped_rows(scheme: Scheme, columns: int) -> str | None:

@@ -19,7 +19,8 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, thousands
 from lowbit.formats.dense_writer import DenseWriter, exact_dtype
 from lowbit.formats.gguf_writer import GgufWriter
-from lowbit.formats.writing import CheckpointWriter, cannot, writer_of
+from lowbit.formats.respelling import plain, respelled, spelled_out
+from lowbit.formats.writing import EMBEDDINGS, CheckpointWriter, cannot, writer_of
 from lowbit.loading.gguf_saving import require_gguf, save_gguf
 from lowbit.loading.saving import NamedTensor, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
@@ -88,7 +89,7 @@ def _to_gguf(
             done.out,
             source,
             writer.schemes,
-            lambda module: source.read(module, data),
+            lambda module: _read(source, module, data, writer),
             data,
             force=force,
             on_progress=on_progress,
@@ -96,6 +97,16 @@ def _to_gguf(
     done.notes += notes
     done.nbytes = done.out.stat().st_size
     return done
+
+
+def _read(
+    source: SourceModel, module: SourceModule, data: TensorData, writer: CheckpointWriter
+) -> ReadModule:
+    """The module in its planned scheme; the dense writer makes floats of any."""
+    read = source.read(module, data)
+    if isinstance(writer, DenseWriter):
+        return read
+    return replace(read, weight=respelled(read.weight, writer.schemes[module.target.stored]))
 
 
 def _writer(source: SourceModel, form: str, dtype: str | None) -> tuple[CheckpointWriter, str | None]:
@@ -115,15 +126,29 @@ def _writer(source: SourceModel, form: str, dtype: str | None) -> tuple[Checkpoi
             f"--format {form}: {source.header.root.name} is not quantized, and convert does not quantize; it "
             "writes the numbers there are in another format",
         )
-    for module in source.modules:
-        if module.scheme.is_dense:
-            continue
-        reason = kind.refuses_to_write(module.scheme, module.target.shape)
-        if module.target.expert is not None and not kind.stacks:
-            reason = "it is one of a stack of experts"
-        if reason is not None:
-            raise cannot(form, module.target, reason)
-    return kind(schemes), None
+    planned = {module.target.stored: _planned(kind, module) for module in source.modules}
+    return kind(planned), None
+
+
+def _planned(kind: type[CheckpointWriter], module: SourceModule) -> Scheme:
+    """The scheme in which ``kind`` holds the module's numbers; E0450 where there is none.
+
+    Embeddings and heads that it cannot hold are written as plain floats, as most checkpoints have them.
+    """
+    scheme = module.scheme if kind is GgufWriter else spelled_out(module.scheme)
+    if scheme.is_dense:
+        return scheme
+    reason = kind.refuses_to_write(scheme, module.target.shape)
+    if module.target.expert is not None and not kind.stacks:
+        reason = "it is one of a stack of experts"
+    leaf = module.place.part.name.rpartition(".")[2]
+    if leaf in EMBEDDINGS and not kind.embeddings:
+        reason = "it is an embedding"
+    if reason is None:
+        return scheme
+    if leaf in (*EMBEDDINGS, "lm_head"):
+        return plain(scheme)
+    raise cannot(kind.name, module.target, reason)
 
 
 def _widest(names: list[str]) -> str:
@@ -138,7 +163,7 @@ def _parts(
     done, total = 0, sum(part.nbytes for part in source.parts)
     for part in source.parts:
         if isinstance(part, SourceModule):
-            yield source.read(part, data)
+            yield _read(source, part, data, writer)
         else:
             yield NamedTensor(part.target, _vector(source, part, data, writer))
         done += part.nbytes
@@ -161,11 +186,6 @@ def _notes(source: SourceModel, form: str) -> list[str]:
     if source.has_kv_scales:
         notes.append("the KV cache's scales were left out")
     return notes
-
-
-def weight_only(scheme: Scheme) -> Scheme:
-    """The scheme with its input as it comes."""
-    return replace(scheme, activation=None)
 
 
 def summary(done: Conversion) -> list[str]:
