@@ -26,6 +26,7 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.attention import CacheSpec
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.loading import choice
 from lowbit.loading.names import Names, Placed, row_order
 from lowbit.loading.online import SAMPLE_ROWS, Decision, Online, estimated_error, facts_of, is_float
 from lowbit.loading.samples import Samples
@@ -76,6 +77,7 @@ class ModelPlan:
     modules: list[ModulePlan]
     cache_specs: list[CacheSpec]
     device: str
+    choice: str  # what --quantization auto chose and why, or ""
     peak_bytes: int  # of memory while loading, about: all packed weights and the largest module unpacked
 
     @property
@@ -118,12 +120,14 @@ def load_model(
     ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own. ``samples``:
     gets some rows of each kind of layer, to time.
     """
-    opened = _Opened.of(header, quantization, strict)
+    target = _Target.resolve(header, device, dtype, kv_cache_dtype)
+    asked = _resolved(header, quantization, target, strict)
+    choice.say(asked)
+    opened = _Opened.of(header, asked, strict)
     kv_scales = KvScales(header)
     if kv_scales_path is not None:
         kv_scales = read_scales_file(Path(kv_scales_path), header, opened.config.layers)
     with TensorData(header) as data:
-        target = _Target.resolve(header, device, dtype, kv_cache_dtype)
         loader = _Loader(opened, target, data, kv_scales, on_progress, samples)
         model = opened.family.build(opened.config, loader)
         loader.names.refuse_leftovers()
@@ -146,9 +150,26 @@ def plan_model(
 ) -> ModelPlan:
     """What ``load_model`` would do, without reading a weight; but where it would quantize, a few rows of each
     are looked at to estimate the error."""
-    opened = _Opened.of(header, quantization, strict)
+    target = _Target.resolve(header, device, dtype, kv_cache_dtype)
+    asked = _resolved(header, quantization, target, strict)
+    return _planned(header, asked, target, strict)
+
+
+def _resolved(
+    header: CheckpointHeader, quantization: Asked | str | None, target: _Target, strict: bool
+) -> Asked:
+    """What was asked for, with a method in place of auto."""
+    asked = quantization if isinstance(quantization, Asked) else Asked(quantization)
+    return choice.resolved(header, asked, lambda other: _planned(header, other, target, strict, False))
+
+
+def _planned(
+    header: CheckpointHeader, asked: Asked, target: _Target, strict: bool, estimate: bool = True
+) -> ModelPlan:
+    """``estimate``: whether errors are."""
+    opened = _Opened.of(header, asked, strict)
     with TensorData(header) as data:
-        planner = _Planner(opened, _Target.resolve(header, device, dtype, kv_cache_dtype), data)
+        planner = _Planner(opened, target, data, estimate)
         model = opened.family.build(opened.config, planner)
     planner.names.refuse_leftovers()
     return ModelPlan(
@@ -159,6 +180,7 @@ def plan_model(
         modules=planner.modules,
         cache_specs=model.cache_specs(),
         device=planner.device.type,
+        choice=asked.chosen,
         peak_bytes=planner.peak_bytes,
     )
 
@@ -175,8 +197,7 @@ class _Opened:
     strict: bool
 
     @classmethod
-    def of(cls, header: CheckpointHeader, quantization: Asked | str | None, strict: bool) -> _Opened:
-        asked = quantization if isinstance(quantization, Asked) else Asked(quantization)
+    def of(cls, header: CheckpointHeader, asked: Asked, strict: bool) -> _Opened:
         family = family_of(header)
         form = detect(header)(header, Notes(strict))
         recipe = None
@@ -498,9 +519,10 @@ def _alike(a: InputTransform | None, b: InputTransform | None) -> bool:
 class _Planner(_Asker):
     """``WeightLoader`` that only writes down what would be read."""
 
-    def __init__(self, opened: _Opened, target: _Target, data: TensorData) -> None:
+    def __init__(self, opened: _Opened, target: _Target, data: TensorData, estimate: bool) -> None:
         super().__init__(opened, target)
         self.data = data
+        self.estimate = estimate
         self.modules: list[ModulePlan] = []
         self.kv_tensors = KvScales(self.header)
         self.largest_module = 0
@@ -551,7 +573,7 @@ class _Planner(_Asker):
         decision = None if unpacked else self.decide(place)
         scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
         shape = place.part.shape
-        choice = choose(self.as_run(scheme), shape, self.device)
+        run_by = choose(self.as_run(scheme), shape, self.device)
         width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
         self.largest_module = max(self.largest_module, int(shape[0] * shape[1] * width))
         nbytes = self.stored_nbytes(place)
@@ -564,14 +586,19 @@ class _Planner(_Asker):
                 place.part.name,
                 shape,
                 scheme,
-                "unpacked" if unpacked else choice.kernel.name,
-                choice.kernel.computes,
-                () if unpacked else choice.refusals,
+                "unpacked" if unpacked else run_by.kernel.name,
+                run_by.kernel.computes,
+                () if unpacked else run_by.refusals,
                 nbytes,
                 "" if decision is None else decision.reason,
-                None if decision is None else estimated_error(decision, self._sample(place, decision)),
+                self._error(place, decision),
             )
         )
+
+    def _error(self, place: Placed, decision: Decision | None) -> float | None:
+        if decision is None or not self.estimate:
+            return None
+        return estimated_error(decision, self._sample(place, decision))
 
     def _sample(self, place: Placed, decision: Decision) -> Tensor | None:
         """Some rows of the stored weight; of a hub model only headers are here, the rest reads as zeros."""
