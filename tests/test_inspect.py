@@ -47,6 +47,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
         architecture="LlamaForCausalLM",
         format="gguf",
         described="gguf, Q4_1 and others",
+        choice="",
         peak_bytes=20 * KIB,
         device="cpu",
         config=SimpleNamespace(layers=2, hidden_size=48, heads=6, kv_heads=2, vocab_size=64),

@@ -418,6 +418,13 @@ CATALOGUE: dict[str, Entry] = {
         "The operating system gave no more memory.",
         "Close other programs; use a smaller model, --context-length or --mem-fraction-static.",
     ),
+    "E0501": Entry(
+        "no quantization fits into memory",
+        "--quantization auto found no method whose weights fit its budget: the one it was given, or what is "
+        "free less the KV cache.",
+        "Free some memory, lower --context-length or --max-total-tokens, raise the budget if one was given, "
+        "or use a smaller model.",
+    ),
     "E0502": Entry(
         "not enough memory for the KV cache",
         "The context or the tokens asked for need more KV cache than is free.",

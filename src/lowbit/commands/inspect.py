@@ -136,6 +136,7 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
         "architecture": plan.architecture,
         "format": plan.format,
         "described": plan.described,
+        "quantization_choice": plan.choice or None,
         "ignored_layers": ignored_layers(plan),
         "peak_bytes_at_load": plan.peak_bytes,
         "device": plan.device,
@@ -186,6 +187,8 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
         f"layers (hidden {config.hidden_size}, {config.heads} heads, {config.kv_heads} K/V heads, "
         f"vocabulary {config.vocab_size}), context {plan.context_length}"
     )
+    if plan.choice:
+        out.print(escape(printable(plan.choice, 400)))
     table = Table()
     rows = rows_of(plan)
     online = any(row.errors for row in rows)

@@ -16,9 +16,9 @@ import torch
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.doctor.rules import Report
-from lowbit.engine.memory import free_memory
 from lowbit.errors import LowbitError, printable
 from lowbit.kernels.attention import choose_attention
+from lowbit.kernels.device_memory import free_memory
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.loading import load_model, plan_model
 from lowbit.models.model import Model

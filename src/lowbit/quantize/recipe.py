@@ -30,11 +30,12 @@ import fnmatch
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from lowbit.errors import LowbitError, printable
+from lowbit.quantize.auto import parse_budget
 from lowbit.quantize.specification import (
     KEEP,
     METHODS,
@@ -137,6 +138,8 @@ class QuantizationSettings(Protocol):
     quantization_recipe: str | None
     quantization_ignore: str
     gguf_type: str | None
+    max_total_tokens: int | None
+    context_length: int | None
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,8 @@ class Asked:
     recipe_file: str | None = None
     ignore: str = ""  # patterns, comma-separated
     gguf_type: str | None = None
+    tokens: int | None = None  # of KV cache that auto leaves room for
+    chosen: str = ""  # why auto became this
 
     def __post_init__(self) -> None:
         given = [flag for flag, value in self._flags() if value]
@@ -155,6 +160,10 @@ class Asked:
             raise LowbitError("E0405", f"{given[0]} and {given[1]} both say how to quantize; use one")
         if self.torchao_config is not None:
             parse_torchao(self.torchao_config)
+        if self.auto_budget:
+            parse_budget(self.auto_budget)
+        if self.auto_budget is not None and self.gguf_type is not None:
+            raise LowbitError("E0405", f"--gguf-type belongs to --quantization gguf, not to {self.flag}")
 
     @classmethod
     def by(cls, settings: QuantizationSettings) -> Asked:
@@ -165,7 +174,15 @@ class Asked:
             settings.quantization_recipe,
             settings.quantization_ignore,
             settings.gguf_type,
+            settings.max_total_tokens or settings.context_length,
         )
+
+    @property
+    def auto_budget(self) -> str | None:
+        """The budget of ``auto``, "" where it has none; None: it is not auto that was asked for."""
+        if self.quantization is None or self.quantization.partition(":")[0] != "auto":
+            return None
+        return str(parse_method(self.quantization).options["budget"])
 
     def _flags(self) -> tuple[tuple[str, str | None], ...]:
         return (
@@ -188,6 +205,8 @@ class Asked:
             recipe = Recipe.of(parse_torchao(self.torchao_config), ignored)
         elif self.quantization is not None:
             recipe = Recipe.of(self._method(self.quantization), ignored)
+            if self.chosen:
+                recipe = replace(recipe, described=f"auto: {recipe.described}")
         else:
             for flag, value in (("--quantization-ignore", self.ignore), ("--gguf-type", self.gguf_type)):
                 if value:

@@ -163,7 +163,7 @@ METHODS: dict[str, Entry] = {
     "auto": Entry(
         "auto",
         "chosen for this machine and a memory budget",
-        {"budget": Choice("", "bytes for the weights (8G); default: what is free")},
+        {"budget": Choice("", "for the weights, 8G or 8GiB; default: 0.8 x what is free, less the KV cache")},
     ),
 }
 _TORCHAO = {
