@@ -44,6 +44,7 @@ from lowbit.numerics.quantized_tensor import concatenate
 from lowbit.quantize.awq import Fold
 from lowbit.quantize.block import FloatBlock, FloatLinear, quantize_block, statistics_for
 from lowbit.quantize.calibration import CalibratedModule, CalibrationOptions, ChangedVector
+from lowbit.quantize.recipe import Asked
 
 _log = logging.getLogger("lowbit")
 
@@ -64,7 +65,7 @@ def calibrate(
     ``sequences``: token ids (``calibration.token_sequences``). The checkpoint is checked before this returns;
     the work is done as the stream is read, block after block. ``on_progress``: (blocks done, blocks, what).
     """
-    opened = Opened.of(header, None, strict=False)
+    opened = Opened.of(header, Asked(), strict=False)
     if opened.family.build is not decoder.build:
         raise LowbitError(
             "E0440",
@@ -89,7 +90,7 @@ def quantized_model(
     kv_cache_dtype: str = "auto",
 ) -> Model:
     """The checkpoint as ``load_model`` gives it, with what the stream holds in place of its own."""
-    opened = Opened.of(header, None, strict=False)
+    opened = Opened.of(header, Asked(), strict=False)
     modules, vectors = {}, {}
     for found in stream:
         if isinstance(found, CalibratedModule):

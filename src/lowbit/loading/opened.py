@@ -33,8 +33,7 @@ class Opened:
     strict: bool
 
     @classmethod
-    def of(cls, header: CheckpointHeader, quantization: Asked | str | None, strict: bool) -> Opened:
-        asked = quantization if isinstance(quantization, Asked) else Asked(quantization)
+    def of(cls, header: CheckpointHeader, asked: Asked, strict: bool) -> Opened:
         family = family_of(header)
         form = detect(header)(header, Notes(strict))
         recipe = None

@@ -52,6 +52,7 @@ class ModelPlan:
     modules: list[ModulePlan]
     cache_specs: list[CacheSpec]
     device: str
+    choice: str  # what --quantization auto chose and why, or ""
     peak_bytes: int  # of memory while loading, about: all packed weights and the largest module unpacked
 
     @property
@@ -78,9 +79,12 @@ class ModelPlan:
 class Planner(Asker):
     """``WeightLoader`` that only writes down what would be read."""
 
-    def __init__(self, opened: Opened, target: Target, data: TensorData, kv_scales: KvScales) -> None:
+    def __init__(
+        self, opened: Opened, target: Target, data: TensorData, kv_scales: KvScales, estimate: bool
+    ) -> None:
         super().__init__(opened, target)
         self.data = data
+        self.estimate = estimate
         self.modules: list[ModulePlan] = []
         self._kv_scales = kv_scales
         self.largest_module = 0
@@ -136,7 +140,7 @@ class Planner(Asker):
         decision = None if unpacked else self.decide(place)
         scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
         shape = place.part.shape
-        choice = choose(self.as_run(scheme), shape, self.device)
+        run_by = choose(self.as_run(scheme), shape, self.device)
         width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
         self.largest_module = max(self.largest_module, int(shape[0] * shape[1] * width))
         nbytes = self.stored_nbytes(place)
@@ -149,14 +153,19 @@ class Planner(Asker):
                 place.part.name,
                 shape,
                 scheme,
-                "unpacked" if unpacked else choice.kernel.name,
-                choice.kernel.computes,
-                () if unpacked else choice.refusals,
+                "unpacked" if unpacked else run_by.kernel.name,
+                run_by.kernel.computes,
+                () if unpacked else run_by.refusals,
                 nbytes,
                 "" if decision is None else decision.reason,
-                None if decision is None else estimated_error(decision, self._sample(place, decision)),
+                self._error(place, decision),
             )
         )
+
+    def _error(self, place: Placed, decision: Decision | None) -> float | None:
+        if decision is None or not self.estimate:
+            return None
+        return estimated_error(decision, self._sample(place, decision))
 
     def _sample(self, place: Placed, decision: Decision) -> Tensor | None:
         """Some rows of the stored weight; of a hub model only headers are here, the rest reads as zeros."""

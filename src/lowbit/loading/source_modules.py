@@ -29,6 +29,7 @@ from lowbit.models.hf_config import hf_config
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
+from lowbit.quantize.recipe import Asked
 
 _EXPERT_LEAF = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
@@ -70,7 +71,7 @@ class SourceModel:
 
     def __init__(self, header: CheckpointHeader, *, strict: bool = False) -> None:
         self.header = header
-        opened = Opened.of(header, None, strict)
+        opened = Opened.of(header, Asked(), strict)
         self.form, self.family = opened.form, opened.family
         self.config: ModelConfig = opened.config
         walk = _Walk(opened)
