@@ -29,7 +29,11 @@ from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec
 from lowbit.kernels.attention_cpu import CpuAttention
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.kernels.forward_batch import ForwardBatch
+<<<<<<< HEAD
 from lowbit.numerics.cache_format import KvDtype
+=======
+from lowbit.numerics.cache_format import K_FORMATS, KvDtype
+>>>>>>> kv
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,6 @@ class Shape:
     sequences: int
     queries: int
     context: int
-
-    @property
-    def cache_bytes(self) -> int:
-        """K and V of all sequences in bfloat16."""
-        return self.sequences * self.context * self.kv_heads * self.dim * 4
 
     @property
     def operations(self) -> int:
@@ -136,9 +135,13 @@ def torch_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
     return call
 
 
-def run(shape: Shape, repeats: int) -> dict[str, object]:
+def run(shape: Shape, repeats: int, cache_type: str) -> dict[str, object]:
     """Check, time, print one line, return the numbers."""
+<<<<<<< HEAD
     spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, KvDtype.of("bf16"))
+=======
+    spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, KvDtype.of(cache_type))
+>>>>>>> kv
     parameters = AttentionParameters(scale=shape.dim**-0.5)
     random_numbers = torch.Generator().manual_seed(1)
     tokens = shape.sequences * shape.queries
@@ -164,13 +167,14 @@ def run(shape: Shape, repeats: int) -> dict[str, object]:
         native_kernel.write(native_cache, new_k, new_v, batch)
         native_kernel.attend(q, native_cache, batch, parameters)
 
+    cache_bytes = shape.sequences * shape.context * spec.token_bytes()
     ms, spread = measured(call, repeats)
     torch_ms, _ = measured(torch_attention(shape, q, k, v), repeats)
     numbers = {
         "shape": shape.name,
         "ms": round(ms, 4),
         "spread_ms": round(spread, 4),
-        "gb_per_s": round(shape.cache_bytes / ms / 1e6, 2),
+        "gb_per_s": round(cache_bytes / ms / 1e6, 2),
         "gflops": round(shape.operations / ms / 1e6, 1),
         "torch_ms": round(torch_ms, 4),
         "speedup": round(torch_ms / ms, 2),
@@ -205,14 +209,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--cache", default="bf16", choices=tuple(K_FORMATS), help="type of K and V")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     native.set_threads(options.threads)
-    results = [run(shape, options.repeats) for shape in SHAPES]
+    results = [run(shape, options.repeats, options.cache) for shape in SHAPES]
     print(
         json.dumps(
             {
                 "benchmark": "attention",
+                "cache": options.cache,
                 "commit": commit(),
                 "cpu": cpu_name(),
                 "isa": native.isa(),

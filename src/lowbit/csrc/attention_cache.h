@@ -14,8 +14,8 @@
 //                V [16 tokens][v_dim / 16][8], dimensions d and d + 8 a byte. A token owns its bytes: threads
 //                that write neighbours never meet.
 //
-// With group > 0 every `group` dimensions of a token share a scale, found when the token is written from these
-// numbers alone. Scales are bfloat16 and follow the codes of the page: [groups][16 tokens], of INT4
+// With group > 0 every `group` dimensions of a token share a scale, found when the token is written from
+// these numbers alone. Scales are bfloat16 and follow the codes of the page: [groups][16 tokens], of INT4
 // [groups][scale, low][16 tokens]. A number is code * scale (+ low), rounded to bfloat16: the same on every
 // instruction set and in attention_reference.py.
 #pragma once
@@ -80,12 +80,12 @@ struct Store {
 };
 
 inline Store key_store(const lowbit_attention_cache& cache) {
-    return {static_cast<std::uint8_t*>(cache.k), static_cast<Format>(cache.k_format), cache.heads, cache.k_dim,
-            cache.k_group};
+    return {static_cast<std::uint8_t*>(cache.k), static_cast<Format>(cache.k_format), cache.heads,
+            cache.k_dim, cache.k_group};
 }
 inline Store value_store(const lowbit_attention_cache& cache) {
-    return {static_cast<std::uint8_t*>(cache.v), static_cast<Format>(cache.v_format), cache.heads, cache.v_dim,
-            cache.v_group};
+    return {static_cast<std::uint8_t*>(cache.v), static_cast<Format>(cache.v_format), cache.heads,
+            cache.v_dim, cache.v_group};
 }
 
 // Sixteen bytes as floats.
@@ -204,7 +204,9 @@ inline Vector16 scaled(Vector16 codes, Vector16 scale, Vector16 low) {
 }
 
 // While a page is widened the one to be widened next is fetched.
-inline void fetch(const std::uint8_t* page) { _mm_prefetch(reinterpret_cast<const char*>(page), _MM_HINT_T0); }
+inline void fetch(const std::uint8_t* page) {
+    _mm_prefetch(reinterpret_cast<const char*>(page), _MM_HINT_T0);
+}
 
 template <Format FORMAT>
 inline void widen_keys(const Store& store, const std::uint8_t* page, const std::uint8_t* next, Bfloat* to) {
@@ -240,7 +242,8 @@ inline void widen_values(const Store& store, const std::uint8_t* page, const std
                 const Bfloat* const mine = scales + begin / group * row + 2 * pair;
                 for (int which = 0; which < 2; ++which) {
                     scale[which] = broadcast(from_bfloat(mine[which]));
-                    if (FORMAT == Format::INT4) low[which] = broadcast(from_bfloat(mine[PAGE_TOKENS + which]));
+                    if (FORMAT == Format::INT4)
+                        low[which] = broadcast(from_bfloat(mine[PAGE_TOKENS + which]));
                 }
             }
             const int end = begin + group < store.dim ? begin + group : store.dim;

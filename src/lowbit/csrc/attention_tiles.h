@@ -204,7 +204,8 @@ inline void score_pages(const float* queries, int rows, const Element* const* pa
                         float* scores, Prefetch<Element, Value> prefetch) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            score_pages<Element, Value, PREFETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scores, prefetch);
+            score_pages<Element, Value, PREFETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scores,
+                                                            prefetch);
             return;
         }
     }

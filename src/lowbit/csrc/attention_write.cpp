@@ -135,8 +135,9 @@ void write_key(const Store& to, std::uint8_t* page, int offset, const float* key
         for (int dimension = 0; dimension < to.dim; ++dimension)
             reinterpret_cast<float*>(page)[dimension * PAGE_TOKENS + offset] = key[dimension];
     } else if (to.format == Format::F16) {
+        auto* const halves = reinterpret_cast<std::uint16_t*>(page) + offset;
         for (int dimension = 0; dimension < to.dim; ++dimension)
-            reinterpret_cast<std::uint16_t*>(page)[dimension * PAGE_TOKENS + offset] = to_half(key[dimension]);
+            halves[dimension * PAGE_TOKENS] = to_half(key[dimension]);
     } else {
         std::uint8_t codes[MAX_K_DIM];
         encode(to, key, codes, to.scales(page) + offset, PAGE_TOKENS);
