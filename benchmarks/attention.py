@@ -29,11 +29,7 @@ from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec
 from lowbit.kernels.attention_cpu import CpuAttention
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.kernels.forward_batch import ForwardBatch
-<<<<<<< HEAD
-from lowbit.numerics.cache_format import KvDtype
-=======
 from lowbit.numerics.cache_format import K_FORMATS, KvDtype
->>>>>>> kv
 
 
 @dataclass(frozen=True)
@@ -137,11 +133,7 @@ def torch_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
 
 def run(shape: Shape, repeats: int, cache_type: str) -> dict[str, object]:
     """Check, time, print one line, return the numbers."""
-<<<<<<< HEAD
-    spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, KvDtype.of("bf16"))
-=======
     spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, KvDtype.of(cache_type))
->>>>>>> kv
     parameters = AttentionParameters(scale=shape.dim**-0.5)
     random_numbers = torch.Generator().manual_seed(1)
     tokens = shape.sequences * shape.queries
