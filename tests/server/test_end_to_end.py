@@ -33,7 +33,7 @@ class Served:
         self.url = f"http://127.0.0.1:{port}"
         self.errors = errors
         command = [sys.executable, "-m", "lowbit", "serve", "--port", str(port), "--max-total-tokens", "8192"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "LOWBIT_KERNEL_TIMINGS": "off"}
         with errors.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
@@ -234,3 +234,12 @@ def test_sigterm_drains(served: Served, client: openai.OpenAI) -> None:
     assert served.process.wait(20) == 0
     assert not alive(engine)
     assert "Traceback" not in served.errors.read_text()
+
+
+def test_the_card_says_what_is_served(served: Served) -> None:
+    card = httpx.get(served.url + "/v1/models").json()["data"][0]
+    assert (card["architecture"], card["quantization"]) == ("llama", "gguf, Q4_1, Q8_0")
+    assert 90e6 < card["weight_bytes"] < 110e6 and card["quality"] is None
+    lines = httpx.get(served.url + "/metrics").text.splitlines()
+    [line] = [line for line in lines if line.startswith("lowbit_weight_bytes ")]
+    assert float(line.split()[1]) == card["weight_bytes"]
