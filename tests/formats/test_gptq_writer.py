@@ -157,6 +157,11 @@ def test_sizes() -> None:
     assert "no whole words" in (GptqWriter.refuses_to_write(GPTQ[1], (32, 88)) or "")
     with pytest.raises(LowbitError, match="groups are 32 in a, 48 in b; an AWQ checkpoint has one"):
         AwqWriter({"a": AWQ[0], "b": AWQ[2]})
+    writer = AwqWriter({"a": AWQ[0], "b": AWQ[1]})
+    assert writer.quantization_config()["group_size"] == 32
+    assert writer.write(StoredModule("b", "b", (8, 32)), cruel(AWQ[1], (8, 32)))
+    with pytest.raises(LowbitError, match="it has a scale a row, other modules groups of 32"):
+        writer.write(StoredModule("b", "b", (8, 64)), cruel(AWQ[1], (8, 64)))
 
 
 def test_config_is_written_beside_too(tmp_path: Path) -> None:

@@ -131,9 +131,10 @@ class AwqWriter(CheckpointWriter):
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)
-        groups = {scheme.blocks[0][1]: name for name, scheme in self.quantized().items()}
+        # A group as wide as its row is read as the row: such a module goes with any larger group.
+        groups = {s.blocks[0][1]: name for name, s in self.quantized().items() if s.blocks[0][1]}
         if len(groups) > 1:
-            told = ", ".join(f"{group or 'a row'} in {name}" for group, name in sorted(groups.items()))
+            told = ", ".join(f"{group} in {name}" for group, name in sorted(groups.items()))
             raise LowbitError(
                 "E0450", f"--format awq: groups are {told}; an AWQ checkpoint has one. Use compressed-tensors"
             )
@@ -155,6 +156,8 @@ class AwqWriter(CheckpointWriter):
     def _pack(
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:
+        if self.group and not weight.scheme.blocks[0][1] and module.shape[1] > self.group:
+            raise cannot(self.name, module, f"it has a scale a row, other modules groups of {self.group}")
         zeros = torch.full_like(weight.scales[0], 8) if weight.zeros is None else weight.zeros
         return {
             "qweight": _gemm_words(weight.codes),
