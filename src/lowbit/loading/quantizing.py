@@ -50,9 +50,9 @@ _FORMATS: dict[str, tuple[str, ...]] = {
     "fp4": ("bitsandbytes",),
     "gguf": ("gguf",),
     "hqq": ("hqq",),
-    "awq": ("awq",),
-    "awq_marlin": ("awq",),
-    **dict.fromkeys(("gptq", "gptq_marlin", "marlin"), ("gptq",)),
+    # AWQ's files have one group size; layers whose columns need different ones go where each has its own.
+    **dict.fromkeys(("awq", "awq_marlin"), ("awq", "compressed-tensors")),
+    **dict.fromkeys(("gptq", "gptq_marlin", "marlin"), ("gptq", "compressed-tensors")),
 }
 _USUAL = ("compressed-tensors", "gptq")
 
@@ -124,7 +124,13 @@ class Quantizing:
             kind = writer_of(form)
             reason = next(filter(None, (self._refusal(kind, module) for module in self.modules)), None)
             if reason is None:
-                return kind(schemes)
+                try:
+                    made = kind(schemes)
+                    made.quantization_config()  # what cannot be said of the whole is found out here
+                except LowbitError as error:
+                    reason = error.message
+                else:
+                    return made
             reasons.append(f"{form}: {reason}")
         raise LowbitError(
             "E0450",
