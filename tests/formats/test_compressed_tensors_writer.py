@@ -115,7 +115,10 @@ def test_takes_all_it_should() -> None:
         (scheme("e2m1", (1, 16), scales="e8m0"), "one for 32 columns"),
         (scheme("e2m1", (1, 16), (1, 0), scales="e4m3 f32"), "two levels of scales are NVFP4's"),
         (scheme("e5m2", (1, 0), scales="f32"), "no layout"),
-        (scheme("int8", (1, 0), activation=ActivationScheme(INT8, (1, 0), limit=127.0)), "limit 127"),
+        (
+            scheme("int8", (1, 0), activation=ActivationScheme(INT8, (1, 0), limit=127.0)),
+            "inputs cannot be said",
+        ),
         (scheme("int4", (1, 32), offset=True), "no layout"),
     ],
     ids=str,

@@ -47,10 +47,9 @@ def test_blocks_with_ragged_edges(block: tuple[int, int], dtype: torch.dtype, tm
     found = read(folder, NAME, SHAPE).weight
     assert torch.equal(found.dequantize(), codes().float() * spread(scales, block))
     assert found.scheme == reader_of(folder).scheme_of(StoredModule(NAME, NAME, SHAPE))
-    single = 1 in grid and grid[0] * grid[1] == 1
-    assert found.scheme.blocks[0] == ((0, 0) if single else block)
+    assert found.scheme.blocks[0] == block
     activation = found.scheme.activation
-    assert activation is not None and activation.block == (1, 0 if single else block[1])
+    assert activation is not None and activation.block == (1, block[1])
 
 
 def test_exponent_bytes(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ its reciprocal, in float32: an outer scale that is no float32's reciprocal is re
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -184,20 +183,11 @@ def _refuses_input(scheme: Scheme) -> str | None:
     except KeyError:
         args = None
     expected = None if args is None else _activation(args, activation)
-    if expected != _unlimited(activation):
+    if expected != activation:
         return f"inputs cannot be said to be {activation} (limit {activation.limit:g})"
     if activation.scale.name == "e4m3" and scheme.blocks != _NVFP4:
         return "inputs under NVFP4's scales need NVFP4 weights"
     return None
-
-
-def _unlimited(activation: ActivationScheme) -> ActivationScheme:
-    """The scheme without a limit that says no more than its format does: e4m3's 448."""
-    values = activation.number_format.values or ()
-    usual = not activation.number_format.is_integer and activation.limit == max(
-        (value for value in values if math.isfinite(value)), default=0.0
-    )
-    return replace(activation, limit=0.0) if usual else activation
 
 
 def _activation(args: Json, like: ActivationScheme) -> ActivationScheme:

@@ -72,9 +72,8 @@ def load_model(
             open_checkpoint(str(made)),
             device=device,
             dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            k_cache_dtype=k_cache_dtype,
-            v_cache_dtype=v_cache_dtype,
+            k_cache_dtype=target.cache_dtype.k.name,  # as the float model has it
+            v_cache_dtype=target.cache_dtype.v.name,
             strict=strict,
             kv_scales_path=kv_scales_path,
             on_progress=on_progress,

@@ -37,6 +37,7 @@ from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ConfigKeys, ModelConfig, base_config, gguf_keys, json_keys, rope_keys
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
+from lowbit.numerics.cache_format import KvDtype
 
 LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps is
 
@@ -209,6 +210,7 @@ class LatentAttention:
     v_up: HeadMatrices  # (heads, kv_lora_rank, v)
     output: Linear
     parameters: AttentionParameters
+    kv_dtype: KvDtype
     k_scale: float = 1.0  # rows are stored divided by it (fp8 caches)
 
 
@@ -248,13 +250,14 @@ class Deepseek:
         self.rotary = rotary
         self.final_norm = final_norm
         self.head = head
-        self.cache_dtype = loader.cache_dtype
 
     def cache_specs(self) -> list[CacheSpec]:
         """One latent row a token and layer."""
         c = self.config
         row = c.kv_lora_rank + c.rope_dim
-        return [CacheSpec("latent", 1, row, c.kv_lora_rank, self.cache_dtype)] * c.layers
+        return [
+            CacheSpec("latent", 1, row, c.kv_lora_rank, block.attention.kv_dtype) for block in self.blocks
+        ]
 
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
         """float32 (sample rows, vocabulary)."""
@@ -354,6 +357,7 @@ def _attention(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Late
         v_up,
         linear("o_proj", hidden, c.heads * c.v_dim, c.attention_bias),
         AttentionParameters(scale=c.attention_scale * k_scale),
+        loader.kv_dtype(name, layer),
         k_scale,
     )
 

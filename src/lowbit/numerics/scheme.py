@@ -6,6 +6,7 @@ Its short spelling, ``str(scheme)``, is what ``lowbit inspect`` prints and kerne
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,6 +63,11 @@ class ActivationScheme:
     def __post_init__(self) -> None:
         assert (self.delay is not None) == (self.mode == "delayed"), "mode delayed says how"
         assert self.mode != "delayed" or self.block == (0, 0), "delayed scales are per tensor"
+        if self.limit and self.mode != "delayed" and self.scale.name != "e8m0":
+            # One spelling of the same rule. Beside e8m0 a limit says how its exponent is rounded.
+            values = self.number_format.values or ()
+            if self.limit == max((value for value in values if math.isfinite(value)), default=0.0):
+                object.__setattr__(self, "limit", 0.0)
 
     def __str__(self) -> str:
         rows, columns = ("all" if size == 0 else str(size) for size in self.block)

@@ -1,0 +1,191 @@
+"""--save-quantized and calibrated methods: what is saved is what was served, and made once."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, MixtralForCausalLM
+
+from forward_helpers import prompt_logits
+from loading.test_online import PROMPT
+from loading.test_online import make as make_float32
+from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError
+from lowbit.loading import Calibration, load_model, plan_model
+from lowbit.quantize.recipe import Asked
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing is found in, or left in, the user's cache."""
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def make(folder: Path, *arguments: type, **changes: object) -> None:
+    """In bfloat16, whose K and V are cached as those of a quantized model; wider than a block."""
+    sizes = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 8, "num_hidden_layers": 2}
+    make_float32(folder, *arguments, **{**sizes, **changes}).bfloat16().save_pretrained(folder)
+
+
+def with_tokenizer(folder: Path) -> None:
+    """One token a letter, so that any text calibrates a vocabulary of 96."""
+    letters = [chr(code) for code in range(32, 127)]
+    vocabulary = {letter: number + 1 for number, letter in enumerate(letters)} | {"?": 0}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+SAVED = {
+    "fp8": "compressed-tensors",
+    "fp8:weights=block": "fp8",
+    "fp8:weights=tensor": "fp8",
+    "w8a8_fp8": "w8a8_fp8",
+    "w8a8_int8": "w8a8_int8",
+    "blockwise_int8": "blockwise_int8",
+    "mxfp8": "compressed-tensors",
+    "mxfp4": "compressed-tensors",
+    "nf4": "bitsandbytes",
+    "fp4:double_quant=true": "bitsandbytes",
+    "bitsandbytes:type=int8": "bitsandbytes",
+    "rtn": "compressed-tensors",
+    "int8:symmetric=true": "compressed-tensors",
+    "int3:group_size=64": "compressed-tensors",
+}
+
+
+@pytest.mark.parametrize("method", SAVED)
+def test_what_is_saved_is_what_was_served(method: str, tmp_path: Path) -> None:
+    make(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    served = load_model(header, device="cpu", quantization=method)
+    out = tmp_path / "saved"
+    first = load_model(header, device="cpu", quantization=method, save=out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == SAVED[method]
+    loaded = load_model(open_checkpoint(str(out)), device="cpu", strict=True)
+    logits = [prompt_logits(model, [PROMPT])[0] for model in (served, first, loaded)]
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[2])
+    assert first.quantization == f"{method}, quantized at load"
+    with pytest.raises(LowbitError, match="saved") as caught:
+        load_model(header, device="cpu", quantization=method, save=out)
+    assert caught.value.code == "E0302"
+
+
+def test_a_mixed_recipe_is_saved_whole(tmp_path: Path) -> None:
+    make(tmp_path / "float", MixtralForCausalLM, num_local_experts=2, num_experts_per_tok=1)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        'default = "int4"\n[[rule]]\nmodules = "attention"\nquantization = "int8"\ngroup_size = 32\n'
+        '[[rule]]\nmodules = "layers.1.mlp"\nquantization = "keep"\n'
+    )
+    asked = Asked(recipe_file=str(recipe))
+    header = open_checkpoint(str(tmp_path / "float"))
+    served = load_model(header, device="cpu", quantization=asked)
+    load_model(header, device="cpu", quantization=asked, save=tmp_path / "saved")
+    plan = plan_model(open_checkpoint(str(tmp_path / "saved")))
+    schemes = {module.name: str(module.scheme) for module in plan.modules}
+    assert schemes["model.layers.0.self_attn.q_proj"] == "uint8 1x32 f16 asym"
+    assert schemes["model.layers.1.mlp.experts.0.gate_proj"] == "bf16"
+    loaded = load_model(open_checkpoint(str(tmp_path / "saved")), device="cpu")
+    assert torch.equal(prompt_logits(served, [PROMPT])[0], prompt_logits(loaded, [PROMPT])[0])
+
+
+def test_what_no_file_can_say_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    make(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    with pytest.raises(LowbitError, match="cannot be saved without changing its numbers") as caught:
+        load_model(header, quantization="fp8:activation=delayed", save=tmp_path / "saved")
+    assert caught.value.code == "E0450" and not (tmp_path / "saved").exists()
+    with pytest.raises(LowbitError, match="--save-quantized needs") as caught:
+        load_model(header, save=tmp_path / "saved")
+    assert caught.value.code == "E0405"
+
+
+OPTIONS = "sequences=4,length=64"
+
+
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [
+        (f"gptq:{OPTIONS}", "gptq"),
+        (f"gptq:bits=8,symmetric=false,group_size=32,{OPTIONS}", "gptq"),
+        (f"awq:{OPTIONS},group_size=64", "awq"),
+        (f"awq:{OPTIONS}", "compressed-tensors"),  # 256 and 320 columns have no common default
+    ],
+)
+def test_calibrated_methods_run_once(
+    method: str, form: str, tmp_path: Path, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path / "float", LlamaForCausalLM)
+    with_tokenizer(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    told: list[str] = []
+    first = load_model(
+        header, device="cpu", quantization=method, on_progress=lambda done, total, what: told.append(what)
+    )
+    assert "model.layers.1" in told
+    [made] = (own_cache / "quantized").iterdir()
+    config = json.loads((made / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == form
+    with caplog.at_level(logging.INFO, "lowbit"):
+        second = load_model(header, device="cpu", quantization=method)
+    assert "was quantized before" in caplog.text
+    assert torch.equal(prompt_logits(first, [PROMPT])[0], prompt_logits(second, [PROMPT])[0])
+    assert first.quantization == f"{method}, quantized at load"
+
+
+def test_other_text_options_or_weights_are_another_result(tmp_path: Path, own_cache: Path) -> None:
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    method = f"gptq:{OPTIONS}"
+
+    def logits(quantization: str = method, text: str | None = None) -> torch.Tensor:
+        file = None
+        if text is not None:
+            file = tmp_path / "text.txt"
+            file.write_text(text * 40)
+        header = open_checkpoint(str(tmp_path / "float"))
+        model = load_model(header, device="cpu", quantization=quantization, calibration=Calibration(file))
+        return prompt_logits(model, [PROMPT])[0]
+
+    built_in = logits()
+    other = logits(text="0123456789 zyxwvutsrqponm LKJIHGFEDCBA ")
+    assert not torch.equal(built_in, other)
+    assert torch.equal(built_in, logits())
+    assert len(list((own_cache / "quantized").iterdir())) == 2
+    assert not torch.equal(built_in, logits(f"gptq:act_order=false,{OPTIONS}"))
+    make(tmp_path / "float", tie_word_embeddings=True)
+    with_tokenizer(tmp_path / "float")
+    logits()
+    assert len(list((own_cache / "quantized").iterdir())) == 4
+
+
+def test_calibration_leaves_alone_what_a_recipe_keeps(tmp_path: Path) -> None:
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    asked = Asked(f"gptq:{OPTIONS}", ignore="layers.0.mlp")
+    load_model(header, device="cpu", quantization=asked, save=tmp_path / "saved")
+    schemes = {m.name: str(m.scheme) for m in plan_model(open_checkpoint(str(tmp_path / "saved"))).modules}
+    assert schemes["model.layers.0.mlp.up_proj"] == schemes["model.layers.0.mlp.down_proj"] == "bf16"
+    assert schemes["model.layers.1.mlp.up_proj"] == "int4 1x128 f16"
+    with pytest.raises(LowbitError, match="take all of them or none") as caught:
+        load_model(header, device="cpu", quantization=Asked(f"gptq:{OPTIONS}", ignore="q_proj"))
+    assert caught.value.code == "E0405"
+
+
+def test_plans_of_calibrated_methods_need_no_text(tmp_path: Path, own_cache: Path) -> None:
+    make(tmp_path / "float")
+    plan = plan_model(open_checkpoint(str(tmp_path / "float")), quantization="marlin")
+    scheme = {module.name: module for module in plan.modules}["model.layers.0.mlp.up_proj"]
+    assert str(scheme.scheme) == "int4 1x128 f16" and scheme.error is not None and 0.05 < scheme.error < 0.2
+    kept = {module.name: module.reason for module in plan.modules if module.scheme.is_dense}
+    assert "group size 128 does not divide" in kept["model.layers.0.mlp.down_proj"]
+    assert not own_cache.exists()
