@@ -1,0 +1,178 @@
+"""What ``benchmarks/quality.py`` writes: a table for people, a section of docs/results.md, a plot.
+
+A row is a plain mapping, as it lies in the results file:
+
+    {"method": "fp8", "group": "floats", "flag": "--quantization fp8", "share": 0.789, "nbytes": …, "bits": …,
+     "stored": {"mean_kl": …, …}, "dithered": {…}, "prefill": …, "decode": …}
+
+``error`` stands in place of the figures where a method failed. The plot needs matplotlib (``pip install
+lowbit[bench]``), imported only here and on use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from rich.table import Table
+
+from lowbit.errors import thousands
+
+Row: TypeAlias = Mapping[str, object]
+
+BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
+_HEADINGS = (
+    *("method", "quantized", "bits", "MB"),
+    *("KL", "p99", "largest", "top-1", "KL, stored", "top-1, stored"),
+    *("prefill tok/s", "decode tok/s"),
+)
+_COLOURS = {
+    "float": "#333333",
+    "8 bit": "#1f77b4",
+    "4 bit floats": "#d62728",
+    "integers": "#2ca02c",
+    "gguf": "#9467bd",
+    "calibrated": "#ff7f0e",
+    "torchao": "#8c564b",
+    "cache": "#7f7f7f",
+}
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table as text; "–" for what was not measured."""
+    if "error" in row:
+        return [str(row["method"]), str(row["error"])] + [""] * (len(_HEADINGS) - 2)
+    dithered, stored = _figures(row, "dithered"), _figures(row, "stored")
+    found = [
+        str(row["method"]),
+        f"{_number(row, 'share'):.0%}",
+        f"{_number(row, 'bits'):.2f}",
+        f"{_number(row, 'nbytes') / 1e6:.1f}",
+    ]
+    for key in ("mean_kl", "p99_kl", "max_kl"):
+        found.append(f"{dithered[key]:.2g}" if dithered else "–")
+    found.append(f"{dithered['top1_agreement']:.1%}" if dithered else "–")
+    found.append(f"{stored['mean_kl']:.2g}" if stored else "–")
+    found.append(f"{stored['top1_agreement']:.1%}" if stored else "–")
+    for key in ("prefill", "decode"):
+        found.append(thousands(round(_number(row, key))) if key in row else "–")
+    return found
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """For a terminal."""
+    made = Table(box=None, pad_edge=False)
+    for heading in _HEADINGS:
+        made.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*cells(row))
+    return made
+
+
+def markdown(rows: Sequence[Row], command: str, machine: str) -> str:
+    """The section of docs/results.md, between its markers."""
+    counts = {int(_figures(row, "dithered")["positions"]) for row in rows if _figures(row, "dithered")}
+    positions = thousands(max(counts, default=0))
+    timed = any("decode" in row for row in rows)
+    lines = [
+        BEGIN,
+        "## Quality",
+        "",
+        f"`{command}`, {positions} positions of English text (chapters of Python's language reference "
+        "that calibration does not use). KL is the mean of KL(original ‖ method), in nats, over the "
+        "next-token distributions; the original runs in float32 throughout, its cache too. *p99* and "
+        "*largest*: of single positions. *Top-1*: where both name the same token first.",
+        "",
+        "The embedded model's file has 4 bits and groups of 32 (Q4_1), so methods on a like grid look free "
+        "against its own numbers (the two *stored* columns): no ranking follows from those. The other "
+        "columns are measured on a *dithered* original, in which each weight was moved by a seeded uniform "
+        "random number of at most half its block's step. *Quantized*: the share of all weights, embedding "
+        "included, that the method quantizes; most methods leave the embedding, a fifth of this small "
+        "model, in bfloat16. *Bits* and *MB*: packed, of all weights. KV cache types run on the plain "
+        "bfloat16 model.",
+        "",
+        (
+            f"Speeds: one prompt of 512 tokens, one stream of 64 tokens, medians, {machine}."
+            if timed
+            else "Speeds were not measured in this run (`--no-speed`)."
+        ),
+        "",
+        "![Quality against bytes](quality.svg)",
+        "",
+        "| " + " | ".join(_HEADINGS) + " |",
+        "| --- |" + " ---: |" * (len(_HEADINGS) - 1),
+    ]
+    failed = [row for row in rows if "error" in row]
+    for row in rows:
+        if "error" not in row:
+            first, *rest = cells(row)
+            lines.append("| " + " | ".join([f"`{first}`", *rest]) + " |")
+    if failed:
+        lines += ["", "Not measured:", ""]
+        lines += [f"- `{row['method']}`: {row['error']}" for row in failed]
+    return "\n".join([*lines, END, ""])
+
+
+def update_document(path: Path, section: str) -> None:
+    """Put the section in the place of the one before, or at the end."""
+    text = path.read_text("utf-8") if path.exists() else "# Results\n"
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + "\n?", re.DOTALL)
+    if pattern.search(text):
+        text = pattern.sub(lambda _: section, text, count=1)
+    else:
+        text = text.rstrip("\n") + "\n\n" + section
+    path.write_text(text, "utf-8")
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Mean KL against packed bytes, both originals, as SVG; its text stays text."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("the plot needs matplotlib: pip install 'lowbit[bench]', or --no-plot") from None
+    matplotlib.use("svg")
+    from matplotlib import pyplot, ticker
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "lowbit", "font.size": 8}
+    with matplotlib.rc_context(settings):
+        figure, axes = pyplot.subplots(1, 2, figsize=(13, 7.5), sharey=True, layout="constrained")
+        for axis, original in zip(axes, ("dithered", "stored"), strict=True):
+            seen: set[str] = set()
+            for row in rows:
+                found, group = _figures(row, original), str(row["group"])
+                if not found or group == "cache":
+                    continue
+                x, y = _number(row, "nbytes") / 1e6, max(found["mean_kl"], 1e-6)
+                label = None if group in seen else group
+                seen.add(group)
+                axis.scatter(x, y, s=14, color=_COLOURS.get(group, "#000000"), label=label, zorder=3)
+                axis.annotate(
+                    str(row["method"]), (x, y), (3, 2), textcoords="offset points", fontsize=5.5, alpha=0.85
+                )
+            note = "" if original == "dithered" else " (on the file's own 4-bit grid: no ranking)"
+            axis.set_title(f"{original} original{note}")
+            axis.set_xlabel("packed weights, MB")
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axis.xaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
+            axis.grid(True, which="both", linewidth=0.3, alpha=0.5)
+        axes[0].set_ylabel("mean KL to the float32 original, nats")
+        axes[0].legend(loc="upper right")
+        figure.savefig(path, format="svg", metadata={"Date": None})
+        pyplot.close(figure)
+    lines = [line.rstrip() for line in path.read_text("utf-8").splitlines()]
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _figures(row: Row, original: str) -> dict[str, float]:
+    found = row.get(original)
+    return {str(key): float(value) for key, value in found.items()} if isinstance(found, dict) else {}
+
+
+def _number(row: Row, key: str) -> float:
+    value = row[key]
+    assert isinstance(value, (int, float)), f"{key} is a number in every results file"
+    return float(value)
