@@ -14,14 +14,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from rich.table import Table
 
 from lowbit.errors import thousands
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Row: TypeAlias = Mapping[str, object]
 
+Point: TypeAlias = tuple[float, float, str]
+_LABEL_SIZE, _LABEL_GAP = 6.0, 8.0
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 _HEADINGS = (
     *("method", "quantized", "bits", "MB"),
@@ -127,7 +132,10 @@ def update_document(path: Path, section: str) -> None:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Mean KL against packed bytes, both originals, as SVG; its text stays text."""
+    """Mean KL against packed bytes, both originals, as SVG; its text stays text.
+
+    KV cache types are not in it: their bytes are elsewhere.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -135,36 +143,65 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot, ticker
 
+    titles = {
+        "dithered": "dithered original",
+        "stored": "stored original: lies on a 4-bit grid, no ranking",
+    }
     settings = {"svg.fonttype": "none", "svg.hashsalt": "lowbit", "font.size": 8}
     with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(1, 2, figsize=(13, 7.5), sharey=True, layout="constrained")
-        for axis, original in zip(axes, ("dithered", "stored"), strict=True):
-            seen: set[str] = set()
+        figure, axes = pyplot.subplots(1, 2, figsize=(14, 9), sharey=True, layout="constrained")
+        points: list[list[Point]] = []
+        for axis, original in zip(axes, titles, strict=True):
+            points.append([])
             for row in rows:
                 found, group = _figures(row, original), str(row["group"])
-                if not found or group == "cache":
-                    continue
-                x, y = _number(row, "nbytes") / 1e6, max(found["mean_kl"], 1e-6)
-                label = None if group in seen else group
-                seen.add(group)
-                axis.scatter(x, y, s=14, color=_COLOURS.get(group, "#000000"), label=label, zorder=3)
-                axis.annotate(
-                    str(row["method"]), (x, y), (3, 2), textcoords="offset points", fontsize=5.5, alpha=0.85
-                )
-            note = "" if original == "dithered" else " (on the file's own 4-bit grid: no ranking)"
-            axis.set_title(f"{original} original{note}")
-            axis.set_xlabel("packed weights, MB")
-            axis.set_xscale("log")
-            axis.set_yscale("log")
+                if found and group != "cache":
+                    x, y = _number(row, "nbytes") / 1e6, max(found["mean_kl"], 1e-6)
+                    points[-1].append((x, y, str(row["method"])))
+                    label = None if group in axis.get_legend_handles_labels()[1] else group
+                    axis.scatter(x, y, s=14, color=_COLOURS[group], label=label, zorder=3)
+            axis.set(title=titles[original], xlabel="packed weights, MB", xscale="log", yscale="log")
             axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             axis.xaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
             axis.grid(True, which="both", linewidth=0.3, alpha=0.5)
+            axis.margins(x=0.08)
         axes[0].set_ylabel("mean KL to the float32 original, nats")
-        axes[0].legend(loc="upper right")
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        axes[0].legend(loc="lower left")
+        figure.draw_without_rendering()  # axes have their sizes from here on
+        for axis, of_axis in zip(axes, points, strict=True):
+            _label(axis, of_axis)
+        figure.savefig(path, format="svg", metadata={"Date": None}, dpi=figure.dpi)
         pyplot.close(figure)
     lines = [line.rstrip() for line in path.read_text("utf-8").splitlines()]
     path.write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def _label(axis: Axes, points: Sequence[Point]) -> None:
+    """Each point's name beside it, a thin line to it where it had to move."""
+    pixels = axis.transData.transform([point[:2] for point in points]) if points else []
+    shifts = _label_shifts([(x, y, name) for (x, y), (*_, name) in zip(pixels, points, strict=True)])
+    line = {"arrowstyle": "-", "linewidth": 0.3, "alpha": 0.6}
+    for (x, y, name), shift in zip(points, shifts, strict=True):
+        place = {"xytext": (_LABEL_GAP, shift), "textcoords": "offset pixels"}
+        axis.annotate(name, (x, y), fontsize=_LABEL_SIZE, arrowprops=line, **place)
+
+
+def _label_shifts(points: Sequence[Point]) -> list[float]:
+    """How far up or down each label goes, in pixels, so that none lies on another: from the top down, each at
+    the free place that is nearest to its point."""
+    height, letter = 1.7 * _LABEL_SIZE, 0.85 * _LABEL_SIZE
+    shifts = [0.0] * len(points)
+    placed: list[tuple[float, float, float]] = []  # left, right, middle
+    for number in sorted(range(len(points)), key=lambda n: -points[n][1]):
+        x, y, name = points[number]
+        left, right = x, x + _LABEL_GAP + letter * len(name)
+        near = [middle for a, b, middle in placed if a < right and left < b]
+        tries = [y - height / 3, *(middle + side * height for middle in near for side in (1, -1))]
+        free = [at for at in tries if all(abs(at - middle) >= height - 1e-6 for middle in near)]
+        middle = min(free, key=lambda at: abs(at - y))
+        placed.append((left, right, middle))
+        shifts[number] = middle - y
+    return shifts
 
 
 def _figures(row: Row, original: str) -> dict[str, float]:

@@ -113,6 +113,19 @@ def test_the_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     assert "Speeds were not measured" in text
 
 
+def test_labels_of_the_plot_lie_on_no_other() -> None:
+    random = np.random.default_rng(2)
+    names = [f"method {number}" for number in range(60)]
+    points = [(x, y, name) for (x, y), name in zip(random.random((60, 2)) * 150, names, strict=True)]
+    points += [(10.0, 10.0, "same"), (10.0, 10.0, "place")]
+    shifts = report._label_shifts(points)
+    for (x, y, name), shift in zip(points, shifts, strict=True):
+        for (x2, y2, name2), shift2 in zip(points, shifts, strict=True):
+            if name < name2 and abs(x - x2) < 5 * min(len(name), len(name2)):
+                assert abs(y + shift - y2 - shift2) > report._LABEL_SIZE
+    assert report._label_shifts([(0, 0, "a"), (0, 500, "b")]) == pytest.approx([-3.4, -3.4], abs=1)
+
+
 def test_a_method_that_fails_is_listed_with_its_error(tmp_path: Path) -> None:
     store = quality._Results(tmp_path / "results.json", False)
     method = quality.Method("broken", "float", quantization="no_such_method")
