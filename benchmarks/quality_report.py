@@ -78,14 +78,13 @@ def table(rows: Sequence[Row]) -> Table:
 
 def markdown(rows: Sequence[Row], command: str, machine: str) -> str:
     """The section of docs/results.md, between its markers."""
-    counts = {int(_figures(row, "dithered")["positions"]) for row in rows if _figures(row, "dithered")}
-    positions = thousands(max(counts, default=0))
+    positions = _positions(rows)
     timed = any("decode" in row for row in rows)
     lines = [
         BEGIN,
         "## Quality",
         "",
-        f"`{command}`, {positions} positions of English text (chapters of Python's language reference "
+        f"`{command}`, {positions} of English text (chapters of Python's language reference "
         "that calibration does not use). KL is the mean of KL(original ‖ method), in nats, over the "
         "next-token distributions; the original runs in float32 throughout, its cache too. *p99* and "
         "*largest*: of single positions. *Top-1*: where both name the same token first.",
@@ -118,6 +117,24 @@ def markdown(rows: Sequence[Row], command: str, machine: str) -> str:
         lines += ["", "Not measured:", ""]
         lines += [f"- `{row['method']}`: {row['error']}" for row in failed]
     return "\n".join([*lines, END, ""])
+
+
+def _positions(rows: Sequence[Row]) -> str:
+    """How many there were, of each original where they differ."""
+    counts = {
+        original: sorted({int(found["positions"]) for row in rows if (found := _figures(row, original))})
+        for original in ("dithered", "stored")
+    }
+    words = {
+        original: " or ".join(thousands(count) for count in found)
+        for original, found in counts.items()
+        if found
+    }
+    if len(set(words.values())) == 1:
+        return f"{words.popitem()[1]} positions"
+    return (
+        " and ".join(f"{told} positions ({original})" for original, told in words.items()) or "no positions"
+    )
 
 
 def update_document(path: Path, section: str) -> None:

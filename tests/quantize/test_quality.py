@@ -75,11 +75,18 @@ def transformers_inputs(x: Tensor) -> Tensor:
 
 
 def llm_int8_inputs(x: Tensor) -> Tensor:
-    """bitsandbytes: columns with an outlier of 6 stay float16, the others are int8, a scale a token."""
+    """bitsandbytes, one token at a time as in decoding: numbers from 6 stay float16, the others are int8.
+
+    With many tokens at once it keeps a whole column where any of them has such a number, so that a token's
+    result depends on its neighbours, and on a prompt it is somewhat better for it; lowbit's never does.
+    """
+    return torch.cat([_llm_int8_token(token) for token in x.half()[:, None]])
+
+
+def _llm_int8_token(half: Tensor) -> Tensor:
     from bitsandbytes import functional
 
-    half = x.half()
-    codes, scales, columns = functional.int8_vectorwise_quant(half, threshold=6.0)
+    codes, scales, columns = functional.int8_vectorwise_quant(half.clone(), threshold=6.0)
     made = codes.float() * scales[:, None].float() / 127
     if columns is not None:
         made[:, columns.long()] = half[:, columns.long()].float()
