@@ -1,6 +1,6 @@
 """What does each method cost in quality, and what does it buy?
 
-    python benchmarks/quality.py                              # everything; hours on 2 cores, minutes on many
+    python benchmarks/quality.py                              # everything; about an hour on 2 cores
     python benchmarks/quality.py --methods fp8 gguf --no-speed        # those whose name begins so
     python benchmarks/quality.py --keep build/quality --resume        # go on where the last run ended
     python benchmarks/quality.py --methods awq --write-quality FOLDER # quality.json for a quantized folder
@@ -12,7 +12,8 @@ often both name the same token first. Beside it: which share of the weights is q
 the speed of the engine, one prompt of 512 tokens and one stream of 64, a median over --repeats.
 
 A method that fails stays in the list with its error. Figures go to docs/results.md (between markers) and
-docs/quality.svg; the last line printed is JSON.
+docs/quality.svg; the last line printed is JSON. On a machine that is busy otherwise, OMP_NUM_THREADS=1 makes
+quantizing several times faster: torch's threads wait for each other spinning.
 """
 
 from __future__ import annotations
@@ -104,7 +105,6 @@ def main() -> None:
     """Measure, print, write."""
     options = _options()
     chosen = _chosen(options.methods)
-    torch.set_num_threads(1)  # as the server does: the cores are the native kernels'
     if options.keep is None:
         with tempfile.TemporaryDirectory(prefix="lowbit-quality-") as name:
             _run(options, chosen, Path(name))
@@ -215,10 +215,12 @@ def _measure(
     if measured and not want_speed:
         return
     had.pop("error", None)
+    threads = torch.get_num_threads()
     store.put(method.name, method=method.name, group=method.group, flag=method.flag)
     try:
         header = open_checkpoint(str(reference.original))
         model = load_model(header, quantization=method.asked, kv_cache_dtype=method.kv)
+        torch.set_num_threads(1)  # as the server does: from here on the cores are the native kernels'
         if "share" not in had:
             store.put(method.name, **_size(header, method, model))
         if not measured:
@@ -229,6 +231,8 @@ def _measure(
         store.put(method.name, error=str(error))
     except Exception as error:  # one method's failure is a finding, not the end of the run
         store.put(method.name, error=f"{type(error).__name__}: {error}"[:300])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _size(header: CheckpointHeader, method: Method, model: Model) -> Row:
