@@ -12,6 +12,7 @@ lowbit[bench]``), imported only here and on use.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Row: TypeAlias = Mapping[str, object]
 
 Point: TypeAlias = tuple[float, float, str]
+_FONT = {"font.sans-serif": ["DejaVu Sans"]}  # measured with; a viewer without it takes its own
 _LABEL_SIZE, _LABEL_GAP = 6.0, 8.0
 BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 _HEADINGS = (
@@ -57,9 +59,9 @@ def cells(row: Row) -> list[str]:
         f"{_number(row, 'nbytes') / 1e6:.1f}",
     ]
     for key in ("mean_kl", "p99_kl", "max_kl"):
-        found.append(f"{dithered[key]:.2g}" if dithered else "–")
+        found.append(f"{dithered[key]:#.3g}" if dithered else "–")
     found.append(f"{dithered['top1_agreement']:.1%}" if dithered else "–")
-    found.append(f"{stored['mean_kl']:.2g}" if stored else "–")
+    found.append(f"{stored['mean_kl']:#.3g}" if stored else "–")
     found.append(f"{stored['top1_agreement']:.1%}" if stored else "–")
     for key in ("prefill", "decode"):
         found.append(thousands(round(_number(row, key))) if key in row else "–")
@@ -79,16 +81,11 @@ def table(rows: Sequence[Row]) -> Table:
 def markdown(rows: Sequence[Row], command: str, machine: str) -> str:
     """The section of docs/results.md, between its markers."""
     positions = _positions(rows)
-    timed = any("decode" in row for row in rows)
-    lines = [
-        BEGIN,
-        "## Quality",
-        "",
-        f"`{command}`, {positions} of English text (chapters of Python's language reference "
-        "that calibration does not use). KL is the mean of KL(original ‖ method), in nats, over the "
-        "next-token distributions; the original runs in float32 throughout, its cache too. *p99* and "
-        "*largest*: of single positions. *Top-1*: where both name the same token first.",
-        "",
+    paragraphs = [
+        f"`{command}`, {positions} of English text (chapters of Python's language reference that calibration "
+        "does not use). KL is the mean of KL(original ‖ method), in nats, over the next-token distributions; "
+        "the original runs in float32 throughout, its cache too. *p99* and *largest*: of single positions. "
+        "*Top-1*: where both name the same token first.",
         "The embedded model's file has 4 bits and groups of 32 (Q4_1), so methods on a like grid look free "
         "against its own numbers (the two *stored* columns): no ranking follows from those. The other "
         "columns are measured on a *dithered* original, in which each weight was moved by a seeded uniform "
@@ -96,13 +93,14 @@ def markdown(rows: Sequence[Row], command: str, machine: str) -> str:
         "included, that the method quantizes; most methods leave the embedding, a fifth of this small "
         "model, in bfloat16. *Bits* and *MB*: packed, of all weights. KV cache types run on the plain "
         "bfloat16 model.",
-        "",
-        (
-            f"Speeds: one prompt of 512 tokens, one stream of 64 tokens, medians, {machine}."
-            if timed
-            else "Speeds were not measured in this run (`--no-speed`)."
-        ),
-        "",
+        f"Speeds: one prompt of 512 tokens, one stream of 64 tokens, medians, {machine}."
+        if any("decode" in row for row in rows)
+        else "Speeds were not measured in this run (`--no-speed`).",
+    ]
+    lines = [BEGIN, "## Quality", ""]
+    for paragraph in paragraphs:
+        lines += [textwrap.fill(paragraph, 110, break_on_hyphens=False, break_long_words=False), ""]
+    lines += [
         "![Quality against bytes](quality.svg)",
         "",
         "| " + " | ".join(_HEADINGS) + " |",
@@ -164,23 +162,26 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         "dithered": "dithered original",
         "stored": "stored original: lies on a 4-bit grid, no ranking",
     }
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "lowbit", "font.size": 8}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "lowbit", "font.size": 8, **_FONT}
     with matplotlib.rc_context(settings):
         figure, axes = pyplot.subplots(1, 2, figsize=(14, 9), sharey=True, layout="constrained")
         points: list[list[Point]] = []
         for axis, original in zip(axes, titles, strict=True):
             points.append([])
-            for row in rows:
-                found, group = _figures(row, original), str(row["group"])
-                if found and group != "cache":
-                    x, y = _number(row, "nbytes") / 1e6, max(found["mean_kl"], 1e-6)
-                    points[-1].append((x, y, str(row["method"])))
-                    label = None if group in axis.get_legend_handles_labels()[1] else group
-                    axis.scatter(x, y, s=14, color=_COLOURS[group], label=label, zorder=3)
+            for group in _COLOURS:
+                found = [
+                    (_number(row, "nbytes") / 1e6, max(figures["mean_kl"], 1e-6), str(row["method"]))
+                    for row in rows
+                    if row["group"] == group != "cache" and (figures := _figures(row, original))
+                ]
+                if found:
+                    x, y, _ = zip(*found, strict=True)
+                    axis.scatter(x, y, s=14, color=_COLOURS[group], label=group, zorder=3)
+                points[-1] += found
             axis.set(title=titles[original], xlabel="packed weights, MB", xscale="log", yscale="log")
             axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             axis.xaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
-            axis.grid(True, which="both", linewidth=0.3, alpha=0.5)
+            axis.grid(True, linewidth=0.3, alpha=0.5)
             axis.margins(x=0.08)
         axes[0].set_ylabel("mean KL to the float32 original, nats")
         axes[0].legend(loc="lower left")
@@ -197,10 +198,11 @@ def _label(axis: Axes, points: Sequence[Point]) -> None:
     """Each point's name beside it, a thin line to it where it had to move."""
     pixels = axis.transData.transform([point[:2] for point in points]) if points else []
     shifts = _label_shifts([(x, y, name) for (x, y), (*_, name) in zip(pixels, points, strict=True)])
-    line = {"arrowstyle": "-", "linewidth": 0.3, "alpha": 0.6}
+    line = {"arrowstyle": "-", "linewidth": 0.3, "alpha": 0.6, "shrinkA": 0, "shrinkB": 0}
     for (x, y, name), shift in zip(points, shifts, strict=True):
         place = {"xytext": (_LABEL_GAP, shift), "textcoords": "offset pixels"}
-        axis.annotate(name, (x, y), fontsize=_LABEL_SIZE, arrowprops=line, **place)
+        moved = line if abs(shift) > _LABEL_SIZE else None
+        axis.annotate(name, (x, y), fontsize=_LABEL_SIZE, arrowprops=moved, **place)
 
 
 def _label_shifts(points: Sequence[Point]) -> list[float]:

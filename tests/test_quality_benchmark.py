@@ -109,7 +109,7 @@ def test_the_section_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# Results\n\nbefore\n\n<!--") and text.endswith("\n## After\n")
     assert "python second" in text and "python first" not in text
-    assert "| `fp8` | 79% | 9.70 | 163.0 | 0.03 | 0.15 | 0.5 | 90.0% | – | – | – | – |" in text
+    assert "| `fp8` | 79% | 9.70 | 163.0 | 0.0300 | 0.150 | 0.500 | 90.0% | – | – | – | – |" in text
     assert "Speeds were not measured" in text
 
 
@@ -156,3 +156,17 @@ def test_quality_json_is_what_the_reader_takes(tmp_path: Path, embedded_path: Pa
     (tmp_path / "model.gguf").symlink_to(embedded_path)
     found = read_quality(open_checkpoint(str(tmp_path / "model.gguf")))
     assert found is not None and (found.mean_kl, found.positions) == (0.03, 960)
+
+
+def test_the_plot_is_small_and_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [
+        ROW | {"method": method.name, "group": method.group, "nbytes": 10**8 + number * 10**6}
+        for number, method in enumerate(quality.METHODS)
+    ]
+    paths = [tmp_path / name for name in ("one.svg", "two.svg")]
+    for path in paths:
+        report.plot(rows, path)
+    assert paths[0].read_text() == paths[1].read_text()
+    assert paths[0].stat().st_size < 100_000
+    assert "gguf:type=q4_k_m" in paths[0].read_text() and "KV cache" not in paths[0].read_text()
