@@ -284,8 +284,11 @@ def _timed_request(engine: Engine, prompt: list[int], name: str) -> tuple[float,
 
 
 def _tell(rows: list[Row], options: argparse.Namespace, chosen: list[Method]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(report.table(rows))
+    for row in rows:
+        if "error" in row:
+            console.print(f"{row['method']}: {row['error']}", markup=False)
     words = ["python", "benchmarks/quality.py", *sys.argv[1:]]
     hidden = {"--keep", "--originals", "--docs"}  # a place on one machine
     kept = [

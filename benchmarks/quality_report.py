@@ -48,9 +48,9 @@ _COLOURS = {
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table as text; "–" for what was not measured."""
+    """A row of the table as text; "–" for what was not measured, as all of a method that failed."""
     if "error" in row:
-        return [str(row["method"]), str(row["error"])] + [""] * (len(_HEADINGS) - 2)
+        return [str(row["method"]), *("–" for _ in _HEADINGS[1:])]
     dithered, stored = _figures(row, "dithered"), _figures(row, "stored")
     found = [
         str(row["method"]),
