@@ -416,6 +416,7 @@ def test_nothing_past_the_end_is_touched(case: str, monkeypatch: pytest.MonkeyPa
     assert kernel.attend(q, cache, batch, replace(plain(spec), **extra)).isfinite().all()
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_on_other_instruction_sets(isa: str) -> None:
     """All tests of attention and of the elementwise kernels once more, with the instruction set forced."""
