@@ -36,6 +36,7 @@ class CheckpointWriter:
     name: ClassVar[str]
     writes: ClassVar[str]  # for docs/formats.md
     stacks: ClassVar[bool] = False
+    described: ClassVar[int] = 0  # bytes of a module's ``description``, about
     # Files the format has beside config.json; ``quantization_config`` goes into them as well.
     config_files: ClassVar[tuple[str, ...]] = ()
 
@@ -69,6 +70,14 @@ class CheckpointWriter:
         if bias is not None:
             found["bias"] = bias
         return {module.tensor(suffix): tensor.contiguous() for suffix, tensor in found.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """What every shard's ``__metadata__`` says."""
+        return {"format": "pt"}
+
+    def description(self, module: StoredModule) -> dict[str, str]:
+        """What ``__metadata__`` says of one module, in the shard that holds it."""
+        return {}
 
     def quantization_config(self) -> dict[str, object] | None:
         """What config.json says under ``quantization_config``; None: nothing."""
