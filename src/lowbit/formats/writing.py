@@ -36,7 +36,7 @@ class CheckpointWriter:
     name: ClassVar[str]
     writes: ClassVar[str]  # for docs/formats.md
     stacks: ClassVar[bool] = False
-    described: ClassVar[int] = 0  # bytes of a module's ``description``, about
+    described: ClassVar[int] = 0  # bytes a module takes in a file's header, beside four tensors' names
     # Files the format has beside config.json; ``quantization_config`` goes into them as well.
     config_files: ClassVar[tuple[str, ...]] = ()
 
