@@ -15,11 +15,14 @@ from formats.mutations import Seed, leaves, verdict, with_leaf
 from formats.writing_cases import convert_and_compare, cruel, fixtures_it_takes, round_trip, scheme
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.doctor import examine
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredLinear, StoredModule
 from lowbit.formats.torchao_writer import TorchaoWriter as Writer
 from lowbit.loading import load_model, plan_model
+from lowbit.loading.saving import NamedTensor, save_checkpoint
+from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.torchao_inputs import PER_ROW, PER_TENSOR, float8_inputs, int8_inputs
@@ -287,6 +290,22 @@ def test_seeded_metadata(name: str, tmp_path: Path) -> None:
     assert not any(found.startswith("silent") for found in seen)
 
 
+def test_another_prefix_is_read_but_not_corrected(tmp_path: Path) -> None:
+    """The names in the metadata would have to be corrected too."""
+    seed = Seed.of(case("int8wo"))
+
+    def renamed(name: str) -> str:
+        return name.replace("model.", "language_model.model.") if name.startswith("model.") else name
+
+    tensors = {renamed(name): tensor for name, tensor in seed.tensors.items()}
+    metadata = {renamed(name): text for name, text in seed.metadata.items()}
+    folder = Seed("", seed.config, {}, {}, metadata).write(tmp_path, seed.config, tensors)
+    [finding] = [found for found in examine(folder).report.findings if found.rule == "D112"]
+    assert not finding.fix and finding.severity != "error"
+    found = read(folder, renamed(NAME), SHAPE).weight
+    assert torch.equal(found.dequantize(), read(case("int8wo"), NAME, SHAPE).weight.dequantize())
+
+
 # ---- written
 
 
@@ -396,6 +415,47 @@ def test_the_tool_loads_them(folder: Path, tmp_path: Path) -> None:
         else:
             found = weight.dequantize(torch.float32)
         assert torch.equal(found, values), name
+
+
+@pytest.mark.slow
+def test_the_tool_loads_mixed_kinds(tmp_path: Path) -> None:
+    """Every class in one model, asked for by FqnToConfig, in several shards."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from transformers import LlamaForCausalLM
+
+    kinds = [SCHEMES[n] for n in (0, 3, 6, 7, 9, 11, 15)]
+    source, plan, parts, wanted = SourceModel(header_of(case("int8wo"))), {}, [], {}
+    with TensorData(source.header) as data:
+        for part in source.parts:
+            if not isinstance(part, SourceModule):
+                parts.append(NamedTensor(part.target, source.read_vector(part, data)))
+                continue
+            read_module, name = source.read(part, data), part.target.stored
+            if not part.scheme.is_dense:
+                made = cruel(kinds[len(wanted)], part.target.shape, len(wanted))
+                read_module = ReadModule(part.target, made)
+                wanted[name] = made
+            plan[name] = read_module.weight.scheme
+            parts.append(read_module)
+        config = source.hf_config(data)
+        out = tmp_path / "out"
+        save_checkpoint(
+            out, source.header, config, parts, Writer(plan), nbytes=1 << 16, tensors=64, shard_bytes=4096
+        )
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    model = LlamaForCausalLM.from_pretrained(out, device_map="cpu")
+    for name, made in wanted.items():
+        weight = model.get_submodule(name).weight
+        kind = type(weight).__name__
+        if kind in ("Int8Tensor", "Float8Tensor"):
+            assert torch.equal(weight.dequantize(torch.float32), made.dequantize()), name
+        elif kind == "Int4Tensor":
+            assert torch.equal(weight.scale.T, made.scales[0])
+            assert torch.equal(weight.zero_point.T, made.offsets[0])
+        else:
+            half = 1 << int(made.scheme.weight.bits) - 1
+            assert torch.equal(weight.qdata.short(), made.codes.short() - half), name
+    assert len({type(model.get_submodule(name).weight) for name in wanted}) == 4
 
 
 def test_a_single_row_is_a_row(tmp_path: Path) -> None:
