@@ -281,6 +281,12 @@ def test_the_doctor_reads_them() -> None:
         assert all(finding.severity == "note" for finding in findings), (folder.name, findings)
 
 
+def test_codes_as_floats_are_not_quantized_again() -> None:
+    with pytest.raises(LowbitError) as caught:
+        plan_model(open_checkpoint(str(case("2_g16_float"))), quantization="int8")
+    assert caught.value.code == "E0401" and "already quantized (hqq, 2-bit group 16" in str(caught.value)
+
+
 # ---- native kernels take float zero points
 
 

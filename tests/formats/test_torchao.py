@@ -40,6 +40,11 @@ def case(name: str) -> Path:
     return next(path for path in CASES if path.name == name)
 
 
+def shape_of(folder: Path) -> tuple[int, int]:
+    """The shape of the module NAME."""
+    return (64, 64) if folder.name == "float8dq_tensor" else SHAPE
+
+
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_the_tools_own_values(folder: Path) -> None:
     for name, values in expected(folder).items():
@@ -50,7 +55,7 @@ def test_the_tools_own_values(folder: Path) -> None:
 
 
 def test_what_the_cases_cover() -> None:
-    found = {path.name: str(read(path, NAME, SHAPE).weight.scheme) for path in CASES}
+    found = {path.name: str(read(path, NAME, shape_of(path)).weight.scheme) for path in CASES}
     assert found == {
         "int8wo": "int8 1xall f32",
         "int8wo_g16": "int8 1x16 f32",
@@ -70,12 +75,13 @@ def test_what_the_cases_cover() -> None:
 )  # fmt: skip
 def test_a_checkpoint_is_what_its_online_name_makes(folder: str, online: str) -> None:
     """The same scheme, inputs included, as --torchao-config has it."""
-    assert read(case(folder), NAME, SHAPE).weight.scheme == scheme_of(online, Module(NAME, SHAPE))
+    shape = shape_of(case(folder))
+    assert read(case(folder), NAME, shape).weight.scheme == scheme_of(online, Module(NAME, shape))
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_every_tensor_has_a_use(folder: Path) -> None:
-    used = set(reader_of(folder).tensors_of(StoredModule(NAME, NAME, SHAPE)))
+    used = set(reader_of(folder).tensors_of(StoredModule(NAME, NAME, shape_of(folder))))
     assert used == {name for name in header_of(folder).tensors if name.startswith(f"{NAME}.")}
     assert {module.scheme.is_dense for module in plan_model(header_of(folder)).modules} == {True, False}
 
