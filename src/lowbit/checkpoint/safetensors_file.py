@@ -160,11 +160,9 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
 # Methods whose pickled files are more than plain tensors: no tool turns them into safetensors by re-saving.
 _PICKLED_BY = {
     "torchao": "torchao's objects, which torchao 0.15 and newer do not load either; quantize the original "
-    "model at "
-    "load (--torchao-config int8wo, fp8wo, int4wo-128 …) or with torchao and transformers 5",
+    "model at load (--torchao-config int8wo, fp8wo, int4wo-128 …) or with torchao and transformers 5",
     "hqq": "HQQ's own dictionary of Python values; quantize the original model at load (--quantization "
-    "hqq), or save "
-    "it as safetensors with transformers",
+    "hqq), or save it as safetensors with transformers",
 }
 
 
@@ -186,8 +184,7 @@ def _shards_found(folder: Path, config: dict[str, object]) -> list[str]:
             raise LowbitError(
                 "E0230",
                 f"{folder.name} holds only pickled weights ({pickled}), which can run code when they are "
-                f"opened; they "
-                f"hold {_PICKLED_BY[known]}",
+                f"opened; they hold {_PICKLED_BY[known]}",
             )
         raise LowbitError(
             "E0230",

@@ -144,8 +144,7 @@ class Hqq:
             raise LowbitError(
                 "E0213",
                 f"{entry.file.name}: tensor {entry.name!r} holds code {int(codes.max())}; {layout.bits} "
-                f"bits end at "
-                f"{(1 << layout.bits) - 1}. The codes do not match the quantization config",
+                f"bits end at {(1 << layout.bits) - 1}. The codes do not match the quantization config",
             )
         scale, zero = (self._per_block(module, layout, suffix, data) for suffix in ("scale", "zero"))
         weight = QuantizedTensor(
@@ -164,8 +163,7 @@ class Hqq:
             raise LowbitError(
                 "E0218",
                 f"{self.header.file_of(module.tensor('W_q'))}: {module.stored!r} is a stack of experts, "
-                f"which HQQ "
-                "does not quantize; use a version with a module for each expert",
+                "which HQQ does not quantize; use a version with a module for each expert",
             )
         return not packed
 
@@ -198,18 +196,16 @@ class Hqq:
             self.notes.contradiction(
                 "E0214",
                 f"{self.header.root.name}: {self.place} says {printable(repr(told))} bits, but "
-                f"{weight.name!r} is "
-                f"packed as {bits}; reading what the tensors say",
+                f"{weight.name!r} is packed as {bits}; reading what the tensors say",
             )
         return Layout(bits, axis, size, groups, DENSE_DTYPES[scale.dtype])
 
     def _wrong(self, entry: TensorEntry, expected: str, module: StoredModule) -> LowbitError:
         return LowbitError(
             "E0213",
-            f"{entry.file.name}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; for a weight of "
-            f"{list(module.shape)} {expected} are expected. The file is damaged, or config and weights are "
-            f"from "
-            "different models",
+            f"{entry.file.name}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; for a weight "
+            f"of {list(module.shape)} {expected} are expected. The file is damaged, or config and weights "
+            "are from different models",
         )
 
     def _rule(self, module: StoredModule) -> dict[str, object]:
@@ -245,9 +241,8 @@ class Hqq:
                 raise LowbitError(
                     code,
                     f"{entry.file.name}: tensor {name!r} says {told}, {values} is what the other tensors "
-                    f"and the "
-                    "model's config ask for; the file is damaged, or config and weights are from different "
-                    "models",
+                    "and the model's config ask for; the file is damaged, or config and weights are from "
+                    "different models",
                 )
         name = module.tensor("nbits")
         if (entry := self.header.tensors.get(name)) is not None:
@@ -256,8 +251,7 @@ class Hqq:
                 raise LowbitError(
                     "E0213",
                     f"{entry.file.name}: tensor {name!r} says {_numbers(entry, data)} bits, {self.place} "
-                    f"and the "
-                    f"packing {layout.bits}; correct the config",
+                    f"and the packing {layout.bits}; correct the config",
                 )
         for suffix in ("quant_scale", "quant_zero"):
             name = module.tensor(suffix)
@@ -266,8 +260,7 @@ class Hqq:
                 raise LowbitError(
                     "E0218",
                     f"{entry.file.name}: {name!r} is set: quantized scales and zero points are not read; "
-                    f"quantize the "
-                    "original model again, hqq 0.2 and newer leave them in floats",
+                    "quantize the original model again, hqq 0.2 and newer leave them in floats",
                 )
 
     def _per_block(self, module: StoredModule, layout: Layout, suffix: str, data: TensorData) -> Tensor:
@@ -338,8 +331,7 @@ def _numbers(entry: TensorEntry, data: TensorData) -> list[float]:
         raise LowbitError(
             "E0213",
             f"{entry.file.name}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; one or two "
-            f"numbers were "
-            "expected. The file is damaged",
+            "numbers were expected. The file is damaged",
         )
     return [float(value) for value in data.tensor(entry.name).flatten().tolist()]
 

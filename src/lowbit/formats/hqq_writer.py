@@ -48,8 +48,8 @@ class HqqWriter(CheckpointWriter):
                 raise LowbitError(
                     "E0450",
                     f"--format hqq: {name} is {scheme}, other {tag} are {self.tags[tag]}; an HQQ "
-                    f"checkpoint has one "
-                    "way for all of a kind. Choose another format (dense holds everything)",
+                    "checkpoint has one way for all of a kind. Choose another format (dense holds "
+                    "everything)",
                 )
 
     @classmethod

@@ -62,16 +62,14 @@ _FLOATS = tuple(DENSE_DTYPES)
 _FLOAT8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 _REFUSED = {
     "Int4TilePackedTo4dTensor": "holds its codes in the order of a CUDA kernel's tiles; quantize the "
-    "original "
-    "model with Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with --torchao-config int4wo-128",
+    "original model with Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with "
+    "--torchao-config int4wo-128",
     "Int4PlainInt32Tensor": "is packed for XPU and NPU kernels; quantize the original model with "
     "Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with --torchao-config int4wo-128",
     "MXTensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or quantize "
-    "the "
-    "original model at load (--quantization mxfp4, mxfp8)",
+    "the original model at load (--quantization mxfp4, mxfp8)",
     "NVFP4Tensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or "
-    "quantize the "
-    "original model at load (--quantization nvfp4)",
+    "quantize the original model at load (--quantization nvfp4)",
 }
 _PARTS = ("qdata", "scale", "zero_point", "act_pre_scale", "act_quant_scale", "act_quant_zero_point")
 
@@ -94,8 +92,7 @@ class Stored:
         return LowbitError(
             "E0213",
             f"{self.place}: {self.kind}'s {key} must be {expected}, found {found}; the file is damaged or "
-            f"was "
-            "made by a faulty tool",
+            "was made by a faulty tool",
         )
 
     def block(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -126,19 +123,17 @@ class Torchao:
             raise LowbitError(
                 "E0218",
                 f"{header.file_of(old)}: tensor {printable(repr(old))} is named as torchao 0.14 did, whose "
-                f"files no "
-                "later version reads; quantize the original model with torchao 0.15 or newer, or at load "
-                "(--torchao-config)",
+                "files no later version reads; quantize the original model with torchao 0.15 or newer, or "
+                "at load (--torchao-config)",
             )
         self.stored = _described(header)
         if not self.stored:
             raise LowbitError(
                 "E0213",
                 f"{header.root.name}: {found.place} says torchao, but no safetensors file's __metadata__ "
-                f"describes "
-                "a quantized tensor; if the model was dequantized, remove the quantization config, and if "
-                "another "
-                "tool re-saved the files (most drop __metadata__), use the original ones",
+                "describes a quantized tensor; if the model was dequantized, remove the quantization "
+                "config, and if another tool re-saved the files (most drop __metadata__), use the "
+                "original ones",
             )
         for name, stored in self.stored.items():
             if not name.endswith(".weight"):
@@ -196,8 +191,7 @@ class Torchao:
                 "E0213",
                 f"{self.header.file_of(orphan)}: tensor {orphan!r} is part of a torchao weight, but no "
                 f"__metadata__ describes {module.tensor('weight')!r}; the file was re-saved by a tool that "
-                f"dropped "
-                "it, use the original one",
+                "dropped it, use the original one",
             )
         return None
 
@@ -219,8 +213,7 @@ class Torchao:
             raise LowbitError(
                 "E0213",
                 f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}; a {stored.kind} "
-                f"of "
-                f"{list(module.shape)} with block_size {stored.data.get('block_size')} stores "
+                f"of {list(module.shape)} with block_size {stored.data.get('block_size')} stores "
                 f"{' or '.join(dtypes)} {list(shape)}. The file is damaged, or config and weights are from "
                 "different models",
             )
@@ -237,8 +230,7 @@ class Torchao:
             raise LowbitError(
                 "E0210",
                 f"{stored.place} is {printable(repr(told))} but the config asks for {[out, columns]}; "
-                f"config and "
-                "weights are from different models",
+                "config and weights are from different models",
             )
         rows, group = stored.block(module.shape)
         grid = (out // rows, columns // group)
@@ -317,8 +309,7 @@ class Torchao:
             raise LowbitError(
                 "E0213",
                 f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}; one float for "
-                f"each of "
-                f"{columns} columns is expected. The file is damaged",
+                f"each of {columns} columns is expected. The file is damaged",
             )
         return InputRule(finite_scales(self.header, name, data.tensor(name)).float().reshape(columns))
 
@@ -459,9 +450,8 @@ def _float8_inputs(stored: Stored) -> ActivationScheme | None:
     dtype, upper = _dtype(kwargs.get("float8_dtype")), kwargs.get("hp_value_ub")
     if dtype != "float8_e4m3fn" or kwargs.get("hp_value_lb") is not None:
         raise stored.refuse(
-            f"inputs as {printable(dtype)}, or with a lower bound for their scales, are not computed; use "
-            f"a version "
-            "with plain e4m3 inputs"
+            f"inputs as {printable(dtype)}, or with a lower bound for their scales, are not computed; use a "
+            "version with plain e4m3 inputs"
         )
     if upper is not None and (
         isinstance(upper, bool) or not isinstance(upper, int | float) or not 0 < upper < math.inf
