@@ -79,6 +79,15 @@ def ragged(name: str, group: int, columns: int) -> QuantizedTensor:
     return replace(weight, shape=(37, columns), codes=weight.codes[:, :columns].contiguous())
 
 
+def float_zero(name: str, group: int, scale: str) -> QuantizedTensor:
+    """Zero points between and beyond the codes, in the scale's type (HQQ)."""
+    weight = canonical(name, group, scale, zero=True)
+    assert weight.zeros is not None
+    spread = torch.linspace(-300, 300, weight.zeros.numel()).view(weight.zeros.shape)
+    zeros = (weight.zeros.float() * 1.37 - 2.2 + spread * (weight.zeros == 1)).to(weight.scales[0].dtype)
+    return replace(weight, scheme=replace(weight.scheme, zero="float"), zeros=zeros)
+
+
 def nvfp4(rows: int) -> QuantizedTensor:
     """Two levels: e4m3 for 16 columns under one float32 for the tensor (0), or one for each row (1)."""
     inner = canonical("e2m1", 16, "e4m3")
@@ -101,6 +110,8 @@ WEIGHTS = {
     "uint4 g32 f32 zero act-order": lambda: canonical("uint4", 128, "f32", zero=True, order=True),
     "int8 channel f32": lambda: canonical("int8", 0, "f32"),
     "uint8 g32 zero": lambda: canonical("uint8", 32, zero=True),
+    "uint4 g64 float zero (HQQ)": lambda: float_zero("uint4", 64, "f16"),
+    "uint3 g32 bf16 float zero": lambda: float_zero("uint3", 32, "bf16"),
     "uint2 g32 zero": lambda: canonical("uint2", 64, zero=True),
     "uint3 g128 zero": lambda: canonical("uint3", 128, zero=True),
     "int5 g64": lambda: canonical("int5", 64),
@@ -246,8 +257,8 @@ def test_more_refusals() -> None:
     assert "flattened" in str(blocks.refuses(flat, weight.shape, CPU))
     quantized_input = replace(weight.scheme, activation=ActivationScheme(number_format("int8"), (1, 0)))
     assert "quantizes its input" in str(blocks.refuses(quantized_input, weight.shape, CPU))
-    float_zero = replace(weight.scheme, zero="float")
-    assert "whole numbers" in str(blocks.refuses(float_zero, weight.shape, CPU))
+    float_zero = replace(weight.scheme, zero="float", scales=(number_format("e8m0"),))
+    assert "float zero points with e8m0" in str(blocks.refuses(float_zero, weight.shape, CPU))
     three = replace(weight.scheme, blocks=((1, 32),) * 3, scales=weight.scheme.scales * 3)
     assert "3 levels" in str(blocks.refuses(three, weight.shape, CPU))
     assert "quantized" in str(floats.refuses(weight.scheme, weight.shape, CPU))

@@ -34,8 +34,11 @@ READS = {
     "experts",
     "gguf": "every block type, mixed types, split files",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin, dynamic rules",
+    "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats",
     "modelopt": "FP8, NVFP4, MXFP8, MXFP4, int4 AWQ, int8 SmoothQuant, mixed",
     "mxfp4": "gpt-oss' stacked experts",
+    "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
+    "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
     "w8a8_fp8": "e4m3 per channel",
     "w8a8_int8": "int8 per channel",
 }

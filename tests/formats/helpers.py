@@ -17,14 +17,20 @@ from lowbit.formats import CheckpointFormat, Notes, StoredLinear, StoredModule, 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
-def write_folder(folder: Path, tensors: dict[str, Tensor], quantization: dict | None) -> Path:
+def write_folder(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    quantization: dict | None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
     """A folder with one safetensors file and a config that says no more than the quantization."""
     folder.mkdir(parents=True, exist_ok=True)
     config: dict = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     if quantization is not None:
         config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata)
     return folder
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class Seed:
     config: Config
     tensors: dict[str, Tensor]
     documents: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, folder: Path) -> Seed:
@@ -43,18 +45,18 @@ class Seed:
             if path.name.startswith(("hf_", "quant"))
         }
         config = json.loads((folder / "config.json").read_text())
-        return cls(
-            f"{folder.parent.name}/{folder.name}", config, load_file(folder / "model.safetensors"), documents
-        )
+        path = folder / "model.safetensors"
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return cls(f"{folder.parent.name}/{folder.name}", config, load_file(path), documents, metadata)
 
     def write(self, folder: Path, config: Config, tensors: dict[str, Tensor]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.documents.items():
             (folder / name).write_text(text)
         (folder / "config.json").write_text(json.dumps(config))
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors"
-        )
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / "model.safetensors", self.metadata)
         return folder
 
 

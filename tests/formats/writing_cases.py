@@ -60,13 +60,16 @@ def cruel(made: Scheme, shape: tuple[int, int], seed: int = 0) -> QuantizedTenso
             values = torch.randint(100, 140, grid, generator=random).to(torch.uint8).view(TYPES["e8m0"])
         levels.append(values if values.dtype == TYPES["e8m0"] else values.to(TYPES[scale.name]))
     zeros = None
+    offsets = tuple(torch.randn(scale.shape, generator=random).to(scale.dtype) for scale in levels)
+    if made.zero == "float":
+        zeros = (torch.randn(levels[0].shape, generator=random) * (1 << bits)).to(levels[0].dtype)
     if made.zero == "integer":
         zeros = torch.randint(0, 1 << bits, levels[0].shape, generator=random, dtype=torch.uint8)
     order = torch.randperm(shape[1], generator=random) if made.reordered else None
     if order is not None:  # as readers have it: within a group the columns ascend
         group = made.blocks[0][1] or shape[1]
         order = torch.cat([part.sort().values for part in order.split(group)])
-    return QuantizedTensor(made, shape, codes, tuple(levels), zeros, (), order)
+    return QuantizedTensor(made, shape, codes, tuple(levels), zeros, offsets if made.offset else (), order)
 
 
 def same(a: QuantizedTensor, b: QuantizedTensor) -> None:
@@ -79,7 +82,7 @@ def same(a: QuantizedTensor, b: QuantizedTensor) -> None:
         assert torch.equal(_bytes(one), _bytes(other))
     for one, other in ((a.zeros, b.zeros), (a.column_order, b.column_order)):
         assert (one is None) == (other is None)
-        assert one is None or other is None or torch.equal(one.long(), other.long())
+        assert one is None or other is None or torch.equal(one.double(), other.double())
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -94,13 +97,15 @@ def written(
     dense = Scheme(number_format("bf16"))
     writer = kind(schemes | dict.fromkeys(plain, dense))
     tensors: dict[str, Tensor] = {}
+    metadata = writer.metadata()
     for name, linear in modules.items():
         out, columns = linear.weight.shape
         module = StoredModule(name, name, (out, columns))
+        metadata |= writer.description(module)
         tensors |= writer.write(module, linear.weight, linear.bias, linear.input)
     for name in plain:
         tensors[f"{name}.weight"] = torch.ones(8, 64, dtype=torch.bfloat16)
-    return write_folder(folder, tensors, writer.quantization_config())
+    return write_folder(folder, tensors, writer.quantization_config(), metadata)
 
 
 def round_trip(folder: Path, kind: type[CheckpointWriter], modules: dict[str, StoredLinear]) -> None:

@@ -122,7 +122,6 @@ def test_everything_else_is_refused_by_name(method: str, tmp_path: Path) -> None
         ("Qidxs", "quip"),
         ("codebooks", "aqlm"),
         ("centroids.weight", "vptq"),
-        ("W_q", "hqq"),
         ("weight._data", "quanto"),
     ],
 )

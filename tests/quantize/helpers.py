@@ -91,10 +91,10 @@ def _agrees_llm_int8(found: QuantizedTensor, made: dict[str, Tensor]) -> None:
 
 
 def _agrees_hqq(found: QuantizedTensor, made: dict[str, Tensor]) -> None:
-    """Codes; scale and offset are the tool's float32 numbers rounded to float16 once."""
+    """Codes; scale and zero point are the tool's float32 numbers rounded to float16 once."""
     assert torch.equal(found.codes, made["codes"])
     assert torch.equal(found.scales[0], made["scale"].half())
-    assert torch.equal(found.offsets[0], (-made["zero"] * found.scales[0].float()).half())
+    assert found.zeros is not None and torch.equal(found.zeros, made["zero"].half())
     group = found.scheme.blocks[0][1]
     terms = [(made["codes"] * made["scale"].repeat_interleave(group, 1)).abs()]
     terms.append((made["zero"] * made["scale"]).abs().repeat_interleave(group, 1))

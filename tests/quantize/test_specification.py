@@ -138,7 +138,7 @@ def test_options_decide_the_scheme() -> None:
         "rtn:bits=3,group_size=64": "uint3 1x64 f16 asym",
         "int8:symmetric=true,group_size=-1": "int8 1xall f16",
         "int4": "uint4 1x128 f16 asym",
-        "hqq:bits=2": "uint2 1x64 f16 offset",
+        "hqq:bits=2": "uint2 1x64 f16 float-zero",
         "fp4:double_quant=true": "fp4_bnb 1x64 f32",
         "bitsandbytes:type=int8": "int8 1xall f32 (input int8 1xall dynamic outliers 6)",
         "int4wo-32": "int4 1x32 bf16 offset",

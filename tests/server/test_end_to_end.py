@@ -194,6 +194,15 @@ def test_http_process_holds_no_torch(served: Served) -> None:
     assert "torch" in Path(f"/proc/{served.engine()}/maps").read_text()
 
 
+def test_the_card_says_what_is_served(served: Served) -> None:
+    card = httpx.get(served.url + "/v1/models").json()["data"][0]
+    assert (card["architecture"], card["quantization"]) == ("llama", "gguf, Q4_1, Q8_0")
+    assert 90e6 < card["weight_bytes"] < 110e6 and card["quality"] is None
+    lines = httpx.get(served.url + "/metrics").text.splitlines()
+    [line] = [line for line in lines if line.startswith("lowbit_weight_bytes ")]
+    assert float(line.split()[1]) == card["weight_bytes"]
+
+
 def test_killed_engine_is_healed(served: Served, client: openai.OpenAI) -> None:
     before = greedy_chat(client)
     old = served.engine()
@@ -234,12 +243,3 @@ def test_sigterm_drains(served: Served, client: openai.OpenAI) -> None:
     assert served.process.wait(20) == 0
     assert not alive(engine)
     assert "Traceback" not in served.errors.read_text()
-
-
-def test_the_card_says_what_is_served(served: Served) -> None:
-    card = httpx.get(served.url + "/v1/models").json()["data"][0]
-    assert (card["architecture"], card["quantization"]) == ("llama", "gguf, Q4_1, Q8_0")
-    assert 90e6 < card["weight_bytes"] < 110e6 and card["quality"] is None
-    lines = httpx.get(served.url + "/metrics").text.splitlines()
-    [line] = [line for line in lines if line.startswith("lowbit_weight_bytes ")]
-    assert float(line.split()[1]) == card["weight_bytes"]

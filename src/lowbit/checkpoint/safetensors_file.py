@@ -138,7 +138,7 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
             )
         raise LowbitError("E0201", f"{folder.name}: no config.json there; {what}")
     index = read_json(folder, INDEX)
-    names = _shards_of(folder, index) if index is not None else _shards_found(folder)
+    names = _shards_of(folder, index) if index is not None else _shards_found(folder, config)
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, object] = {}
     for name in names:
@@ -157,7 +157,16 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
     return CheckpointHeader(folder, "safetensors", tensors, config, metadata)
 
 
-def _shards_found(folder: Path) -> list[str]:
+# Methods whose pickled files are more than plain tensors: no tool turns them into safetensors by re-saving.
+_PICKLED_BY = {
+    "torchao": "torchao's objects, which torchao 0.15 and newer do not load either; quantize the original "
+    "model at load (--torchao-config int8wo, fp8wo, int4wo-128 …) or with torchao and transformers 5",
+    "hqq": "HQQ's own dictionary of Python values; quantize the original model at load (--quantization "
+    "hqq), or save it as safetensors with transformers",
+}
+
+
+def _shards_found(folder: Path, config: dict[str, object]) -> list[str]:
     """Without an index: model.safetensors alone, or all safetensors files of the folder."""
     if (folder / "model.safetensors").exists():
         return ["model.safetensors"]
@@ -168,6 +177,15 @@ def _shards_found(folder: Path) -> list[str]:
         (path.suffix for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)), ""
     )
     if pickled:
+        quantization = config.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        known = "hqq" if (folder / "qmodel.pt").exists() else method
+        if isinstance(known, str) and known in _PICKLED_BY:
+            raise LowbitError(
+                "E0230",
+                f"{folder.name} holds only pickled weights ({pickled}), which can run code when they are "
+                f"opened; they hold {_PICKLED_BY[known]}",
+            )
         raise LowbitError(
             "E0230",
             f"{folder.name} holds only pickled weights ({pickled}); lowbit reads safetensors and GGUF. Use "

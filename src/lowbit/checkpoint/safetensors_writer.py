@@ -22,6 +22,7 @@ from lowbit.checkpoint.safetensors_file import DTYPE_BITS, INDEX
 SHARD_BYTES = 4 << 30
 _ALIGNMENT = 8
 _ENTRY_BYTES = 128  # of JSON for one tensor, beside its name
+_FRAME_BYTES = 64  # of JSON around tensors and metadata
 _LEAST_ROOM = 1 << 12
 
 Buffer = bytes | bytearray | memoryview
@@ -50,14 +51,16 @@ class _Waiting:
 class _Shard:
     """One open file: ``<name>.tmp`` until the writer gives it its own name."""
 
-    def __init__(self, path: Path, room: int) -> None:
+    def __init__(self, path: Path, room: int, metadata: dict[str, str]) -> None:
         self.path = path
-        self.room = room  # bytes of the JSON header
+        self.metadata = dict(metadata)
+        own = len(json.dumps(metadata))
+        self.room = -(-(room + own) // _ALIGNMENT) * _ALIGNMENT  # bytes of the JSON header
         self.file = open(path, "xb+")  # noqa: SIM115  # stays open until ``settle``
         self.places: dict[str, _Place] = {}
         self.waiting: list[_Waiting] = []
         self.end = 0
-        self.header_bytes = 64
+        self.header_bytes = self.least_bytes = _FRAME_BYTES + own
         self.unfilled = 0
         self.complete = False
 
@@ -65,10 +68,10 @@ class _Shard:
     def payload(self) -> int:
         return self.end + sum(len(one.data) for one in self.waiting)
 
-    def takes(self, name: str, nbytes: int, limit: int) -> bool:
+    def takes(self, header_bytes: int, nbytes: int, limit: int) -> bool:
         """Whether another tensor fits under the limit and its entry into the header's room."""
-        needed = self.header_bytes + _ENTRY_BYTES + len(json.dumps(name))
-        return not self.header_bytes > 64 or (self.payload + nbytes <= limit and needed <= self.room)
+        first = self.header_bytes == self.least_bytes
+        return first or (self.payload + nbytes <= limit and self.header_bytes + header_bytes <= self.room)
 
     def place(self, name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> _Place:
         self.places[name] = found = _Place(dtype, shape, self.end, nbytes)
@@ -81,12 +84,12 @@ class _Shard:
             written = os.pwrite(self.file.fileno(), view[: 1 << 30], at)
             view, at = view[written:], at + written
 
-    def settle(self, metadata: dict[str, str]) -> None:
+    def settle(self) -> None:
         """The waiting tensors, the header, and everything on the disk."""
         self.waiting.sort(key=lambda one: -DTYPE_BITS[one.dtype])
         for one in self.waiting:
             self.pwrite(self.place(one.name, one.dtype, one.shape, len(one.data)).begin, one.data)
-        parts: dict[str, object] = {"__metadata__": metadata}
+        parts: dict[str, object] = {"__metadata__": self.metadata}
         for name, place in sorted(self.places.items(), key=lambda item: item[1].begin):
             offsets = [place.begin, place.begin + place.nbytes]
             parts[name] = {"dtype": place.dtype, "shape": list(place.shape), "data_offsets": offsets}
@@ -103,7 +106,8 @@ class _Shard:
 class ShardedWriter:
     """Tensors into ``folder``, a new shard after ``shard_bytes``; ``finish`` names the files.
 
-    ``room``: bytes left for a shard's header (``room_for``).
+    ``room``: bytes left for the tensors in a shard's header (``room_for``) and what ``describe`` adds;
+    ``metadata``, which every shard has, come on top.
     """
 
     folder: Path
@@ -113,11 +117,17 @@ class ShardedWriter:
     _shards: list[_Shard] = field(default_factory=list)
     _owner: dict[str, _Shard] = field(default_factory=dict)
     _unfilled: dict[str, set[int]] = field(default_factory=dict)
+    _described: dict[str, str] = field(default_factory=dict)
 
     @staticmethod
     def room_for(names: int, longest: int) -> int:
         """Header bytes for so many tensors, at most 1 MiB: a shard with more is closed early."""
-        return min(1 << 20, max(_LEAST_ROOM, -(-(64 + names * (_ENTRY_BYTES + longest)) // 4096) * 4096))
+        wanted = _FRAME_BYTES + names * (_ENTRY_BYTES + longest)
+        return min(1 << 20, max(_LEAST_ROOM, -(-wanted // 4096) * 4096))
+
+    def describe(self, metadata: dict[str, str]) -> None:
+        """More ``__metadata__``, for the shard of the next tensor."""
+        self._described |= metadata
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
         """One whole tensor, its bytes row-major and little-endian."""
@@ -149,7 +159,7 @@ class ShardedWriter:
             del self._unfilled[name]
             shard.unfilled -= 1
             if shard is not self._shards[-1] and not shard.unfilled:
-                shard.settle(self.metadata)
+                shard.settle()
 
     def _open_stack(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         nbytes = _nbytes(dtype, shape)
@@ -163,13 +173,17 @@ class ShardedWriter:
 
     def _shard_for(self, name: str, nbytes: int) -> _Shard:
         assert name not in self._owner, f"{name} is written twice"
-        if not self._shards or not self._shards[-1].takes(name, nbytes, self.shard_bytes):
+        needed = _ENTRY_BYTES + len(json.dumps(name))
+        needed += len(json.dumps(self._described)) if self._described else 0
+        if not self._shards or not self._shards[-1].takes(needed, nbytes, self.shard_bytes):
             if self._shards and not self._shards[-1].unfilled:
-                self._shards[-1].settle(self.metadata)
+                self._shards[-1].settle()
             path = self.folder / f"model-{len(self._shards) + 1:05}.safetensors.tmp"
-            self._shards.append(_Shard(path, self.room))
+            self._shards.append(_Shard(path, self.room, self.metadata))
         shard = self._shards[-1]
-        shard.header_bytes += _ENTRY_BYTES + len(json.dumps(name))
+        shard.header_bytes += needed
+        shard.metadata |= self._described
+        self._described = {}
         self._owner[name] = shard
         return shard
 
@@ -180,7 +194,7 @@ class ShardedWriter:
         count = len(self._shards)
         for number, shard in enumerate(self._shards, 1):
             if not shard.complete:
-                shard.settle(self.metadata)
+                shard.settle()
             of = "" if count == 1 else f"-{number:05}-of-{count:05}"
             name = f"model{of}.safetensors"
             os.rename(shard.path, shard.path.with_name(name))

@@ -72,7 +72,10 @@ def _renames(header: CheckpointHeader, prefix: str | None) -> dict[str, str]:
 
 
 def _mentions(header: CheckpointHeader, prefix: str | None) -> bool:
-    """Whether the quantization config names modules by the prefix: renaming alone would break its rules."""
+    """Whether something names modules by the prefix, so that renaming alone would break it: the quantization
+    config, or the files' ``__metadata__`` (torchao describes each weight there by name)."""
+    if any("." in key for key in header.metadata):
+        return True
     found = quantization_config(header)
     return found is not None and prefix is not None and f"{prefix}." in repr(found.values)
 

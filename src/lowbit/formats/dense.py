@@ -29,6 +29,8 @@ _QUANTIZED = {
     ".quant_state.bitsandbytes__nf4": "bitsandbytes",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes",
     "_blocks": "MXFP4",
+    "._weight_qdata": "torchao",
+    ".W_q": "HQQ",
 }
 DENSE_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 

@@ -20,8 +20,6 @@ _ONLINE = (
 )
 
 REFUSED: dict[str, str] = {
-    "torchao": _LATER,
-    "hqq": _LATER,
     "quanto": _LATER,
     "quark": _LATER,
     "bitnet": _LATER,
@@ -63,7 +61,6 @@ _SUFFIXES = {
     ".Qidxs": "quip",
     ".codebooks": "aqlm",
     ".centroids.weight": "vptq",
-    ".W_q": "hqq",
     "._data": "quanto",
 }
 

@@ -37,6 +37,7 @@ class CheckpointWriter:
     writes: ClassVar[str]  # for docs/formats.md
     stacks: ClassVar[bool] = False
     embeddings: ClassVar[bool] = False
+    described: ClassVar[int] = 0  # bytes a module takes in a file's header, beside four tensors' names
     # Files the format has beside config.json; ``quantization_config`` goes into them as well.
     config_files: ClassVar[tuple[str, ...]] = ()
 
@@ -70,6 +71,14 @@ class CheckpointWriter:
         if bias is not None:
             found["bias"] = bias
         return {module.tensor(suffix): tensor.contiguous() for suffix, tensor in found.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """What every shard's ``__metadata__`` says."""
+        return {"format": "pt"}
+
+    def description(self, module: StoredModule) -> dict[str, str]:
+        """What ``__metadata__`` says of one module, in the shard that holds it."""
+        return {}
 
     def quantization_config(self) -> dict[str, object] | None:
         """What config.json says under ``quantization_config``; None: nothing."""

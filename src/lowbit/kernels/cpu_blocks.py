@@ -4,7 +4,9 @@ Takes any canonical scheme whose code values are exact in bfloat16 (integers, sm
 blocks that expand to one, K-quants with their two levels of scales included; 4-bit tables that are not
 (nf4) run in float32. An outer scale for a whole row or tensor (NVFP4) multiplies the result. The input is
 rounded to bfloat16 but for the tables in float32; codes are exact, accumulation and scales are float32:
-weights are never rounded.
+weights are never rounded. Zero points that are no whole numbers (HQQ) are subtracted from the codes as
+float16: all that a float16 or bfloat16 holds, but for bfloat16s below 2^-14 of a code, which move by less
+than 2^-25 of one. Beside float32 scales they are offsets, -zero * scale, a last bit of float32 away.
 """
 
 from __future__ import annotations
@@ -104,8 +106,8 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     code_kind = _code_kind(fmt)
     if code_kind is None:
         return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
-    if scheme.zero == "float":
-        return "zero points are not whole numbers"
+    if scheme.zero == "float" and scheme.scales[0].name not in ("f16", "bf16"):
+        return f"float zero points with {scheme.scales[0].name} scales"
     if scheme.flattened:
         return "blocks run over the flattened matrix"
     if columns % COLUMNS:
@@ -122,7 +124,7 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     kind = SCALES_TWO_LEVEL if two_level else _SCALE_KINDS[inner]
     if code_kind == "wide4" and (scheme.offset or scheme.zero != "none"):
         return f"{fmt.name} codes with zero points or offsets"
-    addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero == "integer" else ADDEND_NONE
+    addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero != "none" else ADDEND_NONE
     return Description(None, None, out, columns, CODES[code_kind], group, kind, addend)
 
 
@@ -132,6 +134,43 @@ def _has_row_scale(scheme: Scheme) -> bool:
         return False
     rows, columns = scheme.blocks[1]
     return scheme.scales[1].name == "f32" and columns == 0 and rows in (0, 1)
+
+
+def _folded(scheme: Scheme) -> Scheme:
+    """The scheme with offsets for float zero points beside float32 scales: both are as exact."""
+    if scheme.zero != "float" or tuple(scale.name for scale in scheme.scales) != ("f32",) or scheme.offset:
+        return scheme
+    return replace(scheme, zero="none", offset=True)
+
+
+def _fold(weight: QuantizedTensor) -> QuantizedTensor:
+    """The weight in ``_folded``, zero points within float16."""
+    zeros, scale = weight.zeros, weight.scales[0] if weight.scales else None
+    if weight.scheme.zero != "float" or zeros is None or scale is None:
+        return weight
+    scheme = _folded(weight.scheme)
+    if scheme.offset:
+        return replace(weight, scheme=scheme, zeros=None, offsets=(-zeros.float() * scale,))
+    far = zeros.abs() > torch.finfo(torch.float16).max
+    if not bool(far.any()):
+        return weight
+    # Bfloat16s from 2^16 on, where neighbours are 512 apart: a code of 8 bits is lost beside them, and in
+    # bfloat16 arithmetic too. What is left, -zero * scale, has powers of two to move.
+    near, exponent = torch.frexp(zeros.float())
+    (rows, columns), (out, width) = scheme.blocks[0], weight.shape[-2:]
+    spread = far.repeat_interleave(rows or out, 0)[:out].repeat_interleave(columns or width, 1)[:, :width]
+    return replace(
+        weight,
+        codes=weight.codes.masked_fill(spread, 0),
+        scales=(torch.where(far, torch.ldexp(scale.float(), exponent), scale.float()).to(scale.dtype),),
+        zeros=torch.where(far, near, zeros.float()).to(zeros.dtype),
+    )
+
+
+def _native(scheme: Scheme, shape: tuple[int, ...]) -> Scheme | None:
+    """What is packed of a scheme: block formats taken apart, zero points folded, groups that divide a row."""
+    expanded = _expanded(scheme)
+    return None if expanded is None else _whole_groups(_folded(expanded), shape)
 
 
 def _whole_groups(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
@@ -176,10 +215,10 @@ class CpuBlocks:
             return "weights are not quantized"
         if scheme.activation is not None:
             return f"the scheme quantizes its input ({scheme.activation})"
-        expanded = _expanded(scheme)
-        if expanded is None:
+        native = _native(scheme, shape)
+        if native is None:
             return f"no packed layout for {scheme.weight.name}"
-        described = _describe(_whole_groups(expanded, shape), shape)
+        described = _describe(native, shape)
         if isinstance(described, str):
             return described
         # Padding to 16 rows is not growth of the layout: judge a weight of whole blocks.
@@ -191,12 +230,13 @@ class CpuBlocks:
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Codes, scales and offsets in the kernel's layout."""
-        expanded = _expanded(weight.scheme)
-        assert expanded is not None, "refuses() was asked first"
-        scheme = _whole_groups(expanded, weight.shape)
+        scheme = _native(weight.scheme, weight.shape)
+        assert scheme is not None, "refuses() was asked first"
         description = _describe(scheme, weight.shape)
         assert isinstance(description, Description), "refuses() was asked first"
-        whole = weight.expand() if scheme is expanded else _regrouped(weight, scheme)
+        whole = _fold(weight.expand())
+        if scheme.blocks != whole.scheme.blocks:
+            whole = _regrouped(whole, scheme)
         parts = _parts(whole, scheme, description)
         table = _table(scheme.weight)
         description.table = table.data_ptr()
@@ -219,9 +259,8 @@ class CpuBlocks:
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The weight again, block formats expanded."""
         assert isinstance(packed, NativeWeight), "packed by this kernel"
-        expanded = _expanded(packed.scheme)
-        assert expanded is not None, "it was packed"
-        scheme = _whole_groups(expanded, packed.shape)
+        scheme = _native(packed.scheme, packed.shape)
+        assert scheme is not None, "it was packed"
         read = packed_linear.unpack(packed)
         assert read.scales is not None, "every scheme here has scales"
         # Blocks of several rows were spread over their rows, exactly.
@@ -230,14 +269,16 @@ class CpuBlocks:
         if "row_scale" in packed.buffers:
             scales.append(packed.buffers["row_scale"].unsqueeze(1))
         addends = [a for a in (read.addends, read.outer_addends) if a is not None]
-        integer_zero = scheme.zero == "integer"
+        zeros = None if scheme.zero == "none" else addends.pop(0)
+        if scheme.zero == "integer":
+            zeros = None if zeros is None else zeros.to(torch.uint8)
         return QuantizedTensor(
             scheme,
             packed.shape,
             read.codes,
             tuple(scales),
-            addends[0].to(torch.uint8) if integer_zero else None,
-            () if integer_zero else tuple(addends),
+            zeros,
+            tuple(addends),
             packed.buffers.get("column_order"),
             packed.origin,
         )

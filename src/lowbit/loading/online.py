@@ -144,7 +144,9 @@ def facts_of(config: ModelConfig) -> ModelFacts:
 
 def is_float(header: CheckpointHeader) -> bool:
     """Whether every matrix is plain: a folder without a quantization config, or a GGUF file of floats."""
-    return all(entry.dtype in _FLOATS for entry in header.tensors.values() if len(entry.shape) > 1)
+    matrices = [entry for entry in header.tensors.values() if len(entry.shape) > 1]
+    # HQQ may store its codes as a view of floats.
+    return all(entry.dtype in _FLOATS and not entry.name.endswith(".W_q") for entry in matrices)
 
 
 def estimated_error(decision: Decision, rows: Tensor | None) -> float | None:

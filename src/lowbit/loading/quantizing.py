@@ -30,7 +30,7 @@ from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.calibrated import options_of
 from lowbit.quantize.calibration import CalibratedModule, calibration_sequences
 from lowbit.quantize.recipe import Recipe
-from lowbit.quantize.specification import MethodSpec
+from lowbit.quantize.specification import TORCHAO, MethodSpec
 from lowbit.tokenization import load_tokenizer
 
 _log = logging.getLogger("lowbit")
@@ -54,6 +54,7 @@ _FORMATS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("awq", "awq_marlin"), ("awq", "compressed-tensors")),
     **dict.fromkeys(("gptq", "gptq_marlin", "marlin"), ("gptq", "compressed-tensors")),
 }
+_FORMATS |= dict.fromkeys(TORCHAO, ("torchao",))
 _USUAL = ("compressed-tensors", "gptq")
 
 

@@ -70,8 +70,8 @@ def save_checkpoint(
     """
     with output_folder(out, force=force, source=source.root) as folder:
         check_room(out, int(nbytes * 1.02) + (16 << 20))
-        room = ShardedWriter.room_for(max(tensors, 16), 96)
-        shards = ShardedWriter(folder, shard_bytes, room)
+        room = ShardedWriter.room_for(max(tensors, 16), 96 + writer.described // 4)
+        shards = ShardedWriter(folder, shard_bytes, room, writer.metadata())
         try:
             for part in parts:
                 _write_part(shards, writer, part)
@@ -93,6 +93,7 @@ def _write_part(shards: ShardedWriter, writer: CheckpointWriter, part: ReadModul
         shards.add(part.name, DTYPE_NAMES[part.tensor.dtype], tuple(part.tensor.shape), as_bytes(part.tensor))
         return
     target = part.target
+    shards.describe(writer.description(target))
     for name, tensor in writer.write(target, part.weight, part.bias, part.input).items():
         dtype, shape, data = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), as_bytes(tensor)
         if target.expert is None:

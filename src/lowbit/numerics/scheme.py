@@ -114,7 +114,7 @@ class Scheme:
             bits += scale.bits / covered * (2 if self.offset else 1)
         if self.zero != "none":
             rows, block_columns = self.blocks[0]
-            width = self.weight.bits if self.zero == "integer" else 16
+            width = self.weight.bits if self.zero == "integer" else self.scales[0].bits
             bits += width / ((rows or out) * (block_columns or columns))
         return bits
 

@@ -13,9 +13,10 @@ this version of the tool reads that number and leaves beta alone.) Range: below 
 stretched (steps = 1), and steps are at most 20,000. Everything in float32, as the tool on a CPU; on a GPU it
 uses float16 and finds other codes. 7 bits, which the tool has no packing for, follow the same rule.
 
-The weight is (q - zero) / steps with a zero point that is no whole number. Here it is q * scale + offset,
-scale = 1 / steps and offset = -zero * scale, both float16, which native kernels run: like the tool's own
-float16 zero points this rounds a weight by at most a last bit of float16 at the size of the group's range.
+The weight is (q - zero) / steps with a zero point that is no whole number; scale = 1 / steps and zero are
+kept as the tool keeps them, in float16, which rounds a weight by at most a last bit of float16 at the size of
+the group's range. Groups that lie so far from zero that their zero point would be no float16 (the tool makes
+infinity of it) are stretched less: 60,000 steps from zero to the farthest weight are finer than float16.
 The mean error is taken slice by slice, so that a weight of any size takes little memory; of weights above 4
 million the tool may stop one step earlier or later where two means differ in the seventh digit.
 """
@@ -39,6 +40,7 @@ _BETA = 10.0
 _NORM = 0.7
 _SMALLEST_RANGE = 1e-4
 _MOST_STEPS = 2e4
+_FARTHEST = 6e4  # of a zero point from code 0: the search moves it by some codes more
 
 
 @dataclass(frozen=True)
@@ -62,27 +64,25 @@ class HalfQuadratic:
         return f"needs in % {self._size} == 0, got {columns}" if columns % self._size else None
 
     def scheme_of(self, module: Module) -> Scheme:
-        """float16 scales and offsets."""
+        """float16 scales and zero points."""
         fmt = number_format(f"uint{self._bits}")
-        return Scheme(fmt, ((1, self._size),), (number_format("f16"),), offset=True)
+        return Scheme(fmt, ((1, self._size),), (number_format("f16"),), zero="float")
 
     def quantize(self, weight: Tensor, module: Module, origin: str) -> Quantized:
         """The search, then codes with the zero points it ended with."""
         search = _Search.start(weight, self._bits, self._size, origin)
         search.run(weight)
         scale = stored_scale(1.0 / search.steps, torch.float16)
-        # With the scale as it is stored: the two roundings do not add up at the zero point.
-        offset = (-search.zero * scale.float()).clamp(-65504, 65504).half()
+        zero = search.zero.clamp(-65504, 65504).half()
         rest = iter(search.parts(weight))
 
         def encode(rows: Tensor) -> Coded:
-            _, steps, zero = next(rest)
-            return Coded(
-                _codes(blocked(rows, self._size), steps, zero, self._bits).to(torch.uint8).flatten(1)
-            )
+            _, steps, exact = next(rest)
+            codes = _codes(blocked(rows, self._size), steps, exact, self._bits)
+            return Coded(codes.to(torch.uint8).flatten(1))
 
         quantized = sliced(self.scheme_of(module), weight, origin, encode)
-        return Quantized(replace(quantized, scales=(scale,), offsets=(offset,)))
+        return Quantized(replace(quantized, scales=(scale,), zeros=zero))
 
 
 @dataclass
@@ -102,8 +102,10 @@ class _Search:
             check_finite(rows, origin, row)
             row += len(rows)
             groups = blocked(rows, size)
-            low, span = groups.amin(-1), groups.amax(-1) - groups.amin(-1)
+            low, high = groups.amin(-1), groups.amax(-1)
+            span, far = high - low, torch.maximum(low.abs(), high.abs())
             steps = torch.where(span <= _SMALLEST_RANGE, 1.0, (2**bits - 1) / span).clamp(max=_MOST_STEPS)
+            steps = torch.minimum(steps, _FARTHEST / far)
             found.append((steps, -low * steps))
         steps, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
         return cls(bits, size, steps, zero.round() if bits == 4 else zero)

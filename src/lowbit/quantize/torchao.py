@@ -26,14 +26,17 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.scheme import ActivationScheme, Scheme
+from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.torchao_inputs import (
+    E4M3_LIMIT,
+    INT8_LIMIT,
+    SMALLEST_INT8_SCALE,
+    float8_inputs,
+    int8_inputs,
+)
 from lowbit.quantize.method import Coded, Method, Module, Quantized, raw_slices, sliced
 from lowbit.quantize.rounding import blocked, scaled_codes
 from lowbit.quantize.specification import MethodSpec
-
-_E4M3_LIMIT = 448.0
-_INT8_LIMIT = 127.5
-_SMALLEST_INT8_SCALE = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -49,25 +52,16 @@ class Int8:
 
     def scheme_of(self, module: Module) -> Scheme:
         """One float32 scale a row."""
-        int8, inputs = number_format("int8"), None
-        if self.spec.name == "int8dq":
-            inputs = ActivationScheme(
-                int8,
-                (1, 0),
-                limit=_INT8_LIMIT,
-                scale=number_format("bf16"),
-                input="bf16",
-                floor=_SMALLEST_INT8_SCALE,
-                reciprocal=True,
-            )
+        int8 = number_format("int8")
+        inputs = int8_inputs() if self.spec.name == "int8dq" else None
         return Scheme(int8, ((1, 0),), (number_format("f32"),), activation=inputs)
 
     def quantize(self, weight: Tensor, module: Module, origin: str) -> Quantized:
         """Codes by the reciprocal of the scale, as torchao computes them."""
 
         def encode(rows: Tensor) -> Coded:
-            scale = rows.abs().amax(1, keepdim=True) / _INT8_LIMIT
-            scale = scale.clamp(min=_SMALLEST_INT8_SCALE).float()
+            scale = rows.abs().amax(1, keepdim=True) / INT8_LIMIT
+            scale = scale.clamp(min=SMALLEST_INT8_SCALE).float()
             steps = (rows * (1.0 / scale)).round().clamp(-128, 127)
             return Coded((steps + 128).to(torch.uint8), (scale,))
 
@@ -95,11 +89,7 @@ class Float8:
     def scheme_of(self, module: Module) -> Scheme:
         """float32 scales; fp8dq: inputs by the same rule."""
         e4m3, block = number_format("e4m3"), (0, 0) if self._whole else (1, 0)
-        inputs = None
-        if self.spec.name != "fp8wo":
-            inputs = ActivationScheme(
-                e4m3, block, limit=_E4M3_LIMIT, scale=number_format("bf16"), input="bf16"
-            )
+        inputs = None if self.spec.name == "fp8wo" else float8_inputs(block)
         return Scheme(e4m3, (block,), (number_format("f32"),), activation=inputs)
 
     def quantize(self, weight: Tensor, module: Module, origin: str) -> Quantized:
@@ -109,13 +99,13 @@ class Float8:
         def by_row(rows: Tensor) -> Coded:
             if self.spec.name == "fp8dq-per_row":
                 rows = rows.bfloat16()
-            scale = (rows.abs().amax(1, keepdim=True) / _E4M3_LIMIT).float()
+            scale = (rows.abs().amax(1, keepdim=True) / E4M3_LIMIT).float()
             return Coded(scaled_codes(rows.float(), scale, 0, scheme.weight), (scale,))
 
         if not self._whole:
             return Quantized(sliced(scheme, weight, origin, by_row, raw=True))
         largest = torch.stack([rows.abs().max() for rows in raw_slices(weight)]).max()
-        scale = (largest / _E4M3_LIMIT).float().reshape(1, 1)
+        scale = (largest / E4M3_LIMIT).float().reshape(1, 1)
 
         def whole(rows: Tensor) -> Coded:
             return Coded(scaled_codes(rows, scale, 0, scheme.weight))

@@ -1,0 +1,370 @@
+"""HQQ checkpoints (Badri and Shaji, 2023) as transformers 4 saves them: every HQQLinear's state in
+safetensors.
+
+    W_q     U8 (3 bits: I32; view_as_float: the same bytes as F16, BF16, F32)     packed codes
+    scale, zero     F16, BF16 or F32, what the layer computes in                  one a group
+    nbits, group_size, axis I32; shape I64; packing, compute_dtype … U8: the characters of a Python value
+    bias
+
+The weight (out, in) is flattened row by row and cut into groups of g. axis 1: a group is a row of the matrix
+(n / g, g), scales are (n / g, 1). axis 0: a *column* of the matrix (g, n / g), scales are (1, n / g). Codes
+are packed along the first dimension of that matrix in as many slabs as fit an item, the first highest:
+
+    4 bits   item[r] = q[r] << 4 | q[r + R]                2 bits   q[r] << 6 | q[r + R] << 4 | q[r + 2 R] <<
+    2 … 3 bits   ten in an int32: q[r] << 27 | q[r + R] << 24 …, the rows padded to a multiple of 10 1 bit
+    eight in a byte          8, 6 and 5 bits      one a byte
+
+    weight = (q - zero) * scale, zero a *float* in code units
+
+That is what is read: codes, scales and zero points as stored, ``zero`` "float", so that the same numbers can
+be written again. The tool computes the line in its compute_dtype, rounding difference and product; here it is
+float32, which is what the tool gives for the same numbers when it is asked to compute in float32. A native
+kernel subtracts the zero point from the codes as float16, which holds a float16's or (but for the tiniest) a
+bfloat16's exactly; float32 ones become offsets -zero * scale (``kernels.cpu_blocks``).
+
+axis 1: groups of a row, or along the flattened weight where a row is no whole groups. axis 0: a scale a
+column where a group is one; else a group is every n / g-th number, g strided rows of a column, which no block
+is: read with a scale for each weight, right but as large as the float weight, and run by the reference
+kernel.
+
+The number of bits and the packing are the data's; where 8, 6 and 5 bits, or views as floats, look alike, the
+config (of the layer's tag: ``self_attn.q_proj``) tells them apart, and ``nbits`` must agree. Refused:
+quantized scales or zero points (never in safetensors), meta-data offloading is ignored. HQQ's own
+``qmodel.pt`` is a pickle: the folder is refused before it comes here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError, printable
+from lowbit.formats import Notes, StoredLinear, StoredModule, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import (
+    DENSE_DTYPES,
+    bias_tensors,
+    dense_scheme,
+    dense_tensors,
+    origin_of,
+    read_bias,
+    read_dense,
+)
+from lowbit.formats.quantization_config import quantization_config
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+# What a layer's state holds beside W_q, scale, zero and bias; little of it is needed to read the weight.
+META = (
+    *("nbits", "group_size", "axis", "shape", "packing", "unpack_view_dtype", "view_as_float"),
+    *("compute_dtype", "quant_scale", "quant_zero", "offload_meta", "encoded_state_dict"),
+    *("stores_quant_config", "channel_wise", "optimize", "round_zero"),
+)
+PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
+BITS = tuple(PACKINGS)
+_WHAT = "an HQQ weight"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module lies: ``grid``: the matrix that was packed, (groups, size) or, axis 0, (size, groups)."""
+
+    bits: int
+    axis: int
+    size: int
+    groups: int
+    scale: str  # its number format
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.groups, self.size) if self.axis else (self.size, self.groups)
+
+
+class Hqq:
+    """See the module docstring."""
+
+    name = "hqq"
+    aliases = ()
+    reference = "hqq"
+    unused = ()
+
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header, self.notes = header, notes
+        found = quantization_config(header)
+        assert found is not None, "claims() saw it"
+        self.place = found.place
+        self.rules = _rules(found.values, found.place)
+        require_tensors(header, (".W_q",), found.place, "hqq")
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """The quant_method of the config."""
+        if header.container != "safetensors":
+            return None
+        found = quantization_config(header)
+        if found is None or found.method.lower() != "hqq":
+            return None
+        return f"{found.place} says {found.method}"
+
+    def describe(self) -> str:
+        """Bits and groups, as the config has them."""
+        told = {
+            f"{rule.get('nbits')}-bit {_group_words(rule.get('group_size'))}" for rule in self.rules.values()
+        }
+        return f"hqq, {' and '.join(sorted(told)) or 'unknown bits'} in {self.place.split(':')[0]}"
+
+    def scheme_of(self, module: StoredModule) -> Scheme:
+        """From the dtypes and shapes of W_q and scale, and the config where they leave a choice."""
+        if self._is_dense(module):
+            return dense_scheme(self.header, module)
+        return self._scheme(module, self._layout(module))
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """The whole state of the layer."""
+        if self._is_dense(module):
+            return dense_tensors(self.header, module)
+        names = [module.tensor(suffix) for suffix in ("W_q", "scale", "zero")]
+        names += [name for suffix in META if (name := module.tensor(suffix)) in self.header.tensors]
+        return names + bias_tensors(self.header, module)
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """Codes unpacked and in their places, scales and zero points as stored."""
+        if self._is_dense(module):
+            return read_dense(self.header, module, data)
+        layout = self._layout(module)
+        self._check_state(module, layout, data)
+        entry = self.header.tensors[module.tensor("W_q")]
+        codes = unpack(data.raw(entry.name), layout.bits, layout.grid)
+        if int(codes.max()) >> layout.bits:
+            raise LowbitError(
+                "E0213",
+                f"{entry.file.name}: tensor {entry.name!r} holds code {int(codes.max())}; {layout.bits} "
+                f"bits end at {(1 << layout.bits) - 1}. The codes do not match the quantization config",
+            )
+        scale, zero = (self._per_block(module, layout, suffix, data) for suffix in ("scale", "zero"))
+        weight = QuantizedTensor(
+            self._scheme(module, layout),
+            module.shape,
+            codes.reshape(module.shape),
+            (scale,),
+            zero,
+            origin=origin_of(self.header, module, "W_q"),
+        )
+        return StoredLinear(weight, read_bias(self.header, module, data))
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        packed = module.tensor("W_q") in self.header.tensors
+        if packed and module.expert is not None:
+            raise LowbitError(
+                "E0218",
+                f"{self.header.file_of(module.tensor('W_q'))}: {module.stored!r} is a stack of experts, "
+                "which HQQ does not quantize; use a version with a module for each expert",
+            )
+        return not packed
+
+    # ---- how it lies
+
+    def _layout(self, module: StoredModule) -> Layout:
+        weight = entry_of(self.header, module, "W_q", ("U8", "I32", *DENSE_DTYPES), _WHAT)
+        scale = entry_of(self.header, module, "scale", tuple(DENSE_DTYPES), _WHAT)
+        zero = entry_of(self.header, module, "zero", (scale.dtype,), f"{_WHAT} with {scale.dtype} scales")
+        rule = self._rule(module)
+        count = math.prod(module.shape)
+        if len(scale.shape) != 2 or 1 not in scale.shape or zero.shape != scale.shape:
+            raise self._wrong(scale, "(groups, 1) or (1, groups), and the zero points alike", module)
+        groups = math.prod(scale.shape)
+        if not groups or count % groups:
+            raise self._wrong(scale, f"a number of groups that divides {count} weights", module)
+        axis = 1 if scale.shape[1] == 1 else 0
+        if groups == 1 and rule.get("axis") in (0, 1):
+            axis = int(str(rule["axis"]))
+        size = count // groups
+        rows, columns = (groups, size) if axis else (size, groups)
+        fits = [bits for bits in BITS if packed_bytes(bits, rows, columns) == weight.nbytes]
+        fits = [bits for bits in fits if _holds(weight.dtype, bits)]
+        told = rule.get("nbits")
+        told = 2 if told == 1.58 else told
+        bits = next((bits for bits in fits if bits == told), fits[0] if fits else 0)
+        if not bits:
+            raise self._wrong(weight, f"{count} codes of 1 to 8 bits in groups of {size}", module)
+        if told is not None and told != bits:
+            self.notes.contradiction(
+                "E0214",
+                f"{self.header.root.name}: {self.place} says {printable(repr(told))} bits, but "
+                f"{weight.name!r} is packed as {bits}; reading what the tensors say",
+            )
+        return Layout(bits, axis, size, groups, DENSE_DTYPES[scale.dtype])
+
+    def _wrong(self, entry: TensorEntry, expected: str, module: StoredModule) -> LowbitError:
+        return LowbitError(
+            "E0213",
+            f"{entry.file.name}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; for a weight "
+            f"of {list(module.shape)} {expected} are expected. The file is damaged, or config and weights "
+            "are from different models",
+        )
+
+    def _rule(self, module: StoredModule) -> dict[str, object]:
+        """The config's parameters for the module: its tag's, or those of all."""
+        return self.rules.get(linear_tag(module.stored), self.rules.get("", {}))
+
+    def _scheme(self, module: StoredModule, layout: Layout) -> Scheme:
+        (out, columns), size = module.shape, layout.size
+        blocks, flattened = (1, size), False
+        if layout.axis == 0:
+            blocks = (0, 1) if size == out else (1, 1)
+        else:
+            flattened = columns % size != 0
+        scales = (number_format(layout.scale),)
+        code = number_format(f"uint{layout.bits}")
+        return Scheme(code, (blocks,), scales, zero="float", flattened=flattened)
+
+    # ---- numbers
+
+    def _check_state(self, module: StoredModule, layout: Layout, data: TensorData) -> None:
+        """What the layer says of itself must be what its tensors are."""
+        wanted = {"group_size": [layout.size], "shape": list(module.shape)}
+        if layout.groups > 1:
+            wanted["axis"] = [layout.axis]
+        for suffix, values in wanted.items():
+            name = module.tensor(suffix)
+            entry = self.header.tensors.get(name)
+            if entry is None:
+                continue
+            told = _numbers(entry, data)
+            if told != values:
+                code = "E0210" if suffix == "shape" else "E0213"
+                raise LowbitError(
+                    code,
+                    f"{entry.file.name}: tensor {name!r} says {told}, {values} is what the other tensors "
+                    "and the model's config ask for; the file is damaged, or config and weights are from "
+                    "different models",
+                )
+        name = module.tensor("nbits")
+        if (entry := self.header.tensors.get(name)) is not None:
+            told = [round(value + 0.08) for value in _numbers(entry, data)]  # 1.58 bits are kept as 2
+            if told != [layout.bits]:
+                raise LowbitError(
+                    "E0213",
+                    f"{entry.file.name}: tensor {name!r} says {_numbers(entry, data)} bits, {self.place} "
+                    f"and the packing {layout.bits}; correct the config",
+                )
+        for suffix in ("quant_scale", "quant_zero"):
+            name = module.tensor(suffix)
+            entry = self.header.tensors.get(name)
+            if entry is not None and any(_numbers(entry, data)):
+                raise LowbitError(
+                    "E0218",
+                    f"{entry.file.name}: {name!r} is set: quantized scales and zero points are not read; "
+                    "quantize the original model again, hqq 0.2 and newer leave them in floats",
+                )
+
+    def _per_block(self, module: StoredModule, layout: Layout, suffix: str, data: TensorData) -> Tensor:
+        """Scales or zero points in the order of the scheme's blocks."""
+        name, (out, columns) = module.tensor(suffix), module.shape
+        stored = finite_scales(self.header, name, data.tensor(name)).flatten()
+        scheme = self._scheme(module, layout)
+        if scheme.flattened:
+            return stored
+        if layout.axis:
+            return stored.view(out, -1)
+        if layout.size == out:
+            return stored.view(1, columns)
+        # Weight i of the flat matrix belongs to group i mod groups.
+        return stored.repeat(layout.size).view(out, columns)
+
+
+def linear_tag(name: str) -> str:
+    """HQQ's name for one kind of layer: ``self_attn.q_proj``, whatever the layer's number."""
+    words = [word for word in name.split(".") if word not in ("model", "layers") and not word.isnumeric()]
+    return ".".join(words)
+
+
+def per_item(bits: int) -> int:
+    """Codes of an item of W_q."""
+    return 10 if bits == 3 else 8 // bits if bits in (1, 2, 4) else 1
+
+
+def packed_bytes(bits: int, rows: int, columns: int) -> int:
+    """Bytes of a packed matrix; -1 where the rows are no whole items."""
+    if bits == 3:
+        return 4 * -(-rows // 10) * columns
+    return -1 if rows % per_item(bits) else rows // per_item(bits) * columns
+
+
+def unpack(raw: Tensor, bits: int, grid: tuple[int, int]) -> Tensor:
+    """The bytes of W_q -> uint8 codes in the shape of ``grid``."""
+    rows, columns = grid
+    if per_item(bits) == 1:
+        return raw.view(rows, columns)
+    items = raw.view(torch.int32) if bits == 3 else raw
+    items = items.view(-1, columns)  # (R, columns)
+    count, mask = per_item(bits), (1 << bits) - 1
+    slabs = [(items >> bits * (count - 1 - slab) & mask).to(torch.uint8) for slab in range(count)]
+    return torch.cat(slabs)[:rows]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (rows, columns) -> W_q: the inverse of ``unpack``."""
+    count = per_item(bits)
+    if count == 1:
+        return codes
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % count))
+    slabs = padded.view(count, -1, codes.shape[1]).to(torch.int32)
+    items = torch.zeros(slabs.shape[1:], dtype=torch.int32)
+    for slab in range(count):
+        items |= slabs[slab] << bits * (count - 1 - slab)
+    return items if bits == 3 else items.to(torch.uint8)
+
+
+def _holds(dtype: str, bits: int) -> bool:
+    """Whether W_q of this dtype can hold codes of this width: floats are a view of either."""
+    return dtype in DENSE_DTYPES or (dtype == "I32") == (bits == 3)
+
+
+def _numbers(entry: TensorEntry, data: TensorData) -> list[float]:
+    if math.prod(entry.shape) > 8 or entry.dtype not in ("I32", "I64", "U8", "F32"):
+        raise LowbitError(
+            "E0213",
+            f"{entry.file.name}: tensor {entry.name!r} is {entry.dtype} {list(entry.shape)}; one or two "
+            "numbers were expected. The file is damaged",
+        )
+    return [float(value) for value in data.tensor(entry.name).flatten().tolist()]
+
+
+def _group_words(size: object) -> str:
+    return "per channel" if size is None else f"group {printable(size)}"
+
+
+def _rules(values: dict[str, object], place: str) -> dict[str, dict[str, object]]:
+    """Tag -> weight_quant_params; "" for those of all layers."""
+    found = values.get("quant_config")
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise LowbitError("E0212", f"{place}.quant_config must be an object, found {type(found).__name__}")
+    tags = {"": found} if "weight_quant_params" in found else found
+    rules: dict[str, dict[str, object]] = {}
+    for tag, told in tags.items():
+        if told is None:
+            continue
+        inner = told.get("weight_quant_params") if isinstance(told, dict) else None
+        if not isinstance(inner, dict):
+            raise LowbitError(
+                "E0212", f"{place}.quant_config: {printable(repr(tag))} has no weight_quant_params"
+            )
+        bits = inner.get("nbits")
+        if bits is not None and (isinstance(bits, bool) or bits not in (*BITS, 1.58)):
+            raise LowbitError(
+                "E0212",
+                f"{place}: nbits must be one of {', '.join(map(str, BITS))}, found {printable(repr(bits))}",
+            )
+        rules[tag] = inner
+    return rules
+
+
+FORMAT = Hqq

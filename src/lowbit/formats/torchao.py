@@ -1,0 +1,463 @@
+"""torchao checkpoints, as transformers 5 saves them: tensor subclasses taken apart into plain tensors.
+
+A parameter ``X.weight`` of class C lies in the safetensors file as ``X._weight_<part>``, one tensor a part,
+and the file's ``__metadata__`` says under ``X.weight`` what it was: ``{"_type": C, "_data": {attributes}}``.
+Those texts, of all shards together, decide; ``quantization_config`` only says what was asked for. They are
+parsed as JSON, and nothing is made by name.
+
+    class                      parts                            weight
+    Int8Tensor                 qdata I8 (out, in)               (q - zero_point) * scale
+                               scale F32, zero_point I8: one a block
+    Float8Tensor               qdata F8 (out, in), scale F32    q * scale
+    Int4Tensor                 qdata I8 (out, in / 2)           q * scale + zero_point
+                               scale, zero_point (groups, out): transposed
+    IntxUnpackedToInt8Tensor   qdata I8 (out, in), 1-8 bits     (q - zero_point) * scale
+    any                        act_pre_scale (in,)              x is multiplied by it first
+
+Int4Tensor's even column is the *low* nibble, both in two's complement; its zero point is in weight units: an
+offset. What a block covers is ``block_size``. A float8 block of nothing but zeros has scale 0 and NaN for
+codes, 0 divided by 0; it is read as the zeros it was made of. Inputs: ``act_quant_kwargs`` asks for torchao's
+own rule (``numerics.torchao_inputs``), one scale a token or, PerTensor, one for all tokens of a step.
+
+Refused, each with what to do: Int4TilePackedTo4dTensor (codes in the order of a CUDA kernel's tiles, which
+only a GPU can make or check), Int4PlainInt32Tensor (XPU, NPU), MXTensor and NVFP4Tensor (prototypes; ModelOpt
+and compressed-tensors store the same numbers), static, asymmetric and reduced-range inputs, int4 weights with
+float8 inputs, and stacks of experts. torchao 0.14, the first with safetensors, named every tensor
+``X.weight:<part>``, plain ones too: refused. Pickled checkpoints (``pytorch_model.bin``, all before) are
+never opened: the folder is refused before it comes here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.documents import parse_json
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError, printable
+from lowbit.formats import InputRule, Notes, StoredLinear, StoredModule, finite_scales
+from lowbit.formats.dense import (
+    DENSE_DTYPES,
+    bias_tensors,
+    dense_scheme,
+    dense_tensors,
+    read_bias,
+    read_dense,
+)
+from lowbit.formats.quantization_config import quantization_config
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import ActivationScheme, Scheme
+from lowbit.numerics.torchao_inputs import PER_ROW, PER_TENSOR, float8_inputs, int8_inputs
+
+Json = dict[str, object]
+
+INT8, FLOAT8, INT4, INTX = "Int8Tensor", "Float8Tensor", "Int4Tensor", "IntxUnpackedToInt8Tensor"
+_READ = (INT8, FLOAT8, INT4, INTX)
+_FLOATS = tuple(DENSE_DTYPES)
+_FLOAT8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
+_REFUSED = {
+    "Int4TilePackedTo4dTensor": "holds its codes in the order of a CUDA kernel's tiles; quantize the "
+    "original model with Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with "
+    "--torchao-config int4wo-128",
+    "Int4PlainInt32Tensor": "is packed for XPU and NPU kernels; quantize the original model with "
+    "Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with --torchao-config int4wo-128",
+    "MXTensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or quantize "
+    "the original model at load (--quantization mxfp4, mxfp8)",
+    "NVFP4Tensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or "
+    "quantize the original model at load (--quantization nvfp4)",
+}
+_PARTS = ("qdata", "scale", "zero_point", "act_pre_scale", "act_quant_scale", "act_quant_zero_point")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor subclass as the metadata describe it. ``place``: file and parameter, for messages."""
+
+    kind: str
+    data: Json
+    place: str
+
+    def refuse(self, what: str) -> LowbitError:
+        """E0218: a variant that is not read."""
+        return LowbitError("E0218", f"{self.place}: {what}")
+
+    def wrong(self, key: str, expected: str) -> LowbitError:
+        """E0213: an attribute that cannot be."""
+        found = printable(repr(self.data.get(key)))
+        return LowbitError(
+            "E0213",
+            f"{self.place}: {self.kind}'s {key} must be {expected}, found {found}; the file is damaged or "
+            "was made by a faulty tool",
+        )
+
+    def block(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a block, checked to divide the weight."""
+        found = self.data.get("block_size")
+        rows_columns = found if isinstance(found, list) and len(found) == 2 else [0, 0]
+        sizes = [size for size in rows_columns if isinstance(size, int) and not isinstance(size, bool)]
+        if len(sizes) != 2 or any(size < 1 or whole % size for size, whole in zip(sizes, shape, strict=True)):
+            raise self.wrong("block_size", f"two divisors of {list(shape)}")
+        return sizes[0], sizes[1]
+
+
+class Torchao:
+    """See the module docstring."""
+
+    name = "torchao"
+    aliases = ()
+    reference = "torchao"
+    unused = ()
+
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header, self.notes = header, notes
+        found = quantization_config(header)
+        assert found is not None, "claims() saw it"
+        self.place, self.asked = found.place, _asked(found.values)
+        old = next((name for name in header.tensors if ":" in name), None)
+        if old is not None:
+            raise LowbitError(
+                "E0218",
+                f"{header.file_of(old)}: tensor {printable(repr(old))} is named as torchao 0.14 did, whose "
+                "files no later version reads; quantize the original model with torchao 0.15 or newer, or "
+                "at load (--torchao-config)",
+            )
+        self.stored = _described(header)
+        if not self.stored:
+            raise LowbitError(
+                "E0213",
+                f"{header.root.name}: {found.place} says torchao, but no safetensors file's __metadata__ "
+                "describes a quantized tensor; if the model was dequantized, remove the quantization "
+                "config, and if another tool re-saved the files (most drop __metadata__), use the "
+                "original ones",
+            )
+        for name, stored in self.stored.items():
+            if not name.endswith(".weight"):
+                raise stored.refuse(
+                    "a stack of experts is not read; use a version with a module for each expert"
+                )
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """The quant_method of the config."""
+        if header.container != "safetensors":
+            return None
+        found = quantization_config(header)
+        if found is None or found.method.lower() != "torchao":
+            return None
+        return f"{found.place} says {found.method}"
+
+    def describe(self) -> str:
+        """The classes that are there."""
+        kinds = sorted({stored.kind for stored in self.stored.values()})
+        asked = f" ({self.asked})" if self.asked else ""
+        return f"torchao, {' and '.join(kinds)}{asked} in {self.place.split(':')[0]}"
+
+    def scheme_of(self, module: StoredModule) -> Scheme:
+        """From the metadata, and the parts' dtypes and shapes."""
+        stored = self._stored(module)
+        return dense_scheme(self.header, module) if stored is None else self._scheme(module, stored)
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """Every part, and the bias."""
+        if self._stored(module) is None:
+            return dense_tensors(self.header, module)
+        names = [self._name(module, part) for part in _PARTS]
+        return [name for name in names if name in self.header.tensors] + bias_tensors(self.header, module)
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """The parts as codes, scales and zero points or offsets."""
+        stored = self._stored(module)
+        if stored is None:
+            return read_dense(self.header, module, data)
+        scheme = self._scheme(module, stored)
+        weight = self._weight(module, stored, scheme, data)
+        return StoredLinear(weight, read_bias(self.header, module, data), self._input(module, data))
+
+    # ---- where things lie
+
+    def _stored(self, module: StoredModule) -> Stored | None:
+        """What the metadata say of the module's weight; None: a plain tensor."""
+        found = self.stored.get(module.tensor("weight"))
+        if found is not None:
+            return found
+        orphan = self._name(module, "qdata")
+        if orphan in self.header.tensors:
+            raise LowbitError(
+                "E0213",
+                f"{self.header.file_of(orphan)}: tensor {orphan!r} is part of a torchao weight, but no "
+                f"__metadata__ describes {module.tensor('weight')!r}; the file was re-saved by a tool that "
+                "dropped it, use the original one",
+            )
+        return None
+
+    def _name(self, module: StoredModule, part: str) -> str:
+        """The stored name of a part."""
+        return module.tensor(f"_weight_{part}")
+
+    def _part(
+        self, module: StoredModule, stored: Stored, part: str, dtypes: tuple[str, ...], shape: tuple[int, ...]
+    ) -> TensorEntry:
+        """A part that must be there, of one of these dtypes and of this shape."""
+        name = self._name(module, part)
+        entry = self.header.tensors.get(name)
+        if entry is None:
+            raise LowbitError(
+                "E0209", f"{self.header.root.name}: no file contains {name!r}, a part of {stored.place}"
+            )
+        if entry.dtype not in dtypes or entry.shape != shape:
+            raise LowbitError(
+                "E0213",
+                f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}; a {stored.kind} "
+                f"of {list(module.shape)} with block_size {stored.data.get('block_size')} stores "
+                f"{' or '.join(dtypes)} {list(shape)}. The file is damaged, or config and weights are from "
+                "different models",
+            )
+        return entry
+
+    # ---- schemes
+
+    def _scheme(self, module: StoredModule, stored: Stored) -> Scheme:
+        if stored.kind not in _READ:
+            raise stored.refuse(f"{stored.kind} {_REFUSED[stored.kind]}")
+        out, columns = module.shape
+        told = stored.data.get("shape", [out, columns])
+        if told != [out, columns]:
+            raise LowbitError(
+                "E0210",
+                f"{stored.place} is {printable(repr(told))} but the config asks for {[out, columns]}; "
+                "config and weights are from different models",
+            )
+        rows, group = stored.block(module.shape)
+        grid = (out // rows, columns // group)
+        if stored.kind == INT4:
+            return self._int4(module, stored, rows, group, grid)
+        kinds = {"F8_E4M3", "F8_E5M2"} if stored.kind == FLOAT8 else {"I8"}
+        codes = self._part(module, stored, "qdata", tuple(sorted(kinds)), module.shape)
+        scale = self._part(module, stored, "scale", _FLOATS, grid)
+        # The whole weight, or whole rows, spelled as such; a single row is a row.
+        whole = 0 if rows == out and out > 1 else rows, 0 if group == columns else group
+        scheme = Scheme(
+            number_format("int8"), (whole,), (number_format(DENSE_DTYPES[scale.dtype]),), activation=None
+        )
+        if stored.kind == FLOAT8:
+            inputs = _float8_inputs(stored)
+            return replace(scheme, weight=number_format(_FLOAT8[codes.dtype]), activation=inputs)
+        if stored.kind == INT8:
+            if self._name(module, "zero_point") in self.header.tensors:
+                self._part(module, stored, "zero_point", ("I8",), grid)
+            return replace(scheme, activation=self._int8_inputs(module, stored))
+        return self._intx(module, stored, scheme, grid)
+
+    def _int4(
+        self, module: StoredModule, stored: Stored, rows: int, group: int, grid: tuple[int, int]
+    ) -> Scheme:
+        out, columns = module.shape
+        if rows != 1 or columns % 2:
+            raise stored.wrong("block_size", "[1, group], the columns even")
+        if _dtype(stored.data.get("activation_dtype")) not in ("", "bfloat16"):
+            raise stored.refuse(
+                "int4 weights with float8 inputs are not read; quantize the original model with "
+                "Int4WeightOnlyConfig, or at load with --torchao-config int4wo-128"
+            )
+        self._part(module, stored, "qdata", ("I8", "U8"), (out, columns // 2))
+        scale = self._part(module, stored, "scale", _FLOATS, grid[::-1])
+        self._part(module, stored, "zero_point", (scale.dtype,), grid[::-1])
+        scales = (number_format(DENSE_DTYPES[scale.dtype]),)
+        return Scheme(number_format("int4"), ((1, group),), scales, offset=True)
+
+    def _intx(self, module: StoredModule, stored: Stored, scheme: Scheme, grid: tuple[int, int]) -> Scheme:
+        target = _dtype(stored.data.get("target_dtype"))
+        if target not in {f"int{bits}" for bits in range(1, 9)}:
+            raise stored.wrong("target_dtype", "torch.int1 to torch.int8")
+        if stored.data.get("activation_quantization") is not None:
+            raise stored.refuse(
+                "asymmetric int8 inputs (8da4w) are not computed; use an IntxWeightOnlyConfig version"
+            )
+        self._part(module, stored, "zero_point", ("I8",), grid)
+        return replace(scheme, weight=number_format(f"u{target}"), zero="integer")
+
+    # ---- inputs
+
+    def _int8_inputs(self, module: StoredModule, stored: Stored) -> ActivationScheme | None:
+        if self._name(module, "act_quant_scale") in self.header.tensors:
+            raise stored.refuse(
+                "static int8 inputs are not read; use an Int8DynamicActivationInt8WeightConfig version"
+            )
+        kwargs = _kwargs(stored, "QuantizeTensorToInt8Kwargs")
+        if kwargs is None:
+            return None
+        mapping = kwargs.get("mapping_type")
+        symmetric = isinstance(mapping, dict) and mapping.get("_data") == "SYMMETRIC"
+        if not symmetric or kwargs.get("reduce_range"):
+            raise stored.refuse(
+                "asymmetric or reduced-range int8 inputs are not computed; use a version with symmetric ones"
+            )
+        return int8_inputs(_granularity(stored, kwargs))
+
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        name = self._name(module, "act_pre_scale")
+        entry = self.header.tensors.get(name)
+        if entry is None:
+            return None
+        columns = module.shape[1]
+        if entry.dtype not in _FLOATS or math.prod(entry.shape) != columns:
+            raise LowbitError(
+                "E0213",
+                f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}; one float for "
+                f"each of {columns} columns is expected. The file is damaged",
+            )
+        return InputRule(finite_scales(self.header, name, data.tensor(name)).float().reshape(columns))
+
+    # ---- numbers
+
+    def _weight(
+        self, module: StoredModule, stored: Stored, scheme: Scheme, data: TensorData
+    ) -> QuantizedTensor:
+        qdata, scale_name = self._name(module, "qdata"), self._name(module, "scale")
+        raw = data.tensor(qdata).view(torch.uint8)
+        scale = finite_scales(self.header, scale_name, data.tensor(scale_name))
+        origin = f"{self.header.file_of(qdata)}: {module.name}"
+        if stored.kind == INT4:
+            codes = torch.stack((raw & 15, raw >> 4), -1).flatten(1) ^ 8  # two's complement to offset binary
+            zero_name = self._name(module, "zero_point")
+            zero = finite_scales(self.header, zero_name, data.tensor(zero_name))
+            parts = (scale.T.contiguous(),), None, (zero.T.contiguous(),)
+            return QuantizedTensor(scheme, module.shape, codes, *parts, origin=origin)
+        if stored.kind == FLOAT8:
+            codes = _without_zero_over_zero(raw, scale)
+            return QuantizedTensor(scheme, module.shape, codes, (scale,), origin=origin)
+        bits = int(scheme.weight.bits)
+        codes = self._narrowed(qdata, stored, raw, bits)
+        zeros = None
+        zero_name = self._name(module, "zero_point")
+        if zero_name in self.header.tensors:
+            zeros = self._narrowed(zero_name, stored, data.tensor(zero_name).view(torch.uint8), bits)
+            zeros = None if bool((zeros == 1 << bits - 1).all()) else zeros
+        if zeros is None:
+            symmetric = number_format(f"int{bits}") if bits > 1 else None
+            if symmetric is not None:
+                return QuantizedTensor(
+                    replace(scheme, weight=symmetric, zero="none"),
+                    module.shape,
+                    codes,
+                    (scale,),
+                    origin=origin,
+                )
+            zeros = torch.full(scale.shape, 1 << bits - 1, dtype=torch.uint8)
+        scheme = replace(scheme, weight=number_format(f"uint{bits}"), zero="integer")
+        return QuantizedTensor(scheme, module.shape, codes, (scale,), zeros, origin=origin)
+
+    def _narrowed(self, name: str, stored: Stored, raw: Tensor, bits: int) -> Tensor:
+        """Two's complement bytes of ``bits``-bit numbers as offset binary."""
+        codes = raw ^ 0x80
+        if bits == 8:
+            return codes
+        half = 1 << bits - 1
+        low, high = int(codes.min()) - 128, int(codes.max()) - 128
+        if low < -half or high >= half:
+            raise LowbitError(
+                "E0213",
+                f"{self.header.file_of(name)}: tensor {name!r} holds numbers from {low} to {high}; the "
+                f"target_dtype of {stored.place} has {-half} to {half - 1}. The file is damaged",
+            )
+        return codes - (128 - half)
+
+
+def _without_zero_over_zero(codes: Tensor, scale: Tensor) -> Tensor:
+    """Blocks of scale 0 as zeros: torchao divides 0 by 0 there, and stores NaN."""
+    empty = scale == 0
+    if not bool(empty.any()):
+        return codes
+    rows, columns = (whole // part for whole, part in zip(codes.shape, empty.shape, strict=True))
+    return codes.masked_fill(empty.repeat_interleave(rows, 0).repeat_interleave(columns, 1), 0)
+
+
+def _described(header: CheckpointHeader) -> dict[str, Stored]:
+    """Parameter name -> what it was, of all the metadata's tensor subclasses."""
+    found: dict[str, Stored] = {}
+    for name, text in header.metadata.items():
+        if not isinstance(text, str) or "." not in name or not text.startswith("{"):
+            continue
+        place = f"{header.root.name}: __metadata__ of {printable(repr(name))}"
+        said = parse_json(text.encode(), place)
+        assert isinstance(said, dict), "it starts as an object"
+        kind = said.get("_type")
+        if kind == "Tensor":
+            continue
+        data = said.get("_data")
+        if not isinstance(data, dict) or not isinstance(kind, str):
+            raise LowbitError("E0213", f"{place} has no _type or no _data; the file is damaged")
+        if kind not in _READ and kind not in _REFUSED:
+            raise LowbitError(
+                "E0218",
+                f"{place}: tensors of class {printable(repr(kind))} are not read; known are "
+                + ", ".join(_READ),
+            )
+        found[name] = Stored(kind, data, place)
+    return found
+
+
+def _asked(values: Json) -> str:
+    """The name of torchao's config, for people."""
+    asked = values.get("quant_type")
+    if isinstance(asked, dict):
+        asked = asked.get("default")
+    if isinstance(asked, dict):
+        asked = asked.get("_type")
+    return printable(asked) if isinstance(asked, str) else ""
+
+
+def _dtype(value: object) -> str:
+    """``{"_type": "torch.dtype", "_data": "int4"}`` -> int4; "" for null."""
+    if isinstance(value, dict) and value.get("_type") == "torch.dtype":
+        value = value.get("_data")
+    return "" if value is None else str(value).removeprefix("torch.")
+
+
+def _kwargs(stored: Stored, kind: str) -> Json | None:
+    """The attributes of ``act_quant_kwargs``; None: inputs stay as they are."""
+    found = stored.data.get("act_quant_kwargs")
+    if found is None:
+        return None
+    inner = found.get("_data") if isinstance(found, dict) and found.get("_type") == kind else None
+    if not isinstance(inner, dict):
+        raise stored.wrong("act_quant_kwargs", f"null or {kind}")
+    return inner
+
+
+def _granularity(stored: Stored, kwargs: Json) -> tuple[int, int]:
+    found = kwargs.get("granularity")
+    kind = found.get("_type") if isinstance(found, dict) else None
+    more = found.get("_data") if isinstance(found, dict) else None
+    if kind == "PerTensor":
+        return PER_TENSOR
+    if kind == "PerRow" and (not isinstance(more, dict) or more.get("dim", -1) == -1):
+        return PER_ROW
+    raise stored.refuse(
+        f"inputs with {printable(repr(kind))} scales are not computed; PerRow and PerTensor are"
+    )
+
+
+def _float8_inputs(stored: Stored) -> ActivationScheme | None:
+    kwargs = _kwargs(stored, "QuantizeTensorToFloat8Kwargs")
+    if kwargs is None:
+        return None
+    dtype, upper = _dtype(kwargs.get("float8_dtype")), kwargs.get("hp_value_ub")
+    if dtype != "float8_e4m3fn" or kwargs.get("hp_value_lb") is not None:
+        raise stored.refuse(
+            f"inputs as {printable(dtype)}, or with a lower bound for their scales, are not computed; use a "
+            "version with plain e4m3 inputs"
+        )
+    if upper is not None and (
+        isinstance(upper, bool) or not isinstance(upper, int | float) or not 0 < upper < math.inf
+    ):
+        raise stored.wrong("act_quant_kwargs", "with null or a positive number as hp_value_ub")
+    return float8_inputs(_granularity(stored, kwargs), float(upper or 0.0))
+
+
+FORMAT = Torchao

@@ -1,0 +1,46 @@
+"""How torchao 0.18 quantizes the inputs of a Linear: by its checkpoints and by its online names.
+
+Everything is computed in bfloat16, as torchao's tensors are: the largest |x|, the scale, the quotient.
+
+    int8     scale max|x| / 127.5, at least 2^-23; codes x * (1 / scale) in -128 … 127
+    float8   scale max|x| / 448; codes x / scale, saturating
+
+One scale a token (PerRow), or one for all of a step's tokens (PerTensor): then, and only then, a token's
+result depends on its neighbours, as it does in torchao.
+"""
+
+from __future__ import annotations
+
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.scheme import ActivationScheme
+
+E4M3_LIMIT = 448.0
+INT8_LIMIT = 127.5
+SMALLEST_INT8_SCALE = 2.0**-23
+PER_ROW = (1, 0)
+PER_TENSOR = (0, 0)
+
+
+def int8_inputs(block: tuple[int, int] = PER_ROW) -> ActivationScheme:
+    """Symmetric int8 inputs."""
+    return ActivationScheme(
+        number_format("int8"),
+        block,
+        limit=INT8_LIMIT,
+        scale=number_format("bf16"),
+        input="bf16",
+        floor=SMALLEST_INT8_SCALE,
+        reciprocal=True,
+    )
+
+
+def float8_inputs(block: tuple[int, int] = PER_ROW, upper_bound: float = 0.0) -> ActivationScheme:
+    """e4m3 inputs; ``upper_bound``: the largest |x| that a scale takes account of, 0 = none."""
+    return ActivationScheme(
+        number_format("e4m3"),
+        block,
+        limit=E4M3_LIMIT,
+        scale=number_format("bf16"),
+        upper_bound=upper_bound,
+        input="bf16",
+    )

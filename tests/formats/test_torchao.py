@@ -1,0 +1,477 @@
+"""torchao: the tool's own files and values, what it may write into metadata, and what is written here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from formats.helpers import expected, fixture_cases, header_of, read, reader_of, write_folder
+from formats.mutations import Seed, leaves, verdict, with_leaf
+from formats.writing_cases import convert_and_compare, cruel, fixtures_it_takes, round_trip, scheme
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.doctor import examine
+from lowbit.errors import LowbitError
+from lowbit.formats import StoredLinear, StoredModule
+from lowbit.formats.torchao_writer import TorchaoWriter as Writer
+from lowbit.loading import load_model, plan_model
+from lowbit.loading.saving import NamedTensor, save_checkpoint
+from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.torchao_inputs import PER_ROW, PER_TENSOR, float8_inputs, int8_inputs
+from lowbit.quantize.method import Module
+from lowbit.quantize.specification import TORCHAO
+from quantize.helpers import quantized, scheme_of
+
+CASES = fixture_cases("torchao")
+NAME = "model.layers.0.self_attn.q_proj"
+WEIGHT = f"{NAME}.weight"
+SHAPE = (32, 32)
+
+
+def case(name: str) -> Path:
+    return next(path for path in CASES if path.name == name)
+
+
+def shape_of(folder: Path) -> tuple[int, int]:
+    """The shape of the module NAME."""
+    return (64, 64) if folder.name == "float8dq_tensor" else SHAPE
+
+
+@pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
+def test_the_tools_own_values(folder: Path) -> None:
+    for name, values in expected(folder).items():
+        shape = (values.shape[0], values.shape[1])
+        found = read(folder, name, shape, strict=True).weight
+        assert torch.equal(found.dequantize(), values), f"{name}: {found.scheme}"
+        assert found.scheme == reader_of(folder).scheme_of(StoredModule(name, name, shape))
+
+
+def test_what_the_cases_cover() -> None:
+    found = {path.name: str(read(path, NAME, shape_of(path)).weight.scheme) for path in CASES}
+    assert found == {
+        "int8wo": "int8 1xall f32",
+        "int8wo_g16": "int8 1x16 f32",
+        "int8dq": "int8 1xall f32 (input int8 1xall dynamic bf16)",
+        "float8wo": "e4m3 1xall f32",
+        "float8dq_row": "e4m3 1xall f32 (input e4m3 1xall dynamic bf16)",
+        "float8dq_tensor": "e4m3 allxall f32 (input e4m3 allxall dynamic bf16)",
+        "int4_plain": "int4 1x32 bf16 offset",
+        "intx4_g32_asym": "uint4 1xall bf16 asym",
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "online"),
+    [("int8dq", "int8dq"), ("float8dq_row", "fp8dq-per_row"), ("float8dq_tensor", "fp8dq-per_tensor"),
+     ("int8wo", "int8wo"), ("float8wo", "fp8wo"), ("int4_plain", "int4wo-32")],
+)  # fmt: skip
+def test_a_checkpoint_is_what_its_online_name_makes(folder: str, online: str) -> None:
+    """The same scheme, inputs included, as --torchao-config has it."""
+    shape = shape_of(case(folder))
+    assert read(case(folder), NAME, shape).weight.scheme == scheme_of(online, Module(NAME, shape))
+
+
+@pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
+def test_every_tensor_has_a_use(folder: Path) -> None:
+    used = set(reader_of(folder).tensors_of(StoredModule(NAME, NAME, shape_of(folder))))
+    assert used == {name for name in header_of(folder).tensors if name.startswith(f"{NAME}.")}
+    assert {module.scheme.is_dense for module in plan_model(header_of(folder)).modules} == {True, False}
+
+
+def test_description() -> None:
+    assert reader_of(case("int8dq")).describe() == (
+        "torchao, Int8Tensor (Int8DynamicActivationInt8WeightConfig) in config.json"
+    )
+
+
+def test_logits_are_those_of_the_tools_weights(tmp_path: Path) -> None:
+    """transformers in float32 on what torchao dequantized; here the checkpoint itself."""
+    import transformers
+
+    folder = case("int8wo")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    config.dtype = "float32"
+    model = transformers.LlamaForCausalLM(config).eval()
+    plain = {k: v.float() for k, v in load_file(folder / "model.safetensors").items() if "._weight" not in k}
+    weights = {f"{name}.weight": values for name, values in expected(folder).items()}
+    model.load_state_dict(plain | weights)
+    tokens = [3, 1, 15, 7, 7, 0, 9]
+    with torch.no_grad():
+        theirs = model(torch.tensor([tokens])).logits[0]
+    ours = prompt_logits(load_model(open_checkpoint(str(folder)), device="cpu"), [tokens])[0]
+    assert torch.allclose(ours, theirs, atol=0.03 * float(theirs.abs().max())), (ours - theirs).abs().max()
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+
+
+# ---- metadata and parts that are wrong
+
+
+def changed(folder: Path, out: Path, change: dict | None = None, **parts: torch.Tensor | None) -> Path:
+    """A copy of one module; ``change``: of its metadata's ``_data``; ``parts``: other tensors, None: gone."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(NAME)}  # noqa: SIM118
+    told = json.loads(metadata[WEIGHT])
+    told["_type"] = (change or {}).pop("_type", told["_type"])
+    told["_data"] |= change or {}
+    for part, tensor in parts.items():
+        tensors.pop(f"{NAME}._weight_{part}", None)
+        if tensor is not None:
+            tensors[f"{NAME}._weight_{part}"] = tensor
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return write_folder(out, tensors, config, {WEIGHT: json.dumps(told)})
+
+
+def dtype(name: str) -> dict:
+    return {"_type": "torch.dtype", "_data": name}
+
+
+def kwargs(kind: str, **data: object) -> dict:
+    return {"act_quant_kwargs": {"_type": kind, "_data": data}}
+
+
+GROUP = {"_type": "PerGroup", "_data": {}}
+ROW = {"_type": "PerRow", "_data": {"dim": -1}}
+F8, I8 = "QuantizeTensorToFloat8Kwargs", "QuantizeTensorToInt8Kwargs"
+E4M3 = dtype("float8_e4m3fn")
+SYM = {"_type": "MappingType", "_data": "SYMMETRIC"}
+ASYM = {"_type": "MappingType", "_data": "ASYMMETRIC"}
+WRONG = [
+    ("int8wo", {"block_size": [1, 33]}, "E0213", "two divisors of"),
+    ("int8wo", {"block_size": None}, "E0213", "two divisors of"),
+    ("int8wo", {"block_size": [True, 32]}, "E0213", "two divisors of"),
+    ("int8wo", {"block_size": [1, 16]}, "E0213", "with block_size [1, 16] stores"),
+    ("int8wo", {"_type": "Int4Tensor"}, "E0213", "a Int4Tensor of"),
+    ("int8wo", {"_type": "Evil"}, "E0218", "class 'Evil' are not read"),
+    ("int8wo", {"_type": "MXTensor"}, "E0218", "prototype"),
+    ("int8wo", {"_type": "NVFP4Tensor"}, "E0218", "prototype"),
+    ("int8wo", {"_type": "Int4TilePackedTo4dTensor"}, "E0218", "int4_packing_format=PLAIN"),
+    ("int8wo", {"_type": "Int4PlainInt32Tensor"}, "E0218", "XPU"),
+    ("int8wo", kwargs("os.system"), "E0213", "act_quant_kwargs must be"),
+    ("int8dq", kwargs(I8, granularity=ROW, mapping_type=ASYM), "E0218", "asymmetric"),
+    ("int8dq", kwargs(I8, granularity=ROW, mapping_type=SYM, reduce_range=True), "E0218", "reduced-range"),
+    ("int8dq", kwargs(I8, granularity=GROUP, mapping_type=SYM), "E0218", "PerGroup"),
+    ("float8wo", {"block_size": [32, 32]}, "E0213", "stores"),
+    ("float8dq_row", kwargs(F8, float8_dtype=dtype("float8_e5m2"), granularity=ROW), "E0218", "float8_e5m2"),
+    ("float8dq_row", kwargs(F8, float8_dtype=E4M3, granularity=ROW, hp_value_lb=1.0), "E0218", "lower bound"),
+    ("float8dq_row", kwargs(F8, float8_dtype=E4M3, granularity=ROW, hp_value_ub=-1), "E0213", "hp_value_ub"),
+    ("float8dq_row", kwargs(F8, float8_dtype=E4M3, granularity=None), "E0218", "None scales"),
+    ("int4_plain", {"shape": [32, 64]}, "E0210", "[32, 64] but the config asks for [32, 32]"),
+    ("int4_plain", {"activation_dtype": E4M3}, "E0218", "float8 inputs"),
+    ("int4_plain", {"block_size": [2, 32]}, "E0213", "[1, group]"),
+    ("intx4_g32_asym", {"target_dtype": dtype("int9")}, "E0213", "torch.int1 to torch.int8"),
+    ("intx4_g32_asym", {"target_dtype": dtype("int2")}, "E0213", "has -2 to 1"),
+    ("intx4_g32_asym", {"activation_quantization": "int8_asym_per_token"}, "E0218", "8da4w"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "code", "words"), WRONG, ids=lambda value: str(value)[:40])
+def test_wrong_attributes(name: str, change: dict, code: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(LowbitError) as caught:
+        read(changed(case(name), tmp_path, dict(change)), NAME, SHAPE)
+    message = str(caught.value)
+    assert caught.value.code == code and words in message and "\n" not in message
+
+
+def test_damaged_parts(tmp_path: Path) -> None:
+    nan = torch.ones(32, 1)
+    nan[5] = float("nan")
+    for number, (part, tensor, code) in enumerate(
+        [
+            ("scale", None, "E0209"),
+            ("scale", nan, "E0215"),
+            ("scale", torch.ones(1, 32), "E0213"),
+            ("qdata", torch.zeros(32, 31, dtype=torch.int8), "E0213"),
+            ("qdata", torch.zeros(32, 32), "E0213"),
+            ("zero_point", torch.zeros(32, dtype=torch.int8), "E0213"),
+            ("act_quant_scale", torch.ones(1), "E0218"),
+            ("act_pre_scale", torch.ones(31), "E0213"),
+        ]
+    ):
+        folder = changed(case("int8wo"), tmp_path / str(number), None, **{part: tensor})
+        with pytest.raises(LowbitError) as caught:
+            read(folder, NAME, SHAPE)
+        assert caught.value.code == code and "\n" not in str(caught.value), (part, str(caught.value))
+
+
+def test_zero_points_and_pre_scale_of_the_data_count(tmp_path: Path) -> None:
+    zeros = torch.arange(-16, 16, dtype=torch.int8).view(32, 1)
+    pre = torch.linspace(0.5, 2, 32).bfloat16()
+    linear = read(changed(case("int8wo"), tmp_path, None, zero_point=zeros, act_pre_scale=pre), NAME, SHAPE)
+    plain = read(case("int8wo"), NAME, SHAPE).weight
+    moved = plain.dequantize() - zeros.float() * plain.scales[0]
+    assert str(linear.weight.scheme) == "uint8 1xall f32 asym"
+    assert torch.allclose(linear.weight.dequantize(), moved, rtol=1e-6)
+    assert linear.input is not None and torch.equal(linear.input.multiplier, pre.float())
+
+
+def test_upper_bound_of_inputs(tmp_path: Path) -> None:
+    told = kwargs(F8, float8_dtype=E4M3, granularity=ROW, hp_value_ub=1200)
+    found = read(changed(case("float8dq_row"), tmp_path, told), NAME, SHAPE).weight
+    assert found.scheme.activation == float8_inputs(PER_ROW, 1200.0)
+
+
+def test_zero_divided_by_zero_is_zero(tmp_path: Path) -> None:
+    scale = torch.ones(32, 1)
+    scale[3] = 0
+    codes = torch.full((32, 32), 0.5)
+    codes[3] = float("nan")
+    folder = changed(case("float8wo"), tmp_path, None, scale=scale, qdata=codes.to(torch.float8_e4m3fn))
+    found = read(folder, NAME, SHAPE).weight.dequantize()
+    assert found[3].eq(0).all() and found[4].eq(0.5).all()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_lost_metadata(kept: bool, tmp_path: Path) -> None:
+    """A tool re-saved the file: nothing says what the tensors are."""
+    folder = case("int8wo")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors = load_file(folder / "model.safetensors")
+    text = json.dumps({"_type": "Int8Tensor", "_data": {"block_size": [1, 32]}})
+    write_folder(tmp_path, tensors, config, {"model.x.weight": text} if kept else None)
+    with pytest.raises(LowbitError, match="__metadata__") as caught:
+        read(tmp_path, NAME, SHAPE)
+    assert caught.value.code == "E0213"
+    write_folder(tmp_path, tensors, None)
+    with pytest.raises(LowbitError, match="part of a torchao weight but config.json names no quantization"):
+        read(tmp_path, NAME, SHAPE)
+
+
+def test_names_of_0_14_are_refused(tmp_path: Path) -> None:
+    """It named every tensor so, plain ones too."""
+    text = json.dumps({"_type": "Float8Tensor", "_data": {"block_size": [1, 32]}})
+    tensors = {f"{WEIGHT}:qdata": torch.zeros(2, 2), "model.norm.weight:_data": torch.ones(2)}
+    write_folder(tmp_path, tensors, {"quant_method": "torchao"}, {WEIGHT: text})
+    with pytest.raises(LowbitError, match=r"torchao 0\.14") as caught:
+        reader_of(tmp_path)
+    assert caught.value.code == "E0218"
+
+
+def test_stacks_of_experts_are_refused(tmp_path: Path) -> None:
+    text = json.dumps({"_type": "Float8Tensor", "_data": {}})
+    tensors = {"model.layers.0.mlp.experts._gate_up_proj_qdata": torch.zeros(2, 4, 4)}
+    write_folder(
+        tmp_path, tensors, {"quant_method": "torchao"}, {"model.layers.0.mlp.experts.gate_up_proj": text}
+    )
+    with pytest.raises(LowbitError, match="stack of experts"):
+        reader_of(tmp_path)
+
+
+def test_pickled_checkpoints_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "torchao"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(LowbitError) as caught:
+        open_checkpoint(str(tmp_path))
+    assert caught.value.code == "E0230" and "--torchao-config" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["int8dq", "float8dq_row", "int4_plain", "intx4_g32_asym"])
+def test_seeded_metadata(name: str, tmp_path: Path) -> None:
+    """Every leaf of one weight's description made wrong: refused, or the same weights."""
+    seed = Seed.of(case(name))
+    told = json.loads(seed.metadata[WEIGHT])
+    values = (0, -1, 7, 2**40, 1.5, True, "nonsense", None, [], {})
+    seen = set()
+    for path in leaves(told):
+        for number, value in enumerate(values):
+            text = json.dumps(with_leaf(told, path, value))
+            found = verdict(
+                Seed(seed.name, seed.config, seed.tensors, {}, seed.metadata | {WEIGHT: text}),
+                tmp_path / f"{number}-{'-'.join(map(str, path))}",
+                seed.config,
+                seed.tensors,
+            )
+            seen.add(found)
+    assert any(found.startswith("refused") for found in seen) and "equal" in seen
+    assert not any(found.startswith("silent") for found in seen)
+
+
+def test_another_prefix_is_read_but_not_corrected(tmp_path: Path) -> None:
+    """The names in the metadata would have to be corrected too."""
+    seed = Seed.of(case("int8wo"))
+
+    def renamed(name: str) -> str:
+        return name.replace("model.", "language_model.model.") if name.startswith("model.") else name
+
+    tensors = {renamed(name): tensor for name, tensor in seed.tensors.items()}
+    metadata = {renamed(name): text for name, text in seed.metadata.items()}
+    folder = Seed("", seed.config, {}, {}, metadata).write(tmp_path, seed.config, tensors)
+    [finding] = [found for found in examine(folder).report.findings if found.rule == "D112"]
+    assert not finding.fix and finding.severity != "error"
+    found = read(folder, renamed(NAME), SHAPE).weight
+    assert torch.equal(found.dequantize(), read(case("int8wo"), NAME, SHAPE).weight.dequantize())
+
+
+# ---- written
+
+
+F32 = "f32"
+SCHEMES = [
+    scheme("int8", (1, 0), scales=F32),
+    scheme("int8", (0, 0), scales=F32),
+    scheme("int8", (1, 16), scales=F32),
+    scheme("int8", (1, 0), scales=F32, activation=int8_inputs()),
+    scheme("int8", (1, 0), scales=F32, activation=int8_inputs(PER_TENSOR)),
+    scheme("e4m3", (1, 0), scales=F32),
+    scheme("e4m3", (1, 0), scales=F32, activation=float8_inputs()),
+    scheme("e4m3", (0, 0), scales=F32, activation=float8_inputs(PER_TENSOR, 1200.0)),
+    scheme("e4m3", (8, 32), scales=F32),
+    scheme("int4", (1, 32), scales="bf16", offset=True),
+    *(scheme(f"int{bits}", (1, 32), scales="bf16") for bits in (2, 3, 4, 8)),
+    *(scheme(f"uint{bits}", (1, 16), scales="f16", zero=True) for bits in (2, 4, 7, 8)),
+]
+
+
+@pytest.mark.parametrize("made", SCHEMES, ids=str)
+def test_round_trip(made: Scheme, tmp_path: Path) -> None:
+    names = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
+    modules = {name: StoredLinear(cruel(made, (24, 64), n)) for n, name in enumerate(names)}
+    round_trip(tmp_path, Writer, modules)
+
+
+def test_mixed_kinds(tmp_path: Path) -> None:
+    modules = {f"m{n}": StoredLinear(cruel(made, (24, 64), n)) for n, made in enumerate(SCHEMES)}
+    round_trip(tmp_path, Writer, modules)
+
+
+@pytest.mark.parametrize("name", sorted(TORCHAO))
+def test_what_the_online_names_make_is_stored(name: str, tmp_path: Path) -> None:
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
+    round_trip(tmp_path, Writer, {NAME: StoredLinear(quantized(name, weight))})
+
+
+@pytest.mark.parametrize("folder", fixtures_it_takes(Writer, "torchao"), ids=lambda folder: folder.name)
+def test_fixtures(folder: Path, tmp_path: Path) -> None:
+    convert_and_compare(folder, "torchao", tmp_path / "out")
+
+
+def test_takes_every_fixture() -> None:
+    assert {folder.name for folder in fixtures_it_takes(Writer, "torchao")} == {
+        folder.name for folder in CASES
+    }
+
+
+def test_shards_each_describe_their_own(tmp_path: Path) -> None:
+    from lowbit.loading.convert import convert
+
+    convert(open_checkpoint(str(case("int8dq"))), "torchao", tmp_path / "out", shard_bytes=4096)
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    told = []
+    for path in shards:
+        with safe_open(path, "pt") as file:
+            assert WEIGHT in json.loads(file.metadata()["tensor_names"])
+            told += [name for name in file.metadata() if name.endswith(".weight")]
+    assert len(told) == len(set(told)) == 7
+    for name, values in expected(case("int8dq")).items():
+        found = read(tmp_path / "out", name, (values.shape[0], values.shape[1])).weight
+        assert torch.equal(found.dequantize(), values)
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (scheme("int8", (1, 48), scales=F32), "blocks divide"),
+        (scheme("int4", (1, 32), scales="bf16", reordered=True), "columns in their order"),
+        (scheme("nf4", (1, 64), scales=F32), "none of its tensors"),
+        (scheme("uint4", (1, 32), scales="bf16", offset=True), "none of its tensors"),
+        (scheme("e4m3", (1, 0), scales="bf16"), "none of its tensors"),
+        (scheme("int4", (1, 32), scales="bf16", activation=int8_inputs()), "none of its tensors"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_refusals(made: Scheme, reason: str) -> None:
+    assert reason in (Writer.refuses_to_write(made, (64, 128)) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
+def test_the_tool_loads_them(folder: Path, tmp_path: Path) -> None:
+    """transformers and torchao load what is written and dequantize it to the same weights."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    import transformers
+
+    from lowbit.loading.convert import convert
+
+    convert(open_checkpoint(str(folder)), "torchao", tmp_path / "out", shard_bytes=8192)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    for name, values in expected(folder).items():
+        weight = model.get_submodule(name).weight
+        if type(weight).__name__ == "Int4Tensor":
+            codes = torch.stack((weight.qdata & 15, weight.qdata >> 4 & 15), -1).flatten(1)
+            found = (codes ^ 8).float() - 8
+            group = weight.block_size[1]
+            scale, zero = (
+                part.T.float().repeat_interleave(group, 1) for part in (weight.scale, weight.zero_point)
+            )
+            found = found * scale + zero
+        elif type(weight).__name__ == "IntxUnpackedToInt8Tensor":
+            assert torch.equal(weight.dequantize(), values.bfloat16())
+            continue
+        else:
+            found = weight.dequantize(torch.float32)
+        assert torch.equal(found, values), name
+
+
+@pytest.mark.slow
+def test_the_tool_loads_mixed_kinds(tmp_path: Path) -> None:
+    """Every class in one model, asked for by FqnToConfig, in several shards."""
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from transformers import LlamaForCausalLM
+
+    kinds = [SCHEMES[n] for n in (0, 3, 6, 7, 9, 11, 15)]
+    source, plan, parts, wanted = SourceModel(header_of(case("int8wo"))), {}, [], {}
+    with TensorData(source.header) as data:
+        for part in source.parts:
+            if not isinstance(part, SourceModule):
+                parts.append(NamedTensor(part.target, source.read_vector(part, data)))
+                continue
+            read_module, name = source.read(part, data), part.target.stored
+            if not part.scheme.is_dense:
+                made = cruel(kinds[len(wanted)], part.target.shape, len(wanted))
+                read_module = ReadModule(part.target, made)
+                wanted[name] = made
+            plan[name] = read_module.weight.scheme
+            parts.append(read_module)
+        config = source.hf_config(data)
+        out = tmp_path / "out"
+        save_checkpoint(
+            out, source.header, config, parts, Writer(plan), nbytes=1 << 16, tensors=64, shard_bytes=4096
+        )
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    model = LlamaForCausalLM.from_pretrained(out, device_map="cpu")
+    for name, made in wanted.items():
+        weight = model.get_submodule(name).weight
+        kind = type(weight).__name__
+        if kind in ("Int8Tensor", "Float8Tensor"):
+            assert torch.equal(weight.dequantize(torch.float32), made.dequantize()), name
+        elif kind == "Int4Tensor":
+            assert torch.equal(weight.scale.T, made.scales[0])
+            assert torch.equal(weight.zero_point.T, made.offsets[0])
+        else:
+            half = 1 << int(made.scheme.weight.bits) - 1
+            assert torch.equal(weight.qdata.short(), made.codes.short() - half), name
+    assert len({type(model.get_submodule(name).weight) for name in wanted}) == 4
+
+
+def test_a_single_row_is_a_row(tmp_path: Path) -> None:
+    made = scheme("int8", (1, 0), scales=F32)
+    weight = QuantizedTensor(made, (1, 64), torch.zeros(1, 64, dtype=torch.uint8), (torch.ones(1, 1),))
+    round_trip(tmp_path, Writer, {NAME: StoredLinear(weight)})
+
+
+def test_the_doctor_reads_them() -> None:
+    """Without a tokenizer, so without its language canary; nothing else to say."""
+    for folder in CASES:
+        findings = examine(folder).report.findings
+        assert all(finding.severity == "note" for finding in findings), (folder.name, findings)
