@@ -88,8 +88,10 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Let go of the model's memory."""
-        self.__dict__.pop("_engine", None)
+        """Let go of the model's memory; states of delayed scales are kept where a file was named."""
+        engine = self.__dict__.pop("_engine", None)
+        if engine is not None:
+            engine.close()
 
     def generate(
         self, prompts: Prompt | list[str] | list[list[int]], sampling: SamplingParams | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 from checkpoint import tiny
 from engine.stand_in import ByteTokenizer
 from forward_helpers import PAGE, allocate, chunk_batch
+from loading.test_online import make as make_float
 from lowbit.checkpoint import open_checkpoint
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.messages import Request, SamplingParams, TokenEvent
@@ -30,6 +31,8 @@ from lowbit.models.decoder import Decoder
 from lowbit.models.model import Model
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
+from lowbit.quantize.recipe import Asked
+from lowbit.quantize.specification import TORCHAO
 from lowbit.settings import Settings
 from models.test_families import make_checkpoint
 
@@ -322,3 +325,27 @@ def test_the_embedded_model_says_the_same() -> None:
     assert isinstance(model, Decoder) and isinstance(model.blocks[0].qkv.weights[0], NativeWeight)
     capture = check(lambda: model, steps=10)
     assert not capture.refusal and capture.replayed >= 4
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Columns for every torchao name: int4wo-256 needs 256."""
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "vocab_size": 40}
+    make_float(folder, **sizes).bfloat16().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", TORCHAO)
+def test_every_torchao_name_with_capture_and_without(name: str, wide_llama: Path) -> None:
+    def run(capture: bool) -> tuple[dict[str, list[int]], Engine]:
+        asked = Asked(torchao_config=name)
+        model = load_model(open_checkpoint(str(wide_llama)), device="cpu", quantization=asked)
+        assert model.quantization == f"{name}, quantized at load" and "reference" not in model.kernels
+        return serve(model, capture=capture)
+
+    expected, eager = run(False)
+    found, captured = run(True)
+    assert found == expected and len(found) == 20
+    assert eager.status().captured_steps == 0
+    assert 10 < captured.status().captured_steps < captured.status().steps

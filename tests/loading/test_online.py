@@ -236,3 +236,52 @@ def test_inspect_estimates_the_error_from_the_weights(tmp_path: Path) -> None:
 def test_recipes_use_each_method_once() -> None:
     recipe = Recipe.of(parse_method("fp8:weights=block"))
     assert [method.text for method in recipe.methods] == ["fp8:weights=block"]
+
+
+def test_delayed_scales_are_kept_between_runs_and_serve_as_static_ones(tmp_path: Path) -> None:
+    make(tmp_path / "model")
+    header, file = open_checkpoint(str(tmp_path / "model")), tmp_path / "states.safetensors"
+    delayed = f"fp8:activation=delayed,history=4,scales={file}"
+    first = load_model(header, device="cpu", quantization=delayed)
+    fresh = first.states.state_dict()
+    assert set(fresh) == {
+        f"model.layers.{n}.{layer}.{kind}"
+        for n in (0, 1)
+        for layer in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+        for kind in ("scale", "amax_history")
+    }
+    for _ in range(3):
+        prompt_logits(first, [PROMPT])
+    first.states.keep()
+    second = load_model(header, device="cpu", quantization=delayed)
+    kept = second.states.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in first.states.state_dict().items())
+    assert any(not torch.equal(kept[name], fresh[name]) for name in kept if name.endswith("scale"))
+    expected = prompt_logits(second, [PROMPT])[0]
+
+    static = load_model(header, device="cpu", quantization=f"fp8:activation=static,scales={file}")
+    assert torch.equal(prompt_logits(static, [PROMPT])[0], expected), (
+        "the step that follows uses these scales"
+    )
+    longer = f"fp8:activation=delayed,history=8,scales={file}"
+    with pytest.raises(LowbitError, match="states.safetensors") as caught:
+        load_model(header, device="cpu", quantization=longer)
+    assert caught.value.code == "E0706"
+
+
+def test_static_scales_from_a_file(tmp_path: Path) -> None:
+    make(tmp_path / "model")
+    header, file = open_checkpoint(str(tmp_path / "model")), tmp_path / "scales.safetensors"
+    method = f"fp8:activation=static,scales={file}"
+    with pytest.raises(LowbitError, match="scales.safetensors"):
+        load_model(header, quantization=method)
+    with pytest.raises(LowbitError, match="needs scales=FILE"):
+        load_model(header, quantization="fp8:activation=static")
+    save_file({"model.layers.0.mlp.up_proj.input_scale": torch.tensor(0.01)}, file)
+    reasons = {module.name: module.reason for module in plan_model(header, quantization=method).modules}
+    assert reasons["model.layers.0.mlp.up_proj"] == ""
+    assert "has no model.layers.0.mlp.gate_proj.input_scale" in reasons["model.layers.0.mlp.gate_proj"]
+    save_file({"model.layers.0.mlp.up_proj.input_scale": torch.tensor(0.0)}, file)
+    with pytest.raises(LowbitError, match="must be one positive number") as caught:
+        load_model(header, quantization=method)
+    assert caught.value.code == "E0215"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, MixtralForCausalLM
+from transformers import FineGrainedFP8Config, LlamaForCausalLM, MixtralForCausalLM
 
 from forward_helpers import prompt_logits
 from loading.test_online import PROMPT
@@ -189,3 +189,21 @@ def test_plans_of_calibrated_methods_need_no_text(tmp_path: Path, own_cache: Pat
     kept = {module.name: module.reason for module in plan.modules if module.scheme.is_dense}
     assert "group size 128 does not divide" in kept["model.layers.0.mlp.down_proj"]
     assert not own_cache.exists()
+
+
+def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
+    """FP8 blocks: what it reads without other packages."""
+    # transformers takes whole blocks only.
+    make(tmp_path / "float", intermediate_size=384, num_attention_heads=2, num_key_value_heads=1)
+    with_tokenizer(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization="fp8:weights=block", save=tmp_path / "fp8")
+    config = FineGrainedFP8Config(dequantize=True)
+    theirs = LlamaForCausalLM.from_pretrained(
+        tmp_path / "fp8", quantization_config=config, dtype=torch.float32
+    )
+    mine = load_model(header, device="cpu", quantization="fp8:weights=block,activation=none", dtype="float32")
+    with torch.no_grad():
+        expected = theirs.float()(torch.tensor([PROMPT])).logits[0]
+    got = prompt_logits(mine, [PROMPT])[0]
+    assert (got - expected).norm() / expected.norm() < 0.01

@@ -150,6 +150,9 @@ class FakeEngine:
             invariant_violations=self.violations,
         )
 
+    def close(self) -> None:
+        """Nothing to keep."""
+
     def flush_cache(self) -> None:
         self.flushed += 1
 

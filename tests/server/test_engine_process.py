@@ -143,6 +143,9 @@ class ScriptedEngine:
     def status(self) -> EngineStatus:
         return EngineStatus(running=len(self.running), invariant_violations=self.violations)
 
+    def close(self) -> None:
+        """Nothing to keep."""
+
     def flush_cache(self) -> None:
         self.calls.append("flush")
 

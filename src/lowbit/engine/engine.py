@@ -349,6 +349,10 @@ class Engine:
         if forced.evict_always:
             scheduler.tree.evict(self._pool.total)
 
+    def close(self) -> None:
+        """Keep what the next run goes on from: the states of delayed scales, where a file was named."""
+        self.model.states.keep()
+
     # ---- state ---------------------------------------------------------------------------------------
 
     def status(self) -> EngineStatus:

@@ -81,6 +81,9 @@ class EngineLike(Protocol):
     def flush_cache(self) -> object:
         """Drop unlocked prefix-cache pages."""
 
+    def close(self) -> object:
+        """The last thing that is asked, once the work is done."""
+
     def check(self) -> object:
         """Check the page accounting; a non-empty result is a violation, which the status counts."""
 
@@ -271,6 +274,7 @@ def serve_parent(
         gc.freeze()  # the model's objects live for ever: spare the collector walking them in every step
         connection.send([ready])
         EngineLoop(engine, connection).run()
+        engine.close()
     except ParentGoneError:
         return 0
     except LowbitError as error:

@@ -74,6 +74,7 @@ class ActivationStates:
     """The states of a model by layer name, and what happens to all of them at the end of a step."""
 
     def __init__(self) -> None:
+        self.file: Path | None = None  # where they are kept between runs
         self._states: dict[str, ActivationState] = {}
         self._update: Callable[[], None] | None = None
 
@@ -140,8 +141,24 @@ class ActivationStates:
             state.amax_history.copy_(stored[f"{name}.amax_history"])
 
     def save(self, file: Path) -> None:
-        """Write ``state_dict`` as safetensors."""
-        save_file(self.state_dict(), file)
+        """Write ``state_dict`` as safetensors; a file that is there is replaced whole."""
+        partial = file.with_name(f"{file.name}.partial")
+        try:
+            save_file(self.state_dict(), partial)
+            partial.replace(file)
+        except (OSError, SafetensorError) as error:
+            raise LowbitError("E0300", f"{file}: states of delayed scales cannot be saved: {error}") from None
+
+    def resume(self, file: Path) -> None:
+        """Go on from what ``file`` holds, if it is there, and ``keep`` it there."""
+        self.file = file
+        if file.exists():
+            self.load(file)
+
+    def keep(self) -> None:
+        """Save for the next run, where a file was named."""
+        if self.file is not None and self._states:
+            self.save(self.file)
 
     def load(self, file: Path) -> None:
         """Restore from a file that ``save`` wrote."""

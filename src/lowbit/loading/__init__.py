@@ -92,6 +92,8 @@ def load_model(
     model.quantization = opened.described
     model.weight_bytes = loader.packed_bytes
     model.states = loader.states
+    if opened.recipe is not None and (states := opened.recipe.delayed_states) is not None:
+        model.states.resume(states)
     return model
 
 

@@ -29,6 +29,7 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay, Scheme
 from lowbit.quantize.integers import block_largest, spread_rows
 from lowbit.quantize.method import Coded, Method, Module, Quantized, number, sliced, slices
+from lowbit.quantize.recipe import fused_name
 from lowbit.quantize.rounding import blocked, e8m0_scale, largest, mx_exponent, scaled_codes
 from lowbit.quantize.specification import MethodSpec
 
@@ -110,32 +111,37 @@ class Fp8:
 
 @dataclass(frozen=True)
 class InputScales:
-    """A safetensors file with ``<module>.input_scale``: float32 scalars, x is about q * input_scale."""
+    """A safetensors file with ``<module>.input_scale``, float32 scalars, x being about q * input_scale; or
+    the states of delayed scales, whose ``<layer>.scale`` is the inverse."""
 
     path: Path
 
     def refuses(self, name: str) -> str | None:
         """Why there is no scale for the module, or None."""
+        return None if self._tensor(name) else f"{self.path.name} has no {name}.input_scale"
+
+    def _tensor(self, name: str) -> str | None:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.path, "pt") as file:
-                there = f"{name}.input_scale" in list(file.keys())
-            return None if there else f"{self.path.name} has no {name}.input_scale"
+                names = set(file.keys())
         except (OSError, SafetensorError) as error:
             raise LowbitError("E0301", f"{printable(str(self.path))}: {printable(error)}") from None
+        wanted = (f"{name}.input_scale", f"{fused_name(name)}.scale")
+        return next((tensor for tensor in wanted if tensor in names), None)
 
     def scale_of(self, name: str) -> Tensor:
         """float32 []: a positive, finite number."""
         from safetensors import safe_open
 
+        tensor = self._tensor(name)
+        assert tensor is not None, "refuses() was asked first"
         with safe_open(self.path, "pt") as file:
-            scale: Tensor = file.get_tensor(f"{name}.input_scale").float()
+            scale: Tensor = file.get_tensor(tensor).float()
         if scale.numel() != 1 or not (scale.isfinite().all() and scale.item() > 0):
-            raise LowbitError(
-                "E0215", f"{self.path.name}: tensor '{name}.input_scale' must be one positive number"
-            )
-        return scale.reshape(())
+            raise LowbitError("E0215", f"{self.path.name}: tensor {tensor!r} must be one positive number")
+        return scale.reshape(()) if tensor.endswith("input_scale") else scale.reshape(()).reciprocal()
 
 
 def _times(rows: Tensor, factor: Tensor, size: int) -> Coded:

@@ -113,6 +113,14 @@ class Recipe:
         """Whether a method needs text run through the model."""
         return any(method.entry.calibrated for method in self.methods)
 
+    @property
+    def delayed_states(self) -> Path | None:
+        """Where a method with delayed scales keeps them between runs."""
+        for method in self.methods:
+            if method.options.get("activation") == "delayed" and (file := method.options.get("scales")):
+                return Path(str(file)).expanduser()
+        return None
+
     def verdict(self, name: str, role: str, shape: tuple[int, int]) -> Verdict:
         """What becomes of a module; ``role``: linear, expert, router, head or embedding."""
         if role == "router":
@@ -229,9 +237,13 @@ def matches(pattern: str, name: str, role: str) -> bool:
     """Whether a recipe's pattern names the module, itself or by the fused layer it is a part of."""
     if pattern in _ROLES:
         return _has_role(pattern, name, role)
+    return any(_matches(pattern, spelling) for spelling in {name, fused_name(name)})
+
+
+def fused_name(name: str) -> str:
+    """The layer a module runs in: ``qkv_proj`` for its ``q_proj``; most modules are layers of their own."""
     stem, _, leaf = name.rpartition(".")
-    names = [name, f"{stem}.{_FUSED[leaf]}"] if leaf in _FUSED else [name]
-    return any(_matches(pattern, spelling) for spelling in names)
+    return f"{stem}.{_FUSED[leaf]}" if leaf in _FUSED else name
 
 
 def _matches(pattern: str, name: str) -> bool:
