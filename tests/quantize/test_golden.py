@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowbit.kernels.activation_quant import limit_of
 from oracles import quantizers as oracle
 from quantize.helpers import agrees, module_of, scheme_of
 from quantize.tools import TOOLS
@@ -40,7 +41,7 @@ def test_torchao_inputs(name: str) -> None:
     x, scheme = stored["weight"], scheme_of(method, module_of(stored["weight"])).activation
     assert scheme is not None and (scheme.mode, scheme.input) == ("dynamic", "bf16")
     found = oracle.torchao_inputs(
-        x.float().numpy(), scheme.number_format.name, scheme.limit, scheme.floor, scheme.block == (0, 0)
+        x.float().numpy(), scheme.number_format.name, limit_of(scheme), scheme.floor, scheme.block == (0, 0)
     )
     tools, ours = stored["expected"], torch.from_numpy(found)
     assert ((ours == tools) | (tools.isnan() & (ours == 0))).all()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit.kernels.activation_quant import limit_of
 from lowbit.quantize import method
 from oracles import quantizers as oracle
 from quantize.helpers import agrees, module_of, scheme_of
@@ -69,7 +70,7 @@ def test_torchao_inputs(name: str) -> None:
     scheme = scheme_of(name, module_of(x[:16])).activation
     assert scheme is not None
     found = oracle.torchao_inputs(
-        x.float().numpy(), scheme.number_format.name, scheme.limit, scheme.floor, scheme.block == (0, 0)
+        x.float().numpy(), scheme.number_format.name, limit_of(scheme), scheme.floor, scheme.block == (0, 0)
     )
     tools, ours = ACTIVATIONS[name].make(x)["expected"], torch.from_numpy(found)
     assert ((ours == tools) | (tools.isnan() & (ours == 0))).all()
