@@ -21,6 +21,8 @@ from lowbit.models.config import ModelConfig
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.scheme import Scheme
 
+_WORK = 160 << 20  # slices of float32 and what the allocator keeps of them
+
 
 @dataclass(frozen=True)
 class ModulePlan:
@@ -132,9 +134,10 @@ class Planner(Asker):
 
     @property
     def peak_bytes(self) -> int:
-        """Packed weights and the largest module with one byte a code; twice that where it is made here."""
-        copies = 1 if self.online is None else 2
-        return sum(module.nbytes for module in self.modules) + copies * self.largest_module
+        """Packed weights and the largest module with one byte a code; where it is made here, as parts, fused
+        and packed, and what is worked in."""
+        packed = sum(module.nbytes for module in self.modules)
+        return packed + (self.largest_module if self.online is None else 3 * self.largest_module + _WORK)
 
     def _plan(self, place: Placed, unpacked: bool = False) -> None:
         decision = None if unpacked else self.decide(place)

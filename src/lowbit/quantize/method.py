@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal, Protocol
 
@@ -25,7 +25,7 @@ from lowbit.quantize.specification import MethodSpec, Value
 
 Role = Literal["linear", "expert", "router", "head", "embedding"]
 
-SLICE_WEIGHTS = 1 << 22  # weights quantized at once: 16 MiB of float32 and as much again for each temporary
+SLICE_WEIGHTS = 1 << 20  # weights quantized at once: 4 MiB of float32 and as much again for each temporary
 
 
 @dataclass(frozen=True)
@@ -135,19 +135,25 @@ def sliced(
     Weights that are NaN or infinite are refused (E0215).
     """
     parts, start = [], 0
+    codes: Tensor | None = None  # written in place: joined at the end they would be there twice
     for rows in (raw_slices if raw else slices)(weight, multiple):
         check_finite(rows, origin, start)
-        parts.append(encode(rows))
+        part = encode(rows)
+        if codes is None:
+            codes = part.codes.new_empty(weight.shape[0], part.codes.shape[1])
+        codes[start : start + len(rows)] = part.codes
+        parts.append(replace(part, codes=part.codes.new_empty(0)))
         start += len(rows)
 
     def join(tensors: list[Tensor]) -> Tensor:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 0)
 
     first = parts[0]
+    assert codes is not None, "a weight has rows"
     return QuantizedTensor(
         scheme,
         (weight.shape[0], weight.shape[1]),
-        join([part.codes for part in parts]),
+        codes,
         tuple(join([part.scales[level] for part in parts]) for level in range(len(first.scales))),
         None if first.zeros is None else join([part.zeros for part in parts if part.zeros is not None]),
         tuple(join([part.offsets[level] for part in parts]) for level in range(len(first.offsets))),
