@@ -216,7 +216,8 @@ def test_a_quantized_checkpoint_refuses_every_flag(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('default = "fp8"')
-    for asked in (Asked("int4"), Asked(torchao_config="int8wo"), Asked(recipe_file=str(recipe))):
+    flags = (Asked("int4"), Asked(torchao_config="int8wo"), Asked(recipe_file=str(recipe)))
+    for asked in (*flags, Asked(gguf_type="q4_0"), Asked(ignore="head")):
         with pytest.raises(LowbitError, match="already quantized .fp8") as caught:
             load_model(open_checkpoint(str(tmp_path)), quantization=asked)
         assert caught.value.code == "E0401" and f"drop {asked.flag.split()[0]}," in caught.value.message

@@ -106,6 +106,9 @@ def test_what_no_file_can_say_is_refused_before_anything_is_written(tmp_path: Pa
     with pytest.raises(LowbitError, match="--save-quantized needs") as caught:
         load_model(header, save=tmp_path / "saved")
     assert caught.value.code == "E0405"
+    with pytest.raises(LowbitError, match="--calibration-data is for methods that calibrate") as caught:
+        load_model(header, quantization="int4", calibration=Calibration(tmp_path / "text.txt"))
+    assert caught.value.code == "E0405"
 
 
 OPTIONS = "sequences=4,length=64"
@@ -126,11 +129,14 @@ def test_calibrated_methods_run_once(
     make(tmp_path / "float", LlamaForCausalLM)
     with_tokenizer(tmp_path / "float")
     header = open_checkpoint(str(tmp_path / "float"))
-    told: list[str] = []
+    told: list[tuple[int, str]] = []
     first = load_model(
-        header, device="cpu", quantization=method, on_progress=lambda done, total, what: told.append(what)
+        header,
+        device="cpu",
+        quantization=method,
+        on_progress=lambda done, total, what: told.append((done, what)),
     )
-    assert "model.layers.1" in told
+    assert (header.nbytes // 2, f"calibrating {method.partition(':')[0]}") in told, "one of two blocks"
     [made] = (own_cache / "quantized").iterdir()
     config = json.loads((made / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == form

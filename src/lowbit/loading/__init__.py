@@ -66,6 +66,8 @@ def load_model(
         raise LowbitError(
             "E0405", "--save-quantized needs a float model and --quantization, --torchao-config or a recipe"
         )
+    if calibration is not None and calibration.file and not (opened.recipe and opened.recipe.calibrated):
+        raise LowbitError("E0405", "--calibration-data is for methods that calibrate: gptq, awq, marlin")
     if opened.recipe is not None and (save is not None or opened.recipe.calibrated):
         made = quantized_checkpoint(opened, save=save, calibration=calibration, on_progress=on_progress)
         model = load_model(

@@ -158,7 +158,8 @@ class Loader(Asker):
         weight = self._cast(weight)
         if self.on_progress is not None:
             self.done += self.stored_nbytes(place)
-            self.on_progress(self.done, self.header.nbytes, place.part.name)
+            what = "loading" if self.online is None else "quantizing"
+            self.on_progress(self.done, self.header.nbytes, what)
         return ReadPart(weight, bias, transform)
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:

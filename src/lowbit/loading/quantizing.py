@@ -218,12 +218,18 @@ class Quantizing:
         sequences = self._sequences(spec)
         lengths = sum(map(len, sequences))
         _log.info("lowbit: %s on %d tokens of calibration text", spec.text, lengths)
+        nbytes = self.source.header.nbytes
+
+        def blocks(done: int, total: int, what: str) -> None:
+            if on_progress is not None:
+                on_progress(nbytes * done // total, nbytes, f"calibrating {spec.name}")
+
         return calibrate(
             self.source.header,
             sequences,
             options_of(spec),
             keep=lambda name: name not in planned,
-            on_progress=on_progress,
+            on_progress=blocks,
         )
 
     def _sequences(self, spec: MethodSpec) -> list[list[int]]:

@@ -202,7 +202,9 @@ class Asked:
     @property
     def flag(self) -> str:
         """The flag and its value as written, or ""."""
-        return next((f"{flag} {printable(value)}" for flag, value in self._flags() if value), "")
+        others = (("--gguf-type", self.gguf_type), ("--quantization-ignore", self.ignore))
+        given = ((flag, value) for flag, value in (*self._flags(), *others) if value)
+        return next((f"{flag} {printable(value)}" for flag, value in given), "")
 
     def recipe(self) -> Recipe | None:
         """The recipe, or None where nothing was asked for."""
