@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.quantize.calibrated import options_of
 from lowbit.quantize.calibration import (
-    PRESETS,
     InputStatistics,
     built_in_texts,
     calibration_sequences,
     read_texts,
     token_sequences,
 )
+from lowbit.quantize.specification import parse_method
 
 
 def letters(text: str) -> list[int]:
@@ -98,8 +99,12 @@ def test_the_sample_does_not_depend_on_how_inputs_come(chunks: tuple[int, ...]) 
     assert torch.allclose(statistics.magnitude, x.abs().mean(0))
 
 
-def test_presets() -> None:
-    marlin = PRESETS["marlin"]
-    assert (marlin.method, marlin.bits, marlin.symmetric, marlin.group_size) == ("gptq", 4, True, None)
-    assert PRESETS["awq"].method == "awq" and not PRESETS["awq"].symmetric
-    assert PRESETS["awq_marlin"].symmetric and PRESETS["gptq_marlin"] == marlin
+def test_the_names_of_the_flag() -> None:
+    """awq_marlin and gptq_marlin are the same numerics; marlin is int4, symmetric, in groups of 128."""
+    said = {name: options_of(parse_method(name)) for name in ("gptq", "gptq_marlin", "awq", "awq_marlin")}
+    assert said["gptq"] == said["gptq_marlin"] and said["awq"] == said["awq_marlin"]
+    assert (said["gptq"].method, said["gptq"].symmetric, said["gptq"].group_size) == ("gptq", True, None)
+    assert (said["awq"].method, said["awq"].symmetric) == ("awq", False)
+    marlin = options_of(parse_method("marlin"))
+    assert (marlin.method, marlin.bits, marlin.symmetric, marlin.group_size) == ("gptq", 4, True, 128)
+    assert options_of(parse_method("gptq:group_size=-1,bits=8")).group_size == -1

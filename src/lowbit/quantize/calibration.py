@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -63,18 +63,6 @@ class CalibrationOptions:
     sample_rows: int = 512
     minimum_tokens: int = 64
     requantize: bool = False
-
-
-_GPTQ = CalibrationOptions("gptq")
-_AWQ = CalibrationOptions("awq", symmetric=False)
-# The names of ``--quantization``. Marlin files are int4, symmetric, in groups of 128; the AWQ ones too.
-PRESETS: dict[str, CalibrationOptions] = {
-    "gptq": _GPTQ,
-    "gptq_marlin": _GPTQ,
-    "marlin": _GPTQ,
-    "awq": _AWQ,
-    "awq_marlin": replace(_AWQ, symmetric=True),
-}
 
 
 @dataclass(frozen=True)

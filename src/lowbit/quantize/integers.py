@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 from lowbit.quantize.method import Coded, Method, Module, Quantized, group_size, number, sliced
 from lowbit.quantize.rounding import blocked, largest, round_range, scaled_codes, stored_scale
@@ -118,13 +117,6 @@ def block_largest(rows: Tensor, size: int) -> Tensor:
 def spread_rows(per_block: Tensor, size: int, rows: int) -> Tensor:
     """(row blocks, columns) -> (rows, columns)."""
     return per_block.repeat_interleave(size, 0)[:rows]
-
-
-def rounded(weight: Tensor, origin: str, spec: MethodSpec) -> QuantizedTensor:
-    """Round to nearest by an ``rtn`` specification; what calibrated methods fall back to."""
-    return (
-        RoundToNearest(spec).quantize(weight, Module("", (weight.shape[0], weight.shape[1])), origin).weight
-    )
 
 
 def build(spec: MethodSpec) -> Method:
