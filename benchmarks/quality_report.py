@@ -200,9 +200,15 @@ def _label(axis: Axes, points: Sequence[Point]) -> None:
     shifts = _label_shifts([(x, y, name) for (x, y), (*_, name) in zip(pixels, points, strict=True)])
     line = {"arrowstyle": "-", "linewidth": 0.3, "alpha": 0.6, "shrinkA": 0, "shrinkB": 0}
     for (x, y, name), shift in zip(points, shifts, strict=True):
-        place = {"xytext": (_LABEL_GAP, shift), "textcoords": "offset pixels"}
         moved = line if abs(shift) > _LABEL_SIZE else None
-        axis.annotate(name, (x, y), fontsize=_LABEL_SIZE, arrowprops=moved, **place)
+        axis.annotate(
+            name,
+            (x, y),
+            xytext=(_LABEL_GAP, shift),
+            textcoords="offset pixels",
+            fontsize=_LABEL_SIZE,
+            arrowprops=moved,
+        )
 
 
 def _label_shifts(points: Sequence[Point]) -> list[float]:
