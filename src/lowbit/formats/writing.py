@@ -95,7 +95,7 @@ class CheckpointWriter:
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:
         """Tensors by suffix (``weight``, ``weight_scale``)."""
-        raise NotImplementedError
+        raise AssertionError(f"{self.name} refuses every quantized scheme, or packs it")
 
     def quantized(self) -> dict[str, Scheme]:
         """The modules that are not plain."""
