@@ -4,6 +4,7 @@
 // and the arguments, a word each: addresses and whole numbers as they are, a float by its bits. Whoever records
 // a plan keeps the memory it names alive, and changes its inputs by writing to that memory (step_plan.py).
 
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -97,6 +98,21 @@ LOWBIT_EXPORT std::int64_t lowbit_plan_run(const std::int64_t* words, std::int64
     for (std::int64_t at = 0; at + 1 < count; at += 2 + words[at + 1], ++index) {
         *status = lowbit::run(static_cast<lowbit::Operation>(words[at]), words + at + 2);
         if (*status != 0) return index;
+    }
+    return -1;
+}
+
+// The same, with the nanoseconds of each operation added to ``spent``, one for each.
+LOWBIT_EXPORT std::int64_t lowbit_plan_profile(const std::int64_t* words, std::int64_t count, std::int32_t* status,
+                                               std::int64_t* spent) {
+    std::int64_t index = 0;
+    auto before = std::chrono::steady_clock::now();
+    for (std::int64_t at = 0; at + 1 < count; at += 2 + words[at + 1], ++index) {
+        *status = lowbit::run(static_cast<lowbit::Operation>(words[at]), words + at + 2);
+        if (*status != 0) return index;
+        const auto now = std::chrono::steady_clock::now();
+        spent[index] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - before).count();
+        before = now;
     }
     return -1;
 }

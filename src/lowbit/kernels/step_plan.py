@@ -184,6 +184,32 @@ class StepPlan:
             raise self.operations[failed].fault(status.value)
         return self.result
 
+    def profile(self, runs: int) -> list[tuple[Operation, tuple[int, ...], float]]:
+        """Each operation with its argument words and the seconds it took, the mean over ``runs`` replays."""
+        status = ctypes.c_int32()
+        spent = np.zeros(len(self.operations), dtype=np.int64)
+        for _ in range(runs):
+            failed = _profile_function()(
+                self.words.ctypes.data, len(self.words), ctypes.byref(status), spent.ctypes.data
+            )
+            if failed >= 0:
+                raise self.operations[failed].fault(status.value)
+        found, at = [], 0
+        for operation, nanoseconds in zip(self.operations, spent, strict=True):
+            count = int(self.words[at + 1])
+            found.append((operation, tuple(self.words[at + 2 : at + 2 + count].tolist()), nanoseconds / runs / 1e9))
+            at += 2 + count
+        return found
+
+
+@cache
+def _profile_function() -> Callable[..., int]:
+    library = native.library()
+    assert library is not None, "a plan was recorded with it"
+    library.lowbit_plan_profile.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+    library.lowbit_plan_profile.restype = ctypes.c_int64
+    return cast(Callable[..., int], library.lowbit_plan_profile)
+
 
 @cache
 def _run_function() -> Callable[..., int]:
