@@ -16,7 +16,7 @@ import torch
 
 from lowbit.kernels import LinearKernel, choose, linear_kernels, native
 from lowbit.kernels.packed_linear import NativeWeight
-from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from numerics.test_block_layouts import NAMES, random_blocks, tensor_of
@@ -97,6 +97,13 @@ def nvfp4(rows: int) -> QuantizedTensor:
     return replace(inner, scheme=scheme, scales=(inner.scales[0], outer))
 
 
+def crooked() -> QuantizedTensor:
+    """7-bit codes that are no line: the native code has no table for them."""
+    weight = canonical("uint7", 64)
+    fmt = NumberFormat("crooked7", 7, tuple(float(code ^ 64) for code in range(128)))
+    return replace(weight, scheme=replace(weight.scheme, weight=fmt))
+
+
 def dense_weight(name: str, shape: tuple[int, int]) -> QuantizedTensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     return QuantizedTensor(dense(name), shape, values.to(number_format(name).dtype), origin="test")
@@ -116,6 +123,10 @@ WEIGHTS = {
     "uint3 g128 zero": lambda: canonical("uint3", 128, zero=True),
     "int5 g64": lambda: canonical("int5", 64),
     "int6 g16": lambda: canonical("int6", 16),
+    "int7 g64": lambda: canonical("int7", 64),
+    "int7 g16 f32 offset": lambda: canonical("int7", 16, "f32", offset=True),
+    "uint7 g128 zero": lambda: canonical("uint7", 128, zero=True),
+    "uint7 g32 bf16 float zero (HQQ)": lambda: float_zero("uint7", 32, "bf16"),
     "e2m1 g32 e8m0 (MXFP4)": lambda: canonical("e2m1", 32, "e8m0"),
     "e2m3 g32 e8m0": lambda: canonical("e2m3", 32, "e8m0"),
     "int8 tensor": lambda: canonical("int8", 0, "f32", block_rows=0),
@@ -234,6 +245,7 @@ def test_native_kernels_take_what_they_should() -> None:
         (canonical("int4", 8, shape=(16, 64)), "groups of 16 or a multiple of 32"),
         (canonical("int4", 0, shape=(16, 40)), "in % 32 == 0, got 40"),
         (canonical("e5m2", 64), "not exact in bfloat16"),
+        (crooked(), "not exact in bfloat16 or have no packed form"),
         (dense_weight("f32", (8, 32)), "not quantized"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -16,7 +16,7 @@
 // What kernels/packed_linear.py describes; field for field its ctypes struct.
 struct lowbit_weight {
     const std::uint8_t* data;
-    const std::uint16_t* table;  // 64 bfloat16 values for codes of 2 to 6 bits; 16 floats for wide4
+    const std::uint16_t* table;  // 64 bfloat16 values, for codes of 2 to 7 bits; 16 floats for wide4
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles
     std::int32_t codes;
@@ -302,6 +302,7 @@ BlockFunction block_function(const Layout& layout) {
         case Codes::bits4: return by_sub<Codes::bits4>(layout);
         case Codes::bits5: return by_sub<Codes::bits5>(layout);
         case Codes::bits6: return by_sub<Codes::bits6>(layout);
+        case Codes::bits7: return by_sub<Codes::bits7>(layout);
         case Codes::int8: return by_sub<Codes::int8>(layout);
         case Codes::uint8: return by_sub<Codes::uint8>(layout);
         case Codes::e4m3: return by_sub<Codes::e4m3>(layout);
@@ -417,6 +418,7 @@ void linear(const lowbit_weight& weight, const float* x, std::int64_t tokens, st
 
 float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* tile, int row, int column) {
     switch (codes) {
+        case Codes::bits7: return bfloat_to_float(weight.table[0]) + static_cast<float>(read_code(tile, codes, row, column));
         case Codes::int8: return static_cast<float>(static_cast<std::int8_t>(tile[column / 2 * 32 + row * 2 + column % 2]));
         case Codes::uint8: return static_cast<float>(tile[column / 2 * 32 + row * 2 + column % 2]);
         case Codes::e4m3: return e4m3_to_float(tile[column / 2 * 32 + row * 2 + column % 2]);

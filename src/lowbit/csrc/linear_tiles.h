@@ -27,10 +27,12 @@ constexpr int ROWS = 16;     // output rows of a tile
 constexpr int COLUMNS = 32;  // columns of a tile
 constexpr int PAIRS = COLUMNS / 2;
 
-// How codes are stored. Widths below 8 look their value up in a table; planes are low bits first. ``wide4``: as
-// bits4, with a table of floats that bfloat16 would round (nf4).
+// How codes are stored. Widths below 7 look their value up in a table; planes are low bits first. ``bits7``: a
+// code is worth table[0] + code, a table of 128 would take four registers. ``wide4``: as bits4, with a table of
+// floats that bfloat16 would round (nf4).
 enum class Codes : std::int32_t {
-    bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, int8 = 8, uint8 = 9, e4m3 = 10, wide4 = 14, bf16 = 16, f16 = 17, f32 = 32
+    bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7, int8 = 8, uint8 = 9, e4m3 = 10, wide4 = 14,
+    bf16 = 16, f16 = 17, f32 = 32
 };
 
 // Codes that meet x in float32.
@@ -86,6 +88,7 @@ struct Plane {
 };
 
 constexpr int plane_count(Codes codes) {
+    if (codes == Codes::bits7) return 3;
     return codes == Codes::bits3 || codes == Codes::bits5 || codes == Codes::bits6 ? 2 : 1;
 }
 constexpr Plane plane(Codes codes, int index) {
@@ -94,6 +97,7 @@ constexpr Plane plane(Codes codes, int index) {
         case Codes::bits3: return index == 0 ? Plane{2, 0, 0} : Plane{1, 2, 128};
         case Codes::bits4: return {4, 0, 0};
         case Codes::bits5: return index == 0 ? Plane{4, 0, 0} : Plane{1, 4, 256};
+        case Codes::bits7: return index == 0 ? Plane{4, 0, 0} : index == 1 ? Plane{2, 4, 256} : Plane{1, 6, 384};
         default: return index == 0 ? Plane{4, 0, 0} : Plane{2, 4, 256};
     }
 }
@@ -136,10 +140,11 @@ inline void write_code(std::uint8_t* tile, Codes codes, int row, int column, uns
 
 // table: 64 bfloat16 values, repeated where codes have fewer than 6 bits.
 struct Table {
+    std::uint16_t first;
     __m512i low, high;
     __m512 wide;  // the first 16 floats, for wide4
     explicit Table(const std::uint16_t* values)
-        : low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)), wide(_mm512_loadu_ps(values)) {}
+        : first(values[0]), low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)), wide(_mm512_loadu_ps(values)) {}
 };
 
 // e4m3 in 16-bit lanes -> bfloat16, exactly.
@@ -158,6 +163,20 @@ inline __m512i e4m3_to_bfloats(__m512i codes) {
     return _mm512_or_si512(value, sign);
 }
 
+// Whole numbers from -256 to 256 in 16-bit lanes -> bfloat16: the upper half of the float is all there is.
+inline __m512i words_to_bfloats(__m512i words) {
+    const __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
+    const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
+    const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    return _mm512_mask_blend_epi16(0xAAAAAAAAu, lower, _mm512_castps_si512(odd));
+}
+
+// words, shifted right by ``right``, which may be negative.
+inline __m512i shifted(__m512i words, int right) {
+    return right >= 0 ? _mm512_srli_epi16(words, static_cast<unsigned>(right))
+                      : _mm512_slli_epi16(words, static_cast<unsigned>(-right));
+}
+
 // One register of 16 rows x 2 columns for each pair of columns.
 template <Codes CODES>
 inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
@@ -167,12 +186,7 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
         UNROLL
         for (int pair = 0; pair < PAIRS; ++pair) {
             const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 32));
-            const __m512i words = CODES == Codes::int8 ? _mm512_cvtepi8_epi16(bytes) : _mm512_cvtepu8_epi16(bytes);
-            // Whole numbers up to 256 are exact in bfloat16: the upper half of the float is all there is.
-            const __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
-            const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
-            const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-            w[pair] = _mm512_mask_blend_epi16(0xAAAAAAAAu, lower, _mm512_castps_si512(odd));
+            w[pair] = words_to_bfloats(CODES == Codes::int8 ? _mm512_cvtepi8_epi16(bytes) : _mm512_cvtepu8_epi16(bytes));
         }
     } else if constexpr (CODES == Codes::e4m3) {
         UNROLL
@@ -195,6 +209,18 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
             const __m512i words = _mm512_loadu_si512(tile + pair / 8 * 64);
             w[pair] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(pair % 8 * 2)), table.low);
         }
+    } else if constexpr (CODES == Codes::bits7) {
+        const __m512i first = _mm512_set1_epi16(static_cast<short>(bfloat_to_float(table.first)));
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const __m512i low = shifted(_mm512_loadu_si512(tile + pair / 4 * 64), pair % 4 * 4);
+            const __m512i middle = shifted(_mm512_loadu_si512(tile + 256 + pair / 8 * 64), pair % 8 * 2 - 4);
+            const __m512i high = shifted(_mm512_loadu_si512(tile + 384), pair - 6);
+            __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), middle, low, 0xCA);  // mask ? middle : low
+            code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x40), high, code, 0xCA);
+            code = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+            w[pair] = words_to_bfloats(_mm512_add_epi16(code, first));
+        }
     } else {
         constexpr int LOW = CODES == Codes::bits3 ? 2 : 4;       // bits of the first plane
         constexpr int HIGH = static_cast<int>(CODES) - LOW;      // bits of the second
@@ -206,9 +232,7 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
             const __m512i low = _mm512_srli_epi16(_mm512_loadu_si512(tile + pair / PER_LOW * 64),
                                                   static_cast<unsigned>(pair % PER_LOW * LOW));
             const __m512i packed = _mm512_loadu_si512(tile + SECOND + pair / PER_HIGH * 64);
-            const int place = pair % PER_HIGH * HIGH;
-            const __m512i high = place >= LOW ? _mm512_srli_epi16(packed, static_cast<unsigned>(place - LOW))
-                                              : _mm512_slli_epi16(packed, static_cast<unsigned>(LOW - place));
+            const __m512i high = shifted(packed, pair % PER_HIGH * HIGH - LOW);
             const __m512i index = _mm512_ternarylogic_epi32(high_bits, high, low, 0xCA);  // mask ? high : low
             w[pair] = HIGH == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
                                 : _mm512_permutexvar_epi16(index, table.low);
@@ -398,8 +422,9 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
                     const __m256i bits = _mm256_and_si256(low, _mm256_set1_epi32((1 << p.width) - 1));
                     code = _mm256_or_si256(code, _mm256_slli_epi32(bits, p.shift));
                 }
-                value = table.line ? _mm256_add_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(table.values[0]))
-                                   : _mm256_i32gather_ps(table.values, code, 4);
+                value = CODES == Codes::bits7 || table.line
+                            ? _mm256_add_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(table.values[0]))
+                            : _mm256_i32gather_ps(table.values, code, 4);
             }
             _mm256_store_ps(&w.columns[column][half * 8], value);
         }

@@ -81,9 +81,11 @@ def _code_kind(fmt: NumberFormat) -> str | None:
     """The name in ``CODES`` of how such codes are stored, or None."""
     if fmt.name in ("int8", "uint8", "e4m3"):
         return fmt.name
-    if fmt.values is None or not 2 <= fmt.bits <= 6:
+    if fmt.values is None or not 2 <= fmt.bits <= 7:
         return None
     table = fmt.table()
+    if fmt.bits == 7 and not torch.equal(table, table[0] + torch.arange(128)):
+        return None  # the native code adds where it has no registers for a table
     if torch.equal(table.bfloat16().float(), table):
         return f"bits{int(fmt.bits)}"
     return "wide4" if fmt.bits == 4 else None
@@ -91,12 +93,15 @@ def _code_kind(fmt: NumberFormat) -> str | None:
 
 @cache
 def _table(fmt: NumberFormat) -> Tensor:
-    """bfloat16 (64,): the value of every index the kernel may form, short tables repeated; wide4: float32."""
-    if fmt.bits > 6:
+    """bfloat16 (64,): the value of every index the kernel may form, short tables repeated; wide4: float32.
+
+    The values of 7 bits go on as they begin.
+    """
+    if fmt.bits == 8:
         return torch.zeros(64, dtype=torch.bfloat16)
     if _code_kind(fmt) == "wide4":
         return fmt.table().repeat(2)
-    values = fmt.table().bfloat16()
+    values = fmt.table()[:64].bfloat16()
     return values.repeat(64 // len(values)).contiguous()
 
 

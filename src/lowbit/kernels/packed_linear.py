@@ -7,7 +7,7 @@ group's scales (and offsets or zero points) for the 16 rows standing before its 
 
 In a tile, a 16-bit word belongs to a (row, column parity) and holds one code for each of several pairs of
 columns: one load and a few shifts give whole registers of 16 rows by 2 columns, ready for a bfloat16 dot
-product. 4-bit codes lie 4 a word; 3, 5 and 6 bits are planes of 2 + 1, 4 + 1 and 4 + 2 bits.
+product. 4-bit codes lie 4 a word; 3, 5, 6 and 7 bits are planes of 2 + 1, 4 + 1, 4 + 2 and 4 + 2 + 1 bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lowbit.kernels.step_plan import Operation
 ROWS, COLUMNS, SUPER = 16, 32, 256
 
 # The numbers of csrc/linear_tiles.h and csrc/linear.cpp.
-CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6}
+CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
 CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "wide4": 14}
 DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
 SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL, SCALES_E4M3 = range(6)
@@ -42,7 +42,7 @@ SCALE_DTYPES = {
 }
 
 _PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
-_PLANES[14] = _PLANES[4]
+_PLANES |= {7: ((4, 0), (2, 4), (1, 6)), 14: _PLANES[4]}
 
 
 class Description(ctypes.Structure):
