@@ -27,7 +27,7 @@ constexpr int ROWS = 16;     // output rows of a tile
 constexpr int COLUMNS = 32;  // columns of a tile
 constexpr int PAIRS = COLUMNS / 2;
 
-// How codes are stored. Widths below 7 look their value up in a table; planes are low bits first. ``bits7``: a
+// How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value up in a table; planes are low bits first. ``bits7``: a
 // code is worth table[0] + code, a table of 128 would take four registers. ``wide4``: as bits4, with a table of
 // floats that bfloat16 would round (nf4).
 enum class Codes : std::int32_t {
@@ -37,6 +37,8 @@ enum class Codes : std::int32_t {
 
 // Codes that meet x in float32.
 constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32 || codes == Codes::wide4; }
+
+constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Codes::uint8 || codes == Codes::e4m3; }
 
 // Bytes of one tile's codes.
 constexpr std::int64_t tile_bytes(Codes codes) {
@@ -77,8 +79,30 @@ inline float e4m3_to_float(std::uint8_t code) {
     return (code & 0x80u) ? -value : value;
 }
 
+template <Codes CODES>
+inline float byte_value(std::uint8_t code) {
+    if constexpr (CODES == Codes::e4m3) return e4m3_to_float(code);
+    return static_cast<float>(code) - (CODES == Codes::int8 ? 128.0f : 0.0f);
+}
+
+// An operand of the int8 kernels is a pair of columns and the pair two further: pairs 0 and 2, 1 and 3, 4 and
+// 6 … A tile has eight. Every layout keeps the two in the two bytes of a word, so that one register serves
+// both kinds of product.
+constexpr int OPERANDS = PAIRS / 2;
+constexpr int operand_of(int pair) { return pair / 4 * 2 + pair % 2; }
+constexpr int side_of(int pair) { return pair / 2 % 2; }
+constexpr int pair_of(int operand, int side) { return operand / 2 * 4 + operand % 2 + side * 2; }
+
+// Where the byte of (row, column) of a tile lies: a line of 64 for each operand. Interleaving the low and high
+// halves of its 128-bit lanes with other bytes gives the two pairs as 16-bit words, a row in a 32-bit lane.
+constexpr int byte_place(int row, int column) {
+    const int pair = column / 2;
+    return operand_of(pair) * 64 + row / 4 * 16 + side_of(pair) * 8 + row % 4 * 2 + column % 2;
+}
+
 // Where the code of (row, column) of a tile lies, for packing and single rows: a 16-bit word for each
-// (row, column parity), and in it one field for each pair of columns. Planes follow each other in a tile:
+// (row, column parity), and in it one field for each pair of columns; an operand's pairs lie in the same place
+// of the word's two bytes. Planes follow each other in a tile:
 //   4 bits: 4 pairs a word, 64-byte lines of 8 columns   2 bits: 8 pairs a word, lines of 16 columns
 //   1 bit: 16 pairs a word, one line for the tile
 struct Plane {
@@ -107,8 +131,9 @@ struct Field {
     int shift;
 };
 constexpr Field field(Plane p, int row, int column) {
-    const int pair = column / 2, per_word = 16 / p.width;
-    return {p.offset + pair / per_word * 64 + (row * 2 + column % 2) * 2, pair % per_word * p.width};
+    const int pair = column / 2, operand = operand_of(pair), per_byte = 8 / p.width;
+    const int place = operand % per_byte + per_byte * side_of(pair);
+    return {p.offset + operand / per_byte * 64 + (row * 2 + column % 2) * 2, place * p.width};
 }
 
 inline unsigned read_code(const std::uint8_t* tile, Codes codes, int row, int column) {
@@ -147,20 +172,28 @@ struct Table {
         : first(values[0]), low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)), wide(_mm512_loadu_ps(values)) {}
 };
 
-// e4m3 in 16-bit lanes -> bfloat16, exactly.
-inline __m512i e4m3_to_bfloats(__m512i codes) {
-    const __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7f));
-    const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x80)), 8);
-    const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-    // 0 … 7 times 2^-9, which have no exponent of their own
-    const __m512i subnormals = _mm512_set_epi16(
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-        0x3c60, 0x3c40, 0x3c20, 0x3c00, 0x3bc0, 0x3b80, 0x3b00, 0);
-    const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-    const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-    __m512i value = _mm512_mask_permutexvar_epi16(normal, small, magnitude, subnormals);
-    value = _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
-    return _mm512_or_si512(value, sign);
+// The value of every byte as bfloat16, low and high bytes apart.
+struct ByteTable {
+    alignas(64) std::uint8_t low[256], high[256];
+    explicit ByteTable(float (*value)(std::uint8_t)) {
+        for (int code = 0; code < 256; ++code) {
+            const std::uint16_t bits = float_to_bfloat(value(static_cast<std::uint8_t>(code)));
+            low[code] = static_cast<std::uint8_t>(bits);
+            high[code] = static_cast<std::uint8_t>(bits >> 8);
+        }
+    }
+};
+
+template <Codes CODES>
+const ByteTable& byte_table() {
+    static const ByteTable table(byte_value<CODES>);
+    return table;
+}
+
+// A lookup in 256 bytes.
+inline __m512i look_up(__m512i codes, __mmask64 upper, const __m512i (&table)[4]) {
+    return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[0], codes, table[1]),
+                                  _mm512_permutex2var_epi8(table[2], codes, table[3]));
 }
 
 // Whole numbers from -256 to 256 in 16-bit lanes -> bfloat16: the upper half of the float is all there is.
@@ -182,59 +215,52 @@ template <Codes CODES>
 inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
     if constexpr (CODES == Codes::bf16) {
         for (int pair = 0; pair < PAIRS; ++pair) w[pair] = _mm512_loadu_si512(tile + pair * 64);
-    } else if constexpr (CODES == Codes::int8 || CODES == Codes::uint8) {
+    } else if constexpr (is_byte(CODES)) {
+        const ByteTable& bytes = byte_table<CODES>();
+        __m512i low[4], high[4];
+        UNROLL
+        for (int part = 0; part < 4; ++part) {
+            low[part] = _mm512_load_si512(bytes.low + part * 64);
+            high[part] = _mm512_load_si512(bytes.high + part * 64);
+        }
+        UNROLL
+        for (int operand = 0; operand < OPERANDS; ++operand) {
+            const __m512i codes = _mm512_loadu_si512(tile + operand * 64);
+            const __mmask64 upper = _mm512_movepi8_mask(codes);
+            const __m512i lower = look_up(codes, upper, low), higher = look_up(codes, upper, high);
+            w[pair_of(operand, 0)] = _mm512_unpacklo_epi8(lower, higher);
+            w[pair_of(operand, 1)] = _mm512_unpackhi_epi8(lower, higher);
+        }
+    } else if constexpr (CODES == Codes::bits4 || CODES == Codes::bits2) {
         UNROLL
         for (int pair = 0; pair < PAIRS; ++pair) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 32));
-            w[pair] = words_to_bfloats(CODES == Codes::int8 ? _mm512_cvtepi8_epi16(bytes) : _mm512_cvtepu8_epi16(bytes));
-        }
-    } else if constexpr (CODES == Codes::e4m3) {
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 32));
-            w[pair] = e4m3_to_bfloats(_mm512_cvtepu8_epi16(bytes));
-        }
-    } else if constexpr (CODES == Codes::bits4) {
-        UNROLL
-        for (int line = 0; line < 4; ++line) {
-            const __m512i words = _mm512_loadu_si512(tile + line * 64);
-            w[line * 4 + 0] = _mm512_permutexvar_epi16(words, table.low);
-            w[line * 4 + 1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table.low);
-            w[line * 4 + 2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table.low);
-            w[line * 4 + 3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table.low);
-        }
-    } else if constexpr (CODES == Codes::bits2) {
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const __m512i words = _mm512_loadu_si512(tile + pair / 8 * 64);
-            w[pair] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, static_cast<unsigned>(pair % 8 * 2)), table.low);
+            const Field f = field(plane(CODES, 0), 0, pair * 2);
+            w[pair] = _mm512_permutexvar_epi16(shifted(_mm512_loadu_si512(tile + f.byte), f.shift), table.low);
         }
     } else if constexpr (CODES == Codes::bits7) {
         const __m512i first = _mm512_set1_epi16(static_cast<short>(bfloat_to_float(table.first)));
         UNROLL
         for (int pair = 0; pair < PAIRS; ++pair) {
-            const __m512i low = shifted(_mm512_loadu_si512(tile + pair / 4 * 64), pair % 4 * 4);
-            const __m512i middle = shifted(_mm512_loadu_si512(tile + 256 + pair / 8 * 64), pair % 8 * 2 - 4);
-            const __m512i high = shifted(_mm512_loadu_si512(tile + 384), pair - 6);
+            const Field a = field(plane(CODES, 0), 0, pair * 2), b = field(plane(CODES, 1), 0, pair * 2),
+                        c = field(plane(CODES, 2), 0, pair * 2);
+            const __m512i low = shifted(_mm512_loadu_si512(tile + a.byte), a.shift);
+            const __m512i middle = shifted(_mm512_loadu_si512(tile + b.byte), b.shift - 4);
+            const __m512i high = shifted(_mm512_loadu_si512(tile + c.byte), c.shift - 6);
             __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), middle, low, 0xCA);  // mask ? middle : low
             code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x40), high, code, 0xCA);
             code = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
             w[pair] = words_to_bfloats(_mm512_add_epi16(code, first));
         }
     } else {
-        constexpr int LOW = CODES == Codes::bits3 ? 2 : 4;       // bits of the first plane
-        constexpr int HIGH = static_cast<int>(CODES) - LOW;      // bits of the second
-        constexpr std::int64_t SECOND = ROWS * COLUMNS / 8 * LOW;
-        const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH) - 1) << LOW));
+        constexpr Plane LOW = plane(CODES, 0), HIGH = plane(CODES, 1);
+        const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH.width) - 1) << LOW.width));
         UNROLL
         for (int pair = 0; pair < PAIRS; ++pair) {
-            constexpr int PER_LOW = 16 / LOW, PER_HIGH = 16 / HIGH;
-            const __m512i low = _mm512_srli_epi16(_mm512_loadu_si512(tile + pair / PER_LOW * 64),
-                                                  static_cast<unsigned>(pair % PER_LOW * LOW));
-            const __m512i packed = _mm512_loadu_si512(tile + SECOND + pair / PER_HIGH * 64);
-            const __m512i high = shifted(packed, pair % PER_HIGH * HIGH - LOW);
+            const Field a = field(LOW, 0, pair * 2), b = field(HIGH, 0, pair * 2);
+            const __m512i low = shifted(_mm512_loadu_si512(tile + a.byte), a.shift);
+            const __m512i high = shifted(_mm512_loadu_si512(tile + b.byte), b.shift - LOW.width);
             const __m512i index = _mm512_ternarylogic_epi32(high_bits, high, low, 0xCA);  // mask ? high : low
-            w[pair] = HIGH == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
+            w[pair] = HIGH.width == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
                                 : _mm512_permutexvar_epi16(index, table.low);
         }
     }
@@ -404,14 +430,18 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
                 const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 64 + half * 32));
                 value = _mm256_castsi256_ps(odd ? _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)))
                                                 : _mm256_slli_epi32(both, 16));
-            } else if constexpr (CODES == Codes::int8 || CODES == Codes::uint8) {
-                const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + pair * 32 + half * 16));
-                const __m256i words = CODES == Codes::int8 ? _mm256_cvtepi8_epi16(bytes) : _mm256_cvtepu8_epi16(bytes);
-                value = _mm256_cvtepi32_ps(_mm256_srai_epi32(odd ? words : _mm256_slli_epi32(words, 16), 16));
-            } else if constexpr (CODES == Codes::e4m3) {
-                const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(tile + pair * 32 + half * 16));
-                const __m256i words = _mm256_cvtepu8_epi16(bytes);  // a row's even and odd column in a lane
-                value = eight_e4m3(odd ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(0xff)));
+            } else if constexpr (is_byte(CODES)) {
+                // Four rows' words of the pair, twice; then a row's even and odd column in a lane.
+                const std::uint8_t* const from = tile + byte_place(half * 8, pair * 2);
+                const __m128i bytes = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)),
+                                                         _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 16)));
+                const __m256i words = _mm256_cvtepu8_epi16(bytes);
+                const __m256i code = odd ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(0xff));
+                if constexpr (CODES == Codes::e4m3) {
+                    value = eight_e4m3(code);
+                } else {
+                    value = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(CODES == Codes::int8 ? 128 : 0)));
+                }
             } else {
                 __m256i code = _mm256_setzero_si256();
                 for (int i = 0; i < plane_count(CODES); ++i) {

@@ -7,7 +7,9 @@ group's scales (and offsets or zero points) for the 16 rows standing before its 
 
 In a tile, a 16-bit word belongs to a (row, column parity) and holds one code for each of several pairs of
 columns: one load and a few shifts give whole registers of 16 rows by 2 columns, ready for a bfloat16 dot
-product. 4-bit codes lie 4 a word; 3, 5, 6 and 7 bits are planes of 2 + 1, 4 + 1, 4 + 2 and 4 + 2 + 1 bits.
+product. A pair and the one two further lie in the same place of the word's two bytes, so that the same
+register is four columns of bytes for an int8 dot product. 4-bit codes lie 4 a word; 3, 5, 6 and 7 bits are
+planes of 2 + 1, 4 + 1, 4 + 2 and 4 + 2 + 1 bits.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Description(ctypes.Structure):
         ("group", ctypes.c_int32),
         ("scales", ctypes.c_int32),
         ("addend", ctypes.c_int32),
+        ("input", ctypes.c_int32),
     )
 
     @property
@@ -281,16 +284,29 @@ def unpack(packed: NativeWeight) -> Unpacked:
     )
 
 
+def _columns(width: int) -> list[int]:
+    """Where each column of a tile stands among the fields of ``width`` bits: line by line, low bits first."""
+    per_byte = 8 // width
+    places = []
+    for column in range(COLUMNS):
+        pair = column // 2
+        operand, side = pair // 4 * 2 + pair % 2, pair // 2 % 2
+        field = operand % per_byte + per_byte * side
+        places.append((operand // per_byte * 2 * per_byte + field) * 2 + column % 2)
+    return places
+
+
 def _unpack_codes(area: Tensor, d: Description) -> Tensor:
     """uint8 (blocks, units, bytes) -> (rows, columns)."""
     tiles = area.reshape(-1, d.tile_size)
     blocks = -(-d.rows // ROWS)
-    if d.codes in (CODES["int8"], CODES["uint8"], CODES["e4m3"], DENSE_CODES["bf16"]):
-        dtype = torch.bfloat16 if d.codes == DENSE_CODES["bf16"] else torch.uint8
-        cells = tiles.contiguous().view(dtype).view(-1, COLUMNS // 2, ROWS, 2).permute(0, 2, 1, 3)
-        codes = cells.reshape(-1, ROWS, COLUMNS)
-        if d.codes == CODES["int8"]:
-            codes = codes ^ 0x80
+    if d.codes == DENSE_CODES["bf16"]:
+        cells = tiles.contiguous().view(torch.bfloat16).view(-1, COLUMNS // 2, ROWS, 2)
+        codes = cells.permute(0, 2, 1, 3).reshape(-1, ROWS, COLUMNS)
+    elif d.codes in (CODES["int8"], CODES["uint8"], CODES["e4m3"]):
+        # (tiles, operands, rows / 4, sides, rows % 4, parity) -> (tiles, rows, operands, sides, parity)
+        cells = tiles.reshape(-1, COLUMNS // 4, ROWS // 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5)
+        codes = cells.reshape(-1, ROWS, COLUMNS)[..., _columns(8)]
     elif d.codes in (DENSE_CODES["f16"], DENSE_CODES["f32"]):
         dtype = torch.float16 if d.codes == DENSE_CODES["f16"] else torch.float32
         codes = tiles.contiguous().view(dtype).view(-1, COLUMNS, ROWS).transpose(1, 2)
@@ -303,6 +319,7 @@ def _unpack_codes(area: Tensor, d: Description) -> Tensor:
             words = words.view(-1, size // 64, ROWS, 2)  # (tiles, lines, rows, parity)
             fields = torch.arange(0, 16, width)
             planes = words.unsqueeze(-1) >> fields & (1 << width) - 1  # (tiles, lines, rows, parity, fields)
-            codes |= (planes.permute(0, 2, 1, 4, 3).reshape(-1, ROWS, COLUMNS) << shift).to(torch.uint8)
+            ordered = planes.permute(0, 2, 1, 4, 3).reshape(-1, ROWS, COLUMNS)[..., _columns(width)]
+            codes |= (ordered << shift).to(torch.uint8)
             offset += size
     return codes.reshape(blocks, -1, ROWS, COLUMNS).transpose(1, 2).reshape(blocks * ROWS, -1)

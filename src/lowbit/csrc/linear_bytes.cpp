@@ -1,0 +1,136 @@
+// Products with x as int8 numbers; see linear_bytes.h.
+
+#include "linear_kernels.h"
+
+namespace lowbit {
+namespace {
+
+template <Codes CODES, bool LOOKED_UP, int SUB, Addend ADDEND>
+struct GroupStep {
+    const ByteTile& w;
+    const Walk& walk;
+    const Input& x;
+    std::int64_t tile;
+    float (*totals)[ROWS];
+
+    template <int TOKENS>
+    void operator()(int token) const {
+        multiply<0, TOKENS>(token);
+        if constexpr (SUB == 16) multiply<1, TOKENS>(token);
+    }
+
+  private:
+    template <int HALF, int TOKENS>
+    void multiply(int token) const {
+        constexpr int COUNT = SUB * OPERANDS / COLUMNS;
+        const std::int64_t span = tile * (COLUMNS / SUB) + HALF;
+        const std::int32_t* const bases = x.bases + span * x.tokens + token;
+        SixteenInts sums[TOKENS];
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(bases[t]);
+        dot_bytes<CODES, LOOKED_UP, HALF * COUNT, COUNT, TOKENS>(w, x.at<std::int8_t>(tile, token), COLUMNS, sums);
+        const float* const x_sums = x.sums + span * x.tokens + token;
+        const float* const x_scales = x.scales + tile * x.tokens + token;
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            Sixteen total = sixteen_load(totals[token + t]);
+            Sixteen sum = ints_to_floats(sums[t]);
+            if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(walk.addend[HALF], sixteen_set(x_sums[t]), sum);
+            total = sixteen_fma(sixteen_multiply(walk.scale[HALF], sixteen_set(x_scales[t])), sum, total);
+            if constexpr (ADDEND == Addend::offset) total = sixteen_fma(walk.addend[HALF], sixteen_set(x_sums[t]), total);
+            sixteen_store(totals[token + t], total);
+        }
+    }
+};
+
+template <Codes CODES, bool LOOKED_UP, int SUB, Addend ADDEND>
+void multiply_groups(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                     float (*totals)[ROWS]) {
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        ByteTile w;
+        decode_bytes<CODES, LOOKED_UP>(walk.next(), decoding.bytes, w);
+        for_tokens(x.tokens, GroupStep<CODES, LOOKED_UP, SUB, ADDEND>{w, walk, x, tile, totals});
+    }
+}
+
+template <Codes CODES, bool LOOKED_UP>
+struct WideStep {
+    const ByteTile& w;
+    const Input& x;
+    std::int64_t tile;
+    std::int32_t (*sums)[ROWS];
+
+    template <int TOKENS>
+    void operator()(int token) const {
+        SixteenInts held[TOKENS];
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) held[t] = ints_load(sums[token + t]);
+        dot_bytes<CODES, LOOKED_UP, 0, OPERANDS, TOKENS>(w, x.at<std::int8_t>(tile, token), COLUMNS, held);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) ints_store(sums[token + t], held[t]);
+    }
+};
+
+// Sums stay whole numbers for all columns that share a scale.
+template <Codes CODES, bool LOOKED_UP, Addend ADDEND>
+void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                   float (*totals)[ROWS]) {
+    Walk walk(layout, block);
+    const std::int64_t per_group = layout.unit / COLUMNS;
+    alignas(64) std::int32_t sums[TOKEN_TILE][ROWS];
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const std::int64_t group = tile / per_group;
+        if (tile % per_group == 0) {
+            for (int t = 0; t < x.tokens; ++t) ints_store(sums[t], ints_set(x.bases[group * x.tokens + t]));
+        }
+        ByteTile w;
+        decode_bytes<CODES, LOOKED_UP>(walk.next(), decoding.bytes, w);
+        for_tokens(x.tokens, WideStep<CODES, LOOKED_UP>{w, x, tile, sums});
+        if ((tile + 1) % per_group != 0) continue;
+        for (int t = 0; t < x.tokens; ++t) {
+            Sixteen sum = ints_to_floats(ints_load(sums[t]));
+            const Sixteen x_sum = sixteen_set(x.sums[group * x.tokens + t]);
+            if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(walk.addend[0], x_sum, sum);
+            Sixteen total = sixteen_fma(walk.scale[0], sum, sixteen_load(totals[t]));
+            if constexpr (ADDEND == Addend::offset) total = sixteen_fma(walk.addend[0], x_sum, total);
+            sixteen_store(totals[t], total);
+        }
+    }
+}
+
+template <Codes CODES, bool LOOKED_UP, Addend ADDEND>
+BlockFunction by_group(const Layout& layout, bool grouped) {
+    if (!grouped) return multiply_wide<CODES, LOOKED_UP, ADDEND>;
+    return layout.sub == 16 ? multiply_groups<CODES, LOOKED_UP, 16, ADDEND> : multiply_groups<CODES, LOOKED_UP, 32, ADDEND>;
+}
+
+template <Codes CODES, bool LOOKED_UP = false>
+BlockFunction by_addend(const Layout& layout, bool grouped) {
+    switch (layout.addend) {
+        case Addend::none: return by_group<CODES, LOOKED_UP, Addend::none>(layout, grouped);
+        case Addend::offset: return by_group<CODES, LOOKED_UP, Addend::offset>(layout, grouped);
+        case Addend::zero: return by_group<CODES, LOOKED_UP, Addend::zero>(layout, grouped);
+    }
+    return nullptr;
+}
+
+}  // namespace
+
+BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool grouped) {
+    if (!codes.possible || layout.scales == Scales::none) return nullptr;
+    switch (layout.codes) {
+        case Codes::bits2: return by_addend<Codes::bits2>(layout, grouped);
+        case Codes::bits3: return by_addend<Codes::bits3>(layout, grouped);
+        case Codes::bits4:
+            return codes.looked_up ? by_addend<Codes::bits4, true>(layout, grouped) : by_addend<Codes::bits4>(layout, grouped);
+        case Codes::bits5: return by_addend<Codes::bits5>(layout, grouped);
+        case Codes::bits6: return by_addend<Codes::bits6>(layout, grouped);
+        case Codes::bits7: return by_addend<Codes::bits7>(layout, grouped);
+        case Codes::int8: return by_addend<Codes::int8>(layout, grouped);
+        case Codes::uint8: return by_addend<Codes::uint8>(layout, grouped);
+        default: return nullptr;
+    }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,172 @@
+// Exact products: codes as bfloat16 numbers (integers, table values) or floats, x rounded to bfloat16 at most.
+//
+// A tile is decoded once and multiplied with every token; totals stay in L1.
+
+#include "linear_kernels.h"
+
+namespace lowbit {
+namespace {
+
+template <Addend ADDEND, bool SCALED>
+inline Sixteen accumulate(Sixteen total, Sixteen sum, Sixteen scale, Sixteen addend, float x_sum) {
+    if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x_sum), sum);
+    total = SCALED ? sixteen_fma(scale, sum, total) : sixteen_add(total, sum);
+    if constexpr (ADDEND == Addend::offset) total = sixteen_fma(addend, sixteen_set(x_sum), total);
+    return total;
+}
+
+template <int SUB, Addend ADDEND, bool SCALED, int TOKENS>
+inline void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
+                          float (*totals)[ROWS]) {
+    const std::uint16_t* const from = x.at<std::uint16_t>(tile, token);
+    Sixteen sums[TOKENS];
+    dot<0, SUB, TOKENS>(w, from, COLUMNS, sums);
+    const float* const x_sums = x.sums + tile * (COLUMNS / SUB) * x.tokens + token;
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) {
+        Sixteen total = sixteen_load(totals[token + t]);
+        total = accumulate<ADDEND, SCALED>(total, sums[t], walk.scale[0], walk.addend[0],
+                                           ADDEND == Addend::none ? 0.0f : x_sums[t]);
+        sixteen_store(totals[token + t], total);
+    }
+    if constexpr (SUB == 16) {
+        dot<16, 16, TOKENS>(w, from, COLUMNS, sums);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            Sixteen total = sixteen_load(totals[token + t]);
+            total = accumulate<ADDEND, SCALED>(total, sums[t], walk.scale[1], walk.addend[1],
+                                               ADDEND == Addend::none ? 0.0f : x_sums[x.tokens + t]);
+            sixteen_store(totals[token + t], total);
+        }
+    }
+}
+
+template <int TOKENS>
+inline void multiply_floats(const FloatTile& w, const Input& x, std::int64_t tile, int half, int token,
+                            float (*totals)[ROWS]) {
+    Sixteen sums[TOKENS];
+    dot_floats<TOKENS>(w, x.at<float>(tile, token) + half * 16, COLUMNS, sums);
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) {
+        sixteen_store(totals[token + t], sixteen_add(sixteen_load(totals[token + t]), sums[t]));
+    }
+}
+
+template <int SUB, Addend ADDEND, bool SCALED>
+struct TileStep {
+    const BfloatTile& w;
+    const Walk& walk;
+    const Input& x;
+    std::int64_t tile;
+    float (*totals)[ROWS];
+    template <int TOKENS>
+    void operator()(int token) const {
+        multiply_tile<SUB, ADDEND, SCALED, TOKENS>(w, walk, x, tile, token, totals);
+    }
+};
+
+struct FloatStep {
+    const FloatTile& w;
+    const Input& x;
+    std::int64_t tile;
+    int half;
+    float (*totals)[ROWS];
+    template <int TOKENS>
+    void operator()(int token) const {
+        multiply_floats<TOKENS>(w, x, tile, half, token, totals);
+    }
+};
+
+template <Codes CODES, int SUB, Addend ADDEND, bool SCALED>
+void multiply_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                    float (*totals)[ROWS]) {
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        BfloatTile w;
+        decode<CODES>(walk.next(), decoding.table, w);
+        for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED>{w, walk, x, tile, totals});
+    }
+}
+
+template <Codes CODES>
+void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                          float (*totals)[ROWS]) {
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        for (int half = 0; half < 2; ++half) {
+            FloatTile w;
+            decode_floats<CODES>(block + tile * tile_bytes(CODES) + half * tile_bytes(CODES) / 2, decoding.table, w);
+            for_tokens(x.tokens, FloatStep{w, x, tile, half, totals});
+        }
+    }
+}
+
+struct ScaledFloatStep {
+    const FloatTile& w;
+    const Input& x;
+    std::int64_t tile;
+    int half;
+    Sixteen scale;
+    float (*totals)[ROWS];
+    template <int TOKENS>
+    void operator()(int token) const {
+        Sixteen sums[TOKENS];
+        dot_floats<TOKENS>(w, x.at<float>(tile, token) + half * 16, COLUMNS, sums);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sixteen_store(totals[token + t], sixteen_fma(scale, sums[t], sixteen_load(totals[token + t])));
+        }
+    }
+};
+
+// Codes whose values bfloat16 would round: 16 columns at a time in float32, then the scale.
+template <Codes CODES>
+void multiply_wide_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                         float (*totals)[ROWS]) {
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const std::uint8_t* const codes = walk.next();
+        for (int half = 0; half < 2; ++half) {
+            FloatTile w;
+            decode_floats<CODES>(codes + half * tile_bytes(CODES) / 2, decoding.table, w);
+            for_tokens(x.tokens, ScaledFloatStep{w, x, tile, half, walk.scale[layout.sub == 16 ? half : 0], totals});
+        }
+    }
+}
+
+template <Codes CODES, int SUB>
+BlockFunction by_addend(Addend addend) {
+    switch (addend) {
+        case Addend::none: return multiply_block<CODES, SUB, Addend::none, true>;
+        case Addend::offset: return multiply_block<CODES, SUB, Addend::offset, true>;
+        case Addend::zero: return multiply_block<CODES, SUB, Addend::zero, true>;
+    }
+    return nullptr;
+}
+
+template <Codes CODES>
+BlockFunction by_sub(const Layout& layout) {
+    return layout.sub == 16 ? by_addend<CODES, 16>(layout.addend) : by_addend<CODES, 32>(layout.addend);
+}
+
+}  // namespace
+
+BlockFunction exact_function(const Layout& layout) {
+    switch (layout.codes) {
+        case Codes::bits2: return by_sub<Codes::bits2>(layout);
+        case Codes::bits3: return by_sub<Codes::bits3>(layout);
+        case Codes::bits4: return by_sub<Codes::bits4>(layout);
+        case Codes::bits5: return by_sub<Codes::bits5>(layout);
+        case Codes::bits6: return by_sub<Codes::bits6>(layout);
+        case Codes::bits7: return by_sub<Codes::bits7>(layout);
+        case Codes::int8: return by_sub<Codes::int8>(layout);
+        case Codes::uint8: return by_sub<Codes::uint8>(layout);
+        case Codes::e4m3: return by_sub<Codes::e4m3>(layout);
+        case Codes::wide4: return layout.addend == Addend::none ? multiply_wide_block<Codes::wide4> : nullptr;
+        case Codes::bf16: return multiply_block<Codes::bf16, 32, Addend::none, false>;
+        case Codes::f16: return multiply_float_block<Codes::f16>;
+        case Codes::f32: return multiply_float_block<Codes::f32>;
+    }
+    return nullptr;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,188 @@
+// x as the linear kernels read it: rounded, tile by tile, so that a tile's columns of consecutive tokens are
+// neighbours; beside it the sums that offsets and zero points are multiplied with.
+#pragma once
+
+#include <cmath>
+
+#include "linear_bytes.h"
+
+namespace lowbit {
+
+// x of some tokens.
+struct Input {
+    const std::uint8_t* values = nullptr;  // (tile, token, 32): bfloat16, float or int8 in the order of the operands
+    const float* sums = nullptr;           // (span, token): of the rounded numbers
+    const float* scales = nullptr;         // (tile, token), InputKind::groups
+    const std::int32_t* bases = nullptr;   // (span, token): base * sum, of whole numbers
+    int tokens = 0;
+
+    template <class Element>
+    const Element* at(std::int64_t tile, int token) const {
+        return reinterpret_cast<const Element*>(values) + (tile * tokens + token) * COLUMNS;
+    }
+};
+
+// What a weight wants of x.
+struct InputShape {
+    std::int64_t tiles = 0, columns = 0;
+    std::int64_t span = 32;  // columns of a sum
+    int element = 2;         // bytes of a number
+    InputKind kind = InputKind::bfloat;
+    bool scaled_sums = false;  // InputKind::groups: sums of x rather than of its codes
+    int base = 0;
+    float factor = 1.0f;
+
+    std::int64_t spans() const { return tiles * COLUMNS / span; }
+    std::int64_t value_bytes() const { return tiles * COLUMNS * element; }
+    bool whole() const { return element == 1; }
+};
+
+// Where a token tile's input is written.
+struct InputPlaces {
+    std::uint8_t* values;
+    float* sums;
+    float* scales;
+    std::int32_t* bases;
+    int tokens;
+};
+
+#if defined(__AVX512BF16__)
+
+inline Sixteen store_bfloats(std::uint16_t* to, Sixteen x) {  // returns what was stored
+    const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+}
+inline float sixteen_sum(Sixteen x) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+// The largest |x|; NaN where there is one.
+inline float largest(Sixteen a, Sixteen b) {
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    const __m512i most = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), size),
+                                          _mm512_and_si512(_mm512_castps_si512(b), size));
+    const std::int32_t bits = _mm512_reduce_max_epi32(most);
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+// Rounds 16 numbers to int8, ties to even; returns them.
+inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
+    const __m512i whole = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole), order));
+    return _mm512_cvtepi32_ps(whole);
+}
+
+#else
+
+inline __m256i eight_bfloat_bits(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_and_si256(_mm256_blendv_epi8(rounded, quiet, nan), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+}
+inline Sixteen store_bfloats(std::uint16_t* to, Sixteen x) {
+    const __m256i low = eight_bfloat_bits(x.low), high = eight_bfloat_bits(x.high);
+    const __m256i both = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xD8));
+    return {_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)};
+}
+inline float sixteen_sum(Sixteen x) {
+    const __m256 eight = _mm256_add_ps(x.low, x.high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float largest(Sixteen a, Sixteen b) {
+    const __m256i size = _mm256_set1_epi32(0x7fffffff);
+    const auto bits = [&](__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), size); };
+    const __m256i eight = _mm256_max_epi32(_mm256_max_epi32(bits(a.low), bits(a.high)),
+                                           _mm256_max_epi32(bits(b.low), bits(b.high)));
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+    const std::int32_t most = _mm_cvtsi128_si32(four);
+    float value;
+    std::memcpy(&value, &most, sizeof value);
+    return value;
+}
+inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
+    const __m256i low = _mm256_cvtps_epi32(x.low), high = _mm256_cvtps_epi32(x.high);
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(bytes, order));
+    return {_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)};
+}
+
+#endif
+
+// One token's row.
+inline void lay_out(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const std::int64_t tokens = to.tokens;
+    float span_sum = 0.0f;  // InputKind::codes: whole numbers below 2^24 or so, else what float32 makes of them
+    std::int32_t span_whole = 0;
+    for (std::int64_t tile = 0; tile < shape.tiles; ++tile) {
+        alignas(64) float padded[COLUMNS];
+        const float* from = row + tile * COLUMNS;
+        const std::int64_t left = shape.columns - tile * COLUMNS;
+        if (left < COLUMNS) {
+            std::memset(padded, 0, sizeof padded);
+            if (left > 0) std::memcpy(padded, from, static_cast<std::size_t>(left) * sizeof(float));
+            from = padded;
+        }
+        const std::int64_t place = (tile * tokens + token) * COLUMNS;
+        Sixteen a = sixteen_load(from), b = sixteen_load(from + 16);
+        if (shape.kind == InputKind::bfloat) {
+            if (shape.element == 4) {
+                float* const values = reinterpret_cast<float*>(to.values) + place;
+                sixteen_store(values, a);
+                sixteen_store(values + 16, b);
+                continue;
+            }
+            std::uint16_t* const values = reinterpret_cast<std::uint16_t*>(to.values) + place;
+            a = store_bfloats(values, a);
+            b = store_bfloats(values + 16, b);
+            if (shape.span == 32) {
+                to.sums[tile * tokens + token] = sixteen_sum(sixteen_add(a, b));
+            } else {
+                to.sums[tile * 2 * tokens + token] = sixteen_sum(a);
+                to.sums[(tile * 2 + 1) * tokens + token] = sixteen_sum(b);
+            }
+            continue;
+        }
+        float scale = 1.0f;
+        if (shape.kind == InputKind::groups) {
+            const float most = largest(a, b);
+            scale = most / static_cast<float>(LARGEST_INPUT);
+            const Sixteen inverse = sixteen_set(most == 0.0f ? 0.0f : static_cast<float>(LARGEST_INPUT) / most);
+            a = sixteen_multiply(a, inverse);
+            b = sixteen_multiply(b, inverse);
+        }
+        std::int8_t* const values = reinterpret_cast<std::int8_t*>(to.values) + place;
+        const float sums[2] = {sixteen_sum(store_ints(values, a, order)), sixteen_sum(store_ints(values + 16, b, order))};
+        if (to.scales != nullptr) to.scales[tile * tokens + token] = scale * shape.factor;
+        const auto put = [&](std::int64_t span, float sum, std::int32_t whole) {
+            to.sums[span * tokens + token] = shape.scaled_sums ? sum * scale : sum;
+            to.bases[span * tokens + token] = shape.base * whole;
+        };
+        if (shape.span == 16) {
+            for (int half = 0; half < 2; ++half) put(tile * 2 + half, sums[half], static_cast<std::int32_t>(sums[half]));
+            continue;
+        }
+        span_sum += sums[0] + sums[1];
+        span_whole += static_cast<std::int32_t>(sums[0] + sums[1]);
+        if ((tile + 1) * COLUMNS % shape.span == 0) {
+            put((tile + 1) * COLUMNS / shape.span - 1, span_sum, span_whole);
+            span_sum = 0.0f;
+            span_whole = 0;
+        }
+    }
+}
+
+}  // namespace lowbit

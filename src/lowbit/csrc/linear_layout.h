@@ -1,0 +1,122 @@
+// A packed weight: what its description says of where things lie, and the walk through a block of 16 rows.
+#pragma once
+
+#include <algorithm>
+
+#include "linear_tiles.h"
+
+// What kernels/packed_linear.py describes; field for field its ctypes struct.
+struct lowbit_weight {
+    const std::uint8_t* data;
+    const std::uint16_t* table;  // 64 bfloat16 values, for codes of 2 to 7 bits; 16 floats for wide4
+    std::int64_t rows;
+    std::int64_t columns;  // padded to whole tiles
+    std::int32_t codes;
+    std::int32_t group;   // columns that share a scale; 16, or a multiple of 32
+    std::int32_t scales;  // enum Scales
+    std::int32_t addend;  // enum Addend
+    std::int32_t input;   // enum InputKind: what x is rounded to
+};
+
+namespace lowbit {
+
+// two_level: int8 x f16 per 256
+enum class Scales : std::int32_t { none = 0, f16 = 1, bf16 = 2, f32 = 3, two_level = 4, e4m3 = 5 };
+// groups: int8 with a scale for each token and 32 columns. codes: x holds whole numbers of -127 … 127 already.
+enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2 };
+enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
+
+constexpr int SUPER = 256;        // columns of an outer block of two-level scales
+
+// Sizes that follow from a weight's description.
+struct Layout {
+    explicit Layout(const lowbit_weight& w)
+        : codes(static_cast<Codes>(w.codes)),
+          scales(static_cast<Scales>(w.scales)),
+          addend(static_cast<Addend>(w.addend)),
+          tiles(w.columns / COLUMNS),
+          blocks((w.rows + ROWS - 1) / ROWS),
+          sub(w.group == 16 ? 16 : 32) {
+        const bool byte_scales = scales == Scales::two_level || scales == Scales::e4m3;
+        scale_bytes = scales == Scales::none ? 0 : scales == Scales::f32 ? 64 : byte_scales ? 16 : 32;
+        addend_bytes = addend == Addend::none ? 0 : addend == Addend::zero ? 32 : scale_bytes;
+        super_bytes = scales == Scales::two_level ? (addend == Addend::offset ? 64 : 32) : 0;
+        unit = std::max(w.group, COLUMNS);
+        headers = unit / w.group;
+        unit_bytes = headers * (scale_bytes + addend_bytes) + unit / COLUMNS * tile_bytes(codes);
+        block_bytes = w.columns / unit * unit_bytes + (super_bytes ? w.columns / SUPER * super_bytes : 0);
+    }
+
+    Codes codes;
+    Scales scales;
+    Addend addend;
+    std::int64_t tiles, blocks;
+    int sub;                      // columns summed before a scale is applied
+    std::int64_t scale_bytes, addend_bytes, super_bytes;
+    std::int64_t unit;            // columns whose headers stand together, before their tiles
+    std::int64_t headers;
+    std::int64_t unit_bytes, block_bytes;
+};
+
+inline Sixteen read_sixteen(const std::uint8_t* from, Scales kind) {
+    switch (kind) {
+        case Scales::f16: return sixteen_f16(from);
+        case Scales::bf16: return sixteen_bf16(from);
+        case Scales::two_level: return sixteen_int8(from);
+        case Scales::e4m3: return sixteen_e4m3(from);
+        default: {
+            float values[ROWS];
+            std::memcpy(values, from, sizeof values);
+            return sixteen_load(values);
+        }
+    }
+}
+
+// Walks one block of 16 rows tile by tile and keeps the scales of the tile it stands on.
+class Walk {
+  public:
+    Walk(const Layout& layout, const std::uint8_t* block) : layout_(layout), at_(block) {}
+
+    // The codes of the next tile.
+    const std::uint8_t* next() {
+        if (layout_.super_bytes && column_ % SUPER == 0) {
+            outer_scale_ = sixteen_f16(at_);
+            if (layout_.addend == Addend::offset) outer_addend_ = sixteen_f16(at_ + 32);
+            at_ += layout_.super_bytes;
+        }
+        if (column_ % layout_.unit == 0) {
+            for (std::int64_t header = 0; header < layout_.headers; ++header) read_header(header);
+        }
+        const std::uint8_t* tile = at_;
+        at_ += tile_bytes(layout_.codes);
+        column_ += COLUMNS;
+        return tile;
+    }
+
+    Sixteen scale[2];
+    Sixteen addend[2];
+
+  private:
+    void read_header(std::int64_t header) {
+        if (layout_.scales != Scales::none) {
+            scale[header] = read_sixteen(at_, layout_.scales);
+            if (layout_.super_bytes) scale[header] = sixteen_multiply(scale[header], outer_scale_);
+        }
+        at_ += layout_.scale_bytes;
+        if (layout_.addend == Addend::offset) {
+            addend[header] = read_sixteen(at_, layout_.scales);
+            if (layout_.super_bytes) addend[header] = sixteen_multiply(addend[header], outer_addend_);
+        } else if (layout_.addend == Addend::zero) {
+            // -zero: what is added to a sum of codes for each unit of x
+            addend[header] = sixteen_multiply(sixteen_f16(at_), sixteen_set(-1.0f));
+        }
+        at_ += layout_.addend_bytes;
+    }
+
+    const Layout& layout_;
+    const std::uint8_t* at_;
+    std::int64_t column_ = 0;
+    Sixteen outer_scale_ = sixteen_zeros(), outer_addend_ = sixteen_zeros();
+};
+
+}  // namespace lowbit
