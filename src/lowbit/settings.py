@@ -153,6 +153,11 @@ class Settings:
         False, "Refuse checkpoints whose config and tensors contradict each other, and layers that cannot "
         "take the method asked for.", "model",
     )  # fmt: skip
+    activation_quantization: str = option(
+        "none", "int8: round the inputs of weight-only integer layers to int8, in groups of 32 columns, but the output "
+        "head's, where the kernel can multiply them: faster prefill and batches, at a mean KL of about 0.002. Layers that "
+        "quantize their inputs anyway stay as their checkpoint says.", "model", choices=("none", "int8"),
+    )  # fmt: skip
     quantization_param_path: str | None = option(
         None, "JSON file with a scale for each layer's fp8 KV cache, instead of the checkpoint's.", "model"
     )

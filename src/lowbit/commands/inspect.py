@@ -66,6 +66,7 @@ def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
         kv_cache_dtype=settings.kv_cache_dtype,
         k_cache_dtype=settings.k_cache_dtype,
         v_cache_dtype=settings.v_cache_dtype,
+        activation_quantization=settings.activation_quantization,
         kv_scales_path=settings.quantization_param_path,
         quantization=Asked.by(settings),
         strict=settings.strict,

@@ -434,6 +434,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         kv_cache_dtype=settings.kv_cache_dtype,
         k_cache_dtype=settings.k_cache_dtype,
         v_cache_dtype=settings.v_cache_dtype,
+        activation_quantization=settings.activation_quantization,
         quantization=asked,
         strict=settings.strict,
         kv_scales_path=settings.quantization_param_path,

@@ -106,6 +106,15 @@ class InputTransform:
             self.state.note(x.abs().amax())
         return codes, factor
 
+    @property
+    def gives_int8(self) -> bool:
+        """Whether what it makes of x are whole numbers of -128 … 127."""
+        scheme = self.scheme
+        if scheme is None or scheme.block[1] or scheme.outliers or not scheme.symmetric:
+            return False
+        fmt = scheme.number_format
+        return fmt.is_integer and fmt.name.startswith("int") and fmt.bits <= 8 and self.static_zero is None
+
     def same_as(self, other: InputTransform) -> bool:
         """Whether both do the same to every x."""
         if self.state is not other.state:

@@ -233,6 +233,16 @@ class CpuBlocks:
             return f"would take {described.nbytes} bytes, the scheme's own are {own:.0f}"
         return None
 
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Whether the codes are whole numbers, or halves of them."""
+        native = _native(scheme, shape)
+        described = "" if native is None else _describe(native, shape)
+        if native is None or isinstance(described, str):
+            return False
+        table = _table(native.weight)
+        described.table = table.data_ptr()
+        return packed_linear.takes(described, packed_linear.INPUT_GROUPS)
+
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Codes, scales and offsets in the kernel's layout."""
         scheme = _native(weight.scheme, weight.shape)

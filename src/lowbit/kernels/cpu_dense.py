@@ -39,6 +39,10 @@ class CpuDense:
             return "weights are quantized"
         return "stacked experts" if len(shape) != 2 else None
 
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: nothing here multiplies whole numbers."""
+        return False
+
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The matrix in tiles, columns padded with zeros to whole ones."""
         out, columns = weight.shape

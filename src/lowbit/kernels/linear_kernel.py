@@ -42,6 +42,9 @@ class LinearKernel(Protocol):
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """The reason this kernel cannot run it ("needs in % 64 == 0, got 100"), or None."""
 
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Whether a weight it does not refuse can be multiplied with int8 inputs (``numerics.int8_inputs``)."""
+
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The kernel's own buffers; ``weight`` may be dropped afterwards."""
 

@@ -102,6 +102,11 @@ class Description(ctypes.Structure):
         return -(-self.rows // ROWS) * block
 
 
+# What a weight is multiplied with: x in bfloat16 (float32 beside float codes), x in int8 with a scale for each
+# token and 32 columns, or x that holds whole numbers of -128 … 127 already.
+INPUT_BFLOAT, INPUT_GROUPS, INPUT_CODES = range(3)
+
+
 @dataclass(frozen=True)
 class NativeWeight(PackedWeight):
     """A PackedWeight with the struct the native code reads; ``columns``: the logical ones."""
@@ -117,6 +122,7 @@ class _Functions:
     pack: Callable[..., None]
     linear: Operation
     rows: Operation
+    takes: Callable[..., int]
 
 
 @cache
@@ -130,6 +136,7 @@ def functions() -> _Functions | None:
     library.lowbit_linear_bytes.restype = number
     library.lowbit_linear_pack.argtypes = (pointer, number, *(pointer,) * 6)
     library.lowbit_linear_pack.restype = None
+    library.lowbit_linear_takes.argtypes = (pointer, ctypes.c_int32)
     multiply = (pointer, pointer, number, number, number, pointer, number)
     look_up = (pointer, number, pointer, ctypes.c_int32, number, *(pointer,) * 3)
     return _Functions(
@@ -137,6 +144,7 @@ def functions() -> _Functions | None:
         library.lowbit_linear_pack,
         Operation(library, "linear", multiply, _fault),
         Operation(library, "linear_rows", look_up, _fault),
+        library.lowbit_linear_takes,
     )
 
 
@@ -151,6 +159,20 @@ def unusable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"runs on a CPU, the device is {device.type}"
     return None if functions() is not None else "the native library is not there"
+
+
+def takes(description: Description, kind: int) -> bool:
+    """Whether a weight so described can meet x as ``kind``; its table must be there."""
+    loaded = functions()
+    return loaded is not None and bool(loaded.takes(ctypes.addressof(description), kind))
+
+
+def set_input(packed: PackedWeight, kind: int) -> bool:
+    """Multiply the weight with x as ``kind`` from now on; False where it cannot be."""
+    if not isinstance(packed, NativeWeight) or not takes(packed.description, kind):
+        return False
+    packed.description.input = kind
+    return True
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,10 @@ class Reference:
         """Never."""
         return None
 
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: nothing here multiplies whole numbers."""
+        return False
+
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The canonical tensors themselves, codes packed to their bits."""
         buffers = {"codes": self._packed_codes(weight)}

@@ -42,6 +42,7 @@ def load_model(
     kv_cache_dtype: str = "auto",
     k_cache_dtype: str = "auto",
     v_cache_dtype: str = "auto",
+    activation_quantization: str = "none",
     quantization: Asked | str | None = None,
     strict: bool = False,
     kv_scales_path: str | None = None,
@@ -53,12 +54,15 @@ def load_model(
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
     ``quantization``: how to quantize a float checkpoint; of a quantized one, what the user believes its
-    method is: anything but its own is E0401. ``strict``: contradictions the data could settle are errors.
+    method is: anything but its own is E0401. ``activation_quantization``: "int8" rounds the inputs of
+    weight-only integer layers (``numerics.int8_inputs``). ``strict``: contradictions the data could settle are errors.
     ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own. ``samples``:
     gets some rows of each kind of layer, to time. ``save``: the folder the quantized checkpoint is left in;
     ``calibration``: the text calibrated methods look at.
     """
-    target = Target.resolve(header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype)
+    target = Target.resolve(
+        header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype, activation_quantization
+    )
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
     opened = Opened.of(header, asked, strict)
@@ -76,6 +80,7 @@ def load_model(
             dtype=dtype,
             k_cache_dtype=target.cache_dtype.k.name,  # as the float model has it
             v_cache_dtype=target.cache_dtype.v.name,
+            activation_quantization=activation_quantization,
             strict=strict,
             kv_scales_path=kv_scales_path,
             on_progress=on_progress,
@@ -107,13 +112,16 @@ def plan_model(
     kv_cache_dtype: str = "auto",
     k_cache_dtype: str = "auto",
     v_cache_dtype: str = "auto",
+    activation_quantization: str = "none",
     quantization: Asked | str | None = None,
     strict: bool = False,
     kv_scales_path: str | None = None,
 ) -> ModelPlan:
     """What ``load_model`` would do, without reading a weight; but where it would quantize, a few rows of each
     are looked at to estimate the error."""
-    target = Target.resolve(header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype)
+    target = Target.resolve(
+        header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype, activation_quantization
+    )
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     return _planned(header, asked, target, strict, kv_scales_path)
 

@@ -19,6 +19,7 @@ from lowbit.formats.kv_scales import KvScales
 from lowbit.kernels import PackedWeight, choose
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
+from lowbit.kernels.settled import settled
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.asker import Asker
@@ -87,10 +88,10 @@ class Loader(Asker):
     def embedding(self, part: Part) -> Embedding:
         """Read and pack the embedding matrix."""
         [place] = self.placed(part.name, [part])
-        weight = self._read(place).weight
-        packed = self._pack(weight)
+        read = self._read(place)
+        packed = self._pack(read.weight)
         if self.samples is not None and self.tied_head:
-            self.samples.note(weight, packed, None)
+            self.samples.note(read.weight, packed, None)
         return Embedding(packed, self.activation_dtype)
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
@@ -138,7 +139,7 @@ class Loader(Asker):
                     state = self.states.add(name, transform.scheme, self.device)
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
-            inputs.append(transform)
+            inputs.append(settled(weights[-1], transform))
             if self.samples is not None:
                 self.samples.note(weight, weights[-1], transform)
         return Linear(name, weights, bias, inputs)
@@ -154,6 +155,8 @@ class Loader(Asker):
             made = self.online.quantize(decision, weight)
             weight = made.weight
             rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
+        if rule is None and not as_stored:
+            weight = replace(weight, scheme=self.with_inputs(place.part, weight.scheme))
         transform = self._transform(weight.scheme, rule)
         weight = self._cast(weight)
         if self.on_progress is not None:

@@ -13,6 +13,7 @@ import torch
 
 from lowbit.kernels import PackedWeight, choose
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.settled import settled
 from lowbit.kernels.timing import LayerSample, sample_rows
 from lowbit.layers.linear import Linear
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -32,7 +33,7 @@ class Samples:
         key = (packed.kernel.name, scheme, packed.shape)
         if key not in self._samples:
             few = _first_rows(weight, packed)
-            layer = Linear("timing", [few], None, [transform])
+            layer = Linear("timing", [few], None, [settled(few, transform)])
             shape = (packed.shape[-2], packed.shape[-1])
             plain = weight.scheme.is_dense and activation is None
             self._samples[key] = LayerSample(packed.kernel.name, scheme, shape, few.shape[-2], layer, plain)
