@@ -172,6 +172,7 @@ def test_every_family_of_the_dense_decoder(family: str, tmp_path: Path) -> None:
         "compressed_tensors/embedding",
         "compressed_tensors/w3a16_asym",
         "fp8/block_128",
+        "bitsandbytes/int8",
     ],
 )
 def test_checkpoints_of_many_formats(fixture: str) -> None:
