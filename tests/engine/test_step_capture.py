@@ -29,6 +29,7 @@ from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.loading import load_model
 from lowbit.models.decoder import Decoder
 from lowbit.models.model import Model
+from lowbit.numerics.llm_int8 import llm_int8_inputs
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
 from lowbit.quantize.recipe import Asked
@@ -45,6 +46,7 @@ SCHEMES = {
     "int8 with a zero point": ActivationScheme(INT8, (1, 0), symmetric=False),
     "fp8 per token": ActivationScheme(E4M3, (1, 0), limit=448.0),
     "fp8 per tensor": ActivationScheme(E4M3, (0, 0), limit=448.0),
+    "llm.int8": llm_int8_inputs(1.5),
     "fp8 in groups": ActivationScheme(E4M3, (1, 32), limit=448.0),
     "mxfp4": ActivationScheme(E2M1, (1, 32), scale=E8M0),
     "delayed": DELAYED,
@@ -170,6 +172,7 @@ def test_every_family_of_the_dense_decoder(family: str, tmp_path: Path) -> None:
         "compressed_tensors/embedding",
         "compressed_tensors/w3a16_asym",
         "fp8/block_128",
+        "bitsandbytes/int8",
     ],
 )
 def test_checkpoints_of_many_formats(fixture: str) -> None:
@@ -269,7 +272,7 @@ def serve(
 
 
 @pytest.mark.parametrize("retract", [0, 3])
-@pytest.mark.parametrize("scheme", ["plain", "int8 per token", "fp8 per tensor", "delayed"])
+@pytest.mark.parametrize("scheme", ["plain", "int8 per token", "llm.int8", "fp8 per tensor", "delayed"])
 def test_the_engine_gives_the_same_tokens(scheme: str, retract: int, tmp_path: Path) -> None:
     forced = ForcedModes(retract_every=retract, check=True)
 
@@ -286,7 +289,7 @@ def test_the_engine_gives_the_same_tokens(scheme: str, retract: int, tmp_path: P
         assert torch.equal(captured.model.states.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("scheme", ["plain", "fp8 per token", "fp8 per tensor", "delayed"])
+@pytest.mark.parametrize("scheme", ["plain", "fp8 per token", "llm.int8", "fp8 per tensor", "delayed"])
 def test_nan_fails_its_own_request_only(scheme: str, tmp_path: Path) -> None:
     tiny_llama(tmp_path)
     file = tmp_path / "model.safetensors"
