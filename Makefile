@@ -37,6 +37,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
 	@echo "building lowbit"
 	@$(PIP) --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -m compileall -q src/lowbit  # also where PYTHONDONTWRITEBYTECODE is set
 	@touch $@
 
 serve: install

@@ -203,8 +203,9 @@ class Settings:
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
     )
     kernel_timings: str = option(
-        "auto", "At start, time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios "
-        "and warn where bf16 is faster. auto: lowbit serve only.", "engine", choices=("auto", "on", "off"),
+        "auto", "Time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios and warn "
+        "where bf16 is faster; a server does it once it is ready and idle, with --strict before. auto: "
+        "lowbit serve only.", "engine", choices=("auto", "on", "off"),
     )  # fmt: skip
     random_seed: int | None = option(None, "Seed of requests that bring none.", "engine")
 

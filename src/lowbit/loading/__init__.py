@@ -18,9 +18,9 @@ from lowbit.loading import choice
 from lowbit.loading.loader import Loader, Progress
 from lowbit.loading.opened import Opened, Target, check_quantization
 from lowbit.loading.planner import ModelPlan, ModulePlan, Planner
-from lowbit.loading.quantizing import Calibration, quantized_checkpoint
 from lowbit.loading.samples import Samples
 from lowbit.models.model import Model
+from lowbit.quantize.calibration import Calibration
 from lowbit.quantize.recipe import Asked
 
 __all__ = [
@@ -69,6 +69,8 @@ def load_model(
     if calibration is not None and calibration.file and not (opened.recipe and opened.recipe.calibrated):
         raise LowbitError("E0405", "--calibration-data is for methods that calibrate: gptq, awq, marlin")
     if opened.recipe is not None and (save is not None or opened.recipe.calibrated):
+        from lowbit.loading.quantizing import quantized_checkpoint  # imports half of lowbit
+
         made = quantized_checkpoint(opened, save=save, calibration=calibration, on_progress=on_progress)
         model = load_model(
             open_checkpoint(str(made)),
