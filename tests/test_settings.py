@@ -34,6 +34,8 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "quantization": ("int4", "int4"),
     "load_format": ("gguf", "gguf"),
     "schedule_policy": ("lpm", "lpm"),
+    "packed_cache": ("on", "on"),
+    "packed_cache_gb": ("12.5", 12.5),
     "kernel_timings": ("off", "off"),
     "torchao_config": ("int8wo", "int8wo"),
     "quantization_recipe": ("mixed.toml", "mixed.toml"),

@@ -149,6 +149,14 @@ class Settings:
     save_quantized: str | None = option(
         None, "Folder (gguf: file) to leave the quantized checkpoint in, to be loaded without flags.", "model"
     )
+    packed_cache: str = option(
+        "off", "Keep what was made of the weights, quantized and packed for this CPU, and map it at the next "
+        "start: off; on, in lowbit's cache folder; or a folder. It is as large as the model in memory.",
+        "model",
+    )  # fmt: skip
+    packed_cache_gb: float = option(
+        64.0, "GiB that --packed-cache may take; what was used longest ago goes first.", "model", minimum=0
+    )
     strict: bool = option(
         False, "Refuse checkpoints whose config and tensors contradict each other, and layers that cannot "
         "take the method asked for.", "model",

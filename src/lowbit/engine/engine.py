@@ -431,7 +431,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     from lowbit.checkpoint import open_checkpoint
     from lowbit.engine import speed
     from lowbit.kernels import native
-    from lowbit.loading import Calibration, load_model
+    from lowbit.loading import Calibration, PackedCache, load_model
     from lowbit.loading.online import is_float
     from lowbit.loading.samples import Samples
     from lowbit.models.config import architecture_of
@@ -460,6 +460,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
             samples=samples,
             save=_path(settings.save_quantized),
             calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
+            packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
         )
         tokenizer = tokenizer_read.result()
     if native.library() is not None and "reference" not in model.kernels:

@@ -68,6 +68,11 @@ def _library_file(isa: str) -> Path | None:
     return None
 
 
+def library_file() -> Path | None:
+    """The file ``library`` loads; None where there is none."""
+    return None if isa() == "scalar" else _library_file(isa())
+
+
 def _ask_for_tiles() -> bool:
     """Linux lends a process the AMX tile registers only after it asks, before any thread uses them."""
     libc = ctypes.CDLL(None, use_errno=True)
