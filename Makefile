@@ -71,6 +71,7 @@ docs: install
 	@PYTHONPATH=tests $(BIN)/python tests/formats/formats_page.py > docs/formats.md
 
 bench: install
+	@$(BIN)/python benchmarks/ready.py
 	@$(BIN)/python benchmarks/serving.py
 
 clean:

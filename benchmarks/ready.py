@@ -4,15 +4,15 @@
     python benchmarks/ready.py MODEL --flags="--quantization fp8"
     python benchmarks/ready.py --repeats 15 --packed-cache off
 
-The engine cannot be ready before torch is imported, and how long that takes depends on the machine, so both are
-timed in turns, in the same run, and what counts is the difference. Starts without the packed cache
+The engine cannot be ready before torch is imported, and how long that takes depends on the machine, so both
+are timed in turns, in the same run, and what counts is the difference. Starts without the packed cache
 (``--packed-cache off``) and with a filled one take turns too. One start of each kind is not counted: it reads
 files into the page cache, times the kernels of a new machine, and fills the packed cache, in a folder that is
 removed afterwards.
 
-Beside the seconds on the clock stand the CPU seconds (user and system) of both processes until they were ready:
-on a busy machine these tell more. Each figure is the median over --repeats, its spread (largest less smallest)
-behind it. The last line is JSON.
+Beside the seconds on the clock stand the CPU seconds (user and system) of both processes until they were
+ready: on a busy machine these tell more. Each figure is the median over --repeats, its spread (largest less
+smallest) behind it. The last line is JSON.
 """
 
 from __future__ import annotations
