@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import MixtralForCausalLM
 
+import models.test_deepseek as deepseek
+import models.test_families as families
 from forward_helpers import prompt_logits
 from loading.test_online import PROMPT, make
 from lowbit import loading
@@ -36,6 +38,7 @@ CHECKPOINTS = [
     for path in sorted(FIXTURES.glob("*/*/config.json"))
     if json.loads(path.read_text()).get("architectures") == ["LlamaForCausalLM"]
 ]
+GGUFS = sorted((FIXTURES / "gguf_families").glob("*.gguf"))
 METHODS = ("fp8", "int4", "int8", "nvfp4", "mxfp4", "nf4", "hqq", "w8a8_int8", "fp8:activation=delayed")
 GIB = 1 << 30
 
@@ -164,6 +167,29 @@ def test_experts_and_what_calibrated_methods_made(
     mapped = load_model(header, device="cpu", quantization="int4", packed_cache=cache)
     same(*loaders)
     assert bits(prompt_logits(mapped, [PROMPT])[0]) == bits(prompt_logits(fresh, [PROMPT])[0])
+
+
+FAMILIES = {
+    **{case: lambda folder, case=case: families.make_checkpoint(case, folder) for case in families.CASES},
+    **{
+        case: lambda folder, case=case: deepseek.make_checkpoint(case, folder)
+        for case in ("DeepseekV2 lite", "DeepseekV3", "DeepseekV2 native, biases")
+    },
+    **{path.name: lambda folder, path=path: folder.symlink_to(path) for path in GGUFS},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_back_bit_for_bit(
+    family: str, tmp_path: Path, cache: PackedCache, loaders: list[Loader]
+) -> None:
+    """Whatever its modules are called, no two have one name."""
+    path = tmp_path / ("m.gguf" if family.endswith(".gguf") else "m")
+    FAMILIES[family](path)
+    fresh, mapped = load(path, cache), load(path, cache)
+    same(*loaders)
+    assert mapped.mapped_bytes == mapped.weight_bytes > 0
+    assert bits(prompt_logits(mapped, [[1, 5, 7]])[0]) == bits(prompt_logits(fresh, [[1, 5, 7]])[0])
 
 
 def test_the_embedded_model_as_a_server_loads_it(
