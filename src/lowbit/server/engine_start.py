@@ -6,7 +6,6 @@ HTTP server itself.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
@@ -61,6 +60,8 @@ class EngineProcess:
 
     async def wait(self) -> None:
         """Until it has ended."""
+        import asyncio  # what is imported above delays the start
+
         if self.returncode is not None:
             return
         try:
