@@ -37,6 +37,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
 	@echo "building lowbit"
 	@$(PIP) --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -m compileall -q src/lowbit  # also where PYTHONDONTWRITEBYTECODE is set
 	@touch $@
 
 serve: install
@@ -70,6 +71,7 @@ docs: install
 	@PYTHONPATH=tests $(BIN)/python tests/formats/formats_page.py > docs/formats.md
 
 bench: install
+	@$(BIN)/python benchmarks/ready.py
 	@$(BIN)/python benchmarks/serving.py
 
 clean:

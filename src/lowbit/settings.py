@@ -149,14 +149,23 @@ class Settings:
     save_quantized: str | None = option(
         None, "Folder (gguf: file) to leave the quantized checkpoint in, to be loaded without flags.", "model"
     )
+    packed_cache: str = option(
+        "off", "Keep what was made of the weights, quantized and packed for this CPU, and map it at the next "
+        "start: off; on, in lowbit's cache folder; or a folder. It is as large as the model in memory.",
+        "model",
+    )  # fmt: skip
+    packed_cache_gb: float = option(
+        64.0, "GiB that --packed-cache may take; what was used longest ago goes first.", "model", minimum=0
+    )
     strict: bool = option(
         False, "Refuse checkpoints whose config and tensors contradict each other, and layers that cannot "
         "take the method asked for.", "model",
     )  # fmt: skip
     activation_quantization: str = option(
-        "none", "int8: round the inputs of weight-only integer layers to int8, in groups of 32 columns, but the output "
-        "head's, where the kernel can multiply them: faster prefill and batches, at a mean KL of about 0.002. Layers that "
-        "quantize their inputs anyway stay as their checkpoint says.", "model", choices=("none", "int8"),
+        "none", "int8: round the inputs of weight-only integer layers, but the output head's, to int8 in "
+        "groups of 32 columns, where the kernel can multiply them: faster prefill and batches, at a mean KL "
+        "of about 0.002. Layers that quantize their inputs anyway stay as their checkpoint says.", "model",
+        choices=("none", "int8"),
     )  # fmt: skip
     quantization_param_path: str | None = option(
         None, "JSON file with a scale for each layer's fp8 KV cache, instead of the checkpoint's.", "model"
@@ -208,8 +217,9 @@ class Settings:
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
     )
     kernel_timings: str = option(
-        "auto", "At start, time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios "
-        "and warn where bf16 is faster. auto: lowbit serve only.", "engine", choices=("auto", "on", "off"),
+        "auto", "Time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios and warn "
+        "where bf16 is faster; a server does it once it is ready and idle, with --strict before. auto: "
+        "lowbit serve only.", "engine", choices=("auto", "on", "off"),
     )  # fmt: skip
     random_seed: int | None = option(None, "Seed of requests that bring none.", "engine")
 

@@ -1,4 +1,4 @@
-"""Weights that meet int8 inputs: against the rule in torch and the product in float64, on every scheme that can.
+"""Weights that meet int8 inputs: the rule in torch and the product in float64, for every scheme that can.
 
 Sums of whole numbers are exact, so a row is the same in any company here too. Run under every instruction
 set by test_native.py.

@@ -150,6 +150,9 @@ class FakeEngine:
             invariant_violations=self.violations,
         )
 
+    def idle_step(self) -> bool:
+        return False
+
     def close(self) -> None:
         """Nothing to keep."""
 

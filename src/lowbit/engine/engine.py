@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from lowbit.engine.sequence import Sequence
 from lowbit.errors import LowbitError, printable
 from lowbit.models.model import Model
 from lowbit.settings import Settings
+from lowbit.tokenization.fast_tokenizer import FastTokenizer
 from lowbit.tokenization.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
@@ -109,6 +111,7 @@ class Engine:
         self._cached_tokens = 0
         self._generated_tokens = 0
         self._violations = 0
+        self._later: Iterator[None] = iter(())
 
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
@@ -155,6 +158,21 @@ class Engine:
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
         return bool(self._sequences or self._news)
+
+    def when_idle(self, work: Iterator[None]) -> None:
+        """What can wait until nobody waits for an answer; each of its steps takes a moment."""
+        self._later = work
+
+    def idle_step(self) -> bool:
+        """A step of ``when_idle``'s work; False: there was none left. What fails there is logged."""
+        try:
+            next(self._later)
+            return True
+        except StopIteration:
+            return False
+        except Exception as error:
+            _log.warning("lowbit: what was left for an idle moment failed: %r", error)
+            return False
 
     # ---- steps ---------------------------------------------------------------------------------------
 
@@ -413,7 +431,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     from lowbit.checkpoint import open_checkpoint
     from lowbit.engine import speed
     from lowbit.kernels import native
-    from lowbit.loading import Calibration, load_model
+    from lowbit.loading import Calibration, PackedCache, load_model
     from lowbit.loading.online import is_float
     from lowbit.loading.samples import Samples
     from lowbit.models.config import architecture_of
@@ -425,30 +443,31 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         torch.set_num_threads(settings.threads)
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
     header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
-    tokenizer = load_tokenizer(header, settings.tokenizer)
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
-    model = load_model(
-        header,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        k_cache_dtype=settings.k_cache_dtype,
-        v_cache_dtype=settings.v_cache_dtype,
-        activation_quantization=settings.activation_quantization,
-        quantization=asked,
-        strict=settings.strict,
-        kv_scales_path=settings.quantization_param_path,
-        on_progress=on_progress,
-        samples=samples,
-        save=_path(settings.save_quantized),
-        calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
-    )
+    with ThreadPoolExecutor(1) as beside:  # while weights are packed, mostly in native code
+        tokenizer_read = beside.submit(load_tokenizer, header, settings.tokenizer)
+        model = load_model(
+            header,
+            device=settings.device,
+            dtype=settings.dtype,
+            kv_cache_dtype=settings.kv_cache_dtype,
+            k_cache_dtype=settings.k_cache_dtype,
+            v_cache_dtype=settings.v_cache_dtype,
+            activation_quantization=settings.activation_quantization,
+            quantization=asked,
+            strict=settings.strict,
+            kv_scales_path=settings.quantization_param_path,
+            on_progress=_stopped_by(tokenizer_read, on_progress),
+            samples=samples,
+            save=_path(settings.save_quantized),
+            calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
+            packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
+        )
+        tokenizer = tokenizer_read.result()
     if native.library() is not None and "reference" not in model.kernels:
         # What is left for torch is small, and its own threads, which spin after every operation, would take
         # the cores from the native ones.
         torch.set_num_threads(1)
-    if samples is not None:
-        speed.say_speed(samples, model.device, settings.strict)
     check_vocabulary(tokenizer, model.vocab_size)
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
@@ -462,7 +481,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     quality = None if asked.flag and is_float(header) else _quality(header)
     if quality is not None:
         details["quality"] = str(quality)
-    return Engine(
+    engine = Engine(
         model,
         tokenizer,
         settings,
@@ -471,6 +490,26 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         architecture=architecture_of(header),
         quality=quality,
     )
+    if samples is not None:
+        steps = speed.speed_steps(samples, model.device, settings.strict)
+        if serving and not settings.strict:  # strict refuses to serve what is slow: that must be known now
+            engine.when_idle(steps)
+        else:
+            for _ in steps:
+                pass
+    return engine
+
+
+def _stopped_by(other: Future[FastTokenizer], report: Progress | None) -> Progress:
+    """``report``, which also ends loading as soon as what runs beside it has failed."""
+
+    def progress(done: int, total: int, what: str) -> None:
+        if other.done():
+            other.result()
+        if report is not None:
+            report(done, total, what)
+
+    return progress
 
 
 def _quality(header: CheckpointHeader) -> Quality | None:

@@ -25,10 +25,12 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.elementwise import affine, gather_columns
-from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
 from lowbit.kernels.step_plan import Operation
+from lowbit.numerics.scheme import Scheme
 
 ROWS, COLUMNS, SUPER = 16, 32, 256
+TABLE_BYTES = 128  # 64 values in bfloat16, or 32 in float32
 
 # The numbers of csrc/linear_tiles.h and csrc/linear.cpp.
 CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
@@ -102,8 +104,8 @@ class Description(ctypes.Structure):
         return -(-self.rows // ROWS) * block
 
 
-# What a weight is multiplied with: x in bfloat16 (float32 beside float codes), x in int8 with a scale for each
-# token and 32 columns, or x that holds whole numbers of -128 … 127 already.
+# What a weight is multiplied with: x in bfloat16 (float32 beside float codes), x in int8 with a scale for
+# each token and 32 columns, or x that holds whole numbers of -128 … 127 already.
 INPUT_BFLOAT, INPUT_GROUPS, INPUT_CODES = range(3)
 
 
@@ -211,6 +213,34 @@ def pack(description: Description, parts: Parts) -> Tensor:
     )
     description.data = data.data_ptr()
     return data
+
+
+def around(
+    kernel: LinearKernel,
+    description: Description,
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    buffers: dict[str, Tensor],
+    origin: str,
+) -> NativeWeight:
+    """The weight whose bytes are ``buffers``: "data", the "table" of code values, and what a kernel adds.
+
+    ValueError where the bytes are not as many as the description's.
+    """
+    data, table = buffers["data"], buffers["table"]
+    if data.dtype is not torch.uint8 or data.numel() != description.nbytes or table.nbytes != TABLE_BYTES:
+        raise ValueError(f"{origin}: {data.numel()} packed bytes instead of {description.nbytes}")
+    description.data, description.table = data.data_ptr(), table.data_ptr()
+    return NativeWeight(
+        kernel,
+        scheme,
+        shape,
+        buffers,
+        origin,
+        description,
+        ctypes.addressof(description),
+        shape[-1],
+    )
 
 
 def linear(x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:

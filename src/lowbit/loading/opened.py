@@ -31,17 +31,19 @@ class Opened:
     config: ModelConfig
     recipe: Recipe | None
     strict: bool
+    notes: Notes  # what the format had to say, and will have while it reads
 
     @classmethod
     def of(cls, header: CheckpointHeader, asked: Asked, strict: bool) -> Opened:
         family = family_of(header)
-        form = detect(header)(header, Notes(strict))
+        notes = Notes(strict)
+        form = detect(header)(header, notes)
         recipe = None
         if is_float(header):
             recipe = asked.recipe()
         elif asked.flag:
             check_quantization(form, asked)
-        return cls(header, family, form, family.read_config(header), recipe, strict)
+        return cls(header, family, form, family.read_config(header), recipe, strict, notes)
 
     @property
     def described(self) -> str:
@@ -91,7 +93,10 @@ class Target:
         v: str = "auto",
         activations: str = "none",
     ) -> Target:
-        """``kv``, ``k`` and ``v``: the types of the cache, of both and of one. ``activations``: "none" or "int8"."""
+        """``kv``, ``k`` and ``v``: the types of the cache, of both and of one.
+
+        ``activations``: "none", or "int8".
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
