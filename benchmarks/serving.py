@@ -235,7 +235,7 @@ def rival_models(
         for kind in arguments.rival_files or RIVAL_FILES[name][arguments.model]:
             try:
                 path = rival_file(ENGINES[name], pythons[name], arguments.model, kind)
-            except RivalError as error:
+            except RuntimeError as error:
                 notes.append(f"{name} {kind} was not run: {error}")
                 continue
             if path is not None:
@@ -247,7 +247,15 @@ def rival_file(engine: Engine, python: str, model: str, kind: str) -> Path | Non
     """A made model in the form the engine runs; None for a kind that is another engine's."""
     import made_models
 
-    return None if kind.startswith(("int", "w4")) else made_models.gguf_file(model, kind)
+    if kind in ("bf16", "w4a16"):
+        if engine.name != "vllm":
+            return None
+        return made_models.float_folder(model) if kind == "bf16" else made_models.four_bit_folder(model)
+    if kind.startswith("int4-g"):
+        if engine.name != "openvino":
+            return None
+        return made_models.openvino_folder(model, int(kind.removeprefix("int4-g")), python)
+    return made_models.gguf_file(model, kind) if engine.name == "llama.cpp" else None
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class EngineTarget:
         return list(answers.values())
 
 
-class RivalError(Exception):
+class RivalError(RuntimeError):
     """Another engine could not do what it was asked; the message is its own."""
 
 
