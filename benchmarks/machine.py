@@ -9,14 +9,26 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def _cpu_fields() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def cpu_name() -> str:
     """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return _cpu_fields().get("model name") or platform.processor() or platform.machine()
+
+
+def machine_kind() -> str:
+    """The processor, with numbers where virtual machines only say "AMD EPYC": "… (family 25, model 17)"."""
+    found = _cpu_fields()
+    if "cpu family" not in found:
+        return cpu_name()
+    return f"{cpu_name()} (family {found['cpu family']}, model {found.get('model', '?')})"
 
 
 def commit() -> str:

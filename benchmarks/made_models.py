@@ -104,7 +104,7 @@ def _write_one_billion(out: Path) -> None:
 
 
 def openvino_folder(model: str, group: int, python: str) -> Path:
-    """The model as OpenVINO's files, 4-bit in groups: its own reader and tool in its own environment do it."""
+    """The model as OpenVINO's files, 4-bit in groups, made by its own reader and tool in ``python``."""
     out = folder() / f"{model}-openvino-int4-g{group}"
     if not out.exists():
         part = out.with_name(f"{out.name}.part")

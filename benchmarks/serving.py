@@ -44,7 +44,7 @@ from comparison import (
     start_rival,
     why_absent,
 )
-from machine import commit, cpu_name
+from machine import commit, cpu_name, machine_kind
 from regimes import Figure, Prompts, assert_same_alone_and_in_a_batch, measure, rival_regimes
 from rich.console import Console
 from rich.table import Table
@@ -151,6 +151,7 @@ def record(arguments: argparse.Namespace, how: str) -> dict[str, Any]:
         "model": arguments.model,
         "how": how,
         "cpu": cpu_name(),
+        "machine": machine_kind(),
         "threads": arguments.threads_used,
         "repeats": arguments.repeats,
     }
