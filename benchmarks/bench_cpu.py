@@ -42,10 +42,11 @@ def steps(quick: bool, folder: Path) -> list[Step]:
         place.mkdir(parents=True, exist_ok=True)
         # Relative, because the page quotes the command.
         plot = ("--plot", os.path.relpath(place / "linear.svg", ROOT))
-    few = ("--shapes", "135M out", "--tokens", "1", "32", "--repeats", "1") if quick else ()
-    short = (
-        ("--repeats", "1", "--decode-tokens", "8", "--streams", "2", "--regimes", "decode") if quick else ()
-    )
+    few: tuple[str, ...] = ()
+    short: tuple[str, ...] = ()
+    if quick:
+        few = ("--shapes", "135M out", "--tokens", "1", "32", "--repeats", "1")
+        short = ("--repeats", "1", "--decode-tokens", "8", "--streams", "2", "--regimes", "decode")
     found = [
         Step("linear", ("linear.py", *few, *plot)),
         Step("attention", ("attention.py", *(("--repeats", "2") if quick else ()))),
@@ -62,7 +63,7 @@ def steps(quick: bool, folder: Path) -> list[Step]:
     return found
 
 
-# The shared prefix is a matter of attention and scheduling: the embedded model shows it in a tenth of the time.
+# Without the shared prefix: the embedded model shows it in a tenth of the time.
 LARGE = ("--regimes", "prefill", "decode", "streams8", "streams32", "long", "--decode-tokens", "64")
 
 
@@ -94,9 +95,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny, into build/: does it all work?")
     parser.add_argument("--page-only", action="store_true", help="only write the page from what is kept")
     options = parser.parse_args()
-    folder, page = (
-        (ROOT / "build" / "results", ROOT / "build" / "results.md") if options.quick else (FOLDER, PAGE)
-    )
+    folder, page = FOLDER, PAGE
+    if options.quick:
+        folder, page = ROOT / "build" / "results", ROOT / "build" / "results.md"
     planned = [] if options.page_only else steps(options.quick, folder)
     if unknown := set(options.only or ()) - {step.name for step in planned}:
         raise SystemExit(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def replace_section(path: Path, section: str, begin: str, end: str) -> None:
-    """Put ``section`` in the place of the one between the two marks, or at the end. It has the marks itself."""
+    """Put ``section`` in the place of the one between the two marks, or at the end; it has the marks."""
     text = path.read_text("utf-8") if path.exists() else "# Results\n"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end) + "\n?", re.DOTALL)
     if pattern.search(text):

@@ -56,9 +56,9 @@ def section(folder: Path) -> str:
         BEGIN,
         "## CPU speed by machine",
         "",
-        "Made by `make bench-cpu` on each machine, from the JSON beside this page (`results/`); a run replaces its",
-        "own machine's part only. *Ratio*: lowbit over the fastest rival whose model is of about the same size",
-        "(at most 1.25 times), in the same run.",
+        "Made by `make bench-cpu` on each machine, from the JSON beside this page (`results/`); a run",
+        "replaces its own machine's part only. *Ratio*: lowbit over the fastest rival whose model has about",
+        "the same size (at most 1.25 times lowbit's), in the same run.",
         "",
     ]
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
