@@ -1,10 +1,13 @@
 """Everything that docs/results.md says of CPU speed, on this machine: ``make bench-cpu``.
 
 Runs linear.py, attention.py and serving.py --rival all for the embedded model and for the 1B one, keeps what
-they say under docs/results/ and writes the page's section anew. Rivals' Pythons: LOWBIT_RIVAL_PYTHON, and
-LOWBIT_RIVAL_PYTHON_AVX2 for a llama.cpp built without AVX-512, which adds a comparison under LOWBIT_ISA=avx2
-(where the machine has more than AVX2). Whatever is not there is said in the page. Takes an hour or two on a
-quiet machine; --only runs some of the steps, --quick a look at whether everything works (kept elsewhere).
+they say under docs/results/ and writes the page's section anew. Rivals' Pythons: LOWBIT_RIVAL_PYTHON
+("llama.cpp=V/bin/python,openvino=W/bin/python,vllm=X/bin/python"; serving.py tells how each is made), and
+LOWBIT_RIVAL_PYTHON_AVX2 for a llama.cpp built with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=OFF
+-DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" and --no-cache-dir, which adds a
+comparison under LOWBIT_ISA=avx2 (where the machine has more than AVX2). Whatever is not there is said in the
+page. Takes an hour or two on a quiet machine; --only runs some of the steps, --quick a look at whether
+everything works (kept elsewhere).
 """
 
 from __future__ import annotations

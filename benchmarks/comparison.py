@@ -42,7 +42,9 @@ ENGINES = {
     "llama.cpp": Engine(
         "llama.cpp",
         "run_llama.py",
-        "CMAKE_ARGS=-DGGML_NATIVE=ON V/bin/pip install --no-binary llama-cpp-python llama-cpp-python",
+        # Without pip's cache, which would hand out a wheel built with other flags.
+        "CMAKE_ARGS=-DGGML_NATIVE=ON V/bin/pip install --no-cache-dir --no-binary llama-cpp-python "
+        "llama-cpp-python",
         "llama_cpp",
     ),
     "openvino": Engine(

@@ -1,6 +1,6 @@
 """Files that benchmarks need and no package ships, made once by lowbit itself and kept in its cache.
 
-The embedded model in other GGUF types (from its own Q4_1 numbers as bfloat16) and a Llama of 1.2 billion
+The embedded model in other GGUF types (from its own Q4_1 numbers as bfloat16) and a Llama of 1.1 billion
 random weights, whose vocabulary is the embedded model's. Random weights cost the same time as trained ones.
 """
 
