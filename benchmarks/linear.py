@@ -5,8 +5,8 @@
 Before a format is timed its product is compared with the dequantized float32 weight's (inputs rounded to
 bfloat16, as the kernels have them, or quantized as the scheme says), and fewer tokens must give the same
 bits as many. Then copies of the weight, together more than twice the largest cache, are multiplied one after
-another, as the layers of a model are, so that every weight comes from memory; on native kernels the calls
-are one recorded step, without Python between them. torch's F.linear in bfloat16 gets copies of its own and
+another, as the layers of a model are, so that every weight comes from memory (beyond 16 tokens fewer copies
+do); on native kernels the calls are one recorded step, without Python between them. torch's F.linear in bfloat16 gets copies of its own and
 takes turns with the kernel.
 
 *Bound*: what the same run's probes say this machine could do: the longer of reading the packed weight with
@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from linear_formats import FORMATS, SHAPES, Sample, matrix
@@ -187,14 +188,15 @@ class Bench:
 
     def _row(self, format: str, layers: list[Linear], sample: Sample, tokens: int, error: float) -> Row:
         x = self._input(tokens)
-        calls = (self._step(layers, x), self._torch_step(x.bfloat16()))
+        layers, weights = _enough(layers, tokens), _enough(self._torch, tokens)
+        calls = (self._step(layers, x), self._torch_step(weights, x.bfloat16()))
         mine: list[float] = []
         torchs: list[float] = []
         for repeat in range(self.repeats + 1):
             pair = [_seconds(call, self.device) for call in calls]
             if repeat:  # the first turn also meets memory for the first time
                 mine.append(pair[0] / len(layers) * 1e6)
-                torchs.append(pair[1] / len(self._torch) * 1e6)
+                torchs.append(pair[1] / len(weights) * 1e6)
         us, torch_us = statistics.median(mine), statistics.median(torchs)
         nbytes, (rows, columns) = layers[0].nbytes, SHAPES[self.name]
         operations = 2 * tokens * rows * columns
@@ -224,12 +226,20 @@ class Bench:
                 return plan.run
         return step
 
-    def _torch_step(self, x: Tensor) -> Callable[[], object]:
+    def _torch_step(self, weights: list[Tensor], x: Tensor) -> Callable[[], object]:
         def step() -> None:
-            for weight in self._torch:
+            for weight in weights:
                 functional.linear(x, weight)
 
         return step
+
+
+Copy = TypeVar("Copy")
+
+
+def _enough(copies: list[Copy], tokens: int) -> list[Copy]:
+    """Fewer copies for many tokens, whose products take long beside reading the weight."""
+    return copies[: max(2, len(copies) * 16 // max(tokens, 16))]
 
 
 def show(rows: list[Row]) -> None:
