@@ -5,9 +5,9 @@
 Before a format is timed its product is compared with the dequantized float32 weight's (inputs rounded to
 bfloat16, as the kernels have them, or quantized as the scheme says), and fewer tokens must give the same
 bits as many. Then copies of the weight, together more than twice the largest cache, are multiplied one after
-another, as the layers of a model are, so that every weight comes from memory (beyond 16 tokens fewer copies
-do); on native kernels the calls are one recorded step, without Python between them. torch's F.linear in bfloat16 gets copies of its own and
-takes turns with the kernel.
+another, as the layers of a model are, so that every weight comes from memory (beyond 16 tokens fewer do); on
+native kernels the calls are one recorded step, without Python between them. torch's F.linear in bfloat16 gets
+copies of its own and takes turns with the kernel.
 
 *Bound*: what the same run's probes say this machine could do: the longer of reading the packed weight with
 all threads from memory and of the products at the rate of the best dot-product instruction for the inputs
