@@ -4,7 +4,7 @@ Every contestant gets the same prompts in each repeat. The first round is not co
 its variants (settings, such as flash attention on and off) and keeps the fastest for that regime. A rival
 that is far behind the best one there runs no further rounds, so that an hour is not spent on it; the file
 that lowbit itself runs is always measured to the end. *Ratio*: lowbit over the best rival whose model is of
-about the same size.
+about the same size. *Ready*: from the start of a process until it answers, of lowbit its whole server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from targets import Answer, RivalError, RivalTarget, Target
 OWN = "lowbit"
 FAR_BEHIND = 0.75  # of the best rival, in the uncounted round
 SAME_SIZE = 1.25  # a larger model's figure is shown and does not count
-REST_SECONDS = 0.1  # between turns: threads of the one that ran go to sleep
+REST_SECONDS = 0.3  # between turns: threads of the one that ran go to sleep (Intel's OpenMP after 0.2)
 TEXT = "The capital of France is Paris. The capital of Italy is"
 
 

@@ -190,11 +190,14 @@ def compare(arguments: argparse.Namespace) -> None:
     comparison = Comparison([lowbit])
     text = load_tokenizer(header).encode(TEXT)
     for rival, label, path in rival_models(arguments, header.root, comparison.notes):
+        target: RivalTarget | None = None
         try:
             target = start_rival(ENGINES[rival[0]], rival[1], path, arguments.threads_used, label)
             same = agreement(own, target, text)
         except RivalError as error:
             comparison.notes.append(f"{rival[0]} {label}: {error}")
+            if target is not None:
+                target.close()
             continue
         nbytes = model_bytes(path)
         counts = nbytes <= SAME_SIZE * own_bytes
