@@ -129,7 +129,7 @@ def _cpu_name() -> str:
     return "unknown CPU"
 
 
-def _cache_bytes() -> int:
+def cache_bytes() -> int:
     """The size of the largest cache, or a common one where Linux does not say."""
     sizes = [32 << 20]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -273,7 +273,7 @@ class _Bench:
     def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
         self._device = device
         self._clock = clock
-        self._sweep = torch.ones(min(_cache_bytes(), _SWEEP_BYTES) // 4, device=device)
+        self._sweep = torch.ones(min(cache_bytes(), _SWEEP_BYTES) // 4, device=device)
         self._shape = (0, 0)
         self._bf16: Callable[[Tensor], Tensor] = lambda x: x
 
