@@ -73,7 +73,10 @@ inline double first(__m256i x) { return _mm_cvtsi128_si32(_mm256_castsi256_si128
 template <class Sum, class Operand, class Step>
 Work in_registers(std::int64_t rounds, int depth, Sum zero, Operand a, Operand b, const Step& step) {
     Sum sums[ACCUMULATORS];
-    UNROLL for (Sum& sum : sums) sum = zero;
+    UNROLL for (Sum& sum : sums) {
+        sum = zero;
+        hide(sum);  // or equal sums would be computed once
+    }
     for (std::int64_t round = 0; round < rounds; ++round) {
         hide(a);
         UNROLL for (Sum& sum : sums) sum = step(sum, a, b);

@@ -68,7 +68,8 @@ def load_model(
     weight-only integer layers (``numerics.int8_inputs``). ``strict``: contradictions the data could settle
     are errors. ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own.
     ``samples``: gets some rows of each kind of layer, to time. ``save``: the folder the quantized checkpoint
-    is left in; ``calibration``: the text calibrated methods look at. ``packed_cache``: where packed weights are kept.
+    is left in; ``calibration``: the text calibrated methods look at. ``packed_cache``: where packed weights
+    are kept.
     """
     target = Target.resolve(
         header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype, activation_quantization
