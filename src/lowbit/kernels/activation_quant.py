@@ -83,7 +83,7 @@ class InputTransform:
             return self._static(x, scheme)
         if scheme.mode == "delayed":
             return self._delayed(x.float(), scheme)
-        if scheme.block[0] == 0 and scheme.symmetric and not scheme.outliers:
+        if scheme.spans_tokens:
             return _per_tensor(x.float(), scheme)
         return _per_token(x, scheme)
 

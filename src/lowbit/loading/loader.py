@@ -67,6 +67,7 @@ class Loader(Asker):
         self.done = 0
         self.kernels: set[str] = set()
         self.packed_bytes = 0
+        self.spans_tokens = False
         self.states = ActivationStates()
         self._said_unused = False
         self._kv_scales = kv_scales
@@ -139,6 +140,8 @@ class Loader(Asker):
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
             inputs.append(transform)
+            if transform is not None and transform.scheme is not None and transform.scheme.spans_tokens:
+                self.spans_tokens = True
             if self.samples is not None:
                 self.samples.note(weight, weights[-1], transform)
         return Linear(name, weights, bias, inputs)

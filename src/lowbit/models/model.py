@@ -22,6 +22,7 @@ class Model(Protocol):
     kernels: frozenset[str]
     quantization: str
     weight_bytes: int
+    spans_tokens: bool  # some layer's input has a scale of a whole step's tokens, or of earlier steps'
     states: ActivationStates  # of inputs with delayed scales; set by load_model, updated by every forward
 
     def cache_specs(self) -> list[CacheSpec]:

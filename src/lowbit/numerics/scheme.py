@@ -69,6 +69,12 @@ class ActivationScheme:
             if self.limit == max((value for value in values if math.isfinite(value)), default=0.0):
                 object.__setattr__(self, "limit", 0.0)
 
+    @property
+    def spans_tokens(self) -> bool:
+        """Whether a token's codes depend on other tokens: of its step, or of steps before."""
+        dynamic = self.mode == "dynamic" and self.symmetric and not self.outliers
+        return self.mode == "delayed" or (dynamic and self.block == (0, 0))
+
     def __str__(self) -> str:
         rows, columns = ("all" if size == 0 else str(size) for size in self.block)
         shape = "" if self.symmetric else " asym"

@@ -40,6 +40,8 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     cached_tokens: int = 0
     completion_tokens: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
     finish_reason: str | None = None
     matched_stop: str | int | None = None
     begun: bool = False  # a chunk was sent
@@ -57,6 +59,8 @@ class Output:
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
             self.matched_stop = event.matched_stop
+            self.accepted_drafts = event.accepted_drafts
+            self.rejected_drafts = event.rejected_drafts
             self.completion_tokens = max(self.completion_tokens, event.completion_tokens)
 
 
@@ -102,6 +106,10 @@ class Generation:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(output.accepted_drafts for output in self.outputs),
+                "rejected_prediction_tokens": sum(output.rejected_drafts for output in self.outputs),
+            },
         }
 
     def add(self, index: int, event: TokenEvent, request_id: str) -> Output:
