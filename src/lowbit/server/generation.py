@@ -97,7 +97,7 @@ class Generation:
         return cls(requests, [Output(request.prompt) for request in requests], n)
 
     def usage(self) -> dict[str, object]:
-        """OpenAI's usage; a prompt counts once, whatever n is."""
+        """OpenAI's usage; a prompt counts once, whatever n is. Predictions are drafts of speculation."""
         prompt = sum(len(output.prompt) for output in self.outputs[:: self.n])
         completion = sum(output.completion_tokens for output in self.outputs)
         cached = sum(output.cached_tokens for output in self.outputs[:: self.n])
@@ -242,6 +242,9 @@ def _account(exchange: Exchange, generation: Generation) -> None:
     usage = generation.usage()
     exchange.log["prompt_tokens"] = usage["prompt_tokens"]
     exchange.log["completion_tokens"] = usage["completion_tokens"]
+    accepted = sum(output.accepted_drafts for output in generation.outputs)
+    if drafts := accepted + sum(output.rejected_drafts for output in generation.outputs):
+        exchange.log["draft_tokens"], exchange.log["accepted_draft_tokens"] = drafts, accepted
 
 
 def created() -> int:
