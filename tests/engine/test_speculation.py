@@ -32,6 +32,7 @@ from lowbit.quantize.recipe import Asked
 from lowbit.settings import Settings
 from lowbit.tokenization import load_tokenizer
 from lowbit.tokenization.tokenizer import Tokenizer
+from models import test_deepseek, test_families
 
 NGRAM = {"speculative_algorithm": "NGRAM", "speculative_ngram_min_match_window_size": 1}
 
@@ -518,6 +519,31 @@ def test_quantized_inputs(scheme: str, tmp_path: Path) -> None:
     for index in range(16):
         prompt = tuple(draw.randrange(4, 9) for _ in range(30))
         sampling = SamplingParams(temperature=0.7 * (index % 2), seed=index, max_tokens=40, logprobs=3)
+        requests.append(Request(id=str(index), prompt=prompt, sampling=sampling))
+    check_model(model, ByteTokenizer(), requests, [{"max_total_tokens": 512}, {"max_running_requests": 2}])
+
+
+@pytest.mark.usefixtures("as_the_engine_runs")
+@pytest.mark.parametrize("family", ["Mixtral", "Gemma3", "GptOss", "DeepSeek"])
+def test_windows_mixtures_and_latents(family: str, tmp_path: Path) -> None:
+    """Of random weights; some answers are kept to two tokens, so that they repeat themselves."""
+    if family == "DeepSeek":
+        test_deepseek.make_checkpoint("DeepseekV3 native, biases", tmp_path)
+    else:
+        test_families.make_checkpoint(family, tmp_path)
+    model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+    draw = random.Random(6)
+    requests = []
+    for index in range(8):
+        prompt = tuple(draw.randrange(4, 9) for _ in range(12 * index + 1))
+        sampling = SamplingParams(
+            temperature=0.3 * (index % 2),
+            seed=index,
+            max_tokens=60,
+            logprobs=3,
+            ignore_eos=True,
+            logit_bias={4: 30.0, 5: 30.0} if index % 3 == 0 else {},
+        )
         requests.append(Request(id=str(index), prompt=prompt, sampling=sampling))
     check_model(model, ByteTokenizer(), requests, [{"max_total_tokens": 512}, {"max_running_requests": 2}])
 

@@ -200,10 +200,10 @@ class Engine:
         """The chunks, those of decoding sequences with what may follow, as far as it is worth its time."""
         rules = self._speculation
         decoding = [c.sequence for c in chunks if c.sequence.pending == 1 and c.sequence.output_length > 0]
-        if rules is None or not decoding:
-            return chunks
         left = len(decoding)
-        room = max(STEP_TOKENS, 1 + rules.most) - left
+        if rules is None or not 0 < left < STEP_TOKENS:
+            return chunks
+        room = rules.most if left == 1 else STEP_TOKENS - left
         sure = worth(left)
         drafted = []
         for chunk in chunks:
@@ -211,7 +211,7 @@ class Engine:
             if sequence in decoding:
                 assert sequence.drafter is not None, "every sequence of this engine has one"
                 # The last token it may have needs no draft: nothing is chosen behind it.
-                most = min(rules.most, max(room, 0) // left, sequence.limit - len(sequence.tokens) - 1)
+                most = min(rules.most, room // left, sequence.limit - len(sequence.tokens) - 1)
                 drafts = sequence.drafter.draft(most, sure)
                 drafts = drafts[: self._scheduler.room_for_drafts(chunk, len(drafts))]
                 chunk = replace(chunk, drafts=drafts)

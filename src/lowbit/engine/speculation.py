@@ -24,7 +24,9 @@ from dataclasses import dataclass
 from lowbit.errors import LowbitError, printable
 from lowbit.settings import Settings, did_you_mean
 
-STEP_TOKENS = 16  # of all sequences in a step with drafts: near there a step's time becomes linear in them
+# Of all sequences in a step with drafts: near there a step's time becomes linear in its tokens, and a draft
+# costs as much as a token of one more sequence. One that runs alone may have more: nobody waits for it.
+STEP_TOKENS = 16
 # What a token more adds to a step, in steps of one token: 0.2 to 0.3 from 2 to 16 tokens, measured with
 # Q4_1 and Q6_K weights on one AVX-512 core. Less where memory is the bound; then drafts are a little too few.
 DRAFT_COST = 0.3
