@@ -29,7 +29,7 @@ COMPARED: dict[str, str] = {
     "disable_cuda_graph": "the same: every step runs eagerly",
     "random_seed": "of requests that bring no seed",
     "speculative_algorithm": "NGRAM, from each sequence's own text, on a CPU too; others are refused by name",
-    "speculative_num_draft_tokens": "at most; SGLang counts the token before them too",
+    "speculative_num_draft_tokens": "at most; fewer while they are wrong, and beside other sequences",
     "speculative_ngram_min_match_window_size": "the same; 2 unless set",
     "speculative_ngram_max_match_window_size": "the same",
 }
@@ -105,6 +105,7 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
         (
             *("--speculative-ngram-min-bfs-breadth", "--speculative-ngram-max-bfs-breadth"),
             *("--speculative-ngram-match-type", "--speculative-ngram-branch-length"),
+            "--speculative-ngram-max-trie-depth",
         ),
         ("value", _NO_TREES),
     ),
