@@ -46,6 +46,10 @@ _POLICIES_REFUSED = (
     ("priority", "requests have no priorities here; use fcfs"),
     ("routing-key", "there is one engine and no router; use lpm"),
 )
+_DRAFTS_REFUSED = tuple(
+    (name, "there are no draft models or heads here; use NGRAM, which drafts from the sequence's own text")
+    for name in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK")
+)
 
 Flags = Mapping[str, tuple[str, str | bool]]  # field -> the flag as written and its text, True for a switch
 
@@ -216,6 +220,26 @@ class Settings:
     disable_cuda_graph: bool = option(
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
     )
+    speculative_algorithm: str | None = option(
+        None, "NGRAM: compute several tokens of a sequence in one step where its next ones can be guessed "
+        "from its own text, as in copies and edits. Answers stay the same, token for token.", "engine",
+        choices=("NGRAM",), synonyms=(("ngram", "NGRAM"),), refused=_DRAFTS_REFUSED,
+    )  # fmt: skip
+    speculative_num_draft_tokens: int = option(
+        12, "Guessed tokens of a sequence in one step, at most; fewer while they are wrong, and when many "
+        "sequences run.", "engine", minimum=1, maximum=64,
+    )  # fmt: skip
+    speculative_ngram_min_match_window_size: int = option(
+        2, "Tokens that must have stood in the text before what is guessed.", "engine", minimum=1, maximum=64
+    )
+    speculative_ngram_max_match_window_size: int = option(
+        12, "Of several places the one where more tokens match is taken, up to so many.", "engine",
+        minimum=1, maximum=64,
+    )  # fmt: skip
+    speculative_config: str | None = option(
+        None, "The same as a JSON object of vLLM's: {\"method\": \"ngram\", \"num_speculative_tokens\": 8}, "
+        "with prompt_lookup_min and prompt_lookup_max.", "engine",
+    )  # fmt: skip
     kernel_timings: str = option(
         "auto", "Time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios and warn "
         "where bf16 is faster; a server does it once it is ready and idle, with --strict before. auto: "

@@ -125,6 +125,7 @@ def load_model(
     model.quantization = opened.described
     model.weight_bytes = loader.packed_bytes
     model.mapped_bytes = loader.mapped_bytes
+    model.spans_tokens = loader.spans_tokens
     model.states = loader.states
     if opened.recipe is not None and (states := opened.recipe.delayed_states) is not None:
         model.states.resume(states)

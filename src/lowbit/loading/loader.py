@@ -71,6 +71,7 @@ class Loader(Asker):
         self.done = 0
         self.kernels: set[str] = set()
         self.packed_bytes = 0
+        self.spans_tokens = False
         self.states = ActivationStates()
         self._said_unused = False
         self._kv_scales = kv_scales
@@ -148,6 +149,8 @@ class Loader(Asker):
         with_state: dict[int, InputTransform] = {}
         inputs: list[InputTransform | None] = []
         for packed, transform in zip(kept.weights, kept.inputs, strict=True):
+            if transform is not None and transform.scheme is not None and transform.scheme.depends_on_batch:
+                self.spans_tokens = True
             if transform is not None and transform.scheme is not None and transform.scheme.delay is not None:
                 if id(transform) not in with_state:
                     state = self.states.add(name, transform.scheme, self.device)

@@ -245,6 +245,7 @@ class Deepseek:
         self.quantization = ""
         self.weight_bytes = 0
         self.mapped_bytes = 0
+        self.spans_tokens = False
         self.states = ActivationStates()
         self.embedding = embedding
         self.blocks = blocks
