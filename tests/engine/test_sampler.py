@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from engine.stand_in import ByteTokenizer
+from lowbit.engine import sampler
 from lowbit.engine.messages import Request, SamplingParams
-from lowbit.engine.sampler import log_probabilities, sample
+from lowbit.engine.sampler import log_probabilities
 from lowbit.engine.sequence import Sequence
 
 SIZE = 50
@@ -21,6 +22,12 @@ def sequence(prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **o
     made = Sequence.start(request, 1000, frozenset({3}), ByteTokenizer(), None)
     made.tokens += output
     return made
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """A token of each row."""
+    likeliest = logits.argmax(dim=1).tolist()
+    return [sampler.sample(*given) for given in zip(logits, sequences, likeliest, strict=True)]
 
 
 def row(seed: int = 0) -> torch.Tensor:

@@ -8,6 +8,7 @@ engine process (process.py) and ``LLM`` drive it. Every accepted request ends in
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from lowbit.engine.scheduler import Chunk, Scheduler
 from lowbit.engine.sequence import Sequence
 from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
 from lowbit.errors import LowbitError, printable, thousands
+from lowbit.kernels.row_peaks import row_peaks
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
@@ -243,20 +245,21 @@ class Engine:
             return []
         rows, owners = self._wanted_rows(chunks)
         logits = self._runner.forward(chunks, rows)
+        peaks, likeliest = row_peaks(logits)
         self._steps += 1
         events: list[TokenEvent] = []
         first = 0
         turns: list[_Turn] = []
         for chunk, count in zip(chunks, owners, strict=True):
             known = first + count - len(chunk.drafts)
-            event = self._account(chunk, logits[first:known])
+            event = self._account(chunk, logits, peaks, first, known)
             if event is not None:
                 events.append(event)
             elif chunk.sequence.pending == 0:
                 turns.append(_Turn(chunk.sequence, chunk.drafts, known - 1))
                 self._note_drafts(chunk)
             first += count
-        events += self._choose(turns, logits)
+        events += self._choose(turns, logits, peaks, likeliest)
         self._force()
         return events
 
@@ -277,16 +280,20 @@ class Engine:
             first = last + 1
         return rows, owners
 
-    def _account(self, chunk: Chunk, logits: Tensor) -> TokenEvent | None:
-        """Take note of a computed chunk; an event where it ends the sequence (NaN, or only echo)."""
+    def _account(
+        self, chunk: Chunk, logits: Tensor, peaks: list[float], first: int, last: int
+    ) -> TokenEvent | None:
+        """Take note of a computed chunk, whose logits are rows ``first`` to ``last``; an event where it ends
+        the sequence (NaN, or only echo)."""
         sequence = chunk.sequence
         start = sequence.computed
         self._prompt_tokens += max(0, min(start + chunk.count, sequence.prompt_length) - start)
-        if len(logits) and not bool(torch.isfinite(logits.amax(dim=1)).all()):
-            return self._end(sequence, "error", "model_numerical_error", self._numerical_error(start, logits))
+        if not all(map(math.isfinite, peaks[first:last])):
+            error = self._numerical_error(start, logits[first:last])
+            return self._end(sequence, "error", "model_numerical_error", error)
         sequence.computed += chunk.count
         if sequence.wants_prompt_logprobs:
-            self._note_prompt_logprobs(sequence, start, logits)
+            self._note_prompt_logprobs(sequence, start, logits[first:last])
         if sequence.computed <= sequence.prompt_length:
             self._scheduler.cache_computed(sequence)
         if sequence.pending == 0 and sequence.request.echo_only:
@@ -313,7 +320,9 @@ class Engine:
                 token = sequence.request.prompt[target]
                 sequence.prompt_logprobs.append(log_probabilities(row, token, alternatives))
 
-    def _choose(self, turns: list[_Turn], logits: Tensor) -> list[TokenEvent]:
+    def _choose(
+        self, turns: list[_Turn], logits: Tensor, peaks: list[float], likeliest: list[int]
+    ) -> list[TokenEvent]:
         """Choose and append each sequence's next token; again while it is the draft computed there.
 
         A token is chosen only once those before it are known, as without drafts: penalties, stop rules and
@@ -322,16 +331,15 @@ class Engine:
         events: list[TokenEvent] = []
         going = turns
         while going:
-            picked = logits[[turn.row for turn in going]]
-            tokens = sample(picked, [turn.sequence for turn in going])
             continuing: list[_Turn] = []
-            for turn, token, row in zip(going, tokens, picked, strict=True):
-                last = self._append(turn, token, row)
+            for turn in going:
+                row = logits[turn.row]
+                last = self._append(turn, sample(row, turn.sequence, likeliest[turn.row]), row)
                 if last is not None:
                     events.append(last)
                 elif not turn.continues:
                     events.append(self._event(turn.sequence, turn))
-                elif torch.isfinite(logits[turn.row + 1].amax()):
+                elif math.isfinite(peaks[turn.row + 1]):
                     turn.row += 1
                     turn.sequence.computed += 1
                     continuing.append(turn)

@@ -17,13 +17,9 @@ from lowbit.engine.sequence import Sequence
 _CANDIDATES = 1024  # top-p rarely needs more; then no whole vocabulary is sorted
 
 
-def sample(logits: Tensor, sequences: list[Sequence]) -> list[int]:
-    """The next token of each row. logits float32 (rows, vocabulary), finite."""
-    greedy = logits.argmax(dim=1).tolist()  # of equal logits the lowest id
-    return [
-        token if _is_plain_greedy(sequence) else _sample_row(row, sequence)
-        for token, row, sequence in zip(greedy, logits, sequences, strict=True)
-    ]
+def sample(logits: Tensor, sequence: Sequence, likeliest: int) -> int:
+    """The next token. logits float32 (vocabulary,), finite; ``likeliest``: the first of the largest."""
+    return likeliest if _is_plain_greedy(sequence) else _sample_row(logits, sequence)
 
 
 def _is_plain_greedy(sequence: Sequence) -> bool:

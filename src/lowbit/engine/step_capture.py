@@ -86,7 +86,7 @@ class StepCapture:
         return list(self._plans)
 
     def run(self, batch: ForwardBatch) -> Tensor:
-        """The logits of a decode step, in memory of their own."""
+        """The logits of a decode step; the next one overwrites them."""
         size = (len(batch.query_lengths), len(batch.tokens))
         if self.refusal or (self._too_large and size[1] >= self._too_large):
             return self._forward(batch)
@@ -97,7 +97,7 @@ class StepCapture:
             return self._record(size, static)
         self._plans.move_to_end(size)
         self.replayed += 1
-        return plan.run().clone()
+        return plan.run()
 
     def _grow(self, *needed: int) -> None:
         """Larger static tensors where the batch needs them; plans hold the old ones' addresses."""
@@ -119,4 +119,4 @@ class StepCapture:
         else:
             self.refusal = recorder.reason
             _log.warning("lowbit: step capture off: %s; running eagerly", recorder.reason)
-        return logits.clone()
+        return logits
