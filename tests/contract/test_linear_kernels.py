@@ -294,11 +294,10 @@ def test_choice_keeps_the_reasons() -> None:
     assert [name for name, _ in choice.refusals] == ["cpu_blocks", "cpu_dense"]
 
 
+@needs_native
 def test_wrong_input_is_named() -> None:
     weight = canonical("int4", 32)
     packed = linear_kernels()[0].pack(weight, CPU)
-    if not isinstance(packed, NativeWeight):
-        pytest.skip("no native library")
     with pytest.raises(LowbitError, match="255 columns, weight 256"):
         packed.kernel.linear(torch.ones(1, 255), packed)
     with pytest.raises(LowbitError, match=r"outside 0\.\.36"):
