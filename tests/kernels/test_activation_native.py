@@ -1,22 +1,21 @@
-"""Native input quantization: bit for bit what torch defines, over cruel data, on every instruction set."""
+"""Native input quantization: bit for bit what torch defines, over cruel data."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationState
 from lowbit.numerics.llm_int8 import llm_int8_inputs
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
+from sparse_memory import far_apart
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 INT8, INT4, E4M3, E5M2, E2M1, E2M3, E3M2, E8M0, BF16 = (
     number_format(name) for name in ("int8", "int4", "e4m3", "e5m2", "e2m1", "e2m3", "e3m2", "e8m0", "bf16")
@@ -207,13 +206,13 @@ def test_delayed_scales_are_the_same_in_torch(delay: Delay) -> None:
         assert same(ours.state.amax_history, theirs.state.amax_history)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "amx"])
-def test_on_every_instruction_set(isa: str) -> None:
-    if os.environ.get("LOWBIT_ISA") or isa == native.isa():
-        pytest.skip("this one runs here")
-    if not native.has(isa) or native._library_file(isa) is None:
-        pytest.skip(f"no {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    run = subprocess.run(command, env=os.environ | {"LOWBIT_ISA": isa}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
+@pytest.mark.parametrize("scheme", DYNAMIC + PER_TENSOR, ids=name)
+def test_nothing_past_the_end_is_touched(scheme: ActivationScheme) -> None:
+    for columns in (*range(1, 36), 127, 129):
+        x, multiplier = cruel(columns)[3:9], at_guard_page(torch.linspace(0.5, 2, columns))
+        check(InputTransform(scheme, multiplier), rows_at_guard_page(x, columns + 3))
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC + PER_TENSOR, ids=name)
+def test_rows_past_two_to_the_31(scheme: ActivationScheme) -> None:
+    check(InputTransform(scheme), far_apart(cruel(40)[3:6]))

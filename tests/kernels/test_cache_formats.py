@@ -33,6 +33,7 @@ from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.numerics.cache_format import K_FORMATS, V_FORMATS, KvDtype
 from oracles import kv_cache as oracle
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 NAMES = tuple(K_FORMATS)
 NARROW = ("fp8_e4m3", "fp8_e5m2", "int8", "int4")
 PAIRS = list(itertools.product(NAMES, NAMES))

@@ -9,16 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from guard_page import at_guard_page
+from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
 from lowbit.kernels import elementwise, native
 from lowbit.kernels.elementwise import (
     RotaryTable,
     add_rms_norm,
+    affine,
     apply_rotary,
     gated_activation,
+    gather_columns,
+    gather_rows,
     rms_norm,
+    rms_norm_heads,
+    softcap,
 )
+from sparse_memory import far_apart
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 WIDTHS = [1, 15, 16, 17, 64, 576, 1000, 4099]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -189,14 +197,59 @@ def test_strided_rows() -> None:
     assert add_rms_norm(view, residual, weight, 1e-5).equal(rms_norm(dense, weight, 1e-5))
 
 
+def results(x: Tensor, gate_up: Tensor, heads: Tensor, place: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Every operation on x (rows, width), gate_up (rows, 2 width) and heads (rows, 3, 4).
+
+    ``place`` makes an output, a vector or a copy that an operation works on in place.
+    """
+    rows, width = x.shape
+    weight = place(normal(1, width, seed=1))[0]
+    unset, short = torch.full_like(x, torch.nan), torch.arange(rows - 1, -1, -1)
+    table = RotaryTable.build(torch.tensor([0.5, 0.25]), 8, 1.0, torch.device("cpu"))
+    residual, k, factor = place(2 * x.flip(1)), place(heads[:, :1]), normal(rows, seed=5)
+    turned, normed, capped = place(heads), place(heads), place(x)
+    apply_rotary(turned, k, table, torch.arange(rows, dtype=torch.int32))
+    rms_norm_heads(normed, normal(4, seed=3), 1e-5)
+    softcap(capped, 0.5)
+    return [
+        rms_norm(x, weight, 1e-5, out=place(unset)),
+        add_rms_norm(x, residual, weight, 1e-5),
+        residual,
+        *(gated_activation(gate_up, name, out=place(unset)) for name in ACTIVATIONS),
+        affine(x, column=weight, factor=factor, number=0.7, divisor=3.0, bias=weight, out=place(unset)),
+        affine(x, factor=factor[:1]),
+        gather_rows(x, short),
+        gather_columns(x, torch.arange(width - 1, -1, -1)),
+        turned,
+        k,
+        normed,
+        capped,
+    ]
+
+
+@pytest.mark.parametrize("width", [1, 33])
+def test_rows_past_two_to_the_31(width: int) -> None:
+    """Rows that lie gigabytes apart, of inputs, outputs and what is changed in place."""
+    x, gate_up, heads = normal(3, width), normal(3, 2 * width, seed=1), normal(3, 3, 4, seed=2)
+
+    def place(values: Tensor) -> Tensor:
+        return values.clone() if len(values) == 1 else far_apart(values)
+
+    found = results(far_apart(x), far_apart(gate_up), far_apart(heads), place)
+    for left, right in zip(found, results(x, gate_up, heads, torch.clone), strict=True):
+        assert left.isfinite().all() and left.equal(right)
+
+
 @pytest.mark.parametrize("width", range(1, 36))
 def test_nothing_past_the_end_is_touched(width: int) -> None:
-    x, weight = at_guard_page(normal(3, width)), at_guard_page(normal(width, seed=1))
-    out = at_guard_page(torch.full((3, width), torch.nan))
-    assert rms_norm(x, weight, 1e-5, out=out).isfinite().all()
-    add_rms_norm(x, out, weight, 1e-5)
-    gated = at_guard_page(torch.full((3, width), torch.nan))
-    assert gated_activation(at_guard_page(normal(3, 2 * width)), "silu", out=gated).isfinite().all()
+    x, gate_up, heads = normal(3, width), normal(3, 2 * width, seed=1), normal(3, 3, 4, seed=2)
+
+    def place(values: Tensor) -> Tensor:
+        return rows_at_guard_page(values.flatten(1), values[0].numel() + 5).view(values.shape)
+
+    found = results(place(x), place(gate_up), place(heads), place)
+    for left, right in zip(found, results(x, gate_up, heads, torch.clone), strict=True):
+        assert left.isfinite().all() and left.equal(right)
     table = RotaryTable(at_guard_page(normal(4, width)), at_guard_page(normal(4, width)))
     k = at_guard_page(normal(3, 1, 2 * width))
-    apply_rotary(k.clone(), k, table, torch.tensor([3, 3, 3], dtype=torch.int32))
+    apply_rotary(k.clone(), k, table, at_guard_page(torch.tensor([3, 3, 3], dtype=torch.int32)))

@@ -7,9 +7,13 @@ import math
 import pytest
 import torch
 
+from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.kernels import native
 from lowbit.kernels.encode import _function, encode
 from lowbit.numerics.number_formats import nearest_code, number_format
+from sparse_memory import far_apart
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 FORMATS = (
     *("int2", "int3", "int4", "int8", "uint2", "uint4", "uint8"),
@@ -60,3 +64,19 @@ def test_every_sixteenth_bit_pattern_of_e4m3() -> None:
     x = x[~x.isnan()].unsqueeze(0)
     fmt = number_format("e4m3")
     assert torch.equal(encode(x, torch.ones(1, 1), 0, fmt), nearest_code(x, fmt))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_past_the_end_is_touched(name: str) -> None:
+    fmt = number_format(name)
+    for columns in range(1, 40):
+        x = torch.randn(3, columns, generator=torch.Generator().manual_seed(columns)) * 4
+        scale = torch.linspace(0.5, 2, 3 * -(-columns // 16)).view(3, -1)
+        found = encode(rows_at_guard_page(x, columns + 7), at_guard_page(scale), 16, fmt)
+        assert torch.equal(found, nearest_code(x / scale.repeat_interleave(16, 1)[:, :columns], fmt))
+
+
+def test_rows_past_two_to_the_31() -> None:
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)) * 4
+    fmt = number_format("int8")
+    assert torch.equal(encode(far_apart(x), torch.ones(1, 1), 0, fmt), nearest_code(x, fmt))

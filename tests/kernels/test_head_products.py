@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from guard_page import at_guard_page
+from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.kernels import head_products, native
 from lowbit.kernels.head_products import HeadMatrices
+from sparse_memory import far_apart
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 SHAPES = [(1, 1, 1), (3, 16, 512), (4, 128, 20), (2, 5, 64), (5, 24, 37), (2, 512, 128)]
 
@@ -66,9 +69,25 @@ def test_reads_and_writes_views() -> None:
 
 @pytest.mark.skipif(native.library() is None, reason="the native library was not built")
 @pytest.mark.parametrize("exact", [False, True])
-def test_nothing_past_the_end_is_touched(exact: bool) -> None:
-    matrices, x = draw(2, 7, 37, tokens=7)
-    packed = HeadMatrices.pack(matrices.bfloat16().float() if exact else matrices)
-    guarded = HeadMatrices(at_guard_page(packed.weights), packed.outputs)
-    out = at_guard_page(torch.zeros(7, 2, 37))
-    assert guarded(at_guard_page(x), out=out).equal(packed(x))
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 37), (3, 16, 15), (1, 33, 70)])
+def test_nothing_past_the_end_is_touched(shape: tuple[int, int, int], exact: bool) -> None:
+    heads, inputs, outputs = shape
+    for tokens in range(1, 12):
+        matrices, x = draw(*shape, tokens=tokens)
+        packed = HeadMatrices.pack(matrices.bfloat16().float() if exact else matrices)
+        guarded = HeadMatrices(at_guard_page(packed.weights), packed.outputs)
+        wide = rows_at_guard_page(x.flatten(1), heads * inputs + 3).view(x.shape)
+        out = rows_at_guard_page(torch.zeros(tokens, heads * outputs), heads * outputs + 5)
+        assert guarded(wide, out=out.view(tokens, heads, outputs)).equal(packed(x))
+        between = out.as_strided(
+            (tokens - 1, 5), (heads * outputs + 5, 1), out.storage_offset() + out.shape[1]
+        )
+        assert between.isnan().all(), "what lies between two rows of the output is not its"
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+def test_tokens_past_two_to_the_31() -> None:
+    matrices, x = draw(2, 20, 37, tokens=3)
+    packed = HeadMatrices.pack(matrices)
+    out = far_apart(torch.full((3, 2, 37), torch.nan))
+    assert packed(far_apart(x), out=out).equal(packed(x))

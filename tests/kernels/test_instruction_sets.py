@@ -1,0 +1,92 @@
+"""The tests of all native kernels once more, under every other instruction set that this CPU has.
+
+And, marked slow, in a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowbit.kernels import native
+
+TESTS = Path(__file__).parents[1]
+NATIVE = [
+    *("contract/test_linear_kernels.py", "kernels/test_attention.py", "kernels/test_cache_formats.py"),
+    *("kernels/test_elementwise.py", "kernels/test_head_products.py", "kernels/test_activation_native.py"),
+    *("kernels/test_encode.py", "kernels/test_step_plan.py", "quantize/test_gguf_blocks.py"),
+]
+# What runs on torch where there is no library.
+SCALAR = [
+    *("contract/test_linear_kernels.py", "kernels/test_elementwise.py", "kernels/test_head_products.py"),
+    *("kernels/test_encode.py", "kernels/test_activation_quant.py"),
+]
+OTHERS = [
+    isa
+    for isa in (*native.INSTRUCTION_SETS, "amx_emulated")
+    if native.has(isa) and native._library_file(isa) and isa != native.isa()
+]
+
+
+@pytest.mark.skipif(bool(os.environ.get("LOWBIT_ISA")), reason="an instruction set is forced already")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("isa", [*OTHERS, "scalar"])
+def test_kernels_under(isa: str) -> None:
+    """In a process of their own, which fails where it cannot load that library."""
+    run_tests(SCALAR if isa == "scalar" else NATIVE, {"LOWBIT_ISA": isa})
+
+
+def run_tests(files: list[str], environment: dict[str, str]) -> None:
+    """Without the kernels of torch, which no library changes; torch on one thread, more would only wait."""
+    command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-k", "not reference"]
+    command += [str(TESTS / file) for file in files]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def tool(name: str) -> str:
+    """A program of this environment, or of the system."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    if found is None:
+        pytest.skip(f"no {name}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_nothing_for_the_sanitizers_to_report(tmp_path: Path) -> None:
+    """The instruction set in use, built anew; a report ends the process and so fails the test."""
+    isa, source = native.isa(), TESTS.parent
+    if isa == "scalar" or not (source / "CMakeLists.txt").is_file():
+        pytest.skip("no native code here")
+    cmake, compiler = tool("cmake"), tool("g++")
+    runtime = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    ]
+    if not all(os.path.isabs(name) for name in runtime):
+        pytest.skip("the compiler has no sanitizers")
+    configure = [cmake, "-S", str(source), "-B", str(tmp_path), f"-DCMAKE_CXX_COMPILER={compiler}"]
+    emulate = "ON" if isa == "amx_emulated" else "OFF"
+    configure += ["-DCMAKE_BUILD_TYPE=Release", "-DLOWBIT_SANITIZE=ON", f"-DLOWBIT_EMULATE_AMX={emulate}"]
+    build = [cmake, "--build", str(tmp_path), "--target", f"lowbit_{isa}", "--parallel", str(os.cpu_count())]
+    for command in (configure, build):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_tests(
+        NATIVE,
+        {
+            "LOWBIT_ISA": isa,
+            "LOWBIT_NATIVE_DIR": str(tmp_path),
+            "LD_PRELOAD": " ".join(runtime),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        },
+    )
