@@ -107,7 +107,9 @@ def rows_of(plan: StepPlan, repeats: int) -> list[Row]:
 
 def main() -> None:
     """Print one table a step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--quantization")
     parser.add_argument("--step", action="append", help="NxCONTEXT, or NxTOKENSp for a prefill")
@@ -135,7 +137,9 @@ def main() -> None:
         for name, calls, spent, bandwidth, rate in rows:
             share = f"{100 * spent / total:.1f}"
             speeds = (f"{bandwidth:.1f}", f"{rate:.0f}") if bandwidth else ("", "")
-            table.add_row(name, str(calls), f"{spent * 1e6:.0f}", share, f"{spent / calls * 1e6:.1f}", *speeds)
+            table.add_row(
+                name, str(calls), f"{spent * 1e6:.0f}", share, f"{spent / calls * 1e6:.1f}", *speeds
+            )
         console.print(table)
         results[text] = {
             "replay_ms": replay * 1e3,

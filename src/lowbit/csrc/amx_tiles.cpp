@@ -196,19 +196,19 @@ void dot_bfloats(int c, int a, int b) {
 // Sums wrap around.
 void dot_bytes(int c, int a, int b) {
     need_product(c, a, b, "tdpbsud");
+    constexpr int LANES = TILE_LINE / 4;
     const int depth = line_of(a) / 4, width = line_of(c) / 4;
+    int wide_b[4 * TILE_ROWS][LANES] = {};
+    for (int k = 0; k < 4 * depth; ++k) {
+        for (int n = 0; n < width; ++n) wide_b[k][n] = read<std::uint8_t>(state.tiles[b], k / 4, 4 * n + k % 4);
+    }
     Tile made{};
     for (int m = 0; m < rows_of(c); ++m) {
-        std::uint32_t sums[TILE_LINE / 4] = {};
+        std::uint32_t sums[LANES] = {};
         std::memcpy(sums, state.tiles[c].bytes[m], static_cast<std::size_t>(line_of(c)));
-        for (int k = 0; k < depth; ++k) {
-            for (int n = 0; n < width; ++n) {
-                for (int i = 0; i < 4; ++i) {
-                    const int product = read<std::int8_t>(state.tiles[a], m, 4 * k + i) *
-                                        read<std::uint8_t>(state.tiles[b], k, 4 * n + i);
-                    sums[n] += static_cast<std::uint32_t>(product);
-                }
-            }
+        for (int k = 0; k < 4 * depth; ++k) {
+            const int wide_a = read<std::int8_t>(state.tiles[a], m, k);
+            for (int n = 0; n < LANES; ++n) sums[n] += static_cast<std::uint32_t>(wide_a * wide_b[k][n]);
         }
         std::memcpy(made.bytes[m], sums, static_cast<std::size_t>(line_of(c)));
     }

@@ -1,6 +1,6 @@
 // Linear layers on packed weights: y = x W^T for one token or a thousand, one routine for all of them.
 //
-// A task is a few blocks of 16 output rows and up to 64 tokens. It walks its tiles once, front to back (one
+// A task is a few blocks of 16 output rows and up to TOKEN_TILE tokens. It walks its tiles once, front to back (one
 // sequential stream of weights), decodes each tile and multiplies it with every token; totals stay in L1.
 // x is first rounded to what the kernel multiplies (linear_input.h).
 

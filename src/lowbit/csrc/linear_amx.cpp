@@ -134,9 +134,16 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
     constexpr int SPANS = PARTS == 4 ? 2 : 1;  // of x's scale
     alignas(64) float products[2][TILE_ROWS][ROWS];
     const int tokens = ALL ? TILE_ROWS : x.tokens - token;
+    const auto each = [&](auto&& body) INLINE {
+        if constexpr (ALL) {
+            UNROLL
+            for (int t = 0; t < TILE_ROWS; ++t) body(t);
+        } else {
+            for (int t = 0; t < tokens; ++t) body(t);
+        }
+    };
     Sixteen held[TILE_ROWS];
-    UNROLL
-    for (int t = 0; t < TILE_ROWS; ++t) held[t] = ALL || t < tokens ? sixteen_load(totals[t]) : sixteen_zeros();
+    each([&](int t) INLINE { held[t] = sixteen_load(totals[t]); });
 
     const auto multiply = [&](auto parity, int slot) INLINE {
         constexpr int C = decltype(parity)::value, A = PARTS == 1 ? 4 + C : 4, B = 6 + C;
@@ -159,14 +166,13 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
         const float* const x_scales = BYTES ? x.scales + span / SPANS * x.tokens + token : nullptr;
         const Sixteen w_scale = sixteen_load(scratch.scales[block][slot]);
         const Sixteen addend = sixteen_load(scratch.addends[block][slot]);
-        UNROLL
-        for (int t = 0; t < (ALL ? TILE_ROWS : tokens); ++t) {
+        each([&](int t) INLINE {
             Sixteen sum = product_of<BYTES>(product[t], BYTES ? bases[t] : 0);
             if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x_sums[t]), sum);
             const Sixteen by = BYTES ? sixteen_multiply(w_scale, sixteen_set(x_scales[t])) : w_scale;
             held[t] = sixteen_fma(by, sum, held[t]);
             if constexpr (ADDEND == Addend::offset) held[t] = sixteen_fma(addend, sixteen_set(x_sums[t]), held[t]);
-        }
+        });
     };
     const std::integral_constant<int, 0> even;
     const std::integral_constant<int, 1> odd;
@@ -177,10 +183,7 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
         scale(slot);
     }
     if (chunk.slots % 2 == 0) scale(chunk.slots - 1);
-    UNROLL
-    for (int t = 0; t < TILE_ROWS; ++t) {
-        if (ALL || t < tokens) sixteen_store(totals[t], held[t]);
-    }
+    each([&](int t) INLINE { sixteen_store(totals[t], held[t]); });
 }
 
 using Narrow = void (*)(const Chunk&, const Scratch&, int block, const Input&, int token, float (*totals)[ROWS]);

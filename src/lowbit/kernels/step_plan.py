@@ -197,7 +197,9 @@ class StepPlan:
         found, at = [], 0
         for operation, nanoseconds in zip(self.operations, spent, strict=True):
             count = int(self.words[at + 1])
-            found.append((operation, tuple(self.words[at + 2 : at + 2 + count].tolist()), nanoseconds / runs / 1e9))
+            found.append(
+                (operation, tuple(self.words[at + 2 : at + 2 + count].tolist()), nanoseconds / runs / 1e9)
+            )
             at += 2 + count
         return found
 
