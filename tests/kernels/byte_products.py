@@ -1,4 +1,4 @@
-"""Linear layers with whole numbers as inputs, under the instruction set in use; a script writes the results."""
+"""Linear layers with whole numbers as inputs, under the instruction set in use; as a script, into a file."""
 
 from __future__ import annotations
 

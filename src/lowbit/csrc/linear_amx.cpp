@@ -81,12 +81,11 @@ void fill_bfloats(Walk& walk, const Decoding& decoding, const Order& order, int 
     for (int tile = 0; tile < tiles; ++tile) {
         BfloatTile w;
         decode<CODES>(next_tile(walk, order, tile, layout, scratch, block), decoding.table, w);
-        for (int half = 0; half < 2; ++half) {
-            std::uint8_t* const to = scratch.panels[block][order.slot(tile, half)];
-            UNROLL
-            for (int pair = half * PAIRS / 2; pair < (half + 1) * PAIRS / 2; ++pair) {
-                _mm512_store_si512(to + pair * TILE_LINE, w[pair]);
-            }
+        std::uint8_t* const to[2] = {scratch.panels[block][order.slot(tile, 0)],
+                                     scratch.panels[block][order.slot(tile, 1)]};
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            _mm512_store_si512(to[pair / (PAIRS / 2)] + pair * TILE_LINE, w[pair]);
         }
     }
 }
@@ -97,12 +96,12 @@ void fill_bytes(Walk& walk, const Decoding& decoding, const Order& order, int ti
     for (int tile = 0; tile < tiles; ++tile) {
         ByteTile w;
         decode_bytes<CODES, LOOKED_UP>(next_tile(walk, order, tile, layout, scratch, block), decoding.bytes, w);
-        for (int half = 0; half < 2; ++half) {
-            std::uint8_t* const to = scratch.panels[block][order.slot(tile, half)] + tile % 2 * OPERANDS * TILE_LINE;
-            UNROLL
-            for (int operand = half * OPERANDS / 2; operand < (half + 1) * OPERANDS / 2; ++operand) {
-                _mm512_store_si512(to + operand * TILE_LINE, w[operand]);
-            }
+        const int place = tile % 2 * OPERANDS * TILE_LINE;
+        std::uint8_t* const to[2] = {scratch.panels[block][order.slot(tile, 0)] + place,
+                                     scratch.panels[block][order.slot(tile, 1)] + place};
+        UNROLL
+        for (int operand = 0; operand < OPERANDS; ++operand) {
+            _mm512_store_si512(to[operand / (OPERANDS / 2)] + operand * TILE_LINE, w[operand]);
         }
     }
 }
