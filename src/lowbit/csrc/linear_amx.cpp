@@ -19,6 +19,8 @@
 
 #include "amx_tiles.h"
 
+#define INLINE __attribute__((always_inline))  // of lambdas, which would become functions where called twice
+
 namespace lowbit {
 namespace {
 
@@ -122,8 +124,6 @@ inline Sixteen product_of(const float* product, std::int32_t base) {
     if constexpr (BYTES) return ints_to_floats(_mm512_add_epi32(_mm512_load_si512(product), ints_set(base)));
     return sixteen_load(product);
 }
-
-#define INLINE __attribute__((always_inline))
 
 // Up to 16 tokens from ``token`` on times the Bs of a block, each product scaled while the next one is formed.
 // ALL: there are 16, and their totals stay in registers.

@@ -6,8 +6,8 @@
 namespace lowbit {
 
 #if defined(LOWBIT_AMX)
-// Each token tile decodes the weight anew, about 25 cycles for 512 codes that 16 tokens meet in 16 to 30: with 128
-// tokens that is an eighth of the time.
+// Each token tile decodes the weight anew: some 25 cycles for 512 codes, which 16 tokens then meet in 16 to 32. With
+// 128 tokens that is an eighth of the time, by estimate.
 constexpr int TOKEN_TILE = 128;
 #else
 constexpr int TOKEN_TILE = 64;    // tokens whose totals fit in L1

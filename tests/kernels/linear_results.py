@@ -1,4 +1,4 @@
-"""Linear layers with whole numbers as inputs, under the instruction set in use; as a script, into a file."""
+"""What linear layers give under this instruction set, for every kind of input; as a script, into a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowbit.kernels import linear_kernels
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 
-GROUPS, CODES = 1, 2  # enum InputKind of csrc/linear_layout.h
+KINDS = {"bfloat": 0, "groups": 1, "codes": 2}  # enum InputKind of csrc/linear_layout.h
 TOKENS = (1, 17, 130)
 
 
@@ -39,33 +39,28 @@ def weights() -> dict[str, QuantizedTensor]:
 
 
 def results() -> dict[str, np.ndarray]:
-    """name -> outputs; a row alone has the same bits, and whole inputs give nearly the product."""
+    """name -> outputs; a row alone has the same bits, and each is nearly the product."""
     made = {}
     for name, weight in weights().items():
         kernel = linear_kernels()[0]
         packed = kernel.pack(weight, torch.device("cpu"))
         assert isinstance(packed, NativeWeight)
-        for kind in (GROUPS, CODES):
-            packed.description.input = kind
+        exact = weight.dequantize().double()
+        for kind, number in KINDS.items():
+            packed.description.input = number
             for tokens in TOKENS:
                 generator = torch.Generator().manual_seed(tokens)
-                shape = (tokens, weight.shape[1])
-                x = torch.randn(shape, generator=generator)
-                if kind == CODES:
-                    x = torch.randint(-127, 128, shape, generator=generator).float()
+                x = torch.randn((tokens, weight.shape[1]), generator=generator)
+                if kind == "codes":
+                    x = torch.randint(-127, 128, x.shape, generator=generator).float()
                 out = kernel.linear(x, packed)
+                case = f"{kind}, {name}, {tokens} tokens"
                 for row in {0, tokens // 2, tokens - 1}:
-                    assert torch.equal(kernel.linear(x[row : row + 1], packed)[0], out[row]), (
-                        name,
-                        tokens,
-                        row,
-                    )
-                exact = weight.dequantize().double()
-                error = (out - x.double() @ exact.T).abs() / (x.double().abs() @ exact.abs().T).clamp(
-                    min=1e-30
-                )
-                assert error.max() < (0.02 if kind == GROUPS else 3e-6), (name, kind, tokens, error.max())
-                made[f"{name}, {tokens} tokens, kind {kind}"] = out.numpy()
+                    assert torch.equal(kernel.linear(x[row : row + 1], packed)[0], out[row]), (case, row)
+                seen = (x.bfloat16() if kind == "bfloat" else x).double()
+                error = (out - seen @ exact.T).abs() / (seen.abs() @ exact.abs().T).clamp(min=1e-30)
+                assert error.max() < (0.02 if kind == "groups" else 3e-6), (case, error.max())
+                made[case] = out.numpy()
     return made
 
 
