@@ -3,17 +3,19 @@
 PYTHON ?= python3
 MODEL ?= smollm2
 PORT ?= 30000
-# Further flags: pip's for torch ("--index-url …" for a build of your own choice), pytest's, and the server's.
+# Further flags: pip's for torch ("--index-url …" for a build of your own choice), pytest's, the server's and
+# those of the CPU benchmarks.
 TORCH_FLAGS ?=
 PYTEST_FLAGS ?=
 SERVE_FLAGS ?=
+BENCH_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 NATIVE := $(wildcard CMakeLists.txt) $(shell find src/lowbit/csrc cmake -type f 2>/dev/null)
 
-.PHONY: install serve test test-quick test-all lint format docs bench clean
+.PHONY: install serve test test-quick test-all lint format docs bench bench-cpu clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -37,6 +39,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
 	@echo "building lowbit"
 	@$(PIP) --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -m compileall -q src/lowbit  # also where PYTHONDONTWRITEBYTECODE is set
 	@touch $@
 
 serve: install
@@ -70,7 +73,12 @@ docs: install
 	@PYTHONPATH=tests $(BIN)/python tests/formats/formats_page.py > docs/formats.md
 
 bench: install
+	@$(BIN)/python benchmarks/ready.py
 	@$(BIN)/python benchmarks/serving.py
+
+# Kernels, attention and serving beside other engines, into docs/results.md; rivals: see benchmarks/bench_cpu.py.
+bench-cpu: install
+	@$(BIN)/python benchmarks/bench_cpu.py $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

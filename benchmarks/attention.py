@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from machine import commit, cpu_name, machine_kind
 from torch import Tensor
 from torch.nn import functional
 
@@ -180,22 +179,6 @@ def run(shape: Shape, repeats: int, cache_type: str) -> dict[str, object]:
     return numbers
 
 
-def commit() -> str:
-    """The commit measured, "-dirty" where files differ from it."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def cpu_name() -> str:
-    """The processor's own name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main() -> None:
     """Print a line a shape, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -212,7 +195,9 @@ def main() -> None:
                 "benchmark": "attention",
                 "cache": options.cache,
                 "commit": commit(),
+                "command": " ".join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
                 "cpu": cpu_name(),
+                "machine": machine_kind(),
                 "isa": native.isa(),
                 "threads": options.threads,
                 "torch": torch.__version__,

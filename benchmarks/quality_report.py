@@ -11,12 +11,12 @@ lowbit[bench]``), imported only here and on use.
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from document import replace_section
 from rich.table import Table
 
 from lowbit.errors import thousands
@@ -137,13 +137,7 @@ def _positions(rows: Sequence[Row]) -> str:
 
 def update_document(path: Path, section: str) -> None:
     """Put the section in the place of the one before, or at the end."""
-    text = path.read_text("utf-8") if path.exists() else "# Results\n"
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END) + "\n?", re.DOTALL)
-    if pattern.search(text):
-        text = pattern.sub(lambda _: section, text, count=1)
-    else:
-        text = text.rstrip("\n") + "\n\n" + section
-    path.write_text(text, "utf-8")
+    replace_section(path, section, BEGIN, END)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -3,6 +3,7 @@
     python benchmarks/serving.py                  # starts a server, measures over HTTP
     python benchmarks/serving.py --in-process     # the engine alone, without HTTP
     python benchmarks/serving.py --url http://127.0.0.1:30000    # a server that already runs
+    python benchmarks/serving.py --rival llama.cpp --rival-python llama.cpp=V/bin/python    # beside another
 
 Prompts are random token ids, new for every request, so that neither a tokenizer nor the prefix cache is in
 the figures. Two phases of a request differ in kind: *prefill* computes all prompt tokens at once and is bound
@@ -11,253 +12,58 @@ why many streams together give more tokens a second than one.
 
 Before anything is timed, one greedy prompt is run alone and among seven others: the tokens must be the same.
 Each figure is the median over --repeats, its spread (largest less smallest) beside it. The last line is JSON.
+
+With --rival (llama.cpp, openvino, vllm, or all) the engine runs in this process and the rivals each in one of
+their own, in the Python that --rival-python or LOWBIT_RIVAL_PYTHON names (NAME=PATH, several with commas);
+they take turns (comparison.py) in the regimes of regimes.py. A rival that is not there is recorded with what
+would bring it. --model 1b is a Llama of 1.1 billion random weights; --file is the GGUF type lowbit runs,
+--rival-files what each rival tries. An AVX2 comparison: LOWBIT_ISA=avx2, and a llama.cpp without AVX-512.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import platform
-import random
-import socket
-import statistics
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
-from urllib.parse import urlsplit
+from typing import Any
 
+from comparison import (
+    ENGINES,
+    OWN,
+    SAME_SIZE,
+    TEXT,
+    Comparison,
+    Contestant,
+    Engine,
+    agreement,
+    model_bytes,
+    rival_pythons,
+    start_rival,
+    why_absent,
+)
+from machine import commit, cpu_name, machine_kind
+from regimes import Figure, Prompts, assert_same_alone_and_in_a_batch, measure, rival_regimes
 from rich.console import Console
 from rich.table import Table
+from targets import (
+    EngineTarget,
+    HttpTarget,
+    RivalError,
+    RivalTarget,
+    Target,
+    import_torch_seconds,
+    running_server,
+)
 
-ROOT = Path(__file__).parents[1]
-PREFILL_TOKENS = 512
-DECODE_TOKENS = 128
-SHORT_PROMPT = 32  # tokens before a decode run: short, so that decode is what is timed
-
-
-@dataclass
-class Answer:
-    """One finished request. ``times``: when each piece of text came, in seconds since the batch was sent."""
-
-    tokens: int = 0
-    text: str = ""
-    times: list[float] = field(default_factory=list)
-
-
-class Target(Protocol):
-    """Something that continues prompts, all of them at once."""
-
-    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
-        """Greedy continuations of exactly ``max_tokens`` tokens each."""
-
-
-class HttpTarget:
-    """A server over /v1/completions. The client is plain sockets: it shares the cores with the server."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
-
-    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
-        return asyncio.run(self._complete(prompts, max_tokens))
-
-    async def _complete(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
-        started = time.perf_counter()
-        return await asyncio.gather(*(self._one(prompt, max_tokens, started) for prompt in prompts))
-
-    async def _one(self, prompt: list[int], max_tokens: int, started: float) -> Answer:
-        body = json.dumps(
-            {
-                "model": "default",
-                "prompt": prompt,
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            }
-        ).encode()
-        reader, writer = await asyncio.open_connection(self.host, self.port, limit=1 << 20)
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
-        status = await reader.readline()
-        if b" 200 " not in status:
-            raise SystemExit(f"{status.decode().strip()}: {(await reader.read()).decode(errors='replace')}")
-        answer = Answer()
-        while line := await reader.readline():
-            if not line.startswith(b"data: {"):
-                continue  # headers, chunk sizes, blank lines, [DONE]
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise SystemExit(f"the server answered: {event['error']}")
-            for choice in event["choices"]:
-                answer.text += choice["text"]
-                answer.times.append(time.perf_counter() - started)
-            if event.get("usage"):
-                answer.tokens = event["usage"]["completion_tokens"]
-        writer.close()
-        return answer
-
-
-class EngineTarget:
-    """The engine in this process."""
-
-    def __init__(self, model: str, threads: int | None) -> None:
-        from lowbit.engine.engine import load_engine
-        from lowbit.settings import Settings
-
-        self.engine = load_engine(Settings(model=model, threads=threads))
-        self.sent = 0
-
-    def complete(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
-        from lowbit.engine.messages import Request, SamplingParams
-
-        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        answers: dict[str, Answer] = {}
-        started = time.perf_counter()
-        for prompt in prompts:
-            self.sent += 1
-            request = Request(id=f"bench-{self.sent}", prompt=tuple(prompt), sampling=sampling)
-            answers[request.id] = Answer()
-            self.engine.submit(request)
-        while self.engine.has_work():
-            for event in self.engine.step():
-                if event.error:
-                    raise SystemExit(f"the engine answered: {event.error}")
-                answers[event.id].tokens += len(event.tokens)
-                answers[event.id].text += event.text
-                answers[event.id].times.append(time.perf_counter() - started)
-        return list(answers.values())
-
-
-@contextmanager
-def running_server(model: str, threads: int | None) -> Iterator[tuple[str, float]]:
-    """A server of our own on a free port: its address, and the seconds it took to be ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "lowbit", "serve", model, "--port", str(port), "--log-level", "warning"]
-    command += ["--threads", str(threads)] if threads else []
-    started = time.perf_counter()
-    server = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while not _is_ready(f"{url}/readyz"):
-            if server.poll() is not None:
-                raise SystemExit(f"the server ended with status {server.returncode}")
-            time.sleep(0.02)
-        yield url, time.perf_counter() - started
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
-
-
-def import_torch_seconds() -> float:
-    """What ``python -c "import torch"`` takes here and now: the best of three."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import torch"], check=True)
-        times.append(time.perf_counter() - started)
-    return min(times)
-
-
-@dataclass
-class Figure:
-    """One row of the table."""
-
-    name: str
-    unit: str
-    values: list[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    @property
-    def spread(self) -> float:
-        return max(self.values) - min(self.values)
-
-
-class Prompts:
-    """Random prompts, the same ones in every run."""
-
-    def __init__(self, largest_id: int) -> None:
-        self._random = random.Random(2718)
-        self._largest = largest_id
-
-    def take(self, count: int, tokens: int) -> list[list[int]]:
-        # Small ids are often control tokens.
-        return [[self._random.randint(300, self._largest) for _ in range(tokens)] for _ in range(count)]
-
-
-def assert_same_alone_and_in_a_batch(target: Target, prompts: Prompts) -> None:
-    """No speed is worth reporting if a request's tokens change with its neighbours."""
-    batch = prompts.take(8, SHORT_PROMPT)
-    together = target.complete(batch, 32)[0]
-    alone = target.complete(batch[:1], 32)[0]
-    if alone.text != together.text or alone.tokens != 32 or together.tokens != 32:
-        raise SystemExit(f"greedy answers differ alone and among eight:\n{alone}\n{together}")
-
-
-def measure(target: Target, prompts: Prompts, streams: list[int], repeats: int) -> list[Figure]:
-    """Every figure of the running target; the first, cold run of each kind is not counted."""
-    prefill, decode = Figure("prefill 512, one request", "tok/s", []), Figure("decode 128", "tok/s", [])
-    for repeat in range(repeats + 1):
-        first = target.complete(prompts.take(1, PREFILL_TOKENS), 1)[0]
-        times = target.complete(prompts.take(1, SHORT_PROMPT), DECODE_TOKENS)[0].times
-        if repeat:
-            prefill.values.append(PREFILL_TOKENS / first.times[0])
-            decode.values.append((DECODE_TOKENS - 1) / (times[-1] - times[0]))
-    first_token = Figure("time to first token, prompt 512", "ms", [512e3 / value for value in prefill.values])
-    figures = [prefill, first_token, decode]
-    for count in streams:
-        total = Figure(f"{count} streams, decode 128, all tokens", "tok/s", [])
-        wait = Figure(f"{count} streams, time to first token (median)", "ms", [])
-        gap = Figure(f"{count} streams, between tokens (99th percentile)", "ms", [])
-        for _ in range(repeats):
-            answers = target.complete(prompts.take(count, SHORT_PROMPT), DECODE_TOKENS)
-            total.values.append(count * DECODE_TOKENS / max(answer.times[-1] for answer in answers))
-            wait.values.append(1e3 * statistics.median(answer.times[0] for answer in answers))
-            gaps = [b - a for answer in answers for a, b in zip(answer.times, answer.times[1:], strict=False)]
-            gap.values.append(1e3 * statistics.quantiles(gaps, n=100)[98])
-        figures += [total, wait, gap]
-    return figures
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+OWN_FILES = {"smollm2": "q4_1", "1b": "q4_0"}
+RIVAL_FILES = {
+    "llama.cpp": {"smollm2": ["q4_1", "q4_0", "q4_k_m"], "1b": ["q4_0", "q4_1"]},
+    "openvino": {"smollm2": ["int4-g64"], "1b": ["int4-g128"]},
+    "vllm": {"smollm2": ["w4a16", "bf16"], "1b": ["w4a16"]},
+}
 
 
 def show(figures: list[Figure], title: str) -> None:
@@ -273,51 +79,189 @@ def show(figures: list[Figure], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", help="smollm2, 1b (random), a folder or a GGUF file")
     parser.add_argument("--in-process", action="store_true", help="the engine alone, without HTTP")
     parser.add_argument("--url", help="measure a server that already runs")
     parser.add_argument("--threads", type=int, help="CPU threads of the engine")
     parser.add_argument("--streams", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--decode-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--largest-id", type=int, default=30000, help="largest token id in the prompts")
+    rivals = parser.add_argument_group("beside other engines")
+    rivals.add_argument("--rival", action="append", default=[], choices=[*ENGINES, "all"])
+    rivals.add_argument("--rival-python", action="append", default=[], metavar="NAME=PATH")
+    rivals.add_argument(
+        "--rival-files", nargs="*", metavar="TYPE", help="GGUF types, int4-g64, w4a16, bf16 …"
+    )
+    rivals.add_argument("--file", metavar="TYPE", help="GGUF type lowbit runs of a made model")
+    rivals.add_argument("--regimes", nargs="*", metavar="KEY", help="prefill decode streams8 long prefix …")
     arguments = parser.parse_args()
+    arguments.threads_used = arguments.threads or len(os.sched_getaffinity(0))
+    if arguments.rival:
+        compare(arguments)
+    else:
+        measure_alone(arguments)
+
+
+def measure_alone(arguments: argparse.Namespace) -> None:
+    """lowbit by itself."""
     prompts, ready = Prompts(arguments.largest_id), []
 
     def run(target: Target) -> list[Figure]:
         assert_same_alone_and_in_a_batch(target, prompts)
-        return measure(target, prompts, arguments.streams, arguments.repeats)
+        return measure(target, prompts, arguments.streams, arguments.repeats, arguments.decode_tokens)
 
     if arguments.in_process:
         started = time.perf_counter()
-        target = EngineTarget(arguments.model, arguments.threads)
+        target = EngineTarget(own_model(arguments), arguments.threads)
         ready.append(Figure("engine ready, torch imported with it", "s", [time.perf_counter() - started]))
         figures, how = run(target), "engine in process"
     elif arguments.url:
         figures, how = run(HttpTarget(arguments.url)), arguments.url
     else:
         torch_seconds = import_torch_seconds()
-        with running_server(arguments.model, arguments.threads) as (url, seconds):
-            beyond = max(0.0, seconds - torch_seconds)
-            ready.append(Figure("server ready", "s", [seconds]))
-            ready.append(Figure("server ready beyond import torch", "s", [beyond]))
+        with running_server(own_model(arguments), arguments.threads) as (url, seconds):
+            ready += ready_figures([seconds], torch_seconds)
             figures, how = run(HttpTarget(url)), "server over HTTP"
     figures = ready + figures
-    threads = arguments.threads or len(os.sched_getaffinity(0))
-    show(figures, f"{arguments.model}, {how}, {cpu_name()}, {threads} threads")
-    record = {
+    show(figures, f"{arguments.model}, {how}, {cpu_name()}, {arguments.threads_used} threads")
+    print(json.dumps(record(arguments, how) | {"figures": figures_record(figures)}))
+
+
+def own_model(arguments: argparse.Namespace) -> str:
+    """The model lowbit loads: a made one is a GGUF file of the type asked for."""
+    if arguments.model not in OWN_FILES or (arguments.model == "smollm2" and not arguments.file):
+        return str(arguments.model)
+    from made_models import gguf_file
+
+    return str(gguf_file(arguments.model, arguments.file or OWN_FILES[arguments.model]))
+
+
+def ready_figures(seconds: list[float], torch_seconds: float) -> list[Figure]:
+    beyond = [max(0.0, value - torch_seconds) for value in seconds]
+    return [Figure("server ready", "s", seconds), Figure("server ready beyond import torch", "s", beyond)]
+
+
+def record(arguments: argparse.Namespace, how: str) -> dict[str, Any]:
+    """What every JSON line of this benchmark says."""
+    return {
         "benchmark": "serving",
         "commit": commit(),
+        "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
         "model": arguments.model,
         "how": how,
         "cpu": cpu_name(),
-        "threads": threads,
+        "machine": machine_kind(),
+        "threads": arguments.threads_used,
         "repeats": arguments.repeats,
-        "figures": {
-            figure.name: {"median": figure.median, "spread": figure.spread, "unit": figure.unit}
-            for figure in figures
-        },
     }
-    print(json.dumps(record))
+
+
+def figures_record(figures: list[Figure]) -> dict[str, dict[str, object]]:
+    return {
+        figure.name: {"median": figure.median, "spread": figure.spread, "unit": figure.unit}
+        for figure in figures
+    }
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """lowbit beside rivals."""
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.kernels import native
+    from lowbit.tokenization import load_tokenizer
+
+    regimes = rival_regimes(arguments.streams)
+    chosen = arguments.regimes or [regime.key for regime in regimes]
+    if unknown := [key for key in chosen if key not in {regime.key for regime in regimes}]:
+        known = ", ".join(regime.key for regime in regimes)
+        raise SystemExit(f"--regimes {' '.join(unknown)}: no such regime; known: {known}")
+    model = own_model(arguments)
+    torch_seconds, ready = import_torch_seconds(), []
+    for _ in range(arguments.repeats):
+        with running_server(model, arguments.threads) as (_, seconds):
+            ready.append(seconds)
+    own = EngineTarget(model, arguments.threads)
+    prompts = Prompts(arguments.largest_id)
+    assert_same_alone_and_in_a_batch(own, prompts)
+    header = open_checkpoint(model)
+    own_bytes = model_bytes(header.root)
+    kind = (arguments.file or OWN_FILES.get(arguments.model)) if arguments.model in OWN_FILES else None
+    lowbit = Contestant(OWN, own, own_bytes, ready_seconds=sorted(ready)[len(ready) // 2])
+    comparison = Comparison([lowbit])
+    text = load_tokenizer(header).encode(TEXT)
+    for rival, label, path in rival_models(arguments, header.root, comparison.notes):
+        target: RivalTarget | None = None
+        try:
+            target = start_rival(ENGINES[rival[0]], rival[1], path, arguments.threads_used, label)
+            same = agreement(own, target, text)
+        except RivalError as error:
+            comparison.notes.append(f"{rival[0]} {label}: {error}")
+            if target is not None:
+                target.close()
+            continue
+        nbytes = model_bytes(path)
+        counts = nbytes <= SAME_SIZE * own_bytes
+        details = {"version": target.version, "first_tokens_alike_of_16": same, **target.details}
+        if native.isa() == "avx2" and "AVX512 = 1" in str(target.details):
+            comparison.notes.append(f"{target.name} is built with AVX-512, lowbit runs on AVX2 only")
+        always = label == kind and rival[0] == "llama.cpp"
+        comparison.contestants.append(
+            Contestant(target.name, target, nbytes, counts, always, target.ready_seconds, details)
+        )
+    try:
+        for regime in regimes:
+            if regime.key in chosen:
+                comparison.run(regime, prompts, arguments.repeats, arguments.decode_tokens)
+    finally:
+        for contestant in comparison.contestants:
+            if isinstance(contestant.target, RivalTarget):
+                contestant.target.close()
+    title = f"{arguments.model} {kind or ''}, {cpu_name()}, {native.isa()}, {arguments.threads_used} threads"
+    comparison.show(title)
+    readiness = ready_figures(ready, torch_seconds)
+    show(readiness, "lowbit serve")
+    told = {"isa": native.isa(), "file": kind, "figures": figures_record(readiness), **comparison.record()}
+    print(json.dumps(record(arguments, "engine in process, rivals in theirs") | told))
+
+
+def rival_models(
+    arguments: argparse.Namespace, own: Path, notes: list[str]
+) -> list[tuple[tuple[str, str], str, Path]]:
+    """((engine, Python), label, model) of every rival there is a Python for; ``notes`` get the others."""
+    pythons = rival_pythons(arguments.rival_python)
+    names = [name for name in ENGINES if name in arguments.rival or "all" in arguments.rival]
+    found: list[tuple[tuple[str, str], str, Path]] = []
+    for name in names:
+        if name not in pythons:
+            notes.append(f"{name} was not run: {why_absent(ENGINES[name])}")
+            continue
+        if arguments.model not in OWN_FILES:
+            found.append(((name, pythons[name]), own.name, own))
+            continue
+        for kind in arguments.rival_files or RIVAL_FILES[name][arguments.model]:
+            try:
+                path = rival_file(ENGINES[name], pythons[name], arguments.model, kind)
+            except RuntimeError as error:
+                notes.append(f"{name} {kind} was not run: {error}")
+                continue
+            if path is not None:
+                found.append(((name, pythons[name]), kind, path))
+    return found
+
+
+def rival_file(engine: Engine, python: str, model: str, kind: str) -> Path | None:
+    """A made model in the form the engine runs; None for a kind that is another engine's."""
+    import made_models
+
+    if kind in ("bf16", "w4a16"):
+        if engine.name != "vllm":
+            return None
+        return made_models.float_folder(model) if kind == "bf16" else made_models.four_bit_folder(model)
+    if kind.startswith("int4-g"):
+        if engine.name != "openvino":
+            return None
+        return made_models.openvino_folder(model, int(kind.removeprefix("int4-g")), python)
+    return made_models.gguf_file(model, kind) if engine.name == "llama.cpp" else None
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ Row = tuple[str, int, float, float, float]  # name, calls, seconds, GB/s, GFLOPS
 
 
 def batch_of(sequences: int, context: int, queries: int, vocabulary: int) -> ForwardBatch:
-    """Each sequence adds ``queries`` tokens and then has ``context`` of them; the last one's logits are wanted."""
+    """Each sequence adds ``queries`` tokens and then has ``context``; the last one's logits are wanted."""
     pages = -(-context // PAGE)
     table = torch.arange(sequences * pages, dtype=torch.int32).view(sequences, pages)
     positions = torch.arange(context - queries, context, dtype=torch.int32).repeat(sequences)

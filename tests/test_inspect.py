@@ -7,18 +7,24 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 import lowbit.checkpoint
 from lowbit.cli import main
+from lowbit.numerics.llm_int8 import llm_int8_inputs
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.scheme import ActivationScheme, Delay
 from lowbit.quantize.recipe import Asked
 
 KIB = 1024
 
 
 class Named(str):
-    """A scheme that is only its name."""
+    """A scheme that is only its name, and perhaps what it asks of inputs."""
+
+    activation: ActivationScheme | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -119,6 +125,39 @@ def test_json(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[st
         {"kernel": "fast", "reason": "needs in % 64 == 0, got 48"},
         {"kernel": "dense", "reason": "not [dense]"},
     ]
+
+
+def test_modules_that_depend_on_the_batch(
+    planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are named with their reasons; what has a scale a token, or a static one, is not."""
+    from lowbit.loading import plan_model
+
+    e4m3 = number_format("e4m3")
+    inputs = [
+        ActivationScheme(e4m3, (1, 0)),
+        llm_int8_inputs(),
+        ActivationScheme(e4m3, (0, 0)),
+        llm_int8_inputs(5.0),
+        ActivationScheme(e4m3, (0, 0), "delayed", delay=Delay()),
+    ]
+    made: Any = plan_model  # the stand-in's
+    modules = made(None).modules
+    for module, scheme in zip(modules, inputs, strict=True):
+        module.scheme = Named(module.scheme)
+        module.scheme.activation = scheme
+    assert main(["inspect", "org/m"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    columns = "LLM.int8's outlier columns are those of all tokens of a step"
+    assert f"results depend on the batch: self_attn.q_proj ({columns})" in text
+    assert "results depend on the batch: mlp.down_proj (one dynamic scale for all tokens of a step)" in text
+    assert "mlp.down_proj (delayed scales follow the inputs of earlier steps)" in text
+    assert text.count("depend on the batch") == 3
+    assert main(["inspect", "org/m", "--json"]) == 0
+    told = [module["depends_on_batch"] for module in json.loads(capsys.readouterr().out)["modules"]]
+    assert told[0] is None and told[1] == told[3] == columns and all(told[1:])
+    for scheme in (llm_int8_inputs(0.0), ActivationScheme(e4m3, (0, 0), "static")):
+        assert not scheme.depends_on_batch
 
 
 @pytest.mark.parametrize("tokens", ["0", "-1", "1e3", "many", ""])

@@ -19,6 +19,7 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 from lowbit.quantize.calibration import built_in_texts
 
+document = benchmark_module("document")
 originals = benchmark_module("quality_originals")
 report = benchmark_module("quality_report")
 quality = benchmark_module("quality")

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from lowbit.errors import EXIT_USAGE, LowbitError, printable
@@ -139,6 +138,8 @@ def _variable_on(variable: str) -> bool:
 
 
 def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # a few hundredths of a second
+
     try:
         return version("lowbit")
     except PackageNotFoundError:

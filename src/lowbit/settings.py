@@ -46,6 +46,10 @@ _POLICIES_REFUSED = (
     ("priority", "requests have no priorities here; use fcfs"),
     ("routing-key", "there is one engine and no router; use lpm"),
 )
+_DRAFTS_REFUSED = tuple(
+    (name, "there are no draft models or heads here; use NGRAM, which drafts from the sequence's own text")
+    for name in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK")
+)
 
 Flags = Mapping[str, tuple[str, str | bool]]  # field -> the flag as written and its text, True for a switch
 
@@ -149,9 +153,23 @@ class Settings:
     save_quantized: str | None = option(
         None, "Folder (gguf: file) to leave the quantized checkpoint in, to be loaded without flags.", "model"
     )
+    packed_cache: str = option(
+        "off", "Keep what was made of the weights, quantized and packed for this CPU, and map it at the next "
+        "start: off; on, in lowbit's cache folder; or a folder. It is as large as the model in memory.",
+        "model",
+    )  # fmt: skip
+    packed_cache_gb: float = option(
+        64.0, "GiB that --packed-cache may take; what was used longest ago goes first.", "model", minimum=0
+    )
     strict: bool = option(
         False, "Refuse checkpoints whose config and tensors contradict each other, and layers that cannot "
         "take the method asked for.", "model",
+    )  # fmt: skip
+    activation_quantization: str = option(
+        "none", "int8: round the inputs of weight-only integer layers, but the output head's, to int8 in "
+        "groups of 32 columns, where the kernel can multiply them: faster prefill and batches, at a mean KL "
+        "of about 0.002. Layers that quantize their inputs anyway stay as their checkpoint says.", "model",
+        choices=("none", "int8"),
     )  # fmt: skip
     quantization_param_path: str | None = option(
         None, "JSON file with a scale for each layer's fp8 KV cache, instead of the checkpoint's.", "model"
@@ -202,9 +220,30 @@ class Settings:
     disable_cuda_graph: bool = option(
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
     )
+    speculative_algorithm: str | None = option(
+        None, "NGRAM: compute several tokens of a sequence in one step where its next ones can be guessed "
+        "from its own text, as in copies and edits. Answers stay the same, token for token.", "engine",
+        choices=("NGRAM",), synonyms=(("ngram", "NGRAM"),), refused=_DRAFTS_REFUSED,
+    )  # fmt: skip
+    speculative_num_draft_tokens: int = option(
+        12, "Guessed tokens of a sequence in one step, at most; fewer while they are wrong, and when many "
+        "sequences run.", "engine", minimum=1, maximum=64,
+    )  # fmt: skip
+    speculative_ngram_min_match_window_size: int = option(
+        2, "Tokens that must have stood in the text before what is guessed.", "engine", minimum=1, maximum=64
+    )
+    speculative_ngram_max_match_window_size: int = option(
+        12, "Of several places the one where more tokens match is taken, up to so many.", "engine",
+        minimum=1, maximum=64,
+    )  # fmt: skip
+    speculative_config: str | None = option(
+        None, "The same as a JSON object of vLLM's: {\"method\": \"ngram\", \"num_speculative_tokens\": 8}, "
+        "with prompt_lookup_min and prompt_lookup_max.", "engine",
+    )  # fmt: skip
     kernel_timings: str = option(
-        "auto", "At start, time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios "
-        "and warn where bf16 is faster. auto: lowbit serve only.", "engine", choices=("auto", "on", "off"),
+        "auto", "Time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios and warn "
+        "where bf16 is faster; a server does it once it is ready and idle, with --strict before. auto: "
+        "lowbit serve only.", "engine", choices=("auto", "on", "off"),
     )  # fmt: skip
     random_seed: int | None = option(None, "Seed of requests that bring none.", "engine")
 

@@ -178,6 +178,34 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
+def test_restored_buffers_are_the_same_weight(kernel: LinearKernel, name: str) -> None:
+    """As the packed cache keeps them: the bytes of each, and nothing else of the weight."""
+    weight = WEIGHTS[name]()
+    packed = kernel.pack(weight, CPU)
+    x = torch.randn(3, weight.shape[1])
+    ids = torch.tensor([5, 0], dtype=torch.int32)
+    wanted = kernel.linear(x, packed), kernel.rows(packed, ids)
+    buffers = {key: buffer.clone() for key, buffer in packed.buffers.items()}
+    for key, buffer in packed.buffers.items():
+        if key != "table":  # which weights of one format share
+            buffer.zero_()  # nothing points into the old ones
+    restored = kernel.restore(packed.scheme, packed.shape, buffers, packed.origin)
+    assert (restored.kernel, restored.origin, restored.nbytes) == (kernel, packed.origin, packed.nbytes)
+    found = kernel.linear(x, restored), kernel.rows(restored, ids)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    if kernel.name != "reference":
+        for short in ("data", "table"):
+            with pytest.raises(ValueError, match=f"^{packed.origin}: "):
+                damaged = {**buffers, short: buffers[short][:-1]}
+                kernel.restore(packed.scheme, packed.shape, damaged, packed.origin)
+        if "column_order" in buffers:
+            outside = {**buffers, "column_order": buffers["column_order"] + 1}
+            with pytest.raises(ValueError, match="no order of"):
+                kernel.restore(packed.scheme, packed.shape, outside, packed.origin)
+
+
+@pytest.mark.parametrize(("kernel", "name"), PAIRS)
 def test_linear_is_the_product(kernel: LinearKernel, name: str) -> None:
     weight = WEIGHTS[name]()
     exact = normal_form(weight).double()

@@ -7,6 +7,8 @@ changes the next token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,13 @@ def next_token(context: list[int]) -> int:
     return state % VOCABULARY
 
 
+def next_copied(context: list[int]) -> int:
+    """Three times in four what followed the last token where it stood before, else ``next_token``."""
+    fresh = next_token(context)
+    earlier = [place for place in range(1, len(context)) if context[place - 1] == context[-1]]
+    return context[earlier[-1]] if earlier and fresh % 4 else fresh
+
+
 def continuation(prompt: list[int], count: int, stops: bool = True) -> list[int]:
     """The greedy output for ``prompt``, alone."""
     tokens = list(prompt)
@@ -37,13 +46,14 @@ def continuation(prompt: list[int], count: int, stops: bool = True) -> list[int]
 
 
 class StandIn:
-    """A Model with one paged layer; K holds (token, position)."""
+    """A Model with one paged layer; K holds (token, position). ``says``: what its logits are largest at."""
 
     vocab_size = VOCABULARY
     context_length = 400
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, says: Callable[[list[int]], int] = next_token) -> None:
+        self.says = says
         self.poisoned: set[int] = set()  # tokens whose rows come out as NaN
         self.steps = 0
 
@@ -52,7 +62,7 @@ class StandIn:
         return [CacheSpec("paged", 1, 2, 2, KvDtype.of("f32"))]
 
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
-        """Logits that are largest at ``next_token(context)``."""
+        """Logits of random numbers, the largest by far where ``says`` points."""
         self.steps += 1
         stored = torch.stack((batch.tokens, batch.positions), 1).float().unsqueeze(1)
         cache = caches[0]
@@ -74,7 +84,7 @@ class StandIn:
         for place, row in enumerate(batch.sample_rows.tolist()):
             generator = torch.Generator().manual_seed(sum(rows[row]) * 7 + len(rows[row]))
             logits[place] = torch.rand(VOCABULARY, generator=generator)
-            logits[place, next_token(rows[row])] = 5.0
+            logits[place, self.says(rows[row])] = 5.0
             if rows[row][-1] in self.poisoned:
                 logits[place, 5] = float("nan")
         return logits

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -477,3 +480,29 @@ TestAccounting.settings = hypothesis_settings(
     deadline=None,
     suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
+
+
+def test_a_tokenizer_that_fails_ends_loading_at_once(
+    tmp_path: Path, embedded_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read while weights are packed."""
+    from lowbit import tokenization
+    from lowbit.engine import engine as engine_module
+
+    failed = threading.Event()
+    modules = 0
+
+    def fails(*arguments: object) -> object:
+        failed.set()
+        raise LowbitError("E0254", "no usable tokenizer")
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal modules
+        assert failed.wait(10)
+        modules += 1
+        time.sleep(0.01)
+
+    monkeypatch.setattr(tokenization, "load_tokenizer", fails)
+    with pytest.raises(LowbitError, match="no usable tokenizer"):
+        engine_module.load_engine(Settings(model=str(embedded_path), device="cpu"), progress)
+    assert modules < 20, "of 211"

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.loading import load_model
 from lowbit.models.decoder import Decoder
 from lowbit.models.model import Model
+from lowbit.numerics.llm_int8 import llm_int8_inputs
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
 from lowbit.quantize.recipe import Asked
@@ -45,6 +47,7 @@ SCHEMES = {
     "int8 with a zero point": ActivationScheme(INT8, (1, 0), symmetric=False),
     "fp8 per token": ActivationScheme(E4M3, (1, 0), limit=448.0),
     "fp8 per tensor": ActivationScheme(E4M3, (0, 0), limit=448.0),
+    "llm.int8": llm_int8_inputs(1.5),
     "fp8 in groups": ActivationScheme(E4M3, (1, 32), limit=448.0),
     "mxfp4": ActivationScheme(E2M1, (1, 32), scale=E8M0),
     "delayed": DELAYED,
@@ -91,12 +94,19 @@ Forward = Callable[[ForwardBatch], Tensor]
 
 
 def decode(
-    model: Model, through: Callable[[Forward], Forward], steps: int = 30, longest: int = 40
+    model: Model,
+    through: Callable[[Forward], Forward],
+    steps: int = 30,
+    longest: int = 40,
+    drafts: tuple[int, ...] = (0,),
 ) -> list[Tensor]:
-    """Logits of a prefill and of decode steps of 1 to 6 of the sequences, which come and go."""
+    """Logits of a prefill and of decode steps of 1 to 6 of the sequences, which come and go.
+
+    ``drafts``: how many tokens may follow a sequence's next one; some of them were right.
+    """
     draw = random.Random(8)
     lengths = [1, longest, PAGE - 1, 2 * PAGE, 9, PAGE]
-    counts = [-(-(length + steps) // PAGE) for length in lengths]
+    counts = [-(-(length + steps * (1 + max(drafts))) // PAGE) for length in lengths]
     numbers = list(range(sum(counts)))
     draw.shuffle(numbers)
     pages = [[numbers.pop() for _ in range(count)] for count in counts]
@@ -110,14 +120,15 @@ def decode(
     found = [plain(chunk_batch([(p, 0, own) for p, own in zip(prompts, pages, strict=True)], False))]
     for _ in range(steps):
         chosen = draw.sample(range(6), draw.choice((1, 2, 3, 3, 5, 6)))
-        batch = chunk_batch([([draw.randrange(model.vocab_size)], lengths[s], pages[s]) for s in chosen])
+        new = [[draw.randrange(model.vocab_size) for _ in range(1 + draw.choice(drafts))] for _ in chosen]
+        batch = chunk_batch([(n, lengths[s], pages[s]) for n, s in zip(new, chosen, strict=True)])
         found.append(forward(batch).clone())
-        for sequence in chosen:
-            lengths[sequence] += 1
+        for tokens, sequence in zip(new, chosen, strict=True):
+            lengths[sequence] += draw.randint(1, len(tokens))
     return found
 
 
-def check(make: Callable[[], Model], **options: int) -> StepCapture:
+def check(make: Callable[[], Model], **options: Any) -> StepCapture:
     """Eager and captured runs of one model each."""
     eager, captured = make(), make()
     expected = decode(eager, lambda plain: plain, **options)
@@ -170,6 +181,7 @@ def test_every_family_of_the_dense_decoder(family: str, tmp_path: Path) -> None:
         "compressed_tensors/embedding",
         "compressed_tensors/w3a16_asym",
         "fp8/block_128",
+        "bitsandbytes/int8",
     ],
 )
 def test_checkpoints_of_many_formats(fixture: str) -> None:
@@ -200,6 +212,19 @@ def test_the_page_table_grows(tmp_path: Path) -> None:
     """Past 64 pages of 16 tokens everything is recorded anew, once for each size."""
     capture = check(lambda: tiny_llama(tmp_path, max_position_embeddings=2048), longest=1010)
     assert not capture.refusal and 0 < capture.replayed < 30 - len(capture.sizes)
+
+
+@pytest.mark.parametrize("scheme", ["plain", "fp8 per token"])
+def test_steps_with_drafts(scheme: str, tmp_path: Path) -> None:
+    """A plan of so many sequences and tokens runs whatever number of the tokens is whose."""
+    capture = check(
+        lambda: quantize_inputs(tiny_llama(tmp_path, max_position_embeddings=512), SCHEMES[scheme]),
+        steps=60,
+        drafts=(0, 0, 1, 2),
+    )
+    assert not capture.refusal and 20 < capture.replayed <= 60 - len(capture.sizes)
+    assert all(sequences <= tokens for sequences, tokens in capture.sizes)
+    assert len({tokens for sequences, tokens in capture.sizes if sequences == 3}) > 2
 
 
 def test_few_plans_and_little_memory(tmp_path: Path) -> None:
@@ -269,7 +294,7 @@ def serve(
 
 
 @pytest.mark.parametrize("retract", [0, 3])
-@pytest.mark.parametrize("scheme", ["plain", "int8 per token", "fp8 per tensor", "delayed"])
+@pytest.mark.parametrize("scheme", ["plain", "int8 per token", "llm.int8", "fp8 per tensor", "delayed"])
 def test_the_engine_gives_the_same_tokens(scheme: str, retract: int, tmp_path: Path) -> None:
     forced = ForcedModes(retract_every=retract, check=True)
 
@@ -286,7 +311,7 @@ def test_the_engine_gives_the_same_tokens(scheme: str, retract: int, tmp_path: P
         assert torch.equal(captured.model.states.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("scheme", ["plain", "fp8 per token", "fp8 per tensor", "delayed"])
+@pytest.mark.parametrize("scheme", ["plain", "fp8 per token", "llm.int8", "fp8 per tensor", "delayed"])
 def test_nan_fails_its_own_request_only(scheme: str, tmp_path: Path) -> None:
     tiny_llama(tmp_path)
     file = tmp_path / "model.safetensors"

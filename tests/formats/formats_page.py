@@ -25,7 +25,7 @@ IN_TESTS = {
 READS = {
     "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config)",
     "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too",
-    "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outliers",
+    "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outlier columns",
     "blockwise_int8": "int8 in blocks",
     "compressed-tensors": "pack-quantized 1-8 bit (both packings), int-, float-, naive-quantized, nvfp4, "
     "mxfp4, mxfp6, mxfp8, sparse and 2:4 masks, marlin-24, several groups, act-order",

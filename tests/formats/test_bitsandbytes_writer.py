@@ -12,15 +12,13 @@ from formats.helpers import FIXTURES, read, write_folder
 from formats.writing_cases import convert_and_compare, cruel, fixtures_it_takes, round_trip, scheme
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredLinear, StoredModule
-from lowbit.formats.bitsandbytes import INT8_STEP
 from lowbit.formats.bitsandbytes_writer import BitsAndBytesWriter as Writer
+from lowbit.numerics.llm_int8 import INT8_STEP, llm_int8_inputs
 from lowbit.numerics.nested_scales import NestedScales, dynamic_table
-from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import ActivationScheme, Scheme
+from lowbit.numerics.scheme import Scheme
 
-LLM_INT8 = ActivationScheme(number_format("int8"), (1, 0), limit=127.0, outliers=5.0)
-INT8 = scheme("int8", (1, 0), scales="f32", activation=LLM_INT8)
+INT8 = scheme("int8", (1, 0), scales="f32", activation=llm_int8_inputs(5.0))
 
 
 def linear(made: Scheme, shape: tuple[int, int], seed: int) -> StoredLinear:

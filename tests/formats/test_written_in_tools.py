@@ -56,6 +56,10 @@ def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
     (Static scales of inputs that these models never see make them differ from their own plain numbers.)
     """
     pytest.importorskip(package, reason=f"{package} is not installed")
+    if form == "gptq":
+        pytest.importorskip(
+            "optimum", reason="optimum, through which transformers reads gptq, is not installed"
+        )
     header = open_checkpoint(str(FIXTURES / name))
     convert(header, form, tmp_path / "written")
     found = logits(tmp_path / "written")

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationState
+from lowbit.numerics.llm_int8 import llm_int8_inputs
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
 
@@ -29,7 +30,6 @@ DYNAMIC = [
     ActivationScheme(INT8, (1, 0), limit=127.5, floor=2.0**-23, input="bf16", scale=BF16, reciprocal=True),
     ActivationScheme(INT4, (1, 0), limit=7.5),
     ActivationScheme(INT8, (1, 0), symmetric=False),
-    ActivationScheme(INT8, (1, 0), limit=127.0, outliers=6.0),
     ActivationScheme(E4M3, (1, 0), limit=448.0),
     ActivationScheme(E4M3, (1, 0), limit=448.0, upper_bound=10.0),
     ActivationScheme(E4M3, (1, 0), limit=448.0, input="bf16", scale=BF16),
@@ -45,7 +45,10 @@ DYNAMIC = [
     ActivationScheme(E2M1, (1, 16), scale=number_format("e4m3")),
     ActivationScheme(INT8, (1, 128), limit=127.0),
 ]
-PER_TENSOR = [
+OF_A_BATCH = [
+    llm_int8_inputs(),
+    llm_int8_inputs(0.25),
+    ActivationScheme(INT8, (1, 0), limit=127.0, outliers=6.0, reciprocal=True),
     ActivationScheme(INT8, (0, 0), limit=127.0),
     ActivationScheme(E4M3, (0, 0), limit=448.0),
     ActivationScheme(E4M3, (0, 0), limit=448.0, input="bf16", scale=BF16),
@@ -54,7 +57,9 @@ STATIC = [ActivationScheme(fmt, (0, 0), "static") for fmt in (INT8, E4M3, E2M1)]
 
 
 def name(scheme: ActivationScheme) -> str:
-    return f"{scheme} {scheme.limit:g} {scheme.floor:g} {scheme.input} {scheme.round_up:g}"
+    return (
+        f"{scheme} {scheme.limit:g} {scheme.floor:g} {scheme.input} {scheme.round_up:g} {scheme.reciprocal}"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +111,7 @@ def check(transform: InputTransform, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 31, 96, 200])
-@pytest.mark.parametrize("scheme", DYNAMIC + PER_TENSOR, ids=name)
+@pytest.mark.parametrize("scheme", DYNAMIC + OF_A_BATCH, ids=name)
 def test_native_is_torch_bit_for_bit(scheme: ActivationScheme, columns: int) -> None:
     transform = InputTransform(scheme)
     for x in (cruel(columns), broken(columns), cruel(columns)[:1], cruel(columns)[:0]):
@@ -146,7 +151,7 @@ def test_a_token_does_not_see_its_neighbours(scheme: ActivationScheme) -> None:
         assert factors is None or same(factor[0], factors[row])  # type: ignore[index]
 
 
-@pytest.mark.parametrize("scheme", DYNAMIC + PER_TENSOR, ids=name)
+@pytest.mark.parametrize("scheme", DYNAMIC + OF_A_BATCH, ids=name)
 def test_nan_and_infinity_never_become_numbers_nor_touch_other_rows(scheme: ActivationScheme) -> None:
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
     x[1, 5], x[2, 40] = NAN, INF
@@ -156,6 +161,17 @@ def test_nan_and_infinity_never_become_numbers_nor_touch_other_rows(scheme: Acti
     assert values[1, 5].isnan(), "NaN stays"
     if scheme.upper_bound == 0 and scheme.scale.name != "e4m3":  # these saturate, by their definition
         assert not torch.isfinite(values[2, 40])
+
+
+@pytest.mark.parametrize("rows", [2, 300])
+def test_outlier_columns_on_many_threads(rows: int) -> None:
+    """Wide and tall enough for several tasks of rows and of columns; each column's outlier in another row."""
+    x = torch.randn(rows, 777, generator=torch.Generator().manual_seed(6)).clamp(-5, 5)
+    for column in range(0, 777, 5):
+        x[column % rows, column] = 6.0 + column
+    x[1, 1] = NAN
+    check(InputTransform(llm_int8_inputs()), x)
+    check(InputTransform(llm_int8_inputs(), torch.linspace(0.1, 3, 777)), x)
 
 
 def test_per_tensor_scales_see_all_finite_tokens() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.numerics.llm_int8 import llm_int8_inputs
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme
 
@@ -95,14 +96,68 @@ def test_multiplier_comes_first() -> None:
     assert factor is None and torch.equal(only, x * multiplier)
 
 
-def test_llm_int8_keeps_outliers() -> None:
-    x = inputs()
-    found = values(ActivationScheme(INT8, (1, 0), limit=127.0, outliers=6.0), x)
-    large = x.abs() >= 6
-    assert large.any() and torch.equal(found[large], x[large])
-    rest = x.masked_fill(large, 0)
-    scale = rest.abs().amax(1, keepdim=True) / 127
-    assert ((found - x).abs() <= 0.51 * scale)[~large].all()
+def llm_int8(x: Tensor, threshold: float = 6.0) -> tuple[Tensor, Tensor, list[int]]:
+    """As the paper and the tool have it: codes, scales and the outlier columns of all the tokens of x."""
+    columns = [c for c in range(x.shape[1]) if any(abs(value) >= threshold for value in x[:, c].tolist())]
+    inner = x.masked_fill(x.abs() >= threshold, 0)  # small numbers of an outlier column count in the scale
+    scale = inner.abs().amax(1, keepdim=True) / 127
+    codes = (inner / scale.where(scale > 0, 1.0)).round()
+    codes[:, columns] = 0
+    return codes, scale, columns
+
+
+def test_llm_int8_takes_out_outlier_columns() -> None:
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(1))
+    x[1, 5], x[4, 5], x[6, 70], x[3, 9] = 8.0, -30.0, -6.0, 5.9999
+    x[2] = 0
+    codes, scale, columns = llm_int8(x)
+    assert columns == [5, 70]
+    found, factor = InputTransform(llm_int8_inputs())(x)
+    assert factor is not None and torch.equal(factor[scale > 0], scale[scale > 0])
+    inner = [c for c in range(96) if c not in columns]
+    assert torch.equal(found[:, inner], codes[:, inner]), "codes as they are: a product rounds none of them"
+    assert ((found * factor - x)[:, columns].abs() <= 2e-7 * x[:, columns].abs()).all()
+    assert factor[3] == torch.tensor(5.9999) / 127
+
+
+def test_llm_int8_depends_on_the_tokens_beside() -> None:
+    """A token with an outlier spares its column in every token of the call, and in none of another call."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    x[3, 7] = 9.0
+    alone, together = values(llm_int8_inputs(), x[:3]), values(llm_int8_inputs(), x)[:3]
+    differs = (alone != together).any(0)
+    assert differs[7] and not differs[:7].any() and not differs[8:].any()
+    assert torch.allclose(together[:, 7], x[:3, 7], rtol=2e-7) and (alone[:, 7] - x[:3, 7]).abs().max() > 1e-3
+
+
+def test_llm_int8_without_outliers_is_int8_per_token() -> None:
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3)).clamp(-5.9, 5.9)
+    found, plain = InputTransform(llm_int8_inputs())(x), InputTransform(llm_int8_inputs(0.0))(x)
+    assert torch.equal(found[0], plain[0]) and plain[1] is not None and torch.equal(found[1], plain[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_token_makes_no_outlier_column(bad: float) -> None:
+    """Its neighbours' bits are those they have without it."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(4))
+    x[0, 3] = 7.0
+    wanted = values(llm_int8_inputs(), x[:3])
+    x[3, 5], x[3, 8] = bad, 20.0
+    found = values(llm_int8_inputs(), x)
+    assert torch.equal(found[:3], wanted) and found[3].isnan().all()
+
+
+def test_llm_int8_in_float16_never_overflows() -> None:
+    """An outlier over the scale of a token that is small elsewhere is no float16; the number itself is."""
+    x = torch.full((2, 8), 1e-4, dtype=torch.float16)
+    x[0, 2], x[1, 3] = 60000.0, -9.0
+    found, factor = InputTransform(llm_int8_inputs())(x)
+    assert factor is None and found.half().isfinite().all()
+    assert torch.equal(found[:, 2:4], x[:, 2:4].float()) and torch.allclose(found, x.float(), rtol=1e-2)
+    found, factor = InputTransform(llm_int8_inputs())(x.float())
+    assert (
+        factor is not None and found.isfinite().all() and torch.allclose(found * factor, x.float(), rtol=1e-2)
+    )
 
 
 @pytest.mark.parametrize(("fmt", "largest"), [(E2M1, 2), (E4M3, 8)])
@@ -151,7 +206,6 @@ def test_nvfp4() -> None:
     [
         ActivationScheme(INT8, (1, 0), limit=127.0),
         ActivationScheme(INT8, (1, 0), symmetric=False),
-        ActivationScheme(INT8, (1, 0), limit=127.0, outliers=6.0),
         ActivationScheme(INT8, (1, 0), limit=127.5),
         ActivationScheme(E4M3, (1, 32), limit=448.0),
         ActivationScheme(E2M1, (1, 32), scale=E8M0),

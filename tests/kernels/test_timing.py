@@ -18,6 +18,7 @@ from lowbit.kernels.timing import (
     Timing,
     TimingTable,
     machine,
+    measurements,
     sample_rows,
     slower_than_bf16,
     time_layers,
@@ -104,6 +105,20 @@ def test_a_second_start_only_reads(clock: Clock, tmp_path: Path) -> None:
         assert table(tmp_path, other).find(next(iter(kinds))) is None
     assert table(tmp_path).find(sample(never, "int4 1x64 f16", (16, 32))) is None
     assert table(tmp_path).find(sample(never, shape=(16, 32), kernel="reference")) is None
+
+
+def test_pauses_between_measurements_do_not_count(clock: Clock, tmp_path: Path) -> None:
+    """An idle server measures when it can: what it does in between is nobody's budget."""
+    run = clock.layer("x", lambda tokens, _: 1e-6 * tokens)
+    kinds = [sample(run, shape=(16 * n, 32)) for n in range(1, 5)]
+    kept = table(tmp_path)
+    steps = 0
+    for _ in measurements(kinds, kept, CPU, clock):
+        assert sum(kept.find(kind) is not None for kind in kinds) == steps, "it stops before each"
+        clock.now += 60
+        steps += 1
+    assert steps == 4
+    assert all(256 in (kept.find(kind) or {}) for kind in kinds), "all with the most tokens"
 
 
 def test_neighbours_on_the_machine_do_not_count(clock: Clock, tmp_path: Path) -> None:

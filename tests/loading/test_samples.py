@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,8 +152,30 @@ def test_a_cache_that_cannot_be_written_stops_nothing(cache: Path, caplog: pytes
 
 
 def test_the_engine_times_only_where_asked(cache: Path, embedded_path: Path) -> None:
+    """A server when nobody waits for it, but before it is ready where the result may refuse the model."""
     settings = {"model": str(embedded_path), "device": "cpu", "max_total_tokens": 64}
-    load_engine(Settings(**settings))
+    assert not load_engine(Settings(**settings)).idle_step()
     assert not cache.exists()
-    load_engine(Settings(**settings), serving=True)
+    engine = load_engine(Settings(**settings), serving=True)
+    assert not cache.exists(), "ready first"
+    assert 4 <= sum(iter(engine.idle_step, False)) <= 10, "a kind of layer each, some twice"
     assert "q4_1 | 576 x 1536" in cache.read_text()
+    cache.unlink()
+    with contextlib.suppress(LowbitError):  # who knows how fast this machine is
+        load_engine(Settings(**settings, strict=True), serving=True)
+    assert "q4_1 | 576 x 1536" in cache.read_text()
+
+
+def test_a_failure_when_idle_is_a_line_in_the_log(
+    cache: Path, embedded_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"model": str(embedded_path), "device": "cpu", "max_total_tokens": 64}
+    engine = load_engine(Settings(**settings))
+
+    def fails() -> Iterator[None]:
+        yield
+        raise MemoryError("no room")
+
+    engine.when_idle(fails())
+    assert [engine.idle_step() for _ in range(3)] == [True, False, False]
+    assert caplog.text.count("failed: MemoryError('no room')") == 1

@@ -49,6 +49,23 @@ def test_kl_to_the_float_model(model: Model, embedded_path: Path) -> None:
     assert divergence.mean() <= 0.0005
 
 
+def test_kl_of_int8_inputs(model: Model) -> None:
+    """Mean KL(bf16 inputs || int8 in groups of 32) <= 0.003; every layer but the head takes them."""
+    header = open_checkpoint("smollm2")
+    rounded = load_model(header, device="cpu", activation_quantization="int8")
+    plan = plan_model(header, device="cpu", activation_quantization="int8")
+    exact = [module.name for module in plan.modules if module.scheme.activation is None]
+    assert exact == ["model.embed_tokens"]
+    divergences = []
+    for prompt in english_prompts()[:3]:
+        expected, found = (torch.log_softmax(prompt_logits(m, [prompt])[0], -1) for m in (model, rounded))
+        assert not torch.equal(expected, found)
+        divergences.append((expected.exp() * (expected - found)).sum(-1))
+    divergence = torch.cat(divergences)
+    print(f"mean KL {divergence.mean():.6f}, largest {divergence.max():.4f}")
+    assert 1e-5 < divergence.mean() <= 0.003
+
+
 # Measured 0.00017, 0.0011, 0.0069, 0.022 and 0.038; one symmetric scale a head would cost int4 0.30.
 CACHE_LIMITS = {"bf16": 0.0003, "int8": 0.002, "fp8_e4m3": 0.010, "fp8_e5m2": 0.035, "int4": 0.055}
 

@@ -75,21 +75,13 @@ def transformers_inputs(x: Tensor) -> Tensor:
 
 
 def llm_int8_inputs(x: Tensor) -> Tensor:
-    """bitsandbytes, one token at a time as in decoding: numbers from 6 stay float16, the others are int8.
-
-    With many tokens at once it keeps a whole column where any of them has such a number, so that a token's
-    result depends on its neighbours, and on a prompt it is somewhat better for it; lowbit's never does.
-    """
-    return torch.cat([_llm_int8_token(token) for token in x.half()[:, None]])
-
-
-def _llm_int8_token(half: Tensor) -> Tensor:
+    """bitsandbytes: columns of a prompt with a number from 6 stay float16, the others are int8."""
     from bitsandbytes import functional
 
+    half = x.half()
     codes, scales, columns = functional.int8_vectorwise_quant(half.clone(), threshold=6.0)
     made = codes.float() * scales[:, None].float() / 127
-    if columns is not None:
-        made[:, columns.long()] = half[:, columns.long()].float()
+    made[:, columns.long()] = half[:, columns.long()].float()
     return made
 
 

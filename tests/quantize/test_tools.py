@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.kernels.activation_quant import limit_of
+from lowbit.kernels.activation_quant import InputTransform, limit_of
+from lowbit.numerics.llm_int8 import INT8_STEP
 from lowbit.quantize import method
 from oracles import quantizers as oracle
 from quantize.helpers import agrees, module_of, scheme_of
@@ -74,3 +75,43 @@ def test_torchao_inputs(name: str) -> None:
     )
     tools, ours = ACTIVATIONS[name].make(x)["expected"], torch.from_numpy(found)
     assert ((ours == tools) | (tools.isnan() & (ours == 0))).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.1], ids=lambda share: f"{share:.1%} outliers")
+def test_llm_int8_inputs(share: float, tokens: int) -> None:
+    """Codes, scales and outlier columns of bitsandbytes, and the product its MatMul8bitLt makes of them."""
+    need("bitsandbytes")
+    import bitsandbytes
+
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, 384, generator=generator).clamp(-5.9, 5.9)
+    large = torch.rand(x.shape, generator=generator) < share
+    x = torch.where(large, x.sign() * (6 + 50 * torch.rand(x.shape, generator=generator)), x)
+    x = x.half().float()  # which the tool rounds inputs to
+    scheme = scheme_of("bitsandbytes:type=int8", module_of(x)).activation
+    assert scheme is not None
+    found, factor = InputTransform(scheme)(x)
+    codes, largest, columns = bitsandbytes.functional.int8_vectorwise_quant(x.half(), threshold=6.0)
+    assert factor is not None and torch.equal(factor.flatten(), largest / 127)
+    outlier = torch.zeros(384, dtype=torch.bool)
+    outlier[columns] = True
+    assert torch.equal(outlier, large.any(0))
+    apart = (found - codes)[:, ~outlier].abs()
+    # x * (127 / largest) and x / (largest / 127) may round a tie to either side
+    steps = (x / factor)[:, ~outlier]
+    assert (apart <= 1).all() and ((steps - steps.trunc()).abs() - 0.5)[apart > 0].abs().lt(1e-4).all()
+    assert apart.count_nonzero() <= 1e-3 * codes.numel()
+    assert torch.allclose((found * factor)[:, outlier], x[:, outlier], rtol=2e-7, atol=0)
+
+    weight = (torch.randn(64, 384, generator=generator) * 0.02).half()
+    stored, row_maxima, _ = bitsandbytes.functional.int8_vectorwise_quant(weight)
+    state = bitsandbytes.MatmulLtState()
+    state.CB, state.SCB, state.threshold = stored, row_maxima, 6.0
+    state.has_fp16_weights = state.is_training = False
+    theirs = bitsandbytes.matmul(x, stored, state=state)
+    assert theirs.dtype == torch.float32
+    same_ties = torch.where(outlier, found, codes.float())
+    ours = (same_ties @ (stored.float() * row_maxima[:, None] * INT8_STEP).T) * factor
+    # its constant for 1 / 127^2 is 6.200124e-05, too large by 1.8e-5 of it
+    assert (ours - theirs).norm() <= 2e-5 * theirs.norm()

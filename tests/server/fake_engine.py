@@ -124,6 +124,8 @@ class FakeEngine:
             matched_stop=stop,
             prompt_tokens=len(request.prompt) if reason else 0,
             completion_tokens=sequence.done if reason else 0,
+            accepted_drafts=sequence.done // 3 if reason else 0,
+            rejected_drafts=1 if reason else 0,
             **(first if sequence.done == 1 else {}),
         )
 
@@ -146,9 +148,14 @@ class FakeEngine:
             prompt_tokens=self.prompt_tokens,
             cached_prompt_tokens=self.prompt_tokens // 4,
             generated_tokens=self.generated,
+            draft_tokens=self.generated // 2,
+            accepted_draft_tokens=self.generated // 3,
             preemptions=self.flushed,
             invariant_violations=self.violations,
         )
+
+    def idle_step(self) -> bool:
+        return False
 
     def close(self) -> None:
         """Nothing to keep."""

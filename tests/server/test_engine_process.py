@@ -109,6 +109,8 @@ class ScriptedEngine:
         self.fail_in: str = ""
         self.violation: object = None
         self.violations = 10
+        self.left_for_idle = 0
+        self.idle_steps: list[bool] = []  # whether something was running meanwhile
 
     def submit(self, request: Request) -> None:
         self.calls.append(f"submit {request.id}")
@@ -142,6 +144,12 @@ class ScriptedEngine:
 
     def status(self) -> EngineStatus:
         return EngineStatus(running=len(self.running), invariant_violations=self.violations)
+
+    def idle_step(self) -> bool:
+        self.idle_steps.append(bool(self.running))
+        time.sleep(0.01)
+        self.left_for_idle -= 1
+        return self.left_for_idle >= 0
 
     def close(self) -> None:
         """Nothing to keep."""
@@ -245,6 +253,22 @@ def test_messages_are_read_while_there_is_work(parent: Parent) -> None:
     assert parent.until(EngineStatus).running == 1
     assert parent.until(EngineStatus).running == 0
     assert parent.engine.calls == ["submit a", "flush", "cancel a"]
+
+
+def test_what_can_wait_is_done_when_nothing_else_is(parent: Parent) -> None:
+    parent.engine.left_for_idle = 100
+    parent.start().send(request("a"))
+    while parent.until(TokenEvent).finish_reason is None:
+        pass
+    assert len(parent.engine.idle_steps) < 100, "the request did not wait for all of them"
+    parent.send(Ping())
+    parent.until(EngineStatus)
+    end = time.monotonic() + 5
+    while len(parent.engine.idle_steps) < 101 and time.monotonic() < end:
+        time.sleep(0.01)
+    parent.send(Ping())
+    parent.until(EngineStatus)
+    assert parent.engine.idle_steps == [False] * 101, "until there was none left, and never again"
 
 
 def test_refused_and_broken_requests_end_alone(parent: Parent, capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from lowbit.engine.messages import EngineStatus
 from lowbit.errors import LowbitError
-from lowbit.server import engine_client
+from lowbit.server import engine_client, engine_start
 from server.fake_text import BOS, answer
 from server.harness import (
     ServerThread,
@@ -490,10 +490,10 @@ def test_raw_garbage_does_not_disturb_others() -> None:
 
 
 def test_engine_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refuse(*arguments: object, **options: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(engine_client.asyncio, "create_subprocess_exec", refuse)
+    monkeypatch.setattr(engine_start.subprocess, "Popen", refuse)
     server = ServerThread(settings())
     server.join()
     assert isinstance(server.failure, LowbitError)

@@ -36,6 +36,8 @@ def test_numbers() -> None:
     assert after["lowbit_cached_prompt_tokens_total"] == 3
     assert after["lowbit_cache_hit_rate"] == 3 / 13
     assert after["lowbit_generated_tokens_total"] == 10
+    assert after["lowbit_draft_tokens_total"] == 5
+    assert after["lowbit_accepted_draft_tokens_total"] == 3
     assert after["lowbit_steps_total"] == 10
     assert after["lowbit_captured_steps_total"] == 5
     assert after["lowbit_time_to_first_token_seconds_count"] == 1

@@ -52,6 +52,9 @@ def test_chat(client: openai.OpenAI, model: str) -> None:
     assert result.usage.total_tokens == len(RENDERED) + 9
     assert result.usage.prompt_tokens_details is not None
     assert result.usage.prompt_tokens_details.cached_tokens == 2
+    guessed = result.usage.completion_tokens_details
+    assert guessed is not None
+    assert (guessed.accepted_prediction_tokens, guessed.rejected_prediction_tokens) == (3, 1)
     assert (result.object, result.model) == ("chat.completion", "tiny")
     assert result.id.startswith("chatcmpl-")
 

@@ -144,6 +144,7 @@ def test_log_lines_are_json_without_prompts() -> None:
     assert "secret" not in errors and "\x1b" not in errors
     [done] = [line for line in lines if line.get("path") == "/v1/completions"]
     assert (done["status"], done["completion_tokens"], done["event"]) == (200, 3, "request")
+    assert (done["draft_tokens"], done["accepted_draft_tokens"]) == (2, 1)
     [lost] = [line for line in lines if line.get("id") == "my-id"]
     assert (lost["status"], lost["path"], lost["error"]) == (404, "unknown", "not_found")
 

@@ -91,14 +91,23 @@ class TensorData:
         """uint8 (file size,) over the whole file."""
         if path in self._maps:
             return self._maps[path]
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                area = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise LowbitError("E0301", f"{path.name}: cannot be mapped: {error}") from None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            mapped = torch.frombuffer(area, dtype=torch.uint8, count=size)
-        self._maps[path] = mapped
+        self._maps[path] = mapped = mapped_file(path)
         return mapped
+
+
+def mapped_file(path: Path, advice: int | None = None) -> Tensor:
+    """uint8 (file size,): the file, mapped and read-only, for as long as the tensor or a view of it lives.
+
+    ``advice``: for ``madvise``.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            area = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if advice is not None:
+            area.madvise(advice)
+    except (OSError, ValueError) as error:
+        raise LowbitError("E0301", f"{path.name}: cannot be mapped: {error}") from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(area, dtype=torch.uint8, count=size)

@@ -1,7 +1,7 @@
 """``lowbit inspect MODEL``: what a checkpoint is and how it would run here. Reads headers, loads no weight.
 
 Modules that differ only in their layer number, and are stored and run alike, share a row. Below the table
-stand the reasons why better kernels were not chosen.
+stand the reasons why better kernels were not chosen, and the modules whose results depend on the batch.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
         kv_cache_dtype=settings.kv_cache_dtype,
         k_cache_dtype=settings.k_cache_dtype,
         v_cache_dtype=settings.v_cache_dtype,
+        activation_quantization=settings.activation_quantization,
         kv_scales_path=settings.quantization_param_path,
         quantization=Asked.by(settings),
         strict=settings.strict,
@@ -128,6 +129,18 @@ def refusals_of(rows: list[Row]) -> list[Refusal]:
     return list(refusals.values())
 
 
+def dependent_on_batch(rows: list[Row]) -> dict[str, list[str]]:
+    """Why a token's result depends on the tokens computed beside it: the kinds of modules it is true of."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        inputs = row.first.scheme.activation
+        if inputs is not None and inputs.depends_on_batch:
+            kinds = reasons.setdefault(inputs.depends_on_batch, [])
+            if row.kind not in kinds:
+                kinds.append(row.kind)
+    return reasons
+
+
 def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, object]:
     """The plan for programs: sizes in bytes, every module by itself."""
     kv_bytes = plan.kv_bytes_per_token * tokens
@@ -156,6 +169,8 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
                 "kernel": module.kernel,
                 "computes": module.computes,
                 "stored_bytes": module.nbytes,
+                "depends_on_batch": (module.scheme.activation and module.scheme.activation.depends_on_batch)
+                or None,
                 "not_quantized_because": module.reason or None,
                 "estimated_error": module.error,
                 "refusals": [{"kernel": kernel, "reason": reason} for kernel, reason in module.refusals],
@@ -211,6 +226,9 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
                 out.print(escape(printable(f"not quantized: {row.kind} ({row.first.reason})", 400)))
     for refusal in refusals_of(rows):
         line = f"not {refusal.kernel}: {refusal.reason} ({', '.join(refusal.kinds)})"
+        out.print(escape(printable(line, 400)))
+    for reason, kinds in dependent_on_batch(rows).items():
+        line = f"results depend on the batch: {', '.join(kinds)} ({reason})"
         out.print(escape(printable(line, 400)))
     if ignored := ignored_layers(plan):
         out.print(escape(printable(f"not quantized: {', '.join(ignored)}", 400)))

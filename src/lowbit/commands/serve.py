@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from lowbit.commands.arguments import Parser, add_model, add_sglang_flags, settings_from
-from lowbit.errors import printable, thousands
+from lowbit.errors import LowbitError, printable, thousands
 
 if TYPE_CHECKING:
     from lowbit.engine.messages import EngineReady
@@ -26,17 +26,25 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop: a progress bar while the model loads, then where it is served and how."""
     settings = settings_from(arguments)
-    from lowbit.commands.console import progress_line
-    from lowbit.server.app import serve
+    from lowbit.server.engine_start import EngineProcess
 
-    with ExitStack() as loading:
+    try:
+        started = EngineProcess()
+    except OSError as error:
+        text = f"the engine process could not be started: {error.strerror or error}"
+        raise LowbitError("E0710", text) from None
+    with started as engine, ExitStack() as loading:
+        # What follows takes a while to import; meanwhile the engine process imports torch.
+        from lowbit.commands.console import progress_line
+        from lowbit.server.app import serve
+
         show = loading.enter_context(progress_line())
 
         def on_ready(ready: EngineReady, url: str) -> None:
             loading.close()
             print(summary(ready, url), file=sys.stderr, flush=True)
 
-        return serve(settings, on_ready, on_progress=show)
+        return serve(settings, on_ready, on_progress=show, engine=engine)
 
 
 def summary(ready: EngineReady, url: str) -> str:

@@ -28,6 +28,10 @@ COMPARED: dict[str, str] = {
     "disable_radix_cache": "the same",
     "disable_cuda_graph": "the same: every step runs eagerly",
     "random_seed": "of requests that bring no seed",
+    "speculative_algorithm": "NGRAM, from each sequence's own text, on a CPU too; others are refused by name",
+    "speculative_num_draft_tokens": "at most; fewer while they are wrong, and beside other sequences",
+    "speculative_ngram_min_match_window_size": "the same; 2 unless set",
+    "speculative_ngram_max_match_window_size": "the same",
 }
 
 _CHOSEN = "lowbit chooses kernels itself, see lowbit inspect"
@@ -39,6 +43,7 @@ _ONE_DEVICE = "lowbit runs on one device"
 _LOGGING = "lowbit never logs prompts"
 _LOADER = "files are mapped and read once, layer by layer"
 _NO_PRIORITIES = "requests have no priorities"
+_NO_TREES = "a draft is one run of tokens, not a tree"
 
 WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--attention-backend": ("value", _CHOSEN),
@@ -96,7 +101,16 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--weight-loader-prefetch-checkpoints": ("switch", _LOADER),
     "--model-config-parser": ("value", "the files say it"),
     "--sleep-on-idle": ("switch", _ALWAYS),
-    "--stream-interval": ("value", "lowbit streams every token"),
+    **dict.fromkeys(
+        (
+            *("--speculative-ngram-min-bfs-breadth", "--speculative-ngram-max-bfs-breadth"),
+            *("--speculative-ngram-match-type", "--speculative-ngram-branch-length"),
+            "--speculative-ngram-max-trie-depth",
+        ),
+        ("value", _NO_TREES),
+    ),
+    "--speculative-ngram-capacity": ("value", "a sequence's n-grams go with it"),
+    "--stream-interval": ("value", "lowbit streams every step's tokens"),
     "--tokenizer-mode": ("value", "there is one tokenizer"),
     "--tokenizer-worker-num": ("value", "there is one tokenizer"),
     "--tokenizer-backend": ("value", "there is one tokenizer"),
@@ -149,7 +163,7 @@ _MEMORY_ONLY = (
 )
 _STAYS = "memory is given back only when the server ends; start another server instead"
 _NO_PRIORITY = "requests have no priorities; use --schedule-policy fcfs or lpm"
-_NO_DRAFTS = "there is no speculative decoding; drop it"
+_NO_DRAFTS = "there are no draft models or heads; use --speculative-algorithm NGRAM"
 _NO_ADAPTERS = "adapters are not applied at run time; merge them into the weights first"
 
 REFUSED: dict[str, str] = {
@@ -182,10 +196,7 @@ REFUSED: dict[str, str] = {
         _NO_PRIORITY,
     ),
     **dict.fromkeys(
-        (
-            *("--speculative-algorithm", "--speculative-draft-model-path", "--speculative-num-steps"),
-            *("--speculative-eagle-topk", "--speculative-num-draft-tokens"),
-        ),
+        (*("--speculative-draft-model-path", "--speculative-num-steps", "--speculative-eagle-topk"),),
         _NO_DRAFTS,
     ),
     **dict.fromkeys(("--enable-lora", "--lora-paths", "--max-lora-rank"), _NO_ADAPTERS),

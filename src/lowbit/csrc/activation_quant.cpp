@@ -18,7 +18,9 @@
 namespace lowbit {
 namespace {
 
-enum class Rule : std::int32_t { none = 0, fixed = 1, token = 2, asymmetric = 3, tensor = 4, delayed = 5, grouped = 6 };
+enum class Rule : std::int32_t {
+    none = 0, fixed = 1, token = 2, asymmetric = 3, tensor = 4, delayed = 5, grouped = 6, columns = 7
+};
 enum class Format : std::int32_t { integer = 0, e4m3 = 1, e5m2 = 2, e2m1 = 3, e2m3 = 4, e3m2 = 5 };
 enum class Scale : std::int32_t { f32 = 0, bf16 = 1, e8m0 = 2, e8m0_up = 3, e4m3 = 4 };
 
@@ -82,6 +84,7 @@ float largest_magnitude(const float* x, std::int64_t count) {
     return float_of(largest);
 }
 
+// The same of what is smaller than an outlier.
 float largest_inlier(const float* x, std::int64_t count, float outliers) {
     std::uint32_t largest = 0;
     for (std::int64_t i = 0; i < count; ++i) {
@@ -160,17 +163,6 @@ float quantize_asymmetric(float* x, std::int64_t count, float low_code, float hi
     return scale;
 }
 
-// Dequantized x; outliers stay as they are.
-template <class Nearest>
-void quantize_inliers(float* x, std::int64_t count, float scale, float outliers, bool reciprocal,
-                      const Nearest& nearest) {
-    const float factor = 1.0f / scale;
-    for (std::int64_t i = 0; i < count; ++i) {
-        const float value = nearest(reciprocal ? x[i] * factor : x[i] / scale) * scale;
-        x[i] = std::fabs(x[i]) >= outliers ? x[i] : value;
-    }
-}
-
 template <class Nearest>
 void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, const Nearest& nearest) {
     const bool inner = static_cast<Scale>(q.scale) == Scale::e4m3;  // NVFP4: e4m3 scales under one float32
@@ -213,10 +205,54 @@ float largest_of_rows(const std::vector<float>& rows, bool finite) {
     return float_of(largest);
 }
 
+// LLM.int8: a column where a token of the batch has an outlier is divided by the scales but not rounded, in all
+// rows. Rows with NaN or infinity have no say in it, and become NaN.
+template <class Nearest>
+void quantize_beside_columns(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, std::int64_t rows,
+                             std::int64_t width, float* out, std::int64_t out_stride, float* scales,
+                             const Nearest& nearest) {
+    std::vector<float> largest(static_cast<std::size_t>(rows));
+    for_rows(rows, width, [&](std::int64_t row) {
+        float* const to = out + row * out_stride;
+        stage(x + row * x_stride, width, q, to);
+        largest[static_cast<std::size_t>(row)] = largest_magnitude(to, width);
+        scales[row] = scale_of(largest_inlier(to, width, q.outliers), q);
+    });
+    constexpr std::int64_t TOGETHER = 64;  // columns, each of which is one task's own
+    std::vector<std::int32_t> is_outlier(static_cast<std::size_t>(width));
+    for_rows((width + TOGETHER - 1) / TOGETHER, rows * TOGETHER, [&](std::int64_t group) {
+        const std::int64_t first = group * TOGETHER, count = std::min(TOGETHER, width - first);
+        std::int32_t* const found = is_outlier.data() + first;
+        for (std::int64_t row = 0; row < rows; ++row) {
+            const float magnitude = largest[static_cast<std::size_t>(row)];
+            if (!(magnitude >= q.outliers && magnitude <= FLT_MAX)) continue;
+            const float* const from = out + row * out_stride + first;
+            for (std::int64_t i = 0; i < count; ++i) found[i] |= std::fabs(from[i]) >= q.outliers;
+        }
+    });
+    for_rows(rows, width, [&](std::int64_t row) {
+        float* const to = out + row * out_stride;
+        if (!(largest[static_cast<std::size_t>(row)] <= FLT_MAX)) {
+            std::fill_n(to, width, std::numeric_limits<float>::quiet_NaN());
+            return;
+        }
+        const float scale = scales[row], factor = 1.0f / scale;
+        for (std::int64_t i = 0; i < width; ++i) {
+            const float step = q.reciprocal ? to[i] * factor : to[i] / scale;
+            const float code = nearest(step);
+            to[i] = is_outlier[static_cast<std::size_t>(i)] ? step : code;
+        }
+    });
+}
+
 template <class Nearest>
 void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, std::int64_t rows,
               std::int64_t width, float* out, std::int64_t out_stride, float* factors, const Nearest& nearest) {
     const auto rule = static_cast<Rule>(q.rule);
+    if (rule == Rule::columns) {
+        quantize_beside_columns(q, x, x_stride, rows, width, out, out_stride, factors, nearest);
+        return;
+    }
     if (rule == Rule::tensor || rule == Rule::delayed) {
         std::vector<float> largest(static_cast<std::size_t>(rows));
         for_rows(rows, width, [&](std::int64_t row) {
@@ -255,11 +291,6 @@ void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, 
             case Rule::asymmetric: factors[row] = quantize_asymmetric(to, width, q.low, q.high, nearest); break;
             case Rule::grouped: quantize_groups(to, width, q, nearest); break;
             case Rule::token: {
-                if (q.outliers > 0.0f) {
-                    const float scale = scale_of(largest_inlier(to, width, q.outliers), q);
-                    quantize_inliers(to, width, scale, q.outliers, q.reciprocal != 0, nearest);
-                    break;
-                }
                 const float scale = scale_of(largest_magnitude(to, width), q);
                 factors[row] = scale;
                 quantize_row(to, width, scale, q.reciprocal != 0, nearest);

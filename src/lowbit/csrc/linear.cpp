@@ -7,6 +7,7 @@
 #include "linear_products.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "amx_tiles.h"
@@ -57,17 +58,19 @@ struct Prepared {
     }
     std::int64_t bytes() const {
         const std::int64_t numbers = shape.spans() * (shape.whole() ? 2 : 1) + (scaled ? shape.tiles : 0);
-        return product->tokens * (shape.value_bytes() + numbers * static_cast<std::int64_t>(sizeof(float)));
+        return product->tokens * (shape.value_bytes() + numbers * static_cast<std::int64_t>(sizeof(float)) + 1);
     }
-    // Where token tile ``tile`` lies: values, sums, bases, scales.
+    // Where token tile ``tile`` lies: values, sums, bases, scales, faults.
     InputPlaces places(std::int64_t tile) const {
         const std::int64_t tokens = product->tokens, first = tile * TOKEN_TILE;
         std::uint8_t* const numbers = at + tokens * shape.value_bytes();
         auto* const sums = reinterpret_cast<float*>(numbers);
         auto* const bases = reinterpret_cast<std::int32_t*>(sums + tokens * shape.spans());
         auto* const scales = reinterpret_cast<float*>(bases + (shape.whole() ? tokens * shape.spans() : 0));
+        auto* const faulty = reinterpret_cast<std::uint8_t*>(scales + (scaled ? tokens * shape.tiles : 0));
         return {at + first * shape.value_bytes(), sums + first * shape.spans(),
-                scaled ? scales + first * shape.tiles : nullptr, bases + first * shape.spans(), tokens_of(tile)};
+                scaled ? scales + first * shape.tiles : nullptr, bases + first * shape.spans(), faulty + first,
+                tokens_of(tile)};
     }
 
     const Product* product;
@@ -102,10 +105,13 @@ void run_task(const Prepared& p, std::int64_t task) {
         const int rows = static_cast<int>(std::min<std::int64_t>(ROWS, weight.rows - block * ROWS));
         for (int token = 0; token < input.tokens; ++token) {
             float* const to = p.product->out + (tile * TOKEN_TILE + token) * p.product->out_stride + block * ROWS;
+            const bool faulty = p.shape.whole() && places.faulty[token];  // whole numbers cannot say it
+            const Sixteen total =
+                faulty ? sixteen_set(std::numeric_limits<float>::quiet_NaN()) : sixteen_load(totals[token]);
             if (rows == ROWS) {
-                sixteen_store(to, sixteen_load(totals[token]));
+                sixteen_store(to, total);
             } else {
-                sixteen_store_some(to, sixteen_load(totals[token]), rows);
+                sixteen_store_some(to, total, rows);
             }
         }
     };

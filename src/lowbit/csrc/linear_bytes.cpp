@@ -66,11 +66,15 @@ struct WideStep {
     template <int TOKENS>
     void operator()(int token) const {
         SixteenInts held[TOKENS];
+        // Few tokens are few chains of sums: fresh ones do not wait for the tile before.
+        constexpr bool FRESH = TOKENS < 4;
         UNROLL
-        for (int t = 0; t < TOKENS; ++t) held[t] = ints_load(sums[token + t]);
+        for (int t = 0; t < TOKENS; ++t) held[t] = FRESH ? ints_set(0) : ints_load(sums[token + t]);
         dot_bytes<CODES, LOOKED_UP, 0, OPERANDS, TOKENS>(w, x.at<std::int8_t>(tile, token), COLUMNS, held);
         UNROLL
-        for (int t = 0; t < TOKENS; ++t) ints_store(sums[token + t], held[t]);
+        for (int t = 0; t < TOKENS; ++t) {
+            ints_store(sums[token + t], FRESH ? ints_add(held[t], ints_load(sums[token + t])) : held[t]);
+        }
     }
 };
 

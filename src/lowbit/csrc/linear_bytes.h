@@ -72,6 +72,7 @@ using SixteenInts = __m512i;
 inline SixteenInts ints_load(const std::int32_t* from) { return _mm512_loadu_si512(from); }
 inline void ints_store(std::int32_t* to, SixteenInts x) { _mm512_storeu_si512(to, x); }
 inline SixteenInts ints_set(std::int32_t x) { return _mm512_set1_epi32(x); }
+inline SixteenInts ints_add(SixteenInts a, SixteenInts b) { return _mm512_add_epi32(a, b); }
 inline Sixteen ints_to_floats(SixteenInts x) { return _mm512_cvtepi32_ps(x); }
 
 template <Codes CODES, bool LOOKED_UP>
@@ -132,6 +133,9 @@ inline void ints_store(std::int32_t* to, SixteenInts x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 8), x.high);
 }
 inline SixteenInts ints_set(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline SixteenInts ints_add(SixteenInts a, SixteenInts b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
 inline Sixteen ints_to_floats(SixteenInts x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
 template <Codes CODES, bool LOOKED_UP>

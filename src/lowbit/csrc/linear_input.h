@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "linear_bytes.h"
 
@@ -55,6 +56,7 @@ struct InputPlaces {
     float* sums;
     float* scales;
     std::int32_t* bases;
+    std::uint8_t* faulty;  // (token,), of whole numbers: x holds a NaN or an infinity
     int tokens;
 };
 
@@ -139,6 +141,7 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
     const std::int64_t tokens = to.tokens;
     float span_sum = 0.0f;  // InputKind::codes: whole numbers below 2^24 or so, else what float32 makes of them
     std::int32_t span_whole = 0;
+    bool faulty = false;
     for (std::int64_t tile = 0; tile < shape.tiles; ++tile) {
         alignas(64) float padded[COLUMNS];
         const float* from = row + tile * COLUMNS;
@@ -175,10 +178,12 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             continue;
         }
         float scale = 1.0f;
+        const float most = largest(a, b);
+        faulty = faulty || !(most <= std::numeric_limits<float>::max());
         if (shape.kind == InputKind::groups) {
-            const float most = largest(a, b);
             scale = most / static_cast<float>(LARGEST_INPUT);
-            const Sixteen inverse = sixteen_set(most == 0.0f ? 0.0f : static_cast<float>(LARGEST_INPUT) / most);
+            // What has no reciprocal is as good as zero.
+            const Sixteen inverse = sixteen_set(scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale);
             a = sixteen_multiply(a, inverse);
             b = sixteen_multiply(b, inverse);
         }
@@ -203,6 +208,7 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             span_whole = 0;
         }
     }
+    if (shape.whole()) to.faulty[token] = faulty;
 }
 
 }  // namespace lowbit

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,9 +35,11 @@ from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import log_probabilities, sample
 from lowbit.engine.scheduler import Chunk, Scheduler
 from lowbit.engine.sequence import Sequence
-from lowbit.errors import LowbitError, printable
+from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
+from lowbit.errors import LowbitError, printable, thousands
 from lowbit.models.model import Model
 from lowbit.settings import Settings
+from lowbit.tokenization.fast_tokenizer import FastTokenizer
 from lowbit.tokenization.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
@@ -65,6 +68,24 @@ class ForcedModes:
         )
 
 
+@dataclass(eq=False)
+class _Turn:
+    """A sequence's part of a step: the tokens chosen so far. ``row``: of the logits, for the next of them."""
+
+    sequence: Sequence
+    drafts: tuple[int, ...]
+    row: int
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def continues(self) -> bool:
+        """Whether the last token is the draft computed there, so that the logits behind it are right too."""
+        count = len(self.tokens)
+        return count <= len(self.drafts) and self.tokens[-1] == self.drafts[count - 1]
+
+
 class Engine:
     """A loaded model that serves requests."""
 
@@ -88,6 +109,7 @@ class Engine:
         self._details = details or {}
         self._architecture = architecture
         self._quality = quality
+        self._speculation = _speculation(model, settings)
         pages = pool_pages(model, settings)
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
@@ -108,7 +130,11 @@ class Engine:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
+        self._drafts = 0
+        self._accepted_drafts = 0
+        self._drafted_turns = 0
         self._violations = 0
+        self._later: Iterator[None] = iter(())
 
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
@@ -143,6 +169,8 @@ class Engine:
                 f"{self.context_length}; shorten the prompt or lower max_tokens",
             )
         sequence = Sequence.start(request, limit, self._stop_ids, self.tokenizer, self.settings.random_seed)
+        if self._speculation is not None:
+            sequence.drafter = Drafter(sequence.tokens, self._speculation)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
@@ -156,6 +184,21 @@ class Engine:
         """Whether ``step`` would do something."""
         return bool(self._sequences or self._news)
 
+    def when_idle(self, work: Iterator[None]) -> None:
+        """What can wait until nobody waits for an answer; each of its steps takes a moment."""
+        self._later = work
+
+    def idle_step(self) -> bool:
+        """A step of ``when_idle``'s work; False: there was none left. What fails there is logged."""
+        try:
+            next(self._later)
+            return True
+        except StopIteration:
+            return False
+        except Exception as error:
+            _log.warning("lowbit: what was left for an idle moment failed: %r", error)
+            return False
+
     # ---- steps ---------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenEvent]:
@@ -164,12 +207,36 @@ class Engine:
         self._step_began = time.monotonic()
         try:
             if self._scheduler.running or self._scheduler.waiting:
-                events += self._run(self._scheduler.next_chunks())
+                events += self._run(self._with_drafts(self._scheduler.next_chunks()))
         finally:
             self._step_began = 0.0
         if self._forced.check and (found := self.check()):
             raise AssertionError("; ".join(found))
         return events
+
+    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks, those of decoding sequences with what may follow, as far as it is worth its time."""
+        rules = self._speculation
+        decoding = [c.sequence for c in chunks if c.sequence.pending == 1 and c.sequence.output_length > 0]
+        left = len(decoding)
+        if rules is None or not 0 < left < STEP_TOKENS:
+            return chunks
+        room = rules.most if left == 1 else STEP_TOKENS - left
+        sure = worth(left)
+        drafted = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            if sequence in decoding:
+                assert sequence.drafter is not None, "every sequence of this engine has one"
+                # The last token it may have needs no draft: nothing is chosen behind it.
+                most = min(rules.most, room // left, sequence.limit - len(sequence.tokens) - 1)
+                drafts = sequence.drafter.draft(most, sure)
+                drafts = drafts[: self._scheduler.room_for_drafts(chunk, len(drafts))]
+                chunk = replace(chunk, drafts=drafts)
+                left -= 1
+                room -= len(drafts)
+            drafted.append(chunk)
+        return drafted
 
     def _run(self, chunks: list[Chunk]) -> list[TokenEvent]:
         if not chunks:
@@ -179,16 +246,17 @@ class Engine:
         self._steps += 1
         events: list[TokenEvent] = []
         first = 0
-        samplers: list[tuple[Chunk, int]] = []  # (chunk, row of logits that is sampled)
+        turns: list[_Turn] = []
         for chunk, count in zip(chunks, owners, strict=True):
-            mine = logits[first : first + count]
-            event = self._account(chunk, mine)
+            known = first + count - len(chunk.drafts)
+            event = self._account(chunk, logits[first:known])
             if event is not None:
                 events.append(event)
             elif chunk.sequence.pending == 0:
-                samplers.append((chunk, first + count - 1))
+                turns.append(_Turn(chunk.sequence, chunk.drafts, known - 1))
+                self._note_drafts(chunk)
             first += count
-        events += self._sample(samplers, logits)
+        events += self._choose(turns, logits)
         self._force()
         return events
 
@@ -198,12 +266,12 @@ class Engine:
         owners: list[int] = []
         first = 0
         for chunk in chunks:
-            sequence, last = chunk.sequence, first + chunk.count - 1
+            sequence, last = chunk.sequence, first + chunk.count + len(chunk.drafts) - 1
             completes = sequence.computed + chunk.count == len(sequence.tokens)
             if sequence.wants_prompt_logprobs:
                 wanted = list(range(first, last + 1))
             else:
-                wanted = [last] if completes else []
+                wanted = list(range(last - len(chunk.drafts), last + 1)) if completes else []
             rows += wanted
             owners.append(len(wanted))
             first = last + 1
@@ -245,53 +313,81 @@ class Engine:
                 token = sequence.request.prompt[target]
                 sequence.prompt_logprobs.append(log_probabilities(row, token, alternatives))
 
-    def _sample(self, samplers: list[tuple[Chunk, int]], logits: Tensor) -> list[TokenEvent]:
-        """Choose and append each sequence's next token."""
-        if not samplers:
-            return []
-        sequences = [chunk.sequence for chunk, _ in samplers]
-        picked = logits[[row for _, row in samplers]]
-        tokens = sample(picked, sequences)
-        return [
-            self._append(sequence, token, row)
-            for sequence, token, row in zip(sequences, tokens, picked, strict=True)
-        ]
+    def _choose(self, turns: list[_Turn], logits: Tensor) -> list[TokenEvent]:
+        """Choose and append each sequence's next token; again while it is the draft computed there.
 
-    def _append(self, sequence: Sequence, token: int, row: Tensor) -> TokenEvent:
-        """Add a token; the event it makes, the last one where it ends the sequence."""
+        A token is chosen only once those before it are known, as without drafts: penalties, stop rules and
+        the draw for its position see what they always would.
+        """
+        events: list[TokenEvent] = []
+        going = turns
+        while going:
+            picked = logits[[turn.row for turn in going]]
+            tokens = sample(picked, [turn.sequence for turn in going])
+            continuing: list[_Turn] = []
+            for turn, token, row in zip(going, tokens, picked, strict=True):
+                last = self._append(turn, token, row)
+                if last is not None:
+                    events.append(last)
+                elif not turn.continues:
+                    events.append(self._event(turn.sequence, turn))
+                elif torch.isfinite(logits[turn.row + 1].amax()):
+                    turn.row += 1
+                    turn.sequence.computed += 1
+                    continuing.append(turn)
+                else:
+                    error = self._numerical_error(turn.sequence.computed, logits[turn.row + 1 :])
+                    events.append(self._event(turn.sequence, turn))
+                    events.append(self._end(turn.sequence, "error", "model_numerical_error", error))
+            going = continuing
+        for turn in turns:
+            if turn.drafts and turn.sequence.id in self._sequences:
+                self._scheduler.drop_drafts(turn.sequence)
+        return events
+
+    def _note_drafts(self, chunk: Chunk) -> None:
+        self._drafted_turns += bool(chunk.drafts)
+        self._drafts += len(chunk.drafts)
+        chunk.sequence.drafts += len(chunk.drafts)
+
+    def _append(self, turn: _Turn, token: int, row: Tensor) -> TokenEvent | None:
+        """Add a token; the last event where it ends the sequence."""
+        sequence = turn.sequence
         sampling = sequence.sampling
+        if turn.drafts[len(turn.tokens) : len(turn.tokens) + 1] == (token,):
+            sequence.accepted_drafts += 1
+            self._accepted_drafts += 1
         sequence.tokens.append(token)
+        turn.tokens.append(token)
         if sequence.counts is not None:
             sequence.counts[token] += 1
         self._generated_tokens += 1
-        logprobs: tuple[TokenLogprob, ...] = ()
         if sampling.logprobs is not None:
-            logprobs = (log_probabilities(row, token, sampling.logprobs),)
+            turn.logprobs.append(log_probabilities(row, token, sampling.logprobs))
         early = sequence.output_length < sampling.min_tokens
         if token in sequence.stop_ids and not early:
-            text = sequence.detokenizer.finish()
-            return self._end(sequence, "stop", text=text, tokens=(token,), logprobs=logprobs, matched=token)
+            turn.text += sequence.detokenizer.finish()
+            return self._end(sequence, "stop", turn=turn, matched=token)
         text, matched = sequence.detokenizer.add([token])
+        turn.text += text
         if matched is not None and not early:
-            return self._end(sequence, "stop", text=text, tokens=(token,), logprobs=logprobs, matched=matched)
+            return self._end(sequence, "stop", turn=turn, matched=matched)
         if len(sequence.tokens) >= sequence.limit:
-            text += sequence.detokenizer.finish()
-            return self._end(sequence, "length", text=text, tokens=(token,), logprobs=logprobs)
-        return self._event(sequence, tokens=(token,), text=text, logprobs=logprobs)
+            turn.text += sequence.detokenizer.finish()
+            return self._end(sequence, "length", turn=turn)
+        return None
 
     def _event(
         self,
         sequence: Sequence,
+        turn: _Turn | None = None,
         *,
-        tokens: tuple[int, ...] = (),
-        text: str = "",
-        logprobs: tuple[TokenLogprob, ...] = (),
         finish_reason: FinishReason | None = None,
         matched: str | int | None = None,
         code: str = "",
         error: str = "",
     ) -> TokenEvent:
-        """An event; the first of a sequence says what its prompt cost."""
+        """An event with the tokens of ``turn``; the first of a sequence says what its prompt cost."""
         first, sequence.announced = not sequence.announced, True
         if first:
             self._cached_tokens += sequence.cached_tokens
@@ -299,9 +395,9 @@ class Engine:
         wanted = first and sequence.sampling.prompt_logprobs is not None
         return TokenEvent(
             id=sequence.id,
-            tokens=tokens,
-            text=text,
-            logprobs=logprobs,
+            tokens=tuple(turn.tokens) if turn else (),
+            text=turn.text if turn else "",
+            logprobs=tuple(turn.logprobs) if turn else (),
             prompt_logprobs=tuple(sequence.prompt_logprobs) if wanted else None,
             cached_tokens=sequence.cached_tokens if first else 0,
             finish_reason=finish_reason,
@@ -310,6 +406,8 @@ class Engine:
             error_code=code,
             prompt_tokens=sequence.prompt_length if final else 0,
             completion_tokens=sequence.output_length if final else 0,
+            accepted_drafts=sequence.accepted_drafts if final else 0,
+            rejected_drafts=sequence.drafts - sequence.accepted_drafts if final else 0,
         )
 
     def _end(
@@ -319,27 +417,16 @@ class Engine:
         code: str = "",
         error: str = "",
         *,
-        text: str = "",
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
+        turn: _Turn | None = None,
         matched: str | int | None = None,
     ) -> TokenEvent:
-        """Free what the sequence held; its last event."""
+        """Free what the sequence held; its last event, with the tokens of ``turn``."""
         if reason == "error":
             # Nothing it computed may be shared: its pages hold what went wrong.
             sequence.computed = 0
         self._scheduler.remove(sequence)
         del self._sequences[sequence.id]
-        return self._event(
-            sequence,
-            tokens=tokens,
-            text=text,
-            logprobs=logprobs,
-            finish_reason=reason,
-            matched=matched,
-            code=code,
-            error=error,
-        )
+        return self._event(sequence, turn, finish_reason=reason, matched=matched, code=code, error=error)
 
     def _force(self) -> None:
         """What the forced modes ask after a step."""
@@ -351,6 +438,13 @@ class Engine:
 
     def close(self) -> None:
         """Keep what the next run goes on from: the states of delayed scales, where a file was named."""
+        if self._drafts:
+            _log.info(
+                "lowbit: speculation: %s of %s drafts were right, %.1f tokens a step where there were any",
+                thousands(self._accepted_drafts),
+                thousands(self._drafts),
+                1 + self._accepted_drafts / self._drafted_turns,
+            )
         self.model.states.keep()
 
     # ---- state ---------------------------------------------------------------------------------------
@@ -369,6 +463,8 @@ class Engine:
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
+            draft_tokens=self._drafts,
+            accepted_draft_tokens=self._accepted_drafts,
             preemptions=self._scheduler.preemptions,
             invariant_violations=self._violations,
             stepping_seconds=time.monotonic() - began if began else 0.0,
@@ -404,6 +500,25 @@ class Engine:
         return found
 
 
+def _speculation(model: Model, settings: Settings) -> Speculation | None:
+    """What the settings ask for, where the model's answers do not depend on it."""
+    rules = Speculation.by(settings)
+    if rules is None:
+        return None
+    if getattr(model, "spans_tokens", False):
+        raise LowbitError(
+            "E0105",
+            "--speculative-algorithm: this model's inputs share scales between tokens, so wrong drafts would "
+            "change its answers; drop it, or use scales for each token",
+        )
+    if "reference" in getattr(model, "kernels", ()):
+        _log.warning(
+            "lowbit: speculation: some layers run on the reference kernel, whose last bits depend on how "
+            "many tokens a step has: with drafts, as in a batch, a close call may go the other way"
+        )
+    return rules
+
+
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text).expanduser()
 
@@ -413,7 +528,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     from lowbit.checkpoint import open_checkpoint
     from lowbit.engine import speed
     from lowbit.kernels import native
-    from lowbit.loading import Calibration, load_model
+    from lowbit.loading import Calibration, PackedCache, load_model
     from lowbit.loading.online import is_float
     from lowbit.loading.samples import Samples
     from lowbit.models.config import architecture_of
@@ -424,30 +539,33 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         native.set_threads(settings.threads)
         torch.set_num_threads(settings.threads)
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
+    Speculation.by(settings)
     header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
-    tokenizer = load_tokenizer(header, settings.tokenizer)
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
-    model = load_model(
-        header,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        k_cache_dtype=settings.k_cache_dtype,
-        v_cache_dtype=settings.v_cache_dtype,
-        quantization=asked,
-        strict=settings.strict,
-        kv_scales_path=settings.quantization_param_path,
-        on_progress=on_progress,
-        samples=samples,
-        save=_path(settings.save_quantized),
-        calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
-    )
+    with ThreadPoolExecutor(1) as beside:  # while weights are packed, mostly in native code
+        tokenizer_read = beside.submit(load_tokenizer, header, settings.tokenizer)
+        model = load_model(
+            header,
+            device=settings.device,
+            dtype=settings.dtype,
+            kv_cache_dtype=settings.kv_cache_dtype,
+            k_cache_dtype=settings.k_cache_dtype,
+            v_cache_dtype=settings.v_cache_dtype,
+            activation_quantization=settings.activation_quantization,
+            quantization=asked,
+            strict=settings.strict,
+            kv_scales_path=settings.quantization_param_path,
+            on_progress=_stopped_by(tokenizer_read, on_progress),
+            samples=samples,
+            save=_path(settings.save_quantized),
+            calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
+            packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
+        )
+        tokenizer = tokenizer_read.result()
     if native.library() is not None and "reference" not in model.kernels:
         # What is left for torch is small, and its own threads, which spin after every operation, would take
         # the cores from the native ones.
         torch.set_num_threads(1)
-    if samples is not None:
-        speed.say_speed(samples, model.device, settings.strict)
     check_vocabulary(tokenizer, model.vocab_size)
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
@@ -461,7 +579,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     quality = None if asked.flag and is_float(header) else _quality(header)
     if quality is not None:
         details["quality"] = str(quality)
-    return Engine(
+    engine = Engine(
         model,
         tokenizer,
         settings,
@@ -470,6 +588,26 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         architecture=architecture_of(header),
         quality=quality,
     )
+    if samples is not None:
+        steps = speed.speed_steps(samples, model.device, settings.strict)
+        if serving and not settings.strict:  # strict refuses to serve what is slow: that must be known now
+            engine.when_idle(steps)
+        else:
+            for _ in steps:
+                pass
+    return engine
+
+
+def _stopped_by(other: Future[FastTokenizer], report: Progress | None) -> Progress:
+    """``report``, which also ends loading as soon as what runs beside it has failed."""
+
+    def progress(done: int, total: int, what: str) -> None:
+        if other.done():
+            other.result()
+        if report is not None:
+            report(done, total, what)
+
+    return progress
 
 
 def _quality(header: CheckpointHeader) -> Quality | None:

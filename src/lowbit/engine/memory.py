@@ -14,7 +14,7 @@ def pool_pages(model: Model, settings: Settings) -> int:
     """Pages of the KV pool: as asked for, or by memory, but no more than all sequences could use."""
     size = settings.page_size
     page_bytes = sum(spec.token_bytes() for spec in model.cache_specs()) * size
-    free = free_memory(model.device)
+    free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
     if settings.max_total_tokens is not None:
         pages = -(-settings.max_total_tokens // size)
         if pages * page_bytes > free:

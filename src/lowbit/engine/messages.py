@@ -100,6 +100,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     error_code: str = ""  # and its snake_case name: "model_numerical_error", "internal", …
     prompt_tokens: int = 0  # on the final event: what usage reports
     completion_tokens: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
 
 class MeasuredQuality(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +157,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+    draft_tokens: int = 0  # computed; they count as generated where they were right
+    accepted_draft_tokens: int = 0
     preemptions: int = 0
     invariant_violations: int = 0
     stepping_seconds: float = 0.0  # how long the step in progress has been running, 0 when idle

@@ -5,7 +5,8 @@ The HTTP process starts it with one end of a socket pair and talks to it in fram
     Start ──▶ load the model (EngineProgress …) ──▶ EngineReady, or EngineFailed and exit
           ──▶ loop: read what came, without waiting while there is work
                     engine.step(), its events in one write
-                    idle: wait for a message; once a second check the page accounting
+                    idle: what could wait, a step at a time; then wait for a message, and once a second
+                    check the page accounting
 
 It owns no policy: it dies with its parent (PR_SET_PDEATHSIG, and end of file on the socket), ignores the
 terminal's SIGINT and SIGTERM because the parent drains it, and an exception in a step ends the process
@@ -75,6 +76,9 @@ class EngineLike(Protocol):
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
 
+    def idle_step(self) -> bool:
+        """A moment's work of what can wait until nothing else is to be done; False: there was none left."""
+
     def status(self) -> EngineStatus:
         """Counters and gauges."""
 
@@ -131,11 +135,12 @@ class EngineLoop:
         self._failed_checks = 0
         self._last_check = time.monotonic()
         self._draining = False
+        self._more_when_idle = True
 
     def run(self) -> None:
         """Until the parent leaves, or has asked to drain and the work is done."""
         while True:
-            busy = self._draining or self._engine.has_work()
+            busy = self._draining or self._engine.has_work() or self._more_when_idle
             for message in self._connection.receive(0.0 if busy else _IDLE_CHECK_SECONDS):
                 self._handle(message)
             if self._engine.has_work():
@@ -145,6 +150,7 @@ class EngineLoop:
             elif self._draining:
                 return
             else:
+                self._more_when_idle = self._more_when_idle and self._engine.idle_step()
                 self._check_when_idle()
 
     def _handle(self, message: ParentMessage) -> None:
@@ -317,6 +323,19 @@ def _fail(connection: Connection, code: str, message: str, status: int) -> int:
     return status
 
 
+def import_engine() -> None:
+    """Everything that loading and running a model imports, which holds still afterwards.
+
+    The collector would walk torch's hundreds of thousands of objects again and again while they come in, a
+    tenth of the time of importing it, and once more whenever it looks at all objects.
+    """
+    gc.disable()
+    for name in ("lowbit.engine.engine", "lowbit.engine.speed", "lowbit.loading", "lowbit.tokenization"):
+        importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(prog="lowbit.engine.process")
@@ -329,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ParentGoneError:
         return 0
     connection = Connection(socket.socket(fileno=options.fd))
-    return serve_parent(connection, build_engine, lambda: importlib.import_module("lowbit.engine.engine"))
+    return serve_parent(connection, build_engine, import_engine)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ class Runner:
     def forward(self, chunks: list[Chunk], rows: list[int]) -> Tensor:
         """float32 (len(rows), vocabulary) on the CPU: the logits of token rows ``rows`` of the batch."""
         batch = self._batch(chunks, rows)
-        # A decode step: one token of every sequence, and all of them wanted.
-        decodes = batch.max_query == 1 and rows == list(range(len(chunks)))
+        # A decode step: the newest token of every sequence, with drafts or none, and all rows wanted.
+        decodes = all(c.count == 1 for c in chunks) and rows == list(range(len(batch.tokens)))
         if self._capture is not None and decodes:
             return self._capture.run(batch)
         return self._run(batch).cpu()
@@ -46,15 +46,15 @@ class Runner:
 
     def _batch(self, chunks: list[Chunk], rows: list[int]) -> ForwardBatch:
         size = self._page_size
-        queries = np.array([chunk.count for chunk in chunks], dtype=np.int32)
+        parts = [np.array(chunk.tokens, dtype=np.int32) for chunk in chunks]
+        queries = np.array([len(part) for part in parts], dtype=np.int32)
         starts = np.array([chunk.sequence.computed for chunk in chunks], dtype=np.int32)
         contexts = starts + queries
         widths = -(-contexts // size)
         table = np.zeros((len(chunks), int(widths.max())), dtype=np.int32)
         for row, chunk in enumerate(chunks):
             table[row, : widths[row]] = chunk.sequence.pages[: widths[row]]
-        new = (c.sequence.tokens[c.sequence.computed : c.sequence.computed + c.count] for c in chunks)
-        tokens = np.concatenate([np.array(part, dtype=np.int32) for part in new])
+        tokens = np.concatenate(parts)
         owners = np.repeat(np.arange(len(chunks)), queries)
         firsts = np.cumsum(queries) - queries
         positions = (np.arange(len(tokens)) - firsts[owners] + starts[owners]).astype(np.int32)

@@ -28,10 +28,17 @@ PROMPT_LOGPROB_ROWS = 128  # rows of logits a prompt with log-probabilities may 
 
 @dataclass(frozen=True)
 class Chunk:
-    """``count`` tokens of a sequence, from ``sequence.computed`` on."""
+    """``count`` tokens of a sequence, from ``sequence.computed`` on, and ``drafts`` that may follow them."""
 
     sequence: Sequence
     count: int
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """What is computed."""
+        start = self.sequence.computed
+        return [*self.sequence.tokens[start : start + self.count], *self.drafts]
 
 
 class Scheduler:
@@ -169,6 +176,22 @@ class Scheduler:
         if needed > 0:
             sequence.pages += self.pool.take(needed)
         return victims
+
+    def room_for_drafts(self, chunk: Chunk, count: int) -> int:
+        """Give the chunk's sequence pages for ``count`` drafts behind it; how many fit. A draft may be wrong,
+        so it takes free pages only: nothing is evicted and nobody is retracted for it."""
+        sequence = chunk.sequence
+        known = sequence.computed + chunk.count
+        count = min(count, (len(sequence.pages) + self.pool.free) * self.page_size - known)
+        sequence.pages += self.pool.take(max(self._pages_for(known + count) - len(sequence.pages), 0))
+        return count
+
+    def drop_drafts(self, sequence: Sequence) -> None:
+        """Take back the pages that only wrong drafts are in; K and V of those in kept pages are overwritten
+        before they are read."""
+        kept = self._pages_for(sequence.computed)
+        self.pool.release(sequence.pages[kept:])
+        del sequence.pages[kept:]
 
     def retract(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it starts again when there is room."""

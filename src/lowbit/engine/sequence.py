@@ -9,6 +9,7 @@ import numpy as np
 
 from lowbit.engine.detokenizer import IncrementalDetokenizer
 from lowbit.engine.messages import Request, SamplingParams, TokenLogprob
+from lowbit.engine.speculation import Drafter
 from lowbit.tokenization.tokenizer import Tokenizer
 
 
@@ -34,6 +35,9 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     counts: np.ndarray | None = None  # int32 (vocabulary,): output tokens so far, where penalties need them
     prompt_mask: np.ndarray | None = None  # bool (vocabulary,): tokens of the prompt, likewise
+    drafter: Drafter | None = None  # where drafts are wanted
+    drafts: int = 0  # computed so far
+    accepted_drafts: int = 0  # of them
 
     @classmethod
     def start(

@@ -19,7 +19,7 @@ between the file's table and ours is accepted.
 int8: ``weight`` I8 [out, in], ``SCB`` F32 [out] (a row's largest |w|): weight * SCB / 127. The tool computes
 (weight * SCB) * 0.007874015718698502 in float32; one scale a row, SCB * 0.00787…, is the nearest float32 for
 it: at most 2 units of the last bit apart in float32, 1 in float16 (where 4 of 100,000 values differ at all).
-Inputs of at least ``llm_int8_threshold`` stay in full precision.
+``llm_int8_threshold``: columns of the input with a number of at least that size are not rounded.
 
 Which modules are quantized the tensors say, not ``llm_int8_skip_modules``. Plain floats under these keys were
 to be quantized at load; they are read plain, with a warning. Refused: column-tiled int8 (``weight_format``
@@ -42,14 +42,13 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredLinear, StoredModule, check_shape, entry_of, finite_scales
 from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, origin_of, read_bias, read_dense
 from lowbit.formats.quantization_config import quantization_config
+from lowbit.numerics.llm_int8 import INT8_STEP, llm_int8_inputs
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import ActivationScheme, Scheme
+from lowbit.numerics.scheme import Scheme
 
 _STATE = ".quant_state.bitsandbytes__"
 FOUR_BIT_KINDS = {"nf4": "nf4", "fp4": "fp4_bnb"}
-# The tool multiplies by this float32 where the definition says / 127.
-INT8_STEP = 7.874015718698502e-3
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 
@@ -274,8 +273,8 @@ class BitsAndBytes:
     # ---- int8
 
     def _int8_scheme(self) -> Scheme:
-        activation = ActivationScheme(number_format("int8"), (1, 0), limit=127.0, outliers=self.threshold)
-        return Scheme(number_format("int8"), ((1, 0),), (number_format("f32"),), activation=activation)
+        inputs = llm_int8_inputs(self.threshold)
+        return Scheme(number_format("int8"), ((1, 0),), (number_format("f32"),), activation=inputs)
 
     def _int8(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         what = "an int8 bitsandbytes weight"

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
-from lowbit.formats.bitsandbytes import FOUR_BIT_KINDS, INT8_STEP
+from lowbit.formats.bitsandbytes import FOUR_BIT_KINDS
 from lowbit.formats.writing import CheckpointWriter, cannot
+from lowbit.numerics.llm_int8 import DEFAULT_THRESHOLD, INT8_STEP, llm_int8_inputs
 from lowbit.numerics.nested_scales import BLOCK, NestedScales, dynamic_table
-from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import ActivationScheme, Scheme
+from lowbit.numerics.scheme import Scheme
 
 _KINDS = {codes: kind for kind, codes in FOUR_BIT_KINDS.items()} | {"int8": "int8"}
 _SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -50,7 +50,7 @@ class BitsAndBytesWriter(CheckpointWriter):
                 "E0450",
                 f"--format bitsandbytes: outlier thresholds {sorted(thresholds)}; a checkpoint has one",
             )
-        self.threshold = next(iter(thresholds), 6.0)
+        self.threshold = next(iter(thresholds), DEFAULT_THRESHOLD)
 
     @classmethod
     def refuses_to_write(cls, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -66,9 +66,8 @@ class BitsAndBytesWriter(CheckpointWriter):
         if kind == "int8":
             if (rows, columns) != (1, 0):
                 return f"int8 has one scale a row, not {scheme}"
-            wanted = ActivationScheme(number_format("int8"), (1, 0), limit=127.0)
             found = scheme.activation
-            like = found is not None and _without_outliers(found) == wanted
+            like = found is not None and found == llm_int8_inputs(found.outliers)
             return None if like else "int8 weights come with int8 inputs (LLM.int8)"
         if scheme.activation is not None:
             return "its inputs are quantized, and 4-bit weights leave inputs alone"
@@ -147,17 +146,6 @@ class BitsAndBytesWriter(CheckpointWriter):
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
         }
-
-
-def _without_outliers(activation: ActivationScheme) -> ActivationScheme:
-    return ActivationScheme(
-        activation.number_format,
-        activation.block,
-        activation.mode,
-        activation.symmetric,
-        activation.limit,
-        activation.scale,
-    )
 
 
 WRITERS = (BitsAndBytesWriter,)

@@ -17,7 +17,8 @@ from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.scheme import ActivationScheme
 
 # The numbers of csrc/activation_quant.cpp.
-_RULES = ("none", "fixed", "token", "asymmetric", "tensor", "delayed", "grouped")
+_RULES = ("none", "fixed", "token", "asymmetric", "tensor", "delayed", "grouped", "columns")
+_FACTORS = {"token": "row", "asymmetric": "row", "columns": "row", "tensor": "one", "delayed": "one"}
 _FORMATS = {"e4m3": 1, "e5m2": 2, "e2m1": 3, "e2m3": 4, "e3m2": 5}
 _INTEGER = 0
 _SCALES = {"f32": 0, "bf16": 1, "e8m0": 2, "e4m3": 4}
@@ -107,7 +108,9 @@ def _rule(scheme: ActivationScheme | None) -> str:
         return "fixed" if scheme.mode == "static" else "delayed"
     if not scheme.symmetric:
         return "asymmetric"
-    return "tensor" if scheme.block[0] == 0 and not scheme.outliers else "token"
+    if scheme.outliers:
+        return "columns"
+    return "tensor" if scheme.block[0] == 0 else "token"
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,7 @@ class NativeQuantizer:
             bfloat_input=scheme.input == "bf16",
             reciprocal=scheme.reciprocal,
         )
-        factors = {"token": "row", "asymmetric": "row", "tensor": "one", "delayed": "one"}.get(rule, "")
-        return NativeQuantizer(description, buffers, "" if scheme.outliers else factors)
+        return NativeQuantizer(description, buffers, _FACTORS.get(rule, ""))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x float32 (tokens, in) with contiguous rows -> codes or values, and the factors the rule makes."""

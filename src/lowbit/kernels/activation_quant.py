@@ -3,12 +3,15 @@
 What is computed is exactly ``Q(x) @ W.T``: codes of x times their scale, multiplied by the stored weight.
 Where a token has one scale, the product runs on the codes themselves (integers to 128 and e4m3 values are
 exact in bfloat16, the precision native kernels take inputs in) and its result is scaled; otherwise x is
-replaced by its dequantized value. A token's result does not depend on its neighbours: LLM.int8's outlier
-*columns* become outlier *elements* here, which is the same for a single token and keeps more precision
-beside others. The exceptions say so themselves: dynamic per-tensor scales, one for all tokens of a batch, and
-delayed scales (``activation_state``). NaN stays NaN under every rule; infinity becomes NaN or stays infinite
-where scales are dynamic (NVFP4's saturate), and beside a per-tensor scale the tokens that hold either take no
-part in it, so that what went wrong in one request fails that request alone.
+replaced by its dequantized value. LLM.int8's outlier columns stand beside the codes as x over the token's
+scale, so that one product does for both.
+
+A token's result does not depend on its neighbours, except where ``ActivationScheme.depends_on_batch`` says
+so: dynamic per-tensor scales, one for all tokens of a batch, delayed scales (``activation_state``), LLM.int8.
+A batch is the rows of one call: the tokens of a step, or those of them that an expert gets. NaN stays NaN
+under every rule; infinity becomes NaN or stays infinite where scales are dynamic (NVFP4's saturate). Where
+tokens depend on each other, those that hold either have no part in it (but for delayed scales), so that what
+went wrong in one request fails that request alone.
 
 The torch functions here are the definition; float32 on a CPU runs in native code (``activation_native``) with
 the same bits.
@@ -83,7 +86,9 @@ class InputTransform:
             return self._static(x, scheme)
         if scheme.mode == "delayed":
             return self._delayed(x.float(), scheme)
-        if scheme.block[0] == 0 and scheme.symmetric and not scheme.outliers:
+        if scheme.outliers:
+            return _beside_columns(x, scheme)
+        if scheme.block[0] == 0 and scheme.symmetric:
             return _per_tensor(x.float(), scheme)
         return _per_token(x, scheme)
 
@@ -105,6 +110,15 @@ class InputTransform:
         if x.numel():
             self.state.note(x.abs().amax())
         return codes, factor
+
+    @property
+    def gives_int8(self) -> bool:
+        """Whether what it makes of x are whole numbers of -128 … 127."""
+        scheme = self.scheme
+        if scheme is None or scheme.block[1] or scheme.outliers or not scheme.symmetric:
+            return False
+        fmt = scheme.number_format
+        return fmt.is_integer and fmt.name.startswith("int") and fmt.bits <= 8 and self.static_zero is None
 
     def same_as(self, other: InputTransform) -> bool:
         """Whether both do the same to every x."""
@@ -135,17 +149,32 @@ def limit_of(scheme: ActivationScheme) -> float:
     return max(value for value in values if math.isfinite(value))
 
 
-def _per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor | None]:
-    """One scale a token; with outliers the dequantized x."""
+def _per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+    """One scale a token."""
     x = x.float()
-    inner = x if not scheme.outliers else torch.where(x.abs() >= scheme.outliers, 0.0, x)
     if not scheme.symmetric:
-        return _asymmetric(inner, scheme)
-    scale = _scale(inner.abs().amax(-1, keepdim=True), scheme)
-    codes = _codes(inner, scale, scheme)
-    if not scheme.outliers:
-        return codes, scale
-    return torch.where(x.abs() >= scheme.outliers, x, codes * scale), None
+        return _asymmetric(x, scheme)
+    scale = _scale(x.abs().amax(-1, keepdim=True), scheme)
+    return _codes(x, scale, scheme), scale
+
+
+def _beside_columns(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor | None]:
+    """LLM.int8: one scale a token, for codes and for the columns that are not rounded.
+
+    Tokens that are not finite become NaN and make no column an outlier. A column over a token's scale may be
+    too large for float16: there it is the dequantized x.
+    """
+    wide = x.float()
+    size = wide.abs()
+    finite = torch.isfinite(size).all(-1, keepdim=True)  # (tokens, 1)
+    outliers = size >= scheme.outliers
+    columns = (outliers & finite).any(0)  # (in,)
+    scale = _scale(torch.where(outliers, 0.0, size).amax(-1, keepdim=True), scheme)
+    steps = _steps(wide, scale, scheme)
+    codes = torch.where(finite, torch.where(columns, steps, _nearest(steps, scheme.number_format)), math.nan)
+    if x.dtype is torch.float16:
+        return torch.where(columns & finite, wide, codes * scale), None
+    return codes, scale
 
 
 def _per_tensor(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
@@ -160,7 +189,12 @@ def _per_tensor(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
 
 def _codes(x: Tensor, scale: Tensor, scheme: ActivationScheme) -> Tensor:
     """The nearest codes of x, float32."""
-    return _nearest(x * (1.0 / scale) if scheme.reciprocal else x / scale, scheme.number_format)
+    return _nearest(_steps(x, scale, scheme), scheme.number_format)
+
+
+def _steps(x: Tensor, scale: Tensor, scheme: ActivationScheme) -> Tensor:
+    """float32 x in units of its scale."""
+    return x * (1.0 / scale) if scheme.reciprocal else x / scale
 
 
 def _asymmetric(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ than 2^-25 of one. Beside float32 scales they are offsets, -zero * scale, a last
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import replace
 from functools import cache
@@ -133,6 +132,11 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     return Description(None, None, out, columns, CODES[code_kind], group, kind, addend)
 
 
+def _is_order(order: Tensor, columns: int) -> bool:
+    inside = order.dtype is torch.int64 and order.shape == (columns,)
+    return inside and bool((order >= 0).all()) and bool((order < columns).all())
+
+
 def _has_row_scale(scheme: Scheme) -> bool:
     """Whether the outer level is one float32 for a row, or for all of them."""
     if len(scheme.scales) != 2 or scheme.offset:
@@ -209,6 +213,7 @@ class CpuBlocks:
 
     name = "cpu_blocks"
     computes = "as stored"
+    layout = 1
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
@@ -233,6 +238,16 @@ class CpuBlocks:
             return f"would take {described.nbytes} bytes, the scheme's own are {own:.0f}"
         return None
 
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Whether the codes are whole numbers, or halves of them."""
+        native = _native(scheme, shape)
+        described = "" if native is None else _describe(native, shape)
+        if native is None or isinstance(described, str):
+            return False
+        table = _table(native.weight)
+        described.table = table.data_ptr()
+        return packed_linear.takes(described, packed_linear.INPUT_GROUPS)
+
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Codes, scales and offsets in the kernel's layout."""
         scheme = _native(weight.scheme, weight.shape)
@@ -243,23 +258,27 @@ class CpuBlocks:
         if scheme.blocks != whole.scheme.blocks:
             whole = _regrouped(whole, scheme)
         parts = _parts(whole, scheme, description)
-        table = _table(scheme.weight)
-        description.table = table.data_ptr()
-        buffers = {"data": packed_linear.pack(description, parts), "table": table}
+        buffers = {"data": packed_linear.pack(description, parts), "table": _table(scheme.weight)}
         if weight.column_order is not None:
             buffers["column_order"] = weight.column_order.clone()
         if _has_row_scale(scheme):
             buffers["row_scale"] = weight.scales[1].float().flatten().expand(weight.shape[0]).contiguous()
-        return NativeWeight(
-            self,
-            weight.scheme,
-            weight.shape,
-            buffers,
-            weight.origin,
-            description,
-            ctypes.addressof(description),
-            weight.shape[-1],
-        )
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        native_scheme = _native(scheme, shape)
+        described = "no packed layout" if native_scheme is None else _describe(native_scheme, shape)
+        if isinstance(described, str):
+            raise ValueError(f"{origin}: {described}")
+        row_scale, order = buffers.get("row_scale"), buffers.get("column_order")
+        if row_scale is not None and row_scale.numel() != shape[0]:
+            raise ValueError(f"{origin}: {row_scale.numel()} scales of {shape[0]} rows")
+        if order is not None and not _is_order(order, shape[1]):
+            raise ValueError(f"{origin}: no order of {shape[1]} columns")
+        return packed_linear.around(self, described, scheme, shape, buffers, origin)
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The weight again, block formats expanded."""

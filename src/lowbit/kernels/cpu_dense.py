@@ -5,8 +5,6 @@ bf16 weights meet a bf16-rounded input; f32 and f16 weights meet the input as it
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
@@ -30,6 +28,7 @@ class CpuDense:
 
     name = "cpu_dense"
     computes = "as stored"
+    layout = 1
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -39,25 +38,22 @@ class CpuDense:
             return "weights are quantized"
         return "stacked experts" if len(shape) != 2 else None
 
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: nothing here multiplies whole numbers."""
+        return False
+
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The matrix in tiles, columns padded with zeros to whole ones."""
-        out, columns = weight.shape
-        padded = -(-columns // COLUMNS) * COLUMNS
-        codes = DENSE_CODES[weight.scheme.weight.name]
-        description = Description(None, None, out, padded, codes, COLUMNS, SCALES_NONE, ADDEND_NONE)
-        table = torch.zeros(64, dtype=torch.bfloat16)
-        description.table = table.data_ptr()
-        buffers = {"data": packed_linear.pack(description, Parts(weight.codes.contiguous())), "table": table}
-        return NativeWeight(
-            self,
-            weight.scheme,
-            weight.shape,
-            buffers,
-            weight.origin,
-            description,
-            ctypes.addressof(description),
-            columns,
-        )
+        description = _describe(weight.scheme, weight.shape)
+        data = packed_linear.pack(description, Parts(weight.codes.contiguous()))
+        buffers = {"data": data, "table": torch.zeros(64, dtype=torch.bfloat16)}
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        return packed_linear.around(self, _describe(scheme, shape), scheme, shape, buffers, origin)
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The matrix again."""
@@ -72,3 +68,9 @@ class CpuDense:
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
         return packed_linear.rows(packed, ids)
+
+
+def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
+    padded = -(-shape[1] // COLUMNS) * COLUMNS
+    codes = DENSE_CODES[scheme.weight.name]
+    return Description(None, None, shape[0], padded, codes, COLUMNS, SCALES_NONE, ADDEND_NONE)

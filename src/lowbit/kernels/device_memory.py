@@ -9,13 +9,30 @@ import torch
 _GIB = 1 << 30
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes this process could still take on the device."""
+def free_memory(device: torch.device, mapped: int = 0) -> int:
+    """Bytes this process could still take on the device.
+
+    ``mapped``: bytes of files that are mapped and always in use. Linux counts them as available, because it
+    could drop them, and a cgroup counts those that it has read.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = _available()
+    free = max(_available() - mapped, 0)
     limit, used = _number("/sys/fs/cgroup/memory.max"), _number("/sys/fs/cgroup/memory.current")
-    return free if limit is None or used is None else min(free, max(limit - used, 0))
+    if limit is None or used is None:
+        return free
+    return min(free, max(limit - used - max(mapped - _cached(), 0), 0))
+
+
+def _cached() -> int:
+    """Bytes of files in memory that count as this cgroup's."""
+    try:
+        for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines():
+            if line.startswith("file "):
+                return int(line.split()[1])
+    except (OSError, ValueError):
+        pass
+    return 0
 
 
 def _available() -> int:

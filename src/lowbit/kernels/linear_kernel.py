@@ -38,12 +38,24 @@ class LinearKernel(Protocol):
 
     name: str
     computes: str  # "as stored", or the activation quantization the kernel imposes
+    layout: int  # a new number whenever packed bytes mean something else: they are kept on disk
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """The reason this kernel cannot run it ("needs in % 64 == 0, got 100"), or None."""
 
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Whether a weight it does not refuse can meet int8 inputs (``numerics.int8_inputs``)."""
+
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The kernel's own buffers; ``weight`` may be dropped afterwards."""
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """``pack``'s result again, around the buffers it had; they may be mapped and read-only.
+
+        ValueError where they cannot be buffers of such a weight.
+        """
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The canonical weight again: ``unpack(pack(w)) == w``."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.metadata
 import os
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -49,14 +49,15 @@ def has(isa: str) -> bool:
     return cpu_flags() >= _NEEDED_FLAGS[isa]
 
 
-def _directories() -> list[Path]:
+def _directories() -> Iterator[Path]:
     """Where the libraries may lie: a development build, beside this package, in an editable install."""
-    found = [Path(__file__).parent.parent / "_native"]
     if chosen := os.environ.get("LOWBIT_NATIVE_DIR"):
-        found.insert(0, Path(chosen))
+        yield Path(chosen)
+    yield Path(__file__).parent.parent / "_native"
+    import importlib.metadata  # reads a lot, and is seldom needed
+
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a source tree, not installed
-        found.append(Path(str(importlib.metadata.distribution("lowbit").locate_file("lowbit/_native"))))
-    return found
+        yield Path(str(importlib.metadata.distribution("lowbit").locate_file("lowbit/_native")))
 
 
 def _library_file(isa: str) -> Path | None:
@@ -65,6 +66,11 @@ def _library_file(isa: str) -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def library_file() -> Path | None:
+    """The file ``library`` loads; None where there is none."""
+    return None if isa() == "scalar" else _library_file(isa())
 
 
 def _ask_for_tiles() -> bool:

@@ -25,10 +25,12 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.elementwise import affine, gather_columns
-from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
 from lowbit.kernels.step_plan import Operation
+from lowbit.numerics.scheme import Scheme
 
 ROWS, COLUMNS, SUPER = 16, 32, 256
+TABLE_BYTES = 128  # 64 values in bfloat16, or 32 in float32
 
 # The numbers of csrc/linear_tiles.h and csrc/linear.cpp.
 CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
@@ -102,6 +104,11 @@ class Description(ctypes.Structure):
         return -(-self.rows // ROWS) * block
 
 
+# What a weight is multiplied with: x in bfloat16 (float32 beside float codes), x in int8 with a scale for
+# each token and 32 columns, or x that holds whole numbers of -128 … 127 already.
+INPUT_BFLOAT, INPUT_GROUPS, INPUT_CODES = range(3)
+
+
 @dataclass(frozen=True)
 class NativeWeight(PackedWeight):
     """A PackedWeight with the struct the native code reads; ``columns``: the logical ones."""
@@ -117,6 +124,7 @@ class _Functions:
     pack: Callable[..., None]
     linear: Operation
     rows: Operation
+    takes: Callable[..., int]
 
 
 @cache
@@ -130,6 +138,7 @@ def functions() -> _Functions | None:
     library.lowbit_linear_bytes.restype = number
     library.lowbit_linear_pack.argtypes = (pointer, number, *(pointer,) * 6)
     library.lowbit_linear_pack.restype = None
+    library.lowbit_linear_takes.argtypes = (pointer, ctypes.c_int32)
     multiply = (pointer, pointer, number, number, number, pointer, number)
     look_up = (pointer, number, pointer, ctypes.c_int32, number, *(pointer,) * 3)
     return _Functions(
@@ -137,6 +146,7 @@ def functions() -> _Functions | None:
         library.lowbit_linear_pack,
         Operation(library, "linear", multiply, _fault),
         Operation(library, "linear_rows", look_up, _fault),
+        library.lowbit_linear_takes,
     )
 
 
@@ -151,6 +161,20 @@ def unusable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"runs on a CPU, the device is {device.type}"
     return None if functions() is not None else "the native library is not there"
+
+
+def takes(description: Description, kind: int) -> bool:
+    """Whether a weight so described can meet x as ``kind``; its table must be there."""
+    loaded = functions()
+    return loaded is not None and bool(loaded.takes(ctypes.addressof(description), kind))
+
+
+def set_input(packed: PackedWeight, kind: int) -> bool:
+    """Multiply the weight with x as ``kind`` from now on; False where it cannot be."""
+    if not isinstance(packed, NativeWeight) or not takes(packed.description, kind):
+        return False
+    packed.description.input = kind
+    return True
 
 
 @dataclass(frozen=True)
@@ -189,6 +213,34 @@ def pack(description: Description, parts: Parts) -> Tensor:
     )
     description.data = data.data_ptr()
     return data
+
+
+def around(
+    kernel: LinearKernel,
+    description: Description,
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    buffers: dict[str, Tensor],
+    origin: str,
+) -> NativeWeight:
+    """The weight whose bytes are ``buffers``: "data", the "table" of code values, and what a kernel adds.
+
+    ValueError where the bytes are not as many as the description's.
+    """
+    data, table = buffers["data"], buffers["table"]
+    if data.dtype is not torch.uint8 or data.numel() != description.nbytes or table.nbytes != TABLE_BYTES:
+        raise ValueError(f"{origin}: {data.numel()} packed bytes instead of {description.nbytes}")
+    description.data, description.table = data.data_ptr(), table.data_ptr()
+    return NativeWeight(
+        kernel,
+        scheme,
+        shape,
+        buffers,
+        origin,
+        description,
+        ctypes.addressof(description),
+        shape[-1],
+    )
 
 
 def linear(x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:

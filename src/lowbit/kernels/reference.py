@@ -28,10 +28,15 @@ class Reference:
 
     name = "reference"
     computes = "as stored"
+    layout = 1
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Never."""
         return None
+
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: nothing here multiplies whole numbers."""
+        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The canonical tensors themselves, codes packed to their bits."""
@@ -44,7 +49,13 @@ class Reference:
             buffers["column_order"] = weight.column_order
         # Detached from the mapped file: its pages must not be needed once loading is over.
         owned = {name: buffer.to(device, copy=True).contiguous() for name, buffer in buffers.items()}
-        return PackedWeight(self, weight.scheme, weight.shape, owned, weight.origin)
+        return self.restore(weight.scheme, weight.shape, owned, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        return PackedWeight(self, scheme, shape, buffers, origin)
 
     @staticmethod
     def _packed_codes(weight: QuantizedTensor) -> Tensor:

@@ -23,7 +23,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def _cpu_name() -> str:
     return "unknown CPU"
 
 
-def _cache_bytes() -> int:
+def cache_bytes() -> int:
     """The size of the largest cache, or a common one where Linux does not say."""
     sizes = [32 << 20]
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -219,21 +219,43 @@ def time_layers(
 
     ``counts``: how many layers of each kind the model has.
     """
-    missing = [sample for sample in counts if table.find(sample) is None]
-    if missing:
-        bench = _Bench(device, clock)
-        each = min(_SECONDS_EACH, _SECONDS_AT_MOST / len(missing))
-        for look in range(2):
-            start, slow = clock(), look > 0
-            # Kinds of one shape share their bf16 weight.
-            for number, sample in enumerate(sorted(missing, key=lambda s: (s.shape, s.rows)), 1):
-                if clock() > start + 1.5 * each * len(missing):
-                    break
-                seen = table.find(sample)
-                if seen is None or (slow and any(bf16 < SLOWER * mine for mine, bf16 in seen.values())):
-                    table.add(sample, _fastest(seen, bench.measure(sample, start + each * number)))
+    for _ in measurements(counts, table, device, clock):
+        pass
+    return known_timings(counts, table)
+
+
+def known_timings(counts: dict[LayerSample, int], table: TimingTable) -> list[Timing]:
+    """Each kind that the table knows."""
     known = [(sample, table.find(sample), count) for sample, count in counts.items()]
     return [Timing(sample, seconds, count) for sample, seconds, count in known if seconds is not None]
+
+
+def measurements(
+    counts: Iterable[LayerSample],
+    table: TimingTable,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[None]:
+    """Measure what the table does not know, a kind at a time: stops *before* each, for as long as its caller
+    likes, and takes about a tenth of a second when it goes on."""
+    missing = [sample for sample in counts if table.find(sample) is None]
+    if not missing:
+        return
+    bench: _Bench | None = None
+    each = min(_SECONDS_EACH, _SECONDS_AT_MOST / len(missing))
+    for look in range(2):
+        spent, slow = 0.0, look > 0
+        # Kinds of one shape share their bf16 weight.
+        for number, sample in enumerate(sorted(missing, key=lambda s: (s.shape, s.rows)), 1):
+            if spent > 1.5 * each * len(missing):
+                break
+            seen = table.find(sample)
+            if seen is None or (slow and any(bf16 < SLOWER * mine for mine, bf16 in seen.values())):
+                yield
+                bench = bench or _Bench(device, clock)
+                began = clock()
+                table.add(sample, _fastest(seen, bench.measure(sample, began - spent + each * number)))
+                spent += clock() - began
 
 
 def _fastest(seen: dict[int, Pair] | None, again: dict[int, Pair]) -> dict[int, Pair]:
@@ -251,7 +273,7 @@ class _Bench:
     def __init__(self, device: torch.device, clock: Callable[[], float]) -> None:
         self._device = device
         self._clock = clock
-        self._sweep = torch.ones(min(_cache_bytes(), _SWEEP_BYTES) // 4, device=device)
+        self._sweep = torch.ones(min(cache_bytes(), _SWEEP_BYTES) // 4, device=device)
         self._shape = (0, 0)
         self._bf16: Callable[[Tensor], Tensor] = lambda x: x
 

@@ -7,6 +7,8 @@ quantizing at load makes of it.
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 
 from lowbit.checkpoint import open_checkpoint
@@ -17,21 +19,28 @@ from lowbit.kernels.attention import choose_attention
 from lowbit.loading import choice
 from lowbit.loading.loader import Loader, Progress
 from lowbit.loading.opened import Opened, Target, check_quantization
+from lowbit.loading.packed_cache import PackedCache
 from lowbit.loading.planner import ModelPlan, ModulePlan, Planner
-from lowbit.loading.quantizing import Calibration, quantized_checkpoint
 from lowbit.loading.samples import Samples
 from lowbit.models.model import Model
+from lowbit.quantize.calibration import Calibration
 from lowbit.quantize.recipe import Asked
 
 __all__ = [
     "Calibration",
     "ModelPlan",
     "ModulePlan",
+    "PackedCache",
     "Progress",
     "check_quantization",
     "load_model",
     "plan_model",
 ]
+
+
+_log = logging.getLogger("lowbit")
+
+_LONG_SECONDS = 10.0  # of loading, from which on one may wish for less
 
 
 def load_model(
@@ -42,6 +51,7 @@ def load_model(
     kv_cache_dtype: str = "auto",
     k_cache_dtype: str = "auto",
     v_cache_dtype: str = "auto",
+    activation_quantization: str = "none",
     quantization: Asked | str | None = None,
     strict: bool = False,
     kv_scales_path: str | None = None,
@@ -49,16 +59,21 @@ def load_model(
     samples: Samples | None = None,
     save: Path | None = None,
     calibration: Calibration | None = None,
+    packed_cache: PackedCache | None = None,
 ) -> Model:
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
     ``quantization``: how to quantize a float checkpoint; of a quantized one, what the user believes its
-    method is: anything but its own is E0401. ``strict``: contradictions the data could settle are errors.
-    ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own. ``samples``:
-    gets some rows of each kind of layer, to time. ``save``: the folder the quantized checkpoint is left in;
-    ``calibration``: the text calibrated methods look at.
+    method is: anything but its own is E0401. ``activation_quantization``: "int8" rounds the inputs of
+    weight-only integer layers (``numerics.int8_inputs``). ``strict``: contradictions the data could settle
+    are errors. ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own.
+    ``samples``: gets some rows of each kind of layer, to time. ``save``: the folder the quantized checkpoint
+    is left in; ``calibration``: the text calibrated methods look at. ``packed_cache``: where packed weights
+    are kept.
     """
-    target = Target.resolve(header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype)
+    target = Target.resolve(
+        header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype, activation_quantization
+    )
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
     opened = Opened.of(header, asked, strict)
@@ -69,6 +84,8 @@ def load_model(
     if calibration is not None and calibration.file and not (opened.recipe and opened.recipe.calibrated):
         raise LowbitError("E0405", "--calibration-data is for methods that calibrate: gptq, awq, marlin")
     if opened.recipe is not None and (save is not None or opened.recipe.calibrated):
+        from lowbit.loading.quantizing import quantized_checkpoint  # imports half of lowbit
+
         made = quantized_checkpoint(opened, save=save, calibration=calibration, on_progress=on_progress)
         model = load_model(
             open_checkpoint(str(made)),
@@ -76,23 +93,39 @@ def load_model(
             dtype=dtype,
             k_cache_dtype=target.cache_dtype.k.name,  # as the float model has it
             v_cache_dtype=target.cache_dtype.v.name,
+            activation_quantization=activation_quantization,
             strict=strict,
             kv_scales_path=kv_scales_path,
             on_progress=on_progress,
             samples=samples,
+            packed_cache=packed_cache,
         )
         model.quantization = opened.described
         return model
+    file = None if packed_cache is None else packed_cache.file_of(opened, target)
+    found = None if file is None else file.read()
+    kept, notes = found or (None if file is None else {}, {})
+    for code, message in notes.items():
+        opened.notes.contradiction(code, message)
+    began = time.monotonic()
     with TensorData(header) as data:
-        loader = Loader(opened, target, data, opened.kv_scales(kv_scales_path), on_progress, samples)
+        scales = opened.kv_scales(kv_scales_path)
+        loader = Loader(opened, target, data, scales, on_progress, samples, kept)
         model = opened.family.build(opened.config, loader)
         loader.names.refuse_leftovers()
     if loader.online is not None:
         loader.online.say_kept()
     _check_caches(model)
+    if file is not None and found is None:
+        file.store(loader.made, opened.notes.said)
+    elif packed_cache is None and (seconds := time.monotonic() - began) > _LONG_SECONDS:
+        text = "lowbit: loading took %.0f s; --packed-cache on keeps what was made of the weights (%.1f GiB)"
+        _log.info(text + " for the next start", seconds, loader.packed_bytes / (1 << 30))
     model.kernels = frozenset(loader.kernels)
     model.quantization = opened.described
     model.weight_bytes = loader.packed_bytes
+    model.mapped_bytes = loader.mapped_bytes
+    model.spans_tokens = loader.spans_tokens
     model.states = loader.states
     if opened.recipe is not None and (states := opened.recipe.delayed_states) is not None:
         model.states.resume(states)
@@ -107,13 +140,16 @@ def plan_model(
     kv_cache_dtype: str = "auto",
     k_cache_dtype: str = "auto",
     v_cache_dtype: str = "auto",
+    activation_quantization: str = "none",
     quantization: Asked | str | None = None,
     strict: bool = False,
     kv_scales_path: str | None = None,
 ) -> ModelPlan:
     """What ``load_model`` would do, without reading a weight; but where it would quantize, a few rows of each
     are looked at to estimate the error."""
-    target = Target.resolve(header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype)
+    target = Target.resolve(
+        header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype, activation_quantization
+    )
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     return _planned(header, asked, target, strict, kv_scales_path)
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowbit.errors import LowbitError
+from lowbit.kernels import choose
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
 from lowbit.loading.names import Names, Placed
 from lowbit.loading.online import Decision, Online, facts_of
 from lowbit.loading.opened import Opened, Target
+from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import Scheme
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+# Where rounding goes straight into logits: a third of the divergence for a prompt's one row.
+_NEXT_TO_LOGITS = ("lm_head", "model.embed_tokens")
 
 
 class Asker:
@@ -83,6 +88,18 @@ class Asker:
                 f"asks for {size} floats; config and weights are from different models",
             )
         return stored
+
+    def with_inputs(self, part: Part, scheme: Scheme) -> Scheme:
+        """The scheme with int8 inputs, where they were asked for and its kernel can multiply them."""
+        if not self.target.int8_inputs or scheme.is_dense or scheme.activation is not None:
+            return scheme
+        if part.name in _NEXT_TO_LOGITS or part.router:
+            return scheme
+        shape = part.shape
+        run = self.as_run(scheme)
+        if not choose(run, shape, self.device).kernel.takes_int8(run, shape):
+            return scheme
+        return replace(scheme, activation=INT8_GROUPS)
 
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's."""

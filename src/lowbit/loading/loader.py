@@ -7,7 +7,7 @@ form is dropped before the next module is read: peak memory is the packed model 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,11 +19,13 @@ from lowbit.formats.kv_scales import KvScales
 from lowbit.kernels import PackedWeight, choose
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
+from lowbit.kernels.settled import settled
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.asker import Asker
 from lowbit.loading.names import Placed, row_order
 from lowbit.loading.opened import Opened, Target
+from lowbit.loading.packed_cache import Kept
 from lowbit.loading.samples import Samples
 from lowbit.loading.self_check import check_packed
 from lowbit.numerics.cache_format import KvDtype
@@ -58,7 +60,9 @@ class Loader(Asker):
         kv_scales: KvScales,
         on_progress: Progress | None = None,
         samples: Samples | None = None,
+        kept: Mapping[str, Kept] | None = None,
     ) -> None:
+        """``kept``: modules that were packed before; None: nor is remembered what is packed now."""
         super().__init__(opened, target)
         self.data = data
         self.samples = samples
@@ -67,9 +71,13 @@ class Loader(Asker):
         self.done = 0
         self.kernels: set[str] = set()
         self.packed_bytes = 0
+        self.spans_tokens = False
         self.states = ActivationStates()
         self._said_unused = False
         self._kv_scales = kv_scales
+        self._kept = kept
+        self.mapped_bytes = 0  # of the packed ones, those that came so
+        self.made: dict[str, Kept] = {}  # every module, as it could be kept
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """Read the parts, fuse neighbours that allow it, pack."""
@@ -86,9 +94,14 @@ class Loader(Asker):
 
     def embedding(self, part: Part) -> Embedding:
         """Read and pack the embedding matrix."""
-        [place] = self.placed(part.name, [part])
-        weight = self._read(place).weight
-        packed = self._pack(weight)
+        places = self.placed(part.name, [part])
+        kept = self._taken_from_cache(part.name, places)
+        weight = None
+        if kept is None:
+            weight = self._read(places[0]).weight
+            kept = Kept([self._pack(weight)], [None])
+        self._remember(part.name, kept)
+        [packed] = kept.weights
         if self.samples is not None and self.tied_head:
             self.samples.note(weight, packed, None)
         return Embedding(packed, self.activation_dtype)
@@ -126,22 +139,63 @@ class Loader(Asker):
         return self.cache_dtype.with_static_scales() if known else self.cache_dtype
 
     def _linear(self, name: str, places: list[Placed]) -> Linear:
-        read = [self._read(place) for place in places]
-        bias = self._bias(read)
-        weights: list[PackedWeight] = []
-        inputs: list[InputTransform | None] = []
+        kept = self._taken_from_cache(name, places)
+        if kept is None:
+            kept = self._packed(places)
+        elif self.samples is not None:
+            for weight, transform in zip(kept.weights, kept.inputs, strict=True):
+                self.samples.note(None, weight, transform)
+        self._remember(name, kept)
         with_state: dict[int, InputTransform] = {}
-        for weight, transform in _fused(read):
-            weights.append(self._pack(weight))
+        inputs: list[InputTransform | None] = []
+        for packed, transform in zip(kept.weights, kept.inputs, strict=True):
+            if transform is not None and transform.scheme is not None and transform.scheme.depends_on_batch:
+                self.spans_tokens = True
             if transform is not None and transform.scheme is not None and transform.scheme.delay is not None:
                 if id(transform) not in with_state:
                     state = self.states.add(name, transform.scheme, self.device)
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
+            inputs.append(settled(packed, transform))
+        return Linear(name, kept.weights, kept.bias, inputs)
+
+    def _packed(self, places: list[Placed]) -> Kept:
+        """The parts read, neighbours fused where they allow it, and packed."""
+        read = [self._read(place) for place in places]
+        bias = self._bias(read)
+        weights: list[PackedWeight] = []
+        inputs: list[InputTransform | None] = []
+        for weight, transform in _fused(read):
+            weights.append(self._pack(weight))
             inputs.append(transform)
             if self.samples is not None:
                 self.samples.note(weight, weights[-1], transform)
-        return Linear(name, weights, bias, inputs)
+        return Kept(weights, inputs, bias)
+
+    def _taken_from_cache(self, name: str, places: list[Placed]) -> Kept | None:
+        """The module as it was packed before, and everything else that reading it would have done."""
+        kept = None if self._kept is None else self._kept.get(name)
+        if kept is None:
+            return None
+        for place in places:
+            if self.online is not None and (decision := self.decide(place)) is not None:
+                self.online.note(decision)
+            self._report(place, "loading")
+        for weight in kept.weights:
+            self.kernels.add(weight.kernel.name)
+            self.packed_bytes += weight.nbytes
+            self.mapped_bytes += weight.nbytes
+        return kept
+
+    def _remember(self, name: str, kept: Kept) -> None:
+        if self._kept is not None:
+            assert name not in self.made, f"two modules are called {name}"
+            self.made[name] = kept
+
+    def _report(self, place: Placed, what: str) -> None:
+        if self.on_progress is not None:
+            self.done += self.stored_nbytes(place)
+            self.on_progress(self.done, self.header.nbytes, what)
 
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
@@ -154,12 +208,11 @@ class Loader(Asker):
             made = self.online.quantize(decision, weight)
             weight = made.weight
             rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
+        if rule is None and not as_stored:
+            weight = replace(weight, scheme=self.with_inputs(place.part, weight.scheme))
         transform = self._transform(weight.scheme, rule)
         weight = self._cast(weight)
-        if self.on_progress is not None:
-            self.done += self.stored_nbytes(place)
-            what = "loading" if self.online is None else "quantizing"
-            self.on_progress(self.done, self.header.nbytes, what)
+        self._report(place, "loading" if self.online is None else "quantizing")
         return ReadPart(weight, bias, transform)
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:

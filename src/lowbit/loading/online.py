@@ -91,10 +91,9 @@ class Online:
         return self._methods[spec.key]
 
     def quantize(self, decision: Decision, weight: QuantizedTensor) -> Quantized:
-        """The plain ``weight`` as decided; what stays plain is counted for the log."""
+        """The plain ``weight`` as decided, and noted."""
+        self.note(decision)
         if decision.method is None:
-            kind = re.sub(r"\.\d+\.", ".*.", decision.module.name)
-            self._kept[f"{kind} stays {decision.scheme}: {decision.reason}"] += 1
             if decision.scheme == weight.scheme:
                 return Quantized(weight)
             codes = weight.codes.to(decision.scheme.weight.dtype)
@@ -103,6 +102,12 @@ class Online:
         if made.weight.scheme != decision.scheme:
             made = replace(made, weight=replace(made.weight, scheme=decision.scheme))
         return made
+
+    def note(self, decision: Decision) -> None:
+        """Count what stays plain, for the log."""
+        if decision.method is None:
+            kind = re.sub(r"\.\d+\.", ".*.", decision.module.name)
+            self._kept[f"{kind} stays {decision.scheme}: {decision.reason}"] += 1
 
     def say_kept(self) -> None:
         """One log line for each kind of layer that stayed plain although its method was meant for it."""

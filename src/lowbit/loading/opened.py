@@ -31,17 +31,19 @@ class Opened:
     config: ModelConfig
     recipe: Recipe | None
     strict: bool
+    notes: Notes  # what the format had to say, and will have while it reads
 
     @classmethod
     def of(cls, header: CheckpointHeader, asked: Asked, strict: bool) -> Opened:
         family = family_of(header)
-        form = detect(header)(header, Notes(strict))
+        notes = Notes(strict)
+        form = detect(header)(header, notes)
         recipe = None
         if is_float(header):
             recipe = asked.recipe()
         elif asked.flag:
             check_quantization(form, asked)
-        return cls(header, family, form, family.read_config(header), recipe, strict)
+        return cls(header, family, form, family.read_config(header), recipe, strict, notes)
 
     @property
     def described(self) -> str:
@@ -78,12 +80,23 @@ class Target:
     activation_dtype: torch.dtype
     cache_dtype: KvDtype
     dense_dtype: torch.dtype | None  # None: as stored
+    int8_inputs: bool = False  # of weight-only layers (numerics.int8_inputs)
 
     @classmethod
     def resolve(
-        cls, header: CheckpointHeader, device: str, dtype: str, kv: str, k: str = "auto", v: str = "auto"
+        cls,
+        header: CheckpointHeader,
+        device: str,
+        dtype: str,
+        kv: str,
+        k: str = "auto",
+        v: str = "auto",
+        activations: str = "none",
     ) -> Target:
-        """``kv``, ``k`` and ``v``: the types of the cache, of both and of one."""
+        """``kv``, ``k`` and ``v``: the types of the cache, of both and of one.
+
+        ``activations``: "none", or "int8".
+        """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
@@ -96,7 +109,9 @@ class Target:
         cache = KvDtype.of(*(kv if one == "auto" else one for one in (k, v)))
         # On a CPU the residual stream, norms and accumulation stay in float32; kernels round their inputs.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
-        return cls(torch.device(device), activation, cache, wanted if on_cpu else activation)
+        return cls(
+            torch.device(device), activation, cache, wanted if on_cpu else activation, activations == "int8"
+        )
 
 
 def _is_float32(header: CheckpointHeader) -> bool:

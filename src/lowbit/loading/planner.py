@@ -143,6 +143,8 @@ class Planner(Asker):
         decision = None if unpacked else self.decide(place)
         scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
         shape = place.part.shape
+        if not unpacked:
+            scheme = self.with_inputs(place.part, scheme)
         run_by = choose(self.as_run(scheme), shape, self.device)
         width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
         self.largest_module = max(self.largest_module, int(shape[0] * shape[1] * width))

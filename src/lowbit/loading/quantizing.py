@@ -28,7 +28,7 @@ from lowbit.loading.saving import NamedTensor, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.calibrated import options_of
-from lowbit.quantize.calibration import CalibratedModule, calibration_sequences
+from lowbit.quantize.calibration import CalibratedModule, Calibration, calibration_sequences
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.specification import TORCHAO, MethodSpec
 from lowbit.tokenization import load_tokenizer
@@ -56,14 +56,6 @@ _FORMATS: dict[str, tuple[str, ...]] = {
 }
 _FORMATS |= dict.fromkeys(TORCHAO, ("torchao",))
 _USUAL = ("compressed-tensors", "gptq")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibrated methods look at. ``file``: text of the user's; ``tokenizer``: where its own is not."""
-
-    file: Path | None = None
-    tokenizer: str | None = None
 
 
 @dataclass(frozen=True)

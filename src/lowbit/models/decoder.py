@@ -76,6 +76,8 @@ class Decoder:
         self.kernels: frozenset[str] = frozenset()
         self.quantization = ""
         self.weight_bytes = 0
+        self.mapped_bytes = 0
+        self.spans_tokens = False
         self.states = ActivationStates()
         self.embedding = embedding
         self.blocks = blocks

@@ -22,6 +22,8 @@ class Model(Protocol):
     kernels: frozenset[str]
     quantization: str
     weight_bytes: int
+    mapped_bytes: int  # of them, those that are mapped from a file and no memory of this process
+    spans_tokens: bool  # some layer's input has a scale of a whole step's tokens, or of earlier steps'
     states: ActivationStates  # of inputs with delayed scales; set by load_model, updated by every forward
 
     def cache_specs(self) -> list[CacheSpec]:

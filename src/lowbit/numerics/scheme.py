@@ -39,7 +39,8 @@ class ActivationScheme:
     not at all; bf16; e8m0: a power of two; e4m3: NVFP4, under the static outer scale). ``round_up``: beside
     e8m0, a largest |x| of at least so many times a power of two counts as the next one (compressed-tensors;
     0: never, as OCP has it). ``upper_bound``: largest |x| a scale takes account of (fbgemm), 0 = none.
-    ``outliers``: inputs of at least this size stay as they are (LLM.int8), 0 = none.
+    ``outliers``: columns in which any token of the batch is at least this large are not rounded (LLM.int8),
+    0 = none.
 
     ``input`` "bf16": x is rounded to bfloat16 first (torchao, beside ``scale`` bf16). ``floor``: the smallest
     scale; 0: none, and a block of zeros has scale 1. ``reciprocal``: codes are x times 1 / scale, whose last
@@ -63,11 +64,24 @@ class ActivationScheme:
     def __post_init__(self) -> None:
         assert (self.delay is not None) == (self.mode == "delayed"), "mode delayed says how"
         assert self.mode != "delayed" or self.block == (0, 0), "delayed scales are per tensor"
+        per_token = self.mode == "dynamic" and self.block == (1, 0) and self.symmetric
+        assert not self.outliers or per_token, "outlier columns stand beside symmetric scales of tokens"
         if self.limit and self.mode != "delayed" and self.scale.name != "e8m0":
             # One spelling of the same rule. Beside e8m0 a limit says how its exponent is rounded.
             values = self.number_format.values or ()
             if self.limit == max((value for value in values if math.isfinite(value)), default=0.0):
                 object.__setattr__(self, "limit", 0.0)
+
+    @property
+    def depends_on_batch(self) -> str:
+        """Why a token's result depends on what is computed beside or before it; "" where it does not."""
+        if self.outliers:
+            return "LLM.int8's outlier columns are those of all tokens of a step"
+        if self.mode == "delayed":
+            return "delayed scales follow the inputs of earlier steps"
+        if self.mode == "dynamic" and self.block[0] == 0:
+            return "one dynamic scale for all tokens of a step"
+        return ""
 
     def __str__(self) -> str:
         rows, columns = ("all" if size == 0 else str(size) for size in self.block)

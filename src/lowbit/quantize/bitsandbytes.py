@@ -10,7 +10,8 @@ so that a writer stores them as plain float32 ``absmax`` and loses nothing. The 
 torch definition (and its GPU kernels'); its CPU library looks values up in 65,536 steps and so takes a
 neighbour for about one in 700.
 
-int8. The weight in float16, codes w * (127 / largest), one scale a row; inputs of 6 and more stay floats.
+int8. The weight in float16, codes w * (127 / largest), one scale a row; columns of inputs with a number of 6
+or more stay floats (``numerics.llm_int8``).
 """
 
 from __future__ import annotations
@@ -23,16 +24,15 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.numerics.llm_int8 import INT8_STEP, llm_int8_inputs
 from lowbit.numerics.number_formats import NumberFormat, number_format
-from lowbit.numerics.scheme import ActivationScheme, Scheme
+from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.method import Coded, Method, Module, Quantized, sliced
 from lowbit.quantize.specification import MethodSpec
 
 _BLOCK = 64
 _NESTED_BLOCK = 256
 _SMALLEST_DIVISOR = 1e-38
-_OUTLIERS = 6.0  # llm_int8_threshold's default
-_INT8_STEP = 7.874015718698502e-3  # the tool multiplies by this float32 where the definition says / 127
 _FORMATS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 
 
@@ -72,7 +72,7 @@ class FourBit:
 
 @dataclass(frozen=True)
 class Int8:
-    """LLM.int8: rows of int8, tokens of int8 beside outliers in full precision."""
+    """LLM.int8: rows of int8, tokens of int8 beside outlier columns in full precision."""
 
     spec: MethodSpec
     covers_head: bool = False
@@ -84,8 +84,7 @@ class Int8:
     def scheme_of(self, module: Module) -> Scheme:
         """As the reader of saved LLM.int8 models has it."""
         int8 = number_format("int8")
-        inputs = ActivationScheme(int8, (1, 0), limit=127.0, outliers=_OUTLIERS)
-        return Scheme(int8, ((1, 0),), (number_format("f32"),), activation=inputs)
+        return Scheme(int8, ((1, 0),), (number_format("f32"),), activation=llm_int8_inputs())
 
     def quantize(self, weight: Tensor, module: Module, origin: str) -> Quantized:
         """Through float16, as the tool casts."""
@@ -100,7 +99,7 @@ class Int8:
                     "quantizes; use another method for this module",
                 )
             steps = torch.where(largest > 0, half * (127.0 / largest), 0.0)
-            return Coded((steps.round() + 128).to(torch.uint8), (largest * _INT8_STEP,))
+            return Coded((steps.round() + 128).to(torch.uint8), (largest * INT8_STEP,))
 
         return Quantized(sliced(self.scheme_of(module), weight, origin, encode))
 

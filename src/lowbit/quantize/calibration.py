@@ -39,6 +39,14 @@ Method = Literal["gptq", "awq", "rtn"]
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What calibrated methods look at. ``file``: text of the user's; ``tokenizer``: where its own is not."""
+
+    file: Path | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
 class CalibrationOptions:
     """How to quantize.
 

@@ -31,6 +31,7 @@ from lowbit.server import admin, chat, completions, health, tokens
 from lowbit.server.api_error import ApiError, ClientGoneError, to_api_error
 from lowbit.server.connection import connection_limit, http_server, listen
 from lowbit.server.engine_client import EngineClient
+from lowbit.server.engine_start import EngineProcess
 from lowbit.server.http import Exchange, Guard, QueuedBytes, Receive, Route, Scope, Send, find_route, now
 from lowbit.server.limits import Limits
 from lowbit.server.logs import configure, log
@@ -63,12 +64,18 @@ ROUTES = (
 class App:
     """The ASGI application: the routes, and what their handlers share."""
 
-    def __init__(self, settings: Settings, limits: Limits, engine_command: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        limits: Limits,
+        engine_command: Sequence[str] = (),
+        engine: EngineProcess | None = None,
+    ) -> None:
         self.settings = settings
         self.limits = limits
         self.model_name = served_name(settings)
         self.metrics = Metrics()
-        self.client = EngineClient(settings, limits, self.metrics.hooks(), engine_command)
+        self.client = EngineClient(settings, limits, self.metrics.hooks(), engine_command, engine)
         self.metrics.watch(self.client, self.model_name)
         self.workers = Workers()
         self.queued = QueuedBytes(limits.queued_bytes)
@@ -206,6 +213,7 @@ def serve(
     on_ready: Callable[[EngineReady, str], None] | None = None,
     *,
     on_progress: Callable[[int, int, str], None] | None = None,
+    engine: EngineProcess | None = None,
     limits: Limits | None = None,
     engine_command: Sequence[str] = (),
     load_text: Callable[[Settings, Callable[[int, int, str], None] | None], TextModel] = TextModel.load,
@@ -213,12 +221,13 @@ def serve(
     """Serve until SIGTERM or SIGINT; the exit status. LowbitError when serving cannot begin or go on.
 
     ``on_ready`` gets the engine's limits and the server's URL, once; ``on_progress`` (done, total, what)
-    while files are downloaded, from another thread, and while weights are loaded. The rest is for tests.
+    while files are downloaded, from another thread, and while weights are loaded. ``engine``: the engine
+    process, where it was started already; the caller ends it if this does not. The rest is for tests.
     """
     configure(settings.log_level)
     limits = limits or Limits.from_settings(settings)
     limits = replace(limits, connections=connection_limit(limits.connections))
-    app = App(settings, limits, engine_command)
+    app = App(settings, limits, engine_command, engine)
     sock = listen(settings.host, settings.port)
     if warning := exposure_warning(settings, app.guard):
         with contextlib.suppress(OSError, ValueError):

@@ -16,17 +16,12 @@ import asyncio
 import contextlib
 import logging
 import math
-import os
 import signal
-import socket
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
-import lowbit
 from lowbit.engine.messages import (
     Drain,
     EngineFailed,
@@ -42,6 +37,7 @@ from lowbit.engine.messages import (
 from lowbit.engine.wire import FrameDecoder, FrameError, Start, encode_frames
 from lowbit.errors import LowbitError
 from lowbit.server.api_error import ApiError
+from lowbit.server.engine_start import EngineProcess
 from lowbit.server.http import now
 from lowbit.server.limits import Limits
 from lowbit.server.logs import log
@@ -52,11 +48,6 @@ from lowbit.settings import Settings
 State = Literal["starting", "ready", "restarting"]
 _READ_SIZE = 1 << 18
 _SERVER_ONLY = ("api_key", "api_key_file")  # what the engine process has no use for
-
-
-def engine_command() -> list[str]:
-    """How to start the engine process; ``-P`` keeps the working directory out of its module path."""
-    return [sys.executable, "-P", "-m", "lowbit.engine.process"]
 
 
 @dataclass
@@ -88,7 +79,9 @@ class EngineClient:
         limits: Limits,
         hooks: Hooks | None = None,
         command: Iterable[str] = (),
+        started: EngineProcess | None = None,
     ) -> None:
+        """``started``: the first engine, which already runs; ``command``: how to start the others."""
         self.limits = limits
         self.hooks = hooks or Hooks()
         self.counters = Counters()
@@ -98,9 +91,10 @@ class EngineClient:
         self.loading_since = now()
         self.status = EngineStatus()
         self._settings = settings
-        self._command = list(command) or engine_command()
+        self._command = list(command)
         self._resolved = asyncio.Event()
-        self._process: asyncio.subprocess.Process | None = None
+        self._started = started
+        self._process: EngineProcess | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._sequences: dict[str, Sequence] = {}
         self._streams: set[Stream] = set()
@@ -285,13 +279,12 @@ class EngineClient:
         """One engine from start to end; why it ended."""
         self._failure = None
         self._was_ready = False
-        mine, its = socket.socketpair()
         try:
-            self._process = process = await self._spawn(its)
+            self._process = process = self._started or EngineProcess(self._command)
         except OSError as error:
-            mine.close()
             return f"it could not be started: {error.strerror}"
-        reader, self._writer = await asyncio.open_unix_connection(sock=mine)
+        self._started = None
+        reader, self._writer = await asyncio.open_unix_connection(sock=process.socket)
         ticker = asyncio.create_task(self._tick())
         broken = ""
         try:
@@ -311,25 +304,13 @@ class EngineClient:
             return f"{self._failure.message} ({self._failure.code})"
         return broken or _how_it_ended(process.returncode)
 
-    async def _spawn(self, its: socket.socket) -> asyncio.subprocess.Process:
-        """A new engine process with its end of the socket pair."""
-        with its:
-            arguments = [*self._command, "--fd", str(its.fileno()), "--parent", str(os.getpid())]
-            return await asyncio.create_subprocess_exec(
-                *arguments,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=sys.__stderr__,  # stdout belongs to the command that started the server
-                pass_fds=(its.fileno(),),
-                env=_environment(),
-            )
-
-    async def _end(self, process: asyncio.subprocess.Process) -> None:
+    async def _end(self, process: EngineProcess) -> None:
         """The socket is closed: the process must leave; it is never left behind."""
         try:
             async with asyncio.timeout(self.limits.stop_seconds):
                 await process.wait()
         except (TimeoutError, asyncio.CancelledError):
-            _kill(process)
+            process.kill()
             await process.wait()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -395,7 +376,7 @@ class EngineClient:
             rate = finished / self.limits.tick_seconds
             self._finish_rate += 0.2 * (rate - self._finish_rate)
 
-    def _watch_engine(self, process: asyncio.subprocess.Process) -> None:
+    def _watch_engine(self, process: EngineProcess) -> None:
         if self._asked_since is None:
             self._asked_since = now()
             self.send([Ping()])
@@ -403,12 +384,11 @@ class EngineClient:
         silent = now() - self._asked_since
         if silent > self.limits.hang_kill_seconds:
             log(logging.ERROR, "engine hangs, killed", silent_seconds=round(silent, 1))
-            _kill(process)
+            process.kill()
         elif silent > self.limits.hang_dump_seconds and not self._dumped:
             log(logging.ERROR, "engine hangs, stack dump follows", silent_seconds=round(silent, 1))
             self._dumped = True
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGUSR1)
+            process.send_signal(signal.SIGUSR1)
 
     def _watch_deadlines(self) -> None:
         moment = now()
@@ -439,31 +419,18 @@ class EngineClient:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.limits.stop_seconds):
                     await process.wait()
-        _kill(process)
+        process.kill()
         await process.wait()
 
     def kill(self) -> None:
         """End the engine now."""
         self._stopping = True
         if self._process is not None:
-            _kill(self._process)
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+            self._process.kill()
 
 
 def _engine_settings(settings: Settings) -> dict[str, str | int | float | bool | None]:
     return {name: value for name, value in asdict(settings).items() if name not in _SERVER_ONLY}
-
-
-def _environment() -> dict[str, str]:
-    """This environment, with the folder this lowbit was imported from on the module path."""
-    source = str(Path(lowbit.__path__[0]).parent)
-    path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source}
 
 
 def _how_it_ended(status: int | None) -> str:

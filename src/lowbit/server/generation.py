@@ -40,6 +40,8 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     cached_tokens: int = 0
     completion_tokens: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
     finish_reason: str | None = None
     matched_stop: str | int | None = None
     begun: bool = False  # a chunk was sent
@@ -57,6 +59,8 @@ class Output:
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
             self.matched_stop = event.matched_stop
+            self.accepted_drafts = event.accepted_drafts
+            self.rejected_drafts = event.rejected_drafts
             self.completion_tokens = max(self.completion_tokens, event.completion_tokens)
 
 
@@ -93,7 +97,7 @@ class Generation:
         return cls(requests, [Output(request.prompt) for request in requests], n)
 
     def usage(self) -> dict[str, object]:
-        """OpenAI's usage; a prompt counts once, whatever n is."""
+        """OpenAI's usage; a prompt counts once, whatever n is. Predictions are drafts of speculation."""
         prompt = sum(len(output.prompt) for output in self.outputs[:: self.n])
         completion = sum(output.completion_tokens for output in self.outputs)
         cached = sum(output.cached_tokens for output in self.outputs[:: self.n])
@@ -102,6 +106,10 @@ class Generation:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(output.accepted_drafts for output in self.outputs),
+                "rejected_prediction_tokens": sum(output.rejected_drafts for output in self.outputs),
+            },
         }
 
     def add(self, index: int, event: TokenEvent, request_id: str) -> Output:
@@ -234,6 +242,9 @@ def _account(exchange: Exchange, generation: Generation) -> None:
     usage = generation.usage()
     exchange.log["prompt_tokens"] = usage["prompt_tokens"]
     exchange.log["completion_tokens"] = usage["completion_tokens"]
+    accepted = sum(output.accepted_drafts for output in generation.outputs)
+    if drafts := accepted + sum(output.rejected_drafts for output in generation.outputs):
+        exchange.log["draft_tokens"], exchange.log["accepted_draft_tokens"] = drafts, accepted
 
 
 def created() -> int:

@@ -80,6 +80,8 @@ _COUNTERS = {
     "lowbit_prompt_tokens": ("prompt_tokens", "Prompt tokens of accepted sequences."),
     "lowbit_cached_prompt_tokens": ("cached_prompt_tokens", "Prompt tokens taken from the prefix cache."),
     "lowbit_generated_tokens": ("generated_tokens", "Tokens generated."),
+    "lowbit_draft_tokens": ("draft_tokens", "Guessed tokens that were computed."),
+    "lowbit_accepted_draft_tokens": ("accepted_draft_tokens", "Guessed tokens that were right."),
     "lowbit_preemptions": ("preemptions", "Sequences retracted for want of KV pages."),
     "lowbit_invariant_violations": ("invariant_violations", "Page accounting checks that failed."),
 }

@@ -1,0 +1,105 @@
+"""Weights of every format for benchmarks/linear.py: one random matrix, quantized by lowbit's own methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels.activation_quant import InputTransform
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import dense
+from lowbit.quantize.method import Module, build_method
+from lowbit.quantize.specification import parse_method
+
+SHAPES = {
+    "135M qkv": (960, 576),
+    "135M out": (576, 576),
+    "135M gate up": (3072, 576),
+    "135M down": (576, 1536),
+    "135M head": (49152, 576),
+    "1B qkv": (3072, 2048),
+    "1B out": (2048, 2048),
+    "1B gate up": (16384, 2048),
+    "1B down": (2048, 8192),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A weight and what its scheme does to inputs."""
+
+    weight: QuantizedTensor
+    transform: InputTransform | None
+
+
+def matrix(shape: tuple[int, int]) -> Tensor:
+    """bfloat16 (out, in), the same numbers in every run."""
+    generator = torch.Generator().manual_seed(shape[0] + shape[1])
+    return (torch.randn(shape, generator=generator) * shape[1] ** -0.5).bfloat16()
+
+
+def _plain(name: str) -> Callable[[Tensor], Sample]:
+    def made(values: Tensor) -> Sample:
+        scheme = dense(name)
+        cast = values.to(scheme.weight.dtype)
+        return Sample(QuantizedTensor(scheme, tuple(values.shape), cast, origin="benchmark"), None)
+
+    return made
+
+
+def _method(text: str) -> Callable[[Tensor], Sample]:
+    """By the online method ``text``; LowbitError where it refuses the shape."""
+
+    def made(values: Tensor) -> Sample:
+        method = build_method(parse_method(text))
+        rows, columns = values.shape
+        module = Module("model.layers.0.mlp.up_proj", (rows, columns), gguf_name="blk.0.ffn_up")
+        if reason := method.refuses(module):
+            raise LowbitError("E0402", reason)
+        weight = method.quantize(values, module, "benchmark").weight
+        activation = weight.scheme.activation
+        if activation is None:
+            return Sample(weight, None)
+        alone = replace(weight, scheme=replace(weight.scheme, activation=None))  # as the loader has it
+        return Sample(alone, InputTransform(activation))
+
+    return made
+
+
+def _act_order(text: str) -> Callable[[Tensor], Sample]:
+    """The same weight with its columns in an order of their own."""
+
+    def made(values: Tensor) -> Sample:
+        weight = _method(text)(values).weight
+        order = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(7))
+        scheme = replace(weight.scheme, reordered=True)
+        return Sample(replace(weight, scheme=scheme, column_order=order), None)
+
+    return made
+
+
+FORMATS: dict[str, Callable[[Tensor], Sample]] = {
+    "bf16": _plain("bf16"),
+    "f16": _plain("f16"),
+    "int8 channel": _method("w8a8_int8:activation=none"),
+    "int4 g32": _method("int4:group_size=32,symmetric=true"),
+    "int4 g128": _method("int4:group_size=128,symmetric=true"),
+    "awq g128": _method("int4:group_size=128"),
+    "gptq act-order": _act_order("int4:group_size=128,symmetric=true"),
+    "int3 g64": _method("int3:group_size=64"),
+    "int5 g64": _method("int5:group_size=64"),
+    "q4_0": _method("gguf:type=q4_0,pure=true"),
+    "q4_1": _method("gguf:type=q4_1,pure=true"),
+    "q4_k": _method("gguf:type=q4_k_s,pure=true"),
+    "q6_k": _method("gguf:type=q6_k,pure=true"),
+    "q8_0": _method("gguf:type=q8_0,pure=true"),
+    "nf4": _method("nf4"),
+    "mxfp4": _method("mxfp4"),
+    "fp8 channel": _method("fp8:activation=none"),
+    "fp8 block": _method("fp8:weights=block,activation=none"),
+    "w8a8": _method("w8a8_int8"),
+}

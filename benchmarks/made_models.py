@@ -1,0 +1,129 @@
+"""Files that benchmarks need and no package ships, made once by lowbit itself and kept in its cache.
+
+The embedded model in other GGUF types (from its own Q4_1 numbers as bfloat16) and a Llama of 1.1 billion
+random weights, whose vocabulary is the embedded model's. Random weights cost the same time as trained ones.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.embedded import cache_directory
+from lowbit.loading import load_model
+from lowbit.loading.convert import convert
+from lowbit.quantize.recipe import Asked
+
+EMBEDDED = "smollm2"
+ONE_BILLION = "1b"  # what --model takes for the random Llama
+EXPORT_OPENVINO = Path(__file__).parent / "rivals" / "export_openvino.py"
+_SEED = 31
+
+
+def folder() -> Path:
+    """Where they lie."""
+    made = cache_directory() / "benchmarks"
+    made.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def float_folder(model: str) -> Path:
+    """``smollm2`` or ``1b`` as a bfloat16 folder."""
+    out = folder() / f"{model}-bf16"
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        if model == EMBEDDED:
+            convert(open_checkpoint(EMBEDDED), "dense", part, dtype="bf16")
+        else:
+            _write_one_billion(part)
+        part.rename(out)
+    return out
+
+
+def gguf_file(model: str, kind: str) -> Path:
+    """``smollm2`` or ``1b`` as a GGUF file of one of llama.cpp's mixes ("q4_0", "q4_k_m", …) or "bf16"."""
+    if model == EMBEDDED and kind == "q4_1":
+        return open_checkpoint(EMBEDDED).root
+    out = folder() / f"{model}-{kind}.gguf"
+    if not out.exists():
+        header = open_checkpoint(str(float_folder(model)))
+        part = out.with_name(f"{out.stem}.part.gguf")
+        part.unlink(missing_ok=True)
+        if kind == "bf16":
+            convert(header, "gguf", part)
+        else:
+            load_model(header, quantization=Asked("gguf", gguf_type=kind), save=part)
+        part.rename(out)
+    return out
+
+
+def _write_one_billion(out: Path) -> None:
+    """Hidden 2048, 16 layers, 32 heads, 8 of K and V, 8192 inside; tied embedding, as the 1B Llama has it."""
+    source = float_folder(EMBEDDED)
+    out.mkdir(parents=True)
+    hidden, layers, inner, heads, kv_heads = 2048, 16, 8192, 32, 8
+    config = json.loads((source / "config.json").read_text())
+    vocabulary = config["vocab_size"]
+    config |= {
+        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, out)
+    (out / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator).mul_(columns**-0.5).bfloat16()
+
+    kv = hidden // heads * kv_heads
+    shapes = {
+        **{f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"},
+        **{f"self_attn.{name}_proj": (kv, hidden) for name in "kv"},
+        **{f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")},
+        "mlp.down_proj": (hidden, inner),
+    }
+    ones = torch.ones(hidden).bfloat16()
+    tensors = {"model.embed_tokens.weight": matrix(vocabulary, hidden), "model.norm.weight": ones}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = ones.clone()
+        for name, (rows, columns) in shapes.items():
+            tensors[f"{prefix}.{name}.weight"] = matrix(rows, columns)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def openvino_folder(model: str, group: int, python: str) -> Path:
+    """The model as OpenVINO's files, 4-bit in groups, made by its own reader and tool in ``python``."""
+    out = folder() / f"{model}-openvino-int4-g{group}"
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        words = [python, str(EXPORT_OPENVINO), str(gguf_file(model, "f16")), str(part), str(group)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words[1:2])} failed: {done.stderr[-500:]}")
+        part.rename(out)
+    return out
+
+
+def four_bit_folder(model: str) -> Path:
+    """The model with symmetric 4-bit weights in groups of 32, as a folder other engines read."""
+    out = folder() / f"{model}-w4a16-g32"
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        asked = Asked("rtn:bits=4,symmetric=true,group_size=32")
+        load_model(open_checkpoint(str(float_folder(model))), quantization=asked, save=part)
+        part.rename(out)
+    return out

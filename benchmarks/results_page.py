@@ -1,0 +1,147 @@
+"""docs/results.md's section on CPU speed, from the JSON that the benchmarks printed, machine by machine.
+
+docs/results/<machine>/<name>.json holds what one command said; the section is made from all of them, so that
+a new machine adds its part and leaves the others' alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from document import replace_section
+from machine import ROOT
+
+FOLDER = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "results.md"
+BEGIN, END = "<!-- cpu speed: begin -->", "<!-- cpu speed: end -->"
+
+Record = dict[str, Any]
+_FOLDERS = re.compile(r"(?<![\w.…])/(?:[\w.+-]+/)+")  # of one machine, and nobody else's business
+
+
+def machine_folder(kind: str, isa: str) -> str:
+    """A folder's name for a machine of one kind with the instruction set in use."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{kind} {isa}".lower()).strip("-")
+
+
+def store(name: str, record: Record, folder: Path = FOLDER) -> Path:
+    """Keep what a benchmark said, in the place of what it said there before."""
+    place = folder / machine_folder(record["machine"], record["isa"])
+    place.mkdir(parents=True, exist_ok=True)
+    path = place / f"{name}.json"
+    rows = record.get("rows")
+    if isinstance(rows, list):  # a line a row: small, and a change shows
+        rest = {key: value for key, value in record.items() if key != "rows"}
+        head = json.dumps(rest, indent=1, ensure_ascii=False)
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        text = f'{head[:-2]},\n "rows": [\n{lines}\n]\n}}\n'
+    else:
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    path.write_text(_FOLDERS.sub("…/", text), "utf-8")
+    return path
+
+
+def update(folder: Path = FOLDER, page: Path = PAGE) -> None:
+    """Write the section anew."""
+    replace_section(page, section(folder), BEGIN, END)
+
+
+def section(folder: Path) -> str:
+    """The section, its marks included."""
+    parts = [
+        BEGIN,
+        "## CPU speed by machine",
+        "",
+        "Made by `make bench-cpu` on each machine, from the JSON beside this page (`results/`); a run",
+        "replaces its own machine's part only. *Ratio*: lowbit over the fastest rival whose model has about",
+        "the same size (at most 1.25 times lowbit's), in the same run.",
+        "",
+    ]
+    for place in sorted(path for path in folder.glob("*") if path.is_dir()):
+        records = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(place.glob("*.json"))}
+        if records:
+            parts += _machine(place, records)
+    return "\n".join([*parts, END, ""])
+
+
+def _machine(place: Path, records: dict[str, Record]) -> list[str]:
+    first = next(iter(records.values()))
+    lines = [f"### {first['machine']}, {first['isa']}, {first['threads']} threads", ""]
+    for record in records.values():
+        write = {"serving": _serving, "linear": _linear, "attention": _attention}[record["benchmark"]]
+        lines += [f"`{record['command']}` at {record['commit']}:", "", *write(record), ""]
+        if record["benchmark"] == "linear" and (place / "linear.svg").exists():
+            lines += [f"![% of the bound](results/{place.name}/linear.svg)", ""]
+    return lines
+
+
+def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    titles = list(titles)
+    marks = ["---", *["---:"] * (len(titles) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (titles, marks, *map(list, rows))]
+
+
+def _serving(record: Record) -> list[str]:
+    contestants = list(record["contestants"])
+    rows = []
+    for name, row in record["rows"].items():
+        cells = [
+            f"{figure['median']:,.0f} ± {figure['spread'] / 2:,.0f}"
+            if (figure := row["figures"].get(contestant))
+            else "–"
+            for contestant in contestants
+        ]
+        rows.append([name, *cells, "–" if row["ratio"] is None else f"**{row['ratio']:.2f}**"])
+    ready = [f"{record['contestants'][name]['ready_seconds']:.2f} s" for name in contestants]
+    rows.append(["ready", *ready, ""])
+    beyond = record["figures"]["server ready beyond import torch"]
+    titles = [f"{record['model']} {record['file'] or ''}, tok/s".replace(" ,", ","), *contestants, "ratio"]
+    lines = _table(titles, rows)
+    lines += [
+        "",
+        f"Server ready beyond `import torch`: {beyond['median']:.2f} s ± {beyond['spread'] / 2:.2f}.",
+    ]
+    return lines + [f"- {note}" for note in record["notes"]]
+
+
+def _linear(record: Record) -> list[str]:
+    """Whole models' layers together: % of the bound and ratio to torch bf16, a line a format."""
+    bounds = record["bounds"]
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in bounds["dots"].items() if rate)
+    lines = [f"Bounds: {bounds['memory']:.1f} GB/s from memory; TFLOPS: {rates}.", ""]
+    for model in dict.fromkeys(row["shape"].split()[0] for row in record["rows"]):
+        mine = [row for row in record["rows"] if row["shape"].split()[0] == model]
+        tokens = sorted({row["tokens"] for row in mine})
+        rows = []
+        for format in dict.fromkeys(row["format"] for row in mine):
+            cells = []
+            for count in tokens:
+                found = [row for row in mine if (row["format"], row["tokens"]) == (format, count)]
+                us = sum(row["us"] for row in found)
+                bound, torch = (sum(row[key] for row in found) for key in ("bound_us", "torch_us"))
+                cells.append(f"{100 * bound / us:.0f}% · {torch / us:.1f}" if found else "–")
+            rows.append([format, *cells])
+        titles = [f"{model}: % of bound · ratio to torch bf16", *(f"M = {count}" for count in tokens)]
+        lines += [*_table(titles, rows), ""]
+    return lines[:-1]
+
+
+def _attention(record: Record) -> list[str]:
+    titles = [f"attention, {record['cache']} pages", "ms", "GB/s", "GFLOPS", "ratio to torch"]
+    return _table(
+        titles,
+        (
+            [
+                row["shape"],
+                f"{row['ms']:.3f} ± {row['spread_ms'] / 2:.3f}",
+                f"{row['gb_per_s']:.1f}",
+                f"{row['gflops']:.0f}",
+                f"{row['speedup']:.1f}",
+            ]
+            for row in record["results"]
+        ),
+    )

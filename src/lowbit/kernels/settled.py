@@ -1,0 +1,23 @@
+"""What is left to do to a layer's input once its kernel is known.
+
+A native weight of integer codes can meet x as whole numbers: groups of 32 it rounds itself, and where the
+layer's own rule makes int8 codes with one scale a token, their products are summed exactly.
+"""
+
+from __future__ import annotations
+
+from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.packed_linear import INPUT_CODES, INPUT_GROUPS, set_input
+from lowbit.numerics.int8_inputs import INT8_GROUPS
+
+
+def settled(packed: PackedWeight, transform: InputTransform | None) -> InputTransform | None:
+    """The transform that still has to run before ``packed`` is multiplied; tells the weight what comes."""
+    if transform is None or transform.scheme is None:
+        return transform
+    if transform.scheme == INT8_GROUPS and transform.multiplier is None and set_input(packed, INPUT_GROUPS):
+        return None
+    if transform.gives_int8:
+        set_input(packed, INPUT_CODES)
+    return transform

