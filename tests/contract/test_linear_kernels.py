@@ -151,7 +151,11 @@ WEIGHTS = {
     "nf4 g16 e4m3": lambda: canonical("nf4", 16, "e4m3"),
     "e2m1 g16 e4m3 (NVFP4)": lambda: nvfp4(0),
     "e2m1 g16 e4m3, rows unlike (fused NVFP4)": lambda: nvfp4(1),
+    "uint4 g96 zero, many blocks": lambda: canonical("uint4", 96, zero=True, shape=(700, 864)),
+    "int4 g32, many blocks": lambda: canonical("int4", 32, shape=(700, 288)),
+    "int8 channel, long rows": lambda: canonical("int8", 0, "f32", shape=(70, 1056)),
     "dense bf16": lambda: dense_weight("bf16", (37, 83)),
+    "dense bf16, many blocks": lambda: dense_weight("bf16", (700, 600)),
     "dense f16": lambda: dense_weight("f16", (19, 96)),
     "dense f32": lambda: dense_weight("f32", (50, 33)),
 }

@@ -1,6 +1,6 @@
 // Linear layers on packed weights: y = x W^T for one token or a thousand, one routine for all of them.
 //
-// A task is a few blocks of 16 output rows and up to 64 tokens. It walks its tiles once, front to back (one
+// A task is a few blocks of 16 output rows and up to TOKEN_TILE tokens. It walks its tiles once, front to back (one
 // sequential stream of weights), decodes each tile and multiplies it with every token; totals stay in L1.
 // x is first rounded to what the kernel multiplies (linear_input.h).
 
@@ -10,6 +10,7 @@
 #include <limits>
 #include <vector>
 
+#include "amx_tiles.h"
 #include "linear_kernels.h"
 #include "lowbit.h"
 #include "operations.h"
@@ -23,26 +24,28 @@ struct Prepared {
     explicit Prepared(const Product& from) : product(&from), layout(*from.weight), decoding(*from.weight) {
         shape.tiles = layout.tiles;
         shape.columns = from.columns;
-        shape.span = layout.sub;
+        shape.span = summed_columns(layout);
         shape.element = is_float(layout.codes) ? 4 : 2;
         const auto kind = static_cast<InputKind>(from.weight->input);
-        if (kind != InputKind::bfloat) {
+        if (kind != InputKind::bfloat && meets_bytes(layout, decoding.bytes)) {
             // Whole numbers that come as such are summed over wide groups; a factor needs a scale to go into.
             const bool wide = layout.unit == from.weight->group && layout.unit >= 2 * COLUMNS &&
-                              layout.unit <= LARGEST_GROUP && layout.super_bytes == 0 && decoding.bytes.factor == 1.0f;
+                              layout.unit % BYTE_COLUMNS == 0 && layout.unit <= LARGEST_GROUP &&
+                              layout.super_bytes == 0 && decoding.bytes.factor == 1.0f;
             const bool grouped = kind == InputKind::groups || !wide;
+            tiles = byte_tiles(layout, decoding.bytes, grouped);
             function = byte_function(layout, decoding.bytes, grouped);
-            if (function != nullptr) {
-                shape.kind = kind;
-                shape.element = 1;
-                shape.span = grouped ? layout.sub : layout.unit;
-                shape.scaled_sums = layout.addend == Addend::offset;
-                shape.base = decoding.bytes.base + byte_base_shift(layout.codes, decoding.bytes);
-                shape.factor = decoding.bytes.factor;
-                scaled = grouped;
-            }
+            shape.kind = kind;
+            shape.element = 1;
+            shape.span = grouped ? layout.sub : layout.unit;
+            shape.scaled_sums = layout.addend == Addend::offset;
+            shape.base = decoding.bytes.base + byte_base_shift(layout.codes, decoding.bytes);
+            shape.factor = decoding.bytes.factor;
+            scaled = grouped;
+        } else {
+            tiles = exact_tiles(layout);
+            function = exact_function(layout);
         }
-        if (function == nullptr) function = exact_function(layout);
         token_tiles = (from.tokens + TOKEN_TILE - 1) / TOKEN_TILE;
     }
 
@@ -73,6 +76,7 @@ struct Prepared {
     const Product* product;
     Layout layout;
     Decoding decoding;
+    BlocksFunction tiles = nullptr;  // if not, ``function``
     BlockFunction function = nullptr;
     InputShape shape;
     bool scaled = false;
@@ -97,22 +101,34 @@ void run_task(const Prepared& p, std::int64_t task) {
     const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
     const lowbit_weight& weight = *p.product->weight;
     const std::int64_t last = std::min(p.layout.blocks, (task % p.chunks + 1) * p.chunk);
-    for (std::int64_t block = task % p.chunks * p.chunk; block < last; ++block) {
-        alignas(64) float totals[TOKEN_TILE][ROWS];
-        std::memset(totals, 0, static_cast<std::size_t>(input.tokens) * sizeof totals[0]);
-        p.function(p.layout, weight.data + block * p.layout.block_bytes, p.decoding, input, totals);
+    const auto write = [&](std::int64_t block, const float(*totals)[ROWS]) {
         const int rows = static_cast<int>(std::min<std::int64_t>(ROWS, weight.rows - block * ROWS));
         for (int token = 0; token < input.tokens; ++token) {
             float* const to = p.product->out + (tile * TOKEN_TILE + token) * p.product->out_stride + block * ROWS;
-            if (p.shape.whole() && places.faulty[token]) {  // whole numbers cannot say it
-                sixteen_store(totals[token], sixteen_set(std::numeric_limits<float>::quiet_NaN()));
-            }
+            const bool faulty = p.shape.whole() && places.faulty[token];  // whole numbers cannot say it
+            const Sixteen total =
+                faulty ? sixteen_set(std::numeric_limits<float>::quiet_NaN()) : sixteen_load(totals[token]);
             if (rows == ROWS) {
-                sixteen_store(to, sixteen_load(totals[token]));
+                sixteen_store(to, total);
             } else {
-                sixteen_store_some(to, sixteen_load(totals[token]), rows);
+                sixteen_store_some(to, total, rows);
             }
         }
+    };
+    int blocks = 1;
+    for (std::int64_t block = task % p.chunks * p.chunk; block < last; block += blocks) {
+        if (p.tiles != nullptr) blocks = static_cast<int>(std::min<std::int64_t>(BLOCKS_TOGETHER, last - block));
+        alignas(64) float totals[BLOCKS_TOGETHER][TOKEN_TILE][ROWS];
+        for (int i = 0; i < blocks; ++i) {
+            std::memset(totals[i], 0, static_cast<std::size_t>(input.tokens) * sizeof totals[i][0]);
+        }
+        const std::uint8_t* const first = weight.data + block * p.layout.block_bytes;
+        if (p.tiles != nullptr) {
+            p.tiles(p.layout, first, blocks, p.decoding, input, totals);
+        } else {
+            p.function(p.layout, first, p.decoding, input, totals[0]);
+        }
+        for (int i = 0; i < blocks; ++i) write(block + i, totals[i]);
     }
 }
 
@@ -145,14 +161,15 @@ void multiply(const Product* products, std::int64_t count) {
         bytes += (p.bytes() + 63) / 64 * 64;
     }
     if (all.empty()) return;
-    const auto needed = static_cast<std::size_t>(bytes + 64);
+    const auto needed = static_cast<std::size_t>(bytes + 64 + READ_PAST);
     if (workspace.size() < needed) {
         workspace.clear();  // nothing to copy
         workspace.resize(needed);
     }
     auto* at = reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(workspace.data()) + 63) / 64 * 64);
     // Enough tasks to share evenly, each long enough to be worth claiming.
-    const std::int64_t together = std::max<std::int64_t>(1, units / (8 * thread_count()));
+    std::int64_t together = std::max<std::int64_t>(1, units / (8 * thread_count()));
+    if (together > BLOCKS_TOGETHER) together -= together % BLOCKS_TOGETHER;
     std::int64_t tasks = 0;
     for (Prepared& p : all) {
         p.at = at;
@@ -177,6 +194,7 @@ void multiply(const Product* products, std::int64_t count) {
         const Prepared& p = holder<&Prepared::first_task>(shared, task);
         run_task(p, task - p.first_task);
     });
+    release_tiles();
 }
 
 }  // namespace lowbit
@@ -202,5 +220,5 @@ LOWBIT_EXPORT int lowbit_linear_takes(const lowbit_weight* weight, std::int32_t 
     const ByteCodes codes(*weight);
     // As signed bytes -128 has no positive counterpart.
     if (static_cast<InputKind>(kind) == InputKind::codes && byte_base_shift(layout.codes, codes) != 0) return 0;
-    return byte_function(layout, codes, true) != nullptr;
+    return meets_bytes(layout, codes);
 }

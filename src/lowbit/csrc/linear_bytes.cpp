@@ -1,6 +1,8 @@
-// Products with x as int8 numbers; see linear_bytes.h.
+// Products with x as int8 numbers; see linear_bytes.h. AMX has byte_tiles instead.
 
 #include "linear_kernels.h"
+
+#if !defined(LOWBIT_AMX)
 
 namespace lowbit {
 namespace {
@@ -122,7 +124,6 @@ BlockFunction by_addend(const Layout& layout, bool grouped) {
 }  // namespace
 
 BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool grouped) {
-    if (!codes.possible || layout.scales == Scales::none) return nullptr;
     switch (layout.codes) {
         case Codes::bits2: return by_addend<Codes::bits2>(layout, grouped);
         case Codes::bits3: return by_addend<Codes::bits3>(layout, grouped);
@@ -138,3 +139,5 @@ BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool g
 }
 
 }  // namespace lowbit
+
+#endif

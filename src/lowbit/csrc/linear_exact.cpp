@@ -152,6 +152,7 @@ BlockFunction by_sub(const Layout& layout) {
 
 BlockFunction exact_function(const Layout& layout) {
     switch (layout.codes) {
+#if !defined(LOWBIT_AMX)  // there exact_tiles has them
         case Codes::bits2: return by_sub<Codes::bits2>(layout);
         case Codes::bits3: return by_sub<Codes::bits3>(layout);
         case Codes::bits4: return by_sub<Codes::bits4>(layout);
@@ -161,12 +162,13 @@ BlockFunction exact_function(const Layout& layout) {
         case Codes::int8: return by_sub<Codes::int8>(layout);
         case Codes::uint8: return by_sub<Codes::uint8>(layout);
         case Codes::e4m3: return by_sub<Codes::e4m3>(layout);
-        case Codes::wide4: return layout.addend == Addend::none ? multiply_wide_block<Codes::wide4> : nullptr;
         case Codes::bf16: return multiply_block<Codes::bf16, 32, Addend::none, false>;
+#endif
+        case Codes::wide4: return layout.addend == Addend::none ? multiply_wide_block<Codes::wide4> : nullptr;
         case Codes::f16: return multiply_float_block<Codes::f16>;
         case Codes::f32: return multiply_float_block<Codes::f32>;
+        default: return nullptr;
     }
-    return nullptr;
 }
 
 }  // namespace lowbit

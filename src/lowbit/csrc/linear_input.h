@@ -9,9 +9,19 @@
 
 namespace lowbit {
 
+#if defined(LOWBIT_AMX)
+constexpr int BYTE_COLUMNS = 64;  // int8 columns of a token that lie together: a row of an AMX tile
+constexpr std::int64_t READ_PAST = 1024;  // bytes behind x that may be read: rows of a tile that are no tokens
+#else
+constexpr int BYTE_COLUMNS = COLUMNS;
+constexpr std::int64_t READ_PAST = 0;
+#endif
+
 // x of some tokens.
 struct Input {
-    const std::uint8_t* values = nullptr;  // (tile, token, 32): bfloat16, float or int8 in the order of the operands
+    // (tile, token, 32): bfloat16, float or int8 in the order of the operands. Under AMX int8 lies as (two tiles,
+    // token, 64); whatever fills the second half of a last odd tile meets zeros.
+    const std::uint8_t* values = nullptr;
     const float* sums = nullptr;           // (span, token): of the rounded numbers
     const float* scales = nullptr;         // (tile, token), InputKind::groups
     const std::int32_t* bases = nullptr;   // (span, token): base * sum, of whole numbers
@@ -34,7 +44,9 @@ struct InputShape {
     float factor = 1.0f;
 
     std::int64_t spans() const { return tiles * COLUMNS / span; }
-    std::int64_t value_bytes() const { return tiles * COLUMNS * element; }
+    std::int64_t value_bytes() const {
+        return whole() ? (tiles * COLUMNS + BYTE_COLUMNS - 1) / BYTE_COLUMNS * BYTE_COLUMNS : tiles * COLUMNS * element;
+    }
     bool whole() const { return element == 1; }
 };
 
@@ -153,6 +165,12 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             b = store_bfloats(values + 16, b);
             if (shape.span == 32) {
                 to.sums[tile * tokens + token] = sixteen_sum(sixteen_add(a, b));
+            } else if (shape.span > 32) {
+                span_sum += sixteen_sum(sixteen_add(a, b));
+                if ((tile + 1) * COLUMNS % shape.span == 0) {
+                    to.sums[((tile + 1) * COLUMNS / shape.span - 1) * tokens + token] = span_sum;
+                    span_sum = 0.0f;
+                }
             } else {
                 to.sums[tile * 2 * tokens + token] = sixteen_sum(a);
                 to.sums[(tile * 2 + 1) * tokens + token] = sixteen_sum(b);
@@ -169,7 +187,9 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             a = sixteen_multiply(a, inverse);
             b = sixteen_multiply(b, inverse);
         }
-        std::int8_t* const values = reinterpret_cast<std::int8_t*>(to.values) + place;
+        const std::int64_t line = tile * COLUMNS / BYTE_COLUMNS * tokens + token;
+        std::int8_t* const values =
+            reinterpret_cast<std::int8_t*>(to.values) + line * BYTE_COLUMNS + tile * COLUMNS % BYTE_COLUMNS;
         const float sums[2] = {sixteen_sum(store_ints(values, a, order)), sixteen_sum(store_ints(values + 16, b, order))};
         if (to.scales != nullptr) to.scales[tile * tokens + token] = scale * shape.factor;
         const auto put = [&](std::int64_t span, float sum, std::int32_t whole) {

@@ -5,7 +5,13 @@
 
 namespace lowbit {
 
+#if defined(LOWBIT_AMX)
+// Each token tile decodes the weight anew: some 25 cycles for 512 codes, which 16 tokens then meet in 16 to 32. With
+// 128 tokens that is an eighth of the time, by estimate.
+constexpr int TOKEN_TILE = 128;
+#else
 constexpr int TOKEN_TILE = 64;    // tokens whose totals fit in L1
+#endif
 #if defined(__AVX512BF16__)
 constexpr int TOKEN_STEP = 8;     // tokens whose sums fit in registers beside a tile
 #else
@@ -26,9 +32,44 @@ using BlockFunction = void (*)(const Layout&, const std::uint8_t* block, const D
 // x rounded to bfloat16, or float32 where codes are floats. linear_exact.cpp
 BlockFunction exact_function(const Layout& layout);
 
+// Whether codes are whole numbers under scales, which int8 inputs can meet.
+inline bool meets_bytes(const Layout& layout, const ByteCodes& codes) {
+    return codes.possible && layout.scales != Scales::none;
+}
+
 // x as whole numbers: int8 with a scale for each 32 columns, or, ``grouped`` false, sums over whole groups of the
-// weight. Null where the codes are no bytes. linear_bytes.cpp
+// weight; for codes that meets_bytes accepts. linear_bytes.cpp
+#if !defined(LOWBIT_AMX)
 BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool grouped);
+#else
+inline BlockFunction byte_function(const Layout&, const ByteCodes&, bool) { return nullptr; }
+#endif
+
+// The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
+using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,
+                                float (*totals)[TOKEN_TILE][ROWS]);
+
+#if defined(LOWBIT_AMX)
+
+constexpr int BLOCKS_TOGETHER = 4;  // a register of sums each
+
+// For codes that are bfloat16 numbers; else null. linear_amx.cpp
+BlocksFunction exact_tiles(const Layout& layout);
+BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped);
+
+// Columns whose sum of products is scaled at once.
+inline std::int64_t summed_columns(const Layout& layout) {
+    return layout.sub == 16 || layout.scales == Scales::none ? layout.sub : layout.unit;
+}
+
+#else
+
+constexpr int BLOCKS_TOGETHER = 1;
+inline BlocksFunction exact_tiles(const Layout&) { return nullptr; }
+inline BlocksFunction byte_tiles(const Layout&, const ByteCodes&, bool) { return nullptr; }
+inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
+
+#endif
 
 // step<TOKENS>(token) for all tokens, TOKEN_STEP at a time and the rest in halves.
 template <typename Step>

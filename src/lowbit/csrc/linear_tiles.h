@@ -6,7 +6,8 @@
 //
 // THE ORDER OF THE SUM IS FIXED, whatever the number of tokens or threads: for every sub-block (16 or 32
 // columns) a fresh accumulator runs over ascending columns, then total = scale * accumulator + total, then
-// total = addend * sum(x) + total. A token's result never depends on its neighbours.
+// total = addend * sum(x) + total. A token's result never depends on its neighbours. (AMX tiles have an order of
+// their own, as fixed: linear_amx.cpp.)
 #pragma once
 
 #pragma GCC diagnostic push

@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "amx_tiles.h"
 #include "lowbit.h"
 
 namespace lowbit {
@@ -106,6 +107,7 @@ class ThreadPool {
                 epoch = epoch_.load(std::memory_order_acquire);
             }
             if (epoch == seen) {
+                release_tiles();
                 sleepers_.fetch_add(1, std::memory_order_seq_cst);
                 if (!stopping_.load(std::memory_order_seq_cst)) futex_wait(epoch_, seen);
                 sleepers_.fetch_sub(1, std::memory_order_seq_cst);

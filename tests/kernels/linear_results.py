@@ -1,0 +1,68 @@
+"""What linear layers give under this instruction set, for every kind of input; as a script, into a file."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+from contract.test_linear_kernels import canonical, ragged
+from lowbit.kernels import linear_kernels
+from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+
+KINDS = {"bfloat": 0, "groups": 1, "codes": 2}  # enum InputKind of csrc/linear_layout.h
+TOKENS = (1, 17, 130)
+
+
+def weights() -> dict[str, QuantizedTensor]:
+    """Every way of reading bytes, groups below, of and above a line of 64, odd numbers of tiles."""
+    return {
+        "int4 g32": canonical("int4", 32),
+        "int4 g32, 9 tiles": canonical("int4", 32, shape=(37, 288)),
+        "int4 g32, many blocks": canonical("int4", 32, shape=(700, 288)),
+        "uint4 g64 bf16 offset": canonical("uint4", 64, "bf16", offset=True),
+        "uint4 g128 zero, many blocks": canonical("uint4", 128, zero=True, shape=(700, 1152)),
+        "uint4 g96 zero": canonical("uint4", 96, zero=True, shape=(37, 864)),
+        "uint4 g192 offset": canonical("uint4", 192, offset=True, shape=(37, 1920)),
+        "uint2 g64 zero": canonical("uint2", 64, zero=True),
+        "uint3 g128 zero": canonical("uint3", 128, zero=True),
+        "int5 g64": canonical("int5", 64),
+        "int6 g16, 9 tiles": canonical("int6", 16, shape=(37, 288)),
+        "int7 g16 f32 offset": canonical("int7", 16, "f32", offset=True),
+        "e2m1 g32 e8m0": canonical("e2m1", 32, "e8m0"),
+        "int8 channel": canonical("int8", 0, "f32", shape=(70, 1280)),
+        "uint8 g32 zero": canonical("uint8", 32, zero=True),
+        "uint8 g128 zero, last group short": ragged("uint8", 128, 192),
+    }
+
+
+def results() -> dict[str, np.ndarray]:
+    """name -> outputs; a row alone has the same bits, and each is nearly the product."""
+    made = {}
+    for name, weight in weights().items():
+        kernel = linear_kernels()[0]
+        packed = kernel.pack(weight, torch.device("cpu"))
+        assert isinstance(packed, NativeWeight)
+        exact = weight.dequantize().double()
+        for kind, number in KINDS.items():
+            packed.description.input = number
+            for tokens in TOKENS:
+                generator = torch.Generator().manual_seed(tokens)
+                x = torch.randn((tokens, weight.shape[1]), generator=generator)
+                if kind == "codes":
+                    x = torch.randint(-127, 128, x.shape, generator=generator).float()
+                out = kernel.linear(x, packed)
+                case = f"{kind}, {name}, {tokens} tokens"
+                for row in {0, tokens // 2, tokens - 1}:
+                    assert torch.equal(kernel.linear(x[row : row + 1], packed)[0], out[row]), (case, row)
+                seen = (x.bfloat16() if kind == "bfloat" else x).double()
+                error = (out - seen @ exact.T).abs() / (seen.abs() @ exact.abs().T).clamp(min=1e-30)
+                assert error.max() < (0.02 if kind == "groups" else 3e-6), (case, error.max())
+                made[case] = out.numpy()
+    return made
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[1], **results())
