@@ -65,6 +65,7 @@ def test_contract_under_every_instruction_set(isa: str) -> None:
     environment = {**os.environ, "LOWBIT_ISA": isa}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command.append(str(TESTS / "contract" / "test_linear_kernels.py"))
+    command.append(str(TESTS / "kernels" / "test_experts.py"))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout[-3000:]
 

@@ -70,12 +70,13 @@ void softmax(const float* x, int width, float* out) {
     });
 }
 
+// As a softmax over x and 0: of infinity it is NaN.
 void sigmoid(const float* x, int width, float* out) {
     for_vectors(width, [&](int column, int lanes) {
         const Vector16 value = load_some(x + column, lanes);
-        const Vector16 power = exp(minimum(value, subtract(zeros(), value)));  // of -|x|
-        const Vector16 numerator = select(negative(value), power, broadcast(1.0f));
-        store_some(out + column, divide(numerator, add(power, broadcast(1.0f))), lanes);
+        const Vector16 top = maximum(zeros(), value);
+        const Vector16 own = exp(subtract(value, top)), other = exp(subtract(zeros(), top));
+        store_some(out + column, divide(own, add(own, other)), lanes);
     });
 }
 

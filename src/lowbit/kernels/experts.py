@@ -116,7 +116,8 @@ def route(
 ) -> tuple[Tensor, Tensor] | None:
     """int64 and float32 (tokens, k): see ``layers.routing``. None where torch must do it.
 
-    Exponentials and sums are this library's own, so that weights may differ from torch's in the last bits.
+    Exponentials (0 below 2^-126) and sums are this library's own, so that weights may differ from torch's in
+    the last bits.
     """
     functions = _functions()
     if functions is None or not (logits.is_cpu and logits.dtype is torch.float32 and logits.stride(1) == 1):
