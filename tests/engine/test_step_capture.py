@@ -31,6 +31,7 @@ from lowbit.kernels.reference import Reference
 from lowbit.layers.mlp import MixtureOfExperts
 from lowbit.loading import load_model
 from lowbit.models.decoder import Decoder
+from lowbit.models.deepseek import Deepseek
 from lowbit.models.model import Model
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
@@ -237,6 +238,19 @@ def test_every_mixture_of_experts(family: str, tmp_path: Path) -> None:
     assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
 
 
+def test_latent_rows_with_a_scale(tmp_path: Path) -> None:
+    make_latent(LATENT[0], tmp_path)
+
+    def make() -> Model:
+        model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+        assert isinstance(model, Deepseek)
+        model.blocks = [replace(b, attention=replace(b.attention, k_scale=0.37)) for b in model.blocks]
+        return model
+
+    capture = check(make)
+    assert not capture.refusal and capture.replayed
+
+
 @pytest.mark.parametrize("scheme", ["int8 per token", "fp8 per tensor", "mxfp4", "delayed"])
 def test_experts_that_quantize_their_inputs(scheme: str, tmp_path: Path) -> None:
     make_checkpoint("Mixtral", tmp_path)
@@ -259,9 +273,7 @@ def test_experts_that_quantize_their_inputs(scheme: str, tmp_path: Path) -> None
     assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
 
 
-def test_experts_that_run_one_by_one_say_why_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_experts_that_run_one_by_one_say_why_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_checkpoint("Mixtral", tmp_path)
 
     def make() -> Model:

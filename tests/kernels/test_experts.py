@@ -75,7 +75,9 @@ INPUTS: dict[str, Input] = {
     "static scales": lambda expert, columns: static(expert, ActivationScheme(E4M3, (0, 0), "static")),
     "fp8 per tensor": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (0, 0), limit=448.0)),
     "multipliers": lambda expert, columns: InputTransform(multiplier=random(columns, seed=expert).abs()),
-    "delayed": lambda expert, columns: InputTransform(DELAYED, state=ActivationState.fresh(DELAYED.delay, 448.0)),
+    "delayed": lambda expert, columns: InputTransform(
+        DELAYED, state=ActivationState.fresh(DELAYED.delay, 448.0)
+    ),
 }
 
 
@@ -87,7 +89,11 @@ def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
     """Other rows first, so that experts differ."""
 
     def roll(tensor: Tensor) -> Tensor:
-        return tensor.roll(expert, 0) if tensor.itemsize > 1 else tensor.view(torch.uint8).roll(expert, 0).view(tensor.dtype)
+        return (
+            tensor.roll(expert, 0)
+            if tensor.itemsize > 1
+            else tensor.view(torch.uint8).roll(expert, 0).view(tensor.dtype)
+        )
 
     order = weight.column_order
     return replace(
@@ -98,7 +104,9 @@ def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
     )
 
 
-def linear(name: str, weights: list[QuantizedTensor], inputs: list[InputTransform | None], bias: Tensor | None) -> Linear:
+def linear(
+    name: str, weights: list[QuantizedTensor], inputs: list[InputTransform | None], bias: Tensor | None
+) -> Linear:
     packed = [choose(weight.scheme, weight.shape, CPU).kernel.pack(weight, CPU) for weight in weights]
     assert all(isinstance(weight, NativeWeight) for weight in packed)
     return Linear(name, packed, bias, inputs)
@@ -108,7 +116,9 @@ def make(weight: Weight, given: Input = INPUTS["as they are"], bias: bool = Fals
     """``parts``: 2 leaves gate and up apart."""
     gate_up, down = [], []
     for expert in range(EXPERTS):
-        halves = [turned(weight((2 * INNER // parts, HIDDEN)), expert + EXPERTS * part) for part in range(parts)]
+        halves = [
+            turned(weight((2 * INNER // parts, HIDDEN)), expert + EXPERTS * part) for part in range(parts)
+        ]
         first = [given(expert, HIDDEN)] * parts
         biases = (random(2 * INNER, seed=expert), random(HIDDEN, seed=90 + expert)) if bias else (None, None)
         gate_up.append(linear(f"{expert}.gate_up", halves, first, biases[0]))
@@ -197,7 +207,9 @@ def test_row_scales() -> None:
         inner = canonical("e2m1", 16, "e4m3", shape=shape)
         f32 = number_format("f32")
         scheme = replace(inner.scheme, blocks=((1, 16), (1, 0)), scales=(*inner.scheme.scales, f32))
-        return replace(inner, scheme=scheme, scales=(inner.scales[0], torch.linspace(-2, 3, shape[0])[:, None]))
+        return replace(
+            inner, scheme=scheme, scales=(inner.scales[0], torch.linspace(-2, 3, shape[0])[:, None])
+        )
 
     experts = make(scaled, INPUTS["fp8 per token"], bias=True)
     assert "row_scale" in experts.down[0].weights[0].buffers
@@ -232,7 +244,11 @@ def test_a_token_does_not_see_its_neighbours(given: str) -> None:
 
 
 def test_what_is_added_comes_last() -> None:
-    experts, (x, chosen, weights), added = make(WEIGHTS["bf16"]), draw(9), random(9, 2 * HIDDEN, seed=4)[:, 3 : 3 + HIDDEN]
+    experts, (x, chosen, weights), added = (
+        make(WEIGHTS["bf16"]),
+        draw(9),
+        random(9, 2 * HIDDEN, seed=4)[:, 3 : 3 + HIDDEN],
+    )
     plain = experts(x, chosen, weights, "silu")
     assert torch.equal(experts(x, chosen, weights, "silu", added), plain + added)
 

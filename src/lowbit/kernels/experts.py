@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -72,7 +73,7 @@ class _Matrices(ctypes.Structure):
     )
 
 
-class _Experts(ctypes.Structure):
+class ExpertsDescription(ctypes.Structure):
     """lowbit_experts."""
 
     _fields_ = (("gate_up", _Matrices), ("down", _Matrices), ("count", _INT), ("activation", _INT))
@@ -194,7 +195,7 @@ class GroupedExperts:
             added.shape == (tokens, hidden) and added.dtype is torch.float32 and added.stride(1) == 1
         )
         out = torch.empty(tokens, hidden)
-        described = _Experts(self.gate_up, self.down, self.count, activation_number(activation))
+        described = ExpertsDescription(self.gate_up, self.down, self.count, activation_number(activation))
         functions = _functions()
         assert functions is not None, "of() asked"
         functions.mix(
@@ -249,9 +250,11 @@ def _matrices(layers: Sequence[Layer]) -> tuple[_Matrices, tuple[object, ...]] |
         (_INT * len(first_part))(*first_part),
         (_Input * max(len(inputs), 1))(*inputs),
         (_INT * len(first_input))(*first_input),
-        (_POINTER * len(layers))(*(None if layer.bias is None else layer.bias.data_ptr() for layer in layers)),
+        (_POINTER * len(layers))(
+            *(None if layer.bias is None else layer.bias.data_ptr() for layer in layers)
+        ),
     )
-    most = max(after - before for before, after in zip(first_input, first_input[1:], strict=False))
+    most = max(after - before for before, after in pairwise(first_input))
     described = _Matrices(*(ctypes.addressof(array) for array in arrays), *shape, most, shared is not None)
     used = tuple((tuple(layer.weights), layer.bias, layer.inputs) for layer in layers)
     return described, (*arrays, used)
@@ -268,8 +271,8 @@ def _refusal(layer: Layer) -> str:
     for weight in layer.weights:
         if not isinstance(weight, NativeWeight):
             return f"{layer.name} runs on the kernel {weight.kernel.name}"
-        if weight.columns != layer.weights[0].columns:
-            return f"{layer.name} has parts of {weight.columns} and {layer.weights[0].columns} columns"
+        if weight.shape[1] != layer.weights[0].shape[1]:
+            return f"{layer.name} has parts of {weight.shape[1]} and {layer.weights[0].shape[1]} columns"
     for transform in layer.inputs or ():
         if transform is not None and transform.native is None:
             return f"the inputs of {layer.name} are quantized in torch"

@@ -200,10 +200,13 @@ class StepPlan:
             )
             if failed >= 0:
                 raise self.operations[failed].fault(status.value)
-        found, at = [], 0
+        found: list[tuple[Operation, tuple[int, ...], float]] = []
+        at = 0
         for operation, nanoseconds in zip(self.operations, spent, strict=True):
             count = int(self.words[at + 1])
-            found.append((operation, tuple(self.words[at + 2 : at + 2 + count].tolist()), nanoseconds / runs / 1e9))
+            found.append(
+                (operation, tuple(self.words[at + 2 : at + 2 + count].tolist()), nanoseconds / runs / 1e9)
+            )
             at += 2 + count
         return found
 

@@ -4,8 +4,8 @@ Sparsely gated mixture of experts (Shazeer et al., 2017; Mixtral: Jiang et al., 
 choice of the router; each chosen expert runs once a step, over the tokens that chose it. A token's result is
 the sum over its experts in ascending order of their numbers, so it does not depend on its neighbours.
 
-Experts whose weights are all packed by native kernels run in one native call (``kernels.experts``); others one
-by one, with the same result.
+Experts whose weights are all packed by native kernels run in one native call (``kernels.experts``); others
+one by one, with the same result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Routing: which experts a token goes to, and with what weight. Pure functions of float32 router logits.
 
 Each takes (tokens, experts) logits and gives int64 (tokens, k) experts and float32 (tokens, k) weights, the
-best first; of equals the lower number is taken, NaN counts as the largest, and rows do not see each other. On a
-CPU native code does it (``kernels.experts.route``). Sources: Mixtral (Jiang et al., 2024), gpt-oss (OpenAI,
+best first; of equals the lower number is taken, NaN counts as the largest, and rows do not see each other. On
+a CPU native code does it (``kernels.experts.route``). Sources: Mixtral (Jiang et al., 2024), gpt-oss (OpenAI,
 2025), DeepSeek-V2 and -V3 (both 2024).
 """
 
