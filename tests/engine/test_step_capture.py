@@ -238,6 +238,18 @@ def test_every_mixture_of_experts(family: str, tmp_path: Path) -> None:
     assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
 
 
+@pytest.mark.parametrize(
+    "fixture",
+    [
+        "mxfp4/gpt_oss",
+        *(f"gguf_families/{name}.gguf" for name in ("mixtral", "qwen3moe", "gpt_oss", "deepseek3")),
+    ],
+)
+def test_quantized_mixtures(fixture: str) -> None:
+    capture = check(lambda: load_model(open_checkpoint(str(FIXTURES / fixture)), device="cpu"))
+    assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
+
+
 def test_latent_rows_with_a_scale(tmp_path: Path) -> None:
     make_latent(LATENT[0], tmp_path)
 

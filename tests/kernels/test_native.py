@@ -60,12 +60,12 @@ def test_without_libraries_lowbit_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize("isa", [isa for isa in BUILT if isa != native.isa()])
-def test_contract_under_every_instruction_set(isa: str) -> None:
+@pytest.mark.parametrize("file", ["contract/test_linear_kernels.py", "kernels/test_experts.py"])
+def test_contract_under_every_instruction_set(isa: str, file: str) -> None:
     """The other instruction sets of this CPU, in a process of their own."""
     environment = {**os.environ, "LOWBIT_ISA": isa}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command.append(str(TESTS / "contract" / "test_linear_kernels.py"))
-    command.append(str(TESTS / "kernels" / "test_experts.py"))
+    command.append(str(TESTS / file))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout[-3000:]
 
