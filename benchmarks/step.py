@@ -6,7 +6,7 @@
 ``32x256``: 32 sequences that decode one token each at contexts of 256; ``1x512p``: one prompt of 512 tokens.
 A step is recorded once and replayed (kernels/step_plan.py), so what is timed is what is served; *replay* is
 the plan in one call, *eager* the same step issued from Python. GB/s counts the packed weight, GFLOPS its
-products. The last line is JSON.
+products; how many of its experts a mixture reads is not known here. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from rich.table import Table
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
 from lowbit.kernels.attention import choose_attention
+from lowbit.kernels.experts import ExpertsDescription
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.packed_linear import Description
 from lowbit.kernels.step_plan import Arena, Recorder, StepPlan
@@ -95,6 +96,11 @@ def rows_of(plan: StepPlan, repeats: int) -> list[Row]:
             weight = Description.from_address(words[0])
             name = f"linear {weight.rows} x {words[4]}, codes {weight.codes}, {words[2]} tokens"
             nbytes, products = weight.nbytes, 2 * weight.rows * words[4] * words[2]
+        elif name == "mix_experts":
+            experts, tokens, k = ExpertsDescription.from_address(words[0]), words[3], words[6]
+            first, last = experts.gate_up, experts.down
+            name = f"experts {first.rows} x {first.columns}, {tokens} tokens, {k} of {experts.count} each"
+            products = 2 * tokens * k * (first.rows * first.columns + last.rows * last.columns)
         entry = found.setdefault(name, [0, 0.0, 0.0, 0.0])
         for place, value in enumerate((1, spent, nbytes, products)):
             entry[place] += value
@@ -136,7 +142,7 @@ def main() -> None:
         total = sum(row[2] for row in rows)
         for name, calls, spent, bandwidth, rate in rows:
             share = f"{100 * spent / total:.1f}"
-            speeds = (f"{bandwidth:.1f}", f"{rate:.0f}") if bandwidth else ("", "")
+            speeds = (f"{bandwidth:.1f}" if bandwidth else "", f"{rate:.0f}" if rate else "")
             table.add_row(
                 name, str(calls), f"{spent * 1e6:.0f}", share, f"{spent / calls * 1e6:.1f}", *speeds
             )

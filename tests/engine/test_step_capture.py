@@ -25,10 +25,14 @@ from lowbit.engine.messages import Request, SamplingParams, TokenEvent
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.kernels.reference import Reference
+from lowbit.layers.mlp import MixtureOfExperts
 from lowbit.loading import load_model
 from lowbit.models.decoder import Decoder
+from lowbit.models.deepseek import Deepseek
 from lowbit.models.model import Model
 from lowbit.numerics.llm_int8 import llm_int8_inputs
 from lowbit.numerics.number_formats import number_format
@@ -36,6 +40,7 @@ from lowbit.numerics.scheme import ActivationScheme, Delay
 from lowbit.quantize.recipe import Asked
 from lowbit.quantize.specification import TORCHAO
 from lowbit.settings import Settings
+from models.test_deepseek import make_checkpoint as make_latent
 from models.test_families import make_checkpoint
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -246,15 +251,83 @@ def test_few_plans_and_little_memory(tmp_path: Path) -> None:
     assert captures[1].replayed == 0 and not captures[1].refusal
 
 
-def test_mixtures_of_experts_run_eagerly_and_say_why_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+MIXTURES = ["Mixtral", "Qwen3Moe", "Qwen3Moe with dense layers", "GptOss"]
+LATENT = ["DeepseekV2 native, biases", "DeepseekV3 native, rotated halves", "DeepseekV2 lite, yarn, native"]
+
+
+@pytest.mark.parametrize("family", [*MIXTURES, *LATENT])
+def test_every_mixture_of_experts(family: str, tmp_path: Path) -> None:
+    """All ways to route, shared experts, biases, clamped activations; latent attention."""
+    (make_checkpoint if family in MIXTURES else make_latent)(family, tmp_path)
+    capture = check(lambda: load_model(open_checkpoint(str(tmp_path)), device="cpu"))
+    assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
+
+
+@pytest.mark.parametrize(
+    "fixture",
+    [
+        "mxfp4/gpt_oss",
+        *(f"gguf_families/{name}.gguf" for name in ("mixtral", "qwen3moe", "gpt_oss", "deepseek3")),
+    ],
+)
+def test_quantized_mixtures(fixture: str) -> None:
+    capture = check(lambda: load_model(open_checkpoint(str(FIXTURES / fixture)), device="cpu"))
+    assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
+
+
+def test_latent_rows_with_a_scale(tmp_path: Path) -> None:
+    make_latent(LATENT[0], tmp_path)
+
+    def make() -> Model:
+        model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+        assert isinstance(model, Deepseek)
+        model.blocks = [replace(b, attention=replace(b.attention, k_scale=0.37)) for b in model.blocks]
+        return model
+
+    capture = check(make)
+    assert not capture.refusal and capture.replayed
+
+
+@pytest.mark.parametrize("scheme", ["int8 per token", "fp8 per tensor", "mxfp4", "delayed"])
+def test_experts_that_quantize_their_inputs(scheme: str, tmp_path: Path) -> None:
     make_checkpoint("Mixtral", tmp_path)
+
+    def make() -> Model:
+        model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+        assert isinstance(model, Decoder)
+        asked = SCHEMES[scheme]
+        assert asked is not None
+        for block in model.blocks:
+            assert isinstance(block.mlp, MixtureOfExperts)
+            experts = block.mlp.experts
+            for linear in (*experts.gate_up, *experts.down):
+                state = None if asked.delay is None else model.states.add(linear.name, asked, model.device)
+                linear.inputs = [InputTransform(asked, state=state)] * len(linear.weights)
+            experts.grouped = GroupedExperts.of(experts.gate_up, experts.down)
+        return model
+
+    capture = check(make)
+    assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
+
+
+def test_experts_that_run_one_by_one_say_why_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_checkpoint("Mixtral", tmp_path)
+
+    def make() -> Model:
+        model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+        assert isinstance(model, Decoder) and isinstance(model.blocks[1].mlp, MixtureOfExperts)
+        experts = model.blocks[1].mlp.experts
+        [weight] = experts.down[3].weights
+        experts.down[3].weights = [Reference().pack(weight.kernel.unpack(weight), model.device)]
+        experts.grouped = GroupedExperts.of(experts.gate_up, experts.down)
+        return model
+
     with caplog.at_level(logging.WARNING):
-        capture = check(lambda: load_model(open_checkpoint(str(tmp_path)), device="cpu"))
+        capture = check(make)
     assert capture.replayed == 0 and not capture.sizes
     [record] = [r for r in caplog.records if "step capture off" in r.getMessage()]
-    assert "aten." in record.getMessage() and "layers.routing" in record.getMessage()
+    wanted = "model.layers.1.mlp.experts.3.down_proj runs on the kernel reference"
+    assert f"model.layers.1.mlp.experts: {wanted}" in record.getMessage()
 
 
 # ---- the engine ------------------------------------------------------------------------------------------
@@ -309,6 +382,55 @@ def test_the_engine_gives_the_same_tokens(scheme: str, retract: int, tmp_path: P
     assert 0 < captured.status().captured_steps < captured.status().steps
     for name, tensor in eager.model.states.state_dict().items():
         assert torch.equal(captured.model.states.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("retract", [0, 3])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss", "DeepseekV3 native, rotated halves"])
+def test_the_engine_gives_the_same_tokens_with_experts(family: str, retract: int, tmp_path: Path) -> None:
+    (make_checkpoint if family in MIXTURES else make_latent)(family, tmp_path)
+    forced = ForcedModes(retract_every=retract, check=True)
+
+    def run(capture: bool) -> tuple[dict[str, list[int]], Engine]:
+        model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+        return serve(model, capture=capture, forced=forced)
+
+    expected, eager = run(False)
+    found, captured = run(True)
+    assert found == expected and len(found) == 20
+    assert eager.status().captured_steps == 0
+    assert 10 < captured.status().captured_steps < captured.status().steps
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss", "DeepseekV3 native, rotated halves"])
+def test_nan_fails_its_own_request_only_with_experts(family: str, tmp_path: Path) -> None:
+    """A router that sees NaN chooses some experts; the others' tokens stay what they were."""
+    (make_checkpoint if family in MIXTURES else make_latent)(family, tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][39] = np.nan
+    save_file(weights, file, metadata={"format": "pt"})
+
+    def run(bad: int) -> tuple[dict[str, list[TokenEvent]], Engine]:
+        model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+        engine = Engine(model, ByteTokenizer(), Settings(device="cpu", max_total_tokens=640))
+        events: dict[str, list[TokenEvent]] = {}
+        for number in range(4):
+            bias = {39: 1e6} if number == bad else {39: -1e6}
+            sampling = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logit_bias=bias)
+            engine.submit(Request(id=str(number), prompt=(5, 9 + number, 7), sampling=sampling))
+        while engine.has_work():
+            for event in engine.step():
+                events.setdefault(event.id, []).append(event)
+        return events, engine
+
+    clean, _ = run(-1)
+    found, engine = run(2)
+    for number, events in found.items():
+        assert events[-1].finish_reason == ("error" if number == "2" else "length")
+        if number != "2":
+            assert [event.tokens for event in events] == [event.tokens for event in clean[number]]
+    assert found["2"][-1].error_code == "model_numerical_error"
+    assert engine.status().captured_steps > 5
 
 
 @pytest.mark.parametrize("scheme", ["plain", "fp8 per token", "llm.int8", "fp8 per tensor", "delayed"])

@@ -103,7 +103,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def check(transform: InputTransform, x: Tensor) -> None:
     expected = transform.in_torch(x)
-    assert transform._native is not None, "there is a native form"
+    assert transform.native is not None, "there is a native form"
     found = transform(x)
     assert same(found[0], expected[0]), f"values differ at {(found[0] != expected[0]).nonzero()[:5].tolist()}"
     assert same(*(None if pair[1] is None else pair[1].flatten() for pair in (found, expected)))

@@ -99,6 +99,18 @@ def test_activations_at_the_ends(name: str, path: str) -> None:
     torch.testing.assert_close(found, torch.tensor([[torch.inf, torch.nan, 3e38, 0.0, 0.0]]), equal_nan=True)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_clamped_activation(width: int) -> None:
+    gate = torch.cat([6 * normal(3, width), torch.linspace(-100, 100, 2 * width).view(2, width)])
+    up = 6 * normal(5, width, seed=1)
+    near, within = gate.double().clamp(max=7), up.double().clamp(-7, 7)
+    wanted = (within + 1) * near * torch.sigmoid(1.702 * near)
+    found = gated_activation(torch.cat([gate, up], 1), "swiglu_clamped")
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-6)
+    nan = torch.tensor([[torch.nan, 1.0, torch.inf, 1.0, torch.nan, -torch.inf]])
+    assert gated_activation(nan, "swiglu_clamped").isnan().tolist() == [[True, True, False]]
+
+
 def test_unknown_activation() -> None:
     with pytest.raises(LowbitError, match=r"'relu2' is not supported; supported: silu, gelu_tanh"):
         gated_activation(normal(1, 4), "relu2")

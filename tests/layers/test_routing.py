@@ -106,6 +106,45 @@ def test_rows_do_not_see_each_other(case: str) -> None:
         assert given.view(torch.int32).equal(weights[first:end].view(torch.int32))
 
 
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["normal", "large", "ties", "level"])
+def test_native_code_chooses_as_torch_does(case: str, kind: str) -> None:
+    route, _, _ = CASES[case]
+    logits = draw(400)
+    if kind == "large":
+        logits *= 40
+    elif kind == "ties":
+        logits = (logits * 2).round() / 2
+    elif kind == "level":
+        logits = torch.zeros(3, EXPERTS)
+    for factor in (1.0, -1.0):
+        chosen, weights = route(logits * factor)
+        wanted, given = route.in_torch(logits * factor)
+        # Exponentials below 2^-126 are 0 in native code: then others tie for the last places, without weight.
+        torch.testing.assert_close(spread(chosen, weights), spread(wanted, given), rtol=2e-6, atol=1e-36)
+        if kind != "large":
+            assert torch.equal(chosen, wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_finite_stays_in_its_row(case: str) -> None:
+    route, _, _ = CASES[case]
+    logits = draw(8)
+    clean_chosen, clean_weights = route(logits)
+    logits[0, 7], logits[1, 20], logits[2] = torch.nan, torch.inf, torch.nan
+    logits[3], logits[4, 3] = -torch.inf, -torch.inf
+    logits[5, [1, 22]] = torch.nan
+    for chosen, weights in (route(logits), route.in_torch(logits)):
+        assert torch.equal(chosen[6:], clean_chosen[6:])
+        torch.testing.assert_close(weights[6:], clean_weights[6:])
+        assert (chosen >= 0).all() and (chosen < EXPERTS).all()
+        assert all(len(set(row)) == 5 for row in chosen.tolist())
+        assert weights[4].isfinite().all()
+        assert weights[[0, 2, 5]].isnan().any(1).all()
+    assert torch.equal(route(logits)[0][:6], route.in_torch(logits)[0][:6])
+    assert torch.equal(route(logits)[1].isnan(), route.in_torch(logits)[1].isnan())
+
+
 def test_of_equals_the_lower_number() -> None:
     level = torch.zeros(3, EXPERTS)
     for route in (

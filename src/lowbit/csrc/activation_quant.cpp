@@ -187,7 +187,7 @@ void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, co
 void stage(const float* x, std::int64_t width, const lowbit_quantizer& q, float* out) {
     if (q.multiplier != nullptr) {
         for (std::int64_t i = 0; i < width; ++i) out[i] = x[i] * q.multiplier[i];
-    } else {
+    } else if (out != x) {
         std::memcpy(out, x, static_cast<std::size_t>(width) * sizeof(float));
     }
     if (q.bfloat_input) {
@@ -321,7 +321,7 @@ void update(const lowbit_delayed_state& state) {
 }  // namespace lowbit
 
 // x (rows, width) -> out (rows, width), strides in floats between rows; factors: one a row, one in all, or none,
-// as the rule has it. 0, or 1 where memory ran out.
+// as the rule has it. out may be x. 0, or 1 where memory ran out.
 LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const float* x, std::int64_t x_stride,
                                         std::int64_t rows, std::int64_t width, float* out,
                                         std::int64_t out_stride, float* factors) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "activations.h"
 #include "lowbit.h"
 #include "operations.h"
 #include "row_tasks.h"
@@ -30,39 +31,6 @@ void normalize(const float* x, const float* weight, float eps, int width, float*
         const Vector16 value = multiply(load_some(x + column, lanes), scale);
         store_some(out + column, multiply(value, load_some(weight + column, lanes)), lanes);
     });
-}
-
-enum class Activation { SILU = 0, GELU_TANH = 1, GELU = 2 };
-
-inline Vector16 sigmoid_times(Vector16 x, Vector16 argument) {  // x / (1 + e^-argument)
-    return divide(x, add(broadcast(1.0f), exp(subtract(zeros(), argument))));
-}
-
-// x times the normal distribution function, by formula 7.1.26 of Abramowitz and Stegun: absolute error
-// below 1.5e-7 |x|.
-inline Vector16 gelu(Vector16 x) {
-    const Vector16 scaled = multiply(maximum(x, subtract(zeros(), x)), broadcast(0.70710678118654752f));
-    const Vector16 t = divide(broadcast(1.0f), fma(scaled, broadcast(0.3275911f), broadcast(1.0f)));
-    Vector16 sum = broadcast(1.061405429f);
-    for (const float next : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f, 0.0f}) {
-        sum = fma(sum, t, broadcast(next));
-    }
-    const Vector16 bell = exp(negative_fma(scaled, scaled, zeros()));
-    const Vector16 tail = multiply(multiply(sum, broadcast(0.5f)), bell);
-    return multiply(x, select(negative(x), tail, negative_fma(tail, broadcast(1.0f), broadcast(1.0f))));
-}
-
-inline Vector16 activate(Vector16 x, Activation activation) {
-    switch (activation) {
-        case Activation::GELU:
-            return gelu(x);
-        case Activation::GELU_TANH: {  // 0.5 x (1 + tanh y) = x / (1 + e^-2y)
-            const Vector16 cubic = fma(multiply(x, x), broadcast(0.044715f), broadcast(1.0f));
-            return sigmoid_times(x, multiply(multiply(x, cubic), broadcast(1.5957691216057308f)));
-        }
-        default:
-            return sigmoid_times(x, x);
-    }
 }
 
 // x1, x2 <- x1 cos - x2 sin, x2 cos + x1 sin for the halves (or the pairs) of each head's first rotary_dim
@@ -124,13 +92,7 @@ LOWBIT_EXPORT void lowbit_gated_activation(const float* gate_up, std::int64_t st
                                            std::int64_t out_stride) {
     using namespace lowbit;
     for_rows(rows, width, [&](std::int64_t row) {
-        const float* gate = gate_up + row * stride;
-        float* to = out + row * out_stride;
-        for_vectors(width, [&](int column, int lanes) {
-            const Vector16 activated =
-                activate(load_some(gate + column, lanes), static_cast<Activation>(activation));
-            store_some(to + column, multiply(activated, load_some(gate + width + column, lanes)), lanes);
-        });
+        gate_row(gate_up + row * stride, width, static_cast<Activation>(activation), out + row * out_stride);
     });
 }
 

@@ -9,6 +9,7 @@
 #include "vector16.h"
 
 #include "lowbit.h"
+#include "operations.h"
 #include "thread_pool.h"
 
 extern "C" {

@@ -9,6 +9,7 @@
 struct lowbit_weight;           // linear.cpp
 struct lowbit_attention_cache;  // attention.cpp
 struct lowbit_attention_batch;
+struct lowbit_head_products;    // head_products.cpp
 
 // What kernels/activation_native.py describes; field for field its ctypes struct.
 struct lowbit_quantizer {
@@ -31,6 +32,56 @@ struct lowbit_delayed_state {
     float largest;        // the format's largest value over 2^margin
     std::int32_t most_recent;
 };
+
+// What kernels/experts.py describes; field for field its ctypes structs.
+struct lowbit_routing {
+    const float* correction;  // (experts,): helps to choose, is not in the weights; or null
+    std::int32_t rule, experts, k;
+    std::int32_t groups, kept;  // of so many groups, so many take part
+    std::int32_t renormalize;
+    float scale;
+};
+
+// What happens to an expert's rows before they meet a weight.
+struct lowbit_expert_input {
+    const lowbit_quantizer* quantizer;  // or null
+    const float* static_factor;         // one number, or null
+    const std::int64_t* column_order;   // (columns,), after quantizing; or null
+    std::int32_t factors;               // the quantizer's: 0 none, 1 one a row, 2 one in all
+};
+
+// Some rows of an expert's matrix.
+struct lowbit_expert_part {
+    const lowbit_weight* weight;
+    const float* row_scale;   // (rows,), or null
+    std::int64_t first, rows;
+    std::int64_t input;       // which of the expert's inputs it meets, -1: rows as they are
+};
+
+// One of the two matrices (rows, columns) of all experts.
+struct lowbit_expert_matrices {
+    const lowbit_expert_part* parts;
+    const std::int32_t* first_part;  // (experts + 1,): where each expert's begin
+    const lowbit_expert_input* inputs;
+    const std::int32_t* first_input;
+    const float* const* biases;      // (experts,) of (rows,), or nulls
+    std::int64_t rows, columns;
+    std::int32_t most_inputs;        // of one expert
+    std::int32_t shared;             // all meet inputs[0], which treats every row by itself
+};
+
+struct lowbit_experts {
+    lowbit_expert_matrices gate_up, down;
+    std::int32_t count, activation;
+};
+
+LOWBIT_EXPORT void lowbit_route_tokens(const lowbit_routing* routing, const float* logits, std::int64_t stride,
+                                       std::int64_t tokens, float* scratch, std::int64_t* chosen, float* weights);
+LOWBIT_EXPORT int lowbit_mix_experts(const lowbit_experts* experts, const float* x, std::int64_t x_stride,
+                                     std::int64_t tokens, const std::int64_t* chosen, const float* weights,
+                                     std::int32_t k, const float* added, std::int64_t added_stride, float* out,
+                                     std::int64_t out_stride);
+LOWBIT_EXPORT void lowbit_multiply_heads(const lowbit_head_products* job);
 
 LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const float* x, std::int64_t x_stride,
                                         std::int64_t rows, std::int64_t width, float* out,
@@ -94,5 +145,8 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
     X(gather_columns)        \
     X(linear)                \
     X(linear_rows)           \
+    X(route_tokens)          \
+    X(mix_experts)           \
+    X(multiply_heads)        \
     X(attention_write)       \
     X(attention_attend)

@@ -51,14 +51,19 @@ class InputTransform:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x', factor): the layer computes ``(x' @ W.T) * factor``; factor is (tokens, 1), scalar or None."""
-        if x.is_cpu and x.dtype is torch.float32 and x.stride(1) == 1 and self._native is not None:
-            changed, factor = self._native(x)
-            is_static = self.scheme is not None and self.scheme.mode == "static" and not self.scheme.block[1]
-            return changed, self.static_scale if is_static else factor
+        if x.is_cpu and x.dtype is torch.float32 and x.stride(1) == 1 and self.native is not None:
+            changed, factor = self.native(x)
+            return changed, self.static_scale if self.is_static else factor
         return self.in_torch(x)
 
+    @property
+    def is_static(self) -> bool:
+        """Whether a product is scaled by ``static_scale``."""
+        return self.scheme is not None and self.scheme.mode == "static" and not self.scheme.block[1]
+
     @cached_property
-    def _native(self) -> NativeQuantizer | None:
+    def native(self) -> NativeQuantizer | None:
+        """The same in native code, where it can be told."""
         state, zero = self.state, self.static_zero
         buffers = Buffers(
             self.multiplier,

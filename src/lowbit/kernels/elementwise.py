@@ -19,15 +19,26 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.step_plan import Operation
 
-# Number of the activation in csrc/elementwise.cpp, and torch's function.
-_ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
-    "silu": (0, functional.silu),
-    "gelu_tanh": (1, lambda x: functional.gelu(x, approximate="tanh")),
-    "gelu_pytorch_tanh": (1, lambda x: functional.gelu(x, approximate="tanh")),
-    "gelu": (2, functional.gelu),
-}
+SWIGLU_LIMIT, SWIGLU_SLOPE = 7.0, 1.702
 
-SWIGLU_LIMIT = 7.0
+
+def _gelu_tanh(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def _swiglu_clamped(gate: Tensor, up: Tensor) -> Tensor:
+    steep = SWIGLU_SLOPE * gate.clamp(max=SWIGLU_LIMIT)
+    return functional.silu(steep) * ((up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1) / SWIGLU_SLOPE)
+
+
+# Number of the activation in csrc/activations.h, and the function of gate and up in torch.
+_ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (0, lambda gate, up: functional.silu(gate) * up),
+    "gelu_tanh": (1, _gelu_tanh),
+    "gelu_pytorch_tanh": (1, _gelu_tanh),
+    "gelu": (2, lambda gate, up: functional.gelu(gate) * up),
+    "swiglu_clamped": (3, _swiglu_clamped),
+}
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -228,26 +239,29 @@ def _check_weight(weight: Tensor, width: int) -> None:
     )
 
 
-def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | None = None) -> Tensor:
-    """gate_up (tokens, 2 * width), gate first -> activation(gate) * up (tokens, width).
-
-    ``swiglu_clamped`` is gpt-oss': (up + 1) * gate * sigmoid(1.702 gate), gate <= 7 and |up| <= 7.
-    """
-    if activation == "swiglu_clamped":
-        return _swiglu_clamped(gate_up, out)
+def activation_number(activation: str) -> int:
+    """The activation's number in native code; E0242 where there is none of this name."""
     known = _ACTIVATIONS.get(activation)
     if known is None:
         raise LowbitError(
             "E0242", f"activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
         )
-    number, function = known
+    return known[0]
+
+
+def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | None = None) -> Tensor:
+    """gate_up (tokens, 2 * width), gate first -> activation(gate) * up (tokens, width).
+
+    ``swiglu_clamped`` is gpt-oss': (up + 1) * gate * sigmoid(1.702 gate), gate <= 7 and |up| <= 7.
+    """
+    number = activation_number(activation)
     width = gate_up.shape[-1] // 2
     if out is None:
         out = gate_up.new_empty(*gate_up.shape[:-1], width)
     functions = _native_for(gate_up)
     if functions is None or _native_for(out) is None:
         gate, up = gate_up.float().chunk(2, -1)
-        return out.copy_(function(gate) * up)
+        return out.copy_(_ACTIVATIONS[activation][1](gate, up))
     functions.gated_activation(
         gate_up.data_ptr(),
         gate_up.stride(0),
@@ -258,15 +272,6 @@ def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | No
         out.stride(0),
     )
     return out
-
-
-def _swiglu_clamped(gate_up: Tensor, out: Tensor | None) -> Tensor:
-    gate, up = gate_up.float().chunk(2, -1)
-    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-    # gate * sigmoid(a gate) = silu(a gate) / a: through the native silu, because bits of torch.sigmoid depend
-    # on how many elements it is given.
-    y = gated_activation(torch.cat((1.702 * gate, (up + 1) / 1.702), -1), "silu").to(gate_up.dtype)
-    return y if out is None else out.copy_(y)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ rows.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.kernels import native
+from lowbit.kernels.step_plan import Operation
 
 LANES = 16
 
@@ -41,14 +41,9 @@ class _Job(ctypes.Structure):
 
 
 @cache
-def _native() -> Callable[..., None] | None:
+def _native() -> Operation | None:
     library = native.library()
-    if library is None:
-        return None
-    multiply: Callable[..., None] = library.lowbit_multiply_heads
-    multiply.argtypes = (ctypes.c_void_p,)  # type: ignore[attr-defined]
-    multiply.restype = None  # type: ignore[attr-defined]
-    return multiply
+    return None if library is None else Operation(library, "multiply_heads", (ctypes.c_void_p,))
 
 
 @dataclass(frozen=True)

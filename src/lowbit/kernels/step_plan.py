@@ -54,6 +54,12 @@ class _Current(threading.local):
 _current = _Current()
 
 
+def refuse(reason: str) -> None:
+    """Tell an active recorder why the step it records cannot be captured."""
+    if _current.recorder is not None:
+        _current.recorder.refuse(reason)
+
+
 class Operation:
     """A native function that an active recorder writes down. ``fault``: the error a status means."""
 

@@ -3,6 +3,9 @@
 Sparsely gated mixture of experts (Shazeer et al., 2017; Mixtral: Jiang et al., 2024). The layer is given the
 choice of the router; each chosen expert runs once a step, over the tokens that chose it. A token's result is
 the sum over its experts in ascending order of their numbers, so it does not depend on its neighbours.
+
+Experts whose weights are all packed by native kernels run in one native call (``kernels.experts``); others
+one by one, with the same result.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.elementwise import gated_activation
+from lowbit.kernels.experts import GroupedExperts
+from lowbit.kernels.step_plan import refuse
 from lowbit.layers.linear import Linear
 
 
@@ -39,9 +44,23 @@ class Experts:
         self.name = name
         self.gate_up = gate_up
         self.down = down
+        self.grouped = GroupedExperts.of(gate_up, down)  # or why there is no such thing
 
-    def __call__(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
-        """x (tokens, hidden), chosen int64 (tokens, k), weights float32 (tokens, k) -> (tokens, hidden)."""
+    def __call__(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
+    ) -> Tensor:
+        """x (tokens, hidden), chosen int64 (tokens, k), weights float32 (tokens, k) -> (tokens, hidden).
+
+        ``added`` (tokens, hidden) comes on top.
+        """
+        if isinstance(self.grouped, GroupedExperts):
+            return self.grouped(x, chosen, weights, activation, added)
+        refuse(f"{self.name}: {self.grouped}")
+        mixed = self.one_by_one(x, chosen, weights, activation)
+        return mixed if added is None else mixed + added
+
+    def one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
+        """The sum from each expert's own layers."""
         if chosen.shape[0] == 1:
             return self._one_token(x, chosen, weights, activation)
         out = torch.zeros_like(x)

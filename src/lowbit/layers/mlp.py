@@ -42,5 +42,5 @@ class MixtureOfExperts:
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden)."""
         chosen, weights = self.route(self.router(x).float())
-        mixed = self.experts(x, chosen, weights, self.activation)
-        return mixed if self.shared is None else mixed + self.shared(x)
+        added = None if self.shared is None else self.shared(x)
+        return self.experts(x, chosen, weights, self.activation, added)

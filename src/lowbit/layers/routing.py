@@ -1,54 +1,84 @@
 """Routing: which experts a token goes to, and with what weight. Pure functions of float32 router logits.
 
 Each takes (tokens, experts) logits and gives int64 (tokens, k) experts and float32 (tokens, k) weights, the
-best first; of equals the lower number is taken, and rows do not see each other. Sources: Mixtral (Jiang et
-al., 2024), gpt-oss (OpenAI, 2025), DeepSeek-V2 and -V3 (both 2024).
+best first; of equals the lower number is taken, NaN counts as the largest, and rows do not see each other. On
+a CPU native code does it (``kernels.experts.route``). Sources: Mixtral (Jiang et al., 2024), gpt-oss (OpenAI,
+2025), DeepSeek-V2 and -V3 (both 2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Route = Callable[[Tensor], tuple[Tensor, Tensor]]
+from lowbit.kernels.experts import route
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One rule. Of ``groups`` groups of neighbours ``kept`` take part; ``correction``: float32 (experts,)."""
+
+    rule: str  # kernels.experts.RULES
+    k: int
+    groups: int = 1
+    kept: int = 1
+    renormalize: bool = False
+    scale: float = 1.0
+    correction: Tensor | None = None
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Chosen experts and their weights."""
+        found = route(
+            logits,
+            self.rule,
+            self.k,
+            groups=self.groups,
+            kept=self.kept,
+            renormalize=self.renormalize,
+            scale=self.scale,
+            correction=self.correction,
+        )
+        return self.in_torch(logits) if found is None else found
+
+    def in_torch(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The definition of a call, in torch on any device."""
+        if self.rule == "top_k_softmax":
+            largest, chosen = _largest(logits, self.k)
+            return chosen, largest.softmax(-1)
+        least = 0.0
+        if self.rule == "group_sigmoid":
+            assert self.correction is not None, "the rule has one"
+            scores = _sigmoid(logits)
+            corrected = scores + self.correction
+            two = _largest(corrected.unflatten(-1, (self.groups, -1)), 2)[0].sum(-1)  # (tokens, groups)
+            chosen = _largest(_within(corrected, two, self.kept, float("-inf")), self.k)[1]
+            weights, least = scores.gather(1, chosen), 1e-20
+        else:
+            scores = logits.softmax(-1)
+            if self.rule == "group_softmax":
+                best = scores.unflatten(-1, (self.groups, -1)).amax(-1)  # (tokens, groups)
+                scores = _within(scores, best, self.kept, 0.0)
+            weights, chosen = _largest(scores, self.k)
+        if self.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + least)
+        return chosen, weights * self.scale
 
 
 def softmax_top_k(k: int, renormalize: bool, scale: float = 1.0) -> Route:
     """Probabilities over all experts, the k largest kept; ``renormalize``: they then sum to 1."""
-
-    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        weights, chosen = _largest(logits.softmax(-1), k)
-        if renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return chosen, weights * scale
-
-    return route
+    return Route("softmax_top_k", k, renormalize=renormalize, scale=scale)
 
 
 def top_k_softmax(k: int) -> Route:
     """The k largest logits, softmax over these alone (gpt-oss)."""
-
-    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        largest, chosen = _largest(logits, k)
-        return chosen, largest.softmax(-1)
-
-    return route
+    return Route("top_k_softmax", k)
 
 
 def group_limited_softmax(k: int, groups: int, kept: int, renormalize: bool, scale: float) -> Route:
     """DeepSeek-V2: only the ``kept`` groups with the largest single probability take part."""
-
-    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = logits.softmax(-1)
-        best = scores.unflatten(-1, (groups, -1)).amax(-1)  # (tokens, groups)
-        weights, chosen = _largest(_within(scores, best, kept, 0.0), k)
-        if renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return chosen, weights * scale
-
-    return route
+    return Route("group_softmax", k, groups, kept, renormalize, scale)
 
 
 def group_limited_sigmoid(
@@ -58,18 +88,7 @@ def group_limited_sigmoid(
 
     A group's score is the sum of its two best corrected scores.
     """
-
-    def route(logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = _sigmoid(logits)
-        corrected = scores + correction
-        two = _largest(corrected.unflatten(-1, (groups, -1)), 2)[0].sum(-1)  # (tokens, groups)
-        chosen = _largest(_within(corrected, two, kept, float("-inf")), k)[1]
-        weights = scores.gather(1, chosen)
-        if renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return chosen, weights * scale
-
-    return route
+    return Route("group_sigmoid", k, groups, kept, renormalize, scale, correction)
 
 
 def _sigmoid(x: Tensor) -> Tensor:

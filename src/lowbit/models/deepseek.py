@@ -25,7 +25,14 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
-from lowbit.kernels.elementwise import RotaryTable, add_rms_norm, apply_rotary, rms_norm
+from lowbit.kernels.elementwise import (
+    RotaryTable,
+    add_rms_norm,
+    affine,
+    apply_rotary,
+    gather_rows,
+    rms_norm,
+)
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.head_products import HeadMatrices
 from lowbit.layers.experts import ExpertsSpec
@@ -271,7 +278,7 @@ class Deepseek:
             attended = self._attend(block.attention, cache, hidden, batch)
             hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
             hidden = add_rms_norm(block.mlp(hidden), residual, next_norm, eps)
-        logits = self.head(hidden[batch.sample_rows]).float()
+        logits = self.head(gather_rows(hidden, batch.sample_rows)).float()
         self.states.update()
         return logits
 
@@ -287,17 +294,18 @@ class Deepseek:
         row = weights.kv_a(hidden)  # (tokens, kv_lora_rank + rope): what is cached, made in place
         latent, k_rope = row.split((c.kv_lora_rank, c.rope_dim), dim=1)
         rms_norm(latent, weights.kv_norm, LATENT_NORM_EPS, out=latent)
-        q_rope = q[..., c.nope_dim :].contiguous()
-        apply_rotary(q_rope, k_rope.unsqueeze(1), self.rotary, batch.positions, c.rotates_neighbours)
+        q_rope = affine(q.view(-1, c.head_dim)[:, c.nope_dim :])  # (tokens * heads, rope), a copy
+        rotated = q_rope.view(-1, c.heads, c.rope_dim)
+        apply_rotary(rotated, k_rope.unsqueeze(1), self.rotary, batch.positions, c.rotates_neighbours)
         query = q.new_empty(*q.shape[:2], row.shape[1])
         weights.k_up(q[..., : c.nope_dim], out=query[..., : c.kv_lora_rank])
-        query[..., c.kv_lora_rank :] = q_rope
+        affine(q_rope, out=query.view(-1, row.shape[1])[:, c.kv_lora_rank :])
         if weights.k_scale != 1.0:
-            row /= weights.k_scale  # and the latent, which is a part of it
+            affine(row, divisor=weights.k_scale, out=row)  # and the latent, which is a part of it
         cache.kernel.write(cache, row.unsqueeze(1), latent.unsqueeze(1), batch)
         attended = cache.kernel.attend(query, cache, batch, weights.parameters)
         if weights.k_scale != 1.0:
-            attended = attended * weights.k_scale
+            attended = affine(attended, number=weights.k_scale, out=attended)
         values = weights.v_up(attended.view(-1, c.heads, c.kv_lora_rank))
         return weights.output(values.flatten(1))
 

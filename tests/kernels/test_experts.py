@@ -1,0 +1,298 @@
+"""Experts in one native call against their own layers one by one: equal bits, whoever is in the batch.
+
+Run again under every instruction set this CPU has (LOWBIT_ISA) by test_native.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from contract.test_linear_kernels import canonical, dense_weight
+from lowbit.errors import LowbitError
+from lowbit.kernels import choose, native
+from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.activation_state import ActivationState
+from lowbit.kernels.experts import GroupedExperts
+from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.kernels.reference import Reference
+from lowbit.kernels.step_plan import Arena, Recorder
+from lowbit.layers.experts import Experts
+from lowbit.layers.linear import Linear
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import ActivationScheme, Delay
+
+CPU = torch.device("cpu")
+EXPERTS, K, HIDDEN, INNER = 7, 3, 64, 96
+TOKENS = (1, 2, 3, 7, 16, 33, 70)
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    if native.library() is None:
+        pytest.skip("no native library")
+    native.set_threads(2)
+    yield
+    native.set_threads(2)
+
+
+Shape = tuple[int, int]
+Weight = Callable[[Shape], QuantizedTensor]
+WEIGHTS: dict[str, Weight] = {
+    "int4 g32": lambda shape: canonical("int4", 32, shape=shape),
+    "uint4 g32 zero": lambda shape: canonical("uint4", 32, zero=True, shape=shape),
+    "uint4 g32 act-order": lambda shape: canonical("uint4", 32, zero=True, order=True, shape=shape),
+    "e4m3 channel": lambda shape: canonical("e4m3", 0, "f32", shape=shape),
+    "e2m1 g32 e8m0 (MXFP4)": lambda shape: canonical("e2m1", 32, "e8m0", shape=shape),
+    "int8 channel": lambda shape: canonical("int8", 0, "f32", shape=shape),
+    "bf16": lambda shape: dense_weight("bf16", shape),
+    "f32": lambda shape: dense_weight("f32", shape),
+}
+INT8, E4M3, E2M1 = (number_format(name) for name in ("int8", "e4m3", "e2m1"))
+DELAYED = ActivationScheme(E4M3, (0, 0), "delayed", limit=448.0, delay=Delay(4, 1))
+# What an expert's matrix of some columns wants done to its rows; experts are told apart by their number.
+Input = Callable[[int, int], InputTransform | None]
+
+
+def static(expert: int, scheme: ActivationScheme) -> InputTransform:
+    return InputTransform(scheme, static_scale=torch.tensor([0.01 + 0.003 * expert]))
+
+
+INPUTS: dict[str, Input] = {
+    "as they are": lambda expert, columns: None,
+    "int8 per token": lambda expert, columns: InputTransform(ActivationScheme(INT8, (1, 0), limit=127.0)),
+    "int8 with a zero point": lambda expert, columns: InputTransform(
+        ActivationScheme(INT8, (1, 0), symmetric=False)
+    ),
+    "fp8 per token": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (1, 0), limit=448.0)),
+    "fp8 in groups": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (1, 32), limit=448.0)),
+    "one static scale": lambda expert, columns: static(0, ActivationScheme(E4M3, (0, 0), "static")),
+    "static scales": lambda expert, columns: static(expert, ActivationScheme(E4M3, (0, 0), "static")),
+    "fp8 per tensor": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (0, 0), limit=448.0)),
+    "multipliers": lambda expert, columns: InputTransform(multiplier=random(columns, seed=expert).abs()),
+    "delayed": lambda expert, columns: InputTransform(
+        DELAYED, state=ActivationState.fresh(DELAYED.delay, 448.0)
+    ),
+}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
+    """Other rows first, so that experts differ."""
+
+    def roll(tensor: Tensor) -> Tensor:
+        return (
+            tensor.roll(expert, 0)
+            if tensor.itemsize > 1
+            else tensor.view(torch.uint8).roll(expert, 0).view(tensor.dtype)
+        )
+
+    order = weight.column_order
+    return replace(
+        weight,
+        codes=roll(weight.codes),
+        scales=tuple(roll(scale) if len(scale) == weight.shape[0] else scale for scale in weight.scales),
+        column_order=None if order is None else order.roll(expert),
+    )
+
+
+def linear(
+    name: str, weights: list[QuantizedTensor], inputs: list[InputTransform | None], bias: Tensor | None
+) -> Linear:
+    packed = [choose(weight.scheme, weight.shape, CPU).kernel.pack(weight, CPU) for weight in weights]
+    assert all(isinstance(weight, NativeWeight) for weight in packed)
+    return Linear(name, packed, bias, inputs)
+
+
+def make(weight: Weight, given: Input = INPUTS["as they are"], bias: bool = False, parts: int = 1) -> Experts:
+    """``parts``: 2 leaves gate and up apart."""
+    gate_up, down = [], []
+    for expert in range(EXPERTS):
+        halves = [
+            turned(weight((2 * INNER // parts, HIDDEN)), expert + EXPERTS * part) for part in range(parts)
+        ]
+        first = [given(expert, HIDDEN)] * parts
+        biases = (random(2 * INNER, seed=expert), random(HIDDEN, seed=90 + expert)) if bias else (None, None)
+        gate_up.append(linear(f"{expert}.gate_up", halves, first, biases[0]))
+        last = turned(weight((HIDDEN, INNER)), expert)
+        down.append(linear(f"{expert}.down", [last], [given(expert, INNER)], biases[1]))
+    experts = Experts("experts", gate_up, down)
+    assert isinstance(experts.grouped, GroupedExperts), experts.grouped
+    return experts
+
+
+def draw(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    x = random(tokens, HIDDEN, seed=seed + tokens)
+    chosen = random(tokens, EXPERTS, seed=seed + tokens + 1).argsort(-1)[:, :K].contiguous()
+    return x, chosen, random(tokens, K, seed=seed + 2).softmax(-1)
+
+
+def states(experts: Experts) -> list[Tensor]:
+    found = []
+    for layer in (*experts.gate_up, *experts.down):
+        found += [t.state.amax_history for t in layer.inputs or () if t is not None and t.state is not None]
+    return found
+
+
+def check(experts: Experts, tokens: int, activation: str = "silu", chosen: Tensor | None = None) -> Tensor:
+    x, drawn, weights = draw(tokens)
+    chosen = drawn if chosen is None else chosen
+    before = [state.clone() for state in states(experts)]
+    found = experts(x, chosen, weights, activation)
+    after = [state.clone() for state in states(experts)]
+    for state, old in zip(states(experts), before, strict=True):
+        state.copy_(old)
+    wanted = experts.one_by_one(x, chosen, weights, activation)
+    assert torch.equal(found, wanted), (found - wanted).abs().max()
+    assert wanted.isfinite().all() and (wanted != 0).any()
+    assert all(map(torch.equal, after, states(experts)))
+    return found
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_scheme(name: str) -> None:
+    experts = make(WEIGHTS[name])
+    for tokens in TOKENS:
+        check(experts, tokens)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("weight", ["int8 channel", "uint4 g32 act-order"])
+def test_every_way_to_quantize_inputs(weight: str, name: str) -> None:
+    experts = make(WEIGHTS[weight], INPUTS[name], bias=True)
+    for tokens in TOKENS:
+        check(experts, tokens)
+
+
+def test_what_is_quantized_once_for_all() -> None:
+    def shared(name: str) -> bool:
+        grouped = make(WEIGHTS["int8 channel"], INPUTS[name]).grouped
+        assert isinstance(grouped, GroupedExperts) and grouped.gate_up.shared == grouped.down.shared
+        return bool(grouped.down.shared)
+
+    assert [name for name in INPUTS if shared(name)] == [
+        *("int8 per token", "int8 with a zero point", "fp8 per token", "fp8 in groups", "one static scale")
+    ]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "swiglu_clamped"])
+def test_activations_and_biases(activation: str) -> None:
+    experts = make(WEIGHTS["e2m1 g32 e8m0 (MXFP4)"], bias=True)
+    for tokens in TOKENS:
+        check(experts, tokens, activation)
+
+
+def test_parts_that_differ() -> None:
+    """Gate and up apart with inputs of their own, experts in several formats, row scales."""
+    experts = make(WEIGHTS["int4 g32"], INPUTS["static scales"], parts=2)
+    for expert, layer in enumerate(experts.gate_up):
+        assert layer.inputs is not None
+        layer.inputs[1] = [INPUTS["fp8 per token"](0, HIDDEN), None, layer.inputs[0]][expert % 3]
+    experts.down[3] = linear("3.down", [WEIGHTS["f32"]((HIDDEN, INNER))], [None], random(HIDDEN))
+    mixed = Experts("experts", experts.gate_up, experts.down)
+    for tokens in TOKENS:
+        check(mixed, tokens)
+
+
+def test_row_scales() -> None:
+    def scaled(shape: Shape) -> QuantizedTensor:
+        inner = canonical("e2m1", 16, "e4m3", shape=shape)
+        f32 = number_format("f32")
+        scheme = replace(inner.scheme, blocks=((1, 16), (1, 0)), scales=(*inner.scheme.scales, f32))
+        return replace(
+            inner, scheme=scheme, scales=(inner.scales[0], torch.linspace(-2, 3, shape[0])[:, None])
+        )
+
+    experts = make(scaled, INPUTS["fp8 per token"], bias=True)
+    assert "row_scale" in experts.down[0].weights[0].buffers
+    for tokens in TOKENS:
+        check(experts, tokens)
+
+
+@pytest.mark.parametrize("given", ["as they are", "int8 per token", "static scales"])
+def test_all_tokens_on_the_same_experts(given: str) -> None:
+    experts = make(WEIGHTS["int8 channel"], INPUTS[given])
+    for tokens in TOKENS:
+        check(experts, tokens, chosen=torch.tensor([[5, 2, 6]]).repeat(tokens, 1))
+
+
+@pytest.mark.parametrize("given", ["as they are", "int8 per token", "fp8 in groups", "static scales"])
+def test_a_token_does_not_see_its_neighbours(given: str) -> None:
+    experts = make(WEIGHTS["int8 channel"], INPUTS[given])
+    x, chosen, weights = draw(70)
+    added = random(70, HIDDEN, seed=5)
+    whole = experts(x, chosen, weights, "silu", added)
+    for first, end in ((0, 1), (69, 70), (3, 20), (20, 70)):
+        rows = slice(first, end)
+        for threads in (1, 2, 5):
+            native.set_threads(threads)
+            found = experts(x[rows], chosen[rows].clone(), weights[rows].clone(), "silu", added[rows])
+            assert torch.equal(found, whole[rows])
+    x[8] = torch.nan
+    found = experts(x, chosen, weights, "silu", added)
+    assert found[8].isnan().all()
+    others = torch.arange(70) != 8
+    assert torch.equal(found[others], whole[others])
+
+
+def test_what_is_added_comes_last() -> None:
+    experts, (x, chosen, weights), added = (
+        make(WEIGHTS["bf16"]),
+        draw(9),
+        random(9, 2 * HIDDEN, seed=4)[:, 3 : 3 + HIDDEN],
+    )
+    plain = experts(x, chosen, weights, "silu")
+    assert torch.equal(experts(x, chosen, weights, "silu", added), plain + added)
+
+
+def test_many_tokens_go_a_few_experts_at_a_time() -> None:
+    """More than fit between the products at once."""
+    tokens = 12000
+    assert tokens * K * (3 * INNER + 2 * HIDDEN + INNER) > 1 << 23
+    experts = make(WEIGHTS["int8 channel"], INPUTS["int8 per token"], bias=True)
+    found = check(experts, tokens)
+    x, chosen, weights = draw(tokens)
+    assert torch.equal(experts(x[-5:], chosen[-5:], weights[-5:], "silu"), found[-5:])
+    check(experts, tokens, chosen=torch.full((tokens, K), 3))
+
+
+def test_a_plan_chooses_anew() -> None:
+    experts, (x, chosen, weights) = make(WEIGHTS["int4 g32"], INPUTS["static scales"]), draw(5)
+    _, plan = Recorder(Arena(1 << 22)).record(lambda: experts(x, chosen, weights, "silu"))
+    assert plan is not None
+    for seed in (10, 20):
+        for ours, drawn in zip((x, chosen, weights), draw(5, seed), strict=True):
+            ours.copy_(drawn)
+        assert torch.equal(plan.run(), experts.one_by_one(x, chosen, weights, "silu"))
+    chosen[3, 1] = EXPERTS
+    with pytest.raises(LowbitError, match="E0703.*expert"):
+        plan.run()
+    chosen[3, 1] = -1
+    with pytest.raises(LowbitError, match="E0703.*expert"):
+        experts(x, chosen, weights, "silu")
+
+
+def test_no_tokens() -> None:
+    experts = make(WEIGHTS["int8 channel"], INPUTS["int8 per token"])
+    x, chosen, weights = draw(1)
+    assert experts(x[:0], chosen[:0], weights[:0], "silu").shape == (0, HIDDEN)
+
+
+def test_what_runs_one_by_one_says_why() -> None:
+    experts = make(WEIGHTS["int8 channel"])
+    weight = WEIGHTS["int8 channel"]((HIDDEN, INNER))
+    experts.down[4] = Linear("4.down", [Reference().pack(weight, CPU)], None)
+    mixed = Experts("experts", experts.gate_up, experts.down)
+    assert mixed.grouped == "4.down runs on the kernel reference"
+    x, chosen, weights = draw(7)
+    recorder = Recorder(Arena(1 << 22))
+    _, plan = recorder.record(lambda: mixed(x, chosen, weights, "silu"))
+    assert plan is None and recorder.reason == "experts: 4.down runs on the kernel reference"
