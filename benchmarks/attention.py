@@ -2,7 +2,8 @@
 
 A layer call is timed as the model makes it (write and attend), beside torch's scaled_dot_product_attention
 on contiguous K and V of the same dtype, one call a sequence (torch's best case: it gathers no pages).
-GB/s counts K and V once a sequence; GFLOPS counts what causal attention needs, not what tiles waste.
+GB/s counts K and V once a sequence, also where sequences share pages; GFLOPS counts what causal attention
+needs, not what tiles waste.
 The last line is JSON.
 
     python benchmarks/attention.py [--threads N] [--repeats N]
@@ -33,7 +34,10 @@ from lowbit.numerics.cache_format import K_FORMATS, KvDtype
 
 @dataclass(frozen=True)
 class Shape:
-    """``sequences`` sequences that each add ``queries`` tokens to a context of ``context`` in all."""
+    """``sequences`` sequences that each add ``queries`` tokens to a context of ``context`` in all.
+
+    The first ``shared`` tokens of the contexts lie on the same pages.
+    """
 
     name: str
     heads: int
@@ -42,6 +46,7 @@ class Shape:
     sequences: int
     queries: int
     context: int
+    shared: int = 0  # tokens that all sequences have in common, whole pages of them
 
     @property
     def operations(self) -> int:
@@ -57,7 +62,11 @@ SHAPES = [
     Shape("135M decode 1 x 1024", 9, 3, 64, 1, 1, 1024),
     Shape("135M decode 8 x 256", 9, 3, 64, 8, 1, 256),
     Shape("135M decode 32 x 256", 9, 3, 64, 32, 1, 256),
+    Shape("135M decode 32 x 512", 9, 3, 64, 32, 1, 512),
     Shape("135M decode 32 x 1024", 9, 3, 64, 32, 1, 1024),
+    Shape("135M decode 32 x 600, 512 shared", 9, 3, 64, 32, 1, 600, 512),
+    Shape("135M decode 32 x 600, 400 shared", 9, 3, 64, 32, 1, 600, 400),
+    Shape("1B decode 32 x 512", 32, 8, 64, 32, 1, 512),
     Shape("8B prefill 512", 32, 8, 128, 1, 512, 512),
     Shape("8B decode 1 x 4096", 32, 8, 128, 1, 1, 4096),
     Shape("8B decode 8 x 1024", 32, 8, 128, 8, 1, 1024),
@@ -71,6 +80,7 @@ def batch_of(shape: Shape) -> tuple[ForwardBatch, ForwardBatch, int]:
     count = per_sequence * shape.sequences
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).int()
     table = order.view(shape.sequences, per_sequence)
+    table[:, : shape.shared // PAGE_SIZE] = table[0, : shape.shared // PAGE_SIZE]
 
     def batch(first: int, end: int) -> ForwardBatch:
         positions = torch.arange(first, end, dtype=torch.int32)
@@ -140,6 +150,9 @@ def run(shape: Shape, repeats: int, cache_type: str) -> dict[str, object]:
     k, v = torch.randn(
         2, shape.sequences * shape.context, shape.kv_heads, shape.dim, generator=random_numbers
     )
+    for x in (k, v):
+        by_sequence = x.view(shape.sequences, shape.context, shape.kv_heads, shape.dim)
+        by_sequence[:, : shape.shared] = by_sequence[:1, : shape.shared]
     batch, filling, pages = batch_of(shape)
     last = torch.arange(len(k)).view(shape.sequences, -1)[:, -shape.queries :].flatten()
     new_k, new_v = k[last], v[last]
@@ -172,7 +185,7 @@ def run(shape: Shape, repeats: int, cache_type: str) -> dict[str, object]:
         "error": float(f"{error:.2e}"),
     }
     print(
-        f"{shape.name:28} {ms:8.3f} ms ±{spread:6.3f} {numbers['gb_per_s']:7.2f} GB/s"
+        f"{shape.name:33} {ms:8.3f} ms ±{spread:6.3f} {numbers['gb_per_s']:7.2f} GB/s"
         f" {numbers['gflops']:7.1f} GFLOPS  torch {torch_ms:8.3f} ms"
         f"  {numbers['speedup']:6.2f}x  error {error:.1e}"
     )

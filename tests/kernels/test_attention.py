@@ -41,6 +41,7 @@ from lowbit.kernels.attention import (
 )
 from lowbit.kernels.attention_cpu import CpuAttention
 from lowbit.kernels.attention_reference import ReferenceAttention
+from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.numerics.cache_format import KvDtype
 from sparse_memory import far_apart, sparse_zeros
 
@@ -249,6 +250,145 @@ def test_shared_prefix_pages() -> None:
     steps: list[Step] = [[(0, 0, 400)], [(1, shared, 470)]]
     found = simulate(spec, [first, second], steps, plain(spec), pages=pages)
     assert_equal_bits([found[0], found[1][shared:]], [apart[0], apart[1][shared:]])
+
+
+PREFIX_CASES: dict[str, tuple[CacheSpec, int, dict[str, Any]]] = {
+    "llama": (spec_of(3, 64), 3, {}),
+    "no groups f32, k 48, v 112": (spec_of(2, 48, 112, F32), 1, {}),
+    "fp16": (spec_of(1, 64, dtype=F16), 4, {}),
+    "int8": (spec_of(2, 64, dtype=INT8), 3, {}),
+    "K int8, V int4": (spec_of(1, 96, 80, dtype=KvDtype.of("int8", "int4")), 2, {}),
+    "window": (spec_of(1, 64, window=400), 3, {}),
+    "window over the prefix's end": (spec_of(2, 32, window=130), 2, {}),
+    "softcap and sinks": (
+        spec_of(2, 64),
+        2,
+        {"sinks": torch.tensor([1.5, -3.0, 60.0, 0.0]), "softcap": 3.0},
+    ),
+    "latent": (latent_of(112, 80), 5, {}),
+    "latent int8": (latent_of(96, 48, INT8), 2, {}),
+}
+# Pages each sequence shares with the first, and its tokens: whole segments, parts of one, a pair that goes on
+# together, contexts that end with what is shared, others that share nothing.
+PREFIXES = [
+    (33, 530),
+    (33, 700),
+    (33, 529),
+    (32, 513),
+    (20, 520),
+    (20, 340),
+    (16, 257),
+    (9, 300),
+    (5, 90),
+    (5, 81),
+    (3, 60),
+    (0, 600),
+    (0, 1),
+]
+
+
+def prefix_pages() -> tuple[list[list[int]], list[list[int]]]:
+    """Pages that share PREFIXES, and pages that share nothing."""
+    apart, _ = hand_out_pages([length for _, length in PREFIXES], seed=7)
+    return [apart[0][:shared] + own[shared:] for (shared, _), own in zip(PREFIXES, apart, strict=True)], apart
+
+
+def prefix_sequences(spec: CacheSpec, group: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Sequences whose tokens are alike where PREFIXES share them."""
+    drawn = draw(spec, group, [length for _, length in PREFIXES])
+    return [
+        tuple(
+            torch.cat([first[: shared * PAGE_SIZE], own[shared * PAGE_SIZE :]])
+            for first, own in zip(drawn[0], sequence, strict=True)
+        )
+        for (shared, _), sequence in zip(PREFIXES, drawn, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("case", PREFIX_CASES)
+def test_a_shared_prefix_changes_no_bit(case: str, threads: int) -> None:
+    """Decode, and a few tokens at once, on pages that sequences share and on copies of them."""
+    spec, group, extra = PREFIX_CASES[case]
+    parameters = replace(plain(spec), **extra)
+    sequences = prefix_sequences(spec, group)
+    shared_pages, own_pages = prefix_pages()
+    native.set_threads(threads)
+    count = 1 + max(number for row in own_pages for number in row)
+    found = []
+    for pages in (shared_pages, own_pages):
+        kernel = CpuAttention()
+        cache = kernel.allocate(spec, count, PAGE_SIZE, CPU)
+        for buffer in cache.buffers.values():
+            buffer.view(torch.uint8).fill_(0xFF)
+        for owner, (_, k, v) in enumerate(sequences):
+            kernel.write(cache, k, v, make_batch([(owner, 0, len(k))], pages))
+        for last in (1, 3):  # tokens a sequence
+            step = [(owner, max(len(q) - last, 0), len(q)) for owner, (q, _, _) in enumerate(sequences)]
+            chooser = random.Random(last)
+            chooser.shuffle(step)
+            q = torch.cat([sequences[owner][0][first:end] for owner, first, end in step])
+            found.append(kernel.attend(q, cache, make_batch(step, pages), parameters))
+            # Alone there is nobody to share with.
+            alone = [
+                kernel.attend(
+                    sequences[owner][0][first:end],
+                    cache,
+                    make_batch([(owner, first, end)], pages),
+                    parameters,
+                )
+                for owner, first, end in step
+            ]
+            assert_equal_bits([found[-1]], [torch.cat(alone)])
+    assert_equal_bits(found[:2], found[2:])
+
+
+def test_a_captured_step_finds_the_prefix_of_its_day() -> None:
+    """A replay with pages that are shared, and then with others, in the tensors it was recorded with."""
+    spec, group, extra = PREFIX_CASES["llama"]
+    parameters = replace(plain(spec), **extra)
+    sequences = prefix_sequences(spec, group)
+    shared_pages, own_pages = prefix_pages()
+    kernel = CpuAttention()
+    count = 1 + max(number for row in own_pages for number in row)
+    cache = kernel.allocate(spec, count, PAGE_SIZE, CPU)
+    for owner, (_, k, v) in enumerate(sequences):
+        kernel.write(cache, k, v, make_batch([(owner, 0, len(k))], own_pages))
+    step = [(owner, len(q) - 1, len(q)) for owner, (q, _, _) in enumerate(sequences)]
+    q = torch.cat([sequences[owner][0][-1:] for owner, _, _ in step])
+    batch, shared = (make_batch(step, pages) for pages in (own_pages, shared_pages))
+    wanted = kernel.attend(q, cache, batch, parameters)
+    _, plan = Recorder(Arena(1 << 22)).record(lambda: kernel.attend(q, cache, batch, parameters))
+    assert plan is not None
+    own = batch.page_table.clone()
+    for table in (shared.page_table, own):
+        batch.page_table.copy_(table)
+        assert_equal_bits([plan.run()], [wanted])
+
+
+@pytest.mark.parametrize("sequences", [2, 17, 70])
+def test_many_streams_of_one_prefix(sequences: int) -> None:
+    """More rows than a block holds; NaN in one sequence's own token is nobody else's."""
+    spec, group, shared = spec_of(2, 64), 4, 300
+    (q, k, v), *_ = draw(spec, group, [shared + sequences])
+    prefix = list(range(-(-shared // PAGE_SIZE)))
+    kernel = CpuAttention()
+    pages = [[*prefix[:-1], len(prefix) + owner] for owner in range(sequences)]
+    cache = kernel.allocate(spec, len(prefix) + sequences, PAGE_SIZE, CPU)
+    kernel.write(cache, k[:shared], v[:shared], make_batch([(0, 0, shared)], [prefix]))
+    border = (len(prefix) - 1) * PAGE_SIZE
+    for owner in range(sequences):
+        own = torch.cat([k[border:shared], k[shared + owner :][:1]])
+        if owner == 1:
+            own[-1] = torch.nan
+        kernel.write(cache, own, v[: len(own)], make_batch([(owner, border, shared + 1)], pages))
+    step = [(owner, shared, shared + 1) for owner in range(sequences)]
+    together = kernel.attend(q[shared:], cache, make_batch(step, pages), plain(spec))
+    assert together[1].isnan().all()
+    for owner in range(sequences):
+        alone = kernel.attend(q[shared + owner :][:1], cache, make_batch([step[owner]], pages), plain(spec))
+        if owner != 1:
+            assert_equal_bits([together[owner : owner + 1]], [alone])
 
 
 def test_pages_before_the_window_may_be_gone() -> None:

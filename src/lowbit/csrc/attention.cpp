@@ -2,9 +2,13 @@
 // their layout and attention_tiles.h for why results do not depend on what is computed together.
 //
 // Query rows of one K/V head are (token, query head of the group), token after token; a block is up to
-// BLOCK_ROWS of them. A block runs over its segments and merges them as it goes. Where there are too few
-// blocks to fill the threads (decode with a long context), every (block, segment) is a task of its own and
-// a second pass merges: the same functions in the same order, so the same bits.
+// BLOCK_ROWS of them. A block runs over its segments and merges them as it goes.
+//
+// A segment may also be computed before, as a part, and stored unmerged; the block then takes it from there,
+// in its turn: the same functions in the same order, so the same bits. That is done
+//   - where several sequences of a decode batch begin a segment with the same pages (a prefix they share):
+//     their rows are one part, which reads those pages once;
+//   - where there are too few blocks to fill the threads (decode with a long context).
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -32,7 +36,12 @@ namespace lowbit {
 namespace {
 
 constexpr int BLOCK_ROWS = 48;  // a multiple of SCORE_ROWS and VALUE_ROWS; 48 rows of scores are 48 KiB
-constexpr std::size_t MAX_SPLIT_FLOATS = std::size_t{1} << 24;  // 64 MiB of unmerged segments
+constexpr int STATE_ROWS = (BLOCK_ROWS + LANES - 1) / LANES * LANES;
+constexpr int SHARED_ROWS = BLOCK_ROWS / 2;  // more rows of a sequence need no others beside them
+constexpr int SHARED_PAGES = 4;              // fewer pages in common are not worth it
+constexpr std::size_t MAX_STORED_FLOATS = std::size_t{1} << 24;  // 64 MiB of unmerged segments
+constexpr std::int64_t ALONE_COST = 150'000;  // less work than waking a thread
+constexpr int NONE = -1;
 
 struct Block {
     const std::int32_t* pages;  // the sequence's row of the page table
@@ -41,26 +50,48 @@ struct Block {
     int kv_head;
     int row_begin, row_end;
     int segment_begin, segment_end;
-    std::size_t partial;  // where its unmerged rows begin, counted in rows
+    int stored;  // where Workspace::stored begins for its segments, or NONE
 
     int rows() const { return row_end - row_begin; }
     int segments() const { return segment_end - segment_begin; }
 };
 
-struct Item {
-    int block, segment;  // segment -1: the whole block
-    std::int64_t cost;
+// A segment of blocks that have its first `common` pages in common.
+struct Part {
+    int members, count;  // of Workspace::members
+    int segment, common;
+    std::int64_t row;  // where its rows are stored
 };
+
+// What a call plans; kept by the thread that calls, so that nothing is allocated in the end.
+struct Workspace {
+    std::vector<Block> blocks;
+    std::vector<Part> parts;
+    std::vector<int> members;           // numbers of blocks
+    std::vector<std::int64_t> stored;   // by block and segment: its first row in the states below, or NONE
+    std::vector<float> maximum, sum, values;
+    std::vector<std::int64_t> costs;    // of what is to be run next: parts, then blocks
+    std::vector<int> order, ranges;     // the costliest first; range i is ranges[i] .. ranges[i + 1] of them
+    std::vector<int> alike, left, group;  // block of K/V head 0 of sequences that may share pages
+};
+
+Workspace& workspace() {
+    static thread_local Workspace mine;
+    return mine;
+}
 
 // Work of one thread: lives on its stack.
 template <class Key>
 struct alignas(64) Scratch {
     float queries[BLOCK_ROWS * MAX_K_DIM];
     float scores[BLOCK_ROWS * SEGMENT_TOKENS];
-    float values[BLOCK_ROWS * MAX_V_DIM];
-    float next_values[BLOCK_ROWS * MAX_V_DIM];
+    float values[BLOCK_ROWS * MAX_V_DIM], next_values[BLOCK_ROWS * MAX_V_DIM];
+    float maximum[STATE_ROWS], sum[STATE_ROWS], next_maximum[STATE_ROWS], next_sum[STATE_ROWS];
     Key turned[STRIP * SEGMENT_TOKENS];  // of a latent cache
-    RowState states[BLOCK_ROWS], next_states[BLOCK_ROWS];
+    const Block* members[BLOCK_ROWS];
+
+    States all() { return {maximum, sum, values}; }
+    States next() { return {next_maximum, next_sum, next_values}; }
 };
 
 // Where a thread widens a segment's pages; grown and kept.
@@ -87,35 +118,42 @@ class Attention {
           group_(q_heads / cache.heads),
           softmax_(softmax),
           sinks_(sinks),
-          out_(out) {}
+          out_(out),
+          work_(workspace()) {}
 
     Status run() {
-        const Status status = plan();
+        const Status status = plan_blocks();
         if (status != OK) return status;
-        const bool split = plan_items();
-        parallel_for(static_cast<std::int64_t>(items_.size()), [&](std::int64_t index) {
-            const Item& item = items_[static_cast<std::size_t>(index)];
-            const Block& block = blocks_[static_cast<std::size_t>(item.block)];
-            if (item.segment < 0) {
-                run_block(block);
-            } else {
-                run_part(block, item.segment);
-            }
-        });
-        if (split) {
-            parallel_for(static_cast<std::int64_t>(blocks_.size()),
-                         [&](std::int64_t index) { merge_parts(blocks_[static_cast<std::size_t>(index)]); });
+        plan_parts();
+        if (!work_.parts.empty()) {
+            for (const Part& part : work_.parts) work_.costs.push_back(cost(part));
+            run_ranges([&](int index, int next) {
+                run_part(work_.parts[static_cast<std::size_t>(index)],
+                         next == NONE ? nullptr : &work_.parts[static_cast<std::size_t>(next)]);
+            });
         }
+        for (const Block& block : work_.blocks) work_.costs.push_back(cost(block));
+        run_ranges([&](int index, int next) {
+            run_block(work_.blocks[static_cast<std::size_t>(index)],
+                      next == NONE ? nullptr : &work_.blocks[static_cast<std::size_t>(next)]);
+        });
         return OK;
     }
 
   private:
     int position(const Block& block, int row) const { return block.first_position + row / group_; }
+    int last_position(const Block& block) const { return position(block, block.row_end - 1); }
     int first_seen(int position) const {
         return cache_.window > 0 ? std::max(position - cache_.window + 1, 0) : 0;
     }
 
-    Status plan() {
+    Status plan_blocks() {
+        work_.blocks.clear();
+        work_.parts.clear();
+        work_.members.clear();
+        work_.stored.clear();
+        work_.alike.clear();
+        work_.costs.clear();
         std::int64_t token = 0;
         for (int sequence = 0; sequence < batch_.sequences; ++sequence) {
             const int queries = batch_.query_lengths[sequence], context = batch_.context_lengths[sequence];
@@ -124,6 +162,7 @@ class Attention {
             block.pages = batch_.page_table + sequence * batch_.table_stride;
             block.first_token = static_cast<int>(token);
             block.first_position = context - queries;
+            block.stored = NONE;
             const int used = first_seen(block.first_position) / PAGE_TOKENS;
             const int count = queries > 0 ? (context + PAGE_TOKENS - 1) / PAGE_TOKENS : 0;
             if (count > batch_.table_stride) return BAD_LENGTHS;
@@ -131,12 +170,13 @@ class Attention {
                 if (block.pages[page] < 0 || block.pages[page] >= cache_.pages) return BAD_PAGE;
             }
             const int rows = queries * group_;
+            if (rows > 0 && rows <= SHARED_ROWS) work_.alike.push_back(static_cast<int>(work_.blocks.size()));
             for (block.kv_head = 0; block.kv_head < cache_.heads; ++block.kv_head) {
                 for (block.row_begin = 0; block.row_begin < rows; block.row_begin += BLOCK_ROWS) {
                     block.row_end = std::min(block.row_begin + BLOCK_ROWS, rows);
                     block.segment_begin = first_seen(position(block, block.row_begin)) / SEGMENT_TOKENS;
-                    block.segment_end = position(block, block.row_end - 1) / SEGMENT_TOKENS + 1;
-                    blocks_.push_back(block);
+                    block.segment_end = last_position(block) / SEGMENT_TOKENS + 1;
+                    work_.blocks.push_back(block);
                 }
             }
             token += queries;
@@ -144,36 +184,242 @@ class Attention {
         return token == batch_.tokens ? OK : BAD_LENGTHS;
     }
 
-    // Tasks, the longest first. True: every segment is a task, its rows go to the partial buffers.
-    bool plan_items() {
-        std::size_t partial = 0, parts = 0;
-        for (Block& block : blocks_) {
-            block.partial = partial;
-            partial += static_cast<std::size_t>(block.rows()) * static_cast<std::size_t>(block.segments());
-            parts += static_cast<std::size_t>(block.segments());
+    Block& block_of(int number) { return work_.blocks[static_cast<std::size_t>(number)]; }
+    const Block& block_of(int number) const { return work_.blocks[static_cast<std::size_t>(number)]; }
+    const Block& member_of(const Part& part, int number) const {
+        return block_of(work_.members[static_cast<std::size_t>(part.members + number)]);
+    }
+
+    void plan_parts() {
+        std::int64_t rows = 0;
+        if (work_.alike.size() > 1) find_shared(rows);
+        const std::size_t few = 4 * static_cast<std::size_t>(thread_count());
+        if (thread_count() > 1 && work_.blocks.size() < few) split_blocks(rows);
+        const auto grow = [](std::vector<float>& numbers, std::size_t size) {
+            if (numbers.size() < size) numbers.resize(size);
+        };
+        if (rows == 0) return;
+        const auto count = static_cast<std::size_t>(rows);
+        grow(work_.maximum, count + LANES);  // merged in sixteens
+        grow(work_.sum, count + LANES);
+        grow(work_.values, count * static_cast<std::size_t>(cache_.v_dim));
+    }
+
+    // Every segment that is not stored yet becomes a part.
+    void split_blocks(std::int64_t& rows) {
+        std::int64_t most = rows;
+        std::size_t segments = 0;
+        for (const Block& block : work_.blocks) {
+            most += std::int64_t{block.rows()} * block.segments();
+            segments += static_cast<std::size_t>(block.segments());
         }
-        const std::size_t floats = partial * static_cast<std::size_t>(cache_.v_dim);
-        const bool split = thread_count() > 1 && parts > blocks_.size() && floats <= MAX_SPLIT_FLOATS &&
-                           blocks_.size() < 4 * static_cast<std::size_t>(thread_count());
-        if (split) {
-            partial_states_.resize(partial);
-            partial_values_.resize(floats);
-        }
-        items_.reserve(split ? parts : blocks_.size());
-        for (int index = 0; index < static_cast<int>(blocks_.size()); ++index) {
-            const Block& block = blocks_[static_cast<std::size_t>(index)];
-            const int end = position(block, block.row_end - 1) + 1;
-            const int begin = first_seen(position(block, block.row_begin));
-            if (!split) items_.push_back({index, -1, std::int64_t{block.rows()} * (end - begin)});
-            for (int segment = block.segment_begin; split && segment < block.segment_end; ++segment) {
-                const int length =
-                    std::min(end, (segment + 1) * SEGMENT_TOKENS) - std::max(begin, segment * SEGMENT_TOKENS);
-                items_.push_back({index, segment, std::int64_t{block.rows()} * length});
+        if (segments == work_.blocks.size() || too_many(most)) return;
+        for (int number = 0; number < static_cast<int>(work_.blocks.size()); ++number) {
+            const int end = block_of(number).segment_end;
+            for (int segment = block_of(number).segment_begin; segment < end; ++segment) {
+                if (stored_row(block_of(number), segment) != NONE) continue;
+                const int place = static_cast<int>(work_.members.size());
+                work_.members.push_back(number);
+                add_part({place, 1, segment, SEGMENT_PAGES, rows}, rows);
             }
         }
-        std::stable_sort(items_.begin(), items_.end(),
-                         [](const Item& a, const Item& b) { return a.cost > b.cost; });
-        return split;
+    }
+
+    bool too_many(std::int64_t rows) const {
+        return static_cast<std::size_t>(rows) * static_cast<std::size_t>(cache_.v_dim) > MAX_STORED_FLOATS;
+    }
+
+    std::int64_t stored_row(const Block& block, int segment) const {
+        if (block.stored == NONE) return NONE;
+        return work_.stored[static_cast<std::size_t>(block.stored + segment - block.segment_begin)];
+    }
+
+    // Its rows are stored from `rows` on, which grows by them.
+    void add_part(const Part& part, std::int64_t& rows) {
+        work_.parts.push_back(part);
+        for (int member = 0; member < part.count; ++member) {
+            Block& block = block_of(work_.members[static_cast<std::size_t>(part.members + member)]);
+            if (block.stored == NONE) {
+                block.stored = static_cast<int>(work_.stored.size());
+                work_.stored.resize(work_.stored.size() + static_cast<std::size_t>(block.segments()), NONE);
+            }
+            work_.stored[static_cast<std::size_t>(block.stored + part.segment - block.segment_begin)] = rows;
+            rows += block.rows();
+        }
+    }
+
+    // Pages of a segment all rows of a block see wholly, from the segment's beginning on; 0 where some do not
+    // see that, NONE past the block's end.
+    int whole_pages(const Block& block, int segment) const {
+        const int base = segment * SEGMENT_TOKENS;
+        const int pages = std::min((block.first_position + 1 - base) / PAGE_TOKENS, SEGMENT_PAGES);
+        if (pages < (cache_.latent ? SEGMENT_PAGES : SHARED_PAGES)) return NONE;
+        return first_seen(last_position(block)) <= base ? pages : 0;
+    }
+
+    // How many pages of a segment two sequences have in common, from its beginning on.
+    int common_pages(int left, int right, int segment) const {
+        const int count =
+            std::min(whole_pages(block_of(left), segment), whole_pages(block_of(right), segment));
+        const std::int32_t *mine = block_of(left).pages + segment * SEGMENT_PAGES,
+                           *other = block_of(right).pages + segment * SEGMENT_PAGES;
+        return static_cast<int>(std::mismatch(mine, mine + std::max(count, 0), other).first - mine);
+    }
+
+    // Parts of the sequences in `alike` that begin a segment with the same pages: first those that share all
+    // of it, then of the others neighbours in the order of their pages. Without a window, whoever shares no
+    // whole segment is not looked at again: pages are shared from the first on.
+    void find_shared(std::int64_t& rows) {
+        int segment = first_seen(last_position(block_of(work_.alike.front()))) / SEGMENT_TOKENS;
+        for (const int number : work_.alike) {
+            segment = std::min(segment, first_seen(last_position(block_of(number))) / SEGMENT_TOKENS);
+        }
+        std::vector<int>&alike = work_.alike, &left = work_.left, &group = work_.group;
+        for (; alike.size() > 1; ++segment) {
+            const auto past = [&](int number) { return whole_pages(block_of(number), segment) == NONE; };
+            alike.erase(std::remove_if(alike.begin(), alike.end(), past), alike.end());
+            const auto pages_before = [&](int one, int other) {
+                const auto end = [&](const Block& block) {
+                    return block.pages + segment * SEGMENT_PAGES + whole_pages(block, segment);
+                };
+                const Block &a = block_of(one), &b = block_of(other);
+                return std::lexicographical_compare(a.pages + segment * SEGMENT_PAGES, end(a),
+                                                    b.pages + segment * SEGMENT_PAGES, end(b));
+            };
+            std::sort(alike.begin(), alike.end(), pages_before);
+            left.clear();
+            std::size_t kept = 0;
+            for (std::size_t begin = 0, end; begin < alike.size(); begin = end) {
+                end = begin + 1;
+                while (end < alike.size() &&
+                       common_pages(alike[end - 1], alike[end], segment) == SEGMENT_PAGES) {
+                    ++end;
+                }
+                if (end == begin + 1) {
+                    left.push_back(alike[begin]);
+                } else {
+                    group.assign(alike.begin() + static_cast<std::ptrdiff_t>(begin),
+                                 alike.begin() + static_cast<std::ptrdiff_t>(end));
+                    if (!share(group, segment, SEGMENT_PAGES, rows)) return;
+                    for (const int number : group) alike[kept++] = number;
+                }
+            }
+            for (std::size_t begin = 0, end; begin < left.size(); begin = end) {
+                int common = SEGMENT_PAGES;
+                group.assign(1, left[begin]);
+                for (end = begin + 1; end < left.size(); ++end) {
+                    const int both = common_pages(left[end - 1], left[end], segment);
+                    if (both < SHARED_PAGES) break;
+                    common = std::min(common, both);
+                    group.push_back(left[end]);
+                }
+                if (group.size() > 1 && !cache_.latent && !share(group, segment, common, rows)) return;
+            }
+            if (cache_.window == 0) {
+                alike.resize(kept);
+            }
+        }
+    }
+
+    // False: no more may be stored.
+    bool share(const std::vector<int>& group, int segment, int common, std::int64_t& rows) {
+        int all_rows = 0;
+        for (const int number : group) all_rows += block_of(number).rows();
+        if (too_many(rows + std::int64_t{all_rows} * cache_.heads)) return false;
+        const int wanted =
+            thread_count() > 1 ? std::min(all_rows / 12, 2 * thread_count() / cache_.heads) : 1;
+        const int chunks = std::max((all_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, wanted);
+        const int chunk_rows = (all_rows + chunks - 1) / chunks;
+        for (int kv_head = 0; kv_head < cache_.heads; ++kv_head) {
+            for (std::size_t begin = 0; begin < group.size();) {
+                Part part{static_cast<int>(work_.members.size()), 0, segment, common, rows};
+                int count = 0;
+                for (; begin < group.size() && count < chunk_rows; ++begin) {
+                    const int more = block_of(group[begin]).rows();
+                    if (count + more > BLOCK_ROWS) break;
+                    work_.members.push_back(group[begin] + kv_head);
+                    count += more;
+                    ++part.count;
+                }
+                add_part(part, rows);
+            }
+        }
+        return true;
+    }
+
+    // Multiplications, with as many more as reading K and V may take the time of.
+    std::int64_t cost(const Block& block, int begin, int end) const {
+        return std::int64_t{block.rows() + 4} * std::max(end - begin, 0) * (cache_.k_dim + cache_.v_dim);
+    }
+    std::int64_t cost(const Part& part) const {
+        std::int64_t sum = 0;
+        for (int member = 0; member < part.count; ++member) {
+            const Block& block = member_of(part, member);
+            const int base = part.segment * SEGMENT_TOKENS;
+            sum += cost(block, std::max(first_seen(position(block, block.row_begin)), base),
+                        std::min(last_position(block) + 1, base + SEGMENT_TOKENS));
+        }
+        return sum;
+    }
+    std::int64_t cost(const Block& block) const {
+        int stored = 0;
+        const int segments = block.stored != NONE ? block.segment_end : block.segment_begin;
+        for (int segment = block.segment_begin; segment < segments; ++segment) {
+            stored += stored_row(block, segment) != NONE ? SEGMENT_TOKENS : 0;
+        }
+        const int end = last_position(block) + 1;
+        const int begin = first_seen(position(block, block.row_begin));
+        const std::int64_t merging = std::int64_t{block.rows()} * block.segments() * cache_.v_dim;
+        return cost(block, begin + stored, end) + merging;
+    }
+
+    // Runs run(index, the index that follows or NONE) for everything in `costs`, which is cleared. A thread
+    // takes ranges: large ones first, and at the end such as leave no thread waiting long.
+    template <class Run>
+    void run_ranges(const Run& run) {
+        std::vector<std::int64_t>& costs = work_.costs;
+        std::vector<int>&order = work_.order, &ranges = work_.ranges;
+        const int count = static_cast<int>(costs.size());
+        std::int64_t left = 0;
+        order.resize(costs.size());
+        for (int index = 0; index < count; ++index) {
+            order[static_cast<std::size_t>(index)] = index;
+            left += costs[static_cast<std::size_t>(index)];
+        }
+        const int threads = left > ALONE_COST ? thread_count() : 1;
+        const auto cost_of = [&](int place) {
+            return costs[static_cast<std::size_t>(order[static_cast<std::size_t>(place)])];
+        };
+        ranges.assign(1, 0);
+        if (threads > 1) {
+            const auto costlier = [&](int a, int b) {
+                const std::int64_t mine = costs[static_cast<std::size_t>(a)],
+                                   other = costs[static_cast<std::size_t>(b)];
+                return mine != other ? mine > other : a < b;
+            };
+            if (!std::is_sorted(order.begin(), order.end(), costlier)) {
+                std::sort(order.begin(), order.end(), costlier);
+            }
+            for (int place = 0; place < count;) {
+                std::int64_t share = left / (4 * threads);
+                do {
+                    left -= cost_of(place);
+                    share -= cost_of(place++);
+                } while (place < count && share >= cost_of(place));
+                ranges.push_back(place);
+            }
+        } else if (count > 0) {
+            ranges.push_back(count);
+        }
+        parallel_for(static_cast<std::int64_t>(ranges.size()) - 1, [&](std::int64_t range) {
+            const int begin = ranges[static_cast<std::size_t>(range)];
+            const int end = ranges[static_cast<std::size_t>(range) + 1];
+            for (int place = begin; place < end; ++place) {
+                const std::size_t here = static_cast<std::size_t>(place);
+                run(order[here], place + 1 < end ? order[here + 1] : NONE);
+            }
+        });
+        costs.clear();
     }
 
     // Page `number` of the block's sequence, of its K/V head.
@@ -181,9 +427,24 @@ class Attention {
         return store.page(block.pages[number], block.kv_head);
     }
 
+    // The pages of a block's segment, to be fetched.
+    Ahead ahead_of(const Store& store, const Block& block, int segment) const {
+        Ahead ahead;
+        const int first = first_seen(position(block, block.row_begin)) / PAGE_TOKENS;
+        const int last = last_position(block) / PAGE_TOKENS;
+        for (int page = 0; page < SEGMENT_PAGES; ++page) {
+            const int number = std::min(std::max(segment * SEGMENT_PAGES + page, first), last);
+            ahead.pages[page] = stored_page(store, block, number);
+        }
+        const int bytes = static_cast<int>(store.head_bytes());
+        ahead.lines = bytes / CACHE_LINE + (bytes % CACHE_LINE == 0 ? 0 : 2);  // pages then begin anywhere
+        return ahead;
+    }
+
     // Pages first <= page < last of a segment as operands, by their place in it.
     template <bool KEYS, class Operand>
-    void operands(const Block& block, int segment, int first, int last, const Operand** pages) const {
+    void operands(const Block& block, int segment, int first, int last, const Operand** pages,
+                  const Ahead& ahead) const {
         const Store& store = KEYS ? keys_ : values_;
         const std::size_t size = static_cast<std::size_t>(store.dim) * PAGE_TOKENS;
         Operand* const buffer =
@@ -195,151 +456,205 @@ class Attention {
                 pages[page] = reinterpret_cast<const Operand*>(stored);
                 continue;
             }
-            const std::uint8_t* const next =
-                page + 1 < last ? stored_page(store, block, number + 1) : stored;
             Operand* const to = buffer + size * static_cast<std::size_t>(page);
-            widen<KEYS>(store, stored, next, to);
+            for (int line = 0; line < ahead.lines; ++line) fetch_line(ahead.pages[page] + line * CACHE_LINE);
+            widen<KEYS>(store, stored, to);
             pages[page] = to;
         }
     }
 
-    void prepare_queries(const Block& block, Scratch<Key>& scratch) const {
+    // Calls each(row of the block, token, query head).
+    template <class Each>
+    void for_rows(const Block& block, const Each& each) const {
+        std::int64_t token = block.first_token + block.row_begin / group_;
+        int head = block.row_begin % group_;
+        for (int row = 0; row < block.rows(); ++row) {
+            each(row, token, block.kv_head * group_ + head);
+            if (++head == group_) {
+                head = 0;
+                ++token;
+            }
+        }
+    }
+
+    void prepare_queries(const Block& block, float* to) const {
         const int words = query_words<Key>(cache_.k_dim);
-        for (int row = block.row_begin; row < block.row_end; ++row) {
-            const std::int64_t token = block.first_token + row / group_;
-            const float* query =
-                q_ + token * q_stride_ + (block.kv_head * group_ + row % group_) * cache_.k_dim;
-            prepare_query<Key>(query, cache_.k_dim, scratch.queries + (row - block.row_begin) * words);
-        }
+        for_rows(block, [&](int row, std::int64_t token, int head) {
+            prepare_query<Key>(q_ + token * q_stride_ + head * cache_.k_dim, cache_.k_dim, to + row * words);
+        });
     }
 
-    void run_block(const Block& block) const {
+    States stored_states(std::int64_t row) const {
+        return {work_.maximum.data() + row, work_.sum.data() + row, work_.values.data() + row * cache_.v_dim};
+    }
+
+    void run_part(const Part& part, const Part* next) const {
         Scratch<Key> scratch;
-        prepare_queries(block, scratch);
+        int rows = 0;
+        for (int member = 0; member < part.count; ++member) {
+            const Block& block = member_of(part, member);
+            scratch.members[member] = &block;
+            prepare_queries(block, scratch.queries + rows * query_words<Key>(cache_.k_dim));
+            rows += block.rows();
+        }
+        run_segment(scratch.members, part.count, part.segment, part.common,
+                    next == nullptr ? nullptr : &member_of(*next, 0), next == nullptr ? 0 : next->segment,
+                    scratch, stored_states(part.row));
+    }
+
+    void run_block(const Block& block, const Block* next) const {
+        Scratch<Key> scratch;
+        const States all = scratch.all(), one = scratch.next();
+        const Block* const members[] = {&block};
+        prepare_queries(block, scratch.queries);
+        // Heads lie apart in q and out: the hardware does not fetch them.
+        for_rows(block, [&](int, std::int64_t token, int head) {
+            fetch_lines(out_row(token, head), cache_.v_dim);
+        });
+        if (next != nullptr) {
+            for_rows(*next, [&](int, std::int64_t token, int head) {
+                fetch_lines(q_ + token * q_stride_ + head * cache_.k_dim, cache_.k_dim);
+            });
+        }
+        std::fill_n(all.sum, block.rows(), 0.0f);
         for (int segment = block.segment_begin; segment < block.segment_end; ++segment) {
-            run_segment(block, segment, scratch, scratch.next_states, scratch.next_values);
-            for (int row = 0; row < block.rows(); ++row) {
-                merge(scratch.states[row], scratch.values + row * cache_.v_dim, scratch.next_states[row],
-                      scratch.next_values + row * cache_.v_dim);
+            const std::int64_t row = stored_row(block, segment);
+            if (row != NONE) {
+                merge_segment(all, stored_states(row), block.rows(), cache_.v_dim);
+                continue;
             }
+            const bool more = segment + 1 < block.segment_end;
+            const Block* const then = more ? &block : next;
+            const bool first = segment == block.segment_begin;
+            run_segment(members, 1, segment, SEGMENT_PAGES, then,
+                        more ? segment + 1 : next == nullptr ? 0 : next->segment_begin, scratch,
+                        first ? all : one);
+            if (!first) merge_segment(all, one, block.rows(), cache_.v_dim);
         }
-        for (int row = 0; row < block.rows(); ++row) {
-            finish(block, row, scratch.states[row], scratch.values + row * cache_.v_dim);
-        }
+        for_rows(block, [&](int row, std::int64_t token, int head) {
+            finish_row(all.maximum[row], all.sum[row], all.values + row * cache_.v_dim, cache_.v_dim,
+                       sinks_ == nullptr ? nullptr : sinks_ + head,
+                       out_row(token, head));
+        });
     }
 
-    void run_part(const Block& block, int segment) {
-        Scratch<Key> scratch;
-        prepare_queries(block, scratch);
-        const std::size_t first = partial_row(block, segment, 0);
-        run_segment(block, segment, scratch, partial_states_.data() + first, partial_values(first));
+    float* out_row(std::int64_t token, int head) const {
+        return out_ + (token * q_heads_ + head) * cache_.v_dim;
     }
 
-    void merge_parts(const Block& block) {
-        for (int row = 0; row < block.rows(); ++row) {
-            RowState state;
-            float values[MAX_V_DIM];
-            for (int segment = block.segment_begin; segment < block.segment_end; ++segment) {
-                const std::size_t part = partial_row(block, segment, row);
-                merge(state, values, partial_states_[part], partial_values(part));
-            }
-            finish(block, row, state, values);
-        }
-    }
-
-    std::size_t partial_row(const Block& block, int segment, int row) const {
-        return block.partial + static_cast<std::size_t>((segment - block.segment_begin) * block.rows() + row);
-    }
-    float* partial_values(std::size_t row) {
-        return partial_values_.data() + row * static_cast<std::size_t>(cache_.v_dim);
-    }
-
-    void merge(RowState& state, float* values, const RowState& next, const float* next_values) const {
-        if (next.sum != 0.0f) merge_segment(state, values, next, next_values, cache_.v_dim);
-    }
-
-    void finish(const Block& block, int row, const RowState& state, const float* values) const {
-        const std::int64_t token = block.first_token + (block.row_begin + row) / group_;
-        const int head = block.kv_head * group_ + (block.row_begin + row) % group_;
-        float* to = out_ + (token * q_heads_ + head) * cache_.v_dim;
-        finish_row(state, values, cache_.v_dim, sinks_ == nullptr ? nullptr : sinks_ + head, to);
-    }
-
-    // Scores of rows begin <= row < end, which see tokens first[row] <= token < last[row] of the segment.
-    void score_segment(const Block& block, int segment, const int* first, const int* last, int begin, int end,
-                       const Key* const* keys, const Value* const* values, Scratch<Key>& scratch) const {
+    // Scores of rows begin <= row < end, which see tokens first[row] <= token < last[row] of the segment,
+    // with its pages page_begin <= page < page_end.
+    void score_rows(const Key* const* keys, int page_begin, int page_end, int begin, int end,
+                    const int* first,
+                    const int* last, Scratch<Key>& scratch, const Ahead& ahead) const {
         const int together = pages_at_once(std::min(end - begin, SCORE_ROWS));
-        const int page_begin = first[begin] / PAGE_TOKENS,
-                  page_end = (last[end - 1] + PAGE_TOKENS - 1) / PAGE_TOKENS;
-        const int last_page = position(block, block.row_end - 1) / PAGE_TOKENS;
-        const bool waits = block.rows() <= SCORE_ROWS && !keys_.widened();
-        const Key* keys_ahead[SEGMENT_PAGES];
-        for (int page = page_begin; waits && page < page_end; ++page) {
-            const int number = segment * SEGMENT_PAGES + page + together;
-            keys_ahead[page] =
-                reinterpret_cast<const Key*>(stored_page(keys_, block, std::min(number, last_page)));
-        }
-        const int value_lines = cache_.latent || values_.widened() ? 0 : cache_.v_dim / 2;
-        const auto score = waits ? score_pages<Key, Value, true> : score_pages<Key, Value, false>;
         const int words = query_words<Key>(cache_.k_dim);
         int from = begin, to = begin;
         for (int page = page_begin; page < page_end; page += together) {
             const int count = std::min(together, page_end - page);
-            while (last[from] <= page * PAGE_TOKENS) ++from;  // rows before these pages
+            while (from < end && last[from] <= page * PAGE_TOKENS) ++from;  // rows before these pages
             while (to < end && first[to] < (page + count) * PAGE_TOKENS) ++to;
-            const Prefetch<Key, Value> prefetch{keys_ahead + page, values + page, value_lines};
             for (int row = from; row < to; row += SCORE_ROWS) {
+                const bool fetch = row == from && ahead.lines > 0;
+                const auto score = fetch ? score_pages<Key, true> : score_pages<Key, false>;
                 score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
-                      cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, prefetch);
+                      cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, ahead, page);
             }
         }
     }
 
-    // Softmax states and weighted values of the block's rows over one segment; sum 0 where a row sees none.
-    void run_segment(const Block& block, int segment, Scratch<Key>& scratch, RowState* states,
-                     float* values) const {
-        int first[BLOCK_ROWS], last[BLOCK_ROWS];  // tokens of the segment each row sees
-        const int base = segment * SEGMENT_TOKENS, rows = block.rows();
-        int begin = 0, end = 0;  // rows that see any: both ends ascend with the row, so they are consecutive
-        for (int row = 0; row < rows; ++row) {
-            const int here = position(block, block.row_begin + row);
-            first[row] = std::max(first_seen(here) - base, 0);
-            last[row] = std::min(here + 1 - base, SEGMENT_TOKENS);
-            states[row] = RowState{};
-            if (last[row] <= 0) begin = row + 1;
-            if (first[row] < SEGMENT_TOKENS) end = row + 1;
+    // Weighted values of these rows, `width` dimensions of them.
+    void weigh_rows(const Value* const* values, int width, int begin, int end, const int* first,
+                    const int* last,
+                    Scratch<Key>& scratch, float* out, bool fresh, const Ahead& ahead) const {
+        for (int row = begin; row < end; row += VALUE_ROWS) {
+            const bool fetch = row == begin && ahead.lines > 0;
+            const auto weigh = fetch ? value_block<Value, true> : value_block<Value, false>;
+            weigh(scratch.scores + row * SEGMENT_TOKENS, std::min(VALUE_ROWS, end - row), values, width,
+                  first + row, last + row, out + row * cache_.v_dim, cache_.v_dim, fresh, ahead);
         }
-        if (begin >= end) return;
+    }
 
-        const int page_begin = first[begin] / PAGE_TOKENS,
-                  page_end = (last[end - 1] + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    // Softmax states and weighted values of the members' rows over one segment, of which they have the first
+    // `common` pages in common; sum 0 where a row sees none. `next`: the block that reads segment
+    // next_segment after this, or null.
+    void run_segment(const Block* const* members, int count, int segment, int common, const Block* next,
+                     int next_segment, Scratch<Key>& scratch, const States& states) const {
+        int first[BLOCK_ROWS], last[BLOCK_ROWS];  // tokens of the segment each row sees
+        const int base = segment * SEGMENT_TOKENS;
+        int rows = 0;
+        for (int member = 0; member < count; ++member) {
+            for_rows(*members[member], [&](int, std::int64_t token, int) {
+                const Block& block = *members[member];
+                const int here = block.first_position + static_cast<int>(token) - block.first_token;
+                first[rows] = std::max(first_seen(here) - base, 0);
+                last[rows] = std::min(here + 1 - base, SEGMENT_TOKENS);
+                states.maximum[rows] = MINUS_INFINITY;
+                states.sum[rows++] = 0.0f;
+            });
+        }
+        // Rows that see any: of one block both ends ascend with the row; of several, all see the common
+        // pages.
+        int begin = 0, end = rows;
+        while (begin < end && last[begin] <= 0) ++begin;
+        while (begin < end && first[end - 1] >= SEGMENT_TOKENS) --end;
+        if (begin >= end) return;
+        const auto pages_of = [&](int row) { return (last[row] + PAGE_TOKENS - 1) / PAGE_TOKENS; };
+        const int page_begin = first[begin] / PAGE_TOKENS;
+        const int page_end = count == 1 ? pages_of(end - 1) : common;
+        const Block& leader = *members[0];
+        // Calls each(block, its rows) for the pages that a member has alone.
+        const auto alone = [&](const auto& each) {
+            int row = 0;
+            for (int member = 0; count > 1 && common < SEGMENT_PAGES && member < count; ++member) {
+                const int past = row + members[member]->rows();
+                if (pages_of(past - 1) > common) each(*members[member], row, past);
+                row = past;
+            }
+        };
+
+        const Ahead nothing{}, own_values = cache_.latent ? nothing : ahead_of(values_, leader, segment);
+        const Ahead next_keys = next == nullptr ? nothing : ahead_of(keys_, *next, next_segment);
+        const Ahead& after_keys = cache_.latent ? next_keys : own_values;
         const Key* keys[SEGMENT_PAGES];
-        const Value* page_values[SEGMENT_PAGES];
-        operands<true>(block, segment, page_begin, page_end, keys);
-        if (!cache_.latent && !values_.widened())
-            operands<false>(block, segment, page_begin, page_end, page_values);
-        score_segment(block, segment, first, last, begin, end, keys, page_values, scratch);
+        const Value* values[SEGMENT_PAGES];
+        operands<true>(leader, segment, page_begin, page_end, keys, after_keys);
+        score_rows(keys, page_begin, page_end, begin, end, first, last, scratch,
+                   keys_.widened() ? nothing : after_keys);
+        alone([&](const Block& block, int row, int past) {
+            operands<true>(block, segment, common, pages_of(past - 1), keys, nothing);
+            score_rows(keys, common, pages_of(past - 1), row, past, first, last, scratch, nothing);
+        });
         for (int row = begin; row < end; ++row) {
             softmax_segment<Value>(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_,
-                                     states[row].maximum, states[row].sum);
+                                   states.maximum[row], states.sum[row]);
         }
-        if (!cache_.latent && values_.widened())  // now: they are read while the core has them
-            operands<false>(block, segment, page_begin, page_end, page_values);
-        std::fill(values + begin * cache_.v_dim, values + end * cache_.v_dim, 0.0f);
-        const int strip = cache_.latent ? STRIP : cache_.v_dim;
-        for (int dimension = 0; dimension < cache_.v_dim; dimension += strip) {
-            const int width = std::min(strip, cache_.v_dim - dimension);
-            if constexpr (std::is_same_v<Key, Value>) {
-                for (int page = page_begin; cache_.latent && page < page_end; ++page) {
+
+        if (!cache_.latent) {
+            int whole_first[BLOCK_ROWS], whole_last[BLOCK_ROWS];
+            const int whole = page_end * PAGE_TOKENS;
+            for (int row = begin; row < end; ++row) whole_last[row] = std::min(last[row], whole);
+            operands<false>(leader, segment, page_begin, page_end, values, next_keys);
+            weigh_rows(values, cache_.v_dim, begin, end, first, whole_last, scratch, states.values, true,
+                       values_.widened() ? nothing : next_keys);
+            alone([&](const Block& block, int row, int past) {
+                operands<false>(block, segment, common, pages_of(past - 1), values, nothing);
+                std::fill(whole_first + row, whole_first + past, whole);
+                weigh_rows(values, cache_.v_dim, row, past, whole_first, last, scratch, states.values, false,
+                           nothing);
+            });
+            return;
+        }
+        if constexpr (std::is_same_v<Key, Value>) {
+            for (int dimension = 0; dimension < cache_.v_dim; dimension += STRIP) {
+                const int width = std::min(STRIP, cache_.v_dim - dimension);
+                for (int page = page_begin; page < page_end; ++page) {
                     Key* turned = scratch.turned + page * PAGE_TOKENS * width;
                     turn_keys(keys[page] + dimension * PAGE_TOKENS, width, turned);
-                    page_values[page] = turned;
+                    values[page] = turned;
                 }
-            }
-            for (int row = begin; row < end; row += VALUE_ROWS) {
-                value_block(scratch.scores + row * SEGMENT_TOKENS, std::min(VALUE_ROWS, end - row),
-                            page_values, width, first + row, last + row,
-                            values + row * cache_.v_dim + dimension, cache_.v_dim);
+                weigh_rows(values, width, begin, end, first, last, scratch, states.values + dimension, true,
+                           nothing);
             }
         }
     }
@@ -353,10 +668,7 @@ class Attention {
     Softmax softmax_;
     const float* sinks_;
     float* out_;
-    std::vector<Block> blocks_;
-    std::vector<Item> items_;
-    std::vector<RowState> partial_states_;
-    std::vector<float> partial_values_;
+    Workspace& work_;
 };
 
 }  // namespace

@@ -97,15 +97,13 @@ inline Vector16 load_bfloats(const Bfloat* from) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
 }
-// 32-bit words of the even (lower half) and odd numbers, rounded to bfloat16: to nearest, ties to even.
+// 32-bit words of the even (lower half) and odd numbers, rounded to bfloat16: to nearest, ties to even;
+// subnormal numbers become 0, which vdpbf16ps takes them for.
 inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
-    const auto rounded = [](Vector16 x) {
-        const __m512i bits = _mm512_castps_si512(x.lanes);
-        const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        return _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
-    };
-    const __m512i upper = _mm512_and_si512(rounded(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-    _mm512_storeu_si512(to, _mm512_or_si512(upper, _mm512_srli_epi32(rounded(even), 16)));
+    const __m512i turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                          23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.lanes, even.lanes));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(turn, rounded));
 }
 #else
 inline Vector16 from_halves(__m256i halves) {
@@ -203,13 +201,19 @@ inline Vector16 scaled(Vector16 codes, Vector16 scale, Vector16 low) {
     return FORMAT == Format::INT4 ? fma(codes, scale, low) : multiply(codes, scale);
 }
 
-// While a page is widened the one to be widened next is fetched.
-inline void fetch(const std::uint8_t* page) {
-    _mm_prefetch(reinterpret_cast<const char*>(page), _MM_HINT_T0);
+constexpr int CACHE_LINE = 64;
+
+// Inlined early: GCC 12 takes a function that only fetches for one without effect, and drops its calls.
+__attribute__((always_inline)) inline void fetch_line(const std::uint8_t* from) {
+    _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1);
 }
 
+__attribute__((always_inline)) inline void fetch_lines(const float* from, int count) {
+    constexpr int NUMBERS = CACHE_LINE / static_cast<int>(sizeof(float));
+    for (int at = 0; at < count; at += NUMBERS) fetch_line(reinterpret_cast<const std::uint8_t*>(from + at));
+}
 template <Format FORMAT>
-inline void widen_keys(const Store& store, const std::uint8_t* page, const std::uint8_t* next, Bfloat* to) {
+inline void widen_keys(const Store& store, const std::uint8_t* page, Bfloat* to) {
     const Bfloat* const scales = store.scales(page);
     const int row = store.parameters() * PAGE_TOKENS, group = store.group > 0 ? store.group : store.dim;
     for (int begin = 0; begin < store.dim; begin += group) {
@@ -221,8 +225,6 @@ inline void widen_keys(const Store& store, const std::uint8_t* page, const std::
         }
         const int end = begin + group < store.dim ? begin + group : store.dim;
         for (int pair = begin / 2; pair < end / 2; ++pair) {
-            constexpr int BYTES = FORMAT == Format::INT4 ? PAGE_TOKENS : 2 * PAGE_TOKENS;
-            fetch(next + pair * BYTES);
             Vector16 even, odd;
             decode_keys<FORMAT>(page, pair, even, odd);
             store_bfloats(to + 2 * PAGE_TOKENS * pair, scaled<FORMAT>(even, scale, low),
@@ -232,7 +234,7 @@ inline void widen_keys(const Store& store, const std::uint8_t* page, const std::
 }
 
 template <Format FORMAT>
-inline void widen_values(const Store& store, const std::uint8_t* page, const std::uint8_t* next, Bfloat* to) {
+inline void widen_values(const Store& store, const std::uint8_t* page, Bfloat* to) {
     const Bfloat* const scales = store.scales(page);
     const int row = store.parameters() * PAGE_TOKENS, group = store.group > 0 ? store.group : store.dim;
     for (int pair = 0; pair < PAGE_TOKENS / 2; ++pair) {
@@ -248,8 +250,6 @@ inline void widen_values(const Store& store, const std::uint8_t* page, const std
             }
             const int end = begin + group < store.dim ? begin + group : store.dim;
             for (int dimension = begin; dimension < end; dimension += LANES) {
-                constexpr int SHARE = FORMAT == Format::INT4 ? 1 : 2;  // bytes a dimension has in two tokens
-                fetch(next + (pair * store.dim + dimension) * SHARE);
                 const Vector16 even = decode_values<FORMAT>(page, store.dim, 2 * pair, dimension);
                 const Vector16 odd = decode_values<FORMAT>(page, store.dim, 2 * pair + 1, dimension);
                 store_bfloats(to + 2 * (pair * store.dim + dimension), scaled<FORMAT>(even, scale[0], low[0]),
@@ -261,8 +261,8 @@ inline void widen_values(const Store& store, const std::uint8_t* page, const std
 
 // A page as an operand. Which operand a format has, the caller has asked multiplied_as_float().
 template <bool KEYS>
-inline void widen(const Store& store, const std::uint8_t* page, const std::uint8_t* next, Bfloat* to) {
-    const auto each = [&](auto keys, auto values) { (KEYS ? keys : values)(store, page, next, to); };
+inline void widen(const Store& store, const std::uint8_t* page, Bfloat* to) {
+    const auto each = [&](auto keys, auto values) { (KEYS ? keys : values)(store, page, to); };
     switch (store.format) {
         case Format::E4M3: return each(widen_keys<Format::E4M3>, widen_values<Format::E4M3>);
         case Format::E5M2: return each(widen_keys<Format::E5M2>, widen_values<Format::E5M2>);
@@ -271,9 +271,8 @@ inline void widen(const Store& store, const std::uint8_t* page, const std::uint8
     }
 }
 template <bool KEYS>
-inline void widen(const Store& store, const std::uint8_t* page, const std::uint8_t* next, float* to) {
+inline void widen(const Store& store, const std::uint8_t* page, float* to) {
     for (int at = 0; at < store.dim * PAGE_TOKENS; at += LANES) {
-        fetch(next + 2 * at);
         const auto* halves = reinterpret_cast<const __m256i*>(page + 2 * at);
         lowbit::store(to + at, from_halves(_mm256_loadu_si256(halves)));
     }

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "attention_cache.h"
 
@@ -27,11 +28,13 @@ constexpr int SEGMENT_TOKENS = PAGE_TOKENS * SEGMENT_PAGES;
 
 // Rows and vectors that fill the registers: 32 of 512 bits, or 16 of 256 (two a Vector16).
 #if defined(__AVX512F__)
-constexpr int SCORE_ROWS = 8, VALUE_ROWS = 6, VALUE_VECTORS = 4;
-constexpr int pages_at_once(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
+constexpr int SCORE_ROWS = 6, VALUE_ROWS = 6, VALUE_VECTORS = 4;
+constexpr int pages_at_once(int rows) { return rows == 1 ? 8 : 4; }
+constexpr int vectors_at_once(int rows) { return rows <= 3 ? 8 : 4; }
 #else
 constexpr int SCORE_ROWS = 4, VALUE_ROWS = 3, VALUE_VECTORS = 2;
 constexpr int pages_at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int vectors_at_once(int) { return VALUE_VECTORS; }
 #endif
 constexpr int STRIP = VALUE_VECTORS * LANES;  // dimensions of a latent segment that are turned at once
 
@@ -117,47 +120,63 @@ constexpr int query_words(int k_dim) {  // 32-bit words a row
 
 template <class Element>
 inline void prepare_query(const float* query, int k_dim, float* prepared) {
-    if constexpr (BFLOAT_PRODUCTS<Element>) {
-        for (int pair = 0; pair < k_dim / 2; ++pair) {
-            const std::uint32_t low = to_bfloat(query[2 * pair]), high = to_bfloat(query[2 * pair + 1]);
-            const std::uint32_t word = low | high << 16;
-            std::memcpy(prepared + pair, &word, sizeof word);
+#if defined(__AVX512BF16__)
+    if constexpr (BFLOAT_PRODUCTS<Element>) {  // subnormal numbers become 0, as vdpbf16ps takes them
+        for (int dimension = 0; dimension < k_dim; dimension += LANES) {
+            const __m256bh rounded = _mm512_cvtneps_pbh(load(query + dimension).lanes);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(prepared + dimension / 2),
+                                reinterpret_cast<__m256i>(rounded));
         }
-    } else {
-        std::copy_n(query, k_dim, prepared);
+        return;
     }
+#endif
+    std::copy_n(query, k_dim, prepared);
 }
 
-// What a few rows (decode) wait for is memory, and scattered pages defeat the hardware's prefetcher: while
-// the keys of a page are read, its values and the keys some pages ahead are fetched, line for line.
-template <class Key, class Value>
-struct Prefetch {
-    const Key* const* keys;  // by page, like the pages themselves
-    const Value* const* values;
-    int value_lines;  // lines a page, one for each line of keys
+// What a few rows (decode) wait for is memory, and scattered pages defeat the hardware's prefetcher. So
+// whoever reads a segment's stored pages fetches, line for line, those that are read next: reading keys, the
+// segment's values; reading values, the next segment's keys. Into L2: the first-level cache has too few
+// misses in flight for the bandwidth of the memory (half of it is lost on Zen 4).
+struct Ahead {
+    const std::uint8_t* pages[SEGMENT_PAGES];  // fetched while the page of the same place is read
+    int lines = 0;                             // of 64 bytes a page; 0: none
 
-    __attribute__((always_inline)) void lines(int page, int line) const {
-        constexpr int LINE = 2 * LANES;  // 64 bytes of bfloat16
-        _mm_prefetch(reinterpret_cast<const char*>(keys[page] + line * LINE), _MM_HINT_T0);
-        if (line < value_lines) {
-            _mm_prefetch(reinterpret_cast<const char*>(values[page] + line * LINE), _MM_HINT_T0);
-        }
+    template <int COUNT>
+    __attribute__((always_inline)) void fetch(int page, int line) const {
+        if (line + COUNT > lines) return;
+#pragma GCC unroll 8
+        for (int which = 0; which < COUNT; ++which) fetch_line(pages[page] + (line + which) * CACHE_LINE);
     }
 };
 
-// scores[row][page * 16 + token] = query . key for ROWS rows and PAGES pages. Rows of scores are
-// SEGMENT_TOKENS apart.
-template <class Element, int ROWS, int PAGES, bool PREFETCH, class Value>
-inline void score_tile(const float* queries, const Element* const* pages, int k_dim, float* scores,
-                       const Prefetch<Element, Value>& prefetch) {
-    const int words = query_words<Element>(k_dim);
-    Vector16 sums[ROWS][PAGES];
-    for (auto& row : sums) {
-        for (auto& sum : row) sum = zeros();
+// sums[row][vector] = made(row, vector), unrolled: what is indexed by a variable would not stay in registers.
+template <int ROWS, int VECTORS, class Make>
+__attribute__((always_inline)) inline void each_sum(Vector16 (&sums)[ROWS][VECTORS], const Make& make) {
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 8
+        for (int vector = 0; vector < VECTORS; ++vector) sums[row][vector] = make(row, vector);
     }
+}
+
+// scores[row][page * 16 + token] = query . key for ROWS rows and PAGES pages. Rows of scores are
+// SEGMENT_TOKENS apart. FETCH: pages of `ahead` from place `place` on.
+template <class Element, int ROWS, int PAGES, bool FETCH>
+inline void score_tile(const float* queries, const Element* const* pages, int k_dim, float* scores,
+                       const Ahead& ahead, int place) {
+    constexpr int LINES = sizeof(Element) / sizeof(Bfloat);  // of 64 bytes a pair of dimensions has
+    const int words = query_words<Element>(k_dim);
+    const std::uint8_t* fetched[PAGES];
+    for (int page = 0; page < PAGES; ++page) fetched[page] = FETCH ? ahead.pages[place + page] : nullptr;
+    Vector16 sums[ROWS][PAGES];
+    each_sum(sums, [](int, int) { return zeros(); });
     for (int pair = 0; pair < k_dim / 2; ++pair) {
-        if constexpr (PREFETCH) {
-            for (int page = 0; page < PAGES; ++page) prefetch.lines(page, pair);
+        if (FETCH && LINES * pair + LINES <= ahead.lines) {
+#pragma GCC unroll 8
+            for (int page = 0; page < PAGES; ++page) {
+                const std::uint8_t* from = fetched[page] + LINES * pair * CACHE_LINE;
+                for (int line = 0; line < LINES; ++line) fetch_line(from + line * CACHE_LINE);
+            }
         }
 #if defined(__AVX512BF16__)
         if constexpr (BFLOAT_PRODUCTS<Element>) {
@@ -191,38 +210,40 @@ inline void score_tile(const float* queries, const Element* const* pages, int k_
             }
         }
     }
-    for (int row = 0; row < ROWS; ++row) {
-        for (int page = 0; page < PAGES; ++page) {
-            store(scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, sums[row][page]);
+    each_sum(sums, [&](int row, int page) {
+        store(scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, sums[row][page]);
+        return sums[row][page];
+    });
+}
+
+// The same for `count` pages, PAGES of them at once and then the rest.
+template <class Element, bool FETCH, int ROWS, int PAGES = pages_at_once(ROWS)>
+inline void score_all(const float* queries, const Element* const* pages, int count, int k_dim, float* scores,
+                      const Ahead& ahead, int place) {
+    int page = 0;
+    for (; page + PAGES <= count; page += PAGES) {
+        score_tile<Element, ROWS, PAGES, FETCH>(queries, pages + page, k_dim, scores + page * PAGE_TOKENS,
+                                                ahead, place + page);
+    }
+    if constexpr (PAGES > 1) {
+        if (page < count) {
+            score_all<Element, FETCH, ROWS, PAGES / 2>(queries, pages + page, count - page, k_dim,
+                                                       scores + page * PAGE_TOKENS, ahead, place + page);
         }
     }
 }
 
-// The same for 1 <= rows <= ROWS rows and any number of pages.
-template <class Element, class Value, bool PREFETCH, int ROWS = SCORE_ROWS>
+// The same for 1 <= rows <= ROWS rows.
+template <class Element, bool FETCH, int ROWS = SCORE_ROWS>
 inline void score_pages(const float* queries, int rows, const Element* const* pages, int count, int k_dim,
-                        float* scores, Prefetch<Element, Value> prefetch) {
+                        float* scores, const Ahead& ahead, int place) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            score_pages<Element, Value, PREFETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scores,
-                                                            prefetch);
+            score_pages<Element, FETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scores, ahead, place);
             return;
         }
     }
-    constexpr int TOGETHER = pages_at_once(ROWS);
-    int page = 0;
-    for (; page + TOGETHER <= count; page += TOGETHER) {
-        score_tile<Element, ROWS, TOGETHER, PREFETCH>(queries, pages + page, k_dim,
-                                                      scores + page * PAGE_TOKENS, prefetch);
-        prefetch.keys += TOGETHER;
-        prefetch.values += TOGETHER;
-    }
-    for (; page < count; ++page) {
-        score_tile<Element, ROWS, 1, PREFETCH>(queries, pages + page, k_dim, scores + page * PAGE_TOKENS,
-                                               prefetch);
-        ++prefetch.keys;
-        ++prefetch.values;
-    }
+    score_all<Element, FETCH, ROWS>(queries, pages, count, k_dim, scores, ahead, place);
 }
 
 struct Softmax {
@@ -230,223 +251,327 @@ struct Softmax {
     float softcap = 0.0f;
 };
 
-// Returns what was stored.
-template <class Element>
-inline Vector16 store_weights(float* weights, int vector, Vector16 weight) {
 #if defined(__AVX512BF16__)
-    if constexpr (BFLOAT_PRODUCTS<Element>) {
-        const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weight.lanes));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + vector * LANES / 2), rounded);
-        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16))};
-    }
-#endif
-    store(weights + vector * LANES, weight);
-    return weight;
-}
+// 2^x for 0 <= x < 1: minimax polynomial, relative error 3e-6, which eight bits do not show.
+constexpr float POWER_OF_TWO[] = {0.013534168f, 0.05201146f, 0.24144275f, 0.69300383f, 1.0000026f};
 
-// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum): floats
-// in the place of the scores, or pairs of bfloat16, token t in half-word t. Unseen tokens of a vector get 0.
+// Weights of 32 tokens, 2^(score * factor - top), as pairs of bfloat16 in the place of the first 16 scores;
+// below 2^-126 a weight is 0.
+inline __m512bh pair_weights(float* scores, __m512 factor, __m512 top, Lanes low_seen, Lanes high_seen) {
+    const auto weights = [&](const float* from, Lanes seen) {
+        __m512 x = _mm512_fmsub_ps(load(from).lanes, factor, top);
+        x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);  // NaN stays NaN
+        const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        __m512 sum = _mm512_set1_ps(POWER_OF_TWO[0]);
+        for (int term = 1; term < 5; ++term) {
+            sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(POWER_OF_TWO[term]));
+        }
+        return _mm512_maskz_scalef_ps(seen, sum, x);  // times 2^floor(x)
+    };
+    const __m512 low = weights(scores, low_seen), high = weights(scores + LANES, high_seen);
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+    _mm512_storeu_si512(scores, reinterpret_cast<__m512i>(rounded));
+    return rounded;
+}
+#endif
+
+// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum): floats in
+// the place of the scores, or pairs of bfloat16, token t in half-word t % 32 from the place of token t / 32
+// on. Unseen tokens of a vector (of two, where they are pairs) get 0.
 template <class Element>
 inline void softmax_segment(float* scores, int first, int last, const Softmax& softmax, float& maximum_score,
                             float& sum) {
     const int begin = first / LANES, end = (last + LANES - 1) / LANES;
-    const Vector16 factor =
-        broadcast(softmax.softcap > 0 ? softmax.scale / softmax.softcap : softmax.scale * LOG2_E);
-    const Vector16 cap = broadcast(softmax.softcap * LOG2_E);
+    const auto seen = [&](int vector) {
+        const int from = std::max(first - vector * LANES, 0), to = std::min(last - vector * LANES, LANES);
+        return lane_range(std::min(from, LANES), std::max(to, 0));
+    };
+    float factor = softmax.scale * LOG2_E;
+    if (softmax.softcap > 0 || factor < 0) {  // a maximum can only be scaled by what keeps the order
+        for (int vector = begin; vector < end; ++vector) {
+            float* here = scores + vector * LANES;
+            if (softmax.softcap > 0) {
+                const Vector16 part = multiply(load(here), broadcast(softmax.scale / softmax.softcap));
+                store(here, multiply(tanh(part), broadcast(softmax.softcap * LOG2_E)));
+            } else {
+                store(here, multiply(load(here), broadcast(factor)));
+            }
+        }
+        factor = 1.0f;
+    }
+    const int whole_begin = (first + LANES - 1) / LANES, whole_end = last / LANES;  // vectors seen wholly
     Vector16 best = broadcast(MINUS_INFINITY);
     for (int vector = begin; vector < end; ++vector) {
-        float* here = scores + vector * LANES;
-        Vector16 score = multiply(load(here), factor);
-        if (softmax.softcap > 0) score = multiply(tanh(score), cap);
-        const int from = std::max(first - vector * LANES, 0), to = std::min(last - vector * LANES, LANES);
-        if (from > 0 || to < LANES) score = select(lane_range(from, to), score, broadcast(MINUS_INFINITY));
-        store(here, score);
+        Vector16 score = load(scores + vector * LANES);
+        if (vector < whole_begin || vector >= whole_end) {
+            score = select(seen(vector), score, broadcast(MINUS_INFINITY));
+        }
         best = maximum(best, score);
     }
-    maximum_score = reduce_max(best);
-    const Vector16 top = broadcast(maximum_score);
+    maximum_score = reduce_max(best) * factor;
+#if defined(__AVX512BF16__)
+    if constexpr (BFLOAT_PRODUCTS<Element>) {
+        const __m512 top = _mm512_set1_ps(maximum_score), factors = _mm512_set1_ps(factor);
+        const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+        __m512 total = _mm512_setzero_ps();
+        for (int vector = begin / 2 * 2; vector < end; vector += 2) {
+            const bool whole = vector >= whole_begin && vector + 2 <= whole_end;
+            const Lanes all = lane_range(0, LANES);
+            const __m512bh weights = pair_weights(scores + vector * LANES, factors, top,
+                                                  whole ? all : seen(vector),
+                                                  whole ? all : seen(vector + 1));
+            total = _mm512_dpbf16_ps(total, weights, ones);  // of the rounded weights: they add up to one
+        }
+        sum = reduce_add({total});
+        return;
+    }
+#endif
+    const Vector16 top = broadcast(-maximum_score), factors = broadcast(factor);
     Vector16 total = zeros();
     for (int vector = begin; vector < end; ++vector) {
-        Vector16 weight = exp2(subtract(load(scores + vector * LANES), top));
-        weight = store_weights<Element>(scores, vector, weight);
-        total = add(total, weight);  // of the rounded weights: they add up to one
+        float* here = scores + vector * LANES;
+        Vector16 weight = exp2(fma(load(here), factors, top));
+        if (vector < whole_begin || vector >= whole_end) weight = select(seen(vector), weight, zeros());
+        store(here, weight);
+        total = add(total, weight);
     }
     sum = reduce_add(total);
 }
 
-template <int ROWS, int VECTORS>
-__attribute__((always_inline)) inline void weigh(const float* weights, int token,
-                                                 const Vector16 (&values)[VECTORS],
-                                                 Vector16 (&sums)[ROWS][VECTORS]) {
-#pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row) {
-        const Vector16 weight = broadcast(weights[row * SEGMENT_TOKENS + token]);
-#pragma GCC unroll 8
-        for (int vector = 0; vector < VECTORS; ++vector) {
-            sums[row][vector] = fma(weight, values[vector], sums[row][vector]);
-        }
+// What ROWS rows see of a segment: tokens first[row] <= t < last[row], all of them begin <= t < end.
+struct Seen {
+    const int* first;
+    const int* last;
+    int lowest, begin, end, highest;
+};
+
+template <int ROWS>
+inline Seen seen_together(const int* first, const int* last) {
+    Seen seen{first, last, first[0], first[0], last[0], last[0]};
+    for (int row = 1; row < ROWS; ++row) {
+        seen.lowest = std::min(seen.lowest, first[row]);
+        seen.begin = std::max(seen.begin, first[row]);
+        seen.end = std::min(seen.end, last[row]);
+        seen.highest = std::max(seen.highest, last[row]);
     }
+    return seen;
 }
 
-// out[row][dimension ...] += weight * value over tokens first <= t < last of a segment, in ascending order,
-// for ROWS rows and VECTORS * 16 dimensions. Rows of weights are SEGMENT_TOKENS apart, rows of out `stride`.
-template <class Element, int ROWS, int VECTORS>
-inline void value_tile(const float* weights, const Element* const* pages, int v_dim, int first, int last,
-                       int dimension, float* out, int stride) {
-    Vector16 sums[ROWS][VECTORS], values[VECTORS];
-    for (int row = 0; row < ROWS; ++row) {
-        for (int vector = 0; vector < VECTORS; ++vector) {
-            sums[row][vector] = load(out + row * stride + dimension + vector * LANES);
-        }
-    }
-    for (int token = first; token < last;) {
+// out[row][dimension ...] (+)= weight * value over what each of ROWS rows sees, in ascending order of tokens,
+// for VECTORS * 16 dimensions; fresh: from zero. Rows of weights are SEGMENT_TOKENS apart, rows of out
+// `stride`.
+template <class Element, int ROWS, int VECTORS, bool FETCH>
+inline void value_tile(const float* weights, const Element* const* pages, int v_dim, const Seen& seen,
+                       int dimension, float* out, int stride, bool fresh, const Ahead& ahead) {
+    Vector16 sums[ROWS][VECTORS];
+    each_sum(sums, [&](int row, int vector) {
+        return fresh ? zeros() : load(out + row * stride + dimension + vector * LANES);
+    });
+    const auto add_token = [&](int token, auto all_see) __attribute__((always_inline)) {
         const Element* page = pages[token / PAGE_TOKENS];
-        const int end = std::min(last, (token / PAGE_TOKENS + 1) * PAGE_TOKENS);
-        while (token < end) {
-            const int pair = token % PAGE_TOKENS / 2;
-            if (token % 2 == 0) {
+        const int pair = token % PAGE_TOKENS / 2;
+        if (FETCH && (sizeof(Element) > sizeof(Bfloat) || token % 2 == 0)) {
+            const int row = sizeof(Element) > sizeof(Bfloat) ? token % PAGE_TOKENS : pair;
+            ahead.fetch<VECTORS>(token / PAGE_TOKENS, (row * v_dim + dimension) / LANES);
+        }
+        Vector16 values[VECTORS];
 #pragma GCC unroll 8
-                for (int vector = 0; vector < VECTORS; ++vector) {
-                    values[vector] = first_values(page, v_dim, pair, dimension + vector * LANES);
-                }
-                weigh<ROWS, VECTORS>(weights, token++, values, sums);
-                if (token == end) break;
-            }
+        for (int vector = 0; vector < VECTORS; ++vector) {
+            const int at = dimension + vector * LANES;
+            values[vector] =
+                token % 2 == 0 ? first_values(page, v_dim, pair, at) : second_values(page, v_dim, pair, at);
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; ++row) {
+            if (!all_see && (token < seen.first[row] || token >= seen.last[row])) continue;
+            const Vector16 weight = broadcast(weights[row * SEGMENT_TOKENS + token]);
 #pragma GCC unroll 8
             for (int vector = 0; vector < VECTORS; ++vector) {
-                values[vector] = second_values(page, v_dim, pair, dimension + vector * LANES);
+                sums[row][vector] = fma(weight, values[vector], sums[row][vector]);
             }
-            weigh<ROWS, VECTORS>(weights, token++, values, sums);
         }
+    };
+    int token = seen.lowest;
+    const auto up_to = [&](int end) {
+        for (; token < end; ++token) add_token(token, std::false_type{});
+    };
+    up_to(std::min((seen.begin + 1) / 2 * 2, seen.highest));
+    for (; token + 1 < seen.end; token += 2) {
+        add_token(token, std::true_type{});
+        add_token(token + 1, std::true_type{});
     }
-    for (int row = 0; row < ROWS; ++row) {
-        for (int vector = 0; vector < VECTORS; ++vector) {
-            store(out + row * stride + dimension + vector * LANES, sums[row][vector]);
-        }
-    }
+    up_to(seen.highest);
+    each_sum(sums, [&](int row, int vector) {
+        store(out + row * stride + dimension + vector * LANES, sums[row][vector]);
+        return sums[row][vector];
+    });
 }
 
 #if defined(__AVX512BF16__)
 // The same for pairs of bfloat16: two tokens an instruction. Where a row sees one token of a pair the other
 // is cleared: its weight is 0, but 0 times what an unused slot holds might be NaN.
-template <int ROWS, int VECTORS>
-inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_dim, int first, int last,
-                        int dimension, float* out, int stride) {
+template <int ROWS, int VECTORS, bool FETCH>
+inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_dim, const Seen& seen,
+                        int dimension, float* out, int stride, bool fresh, const Ahead& ahead) {
+    constexpr int PAGE_PAIRS = PAGE_TOKENS / 2;
     Vector16 sums[ROWS][VECTORS];
-    for (int row = 0; row < ROWS; ++row) {
-        for (int vector = 0; vector < VECTORS; ++vector) {
-            sums[row][vector] = load(out + row * stride + dimension + vector * LANES);
-        }
-    }
-    for (int pair = first / 2; pair < (last + 1) / 2; ++pair) {
-        const Bfloat* from =
-            pages[pair / (PAGE_TOKENS / 2)] + 2 * (pair % (PAGE_TOKENS / 2) * v_dim + dimension);
-        const bool whole = 2 * pair >= first && 2 * pair + 1 < last;
-        const unsigned seen =
-            whole ? ~0u : (2 * pair >= first ? 0xFFFFu : 0u) | (2 * pair + 1 < last ? ~0xFFFFu : 0u);
-        __m512i values[VECTORS];
+    each_sum(sums, [&](int row, int vector) {
+        return fresh ? zeros() : load(out + row * stride + dimension + vector * LANES);
+    });
+    const auto weight_of = [&](int row, int pair) __attribute__((always_inline)) {
+        int word;
+        const float* from = weights + row * SEGMENT_TOKENS + pair / LANES * 2 * LANES + pair % LANES;
+        std::memcpy(&word, from, sizeof word);
+        return reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
+    };
+    int pair = seen.lowest / 2;
+    const auto up_to = [&](int end) __attribute__((always_inline)) {
+        for (; pair < end; ++pair) {
+            const Bfloat* from = pages[pair / PAGE_PAIRS] + 2 * (pair % PAGE_PAIRS * v_dim + dimension);
 #pragma GCC unroll 8
-        for (int vector = 0; vector < VECTORS; ++vector) {
-            values[vector] = _mm512_loadu_si512(from + 2 * vector * LANES);
-            if (!whole)
-                values[vector] = _mm512_and_si512(values[vector], _mm512_set1_epi32(static_cast<int>(seen)));
-        }
+            for (int row = 0; row < ROWS; ++row) {
+                const auto sees =
+                    [&](int token) { return token >= seen.first[row] && token < seen.last[row]; };
+                const unsigned even = sees(2 * pair) ? 0xFFFFu : 0u;
+                const unsigned tokens = even | (sees(2 * pair + 1) ? ~0xFFFFu : 0u);
+                if (tokens == 0) continue;
+                const __m512i kept = _mm512_set1_epi32(static_cast<int>(tokens));
 #pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row) {
-            int word;
-            std::memcpy(&word, weights + row * SEGMENT_TOKENS + pair, sizeof word);
-            const auto weight = reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
+                for (int vector = 0; vector < VECTORS; ++vector) {
+                    const __m512i values = _mm512_loadu_si512(from + 2 * vector * LANES);
+                    sums[row][vector].lanes = _mm512_dpbf16_ps(
+                        sums[row][vector].lanes, reinterpret_cast<__m512bh>(_mm512_and_si512(values, kept)),
+                        weight_of(row, pair));
+                }
+            }
+        }
+    };
+    const int end = (seen.highest + 1) / 2;
+    up_to(std::min((seen.begin + 1) / 2, end));
+    while (pair < seen.end / 2) {
+        const int page = pair / PAGE_PAIRS, page_end = std::min(seen.end / 2, (page + 1) * PAGE_PAIRS);
+        const Bfloat* from = pages[page] + 2 * (pair % PAGE_PAIRS * v_dim + dimension);
+        const float* weight = weights + pair / LANES * 2 * LANES + pair % LANES;
+        for (; pair < page_end; ++pair, ++weight, from += 2 * v_dim) {
+            if (FETCH) ahead.fetch<VECTORS>(page, (pair % PAGE_PAIRS * v_dim + dimension) / LANES);
+            __m512bh values[VECTORS];
 #pragma GCC unroll 8
             for (int vector = 0; vector < VECTORS; ++vector) {
-                sums[row][vector].lanes = _mm512_dpbf16_ps(
-                    sums[row][vector].lanes, reinterpret_cast<__m512bh>(values[vector]), weight);
+                values[vector] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(from + 2 * vector * LANES));
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < ROWS; ++row) {
+                int word;
+                std::memcpy(&word, weight + row * SEGMENT_TOKENS, sizeof word);
+                const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
+#pragma GCC unroll 8
+                for (int vector = 0; vector < VECTORS; ++vector) {
+                    sums[row][vector].lanes = _mm512_dpbf16_ps(sums[row][vector].lanes, values[vector], both);
+                }
             }
         }
     }
-    for (int row = 0; row < ROWS; ++row) {
-        for (int vector = 0; vector < VECTORS; ++vector) {
-            store(out + row * stride + dimension + vector * LANES, sums[row][vector]);
-        }
-    }
+    up_to(end);
+    each_sum(sums, [&](int row, int vector) {
+        store(out + row * stride + dimension + vector * LANES, sums[row][vector]);
+        return sums[row][vector];
+    });
 }
 #endif
 
 // All dimensions.
-template <class Element, int ROWS, int VECTORS = VALUE_VECTORS>
-inline void value_rows(const float* weights, const Element* const* pages, int v_dim, int first, int last,
-                       float* out, int stride, int dimension = 0) {
+template <class Element, bool FETCH, int ROWS, int VECTORS = vectors_at_once(ROWS)>
+inline void value_rows(const float* weights, const Element* const* pages, int v_dim, const Seen& seen,
+                       float* out,
+                       int stride, bool fresh, const Ahead& ahead, int dimension = 0) {
     for (; dimension + VECTORS * LANES <= v_dim; dimension += VECTORS * LANES) {
 #if defined(__AVX512BF16__)
         if constexpr (BFLOAT_PRODUCTS<Element>) {
-            value_pairs<ROWS, VECTORS>(weights, pages, v_dim, first, last, dimension, out, stride);
+            value_pairs<ROWS, VECTORS, FETCH>(weights, pages, v_dim, seen, dimension, out, stride, fresh,
+                                              ahead);
             continue;
         }
 #endif
-        value_tile<Element, ROWS, VECTORS>(weights, pages, v_dim, first, last, dimension, out, stride);
+        value_tile<Element, ROWS, VECTORS, FETCH>(weights, pages, v_dim, seen, dimension, out, stride, fresh,
+                                                  ahead);
     }
     if constexpr (VECTORS > 1) {
-        if (dimension < v_dim)
-            value_rows<Element, ROWS, VECTORS - 1>(weights, pages, v_dim, first, last, out, stride, dimension);
+        if (dimension < v_dim) {
+            value_rows<Element, FETCH, ROWS, VECTORS / 2>(weights, pages, v_dim, seen, out, stride, fresh,
+                                                          ahead,
+                                                          dimension);
+        }
     }
 }
 
-// Tokens first[row] <= t < last[row] for each of 1 <= rows <= ROWS rows; both ascend with the row.
-template <class Element, int ROWS = VALUE_ROWS>
+// Tokens first[row] <= t < last[row] for each of 1 <= rows <= ROWS rows.
+template <class Element, bool FETCH, int ROWS = VALUE_ROWS>
 inline void value_block(const float* weights, int rows, const Element* const* pages, int v_dim,
-                        const int* first, const int* last, float* out, int stride) {
+                        const int* first,
+                        const int* last, float* out, int stride, bool fresh, const Ahead& ahead) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            value_block<Element, ROWS - 1>(weights, rows, pages, v_dim, first, last, out, stride);
+            value_block<Element, FETCH, ROWS - 1>(weights, rows, pages, v_dim, first, last, out, stride,
+                                                  fresh,
+                                                  ahead);
             return;
         }
     }
-    // The tokens all rows see are read once, in whole pairs; the rest is added row by row, before and after.
-    const int shared_first = (first[ROWS - 1] + 1) / 2 * 2,
-              shared_last = std::max(last[0] / 2 * 2, shared_first);
-    const auto alone = [&](int row, int from, int to) {
-        if (from >= to) return;
-        value_rows<Element, 1>(weights + row * SEGMENT_TOKENS, pages, v_dim, from, to, out + row * stride,
-                               stride);
-    };
-    for (int row = 0; row < ROWS; ++row) alone(row, first[row], std::min(shared_first, last[row]));
-    if (shared_first < shared_last)
-        value_rows<Element, ROWS>(weights, pages, v_dim, shared_first, shared_last, out, stride);
-    for (int row = 0; row < ROWS; ++row) alone(row, std::max(shared_last, first[row]), last[row]);
+    value_rows<Element, FETCH, ROWS>(weights, pages, v_dim, seen_together<ROWS>(first, last), out, stride,
+                                     fresh,
+                                     ahead);
 }
 
-// A row's softmax over some of its tokens: weights relative to 2^maximum, their sum, the weighted values.
-struct RowState {
-    float maximum = MINUS_INFINITY;
-    float sum = 0.0f;
+// Rows' softmax over some of their tokens: weights relative to 2^maximum, their sum (0 where a row has seen
+// no token: a sum that has a term has one of about 1, or is NaN), the weighted values, v_dim a row.
+struct States {
+    float* maximum;
+    float* sum;
+    float* values;
 };
 
 inline float exp2(float x) { return first_lane(exp2(broadcast(x))); }
 
-// state, values <- state, values and the next segment's (log-sum-exp merge).
-inline void merge_segment(RowState& state, float* values, const RowState& next, const float* next_values,
-                          int v_dim) {
-    if (state.sum == 0.0f) {  // nothing yet: a sum that has a term has one of 1 (or is NaN)
-        state = next;
-        std::copy_n(next_values, v_dim, values);
-        return;
+// all <- all and the next segment's (log-sum-exp merge), for `rows` rows; states may be read and written up
+// to a multiple of 16 rows.
+inline void merge_segment(const States& all, const States& next, int rows, int v_dim) {
+    for (int begin = 0; begin < rows; begin += LANES) {
+        const Vector16 old_top = load(all.maximum + begin), next_top = load(next.maximum + begin);
+        const Vector16 top = select(less(old_top, next_top), next_top, old_top);
+        float kept[LANES], added[LANES], sums[LANES];
+        const Vector16 keep = exp2(subtract(old_top, top)), gain = exp2(subtract(next_top, top));
+        store(kept, keep);
+        store(added, gain);
+        store(sums, fma(load(next.sum + begin), gain, multiply(load(all.sum + begin), keep)));
+        for (int row = begin; row < std::min(rows, begin + LANES); ++row) {
+            if (next.sum[row] == 0.0f) continue;
+            float* values = all.values + row * v_dim;
+            const float* next_values = next.values + row * v_dim;
+            if (all.sum[row] == 0.0f) {
+                std::copy_n(next_values, v_dim, values);
+                all.maximum[row] = next.maximum[row];
+                all.sum[row] = next.sum[row];
+                continue;
+            }
+            const Vector16 keep_lanes = broadcast(kept[row - begin]),
+                gain_lanes = broadcast(added[row - begin]);
+            for (int dimension = 0; dimension < v_dim; dimension += LANES) {
+                const Vector16 old = multiply(load(values + dimension), keep_lanes);
+                store(values + dimension, fma(load(next_values + dimension), gain_lanes, old));
+            }
+            all.sum[row] = sums[row - begin];
+            if (all.maximum[row] < next.maximum[row]) all.maximum[row] = next.maximum[row];
+        }
     }
-    const float top = next.maximum > state.maximum ? next.maximum : state.maximum;
-    const float kept = exp2(state.maximum - top), added = exp2(next.maximum - top);
-    const Vector16 kept_lanes = broadcast(kept), added_lanes = broadcast(added);
-    for (int dimension = 0; dimension < v_dim; dimension += LANES) {
-        const Vector16 old = multiply(load(values + dimension), kept_lanes);
-        store(values + dimension, fma(load(next_values + dimension), added_lanes, old));
-    }
-    state.sum = std::fma(next.sum, added, state.sum * kept);
-    state.maximum = top;
 }
 
 // Softmax division; a sink is a logit that takes its share of the sum and has no value.
-inline void finish_row(const RowState& state, const float* values, int v_dim, const float* sink, float* out) {
-    float sum = state.sum, kept = 1.0f;
+inline void finish_row(float maximum, float sum, const float* values, int v_dim, const float* sink,
+                       float* out) {
+    float kept = 1.0f;
     if (sink != nullptr) {
-        const float logit = *sink * LOG2_E, top = logit > state.maximum ? logit : state.maximum;
-        kept = exp2(state.maximum - top);
+        const float logit = *sink * LOG2_E, top = logit > maximum ? logit : maximum;
+        kept = exp2(maximum - top);
         sum = std::fma(sum, kept, exp2(logit - top));
     }
     const Vector16 share = broadcast(kept / sum);

@@ -15,7 +15,9 @@ softmax weights likewise with V (mean KL 0.0001 on the embedded model, two third
 alone); sums, and all else, are float32. Keys are processed in segments of 256 tokens at fixed positions,
 merged in ascending order, so a token's result is bit-equal whatever the batch, the chunks, the page numbers
 and the number of threads (FlashAttention-2: Dao, 2023; segments over threads as in Flash-Decoding: Dao et
-al., 2023).
+al., 2023). Where sequences of a batch begin a segment with the same pages, as they do on a prefix the radix
+cache gave them, one pass over those pages serves the rows of all: found in the page table at every call, and
+with the same bits as on copies of the pages.
 """
 
 from __future__ import annotations
@@ -226,7 +228,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     if not count:
         return torch.zeros(shape, dtype=dtype)
-    memory = mmap.mmap(-1, count * dtype.itemsize)
+    # Private: the pages of shared memory are small ones, whatever is advised.
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError, AttributeError):  # a kernel, or a system, without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
