@@ -206,13 +206,13 @@ def test_delayed_scales_are_the_same_in_torch(delay: Delay) -> None:
         assert same(ours.state.amax_history, theirs.state.amax_history)
 
 
-@pytest.mark.parametrize("scheme", DYNAMIC + PER_TENSOR, ids=name)
+@pytest.mark.parametrize("scheme", DYNAMIC + OF_A_BATCH, ids=name)
 def test_nothing_past_the_end_is_touched(scheme: ActivationScheme) -> None:
     for columns in (*range(1, 36), 127, 129):
         x, multiplier = cruel(columns)[3:9], at_guard_page(torch.linspace(0.5, 2, columns))
         check(InputTransform(scheme, multiplier), rows_at_guard_page(x, columns + 3))
 
 
-@pytest.mark.parametrize("scheme", DYNAMIC + PER_TENSOR, ids=name)
+@pytest.mark.parametrize("scheme", DYNAMIC + OF_A_BATCH, ids=name)
 def test_rows_past_two_to_the_31(scheme: ActivationScheme) -> None:
     check(InputTransform(scheme), far_apart(cruel(40)[3:6]))
