@@ -326,11 +326,12 @@ inline void softmax_segment(float* scores, int first, int last, const Softmax& s
         return;
     }
 #endif
-    const Vector16 top = broadcast(-maximum_score), factors = broadcast(factor);
+    const Vector16 top = broadcast(maximum_score), factors = broadcast(factor);
     Vector16 total = zeros();
     for (int vector = begin; vector < end; ++vector) {
         float* here = scores + vector * LANES;
-        Vector16 weight = exp2(fma(load(here), factors, top));
+        // Rounded as the maximum was, not fused: its own weight is one.
+        Vector16 weight = exp2(subtract(multiply(load(here), factors), top));
         if (vector < whole_begin || vector >= whole_end) weight = select(seen(vector), weight, zeros());
         store(here, weight);
         total = add(total, weight);
