@@ -187,6 +187,7 @@ def run_emulated(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
 @pytest.mark.timeout(600)  # the library is compiled first
 def test_linear_layers_keep_the_contract(library_folder: Path) -> None:
     contract = [str(TESTS / "contract" / f"test_{name}.py") for name in ("linear_kernels", "int8_inputs")]
+    contract.append(str(TESTS / "kernels" / "test_probes.py"))  # they use tiles too
     done = run_emulated(library_folder, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *contract)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 

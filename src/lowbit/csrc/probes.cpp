@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "amx_tiles.h"
 #include "lowbit.h"
 #include "thread_pool.h"
 #include "vector16.h"
@@ -125,47 +126,41 @@ Work int8_work(std::int64_t rounds) {
 #endif
 }
 
-#if defined(LOWBIT_AMX) && !defined(LOWBIT_EMULATE_AMX)
+#if defined(LOWBIT_AMX)
 // Four accumulator tiles of 16 x 16, two tiles of 16 rows by 64 bytes on each side.
 Work tile_work(std::int64_t rounds, bool bf16) {
-    alignas(64) std::uint8_t configuration[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-        configuration[16 + 2 * tile] = 64;  // bytes of a row
-        configuration[48 + tile] = 16;      // rows
-    }
-    asm volatile("" : : "r"(&configuration) : "memory");  // GCC 12 believes that only 8 bytes are read
-    _tile_loadconfig(&configuration);
     alignas(64) std::uint16_t ones[16 * 32];
     for (std::uint16_t& one : ones) one = bf16 ? 0x3F80 : 0x0101;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_loadd(4, ones, 64);
-    _tile_loadd(5, ones, 64);
-    _tile_loadd(6, ones, 64);
-    _tile_loadd(7, ones, 64);
+    configure_tiles(TILE_ROWS);
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    tile_load<4>(ones, TILE_LINE);
+    tile_load<5>(ones, TILE_LINE);
+    tile_load<6>(ones, TILE_LINE);
+    tile_load<7>(ones, TILE_LINE);
     if (bf16) {
         for (std::int64_t round = 0; round < rounds; ++round) {
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            tile_dot_bfloats<0, 4, 6>();
+            tile_dot_bfloats<1, 4, 7>();
+            tile_dot_bfloats<2, 5, 6>();
+            tile_dot_bfloats<3, 5, 7>();
         }
     } else {
         for (std::int64_t round = 0; round < rounds; ++round) {
-            _tile_dpbusd(0, 4, 6);
-            _tile_dpbusd(1, 4, 7);
-            _tile_dpbusd(2, 5, 6);
-            _tile_dpbusd(3, 5, 7);
+            tile_dot_bytes<0, 4, 6>();
+            tile_dot_bytes<1, 4, 7>();
+            tile_dot_bytes<2, 5, 6>();
+            tile_dot_bytes<3, 5, 7>();
         }
     }
     alignas(64) std::int32_t results[4][16 * 16];
-    _tile_stored(0, results[0], 64);
-    _tile_stored(1, results[1], 64);
-    _tile_stored(2, results[2], 64);
-    _tile_stored(3, results[3], 64);
-    _tile_release();
+    tile_store<0>(results[0], TILE_LINE);
+    tile_store<1>(results[1], TILE_LINE);
+    tile_store<2>(results[2], TILE_LINE);
+    tile_store<3>(results[3], TILE_LINE);
+    release_tiles();
     double total = 0;
     for (const auto& result : results) {
         float number;
