@@ -190,7 +190,7 @@ void multiply(const Product* products, std::int64_t count) {
         });
     }
     const std::vector<Prepared>& shared = all;
-    parallel_for(tasks, [&](std::int64_t task) {
+    parallel_ranges(tasks, [&](std::int64_t task) {
         const Prepared& p = holder<&Prepared::first_task>(shared, task);
         run_task(p, task - p.first_task);
     });

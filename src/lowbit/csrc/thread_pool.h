@@ -5,6 +5,8 @@
 // every few microseconds, and then sleep on a futex, so that an idle or oversubscribed machine is left alone.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -25,6 +27,33 @@ void parallel_for(std::int64_t tasks, Function&& function) {
     run_tasks(
         tasks, [](void* context, std::int64_t task) { (*static_cast<Plain*>(context))(task); },
         const_cast<void*>(static_cast<const void*>(&function)));
+}
+
+// The same, but that every thread walks a range of consecutive tasks, so that what they read is one stream, and
+// then helps with what is left of the others'.
+template <typename Function>
+void parallel_ranges(std::int64_t tasks, Function&& function) {
+    constexpr std::int64_t MOST = 64;
+    struct alignas(64) Range {
+        std::atomic<std::int64_t> next;
+        std::int64_t end;
+    };
+    Range ranges[MOST];
+    const std::int64_t count = std::min<std::int64_t>({thread_count(), tasks, MOST});
+    for (std::int64_t i = 0; i < count; ++i) {
+        ranges[i].next.store(tasks * i / count, std::memory_order_relaxed);
+        ranges[i].end = tasks * (i + 1) / count;
+    }
+    parallel_for(count, [&](std::int64_t own) {
+        for (std::int64_t i = 0; i < count; ++i) {
+            Range& range = ranges[(own + i) % count];
+            for (;;) {
+                const std::int64_t task = range.next.fetch_add(1, std::memory_order_relaxed);
+                if (task >= range.end) break;
+                function(task);
+            }
+        }
+    });
 }
 
 }  // namespace lowbit
