@@ -93,6 +93,9 @@ def main() -> None:
     rivals.add_argument(
         "--rival-files", nargs="*", metavar="TYPE", help="GGUF types, int4-g64, w4a16, bf16 …"
     )
+    rivals.add_argument(
+        "--activation-quantization", default="none", choices=("none", "int8"), help="of lowbit"
+    )
     rivals.add_argument("--file", metavar="TYPE", help="GGUF type lowbit runs of a made model")
     rivals.add_argument("--regimes", nargs="*", metavar="KEY", help="prefill decode streams8 long prefix …")
     arguments = parser.parse_args()
@@ -180,7 +183,7 @@ def compare(arguments: argparse.Namespace) -> None:
     for _ in range(arguments.repeats):
         with running_server(model, arguments.threads) as (_, seconds):
             ready.append(seconds)
-    own = EngineTarget(model, arguments.threads)
+    own = EngineTarget(model, arguments.threads, arguments.activation_quantization)
     prompts = Prompts(arguments.largest_id)
     assert_same_alone_and_in_a_batch(own, prompts)
     header = open_checkpoint(model)

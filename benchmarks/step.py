@@ -118,6 +118,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--quantization")
+    parser.add_argument("--activation-quantization", default="none", choices=("none", "int8"))
     parser.add_argument("--step", action="append", help="NxCONTEXT, or NxTOKENSp for a prefill")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int)
@@ -125,7 +126,11 @@ def main() -> None:
     if asked.threads:
         native.set_threads(asked.threads)
     assert ctypes.sizeof(ctypes.c_void_p) == 8, "plans hold 64-bit addresses"
-    model = load_model(open_checkpoint(asked.model), quantization=asked.quantization)
+    model = load_model(
+        open_checkpoint(asked.model),
+        quantization=asked.quantization,
+        activation_quantization=asked.activation_quantization,
+    )
     console, results = Console(), {}
     for text in asked.step or ["1x64", "32x64", "32x512", "1x512p"]:
         match = _STEP.fullmatch(text)

@@ -92,11 +92,12 @@ class HttpTarget:
 class EngineTarget:
     """The engine in this process."""
 
-    def __init__(self, model: str, threads: int | None) -> None:
+    def __init__(self, model: str, threads: int | None, activations: str = "none") -> None:
         from lowbit.engine.engine import load_engine
         from lowbit.settings import Settings
 
-        self.engine = load_engine(Settings(model=model, threads=threads))
+        settings = Settings(model=model, threads=threads, activation_quantization=activations)
+        self.engine = load_engine(settings)
         self.sent = 0
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:

@@ -51,7 +51,9 @@ void multiply_groups(const Layout& layout, const std::uint8_t* block, const Deco
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         ByteTile w;
-        decode_bytes<CODES, LOOKED_UP>(walk.next(), decoding.bytes, w);
+        const std::uint8_t* const codes = walk.next();
+        if (x.tokens >= FETCHING_TOKENS) fetch_ahead<tile_bytes(CODES)>(codes);
+        decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
         for_tokens(x.tokens, GroupStep<CODES, LOOKED_UP, SUB, ADDEND>{w, walk, x, tile, totals});
     }
 }
@@ -91,7 +93,9 @@ void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decodi
             for (int t = 0; t < x.tokens; ++t) ints_store(sums[t], ints_set(x.bases[group * x.tokens + t]));
         }
         ByteTile w;
-        decode_bytes<CODES, LOOKED_UP>(walk.next(), decoding.bytes, w);
+        const std::uint8_t* const codes = walk.next();
+        if (x.tokens >= FETCHING_TOKENS) fetch_ahead<tile_bytes(CODES)>(codes);
+        decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
         for_tokens(x.tokens, WideStep<CODES, LOOKED_UP>{w, x, tile, sums});
         if ((tile + 1) % per_group != 0) continue;
         for (int t = 0; t < x.tokens; ++t) {

@@ -83,7 +83,9 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         BfloatTile w;
-        decode<CODES>(walk.next(), decoding.table, w);
+        const std::uint8_t* const codes = walk.next();
+        if (x.tokens >= FETCHING_TOKENS) fetch_ahead<tile_bytes(CODES)>(codes);
+        decode<CODES>(codes, decoding.table, w);
         for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED>{w, walk, x, tile, totals});
     }
 }

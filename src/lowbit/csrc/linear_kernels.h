@@ -18,6 +18,18 @@ constexpr int TOKEN_STEP = 8;     // tokens whose sums fit in registers beside a
 constexpr int TOKEN_STEP = 4;
 #endif
 
+// With some tokens a tile is computed on long enough for the ones behind it to be fetched meanwhile; the hardware's
+// own prefetcher stops at every page. With few, memory is what is waited for, and more requests only stand in line.
+constexpr int FETCHING_TOKENS = 8;
+constexpr std::int64_t FETCHED_AHEAD = 1024;  // bytes
+// Always inline: GCC 12 drops calls of functions that do nothing but prefetch.
+template <std::int64_t BYTES>
+__attribute__((always_inline)) inline void fetch_ahead(const std::uint8_t* tile) {
+    for (std::int64_t line = 0; line <= BYTES; line += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(tile + FETCHED_AHEAD + line), _MM_HINT_T0);
+    }
+}
+
 // How a weight's codes become numbers.
 struct Decoding {
     explicit Decoding(const lowbit_weight& weight) : table(weight.table), bytes(weight) {}
