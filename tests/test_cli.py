@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -35,7 +36,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
     calls: list[Settings] = []
     stub = ModuleType("lowbit.server.app")
 
-    def serve(settings: Settings, on_ready: Callable[..., None], *, on_progress: Callable[..., None]) -> int:
+    def serve(
+        settings: Settings, on_ready: Callable[..., None], *, on_progress: Callable[..., None], engine: None
+    ) -> int:
         calls.append(settings)
         on_progress(1, 2, "weights")
         ready = EngineReady(
@@ -52,6 +55,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
     stub.serve = serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lowbit.server.app", stub)
+    monkeypatch.setattr("lowbit.server.engine_start.EngineProcess", nullcontext)
     return calls
 
 
@@ -64,6 +68,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     stub = ModuleType("lowbit.server.app")
     stub.serve = serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lowbit.server.app", stub)
+    monkeypatch.setattr("lowbit.server.engine_start.EngineProcess", nullcontext)
 
 
 READY = (

@@ -93,6 +93,7 @@ def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[s
             "kv_cache_dtype": "auto",
             "k_cache_dtype": "auto",
             "v_cache_dtype": "auto",
+            "activation_quantization": "none",
             "kv_scales_path": None,
             "quantization": Asked(),
             "strict": False,
