@@ -12,7 +12,7 @@ import torch
 from contract.test_linear_kernels import CPU, ROWS_OF_X, WEIGHTS, normal_form
 from lowbit.kernels import linear_kernels, native
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.kernels.packed_linear import INPUT_CODES, INPUT_GROUPS, NativeWeight, set_input
+from lowbit.kernels.packed_linear import INPUT_CODES, INPUT_FLOATS, INPUT_GROUPS, NativeWeight, set_input
 from lowbit.kernels.settled import settled
 from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.number_formats import number_format
@@ -119,6 +119,16 @@ def test_faults_end_their_own_row_alone(kind: int, fault: float) -> None:
     assert found[3].isnan().all()
     rest = [row for row in range(9) if row != 3]
     assert torch.equal(found[rest], clean[rest])
+
+
+def test_float_inputs_are_not_rounded() -> None:
+    exact, packed = sound("int8 channel f32"), packed_for("int8 channel f32", INPUT_FLOATS)
+    for tokens in ROWS_OF_X:
+        x = inputs(tokens, packed.columns)
+        found = packed.kernel.linear(x, packed)
+        close(found, x.double(), exact)
+        assert torch.equal(packed.kernel.linear(x[-1:], packed)[0], found[-1])
+    assert not set_input(BLOCKS.pack(WEIGHTS["int4 g32"](), CPU), INPUT_FLOATS)
 
 
 def test_the_smallest_numbers_round_to_zero() -> None:

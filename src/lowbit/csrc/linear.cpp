@@ -27,7 +27,10 @@ struct Prepared {
         shape.span = summed_columns(layout);
         shape.element = is_float(layout.codes) ? 4 : 2;
         const auto kind = static_cast<InputKind>(from.weight->input);
-        if (kind != InputKind::bfloat && meets_bytes(layout, decoding.bytes)) {
+        if (kind == InputKind::floats && float_function(layout) != nullptr) {
+            function = float_function(layout);
+            shape.element = 4;
+        } else if (kind != InputKind::bfloat && kind != InputKind::floats && meets_bytes(layout, decoding.bytes)) {
             // Whole numbers that come as such are summed over wide groups; a factor needs a scale to go into.
             const bool wide = layout.unit == from.weight->group && layout.unit >= 2 * COLUMNS &&
                               layout.unit % BYTE_COLUMNS == 0 && layout.unit <= LARGEST_GROUP &&
@@ -217,6 +220,7 @@ LOWBIT_EXPORT int lowbit_linear_takes(const lowbit_weight* weight, std::int32_t 
     using namespace lowbit;
     if (static_cast<InputKind>(kind) == InputKind::bfloat) return 1;
     const Layout layout(*weight);
+    if (static_cast<InputKind>(kind) == InputKind::floats) return float_function(layout) != nullptr;
     const ByteCodes codes(*weight);
     // As signed bytes -128 has no positive counterpart.
     if (static_cast<InputKind>(kind) == InputKind::codes && byte_base_shift(layout.codes, codes) != 0) return 0;

@@ -152,6 +152,11 @@ BlockFunction by_sub(const Layout& layout) {
 
 }  // namespace
 
+BlockFunction float_function(const Layout& layout) {
+    const bool scaled = layout.addend == Addend::none && layout.scales != Scales::none;
+    return scaled && layout.codes == Codes::int8 ? multiply_wide_block<Codes::int8> : nullptr;
+}
+
 BlockFunction exact_function(const Layout& layout) {
     switch (layout.codes) {
 #if !defined(LOWBIT_AMX)  // there exact_tiles has them

@@ -44,6 +44,9 @@ using BlockFunction = void (*)(const Layout&, const std::uint8_t* block, const D
 // x rounded to bfloat16, or float32 where codes are floats. linear_exact.cpp
 BlockFunction exact_function(const Layout& layout);
 
+// x in float32. Null where there is none for the codes.
+BlockFunction float_function(const Layout& layout);
+
 // Whether codes are whole numbers under scales, which int8 inputs can meet.
 inline bool meets_bytes(const Layout& layout, const ByteCodes& codes) {
     return codes.possible && layout.scales != Scales::none;

@@ -23,7 +23,8 @@ namespace lowbit {
 // two_level: int8 x f16 per 256
 enum class Scales : std::int32_t { none = 0, f16 = 1, bf16 = 2, f32 = 3, two_level = 4, e4m3 = 5 };
 // groups: int8 with a scale for each token and 32 columns. codes: x holds whole numbers of -127 … 127 already.
-enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2 };
+// floats: not rounded, for int8 codes (LLM.int8's outliers are too large to lose their lower bits).
+enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3 };
 enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
 
 constexpr int SUPER = 256;        // columns of an outer block of two-level scales

@@ -277,6 +277,13 @@ inline void decode_floats(const std::uint8_t* tile, const Table& table, __m512* 
             const __m512i words = _mm512_loadu_si512(tile + column / 8 * 64);
             const auto place = static_cast<unsigned>(column % 2 * 16 + column % 8 / 2 * 4);
             w[column] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, place), table.wide);
+        } else if constexpr (CODES == Codes::int8) {
+            const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
+            const __m512i rows = _mm512_broadcast_i32x4(
+                _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));
+            const __m512i line = _mm512_loadu_si512(tile + operand_of(pair) * 64);
+            const __m512i codes = _mm512_shuffle_epi8(line, rows);
+            w[column] = _mm512_cvtepi32_ps(_mm512_sub_epi32(codes, _mm512_set1_epi32(128)));
         } else if constexpr (CODES == Codes::f32) {
             w[column] = _mm512_loadu_ps(tile + column * 64);
         } else {
@@ -473,6 +480,16 @@ inline void decode_floats(const std::uint8_t* tile, const Table& table, FloatTil
                 const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
                 const __m256i code = _mm256_and_si256(_mm256_srli_epi32(words, place), _mm256_set1_epi32(15));
                 _mm256_store_ps(&w.columns[column][half * 8], _mm256_i32gather_ps(table.wide, code, 4));
+            }
+        } else if constexpr (CODES == Codes::int8) {
+            const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
+            const __m256i rows = _mm256_broadcastsi128_si256(
+                _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));
+            for (int half = 0; half < 2; ++half) {
+                const std::uint8_t* const from = tile + operand_of(pair) * 64 + half * 32;
+                const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+                const __m256i codes = _mm256_sub_epi32(_mm256_shuffle_epi8(line, rows), _mm256_set1_epi32(128));
+                _mm256_store_ps(&w.columns[column][half * 8], _mm256_cvtepi32_ps(codes));
             }
         } else if constexpr (CODES == Codes::f32) {
             std::memcpy(w.columns[column], tile + column * 64, 64);

@@ -105,8 +105,8 @@ class Description(ctypes.Structure):
 
 
 # What a weight is multiplied with: x in bfloat16 (float32 beside float codes), x in int8 with a scale for
-# each token and 32 columns, or x that holds whole numbers of -128 … 127 already.
-INPUT_BFLOAT, INPUT_GROUPS, INPUT_CODES = range(3)
+# each token and 32 columns, x that holds whole numbers of -128 … 127 already, or x in float32 (int8 codes).
+INPUT_BFLOAT, INPUT_GROUPS, INPUT_CODES, INPUT_FLOATS = range(4)
 
 
 @dataclass(frozen=True)
