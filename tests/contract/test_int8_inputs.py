@@ -1,7 +1,7 @@
 """Weights that meet int8 inputs: the rule in torch and the product in float64, for every scheme that can.
 
 Sums of whole numbers are exact, so a row is the same in any company here too. Run under every instruction
-set by test_native.py.
+set by kernels/test_instruction_sets.py.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats.refused import REFUSED
+from lowbit.kernels import native
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.loading import load_model, plan_model
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -315,3 +316,13 @@ def test_plan_and_load_agree() -> None:
         assert {module.kernel for module in plan.modules} >= model.kernels, path.parent.name
         packed = sum(weight.nbytes for block in model.blocks for weight in block.qkv.weights)
         assert packed <= 2 * plan.weight_bytes
+
+
+def test_int8_inputs_that_nobody_can_take_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """nf4 has no whole numbers; of W4A16 every linear layer takes them, where there are native kernels."""
+    text = "no layer here has weights and a kernel that can meet int8 inputs"
+    load_model(open_checkpoint(str(NF4)), device="cpu", activation_quantization="int8")
+    assert text in caplog.text
+    caplog.clear()
+    load_model(open_checkpoint(str(W4A16)), device="cpu", activation_quantization="int8")
+    assert (text in caplog.text) is (native.library() is None)

@@ -179,7 +179,8 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         }
         float scale = 1.0f;
         const float most = largest(a, b);
-        faulty = faulty || !(most <= std::numeric_limits<float>::max());
+        const bool sound = most <= std::numeric_limits<float>::max();
+        faulty = faulty || !sound;
         if (shape.kind == InputKind::groups) {
             scale = most / static_cast<float>(LARGEST_INPUT);
             // What has no reciprocal is as good as zero.
@@ -187,6 +188,7 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             a = sixteen_multiply(a, inverse);
             b = sixteen_multiply(b, inverse);
         }
+        if (!sound) a = b = sixteen_zeros();  // what no whole number says must not overflow one
         const std::int64_t line = tile * COLUMNS / BYTE_COLUMNS * tokens + token;
         std::int8_t* const values =
             reinterpret_cast<std::int8_t*>(to.values) + line * BYTE_COLUMNS + tile * COLUMNS % BYTE_COLUMNS;

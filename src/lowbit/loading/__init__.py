@@ -115,6 +115,11 @@ def load_model(
         loader.names.refuse_leftovers()
     if loader.online is not None:
         loader.online.say_kept()
+    if target.int8_inputs and not loader.int8_layers:
+        _log.warning(
+            "lowbit: --activation-quantization int8: no layer here has weights and a kernel that can meet "
+            "int8 inputs; all inputs stay as they are"
+        )
     _check_caches(model)
     if file is not None and found is None:
         file.store(loader.made, opened.notes.said)

@@ -29,6 +29,7 @@ from lowbit.loading.packed_cache import Kept
 from lowbit.loading.samples import Samples
 from lowbit.loading.self_check import check_packed
 from lowbit.numerics.cache_format import KvDtype
+from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme
 
@@ -72,6 +73,7 @@ class Loader(Asker):
         self.kernels: set[str] = set()
         self.packed_bytes = 0
         self.spans_tokens = False
+        self.int8_layers = 0  # whose inputs --activation-quantization rounds
         self.states = ActivationStates()
         self._said_unused = False
         self._kv_scales = kv_scales
@@ -149,6 +151,7 @@ class Loader(Asker):
         with_state: dict[int, InputTransform] = {}
         inputs: list[InputTransform | None] = []
         for packed, transform in zip(kept.weights, kept.inputs, strict=True):
+            self.int8_layers += transform is not None and transform.scheme == INT8_GROUPS
             if transform is not None and transform.scheme is not None and transform.scheme.depends_on_batch:
                 self.spans_tokens = True
             if transform is not None and transform.scheme is not None and transform.scheme.delay is not None:
