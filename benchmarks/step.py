@@ -28,6 +28,7 @@ from lowbit.kernels import native
 from lowbit.kernels.attention import choose_attention
 from lowbit.kernels.experts import ExpertsDescription
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.native_layer import LayerDescription
 from lowbit.kernels.packed_linear import Description
 from lowbit.kernels.step_plan import Arena, Recorder, StepPlan
 from lowbit.loading import load_model
@@ -92,9 +93,13 @@ def rows_of(plan: StepPlan, repeats: int) -> list[Row]:
     found: dict[str, list[float]] = {}
     for operation, words, spent in plan.profile(repeats):
         name, nbytes, products = operation.name, 0, 0
-        if name == "linear":
-            weight = Description.from_address(words[0])
-            name = f"linear {weight.rows} x {words[4]}, codes {weight.codes}, {words[2]} tokens"
+        if name in ("layer", "linear"):
+            gate, at = "", words[0]
+            if name == "layer":
+                layer = LayerDescription.from_address(at)
+                gate, at = "gated " if layer.activation >= 0 else "", layer.weight
+            weight = Description.from_address(at)
+            name = f"{gate}linear {weight.rows} x {words[4]}, codes {weight.codes}, {words[2]} tokens"
             nbytes, products = weight.nbytes, 2 * weight.rows * words[4] * words[2]
         elif name == "mix_experts":
             experts, tokens, k = ExpertsDescription.from_address(words[0]), words[3], words[6]

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "activation_quant.h"
 #include "lowbit.h"
 #include "operations.h"
 #include "row_tasks.h"
@@ -245,6 +246,36 @@ void quantize_beside_columns(const lowbit_quantizer& q, const float* x, std::int
     });
 }
 
+// A row of a rule that treats rows alone; returns its factor, 1 where the rule makes none.
+template <class Nearest>
+float quantize_alone(const lowbit_quantizer& q, const float* x, std::int64_t width, float* out, const Nearest& nearest) {
+    stage(x, width, q, out);
+    switch (static_cast<Rule>(q.rule)) {
+        case Rule::fixed: quantize_fixed(out, width, *q.static_scale, q.static_zero, nearest); return 1.0f;
+        case Rule::asymmetric: return quantize_asymmetric(out, width, q.low, q.high, nearest);
+        case Rule::grouped: quantize_groups(out, width, q, nearest); return 1.0f;
+        case Rule::token: {
+            const float scale = scale_of(largest_magnitude(out, width), q);
+            quantize_row(out, width, scale, q.reciprocal != 0, nearest);
+            return scale;
+        }
+        default: return 1.0f;
+    }
+}
+
+// with(nearest), for the format's rounding.
+template <class With>
+auto rounded_by(const lowbit_quantizer& q, const With& with) {
+    switch (static_cast<Format>(q.format)) {
+        case Format::e4m3: return with(E4m3{q.high});
+        case Format::e5m2: return with(E5m2{q.high});
+        case Format::e2m1: return with(E2m1{q.high});
+        case Format::e2m3: return with(E2m3{q.high});
+        case Format::e3m2: return with(E3m2{q.high});
+        default: return with(Integer{q.low, q.high});
+    }
+}
+
 template <class Nearest>
 void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, std::int64_t rows,
               std::int64_t width, float* out, std::int64_t out_stride, float* factors, const Nearest& nearest) {
@@ -284,20 +315,8 @@ void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, 
         return;
     }
     for_rows(rows, width, [&](std::int64_t row) {
-        float* const to = out + row * out_stride;
-        stage(x + row * x_stride, width, q, to);
-        switch (rule) {
-            case Rule::fixed: quantize_fixed(to, width, *q.static_scale, q.static_zero, nearest); break;
-            case Rule::asymmetric: factors[row] = quantize_asymmetric(to, width, q.low, q.high, nearest); break;
-            case Rule::grouped: quantize_groups(to, width, q, nearest); break;
-            case Rule::token: {
-                const float scale = scale_of(largest_magnitude(to, width), q);
-                factors[row] = scale;
-                quantize_row(to, width, scale, q.reciprocal != 0, nearest);
-                break;
-            }
-            default: break;
-        }
+        const float factor = quantize_alone(q, x + row * x_stride, width, out + row * out_stride, nearest);
+        if (rule == Rule::token || rule == Rule::asymmetric) factors[row] = factor;
     });
 }
 
@@ -318,6 +337,11 @@ void update(const lowbit_delayed_state& state) {
 }
 
 }  // namespace
+
+float quantize_alone(const lowbit_quantizer& q, const float* x, std::int64_t width, float* out) {
+    return rounded_by(q, [&](const auto& nearest) { return quantize_alone(q, x, width, out, nearest); });
+}
+
 }  // namespace lowbit
 
 // x (rows, width) -> out (rows, width), strides in floats between rows; factors: one a row, one in all, or none,
@@ -327,18 +351,10 @@ LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const
                                         std::int64_t out_stride, float* factors) {
     using namespace lowbit;
     const lowbit_quantizer& q = *quantizer;
-    const auto with = [&](const auto& nearest) {
-        quantize(q, x, x_stride, rows, width, out, out_stride, factors, nearest);
-    };
     try {
-        switch (static_cast<Format>(q.format)) {
-            case Format::integer: with(Integer{q.low, q.high}); break;
-            case Format::e4m3: with(E4m3{q.high}); break;
-            case Format::e5m2: with(E5m2{q.high}); break;
-            case Format::e2m1: with(E2m1{q.high}); break;
-            case Format::e2m3: with(E2m3{q.high}); break;
-            case Format::e3m2: with(E3m2{q.high}); break;
-        }
+        rounded_by(q, [&](const auto& nearest) {
+            quantize(q, x, x_stride, rows, width, out, out_stride, factors, nearest);
+        });
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -1,8 +1,9 @@
 // Linear layers on packed weights: y = x W^T for one token or a thousand, one routine for all of them.
 //
 // A task is a few blocks of 16 output rows and up to TOKEN_TILE tokens. It walks its tiles once, front to back (one
-// sequential stream of weights), decodes each tile and multiplies it with every token; totals stay in L1.
-// x is first rounded to what the kernel multiplies (linear_input.h).
+// sequential stream of weights), decodes each tile and multiplies it with every token; totals stay in L1, and what
+// a layer does to them (scales, a bias, a gate) is done there.
+// x is first quantized as the layer asks and rounded to what the kernel multiplies (linear_input.h).
 
 #include "linear_products.h"
 
@@ -10,6 +11,8 @@
 #include <limits>
 #include <vector>
 
+#include "activation_quant.h"
+#include "activations.h"
 #include "amx_tiles.h"
 #include "linear_kernels.h"
 #include "lowbit.h"
@@ -50,6 +53,10 @@ struct Prepared {
             function = exact_function(layout);
         }
         token_tiles = (from.tokens + TOKEN_TILE - 1) / TOKEN_TILE;
+        const lowbit_layer_description* const layer = from.layer;
+        gated = layer != nullptr && layer->activation >= 0;
+        blocks = gated ? layout.blocks / 2 : layout.blocks;
+        has_factors = layer != nullptr && (layer->static_factor != nullptr || layer->factors != 0);
     }
 
     const float* row(std::int64_t token) const {
@@ -83,6 +90,10 @@ struct Prepared {
     BlockFunction function = nullptr;
     InputShape shape;
     bool scaled = false;
+    bool gated = false;        // blocks are a gate's, as many more its partners
+    bool has_factors = false;
+    float* factors = nullptr;  // (tokens,)
+    std::int64_t blocks = 0;   // of the result
     std::int64_t token_tiles = 0;
     std::int64_t first_tokens = 0;  // groups of LAID_TOGETHER tokens of the products before
     std::int64_t chunk = 1, chunks = 1, first_task = 0;
@@ -90,48 +101,96 @@ struct Prepared {
 };
 
 constexpr std::int64_t LAID_TOGETHER = 8;  // tokens of a task
+constexpr std::int64_t MOST_LAYER_COLUMNS = 1 << 15;  // of x where a layer changes it (kernels/native_layer.py)
+
+// A row of x as the product's layer wants it, perhaps in ``staged``.
+const float* changed_row(const Prepared& p, std::int64_t token, float (*staged)[MOST_LAYER_COLUMNS]) {
+    const lowbit_layer_description* const layer = p.product->layer;
+    const float* row = p.row(token);
+    if (layer == nullptr) return row;
+    float factor = 1.0f;
+    if (layer->quantizer != nullptr) {
+        factor = quantize_alone(*layer->quantizer, row, p.product->columns, staged[0]);
+        row = staged[0];
+    }
+    if (p.has_factors) p.factors[token] = layer->static_factor != nullptr ? *layer->static_factor : factor;
+    if (layer->column_order != nullptr) {
+        for (std::int64_t i = 0; i < p.product->columns; ++i) staged[1][i] = row[layer->column_order[i]];
+        row = staged[1];
+    }
+    return row;
+}
 
 void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
+    float staged[2][MOST_LAYER_COLUMNS];  // of which a layer touches what it needs
     for (std::int64_t token = first; token < last; ++token) {
         const std::int64_t tile = token / TOKEN_TILE;
-        lay_out(p.row(token), p.shape, p.places(tile), static_cast<int>(token - tile * TOKEN_TILE));
+        const float* const row = changed_row(p, token, staged);
+        lay_out(row, p.shape, p.places(tile), static_cast<int>(token - tile * TOKEN_TILE));
     }
+}
+
+using Totals = float[BLOCKS_TOGETHER][TOKEN_TILE][ROWS];
+
+// The products of some blocks, from nothing.
+void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, const Input& input, Totals& totals) {
+    for (int i = 0; i < blocks; ++i) {
+        std::memset(totals[i], 0, static_cast<std::size_t>(input.tokens) * sizeof totals[i][0]);
+    }
+    const std::uint8_t* const at = p.product->weight->data + first * p.layout.block_bytes;
+    if (p.tiles != nullptr) {
+        p.tiles(p.layout, at, blocks, p.decoding, input, totals);
+    } else {
+        p.function(p.layout, at, p.decoding, input, totals[0]);
+    }
+}
+
+// 16 totals of a token, rows ``row`` on, after what the layer does to them: in the order and with the roundings
+// of elementwise.cpp's affine.
+Vector16 finished(const Prepared& p, Vector16 total, std::int64_t token, std::int64_t row, int lanes) {
+    const lowbit_layer_description* const layer = p.product->layer;
+    if (layer == nullptr) return total;
+    if (layer->row_scale != nullptr) total = multiply(total, load_some(layer->row_scale + row, lanes));
+    if (p.has_factors) total = multiply(total, broadcast(p.factors[token]));
+    if (layer->bias != nullptr) total = add(total, load_some(layer->bias + row, lanes));
+    return total;
 }
 
 void run_task(const Prepared& p, std::int64_t task) {
     const std::int64_t tile = task / p.chunks;
     const InputPlaces places = p.places(tile);
-    const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
-    const lowbit_weight& weight = *p.product->weight;
-    const std::int64_t last = std::min(p.layout.blocks, (task % p.chunks + 1) * p.chunk);
-    const auto write = [&](std::int64_t block, const float(*totals)[ROWS]) {
-        const int rows = static_cast<int>(std::min<std::int64_t>(ROWS, weight.rows - block * ROWS));
-        for (int token = 0; token < input.tokens; ++token) {
-            float* const to = p.product->out + (tile * TOKEN_TILE + token) * p.product->out_stride + block * ROWS;
-            const bool faulty = p.shape.whole() && places.faulty[token];  // whole numbers cannot say it
-            const Sixteen total =
-                faulty ? sixteen_set(std::numeric_limits<float>::quiet_NaN()) : sixteen_load(totals[token]);
-            if (rows == ROWS) {
-                sixteen_store(to, total);
-            } else {
-                sixteen_store_some(to, total, rows);
+    Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
+    input.out_stride = p.product->out_stride;
+    const std::int64_t rows = p.product->weight->rows / (p.gated ? 2 : 1);
+    const std::int64_t last = std::min(p.blocks, (task % p.chunks + 1) * p.chunk);
+    alignas(64) Totals totals, partners;
+    const auto write = [&](std::int64_t block, int i) {
+        const int lanes = static_cast<int>(std::min<std::int64_t>(ROWS, rows - block * ROWS));
+        for (int t = 0; t < input.tokens; ++t) {
+            const std::int64_t token = tile * TOKEN_TILE + t;
+            const bool faulty = p.shape.whole() && places.faulty[t];  // whole numbers cannot say it
+            const auto result = [&](const Totals& of, std::int64_t row) {
+                const float nan = std::numeric_limits<float>::quiet_NaN();
+                return finished(p, faulty ? broadcast(nan) : load(of[i][t]), token, row, lanes);
+            };
+            Vector16 value = result(totals, block * ROWS);
+            if (p.gated) {
+                const auto activation = static_cast<Activation>(p.product->layer->activation);
+                value = lowbit::gated(value, result(partners, rows + block * ROWS), activation);
             }
+            store_some(p.product->out + token * p.product->out_stride + block * ROWS, value, lanes);
         }
     };
     int blocks = 1;
     for (std::int64_t block = task % p.chunks * p.chunk; block < last; block += blocks) {
         if (p.tiles != nullptr) blocks = static_cast<int>(std::min<std::int64_t>(BLOCKS_TOGETHER, last - block));
-        alignas(64) float totals[BLOCKS_TOGETHER][TOKEN_TILE][ROWS];
-        for (int i = 0; i < blocks; ++i) {
-            std::memset(totals[i], 0, static_cast<std::size_t>(input.tokens) * sizeof totals[i][0]);
+        if (p.gated) {
+            input.out = nullptr;
+            multiply_blocks(p, p.blocks + block, blocks, input, partners);
         }
-        const std::uint8_t* const first = weight.data + block * p.layout.block_bytes;
-        if (p.tiles != nullptr) {
-            p.tiles(p.layout, first, blocks, p.decoding, input, totals);
-        } else {
-            p.function(p.layout, first, p.decoding, input, totals[0]);
-        }
-        for (int i = 0; i < blocks; ++i) write(block + i, totals[i]);
+        input.out = p.product->out + tile * TOKEN_TILE * p.product->out_stride + block * ROWS;
+        multiply_blocks(p, block, blocks, input, totals);
+        for (int i = 0; i < blocks; ++i) write(block + i, i);
     }
 }
 
@@ -152,6 +211,7 @@ void multiply(const Product* products, std::int64_t count) {
     // A calling thread's own, grown and kept.
     static thread_local std::vector<Prepared> all;
     static thread_local std::vector<std::uint8_t> workspace;
+    static thread_local std::vector<float> factors;
     all.clear();
     std::int64_t bytes = 0, groups = 0, units = 0, tokens = 0;
     for (std::int64_t i = 0; i < count; ++i) {
@@ -159,7 +219,7 @@ void multiply(const Product* products, std::int64_t count) {
         Prepared& p = all.emplace_back(products[i]);
         p.first_tokens = groups;
         groups += (p.product->tokens + LAID_TOGETHER - 1) / LAID_TOGETHER;
-        units += p.layout.blocks * p.token_tiles;
+        units += p.blocks * p.token_tiles;
         tokens += p.product->tokens;
         bytes += (p.bytes() + 63) / 64 * 64;
     }
@@ -169,6 +229,8 @@ void multiply(const Product* products, std::int64_t count) {
         workspace.clear();  // nothing to copy
         workspace.resize(needed);
     }
+    if (factors.size() < static_cast<std::size_t>(tokens)) factors.resize(static_cast<std::size_t>(tokens));
+    float* factor = factors.data();
     auto* at = reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(workspace.data()) + 63) / 64 * 64);
     // Enough tasks to share evenly, each long enough to be worth claiming.
     std::int64_t together = std::max<std::int64_t>(1, units / (8 * thread_count()));
@@ -177,8 +239,10 @@ void multiply(const Product* products, std::int64_t count) {
     for (Prepared& p : all) {
         p.at = at;
         at += (p.bytes() + 63) / 64 * 64;
-        p.chunk = std::min(together, p.layout.blocks);
-        p.chunks = (p.layout.blocks + p.chunk - 1) / p.chunk;
+        p.factors = factor;
+        factor += p.product->tokens;
+        p.chunk = std::min(together, p.blocks);
+        p.chunks = (p.blocks + p.chunk - 1) / p.chunk;
         p.first_task = tasks;
         tasks += p.chunks * p.token_tiles;
     }
@@ -207,6 +271,19 @@ void multiply(const Product* products, std::int64_t count) {
 LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std::int64_t tokens,
                                 std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride) {
     const lowbit::Product product{weight, x, x_stride, columns, nullptr, tokens, out, out_stride};
+    try {
+        lowbit::multiply(&product, 1);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+// The same with what a layer does before and behind: out (tokens, weight->rows), half as wide where it is gated.
+// ``columns`` are at most MOST_LAYER_COLUMNS; a gated weight has a multiple of 32 rows.
+LOWBIT_EXPORT int lowbit_layer(const lowbit_layer_description* layer, const float* x, std::int64_t tokens,
+                               std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride) {
+    const lowbit::Product product{layer->weight, x, x_stride, columns, nullptr, tokens, out, out_stride, layer};
     try {
         lowbit::multiply(&product, 1);
     } catch (const std::bad_alloc&) {

@@ -52,7 +52,10 @@ void multiply_groups(const Layout& layout, const std::uint8_t* block, const Deco
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         ByteTile w;
         const std::uint8_t* const codes = walk.next();
-        if (x.tokens >= FETCHING_TOKENS) fetch_ahead<tile_bytes(CODES)>(codes);
+        if (x.tokens >= FETCHING_TOKENS) {
+            fetch_ahead<tile_bytes(CODES)>(codes);
+            fetch_results(x, tile, layout.tiles);
+        }
         decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
         for_tokens(x.tokens, GroupStep<CODES, LOOKED_UP, SUB, ADDEND>{w, walk, x, tile, totals});
     }
@@ -94,7 +97,10 @@ void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decodi
         }
         ByteTile w;
         const std::uint8_t* const codes = walk.next();
-        if (x.tokens >= FETCHING_TOKENS) fetch_ahead<tile_bytes(CODES)>(codes);
+        if (x.tokens >= FETCHING_TOKENS) {
+            fetch_ahead<tile_bytes(CODES)>(codes);
+            fetch_results(x, tile, layout.tiles);
+        }
         decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
         for_tokens(x.tokens, WideStep<CODES, LOOKED_UP>{w, x, tile, sums});
         if ((tile + 1) % per_group != 0) continue;

@@ -84,7 +84,10 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         BfloatTile w;
         const std::uint8_t* const codes = walk.next();
-        if (x.tokens >= FETCHING_TOKENS) fetch_ahead<tile_bytes(CODES)>(codes);
+        if (x.tokens >= FETCHING_TOKENS) {
+            fetch_ahead<tile_bytes(CODES)>(codes);
+            fetch_results(x, tile, layout.tiles);
+        }
         decode<CODES>(codes, decoding.table, w);
         for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED>{w, walk, x, tile, totals});
     }

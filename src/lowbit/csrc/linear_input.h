@@ -26,6 +26,9 @@ struct Input {
     const float* scales = nullptr;         // (tile, token), InputKind::groups
     const std::int32_t* bases = nullptr;   // (span, token): base * sum, of whole numbers
     int tokens = 0;
+    // Where the results will go; a token's stands ``out_stride`` floats behind the one before. Null: not known.
+    const float* out = nullptr;
+    std::int64_t out_stride = 0;
 
     template <class Element>
     const Element* at(std::int64_t tile, int token) const {

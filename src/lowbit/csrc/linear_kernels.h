@@ -30,6 +30,16 @@ __attribute__((always_inline)) inline void fetch_ahead(const std::uint8_t* tile)
     }
 }
 
+// Takes hold of the lines results will be written to, some at each tile: written one by one at the end, each would
+// be waited for.
+__attribute__((always_inline)) inline void fetch_results(const Input& x, std::int64_t tile, std::int64_t tiles) {
+    if (x.out == nullptr) return;
+    const std::int64_t last = x.tokens * (tile + 1) / tiles;
+    for (std::int64_t token = x.tokens * tile / tiles; token < last; ++token) {
+        __builtin_prefetch(x.out + token * x.out_stride, 1);
+    }
+}
+
 // How a weight's codes become numbers.
 struct Decoding {
     explicit Decoding(const lowbit_weight& weight) : table(weight.table), bytes(weight) {}

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+struct lowbit_layer_description;
 struct lowbit_weight;
 
 namespace lowbit {
@@ -17,6 +18,7 @@ struct Product {
     std::int64_t tokens;
     float* out;
     std::int64_t out_stride;
+    const lowbit_layer_description* layer = nullptr;  // what is done to x before and to the product after
 };
 
 // May throw std::bad_alloc.

@@ -42,6 +42,20 @@ struct lowbit_routing {
     float scale;
 };
 
+// What kernels/native_layer.py describes: a weight, what its layer does to a row of x first (quantizer, then the
+// columns in another order), and to the product after: times row_scale, times the row's factor, plus bias. With an
+// activation the first half of the rows are a gate's and the result is activation(gate) * the other half.
+struct lowbit_layer_description {
+    const lowbit_weight* weight;
+    const lowbit_quantizer* quantizer;  // or null; of a rule that treats every row alone
+    const float* static_factor;         // one number instead of the quantizer's, or null
+    const std::int64_t* column_order;   // (columns,), or null
+    const float* row_scale;             // (rows,), or null
+    const float* bias;                  // (rows,), or null
+    std::int32_t factors;               // whether the quantizer makes them
+    std::int32_t activation;            // enum Activation, -1: none
+};
+
 // What happens to an expert's rows before they meet a weight.
 struct lowbit_expert_input {
     const lowbit_quantizer* quantizer;  // or null
@@ -119,6 +133,8 @@ LOWBIT_EXPORT void lowbit_gather_columns(const float* x, std::int64_t x_stride, 
                                          std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std::int64_t tokens,
                                 std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride);
+LOWBIT_EXPORT int lowbit_layer(const lowbit_layer_description* layer, const float* x, std::int64_t tokens,
+                               std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_linear_rows(const lowbit_weight* weight, std::int64_t columns, const void* ids,
                                      std::int32_t wide, std::int64_t count, const float* row_scale,
                                      const std::int64_t* column_order, float* out);
@@ -144,6 +160,7 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
     X(gather_rows)           \
     X(gather_columns)        \
     X(linear)                \
+    X(layer)                 \
     X(linear_rows)           \
     X(route_tokens)          \
     X(mix_experts)           \

@@ -121,6 +121,11 @@ class NativeQuantizer:
     buffers: Buffers  # kept alive for the addresses
     factors: str
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether every row is treated by itself."""
+        return _RULES[self.description.rule] not in ("tensor", "delayed", "columns")
+
     @staticmethod
     def of(scheme: ActivationScheme | None, buffers: Buffers, limit: float) -> NativeQuantizer | None:
         """None where the transform runs in torch. ``limit``: the value a largest |x| becomes."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.kernels.elementwise import affine
+from lowbit.kernels.elementwise import affine, gated_activation
+from lowbit.kernels.native_layer import NativeLayer
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Linear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""
+        whole = self._whole
+        if whole is not None and whole.takes(x, out):
+            return whole(x, out)
         if len(self.weights) == 1 and self.inputs is None:
             y = self.weights[0].kernel.linear(x, self.weights[0], out)
         else:
@@ -56,6 +61,20 @@ class Linear:
         if self.bias is not None:
             affine(y, bias=self.bias, out=y)
         return y
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """x (tokens, in) -> activation(gate) * up (tokens, out / 2); gate rows come first."""
+        whole = self._whole
+        if whole is not None and whole.halves and whole.takes(x):
+            return whole(x, activation=activation)
+        return gated_activation(self(x), activation)
+
+    @cached_property
+    def _whole(self) -> NativeLayer | None:
+        """The layer in one native call, where it is one weight and all around it is native too."""
+        if len(self.weights) != 1:
+            return None
+        return NativeLayer.of(self.weights[0], self.inputs[0] if self.inputs else None, self.bias)
 
     def _parts(self, x: Tensor, inputs: list[InputTransform | None], y: Tensor) -> None:
         """Every weight into its own columns of y; each distinct transform runs once."""

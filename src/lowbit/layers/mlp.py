@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowbit.kernels.elementwise import gated_activation
 from lowbit.layers.experts import Experts
 from lowbit.layers.linear import Linear
 from lowbit.layers.routing import Route
@@ -26,7 +25,7 @@ class GatedMlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden)."""
-        return self.down(gated_activation(self.gate_up(x), self.activation))
+        return self.down(self.gate_up.gated(x, self.activation))
 
 
 @dataclass(frozen=True)

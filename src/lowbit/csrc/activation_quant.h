@@ -1,0 +1,14 @@
+// Quantizing one row of a layer's input by itself (activation_quant.cpp).
+#pragma once
+
+#include <cstdint>
+
+struct lowbit_quantizer;
+
+namespace lowbit {
+
+// out = the row's codes or values; returns what the product is to be scaled by, 1 where the rule makes no factor.
+// For rules that treat every row alone: none, fixed, token, asymmetric, grouped.
+float quantize_alone(const lowbit_quantizer& quantizer, const float* x, std::int64_t width, float* out);
+
+}  // namespace lowbit
