@@ -145,7 +145,7 @@ class Dense:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """A safetensors checkpoint whose config names no method, and no tensor a refused one."""
-        if header.container != "safetensors" or quantization_config(header) is not None:
+        if header.container == "gguf" or quantization_config(header) is not None:
             return None
         if refused_by_tensors(header) is not None:
             return None
