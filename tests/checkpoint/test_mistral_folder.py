@@ -19,8 +19,16 @@ from lowbit.loading.convert import convert
 from lowbit.tokenization import load_tokenizer
 
 PARAMS = {
-    "dim": 64, "n_layers": 1, "head_dim": 32, "hidden_dim": 96, "n_heads": 2, "n_kv_heads": 2,
-    "norm_eps": 1e-5, "vocab_size": 40, "rope_theta": 10000.0, "max_seq_len": 128,
+    "dim": 64,
+    "n_layers": 1,
+    "head_dim": 32,
+    "hidden_dim": 96,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "vocab_size": 40,
+    "rope_theta": 10000.0,
+    "max_seq_len": 128,
 }
 NAMES = {
     "model.embed_tokens": "tok_embeddings",
