@@ -37,6 +37,7 @@ READS = {
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats",
     "modelopt": "FP8, NVFP4, MXFP8, MXFP4, int4 AWQ, int8 SmoothQuant, mixed",
     "mxfp4": "gpt-oss' stacked experts",
+    "qoq": "QServe's W4A8, per channel and per group, pickled files too",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing; a scale for the "
     "tensor, for each row or for blocks of 128",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "

@@ -42,7 +42,8 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
     ):
         values = read_json(header, name)
         if values is not None:
-            return _checked(values, name, method)
+            # QServe's own file of that name says wbits, AutoAWQ's w_bit.
+            return _checked(values, name, "qoq" if method == "awq" and "wbits" in values else method)
     if isinstance(config.get("quantization"), dict):
         return _checked(config["quantization"], "config.json: quantization", "mlx")
     return None

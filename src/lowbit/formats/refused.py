@@ -28,8 +28,6 @@ REFUSED: dict[str, str] = {
     "gemma": _LATER,
     "sinq": "has a scale for each column beside each row's; " + _LATER,
     "eetq": _PRIVATE + " (int8 weight-only gives the same numbers)",
-    "qoq": _PRIVATE,
-    "qserve": _PRIVATE,
     "qqq": _PRIVATE,
     "w4afp8": "has no published description; use the FP8 or an int4 version",
     "bitblas": _PRIVATE,
@@ -61,6 +59,7 @@ _SUFFIXES = {
     ".Qidxs": "quip",
     ".codebooks": "aqlm",
     ".centroids.weight": "vptq",
+    ".s1_scales": "qoq",
     "._data": "quanto",
 }
 
