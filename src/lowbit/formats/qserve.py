@@ -131,7 +131,8 @@ class QServe:
         codes = unpack_tiles(data.tensor(module.tensor("qweight")))
         first = self._floats(module, "s1_scales", data)
         scales: tuple[Tensor, ...] = (first,)
-        zeros, offsets = None, ()
+        zeros: Tensor | None = None
+        offsets: tuple[Tensor, ...] = ()
         if group:
             second, shifts = (in_rows(data.tensor(module.tensor(name))) for name in _LEVELS)
             scales = (second.half(), first.float())
