@@ -55,6 +55,8 @@ def _checked(found: object, place: str, method: str = "") -> QuantizationConfig:
     told = found.get("quant_method")
     if told is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
         told = "bitsandbytes"  # files of 2023 name no method
+    if told is None and found.get("backend") == "sinq":
+        told = "sinq"
     name = told if isinstance(told, str) and told else method
     if not name:
         raise LowbitError("E0212", f"{place} names no quant_method; it cannot be told what the weights are")
