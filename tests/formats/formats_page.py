@@ -23,6 +23,7 @@ IN_TESTS = {
     "mxfp4": "transformers (unpacking and logits)",
 }
 READS = {
+    "aqlm": "any codebooks; decoded to 16 bits a weight when loaded",
     "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config)",
     "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too",
     "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outlier columns",
@@ -40,8 +41,10 @@ READS = {
     "qoq": "QServe's W4A8, per channel and per group, pickled files too",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing; a scale for the "
     "tensor, for each row or for blocks of 128",
+    "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
+    "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks",
     "w8a8_fp8": "e4m3 per channel",
     "w8a8_int8": "int8 per channel",
 }
