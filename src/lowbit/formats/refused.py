@@ -38,7 +38,6 @@ REFUSED: dict[str, str] = {
     "vptq": _CODEBOOK,
     "quip": _CODEBOOK,
     "higgs": _CODEBOOK,
-    "exl2": "is ExLlamaV2's; use a GPTQ, AWQ or GGUF version",
     "exl3": "is ExLlamaV3's; use a GPTQ, AWQ or GGUF version",
     "spqr": "keeps outliers in a sparse matrix; use a GPTQ, AWQ or GGUF version",
     "fp_quant": _ROTATED,
