@@ -45,6 +45,8 @@ READS = {
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
+    "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; decoded to 16 bits a weight "
+    "when loaded",
     "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks",
     "w8a8_fp8": "e4m3 per channel",
     "w8a8_int8": "int8 per channel",

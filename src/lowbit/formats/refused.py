@@ -35,7 +35,6 @@ REFUSED: dict[str, str] = {
     "petit_nvfp4": _PRIVATE,
     "modelslim": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
     "humming": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
-    "vptq": _CODEBOOK,
     "quip": _CODEBOOK,
     "higgs": _CODEBOOK,
     "exl3": "is ExLlamaV3's; use a GPTQ, AWQ or GGUF version",
