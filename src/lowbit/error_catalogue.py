@@ -243,9 +243,24 @@ CATALOGUE: dict[str, Entry] = {
         "Fetch that one file again, or correct it.",
     ),
     "E0230": Entry(
-        "pickled weights",
-        "The folder holds only .bin files. A pickle can run code when it is loaded, so lowbit does not.",
+        "pickled weights of another kind",
+        "lowbit reads PyTorch's pickled state dicts (pytorch_model.bin) as data: tensors that lie one after "
+        "another under their names. TorchScript archives, whole training checkpoints, a tool's own objects "
+        "and transposed views are more than that.",
         "Use the repository's .safetensors files, or re-save with safetensors.torch.save_file.",
+    ),
+    "E0231": Entry(
+        "a pickle asks for more than tensors",
+        "A pickle is a program, and this one names a function or class that plain weights never need. lowbit "
+        "never runs a pickle: it reads the few steps that state dicts are made of and stopped here. A file "
+        "of a training library may do so in good faith; a malicious one does it to run code.",
+        "Use the repository's .safetensors files. Do not open the file with other tools unless you trust it.",
+    ),
+    "E0232": Entry(
+        "a damaged pickled weight file",
+        "The zip directory, the pickle or the storages of a PyTorch weight file contradict each other or the "
+        "size of the file.",
+        _DOWNLOAD_AGAIN,
     ),
     "E0240": Entry(
         "the model brings its own code",

@@ -18,12 +18,9 @@ from typing import Any, get_args, get_type_hints
 from lowbit.errors import LowbitError, printable
 
 # Choices that SGLang has and lowbit has not, and what does what they are chosen for.
-_PICKLES = (
-    "such files can run code; use the model's .safetensors, or re-save it with save_file of safetensors"
-)
+_PICKLES = "numpy's cache of the weights; use the model's .safetensors, or pt for its pytorch_model.bin"
 _PLAIN_FILES = "weights come from files: use a folder, a GGUF file or a hub id with auto"
 _LOAD_FORMATS_REFUSED = (
-    ("pt", _PICKLES),
     ("npcache", _PICKLES),
     ("dummy", "random weights answer nothing; lowbit inspect MODEL says what a model needs"),
     ("bitsandbytes", "use auto: a bitsandbytes checkpoint says so itself, and --quantization bitsandbytes "
@@ -31,7 +28,6 @@ _LOAD_FORMATS_REFUSED = (
     ("sharded_state", "shards of several devices are not joined; use the original model"),
     ("presharded", "shards of several devices are not joined; use the original model"),
     ("expert_pack", "experts are read from the GGUF file itself; use gguf"),
-    ("mistral", "consolidated.safetensors is not read; use the repository's files in Hugging Face's layout"),
     ("flash_rl", "weights are not replaced while serving; use --quantization, and restart for new ones"),
     ("remote", _PLAIN_FILES),
     ("remote_instance", _PLAIN_FILES),
@@ -124,10 +120,11 @@ class Settings:
         ),
     )  # fmt: skip
     load_format: str = option(
-        "auto", "What the model's files must be. auto: what they are; safetensors or gguf: an error where "
-        "they are not, and the choice where a folder holds both; layered: auto, as lowbit always loads and "
+        "auto", "What the model's files must be. auto: what they are; safetensors, pt (PyTorch's pickled "
+        "files, read as data), mistral (consolidated.safetensors) or gguf: an error where they are not, and "
+        "gguf the choice where a folder holds others too; layered: auto, as lowbit always loads and "
         "quantizes one layer after another.", "model",
-        choices=("auto", "safetensors", "gguf", "layered"), refused=_LOAD_FORMATS_REFUSED,
+        choices=("auto", "safetensors", "pt", "mistral", "gguf", "layered"), refused=_LOAD_FORMATS_REFUSED,
     )  # fmt: skip
     quantization: str | None = option(
         None, "Method[:option=value,...] that quantizes a float model while it loads (below). Not needed for "

@@ -299,3 +299,16 @@ def test_server_error_and_no_server(hub: Hub, tmp_path: Path) -> None:
     open_in_process(hub, tmp_path, "org/single")
     cached = open_in_process(hub, tmp_path, "org/single", HF_ENDPOINT="http://127.0.0.1:9")
     assert cached.get("tensors") == 12, cached
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others() -> None:
+    from lowbit.checkpoint.hub import Reference, needed_files
+
+    pickled = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    pickled += ["pytorch_model.bin.index.json", "training_args.bin", "optimizer.pt"]
+    needed = needed_files(Reference("org/x"), pickled)
+    assert set(pickled) - set(needed) == {"training_args.bin", "optimizer.pt"}
+    needed = needed_files(Reference("org/x"), [*pickled, "model.safetensors"])
+    assert not any(name.endswith(".bin") for name in needed)
+    mistral = ["params.json", "tekken.json", "consolidated.safetensors"]
+    assert needed_files(Reference("org/x"), mistral) == ["params.json", "consolidated.safetensors"]

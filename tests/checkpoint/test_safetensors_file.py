@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from checkpoint.tiny import CONFIG, join_safetensors, split_safetensors, write_folder
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.safetensors_file import DTYPE_BITS, read_folder_header, read_safetensors_header
+from lowbit.checkpoint.folder import read_folder_header
+from lowbit.checkpoint.safetensors_file import DTYPE_BITS, read_safetensors_header
 from lowbit.checkpoint.tensor_data import DTYPES, TensorData
 from lowbit.errors import LowbitError
 
@@ -138,9 +139,9 @@ def test_index_and_shards_tell_one_story(tmp_path: Path, change_index: str) -> N
     assert caught.value.code == "E0226"
 
 
-def test_folder_of_pickles_is_refused(tmp_path: Path) -> None:
+def test_folder_of_other_pickles_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    (tmp_path / "optimizer.pt").write_bytes(b"PK")
     with pytest.raises(LowbitError, match="pickled") as caught:
         open_checkpoint(str(tmp_path))
     assert caught.value.code == "E0230"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from lowbit.checkpoint.folder import read_folder_header
 from lowbit.checkpoint.output_folder import MARK, check_room, explained, output_file, output_folder
-from lowbit.checkpoint.safetensors_file import read_folder_header
 from lowbit.checkpoint.safetensors_writer import ShardedWriter, write_file
 from lowbit.errors import LowbitError
 

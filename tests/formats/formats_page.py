@@ -23,6 +23,7 @@ IN_TESTS = {
     "mxfp4": "transformers (unpacking and logits)",
 }
 READS = {
+    "aqlm": "any codebooks; decoded to 16 bits a weight when loaded",
     "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config)",
     "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too",
     "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outlier columns",
@@ -30,6 +31,7 @@ READS = {
     "compressed-tensors": "pack-quantized 1-8 bit (both packings), int-, float-, naive-quantized, nvfp4, "
     "mxfp4, mxfp6, mxfp8, sparse and 2:4 masks, marlin-24, several groups, act-order",
     "dense": "f32, f16, bf16",
+    "exl2": "2-6 and 8 bits in one matrix, at the room of its widest group",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
     "experts",
     "gguf": "every block type, mixed types, split files",
@@ -37,8 +39,15 @@ READS = {
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats",
     "modelopt": "FP8, NVFP4, MXFP8, MXFP4, int4 AWQ, int8 SmoothQuant, mixed",
     "mxfp4": "gpt-oss' stacked experts",
+    "qoq": "QServe's W4A8, per channel and per group, pickled files too",
+    "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing; a scale for the "
+    "tensor, for each row or for blocks of 128",
+    "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
+    "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; decoded to 16 bits a weight "
+    "when loaded",
+    "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks",
     "w8a8_fp8": "e4m3 per channel",
     "w8a8_int8": "int8 per channel",
 }

@@ -15,14 +15,17 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable, thousands
 
 MIB = 1 << 20
-_LIMITS = {"tokenizer.json": 256 * MIB, "vocab.json": 256 * MIB, "model.safetensors.index.json": 64 * MIB}
+_LIMITS = {
+    **dict.fromkeys(("tokenizer.json", "vocab.json"), 256 * MIB),
+    **dict.fromkeys(("model.safetensors.index.json", "pytorch_model.bin.index.json"), 64 * MIB),
+}
 _DEFAULT_LIMIT = 4 * MIB
 MAX_DEPTH = 64
 
 
 def _folder(place: CheckpointHeader | Path) -> Path:
     if isinstance(place, CheckpointHeader):
-        return place.root if place.container == "safetensors" else place.root.parent
+        return place.folder
     return place
 
 

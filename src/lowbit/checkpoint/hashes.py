@@ -23,7 +23,7 @@ _PIECE = 8 << 20
 
 def expected_hashes(header: CheckpointHeader) -> dict[Path, str]:
     """File -> SHA-256 in lower-case hexadecimal, for the files a manifest knows."""
-    folder = header.root if header.container == "safetensors" else header.root.parent
+    folder = header.folder
     files = {entry.file for entry in header.tensors.values()}
     found = {file: blob for file in files if (blob := _blob_name(file)) is not None}
     text = read_text(header, MANIFEST)

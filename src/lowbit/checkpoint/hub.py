@@ -6,11 +6,13 @@ reference is ``org/name``, or ``org/name:file.gguf`` or ``org/name:Q4_K_M`` for 
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowbit.checkpoint.folder import own_weights
 from lowbit.errors import LowbitError, printable
 
 Progress = Callable[[int, int, str], None]
@@ -20,6 +22,8 @@ _SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("chat_template.jinja", "chat_template.json", "model.safetensors.index.json"),
+    "model.safetensors.index.json.meta.json",
+    *("pytorch_model.bin.index.json", "params.json"),
     *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
 )
 
@@ -187,9 +191,12 @@ def needed_files(reference: Reference, names: list[str]) -> list[str]:
         return _gguf_files(reference, names)
     weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if not weights:
+        pickled = [name for name in names if fnmatch.fnmatchcase(name, "pytorch_model*.bin")]
         ggufs = [name for name in names if name.endswith(".gguf")]
         if len(ggufs) == 1:
             return ggufs
+        if pickled and not ggufs:
+            return [name for name in _SMALL_FILES if name in names] + sorted(pickled)
         if ggufs:
             listed = ", ".join(printable(name) for name in sorted(ggufs)[:12])
             raise LowbitError(
@@ -197,11 +204,12 @@ def needed_files(reference: Reference, names: list[str]) -> list[str]:
                 f"{reference.repo} holds {len(ggufs)} GGUF files; name one: "
                 f"{reference.repo}:<file or type>, of {listed}",
             )
-        raise LowbitError("E0607", f"{reference.repo} holds no .safetensors and no .gguf file")
+        raise LowbitError(
+            "E0607", f"{reference.repo} holds no .safetensors, no .gguf and no pytorch_model.bin file"
+        )
     if "model.safetensors" in weights and "model.safetensors.index.json" not in names:
         weights = ["model.safetensors"]
-    if "model.safetensors.index.json" in names:
-        weights = [name for name in weights if not name.startswith("consolidated")]
+    weights = own_weights(weights)
     return [name for name in _SMALL_FILES if name in names] + sorted(weights)
 
 

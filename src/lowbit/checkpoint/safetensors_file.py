@@ -1,4 +1,4 @@
-"""safetensors files and Hugging Face folders: headers only.
+"""safetensors files: headers only.
 
     header length u64 | JSON {"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__"} | data
 
@@ -12,15 +12,14 @@ import os
 import struct
 from pathlib import Path
 
-from lowbit.checkpoint.documents import parse_json, read_json
+from lowbit.checkpoint.documents import parse_json
 from lowbit.checkpoint.file_checks import check_regular_file, refuse_impostors, truncated
-from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.header import TensorEntry
 from lowbit.errors import LowbitError, printable, thousands
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 200_000
 MAX_NAME = 1024
-MAX_SHARDS = 10_000
 MAX_DIMS = 8
 INDEX = "model.safetensors.index.json"
 
@@ -125,115 +124,3 @@ def _check_cover(path: Path, entries: list[TensorEntry], base: int, size: int) -
             f"{path.name} is {thousands(size)} bytes, but its last tensor ends at {thousands(end)}; "
             "the file is damaged",
         )
-
-
-def read_folder_header(folder: Path) -> CheckpointHeader:
-    """The checkpoint in a Hugging Face folder: config.json, and one file, several, or an index of them."""
-    config = read_json(folder, "config.json")
-    if config is None:
-        what = "a Hugging Face folder or a .gguf file is expected"
-        if (folder / "params.json").is_file():
-            what = (
-                "params.json is of the authors' own layout, which is not read; use the Hugging Face version"
-            )
-        raise LowbitError("E0201", f"{folder.name}: no config.json there; {what}")
-    index = read_json(folder, INDEX)
-    names = _shards_of(folder, index) if index is not None else _shards_found(folder, config)
-    tensors: dict[str, TensorEntry] = {}
-    metadata: dict[str, object] = {}
-    for name in names:
-        found, told = read_safetensors_header(folder / name)
-        metadata.update(told)
-        for tensor, entry in found.items():
-            if tensor in tensors:
-                raise LowbitError(
-                    "E0226", f"{name}: tensor {printable(tensor)!r} is in {tensors[tensor].file.name} too"
-                )
-            tensors[tensor] = entry
-    if index is not None:
-        _check_index(index, tensors)
-    if len(tensors) > MAX_TENSORS:
-        raise LowbitError("E0225", f"{folder.name}: {len(tensors)} tensors, limit {MAX_TENSORS}")
-    return CheckpointHeader(folder, "safetensors", tensors, config, metadata)
-
-
-# Methods whose pickled files are more than plain tensors: no tool turns them into safetensors by re-saving.
-_PICKLED_BY = {
-    "torchao": "torchao's objects, which torchao 0.15 and newer do not load either; quantize the original "
-    "model at load (--torchao-config int8wo, fp8wo, int4wo-128 …) or with torchao and transformers 5",
-    "hqq": "HQQ's own dictionary of Python values; quantize the original model at load (--quantization "
-    "hqq), or save it as safetensors with transformers",
-}
-
-
-def _shards_found(folder: Path, config: dict[str, object]) -> list[str]:
-    """Without an index: model.safetensors alone, or all safetensors files of the folder."""
-    if (folder / "model.safetensors").exists():
-        return ["model.safetensors"]
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if names:
-        return names
-    pickled = next(
-        (path.suffix for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)), ""
-    )
-    if pickled:
-        quantization = config.get("quantization_config")
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        known = "hqq" if (folder / "qmodel.pt").exists() else method
-        if isinstance(known, str) and known in _PICKLED_BY:
-            raise LowbitError(
-                "E0230",
-                f"{folder.name} holds only pickled weights ({pickled}), which can run code when they are "
-                f"opened; they hold {_PICKLED_BY[known]}",
-            )
-        raise LowbitError(
-            "E0230",
-            f"{folder.name} holds only pickled weights ({pickled}); lowbit reads safetensors and GGUF. Use "
-            "the repo's .safetensors files, or re-save with safetensors.torch.save_file",
-        )
-    raise LowbitError("E0201", f"{folder.name}: no .safetensors file there")
-
-
-def _weight_map(index: dict[str, object]) -> dict[str, str]:
-    found = index.get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise LowbitError("E0227", f"{INDEX}: weight_map must map tensor names to file names")
-    return found
-
-
-def _shards_of(folder: Path, index: dict[str, object]) -> list[str]:
-    weight_map = _weight_map(index)
-    if len(weight_map) > MAX_TENSORS:
-        raise LowbitError("E0227", f"{INDEX}: {len(weight_map)} tensors, limit {MAX_TENSORS}")
-    names = sorted(set(weight_map.values()))
-    if not names or len(names) > MAX_SHARDS:
-        raise LowbitError("E0227", f"{INDEX} names {len(names)} shards; 1 to {MAX_SHARDS} are possible")
-    for name in names:
-        if Path(name).name != name or name in (".", "..") or "\\" in name or "\0" in name:
-            raise LowbitError(
-                "E0208", f"{INDEX} names shard {printable(name)!r} outside the model directory; refused"
-            )
-        if not (folder / name).exists():
-            missing = [tensor for tensor, shard in weight_map.items() if shard == name]
-            raise LowbitError(
-                "E0207",
-                f"{printable(name)} is missing (named in {INDEX} for {len(missing)} tensors, first "
-                f"{printable(missing[0])!r})",
-            )
-    return names
-
-
-def _check_index(index: dict[str, object], tensors: dict[str, TensorEntry]) -> None:
-    """The index and the shards must tell the same story."""
-    weight_map = _weight_map(index)
-    for name, shard in weight_map.items():
-        entry = tensors.get(name)
-        if entry is None or entry.file.name != shard:
-            where = "no shard" if entry is None else entry.file.name
-            raise LowbitError(
-                "E0226",
-                f"{INDEX} puts tensor {printable(name)!r} in {printable(shard)}, but {where} holds it",
-            )
-    for name, entry in tensors.items():
-        if name not in weight_map:
-            raise LowbitError("E0226", f"{entry.file.name}: tensor {printable(name)!r} is not in {INDEX}")

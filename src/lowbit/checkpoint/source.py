@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowbit.checkpoint import hub
+from lowbit.checkpoint.folder import read_folder_header
 from lowbit.checkpoint.gguf_file import read_gguf_header
 from lowbit.checkpoint.header import CheckpointHeader
-from lowbit.checkpoint.safetensors_file import read_folder_header
 from lowbit.errors import LowbitError, printable
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
@@ -77,22 +77,26 @@ def _nothing_there(name: str, path: Path) -> str:
 def read_local(path: Path, load_format: str = "auto") -> CheckpointHeader:
     """The header of a folder or a GGUF file on this machine.
 
-    ``load_format`` safetensors or gguf: chooses where a folder holds both, and E0406 where it holds the
-    other; anything else takes what is there, safetensors first.
+    ``load_format`` safetensors, pt, mistral or gguf: E0406 where it is something else, and gguf chooses
+    where a folder holds others too; anything else takes what is there, GGUF last.
     """
     header = _read_folder(path, load_format) if path.is_dir() else read_gguf_header(path)
-    if load_format in ("safetensors", "gguf") and header.container != load_format:
+    found = "pt" if header.container == "pickle" else header.container
+    if header.rotary_pairs and load_format == "mistral":
+        return header
+    if load_format in ("safetensors", "pt", "mistral", "gguf") and found != load_format:
         raise LowbitError(
             "E0406",
-            f"--load-format {load_format}: {printable(path.name)} is {header.container}; use --load-format "
-            f"{header.container} or auto, or name the {load_format} files",
+            f"--load-format {load_format}: {printable(path.name)} is {found}; use --load-format {found} or "
+            f"auto, or name the {load_format} files",
         )
     return header
 
 
 def _read_folder(path: Path, load_format: str) -> CheckpointHeader:
     ggufs = sorted(path.glob("*.gguf"))
-    complete = (path / "config.json").exists() and any(path.glob("*.safetensors"))
+    described = (path / "config.json").exists() or (path / "params.json").exists()
+    complete = described and (any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")))
     if not ggufs or (complete and load_format != "gguf"):
         return read_folder_header(path)
     models = [file for file in ggufs if "-of-" not in file.name or "-00001-of-" in file.name]

@@ -15,7 +15,8 @@ Arity = Literal["switch", "value", "values"]
 
 # Option of lowbit -> what somebody who comes from SGLang should know of it.
 COMPARED: dict[str, str] = {
-    "load_format": "auto, safetensors, gguf; layered is how lowbit always loads; others are refused by name",
+    "load_format": "auto, safetensors, pt, mistral, gguf; layered is how lowbit always loads; others are "
+    "refused by name",
     "dtype": "auto keeps each tensor's stored type; SGLang's auto makes f16 of f32",
     "quantization": "names and options below; not needed for quantized checkpoints",
     "mem_fraction_static": "share of what the weights leave free, for the KV pool; SGLang counts weights too",

@@ -99,6 +99,12 @@ class Correction:
 
     def write(self, header: CheckpointHeader, out: Path, on_progress: Progress | None = None) -> None:
         """The corrected copy of a folder at ``out``, which must not exist."""
+        if header.container == "pickle" or header.rotary_pairs:
+            raise LowbitError(
+                "E0450",
+                f"--fix {printable(out)}: {header.root.name} is not in Hugging Face's safetensors layout; "
+                "convert it first (lowbit convert MODEL OUT) and check that",
+            )
         partial = out.with_name(out.name + ".partial")
         for path in (out, partial):
             if os.path.lexists(path):

@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 
 from lowbit.checkpoint.documents import read_json
+from lowbit.checkpoint.folder import own_weights, read_folder_header
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
-from lowbit.checkpoint.safetensors_file import INDEX, read_folder_header, read_safetensors_header
+from lowbit.checkpoint.mistral_folder import has_mistral_names
+from lowbit.checkpoint.safetensors_file import INDEX, read_safetensors_header
 from lowbit.checkpoint.source import read_local
 from lowbit.doctor.correction import Correction
 from lowbit.doctor.rules import Report
@@ -45,7 +47,8 @@ def _open_folder(folder: Path, report: Report, correction: Correction) -> Checkp
     weight_map = _weight_map(folder, report, correction)
     if weight_map is None:
         whole = folder / "model.safetensors"
-        paths = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
+        names = own_weights(path.name for path in folder.glob("*.safetensors"))
+        paths = [whole] if whole.exists() else [folder / name for name in names]
         if not paths:
             return read_folder_header(folder)  # tells pickles from nothing at all
     else:
@@ -73,6 +76,8 @@ def _open_folder(folder: Path, report: Report, correction: Correction) -> Checkp
                     tensor=name,
                 )
             tensors.setdefault(name, entry)
+    if has_mistral_names(tensors):
+        return read_folder_header(folder)
     if weight_map is not None:
         _compare(weight_map, tensors, read, report, correction)
     return CheckpointHeader(folder, "safetensors", tensors, config, metadata)

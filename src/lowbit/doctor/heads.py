@@ -17,7 +17,7 @@ class Heads:
     """Embedding and head of a tied checkpoint, compared by their hashes: each is read once."""
 
     def __init__(self, header: CheckpointHeader, tied: bool) -> None:
-        names = list(header.tensors) if tied and header.container == "safetensors" else []
+        names = list(header.tensors) if tied and header.container != "gguf" else []
         heads = [name for name in names if name.startswith("lm_head.")]
         self.head = heads[0] if heads else ""
         self.embedding = next((name for name in names if _EMBEDDING.fullmatch(name)), "")

@@ -77,7 +77,7 @@ def survey(header: CheckpointHeader, report: Report, correction: Correction) -> 
     except LowbitError as error:
         report.add_error(error)
         return found
-    if tied and header.container == "safetensors":
+    if tied and header.container != "gguf":
         # A stored copy of the tied head is a rule of its own (D115, D116).
         surveyor.names.used.update(name for name in header.tensors if name.startswith("lm_head."))
     try:

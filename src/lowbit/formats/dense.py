@@ -32,7 +32,29 @@ _QUANTIZED = {
     "._weight_qdata": "torchao",
     ".W_q": "HQQ",
 }
+SCALED_8BIT = ("F8_E4M3", "F8_E5M2", "I8")
+_8BIT_SCALES = (".weight_scale", ".weight_scale_inv")
 DENSE_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+
+def scaled_8bit(header: CheckpointHeader) -> str | None:
+    """The tensor that shows that weights are FP8 or int8 beside their scales, where no config says how.
+
+    None where one does, or where other parts of quantized weights are there too.
+    """
+    if header.container == "gguf" or quantization_config(header) is not None or refused_by_tensors(header):
+        return None
+    shown = None
+    for name, entry in header.tensors.items():
+        stem, _, suffix = name.rpartition(".weight")
+        if not stem or suffix:
+            if name.endswith(tuple(_QUANTIZED)) and not name.endswith(_8BIT_SCALES):
+                return None
+        elif entry.dtype in SCALED_8BIT and any(f"{stem}{end}" in header.tensors for end in _8BIT_SCALES):
+            shown = shown or name
+        elif entry.dtype not in (*DENSE_DTYPES, *SCALED_8BIT):
+            return None
+    return None if shown is None else f"tensor {shown!r} has 8 bits and a scale"
 
 
 def is_dense(header: CheckpointHeader, module: StoredModule) -> bool:
@@ -145,9 +167,9 @@ class Dense:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """A safetensors checkpoint whose config names no method, and no tensor a refused one."""
-        if header.container != "safetensors" or quantization_config(header) is not None:
+        if header.container == "gguf" or quantization_config(header) is not None:
             return None
-        if refused_by_tensors(header) is not None:
+        if refused_by_tensors(header) is not None or scaled_8bit(header) is not None:
             return None
         return "config.json names no quantization"
 

@@ -85,6 +85,9 @@ class Fp8:
     aliases: tuple[str, ...] = ("fbgemm_fp8", "mxfp8")
     reference = "transformers"
     unused = ()
+    methods: tuple[str, ...] = _METHODS
+    packed_codes = "e2m1"  # of 4-bit weights beside the FP8 ones
+    packed_block = (1, 32)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
@@ -131,7 +134,7 @@ class Fp8:
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method fp8, fbgemm_fp8 or mxfp8; not Quark's dress of it."""
         found = quantization_config(header)
-        if found is None or found.method.lower() not in _METHODS or "export" in found.values:
+        if found is None or found.method.lower() not in cls.methods or "export" in found.values:
             return None
         return f"{found.place} says {found.method}"
 
@@ -146,13 +149,13 @@ class Fp8:
         if is_dense(self.header, module):
             return dense_scheme(self.header, module)
         weight, scale, packed = self._entries(module)
-        codes = "e2m1" if packed else CODES[weight.dtype]
+        codes = self.packed_codes if packed else CODES[weight.dtype]
         block = self._block(module, scale, packed)
         return Scheme(
             number_format(codes),
             (block,),
             (number_format("f32" if self.divides else SCALES[scale.entry.dtype]),),
-            activation=self._activation(block),
+            activation=self._activation(block, packed),
         )
 
     def tensors_of(self, module: StoredModule) -> list[str]:
@@ -179,7 +182,9 @@ class Fp8:
         weight, scale, packed = self._entries(module)
         scheme = self.scheme_of(module)
         stored = of_expert(module, data.tensor(weight.name)).view(torch.uint8)
-        codes = unpack_bits(stored, 4, module.shape[1]) if packed else stored
+        codes = stored
+        if packed:
+            codes = self._unpacked(stored, module.shape[1])
         scales = scale.cut(data.tensor(scale.entry.name))
         if scale.entry.dtype == "U8":
             scales = scales.view(torch.float8_e8m0fnu)
@@ -193,7 +198,9 @@ class Fp8:
             (scales.reshape(_grid(module.shape, scheme.blocks[0])),),
             origin=origin_of(self.header, module),
         )
-        return StoredLinear(quantized, read_bias(self.header, module, data), self._input(module, data))
+        return StoredLinear(
+            quantized, read_bias(self.header, module, data), self._input(module, packed, data)
+        )
 
     def _entries(self, module: StoredModule) -> tuple[TensorEntry, _Scale, bool]:
         """(weight, its scale, whether it is packed fp4), dtypes and shapes checked."""
@@ -264,7 +271,7 @@ class Fp8:
             return (0, 0)
         candidates = [self.block] if self.block else []
         if packed:
-            candidates.insert(0, (1, 32))
+            candidates.insert(0, self.packed_block)
         for block in candidates:
             if shape == _grid(module.shape, block):
                 return block
@@ -282,7 +289,7 @@ class Fp8:
             f"channel [{module.shape[0]}, 1], per tensor one number ({self.place})",
         )
 
-    def _activation(self, block: tuple[int, int]) -> ActivationScheme:
+    def _activation(self, block: tuple[int, int], packed: bool) -> ActivationScheme:
         e4m3, scale = number_format("e4m3"), number_format("e8m0" if self.ue8m0 else "f32")
         if self.static:
             return ActivationScheme(e4m3, (0, 0), "static")
@@ -290,9 +297,17 @@ class Fp8:
             return ActivationScheme(e4m3, (1, block[1]), limit=448.0, scale=scale)
         return ActivationScheme(e4m3, (1, 0), limit=448.0, upper_bound=self.upper_bound)
 
-    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+    def _unpacked(self, stored: Tensor, columns: int) -> Tensor:
+        """uint8 (out, in) codes of a packed weight."""
+        return unpack_bits(stored, 4, columns)
+
+    def _input(self, module: StoredModule, packed: bool, data: TensorData) -> InputRule | None:
         if not self.static:
             return None
+        return InputRule(static_scale=self._input_scale(module, data))
+
+    def _input_scale(self, module: StoredModule, data: TensorData) -> Tensor:
+        """The one number a static config promises."""
         names = [module.tensor(suffix) for suffix in _INPUT_SCALES]
         name = next((name for name in names if name in self.header.tensors), None)
         if name is None:
@@ -308,7 +323,7 @@ class Fp8:
                 f"{self.header.file_of(name)}: tensor {name!r} is {list(stored.shape)}; a static input "
                 "scale is one number",
             )
-        return InputRule(static_scale=stored.float().reshape(()))
+        return stored.float().reshape(())
 
 
 def block_size(values: dict[str, object], place: str) -> tuple[int, int] | None:

@@ -104,7 +104,7 @@ class Hqq:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """The quant_method of the config."""
-        if header.container != "safetensors":
+        if header.container == "gguf":
             return None
         found = quantization_config(header)
         if found is None or found.method.lower() != "hqq":

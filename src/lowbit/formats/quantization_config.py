@@ -42,7 +42,8 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
     ):
         values = read_json(header, name)
         if values is not None:
-            return _checked(values, name, method)
+            # QServe's own file of that name says wbits, AutoAWQ's w_bit.
+            return _checked(values, name, "qoq" if method == "awq" and "wbits" in values else method)
     if isinstance(config.get("quantization"), dict):
         return _checked(config["quantization"], "config.json: quantization", "mlx")
     return None
@@ -54,6 +55,8 @@ def _checked(found: object, place: str, method: str = "") -> QuantizationConfig:
     told = found.get("quant_method")
     if told is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
         told = "bitsandbytes"  # files of 2023 name no method
+    if told is None and found.get("backend") == "sinq":
+        told = "sinq"
     name = told if isinstance(told, str) and told else method
     if not name:
         raise LowbitError("E0212", f"{place} names no quant_method; it cannot be told what the weights are")

@@ -73,7 +73,7 @@ class Names:
                 rows = sum(part.shape[0] for part in parts)
                 part = Part(name, (rows, parts[0].shape[1]), bias=parts[0].bias)
                 return [Placed(part, StoredModule(name, fused, part.shape))]
-        rotates = self.in_gguf and self.family.gguf_rotates_pairs
+        rotates = self.header.rotary_pairs or (self.in_gguf and self.family.gguf_rotates_pairs)
         return [
             Placed(part, StoredModule(part.name, stem, part.shape), part.rotary_heads if rotates else 0)
             for part, stem in zip(parts, stems, strict=True)

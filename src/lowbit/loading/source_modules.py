@@ -89,7 +89,8 @@ class SourceModel:
         """The module in canonical form, rows in the order in which it is written."""
         stored = self.form.read(module.place.module, data)
         weight, bias = stored.weight, stored.bias
-        order = row_order(module.place, self.header) if self.header.container == "gguf" else None
+        reordered = self.header.container == "gguf" or self.header.rotary_pairs
+        order = row_order(module.place, self.header) if reordered else None
         if order is not None:
             weight = weight.permute_rows(order)
             bias = None if bias is None else bias[order]

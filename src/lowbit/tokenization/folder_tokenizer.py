@@ -27,12 +27,13 @@ def folder_tokenizer(header: CheckpointHeader, stop_ids: frozenset[int]) -> Fast
     if vocabulary is not None and merges is not None:
         source = _byte_level(vocabulary, merges, config)
         return FastTokenizer(check_source(source, "vocab.json"), specials, "vocab.json")
-    found = " (tokenizer.model alone is not read: convert it to tokenizer.json)"
-    has_model = (header.root / "tokenizer.model").exists()
+    unread = ("tekken.json", "tokenizer.model")
+    alone = next((name for name in unread if (header.root / name).exists()), "")
+    found = f" ({alone} alone is not read: convert it to tokenizer.json)" if alone else ""
     raise LowbitError(
         "E0250",
         f"no tokenizer in {header.root.name} (looked for tokenizer.json, vocab.json+merges.txt)"
-        f"{found if has_model else ''}; pass --tokenizer <dir or repo> of the base model",
+        f"{found}; pass --tokenizer <dir or repo> of the base model",
     )
 
 

@@ -1,0 +1,161 @@
+"""AQLM checkpoints (Egiazarian et al., 2024): sums of codebook vectors, as transformers saves them.
+
+    codebooks  F16, BF16 [M, 2^b, o, g]      M codebooks of 2^b vectors of o x g weights (o is 1, g 8 or 16)
+    codes      I8, I16 [out / o, in / g, M]  unsigned; b bits each, wrapped into the signed type
+    scales     F16, BF16 [out / o, 1, 1, 1]
+
+    weight[o R + i, g C + j] = scales[R] * sum over m of codebooks[m, codes[R, C, m], i, j]
+
+No kernel here runs codebooks: a weight is decoded when it is loaded and kept in the codebooks' type, which
+takes 16 bits a weight where the file takes about 2. The sum and the product are made in float32 and rounded
+once (the tool rounds each, so a last bit may differ). ``inspect`` shows what the model takes.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError, printable
+from lowbit.formats import (
+    Notes,
+    StoredLinear,
+    StoredModule,
+    check_shape,
+    entry_of,
+    finite_scales,
+    require_tensors,
+)
+from lowbit.formats.dense import (
+    DENSE_DTYPES,
+    bias_tensors,
+    dense_scheme,
+    dense_tensors,
+    origin_of,
+    read_bias,
+    read_dense,
+)
+from lowbit.formats.quantization_config import quantization_config
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme, dense
+
+_NUMBERS = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 1, "nbits_per_codebook": 16}
+_WHAT = "an AQLM weight"
+
+
+class Aqlm:
+    """See the module docstring."""
+
+    name: ClassVar[str] = "aqlm"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str] = "aqlm"
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header = header
+        found = quantization_config(header)
+        assert found is not None, "claims() saw it"
+        self.place = found.place
+        self.told: dict[str, int] = {}
+        for key, default in _NUMBERS.items():
+            value = found.values.get(key, default)
+            limit = 16 if key == "nbits_per_codebook" else 1024
+            if type(value) is not int or not 1 <= value <= limit:
+                raise LowbitError(
+                    "E0212",
+                    f"{self.place}.{key} must be a whole number from 1 to {limit}, found "
+                    f"{printable(repr(value))}",
+                )
+            self.told[key] = value
+        require_tensors(header, (".codebooks",), self.place, self.name)
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """The quant_method of the config."""
+        found = quantization_config(header)
+        if found is None or found.method.lower() != cls.name:
+            return None
+        return f"{found.place} says {found.method}"
+
+    def describe(self) -> str:
+        """Codebooks and bits, and that it is decoded."""
+        books, bits = self.told["num_codebooks"], self.told["nbits_per_codebook"]
+        return f"aqlm, {books}x{bits} in {self.place.split(':')[0]}, decoded to 16 bits a weight when loaded"
+
+    def scheme_of(self, module: StoredModule) -> Scheme:
+        """Dense, in the codebooks' type."""
+        if self._is_dense(module):
+            return dense_scheme(self.header, module)
+        return dense(DENSE_DTYPES[self._entries(module).dtype])
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """Codes, codebooks, scales and bias."""
+        if self._is_dense(module):
+            return dense_tensors(self.header, module)
+        names = [module.tensor(suffix) for suffix in ("codes", "codebooks", "scales")]
+        return names + bias_tensors(self.header, module)
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """Decoded, a slice of rows at a time."""
+        if self._is_dense(module):
+            return read_dense(self.header, module, data)
+        scheme = self.scheme_of(module)
+        books = finite_scales(
+            self.header, module.tensor("codebooks"), data.tensor(module.tensor("codebooks"))
+        )
+        scales = finite_scales(self.header, module.tensor("scales"), data.tensor(module.tensor("scales")))
+        codes = data.tensor(module.tensor("codes"))
+        weight = decode(codes, books, scales)
+        quantized = QuantizedTensor(
+            scheme, module.shape, weight, origin=origin_of(self.header, module, "codes")
+        )
+        return StoredLinear(quantized, read_bias(self.header, module, data))
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        return module.tensor("codebooks") not in self.header.tensors
+
+    def _entries(self, module: StoredModule) -> TensorEntry:
+        """The codebooks; dtypes and shapes of all three checked."""
+        if module.expert is not None:
+            raise LowbitError("E0218", f"{module.name}: stacked experts in AQLM's codes are not read")
+        (out, columns), told = module.shape, self.told
+        rows, width = told["out_group_size"], told["in_group_size"]
+        books, bits = told["num_codebooks"], told["nbits_per_codebook"]
+        what = f"{_WHAT} of {out} x {columns} with {books} codebooks of {bits} bits"
+        entry = entry_of(self.header, module, "codebooks", tuple(DENSE_DTYPES), what)
+        if out % rows or columns % width:
+            raise LowbitError(
+                "E0213",
+                f"{entry.file.name}: {module.stored!r} is {out} x {columns}; {self.place} cuts it into "
+                f"groups of {rows} x {width}. Config and weights are from different models",
+            )
+        check_shape(entry, (books, 1 << bits, rows, width), what)
+        codes = entry_of(self.header, module, "codes", ("I8",) if bits <= 8 else ("I16",), what)
+        check_shape(codes, (out // rows, columns // width, books), what)
+        scales = entry_of(self.header, module, "scales", tuple(DENSE_DTYPES), what)
+        check_shape(scales, (out // rows, 1, 1, 1), what)
+        return entry
+
+
+def decode(codes: Tensor, books: Tensor, scales: Tensor) -> Tensor:
+    """(out, in) in the codebooks' type; codes (R, C, M), books (M, 2^b, o, g), scales (R, 1, 1, 1)."""
+    rows, groups, count = codes.shape
+    size, high, width = books.shape[1:]
+    weight = torch.empty(rows * high, groups * width, dtype=books.dtype)
+    step = max(1, (1 << 22) // max(1, groups * width * high))
+    for start in range(0, rows, step):
+        part = codes[start : start + step].long() & (size - 1)
+        total = books[0].float()[part[..., 0]]  # (rows, groups, o, g)
+        for number in range(1, count):
+            total += books[number].float()[part[..., number]]
+        total *= scales[start : start + step].float()
+        flat = total.transpose(1, 2).reshape(-1, groups * width)
+        weight[start * high : start * high + len(flat)] = flat.to(books.dtype)
+    return weight
+
+
+FORMAT = Aqlm

@@ -1,0 +1,164 @@
+"""FP8 and int8 weights beside their scales, and a config that says nothing: what some exporters leave.
+
+    weight         F8_E4M3, F8_E5M2 or I8 [out, in]
+    weight_scale or weight_scale_inv    one number; one a row, [out] or [out, 1]; or blocks of 128 x 128
+    input_scale    one number beside FP8 weights: inputs are then rounded to e4m3 under it
+
+weight[r, c] = code[r, c] * scale[block of (r, c)], both names multiply; I8 is two's complement. Without a
+config nobody says that inputs are quantized, so they are not, but where their scale is there: that loses the
+least. Other block sizes cannot be told from a scale's shape and are refused, and so is a checkpoint that has
+parts of another method's weights too. A scale of any other meaning has another name in every known method.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError
+from lowbit.formats import (
+    InputRule,
+    Notes,
+    StoredLinear,
+    StoredModule,
+    check_shape,
+    entry_of,
+    finite_scales,
+)
+from lowbit.formats.dense import (
+    SCALED_8BIT,
+    bias_tensors,
+    dense_scheme,
+    dense_tensors,
+    is_dense,
+    of_expert,
+    origin_of,
+    read_bias,
+    read_dense,
+    scaled_8bit,
+)
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import ActivationScheme, Scheme
+
+_CODES = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "I8": "int8"}
+_SCALES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_NAMES = ("weight_scale", "weight_scale_inv")
+_SQUARE = 128
+_WHAT = "an 8-bit weight without a quantization config"
+
+
+class Scaled8Bit:
+    """See the module docstring."""
+
+    name: ClassVar[str] = "scaled-8bit"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str] = "lowbit"
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header = header
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """An 8-bit weight with its scale, and no config that names a method."""
+        return scaled_8bit(header)
+
+    def describe(self) -> str:
+        """What the tensors show."""
+        kinds = {entry.dtype for entry in self.header.tensors.values()} & set(SCALED_8BIT)
+        names = " and ".join(sorted({_CODES[kind] for kind in kinds}))
+        return f"{names} weights with scales, recognised from the tensors (config.json says nothing)"
+
+    def scheme_of(self, module: StoredModule) -> Scheme:
+        """From the shape of the scale."""
+        if is_dense(self.header, module):
+            return dense_scheme(self.header, module)
+        weight, scale = self._entries(module)
+        activation = None
+        if self._input_scale(module, weight) is not None:
+            activation = ActivationScheme(number_format("e4m3"), (0, 0), "static")
+        block = self._block(module, scale)
+        return Scheme(
+            number_format(_CODES[weight.dtype]),
+            (block,),
+            (number_format(_SCALES[scale.dtype]),),
+            activation=activation,
+        )
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """Weight, scales and bias."""
+        if is_dense(self.header, module):
+            return dense_tensors(self.header, module)
+        _, scale = self._entries(module)
+        inputs = module.tensor("input_scale")
+        static = [inputs] if inputs in self.header.tensors else []
+        return [module.tensor("weight"), scale.name, *static, *bias_tensors(self.header, module)]
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """The bytes as codes, the scales as they are."""
+        if is_dense(self.header, module):
+            return read_dense(self.header, module, data)
+        weight, scale = self._entries(module)
+        scheme = self.scheme_of(module)
+        codes = of_expert(module, data.tensor(weight.name)).view(torch.uint8)
+        if weight.dtype == "I8":
+            codes = codes ^ 0x80  # two's complement to offset binary
+        scales = finite_scales(self.header, scale.name, of_expert(module, data.tensor(scale.name)))
+        grid = [-(-n // (size or n)) for n, size in zip(module.shape, scheme.blocks[0], strict=True)]
+        rule = None
+        if (inputs := self._input_scale(module, weight)) is not None:
+            told = finite_scales(self.header, inputs.name, of_expert(module, data.tensor(inputs.name)))
+            rule = InputRule(static_scale=told.float().reshape(()))
+        quantized = QuantizedTensor(
+            scheme, module.shape, codes, (scales.reshape(grid),), origin=origin_of(self.header, module)
+        )
+        return StoredLinear(quantized, read_bias(self.header, module, data), rule)
+
+    def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
+        """The weight and its scale, dtypes and shapes checked."""
+        lead = () if module.expert is None else (module.experts,)
+        weight = entry_of(self.header, module, "weight", SCALED_8BIT, _WHAT)
+        check_shape(weight, (*lead, *module.shape), _WHAT)
+        here = [suffix for suffix in _NAMES if module.tensor(suffix) in self.header.tensors]
+        scale = entry_of(self.header, module, (here or list(_NAMES))[0], tuple(_SCALES), _WHAT)
+        if lead and scale.shape[:1] != lead:
+            check_shape(scale, (*lead, module.shape[0], 1), _WHAT)
+        return weight, scale
+
+    def _block(self, module: StoredModule, scale: TensorEntry) -> tuple[int, int]:
+        out, columns = module.shape
+        shape = scale.shape if module.expert is None else scale.shape[1:]
+        if shape in ((out,), (out, 1)):
+            return (1, 0)
+        if math.prod(shape) == 1 and (len(shape) < 2 or max(out, columns) > _SQUARE):
+            return (0, 0)
+        if shape == (-(-out // _SQUARE), -(-columns // _SQUARE)):
+            return (_SQUARE, _SQUARE)
+        raise LowbitError(
+            "E0213",
+            f"{scale.file.name}: tensor {scale.name!r} is {scale.dtype} {list(scale.shape)} beside a weight "
+            f"of {out} x {columns}; without a quantization config only one number, one a row or blocks of "
+            f"{_SQUARE} x {_SQUARE} can be told. Restore the quantization_config of these weights",
+        )
+
+    def _input_scale(self, module: StoredModule, weight: TensorEntry) -> TensorEntry | None:
+        entry = self.header.tensors.get(module.tensor("input_scale"))
+        if entry is None:
+            return None
+        lead = 1 if module.expert is None else module.experts
+        if weight.dtype == "I8" or entry.dtype not in _SCALES or math.prod(entry.shape) != lead:
+            raise LowbitError(
+                "E0218",
+                f"{entry.file.name}: tensor {entry.name!r} ({entry.dtype} {list(entry.shape)}) beside an "
+                f"{weight.dtype} weight: without a quantization config only one number beside FP8 can be "
+                "understood. Restore the quantization_config that belongs to these weights",
+            )
+        return entry
+
+
+FORMAT = Scaled8Bit

@@ -1,0 +1,290 @@
+"""VPTQ checkpoints (Liu et al., 2024): vectors of output rows from codebooks, as transformers saves them.
+
+    centroids.weight          F16, BF16 [N, C v]    N codebooks of C vectors of v output rows
+    res_centroids.weight      [N, R v]              a second codebook, added to the first
+    indices                   I32 [N, ceil(out / v), ceil(s b / 32)]   s columns a codebook
+    outlier_centroids.weight, outlier_indices       [1, Co vo], I16 [1, ceil(out / vo), o]
+    perm                      I16 [in]              the input column of each stored one
+    weight_scale, weight_bias F16, BF16 [in]
+
+An index has b = log2 C + log2 R bits, the first codebook's low; indices of a row follow one another from the
+lowest bit. Vector i of column c is rows v i to v i + v - 1. Stored columns are the o outliers, then those of
+each codebook. With u the matrix in the input's order of columns,
+
+    weight[r, c] = u[r, c] * weight_scale[c] + weight_bias[c]
+
+The sizes are the config's (``config_for_layers``, else ``shared_layer_config`` by the module's last name) and
+must agree with the tensors. No kernel here runs codebooks: weights are decoded when they are loaded and kept
+in the codebooks' type, 16 bits a weight; sums are made in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError, printable
+from lowbit.formats import (
+    Notes,
+    StoredLinear,
+    StoredModule,
+    check_shape,
+    entry_of,
+    finite_scales,
+    require_tensors,
+)
+from lowbit.formats.dense import (
+    DENSE_DTYPES,
+    bias_tensors,
+    dense_scheme,
+    dense_tensors,
+    origin_of,
+    read_bias,
+    read_dense,
+)
+from lowbit.formats.quantization_config import quantization_config
+from lowbit.numerics.bit_packing import unpack_words
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme, dense
+
+_WHAT = "a VPTQ weight"
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """One layer's sizes. ``residual``, ``outliers``: 0 where there are none."""
+
+    books: int
+    width: int  # columns a codebook
+    vector: int
+    centroids: int
+    residual: int
+    outliers: int
+    outlier_vector: int
+    outlier_centroids: int
+    permuted: bool
+    scaled: bool
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of an index: (main, residual)."""
+        return (self.centroids - 1).bit_length(), max(0, self.residual - 1).bit_length()
+
+
+class Vptq:
+    """See the module docstring."""
+
+    name: ClassVar[str] = "vptq"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str] = "vptq"
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header = header
+        found = quantization_config(header)
+        assert found is not None, "claims() saw it"
+        self.place = found.place
+        self.rules: dict[str, dict[str, object]] = {}
+        for key in ("shared_layer_config", "config_for_layers"):
+            layers = found.values.get(key) or {}
+            if not isinstance(layers, dict) or not all(isinstance(rule, dict) for rule in layers.values()):
+                raise LowbitError("E0212", f"{self.place}.{key} must map modules to their sizes")
+            self.rules |= layers
+        require_tensors(header, (".centroids.weight",), self.place, self.name)
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """The quant_method of the config."""
+        found = quantization_config(header)
+        if found is None or found.method.lower() != cls.name:
+            return None
+        return f"{found.place} says {found.method}"
+
+    def describe(self) -> str:
+        """That it is decoded."""
+        return f"vptq in {self.place.split(':')[0]}, decoded to 16 bits a weight when loaded"
+
+    def scheme_of(self, module: StoredModule) -> Scheme:
+        """Dense, in the codebooks' type."""
+        if self._is_dense(module):
+            return dense_scheme(self.header, module)
+        entry, _ = self._checked(module)
+        return dense(DENSE_DTYPES[entry.dtype])
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """Everything of the layer."""
+        if self._is_dense(module):
+            return dense_tensors(self.header, module)
+        _, rule = self._checked(module)
+        names = ["centroids.weight", "indices"]
+        names += ["res_centroids.weight"] * (rule.residual > 0)
+        names += ["outlier_centroids.weight", "outlier_indices"] * (rule.outliers > 0)
+        names += ["perm"] * rule.permuted + ["weight_scale", "weight_bias"] * rule.scaled
+        return [module.tensor(name) for name in names] + bias_tensors(self.header, module)
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """Decoded."""
+        if self._is_dense(module):
+            return read_dense(self.header, module, data)
+        entry, rule = self._checked(module)
+        weight = self._decoded(module, rule, data)
+        quantized = QuantizedTensor(
+            dense(DENSE_DTYPES[entry.dtype]),
+            module.shape,
+            weight,
+            origin=origin_of(self.header, module, "indices"),
+        )
+        return StoredLinear(quantized, read_bias(self.header, module, data))
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        return module.tensor("centroids.weight") not in self.header.tensors
+
+    # ---- sizes
+
+    def _rule(self, module: StoredModule) -> _Rule:
+        names = (module.stored, module.stored.rpartition(".")[2])
+        found = next((self.rules[name] for name in names if name in self.rules), None)
+        if found is None:
+            raise LowbitError("E0212", f"{self.place} has no sizes for {module.stored!r} (config_for_layers)")
+
+        def number(key: str, least: int, value: object) -> int:
+            if type(value) is not int or not least <= value <= 1 << 20:
+                raise LowbitError(
+                    "E0212",
+                    f"{self.place}: {key} of {module.stored!r} must be a whole number from {least}, found "
+                    f"{printable(repr(value))}",
+                )
+            return value
+
+        def pair(key: str) -> tuple[int, int]:
+            value = found.get(key)
+            if not isinstance(value, list) or len(value) != 2:
+                value = [None, None]
+            return number(f"{key}[0]", -1, value[0]), number(f"{key}[1]", -1, value[1])
+
+        vectors, centroids, residual = (
+            pair(key) for key in ("vector_lens", "num_centroids", "num_res_centroids")
+        )
+        outliers = vectors[0] > 1 and centroids[0] > 0
+        if outliers and residual[0] > 0:
+            raise LowbitError(
+                "E0218", f"{self.place}: outliers of {module.stored!r} have a second codebook, not read"
+            )
+        return _Rule(
+            books=number("group_num", 1, found.get("group_num")),
+            width=number("group_size", 1, found.get("group_size")),
+            vector=number("vector_lens[1]", 1, vectors[1]),
+            centroids=number("num_centroids[1]", 2, centroids[1]),
+            residual=max(0, residual[1]),
+            outliers=number("outlier_size", 0, found.get("outlier_size", 0)) if outliers else 0,
+            outlier_vector=vectors[0],
+            outlier_centroids=centroids[0],
+            permuted=found.get("enable_perm", True) is True,
+            scaled=found.get("enable_norm", True) is True,
+        )
+
+    def _checked(self, module: StoredModule) -> tuple[TensorEntry, _Rule]:
+        """The main codebook and the sizes; dtypes and shapes of all tensors checked."""
+        if module.expert is not None:
+            raise LowbitError("E0218", f"{module.name}: stacked experts in VPTQ's codes are not read")
+        rule, (out, columns) = self._rule(module), module.shape
+        floats, header = tuple(DENSE_DTYPES), self.header
+
+        def check(suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> TensorEntry:
+            entry = entry_of(header, module, suffix, dtypes, _WHAT)
+            check_shape(entry, shape, f"{_WHAT} of {out} x {columns} by {self.place}")
+            return entry
+
+        books = check("centroids.weight", floats, (rule.books, rule.centroids * rule.vector))
+        if rule.outliers + rule.books * rule.width != columns:
+            raise LowbitError(
+                "E0213",
+                f"{books.file.name}: {module.stored!r} has {columns} columns, but {self.place} says "
+                f"{rule.outliers} outliers and {rule.books} groups of {rule.width}; correct the config",
+            )
+        main, second = rule.bits
+        words = -(-rule.width * (main + second) // 32)
+        check("indices", ("I32",), (rule.books, -(-out // rule.vector), words))
+        if rule.residual:
+            check("res_centroids.weight", floats, (rule.books, rule.residual * rule.vector))
+        if rule.outliers:
+            check("outlier_centroids.weight", floats, (1, rule.outlier_centroids * rule.outlier_vector))
+            rows = -(-out // rule.outlier_vector)
+            check("outlier_indices", ("I16", "U16"), (1, rows, rule.outliers))
+        if rule.permuted:
+            check("perm", ("I16", "U16", "I64"), (columns,))
+        for suffix in ("weight_scale", "weight_bias") if rule.scaled else ():
+            check(suffix, floats, (columns,))
+        return books, rule
+
+    # ---- numbers
+
+    def _decoded(self, module: StoredModule, rule: _Rule, data: TensorData) -> Tensor:
+        """(out, in) in the codebooks' type."""
+        (out, columns), (main, second) = module.shape, rule.bits
+
+        def floats(suffix: str) -> Tensor:
+            name = module.tensor(suffix)
+            return finite_scales(self.header, name, data.tensor(name))
+
+        def numbers(suffix: str) -> Tensor:
+            stored = data.tensor(module.tensor(suffix))
+            return stored.long() & 0xFFFF
+
+        books = floats("centroids.weight")
+        stored = data.tensor(module.tensor("indices"))
+        weight = torch.empty(out, columns)
+        at = rule.outliers
+        for number in range(rule.books):
+            fields = unpack_words(stored[number], 1, rule.width * (main + second))  # single bits
+            fields = fields.view(-1, rule.width, main + second).long()
+            index = (fields << torch.arange(main + second)).sum(-1)  # (vectors, width)
+            table = books[number].float().view(rule.centroids, rule.vector)
+            part = self._vectors(module, table, index & ((1 << main) - 1), "indices")
+            if rule.residual:
+                table = floats("res_centroids.weight")[number].float().view(rule.residual, rule.vector)
+                part = part + self._vectors(module, table, index >> main, "indices")
+            weight[:, at : at + rule.width] = part[:out]
+            at += rule.width
+        if rule.outliers:
+            table = floats("outlier_centroids.weight").float()
+            table = table.view(rule.outlier_centroids, rule.outlier_vector)
+            part = self._vectors(module, table, numbers("outlier_indices")[0], "outlier_indices")
+            weight[:, : rule.outliers] = part[:out]
+        if rule.permuted:
+            weight = self._placed(module, weight, numbers("perm"))
+        if rule.scaled:
+            weight = weight * floats("weight_scale").float() + floats("weight_bias").float()
+        return weight.to(books.dtype)
+
+    def _vectors(self, module: StoredModule, table: Tensor, index: Tensor, suffix: str) -> Tensor:
+        """(vectors v, columns): the table's vectors, each down a column."""
+        if int(index.max()) >= len(table):
+            name = module.tensor(suffix)
+            raise LowbitError(
+                "E0213",
+                f"{self.header.file_of(name)}: tensor {name!r} holds index {int(index.max())} of a codebook "
+                f"of {len(table)}; the file is damaged, or its sizes in {self.place} are wrong",
+            )
+        return table[index].transpose(1, 2).reshape(-1, index.shape[1])
+
+    def _placed(self, module: StoredModule, weight: Tensor, order: Tensor) -> Tensor:
+        """Stored column j becomes the input's column ``order[j]``."""
+        name = module.tensor("perm")
+        if not torch.equal(order.sort().values, torch.arange(len(order))):
+            raise LowbitError(
+                "E0213",
+                f"{self.header.file_of(name)}: tensor {name!r} is no permutation of {len(order)} columns; "
+                "the file is damaged",
+            )
+        placed = torch.empty_like(weight)
+        placed[:, order] = weight
+        return placed
+
+
+FORMAT = Vptq
