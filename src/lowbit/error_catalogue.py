@@ -380,6 +380,13 @@ CATALOGUE: dict[str, Entry] = {
         "kernel-timings.json in the cache folder (LOWBIT_CACHE, or lowbit in the user's cache): delete it if "
         "the machine was busy when they were taken.",
     ),
+    "E0414": Entry(
+        "a kernel that cannot run the layer",
+        "--linear-kernel names a kernel for a layer, and that kernel refuses the layer's scheme, shape or "
+        "device; the message has its reason.",
+        "lowbit inspect MODEL shows which kernels would run each layer. Give the layer another one, "
+        "pattern=auto before or instead of the rule, or drop --linear-kernel.",
+    ),
     "E0420": Entry(
         "no attention kernel",
         "Every attention kernel refused the model's KV cache; the message has each one's reason.",

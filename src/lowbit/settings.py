@@ -240,6 +240,14 @@ class Settings:
         None, "The same as a JSON object of vLLM's: {\"method\": \"ngram\", \"num_speculative_tokens\": 8}, "
         "with prompt_lookup_min and prompt_lookup_max.", "engine",
     )  # fmt: skip
+    linear_kernel: str = option(
+        "auto", "Kernel of the linear layers. auto: the first that takes a layer, or one that timings on "
+        "disk show to be faster with the same weights; a kernel's name: for all layers it is for; "
+        "pattern=NAME: for those that match, several comma-separated. cpu_dequantized holds quantized "
+        "weights as bf16, rounded. lowbit inspect says what each layer gets and what else would run it.",
+        "engine",
+        aliases=("--linear-backend",),
+    )  # fmt: skip
     kernel_timings: str = option(
         "auto", "Time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios and warn "
         "where bf16 is faster; a server does it once it is ready and idle, with --strict before. auto: "

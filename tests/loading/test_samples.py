@@ -17,8 +17,8 @@ from lowbit.engine import speed
 from lowbit.engine.engine import load_engine
 from lowbit.errors import LowbitError
 from lowbit.kernels import timing
-from lowbit.kernels.timing import LayerSample, TimingTable
-from lowbit.loading import load_model
+from lowbit.kernels.timing import LayerSample, Seconds, TimingTable
+from lowbit.loading import kernel_choice, load_model
 from lowbit.loading.samples import Samples
 from lowbit.settings import Settings
 
@@ -85,15 +85,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LOWBIT_CACHE", raising=False)
     monkeypatch.setattr(timing, "_SWEEP_BYTES", 64)
-    return tmp_path / "lowbit" / speed.FILE
+    return tmp_path / "lowbit" / kernel_choice.FILE
 
 
 def known(cache: Path, kinds: dict[LayerSample, int], **ratios: float) -> Samples:
     """Samples whose timings are in the file already: kernel -> how many times as fast as bf16."""
-    table = TimingTable(cache, timing.machine(CPU, speed._version()))
+    table = TimingTable(cache, timing.machine(CPU, kernel_choice._version()))
     samples = Samples()
     for kind, count in kinds.items():
-        table.add(kind, {1: (1e-3, 1e-3 * ratios[kind.kernel]), 256: (1e-3, 2e-3 * ratios[kind.kernel])})
+        ratio = ratios[kind.kernel]
+        table.add(kind, {1: Seconds(1e-3, 1e-3 * ratio, 1.0), 256: Seconds(1e-3, 1.0, 2e-3 * ratio)})
         samples.counts[kind] = count
     table.save()
     return samples
