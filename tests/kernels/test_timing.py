@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from lowbit.kernels import timing
+from lowbit.kernels import Loser, timing
 from lowbit.kernels.timing import (
     LayerSample,
     Seconds,
@@ -128,6 +129,50 @@ def test_neighbours_on_the_machine_do_not_count(clock: Clock, tmp_path: Path) ->
     run = clock.layer("int4", lambda tokens, n: 5e-4 * (10 if n % 2 == 0 else 1))
     [found] = time_layers({sample(run): 1}, table(tmp_path), CPU, clock)
     assert found.seconds[1][0] == pytest.approx(5e-4)
+
+
+def test_the_faster_bf16_is_what_counts(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's where that is faster, asked with as many threads as native code has."""
+    threads: set[int] = set()
+
+    def prepare(bench: timing._Bench, shape: tuple[int, int]) -> None:
+        bench._bf16 = clock.layer("bf16", lambda tokens, _: 1e-3)
+        fast = clock.layer("torch", lambda tokens, _: 5e-4)
+        bench._torch = lambda x: (threads.add(torch.get_num_threads()), fast(x))[1]
+        assert bench._torch is not fast
+
+    monkeypatch.setattr(timing._Bench, "_prepare", prepare)
+    monkeypatch.setattr(timing.native, "threads", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        [found] = time_layers(
+            {sample(clock.layer("x", lambda tokens, _: 1e-3)): 1}, table(tmp_path), CPU, clock
+        )
+        assert torch.get_num_threads() == 1 and threads == {2}
+    finally:
+        torch.set_num_threads(before)
+    assert found.seconds[1] == pytest.approx(Seconds(1e-3, 1e-3, 5e-4))
+    assert found.ratio(1) == pytest.approx(0.5)
+    assert str(found).endswith("0.5x bf16 with 1 token, 0.5x with 32, 0.5x with 256")
+
+
+def test_torch_is_not_waited_for_where_it_is_hopeless(
+    clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU without bfloat16 instructions: the other numbers of tokens are still timed, beside our own."""
+
+    def prepare(bench: timing._Bench, shape: tuple[int, int]) -> None:
+        bench._bf16 = clock.layer("bf16", lambda tokens, _: 1e-4)
+        bench._torch = clock.layer("torch", lambda tokens, _: 5e-4 * tokens)
+
+    monkeypatch.setattr(timing._Bench, "_prepare", prepare)
+    [found] = time_layers({sample(clock.layer("x", lambda tokens, _: 5e-5)): 1}, table(tmp_path), CPU, clock)
+    assert found.seconds[1].torch == pytest.approx(5e-4)
+    assert (found.seconds[32].torch, found.seconds[256].torch) == (None, None)
+    assert found.ratio(256) == pytest.approx(2.0)
 
 
 def test_what_seems_slower_gets_a_second_look(clock: Clock, tmp_path: Path) -> None:
@@ -271,6 +316,24 @@ def test_slower_is_told_for_a_method_over_all_its_layers() -> None:
         "int4 1x32 f16 on cpu_blocks is slower than bf16: 0.5x with 256 tokens",
         "q2 odd on reference is slower than bf16: 0.25x with 1 token",
     ]
+
+
+def test_slower_bf16_and_what_a_copy_would_do() -> None:
+    """bf16 itself is only told of torch; a copy where all layers could have one and it is faster."""
+    bf16 = Timing(sample(never, "bf16", kernel="cpu_dense", plain=True), {256: Seconds(2.0, 2.0, 1.0)})
+    [found] = slower_than_bf16([bf16])
+    assert found.plain and str(found) == "bf16 on cpu_dense is slower than torch's bf16: 0.5x with 256 tokens"
+    copies = (Loser("reference", "slow"), Loser("cpu_dequantized", "rounds"))
+    slow = replace(sample(never), losers=copies)
+    assert [s.copy for s in slower_than_bf16([Timing(slow, {1: Seconds(2.0, 1.0)})])] == [pytest.approx(2.0)]
+    assert [s.copy for s in slower_than_bf16([Timing(slow, {1: Seconds(2.0, 2.0, 1.0)})])] == [None], (
+        "as slow"
+    )
+    mixed = [
+        Timing(slow, {1: Seconds(2.0, 1.0)}),
+        Timing(sample(never, shape=(1, 1)), {1: Seconds(2.0, 1.0)}),
+    ]
+    assert [s.copy for s in slower_than_bf16(mixed)] == [None]
 
 
 def test_sample_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.engine import speed
 from lowbit.engine.engine import load_engine
 from lowbit.errors import LowbitError
-from lowbit.kernels import timing
+from lowbit.kernels import Loser, timing
 from lowbit.kernels.timing import LayerSample, Seconds, TimingTable
 from lowbit.loading import kernel_choice, load_model
 from lowbit.loading.samples import Samples
@@ -141,6 +142,25 @@ def test_strict_refuses_what_is_slower(cache: Path) -> None:
     )
     fast = known(cache, {kind_of("cpu_blocks", "int4 1x16 f32"): 1}, cpu_blocks=1.5)
     speed.say_speed(fast, CPU, strict=True)
+
+
+def test_torch_faster_in_bf16_and_a_copy_that_would_be(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Said, and no reason to refuse a model: there is no other way to run bf16."""
+    bf16 = replace(kind_of("cpu_dense", "bf16"), plain=True)
+    samples = known(cache, {bf16: 1}, cpu_dense=0.5)
+    speed.say_speed(samples, CPU, strict=True)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "lowbit: bf16 on cpu_dense is slower than torch's bf16: 0.5x with 1 token; torch's rows depend on "
+        "the batch they are computed in, so it is not used"
+    ]
+    caplog.clear()
+    nf4 = replace(kind_of("cpu_blocks", "nf4"), losers=(Loser("cpu_dequantized", "rounds"),))
+    speed.say_speed(known(cache, {nf4: 1}, cpu_blocks=0.5), CPU, strict=False)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "lowbit: nf4 on cpu_blocks is slower than bf16: 0.5x with 1 token; --linear-kernel cpu_dequantized "
+        "is 2.0x as fast with 1 token, and holds these weights in bfloat16 (lowbit inspect says in how much "
+        "more memory); or use the unquantized model, as it is or with another --quantization (int8, int4)"
+    ]
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(cache: Path, caplog: pytest.LogCaptureFixture) -> None:

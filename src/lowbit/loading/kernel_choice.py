@@ -187,11 +187,13 @@ class KernelChoice:
 
 def _refused(wanted: Wanted, scheme: Scheme, shape: tuple[int, ...], reason: str) -> LowbitError:
     size = " x ".join(map(str, shape))
-    way_out = "leave it out of the pattern" if wanted.by_pattern else f"add ,{wanted.module}=auto"
+    way_out = "leave it out of the pattern"
+    if not wanted.by_pattern:
+        way_out = f"use --linear-kernel {wanted.rule},{printable(wanted.module)}=auto"
     return LowbitError(
         "E0414",
         f"{printable(wanted.module)}: --linear-kernel {printable(wanted.rule)}: {wanted.kernel} cannot run "
-        f"{scheme} ({size}): {reason}; {way_out}, or use auto",
+        f"{scheme} ({size}): {reason}; {way_out}, or auto",
     )
 
 
