@@ -154,6 +154,20 @@ def test_a_pattern_splits_what_would_be_fused(folder: Path, linears: dict[str, l
     )
 
 
+def test_rules_about_nothing_are_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for ask in (load, kernels_of):
+        caplog.clear()
+        ask(folder, linear_kernel="*.w1=reference,o_proj=auto,lm_head=cpu_dense,cpu_dequantized")  # type: ignore[operator]
+        warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert warned == [
+            "lowbit: --linear-kernel *.w1=reference is about no layer of this model; lowbit inspect lists "
+            "them"
+        ]
+    caplog.clear()
+    load(folder, quantization=None, linear_kernel="cpu_dequantized")
+    assert "--linear-kernel cpu_dequantized is about no layer" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

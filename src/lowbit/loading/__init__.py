@@ -166,7 +166,9 @@ def plan_model(
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels)
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
-    return _planned(header, asked, target, strict, kv_scales_path)
+    plan = _planned(header, asked, target, strict, kv_scales_path)
+    kernels.finish()
+    return plan
 
 
 def _resolved(

@@ -91,7 +91,7 @@ class Asker:
 
     def wanted_kernel(self, place: Placed) -> Wanted:
         """What ``--linear-kernel`` says of a module."""
-        return self.target.kernels.rules.of(place.part.name, role_of(place))
+        return self.target.kernels.wanted(place.part.name, role_of(place))
 
     def with_inputs(self, place: Placed, scheme: Scheme) -> Scheme:
         """The scheme with int8 inputs, where they were asked for and its kernel can multiply them."""

@@ -80,6 +80,12 @@ class KernelRules:
                 default = name
         return cls(default or AUTO, tuple(rules))
 
+    @property
+    def written(self) -> list[str]:
+        """Every rule as ``Wanted.rule`` has it, but auto."""
+        bare = [] if self.default == AUTO else [self.default]
+        return [f"{pattern}={kernel}" for pattern, kernel in self.rules] + bare
+
     def of(self, name: str, role: str) -> Wanted:
         """What is wanted for a module."""
         for pattern, kernel in self.rules:
@@ -102,6 +108,7 @@ class KernelChoice:
         self._chosen: dict[tuple[object, ...], Choice] = {}
         self._spent = 0.0
         self._lines: Counter[str] = Counter()
+        self._used: set[str] = set()  # rules that were about something
 
     def table(self, device: torch.device) -> TimingTable | None:
         """The timings of this machine; None where they do not count."""
@@ -111,9 +118,18 @@ class KernelChoice:
             self._tables[device.type] = timing_table(device, self._threads)
         return self._tables[device.type]
 
+    def wanted(self, module: str, role: str) -> Wanted:
+        """What the rules say of a module."""
+        found = self.rules.of(module, role)
+        if found.by_pattern:
+            self._used.add(found.rule)
+        return found
+
     def of(self, wanted: Wanted, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> Choice:
         """The kernel of a weight of that shape as it is packed; ``scheme`` with what is done to inputs."""
         name = self._name(wanted, scheme)
+        if name != AUTO:
+            self._used.add(wanted.rule)
         key = (name, scheme, shape, device.type)
         if key not in self._chosen:
             table = self.table(device)
@@ -169,12 +185,16 @@ class KernelChoice:
             self._lines[f"{scheme} ({out} x {columns}) runs on {choice.kernel.name}{by}; {losers}"] += 1
 
     def finish(self) -> None:
-        """Once a model is loaded: what was measured is kept, what was chosen is said."""
+        """Once a model is loaded or planned: what was measured is kept, what was chosen is said."""
         for table in self._tables.values():
             keep(table)
         for line, count in self._lines.items():
             _log.info("lowbit: %s%s", line, f" ({count} layers)" if count > 1 else "")
         self._lines.clear()
+        for rule in self.rules.written:
+            if rule not in self._used:
+                text = "lowbit: --linear-kernel %s is about no layer of this model; lowbit inspect lists them"
+                _log.warning(text, printable(rule))
 
     @staticmethod
     def _name(wanted: Wanted, scheme: Scheme) -> str:
