@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.kernels import Loser, timing
+from lowbit.kernels import timing
 from lowbit.kernels.timing import (
     LayerSample,
     Seconds,
@@ -323,8 +323,7 @@ def test_slower_bf16_and_what_a_copy_would_do() -> None:
     bf16 = Timing(sample(never, "bf16", kernel="cpu_dense", plain=True), {256: Seconds(2.0, 2.0, 1.0)})
     [found] = slower_than_bf16([bf16])
     assert found.plain and str(found) == "bf16 on cpu_dense is slower than torch's bf16: 0.5x with 256 tokens"
-    copies = (Loser("reference", "slow"), Loser("cpu_dequantized", "rounds"))
-    slow = replace(sample(never), losers=copies)
+    slow = replace(sample(never), copies=True)
     assert [s.copy for s in slower_than_bf16([Timing(slow, {1: Seconds(2.0, 1.0)})])] == [pytest.approx(2.0)]
     assert [s.copy for s in slower_than_bf16([Timing(slow, {1: Seconds(2.0, 2.0, 1.0)})])] == [None], (
         "as slow"

@@ -17,7 +17,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.engine import speed
 from lowbit.engine.engine import load_engine
 from lowbit.errors import LowbitError
-from lowbit.kernels import Loser, timing
+from lowbit.kernels import timing
 from lowbit.kernels.timing import LayerSample, Seconds, TimingTable
 from lowbit.loading import kernel_choice, load_model
 from lowbit.loading.samples import Samples
@@ -46,6 +46,21 @@ def test_every_kind_once_with_its_count(tmp_path: Path) -> None:
     tied = tmp_path / "tied"
     make(tied, tie_word_embeddings=True)
     assert (("f32", (96, 128)), 1) in [((k.scheme, k.shape), n) for k, n in samples_of(tied).items()]
+
+
+def test_what_a_bf16_copy_might_run(tmp_path: Path) -> None:
+    """Quantized weights whose inputs stay as they are, and that are none yet."""
+
+    def copies(quantization: str | None, **how: object) -> dict[str, bool]:
+        samples = Samples()
+        how |= {"quantization": quantization, "samples": samples}
+        load_model(open_checkpoint(str(tmp_path)), device="cpu", **how)  # type: ignore[arg-type]
+        return {kind.scheme: kind.copies for kind in samples.counts if kind.shape in ((96, 128), (128, 128))}
+
+    make(tmp_path)
+    assert copies("int4") == {"uint4 1x128 f16 asym": True, "f32": False}
+    assert not any(copies("w8a8_int8").values())
+    assert not any(copies("int4", linear_kernel="cpu_dequantized").values())
 
 
 def test_experts_count(tmp_path: Path) -> None:
@@ -154,7 +169,7 @@ def test_torch_faster_in_bf16_and_a_copy_that_would_be(cache: Path, caplog: pyte
         "the batch they are computed in, so it is not used"
     ]
     caplog.clear()
-    nf4 = replace(kind_of("cpu_blocks", "nf4"), losers=(Loser("cpu_dequantized", "rounds"),))
+    nf4 = replace(kind_of("cpu_blocks", "nf4"), copies=True)
     speed.say_speed(known(cache, {nf4: 1}, cpu_blocks=0.5), CPU, strict=False)
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "lowbit: nf4 on cpu_blocks is slower than bf16: 0.5x with 1 token; --linear-kernel cpu_dequantized "

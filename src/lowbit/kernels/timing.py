@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.kernels import Loser, choose, native
+from lowbit.kernels import choose, native
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import dense
 
@@ -85,7 +85,7 @@ class LayerSample:
     """Some rows of a kind of layer. ``shape``: of the whole layer. ``run``: x (tokens, in) -> (tokens, rows).
 
     ``scheme``: with its input quantization, which ``run`` does too. ``plain``: an unquantized matrix.
-    ``losers``: other kernels that would run it, and why they do not.
+    ``copies``: whether ``cpu_dequantized`` would run it too, with the same inputs.
     """
 
     kernel: str
@@ -94,7 +94,7 @@ class LayerSample:
     rows: int
     run: Callable[[Tensor], Tensor] = field(repr=False)
     plain: bool = False
-    losers: tuple[Loser, ...] = field(default=(), compare=False)
+    copies: bool = False
 
     @property
     def key(self) -> str:
@@ -433,9 +433,7 @@ def slower_than_bf16(timings: Iterable[Timing]) -> list[Slower]:
                 bf16 += whole * seconds.bf16
                 dense_seconds += whole * seconds.dense
             if bf16 / mine < SLOWER:
-                copied = all(
-                    any(loser.kernel == COPY for loser in timing.sample.losers) for timing in members
-                )
+                copied = all(timing.sample.copies for timing in members)
                 copy = mine / dense_seconds if copied and dense_seconds < SLOWER * mine else None
                 found.append(Slower(kernel, scheme, tokens, bf16 / mine, copy))
     return found

@@ -21,6 +21,7 @@ from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.settled import settled
+from lowbit.kernels.timing import COPY
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.asker import Asker
@@ -190,7 +191,8 @@ class Loader(Asker):
         choice = kernels.of(wanted, scheme, packed.shape, self.device)
         kernels.note(choice, scheme, packed.shape)
         if self.samples is not None:
-            self.samples.note(weight, packed, transform, choice.losers)
+            copies = any(loser.kernel == COPY for loser in choice.losers)
+            self.samples.note(weight, packed, transform, copies)
 
     def _taken_from_cache(self, name: str, places: list[Placed]) -> Kept | None:
         """The module as it was packed before, and everything else that reading it would have done."""

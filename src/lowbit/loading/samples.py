@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit.kernels import LinearKernel, Loser, PackedWeight
+from lowbit.kernels import LinearKernel, PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.settled import settled
 from lowbit.kernels.timing import LayerSample, sample_rows
@@ -34,12 +34,12 @@ class Samples:
         weight: QuantizedTensor | None,
         packed: PackedWeight,
         transform: InputTransform | None,
-        losers: tuple[Loser, ...] = (),
+        copies: bool = False,
     ) -> None:
         """A weight that the model multiplies with, packed, and what is done to its inputs.
 
         ``weight`` None: it was packed at an earlier start. It is taken apart if somebody times it.
-        ``losers``: the kernels that were not chosen.
+        ``copies``: whether it might be a bf16 copy (``cpu_dequantized``) and is none.
         """
         scheme = str(with_inputs(packed.scheme, transform))
         key = (packed.kernel.name, scheme, packed.shape)
@@ -50,7 +50,7 @@ class Samples:
                 run = _Unpacked(packed, rows, transform)
             else:
                 run = _layer(_first_rows(weight, packed, rows), transform)
-            self._samples[key] = _sample(packed, packed.shape, rows, run, transform, losers)
+            self._samples[key] = _sample(packed, packed.shape, rows, run, transform, copies)
         sample = self._samples[key]
         self._counts[sample] = self._counts.get(sample, 0) + 1
 
@@ -71,7 +71,7 @@ def sample_of(
     """Some rows of a weight as they would run on a kernel that takes it."""
     rows = _timed_rows(kernel, weight.scheme, weight.shape, device)
     packed = kernel.pack(weight if rows == weight.shape[-2] else weight.rows(0, rows, ragged=True), device)
-    return _sample(packed, weight.shape, rows, _layer(packed, transform), transform, ())
+    return _sample(packed, weight.shape, rows, _layer(packed, transform), transform, False)
 
 
 def _sample(
@@ -80,12 +80,13 @@ def _sample(
     rows: int,
     run: Callable[[Tensor], Tensor],
     transform: InputTransform | None,
-    losers: tuple[Loser, ...],
+    copies: bool,
 ) -> LayerSample:
     scheme = with_inputs(packed.scheme, transform)
-    plain = scheme.is_dense and scheme.activation is None
+    as_they_are = scheme.activation is None
+    plain, copies = scheme.is_dense and as_they_are, copies and as_they_are
     whole = (shape[-2], shape[-1])
-    return LayerSample(packed.kernel.name, str(scheme), whole, rows, run, plain, losers)
+    return LayerSample(packed.kernel.name, str(scheme), whole, rows, run, plain, copies)
 
 
 def _layer(packed: PackedWeight, transform: InputTransform | None) -> Linear:
