@@ -7,7 +7,8 @@ takes more memory. Time is what a request costs by the timings on disk,
     1,024 prompt tokens in 4 calls of 256, and 256 answered: 128 in calls of their own, and 128 in calls of 32
     that 31 other sequences share
 
-and time times memory must be less by a tenth: so much may be the neighbours' on the machine. What rounds
+and time times memory must be less by a tenth: so much may be the neighbours' on the machine. Where only one
+number of tokens was timed, on a busy machine or of a very slow kernel, it must be less by half. What rounds
 weights is only taken by its name, and so is the reference beside a steady kernel. Inputs that are quantized
 leave the choice to the order: whole numbers meet packed codes.
 """
@@ -24,6 +25,7 @@ from lowbit.kernels import Choice, LinearKernel, Loser, choose, linear_kernels
 from lowbit.kernels.timing import COPY, SLOWER, Seconds, key_of, times, with_tokens
 from lowbit.numerics.scheme import Scheme
 
+_LESS_BY_HALF = 0.5
 CALLS = {1: 128.0, 32: 128 / 32, 256: 1024 / 256}  # of a layer by tokens, for the request above
 
 Entry = Callable[[str], Mapping[int, Seconds] | None]  # the timing table's ``entry``
@@ -101,12 +103,13 @@ def _timings(scheme: Scheme, shape: tuple[int, ...], preferred: LinearKernel, en
 
 
 def _cost(known: Timings, kernel: LinearKernel, preferred: LinearKernel) -> float:
-    """Time of a request in those of the preferred kernel; infinite where it is not known."""
+    """Time of a request in those of the preferred kernel, doubtful ones longer; infinite where not known."""
     mine, other = known.get(kernel.name, {}), known.get(preferred.name, {})
     common = mine.keys() & other.keys()
     if not common:
         return float("inf")
-    return sum(CALLS[n] * mine[n] for n in common) / sum(CALLS[n] * other[n] for n in common)
+    doubt = SLOWER / _LESS_BY_HALF if len(common) == 1 else 1.0
+    return doubt * sum(CALLS[n] * mine[n] for n in common) / sum(CALLS[n] * other[n] for n in common)
 
 
 def _growth(scheme: Scheme, shape: tuple[int, ...], kernel: LinearKernel, chosen: LinearKernel) -> float:
