@@ -13,6 +13,7 @@ import pytest
 
 import lowbit.checkpoint
 from lowbit.cli import main
+from lowbit.kernels import Loser
 from lowbit.numerics.llm_int8 import llm_int8_inputs
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
@@ -42,6 +43,9 @@ def module(name: str, scheme: str, nbytes: int, kernel: str, *refusals: tuple[st
         nbytes=nbytes,
         reason="",
         error=None,
+        losers=(),
+        by="",
+        ratios=(),
     )
 
 
@@ -97,6 +101,9 @@ def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[s
             "kv_scales_path": None,
             "quantization": Asked(),
             "strict": False,
+            "linear_kernel": "auto",
+            "timings": "kept",
+            "threads": None,
         }
     ]
     text = capsys.readouterr().out
@@ -113,6 +120,7 @@ def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[s
     assert "weights 12.0 KiB + KV cache 25.0 KiB for 100 tokens (256 B a token) = 37.0 KiB" in text
     assert "about 20.0 KiB at the peak of loading" in text
     assert "not quantized: model.embed_tokens\n" in text
+    assert "x bf16: no layer was timed here yet; lowbit serve does, and lowbit inspect --time" in text
 
 
 def test_json(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,6 +134,37 @@ def test_json(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[st
         {"kernel": "fast", "reason": "needs in % 64 == 0, got 48"},
         {"kernel": "dense", "reason": "not [dense]"},
     ]
+
+
+def test_what_else_would_run_a_layer(
+    planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chosen, not chosen and why, slower than bf16: as the plan says, each reason once."""
+    from lowbit.loading import plan_model
+
+    made: Any = plan_model  # the stand-in's
+    _, first_q, first_down, second_q, second_down = made(None).modules
+    copy = Loser("copy", "rounds the weights")
+    for each in (first_q, second_q, first_down, second_down):
+        each.losers = (copy,)
+    for each in (first_q, second_q):
+        each.ratios = ((1, 3.0), (32, 0.95), (256, 0.5))
+    second_down.by = "by --linear-kernel"
+    assert main(["inspect", "org/m"]) == 0
+    text = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    assert [row[-1] for row in cells] == ["", "3 0.95 0.5", "", ""]
+    text = " ".join(text.split())
+    assert "not copy: rounds the weights (self_attn.q_proj, mlp.down_proj)" in text
+    assert "by --linear-kernel: mlp.down_proj on slow" in text
+    assert "slower than bf16: self_attn.q_proj on fast: 0.5x with 256 " in text
+    assert "x bf16: times as fast as the same layer in bf16 with 1, 32 and 256 tokens" in text
+    assert main(["inspect", "org/m", "--json", "--threads", "3", "--kernel-timings", "off"]) == 0
+    modules = json.loads(capsys.readouterr().out)["modules"]
+    assert modules[1]["times_as_fast_as_bf16"] == {"1": 3.0, "32": 0.95, "256": 0.5}
+    assert modules[1]["losers"] == [{"kernel": "copy", "reason": "rounds the weights"}]
+    assert [m["chosen"] for m in modules[3:]] == ["by preference", "by --linear-kernel"]
+    assert (planned[-1]["threads"], planned[-1]["timings"]) == (3, "unused")
 
 
 def test_modules_that_depend_on_the_batch(

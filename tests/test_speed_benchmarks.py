@@ -233,6 +233,24 @@ def test_a_machines_part_is_replaced_and_no_other(tmp_path: Path) -> None:
     assert "llama.cpp=…/python" in text and "opt/venv" not in text
 
 
+def test_decoding_is_where_the_line_begins() -> None:
+    decoding = benchmark_module("decoding")
+    once, each = decoding.fitted((8, 16, 64), [3e-6 + 2e-6 * tokens for tokens in (8, 16, 64)])
+    assert (once, each) == (pytest.approx(3e-6), pytest.approx(2e-6))
+    assert decoding.Line("x", 32.0, 0.5).share == pytest.approx(0.5)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+def test_decoding_is_measured_of_a_real_kernel() -> None:
+    threads = native.threads()
+    native.set_threads(1)
+    try:
+        line = benchmark_module("decoding").measure("q4_k", 2)
+    finally:
+        native.set_threads(threads)
+    assert line.format == "q4_k" and line.token_us > 0
+
+
 def test_linear_rows_are_added_up_over_a_model(tmp_path: Path) -> None:
     row = {"format": "q4_0", "shape": "135M out", "tokens": 1, "us": 10.0, "bound_us": 5.0, "torch_us": 40.0}
     rows = [row, {**row, "shape": "135M down", "us": 30.0, "bound_us": 25.0, "torch_us": 40.0}]

@@ -390,10 +390,18 @@ CATALOGUE: dict[str, Entry] = {
         "At start each kind of layer is timed beside the same layer in bf16 (--kernel-timings). A method is "
         "slower on this machine, and --strict was given: otherwise it is a warning. The usual cause is a "
         "scheme no fast kernel takes, which then runs on the reference kernel.",
-        "lowbit inspect MODEL shows which kernel each layer gets and why. Use the unquantized model with a "
+        "lowbit inspect MODEL shows which kernel each layer gets and why; where the warning names a "
+        "--linear-kernel, that one is faster. Or use the unquantized model with a "
         "--quantization that has a native kernel here (int8, int4), or drop --strict. Timings are kept in "
         "kernel-timings.json in the cache folder (LOWBIT_CACHE, or lowbit in the user's cache): delete it if "
         "the machine was busy when they were taken.",
+    ),
+    "E0414": Entry(
+        "a kernel that cannot run the layer",
+        "--linear-kernel names a kernel for a layer, and that kernel refuses the layer's scheme, shape or "
+        "device; the message has its reason.",
+        "lowbit inspect MODEL shows which kernels would run each layer. Give the layer another one, "
+        "pattern=auto before or instead of the rule, or drop --linear-kernel.",
     ),
     "E0420": Entry(
         "no attention kernel",

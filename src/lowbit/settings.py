@@ -237,10 +237,19 @@ class Settings:
         None, "The same as a JSON object of vLLM's: {\"method\": \"ngram\", \"num_speculative_tokens\": 8}, "
         "with prompt_lookup_min and prompt_lookup_max.", "engine",
     )  # fmt: skip
+    linear_kernel: str = option(
+        "auto", "Kernel of the linear layers. auto: the first that takes a layer, or one that timings on "
+        "disk show to be faster with the same weights; a kernel's name: for all layers it is for; "
+        "pattern=NAME: for those that match, several comma-separated. cpu_dequantized holds quantized "
+        "weights as bf16, rounded. lowbit inspect says what each layer gets and what else would run it.",
+        "engine",
+        aliases=("--linear-backend",),
+    )  # fmt: skip
     kernel_timings: str = option(
-        "auto", "Time each kind of layer beside bf16 (0.1 s each, kept on disk), log the ratios and warn "
-        "where bf16 is faster; a server does it once it is ready and idle, with --strict before. auto: "
-        "lowbit serve only.", "engine", choices=("auto", "on", "off"),
+        "auto", "Time each kind of layer beside bf16, lowbit's and torch's (0.1 s each, kept on disk), log the "
+        "ratios and warn where bf16 is faster; a server does it once it is ready and idle, with --strict "
+        "before. auto: lowbit serve only; off: nor do timings on disk count for --linear-kernel auto.",
+        "engine", choices=("auto", "on", "off"),
     )  # fmt: skip
     random_seed: int | None = option(None, "Seed of requests that bring none.", "engine")
 

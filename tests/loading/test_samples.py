@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from lowbit.engine import speed
 from lowbit.engine.engine import load_engine
 from lowbit.errors import LowbitError
 from lowbit.kernels import timing
-from lowbit.kernels.timing import LayerSample, TimingTable
-from lowbit.loading import load_model
+from lowbit.kernels.timing import LayerSample, Seconds, TimingTable
+from lowbit.loading import kernel_choice, load_model
 from lowbit.loading.samples import Samples
 from lowbit.settings import Settings
 
@@ -45,6 +46,21 @@ def test_every_kind_once_with_its_count(tmp_path: Path) -> None:
     tied = tmp_path / "tied"
     make(tied, tie_word_embeddings=True)
     assert (("f32", (96, 128)), 1) in [((k.scheme, k.shape), n) for k, n in samples_of(tied).items()]
+
+
+def test_what_a_bf16_copy_might_run(tmp_path: Path) -> None:
+    """Quantized weights whose inputs stay as they are, and that are none yet."""
+
+    def copies(quantization: str | None, **how: object) -> dict[str, bool]:
+        samples = Samples()
+        how |= {"quantization": quantization, "samples": samples}
+        load_model(open_checkpoint(str(tmp_path)), device="cpu", **how)  # type: ignore[arg-type]
+        return {kind.scheme: kind.copies for kind in samples.counts if kind.shape in ((96, 128), (128, 128))}
+
+    make(tmp_path)
+    assert copies("int4") == {"uint4 1x128 f16 asym": True, "f32": False}
+    assert not any(copies("w8a8_int8").values())
+    assert not any(copies("int4", linear_kernel="cpu_dequantized").values())
 
 
 def test_experts_count(tmp_path: Path) -> None:
@@ -85,15 +101,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LOWBIT_CACHE", raising=False)
     monkeypatch.setattr(timing, "_SWEEP_BYTES", 64)
-    return tmp_path / "lowbit" / speed.FILE
+    return tmp_path / "lowbit" / kernel_choice.FILE
 
 
 def known(cache: Path, kinds: dict[LayerSample, int], **ratios: float) -> Samples:
     """Samples whose timings are in the file already: kernel -> how many times as fast as bf16."""
-    table = TimingTable(cache, timing.machine(CPU, speed._version()))
+    table = TimingTable(cache, timing.machine(CPU, kernel_choice._version()))
     samples = Samples()
     for kind, count in kinds.items():
-        table.add(kind, {1: (1e-3, 1e-3 * ratios[kind.kernel]), 256: (1e-3, 2e-3 * ratios[kind.kernel])})
+        ratio = ratios[kind.kernel]
+        table.add(kind, {1: Seconds(1e-3, 1e-3 * ratio, 1.0), 256: Seconds(1e-3, 1.0, 2e-3 * ratio)})
         samples.counts[kind] = count
     table.save()
     return samples
@@ -140,6 +157,25 @@ def test_strict_refuses_what_is_slower(cache: Path) -> None:
     )
     fast = known(cache, {kind_of("cpu_blocks", "int4 1x16 f32"): 1}, cpu_blocks=1.5)
     speed.say_speed(fast, CPU, strict=True)
+
+
+def test_torch_faster_in_bf16_and_a_copy_that_would_be(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Said, and no reason to refuse a model: there is no other way to run bf16."""
+    bf16 = replace(kind_of("cpu_dense", "bf16"), plain=True)
+    samples = known(cache, {bf16: 1}, cpu_dense=0.5)
+    speed.say_speed(samples, CPU, strict=True)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "lowbit: bf16 on cpu_dense is slower than torch's bf16: 0.5x with 1 token; torch's rows depend on "
+        "the batch they are computed in, so it is not used"
+    ]
+    caplog.clear()
+    nf4 = replace(kind_of("cpu_blocks", "nf4"), copies=True)
+    speed.say_speed(known(cache, {nf4: 1}, cpu_blocks=0.5), CPU, strict=False)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "lowbit: nf4 on cpu_blocks is slower than bf16: 0.5x with 1 token; --linear-kernel cpu_dequantized "
+        "is 2.0x as fast with 1 token, and holds these weights in bfloat16 (lowbit inspect says in how much "
+        "more memory); or use the unquantized model, as it is or with another --quantization (int8, int4)"
+    ]
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(cache: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,7 +1,9 @@
 """``lowbit inspect MODEL``: what a checkpoint is and how it would run here. Reads headers, loads no weight.
 
 Modules that differ only in their layer number, and are stored and run alike, share a row. Below the table
-stand the reasons why better kernels were not chosen, and the modules whose results depend on the batch.
+stand the reasons why better kernels were not chosen, what else would run a layer and why it does not, what is
+slower than bf16 by the timings kept on disk, and the modules whose results depend on the batch. Nothing is
+timed here but under --time, which loads the model for it.
 """
 
 from __future__ import annotations
@@ -23,13 +25,18 @@ if TYPE_CHECKING:
 USAGE = "[MODEL]"
 GROUPS: tuple[str, ...] = ("model", "engine")
 
+_SLOWER = 0.9  # a ratio nearer to 1 may be the machine's neighbours
+
 
 def add_arguments(parser: Parser) -> None:
-    """MODEL, --json and --tokens."""
+    """MODEL, --json, --tokens and --time."""
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="print every module as JSON")
     parser.add_argument(
         "--tokens", metavar="N", help="context to compute the KV cache for; default: the model's longest"
+    )
+    parser.add_argument(
+        "--time", action="store_true", help="load the model and time its kinds of layers first, as serve does"
     )
 
 
@@ -37,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan of the model."""
     settings = settings_from(arguments)
     tokens = _token_count(arguments.tokens)
+    if arguments.time:
+        _time(settings)
     with ExitStack() as files:
         plan = _plan(settings, files)
     tokens = tokens or settings.context_length or plan.context_length
@@ -70,7 +79,23 @@ def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
         kv_scales_path=settings.quantization_param_path,
         quantization=Asked.by(settings),
         strict=settings.strict,
+        linear_kernel=settings.linear_kernel,
+        timings="unused" if settings.kernel_timings == "off" else "kept",
+        threads=settings.threads,
     )
+
+
+def _time(settings: Settings) -> None:
+    """So that the plan finds timings on disk."""
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.commands.console import progress_line
+    from lowbit.engine.speed import time_model
+
+    with progress_line() as on_progress:
+        header = open_checkpoint(
+            settings.model, settings.revision, on_progress, load_format=settings.load_format
+        )
+        time_model(header, settings)
 
 
 def _token_count(text: str | None) -> int | None:
@@ -99,7 +124,7 @@ def rows_of(plan: ModelPlan) -> list[Row]:
         kind = re.sub(r"^(model\.)?(layers\.\d+\.)?", "", module.name)
         key = (
             *(kind, module.shape, module.scheme, module.kernel, module.computes, module.refusals),
-            module.reason,
+            *(module.reason, module.losers, module.by, module.ratios),
         )
         row = rows.setdefault(key, Row(kind, module))
         row.count += 1
@@ -110,23 +135,34 @@ def rows_of(plan: ModelPlan) -> list[Row]:
 
 
 @dataclass
-class Refusal:
-    """One reason, and the kinds of modules it was given for."""
+class Reason:
+    """Why a kernel does not run some kinds of modules: it refuses them, or another was chosen."""
 
     kernel: str
     reason: str
     kinds: list[str] = field(default_factory=list)
 
 
-def refusals_of(rows: list[Row]) -> list[Refusal]:
-    """Every reason once."""
-    refusals: dict[tuple[str, str], Refusal] = {}
+def reasons_of(rows: list[Row]) -> list[Reason]:
+    """Every reason once, refusals first."""
+    reasons: dict[tuple[str, str], Reason] = {}
+    refusals = [(row.kind, *refusal) for row in rows for refusal in row.first.refusals]
+    losers = [(row.kind, loser.kernel, loser.reason) for row in rows for loser in row.first.losers]
+    for kind, kernel, reason in refusals + losers:
+        kinds = reasons.setdefault((kernel, reason), Reason(kernel, reason)).kinds
+        if kind not in kinds:
+            kinds.append(kind)
+    return list(reasons.values())
+
+
+def slower_than_bf16(rows: list[Row]) -> list[str]:
+    """A line for each row that takes longer than bf16 did with some number of tokens."""
+    lines = []
     for row in rows:
-        for kernel, reason in row.first.refusals:
-            kinds = refusals.setdefault((kernel, reason), Refusal(kernel, reason)).kinds
-            if row.kind not in kinds:
-                kinds.append(row.kind)
-    return list(refusals.values())
+        slow = [f"{ratio:.2g}x with {n}" for n, ratio in row.first.ratios if ratio < _SLOWER]
+        if slow:
+            lines.append(f"{row.kind} on {row.first.kernel}: {', '.join(slow)}")
+    return lines
 
 
 def dependent_on_batch(rows: list[Row]) -> dict[str, list[str]]:
@@ -174,6 +210,9 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
                 "not_quantized_because": module.reason or None,
                 "estimated_error": module.error,
                 "refusals": [{"kernel": kernel, "reason": reason} for kernel, reason in module.refusals],
+                "chosen": module.by or "by preference",
+                "losers": [{"kernel": loser.kernel, "reason": loser.reason} for loser in module.losers],
+                "times_as_fast_as_bf16": {str(n): round(ratio, 3) for n, ratio in module.ratios},
             }
             for module in plan.modules
         ],
@@ -206,27 +245,41 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
         out.print(escape(printable(plan.choice, 400)))
     table = Table()
     rows = rows_of(plan)
-    online = any(row.errors for row in rows)
-    titles = ("modules", "kind", "shape (out, in)", "scheme", "stored", "kernel", "computes")
-    for title in (*titles, "error") if online else titles:
+    online, timed = any(row.errors for row in rows), any(row.first.ratios for row in rows)
+    titles = ["modules", "kind", "shape (out, in)", "scheme", "stored", "kernel", "computes"]
+    titles += ["x bf16"] * timed + ["error"] * online
+    for title in titles:
         right = title in ("modules", "stored", "error")
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for row in rows:
         module = row.first
         shape = " x ".join(str(size) for size in module.shape)
         cells = [row.kind, shape, str(module.scheme), binary_size(row.nbytes), module.kernel, module.computes]
+        if timed:
+            cells.append(" ".join(f"{ratio:.2g}" for _, ratio in module.ratios))
         if online:
             cells.append(f"{sum(row.errors) / len(row.errors):.2%}" if row.errors else "")
         table.add_row(str(row.count), *(escape(printable(cell)) for cell in cells))
     out.print(table)
+    if timed:
+        out.print(
+            "x bf16: times as fast as the same layer in bf16 with 1, 32 and 256 tokens, as timed before"
+        )
+    else:
+        out.print("x bf16: no layer was timed here yet; lowbit serve does, and lowbit inspect --time")
     if online:
         out.print("error: |Q(w) - w| / |w|, estimated from a few rows of every layer")
         for row in rows:
             if row.first.reason:
                 out.print(escape(printable(f"not quantized: {row.kind} ({row.first.reason})", 400)))
-    for refusal in refusals_of(rows):
-        line = f"not {refusal.kernel}: {refusal.reason} ({', '.join(refusal.kinds)})"
+    for why in reasons_of(rows):
+        line = f"not {why.kernel}: {why.reason} ({', '.join(why.kinds)})"
         out.print(escape(printable(line, 400)))
+    for row in rows:
+        if row.first.by:
+            out.print(escape(printable(f"{row.first.by}: {row.kind} on {row.first.kernel}", 400)))
+    for slow in slower_than_bf16(rows):
+        out.print(escape(printable(f"slower than bf16: {slow}", 400)))
     for reason, kinds in dependent_on_batch(rows).items():
         line = f"results depend on the batch: {', '.join(kinds)} ({reason})"
         out.print(escape(printable(line, 400)))

@@ -536,7 +536,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     from lowbit.checkpoint import open_checkpoint
     from lowbit.engine import speed
     from lowbit.kernels import native
-    from lowbit.loading import Calibration, PackedCache, load_model
+    from lowbit.loading import Calibration, KernelRules, PackedCache, load_model
     from lowbit.loading.online import is_float
     from lowbit.loading.samples import Samples
     from lowbit.models.config import architecture_of
@@ -548,6 +548,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         torch.set_num_threads(settings.threads)
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
     Speculation.by(settings)
+    KernelRules.parse(settings.linear_kernel)
     header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
     with ThreadPoolExecutor(1) as beside:  # while weights are packed, mostly in native code
@@ -568,6 +569,8 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
             save=_path(settings.save_quantized),
             calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
             packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
+            linear_kernel=settings.linear_kernel,
+            timings=speed.timings_for(settings.kernel_timings, serving),
         )
         tokenizer = tokenizer_read.result()
     if native.library() is not None and "reference" not in model.kernels:

@@ -8,26 +8,59 @@ from collections.abc import Iterator
 
 import torch
 
-from lowbit.checkpoint.embedded import cache_directory
+from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
+from lowbit.kernels import native
 from lowbit.kernels.timing import (
+    COPY,
     Slower,
-    TimingTable,
     known_timings,
-    machine,
     measurements,
     slower_than_bf16,
+    times,
+    with_tokens,
 )
+from lowbit.loading import load_model
+from lowbit.loading.kernel_choice import Timings, keep, timing_table
 from lowbit.loading.samples import Samples
+from lowbit.quantize.recipe import Asked
+from lowbit.settings import Settings
 
 _log = logging.getLogger("lowbit")
-
-FILE = "kernel-timings.json"
 
 
 def wanted(setting: str, serving: bool) -> bool:
     """Whether ``--kernel-timings`` asks for it: auto is for servers, whose log somebody reads."""
     return setting == "on" or (setting == "auto" and serving)
+
+
+def timings_for(setting: str, serving: bool) -> Timings:
+    """What timings are to a model that is loaded: missing ones are taken where they would be anyway."""
+    return "unused" if setting == "off" else "measured" if wanted(setting, serving) else "kept"
+
+
+def time_model(header: CheckpointHeader, settings: Settings) -> None:
+    """Load a model, and time the kinds of its layers that are not known yet, as serving it would."""
+    if settings.threads is not None:
+        native.set_threads(settings.threads)
+        torch.set_num_threads(settings.threads)
+    samples = Samples()
+    model = load_model(
+        header,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        k_cache_dtype=settings.k_cache_dtype,
+        v_cache_dtype=settings.v_cache_dtype,
+        activation_quantization=settings.activation_quantization,
+        quantization=Asked.by(settings),
+        strict=settings.strict,
+        kv_scales_path=settings.quantization_param_path,
+        samples=samples,
+        linear_kernel=settings.linear_kernel,
+        timings="measured",
+    )
+    say_speed(samples, model.device, strict=False)
 
 
 def say_speed(samples: Samples, device: torch.device, strict: bool) -> None:
@@ -39,37 +72,33 @@ def say_speed(samples: Samples, device: torch.device, strict: bool) -> None:
 def speed_steps(samples: Samples, device: torch.device, strict: bool) -> Iterator[None]:
     """``say_speed`` that stops before each measurement, of about a tenth of a second; where the table knows
     all kinds, the first ``next`` says it all."""
-    table = TimingTable(cache_directory() / FILE, machine(device, _version()))
+    table = timing_table(device)
     yield from measurements(samples.counts, table, device)
     timings = known_timings(samples.counts, table)
-    try:
-        table.save()
-    except OSError as error:
-        _log.info("lowbit: kernel timings are not kept: %s", error.strerror or error)
+    keep(table)
     for timing in timings:
         _log.info("lowbit: %s", timing)
     if left := len(samples.counts) - len(timings):
         _log.info("lowbit: %d more kinds of layers are timed at the next start", left)
     for slower in slower_than_bf16(timings):
         text = f"{slower}; {_instead(slower)}"
-        if strict:
+        if strict and not slower.plain:
             raise LowbitError("E0413", f"{text}, or drop --strict")
         _log.warning("lowbit: %s", text)
 
 
 def _instead(slower: Slower) -> str:
+    if slower.plain:
+        return "torch's rows depend on the batch they are computed in, so it is not used"
+    copy = ""
+    if slower.copy is not None:
+        copy = (
+            f"--linear-kernel {COPY} is {times(slower.copy)} as fast {with_tokens(slower.tokens)}, and "
+            "holds these weights in bfloat16 (lowbit inspect says in how much more memory); or "
+        )
     if slower.kernel == "reference":
         return (
             "no fast kernel takes it here (lowbit inspect says why), the reference kernel needs "
-            f"{1 / slower.ratio:.1f} times as long; use the unquantized model with --quantization int8"
+            f"{1 / slower.ratio:.1f} times as long; {copy}use the unquantized model with --quantization int8"
         )
-    return "use the unquantized model, as it is or with another --quantization (int8, int4)"
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("lowbit")
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"
+    return f"{copy}use the unquantized model, as it is or with another --quantization (int8, int4)"

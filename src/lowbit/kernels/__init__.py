@@ -1,4 +1,4 @@
-"""Kernels: what runs a packed weight. ``KERNELS`` is in order of preference; reasons are kept."""
+"""Kernels: what runs a packed weight. ``linear_kernels`` is in order of preference; reasons are kept."""
 
 from __future__ import annotations
 
@@ -11,25 +11,41 @@ from lowbit.errors import LowbitError
 from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
 from lowbit.numerics.scheme import Scheme
 
-__all__ = ["Choice", "LinearKernel", "PackedWeight", "choose", "linear_kernels"]
+__all__ = ["Choice", "LinearKernel", "Loser", "PackedWeight", "choose", "linear_kernels"]
 
 
 @cache
 def linear_kernels() -> tuple[LinearKernel, ...]:
-    """All linear kernels, best first; the last one refuses nothing."""
+    """All linear kernels, best first. The reference refuses nothing; what stands behind it is taken by name,
+    or by timing (``kernel_choice``)."""
     from lowbit.kernels.cpu_blocks import CpuBlocks
     from lowbit.kernels.cpu_dense import CpuDense
+    from lowbit.kernels.cpu_dequantized import CpuDequantized
     from lowbit.kernels.reference import Reference
 
-    return (CpuBlocks(), CpuDense(), Reference())
+    return (CpuBlocks(), CpuDense(), Reference(), CpuDequantized())
+
+
+@dataclass(frozen=True)
+class Loser:
+    """A kernel that would run a weight and was not chosen, and why not."""
+
+    kernel: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel chosen for a weight and why the ones before it were not."""
+    """The kernel chosen for a weight, why the ones before it refuse it, and what else would run it.
+
+    ``by``: what decided, where it was not the order of preference. ``contested``: whether timing had a say.
+    """
 
     kernel: LinearKernel
     refusals: tuple[tuple[str, str], ...]  # (kernel name, reason)
+    losers: tuple[Loser, ...] = ()
+    by: str = ""
+    contested: bool = False
 
 
 def choose(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> Choice:

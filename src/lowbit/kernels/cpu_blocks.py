@@ -214,6 +214,8 @@ class CpuBlocks:
     name = "cpu_blocks"
     computes = "as stored"
     layout = 1
+    steady = True
+    runs = "quantized"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
@@ -237,6 +239,17 @@ class CpuBlocks:
         if described.nbytes > _LARGEST_GROWTH * own:
             return f"would take {described.nbytes} bytes, the scheme's own are {own:.0f}"
         return None
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never: codes are exact, scales are applied in float32."""
+        return False
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of the tiles and the scales between them."""
+        native = _native(scheme, shape)
+        described = "" if native is None else _describe(native, shape)
+        assert isinstance(described, Description), "refuses() was asked first"
+        return described.nbytes
 
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Whether the codes are whole numbers, or halves of them."""

@@ -29,6 +29,8 @@ class CpuDense:
     name = "cpu_dense"
     computes = "as stored"
     layout = 1
+    steady = True
+    runs = "unquantized"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -38,13 +40,21 @@ class CpuDense:
             return "weights are quantized"
         return "stacked experts" if len(shape) != 2 else None
 
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never."""
+        return False
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of the tiles."""
+        return describe(scheme, shape).nbytes
+
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Never: nothing here multiplies whole numbers."""
         return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The matrix in tiles, columns padded with zeros to whole ones."""
-        description = _describe(weight.scheme, weight.shape)
+        description = describe(weight.scheme, weight.shape)
         data = packed_linear.pack(description, Parts(weight.codes.contiguous()))
         buffers = {"data": data, "table": torch.zeros(64, dtype=torch.bfloat16)}
         return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
@@ -53,7 +63,7 @@ class CpuDense:
         self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
     ) -> PackedWeight:
         """The weight around its buffers."""
-        return packed_linear.around(self, _describe(scheme, shape), scheme, shape, buffers, origin)
+        return packed_linear.around(self, describe(scheme, shape), scheme, shape, buffers, origin)
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The matrix again."""
@@ -70,7 +80,8 @@ class CpuDense:
         return packed_linear.rows(packed, ids)
 
 
-def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
+def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
+    """The native description of a dense matrix, its columns padded to whole tiles."""
     padded = -(-shape[1] // COLUMNS) * COLUMNS
     codes = DENSE_CODES[scheme.weight.name]
     return Description(None, None, shape[0], padded, codes, COLUMNS, SCALES_NONE, ADDEND_NONE)

@@ -39,9 +39,17 @@ class LinearKernel(Protocol):
     name: str
     computes: str  # "as stored", or the activation quantization the kernel imposes
     layout: int  # a new number whenever packed bytes mean something else: they are kept on disk
+    steady: bool  # whether a row's bits never depend on the rows beside it
+    runs: str  # the weights it is for: "quantized", "unquantized" or "any"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """The reason this kernel cannot run it ("needs in % 64 == 0, got 100"), or None."""
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Whether the numbers it multiplies may be other than the stored ones."""
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of a weight it does not refuse, packed; tables and orders not counted."""
 
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Whether a weight it does not refuse can meet int8 inputs (``numerics.int8_inputs``)."""
@@ -58,7 +66,7 @@ class LinearKernel(Protocol):
         """
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
-        """The canonical weight again: ``unpack(pack(w)) == w``."""
+        """The canonical weight again: ``unpack(pack(w)) == w``; as it was rounded, where it was."""
 
     def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) @ weight.T -> (tokens, out). A row's result does not depend on other rows.

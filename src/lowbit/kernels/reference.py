@@ -29,10 +29,20 @@ class Reference:
     name = "reference"
     computes = "as stored"
     layout = 1
+    steady = False  # torch's product
+    runs = "any"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Never."""
         return None
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never on a CPU; elsewhere all kernels compute in the model's dtype."""
+        return False
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """The scheme's own bytes."""
+        return round(scheme.bits_per_weight(shape) * shape[-2] * shape[-1] / 8)
 
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Never: nothing here multiplies whole numbers."""
@@ -96,22 +106,12 @@ class Reference:
         rows = packed.shape[0]
         if out is None:
             out = x.new_empty(x.shape[0], rows)
-        stored, step = self._stored(packed), self._rows_at_once(packed)
+        stored, step = self._stored(packed), rows_at_once(packed.scheme, packed.shape)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             weight = self._with_codes(stored.rows(start, stop)).dequantize().to(x.dtype)
             out[:, start:stop] = functional.linear(x, weight)
         return out
-
-    @staticmethod
-    def _rows_at_once(packed: PackedWeight) -> int:
-        """Rows a slice may have: whole blocks of every scale level, at least one."""
-        rows, columns = packed.shape
-        whole = max((block_rows for block_rows, _ in packed.scheme.blocks), default=1) or 1
-        if packed.scheme.flattened:
-            block = packed.scheme.blocks[0][1]
-            whole = block // math.gcd(block, columns)
-        return min(max(SLICE_WEIGHTS // columns // whole, 1) * whole, rows)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
@@ -119,3 +119,13 @@ class Reference:
             return self.unpack(packed).dequantize()[ids.long()]
         wanted = self._stored(packed).permute_rows(ids.long())  # rows stand alone: decode only these
         return self._with_codes(replace(wanted, shape=(len(ids), packed.shape[1]))).dequantize()
+
+
+def rows_at_once(scheme: Scheme, shape: tuple[int, ...]) -> int:
+    """Rows of a slice to dequantize: whole blocks of every scale level, at least one."""
+    rows, columns = shape
+    whole = max((block_rows for block_rows, _ in scheme.blocks), default=1) or 1
+    if scheme.flattened:
+        block = scheme.blocks[0][1]
+        whole = block // math.gcd(block, columns)
+    return min(max(SLICE_WEIGHTS // columns // whole, 1) * whole, rows)

@@ -1,18 +1,22 @@
 """Timings: how fast each kind of layer runs here beside the same layer in bf16, kept on disk.
 
 A kind is a kernel, a scheme and a shape. Of each, some rows of a real layer (``LayerSample``) are multiplied
-with 1, 32 and 256 tokens and so are as many rows of bf16 on the best dense kernel, in turns, so that both
-meet the same neighbours. The fastest of a few turns counts: what else runs on the machine only adds time.
-With one token the time is that of reading the weight, and a weight that is still in a cache from the turn
-before would tell nothing: the caches are swept in between. What seems slower than bf16 gets a second look.
+with 1, 32 and 256 tokens and so are as many rows of bf16: on the best dense kernel, in turns, so that both
+meet the same neighbours, and by torch's own product (x in bfloat16 already), with as many threads, after
+them. The fastest of a few turns counts: what else runs on the machine only adds time; and the faster of the
+two bf16s is what a kind is compared with. With one token the time is that of reading the weight, and a weight
+that is still in a cache from the turn before would tell nothing: the caches are swept in between. What runs
+first then would also wake the other threads and meet cold code: something small runs before it, and each side
+is first in every other turn. What seems slower than bf16 gets a second look.
 
 The work is bounded: so much time for each kind, and large numbers of tokens are left out where they would
 take longer. The table is one JSON file for all models of a machine, and a second start only reads:
 
-    {"version": 1, "machines": {"AMD EPYC | avx512 | 2 threads | lowbit 0.1.0": {
-        "cpu_blocks | int4 1x128 f16 | 576 x 576": {"1": [2.1e-05, 4.4e-05], "256": [0.0011, 0.0014]}}}}
+    {"version": 2, "machines": {"AMD EPYC | avx512 | 2 threads | torch 2.13 | lowbit 0.1.0": {
+        "cpu_blocks | int4 1x128 f16 | 576 x 576": {"1": [2.1e-05, 4.4e-05, 5e-05], "32": [1e-4, 1e-4]}}}}
 
-Each pair is the seconds of the kind and of bf16. What the file holds is believed only where it has this form.
+Each entry is the seconds of the kind, of our bf16 and of torch's, which is left out where it would take long
+(a CPU without bfloat16 instructions). What the file holds is believed only where it has this form.
 """
 
 from __future__ import annotations
@@ -26,9 +30,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lowbit.kernels import choose, native
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -36,17 +42,43 @@ from lowbit.numerics.scheme import dense
 
 TOKENS = (1, 32, 256)
 SAMPLE_WEIGHTS = 1 << 21  # of a layer: 4 MiB in bf16, more than a core's own cache
+COPY = "cpu_dequantized"  # runs what cpu_dense does: our bf16's time is its own
 SLOWER = 0.9  # a ratio below is slower; between this and 1 the difference may be the machine's neighbours
-_VERSION = 1
+_VERSION = 2
 _TURNS = 7  # at most, the first not counted
-_SECONDS_EACH, _SECONDS_AT_MOST = 0.06, 1.5  # of a first look
+_TORCH_TURNS = 4
+_SECONDS_EACH, _SECONDS_AT_MOST = 0.09, 2.25  # of a first look
 _SHARES = {1: 0.5, 32: 0.6, 256: 1.0}  # of a kind's time that may be gone after so many tokens
+_HOPELESS = 4  # times as long as our bf16: torch is then not asked about more tokens
 _GROWTH = 8  # how much longer a run with the next number of tokens takes at most, about
 _SWEEP_BYTES = 64 << 20  # at most
 _LARGEST_FILE = 4 << 20
 _MOST_MACHINES = 16
 
-Pair = tuple[float, float]  # seconds of the kind, seconds of bf16
+
+class Seconds(NamedTuple):
+    """Of the kind, of bf16 on our best dense kernel, of torch's bf16 (None: not asked)."""
+
+    mine: float
+    dense: float
+    torch: float | None = None
+
+    @property
+    def bf16(self) -> float:
+        """The faster of the two."""
+        return self.dense if self.torch is None else min(self.dense, self.torch)
+
+    def faster(self, other: Seconds) -> Seconds:
+        """The least of each."""
+        known = [seconds for seconds in (self.torch, other.torch) if seconds is not None]
+        return Seconds(
+            min(self.mine, other.mine), min(self.dense, other.dense), min(known) if known else None
+        )
+
+
+def key_of(kernel: str, scheme: str, shape: tuple[int, ...]) -> str:
+    """A kind's name in the table."""
+    return f"{kernel} | {scheme} | {shape[-2]} x {shape[-1]}"
 
 
 @dataclass(frozen=True)
@@ -54,6 +86,7 @@ class LayerSample:
     """Some rows of a kind of layer. ``shape``: of the whole layer. ``run``: x (tokens, in) -> (tokens, rows).
 
     ``scheme``: with its input quantization, which ``run`` does too. ``plain``: an unquantized matrix.
+    ``copies``: whether ``cpu_dequantized`` would run it too, with the same inputs.
     """
 
     kernel: str
@@ -62,11 +95,12 @@ class LayerSample:
     rows: int
     run: Callable[[Tensor], Tensor] = field(repr=False)
     plain: bool = False
+    copies: bool = False
 
     @property
     def key(self) -> str:
         """Its name in the table."""
-        return f"{self.kernel} | {self.scheme} | {self.shape[0]} x {self.shape[1]}"
+        return key_of(self.kernel, self.scheme, self.shape)
 
 
 @dataclass(frozen=True)
@@ -74,37 +108,55 @@ class Timing:
     """Seconds of a kind and of bf16, by the number of tokens."""
 
     sample: LayerSample
-    seconds: dict[int, Pair]
+    seconds: dict[int, Seconds]
     count: int = 1  # layers of this kind
 
     def ratio(self, tokens: int) -> float:
         """How many times as fast as bf16."""
-        mine, bf16 = self.seconds[tokens]
-        return bf16 / mine
+        seconds = self.seconds[tokens]
+        return seconds.bf16 / seconds.mine
 
     def __str__(self) -> str:
         out, columns = self.sample.shape
-        ratios = [f"{_times(self.ratio(1))} bf16 with 1 token"]
-        if (most := max(self.seconds)) > 1:
-            ratios.append(f"{_times(self.ratio(most))} with {most}")
+        most = max(self.seconds)
+        ratios = [f"{times(self.ratio(1))} bf16 with 1 token"]
+        for tokens in sorted(self.seconds):  # those between only where they are slower
+            if tokens > 1 and (tokens == most or self.ratio(tokens) < SLOWER):
+                ratios.append(f"{times(self.ratio(tokens))} with {tokens}")
         return f"{self.sample.scheme} ({out} x {columns}) on {self.sample.kernel}: {', '.join(ratios)}"
 
 
 @dataclass(frozen=True)
 class Slower:
-    """A method that is slower than bf16 over all of its layers, with so many tokens at once."""
+    """A method that is slower than bf16 over all of its layers, with so many tokens at once.
+
+    ``copy``: how much faster our own bf16 is, which ``cpu_dequantized`` would run; None where it would not.
+    """
 
     kernel: str
     scheme: str
     tokens: int
     ratio: float
+    copy: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is torch that is faster in bf16 itself."""
+        return self.scheme == "bf16"
 
     def __str__(self) -> str:
-        tokens = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
-        return f"{self.scheme} on {self.kernel} is slower than bf16: {_times(self.ratio)} with {tokens}"
+        other = "torch's bf16" if self.plain else "bf16"
+        how = f"{times(self.ratio)} {with_tokens(self.tokens)}"
+        return f"{self.scheme} on {self.kernel} is slower than {other}: {how}"
 
 
-def _times(ratio: float) -> str:
+def with_tokens(tokens: int) -> str:
+    """In words."""
+    return "with 1 token" if tokens == 1 else f"with {tokens} tokens"
+
+
+def times(ratio: float) -> str:
+    """In words."""
     return f"{ratio:.1f}x" if ratio >= 1 else f"{ratio:.2g}x"
 
 
@@ -114,11 +166,12 @@ def sample_rows(shape: tuple[int, ...]) -> int:
     return min(rows, shape[-2])
 
 
-def machine(device: torch.device, version: str) -> str:
-    """What timings depend on beside the kind of layer."""
+def machine(device: torch.device, version: str, threads: int | None = None) -> str:
+    """What timings depend on beside the kind of layer; ``threads`` None: as many as are in use."""
+    versions = f"torch {torch.__version__} | lowbit {version}"
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} | lowbit {version}"
-    return f"{_cpu_name()} | {native.isa()} | {native.threads()} threads | lowbit {version}"
+        return f"{torch.cuda.get_device_name(device)} | {versions}"
+    return f"{_cpu_name()} | {native.isa()} | {threads or native.threads()} threads | {versions}"
 
 
 def _cpu_name() -> str:
@@ -145,13 +198,17 @@ class TimingTable:
         self.path = path
         self.machine = machine
         self._kinds = _read(path).get(machine, {})
-        self._new: dict[str, dict[int, Pair]] = {}
+        self._new: dict[str, dict[int, Seconds]] = {}
 
-    def find(self, sample: LayerSample) -> dict[int, Pair] | None:
+    def find(self, sample: LayerSample) -> dict[int, Seconds] | None:
         """What is known of a kind."""
-        return self._new.get(sample.key) or self._kinds.get(sample.key)
+        return self.entry(sample.key)
 
-    def add(self, sample: LayerSample, seconds: dict[int, Pair]) -> None:
+    def entry(self, key: str) -> dict[int, Seconds] | None:
+        """What is known under a name (``key_of``)."""
+        return self._new.get(key) or self._kinds.get(key)
+
+    def add(self, sample: LayerSample, seconds: dict[int, Seconds]) -> None:
         """Take note of a kind, for ``save``."""
         self._new[sample.key] = seconds
 
@@ -178,7 +235,7 @@ class TimingTable:
                 raise
 
 
-def _read(path: Path) -> dict[str, dict[str, dict[int, Pair]]]:
+def _read(path: Path) -> dict[str, dict[str, dict[int, Seconds]]]:
     """machine -> kind -> tokens -> seconds; what is not of this form counts as not there."""
     try:
         if path.stat().st_size > _LARGEST_FILE:
@@ -188,12 +245,14 @@ def _read(path: Path) -> dict[str, dict[str, dict[int, Pair]]]:
         return {}
     if not isinstance(document, dict) or document.get("version") != _VERSION:
         return {}
-    found: dict[str, dict[str, dict[int, Pair]]] = {}
+    found: dict[str, dict[str, dict[int, Seconds]]] = {}
     for name, kinds in _items(document.get("machines")):
         for kind, entries in _items(kinds):
-            pairs = {int(tokens): pair for tokens, value in _items(entries) if (pair := _pair(tokens, value))}
-            if 1 in pairs:
-                found.setdefault(name, {})[kind] = pairs
+            sound = {
+                int(tokens): one for tokens, value in _items(entries) if (one := _seconds(tokens, value))
+            }
+            if 1 in sound:
+                found.setdefault(name, {})[kind] = sound
     return found
 
 
@@ -201,12 +260,14 @@ def _items(value: object) -> Iterable[tuple[str, object]]:
     return value.items() if isinstance(value, dict) else ()
 
 
-def _pair(tokens: str, value: object) -> Pair | None:
-    if tokens not in map(str, TOKENS) or not isinstance(value, list) or len(value) != 2:
+def _seconds(tokens: str, value: object) -> Seconds | None:
+    if tokens not in map(str, TOKENS) or not isinstance(value, list) or len(value) not in (2, 3):
         return None
+    if value[2:] == [None]:
+        value = value[:2]
     numbers = [float(v) for v in value if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    sound = len(numbers) == 2 and all(math.isfinite(n) and 0 < n < 1e6 for n in numbers)
-    return (numbers[0], numbers[1]) if sound else None
+    sound = len(numbers) == len(value) and all(math.isfinite(n) and 0 < n < 1e6 for n in numbers)
+    return Seconds(*numbers) if sound else None
 
 
 def time_layers(
@@ -250,7 +311,7 @@ def measurements(
             if spent > 1.5 * each * len(missing):
                 break
             seen = table.find(sample)
-            if seen is None or (slow and any(bf16 < SLOWER * mine for mine, bf16 in seen.values())):
+            if seen is None or (slow and any(s.bf16 < SLOWER * s.mine for s in seen.values())):
                 yield
                 bench = bench or _Bench(device, clock)
                 began = clock()
@@ -258,13 +319,20 @@ def measurements(
                 spent += clock() - began
 
 
-def _fastest(seen: dict[int, Pair] | None, again: dict[int, Pair]) -> dict[int, Pair]:
+def _fastest(seen: dict[int, Seconds] | None, again: dict[int, Seconds]) -> dict[int, Seconds]:
     """The faster of two measurements, each side for itself."""
-    found = dict(seen or {})
-    for tokens, (mine, bf16) in again.items():
-        before = found.get(tokens, (mine, bf16))
-        found[tokens] = (min(mine, before[0]), min(bf16, before[1]))
-    return found
+    before = seen or {}
+    return {**before, **{tokens: s.faster(before.get(tokens, s)) for tokens, s in again.items()}}
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Bench:
@@ -276,38 +344,74 @@ class _Bench:
         self._sweep = torch.ones(min(cache_bytes(), _SWEEP_BYTES) // 4, device=device)
         self._shape = (0, 0)
         self._bf16: Callable[[Tensor], Tensor] = lambda x: x
+        self._torch: Callable[[Tensor], Tensor] = lambda x: x
+        self._few = self._input(32, 256)
+        small = torch.full((256, 256), 0.01, dtype=torch.bfloat16)
+        self._wake, self._wake_torch = self._products(small)
 
-    def measure(self, sample: LayerSample, deadline: float) -> dict[int, Pair]:
+    def measure(self, sample: LayerSample, deadline: float) -> dict[int, Seconds]:
         """Seconds by tokens; with one token always, with more while the deadline allows."""
         began = self._clock()
         self._prepare((sample.rows, sample.shape[1]))
-        found: dict[int, Pair] = {}
-        cost = 0.0
+        found: dict[int, Seconds] = {}
+        cost, ask_torch = 0.0, True
         for tokens in TOKENS:
             if found and self._clock() + _GROWTH * cost > deadline:
                 break
             until = began + _SHARES[tokens] * (deadline - began)
+            ours = until - (until - self._clock()) / 3
             x = self._input(tokens, sample.shape[1])
-            turns: list[Pair] = []
-            while len(turns) < _TURNS and (not turns or self._clock() + cost < until):
+            turns: list[tuple[float, float]] = []
+            while len(turns) < _TURNS and (not turns or self._clock() + cost < ours):
                 turn = self._clock()
                 if tokens == 1:
-                    self._sweep.sum()
-                turns.append((self._seconds(sample.run, x), self._seconds(self._bf16, x)))
+                    self._sweep_caches()
+                    self._wake(self._few)
+                if len(turns) % 2:
+                    bf16 = self._seconds(self._bf16, x)
+                    turns.append((self._seconds(sample.run, x), bf16))
+                else:
+                    turns.append((self._seconds(sample.run, x), self._seconds(self._bf16, x)))
                 cost = self._clock() - turn
             counted = turns[1:] or turns  # the first turn also meets memory for the first time
-            mine, bf16 = zip(*counted, strict=True)
-            found[tokens] = (min(mine), min(bf16))
+            mine, dense_seconds = (min(side) for side in zip(*counted, strict=True))
+            theirs = self._torch_seconds(x, until) if ask_torch else None
+            ask_torch = theirs is not None and theirs < _HOPELESS * dense_seconds
+            cost += theirs or 0.0
+            found[tokens] = Seconds(mine, dense_seconds, theirs)
         return found
+
+    def _torch_seconds(self, x: Tensor, until: float) -> float:
+        """torch's fastest of a few turns, alone: its threads may go on spinning for a while after each."""
+        x = x.bfloat16()
+        seconds: list[float] = []
+        while not seconds or (len(seconds) < _TORCH_TURNS and self._clock() + seconds[-1] < until):
+            if x.shape[0] == 1:
+                self._sweep_caches()
+            with _torch_threads(native.threads()):  # a server leaves torch one
+                self._wake_torch(self._few.bfloat16())
+                seconds.append(self._seconds(self._torch, x))
+        return min(seconds)
+
+    def _sweep_caches(self) -> None:
+        """On this thread alone: others of torch's would spin on a core that the next turn needs."""
+        with _torch_threads(1):
+            self._sweep.sum()
 
     def _prepare(self, shape: tuple[int, int]) -> None:
         """A bf16 weight of that shape; no kernel's time depends on the numbers in it."""
         if shape == self._shape:
             return
-        codes = torch.full(shape, 0.01, dtype=torch.bfloat16)
-        weight = QuantizedTensor(dense("bf16"), shape, codes, origin="timing")
+        self._shape = shape
+        self._bf16, self._torch = self._products(torch.full(shape, 0.01, dtype=torch.bfloat16))
+
+    def _products(self, matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """x times the matrix, on our best kernel and by torch."""
+        shape = (matrix.shape[0], matrix.shape[1])
+        weight = QuantizedTensor(dense("bf16"), shape, matrix, origin="timing")
         packed = choose(weight.scheme, shape, self._device).kernel.pack(weight, self._device)
-        self._shape, self._bf16 = shape, lambda x: packed.kernel.linear(x, packed)
+        theirs = matrix.to(self._device)
+        return lambda x: packed.kernel.linear(x, packed), lambda x: functional.linear(x, theirs)
 
     def _input(self, tokens: int, columns: int) -> Tensor:
         dtype = torch.float32 if self._device.type == "cpu" else torch.bfloat16
@@ -326,20 +430,24 @@ class _Bench:
 
 
 def slower_than_bf16(timings: Iterable[Timing]) -> list[Slower]:
-    """Methods whose layers, all together, take longer than bf16 would: with one token or with the most."""
+    """Methods whose layers, all together, take longer than bf16 would, by numbers of tokens that all of them
+    were timed with; bf16 itself where torch's is faster."""
     methods: dict[tuple[str, str], list[Timing]] = {}
     for timing in timings:
-        if not timing.sample.plain:
+        if not timing.sample.plain or timing.sample.scheme == "bf16":
             methods.setdefault((timing.sample.kernel, timing.sample.scheme), []).append(timing)
     found = []
     for (kernel, scheme), members in methods.items():
-        common = set.intersection(*(set(timing.seconds) for timing in members))
-        for tokens in sorted({min(common), max(common)}):
-            mine, bf16 = 0.0, 0.0
+        for tokens in sorted(set.intersection(*(set(timing.seconds) for timing in members))):
+            mine, bf16, dense_seconds = 0.0, 0.0, 0.0
             for timing in members:
                 whole = timing.count * timing.sample.shape[0] / timing.sample.rows
-                mine += whole * timing.seconds[tokens][0]
-                bf16 += whole * timing.seconds[tokens][1]
+                seconds = timing.seconds[tokens]
+                mine += whole * seconds.mine
+                bf16 += whole * seconds.bf16
+                dense_seconds += whole * seconds.dense
             if bf16 / mine < SLOWER:
-                found.append(Slower(kernel, scheme, tokens, bf16 / mine))
+                copied = all(timing.sample.copies for timing in members)
+                copy = mine / dense_seconds if copied and dense_seconds < SLOWER * mine else None
+                found.append(Slower(kernel, scheme, tokens, bf16 / mine, copy))
     return found

@@ -17,6 +17,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.kernels.attention import choose_attention
 from lowbit.loading import choice
+from lowbit.loading.kernel_choice import KernelChoice, KernelRules, Timings
 from lowbit.loading.loader import Loader, Progress
 from lowbit.loading.opened import Opened, Target, check_quantization
 from lowbit.loading.packed_cache import PackedCache
@@ -28,6 +29,7 @@ from lowbit.quantize.recipe import Asked
 
 __all__ = [
     "Calibration",
+    "KernelRules",
     "ModelPlan",
     "ModulePlan",
     "PackedCache",
@@ -60,6 +62,8 @@ def load_model(
     save: Path | None = None,
     calibration: Calibration | None = None,
     packed_cache: PackedCache | None = None,
+    linear_kernel: str = "auto",
+    timings: Timings = "unused",
 ) -> Model:
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
@@ -69,11 +73,11 @@ def load_model(
     are errors. ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own.
     ``samples``: gets some rows of each kind of layer, to time. ``save``: the folder the quantized checkpoint
     is left in; ``calibration``: the text calibrated methods look at. ``packed_cache``: where packed weights
-    are kept.
+    are kept. ``linear_kernel``: ``--linear-kernel``; ``timings``: whether those on disk may decide for auto.
     """
-    target = Target.resolve(
-        header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype, activation_quantization
-    )
+    kernels = KernelChoice(KernelRules.parse(linear_kernel), timings)
+    kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
+    target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels)
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
     opened = Opened.of(header, asked, strict)
@@ -99,6 +103,8 @@ def load_model(
             on_progress=on_progress,
             samples=samples,
             packed_cache=packed_cache,
+            linear_kernel=linear_kernel,
+            timings=timings,
         )
         model.quantization = opened.described
         return model
@@ -113,6 +119,7 @@ def load_model(
         loader = Loader(opened, target, data, scales, on_progress, samples, kept)
         model = opened.family.build(opened.config, loader)
         loader.names.refuse_leftovers()
+    target.kernels.finish()
     if loader.online is not None:
         loader.online.say_kept()
     if target.int8_inputs and not loader.int8_layers:
@@ -121,7 +128,7 @@ def load_model(
             "int8 inputs; all inputs stay as they are"
         )
     _check_caches(model)
-    if file is not None and found is None:
+    if file is not None and (found is None or loader.outdated):
         file.store(loader.made, opened.notes.said)
     elif packed_cache is None and (seconds := time.monotonic() - began) > _LONG_SECONDS:
         text = "lowbit: loading took %.0f s; --packed-cache on keeps what was made of the weights (%.1f GiB)"
@@ -149,14 +156,19 @@ def plan_model(
     quantization: Asked | str | None = None,
     strict: bool = False,
     kv_scales_path: str | None = None,
+    linear_kernel: str = "auto",
+    timings: Timings = "unused",
+    threads: int | None = None,
 ) -> ModelPlan:
     """What ``load_model`` would do, without reading a weight; but where it would quantize, a few rows of each
-    are looked at to estimate the error."""
-    target = Target.resolve(
-        header, device, dtype, kv_cache_dtype, k_cache_dtype, v_cache_dtype, activation_quantization
-    )
+    are looked at to estimate the error. ``threads``: those of timings on disk; None: as many as there are."""
+    kernels = KernelChoice(KernelRules.parse(linear_kernel), timings, threads)
+    kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
+    target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels)
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
-    return _planned(header, asked, target, strict, kv_scales_path)
+    plan = _planned(header, asked, target, strict, kv_scales_path)
+    kernels.finish()
+    return plan
 
 
 def _resolved(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import choose
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
+from lowbit.loading.kernel_choice import Wanted
 from lowbit.loading.names import Names, Placed
-from lowbit.loading.online import Decision, Online, facts_of
+from lowbit.loading.online import Decision, Online, facts_of, role_of
 from lowbit.loading.opened import Opened, Target
 from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.number_formats import number_format
@@ -89,17 +89,20 @@ class Asker:
             )
         return stored
 
-    def with_inputs(self, part: Part, scheme: Scheme) -> Scheme:
+    def wanted_kernel(self, place: Placed) -> Wanted:
+        """What ``--linear-kernel`` says of a module."""
+        return self.target.kernels.wanted(place.part.name, role_of(place))
+
+    def with_inputs(self, place: Placed, scheme: Scheme) -> Scheme:
         """The scheme with int8 inputs, where they were asked for and its kernel can multiply them."""
         if not self.target.int8_inputs or scheme.is_dense or scheme.activation is not None:
             return scheme
+        part = place.part
         if part.name in _NEXT_TO_LOGITS or part.router:
             return scheme
-        shape = part.shape
-        run = self.as_run(scheme)
-        if not choose(run, shape, self.device).kernel.takes_int8(run, shape):
-            return scheme
-        return replace(scheme, activation=INT8_GROUPS)
+        run, asked = self.as_run(scheme), replace(scheme, activation=INT8_GROUPS)
+        choice = self.target.kernels.of(self.wanted_kernel(place), asked, part.shape, self.device)
+        return asked if choice.kernel.takes_int8(run, part.shape) else scheme
 
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's."""

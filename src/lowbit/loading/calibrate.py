@@ -452,4 +452,4 @@ class _CalibratedLoader(Loader):
         weight = concatenate([module.weight for module in found])
         assert weight is not None, "modules rounded together have one scheme"
         biases = [module.bias for module in found if module.bias is not None]
-        return ReadPart(weight, torch.cat(biases) if biases else None, None)
+        return ReadPart(weight, torch.cat(biases) if biases else None, None, self.wanted_kernel(place))

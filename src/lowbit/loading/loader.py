@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,17 +17,19 @@ from torch import Tensor
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats import InputRule
 from lowbit.formats.kv_scales import KvScales
-from lowbit.kernels import PackedWeight, choose
+from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.settled import settled
+from lowbit.kernels.timing import COPY
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.asker import Asker
+from lowbit.loading.kernel_choice import Wanted
 from lowbit.loading.names import Placed, row_order
 from lowbit.loading.opened import Opened, Target
 from lowbit.loading.packed_cache import Kept
-from lowbit.loading.samples import Samples
+from lowbit.loading.samples import Samples, sample_of, with_inputs
 from lowbit.loading.self_check import check_packed
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.int8_inputs import INT8_GROUPS
@@ -39,11 +42,12 @@ Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
 @dataclass
 class ReadPart:
-    """One stored module read: its weight, bias and what it wants of its input."""
+    """One stored module read: its weight, bias, what it wants of its input and the kernel it is to have."""
 
     weight: QuantizedTensor
     bias: Tensor | None
     transform: InputTransform | None
+    wanted: Wanted
     rows: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +84,7 @@ class Loader(Asker):
         self._kept = kept
         self.mapped_bytes = 0  # of the packed ones, those that came so
         self.made: dict[str, Kept] = {}  # every module, as it could be kept
+        self.outdated = False  # whether kept modules had to be packed for another kernel
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """Read the parts, fuse neighbours that allow it, pack."""
@@ -101,11 +106,11 @@ class Loader(Asker):
         weight = None
         if kept is None:
             weight = self._read(places[0]).weight
-            kept = Kept([self._pack(weight)], [None])
+            kept = Kept([self._pack(weight, None, self.wanted_kernel(places[0]))], [None])
         self._remember(part.name, kept)
         [packed] = kept.weights
-        if self.samples is not None and self.tied_head:
-            self.samples.note(weight, packed, None)
+        if self.tied_head:
+            self._note(weight, packed, None, self.wanted_kernel(places[0]))
         return Embedding(packed, self.activation_dtype)
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
@@ -144,9 +149,9 @@ class Loader(Asker):
         kept = self._taken_from_cache(name, places)
         if kept is None:
             kept = self._packed(places)
-        elif self.samples is not None:
-            for weight, transform in zip(kept.weights, kept.inputs, strict=True):
-                self.samples.note(None, weight, transform)
+        else:
+            for weight, transform, wanted in self._whose(kept, places):
+                self._note(None, weight, transform, wanted)
         self._remember(name, kept)
         with_state: dict[int, InputTransform] = {}
         inputs: list[InputTransform | None] = []
@@ -168,17 +173,34 @@ class Loader(Asker):
         bias = self._bias(read)
         weights: list[PackedWeight] = []
         inputs: list[InputTransform | None] = []
-        for weight, transform in _fused(read):
-            weights.append(self._pack(weight))
+        for weight, transform, wanted in _fused(read):
+            weights.append(self._pack(weight, transform, wanted))
             inputs.append(transform)
-            if self.samples is not None:
-                self.samples.note(weight, weights[-1], transform)
+            self._note(weight, weights[-1], transform, wanted)
         return Kept(weights, inputs, bias)
+
+    def _note(
+        self,
+        weight: QuantizedTensor | None,
+        packed: PackedWeight,
+        transform: InputTransform | None,
+        wanted: Wanted,
+    ) -> None:
+        """For the log and for timing: a weight that is multiplied with."""
+        kernels, scheme = self.target.kernels, with_inputs(packed.scheme, transform)
+        choice = kernels.of(wanted, scheme, packed.shape, self.device)
+        kernels.note(choice, scheme, packed.shape)
+        if self.samples is not None:
+            copies = any(loser.kernel == COPY for loser in choice.losers)
+            self.samples.note(weight, packed, transform, copies)
 
     def _taken_from_cache(self, name: str, places: list[Placed]) -> Kept | None:
         """The module as it was packed before, and everything else that reading it would have done."""
         kept = None if self._kept is None else self._kept.get(name)
         if kept is None:
+            return None
+        if not self._as_chosen(kept, places):
+            self.outdated = True
             return None
         for place in places:
             if self.online is not None and (decision := self.decide(place)) is not None:
@@ -189,6 +211,27 @@ class Loader(Asker):
             self.packed_bytes += weight.nbytes
             self.mapped_bytes += weight.nbytes
         return kept
+
+    def _as_chosen(self, kept: Kept, places: list[Placed]) -> bool:
+        """Whether the module would be packed for the same kernels today: timings may have come or changed."""
+        return all(
+            self.target.kernels.of(
+                wanted, with_inputs(weight.scheme, transform), weight.shape, self.device
+            ).kernel.name
+            == weight.kernel.name
+            for weight, transform, wanted in self._whose(kept, places)
+        )
+
+    def _whose(
+        self, kept: Kept, places: list[Placed]
+    ) -> Iterator[tuple[PackedWeight, InputTransform | None, Wanted]]:
+        """Each weight with its input and what is wanted for the first of the modules in it."""
+        first_rows = accumulate((place.part.shape[0] for place in places), initial=0)
+        place_at = dict(zip(first_rows, places, strict=False))
+        row = 0
+        for weight, transform in zip(kept.weights, kept.inputs, strict=True):
+            yield weight, transform, self.wanted_kernel(place_at[row])
+            row += weight.shape[0]
 
     def _remember(self, name: str, kept: Kept) -> None:
         if self._kept is not None:
@@ -212,11 +255,11 @@ class Loader(Asker):
             weight = made.weight
             rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
         if rule is None and not as_stored:
-            weight = replace(weight, scheme=self.with_inputs(place.part, weight.scheme))
+            weight = replace(weight, scheme=self.with_inputs(place, weight.scheme))
         transform = self._transform(weight.scheme, rule)
         weight = self._cast(weight)
         self._report(place, "loading" if self.online is None else "quantizing")
-        return ReadPart(weight, bias, transform)
+        return ReadPart(weight, bias, transform, self.wanted_kernel(place))
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:
         if scheme.activation is None and rule is None:
@@ -238,8 +281,13 @@ class Loader(Asker):
             return replace(weight, scheme=scheme, codes=weight.codes.to(scheme.weight.dtype))
         return replace(weight, scheme=scheme)
 
-    def _pack(self, weight: QuantizedTensor) -> PackedWeight:
-        kernel = choose(weight.scheme, weight.shape, self.device).kernel
+    def _pack(
+        self, weight: QuantizedTensor, transform: InputTransform | None, wanted: Wanted
+    ) -> PackedWeight:
+        kernels, scheme = self.target.kernels, with_inputs(weight.scheme, transform)
+        if (untimed := kernels.untimed(wanted, scheme, weight.shape, self.device)) is not None:
+            kernels.measure(sample_of(weight, untimed, transform, self.device), self.device)
+        kernel = kernels.of(wanted, scheme, weight.shape, self.device).kernel
         self.kernels.add(kernel.name)
         packed = kernel.pack(weight, self.device)
         check_packed(weight, packed)
@@ -254,7 +302,7 @@ class Loader(Asker):
         return torch.cat(rows).to(device=self.device, dtype=self.activation_dtype)
 
 
-def _fused(read: list[ReadPart]) -> Iterator[tuple[QuantizedTensor, InputTransform | None]]:
+def _fused(read: list[ReadPart]) -> Iterator[tuple[QuantizedTensor, InputTransform | None, Wanted]]:
     """Neighbours that are alike joined, the rest by themselves; ``read`` is emptied on the way.
 
     Transforms that do the same become one object, so that a Linear runs them once.
@@ -267,13 +315,13 @@ def _fused(read: list[ReadPart]) -> Iterator[tuple[QuantizedTensor, InputTransfo
             transform = next((known for known in inputs if known.same_as(transform)), transform)
             inputs.append(transform)
         run = [first.weight]
-        while read and _alike(transform, read[0].transform):
+        while read and _alike(transform, read[0].transform) and first.wanted.same_as(read[0].wanted):
             joined = concatenate([*run, read[0].weight])
             if joined is None:
                 break
             run = [joined]
             read.pop(0)
-        yield run[0], transform
+        yield run[0], transform, first.wanted
 
 
 def _alike(a: InputTransform | None, b: InputTransform | None) -> bool:

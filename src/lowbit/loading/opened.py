@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.formats import CheckpointFormat, Notes, detect
 from lowbit.formats.kv_scales import KvScales, read_scales_file, wants_fp8_cache
+from lowbit.loading.kernel_choice import KernelChoice
 from lowbit.loading.online import is_float
 from lowbit.models.config import ModelConfig
 from lowbit.models.registry import Family, family_of
@@ -81,6 +82,7 @@ class Target:
     cache_dtype: KvDtype
     dense_dtype: torch.dtype | None  # None: as stored
     int8_inputs: bool = False  # of weight-only layers (numerics.int8_inputs)
+    kernels: KernelChoice = field(default_factory=KernelChoice)
 
     @classmethod
     def resolve(
@@ -92,10 +94,11 @@ class Target:
         k: str = "auto",
         v: str = "auto",
         activations: str = "none",
+        kernels: KernelChoice | None = None,
     ) -> Target:
         """``kv``, ``k`` and ``v``: the types of the cache, of both and of one.
 
-        ``activations``: "none", or "int8".
+        ``activations``: "none", or "int8". ``kernels``: None: by preference alone.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +113,12 @@ class Target:
         # On a CPU the residual stream, norms and accumulation stay in float32; kernels round their inputs.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
         return cls(
-            torch.device(device), activation, cache, wanted if on_cpu else activation, activations == "int8"
+            torch.device(device),
+            activation,
+            cache,
+            wanted if on_cpu else activation,
+            activations == "int8",
+            kernels or KernelChoice(),
         )
 
 

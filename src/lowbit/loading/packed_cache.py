@@ -130,6 +130,7 @@ class Identity:
             ],
             "recipe": None if recipe is None else _sum(repr((recipe.rules, recipe.default))),
             "strict": opened.strict,
+            "linear_kernel": repr(target.kernels.rules),
             "isa": native.isa(),
             "kernels": {kernel.name: kernel.layout for kernel in linear_kernels()},
             "code": _sum(_code()),

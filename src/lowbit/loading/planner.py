@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats.kv_scales import KvScales
-from lowbit.kernels import choose
+from lowbit.kernels import LinearKernel, Loser
 from lowbit.kernels.attention import CacheSpec
+from lowbit.kernels.timing import COPY
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.asker import Asker
+from lowbit.loading.kernel_choice import Wanted
 from lowbit.loading.names import Placed
 from lowbit.loading.online import SAMPLE_ROWS, Decision, estimated_error
 from lowbit.loading.opened import Opened, Target
@@ -29,7 +33,8 @@ class ModulePlan:
     """One stored module: what it is and which kernel will run it. ``refusals``: (kernel, reason).
 
     ``nbytes``: what it will occupy. When quantizing at load, ``reason``: why it stays plain; ``error``: the
-    estimated |Q(w) - w| / |w|.
+    estimated |Q(w) - w| / |w|. ``losers``: what else would run it; ``by``: what decided between them, where
+    it was not the order of preference. ``ratios``: times as fast as bf16, (tokens, ratio), as it was timed.
     """
 
     name: str
@@ -41,6 +46,19 @@ class ModulePlan:
     nbytes: int
     reason: str = ""
     error: float | None = None
+    losers: tuple[Loser, ...] = ()
+    by: str = ""
+    ratios: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module about to be planned. ``scheme``: with what is done to its input."""
+
+    place: Placed
+    scheme: Scheme
+    decision: Decision | None
+    wanted: Wanted
 
 
 @dataclass(frozen=True)
@@ -93,28 +111,25 @@ class Planner(Asker):
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """A Linear without weights."""
-        for place in self.placed(name, parts):
-            self._plan(place)
+        self._plan_layer(self.placed(name, parts))
         return Linear(name, [], None)
 
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """Experts without weights."""
         for number in range(spec.count):
             for places in self.placed_expert(name, spec, number):
-                for place in places:
-                    self._plan(place)
+                self._plan_layer(places)
         return Experts(name, [], [])
 
     def embedding(self, part: Part) -> Embedding:
         """An embedding without its matrix."""
-        [place] = self.placed(part.name, [part])
-        self._plan(place)
+        self._plan_layer(self.placed(part.name, [part]))
         return PlannedEmbedding()
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """A meta tensor of that shape, which takes no memory; the plan counts it as float32."""
         for place in self.placed_stack(part, stacked):
-            self._plan(place, unpacked=True)
+            self._plan_unpacked(place)
         return torch.empty((stacked, *part.shape) if stacked else part.shape, device="meta")
 
     def vector(self, name: str, size: int) -> Tensor:
@@ -139,31 +154,75 @@ class Planner(Asker):
         packed = sum(module.nbytes for module in self.modules)
         return packed + (self.largest_module if self.online is None else 3 * self.largest_module + _WORK)
 
-    def _plan(self, place: Placed, unpacked: bool = False) -> None:
-        decision = None if unpacked else self.decide(place)
+    def _plan_layer(self, places: list[Placed]) -> None:
+        """Modules of one layer; neighbours that will be one weight are timed and chosen for as one."""
+        parts = [self._part(place) for place in places]
+        for _, fused in groupby(parts, lambda part: (part.scheme, part.wanted.kernel, part.wanted.rule)):
+            run = list(fused)
+            scheme, shape = self._as_packed(run)
+            kernels = self.target.kernels
+            choice = kernels.of(run[0].wanted, scheme, shape, self.device)
+            ratios = kernels.ratios(choice.kernel, scheme, shape, self.device)
+            for part in run:
+                self._add(
+                    part.place,
+                    part.scheme,
+                    part.decision,
+                    kernel=choice.kernel.name,
+                    computes=choice.kernel.computes,
+                    refusals=choice.refusals,
+                    nbytes=self._nbytes(part, choice.kernel),
+                    losers=choice.losers,
+                    by=choice.by,
+                    ratios=ratios,
+                )
+
+    def _part(self, place: Placed) -> _Part:
+        decision = self.decide(place)
         scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
+        return _Part(place, self.with_inputs(place, scheme), decision, self.wanted_kernel(place))
+
+    def _as_packed(self, parts: list[_Part]) -> tuple[Scheme, tuple[int, int]]:
+        """The scheme and shape of parts fused: scales of a whole column are then a row's."""
+        scheme = replace(self.as_run(parts[0].scheme), activation=parts[0].scheme.activation)
+        shape = (sum(part.place.part.shape[0] for part in parts), parts[0].place.part.shape[1])
+        if len(parts) > 1 and not scheme.flattened:
+            scheme = replace(scheme, blocks=tuple((rows or 1, columns) for rows, columns in scheme.blocks))
+        return scheme, shape
+
+    def _plan_unpacked(self, place: Placed) -> None:
+        rows, columns = place.part.shape
+        scheme = self.form.scheme_of(place.module)
+        self._add(
+            place,
+            scheme,
+            None,
+            kernel="unpacked",
+            computes="as stored",
+            refusals=(),
+            nbytes=4 * rows * columns,
+        )
+
+    def _nbytes(self, part: _Part, kernel: LinearKernel) -> int:
+        shape = part.place.part.shape
+        if kernel.name == COPY:
+            return kernel.nbytes(part.scheme, shape)
+        if part.decision is not None and part.decision.method is not None:
+            return round(shape[0] * shape[1] * part.scheme.bits_per_weight(shape) / 8)
+        return self.stored_nbytes(part.place)
+
+    def _add(self, place: Placed, scheme: Scheme, decision: Decision | None, **how: Any) -> None:
         shape = place.part.shape
-        if not unpacked:
-            scheme = self.with_inputs(place.part, scheme)
-        run_by = choose(self.as_run(scheme), shape, self.device)
         width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
         self.largest_module = max(self.largest_module, int(shape[0] * shape[1] * width))
-        nbytes = self.stored_nbytes(place)
-        if unpacked:
-            nbytes = 4 * shape[0] * shape[1]
-        elif decision is not None and decision.method is not None:
-            nbytes = round(shape[0] * shape[1] * scheme.bits_per_weight(shape) / 8)
         self.modules.append(
             ModulePlan(
-                place.part.name,
-                shape,
-                scheme,
-                "unpacked" if unpacked else run_by.kernel.name,
-                run_by.kernel.computes,
-                () if unpacked else run_by.refusals,
-                nbytes,
-                "" if decision is None else decision.reason,
-                self._error(place, decision),
+                name=place.part.name,
+                shape=shape,
+                scheme=scheme,
+                reason="" if decision is None else decision.reason,
+                error=self._error(place, decision),
+                **how,
             )
         )
 

@@ -27,6 +27,8 @@ def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
     x = torch.randn(1, weight.shape[1], generator=torch.Generator().manual_seed(start)).bfloat16().float()
     few = weight.rows(start, stop, ragged=True).expand()
     dense = few.dequantize()
+    if packed.kernel.rounds(packed.scheme):
+        dense = dense.bfloat16().float()
     wanted = (x @ dense.T)[0]
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     got = packed.kernel.linear(x.to(device, dtype), packed)[0, start:stop].float().cpu()

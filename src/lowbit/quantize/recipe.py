@@ -266,7 +266,7 @@ def _has_role(pattern: str, name: str, role: str) -> bool:
 
 
 def _ignored(patterns: Iterable[str]) -> tuple[Rule, ...]:
-    checked = tuple(_pattern(pattern, "--quantization-ignore") for pattern in patterns)
+    checked = tuple(checked_pattern(pattern, "--quantization-ignore") for pattern in patterns)
     return tuple(Rule((pattern,), None, reason=f"--quantization-ignore {pattern}") for pattern in checked)
 
 
@@ -297,7 +297,7 @@ def _rule(values: Mapping[str, object], where: str) -> Rule:
         raise _wrong(where, 'needs modules = "PATTERN", or a list of them')
     if not isinstance(told, str):
         raise _wrong(where, 'needs quantization = "METHOD", or "keep", "bf16", "f16", "f32"')
-    checked = tuple(_pattern(pattern, where) for pattern in patterns)
+    checked = tuple(checked_pattern(pattern, where) for pattern in patterns)
     options = {key: value for key, value in values.items() if key not in ("modules", "quantization")}
     if told in KEEP:
         _only(options, (), where)
@@ -315,7 +315,8 @@ def _usable(spec: MethodSpec, where: str) -> MethodSpec:
     return spec
 
 
-def _pattern(pattern: str, where: str) -> str:
+def checked_pattern(pattern: str, where: str) -> str:
+    """The pattern; E0404 where it makes no sense."""
     if not pattern or len(pattern) > 1024:
         raise _wrong(where, "a pattern of modules is empty or longer than 1,024 letters")
     if pattern.startswith("re:"):
