@@ -27,7 +27,11 @@ struct Prepared {
         shape.span = summed_columns(layout);
         shape.element = is_float(layout.codes) ? 4 : 2;
         const auto kind = static_cast<InputKind>(from.weight->input);
-        if (kind == InputKind::floats && float_function(layout) != nullptr) {
+        if (is_words(layout.codes)) {
+            function = word_function(layout);
+            shape.kind = InputKind::words;
+            scaled = true;
+        } else if (kind == InputKind::floats && float_function(layout) != nullptr) {
             function = float_function(layout);
             shape.element = 4;
         } else if (kind != InputKind::bfloat && kind != InputKind::floats && meets_bytes(layout, decoding.bytes)) {

@@ -381,7 +381,7 @@ BlocksFunction exact_tiles(const Layout& layout) {
         case Codes::uint8: return multiply_exact<Codes::uint8>;
         case Codes::e4m3: return multiply_exact<Codes::e4m3>;
         case Codes::bf16: return multiply_exact<Codes::bf16>;
-        case Codes::wide4:
+        case Codes::words4:
         case Codes::f16:
         case Codes::f32: return nullptr;
     }

@@ -91,12 +91,12 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
 }
 
 template <Codes CODES>
-void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                           float (*totals)[ROWS]) {
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         for (int half = 0; half < 2; ++half) {
             FloatTile w;
-            decode_floats<CODES>(block + tile * tile_bytes(CODES) + half * tile_bytes(CODES) / 2, decoding.table, w);
+            decode_floats<CODES>(block + tile * tile_bytes(CODES) + half * tile_bytes(CODES) / 2, w);
             for_tokens(x.tokens, FloatStep{w, x, tile, half, totals});
         }
     }
@@ -120,16 +120,16 @@ struct ScaledFloatStep {
     }
 };
 
-// Codes whose values bfloat16 would round: 16 columns at a time in float32, then the scale.
+// 16 columns at a time in float32, then the scale.
 template <Codes CODES>
-void multiply_wide_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+void multiply_wide_block(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                          float (*totals)[ROWS]) {
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next();
         for (int half = 0; half < 2; ++half) {
             FloatTile w;
-            decode_floats<CODES>(codes + half * tile_bytes(CODES) / 2, decoding.table, w);
+            decode_floats<CODES>(codes + half * tile_bytes(CODES) / 2, w);
             for_tokens(x.tokens, ScaledFloatStep{w, x, tile, half, walk.scale[layout.sub == 16 ? half : 0], totals});
         }
     }
@@ -171,7 +171,6 @@ BlockFunction exact_function(const Layout& layout) {
         case Codes::e4m3: return by_sub<Codes::e4m3>(layout);
         case Codes::bf16: return multiply_block<Codes::bf16, 32, Addend::none, false>;
 #endif
-        case Codes::wide4: return layout.addend == Addend::none ? multiply_wide_block<Codes::wide4> : nullptr;
         case Codes::f16: return multiply_float_block<Codes::f16>;
         case Codes::f32: return multiply_float_block<Codes::f32>;
         default: return nullptr;

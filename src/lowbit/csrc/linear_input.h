@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "linear_bytes.h"
+#include "linear_words.h"
 
 namespace lowbit {
 
@@ -19,11 +20,11 @@ constexpr std::int64_t READ_PAST = 0;
 
 // x of some tokens.
 struct Input {
-    // (tile, token, 32): bfloat16, float or int8 in the order of the operands. Under AMX int8 lies as (two tiles,
+    // (tile, token, 32): bfloat16, float, int16 or int8 in the order of the operands. Under AMX int8 lies as (two tiles,
     // token, 64); whatever fills the second half of a last odd tile meets zeros.
     const std::uint8_t* values = nullptr;
     const float* sums = nullptr;           // (span, token): of the rounded numbers
-    const float* scales = nullptr;         // (tile, token), InputKind::groups
+    const float* scales = nullptr;         // (tile, token), InputKind::groups and words
     const std::int32_t* bases = nullptr;   // (span, token): base * sum, of whole numbers
     int tokens = 0;
 
@@ -83,6 +84,10 @@ inline float largest(Sixteen a, Sixteen b) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+// Rounds 16 numbers to int16, ties to even.
+inline void store_words(std::int16_t* to, Sixteen x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+}
 // Rounds 16 numbers to int8, ties to even; returns them.
 inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
     const __m512i whole = _mm512_cvtps_epi32(x);
@@ -124,6 +129,10 @@ inline float largest(Sixteen a, Sixteen b) {
     float value;
     std::memcpy(&value, &most, sizeof value);
     return value;
+}
+inline void store_words(std::int16_t* to, Sixteen x) {
+    const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xD8));
 }
 inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
     const __m256i low = _mm256_cvtps_epi32(x.low), high = _mm256_cvtps_epi32(x.high);
@@ -180,6 +189,15 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         float scale = 1.0f;
         const float most = largest(a, b);
         const bool sound = most <= std::numeric_limits<float>::max();
+        if (shape.kind == InputKind::words) {
+            scale = most / static_cast<float>(LARGEST_WORD);
+            const Sixteen inverse = sixteen_set(!sound || scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale);
+            std::int16_t* const values = reinterpret_cast<std::int16_t*>(to.values) + place;
+            store_words(values, sixteen_multiply(a, inverse));
+            store_words(values + 16, sixteen_multiply(b, inverse));
+            to.scales[tile * tokens + token] = sound ? scale : std::numeric_limits<float>::quiet_NaN();
+            continue;
+        }
         faulty = faulty || !sound;
         if (shape.kind == InputKind::groups) {
             scale = most / static_cast<float>(LARGEST_INPUT);

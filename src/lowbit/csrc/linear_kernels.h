@@ -60,6 +60,9 @@ BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool g
 inline BlockFunction byte_function(const Layout&, const ByteCodes&, bool) { return nullptr; }
 #endif
 
+// x as InputKind::words, for Codes::words4. Null where there is none. linear_words.cpp
+BlockFunction word_function(const Layout& layout);
+
 // The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,
                                 float (*totals)[TOKEN_TILE][ROWS]);

@@ -8,7 +8,9 @@
 // What kernels/packed_linear.py describes; field for field its ctypes struct.
 struct lowbit_weight {
     const std::uint8_t* data;
-    const std::uint16_t* table;  // 64 bfloat16 values, for codes of 2 to 7 bits; 16 floats for wide4
+    // 64 bfloat16 values, for codes of 2 to 7 bits; with a factor, 32 of them (words4: 16-bit numbers, 16 of them
+    // twice) and then 16 floats, what codes of 4 bits are worth exactly.
+    const std::uint16_t* table;
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles
     std::int32_t codes;
@@ -16,6 +18,7 @@ struct lowbit_weight {
     std::int32_t scales;  // enum Scales
     std::int32_t addend;  // enum Addend
     std::int32_t input;   // enum InputKind: what x is rounded to
+    float factor;         // a table's numbers times it are what codes are worth; 1 for most
 };
 
 namespace lowbit {
@@ -23,8 +26,9 @@ namespace lowbit {
 // two_level: int8 x f16 per 256
 enum class Scales : std::int32_t { none = 0, f16 = 1, bf16 = 2, f32 = 3, two_level = 4, e4m3 = 5 };
 // groups: int8 with a scale for each token and 32 columns. codes: x holds whole numbers of -127 … 127 already.
-// floats: not rounded, for int8 codes (LLM.int8's outliers are too large to lose their lower bits).
-enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3 };
+// floats: not rounded, for int8 codes (LLM.int8's outliers are too large to lose their lower bits). words: 15 bits
+// with a scale for each token and 32 columns, for Codes::words4, which meets nothing else.
+enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3, words = 4 };
 enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
 
 constexpr int SUPER = 256;        // columns of an outer block of two-level scales
@@ -37,7 +41,8 @@ struct Layout {
           addend(static_cast<Addend>(w.addend)),
           tiles(w.columns / COLUMNS),
           blocks((w.rows + ROWS - 1) / ROWS),
-          sub(w.group == 16 ? 16 : 32) {
+          sub(w.group == 16 ? 16 : 32),
+          factor(w.factor) {
         const bool byte_scales = scales == Scales::two_level || scales == Scales::e4m3;
         scale_bytes = scales == Scales::none ? 0 : scales == Scales::f32 ? 64 : byte_scales ? 16 : 32;
         addend_bytes = addend == Addend::none ? 0 : addend == Addend::zero ? 32 : scale_bytes;
@@ -53,6 +58,7 @@ struct Layout {
     Addend addend;
     std::int64_t tiles, blocks;
     int sub;                      // columns summed before a scale is applied
+    float factor;                 // of all scales
     std::int64_t scale_bytes, addend_bytes, super_bytes;
     std::int64_t unit;            // columns whose headers stand together, before their tiles
     std::int64_t headers;
@@ -102,6 +108,7 @@ class Walk {
         if (layout_.scales != Scales::none) {
             scale[header] = read_sixteen(at_, layout_.scales);
             if (layout_.super_bytes) scale[header] = sixteen_multiply(scale[header], outer_scale_);
+            if (layout_.factor != 1.0f) scale[header] = sixteen_multiply(scale[header], sixteen_set(layout_.factor));
         }
         at_ += layout_.scale_bytes;
         if (layout_.addend == Addend::offset) {

@@ -14,7 +14,7 @@ namespace {
 // Whether some kernel multiplies such a weight.
 bool known(const Layout& layout) {
     switch (layout.codes) {
-        case Codes::wide4: return layout.addend == Addend::none;
+        case Codes::words4: return layout.addend == Addend::none;
         case Codes::bits2:
         case Codes::bits3:
         case Codes::bits4:
@@ -31,18 +31,18 @@ bool known(const Layout& layout) {
     return false;
 }
 
+// What a code is worth, exactly, factor included.
 float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* tile, int row, int column) {
+    if (weight.factor != 1.0f) {
+        float value;
+        std::memcpy(&value, reinterpret_cast<const float*>(weight.table + 32) + read_code(tile, codes, row, column), sizeof value);
+        return value;
+    }
     switch (codes) {
         case Codes::bits7: return bfloat_to_float(weight.table[0]) + static_cast<float>(read_code(tile, codes, row, column));
         case Codes::int8: return byte_value<Codes::int8>(tile[byte_place(row, column)]);
         case Codes::uint8: return byte_value<Codes::uint8>(tile[byte_place(row, column)]);
         case Codes::e4m3: return byte_value<Codes::e4m3>(tile[byte_place(row, column)]);
-        case Codes::wide4: {
-            float value;
-            const auto* const bytes = reinterpret_cast<const std::uint8_t*>(weight.table);
-            std::memcpy(&value, bytes + read_code(tile, Codes::bits4, row, column) * sizeof value, sizeof value);
-            return value;
-        }
         case Codes::bf16: {
             std::uint16_t bits;
             std::memcpy(&bits, tile + column / 2 * 64 + row * 4 + column % 2 * 2, sizeof bits);
@@ -163,7 +163,7 @@ void pack(const lowbit_weight& weight, std::int64_t columns, const Sources& from
                     at += layout.addend_bytes;
                 }
             }
-            if (layout.codes == Codes::bits4 || layout.codes == Codes::wide4) {
+            if (layout.codes == Codes::bits4 || layout.codes == Codes::words4) {
                 put_nibble_tile(at, weight, from.codes, row, column, columns);
             } else {
                 put_tile(at, weight, layout.codes, from.codes, row, column, columns);
@@ -202,7 +202,8 @@ LOWBIT_EXPORT int lowbit_linear_rows(const lowbit_weight* weight, std::int64_t c
     for (std::int64_t i = 0; i < count; ++i) {
         if (id_at(i) < 0 || id_at(i) >= weight->rows) return 2;
     }
-    const lowbit::Layout layout(*weight);
+    lowbit::Layout layout(*weight);
+    layout.factor = 1.0f;  // code_value has it
     std::vector<float> stored;
     try {
         if (column_order != nullptr) stored.resize(static_cast<std::size_t>(count * columns));

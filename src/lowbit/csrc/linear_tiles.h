@@ -28,16 +28,20 @@ constexpr int ROWS = 16;     // output rows of a tile
 constexpr int COLUMNS = 32;  // columns of a tile
 constexpr int PAIRS = COLUMNS / 2;
 
-// How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value up in a table; planes are low bits first. ``bits7``: a
-// code is worth table[0] + code, a table of 128 would take four registers. ``wide4``: as bits4, with a table of
-// floats that bfloat16 would round (nf4).
+// How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value
+// up in a table; planes are low bits first. ``bits7``: a code is worth table[0] + code, a table of 128 would take
+// four registers. ``words4``: as bits4, with a table of whole numbers of 13 bits for values that bfloat16 would round
+// (nf4); see linear_words.h.
 enum class Codes : std::int32_t {
-    bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7, int8 = 8, uint8 = 9, e4m3 = 10, wide4 = 14,
+    bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7, int8 = 8, uint8 = 9, e4m3 = 10, words4 = 14,
     bf16 = 16, f16 = 17, f32 = 32
 };
 
+// Codes whose values are 16-bit whole numbers, as is x.
+constexpr bool is_words(Codes codes) { return codes == Codes::words4; }
+
 // Codes that meet x in float32.
-constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32 || codes == Codes::wide4; }
+constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32; }
 
 constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Codes::uint8 || codes == Codes::e4m3; }
 
@@ -47,7 +51,7 @@ constexpr std::int64_t tile_bytes(Codes codes) {
         case Codes::int8:
         case Codes::uint8:
         case Codes::e4m3: return ROWS * COLUMNS;
-        case Codes::wide4: return ROWS * COLUMNS / 2;
+        case Codes::words4: return ROWS * COLUMNS / 2;
         case Codes::bf16:
         case Codes::f16: return ROWS * COLUMNS * 2;
         case Codes::f32: return ROWS * COLUMNS * 4;
@@ -168,9 +172,8 @@ inline void write_code(std::uint8_t* tile, Codes codes, int row, int column, uns
 struct Table {
     std::uint16_t first;
     __m512i low, high;
-    __m512 wide;  // the first 16 floats, for wide4
     explicit Table(const std::uint16_t* values)
-        : first(values[0]), low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)), wide(_mm512_loadu_ps(values)) {}
+        : first(values[0]), low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)) {}
 };
 
 // The value of every byte as bfloat16, low and high bytes apart.
@@ -232,7 +235,7 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
             w[pair_of(operand, 0)] = _mm512_unpacklo_epi8(lower, higher);
             w[pair_of(operand, 1)] = _mm512_unpackhi_epi8(lower, higher);
         }
-    } else if constexpr (CODES == Codes::bits4 || CODES == Codes::bits2) {
+    } else if constexpr (CODES == Codes::bits4 || CODES == Codes::words4 || CODES == Codes::bits2) {
         UNROLL
         for (int pair = 0; pair < PAIRS; ++pair) {
             const Field f = field(plane(CODES, 0), 0, pair * 2);
@@ -269,15 +272,10 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
 
 // 16 columns of floats.
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, const Table& table, __m512* w) {
+inline void decode_floats(const std::uint8_t* tile, __m512* w) {
     UNROLL
     for (int column = 0; column < 16; ++column) {
-        if constexpr (CODES == Codes::wide4) {
-            // A 32-bit lane holds a row's even and odd column words; the lookup takes its lowest four bits.
-            const __m512i words = _mm512_loadu_si512(tile + column / 8 * 64);
-            const auto place = static_cast<unsigned>(column % 2 * 16 + column % 8 / 2 * 4);
-            w[column] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, place), table.wide);
-        } else if constexpr (CODES == Codes::int8) {
+        if constexpr (CODES == Codes::int8) {
             const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
             const __m512i rows = _mm512_broadcast_i32x4(
                 _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));
@@ -359,11 +357,14 @@ using FloatTile = __m512[16];
 // Integer tables are lines: their values need no lookup.
 struct Table {
     alignas(32) float values[64];
-    alignas(32) float wide[16];  // for wide4
+    alignas(32) std::uint8_t low[32], high[32];  // bytes of the first 16 entries, twice
     bool line = true;
     explicit Table(const std::uint16_t* from) {
-        std::memcpy(wide, from, sizeof wide);
         for (int i = 0; i < 64; ++i) values[i] = bfloat_to_float(from[i]);
+        for (int i = 0; i < 32; ++i) {
+            low[i] = static_cast<std::uint8_t>(from[i % 16]);
+            high[i] = static_cast<std::uint8_t>(from[i % 16] >> 8);
+        }
         // Short tables repeat: the first four codes tell a line from nf4-like tables, the widths do the rest.
         for (int i = 1; i < 4; ++i) line = line && values[i] == values[0] + static_cast<float>(i);
     }
@@ -470,18 +471,10 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
 }
 
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, const Table& table, FloatTile& w) {
+inline void decode_floats(const std::uint8_t* tile, FloatTile& w) {
     UNROLL
     for (int column = 0; column < 16; ++column) {
-        if constexpr (CODES == Codes::wide4) {
-            const int place = column % 2 * 16 + column % 8 / 2 * 4;
-            for (int half = 0; half < 2; ++half) {
-                const std::uint8_t* const from = tile + column / 8 * 64 + half * 32;
-                const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-                const __m256i code = _mm256_and_si256(_mm256_srli_epi32(words, place), _mm256_set1_epi32(15));
-                _mm256_store_ps(&w.columns[column][half * 8], _mm256_i32gather_ps(table.wide, code, 4));
-            }
-        } else if constexpr (CODES == Codes::int8) {
+        if constexpr (CODES == Codes::int8) {
             const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
             const __m256i rows = _mm256_broadcastsi128_si256(
                 _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));

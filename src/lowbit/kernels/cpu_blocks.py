@@ -1,10 +1,12 @@
 """cpu_blocks: weights of 2- to 8-bit codes with scales for each 16, 32 … columns, on AVX2 and AVX-512.
 
-Takes any canonical scheme whose code values are exact in bfloat16 (integers, small floats, iq4_nl) and GGUF
-blocks that expand to one, K-quants with their two levels of scales included; 4-bit tables that are not
-(nf4) run in float32. An outer scale for a whole row or tensor (NVFP4) multiplies the result. The input is
-rounded to bfloat16 but for the tables in float32; codes are exact, accumulation and scales are float32:
-weights are never rounded. Zero points that are no whole numbers (HQQ) are subtracted from the codes as
+Takes any canonical scheme whose code values are exact in bfloat16 (integers, small floats, iq4_nl), but for a
+factor that all share (bitsandbytes' fp4: 1/192) and scales take over, and GGUF blocks that expand to one,
+K-quants with their two levels of scales included. An outer scale for a whole row or tensor (NVFP4) multiplies
+the result. The input is rounded to bfloat16; codes are exact, accumulation and scales are float32: weights are
+never rounded, but for other 4-bit tables (nf4). Their values become whole numbers up to 4095 and meet x as
+whole numbers up to 16383, in groups of 32 columns: both together are off by an eighth of what bfloat16 costs the
+inputs of the other formats. Rows that are looked up are exact for all of them. Zero points that are no whole numbers (HQQ) are subtracted from the codes as
 float16: all that a float16 or bfloat16 holds, but for bfloat16s below 2^-14 of a code, which move by less
 than 2^-25 of one. Beside float32 scales they are offsets, -zero * scale, a last bit of float32 away.
 """
@@ -26,6 +28,8 @@ from lowbit.kernels.packed_linear import (
     ADDEND_ZERO,
     CODES,
     COLUMNS,
+    INPUT_BFLOAT,
+    LARGEST_VALUE,
     SCALE_DTYPES,
     SCALES_BF16,
     SCALES_E4M3,
@@ -85,21 +89,61 @@ def _code_kind(fmt: NumberFormat) -> str | None:
     table = fmt.table()
     if fmt.bits == 7 and not torch.equal(table, table[0] + torch.arange(128)):
         return None  # the native code adds where it has no registers for a table
-    if torch.equal(table.bfloat16().float(), table):
+    if torch.equal(table.bfloat16().float(), table) or _common_factor(fmt) is not None:
         return f"bits{int(fmt.bits)}"
-    return "wide4" if fmt.bits == 4 else None
+    return "words4" if fmt.bits == 4 else None
+
+
+@cache
+def _common_factor(fmt: NumberFormat) -> float | None:
+    """What divides a 4-bit table's values into whole numbers that bfloat16 holds, or None."""
+    if fmt.bits != 4:
+        return None
+    table = fmt.table().double()
+    most = float(table.abs().max())
+    for largest in range(1, 2049):
+        whole = (table * largest / most).round()
+        divides = torch.equal((whole * most / largest).float(), fmt.table())
+        if divides and torch.equal(whole.bfloat16().double(), whole):
+            return most / largest
+    return None
+
+
+@cache
+def _words(fmt: NumberFormat) -> tuple[Tensor, float]:
+    """float64 (16,) whole numbers up to 4095 that are nearest to a table's values over a factor, and the factor."""
+    table = fmt.table().double()
+    most = float(table.abs().max())
+    counts = torch.linspace(LARGEST_VALUE / 2, LARGEST_VALUE, 1 << 16, dtype=torch.float64)
+    steps = (most / counts).float().double().unsqueeze(1)  # (tries, 1)
+    whole = (table / steps).round().clamp(-LARGEST_VALUE, LARGEST_VALUE)
+    best = int((whole * steps - table).abs().amax(1).argmin())
+    return whole[best], float(steps[best])
+
+
+@cache
+def _factor(fmt: NumberFormat) -> float:
+    """What the numbers in ``_table`` are multiplied with to be worth what the format says."""
+    kind = _code_kind(fmt)
+    if kind == "words4":
+        return _words(fmt)[1]
+    exact = kind != "bits4" or torch.equal(fmt.table().bfloat16().float(), fmt.table())
+    return 1.0 if exact else _common_factor(fmt) or 1.0
 
 
 @cache
 def _table(fmt: NumberFormat) -> Tensor:
-    """bfloat16 (64,): the value of every index the kernel may form, short tables repeated; wide4: float32.
+    """bfloat16 (64,): the value of every index the kernel may form, short tables repeated.
 
-    The values of 7 bits go on as they begin.
+    The values of 7 bits go on as they begin. With a ``_factor`` bytes: 16 numbers of 16 bits twice, 16 float32 values.
     """
     if fmt.bits == 8:
         return torch.zeros(64, dtype=torch.bfloat16)
-    if _code_kind(fmt) == "wide4":
-        return fmt.table().repeat(2)
+    factor = _factor(fmt)
+    if factor != 1.0:
+        words = _code_kind(fmt) == "words4"
+        numbers = _words(fmt)[0].short() if words else (fmt.table().double() / factor).round().bfloat16()
+        return torch.cat((numbers.repeat(2).view(torch.uint8), fmt.table().view(torch.uint8)))
     values = fmt.table()[:64].bfloat16()
     return values.repeat(64 // len(values)).contiguous()
 
@@ -126,10 +170,11 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     if (group != 16 and group % COLUMNS) or columns % group:
         return f"needs groups of 16 or a multiple of {COLUMNS} that divide in, got {group} of {columns}"
     kind = SCALES_TWO_LEVEL if two_level else _SCALE_KINDS[inner]
-    if code_kind == "wide4" and (scheme.offset or scheme.zero != "none"):
+    if code_kind == "words4" and (scheme.offset or scheme.zero != "none"):
         return f"{fmt.name} codes with zero points or offsets"
     addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero != "none" else ADDEND_NONE
-    return Description(None, None, out, columns, CODES[code_kind], group, kind, addend)
+    factor = _factor(fmt)
+    return Description(None, None, out, columns, CODES[code_kind], group, kind, addend, INPUT_BFLOAT, factor)
 
 
 def _is_order(order: Tensor, columns: int) -> bool:
@@ -213,7 +258,7 @@ class CpuBlocks:
 
     name = "cpu_blocks"
     computes = "as stored"
-    layout = 1
+    layout = 2
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""

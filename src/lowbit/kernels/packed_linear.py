@@ -30,11 +30,13 @@ from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.scheme import Scheme
 
 ROWS, COLUMNS, SUPER = 16, 32, 256
-TABLE_BYTES = 128  # 64 values in bfloat16, or 32 in float32
+TABLE_BYTES = 128  # 64 values in bfloat16; or 32 of 16 bits and 16 in float32
+
+LARGEST_VALUE = 4095  # of a table of whole numbers (csrc/linear_words.h)
 
 # The numbers of csrc/linear_tiles.h and csrc/linear.cpp.
 CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
-CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "wide4": 14}
+CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "words4": 14}
 DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
 SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL, SCALES_E4M3 = range(6)
 ADDEND_NONE, ADDEND_OFFSET, ADDEND_ZERO = range(3)
@@ -50,7 +52,7 @@ _PLANES |= {7: ((4, 0), (2, 4), (1, 6)), 14: _PLANES[4]}
 
 
 class Description(ctypes.Structure):
-    """``lowbit_weight`` of csrc/linear.cpp."""
+    """``lowbit_weight`` of csrc/linear_layout.h."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -62,6 +64,7 @@ class Description(ctypes.Structure):
         ("scales", ctypes.c_int32),
         ("addend", ctypes.c_int32),
         ("input", ctypes.c_int32),
+        ("factor", ctypes.c_float),
     )
 
     @property
