@@ -50,10 +50,10 @@ def canonical(
     count = 1 << int(fmt.bits)
     codes = torch.arange(out * columns).mul(7).remainder(count).view(shape)
     codes = codes[:, torch.randperm(columns, generator=generator)].to(torch.uint8)
-    if fmt.name == "e4m3":
-        codes[codes & 127 == 127] = 3  # NaN
+    if fmt.dtype is not None and not fmt.table().isfinite().all():
+        codes[~fmt.table()[codes.long()].isfinite()] = 3
     rows = -(-out // block_rows) if block_rows else 1
-    groups = (rows, columns // (group or columns))
+    groups = (rows, -(-columns // (group or columns)))
 
     def numbers() -> torch.Tensor:
         values = torch.randn(groups, generator=generator) * 0.02
@@ -149,6 +149,16 @@ WEIGHTS = {
     "nf4 g64": lambda: canonical("nf4", 64, "f32"),
     "fp4 g128 bf16": lambda: canonical("fp4_bnb", 128, "bf16"),
     "nf4 g16 e4m3": lambda: canonical("nf4", 16, "e4m3"),
+    "uint1 g64 zero": lambda: canonical("uint1", 64, zero=True),
+    "int1 g16": lambda: canonical("int1", 16),
+    "e5m2 g64": lambda: canonical("e5m2", 64),
+    "e4m3fnuz blocks": lambda: canonical("e4m3fnuz", 128, "f32", block_rows=16, shape=(48, 256)),
+    "e5m2fnuz channel": lambda: canonical("e5m2fnuz", 0, "f32"),
+    "int4 g48": lambda: canonical("int4", 48, shape=(37, 288)),
+    "int4 channel, 83 columns": lambda: canonical("int4", 0, "f32", shape=(37, 83)),
+    "uint4 g32 zero, 72 columns": lambda: canonical("uint4", 32, zero=True, shape=(37, 72)),
+    "int6 g16, 1000 columns": lambda: canonical("int6", 16, shape=(37, 1000)),
+    "uint8 channel zero, 65 columns": lambda: canonical("uint8", 0, "f32", zero=True, shape=(37, 65)),
     "e2m1 g16 e4m3 (NVFP4)": lambda: nvfp4(0),
     "e2m1 g16 e4m3, rows unlike (fused NVFP4)": lambda: nvfp4(1),
     "uint4 g96 zero, many blocks": lambda: canonical("uint4", 96, zero=True, shape=(700, 864)),
@@ -205,7 +215,9 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     rows, columns = weight.shape
     tiles = (-(-rows // 16) * 16 / rows) * (-(-columns // 32) * 32 / columns)
     order = 8 * columns if weight.column_order is not None else 0
-    assert packed.nbytes <= 1.1 * weight.nbytes * tiles + order + 1024
+    table = packed.buffers["table"].nbytes if "table" in packed.buffers else 0  # which weights share
+    growth = 1.25 if kernel.name == "cpu_blocks" else 1.1
+    assert packed.nbytes - table <= growth * weight.nbytes * tiles + order + 1024
 
 
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
@@ -260,7 +272,7 @@ def test_linear_is_the_product(kernel: LinearKernel, name: str) -> None:
 @pytest.mark.parametrize("spike", [1.0, 300.0])
 @pytest.mark.parametrize("name", ["nf4 g64", "nf4 g16 e4m3"])
 def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> None:
-    """Beside the float64 product of what is stored: a table's rounding and x's together, by an eighth or less."""
+    """Beside the float64 product of what is stored: the table's rounding and x's together."""
     weight = WEIGHTS[name]()
     exact = normal_form(weight).double()
     x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(3))
@@ -323,22 +335,21 @@ def test_native_kernels_take_what_they_should() -> None:
     if native.library() is None:
         pytest.skip("no native library")
     fast = {p.values[1] for p in PAIRS if p.values[0].name in ("cpu_blocks", "cpu_dense")}
-    missing = set(WEIGHTS) - fast
-    slow = {f"gguf {name}" for name in NAMES if name.startswith(("iq1", "iq2", "iq3", "q1", "tq1"))}
-    # Q2_K's 4-bit scales and scales of square blocks have no layout that stays as small as the file yet.
-    assert missing == slow | {"gguf q2_k", "int4 16x64 blocks"}
+    assert set(WEIGHTS) == fast
 
 
 @pytest.mark.parametrize(
     ("weight", "words"),
     [
         (canonical("int4", 32, shape=(16, 96)), None),
-        (canonical("int4", 48, shape=(16, 96)), "groups of 16 or a multiple of 32"),
-        (ragged("int4", 128, 224), "would take"),
-        (canonical("e2m1", 16, "e8m0"), "would take"),
+        (canonical("int4", 48, "f32", shape=(16, 96)), "would take"),
+        (canonical("int4", 32, shape=(16, 40)), None),
+        (canonical("int4", 1024, shape=(16, 1048)), "would take"),
+        (ragged("int4", 128, 224), None),
+        (canonical("e2m1", 16, "e8m0"), None),
         (canonical("int4", 8, shape=(16, 64)), "groups of 16 or a multiple of 32"),
-        (canonical("int4", 0, shape=(16, 40)), "in % 32 == 0, got 40"),
-        (canonical("e5m2", 64), "not exact in bfloat16"),
+        (canonical("int4", 0, shape=(16, 40)), None),
+        (canonical("e8m0", 64), "not exact in bfloat16"),
         (crooked(), "not exact in bfloat16 or have no packed form"),
         (dense_weight("f32", (8, 32)), "not quantized"),
     ],
@@ -372,7 +383,7 @@ def test_more_refusals() -> None:
 
 
 def test_choice_keeps_the_reasons() -> None:
-    weight = canonical("e5m2", 64)
+    weight = crooked()
     choice = choose(weight.scheme, weight.shape, CPU)
     assert choice.kernel.name == "reference"
     assert [name for name, _ in choice.refusals] == ["cpu_blocks", "cpu_dense"]

@@ -26,6 +26,7 @@ struct Prepared {
         shape.columns = from.columns;
         shape.span = summed_columns(layout);
         shape.element = is_float(layout.codes) ? 4 : 2;
+        shape.numbers = is_grid(layout.codes) ? grid_of(layout.codes).numbers : 0;
         const auto kind = static_cast<InputKind>(from.weight->input);
         if (is_words(layout.codes)) {
             function = word_function(layout);

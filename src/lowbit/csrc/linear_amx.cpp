@@ -371,6 +371,7 @@ BlocksFunction bytes_by_group(bool grouped) {
 
 BlocksFunction exact_tiles(const Layout& layout) {
     switch (layout.codes) {
+        case Codes::bits1: return multiply_exact<Codes::bits1>;
         case Codes::bits2: return multiply_exact<Codes::bits2>;
         case Codes::bits3: return multiply_exact<Codes::bits3>;
         case Codes::bits4: return multiply_exact<Codes::bits4>;
@@ -380,6 +381,15 @@ BlocksFunction exact_tiles(const Layout& layout) {
         case Codes::int8: return multiply_exact<Codes::int8>;
         case Codes::uint8: return multiply_exact<Codes::uint8>;
         case Codes::e4m3: return multiply_exact<Codes::e4m3>;
+        case Codes::e5m2: return multiply_exact<Codes::e5m2>;
+        case Codes::e4m3fnuz: return multiply_exact<Codes::e4m3fnuz>;
+        case Codes::e5m2fnuz: return multiply_exact<Codes::e5m2fnuz>;
+        case Codes::grid2_256: return multiply_exact<Codes::grid2_256>;
+        case Codes::grid2_512: return multiply_exact<Codes::grid2_512>;
+        case Codes::grid2_1024: return multiply_exact<Codes::grid2_1024>;
+        case Codes::grid1_2048: return multiply_exact<Codes::grid1_2048>;
+        case Codes::grid3_256: return multiply_exact<Codes::grid3_256>;
+        case Codes::grid3_512: return multiply_exact<Codes::grid3_512>;
         case Codes::bf16: return multiply_exact<Codes::bf16>;
         case Codes::words4:
         case Codes::f16:
@@ -390,6 +400,7 @@ BlocksFunction exact_tiles(const Layout& layout) {
 
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped) {
     switch (layout.codes) {
+        case Codes::bits1: return bytes_by_group<Codes::bits1>(grouped);
         case Codes::bits2: return bytes_by_group<Codes::bits2>(grouped);
         case Codes::bits3: return bytes_by_group<Codes::bits3>(grouped);
         case Codes::bits4:

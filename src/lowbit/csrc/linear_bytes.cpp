@@ -129,6 +129,7 @@ BlockFunction by_addend(const Layout& layout, bool grouped) {
 
 BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool grouped) {
     switch (layout.codes) {
+        case Codes::bits1: return by_addend<Codes::bits1>(layout, grouped);
         case Codes::bits2: return by_addend<Codes::bits2>(layout, grouped);
         case Codes::bits3: return by_addend<Codes::bits3>(layout, grouped);
         case Codes::bits4:

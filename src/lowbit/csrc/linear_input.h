@@ -43,6 +43,7 @@ struct InputShape {
     bool scaled_sums = false;  // InputKind::groups: sums of x rather than of its codes
     int base = 0;
     float factor = 1.0f;
+    int numbers = 0;  // of a vector of a grid, where x comes in the order of linear_grids.h
 
     std::int64_t spans() const { return tiles * COLUMNS / span; }
     std::int64_t value_bytes() const {
@@ -83,6 +84,12 @@ inline float largest(Sixteen a, Sixteen b) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+// Two vectors of 8 columns, or twice two of 4: their columns in turns.
+inline Sixteen in_grid_order(Sixteen x, int numbers) {
+    const __m512i eights = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    const __m512i fours = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    return _mm512_permutexvar_ps(numbers == 8 ? eights : fours, x);
 }
 // Rounds 16 numbers to int16, ties to even.
 inline void store_words(std::int16_t* to, Sixteen x) {
@@ -130,6 +137,14 @@ inline float largest(Sixteen a, Sixteen b) {
     std::memcpy(&value, &most, sizeof value);
     return value;
 }
+inline Sixteen in_grid_order(Sixteen x, int numbers) {
+    if (numbers == 8) {
+        const __m256 first = _mm256_unpacklo_ps(x.low, x.high), second = _mm256_unpackhi_ps(x.low, x.high);
+        return {_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31)};
+    }
+    const __m256i turns = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return {_mm256_permutevar8x32_ps(x.low, turns), _mm256_permutevar8x32_ps(x.high, turns)};
+}
 inline void store_words(std::int16_t* to, Sixteen x) {
     const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xD8));
@@ -162,6 +177,10 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         }
         const std::int64_t place = (tile * tokens + token) * COLUMNS;
         Sixteen a = sixteen_load(from), b = sixteen_load(from + 16);
+        if (shape.numbers != 0) {
+            a = in_grid_order(a, shape.numbers);
+            b = in_grid_order(b, shape.numbers);
+        }
         if (shape.kind == InputKind::bfloat) {
             if (shape.element == 4) {
                 float* const values = reinterpret_cast<float*>(to.values) + place;
