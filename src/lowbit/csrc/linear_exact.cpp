@@ -16,7 +16,7 @@ inline Sixteen accumulate(Sixteen total, Sixteen sum, Sixteen scale, Sixteen add
 }
 
 template <int SUB, Addend ADDEND, bool SCALED, int TOKENS>
-inline void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
+INLINE void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
                           float (*totals)[ROWS]) {
     const std::uint16_t* const from = x.at<std::uint16_t>(tile, token);
     Sixteen sums[TOKENS];
@@ -60,7 +60,7 @@ struct TileStep {
     std::int64_t tile;
     float (*totals)[ROWS];
     template <int TOKENS>
-    void operator()(int token) const {
+    INLINE void operator()(int token) const {
         multiply_tile<SUB, ADDEND, SCALED, TOKENS>(w, walk, x, tile, token, totals);
     }
 };

@@ -87,7 +87,7 @@ inline void write_grid_codes(std::uint8_t* tile, Codes codes, int row, int colum
 
 // 64 lookups in 2^BITS bytes; ``high``: a mask for each bit of the indices above the eighth.
 template <int BITS>
-inline __m512i look_up_grid(const std::uint8_t* table, __m512i index, __mmask64 eighth, const __mmask64* high) {
+INLINE __m512i look_up_grid(const std::uint8_t* table, __m512i index, __mmask64 eighth, const __mmask64* high) {
     const auto load = [&](int part) { return _mm512_loadu_si512(table + part * 64); };
     constexpr int COUNT = 1 << (BITS - 8);
     __m512i found[COUNT];
@@ -107,7 +107,7 @@ inline __m512i look_up_grid(const std::uint8_t* table, __m512i index, __mmask64 
 }
 
 template <Codes CODES>
-inline void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, std::uint8_t* planes) {
+INLINE void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, __m512i* lines) {
     constexpr Grid GRID = grid_of(CODES);
     constexpr int VECTORS = GRID.vectors(), HIGH = GRID.bits - 8;
     UNROLL
@@ -123,8 +123,8 @@ inline void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, std:
         }
         const __m512i lower = look_up_grid<GRID.bits>(grid, index, eighth, high);
         const __m512i higher = look_up_grid<GRID.bits>(grid + (1 << GRID.bits), index, eighth, high);
-        _mm512_store_si512(planes + first * 2, _mm512_unpacklo_epi8(lower, higher));
-        _mm512_store_si512(planes + first * 2 + 64, _mm512_unpackhi_epi8(lower, higher));
+        lines[first / 32] = _mm512_unpacklo_epi8(lower, higher);
+        lines[first / 32 + 1] = _mm512_unpackhi_epi8(lower, higher);
     }
     const std::uint8_t* const tail = tile + grid_tail(GRID);
     if constexpr (GRID.shifted) {
@@ -132,11 +132,10 @@ inline void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, std:
         std::memcpy(&mask, tail, sizeof mask);
         const __m512i bits = _mm512_movm_epi8(mask);
         // Fields of line 0 are the low halves of a word's bytes, those of line 1 the high ones.
-        const __m512i both = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), _mm512_unpacklo_epi8(bits, bits),
-                                                       _mm512_unpackhi_epi8(bits, bits), 0xCA);
-        _mm512_store_si512(planes + VECTORS * 2, both);
+        lines[VECTORS / 32] = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), _mm512_unpacklo_epi8(bits, bits),
+                                                        _mm512_unpackhi_epi8(bits, bits), 0xCA);
     } else {
-        _mm512_store_si512(planes + VECTORS * 2, _mm512_loadu_si512(tail));
+        lines[VECTORS / 32] = _mm512_loadu_si512(tail);
     }
 }
 

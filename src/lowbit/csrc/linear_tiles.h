@@ -21,6 +21,7 @@
 #include <cstring>
 
 #define UNROLL _Pragma("GCC unroll 16")
+#define INLINE __attribute__((always_inline)) inline
 
 namespace lowbit {
 
@@ -230,8 +231,9 @@ struct Table {
           grid(reinterpret_cast<const std::uint8_t*>(values + 64)) {}
 };
 
+// The lines of a tile of planes that a tile of indices stands for.
 template <Codes CODES>
-inline void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, std::uint8_t* planes);
+INLINE void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, __m512i* lines);
 
 // The value of every byte as bfloat16, low and high bytes apart.
 struct ByteTable {
@@ -271,15 +273,50 @@ inline __m512i shifted(__m512i words, int right) {
                       : _mm512_slli_epi16(words, static_cast<unsigned>(-right));
 }
 
+// Planes whose lines are in registers: one register of 16 rows x 2 columns for each pair of columns.
+template <Codes CODES>
+INLINE void decode_lines(const __m512i* lines, const Table& table, __m512i* w) {
+    if constexpr (plane_count(CODES) == 1) {
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const Field f = field(plane(CODES, 0), 0, pair * 2);
+            w[pair] = _mm512_permutexvar_epi16(shifted(lines[f.byte / 64], f.shift), table.low);
+        }
+    } else if constexpr (CODES == Codes::bits7) {
+        const __m512i first = _mm512_set1_epi16(static_cast<short>(bfloat_to_float(table.first)));
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const Field a = field(plane(CODES, 0), 0, pair * 2), b = field(plane(CODES, 1), 0, pair * 2),
+                        c = field(plane(CODES, 2), 0, pair * 2);
+            const __m512i low = shifted(lines[a.byte / 64], a.shift);
+            const __m512i middle = shifted(lines[b.byte / 64], b.shift - 4);
+            const __m512i high = shifted(lines[c.byte / 64], c.shift - 6);
+            __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), middle, low, 0xCA);  // mask ? middle : low
+            code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x40), high, code, 0xCA);
+            code = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+            w[pair] = words_to_bfloats(_mm512_add_epi16(code, first));
+        }
+    } else {
+        constexpr Plane LOW = plane(CODES, 0), HIGH = plane(CODES, 1);
+        const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH.width) - 1) << LOW.width));
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const Field a = field(LOW, 0, pair * 2), b = field(HIGH, 0, pair * 2);
+            const __m512i low = shifted(lines[a.byte / 64], a.shift);
+            const __m512i high = shifted(lines[b.byte / 64], b.shift - LOW.width);
+            const __m512i index = _mm512_ternarylogic_epi32(high_bits, high, low, 0xCA);  // mask ? high : low
+            w[pair] = HIGH.width == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
+                                      : _mm512_permutexvar_epi16(index, table.low);
+        }
+    }
+}
+
 // One register of 16 rows x 2 columns for each pair of columns.
 template <Codes CODES>
-inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
+INLINE void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
     if constexpr (CODES == Codes::bf16) {
+        UNROLL
         for (int pair = 0; pair < PAIRS; ++pair) w[pair] = _mm512_loadu_si512(tile + pair * 64);
-    } else if constexpr (is_grid(CODES)) {
-        alignas(64) std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
-        expand_grid<CODES>(tile, table.grid, planes);
-        decode<grid_of(CODES).planes()>(planes, table, w);
     } else if constexpr (is_byte(CODES)) {
         const ByteTable& bytes = byte_table<CODES>();
         __m512i low[4], high[4];
@@ -296,38 +333,17 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
             w[pair_of(operand, 0)] = _mm512_unpacklo_epi8(lower, higher);
             w[pair_of(operand, 1)] = _mm512_unpackhi_epi8(lower, higher);
         }
-    } else if constexpr (CODES == Codes::bits4 || CODES == Codes::words4 || CODES == Codes::bits2 || CODES == Codes::bits1) {
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field f = field(plane(CODES, 0), 0, pair * 2);
-            w[pair] = _mm512_permutexvar_epi16(shifted(_mm512_loadu_si512(tile + f.byte), f.shift), table.low);
-        }
-    } else if constexpr (CODES == Codes::bits7) {
-        const __m512i first = _mm512_set1_epi16(static_cast<short>(bfloat_to_float(table.first)));
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field a = field(plane(CODES, 0), 0, pair * 2), b = field(plane(CODES, 1), 0, pair * 2),
-                        c = field(plane(CODES, 2), 0, pair * 2);
-            const __m512i low = shifted(_mm512_loadu_si512(tile + a.byte), a.shift);
-            const __m512i middle = shifted(_mm512_loadu_si512(tile + b.byte), b.shift - 4);
-            const __m512i high = shifted(_mm512_loadu_si512(tile + c.byte), c.shift - 6);
-            __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), middle, low, 0xCA);  // mask ? middle : low
-            code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x40), high, code, 0xCA);
-            code = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
-            w[pair] = words_to_bfloats(_mm512_add_epi16(code, first));
-        }
     } else {
-        constexpr Plane LOW = plane(CODES, 0), HIGH = plane(CODES, 1);
-        const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH.width) - 1) << LOW.width));
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field a = field(LOW, 0, pair * 2), b = field(HIGH, 0, pair * 2);
-            const __m512i low = shifted(_mm512_loadu_si512(tile + a.byte), a.shift);
-            const __m512i high = shifted(_mm512_loadu_si512(tile + b.byte), b.shift - LOW.width);
-            const __m512i index = _mm512_ternarylogic_epi32(high_bits, high, low, 0xCA);  // mask ? high : low
-            w[pair] = HIGH.width == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
-                                : _mm512_permutexvar_epi16(index, table.low);
+        constexpr Codes PLANES = is_grid(CODES) ? grid_of(CODES).planes() : CODES;
+        constexpr int LINES = tile_bytes(PLANES) / 64;
+        __m512i lines[LINES];
+        if constexpr (is_grid(CODES)) {
+            expand_grid<CODES>(tile, table.grid, lines);
+        } else {
+            UNROLL
+            for (int line = 0; line < LINES; ++line) lines[line] = _mm512_loadu_si512(tile + line * 64);
         }
+        decode_lines<PLANES>(lines, table, w);
     }
 }
 
@@ -388,7 +404,7 @@ inline Sixteen sixteen_e4m3(const std::uint8_t* from) {  // scales: never NaN
 
 // Dot products of columns [FIRST, FIRST + COUNT) with COUNT_TOKENS tokens, each in an accumulator of its own.
 template <int FIRST, int COUNT, int TOKENS>
-inline void dot(const __m512i* w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
+INLINE void dot(const __m512i* w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
     for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_ps();
     UNROLL
     for (int pair = FIRST / 2; pair < (FIRST + COUNT) / 2; ++pair) {
