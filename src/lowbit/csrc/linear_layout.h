@@ -20,6 +20,8 @@ struct lowbit_weight {
     std::int32_t addend;  // enum Addend
     std::int32_t input;   // enum InputKind: what x is rounded to
     float factor;         // a table's numbers times it are what codes are worth; 1 for most
+    std::int32_t input_group;  // of InputKind::scaled: columns of x that share a scale; 16, or a multiple of 32
+    const struct lowbit_quantizer* quantizer;  // of InputKind::scaled
 };
 
 namespace lowbit {
@@ -30,8 +32,9 @@ enum class Scales : std::int32_t {
 };
 // groups: int8 with a scale for each token and 32 columns. codes: x holds whole numbers of -127 … 127 already.
 // floats: not rounded, for int8 codes (LLM.int8's outliers are too large to lose their lower bits). words: 15 bits
-// with a scale for each token and 32 columns, for Codes::words4, which meets nothing else.
-enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3, words = 4 };
+// with a scale for each token and 32 columns, for Codes::words4, which meets nothing else. scaled: codes of small
+// floats, exact in bfloat16, with a scale for each token and some columns, as the layer's quantizer makes them.
+enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3, words = 4, scaled = 5 };
 enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
 
 constexpr int SUPER = 256;        // columns of an outer block of two-level scales
