@@ -128,7 +128,7 @@ float scale_of(float amax, const lowbit_quantizer& q) {
 
 // steps of x: x / scale, or x times the reciprocal, to the nearest value.
 template <class Nearest>
-void quantize_row(float* x, std::int64_t count, float scale, bool reciprocal, const Nearest& nearest) {
+void quantize_block(float* x, std::int64_t count, float scale, bool reciprocal, const Nearest& nearest) {
     if (reciprocal) {
         const float factor = 1.0f / scale;
         for (std::int64_t i = 0; i < count; ++i) x[i] = nearest(x[i] * factor);
@@ -164,8 +164,9 @@ float quantize_asymmetric(float* x, std::int64_t count, float low_code, float hi
     return scale;
 }
 
+// In place: values, or where there are ``scales`` codes.
 template <class Nearest>
-void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, const Nearest& nearest) {
+void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, const Nearest& nearest, float* scales) {
     const bool inner = static_cast<Scale>(q.scale) == Scale::e4m3;  // NVFP4: e4m3 scales under one float32
     const float outer = q.static_scale == nullptr ? 1.0f : *q.static_scale;
     for (std::int64_t first = 0; first < count; first += q.group) {
@@ -179,7 +180,11 @@ void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, co
         } else {
             scale = scale_of(amax, q);
         }
-        quantize_row(group, width, scale, q.reciprocal != 0, nearest);
+        quantize_block(group, width, scale, q.reciprocal != 0, nearest);
+        if (scales != nullptr) {
+            scales[first / q.group] = scale;
+            continue;
+        }
         for (std::int64_t i = 0; i < width; ++i) group[i] *= scale;
     }
 }
@@ -253,10 +258,10 @@ float quantize_alone(const lowbit_quantizer& q, const float* x, std::int64_t wid
     switch (static_cast<Rule>(q.rule)) {
         case Rule::fixed: quantize_fixed(out, width, *q.static_scale, q.static_zero, nearest); return 1.0f;
         case Rule::asymmetric: return quantize_asymmetric(out, width, q.low, q.high, nearest);
-        case Rule::grouped: quantize_groups(out, width, q, nearest); return 1.0f;
+        case Rule::grouped: quantize_groups(out, width, q, nearest, nullptr); return 1.0f;
         case Rule::token: {
             const float scale = scale_of(largest_magnitude(out, width), q);
-            quantize_row(out, width, scale, q.reciprocal != 0, nearest);
+            quantize_block(out, width, scale, q.reciprocal != 0, nearest);
             return scale;
         }
         default: return 1.0f;
@@ -307,7 +312,7 @@ void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, 
         for_rows(rows, width, [&](std::int64_t row) {
             float* const to = out + row * out_stride;
             const float magnitude = largest[static_cast<std::size_t>(row)];
-            quantize_row(to, width, scale, q.reciprocal != 0, nearest);
+            quantize_block(to, width, scale, q.reciprocal != 0, nearest);
             if (!(magnitude <= FLT_MAX)) {
                 std::fill_n(to, width, std::numeric_limits<float>::quiet_NaN());
             }
@@ -340,6 +345,11 @@ void update(const lowbit_delayed_state& state) {
 
 float quantize_alone(const lowbit_quantizer& q, const float* x, std::int64_t width, float* out) {
     return rounded_by(q, [&](const auto& nearest) { return quantize_alone(q, x, width, out, nearest); });
+}
+
+void quantize_row(const lowbit_quantizer& q, const float* x, std::int64_t width, float* codes, float* scales) {
+    stage(x, width, q, codes);
+    rounded_by(q, [&](const auto& nearest) { quantize_groups(codes, width, q, nearest, scales); });
 }
 
 }  // namespace lowbit
