@@ -20,8 +20,10 @@ MAX_SIZE = 1 << 24  # no published model has a dimension, vocabulary or context 
 class MoeConfig:
     """A mixture of experts in place of the MLP. ``layers``: the layers that have one.
 
-    ``routing``: ``softmax_top_k`` or ``top_k_softmax``; ``renormalize``: the former's weights sum to 1.
-    ``router``: the router's name under the MLP.
+    ``routing``: ``softmax_top_k``, ``top_k_softmax`` or ``group_sigmoid`` (DeepSeek-V3's; ``groups`` and
+    ``kept_groups`` are for it). ``renormalize``: the weights sum to 1, as ``top_k_softmax``'s always do; then
+    they are multiplied by ``scale``. ``router``: the router's name under the MLP. ``shared_size``: the width
+    of the MLP beside the experts, ``shared``; where ``shared_gate`` names a row, times its sigmoid.
     """
 
     experts: int
@@ -32,6 +34,12 @@ class MoeConfig:
     renormalize: bool = True
     router: str = "gate"
     router_bias: bool = False
+    groups: int = 1
+    kept_groups: int = 1
+    scale: float = 1.0
+    shared_size: int = 0
+    shared: str = "shared_experts"
+    shared_gate: str = ""
     expert_bias: bool = False
     interleaved: bool = False  # stacked gate and up rows in turn
     transposed: bool = False  # plain stacked weights as (experts, in, out)
@@ -43,6 +51,27 @@ class MoeConfig:
                 f"the model's config sends each token to {self.per_token} of {self.experts} experts; it is "
                 "damaged or of another kind",
             )
+        size, left = divmod(self.experts, self.groups)
+        if left or self.kept_groups > self.groups or self.per_token > size * self.kept_groups:
+            raise LowbitError(
+                "E0216",
+                f"the model's config sends each token to {self.per_token} experts in {self.kept_groups} of "
+                f"{self.groups} groups of {self.experts} experts; it is damaged or of another kind",
+            )
+
+
+@dataclass(frozen=True)
+class NormNames:
+    """What a layer's norms are called in a Hugging Face checkpoint; "" where there is no such norm.
+
+    ``attention`` and ``mlp`` come before the two halves of a block, the others after them, before the
+    residual is added. Without ``attention`` the projections see the residual stream itself.
+    """
+
+    attention: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    attention_post: str = ""
+    mlp_post: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +87,7 @@ class ModelConfig:
     intermediate_size: int
     vocab_size: int
     context_length: int
-    rms_norm_eps: float
+    norm_eps: float
     rope_theta: float
     rotary_dim: int
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
@@ -67,15 +96,24 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
-    qk_norm: bool = False  # RMSNorm over each head of Q and K before the rotation
-    post_norms: bool = False  # RMSNorm after attention and after the MLP, before the residual is added
+    layer_norm: bool = False  # LayerNorm in place of RMSNorm
+    norm_bias: bool = False
+    norm_names: NormNames = NormNames()
+    parallel: bool = False  # attention and MLP both see the block's input, without an MLP norm under one norm
+    # A norm of Q and K before the rotation: over each head ("head"), over all of a projection ("projection"),
+    # or a LayerNorm over each head with weights of its own ("layer").
+    qk_norm: str = ""
+    rotates_neighbours: bool = False  # dimensions 2j and 2j + 1 turn together, not j and j + half
+    unrotated: frozenset[int] = frozenset()  # layers without a rotary embedding
     norm_offset: float = 0.0  # added to every norm weight (Gemma in safetensors stores weight - 1)
     windows: tuple[int, ...] = ()  # tokens each layer sees, 0 = all; empty = all layers see all
     local_rope_theta: float | None = None  # another base for the layers with a window
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    logit_scale: float = 1.0
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # on what attention and MLP give, before the residual is added
     sinks: bool = False  # a learned logit for each head in the softmax sum (gpt-oss)
     moe: MoeConfig | None = None
 
@@ -86,8 +124,10 @@ class ModelConfig:
             (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),
             (self.rotary_dim <= self.head_dim, f"rotary dimension {self.rotary_dim} of {self.head_dim}"),
             (self.rotary_dim % 2 == 0, f"an odd rotary dimension {self.rotary_dim}"),
-            (0 < self.rms_norm_eps < 1, f"rms_norm_eps {self.rms_norm_eps}"),
+            (0 < self.norm_eps < 1, f"norm epsilon {self.norm_eps}"),
             (0 < self.rope_theta < 1e12, f"rope_theta {self.rope_theta}"),
+            (self.residual_scale > 0, f"a residual multiplier of {self.residual_scale}"),
+            (self.logit_scale > 0, f"logits times {self.logit_scale}"),
         )
         for sound, what in checks:
             if not sound:
@@ -211,13 +251,18 @@ def _from_json(header: CheckpointHeader) -> ModelConfig:
         intermediate_size=keys.size("intermediate_size"),
         vocab_size=keys.size("vocab_size"),
         context_length=context,
-        rms_norm_eps=keys.number("rms_norm_eps"),
+        norm_eps=_norm_eps(keys, ("rms_norm_eps", "layer_norm_eps")),
         rope_theta=rope.number("rope_theta", keys.number("rope_theta", 10000.0)),
         rotary_dim=int(head_dim * partial),
         rope_scaling=scaling_from_json(rope, keys, context),
         tied_head=keys.flag("tie_word_embeddings", False),
         activation=keys.text("hidden_activation", keys.text("hidden_act", "silu")),
     )
+
+
+def _norm_eps(keys: ConfigKeys, names: tuple[str, ...]) -> float:
+    """By the first of these names that is there."""
+    return keys.number(next((name for name in names if keys.has(name)), names[0]))
 
 
 def rope_keys(keys: ConfigKeys, layer_type: str = "full_attention") -> ConfigKeys:
@@ -305,7 +350,7 @@ def _from_gguf(header: CheckpointHeader) -> ModelConfig:
         intermediate_size=keys.size("feed_forward_length"),
         vocab_size=embedding.shape[0],  # vocab_size may be absent, and may differ from the rows
         context_length=keys.size("context_length"),
-        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        norm_eps=_norm_eps(keys, ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")),
         rope_theta=keys.number("rope.freq_base", 10000.0),
         rotary_dim=keys.size("rope.dimension_count", head_dim),
         rope_scaling=_scaling_from_gguf(keys, header),

@@ -59,7 +59,6 @@ class DeepseekConfig(ModelConfig):
     v_dim: int = 0
     dense_layers: int = 0  # the first ones have a plain MLP
     expert_step: int = 1  # of the others every this many-th has experts
-    rotates_neighbours: bool = True  # False: halves, as in Llama
     attention_bias: bool = False  # of q_a_proj, kv_a_proj_with_mqa and o_proj
     experts: int = 0
     experts_per_token: int = 0
@@ -173,6 +172,7 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
         rotary_dim=rope,
         kv_heads=1,
         rope_scaling=scaling,
+        rotates_neighbours=True,
         attention_scale=_softmax_scale(head, scaling.factor, mscale),
         q_lora_rank=keys.size("attention.q_lora_rank") if keys.has("attention.q_lora_rank") else 0,
         kv_lora_rank=keys.size("attention.kv_lora_rank"),
@@ -270,7 +270,7 @@ class Deepseek:
 
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
         """float32 (sample rows, vocabulary)."""
-        eps = self.config.rms_norm_eps
+        eps = self.config.norm_eps
         residual = self.embedding(batch.tokens)  # (tokens, hidden)
         hidden = rms_norm(residual, self.blocks[0].attention_norm, eps)
         following = [block.attention_norm for block in self.blocks[1:]] + [self.final_norm]
