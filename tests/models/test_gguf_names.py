@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowbit.checkpoint.gguf_file import read_gguf_header
-from lowbit.models.gguf_names import GEMMA_GGUF_NAMES, GGUF_NAMES, GPT_OSS_GGUF_NAMES, WHOLE
+from lowbit.models.gguf_names import GEMMA_GGUF_NAMES, GGUF_NAMES, POST_NORM_GGUF_NAMES, WHOLE
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gguf_families"
 ORIGINS: dict[str, dict[str, list[str]]] = json.loads((FIXTURES / "origins.json").read_text())
@@ -23,7 +23,7 @@ PARTS = {
 
 
 def names_of(family: str) -> dict[str, str]:
-    tables = {"gemma": GEMMA_GGUF_NAMES, "gpt_o": GPT_OSS_GGUF_NAMES}
+    tables = {"gemma": GEMMA_GGUF_NAMES, "gpt_o": POST_NORM_GGUF_NAMES}
     return tables.get(family[:5], GGUF_NAMES)
 
 
@@ -73,6 +73,6 @@ def test_which_tensors_the_converter_changes() -> None:
 def test_stems_name_one_module_in_each_family() -> None:
     """Two canonical names of one stem are spellings of one module; no family uses both."""
     shared = {"blk.{n}.ffn_up", "blk.{n}.ffn_gate_inp"}
-    for names in (GGUF_NAMES, GPT_OSS_GGUF_NAMES, GEMMA_GGUF_NAMES):
+    for names in (GGUF_NAMES, POST_NORM_GGUF_NAMES, GEMMA_GGUF_NAMES):
         stems = list(names.values())
         assert {stem for stem in stems if stems.count(stem) > 1} == shared

@@ -156,6 +156,12 @@ class ConfigKeys:
             raise self._fail(key, f"a whole number from 1 to {MAX_SIZE}")
         return value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        """A number that may be 0, or null for none."""
+        if key in self.values and self.values[key] in (None, 0):
+            return 0
+        return default if default == 0 and not self.has(key) else self.size(key, default)
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
         if value is None and default is not None:
@@ -225,12 +231,18 @@ def gguf_keys(header: CheckpointHeader) -> ConfigKeys:
     return ConfigKeys(values, f"{header.root.name}: {name}")
 
 
-def base_config(header: CheckpointHeader) -> ModelConfig:
-    """What all decoders share; a family changes what it does otherwise."""
-    return _from_gguf(header) if header.container == "gguf" else _from_json(header)
+def base_config(
+    header: CheckpointHeader, *, rotated: float = 1.0, theta: float = 10000.0, tied: bool = False
+) -> ModelConfig:
+    """What all decoders share; a family changes what it does otherwise.
+
+    What a config.json without the key means in this family: ``rotated``: the part of a head that turns;
+    ``theta``: the rotary base; ``tied``: whether the head is the embedding.
+    """
+    return _from_gguf(header) if header.container == "gguf" else _from_json(header, rotated, theta, tied)
 
 
-def _from_json(header: CheckpointHeader) -> ModelConfig:
+def _from_json(header: CheckpointHeader, rotated: float, theta: float, tied: bool) -> ModelConfig:
     keys = json_keys(header)
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
     if not keys.has("head_dim") and hidden % heads:
@@ -240,7 +252,7 @@ def _from_json(header: CheckpointHeader) -> ModelConfig:
     head_dim = keys.size("head_dim", hidden // heads)
     context = keys.size("max_position_embeddings")
     rope = rope_keys(keys)
-    partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
+    partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", rotated))
     return ModelConfig(
         architecture=architecture_of(header),
         hidden_size=hidden,
@@ -252,10 +264,10 @@ def _from_json(header: CheckpointHeader) -> ModelConfig:
         vocab_size=keys.size("vocab_size"),
         context_length=context,
         norm_eps=_norm_eps(keys, ("rms_norm_eps", "layer_norm_eps")),
-        rope_theta=rope.number("rope_theta", keys.number("rope_theta", 10000.0)),
+        rope_theta=rope.number("rope_theta", keys.number("rope_theta", theta)),
         rotary_dim=int(head_dim * partial),
         rope_scaling=scaling_from_json(rope, keys, context),
-        tied_head=keys.flag("tie_word_embeddings", False),
+        tied_head=keys.flag("tie_word_embeddings", tied),
         activation=keys.text("hidden_activation", keys.text("hidden_act", "silu")),
     )
 
@@ -355,7 +367,7 @@ def _from_gguf(header: CheckpointHeader) -> ModelConfig:
         rotary_dim=keys.size("rope.dimension_count", head_dim),
         rope_scaling=_scaling_from_gguf(keys, header),
         tied_head="output.weight" not in header.tensors,
-        qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        qkv_bias=bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & set(header.tensors)),
         output_bias="blk.0.attn_output.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
     )

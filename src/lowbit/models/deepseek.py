@@ -138,12 +138,12 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
         kv_lora_rank=keys.size("kv_lora_rank"),
         nope_dim=nope,
         v_dim=keys.size("v_head_dim"),
-        dense_layers=_count(keys, "first_k_dense_replace"),
+        dense_layers=keys.count("first_k_dense_replace"),
         expert_step=keys.size("moe_layer_freq", 1),
         experts=keys.size("n_routed_experts"),
         experts_per_token=keys.size("num_experts_per_tok"),
         expert_size=keys.size("moe_intermediate_size"),
-        shared_size=_count(keys, "n_shared_experts") * keys.size("moe_intermediate_size"),
+        shared_size=keys.count("n_shared_experts") * keys.size("moe_intermediate_size"),
         sigmoid=scoring == "sigmoid",
         groups=keys.size("n_group", 1) if grouped else 1,
         kept_groups=keys.size("topk_group", 1) if grouped else 1,
@@ -178,24 +178,17 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
         kv_lora_rank=keys.size("attention.kv_lora_rank"),
         nope_dim=head - rope,
         v_dim=v_dim,
-        dense_layers=_count(keys, "leading_dense_block_count"),
+        dense_layers=keys.count("leading_dense_block_count"),
         experts=keys.size("expert_count"),
         experts_per_token=keys.size("expert_used_count"),
         expert_size=keys.size("expert_feed_forward_length"),
-        shared_size=_count(keys, "expert_shared_count") * keys.size("expert_feed_forward_length"),
+        shared_size=keys.count("expert_shared_count") * keys.size("expert_feed_forward_length"),
         sigmoid=sigmoid,
         groups=keys.size("expert_group_count", 1),
         kept_groups=keys.size("expert_group_used_count", 1),
         renormalize=keys.flag("expert_weights_norm", False),
         routed_scale=keys.number("expert_weights_scale", 1.0),
     )
-
-
-def _count(keys: ConfigKeys, key: str) -> int:
-    """A number that may be 0, or null for none; only a key that is not there at all is an error."""
-    if key in keys.values and keys.values[key] in (None, 0):
-        return 0
-    return keys.size(key)
 
 
 def _softmax_scale(head_dim: int, factor: float, mscale_all_dim: float) -> float:

@@ -69,6 +69,10 @@ _EXPERTS = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
 
 
@@ -83,10 +87,10 @@ WHOLE = _of_layers(
     }
 )
 
-# Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, DeepSeek-V2 and -V3.
+# All but those below.
 GGUF_NAMES = _ROOT | _of_layers(_ATTENTION | _LATENT_ATTENTION | _MLP | _EXPERTS) | WHOLE
 
-# Gemma 2 and 3 have four norms a layer: the one before the MLP keeps the MLP's name.
+# Gemma 2 and 3 have four norms a layer: the one before the MLP keeps the MLP's name. OLMo 2 has two of them.
 GEMMA_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {
         "post_attention_layernorm": "post_attention_norm",
@@ -95,5 +99,10 @@ GEMMA_GGUF_NAMES = GGUF_NAMES | _of_layers(
     }
 )
 
-# The same norm as Llama's, under another name.
-GPT_OSS_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
+# GLM-4's four norms.
+GLM4_GGUF_NAMES = GGUF_NAMES | _of_layers(
+    {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"}
+)
+
+# gpt-oss and GLM-4.5: the same norm as Llama's, under another name.
+POST_NORM_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
