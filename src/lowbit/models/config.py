@@ -396,7 +396,8 @@ def _scaling_from_gguf(keys: ConfigKeys, header: CheckpointHeader) -> RopeScalin
             keys.size("rope.scaling.original_context_length"),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=keys.optional("rope.scaling.attn_factor"),
+            attention_factor=keys.optional("rope.scaling.yarn_attn_factor")
+            or keys.optional("rope.scaling.attn_factor"),
         )
     raise LowbitError(
         "E0242",

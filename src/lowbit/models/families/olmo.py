@@ -53,12 +53,10 @@ def _windowed(header: CheckpointHeader, config: ModelConfig) -> ModelConfig:
         if not keys.has("attention.sliding_window"):
             return config
         window, local = keys.size("attention.sliding_window"), keys.optional("rope.freq_base_swa")
+        types: object = None
         pattern = keys.values.get("attention.sliding_window_pattern")
-        types = (
-            ["sliding_attention" if inside else "full_attention" for inside in pattern]
-            if isinstance(pattern, list)
-            else None
-        )
+        if isinstance(pattern, list):
+            types = ["sliding_attention" if inside else "full_attention" for inside in pattern]
     else:
         keys = json_keys(header)
         window = keys.size("sliding_window", 4096)
