@@ -274,7 +274,10 @@ def test_every_mixture_of_experts(family: str, tmp_path: Path) -> None:
     "fixture",
     [
         "mxfp4/gpt_oss",
-        *(f"gguf_families/{name}.gguf" for name in ("mixtral", "qwen3moe", "gpt_oss", "deepseek3")),
+        *(
+            f"gguf_families/{name}.gguf"
+            for name in ("mixtral", "qwen3moe", "gpt_oss", "deepseek3", "qwen2moe", "glm4moe")
+        ),
     ],
 )
 def test_quantized_mixtures(fixture: str) -> None:

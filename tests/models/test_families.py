@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError
 from lowbit.loading import load_model, plan_model
 
 SIZES = {
@@ -144,12 +149,17 @@ def corrections(model: transformers.PreTrainedModel) -> list[tuple[str, torch.Te
     return [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
 
 
-def make_checkpoint(case: str, folder: Path) -> transformers.PreTrainedModel:
-    """Random weights, norms and biases, saved by transformers."""
+def make_config(case: str) -> transformers.PreTrainedConfig:
+    """The tiny config of a case."""
     name = case.split()[0]
     config_class = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    return config_class(**copy.deepcopy(SIZES | CASES[case]))  # transformers writes into what it is given
+
+
+def make_checkpoint(case: str, folder: Path) -> transformers.PreTrainedModel:
+    """Random weights, norms and biases, saved by transformers."""
     torch.manual_seed(5)
-    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**{**SIZES, **CASES[case]})).eval()
+    model = getattr(transformers, f"{case.split()[0]}ForCausalLM")(make_config(case)).eval()
     with torch.no_grad():
         for parameter_name, parameter in [*model.named_parameters(), *corrections(model)]:
             if "norm" in parameter_name:
@@ -173,6 +183,39 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
             expected = oracle(torch.tensor([prompt])).logits[0]
         worst = ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max()
         assert worst <= 1e-4, f"{case}: {worst:.2e}"
+
+
+WRONG = [
+    ("Granite", {"logits_scaling": 0.0}, "'logits_scaling' must be above 0, found 0"),
+    ("Granite", {"residual_multiplier": -0.5}, "a residual multiplier of -0.5"),
+    ("Granite", {"attention_multiplier": "much"}, "'attention_multiplier' must be a finite number"),
+    ("GraniteMoe", {"num_experts_per_tok": 9}, "each token to 9 of 6 experts"),
+    ("Glm4Moe", {"n_group": 3}, "to 3 experts in 1 of 3 groups of 8 experts"),
+    ("Glm4Moe", {"n_group": 4}, "to 3 experts in 1 of 4 groups of 8 experts"),
+    ("Glm4Moe", {"n_shared_experts": -1}, "'n_shared_experts' must be a whole number"),
+    ("Glm4", {"partial_rotary_factor": 2.0, "rope_parameters": None}, "rotary dimension 64 of 32"),
+    ("Qwen2Moe", {"mlp_only_layers": 1}, "'mlp_only_layers' must be a list"),
+    ("Qwen2Moe", {"shared_expert_intermediate_size": 0}, "'shared_expert_intermediate_size' must be a whole"),
+    ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv 8 is not supported"),
+    ("SmolLM3", {"no_rope_layers": [1, 1]}, "'no_rope_layers' must be a list of 4 times 0 or 1"),
+    ("Cohere", {"logit_scale": 0}, "logits times 0"),
+    ("Cohere2", {"sliding_window": "wide"}, "'sliding_window' must be a whole number"),
+    ("StableLm", {"layer_norm_eps": 0}, "norm epsilon 0"),
+    ("StableLm", {"use_parallel_residual": "yes"}, "'use_parallel_residual' must be true or false"),
+    ("Cohere", {"architectures": ["Qwen3NextForCausalLM"]}, "three of four layers are gated delta networks"),
+]
+
+
+@pytest.mark.parametrize(("case", "changes", "message"), WRONG)
+def test_configs_that_cannot_be(case: str, changes: dict, message: str, tmp_path: Path) -> None:
+    make_config(case).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": [f"{case.split()[0]}ForCausalLM"]} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    with pytest.raises(LowbitError, match=re.escape(message)) as caught:
+        plan_model(open_checkpoint(str(tmp_path)))
+    assert "\n" not in str(caught.value)
 
 
 WINDOWS = {

@@ -323,8 +323,9 @@ class _Walk:
             linear.drop()
 
     def _stays_float(self, block: Block, linear: HeldLinear) -> bool:
-        """Routers, and what the recipe keeps: all modules that run as one, or none."""
-        if isinstance(block.mlp, MixtureOfExperts) and linear in (block.mlp.router, block.mlp.shared_gate):
+        """Routers, a shared expert's gate, what the recipe keeps: all modules that run as one, or none."""
+        mlp = block.mlp
+        if isinstance(mlp, MixtureOfExperts) and (linear is mlp.router or linear is mlp.shared_gate):
             return True
         kept = [name for name, _ in linear.modules if self.keep(name)]
         if kept and len(kept) != len(linear.modules):

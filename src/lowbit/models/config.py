@@ -20,10 +20,11 @@ MAX_SIZE = 1 << 24  # no published model has a dimension, vocabulary or context 
 class MoeConfig:
     """A mixture of experts in place of the MLP. ``layers``: the layers that have one.
 
-    ``routing``: ``softmax_top_k``, ``top_k_softmax`` or ``group_sigmoid`` (DeepSeek-V3's; ``groups`` and
-    ``kept_groups`` are for it). ``renormalize``: the weights sum to 1, as ``top_k_softmax``'s always do; then
-    they are multiplied by ``scale``. ``router``: the router's name under the MLP. ``shared_size``: the width
-    of the MLP beside the experts, ``shared``; where ``shared_gate`` names a row, times its sigmoid.
+    ``routing``: ``softmax_top_k``, ``top_k_softmax``, ``group_softmax`` or ``group_sigmoid`` (DeepSeek-V2's
+    and -V3's; ``groups`` and ``kept_groups`` are for them). ``renormalize``: the weights sum to 1, as
+    ``top_k_softmax``'s always do; then they are multiplied by ``scale``. ``router``: the router's name under
+    the MLP. ``shared_size``: the width of the MLP beside the experts, ``shared``; where ``shared_gate`` names
+    a row, times its sigmoid.
     """
 
     experts: int
@@ -52,7 +53,8 @@ class MoeConfig:
                 "damaged or of another kind",
             )
         size, left = divmod(self.experts, self.groups)
-        if left or self.kept_groups > self.groups or self.per_token > size * self.kept_groups:
+        pairs = size >= 2 or self.routing != "group_sigmoid"  # a group's score is the sum of two
+        if left or self.kept_groups > self.groups or self.per_token > size * self.kept_groups or not pairs:
             raise LowbitError(
                 "E0216",
                 f"the model's config sends each token to {self.per_token} experts in {self.kept_groups} of "

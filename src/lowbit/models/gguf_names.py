@@ -7,10 +7,11 @@ A key is a module, and ``.weight`` or ``.bias`` follows on both sides; the keys 
 nothing after them. Observed in files that llama.cpp's converter wrote (tests/fixtures/gguf_families, whose
 README.md has every tensor and every metadata key). What the same name holds differently there:
 
-- ``llama`` files (Llama, Mistral, Mixtral): rows of Q and K, and of their biases, as adjacent rotary pairs
-  (2.7.4). All others: as in the checkpoint; DeepSeek's rotate adjacent pairs in both.
+- ``llama`` files (Llama, Mistral, Mixtral), Granite and SmolLM3: rows of Q and K, and of their biases, as
+  adjacent rotary pairs (2.7.4). All others: as in the checkpoint; DeepSeek's, GLM-4's and Command-R's rotate
+  adjacent pairs in both.
 - Gemma: 1 is already added to every norm's weight, Q's and K's and the last one too.
-- Phi-3: Q, K, V are one matrix, and so are gate and up, gate above up.
+- Phi-3: Q, K, V are one matrix, and so are gate and up, gate above up; GLM-4's gate and up, too.
 - Experts are stacked (experts, out, in). gpt-oss: gate and up, rows in turn in the checkpoint, are two
   tensors each for weight and bias, and (in, out) has become (out, in).
 - DeepSeek: ``kv_b_proj`` is cut by heads: ``k_b_proj`` (heads, kv_lora_rank, qk_nope_head_dim), transposed

@@ -87,6 +87,19 @@ MODULES = {
 }
 
 
+_RECURRENT = (
+    "whose state is one matrix a sequence that every token overwrites; the engine keeps keys and values in "
+    "pages that sequences share and give back, and has no place for it"
+)
+# Architectures that are known and cannot be served, and why.
+REFUSED = {
+    "Qwen3NextForCausalLM": f"three of four layers are gated delta networks, {_RECURRENT}",
+    "qwen3next": f"three of four layers are gated delta networks, {_RECURRENT}",
+    "GraniteMoeHybridForCausalLM": f"most layers are Mamba-2, {_RECURRENT}",
+    "granitehybrid": f"most layers are Mamba-2, {_RECURRENT}",
+}
+
+
 def supported_architectures() -> list[str]:
     """Every architecture name a checkpoint may carry."""
     return sorted(MODULES)
@@ -100,6 +113,10 @@ def family_of(header: CheckpointHeader) -> Family:
         family: Family = getattr(importlib.import_module(f"lowbit.models.{module}"), attribute)
         return family
     shown = printable(repr(name))
+    if name in REFUSED:
+        raise LowbitError(
+            "E0241", f"architecture {shown} is not supported: {REFUSED[name]}. See: lowbit models"
+        )
     if "auto_map" in header.config:
         raise LowbitError(
             "E0240",
