@@ -1,4 +1,4 @@
-"""RMSNorm, gated activations and rotary embedding against float64, and row by row."""
+"""Norms, gated activations and rotary embedding against float64, and row by row."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import elementwise, native
 from lowbit.kernels.elementwise import (
     RotaryTable,
+    add,
     add_rms_norm,
     affine,
     apply_rotary,
     gated_activation,
     gather_columns,
     gather_rows,
+    layer_norm,
     rms_norm,
     rms_norm_heads,
     softcap,
@@ -75,6 +77,54 @@ def test_add_rms_norm(width: int) -> None:
     found = add_rms_norm(x, residual, weight, 1e-6)
     assert residual.equal(total)
     torch.testing.assert_close(found.double(), norm64(total, weight, 1e-6), rtol=1e-6, atol=1e-9)
+
+
+def layer_norm64(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    apart = x.double() - x.double().mean(-1, keepdim=True)
+    normed = apart / (apart.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+    return normed if bias is None else normed + bias.double()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm(width: int, biased: bool) -> None:
+    x = normal(5, width) * torch.tensor([1e-3, 1.0, 30.0, 1e4, 0.0])[:, None] + 3
+    weight, bias = normal(width, seed=1), normal(width, seed=2) if biased else None
+    wanted = layer_norm64(x, weight, bias, 1e-5)
+    found = layer_norm(x, weight, bias, 1e-5)
+    # The mean is a float32 number: what it is off by is 1 part in 2^24 of it.
+    torch.testing.assert_close(found[1:].double(), wanted[1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[:1].double(), wanted[:1], rtol=1e-3, atol=1e-3)
+    place = x.clone()
+    assert layer_norm(place, weight, bias, 1e-5, out=place) is place
+    assert place.equal(found)
+
+
+@pytest.mark.parametrize("width", [1, 16, 24])
+def test_layer_norm_in_groups(width: int) -> None:
+    """A weight for each group, and one for all; rows that are views of wider ones."""
+    rows = normal(4, 5 * width + 7)[:, 2 : 2 + 5 * width]
+    before = rows.clone()
+    weight, bias = normal(5 * width, seed=1), normal(5 * width, seed=2)
+    apart = before.view(4, 5, width)
+    wanted = layer_norm64(apart, weight.view(5, width), bias.view(5, width), 1e-5)
+    found = layer_norm(rows, weight, bias, 1e-5, groups=5)
+    torch.testing.assert_close(found.double(), wanted.flatten(1), rtol=1e-5, atol=1e-5)
+    wanted = layer_norm64(apart, weight[:width], None, 1e-5).flatten(1)
+    torch.testing.assert_close(
+        layer_norm(rows, weight[:width].clone(), None, 1e-5, 5, out=rows).double(),
+        wanted,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_add(width: int) -> None:
+    x, total = normal(3, width), normal(3, width, seed=1)
+    wanted = x + total
+    assert add(x, total) is total
+    assert total.equal(wanted)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -170,10 +220,14 @@ def operation(name: str, x: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(x, weight, 1e-5)
     if name == "add_rms_norm":
         return add_rms_norm(x, 2 * x.flip(-1), weight, 1e-5)
+    if name == "layer_norm":
+        return layer_norm(x, weight, weight, 1e-5)
+    if name == "add":
+        return add(x, 2 * x.flip(-1))
     return gated_activation(torch.cat([x, weight.expand_as(x)], 1), name)
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", *ACTIVATIONS])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "layer_norm", "add", *ACTIVATIONS])
 @pytest.mark.parametrize("width", [17, 576])
 def test_a_row_does_not_depend_on_the_others(name: str, width: int, path: str) -> None:
     if path == "torch":
@@ -227,6 +281,8 @@ def results(x: Tensor, gate_up: Tensor, heads: Tensor, place: Callable[[Tensor],
         rms_norm(x, weight, 1e-5, out=place(unset)),
         add_rms_norm(x, residual, weight, 1e-5),
         residual,
+        layer_norm(x, weight, weight, 1e-5, out=place(unset)),
+        add(x, place(2 * x)),
         *(gated_activation(gate_up, name, out=place(unset)) for name in ACTIVATIONS),
         affine(x, column=weight, factor=factor, number=0.7, divisor=3.0, bias=weight, out=place(unset)),
         affine(x, factor=factor[:1]),

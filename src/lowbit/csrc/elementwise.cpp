@@ -1,5 +1,5 @@
-// The small operations between matrix products: RMSNorm, gated activation, rotary embedding, factors and
-// biases, gathered rows and columns. float32.
+// The small operations between matrix products: RMSNorm, LayerNorm, sums, gated activation, rotary embedding,
+// factors and biases, gathered rows and columns. float32.
 //
 // A row is computed by one thread in an order fixed by its width alone, so its bits never depend on the
 // other rows. Strides are in floats between rows (tokens).
@@ -30,6 +30,32 @@ void normalize(const float* x, const float* weight, float eps, int width, float*
     for_vectors(width, [&](int column, int lanes) {
         const Vector16 value = multiply(load_some(x + column, lanes), scale);
         store_some(out + column, multiply(value, load_some(weight + column, lanes)), lanes);
+    });
+}
+
+// out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (Ba et al., 2016); bias may be null.
+void center_and_normalize(const float* x, const float* weight, const float* bias, float eps, int width, float* out) {
+    Vector16 sums[4] = {zeros(), zeros(), zeros(), zeros()};
+    for_vectors(width, [&](int column, int lanes) {
+        Vector16& sum = sums[column / LANES % 4];
+        sum = add(sum, load_some(x + column, lanes));
+    });
+    const float count = static_cast<float>(width);
+    const Vector16 mean = broadcast(reduce_add(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) / count);
+    Vector16 squares[4] = {zeros(), zeros(), zeros(), zeros()};
+    for_vectors(width, [&](int column, int lanes) {
+        const Vector16 apart = subtract(load_some(x + column, lanes), mean);
+        const Vector16 value = lanes == LANES ? apart : select(lane_range(0, lanes), apart, zeros());
+        Vector16& sum = squares[column / LANES % 4];
+        sum = fma(value, value, sum);
+    });
+    const float variance = reduce_add(add(add(squares[0], squares[1]), add(squares[2], squares[3]))) / count;
+    const Vector16 scale = broadcast(1.0f / std::sqrt(variance + eps));
+    for_vectors(width, [&](int column, int lanes) {
+        const Vector16 apart = subtract(load_some(x + column, lanes), mean);
+        Vector16 value = multiply(multiply(apart, scale), load_some(weight + column, lanes));
+        if (bias != nullptr) value = add(value, load_some(bias + column, lanes));
+        store_some(out + column, value, lanes);
     });
 }
 
@@ -83,6 +109,34 @@ LOWBIT_EXPORT void lowbit_add_rms_norm(const float* x, std::int64_t x_stride, fl
                        lanes);
         });
         normalize(sum, weight, eps, width, out + row * out_stride);
+    });
+}
+
+// x, out (rows, groups * width), weight and bias (groups, width), or with a stride of 0 (width,) for all groups:
+// LayerNorm of every group. bias may be null, out may be x.
+LOWBIT_EXPORT void lowbit_layer_norm(const float* x, std::int64_t x_stride, const float* weight, const float* bias,
+                                     std::int64_t weight_stride, float eps, std::int64_t rows, std::int32_t groups,
+                                     std::int32_t width, float* out, std::int64_t out_stride) {
+    lowbit::for_rows(rows, std::int64_t{groups} * width, [&](std::int64_t row) {
+        for (std::int64_t group = 0; group < groups; ++group) {
+            const std::int64_t column = group * width, place = group * weight_stride;
+            lowbit::center_and_normalize(x + row * x_stride + column, weight + place,
+                                         bias == nullptr ? nullptr : bias + place, eps, width,
+                                         out + row * out_stride + column);
+        }
+    });
+}
+
+// sum += x, both (rows, width).
+LOWBIT_EXPORT void lowbit_add(const float* x, std::int64_t x_stride, float* sum, std::int64_t sum_stride,
+                              std::int64_t rows, std::int32_t width) {
+    using namespace lowbit;
+    for_rows(rows, width, [&](std::int64_t row) {
+        const float* from = x + row * x_stride;
+        float* to = sum + row * sum_stride;
+        for_vectors(width, [&](int column, int lanes) {
+            store_some(to + column, add(load_some(to + column, lanes), load_some(from + column, lanes)), lanes);
+        });
     });
 }
 

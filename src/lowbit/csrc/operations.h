@@ -111,6 +111,11 @@ LOWBIT_EXPORT void lowbit_add_rms_norm(const float* x, std::int64_t x_stride, fl
                                        std::int64_t out_stride);
 LOWBIT_EXPORT void lowbit_rms_norm_heads(float* x, std::int64_t x_stride, std::int32_t heads, std::int32_t dim,
                                          const float* weight, float eps, std::int64_t tokens);
+LOWBIT_EXPORT void lowbit_layer_norm(const float* x, std::int64_t x_stride, const float* weight, const float* bias,
+                                     std::int64_t weight_stride, float eps, std::int64_t rows, std::int32_t groups,
+                                     std::int32_t width, float* out, std::int64_t out_stride);
+LOWBIT_EXPORT void lowbit_add(const float* x, std::int64_t x_stride, float* sum, std::int64_t sum_stride,
+                              std::int64_t rows, std::int32_t width);
 LOWBIT_EXPORT void lowbit_gated_activation(const float* gate_up, std::int64_t stride, std::int32_t activation,
                                            std::int64_t rows, std::int32_t width, float* out,
                                            std::int64_t out_stride);
@@ -153,6 +158,8 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
     X(rms_norm)              \
     X(add_rms_norm)          \
     X(rms_norm_heads)        \
+    X(layer_norm)            \
+    X(add)                   \
     X(gated_activation)      \
     X(rotary)                \
     X(affine)                \

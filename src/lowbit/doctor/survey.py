@@ -141,20 +141,21 @@ class Surveyor:
                 self._see(replace(place, module=module))
         return torch.empty((stacked, *part.shape) if stacked else part.shape, device="meta")
 
-    def vector(self, name: str, size: int) -> Tensor:
+    def vector(self, name: str, *shape: int) -> Tensor:
         """Ones."""
         stored = self.names.tensor(name)
         self._take(stored)
         entry = self.header.tensors.get(stored)
-        if entry is not None and (entry.shape != (size,) or entry.dtype not in ("F32", "F16", "BF16")):
+        if entry is not None and (entry.shape != shape or entry.dtype not in ("F32", "F16", "BF16")):
+            wanted = " x ".join(map(str, shape))
             self.report.add(
                 "D103",
                 f"{entry.file.name}: tensor {stored!r} is {entry.dtype} {list(entry.shape)} but the config "
-                f"asks for {size} floats; config and weights are from different models",
+                f"asks for {wanted} floats; config and weights are from different models",
                 file=entry.file.name,
                 tensor=stored,
             )
-        return torch.ones(size)
+        return torch.ones(shape)
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint stores a module of this canonical name."""

@@ -1,4 +1,4 @@
-"""The small operations between matrix products: norms, gated activation, rotary embedding, factors, gathers.
+"""The small operations between matrix products: norms, sums, gated activation, rotary embedding, gathers.
 
 float32 tensors on a CPU go to the native library, where a row's bits do not depend on the other rows or on
 the number of threads; everything else runs in torch, computing in float32 and rounding once.
@@ -50,6 +50,8 @@ class _Functions:
     rms_norm: Operation
     add_rms_norm: Operation
     rms_norm_heads: Operation
+    layer_norm: Operation
+    add: Operation
     gated_activation: Operation
     rotary: Operation
     affine: Operation
@@ -68,6 +70,8 @@ def _functions() -> _Functions | None:
         "rms_norm": (*row, _POINTER, _FLOAT, _LONG, _INT, *row),
         "add_rms_norm": (*row, *row, _POINTER, _FLOAT, _LONG, _INT, *row),
         "rms_norm_heads": (*row, _INT, _INT, _POINTER, _FLOAT, _LONG),
+        "layer_norm": (*row, _POINTER, _POINTER, _LONG, _FLOAT, _LONG, _INT, _INT, *row),
+        "add": (*row, *row, _LONG, _INT),
         "gated_activation": (*row, _INT, _LONG, _INT, *row),
         "rotary": (*row, _INT, *row, _INT, _INT, _INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
         "affine": (*row, _LONG, _INT, _POINTER, _POINTER, _LONG, _FLOAT, _FLOAT, _POINTER, *row),
@@ -149,6 +153,51 @@ def rms_norm_heads(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
     _check_weight(weight, dim)
     functions.rms_norm_heads(heads.data_ptr(), heads.stride(0), count, dim, weight.data_ptr(), eps, tokens)
     return heads
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, groups: int = 1, out: Tensor | None = None
+) -> Tensor:
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (Ba et al., 2016). ``out`` may be x.
+
+    Each of a row's ``groups`` groups of neighbours by itself; weight and bias are as wide as x or as a group.
+    """
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    width = x.shape[-1] // groups
+    functions = _native_for(x)
+    if functions is None or _native_for(out) is None:
+        wide = x.float().unflatten(-1, (groups, width))
+        normed = functional.layer_norm(wide, (width,), eps=eps) * weight.float().view(-1, width)
+        normed = normed if bias is None else normed + bias.float().view(-1, width)
+        return out.copy_(normed.flatten(-2))
+    spread = 0 if weight.numel() == width else width
+    for vector in (weight,) if bias is None else (weight, bias):
+        _check_weight(vector, groups * width if spread else width)
+    functions.layer_norm(
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        spread,
+        eps,
+        x.shape[0],
+        groups,
+        width,
+        out.data_ptr(),
+        out.stride(0),
+    )
+    return out
+
+
+def add(x: Tensor, total: Tensor) -> Tensor:
+    """``total += x`` in place."""
+    functions = _native_for(x)
+    if functions is None or _native_for(total) is None:
+        return total.add_(x)
+    assert x.shape == total.shape, "a layer's output and the residual stream have one shape"
+    functions.add(x.data_ptr(), x.stride(0), total.data_ptr(), total.stride(0), *x.shape)
+    return total
 
 
 def affine(

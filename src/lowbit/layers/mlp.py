@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lowbit.kernels.elementwise import affine
 from lowbit.layers.experts import Experts
 from lowbit.layers.linear import Linear
-from lowbit.layers.routing import Route
+from lowbit.layers.routing import Route, sigmoid
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,23 @@ class GatedMlp:
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """The sum of a token's chosen experts, weighted, and of the shared one where there is one."""
+    """The sum of a token's chosen experts, weighted, and of the shared one where there is one.
+
+    ``shared_gate``: a single row, whose sigmoid the shared expert is multiplied by (Qwen2-MoE: Yang et al.,
+    2024).
+    """
 
     router: Linear
     route: Route
     experts: Experts
     activation: str
     shared: GatedMlp | None = None
+    shared_gate: Linear | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden)."""
         chosen, weights = self.route(self.router(x).float())
         added = None if self.shared is None else self.shared(x)
+        if added is not None and self.shared_gate is not None:
+            affine(added, factor=sigmoid(self.shared_gate(x)), out=added)
         return self.experts(x, chosen, weights, self.activation, added)

@@ -91,6 +91,15 @@ def group_limited_sigmoid(
     return Route("group_sigmoid", k, groups, kept, renormalize, scale, correction)
 
 
+_ALONE = torch.zeros(1)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """float32 (tokens,): of logits (tokens, 1). On a CPU as of the router of a single expert."""
+    found = route(logits, "group_sigmoid", 1, correction=_ALONE)
+    return _sigmoid(logits.float()).flatten() if found is None else found[1].flatten()
+
+
 def _sigmoid(x: Tensor) -> Tensor:
     """As a softmax over x and 0: bits of ``torch.sigmoid`` depend on how many elements it is given.
 

@@ -30,8 +30,8 @@ class WeightLoader(Protocol):
     def embedding(self, part: Part) -> Embedding:
         """A matrix looked up by row."""
 
-    def vector(self, name: str, size: int) -> Tensor:
-        """float32 (size,): a norm's weight, by its tensor's canonical name."""
+    def vector(self, name: str, *shape: int) -> Tensor:
+        """float32 of that shape, mostly (size,): a norm's weight, by its tensor's canonical name."""
 
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """The routed experts ``<name>.0.gate_proj`` …, stored one by one or stacked."""

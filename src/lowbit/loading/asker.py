@@ -76,16 +76,17 @@ class Asker:
         """What quantizing at load makes of a module; None: nothing is quantized."""
         return None if self.online is None else self.online.decide(place, self.form.scheme_of(place.module))
 
-    def check_vector(self, name: str, size: int) -> str:
-        """The stored name of a 1-D tensor of ``size`` elements."""
+    def check_vector(self, name: str, *shape: int) -> str:
+        """The stored name of a float tensor of that shape."""
         stored = self.names.tensor(name)
         self.names.take([stored])
         entry = self.header.tensors[stored]
-        if entry.shape != (size,) or entry.dtype not in ("F32", "F16", "BF16"):
+        if entry.shape != shape or entry.dtype not in ("F32", "F16", "BF16"):
+            wanted = " x ".join(map(str, shape))
             raise LowbitError(
                 "E0210",
                 f"{entry.file.name}: tensor {stored!r} is {entry.dtype} {list(entry.shape)} but the config "
-                f"asks for {size} floats; config and weights are from different models",
+                f"asks for {wanted} floats; config and weights are from different models",
             )
         return stored
 

@@ -26,7 +26,6 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats.kv_scales import KvScales
 from lowbit.kernels.attention import PAGE_SIZE, LayerCache, choose_attention
-from lowbit.kernels.elementwise import rms_norm
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
@@ -42,7 +41,7 @@ from lowbit.models.model import Model
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import concatenate
 from lowbit.quantize.awq import Fold
-from lowbit.quantize.block import FloatBlock, FloatLinear, quantize_block, statistics_for
+from lowbit.quantize.block import FloatBlock, FloatLinear, bias_of, quantize_block, statistics_for
 from lowbit.quantize.calibration import CalibratedModule, CalibrationOptions, ChangedVector
 from lowbit.quantize.recipe import Asked
 
@@ -222,9 +221,9 @@ class _HoldingLoader(Asker):
         """Only families that are refused ask for them."""
         raise AssertionError("no decoder family folds matrices")
 
-    def vector(self, name: str, size: int) -> Tensor:
+    def vector(self, name: str, *shape: int) -> Tensor:
         """A float32 copy of a small tensor."""
-        return self.data.tensor(self.check_vector(name, size)).to(torch.float32, copy=True)
+        return self.data.tensor(self.check_vector(name, *shape)).to(torch.float32, copy=True)
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """The cache is float32 here: their tensors have a place, their values none."""
@@ -312,7 +311,7 @@ class _Walk:
                 held.statistics = statistics_for(self.options, held.weight.shape[1])
         self._forward(layer, chunks, advance=False)
         for found in quantize_block(_float_block(self.model, layer, linears), self.options):
-            if isinstance(found, ChangedVector):
+            if isinstance(found, ChangedVector) and found.name.endswith(".weight"):
                 found = replace(found, tensor=found.tensor - self.model.config.norm_offset)
             yield found
         if layer + 1 < len(self.model.blocks):
@@ -324,8 +323,9 @@ class _Walk:
             linear.drop()
 
     def _stays_float(self, block: Block, linear: HeldLinear) -> bool:
-        """Routers, and what the recipe keeps: all modules that run as one, or none."""
-        if isinstance(block.mlp, MixtureOfExperts) and linear is block.mlp.router:
+        """Routers, a shared expert's gate, what the recipe keeps: all modules that run as one, or none."""
+        mlp = block.mlp
+        if isinstance(mlp, MixtureOfExperts) and (linear is mlp.router or linear is mlp.shared_gate):
             return True
         kept = [name for name, _ in linear.modules if self.keep(name)]
         if kept and len(kept) != len(linear.modules):
@@ -341,12 +341,10 @@ class _Walk:
         """Every sequence through one block; ``advance``: its output is the next block's input."""
         if not chunks:
             return
-        norm, eps = self.model.blocks[layer].attention_norm, self.model.config.rms_norm_eps
         cache = self._cache(layer, max(int(chunk.batch.page_table.numel()) for chunk in chunks))
         for chunk in chunks:
             residual = chunk.residual if advance else chunk.residual.clone()
-            hidden = rms_norm(residual, norm, eps)
-            self.model.forward_block(layer, hidden, residual, cache, chunk.batch)
+            self.model.forward_block(layer, self.model.enter(layer, residual), residual, cache, chunk.batch)
 
     def _cache(self, layer: int, pages: int) -> LayerCache:
         spec = self.model.cache_specs()[layer]
@@ -356,11 +354,15 @@ class _Walk:
 def _linears(block: Block) -> list[HeldLinear]:
     """The block's Linears in the order they run."""
     found: list[Linear] = [block.qkv, block.output]
-    if isinstance(block.mlp, MixtureOfExperts):
-        experts = block.mlp.experts
-        found += [block.mlp.router, *experts.gate_up, *experts.down]
+    mlp = block.mlp
+    if isinstance(mlp, MixtureOfExperts):
+        found += [mlp.router, *mlp.experts.gate_up, *mlp.experts.down]
+        if mlp.shared is not None:
+            found += [mlp.shared.gate_up, mlp.shared.down]
+        if mlp.shared_gate is not None:
+            found.append(mlp.shared_gate)
     else:
-        found += [block.mlp.gate_up, block.mlp.down]
+        found += [mlp.gate_up, mlp.down]
     held = [linear for linear in found if isinstance(linear, HeldLinear)]
     assert len(held) == len(found), "the loader holds every Linear"
     return held
@@ -372,29 +374,44 @@ def _float_block(model: Decoder, layer: int, linears: list[HeldLinear]) -> Float
     loaded = {linear.name: linear.held for linear in linears if linear.held is not None}
     q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
     loaded[block.qkv.name].unclipped = q_rows + kv_rows
-    attention_norm, mlp_norm = decoder.attention_norm_name(layer), decoder.mlp_norm_name(config, layer)
-    folds = [
-        Fold((block.qkv.name,), attention_norm),
+    mlp = block.mlp
+    if isinstance(mlp, MixtureOfExperts):
+        pairs = list(zip(mlp.experts.gate_up, mlp.experts.down, strict=True))
+        if mlp.shared is not None:
+            pairs.append((mlp.shared.gate_up, mlp.shared.down))
+        rows = [mlp.router] if mlp.shared_gate is None else [mlp.router, mlp.shared_gate]
+        behind = tuple(linear.name for linear in (*rows, *(gate_up for gate_up, _ in pairs)))
+    else:
+        pairs = [(mlp.gate_up, mlp.down)]
+        behind = (mlp.gate_up.name,)
+    attention_norm, mlp_norm = (
+        decoder.attention_norm_name(config, layer),
+        decoder.mlp_norm_name(config, layer),
+    )
+    by_norm = [(attention_norm, (block.qkv.name,)), (mlp_norm, behind)]
+    if config.parallel and not mlp_norm:
+        by_norm = [(attention_norm, (block.qkv.name, *behind))]
+    folds = [Fold(consumers, norm) for norm, consumers in by_norm if norm]
+    folds.append(
         Fold(
             (block.output.name,),
             block.qkv.name,
             (q_rows + kv_rows, q_rows + 2 * kv_rows),
             repeat=config.heads // config.kv_heads,
             head_dim=config.head_dim,
-        ),
-    ]
-    mlp = block.mlp
-    if isinstance(mlp, MixtureOfExperts):
-        pairs = list(zip(mlp.experts.gate_up, mlp.experts.down, strict=True))
-        folds.append(Fold((mlp.router.name, *(gate_up.name for gate_up, _ in pairs)), mlp_norm))
-    else:
-        pairs = [(mlp.gate_up, mlp.down)]
-        folds.append(Fold((mlp.gate_up.name,), mlp_norm))
+        )
+    )
     if config.activation != "swiglu_clamped":  # there the up projection's output is not just multiplied
         for gate_up, down in pairs:
             inner = loaded[down.name].weight.shape[1]
             folds.append(Fold((down.name,), gate_up.name, (inner, 2 * inner)))
-    return FloatBlock(loaded, {attention_norm: block.attention_norm, mlp_norm: block.mlp_norm}, folds)
+    vectors = {}
+    for name, norm in ((attention_norm, block.attention_norm), (mlp_norm, block.mlp_norm)):
+        if norm is not None:
+            vectors[name] = norm.weight
+            if norm.bias is not None:
+                vectors[bias_of(name)] = norm.bias
+    return FloatBlock(loaded, vectors, folds)
 
 
 def _batches(sequences: Sequence[list[int]]) -> Iterator[ForwardBatch]:
@@ -435,9 +452,9 @@ class _CalibratedLoader(Loader):
     calibrated_modules: dict[str, CalibratedModule]
     calibrated_vectors: dict[str, Tensor]
 
-    def vector(self, name: str, size: int) -> Tensor:
+    def vector(self, name: str, *shape: int) -> Tensor:
         """The changed vector, or the checkpoint's."""
-        stored = super().vector(name, size)
+        stored = super().vector(name, *shape)
         changed = self.calibrated_vectors.pop(name, None)
         return stored if changed is None else changed.to(self.device)
 

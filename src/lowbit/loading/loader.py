@@ -124,9 +124,9 @@ class Loader(Asker):
             found.append(matrix)
         return torch.stack(found) if stacked else found[0]
 
-    def vector(self, name: str, size: int) -> Tensor:
+    def vector(self, name: str, *shape: int) -> Tensor:
         """A float32 copy of a small tensor."""
-        stored = self.check_vector(name, size)
+        stored = self.check_vector(name, *shape)
         return self.data.tensor(stored).to(device=self.device, dtype=torch.float32, copy=True)
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:

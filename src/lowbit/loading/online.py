@@ -135,14 +135,14 @@ def facts_of(config: ModelConfig) -> ModelFacts:
         experts = config.moe.experts
         down_layers = [layer for layer in range(config.layers) if layer not in config.moe.layers]
     architecture = config.architecture.lower()
-    known = next((name for name in ("llama", "qwen2", "deci") if architecture.startswith(name)), architecture)
+    architecture = architecture.removesuffix("forcausallm").replace("decilm", "deci")
     return ModelFacts(
         config.layers,
         config.heads,
         config.kv_heads,
         experts,
         config.tied_head,
-        known,
+        architecture,
         down_layers=down_layers,
     )
 

@@ -132,10 +132,10 @@ class Planner(Asker):
             self._plan_unpacked(place)
         return torch.empty((stacked, *part.shape) if stacked else part.shape, device="meta")
 
-    def vector(self, name: str, size: int) -> Tensor:
+    def vector(self, name: str, *shape: int) -> Tensor:
         """Ones: nothing is computed with them but frequencies nobody uses."""
-        self.check_vector(name, size)
-        return torch.ones(size)
+        self.check_vector(name, *shape)
+        return torch.ones(shape)
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """Their tensors have a place; their values do not matter here."""

@@ -144,14 +144,14 @@ class _Walk(Asker):
         self._note(self.placed_stack(part, stacked))
         return torch.empty((stacked, *part.shape) if stacked else part.shape, device="meta")
 
-    def vector(self, name: str, size: int) -> Tensor:
-        """Ones of that size."""
-        stored = self.check_vector(name, size)
+    def vector(self, name: str, *shape: int) -> Tensor:
+        """Ones of that shape."""
+        stored = self.check_vector(name, *shape)
         if not name.startswith("rope_"):  # made from the config, and put back there
             shift = self.norm_shift if name.endswith("norm.weight") else 0.0
             target = name if self.in_gguf else stored
             self.parts.append(SourceVector(name, target, stored, shift, self.header.tensors[stored].nbytes))
-        return torch.ones(size)
+        return torch.ones(shape)
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """The cache's scales are not weights: found, and left behind."""

@@ -20,8 +20,11 @@ MAX_SIZE = 1 << 24  # no published model has a dimension, vocabulary or context 
 class MoeConfig:
     """A mixture of experts in place of the MLP. ``layers``: the layers that have one.
 
-    ``routing``: ``softmax_top_k`` or ``top_k_softmax``; ``renormalize``: the former's weights sum to 1.
-    ``router``: the router's name under the MLP.
+    ``routing``: ``softmax_top_k``, ``top_k_softmax``, ``group_softmax`` or ``group_sigmoid`` (DeepSeek-V2's
+    and -V3's; ``groups`` and ``kept_groups`` are for them). ``renormalize``: the weights sum to 1, as
+    ``top_k_softmax``'s always do; then they are multiplied by ``scale``. ``router``: the router's name under
+    the MLP. ``shared_size``: the width of the MLP beside the experts, ``shared``; where ``shared_gate`` names
+    a row, times its sigmoid.
     """
 
     experts: int
@@ -32,6 +35,12 @@ class MoeConfig:
     renormalize: bool = True
     router: str = "gate"
     router_bias: bool = False
+    groups: int = 1
+    kept_groups: int = 1
+    scale: float = 1.0
+    shared_size: int = 0
+    shared: str = "shared_experts"
+    shared_gate: str = ""
     expert_bias: bool = False
     interleaved: bool = False  # stacked gate and up rows in turn
     transposed: bool = False  # plain stacked weights as (experts, in, out)
@@ -43,6 +52,28 @@ class MoeConfig:
                 f"the model's config sends each token to {self.per_token} of {self.experts} experts; it is "
                 "damaged or of another kind",
             )
+        size, left = divmod(self.experts, self.groups)
+        pairs = size >= 2 or self.routing != "group_sigmoid"  # a group's score is the sum of two
+        if left or self.kept_groups > self.groups or self.per_token > size * self.kept_groups or not pairs:
+            raise LowbitError(
+                "E0216",
+                f"the model's config sends each token to {self.per_token} experts in {self.kept_groups} of "
+                f"{self.groups} groups of {self.experts} experts; it is damaged or of another kind",
+            )
+
+
+@dataclass(frozen=True)
+class NormNames:
+    """What a layer's norms are called in a Hugging Face checkpoint; "" where there is no such norm.
+
+    ``attention`` and ``mlp`` come before the two halves of a block, the others after them, before the
+    residual is added. Without ``attention`` the projections see the residual stream itself.
+    """
+
+    attention: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    attention_post: str = ""
+    mlp_post: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +89,7 @@ class ModelConfig:
     intermediate_size: int
     vocab_size: int
     context_length: int
-    rms_norm_eps: float
+    norm_eps: float
     rope_theta: float
     rotary_dim: int
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
@@ -67,15 +98,24 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     activation: str = "silu"
-    qk_norm: bool = False  # RMSNorm over each head of Q and K before the rotation
-    post_norms: bool = False  # RMSNorm after attention and after the MLP, before the residual is added
+    layer_norm: bool = False  # LayerNorm in place of RMSNorm
+    norm_bias: bool = False
+    norm_names: NormNames = NormNames()
+    parallel: bool = False  # attention and MLP both see the block's input, without an MLP norm under one norm
+    # A norm of Q and K before the rotation: over each head ("head"), over all of a projection ("projection"),
+    # or a LayerNorm over each head with weights of its own ("layer").
+    qk_norm: str = ""
+    rotates_neighbours: bool = False  # dimensions 2j and 2j + 1 turn together, not j and j + half
+    unrotated: frozenset[int] = frozenset()  # layers without a rotary embedding
     norm_offset: float = 0.0  # added to every norm weight (Gemma in safetensors stores weight - 1)
     windows: tuple[int, ...] = ()  # tokens each layer sees, 0 = all; empty = all layers see all
     local_rope_theta: float | None = None  # another base for the layers with a window
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    logit_scale: float = 1.0
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # on what attention and MLP give, before the residual is added
     sinks: bool = False  # a learned logit for each head in the softmax sum (gpt-oss)
     moe: MoeConfig | None = None
 
@@ -86,8 +126,10 @@ class ModelConfig:
             (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),
             (self.rotary_dim <= self.head_dim, f"rotary dimension {self.rotary_dim} of {self.head_dim}"),
             (self.rotary_dim % 2 == 0, f"an odd rotary dimension {self.rotary_dim}"),
-            (0 < self.rms_norm_eps < 1, f"rms_norm_eps {self.rms_norm_eps}"),
+            (0 < self.norm_eps < 1, f"norm epsilon {self.norm_eps}"),
             (0 < self.rope_theta < 1e12, f"rope_theta {self.rope_theta}"),
+            (self.residual_scale > 0, f"a residual multiplier of {self.residual_scale}"),
+            (self.logit_scale > 0, f"logits times {self.logit_scale}"),
         )
         for sound, what in checks:
             if not sound:
@@ -115,6 +157,12 @@ class ConfigKeys:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
             raise self._fail(key, f"a whole number from 1 to {MAX_SIZE}")
         return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A number that may be 0, or null for none."""
+        if key in self.values and self.values[key] in (None, 0):
+            return 0
+        return default if default == 0 and not self.has(key) else self.size(key, default)
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
@@ -185,12 +233,18 @@ def gguf_keys(header: CheckpointHeader) -> ConfigKeys:
     return ConfigKeys(values, f"{header.root.name}: {name}")
 
 
-def base_config(header: CheckpointHeader) -> ModelConfig:
-    """What all decoders share; a family changes what it does otherwise."""
-    return _from_gguf(header) if header.container == "gguf" else _from_json(header)
+def base_config(
+    header: CheckpointHeader, *, rotated: float = 1.0, theta: float = 10000.0, tied: bool = False
+) -> ModelConfig:
+    """What all decoders share; a family changes what it does otherwise.
+
+    What a config.json without the key means in this family: ``rotated``: the part of a head that turns;
+    ``theta``: the rotary base; ``tied``: whether the head is the embedding.
+    """
+    return _from_gguf(header) if header.container == "gguf" else _from_json(header, rotated, theta, tied)
 
 
-def _from_json(header: CheckpointHeader) -> ModelConfig:
+def _from_json(header: CheckpointHeader, rotated: float, theta: float, tied: bool) -> ModelConfig:
     keys = json_keys(header)
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
     if not keys.has("head_dim") and hidden % heads:
@@ -200,7 +254,7 @@ def _from_json(header: CheckpointHeader) -> ModelConfig:
     head_dim = keys.size("head_dim", hidden // heads)
     context = keys.size("max_position_embeddings")
     rope = rope_keys(keys)
-    partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
+    partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", rotated))
     return ModelConfig(
         architecture=architecture_of(header),
         hidden_size=hidden,
@@ -211,13 +265,18 @@ def _from_json(header: CheckpointHeader) -> ModelConfig:
         intermediate_size=keys.size("intermediate_size"),
         vocab_size=keys.size("vocab_size"),
         context_length=context,
-        rms_norm_eps=keys.number("rms_norm_eps"),
-        rope_theta=rope.number("rope_theta", keys.number("rope_theta", 10000.0)),
+        norm_eps=_norm_eps(keys, ("rms_norm_eps", "layer_norm_eps")),
+        rope_theta=rope.number("rope_theta", keys.number("rope_theta", theta)),
         rotary_dim=int(head_dim * partial),
         rope_scaling=scaling_from_json(rope, keys, context),
-        tied_head=keys.flag("tie_word_embeddings", False),
+        tied_head=keys.flag("tie_word_embeddings", tied),
         activation=keys.text("hidden_activation", keys.text("hidden_act", "silu")),
     )
+
+
+def _norm_eps(keys: ConfigKeys, names: tuple[str, ...]) -> float:
+    """By the first of these names that is there."""
+    return keys.number(next((name for name in names if keys.has(name)), names[0]))
 
 
 def rope_keys(keys: ConfigKeys, layer_type: str = "full_attention") -> ConfigKeys:
@@ -305,12 +364,12 @@ def _from_gguf(header: CheckpointHeader) -> ModelConfig:
         intermediate_size=keys.size("feed_forward_length"),
         vocab_size=embedding.shape[0],  # vocab_size may be absent, and may differ from the rows
         context_length=keys.size("context_length"),
-        rms_norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        norm_eps=_norm_eps(keys, ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")),
         rope_theta=keys.number("rope.freq_base", 10000.0),
         rotary_dim=keys.size("rope.dimension_count", head_dim),
         rope_scaling=_scaling_from_gguf(keys, header),
         tied_head="output.weight" not in header.tensors,
-        qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        qkv_bias=bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & set(header.tensors)),
         output_bias="blk.0.attn_output.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
     )
@@ -339,7 +398,8 @@ def _scaling_from_gguf(keys: ConfigKeys, header: CheckpointHeader) -> RopeScalin
             keys.size("rope.scaling.original_context_length"),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=keys.optional("rope.scaling.attn_factor"),
+            attention_factor=keys.optional("rope.scaling.yarn_attn_factor")
+            or keys.optional("rope.scaling.attn_factor"),
         )
     raise LowbitError(
         "E0242",

@@ -1,6 +1,7 @@
-"""The decoder: pre-norm blocks of rotary GQA attention and a gated MLP or a mixture of experts.
+"""The decoder: blocks of rotary GQA attention and a gated MLP or a mixture of experts.
 
-One class for every family of this shape (``families.py``); what differs is in ``ModelConfig``. Weights
+One class for every family of this shape (``families``); what differs is in ``ModelConfig``: norms before or
+after the halves of a block or both, halves one after another or side by side, and constants. Weights
 arrive through a ``WeightLoader``, so that one ``build`` serves loading, planning, every format and kernel.
 Sources: Touvron et al., 2023 (Llama), Ainslie et al., 2023 (GQA), Su et al., 2021 (RoPE).
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -16,22 +18,20 @@ from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import (
     RotaryTable,
-    add_rms_norm,
+    add,
     affine,
     apply_rotary,
     gather_rows,
-    rms_norm,
-    rms_norm_heads,
     softcap,
 )
 from lowbit.kernels.forward_batch import ForwardBatch
-from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts
+from lowbit.layers.norm import Norm
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
-from lowbit.layers.routing import Route, softmax_top_k, top_k_softmax
 from lowbit.layers.weight_loader import WeightLoader
-from lowbit.models.config import ModelConfig, MoeConfig
+from lowbit.models.config import ModelConfig
+from lowbit.models.feed_forward import feed_forward
 from lowbit.numerics.cache_format import KvDtype
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "swiglu_clamped")
@@ -39,22 +39,22 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "swiglu_clamped")
 
 @dataclass(frozen=True)
 class Block:
-    """The weights of one layer. Norms are float32 (hidden,), Q/K norms (head_dim,)."""
+    """The weights of one layer; a norm is None where the family has none there."""
 
-    attention_norm: Tensor
+    attention_norm: Norm | None
     qkv: Linear  # (heads + 2 * kv_heads) * head_dim rows
     output: Linear
-    mlp_norm: Tensor
+    mlp_norm: Norm | None
     mlp: GatedMlp | MixtureOfExperts
-    rotary: RotaryTable
+    rotary: RotaryTable | None
     attention: AttentionParameters
     kv_dtype: KvDtype
     k_scale: float = 1.0  # K and V are stored divided by these (static scales of an fp8 cache)
     v_scale: float = 1.0
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    attention_post_norm: Tensor | None = None
-    mlp_post_norm: Tensor | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    attention_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
 
 
 class Decoder:
@@ -66,7 +66,7 @@ class Decoder:
         loader: WeightLoader,
         embedding: Embedding,
         blocks: list[Block],
-        final_norm: Tensor,
+        final_norm: Norm,
         head: Linear,
     ) -> None:
         self.config = config
@@ -97,10 +97,12 @@ class Decoder:
         """float32 (sample rows, vocabulary)."""
         config = self.config
         residual = self.embed(batch.tokens)
-        hidden = rms_norm(residual, self.blocks[0].attention_norm, config.rms_norm_eps)
+        hidden = self.enter(0, residual)
         for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
             hidden = self.forward_block(layer, hidden, residual, cache, batch)
         logits = self.head(gather_rows(hidden, batch.sample_rows)).float()
+        if config.logit_scale != 1.0:
+            logits = affine(logits, number=config.logit_scale, out=logits)
         if config.logit_softcap:
             logits = softcap(logits, config.logit_softcap)
         self.states.update()
@@ -108,10 +110,13 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(tokens, hidden): the residual stream before the first block."""
-        residual = self.embedding(tokens)
-        if self.config.embedding_scale != 1.0:
-            residual = affine(residual, number=self.config.embedding_scale, out=residual)
-        return residual
+        residual, scale = self.embedding(tokens), _stream_scale(self.config)
+        return residual if scale == 1.0 else affine(residual, number=scale, out=residual)
+
+    def enter(self, layer: int, residual: Tensor) -> Tensor:
+        """What a block's projections see of the residual stream."""
+        norm = self.blocks[layer].attention_norm
+        return residual if norm is None else norm(residual)
 
     def forward_block(
         self, layer: int, hidden: Tensor, residual: Tensor, cache: LayerCache, batch: ForwardBatch
@@ -120,17 +125,21 @@ class Decoder:
 
         Adds to ``residual`` in place and gives it under the next block's norm, or the final one.
         """
-        block, eps = self.blocks[layer], self.config.rms_norm_eps
+        block = self.blocks[layer]
         last = layer + 1 == len(self.blocks)
         next_norm = self.final_norm if last else self.blocks[layer + 1].attention_norm
-        attended = block.output(self._attend(block, cache, hidden, batch))
-        if block.attention_post_norm is not None:
-            attended = rms_norm(attended, block.attention_post_norm, eps)
-        hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
-        mixed = block.mlp(hidden)
-        if block.mlp_post_norm is not None:
-            mixed = rms_norm(mixed, block.mlp_post_norm, eps)
-        return add_rms_norm(mixed, residual, next_norm, eps)
+        if self.config.parallel:
+            between = hidden if block.mlp_norm is None else block.mlp_norm(residual)
+            mixed = block.mlp(between)
+            add(block.output(self._attend(block, cache, hidden, batch)), residual)
+        else:
+            attended = block.output(self._attend(block, cache, hidden, batch))
+            if block.attention_post_norm is not None:
+                attended = block.attention_post_norm(attended)
+            mixed = block.mlp(_add_and_norm(attended, residual, block.mlp_norm))
+            if block.mlp_post_norm is not None:
+                mixed = block.mlp_post_norm(mixed)
+        return _add_and_norm(mixed, residual, next_norm)
 
     def _attend(self, block: Block, cache: LayerCache, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """(tokens, heads * head_dim): attention before its output projection."""
@@ -138,9 +147,10 @@ class Decoder:
         heads = block.qkv(hidden).view(-1, config.heads + 2 * config.kv_heads, config.head_dim)
         q, k, v = heads.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
         if block.q_norm is not None and block.k_norm is not None:
-            rms_norm_heads(q, block.q_norm, config.rms_norm_eps)
-            rms_norm_heads(k, block.k_norm, config.rms_norm_eps)
-        apply_rotary(q, k, block.rotary, batch.positions)
+            block.q_norm.of_heads(q)
+            block.k_norm.of_heads(k)
+        if block.rotary is not None:
+            apply_rotary(q, k, block.rotary, batch.positions, config.rotates_neighbours)
         if block.k_scale != 1.0 or block.v_scale != 1.0:
             # K's scale returns through the softmax scale of ``block.attention``.
             cache.kernel.write(cache, _divided(k, block.k_scale), _divided(v, block.v_scale), batch)
@@ -148,6 +158,20 @@ class Decoder:
             return affine(attended, number=block.v_scale, out=attended)
         cache.kernel.write(cache, k, v, batch)
         return cache.kernel.attend(q, cache, batch, block.attention)
+
+
+def _add_and_norm(x: Tensor, residual: Tensor, norm: Norm | None) -> Tensor:
+    """``residual += x`` in place; what the next half sees of it."""
+    return add(x, residual) if norm is None else norm.of_sum(x, residual)
+
+
+def _stream_scale(config: ModelConfig) -> float:
+    """What an embedding is multiplied by.
+
+    A residual multiplier m on all that is added to the stream is left out and the stream divided by it: a
+    norm of x / m is that of x when its epsilon is divided by m squared (``_norm``).
+    """
+    return config.embedding_scale / config.residual_scale
 
 
 def _divided(heads: Tensor, scale: float) -> Tensor:
@@ -166,10 +190,10 @@ def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
     embedding = loader.embedding(Part("model.embed_tokens", (config.vocab_size, config.hidden_size)))
     tables = _rotary_tables(config, loader)
     blocks = [
-        _block(config, loader, n, tables[bool(config.windows and config.windows[n])])
+        _block(config, loader, n, None if n in config.unrotated else tables[_has_window(config, n)])
         for n in range(config.layers)
     ]
-    final_norm = _norm(config, loader, "model.norm.weight")
+    final_norm = _norm(config, loader, "model.norm")
     if config.tied_head:
         head = embedding.as_head()
     else:
@@ -192,44 +216,69 @@ def _rotary_tables(config: ModelConfig, loader: WeightLoader) -> tuple[RotaryTab
     return table, RotaryTable.build(local, config.context_length, 1.0, loader.device)
 
 
-def _norm(config: ModelConfig, loader: WeightLoader, name: str, size: int = 0) -> Tensor:
-    return loader.vector(name, size or config.hidden_size) + config.norm_offset
+def _has_window(config: ModelConfig, layer: int) -> bool:
+    return bool(config.windows and config.windows[layer])
 
 
-def attention_norm_name(layer: int) -> str:
-    """The tensor that scales what a layer's Q, K and V projections see."""
-    return f"model.layers.{layer}.input_layernorm.weight"
+def _norm(config: ModelConfig, loader: WeightLoader, name: str) -> Norm:
+    """A norm of the residual stream."""
+    size = config.hidden_size
+    bias = loader.vector(f"{name}.bias", size) if config.norm_bias else None
+    weight = loader.vector(f"{name}.weight", size) + config.norm_offset
+    return Norm(weight, config.norm_eps / config.residual_scale**2, config.layer_norm, bias)
+
+
+def _head_norm(config: ModelConfig, loader: WeightLoader, name: str, heads: int) -> Norm | None:
+    """The norm of Q or of K, which has so many heads."""
+    size = config.head_dim
+    match config.qk_norm:
+        case "":
+            return None
+        case "layer":
+            return Norm(_weights_of_heads(loader, name, heads, size), config.norm_eps, centred=True)
+        case "projection":
+            size *= heads
+    return Norm(loader.vector(f"{name}.weight", size) + config.norm_offset, config.norm_eps)
+
+
+def _weights_of_heads(loader: WeightLoader, name: str, heads: int, size: int) -> Tensor:
+    """(heads * size,), from one matrix or, in StableLM's checkpoints, from a vector a head."""
+    if loader.has(f"{name}.norms.0"):
+        return torch.cat([loader.vector(f"{name}.norms.{n}.weight", size) for n in range(heads)])
+    return loader.vector(f"{name}.weight", heads, size).flatten()
+
+
+def attention_norm_name(config: ModelConfig, layer: int) -> str:
+    """The tensor that scales what a layer's Q, K and V projections see; "" where none does."""
+    name = config.norm_names.attention
+    return name and f"model.layers.{layer}.{name}.weight"
 
 
 def mlp_norm_name(config: ModelConfig, layer: int) -> str:
-    """The tensor that scales what a layer's MLP, router and experts see."""
-    name = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
-    return f"model.layers.{layer}.{name}.weight"
+    """The tensor that scales what a layer's MLP, router and experts see; "" where none of their own does."""
+    name = config.norm_names.mlp
+    return name and f"model.layers.{layer}.{name}.weight"
 
 
-def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: RotaryTable) -> Block:
+def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: RotaryTable | None) -> Block:
     hidden, prefix = config.hidden_size, f"model.layers.{layer}"
     attention = f"{prefix}.self_attn"
     q_rows = config.heads * config.head_dim
 
-    def head_norm(name: str) -> Tensor | None:
-        return (
-            _norm(config, loader, f"{attention}.{name}.weight", config.head_dim) if config.qk_norm else None
-        )
-
-    def post_norm(name: str) -> Tensor | None:
-        return _norm(config, loader, f"{prefix}.{name}.weight") if config.post_norms else None
+    def norm(name: str) -> Norm | None:
+        return _norm(config, loader, f"{prefix}.{name}") if name else None
 
     k_scale, v_scale = loader.kv_scales(attention, layer)
+    names = config.norm_names
     return Block(
-        attention_norm=_norm(config, loader, attention_norm_name(layer)),
+        attention_norm=norm(names.attention),
         qkv=loader.linear(f"{attention}.qkv_proj", _qkv_parts(config, attention)),
         output=loader.linear(
             f"{attention}.o_proj",
             [Part(f"{attention}.o_proj", (hidden, q_rows), bias=config.output_bias)],
         ),
-        mlp_norm=_norm(config, loader, mlp_norm_name(config, layer)),
-        mlp=_mlp(config, loader, layer),
+        mlp_norm=norm(names.mlp),
+        mlp=feed_forward(config, loader, layer),
         rotary=rotary,
         attention=AttentionParameters(
             scale=(config.attention_scale or config.head_dim**-0.5) * k_scale,
@@ -239,45 +288,11 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
         kv_dtype=loader.kv_dtype(attention, layer),
         k_scale=k_scale,
         v_scale=v_scale,
-        q_norm=head_norm("q_norm"),
-        k_norm=head_norm("k_norm"),
-        attention_post_norm=post_norm("post_attention_layernorm"),
-        mlp_post_norm=post_norm("post_feedforward_layernorm"),
+        q_norm=_head_norm(config, loader, f"{attention}.q_norm", config.heads),
+        k_norm=_head_norm(config, loader, f"{attention}.k_norm", config.kv_heads),
+        attention_post_norm=norm(names.attention_post),
+        mlp_post_norm=norm(names.mlp_post),
     )
-
-
-def _mlp(config: ModelConfig, loader: WeightLoader, layer: int) -> GatedMlp | MixtureOfExperts:
-    moe, mlp = config.moe, f"model.layers.{layer}.mlp"
-    if moe is not None and layer in moe.layers:
-        router = Part(
-            f"{mlp}.{moe.router}", (moe.experts, config.hidden_size), bias=moe.router_bias, router=True
-        )
-        spec = ExpertsSpec(
-            moe.experts,
-            config.hidden_size,
-            moe.intermediate_size,
-            bias=moe.expert_bias,
-            interleaved=moe.interleaved,
-            transposed=moe.transposed,
-        )
-        return MixtureOfExperts(
-            loader.linear(router.name, [router]),
-            _route(moe),
-            loader.experts(f"{mlp}.experts", spec),
-            config.activation,
-        )
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return GatedMlp(
-        loader.linear(f"{mlp}.gate_up_proj", _gate_up_parts(config, mlp)),
-        loader.linear(f"{mlp}.down_proj", [Part(f"{mlp}.down_proj", (hidden, inner), bias=config.mlp_bias)]),
-        config.activation,
-    )
-
-
-def _route(moe: MoeConfig) -> Route:
-    if moe.routing == "top_k_softmax":
-        return top_k_softmax(moe.per_token)
-    return softmax_top_k(moe.per_token, moe.renormalize)
 
 
 def _qkv_parts(config: ModelConfig, attention: str) -> list[Part]:
@@ -287,12 +302,4 @@ def _qkv_parts(config: ModelConfig, attention: str) -> list[Part]:
         Part(f"{attention}.q_proj", (q_rows, hidden), rotary_heads=config.heads, bias=bias),
         Part(f"{attention}.k_proj", (kv_rows, hidden), rotary_heads=config.kv_heads, bias=bias),
         Part(f"{attention}.v_proj", (kv_rows, hidden), bias=bias),
-    ]
-
-
-def _gate_up_parts(config: ModelConfig, mlp: str) -> list[Part]:
-    inner, hidden = config.intermediate_size, config.hidden_size
-    return [
-        Part(f"{mlp}.gate_proj", (inner, hidden), bias=config.mlp_bias),
-        Part(f"{mlp}.up_proj", (inner, hidden), bias=config.mlp_bias),
     ]

@@ -53,7 +53,7 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.heads,
         "attention.head_count_kv": config.kv_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "rope.freq_base": config.rope_theta,
@@ -91,7 +91,7 @@ def _rope(header: CheckpointHeader, config: ModelConfig) -> dict[str, object]:
                 "rope.scaling.yarn_beta_slow": scaling.beta_slow,
             }
             factor = scaling.attention_factor
-            return found if factor is None else found | {"rope.scaling.attn_factor": factor}
+            return found if factor is None else found | {"rope.scaling.yarn_attn_factor": factor}
         case "divisors" | "table" if scaling.attention_factor is not None:
             return {
                 "rope.scaling.attn_factor": scaling.attention_factor,

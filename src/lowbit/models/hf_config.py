@@ -62,7 +62,7 @@ def _common(header: CheckpointHeader, config: ModelConfig) -> Json:
         "intermediate_size": config.intermediate_size,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.context_length,
-        "rms_norm_eps": shortest(config.rms_norm_eps),
+        "rms_norm_eps": shortest(config.norm_eps),
         "rope_theta": shortest(config.rope_theta),
         "hidden_act": config.activation,
         "attention_bias": config.qkv_bias,

@@ -37,27 +37,66 @@ class Family:
 
 # Architecture -> (module of this package, its Family).
 MODULES = {
-    "LlamaForCausalLM": ("families", "LLAMA"),
-    "llama": ("families", "LLAMA"),
-    "MistralForCausalLM": ("families", "MISTRAL"),
-    "MixtralForCausalLM": ("families", "MIXTRAL"),
-    "Qwen2ForCausalLM": ("families", "QWEN2"),
-    "Qwen3ForCausalLM": ("families", "QWEN3"),
-    "Qwen3MoeForCausalLM": ("families", "QWEN3_MOE"),
-    "Gemma2ForCausalLM": ("families", "GEMMA2"),
-    "Gemma3ForCausalLM": ("families", "GEMMA3"),
-    "Phi3ForCausalLM": ("families", "PHI3"),
-    "GptOssForCausalLM": ("families", "GPT_OSS"),
+    "LlamaForCausalLM": ("families.llama", "LLAMA"),
+    "llama": ("families.llama", "LLAMA"),
+    "MistralForCausalLM": ("families.llama", "MISTRAL"),
+    "MixtralForCausalLM": ("families.llama", "MIXTRAL"),
+    "Qwen2ForCausalLM": ("families.qwen", "QWEN2"),
+    "Qwen3ForCausalLM": ("families.qwen", "QWEN3"),
+    "Qwen3MoeForCausalLM": ("families.qwen", "QWEN3_MOE"),
+    "Gemma2ForCausalLM": ("families.gemma", "GEMMA2"),
+    "Gemma3ForCausalLM": ("families.gemma", "GEMMA3"),
+    "Phi3ForCausalLM": ("families.phi", "PHI3"),
+    "Qwen2MoeForCausalLM": ("families.qwen", "QWEN2_MOE"),
+    "qwen2moe": ("families.qwen", "QWEN2_MOE"),
+    "GlmForCausalLM": ("families.glm", "GLM"),
+    "chatglm": ("families.glm", "GLM"),
+    "Glm4ForCausalLM": ("families.glm", "GLM4"),
+    "glm4": ("families.glm", "GLM4"),
+    "Glm4MoeForCausalLM": ("families.glm", "GLM4_MOE"),
+    "glm4moe": ("families.glm", "GLM4_MOE"),
+    "GraniteForCausalLM": ("families.granite", "GRANITE"),
+    "granite": ("families.granite", "GRANITE"),
+    "GraniteMoeForCausalLM": ("families.granite", "GRANITE_MOE"),
+    "GraniteMoeSharedForCausalLM": ("families.granite", "GRANITE_MOE"),
+    "granitemoe": ("families.granite", "GRANITE_MOE"),
+    "Olmo2ForCausalLM": ("families.olmo", "OLMO2"),
+    "Olmo3ForCausalLM": ("families.olmo", "OLMO3"),
+    "olmo2": ("families.olmo", "OLMO2"),
+    "OlmoeForCausalLM": ("families.olmo", "OLMOE"),
+    "olmoe": ("families.olmo", "OLMOE"),
+    "StableLmForCausalLM": ("families.stablelm", "STABLELM"),
+    "stablelm": ("families.stablelm", "STABLELM"),
+    "SmolLM3ForCausalLM": ("families.smollm3", "SMOLLM3"),
+    "smollm3": ("families.smollm3", "SMOLLM3"),
+    "CohereForCausalLM": ("families.cohere", "COHERE"),
+    "command-r": ("families.cohere", "COHERE"),
+    "Cohere2ForCausalLM": ("families.cohere", "COHERE2"),
+    "cohere2": ("families.cohere", "COHERE2"),
+    "GptOssForCausalLM": ("families.gpt_oss", "GPT_OSS"),
     "DeepseekV2ForCausalLM": ("deepseek", "FAMILY"),
     "DeepseekV3ForCausalLM": ("deepseek", "FAMILY"),
     "deepseek2": ("deepseek", "FAMILY"),
-    "qwen2": ("families", "QWEN2"),
-    "qwen3": ("families", "QWEN3"),
-    "qwen3moe": ("families", "QWEN3_MOE"),
-    "gemma2": ("families", "GEMMA2"),
-    "gemma3": ("families", "GEMMA3"),
-    "phi3": ("families", "PHI3"),
-    "gpt-oss": ("families", "GPT_OSS"),
+    "qwen2": ("families.qwen", "QWEN2"),
+    "qwen3": ("families.qwen", "QWEN3"),
+    "qwen3moe": ("families.qwen", "QWEN3_MOE"),
+    "gemma2": ("families.gemma", "GEMMA2"),
+    "gemma3": ("families.gemma", "GEMMA3"),
+    "phi3": ("families.phi", "PHI3"),
+    "gpt-oss": ("families.gpt_oss", "GPT_OSS"),
+}
+
+
+_RECURRENT = (
+    "whose state is one matrix a sequence that every token overwrites; the engine keeps keys and values in "
+    "pages that sequences share and give back, and has no place for it"
+)
+# Architectures that are known and cannot be served, and why.
+REFUSED = {
+    "Qwen3NextForCausalLM": f"three of four layers are gated delta networks, {_RECURRENT}",
+    "qwen3next": f"three of four layers are gated delta networks, {_RECURRENT}",
+    "GraniteMoeHybridForCausalLM": f"most layers are Mamba-2, {_RECURRENT}",
+    "granitehybrid": f"most layers are Mamba-2, {_RECURRENT}",
 }
 
 
@@ -74,6 +113,10 @@ def family_of(header: CheckpointHeader) -> Family:
         family: Family = getattr(importlib.import_module(f"lowbit.models.{module}"), attribute)
         return family
     shown = printable(repr(name))
+    if name in REFUSED:
+        raise LowbitError(
+            "E0241", f"architecture {shown} is not supported: {REFUSED[name]}. See: lowbit models"
+        )
     if "auto_map" in header.config:
         raise LowbitError(
             "E0240",

@@ -153,7 +153,18 @@ def _scale(block: FloatBlock, options: CalibrationOptions) -> Iterator[ChangedVe
             continue
         apply_fold(block, fold, scales)
         if fold.rows is None:
-            yield ChangedVector(fold.producer, block.vectors[fold.producer].clone())
+            for name in _producing(block, fold):
+                yield ChangedVector(name, block.vectors[name].clone())
+
+
+def bias_of(weight: str) -> str:
+    """The name of the bias beside a weight."""
+    return weight.removesuffix("weight") + "bias"
+
+
+def _producing(block: FloatBlock, fold: Fold) -> list[str]:
+    """The vectors that give a norm's output: its weight, and its bias if it has one."""
+    return [name for name in (fold.producer, bias_of(fold.producer)) if name in block.vectors]
 
 
 def _fold_scales(block: FloatBlock, fold: Fold, options: CalibrationOptions) -> Tensor | None:
@@ -186,7 +197,8 @@ def apply_fold(block: FloatBlock, fold: Fold, scales: Tensor) -> None:
         if linear.statistics is not None:
             linear.statistics.divide(columns)
     if fold.rows is None:
-        block.vectors[fold.producer].div_(scales)
+        for name in _producing(block, fold):
+            block.vectors[name].div_(scales)
         return
     producer, rows = block.linears[fold.producer], slice(*fold.rows)
     producer.weight[rows].div_(scales.unsqueeze(1))

@@ -1,0 +1,48 @@
+"""Norm: RMSNorm or LayerNorm with its weights, over rows or over the heads of Q and K."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lowbit.kernels.elementwise import add, add_rms_norm, layer_norm, rms_norm, rms_norm_heads
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm (Zhang and Sennrich, 2019), or where ``centred`` LayerNorm (Ba et al., 2016), which may have a
+    bias. ``weight`` and ``bias``: float32 (width,)."""
+
+    weight: Tensor
+    eps: float
+    centred: bool = False
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x (tokens, width), normalized. ``out`` may be x."""
+        if self.centred:
+            return layer_norm(x, self.weight, self.bias, self.eps, out=out)
+        return rms_norm(x, self.weight, self.eps, out)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual += x`` in place, then its norm."""
+        if self.centred:
+            return self(add(x, residual))
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+    def of_heads(self, heads: Tensor) -> None:
+        """Heads (tokens, heads, dim) in place; they may be a view of a fused output.
+
+        An RMSNorm as wide as one head goes over each; a wider one over all together. A LayerNorm goes over
+        each, with a weight for all or one for each.
+        """
+        if not self.centred and self.weight.numel() == heads.shape[2]:
+            rms_norm_heads(heads, self.weight, self.eps)
+            return
+        rows = heads.flatten(1)
+        assert rows.data_ptr() == heads.data_ptr(), "heads lie one behind another"
+        if self.centred:
+            layer_norm(rows, self.weight, self.bias, self.eps, heads.shape[1], out=rows)
+        else:
+            rms_norm(rows, self.weight, self.eps, out=rows)

@@ -1,0 +1,1 @@
+"""The families the decoder serves: how each spells its config, its tensors and its rows."""
