@@ -124,6 +124,14 @@ class Loader(Asker):
         stored = self.check_vector(name, *shape)
         return self.data.tensor(stored).to(device=self.device, dtype=torch.float32, copy=True)
 
+    def row_norms(self, part: Part) -> Tensor:
+        """Of the matrix as stored, some rows at a time."""
+        [place] = self.names.place(part.name, [part])
+        weight, step = self.form.read(place.module, self.data).weight, 4096
+        starts = range(0, part.shape[0], step)
+        slices = (weight.rows(at, min(at + step, part.shape[0])).dequantize() for at in starts)
+        return torch.cat([rows.norm(dim=1) for rows in slices]).to(self.device)
+
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What the checkpoint (or the file that was passed) says K and V are divided by in the cache."""
         found = self._kv_scales.of_layer(self.names, attention, layer, self.data)
