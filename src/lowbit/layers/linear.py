@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.kernels.elementwise import affine
+from lowbit.kernels.elementwise import affine, gather_columns
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Part:
 class Linear:
     """A layer of one packed weight, or of several where the parts' schemes or inputs differ (GGUF mixes).
 
-    ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object.
+    ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object. ``order``:
+    int64 (out,), where each output lies among the rows, if these could not be moved; the bias is as they are.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Linear:
         weights: list[PackedWeight],
         bias: Tensor | None,
         inputs: list[InputTransform | None] | None = None,
+        order: Tensor | None = None,
     ) -> None:
         self.name = name
         self.weights = weights
         self.bias = bias
         self.inputs = inputs if inputs and any(inputs) else None
+        self.order = order
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""
@@ -55,7 +58,10 @@ class Linear:
             self._parts(x, self.inputs or [None] * len(self.weights), y)
         if self.bias is not None:
             affine(y, bias=self.bias, out=y)
-        return y
+        if self.order is None:
+            return y
+        assert out is None, "no layer with an order of its own writes into another's place"
+        return gather_columns(y, self.order)
 
     def _parts(self, x: Tensor, inputs: list[InputTransform | None], y: Tensor) -> None:
         """Every weight into its own columns of y; each distinct transform runs once."""

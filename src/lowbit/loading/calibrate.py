@@ -260,8 +260,8 @@ class _HoldingLoader(Asker):
                     "quantized again; pass the original float model",
                 )
             order, stop = row_order(place, self.header), start + place.part.shape[0]
-            quantized = stored.weight if order is None else stored.weight.permute_rows(order)
-            weight[start:stop] = quantized.dequantize()
+            matrix = stored.weight.dequantize()
+            weight[start:stop] = matrix if order is None else matrix[order]
             if stored.bias is not None:
                 any_bias = True
                 biases[start:stop] = stored.bias if order is None else stored.bias[order]

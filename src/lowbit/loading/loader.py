@@ -168,7 +168,10 @@ class Loader(Asker):
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
             inputs.append(settled(packed, transform))
-        return Linear(name, kept.weights, kept.bias, inputs)
+        order = None
+        if len(places) == 1 and self._stays_in_order(places[0]):
+            order = row_order(places[0], self.header)
+        return Linear(name, kept.weights, kept.bias, inputs, None if order is None else order.to(self.device))
 
     def _packed(self, places: list[Placed]) -> Kept:
         """The parts read, neighbours fused where they allow it, and packed."""
@@ -211,7 +214,7 @@ class Loader(Asker):
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
-        order = row_order(place, self.header)
+        order = None if self._stays_in_order(place) else row_order(place, self.header)
         if order is not None:
             weight = weight.permute_rows(order)
             bias = None if bias is None else bias[order]
@@ -225,6 +228,10 @@ class Loader(Asker):
         weight = self._cast(weight)
         self._report(place, "loading" if self.online is None else "quantizing")
         return ReadPart(weight, bias, transform)
+
+    def _stays_in_order(self, place: Placed) -> bool:
+        """Q, K and V in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
+        return place.groups > 0 and not self.form.scheme_of(place.module).rows_move
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:
         if scheme.activation is None and rule is None:

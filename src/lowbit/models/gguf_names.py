@@ -99,13 +99,6 @@ GEMMA_GGUF_NAMES = GGUF_NAMES | _of_layers(
 # The same norm as Llama's, under another name.
 GPT_OSS_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
 
-# Norms follow attention and MLP, and none precedes them.
-EXAONE4_GGUF_NAMES = GGUF_NAMES | _of_layers(
-    {
-        "post_attention_layernorm": "post_attention_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    }
-)
 # The larger models have a norm each for attention and MLP; that of the MLP has the place of the others' one.
 FALCON_GGUF_NAMES = GGUF_NAMES | _of_layers({"ln_attn": "attn_norm_2", "ln_mlp": "attn_norm"})
 BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(

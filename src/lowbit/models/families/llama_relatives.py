@@ -29,7 +29,7 @@ from lowbit.models.config import (
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED
 from lowbit.models.families.spelling import aliases, respelled
-from lowbit.models.gguf_names import BITNET_GGUF_NAMES, EXAONE4_GGUF_NAMES, GGUF_NAMES
+from lowbit.models.gguf_names import BITNET_GGUF_NAMES, GEMMA_GGUF_NAMES, GGUF_NAMES
 from lowbit.models.registry import Family
 
 NORM_HEAD_WORDS = 125696  # Baichuan 2 is told by its vocabulary alone
@@ -170,5 +170,5 @@ MINICPM = Family("minicpm", _minicpm, build, GGUF_NAMES, True, UNUSED)
 EXAONE = Family(
     "exaone", _exaone, build, GGUF_NAMES, False, (*UNUSED, r"transformer\.rotary\.inv_freq"), _EXAONE
 )
-EXAONE4 = Family("exaone4", _exaone4, build, EXAONE4_GGUF_NAMES, False, UNUSED)
+EXAONE4 = Family("exaone4", _exaone4, build, GEMMA_GGUF_NAMES, False, UNUSED)
 BITNET = Family("bitnet", _bitnet, build, BITNET_GGUF_NAMES, False, UNUSED)
