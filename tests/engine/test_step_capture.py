@@ -166,11 +166,15 @@ def test_logits_and_states_are_the_same(scheme: str, tmp_path: Path) -> None:
         assert len(set(scales.values())) == 4 and 1.0 not in scales.values()
 
 
-@pytest.mark.parametrize(
-    "family", ["Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3 partial rotary", "Mistral"], ids=str
-)
+DENSE = [
+    *("Qwen2", "Qwen3", "Gemma2", "Gemma3", "Phi3 partial rotary", "Mistral", "Glm4", "Granite", "Olmo3"),
+    *("StableLm", "StableLm side by side, normed heads", "SmolLM3", "Cohere normed heads", "Cohere2"),
+]
+
+
+@pytest.mark.parametrize("family", DENSE)
 def test_every_family_of_the_dense_decoder(family: str, tmp_path: Path) -> None:
-    """Biases, norms of Q and K, post norms, soft caps, windows, embedding scales."""
+    """Biases, norms of all kinds and places, soft caps, windows, scales, blocks side by side, no rotation."""
     make_checkpoint(family, tmp_path)
     capture = check(lambda: load_model(open_checkpoint(str(tmp_path)), device="cpu"))
     assert not capture.refusal and capture.replayed
@@ -282,7 +286,10 @@ def test_few_plans_and_little_memory(tmp_path: Path) -> None:
     assert captures[1].replayed == 0 and not captures[1].refusal
 
 
-MIXTURES = ["Mixtral", "Qwen3Moe", "Qwen3Moe with dense layers", "GptOss"]
+MIXTURES = [
+    *("Mixtral", "Qwen3Moe", "Qwen3Moe with dense layers", "GptOss", "Qwen2Moe", "GraniteMoeShared", "Olmoe"),
+    "Glm4Moe in groups, normed heads",
+]
 LATENT = ["DeepseekV2 native, biases", "DeepseekV3 native, rotated halves", "DeepseekV2 lite, yarn, native"]
 
 
@@ -298,7 +305,10 @@ def test_every_mixture_of_experts(family: str, tmp_path: Path) -> None:
     "fixture",
     [
         "mxfp4/gpt_oss",
-        *(f"gguf_families/{name}.gguf" for name in ("mixtral", "qwen3moe", "gpt_oss", "deepseek3")),
+        *(
+            f"gguf_families/{name}.gguf"
+            for name in ("mixtral", "qwen3moe", "gpt_oss", "deepseek3", "qwen2moe", "glm4moe")
+        ),
     ],
 )
 def test_quantized_mixtures(fixture: str) -> None:

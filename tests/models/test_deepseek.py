@@ -457,11 +457,15 @@ def test_published_configs(name: str) -> None:
     lite = name == "V2-Lite"
     assert (config.heads, config.head_dim, config.rotary_dim) == (16 if lite else 128, 192, 64)
     assert (config.kv_lora_rank, config.nope_dim, config.v_dim) == (512, 128, 128)
-    assert (config.q_lora_rank, config.dense_layers) == ((0, 1) if lite else (1536, 3))
-    assert (config.experts, config.experts_per_token) == ((64, 6) if lite else (256, 8))
-    assert config.shared_size == (2816 if lite else 2048)
-    assert (config.sigmoid, config.groups, config.kept_groups) == ((False, 1, 1) if lite else (True, 8, 4))
-    assert (config.renormalize, config.routed_scale) == ((False, 1.0) if lite else (True, 2.5))
+    moe = config.moe
+    assert moe is not None
+    assert (config.q_lora_rank, min(moe.layers)) == ((0, 1) if lite else (1536, 3))
+    assert moe.layers == frozenset(range(min(moe.layers), config.layers))
+    assert (moe.experts, moe.per_token) == ((64, 6) if lite else (256, 8))
+    assert moe.shared_size == (2816 if lite else 2048)
+    routing = ("softmax_top_k", 1, 1) if lite else ("group_sigmoid", 8, 4)
+    assert (moe.routing, moe.groups, moe.kept_groups) == routing
+    assert (moe.renormalize, moe.scale) == ((False, 1.0) if lite else (True, 2.5))
     # softmax_scale * yarn_get_mscale(40, mscale_all_dim) ** 2 of the authors' code
     assert config.attention_scale == pytest.approx(0.11472 if lite else 0.13523, rel=1e-4)
     assert config.rotates_neighbours and config.tied_head is False

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError
 from lowbit.loading import load_model, plan_model
 
 SIZES = {
@@ -30,6 +35,28 @@ LONGROPE = {
     "short_factor": [1.0] * 8,
     "long_factor": [1.0 + 0.3 * index for index in range(8)],
     "original_max_position_embeddings": 64,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "attention_factor": 1.2,
+}
+GLM4_MOE = {
+    "head_dim": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "routed_scaling_factor": 1.5,
+}
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.08,
+    "logits_scaling": 4.0,
+    "rms_norm_eps": 0.05,
 }
 CASES = {
     "Mistral": {"head_dim": 32, "sliding_window": 40},
@@ -72,18 +99,80 @@ CASES = {
         "mlp_only_layers": [1],
         "decoder_sparse_step": 2,
     },
+    "Qwen2Moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    },
+    "Qwen2Moe renormalized, windows": {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "use_sliding_window": True,
+        "sliding_window": 30,
+        "max_window_layers": 3,
+        "qkv_bias": False,
+    },
+    "Glm": {"head_dim": 32},
+    "Glm4": {"head_dim": 32, "attention_bias": False},
+    "Glm4Moe": GLM4_MOE | {"attention_bias": True},
+    "Glm4Moe in groups, normed heads": GLM4_MOE
+    | {"n_group": 4, "topk_group": 2, "use_qk_norm": True, "n_shared_experts": 2, "norm_topk_prob": False},
+    "Granite": GRANITE,
+    "Granite with biases, tied": GRANITE
+    | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "GraniteMoe": GRANITE | {"num_local_experts": 6, "num_experts_per_tok": 3},
+    "GraniteMoeShared": GRANITE
+    | {"num_local_experts": 6, "num_experts_per_tok": 3, "shared_intermediate_size": 48},
+    "Olmo2": {},
+    "Olmo3": {
+        "sliding_window": 30,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": YARN,
+        },
+    },
+    "Olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
+    "Olmoe renormalized": {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    "StableLm": {},
+    "StableLm with biases": {"use_qkv_bias": True, "rope_parameters": ROPE | {"partial_rotary_factor": 0.5}},
+    "StableLm side by side, normed heads": {"use_parallel_residual": True, "qk_layernorm": True},
+    "SmolLM3": {},
+    "SmolLM3 with windows": {
+        "use_sliding_window": True,
+        "sliding_window": 30,
+        "no_rope_layers": [1, 0, 0, 1],
+        "tie_word_embeddings": False,
+    },
+    "Cohere": {"rope_parameters": ROPE},
+    "Cohere normed heads": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.25},
+    "Cohere2": {"sliding_window": 30},
     "GptOss": {"head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 30},
 }
 
 
-def make_checkpoint(case: str, folder: Path) -> transformers.PreTrainedModel:
-    """Random weights, norms and biases, saved by transformers."""
+def corrections(model: transformers.PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """Buffers that are weights."""
+    return [(name, buffer) for name, buffer in model.named_buffers() if "correction" in name]
+
+
+def make_config(case: str) -> transformers.PreTrainedConfig:
+    """The tiny config of a case."""
     name = case.split()[0]
     config_class = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    return config_class(**copy.deepcopy(SIZES | CASES[case]))  # transformers writes into what it is given
+
+
+def make_checkpoint(case: str, folder: Path) -> transformers.PreTrainedModel:
+    """Random weights, norms and biases, saved by transformers."""
     torch.manual_seed(5)
-    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**{**SIZES, **CASES[case]})).eval()
+    model = getattr(transformers, f"{case.split()[0]}ForCausalLM")(make_config(case)).eval()
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        for parameter_name, parameter in [*model.named_parameters(), *corrections(model)]:
             if "norm" in parameter_name:
                 parameter.uniform_(0.5, 1.5)
             else:
@@ -107,16 +196,61 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
         assert worst <= 1e-4, f"{case}: {worst:.2e}"
 
 
-@pytest.mark.parametrize("case", CASES)
+WRONG = [
+    ("Granite", {"logits_scaling": 0.0}, "'logits_scaling' must be above 0, found 0"),
+    ("Granite", {"residual_multiplier": -0.5}, "a residual multiplier of -0.5"),
+    ("Granite", {"attention_multiplier": "much"}, "'attention_multiplier' must be a finite number"),
+    ("GraniteMoe", {"num_experts_per_tok": 9}, "each token to 9 of 6 experts"),
+    ("Glm4Moe", {"n_group": 3}, "to 3 experts in 1 of 3 groups of 8 experts"),
+    ("Glm4Moe", {"n_group": 4}, "to 3 experts in 1 of 4 groups of 8 experts"),
+    ("Glm4Moe", {"n_shared_experts": -1}, "'n_shared_experts' must be a whole number"),
+    ("Glm4", {"partial_rotary_factor": 2.0, "rope_parameters": None}, "rotary dimension 64 of 32"),
+    ("Qwen2Moe", {"mlp_only_layers": 1}, "'mlp_only_layers' must be a list"),
+    ("Qwen2Moe", {"shared_expert_intermediate_size": 0}, "'shared_expert_intermediate_size' must be a whole"),
+    ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv 8 is not supported"),
+    ("SmolLM3", {"no_rope_layers": [1, 1]}, "'no_rope_layers' must be a list of 4 times 0 or 1"),
+    ("Cohere", {"logit_scale": 0}, "logits times 0"),
+    ("Cohere2", {"sliding_window": "wide"}, "'sliding_window' must be a whole number"),
+    ("StableLm", {"layer_norm_eps": 0}, "norm epsilon 0"),
+    ("StableLm", {"use_parallel_residual": "yes"}, "'use_parallel_residual' must be true or false"),
+    ("Cohere", {"architectures": ["Qwen3NextForCausalLM"]}, "three of four layers are gated delta networks"),
+]
+
+
+@pytest.mark.parametrize(("case", "changes", "message"), WRONG)
+def test_configs_that_cannot_be(case: str, changes: dict, message: str, tmp_path: Path) -> None:
+    make_config(case).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": [f"{case.split()[0]}ForCausalLM"]} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": torch.ones(64)}, tmp_path / "model.safetensors")
+    with pytest.raises(LowbitError, match=re.escape(message)) as caught:
+        plan_model(open_checkpoint(str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+WINDOWS = {
+    "Mistral": [40] * 4,
+    "Mistral without a window": [0] * 4,
+    "Qwen2": [0] * 4,
+    "Qwen2 with windows, tied": [0, 0, 30, 30],
+    "Gemma2": [32, 0, 32, 0],
+    "Gemma3": [32, 32, 32, 32, 32, 0, 32],
+    "Phi3": [0] * 4,
+    "Phi3 with a window": [50] * 4,
+    "GptOss": [30, 0, 30, 0],
+    "Qwen2Moe": [0] * 4,
+    "Qwen2Moe renormalized, windows": [30, 0, 30, 0],
+    "Olmo2": [0] * 4,
+    "Olmo3": [30, 30, 30, 0],
+    "SmolLM3": [0] * 4,
+    "SmolLM3 with windows": [0, 30, 30, 0],
+    "Cohere2": [30, 30, 30, 0],
+}
+
+
+@pytest.mark.parametrize("case", WINDOWS)
 def test_windows_are_in_the_plan(case: str, tmp_path: Path) -> None:
     make_checkpoint(case, tmp_path)
     windows = [spec.window for spec in plan_model(open_checkpoint(str(tmp_path))).cache_specs]
-    expected = {
-        "Mistral": [40] * 4,
-        "Qwen2 with windows, tied": [0, 0, 30, 30],
-        "Gemma2": [32, 0, 32, 0],
-        "Gemma3": [32, 32, 32, 32, 32, 0, 32],
-        "Phi3 with a window": [50] * 4,
-        "GptOss": [30, 0, 30, 0],
-    }
-    assert windows == expected.get(case, [0] * 4)
+    assert windows == WINDOWS[case]

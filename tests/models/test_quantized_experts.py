@@ -45,6 +45,21 @@ def made(name: str) -> transformers.PreTrainedModel:
             "head_dim": 16,
             "norm_topk_prob": True,
         }
+    if name == "Qwen2Moe":
+        more = {
+            "num_experts": EXPERTS,
+            "moe_intermediate_size": INNER,
+            "shared_expert_intermediate_size": INNER,
+        }
+    if name == "Glm4Moe":
+        more = {
+            "n_routed_experts": EXPERTS,
+            "moe_intermediate_size": INNER,
+            "head_dim": 16,
+            "first_k_dense_replace": 0,
+        }
+    if name == "Olmoe":
+        more = {"num_experts": EXPERTS}
     if name == "GptOss":
         more = {"num_local_experts": EXPERTS, "head_dim": 16, "sliding_window": 16}
     model = getattr(transformers, f"{name}ForCausalLM")(
@@ -190,9 +205,12 @@ FORMATS: dict[str, tuple[Callable, dict]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_quantized_experts(fmt: str, name: str, tmp_path: Path) -> None:
+QUANTIZED = [(name, fmt) for name in ("Mixtral", "Qwen3Moe") for fmt in FORMATS]
+QUANTIZED += [("Qwen2Moe", "gptq"), ("Qwen2Moe", "fp8"), ("Glm4Moe", "fp8"), ("Olmoe", "gptq")]
+
+
+@pytest.mark.parametrize(("name", "fmt"), QUANTIZED)
+def test_quantized_experts(name: str, fmt: str, tmp_path: Path) -> None:
     quantize, config = FORMATS[fmt]
     model = made(name)
     tensors = quantize_experts(model, quantize)

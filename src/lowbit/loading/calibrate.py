@@ -37,6 +37,7 @@ from lowbit.loading.opened import Opened, Target
 from lowbit.models import decoder
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import Block, Decoder
+from lowbit.models.feed_forward import down_norm_name
 from lowbit.models.model import Model
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import concatenate
@@ -323,8 +324,9 @@ class _Walk:
             linear.drop()
 
     def _stays_float(self, block: Block, linear: HeldLinear) -> bool:
-        """Routers, and what the recipe keeps: all modules that run as one, or none."""
-        if isinstance(block.mlp, MixtureOfExperts) and linear in (block.mlp.router, block.mlp.shared_gate):
+        """Routers, a shared expert's gate, what the recipe keeps: all modules that run as one, or none."""
+        mlp = block.mlp
+        if isinstance(mlp, MixtureOfExperts) and (linear is mlp.router or linear is mlp.shared_gate):
             return True
         kept = [name for name, _ in linear.modules if self.keep(name)]
         if kept and len(kept) != len(linear.modules):
@@ -396,7 +398,7 @@ def _float_block(model: Decoder, layer: int, linears: list[HeldLinear]) -> Float
         by_norm = [(attention_norm, (block.qkv.name, *behind))]
     norms = [(attention_norm, block.attention_norm), (mlp_norm, block.mlp_norm)]
     if isinstance(mlp, GatedMlp) and config.sub_norms:  # they come between the other pairs of layers
-        output_norm, down_norm = decoder.output_norm_name(layer), decoder.down_norm_name(layer)
+        output_norm, down_norm = decoder.output_norm_name(layer), down_norm_name(layer)
         by_norm += [(output_norm, (block.output.name,)), (down_norm, (mlp.down.name,))]
         norms += [(output_norm, block.output_norm), (down_norm, mlp.norm)]
         pairs = []

@@ -29,15 +29,24 @@ _PREFIXES = (
     *("model.", "model.language_model.", "language_model.model.", "language_model.", "model.text_model."),
     "",
 )
-_LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # Mixtral's first spelling
-# Where one expert's projection may lie by itself.
+# Where one expert's projection may lie by itself; w1, w2, w3: Mixtral's first spelling.
 _SINGLE = {
     "gate_proj": ("{n}.gate_proj", "{n}.w1"),
     "up_proj": ("{n}.up_proj", "{n}.w3"),
     "down_proj": ("{n}.down_proj", "{n}.w2", "down_projs.{n}", "down.{n}"),
     "gate_up_proj": ("{n}.gate_up_proj", "gate_up_projs.{n}", "gate_up.{n}"),
 }
-_STACKED = re.compile(r"(.+\.experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13))(?:_\w+)?$")
+_STACKED = re.compile(
+    r"(.+\.experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13)"
+    r"|.+\.block_sparse_moe\.(?:input|output)_linear\.weight)(?:_\w+)?$"
+)
+# Other names of stacked projections; GraniteMoE's are modules and end in .weight.
+_STACKS = {
+    "gate_up_proj": ("w13", "input_linear.weight"),
+    "gate_proj": ("w1",),
+    "up_proj": ("w3",),
+    "down_proj": ("w2", "output_linear.weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -145,9 +154,9 @@ class Names:
                 self._single_stem(base, leaf, 0) in self.modules for leaf in ("gate_proj", "gate_up_proj")
             ):
                 return "each", base
-            if f"{base}.gate_up_proj" in self.stacks or f"{base}.w13" in self.stacks:
+            if self._stacked_stem(name, base, "gate_up_proj") in self.stacks:
                 return "fused", base
-            if f"{base}.gate_proj" in self.stacks:
+            if self._stacked_stem(name, base, "gate_proj") in self.stacks:
                 return "stacked", base
         return "each", bases[0]
 
@@ -159,8 +168,8 @@ class Names:
     def _stacked_stem(self, name: str, base: str, leaf: str) -> str:
         if self.in_gguf:
             return self._gguf_stem(f"{name}.{leaf}") or f"{name}.{leaf}"
-        other = {"gate_up_proj": "w13", "down_proj": "w2"}.get(leaf, _LEAVES.get(leaf, leaf))
-        return f"{base}.{other}" if f"{base}.{other}" in self.stacks else f"{base}.{leaf}"
+        stems = (f"{base}.{other}" for other in _STACKS[leaf])
+        return next((stem for stem in stems if stem in self.stacks), f"{base}.{leaf}")
 
     def tensor(self, canonical: str) -> str:
         """The stored name of one tensor."""

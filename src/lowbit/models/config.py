@@ -20,10 +20,11 @@ MAX_SIZE = 1 << 24  # no published model has a dimension, vocabulary or context 
 class MoeConfig:
     """A mixture of experts in place of the MLP. ``layers``: the layers that have one.
 
-    ``routing``: ``softmax_top_k``, ``top_k_softmax`` or ``group_sigmoid`` (DeepSeek-V3's; ``groups`` and
-    ``kept_groups`` are for it). ``renormalize``: the weights sum to 1, as ``top_k_softmax``'s always do; then
-    they are multiplied by ``scale``. ``router``: the router's name under the MLP. ``shared_size``: the width
-    of the MLP beside the experts, ``shared``; where ``shared_gate`` names a row, times its sigmoid.
+    ``routing``: ``softmax_top_k``, ``top_k_softmax``, ``group_softmax`` or ``group_sigmoid`` (DeepSeek-V2's
+    and -V3's; ``groups`` and ``kept_groups`` are for them). ``renormalize``: the weights sum to 1, as
+    ``top_k_softmax``'s always do; then they are multiplied by ``scale``. ``router``: the router's name under
+    the MLP. ``shared_size``: the width of the MLP beside the experts, ``shared``; where ``shared_gate`` names
+    a row, times its sigmoid.
     """
 
     experts: int
@@ -52,7 +53,8 @@ class MoeConfig:
                 "damaged or of another kind",
             )
         size, left = divmod(self.experts, self.groups)
-        if left or self.kept_groups > self.groups or self.per_token > size * self.kept_groups:
+        pairs = size >= 2 or self.routing != "group_sigmoid"  # a group's score is the sum of two
+        if left or self.kept_groups > self.groups or self.per_token > size * self.kept_groups or not pairs:
             raise LowbitError(
                 "E0216",
                 f"the model's config sends each token to {self.per_token} experts in {self.kept_groups} of "
@@ -161,6 +163,12 @@ class ConfigKeys:
             raise self._fail(key, f"a whole number from 1 to {MAX_SIZE}")
         return value
 
+    def count(self, key: str, default: int | None = None) -> int:
+        """A number that may be 0, or null for none."""
+        if key in self.values and self.values[key] in (None, 0):
+            return 0
+        return default if default == 0 and not self.has(key) else self.size(key, default)
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
         if value is None and default is not None:
@@ -230,12 +238,18 @@ def gguf_keys(header: CheckpointHeader) -> ConfigKeys:
     return ConfigKeys(values, f"{header.root.name}: {name}")
 
 
-def base_config(header: CheckpointHeader) -> ModelConfig:
-    """What all decoders share; a family changes what it does otherwise."""
-    return _from_gguf(header) if header.container == "gguf" else _from_json(header)
+def base_config(
+    header: CheckpointHeader, *, rotated: float = 1.0, theta: float = 10000.0, tied: bool = False
+) -> ModelConfig:
+    """What all decoders share; a family changes what it does otherwise.
+
+    What a config.json without the key means in this family: ``rotated``: the part of a head that turns;
+    ``theta``: the rotary base; ``tied``: whether the head is the embedding.
+    """
+    return _from_gguf(header) if header.container == "gguf" else _from_json(header, rotated, theta, tied)
 
 
-def _from_json(header: CheckpointHeader) -> ModelConfig:
+def _from_json(header: CheckpointHeader, rotated: float, theta: float, tied: bool) -> ModelConfig:
     keys = json_keys(header)
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
     if not keys.has("head_dim") and hidden % heads:
@@ -245,7 +259,7 @@ def _from_json(header: CheckpointHeader) -> ModelConfig:
     head_dim = keys.size("head_dim", hidden // heads)
     context = keys.size("max_position_embeddings")
     rope = rope_keys(keys)
-    partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", 1.0))
+    partial = rope.number("partial_rotary_factor", keys.number("partial_rotary_factor", rotated))
     return ModelConfig(
         architecture=architecture_of(header),
         hidden_size=hidden,
@@ -257,10 +271,10 @@ def _from_json(header: CheckpointHeader) -> ModelConfig:
         vocab_size=keys.size("vocab_size"),
         context_length=context,
         norm_eps=_norm_eps(keys, ("rms_norm_eps", "layer_norm_eps")),
-        rope_theta=rope.number("rope_theta", keys.number("rope_theta", 10000.0)),
+        rope_theta=rope.number("rope_theta", keys.number("rope_theta", theta)),
         rotary_dim=int(head_dim * partial),
         rope_scaling=scaling_from_json(rope, keys, context),
-        tied_head=keys.flag("tie_word_embeddings", False),
+        tied_head=keys.flag("tie_word_embeddings", tied),
         activation=keys.text("hidden_activation", keys.text("hidden_act", "silu")),
     )
 
@@ -360,7 +374,7 @@ def _from_gguf(header: CheckpointHeader) -> ModelConfig:
         rotary_dim=keys.size("rope.dimension_count", head_dim),
         rope_scaling=_scaling_from_gguf(keys, header),
         tied_head="output.weight" not in header.tensors,
-        qkv_bias="blk.0.attn_q.bias" in header.tensors,
+        qkv_bias=bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & set(header.tensors)),
         output_bias="blk.0.attn_output.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
     )
@@ -389,7 +403,8 @@ def _scaling_from_gguf(keys: ConfigKeys, header: CheckpointHeader) -> RopeScalin
             keys.size("rope.scaling.original_context_length"),
             beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=keys.optional("rope.scaling.attn_factor"),
+            attention_factor=keys.optional("rope.scaling.yarn_attn_factor")
+            or keys.optional("rope.scaling.attn_factor"),
         )
     raise LowbitError(
         "E0242",

@@ -8,7 +8,7 @@ Sources: Touvron et al., 2023 (Llama), Ainslie et al., 2023 (GQA), Su et al., 20
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,14 +25,13 @@ from lowbit.kernels.elementwise import (
     softcap,
 )
 from lowbit.kernels.forward_batch import ForwardBatch
-from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
 from lowbit.layers.norm import Norm
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
-from lowbit.layers.routing import Route, group_limited_sigmoid, softmax_top_k, top_k_softmax
 from lowbit.layers.weight_loader import WeightLoader
-from lowbit.models.config import ModelConfig, MoeConfig
+from lowbit.models.config import ModelConfig
+from lowbit.models.feed_forward import feed_forward
 from lowbit.numerics.cache_format import KvDtype
 
 ACTIVATIONS = (
@@ -285,11 +284,6 @@ def output_norm_name(layer: int) -> str:
     return f"model.layers.{layer}.self_attn.attn_sub_norm.weight"
 
 
-def down_norm_name(layer: int) -> str:
-    """The tensor that scales what the down projection sees, where there is one."""
-    return f"model.layers.{layer}.mlp.ffn_sub_norm.weight"
-
-
 def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: RotaryTable | None) -> Block:
     hidden, prefix = config.hidden_size, f"model.layers.{layer}"
     attention = f"{prefix}.self_attn"
@@ -311,7 +305,7 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
             [Part(f"{attention}.o_proj", (hidden, q_rows), bias=config.output_bias)],
         ),
         mlp_norm=norm(names.mlp),
-        mlp=_mlp(config, loader, layer),
+        mlp=feed_forward(config, loader, layer),
         rotary=rotary,
         attention=AttentionParameters(
             scale=(config.attention_scale or config.head_dim**-0.5) * k_scale,
@@ -327,73 +321,6 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
         mlp_post_norm=norm(names.mlp_post),
         output_norm=output_norm,
     )
-
-
-def _mlp(config: ModelConfig, loader: WeightLoader, layer: int) -> GatedMlp | PlainMlp | MixtureOfExperts:
-    moe, mlp = config.moe, f"model.layers.{layer}.mlp"
-    if not config.gated:
-        return _plain(config, loader, mlp)
-    if moe is None or layer not in moe.layers:
-        norm = None
-        if config.sub_norms:
-            norm = Norm(loader.vector(down_norm_name(layer), config.intermediate_size), config.norm_eps)
-        return replace(_gated(config, loader, mlp, config.intermediate_size), norm=norm)
-    router = Part(f"{mlp}.{moe.router}", (moe.experts, config.hidden_size), bias=moe.router_bias, router=True)
-    spec = ExpertsSpec(
-        moe.experts,
-        config.hidden_size,
-        moe.intermediate_size,
-        bias=moe.expert_bias,
-        interleaved=moe.interleaved,
-        transposed=moe.transposed,
-    )
-    shared = shared_gate = None
-    if moe.shared_size:
-        shared = _gated(config, loader, f"{mlp}.{moe.shared}", moe.shared_size)
-    if moe.shared_gate:
-        row = Part(f"{mlp}.{moe.shared_gate}", (1, config.hidden_size), router=True)
-        shared_gate = loader.linear(row.name, [row])
-    return MixtureOfExperts(
-        loader.linear(router.name, [router]),
-        _route(moe, loader, router.name),
-        loader.experts(f"{mlp}.experts", spec),
-        config.activation,
-        shared,
-        shared_gate,
-    )
-
-
-def _plain(config: ModelConfig, loader: WeightLoader, mlp: str) -> PlainMlp:
-    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-    up, down = (
-        Part(f"{mlp}.up_proj", (inner, hidden), bias=bias),
-        Part(f"{mlp}.down_proj", (hidden, inner), bias=bias),
-    )
-    return PlainMlp(loader.linear(up.name, [up]), loader.linear(down.name, [down]), config.activation)
-
-
-def _gated(config: ModelConfig, loader: WeightLoader, mlp: str, inner: int) -> GatedMlp:
-    hidden = config.hidden_size
-    gate_up = [
-        Part(f"{mlp}.gate_proj", (inner, hidden), bias=config.mlp_bias),
-        Part(f"{mlp}.up_proj", (inner, hidden), bias=config.mlp_bias),
-    ]
-    down = Part(f"{mlp}.down_proj", (hidden, inner), bias=config.mlp_bias)
-    return GatedMlp(
-        loader.linear(f"{mlp}.gate_up_proj", gate_up), loader.linear(down.name, [down]), config.activation
-    )
-
-
-def _route(moe: MoeConfig, loader: WeightLoader, router: str) -> Route:
-    match moe.routing:
-        case "top_k_softmax":
-            return top_k_softmax(moe.per_token)
-        case "group_sigmoid":
-            correction = loader.vector(f"{router}.e_score_correction_bias", moe.experts)
-            return group_limited_sigmoid(
-                moe.per_token, moe.groups, moe.kept_groups, moe.renormalize, moe.scale, correction
-            )
-    return softmax_top_k(moe.per_token, moe.renormalize, moe.scale)
 
 
 def _qkv_parts(config: ModelConfig, attention: str) -> list[Part]:

@@ -35,13 +35,20 @@ from lowbit.kernels.elementwise import (
 )
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.head_products import HeadMatrices
-from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
-from lowbit.layers.mlp import GatedMlp, MixtureOfExperts
+from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
 from lowbit.layers.rotary import rotary_frequencies
-from lowbit.layers.routing import Route, group_limited_sigmoid, group_limited_softmax, softmax_top_k
 from lowbit.layers.weight_loader import WeightLoader
-from lowbit.models.config import ConfigKeys, ModelConfig, base_config, gguf_keys, json_keys, rope_keys
+from lowbit.models.config import (
+    ConfigKeys,
+    ModelConfig,
+    MoeConfig,
+    base_config,
+    gguf_keys,
+    json_keys,
+    rope_keys,
+)
+from lowbit.models.feed_forward import feed_forward
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 from lowbit.numerics.cache_format import KvDtype
@@ -57,18 +64,7 @@ class DeepseekConfig(ModelConfig):
     kv_lora_rank: int = 0
     nope_dim: int = 0  # of a head's query and key without rotation
     v_dim: int = 0
-    dense_layers: int = 0  # the first ones have a plain MLP
-    expert_step: int = 1  # of the others every this many-th has experts
     attention_bias: bool = False  # of q_a_proj, kv_a_proj_with_mqa and o_proj
-    experts: int = 0
-    experts_per_token: int = 0
-    expert_size: int = 0
-    shared_size: int = 0  # 0: no shared expert
-    sigmoid: bool = False
-    groups: int = 1
-    kept_groups: int = 1
-    renormalize: bool = False
-    routed_scale: float = 1.0
 
     @property
     def rope_dim(self) -> int:
@@ -80,24 +76,8 @@ def read_config(header: CheckpointHeader) -> DeepseekConfig:
     """From config.json or GGUF metadata."""
     base = base_config(header)
     if header.container == "gguf":
-        config = _from_gguf(base, gguf_keys(header), header)
-    else:
-        config = _from_json(base, json_keys(header))
-    size, left = divmod(config.experts, config.groups)
-    if left or config.kept_groups > config.groups or (config.sigmoid and size < 2):
-        raise LowbitError(
-            "E0216",
-            f"{header.root.name}: {config.experts} experts in {config.groups} groups of which "
-            f"{config.kept_groups} are kept; the config is damaged or of another kind",
-        )
-    if config.experts_per_token > size * config.kept_groups:
-        raise LowbitError(
-            "E0216",
-            f"{header.root.name}: {config.experts_per_token} experts a token of the "
-            f"{size * config.kept_groups} in {config.kept_groups} groups; the config is damaged or of "
-            "another kind",
-        )
-    return config
+        return _from_gguf(base, gguf_keys(header), header)
+    return _from_json(base, json_keys(header))
 
 
 def _with(base: ModelConfig, **more: object) -> DeepseekConfig:
@@ -121,7 +101,9 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
             f"{keys.place}: routing by {printable(scoring)} and {printable(method)} is not supported; "
             "supported: sigmoid with noaux_tc, softmax with greedy or group_limited_greedy",
         )
-    grouped = method != "greedy"
+    groups = keys.size("n_group", 1) if method != "greedy" else 1
+    inner, dense = keys.size("moe_intermediate_size"), keys.count("first_k_dense_replace")
+    step = keys.size("moe_layer_freq", 1)
     rope_section = rope_keys(keys)
     return _with(
         base,
@@ -138,18 +120,19 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
         kv_lora_rank=keys.size("kv_lora_rank"),
         nope_dim=nope,
         v_dim=keys.size("v_head_dim"),
-        dense_layers=_count(keys, "first_k_dense_replace"),
-        expert_step=keys.size("moe_layer_freq", 1),
-        experts=keys.size("n_routed_experts"),
-        experts_per_token=keys.size("num_experts_per_tok"),
-        expert_size=keys.size("moe_intermediate_size"),
-        shared_size=_count(keys, "n_shared_experts") * keys.size("moe_intermediate_size"),
-        sigmoid=scoring == "sigmoid",
-        groups=keys.size("n_group", 1) if grouped else 1,
-        kept_groups=keys.size("topk_group", 1) if grouped else 1,
-        # transformers' V2 never renormalizes; V3 does where the config says so.
-        renormalize=scoring == "sigmoid" and keys.flag("norm_topk_prob", True),
-        routed_scale=keys.number("routed_scaling_factor"),
+        moe=MoeConfig(
+            keys.size("n_routed_experts"),
+            keys.size("num_experts_per_tok"),
+            inner,
+            frozenset(n for n in range(base.layers) if n >= dense and n % step == 0),
+            routing=_routing(scoring == "sigmoid", groups),
+            # transformers' V2 never renormalizes; V3 does where the config says so.
+            renormalize=scoring == "sigmoid" and keys.flag("norm_topk_prob", True),
+            groups=groups,
+            kept_groups=keys.size("topk_group", 1) if method != "greedy" else 1,
+            scale=keys.number("routed_scaling_factor"),
+            shared_size=keys.count("n_shared_experts") * inner,
+        ),
     )
 
 
@@ -165,7 +148,8 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
     scaling = base.rope_scaling
     if scaling.kind == "yarn" and mscale:
         scaling = replace(scaling, mscale=mscale, mscale_all_dim=mscale)
-    sigmoid = keys.size("expert_gating_func", 1) == 2
+    sigmoid, groups = keys.size("expert_gating_func", 1) == 2, keys.size("expert_group_count", 1)
+    inner = keys.size("expert_feed_forward_length")
     return _with(
         base,
         head_dim=head,
@@ -178,24 +162,25 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
         kv_lora_rank=keys.size("attention.kv_lora_rank"),
         nope_dim=head - rope,
         v_dim=v_dim,
-        dense_layers=_count(keys, "leading_dense_block_count"),
-        experts=keys.size("expert_count"),
-        experts_per_token=keys.size("expert_used_count"),
-        expert_size=keys.size("expert_feed_forward_length"),
-        shared_size=_count(keys, "expert_shared_count") * keys.size("expert_feed_forward_length"),
-        sigmoid=sigmoid,
-        groups=keys.size("expert_group_count", 1),
-        kept_groups=keys.size("expert_group_used_count", 1),
-        renormalize=keys.flag("expert_weights_norm", False),
-        routed_scale=keys.number("expert_weights_scale", 1.0),
+        moe=MoeConfig(
+            keys.size("expert_count"),
+            keys.size("expert_used_count"),
+            inner,
+            frozenset(range(keys.count("leading_dense_block_count"), base.layers)),
+            routing=_routing(sigmoid, groups),
+            renormalize=keys.flag("expert_weights_norm", False),
+            groups=groups,
+            kept_groups=keys.size("expert_group_used_count", 1),
+            scale=keys.number("expert_weights_scale", 1.0),
+            shared_size=keys.count("expert_shared_count") * inner,
+        ),
     )
 
 
-def _count(keys: ConfigKeys, key: str) -> int:
-    """A number that may be 0, or null for none; only a key that is not there at all is an error."""
-    if key in keys.values and keys.values[key] in (None, 0):
-        return 0
-    return keys.size(key)
+def _routing(sigmoid: bool, groups: int) -> str:
+    if sigmoid:
+        return "group_sigmoid"
+    return "group_softmax" if groups > 1 else "softmax_top_k"
 
 
 def _softmax_scale(head_dim: int, factor: float, mscale_all_dim: float) -> float:
@@ -228,7 +213,7 @@ class Block:
     attention_norm: Tensor
     attention: LatentAttention
     mlp_norm: Tensor
-    mlp: GatedMlp | MixtureOfExperts
+    mlp: GatedMlp | PlainMlp | MixtureOfExperts
 
 
 class Deepseek:
@@ -336,7 +321,7 @@ def _block(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Block:
         loader.vector(f"{prefix}.input_layernorm.weight", config.hidden_size),
         _attention(config, loader, layer),
         loader.vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
-        _mlp(config, loader, layer),
+        feed_forward(config, loader, layer),
     )
 
 
@@ -385,46 +370,6 @@ def _up_projections(
     both = loader.matrices(Part(f"{name}.kv_b_proj", (rows, c.kv_lora_rank)))
     k, v = both.view(c.heads, c.nope_dim + c.v_dim, c.kv_lora_rank).split((c.nope_dim, c.v_dim), dim=1)
     return HeadMatrices.pack(k, dtype), HeadMatrices.pack(v.transpose(1, 2), dtype)
-
-
-def _mlp(config: DeepseekConfig, loader: WeightLoader, layer: int) -> GatedMlp | MixtureOfExperts:
-    c, mlp = config, f"model.layers.{layer}.mlp"
-    if layer < c.dense_layers or layer % c.expert_step:
-        return _gated(config, loader, mlp, c.intermediate_size)
-    router = Part(f"{mlp}.gate", (c.experts, c.hidden_size), router=True)
-    return MixtureOfExperts(
-        loader.linear(router.name, [router]),
-        _route(config, loader, mlp),
-        loader.experts(f"{mlp}.experts", ExpertsSpec(c.experts, c.hidden_size, c.expert_size)),
-        c.activation,
-        _gated(config, loader, f"{mlp}.shared_experts", c.shared_size) if c.shared_size else None,
-    )
-
-
-def _gated(config: DeepseekConfig, loader: WeightLoader, mlp: str, inner: int) -> GatedMlp:
-    hidden = config.hidden_size
-    gate_up = [
-        Part(f"{mlp}.gate_proj", (inner, hidden), bias=config.mlp_bias),
-        Part(f"{mlp}.up_proj", (inner, hidden), bias=config.mlp_bias),
-    ]
-    down = Part(f"{mlp}.down_proj", (hidden, inner), bias=config.mlp_bias)
-    return GatedMlp(
-        loader.linear(f"{mlp}.gate_up_proj", gate_up), loader.linear(down.name, [down]), config.activation
-    )
-
-
-def _route(config: DeepseekConfig, loader: WeightLoader, mlp: str) -> Route:
-    c = config
-    if c.sigmoid:
-        correction = loader.vector(f"{mlp}.gate.e_score_correction_bias", c.experts)
-        return group_limited_sigmoid(
-            c.experts_per_token, c.groups, c.kept_groups, c.renormalize, c.routed_scale, correction
-        )
-    if c.groups > 1:
-        return group_limited_softmax(
-            c.experts_per_token, c.groups, c.kept_groups, c.renormalize, c.routed_scale
-        )
-    return softmax_top_k(c.experts_per_token, c.renormalize, c.routed_scale)
 
 
 UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # a buffer old exports kept

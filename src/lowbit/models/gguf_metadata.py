@@ -91,7 +91,7 @@ def _rope(header: CheckpointHeader, config: ModelConfig) -> dict[str, object]:
                 "rope.scaling.yarn_beta_slow": scaling.beta_slow,
             }
             factor = scaling.attention_factor
-            return found if factor is None else found | {"rope.scaling.attn_factor": factor}
+            return found if factor is None else found | {"rope.scaling.yarn_attn_factor": factor}
         case "divisors" | "table" if scaling.attention_factor is not None:
             return {
                 "rope.scaling.attn_factor": scaling.attention_factor,

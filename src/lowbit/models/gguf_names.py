@@ -7,10 +7,11 @@ A key is a module, and ``.weight`` or ``.bias`` follows on both sides; the keys 
 nothing after them. Observed in files that llama.cpp's converter wrote (tests/fixtures/gguf_families, whose
 README.md has every tensor and every metadata key). What the same name holds differently there:
 
-- ``llama`` files (Llama, Mistral, Mixtral): rows of Q and K, and of their biases, as adjacent rotary pairs
-  (2.7.4). All others: as in the checkpoint; DeepSeek's rotate adjacent pairs in both.
+- ``llama`` files (Llama, Mistral, Mixtral), Granite and SmolLM3: rows of Q and K, and of their biases, as
+  adjacent rotary pairs (2.7.4). All others: as in the checkpoint; DeepSeek's, GLM-4's and Command-R's rotate
+  adjacent pairs in both.
 - Gemma: 1 is already added to every norm's weight, Q's and K's and the last one too.
-- Phi-3: Q, K, V are one matrix, and so are gate and up, gate above up.
+- Phi-3: Q, K, V are one matrix, and so are gate and up, gate above up; GLM-4's gate and up, too.
 - Experts are stacked (experts, out, in). gpt-oss: gate and up, rows in turn in the checkpoint, are two
   tensors each for weight and bias, and (in, out) has become (out, in).
 - DeepSeek: ``kv_b_proj`` is cut by heads: ``k_b_proj`` (heads, kv_lora_rank, qk_nope_head_dim), transposed
@@ -70,6 +71,10 @@ _EXPERTS = {
     "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
     "mlp.shared_experts.up_proj": "ffn_up_shexp",
     "mlp.shared_experts.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
 
 
@@ -84,10 +89,10 @@ WHOLE = _of_layers(
     }
 )
 
-# Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Phi-3, DeepSeek-V2 and -V3.
+# All but those below.
 GGUF_NAMES = _ROOT | _of_layers(_ATTENTION | _LATENT_ATTENTION | _MLP | _EXPERTS) | WHOLE
 
-# Gemma 2 and 3 have four norms a layer: the one before the MLP keeps the MLP's name.
+# Gemma 2 and 3 have four norms a layer: the one before the MLP keeps the MLP's name. OLMo 2 has two of them.
 GEMMA_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {
         "post_attention_layernorm": "post_attention_norm",
@@ -96,8 +101,13 @@ GEMMA_GGUF_NAMES = GGUF_NAMES | _of_layers(
     }
 )
 
-# The same norm as Llama's, under another name.
-GPT_OSS_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
+# GLM-4's four norms.
+GLM4_GGUF_NAMES = GGUF_NAMES | _of_layers(
+    {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"}
+)
+
+# gpt-oss and GLM-4.5: the same norm as Llama's, under another name.
+POST_NORM_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
 
 # The larger models have a norm each for attention and MLP; that of the MLP has the place of the others' one.
 FALCON_GGUF_NAMES = GGUF_NAMES | _of_layers({"ln_attn": "attn_norm_2", "ln_mlp": "attn_norm"})

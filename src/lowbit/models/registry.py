@@ -53,6 +53,32 @@ MODULES = {
     "Gemma2ForCausalLM": ("families.gemma", "GEMMA2"),
     "Gemma3ForCausalLM": ("families.gemma", "GEMMA3"),
     "Phi3ForCausalLM": ("families.phi", "PHI3"),
+    "Qwen2MoeForCausalLM": ("families.qwen", "QWEN2_MOE"),
+    "qwen2moe": ("families.qwen", "QWEN2_MOE"),
+    "GlmForCausalLM": ("families.glm", "GLM"),
+    "chatglm": ("families.glm", "GLM"),
+    "Glm4ForCausalLM": ("families.glm", "GLM4"),
+    "glm4": ("families.glm", "GLM4"),
+    "Glm4MoeForCausalLM": ("families.glm", "GLM4_MOE"),
+    "glm4moe": ("families.glm", "GLM4_MOE"),
+    "GraniteForCausalLM": ("families.granite", "GRANITE"),
+    "granite": ("families.granite", "GRANITE"),
+    "GraniteMoeForCausalLM": ("families.granite", "GRANITE_MOE"),
+    "GraniteMoeSharedForCausalLM": ("families.granite", "GRANITE_MOE"),
+    "granitemoe": ("families.granite", "GRANITE_MOE"),
+    "Olmo2ForCausalLM": ("families.olmo", "OLMO2"),
+    "Olmo3ForCausalLM": ("families.olmo", "OLMO3"),
+    "olmo2": ("families.olmo", "OLMO2"),
+    "OlmoeForCausalLM": ("families.olmo", "OLMOE"),
+    "olmoe": ("families.olmo", "OLMOE"),
+    "StableLmForCausalLM": ("families.stablelm", "STABLELM"),
+    "stablelm": ("families.stablelm", "STABLELM"),
+    "SmolLM3ForCausalLM": ("families.smollm3", "SMOLLM3"),
+    "smollm3": ("families.smollm3", "SMOLLM3"),
+    "CohereForCausalLM": ("families.cohere", "COHERE"),
+    "command-r": ("families.cohere", "COHERE"),
+    "Cohere2ForCausalLM": ("families.cohere", "COHERE2"),
+    "cohere2": ("families.cohere", "COHERE2"),
     "GptOssForCausalLM": ("families.gpt_oss", "GPT_OSS"),
     "DeepseekV2ForCausalLM": ("deepseek", "FAMILY"),
     "DeepseekV3ForCausalLM": ("deepseek", "FAMILY"),
@@ -108,6 +134,10 @@ MODULES |= {
     "qwen3vl": ("families.qwen", "QWEN3"),
     "qwen3vlmoe": ("families.qwen", "QWEN3_MOE"),
 }
+_RECURRENT = (
+    "whose state is one matrix a sequence that every token overwrites; the engine keeps keys and values in "
+    "pages that sequences share and give back, and has no place for it"
+)
 _ALIBI = "it tells positions by ALiBi, which lowbit's attention does not have"
 _LLAMA4 = "its chunked attention and temperatures by position are not there"
 _MINICPM3 = "latent attention is there for DeepSeek only; the other MiniCPM models are served"
@@ -123,6 +153,10 @@ REFUSED = {
     "bloom": _ALIBI,
     "MPTForCausalLM": _ALIBI,
     "mpt": _ALIBI,
+    "Qwen3NextForCausalLM": f"three of four layers are gated delta networks, {_RECURRENT}",
+    "qwen3next": f"three of four layers are gated delta networks, {_RECURRENT}",
+    "GraniteMoeHybridForCausalLM": f"most layers are Mamba-2, {_RECURRENT}",
+    "granitehybrid": f"most layers are Mamba-2, {_RECURRENT}",
 }
 
 

@@ -11,6 +11,13 @@ UNUSED = (
 )
 
 
+def windows_by_types(types: object, window: int, layers: int, period: int = 1) -> tuple[int, ...]:
+    """Each layer's window from its type; without types, every ``period``-th layer sees all tokens."""
+    if not (isinstance(types, list) and len(types) == layers):
+        types = ["full_attention" if n % period == period - 1 else "sliding_attention" for n in range(layers)]
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+
+
 def windows_of(keys: ConfigKeys, layers: int, everywhere: bool = False) -> tuple[int, ...]:
     """Each layer's window from ``layer_types``, or as the family's older configs imply it."""
     if not keys.has("sliding_window"):

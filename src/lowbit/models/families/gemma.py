@@ -8,7 +8,7 @@ from dataclasses import replace
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.models.config import ModelConfig, NormNames, base_config, gguf_keys, json_keys, rope_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED
+from lowbit.models.families.common import UNUSED, windows_by_types
 from lowbit.models.gguf_names import GEMMA_GGUF_NAMES
 from lowbit.models.registry import Family
 
@@ -34,16 +34,13 @@ def _gemma(header: CheckpointHeader, period: int) -> ModelConfig:
         activation = config.activation
         config = replace(config, norm_offset=1.0, tied_head=keys.flag("tie_word_embeddings", True))
     window = keys.size(names[2], 4096)
-    types = keys.values.get("layer_types")
-    if not (isinstance(types, list) and len(types) == config.layers):
-        types = ["full_attention" if n % period == period - 1 else "" for n in range(config.layers)]
     return replace(
         config,
         activation=activation,
         attention_scale=scale,
         attention_softcap=keys.number(names[0], 0.0),
         logit_softcap=keys.number(names[1], 0.0),
-        windows=tuple(0 if kind == "full_attention" else window for kind in types),
+        windows=windows_by_types(keys.values.get("layer_types"), window, config.layers, period),
     )
 
 

@@ -9,7 +9,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, MoeConfig, base_config, gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED
-from lowbit.models.gguf_names import GPT_OSS_GGUF_NAMES
+from lowbit.models.gguf_names import POST_NORM_GGUF_NAMES
 from lowbit.models.registry import Family
 
 
@@ -58,4 +58,4 @@ def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
 # unsloth's 4-bit gpt-oss wraps the router's matrix.
 GPT_OSS_ALIASES = ((r"\.mlp\.router$", ".mlp.router.linear"),)
 
-GPT_OSS = Family("gpt_oss", _gpt_oss, build, GPT_OSS_GGUF_NAMES, False, UNUSED, GPT_OSS_ALIASES)
+GPT_OSS = Family("gpt_oss", _gpt_oss, build, POST_NORM_GGUF_NAMES, False, UNUSED, GPT_OSS_ALIASES)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
-from lowbit.models.config import ModelConfig, MoeConfig, base_config, gguf_keys, json_keys
+from lowbit.models.config import ConfigKeys, ModelConfig, MoeConfig, base_config, gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED, windows_of
+from lowbit.models.families.common import UNUSED, windows_by_types, windows_of
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 
@@ -43,14 +43,60 @@ def _qwen3_moe(header: CheckpointHeader) -> ModelConfig:
         count = keys.size("num_experts", keys.size("num_local_experts", 128))
         used, inner = keys.size("num_experts_per_tok"), keys.size("moe_intermediate_size")
         renormalize = keys.flag("norm_topk_prob", False)
-        step, dense = keys.size("decoder_sparse_step", 1), keys.values.get("mlp_only_layers") or []
-        if not isinstance(dense, list):
-            raise LowbitError("E0216", f"{keys.place}: key 'mlp_only_layers' must be a list")
-        layers = [n for n in range(config.layers) if n not in dense and (n + 1) % step == 0]
+        layers = _sparse_layers(keys, config.layers)
     moe = MoeConfig(count, used, inner, frozenset(layers), renormalize=renormalize)
     return replace(config, moe=moe)
 
 
+def _qwen2_moe(header: CheckpointHeader) -> ModelConfig:
+    config = base_config(header)
+    if header.container == "gguf":
+        keys = gguf_keys(header)
+        count, used = keys.size("expert_count"), keys.size("expert_used_count")
+        inner, shared = (
+            keys.size("expert_feed_forward_length"),
+            keys.size("expert_shared_feed_forward_length"),
+        )
+        layers, renormalize = list(range(config.layers)), False
+    else:
+        keys = json_keys(header)
+        count, used = keys.size("num_experts"), keys.size("num_experts_per_tok")
+        inner, shared = keys.size("moe_intermediate_size"), keys.size("shared_expert_intermediate_size")
+        layers, renormalize = _sparse_layers(keys, config.layers), keys.flag("norm_topk_prob", False)
+        config = replace(
+            config, qkv_bias=keys.flag("qkv_bias", True), windows=_moe_windows(keys, config.layers)
+        )
+    moe = MoeConfig(
+        count,
+        used,
+        inner,
+        frozenset(layers),
+        renormalize=renormalize,
+        shared_size=shared,
+        shared="shared_expert",
+        shared_gate="shared_expert_gate",
+    )
+    return replace(config, moe=moe)
+
+
+def _moe_windows(keys: ConfigKeys, layers: int) -> tuple[int, ...]:
+    """Without ``layer_types``, of the first ``max_window_layers`` every other one."""
+    if not keys.flag("use_sliding_window", False):
+        return ()
+    first = keys.size("max_window_layers", 28)
+    kinds = ["sliding_attention" if n % 2 == 0 and n < first else "full_attention" for n in range(layers)]
+    return windows_by_types(keys.values.get("layer_types", kinds), keys.size("sliding_window", 4096), layers)
+
+
+def _sparse_layers(keys: ConfigKeys, layers: int) -> list[int]:
+    """The layers with experts."""
+    step, dense = keys.size("decoder_sparse_step", 1), keys.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise LowbitError("E0216", f"{keys.place}: key 'mlp_only_layers' must be a list")
+    return [n for n in range(layers) if n not in dense and (n + 1) % step == 0]
+
+
 QWEN2 = Family("qwen2", _qwen2, build, GGUF_NAMES, False, UNUSED)
+QWEN2_MOE = Family("qwen2_moe", _qwen2_moe, build, GGUF_NAMES, False, UNUSED)
 QWEN3 = Family("qwen3", _qwen3, build, GGUF_NAMES, False, UNUSED)
 QWEN3_MOE = Family("qwen3_moe", _qwen3_moe, build, GGUF_NAMES, False, UNUSED)

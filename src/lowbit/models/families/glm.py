@@ -1,0 +1,84 @@
+"""GLM-4 (Team GLM, 2024), ``glm`` and with norms on both sides ``glm4``, and GLM-4.5 (2025), ``glm4_moe``.
+
+The first two rotate neighbours in the first half of a head, GLM-4.5 halves of that half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError
+from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config, gguf_keys, json_keys
+from lowbit.models.decoder import build
+from lowbit.models.families.common import UNUSED
+from lowbit.models.gguf_names import GGUF_NAMES, GLM4_GGUF_NAMES, POST_NORM_GGUF_NAMES
+from lowbit.models.registry import Family
+
+_NORMS = NormNames(
+    "input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"
+)
+_SIGMOID = 2  # GGUF's expert_gating_func
+
+
+def _glm(header: CheckpointHeader) -> ModelConfig:
+    config = replace(base_config(header, rotated=0.5), rotates_neighbours=True)
+    if header.container == "gguf":
+        return config
+    return replace(config, qkv_bias=json_keys(header).flag("attention_bias", True))
+
+
+def _glm4(header: CheckpointHeader) -> ModelConfig:
+    return replace(_glm(header), norm_names=_NORMS)
+
+
+def _glm4_moe(header: CheckpointHeader) -> ModelConfig:
+    config = base_config(header, rotated=0.5)
+    if header.container == "gguf":
+        keys = gguf_keys(header)
+        if keys.size("expert_gating_func", _SIGMOID) != _SIGMOID:
+            raise LowbitError("E0242", f"{keys.place}: only sigmoid routing is supported")
+        # Layers that predict further tokens are counted, and lie behind the model's own.
+        layers = config.layers - keys.count("nextn_predict_layers", 0)
+        config = replace(
+            config, layers=layers, qk_norm="head" if "blk.0.attn_q_norm.weight" in header.tensors else ""
+        )
+        count, used, inner = (
+            keys.size(key) for key in ("expert_count", "expert_used_count", "expert_feed_forward_length")
+        )
+        shared, dense = keys.count("expert_shared_count", 0), keys.count("leading_dense_block_count", 0)
+        groups, kept = keys.size("expert_group_count", 1), keys.size("expert_group_used_count", 1)
+        renormalize, scale = keys.flag("expert_weights_norm", False), keys.number("expert_weights_scale", 1.0)
+    else:
+        keys = json_keys(header)
+        config = replace(
+            config,
+            qkv_bias=keys.flag("attention_bias", False),
+            qk_norm="head" if keys.flag("use_qk_norm", False) else "",
+        )
+        count, used = keys.size("n_routed_experts"), keys.size("num_experts_per_tok")
+        inner, shared = keys.size("moe_intermediate_size"), keys.count("n_shared_experts")
+        dense, groups, kept = (
+            keys.count("first_k_dense_replace"),
+            keys.size("n_group", 1),
+            keys.size("topk_group", 1),
+        )
+        renormalize, scale = keys.flag("norm_topk_prob", True), keys.number("routed_scaling_factor", 1.0)
+    moe = MoeConfig(
+        count,
+        used,
+        inner,
+        frozenset(range(dense, config.layers)),
+        routing="group_sigmoid",
+        renormalize=renormalize,
+        groups=groups,
+        kept_groups=kept,
+        scale=scale,
+        shared_size=shared * inner,
+    )
+    return replace(config, moe=moe)
+
+
+GLM = Family("glm", _glm, build, GGUF_NAMES, False, UNUSED)
+GLM4 = Family("glm4", _glm4, build, GLM4_GGUF_NAMES, False, UNUSED)
+GLM4_MOE = Family("glm4_moe", _glm4_moe, build, POST_NORM_GGUF_NAMES, False, UNUSED, prediction_layers=True)

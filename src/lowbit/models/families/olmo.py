@@ -1,0 +1,95 @@
+"""OLMo 2 and 3 (OLMo Team, 2024, 2025) and OLMoE (Muennighoff et al., 2024).
+
+OLMo 2 and 3 have no norms before attention and MLP, only after them. All three norm Q and K whole, over all
+heads together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError
+from lowbit.models.config import (
+    ModelConfig,
+    MoeConfig,
+    NormNames,
+    base_config,
+    gguf_keys,
+    json_keys,
+    rope_keys,
+)
+from lowbit.models.decoder import build
+from lowbit.models.families.common import UNUSED, windows_by_types
+from lowbit.models.gguf_names import GEMMA_GGUF_NAMES, GGUF_NAMES
+from lowbit.models.registry import Family
+
+_NORMS = NormNames("", "", "post_attention_layernorm", "post_feedforward_layernorm")
+
+
+def _olmo2(header: CheckpointHeader) -> ModelConfig:
+    """GGUF calls OLMo 3 ``olmo2``, too: with a window."""
+    config = replace(_biased(header, 10000.0), norm_names=_NORMS)
+    return _windowed(header, config) if header.container == "gguf" else config
+
+
+def _olmo3(header: CheckpointHeader) -> ModelConfig:
+    return _windowed(header, replace(_biased(header, 500000.0), norm_names=_NORMS))
+
+
+def _biased(header: CheckpointHeader, theta: float) -> ModelConfig:
+    """``theta``: the rotary base where config.json says none."""
+    config = replace(base_config(header, theta=theta), qk_norm="projection")
+    if header.container == "gguf":
+        return config
+    bias = json_keys(header).flag("attention_bias", False)
+    return replace(config, qkv_bias=bias, output_bias=bias)
+
+
+def _windowed(header: CheckpointHeader, config: ModelConfig) -> ModelConfig:
+    """Every fourth layer sees all tokens, the others a window and no rope scaling."""
+    if header.container == "gguf":
+        keys = gguf_keys(header)
+        if not keys.has("attention.sliding_window"):
+            return config
+        window, local = keys.size("attention.sliding_window"), keys.optional("rope.freq_base_swa")
+        types: object = None
+        pattern = keys.values.get("attention.sliding_window_pattern")
+        if isinstance(pattern, list):
+            types = ["sliding_attention" if inside else "full_attention" for inside in pattern]
+    else:
+        keys = json_keys(header)
+        window = keys.size("sliding_window", 4096)
+        local = rope_keys(keys, "sliding_attention").optional("rope_theta")
+        types = keys.values.get("layer_types")
+    return replace(
+        config,
+        windows=windows_by_types(types, window, config.layers, period=4),
+        local_rope_theta=local or config.rope_theta,
+    )
+
+
+def _olmoe(header: CheckpointHeader) -> ModelConfig:
+    config = _biased(header, 10000.0)
+    if header.container == "gguf":
+        keys = gguf_keys(header)
+        count, used, renormalize = keys.size("expert_count"), keys.size("expert_used_count"), False
+        clip = "attention.clamp_kqv"
+    else:
+        keys = json_keys(header)
+        count, used = keys.size("num_experts"), keys.size("num_experts_per_tok")
+        renormalize, clip = keys.flag("norm_topk_prob", False), "clip_qkv"
+    if keys.has(clip):
+        raise LowbitError(
+            "E0242",
+            f"{keys.place}: {clip} {keys.number(clip):g} is not supported; only models without it are",
+        )
+    layers = frozenset(range(config.layers))
+    return replace(
+        config, moe=MoeConfig(count, used, config.intermediate_size, layers, renormalize=renormalize)
+    )
+
+
+OLMO2 = Family("olmo2", _olmo2, build, GEMMA_GGUF_NAMES, False, UNUSED)
+OLMO3 = Family("olmo3", _olmo3, build, GEMMA_GGUF_NAMES, False, UNUSED)
+OLMOE = Family("olmoe", _olmoe, build, GGUF_NAMES, False, UNUSED)
