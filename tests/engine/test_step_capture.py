@@ -40,8 +40,11 @@ from lowbit.numerics.scheme import ActivationScheme, Delay
 from lowbit.quantize.recipe import Asked
 from lowbit.quantize.specification import TORCHAO
 from lowbit.settings import Settings
+from models.family_cases import SIZES, saved, write_checkpoint
 from models.test_deepseek import make_checkpoint as make_latent
 from models.test_families import make_checkpoint
+from models.test_llama_relatives import RENAMED, llama
+from models.test_plain_mlp_families import CASES as PLAIN_MLP
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 INT8, E4M3, E2M1, E8M0 = (number_format(name) for name in ("int8", "e4m3", "e2m1", "e8m0"))
@@ -174,6 +177,34 @@ def test_every_family_of_the_dense_decoder(family: str, tmp_path: Path) -> None:
     """Biases, norms of all kinds and places, soft caps, windows, scales, blocks side by side, no rotation."""
     make_checkpoint(family, tmp_path)
     capture = check(lambda: load_model(open_checkpoint(str(tmp_path)), device="cpu"))
+    assert not capture.refusal and capture.replayed
+
+
+@pytest.mark.parametrize("name", ["Exaone4", "BitNet", "Starcoder2", "Phi", "Falcon 40B", "GPTNeoX", "GPT2"])
+def test_families_of_other_shapes(name: str, tmp_path: Path) -> None:
+    """LayerNorms, blocks side by side, MLPs without a gate, learned positions, layers that do not rotate."""
+    values = {"Exaone4": SIZES | {"sliding_window": 20}, "BitNet": SIZES, **PLAIN_MLP}[name]
+    saved(name.split()[0], tmp_path, **values)
+    capture = check(lambda: load_model(open_checkpoint(str(tmp_path)), device="cpu"))
+    assert not capture.refusal and capture.replayed
+
+
+@pytest.mark.parametrize("case", ["MiniCPM", "InternLM 2 with biases", "Baichuan"])
+def test_relatives_of_llama(case: str, tmp_path: Path) -> None:
+    """Scaled streams and logits; Q, K and V fused in other orders."""
+    mapping, values = RENAMED[case]
+    write_checkpoint(tmp_path, *mapping(llama(**values)))
+    capture = check(lambda: load_model(open_checkpoint(str(tmp_path)), device="cpu"))
+    assert not capture.refusal and capture.replayed
+
+
+def test_a_head_divided_by_its_norms(tmp_path: Path) -> None:
+    def make() -> Model:
+        model = tiny_llama(tmp_path)
+        model.head_scale = torch.linspace(0.5, 2, model.vocab_size)
+        return model
+
+    capture = check(make)
     assert not capture.refusal and capture.replayed
 
 

@@ -14,6 +14,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import elementwise, native
 from lowbit.kernels.elementwise import (
     RotaryTable,
+    activated,
     add,
     add_rms_norm,
     affine,
@@ -36,6 +37,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
 }
 
 
@@ -141,12 +144,26 @@ def test_gated_activation(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_activation_without_a_gate(name: str, width: int) -> None:
+    x = torch.cat([3 * normal(3, width), torch.linspace(-100, 100, 2 * width).view(2, width)])
+    wanted = ACTIVATIONS[name](x.double())
+    inside = torch.full((5, 2 * width), 7.0)
+    inside[:, :width] = x
+    assert activated(inside[:, :width], name).data_ptr() == inside.data_ptr()
+    atol = 1e-6 if "gelu" in name else 1e-9
+    torch.testing.assert_close(inside[:, :width].double(), wanted, rtol=2e-6, atol=atol)
+    assert bool((inside[:, width:] == 7).all())
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_at_the_ends(name: str, path: str) -> None:
     if path == "torch":
         pytest.skip("torch's own gelu of infinity is NaN on some CPUs")
     gate = torch.tensor([[torch.inf, torch.nan, 3e38, -3e38, 0.0]])
     found = gated_activation(torch.cat([gate, torch.ones_like(gate)], 1), name)
-    torch.testing.assert_close(found, torch.tensor([[torch.inf, torch.nan, 3e38, 0.0, 0.0]]), equal_nan=True)
+    large = torch.inf if name == "relu2" else 3e38
+    torch.testing.assert_close(found, torch.tensor([[torch.inf, torch.nan, large, 0.0, 0.0]]), equal_nan=True)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -162,8 +179,8 @@ def test_the_clamped_activation(width: int) -> None:
 
 
 def test_unknown_activation() -> None:
-    with pytest.raises(LowbitError, match=r"'relu2' is not supported; supported: silu, gelu_tanh"):
-        gated_activation(normal(1, 4), "relu2")
+    with pytest.raises(LowbitError, match=r"'tanh' is not supported; supported: silu, gelu_tanh"):
+        gated_activation(normal(1, 4), "tanh")
 
 
 def rotated64(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:

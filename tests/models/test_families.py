@@ -74,6 +74,17 @@ CASES = {
     "Phi3": {"sliding_window": None},
     "Phi3 with a window": {"sliding_window": 50},
     "Phi3 longrope": {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
+    "Phi3 longrope of Phi-4-mini": {
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            **LONGROPE,
+            "short_factor": [1.0] * 6,
+            "long_factor": [1.0 + 0.3 * index for index in range(6)],
+            "partial_rotary_factor": 0.75,
+        },
+        "sliding_window": 262144,
+        "tie_word_embeddings": True,
+    },
     "Phi3 partial rotary": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         "sliding_window": None,

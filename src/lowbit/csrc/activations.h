@@ -1,4 +1,4 @@
-// The functions between a gated MLP's two products, sixteen floats at a time.
+// The functions between an MLP's two products, sixteen floats at a time.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace lowbit {
 
-enum class Activation : std::int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, SWIGLU_CLAMPED = 3 };
+enum class Activation : std::int32_t { SILU = 0, GELU_TANH = 1, GELU = 2, SWIGLU_CLAMPED = 3, RELU = 4, RELU2 = 5 };
 
 inline Vector16 sigmoid_times(Vector16 x, Vector16 argument) {  // x / (1 + e^-argument)
     return divide(x, add(broadcast(1.0f), exp(subtract(zeros(), argument))));
@@ -37,6 +37,8 @@ inline Vector16 swiglu_clamped(Vector16 gate, Vector16 up) {
     return multiply(sigmoid_times(steep, steep), divide(add(within, broadcast(1.0f)), broadcast(SLOPE)));
 }
 
+inline Vector16 relu(Vector16 x) { return maximum(zeros(), x); }  // NaN stays NaN: the second is given then
+
 // activation(gate) * up
 inline Vector16 gated(Vector16 gate, Vector16 up, Activation activation) {
     switch (activation) {
@@ -49,6 +51,10 @@ inline Vector16 gated(Vector16 gate, Vector16 up, Activation activation) {
         }
         case Activation::SWIGLU_CLAMPED:
             return swiglu_clamped(gate, up);
+        case Activation::RELU:
+            return multiply(relu(gate), up);
+        case Activation::RELU2:
+            return multiply(multiply(relu(gate), relu(gate)), up);
         default:
             return multiply(sigmoid_times(gate, gate), up);
     }

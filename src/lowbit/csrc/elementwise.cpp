@@ -150,6 +150,20 @@ LOWBIT_EXPORT void lowbit_gated_activation(const float* gate_up, std::int64_t st
     });
 }
 
+// out = activation(x), of an MLP without a gate. out may be x.
+LOWBIT_EXPORT void lowbit_activation(const float* x, std::int64_t x_stride, std::int32_t activation,
+                                     std::int64_t rows, std::int32_t width, float* out,
+                                     std::int64_t out_stride) {
+    using namespace lowbit;
+    for_rows(rows, width, [&](std::int64_t row) {
+        for_vectors(width, [&](int column, int lanes) {
+            const Vector16 value = load_some(x + row * x_stride + column, lanes);
+            store_some(out + row * out_stride + column,
+                       gated(value, broadcast(1.0f), static_cast<Activation>(activation)), lanes);
+        });
+    });
+}
+
 // Rotates q (tokens, q_heads, head_dim) and k (tokens, k_heads, head_dim) in place. cosines and sines
 // (table_rows, rotary_dim / 2). 0, or 1 where a position is not in the table: then nothing is rotated.
 LOWBIT_EXPORT int lowbit_rotary(float* q, std::int64_t q_stride, std::int32_t q_heads, float* k,

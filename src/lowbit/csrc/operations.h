@@ -119,6 +119,9 @@ LOWBIT_EXPORT void lowbit_add(const float* x, std::int64_t x_stride, float* sum,
 LOWBIT_EXPORT void lowbit_gated_activation(const float* gate_up, std::int64_t stride, std::int32_t activation,
                                            std::int64_t rows, std::int32_t width, float* out,
                                            std::int64_t out_stride);
+LOWBIT_EXPORT void lowbit_activation(const float* x, std::int64_t x_stride, std::int32_t activation,
+                                     std::int64_t rows, std::int32_t width, float* out,
+                                     std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_rotary(float* q, std::int64_t q_stride, std::int32_t q_heads, float* k,
                                 std::int64_t k_stride, std::int32_t k_heads, std::int32_t head_dim,
                                 std::int32_t rotary_dim, const float* cosines, const float* sines,
@@ -161,6 +164,7 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
     X(layer_norm)            \
     X(add)                   \
     X(gated_activation)      \
+    X(activation)            \
     X(rotary)                \
     X(affine)                \
     X(softcap)               \

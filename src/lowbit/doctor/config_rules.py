@@ -18,6 +18,7 @@ from lowbit.models.registry import MODULES
 
 _EMBEDDING = re.compile(r"(?:(.*)\.)?embed_tokens\.(?:weight|qweight|weight_packed)")
 _HEAD = re.compile(r"(?:.*\.)?lm_head\.([^.]+)")
+_ANY_HEAD = re.compile(r"(?:(?:.*\.)?lm_head|embed_out|output)\.[^.]+")  # other families' names for it too
 # Prefixes lowbit looks for (``loading.names``); the others are left by trainers and mergers.
 _KNOWN = ("model.language_model", "language_model.model", "language_model", None)
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -133,7 +134,7 @@ def check_dtype(header: CheckpointHeader, report: Report) -> None:
 
 def check_head(header: CheckpointHeader, tied: bool, report: Report, correction: Correction) -> None:
     """D114: no output head though the config does not tie it. (D115, D116 need the data.)"""
-    if header.container == "gguf" or tied or any(_HEAD.fullmatch(name) for name in header.tensors):
+    if header.container == "gguf" or tied or any(_ANY_HEAD.fullmatch(name) for name in header.tensors):
         return
     absent = header.config.get("tie_word_embeddings") is None
     told = "does not have the key tie_word_embeddings" if absent else "says tie_word_embeddings false"

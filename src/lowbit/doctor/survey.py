@@ -161,6 +161,10 @@ class Surveyor:
         """Whether the checkpoint stores a module of this canonical name."""
         return self.names.has(name)
 
+    def row_norms(self, part: Part) -> Tensor:
+        """Ones: the head is surveyed as any matrix."""
+        return torch.ones(part.shape[0])
+
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """Marks their tensors as used."""
         try:

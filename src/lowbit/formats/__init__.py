@@ -35,8 +35,8 @@ class StoredModule:
     are matched against it (``matching.py`` knows the other spellings). ``shape``: the logical (out, in)
     the model expects. ``expert``: where not None, the stored tensors hold all experts along their first
     axis and the module is this one of them (``experts`` in all); HF then writes no ``.weight``:
-    ``mlp.experts.down_proj``, ``mlp.experts.down_proj_scale_inv``. ``transposed``: a plain stacked weight
-    lies as (experts, in, out) (gpt-oss, Llama 4).
+    ``mlp.experts.down_proj``, ``mlp.experts.down_proj_scale_inv``. ``transposed``: a plain weight
+    lies as (in, out) (GPT-2), a stacked one as (experts, in, out) (gpt-oss, Llama 4).
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Plain checkpoints: every weight an f32, f16 or bf16 matrix (out, in) called ``<module>.weight``.
 
 Other formats use ``read_dense`` and its fellows for the modules they leave unquantized. Stacked experts are
-(experts, out, in), or (experts, in, out) where the family says so.
+(experts, out, in). Where the family says so ``in`` comes before ``out``, in stacks and in single matrices.
 """
 
 from __future__ import annotations
@@ -87,10 +87,8 @@ def dense_scheme(header: CheckpointHeader, module: StoredModule) -> Scheme:
 
 def stacked_shape(module: StoredModule) -> tuple[int, ...]:
     """The stored shape of a plain weight."""
-    out, columns = module.shape
-    if module.expert is None:
-        return (out, columns)
-    return (module.experts, columns, out) if module.transposed else (module.experts, out, columns)
+    shape = module.shape[::-1] if module.transposed else module.shape
+    return shape if module.expert is None else (module.experts, *shape)
 
 
 def dense_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:

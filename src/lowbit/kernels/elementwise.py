@@ -37,7 +37,11 @@ _ACTIVATIONS: dict[str, tuple[int, Callable[[Tensor, Tensor], Tensor]]] = {
     "gelu_tanh": (1, _gelu_tanh),
     "gelu_pytorch_tanh": (1, _gelu_tanh),
     "gelu": (2, lambda gate, up: functional.gelu(gate) * up),
+    "gelu_new": (1, _gelu_tanh),
+    "gelu_fast": (1, _gelu_tanh),
     "swiglu_clamped": (3, _swiglu_clamped),
+    "relu": (4, lambda gate, up: functional.relu(gate) * up),
+    "relu2": (5, lambda gate, up: functional.relu(gate).square() * up),
 }
 
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -53,6 +57,7 @@ class _Functions:
     layer_norm: Operation
     add: Operation
     gated_activation: Operation
+    activation: Operation
     rotary: Operation
     affine: Operation
     softcap: Operation
@@ -73,6 +78,7 @@ def _functions() -> _Functions | None:
         "layer_norm": (*row, _POINTER, _POINTER, _LONG, _FLOAT, _LONG, _INT, _INT, *row),
         "add": (*row, *row, _LONG, _INT),
         "gated_activation": (*row, _INT, _LONG, _INT, *row),
+        "activation": (*row, _INT, _LONG, _INT, *row),
         "rotary": (*row, _INT, *row, _INT, _INT, _INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
         "affine": (*row, _LONG, _INT, _POINTER, _POINTER, _LONG, _FLOAT, _FLOAT, _POINTER, *row),
         "softcap": (*row, _LONG, _INT, _FLOAT),
@@ -321,6 +327,16 @@ def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | No
         out.stride(0),
     )
     return out
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """activation(x) of (tokens, width), in place."""
+    number = activation_number(activation)
+    functions = _native_for(x)
+    if functions is None:
+        return x.copy_(_ACTIVATIONS[activation][1](x.float(), torch.ones(())))
+    functions.activation(x.data_ptr(), x.stride(0), number, *x.shape, x.data_ptr(), x.stride(0))
+    return x
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.kernels.elementwise import affine, gated_activation
+from lowbit.kernels.elementwise import affine, gated_activation, gather_columns
 from lowbit.kernels.native_layer import NativeLayer
 
 
@@ -33,7 +33,8 @@ class Part:
 class Linear:
     """A layer of one packed weight, or of several where the parts' schemes or inputs differ (GGUF mixes).
 
-    ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object.
+    ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object. ``order``:
+    int64 (out,), where each output lies among the rows, if these could not be moved; the bias is as they are.
     """
 
     def __init__(
@@ -42,11 +43,13 @@ class Linear:
         weights: list[PackedWeight],
         bias: Tensor | None,
         inputs: list[InputTransform | None] | None = None,
+        order: Tensor | None = None,
     ) -> None:
         self.name = name
         self.weights = weights
         self.bias = bias
         self.inputs = inputs if inputs and any(inputs) else None
+        self.order = order
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""
@@ -60,7 +63,10 @@ class Linear:
             self._parts(x, self.inputs or [None] * len(self.weights), y)
         if self.bias is not None:
             affine(y, bias=self.bias, out=y)
-        return y
+        if self.order is None:
+            return y
+        assert out is None, "no layer with an order of its own writes into another's place"
+        return gather_columns(y, self.order)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """x (tokens, in) -> activation(gate) * up (tokens, out / 2); gate rows come first."""
@@ -72,7 +78,7 @@ class Linear:
     @cached_property
     def _whole(self) -> NativeLayer | None:
         """The layer in one native call, where it is one weight and all around it is native too."""
-        if len(self.weights) != 1:
+        if len(self.weights) != 1 or self.order is not None:
             return None
         return NativeLayer.of(self.weights[0], self.inputs[0] if self.inputs else None, self.bias)
 

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block: a gated MLP, or a router with experts (and perhaps a shared one).
+"""The feed-forward half of a block: an MLP, gated or not, or a router with experts (and a shared one).
 
 GLU variants (Shazeer, 2020); mixture of experts as in Mixtral (Jiang et al., 2024), Qwen3-MoE (Yang et al.,
 2025) and gpt-oss (OpenAI, 2025).
@@ -10,23 +10,42 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lowbit.kernels.elementwise import affine
+from lowbit.kernels.elementwise import activated, affine
 from lowbit.layers.experts import Experts
 from lowbit.layers.linear import Linear
+from lowbit.layers.norm import Norm
 from lowbit.layers.routing import Route, sigmoid
 
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """down(activation(gate(x)) * up(x)); ``gate_up``: (2 * intermediate, hidden), gate rows first."""
+    """down(activation(gate(x)) * up(x)); ``gate_up``: (2 * intermediate, hidden), gate rows first.
+
+    ``norm``: of what goes into ``down``.
+    """
 
     gate_up: Linear
+    down: Linear
+    activation: str
+    norm: Norm | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (tokens, hidden) -> (tokens, hidden)."""
+        inner = self.gate_up.gated(x, self.activation)
+        return self.down(inner if self.norm is None else self.norm(inner, out=inner))
+
+
+@dataclass(frozen=True)
+class PlainMlp:
+    """down(activation(up(x)))."""
+
+    up: Linear
     down: Linear
     activation: str
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden)."""
-        return self.down(self.gate_up.gated(x, self.activation))
+        return self.down(activated(self.up(x), self.activation))
 
 
 @dataclass(frozen=True)

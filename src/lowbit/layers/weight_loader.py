@@ -45,6 +45,9 @@ class WeightLoader(Protocol):
         (stacked, out, in) where that many are stored along the first axis. On the meta device when planning.
         """
 
+    def row_norms(self, part: Part) -> Tensor:
+        """float32 (out,): the Euclidean norms of a stored matrix's rows. Ones where no values are read."""
+
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What K and V of the attention called ``attention`` are divided by in an fp8 cache; else 1, 1."""
 

@@ -120,6 +120,8 @@ def load_model(
         model = opened.family.build(opened.config, loader)
         loader.names.refuse_leftovers()
     target.kernels.finish()
+    if beside := loader.names.other_parts():
+        _log.info("lowbit: %d tensors beside the language model are not used: text only", len(beside))
     if loader.online is not None:
         loader.online.say_kept()
     if target.int8_inputs and not loader.int8_layers:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
 from lowbit.errors import LowbitError
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
@@ -56,6 +59,10 @@ class Asker:
     def has(self, name: str) -> bool:
         """Whether the checkpoint stores a module of this canonical name."""
         return self.names.has(name)
+
+    def row_norms(self, part: Part) -> Tensor:
+        """Ones: only a loader has values."""
+        return torch.ones(part.shape[0])
 
     def _taken(self, place: Placed) -> Placed:
         tensors = self.form.tensors_of(place.module)

@@ -29,7 +29,7 @@ from lowbit.kernels.attention import PAGE_SIZE, LayerCache, choose_attention
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
-from lowbit.layers.mlp import MixtureOfExperts
+from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
 from lowbit.loading.asker import Asker
 from lowbit.loading.loader import Loader, Progress, ReadPart
 from lowbit.loading.names import Placed, row_order
@@ -37,6 +37,7 @@ from lowbit.loading.opened import Opened, Target
 from lowbit.models import decoder
 from lowbit.models.config import ModelConfig
 from lowbit.models.decoder import Block, Decoder
+from lowbit.models.feed_forward import down_norm_name
 from lowbit.models.model import Model
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import concatenate
@@ -260,8 +261,8 @@ class _HoldingLoader(Asker):
                     "quantized again; pass the original float model",
                 )
             order, stop = row_order(place, self.header), start + place.part.shape[0]
-            quantized = stored.weight if order is None else stored.weight.permute_rows(order)
-            weight[start:stop] = quantized.dequantize()
+            matrix = stored.weight.dequantize()
+            weight[start:stop] = matrix if order is None else matrix[order]
             if stored.bias is not None:
                 any_bias = True
                 biases[start:stop] = stored.bias if order is None else stored.bias[order]
@@ -295,7 +296,7 @@ class _Walk:
         with self.loader.data:
             chunks = []
             if self.options.method != "rtn":
-                chunks = [_Chunk(batch, model.embed(batch.tokens)) for batch in _batches(sequences)]
+                chunks = [_Chunk(batch, model.embed(batch)) for batch in _batches(sequences)]
             for layer in range(layers):
                 on_progress(layer, layers, f"model.layers.{layer}")
                 yield from self._block(layer, chunks)
@@ -361,6 +362,8 @@ def _linears(block: Block) -> list[HeldLinear]:
             found += [mlp.shared.gate_up, mlp.shared.down]
         if mlp.shared_gate is not None:
             found.append(mlp.shared_gate)
+    elif isinstance(mlp, PlainMlp):
+        found += [mlp.up, mlp.down]
     else:
         found += [mlp.gate_up, mlp.down]
     held = [linear for linear in found if isinstance(linear, HeldLinear)]
@@ -381,6 +384,8 @@ def _float_block(model: Decoder, layer: int, linears: list[HeldLinear]) -> Float
             pairs.append((mlp.shared.gate_up, mlp.shared.down))
         rows = [mlp.router] if mlp.shared_gate is None else [mlp.router, mlp.shared_gate]
         behind = tuple(linear.name for linear in (*rows, *(gate_up for gate_up, _ in pairs)))
+    elif isinstance(mlp, PlainMlp):  # what follows its up projection is not linear
+        pairs, behind = [], (mlp.up.name,)
     else:
         pairs = [(mlp.gate_up, mlp.down)]
         behind = (mlp.gate_up.name,)
@@ -391,22 +396,29 @@ def _float_block(model: Decoder, layer: int, linears: list[HeldLinear]) -> Float
     by_norm = [(attention_norm, (block.qkv.name,)), (mlp_norm, behind)]
     if config.parallel and not mlp_norm:
         by_norm = [(attention_norm, (block.qkv.name, *behind))]
+    norms = [(attention_norm, block.attention_norm), (mlp_norm, block.mlp_norm)]
+    if isinstance(mlp, GatedMlp) and config.sub_norms:  # they come between the other pairs of layers
+        output_norm, down_norm = decoder.output_norm_name(layer), down_norm_name(layer)
+        by_norm += [(output_norm, (block.output.name,)), (down_norm, (mlp.down.name,))]
+        norms += [(output_norm, block.output_norm), (down_norm, mlp.norm)]
+        pairs = []
     folds = [Fold(consumers, norm) for norm, consumers in by_norm if norm]
-    folds.append(
-        Fold(
-            (block.output.name,),
-            block.qkv.name,
-            (q_rows + kv_rows, q_rows + 2 * kv_rows),
-            repeat=config.heads // config.kv_heads,
-            head_dim=config.head_dim,
+    if not config.sub_norms:
+        folds.append(
+            Fold(
+                (block.output.name,),
+                block.qkv.name,
+                (q_rows + kv_rows, q_rows + 2 * kv_rows),
+                repeat=config.heads // config.kv_heads,
+                head_dim=config.head_dim,
+            )
         )
-    )
     if config.activation != "swiglu_clamped":  # there the up projection's output is not just multiplied
         for gate_up, down in pairs:
             inner = loaded[down.name].weight.shape[1]
             folds.append(Fold((down.name,), gate_up.name, (inner, 2 * inner)))
     vectors = {}
-    for name, norm in ((attention_norm, block.attention_norm), (mlp_norm, block.mlp_norm)):
+    for name, norm in norms:
         if norm is not None:
             vectors[name] = norm.weight
             if norm.bias is not None:

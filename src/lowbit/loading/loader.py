@@ -129,6 +129,14 @@ class Loader(Asker):
         stored = self.check_vector(name, *shape)
         return self.data.tensor(stored).to(device=self.device, dtype=torch.float32, copy=True)
 
+    def row_norms(self, part: Part) -> Tensor:
+        """Of the matrix as stored, some rows at a time."""
+        [place] = self.names.place(part.name, [part])
+        weight, step = self.form.read(place.module, self.data).weight, 4096
+        starts = range(0, part.shape[0], step)
+        slices = (weight.rows(at, min(at + step, part.shape[0])).dequantize() for at in starts)
+        return torch.cat([rows.norm(dim=1) for rows in slices]).to(self.device)
+
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What the checkpoint (or the file that was passed) says K and V are divided by in the cache."""
         found = self._kv_scales.of_layer(self.names, attention, layer, self.data)
@@ -165,7 +173,10 @@ class Loader(Asker):
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
             inputs.append(settled(packed, transform))
-        return Linear(name, kept.weights, kept.bias, inputs)
+        order = None
+        if len(places) == 1 and self._stays_in_order(places[0]):
+            order = row_order(places[0], self.header)
+        return Linear(name, kept.weights, kept.bias, inputs, None if order is None else order.to(self.device))
 
     def _packed(self, places: list[Placed]) -> Kept:
         """The parts read, neighbours fused where they allow it, and packed."""
@@ -246,7 +257,7 @@ class Loader(Asker):
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
-        order = row_order(place, self.header)
+        order = None if self._stays_in_order(place) else row_order(place, self.header)
         if order is not None:
             weight = weight.permute_rows(order)
             bias = None if bias is None else bias[order]
@@ -260,6 +271,10 @@ class Loader(Asker):
         weight = self._cast(weight)
         self._report(place, "loading" if self.online is None else "quantizing")
         return ReadPart(weight, bias, transform, self.wanted_kernel(place))
+
+    def _stays_in_order(self, place: Placed) -> bool:
+        """Q, K and V in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
+        return place.groups > 0 and not self.form.scheme_of(place.module).rows_move
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:
         if scheme.activation is None and rule is None:

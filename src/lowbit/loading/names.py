@@ -25,7 +25,10 @@ from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
 from lowbit.models.registry import Family
 
-_PREFIXES = ("model.", "model.language_model.", "language_model.model.", "language_model.", "")
+_PREFIXES = (
+    *("model.", "model.language_model.", "language_model.model.", "language_model.", "model.text_model."),
+    "",
+)
 # Where one expert's projection may lie by itself; w1, w2, w3: Mixtral's first spelling.
 _SINGLE = {
     "gate_proj": ("{n}.gate_proj", "{n}.w1"),
@@ -48,12 +51,18 @@ _STACKS = {
 
 @dataclass(frozen=True)
 class Placed:
-    """A part and where it is stored. ``interleaved``: gate and up rows come in turn."""
+    """A part and where it is stored. ``interleaved``: gate and up rows come in turn.
+
+    ``groups``: of Q, K and V in one module, so many groups of query heads with their one K and V head,
+    each of ``group_heads`` heads in all.
+    """
 
     part: Part
     module: StoredModule
     rotary_heads: int = 0
     interleaved: bool = False
+    groups: int = 0
+    group_heads: int = 0
 
 
 class Names:
@@ -81,12 +90,23 @@ class Names:
             if fused in self.modules:
                 rows = sum(part.shape[0] for part in parts)
                 part = Part(name, (rows, parts[0].shape[1]), bias=parts[0].bias)
-                return [Placed(part, StoredModule(name, fused, part.shape))]
+                module = self._module(name, fused, part.shape)
+                if self.family.grouped_qkv and not self.in_gguf and name.endswith(".qkv_proj"):
+                    heads, kv_heads = parts[0].rotary_heads, parts[1].rotary_heads
+                    return [Placed(part, module, groups=kv_heads, group_heads=heads // kv_heads + 2)]
+                return [Placed(part, module)]
         rotates = self.header.rotary_pairs or (self.in_gguf and self.family.gguf_rotates_pairs)
         return [
-            Placed(part, StoredModule(part.name, stem, part.shape), part.rotary_heads if rotates else 0)
+            Placed(part, self._module(part.name, stem, part.shape), part.rotary_heads if rotates else 0)
             for part, stem in zip(parts, stems, strict=True)
         ]
+
+    def _module(self, name: str, stem: str, shape: tuple[int, int]) -> StoredModule:
+        """A plain matrix inside the blocks lies as (in, out) where the family's layers are GPT-2's Conv1D."""
+        turned = self.family.transposed and not self.in_gguf and ".layers." in name
+        entry = self.header.tensors.get(f"{stem}.weight") if turned else None
+        plain = entry is not None and entry.dtype in ("F32", "F16", "BF16")
+        return StoredModule(name, stem, shape, transposed=plain)
 
     def expert(self, name: str, spec: ExpertsSpec, number: int) -> tuple[list[Placed], list[Placed]]:
         """Where one expert's gate and up, and its down projection are stored."""
@@ -221,13 +241,24 @@ class Names:
                 )
             self.used.add(name)
 
+    def other_parts(self) -> list[str]:
+        """Tensors of what stands beside the language model: vision and audio towers and their projectors."""
+        known = [re.compile(pattern) for pattern in self.family.beside]
+        return [
+            name
+            for name in self.header.tensors
+            if name not in self.used and any(pattern.match(name) for pattern in known)
+        ]
+
     def refuse_leftovers(self) -> None:
         """Nothing a checkpoint stores is silently dropped."""
         known = [re.compile(pattern) for pattern in (*self.family.unused, *self.unused)]
+        other = set(self.other_parts())
         left = [
             name
             for name in self.header.tensors
             if name not in self.used
+            and name not in other
             and not any(pattern.fullmatch(name) for pattern in known)
             and not (self.family.prediction_layers and self._layer_of(name) >= self.layers)
         ]
@@ -246,6 +277,9 @@ def row_order(place: Placed, header: CheckpointHeader) -> Tensor | None:
     rows, heads = place.part.shape[0], place.rotary_heads
     if place.interleaved:
         return torch.arange(rows).view(rows // 2, 2).T.reshape(rows)
+    if place.groups:
+        by_group = torch.arange(rows).view(place.groups, place.group_heads, -1)
+        return torch.cat([part.flatten() for part in by_group.split([place.group_heads - 2, 1, 1], 1)])
     if not heads:
         return None
     if rows % (2 * heads):

@@ -124,7 +124,7 @@ def role_of(place: Placed) -> Role:
         return "expert"
     if name == "lm_head":
         return "head"
-    return "embedding" if name.endswith("embed_tokens") else "linear"
+    return "embedding" if name.endswith(("embed_tokens", "embed_positions")) else "linear"
 
 
 def facts_of(config: ModelConfig) -> ModelFacts:

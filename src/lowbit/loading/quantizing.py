@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from lowbit.checkpoint.embedded import cache_directory
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
@@ -21,7 +23,7 @@ from lowbit.formats import InputRule, StoredModule
 from lowbit.formats.writing import CheckpointWriter, writer_of
 from lowbit.loading.calibrate import Calibrated, calibrate
 from lowbit.loading.gguf_saving import save_gguf
-from lowbit.loading.names import Names
+from lowbit.loading.names import Names, row_order
 from lowbit.loading.online import Decision, Online, facts_of
 from lowbit.loading.opened import Opened
 from lowbit.loading.saving import NamedTensor, planned_nbytes, save_checkpoint
@@ -60,12 +62,16 @@ _USUAL = ("compressed-tensors", "gptq")
 
 @dataclass(frozen=True)
 class _Module:
-    """A module as it will be written. ``source``: where its floats are, if it is not from calibration."""
+    """A module as it will be written. ``source``: where its floats are, if it is not from calibration.
+
+    ``order``: which of the model's rows each written one is, where these come in another order.
+    """
 
     target: StoredModule
     scheme: Scheme
     source: SourceModule | None = None
     decision: Decision | None = None
+    order: Tensor | None = None
 
 
 class Quantizing:
@@ -91,7 +97,9 @@ class Quantizing:
         if not self._is_calibrated(decision):
             return [_Module(part.target, decision.scheme, part, decision)]
         if part.target.expert is None:
-            return [_Module(part.target, decision.scheme)]
+            order = row_order(part.place, self.source.header) if part.place.groups else None
+            order = None if order is None else order.argsort()
+            return [_Module(part.target, decision.scheme, order=order)]
         # One of a stack of experts: calibrated ones are modules of their own, gate and up apart.
         name, (rows, columns) = part.place.part.name, part.target.shape
         leaves = {"gate_proj": rows // 2, "up_proj": rows // 2}
@@ -191,8 +199,12 @@ class Quantizing:
         if self.calibrated is not None:
             for found in self._calibrated(self.calibrated, on_progress):
                 if isinstance(found, CalibratedModule):
-                    target = rest.pop(found.name).target
-                    yield ReadModule(target, found.weight, found.bias)
+                    module = rest.pop(found.name)
+                    weight, bias = found.weight, found.bias
+                    if module.order is not None:
+                        weight = weight.permute_rows(module.order)
+                        bias = None if bias is None else bias[module.order]
+                    yield ReadModule(module.target, weight, bias)
                 else:
                     yield NamedTensor(vectors.pop(found.name).target, found.tensor)
         total = sum(module.source.nbytes for module in rest.values() if module.source is not None)

@@ -97,7 +97,12 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     activation: str = "silu"
+    gated: bool = True  # False: an MLP of two matrices
+    sub_norms: bool = False  # RMSNorm before the output and the down projection (BitNet)
+    norm_head: bool = False  # each row of the head is divided by its norm (Baichuan 2)
+    learned_positions: bool = False  # a vector a position is added to the embedding (GPT-2)
     layer_norm: bool = False  # LayerNorm in place of RMSNorm
     norm_bias: bool = False
     norm_names: NormNames = NormNames()

@@ -26,7 +26,7 @@ from lowbit.kernels.elementwise import (
 )
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.layers.linear import Embedding, Linear, Part
-from lowbit.layers.mlp import GatedMlp, MixtureOfExperts
+from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
 from lowbit.layers.norm import Norm
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.layers.weight_loader import WeightLoader
@@ -34,7 +34,9 @@ from lowbit.models.config import ModelConfig
 from lowbit.models.feed_forward import feed_forward
 from lowbit.numerics.cache_format import KvDtype
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "swiglu_clamped")
+ACTIVATIONS = (
+    *("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2", "swiglu_clamped"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Block:
     qkv: Linear  # (heads + 2 * kv_heads) * head_dim rows
     output: Linear
     mlp_norm: Norm | None
-    mlp: GatedMlp | MixtureOfExperts
+    mlp: GatedMlp | PlainMlp | MixtureOfExperts
     rotary: RotaryTable | None
     attention: AttentionParameters
     kv_dtype: KvDtype
@@ -55,6 +57,7 @@ class Block:
     k_norm: Norm | None = None
     attention_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
+    output_norm: Norm | None = None  # of what goes into the output projection
 
 
 class Decoder:
@@ -68,7 +71,10 @@ class Decoder:
         blocks: list[Block],
         final_norm: Norm,
         head: Linear,
+        head_scale: Tensor | None = None,
+        positions: Embedding | None = None,
     ) -> None:
+        """``head_scale``: float32 (vocabulary,), on the logits; ``positions``: added to the embedding."""
         self.config = config
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
@@ -83,6 +89,8 @@ class Decoder:
         self.blocks = blocks
         self.final_norm = final_norm
         self.head = head
+        self.head_scale = head_scale
+        self.positions = positions
 
     def cache_specs(self) -> list[CacheSpec]:
         """Every layer caches all its K/V heads; some look back through a window only."""
@@ -96,22 +104,24 @@ class Decoder:
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
         """float32 (sample rows, vocabulary)."""
         config = self.config
-        residual = self.embed(batch.tokens)
+        residual = self.embed(batch)
         hidden = self.enter(0, residual)
         for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
             hidden = self.forward_block(layer, hidden, residual, cache, batch)
         logits = self.head(gather_rows(hidden, batch.sample_rows)).float()
-        if config.logit_scale != 1.0:
-            logits = affine(logits, number=config.logit_scale, out=logits)
+        if config.logit_scale != 1.0 or self.head_scale is not None:
+            logits = affine(logits, column=self.head_scale, number=config.logit_scale, out=logits)
         if config.logit_softcap:
             logits = softcap(logits, config.logit_softcap)
         self.states.update()
         return logits
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, batch: ForwardBatch) -> Tensor:
         """(tokens, hidden): the residual stream before the first block."""
-        residual, scale = self.embedding(tokens), _stream_scale(self.config)
-        return residual if scale == 1.0 else affine(residual, number=scale, out=residual)
+        residual, scale = self.embedding(batch.tokens), _stream_scale(self.config)
+        if scale != 1.0:
+            affine(residual, number=scale, out=residual)
+        return residual if self.positions is None else add(self.positions(batch.positions), residual)
 
     def enter(self, layer: int, residual: Tensor) -> Tensor:
         """What a block's projections see of the residual stream."""
@@ -155,9 +165,11 @@ class Decoder:
             # K's scale returns through the softmax scale of ``block.attention``.
             cache.kernel.write(cache, _divided(k, block.k_scale), _divided(v, block.v_scale), batch)
             attended = cache.kernel.attend(q, cache, batch, block.attention)
-            return affine(attended, number=block.v_scale, out=attended)
-        cache.kernel.write(cache, k, v, batch)
-        return cache.kernel.attend(q, cache, batch, block.attention)
+            attended = affine(attended, number=block.v_scale, out=attended)
+        else:
+            cache.kernel.write(cache, k, v, batch)
+            attended = cache.kernel.attend(q, cache, batch, block.attention)
+        return attended if block.output_norm is None else block.output_norm(attended, out=attended)
 
 
 def _add_and_norm(x: Tensor, residual: Tensor, norm: Norm | None) -> Tensor:
@@ -197,8 +209,15 @@ def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
     if config.tied_head:
         head = embedding.as_head()
     else:
-        head = loader.linear("lm_head", [Part("lm_head", (config.vocab_size, config.hidden_size))])
-    return Decoder(config, loader, embedding, blocks, final_norm, head)
+        part = Part("lm_head", (config.vocab_size, config.hidden_size), bias=config.head_bias)
+        head = loader.linear("lm_head", [part])
+    head_scale = positions = None
+    if config.norm_head:
+        head_scale = 1 / loader.row_norms(Part("lm_head", (config.vocab_size, config.hidden_size)))
+    if config.learned_positions:
+        shape = (config.context_length, config.hidden_size)
+        positions = loader.embedding(Part("model.embed_positions", shape))
+    return Decoder(config, loader, embedding, blocks, final_norm, head, head_scale, positions)
 
 
 def _rotary_tables(config: ModelConfig, loader: WeightLoader) -> tuple[RotaryTable, RotaryTable]:
@@ -260,6 +279,11 @@ def mlp_norm_name(config: ModelConfig, layer: int) -> str:
     return name and f"model.layers.{layer}.{name}.weight"
 
 
+def output_norm_name(layer: int) -> str:
+    """The tensor that scales what the output projection sees, where there is one."""
+    return f"model.layers.{layer}.self_attn.attn_sub_norm.weight"
+
+
 def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: RotaryTable | None) -> Block:
     hidden, prefix = config.hidden_size, f"model.layers.{layer}"
     attention = f"{prefix}.self_attn"
@@ -268,6 +292,9 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
     def norm(name: str) -> Norm | None:
         return _norm(config, loader, f"{prefix}.{name}") if name else None
 
+    output_norm = None
+    if config.sub_norms:
+        output_norm = Norm(loader.vector(output_norm_name(layer), q_rows), config.norm_eps)
     k_scale, v_scale = loader.kv_scales(attention, layer)
     names = config.norm_names
     return Block(
@@ -292,6 +319,7 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
         k_norm=_head_norm(config, loader, f"{attention}.k_norm", config.kv_heads),
         attention_post_norm=norm(names.attention_post),
         mlp_post_norm=norm(names.mlp_post),
+        output_norm=output_norm,
     )
 
 

@@ -36,7 +36,7 @@ from lowbit.kernels.elementwise import (
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.head_products import HeadMatrices
 from lowbit.layers.linear import Embedding, Linear, Part
-from lowbit.layers.mlp import GatedMlp, MixtureOfExperts
+from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
 from lowbit.layers.rotary import rotary_frequencies
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import (
@@ -213,7 +213,7 @@ class Block:
     attention_norm: Tensor
     attention: LatentAttention
     mlp_norm: Tensor
-    mlp: GatedMlp | MixtureOfExperts
+    mlp: GatedMlp | PlainMlp | MixtureOfExperts
 
 
 class Deepseek:

@@ -1,10 +1,13 @@
-"""The second half of a block: a gated MLP, or experts with what belongs to them, as the config has it."""
+"""The second half of a block: an MLP, gated or not, or experts with what belongs to them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
-from lowbit.layers.mlp import GatedMlp, MixtureOfExperts
+from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
+from lowbit.layers.norm import Norm
 from lowbit.layers.routing import (
     Route,
     group_limited_sigmoid,
@@ -16,11 +19,23 @@ from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig, MoeConfig
 
 
-def feed_forward(config: ModelConfig, loader: WeightLoader, layer: int) -> GatedMlp | MixtureOfExperts:
+def down_norm_name(layer: int) -> str:
+    """The tensor that scales what the down projection sees, where there is one."""
+    return f"model.layers.{layer}.mlp.ffn_sub_norm.weight"
+
+
+def feed_forward(
+    config: ModelConfig, loader: WeightLoader, layer: int
+) -> GatedMlp | PlainMlp | MixtureOfExperts:
     """The MLP of a layer, or its mixture of experts."""
     moe, mlp = config.moe, f"model.layers.{layer}.mlp"
+    if not config.gated:
+        return _plain(config, loader, mlp)
     if moe is None or layer not in moe.layers:
-        return _gated(config, loader, mlp, config.intermediate_size)
+        norm = None
+        if config.sub_norms:
+            norm = Norm(loader.vector(down_norm_name(layer), config.intermediate_size), config.norm_eps)
+        return replace(_gated(config, loader, mlp, config.intermediate_size), norm=norm)
     router = Part(f"{mlp}.{moe.router}", (moe.experts, config.hidden_size), bias=moe.router_bias, router=True)
     spec = ExpertsSpec(
         moe.experts,
@@ -44,6 +59,13 @@ def feed_forward(config: ModelConfig, loader: WeightLoader, layer: int) -> Gated
         shared,
         shared_gate,
     )
+
+
+def _plain(config: ModelConfig, loader: WeightLoader, mlp: str) -> PlainMlp:
+    hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    up = Part(f"{mlp}.up_proj", (inner, hidden), bias=bias)
+    down = Part(f"{mlp}.down_proj", (hidden, inner), bias=bias)
+    return PlainMlp(loader.linear(up.name, [up]), loader.linear(down.name, [down]), config.activation)
 
 
 def _gated(config: ModelConfig, loader: WeightLoader, mlp: str, inner: int) -> GatedMlp:

@@ -26,6 +26,7 @@ _LAYER = "model.layers.{n}."
 
 _ROOT = {
     "model.embed_tokens": "token_embd",
+    "model.embed_positions": "position_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
     # Made by the converter from the config: what the rotary frequencies are divided by.
@@ -107,3 +108,9 @@ GLM4_GGUF_NAMES = GGUF_NAMES | _of_layers(
 
 # gpt-oss and GLM-4.5: the same norm as Llama's, under another name.
 POST_NORM_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
+
+# The larger models have a norm each for attention and MLP; that of the MLP has the place of the others' one.
+FALCON_GGUF_NAMES = GGUF_NAMES | _of_layers({"ln_attn": "attn_norm_2", "ln_mlp": "attn_norm"})
+BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(
+    {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
+)

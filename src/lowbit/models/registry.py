@@ -23,6 +23,9 @@ class Family:
     ``unused``: regular expressions of tensor names a checkpoint may hold and the model does not use.
     ``prediction_layers``: layers behind the model's own are multi-token prediction heads, not used here.
     ``aliases``: (regular expression, replacement): other spellings of canonical names in the wild.
+    ``grouped_qkv``: a fused ``qkv_proj`` has the rows of Q, K and V in turn, for each K/V head (not in GGUF).
+    ``transposed``: plain matrices inside the blocks lie as (in, out) (GPT-2's Conv1D; not in GGUF).
+    ``beside``: how names of tensors begin that belong to what stands beside the language model.
     """
 
     name: str
@@ -33,9 +36,12 @@ class Family:
     unused: tuple[str, ...] = field(default=())
     aliases: tuple[tuple[str, str], ...] = field(default=())
     prediction_layers: bool = False
+    grouped_qkv: bool = False
+    transposed: bool = False
+    beside: tuple[str, ...] = field(default=())
 
 
-# Architecture -> (module of this package, its Family).
+# Architecture -> (module of this package, its Family, or the function of a header that gives it).
 MODULES = {
     "LlamaForCausalLM": ("families.llama", "LLAMA"),
     "llama": ("families.llama", "LLAMA"),
@@ -85,14 +91,68 @@ MODULES = {
     "phi3": ("families.phi", "PHI3"),
     "gpt-oss": ("families.gpt_oss", "GPT_OSS"),
 }
-
-
+# Llama's relatives, families with a plain MLP, and the language model of checkpoints that also see pictures.
+MODULES |= {
+    "InternLMForCausalLM": ("families.llama_relatives", "INTERNLM"),
+    "InternLM2ForCausalLM": ("families.llama_relatives", "INTERNLM2"),
+    "InternLM3ForCausalLM": ("families.llama_relatives", "INTERNLM"),
+    "internlm2": ("families.llama_relatives", "INTERNLM2"),
+    "BaichuanForCausalLM": ("families.llama_relatives", "BAICHUAN"),
+    "BaiChuanForCausalLM": ("families.llama_relatives", "BAICHUAN"),
+    "baichuan": ("families.llama_relatives", "BAICHUAN"),
+    "MiniCPMForCausalLM": ("families.llama_relatives", "MINICPM"),
+    "minicpm": ("families.llama_relatives", "MINICPM"),
+    "ExaoneForCausalLM": ("families.llama_relatives", "EXAONE"),
+    "exaone": ("families.llama_relatives", "EXAONE"),
+    "Exaone4ForCausalLM": ("families.llama_relatives", "EXAONE4"),
+    "exaone4": ("families.llama_relatives", "EXAONE4"),
+    "BitNetForCausalLM": ("families.llama_relatives", "BITNET"),
+    "bitnet": ("families.llama_relatives", "BITNET"),
+    "Starcoder2ForCausalLM": ("families.plain_mlp", "STARCODER2"),
+    "starcoder2": ("families.plain_mlp", "STARCODER2"),
+    "PhiForCausalLM": ("families.plain_mlp", "PHI"),
+    "phi2": ("families.plain_mlp", "PHI"),
+    "FalconForCausalLM": ("families.plain_mlp", "FALCON"),
+    "RWForCausalLM": ("families.plain_mlp", "FALCON"),
+    "falcon": ("families.plain_mlp", "FALCON"),
+    "GPTNeoXForCausalLM": ("families.plain_mlp", "GPT_NEOX"),
+    "gptneox": ("families.plain_mlp", "GPT_NEOX"),
+    "GPT2LMHeadModel": ("families.plain_mlp", "GPT2"),
+    "gpt2": ("families.plain_mlp", "GPT2"),
+    "Qwen2VLForConditionalGeneration": ("families.vision", "text_family"),
+    "Qwen2_5_VLForConditionalGeneration": ("families.vision", "text_family"),
+    "Qwen3VLForConditionalGeneration": ("families.vision", "text_family"),
+    "Qwen3VLMoeForConditionalGeneration": ("families.vision", "text_family"),
+    "Gemma3ForConditionalGeneration": ("families.vision", "text_family"),
+    "Mistral3ForConditionalGeneration": ("families.vision", "text_family"),
+    "LlavaForConditionalGeneration": ("families.vision", "text_family"),
+    "LlavaNextForConditionalGeneration": ("families.vision", "text_family"),
+    "InternVLForConditionalGeneration": ("families.vision", "text_family"),
+    "Idefics3ForConditionalGeneration": ("families.vision", "text_family"),
+    "SmolVLMForConditionalGeneration": ("families.vision", "text_family"),
+    "qwen2vl": ("families.qwen", "QWEN2"),
+    "qwen3vl": ("families.qwen", "QWEN3"),
+    "qwen3vlmoe": ("families.qwen", "QWEN3_MOE"),
+}
 _RECURRENT = (
     "whose state is one matrix a sequence that every token overwrites; the engine keeps keys and values in "
     "pages that sequences share and give back, and has no place for it"
 )
-# Architectures that are known and cannot be served, and why.
+_ALIBI = "it tells positions by ALiBi, which lowbit's attention does not have"
+_LLAMA4 = "its chunked attention and temperatures by position are not there"
+_MINICPM3 = "latent attention is there for DeepSeek only; the other MiniCPM models are served"
+# Architectures that are known, and why they are not served.
 REFUSED = {
+    "MiniCPM3ForCausalLM": _MINICPM3,
+    "minicpm3": _MINICPM3,
+    "Llama4ForConditionalGeneration": _LLAMA4,
+    "Llama4ForCausalLM": _LLAMA4,
+    "llama4": _LLAMA4,
+    "MllamaForConditionalGeneration": "layers that attend to pictures stand between those of the text",
+    "BloomForCausalLM": _ALIBI,
+    "bloom": _ALIBI,
+    "MPTForCausalLM": _ALIBI,
+    "mpt": _ALIBI,
     "Qwen3NextForCausalLM": f"three of four layers are gated delta networks, {_RECURRENT}",
     "qwen3next": f"three of four layers are gated delta networks, {_RECURRENT}",
     "GraniteMoeHybridForCausalLM": f"most layers are Mamba-2, {_RECURRENT}",
@@ -110,7 +170,8 @@ def family_of(header: CheckpointHeader) -> Family:
     name = architecture_of(header)
     if name in MODULES:
         module, attribute = MODULES[name]
-        family: Family = getattr(importlib.import_module(f"lowbit.models.{module}"), attribute)
+        found = getattr(importlib.import_module(f"lowbit.models.{module}"), attribute)
+        family: Family = found if isinstance(found, Family) else found(header)
         return family
     shown = printable(repr(name))
     if name in REFUSED:

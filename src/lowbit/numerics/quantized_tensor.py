@@ -124,7 +124,7 @@ class QuantizedTensor:
 
     def permute_rows(self, order: Tensor) -> QuantizedTensor:
         """Row i of the result is row ``order[i]`` of this; needs blocks of single rows."""
-        if self.scheme.flattened or any(rows > 1 for rows, _ in self.scheme.blocks):
+        if not self.scheme.rows_move:
             raise LowbitError(
                 "E0702",
                 f"{self.origin}: scheme {self.scheme} has blocks of rows; cannot reorder them",

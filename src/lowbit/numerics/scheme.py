@@ -119,6 +119,11 @@ class Scheme:
         """A plain f32, f16 or bf16 matrix."""
         return self.weight.name in ("f32", "f16", "bf16")
 
+    @property
+    def rows_move(self) -> bool:
+        """Whether no two rows share a scale that not all share, so that they can change places."""
+        return not self.flattened and all(rows <= 1 for rows, _ in self.blocks)
+
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Stored bits for each weight of a matrix ``shape`` (..., out, in), scales and zeros included."""
         out, columns = shape[-2], shape[-1]

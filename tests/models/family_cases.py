@@ -1,0 +1,73 @@
+"""What tests of model families share: tiny random transformers models, and the comparison of logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.loading import load_model
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+
+
+def randomized(model: Any, seed: int = 5) -> Any:
+    """The model with random weights; no norm is 1 and no bias 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            one = ("norm" in name or ".ln_" in name) and name.endswith("weight")
+            parameter.uniform_(0.5, 1.5, generator=generator) if one else parameter.normal_(
+                0, 0.15, generator=generator
+            )
+    return model.eval()
+
+
+def saved(name: str, folder: Path, **values: Any) -> Any:
+    """A random model of the transformers class ``<name>ForCausalLM``, saved by it."""
+    config = getattr(transformers, f"{name}Config")(**values)
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    model = randomized(getattr(transformers, f"{name}{head}")(config))
+    model.save_pretrained(folder)
+    return model
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """A checkpoint written by hand."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def check_logits(path: Path, oracle: Callable[[Tensor], Tensor] | Any, tolerance: float = 1e-4) -> None:
+    """The checkpoint's logits in float32 against the oracle's, of a transformers model or a function."""
+    model = load_model(open_checkpoint(str(path)), device="cpu", dtype="float32")
+    generator = torch.Generator().manual_seed(2)
+    vocabulary = min(131, model.vocab_size)
+    prompts = [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in (3, 45, 150)]
+    prompts = [prompt[: model.context_length] for prompt in prompts]
+    for prompt, logits in zip(prompts, prompt_logits(model, prompts), strict=True):
+        with torch.no_grad():
+            given = oracle(torch.tensor([prompt]))
+        expected = (given if isinstance(given, Tensor) else given.logits)[0]
+        worst = ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max()
+        assert worst <= tolerance, f"{path.name}: {worst:.2e}"
