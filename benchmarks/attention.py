@@ -1,12 +1,12 @@
 """How fast is paged attention? Each shape is first checked against the reference kernel, then timed.
 
-A layer call is timed as the model makes it (write and attend), beside torch's scaled_dot_product_attention
-on contiguous K and V of the same dtype, one call a sequence (torch's best case: it gathers no pages).
-GB/s counts K and V once a sequence, also where sequences share pages; GFLOPS counts what causal attention
-needs, not what tiles waste.
+A layer call on bfloat16 pages is timed as the model makes it (write and attend), beside torch's
+scaled_dot_product_attention on contiguous K and V, one call a sequence (torch's best case: it gathers no
+pages), and beside the same call on each narrower type of cache. GB/s counts K and V once a sequence, also
+where sequences share pages; GFLOPS counts what causal attention needs, not what tiles waste.
 The last line is JSON.
 
-    python benchmarks/attention.py [--threads N] [--repeats N]
+    python benchmarks/attention.py [--threads N] [--repeats N] [--caches int8 int4 …]
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Shape:
         return 4 * self.sequences * self.heads * self.dim * seen
 
 
+NARROW = [name for name, stored in K_FORMATS.items() if stored.bits < 16]
 SHAPES = [
     Shape("135M prefill 512", 9, 3, 64, 1, 512, 512),
     Shape("135M prefill 128 at 1024", 9, 3, 64, 1, 128, 1024),
@@ -140,9 +141,8 @@ def torch_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
     return call
 
 
-def run(shape: Shape, repeats: int, cache_type: str) -> dict[str, object]:
-    """Check, time, print one line, return the numbers."""
-    spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, KvDtype.of(cache_type))
+def run(shape: Shape, repeats: int, cache_types: list[str]) -> dict[str, object]:
+    """Check, time, print a line and one a further type of cache, return the numbers."""
     parameters = AttentionParameters(scale=shape.dim**-0.5)
     random_numbers = torch.Generator().manual_seed(1)
     tokens = shape.sequences * shape.queries
@@ -157,22 +157,24 @@ def run(shape: Shape, repeats: int, cache_type: str) -> dict[str, object]:
     last = torch.arange(len(k)).view(shape.sequences, -1)[:, -shape.queries :].flatten()
     new_k, new_v = k[last], v[last]
 
-    results = []
-    for kernel in (CpuAttention(), ReferenceAttention()):
-        cache = kernel.allocate(spec, pages, PAGE_SIZE, torch.device("cpu"))
-        kernel.write(cache, k, v, filling)
-        results.append(kernel.attend(q, cache, batch, parameters))
-        if isinstance(kernel, CpuAttention):
-            native_kernel, native_cache = kernel, cache
-    error = ((results[0] - results[1]).norm() / results[1].norm()).item()
-    assert error < 5e-3, f"{shape.name}: differs from the reference by {error:.2e}"
+    def timed(cache_type: str) -> tuple[float, float, float, int]:
+        """(ms, spread of it, error, bytes of K and V) of pages of this type."""
+        spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, KvDtype.of(cache_type))
+        results = []
+        for kernel in (ReferenceAttention(), CpuAttention()):
+            cache = kernel.allocate(spec, pages, PAGE_SIZE, torch.device("cpu"))
+            kernel.write(cache, k, v, filling)
+            results.append(kernel.attend(q, cache, batch, parameters))
+        error = ((results[1] - results[0]).norm() / results[0].norm()).item()
+        assert error < 5e-3, f"{shape.name}, {cache_type}: differs from the reference by {error:.2e}"
 
-    def call() -> None:
-        native_kernel.write(native_cache, new_k, new_v, batch)
-        native_kernel.attend(q, native_cache, batch, parameters)
+        def call() -> None:
+            kernel.write(cache, new_k, new_v, batch)
+            kernel.attend(q, cache, batch, parameters)
 
-    cache_bytes = shape.sequences * shape.context * spec.token_bytes()
-    ms, spread = measured(call, repeats)
+        return *measured(call, repeats), error, shape.sequences * shape.context * spec.token_bytes()
+
+    ms, spread, error, cache_bytes = timed("bf16")
     torch_ms, _ = measured(torch_attention(shape, q, k, v), repeats)
     numbers = {
         "shape": shape.name,
@@ -189,24 +191,32 @@ def run(shape: Shape, repeats: int, cache_type: str) -> dict[str, object]:
         f" {numbers['gflops']:7.1f} GFLOPS  torch {torch_ms:8.3f} ms"
         f"  {numbers['speedup']:6.2f}x  error {error:.1e}"
     )
+    others = numbers["caches_ms"] = {}
+    for cache_type in cache_types:
+        other_ms, spread, error, cache_bytes = timed(cache_type)
+        others[cache_type] = round(other_ms, 4)
+        print(
+            f"  {cache_type:31} {other_ms:8.3f} ms ±{spread:6.3f} {cache_bytes / other_ms / 1e6:7.2f} GB/s"
+            f"  {other_ms / ms:6.2f} of bf16's time  error {error:.1e}"
+        )
     return numbers
 
 
 def main() -> None:
-    """Print a line a shape, then JSON."""
+    """Print the lines of each shape, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--cache", default="bf16", choices=tuple(K_FORMATS), help="type of K and V")
+    parser.add_argument("--caches", nargs="*", default=NARROW, choices=NARROW, help="timed beside bf16")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     native.set_threads(options.threads)
-    results = [run(shape, options.repeats, options.cache) for shape in SHAPES]
+    results = [run(shape, options.repeats, options.caches) for shape in SHAPES]
     print(
         json.dumps(
             {
                 "benchmark": "attention",
-                "cache": options.cache,
+                "cache": "bf16",
                 "commit": commit(),
                 "command": " ".join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
                 "cpu": cpu_name(),

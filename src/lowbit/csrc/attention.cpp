@@ -89,6 +89,7 @@ struct alignas(64) Scratch {
     // No multiple of 4 KiB may lie between `scores` and `folded`: stores there would hold up loads here.
     float query_sums[BLOCK_ROWS * MAX_GROUPS], starts[BLOCK_ROWS];
     float folded[BLOCK_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups
+    TokenScales scales;
     float values[BLOCK_ROWS * MAX_V_DIM], next_values[BLOCK_ROWS * MAX_V_DIM];
     float maximum[STATE_ROWS], sum[STATE_ROWS], next_maximum[STATE_ROWS], next_sum[STATE_ROWS];
     Key turned[STRIP * SEGMENT_TOKENS];  // of a latent cache
@@ -515,7 +516,8 @@ class Attention {
             float* const to = scratch.queries + (begin + row) * words;
             prepare_query<Key>(q_ + token * q_stride_ + head * cache_.k_dim, cache_.k_dim, to);
             if (keys_.format == Format::INT4) {
-                sum_query<Key>(to, cache_.k_dim, keys_.group, scratch.query_sums + (begin + row) * MAX_GROUPS);
+                sum_query<Key>(to, cache_.k_dim, keys_.group,
+                               scratch.query_sums + (begin + row) * MAX_GROUPS);
             }
         });
     }
@@ -682,26 +684,32 @@ class Attention {
         });
 
         const Store& weighed = cache_.latent ? keys_ : values_;
-        constexpr bool PAIRS = BFLOAT_PRODUCTS<Value>;
-        const auto softmax = PAIRS && weighed.group == 0 ? softmax_segment<true> : softmax_segment<false>;
+        constexpr bool ROUNDED = BFLOAT_PRODUCTS<Value>;
+        constexpr Weights MULTIPLIED = ROUNDED ? Weights::PAIRS : Weights::FLOATS;
+        const auto softmax = weighed.group == 0 ? softmax_segment<MULTIPLIED, ROUNDED>
+                                                : softmax_segment<Weights::FLOATS, ROUNDED>;
         for (int row = begin; row < end; ++row) {
             softmax(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_,
                     states.maximum[row], states.sum[row]);
         }
         const int group = weighed.group > 0 ? weighed.group : cache_.v_dim;
         const auto fold = [&](int dimension, int row_begin, int row_end, float* folded) {
-            Scales scales;
+            Scales stored;
+            TokenScales& scales = scratch.scales;
             for (int member = 0, row = 0; member < count; ++member) {
                 const int past = row + members[member]->rows();
                 const int from = std::max(row, row_begin), to = std::min(past, row_end);
                 row = past;
                 if (from >= to) continue;
-                find_scales(weighed, *members[member], segment, first[from] / PAGE_TOKENS, pages_of(to - 1),
-                            scales);
+                const int page_from = first[from] / PAGE_TOKENS, page_to = pages_of(to - 1);
+                find_scales(weighed, *members[member], segment, page_from, page_to, stored);
+                scales.load(stored, page_from, page_to, dimension);
+                const auto fold_row =
+                    stored.lows ? fold_scales<MULTIPLIED, true> : fold_scales<MULTIPLIED, false>;
                 for (int which = from; which < to; ++which) {
                     const int at = which * SEGMENT_TOKENS;
-                    scratch.starts[which] = fold_scales<PAIRS>(scratch.scores + at, first[which], last[which],
-                                                               scales, dimension, folded + at);
+                    scratch.starts[which] =
+                        fold_row(scratch.scores + at, first[which], last[which], scales, folded + at);
                 }
             }
         };

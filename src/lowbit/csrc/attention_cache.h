@@ -161,20 +161,17 @@ __attribute__((always_inline)) inline void fetch_lines(const float* from, int co
     for (int at = 0; at < count; at += NUMBERS) fetch_line(reinterpret_cast<const std::uint8_t*>(from + at));
 }
 
-// Where in its quad a code lies: in nibbles of INT4, in bytes else. K: dimension `row` % 4 of token `lane`;
-// V: token `row` % 4, dimension `lane` % 16.
-template <bool KEYS>
-constexpr int place_of(Format format, int row, int lane) {
-    const int eight = lane / 4 * 2 + row / 2, within = lane % 4;  // eight codes of a line that stay together
-    if (format != Format::INT4 || KEYS) return 8 * eight + 2 * within + row % 2;
-    return 8 * eight + within / 2 * 4 + row % 2 * 2 + within % 2;  // a byte is two dimensions of a token
-}
+// Bytes of a quad, of codes of a byte or of NIBBLES.
+template <bool NIBBLES>
+constexpr int QUAD_BYTES = NIBBLES ? 32 : 64;
 
-// Byte of a page where the quad of a code begins; `row` and `lane` as above, but of all of the page.
-template <bool KEYS>
-constexpr int quad_begin(Format format, int dim, int row, int lane) {
-    const int quad = KEYS ? row / 4 : row / 4 * (dim / LANES) + lane / LANES;
-    return quad * (format == Format::INT4 ? 32 : 64);
+// Where in its quad a code lies, in codes. K: dimension `row` % 4 of token `lane`; V: token `row` % 4,
+// dimension `lane` % 16.
+template <bool KEYS, bool NIBBLES>
+constexpr int place_of(int row, int lane) {
+    const int eight = lane / 4 * 2 + row / 2, within = lane % 4;  // eight codes of a line that stay together
+    if (!NIBBLES || KEYS) return 8 * eight + 2 * within + row % 2;
+    return 8 * eight + within / 2 * 4 + row % 2 * 2 + within % 2;  // a byte is two dimensions of a token
 }
 
 #if defined(__AVX512BF16__)
@@ -197,7 +194,9 @@ inline CodeTable made_table() {
     for (int begin = 0; begin < 128; begin += LANES) {
         std::uint8_t codes[LANES];
         float values[LANES];
-        for (int lane = 0; lane < LANES; ++lane) codes[lane] = static_cast<std::uint8_t>((begin + lane) % PERIOD);
+        for (int lane = 0; lane < LANES; ++lane) {
+            codes[lane] = static_cast<std::uint8_t>((begin + lane) % PERIOD);
+        }
         store(values, decode_bytes<FORMAT>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
         for (int lane = 0; lane < LANES; ++lane) {
             const Bfloat bits = to_bfloat(values[lane]);
@@ -211,13 +210,18 @@ inline CodeTable made_table() {
 inline const CodeTable& code_table(Format format) {
     static const CodeTable e4m3 = made_table<Format::E4M3>(), e5m2 = made_table<Format::E5M2>(),
                            int8 = made_table<Format::INT8>(), int4 = made_table<Format::INT4>();
-    return format == Format::E4M3 ? e4m3 : format == Format::E5M2 ? e5m2 : format == Format::INT8 ? int8 : int4;
+    switch (format) {
+        case Format::E4M3: return e4m3;
+        case Format::E5M2: return e5m2;
+        case Format::INT8: return int8;
+        default: return int4;
+    }
 }
 
 // Two lines of a quad.
 template <class Code, bool KEYS>
 struct QuadDecoder {
-    static constexpr int BYTES = std::is_same_v<Code, Code4> ? 32 : 64;
+    static constexpr int BYTES = QUAD_BYTES<std::is_same_v<Code, Code4>>;
     __m512i low, low_end, high, high_end;
 
     explicit QuadDecoder(const CodeTable& table)
@@ -226,7 +230,8 @@ struct QuadDecoder {
           high(_mm512_load_si512(table.high)),
           high_end(_mm512_load_si512(table.high + 64)) {}
 
-    __attribute__((always_inline)) void decode(const std::uint8_t* from, __m512i& first, __m512i& second) const {
+    __attribute__((always_inline)) void decode(const std::uint8_t* from, __m512i& first,
+                                               __m512i& second) const {
         __m512i lower, upper;
         if constexpr (std::is_same_v<Code, Code4>) {
             const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
@@ -283,8 +288,8 @@ inline void widen_quads(const Store& store, const std::uint8_t* page, Bfloat* to
                 codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(page));
             }
             const Vector16 values = decode_bytes<FORMAT>(codes);  // exact in the upper halves
-            const __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(values.low), 16),
-                                                      _mm256_srli_epi32(_mm256_castps_si256(values.high), 16));
+            const auto upper = [](__m256 x) { return _mm256_srli_epi32(_mm256_castps_si256(x), 16); };
+            const __m256i words = _mm256_packus_epi32(upper(values.low), upper(values.high));
             const __m256i lines = _mm256_permute4x64_epi64(words, 0xd8);
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(lines));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to + line), _mm256_extracti128_si256(lines, 1));

@@ -352,21 +352,24 @@ struct Softmax {
 };
 
 #if defined(__AVX512BF16__)
-// 2^x for 0 <= x < 1: minimax polynomial, relative error 3e-6, which eight bits do not show.
-constexpr float POWER_OF_TWO[] = {0.013534168f, 0.05201146f, 0.24144275f, 0.69300383f, 1.0000026f};
+// 2^x for 0 <= x < 1: minimax polynomial, relative error 3e-6, which eight bits do not show; 1 of 0.
+constexpr float POWER_OF_TWO[] = {0.0134266857f, 0.0522424728f, 0.241280213f, 0.693044841f, 1.0f};
 
-// Weights of 32 tokens, 2^(score * factor - top), as pairs of bfloat16 in the place of the first 16 scores;
-// below 2^-126 a weight is 0.
+// 2^x for x <= 0, of lanes that are seen, and 0; below 2^-126 0 as well.
+__attribute__((always_inline)) inline __m512 weights_of(__m512 x, Lanes seen) {
+    x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);  // NaN stays NaN
+    const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 sum = _mm512_set1_ps(POWER_OF_TWO[0]);
+    for (int term = 1; term < 5; ++term) {
+        sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(POWER_OF_TWO[term]));
+    }
+    return _mm512_maskz_scalef_ps(seen, sum, x);  // times 2^floor(x)
+}
+
+// Weights of 32 tokens, 2^(score * factor - top), as pairs of bfloat16 in the place of the first 16 scores.
 inline __m512bh pair_weights(float* scores, __m512 factor, __m512 top, Lanes low_seen, Lanes high_seen) {
     const auto weights = [&](const float* from, Lanes seen) {
-        __m512 x = _mm512_fmsub_ps(load(from).lanes, factor, top);
-        x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);  // NaN stays NaN
-        const __m512 fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-        __m512 sum = _mm512_set1_ps(POWER_OF_TWO[0]);
-        for (int term = 1; term < 5; ++term) {
-            sum = _mm512_fmadd_ps(sum, fraction, _mm512_set1_ps(POWER_OF_TWO[term]));
-        }
-        return _mm512_maskz_scalef_ps(seen, sum, x);  // times 2^floor(x)
+        return weights_of(_mm512_fmsub_ps(load(from).lanes, factor, top), seen);
     };
     const __m512 low = weights(scores, low_seen), high = weights(scores + LANES, high_seen);
     const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
@@ -381,10 +384,13 @@ inline Lanes seen_lanes(int first, int last, int vector) {
     return lane_range(std::min(from, LANES), std::max(to, 0));
 }
 
-// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum): floats in
-// the place of the scores, or pairs of bfloat16, token t in half-word t % 32 from the place of token t / 32
-// on. Unseen tokens of a vector (of two, where they are pairs) get 0.
-template <bool PAIRS>
+// What weights are, in the place of the scores: pairs of bfloat16, token t in half-word t % 32 from the place
+// of token t / 32 on, or floats.
+enum class Weights { PAIRS, FLOATS };
+
+// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum). Unseen
+// tokens of a vector (of two, where they are pairs) get 0. ROUNDED: they become bfloat16 in the end.
+template <Weights WEIGHTS, bool ROUNDED>
 inline void softmax_segment(float* scores, int first, int last, const Softmax& softmax, float& maximum_score,
                             float& sum) {
     const int begin = first / LANES, end = (last + LANES - 1) / LANES;
@@ -413,7 +419,7 @@ inline void softmax_segment(float* scores, int first, int last, const Softmax& s
     }
     maximum_score = reduce_max(best) * factor;
 #if defined(__AVX512BF16__)
-    if constexpr (PAIRS) {
+    if constexpr (WEIGHTS == Weights::PAIRS) {
         const __m512 top = _mm512_set1_ps(maximum_score), factors = _mm512_set1_ps(factor);
         const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
         __m512 total = _mm512_setzero_ps();
@@ -434,7 +440,14 @@ inline void softmax_segment(float* scores, int first, int last, const Softmax& s
     for (int vector = begin; vector < end; ++vector) {
         float* here = scores + vector * LANES;
         // Rounded as the maximum was, not fused: its own weight is one.
-        Vector16 weight = exp2(subtract(multiply(load(here), factors), top));
+        const Vector16 power = subtract(multiply(load(here), factors), top);
+        Vector16 weight;
+#if defined(__AVX512BF16__)
+        if constexpr (ROUNDED) {
+            weight = {weights_of(power.lanes, lane_range(0, LANES))};
+        } else
+#endif
+            weight = exp2(power);
         if (vector < whole_begin || vector >= whole_end) weight = select(seen(vector), weight, zeros());
         store(here, weight);
         total = add(total, weight);
@@ -442,35 +455,59 @@ inline void softmax_segment(float* scores, int first, int last, const Softmax& s
     sum = reduce_add(total);
 }
 
-// weights times the values' scales at `dimension`, for tokens first <= t < last: floats, or pairs as above.
-// Returns the sum of weights times lows, which all dimensions of the group have in common. May be in place.
-template <bool PAIRS>
-inline float fold_scales(const float* weights, int first, int last, const Scales& scales, int dimension,
+// Scales, and with `lows` lowest values, of the tokens of a segment as floats.
+struct TokenScales {
+    float scale[SEGMENT_TOKENS], low[SEGMENT_TOKENS];
+
+    void load(const Scales& from, int page_begin, int page_end, int dimension) {
+        static_assert(LANES == PAGE_TOKENS);
+        for (int page = page_begin; page < page_end; ++page) {
+            const Bfloat* const mine = from.of(page, dimension);
+            store(scale + page * LANES, load_bfloats(mine));
+            if (from.lows) store(low + page * LANES, load_bfloats(mine + LANES));
+        }
+    }
+};
+
+// folded <- weights times scales of tokens first <= t < last, 0 of unseen ones beside them: floats, or pairs
+// as above. Returns the sum of weights times lows. May be in place.
+template <Weights FOLDED, bool LOWS>
+inline float fold_scales(const float* weights, int first, int last, const TokenScales& scales,
                          float* folded) {
-    static_assert(LANES == PAGE_TOKENS);
     const int begin = first / LANES, end = (last + LANES - 1) / LANES;
     Vector16 lows = zeros();
-    const auto scaled = [&](int vector) {
-        if (vector < begin || vector >= end) return zeros();
-        const Bfloat* const mine = scales.of(vector, dimension);
-        const Lanes seen = seen_lanes(first, last, vector);
+    const auto scaled = [&](int vector, auto whole) __attribute__((always_inline)) {
         const Vector16 here = load(weights + vector * LANES);
-        if (scales.lows) lows = select(seen, fma(here, load_bfloats(mine + PAGE_TOKENS), lows), lows);
-        return select(seen, multiply(here, load_bfloats(mine)), zeros());
+        const Vector16 product = multiply(here, load(scales.scale + vector * LANES));
+        if (whole) {
+            if (LOWS) lows = fma(here, load(scales.low + vector * LANES), lows);
+            return product;
+        }
+        if (vector < begin || vector >= end) return zeros();
+        const Lanes seen = seen_lanes(first, last, vector);
+        if (LOWS) lows = select(seen, fma(here, load(scales.low + vector * LANES), lows), lows);
+        return select(seen, product, zeros());
     };
-    for (int vector = begin / 2 * 2; vector < end; vector += 2) {
-        const Vector16 lower = scaled(vector), upper = scaled(vector + 1);
+    const auto fold = [&](int vector, auto whole) __attribute__((always_inline)) {
+        const Vector16 lower = scaled(vector, whole), upper = scaled(vector + 1, whole);
 #if defined(__AVX512BF16__)
-        if constexpr (PAIRS) {
+        if constexpr (FOLDED == Weights::PAIRS) {
             const auto rounded = _mm512_cvtne2ps_pbh(upper.lanes, lower.lanes);
             _mm512_storeu_si512(folded + vector * LANES, reinterpret_cast<__m512i>(rounded));
-            continue;
+            return;
         }
 #endif
         store(folded + vector * LANES, lower);
         store(folded + vector * LANES + LANES, upper);
+    };
+    for (int vector = begin / 2 * 2; vector < end; vector += 2) {
+        if (vector * LANES >= first && (vector + 2) * LANES <= last) {
+            fold(vector, std::true_type{});
+        } else {
+            fold(vector, std::false_type{});
+        }
     }
-    return scales.lows ? reduce_add(lows) : 0.0f;
+    return LOWS ? reduce_add(lows) : 0.0f;
 }
 
 // What ROWS rows see of a segment: tokens first[row] <= t < last[row], all of them begin <= t < end.
@@ -500,7 +537,8 @@ inline void value_tile(const float* weights, const Element* const* pages, int v_
                        int dimension, float* out, int stride, const float* start, const Ahead& ahead) {
     Vector16 sums[ROWS][VECTORS];
     each_sum(sums, [&](int row, int vector) {
-        return start != nullptr ? broadcast(start[row]) : load(out + row * stride + dimension + vector * LANES);
+        if (start != nullptr) return broadcast(start[row]);
+        return load(out + row * stride + dimension + vector * LANES);
     });
     const auto add_token = [&](int token, auto all_see) __attribute__((always_inline)) {
         const Element* page = pages[token / PAGE_TOKENS];
@@ -552,7 +590,8 @@ inline void value_pairs(const float* weights, const Element* const* pages, int v
     constexpr int PAGE_PAIRS = PAGE_TOKENS / 2;
     Vector16 sums[ROWS][VECTORS];
     each_sum(sums, [&](int row, int vector) {
-        return start != nullptr ? broadcast(start[row]) : load(out + row * stride + dimension + vector * LANES);
+        if (start != nullptr) return broadcast(start[row]);
+        return load(out + row * stride + dimension + vector * LANES);
     });
     const auto weight_of = [&](int row, int pair) __attribute__((always_inline)) {
         int word;
@@ -560,7 +599,8 @@ inline void value_pairs(const float* weights, const Element* const* pages, int v
         std::memcpy(&word, from, sizeof word);
         return reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
     };
-    const auto add = [&](int row, int vector, __m512i values, __m512bh weight) __attribute__((always_inline)) {
+    const auto add = [&](int row, int vector, __m512i values,
+                         __m512bh weight) __attribute__((always_inline)) {
         sums[row][vector].lanes =
             _mm512_dpbf16_ps(sums[row][vector].lanes, reinterpret_cast<__m512bh>(values), weight);
     };
@@ -667,8 +707,8 @@ inline void value_rows(const float* weights, const Element* const* pages, int v_
     for (; begin + VECTORS * LANES <= end; begin += VECTORS * LANES) {
 #if defined(__AVX512BF16__)
         if constexpr (BFLOAT_PRODUCTS<Element>) {
-            value_pairs<Element, ROWS, VECTORS, FETCH>(weights, pages, v_dim, format, seen, begin, out, stride,
-                                                       start, ahead);
+            value_pairs<Element, ROWS, VECTORS, FETCH>(weights, pages, v_dim, format, seen, begin, out,
+                                                       stride, start, ahead);
             continue;
         }
 #endif
@@ -679,8 +719,8 @@ inline void value_rows(const float* weights, const Element* const* pages, int v_
     }
     if constexpr (VECTORS > 1) {
         if (begin < end) {
-            value_rows<Element, FETCH, ROWS, VECTORS / 2>(weights, pages, v_dim, format, seen, begin, end, out,
-                                                          stride, start, ahead);
+            value_rows<Element, FETCH, ROWS, VECTORS / 2>(weights, pages, v_dim, format, seen, begin, end,
+                                                          out, stride, start, ahead);
         }
     }
 }
@@ -692,8 +732,8 @@ inline void value_block(const float* weights, int rows, const Element* const* pa
                         const float* start, const Ahead& ahead) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            value_block<Element, FETCH, ROWS - 1>(weights, rows, pages, v_dim, format, first, last, begin, end,
-                                                  out, stride, start, ahead);
+            value_block<Element, FETCH, ROWS - 1>(weights, rows, pages, v_dim, format, first, last, begin,
+                                                  end, out, stride, start, ahead);
             return;
         }
     }

@@ -131,19 +131,34 @@ std::uint16_t to_half(float value) {  // saturates: an infinity in the cache wou
         _mm_cvtps_ph(_mm_set_ss(within), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), 0));
 }
 
-// One token's codes into a page: K's dimensions are rows of its quads, V's lanes.
-template <bool KEYS>
+// One token's codes into a page, two dimensions a time: K's are rows of its quads, V's lanes.
+template <bool KEYS, bool NIBBLES>
 void write_codes(const Store& to, std::uint8_t* page, int offset, const std::uint8_t* codes) {
-    for (int dimension = 0; dimension < to.dim; ++dimension) {
-        const int row = KEYS ? dimension : offset, lane = KEYS ? offset : dimension;
-        const int place = place_of<KEYS>(to.format, row % 4, lane % LANES);
-        std::uint8_t* const quad = page + quad_begin<KEYS>(to.format, to.dim, row, lane);
-        if (to.format != Format::INT4) {
-            quad[place] = codes[dimension];
-        } else if (dimension % 2 == 0) {  // with the next dimension's, which is the byte's upper half
-            quad[place / 2] = static_cast<std::uint8_t>(codes[dimension] | codes[dimension + 1] << 4);
+    constexpr int PER_BYTE = NIBBLES ? 2 : 1, BYTES = QUAD_BYTES<NIBBLES>;
+    const int place = KEYS ? place_of<KEYS, NIBBLES>(0, offset) : place_of<KEYS, NIBBLES>(offset % 4, 0);
+    page += place / PER_BYTE + (KEYS ? 0 : offset / 4 * (to.dim / LANES) * BYTES);
+    constexpr int QUAD = KEYS ? 4 : LANES;  // dimensions of it
+    for (int begin = 0; begin < to.dim; begin += QUAD, page += BYTES) {
+        for (int dimension = 0; dimension < QUAD; dimension += 2) {
+            const auto at = [](int which) {
+                const int code = KEYS ? place_of<KEYS, NIBBLES>(which, 0) : place_of<KEYS, NIBBLES>(0, which);
+                return code / PER_BYTE;
+            };
+            const std::uint8_t first = codes[begin + dimension], second = codes[begin + dimension + 1];
+            if (NIBBLES) {
+                page[at(dimension)] = static_cast<std::uint8_t>(first | second << 4);
+            } else {
+                page[at(dimension)] = first;
+                page[at(dimension + 1)] = second;
+            }
         }
     }
+}
+
+template <bool KEYS>
+void write_codes(const Store& to, std::uint8_t* page, int offset, const std::uint8_t* codes) {
+    const bool nibbles = to.format == Format::INT4;
+    (nibbles ? write_codes<KEYS, true> : write_codes<KEYS, false>)(to, page, offset, codes);
 }
 
 void write_key(const Store& to, std::uint8_t* page, int offset, const float* key) {
