@@ -50,7 +50,7 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
 }  // namespace
 
 BlockFunction word_function(const Layout& layout) {
-    if (layout.codes != Codes::words4 || layout.addend != Addend::none) return nullptr;
+    if (layout.codes != Codes::words4 || layout.addend != Addend::none || layout.sub == LEAST_GROUP) return nullptr;
     return layout.sub == 16 ? multiply_words<Codes::words4, 16> : multiply_words<Codes::words4, 32>;
 }
 

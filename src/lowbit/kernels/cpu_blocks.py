@@ -1,4 +1,4 @@
-"""cpu_blocks: weights of 1- to 8-bit codes with scales for each 16, 32 … columns, on AVX2 and AVX-512.
+"""cpu_blocks: weights of 1- to 8-bit codes with scales for each 8, 16, 32 … columns, on AVX2 and AVX-512.
 
 Takes any canonical scheme whose code values are exact in bfloat16 (integers, small floats, iq4_nl), but for
 a factor that all share (bitsandbytes' fp4: 1/192) and scales take over, and all GGUF blocks: K-quants and
@@ -59,7 +59,7 @@ _SCALE_KINDS = {
     "e8m0": SCALES_BF16,  # powers of two are exact in bf16
     "e4m3": SCALES_E4M3,
 }
-_LARGEST_GROWTH = 1.25  # packed bytes to the scheme's own; what is refused runs many times slower
+_LARGEST_GROWTH = 1.45  # packed bytes to the scheme's own; what is refused runs many times slower
 # GGUF types whose inner scales are small whole numbers and whose outer ones are f16.
 _TWO_LEVEL = {f"gguf_{name}" for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")}
 _SMALL_FLOATS = {"gguf_mxfp4": "bf16", "gguf_nvfp4": "e4m3"}  # what holds their scales exactly
@@ -182,8 +182,8 @@ def _table(fmt: NumberFormat) -> Tensor:
         return torch.cat((numbers.repeat(2).view(torch.uint8), fmt.table().view(torch.uint8)))
     values = fmt.table()[:64].bfloat16()
     if fmt.bits == 7:
-        words = fmt.table().bfloat16().view(torch.int16).int()
-        return torch.cat((values.view(torch.uint8), _bytes(words)))
+        bits = fmt.table().bfloat16().view(torch.int16).int()
+        return torch.cat((values.view(torch.uint8), _bytes(bits)))
     return values.repeat(64 // len(values)).contiguous()
 
 
@@ -285,9 +285,10 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     if not two_level and inner not in _SCALE_KINDS:
         return f"scales are {inner}"
     group = scheme.blocks[0][1]
-    if group != 16 and group % COLUMNS and group != columns:
-        return f"needs groups of 16 or a multiple of {COLUMNS}, got {group}"
-    step = COLUMNS if group in (0, 16, columns) else group
+    least = code_kind in ("bits2", "bits3", "bits4", "int8", "uint8") and not two_level
+    if group % COLUMNS and group not in (16, columns) and not (least and group == 8):
+        return f"needs groups of 8, 16 or a multiple of {COLUMNS}, got {group} of {fmt.name}"
+    step = COLUMNS if group in (0, 8, 16, columns) else group
     padded = -(-columns // step) * step
     group = padded if group in (0, columns) else group
     kind = _inner_level(scheme) if two_level else _SCALE_KINDS[inner]
@@ -367,7 +368,7 @@ def _whole_groups(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
     if scheme.flattened or not scheme.blocks:
         return scheme
     columns, (rows, group) = shape[-1], scheme.blocks[0]
-    if group in (0, 16, columns):
+    if group in (0, 8, 16, columns):
         return scheme
     part = group if columns % COLUMNS else math.gcd(group, columns)
     if part % COLUMNS and not part % 16:
