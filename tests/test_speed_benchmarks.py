@@ -22,6 +22,7 @@ targets = benchmark_module("targets")
 regimes = benchmark_module("regimes")
 comparison = benchmark_module("comparison")
 linear_formats = benchmark_module("linear_formats")
+cliffs = benchmark_module("cliffs")
 linear = benchmark_module("linear")
 
 RIVAL = f"""
@@ -273,3 +274,27 @@ def test_the_plot_has_a_panel_a_shape(tmp_path: Path) -> None:
     ]
     linear.plot(rows, tmp_path / "plot.svg", "a machine")
     assert (tmp_path / "plot.svg").read_text().count('id="axes_') == 2
+
+
+def test_cliffs_are_beside_formats_of_their_size_and_inputs() -> None:
+    def cliff(name: str, bits: float, seconds: float, whole: bool = False) -> Any:
+        return cliffs.Cliff(name, "cpu_blocks", bits, 1000, whole, {1: seconds})
+
+    rows = [
+        cliff("a", 4.5, 1.0),
+        cliff("b", 4.3, 3.0),
+        cliff("c", 8.0, 0.5),
+        cliff("d", 4.5, 0.1, whole=True),
+    ]
+    assert [cliffs.ratio(row, rows, 1) for row in rows] == [1.0, 3.0, 1.0, 1.0]
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native library")
+@pytest.mark.parametrize("format", cliffs.FORMATS)
+def test_no_format_of_the_cliffs_needs_the_reference_kernel(format: str) -> None:
+    sample = cliffs.FORMATS[format]((32, 256))
+    assert (
+        linear.choose(sample.weight.scheme, sample.weight.shape, torch.device("cpu")).kernel.name
+        != "reference"
+    )
+    assert sample.weight.dequantize().isfinite().all()

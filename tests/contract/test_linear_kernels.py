@@ -154,6 +154,10 @@ WEIGHTS = {
     "e5m2 g64": lambda: canonical("e5m2", 64),
     "e4m3fnuz blocks": lambda: canonical("e4m3fnuz", 128, "f32", block_rows=16, shape=(48, 256)),
     "e5m2fnuz channel": lambda: canonical("e5m2fnuz", 0, "f32"),
+    "int4 g8": lambda: canonical("int4", 8),
+    "uint2 g8 zero": lambda: canonical("uint2", 8, zero=True),
+    "uint3 g8 float zero (HQQ)": lambda: float_zero("uint3", 8, "f16"),
+    "uint8 g8 bf16 offset, 72 columns": lambda: canonical("uint8", 8, "bf16", offset=True, shape=(37, 72)),
     "int4 g48": lambda: canonical("int4", 48, shape=(37, 288)),
     "int4 channel, 83 columns": lambda: canonical("int4", 0, "f32", shape=(37, 83)),
     "uint4 g32 zero, 72 columns": lambda: canonical("uint4", 32, zero=True, shape=(37, 72)),
@@ -217,7 +221,7 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     tiles = (-(-rows // 16) * 16 / rows) * (-(-columns // 32) * 32 / columns)
     order = 8 * columns if weight.column_order is not None else 0
     table = packed.buffers["table"].nbytes if "table" in packed.buffers else 0  # which weights share
-    growth = 1.25 if kernel.name == "cpu_blocks" else 1.1
+    growth = 1.45 if kernel.name == "cpu_blocks" else 1.1
     assert packed.nbytes - table <= growth * weight.nbytes * tiles + order + 1024
     assert 0 <= packed.nbytes - table - kernel.nbytes(weight.scheme, weight.shape) <= order + 4 * rows
 
@@ -344,12 +348,13 @@ def test_native_kernels_take_what_they_should() -> None:
     ("weight", "words"),
     [
         (canonical("int4", 32, shape=(16, 96)), None),
-        (canonical("int4", 48, "f32", shape=(16, 96)), "would take"),
+        (canonical("int4", 48, "f32", shape=(16, 96)), None),
         (canonical("int4", 32, shape=(16, 40)), None),
         (canonical("int4", 1024, shape=(16, 1048)), "would take"),
         (ragged("int4", 128, 224), None),
         (canonical("e2m1", 16, "e8m0"), None),
-        (canonical("int4", 8, shape=(16, 64)), "groups of 16 or a multiple of 32"),
+        (canonical("int4", 4, shape=(16, 64)), "groups of 8, 16 or a multiple of 32"),
+        (canonical("int5", 8, shape=(16, 64)), "got 8 of int5"),
         (canonical("int4", 0, shape=(16, 40)), None),
         (canonical("e8m0", 64), "not exact in bfloat16"),
         (crooked(), "not exact in bfloat16 or have no packed form"),

@@ -370,6 +370,7 @@ BlocksFunction bytes_by_group(bool grouped) {
 }  // namespace
 
 BlocksFunction exact_tiles(const Layout& layout) {
+    if (layout.sub == LEAST_GROUP) return nullptr;
     switch (layout.codes) {
         case Codes::bits1: return multiply_exact<Codes::bits1>;
         case Codes::bits2: return multiply_exact<Codes::bits2>;

@@ -22,31 +22,24 @@ INLINE Sixteen scale_of(Sixteen weight, const float* x_scale) {
     return weight;
 }
 
-template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKENS>
-INLINE void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
+template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKENS>
+INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
                           float (*totals)[ROWS]) {
-    const std::uint16_t* const from = x.at<std::uint16_t>(tile, token);
     Sixteen sums[TOKENS];
-    dot<0, SUB, TOKENS>(w, from, COLUMNS, sums);
-    const std::int64_t span = tile * (COLUMNS / SUB) * x.tokens + token;
+    dot<PART * SUB, SUB, TOKENS>(w, x.at<std::uint16_t>(tile, token), COLUMNS, sums);
+    const std::int64_t span = (tile * (COLUMNS / SUB) + PART) * x.tokens + token;
     const float* const x_sums = x.sums + span;
     const float* const x_scales = X_SCALED ? x.scales + span : nullptr;
     UNROLL
     for (int t = 0; t < TOKENS; ++t) {
         Sixteen total = sixteen_load(totals[token + t]);
-        total = accumulate<ADDEND, SCALED>(total, sums[t], scale_of<X_SCALED>(walk.scale[0], x_scales + t), walk.addend[0],
+        const Sixteen scale = scale_of<X_SCALED>(walk.scale[PART], x_scales + t);
+        total = accumulate<ADDEND, SCALED>(total, sums[t], scale, walk.addend[PART],
                                            ADDEND == Addend::none ? 0.0f : x_sums[t]);
         sixteen_store(totals[token + t], total);
     }
-    if constexpr (SUB == 16) {
-        dot<16, 16, TOKENS>(w, from, COLUMNS, sums);
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            Sixteen total = sixteen_load(totals[token + t]);
-            total = accumulate<ADDEND, SCALED>(total, sums[t], scale_of<X_SCALED>(walk.scale[1], x_scales + x.tokens + t), walk.addend[1],
-                                               ADDEND == Addend::none ? 0.0f : x_sums[x.tokens + t]);
-            sixteen_store(totals[token + t], total);
-        }
+    if constexpr ((PART + 1) * SUB < COLUMNS) {
+        multiply_part<SUB, PART + 1, ADDEND, SCALED, X_SCALED, TOKENS>(w, walk, x, tile, token, totals);
     }
 }
 
@@ -70,7 +63,7 @@ struct TileStep {
     float (*totals)[ROWS];
     template <int TOKENS>
     INLINE void operator()(int token) const {
-        multiply_tile<SUB, ADDEND, SCALED, X_SCALED, TOKENS>(w, walk, x, tile, token, totals);
+        multiply_part<SUB, 0, ADDEND, SCALED, X_SCALED, TOKENS>(w, walk, x, tile, token, totals);
     }
 };
 
@@ -87,6 +80,20 @@ struct FloatStep {
 };
 
 // One token: its total stays in a register, and nothing that is decoded goes through memory.
+template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED>
+INLINE Sixteen add_part(Sixteen total, const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile) {
+    const std::int64_t span = tile * (COLUMNS / SUB) + PART;
+    Sixteen sum[1];
+    dot<PART * SUB, SUB, 1>(w, x.at<std::uint16_t>(tile, 0), COLUMNS, sum);
+    const Sixteen scale = scale_of<X_SCALED>(walk.scale[PART], X_SCALED ? x.scales + span : nullptr);
+    total = accumulate<ADDEND, SCALED>(total, sum[0], scale, walk.addend[PART],
+                                       ADDEND == Addend::none ? 0.0f : x.sums[span]);
+    if constexpr ((PART + 1) * SUB < COLUMNS) {
+        return add_part<SUB, PART + 1, ADDEND, SCALED, X_SCALED>(total, w, walk, x, tile);
+    }
+    return total;
+}
+
 template <Codes CODES, int SUB, Addend ADDEND, bool SCALED, bool X_SCALED = false>
 __attribute__((noinline)) void multiply_block_once(const Layout& layout, const std::uint8_t* block,
                                                    const Decoding& decoding, const Input& x, float* totals) {
@@ -95,18 +102,7 @@ __attribute__((noinline)) void multiply_block_once(const Layout& layout, const s
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         BfloatTile w;
         decode<CODES>(walk.next(), decoding.table, w);
-        const std::uint16_t* const from = x.at<std::uint16_t>(tile, 0);
-        const float* const x_sums = x.sums + tile * (COLUMNS / SUB);
-        const float* const x_scales = X_SCALED ? x.scales + tile * (COLUMNS / SUB) : nullptr;
-        Sixteen sum[1];
-        dot<0, SUB, 1>(w, from, COLUMNS, sum);
-        total = accumulate<ADDEND, SCALED>(total, sum[0], scale_of<X_SCALED>(walk.scale[0], x_scales), walk.addend[0],
-                                           ADDEND == Addend::none ? 0.0f : x_sums[0]);
-        if constexpr (SUB == 16) {
-            dot<16, 16, 1>(w, from, COLUMNS, sum);
-            total = accumulate<ADDEND, SCALED>(total, sum[0], scale_of<X_SCALED>(walk.scale[1], x_scales + 1), walk.addend[1],
-                                               ADDEND == Addend::none ? 0.0f : x_sums[1]);
-        }
+        total = add_part<SUB, 0, ADDEND, SCALED, X_SCALED>(total, w, walk, x, tile);
     }
     sixteen_store(totals, total);
 }
@@ -200,7 +196,7 @@ BlockFunction without_addend(const Layout& layout) {
 }  // namespace
 
 BlockFunction float_function(const Layout& layout) {
-    const bool scaled = layout.addend == Addend::none && layout.scales != Scales::none;
+    const bool scaled = layout.addend == Addend::none && layout.scales != Scales::none && layout.sub != LEAST_GROUP;
     return scaled && layout.codes == Codes::int8 ? multiply_wide_block<Codes::int8> : nullptr;
 }
 
@@ -213,7 +209,7 @@ static BlockFunction scaled_by_sub(const Layout& layout) {
 #endif
 
 BlockFunction scaled_function(const Layout& layout) {
-    if (layout.addend != Addend::none || layout.scales == Scales::none) return nullptr;
+    if (layout.addend != Addend::none || layout.scales == Scales::none || layout.sub == LEAST_GROUP) return nullptr;
     switch (layout.codes) {
 #if !defined(LOWBIT_AMX)
         case Codes::bits4: return scaled_by_sub<Codes::bits4>(layout);
@@ -227,6 +223,16 @@ BlockFunction scaled_function(const Layout& layout) {
 }
 
 BlockFunction exact_function(const Layout& layout) {
+    if (layout.sub == LEAST_GROUP) {  // under AMX too
+        switch (layout.codes) {
+            case Codes::bits2: return by_addend<Codes::bits2, LEAST_GROUP>(layout.addend);
+            case Codes::bits3: return by_addend<Codes::bits3, LEAST_GROUP>(layout.addend);
+            case Codes::bits4: return by_addend<Codes::bits4, LEAST_GROUP>(layout.addend);
+            case Codes::int8: return by_addend<Codes::int8, LEAST_GROUP>(layout.addend);
+            case Codes::uint8: return by_addend<Codes::uint8, LEAST_GROUP>(layout.addend);
+            default: return nullptr;
+        }
+    }
     switch (layout.codes) {
 #if !defined(LOWBIT_AMX)  // there exact_tiles has them
         case Codes::bits1: return by_sub<Codes::bits1>(layout);

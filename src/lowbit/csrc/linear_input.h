@@ -211,6 +211,15 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
                     to.sums[((tile + 1) * COLUMNS / shape.span - 1) * tokens + token] = span_sum;
                     span_sum = 0.0f;
                 }
+            } else if (shape.span == LEAST_GROUP) {
+                alignas(64) float numbers[COLUMNS];
+                sixteen_store(numbers, a);
+                sixteen_store(numbers + 16, b);
+                for (int part = 0; part < COLUMNS / LEAST_GROUP; ++part) {
+                    const float* const eight = numbers + part * LEAST_GROUP;
+                    to.sums[(tile * (COLUMNS / LEAST_GROUP) + part) * tokens + token] =
+                        ((eight[0] + eight[4]) + (eight[2] + eight[6])) + ((eight[1] + eight[5]) + (eight[3] + eight[7]));
+                }
             } else {
                 to.sums[tile * 2 * tokens + token] = sixteen_sum(a);
                 to.sums[(tile * 2 + 1) * tokens + token] = sixteen_sum(b);

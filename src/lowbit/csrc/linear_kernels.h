@@ -59,7 +59,7 @@ BlockFunction float_function(const Layout& layout);
 
 // Whether codes are whole numbers under scales, which int8 inputs can meet.
 inline bool meets_bytes(const Layout& layout, const ByteCodes& codes) {
-    return codes.possible && layout.scales != Scales::none;
+    return codes.possible && layout.scales != Scales::none && layout.sub != LEAST_GROUP;
 }
 
 // x as whole numbers: int8 with a scale for each 32 columns, or, ``grouped`` false, sums over whole groups of the
@@ -90,7 +90,7 @@ BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool gro
 
 // Columns whose sum of products is scaled at once.
 inline std::int64_t summed_columns(const Layout& layout) {
-    return layout.sub == 16 || layout.scales == Scales::none ? layout.sub : layout.unit;
+    return layout.sub < COLUMNS || layout.scales == Scales::none ? layout.sub : layout.unit;
 }
 
 #else

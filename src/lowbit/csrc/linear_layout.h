@@ -9,13 +9,13 @@
 struct lowbit_weight {
     const std::uint8_t* data;
     // 64 bfloat16 values, for codes of 2 to 7 bits; with a factor, 32 of them (words4: 16-bit numbers, 16 of them
-    // twice) and then 16 floats, what codes of 4 bits are worth exactly; for grids, a grid behind it: the low bytes of
-    // its 16-bit words, then the high ones.
+    // twice) and then 16 floats, what codes of 4 bits are worth exactly; for grids and 7 bits, 16-bit words behind
+    // it (vectors; all 128 values), the low bytes of all and then the high ones.
     const std::uint16_t* table;
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles
     std::int32_t codes;
-    std::int32_t group;   // columns that share a scale; 16, or a multiple of 32
+    std::int32_t group;   // columns that share a scale; 8, 16, or a multiple of 32
     std::int32_t scales;  // enum Scales
     std::int32_t addend;  // enum Addend
     std::int32_t input;   // enum InputKind: what x is rounded to
@@ -37,6 +37,7 @@ enum class Scales : std::int32_t {
 enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3, words = 4, scaled = 5 };
 enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
 
+constexpr int LEAST_GROUP = 8;    // columns that share a scale
 constexpr int SUPER = 256;        // columns of an outer block of two-level scales
 
 // Sizes that follow from a weight's description.
@@ -47,7 +48,7 @@ struct Layout {
           addend(static_cast<Addend>(w.addend)),
           tiles(w.columns / COLUMNS),
           blocks((w.rows + ROWS - 1) / ROWS),
-          sub(w.group == 16 ? 16 : 32),
+          sub(w.group < COLUMNS ? w.group : COLUMNS),
           factor(w.factor) {
         const bool byte_scales = scales == Scales::two_level || scales == Scales::e4m3;
         const bool nibbles = scales == Scales::nibbles || scales == Scales::odd_nibbles;
@@ -112,8 +113,8 @@ class Walk {
         return tile;
     }
 
-    Sixteen scale[2];
-    Sixteen addend[2];
+    Sixteen scale[COLUMNS / LEAST_GROUP];
+    Sixteen addend[COLUMNS / LEAST_GROUP];
 
   private:
     void read_header(std::int64_t header) {

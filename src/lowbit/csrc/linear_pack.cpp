@@ -13,6 +13,10 @@ namespace {
 
 // Whether some kernel multiplies such a weight.
 bool known(const Layout& layout) {
+    if (layout.sub == LEAST_GROUP) {
+        const bool here = layout.codes == Codes::bits2 || layout.codes == Codes::bits3 || layout.codes == Codes::bits4;
+        return here || layout.codes == Codes::int8 || layout.codes == Codes::uint8;
+    }
     switch (layout.codes) {
         case Codes::words4:
         case Codes::grid2_256:
@@ -85,7 +89,7 @@ void dequantize_row(const lowbit_weight& weight, const Layout& layout, std::int6
     const int lane = static_cast<int>(row % ROWS);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next();
-        float scale[2][ROWS], addend[2][ROWS];
+        float scale[COLUMNS / LEAST_GROUP][ROWS], addend[COLUMNS / LEAST_GROUP][ROWS];
         for (int part = 0; part < COLUMNS / layout.sub; ++part) {
             if (layout.scales != Scales::none) sixteen_store(scale[part], walk.scale[part]);
             if (layout.addend != Addend::none) sixteen_store(addend[part], walk.addend[part]);

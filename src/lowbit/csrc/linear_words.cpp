@@ -14,14 +14,14 @@ struct WordStep {
     float (*totals)[ROWS];
 
     template <int TOKENS>
-    void operator()(int token) const {
+    INLINE void operator()(int token) const {
         multiply<0, TOKENS>(token);
         if constexpr (SUB == 16) multiply<1, TOKENS>(token);
     }
 
   private:
     template <int HALF, int TOKENS>
-    void multiply(int token) const {
+    INLINE void multiply(int token) const {
         SixteenInts sums[TOKENS];
         dot_words<HALF * SUB, SUB, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
         const float* const x_scales = x.scales + tile * x.tokens + token;
@@ -53,7 +53,7 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
 }  // namespace
 
 BlockFunction word_function(const Layout& layout) {
-    if (layout.codes != Codes::words4 || layout.addend != Addend::none) return nullptr;
+    if (layout.codes != Codes::words4 || layout.addend != Addend::none || layout.sub == LEAST_GROUP) return nullptr;
     return layout.sub == 16 ? multiply_words<Codes::words4, 16> : multiply_words<Codes::words4, 32>;
 }
 

@@ -1,4 +1,4 @@
-"""cpu_blocks: weights of 1- to 8-bit codes with scales for each 16, 32 … columns, on AVX2 and AVX-512.
+"""cpu_blocks: weights of 1- to 8-bit codes with scales for each 8, 16, 32 … columns, on AVX2 and AVX-512.
 
 Takes any canonical scheme whose code values are exact in bfloat16 (integers, small floats, iq4_nl), but for
 a factor that all share (bitsandbytes' fp4: 1/192) and scales take over, and all GGUF blocks: K-quants and
@@ -59,7 +59,7 @@ _SCALE_KINDS = {
     "e8m0": SCALES_BF16,  # powers of two are exact in bf16
     "e4m3": SCALES_E4M3,
 }
-_LARGEST_GROWTH = 1.25  # packed bytes to the scheme's own; what is refused runs many times slower
+_LARGEST_GROWTH = 1.45  # packed bytes to the scheme's own; what is refused runs many times slower
 # GGUF types whose inner scales are small whole numbers and whose outer ones are f16.
 _TWO_LEVEL = {f"gguf_{name}" for name in ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs")}
 _SMALL_FLOATS = {"gguf_mxfp4": "bf16", "gguf_nvfp4": "e4m3"}  # what holds their scales exactly
@@ -168,8 +168,8 @@ def _factor(fmt: NumberFormat) -> float:
 def _table(fmt: NumberFormat) -> Tensor:
     """bfloat16 (64,): the value of every index the kernel may form, short tables repeated.
 
-    The values of 7 bits go on as they begin. With a ``_factor`` bytes: 16 numbers of 16 bits twice, then 16
-    float32 values.
+    As bytes where more follows: all 128 values of 7 bits, a grid. With a ``_factor`` 16 numbers of 16 bits
+    twice, then 16 float32 values.
     """
     if fmt.name in _GRID_TYPES:
         return _grid_table(fmt.name)
@@ -181,7 +181,15 @@ def _table(fmt: NumberFormat) -> Tensor:
         numbers = _words(fmt)[0].short() if words else (fmt.table().double() / factor).round().bfloat16()
         return torch.cat((numbers.repeat(2).view(torch.uint8), fmt.table().view(torch.uint8)))
     values = fmt.table()[:64].bfloat16()
+    if fmt.bits == 7:
+        bits = fmt.table().bfloat16().view(torch.int16).int()
+        return torch.cat((values.view(torch.uint8), _bytes(bits)))
     return values.repeat(64 // len(values)).contiguous()
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """uint8 (2 n,): the low bytes of n words of 16 bits, then their high ones."""
+    return torch.cat((words & 255, words >> 8 & 255)).to(torch.uint8)
 
 
 def _numbers(name: str) -> Tensor:
@@ -214,7 +222,7 @@ def _grid_table(name: str) -> Tensor:
     places = pairs // 4 * 2 + pairs % 2 + 8 // width * (pairs // 2 % 2)
     words = (_vectors(name)[0] << places * width).sum(1)
     bfloats = table.flatten().bfloat16().repeat(64 // table.numel()).view(torch.uint8)
-    return torch.cat((bfloats, (words & 255).to(torch.uint8), (words >> 8).to(torch.uint8)))
+    return torch.cat((bfloats, _bytes(words)))
 
 
 def _to_grid(codes: Tensor, name: str) -> Tensor:
@@ -277,9 +285,10 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     if not two_level and inner not in _SCALE_KINDS:
         return f"scales are {inner}"
     group = scheme.blocks[0][1]
-    if group != 16 and group % COLUMNS and group != columns:
-        return f"needs groups of 16 or a multiple of {COLUMNS}, got {group}"
-    step = COLUMNS if group in (0, 16, columns) else group
+    least = code_kind in ("bits2", "bits3", "bits4", "int8", "uint8") and not two_level
+    if group % COLUMNS and group not in (16, columns) and not (least and group == 8):
+        return f"needs groups of 8, 16 or a multiple of {COLUMNS}, got {group} of {fmt.name}"
+    step = COLUMNS if group in (0, 8, 16, columns) else group
     padded = -(-columns // step) * step
     group = padded if group in (0, columns) else group
     kind = _inner_level(scheme) if two_level else _SCALE_KINDS[inner]
@@ -359,7 +368,7 @@ def _whole_groups(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
     if scheme.flattened or not scheme.blocks:
         return scheme
     columns, (rows, group) = shape[-1], scheme.blocks[0]
-    if group in (0, 16, columns):
+    if group in (0, 8, 16, columns):
         return scheme
     part = group if columns % COLUMNS else math.gcd(group, columns)
     if part % COLUMNS and not part % 16:

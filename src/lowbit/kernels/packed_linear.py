@@ -133,8 +133,9 @@ class Description(ctypes.Structure):
 
     @property
     def table_size(self) -> int:
-        """Bytes of the table, a grid included."""
-        return TABLE_BYTES + (2 << GRIDS[self.codes].bits if self.codes in GRIDS else 0)
+        """Bytes of the table, and of the words behind it."""
+        words = 128 if self.codes == CODES["bits7"] else 0
+        return TABLE_BYTES + 2 * (1 << GRIDS[self.codes].bits if self.codes in GRIDS else words)
 
     @property
     def addend_size(self) -> int:
