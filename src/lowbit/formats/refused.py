@@ -26,7 +26,6 @@ REFUSED: dict[str, str] = {
     "mlx": _LATER,
     "metal": _LATER,
     "gemma": _LATER,
-    "eetq": _PRIVATE + " (int8 weight-only gives the same numbers)",
     "qqq": _PRIVATE,
     "bitblas": _PRIVATE,
     "gptq_bitblas": _PRIVATE,
