@@ -68,6 +68,12 @@ def refuse(header: CheckpointHeader) -> NoReturn:
     for known, advice in REFUSED.items():
         if known.replace("_", "-") == name:
             raise LowbitError("E0211", f"{header.root.name}: quantization method {known} ({place}) {advice}")
+    if found is None and name:
+        raise LowbitError(
+            "E0211",
+            f"{header.root.name}: the weights are {method}'s ({place}), but config.json says nothing of "
+            "how they are quantized; restore the quantization_config that belongs to these weights",
+        )
     from lowbit.formats import all_formats
 
     listed = ", ".join(sorted(fmt.name for fmt in all_formats()))
