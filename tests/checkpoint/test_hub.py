@@ -311,4 +311,8 @@ def test_pickled_weights_are_fetched_where_there_are_no_others() -> None:
     needed = needed_files(Reference("org/x"), [*pickled, "model.safetensors"])
     assert not any(name.endswith(".bin") for name in needed)
     mistral = ["params.json", "tekken.json", "consolidated.safetensors"]
-    assert needed_files(Reference("org/x"), mistral) == ["params.json", "consolidated.safetensors"]
+    assert needed_files(Reference("org/x"), mistral) == [
+        "params.json",
+        "tekken.json",
+        "consolidated.safetensors",
+    ]

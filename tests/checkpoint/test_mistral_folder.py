@@ -160,7 +160,7 @@ def test_sizes_are_checked_where_configs_are(folder: Path) -> None:
     assert caught.value.code == "E0216"
 
 
-def test_a_tekken_tokenizer_alone_is_named(folder: Path) -> None:
+def test_its_tokenizer_is_read(folder: Path) -> None:
     (folder / "tekken.json").write_text("{}")
-    with pytest.raises(LowbitError, match=r"tekken.json alone is not read"):
+    with pytest.raises(LowbitError, match=r"tekken.json: no config"):
         load_tokenizer(open_checkpoint(str(folder)))

@@ -31,6 +31,7 @@ READS = {
     "compressed-tensors": "pack-quantized 1-8 bit (both packings), int-, float-, naive-quantized, nvfp4, "
     "mxfp4, mxfp6, mxfp8, sparse and 2:4 masks, marlin-24, several groups, act-order",
     "dense": "f32, f16, bf16",
+    "eetq": "int8 per channel, taken out of its GEMM's layout",
     "exl2": "2-6 and 8 bits in one matrix, at the room of its widest group",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
     "experts",

@@ -32,7 +32,7 @@ def test_fixtures_say_who_made_them() -> None:
         size = sum(path.stat().st_size for path in folder.iterdir())
         assert size <= 200_000, f"{folder} is {size} bytes"
     made = {"quantize", "gguf_blocks"}  # what quantizers are held against; the rest are checkpoints to read
-    later = {"torchao", "hqq", "qserve", "sinq", "aqlm", "vptq", "exl2"}
+    later = {"torchao", "hqq", "qserve", "sinq", "aqlm", "vptq", "eetq"}
     for limit, folders in (
         (7_000_000, [folder for folder in FIXTURES.iterdir() if folder.name not in made | later]),
         (1_000_000, [FIXTURES / name for name in made]),

@@ -119,10 +119,7 @@ def test_everything_else_is_refused_by_name(method: str, tmp_path: Path) -> None
     ("suffix", "method"),
     [
         ("trellis", "exl3"),
-        ("q_invperm", "exl2"),
         ("Qidxs", "quip"),
-        ("codebooks", "aqlm"),
-        ("centroids.weight", "vptq"),
         ("weight._data", "quanto"),
     ],
 )
@@ -134,6 +131,15 @@ def test_refused_by_tensors_alone(suffix: str, method: str, tmp_path: Path) -> N
         plan_model(open_checkpoint(str(folder)))
     assert caught.value.code == "E0211" and f"method {method} " in str(caught.value)
     assert name in str(caught.value) and REFUSED[method] in str(caught.value)
+
+
+@pytest.mark.parametrize(("suffix", "method"), [("codebooks", "aqlm"), ("centroids.weight", "vptq")])
+def test_read_methods_whose_config_is_lost(suffix: str, method: str, tmp_path: Path) -> None:
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    folder = write_folder(tmp_path, {name: torch.ones(2, 2)}, None)
+    with pytest.raises(LowbitError, match=f"weights are {method}'s .*restore") as caught:
+        plan_model(open_checkpoint(str(folder)))
+    assert caught.value.code == "E0211" and name in str(caught.value)
 
 
 @pytest.mark.parametrize("copied", [False, True])

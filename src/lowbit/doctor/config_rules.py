@@ -12,7 +12,7 @@ from lowbit.doctor.correction import Correction
 from lowbit.doctor.rules import Report
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes
-from lowbit.formats.dense import Dense, scaled_8bit
+from lowbit.formats.dense import Dense
 from lowbit.formats.quantization_config import quantization_config
 from lowbit.models.registry import MODULES
 
@@ -86,7 +86,7 @@ def check_quantization(header: CheckpointHeader, report: Report, correction: Cor
     if header.container == "gguf":
         return
     found = quantization_config(header)
-    if found is None and scaled_8bit(header) is None:
+    if found is None and Dense.claims(header):
         try:
             Dense(header, Notes())
         except LowbitError as error:

@@ -149,7 +149,8 @@ class Exl2:
     def _order(self, module: StoredModule, data: TensorData) -> Tensor:
         """int64 (in,): the input column of each stored one."""
         name, columns = module.tensor("q_invperm"), module.shape[1]
-        inverse = data.tensor(name).long()
+        stored = data.tensor(name)
+        inverse = stored.long() & 0xFFFF if stored.dtype == torch.int16 else stored.long()
         if bool((inverse < 0).any()) or not torch.equal(inverse.sort().values, torch.arange(columns)):
             raise LowbitError(
                 "E0213",
@@ -175,7 +176,7 @@ class Exl2:
         scale = entry_of(header, module, "q_scale", ("I32",), _WHAT)
         if len(scale.shape) != 2 or scale.shape[0] != count or not out <= 8 * scale.shape[1] < out + 32 + 8:
             check_shape(scale, (count, -(-out // 8)), _WHAT)
-        check_shape(entry_of(header, module, "q_invperm", ("I32",), _WHAT), (columns,), _WHAT)
+        check_shape(entry_of(header, module, "q_invperm", ("I32", "I16"), _WHAT), (columns,), _WHAT)
         numbers = self._numbers(told)
         if not any(numbers):  # only headers were fetched: the middle width stands for them all
             bits = min((width for width in _WIDTHS if width * columns >= rows * 32), default=8)

@@ -26,7 +26,6 @@ REFUSED: dict[str, str] = {
     "mlx": _LATER,
     "metal": _LATER,
     "gemma": _LATER,
-    "eetq": _PRIVATE + " (int8 weight-only gives the same numbers)",
     "qqq": _PRIVATE,
     "bitblas": _PRIVATE,
     "gptq_bitblas": _PRIVATE,
@@ -69,6 +68,12 @@ def refuse(header: CheckpointHeader) -> NoReturn:
     for known, advice in REFUSED.items():
         if known.replace("_", "-") == name:
             raise LowbitError("E0211", f"{header.root.name}: quantization method {known} ({place}) {advice}")
+    if found is None and name:
+        raise LowbitError(
+            "E0211",
+            f"{header.root.name}: the weights are {method}'s ({place}), but config.json says nothing of "
+            "how they are quantized; restore the quantization_config that belongs to these weights",
+        )
     from lowbit.formats import all_formats
 
     listed = ", ".join(sorted(fmt.name for fmt in all_formats()))

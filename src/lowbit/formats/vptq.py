@@ -53,6 +53,7 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
 _WHAT = "a VPTQ weight"
+_SLICE = 1 << 22  # bits of indices that are taken apart at once
 
 
 @dataclass(frozen=True)
@@ -237,19 +238,21 @@ class Vptq:
             return stored.long() & 0xFFFF
 
         books = floats("centroids.weight")
+        second_books = floats("res_centroids.weight") if rule.residual else None
         stored = data.tensor(module.tensor("indices"))
         weight = torch.empty(out, columns)
         at = rule.outliers
+        step = max(1, _SLICE // (rule.width * (main + second)))
         for number in range(rule.books):
-            fields = unpack_words(stored[number], 1, rule.width * (main + second))  # single bits
-            fields = fields.view(-1, rule.width, main + second).long()
-            index = (fields << torch.arange(main + second)).sum(-1)  # (vectors, width)
             table = books[number].float().view(rule.centroids, rule.vector)
-            part = self._vectors(module, table, index & ((1 << main) - 1), "indices")
-            if rule.residual:
-                table = floats("res_centroids.weight")[number].float().view(rule.residual, rule.vector)
-                part = part + self._vectors(module, table, index >> main, "indices")
-            weight[:, at : at + rule.width] = part[:out]
+            for start in range(0, stored.shape[1], step):
+                index = _indices(stored[number, start : start + step], rule.width, main + second)
+                part = self._vectors(module, table, index & ((1 << main) - 1), "indices")
+                if second_books is not None:
+                    added = second_books[number].float().view(rule.residual, rule.vector)
+                    part = part + self._vectors(module, added, index >> main, "indices")
+                rows = weight[start * rule.vector : (start + step) * rule.vector, at : at + rule.width]
+                rows[:] = part[: len(rows)]
             at += rule.width
         if rule.outliers:
             table = floats("outlier_centroids.weight").float()
@@ -285,6 +288,12 @@ class Vptq:
         placed = torch.empty_like(weight)
         placed[:, order] = weight
         return placed
+
+
+def _indices(words: Tensor, width: int, bits: int) -> Tensor:
+    """int64 (vectors, width): numbers of ``bits`` bits, one after another from the lowest."""
+    fields = unpack_words(words, 1, width * bits).view(-1, width, bits)
+    return (fields.long() << torch.arange(bits)).sum(-1)
 
 
 FORMAT = Vptq

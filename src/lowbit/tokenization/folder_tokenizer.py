@@ -1,4 +1,4 @@
-"""A tokenizer from the files of a Hugging Face folder: tokenizer.json, or vocab.json with merges.txt."""
+"""A tokenizer from the files of a folder: tokenizer.json, vocab.json with merges.txt, or tekken.json."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials, check_source
 from lowbit.tokenization.pretokenizers import pre_tokenizer
+from lowbit.tokenization.tekken import tekken_source
 
 
 def folder_tokenizer(header: CheckpointHeader, stop_ids: frozenset[int]) -> FastTokenizer:
@@ -27,13 +28,16 @@ def folder_tokenizer(header: CheckpointHeader, stop_ids: frozenset[int]) -> Fast
     if vocabulary is not None and merges is not None:
         source = _byte_level(vocabulary, merges, config)
         return FastTokenizer(check_source(source, "vocab.json"), specials, "vocab.json")
-    unread = ("tekken.json", "tokenizer.model")
-    alone = next((name for name in unread if (header.root / name).exists()), "")
-    found = f" ({alone} alone is not read: convert it to tokenizer.json)" if alone else ""
+    tekken = read_json(header, "tekken.json")
+    if tekken is not None:
+        named = Specials(bos="<s>", eos="</s>", stop_ids=stop_ids, adds_bos=True)
+        return FastTokenizer(check_source(tekken_source(tekken), "tekken.json"), named, "tekken.json")
+    found = " (tokenizer.model alone is not read: convert it to tokenizer.json)"
+    has_model = (header.root / "tokenizer.model").exists()
     raise LowbitError(
         "E0250",
-        f"no tokenizer in {header.root.name} (looked for tokenizer.json, vocab.json+merges.txt)"
-        f"{found}; pass --tokenizer <dir or repo> of the base model",
+        f"no tokenizer in {header.root.name} (looked for tokenizer.json, vocab.json+merges.txt, tekken.json)"
+        f"{found if has_model else ''}; pass --tokenizer <dir or repo> of the base model",
     )
 
 

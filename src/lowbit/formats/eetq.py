@@ -1,0 +1,151 @@
+"""EETQ checkpoints: int8 weights, a scale a row, in the order in which its GEMM (FasterTransformer's) reads.
+
+    weight or qweight   I8 [in, out]    a shape without meaning: see below
+    weight_scales       F16, F32 [out]
+
+    weight[r, c] = (byte - 128) * weight_scales[r]
+
+What the bytes went through, all of it turned back here, for the layout of compute capability 7.5 and later:
+
+    1. of each 16 input columns the order became 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
+    2. the matrix lies as (out, in)
+    3. two rows share a line: 64 columns of the one, 64 of the other, then the next 64 of the first
+    4. 128 was added, and of each four bytes the middle two changed places
+
+Inputs are not quantized. Files written on a card of capability 7.0 (Volta), which leaves out steps 1 and 3,
+look the same and cannot be told: they come out scrambled, and ``lowbit check`` sees it.
+Source: the tool's quantizer and its cutlass_preprocessors.cc.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError, printable
+from lowbit.formats import (
+    Notes,
+    StoredLinear,
+    StoredModule,
+    check_shape,
+    entry_of,
+    finite_scales,
+    require_tensors,
+)
+from lowbit.formats.dense import (
+    bias_tensors,
+    dense_scheme,
+    dense_tensors,
+    origin_of,
+    read_bias,
+    read_dense,
+)
+from lowbit.formats.quantization_config import quantization_config
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+_SCALES = {"F16": "f16", "F32": "f32", "BF16": "bf16"}
+_WHAT = "an EETQ weight"
+_TILE = 64
+# Where each of 16 columns lies after step 1: the inverse of the order above.
+_PLACES = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
+
+
+class Eetq:
+    """See the module docstring."""
+
+    name: ClassVar[str] = "eetq"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[str] = "eetq"
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
+        self.header = header
+        found = quantization_config(header)
+        assert found is not None, "claims() saw it"
+        self.place = found.place
+        weights = found.values.get("weights", "int8")
+        if weights != "int8":
+            raise LowbitError(
+                "E0212", f"{self.place}.weights must be int8 for eetq, found {printable(repr(weights))}"
+            )
+        require_tensors(header, (".weight_scales",), self.place, self.name)
+
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """The quant_method of the config."""
+        found = quantization_config(header)
+        if found is None or found.method.lower() != cls.name:
+            return None
+        return f"{found.place} says {found.method}"
+
+    def describe(self) -> str:
+        """There is one kind."""
+        return f"eetq, int8 per channel in {self.place.split(':')[0]}"
+
+    def scheme_of(self, module: StoredModule) -> Scheme:
+        """int8, a scale a row."""
+        if self._is_dense(module):
+            return dense_scheme(self.header, module)
+        _, scale = self._entries(module)
+        return Scheme(number_format("int8"), ((1, 0),), (number_format(_SCALES[scale.dtype]),))
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """Bytes, scales and bias."""
+        if self._is_dense(module):
+            return dense_tensors(self.header, module)
+        weight, scale = self._entries(module)
+        return [weight.name, scale.name, *bias_tensors(self.header, module)]
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """The bytes in the order of rows and columns."""
+        if self._is_dense(module):
+            return read_dense(self.header, module, data)
+        weight, scale = self._entries(module)
+        scales = finite_scales(self.header, scale.name, data.tensor(scale.name))
+        quantized = QuantizedTensor(
+            self.scheme_of(module),
+            module.shape,
+            in_order(data.raw(weight.name), module.shape),
+            (scales.unsqueeze(1),),
+            origin=origin_of(self.header, module, "weight_scales"),
+        )
+        return StoredLinear(quantized, read_bias(self.header, module, data))
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        return module.tensor("weight_scales") not in self.header.tensors
+
+    def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
+        """Bytes and scales, dtypes and shapes checked."""
+        if module.expert is not None:
+            raise LowbitError("E0218", f"{module.name}: stacked experts in EETQ's layout are not read")
+        out, columns = module.shape
+        suffix = "qweight" if module.tensor("qweight") in self.header.tensors else "weight"
+        weight = entry_of(self.header, module, suffix, ("I8",), _WHAT)
+        check_shape(weight, (columns, out), _WHAT)
+        if columns % _TILE or out % _TILE:
+            raise LowbitError(
+                "E0213",
+                f"{weight.file.name}: tensor {weight.name!r} is {list(weight.shape)}; EETQ's layout is made "
+                f"of tiles of {_TILE} x {_TILE}. Config and weights are from different models",
+            )
+        scale = entry_of(self.header, module, "weight_scales", tuple(_SCALES), _WHAT)
+        check_shape(scale, (out,), _WHAT)
+        return weight, scale
+
+
+def in_order(raw: Tensor, shape: tuple[int, int]) -> Tensor:
+    """uint8 (bytes,) as stored -> uint8 codes (out, in), 128 in the middle."""
+    out, columns = shape
+    straight = raw.view(-1, 4)[:, [0, 2, 1, 3]]  # step 4; the 128 stays
+    lines = straight.reshape(out // 2, columns // _TILE, 2, _TILE)
+    rows = lines.transpose(1, 2).reshape(out, columns // 16, 16)  # step 3
+    return rows[..., torch.tensor(_PLACES)].reshape(out, columns)  # step 1
+
+
+FORMAT = Eetq
