@@ -7,6 +7,7 @@ their numbers are compared by the package's compressors in test_compressed_tenso
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,28 @@ def test_gguf_in_transformers(tmp_path: Path) -> None:
     theirs = dict(found.named_parameters())
     for name, values in wanted.named_parameters():
         assert torch.equal(theirs[name], values), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlx/4_g64", "mlx/mixed", "mlx/nvfp4", "mlx/mxfp8", "gptq/w4_sym", "awq/gemm"],
+    ids=lambda name: name,
+)
+def test_mlx(name: str, tmp_path: Path) -> None:
+    """mlx-lm loads what was written and computes the logits of the same numbers in float32."""
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    mx.set_default_device(mx.cpu)
+    header = open_checkpoint(str(FIXTURES / name))
+    convert(header, "mlx", tmp_path / "written")
+    convert(header, "dense", tmp_path / "plain")
+    path = tmp_path / "written" / "config.json"
+    said = json.loads(path.read_text())
+    said.setdefault("rope_theta", said.get("rope_parameters", {}).get("rope_theta", 10000.0))
+    path.write_text(json.dumps(said))  # mlx-lm reads transformers 4's name for it
+    model, _ = utils.load_model(tmp_path / "written")
+    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    found = torch.tensor(model(tokens).astype(mx.float32).tolist())
+    wanted = logits(tmp_path / "plain")
+    assert (found - wanted).abs().max() <= 0.06 * wanted.abs().max()
+    assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995

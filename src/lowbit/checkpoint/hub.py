@@ -21,6 +21,7 @@ _SMALL_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("chat_template.jinja", "chat_template.json", "model.safetensors.index.json"),
     *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
+    *("quanto_qmap.json", "quantization_map.json"),
 )
 
 

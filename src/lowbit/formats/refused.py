@@ -20,11 +20,6 @@ _ONLINE = (
 )
 
 REFUSED: dict[str, str] = {
-    "quanto": _LATER,
-    "quark": _LATER,
-    "bitnet": _LATER,
-    "mlx": _LATER,
-    "metal": _LATER,
     "gemma": _LATER,
     "sinq": "has a scale for each column beside each row's; " + _LATER,
     "eetq": _PRIVATE + " (int8 weight-only gives the same numbers)",
@@ -54,7 +49,7 @@ REFUSED: dict[str, str] = {
     "ipex": _ONLINE,
     "neuron_quant": _ONLINE,
 }
-# A method that no config names, by the tensors only it writes.
+# A method that no config names, by the tensors only it writes (quanto is read by them).
 _SUFFIXES = {
     ".trellis": "exl3",
     ".q_invperm": "exl2",
