@@ -173,12 +173,19 @@ def test_zero_points_become_biases(codes: str, zero: bool, scales: str, tmp_path
     assert str(found.weight.scheme) == f"u{codes.removeprefix('u')} 1x64 {wide} offset"
 
 
+def test_a_row_of_one_group(tmp_path: Path) -> None:
+    modules = one("uint4", (1, 0), offset=True)
+    found = read(written(tmp_path, Writer, modules), NAME, (48, 128), strict=True).weight
+    assert str(found.scheme) == "uint4 1x128 f16 offset"
+    assert torch.equal(found.dequantize(), modules[NAME].weight.dequantize())
+
+
 @pytest.mark.parametrize(
     ("made", "words"),
     [
         (scheme("uint7", (1, 64), offset=True), "1, 2, 3, 4, 5, 6, 8 bits"),
         (scheme("uint4", (1, 16), offset=True), "groups of 32, 64 or 128"),
-        (scheme("uint4", (1, 0), offset=True), "that divides 128 columns"),
+        (scheme("uint4", (1, 96), offset=True), "that divides 128 columns"),
         (scheme("int4", (1, 64), offset=True), "unsigned beside offsets"),
         (scheme("int4", (1, 64), scales="f32"), "times a float32 scale is rounded"),
         (scheme("uint4", (1, 64), scales="f32", zero=True), "times a float32 scale is rounded"),

@@ -37,6 +37,7 @@ class MlxWriter(CheckpointWriter):
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)
+        self.rules: dict[str, Json] = {}  # of the modules written so far
         for name in self.quantized():
             if re.search(r"\.experts\.\d+\.", name):
                 raise LowbitError(
@@ -55,8 +56,8 @@ class MlxWriter(CheckpointWriter):
             return f"it has no place for {scheme}"
         if scheme.flattened or len(scheme.blocks) != 1 or (scheme.blocks[0][0] != 1):
             return grouped_rows(scheme, shape[1]) or f"scales lie as {scheme}"
-        group, scale = scheme.blocks[0][1], scheme.scales[0].name
-        if not group or shape[1] % group:
+        group, scale = scheme.blocks[0][1] or shape[1], scheme.scales[0].name
+        if shape[1] % group:
             return f"a scale for a group that divides {shape[1]} columns is needed, not {scheme}"
         for mode, (_, size, code, kind) in FLOAT_MODES.items():
             if (scheme.weight.name, scale) == (code, kind) and group == size:
@@ -82,6 +83,7 @@ class MlxWriter(CheckpointWriter):
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:
         scheme, scale = weight.scheme, weight.scales[0]
+        self.rules[module.stored] = _rule(scheme, module.shape)
         codes = pack_words(weight.codes, int(scheme.weight.bits)).view(torch.uint32)
         if scheme.scales[0].name in ("e8m0", "e4m3"):
             return {"weight": codes, "scales": scale.view(torch.uint8)}
@@ -107,16 +109,13 @@ class MlxWriter(CheckpointWriter):
 
     def quantization_config(self) -> Json:
         """The most usual rule for all, and one for each module that has another."""
-        rules = {name: _rule(scheme) for name, scheme in self.quantized().items()}
-        if not rules:
-            return {"group_size": 64, "bits": 4, "mode": "affine"}
-        [(usual, _)] = Counter(tuple(rule.items()) for rule in rules.values()).most_common(1)
-        return dict(usual) | {name: rule for name, rule in rules.items() if rule != dict(usual)}
+        [(usual, _)] = Counter(tuple(rule.items()) for rule in self.rules.values()).most_common(1)
+        return dict(usual) | {name: rule for name, rule in self.rules.items() if rule != dict(usual)}
 
 
-def _rule(scheme: Scheme) -> Json:
+def _rule(scheme: Scheme, shape: tuple[int, int]) -> Json:
     mode = next((mode for mode, found in FLOAT_MODES.items() if found[2:] == _kinds(scheme)), "affine")
-    return {"group_size": scheme.blocks[0][1], "bits": int(scheme.weight.bits), "mode": mode}
+    return {"group_size": scheme.blocks[0][1] or shape[1], "bits": int(scheme.weight.bits), "mode": mode}
 
 
 def _kinds(scheme: Scheme) -> tuple[str, str]:
