@@ -21,8 +21,10 @@ else in their own. fp4 has the even column in the low nibble, fp6 is a little-en
 Inputs are quantized with ``input_scale`` (and ``input_zero_point``) where they are static; a scale a token
 where they are dynamic, per token or per tensor; a power of two for 32 columns in MX formats, rounded as
 ``scale_calculation_mode`` says; under ``input_scale_2`` in NVFP4. ``output_tensors`` are read for the KV
-cache only. Refused by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2, int3 and e5m3 scales, float zero
-points, int4 of fp8 (two stages of codes), quantized biases, softmax and other outputs, rotations at run time.
+cache only. Quark's "custom" configs call themselves awq (tensors ``qweight``, ``scales``, ``qzeros``) or fp8,
+and have ``export``. Refused by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2, int3 and e5m3 scales,
+float zero points, int4 of fp8 (two stages of codes), quantized biases, softmax and other outputs, rotations
+at run time.
 """
 
 from __future__ import annotations
@@ -82,6 +84,8 @@ _FLOATS = {
 _MANTISSA = {"e2m1": 1, "e2m3": 3, "e3m2": 2, "e4m3": 3, "e5m2": 2}
 _SCHEMES = ("per_tensor", "per_channel", "per_group", "per_block")
 _MODES = (None, "even", "floor", "ceil")
+# What the tensors are called where Quark calls itself awq.
+_AWQ = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 _EXTRA = ("weight_zero_point", "weight_scale_2", "input_scale", "input_zero_point", "input_scale_2")
 _WHAT = "Quark"
 
@@ -128,6 +132,9 @@ class Quark:
         found = quantization_config(header)
         assert found is not None, "claims() saw it"
         self.place, values = found.place, found.values
+        self.suffixes: dict[str, str] = {}
+        if found.method.lower() != self.name:
+            values = self._undressed(values, found.method.lower())
         self._refuse_unknown(values)
         self.cache = tuple(self._object(values, "kv_cache_quant_config"))
         self.every = self._rule(values.get("global_quant_config"), "global_quant_config")
@@ -150,7 +157,8 @@ class Quark:
         self.order = _REORDER if method == "reorder" else None
         self.fake = export.get("weight_format") == "fake_quantized"
         if not self.fake:
-            require_tensors(header, (".weight_scale",), self.place, self.name)
+            scales = self.suffixes.get("weight_scale", "weight_scale")
+            require_tensors(header, (f".{scales}",), self.place, self.name)
 
     # ---- what the config says
 
@@ -161,6 +169,30 @@ class Quark:
         if not isinstance(found, dict):
             raise LowbitError("E0212", f"{self.place}.{key} must be an object, found {type(found).__name__}")
         return found
+
+    def _undressed(self, values: dict[str, object], method: str) -> dict[str, object]:
+        """What Quark's own config would say, of one that calls itself awq or fp8."""
+        weight: dict[str, object] = {"qscheme": "per_tensor", "dtype": "fp8_e4m3"}
+        inputs: dict[str, object] | None = None
+        if method == "awq":
+            self.suffixes = _AWQ
+            symmetric, bits = values.get("zero_point") is False, values.get("bits")
+            dtype = f"{'int' if symmetric else 'uint'}{bits}"
+            group = {"group_size": values.get("group_size"), "ch_axis": 1, "symmetric": symmetric}
+            weight = {"qscheme": "per_group", "dtype": dtype, **group}
+        elif (activation := values.get("activation_scheme")) is not None:
+            if activation not in ("static", "dynamic"):
+                raise LowbitError(
+                    "E0212",
+                    f"{self.place}.activation_scheme must be static or dynamic, found "
+                    f"{printable(repr(activation))}",
+                )
+            inputs = {**weight, "is_dynamic": activation == "dynamic"}
+        return {
+            "global_quant_config": {"weight": weight, "input_tensors": inputs},
+            "exclude": values.get("modules_to_not_convert" if method == "awq" else "ignored_layers"),
+            "export": values["export"],
+        }
 
     def _refuse_unknown(self, values: dict[str, object]) -> None:
         if values.get("softmax_quant_spec") is not None:
@@ -299,11 +331,14 @@ class Quark:
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
-        """quant_method quark."""
+        """quant_method quark, or awq or fp8 with Quark's ``export``."""
         if header.container != "safetensors":
             return None
         found = quantization_config(header)
-        if found is None or found.method.lower() != "quark":
+        if found is None:
+            return None
+        dressed = found.method.lower() in ("awq", "fp8") and "export" in found.values
+        if found.method.lower() != "quark" and not dressed:
             return None
         return f"{found.place} says {found.method}"
 
@@ -323,12 +358,12 @@ class Quark:
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """Weight, scales, zero points and bias."""
-        extra = [name for suffix in _EXTRA if (name := module.tensor(suffix)) in self.header.tensors]
-        scale = module.tensor("weight_scale")
+        extra = [name for suffix in _EXTRA if (name := self._tensor(module, suffix)) in self.header.tensors]
+        scale = self._tensor(module, "weight_scale")
         extra += [scale] if scale in self.header.tensors else []
         if is_dense(self.header, module):
             return [*dense_tensors(self.header, module), *extra]
-        return [module.tensor("weight"), *extra, *bias_tensors(self.header, module)]
+        return [self._tensor(module, "weight"), *extra, *bias_tensors(self.header, module)]
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """Codes unpacked and upright, scales as stored."""
@@ -338,7 +373,7 @@ class Quark:
         scheme, rule = self._stored(module)
         spec, (out, columns) = rule.weight, module.shape
         assert spec is not None, "_stored looked"
-        name = module.tensor("weight")
+        name = self._tensor(module, "weight")
         stored = data.tensor(name)
         turned = spec.qscheme == "per_group" and spec.dtype in _INTEGERS
         scales = [self._scale(module, scheme, turned, data)]
@@ -354,7 +389,12 @@ class Quark:
         else:
             codes = unpack_bits(stored, int(scheme.weight.bits), columns)
         weight = QuantizedTensor(
-            scheme, module.shape, codes, tuple(scales), zeros, origin=origin_of(self.header, module)
+            scheme,
+            module.shape,
+            codes,
+            tuple(scales),
+            zeros,
+            origin=origin_of(self.header, module, self.suffixes.get("weight", "weight")),
         )
         return StoredLinear(
             weight, read_bias(self.header, module, data), self._input(module, scheme.activation, rule, data)
@@ -365,7 +405,7 @@ class Quark:
         rule = self._rule_of(module)
         if rule.weight is None or module.stored.rpartition(".")[2] == "embed_tokens":
             return
-        scale = module.tensor("weight_scale")
+        scale = self._tensor(module, "weight_scale")
         if self.fake or scale in self.header.tensors:
             self.notes.contradiction(
                 "E0214",
@@ -377,12 +417,18 @@ class Quark:
 
     # ---- how it lies
 
+    def _tensor(self, module: StoredModule, suffix: str) -> str:
+        """The stored name of one of a module's tensors."""
+        return module.tensor(self.suffixes.get(suffix, suffix))
+
+    def _entry(self, module: StoredModule, suffix: str, dtypes: tuple[str, ...], what: str) -> TensorEntry:
+        """A tensor the module must have, of one of ``dtypes``."""
+        return entry_of(self.header, module, self.suffixes.get(suffix, suffix), dtypes, what)
+
     def _stored(self, module: StoredModule) -> tuple[Scheme, Rule]:
         """The scheme and the rule, after dtypes and shapes were checked."""
-        name = module.tensor("weight")
-        entry = entry_of(
-            self.header, module, "weight", ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", *DENSE_DTYPES), _WHAT
-        )
+        name = self._tensor(module, "weight")
+        entry = self._entry(module, "weight", ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", *DENSE_DTYPES), _WHAT)
         rule = self._rule_of(module)
         spec = rule.weight
         if spec is None:
@@ -399,7 +445,7 @@ class Quark:
             )
         dtype, shape = self._packed(module, spec)
         what = f"{_WHAT} with {spec.dtype} {spec.qscheme}"
-        entry_of(self.header, module, "weight", (dtype,), what)
+        self._entry(module, "weight", (dtype,), what)
         check_shape(entry, shape, what)
         block, grid = self._grid(module, spec, entry)
         scale = self._scale_entry(module, rule, what)
@@ -412,7 +458,7 @@ class Quark:
             code = f"uint{_INTEGERS[spec.dtype][1]}"
         blocks, scales = [block], [number_format(kind)]
         if rule.weight_outer:
-            entry_of(self.header, module, "weight_scale_2", tuple(DENSE_DTYPES), what)
+            self._entry(module, "weight_scale_2", tuple(DENSE_DTYPES), what)
             blocks.append((0, 0))
             scales.append(number_format("f32"))
         scheme = Scheme(
@@ -472,11 +518,11 @@ class Quark:
         dtypes = (
             ("F8_E4M3",) if rule.weight_outer else ("U8", "F8_E8M0") if spec.e8m0 else tuple(DENSE_DTYPES)
         )
-        return entry_of(self.header, module, "weight_scale", dtypes, what)
+        return self._entry(module, "weight_scale", dtypes, what)
 
     def _check_zeros(self, module: StoredModule, spec: Spec, grid: tuple[int, ...], what: str) -> bool:
         """Whether there are no zero points to mind; those that are there have the right shape."""
-        name = module.tensor("weight_zero_point")
+        name = self._tensor(module, "weight_zero_point")
         if name not in self.header.tensors:
             if spec.dtype in _INTEGERS and not (spec.symmetric and _INTEGERS[spec.dtype][2]):
                 raise LowbitError(
@@ -491,7 +537,7 @@ class Quark:
                 "points; the packing does not match the quantization config",
             )
         dtype, bits, signed = _INTEGERS[spec.dtype]
-        entry = entry_of(self.header, module, "weight_zero_point", (dtype, "I32"), what)
+        entry = self._entry(module, "weight_zero_point", (dtype, "I32"), what)
         shape = (*grid[:-1], -(-grid[-1] // 8)) if bits == 4 and grid else grid
         if math.prod(entry.shape) != 1 or math.prod(shape) != 1:
             check_shape(entry, shape, what)
@@ -508,7 +554,7 @@ class Quark:
 
     def _scale(self, module: StoredModule, scheme: Scheme, turned: bool, data: TensorData) -> Tensor:
         """The inner scales as (rows of blocks, columns of blocks)."""
-        name = module.tensor("weight_scale")
+        name = self._tensor(module, "weight_scale")
         stored = data.tensor(name)
         if scheme.scales[0].name == "e8m0":
             stored = stored.view(torch.float8_e8m0fnu)
@@ -522,7 +568,7 @@ class Quark:
 
         None where they are all 0, as they must be beside symmetric codes.
         """
-        name = module.tensor("weight_zero_point")
+        name = self._tensor(module, "weight_zero_point")
         entry = self.header.tensors.get(name)
         if entry is None:
             return None
@@ -553,7 +599,7 @@ class Quark:
 
     def _one(self, module: StoredModule, suffix: str, data: TensorData) -> Tensor:
         """float32 []: a scale of a whole tensor."""
-        entry = entry_of(self.header, module, suffix, tuple(DENSE_DTYPES), _WHAT)
+        entry = self._entry(module, suffix, tuple(DENSE_DTYPES), _WHAT)
         if math.prod(entry.shape) != 1:
             check_shape(entry, (), f"{_WHAT}, per tensor,")
         return finite_scales(self.header, entry.name, data.tensor(entry.name)).float().reshape(())
@@ -608,7 +654,7 @@ class Quark:
         if activation.symmetric or rule.inputs.dtype not in _INTEGERS:
             return InputRule(static_scale=scale)
         name = module.tensor("input_zero_point")
-        entry = entry_of(self.header, module, "input_zero_point", ("I8", "U8", "I32"), _WHAT)
+        entry = self._entry(module, "input_zero_point", ("I8", "U8", "I32"), _WHAT)
         if math.prod(entry.shape) != 1:
             check_shape(entry, (), f"{_WHAT}, per tensor,")
         zero = data.tensor(name).reshape(()).float()

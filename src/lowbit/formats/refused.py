@@ -64,8 +64,6 @@ def refuse(header: CheckpointHeader) -> NoReturn:
     """E0211 with the method's name and the way out."""
     found = quantization_config(header)
     method, place = (found.method, found.place) if found else refused_by_tensors(header) or ("", "")
-    if found is not None and "export" in found.values:
-        method = "quark"  # in its "custom" dress it calls itself awq or fp8
     name = method.lower().replace("_", "-") if method else ""
     for known, advice in REFUSED.items():
         if known.replace("_", "-") == name:
