@@ -108,7 +108,9 @@ class MlxWriter(CheckpointWriter):
         return {"format": "mlx"}
 
     def quantization_config(self) -> Json:
-        """The most usual rule for all, and one for each module that has another."""
+        """The most usual rule of what was written, and one for each module that has another."""
+        if not self.rules:
+            return {"group_size": 64, "bits": 4, "mode": "affine"}
         [(usual, _)] = Counter(tuple(rule.items()) for rule in self.rules.values()).most_common(1)
         return dict(usual) | {name: rule for name, rule in self.rules.items() if rule != dict(usual)}
 
