@@ -26,6 +26,8 @@ READS = {
     "aqlm": "any codebooks; decoded to 16 bits a weight when loaded",
     "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config)",
     "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too",
+    "bitnet": "transformers' packed 2 bits (bitlinear, autobitlinear), unpacked, and online; int8 inputs a "
+    "token",
     "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outlier columns",
     "blockwise_int8": "int8 in blocks",
     "compressed-tensors": "pack-quantized 1-8 bit (both packings), int-, float-, naive-quantized, nvfp4, "
@@ -38,12 +40,19 @@ READS = {
     "gguf": "every block type, mixed types, split files",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin, dynamic rules",
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats",
+    "metal": "transformers' MLX layout: affine 2, 4, 8 bits",
+    "mlx": "affine 1-6 and 8 bits, groups of 32, 64, 128; mxfp4, mxfp8, nvfp4; rules of modules, embeddings, "
+    "stacked experts",
     "modelopt": "FP8, NVFP4, MXFP8, MXFP4, int4 AWQ, int8 SmoothQuant, mixed",
     "mxfp4": "gpt-oss' stacked experts",
     "qoq": "QServe's W4A8, per channel and per group, pickled files too",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing; a scale for the "
     "tensor, for each row or for blocks of 128",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
+    "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
+    "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
+    "NVFP4; "
+    "patterns of layers",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; decoded to 16 bits a weight "

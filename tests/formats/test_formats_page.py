@@ -33,10 +33,12 @@ def test_fixtures_say_who_made_them() -> None:
         assert size <= 200_000, f"{folder} is {size} bytes"
     made = {"quantize", "gguf_blocks"}  # what quantizers are held against; the rest are checkpoints to read
     later = {"torchao", "hqq", "qserve", "sinq", "aqlm", "vptq", "eetq"}
+    others = {"mlx", "metal", "quark", "quanto", "bitnet"}
     for limit, folders in (
-        (7_000_000, [folder for folder in FIXTURES.iterdir() if folder.name not in made | later]),
+        (7_000_000, [folder for folder in FIXTURES.iterdir() if folder.name not in made | later | others]),
         (1_000_000, [FIXTURES / name for name in made]),
         (2_000_000, [FIXTURES / name for name in later]),
+        (2_000_000, [FIXTURES / name for name in others]),
     ):
         files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files if path.suffix != ".pyc") <= limit

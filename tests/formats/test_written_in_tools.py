@@ -7,6 +7,7 @@ their numbers are compared by the package's compressors in test_compressed_tenso
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,33 @@ def test_gguf_in_transformers(tmp_path: Path) -> None:
     theirs = dict(found.named_parameters())
     for name, values in wanted.named_parameters():
         assert torch.equal(theirs[name], values), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlx/4_g64", "mlx/mixed", "mlx/nvfp4", "mlx/mxfp8", "gptq/w4_sym", "awq/gemm"],
+    ids=lambda name: name,
+)
+def test_mlx(name: str, tmp_path: Path) -> None:
+    """mlx-lm's logits of what was written: those of its own file, or about the plain numbers' in float32."""
+    mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    mx.set_default_device(mx.cpu)
+
+    def theirs(folder: Path) -> Tensor:
+        config = json.loads((folder / "config.json").read_text())
+        theta = {"rope_theta": config["rope_parameters"]["rope_theta"]}  # transformers 4's name for it
+        model, _ = utils.load_model(folder, model_config=theta)
+        tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+        return torch.tensor(model(tokens).astype(mx.float32).tolist())
+
+    header = open_checkpoint(str(FIXTURES / name))
+    convert(header, "mlx", tmp_path / "written")
+    found = theirs(tmp_path / "written")
+    if name.startswith("mlx"):
+        assert torch.equal(found, theirs(FIXTURES / name))
+        return
+    convert(header, "dense", tmp_path / "plain")
+    wanted = logits(tmp_path / "plain")
+    assert (found - wanted).abs().max() <= 0.06 * wanted.abs().max()
+    assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995

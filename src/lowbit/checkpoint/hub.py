@@ -25,6 +25,7 @@ _SMALL_FILES = (
     "model.safetensors.index.json.meta.json",
     *("pytorch_model.bin.index.json", "params.json", "tekken.json"),
     *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
+    *("quanto_qmap.json", "quantization_map.json"),
 )
 
 

@@ -36,7 +36,8 @@ class StoredModule:
     the model expects. ``expert``: where not None, the stored tensors hold all experts along their first
     axis and the module is this one of them (``experts`` in all); HF then writes no ``.weight``:
     ``mlp.experts.down_proj``, ``mlp.experts.down_proj_scale_inv``. ``transposed``: a plain weight
-    lies as (in, out) (GPT-2), a stacked one as (experts, in, out) (gpt-oss, Llama 4).
+    lies as (in, out) (GPT-2), a stacked one as (experts, in, out) (gpt-oss, Llama 4). ``dotted``: the
+    stack's tensors are called as those of a single module (MLX: ``mlp.switch_mlp.down_proj.scales``).
     """
 
     name: str
@@ -45,14 +46,16 @@ class StoredModule:
     expert: int | None = None
     experts: int = 0
     transposed: bool = False
+    dotted: bool = False
 
     def tensor(self, suffix: str) -> str:
         """The stored name of one of its tensors: ``weight``, ``bias``, ``weight_scale``, …
 
-        ``<stored>.<suffix>``; in a stack of experts ``<stored>`` for the weight and ``<stored>_<rest>``
-        for what belongs to it (``weight_scale_inv`` and ``scale_inv`` both give ``<stored>_scale_inv``).
+        ``<stored>.<suffix>``; in a stack of experts that is not dotted ``<stored>`` for the weight and
+        ``<stored>_<rest>`` for what belongs to it (``weight_scale_inv`` and ``scale_inv`` both give
+        ``<stored>_scale_inv``).
         """
-        if self.expert is None:
+        if self.expert is None or self.dotted:
             return f"{self.stored}.{suffix}"
         if suffix == "weight":
             return self.stored

@@ -117,7 +117,7 @@ class Awq:
         if found is None or found.method.lower() not in ("awq", "awq_marlin"):
             return None
         if "export" in found.values:
-            return None  # Quark in its "custom" dress
+            return None  # Quark in its "custom" dress: quark reads it
         return f"{found.place} says {found.method}"
 
     def describe(self) -> str:

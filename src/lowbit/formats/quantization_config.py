@@ -29,8 +29,9 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
         assert isinstance(holder, dict), "filtered above"
         found = holder.get("quantization_config")
         if found is not None:
-            # mlx-lm writes its own key and a copy under this one; neither names a method.
-            mlx = "mlx" if isinstance(holder.get("quantization"), dict) else ""
+            # mlx-lm writes its own key and a copy under this one; neither names a method, its files do.
+            by_mlx = isinstance(holder.get("quantization"), dict) or header.metadata.get("format") == "mlx"
+            mlx = "mlx" if by_mlx else ""
             return _checked(found, "config.json: quantization_config", mlx)
     if config.get("compression_config") is not None:
         return _checked(config["compression_config"], "config.json: compression_config", "compressed-tensors")
@@ -39,6 +40,8 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
         ("quantize_config.json", "gptq"),
         ("quant_config.json", "awq"),
         ("quantization_config.json", "auto-round"),
+        ("quanto_qmap.json", "quanto"),
+        ("quantization_map.json", "quanto"),
     ):
         values = read_json(header, name)
         if values is not None:

@@ -20,11 +20,6 @@ _ONLINE = (
 )
 
 REFUSED: dict[str, str] = {
-    "quanto": _LATER,
-    "quark": _LATER,
-    "bitnet": _LATER,
-    "mlx": _LATER,
-    "metal": _LATER,
     "gemma": _LATER,
     "qqq": _PRIVATE,
     "bitblas": _PRIVATE,
@@ -46,7 +41,7 @@ REFUSED: dict[str, str] = {
     "ipex": _ONLINE,
     "neuron_quant": _ONLINE,
 }
-# A method that no config names, by the tensors only it writes.
+# A method that no config names, by the tensors only it writes (quanto is read by them).
 _SUFFIXES = {
     ".trellis": "exl3",
     ".q_invperm": "exl2",
@@ -62,8 +57,6 @@ def refuse(header: CheckpointHeader) -> NoReturn:
     """E0211 with the method's name and the way out."""
     found = quantization_config(header)
     method, place = (found.method, found.place) if found else refused_by_tensors(header) or ("", "")
-    if found is not None and "export" in found.values:
-        method = "quark"  # in its "custom" dress it calls itself awq or fp8
     name = method.lower().replace("_", "-") if method else ""
     for known, advice in REFUSED.items():
         if known.replace("_", "-") == name:

@@ -40,6 +40,7 @@ class CheckpointWriter:
     described: ClassVar[int] = 0  # bytes a module takes in a file's header, beside four tensors' names
     # Files the format has beside config.json; ``quantization_config`` goes into them as well.
     config_files: ClassVar[tuple[str, ...]] = ()
+    config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)  # where config.json says it
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         self.schemes = dict(schemes)
@@ -81,7 +82,7 @@ class CheckpointWriter:
         return {}
 
     def quantization_config(self) -> dict[str, object] | None:
-        """What config.json says under ``quantization_config``; None: nothing."""
+        """What config.json says under ``config_keys``; None: nothing."""
         return None
 
     def _check(self, scheme: Scheme, module: StoredModule) -> None:

@@ -6,7 +6,7 @@ call them ``block_sparse_moe.experts.3.w1``, or be a GGUF file with names of its
 
 gpt-oss' gate and up rows come in turn wherever a tool kept them in one matrix: stacked (OpenAI, ModelOpt), or
 an expert at a time (unsloth's ``experts.gate_up_projs.3``, GPTQModel's ``experts.gate_up.3``); AutoRound and
-llm-compressor take them apart into ``experts.3.gate_proj`` and ``up_proj``.
+llm-compressor take them apart into ``experts.3.gate_proj`` and ``up_proj``, mlx-lm into stacks of both.
 """
 
 from __future__ import annotations
@@ -36,9 +36,12 @@ _SINGLE = {
     "down_proj": ("{n}.down_proj", "{n}.w2", "down_projs.{n}", "down.{n}"),
     "gate_up_proj": ("{n}.gate_up_proj", "gate_up_projs.{n}", "gate_up.{n}"),
 }
+# A stack of all experts: ``experts.down_proj``, ``experts.down_proj_scale``; as mlx-lm has it
+# ``switch_mlp.down_proj.weight`` and for gpt-oss ``experts.down_proj.weight``.
 _STACKED = re.compile(
-    r"(.+\.experts\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13)"
-    r"|.+\.block_sparse_moe\.(?:input|output)_linear\.weight)(?:_\w+)?$"
+    r"(.+\.(?:experts|switch_mlp)\.(?:gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13)"
+    r"|.+\.block_sparse_moe\.(?:input|output)_linear\.weight)"
+    r"(?:_\w+|\.(?:weight|scales|biases|bias|global_scale))?$"
 )
 # Other names of stacked projections; GraniteMoE's are modules and end in .weight.
 _STACKS = {
@@ -116,7 +119,9 @@ class Names:
 
         def stacked(leaf: str, stem: str, shape: tuple[int, int], interleaved: bool = False) -> Placed:
             part = Part(f"{name}.{number}.{leaf}", shape, bias=spec.bias)
-            module = StoredModule(part.name, stem, shape, number, spec.count, spec.transposed)
+            dotted = f"{stem}.weight" in self.header.tensors and not self.in_gguf
+            transposed = spec.transposed and not dotted
+            module = StoredModule(part.name, stem, shape, number, spec.count, transposed, dotted)
             return Placed(part, module, interleaved=interleaved)
 
         style, base = self._expert_style(name)
@@ -148,6 +153,7 @@ class Names:
             return ("fused" if fused in self.modules else "stacked"), ""
         bases = [self._stem(name, missing_ok=True)]
         bases += [base for base in self._candidates(name) if base not in bases]
+        bases += [f"{base.removesuffix('experts')}switch_mlp" for base in bases]
         for base in bases:
             # First: transformers stacks the scales, and nothing else, of experts it saves one by one.
             if any(

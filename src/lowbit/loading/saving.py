@@ -34,7 +34,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 _QUANTIZATION_FILES = frozenset(
-    ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
+    (
+        *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"),
+        *("quanto_qmap.json", "quantization_map.json"),
+    )
 )
 _DOCUMENTS = frozenset((".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"))
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -85,7 +88,9 @@ def save_checkpoint(
             documents[name] = _text(found)
         for name, text in documents.items():
             write_file(folder / name, text)
-        write_file(folder / "config.json", _text(written_config(config, found, dtype)))
+        said: Json = {}
+        said.update(dict.fromkeys(() if found is None else writer.config_keys, found))
+        write_file(folder / "config.json", _text(written_config(config, said, dtype)))
 
 
 def _write_part(shards: ShardedWriter, writer: CheckpointWriter, part: ReadModule | NamedTensor) -> None:
@@ -108,8 +113,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def written_config(config: Json, quantization: Json | None, dtype: str | None) -> Json:
-    """config.json of the new folder."""
+def written_config(config: Json, quantization: Json, dtype: str | None) -> Json:
+    """config.json of the new folder; ``quantization``: all that says how it is quantized."""
     made = {key: value for key, value in config.items() if key not in _QUANTIZATION_KEYS}
     for key, value in made.items():
         if isinstance(value, dict) and any(name in value for name in _QUANTIZATION_KEYS):
@@ -118,7 +123,7 @@ def written_config(config: Json, quantization: Json | None, dtype: str | None) -
         # transformers 5 calls it dtype and reads both; what is there keeps its name.
         for key in [key for key in ("dtype", "torch_dtype") if key in made] or ["torch_dtype"]:
             made[key] = _TORCH_NAMES[dtype]
-    return made if quantization is None else made | {"quantization_config": quantization}
+    return made | quantization
 
 
 def _documents(source: CheckpointHeader, config: Json) -> dict[str, bytes]:

@@ -116,7 +116,7 @@ class _Walk(Asker):
         self.family = opened.family
         self.in_gguf = opened.header.container == "gguf"
         self.parts: list[SourceModule | SourceVector] = []
-        self.mixtral = self.in_gguf and opened.config.moe is not None and opened.family.name == "llama"
+        self.mixtral = opened.config.moe is not None and opened.family.name == "llama"
         # Where norm weights are read with 1 added that transformers adds by itself.
         self.norm_shift = -1.0 if self.in_gguf and opened.family.name in ("gemma2", "gemma3") else 0.0
         self._kv = KvScales(opened.header)
@@ -165,11 +165,12 @@ class _Walk(Asker):
     def _note(self, places: list[Placed]) -> None:
         for place in places:
             scheme = self.form.scheme_of(place.module)
-            target = self._target(place) if self.in_gguf else place.module
+            renamed = self.in_gguf or place.module.dotted
+            target = self._target(place) if renamed else place.module
             self.parts.append(SourceModule(target, place, scheme, self.stored_nbytes(place)))
 
     def _target(self, place: Placed) -> StoredModule:
-        """The name a checkpoint of the family has for a module of a GGUF file."""
+        """The name a checkpoint of the family has for a module of a GGUF file, or for one of a stack."""
         name = place.part.name
         if place.module.expert is not None and name.endswith("gate_up_proj"):
             raise LowbitError(
