@@ -93,10 +93,6 @@ inline Store value_store(const lowbit_attention_cache& cache) {
 inline Vector16 from_halves(__m256i halves) { return {_mm512_cvtph_ps(halves)}; }
 inline Vector16 from_unsigned(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))}; }
 inline Vector16 from_signed(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
-inline Vector16 load_bfloats(const Bfloat* from) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
-}
 // 32-bit words of the even (lower half) and odd numbers, rounded to bfloat16: to nearest, ties to even;
 // subnormal numbers become 0, which vdpbf16ps takes them for.
 inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
@@ -105,7 +101,7 @@ inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
     const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.lanes, even.lanes));
     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(turn, rounded));
 }
-#else
+#elif defined(__AVX2__)
 inline Vector16 from_halves(__m256i halves) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
             _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
@@ -117,13 +113,6 @@ inline Vector16 from_unsigned(__m128i bytes) {
 inline Vector16 from_signed(__m128i bytes) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
-inline Vector16 load_bfloats(const Bfloat* from) {
-    const auto half = [](const Bfloat* eight) {
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-    };
-    return {half(from), half(from + 8)};
 }
 // 32-bit words of the even (lower half) and odd numbers, rounded to bfloat16: to nearest, ties to even.
 inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
@@ -139,6 +128,41 @@ inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), words(even.high, odd.high));
 }
 #endif
+#if defined(__AVX2__)
+using Bytes = __m128i;  // sixteen
+inline Bytes load_bytes(const std::uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const Bytes*>(from)); }
+// The lower four bits of every byte, the upper ones.
+inline Bytes low_digits(Bytes bytes) { return _mm_and_si128(bytes, _mm_set1_epi8(15)); }
+inline Bytes high_digits(Bytes bytes) { return _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15)); }
+// The lower four bits of eight bytes, then the upper ones.
+inline Bytes load_digits(const std::uint8_t* from) {
+    const Bytes codes = _mm_loadl_epi64(reinterpret_cast<const Bytes*>(from));
+    return low_digits(_mm_unpacklo_epi64(codes, _mm_srli_epi16(codes, 4)));
+}
+inline Vector16 load_halves(const std::uint8_t* from) {
+    return from_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+// An fp8 code becomes the float16 of the same digits, e4m3's 2^-8 times too small: subnormal numbers come right
+// by themselves.
+inline Vector16 from_e5m2(Bytes codes) { return from_halves(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8)); }
+inline Vector16 from_e4m3(Bytes codes) {
+    const __m256i seven_bits = _mm256_set1_epi16(0x7f);
+    const __m256i words = _mm256_cvtepu8_epi16(codes), digits = _mm256_and_si256(words, seven_bits);
+    const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(seven_bits, words), 8);
+    const __m256i no_number = _mm256_and_si256(_mm256_cmpeq_epi16(digits, seven_bits), _mm256_set1_epi16(0x7c00));
+    const __m256i halves = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(digits, 7)), no_number);
+    return multiply(from_halves(halves), broadcast(256.0f));
+}
+#endif
+
+}  // namespace lowbit
+
+#if defined(__ARM_NEON)
+#include "attention_neon.h"
+#endif
+
+namespace lowbit {
+
 inline float from_bfloat(Bfloat number) {
     const std::uint32_t bits = std::uint32_t{number} << 16;
     float value;
@@ -146,25 +170,17 @@ inline float from_bfloat(Bfloat number) {
     return value;
 }
 
-// Sixteen consecutive codes of a byte each, as the numbers they stand for. An fp8 code becomes the float16 of
-// the same digits, e4m3's 2^-8 times too small: subnormal numbers come right by themselves.
+// Sixteen consecutive codes of a byte each, as the numbers they stand for.
 template <Format FORMAT>
 inline Vector16 decode_bytes(const std::uint8_t* from) {
-    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const Bytes codes = load_bytes(from);
     if constexpr (FORMAT == Format::INT8) {
         return from_signed(codes);
     } else if constexpr (FORMAT == Format::E5M2) {
-        return from_halves(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8));
+        return from_e5m2(codes);
     } else {
         static_assert(FORMAT == Format::E4M3);
-        const __m256i seven_bits = _mm256_set1_epi16(0x7f);
-        const __m256i words = _mm256_cvtepu8_epi16(codes), digits = _mm256_and_si256(words, seven_bits);
-        const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(seven_bits, words), 8);
-        const __m256i no_number = _mm256_and_si256(_mm256_cmpeq_epi16(digits, seven_bits),
-                                                   _mm256_set1_epi16(0x7c00));
-        const __m256i halves =
-            _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(digits, 7)), no_number);
-        return multiply(from_halves(halves), broadcast(256.0f));
+        return from_e4m3(codes);
     }
 }
 
@@ -172,11 +188,9 @@ inline Vector16 decode_bytes(const std::uint8_t* from) {
 template <Format FORMAT>
 inline void decode_keys(const std::uint8_t* page, int pair, Vector16& even, Vector16& odd) {
     if constexpr (FORMAT == Format::INT4) {
-        const __m128i codes =
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(page + pair * PAGE_TOKENS));
-        const __m128i four_bits = _mm_set1_epi8(15);
-        even = from_unsigned(_mm_and_si128(codes, four_bits));
-        odd = from_unsigned(_mm_and_si128(_mm_srli_epi16(codes, 4), four_bits));
+        const Bytes codes = load_bytes(page + pair * PAGE_TOKENS);
+        even = from_unsigned(low_digits(codes));
+        odd = from_unsigned(high_digits(codes));
     } else {
         even = decode_bytes<FORMAT>(page + 2 * pair * PAGE_TOKENS);
         odd = decode_bytes<FORMAT>(page + (2 * pair + 1) * PAGE_TOKENS);
@@ -187,10 +201,7 @@ inline void decode_keys(const std::uint8_t* page, int pair, Vector16& even, Vect
 template <Format FORMAT>
 inline Vector16 decode_values(const std::uint8_t* page, int v_dim, int token, int dimension) {
     if constexpr (FORMAT == Format::INT4) {
-        const std::uint8_t* const from = page + (token * v_dim + dimension) / 2;
-        const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-        const __m128i all = _mm_unpacklo_epi64(codes, _mm_srli_epi16(codes, 4));
-        return from_unsigned(_mm_and_si128(all, _mm_set1_epi8(15)));
+        return from_unsigned(load_digits(page + (token * v_dim + dimension) / 2));
     } else {
         return decode_bytes<FORMAT>(page + token * v_dim + dimension);
     }
@@ -205,7 +216,7 @@ constexpr int CACHE_LINE = 64;
 
 // Inlined early: GCC 12 takes a function that only fetches for one without effect, and drops its calls.
 __attribute__((always_inline)) inline void fetch_line(const std::uint8_t* from) {
-    _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1);
+    __builtin_prefetch(from, 0, 2);
 }
 
 __attribute__((always_inline)) inline void fetch_lines(const float* from, int count) {
@@ -273,8 +284,7 @@ inline void widen(const Store& store, const std::uint8_t* page, Bfloat* to) {
 template <bool KEYS>
 inline void widen(const Store& store, const std::uint8_t* page, float* to) {
     for (int at = 0; at < store.dim * PAGE_TOKENS; at += LANES) {
-        const auto* halves = reinterpret_cast<const __m256i*>(page + 2 * at);
-        lowbit::store(to + at, from_halves(_mm256_loadu_si256(halves)));
+        lowbit::store(to + at, load_halves(page + 2 * at));
     }
 }
 

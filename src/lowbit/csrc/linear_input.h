@@ -60,6 +60,12 @@ struct InputPlaces {
     int tokens;
 };
 
+#if defined(__AVX2__)
+// The order of 16 int8 columns in the operands.
+using ByteOrder = __m128i;
+inline ByteOrder byte_order() { return _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15); }
+#endif
+
 #if defined(__AVX512BF16__)
 
 inline Sixteen store_bfloats(std::uint16_t* to, Sixteen x) {  // returns what was stored
@@ -84,13 +90,13 @@ inline float largest(Sixteen a, Sixteen b) {
     return value;
 }
 // Rounds 16 numbers to int8, ties to even; returns them.
-inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
+inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
     const __m512i whole = _mm512_cvtps_epi32(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole), order));
     return _mm512_cvtepi32_ps(whole);
 }
 
-#else
+#elif defined(__AVX2__)
 
 inline __m256i eight_bfloat_bits(__m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
@@ -125,7 +131,7 @@ inline float largest(Sixteen a, Sixteen b) {
     std::memcpy(&value, &most, sizeof value);
     return value;
 }
-inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
+inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
     const __m256i low = _mm256_cvtps_epi32(x.low), high = _mm256_cvtps_epi32(x.high);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -135,9 +141,17 @@ inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
 
 #endif
 
+}  // namespace lowbit
+
+#if defined(__ARM_NEON)
+#include "linear_input_neon.h"
+#endif
+
+namespace lowbit {
+
 // One token's row.
 inline void lay_out(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
-    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const ByteOrder order = byte_order();
     const std::int64_t tokens = to.tokens;
     float span_sum = 0.0f;  // InputKind::codes: whole numbers below 2^24 or so, else what float32 makes of them
     std::int32_t span_whole = 0;
