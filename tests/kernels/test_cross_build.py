@@ -25,7 +25,11 @@ DRIVER = Path(__file__).with_name("cross_driver.cpp")
 PREFIX = "aarch64-linux-gnu"
 ARM_SETS = ("neon", "neon_bf16")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not native.has("avx2"), reason="compares with AVX2"),
+]
 
 
 def tool(name: str, package: str) -> str:
@@ -76,13 +80,17 @@ def read(file: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def wanted(libraries: dict[str, Path]) -> dict[str, np.ndarray]:
-    """What AVX2 makes of the inputs."""
-    library = native._library_file("avx2")
-    if not native.has("avx2") or library is None:
-        pytest.skip("no AVX2 library to compare with")
-    results = FOLDER / "avx2.results"
-    run(driver(tool("g++", "g++"), ["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "driver_avx2"), library, results)
-    return read(results)
+    """What AVX2 makes of the inputs, and AVX-512 of int8 inputs that AVX2 does not take."""
+    program = driver(tool("g++", "g++"), ["-mavx2", "-mfma", "-mf16c", "-mbmi2"], "driver_x86")
+    results: dict[str, np.ndarray] = {}
+    for isa in ("avx2", "avx512"):
+        library = native._library_file(isa)
+        if native.has(isa) and library is not None:
+            run(program, library, FOLDER / f"{isa}.results")
+            results = read(FOLDER / f"{isa}.results") | results
+        elif isa == "avx2":
+            pytest.skip("no AVX2 library to compare with")
+    return results
 
 
 @pytest.mark.parametrize("isa", ARM_SETS)
@@ -94,7 +102,8 @@ def test_arm_results_are_those_of_avx2(
     results = FOLDER / f"{isa}.results"
     run(emulator, "-L", f"/usr/{PREFIX}", program, libraries[isa], results)
     found = read(results)
-    assert list(found) == list(wanted)
+    assert set(wanted) <= set(found)
+    assert all(" input 2 " in name for name in set(found) - set(wanted))
     assert len([name for name in found if name.startswith("linear")]) > 1000
     rounded = 0
     for name, expected in wanted.items():
@@ -108,4 +117,4 @@ def test_arm_results_are_those_of_avx2(
             rounded += not np.array_equal(found[name], expected, equal_nan=True)
         else:
             assert np.array_equal(found[name], expected, equal_nan=True), name
-    assert (rounded > 50) == (isa == "neon_bf16")
+    assert (rounded > 0) == (isa == "neon_bf16")

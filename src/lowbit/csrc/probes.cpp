@@ -123,7 +123,9 @@ Work bf16_work(std::int64_t rounds) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     });
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-    const bfloat16x8_t ones = vreinterpretq_bf16_u16(vdupq_n_u16(0x3F80));
+    uint16x8_t words = vdupq_n_u16(0x3F80);
+    hide(words);  // GCC 12 makes float16 of a constant of bfloat16
+    const bfloat16x8_t ones = vreinterpretq_bf16_u16(words);
     return in_registers(rounds, 2, vdupq_n_f32(0.0f), ones, ones, [](float32x4_t sum, bfloat16x8_t a, bfloat16x8_t b) {
         return vbfdotq_f32(sum, a, b);
     });

@@ -1,4 +1,4 @@
-"""cpu_blocks: weights of 2- to 8-bit codes with scales for each 16, 32 … columns, on AVX2 and AVX-512.
+"""cpu_blocks: weights of 2- to 8-bit codes with scales for each 16, 32 … columns, on AVX2, AVX-512 and NEON.
 
 Takes any canonical scheme whose code values are exact in bfloat16 (integers, small floats, iq4_nl) and GGUF
 blocks that expand to one, K-quants with their two levels of scales included; 4-bit tables that are not
