@@ -13,7 +13,8 @@ copies of its own and takes turns with the kernel.
 all threads from memory and of the products at the rate of the best dot-product instruction for the inputs
 (bf16, or 8 bit where the scheme quantizes them; fp32 for float32 tables). ``cached``: the read bandwidth of a
 buffer of the weight's size. On --device cuda the bounds are a large copy and a large bf16 matmul of torch's.
-The last line is JSON. --plot draws % of the bound by tokens, a line a format (extra ``bench``).
+The last line is JSON. --plot draws % of the bound by tokens, a line a format (extra ``bench``). --cliffs is
+another table, of many more formats: see cliffs.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import cliffs
 import torch
 from linear_formats import FORMATS, SHAPES, Sample, matrix
 from machine import commit, cpu_name, machine_kind
@@ -45,7 +47,7 @@ TOLERANCE = 3e-3  # of the norm: bfloat16 inputs have been rounded, float32 sums
 MOST_COPIES = 512
 MOST_BYTES = 1 << 30
 DRAM_BYTES = 512 << 20
-FLOAT_TABLES = ("f16", "f32", "nf4", "fp4_bnb")  # formats whose products run in float32
+FLOAT_TABLES = ("f16", "f32", "nf4")  # formats that do not meet x in bfloat16
 
 
 @dataclass(frozen=True)
@@ -293,10 +295,24 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def _cliffs(options: argparse.Namespace) -> None:
+    """The table of cliffs.py, on one thread."""
+    torch.set_num_threads(1)
+    native.set_threads(1)
+    shape = SHAPES[options.shapes[0] if len(options.shapes) == 1 else "1B qkv"]
+    tokens = [1, 8, 32, 512] if options.tokens == list(TOKENS) else options.tokens
+    rows = cliffs.run(options.formats, shape, tokens, options.repeats)
+    told = {"benchmark": "cliffs", "commit": commit(), "cpu": cpu_name(), "machine": machine_kind(),
+            "isa": native.isa(), "shape": shape, "rows": rows}  # fmt: skip
+    print(json.dumps(told))
+
+
 def main() -> None:
     """Print a line a row, then JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=list(FORMATS), metavar="F")
+    known = list(cliffs.FORMATS if "--cliffs" in sys.argv else FORMATS)
+    parser.add_argument("--cliffs", action="store_true", help="every format beside others of its size")
+    parser.add_argument("--formats", nargs="*", default=known, choices=known, metavar="F")
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="S")
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--threads", type=int, default=native.available_cores())
@@ -308,6 +324,9 @@ def main() -> None:
         raise SystemExit("--device cuda: torch sees no GPU here; use --device cpu")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install 'lowbit[bench]'")
+    if options.cliffs:
+        _cliffs(options)
+        return
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
     native.set_threads(options.threads)

@@ -7,15 +7,6 @@
 namespace lowbit {
 
 inline Bytes load_bytes(const std::uint8_t* from) { return vld1q_u8(from); }
-// The lower four bits of every byte, the upper ones.
-inline Bytes low_digits(Bytes bytes) { return vandq_u8(bytes, vdupq_n_u8(15)); }
-inline Bytes high_digits(Bytes bytes) { return vshrq_n_u8(bytes, 4); }
-// The lower four bits of eight bytes, then the upper ones.
-inline Bytes load_digits(const std::uint8_t* from) {
-    const uint8x8_t codes = vld1_u8(from);
-    return vcombine_u8(vand_u8(codes, vdup_n_u8(15)), vshr_n_u8(codes, 4));
-}
-
 // 32-bit words of the even (lower half) and odd numbers, rounded to bfloat16: to nearest, ties to even.
 inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
     const auto rounded = [](float32x4_t x) {

@@ -26,8 +26,13 @@ struct Prepared {
         shape.columns = from.columns;
         shape.span = summed_columns(layout);
         shape.element = is_float(layout.codes) ? 4 : 2;
+        shape.numbers = is_grid(layout.codes) ? grid_of(layout.codes).numbers : 0;
         const auto kind = static_cast<InputKind>(from.weight->input);
-        if (kind == InputKind::floats && float_function(layout) != nullptr) {
+        if (is_words(layout.codes)) {
+            function = word_function(layout);
+            shape.kind = InputKind::words;
+            scaled = true;
+        } else if (kind == InputKind::floats && float_function(layout) != nullptr) {
             function = float_function(layout);
             shape.element = 4;
         } else if (kind != InputKind::bfloat && kind != InputKind::floats && meets_bytes(layout, decoding.bytes)) {

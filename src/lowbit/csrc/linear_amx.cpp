@@ -19,7 +19,7 @@
 
 #include "amx_tiles.h"
 
-#define INLINE __attribute__((always_inline))  // of lambdas, which would become functions where called twice
+#define INLINED __attribute__((always_inline))  // of lambdas, which would become functions where called twice
 
 namespace lowbit {
 namespace {
@@ -133,7 +133,7 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
     constexpr int SPANS = PARTS == 4 ? 2 : 1;  // of x's scale
     alignas(64) float products[2][TILE_ROWS][ROWS];
     const int tokens = ALL ? TILE_ROWS : x.tokens - token;
-    const auto each = [&](auto&& body) INLINE {
+    const auto each = [&](auto&& body) INLINED {
         if constexpr (ALL) {
             UNROLL
             for (int t = 0; t < TILE_ROWS; ++t) body(t);
@@ -142,9 +142,9 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
         }
     };
     Sixteen held[TILE_ROWS];
-    each([&](int t) INLINE { held[t] = sixteen_load(totals[t]); });
+    each([&](int t) INLINED { held[t] = sixteen_load(totals[t]); });
 
-    const auto multiply = [&](auto parity, int slot) INLINE {
+    const auto multiply = [&](auto parity, int slot) INLINED {
         constexpr int C = decltype(parity)::value, A = PARTS == 1 ? 4 + C : 4, B = 6 + C;
         if (slot % PARTS == 0) tile_load<A>(line_of(x, chunk.line + slot / PARTS, token), TILE_LINE);
         tile_load<B>(scratch.panels[block][slot], TILE_LINE);
@@ -156,7 +156,7 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
         }
         tile_store<C>(products[C], TILE_LINE);
     };
-    const auto scale = [&](int slot) INLINE {
+    const auto scale = [&](int slot) INLINED {
         const float(*const product)[ROWS] = products[slot % 2];
         const std::int64_t span = chunk.span + slot;
         const std::int64_t at = span * x.tokens + token;
@@ -165,7 +165,7 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
         const float* const x_scales = BYTES ? x.scales + span / SPANS * x.tokens + token : nullptr;
         const Sixteen w_scale = sixteen_load(scratch.scales[block][slot]);
         const Sixteen addend = sixteen_load(scratch.addends[block][slot]);
-        each([&](int t) INLINE {
+        each([&](int t) INLINED {
             Sixteen sum = product_of<BYTES>(product[t], BYTES ? bases[t] : 0);
             if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x_sums[t]), sum);
             const Sixteen by = BYTES ? sixteen_multiply(w_scale, sixteen_set(x_scales[t])) : w_scale;
@@ -182,7 +182,7 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
         scale(slot);
     }
     if (chunk.slots % 2 == 0) scale(chunk.slots - 1);
-    each([&](int t) INLINE { sixteen_store(totals[t], held[t]); });
+    each([&](int t) INLINED { sixteen_store(totals[t], held[t]); });
 }
 
 using Narrow = void (*)(const Chunk&, const Scratch&, int block, const Input&, int token, float (*totals)[ROWS]);
@@ -219,7 +219,7 @@ void multiply_wide(const Chunk& chunk, const Order& order, Scratch& scratch, con
     const bool stays = x.tokens <= TILE_ROWS;
     for (int token = 0; token < x.tokens; token += TILE_ROWS) {
         std::int64_t group = chunk.line / order.lines_of_group, left = order.lines_of_group - chunk.line % order.lines_of_group;
-        for_blocks(blocks, [&](auto block) INLINE {
+        for_blocks(blocks, [&](auto block) INLINED {
             constexpr int C = decltype(block)::value;
             if (left == order.lines_of_group) {
                 tile_zero<C>();
@@ -227,7 +227,7 @@ void multiply_wide(const Chunk& chunk, const Order& order, Scratch& scratch, con
                 tile_load<C>(scratch.products[C][token], TILE_LINE);
             }
         });
-        const auto scale = [&](int slot) INLINE {
+        const auto scale = [&](int slot) INLINED {
             const int tokens = std::min(TILE_ROWS, x.tokens - token);
             const std::int64_t at = group * x.tokens + token;
             for (int block = 0; block < blocks; ++block) {
@@ -250,10 +250,10 @@ void multiply_wide(const Chunk& chunk, const Order& order, Scratch& scratch, con
                 }
             }
         };
-        const auto multiply = [&](auto parity, int slot) INLINE {
+        const auto multiply = [&](auto parity, int slot) INLINED {
             constexpr int A = 4 + decltype(parity)::value;
             tile_load<A>(line_of(x, chunk.line + slot, token), TILE_LINE);
-            for_blocks(blocks, [&](auto block) INLINE {
+            for_blocks(blocks, [&](auto block) INLINED {
                 constexpr int C = decltype(block)::value, B = 6 + C % 2;
                 tile_load<B>(panels[C] + slot * SLOT_BYTES, TILE_LINE);
                 if constexpr (BYTES) {
@@ -263,7 +263,7 @@ void multiply_wide(const Chunk& chunk, const Order& order, Scratch& scratch, con
                 }
             });
             if (--left > 0) return;
-            for_blocks(blocks, [&](auto block) INLINE {
+            for_blocks(blocks, [&](auto block) INLINED {
                 constexpr int C = decltype(block)::value;
                 tile_store<C>(scratch.products[C][token], TILE_LINE);
                 tile_zero<C>();
@@ -279,7 +279,7 @@ void multiply_wide(const Chunk& chunk, const Order& order, Scratch& scratch, con
         }
         if (slot < chunk.slots) multiply(std::integral_constant<int, 0>(), slot);
         if (stays || left == order.lines_of_group) continue;
-        for_blocks(blocks, [&](auto block) INLINE {
+        for_blocks(blocks, [&](auto block) INLINED {
             constexpr int C = decltype(block)::value;
             tile_store<C>(scratch.products[C][token], TILE_LINE);
         });
@@ -371,6 +371,7 @@ BlocksFunction bytes_by_group(bool grouped) {
 
 BlocksFunction exact_tiles(const Layout& layout) {
     switch (layout.codes) {
+        case Codes::bits1: return multiply_exact<Codes::bits1>;
         case Codes::bits2: return multiply_exact<Codes::bits2>;
         case Codes::bits3: return multiply_exact<Codes::bits3>;
         case Codes::bits4: return multiply_exact<Codes::bits4>;
@@ -380,8 +381,17 @@ BlocksFunction exact_tiles(const Layout& layout) {
         case Codes::int8: return multiply_exact<Codes::int8>;
         case Codes::uint8: return multiply_exact<Codes::uint8>;
         case Codes::e4m3: return multiply_exact<Codes::e4m3>;
+        case Codes::e5m2: return multiply_exact<Codes::e5m2>;
+        case Codes::e4m3fnuz: return multiply_exact<Codes::e4m3fnuz>;
+        case Codes::e5m2fnuz: return multiply_exact<Codes::e5m2fnuz>;
+        case Codes::grid2_256: return multiply_exact<Codes::grid2_256>;
+        case Codes::grid2_512: return multiply_exact<Codes::grid2_512>;
+        case Codes::grid2_1024: return multiply_exact<Codes::grid2_1024>;
+        case Codes::grid1_2048: return multiply_exact<Codes::grid1_2048>;
+        case Codes::grid3_256: return multiply_exact<Codes::grid3_256>;
+        case Codes::grid3_512: return multiply_exact<Codes::grid3_512>;
         case Codes::bf16: return multiply_exact<Codes::bf16>;
-        case Codes::wide4:
+        case Codes::words4:
         case Codes::f16:
         case Codes::f32: return nullptr;
     }
@@ -390,6 +400,7 @@ BlocksFunction exact_tiles(const Layout& layout) {
 
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped) {
     switch (layout.codes) {
+        case Codes::bits1: return bytes_by_group<Codes::bits1>(grouped);
         case Codes::bits2: return bytes_by_group<Codes::bits2>(grouped);
         case Codes::bits3: return bytes_by_group<Codes::bits3>(grouped);
         case Codes::bits4:

@@ -16,14 +16,14 @@ struct GroupStep {
     float (*totals)[ROWS];
 
     template <int TOKENS>
-    void operator()(int token) const {
+    INLINE void operator()(int token) const {
         multiply<0, TOKENS>(token);
         if constexpr (SUB == 16) multiply<1, TOKENS>(token);
     }
 
   private:
     template <int HALF, int TOKENS>
-    void multiply(int token) const {
+    INLINE void multiply(int token) const {
         constexpr int COUNT = SUB * OPERANDS / COLUMNS;
         const std::int64_t span = tile * (COLUMNS / SUB) + HALF;
         const std::int32_t* const bases = x.bases + span * x.tokens + token;
@@ -66,7 +66,7 @@ struct WideStep {
     std::int32_t (*sums)[ROWS];
 
     template <int TOKENS>
-    void operator()(int token) const {
+    INLINE void operator()(int token) const {
         SixteenInts held[TOKENS];
         // Few tokens are few chains of sums: fresh ones do not wait for the tile before.
         constexpr bool FRESH = TOKENS < 4;
@@ -129,6 +129,7 @@ BlockFunction by_addend(const Layout& layout, bool grouped) {
 
 BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool grouped) {
     switch (layout.codes) {
+        case Codes::bits1: return by_addend<Codes::bits1>(layout, grouped);
         case Codes::bits2: return by_addend<Codes::bits2>(layout, grouped);
         case Codes::bits3: return by_addend<Codes::bits3>(layout, grouped);
         case Codes::bits4:

@@ -27,7 +27,7 @@ struct ByteCodes {
         if (codes == Codes::int8 || codes == Codes::uint8) {
             possible = true;
             base = codes == Codes::int8 ? -128 : 0;
-        } else if (codes >= Codes::bits2 && codes <= Codes::bits7) {
+        } else if (codes >= Codes::bits1 && codes <= Codes::bits7) {
             read(weight.table, codes == Codes::bits7 ? 1 : 1 << static_cast<int>(codes));
         }
     }

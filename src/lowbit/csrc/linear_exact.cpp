@@ -16,7 +16,7 @@ inline Sixteen accumulate(Sixteen total, Sixteen sum, Sixteen scale, Sixteen add
 }
 
 template <int SUB, Addend ADDEND, bool SCALED, int TOKENS>
-inline void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
+INLINE void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
                           float (*totals)[ROWS]) {
     const std::uint16_t* const from = x.at<std::uint16_t>(tile, token);
     Sixteen sums[TOKENS];
@@ -60,7 +60,7 @@ struct TileStep {
     std::int64_t tile;
     float (*totals)[ROWS];
     template <int TOKENS>
-    void operator()(int token) const {
+    INLINE void operator()(int token) const {
         multiply_tile<SUB, ADDEND, SCALED, TOKENS>(w, walk, x, tile, token, totals);
     }
 };
@@ -77,9 +77,37 @@ struct FloatStep {
     }
 };
 
+// One token: its total stays in a register, and nothing that is decoded goes through memory.
+template <Codes CODES, int SUB, Addend ADDEND, bool SCALED>
+__attribute__((noinline)) void multiply_block_once(const Layout& layout, const std::uint8_t* block,
+                                                   const Decoding& decoding, const Input& x, float* totals) {
+    Walk walk(layout, block);
+    Sixteen total = sixteen_load(totals);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        BfloatTile w;
+        decode<CODES>(walk.next(), decoding.table, w);
+        const std::uint16_t* const from = x.at<std::uint16_t>(tile, 0);
+        const float* const x_sums = x.sums + tile * (COLUMNS / SUB);
+        Sixteen sum[1];
+        dot<0, SUB, 1>(w, from, COLUMNS, sum);
+        total = accumulate<ADDEND, SCALED>(total, sum[0], walk.scale[0], walk.addend[0],
+                                           ADDEND == Addend::none ? 0.0f : x_sums[0]);
+        if constexpr (SUB == 16) {
+            dot<16, 16, 1>(w, from, COLUMNS, sum);
+            total = accumulate<ADDEND, SCALED>(total, sum[0], walk.scale[1], walk.addend[1],
+                                               ADDEND == Addend::none ? 0.0f : x_sums[1]);
+        }
+    }
+    sixteen_store(totals, total);
+}
+
 template <Codes CODES, int SUB, Addend ADDEND, bool SCALED>
 void multiply_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                     float (*totals)[ROWS]) {
+    if (x.tokens == 1) {
+        multiply_block_once<CODES, SUB, ADDEND, SCALED>(layout, block, decoding, x, totals[0]);
+        return;
+    }
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         BfloatTile w;
@@ -91,12 +119,12 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
 }
 
 template <Codes CODES>
-void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                           float (*totals)[ROWS]) {
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         for (int half = 0; half < 2; ++half) {
             FloatTile w;
-            decode_floats<CODES>(block + tile * tile_bytes(CODES) + half * tile_bytes(CODES) / 2, decoding.table, w);
+            decode_floats<CODES>(block + tile * tile_bytes(CODES) + half * tile_bytes(CODES) / 2, w);
             for_tokens(x.tokens, FloatStep{w, x, tile, half, totals});
         }
     }
@@ -120,16 +148,16 @@ struct ScaledFloatStep {
     }
 };
 
-// Codes whose values bfloat16 would round: 16 columns at a time in float32, then the scale.
+// 16 columns at a time in float32, then the scale.
 template <Codes CODES>
-void multiply_wide_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+void multiply_wide_block(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                          float (*totals)[ROWS]) {
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next();
         for (int half = 0; half < 2; ++half) {
             FloatTile w;
-            decode_floats<CODES>(codes + half * tile_bytes(CODES) / 2, decoding.table, w);
+            decode_floats<CODES>(codes + half * tile_bytes(CODES) / 2, w);
             for_tokens(x.tokens, ScaledFloatStep{w, x, tile, half, walk.scale[layout.sub == 16 ? half : 0], totals});
         }
     }
@@ -150,6 +178,12 @@ BlockFunction by_sub(const Layout& layout) {
     return layout.sub == 16 ? by_addend<CODES, 16>(layout.addend) : by_addend<CODES, 32>(layout.addend);
 }
 
+template <Codes CODES>
+BlockFunction without_addend(const Layout& layout) {
+    if (layout.addend != Addend::none) return nullptr;
+    return layout.sub == 16 ? multiply_block<CODES, 16, Addend::none, true> : multiply_block<CODES, 32, Addend::none, true>;
+}
+
 }  // namespace
 
 BlockFunction float_function(const Layout& layout) {
@@ -160,6 +194,7 @@ BlockFunction float_function(const Layout& layout) {
 BlockFunction exact_function(const Layout& layout) {
     switch (layout.codes) {
 #if !defined(LOWBIT_AMX)  // there exact_tiles has them
+        case Codes::bits1: return by_sub<Codes::bits1>(layout);
         case Codes::bits2: return by_sub<Codes::bits2>(layout);
         case Codes::bits3: return by_sub<Codes::bits3>(layout);
         case Codes::bits4: return by_sub<Codes::bits4>(layout);
@@ -169,9 +204,17 @@ BlockFunction exact_function(const Layout& layout) {
         case Codes::int8: return by_sub<Codes::int8>(layout);
         case Codes::uint8: return by_sub<Codes::uint8>(layout);
         case Codes::e4m3: return by_sub<Codes::e4m3>(layout);
+        case Codes::e5m2: return by_sub<Codes::e5m2>(layout);
+        case Codes::e4m3fnuz: return by_sub<Codes::e4m3fnuz>(layout);
+        case Codes::e5m2fnuz: return by_sub<Codes::e5m2fnuz>(layout);
+        case Codes::grid2_256: return without_addend<Codes::grid2_256>(layout);
+        case Codes::grid2_512: return without_addend<Codes::grid2_512>(layout);
+        case Codes::grid2_1024: return without_addend<Codes::grid2_1024>(layout);
+        case Codes::grid1_2048: return without_addend<Codes::grid1_2048>(layout);
+        case Codes::grid3_256: return without_addend<Codes::grid3_256>(layout);
+        case Codes::grid3_512: return without_addend<Codes::grid3_512>(layout);
         case Codes::bf16: return multiply_block<Codes::bf16, 32, Addend::none, false>;
 #endif
-        case Codes::wide4: return layout.addend == Addend::none ? multiply_wide_block<Codes::wide4> : nullptr;
         case Codes::f16: return multiply_float_block<Codes::f16>;
         case Codes::f32: return multiply_float_block<Codes::f32>;
         default: return nullptr;

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "linear_bytes.h"
+#include "linear_words.h"
 
 namespace lowbit {
 
@@ -19,11 +20,11 @@ constexpr std::int64_t READ_PAST = 0;
 
 // x of some tokens.
 struct Input {
-    // (tile, token, 32): bfloat16, float or int8 in the order of the operands. Under AMX int8 lies as (two tiles,
+    // (tile, token, 32): bfloat16, float, int16 or int8 in the order of the operands. Under AMX int8 lies as (two tiles,
     // token, 64); whatever fills the second half of a last odd tile meets zeros.
     const std::uint8_t* values = nullptr;
     const float* sums = nullptr;           // (span, token): of the rounded numbers
-    const float* scales = nullptr;         // (tile, token), InputKind::groups
+    const float* scales = nullptr;         // (tile, token), InputKind::groups and words
     const std::int32_t* bases = nullptr;   // (span, token): base * sum, of whole numbers
     int tokens = 0;
 
@@ -42,6 +43,7 @@ struct InputShape {
     bool scaled_sums = false;  // InputKind::groups: sums of x rather than of its codes
     int base = 0;
     float factor = 1.0f;
+    int numbers = 0;  // of a vector of a grid, where x comes in the order of linear_grids.h
 
     std::int64_t spans() const { return tiles * COLUMNS / span; }
     std::int64_t value_bytes() const {
@@ -89,6 +91,16 @@ inline float largest(Sixteen a, Sixteen b) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+// Two vectors of 8 columns, or twice two of 4: their columns in turns.
+inline Sixteen in_grid_order(Sixteen x, int numbers) {
+    const __m512i eights = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    const __m512i fours = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    return _mm512_permutexvar_ps(numbers == 8 ? eights : fours, x);
+}
+// Rounds 16 numbers to int16, ties to even.
+inline void store_words(std::int16_t* to, Sixteen x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+}
 // Rounds 16 numbers to int8, ties to even; returns them.
 inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
     const __m512i whole = _mm512_cvtps_epi32(x);
@@ -131,6 +143,18 @@ inline float largest(Sixteen a, Sixteen b) {
     std::memcpy(&value, &most, sizeof value);
     return value;
 }
+inline Sixteen in_grid_order(Sixteen x, int numbers) {
+    if (numbers == 8) {
+        const __m256 first = _mm256_unpacklo_ps(x.low, x.high), second = _mm256_unpackhi_ps(x.low, x.high);
+        return {_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31)};
+    }
+    const __m256i turns = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return {_mm256_permutevar8x32_ps(x.low, turns), _mm256_permutevar8x32_ps(x.high, turns)};
+}
+inline void store_words(std::int16_t* to, Sixteen x) {
+    const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xD8));
+}
 inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
     const __m256i low = _mm256_cvtps_epi32(x.low), high = _mm256_cvtps_epi32(x.high);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
@@ -167,6 +191,10 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         }
         const std::int64_t place = (tile * tokens + token) * COLUMNS;
         Sixteen a = sixteen_load(from), b = sixteen_load(from + 16);
+        if (shape.numbers != 0) {
+            a = in_grid_order(a, shape.numbers);
+            b = in_grid_order(b, shape.numbers);
+        }
         if (shape.kind == InputKind::bfloat) {
             if (shape.element == 4) {
                 float* const values = reinterpret_cast<float*>(to.values) + place;
@@ -194,6 +222,15 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         float scale = 1.0f;
         const float most = largest(a, b);
         const bool sound = most <= std::numeric_limits<float>::max();
+        if (shape.kind == InputKind::words) {
+            scale = most / static_cast<float>(LARGEST_WORD);
+            const Sixteen inverse = sixteen_set(!sound || scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale);
+            std::int16_t* const values = reinterpret_cast<std::int16_t*>(to.values) + place;
+            store_words(values, sixteen_multiply(a, inverse));
+            store_words(values + 16, sixteen_multiply(b, inverse));
+            to.scales[tile * tokens + token] = sound ? scale : std::numeric_limits<float>::quiet_NaN();
+            continue;
+        }
         faulty = faulty || !sound;
         if (shape.kind == InputKind::groups) {
             scale = most / static_cast<float>(LARGEST_INPUT);

@@ -60,6 +60,9 @@ BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool g
 inline BlockFunction byte_function(const Layout&, const ByteCodes&, bool) { return nullptr; }
 #endif
 
+// x as InputKind::words, for Codes::words4. Null where there is none. linear_words.cpp
+BlockFunction word_function(const Layout& layout);
+
 // The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,
                                 float (*totals)[TOKEN_TILE][ROWS]);
@@ -86,9 +89,10 @@ inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
 
 #endif
 
-// step<TOKENS>(token) for all tokens, TOKEN_STEP at a time and the rest in halves.
+// step<TOKENS>(token) for all tokens, TOKEN_STEP at a time and the rest in halves. Steps are inlined, so that the
+// tile they share stays in registers: through memory two tokens take twice as long.
 template <typename Step>
-inline void for_tokens(int tokens, Step&& step) {
+INLINE void for_tokens(int tokens, Step&& step) {
     int token = 0;
     for (; token + TOKEN_STEP <= tokens; token += TOKEN_STEP) step.template operator()<TOKEN_STEP>(token);
     if constexpr (TOKEN_STEP > 4) {

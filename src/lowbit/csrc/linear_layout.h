@@ -8,7 +8,10 @@
 // What kernels/packed_linear.py describes; field for field its ctypes struct.
 struct lowbit_weight {
     const std::uint8_t* data;
-    const std::uint16_t* table;  // 64 bfloat16 values, for codes of 2 to 7 bits; 16 floats for wide4
+    // 64 bfloat16 values, for codes of 2 to 7 bits; with a factor, 32 of them (words4: 16-bit numbers, 16 of them
+    // twice) and then 16 floats, what codes of 4 bits are worth exactly; for grids, a grid behind it: the low bytes of
+    // its 16-bit words, then the high ones.
+    const std::uint16_t* table;
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles
     std::int32_t codes;
@@ -16,15 +19,19 @@ struct lowbit_weight {
     std::int32_t scales;  // enum Scales
     std::int32_t addend;  // enum Addend
     std::int32_t input;   // enum InputKind: what x is rounded to
+    float factor;         // a table's numbers times it are what codes are worth; 1 for most
 };
 
 namespace lowbit {
 
-// two_level: int8 x f16 per 256
-enum class Scales : std::int32_t { none = 0, f16 = 1, bf16 = 2, f32 = 3, two_level = 4, e4m3 = 5 };
+// two_level: int8 x f16 per 256; nibbles: 4 bits n x f16 per 256, offsets -n x f16; odd_nibbles: 2 n + 1 x f16
+enum class Scales : std::int32_t {
+    none = 0, f16 = 1, bf16 = 2, f32 = 3, two_level = 4, e4m3 = 5, nibbles = 6, odd_nibbles = 7
+};
 // groups: int8 with a scale for each token and 32 columns. codes: x holds whole numbers of -127 … 127 already.
-// floats: not rounded, for int8 codes (LLM.int8's outliers are too large to lose their lower bits).
-enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3 };
+// floats: not rounded, for int8 codes (LLM.int8's outliers are too large to lose their lower bits). words: 15 bits
+// with a scale for each token and 32 columns, for Codes::words4, which meets nothing else.
+enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3, words = 4 };
 enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
 
 constexpr int SUPER = 256;        // columns of an outer block of two-level scales
@@ -37,11 +44,13 @@ struct Layout {
           addend(static_cast<Addend>(w.addend)),
           tiles(w.columns / COLUMNS),
           blocks((w.rows + ROWS - 1) / ROWS),
-          sub(w.group == 16 ? 16 : 32) {
+          sub(w.group == 16 ? 16 : 32),
+          factor(w.factor) {
         const bool byte_scales = scales == Scales::two_level || scales == Scales::e4m3;
-        scale_bytes = scales == Scales::none ? 0 : scales == Scales::f32 ? 64 : byte_scales ? 16 : 32;
+        const bool nibbles = scales == Scales::nibbles || scales == Scales::odd_nibbles;
+        scale_bytes = scales == Scales::none ? 0 : scales == Scales::f32 ? 64 : byte_scales ? 16 : nibbles ? 8 : 32;
         addend_bytes = addend == Addend::none ? 0 : addend == Addend::zero ? 32 : scale_bytes;
-        super_bytes = scales == Scales::two_level ? (addend == Addend::offset ? 64 : 32) : 0;
+        super_bytes = scales == Scales::two_level || nibbles ? (addend == Addend::offset ? 64 : 32) : 0;
         unit = std::max(w.group, COLUMNS);
         headers = unit / w.group;
         unit_bytes = headers * (scale_bytes + addend_bytes) + unit / COLUMNS * tile_bytes(codes);
@@ -53,6 +62,7 @@ struct Layout {
     Addend addend;
     std::int64_t tiles, blocks;
     int sub;                      // columns summed before a scale is applied
+    float factor;                 // of all scales
     std::int64_t scale_bytes, addend_bytes, super_bytes;
     std::int64_t unit;            // columns whose headers stand together, before their tiles
     std::int64_t headers;
@@ -65,6 +75,11 @@ inline Sixteen read_sixteen(const std::uint8_t* from, Scales kind) {
         case Scales::bf16: return sixteen_bf16(from);
         case Scales::two_level: return sixteen_int8(from);
         case Scales::e4m3: return sixteen_e4m3(from);
+        case Scales::nibbles: return sixteen_nibbles(from);
+        case Scales::odd_nibbles: {
+            const Sixteen whole = sixteen_nibbles(from);
+            return sixteen_add(sixteen_add(whole, whole), sixteen_set(1.0f));
+        }
         default: {
             float values[ROWS];
             std::memcpy(values, from, sizeof values);
@@ -102,10 +117,12 @@ class Walk {
         if (layout_.scales != Scales::none) {
             scale[header] = read_sixteen(at_, layout_.scales);
             if (layout_.super_bytes) scale[header] = sixteen_multiply(scale[header], outer_scale_);
+            if (layout_.factor != 1.0f) scale[header] = sixteen_multiply(scale[header], sixteen_set(layout_.factor));
         }
         at_ += layout_.scale_bytes;
         if (layout_.addend == Addend::offset) {
             addend[header] = read_sixteen(at_, layout_.scales);
+            if (layout_.scales == Scales::nibbles) addend[header] = sixteen_multiply(addend[header], sixteen_set(-1.0f));
             if (layout_.super_bytes) addend[header] = sixteen_multiply(addend[header], outer_addend_);
         } else if (layout_.addend == Addend::zero) {
             // -zero: what is added to a sum of codes for each unit of x

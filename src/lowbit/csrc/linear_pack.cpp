@@ -14,7 +14,14 @@ namespace {
 // Whether some kernel multiplies such a weight.
 bool known(const Layout& layout) {
     switch (layout.codes) {
-        case Codes::wide4: return layout.addend == Addend::none;
+        case Codes::words4:
+        case Codes::grid2_256:
+        case Codes::grid2_512:
+        case Codes::grid2_1024:
+        case Codes::grid1_2048:
+        case Codes::grid3_256:
+        case Codes::grid3_512: return layout.addend == Addend::none;
+        case Codes::bits1:
         case Codes::bits2:
         case Codes::bits3:
         case Codes::bits4:
@@ -24,6 +31,9 @@ bool known(const Layout& layout) {
         case Codes::int8:
         case Codes::uint8:
         case Codes::e4m3:
+        case Codes::e5m2:
+        case Codes::e4m3fnuz:
+        case Codes::e5m2fnuz:
         case Codes::bf16:
         case Codes::f16:
         case Codes::f32: return true;
@@ -31,18 +41,25 @@ bool known(const Layout& layout) {
     return false;
 }
 
+// What a code is worth, exactly, factor included.
 float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* tile, int row, int column) {
+    if (weight.factor != 1.0f) {
+        float value;
+        std::memcpy(&value, reinterpret_cast<const float*>(weight.table + 32) + read_code(tile, codes, row, column), sizeof value);
+        return value;
+    }
+    if (is_grid(codes)) {
+        const auto* const words = reinterpret_cast<const std::uint8_t*>(weight.table + 64);
+        return bfloat_to_float(weight.table[read_grid_code(tile, codes, words, row, column)]);
+    }
     switch (codes) {
         case Codes::bits7: return bfloat_to_float(weight.table[0]) + static_cast<float>(read_code(tile, codes, row, column));
         case Codes::int8: return byte_value<Codes::int8>(tile[byte_place(row, column)]);
         case Codes::uint8: return byte_value<Codes::uint8>(tile[byte_place(row, column)]);
         case Codes::e4m3: return byte_value<Codes::e4m3>(tile[byte_place(row, column)]);
-        case Codes::wide4: {
-            float value;
-            const auto* const bytes = reinterpret_cast<const std::uint8_t*>(weight.table);
-            std::memcpy(&value, bytes + read_code(tile, Codes::bits4, row, column) * sizeof value, sizeof value);
-            return value;
-        }
+        case Codes::e5m2: return byte_value<Codes::e5m2>(tile[byte_place(row, column)]);
+        case Codes::e4m3fnuz: return byte_value<Codes::e4m3fnuz>(tile[byte_place(row, column)]);
+        case Codes::e5m2fnuz: return byte_value<Codes::e5m2fnuz>(tile[byte_place(row, column)]);
         case Codes::bf16: {
             std::uint16_t bits;
             std::memcpy(&bits, tile + column / 2 * 64 + row * 4 + column % 2 * 2, sizeof bits);
@@ -95,6 +112,16 @@ void put_sixteen(std::uint8_t* to, const std::uint8_t* from, std::int64_t size, 
     }
 }
 
+// The same for numbers of 4 bits that come in bytes.
+void put_nibbles(std::uint8_t* to, const std::uint8_t* from, std::int64_t rows, std::int64_t row, std::int64_t groups,
+                 std::int64_t group) {
+    for (int lane = 0; lane < ROWS; ++lane) {
+        if (row + lane >= rows) return;
+        const auto nibble = static_cast<unsigned>(from[(row + lane) * groups + group]) & 15u;
+        to[lane % 8] = static_cast<std::uint8_t>(to[lane % 8] | nibble << lane / 8 * 4);
+    }
+}
+
 struct Sources {
     const std::uint8_t* codes;  // (rows, columns) bytes; bf16, f16, f32: the matrix
     const std::uint8_t* scales;
@@ -109,16 +136,24 @@ void put_tile(std::uint8_t* tile, const lowbit_weight& weight, Codes codes, cons
     const auto last = static_cast<int>(std::min<std::int64_t>(COLUMNS, columns - first_column));
     for (int lane = 0; lane < ROWS && row + lane < weight.rows; ++lane) {
         const std::uint8_t* const source = from + ((row + lane) * columns + first_column) * element;
+        if (is_grid(codes)) {
+            write_grid_codes(tile, codes, lane, last, source);
+            continue;
+        }
         for (int column = 0; column < last; ++column) {
             switch (codes) {
                 case Codes::int8:
                 case Codes::e4m3:
+                case Codes::e5m2:
+                case Codes::e4m3fnuz:
+                case Codes::e5m2fnuz:
                 case Codes::uint8: tile[byte_place(lane, column)] = source[column]; break;
                 case Codes::bf16:
                     std::memcpy(tile + column / 2 * 64 + lane * 4 + column % 2 * 2, source + column * 2, 2);
                     break;
                 case Codes::f16: std::memcpy(tile + column * 32 + lane * 2, source + column * 2, 2); break;
                 case Codes::f32: std::memcpy(tile + column * 64 + lane * 4, source + column * 4, 4); break;
+                case Codes::words4: write_code(tile, Codes::bits4, lane, column, source[column]); break;
                 default: write_code(tile, codes, lane, column, source[column]);
             }
         }
@@ -144,6 +179,8 @@ void pack(const lowbit_weight& weight, std::int64_t columns, const Sources& from
     const Layout layout(weight);
     const std::int64_t groups = weight.columns / weight.group, supers = weight.columns / SUPER;
     const std::int64_t scale_size = layout.scale_bytes / ROWS, addend_size = layout.addend_bytes / ROWS;
+    const bool nibbles = weight.scales == static_cast<std::int32_t>(Scales::nibbles) ||
+                         weight.scales == static_cast<std::int32_t>(Scales::odd_nibbles);
     parallel_for(layout.blocks, [&](std::int64_t block) {
         std::uint8_t* at = to + block * layout.block_bytes;
         std::memset(at, 0, static_cast<std::size_t>(layout.block_bytes));
@@ -157,13 +194,16 @@ void pack(const lowbit_weight& weight, std::int64_t columns, const Sources& from
             if (column % layout.unit == 0) {
                 for (std::int64_t header = 0; header < layout.headers; ++header) {
                     const std::int64_t group = column / weight.group + header;
+                    if (nibbles) put_nibbles(at, from.scales, weight.rows, row, groups, group);
                     if (scale_size) put_sixteen(at, from.scales, scale_size, weight.rows, row, groups, group);
                     at += layout.scale_bytes;
+                    if (nibbles && from.addends) put_nibbles(at, from.addends, weight.rows, row, groups, group);
                     if (addend_size) put_sixteen(at, from.addends, addend_size, weight.rows, row, groups, group);
                     at += layout.addend_bytes;
                 }
             }
-            if (layout.codes == Codes::bits4 || layout.codes == Codes::wide4) {
+            const bool whole = column + COLUMNS <= columns;
+            if (whole && (layout.codes == Codes::bits4 || layout.codes == Codes::words4)) {
                 put_nibble_tile(at, weight, from.codes, row, column, columns);
             } else {
                 put_tile(at, weight, layout.codes, from.codes, row, column, columns);
@@ -202,7 +242,8 @@ LOWBIT_EXPORT int lowbit_linear_rows(const lowbit_weight* weight, std::int64_t c
     for (std::int64_t i = 0; i < count; ++i) {
         if (id_at(i) < 0 || id_at(i) >= weight->rows) return 2;
     }
-    const lowbit::Layout layout(*weight);
+    lowbit::Layout layout(*weight);
+    layout.factor = 1.0f;  // code_value has it
     std::vector<float> stored;
     try {
         if (column_order != nullptr) stored.resize(static_cast<std::size_t>(count * columns));

@@ -16,32 +16,73 @@
 #include <cstdint>
 #include <cstring>
 
+#define INLINE __attribute__((always_inline)) inline
+
 namespace lowbit {
 
 constexpr int ROWS = 16;     // output rows of a tile
 constexpr int COLUMNS = 32;  // columns of a tile
 constexpr int PAIRS = COLUMNS / 2;
 
-// How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value up in a table; planes are low bits first. ``bits7``: a
-// code is worth table[0] + code, a table of 128 would take four registers. ``wide4``: as bits4, with a table of
-// floats that bfloat16 would round (nf4).
+// How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value
+// up in a table; planes are low bits first. ``bits7``: a code is worth table[0] + code, a table of 128 would take
+// four registers. ``words4``: as bits4, with a table of whole numbers of 13 bits for values that bfloat16 would round
+// (nf4); see linear_words.h. ``grid…``: an index for 8 or 4 columns of a row; see Grid.
 enum class Codes : std::int32_t {
-    bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7, int8 = 8, uint8 = 9, e4m3 = 10, wide4 = 14,
-    bf16 = 16, f16 = 17, f32 = 32
+    bits1 = 1, bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7,
+    int8 = 8, uint8 = 9, e4m3 = 10, e5m2 = 11, e4m3fnuz = 12, e5m2fnuz = 13, words4 = 14,
+    bf16 = 16, f16 = 17, grid2_256 = 20, grid2_512 = 21, grid2_1024 = 22, grid1_2048 = 23, grid3_256 = 24, grid3_512 = 25,
+    f32 = 32
 };
 
-// Codes that meet x in float32.
-constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32 || codes == Codes::wide4; }
+// Codes whose values are 16-bit whole numbers, as is x.
+constexpr bool is_words(Codes codes) { return codes == Codes::words4; }
 
-constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Codes::uint8 || codes == Codes::e4m3; }
+// Codes that meet x in float32.
+constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32; }
+
+constexpr bool is_byte_float(Codes codes) { return codes >= Codes::e4m3 && codes <= Codes::e5m2fnuz; }
+constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Codes::uint8 || is_byte_float(codes); }
+
+// Codes of several columns at once (GGUF's IQ1 to IQ3): an index of ``bits`` bits says which vector of a table 8
+// columns of a row hold, numbers of 2 bits, or 4 columns, of 3. Beside it stands a bit for each number, its sign; or
+// where ``shifted`` one for each vector. A tile is first made one of bits3 (``numbers`` = 8) or bits5, whose last bit
+// is that bit: linear_grids.h.
+struct Grid {
+    int bits, numbers;
+    bool shifted;
+    constexpr int vectors() const { return ROWS * COLUMNS / numbers; }  // of a tile
+    constexpr Codes planes() const { return numbers == 8 ? Codes::bits3 : Codes::bits5; }
+    constexpr std::int64_t bytes() const { return vectors() / 8 * bits + (shifted ? vectors() / 8 : ROWS * COLUMNS / 8); }
+};
+constexpr bool is_grid(Codes codes) { return codes >= Codes::grid2_256 && codes <= Codes::grid3_512; }
+constexpr Grid grid_of(Codes codes) {
+    switch (codes) {
+        case Codes::grid2_256: return {8, 8, false};
+        case Codes::grid2_512: return {9, 8, false};
+        case Codes::grid2_1024: return {10, 8, false};
+        case Codes::grid1_2048: return {11, 8, true};
+        case Codes::grid3_256: return {8, 4, false};
+        default: return {9, 4, false};
+    }
+}
 
 // Bytes of one tile's codes.
 constexpr std::int64_t tile_bytes(Codes codes) {
     switch (codes) {
         case Codes::int8:
         case Codes::uint8:
-        case Codes::e4m3: return ROWS * COLUMNS;
-        case Codes::wide4: return ROWS * COLUMNS / 2;
+        case Codes::e4m3:
+        case Codes::e5m2:
+        case Codes::e4m3fnuz:
+        case Codes::e5m2fnuz: return ROWS * COLUMNS;
+        case Codes::grid2_256:
+        case Codes::grid2_512:
+        case Codes::grid2_1024:
+        case Codes::grid1_2048:
+        case Codes::grid3_256:
+        case Codes::grid3_512: return grid_of(codes).bytes();
+        case Codes::words4: return ROWS * COLUMNS / 2;
         case Codes::bf16:
         case Codes::f16: return ROWS * COLUMNS * 2;
         case Codes::f32: return ROWS * COLUMNS * 4;
@@ -63,20 +104,34 @@ inline std::uint16_t float_to_bfloat(float value) {  // round to nearest even; N
     return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// FP8: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7F and 0xFF are NaN.
-inline float e4m3_to_float(std::uint8_t code) {
-    const std::uint32_t magnitude = code & 0x7fu;
-    // In place as a float it is too small by 2^120; the product also makes subnormals right.
-    const std::uint32_t bits = magnitude == 0x7fu ? 0x7fc00000u : magnitude << 20;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    value *= 0x1p120f;
-    return (code & 0x80u) ? -value : value;
+// FP8: a sign, then 4 bits of exponent and 3 of mantissa, or 5 and 2. In place as a float the rest is too small by
+// 2^120 (e4m3); the product also makes subnormals right. NaN is 0x7F of e4m3, all beyond 0x7C of e5m2, which is
+// infinity, and minus zero of the others.
+constexpr int magnitude_shift(Codes codes) { return codes == Codes::e4m3 || codes == Codes::e4m3fnuz ? 20 : 21; }
+constexpr float magnitude_factor(Codes codes) {
+    switch (codes) {
+        case Codes::e4m3: return 0x1p120f;
+        case Codes::e4m3fnuz: return 0x1p119f;
+        case Codes::e5m2: return 0x1p112f;
+        default: return 0x1p111f;
+    }
 }
 
 template <Codes CODES>
 inline float byte_value(std::uint8_t code) {
-    if constexpr (CODES == Codes::e4m3) return e4m3_to_float(code);
+    if constexpr (is_byte_float(CODES)) {
+        const std::uint32_t magnitude = code & 0x7fu;
+        std::uint32_t bits = magnitude << magnitude_shift(CODES);
+        if (CODES == Codes::e4m3 ? magnitude == 0x7fu : CODES == Codes::e5m2 ? magnitude > 0x7cu : code == 0x80u) {
+            bits = 0x7fc00000u;
+        } else if (CODES == Codes::e5m2 && magnitude == 0x7cu) {
+            bits = 0x7f800000u;
+        }
+        float value;
+        std::memcpy(&value, &bits, sizeof value);
+        value *= magnitude_factor(CODES);
+        return (code & 0x80u) ? -value : value;
+    }
     return static_cast<float>(code) - (CODES == Codes::int8 ? 128.0f : 0.0f);
 }
 
@@ -112,6 +167,7 @@ constexpr int plane_count(Codes codes) {
 }
 constexpr Plane plane(Codes codes, int index) {
     switch (codes) {
+        case Codes::bits1: return {1, 0, 0};
         case Codes::bits2: return {2, 0, 0};
         case Codes::bits3: return index == 0 ? Plane{2, 0, 0} : Plane{1, 2, 128};
         case Codes::bits4: return {4, 0, 0};
@@ -162,10 +218,17 @@ inline void write_code(std::uint8_t* tile, Codes codes, int row, int column, uns
 struct Table {
     std::uint16_t first;
     __m512i low, high;
-    __m512 wide;  // the first 16 floats, for wide4
+    const std::uint8_t* grid;  // for grids: the low bytes of all vectors, then the high ones
     explicit Table(const std::uint16_t* values)
-        : first(values[0]), low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)), wide(_mm512_loadu_ps(values)) {}
+        : first(values[0]),
+          low(_mm512_loadu_si512(values)),
+          high(_mm512_loadu_si512(values + 32)),
+          grid(reinterpret_cast<const std::uint8_t*>(values + 64)) {}
 };
+
+// The lines of a tile of planes that a tile of indices stands for.
+template <Codes CODES>
+INLINE void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, __m512i* lines);
 
 // The value of every byte as bfloat16, low and high bytes apart.
 struct ByteTable {
@@ -205,10 +268,49 @@ inline __m512i shifted(__m512i words, int right) {
                       : _mm512_slli_epi16(words, static_cast<unsigned>(-right));
 }
 
+// Planes whose lines are in registers: one register of 16 rows x 2 columns for each pair of columns.
+template <Codes CODES>
+INLINE void decode_lines(const __m512i* lines, const Table& table, __m512i* w) {
+    if constexpr (plane_count(CODES) == 1) {
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const Field f = field(plane(CODES, 0), 0, pair * 2);
+            w[pair] = _mm512_permutexvar_epi16(shifted(lines[f.byte / 64], f.shift), table.low);
+        }
+    } else if constexpr (CODES == Codes::bits7) {
+        const __m512i first = _mm512_set1_epi16(static_cast<short>(bfloat_to_float(table.first)));
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const Field a = field(plane(CODES, 0), 0, pair * 2), b = field(plane(CODES, 1), 0, pair * 2),
+                        c = field(plane(CODES, 2), 0, pair * 2);
+            const __m512i low = shifted(lines[a.byte / 64], a.shift);
+            const __m512i middle = shifted(lines[b.byte / 64], b.shift - 4);
+            const __m512i high = shifted(lines[c.byte / 64], c.shift - 6);
+            __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), middle, low, 0xCA);  // mask ? middle : low
+            code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x40), high, code, 0xCA);
+            code = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+            w[pair] = words_to_bfloats(_mm512_add_epi16(code, first));
+        }
+    } else {
+        constexpr Plane LOW = plane(CODES, 0), HIGH = plane(CODES, 1);
+        const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH.width) - 1) << LOW.width));
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            const Field a = field(LOW, 0, pair * 2), b = field(HIGH, 0, pair * 2);
+            const __m512i low = shifted(lines[a.byte / 64], a.shift);
+            const __m512i high = shifted(lines[b.byte / 64], b.shift - LOW.width);
+            const __m512i index = _mm512_ternarylogic_epi32(high_bits, high, low, 0xCA);  // mask ? high : low
+            w[pair] = HIGH.width == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
+                                      : _mm512_permutexvar_epi16(index, table.low);
+        }
+    }
+}
+
 // One register of 16 rows x 2 columns for each pair of columns.
 template <Codes CODES>
-inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
+INLINE void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
     if constexpr (CODES == Codes::bf16) {
+        UNROLL
         for (int pair = 0; pair < PAIRS; ++pair) w[pair] = _mm512_loadu_si512(tile + pair * 64);
     } else if constexpr (is_byte(CODES)) {
         const ByteTable& bytes = byte_table<CODES>();
@@ -226,52 +328,26 @@ inline void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
             w[pair_of(operand, 0)] = _mm512_unpacklo_epi8(lower, higher);
             w[pair_of(operand, 1)] = _mm512_unpackhi_epi8(lower, higher);
         }
-    } else if constexpr (CODES == Codes::bits4 || CODES == Codes::bits2) {
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field f = field(plane(CODES, 0), 0, pair * 2);
-            w[pair] = _mm512_permutexvar_epi16(shifted(_mm512_loadu_si512(tile + f.byte), f.shift), table.low);
-        }
-    } else if constexpr (CODES == Codes::bits7) {
-        const __m512i first = _mm512_set1_epi16(static_cast<short>(bfloat_to_float(table.first)));
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field a = field(plane(CODES, 0), 0, pair * 2), b = field(plane(CODES, 1), 0, pair * 2),
-                        c = field(plane(CODES, 2), 0, pair * 2);
-            const __m512i low = shifted(_mm512_loadu_si512(tile + a.byte), a.shift);
-            const __m512i middle = shifted(_mm512_loadu_si512(tile + b.byte), b.shift - 4);
-            const __m512i high = shifted(_mm512_loadu_si512(tile + c.byte), c.shift - 6);
-            __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), middle, low, 0xCA);  // mask ? middle : low
-            code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x40), high, code, 0xCA);
-            code = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
-            w[pair] = words_to_bfloats(_mm512_add_epi16(code, first));
-        }
     } else {
-        constexpr Plane LOW = plane(CODES, 0), HIGH = plane(CODES, 1);
-        const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH.width) - 1) << LOW.width));
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field a = field(LOW, 0, pair * 2), b = field(HIGH, 0, pair * 2);
-            const __m512i low = shifted(_mm512_loadu_si512(tile + a.byte), a.shift);
-            const __m512i high = shifted(_mm512_loadu_si512(tile + b.byte), b.shift - LOW.width);
-            const __m512i index = _mm512_ternarylogic_epi32(high_bits, high, low, 0xCA);  // mask ? high : low
-            w[pair] = HIGH.width == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
-                                : _mm512_permutexvar_epi16(index, table.low);
+        constexpr Codes PLANES = is_grid(CODES) ? grid_of(CODES).planes() : CODES;
+        constexpr int LINES = tile_bytes(PLANES) / 64;
+        __m512i lines[LINES];
+        if constexpr (is_grid(CODES)) {
+            expand_grid<CODES>(tile, table.grid, lines);
+        } else {
+            UNROLL
+            for (int line = 0; line < LINES; ++line) lines[line] = _mm512_loadu_si512(tile + line * 64);
         }
+        decode_lines<PLANES>(lines, table, w);
     }
 }
 
 // 16 columns of floats.
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, const Table& table, __m512* w) {
+inline void decode_floats(const std::uint8_t* tile, __m512* w) {
     UNROLL
     for (int column = 0; column < 16; ++column) {
-        if constexpr (CODES == Codes::wide4) {
-            // A 32-bit lane holds a row's even and odd column words; the lookup takes its lowest four bits.
-            const __m512i words = _mm512_loadu_si512(tile + column / 8 * 64);
-            const auto place = static_cast<unsigned>(column % 2 * 16 + column % 8 / 2 * 4);
-            w[column] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, place), table.wide);
-        } else if constexpr (CODES == Codes::int8) {
+        if constexpr (CODES == Codes::int8) {
             const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
             const __m512i rows = _mm512_broadcast_i32x4(
                 _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));
@@ -307,6 +383,12 @@ inline Sixteen sixteen_bf16(const std::uint8_t* from) {
 inline Sixteen sixteen_int8(const std::uint8_t* from) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
+// Sixteen whole numbers of 4 bits: the low halves of 8 bytes, then the high ones.
+inline Sixteen sixteen_nibbles(const std::uint8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi64(low, high)));
+}
 inline Sixteen sixteen_e4m3(const std::uint8_t* from) {  // scales: never NaN
     const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     const __m512i magnitude = _mm512_slli_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(0x7f)), 20);
@@ -317,7 +399,7 @@ inline Sixteen sixteen_e4m3(const std::uint8_t* from) {  // scales: never NaN
 
 // Dot products of columns [FIRST, FIRST + COUNT) with COUNT_TOKENS tokens, each in an accumulator of its own.
 template <int FIRST, int COUNT, int TOKENS>
-inline void dot(const __m512i* w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
+INLINE void dot(const __m512i* w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
     for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_ps();
     UNROLL
     for (int pair = FIRST / 2; pair < (FIRST + COUNT) / 2; ++pair) {
@@ -353,15 +435,22 @@ using FloatTile = __m512[16];
 // Integer tables are lines: their values need no lookup.
 struct Table {
     alignas(32) float values[64];
-    alignas(32) float wide[16];  // for wide4
+    alignas(32) std::uint8_t low[32], high[32];  // bytes of the first 16 entries, twice
     bool line = true;
-    explicit Table(const std::uint16_t* from) {
-        std::memcpy(wide, from, sizeof wide);
+    const std::uint8_t* grid;  // for grids: the low bytes of all vectors, then the high ones
+    explicit Table(const std::uint16_t* from) : grid(reinterpret_cast<const std::uint8_t*>(from + 64)) {
         for (int i = 0; i < 64; ++i) values[i] = bfloat_to_float(from[i]);
+        for (int i = 0; i < 32; ++i) {
+            low[i] = static_cast<std::uint8_t>(from[i % 16]);
+            high[i] = static_cast<std::uint8_t>(from[i % 16] >> 8);
+        }
         // Short tables repeat: the first four codes tell a line from nf4-like tables, the widths do the rest.
         for (int i = 1; i < 4; ++i) line = line && values[i] == values[0] + static_cast<float>(i);
     }
 };
+
+template <Codes CODES>
+inline void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, std::uint8_t* planes);
 
 struct Sixteen {
     __m256 low, high;
@@ -401,13 +490,35 @@ inline __m256 eight_int8(const std::uint8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 inline Sixteen sixteen_int8(const std::uint8_t* from) { return {eight_int8(from), eight_int8(from + 8)}; }
-// e4m3 in 32-bit lanes -> floats, subnormals included.
-inline __m256 eight_e4m3(__m256i codes) {
+// FP8 in 32-bit lanes -> floats, subnormals included.
+template <Codes CODES>
+inline __m256 eight_byte_floats(__m256i codes) {
     const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi32(0x7f));
     const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)), 24);
-    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(low, _mm256_set1_epi32(0x7f)), _mm256_set1_epi32(0x7fc00000));
-    const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(low, 20)), _mm256_set1_ps(0x1p120f));
-    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(_mm256_castps_si256(value), sign), nan));
+    __m256i special;  // bits beside those of the value, which are an infinity's or a NaN's then
+    if constexpr (CODES == Codes::e4m3) {
+        special = _mm256_and_si256(_mm256_cmpeq_epi32(low, _mm256_set1_epi32(0x7f)), _mm256_set1_epi32(0x7fc00000));
+    } else if constexpr (CODES == Codes::e5m2) {
+        const __m256i nan = _mm256_and_si256(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7c)), _mm256_set1_epi32(0x400000));
+        const __m256i top = _mm256_and_si256(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7b)), _mm256_set1_epi32(0x7f800000));
+        special = _mm256_or_si256(nan, top);
+    } else {
+        special = _mm256_and_si256(_mm256_cmpeq_epi32(codes, _mm256_set1_epi32(0x80)), _mm256_set1_epi32(0x7fc00000));
+    }
+    const __m256i placed = _mm256_slli_epi32(low, magnitude_shift(CODES));
+    __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(placed), _mm256_set1_ps(magnitude_factor(CODES)));
+    // 1.0 … 1.75 times 2^16: their mantissa would make an infinity a NaN.
+    if constexpr (CODES == Codes::e5m2) {
+        value = _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7b))), value);
+    }
+    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(_mm256_castps_si256(value), sign), special));
+}
+inline __m256 eight_e4m3(__m256i codes) { return eight_byte_floats<Codes::e4m3>(codes); }
+// Sixteen whole numbers of 4 bits: the low halves of 8 bytes, then the high ones.
+inline Sixteen sixteen_nibbles(const std::uint8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), mask = _mm_set1_epi8(15);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, mask))),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask)))};
 }
 inline Sixteen sixteen_e4m3(const std::uint8_t* from) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -424,6 +535,12 @@ struct FloatTile {
 // A 32-bit lane holds a row's even and odd column words.
 template <Codes CODES>
 inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
+    if constexpr (is_grid(CODES)) {
+        alignas(32) std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
+        expand_grid<CODES>(tile, table.grid, planes);
+        decode<grid_of(CODES).planes()>(planes, table, w);
+        return;
+    }
     for (int half = 0; half < 2; ++half) {
         for (int column = 0; column < COLUMNS; ++column) {
             __m256 value;
@@ -439,8 +556,8 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
                                                          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 16)));
                 const __m256i words = _mm256_cvtepu8_epi16(bytes);
                 const __m256i code = odd ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(0xff));
-                if constexpr (CODES == Codes::e4m3) {
-                    value = eight_e4m3(code);
+                if constexpr (is_byte_float(CODES)) {
+                    value = eight_byte_floats<CODES>(code);
                 } else {
                     value = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(CODES == Codes::int8 ? 128 : 0)));
                 }
@@ -464,18 +581,10 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
 }
 
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, const Table& table, FloatTile& w) {
+inline void decode_floats(const std::uint8_t* tile, FloatTile& w) {
     UNROLL
     for (int column = 0; column < 16; ++column) {
-        if constexpr (CODES == Codes::wide4) {
-            const int place = column % 2 * 16 + column % 8 / 2 * 4;
-            for (int half = 0; half < 2; ++half) {
-                const std::uint8_t* const from = tile + column / 8 * 64 + half * 32;
-                const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-                const __m256i code = _mm256_and_si256(_mm256_srli_epi32(words, place), _mm256_set1_epi32(15));
-                _mm256_store_ps(&w.columns[column][half * 8], _mm256_i32gather_ps(table.wide, code, 4));
-            }
-        } else if constexpr (CODES == Codes::int8) {
+        if constexpr (CODES == Codes::int8) {
             const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
             const __m256i rows = _mm256_broadcastsi128_si256(
                 _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));
@@ -525,3 +634,4 @@ inline void dot_floats(const FloatTile& w, const float* x, std::int64_t stride, 
 #if defined(__ARM_NEON)
 #include "linear_tiles_neon.h"
 #endif
+#include "linear_grids.h"

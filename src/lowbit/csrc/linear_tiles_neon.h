@@ -34,18 +34,25 @@ inline Sixteen sixteen_bf16(const std::uint8_t* from) { return load_bfloats(rein
 inline Sixteen sixteen_int8(const std::uint8_t* from) { return from_signed(vld1q_u8(from)); }
 inline Sixteen sixteen_e4m3(const std::uint8_t* from) { return from_e4m3(vld1q_u8(from)); }
 
-// The bytes of a table's 64 bfloat16 values, and the first 16 floats, for wide4.
+// Sixteen whole numbers of 4 bits: the low halves of 8 bytes, then the high ones.
+inline Sixteen sixteen_nibbles(const std::uint8_t* from) { return from_unsigned(load_digits(from)); }
+
+// The bytes of a table's 64 16-bit values.
 struct Table {
-    alignas(16) std::uint8_t low[64], high[64], wide[64];
+    alignas(16) std::uint8_t low[64], high[64];
     float first;
-    explicit Table(const std::uint16_t* values) : first(bfloat_to_float(values[0])) {
-        std::memcpy(wide, values, sizeof wide);
+    const std::uint8_t* grid;  // for grids: the low bytes of all vectors, then the high ones
+    explicit Table(const std::uint16_t* values)
+        : first(bfloat_to_float(values[0])), grid(reinterpret_cast<const std::uint8_t*>(values + 64)) {
         for (int i = 0; i < 64; ++i) {
             low[i] = static_cast<std::uint8_t>(values[i]);
             high[i] = static_cast<std::uint8_t>(values[i] >> 8);
         }
     }
 };
+
+template <Codes CODES>
+inline void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, std::uint8_t* planes);
 
 // A lookup in the first 16, 32 or 64 bytes.
 template <int SIZE>
@@ -60,7 +67,7 @@ inline Bytes look_up(const std::uint8_t* table, Bytes codes) {
 }
 
 template <Codes CODES>
-constexpr bool LOOKED_UP_CODES = CODES == Codes::bits2 || CODES == Codes::bits3 || CODES == Codes::bits4 ||
+constexpr bool LOOKED_UP_CODES = CODES == Codes::bits1 || CODES == Codes::bits2 || CODES == Codes::bits3 || CODES == Codes::bits4 ||
                                  CODES == Codes::bits5 || CODES == Codes::bits6;
 
 // The codes of an operand and four rows, a byte each: of every row the even column of the first pair, that of the
@@ -71,8 +78,6 @@ inline Bytes quarter_codes(const std::uint8_t* tile, int quarter) {
     if constexpr (is_byte(CODES)) {
         static constexpr std::uint8_t ORDER[] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
         return vqtbl1q_u8(vld1q_u8(from + OPERAND * 64), vld1q_u8(ORDER));
-    } else if constexpr (CODES == Codes::wide4) {
-        return quarter_codes<Codes::bits4, OPERAND>(tile, quarter);
     } else {
         Bytes code = vdupq_n_u8(0);
         each_constant<plane_count(CODES)>([&](auto index) __attribute__((always_inline)) {
@@ -104,23 +109,35 @@ inline float32x4_t column_of(Bytes codes, Bytes low, Bytes high, const Table& ta
     static constexpr std::uint8_t PLACES[] = {WHICH,     NONE, NONE, NONE, 4 + WHICH,  NONE, NONE, NONE,
                                               8 + WHICH, NONE, NONE, NONE, 12 + WHICH, NONE, NONE, NONE};
     const uint32x4_t whole = vreinterpretq_u32_u8(vqtbl1q_u8(codes, vld1q_u8(PLACES)));
-    if constexpr (CODES == Codes::wide4) {
-        const uint32x4_t places = vmlaq_n_u32(vdupq_n_u32(0x03020100u), whole, 0x04040404u);
-        return vreinterpretq_f32_u8(look_up<64>(table.wide, vreinterpretq_u8_u32(places)));
-    } else {
-        const float32x4_t number = vcvtq_f32_u32(whole);
-        if constexpr (CODES == Codes::uint8) return number;
-        return vaddq_f32(number, vdupq_n_f32(CODES == Codes::int8 ? -128.0f : table.first));
-    }
+    const float32x4_t number = vcvtq_f32_u32(whole);
+    if constexpr (CODES == Codes::uint8) return number;
+    return vaddq_f32(number, vdupq_n_f32(CODES == Codes::int8 ? -128.0f : table.first));
+}
+
+// FP8 -> floats. The fnuz formats' values are half of the others', without infinities; 0x80 is NaN.
+template <Codes CODES>
+inline Vector16 from_byte_floats(Bytes codes) {
+    if constexpr (CODES == Codes::e4m3) return from_e4m3(codes);
+    if constexpr (CODES == Codes::e5m2) return from_e5m2(codes);
+    const auto part = [&](uint32x4_t code) {
+        const uint32x4_t sign = vshlq_n_u32(vandq_u32(code, vdupq_n_u32(0x80)), 24);
+        const uint32x4_t nan = vandq_u32(vceqq_u32(code, vdupq_n_u32(0x80)), vdupq_n_u32(0x7fc00000));
+        const uint32x4_t placed = vshlq_n_u32(vandq_u32(code, vdupq_n_u32(0x7f)), magnitude_shift(CODES));
+        const float32x4_t value = vmulq_f32(vreinterpretq_f32_u32(placed), vdupq_n_f32(magnitude_factor(CODES)));
+        return vreinterpretq_f32_u32(vorrq_u32(vorrq_u32(vreinterpretq_u32_f32(value), sign), nan));
+    };
+    const uint16x8_t low = vmovl_u8(vget_low_u8(codes)), high = vmovl_high_u8(codes);
+    return {part(vmovl_u16(vget_low_u16(low))), part(vmovl_high_u16(low)), part(vmovl_u16(vget_low_u16(high))),
+            part(vmovl_high_u16(high))};
 }
 
 // The columns of an operand and four rows: even of the first pair, even of the second, then odd.
 template <Codes CODES, int OPERAND>
 inline Vector16 operand_columns(const std::uint8_t* tile, int quarter, const Table& table) {
     const Bytes codes = quarter_codes<CODES, OPERAND>(tile, quarter);
-    if constexpr (CODES == Codes::e4m3) {
+    if constexpr (is_byte_float(CODES)) {
         static constexpr std::uint8_t TURN[] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-        return from_e4m3(vqtbl1q_u8(codes, vld1q_u8(TURN)));
+        return from_byte_floats<CODES>(vqtbl1q_u8(codes, vld1q_u8(TURN)));
     }
     Bytes low = codes, high = codes;
     if constexpr (LOOKED_UP_CODES<CODES>) {
@@ -153,13 +170,15 @@ inline void decode_operands(const std::uint8_t* tile, const Table& table, float 
 
 // 16 columns of floats.
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, const Table& table, FloatTile& w) {
+inline void decode_floats(const std::uint8_t* tile, FloatTile& w) {
     if constexpr (CODES == Codes::f32) {
         std::memcpy(w.columns, tile, sizeof w.columns);
     } else if constexpr (CODES == Codes::f16) {
         for (int column = 0; column < 16; ++column) sixteen_store(w.columns[column], sixteen_f16(tile + column * 32));
     } else {
-        decode_operands<CODES, OPERANDS / 2>(tile, table, w.columns);
+        static_assert(CODES == Codes::int8);
+        static constexpr std::uint16_t NO_TABLE[64] = {};
+        decode_operands<CODES, OPERANDS / 2>(tile, Table(NO_TABLE), w.columns);
     }
 }
 
@@ -212,6 +231,10 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
             sixteen_store(w.columns[2 * pair], lower_bfloats(words));
             sixteen_store(w.columns[2 * pair + 1], upper_bfloats(words));
         }
+    } else if constexpr (is_grid(CODES)) {
+        std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
+        expand_grid<CODES>(tile, table.grid, planes);
+        decode<grid_of(CODES).planes()>(planes, table, w);
     } else {
         decode_operands<CODES, OPERANDS>(tile, table, w.columns);
     }
@@ -234,7 +257,12 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
     if constexpr (CODES == Codes::bf16) {
         std::memcpy(w.pairs, tile, sizeof w.pairs);
         return;
-    }
+    } else if constexpr (is_grid(CODES)) {
+        std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
+        expand_grid<CODES>(tile, table.grid, planes);
+        decode<grid_of(CODES).planes()>(planes, table, w);
+        return;
+    } else
     each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value;
         std::uint16_t* const first = w.pairs[pair_of(OPERAND, 0)];

@@ -14,6 +14,7 @@ from lowbit.kernels.packed_linear import (
     ADDEND_NONE,
     COLUMNS,
     DENSE_CODES,
+    INPUT_BFLOAT,
     SCALES_NONE,
     Description,
     NativeWeight,
@@ -73,4 +74,6 @@ class CpuDense:
 def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     padded = -(-shape[1] // COLUMNS) * COLUMNS
     codes = DENSE_CODES[scheme.weight.name]
-    return Description(None, None, shape[0], padded, codes, COLUMNS, SCALES_NONE, ADDEND_NONE)
+    return Description(
+        None, None, shape[0], padded, codes, COLUMNS, SCALES_NONE, ADDEND_NONE, INPUT_BFLOAT, 1.0
+    )

@@ -30,13 +30,16 @@ from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.scheme import Scheme
 
 ROWS, COLUMNS, SUPER = 16, 32, 256
-TABLE_BYTES = 128  # 64 values in bfloat16, or 32 in float32
+TABLE_BYTES = 128  # 64 values in bfloat16; or 32 of 16 bits and 16 in float32
 
-# The numbers of csrc/linear_tiles.h and csrc/linear.cpp.
-CODES = {"bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
-CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "wide4": 14}
+LARGEST_VALUE = 4095  # of a table of whole numbers (csrc/linear_words.h)
+
+# The numbers of csrc/linear_tiles.h and csrc/linear_layout.h.
+CODES = {"bits1": 1, "bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
+CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "e5m2": 11, "e4m3fnuz": 12, "e5m2fnuz": 13, "words4": 14}
 DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
 SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL, SCALES_E4M3 = range(6)
+SCALES_NIBBLES, SCALES_ODD_NIBBLES = 6, 7
 ADDEND_NONE, ADDEND_OFFSET, ADDEND_ZERO = range(3)
 SCALE_DTYPES = {
     SCALES_F16: torch.float16,
@@ -45,12 +48,61 @@ SCALE_DTYPES = {
     SCALES_E4M3: torch.float8_e4m3fn,
 }
 
-_PLANES = {2: ((2, 0),), 3: ((2, 0), (1, 2)), 4: ((4, 0),), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
+_PLANES = {
+    1: ((1, 0),),
+    2: ((2, 0),),
+    3: ((2, 0), (1, 2)),
+    4: ((4, 0),),
+    5: ((4, 0), (1, 4)),
+    6: ((4, 0), (2, 4)),
+}
 _PLANES |= {7: ((4, 0), (2, 4), (1, 6)), 14: _PLANES[4]}
 
 
+@dataclass(frozen=True)
+class Grid:
+    """``Grid`` of csrc/linear_tiles.h: 2^bits vectors of ``numbers`` columns."""
+
+    bits: int
+    numbers: int
+    shifted: bool = False
+
+    @property
+    def vectors(self) -> int:
+        """Of a tile."""
+        return ROWS * COLUMNS // self.numbers
+
+    @property
+    def share(self) -> int:
+        """Bits of a vector's index that a column's byte holds for the packer."""
+        return 2 if self.numbers == 8 else 3
+
+    @property
+    def tile_size(self) -> int:
+        """Bytes of a tile's codes."""
+        return self.vectors // 8 * (self.bits + (1 if self.shifted else self.numbers))
+
+
+GRIDS = {
+    20: Grid(8, 8),
+    21: Grid(9, 8),
+    22: Grid(10, 8),
+    23: Grid(11, 8, True),
+    24: Grid(8, 4),
+    25: Grid(9, 4),
+}
+CODES |= {
+    "grid2_256": 20,
+    "grid2_512": 21,
+    "grid2_1024": 22,
+    "grid1_2048": 23,
+    "grid3_256": 24,
+    "grid3_512": 25,
+}
+
+
 class Description(ctypes.Structure):
-    """``lowbit_weight`` of csrc/linear.cpp."""
+    """``lowbit_weight`` of csrc/linear_layout.h."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -62,13 +114,24 @@ class Description(ctypes.Structure):
         ("scales", ctypes.c_int32),
         ("addend", ctypes.c_int32),
         ("input", ctypes.c_int32),
+        ("factor", ctypes.c_float),
     )
 
     @property
     def scale_size(self) -> int:
         """Bytes of one group's 16 scales."""
         sizes = {SCALES_NONE: 0, SCALES_F32: 64, SCALES_TWO_LEVEL: 16, SCALES_E4M3: 16}
-        return sizes.get(self.scales, 32)
+        return 8 if self.nibbles else sizes.get(self.scales, 32)
+
+    @property
+    def nibbles(self) -> bool:
+        """Whether inner scales have 4 bits."""
+        return self.scales in (SCALES_NIBBLES, SCALES_ODD_NIBBLES)
+
+    @property
+    def table_size(self) -> int:
+        """Bytes of the table, a grid included."""
+        return TABLE_BYTES + (2 << GRIDS[self.codes].bits if self.codes in GRIDS else 0)
 
     @property
     def addend_size(self) -> int:
@@ -78,7 +141,7 @@ class Description(ctypes.Structure):
     @property
     def super_size(self) -> int:
         """Bytes of the outer scales (and offsets) of 16 rows."""
-        if self.scales != SCALES_TWO_LEVEL:
+        if self.scales != SCALES_TWO_LEVEL and not self.nibbles:
             return 0
         return 64 if self.addend == ADDEND_OFFSET else 32
 
@@ -90,7 +153,9 @@ class Description(ctypes.Structure):
     @property
     def tile_size(self) -> int:
         """Bytes of a tile's codes."""
-        bits = {8: 8, 9: 8, 10: 8, 14: 4, 17: 16}.get(self.codes, self.codes)
+        if self.codes in GRIDS:
+            return GRIDS[self.codes].tile_size
+        bits = {**dict.fromkeys(range(8, 14), 8), 14: 4, 17: 16}.get(self.codes, self.codes)
         return ROWS * COLUMNS * bits // 8
 
     @property
@@ -181,7 +246,9 @@ def set_input(packed: PackedWeight, kind: int) -> bool:
 class Parts:
     """What is packed: contiguous CPU tensors in the dtypes the description names."""
 
-    codes: Tensor  # (rows, columns): uint8 codes, or the dense matrix
+    # (rows, columns): uint8 codes, or the dense matrix. Of a grid a byte is a number's last bit, and above it
+    # ``share`` bits of its vector's index.
+    codes: Tensor
     scales: Tensor | None = None  # (rows, groups)
     addends: Tensor | None = None
     outer_scales: Tensor | None = None  # (rows, columns / 256) f16
@@ -228,7 +295,11 @@ def around(
     ValueError where the bytes are not as many as the description's.
     """
     data, table = buffers["data"], buffers["table"]
-    if data.dtype is not torch.uint8 or data.numel() != description.nbytes or table.nbytes != TABLE_BYTES:
+    if (
+        data.dtype is not torch.uint8
+        or data.numel() != description.nbytes
+        or table.nbytes != description.table_size
+    ):
         raise ValueError(f"{origin}: {data.numel()} packed bytes instead of {description.nbytes}")
     description.data, description.table = data.data_ptr(), table.data_ptr()
     return NativeWeight(
@@ -298,7 +369,7 @@ def rows(packed: PackedWeight, ids: Tensor) -> Tensor:
 class Unpacked:
     """``Parts`` read back from packed bytes; padding rows and columns cut off."""
 
-    codes: Tensor  # uint8 (rows, columns), offset binary; or the dense matrix
+    codes: Tensor  # uint8 (rows, columns), offset binary, of a grid as in ``Parts``; or the dense matrix
     scales: Tensor | None
     addends: Tensor | None
     outer_scales: Tensor | None
@@ -316,7 +387,7 @@ def unpack(packed: NativeWeight) -> Unpacked:
     headers = d.unit // d.group
     header_size = headers * (d.scale_size + d.addend_size)
     head = units[..., :header_size].unflatten(-1, (headers, -1)) if header_size else None
-    scale_dtype = torch.int8 if d.super_size else SCALE_DTYPES.get(d.scales)
+    scale_dtype = torch.uint8 if d.nibbles else torch.int8 if d.super_size else SCALE_DTYPES.get(d.scales)
     addend_dtype = torch.float16 if d.addend == ADDEND_ZERO else scale_dtype
 
     def sixteen(area: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
@@ -324,6 +395,8 @@ def unpack(packed: NativeWeight) -> Unpacked:
         if area is None or area.shape[-1] == 0 or dtype is None:
             return None
         numbers = area.contiguous().view(dtype).flatten(1, -2)  # (blocks, groups, 16)
+        if dtype is torch.uint8:
+            numbers = torch.cat((numbers & 15, numbers >> 4), -1)
         return numbers.transpose(1, 2).reshape(-1, numbers.shape[1])[: d.rows].contiguous()
 
     f16 = torch.float16
@@ -348,6 +421,36 @@ def _columns(width: int) -> list[int]:
     return places
 
 
+def _bits(numbers: Tensor) -> Tensor:
+    """uint8 (..., n) -> (..., 8 n), low bits first."""
+    return (numbers.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2)
+
+
+def _grid_bytes(tiles: Tensor, grid: Grid) -> Tensor:
+    """uint8 (tiles, bytes) -> (tiles, rows, columns), each as ``Parts`` has it."""
+    places = torch.empty(ROWS, grid.vectors // ROWS, dtype=torch.long)
+    for line in range(grid.vectors // 32):
+        for word in range(32):
+            place = line // 2 * 64 + word // 8 * 16 + line % 2 * 8 + word % 8
+            places[word // 2, line * 2 + word % 2] = place
+    index = tiles[:, : grid.vectors].int()
+    tail = grid.vectors // 8 * grid.bits
+    for bit in range(8, grid.bits):
+        plane = grid.vectors // 8 * bit
+        index |= _bits(tiles[:, plane : plane + grid.vectors // 8]).int() << bit
+    shares = torch.arange(grid.numbers) * grid.share
+    own = (index[:, places].unsqueeze(-1) >> shares & (1 << grid.share) - 1).flatten(-2)
+    if grid.shifted:
+        last = _bits(tiles[:, tail:])[:, places].repeat_interleave(grid.numbers, -1)
+    else:
+        words = tiles[:, tail:].contiguous().view(torch.int16).int().view(-1, ROWS, 2)
+        fields = words.unsqueeze(-1) >> torch.arange(16) & 1  # (tiles, rows, parity, fields)
+        mixed = fields.transpose(-1, -2).flatten(-2)[..., _columns(1)]
+        turns = torch.arange(COLUMNS).view(-1, grid.numbers, 2).transpose(1, 2).flatten()
+        last = mixed[..., turns]
+    return (own << 1 | last).to(torch.uint8)
+
+
 def _unpack_codes(area: Tensor, d: Description) -> Tensor:
     """uint8 (blocks, units, bytes) -> (rows, columns)."""
     tiles = area.reshape(-1, d.tile_size)
@@ -355,7 +458,9 @@ def _unpack_codes(area: Tensor, d: Description) -> Tensor:
     if d.codes == DENSE_CODES["bf16"]:
         cells = tiles.contiguous().view(torch.bfloat16).view(-1, COLUMNS // 2, ROWS, 2)
         codes = cells.permute(0, 2, 1, 3).reshape(-1, ROWS, COLUMNS)
-    elif d.codes in (CODES["int8"], CODES["uint8"], CODES["e4m3"]):
+    elif d.codes in GRIDS:
+        codes = _grid_bytes(tiles, GRIDS[d.codes])
+    elif CODES["int8"] <= d.codes <= CODES["e5m2fnuz"]:
         # (tiles, operands, rows / 4, sides, rows % 4, parity) -> (tiles, rows, operands, sides, parity)
         cells = tiles.reshape(-1, COLUMNS // 4, ROWS // 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5)
         codes = cells.reshape(-1, ROWS, COLUMNS)[..., _columns(8)]

@@ -168,9 +168,7 @@ def _iq4_xs(b: Tensor) -> Expanded:
 
 
 def _q1_0(b: Tensor) -> Expanded:
-    """A set bit is +d, a clear one -d: 2 d bit - d, exact."""
-    d = _f16(b[..., :2])
-    return Expanded("uint1", _each_bit(b[..., 2:]), (128,), (2 * d,), (-d,))
+    return Expanded("binary", _each_bit(b[..., 2:]), (128,), (_f16(b[..., :2]),))
 
 
 def _tq1_0(b: Tensor) -> Expanded:

@@ -121,6 +121,7 @@ def _build() -> dict[str, NumberFormat]:
         for bits in range(1, 9)
     ]
     formats += [
+        NumberFormat("binary", 1, (-1.0, 1.0)),
         NumberFormat("ternary", 2, (-1.0, 0.0, 1.0, 2.0)),  # code - 1; good files never use 3
         NumberFormat("e2m1", 4, _small_float(2, 1, 1)),
         NumberFormat("e2m3", 6, _small_float(2, 3, 1)),
