@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from lowbit.kernels.attention import PAGE_SIZE, AttentionKernel, AttentionParame
 from lowbit.kernels.attention_cpu import CpuAttention
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.numerics.cache_format import STATIC_E4M3, KvDtype
+from oracles.kv_cache import magnitudes as sizes
 from oracles.kv_cache import read_back
 
 CPU = torch.device("cpu")
@@ -20,6 +23,7 @@ E4M3 = KvDtype(STATIC_E4M3, STATIC_E4M3)
 FLOAT_PRODUCTS = ("avx2", "neon", "neon_bf16")  # they round neither queries nor softmax weights
 NOWHERE = 2**30  # what undefined entries of a page table hold
 Sequence = tuple[Tensor, Tensor, Tensor]  # q (tokens, heads, k_dim), k, v of every token
+Read = Callable[[np.ndarray, str, str, int], np.ndarray]
 Step = list[tuple[int, int, int]]  # (sequence, first new token, end) of one batch
 
 
@@ -114,7 +118,19 @@ def whole(sequences: list[Sequence]) -> list[Step]:
     return [[(owner, 0, len(q)) for owner, (q, _, _) in enumerate(sequences)]]
 
 
-def stored(spec: CacheSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def key_codes(pages: Tensor, dim: int, bits: int = 8) -> Tensor:
+    """uint8 (tokens, heads, dim): the codes in native pages (pages, heads, bytes) of narrow keys.
+
+    They lie in quads of 4 dimensions: a pair of them of 4 tokens, the other pair of these, and so four times.
+    """
+    codes = pages[:, :, : dim * PAGE_SIZE * bits // 8]
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], -1)
+    quads = codes.reshape(*pages.shape[:2], dim // 4, 4, 2, 4, 2)
+    return quads.permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, pages.shape[1], dim)
+
+
+def stored(spec: CacheSpec, k: Tensor, v: Tensor, read_back: Read = read_back) -> tuple[Tensor, Tensor]:
     """float32 K and V as they are read back from the cache."""
 
     def read(x: Tensor, part: str, static: bool, kind: str) -> Tensor:
@@ -123,7 +139,7 @@ def stored(spec: CacheSpec, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if spec.kind == "latent":  # one row holds both, and no group of channels may span the border
             group = math.gcd(spec.k_dim, spec.v_dim, 16 if kind == "int4" else 0)
             return torch.from_numpy(read_back(k.numpy(), kind, "k", group))[..., : x.shape[-1]]
-        return torch.from_numpy(read_back(x.numpy(), kind, part))
+        return torch.from_numpy(read_back(x.numpy(), kind, part, 0))
 
     both = spec.dtype.k, spec.dtype.v
     statics = [one.name == "fp8_e4m3" and not one.dynamic for one in both]
@@ -138,7 +154,8 @@ def expected(
     ``magnitudes``: of V's absolute values, what errors of the weights are multiplied with.
     """
     q, k, v = sequence[0].double(), *(part.double() for part in stored(spec, *sequence[1:]))
-    v = v.abs() if magnitudes else v
+    if magnitudes:
+        v = stored(spec, *sequence[1:], sizes)[1].double().abs()
     tokens, heads, _ = q.shape
     age = torch.arange(tokens)[:, None] - torch.arange(tokens)
     hidden = age < 0

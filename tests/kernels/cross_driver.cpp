@@ -105,7 +105,7 @@ Octets scale_bytes(std::int64_t count, Scales kind, float size) {
         std::size_t length = 2;
         const auto octet = static_cast<std::uint8_t>(kind == Scales::e4m3 ? 0x20 + random_bits() % 0x30 : random_bits());
         if (kind == Scales::f32) from = reinterpret_cast<const std::uint8_t*>(&value), length = 4;
-        if (kind == Scales::two_level || kind == Scales::e4m3) from = &octet, length = 1;
+        if (kind == Scales::two_level || kind >= Scales::e4m3) from = &octet, length = 1;
         bytes.insert(bytes.end(), from, from + length);
     }
     return bytes;
@@ -126,18 +126,32 @@ struct Case {
 
 void linear(const Case& c) {
     constexpr std::int64_t ROWS_OUT = 40, MANY = 9;
-    const std::int64_t columns = c.scales == Scales::two_level ? 512 : c.group > 32 ? 2 * c.group : 150;
+    const bool two_levels = c.scales == Scales::two_level || c.scales >= Scales::nibbles;
+    const std::int64_t columns = two_levels ? 512 : c.group > 32 ? 2 * c.group : 150;
     const std::int64_t padded = (columns + 31) / 32 * 32, groups = padded / c.group;
-    alignas(64) std::uint16_t table[64];
-    float wide[16];
-    const int entries = c.codes <= Codes::bits6 ? 1 << static_cast<int>(c.codes) : 64;
+    struct {
+        alignas(64) std::uint16_t values[64];
+        std::uint8_t grid[2 * 2048];
+    } stored;
+    std::uint16_t* const table = stored.values;
+    const bool eights = is_grid(c.codes) && grid_of(c.codes).numbers == 8;
+    const int entries = c.codes <= Codes::bits6 ? 1 << static_cast<int>(c.codes) : eights ? 8 : is_grid(c.codes) ? 32 : 64;
     for (int i = 0; i < 64; ++i) {
         const float value = c.table == 0 ? static_cast<float>(i - 8) : c.table == 1 ? static_cast<float>(i * i - 100) : random_float();
         table[i] = i < entries ? float_to_bfloat(value) : table[i % entries];  // short tables repeat
     }
-    for (float& value : wide) value = random_float();
-    if (c.codes == Codes::wide4) std::memcpy(table, wide, sizeof wide);
+    for (std::uint8_t& octet : stored.grid) octet = static_cast<std::uint8_t>(random_bits());
     lowbit_weight weight{};
+    weight.factor = 1.0f;
+    if (c.codes == Codes::words4) {  // whole numbers twice, then what they are worth
+        weight.factor = 0x1p-12f;
+        for (int i = 0; i < 16; ++i) {
+            const auto word = static_cast<std::int16_t>(static_cast<int>(random_bits() % 8191) - 4095);
+            const float worth = static_cast<float>(word) * weight.factor;
+            table[i] = table[16 + i] = static_cast<std::uint16_t>(word);
+            std::memcpy(table + 32 + 2 * i, &worth, sizeof worth);
+        }
+    }
     weight.table = table;
     weight.rows = ROWS_OUT;
     weight.columns = padded;
@@ -150,10 +164,10 @@ void linear(const Case& c) {
         const Scales like = c.codes == Codes::f32 ? Scales::f32 : c.codes == Codes::f16 ? Scales::f16 : Scales::bf16;
         codes = scale_bytes(ROWS_OUT * columns, like, 0.5f);
     } else {
-        const int bits = c.codes == Codes::wide4 ? 4 : std::min(static_cast<int>(c.codes), 8);
+        const int bits = c.codes == Codes::words4 ? 4 : eights ? 3 : is_grid(c.codes) ? 4 : std::min(static_cast<int>(c.codes), 8);
         codes = octets(ROWS_OUT * columns, 1 << bits);
-        for (std::uint8_t& code : codes) {
-            if (c.codes == Codes::e4m3 && code % 128 == 127) code = 1;  // NaN
+        for (std::uint8_t& code : codes) {  // neither NaN nor infinite
+            if (is_byte_float(c.codes) && (code % 128 > 122 || code == 128)) code = 1;
         }
     }
     const Octets scales = scale_bytes(ROWS_OUT * groups, c.scales, 0.01f);
@@ -209,8 +223,8 @@ void linear(const Case& c) {
 }
 
 void all_linear() {
-    for (const Codes codes : {Codes::bits2, Codes::bits3, Codes::bits4, Codes::bits5, Codes::bits6, Codes::bits7, Codes::int8,
-                              Codes::uint8}) {
+    for (const Codes codes : {Codes::bits1, Codes::bits2, Codes::bits3, Codes::bits4, Codes::bits5, Codes::bits6, Codes::bits7,
+                              Codes::int8, Codes::uint8}) {
         for (const int group : {16, 32, 128}) {
             linear({codes, group, Scales::f16, Addend::none, 0});
             linear({codes, group, Scales::f32, Addend::offset, 0});
@@ -224,9 +238,16 @@ void all_linear() {
     linear({Codes::bits4, 16, Scales::e4m3, Addend::none, 2});
     linear({Codes::bits4, 32, Scales::two_level, Addend::offset, 0});
     linear({Codes::bits6, 16, Scales::two_level, Addend::none, 0});
-    linear({Codes::wide4, 16, Scales::f32, Addend::none, 0});
-    linear({Codes::wide4, 64, Scales::f16, Addend::none, 0});
-    linear({Codes::e4m3, 128, Scales::f32, Addend::none, 0});
+    linear({Codes::words4, 16, Scales::f32, Addend::none, 0});
+    linear({Codes::words4, 64, Scales::f16, Addend::none, 0});
+    for (const Codes codes : {Codes::e4m3, Codes::e5m2, Codes::e4m3fnuz, Codes::e5m2fnuz}) {
+        linear({codes, 128, Scales::f32, Addend::none, 0});
+    }
+    for (const Codes codes : {Codes::grid2_256, Codes::grid2_512, Codes::grid2_1024, Codes::grid1_2048, Codes::grid3_256, Codes::grid3_512}) {
+        linear({codes, 32, Scales::odd_nibbles, Addend::none, 0});
+        linear({codes, 16, Scales::odd_nibbles, Addend::none, 2});
+    }
+    linear({Codes::bits2, 16, Scales::nibbles, Addend::offset, 0});
     linear({Codes::bf16, 32, Scales::none, Addend::none, 0});
     linear({Codes::f16, 32, Scales::none, Addend::none, 0});
     linear({Codes::f32, 32, Scales::none, Addend::none, 0});

@@ -23,6 +23,7 @@ from attention_helpers import (
     draw,
     expected,
     hand_out_pages,
+    key_codes,
     latent_of,
     make_batch,
     plain,
@@ -176,7 +177,7 @@ def test_e4m3_pages_round_as_torch_does() -> None:
     cache = kernel.allocate(spec, -(-tokens // PAGE_SIZE), PAGE_SIZE, CPU)
     batch = make_batch([(0, 0, tokens)], [list(range(-(-tokens // PAGE_SIZE)))])
     kernel.write(cache, k, k, batch)
-    stored = cache.buffers["k"].view(-1, 16, PAGE_SIZE).permute(0, 2, 1).flatten(0, 1)[:tokens]
+    stored = key_codes(cache.buffers["k"].view(torch.uint8).view(-1, 1, 16 * PAGE_SIZE), 16)[:tokens, 0]
     wanted = k[:, 0].clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     assert torch.equal(stored, wanted)
 

@@ -20,6 +20,7 @@ from attention_helpers import (
     draw,
     expected,
     hand_out_pages,
+    key_codes,
     latent_of,
     make_batch,
     plain,
@@ -104,16 +105,12 @@ def native_keys(cache: LayerCache, tokens: int) -> tuple[np.ndarray, np.ndarray]
     """Codes (tokens, heads, dim) and scales (tokens, heads, groups, parameters) of K's quantized pages."""
     spec, stored = cache.spec, cache.spec.k_format
     pages = cache.buffers["k"].numpy()
-    codes = pages[:, :, : spec.k_dim * PAGE_SIZE * stored.bits // 8]
-    codes = codes.reshape(*pages.shape[:2], -1, PAGE_SIZE).transpose(0, 3, 1, 2)
-    if stored.bits == 4:
-        codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:3], spec.k_dim)
+    codes = key_codes(cache.buffers["k"], spec.k_dim, stored.bits).numpy()
+    if stored.name == "int8":  # sign and magnitude
+        codes = np.where(codes > 127, 128 - codes.astype(np.int16), codes).astype(np.uint8)
     scales = np.ascontiguousarray(pages[:, :, spec.k_dim * PAGE_SIZE * stored.bits // 8 :]).view(np.uint16)
     scales = scales.reshape(*pages.shape[:2], -1, stored.parameters, PAGE_SIZE).transpose(0, 4, 1, 2, 3)
-    return (
-        codes.reshape(-1, *codes.shape[2:])[:tokens],
-        scales.reshape(-1, *scales.shape[2:])[:tokens],
-    )
+    return codes[:tokens], scales.reshape(-1, *scales.shape[2:])[:tokens]
 
 
 @needs_native

@@ -1,7 +1,7 @@
 """What a KV cache of each type keeps of K and V, in numpy from the definitions, one function a type.
 
 x is (..., dim), the numbers of one token and head. Scales are bfloat16, rounded so that every code is within
-reach; what is read back is rounded to bfloat16.
+reach.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ def nearest(x: np.ndarray, magnitudes: np.ndarray) -> np.ndarray:
 E4M3, E5M2 = float8(4, 3, 448.0), float8(5, 2, 57344.0)
 
 
-def _group(x: np.ndarray, kind: str) -> np.ndarray:
-    """One group of channels."""
+def _group(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray | float]:
+    """One group of channels, code times scale, and what is added to that."""
     if kind == "int4":
         low = bfloat16(x.min(-1, keepdims=True), "down")
         scale = bfloat16((x.max(-1, keepdims=True) - low) / np.float32(15), "up")
         codes = np.rint((x - low) / np.where(scale > 0, scale, np.float32(1)))
-        return bfloat16(np.where(scale > 0, codes, 0) * scale + low)
+        return np.where(scale > 0, codes, 0) * scale, low
     reach = {"int8": 127.0, "fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}[kind]
     scale = bfloat16(np.abs(x).max(-1, keepdims=True) / np.float32(reach), "up")
     quotients = x / np.where(scale > 0, scale, np.float32(1))
     codes = np.rint(quotients) if kind == "int8" else nearest(quotients, E4M3 if "e4" in kind else E5M2)
-    return bfloat16(codes.astype(np.float32) * scale)
+    return codes.astype(np.float32) * scale, 0.0
 
 
 def read_back(x: np.ndarray, kind: str, part: str, group: int = 0) -> np.ndarray:
@@ -72,7 +72,18 @@ def read_back(x: np.ndarray, kind: str, part: str, group: int = 0) -> np.ndarray
         return bfloat16(x)
     if kind == "fp16":
         return x.astype(np.float16).astype(np.float32)
+    return np.concatenate([scaled + low for scaled, low in _groups(x, kind, part, group)], axis=-1)
+
+
+def magnitudes(x: np.ndarray, kind: str, part: str, group: int = 0) -> np.ndarray:
+    """Of the terms that each number attention sees is the sum of."""
+    if kind in ("f32", "bf16", "fp16"):
+        return np.abs(read_back(x, kind, part))
+    parts = [np.abs(scaled) + np.abs(low) for scaled, low in _groups(x, kind, part, group)]
+    return np.concatenate(parts, axis=-1)
+
+
+def _groups(x: np.ndarray, kind: str, part: str, group: int) -> list[tuple[np.ndarray, np.ndarray | float]]:
+    x = np.asarray(x, np.float32)
     group = group or GROUPS.get((kind, part), x.shape[-1])
-    return np.concatenate(
-        [_group(x[..., at : at + group], kind) for at in range(0, x.shape[-1], group)], axis=-1
-    )
+    return [_group(x[..., at : at + group], kind) for at in range(0, x.shape[-1], group)]

@@ -41,6 +41,7 @@ constexpr int SHARED_ROWS = BLOCK_ROWS / 2;  // more rows of a sequence need no 
 constexpr int SHARED_PAGES = 4;              // fewer pages in common are not worth it
 constexpr std::size_t MAX_STORED_FLOATS = std::size_t{1} << 24;  // 64 MiB of unmerged segments
 constexpr std::int64_t ALONE_COST = 150'000;  // less work than waking a thread
+constexpr int DIRECT_ROWS = 2 * SCORE_ROWS;  // so many rows decode narrow pages as they read them
 constexpr int NONE = -1;
 
 struct Block {
@@ -85,6 +86,9 @@ template <class Key>
 struct alignas(64) Scratch {
     float queries[BLOCK_ROWS * MAX_K_DIM];
     float scores[BLOCK_ROWS * SEGMENT_TOKENS];
+    // No multiple of 4 KiB may lie between `scores` and `folded`: stores there would hold up loads here.
+    float query_sums[BLOCK_ROWS * MAX_GROUPS], starts[BLOCK_ROWS];
+    float folded[BLOCK_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups
     float values[BLOCK_ROWS * MAX_V_DIM], next_values[BLOCK_ROWS * MAX_V_DIM];
     float maximum[STATE_ROWS], sum[STATE_ROWS], next_maximum[STATE_ROWS], next_sum[STATE_ROWS];
     Key turned[STRIP * SEGMENT_TOKENS];  // of a latent cache
@@ -441,26 +445,53 @@ class Attention {
         return ahead;
     }
 
-    // Pages first <= page < last of a segment as operands, by their place in it.
-    template <bool KEYS, class Operand>
-    void operands(const Block& block, int segment, int first, int last, const Operand** pages,
+    // Pages first <= page < last of a segment as operands or as codes, by their place in it.
+    template <bool KEYS, class Element>
+    void operands(const Block& block, int segment, int first, int last, const Element** pages,
                   const Ahead& ahead) const {
         const Store& store = KEYS ? keys_ : values_;
         const std::size_t size = static_cast<std::size_t>(store.dim) * PAGE_TOKENS;
-        Operand* const buffer =
-            store.widened() ? widened_pages<Operand, KEYS>(size * SEGMENT_PAGES) : nullptr;
+        Element* buffer = nullptr;
+        if constexpr (!IS_CODE<Element>) {
+            if (store.widened()) buffer = widened_pages<Element, KEYS>(size * SEGMENT_PAGES);
+        }
         for (int page = first; page < last; ++page) {
             const int number = segment * SEGMENT_PAGES + page;
             const std::uint8_t* const stored = stored_page(store, block, number);
             if (buffer == nullptr) {
-                pages[page] = reinterpret_cast<const Operand*>(stored);
+                pages[page] = reinterpret_cast<const Element*>(stored);
                 continue;
             }
-            Operand* const to = buffer + size * static_cast<std::size_t>(page);
-            for (int line = 0; line < ahead.lines; ++line) fetch_line(ahead.pages[page] + line * CACHE_LINE);
-            widen<KEYS>(store, stored, to);
-            pages[page] = to;
+            if constexpr (!IS_CODE<Element>) {
+                Element* const to = buffer + size * static_cast<std::size_t>(page);
+                ahead.fetch_from(page, 0);
+                widen<KEYS>(store, stored, to);
+                pages[page] = to;
+            }
         }
+    }
+
+    // Adds the scales of these pages.
+    void find_scales(const Store& store, const Block& block, int segment, int first, int last,
+                     Scales& scales) const {
+        scales.group = store.group;
+        scales.lows = store.format == Format::INT4 && store.group > 0;
+        scales.format = store.format;
+        for (int page = first; page < last; ++page) {
+            scales.pages[page] = store.scales(stored_page(store, block, segment * SEGMENT_PAGES + page));
+        }
+    }
+
+    // Calls with(an Element of the pages of `store`): what they are read as.
+    template <class Operand, class With>
+    static void as_elements([[maybe_unused]] const Store& store, [[maybe_unused]] bool direct,
+                            const With& with) {
+#if defined(__AVX512BF16__)
+        if constexpr (std::is_same_v<Operand, Bfloat>) {
+            if (direct && store.narrow()) return store.format == Format::INT4 ? with(Code4{}) : with(Code8{});
+        }
+#endif
+        with(Operand{});
     }
 
     // Calls each(row of the block, token, query head).
@@ -477,10 +508,15 @@ class Attention {
         }
     }
 
-    void prepare_queries(const Block& block, float* to) const {
+    // Of a block whose rows are the scratch's from `begin` on.
+    void prepare_queries(const Block& block, int begin, Scratch<Key>& scratch) const {
         const int words = query_words<Key>(cache_.k_dim);
         for_rows(block, [&](int row, std::int64_t token, int head) {
-            prepare_query<Key>(q_ + token * q_stride_ + head * cache_.k_dim, cache_.k_dim, to + row * words);
+            float* const to = scratch.queries + (begin + row) * words;
+            prepare_query<Key>(q_ + token * q_stride_ + head * cache_.k_dim, cache_.k_dim, to);
+            if (keys_.format == Format::INT4) {
+                sum_query<Key>(to, cache_.k_dim, keys_.group, scratch.query_sums + (begin + row) * MAX_GROUPS);
+            }
         });
     }
 
@@ -494,7 +530,7 @@ class Attention {
         for (int member = 0; member < part.count; ++member) {
             const Block& block = member_of(part, member);
             scratch.members[member] = &block;
-            prepare_queries(block, scratch.queries + rows * query_words<Key>(cache_.k_dim));
+            prepare_queries(block, rows, scratch);
             rows += block.rows();
         }
         run_segment(scratch.members, part.count, part.segment, part.common,
@@ -506,7 +542,7 @@ class Attention {
         Scratch<Key> scratch;
         const States all = scratch.all(), one = scratch.next();
         const Block* const members[] = {&block};
-        prepare_queries(block, scratch.queries);
+        prepare_queries(block, 0, scratch);
         // Heads lie apart in q and out: the hardware does not fetch them.
         for_rows(block, [&](int, std::int64_t token, int head) {
             fetch_lines(out_row(token, head), cache_.v_dim);
@@ -544,11 +580,13 @@ class Attention {
 
     // Scores of rows begin <= row < end, which see tokens first[row] <= token < last[row] of the segment,
     // with its pages page_begin <= page < page_end.
-    void score_rows(const Key* const* keys, int page_begin, int page_end, int begin, int end,
-                    const int* first,
-                    const int* last, Scratch<Key>& scratch, const Ahead& ahead) const {
+    template <class Element>
+    void score_rows(const Element* const* keys, const Scales& scales, int page_begin, int page_end, int begin,
+                    int end, const int* first, const int* last, Scratch<Key>& scratch,
+                    const Ahead& ahead) const {
         const int together = pages_at_once(std::min(end - begin, SCORE_ROWS));
         const int words = query_words<Key>(cache_.k_dim);
+        const Ahead nothing{};
         int from = begin, to = begin;
         for (int page = page_begin; page < page_end; page += together) {
             const int count = std::min(together, page_end - page);
@@ -556,22 +594,29 @@ class Attention {
             while (to < end && first[to] < (page + count) * PAGE_TOKENS) ++to;
             for (int row = from; row < to; row += SCORE_ROWS) {
                 const bool fetch = row == from && ahead.lines > 0;
-                const auto score = fetch ? score_pages<Key, true> : score_pages<Key, false>;
-                score(scratch.queries + row * words, std::min(SCORE_ROWS, to - row), keys + page, count,
-                      cache_.k_dim, scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, ahead, page);
+                const auto score = fetch || IS_CODE<Element> ? score_pages<Element, true>
+                                                             : score_pages<Element, IS_CODE<Element>>;
+                score({scratch.queries + row * words, scratch.query_sums + row * MAX_GROUPS},
+                      std::min(SCORE_ROWS, to - row), keys + page, count, cache_.k_dim, scales,
+                      scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, fetch ? ahead : nothing,
+                      page);
             }
         }
     }
 
-    // Weighted values of these rows, `width` dimensions of them.
-    void weigh_rows(const Value* const* values, int width, int begin, int end, const int* first,
-                    const int* last,
-                    Scratch<Key>& scratch, float* out, bool fresh, const Ahead& ahead) const {
+    // Dimensions dim_begin <= d < dim_end of these rows' weighted values, of pages that have `width`.
+    template <class Element>
+    void weigh_rows(const Element* const* values, int width, int dim_begin, int dim_end, const float* weights,
+                    int begin, int end, const int* first, const int* last, float* out, const float* starts,
+                    const Ahead& ahead) const {
+        const Ahead nothing{};
         for (int row = begin; row < end; row += VALUE_ROWS) {
             const bool fetch = row == begin && ahead.lines > 0;
-            const auto weigh = fetch ? value_block<Value, true> : value_block<Value, false>;
-            weigh(scratch.scores + row * SEGMENT_TOKENS, std::min(VALUE_ROWS, end - row), values, width,
-                  first + row, last + row, out + row * cache_.v_dim, cache_.v_dim, fresh, ahead);
+            const auto weigh = fetch || IS_CODE<Element> ? value_block<Element, true>
+                                                         : value_block<Element, IS_CODE<Element>>;
+            weigh(weights + row * SEGMENT_TOKENS, std::min(VALUE_ROWS, end - row), values, width,
+                  values_.format, first + row, last + row, dim_begin, dim_end, out + row * cache_.v_dim,
+                  cache_.v_dim, starts == nullptr ? nullptr : starts + row, fetch ? ahead : nothing);
         }
     }
 
@@ -616,45 +661,100 @@ class Attention {
         const Ahead nothing{}, own_values = cache_.latent ? nothing : ahead_of(values_, leader, segment);
         const Ahead next_keys = next == nullptr ? nothing : ahead_of(keys_, *next, next_segment);
         const Ahead& after_keys = cache_.latent ? next_keys : own_values;
+        const bool direct = end - begin <= DIRECT_ROWS && !cache_.latent;
         const Key* keys[SEGMENT_PAGES];
-        const Value* values[SEGMENT_PAGES];
-        operands<true>(leader, segment, page_begin, page_end, keys, after_keys);
-        score_rows(keys, page_begin, page_end, begin, end, first, last, scratch,
-                   keys_.widened() ? nothing : after_keys);
-        alone([&](const Block& block, int row, int past) {
-            operands<true>(block, segment, common, pages_of(past - 1), keys, nothing);
-            score_rows(keys, common, pages_of(past - 1), row, past, first, last, scratch, nothing);
+        as_elements<Key>(keys_, direct, [&](auto element) {
+            using Element = decltype(element);
+            const Element* pages[SEGMENT_PAGES];
+            Scales scales;
+            const bool read = !keys_.widened() || IS_CODE<Element>;  // or widened: fetched before
+            const auto score = [&](const Block& block, int from, int to, int row, int past,
+                                   const Ahead& ahead) {
+                operands<true>(block, segment, from, to, pages, ahead);
+                find_scales(keys_, block, segment, from, to, scales);
+                score_rows(pages, scales, from, to, row, past, first, last, scratch, read ? ahead : nothing);
+            };
+            score(leader, page_begin, page_end, begin, end, after_keys);
+            if constexpr (std::is_same_v<Element, Key>) std::copy_n(pages, SEGMENT_PAGES, keys);
+            alone([&](const Block& block, int row, int past) {
+                score(block, common, pages_of(past - 1), row, past, nothing);
+            });
         });
+
+        const Store& weighed = cache_.latent ? keys_ : values_;
+        constexpr bool PAIRS = BFLOAT_PRODUCTS<Value>;
+        const auto softmax = PAIRS && weighed.group == 0 ? softmax_segment<true> : softmax_segment<false>;
         for (int row = begin; row < end; ++row) {
-            softmax_segment<Value>(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_,
-                                   states.maximum[row], states.sum[row]);
+            softmax(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_,
+                    states.maximum[row], states.sum[row]);
         }
+        const int group = weighed.group > 0 ? weighed.group : cache_.v_dim;
+        const auto fold = [&](int dimension, int row_begin, int row_end, float* folded) {
+            Scales scales;
+            for (int member = 0, row = 0; member < count; ++member) {
+                const int past = row + members[member]->rows();
+                const int from = std::max(row, row_begin), to = std::min(past, row_end);
+                row = past;
+                if (from >= to) continue;
+                find_scales(weighed, *members[member], segment, first[from] / PAGE_TOKENS, pages_of(to - 1),
+                            scales);
+                for (int which = from; which < to; ++which) {
+                    const int at = which * SEGMENT_TOKENS;
+                    scratch.starts[which] = fold_scales<PAIRS>(scratch.scores + at, first[which], last[which],
+                                                               scales, dimension, folded + at);
+                }
+            }
+        };
+        if (weighed.group == 0) std::fill(scratch.starts + begin, scratch.starts + end, 0.0f);
+        if (weighed.group > 0 && group >= cache_.v_dim) fold(0, begin, end, scratch.scores);
+        // What rows weigh the values of a group of dimensions with.
+        const auto weights_of = [&](int dimension, int row_begin, int row_end) -> const float* {
+            if (group >= cache_.v_dim) return scratch.scores;
+            fold(dimension, row_begin, row_end, scratch.folded);
+            return scratch.folded;
+        };
 
         if (!cache_.latent) {
-            int whole_first[BLOCK_ROWS], whole_last[BLOCK_ROWS];
-            const int whole = page_end * PAGE_TOKENS;
-            for (int row = begin; row < end; ++row) whole_last[row] = std::min(last[row], whole);
-            operands<false>(leader, segment, page_begin, page_end, values, next_keys);
-            weigh_rows(values, cache_.v_dim, begin, end, first, whole_last, scratch, states.values, true,
-                       values_.widened() ? nothing : next_keys);
-            alone([&](const Block& block, int row, int past) {
-                operands<false>(block, segment, common, pages_of(past - 1), values, nothing);
-                std::fill(whole_first + row, whole_first + past, whole);
-                weigh_rows(values, cache_.v_dim, row, past, whole_first, last, scratch, states.values, false,
-                           nothing);
+            as_elements<Value>(values_, direct, [&](auto element) {
+                using Element = decltype(element);
+                const Element* pages[SEGMENT_PAGES];
+                int whole_first[BLOCK_ROWS], whole_last[BLOCK_ROWS];
+                const int whole = page_end * PAGE_TOKENS;
+                for (int row = begin; row < end; ++row) whole_last[row] = std::min(last[row], whole);
+                const bool read = !values_.widened() || IS_CODE<Element>;
+                operands<false>(leader, segment, page_begin, page_end, pages, next_keys);
+                for (int from = 0; from < cache_.v_dim; from += group) {
+                    const int to = std::min(from + group, cache_.v_dim);
+                    weigh_rows(pages, cache_.v_dim, from, to, weights_of(from, begin, end), begin, end,
+                               first, whole_last, states.values, scratch.starts, read ? next_keys : nothing);
+                }
+                alone([&](const Block& block, int row, int past) {
+                    operands<false>(block, segment, common, pages_of(past - 1), pages, nothing);
+                    std::fill(whole_first + row, whole_first + past, whole);
+                    for (int from = 0; from < cache_.v_dim; from += group) {
+                        const int to = std::min(from + group, cache_.v_dim);
+                        weigh_rows(pages, cache_.v_dim, from, to, weights_of(from, row, past), row, past,
+                                   whole_first, last, states.values, nullptr, nothing);
+                    }
+                });
             });
             return;
         }
         if constexpr (std::is_same_v<Key, Value>) {
-            for (int dimension = 0; dimension < cache_.v_dim; dimension += STRIP) {
-                const int width = std::min(STRIP, cache_.v_dim - dimension);
-                for (int page = page_begin; page < page_end; ++page) {
-                    Key* turned = scratch.turned + page * PAGE_TOKENS * width;
-                    turn_keys(keys[page] + dimension * PAGE_TOKENS, width, turned);
-                    values[page] = turned;
+            const Value* values[SEGMENT_PAGES];
+            for (int from = 0; from < cache_.v_dim; from += group) {
+                const int to = std::min(from + group, cache_.v_dim);
+                const float* const weights = weights_of(from, begin, end);
+                for (int dimension = from; dimension < to; dimension += STRIP) {
+                    const int width = std::min(STRIP, to - dimension);
+                    for (int page = page_begin; page < page_end; ++page) {
+                        Key* turned = scratch.turned + page * PAGE_TOKENS * width;
+                        turn_keys(keys[page] + dimension * PAGE_TOKENS, width, turned);
+                        values[page] = turned;
+                    }
+                    weigh_rows(values, width, 0, width, weights, begin, end, first, last,
+                               states.values + dimension, scratch.starts, nothing);
                 }
-                weigh_rows(values, width, begin, end, first, last, scratch, states.values + dimension, true,
-                           nothing);
             }
         }
     }

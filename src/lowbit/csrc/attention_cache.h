@@ -5,23 +5,26 @@
 //   Bfloat  K [k_dim / 2][16 tokens][2]   V [8 token pairs][v_dim][2]
 //   float   K [k_dim][16 tokens]          V [16 tokens][v_dim]
 //
-// bfloat16 and float32 pages are operands as they lie. All others are widened, a page of a segment at a time,
-// into a buffer that stays in the core's own cache; they lie as float's, a number in
+// bfloat16 and float32 pages are operands as they lie. F16 pages lie as float's, 2 bytes a number, and are
+// widened, exactly. The narrow formats are codes that bfloat16 holds exactly too:
 //
-//   F16          2 bytes; widened to float, exactly
-//   E4M3 … INT8  1 byte; widened to Bfloat
-//   INT4         half a byte: K [k_dim / 2][16 tokens], a pair of dimensions a byte, the even one below;
-//                V [16 tokens][v_dim / 16][8], dimensions d and d + 8 a byte. A token owns its bytes: threads
-//                that write neighbours never meet.
+//   E4M3, E5M2   1 byte
+//   INT8         1 byte: a sign and 7 bits of magnitude
+//   INT4         half a byte: 0 .. 15
+//
+// They lie in quads of 64, of which a decoder makes two lines of a Bfloat operand (32 numbers: 16 lanes of
+// two): of K 4 dimensions of 16 tokens, of V 4 tokens and 16 dimensions, [4][v_dim / 16] quads a page. See
+// place_of() for the order in a quad. A token owns its bytes: threads that write neighbours never meet.
 //
 // With group > 0 every `group` dimensions of a token share a scale, found when the token is written from
 // these numbers alone. Scales are bfloat16 and follow the codes of the page: [groups][16 tokens], of INT4
-// [groups][scale, low][16 tokens]. A number is code * scale (+ low), rounded to bfloat16: the same on every
-// instruction set and in attention_reference.py.
+// [groups][scale, low][16 tokens]. A number is code * scale (+ low). What is multiplied are the codes: a
+// key's scale meets the sum over its group, a value's the softmax weight.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "vector16.h"
 
@@ -61,7 +64,8 @@ struct Store {
             default: return 8;
         }
     }
-    bool widened() const { return format != Format::F32 && format != Format::BF16; }
+    bool narrow() const { return bits() < 16; }
+    bool widened() const { return narrow() || format == Format::F16; }
     bool multiplied_as_float() const { return format == Format::F32 || format == Format::F16; }
     int parameters() const { return format == Format::INT4 ? 2 : 1; }  // rows of 16 a group has
     int groups() const { return group > 0 ? (dim + group - 1) / group : 0; }
@@ -88,60 +92,48 @@ inline Store value_store(const lowbit_attention_cache& cache) {
             cache.v_dim, cache.v_group};
 }
 
-// Sixteen bytes as floats.
+// Sixteen numbers as floats; bytes are signed.
 #if defined(__AVX512F__)
 inline Vector16 from_halves(__m256i halves) { return {_mm512_cvtph_ps(halves)}; }
-inline Vector16 from_unsigned(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))}; }
-inline Vector16 from_signed(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
-// 32-bit words of the even (lower half) and odd numbers, rounded to bfloat16: to nearest, ties to even;
-// subnormal numbers become 0, which vdpbf16ps takes them for.
-inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
-    const __m512i turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                          23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.lanes, even.lanes));
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(turn, rounded));
-}
+inline Vector16 from_bytes(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
 #elif defined(__AVX2__)
 inline Vector16 from_halves(__m256i halves) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
             _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 }
-inline Vector16 from_unsigned(__m128i bytes) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
-}
-inline Vector16 from_signed(__m128i bytes) {
+inline Vector16 from_bytes(__m128i bytes) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
-// 32-bit words of the even (lower half) and odd numbers, rounded to bfloat16: to nearest, ties to even.
-inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
-    const auto rounded = [](__m256 x) {
-        const __m256i bits = _mm256_castps_si256(x);
-        const __m256i last = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        return _mm256_add_epi32(bits, _mm256_add_epi32(last, _mm256_set1_epi32(0x7fff)));
-    };
-    const auto words = [&](__m256 lower, __m256 upper) {
-        return _mm256_blend_epi16(_mm256_srli_epi32(rounded(lower), 16), rounded(upper), 0xaa);
-    };
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words(even.low, odd.low));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), words(even.high, odd.high));
 }
 #endif
 #if defined(__AVX2__)
 using Bytes = __m128i;  // sixteen
 inline Bytes load_bytes(const std::uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const Bytes*>(from)); }
-// The lower four bits of every byte, the upper ones.
-inline Bytes low_digits(Bytes bytes) { return _mm_and_si128(bytes, _mm_set1_epi8(15)); }
-inline Bytes high_digits(Bytes bytes) { return _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15)); }
-// The lower four bits of eight bytes, then the upper ones.
+// The codes of four bits in eight bytes, lower ones first: a byte's two are neighbours, or two bytes' pairs.
+template <bool PAIRS>
 inline Bytes load_digits(const std::uint8_t* from) {
-    const Bytes codes = _mm_loadl_epi64(reinterpret_cast<const Bytes*>(from));
-    return low_digits(_mm_unpacklo_epi64(codes, _mm_srli_epi16(codes, 4)));
+    const Bytes stored = _mm_loadl_epi64(reinterpret_cast<const Bytes*>(from)), four_bits = _mm_set1_epi8(15);
+    const Bytes lower = _mm_and_si128(stored, four_bits), upper = _mm_and_si128(_mm_srli_epi16(stored, 4), four_bits);
+    return PAIRS ? _mm_unpacklo_epi16(lower, upper) : _mm_unpacklo_epi8(lower, upper);
+}
+// A sign, and seven bits of magnitude.
+inline Vector16 from_sign_and_size(Bytes codes) {
+    const Bytes sign = _mm_cmplt_epi8(codes, _mm_setzero_si128()), size = _mm_and_si128(codes, _mm_set1_epi8(0x7f));
+    return from_bytes(_mm_sub_epi8(_mm_xor_si128(size, sign), sign));
 }
 inline Vector16 load_halves(const std::uint8_t* from) {
     return from_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+#if !defined(__AVX512F__)
+// The upper halves of eight numbers and of eight more.
+inline void store_upper_halves(Bfloat* first, Bfloat* second, Vector16 x) {
+    const __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(x.low), 16),
+                                              _mm256_srli_epi32(_mm256_castps_si256(x.high), 16));
+    const __m256i lines = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(lines));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(lines, 1));
+}
+#endif
 // An fp8 code becomes the float16 of the same digits, e4m3's 2^-8 times too small: subnormal numbers come right
 // by themselves.
 inline Vector16 from_e5m2(Bytes codes) { return from_halves(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8)); }
@@ -172,44 +164,17 @@ inline float from_bfloat(Bfloat number) {
 
 // Sixteen consecutive codes of a byte each, as the numbers they stand for.
 template <Format FORMAT>
-inline Vector16 decode_bytes(const std::uint8_t* from) {
-    const Bytes codes = load_bytes(from);
-    if constexpr (FORMAT == Format::INT8) {
-        return from_signed(codes);
+inline Vector16 decode_bytes(Bytes codes) {
+    if constexpr (FORMAT == Format::INT4) {
+        return from_bytes(codes);
+    } else if constexpr (FORMAT == Format::INT8) {
+        return from_sign_and_size(codes);
     } else if constexpr (FORMAT == Format::E5M2) {
         return from_e5m2(codes);
     } else {
         static_assert(FORMAT == Format::E4M3);
         return from_e4m3(codes);
     }
-}
-
-// Two neighbouring dimensions of 16 keys.
-template <Format FORMAT>
-inline void decode_keys(const std::uint8_t* page, int pair, Vector16& even, Vector16& odd) {
-    if constexpr (FORMAT == Format::INT4) {
-        const Bytes codes = load_bytes(page + pair * PAGE_TOKENS);
-        even = from_unsigned(low_digits(codes));
-        odd = from_unsigned(high_digits(codes));
-    } else {
-        even = decode_bytes<FORMAT>(page + 2 * pair * PAGE_TOKENS);
-        odd = decode_bytes<FORMAT>(page + (2 * pair + 1) * PAGE_TOKENS);
-    }
-}
-
-// Sixteen dimensions of one token's value.
-template <Format FORMAT>
-inline Vector16 decode_values(const std::uint8_t* page, int v_dim, int token, int dimension) {
-    if constexpr (FORMAT == Format::INT4) {
-        return from_unsigned(load_digits(page + (token * v_dim + dimension) / 2));
-    } else {
-        return decode_bytes<FORMAT>(page + token * v_dim + dimension);
-    }
-}
-
-template <Format FORMAT>
-inline Vector16 scaled(Vector16 codes, Vector16 scale, Vector16 low) {
-    return FORMAT == Format::INT4 ? fma(codes, scale, low) : multiply(codes, scale);
 }
 
 constexpr int CACHE_LINE = 64;
@@ -223,64 +188,144 @@ __attribute__((always_inline)) inline void fetch_lines(const float* from, int co
     constexpr int NUMBERS = CACHE_LINE / static_cast<int>(sizeof(float));
     for (int at = 0; at < count; at += NUMBERS) fetch_line(reinterpret_cast<const std::uint8_t*>(from + at));
 }
+
+// Where in its quad a code lies: in nibbles of INT4, in bytes else. K: dimension `row` % 4 of token `lane`;
+// V: token `row` % 4, dimension `lane` % 16.
+template <bool KEYS>
+constexpr int place_of(Format format, int row, int lane) {
+    const int eight = lane / 4 * 2 + row / 2, within = lane % 4;  // eight codes of a line that stay together
+    if (format != Format::INT4 || KEYS) return 8 * eight + 2 * within + row % 2;
+    return 8 * eight + within / 2 * 4 + row % 2 * 2 + within % 2;  // a byte is two dimensions of a token
+}
+
+// Byte of a page where the quad of a code begins; `row` and `lane` as above, but of all of the page.
+template <bool KEYS>
+constexpr int quad_begin(Format format, int dim, int row, int lane) {
+    const int quad = KEYS ? row / 4 : row / 4 * (dim / LANES) + lane / LANES;
+    return quad * (format == Format::INT4 ? 32 : 64);
+}
+
+#if defined(__AVX512BF16__)
+struct Code4 {  // elements of pages that are read as they are stored
+    std::uint8_t bits;
+};
+struct Code8 {
+    std::uint8_t bits;
+};
+
+// What codes stand for, as bfloat16: low and high bytes apart, those of the lower seven bits of a code.
+struct CodeTable {
+    alignas(64) std::uint8_t low[128], high[128];
+};
+
 template <Format FORMAT>
-inline void widen_keys(const Store& store, const std::uint8_t* page, Bfloat* to) {
-    const Bfloat* const scales = store.scales(page);
-    const int row = store.parameters() * PAGE_TOKENS, group = store.group > 0 ? store.group : store.dim;
-    for (int begin = 0; begin < store.dim; begin += group) {
-        Vector16 scale = broadcast(1.0f), low = zeros();
-        if (store.group > 0) {
-            const Bfloat* const mine = scales + begin / group * row;
-            scale = load_bfloats(mine);
-            if (FORMAT == Format::INT4) low = load_bfloats(mine + PAGE_TOKENS);
+inline CodeTable made_table() {
+    CodeTable made;
+    constexpr int PERIOD = FORMAT == Format::INT4 ? 16 : 128;  // beyond four bits is what follows a nibble
+    for (int begin = 0; begin < 128; begin += LANES) {
+        std::uint8_t codes[LANES];
+        float values[LANES];
+        for (int lane = 0; lane < LANES; ++lane) codes[lane] = static_cast<std::uint8_t>((begin + lane) % PERIOD);
+        store(values, decode_bytes<FORMAT>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+        for (int lane = 0; lane < LANES; ++lane) {
+            const Bfloat bits = to_bfloat(values[lane]);
+            made.low[begin + lane] = static_cast<std::uint8_t>(bits);
+            made.high[begin + lane] = static_cast<std::uint8_t>(bits >> 8);
         }
-        const int end = begin + group < store.dim ? begin + group : store.dim;
-        for (int pair = begin / 2; pair < end / 2; ++pair) {
-            Vector16 even, odd;
-            decode_keys<FORMAT>(page, pair, even, odd);
-            store_bfloats(to + 2 * PAGE_TOKENS * pair, scaled<FORMAT>(even, scale, low),
-                          scaled<FORMAT>(odd, scale, low));
+    }
+    return made;
+}
+
+inline const CodeTable& code_table(Format format) {
+    static const CodeTable e4m3 = made_table<Format::E4M3>(), e5m2 = made_table<Format::E5M2>(),
+                           int8 = made_table<Format::INT8>(), int4 = made_table<Format::INT4>();
+    return format == Format::E4M3 ? e4m3 : format == Format::E5M2 ? e5m2 : format == Format::INT8 ? int8 : int4;
+}
+
+// Two lines of a quad.
+template <class Code, bool KEYS>
+struct QuadDecoder {
+    static constexpr int BYTES = std::is_same_v<Code, Code4> ? 32 : 64;
+    __m512i low, low_end, high, high_end;
+
+    explicit QuadDecoder(const CodeTable& table)
+        : low(_mm512_load_si512(table.low)),
+          low_end(_mm512_load_si512(table.low + 64)),
+          high(_mm512_load_si512(table.high)),
+          high_end(_mm512_load_si512(table.high + 64)) {}
+
+    __attribute__((always_inline)) void decode(const std::uint8_t* from, __m512i& first, __m512i& second) const {
+        __m512i lower, upper;
+        if constexpr (std::is_same_v<Code, Code4>) {
+            const __m256i stored = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+            const __m512i turn = _mm512_set1_epi64(KEYS ? 0x1c1814100c080400 : 0x1c1418100c040800);
+            const __m512i codes = _mm512_multishift_epi64_epi8(turn, _mm512_cvtepu32_epi64(stored));
+            lower = _mm512_permutexvar_epi8(codes, low);
+            upper = _mm512_permutexvar_epi8(codes, high);
+        } else {
+            __m512i codes = _mm512_loadu_si512(from);
+            asm("" : "+v"(codes));  // GCC 12 would load them anew for each use
+            const __m512i sign = _mm512_set1_epi8(-128);
+            lower = _mm512_permutex2var_epi8(low, codes, low_end);
+            upper = _mm512_permutex2var_epi8(high, codes, high_end);
+            upper = _mm512_ternarylogic_epi64(upper, codes, sign, 0xf8);  // upper | (codes & sign)
+        }
+        first = _mm512_unpacklo_epi8(lower, upper);
+        second = _mm512_unpackhi_epi8(lower, upper);
+    }
+};
+
+template <class Code, bool KEYS>
+inline void widen_quads(const Store& store, const std::uint8_t* page, Bfloat* to) {
+    const QuadDecoder<Code, KEYS> decoder(code_table(store.format));
+    const int across = KEYS ? 1 : store.dim / LANES, line = 2 * LANES * across;
+    for (int row = 0; row < (KEYS ? store.dim : PAGE_TOKENS); row += 4, to += line) {
+        for (int lane = 0; lane < across; ++lane, page += decoder.BYTES, to += 2 * LANES) {
+            __m512i first, second;
+            decoder.decode(page, first, second);
+            _mm512_storeu_si512(to, first);
+            _mm512_storeu_si512(to + line, second);
         }
     }
 }
 
-template <Format FORMAT>
-inline void widen_values(const Store& store, const std::uint8_t* page, Bfloat* to) {
-    const Bfloat* const scales = store.scales(page);
-    const int row = store.parameters() * PAGE_TOKENS, group = store.group > 0 ? store.group : store.dim;
-    for (int pair = 0; pair < PAGE_TOKENS / 2; ++pair) {
-        for (int begin = 0; begin < store.dim; begin += group) {
-            Vector16 scale[2] = {broadcast(1.0f), broadcast(1.0f)}, low[2] = {zeros(), zeros()};
-            if (store.group > 0) {
-                const Bfloat* const mine = scales + begin / group * row + 2 * pair;
-                for (int which = 0; which < 2; ++which) {
-                    scale[which] = broadcast(from_bfloat(mine[which]));
-                    if (FORMAT == Format::INT4)
-                        low[which] = broadcast(from_bfloat(mine[PAGE_TOKENS + which]));
-                }
-            }
-            const int end = begin + group < store.dim ? begin + group : store.dim;
-            for (int dimension = begin; dimension < end; dimension += LANES) {
-                const Vector16 even = decode_values<FORMAT>(page, store.dim, 2 * pair, dimension);
-                const Vector16 odd = decode_values<FORMAT>(page, store.dim, 2 * pair + 1, dimension);
-                store_bfloats(to + 2 * (pair * store.dim + dimension), scaled<FORMAT>(even, scale[0], low[0]),
-                              scaled<FORMAT>(odd, scale[1], low[1]));
-            }
-        }
-    }
-}
-
-// A page as an operand. Which operand a format has, the caller has asked multiplied_as_float().
+// A narrow page as an operand: its codes, without scales.
 template <bool KEYS>
 inline void widen(const Store& store, const std::uint8_t* page, Bfloat* to) {
-    const auto each = [&](auto keys, auto values) { (KEYS ? keys : values)(store, page, to); };
-    switch (store.format) {
-        case Format::E4M3: return each(widen_keys<Format::E4M3>, widen_values<Format::E4M3>);
-        case Format::E5M2: return each(widen_keys<Format::E5M2>, widen_values<Format::E5M2>);
-        case Format::INT8: return each(widen_keys<Format::INT8>, widen_values<Format::INT8>);
-        default: return each(widen_keys<Format::INT4>, widen_values<Format::INT4>);
+    (store.format == Format::INT4 ? widen_quads<Code4, KEYS> : widen_quads<Code8, KEYS>)(store, page, to);
+}
+#else
+template <Format FORMAT, bool KEYS>
+inline void widen_quads(const Store& store, const std::uint8_t* page, Bfloat* to) {
+    constexpr int BYTES = FORMAT == Format::INT4 ? 8 : 16;  // of sixteen codes, eight of each line
+    const int across = KEYS ? 1 : store.dim / LANES, line = 2 * LANES * across;
+    for (int row = 0; row < (KEYS ? store.dim : PAGE_TOKENS); row += 4, to += line) {
+        for (int eight = 0; eight < 4 * across; ++eight, page += BYTES, to += 8) {
+            Bytes codes;
+            if constexpr (FORMAT == Format::INT4) {
+                codes = load_digits<!KEYS>(page);
+            } else {
+                codes = load_bytes(page);
+            }
+            const Vector16 values = decode_bytes<FORMAT>(codes);  // exact in the upper halves
+            store_upper_halves(to, to + line, values);
+        }
     }
 }
+
+// A narrow page as an operand: its codes, without scales.
+template <bool KEYS>
+inline void widen(const Store& store, const std::uint8_t* page, Bfloat* to) {
+    switch (store.format) {
+        case Format::E4M3: return widen_quads<Format::E4M3, KEYS>(store, page, to);
+        case Format::E5M2: return widen_quads<Format::E5M2, KEYS>(store, page, to);
+        case Format::INT8: return widen_quads<Format::INT8, KEYS>(store, page, to);
+        default: return widen_quads<Format::INT4, KEYS>(store, page, to);
+    }
+}
+#endif
+
+// A page of F16.
 template <bool KEYS>
 inline void widen(const Store& store, const std::uint8_t* page, float* to) {
     for (int at = 0; at < store.dim * PAGE_TOKENS; at += LANES) {

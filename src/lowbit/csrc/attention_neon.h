@@ -7,21 +7,32 @@
 namespace lowbit {
 
 inline Bytes load_bytes(const std::uint8_t* from) { return vld1q_u8(from); }
-// 32-bit words of the even (lower half) and odd numbers, rounded to bfloat16: to nearest, ties to even.
-inline void store_bfloats(Bfloat* to, Vector16 even, Vector16 odd) {
-    const auto rounded = [](float32x4_t x) {
-        const uint32x4_t bits = vreinterpretq_u32_f32(x);
-        const uint32x4_t last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-        return vaddq_u32(bits, vaddq_u32(last, vdupq_n_u32(0x7fff)));
+inline Vector16 from_bytes(Bytes bytes) { return from_signed(bytes); }
+// A sign, and seven bits of magnitude.
+inline Vector16 from_sign_and_size(Bytes codes) {
+    const int8x16_t size = vreinterpretq_s8_u8(vandq_u8(codes, vdupq_n_u8(0x7f)));
+    const uint8x16_t negative = vcltzq_s8(vreinterpretq_s8_u8(codes));
+    return from_signed(vreinterpretq_u8_s8(vbslq_s8(negative, vnegq_s8(size), size)));
+}
+// The codes of four bits in eight bytes, lower ones first: a byte's two are neighbours, or two bytes' pairs.
+template <bool PAIRS>
+inline Bytes load_digits(const std::uint8_t* from) {
+    const uint8x8_t stored = vld1_u8(from), lower = vand_u8(stored, vdup_n_u8(15)), upper = vshr_n_u8(stored, 4);
+    if constexpr (PAIRS) {
+        const uint16x4x2_t zipped = vzip_u16(vreinterpret_u16_u8(lower), vreinterpret_u16_u8(upper));
+        return vreinterpretq_u8_u16(vcombine_u16(zipped.val[0], zipped.val[1]));
+    } else {
+        const uint8x8x2_t zipped = vzip_u8(lower, upper);
+        return vcombine_u8(zipped.val[0], zipped.val[1]);
+    }
+}
+// The upper halves of eight numbers and of eight more.
+inline void store_upper_halves(Bfloat* first, Bfloat* second, Vector16 x) {
+    const auto eight = [](float32x4_t low, float32x4_t high) {
+        return vuzp2q_u16(vreinterpretq_u16_f32(low), vreinterpretq_u16_f32(high));
     };
-    const auto four = [&](int at, float32x4_t lower, float32x4_t upper) {
-        // the upper halves of both, in turn
-        vst1q_u16(to + at, vtrn2q_u16(vreinterpretq_u16_u32(rounded(lower)), vreinterpretq_u16_u32(rounded(upper))));
-    };
-    four(0, even.a, odd.a);
-    four(8, even.b, odd.b);
-    four(16, even.c, odd.c);
-    four(24, even.d, odd.d);
+    vst1q_u16(first, eight(x.a, x.b));
+    vst1q_u16(second, eight(x.c, x.d));
 }
 
 // The keys of `width` dimensions of a page (a multiple of 16) in V's layout: no bit changes.

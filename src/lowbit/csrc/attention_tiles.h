@@ -4,6 +4,9 @@
 // dimensions of 16 tokens, the operand of vdpbf16ps that yields 16 scores for a broadcast query pair; a line
 // of values is 16 dimensions of two tokens. The two may be of different types.
 //
+// Narrow pages (Code4, Code8) are decoded in registers, a quad just before its two products, where a few rows
+// read them; for many rows the caller widens them first. The products and their order are the same.
+//
 // A latent page has no V: its values are the first v_dim numbers of its keys, which turn_keys() brings into
 // V's layout, a strip of dimensions of one segment at a time, just before they are weighed.
 //
@@ -113,8 +116,12 @@ inline Vector16 second_values(const float* page, int v_dim, int pair, int dimens
 // rounded to bfloat16 and lie as pairs in 32-bit words; sums stay float32. Otherwise all is float32.
 #if defined(__AVX512BF16__)
 template <class Element>
-constexpr bool BFLOAT_PRODUCTS = sizeof(Element) == sizeof(Bfloat);
+constexpr bool IS_CODE = std::is_same_v<Element, Code4> || std::is_same_v<Element, Code8>;
+template <class Element>
+constexpr bool BFLOAT_PRODUCTS = IS_CODE<Element> || std::is_same_v<Element, Bfloat>;
 #else
+template <class Element>
+constexpr bool IS_CODE = false;
 template <class Element>
 constexpr bool BFLOAT_PRODUCTS = false;
 #endif
@@ -139,13 +146,29 @@ inline void prepare_query(const float* query, int k_dim, float* prepared) {
     std::copy_n(query, k_dim, prepared);
 }
 
+// Sums over groups of dimensions of a prepared query.
+template <class Element>
+inline void sum_query(const float* prepared, int k_dim, int group, float* sums) {
+    for (int begin = 0; begin < k_dim; begin += group) {
+        Vector16 sum = zeros();
+        for (int dimension = begin; dimension < std::min(begin + group, k_dim); dimension += LANES) {
+            if constexpr (BFLOAT_PRODUCTS<Element>) {
+                sum = add(sum, load_bfloats(reinterpret_cast<const Bfloat*>(prepared) + dimension));
+            } else {
+                sum = add(sum, load(prepared + dimension));
+            }
+        }
+        *sums++ = reduce_add(sum);
+    }
+}
+
 // What a few rows (decode) wait for is memory, and scattered pages defeat the hardware's prefetcher. So
 // whoever reads a segment's stored pages fetches, line for line, those that are read next: reading keys, the
 // segment's values; reading values, the next segment's keys. Into L2: the first-level cache has too few
 // misses in flight for the bandwidth of the memory (half of it is lost on Zen 4).
 struct Ahead {
-    const std::uint8_t* pages[SEGMENT_PAGES];  // fetched while the page of the same place is read
-    int lines = 0;                             // of 64 bytes a page; 0: none
+    const std::uint8_t* pages[SEGMENT_PAGES] = {};  // fetched while the page of the same place is read
+    int lines = 0;                                  // of 64 bytes a page; 0: none
 
     template <int COUNT>
     __attribute__((always_inline)) void fetch(int page, int line) const {
@@ -153,6 +176,28 @@ struct Ahead {
 #pragma GCC unroll 8
         for (int which = 0; which < COUNT; ++which) fetch_line(pages[page] + (line + which) * CACHE_LINE);
     }
+    __attribute__((always_inline)) void fetch_from(int page, int begin) const {
+        for (int line = begin; line < lines; ++line) fetch_line(pages[page] + line * CACHE_LINE);
+    }
+};
+
+// What belongs to the codes of a segment's narrow pages; group 0: nothing.
+struct Scales {
+    const Bfloat* pages[SEGMENT_PAGES] = {};  // rows of 16 tokens
+    int group = 0;                            // dimensions that share one
+    bool lows = false;                        // INT4: each row is followed by the tokens' lowest values
+    Format format = Format::BF16;
+
+    const Bfloat* of(int page, int dimension) const {
+        return pages[page] + dimension / group * (lows ? 2 : 1) * PAGE_TOKENS;
+    }
+};
+
+// Rows of queries, and of each row's sums over the groups of Scales with lows, which are multiplied by these.
+constexpr int MAX_GROUPS = MAX_K_DIM / LANES;
+struct Queries {
+    const float* words;
+    const float* sums;
 };
 
 // sums[row][vector] = made(row, vector), unrolled: what is indexed by a variable would not stay in registers.
@@ -166,74 +211,128 @@ __attribute__((always_inline)) inline void each_sum(Vector16 (&sums)[ROWS][VECTO
 }
 
 // scores[row][page * 16 + token] = query . key for ROWS rows and PAGES pages. Rows of scores are
-// SEGMENT_TOKENS apart. FETCH: pages of `ahead` from place `place` on.
+// SEGMENT_TOKENS apart. `place`: of the first page in `scales` and, for FETCH, in `ahead`.
 template <class Element, int ROWS, int PAGES, bool FETCH>
-inline void score_tile(const float* queries, const Element* const* pages, int k_dim, float* scores,
-                       const Ahead& ahead, int place) {
+inline void score_tile(const Queries& queries, const Element* const* pages, int k_dim, const Scales& scales,
+                       float* scores, const Ahead& ahead, int place) {
     constexpr int LINES = sizeof(Element) / sizeof(Bfloat);  // of 64 bytes a pair of dimensions has
-    const int words = query_words<Element>(k_dim);
+    const int words = query_words<Element>(k_dim), group = scales.group > 0 ? scales.group : k_dim;
     const std::uint8_t* fetched[PAGES];
     for (int page = 0; page < PAGES; ++page) fetched[page] = FETCH ? ahead.pages[place + page] : nullptr;
     Vector16 sums[ROWS][PAGES];
-    each_sum(sums, [](int, int) { return zeros(); });
-    for (int pair = 0; pair < k_dim / 2; ++pair) {
-        if (FETCH && LINES * pair + LINES <= ahead.lines) {
-#pragma GCC unroll 8
-            for (int page = 0; page < PAGES; ++page) {
-                const std::uint8_t* from = fetched[page] + LINES * pair * CACHE_LINE;
-                for (int line = 0; line < LINES; ++line) fetch_line(from + line * CACHE_LINE);
-            }
-        }
+    const auto add_pairs = [&](int begin, int end) __attribute__((always_inline)) {
 #if defined(__AVX512BF16__)
-        if constexpr (BFLOAT_PRODUCTS<Element>) {
-            __m512bh keys[PAGES];
+        const auto add = [&](int page, int row, int pair, __m512i keys) __attribute__((always_inline)) {
+            int word;
+            std::memcpy(&word, queries.words + row * words + pair, sizeof word);
+            sums[row][page].lanes =
+                _mm512_dpbf16_ps(sums[row][page].lanes, reinterpret_cast<__m512bh>(keys),
+                                 reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)));
+        };
+        if constexpr (IS_CODE<Element>) {
+            const QuadDecoder<Element, true> decoder(code_table(scales.format));
+            for (int quad = begin / 2; quad < end / 2; ++quad) {
+                if (quad < ahead.lines) {
 #pragma GCC unroll 8
-            for (int page = 0; page < PAGES; ++page) {
-                keys[page] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(pages[page] + 2 * LANES * pair));
-            }
-#pragma GCC unroll 8
-            for (int row = 0; row < ROWS; ++row) {
-                int word;
-                std::memcpy(&word, queries + row * words + pair, sizeof word);
-                const __m512bh query = reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
+                    for (int page = 0; page < PAGES; ++page) fetch_line(fetched[page] + quad * CACHE_LINE);
+                }
 #pragma GCC unroll 8
                 for (int page = 0; page < PAGES; ++page) {
-                    sums[row][page].lanes = _mm512_dpbf16_ps(sums[row][page].lanes, keys[page], query);
+                    __m512i first, second;
+                    decoder.decode(reinterpret_cast<const std::uint8_t*>(pages[page]) + quad * decoder.BYTES,
+                                   first, second);
+#pragma GCC unroll 8
+                    for (int row = 0; row < ROWS; ++row) {
+                        add(page, row, 2 * quad, first);
+                        add(page, row, 2 * quad + 1, second);
+                    }
                 }
             }
-            continue;
+            return;
         }
 #endif
+        for (int pair = begin; pair < end; ++pair) {
+            if (FETCH && LINES * pair + LINES <= ahead.lines) {
 #pragma GCC unroll 8
-        for (int page = 0; page < PAGES; ++page) {
-            Vector16 even, odd;
-            load_keys(pages[page], pair, even, odd);
+                for (int page = 0; page < PAGES; ++page) {
+                    const std::uint8_t* from = fetched[page] + LINES * pair * CACHE_LINE;
+                    for (int line = 0; line < LINES; ++line) fetch_line(from + line * CACHE_LINE);
+                }
+            }
+#if defined(__AVX512BF16__)
+            if constexpr (BFLOAT_PRODUCTS<Element>) {
+                __m512i keys[PAGES];
 #pragma GCC unroll 8
-            for (int row = 0; row < ROWS; ++row) {
-                const float* query = queries + row * words + 2 * pair;
-                sums[row][page] =
-                    fma(odd, broadcast(query[1]), fma(even, broadcast(query[0]), sums[row][page]));
+                for (int page = 0; page < PAGES; ++page) {
+                    keys[page] = _mm512_loadu_si512(pages[page] + 2 * LANES * pair);
+                }
+#pragma GCC unroll 8
+                for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 8
+                    for (int page = 0; page < PAGES; ++page) add(page, row, pair, keys[page]);
+                }
+                continue;
+            }
+#endif
+            if constexpr (!IS_CODE<Element>) {
+#pragma GCC unroll 8
+                for (int page = 0; page < PAGES; ++page) {
+                    Vector16 even, odd;
+                    load_keys(pages[page], pair, even, odd);
+#pragma GCC unroll 8
+                    for (int row = 0; row < ROWS; ++row) {
+                        const float* query = queries.words + row * words + 2 * pair;
+                        sums[row][page] =
+                            fma(odd, broadcast(query[1]), fma(even, broadcast(query[0]), sums[row][page]));
+                    }
+                }
             }
         }
+    };
+    if (IS_CODE<Element>) {  // what no quad fetches
+        for (int page = 0; page < PAGES; ++page) ahead.fetch_from(place + page, k_dim / 4);
     }
-    each_sum(sums, [&](int row, int page) {
-        store(scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, sums[row][page]);
-        return sums[row][page];
-    });
+    for (int begin = 0; begin < k_dim; begin += group) {
+        each_sum(sums, [](int, int) { return zeros(); });
+        add_pairs(begin / 2, std::min(begin + group, k_dim) / 2);
+        if (scales.group == 0) {
+            each_sum(sums, [&](int row, int page) {
+                store(scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, sums[row][page]);
+                return sums[row][page];
+            });
+            return;
+        }
+        Vector16 scale[PAGES], low[PAGES];
+#pragma GCC unroll 8
+        for (int page = 0; page < PAGES; ++page) {
+            const Bfloat* const mine = scales.of(place + page, begin);
+            scale[page] = load_bfloats(mine);
+            low[page] = scales.lows ? load_bfloats(mine + PAGE_TOKENS) : zeros();
+        }
+        each_sum(sums, [&](int row, int page) {
+            float* const here = scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS;
+            Vector16 total = begin == 0 ? zeros() : load(here);
+            if (scales.lows) {
+                total = fma(low[page], broadcast(queries.sums[row * MAX_GROUPS + begin / group]), total);
+            }
+            store(here, fma(scale[page], sums[row][page], total));
+            return sums[row][page];
+        });
+    }
 }
 
 // The same for `count` pages, PAGES of them at once and then the rest.
 template <class Element, bool FETCH, int ROWS, int PAGES = pages_at_once(ROWS)>
-inline void score_all(const float* queries, const Element* const* pages, int count, int k_dim, float* scores,
-                      const Ahead& ahead, int place) {
+inline void score_all(const Queries& queries, const Element* const* pages, int count, int k_dim,
+                      const Scales& scales, float* scores, const Ahead& ahead, int place) {
     int page = 0;
     for (; page + PAGES <= count; page += PAGES) {
-        score_tile<Element, ROWS, PAGES, FETCH>(queries, pages + page, k_dim, scores + page * PAGE_TOKENS,
-                                                ahead, place + page);
+        score_tile<Element, ROWS, PAGES, FETCH>(queries, pages + page, k_dim, scales,
+                                                scores + page * PAGE_TOKENS, ahead, place + page);
     }
     if constexpr (PAGES > 1) {
         if (page < count) {
-            score_all<Element, FETCH, ROWS, PAGES / 2>(queries, pages + page, count - page, k_dim,
+            score_all<Element, FETCH, ROWS, PAGES / 2>(queries, pages + page, count - page, k_dim, scales,
                                                        scores + page * PAGE_TOKENS, ahead, place + page);
         }
     }
@@ -241,15 +340,16 @@ inline void score_all(const float* queries, const Element* const* pages, int cou
 
 // The same for 1 <= rows <= ROWS rows.
 template <class Element, bool FETCH, int ROWS = SCORE_ROWS>
-inline void score_pages(const float* queries, int rows, const Element* const* pages, int count, int k_dim,
-                        float* scores, const Ahead& ahead, int place) {
+inline void score_pages(const Queries& queries, int rows, const Element* const* pages, int count, int k_dim,
+                        const Scales& scales, float* scores, const Ahead& ahead, int place) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            score_pages<Element, FETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scores, ahead, place);
+            score_pages<Element, FETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scales, scores, ahead,
+                                                  place);
             return;
         }
     }
-    score_all<Element, FETCH, ROWS>(queries, pages, count, k_dim, scores, ahead, place);
+    score_all<Element, FETCH, ROWS>(queries, pages, count, k_dim, scales, scores, ahead, place);
 }
 
 struct Softmax {
@@ -281,17 +381,20 @@ inline __m512bh pair_weights(float* scores, __m512 factor, __m512 top, Lanes low
 }
 #endif
 
+// Lanes of a vector of tokens that are first <= t < last.
+inline Lanes seen_lanes(int first, int last, int vector) {
+    const int from = std::max(first - vector * LANES, 0), to = std::min(last - vector * LANES, LANES);
+    return lane_range(std::min(from, LANES), std::max(to, 0));
+}
+
 // Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum): floats in
 // the place of the scores, or pairs of bfloat16, token t in half-word t % 32 from the place of token t / 32
 // on. Unseen tokens of a vector (of two, where they are pairs) get 0.
-template <class Element>
+template <bool PAIRS>
 inline void softmax_segment(float* scores, int first, int last, const Softmax& softmax, float& maximum_score,
                             float& sum) {
     const int begin = first / LANES, end = (last + LANES - 1) / LANES;
-    const auto seen = [&](int vector) {
-        const int from = std::max(first - vector * LANES, 0), to = std::min(last - vector * LANES, LANES);
-        return lane_range(std::min(from, LANES), std::max(to, 0));
-    };
+    const auto seen = [&](int vector) { return seen_lanes(first, last, vector); };
     float factor = softmax.scale * LOG2_E;
     if (softmax.softcap > 0 || factor < 0) {  // a maximum can only be scaled by what keeps the order
         for (int vector = begin; vector < end; ++vector) {
@@ -316,7 +419,7 @@ inline void softmax_segment(float* scores, int first, int last, const Softmax& s
     }
     maximum_score = reduce_max(best) * factor;
 #if defined(__AVX512BF16__)
-    if constexpr (BFLOAT_PRODUCTS<Element>) {
+    if constexpr (PAIRS) {
         const __m512 top = _mm512_set1_ps(maximum_score), factors = _mm512_set1_ps(factor);
         const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
         __m512 total = _mm512_setzero_ps();
@@ -345,6 +448,37 @@ inline void softmax_segment(float* scores, int first, int last, const Softmax& s
     sum = reduce_add(total);
 }
 
+// weights times the values' scales at `dimension`, for tokens first <= t < last: floats, or pairs as above.
+// Returns the sum of weights times lows, which all dimensions of the group have in common. May be in place.
+template <bool PAIRS>
+inline float fold_scales(const float* weights, int first, int last, const Scales& scales, int dimension,
+                         float* folded) {
+    static_assert(LANES == PAGE_TOKENS);
+    const int begin = first / LANES, end = (last + LANES - 1) / LANES;
+    Vector16 lows = zeros();
+    const auto scaled = [&](int vector) {
+        if (vector < begin || vector >= end) return zeros();
+        const Bfloat* const mine = scales.of(vector, dimension);
+        const Lanes seen = seen_lanes(first, last, vector);
+        const Vector16 here = load(weights + vector * LANES);
+        if (scales.lows) lows = select(seen, fma(here, load_bfloats(mine + PAGE_TOKENS), lows), lows);
+        return select(seen, multiply(here, load_bfloats(mine)), zeros());
+    };
+    for (int vector = begin / 2 * 2; vector < end; vector += 2) {
+        const Vector16 lower = scaled(vector), upper = scaled(vector + 1);
+#if defined(__AVX512BF16__)
+        if constexpr (PAIRS) {
+            const auto rounded = _mm512_cvtne2ps_pbh(upper.lanes, lower.lanes);
+            _mm512_storeu_si512(folded + vector * LANES, reinterpret_cast<__m512i>(rounded));
+            continue;
+        }
+#endif
+        store(folded + vector * LANES, lower);
+        store(folded + vector * LANES + LANES, upper);
+    }
+    return scales.lows ? reduce_add(lows) : 0.0f;
+}
+
 // What ROWS rows see of a segment: tokens first[row] <= t < last[row], all of them begin <= t < end.
 struct Seen {
     const int* first;
@@ -365,14 +499,14 @@ inline Seen seen_together(const int* first, const int* last) {
 }
 
 // out[row][dimension ...] (+)= weight * value over what each of ROWS rows sees, in ascending order of tokens,
-// for VECTORS * 16 dimensions; fresh: from zero. Rows of weights are SEGMENT_TOKENS apart, rows of out
-// `stride`.
+// for VECTORS * 16 dimensions; from start[row] on, or where that is null from what is there. Rows of weights
+// are SEGMENT_TOKENS apart, rows of out `stride`.
 template <class Element, int ROWS, int VECTORS, bool FETCH>
 inline void value_tile(const float* weights, const Element* const* pages, int v_dim, const Seen& seen,
-                       int dimension, float* out, int stride, bool fresh, const Ahead& ahead) {
+                       int dimension, float* out, int stride, const float* start, const Ahead& ahead) {
     Vector16 sums[ROWS][VECTORS];
     each_sum(sums, [&](int row, int vector) {
-        return fresh ? zeros() : load(out + row * stride + dimension + vector * LANES);
+        return start != nullptr ? broadcast(start[row]) : load(out + row * stride + dimension + vector * LANES);
     });
     const auto add_token = [&](int token, auto all_see) __attribute__((always_inline)) {
         const Element* page = pages[token / PAGE_TOKENS];
@@ -417,13 +551,14 @@ inline void value_tile(const float* weights, const Element* const* pages, int v_
 #if defined(__AVX512BF16__)
 // The same for pairs of bfloat16: two tokens an instruction. Where a row sees one token of a pair the other
 // is cleared: its weight is 0, but 0 times what an unused slot holds might be NaN.
-template <int ROWS, int VECTORS, bool FETCH>
-inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_dim, const Seen& seen,
-                        int dimension, float* out, int stride, bool fresh, const Ahead& ahead) {
+template <class Element, int ROWS, int VECTORS, bool FETCH>
+inline void value_pairs(const float* weights, const Element* const* pages, int v_dim, Format format,
+                        const Seen& seen, int dimension, float* out, int stride, const float* start,
+                        const Ahead& ahead) {
     constexpr int PAGE_PAIRS = PAGE_TOKENS / 2;
     Vector16 sums[ROWS][VECTORS];
     each_sum(sums, [&](int row, int vector) {
-        return fresh ? zeros() : load(out + row * stride + dimension + vector * LANES);
+        return start != nullptr ? broadcast(start[row]) : load(out + row * stride + dimension + vector * LANES);
     });
     const auto weight_of = [&](int row, int pair) __attribute__((always_inline)) {
         int word;
@@ -431,49 +566,93 @@ inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_
         std::memcpy(&word, from, sizeof word);
         return reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
     };
+    const auto add = [&](int row, int vector, __m512i values, __m512bh weight) __attribute__((always_inline)) {
+        sums[row][vector].lanes =
+            _mm512_dpbf16_ps(sums[row][vector].lanes, reinterpret_cast<__m512bh>(values), weight);
+    };
+    // Calls with(get), get(pair, vector) being a line of values.
+    const auto with_lines = [&](const auto& with) __attribute__((always_inline)) {
+        if constexpr (IS_CODE<Element>) {
+            const QuadDecoder<Element, false> decoder(code_table(format));
+            with([&](int pair, int vector) __attribute__((always_inline)) {
+                const int quad = pair % PAGE_PAIRS / 2 * (v_dim / LANES) + dimension / LANES + vector;
+                const auto* page = reinterpret_cast<const std::uint8_t*>(pages[pair / PAGE_PAIRS]);
+                __m512i first, second;
+                decoder.decode(page + quad * decoder.BYTES, first, second);
+                return pair % 2 == 0 ? first : second;
+            });
+        } else {
+            with([&](int pair, int vector) __attribute__((always_inline)) {
+                return _mm512_loadu_si512(pages[pair / PAGE_PAIRS] +
+                                          2 * (pair % PAGE_PAIRS * v_dim + dimension + vector * LANES));
+            });
+        }
+    };
     int pair = seen.lowest / 2;
     const auto up_to = [&](int end) __attribute__((always_inline)) {
-        for (; pair < end; ++pair) {
-            const Bfloat* from = pages[pair / PAGE_PAIRS] + 2 * (pair % PAGE_PAIRS * v_dim + dimension);
-#pragma GCC unroll 8
-            for (int row = 0; row < ROWS; ++row) {
-                const auto sees =
-                    [&](int token) { return token >= seen.first[row] && token < seen.last[row]; };
-                const unsigned even = sees(2 * pair) ? 0xFFFFu : 0u;
-                const unsigned tokens = even | (sees(2 * pair + 1) ? ~0xFFFFu : 0u);
-                if (tokens == 0) continue;
-                const __m512i kept = _mm512_set1_epi32(static_cast<int>(tokens));
+        if (pair >= end) return;
+        with_lines([&](const auto& line) __attribute__((always_inline)) {
+            for (; pair < end; ++pair) {
 #pragma GCC unroll 8
                 for (int vector = 0; vector < VECTORS; ++vector) {
-                    const __m512i values = _mm512_loadu_si512(from + 2 * vector * LANES);
-                    sums[row][vector].lanes = _mm512_dpbf16_ps(
-                        sums[row][vector].lanes, reinterpret_cast<__m512bh>(_mm512_and_si512(values, kept)),
-                        weight_of(row, pair));
+                    const __m512i values = line(pair, vector);
+#pragma GCC unroll 8
+                    for (int row = 0; row < ROWS; ++row) {
+                        const auto sees =
+                            [&](int token) { return token >= seen.first[row] && token < seen.last[row]; };
+                        const unsigned even = sees(2 * pair) ? 0xFFFFu : 0u;
+                        const unsigned tokens = even | (sees(2 * pair + 1) ? ~0xFFFFu : 0u);
+                        if (tokens == 0) continue;
+                        const __m512i kept = _mm512_set1_epi32(static_cast<int>(tokens));
+                        add(row, vector, _mm512_and_si512(values, kept), weight_of(row, pair));
+                    }
+                }
+            }
+        });
+    };
+    const int end = (seen.highest + 1) / 2;
+    if constexpr (IS_CODE<Element>) {
+        constexpr int PAGE_QUADS = PAGE_PAIRS / 2;
+        up_to(std::min((seen.begin + 3) / 4 * 2, end));
+        const QuadDecoder<Element, false> decoder(code_table(format));
+        const int across = v_dim / LANES, last_fetched = ahead.lines / VECTORS * VECTORS;
+        for (; pair + 2 <= seen.end / 2; pair += 2) {
+            const int page = pair / PAGE_PAIRS;
+            const int quad = pair % PAGE_PAIRS / 2 * across + dimension / LANES;
+            const auto* from = reinterpret_cast<const std::uint8_t*>(pages[page]) + quad * decoder.BYTES;
+            ahead.fetch<VECTORS>(page, quad);
+            if (quad == 0) ahead.fetch_from(page, std::min(last_fetched, PAGE_QUADS * across));
+#pragma GCC unroll 8
+            for (int vector = 0; vector < VECTORS; ++vector) {
+                __m512i first, second;
+                decoder.decode(from + vector * decoder.BYTES, first, second);
+#pragma GCC unroll 8
+                for (int row = 0; row < ROWS; ++row) {
+                    add(row, vector, first, weight_of(row, pair));
+                    add(row, vector, second, weight_of(row, pair + 1));
                 }
             }
         }
-    };
-    const int end = (seen.highest + 1) / 2;
-    up_to(std::min((seen.begin + 1) / 2, end));
-    while (pair < seen.end / 2) {
-        const int page = pair / PAGE_PAIRS, page_end = std::min(seen.end / 2, (page + 1) * PAGE_PAIRS);
-        const Bfloat* from = pages[page] + 2 * (pair % PAGE_PAIRS * v_dim + dimension);
-        const float* weight = weights + pair / LANES * 2 * LANES + pair % LANES;
-        for (; pair < page_end; ++pair, ++weight, from += 2 * v_dim) {
-            if (FETCH) ahead.fetch<VECTORS>(page, (pair % PAGE_PAIRS * v_dim + dimension) / LANES);
-            __m512bh values[VECTORS];
-#pragma GCC unroll 8
-            for (int vector = 0; vector < VECTORS; ++vector) {
-                values[vector] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(from + 2 * vector * LANES));
-            }
-#pragma GCC unroll 8
-            for (int row = 0; row < ROWS; ++row) {
-                int word;
-                std::memcpy(&word, weight + row * SEGMENT_TOKENS, sizeof word);
-                const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
+    } else {
+        up_to(std::min((seen.begin + 1) / 2, end));
+        while (pair < seen.end / 2) {
+            const int page = pair / PAGE_PAIRS, page_end = std::min(seen.end / 2, (page + 1) * PAGE_PAIRS);
+            const Bfloat* from = pages[page] + 2 * (pair % PAGE_PAIRS * v_dim + dimension);
+            const float* weight = weights + pair / LANES * 2 * LANES + pair % LANES;
+            for (; pair < page_end; ++pair, ++weight, from += 2 * v_dim) {
+                if (FETCH) ahead.fetch<VECTORS>(page, (pair % PAGE_PAIRS * v_dim + dimension) / LANES);
+                __m512i values[VECTORS];
 #pragma GCC unroll 8
                 for (int vector = 0; vector < VECTORS; ++vector) {
-                    sums[row][vector].lanes = _mm512_dpbf16_ps(sums[row][vector].lanes, values[vector], both);
+                    values[vector] = _mm512_loadu_si512(from + 2 * vector * LANES);
+                }
+#pragma GCC unroll 8
+                for (int row = 0; row < ROWS; ++row) {
+                    int word;
+                    std::memcpy(&word, weight + row * SEGMENT_TOKENS, sizeof word);
+                    const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
+#pragma GCC unroll 8
+                    for (int vector = 0; vector < VECTORS; ++vector) add(row, vector, values[vector], both);
                 }
             }
         }
@@ -486,47 +665,46 @@ inline void value_pairs(const float* weights, const Bfloat* const* pages, int v_
 }
 #endif
 
-// All dimensions.
+// Dimensions begin <= d < end of pages that have v_dim.
 template <class Element, bool FETCH, int ROWS, int VECTORS = vectors_at_once(ROWS)>
-inline void value_rows(const float* weights, const Element* const* pages, int v_dim, const Seen& seen,
-                       float* out,
-                       int stride, bool fresh, const Ahead& ahead, int dimension = 0) {
-    for (; dimension + VECTORS * LANES <= v_dim; dimension += VECTORS * LANES) {
+inline void value_rows(const float* weights, const Element* const* pages, int v_dim, Format format,
+                       const Seen& seen, int begin, int end, float* out, int stride, const float* start,
+                       const Ahead& ahead) {
+    for (; begin + VECTORS * LANES <= end; begin += VECTORS * LANES) {
 #if defined(__AVX512BF16__)
         if constexpr (BFLOAT_PRODUCTS<Element>) {
-            value_pairs<ROWS, VECTORS, FETCH>(weights, pages, v_dim, seen, dimension, out, stride, fresh,
-                                              ahead);
+            value_pairs<Element, ROWS, VECTORS, FETCH>(weights, pages, v_dim, format, seen, begin, out, stride,
+                                                       start, ahead);
             continue;
         }
 #endif
-        value_tile<Element, ROWS, VECTORS, FETCH>(weights, pages, v_dim, seen, dimension, out, stride, fresh,
-                                                  ahead);
+        if constexpr (!IS_CODE<Element>) {
+            value_tile<Element, ROWS, VECTORS, FETCH>(weights, pages, v_dim, seen, begin, out, stride, start,
+                                                      ahead);
+        }
     }
     if constexpr (VECTORS > 1) {
-        if (dimension < v_dim) {
-            value_rows<Element, FETCH, ROWS, VECTORS / 2>(weights, pages, v_dim, seen, out, stride, fresh,
-                                                          ahead,
-                                                          dimension);
+        if (begin < end) {
+            value_rows<Element, FETCH, ROWS, VECTORS / 2>(weights, pages, v_dim, format, seen, begin, end, out,
+                                                          stride, start, ahead);
         }
     }
 }
 
 // Tokens first[row] <= t < last[row] for each of 1 <= rows <= ROWS rows.
 template <class Element, bool FETCH, int ROWS = VALUE_ROWS>
-inline void value_block(const float* weights, int rows, const Element* const* pages, int v_dim,
-                        const int* first,
-                        const int* last, float* out, int stride, bool fresh, const Ahead& ahead) {
+inline void value_block(const float* weights, int rows, const Element* const* pages, int v_dim, Format format,
+                        const int* first, const int* last, int begin, int end, float* out, int stride,
+                        const float* start, const Ahead& ahead) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) {
-            value_block<Element, FETCH, ROWS - 1>(weights, rows, pages, v_dim, first, last, out, stride,
-                                                  fresh,
-                                                  ahead);
+            value_block<Element, FETCH, ROWS - 1>(weights, rows, pages, v_dim, format, first, last, begin, end,
+                                                  out, stride, start, ahead);
             return;
         }
     }
-    value_rows<Element, FETCH, ROWS>(weights, pages, v_dim, seen_together<ROWS>(first, last), out, stride,
-                                     fresh,
-                                     ahead);
+    value_rows<Element, FETCH, ROWS>(weights, pages, v_dim, format, seen_together<ROWS>(first, last), begin,
+                                     end, out, stride, start, ahead);
 }
 
 // Rows' softmax over some of their tokens: weights relative to 2^maximum, their sum (0 where a row has seen

@@ -81,8 +81,12 @@ void encode_group(const float* numbers, int count, float low, float scale, std::
     }
 }
 
-std::uint8_t to_integer(float value) {
+std::uint8_t to_integer(float value) {  // of 0 .. 15
     return static_cast<std::uint8_t>(static_cast<std::int32_t>(std::nearbyint(value)));
+}
+
+std::uint8_t to_signed_integer(float value) {
+    return static_cast<std::uint8_t>(to_integer(std::fabs(value)) | (std::signbit(value) ? 0x80u : 0u));
 }
 
 // One code a byte for each number of a head's vector, and its scales, `stride` apart.
@@ -115,6 +119,7 @@ void encode(const Store& to, const float* numbers, std::uint8_t* codes, Bfloat* 
         switch (to.format) {
             case Format::E4M3: encode_group(from, count, low, scale, codes + begin, to_e4m3); break;
             case Format::E5M2: encode_group(from, count, low, scale, codes + begin, to_e5m2); break;
+            case Format::INT8: encode_group(from, count, low, scale, codes + begin, to_signed_integer); break;
             default: encode_group(from, count, low, scale, codes + begin, to_integer);
         }
     }
@@ -123,6 +128,21 @@ void encode(const Store& to, const float* numbers, std::uint8_t* codes, Bfloat* 
 std::uint16_t to_half(float value) {  // saturates: an infinity in the cache would spoil every later token
     const float within = value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value;
     return float_to_half(within);
+}
+
+// One token's codes into a page: K's dimensions are rows of its quads, V's lanes.
+template <bool KEYS>
+void write_codes(const Store& to, std::uint8_t* page, int offset, const std::uint8_t* codes) {
+    for (int dimension = 0; dimension < to.dim; ++dimension) {
+        const int row = KEYS ? dimension : offset, lane = KEYS ? offset : dimension;
+        const int place = place_of<KEYS>(to.format, row % 4, lane % LANES);
+        std::uint8_t* const quad = page + quad_begin<KEYS>(to.format, to.dim, row, lane);
+        if (to.format != Format::INT4) {
+            quad[place] = codes[dimension];
+        } else if (dimension % 2 == 0) {  // with the next dimension's, which is the byte's upper half
+            quad[place / 2] = static_cast<std::uint8_t>(codes[dimension] | codes[dimension + 1] << 4);
+        }
+    }
 }
 
 void write_key(const Store& to, std::uint8_t* page, int offset, const float* key) {
@@ -140,14 +160,7 @@ void write_key(const Store& to, std::uint8_t* page, int offset, const float* key
     } else {
         std::uint8_t codes[MAX_K_DIM];
         encode(to, key, codes, to.scales(page) + offset, PAGE_TOKENS);
-        if (to.format == Format::INT4) {
-            for (int pair = 0; pair < to.dim / 2; ++pair)
-                page[pair * PAGE_TOKENS + offset] =
-                    static_cast<std::uint8_t>(codes[2 * pair] | codes[2 * pair + 1] << 4);
-        } else {
-            for (int dimension = 0; dimension < to.dim; ++dimension)
-                page[dimension * PAGE_TOKENS + offset] = codes[dimension];
-        }
+        write_codes<true>(to, page, offset, codes);
     }
 }
 
@@ -164,15 +177,7 @@ void write_value(const Store& to, std::uint8_t* page, int offset, const float* v
     } else {
         std::uint8_t codes[MAX_V_DIM];
         encode(to, value, codes, to.scales(page) + offset, PAGE_TOKENS);
-        if (to.format == Format::INT4) {
-            std::uint8_t* const mine = page + offset * to.dim / 2;
-            for (int at = 0; at < to.dim / 2; ++at) {
-                const std::uint8_t* const sixteen = codes + at / 8 * LANES;
-                mine[at] = static_cast<std::uint8_t>(sixteen[at % 8] | sixteen[at % 8 + 8] << 4);
-            }
-        } else {
-            std::copy_n(codes, to.dim, page + offset * to.dim);
-        }
+        write_codes<false>(to, page, offset, codes);
     }
 }
 

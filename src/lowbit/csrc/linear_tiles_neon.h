@@ -35,7 +35,10 @@ inline Sixteen sixteen_int8(const std::uint8_t* from) { return from_signed(vld1q
 inline Sixteen sixteen_e4m3(const std::uint8_t* from) { return from_e4m3(vld1q_u8(from)); }
 
 // Sixteen whole numbers of 4 bits: the low halves of 8 bytes, then the high ones.
-inline Sixteen sixteen_nibbles(const std::uint8_t* from) { return from_unsigned(load_digits(from)); }
+inline Sixteen sixteen_nibbles(const std::uint8_t* from) {
+    const uint8x8_t bytes = vld1_u8(from);
+    return from_unsigned(vcombine_u8(vand_u8(bytes, vdup_n_u8(15)), vshr_n_u8(bytes, 4)));
+}
 
 // The bytes of a table's 64 16-bit values.
 struct Table {

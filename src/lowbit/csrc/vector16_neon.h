@@ -182,14 +182,6 @@ inline Vector16 from_signed(Bytes bytes) {
     return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
 }
-// The lower four bits of every byte, the upper ones.
-inline Bytes low_digits(Bytes bytes) { return vandq_u8(bytes, vdupq_n_u8(15)); }
-inline Bytes high_digits(Bytes bytes) { return vshrq_n_u8(bytes, 4); }
-// The lower four bits of eight bytes, then the upper ones.
-inline Bytes load_digits(const std::uint8_t* from) {
-    const uint8x8_t codes = vld1_u8(from);
-    return vcombine_u8(vand_u8(codes, vdup_n_u8(15)), vshr_n_u8(codes, 4));
-}
 // An fp8 code becomes the float16 of the same digits, e4m3's 2^-8 times too small: subnormal numbers come right
 // by themselves.
 inline Vector16 from_e5m2(Bytes codes) {

@@ -2,16 +2,18 @@
 
 A page holds 16 tokens of every K/V head, laid out for the inner loops (csrc/attention_cache.h):
 
-    bfloat16   k (pages, heads, k_dim / 2, 16 tokens, 2)   v (pages, heads, 8, v_dim, 2 tokens)
-    others     k (pages, heads, k_dim, 16 tokens)          v (pages, heads, 16 tokens, v_dim)
+    bfloat16       k (pages, heads, k_dim / 2, 16 tokens, 2)   v (pages, heads, 8, v_dim, 2 tokens)
+    float32, 16    k (pages, heads, k_dim, 16 tokens)          v (pages, heads, 16 tokens, v_dim)
 
-Quantized pages are bytes: the codes of a head in the order of the others, then the head's scales. They, and
-float16 pages, are widened inside the attention loops, a segment at a time into a buffer that the core keeps
-in its own cache; the KV cache itself is never unpacked. A latent cache (DeepSeek-V2, 2024) has k alone: a
+Quantized pages are bytes: a head's codes in quads, from which a few instructions make lines of bfloat16 pages,
+then the head's scales. Codes are exact in bfloat16 and are multiplied as they are; a key's scale meets the sum
+over its channels, a value's the softmax weight. A few query rows decode a quad just before its products, many
+have a segment widened into a buffer that the core keeps in its own cache, as float16 always is; the KV cache
+itself is never unpacked. A latent cache (DeepSeek-V2, 2024) has k alone: a
 value is the first v_dim numbers of its key, and is turned into v's layout when it is read.
 
 On AVX-512 queries are rounded to bfloat16 and multiplied in pairs, unless K is float32 or float16, and
-softmax weights likewise with V (mean KL 0.0001 on the embedded model, two thirds of it from a bfloat16 cache
+softmax weights, times the values' scales, likewise with V (mean KL 0.0001 on the embedded model, two thirds of it from a bfloat16 cache
 alone); sums, and all else, are float32. Keys are processed in segments of 256 tokens at fixed positions,
 merged in ascending order, so a token's result is bit-equal whatever the batch, the chunks, the page numbers
 and the number of threads (FlashAttention-2: Dao, 2023; segments over threads as in Flash-Decoding: Dao et

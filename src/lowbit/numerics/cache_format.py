@@ -10,8 +10,9 @@
 ``x`` are the numbers of one token and head, of int4 a few channels of them: a scale depends on nothing but
 the token it belongs to, so a token is stored alike in whatever company. ``s`` is rounded up and ``low`` down
 to bfloat16, so that no code is out of reach; bfloat16 because it has float32's range: the smallest vector
-keeps its digits. A number read back is ``code * s (+ low)``, rounded to bfloat16: what the dot products of
-native kernels take. Groups that hold a NaN or an infinity are NaN, groups of zeros are zeros.
+keeps its digits. A number read back is ``code * s (+ low)``. bfloat16 holds the codes themselves exactly, so
+native kernels multiply codes and bring in ``s`` and ``low`` afterwards, in float32. Groups that hold a NaN or
+an infinity are NaN, groups of zeros are zeros.
 
 Why int4 has an offset and its group sizes: mean KL on the embedded model against an exact cache is 0.30 with
 one symmetric scale a head, 0.13 with an offset, 0.055 with an offset for every 32 channels; nearly all of it
@@ -116,7 +117,7 @@ class CacheFormat:
         numbers = groups * scales[..., :1]
         if self.bits == 4:
             numbers = numbers + scales[..., 1:]
-        return numbers.flatten(-2)[..., :dim].bfloat16().float()
+        return numbers.flatten(-2)[..., :dim]
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:
