@@ -40,6 +40,7 @@ class Cliff:
     kernel: str
     bits: float  # packed, a weight
     weights: int
+    whole: bool  # x comes as int8, at twice the rate
     seconds: dict[int, float]
 
 
@@ -210,12 +211,16 @@ def measured(name: str, shape: tuple[int, int], tokens: list[int], repeats: int)
                 layer(x)
             times.append((time.thread_time() - began) / len(used))
         seconds[count] = min(times[1:])
-    return Cliff(name, kernel.name, packed.nbytes * 8 / (shape[0] * shape[1]), shape[0] * shape[1], seconds)
+    bits = packed.nbytes * 8 / (shape[0] * shape[1])
+    whole = sample.transform is not None and sample.transform.gives_int8
+    return Cliff(name, kernel.name, bits, shape[0] * shape[1], whole, seconds)
 
 
 def ratio(cliff: Cliff, all_of_them: list[Cliff], tokens: int) -> float:
     """Its time a weight beside the fastest one of its size."""
-    like = [c for c in all_of_them if cliff.bits / LIKE <= c.bits <= cliff.bits * LIKE]
+    like = [
+        c for c in all_of_them if c.whole == cliff.whole and cliff.bits / LIKE <= c.bits <= cliff.bits * LIKE
+    ]
     return cliff.seconds[tokens] / min(c.seconds[tokens] for c in like)
 
 

@@ -154,5 +154,5 @@ def test_what_is_left_of_a_transform() -> None:
     fresh = BLOCKS.pack(WEIGHTS["int4 g32"](), CPU)
     assert isinstance(fresh, NativeWeight)
     assert settled(fresh, asymmetric) is asymmetric and fresh.description.input == 0
-    floats = BLOCKS.pack(WEIGHTS["e4m3 channel f32"](), CPU)
+    floats = BLOCKS.pack(WEIGHTS["nf4 g64"](), CPU)
     assert settled(floats, groups) is groups, "the rule runs in front of what cannot do it"

@@ -131,7 +131,7 @@ void linear(const Case& c) {
     const std::int64_t padded = (columns + 31) / 32 * 32, groups = padded / c.group;
     struct {
         alignas(64) std::uint16_t values[64];
-        std::uint8_t grid[2 * 2048];
+        std::uint8_t grid[2 * 2048];  // or bits7's values
     } stored;
     std::uint16_t* const table = stored.values;
     const bool eights = is_grid(c.codes) && grid_of(c.codes).numbers == 8;
@@ -141,6 +141,11 @@ void linear(const Case& c) {
         table[i] = i < entries ? float_to_bfloat(value) : table[i % entries];  // short tables repeat
     }
     for (std::uint8_t& octet : stored.grid) octet = static_cast<std::uint8_t>(random_bits());
+    for (int i = 0; i < 128 && c.codes == Codes::bits7; ++i) {
+        const std::uint16_t value = float_to_bfloat(static_cast<float>(i - 8));
+        stored.grid[i] = static_cast<std::uint8_t>(value);
+        stored.grid[128 + i] = static_cast<std::uint8_t>(value >> 8);
+    }
     lowbit_weight weight{};
     weight.factor = 1.0f;
     if (c.codes == Codes::words4) {  // whole numbers twice, then what they are worth

@@ -20,7 +20,8 @@ NATIVE = [
     *("contract/test_linear_kernels.py", "kernels/test_attention.py", "kernels/test_cache_formats.py"),
     *("kernels/test_elementwise.py", "kernels/test_head_products.py", "kernels/test_activation_native.py"),
     *("kernels/test_encode.py", "kernels/test_step_plan.py", "quantize/test_gguf_blocks.py"),
-    *("contract/test_int8_inputs.py", "kernels/test_experts.py", "kernels/test_row_peaks.py"),
+    *("contract/test_int8_inputs.py", "contract/test_scaled_inputs.py", "kernels/test_experts.py"),
+    "kernels/test_row_peaks.py",
 ]
 # What runs on torch where there is no library.
 SCALAR = [

@@ -13,6 +13,7 @@
 
 #include "lowbit.h"
 #include "operations.h"
+#include "quantize_row.h"
 #include "row_tasks.h"
 
 namespace lowbit {
@@ -127,7 +128,7 @@ float scale_of(float amax, const lowbit_quantizer& q) {
 
 // steps of x: x / scale, or x times the reciprocal, to the nearest value.
 template <class Nearest>
-void quantize_row(float* x, std::int64_t count, float scale, bool reciprocal, const Nearest& nearest) {
+void quantize_block(float* x, std::int64_t count, float scale, bool reciprocal, const Nearest& nearest) {
     if (reciprocal) {
         const float factor = 1.0f / scale;
         for (std::int64_t i = 0; i < count; ++i) x[i] = nearest(x[i] * factor);
@@ -163,8 +164,9 @@ float quantize_asymmetric(float* x, std::int64_t count, float low_code, float hi
     return scale;
 }
 
+// In place: values, or where there are ``scales`` codes.
 template <class Nearest>
-void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, const Nearest& nearest) {
+void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, const Nearest& nearest, float* scales) {
     const bool inner = static_cast<Scale>(q.scale) == Scale::e4m3;  // NVFP4: e4m3 scales under one float32
     const float outer = q.static_scale == nullptr ? 1.0f : *q.static_scale;
     for (std::int64_t first = 0; first < count; first += q.group) {
@@ -178,7 +180,11 @@ void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, co
         } else {
             scale = scale_of(amax, q);
         }
-        quantize_row(group, width, scale, q.reciprocal != 0, nearest);
+        quantize_block(group, width, scale, q.reciprocal != 0, nearest);
+        if (scales != nullptr) {
+            scales[first / q.group] = scale;
+            continue;
+        }
         for (std::int64_t i = 0; i < width; ++i) group[i] *= scale;
     }
 }
@@ -276,7 +282,7 @@ void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, 
         for_rows(rows, width, [&](std::int64_t row) {
             float* const to = out + row * out_stride;
             const float magnitude = largest[static_cast<std::size_t>(row)];
-            quantize_row(to, width, scale, q.reciprocal != 0, nearest);
+            quantize_block(to, width, scale, q.reciprocal != 0, nearest);
             if (!(magnitude <= FLT_MAX)) {
                 std::fill_n(to, width, std::numeric_limits<float>::quiet_NaN());
             }
@@ -289,11 +295,11 @@ void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, 
         switch (rule) {
             case Rule::fixed: quantize_fixed(to, width, *q.static_scale, q.static_zero, nearest); break;
             case Rule::asymmetric: factors[row] = quantize_asymmetric(to, width, q.low, q.high, nearest); break;
-            case Rule::grouped: quantize_groups(to, width, q, nearest); break;
+            case Rule::grouped: quantize_groups(to, width, q, nearest, nullptr); break;
             case Rule::token: {
                 const float scale = scale_of(largest_magnitude(to, width), q);
                 factors[row] = scale;
-                quantize_row(to, width, scale, q.reciprocal != 0, nearest);
+                quantize_block(to, width, scale, q.reciprocal != 0, nearest);
                 break;
             }
             default: break;
@@ -317,7 +323,26 @@ void update(const lowbit_delayed_state& state) {
     *state.scale = std::isinf(scale) ? FLT_MAX : scale;
 }
 
+// with(nearest) of the format.
+template <class With>
+void with_format(const lowbit_quantizer& q, const With& with) {
+    switch (static_cast<Format>(q.format)) {
+        case Format::integer: with(Integer{q.low, q.high}); break;
+        case Format::e4m3: with(E4m3{q.high}); break;
+        case Format::e5m2: with(E5m2{q.high}); break;
+        case Format::e2m1: with(E2m1{q.high}); break;
+        case Format::e2m3: with(E2m3{q.high}); break;
+        case Format::e3m2: with(E3m2{q.high}); break;
+    }
+}
+
 }  // namespace
+
+void quantize_row(const lowbit_quantizer& q, const float* x, std::int64_t width, float* codes, float* scales) {
+    stage(x, width, q, codes);
+    with_format(q, [&](const auto& nearest) { quantize_groups(codes, width, q, nearest, scales); });
+}
+
 }  // namespace lowbit
 
 // x (rows, width) -> out (rows, width), strides in floats between rows; factors: one a row, one in all, or none,
@@ -327,18 +352,10 @@ LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const
                                         std::int64_t out_stride, float* factors) {
     using namespace lowbit;
     const lowbit_quantizer& q = *quantizer;
-    const auto with = [&](const auto& nearest) {
-        quantize(q, x, x_stride, rows, width, out, out_stride, factors, nearest);
-    };
     try {
-        switch (static_cast<Format>(q.format)) {
-            case Format::integer: with(Integer{q.low, q.high}); break;
-            case Format::e4m3: with(E4m3{q.high}); break;
-            case Format::e5m2: with(E5m2{q.high}); break;
-            case Format::e2m1: with(E2m1{q.high}); break;
-            case Format::e2m3: with(E2m3{q.high}); break;
-            case Format::e3m2: with(E3m2{q.high}); break;
-        }
+        with_format(q, [&](const auto& nearest) {
+            quantize(q, x, x_stride, rows, width, out, out_stride, factors, nearest);
+        });
     } catch (const std::bad_alloc&) {
         return 1;
     }

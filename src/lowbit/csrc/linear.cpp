@@ -12,6 +12,7 @@
 
 #include "amx_tiles.h"
 #include "linear_kernels.h"
+#include "quantize_row.h"
 #include "lowbit.h"
 #include "operations.h"
 #include "thread_pool.h"
@@ -35,6 +36,11 @@ struct Prepared {
         } else if (kind == InputKind::floats && float_function(layout) != nullptr) {
             function = float_function(layout);
             shape.element = 4;
+        } else if (kind == InputKind::scaled && scaled_function(layout) != nullptr) {
+            function = scaled_function(layout);
+            shape.kind = kind;
+            shape.span = layout.sub;
+            scaled = true;
         } else if (kind != InputKind::bfloat && kind != InputKind::floats && meets_bytes(layout, decoding.bytes)) {
             // Whole numbers that come as such are summed over wide groups; a factor needs a scale to go into.
             const bool wide = layout.unit == from.weight->group && layout.unit >= 2 * COLUMNS &&
@@ -65,7 +71,7 @@ struct Prepared {
         return static_cast<int>(std::min<std::int64_t>(TOKEN_TILE, product->tokens - tile * TOKEN_TILE));
     }
     std::int64_t bytes() const {
-        const std::int64_t numbers = shape.spans() * (shape.whole() ? 2 : 1) + (scaled ? shape.tiles : 0);
+        const std::int64_t numbers = shape.spans() * (shape.whole() ? 2 : 1) + (scaled ? shape.scales() : 0);
         return product->tokens * (shape.value_bytes() + numbers * static_cast<std::int64_t>(sizeof(float)) + 1);
     }
     // Where token tile ``tile`` lies: values, sums, bases, scales, faults.
@@ -75,9 +81,9 @@ struct Prepared {
         auto* const sums = reinterpret_cast<float*>(numbers);
         auto* const bases = reinterpret_cast<std::int32_t*>(sums + tokens * shape.spans());
         auto* const scales = reinterpret_cast<float*>(bases + (shape.whole() ? tokens * shape.spans() : 0));
-        auto* const faulty = reinterpret_cast<std::uint8_t*>(scales + (scaled ? tokens * shape.tiles : 0));
+        auto* const faulty = reinterpret_cast<std::uint8_t*>(scales + (scaled ? tokens * shape.scales() : 0));
         return {at + first * shape.value_bytes(), sums + first * shape.spans(),
-                scaled ? scales + first * shape.tiles : nullptr, bases + first * shape.spans(), faulty + first,
+                scaled ? scales + first * shape.scales() : nullptr, bases + first * shape.spans(), faulty + first,
                 tokens_of(tile)};
     }
 
@@ -97,6 +103,20 @@ struct Prepared {
 constexpr std::int64_t LAID_TOGETHER = 8;  // tokens of a task
 
 void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
+    static thread_local std::vector<float> codes, scales;
+    if (p.shape.kind == InputKind::scaled) {
+        const lowbit_weight& weight = *p.product->weight;
+        codes.resize(static_cast<std::size_t>(p.shape.columns));
+        scales.resize(static_cast<std::size_t>((p.shape.columns + weight.input_group - 1) / weight.input_group));
+        for (std::int64_t token = first; token < last; ++token) {
+            const std::int64_t tile = token / TOKEN_TILE;
+            const int place = static_cast<int>(token - tile * TOKEN_TILE);
+            quantize_row(*weight.quantizer, p.row(token), p.shape.columns, codes.data(), scales.data());
+            lay_out(codes.data(), p.shape, p.places(tile), place);
+            lay_out_scales(scales.data(), weight.input_group, p.shape, p.places(tile), place);
+        }
+        return;
+    }
     for (std::int64_t token = first; token < last; ++token) {
         const std::int64_t tile = token / TOKEN_TILE;
         lay_out(p.row(token), p.shape, p.places(tile), static_cast<int>(token - tile * TOKEN_TILE));
@@ -226,6 +246,11 @@ LOWBIT_EXPORT int lowbit_linear_takes(const lowbit_weight* weight, std::int32_t 
     if (static_cast<InputKind>(kind) == InputKind::bfloat) return 1;
     const Layout layout(*weight);
     if (static_cast<InputKind>(kind) == InputKind::floats) return float_function(layout) != nullptr;
+    if (static_cast<InputKind>(kind) == InputKind::words) return is_words(layout.codes);
+    if (static_cast<InputKind>(kind) == InputKind::scaled) {
+        const bool groups = weight->input_group == 16 ? layout.sub == 16 : weight->input_group > 0 && weight->input_group % COLUMNS == 0;
+        return groups && scaled_function(layout) != nullptr;
+    }
     const ByteCodes codes(*weight);
     const bool moved = MOVES_SIGNS && byte_base_shift(layout.codes, codes) != 0;
     if (static_cast<InputKind>(kind) == InputKind::codes && moved) return 0;

@@ -15,17 +15,26 @@ inline Sixteen accumulate(Sixteen total, Sixteen sum, Sixteen scale, Sixteen add
     return total;
 }
 
-template <int SUB, Addend ADDEND, bool SCALED, int TOKENS>
+// The weight's scale, or its product with x's.
+template <bool X_SCALED>
+INLINE Sixteen scale_of(Sixteen weight, const float* x_scale) {
+    if constexpr (X_SCALED) return sixteen_multiply(weight, sixteen_set(*x_scale));
+    return weight;
+}
+
+template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKENS>
 INLINE void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
                           float (*totals)[ROWS]) {
     const std::uint16_t* const from = x.at<std::uint16_t>(tile, token);
     Sixteen sums[TOKENS];
     dot<0, SUB, TOKENS>(w, from, COLUMNS, sums);
-    const float* const x_sums = x.sums + tile * (COLUMNS / SUB) * x.tokens + token;
+    const std::int64_t span = tile * (COLUMNS / SUB) * x.tokens + token;
+    const float* const x_sums = x.sums + span;
+    const float* const x_scales = X_SCALED ? x.scales + span : nullptr;
     UNROLL
     for (int t = 0; t < TOKENS; ++t) {
         Sixteen total = sixteen_load(totals[token + t]);
-        total = accumulate<ADDEND, SCALED>(total, sums[t], walk.scale[0], walk.addend[0],
+        total = accumulate<ADDEND, SCALED>(total, sums[t], scale_of<X_SCALED>(walk.scale[0], x_scales + t), walk.addend[0],
                                            ADDEND == Addend::none ? 0.0f : x_sums[t]);
         sixteen_store(totals[token + t], total);
     }
@@ -34,7 +43,7 @@ INLINE void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x,
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
             Sixteen total = sixteen_load(totals[token + t]);
-            total = accumulate<ADDEND, SCALED>(total, sums[t], walk.scale[1], walk.addend[1],
+            total = accumulate<ADDEND, SCALED>(total, sums[t], scale_of<X_SCALED>(walk.scale[1], x_scales + x.tokens + t), walk.addend[1],
                                                ADDEND == Addend::none ? 0.0f : x_sums[x.tokens + t]);
             sixteen_store(totals[token + t], total);
         }
@@ -52,7 +61,7 @@ inline void multiply_floats(const FloatTile& w, const Input& x, std::int64_t til
     }
 }
 
-template <int SUB, Addend ADDEND, bool SCALED>
+template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED>
 struct TileStep {
     const BfloatTile& w;
     const Walk& walk;
@@ -61,7 +70,7 @@ struct TileStep {
     float (*totals)[ROWS];
     template <int TOKENS>
     INLINE void operator()(int token) const {
-        multiply_tile<SUB, ADDEND, SCALED, TOKENS>(w, walk, x, tile, token, totals);
+        multiply_tile<SUB, ADDEND, SCALED, X_SCALED, TOKENS>(w, walk, x, tile, token, totals);
     }
 };
 
@@ -78,7 +87,7 @@ struct FloatStep {
 };
 
 // One token: its total stays in a register, and nothing that is decoded goes through memory.
-template <Codes CODES, int SUB, Addend ADDEND, bool SCALED>
+template <Codes CODES, int SUB, Addend ADDEND, bool SCALED, bool X_SCALED = false>
 __attribute__((noinline)) void multiply_block_once(const Layout& layout, const std::uint8_t* block,
                                                    const Decoding& decoding, const Input& x, float* totals) {
     Walk walk(layout, block);
@@ -88,24 +97,25 @@ __attribute__((noinline)) void multiply_block_once(const Layout& layout, const s
         decode<CODES>(walk.next(), decoding.table, w);
         const std::uint16_t* const from = x.at<std::uint16_t>(tile, 0);
         const float* const x_sums = x.sums + tile * (COLUMNS / SUB);
+        const float* const x_scales = X_SCALED ? x.scales + tile * (COLUMNS / SUB) : nullptr;
         Sixteen sum[1];
         dot<0, SUB, 1>(w, from, COLUMNS, sum);
-        total = accumulate<ADDEND, SCALED>(total, sum[0], walk.scale[0], walk.addend[0],
+        total = accumulate<ADDEND, SCALED>(total, sum[0], scale_of<X_SCALED>(walk.scale[0], x_scales), walk.addend[0],
                                            ADDEND == Addend::none ? 0.0f : x_sums[0]);
         if constexpr (SUB == 16) {
             dot<16, 16, 1>(w, from, COLUMNS, sum);
-            total = accumulate<ADDEND, SCALED>(total, sum[0], walk.scale[1], walk.addend[1],
+            total = accumulate<ADDEND, SCALED>(total, sum[0], scale_of<X_SCALED>(walk.scale[1], x_scales + 1), walk.addend[1],
                                                ADDEND == Addend::none ? 0.0f : x_sums[1]);
         }
     }
     sixteen_store(totals, total);
 }
 
-template <Codes CODES, int SUB, Addend ADDEND, bool SCALED>
+template <Codes CODES, int SUB, Addend ADDEND, bool SCALED, bool X_SCALED = false>
 void multiply_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                     float (*totals)[ROWS]) {
     if (x.tokens == 1) {
-        multiply_block_once<CODES, SUB, ADDEND, SCALED>(layout, block, decoding, x, totals[0]);
+        multiply_block_once<CODES, SUB, ADDEND, SCALED, X_SCALED>(layout, block, decoding, x, totals[0]);
         return;
     }
     Walk walk(layout, block);
@@ -114,7 +124,7 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
         const std::uint8_t* const codes = walk.next();
         if (x.tokens >= FETCHING_TOKENS) fetch_ahead<tile_bytes(CODES)>(codes);
         decode<CODES>(codes, decoding.table, w);
-        for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED>{w, walk, x, tile, totals});
+        for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED, X_SCALED>{w, walk, x, tile, totals});
     }
 }
 
@@ -189,6 +199,28 @@ BlockFunction without_addend(const Layout& layout) {
 BlockFunction float_function(const Layout& layout) {
     const bool scaled = layout.addend == Addend::none && layout.scales != Scales::none;
     return scaled && layout.codes == Codes::int8 ? multiply_wide_block<Codes::int8> : nullptr;
+}
+
+#if !defined(LOWBIT_AMX)
+template <Codes CODES>
+static BlockFunction scaled_by_sub(const Layout& layout) {
+    return layout.sub == 16 ? multiply_block<CODES, 16, Addend::none, true, true>
+                            : multiply_block<CODES, 32, Addend::none, true, true>;
+}
+#endif
+
+BlockFunction scaled_function(const Layout& layout) {
+    if (layout.addend != Addend::none || layout.scales == Scales::none) return nullptr;
+    switch (layout.codes) {
+#if !defined(LOWBIT_AMX)
+        case Codes::bits4: return scaled_by_sub<Codes::bits4>(layout);
+        case Codes::bits6: return scaled_by_sub<Codes::bits6>(layout);
+        case Codes::int8: return scaled_by_sub<Codes::int8>(layout);
+        case Codes::e4m3: return scaled_by_sub<Codes::e4m3>(layout);
+        case Codes::e5m2: return scaled_by_sub<Codes::e5m2>(layout);
+#endif
+        default: return nullptr;
+    }
 }
 
 BlockFunction exact_function(const Layout& layout) {

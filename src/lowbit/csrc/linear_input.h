@@ -24,7 +24,7 @@ struct Input {
     // token, 64); whatever fills the second half of a last odd tile meets zeros.
     const std::uint8_t* values = nullptr;
     const float* sums = nullptr;           // (span, token): of the rounded numbers
-    const float* scales = nullptr;         // (tile, token), InputKind::groups and words
+    const float* scales = nullptr;         // (tile, token), InputKind::groups and words; (span, token) of scaled
     const std::int32_t* bases = nullptr;   // (span, token): base * sum, of whole numbers
     int tokens = 0;
 
@@ -46,6 +46,7 @@ struct InputShape {
     int numbers = 0;  // of a vector of a grid, where x comes in the order of linear_grids.h
 
     std::int64_t spans() const { return tiles * COLUMNS / span; }
+    std::int64_t scales() const { return kind == InputKind::scaled ? spans() : tiles; }
     std::int64_t value_bytes() const {
         return whole() ? (tiles * COLUMNS + BYTE_COLUMNS - 1) / BYTE_COLUMNS * BYTE_COLUMNS : tiles * COLUMNS * element;
     }
@@ -173,6 +174,14 @@ inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
 
 namespace lowbit {
 
+// One token's scales of ``group`` columns, one a span. Columns that are not there are zeros under any scale.
+inline void lay_out_scales(const float* scales, std::int64_t group, const InputShape& shape, const InputPlaces& to, int token) {
+    for (std::int64_t span = 0; span < shape.spans(); ++span) {
+        const std::int64_t column = span * shape.span;
+        to.scales[span * to.tokens + token] = column < shape.columns ? scales[column / group] : 1.0f;
+    }
+}
+
 // One token's row.
 inline void lay_out(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
     const ByteOrder order = byte_order();
@@ -195,7 +204,7 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             a = in_grid_order(a, shape.numbers);
             b = in_grid_order(b, shape.numbers);
         }
-        if (shape.kind == InputKind::bfloat) {
+        if (shape.kind == InputKind::bfloat || shape.kind == InputKind::scaled) {
             if (shape.element == 4) {
                 float* const values = reinterpret_cast<float*>(to.values) + place;
                 sixteen_store(values, a);

@@ -60,6 +60,9 @@ BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool g
 inline BlockFunction byte_function(const Layout&, const ByteCodes&, bool) { return nullptr; }
 #endif
 
+// x as InputKind::scaled. Null where there is none for the codes, or under AMX. linear_exact.cpp
+BlockFunction scaled_function(const Layout& layout);
+
 // x as InputKind::words, for Codes::words4. Null where there is none. linear_words.cpp
 BlockFunction word_function(const Layout& layout);
 

@@ -9,8 +9,8 @@
 struct lowbit_weight {
     const std::uint8_t* data;
     // 64 bfloat16 values, for codes of 2 to 7 bits; with a factor, 32 of them (words4: 16-bit numbers, 16 of them
-    // twice) and then 16 floats, what codes of 4 bits are worth exactly; for grids, a grid behind it: the low bytes of
-    // its 16-bit words, then the high ones.
+    // twice) and then 16 floats, what codes of 4 bits are worth exactly; for grids and 7 bits, 16-bit words behind
+    // it (vectors; all 128 values), the low bytes of all and then the high ones.
     const std::uint16_t* table;
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles
@@ -20,6 +20,8 @@ struct lowbit_weight {
     std::int32_t addend;  // enum Addend
     std::int32_t input;   // enum InputKind: what x is rounded to
     float factor;         // a table's numbers times it are what codes are worth; 1 for most
+    std::int32_t input_group;  // of InputKind::scaled: columns of x that share a scale; 16, or a multiple of 32
+    const struct lowbit_quantizer* quantizer;  // of InputKind::scaled
 };
 
 namespace lowbit {
@@ -30,8 +32,9 @@ enum class Scales : std::int32_t {
 };
 // groups: int8 with a scale for each token and 32 columns. codes: x holds whole numbers of -127 … 127 already.
 // floats: not rounded, for int8 codes (LLM.int8's outliers are too large to lose their lower bits). words: 15 bits
-// with a scale for each token and 32 columns, for Codes::words4, which meets nothing else.
-enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3, words = 4 };
+// with a scale for each token and 32 columns, for Codes::words4, which meets nothing else. scaled: codes of small
+// floats, exact in bfloat16, with a scale for each token and some columns, as the layer's quantizer makes them.
+enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3, words = 4, scaled = 5 };
 enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
 
 constexpr int SUPER = 256;        // columns of an outer block of two-level scales

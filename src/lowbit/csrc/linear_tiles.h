@@ -25,8 +25,8 @@ constexpr int COLUMNS = 32;  // columns of a tile
 constexpr int PAIRS = COLUMNS / 2;
 
 // How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value
-// up in a table; planes are low bits first. ``bits7``: a code is worth table[0] + code, a table of 128 would take
-// four registers. ``words4``: as bits4, with a table of whole numbers of 13 bits for values that bfloat16 would round
+// up in a table; planes are low bits first. ``bits7``: a code is worth table[0] + code; AVX-512 looks bytes of 128
+// values up. ``words4``: as bits4, with a table of whole numbers of 13 bits for values that bfloat16 would round
 // (nf4); see linear_words.h. ``grid…``: an index for 8 or 4 columns of a row; see Grid.
 enum class Codes : std::int32_t {
     bits1 = 1, bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7,
@@ -216,14 +216,12 @@ inline void write_code(std::uint8_t* tile, Codes codes, int row, int column, uns
 
 // table: 64 bfloat16 values, repeated where codes have fewer than 6 bits.
 struct Table {
-    std::uint16_t first;
     __m512i low, high;
-    const std::uint8_t* grid;  // for grids: the low bytes of all vectors, then the high ones
+    const std::uint8_t* behind;  // low bytes of 16-bit words, then the high ones: 128 values of bits7; vectors of grids
     explicit Table(const std::uint16_t* values)
-        : first(values[0]),
-          low(_mm512_loadu_si512(values)),
+        : low(_mm512_loadu_si512(values)),
           high(_mm512_loadu_si512(values + 32)),
-          grid(reinterpret_cast<const std::uint8_t*>(values + 64)) {}
+          behind(reinterpret_cast<const std::uint8_t*>(values + 64)) {}
 };
 
 // The lines of a tile of planes that a tile of indices stands for.
@@ -254,14 +252,6 @@ inline __m512i look_up(__m512i codes, __mmask64 upper, const __m512i (&table)[4]
                                   _mm512_permutex2var_epi8(table[2], codes, table[3]));
 }
 
-// Whole numbers from -256 to 256 in 16-bit lanes -> bfloat16: the upper half of the float is all there is.
-inline __m512i words_to_bfloats(__m512i words) {
-    const __m512 even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
-    const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
-    const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-    return _mm512_mask_blend_epi16(0xAAAAAAAAu, lower, _mm512_castps_si512(odd));
-}
-
 // words, shifted right by ``right``, which may be negative.
 inline __m512i shifted(__m512i words, int right) {
     return right >= 0 ? _mm512_srli_epi16(words, static_cast<unsigned>(right))
@@ -278,18 +268,28 @@ INLINE void decode_lines(const __m512i* lines, const Table& table, __m512i* w) {
             w[pair] = _mm512_permutexvar_epi16(shifted(lines[f.byte / 64], f.shift), table.low);
         }
     } else if constexpr (CODES == Codes::bits7) {
-        const __m512i first = _mm512_set1_epi16(static_cast<short>(bfloat_to_float(table.first)));
+        // A pair and the one two further at once, in the two bytes of a word: their bfloat16s' low and high bytes.
+        const auto place = [](__m512i line, Plane p, Field f) {
+            return f.shift >= p.shift ? _mm512_srli_epi16(line, static_cast<unsigned>(f.shift - p.shift))
+                                      : _mm512_slli_epi16(line, static_cast<unsigned>(p.shift - f.shift));
+        };
+        __m512i bytes[4];
         UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field a = field(plane(CODES, 0), 0, pair * 2), b = field(plane(CODES, 1), 0, pair * 2),
-                        c = field(plane(CODES, 2), 0, pair * 2);
-            const __m512i low = shifted(lines[a.byte / 64], a.shift);
-            const __m512i middle = shifted(lines[b.byte / 64], b.shift - 4);
-            const __m512i high = shifted(lines[c.byte / 64], c.shift - 6);
-            __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x30), middle, low, 0xCA);  // mask ? middle : low
-            code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x40), high, code, 0xCA);
-            code = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
-            w[pair] = words_to_bfloats(_mm512_add_epi16(code, first));
+        for (int part = 0; part < 4; ++part) bytes[part] = _mm512_loadu_si512(table.behind + part * 64);
+        const __m512i lower_bytes = _mm512_set1_epi16(0xff);
+        UNROLL
+        for (int operand = 0; operand < OPERANDS; ++operand) {
+            const int column = pair_of(operand, 0) * 2;
+            const Plane a = plane(CODES, 0), b = plane(CODES, 1), c = plane(CODES, 2);
+            const Field low = field(a, 0, column), middle = field(b, 0, column), high = field(c, 0, column);
+            // mask ? middle : low, and so on. The lookups take the lowest seven bits of a byte.
+            __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x30), place(lines[middle.byte / 64], b, middle),
+                                                     place(lines[low.byte / 64], a, low), 0xCA);
+            code = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x40), place(lines[high.byte / 64], c, high), code, 0xCA);
+            const __m512i lower = _mm512_permutex2var_epi8(bytes[0], code, bytes[1]);
+            const __m512i higher = _mm512_permutex2var_epi8(bytes[2], code, bytes[3]);
+            w[pair_of(operand, 0)] = _mm512_ternarylogic_epi32(lower_bytes, lower, _mm512_slli_epi16(higher, 8), 0xCA);
+            w[pair_of(operand, 1)] = _mm512_ternarylogic_epi32(lower_bytes, _mm512_srli_epi16(lower, 8), higher, 0xCA);
         }
     } else {
         constexpr Plane LOW = plane(CODES, 0), HIGH = plane(CODES, 1);
@@ -333,7 +333,7 @@ INLINE void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
         constexpr int LINES = tile_bytes(PLANES) / 64;
         __m512i lines[LINES];
         if constexpr (is_grid(CODES)) {
-            expand_grid<CODES>(tile, table.grid, lines);
+            expand_grid<CODES>(tile, table.behind, lines);
         } else {
             UNROLL
             for (int line = 0; line < LINES; ++line) lines[line] = _mm512_loadu_si512(tile + line * 64);
@@ -437,8 +437,8 @@ struct Table {
     alignas(32) float values[64];
     alignas(32) std::uint8_t low[32], high[32];  // bytes of the first 16 entries, twice
     bool line = true;
-    const std::uint8_t* grid;  // for grids: the low bytes of all vectors, then the high ones
-    explicit Table(const std::uint16_t* from) : grid(reinterpret_cast<const std::uint8_t*>(from + 64)) {
+    const std::uint8_t* behind;  // vectors of grids: the low bytes of all, then the high ones
+    explicit Table(const std::uint16_t* from) : behind(reinterpret_cast<const std::uint8_t*>(from + 64)) {
         for (int i = 0; i < 64; ++i) values[i] = bfloat_to_float(from[i]);
         for (int i = 0; i < 32; ++i) {
             low[i] = static_cast<std::uint8_t>(from[i % 16]);
@@ -537,7 +537,7 @@ template <Codes CODES>
 inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
     if constexpr (is_grid(CODES)) {
         alignas(32) std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
-        expand_grid<CODES>(tile, table.grid, planes);
+        expand_grid<CODES>(tile, table.behind, planes);
         decode<grid_of(CODES).planes()>(planes, table, w);
         return;
     }

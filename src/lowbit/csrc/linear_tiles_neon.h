@@ -44,9 +44,9 @@ inline Sixteen sixteen_nibbles(const std::uint8_t* from) {
 struct Table {
     alignas(16) std::uint8_t low[64], high[64];
     float first;
-    const std::uint8_t* grid;  // for grids: the low bytes of all vectors, then the high ones
+    const std::uint8_t* behind;  // vectors of grids: the low bytes of all, then the high ones
     explicit Table(const std::uint16_t* values)
-        : first(bfloat_to_float(values[0])), grid(reinterpret_cast<const std::uint8_t*>(values + 64)) {
+        : first(bfloat_to_float(values[0])), behind(reinterpret_cast<const std::uint8_t*>(values + 64)) {
         for (int i = 0; i < 64; ++i) {
             low[i] = static_cast<std::uint8_t>(values[i]);
             high[i] = static_cast<std::uint8_t>(values[i] >> 8);
@@ -236,7 +236,7 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
         }
     } else if constexpr (is_grid(CODES)) {
         std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
-        expand_grid<CODES>(tile, table.grid, planes);
+        expand_grid<CODES>(tile, table.behind, planes);
         decode<grid_of(CODES).planes()>(planes, table, w);
     } else {
         decode_operands<CODES, OPERANDS>(tile, table, w.columns);
@@ -262,7 +262,7 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
         return;
     } else if constexpr (is_grid(CODES)) {
         std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
-        expand_grid<CODES>(tile, table.grid, planes);
+        expand_grid<CODES>(tile, table.behind, planes);
         decode<grid_of(CODES).planes()>(planes, table, w);
         return;
     } else

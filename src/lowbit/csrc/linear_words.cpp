@@ -14,14 +14,14 @@ struct WordStep {
     float (*totals)[ROWS];
 
     template <int TOKENS>
-    void operator()(int token) const {
+    INLINE void operator()(int token) const {
         multiply<0, TOKENS>(token);
         if constexpr (SUB == 16) multiply<1, TOKENS>(token);
     }
 
   private:
     template <int HALF, int TOKENS>
-    void multiply(int token) const {
+    INLINE void multiply(int token) const {
         SixteenInts sums[TOKENS];
         dot_words<HALF * SUB, SUB, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
         const float* const x_scales = x.scales + tile * x.tokens + token;

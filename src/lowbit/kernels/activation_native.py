@@ -162,6 +162,11 @@ class NativeQuantizer:
         )
         return NativeQuantizer(description, buffers, _FACTORS.get(rule, ""))
 
+    @property
+    def address(self) -> int:
+        """Of the struct, which lives as long as this."""
+        return ctypes.addressof(self.description)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x float32 (tokens, in) with contiguous rows -> codes or values, and the factors the rule makes."""
         rows, width = x.shape

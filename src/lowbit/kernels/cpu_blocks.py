@@ -168,8 +168,8 @@ def _factor(fmt: NumberFormat) -> float:
 def _table(fmt: NumberFormat) -> Tensor:
     """bfloat16 (64,): the value of every index the kernel may form, short tables repeated.
 
-    The values of 7 bits go on as they begin. With a ``_factor`` bytes: 16 numbers of 16 bits twice, then 16
-    float32 values.
+    As bytes where more follows: all 128 values of 7 bits, a grid. With a ``_factor`` 16 numbers of 16 bits
+    twice, then 16 float32 values.
     """
     if fmt.name in _GRID_TYPES:
         return _grid_table(fmt.name)
@@ -181,7 +181,15 @@ def _table(fmt: NumberFormat) -> Tensor:
         numbers = _words(fmt)[0].short() if words else (fmt.table().double() / factor).round().bfloat16()
         return torch.cat((numbers.repeat(2).view(torch.uint8), fmt.table().view(torch.uint8)))
     values = fmt.table()[:64].bfloat16()
+    if fmt.bits == 7:
+        words = fmt.table().bfloat16().view(torch.int16).int()
+        return torch.cat((values.view(torch.uint8), _bytes(words)))
     return values.repeat(64 // len(values)).contiguous()
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """uint8 (2 n,): the low bytes of n words of 16 bits, then their high ones."""
+    return torch.cat((words & 255, words >> 8 & 255)).to(torch.uint8)
 
 
 def _numbers(name: str) -> Tensor:
@@ -214,7 +222,7 @@ def _grid_table(name: str) -> Tensor:
     places = pairs // 4 * 2 + pairs % 2 + 8 // width * (pairs // 2 % 2)
     words = (_vectors(name)[0] << places * width).sum(1)
     bfloats = table.flatten().bfloat16().repeat(64 // table.numel()).view(torch.uint8)
-    return torch.cat((bfloats, (words & 255).to(torch.uint8), (words >> 8).to(torch.uint8)))
+    return torch.cat((bfloats, _bytes(words)))
 
 
 def _to_grid(codes: Tensor, name: str) -> Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
+from lowbit.kernels.activation_native import NativeQuantizer
 from lowbit.kernels.elementwise import affine, gather_columns
 from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
 from lowbit.kernels.step_plan import Operation
@@ -115,6 +116,8 @@ class Description(ctypes.Structure):
         ("addend", ctypes.c_int32),
         ("input", ctypes.c_int32),
         ("factor", ctypes.c_float),
+        ("input_group", ctypes.c_int32),
+        ("quantizer", ctypes.c_void_p),
     )
 
     @property
@@ -130,8 +133,9 @@ class Description(ctypes.Structure):
 
     @property
     def table_size(self) -> int:
-        """Bytes of the table, a grid included."""
-        return TABLE_BYTES + (2 << GRIDS[self.codes].bits if self.codes in GRIDS else 0)
+        """Bytes of the table, and of the words behind it."""
+        words = 128 if self.codes == CODES["bits7"] else 0
+        return TABLE_BYTES + 2 * (1 << GRIDS[self.codes].bits if self.codes in GRIDS else words)
 
     @property
     def addend_size(self) -> int:
@@ -170,8 +174,10 @@ class Description(ctypes.Structure):
 
 
 # What a weight is multiplied with: x in bfloat16 (float32 beside float codes), x in int8 with a scale for
-# each token and 32 columns, x that holds whole numbers of -128 … 127 already, or x in float32 (int8 codes).
+# each token and 32 columns, x that holds whole numbers of -128 … 127 already, x in float32 (int8 codes), or
+# codes and scales that the kernel has a quantizer make of x. (4 are the whole numbers of ``words4``.)
 INPUT_BFLOAT, INPUT_GROUPS, INPUT_CODES, INPUT_FLOATS = range(4)
+INPUT_SCALED = 5
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,7 @@ class NativeWeight(PackedWeight):
     description: Description = field(default_factory=Description, repr=False)
     address: int = 0
     columns: int = 0
+    quantizers: list[NativeQuantizer] = field(default_factory=list, repr=False)  # kept for their addresses
 
 
 @dataclass(frozen=True)
@@ -240,6 +247,18 @@ def set_input(packed: PackedWeight, kind: int) -> bool:
         return False
     packed.description.input = kind
     return True
+
+
+def set_quantizer(packed: PackedWeight, quantizer: NativeQuantizer, group: int) -> bool:
+    """Let the kernel quantize x itself, in groups of columns; False where it cannot."""
+    if not isinstance(packed, NativeWeight) or "column_order" in packed.buffers:
+        return False
+    multiplier = quantizer.buffers.multiplier
+    assert multiplier is None or len(multiplier) == packed.columns, "a multiplier is as wide as x"
+    described = packed.description
+    described.input_group, described.quantizer = group, quantizer.address
+    packed.quantizers[:] = [quantizer]
+    return set_input(packed, INPUT_SCALED)
 
 
 @dataclass(frozen=True)
