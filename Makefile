@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 NATIVE := $(wildcard CMakeLists.txt) $(shell find src/lowbit/csrc cmake -type f 2>/dev/null)
 
-.PHONY: install serve test test-quick test-all lint format docs bench bench-cpu clean
+.PHONY: install serve test test-quick test-all cross-check lint format docs bench bench-cpu clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -57,6 +57,13 @@ test-quick: install
 
 test-all: install
 	@$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
+
+# The ARM libraries, compiled and run by an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
+cross-check: install
+	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64 > /dev/null || { \
+	    echo "cross-check needs g++-aarch64-linux-gnu and qemu-user. Run: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; \
+	    exit 2; }
+	@$(BIN)/python -m pytest -m "" tests/kernels/test_cross_build.py $(PYTEST_FLAGS)
 
 lint: install
 	@$(BIN)/ruff check src tests benchmarks

@@ -12,13 +12,13 @@ import pytest
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
 
-BUILT = [isa for isa in ("avx2", "avx512", "amx") if native.has(isa) and native._library_file(isa)]
+BUILT = [isa for isa in native.INSTRUCTION_SETS if native.has(isa) and native._library_file(isa)]
 
 
 def test_this_machine_has_a_library() -> None:
     """A build that silently made nothing would skip half of the tests."""
-    if not native.has("avx2"):
-        pytest.skip("a CPU without AVX2 runs on torch")
+    if not (native.has("avx2") or native.has("neon")):
+        pytest.skip("a CPU without AVX2 or NEON's dot products runs on torch")
     assert native.isa() != "scalar" or os.environ.get("LOWBIT_ISA") == "scalar"
     assert str(native.threads()) in native.describe() or native.isa() == "scalar"
 
@@ -36,7 +36,7 @@ def test_isa_is_chosen_by_name(isa: str) -> None:
     assert done.stdout.startswith(isa), done.stderr
 
 
-@pytest.mark.parametrize("isa", ["avx3", "AVX2", "neon"])
+@pytest.mark.parametrize("isa", ["avx3", "AVX2", "neon2"])
 def test_unknown_isa_is_an_error(isa: str) -> None:
     done = in_process("from lowbit.kernels import native; native.library()", isa)
     assert done.returncode and f"LOWBIT_ISA={isa} is no instruction set" in done.stderr
@@ -55,7 +55,42 @@ def test_without_libraries_lowbit_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("LOWBIT_ISA", raising=False)
     monkeypatch.setattr(native, "isa", native.isa.__wrapped__)
     assert native.isa() == "scalar"
-    assert "not built" in native.describe() or "no AVX2" in native.describe()
+    assert "not built" in native.describe() or "none for this CPU (no " in native.describe()
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted"),
+    [
+        ({"asimddp", "asimdrdm", "atomics", "bf16"}, "neon_bf16"),
+        ({"asimddp", "asimdrdm", "atomics"}, "neon"),
+        ({"bf16"}, "scalar"),
+    ],
+)
+def test_arm_takes_what_its_features_allow(
+    features: set[str], wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for isa in native.INSTRUCTION_SETS:
+        (tmp_path / f"liblowbit_{isa}.so").touch()
+    monkeypatch.setattr(native, "_directories", lambda: [tmp_path])
+    monkeypatch.setattr(native, "_on_arm", lambda: True)
+    monkeypatch.setattr(native, "_arm_has", features.__contains__)
+    monkeypatch.setattr(native, "cpu_flags", native.cpu_flags.__wrapped__)
+    monkeypatch.setattr(native, "isa", native.isa.__wrapped__)
+    monkeypatch.delenv("LOWBIT_ISA", raising=False)
+    assert native.isa() == wanted
+    if wanted == "scalar":
+        assert "no ARMv8.2 dot products" in native.describe()
+        monkeypatch.setenv("LOWBIT_ISA", "neon")
+        with pytest.raises(LowbitError, match="this CPU has no asimddp, asimdrdm, atomics"):
+            native.isa()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks as Linux answers")
+def test_arm_features_are_bits_of_the_auxiliary_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any processor: whatever its bits mean there, they are read where Linux keeps them."""
+    bits = {entry: native.ctypes.CDLL(None).getauxval(entry) & 0xFFFFFFFF for entry in (16, 26)}
+    for name, (entry, bit, _) in native._ARM_FEATURES.items():
+        assert native._arm_has(name) == bool(bits[entry] >> bit & 1)
 
 
 def test_threads_can_change_and_oversubscribe() -> None:

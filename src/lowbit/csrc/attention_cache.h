@@ -96,11 +96,7 @@ inline Store value_store(const lowbit_attention_cache& cache) {
 #if defined(__AVX512F__)
 inline Vector16 from_halves(__m256i halves) { return {_mm512_cvtph_ps(halves)}; }
 inline Vector16 from_bytes(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
-inline Vector16 load_bfloats(const Bfloat* from) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
-}
-#else
+#elif defined(__AVX2__)
 inline Vector16 from_halves(__m256i halves) {
     return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
             _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
@@ -109,14 +105,56 @@ inline Vector16 from_bytes(__m128i bytes) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
-inline Vector16 load_bfloats(const Bfloat* from) {
-    const auto half = [](const Bfloat* eight) {
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
-    };
-    return {half(from), half(from + 8)};
+#endif
+#if defined(__AVX2__)
+using Bytes = __m128i;  // sixteen
+inline Bytes load_bytes(const std::uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const Bytes*>(from)); }
+// The codes of four bits in eight bytes, lower ones first: a byte's two are neighbours, or two bytes' pairs.
+template <bool PAIRS>
+inline Bytes load_digits(const std::uint8_t* from) {
+    const Bytes stored = _mm_loadl_epi64(reinterpret_cast<const Bytes*>(from)), four_bits = _mm_set1_epi8(15);
+    const Bytes lower = _mm_and_si128(stored, four_bits), upper = _mm_and_si128(_mm_srli_epi16(stored, 4), four_bits);
+    return PAIRS ? _mm_unpacklo_epi16(lower, upper) : _mm_unpacklo_epi8(lower, upper);
+}
+// A sign, and seven bits of magnitude.
+inline Vector16 from_sign_and_size(Bytes codes) {
+    const Bytes sign = _mm_cmplt_epi8(codes, _mm_setzero_si128()), size = _mm_and_si128(codes, _mm_set1_epi8(0x7f));
+    return from_bytes(_mm_sub_epi8(_mm_xor_si128(size, sign), sign));
+}
+inline Vector16 load_halves(const std::uint8_t* from) {
+    return from_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#if !defined(__AVX512F__)
+// The upper halves of eight numbers and of eight more.
+inline void store_upper_halves(Bfloat* first, Bfloat* second, Vector16 x) {
+    const __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(x.low), 16),
+                                              _mm256_srli_epi32(_mm256_castps_si256(x.high), 16));
+    const __m256i lines = _mm256_permute4x64_epi64(words, 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(lines));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(lines, 1));
 }
 #endif
+// An fp8 code becomes the float16 of the same digits, e4m3's 2^-8 times too small: subnormal numbers come right
+// by themselves.
+inline Vector16 from_e5m2(Bytes codes) { return from_halves(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8)); }
+inline Vector16 from_e4m3(Bytes codes) {
+    const __m256i seven_bits = _mm256_set1_epi16(0x7f);
+    const __m256i words = _mm256_cvtepu8_epi16(codes), digits = _mm256_and_si256(words, seven_bits);
+    const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(seven_bits, words), 8);
+    const __m256i no_number = _mm256_and_si256(_mm256_cmpeq_epi16(digits, seven_bits), _mm256_set1_epi16(0x7c00));
+    const __m256i halves = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(digits, 7)), no_number);
+    return multiply(from_halves(halves), broadcast(256.0f));
+}
+#endif
+
+}  // namespace lowbit
+
+#if defined(__ARM_NEON)
+#include "attention_neon.h"
+#endif
+
+namespace lowbit {
+
 inline float from_bfloat(Bfloat number) {
     const std::uint32_t bits = std::uint32_t{number} << 16;
     float value;
@@ -124,28 +162,18 @@ inline float from_bfloat(Bfloat number) {
     return value;
 }
 
-// Sixteen consecutive codes of a byte each, as the numbers they stand for. An fp8 code becomes the float16 of
-// the same digits, e4m3's 2^-8 times too small: subnormal numbers come right by themselves.
+// Sixteen consecutive codes of a byte each, as the numbers they stand for.
 template <Format FORMAT>
-inline Vector16 decode_bytes(__m128i codes) {
+inline Vector16 decode_bytes(Bytes codes) {
     if constexpr (FORMAT == Format::INT4) {
         return from_bytes(codes);
     } else if constexpr (FORMAT == Format::INT8) {
-        const __m128i sign = _mm_cmplt_epi8(codes, _mm_setzero_si128());
-        const __m128i size = _mm_and_si128(codes, _mm_set1_epi8(0x7f));
-        return from_bytes(_mm_sub_epi8(_mm_xor_si128(size, sign), sign));
+        return from_sign_and_size(codes);
     } else if constexpr (FORMAT == Format::E5M2) {
-        return from_halves(_mm256_slli_epi16(_mm256_cvtepu8_epi16(codes), 8));
+        return from_e5m2(codes);
     } else {
         static_assert(FORMAT == Format::E4M3);
-        const __m256i seven_bits = _mm256_set1_epi16(0x7f);
-        const __m256i words = _mm256_cvtepu8_epi16(codes), digits = _mm256_and_si256(words, seven_bits);
-        const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(seven_bits, words), 8);
-        const __m256i no_number = _mm256_and_si256(_mm256_cmpeq_epi16(digits, seven_bits),
-                                                   _mm256_set1_epi16(0x7c00));
-        const __m256i halves =
-            _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(digits, 7)), no_number);
-        return multiply(from_halves(halves), broadcast(256.0f));
+        return from_e4m3(codes);
     }
 }
 
@@ -153,7 +181,7 @@ constexpr int CACHE_LINE = 64;
 
 // Inlined early: GCC 12 takes a function that only fetches for one without effect, and drops its calls.
 __attribute__((always_inline)) inline void fetch_line(const std::uint8_t* from) {
-    _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1);
+    __builtin_prefetch(from, 0, 2);
 }
 
 __attribute__((always_inline)) inline void fetch_lines(const float* from, int count) {
@@ -278,21 +306,14 @@ inline void widen_quads(const Store& store, const std::uint8_t* page, Bfloat* to
     const int across = KEYS ? 1 : store.dim / LANES, line = 2 * LANES * across;
     for (int row = 0; row < (KEYS ? store.dim : PAGE_TOKENS); row += 4, to += line) {
         for (int eight = 0; eight < 4 * across; ++eight, page += BYTES, to += 8) {
-            __m128i codes;
+            Bytes codes;
             if constexpr (FORMAT == Format::INT4) {
-                const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(page));
-                const __m128i four_bits = _mm_set1_epi8(15), lower = _mm_and_si128(stored, four_bits);
-                const __m128i upper = _mm_and_si128(_mm_srli_epi16(stored, 4), four_bits);
-                codes = KEYS ? _mm_unpacklo_epi8(lower, upper) : _mm_unpacklo_epi16(lower, upper);
+                codes = load_digits<!KEYS>(page);
             } else {
-                codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(page));
+                codes = load_bytes(page);
             }
             const Vector16 values = decode_bytes<FORMAT>(codes);  // exact in the upper halves
-            const auto upper = [](__m256 x) { return _mm256_srli_epi32(_mm256_castps_si256(x), 16); };
-            const __m256i words = _mm256_packus_epi32(upper(values.low), upper(values.high));
-            const __m256i lines = _mm256_permute4x64_epi64(words, 0xd8);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(lines));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + line), _mm256_extracti128_si256(lines, 1));
+            store_upper_halves(to, to + line, values);
         }
     }
 }
@@ -313,8 +334,7 @@ inline void widen(const Store& store, const std::uint8_t* page, Bfloat* to) {
 template <bool KEYS>
 inline void widen(const Store& store, const std::uint8_t* page, float* to) {
     for (int at = 0; at < store.dim * PAGE_TOKENS; at += LANES) {
-        const auto* halves = reinterpret_cast<const __m256i*>(page + 2 * at);
-        lowbit::store(to + at, from_halves(_mm256_loadu_si256(halves)));
+        lowbit::store(to + at, load_halves(page + 2 * at));
     }
 }
 

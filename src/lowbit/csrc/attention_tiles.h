@@ -29,13 +29,17 @@ namespace lowbit {
 constexpr int SEGMENT_PAGES = 16;
 constexpr int SEGMENT_TOKENS = PAGE_TOKENS * SEGMENT_PAGES;
 
-// Rows and vectors that fill the registers: 32 of 512 bits, or 16 of 256 (two a Vector16).
+// Rows and vectors that fill the registers: 32 of 512 bits, 16 of 256 (two a Vector16), or NEON's 32 of 128.
 #if defined(__AVX512F__)
 constexpr int SCORE_ROWS = 6, VALUE_ROWS = 6, VALUE_VECTORS = 4;
 constexpr int pages_at_once(int rows) { return rows == 1 ? 8 : 4; }
 constexpr int vectors_at_once(int rows) { return rows <= 3 ? 8 : 4; }
 #else
+#if defined(__ARM_NEON)
+constexpr int SCORE_ROWS = 4, VALUE_ROWS = 2, VALUE_VECTORS = 2;
+#else
 constexpr int SCORE_ROWS = 4, VALUE_ROWS = 3, VALUE_VECTORS = 2;
+#endif
 constexpr int pages_at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 constexpr int vectors_at_once(int) { return VALUE_VECTORS; }
 #endif
@@ -52,6 +56,7 @@ inline void load_keys(const float* page, int pair, Vector16& even, Vector16& odd
 }
 
 // The keys of `width` dimensions of a page (a multiple of 16) in V's layout: no bit changes.
+#if defined(__AVX2__)  // NEON: attention_neon.h
 inline void turn_keys(const Bfloat* keys, int width, Bfloat* values) {
     // Two tokens' pair of dimensions, [a0 b0 a1 b1], becomes [a0 a1 b0 b1]; such groups are then transposed.
     const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
@@ -91,6 +96,7 @@ inline void turn_keys(const float* keys, int width, float* values) {
         }
     }
 }
+#endif
 
 // Sixteen dimensions of token pair `pair`.
 inline Vector16 first_values(const Bfloat* page, int v_dim, int pair, int dimension) {

@@ -127,8 +127,7 @@ void encode(const Store& to, const float* numbers, std::uint8_t* codes, Bfloat* 
 
 std::uint16_t to_half(float value) {  // saturates: an infinity in the cache would spoil every later token
     const float within = value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value;
-    return static_cast<std::uint16_t>(_mm_extract_epi16(
-        _mm_cvtps_ph(_mm_set_ss(within), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), 0));
+    return float_to_half(within);
 }
 
 // One token's codes into a page, two dimensions a time: K's are rows of its quads, V's lanes.

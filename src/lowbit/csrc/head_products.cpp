@@ -30,6 +30,8 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int ROWS = 6, VECTORS = 4;
+#elif defined(__ARM_NEON)
+constexpr int ROWS = 4, VECTORS = 1;
 #else
 constexpr int ROWS = 3, VECTORS = 2;
 #endif
@@ -37,18 +39,7 @@ constexpr int STRIP = VECTORS * LANES;  // outputs a task computes
 
 inline Vector16 load_weights(const float* from) { return load(from); }
 
-inline Vector16 load_weights(const std::uint16_t* from) {
-    const auto widen = [](const std::uint16_t* eight) {
-        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));
-        return _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
-    };
-#if defined(__AVX512F__)
-    const __m512i low = _mm512_castsi256_si512(widen(from));
-    return {_mm512_castsi512_ps(_mm512_inserti64x4(low, widen(from + 8), 1))};
-#else
-    return {_mm256_castsi256_ps(widen(from)), _mm256_castsi256_ps(widen(from + 8))};
-#endif
-}
+inline Vector16 load_weights(const std::uint16_t* from) { return load_bfloats(from); }
 
 // rows of x -> rows of y, COUNT vectors of outputs; the last holds `tail` of them.
 template <class Element, int TOKENS, int COUNT>

@@ -327,7 +327,7 @@ LOWBIT_EXPORT int lowbit_linear_takes(const lowbit_weight* weight, std::int32_t 
         return groups && scaled_function(layout) != nullptr;
     }
     const ByteCodes codes(*weight);
-    // As signed bytes -128 has no positive counterpart.
-    if (static_cast<InputKind>(kind) == InputKind::codes && byte_base_shift(layout.codes, codes) != 0) return 0;
+    const bool moved = MOVES_SIGNS && byte_base_shift(layout.codes, codes) != 0;
+    if (static_cast<InputKind>(kind) == InputKind::codes && moved) return 0;
     return meets_bytes(layout, codes);
 }

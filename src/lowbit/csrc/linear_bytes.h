@@ -117,7 +117,7 @@ inline void dot_bytes(const ByteTile& w, const std::int8_t* x, std::int64_t stri
     }
 }
 
-#else
+#elif defined(__AVX2__)
 
 struct SixteenInts {
     __m256i low, high;
@@ -203,7 +203,13 @@ inline void dot_bytes(const ByteTile& w, const std::int8_t* x, std::int64_t stri
 
 #endif
 
-// What is added to the base where bytes are multiplied as signed numbers.
+// What is added to the base where bytes are multiplied as signed numbers, and whether an input then takes the sign
+// of the weight's byte, which -128 cannot.
+#if defined(__AVX2__)
+constexpr bool MOVES_SIGNS = true;
+#else
+constexpr bool MOVES_SIGNS = false;
+#endif
 inline int byte_base_shift(Codes codes, const ByteCodes& bytes) {
 #if defined(__AVX512BF16__)
     (void)codes, (void)bytes;
@@ -214,3 +220,7 @@ inline int byte_base_shift(Codes codes, const ByteCodes& bytes) {
 }
 
 }  // namespace lowbit
+
+#if defined(__ARM_NEON)
+#include "linear_bytes_neon.h"
+#endif

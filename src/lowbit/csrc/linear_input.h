@@ -66,6 +66,12 @@ struct InputPlaces {
     int tokens;
 };
 
+#if defined(__AVX2__)
+// The order of 16 int8 columns in the operands.
+using ByteOrder = __m128i;
+inline ByteOrder byte_order() { return _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15); }
+#endif
+
 #if defined(__AVX512BF16__)
 
 inline Sixteen store_bfloats(std::uint16_t* to, Sixteen x) {  // returns what was stored
@@ -100,13 +106,13 @@ inline void store_words(std::int16_t* to, Sixteen x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
 }
 // Rounds 16 numbers to int8, ties to even; returns them.
-inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
+inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
     const __m512i whole = _mm512_cvtps_epi32(x);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole), order));
     return _mm512_cvtepi32_ps(whole);
 }
 
-#else
+#elif defined(__AVX2__)
 
 inline __m256i eight_bfloat_bits(__m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
@@ -153,7 +159,7 @@ inline void store_words(std::int16_t* to, Sixteen x) {
     const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xD8));
 }
-inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
+inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
     const __m256i low = _mm256_cvtps_epi32(x.low), high = _mm256_cvtps_epi32(x.high);
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -162,6 +168,14 @@ inline Sixteen store_ints(std::int8_t* to, Sixteen x, __m128i order) {
 }
 
 #endif
+
+}  // namespace lowbit
+
+#if defined(__ARM_NEON)
+#include "linear_input_neon.h"
+#endif
+
+namespace lowbit {
 
 // One token's scales of ``group`` columns, one a span. Columns that are not there are zeros under any scale.
 inline void lay_out_scales(const float* scales, std::int64_t group, const InputShape& shape, const InputPlaces& to, int token) {
@@ -173,7 +187,7 @@ inline void lay_out_scales(const float* scales, std::int64_t group, const InputS
 
 // One token's row.
 inline void lay_out(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
-    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    const ByteOrder order = byte_order();
     const std::int64_t tokens = to.tokens;
     float span_sum = 0.0f;  // InputKind::codes: whole numbers below 2^24 or so, else what float32 makes of them
     std::int32_t span_whole = 0;

@@ -26,7 +26,7 @@ constexpr std::int64_t FETCHED_AHEAD = 1024;  // bytes
 template <std::int64_t BYTES>
 __attribute__((always_inline)) inline void fetch_ahead(const std::uint8_t* tile) {
     for (std::int64_t line = 0; line <= BYTES; line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(tile + FETCHED_AHEAD + line), _MM_HINT_T0);
+        __builtin_prefetch(tile + FETCHED_AHEAD + line);
     }
 }
 

@@ -72,7 +72,7 @@ float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* t
         case Codes::f16: {
             std::uint16_t bits;
             std::memcpy(&bits, tile + column * 32 + row * 2, sizeof bits);
-            return _cvtsh_ss(bits);
+            return half_to_float(bits);
         }
         case Codes::f32: {
             float value;

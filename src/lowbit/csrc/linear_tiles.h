@@ -10,17 +10,12 @@
 // their own, as fixed: linear_amx.cpp.)
 #pragma once
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC bug 105593, in its own header
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "intrinsics.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#define UNROLL _Pragma("GCC unroll 16")
 #define INLINE __attribute__((always_inline)) inline
 
 namespace lowbit {
@@ -433,7 +428,7 @@ inline void dot_floats(const __m512* w, const float* x, std::int64_t stride, Six
 using BfloatTile = __m512i[PAIRS];
 using FloatTile = __m512[16];
 
-#else
+#elif defined(__AVX2__)
 
 // ---- AVX2: the same layout, decoded to floats ------------------------------------------------------------
 
@@ -636,4 +631,7 @@ inline void dot_floats(const FloatTile& w, const float* x, std::int64_t stride, 
 
 }  // namespace lowbit
 
+#if defined(__ARM_NEON)
+#include "linear_tiles_neon.h"
+#endif
 #include "linear_grids.h"

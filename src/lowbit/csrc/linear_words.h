@@ -37,7 +37,7 @@ inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
     }
 }
 
-#else
+#elif defined(__AVX2__)
 
 using WordTile = SixteenInts[PAIRS];
 
@@ -76,3 +76,7 @@ inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
 #endif
 
 }  // namespace lowbit
+
+#if defined(__ARM_NEON)
+#include "linear_words_neon.h"
+#endif

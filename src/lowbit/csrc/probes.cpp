@@ -9,8 +9,6 @@
 #include "thread_pool.h"
 #include "vector16.h"
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 namespace lowbit {
 namespace {
 
@@ -19,6 +17,13 @@ using Words = __m512i;
 inline Words no_words() { return _mm512_setzero_si512(); }
 inline Words add_words(Words sum, const std::uint8_t* from) {
     return _mm512_add_epi64(sum, _mm512_loadu_si512(from));
+}
+constexpr int ACCUMULATORS = 16;
+#elif defined(__ARM_NEON)
+using Words = uint64x2_t;
+inline Words no_words() { return vdupq_n_u64(0); }
+inline Words add_words(Words sum, const std::uint8_t* from) {
+    return vaddq_u64(sum, vreinterpretq_u64_u8(vld1q_u8(from)));
 }
 constexpr int ACCUMULATORS = 16;
 #else
@@ -57,13 +62,21 @@ struct Work {
 // Hides a register's value from the compiler, which would otherwise take the product out of the loop.
 template <class Register>
 inline void hide(Register& x) {
+#if defined(__ARM_NEON)
+    asm volatile("" : "+w"(x));
+#else
     asm volatile("" : "+x"(x));
+#endif
 }
 
 #if defined(__AVX512F__)
 constexpr int FLOATS = 16;
 inline double first(__m512 x) { return static_cast<double>(_mm512_cvtss_f32(x)); }
 inline double first(__m512i x) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(x)); }
+#elif defined(__ARM_NEON)
+constexpr int FLOATS = 4;
+inline double first(float32x4_t x) { return static_cast<double>(vgetq_lane_f32(x, 0)); }
+inline double first(int32x4_t x) { return vgetq_lane_s32(x, 0); }
 #else
 constexpr int FLOATS = 8;
 inline double first(__m256 x) { return static_cast<double>(_mm256_cvtss_f32(x)); }
@@ -92,6 +105,10 @@ Work fma_work(std::int64_t rounds) {
     const __m512 one = _mm512_set1_ps(1.0f);
     return in_registers(rounds, 1, _mm512_setzero_ps(), one, one,
                         [](__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); });
+#elif defined(__ARM_NEON)
+    const float32x4_t one = vdupq_n_f32(1.0f);
+    return in_registers(rounds, 1, vdupq_n_f32(0.0f), one, one,
+                        [](float32x4_t sum, float32x4_t a, float32x4_t b) { return vfmaq_f32(sum, a, b); });
 #else
     const __m256 one = _mm256_set1_ps(1.0f);
     return in_registers(rounds, 1, _mm256_setzero_ps(), one, one,
@@ -105,6 +122,13 @@ Work bf16_work(std::int64_t rounds) {
     return in_registers(rounds, 2, _mm512_setzero_ps(), ones, ones, [](__m512 sum, __m512i a, __m512i b) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
     });
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    uint16x8_t words = vdupq_n_u16(0x3F80);
+    hide(words);  // GCC 12 makes float16 of a constant of bfloat16
+    const bfloat16x8_t ones = vreinterpretq_bf16_u16(words);
+    return in_registers(rounds, 2, vdupq_n_f32(0.0f), ones, ones, [](float32x4_t sum, bfloat16x8_t a, bfloat16x8_t b) {
+        return vbfdotq_f32(sum, a, b);
+    });
 #else
     (void)rounds;
     return {0, 0};
@@ -116,6 +140,10 @@ Work int8_work(std::int64_t rounds) {
     const __m512i ones = _mm512_set1_epi8(1);
     return in_registers(rounds, 4, _mm512_setzero_si512(), ones, ones,
                         [](__m512i sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); });
+#elif defined(__ARM_NEON)
+    const int8x16_t ones = vdupq_n_s8(1);
+    return in_registers(rounds, 4, vdupq_n_s32(0), ones, ones,
+                        [](int32x4_t sum, int8x16_t a, int8x16_t b) { return vdotq_s32(sum, a, b); });
 #else
     const __m256i ones = _mm256_set1_epi8(1);
     return in_registers(rounds, 4, _mm256_setzero_si256(), ones, ones, [](__m256i sum, __m256i a, __m256i b) {

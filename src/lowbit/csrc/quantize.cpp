@@ -64,15 +64,15 @@ void encode_q2_k(Unit<16>& unit, std::uint8_t* block) {
     const float max_scale = std::max(0.0f, *std::max_element(scales, scales + 16));
     const float max_min = std::max(0.0f, *std::max_element(mins, mins + 16));
     const float to_scale = max_scale > 0 ? 15.0f / max_scale : 0.0f, to_min = max_min > 0 ? 15.0f / max_min : 0.0f;
-    const std::uint16_t d = to_half(max_scale / 15.0f), dmin = to_half(max_min / 15.0f);
+    const std::uint16_t d = float_to_half(max_scale / 15.0f), dmin = float_to_half(max_min / 15.0f);
     put_half(block + 80, d);
     put_half(block + 82, dmin);
     for (int j = 0; j < 16; ++j) {
         const auto scale = static_cast<unsigned>(nearest(to_scale * scales[j]));
         const auto min = static_cast<unsigned>(nearest(to_min * mins[j]));
         block[j] = static_cast<std::uint8_t>(scale | min << 4);
-        scales[j] = from_half(d) * static_cast<float>(block[j] & 15);
-        mins[j] = from_half(dmin) * static_cast<float>(block[j] >> 4);
+        scales[j] = half_to_float(d) * static_cast<float>(block[j] & 15);
+        mins[j] = half_to_float(dmin) * static_cast<float>(block[j] >> 4);
     }
     requantize(unit, scales, mins, 0, 3);
     std::uint8_t codes[SUPER];
@@ -93,7 +93,7 @@ void encode_q3_k(Unit<16>& unit, std::uint8_t* block) {
     }
     std::memset(block, 0, 110);
     const float inverse = max_scale != 0 ? -32.0f / max_scale : 0.0f;
-    const std::uint16_t d = to_half(max_scale != 0 ? 1 / inverse : 0.0f);
+    const std::uint16_t d = float_to_half(max_scale != 0 ? 1 / inverse : 0.0f);
     put_half(block + 108, d);
     for (int j = 0; j < 16; ++j) {
         // All zero: bytes of zero, which read as -32 times d = 0.
@@ -102,7 +102,7 @@ void encode_q3_k(Unit<16>& unit, std::uint8_t* block) {
         low = static_cast<std::uint8_t>(low | (scale & 15) << (j < 8 ? 0 : 4));
         std::uint8_t& high = block[104 + j % 4];
         high = static_cast<std::uint8_t>(high | (scale >> 4) << (2 * (j / 4)));
-        scales[j] = from_half(d) * static_cast<float>(scale - 32);
+        scales[j] = half_to_float(d) * static_cast<float>(scale - 32);
     }
     requantize(unit, scales, none, -4, 3);
     std::uint8_t codes[SUPER];
@@ -142,15 +142,15 @@ void encode_q45_k(Unit<32>& unit, int bits, std::uint8_t* blocks) {
         const float max_min = std::max(0.0f, *std::max_element(min, min + 8));
         const float to_scale = max_scale > 0 ? 63.0f / max_scale : 0.0f;
         const float to_min = max_min > 0 ? 63.0f / max_min : 0.0f;
-        const std::uint16_t d = to_half(max_scale / 63.0f), dmin = to_half(max_min / 63.0f);
+        const std::uint16_t d = float_to_half(max_scale / 63.0f), dmin = float_to_half(max_min / 63.0f);
         put_half(block, d);
         put_half(block + 2, dmin);
         std::uint8_t six[8], six_min[8];
         for (int j = 0; j < 8; ++j) {
             six[j] = std::min<std::uint8_t>(63, static_cast<std::uint8_t>(nearest(to_scale * scale[j])));
             six_min[j] = std::min<std::uint8_t>(63, static_cast<std::uint8_t>(nearest(to_min * min[j])));
-            scale[j] = from_half(d) * static_cast<float>(six[j]);
-            min[j] = from_half(dmin) * static_cast<float>(six_min[j]);
+            scale[j] = half_to_float(d) * static_cast<float>(six[j]);
+            min[j] = half_to_float(dmin) * static_cast<float>(six_min[j]);
         }
         pack_six_bits(six, six_min, block + 4);
     }
@@ -184,12 +184,12 @@ void encode_q6_k(Unit<16>& unit, std::uint8_t* block) {
     std::memset(block, 0, 210);
     if (largest < TINY) return;
     const float inverse = -128.0f / max_scale;
-    const std::uint16_t d = to_half(1 / inverse);
+    const std::uint16_t d = float_to_half(1 / inverse);
     put_half(block + 208, d);
     for (int j = 0; j < 16; ++j) {
         const int scale = static_cast<std::int8_t>(std::min(127, nearest(inverse * scales[j])));
         block[192 + j] = static_cast<std::uint8_t>(scale);
-        scales[j] = from_half(d) * static_cast<float>(scale);
+        scales[j] = half_to_float(d) * static_cast<float>(scale);
     }
     requantize(unit, scales, none, -32, 31);
     std::uint8_t codes[SUPER], high[SUPER];
@@ -208,7 +208,7 @@ void encode_iq4_nl(Unit<32>& unit, std::uint8_t* blocks) {  // sixteen blocks
     for (int lane = 0; lane < LANES; ++lane, blocks += 18) {
         std::uint8_t codes[32];
         for (int i = 0; i < 32; ++i) codes[i] = static_cast<std::uint8_t>(unit.codes[i][lane]);
-        put_half(blocks, to_half(scales[lane]));
+        put_half(blocks, float_to_half(scales[lane]));
         pack_nibbles(codes, 16, blocks + 2);
     }
 }
@@ -228,7 +228,7 @@ void encode_iq4_xs(Unit<32>& unit, std::uint8_t* blocks) {  // two blocks
         }
         const float d = -max_scale / 32;
         const float inverse = d != 0 ? 1 / d : 0.0f;
-        put_half(block, to_half(d));
+        put_half(block, float_to_half(d));
         std::uint16_t high = 0;
         for (int j = 0; j < 8; ++j) {
             const int step = std::clamp(nearest(inverse * scales[8 * half + j]), -32, 31);
@@ -257,7 +257,7 @@ void load_floats(const void* from, Source source, std::int64_t first, std::int64
             std::memcpy(to, static_cast<const float*>(from) + first, static_cast<std::size_t>(count) * sizeof(float));
             return;
         case Source::F16:
-            for (std::int64_t i = 0; i < count; ++i) to[i] = from_half(halves[i]);
+            for (std::int64_t i = 0; i < count; ++i) to[i] = half_to_float(halves[i]);
             return;
         case Source::BF16:
             for (std::int64_t i = 0; i < count; ++i) {

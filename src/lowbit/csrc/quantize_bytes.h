@@ -9,8 +9,6 @@
 namespace lowbit {
 namespace {
 
-inline std::uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
-inline float from_half(std::uint16_t bits) { return _cvtsh_ss(bits); }
 inline void put_half(std::uint8_t* to, std::uint16_t bits) { std::memcpy(to, &bits, sizeof bits); }
 
 // Elements l, l + 32, l + 64, l + 96 of a 128-chunk share byte l.

@@ -123,7 +123,7 @@ void encode_iq3_s(const Grid& grid, const float* x, std::uint8_t* block) {
     const float largest = *std::max_element(scales, scales + 8);
     if (largest == 0) return;
     const float d = largest / 31, inverse = 1 / d;
-    put_half(block, to_half(d * 1.033f));
+    put_half(block, float_to_half(d * 1.033f));
     for (int j = 0; j < 8; ++j) {
         const int step = std::clamp(nearest(0.5f * (inverse * scales[j] - 1)), 0, 15);
         steps[j / 2] = static_cast<std::uint8_t>(steps[j / 2] | step << (4 * (j % 2)));

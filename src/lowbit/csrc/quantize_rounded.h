@@ -55,7 +55,7 @@ void encode_symmetric(const float* x, int half, std::uint8_t* block) {
     for (int i = 0; i < 32; ++i) {
         codes[i] = static_cast<std::uint8_t>(std::min(2 * half - 1, static_cast<int>(x[i] * inverse + middle)));
     }
-    put_half(block, to_half(scale));
+    put_half(block, float_to_half(scale));
     if (half == 16) pack_fifth_bits(codes, block + 2);
     pack_nibbles(codes, 16, block + (half == 16 ? 6 : 2));
 }
@@ -72,22 +72,22 @@ void encode_with_minimum(const float* x, int levels, std::uint8_t* block) {
     for (int i = 0; i < 32; ++i) {
         codes[i] = static_cast<std::uint8_t>(std::min(levels, static_cast<int>((x[i] - low) * inverse + 0.5f)));
     }
-    put_half(block, to_half(scale));
-    put_half(block + 2, to_half(low));
+    put_half(block, float_to_half(scale));
+    put_half(block + 2, float_to_half(low));
     if (levels == 31) pack_fifth_bits(codes, block + 4);
     pack_nibbles(codes, 16, block + (levels == 31 ? 8 : 4));
 }
 
 void encode_q8_0(const float* x, std::uint8_t* block) {
     const float scale = largest_magnitude<32>(x) / 127.0f, inverse = inverse_of(scale);
-    put_half(block, to_half(scale));
+    put_half(block, float_to_half(scale));
     for (int i = 0; i < 32; ++i) block[2 + i] = static_cast<std::uint8_t>(round_half_away(x[i] * inverse));
 }
 
 void encode_q1_0(const float* x, std::uint8_t* block) {
     float sum = 0;
     for (int i = 0; i < 128; ++i) sum += std::fabs(x[i]);
-    put_half(block, to_half(sum / 128.0f));
+    put_half(block, float_to_half(sum / 128.0f));
     for (int byte = 0; byte < 16; ++byte) {
         unsigned bits = 0;
         for (unsigned i = 0; i < 8; ++i) bits |= (x[8 * byte + static_cast<int>(i)] >= 0 ? 1u : 0u) << i;
@@ -98,7 +98,7 @@ void encode_q1_0(const float* x, std::uint8_t* block) {
 std::uint16_t make_trits(const float* x, std::uint8_t* trits) {  // returns the float16 scale
     const float scale = largest_magnitude<256>(x), inverse = inverse_of(scale);
     for (int i = 0; i < 256; ++i) trits[i] = static_cast<std::uint8_t>(round_half_away(x[i] * inverse) + 1);
-    return to_half(scale);
+    return float_to_half(scale);
 }
 
 void encode_tq1_0(const float* x, std::uint8_t* block) {

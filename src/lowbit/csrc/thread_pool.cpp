@@ -1,20 +1,23 @@
 #include "thread_pool.h"
 
-#include <immintrin.h>
-#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#if defined(__linux__)
+#include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <climits>
+#include <condition_variable>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 #include "amx_tiles.h"
+#include "intrinsics.h"
 #include "lowbit.h"
 
 namespace lowbit {
@@ -23,13 +26,30 @@ namespace {
 constexpr int SPINS_BEFORE_SLEEP = 4000;  // about 50 microseconds of pause instructions
 constexpr int SPINS_BEFORE_YIELD = 1000;
 
-void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t seen) {
+// A wait for another value than ``seen``, which may also end early, and its end.
+#if defined(__linux__)
+void wait_for_change(std::atomic<std::uint32_t>& word, std::uint32_t seen) {
     syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
 }
 
-void futex_wake_all(std::atomic<std::uint32_t>& word) {
+void wake_all(std::atomic<std::uint32_t>& word) {
     syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
+#else
+// Never destroyed, as the pool. A child process must not fork while they are held: only for an instant each.
+std::mutex& sleep_mutex = *new std::mutex;
+std::condition_variable& changed = *new std::condition_variable;
+
+void wait_for_change(std::atomic<std::uint32_t>& word, std::uint32_t seen) {
+    std::unique_lock<std::mutex> guard(sleep_mutex);
+    changed.wait(guard, [&] { return word.load() != seen; });
+}
+
+void wake_all(std::atomic<std::uint32_t>&) {
+    { const std::lock_guard<std::mutex> guard(sleep_mutex); }  // nobody is between its look and its sleep
+    changed.notify_all();
+}
+#endif
 
 class ThreadPool {
   public:
@@ -61,11 +81,11 @@ class ThreadPool {
         ticket_.store(static_cast<std::uint64_t>(epoch) << 32 | static_cast<std::uint64_t>(tasks),
                       std::memory_order_release);
         epoch_.store(epoch, std::memory_order_seq_cst);
-        if (sleepers_.load(std::memory_order_seq_cst) > 0) futex_wake_all(epoch_);
+        if (sleepers_.load(std::memory_order_seq_cst) > 0) wake_all(epoch_);
         claim(epoch);
         for (int spins = 0; done_.load(std::memory_order_acquire) != static_cast<std::uint32_t>(tasks); ++spins) {
             if (spins < SPINS_BEFORE_YIELD) {
-                _mm_pause();
+                spin_pause();
             } else {
                 sched_yield();
             }
@@ -103,13 +123,13 @@ class ThreadPool {
         while (!stopping_.load(std::memory_order_acquire)) {
             std::uint32_t epoch = epoch_.load(std::memory_order_acquire);
             for (int spins = 0; epoch == seen && spins < SPINS_BEFORE_SLEEP; ++spins) {
-                _mm_pause();
+                spin_pause();
                 epoch = epoch_.load(std::memory_order_acquire);
             }
             if (epoch == seen) {
                 release_tiles();
                 sleepers_.fetch_add(1, std::memory_order_seq_cst);
-                if (!stopping_.load(std::memory_order_seq_cst)) futex_wait(epoch_, seen);
+                if (!stopping_.load(std::memory_order_seq_cst)) wait_for_change(epoch_, seen);
                 sleepers_.fetch_sub(1, std::memory_order_seq_cst);
                 continue;
             }
@@ -121,7 +141,7 @@ class ThreadPool {
     void stop() {
         stopping_.store(true, std::memory_order_seq_cst);
         epoch_.fetch_add(1, std::memory_order_seq_cst);  // ticket_ keeps its old epoch: nothing to claim
-        futex_wake_all(epoch_);
+        wake_all(epoch_);
         for (std::thread& worker : workers_) worker.join();
         workers_.clear();
     }

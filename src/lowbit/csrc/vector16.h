@@ -1,22 +1,18 @@
 // Sixteen floats and the few functions attention and the elementwise kernels need of them.
 //
-// One AVX-512 register, or two AVX2 registers. Every function works lane by lane in one fixed way, and the
+// One AVX-512 register, two AVX2 or four NEON registers (vector16_neon.h). Every function works lane by lane in one fixed way, and the
 // reductions are fixed trees, so that a value never depends on which lanes or rows were computed with it.
 // A product that feeds a sum is always written as fma(): the compiler has nothing left to contract.
 #pragma once
 
-// GCC 12's own AVX-512 header starts "undefined" registers as x = x and then warns about it (GCC bug 105593).
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "intrinsics.h"
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 namespace lowbit {
 
@@ -24,6 +20,14 @@ constexpr int LANES = 16;
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LOG2_E_REST = 1.92596299112661746e-8f;  // log2(e) - LOG2_E
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+}  // namespace lowbit
+
+#if defined(__ARM_NEON)
+#include "vector16_neon.h"
+#endif
+
+namespace lowbit {
 
 #if defined(__AVX512F__)
 
@@ -100,6 +104,11 @@ inline Vector16 upper_bfloats(const std::uint16_t* pairs) {
     return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(pairs), mask))};
 }
 
+inline Vector16 load_bfloats(const std::uint16_t* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+}
+
 inline float first_lane(Vector16 x) { return _mm512_cvtss_f32(x.lanes); }
 
 inline float reduce_add(Vector16 x) {
@@ -115,7 +124,7 @@ inline float reduce_max(Vector16 x) {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-#else  // AVX2 and FMA
+#elif defined(__AVX2__)
 
 struct Vector16 {
     __m256 low, high;
@@ -247,6 +256,14 @@ inline Vector16 upper_bfloats(const std::uint16_t* pairs) {
         return _mm256_castsi256_ps(_mm256_and_si256(words, mask));
     };
     return {half(pairs), half(pairs + 16)};
+}
+
+inline Vector16 load_bfloats(const std::uint16_t* from) {
+    const auto half = [](const std::uint16_t* eight) {
+        const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(eight));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    };
+    return {half(from), half(from + 8)};
 }
 
 inline float first_lane(Vector16 x) { return _mm256_cvtss_f32(x.low); }

@@ -1,4 +1,4 @@
-"""cpu_blocks: weights of 1- to 8-bit codes with scales for each 8, 16, 32 … columns, on AVX2 and AVX-512.
+"""cpu_blocks: weights of 1- to 8-bit codes, a scale for each 8, 16, 32 … columns, on AVX2, AVX-512 and NEON.
 
 Takes any canonical scheme whose code values are exact in bfloat16 (integers, small floats, iq4_nl), but for
 a factor that all share (bitsandbytes' fp4: 1/192) and scales take over, and all GGUF blocks: K-quants and

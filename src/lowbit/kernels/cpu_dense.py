@@ -1,4 +1,4 @@
-"""cpu_dense: f32, f16 and bf16 weights on AVX2 and AVX-512, in the same tiles as the quantized ones.
+"""cpu_dense: f32, f16 and bf16 weights on AVX2, AVX-512 and NEON, in the same tiles as the quantized ones.
 
 bf16 weights meet a bf16-rounded input; f32 and f16 weights meet the input as it is, in float32.
 """

@@ -1,8 +1,9 @@
 """The native library: which instruction set this CPU has, and the shared library built for it.
 
-One library for each of ``amx``, ``avx512`` (with VNNI, BF16 and VBMI) and ``avx2`` (with FMA and F16C), all
-from the same sources (csrc/), behind one plain C ABI. The best one the CPU has is loaded on first use;
-``LOWBIT_ISA`` names another (``scalar``: none, everything runs on torch). Tensors pass as addresses.
+One library for each of ``amx``, ``avx512`` (with VNNI, BF16 and VBMI) and ``avx2`` (with FMA and F16C), on
+ARM for each of ``neon_bf16`` and ``neon`` (ARMv8.2 with dot products), all from the same sources (csrc/),
+behind one plain C ABI. The best one the CPU has is loaded on first use; ``LOWBIT_ISA`` names another
+(``scalar``: none, everything runs on torch). Tensors pass as addresses.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -17,16 +19,25 @@ from pathlib import Path
 
 from lowbit.errors import LowbitError
 
-INSTRUCTION_SETS = ("amx", "avx512", "avx2")  # best first
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "neon_bf16", "neon")  # best first
 _NEEDED_FLAGS = {
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
     "avx512": {
         *("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
         *("avx512_vnni", "avx512_bf16", "avx512vbmi"),
     },
+    "neon": {"asimddp", "asimdrdm", "atomics"},
+    "neon_bf16": {"asimddp", "asimdrdm", "atomics", "bf16"},
 }
 _NEEDED_FLAGS["amx"] = _NEEDED_FLAGS["avx512"] | {"amx_tile", "amx_bf16", "amx_int8"}
 _NEEDED_FLAGS["amx_emulated"] = _NEEDED_FLAGS["avx512"]  # AMX code with tiles in plain C++, for tests
+# An ARM CPU's features: Linux's name, its place in the auxiliary vector (entry, bit), macOS's name.
+_ARM_FEATURES = {
+    "asimddp": (16, 20, "FEAT_DotProd"),
+    "asimdrdm": (16, 12, "FEAT_RDM"),
+    "atomics": (16, 8, "FEAT_LSE"),
+    "bf16": (26, 14, "FEAT_BF16"),
+}
 
 _SYSCALL_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
@@ -34,6 +45,8 @@ _SYSCALL_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 @cache
 def cpu_flags() -> frozenset[str]:
     """The features the kernel reports for this CPU; it leaves out those whose registers it does not save."""
+    if _on_arm():
+        return frozenset(name for name in _ARM_FEATURES if _arm_has(name))
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -42,6 +55,24 @@ def cpu_flags() -> frozenset[str]:
         if line.startswith("flags"):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
+
+
+def _on_arm() -> bool:
+    return platform.machine() in ("aarch64", "arm64")
+
+
+def _arm_has(feature: str) -> bool:
+    entry, bit, name = _ARM_FEATURES[feature]
+    libc = ctypes.CDLL(None)
+    if sys.platform == "darwin":
+        value, size = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+        failed = libc.sysctlbyname(
+            f"hw.optional.arm.{name}".encode(),
+            *(ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)),
+        )
+        return failed == 0 and value.value != 0
+    libc.getauxval.argtypes, libc.getauxval.restype = (ctypes.c_ulong,), ctypes.c_ulong
+    return bool(libc.getauxval(entry) >> bit & 1)
 
 
 def has(isa: str) -> bool:
@@ -152,6 +183,7 @@ def describe() -> str:
         return f"native kernels: {chosen}, {threads()} threads"
     if os.environ.get("LOWBIT_ISA") == "scalar":
         return "native kernels: none (LOWBIT_ISA=scalar); running on torch"
-    if not has("avx2"):
-        return "native kernels: none for this CPU (no AVX2); running on torch, much slower"
+    if not has("neon" if _on_arm() else "avx2"):
+        missing = "ARMv8.2 dot products" if _on_arm() else "AVX2"
+        return f"native kernels: none for this CPU (no {missing}); running on torch, much slower"
     return "native kernels: not built (no C++ compiler at installation); running on torch, much slower"

@@ -176,9 +176,15 @@ def machine(device: torch.device, version: str, threads: int | None = None) -> s
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        facts = {
+            name.strip(): value.strip()
+            for name, _, value in (line.partition(":") for line in first.splitlines())
+        }
+        if "model name" in facts:
+            return facts["model name"]
+        if "CPU part" in facts:  # ARM says no name
+            return f"ARM implementer {facts.get('CPU implementer')} part {facts['CPU part']}"
     return "unknown CPU"
 
 
