@@ -418,8 +418,8 @@ class CpuBlocks:
         described = _describe(native, shape)
         if isinstance(described, str):
             return described
-        # Padding to whole tiles is not growth of the layout, nor is a scale for each row where all have one, as
-        # neighbours that were fused have it: judge a weight of whole tiles and rows.
+        # Padding to whole tiles is not growth of the layout, nor is a scale for each row where all have one
+        # (as neighbours that were fused have it): judge a weight of whole tiles and rows.
         tall = (-(-shape[0] // 16) * 16, -(-shape[1] // COLUMNS) * COLUMNS)
         rows = replace(scheme, blocks=tuple((height or 1, width) for height, width in scheme.blocks))
         own = rows.bits_per_weight(tall) * tall[0] * tall[1] / 8
