@@ -93,7 +93,7 @@ class EngineTarget:
     """The engine in this process."""
 
     def __init__(self, model: str, threads: int | None, activations: str = "none") -> None:
-        from lowbit.engine.engine import load_engine
+        from lowbit.engine.load import load_engine
         from lowbit.settings import Settings
 
         settings = Settings(model=model, threads=threads, activation_quantization=activations)

@@ -61,7 +61,7 @@ class LLM:
         **options: object,
     ) -> None:
         from lowbit.checkpoint import open_checkpoint
-        from lowbit.engine.engine import load_engine
+        from lowbit.engine.load import load_engine
         from lowbit.tokenization import load_chat_template, load_generation_config, load_tokenizer
 
         self.settings = model if isinstance(model, Settings) else Settings(model=model, **options)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import pytest
 from checkpoint.tiny import write_folder, write_gguf_file
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.quality import Quality, read_quality
-from lowbit.engine.engine import load_engine
+from lowbit.engine.load import load_engine
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings
 

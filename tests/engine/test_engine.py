@@ -487,7 +487,7 @@ def test_a_tokenizer_that_fails_ends_loading_at_once(
 ) -> None:
     """It is read while weights are packed."""
     from lowbit import tokenization
-    from lowbit.engine import engine as engine_module
+    from lowbit.engine import load as load_module
 
     failed = threading.Event()
     modules = 0
@@ -504,5 +504,5 @@ def test_a_tokenizer_that_fails_ends_loading_at_once(
 
     monkeypatch.setattr(tokenization, "load_tokenizer", fails)
     with pytest.raises(LowbitError, match="no usable tokenizer"):
-        engine_module.load_engine(Settings(model=str(embedded_path), device="cpu"), progress)
+        load_module.load_engine(Settings(model=str(embedded_path), device="cpu"), progress)
     assert modules < 20, "of 211"

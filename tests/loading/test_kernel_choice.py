@@ -16,7 +16,7 @@ from loading.test_online import PROMPT, make
 from lowbit.checkpoint import open_checkpoint
 from lowbit.cli import main
 from lowbit.engine import speed
-from lowbit.engine.engine import load_engine
+from lowbit.engine.load import load_engine
 from lowbit.errors import LowbitError
 from lowbit.kernels import native, timing
 from lowbit.kernels.timing import LayerSample, Seconds, TimingTable

@@ -73,7 +73,7 @@ def test_aliases_that_fit_the_checkpoint(fixture: str, accepted: str, refused: s
 def test_strict_reaches_the_reader(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """From the settings of a server, and from lowbit inspect."""
     from lowbit.cli import main
-    from lowbit.engine.engine import load_engine
+    from lowbit.engine.load import load_engine
     from lowbit.settings import Settings
 
     folder = Path(shutil.copytree(FIXTURES / "modelopt" / "fp8", tmp_path / "m"))

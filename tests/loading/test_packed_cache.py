@@ -21,7 +21,7 @@ from forward_helpers import prompt_logits
 from loading.test_online import PROMPT, make
 from lowbit import loading
 from lowbit.checkpoint import open_checkpoint
-from lowbit.engine.engine import load_engine
+from lowbit.engine.load import load_engine
 from lowbit.engine.memory import pool_pages
 from lowbit.kernels import device_memory
 from lowbit.kernels.activation_quant import InputTransform

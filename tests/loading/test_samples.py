@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, MixtralForCausalLM
 from loading.test_online import make
 from lowbit.checkpoint import open_checkpoint
 from lowbit.engine import speed
-from lowbit.engine.engine import load_engine
+from lowbit.engine.load import load_engine
 from lowbit.errors import LowbitError
 from lowbit.kernels import timing
 from lowbit.kernels.timing import LayerSample, Seconds, TimingTable

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
-from lowbit.engine.engine import load_engine
+from lowbit.engine.load import load_engine
 from lowbit.errors import LowbitError
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.loading import load_model, plan_model

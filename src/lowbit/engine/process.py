@@ -257,7 +257,7 @@ def build_engine(
     settings: Settings, on_progress: Callable[[int, int, str], None]
 ) -> tuple[EngineLike, EngineReady]:
     """Load the model and set up its engine: everything that needs torch."""
-    from lowbit.engine.engine import load_engine
+    from lowbit.engine.load import load_engine
 
     show_log(settings.log_level)
     engine = load_engine(settings, on_progress=on_progress, serving=True)
@@ -330,7 +330,7 @@ def import_engine() -> None:
     tenth of the time of importing it, and once more whenever it looks at all objects.
     """
     gc.disable()
-    for name in ("lowbit.engine.engine", "lowbit.engine.speed", "lowbit.loading", "lowbit.tokenization"):
+    for name in ("lowbit.engine.load", "lowbit.engine.speed", "lowbit.loading", "lowbit.tokenization"):
         importlib.import_module(name)
     gc.freeze()
     gc.enable()
