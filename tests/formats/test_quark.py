@@ -73,7 +73,7 @@ def test_every_tensor_has_a_use(folder: Path) -> None:
 
 def test_patterns_of_layers() -> None:
     module = "model.layers.0.self_attn.q_proj"
-    assert str(read(case("uint4_g32"), module, (64, 64)).weight.scheme) == "uint4 1x64 bf16 asym"
+    assert str(read(case("uint4_g32"), module, (64, 64)).weight.scheme) == "uint4 1xall bf16 asym"
     module = "model.layers.0.mlp.down_proj"
     assert str(read(case("uint4_g32"), module, (64, 32)).weight.scheme) == "int8 1xall bf16"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -191,16 +192,17 @@ def test_a_kernel_that_refuses(rule: str, message: str, folder: Path) -> None:
     assert caught.value.exit_code == 4
 
 
-def test_a_bare_name_that_refuses(tmp_path: Path) -> None:
-    make(tmp_path, intermediate_size=80)
+def test_a_bare_name_that_refuses(folder: Path) -> None:
     with pytest.raises(LowbitError) as caught:
-        load(tmp_path, quantization="int8", linear_kernel="cpu_blocks")
-    assert caught.value.message == (
-        "model.layers.0.mlp.down_proj: --linear-kernel cpu_blocks: cpu_blocks cannot run uint8 1x16 f16 asym "
-        "(128 x 80): needs in % 32 == 0, got 80; "
-        "use --linear-kernel cpu_blocks,model.layers.0.mlp.down_proj=auto, or auto"
+        load(folder, quantization="int5:group_size=8", linear_kernel="cpu_blocks")
+    assert re.fullmatch(
+        r"(model\.layers\.0\.self_attn\.\w+): --linear-kernel cpu_blocks: cpu_blocks cannot run uint5 1x8 f16 "
+        r"asym \(\d+ x 128\): needs groups of 8, 16 or a multiple of 32, got 8 of uint5; "
+        r"use --linear-kernel cpu_blocks,\1=auto, or auto",
+        caught.value.message,
     )
-    load(tmp_path, quantization="int8", linear_kernel="cpu_blocks,down_proj=auto")
+    others = ",".join(f"{name}_proj=auto" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+    load(folder, quantization="int5:group_size=8", linear_kernel=f"cpu_blocks,{others}")
 
 
 def test_the_table_decides(

@@ -510,7 +510,7 @@ class Quark:
             )
         grid = (out // rows, columns // size)
         turned = spec.qscheme == "per_group" and spec.dtype in _INTEGERS
-        return (rows, size), grid[::-1] if turned else grid
+        return (rows, 0 if turned and size == columns else size), grid[::-1] if turned else grid
 
     def _scale_entry(self, module: StoredModule, rule: Rule, what: str) -> TensorEntry:
         spec = rule.weight

@@ -41,8 +41,13 @@ class Reference:
         return False
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
-        """The scheme's own bytes."""
-        return round(scheme.bits_per_weight(shape) * shape[-2] * shape[-1] / 8)
+        """The scheme's own bytes, but that every zero point of whole numbers takes one."""
+        own = scheme.bits_per_weight(shape) * shape[-2] * shape[-1] / 8
+        if scheme.zero == "integer":
+            rows, columns = scheme.blocks[0]
+            blocks = -(-shape[-2] // (rows or shape[-2])) * -(-shape[-1] // (columns or shape[-1]))
+            own += blocks * (1 - scheme.weight.bits / 8)
+        return round(own)
 
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Never: nothing here multiplies whole numbers."""
