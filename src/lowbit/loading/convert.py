@@ -74,7 +74,7 @@ def convert(
     source = SourceModel(header, strict=strict)
     if form == "gguf":
         require_gguf()
-    work = _Work(source, form, dtype, requantize)
+    work = Work(source, form, dtype, requantize)
     with TensorData(header) as data:
         work.settle(data)
     done = Conversion(out, form, work.dtype, len(source.modules), notes=work.notes(), method=work.method)
@@ -149,7 +149,7 @@ def convert(
     return done
 
 
-class _Work:
+class Work:
     """A source, the writer for all of it, and what becomes of each module."""
 
     def __init__(self, source: SourceModel, form: str, dtype: str | None, requantize: str | None) -> None:
@@ -294,7 +294,7 @@ class _Work:
 
 
 def _parts(
-    work: _Work, data: TensorData, known: Collection[str], on_progress: Progress | None
+    work: Work, data: TensorData, known: Collection[str], on_progress: Progress | None
 ) -> Iterator[Part]:
     done, total = 0, sum(part.nbytes for part in work.source.parts)
     for part in work.source.parts:
