@@ -79,8 +79,8 @@ def section() -> list[str]:
         "",
         "`lowbit convert A --format F --out B` writes F where it can hold the very numbers of A, and refuses "
         "otherwise, or with `--requantize` says how far they went. Here: of the fixtures of a format (rows), "
-        "how many another (columns) holds bit for bit. `dense` holds all of them in float32. A column that is "
-        "not there has no writer.",
+        "how many another (columns) holds bit for bit. `dense` holds all of them in float32. A column that "
+        "is not there has no writer.",
         "",
         "| from | fixtures | " + " | ".join(f"`{form}`" for form in TARGETS) + " |",
         "| --- " * (len(TARGETS) + 2) + "|",
