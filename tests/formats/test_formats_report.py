@@ -54,7 +54,7 @@ def group(report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 kind = torch.float16
             tensors = {"a": numbers, "b": torch.ones(3, dtype=kind), f"c{name}": torch.ones(1)}
             save_file(tensors, folder / "model.safetensors")
-            config = {"bits": 4, "version": 2 if kind == torch.float16 else 1}
+            config = {"bits": 4, "version": 2 if kind == torch.float16 else 1, "transformers_version": place}
             (folder / "config.json").write_text(json.dumps(config))
             about = {"tool": "torch", "version": "0.1", "script": "make_it.py"}
             (folder / "about.json").write_text(json.dumps(about))

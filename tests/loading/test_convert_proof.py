@@ -23,8 +23,12 @@ from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
 from lowbit.formats.compressed_tensors_writer import CompressedTensorsWriter
 from lowbit.loading.convert import Conversion, convert, summary
+from lowbit.loading.opened import Opened
+from lowbit.loading.quantizing import Quantizing
 from lowbit.loading.source_modules import SourceModel
 from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.quantize.calibration import Calibration
+from lowbit.quantize.recipe import Asked
 
 GPTQ = FIXTURES / "gptq" / "w4_sym"
 SHARD = 3000  # bytes: the fixture becomes a handful of shards
@@ -283,6 +287,59 @@ def test_requantized(name: str, form: str, method: str, key: str, tmp_path: Path
                 assert 0 < entry["largest_relative_error"] <= 1
     changed = [line for line in summary(done) if "largest error" in line]
     assert len(changed) == len(done.errors) and bool(changed) == bool(key)
+
+
+def test_one_gguf_file(tmp_path: Path) -> None:
+    """Its certificate lies beside it, and lowbit check compares the file with it."""
+    families = FIXTURES / "gguf_families"
+    convert(open_checkpoint(str(families / "llama.gguf")), "dense", tmp_path / "folder")
+    out = tmp_path / "made" / "out.gguf"
+    done = convert(open_checkpoint(str(tmp_path / "folder")), "gguf", out, requantize="gguf:type=q8_0")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.gguf", f"out.gguf.{CERTIFICATE}"]
+    told = json.loads(out.with_name(f"out.gguf.{CERTIFICATE}").read_text())
+    assert told["result"]["files"]["out.gguf"]["bytes"] == done.nbytes == out.stat().st_size
+    assert done.errors and all(0 < relative < 2**-6 for _, relative in done.errors.values())
+    assert "D006" not in [finding.rule for finding in examine(out, canary=False).report.findings]
+    data = bytearray(out.read_bytes())
+    data[-1] ^= 1
+    out.write_bytes(data)
+    assert "D006" in [finding.rule for finding in examine(out, canary=False).report.findings]
+
+
+def test_what_cannot_be_a_certificate(tmp_path: Path) -> None:
+    convert(open_checkpoint(str(GPTQ)), "dense", tmp_path / "out")
+    for text in ("{}", '{"result": {"files": {"../x": {"sha256": "0"}}}}', '{"result": {"files": {"x": 1}}}'):
+        (tmp_path / "out" / CERTIFICATE).write_text(text)
+        found = [one for one in examine(tmp_path / "out", canary=False).report.findings if one.rule == "D001"]
+        assert CERTIFICATE in found[0].message
+
+
+def test_quantizing_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--save-quantized of a method without calibration: the bytes of an undisturbed run."""
+    convert(open_checkpoint(str(GPTQ)), "dense", tmp_path / "float")
+
+    def write(out: Path, method: str = "rtn") -> None:
+        header = open_checkpoint(str(tmp_path / "float"))
+        opened = Opened.of(header, Asked(method), False)
+        assert opened.recipe is not None
+        Quantizing(opened, opened.recipe, Calibration()).write(out, shard_bytes=SHARD)
+
+    write(tmp_path / "whole")
+    real = ShardedWriter._settle
+
+    def settle(self: ShardedWriter, one: object) -> None:
+        real(self, one)
+        if self._told == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedWriter, "_settle", settle)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "out")
+    with pytest.raises(LowbitError, match="another --quantization"):
+        write(tmp_path / "out", "int8")
+    write(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_requantize_refusals(tmp_path: Path) -> None:

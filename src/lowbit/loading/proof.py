@@ -89,7 +89,10 @@ class Numbers:
 
 
 def compare(source: Numbers, result: Numbers) -> Comparison:
-    """Both digests, and how far apart the numbers are."""
+    """Both digests, and how far apart the numbers are. A row of zeros that are none any more is off by 1."""
+    if result.weight is source.weight and source.multiplier is result.multiplier is result.dtype is None:
+        digest = source.sha256()
+        return Comparison(digest, digest, 0.0, 0.0)
     before, after = hashlib.sha256(), hashlib.sha256()
     largest = relative = 0.0
     step = math.lcm(source.step, result.step)
@@ -98,7 +101,8 @@ def compare(source: Numbers, result: Numbers) -> Comparison:
         after.update(b.contiguous().numpy().data)
         far = (a - b).abs().amax(-1)
         largest = max(largest, float(far.max()))
-        relative = max(relative, float((far / a.abs().amax(-1).clamp(min=torch.finfo(a.dtype).tiny)).max()))
+        row = a.abs().amax(-1)
+        relative = max(relative, float(torch.where(row > 0, far / row, (far > 0).float()).max()))
     return Comparison(before.hexdigest(), after.hexdigest(), largest, relative)
 
 

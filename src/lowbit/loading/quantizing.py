@@ -16,6 +16,7 @@ from pathlib import Path
 from lowbit.checkpoint.embedded import cache_directory
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.journal import Journal
+from lowbit.checkpoint.safetensors_writer import SHARD_BYTES
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
@@ -142,7 +143,14 @@ class Quantizing:
             reason = reason or kind.refuses_module(module.target)
         return None if reason is None else f"{module.target.name}: {reason}"
 
-    def write(self, out: Path, *, force: bool = False, on_progress: Progress | None = None) -> Path:
+    def write(
+        self,
+        out: Path,
+        *,
+        force: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        on_progress: Progress | None = None,
+    ) -> Path:
         """Quantize into ``out``, which appears complete or not at all; the path to open."""
         writer = self.writer()
         if writer.name == "gguf":
@@ -159,6 +167,7 @@ class Quantizing:
                 nbytes=planned_nbytes(schemes) + vectors,
                 tensors=6 * len(self.modules) + len(self.source.parts),
                 force=force,
+                shard_bytes=shard_bytes,
                 # Calibration starts at the first block again: what it gives comes in one run or not at all.
                 journal=None if self.calibrated is not None else Journal(self._depends_on(writer)),
             )
