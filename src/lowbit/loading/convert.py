@@ -241,7 +241,7 @@ class Work:
         multiplier = None if read.input is None else read.input.multiplier
         if dense_writer:
             made = read
-            after = Numbers(read.weight, multiplier, self.dtype)
+            after = Numbers(read.weight, multiplier, self.dtype if self.rounds else None)
         elif planned.decision is not None and self.anew is not None:
             made = self.anew.made(read, planned.decision)
             after = Numbers(made.weight)
