@@ -9,13 +9,14 @@ TORCH_FLAGS ?=
 PYTEST_FLAGS ?=
 SERVE_FLAGS ?=
 BENCH_FLAGS ?=
+REPORT_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 NATIVE := $(wildcard CMakeLists.txt) $(shell find src/lowbit/csrc cmake -type f 2>/dev/null)
 
-.PHONY: install serve test test-quick test-all cross-check lint format docs bench bench-cpu clean
+.PHONY: install serve test test-quick test-all cross-check lint format docs formats-report bench bench-cpu clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -79,6 +80,11 @@ docs: install
 	@$(BIN)/python -m lowbit.settings_docs > docs/options.md
 	@$(BIN)/python -c "from lowbit.doctor import rules_page; print(rules_page(), end='')" > docs/check.md
 	@PYTHONPATH=tests $(BIN)/python tests/formats/formats_page.py > docs/formats.md
+
+# Every fixture made anew by the tools that are installed, beside what is stored; nothing is touched. Further words
+# (fixture folders, --source TOOL=DIR, --write): REPORT_FLAGS.
+formats-report: install
+	@$(BIN)/python tests/fixtures/making/report.py $(REPORT_FLAGS)
 
 bench: install
 	@$(BIN)/python benchmarks/ready.py

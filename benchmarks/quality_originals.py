@@ -69,7 +69,7 @@ def write_dithered(header: CheckpointHeader, out: Path, seed: int = SEED) -> Non
             out,
             header,
             source.hf_config(data),
-            _dithered_parts(source, data, torch.Generator().manual_seed(seed), writer),
+            lambda known: _dithered_parts(source, data, torch.Generator().manual_seed(seed), writer),
             writer,
             nbytes=nbytes,
             tensors=2 * len(source.parts),

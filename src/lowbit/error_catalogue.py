@@ -335,6 +335,12 @@ CATALOGUE: dict[str, Entry] = {
         "The folder a command writes into, OUT.partial, is locked by another lowbit that is at work.",
         "Wait for it, or name another place.",
     ),
+    "E0304": Entry(
+        "an unfinished output of another run is there",
+        "OUT.partial holds shards that a run which was broken off finished. They can be gone on with only if "
+        "the source, the options and lowbit are what they were; the message says what differs.",
+        "Run the command as it was, or delete OUT.partial and begin anew.",
+    ),
     "E0401": Entry(
         "the model is quantized in another way",
         "--quantization names a method other than the one the checkpoint's own config names. A quantized "
@@ -429,9 +435,10 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0450": Entry(
         "the format cannot hold these numbers",
-        "Converting never changes a weight. A format that has no way to say exactly what the checkpoint says "
-        "(another group, zero points, offsets, inputs that are quantized otherwise) is refused.",
-        "Choose another format; --format dense holds everything. Or quantize the original model.",
+        "Converting does not change a weight unasked. A format that has no way to say exactly what the "
+        "checkpoint says (another group, zero points, offsets, inputs quantized otherwise) is refused.",
+        "Choose another format (docs/formats.md lists the pairs that lose nothing; --format dense holds "
+        "everything), quantize the original model, or add --requantize and read how far the weights went.",
     ),
     "E0451": Entry(
         "a package for this format is not installed",
@@ -459,6 +466,11 @@ CATALOGUE: dict[str, Entry] = {
         "not enough disk",
         "The copy that was asked for is larger than what is free on its disk. Nothing was written.",
         "Free some space, or name a place on another disk.",
+    ),
+    "E0511": Entry(
+        "the disk is full on the way",
+        "The output does not fit on its disk. The shards that are finished stay in OUT.partial.",
+        "Free some space and run the same command: it goes on after the last finished shard.",
     ),
     "E0601": Entry(
         "no such revision",
@@ -538,6 +550,12 @@ CATALOGUE: dict[str, Entry] = {
         "A file of delayed scales (one scale and a history of amax for each layer) is not readable, or is of "
         "another model, another quantization or another history length.",
         "Save the states again with the model and settings you run, or start without them.",
+    ),
+    "E0707": Entry(
+        "a written checkpoint holds other numbers",
+        "What lowbit convert writes is read back by the format's own reader and compared with the source, "
+        "bit by bit, before it gets its name. Here something differs, and the output was not kept.",
+        _REPORT,
     ),
     "E0710": Entry(
         "the engine died while it loaded",

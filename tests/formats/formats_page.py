@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from formats.lossless import section
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats import all_formats, detect
@@ -94,6 +95,7 @@ def page() -> str:
             writers[fmt.name].writes if fmt.name in writers else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *section()]
     lines += ["", "## Recognised and refused", "", "| method | why, and what to do |", "| --- | --- |"]
     lines += [f"| `{method}` | {why} |" for method, why in sorted(REFUSED.items())]
     lines += [

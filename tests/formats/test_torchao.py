@@ -446,7 +446,14 @@ def test_the_tool_loads_mixed_kinds(tmp_path: Path) -> None:
         config = source.hf_config(data)
         out = tmp_path / "out"
         save_checkpoint(
-            out, source.header, config, parts, Writer(plan), nbytes=1 << 16, tensors=64, shard_bytes=4096
+            out,
+            source.header,
+            config,
+            lambda known: parts,
+            Writer(plan),
+            nbytes=1 << 16,
+            tensors=64,
+            shard_bytes=4096,
         )
     assert len(list(out.glob("model-*.safetensors"))) > 1
     model = LlamaForCausalLM.from_pretrained(out, device_map="cpu")

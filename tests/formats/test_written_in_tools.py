@@ -16,7 +16,9 @@ from torch import Tensor
 
 from formats.helpers import FIXTURES
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.loading.convert import convert
+from lowbit.loading.source_modules import SourceModel
 
 pytestmark = pytest.mark.slow
 
@@ -38,13 +40,11 @@ CASES = [
 ]
 
 
-def logits(folder: Path, **more: object) -> Tensor:
+def logits(folder: Path, dtype: torch.dtype = torch.float32, **more: object) -> Tensor:
     """Of a fixed prompt, in float32."""
     from transformers import AutoModelForCausalLM
 
-    model, told = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **more
-    )
+    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **more)
     assert not told["missing_keys"] and not told["unexpected_keys"], told
     with torch.no_grad():
         return model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])).logits.float()
@@ -73,6 +73,70 @@ def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
     # Some tools compute in 16 bits, or quantize inputs as the scheme says.
     assert (found - wanted).abs().max() <= 0.06 * wanted.abs().max()
     assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
+
+
+@pytest.mark.parametrize("name", ["fp8/block_128", "fp8/block_32_ue8m0", "fp8/tensor_static", "fp8/mxfp8"])
+def test_fp8_in_transformers(name: str, tmp_path: Path) -> None:
+    """Its own dequantizer gives what it gives for its own file."""
+    from transformers import FineGrainedFP8Config
+
+    convert(open_checkpoint(str(FIXTURES / name)), "fp8", tmp_path / "written")
+    told = {"dtype": torch.bfloat16, "quantization_config": FineGrainedFP8Config(dequantize=True)}
+    assert torch.equal(logits(tmp_path / "written", **told), logits(FIXTURES / name, **told))
+
+
+def test_mxfp4_in_transformers(tmp_path: Path) -> None:
+    """gpt-oss, its experts unpacked by transformers."""
+    from transformers import Mxfp4Config
+
+    folder = FIXTURES / "mxfp4" / "gpt_oss"
+    convert(open_checkpoint(str(folder)), "mxfp4", tmp_path / "written")
+    plain = Mxfp4Config(dequantize=True)
+    found = logits(tmp_path / "written", quantization_config=plain)
+    assert torch.equal(found, logits(folder, quantization_config=plain))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fbgemm's layers need a GPU")
+def test_fp8_a_row_in_transformers(tmp_path: Path) -> None:
+    """FP8 with scales a row, as fbgemm_fp8, beside the plain model."""
+    pytest.importorskip("fbgemm_gpu", reason="fbgemm_gpu is not installed")
+    header = open_checkpoint(str(FIXTURES / "compressed_tensors" / "fp8_channel_dynamic"))
+    convert(header, "fp8", tmp_path / "written")
+    convert(header, "dense", tmp_path / "dense")
+    found = logits(tmp_path / "written", device_map="cuda")
+    assert torch.nn.functional.cosine_similarity(found, logits(tmp_path / "dense"), -1).min() > 0.995
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "compressed_tensors/fp8_tensor_static",
+        "compressed_tensors/fp8_channel_dynamic",
+        "auto_round/nvfp4",
+        "modelopt/nvfp4",
+        "modelopt/mxfp8",
+        "modelopt/w4a8_mxfp4_fp8",
+        "modelopt/int8_sq",
+    ],
+)
+def test_modelopt_s_own_tensors(name: str, tmp_path: Path) -> None:
+    """ModelOpt loads no exported checkpoint; its quantized tensors dequantize what is written."""
+    pytest.importorskip("modelopt.torch", reason="nvidia-modelopt is not installed")
+    import sys
+
+    from safetensors.torch import load_file
+
+    sys.path += [str(FIXTURES / "modelopt"), str(FIXTURES / "making")]
+    from make_modelopt import dequantized
+
+    header = open_checkpoint(str(FIXTURES / name))
+    convert(header, "modelopt", tmp_path / "out")
+    source, tensors = SourceModel(header), load_file(tmp_path / "out" / "model.safetensors")
+    with TensorData(header) as data:
+        for module in source.modules:
+            if not module.scheme.is_dense:
+                exact = source.read(module, data).weight.dequantize()
+                assert torch.equal(dequantized(tensors, module.target.stored), exact), module.target.name
 
 
 def test_gguf_in_transformers(tmp_path: Path) -> None:

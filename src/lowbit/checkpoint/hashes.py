@@ -1,7 +1,8 @@
 """Hash manifests: what is known of a checkpoint's files from outside, so that one flipped bit is seen.
 
-Two kinds are understood: a ``SHA256SUMS`` file in the folder (as ``sha256sum`` writes and checks it), and the
-hub's own cache, where a large file is a link to a blob named by its SHA-256.
+Three kinds are understood: a ``SHA256SUMS`` file in the folder (as ``sha256sum`` writes and checks it), the
+hub's own cache, where a large file is a link to a blob named by its SHA-256, and the certificate that
+``lowbit convert`` leaves beside what it wrote.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from lowbit.checkpoint.documents import read_text
+from lowbit.checkpoint.documents import read_json, read_text
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 
 MANIFEST = "SHA256SUMS"
+CERTIFICATE = "lowbit-conversion.json"
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _BLOB = re.compile(r"[0-9a-f]{64}")
 _PIECE = 8 << 20
@@ -26,6 +28,7 @@ def expected_hashes(header: CheckpointHeader) -> dict[Path, str]:
     folder = header.folder
     files = {entry.file for entry in header.tensors.values()}
     found = {file: blob for file in files if (blob := _blob_name(file)) is not None}
+    found |= _certified(header)
     text = read_text(header, MANIFEST)
     for number, line in enumerate((text or "").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
@@ -41,6 +44,23 @@ def expected_hashes(header: CheckpointHeader) -> dict[Path, str]:
                 "E0208", f"{MANIFEST} names {printable(name)!r} outside the model directory; refused"
             )
         found[folder / name] = match[1].lower()
+    return found
+
+
+def _certified(header: CheckpointHeader) -> dict[Path, str]:
+    """What the certificate says of the files beside it, or of the GGUF file it is named after."""
+    name = f"{header.root.name}.{CERTIFICATE}" if header.container == "gguf" else CERTIFICATE
+    values = read_json(header.folder, name)
+    result = None if values is None else values.get("result")
+    files = result.get("files") if isinstance(result, dict) else None
+    if values is not None and not isinstance(files, dict):
+        raise LowbitError("E0227", f"{name} does not say which files it is of; make it anew, or delete it")
+    found = {}
+    for file, told in (files or {}).items():
+        digest = told.get("sha256") if isinstance(told, dict) else None
+        if "/" in file or file in ("..", ".") or not isinstance(digest, str):
+            raise LowbitError("E0227", f"{name}: no SHA-256 of a file beside it: {printable(file, 60)!r}")
+        found[header.folder / file] = digest.lower()
     return found
 
 

@@ -4,7 +4,8 @@
     OUT            the same folder renamed, its parent synced
 
 A run that was broken off leaves ``OUT.partial`` behind, with the mark of its writer in it; the next run
-clears it away. Something of that name without the mark is somebody else's and is not touched.
+clears it away, but for shards that a ``Journal`` says are finished. Something of that name without the mark
+is somebody else's and is not touched.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowbit.checkpoint.journal import JOURNAL, Journal
 from lowbit.errors import LowbitError, printable, thousands
 
 MARK = "lowbit-writes-here.json"
 
 
 @contextmanager
-def output_folder(out: Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
+def output_folder(
+    out: Path, *, force: bool = False, source: Path | None = None, journal: Journal | None = None
+) -> Iterator[Path]:
     """The folder to write into; leaving it without an error gives it the name ``out``.
 
     ``force``: a checkpoint that is there is replaced. ``source``: what is being read, never replaced.
+    ``journal``: finished shards outlive a run that is broken off (but not one that cannot succeed).
     """
     out = out.absolute()
     check_output(out, force=force, source=source)
@@ -37,18 +42,31 @@ def output_folder(out: Path, *, force: bool = False, source: Path | None = None)
         lock = _locked(partial)
     try:
         with explained(out):
-            _clear(partial)
+            _clear(partial, journal)
             yield partial
             sync_folder(partial)
             _give_name(partial, out, force)
+            (out / JOURNAL).unlink(missing_ok=True)
             (out / MARK).unlink()  # last: a folder that a broken run left must be known as such
     except _NotOursError:
         raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if journal is None or not journal.lines or not _may_succeed(error):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif isinstance(error, LowbitError) and error.code == "E0510":
+            raise LowbitError(
+                "E0511",
+                f"{printable(out)}: the disk is full; {len(journal.lines)} finished shards are kept. Free "
+                "some space and run the same command to go on",
+            ) from None
         raise
     finally:
         os.close(lock)
+
+
+def _may_succeed(error: BaseException) -> bool:
+    """Whether the same command may get further: it was stopped, or the system refused something."""
+    return not isinstance(error, LowbitError) or error.code in ("E0300", "E0301", "E0510")
 
 
 def check_output(out: Path, *, force: bool, source: Path | None) -> None:
@@ -125,14 +143,23 @@ def _writer(partial: Path) -> str:
         return "(unknown)"
 
 
-def _clear(partial: Path) -> None:
-    """Away with what a broken run left; E0302 where the folder is not such a one."""
+def _clear(partial: Path, journal: Journal | None = None) -> None:
+    """Away with what a broken run left unfinished; E0302 where the folder is not such a one."""
     left = [path for path in partial.iterdir() if path.name != MARK]
     if left and not (partial / MARK).is_file():
         raise _NotOursError(
             "E0302", f"{printable(partial)} is there already, and not from lowbit; move it away"
         )
+    kept = set()
+    if journal is not None:
+        try:
+            journal.open(partial)
+        except LowbitError as error:
+            raise _NotOursError(error.code, error.message) from None
+        kept = journal.kept
     for path in left:
+        if path.name in kept or not path.exists():
+            continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (partial / MARK).write_text(json.dumps({"pid": os.getpid()}))
 
@@ -169,7 +196,10 @@ def _give_name(partial: Path, out: Path, force: bool) -> None:
 
 @contextmanager
 def output_file(out: Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
-    """A path to write one file at, in a folder of its own; at the end it moves to ``out``."""
+    """A path to write one file at, in a folder of its own; at the end it moves to ``out``.
+
+    What was written beside it moves first.
+    """
     out = out.absolute()
     check_output(out, force=force, source=source)
     partial = out.with_name(out.name + ".partial")
@@ -183,6 +213,8 @@ def output_file(out: Path, *, force: bool = False, source: Path | None = None) -
             with open(partial / out.name, "rb") as file:
                 os.fsync(file.fileno())
             check_output(out, force=force, source=source)
+            for path in [path for path in partial.iterdir() if path.name not in (MARK, out.name)]:
+                os.replace(path, out.with_name(path.name))
             os.replace(partial / out.name, out)
             sync_folder(out.parent)
         shutil.rmtree(partial, ignore_errors=True)

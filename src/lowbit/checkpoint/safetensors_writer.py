@@ -5,7 +5,9 @@
 The format puts the header first and allows no holes, but what lies in a shard is only known at its end: room
 is left in front, filled up with blanks as the format allows. A tensor must lie at a multiple of its
 element's size, or others cannot view it: those of an odd number of bytes wait in memory for the shard's end,
-wide elements first. A stack of experts gets its place once and is filled slice by slice. No torch.
+wide elements first. A stack of experts gets its place once and is filled slice by slice. Shards that an
+earlier run finished are taken over: a tensor that lies in one is not written again, and all else goes where
+it would have gone. No torch.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import json
 import math
 import os
 import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowbit.checkpoint.safetensors_file import DTYPE_BITS, INDEX
+from lowbit.checkpoint.safetensors_file import DTYPE_BITS, INDEX, read_safetensors_header
 
 SHARD_BYTES = 4 << 30
 _ALIGNMENT = 8
@@ -46,6 +49,26 @@ class _Waiting:
     dtype: str
     shape: tuple[int, ...]
     data: bytearray
+
+
+class _Finished:
+    """A shard of an earlier run."""
+
+    complete = True
+    unfilled = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found, _ = read_safetensors_header(path)
+        begin = min((entry.start for entry in found.values()), default=0)
+        self.places = {
+            name: _Place(entry.dtype, entry.shape, entry.start - begin, entry.nbytes)
+            for name, entry in found.items()
+        }
+        self.end = sum(entry.nbytes for entry in found.values())
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class _Shard:
@@ -84,6 +107,9 @@ class _Shard:
             written = os.pwrite(self.file.fileno(), view[: 1 << 30], at)
             view, at = view[written:], at + written
 
+    def close(self) -> None:
+        self.file.close()
+
     def settle(self) -> None:
         """The waiting tensors, the header, and everything on the disk."""
         self.waiting.sort(key=lambda one: -DTYPE_BITS[one.dtype])
@@ -107,15 +133,19 @@ class ShardedWriter:
     """Tensors into ``folder``, a new shard after ``shard_bytes``; ``finish`` names the files.
 
     ``room``: bytes left for the tensors in a shard's header (``room_for``) and what ``describe`` adds;
-    ``metadata``, which every shard has, come on top.
+    ``metadata``, which every shard has, come on top. ``on_finished`` is told of each shard (its number from 0
+    and its file) once it and all before it are on the disk.
     """
 
     folder: Path
     shard_bytes: int = SHARD_BYTES
     room: int = 1 << 16
     metadata: dict[str, str] = field(default_factory=lambda: {"format": "pt"})
-    _shards: list[_Shard] = field(default_factory=list)
-    _owner: dict[str, _Shard] = field(default_factory=dict)
+    on_finished: Callable[[int, Path], None] | None = None
+    _shards: list[_Shard | _Finished] = field(default_factory=list)
+    _owner: dict[str, int] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
+    _told: int = 0
     _unfilled: dict[str, set[int]] = field(default_factory=dict)
     _described: dict[str, str] = field(default_factory=dict)
 
@@ -125,6 +155,19 @@ class ShardedWriter:
         wanted = _FRAME_BYTES + names * (_ENTRY_BYTES + longest)
         return min(1 << 20, max(_LEAST_ROOM, -(-wanted // 4096) * 4096))
 
+    def take_over(self, names: Iterable[str]) -> None:
+        """Shards in the folder that an earlier run finished, the first ones of all."""
+        for number, name in enumerate(names):
+            shard = _Finished(self.folder / name)
+            self._shards.append(shard)
+            self._owner.update(dict.fromkeys(shard.places, number))
+        self._taken = set(self._owner)
+        self._told = len(self._shards)
+
+    def shard_of(self, name: str) -> int:
+        """The number of the shard, from 0, that a tensor went into."""
+        return self._owner[name]
+
     def describe(self, metadata: dict[str, str]) -> None:
         """More ``__metadata__``, for the shard of the next tensor."""
         self._described |= metadata
@@ -133,6 +176,8 @@ class ShardedWriter:
         """One whole tensor, its bytes row-major and little-endian."""
         nbytes = memoryview(data).nbytes
         assert nbytes == _nbytes(dtype, shape), f"{name}: {nbytes} bytes for {dtype} {shape}"
+        if self._is_taken(name):
+            return
         shard = self._shard_for(name, nbytes)
         if nbytes % _ALIGNMENT:
             shard.waiting.append(_Waiting(name, dtype, shape, bytearray(data)))
@@ -145,9 +190,12 @@ class ShardedWriter:
         """Slice ``number`` of ``count`` along the first axis of a stack; ``shape`` is one slice's."""
         nbytes = memoryview(data).nbytes
         assert nbytes == _nbytes(dtype, shape), f"{name}: {nbytes} bytes for {dtype} {shape}"
+        if self._is_taken(name):
+            return
         if name not in self._owner:
             self._open_stack(name, dtype, (count, *shape))
-        shard = self._owner[name]
+        shard = self._shards[self._owner[name]]
+        assert isinstance(shard, _Shard), "finished shards have no open stacks"
         if name in shard.places:
             assert shard.places[name].shape == (count, *shape), f"{name}: slices differ"
             shard.pwrite(shard.places[name].begin + number * nbytes, data)
@@ -159,7 +207,20 @@ class ShardedWriter:
             del self._unfilled[name]
             shard.unfilled -= 1
             if shard is not self._shards[-1] and not shard.unfilled:
-                shard.settle()
+                self._settle(shard)
+
+    def _is_taken(self, name: str) -> bool:
+        """Whether an earlier run wrote it; what was described with it is there too."""
+        if name in self._taken:
+            self._described = {}
+        return name in self._taken
+
+    def _settle(self, shard: _Shard) -> None:
+        shard.settle()
+        while self._told < len(self._shards) and self._shards[self._told].complete:
+            if self.on_finished is not None:
+                self.on_finished(self._told, self._shards[self._told].path)
+            self._told += 1
 
     def _open_stack(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         nbytes = _nbytes(dtype, shape)
@@ -175,16 +236,17 @@ class ShardedWriter:
         assert name not in self._owner, f"{name} is written twice"
         needed = _ENTRY_BYTES + len(json.dumps(name))
         needed += len(json.dumps(self._described)) if self._described else 0
-        if not self._shards or not self._shards[-1].takes(needed, nbytes, self.shard_bytes):
-            if self._shards and not self._shards[-1].unfilled:
-                self._shards[-1].settle()
+        shard = self._shards[-1] if self._shards else None
+        if not isinstance(shard, _Shard) or not shard.takes(needed, nbytes, self.shard_bytes):
+            if isinstance(shard, _Shard) and not shard.unfilled:
+                self._settle(shard)
             path = self.folder / f"model-{len(self._shards) + 1:05}.safetensors.tmp"
-            self._shards.append(_Shard(path, self.room, self.metadata))
-        shard = self._shards[-1]
+            shard = _Shard(path, self.room, self.metadata)
+            self._shards.append(shard)
         shard.header_bytes += needed
         shard.metadata |= self._described
         self._described = {}
-        self._owner[name] = shard
+        self._owner[name] = len(self._shards) - 1
         return shard
 
     def finish(self) -> None:
@@ -192,9 +254,10 @@ class ShardedWriter:
         assert not self._unfilled, f"stacks without all their slices: {sorted(self._unfilled)}"
         weight_map: dict[str, str] = {}
         count = len(self._shards)
+        for shard in self._shards:
+            if isinstance(shard, _Shard) and not shard.complete:
+                self._settle(shard)
         for number, shard in enumerate(self._shards, 1):
-            if not shard.complete:
-                shard.settle()
             of = "" if count == 1 else f"-{number:05}-of-{count:05}"
             name = f"model{of}.safetensors"
             os.rename(shard.path, shard.path.with_name(name))
@@ -207,7 +270,7 @@ class ShardedWriter:
     def close(self) -> None:
         """Let go of the files, finished or not."""
         for shard in self._shards:
-            shard.file.close()
+            shard.close()
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -2,10 +2,14 @@
 
     lowbit convert smollm2 --format dense --out smollm2-float
     lowbit convert ./model-gptq --format compressed-tensors --out ./model-ct
+    lowbit convert ./model-fp8 --format gptq --requantize rtn:bits=8 --out ./model-int8
 
 ``dense`` is the model as plain floats, whatever it was: in the narrowest type that holds every weight
 exactly, or in ``--dtype``, and then the output says how far weights were rounded. Other formats are written
-where they can say exactly what the checkpoint says; quantizing a float model is not converting.
+where they can say exactly what the checkpoint says; what they cannot is refused, or with ``--requantize``
+quantized anew, and then the output says how far each module's numbers went. The result is read back and
+compared before it is there, and ``lowbit-conversion.json`` beside it says so. A run that was broken off goes
+on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -23,10 +27,17 @@ _DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 def add_arguments(parser: Parser) -> None:
-    """MODEL, --format, --out, --force, --json."""
+    """MODEL, --format, --out, --requantize, --force, --json."""
     add_model(parser)
     parser.add_argument("--format", metavar="FORMAT", help="dense, or a format that holds the same numbers")
     parser.add_argument("--out", metavar="DIR", help="folder to write; for gguf the file")
+    parser.add_argument(
+        "--requantize",
+        metavar="METHOD",
+        nargs="?",
+        const="",
+        help="quantize what the format cannot hold exactly, by this method or the format's usual one",
+    )
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
@@ -49,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.format,
             out,
             dtype=_DTYPES[settings.dtype],
+            requantize=arguments.requantize,
             force=arguments.force,
             strict=settings.strict,
             on_progress=on_progress,

@@ -13,6 +13,7 @@ from lowbit.checkpoint.documents import read_json
 from lowbit.checkpoint.folder import own_weights, read_folder_header
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.mistral_folder import has_mistral_names
+from lowbit.checkpoint.output_folder import MARK
 from lowbit.checkpoint.safetensors_file import INDEX, read_safetensors_header
 from lowbit.checkpoint.source import read_local
 from lowbit.doctor.correction import Correction
@@ -24,6 +25,16 @@ _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 def open_leniently(path: Path, report: Report, correction: Correction) -> CheckpointHeader | None:
     """The header of what can be read; None where that is nothing."""
+    if path.is_dir() and (path / MARK).is_file() and path.name.endswith(".partial"):
+        report.whole = False
+        name = path.name.removesuffix(".partial")
+        report.add(
+            "D007",
+            f"{printable(path.name)} is unfinished; give the command that writes {printable(name)} again "
+            "and it goes on, or delete the folder",
+            file=path.name,
+        )
+        return None
     try:
         if not path.is_dir() or _is_gguf_folder(path):
             return read_local(path)

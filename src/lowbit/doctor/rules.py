@@ -50,6 +50,12 @@ RULES: dict[str, Rule] = {
         "a file's hash is another",
         "SHA256SUMS in the folder, or the hub's cache, knows a SHA-256 the file does not have.",
     ),
+    "D007": Rule(
+        "error",
+        "an unfinished output",
+        "The folder is what a conversion that was broken off left: not all of it is there. The same command "
+        "goes on with it.",
+    ),
     "D101": Rule(
         "error",
         "missing tensor",

@@ -39,7 +39,7 @@ def exact_dtype(scheme: Scheme) -> str:
 
 
 class DenseWriter(CheckpointWriter):
-    """``dtype``: bf16, f16 or f32. ``rounding``: the largest relative change so far.
+    """``dtype``: bf16, f16 or f32.
 
     ``exact``: nothing may be rounded, as the type was chosen for the matrices; a bias of a wider type stays
     in it unless the narrower one says the same.
@@ -53,7 +53,11 @@ class DenseWriter(CheckpointWriter):
         super().__init__(schemes)
         self.dtype = dtype
         self.exact = exact
-        self.rounding = 0.0
+
+    @property
+    def rounding(self) -> float:
+        """The largest relative change so far."""
+        return self.learned.get("rounding", 0.0)
 
     @classmethod
     def refuses_to_write(cls, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -97,7 +101,7 @@ class DenseWriter(CheckpointWriter):
                 )
             # Of the number itself, but for those so small that float16 keeps no digits of them.
             step = (rounded.float() - exact).abs() / exact.abs().clamp(min=torch.finfo(wanted).tiny)
-            self.rounding = max(self.rounding, float(step.max()))
+            self.learned["rounding"] = max(self.rounding, float(step.max()))
         return rounded
 
     def _matrix(self, module: StoredModule, weight: QuantizedTensor, multiplier: Tensor | None) -> Tensor:

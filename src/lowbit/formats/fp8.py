@@ -117,6 +117,8 @@ class Fp8:
         self.upper_bound = (
             float(bound) if isinstance(bound, int | float) and not isinstance(bound, bool) else 0.0
         )
+        if self.upper_bound >= torch.finfo(torch.float32).max:  # no number is larger
+            self.upper_bound = 0.0
         fmt = values.get("fmt", "e4m3")
         if fmt not in ("e4m3", "e5m2", "float8_e4m3fn", None):
             raise LowbitError("E0212", f"{self.place}.fmt must be e4m3 or e5m2, found {printable(repr(fmt))}")

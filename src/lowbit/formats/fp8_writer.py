@@ -3,17 +3,19 @@
 The layouts are those of ``fp8`` and ``w8a8``:
 
     fp8              weight F8_E4M3, weight_scale_inv: one a block, or [1, 1]; static inputs: activation_scale
+    fbgemm_fp8       weight F8_E4M3, weight_scale [out, 1]: what ``fp8`` is called with scales a row
     w8a8_int8        weight I8,      weight_scale [out, 1]
     w8a8_fp8         weight F8_E4M3, weight_scale [out, 1]
     blockwise_int8   weight I8,      weight_scale_inv: one a block
 
 All quantize their inputs, each in one way only; a checkpoint has one block size and static or dynamic inputs
-throughout. Scales a row in ``fp8`` are left to compressed-tensors, whose float-quantized every tool reads.
+throughout. fbgemm bounds the size of inputs by ``activation_scale_ub``; the largest float32 is no bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -60,10 +62,10 @@ class _OneWay(CheckpointWriter):
 
 
 class Fp8Writer(_OneWay):
-    """transformers' ``fp8``."""
+    """transformers' ``fp8``, and ``fbgemm_fp8`` where scales are a row's."""
 
     name = "fp8"
-    writes = "blocks, per tensor (dynamic, static); ue8m0"
+    writes = "blocks, per tensor (dynamic, static), per channel (fbgemm_fp8); ue8m0"
 
     @classmethod
     def refuses_to_write(cls, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -73,13 +75,17 @@ class Fp8Writer(_OneWay):
         if scheme.weight.name != "e4m3" or len(scheme.blocks) != 1 or scheme.zero != "none":
             return f"weights are e4m3 with one level of scales, not {scheme}"
         rows, columns = scheme.blocks[0]
-        if scheme.blocks[0] != (0, 0) and (not rows or not columns):
-            return "scales are for blocks or the whole tensor; one a row is for compressed-tensors"
+        channel = (rows, columns) == (1, 0)
+        if scheme.blocks[0] != (0, 0) and not channel and (not rows or not columns):
+            return f"scales are for blocks, rows or the whole tensor, not as in {scheme}"
         if scheme.scales[0].name not in (*_FLOATS, "e8m0") or scheme.reordered or scheme.offset:
             return f"it has no layout for {scheme}"
         activation = scheme.activation
         if activation is None:
             return "its inputs stay as they are, and this format quantizes them; use compressed-tensors"
+        if channel:
+            bounded = replace(_dynamic("e4m3", 0, 448.0), upper_bound=activation.upper_bound)
+            return None if activation == bounded else f"inputs cannot be said to be {activation}"
         allowed = [ActivationScheme(number_format("e4m3"), (0, 0), "static")]
         for scale in ("f32", "e8m0"):
             if columns:
@@ -90,11 +96,20 @@ class Fp8Writer(_OneWay):
 
     def _inputs(self, scheme: Scheme) -> object:
         activation = scheme.activation
+        if scheme.blocks[0] == (1, 0):
+            return f"dynamic, beside scales a row, up to {activation.upper_bound if activation else 0:g}"
         return "static" if activation is not None and activation.mode == "static" else "dynamic"
+
+    @property
+    def _rows(self) -> Scheme | None:
+        """The scheme of its modules where scales are a row's: then that of all."""
+        return next((scheme for scheme in self.quantized().values() if scheme.blocks[0] == (1, 0)), None)
 
     def _pack(
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:
+        if self._rows is not None:
+            return {"weight": weight.codes.view(torch.float8_e4m3fn), "weight_scale": weight.scales[0]}
         single = weight.scheme.blocks[0] == (0, 0)
         if single and self.block and any(a > b for a, b in zip(module.shape, self.block, strict=True)):
             raise cannot(self.name, module, f"it has one scale, other modules blocks of {self.block}")
@@ -109,7 +124,15 @@ class Fp8Writer(_OneWay):
         return found
 
     def quantization_config(self) -> dict[str, object]:
-        """transformers' FineGrainedFP8Config."""
+        """transformers' FineGrainedFP8Config, or FbgemmFp8Config."""
+        if self._rows is not None:
+            activation = self._rows.activation
+            bound = (activation.upper_bound if activation else 0.0) or torch.finfo(torch.float32).max
+            return {
+                "quant_method": "fbgemm_fp8",
+                "activation_scale_ub": bound,
+                "modules_to_not_convert": self.left_alone(),
+            }
         schemes = list(self.quantized().values())
         static = any(self._inputs(scheme) == "static" for scheme in schemes)
         powers = any(scheme.activation and scheme.activation.scale.name == "e8m0" for scheme in schemes)

@@ -30,25 +30,38 @@ class CheckpointWriter:
 
     ``schemes``: of every module that will be written, by its stored name, plain ones included: what the
     config says, and what concerns the whole checkpoint (GPTQ's v1 or v2), follows from them. ``stacks``:
-    whether slices of stacked experts can be written; ``embeddings``: whether the tools read a quantized one.
+    whether slices of stacked experts can be written; ``embeddings``: whether the tools read a quantized one;
+    ``multiplies``: whether it has a place for a vector that inputs are multiplied by.
     """
 
     name: ClassVar[str]
     writes: ClassVar[str]  # for docs/formats.md
     stacks: ClassVar[bool] = False
     embeddings: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False
     described: ClassVar[int] = 0  # bytes a module takes in a file's header, beside four tensors' names
-    # Files the format has beside config.json; ``quantization_config`` goes into them as well.
+    # Files the format has beside config.json; ``file_config`` says what goes into them.
     config_files: ClassVar[tuple[str, ...]] = ()
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)  # where config.json says it
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         self.schemes = dict(schemes)
+        # What the modules written so far showed and headers do not: a run that goes on is told it again.
+        self.learned: dict[str, float] = {}
 
     @classmethod
     def refuses_to_write(cls, scheme: Scheme, shape: tuple[int, int]) -> str | None:
         """Why the format cannot hold such a module exactly; None: it can."""
         return None if scheme.is_dense else f"{cls.name} holds plain floats only"
+
+    @classmethod
+    def refuses_module(cls, module: StoredModule) -> str | None:
+        """Why the format cannot hold a quantized module in this place; None: it can."""
+        if module.expert is not None and not cls.stacks:
+            return "it is one of a stack of experts"
+        if module.name.rpartition(".")[2] in EMBEDDINGS and not cls.embeddings:
+            return "it is an embedding"
+        return None
 
     def write(
         self,
@@ -66,7 +79,7 @@ class CheckpointWriter:
             found = {"weight": _plain(module, weight)}
         else:
             self._check(planned, module)
-            if input is not None and input.multiplier is not None:
+            if input is not None and input.multiplier is not None and not self.multiplies:
                 raise cannot(self.name, module, "its input is multiplied by a vector before the product")
             found = self._pack(module, as_planned(weight, planned, module), input)
         if bias is not None:
@@ -85,10 +98,14 @@ class CheckpointWriter:
         """What config.json says under ``config_keys``; None: nothing."""
         return None
 
+    def file_config(self, name: str) -> dict[str, object] | None:
+        """What one of ``config_files`` says."""
+        return self.quantization_config()
+
     def _check(self, scheme: Scheme, module: StoredModule) -> None:
-        if module.expert is not None and not self.stacks:
-            raise cannot(self.name, module, "it is one of a stack of experts")
         reason = self.refuses_to_write(scheme, module.shape)
+        if module.expert is not None:  # an embedding is refused where a checkpoint is planned
+            reason = reason or self.refuses_module(module)
         if reason is not None:
             raise cannot(self.name, module, reason)
 
@@ -117,7 +134,7 @@ def cannot(form: str, module: StoredModule, reason: str) -> LowbitError:
     return LowbitError(
         "E0450",
         f"--format {form}: {module.name} cannot be written without changing its numbers: {reason}. Choose "
-        "another format (dense holds everything), or quantize the original model anew",
+        "another format (dense holds everything), quantize the original model, or add --requantize",
     )
 
 

@@ -1,37 +1,47 @@
-"""convert: a checkpoint in another format, the numbers the same; or as plain floats.
+"""convert: a checkpoint in another format, the numbers the same; or as plain floats; or, asked for, anew.
 
-Nothing is quantized here. A format that cannot hold a module's numbers exactly refuses, naming the module
-and the reason, before anything is written. ``dense`` holds everything: in float32 exactly, in a narrower
-type either exactly too (``exact_dtype``) or, where the user asks for it, rounded and the rounding counted.
+A format that cannot hold a module's numbers exactly refuses, naming the module and the reason, before
+anything is written. ``dense`` holds everything: in float32 exactly, in a narrower type either exactly too
+(``exact_dtype``) or, where the user asks for it, rounded and the rounding counted. ``requantize`` quantizes
+what the format cannot hold by a method, and says how far each module's numbers went. Whatever is written is
+read back and compared before it has its name (``proof``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from lowbit.checkpoint.hashes import CERTIFICATE
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.safetensors_writer import SHARD_BYTES
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, thousands
 from lowbit.formats.dense_writer import DenseWriter, exact_dtype
 from lowbit.formats.gguf_writer import GgufWriter
-from lowbit.formats.respelling import plain, respelled, spelled_out
-from lowbit.formats.writing import EMBEDDINGS, CheckpointWriter, cannot, writer_of
+from lowbit.formats.writing import CheckpointWriter, writer_of
 from lowbit.loading.gguf_saving import require_gguf, save_gguf
-from lowbit.loading.saving import NamedTensor, planned_nbytes, save_checkpoint
+from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
+from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
+from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.numerics.scheme import Scheme, dense
 
+VERSION = 1  # of what a journal depends on beside its key: raised when what is written changes
+MOST_LINES = 20  # of modules that changed, for people; the certificate has all
+
 Progress = Callable[[int, int, str], None]
+Json = dict[str, object]
 
 
 @dataclass
 class Conversion:
-    """What was written. ``dtype``: of the plain numbers, None where they were left as they are."""
+    """What was written. ``dtype``: of the plain numbers, None where they were left as they are. ``errors``:
+    of each module whose numbers changed, how far: (largest |change|, the same to the largest of its row)."""
 
     out: Path
     form: str
@@ -40,6 +50,9 @@ class Conversion:
     nbytes: int = 0
     rounding: float = 0.0
     notes: list[str] = field(default_factory=list)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    method: str = ""  # of requantizing
+    resumed: int = 0  # shards that an earlier run had finished
 
 
 def convert(
@@ -48,107 +61,259 @@ def convert(
     out: Path,
     *,
     dtype: str | None = None,
+    requantize: str | None = None,
     force: bool = False,
     strict: bool = False,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress | None = None,
 ) -> Conversion:
-    """Write the checkpoint in format ``form`` to the folder ``out``. ``dtype``: bf16, f16 or f32."""
+    """Write the checkpoint in format ``form`` to the folder ``out``. ``dtype``: bf16, f16 or f32.
+
+    ``requantize``: a method for what the format cannot hold, "" for its usual one; None: that is refused.
+    """
     source = SourceModel(header, strict=strict)
     if form == "gguf":
         require_gguf()
-    writer, told = _writer(source, form, dtype)
-    done = Conversion(out, form, told, len(source.modules), notes=_notes(source, form))
-    if isinstance(writer, GgufWriter):
-        return _to_gguf(source, writer, done, force, on_progress)
-    nbytes = planned_nbytes((writer.schemes[one.target.stored], one.target.shape) for one in source.modules)
+    work = Work(source, form, dtype, requantize)
     with TensorData(header) as data:
+        work.settle(data)
+    done = Conversion(out, form, work.dtype, len(source.modules), notes=work.notes(), method=work.method)
+
+    def check(path: Path, told: Mapping[str, Json], lost: Collection[str] = ()) -> None:
+        named = {str(one["name"]): one for one in told.values() if one}
+        prove(path, form, source, named)
+        done.errors = {
+            name: (float(str(one["largest_error"])), float(str(one["largest_relative_error"])))
+            for name, one in named.items()
+            if "largest_error" in one
+        }
+        modules = {name: {k: v for k, v in one.items() if k != "name"} for name, one in named.items()}
+        paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = files_of(paths)
+        done.nbytes = sum(file.stat().st_size for file in paths)
+        text = certificate(source, form, work.dtype, files, modules, _version(), [*done.notes, *lost])
+        write_certificate(path, text)
+
+    with TensorData(header) as data:
+        if isinstance(work.writer, GgufWriter):
+            told: dict[str, Json] = {}
+
+            def read(module: SourceModule) -> ReadModule:
+                made = work.read(module, data)
+                told[module.target.name] = made.told
+                return made
+
+            done.notes += save_gguf(
+                out,
+                source,
+                work.writer.schemes,
+                read,
+                data,
+                force=force,
+                on_progress=on_progress,
+                check=lambda path, lost: check(path, told, lost),
+            )
+            return done
+        key = {
+            "source": digest_of(header),
+            "--format": form,
+            "--dtype": dtype or "auto",
+            "--requantize": work.method or "no",
+            "shard size": str(shard_bytes),
+            "lowbit": f"{_version()}, {VERSION}",
+        }
+        journal = Journal(key)
+        nbytes = planned_nbytes(
+            (work.planned[one.target.name].scheme, one.target.shape) for one in source.modules
+        )
+
+        def parts(known: Collection[str]) -> Iterator[Part]:
+            done.resumed = len(journal.lines)
+            return _parts(work, data, known, on_progress)
+
         save_checkpoint(
             out,
             header,
             source.hf_config(data),
-            _parts(source, data, writer, on_progress),
-            writer,
+            parts,
+            work.writer,
             nbytes=nbytes + sum(part.nbytes for part in source.parts if isinstance(part, SourceVector)),
             tensors=4 * len(source.parts),
-            dtype=told,
+            dtype=work.dtype,
             force=force,
             shard_bytes=shard_bytes,
+            journal=journal,
+            check=check,
         )
-    done.nbytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    if isinstance(writer, DenseWriter):
-        done.rounding = writer.rounding
+    done.rounding = work.writer.learned.get("rounding", 0.0)
     return done
 
 
-def _to_gguf(
-    source: SourceModel, writer: GgufWriter, done: Conversion, force: bool, on_progress: Progress | None
-) -> Conversion:
-    with TensorData(source.header) as data:
-        notes = save_gguf(
-            done.out,
-            source,
-            writer.schemes,
-            lambda module: _read(source, module, data, writer),
-            data,
-            force=force,
-            on_progress=on_progress,
-        )
-    done.notes += notes
-    done.nbytes = done.out.stat().st_size
-    return done
+class Work:
+    """A source, the writer for all of it, and what becomes of each module."""
+
+    def __init__(self, source: SourceModel, form: str, dtype: str | None, requantize: str | None) -> None:
+        self.source, self.form = source, form
+        self.dtype: str | None = None
+        self.rounds = dtype is not None
+        self.anew: Requantizing | None = None
+        self.writer: CheckpointWriter
+        kind = writer_of(form)
+        if requantize is not None and not issubclass(kind, DenseWriter):
+            self.anew = Requantizing(source, kind, requantize)
+        if issubclass(kind, DenseWriter):
+            if requantize is not None:
+                raise LowbitError(
+                    "E0405", "--requantize is for formats of few bits; --format dense rounds by --dtype"
+                )
+            self._plan_dense(dtype)
+            return
+        self._refuse(dtype)
+        if self.anew is None:
+            self.planned = {one.target.name: exact(kind, one) for one in source.modules}
+            self.writer = kind(self._schemes())
+            return
+        self.planned = {one.target.name: self.anew.planned(one) for one in source.modules}
+        try:
+            self.writer = kind(self._schemes())
+            self.writer.quantization_config()
+        except LowbitError:  # what is held exactly and what is made do not go together: one group size, say
+            self.planned = {one.target.name: self.anew.planned(one, all_anew=True) for one in source.modules}
+            self.writer = kind(self._schemes())
+
+    def settle(self, data: TensorData) -> None:
+        """Plan anew what only the data show not to fit: an outer scale, a multiplied input."""
+        if self.anew is None:
+            return
+        refused = []
+        for module in self.source.modules:
+            planned = self.planned[module.target.name]
+            if planned.decision is None and not planned.scheme.is_dense:
+                made = as_written(self.source.read(module, data), planned.scheme)
+                try:
+                    type(self.writer)(self.writer.schemes).write(
+                        made.target, made.weight, made.bias, made.input
+                    )
+                except LowbitError as error:
+                    if error.code != "E0450":
+                        raise
+                    refused.append(module)
+        for module in refused:
+            self.planned[module.target.name] = self.anew.planned(module, all_anew=True)
+        if refused:
+            self.writer = type(self.writer)(self._schemes())
+
+    def _plan_dense(self, dtype: str | None) -> None:
+        told = dtype or _widest([exact_dtype(module.scheme) for module in self.source.modules])
+        self.planned = {module.target.name: Planned(dense(told)) for module in self.source.modules}
+        self.writer = DenseWriter(self._schemes(), told, exact=dtype is None)
+        self.dtype = told
+
+    def _refuse(self, dtype: str | None) -> None:
+        header, form = self.source.header, self.form
+        if dtype is not None:
+            raise LowbitError("E0104", f"--dtype is for --format dense; {form} keeps every number as it is")
+        if form == "gguf" and header.container == "gguf":
+            raise LowbitError("E0450", f"--format gguf: {header.root.name} is a GGUF file already")
+        floats = all(module.scheme.is_dense for module in self.source.modules)
+        if form != "gguf" and floats and self.anew is None:
+            raise LowbitError(
+                "E0450",
+                f"--format {form}: {header.root.name} is not quantized, and convert writes the numbers there "
+                "are; --requantize METHOD quantizes it",
+            )
+
+    def _schemes(self) -> dict[str, Scheme]:
+        return {
+            module.target.stored: self.planned[module.target.name].scheme for module in self.source.modules
+        }
+
+    @property
+    def method(self) -> str:
+        """Of requantizing, complete."""
+        return "" if self.anew is None else self.anew.spec.key
+
+    def read(self, module: SourceModule, data: TensorData) -> ReadModule:
+        """The module as it is written, and on record how its numbers compare with the source's."""
+        read = self.source.read(module, data)
+        planned = self.planned[module.target.name]
+        dense_writer = isinstance(self.writer, DenseWriter)
+        multiplier = None if read.input is None else read.input.multiplier
+        if dense_writer:
+            made = read
+            after = Numbers(read.weight, multiplier, self.dtype if self.rounds else None)
+        elif planned.decision is not None and self.anew is not None:
+            made = self.anew.made(read, planned.decision)
+            after = Numbers(made.weight)
+        else:
+            made = as_written(read, planned.scheme)
+            multiplier = None  # stays beside the weight, or is refused by the writer
+            after = Numbers(made.weight)
+        found = compare(Numbers(read.weight, multiplier), after)
+        rounded = self.dtype if dense_writer and self.rounds else None
+        told: Json = {
+            "name": module.place.part.name,
+            "scheme": str(planned.scheme),
+            "source_scheme": str(module.scheme),
+            "sha256": found.result,
+            "beside": beside(made, planned.scheme, rounded),
+        }
+        if not found.equal:
+            if planned.decision is None and not rounded:
+                raise LowbitError(
+                    "E0707",
+                    f"{module.target.name}: its numbers changed on the way to {self.form}, by "
+                    f"{found.largest:.3g}; nothing was kept. Report it with the model's name",
+                )
+            told |= {
+                "source_sha256": found.source,
+                "largest_error": found.largest,
+                "largest_relative_error": found.relative,
+            }
+        return replace(made, told=told)
+
+    def vector(self, part: SourceVector, data: TensorData) -> Tensor:
+        """A norm's weight; where it loses nothing in the type of a plain model's matrices."""
+        tensor = self.source.read_vector(part, data)
+        return self.writer.narrowed(tensor) if isinstance(self.writer, DenseWriter) else tensor
+
+    def notes(self) -> list[str]:
+        """What does not survive."""
+        notes = []
+        gone = {
+            str(module.scheme.activation)
+            for module in self.source.modules
+            if module.scheme.activation
+            and self.planned[module.target.name].scheme.activation != module.scheme.activation
+        }
+        if gone:
+            notes.append(f"inputs are no longer quantized (they were: {'; '.join(sorted(gone))})")
+        if self.source.has_kv_scales:
+            notes.append("the KV cache's scales were left out")
+        return notes
 
 
-def _read(
-    source: SourceModel, module: SourceModule, data: TensorData, writer: CheckpointWriter
-) -> ReadModule:
-    """The module in its planned scheme; the dense writer makes floats of any."""
-    read = source.read(module, data)
-    if isinstance(writer, DenseWriter):
-        return read
-    return replace(read, weight=respelled(read.weight, writer.schemes[module.target.stored]))
+def _parts(
+    work: Work, data: TensorData, known: Collection[str], on_progress: Progress | None
+) -> Iterator[Part]:
+    done, total = 0, sum(part.nbytes for part in work.source.parts)
+    for part in work.source.parts:
+        name = part.target.name if isinstance(part, SourceModule) else part.target
+        if name not in known:
+            yield (
+                work.read(part, data)
+                if isinstance(part, SourceModule)
+                else NamedTensor(part.target, work.vector(part, data))
+            )
+        done += part.nbytes
+        if on_progress is not None:
+            on_progress(done, total, "converting")
 
 
-def _writer(source: SourceModel, form: str, dtype: str | None) -> tuple[CheckpointWriter, str | None]:
-    """The writer for the whole source, every module asked; and the type of plain numbers."""
-    kind = writer_of(form)
-    schemes = {module.target.stored: module.scheme for module in source.modules}
-    if issubclass(kind, DenseWriter):
-        told = dtype or _widest([exact_dtype(scheme) for scheme in schemes.values()])
-        return DenseWriter(dict.fromkeys(schemes, dense(told)), told, exact=dtype is None), told
-    if dtype is not None:
-        raise LowbitError("E0104", f"--dtype is for --format dense; {form} keeps every number as it is")
-    if form == "gguf" and source.header.container == "gguf":
-        raise LowbitError("E0450", f"--format gguf: {source.header.root.name} is a GGUF file already")
-    if form != "gguf" and all(scheme.is_dense for scheme in schemes.values()):
-        raise LowbitError(
-            "E0450",
-            f"--format {form}: {source.header.root.name} is not quantized, and convert does not quantize; it "
-            "writes the numbers there are in another format",
-        )
-    planned = {module.target.stored: _planned(kind, module) for module in source.modules}
-    return kind(planned), None
+def _version() -> str:
+    from lowbit import __version__
 
-
-def _planned(kind: type[CheckpointWriter], module: SourceModule) -> Scheme:
-    """The scheme in which ``kind`` holds the module's numbers; E0450 where there is none.
-
-    Embeddings and heads that it cannot hold are written as plain floats, as most checkpoints have them.
-    """
-    scheme = module.scheme if kind is GgufWriter else spelled_out(module.scheme)
-    if scheme.is_dense:
-        return scheme
-    reason = kind.refuses_to_write(scheme, module.target.shape)
-    if module.target.expert is not None and not kind.stacks:
-        reason = "it is one of a stack of experts"
-    leaf = module.place.part.name.rpartition(".")[2]
-    if leaf in EMBEDDINGS and not kind.embeddings:
-        reason = "it is an embedding"
-    if reason is None:
-        return scheme
-    if leaf in (*EMBEDDINGS, "lm_head"):
-        return plain(scheme)
-    raise cannot(kind.name, module.target, reason)
+    return __version__
 
 
 def _widest(names: list[str]) -> str:
@@ -157,43 +322,22 @@ def _widest(names: list[str]) -> str:
     return found.pop() if len(found) == 1 else "f32"
 
 
-def _parts(
-    source: SourceModel, data: TensorData, writer: CheckpointWriter, on_progress: Progress | None
-) -> Iterator[ReadModule | NamedTensor]:
-    done, total = 0, sum(part.nbytes for part in source.parts)
-    for part in source.parts:
-        if isinstance(part, SourceModule):
-            yield _read(source, part, data, writer)
-        else:
-            yield NamedTensor(part.target, _vector(source, part, data, writer))
-        done += part.nbytes
-        if on_progress is not None:
-            on_progress(done, total, "converting")
-
-
-def _vector(source: SourceModel, part: SourceVector, data: TensorData, writer: CheckpointWriter) -> Tensor:
-    tensor = source.read_vector(part, data)
-    # A norm in float32 beside bf16 matrices: in their type where that loses nothing.
-    return writer.narrowed(tensor) if isinstance(writer, DenseWriter) else tensor
-
-
-def _notes(source: SourceModel, form: str) -> list[str]:
-    """What does not survive."""
-    notes = []
-    activations = {str(module.scheme.activation) for module in source.modules if module.scheme.activation}
-    if form == "dense" and activations:
-        notes.append(f"inputs are no longer quantized (they were: {'; '.join(sorted(activations))})")
-    if source.has_kv_scales:
-        notes.append("the KV cache's scales were left out")
-    return notes
-
-
 def summary(done: Conversion) -> list[str]:
     """What to tell a person, a line each."""
-    exact = "every number as it was"
+    exact = "every number as it was, read back and compared"
     if done.form == "dense" and done.dtype is not None:
         exact = f"{done.dtype}, exact"
         if done.rounding:
             exact = f"{done.dtype}: largest relative rounding {100 * done.rounding:.2g} %"
+    elif done.errors:
+        exact = f"{len(done.errors)} modules requantized by {done.method}"
     lines = [f"{done.out}: {done.form}, {done.modules} modules, {thousands(done.nbytes)} bytes ({exact})"]
+    if done.resumed:
+        lines.append(f"{done.resumed} shards were finished by an earlier run")
+    if done.errors and done.form != "dense":
+        worst = sorted(done.errors.items(), key=lambda item: -item[1][1])
+        for name, (largest, relative) in worst[:MOST_LINES]:
+            lines.append(f"{name}: largest error {largest:.3g}, {100 * relative:.2g} % of its row's largest")
+        if len(worst) > MOST_LINES:
+            lines.append(f"… and {len(worst) - MOST_LINES} more, with smaller ones: see {CERTIFICATE}")
     return lines + done.notes

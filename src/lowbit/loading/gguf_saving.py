@@ -78,10 +78,12 @@ def save_gguf(
     *,
     force: bool = False,
     on_progress: Progress | None = None,
+    check: Callable[[Path, list[str]], None] | None = None,
 ) -> list[str]:
     """Write the model to the file ``out``; what is lost on the way, for people.
 
     ``schemes``: of every module by its target's stored name; ``read`` gives a module in that scheme.
+    ``check``: called with the complete file, before it gets its name, and what was lost.
     """
     require_gguf()
     import gguf
@@ -110,7 +112,10 @@ def save_gguf(
             if on_progress is not None:
                 on_progress(done, sum(sizes), "converting")
         made.close()
-        return _verified(source, path)
+        notes = _verified(source, path)
+        if check is not None:
+            check(path, notes)
+        return notes
 
 
 def _metadata(source: SourceModel, entries: list[_Entry]) -> dict[str, object]:

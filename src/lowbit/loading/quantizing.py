@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lowbit.checkpoint.embedded import cache_directory
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.journal import Journal
+from lowbit.checkpoint.safetensors_writer import SHARD_BYTES
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
@@ -26,7 +28,7 @@ from lowbit.loading.gguf_saving import save_gguf
 from lowbit.loading.names import Names, row_order
 from lowbit.loading.online import Decision, Online, facts_of
 from lowbit.loading.opened import Opened
-from lowbit.loading.saving import NamedTensor, planned_nbytes, save_checkpoint
+from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.calibrated import options_of
@@ -120,6 +122,8 @@ class Quantizing:
         schemes = {module.target.stored: module.scheme for module in self.modules}
         methods = self.recipe.methods
         wanted = _FORMATS.get(methods[0].name, _USUAL) if len(methods) == 1 else ("compressed-tensors",)
+        if any(spec.options.get("weights") == "channel" for spec in methods):
+            wanted = wanted[-1:]  # every tool reads it there; fbgemm_fp8, only transformers on a GPU
         reasons = []
         for form in wanted:
             kind = writer_of(form)
@@ -142,12 +146,19 @@ class Quantizing:
     def _refusal(self, kind: type[CheckpointWriter], module: _Module) -> str | None:
         if module.scheme.is_dense:
             return None
-        if module.target.expert is not None and not kind.stacks:
-            return f"{module.target.name} is one of a stack of experts"
         reason = kind.refuses_to_write(module.scheme, module.target.shape)
+        if module.target.expert is not None:
+            reason = reason or kind.refuses_module(module.target)
         return None if reason is None else f"{module.target.name}: {reason}"
 
-    def write(self, out: Path, *, force: bool = False, on_progress: Progress | None = None) -> Path:
+    def write(
+        self,
+        out: Path,
+        *,
+        force: bool = False,
+        shard_bytes: int = SHARD_BYTES,
+        on_progress: Progress | None = None,
+    ) -> Path:
         """Quantize into ``out``, which appears complete or not at all; the path to open."""
         writer = self.writer()
         if writer.name == "gguf":
@@ -159,14 +170,27 @@ class Quantizing:
                 out,
                 self.source.header,
                 self.source.hf_config(data),
-                self._parts(data, on_progress),
+                lambda known: self._parts(data, known, on_progress),
                 writer,
                 nbytes=planned_nbytes(schemes) + vectors,
                 tensors=6 * len(self.modules) + len(self.source.parts),
                 force=force,
+                shard_bytes=shard_bytes,
+                # Calibration starts at the first block again: what it gives comes in one run or not at all.
+                journal=None if self.calibrated is not None else Journal(self._depends_on(writer)),
             )
         self.online.say_kept()
         return out
+
+    def _depends_on(self, writer: CheckpointWriter) -> dict[str, str]:
+        """What an unfinished output can be gone on with under."""
+        digest = hashlib.sha256("\n".join(f"{m.target.stored} {m.scheme}" for m in self.modules).encode())
+        return {
+            "source": digest_of(self.source.header),
+            "--quantization": "; ".join(spec.key for spec in self.recipe.methods),
+            "recipe": digest.hexdigest(),
+            "format": f"{writer.name}, {VERSION}",
+        }
 
     def _write_gguf(
         self, out: Path, writer: CheckpointWriter, force: bool, on_progress: Progress | None
@@ -192,8 +216,10 @@ class Quantizing:
         rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
         return replace(found, weight=made.weight, input=rule)
 
-    def _parts(self, data: TensorData, on_progress: Progress | None) -> Iterator[ReadModule | NamedTensor]:
-        """Calibrated modules as they come, then everything else."""
+    def _parts(
+        self, data: TensorData, known: Collection[str], on_progress: Progress | None
+    ) -> Iterator[Part]:
+        """Calibrated modules as they come, then everything else but what is ``known``."""
         vectors = {part.name: part for part in self.source.parts if isinstance(part, SourceVector)}
         rest = {module.target.name: module for module in self.modules}
         if self.calibrated is not None:
@@ -210,9 +236,12 @@ class Quantizing:
         total = sum(module.source.nbytes for module in rest.values() if module.source is not None)
         done = 0
         for vector in vectors.values():
+            if vector.target in known:
+                continue
             yield NamedTensor(vector.target, self.source.read_vector(vector, data))
         for module in rest.values():
-            yield self._quantized(module, data)
+            if module.target.name not in known:
+                yield self._quantized(module, data)
             if on_progress is not None and module.source is not None:
                 done += module.source.nbytes
                 on_progress(done, total, "quantizing")

@@ -4,13 +4,15 @@
     config.json                with the format's quantization_config, written last
     tokenizer, generation config, chat template      copied; from GGUF built from its metadata
 
-One module is in memory at a time. The folder appears complete or not at all (``output_folder``).
+One module is in memory at a time. The folder appears complete or not at all (``output_folder``); with a
+``Journal`` a run that was broken off goes on after its last finished shard.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.file_checks import check_regular_file
+from lowbit.checkpoint.hashes import CERTIFICATE
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.output_folder import check_room, explained, output_folder
 from lowbit.checkpoint.safetensors_writer import SHARD_BYTES, ShardedWriter, write_file
 from lowbit.checkpoint.tensor_data import DTYPES
@@ -37,11 +41,13 @@ _QUANTIZATION_FILES = frozenset(
     (
         *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"),
         *("quanto_qmap.json", "quantization_map.json"),
+        CERTIFICATE,
     )
 )
 _DOCUMENTS = frozenset((".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"))
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _DOCUMENT_BYTES = 256 << 20
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,16 @@ class NamedTensor:
     tensor: Tensor
 
 
+Part = ReadModule | NamedTensor
+# Of the names of parts that need not come, all others in order.
+Parts = Callable[[Collection[str]], Iterable[Part]]
+
+
 def save_checkpoint(
     out: Path,
     source: CheckpointHeader,
     config: Json,
-    parts: Iterable[ReadModule | NamedTensor],
+    parts: Parts,
     writer: CheckpointWriter,
     *,
     nbytes: int,
@@ -64,20 +75,43 @@ def save_checkpoint(
     dtype: str | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    journal: Journal | None = None,
+    check: Callable[[Path, Mapping[str, Json]], None] | None = None,
 ) -> None:
     """Write ``parts`` in the writer's format to the folder ``out``.
 
     ``config``: config.json without its quantization. ``nbytes``: about what the weights will take; the disk
     is asked for it before anything is written. ``tensors``: about how many there are. ``dtype`` (bf16, f16,
     f32): what config.json says the plain numbers are; None leaves what it says. ``force``: replace ``out``.
+    ``check``: called with the complete folder, before it gets its name, and what is told of each part.
     """
-    with output_folder(out, force=force, source=source.root) as folder:
-        check_room(out, int(nbytes * 1.02) + (16 << 20))
+    with output_folder(out, force=force, source=source.root, journal=journal) as folder:
+        finished = [] if journal is None else journal.lines
+        kept = sum(line.nbytes for line in finished)
+        check_room(out, max(0, int(nbytes * 1.02) - kept) + (16 << 20))
         room = ShardedWriter.room_for(max(tensors, 16), 96 + writer.described // 4)
         shards = ShardedWriter(folder, shard_bytes, room, writer.metadata())
+        told: dict[str, Json] = {}
+        if journal is not None:
+            shards.take_over(line.shard for line in finished)
+            told |= journal.parts
+            writer.learned |= finished[-1].learned if finished else {}
+        where: dict[str, int] = {}  # of parts the journal does not know: the last shard they reach into
+
+        def on_finished(number: int, shard: Path) -> None:
+            whole = [name for name, last in where.items() if last <= number]
+            if journal is not None:
+                journal.add(shard, {name: told[name] for name in whole}, writer.learned)
+            for name in whole:
+                del where[name]
+
+        shards.on_finished = on_finished
         try:
-            for part in parts:
-                _write_part(shards, writer, part)
+            for part in parts(frozenset(told)):
+                name = part.name if isinstance(part, NamedTensor) else part.target.name
+                written = _write_part(shards, writer, part)
+                told[name] = part.told if isinstance(part, ReadModule) else {}
+                where[name] = max(shards.shard_of(tensor) for tensor in written)
             with explained(out):
                 shards.finish()
         finally:
@@ -85,26 +119,47 @@ def save_checkpoint(
         documents = _documents(source, config)
         found = writer.quantization_config()
         for name in () if found is None else writer.config_files:
-            documents[name] = _text(found)
+            documents[name] = _text(writer.file_config(name))
         for name, text in documents.items():
             write_file(folder / name, text)
         said: Json = {}
         said.update(dict.fromkeys(() if found is None else writer.config_keys, found))
         write_file(folder / "config.json", _text(written_config(config, said, dtype)))
+        if check is not None:
+            check(folder, told)
 
 
-def _write_part(shards: ShardedWriter, writer: CheckpointWriter, part: ReadModule | NamedTensor) -> None:
+def digest_of(header: CheckpointHeader) -> str:
+    """Of config, tensors' names, places and first bytes, and the files' sizes and times."""
+    digest = hashlib.sha256(repr(sorted(header.config.items(), key=str)).encode())
+    files = {}
+    for name in sorted(header.tensors):
+        entry = header.tensors[name]
+        files[entry.file] = entry.file.stat()
+        digest.update(f"{name} {entry.dtype} {entry.shape} {entry.file.name} {entry.start}".encode())
+        with entry.file.open("rb") as file:
+            file.seek(entry.start)
+            digest.update(file.read(min(_SAMPLE, entry.nbytes)))
+    for path, stat in sorted(files.items()):
+        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _write_part(shards: ShardedWriter, writer: CheckpointWriter, part: Part) -> list[str]:
+    """The names of its tensors."""
     if isinstance(part, NamedTensor):
         shards.add(part.name, DTYPE_NAMES[part.tensor.dtype], tuple(part.tensor.shape), as_bytes(part.tensor))
-        return
+        return [part.name]
     target = part.target
     shards.describe(writer.description(target))
-    for name, tensor in writer.write(target, part.weight, part.bias, part.input).items():
+    tensors = writer.write(target, part.weight, part.bias, part.input)
+    for name, tensor in tensors.items():
         dtype, shape, data = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), as_bytes(tensor)
         if target.expert is None:
             shards.add(name, dtype, shape, data)
         else:
             shards.add_slice(name, dtype, shape, target.expert, target.experts, data)
+    return list(tensors)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

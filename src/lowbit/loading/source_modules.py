@@ -8,7 +8,7 @@ they are; from GGUF it is the name, and the order of rows, that the family's che
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -58,12 +58,13 @@ class SourceVector:
 
 @dataclass(frozen=True)
 class ReadModule:
-    """A module as it is to be written, or quantized and then written."""
+    """A module as it is to be written, or quantized and then written. ``told``: what goes on record of it."""
 
     target: StoredModule
     weight: QuantizedTensor
     bias: Tensor | None = None
     input: InputRule | None = None
+    told: dict[str, object] = field(default_factory=dict)
 
 
 class SourceModel:

@@ -1,0 +1,368 @@
+"""Conversions prove themselves, can be gone on with, and quantize anew only where they are asked to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from formats.helpers import FIXTURES
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.hashes import CERTIFICATE
+from lowbit.checkpoint.journal import JOURNAL
+from lowbit.checkpoint.safetensors_writer import ShardedWriter
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.cli import main
+from lowbit.doctor import examine
+from lowbit.errors import LowbitError
+from lowbit.formats import InputRule, StoredModule
+from lowbit.formats.compressed_tensors_writer import CompressedTensorsWriter
+from lowbit.loading.convert import Conversion, convert, summary
+from lowbit.loading.opened import Opened
+from lowbit.loading.quantizing import Quantizing
+from lowbit.loading.source_modules import SourceModel
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.quantize.calibration import Calibration
+from lowbit.quantize.recipe import Asked
+
+GPTQ = FIXTURES / "gptq" / "w4_sym"
+SHARD = 3000  # bytes: the fixture becomes a handful of shards
+
+
+def certificate_of(out: Path) -> dict:
+    return json.loads((out / CERTIFICATE).read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of every file but the certificate, which has a date."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != CERTIFICATE}
+
+
+def test_certificate(tmp_path: Path) -> None:
+    convert(open_checkpoint(str(GPTQ)), "compressed-tensors", tmp_path / "out")
+    told = certificate_of(tmp_path / "out")
+    assert told["exact"] and told["source"]["format"] == "gptq"
+    source = SourceModel(open_checkpoint(str(GPTQ)))
+    assert list(told["modules"]) == [module.place.part.name for module in source.modules]
+    assert all("largest_error" not in one for one in told["modules"].values())
+    report = examine(tmp_path / "out", canary=False).report
+    assert not [finding for finding in report.findings if finding.rule in ("D001", "D006")]
+    shard = tmp_path / "out" / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert "D006" in [finding.rule for finding in examine(tmp_path / "out", canary=False).report.findings]
+    # The certificate is of this folder: what is made of it has its own.
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    data[-1] ^= 1
+    (tmp_path / "copy" / "model.safetensors").write_bytes(data)
+    convert(open_checkpoint(str(tmp_path / "copy")), "gptq", tmp_path / "back")
+    assert certificate_of(tmp_path / "back")["source"]["name"] == "copy"
+    modules = certificate_of(tmp_path / "back")["modules"]
+    assert {k: v["sha256"] for k, v in modules.items()} == {
+        k: v["sha256"] for k, v in told["modules"].items()
+    }
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "bias", "code order"])
+def test_a_wrong_writer_is_found_out(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number of one module, changed on its way into the file: read back, and nothing is kept."""
+    real = CompressedTensorsWriter.write
+
+    def wrong(
+        self: CompressedTensorsWriter,
+        module: StoredModule,
+        weight: QuantizedTensor,
+        bias: torch.Tensor | None = None,
+        input: InputRule | None = None,
+    ) -> dict[str, torch.Tensor]:
+        found = real(self, module, weight, bias, input)
+        if module.name.endswith("k_proj"):
+            suffix = {"scales": "weight_scale", "bias": "bias"}.get(part, "weight_packed")
+            stored = found[module.tensor(suffix)] = found[module.tensor(suffix)].clone()
+            if part == "code order":
+                found[module.tensor(suffix)] = stored.flip(0)
+            else:
+                stored.view(-1)[0] += 1
+        return found
+
+    monkeypatch.setattr(CompressedTensorsWriter, "write", wrong)
+    with pytest.raises(LowbitError, match=r"k_proj changed") as caught:
+        convert(open_checkpoint(str(GPTQ)), "compressed-tensors", tmp_path / "out")
+    assert caught.value.code == "E0707"
+    assert not list(tmp_path.iterdir())
+
+
+class Killed(BaseException):
+    """What stops a run as a signal does."""
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, count: int) -> Callable[[], None]:
+    """The ``count``-th sync or rename stops the run; what was written stays as it is."""
+    calls = iter(range(1, 1 << 30))
+
+    def wrapped(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*words: object, **more: object) -> object:
+            if next(calls) == count:
+                raise Killed
+            return real(*words, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "rename", "ftruncate"):
+            patch.setattr(os, name, wrapped(getattr(os, name)))
+        yield
+
+
+@pytest.mark.parametrize("source", [GPTQ, FIXTURES / "mxfp4" / "gpt_oss"], ids=["layers", "stacks"])
+def test_stopped_anywhere_and_gone_on_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every sync and rename: absent or whole, and the second run gives the bytes of an undisturbed one."""
+    form = "compressed-tensors" if source == GPTQ else "mxfp4"
+
+    def run(out: Path) -> Conversion:
+        return convert(open_checkpoint(str(source)), form, out, shard_bytes=SHARD)
+
+    run(tmp_path / "whole")
+    wanted = contents(tmp_path / "whole")
+    shards = len([name for name in wanted if name.endswith(".safetensors")])
+    assert shards > 4
+    count, most = 0, 0
+    while True:
+        count += 1
+        out = tmp_path / f"out{count}"
+        context = dying(monkeypatch, count)
+        next(context)
+        try:
+            run(out)
+        except Killed:
+            pass
+        else:
+            next(context, None)
+            break
+        next(context, None)
+        partial = out.with_name(f"{out.name}.partial")
+        assert out.exists() or not (partial / JOURNAL).exists() or partial.exists()
+        if not out.exists():
+            done = run(out)
+            most = max(most, done.resumed)
+        assert contents(out) == wanted or (out / "lowbit-writes-here.json").exists(), count
+        assert not partial.exists()
+        told = certificate_of(out)
+        assert told["exact"] and told["modules"] == certificate_of(tmp_path / "whole")["modules"]
+        shutil.rmtree(out)
+    assert count > 20 and most == shards
+
+
+def stopped(out: Path, monkeypatch: pytest.MonkeyPatch, shard: int = 3, **more: object) -> None:
+    """A run that ends after so many shards."""
+    real = ShardedWriter._settle
+
+    def settle(self: ShardedWriter, one: object) -> None:
+        real(self, one)
+        if self._told == shard:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedWriter, "_settle", settle)
+        with pytest.raises(KeyboardInterrupt):
+            convert(
+                open_checkpoint(str(more.pop("source", GPTQ))), "compressed-tensors", out, shard_bytes=SHARD
+            )
+
+
+def test_finished_shards_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(tmp_path / "out", monkeypatch)
+    partial = tmp_path / "out.partial"
+    assert "D007" in [finding.rule for finding in examine(partial, canary=False).report.findings]
+    times = {path.name: path.stat().st_mtime_ns for path in partial.glob("model-0000[123].*")}
+    assert len(times) == 3
+    done = convert(open_checkpoint(str(GPTQ)), "compressed-tensors", tmp_path / "out", shard_bytes=SHARD)
+    assert done.resumed == 3 and any("3 shards were finished" in line for line in summary(done))
+    after = {path.name[:11]: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("model-0000[123]-*")}
+    assert after == {name[:11]: time for name, time in times.items()}
+
+
+def test_a_shard_that_changed_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(tmp_path / "out", monkeypatch)
+    shard = tmp_path / "out.partial" / "model-00002.safetensors.tmp"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with open(tmp_path / "out.partial" / JOURNAL, "a") as file:
+        file.write('{"shard": "model-00004.saf')  # a line cut off
+    done = convert(open_checkpoint(str(GPTQ)), "compressed-tensors", tmp_path / "out", shard_bytes=SHARD)
+    assert done.resumed == 1
+    convert(open_checkpoint(str(GPTQ)), "compressed-tensors", tmp_path / "whole", shard_bytes=SHARD)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_other_sources_and_options_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(GPTQ, source)
+    out = tmp_path / "out"
+    stopped(out, monkeypatch, source=source)
+    for form, shard, what in (
+        ("dense", SHARD, r"another --format \(compressed-tensors then, dense now\)"),
+        ("compressed-tensors", 4000, r"another shard size \(3000 then, 4000 now\)"),
+    ):
+        with pytest.raises(LowbitError, match=what) as caught:
+            convert(open_checkpoint(str(source)), form, out, shard_bytes=shard)
+        assert caught.value.code == "E0304"
+    weights = source / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(LowbitError, match="another source"):
+        convert(open_checkpoint(str(source)), "compressed-tensors", out, shard_bytes=SHARD)
+    assert len(list((tmp_path / "out.partial").glob("model-*"))) >= 3
+    shutil.rmtree(tmp_path / "out.partial")
+    convert(open_checkpoint(str(source)), "compressed-tensors", out, shard_bytes=SHARD)
+
+
+def test_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(1, 1 << 30))
+    real = os.pwrite
+
+    def full(*words: object) -> int:
+        if next(calls) > 12:
+            raise OSError(28, "No space left on device")
+        return real(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(LowbitError, match=r"the disk is full; \d+ finished shards are kept") as caught:
+            convert(open_checkpoint(str(GPTQ)), "compressed-tensors", tmp_path / "out", shard_bytes=SHARD)
+    assert caught.value.code == "E0511"
+    done = convert(open_checkpoint(str(GPTQ)), "compressed-tensors", tmp_path / "out", shard_bytes=SHARD)
+    assert done.resumed > 0
+
+
+REQUANTIZED = [
+    ("compressed_tensors/w8a8_dynamic", "gptq", "", "rtn bits=8 symmetric=True"),
+    ("compressed_tensors/w8a8_dynamic", "awq", "rtn:bits=4,group_size=32", "rtn bits=4 group_size=32"),
+    ("fp8/tensor_static", "gptq", "rtn:bits=4,symmetric=true", "rtn bits=4 symmetric=True"),
+    ("gptq/w4_asym_actorder", "modelopt", "", "nvfp4"),
+    ("gptq/w4_asym_actorder", "torchao", "", "int8wo"),
+    ("gptq/w4_asym_actorder", "bitsandbytes", "", "nf4"),
+    ("gptq/w4_asym_actorder", "hqq", "", "hqq bits=4 group_size=64"),
+    ("gptq/w4_asym_actorder", "compressed-tensors", "", ""),  # holds it as it is
+    ("awq/gemm", "fp8", "", "fp8"),
+    ("modelopt/nvfp4_awq", "compressed-tensors", "", "rtn"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "method", "key"), REQUANTIZED, ids=lambda text: str(text).replace("/", "-")
+)
+def test_requantized(name: str, form: str, method: str, key: str, tmp_path: Path) -> None:
+    """The error of each module on record is that between source and result, by their own readers."""
+    header = open_checkpoint(str(FIXTURES / name))
+    if key:
+        with pytest.raises(
+            LowbitError, match="cannot be written without changing its numbers|--requantize"
+        ) as caught:
+            convert(header, form, tmp_path / "out")
+        assert caught.value.code == "E0450"
+    done = convert(header, form, tmp_path / "out", requantize=method)
+    assert done.method.startswith(key)
+    before, after = SourceModel(header), SourceModel(open_checkpoint(str(tmp_path / "out")), strict=True)
+    assert after.form.name == form
+    told = certificate_of(tmp_path / "out")
+    assert told["exact"] == (not key)
+    with TensorData(before.header) as old, TensorData(after.header) as new:
+        for one, other in zip(before.modules, after.modules, strict=True):
+            read = before.read(one, old)
+            a, b = read.weight.dequantize(), after.read(other, new).weight.dequantize()
+            if read.input is not None and read.input.multiplier is not None:
+                a = a * read.input.multiplier.float()
+            entry = told["modules"][one.place.part.name]
+            far = (a - b).abs()
+            assert entry.get("largest_error", 0.0) == float(far.max()), one.target.name
+            if far.max() > 0:
+                assert done.errors[one.place.part.name][0] == float(far.max())
+                assert 0 < entry["largest_relative_error"] <= 1
+    changed = [line for line in summary(done) if "largest error" in line]
+    assert len(changed) == len(done.errors) and bool(changed) == bool(key)
+
+
+def test_one_gguf_file(tmp_path: Path) -> None:
+    """Its certificate lies beside it, and lowbit check compares the file with it."""
+    families = FIXTURES / "gguf_families"
+    convert(open_checkpoint(str(families / "llama.gguf")), "dense", tmp_path / "folder")
+    out = tmp_path / "made" / "out.gguf"
+    done = convert(open_checkpoint(str(tmp_path / "folder")), "gguf", out, requantize="gguf:type=q8_0")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out.gguf", f"out.gguf.{CERTIFICATE}"]
+    told = json.loads(out.with_name(f"out.gguf.{CERTIFICATE}").read_text())
+    assert told["result"]["files"]["out.gguf"]["bytes"] == done.nbytes == out.stat().st_size
+    assert done.errors and all(0 < relative < 2**-6 for _, relative in done.errors.values())
+    assert "D006" not in [finding.rule for finding in examine(out, canary=False).report.findings]
+    data = bytearray(out.read_bytes())
+    data[-1] ^= 1
+    out.write_bytes(data)
+    assert "D006" in [finding.rule for finding in examine(out, canary=False).report.findings]
+
+
+def test_what_cannot_be_a_certificate(tmp_path: Path) -> None:
+    convert(open_checkpoint(str(GPTQ)), "dense", tmp_path / "out")
+    for text in ("{}", '{"result": {"files": {"../x": {"sha256": "0"}}}}', '{"result": {"files": {"x": 1}}}'):
+        (tmp_path / "out" / CERTIFICATE).write_text(text)
+        found = [one for one in examine(tmp_path / "out", canary=False).report.findings if one.rule == "D001"]
+        assert CERTIFICATE in found[0].message
+
+
+def test_quantizing_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--save-quantized of a method without calibration: the bytes of an undisturbed run."""
+    convert(open_checkpoint(str(GPTQ)), "dense", tmp_path / "float")
+
+    def write(out: Path, method: str = "rtn") -> None:
+        header = open_checkpoint(str(tmp_path / "float"))
+        opened = Opened.of(header, Asked(method), False)
+        assert opened.recipe is not None
+        Quantizing(opened, opened.recipe, Calibration()).write(out, shard_bytes=SHARD)
+
+    write(tmp_path / "whole")
+    real = ShardedWriter._settle
+
+    def settle(self: ShardedWriter, one: object) -> None:
+        real(self, one)
+        if self._told == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardedWriter, "_settle", settle)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "out")
+    with pytest.raises(LowbitError, match="another --quantization"):
+        write(tmp_path / "out", "int8")
+    write(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_requantize_refusals(tmp_path: Path) -> None:
+    header = open_checkpoint(str(GPTQ))
+    for form, method, code in (
+        ("dense", "", "E0405"),
+        ("gptq", "gptq", "E0405"),
+        ("gptq", "nf4", "E0450"),
+        ("gptq", "int99", "E0402"),
+    ):
+        with pytest.raises(LowbitError) as caught:
+            source = open_checkpoint(str(FIXTURES / "fp8" / "tensor_static")) if form == "gptq" else header
+            convert(source, form, tmp_path / "out", requantize=method)
+        assert caught.value.code == code, (form, method, caught.value.message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(FIXTURES / "compressed_tensors" / "w8a8_dynamic")
+    words = ["convert", source, "--format", "gptq", "--out", str(tmp_path / "out")]
+    assert main(words) == 4
+    assert "add --requantize" in capsys.readouterr().err
+    assert main([*words, "--requantize"]) == 0
+    told = capsys.readouterr().out
+    assert "modules requantized by rtn bits=8" in told and "largest error" in told
+    assert "inputs are no longer quantized" in told
