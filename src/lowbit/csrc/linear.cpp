@@ -153,18 +153,26 @@ void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
     }
 }
 
-using Totals = float[BLOCKS_TOGETHER][TOKEN_TILE][ROWS];
+// Totals of some blocks: of the few that tiles take together, or of as many as there is room for their tokens.
+using Totals = float[BLOCKS_TOGETHER * TOKEN_TILE][ROWS];
 
-// The products of some blocks, from nothing.
-void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, const Input& input, Totals& totals) {
-    for (int i = 0; i < blocks; ++i) {
-        std::memset(totals[i], 0, static_cast<std::size_t>(input.tokens) * sizeof totals[i][0]);
-    }
+// Block ``i`` of those in ``totals``.
+inline std::int64_t place_of(const Prepared& p, const Input& input, int i) {
+    return static_cast<std::int64_t>(i) * (p.tiles != nullptr ? TOKEN_TILE : input.tokens);
+}
+
+// The products of some blocks that follow each other, from nothing. ``out``: where those of the first will go, or null.
+void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, Input input, float* out, Totals& totals) {
     const std::uint8_t* const at = p.product->weight->data + first * p.layout.block_bytes;
+    for (int i = 0; i < blocks; ++i) {
+        float(*const own)[ROWS] = totals + place_of(p, input, i);
+        std::memset(own, 0, static_cast<std::size_t>(input.tokens) * sizeof own[0]);
+        if (p.tiles != nullptr) continue;
+        input.out = out == nullptr ? nullptr : out + i * ROWS;
+        p.function(p.layout, at + i * p.layout.block_bytes, p.decoding, input, own);
+    }
     if (p.tiles != nullptr) {
-        p.tiles(p.layout, at, blocks, p.decoding, input, totals);
-    } else {
-        p.function(p.layout, at, p.decoding, input, totals[0]);
+        p.tiles(p.layout, at, blocks, p.decoding, input, reinterpret_cast<float(*)[TOKEN_TILE][ROWS]>(totals));
     }
 }
 
@@ -194,7 +202,7 @@ void run_task(const Prepared& p, std::int64_t task) {
             const bool faulty = p.shape.whole() && places.faulty[t];  // whole numbers cannot say it
             const auto result = [&](const Totals& of, std::int64_t row) {
                 const float nan = std::numeric_limits<float>::quiet_NaN();
-                return finished(p, faulty ? broadcast(nan) : load(of[i][t]), token, row, lanes);
+                return finished(p, faulty ? broadcast(nan) : load(of[place_of(p, input, i) + t]), token, row, lanes);
             };
             Vector16 value = result(totals, block * ROWS);
             if (p.gated) {
@@ -204,15 +212,16 @@ void run_task(const Prepared& p, std::int64_t task) {
             store_some(p.product->out + token * p.product->out_stride + block * ROWS, value, lanes);
         }
     };
+    // A gate's rows and its partners' are two streams of weights: as much of one as there is room for, then of the
+    // other. Else a block is written as soon as it is there.
+    std::int64_t together = p.tiles != nullptr ? BLOCKS_TOGETHER : 1;
+    if (p.gated && p.tiles == nullptr) together = TOKEN_TILE / input.tokens;
     int blocks = 1;
     for (std::int64_t block = task % p.chunks * p.chunk; block < last; block += blocks) {
-        if (p.tiles != nullptr) blocks = static_cast<int>(std::min<std::int64_t>(BLOCKS_TOGETHER, last - block));
-        if (p.gated) {
-            input.out = nullptr;
-            multiply_blocks(p, p.blocks + block, blocks, input, partners);
-        }
-        input.out = p.product->out + tile * TOKEN_TILE * p.product->out_stride + block * ROWS;
-        multiply_blocks(p, block, blocks, input, totals);
+        blocks = static_cast<int>(std::min(together, last - block));
+        if (p.gated) multiply_blocks(p, p.blocks + block, blocks, input, nullptr, partners);
+        float* const out = p.product->out + tile * TOKEN_TILE * p.product->out_stride + block * ROWS;
+        multiply_blocks(p, block, blocks, input, out, totals);
         for (int i = 0; i < blocks; ++i) write(block + i, i);
     }
 }
