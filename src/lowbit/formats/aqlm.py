@@ -39,7 +39,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import quantization_config, says_method
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
@@ -76,10 +76,7 @@ class Aqlm:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """The quant_method of the config."""
-        found = quantization_config(header)
-        if found is None or found.method.lower() != cls.name:
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, cls.name)
 
     def describe(self) -> str:
         """Codebooks and bits, and that it is decoded."""

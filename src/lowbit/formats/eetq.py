@@ -44,7 +44,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import quantization_config, says_method
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -79,10 +79,7 @@ class Eetq:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """The quant_method of the config."""
-        found = quantization_config(header)
-        if found is None or found.method.lower() != cls.name:
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, cls.name)
 
     def describe(self) -> str:
         """There is one kind."""

@@ -50,7 +50,7 @@ from lowbit.formats.dense import (
     read_dense,
 )
 from lowbit.formats.matching import spellings
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import quantization_config, says_method
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -133,10 +133,7 @@ class Mlx:
         """``quantization``, or a quant_method of this name."""
         if header.container != "safetensors":
             return None
-        found = quantization_config(header)
-        if found is None or found.method.lower() != cls.name:
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, cls.name)
 
     def describe(self) -> str:
         """Bits and groups of all, and how many modules have their own."""

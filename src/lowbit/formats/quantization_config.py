@@ -64,3 +64,11 @@ def _checked(found: object, place: str, method: str = "") -> QuantizationConfig:
     if not name:
         raise LowbitError("E0212", f"{place} names no quant_method; it cannot be told what the weights are")
     return QuantizationConfig(name, found, place)
+
+
+def says_method(header: CheckpointHeader, name: str) -> str | None:
+    """What a format of one method claims a checkpoint by: where it says ``name``; None where it does not."""
+    found = quantization_config(header)
+    if found is None or found.method.lower() != name:
+        return None
+    return f"{found.place} says {found.method}"

@@ -52,7 +52,7 @@ from lowbit.formats.dense import (
     read_dense,
 )
 from lowbit.formats.hqq import unpack
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import quantization_config, says_method
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -95,10 +95,7 @@ class Sinq:
         """The quant_method of the config."""
         if header.container == "gguf":
             return None
-        found = quantization_config(header)
-        if found is None or found.method.lower() != cls.name:
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, cls.name)
 
     def describe(self) -> str:
         """Bits and groups, as the config has them."""

@@ -47,7 +47,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import quantization_config, says_method
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
@@ -101,10 +101,7 @@ class Vptq:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """The quant_method of the config."""
-        found = quantization_config(header)
-        if found is None or found.method.lower() != cls.name:
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, cls.name)
 
     def describe(self) -> str:
         """That it is decoded."""

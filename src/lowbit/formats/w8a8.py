@@ -47,7 +47,7 @@ from lowbit.formats.dense import (
     read_dense,
 )
 from lowbit.formats.fp8 import block_size
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import quantization_config, says_method
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
@@ -88,10 +88,7 @@ class W8a8Int8:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method is the format's name."""
-        found = quantization_config(header)
-        if found is None or found.method.lower() != cls.name:
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, cls.name)
 
     def describe(self) -> str:
         """The name says it all, but for the size of blocks."""
