@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 NATIVE := $(wildcard CMakeLists.txt) $(shell find src/lowbit/csrc cmake -type f 2>/dev/null)
 
-.PHONY: install serve test test-quick test-all cross-check lint format docs formats-report bench bench-cpu clean
+.PHONY: install serve test test-quick test-all test-gpu gpu-compile cross-check lint format docs formats-report bench bench-cpu clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -59,6 +59,14 @@ test-quick: install
 
 test-all: install
 	@$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
+
+# On an NVIDIA GPU where there is one, else in Triton's interpreter.
+test-gpu: install
+	@$(BIN)/python -m pytest -m "" --ignore=tests/gpu/test_compiles.py tests/gpu $(PYTEST_FLAGS)
+
+# Every launch of those tests, compiled for Ampere and Hopper; needs no GPU.
+gpu-compile: install
+	@$(BIN)/python -m pytest -m "" tests/gpu/test_compiles.py $(PYTEST_FLAGS)
 
 # The ARM libraries, compiled and run by an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
 cross-check: install

@@ -1,0 +1,148 @@
+"""Where Triton kernels run, and how they are launched.
+
+On a CUDA device whenever Triton is installed. On a CPU only inside ``interpreting()``, in a process that was
+started with ``TRITON_INTERPRET=1`` (Triton reads it when a kernel is declared): slow, exact, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_state = {"interpreting": False}
+_recorded: list[Launch] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch means to the compiler: enough to compile the same kernel for another device.
+
+    ``types``: Triton's spelling of each argument's type by its name ("*bf16", "i32" …), "D" behind it where
+    the address or number is a multiple of 16; ``constants``: by name.
+    """
+
+    module: str
+    function: str
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def missing() -> str:
+    """Why there are no Triton kernels in this installation; "" where there are."""
+    return "" if find_spec("triton") else "Triton is not installed (pip install 'lowbit[cuda]')"
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels take tensors of this device."""
+    if device.type == "cuda":
+        return not missing()
+    return device.type == "cpu" and _state["interpreting"]
+
+
+def refuses(device: torch.device) -> str | None:
+    """Why Triton kernels do not take tensors of this device, or None."""
+    if runs_on(device):
+        return None
+    return missing() if device.type == "cuda" else f"needs an NVIDIA GPU, got {device.type}"
+
+
+@contextmanager
+def interpreting() -> Iterator[None]:
+    """Triton's interpreter takes the place of all native kernels, on CPU tensors, inside this block."""
+    if not INTERPRETED:
+        raise RuntimeError("start the process with TRITON_INTERPRET=1")
+    before, _state["interpreting"] = _state["interpreting"], True
+    try:
+        yield
+    finally:
+        _state["interpreting"] = before
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Write down every launch inside this block."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...] | Callable[..., tuple[int, ...]],
+    *arguments: Tensor | float | None,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: object,
+) -> None:
+    """Run a ``triton.jit`` function: tensors and numbers in the order of its parameters, constants by name.
+
+    None stands for a pointer that the constants say is not read.
+    """
+    if _recorded is not None:
+        _recorded.append(_described(kernel, arguments, constants, num_warps, num_stages))
+    kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def _described(
+    kernel: Any,
+    arguments: tuple[Tensor | float | None, ...],
+    constants: dict[str, object],
+    num_warps: int,
+    num_stages: int,
+) -> Launch:
+    function = kernel.fn
+    types, fixed = [], dict(constants)
+    for name, value in zip(kernel.arg_names, arguments, strict=False):
+        if value is None or (isinstance(value, int) and value == 1):
+            fixed[name] = value  # Triton compiles these in
+        else:
+            types.append((name, _type_of(value)))
+    return Launch(
+        function.__module__,
+        function.__name__,
+        tuple(types),
+        tuple(sorted(fixed.items())),
+        num_warps,
+        num_stages,
+    )
+
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e5m2: "fp8e5",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.uint32: "u32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+def _type_of(value: Tensor | float) -> str:
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}" + "D" * (value.data_ptr() % 16 == 0)
+    if isinstance(value, float):
+        return "fp32"
+    return ("i32" if -(1 << 31) <= value < 1 << 31 else "i64") + "D" * (value % 16 == 0)

@@ -1,0 +1,74 @@
+"""Compile recorded launches for real GPUs, without one: python compile_launches.py LAUNCHES [ARCH …].
+
+Run without TRITON_INTERPRET. Prints a JSON line for each launch and architecture: shared memory, spilled
+bytes, registers, or the error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+MOST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+
+def compiled(launch: dict, architecture: int) -> dict:
+    """What the compiler says of a launch."""
+    function = getattr(importlib.import_module(launch["module"]), launch["function"])
+    names = function.arg_names
+    types = dict(launch["types"])
+    constants = dict(launch["constants"])
+    signature = {name: types[name].rstrip("D") if name in types else "constexpr" for name in names}
+    aligned = [name for name, type_ in types.items() if type_.endswith("D")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    options = {"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]}
+    kernel = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    shared = kernel.metadata.shared
+    if shared > MOST_SHARED[architecture]:
+        raise ValueError(f"{shared} bytes of shared memory, {MOST_SHARED[architecture]} are there")
+    return {"shared": shared, **_assembled(kernel.asm["ptx"], architecture)}
+
+
+def _assembled(ptx: str, architecture: int) -> dict:
+    """Registers and spills, as ptxas -v says them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        suffix = "a" if architecture >= 90 else ""
+        command = [get_ptxas(architecture).path, "-v", f"-arch=sm_{architecture}{suffix}", str(path)]
+        said = subprocess.run([*command, "-o", f"{folder}/kernel.o"], capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spills = re.search(r"(\d+) bytes spill stores", said)
+    return {"registers": int(registers[1]) if registers else -1, "spills": int(spills[1]) if spills else -1}
+
+
+def main(path: str, architectures: list[int]) -> int:
+    """0: everything compiled."""
+    launches = sorted(set(Path(path).read_text().splitlines()))
+    failed = 0
+    for line in launches:
+        launch = json.loads(line)
+        for architecture in architectures:
+            said: dict = {"kernel": launch["function"], "sm": architecture}
+            try:
+                said |= compiled(launch, architecture)
+            except Exception as error:
+                said |= {"error": f"{type(error).__name__}: {error}"[:2000], "launch": launch}
+                failed += 1
+            print(json.dumps(said), flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(main(sys.argv[1], [int(a) for a in sys.argv[2:]] or [80, 90]), 100))

@@ -1,0 +1,49 @@
+"""The interpreter stands for the device: shared functions, and which device takes what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu.language import dot
+
+
+@triton.jit
+def _product(x, y, out, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in range(0, columns, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        a = tl.load(x + rows[:, None] * columns + k[None, :])
+        b = tl.load(y + rows[:, None] * columns + k[None, :])
+        total = dot(a, tl.trans(b), total)
+    tl.store(out + rows[:, None] * BLOCK + rows[None, :], total)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])
+def test_dot_multiplies_values_of_every_type(dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(16, 64, generator=generator).to(dtype).to(device) for _ in range(2))
+    out = torch.full((16, 16), torch.nan, device=device)
+    runtime.launch(_product, (1,), x, y, out, 64, BLOCK=16)
+    torch.testing.assert_close(out, x.float() @ y.float().T, rtol=1e-5, atol=1e-4)
+
+
+def test_only_inside_interpreting_does_a_cpu_take_triton_kernels(device: torch.device) -> None:
+    assert runtime.runs_on(device)
+    assert runtime.refuses(torch.device("meta")) == "needs an NVIDIA GPU, got meta"
+    runtime._state["interpreting"] = False
+    assert not runtime.runs_on(torch.device("cpu"))
+
+
+def test_a_recorded_launch_says_what_the_compiler_needs(device: torch.device) -> None:
+    x = torch.zeros(16, 32, dtype=torch.bfloat16, device=device)
+    out = torch.empty(16, 16, device=device)
+    with runtime.recording() as launches:
+        runtime.launch(_product, (1,), x, x, out, 32, num_warps=8, BLOCK=16)
+    (launch,) = launches
+    assert dict(launch.types) == {"x": "*bf16D", "y": "*bf16D", "out": "*fp32D", "columns": "i32D"}
+    assert (launch.function, launch.constants, launch.num_warps) == ("_product", (("BLOCK", 16),), 8)
