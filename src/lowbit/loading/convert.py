@@ -224,9 +224,10 @@ class Work:
             )
 
     def _schemes(self) -> dict[str, Scheme]:
-        return {
+        planned = {
             module.target.stored: self.planned[module.target.name].scheme for module in self.source.modules
         }
+        return planned | self.source.beside
 
     @property
     def method(self) -> str:

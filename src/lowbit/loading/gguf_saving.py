@@ -113,6 +113,11 @@ def save_gguf(
                 on_progress(done, sum(sizes), "converting")
         made.close()
         notes = _verified(source, path)
+        towers = sum(isinstance(part, SourceVector) and part.beside for part in source.parts)
+        if towers:
+            notes.append(
+                f"{towers} tensors of vision or audio were left out: llama.cpp has an mmproj file for them"
+            )
         if check is not None:
             check(path, notes)
         return notes
@@ -157,7 +162,7 @@ class _Plan:
         stacks: dict[str, list[SourceModule]] = {}
         for part in self.source.parts:
             if isinstance(part, SourceVector):
-                found.append(self._vector(part))
+                found += [] if part.beside else [self._vector(part)]
                 continue
             expert = _EXPERT.fullmatch(part.place.part.name)
             if expert is None:

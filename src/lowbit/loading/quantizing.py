@@ -119,7 +119,7 @@ class Quantizing:
 
     def writer(self) -> CheckpointWriter:
         """The first format that can hold every module exactly."""
-        schemes = {module.target.stored: module.scheme for module in self.modules}
+        schemes = {module.target.stored: module.scheme for module in self.modules} | self.source.beside
         methods = self.recipe.methods
         wanted = _FORMATS.get(methods[0].name, _USUAL) if len(methods) == 1 else ("compressed-tensors",)
         if any(spec.options.get("weights") == "channel" for spec in methods):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.formats import InputRule, StoredModule
 from lowbit.formats.kv_scales import KvScales
 from lowbit.layers.experts import Experts, ExpertsSpec
@@ -28,9 +28,10 @@ from lowbit.models.config import ModelConfig
 from lowbit.models.hf_config import hf_config
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.scheme import Scheme, dense
 from lowbit.quantize.recipe import Asked
 
+_FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 _EXPERT_LEAF = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -47,13 +48,14 @@ class SourceModule:
 @dataclass(frozen=True)
 class SourceVector:
     """A small tensor beside the modules, canonically ``name``. ``shift`` is added to it (GGUF has Gemma's
-    norms with 1 added)."""
+    norms with 1 added). ``beside``: of a vision or audio tower, and of any shape and size."""
 
     name: str
     target: str
     stored: str
     shift: float
     nbytes: int
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,36 @@ class SourceModel:
         walk = _Walk(opened)
         opened.family.build(opened.config, walk)
         walk.names.refuse_leftovers()
-        self.parts: list[SourceModule | SourceVector] = walk.parts
+        self.parts: list[SourceModule | SourceVector] = walk.parts + [
+            SourceVector(name, name, name, 0.0, header.tensors[name].nbytes, beside=True)
+            for name in walk.names.other_parts()
+        ]
         self.has_kv_scales = walk.has_kv_scales
 
     @property
     def modules(self) -> list[SourceModule]:
         """The weight-bearing modules alone."""
         return [part for part in self.parts if isinstance(part, SourceModule)]
+
+    @property
+    def beside(self) -> dict[str, Scheme]:
+        """The matrices of towers beside the language model, by module: written as they are, never quantized.
+
+        E0450 where they are quantized: no other format's config could say how.
+        """
+        found = {}
+        for part in self.parts:
+            if isinstance(part, SourceVector) and part.beside:
+                entry = self.header.tensors[part.stored]
+                if entry.dtype not in _FLOATS:
+                    raise LowbitError(
+                        "E0450",
+                        f"{entry.file}: tensor {printable(part.stored)!r} of what stands beside the language "
+                        f"model is {entry.dtype}, quantized in its own way; convert the original model",
+                    )
+                if len(entry.shape) == 2 and part.stored.endswith(".weight"):
+                    found[part.stored.removesuffix(".weight")] = dense(_FLOATS[entry.dtype])
+        return found
 
     def read(self, module: SourceModule, data: TensorData) -> ReadModule:
         """The module in canonical form, rows in the order in which it is written."""
