@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 NATIVE := $(wildcard CMakeLists.txt) $(shell find src/lowbit/csrc cmake -type f 2>/dev/null)
 
-.PHONY: install serve test test-quick test-all test-gpu gpu-compile cross-check lint format docs formats-report bench bench-cpu clean
+.PHONY: install serve test test-quick test-all test-gpu bench-gpu gpu-compile cross-check lint format docs formats-report bench bench-cpu clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
@@ -60,9 +60,21 @@ test-quick: install
 test-all: install
 	@$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
 
-# On an NVIDIA GPU where there is one, else in Triton's interpreter.
-test-gpu: install
-	@$(BIN)/python -m pytest -m "" --ignore=tests/gpu/test_compiles.py tests/gpu $(PYTEST_FLAGS)
+# On an NVIDIA GPU where there is one, else in Triton's interpreter. GPU_PYTHON=python3 takes a Python that has
+# torch with CUDA, Triton and pytest already, and installs nothing; so does bench-gpu.
+ifdef GPU_PYTHON
+test-gpu bench-gpu: export PYTHONPATH := src:$(PYTHONPATH)
+else
+GPU_PYTHON := $(BIN)/python
+test-gpu bench-gpu: install
+endif
+
+test-gpu:
+	@$(GPU_PYTHON) -m pytest -m "" -p no:cacheprovider --ignore=tests/gpu/test_compiles.py tests/gpu $(PYTEST_FLAGS)
+
+# Kernels and steps on the GPU, into docs/results.md.
+bench-gpu:
+	@$(GPU_PYTHON) benchmarks/bench_gpu.py $(BENCH_FLAGS)
 
 # Every launch of those tests, compiled for Ampere and Hopper; needs no GPU.
 gpu-compile: install

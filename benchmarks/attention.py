@@ -6,7 +6,9 @@ pages), and beside the same call on each narrower type of cache. GB/s counts K a
 where sequences share pages; GFLOPS counts what causal attention needs, not what tiles waste.
 The last line is JSON.
 
-    python benchmarks/attention.py [--threads N] [--repeats N] [--caches int8 int4 …]
+    python benchmarks/attention.py [--threads N] [--repeats N] [--caches int8 int4 …] [--device cuda]
+
+On --device cuda q, K and V are bfloat16 and a call is timed by CUDA events, as one graph.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from linear import cuda_seconds, graph
 from machine import commit, cpu_name, machine_kind
 from torch import Tensor
 from torch.nn import functional
 
 from lowbit.kernels import native
-from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec
-from lowbit.kernels.attention_cpu import CpuAttention
+from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec, choose_attention
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.numerics.cache_format import K_FORMATS, KvDtype
@@ -75,7 +77,17 @@ SHAPES = [
 ]
 
 
-def batch_of(shape: Shape) -> tuple[ForwardBatch, ForwardBatch, int]:
+GPU_SHAPES = [
+    Shape("8B prefill 2048", 32, 8, 128, 1, 2048, 2048),
+    Shape("8B prefill 512 at 8192", 32, 8, 128, 1, 512, 8192),
+    Shape("8B decode 1 x 1024", 32, 8, 128, 1, 1, 1024),
+    Shape("8B decode 1 x 16384", 32, 8, 128, 1, 1, 16384),
+    Shape("8B decode 32 x 1024", 32, 8, 128, 32, 1, 1024),
+    Shape("8B decode 128 x 2048", 32, 8, 128, 128, 1, 2048),
+]
+
+
+def batch_of(shape: Shape, device: torch.device) -> tuple[ForwardBatch, ForwardBatch, int]:
     """The batch to time, the batch that fills the cache before, and the number of pages."""
     per_sequence = -(-shape.context // PAGE_SIZE)
     count = per_sequence * shape.sequences
@@ -100,13 +112,19 @@ def batch_of(shape: Shape) -> tuple[ForwardBatch, ForwardBatch, int]:
             PAGE_SIZE,
             end - first,
             end,
-        )
+        ).to(device)
 
     return batch(shape.context - shape.queries, shape.context), batch(0, shape.context), count
 
 
-def measured(call: Callable[[], object], repeats: int) -> tuple[float, float]:
+def measured(call: Callable[[], object], repeats: int, device: torch.device) -> tuple[float, float]:
     """(median, spread between the quartiles) of the milliseconds of a call."""
+    if device.type == "cuda":
+        replay = graph(call)
+        replay()
+        times = [cuda_seconds(replay) * 1e3 for _ in range(max(repeats, 3))]
+        low, middle, high = statistics.quantiles(times, n=4)
+        return middle, high - low
     call()
     start = time.perf_counter()
     call()
@@ -131,7 +149,7 @@ def torch_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
             [x.transpose(0, 1)[None].to(dtype).contiguous() for x in (q[new], k[all_tokens], v[all_tokens])]
         )
     earlier = shape.context - shape.queries
-    mask = torch.ones(shape.queries, shape.context, dtype=torch.bool).tril(earlier)
+    mask = torch.ones(shape.queries, shape.context, dtype=torch.bool, device=q.device).tril(earlier)
     arguments = {"is_causal": True} if not earlier else {} if shape.queries == 1 else {"attn_mask": mask}
 
     def call() -> None:
@@ -141,7 +159,7 @@ def torch_attention(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Callable[[
     return call
 
 
-def run(shape: Shape, repeats: int, cache_types: list[str]) -> dict[str, object]:
+def run(shape: Shape, repeats: int, cache_types: list[str], device: torch.device) -> dict[str, object]:
     """Check, time, print a line and one a further type of cache, return the numbers."""
     parameters = AttentionParameters(scale=shape.dim**-0.5)
     random_numbers = torch.Generator().manual_seed(1)
@@ -153,18 +171,19 @@ def run(shape: Shape, repeats: int, cache_types: list[str]) -> dict[str, object]
     for x in (k, v):
         by_sequence = x.view(shape.sequences, shape.context, shape.kv_heads, shape.dim)
         by_sequence[:, : shape.shared] = by_sequence[:1, : shape.shared]
-    batch, filling, pages = batch_of(shape)
-    last = torch.arange(len(k)).view(shape.sequences, -1)[:, -shape.queries :].flatten()
+    q, k, v = (x if device.type == "cpu" else x.bfloat16().to(device) for x in (q, k, v))
+    batch, filling, pages = batch_of(shape, device)
+    last = torch.arange(len(k), device=device).view(shape.sequences, -1)[:, -shape.queries :].flatten()
     new_k, new_v = k[last], v[last]
 
     def timed(cache_type: str) -> tuple[float, float, float, int]:
         """(ms, spread of it, error, bytes of K and V) of pages of this type."""
         spec = CacheSpec("paged", shape.kv_heads, shape.dim, shape.dim, KvDtype.of(cache_type))
         results = []
-        for kernel in (ReferenceAttention(), CpuAttention()):
-            cache = kernel.allocate(spec, pages, PAGE_SIZE, torch.device("cpu"))
+        for kernel in (ReferenceAttention(), choose_attention(spec, device)):
+            cache = kernel.allocate(spec, pages, PAGE_SIZE, device)
             kernel.write(cache, k, v, filling)
-            results.append(kernel.attend(q, cache, batch, parameters))
+            results.append(kernel.attend(q, cache, batch, parameters).float())
         error = ((results[1] - results[0]).norm() / results[0].norm()).item()
         assert error < 5e-3, f"{shape.name}, {cache_type}: differs from the reference by {error:.2e}"
 
@@ -172,10 +191,10 @@ def run(shape: Shape, repeats: int, cache_types: list[str]) -> dict[str, object]
             kernel.write(cache, new_k, new_v, batch)
             kernel.attend(q, cache, batch, parameters)
 
-        return *measured(call, repeats), error, shape.sequences * shape.context * spec.token_bytes()
+        return *measured(call, repeats, device), error, shape.sequences * shape.context * spec.token_bytes()
 
     ms, spread, error, cache_bytes = timed("bf16")
-    torch_ms, _ = measured(torch_attention(shape, q, k, v), repeats)
+    torch_ms, _ = measured(torch_attention(shape, q, k, v), repeats, device)
     numbers = {
         "shape": shape.name,
         "ms": round(ms, 4),
@@ -208,10 +227,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--caches", nargs="*", default=NARROW, choices=NARROW, help="timed beside bf16")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
+    device, on_gpu = torch.device(options.device), options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU here; use --device cpu")
     torch.set_num_threads(options.threads)
     native.set_threads(options.threads)
-    results = [run(shape, options.repeats, options.caches) for shape in SHAPES]
+    shapes = GPU_SHAPES if on_gpu else SHAPES
+    results = [run(shape, options.repeats, options.caches, device) for shape in shapes]
     print(
         json.dumps(
             {
@@ -220,8 +244,8 @@ def main() -> None:
                 "commit": commit(),
                 "command": " ".join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
                 "cpu": cpu_name(),
-                "machine": machine_kind(),
-                "isa": native.isa(),
+                "machine": torch.cuda.get_device_name() if on_gpu else machine_kind(),
+                "isa": "cuda" if on_gpu else native.isa(),
                 "threads": options.threads,
                 "torch": torch.__version__,
                 "results": results,

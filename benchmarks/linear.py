@@ -12,7 +12,10 @@ copies of its own and takes turns with the kernel.
 *Bound*: what the same run's probes say this machine could do: the longer of reading the packed weight with
 all threads from memory and of the products at the rate of the best dot-product instruction for the inputs
 (bf16, or 8 bit where the scheme quantizes them; fp32 for float32 tables). ``cached``: the read bandwidth of a
-buffer of the weight's size. On --device cuda the bounds are a large copy and a large bf16 matmul of torch's.
+buffer of the weight's size.
+
+On --device cuda the bounds are a large copy and large products of torch's (bf16, fp8, int8) in the same run,
+calls are one CUDA graph, and x and results are bfloat16.
 The last line is JSON. --plot draws % of the bound by tokens, a line a format (extra ``bench``). --cliffs is
 another table, of many more formats: see cliffs.py.
 """
@@ -32,7 +35,7 @@ from typing import TypeVar
 
 import cliffs
 import torch
-from linear_formats import FORMATS, SHAPES, Sample, matrix
+from linear_formats import DEFAULT_SHAPES, FORMATS, SHAPES, Sample, matrix
 from machine import commit, cpu_name, machine_kind
 from torch import Tensor
 from torch.nn import functional
@@ -42,7 +45,7 @@ from lowbit.kernels import PackedWeight, choose, native, probes, timing
 from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.layers.linear import Linear
 
-TOKENS = (1, 4, 16, 32, 64, 256, 512)
+TOKENS = {"cpu": (1, 4, 16, 32, 64, 256, 512), "cuda": (1, 4, 16, 32, 64, 256, 1024, 4096)}
 TOLERANCE = 3e-3  # of the norm: bfloat16 inputs have been rounded, float32 sums reordered
 MOST_COPIES = 512
 MOST_BYTES = 1 << 30
@@ -88,7 +91,7 @@ class Bounds:
 def measured_bounds(device: torch.device, sizes: set[int]) -> Bounds:
     """By probes, now."""
     if device.type == "cuda":
-        return _cuda_bounds()
+        return cuda_bounds()
     if native.library() is None:
         raise SystemExit("no native library: there is no kernel to measure here")
     dots = {kind: probes.dot_peak(kind, 0.3) for kind in probes.DOTS}
@@ -101,14 +104,26 @@ def measured_bounds(device: torch.device, sizes: set[int]) -> Bounds:
     return Bounds(probes.read_bandwidth(DRAM_BYTES, 1.0), cached, {**dots, **best})
 
 
-def _cuda_bounds() -> Bounds:
+def cuda_bounds() -> Bounds:
+    """A copy of half a GB, and square products; int8 also stands for fp8, where the GPU has it the faster."""
     source = torch.ones(1 << 28, dtype=torch.bfloat16, device="cuda")
     copied = torch.empty_like(source)
     square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    copying = min(_cuda_seconds(lambda: copied.copy_(source)) for _ in range(5))
-    product = min(_cuda_seconds(lambda: square @ square) for _ in range(5))
-    rate = 2 * 8192**3 / product / 1e12
-    return Bounds(2 * source.nbytes / copying / 1e9, {}, {"bf16": rate, "fp32": rate, "int8": 2 * rate})
+    copying = min(cuda_seconds(lambda: copied.copy_(source)) for _ in range(5))
+    whole = (square * 20).to(torch.int8)
+    products: dict[str, Callable[[], object]] = {
+        "bf16": lambda: square @ square,
+        "int8": lambda: torch._int_mm(whole, whole.T),
+    }
+    if torch.cuda.get_device_capability() >= (8, 9):
+        small, one = square.to(torch.float8_e4m3fn), torch.ones((), device="cuda")
+        products["fp8"] = lambda: torch._scaled_mm(small, small.T, one, one, out_dtype=torch.bfloat16)
+    rates = {
+        kind: 2 * 8192**3 / min(cuda_seconds(product) for _ in range(5)) / 1e12
+        for kind, product in products.items()
+    }
+    rates["int8"] = max(rates["int8"], rates.get("fp8", 0.0))
+    return Bounds(2 * source.nbytes / copying / 1e9, {}, {**rates, "fp32": rates["bf16"]})
 
 
 def largest_cache(device: torch.device) -> int:
@@ -118,7 +133,7 @@ def largest_cache(device: torch.device) -> int:
     return timing.cache_bytes()
 
 
-def _cuda_seconds(call: Callable[[], object]) -> float:
+def cuda_seconds(call: Callable[[], object]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
@@ -129,7 +144,7 @@ def _cuda_seconds(call: Callable[[], object]) -> float:
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
-        return _cuda_seconds(call)
+        return cuda_seconds(call)
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
@@ -226,14 +241,28 @@ class Bench:
             _, plan = Recorder(Arena(1 << 30)).record(step)
             if plan is not None:
                 return plan.run
-        return step
+        return graph(step) if self.device.type == "cuda" else step
 
     def _torch_step(self, weights: list[Tensor], x: Tensor) -> Callable[[], object]:
         def step() -> None:
             for weight in weights:
                 functional.linear(x, weight)
 
-        return step
+        return graph(step) if self.device.type == "cuda" else step
+
+
+def graph(step: Callable[[], object]) -> Callable[[], object]:
+    """The step captured: launching a kernel from Python takes longer than many of them run."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # what is compiled or allocated once
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        step()
+    return captured.replay
 
 
 Copy = TypeVar("Copy")
@@ -300,7 +329,7 @@ def _cliffs(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     native.set_threads(1)
     shape = SHAPES[options.shapes[0] if len(options.shapes) == 1 else "1B qkv"]
-    tokens = [1, 8, 32, 512] if options.tokens == list(TOKENS) else options.tokens
+    tokens = options.tokens or [1, 8, 32, 512]
     rows = cliffs.run(options.formats, shape, tokens, options.repeats)
     told = {"benchmark": "cliffs", "commit": commit(), "cpu": cpu_name(), "machine": machine_kind(),
             "isa": native.isa(), "shape": shape, "rows": rows}  # fmt: skip
@@ -313,8 +342,8 @@ def main() -> None:
     known = list(cliffs.FORMATS if "--cliffs" in sys.argv else FORMATS)
     parser.add_argument("--cliffs", action="store_true", help="every format beside others of its size")
     parser.add_argument("--formats", nargs="*", default=known, choices=known, metavar="F")
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES), metavar="S")
-    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), metavar="S")
+    parser.add_argument("--tokens", nargs="*", type=int)
     parser.add_argument("--threads", type=int, default=native.available_cores())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -322,11 +351,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here; use --device cpu")
+    options.shapes = options.shapes or DEFAULT_SHAPES[options.device]
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("--plot needs matplotlib: pip install 'lowbit[bench]'")
     if options.cliffs:
         _cliffs(options)
         return
+    options.tokens = options.tokens or list(TOKENS[options.device])
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
     native.set_threads(options.threads)
@@ -357,8 +388,8 @@ def main() -> None:
         "commit": commit(),
         "command": " ".join(["python", "benchmarks/linear.py", *sys.argv[1:]]),
         "cpu": where,
-        "machine": machine_kind(),
-        "isa": native.isa(),
+        "machine": where if device.type == "cuda" else machine_kind(),
+        "isa": "cuda" if device.type == "cuda" else native.isa(),
         "device": options.device,
         "threads": options.threads,
         "repeats": options.repeats,

@@ -25,6 +25,15 @@ SHAPES = {
     "1B out": (2048, 2048),
     "1B gate up": (16384, 2048),
     "1B down": (2048, 8192),
+    "8B qkv": (6144, 4096),
+    "8B out": (4096, 4096),
+    "8B gate up": (28672, 4096),
+    "8B down": (4096, 14336),
+}
+# What is timed if nobody says what: 8B is too much for two cores, and 135M nothing for a GPU.
+DEFAULT_SHAPES = {
+    "cpu": [name for name in SHAPES if not name.startswith("8B")],
+    "cuda": [name for name in SHAPES if name.startswith("8B")],
 }
 
 
@@ -102,4 +111,6 @@ FORMATS: dict[str, Callable[[Tensor], Sample]] = {
     "fp8 channel": _method("fp8:activation=none"),
     "fp8 block": _method("fp8:weights=block,activation=none"),
     "w8a8": _method("w8a8_int8"),
+    "fp8 row x row": _method("fp8:weights=channel"),
+    "fp8 block x group": _method("fp8:weights=block"),
 }

@@ -103,6 +103,71 @@ def _write_one_billion(out: Path) -> None:
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
+SIZES = {  # hidden, layers, inner, heads, heads of K and V
+    "8b": (4096, 32, 14336, 32, 8),
+    "tiny": (256, 2, 512, 4, 2),
+}
+
+
+def random_four_bit(model: str) -> Path:
+    """A Llama of random 4-bit weights in groups of 128 (compressed-tensors), head and embedding in bfloat16.
+
+    Random words are made in seconds where quantizing 8 billion weights would take minutes.
+    """
+    out = folder() / f"{model}-random-w4a16-g128"
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        _write_random_four_bit(part, *SIZES[model])
+        part.rename(out)
+    return out
+
+
+def _write_random_four_bit(
+    out: Path, hidden: int, layers: int, inner: int, heads: int, kv_heads: int
+) -> None:
+    vocabulary, group = 32000, 128
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": hidden // heads,
+        "vocab_size": vocabulary, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+        "quantization_config": {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        },
+    }  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(_SEED)
+    kv = hidden // heads * kv_heads
+    shapes = {
+        **{f"self_attn.{name}_proj": (hidden, hidden) for name in "qo"},
+        **{f"self_attn.{name}_proj": (kv, hidden) for name in "kv"},
+        **{f"mlp.{name}_proj": (inner, hidden) for name in ("gate", "up")},
+        "mlp.down_proj": (hidden, inner),
+    }
+    plain = torch.randn(vocabulary, hidden, generator=generator).mul_(hidden**-0.5).bfloat16()
+    ones = torch.ones(hidden).bfloat16()
+    tensors = {"model.embed_tokens.weight": plain, "lm_head.weight": plain.clone(), "model.norm.weight": ones}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{norm}.weight"] = ones.clone()
+        for name, (rows, columns) in shapes.items():
+            words = torch.randint(-(1 << 31), 1 << 31, (rows, columns // 8), generator=generator).int()
+            scale = torch.full((rows, columns // group), columns**-0.5 / 4.6).bfloat16()  # codes' deviation
+            tensors |= {
+                f"{prefix}.{name}.weight_packed": words,
+                f"{prefix}.{name}.weight_scale": scale,
+                f"{prefix}.{name}.weight_shape": torch.tensor([rows, columns]),
+            }
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+
+
 def openvino_folder(model: str, group: int, python: str) -> Path:
     """The model as OpenVINO's files, 4-bit in groups, made by its own reader and tool in ``python``."""
     out = folder() / f"{model}-openvino-int4-g{group}"

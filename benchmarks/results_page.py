@@ -18,6 +18,7 @@ from machine import ROOT
 FOLDER = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "results.md"
 BEGIN, END = "<!-- cpu speed: begin -->", "<!-- cpu speed: end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu speed: begin -->", "<!-- gpu speed: end -->"
 
 Record = dict[str, Any]
 _FOLDERS = re.compile(r"(?<![\w.…])/(?:[\w.+-]+/)+")  # of one machine, and nobody else's business
@@ -46,8 +47,9 @@ def store(name: str, record: Record, folder: Path = FOLDER) -> Path:
 
 
 def update(folder: Path = FOLDER, page: Path = PAGE) -> None:
-    """Write the section anew."""
+    """Write the sections anew."""
     replace_section(page, section(folder), BEGIN, END)
+    replace_section(page, gpu_section(folder), GPU_BEGIN, GPU_END)
 
 
 def section(folder: Path) -> str:
@@ -61,18 +63,45 @@ def section(folder: Path) -> str:
         "the same size (at most 1.25 times lowbit's), in the same run.",
         "",
     ]
+    for place, records in _kept(folder, gpu=False):
+        parts += _machine(place, records)
+    return "\n".join([*parts, END, ""])
+
+
+def gpu_section(folder: Path) -> str:
+    """The same of GPUs; it says so where there is nothing."""
+    parts = [
+        GPU_BEGIN,
+        "## GPU speed",
+        "",
+        "Made by `make bench-gpu` on each machine. *Bound* and torch's bf16 are of the same run.",
+        "",
+    ]
+    kept = _kept(folder, gpu=True)
+    for place, records in kept:
+        parts += _machine(place, records)
+    if not kept:
+        parts += ["Nothing has been measured on a GPU yet.", ""]
+    return "\n".join([*parts, GPU_END, ""])
+
+
+def _kept(folder: Path, gpu: bool) -> list[tuple[Path, dict[str, Record]]]:
+    """Each machine's folder and what is in it."""
+    found = []
     for place in sorted(path for path in folder.glob("*") if path.is_dir()):
         records = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(place.glob("*.json"))}
-        if records:
-            parts += _machine(place, records)
-    return "\n".join([*parts, END, ""])
+        if records and gpu == (next(iter(records.values()))["isa"] == "cuda"):
+            found.append((place, records))
+    return found
 
 
 def _machine(place: Path, records: dict[str, Record]) -> list[str]:
     first = next(iter(records.values()))
-    lines = [f"### {first['machine']}, {first['isa']}, {first['threads']} threads", ""]
+    where = "" if first["isa"] == "cuda" else f", {first['isa']}, {first['threads']} threads"
+    lines = [f"### {first['machine']}{where}", ""]
+    kinds = {"serving": _serving, "linear": _linear, "attention": _attention, "gpu_step": _gpu_step}
     for record in records.values():
-        write = {"serving": _serving, "linear": _linear, "attention": _attention}[record["benchmark"]]
+        write = kinds[record["benchmark"]]
         lines += [f"`{record['command']}` at {record['commit']}:", "", *write(record), ""]
         if record["benchmark"] == "linear" and (place / "linear.svg").exists():
             lines += [f"![% of the bound](results/{place.name}/linear.svg)", ""]
@@ -143,5 +172,23 @@ def _attention(record: Record) -> list[str]:
                 f"{row['speedup']:.1f}",
             ]
             for row in record["results"]
+        ),
+    )
+
+
+def _gpu_step(record: Record) -> list[str]:
+    titles = [f"{record['model']}: step", "us", "kernels, us", "step / kernels", "weights, GB/s", "% of copy"]
+    return _table(
+        titles,
+        (
+            [
+                name,
+                f"{step['step_us']:,.0f}",
+                f"{step['kernels_us']:,.0f}",
+                f"{step['ratio']:.2f}",
+                f"{step['weights_gb_per_s']:,.0f}",
+                "–" if step["percent_of_bandwidth"] is None else f"{step['percent_of_bandwidth']:.0f}",
+            ]
+            for name, step in record["steps"].items()
         ),
     )

@@ -6,8 +6,10 @@ look back at ``context_lengths[s]`` tokens in all (new ones included) through it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +34,9 @@ class ForwardBatch:
     page_size: int
     max_query: int
     max_context: int
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """The same batch with its tensors there."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: v.to(device) for name, v in held.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
