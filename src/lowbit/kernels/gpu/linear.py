@@ -111,8 +111,8 @@ class GpuBlocks:
         return layout if isinstance(layout, str) else None
 
     def rounds(self, scheme: Scheme) -> bool:
-        """Whether many tokens meet weights rounded to their own type: always."""
-        return True
+        """Never, but to x's type as every kernel here does: tables, and weights that many tokens meet."""
+        return False
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of planes, scales, zero points and offsets."""
