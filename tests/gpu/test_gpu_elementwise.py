@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import elementwise
 from lowbit.kernels.elementwise import HeadNorms, RotaryTable
 from lowbit.kernels.gpu import runtime
+from lowbit.loading import load_model
+from models.test_residual_stream import make_checkpoint
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 ROUNDING = {BF16: 2.0**-8, F16: 2.0**-10, F32: 2e-6}
@@ -267,3 +272,17 @@ def test_nothing_to_do_launches_nothing(device: torch.device) -> None:
         elementwise.activated(x, "silu")
         elementwise.gated_activation(x)
     assert not launches
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "Glm4"])
+def test_a_model_whose_small_operations_run_in_triton(name: str, tmp_path: Path) -> None:
+    """Strided views of a fused output, in place and in turn, as a forward pass has them."""
+    make_checkpoint(name, tmp_path)
+    prompts = [[5, 9, 100], [7]]
+    with on_cpu():
+        model = load_model(open_checkpoint(str(tmp_path)), device="cpu", kv_cache_dtype="f32")
+        wanted = torch.cat(prompt_logits(model, prompts)).log_softmax(1)
+    with runtime.recording() as launches:
+        found = torch.cat(prompt_logits(model, prompts)).log_softmax(1)
+    assert {"_norm", "_rotary", "_activation", "_gather"} <= {launch.function for launch in launches}
+    assert (wanted.exp() * (wanted - found)).sum(1).max() < 1e-5
