@@ -14,13 +14,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowbit.kernels.gpu.language import INTERPRETED
+from lowbit.kernels.gpu.language import INTERPRETED, cast
 
 
 @triton.jit
-def type_of(NAME: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The type that is multiplied."""
-    return tl.float32 if NAME == "f32" else tl.float16 if NAME == "fp16" else tl.bfloat16
+def as_type(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 x as what is multiplied: "f32", "fp16" or "bf16"."""
+    if TYPE == "bf16":
+        return cast(x, tl.bfloat16)
+    elif TYPE == "fp16":
+        return x.to(tl.float16)
+    else:
+        return x
 
 
 @triton.jit
@@ -30,8 +35,8 @@ def _whole(codes):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _numbers(codes, FORMAT: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What codes of 8 bits or more stand for, as TYPE ("f32", "fp16", "bf16")."""
+def _numbers(codes, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 numbers that codes of 8 bits or more stand for."""
     if FORMAT == "fp8_e4m3":
         bits = codes.to(tl.int32)
         numbers = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
@@ -39,11 +44,52 @@ def _numbers(codes, FORMAT: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[n
         numbers = tl.where((bits & 0x7F) == 0x7F, float("nan"), numbers * 1.329227995784916e36)
     elif FORMAT == "fp8_e5m2":
         numbers = (codes.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    elif FORMAT == "int8" and INTERPRETED:  # it takes a whole number's bits for bfloat16's
-        numbers = codes.to(tl.float32)
     else:
-        numbers = codes
-    return numbers.to(type_of(TYPE))
+        numbers = codes.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def _of_groups(  # type: ignore[no-untyped-def]
+    numbers,
+    scales,
+    row,
+    inside,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    STORED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Float32 codes (N, WIDTH) times their groups' scales, plus the lowest values where OFFSET."""
+    PARAMETERS: tl.constexpr = 2 if OFFSET else 1
+    GROUPS: tl.constexpr = (STORED + GROUP - 1) // GROUP
+    END: tl.constexpr = min(START + WIDTH, DIM)
+    first = scales + row * (GROUPS * PARAMETERS)
+    if START // GROUP == (END - 1) // GROUP:  # one for the whole tile
+        place = (first + START // GROUP * PARAMETERS)[:, None]
+        numbers *= tl.load(place, inside[:, None], 0.0).to(tl.float32)
+        if OFFSET:
+            numbers += tl.load(place + 1, inside[:, None], 0.0).to(tl.float32)
+        return numbers
+    elif (GROUP & (GROUP - 1)) == 0 and START % GROUP == 0 and WIDTH % GROUP == 0:
+        group = START // GROUP + tl.arange(0, WIDTH // GROUP)
+        place = first[:, None] + group[None, :] * PARAMETERS
+        present = inside[:, None] & (group < GROUPS)[None, :]
+        grouped = tl.reshape(numbers, (numbers.shape[0], WIDTH // GROUP, GROUP))
+        grouped *= tl.load(place, present, 0.0).to(tl.float32)[:, :, None]
+        if OFFSET:
+            grouped += tl.load(place + 1, present, 0.0).to(tl.float32)[:, :, None]
+        return tl.reshape(grouped, (numbers.shape[0], WIDTH))
+    else:  # sizes that no model is known to have: a scale is read for every channel
+        channel = START + tl.arange(0, WIDTH)
+        place = first[:, None] + (channel // GROUP)[None, :] * PARAMETERS
+        present = inside[:, None] & (channel < DIM)[None, :]
+        numbers *= tl.load(place, present, 0.0).to(tl.float32)
+        if OFFSET:
+            numbers += tl.load(place + 1, present, 0.0).to(tl.float32)
+        return numbers
 
 
 @triton.jit
@@ -65,45 +111,23 @@ def read(  # type: ignore[no-untyped-def]
     Zeros past DIM and where not ``inside`` (N,). STORED: channels a vector has in the cache. GROUP: channels
     that share a scale; 0: none, or one that the caller applies.
     """
-    channel = START + tl.arange(0, WIDTH)
+    PACKED: tl.constexpr = 2 if FORMAT == "int4" else 1
+    place = START // PACKED + tl.arange(0, WIDTH // PACKED)
+    present = inside[:, None]
+    if START + WIDTH > DIM:
+        present = present & (place < DIM // PACKED)[None, :]
+    loaded = tl.load(codes + row[:, None] * (STORED // PACKED) + place[None, :], present, 0)
     if FORMAT == "int4":
-        byte = START // 2 + tl.arange(0, WIDTH // 2)
-        present = inside[:, None]
-        if START + WIDTH > DIM:
-            present = present & (byte < DIM // 2)[None, :]
-        packed = tl.load(codes + row[:, None] * (STORED // 2) + byte[None, :], present, 0)
-        numbers = tl.interleave(_whole(packed & 15), _whole(packed >> 4))
+        numbers = tl.interleave(_whole(loaded & 15), _whole(loaded >> 4))
+        numbers = _of_groups(numbers, scales, row, inside, START, WIDTH, DIM, STORED, True, GROUP)
+        return as_type(numbers, TYPE)
+    elif GROUP > 0:
+        numbers = _numbers(loaded, FORMAT)
+        numbers = _of_groups(numbers, scales, row, inside, START, WIDTH, DIM, STORED, False, GROUP)
+        return as_type(numbers, TYPE)
+    elif FORMAT == TYPE:
+        return loaded
+    elif FORMAT == "int8" and not INTERPRETED:  # in one instruction; the interpreter would copy bits
+        return loaded.to(tl.bfloat16)
     else:
-        present = inside[:, None]
-        if START + WIDTH > DIM:
-            present = present & (channel < DIM)[None, :]
-        loaded = tl.load(codes + row[:, None] * STORED + channel[None, :], present, 0)
-        if GROUP == 0:
-            return _numbers(loaded, FORMAT, TYPE)
-        numbers = _numbers(loaded, FORMAT, "f32")
-    PARAMETERS: tl.constexpr = 2 if FORMAT == "int4" else 1
-    GROUPS: tl.constexpr = (STORED + GROUP - 1) // GROUP
-    first = scales + row * (GROUPS * PARAMETERS)
-    if START // GROUP == (min(START + WIDTH, DIM) - 1) // GROUP:  # one for the whole tile
-        place = (first + START // GROUP * PARAMETERS)[:, None]
-        numbers *= tl.load(place, inside[:, None], 0.0).to(tl.float32)
-        if FORMAT == "int4":
-            numbers += tl.load(place + 1, inside[:, None], 0.0).to(tl.float32)
-    elif (GROUP & (GROUP - 1)) == 0 and START % GROUP == 0 and WIDTH % GROUP == 0:
-        group = START // GROUP + tl.arange(0, WIDTH // GROUP)
-        place = first[:, None] + group[None, :] * PARAMETERS
-        present = inside[:, None]
-        if START + WIDTH > DIM:
-            present = present & (group < GROUPS)[None, :]
-        grouped = tl.reshape(numbers, (row.shape[0], WIDTH // GROUP, GROUP))
-        grouped *= tl.load(place, present, 0.0).to(tl.float32)[:, :, None]
-        if FORMAT == "int4":
-            grouped += tl.load(place + 1, present, 0.0).to(tl.float32)[:, :, None]
-        numbers = tl.reshape(grouped, (row.shape[0], WIDTH))
-    else:  # sizes that no model is known to have: a scale is read for every channel
-        place = first[:, None] + (channel // GROUP)[None, :] * PARAMETERS
-        present = inside[:, None] & (channel < DIM)[None, :]
-        numbers *= tl.load(place, present, 0.0).to(tl.float32)
-        if FORMAT == "int4":
-            numbers += tl.load(place + 1, present, 0.0).to(tl.float32)
-    return numbers.to(type_of(TYPE))
+        return as_type(_numbers(loaded, FORMAT), TYPE)

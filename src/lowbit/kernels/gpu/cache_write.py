@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lowbit.kernels.gpu.language import cast
+
 INFINITY = tl.constexpr(0x7F800000)  # the bits of float32's; those of NaN are larger
 
 
@@ -151,7 +153,7 @@ def _store_numbers(  # type: ignore[no-untyped-def]
     elif FORMAT == "fp16":
         tl.store(place, _within(numbers, 65504.0).to(tl.float16), present)
     elif FORMAT == "bf16":
-        tl.store(place, numbers.to(tl.bfloat16), present)
+        tl.store(place, cast(numbers, tl.bfloat16), present)
     else:
         tl.store(place, numbers, present)
 

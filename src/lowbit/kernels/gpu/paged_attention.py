@@ -17,8 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowbit.kernels.gpu.cache_read import read, type_of
-from lowbit.kernels.gpu.language import dot
+from lowbit.kernels.gpu.cache_read import as_type, read
+from lowbit.kernels.gpu.language import cast, dot
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -65,7 +65,8 @@ def _queries(  # type: ignore[no-untyped-def]
         numbers = loaded.to(tl.float32)
         numbers = tl.where(numbers > 65504.0, 65504.0, tl.where(numbers < -65504.0, -65504.0, numbers))
         return numbers.to(tl.float16)
-    return loaded.to(type_of(TYPE))
+    else:
+        return as_type(loaded.to(tl.float32), TYPE)
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _put(  # type: ignore[no-untyped-def]
     """Store (M, WIDTH) at addresses (M,)."""
     channel = START + tl.arange(0, WIDTH)
     kept = present[:, None] & (channel < DIM)[None, :]
-    tl.store(place[:, None] + channel[None, :], numbers.to(place.dtype.element_ty), kept)
+    tl.store(place[:, None] + channel[None, :], cast(numbers, place.dtype.element_ty), kept)
 
 
 @triton.jit
@@ -209,7 +210,7 @@ def attend(  # type: ignore[no-untyped-def]
         if V_SCALED:
             v_scale = tl.load(v_scales + slot, inside, 0.0).to(tl.float32)
             weights = tl.where(seen, weights * v_scale[None, :], 0.0)  # a later token's may be NaN
-        weights = weights.to(type_of(V_TYPE))
+        weights = as_type(weights, V_TYPE)
         if LATENT:
             v0 = k0
         else:
@@ -278,26 +279,26 @@ def merge(  # type: ignore[no-untyped-def]
     token, query_head = row // GROUP, head * GROUP + row % GROUP
     part = (program.to(tl.int64) * kv_heads + head) * splits
     place = part * M + tl.program_id(2)
-    number = tl.arange(0, SPLITS)
-    total = tl.load(totals + place + number * M, number < splits, 0.0)
-    peak = tl.load(peaks + place + number * M, number < splits, -float("inf"))
-    highest = tl.max(tl.where(total != 0, peak, -float("inf")), 0)
+    all_splits = tl.arange(0, SPLITS)
+    total = tl.load(totals + place + all_splits * M, all_splits < splits, 0.0)
+    peak = tl.load(peaks + place + all_splits * M, total != 0, -float("inf"))
+    highest = tl.max(peak, 0)
     if SINKS:
         sink = tl.load(sinks + query_head) * LOG2E
         highest = tl.maximum(highest, sink)
     highest = tl.where(highest == -float("inf"), 0.0, highest)
-    whole = tl.sum(tl.where(total != 0, total * tl.exp2(peak - highest), 0.0), 0)
+    whole = tl.sum(total * tl.exp2(peak - highest), 0)
     channel = tl.arange(0, V_BLOCK)
     joined = tl.zeros((V_BLOCK,), tl.float32)
     for start in range(0, splits, BLOCK):
         number = start + tl.arange(0, BLOCK)
-        total = tl.load(totals + place + number * M, number < splits, 0.0)
-        peak = tl.load(peaks + place + number * M, total != 0, -float("inf"))
-        kept = (total != 0)[:, None] & (channel < V_DIM)[None, :]
-        shares = tl.load(sums + (place + number * M)[:, None] * V_DIM + channel[None, :], kept, 0.0)
-        joined += tl.sum(shares * tl.exp2(peak - highest)[:, None], 0)
+        seen = tl.load(totals + place + number * M, number < splits, 0.0) != 0
+        kept = tl.exp2(tl.load(peaks + place + number * M, seen, -float("inf")) - highest)
+        present = seen[:, None] & (channel < V_DIM)[None, :]
+        shares = tl.load(sums + (place + number * M)[:, None] * V_DIM + channel[None, :], present, 0.0)
+        joined += tl.sum(shares * kept[:, None], 0)
     if SINKS:
         whole += tl.exp2(sink - highest)
     result = _over(joined, whole)
     place = out + ((first + token).to(tl.int64) * (kv_heads * GROUP) + query_head) * V_DIM
-    tl.store(place + channel, result.to(out.dtype.element_ty), channel < V_DIM)
+    tl.store(place + channel, cast(result, out.dtype.element_ty), channel < V_DIM)
