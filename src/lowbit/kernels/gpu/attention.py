@@ -75,12 +75,13 @@ class GpuLayerCache(LayerCache):
 
 @dataclass(frozen=True)
 class _Blocks:
-    """M rows by N keys, and how a program of them runs."""
+    """M rows by N keys, and how a program of them runs. ``interior``: with a loop for keys all rows see."""
 
     rows: int
     keys: int
     warps: int
-    stages: int
+    stages: int = 3
+    interior: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,10 @@ class GpuAttention:
             stored, dim = (spec.k_format, spec.k_dim) if name == "k" else (spec.v_format, spec.v_dim)
             rows = (pages, spec.heads, page_size)
             dtype = torch.uint8 if stored.name.startswith("fp8") else stored.dtype
-            buffers[name] = torch.zeros(*rows, dim * stored.bits // (8 * dtype.itemsize), dtype=dtype, device=device)
+            buffers[name] = _zeros((*rows, dim * stored.bits // (8 * dtype.itemsize)), dtype, device)
             if stored.dynamic:
                 shape = (-(-dim // stored.group_of(dim)), stored.parameters)
-                buffers[f"{name}_scales"] = torch.zeros(*rows, *shape, dtype=torch.bfloat16, device=device)
+                buffers[f"{name}_scales"] = _zeros((*rows, *shape), torch.bfloat16, device)
         return GpuLayerCache(
             spec,
             self,
@@ -241,6 +242,7 @@ def _launch(
         num_stages=blocks.stages,
         N=blocks.keys,
         SPLIT=splits > 1,
+        INTERIOR=blocks.interior and splits == 1 and not spec.window,
         SOFTCAP=parameters.softcap > 0,
         **shape,
         **cache.attend_constants,
@@ -310,20 +312,15 @@ def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
         assert isinstance(found, int)
         return found
 
-    k_width, v_width = number("K0") + number("K1"), number("V0") + number("V1")
-    size = 4 if constants["K_TYPE"] == "f32" or constants["V_TYPE"] == "f32" else 2
-    width = max(k_width, v_width) * size // 2
-    m = min(max(_power_of_two(rows), 16), 128 if width <= 128 else 64 if width <= 576 else 16)
-    warps = 8 if m * v_width * size > 128 * 64 * 2 else 4
-    loaded = k_width + (0 if constants["LATENT"] else v_width)
-    # Decode waits for memory: two programs on a multiprocessor hide more than one. Prompts use it whole.
-    budget = cache.device.shared - 4096 - m * k_width * size
-    if m <= 32 and width <= 256:
-        budget = min(budget, 80 << 10)
-    for keys, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2)):
-        if stages * keys * loaded * size <= budget:
-            return _Blocks(m, keys, warps, stages)
-    return _Blocks(m, 16, warps, 1)
+    wide = constants["K_TYPE"] == "f32" or constants["V_TYPE"] == "f32"
+    widest = max(number("K0") + number("K1"), number("V0") + number("V1"))
+    most = 16 if wide and widest > 256 else 32 if wide else 128 if widest <= 128 else 64
+    rows = min(max(_power_of_two(rows), 16), most)
+    if rows <= 32:
+        few = cache.spec.token_bytes() // cache.spec.heads <= 320
+        return _Blocks(rows, 64 if few and not wide else 32 if widest * rows <= 512 * 32 else 16, 4)
+    warps = 8 if rows * widest > 128 * 64 else 4
+    return _Blocks(rows, 64 if widest <= 128 else 32, warps, interior=widest <= 256)
 
 
 def _write_constants(spec: CacheSpec, page_size: int) -> dict[str, object]:
@@ -406,6 +403,10 @@ def _block_of_sequences(sequences: int) -> int:
 
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 @cache

@@ -26,6 +26,12 @@ def _away_from_zero(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _shortened(x):  # type: ignore[no-untyped-def]
+    """float32 numbers that bfloat16 holds, as bfloat16: by their bits, so that subnormal ones are kept too."""
+    return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def _rounded_down(x):  # type: ignore[no-untyped-def]
     """The nearest bfloat16 number that is no larger, as float32."""
     towards_zero = (x.to(tl.int32, bitcast=True) & -0x10000).to(tl.float32, bitcast=True)
@@ -108,8 +114,8 @@ def _store_pairs(  # type: ignore[no-untyped-def]
     tl.store(codes + row[:, None, None] * (DIM // 2) + byte, (first | (second << 4)).to(tl.uint8), present)
     kept = written[:, None] & (group[None, :] < GROUPS)
     place = scales + (row[:, None] * GROUPS + group[None, :]) * 2
-    tl.store(place, scale.to(tl.bfloat16), kept)
-    tl.store(place + 1, low.to(tl.bfloat16), kept)
+    tl.store(place, _shortened(scale), kept)
+    tl.store(place + 1, _shortened(low), kept)
 
 
 @triton.jit
@@ -142,7 +148,7 @@ def _store_numbers(  # type: ignore[no-untyped-def]
         scale = tl.where(largest < INFINITY, scale, float("nan"))
         numbers = _quotients(numbers, scale)
         place = scales + row[:, None] * GROUPS + group[None, :]
-        tl.store(place, scale.to(tl.bfloat16), written[:, None] & (group[None, :] < GROUPS))
+        tl.store(place, _shortened(scale), written[:, None] & (group[None, :] < GROUPS))
     place = codes + row[:, None, None] * DIM + channel
     if FORMAT == "int8":
         tl.store(place, _nearest_whole(numbers).to(tl.int8), present)

@@ -115,6 +115,7 @@ def attend(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     SEQUENCES: tl.constexpr,
     SPLIT: tl.constexpr,
+    INTERIOR: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -142,10 +143,9 @@ def attend(  # type: ignore[no-untyped-def]
     ``sums`` (tiles, K/V heads, splits, M, V_DIM), ``peaks`` and ``totals`` (tiles, K/V heads, splits, M) get
     the numerator, the largest score and the denominator; sums are not written where the denominator is 0.
     LATENT: the values are K's first part. K_SCALED, V_SCALED: one scale for a vector.
+    INTERIOR: most keys are seen by all rows of a tile (no WINDOW, no SPLIT).
     """
-    program = tl.program_id(0)
-    if TILES == 0:  # a prompt's last tiles see most keys: they begin first
-        program = tl.num_programs(0) - 1 - program
+    program = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last tiles see most keys: they begin first
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
     sequence, tile, first = _place(program, query_lengths, sequences, GROUP, M, TILES, SEQUENCES)
@@ -179,46 +179,52 @@ def attend(  # type: ignore[no-untyped-def]
     total = tl.zeros((M,), tl.float32)
     sum0 = tl.zeros((M, V0), tl.float32)
     sum1 = tl.zeros((M, V1 if V1 > 0 else 1), tl.float32)
-    for start in range(begin, end, N):
-        key = start + tl.arange(0, N)
-        inside = (key >= low) & (key < end)
-        page = tl.load(page_table + sequence.to(tl.int64) * table_row + key // PAGE, inside, 0)
-        slot = (page.to(tl.int64) * kv_heads + head) * PAGE + key % PAGE
-        k0 = read(k, k_scales, slot, inside, 0, K0, K_DIM, K_DIM, K_FORMAT, K_GROUP, K_TYPE)
-        scores = dot(q0, tl.trans(k0), tl.zeros((M, N), tl.float32))
-        if K1 > 0:
-            k1 = read(k, k_scales, slot, inside, K0, K1, K_DIM, K_DIM, K_FORMAT, K_GROUP, K_TYPE)
-            scores = dot(q1, tl.trans(k1), scores)
-        scores *= factor
-        if K_SCALED:
-            scores *= tl.load(k_scales + slot, inside, 0.0).to(tl.float32)[None, :]
-        if SOFTCAP:
-            # softcap * tanh(scores / softcap)
-            grown = tl.exp2(scores * (2.0 * LOG2E / softcap))
-            scores = (softcap * LOG2E) * (1.0 - 2.0 / (grown + 1.0))
-        seen = inside[None, :] & (key[None, :] <= position[:, None])
-        if WINDOW:
-            seen = seen & (key[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores, -float("inf"))
-        # A row that has seen nothing has no peak: 0 stands for it, as exp2(-inf - 0) is 0.
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        finite = tl.where(higher == -float("inf"), 0.0, higher)
-        kept = tl.exp2(peak - finite)
-        weights = tl.exp2(scores - finite[:, None])
-        total = total * kept + tl.sum(weights, 1)
-        peak = higher
-        if V_SCALED:
-            v_scale = tl.load(v_scales + slot, inside, 0.0).to(tl.float32)
-            weights = tl.where(seen, weights * v_scale[None, :], 0.0)  # a later token's may be NaN
-        weights = as_type(weights, V_TYPE)
-        if LATENT:
-            v0 = k0
-        else:
-            v0 = read(v, v_scales, slot, inside, 0, V0, V_DIM, V_STORED, V_FORMAT, V_GROUP, V_TYPE)
-        sum0 = dot(weights, v0, sum0 * kept[:, None])
-        if V1 > 0:
-            v1 = read(v, v_scales, slot, inside, V0, V1, V_DIM, V_STORED, V_FORMAT, V_GROUP, V_TYPE)
-            sum1 = dot(weights, v1, sum1 * kept[:, None])
+    # Keys below ``clear`` are seen by every row: no mask is made for them.
+    clear = tl.maximum((oldest + 1) // N * N, 0) if INTERIOR else 0
+    for masked in tl.static_range(0 if INTERIOR else 1, 2):
+        for start in range(tl.maximum(begin, clear) if masked else begin, end if masked else clear, N):
+            key = start + tl.arange(0, N)
+            inside = (key >= low) & (key < end) if masked else tl.full((N,), True, tl.int1)
+            page = tl.load(page_table + sequence.to(tl.int64) * table_row + key // PAGE, inside, 0)
+            slot = (page.to(tl.int64) * kv_heads + head) * PAGE + key % PAGE
+            k0 = read(k, k_scales, slot, inside, 0, K0, K_DIM, K_DIM, K_FORMAT, K_GROUP, K_TYPE)
+            scores = dot(q0, tl.trans(k0), tl.zeros((M, N), tl.float32))
+            if K1 > 0:
+                k1 = read(k, k_scales, slot, inside, K0, K1, K_DIM, K_DIM, K_FORMAT, K_GROUP, K_TYPE)
+                scores = dot(q1, tl.trans(k1), scores)
+            scores *= factor
+            if K_SCALED:
+                scores *= tl.load(k_scales + slot, inside, 0.0).to(tl.float32)[None, :]
+            if SOFTCAP:
+                # softcap * tanh(scores / softcap)
+                grown = tl.exp2(scores * (2.0 * LOG2E / softcap))
+                scores = (softcap * LOG2E) * (1.0 - 2.0 / (grown + 1.0))
+            if masked:
+                seen = inside[None, :] & (key[None, :] <= position[:, None])
+                if WINDOW:
+                    seen = seen & (key[None, :] > position[:, None] - window)
+                scores = tl.where(seen, scores, -float("inf"))
+            # A row that has seen nothing has no peak: 0 stands for it, as exp2(-inf - 0) is 0.
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            finite = tl.where(higher == -float("inf"), 0.0, higher)
+            kept = tl.exp2(peak - finite)
+            weights = tl.exp2(scores - finite[:, None])
+            total = total * kept + tl.sum(weights, 1)
+            peak = higher
+            if V_SCALED:
+                v_scale = tl.load(v_scales + slot, inside, 0.0).to(tl.float32)
+                weights *= v_scale[None, :]
+                if masked:  # a later token's scale may be NaN
+                    weights = tl.where(seen, weights, 0.0)
+            weights = as_type(weights, V_TYPE)
+            if LATENT:
+                v0 = k0
+            else:
+                v0 = read(v, v_scales, slot, inside, 0, V0, V_DIM, V_STORED, V_FORMAT, V_GROUP, V_TYPE)
+            sum0 = dot(weights, v0, sum0 * kept[:, None])
+            if V1 > 0:
+                v1 = read(v, v_scales, slot, inside, V0, V1, V_DIM, V_STORED, V_FORMAT, V_GROUP, V_TYPE)
+                sum1 = dot(weights, v1, sum1 * kept[:, None])
 
     if SPLIT:
         part = (program.to(tl.int64) * kv_heads + head) * tl.num_programs(2) + tl.program_id(2)
