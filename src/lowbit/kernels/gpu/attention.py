@@ -53,6 +53,7 @@ LEAST_SPLIT = 128  # keys that are worth a split
 MOST_SPLITS = 128
 PROGRAMS = 4  # wanted on a multiprocessor
 MOST = 2**31 - 1
+STAGES = 3
 WRITTEN = 2048  # numbers that a program of the writing kernel holds
 
 
@@ -80,7 +81,6 @@ class _Blocks:
     rows: int
     keys: int
     warps: int
-    stages: int = 3
     interior: bool = False
 
 
@@ -239,7 +239,7 @@ def _launch(
         float(parameters.scale),
         float(parameters.softcap),
         num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        num_stages=STAGES,
         N=blocks.keys,
         SPLIT=splits > 1,
         INTERIOR=blocks.interior and splits == 1 and not spec.window,
@@ -304,23 +304,37 @@ def _splits(programs: int, keys: int, device: _Device) -> int:
 
 
 def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
-    """Tile sizes for up to ``rows`` query rows of a sequence."""
-    constants = cache.attend_constants
+    """Tile sizes for up to ``rows`` query rows of a sequence.
+
+    *Rows.* A prompt's tile has 128 where sums of 128 channels are at most 64 registers a thread of 8 warps, 64
+    for wider heads. Wide latents whose numbers are decoded in registers get 32, and float32, which is
+    multiplied without tensor cores, 32 or 16. Fewer rows than that: the next power of two, 16 for tensor cores.
+
+    *Keys.* Decode waits for memory: about 16 KiB of K and V a tile, loaded while the one before is computed, and
+    small enough that four or more programs run on a multiprocessor. Prompts: 64, or 32 where a tile of wide
+    heads takes most of an A100's shared memory; 16 rows and keys of a latent where there is less (Ada).
+
+    *Stages.* Three: page numbers two tiles ahead, K and V one, which is what an address that is itself loaded
+    needs.
+    """
+    constants, spec = cache.attend_constants, cache.spec
 
     def number(name: str) -> int:
         found = constants[name]
         assert isinstance(found, int)
         return found
 
-    wide = constants["K_TYPE"] == "f32" or constants["V_TYPE"] == "f32"
     widest = max(number("K0") + number("K1"), number("V0") + number("V1"))
-    most = 16 if wide and widest > 256 else 32 if wide else 128 if widest <= 128 else 64
-    rows = min(max(_power_of_two(rows), 16), most)
-    if rows <= 32:
-        few = cache.spec.token_bytes() // cache.spec.heads <= 320
-        return _Blocks(rows, 64 if few and not wide else 32 if widest * rows <= 512 * 32 else 16, 4)
-    warps = 8 if rows * widest > 128 * 64 else 4
-    return _Blocks(rows, 64 if widest <= 128 else 32, warps, interior=widest <= 256)
+    floats = constants["K_TYPE"] == "f32" or constants["V_TYPE"] == "f32"
+    decoded = min(spec.k_format.bits, spec.v_format.bits) < 16
+    most = 128 if widest <= 128 else 64
+    if floats or (decoded and widest > 256):
+        most = 16 if floats and widest > 256 else 32
+    small = widest > 256 and cache.device.shared < 128 << 10
+    rows = min(max(_power_of_two(rows), 16), 16 if small else most)
+    many = widest <= 128 and not floats and (rows > 32 or spec.token_bytes() <= 320 * spec.heads)
+    warps = 8 if widest > 256 or rows * widest > 128 * 64 else 4
+    return _Blocks(rows, 64 if many else 16 if small else 32, warps, interior=rows > 32 and widest <= 256)
 
 
 def _write_constants(spec: CacheSpec, page_size: int) -> dict[str, object]:
