@@ -1,4 +1,4 @@
-"""Triton's paged attention: pages as the definition stores them, results against float64 and the reference."""
+"""Triton's paged attention: pages as the definition stores them, results against float64 and reference."""
 
 from __future__ import annotations
 
@@ -128,12 +128,14 @@ def test_short_floats_are_written_from_short_floats(dtype: torch.dtype, device: 
     GpuAttention().write(cache, k.to(device), k.to(device), batch)
     codes, scales = spec.k_format.encode(k)
     assert torch.equal(cache.buffers["k"].cpu().flatten(0, 2)[:20], codes[:, 0])
-    assert scales is not None and torch.equal(cache.buffers["k_scales"].cpu().flatten(0, 2)[:20], scales[:, 0])
+    assert scales is not None and torch.equal(
+        cache.buffers["k_scales"].cpu().flatten(0, 2)[:20], scales[:, 0]
+    )
     assert torch.equal(cache.buffers["v"].cpu().flatten(0, 2)[:20], k[:, 0].bfloat16())
 
 
 def test_every_e4m3_code_is_read_and_written(device: torch.device) -> None:
-    """All bfloat16 numbers, ties among them, as torch rounds them; codes come back as values of a window of 1."""
+    """All bfloat16 numbers, ties among them, as torch rounds them; every code as the value of a token."""
     numbers = torch.arange(65536).to(torch.int32).to(torch.int16).view(torch.bfloat16).float()
     k = numbers.view(256, 1, 256)
     spec, kernel = spec_of(1, 256, dtype=E4M3, window=1), GpuAttention()
@@ -182,7 +184,16 @@ STEPS: list[Step] = [
     [(0, 0, 1), (1, 0, 9), (2, 20, 39)],
     [(2, 39, 40), (1, 9, 10)],
 ]
-SELDOM = ("fp16, k 192, v 128", "e5m2, softcap", "int4", "K f32, V e4m3, sinks", "latent int8, groups of 48")
+SELDOM = (
+    "bf16, window of one",
+    "e4m3 of each token",
+    "latent int4",
+    "fp16, k 192, v 128",
+    "e5m2, softcap",
+    "int4",
+    "K f32, V e4m3, sinks",
+    "latent int8, groups of 48",
+)
 
 
 def tolerance(spec: CacheSpec, sequence: Sequence, found: Tensor, parameters: Any) -> Tensor:
@@ -286,15 +297,15 @@ def assert_last_close(
 def test_a_prompt_behind_a_long_context(dtype: KvDtype, device: torch.device) -> None:
     """Keys that all rows of a tile see, and those behind them."""
     spec, parameters = spec_of(1, 32, dtype=dtype), AttentionParameters(0.2, softcap=5.0)
-    sequences = draw(spec, 4, [150, 30])
-    outputs = attend_last(spec, sequences, [20, 18], parameters, device)
+    sequences = draw(spec, 4, [90])
+    outputs = attend_last(spec, sequences, [20], parameters, device)
     assert_last_close(spec, sequences, outputs, parameters)
 
 
 SPLIT: dict[str, tuple[CacheSpec, int, list[int], dict[str, Any]]] = {
     "f32 with drafts": (spec_of(1, 24, dtype=F32), 3, [3, 1, 2], {}),
     "window": (spec_of(1, 16, dtype=F32, window=50), 4, [1, 1, 1], GPT_OSS),
-    "bf16, more rows than a tile": (spec_of(1, 16), 40, [2, 1, 1], {}),
+    "f32, more rows than a tile": (spec_of(1, 16, dtype=F32), 33, [1, 1, 1], {}),
     "latent int8": (latent_of(48, 32, INT8), 4, [1, 2, 1], GPT_OSS),
 }
 
@@ -305,8 +316,8 @@ def test_splits_join(case: str, device: torch.device) -> None:
     """Contexts over several splits and shorter than one, and splits that are left empty."""
     spec, group, queries, extra = SPLIT[case]
     parameters = replace(plain(spec), **extra)
-    sequences = draw(spec, group, [150, 65, 3])
-    outputs = attend_last(spec, sequences, queries, parameters, device, capacity=260)
+    sequences = draw(spec, group, [100, 33, 3])
+    outputs = attend_last(spec, sequences, queries, parameters, device, capacity=200)
     assert_last_close(spec, sequences, outputs, parameters)
 
 
@@ -407,9 +418,9 @@ def test_no_scale_reaches_an_earlier_token(device: torch.device) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pages that nobody touches cost memory on a GPU")
 def test_caches_of_more_than_2_to_the_31_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_zeros", lambda shape, dtype, device: sparse_zeros(shape, dtype))
-    spec, kernel = spec_of(8, 256, dtype=INT8), GpuAttention()
+    spec, kernel = spec_of(1, 256, dtype=INT8), GpuAttention()
     sequence = draw(spec, 1, [20])[0]
-    count = (1 << 31) // (8 * 16 * 256) + 9
+    count = (1 << 31) // (16 * 256) + 9
     cache = kernel.allocate(spec, count, 16, CPU)
     batch = make_batch([(0, 0, 20)], [[count - 1, count - 2]])
     q, k, v = (far_apart(part) for part in sequence)
@@ -442,7 +453,9 @@ def test_blocks_and_splits_follow_from_the_shape(device: torch.device) -> None:
     assert attention._parts(6) == (16, 0)
 
 
-def chunked_logits(model: Any, prompts: list[list[int]], caches: list[LayerCache], device: torch.device) -> Tensor:
+def chunked_logits(
+    model: Any, prompts: list[list[int]], caches: list[LayerCache], device: torch.device
+) -> Tensor:
     """Logits of every token: a part of the prompts, the rest of one beside a decode, and a decode step."""
     numbers = list(range(20))
     random.Random(1).shuffle(numbers)
@@ -464,7 +477,12 @@ def gpt_oss(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("windows and sinks", "f32"), ("latent", "f32"), ("windows and sinks", "int8")]
+    ("kind", "dtype"),
+    [
+        ("windows and sinks", "f32"),
+        ("latent", "f32"),
+        pytest.param("windows and sinks", "int8", marks=pytest.mark.slow),
+    ],
 )
 def test_models_give_the_references_logits(
     kind: str, dtype: str, tmp_path: Path, device: torch.device

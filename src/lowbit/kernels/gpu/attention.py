@@ -1,35 +1,40 @@
-"""Paged attention on a GPU, every cache format (``paged_attention``, ``cache_write``, ``cache_read``: Triton).
+"""Paged attention on a GPU, every cache format (Triton: paged_attention, cache_write, cache_read).
 
-A page holds PAGE tokens of every K/V head, head by head, so that a tile of one head's keys is contiguous memory:
+A page holds PAGE tokens of every K/V head, head by head, so that a tile of one head's keys is contiguous
+memory:
 
-    k        (pages, heads, page_size, k_dim)             codes; int4: k_dim / 2 bytes, as cache_format packs them
+    k        (pages, heads, page_size, k_dim)             codes; int4: k_dim / 2 bytes, packed as there
     k_scales (pages, heads, page_size, groups, numbers)   bfloat16, where tokens have scales of their own
     v, v_scales                                           likewise; a latent cache has k alone
 
-8-bit floats lie as bytes. What is stored equals ``CacheFormat.encode``, bit for bit.
+8-bit floats lie as bytes. What is stored equals ``numerics.cache_format``'s ``encode``, bit for bit.
 
-*What is multiplied.* K and V of f32 caches as float32, of fp16 caches as float16, of all others as bfloat16,
-and queries and softmax weights with them, rounded to that type (queries saturate in float16). Codes of 8 bits
-are exact in bfloat16: a token's scale meets the float32 score, or the softmax weight before it is rounded. Scales
-of groups of channels (int4, quantized latents) make the number itself, which is rounded to bfloat16. Scores,
-softmax and sums are float32.
+*What is multiplied.* K and V of f32 caches as float32, of fp16 caches as float16, of all others as
+bfloat16, and queries and softmax weights with them, rounded to that type (queries saturate in float16).
+Codes of 8 bits are exact in bfloat16: a token's scale meets the float32 score, or the softmax weight
+before it is rounded. Scales of groups of channels (int4, quantized latents) make the number itself, which
+is rounded to bfloat16. Scores, softmax and sums are float32.
 
-*Padding.* A step may hold rows that only fill it, as a captured one does: a token whose write slot is -1 (or
-any slot that the cache does not have) is not stored, and a sequence with ``context_length`` 0 reads no page and
-gives zeros for its query rows. A sequence with ``query_length`` 0 has no rows; rows of ``q`` behind the last
-sequence's are not written, so whoever fills a batch up gives each such row a sequence of one query and no context.
+*Padding.* A step may hold rows that only fill it, as a captured one does: a token whose write slot is -1
+(or any slot that the cache does not have) is not stored, and a sequence with ``context_length`` 0 reads no
+page and gives zeros for its query rows. A sequence with ``query_length`` 0 has no rows; rows of ``q``
+behind the last sequence's are not written, so whoever fills a batch up gives each such row a sequence of
+one query and no context.
 
-*Grids* follow from host numbers alone: tokens, sequences, ``max_query`` and ``max_context``, which may be more
-than what the device's tensors say, never less. ``page_table`` must be as wide as the contexts that occur.
+*Grids* follow from host numbers alone: tokens, sequences, ``max_query`` and ``max_context``, which may be
+more than what the device's tensors say, never less. ``page_table`` must be as wide as the contexts that
+occur.
 
-*One launch or two.* Sequences with few queries want small tiles and many splits, prompts large tiles. Where a
-step may have both, each kind gets a launch, and the programs of the other's sequences end at once: one launch
-with a prompt's tiles would read a long context of a decoding sequence in one program, for as long as the
-step takes. A step of decodes, or of one sequence, is one launch. Where splits are used ``merge`` follows.
+*One launch or two.* Sequences with few queries want small tiles and many splits, prompts large tiles.
+Where a step may have both, each kind gets a launch, and the programs of the other's sequences end at once:
+one launch with a prompt's tiles would read a long context of a decoding sequence in one program, for as
+long as the step takes. A step of decodes, or of one sequence, is one launch. Where splits are used
+``merge`` follows.
 
-Which rows are computed together, and how many splits there are, follows from the batch: the same step gives the
-same bits, a request's last bits may differ from batch to batch. **Nothing here has run on a GPU yet**: the kernels
-are proven in Triton's interpreter and compiled for Ampere and Hopper; block sizes are reasoned, not measured.
+Which rows are computed together, and how many splits there are, follows from the batch: the same step
+gives the same bits, a request's last bits may differ from batch to batch. **Nothing here has run on a GPU
+yet**: the kernels are proven in Triton's interpreter and compiled for Ampere and Hopper; block sizes are
+reasoned, not measured.
 """
 
 from __future__ import annotations
@@ -306,16 +311,18 @@ def _splits(programs: int, keys: int, device: _Device) -> int:
 def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
     """Tile sizes for up to ``rows`` query rows of a sequence.
 
-    *Rows.* A prompt's tile has 128 where sums of 128 channels are at most 64 registers a thread of 8 warps, 64
-    for wider heads. Wide latents whose numbers are decoded in registers get 32, and float32, which is
-    multiplied without tensor cores, 32 or 16. Fewer rows than that: the next power of two, 16 for tensor cores.
+    *Rows.* A prompt's tile has 128 where sums of 128 channels are at most 64 registers a thread of 8
+    warps, 64 for wider heads. Wide latents whose numbers are decoded in registers get 32, and float32,
+    which is multiplied without tensor cores, 32 or 16. Fewer rows than that: the next power of two, 16 for
+    tensor cores.
 
-    *Keys.* Decode waits for memory: about 16 KiB of K and V a tile, loaded while the one before is computed, and
-    small enough that four or more programs run on a multiprocessor. Prompts: 64, or 32 where a tile of wide
-    heads takes most of an A100's shared memory; 16 rows and keys of a latent where there is less (Ada).
+    *Keys.* Decode waits for memory: about 16 KiB of K and V a tile, loaded while the one before is
+    computed, and small enough that four or more programs run on a multiprocessor. Prompts: 64, or 32 where
+    a tile of wide heads takes most of an A100's shared memory; 16 rows and keys of a latent where there is
+    less (Ada).
 
-    *Stages.* Three: page numbers two tiles ahead, K and V one, which is what an address that is itself loaded
-    needs.
+    *Stages.* Three: page numbers two tiles ahead, K and V one, which is what an address that is itself
+    loaded needs.
     """
     constants, spec = cache.attend_constants, cache.spec
 
@@ -427,8 +434,11 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 def _device(device: torch.device) -> _Device:
     if device.type != "cuda":  # the interpreter: as an A100
         return _Device(108, 163 << 10)
-    properties = torch.cuda.get_device_properties(device)
-    return _Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    from triton.runtime import driver
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = driver.active.utils.get_device_properties(index)
+    return _Device(properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
 def _strided(x: Tensor) -> Tensor:

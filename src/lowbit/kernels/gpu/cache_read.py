@@ -21,11 +21,10 @@ from lowbit.kernels.gpu.language import INTERPRETED, cast
 def as_type(x, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 x as what is multiplied: "f32", "fp16" or "bf16"."""
     if TYPE == "bf16":
-        return cast(x, tl.bfloat16)
+        x = cast(x, tl.bfloat16)
     elif TYPE == "fp16":
-        return x.to(tl.float16)
-    else:
-        return x
+        x = x.to(tl.float16)
+    return x
 
 
 @triton.jit
@@ -72,7 +71,6 @@ def _of_groups(  # type: ignore[no-untyped-def]
         numbers *= tl.load(place, inside[:, None], 0.0).to(tl.float32)
         if OFFSET:
             numbers += tl.load(place + 1, inside[:, None], 0.0).to(tl.float32)
-        return numbers
     elif (GROUP & (GROUP - 1)) == 0 and START % GROUP == 0 and WIDTH % GROUP == 0:
         group = START // GROUP + tl.arange(0, WIDTH // GROUP)
         place = first[:, None] + group[None, :] * PARAMETERS
@@ -81,7 +79,7 @@ def _of_groups(  # type: ignore[no-untyped-def]
         grouped *= tl.load(place, present, 0.0).to(tl.float32)[:, :, None]
         if OFFSET:
             grouped += tl.load(place + 1, present, 0.0).to(tl.float32)[:, :, None]
-        return tl.reshape(grouped, (numbers.shape[0], WIDTH))
+        numbers = tl.reshape(grouped, (numbers.shape[0], WIDTH))
     else:  # sizes that no model is known to have: a scale is read for every channel
         channel = START + tl.arange(0, WIDTH)
         place = first[:, None] + (channel // GROUP)[None, :] * PARAMETERS
@@ -89,7 +87,7 @@ def _of_groups(  # type: ignore[no-untyped-def]
         numbers *= tl.load(place, present, 0.0).to(tl.float32)
         if OFFSET:
             numbers += tl.load(place + 1, present, 0.0).to(tl.float32)
-        return numbers
+    return numbers
 
 
 @triton.jit
@@ -120,14 +118,15 @@ def read(  # type: ignore[no-untyped-def]
     if FORMAT == "int4":
         numbers = tl.interleave(_whole(loaded & 15), _whole(loaded >> 4))
         numbers = _of_groups(numbers, scales, row, inside, START, WIDTH, DIM, STORED, True, GROUP)
-        return as_type(numbers, TYPE)
+        numbers = as_type(numbers, TYPE)
     elif GROUP > 0:
         numbers = _numbers(loaded, FORMAT)
         numbers = _of_groups(numbers, scales, row, inside, START, WIDTH, DIM, STORED, False, GROUP)
-        return as_type(numbers, TYPE)
+        numbers = as_type(numbers, TYPE)
     elif FORMAT == TYPE:
-        return loaded
+        numbers = loaded
     elif FORMAT == "int8" and not INTERPRETED:  # in one instruction; the interpreter would copy bits
-        return loaded.to(tl.bfloat16)
+        numbers = loaded.to(tl.bfloat16)
     else:
-        return as_type(_numbers(loaded, FORMAT), TYPE)
+        numbers = as_type(_numbers(loaded, FORMAT), TYPE)
+    return numbers

@@ -5,8 +5,8 @@ rounded (``div_rn``; Triton's ``/`` is not), scales are rounded by their bits, a
 numbers, because Ampere has no instruction for e4m3.
 
 A vector is handled as (groups, channels of a group), each padded to a power of two, so that a scale is a
-reduction along one axis whatever the size of a head and of its groups. A program takes some tokens of one head;
-a step writes a few megabytes at most, and one launch does K and V.
+reduction along one axis whatever the size of a head and of its groups. A program takes some tokens of one
+head; a step writes a few megabytes at most, and one launch does K and V.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _away_from_zero(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _shortened(x):  # type: ignore[no-untyped-def]
-    """float32 numbers that bfloat16 holds, as bfloat16: by their bits, so that subnormal ones are kept too."""
+    """float32 numbers that bfloat16 holds, as bfloat16: by their bits, so that subnormal ones stay."""
     return (x.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -181,9 +181,7 @@ def _store(  # type: ignore[no-untyped-def]
 ):
     """Vectors (T, 1, 1 of addresses) to ``row`` (T,) of codes and scales."""
     if FORMAT == "int4":
-        _store_pairs(
-            vectors, codes, scales, row, written, DIM, GROUP, GROUPS, GROUP_BLOCK, GROUPS_BLOCK
-        )
+        _store_pairs(vectors, codes, scales, row, written, DIM, GROUP, GROUPS, GROUP_BLOCK, GROUPS_BLOCK)
     else:
         _store_numbers(
             vectors,

@@ -61,12 +61,10 @@ def _queries(  # type: ignore[no-untyped-def]
     """(M, WIDTH) of TYPE, zeros past DIM, from addresses (M,)."""
     channel = START + tl.arange(0, WIDTH)
     loaded = tl.load(q[:, None] + channel[None, :], present[:, None] & (channel < DIM)[None, :], 0.0)
+    numbers = loaded.to(tl.float32)
     if TYPE == "fp16":
-        numbers = loaded.to(tl.float32)
         numbers = tl.where(numbers > 65504.0, 65504.0, tl.where(numbers < -65504.0, -65504.0, numbers))
-        return numbers.to(tl.float16)
-    else:
-        return as_type(loaded.to(tl.float32), TYPE)
+    return as_type(numbers, TYPE)
 
 
 @triton.jit
@@ -145,7 +143,8 @@ def attend(  # type: ignore[no-untyped-def]
     LATENT: the values are K's first part. K_SCALED, V_SCALED: one scale for a vector.
     INTERIOR: most keys are seen by all rows of a tile (no WINDOW, no SPLIT).
     """
-    program = tl.num_programs(0) - 1 - tl.program_id(0)  # a prompt's last tiles see most keys: they begin first
+    # A prompt's last tiles see most keys: they begin first.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
     sequence, tile, first = _place(program, query_lengths, sequences, GROUP, M, TILES, SEQUENCES)
