@@ -316,10 +316,10 @@ def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
     which is multiplied without tensor cores, 32 or 16. Fewer rows than that: the next power of two, 16 for
     tensor cores.
 
-    *Keys.* Decode waits for memory: about 16 KiB of K and V a tile, loaded while the one before is
-    computed, and small enough that four or more programs run on a multiprocessor. Prompts: 64, or 32 where
-    a tile of wide heads takes most of an A100's shared memory; 16 rows and keys of a latent where there is
-    less (Ada).
+    *Keys.* Decode waits for memory: 64 keys of 64 channels, 32 of more, which is up to 16 KiB of K and V
+    loaded while the tile before is computed, in few enough registers for four programs a multiprocessor.
+    Prompts: 64, or 32 of heads wider than 128; 16 rows and keys of a latent where shared memory is small
+    (Ada).
 
     *Stages.* Three: page numbers two tiles ahead, K and V one, which is what an address that is itself
     loaded needs.
@@ -339,8 +339,8 @@ def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
         most = 16 if floats and widest > 256 else 32
     small = widest > 256 and cache.device.shared < 128 << 10
     rows = min(max(_power_of_two(rows), 16), 16 if small else most)
-    many = widest <= 128 and not floats and (rows > 32 or spec.token_bytes() <= 320 * spec.heads)
-    warps = 8 if widest > 256 or rows * widest > 128 * 64 else 4
+    many = widest <= (128 if rows > 32 else 64) and not floats
+    warps = 8 if widest > 256 or floats or rows * widest > 128 * 64 else 4
     return _Blocks(rows, 64 if many else 16 if small else 32, warps, interior=rows > 32 and widest <= 256)
 
 
