@@ -14,8 +14,8 @@ INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 def dot(a, b, total):  # type: ignore[no-untyped-def]
     """total + a @ b with float32 sums; a and b have one type, float32 is multiplied as such (no TF32).
 
-    int8 has int32 sums. Two kinds of 8-bit floats may meet. Triton's interpreter multiplies the bit patterns of bfloat16 and 8-bit floats: there they become float32,
-    which gives the same products.
+    int8 has int32 sums. Two kinds of 8-bit floats may meet. Triton's interpreter multiplies the bit patterns
+    of bfloat16 and 8-bit floats: there they become float32, which gives the same products.
     """
     if a.dtype == tl.int8:
         return tl.dot(a, b, total, out_dtype=tl.int32)
