@@ -92,20 +92,18 @@ def test_kernels_are_the_definition(scheme: ActivationScheme, device: torch.devi
     transform = InputTransform(scheme)
     wide = torch.cat((broken(31), torch.full((18, 5), torch.nan)), 1)
     check(transform, wide[:, :31], device)  # rows that do not follow each other
-    for columns in (1, 200):
-        check(transform, broken(columns)[FEW], device)
+    check(transform, broken(200)[FEW], device)
     if scheme.number_format.bits == 8:
         check_codes(transform, broken(100)[FEW], device)
-        check_codes(transform, cruel(40)[10:13], device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", IN_KERNELS, ids=name)
-def test_16_bit_inputs(scheme: ActivationScheme, dtype: torch.dtype, device: torch.device) -> None:
+def test_16_bit_inputs(scheme: ActivationScheme, device: torch.device) -> None:
     """bfloat16 is what real models have."""
-    check(InputTransform(scheme), broken(96)[FEW].to(dtype), device)
+    check(InputTransform(scheme), broken(96)[FEW].bfloat16(), device)
+    check(InputTransform(scheme), broken(1)[FEW].half(), device)
     if scheme.number_format.bits == 8:
-        check_codes(InputTransform(scheme), cruel(96)[4:7].to(dtype), device)
+        check_codes(InputTransform(scheme), cruel(128)[4:7].bfloat16(), device)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.37])
@@ -134,7 +132,6 @@ def test_rows_of_many_blocks(device: torch.device) -> None:
     x = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1))
     x[1, 4999], x[2, 4097] = 50.0, torch.nan
     for scheme in (DYNAMIC[0], DYNAMIC[5], DYNAMIC[11], OF_A_BATCH[3]):
-        check(InputTransform(scheme), x.bfloat16(), device)
         check_codes(InputTransform(scheme), x.bfloat16(), device)
 
 
@@ -153,7 +150,7 @@ def test_what_stays_in_torch(device: torch.device) -> None:
 
 @pytest.mark.parametrize("delay", [Delay(1), Delay(5, 1), Delay(16, 0, "most_recent")], ids=str)
 def test_delayed_scales(delay: Delay, device: torch.device) -> None:
-    """Several layers over several steps: codes, the largest |x| seen, and what the end of a step makes of it."""
+    """Several layers over several steps: codes, the largest |x| seen, and what a step's end makes of it."""
     scheme = ActivationScheme(E4M3, (0, 0), "delayed", limit=448.0, delay=delay)
     ours, theirs = ActivationStates(), ActivationStates()
     pairs = [

@@ -1,4 +1,4 @@
-"""A layer as one call: its input's rule, the product, scales, bias and gate, where one weight's kernel has it."""
+"""A layer in one call: its input's rule, product, scales, bias and gate, where one weight's kernel has it."""
 
 from __future__ import annotations
 

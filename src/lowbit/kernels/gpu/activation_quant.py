@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -409,7 +409,7 @@ class GpuQuantizer:
     transform: InputTransform
     rule: str
     numbers: dict[str, float]
-    constants: dict[str, object]
+    constants: dict[str, Any]
     static_scale: Tensor | None
     static_zero: Tensor | None
 
@@ -419,7 +419,7 @@ class GpuQuantizer:
         scheme, multiplier = transform.scheme, transform.multiplier
         if multiplier is not None and not (multiplier.dtype is torch.float32 and multiplier.is_contiguous()):
             return None
-        constants: dict[str, object] = {"MULTIPLY": multiplier is not None}
+        constants: dict[str, Any] = {"MULTIPLY": multiplier is not None}
         if scheme is None:
             constants |= dict.fromkeys(("BF16", "RECIPROCAL", "FLOOR", "UPPER", "ZERO"), False)
             constants |= {"SCALE": "f32", "MANTISSA": 0, "BIAS": 0, "OFFSET": 0}

@@ -2,10 +2,10 @@
 
     y[m, n] = sum over k of (x[m, k] - zero[m]) * w[n, k]  *  x scale[m] * w scale[n]  + bias[n]
 
-Whole numbers are summed in int32, exactly, so their results have the same bits for any number of rows and any
-tile. A zero point of the input is taken out of the sum: zero[m] times the sum of the weight's row, which is
-known from loading. Where groups of columns have scales of their own, on either side, a tile's product over one
-group is scaled in float32 before it is added: DeepSeek-V3's fp8 with weights in blocks of 128 x 128 and
+Whole numbers are summed in int32, exactly, so their results have the same bits for any number of rows and
+any tile. A zero point of the input is taken out of the sum: zero[m] times the sum of the weight's row, which
+is known from loading. Where groups of columns have scales of their own, on either side, a tile's product over
+one group is scaled in float32 before it is added: DeepSeek-V3's fp8 with weights in blocks of 128 x 128 and
 inputs in groups of 128 is this. Scales that cover all columns wait for the end.
 
 8-bit floats meet in fp8 tensor cores where there are any (compute capability 8.9 and later). Their sums there
@@ -16,12 +16,15 @@ Few rows: the columns are cut in parts (split-K), so that every multiprocessor h
 ``_finish`` adds the parts in their order: no atomics, the same bits every time. Many rows: tiles of 128 x 128
 bytes, 8 warps, or the vendor's own product where it is offered (``_by_library``). How blocks were chosen:
 
-- BLOCK_K is 128 bytes, a whole cache line of both operands a row, or the group's size.
-- Up to 16 rows time is that of reading the weight: a program reads 64 of its rows, 8 KiB a step with five steps
-  under way, 40 KiB for a multiprocessor that needs about 32 (3 TB/s times 1 us over 132 of them).
+- BLOCK_K is 128 bytes, a whole cache line of both operands a row, or the group's size if that is less; 64
+  where codes become float16 in registers.
+- Up to 16 rows time is that of reading the weight: a program reads 64 of its rows, 8 KiB a step with five
+  steps under way, 40 KiB for a multiprocessor that needs about 32 (3 TB/s times 1 us over 132 of them).
 - From 128 rows on it is that of the products: at 128 x 128 a byte that is loaded is used 128 times. The sums
-  are 64 registers a thread, and where a second sum is made for each step another 64. Four steps of 32 KiB fit
-  the shared memory of the A100 (163 KiB), three that of consumer cards (99 KiB).
+  are 64 registers a thread, and where a second sum is made for each step another 64. Three steps of 32 KiB
+  fit the shared memory of every device (99 KiB on consumer cards).
+- A gate and its partner have half as many rows each. Rows that are no multiple of 16 bytes are read byte by
+  byte, of which a thread can hold few: small tiles for them.
 
 None of it has run on a GPU yet.
 """
@@ -45,26 +48,41 @@ from lowbit.kernels.gpu.language import cast, dot
 # Columns of whole numbers whose sums, less a zero point's, stay below 2^31: 255 * 128 * 2^16.
 MOST_WHOLE_COLUMNS = 1 << 16
 LEAST_GROUP = 64  # below, scaling takes longer than the product: values in bfloat16 are as fast
-_BLOCK_K = 128
 _LIBRARY_ROWS = 256  # from here on the vendor's tiles, tuned for each device, are asked
 _FINISH_BLOCK = 1024
 # (most rows of x, BLOCK_M, BLOCK_N, warps, stages): the module docstring has the reasons.
 _TILES = ((16, 16, 64, 4, 5), (32, 32, 64, 4, 5), (64, 64, 64, 4, 4), (128, 64, 128, 4, 4))
 _LARGE_TILE = (128, 128, 8, 3)
+_ODD_TILE = (32, 32, 4, 2)
+
+
+def _tile(tokens: int, columns: int, as_stored: bool, gated: bool) -> tuple[int, int, int, int, int]:
+    """BLOCK_M, BLOCK_N, BLOCK_K, warps, stages. ``as_stored``: the tensor cores take the codes themselves."""
+    found = next((tile for most, *tile in _TILES if tokens <= most), list(_LARGE_TILE))
+    block_k = 128 if as_stored else 64
+    if columns % 16:
+        found, block_k = list(_ODD_TILE), 64
+    block_m, block_n, warps, stages = found
+    return block_m, block_n // 2 if gated else block_n, block_k, warps, stages
 
 
 @triton.jit
 def _operand(codes, FORMAT: tl.constexpr, FP8_DOT: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of codes as the tensor cores take it."""
     if FORMAT == "int8":
-        return codes
-    if FP8_DOT:
-        return codes.to(tl.float8e5 if FORMAT == "e5m2" else tl.float8e4nv, bitcast=True)
-    wide = codes.to(tl.int16)
-    if FORMAT == "e5m2":
-        return (wide << 8).to(tl.float16, bitcast=True)
-    half = (((wide & 0x7F) << 7) | ((wide & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
-    return tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
+        operand = codes
+    elif FP8_DOT:
+        if FORMAT == "e5m2":
+            operand = codes.to(tl.float8e5, bitcast=True)
+        else:
+            operand = codes.to(tl.float8e4nv, bitcast=True)
+    elif FORMAT == "e5m2":
+        operand = (codes.to(tl.int16) << 8).to(tl.float16, bitcast=True)
+    else:
+        wide = codes.to(tl.int16)
+        half = (((wide & 0x7F) << 7) | ((wide & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
+        operand = tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
+    return operand
 
 
 @triton.jit
@@ -165,8 +183,8 @@ def _multiply(  # type: ignore[no-untyped-def]
         w_block = w_scale + (tile_n * BLOCK_N // w_rows) * w_groups
         partner_block = w_scale + ((tile_n * BLOCK_N + width) // w_rows) * w_groups
     else:
-        w_block = w_scale + (near_n // w_rows) * w_groups
-        partner_block = w_scale + ((near_n + width) // w_rows) * w_groups
+        w_block = w_scale + (near_n // w_rows)[None, :] * w_groups
+        partner_block = w_scale + ((near_n + width) // w_rows)[None, :] * w_groups
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if WHOLE else tl.float32)
     if ACTIVATION >= 0:
@@ -187,15 +205,9 @@ def _multiply(  # type: ignore[no-untyped-def]
             partner_scale = 1.0
             if W_GROUP != 0:
                 group = block * BLOCK_K // W_GROUP
-                if ONE_BLOCK:
-                    scale = tl.load(w_block + group)
-                else:
-                    scale = tl.load(w_block + group)[None, :]
+                scale = tl.load(w_block + group)
                 if ACTIVATION >= 0:
-                    if ONE_BLOCK:
-                        partner_scale = tl.load(partner_block + group)
-                    else:
-                        partner_scale = tl.load(partner_block + group)[None, :]
+                    partner_scale = tl.load(partner_block + group)
             if X_GROUP != 0:
                 x_part = tl.load(x_scale + block * BLOCK_K // X_GROUP * tokens + near_m)[:, None]
                 scale = x_part * scale
@@ -299,9 +311,11 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class EightBitWeight:
-    """``codes``: int8 or an 8-bit float (rows, columns); ``scale``: float32 (rows,), or (blocks of
-    ``block_rows`` rows, groups) where groups of ``group`` columns have their own. ``sums``: int32 (rows,), each
-    row's codes added up; asked for where inputs have zero points. ``one_scale``: float32 (1,), where it is one.
+    """A weight as ``multiply`` takes it.
+
+    ``codes``: int8 or an 8-bit float (rows, columns). ``scale``: float32 (rows,), or (blocks of ``block_rows``
+    rows, groups) where groups of ``group`` columns have their own. ``sums``: int32 (rows,), each row's codes
+    added up; where inputs have zero points. ``one_scale``: float32 (1,), where all rows have the same.
     """
 
     codes: Tensor
@@ -347,10 +361,11 @@ def multiply(
         return out
     rows, width = len(weight.codes), out.shape[1]
     number = -1 if activation is None else activation_number(activation)
-    block_k = min(x_group or _BLOCK_K, weight.group or _BLOCK_K)
-    block_m, block_n, warps, stages = next(
-        (found for most, *found in _TILES if tokens <= most), list(_LARGE_TILE)
+    fp8 = x.codes.dtype is not torch.int8 and fp8_dots(x.codes.device)
+    block_m, block_n, block_k, warps, stages = _tile(
+        tokens, columns, x.codes.dtype is torch.int8 or fp8, number >= 0
     )
+    block_k = min(x_group or block_k, weight.group or block_k, block_k)
     blocks = -(-columns // block_k)
     splits = _splits(-(-tokens // block_m) * -(-rows // block_n), blocks, tokens, x.codes.device)
     whole = x.codes.dtype is torch.int8 and not (x_group or weight.group)
@@ -382,7 +397,7 @@ def multiply(
         num_stages=stages,
         X_FORMAT=_FORMATS[x.codes.dtype],
         W_FORMAT=_FORMATS[weight.codes.dtype],
-        FP8_DOT=x.codes.dtype is not torch.int8 and fp8_dots(x.codes.device),
+        FP8_DOT=fp8,
         X_GROUP=x_group,
         W_GROUP=weight.group,
         ONE_BLOCK=bool(weight.group) and inside,
@@ -482,13 +497,19 @@ def _by_library(
 
 
 def whole_product(x: Tensor, weight: Tensor) -> Tensor:
-    """int8 (tokens, columns) @ (rows, columns).T -> int32 (tokens, rows); more than 16 tokens, sizes in eights."""
+    """int8 (tokens, columns) @ (rows, columns).T -> int32 (tokens, rows).
+
+    On CUDA torch wants more than 16 tokens, and columns and rows in multiples of 8.
+    """
     return torch._int_mm(x, weight.t())
 
 
 def scaled_product(x: Codes, weight: EightBitWeight, bias: Tensor | None, out: Tensor) -> None:
-    """8-bit floats, bfloat16 bias and result. torch wants the second matrix column by column, as a weight's
-    transpose is; scales either (1,) of both sides or (tokens, 1) and (1, rows)."""
+    """8-bit floats into a bfloat16 result, with a bfloat16 bias.
+
+    torch wants the second matrix column by column, as a weight's transpose lies, columns and rows in multiples
+    of 16, and scales either (1,) of both sides or (tokens, 1) and (1, rows).
+    """
     if x.factor is not None and weight.one_scale is not None:
         x_scale, w_scale = x.factor, weight.one_scale
     else:

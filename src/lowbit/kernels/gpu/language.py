@@ -18,10 +18,12 @@ def dot(a, b, total):  # type: ignore[no-untyped-def]
     of bfloat16 and 8-bit floats: there they become float32, which gives the same products.
     """
     if a.dtype == tl.int8:
-        return tl.dot(a, b, total, out_dtype=tl.int32)
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
-    return tl.dot(a, b, total, input_precision="ieee")
+        total = tl.dot(a, b, total, out_dtype=tl.int32)
+    elif INTERPRETED:
+        total = tl.dot(a.to(tl.float32), b.to(tl.float32), total)
+    else:
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
 
 
 @triton.jit
