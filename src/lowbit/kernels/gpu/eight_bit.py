@@ -313,9 +313,9 @@ def _finish(  # type: ignore[no-untyped-def]
 class EightBitWeight:
     """A weight as ``multiply`` takes it.
 
-    ``codes``: int8 or an 8-bit float (rows, columns). ``scale``: float32 (rows,), or (blocks of ``block_rows``
-    rows, groups) where groups of ``group`` columns have their own. ``sums``: int32 (rows,), each row's codes
-    added up; where inputs have zero points. ``one_scale``: float32 (1,), where all rows have the same.
+    ``codes``: int8 or an 8-bit float (rows, columns). ``scale``: float32 (rows,), or (blocks of
+    ``block_rows`` rows, groups) where groups of ``group`` columns have their own. ``sums``: int32 (rows,), each
+    row's codes added up, for inputs with zero points. ``one_scale``: float32 (1,), where all rows have the same.
     """
 
     codes: Tensor
@@ -477,7 +477,7 @@ def _by_library(
 ) -> bool:
     """The vendor's product through torch, where it is offered: many rows, one scale a row of each side.
 
-    Shapes, devices and dtypes decide, never numbers. What it does is ``scaled_product`` and ``whole_product``.
+    Shapes, devices and dtypes decide, never numbers; ``whole_product`` and ``scaled_product`` do the work.
     """
     device, (tokens, columns), rows = x.codes.device, x.codes.shape, len(weight.codes)
     if device.type != "cuda" or tokens < _LIBRARY_ROWS or x_group or weight.group:
@@ -507,8 +507,8 @@ def whole_product(x: Tensor, weight: Tensor) -> Tensor:
 def scaled_product(x: Codes, weight: EightBitWeight, bias: Tensor | None, out: Tensor) -> None:
     """8-bit floats into a bfloat16 result, with a bfloat16 bias.
 
-    torch wants the second matrix column by column, as a weight's transpose lies, columns and rows in multiples
-    of 16, and scales either (1,) of both sides or (tokens, 1) and (1, rows).
+    torch wants the second matrix column by column, as a weight's transpose lies, columns and rows in
+    multiples of 16, and scales either (1,) of both sides or (tokens, 1) and (1, rows).
     """
     if x.factor is not None and weight.one_scale is not None:
         x_scale, w_scale = x.factor, weight.one_scale
