@@ -314,8 +314,8 @@ class EightBitWeight:
     """A weight as ``multiply`` takes it.
 
     ``codes``: int8 or an 8-bit float (rows, columns). ``scale``: float32 (rows,), or (blocks of
-    ``block_rows`` rows, groups) where groups of ``group`` columns have their own. ``sums``: int32 (rows,), each
-    row's codes added up, for inputs with zero points. ``one_scale``: float32 (1,), where all rows have the same.
+    ``block_rows`` rows, groups) where groups of ``group`` columns have their own. ``sums``: int32 (rows,),
+    each row's codes added up, for inputs with zero points. ``one_scale``: float32 (1,), where it is one.
     """
 
     codes: Tensor

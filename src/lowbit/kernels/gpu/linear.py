@@ -49,8 +49,8 @@ from lowbit.numerics.scheme import Scheme
 MANY_TOKENS = 512  # from here on by dequantized slices
 _WORKSPACE = 32 << 20  # bytes
 _SPLIT_COLUMNS = 512  # a split has at least as many
-_VECTOR_CODES = 2048  # a program's tile with one token: 16 codes a thread
-_VECTOR_PROGRAMS = 4  # on each SM
+_VECTOR_ROWS = {64: 128, 32: 256, 16: 256}  # of a program with one token, by the columns of a tile
+_VECTOR_PROGRAMS = 2  # on each SM
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class GpuBlocks:
         return layout if isinstance(layout, str) else None
 
     def rounds(self, scheme: Scheme) -> bool:
-        """Whether many tokens meet weights rounded to their own type: always."""
-        return True
+        """Never, but to x's type as every kernel here does: tables, and weights that many tokens meet."""
+        return False
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of planes, scales, zero points and offsets."""
@@ -159,6 +159,8 @@ class GpuBlocks:
         if out is None:
             out = x.new_empty(tokens, rows)
         assert out.shape == (tokens, rows) and out.stride(1) == 1, "rows of the output lie whole"
+        if x.dtype is torch.float32 and _rounds_floats(x.device):
+            x = x.bfloat16()
         order = packed.buffers.get("column_order")
         if order is not None:
             x = x.index_select(1, order)
@@ -179,6 +181,14 @@ class GpuBlocks:
         return out
 
 
+def _rounds_floats(device: torch.device) -> bool:
+    """Whether float32 x stands for bfloat16: in the interpreter, where a model's activations are float32.
+
+    The CPU's kernels round it too; on a GPU it is float32 by ``--dtype`` and stays so.
+    """
+    return device.type != "cuda"
+
+
 def _checked(x: Tensor, packed: PackedWeight) -> Tensor:
     if x.shape[1] != packed.shape[1]:
         raise LowbitError(
@@ -193,10 +203,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def _most_splits(layout: Layout) -> int:
+    return max(layout.runs // max(_SPLIT_COLUMNS // (layout.tile * layout.fields), 1), 1)
+
+
 def _split(layout: Layout, blocks: int, wanted: int) -> tuple[int, int]:
     """How often columns are split to have ``wanted`` programs, if that can be, and the runs of each split."""
-    least = max(_SPLIT_COLUMNS // (layout.tile * layout.fields), 1)
-    splits = max(min(wanted // blocks, layout.runs // least), 1)
+    splits = max(min(wanted // blocks, _most_splits(layout)), 1)
     each = -(-layout.runs // splits)
     return -(-layout.runs // each), each
 
@@ -205,9 +218,11 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     from lowbit.kernels.gpu.products import vector_product
 
     layout, (rows, columns) = packed.layout, packed.layout.shape
-    height = _VECTOR_CODES // layout.tile
+    processors, height = _multiprocessors(x.device), _VECTOR_ROWS[layout.tile]
+    while height > 32 and -(-rows // height) * _most_splits(layout) < processors:
+        height //= 2
     blocks = -(-rows // height)
-    splits, each = _split(layout, blocks, _VECTOR_PROGRAMS * _multiprocessors(x.device))
+    splits, each = _split(layout, blocks, _VECTOR_PROGRAMS * processors)
     parts = out if splits == 1 else torch.empty(splits, 1, rows, device=x.device)
     runtime.launch(
         vector_product,
@@ -296,7 +311,7 @@ def _dequantize(
     from lowbit.kernels.gpu.products import dequantize
 
     layout, (rows, columns) = packed.layout, packed.layout.shape
-    height = max(_VECTOR_CODES // layout.tile, 16) if ids is None else 16
+    height = 16 if ids is not None else 2048 // layout.tile  # 16 codes a thread
     runtime.launch(
         dequantize,
         (-(-len(out) // height), layout.runs),
@@ -375,6 +390,8 @@ class GpuDense:
         if out is None:
             out = x.new_empty(x.shape[0], rows)
         wide = _checked(x, packed).to(torch.promote_types(x.dtype, matrix.dtype))
+        if matrix.dtype is torch.bfloat16 and x.dtype is torch.float32 and _rounds_floats(x.device):
+            wide = wide.bfloat16().float()
         step = rows if wide.dtype is matrix.dtype else max(_WORKSPACE // (packed.shape[1] * wide.itemsize), 1)
         for start in range(0, rows, step):
             _multiply(wide, matrix[start : start + step].to(wide.dtype), out[:, start : start + step])
