@@ -30,9 +30,17 @@ def whole_layer(
     weight: PackedWeight, transform: InputTransform | None, bias: Tensor | None
 ) -> WholeLayer | None:
     """The layer in one call; None where its steps run one by one."""
-    device = next(iter(weight.buffers.values())).device
-    if runtime.runs_on(device) and weight.kernel.name == "gpu_blocks":
+    if _on_gpu(weight):
         from lowbit.kernels.gpu.layer import GpuLayer
 
         return GpuLayer.of(weight, transform, bias)
     return NativeLayer.of(weight, transform, bias)
+
+
+def part_layer(weight: PackedWeight, transform: InputTransform | None) -> WholeLayer | None:
+    """A part of a layer in one call, on a GPU: there codes meet codes. Elsewhere its steps do the same."""
+    return whole_layer(weight, transform, None) if _on_gpu(weight) else None
+
+
+def _on_gpu(weight: PackedWeight) -> bool:
+    return weight.kernel.name == "gpu_blocks" and runtime.runs_on(next(iter(weight.buffers.values())).device)
