@@ -199,8 +199,8 @@ def _checked(x: Tensor, packed: PackedWeight) -> Tensor:
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
-    """SMs of a GPU; the interpreter stands for an H100."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """SMs of a GPU; the interpreter runs programs one after the other, and has few for its own sake."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _most_splits(layout: Layout) -> int:

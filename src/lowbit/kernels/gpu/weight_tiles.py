@@ -162,7 +162,9 @@ def run_values(  # type: ignore[no-untyped-def]
         else:
             values = shifted - (8388608.0 + BASE)
     elif KIND == "table":
-        values = tl.load(table + codes)
+        entries = tl.load(table + tl.arange(0, 1 << BITS))
+        flat = tl.reshape(codes, (codes.shape[0] * codes.shape[1],))
+        values = tl.reshape(tl.gather(entries, flat, 0), codes.shape)
     else:
         values = small_float(codes, KIND)
     if ZERO != "none" and not (KIND == "whole" and ZERO == "exact"):
