@@ -20,6 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 MOST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+FP8_DOTS = 89  # the first architecture with tensor cores for 8-bit floats
 
 
 def compiled(launch: dict, architecture: int) -> dict:
@@ -60,6 +61,8 @@ def main(path: str, architectures: list[int]) -> int:
     for line in launches:
         launch = json.loads(line)
         for architecture in architectures:
+            if architecture < FP8_DOTS and dict(launch["constants"]).get("FP8_DOT"):
+                continue  # another launch does without them
             said: dict = {"kernel": launch["function"], "sm": architecture}
             try:
                 said |= compiled(launch, architecture)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import affine, gated_activation, gather_columns
-from lowbit.kernels.native_layer import NativeLayer
+from lowbit.kernels.whole_layer import WholeLayer, part_layer, whole_layer
 
 
 @dataclass(frozen=True)
@@ -83,27 +83,38 @@ class Linear:
         return gated_activation(self(x), activation)
 
     @cached_property
-    def _whole(self) -> NativeLayer | None:
-        """The layer in one native call, where it is one weight and all around it is native too."""
+    def _whole(self) -> WholeLayer | None:
+        """The layer in one call, where it is one weight whose kernel does all around it too."""
         if len(self.weights) != 1 or self.order is not None:
             return None
-        return NativeLayer.of(self.weights[0], self.inputs[0] if self.inputs else None, self.bias)
+        return whole_layer(self.weights[0], self.inputs[0] if self.inputs else None, self.bias)
+
+    @cached_property
+    def _wholes(self) -> list[WholeLayer | None]:
+        """Each part in one call without a bias, where that multiplies otherwise than its steps would."""
+        return [
+            part_layer(weight, transform)
+            for weight, transform in zip(self.weights, self.inputs or [None] * len(self.weights), strict=True)
+        ]
 
     def _parts(self, x: Tensor, inputs: list[InputTransform | None], y: Tensor) -> None:
-        """Every weight into its own columns of y; each distinct transform runs once."""
+        """Every weight into its own columns of y; each distinct transform of x runs once."""
         done: dict[int, tuple[Tensor, Tensor | None]] = {id(None): (x, None)}
         start = 0
-        for weight, transform in zip(self.weights, inputs, strict=True):
+        for weight, transform, whole in zip(self.weights, inputs, self._wholes, strict=True):
+            part = y[:, start : start + weight.shape[0]]
+            start += weight.shape[0]
+            if whole is not None and whole.takes(x, part):
+                whole(x, part)
+                continue
             if id(transform) not in done:
                 assert transform is not None, "None is there from the start"
                 changed, factor = transform(x)
                 done[id(transform)] = (changed.to(x.dtype), factor)
             changed, factor = done[id(transform)]
-            part = y[:, start : start + weight.shape[0]]
             weight.kernel.linear(changed, weight, part)
             if factor is not None:
                 affine(part, factor=factor, out=part)
-            start += weight.shape[0]
 
     @property
     def nbytes(self) -> int:
