@@ -21,6 +21,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import activation_number
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.step_plan import Operation
@@ -120,6 +121,10 @@ def route(
     Exponentials (0 below 2^-126) and sums are this library's own, so that weights may differ from torch's in
     the last bits.
     """
+    if runtime.runs_on(logits.device):
+        from lowbit.kernels.gpu.routing import route as route_on_gpu
+
+        return route_on_gpu(logits, rule, k, groups, kept, renormalize, scale, correction)
     functions = _functions()
     if functions is None or not (logits.is_cpu and logits.dtype is torch.float32 and logits.stride(1) == 1):
         return None
