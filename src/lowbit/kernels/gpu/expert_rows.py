@@ -7,9 +7,9 @@ one expert:
     rows      | pairs of expert 0 … none none | pairs of expert 3 … none | (not written)
     experts   |      0      |        0        |      3      |      3     |   -1   |  …
 
-How many blocks there are only the device knows; the host knows a bound, and blocks behind the last have expert
--1. Nothing waits for the device, and places follow from counts, not from who comes first: a pair's row, and
-with it every sum, is the same in each run.
+How many blocks there are only the device knows; the host knows a bound, and blocks behind the last have
+expert -1. Nothing waits for the device, and places follow from counts, not from who comes first: a pair's
+row, and with it every sum, is the same in each run.
 """
 
 from __future__ import annotations
