@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from contract.test_linear_kernels import canonical, dense_weight
+from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.gpu.expert_rows import mix, most_blocks, sort_pairs
+from lowbit.kernels.gpu.experts import GpuGroupedExperts
+from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
+from lowbit.kernels.reference import Reference
+from lowbit.layers.experts import Experts
+from lowbit.layers.linear import Linear
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import ActivationScheme
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -65,3 +78,171 @@ def test_a_tokens_experts_are_added_in_ascending_order(
     if added is not None:
         wanted += added.float()
     torch.testing.assert_close(out.cpu().float(), wanted.to(dtype).float(), rtol=1e-6, atol=1e-4)
+
+
+HIDDEN, INNER, EXPERTS, K = 96, 64, 5, 2
+Shape = tuple[int, int]
+WEIGHTS: dict[str, Callable[[Shape], QuantizedTensor]] = {
+    "bf16": lambda shape: dense_weight("bf16", shape),
+    "f32": lambda shape: dense_weight("f32", shape),
+    "int4 g32": lambda shape: canonical("int4", 32, shape=shape),
+    "uint4 g32 zero act-order": lambda shape: canonical("uint4", 32, zero=True, order=True, shape=shape),
+    "uint3 g32 float zero": lambda shape: float_zero("uint3", 32, shape),
+    "uint2 g16 offset": lambda shape: canonical("uint2", 16, offset=True, shape=shape),
+    "e4m3 32x32": lambda shape: canonical("e4m3", 32, "f32", shape=shape, block_rows=32),
+    "e4m3 tensor": lambda shape: canonical("e4m3", 0, "f32", shape=shape, block_rows=0),
+    "int8 channel": lambda shape: canonical("int8", 0, "f32", shape=shape),
+    "e2m1 g32 e8m0 (MXFP4)": lambda shape: canonical("e2m1", 32, "e8m0", shape=shape),
+    "nf4": lambda shape: canonical("nf4", 32, "f32", shape=shape),
+}
+INT8, E4M3, E2M1 = (number_format(name) for name in ("int8", "e4m3", "e2m1"))
+Input = Callable[[int, int], InputTransform | None]
+
+
+def static(expert: int, scheme: ActivationScheme, zero: float | None = None) -> InputTransform:
+    zeros = None if zero is None else torch.tensor([zero + expert])
+    return InputTransform(scheme, static_scale=torch.tensor([0.03 + 0.01 * expert]), static_zero=zeros)
+
+
+INPUTS: dict[str, Input] = {
+    "as they are": lambda expert, columns: None,
+    "int8 per token": lambda expert, columns: InputTransform(ActivationScheme(INT8, (1, 0), limit=127.0)),
+    "int8 with a zero point": lambda expert, columns: InputTransform(
+        ActivationScheme(INT8, (1, 0), symmetric=False)
+    ),
+    "fp8 in groups": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (1, 32), limit=448.0)),
+    "mx": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (1, 32), scale=number_format("e8m0"))),
+    "one static scale": lambda expert, columns: static(0, ActivationScheme(E4M3, (0, 0), "static")),
+    "static scales": lambda expert, columns: static(expert, ActivationScheme(E4M3, (0, 0), "static")),
+    "static zeros": lambda expert, columns: static(
+        expert, ActivationScheme(INT8, (0, 0), "static", symmetric=False), 3.0
+    ),
+    "nvfp4, outer scales": lambda expert, columns: static(
+        expert, ActivationScheme(E2M1, (1, 16), scale=number_format("e4m3"))
+    ),
+    "multipliers": lambda expert, columns: InputTransform(multiplier=random(columns, seed=expert).abs() + 0.1),
+}
+
+
+def float_zero(name: str, group: int, shape: Shape) -> QuantizedTensor:
+    weight = canonical(name, group, shape=shape)
+    zeros = (weight.scales[0].float() * 100).to(weight.scales[0].dtype)
+    return replace(weight, scheme=replace(weight.scheme, zero="float"), zeros=zeros)
+
+
+def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
+    """Other rows first, so that experts differ."""
+
+    def roll(tensor: Tensor) -> Tensor:
+        plain = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+        return plain.roll(expert, 0).view(tensor.dtype)
+
+    order = weight.column_order
+    return replace(
+        weight,
+        codes=roll(weight.codes),
+        scales=tuple(roll(scale) for scale in weight.scales),
+        zeros=None if weight.zeros is None else roll(weight.zeros),
+        offsets=tuple(roll(offset) for offset in weight.offsets),
+        column_order=None if order is None else order.roll(expert),
+    )
+
+
+def moved(transform: InputTransform | None, device: torch.device) -> InputTransform | None:
+    if transform is None:
+        return None
+    names = ("multiplier", "static_scale", "static_zero")
+    tensors = {name: getattr(transform, name) for name in names}
+    return replace(transform, **{n: None if t is None else t.to(device) for n, t in tensors.items()})
+
+
+@dataclass
+class Pair:
+    """The same experts packed for the device, and for the reference on the CPU."""
+
+    grouped: Experts
+    oracle: Experts
+
+
+def linear(
+    name: str,
+    weights: list[QuantizedTensor],
+    inputs: list[InputTransform | None],
+    bias: Tensor | None,
+    device: torch.device | None,
+) -> Linear:
+    """device None: for the oracle."""
+    if device is None:
+        return Linear(name, [Reference().pack(weight, torch.device("cpu")) for weight in weights], bias, inputs)
+    packed = [(GpuDense() if w.scheme.is_dense else GpuBlocks()).pack(w, device) for w in weights]
+    bias = None if bias is None else bias.to(device)
+    known = {id(transform): moved(transform, device) for transform in inputs}
+    return Linear(name, packed, bias, [known[id(transform)] for transform in inputs])
+
+
+def make(
+    device: torch.device,
+    weight: Callable[[Shape], QuantizedTensor] | list[Callable[[Shape], QuantizedTensor]],
+    given: Input = INPUTS["as they are"],
+    bias: bool = False,
+    hidden: int = HIDDEN,
+    inner: int = INNER,
+) -> Pair:
+    """A list of weights: gate and up are parts of their own; the last is down's too."""
+    parts = weight if isinstance(weight, list) else [weight]
+    made: list[Experts] = []
+    for place in (device, None):
+        gate_up, down = [], []
+        for expert in range(EXPERTS):
+            halves = [
+                turned(part((2 * inner // len(parts), hidden)), expert + EXPERTS * number)
+                for number, part in enumerate(parts)
+            ]
+            biases = (random(2 * inner, seed=expert), random(hidden, seed=90 + expert))
+            first, last = biases if bias else (None, None)
+            gate_up.append(
+                linear(f"{expert}.gate_up", halves, [given(expert, hidden)] * len(parts), first, place)
+            )
+            own = turned(parts[-1]((hidden, inner)), expert)
+            down.append(linear(f"{expert}.down", [own], [given(expert, inner)], last, place))
+        made.append(Experts("experts", gate_up, down))
+    assert isinstance(made[0].grouped, GpuGroupedExperts), made[0].grouped
+    return Pair(*made)
+
+
+def check(
+    pair: Pair,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    activation: str = "silu",
+    within: float = 1e-4,
+    chosen: Tensor | None = None,
+) -> None:
+    """Within so much of the largest number, from x of random numbers that bfloat16 holds."""
+    hidden = pair.oracle.down[0].weights[0].shape[0]
+    x = random(tokens, hidden, seed=tokens).bfloat16()
+    added = random(tokens, hidden, seed=tokens + 1).bfloat16()
+    weights = random(tokens, K, seed=2).softmax(-1)
+    chosen = choices(tokens, EXPERTS, K) if chosen is None else chosen
+    wanted = pair.oracle.one_by_one(x.float(), chosen, weights, activation) + added.float()
+    given = x.to(device, dtype), chosen.to(device), weights.to(device), activation, added.to(device, dtype)
+    found = pair.grouped(*given)
+    assert found.dtype is dtype and wanted.isfinite().all() and wanted.abs().max() > 0.1
+    assert (found.cpu().float() - wanted).abs().max() <= within * wanted.abs().max()
+    assert torch.equal(found, pair.grouped(*given))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_scheme(name: str, device: torch.device) -> None:
+    pair = make(device, WEIGHTS[name])
+    for tokens in (1, 3, 40):
+        check(pair, tokens, device)
+    check(pair, 3, device, torch.bfloat16, within=0.03)
+
+
+@pytest.mark.parametrize("given", INPUTS)
+def test_every_way_to_quantize_inputs(given: str, device: torch.device) -> None:
+    pair = make(device, WEIGHTS["int8 channel" if "int8" in given else "e4m3 32x32"], INPUTS[given], bias=True)
+    for tokens in (1, 40):
+        check(pair, tokens, device, within=0.03)

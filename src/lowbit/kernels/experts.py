@@ -1,4 +1,4 @@
-"""Mixtures of experts in native code (csrc/experts.cpp): routing, and a batch's experts in one call.
+"""Mixtures of experts: routing, and a batch's experts in one call, native code's (csrc/experts.cpp) or a GPU's.
 
 The code knows an expert as two matrices of one or more packed weights each, with what happens to the rows
 before (``InputTransform``, a column order) and after (row scales, biases). A token's result has the bits that
@@ -157,6 +157,27 @@ class Layer(Protocol):
     weights: list[PackedWeight]
     bias: Tensor | None
     inputs: list[InputTransform | None] | None
+
+
+class Mixture(Protocol):
+    """All experts of a layer, run together."""
+
+    def __call__(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
+    ) -> Tensor:
+        """x (tokens, hidden) -> (tokens, hidden); chosen and weights (tokens, k), added like x."""
+
+
+def together(gate_up: Sequence[Layer], down: Sequence[Layer]) -> Mixture | str:
+    """What runs these experts in one call, or why they must run one by one."""
+    weights = [weight for layer in gate_up for weight in layer.weights]
+    first = next((buffer for weight in weights for buffer in weight.buffers.values()), None)
+    native_ones = any(isinstance(weight, NativeWeight) for weight in weights)
+    if first is not None and not native_ones and runtime.runs_on(first.device):
+        from lowbit.kernels.gpu.experts import GpuGroupedExperts
+
+        return GpuGroupedExperts.of(gate_up, down)
+    return GroupedExperts.of(gate_up, down)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.kernels.gpu import runtime
-from lowbit.kernels.gpu.language import rounded
+from lowbit.kernels.gpu.language import cast
 
 SCAN = 1024  # pairs a program looks at in one step
 
@@ -144,7 +144,7 @@ def _mix(  # type: ignore[no-untyped-def]
         keys = tl.where(keys == least, 0x7FFFFFFF, keys)
     if ADDED:
         total += tl.load(added + token * added_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + token * hidden + columns, rounded(total, out.dtype.element_ty), mask=inside)
+    tl.store(out + token * hidden + columns, cast(total, out.dtype.element_ty), mask=inside)
 
 
 def mix(y: Tensor, chosen: Tensor, weights: Tensor, added: Tensor | None, out: Tensor) -> None:

@@ -20,13 +20,3 @@ def dot(a, b, total):  # type: ignore[no-untyped-def]
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """float32 to a dtype, to the nearest: Triton's interpreter cuts bits off where bfloat16 is asked for."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        up = bits + 0x7FFF + ((bits >> 16) & 1)
-        x = tl.where(x == x, up, bits).to(tl.float32, bitcast=True)
-    return x.to(dtype)
