@@ -1,0 +1,385 @@
+"""gpu_blocks and gpu_dense: linear layers on NVIDIA GPUs.
+
+gpu_blocks takes codes of 1 to 8 bits in the layout of ``weight_layout``, all formats but those that file
+refuses, and x of any float type, with float32 sums:
+
+    1 token        ``vector_product``: CUDA cores, float32 products, weights never rounded
+    2 to 64        ``tile_product``, exact: tensor cores multiply codes less zero points, which x's type
+                   holds; scales meet the float32 sums of their columns. Tables (nf4) are rounded
+    65 to 511      ``tile_product``: tiles of weights are dequantized and rounded to x's type
+    from 512       slices of rows are dequantized into a workspace (32 MiB at most) that cuBLAS multiplies
+
+float32 x is multiplied as float32 all the way, on CUDA cores. Columns in another order (act-order) are
+gathered from x first. A row's last bit may depend on how many rows are beside it, by the table above.
+
+Why these blocks; none of it has been timed on a GPU. One token of a 4-bit weight of 4096 x 4096 reads 8 MiB,
+2.5 us of an H100's 3.35 TB/s (1.75 us of an H200's 4.8), and latency times bandwidth asks for some 25 KiB
+under way on each of 132 SMs (15 on an A100's 108). ``vector_product`` loads 16 bytes a thread, 2 KiB a
+program, with 4 loads in flight: several programs on each SM, which split columns where rows do not give
+enough of them. It costs about 5 instructions a 4-bit weight and one more a token, where those GPUs have 4 or
+5 in the time that memory brings one: from the second token on tensor cores, on which tokens are free and
+decoding costs 3.5. Their tiles are 128 rows high, as every block of rows reads all of x again from L2: with
+16 tokens x is half of what a block reads, with 64 two thirds. One wave of programs (two of the smaller ones)
+over the SMs is made by splitting columns, at 512 a program or more, as a program should have several loads
+in flight; the splits' sums are added in their order by a second kernel, not by atomics, so that equal calls
+give equal bits. Between 65 and 511 tokens a tile is decoded once for 64 or 128 tokens. From 512 on decoding
+in every block of tokens costs more than writing and reading 2 bytes a weight once. The workspace stays in L2
+(40 MiB on an A100, 50 on an H100); from HBM it would be 1.2 ps a weight, beside the 8.2 that 4096 tokens'
+products take at a PFLOP a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowbit.errors import LowbitError
+from lowbit.kernels.gpu import runtime, weight_layout
+from lowbit.kernels.gpu.weight_layout import Layout
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+MANY_TOKENS = 512  # from here on by dequantized slices
+_WORKSPACE = 32 << 20  # bytes
+_SPLIT_COLUMNS = 512  # a split has at least as many
+_VECTOR_CODES = 2048  # a program's tile with one token: 16 codes a thread
+_VECTOR_PROGRAMS = 4  # on each SM
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How ``tile_product`` works with up to ``tokens``: BM tokens times BN rows a program.
+
+    ``programs``: on each SM, at least, if splitting columns can give them.
+    """
+
+    tokens: int
+    BM: int
+    BN: int
+    exact: bool
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+_BLOCKS = (
+    Blocks(16, 16, 128, True, 4, 4, 2),
+    Blocks(32, 32, 128, True, 4, 4, 2),
+    Blocks(64, 64, 128, True, 8, 3, 1),
+    Blocks(128, 64, 128, False, 8, 3, 1),
+    Blocks(MANY_TOKENS - 1, 128, 128, False, 8, 3, 1),
+)
+_FLOAT_BLOCKS = (Blocks(16, 16, 64, False, 4, 2, 2), Blocks(MANY_TOKENS - 1, 32, 64, False, 4, 2, 2))
+
+
+@dataclass(frozen=True)
+class GpuWeight(PackedWeight):
+    """A weight of ``GpuBlocks``, with the ``pointers`` and ``constants`` that all kernels are given."""
+
+    layout: Layout = field(kw_only=True)
+    pointers: tuple[Tensor | None, ...] = field(kw_only=True, repr=False)
+    constants: Mapping[str, Any] = field(kw_only=True, repr=False)
+
+
+class GpuBlocks:
+    """See the module docstring."""
+
+    name = "gpu_blocks"
+    computes = "as stored"
+    layout = 1
+    steady = False
+    runs = "quantized"
+
+    def serves(self, device: torch.device) -> bool:
+        """GPUs, and whatever else Triton kernels run on."""
+        return device.type == "cuda" or runtime.runs_on(device)
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the scheme cannot run here, or None."""
+        if reason := runtime.refuses(device):
+            return reason
+        if scheme.activation is not None:
+            return f"the scheme quantizes its input ({scheme.activation})"
+        layout = weight_layout.layout_of(scheme, shape)
+        return layout if isinstance(layout, str) else None
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Whether many tokens meet weights rounded to their own type: always."""
+        return True
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of planes, scales, zero points and offsets."""
+        return weight_layout.nbytes(scheme, shape)
+
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: x stays a float."""
+        return False
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """Codes in planes, scales as they are."""
+        buffers = weight_layout.pack(weight, device)
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        layout = weight_layout.layout_of(scheme, shape)
+        fault = layout if isinstance(layout, str) else weight_layout.fault(layout, buffers)
+        if isinstance(layout, str) or fault:
+            raise ValueError(f"{origin}: {fault}")
+        return GpuWeight(
+            self,
+            scheme,
+            shape,
+            buffers,
+            origin,
+            layout=layout,
+            pointers=weight_layout.arguments(buffers),
+            constants=layout.constants,
+        )
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again, block formats taken apart."""
+        assert isinstance(packed, GpuWeight), "packed by this kernel"
+        return weight_layout.unpack(packed.layout, packed.scheme, packed.shape, packed.buffers, packed.origin)
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+        assert isinstance(packed, GpuWeight), "packed by this kernel"
+        tokens, rows = x.shape[0], packed.shape[0]
+        x = _checked(x, packed)
+        if out is None:
+            out = x.new_empty(tokens, rows)
+        assert out.shape == (tokens, rows) and out.stride(1) == 1, "rows of the output lie whole"
+        order = packed.buffers.get("column_order")
+        if order is not None:
+            x = x.index_select(1, order)
+        if tokens >= MANY_TOKENS:
+            _by_slices(x, packed, out)
+        elif tokens > 1:
+            _by_tiles(x if x.stride(1) == 1 else x.contiguous(), packed, out)
+        elif tokens:
+            _one_token(x if x.stride(1) == 1 else x.contiguous(), packed, out)
+        return out
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""
+        assert isinstance(packed, GpuWeight), "packed by this kernel"
+        out = torch.empty(len(ids), packed.shape[1], device=ids.device)
+        if len(ids):
+            _dequantize(packed, out, ids.contiguous(), packed.buffers.get("column_order"))
+        return out
+
+
+def _checked(x: Tensor, packed: PackedWeight) -> Tensor:
+    if x.shape[1] != packed.shape[1]:
+        raise LowbitError(
+            "E0703", f"{packed.origin}: input has {x.shape[1]} columns, weight {packed.shape[1]}"
+        )
+    return x
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; the interpreter stands for an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _split(layout: Layout, blocks: int, wanted: int) -> tuple[int, int]:
+    """How often columns are split to have ``wanted`` programs, if that can be, and the runs of each split."""
+    least = max(_SPLIT_COLUMNS // (layout.tile * layout.fields), 1)
+    splits = max(min(wanted // blocks, layout.runs // least), 1)
+    each = -(-layout.runs // splits)
+    return -(-layout.runs // each), each
+
+
+def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
+    from lowbit.kernels.gpu.products import vector_product
+
+    layout, (rows, columns) = packed.layout, packed.layout.shape
+    height = _VECTOR_CODES // layout.tile
+    blocks = -(-rows // height)
+    splits, each = _split(layout, blocks, _VECTOR_PROGRAMS * _multiprocessors(x.device))
+    parts = out if splits == 1 else torch.empty(splits, 1, rows, device=x.device)
+    runtime.launch(
+        vector_product,
+        (blocks, splits),
+        x,
+        parts,
+        *packed.pointers,
+        rows,
+        columns,
+        layout.runs,
+        each,
+        **packed.constants,
+        BN=height,
+        STAGES=4,
+    )
+    if splits > 1:
+        _add(parts, out)
+
+
+def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
+    from lowbit.kernels.gpu.products import tile_product
+
+    layout, (rows, columns), tokens = packed.layout, packed.layout.shape, x.shape[0]
+    table = _FLOAT_BLOCKS if x.dtype is torch.float32 else _BLOCKS
+    chosen = next(blocks for blocks in table if tokens <= blocks.tokens)
+    blocks = -(-rows // chosen.BN) * -(-tokens // chosen.BM)
+    splits, each = _split(layout, blocks, chosen.programs * _multiprocessors(x.device))
+    parts = out if splits == 1 else torch.empty(splits, tokens, rows, device=x.device)
+    runtime.launch(
+        tile_product,
+        (blocks, splits),
+        x,
+        parts,
+        *packed.pointers,
+        tokens,
+        rows,
+        columns,
+        x.stride(0),
+        parts.stride(-2),
+        layout.runs,
+        each,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        **packed.constants,
+        BM=chosen.BM,
+        BN=chosen.BN,
+        EXACT=chosen.exact,
+    )
+    if splits > 1:
+        _add(parts, out)
+
+
+def _add(parts: Tensor, out: Tensor) -> None:
+    """The sums of all splits, float32 (splits, tokens, rows), into ``out``."""
+    from lowbit.kernels.gpu.products import add_splits
+
+    splits, tokens, rows = parts.shape
+    runtime.launch(
+        add_splits, (-(-rows // 512), tokens), parts, out, tokens, rows, out.stride(0), splits, BLOCK=512
+    )
+
+
+def _by_slices(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
+    """Dequantized rows in x's type, so many at once that they fit into the workspace, times x in torch."""
+    rows, columns = packed.layout.shape
+    step = max(_WORKSPACE // (columns * x.dtype.itemsize) // 128 * 128, 128)
+    workspace = torch.empty(min(step, rows), columns, dtype=x.dtype, device=x.device)
+    for start in range(0, rows, step):
+        weight = workspace[: min(step, rows - start)]
+        _dequantize(packed, weight, start=start)
+        _multiply(x, weight, out[:, start : start + len(weight)])
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x @ weight.T, all but ``out`` of one type."""
+    if out.dtype is x.dtype:
+        torch.mm(x, weight.T, out=out)
+    else:
+        out.copy_(functional.linear(x, weight))
+
+
+def _dequantize(
+    packed: GpuWeight, out: Tensor, ids: Tensor | None = None, order: Tensor | None = None, start: int = 0
+) -> None:
+    """Rows ``ids``, or as many as ``out`` has from ``start``; columns as stored, or where ``order`` says."""
+    from lowbit.kernels.gpu.products import dequantize
+
+    layout, (rows, columns) = packed.layout, packed.layout.shape
+    height = max(_VECTOR_CODES // layout.tile, 16) if ids is None else 16
+    runtime.launch(
+        dequantize,
+        (-(-len(out) // height), layout.runs),
+        out,
+        ids,
+        order,
+        *packed.pointers,
+        start,
+        len(out),
+        rows,
+        columns,
+        **packed.constants,
+        BN=height,
+    )
+
+
+class GpuDense:
+    """gpu_dense: f32, f16 and bf16 weights as they are, times x by cuBLAS.
+
+    Where x has another type both become the wider one (f32 for f16 beside bf16), the weight in slices of 64
+    MiB at every call: a checkpoint in f16 runs fast under ``--dtype float16``.
+    """
+
+    name = "gpu_dense"
+    computes = "as stored"
+    layout = 1
+    steady = False
+    runs = "unquantized"
+
+    def serves(self, device: torch.device) -> bool:
+        """GPUs, and whatever else Triton kernels run on."""
+        return device.type == "cuda" or runtime.runs_on(device)
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None; it needs no Triton."""
+        if not self.serves(device):
+            return runtime.refuses(device)
+        if not scheme.is_dense:
+            return "weights are quantized"
+        return "stacked experts" if len(shape) != 2 else None
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never."""
+        return False
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of the matrix."""
+        return shape[0] * shape[1] * int(scheme.weight.bits) // 8
+
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: nothing here multiplies whole numbers."""
+        return False
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """The matrix itself, detached from a mapped file."""
+        buffers = {"matrix": weight.codes.to(device, copy=True).contiguous()}
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffer."""
+        matrix = buffers.get("matrix")
+        if matrix is None or matrix.shape != shape or matrix.dtype is not scheme.weight.dtype:
+            found = "no matrix" if matrix is None else f"{matrix.dtype} {tuple(matrix.shape)}"
+            raise ValueError(f"{origin}: {found} instead of {scheme.weight.name} {tuple(shape)}")
+        return PackedWeight(self, scheme, shape, buffers, origin)
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The matrix again."""
+        return QuantizedTensor(packed.scheme, packed.shape, packed.buffers["matrix"], origin=packed.origin)
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) -> (tokens, out) of x's type, or ``out``'s."""
+        matrix, rows = packed.buffers["matrix"], packed.shape[0]
+        if out is None:
+            out = x.new_empty(x.shape[0], rows)
+        wide = _checked(x, packed).to(torch.promote_types(x.dtype, matrix.dtype))
+        step = rows if wide.dtype is matrix.dtype else max(_WORKSPACE // (packed.shape[1] * wide.itemsize), 1)
+        for start in range(0, rows, step):
+            _multiply(wide, matrix[start : start + step].to(wide.dtype), out[:, start : start + step])
+        return out
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in)."""
+        return packed.buffers["matrix"].index_select(0, ids).float()

@@ -1,0 +1,253 @@
+"""The Triton kernels of linear layers with packed weights: x @ weight.T, and rows of a weight.
+
+All decode tiles as ``weight_tiles`` says and differ in what they do with them; ``linear`` chooses. Output
+rows are the weights': a product is total (weight rows, tokens) = weight tile @ x tile.T, so that a decoded
+tile goes from registers to the tensor cores and x is read from shared memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lowbit.kernels.gpu.language import dot
+from lowbit.kernels.gpu.weight_tiles import load_run, run_values, scale_of, weight_tile, zero_of
+
+
+@triton.jit
+def vector_product(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    plane4,
+    plane2,
+    plane1,
+    codes,
+    table,
+    zeros,
+    scale0,
+    scale1,
+    offset0,
+    offset1,
+    rows,
+    columns,
+    runs,
+    runs_each,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    KIND: tl.constexpr,
+    BASE: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    FLAT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ROWS0: tl.constexpr,
+    COLUMNS0: tl.constexpr,
+    SCALE0: tl.constexpr,
+    ROWS1: tl.constexpr,
+    COLUMNS1: tl.constexpr,
+    SCALE1: tl.constexpr,
+    BN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One token: x (columns,) times BN rows of the weight over ``runs_each`` runs. out: (splits, rows).
+
+    Products and sums are float32, on CUDA cores; the sum over a tile's columns is made once, at the end.
+    Grid: (blocks of BN rows, splits).
+    """
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = tl.minimum(row, rows - 1).to(tl.int64)
+    first = tl.program_id(1) * runs_each
+    last = tl.minimum(first + runs_each, runs)
+    total = tl.zeros((BN, TILE), tl.float32)
+    for run in tl.range(first, last, num_stages=STAGES):
+        low, middle, high = load_run(plane4, plane2, plane1, codes, inside, run, columns, BITS, TILE, FIELDS)
+        for field in tl.static_range(FIELDS):
+            at = (run * FIELDS + field) * TILE + tl.arange(0, TILE)
+            seen = tl.load(x + at, mask=at < columns, other=0.0).to(tl.float32)
+            weights = weight_tile(
+                low, middle, high, table, zeros, scale0, scale1, offset0, offset1, inside, run, columns,
+                field, BITS, TILE, FIELDS, KIND, BASE, ZERO, OFFSET, FLAT, LEVELS,
+                ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
+            )  # fmt: skip
+            total += weights * seen[None, :]
+    sums = tl.sum(total, 1).to(out.dtype.element_ty)
+    tl.store(out + (tl.program_id(1) * rows + row), sums, mask=row < rows)
+
+
+@triton.jit
+def tile_product(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    plane4,
+    plane2,
+    plane1,
+    codes,
+    table,
+    zeros,
+    scale0,
+    scale1,
+    offset0,
+    offset1,
+    tokens,
+    rows,
+    columns,
+    x_stride,
+    out_stride,
+    runs,
+    runs_each,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    KIND: tl.constexpr,
+    BASE: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    FLAT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ROWS0: tl.constexpr,
+    COLUMNS0: tl.constexpr,
+    SCALE0: tl.constexpr,
+    ROWS1: tl.constexpr,
+    COLUMNS1: tl.constexpr,
+    SCALE1: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """BM tokens times BN rows over ``runs_each`` runs, on tensor cores. out: (splits, tokens, rows).
+
+    EXACT: values less zero points are multiplied, which x's type holds, and scales meet each tile's float32
+    sums; offsets meet the sums of x, which a product with ones gives every row of the accumulator. Else
+    tiles are dequantized and rounded to x's type.
+
+    Grid: (blocks of tokens * blocks of rows, splits): programs that share weights follow each other, so that
+    they are read from memory once, and x (some hundred rows at most) stays in the L2 cache.
+    """
+    token_blocks = tl.cdiv(tokens, BM)
+    token = (tl.program_id(0) % token_blocks) * BM + tl.arange(0, BM)
+    row = (tl.program_id(0) // token_blocks) * BN + tl.arange(0, BN)
+    inside = tl.minimum(row, rows - 1).to(tl.int64)
+    first = tl.program_id(1) * runs_each
+    last = tl.minimum(first + runs_each, runs)
+    x_rows = x + token.to(tl.int64)[:, None] * x_stride
+    total = tl.zeros((BN, BM), tl.float32)
+    SUMS: tl.constexpr = OFFSET or ZERO == "float"
+    for run in range(first, last):
+        low, middle, high = load_run(plane4, plane2, plane1, codes, inside, run, columns, BITS, TILE, FIELDS)
+        for field in tl.static_range(FIELDS):
+            at = (run * FIELDS + field) * TILE + tl.arange(0, TILE)
+            seen = tl.load(
+                x_rows + at[None, :], mask=(token < tokens)[:, None] & (at < columns)[None, :], other=0.0
+            )
+            seen = tl.trans(seen)
+            if EXACT:
+                column = tl.minimum((run * FIELDS + field) * TILE, columns - 1)
+                zero = zero_of(zeros, inside, column, columns, ZERO, FLAT, ROWS0, COLUMNS0)
+                taken: tl.constexpr = "exact" if ZERO == "exact" else "none"
+                values = run_values(
+                    low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, taken
+                )
+                scale = scale_of(
+                    scale0, scale1, inside, column, columns, FLAT, LEVELS,
+                    ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
+                )  # fmt: skip
+                part = dot(values.to(x.dtype.element_ty), seen, tl.zeros((BN, BM), tl.float32))
+                total += part * scale[:, None]
+                if SUMS:
+                    addend = scale * 0.0
+                    if OFFSET:
+                        addend = scale_of(
+                            offset0, offset1, inside, column, columns, FLAT, LEVELS,
+                            ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
+                        )  # fmt: skip
+                    if ZERO == "float":
+                        addend -= zero * scale
+                    ones = tl.full((BN, TILE), 1.0, tl.float32).to(x.dtype.element_ty)
+                    total += dot(ones, seen, tl.zeros((BN, BM), tl.float32)) * addend[:, None]
+            else:
+                weights = weight_tile(
+                    low, middle, high, table, zeros, scale0, scale1, offset0, offset1, inside, run, columns,
+                    field, BITS, TILE, FIELDS, KIND, BASE, ZERO, OFFSET, FLAT, LEVELS,
+                    ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
+                )  # fmt: skip
+                total = dot(weights.to(x.dtype.element_ty), seen, total)
+    at = (tl.program_id(1) * tokens + token).to(tl.int64)[:, None] * out_stride + row[None, :]
+    kept = (token < tokens)[:, None] & (row < rows)[None, :]
+    tl.store(out + at, tl.trans(total).to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def add_splits(  # type: ignore[no-untyped-def]
+    parts, out, tokens, rows, out_stride, splits, BLOCK: tl.constexpr
+):
+    """parts: float32 (splits, tokens, rows), added in their order. Grid: (blocks of rows, tokens)."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        total += tl.load(parts + ((split * tokens + token) * rows + row), mask=row < rows, other=0.0)
+    tl.store(out + (token * out_stride + row), total.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def dequantize(  # type: ignore[no-untyped-def]
+    out,
+    ids,
+    order,
+    plane4,
+    plane2,
+    plane1,
+    codes,
+    table,
+    zeros,
+    scale0,
+    scale1,
+    offset0,
+    offset1,
+    start,
+    count,
+    rows,
+    columns,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    KIND: tl.constexpr,
+    BASE: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    FLAT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ROWS0: tl.constexpr,
+    COLUMNS0: tl.constexpr,
+    SCALE0: tl.constexpr,
+    ROWS1: tl.constexpr,
+    COLUMNS1: tl.constexpr,
+    SCALE1: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """``count`` rows of the weight into out (count, columns): from ``start`` on, or those that ``ids`` names.
+
+    With ``order`` columns go where x has them, else they stay in stored order. Ids outside are the nearest
+    row's. Grid: (blocks of BN rows, runs).
+    """
+    place = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = start + place
+    if ids is not None:
+        row = tl.load(ids + place, mask=place < count, other=0)
+    row = tl.maximum(tl.minimum(row.to(tl.int64), rows - 1), 0)
+    run = tl.program_id(1)
+    low, middle, high = load_run(plane4, plane2, plane1, codes, row, run, columns, BITS, TILE, FIELDS)
+    out_rows = out + place.to(tl.int64)[:, None] * columns
+    for field in tl.static_range(FIELDS):
+        weights = weight_tile(
+            low, middle, high, table, zeros, scale0, scale1, offset0, offset1, row, run, columns, field,
+            BITS, TILE, FIELDS, KIND, BASE, ZERO, OFFSET, FLAT, LEVELS,
+            ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
+        )  # fmt: skip
+        at = (run * FIELDS + field) * TILE + tl.arange(0, TILE)
+        to = at
+        if order is not None:
+            to = tl.load(order + at, mask=at < columns, other=0)
+        kept = (place < count)[:, None] & (at < columns)[None, :]
+        tl.store(out_rows + to[None, :], weights.to(out.dtype.element_ty), mask=kept)

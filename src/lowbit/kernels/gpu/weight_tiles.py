@@ -1,0 +1,302 @@
+"""Decode tiles of packed weights (``weight_layout``): functions to call inside Triton kernels.
+
+A kernel takes ``weight_layout.arguments(buffers)``, the columns of a row, and ``Layout.constants``. It goes
+through the runs of a row (``Layout.runs``): ``load_run`` reads the bytes of one, ``run_values`` makes of
+each of its ``FIELDS`` tiles, column ``(run * FIELDS + field) * TILE`` on, a float32 (rows, TILE) matrix of
+values, which are exact in bfloat16 but for tables such as nf4's. Behind a row's last column they are finite
+numbers of no meaning: x must be 0 there. ``scale_of``, ``zero_of`` and ``offset_of`` give a tile's float32
+(rows,): all columns of a tile lie in one group. So
+
+    weight = (run_values(…, zero) - nothing) * scale[:, None] + offset[:, None]
+
+is the canonical equation, step by step. ``rows`` must lie inside the weight (clamp them: loads have no
+masks) and are int64, as what they address may exceed 2^31 bytes.
+
+A whole number costs three instructions: its byte's shift, one that masks it and puts it into the significand
+of 2^23, and a subtraction, which takes off the zero point as well. Converting integers would be done at a
+quarter of that rate.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _plane(plane, rows, tile, columns, TILE: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """uint8 (rows, TILE): the bytes of a plane that hold a tile, and its neighbours under other shifts."""
+    PARTS: tl.constexpr = 8 // WIDTH
+    stride = tl.cdiv(columns, TILE * PARTS) * TILE
+    at = (tile // PARTS) * TILE + tl.arange(0, TILE)
+    return tl.load(plane + (rows[:, None] * stride + at[None, :]))
+
+
+@triton.jit
+def load_run(  # type: ignore[no-untyped-def]
+    plane4,
+    plane2,
+    plane1,
+    codes,
+    rows,
+    run,
+    columns,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Three uint8 (rows, TILE), low bits first, that hold a run's codes; unused ones equal the first."""
+    first = run * FIELDS
+    if BITS == 8:
+        at = first * TILE + tl.arange(0, TILE)
+        low = tl.load(codes + (rows[:, None] * columns + at[None, :]), mask=(at < columns)[None, :], other=0)
+        middle = low
+        high = low
+    elif BITS >= 4:
+        low = _plane(plane4, rows, first, columns, TILE, 4)
+        middle = low
+        high = low
+        if BITS >= 6:
+            middle = _plane(plane2, rows, first, columns, TILE, 2)
+        if BITS == 5:
+            middle = _plane(plane1, rows, first, columns, TILE, 1)
+        if BITS == 7:
+            high = _plane(plane1, rows, first, columns, TILE, 1)
+    elif BITS >= 2:
+        low = _plane(plane2, rows, first, columns, TILE, 2)
+        middle = low
+        high = low
+        if BITS == 3:
+            middle = _plane(plane1, rows, first, columns, TILE, 1)
+    else:
+        low = _plane(plane1, rows, first, columns, TILE, 1)
+        middle = low
+        high = low
+    return low, middle, high
+
+
+@triton.jit
+def _bits(held, run, FIELD: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile's WIDTH bits from the bytes of its plane, by a constant shift in the widest plane."""
+    PARTS: tl.constexpr = 8 // WIDTH
+    if PARTS == FIELDS:
+        return (held >> (FIELD * WIDTH)) & ((1 << WIDTH) - 1)
+    return (held >> (((run * FIELDS + FIELD) % PARTS) * WIDTH)) & ((1 << WIDTH) - 1)
+
+
+@triton.jit
+def run_codes(  # type: ignore[no-untyped-def]
+    low, middle, high, run, FIELD: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr, KIND: tl.constexpr
+):
+    """int32 (rows, TILE): the canonical codes of one tile of a run."""
+    held = low.to(tl.int32)
+    if BITS == 8:
+        codes = held
+        if KIND == "whole":
+            codes = held ^ 128
+    elif BITS >= 4:
+        codes = _bits(held, run, FIELD, FIELDS, 4)
+        if BITS >= 6:
+            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 2) << 4)
+        if BITS == 5:
+            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 1) << 4)
+        if BITS == 7:
+            codes = codes | (_bits(high.to(tl.int32), run, FIELD, FIELDS, 1) << 6)
+    elif BITS >= 2:
+        codes = _bits(held, run, FIELD, FIELDS, 2)
+        if BITS == 3:
+            codes = codes | (_bits(middle.to(tl.int32), run, FIELD, FIELDS, 1) << 2)
+    else:
+        codes = _bits(held, run, FIELD, FIELDS, 1)
+    return codes
+
+
+@triton.jit
+def small_float(byte, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32: what 8 bits (int32) are worth, in arithmetic that every GPU has.
+
+    Exponent and significand go where float32 has them; its other bias is a factor. Codes that are no number
+    become NaN.
+    """
+    sign = (byte & 128) << 24
+    if KIND == "e5m2":
+        # The upper half of a float16, infinities and NaNs included.
+        exponent = byte & 124
+        value = (sign | ((byte & 127) << 21)).to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2^112
+        special = (sign | 0x7F800000 | ((byte & 3) << 21)).to(tl.float32, bitcast=True)
+        return tl.where(exponent == 124, special, value)
+    if KIND == "e4m3":
+        value = (sign | ((byte & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+        return tl.where((byte & 127) == 127, float("nan"), value)
+    if KIND == "e4m3fnuz":
+        value = (sign | ((byte & 127) << 20)).to(tl.float32, bitcast=True) * 6.64613997892458e35  # 2^119
+        return tl.where(byte == 128, float("nan"), value)
+    tl.static_assert(KIND == "e5m2fnuz")
+    value = (sign | ((byte & 127) << 21)).to(tl.float32, bitcast=True) * 2.596148429267414e33  # 2^111
+    return tl.where(byte == 128, float("nan"), value)
+
+
+@triton.jit
+def run_values(  # type: ignore[no-untyped-def]
+    low,
+    middle,
+    high,
+    table,
+    zero,
+    run,
+    FIELD: tl.constexpr,
+    BITS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    KIND: tl.constexpr,
+    BASE: tl.constexpr,
+    ZERO: tl.constexpr,
+):
+    """float32 (rows, TILE): value(code) of one tile of a run, minus ``zero`` (rows,) unless ZERO is "none".
+
+    "exact" zero points leave whole numbers that bfloat16 holds.
+    """
+    codes = run_codes(low, middle, high, run, FIELD, BITS, FIELDS, KIND)
+    if KIND == "whole":
+        shifted = (codes | 0x4B000000).to(tl.float32, bitcast=True)  # 2^23 + code
+        if ZERO == "exact":
+            return shifted - (zero + (8388608.0 + BASE))[:, None]
+        values = shifted - (8388608.0 + BASE)
+    elif KIND == "table":
+        values = tl.load(table + codes)
+    else:
+        values = small_float(codes, KIND)
+    if ZERO != "none":
+        values = values - zero[:, None]
+    return values
+
+
+@triton.jit
+def _block(  # type: ignore[no-untyped-def]
+    rows, column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr
+):
+    """int64 (rows,): the number of the block that holds (row, column)."""
+    if FLAT:
+        return (rows * columns + column) // COLUMNS
+    across = rows * 0
+    if ROWS == 1:
+        across = rows
+    elif ROWS > 1:
+        across = rows // ROWS
+    if COLUMNS > 0:
+        across = across * tl.cdiv(columns, COLUMNS) + column // COLUMNS
+    return across
+
+
+@triton.jit
+def _number(pointers, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32: scales in any of the types they are stored in."""
+    stored = tl.load(pointers)
+    if KIND == "plain":
+        return stored.to(tl.float32)
+    byte = stored.to(tl.int32)
+    if KIND == "e8m0":
+        power = tl.where(byte == 0, 0x00400000, byte << 23).to(tl.float32, bitcast=True)
+        return tl.where(byte == 255, float("nan"), power)
+    return small_float(byte, KIND)
+
+
+@triton.jit
+def scale_of(  # type: ignore[no-untyped-def]
+    scale0,
+    scale1,
+    rows,
+    column,
+    columns,
+    FLAT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ROWS0: tl.constexpr,
+    COLUMNS0: tl.constexpr,
+    SCALE0: tl.constexpr,
+    ROWS1: tl.constexpr,
+    COLUMNS1: tl.constexpr,
+    SCALE1: tl.constexpr,
+):
+    """float32 (rows,): the product of all levels' scales at a column, which must lie inside a row.
+
+    Offsets have the same levels and are read with the same function.
+    """
+    scale = _number(scale0 + _block(rows, column, columns, ROWS0, COLUMNS0, FLAT), SCALE0)
+    if LEVELS == 2:
+        scale *= _number(scale1 + _block(rows, column, columns, ROWS1, COLUMNS1, FLAT), SCALE1)
+    return scale
+
+
+@triton.jit
+def zero_of(  # type: ignore[no-untyped-def]
+    zeros,
+    rows,
+    column,
+    columns,
+    ZERO: tl.constexpr,
+    FLAT: tl.constexpr,
+    ROWS0: tl.constexpr,
+    COLUMNS0: tl.constexpr,
+):
+    """float32 (rows,): the zero point at a column; 0 where the scheme has none."""
+    if ZERO == "none":
+        return (rows * 0).to(tl.float32)
+    return tl.load(zeros + _block(rows, column, columns, ROWS0, COLUMNS0, FLAT)).to(tl.float32)
+
+
+@triton.jit
+def weight_tile(  # type: ignore[no-untyped-def]
+    low,
+    middle,
+    high,
+    table,
+    zeros,
+    scale0,
+    scale1,
+    offset0,
+    offset1,
+    rows,
+    run,
+    columns,
+    FIELD: tl.constexpr,
+    BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    KIND: tl.constexpr,
+    BASE: tl.constexpr,
+    ZERO: tl.constexpr,
+    OFFSET: tl.constexpr,
+    FLAT: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ROWS0: tl.constexpr,
+    COLUMNS0: tl.constexpr,
+    SCALE0: tl.constexpr,
+    ROWS1: tl.constexpr,
+    COLUMNS1: tl.constexpr,
+    SCALE1: tl.constexpr,
+):
+    """float32 (rows, TILE): the dequantized weights of one tile of a run."""
+    column = tl.minimum((run * FIELDS + FIELD) * TILE, columns - 1)  # a run's last tiles may lie outside
+    zero = zero_of(zeros, rows, column, columns, ZERO, FLAT, ROWS0, COLUMNS0)
+    values = run_values(low, middle, high, table, zero, run, FIELD, BITS, FIELDS, KIND, BASE, ZERO)
+    scale = scale_of(
+        scale0, scale1, rows, column, columns, FLAT, LEVELS, ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1
+    )
+    weights = values * scale[:, None]
+    if OFFSET:
+        offset = scale_of(
+            offset0,
+            offset1,
+            rows,
+            column,
+            columns,
+            FLAT,
+            LEVELS,
+            ROWS0,
+            COLUMNS0,
+            SCALE0,
+            ROWS1,
+            COLUMNS1,
+            SCALE1,
+        )
+        weights += offset[:, None]
+    return weights
