@@ -14,7 +14,7 @@ tokens depend on each other, those that hold either have no part in it (but for 
 went wrong in one request fails that request alone.
 
 The torch functions here are the definition; float32 on a CPU runs in native code (``activation_native``) with
-the same bits.
+the same bits, and a GPU has kernels of its own (``gpu.activation_quant``).
 
 Sources: formats.md 3; LLM.int8 (Dettmers et al., 2022); OCP Microscaling Formats v1.0; "FP8 Formats for
 Deep Learning" (Micikevicius et al., 2022).
@@ -25,14 +25,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowbit.kernels.activation_native import Buffers, NativeQuantizer
 from lowbit.kernels.activation_state import ActivationState
+from lowbit.kernels.gpu import runtime
 from lowbit.numerics.number_formats import NumberFormat, nearest_code
 from lowbit.numerics.scheme import ActivationScheme
+
+if TYPE_CHECKING:
+    from lowbit.kernels.gpu.activation_quant import GpuQuantizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +56,24 @@ class InputTransform:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x', factor): the layer computes ``(x' @ W.T) * factor``; factor is (tokens, 1), scalar or None."""
+        if runtime.runs_on(x.device):
+            return self._on_gpu(x)
         if x.is_cpu and x.dtype is torch.float32 and x.stride(1) == 1 and self.native is not None:
             changed, factor = self.native(x)
             return changed, self.static_scale if self.is_static else factor
         return self.in_torch(x)
+
+    def _on_gpu(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.gpu is None or not self.gpu.takes(x):
+            return self.in_torch(x)
+        return self.gpu(x)
+
+    @cached_property
+    def gpu(self) -> GpuQuantizer | None:
+        """The same in GPU kernels, where it can be told; asked for only where there are such."""
+        from lowbit.kernels.gpu.activation_quant import GpuQuantizer
+
+        return GpuQuantizer.of(self)
 
     @property
     def is_static(self) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import activation_native
+from lowbit.kernels.gpu import runtime
 from lowbit.numerics.scheme import ActivationScheme, Delay
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -95,16 +96,24 @@ class ActivationStates:
         return iter(self._states.items())
 
     def update(self) -> None:
-        """The end of a step: one native call where the states are on the CPU."""
+        """The end of a step: one call of native code, or one launch where the states are on a GPU."""
         if not self._states:
             return
         if self._update is None:
-            described = [
-                (state.scale, state.amax_history, state.largest, state.delay.algorithm == "most_recent")
-                for state in self._states.values()
-            ]
-            self._update = activation_native.DelayedUpdate.of(described) or self._update_in_torch
+            self._update = self._updater()
         self._update()
+
+    def _updater(self) -> Callable[[], None]:
+        states = list(self._states.values())
+        if runtime.runs_on(states[0].scale.device):
+            from lowbit.kernels.gpu.activation_quant import DelayedUpdate
+
+            return DelayedUpdate.of(states)
+        described = [
+            (state.scale, state.amax_history, state.largest, state.delay.algorithm == "most_recent")
+            for state in states
+        ]
+        return activation_native.DelayedUpdate.of(described) or self._update_in_torch
 
     def _update_in_torch(self) -> None:
         for state in self._states.values():

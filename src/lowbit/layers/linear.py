@@ -11,7 +11,7 @@ from torch import Tensor
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import affine, gated_activation, gather_columns
-from lowbit.kernels.native_layer import NativeLayer
+from lowbit.kernels.whole_layer import WholeLayer, whole_layer
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class Linear:
         return gated_activation(self(x), activation)
 
     @cached_property
-    def _whole(self) -> NativeLayer | None:
-        """The layer in one native call, where it is one weight and all around it is native too."""
+    def _whole(self) -> WholeLayer | None:
+        """The layer in one call, where it is one weight whose kernel does all around it too."""
         if len(self.weights) != 1 or self.order is not None:
             return None
-        return NativeLayer.of(self.weights[0], self.inputs[0] if self.inputs else None, self.bias)
+        return whole_layer(self.weights[0], self.inputs[0] if self.inputs else None, self.bias)
 
     def _parts(self, x: Tensor, inputs: list[InputTransform | None], y: Tensor) -> None:
         """Every weight into its own columns of y; each distinct transform runs once."""
