@@ -20,6 +20,7 @@ from lowbit.layers.linear import Linear
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme
+from numerics.test_block_layouts import random_blocks, tensor_of
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -80,7 +81,7 @@ def test_a_tokens_experts_are_added_in_ascending_order(
     torch.testing.assert_close(out.cpu().float(), wanted.to(dtype).float(), rtol=1e-6, atol=1e-4)
 
 
-HIDDEN, INNER, EXPERTS, K = 96, 64, 5, 2
+HIDDEN, INNER, EXPERTS, K = 96, 32, 4, 2
 Shape = tuple[int, int]
 WEIGHTS: dict[str, Callable[[Shape], QuantizedTensor]] = {
     "bf16": lambda shape: dense_weight("bf16", shape),
@@ -88,7 +89,7 @@ WEIGHTS: dict[str, Callable[[Shape], QuantizedTensor]] = {
     "int4 g32": lambda shape: canonical("int4", 32, shape=shape),
     "uint4 g32 zero act-order": lambda shape: canonical("uint4", 32, zero=True, order=True, shape=shape),
     "uint3 g32 float zero": lambda shape: float_zero("uint3", 32, shape),
-    "uint2 g16 offset": lambda shape: canonical("uint2", 16, offset=True, shape=shape),
+    "uint2 g32 offset": lambda shape: canonical("uint2", 32, offset=True, shape=shape),
     "e4m3 32x32": lambda shape: canonical("e4m3", 32, "f32", shape=shape, block_rows=32),
     "e4m3 tensor": lambda shape: canonical("e4m3", 0, "f32", shape=shape, block_rows=0),
     "int8 channel": lambda shape: canonical("int8", 0, "f32", shape=shape),
@@ -111,7 +112,9 @@ INPUTS: dict[str, Input] = {
         ActivationScheme(INT8, (1, 0), symmetric=False)
     ),
     "fp8 in groups": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (1, 32), limit=448.0)),
-    "mx": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (1, 32), scale=number_format("e8m0"))),
+    "mx": lambda expert, columns: InputTransform(
+        ActivationScheme(E4M3, (1, 32), scale=number_format("e8m0"))
+    ),
     "one static scale": lambda expert, columns: static(0, ActivationScheme(E4M3, (0, 0), "static")),
     "static scales": lambda expert, columns: static(expert, ActivationScheme(E4M3, (0, 0), "static")),
     "static zeros": lambda expert, columns: static(
@@ -120,7 +123,9 @@ INPUTS: dict[str, Input] = {
     "nvfp4, outer scales": lambda expert, columns: static(
         expert, ActivationScheme(E2M1, (1, 16), scale=number_format("e4m3"))
     ),
-    "multipliers": lambda expert, columns: InputTransform(multiplier=random(columns, seed=expert).abs() + 0.1),
+    "multipliers": lambda expert, columns: InputTransform(
+        multiplier=random(columns, seed=expert).abs() + 0.1
+    ),
 }
 
 
@@ -173,7 +178,9 @@ def linear(
 ) -> Linear:
     """device None: for the oracle."""
     if device is None:
-        return Linear(name, [Reference().pack(weight, torch.device("cpu")) for weight in weights], bias, inputs)
+        return Linear(
+            name, [Reference().pack(weight, torch.device("cpu")) for weight in weights], bias, inputs
+        )
     packed = [(GpuDense() if w.scheme.is_dense else GpuBlocks()).pack(w, device) for w in weights]
     bias = None if bias is None else bias.to(device)
     known = {id(transform): moved(transform, device) for transform in inputs}
@@ -218,6 +225,7 @@ def check(
     activation: str = "silu",
     within: float = 1e-4,
     chosen: Tensor | None = None,
+    again: bool = False,
 ) -> None:
     """Within so much of the largest number, from x of random numbers that bfloat16 holds."""
     hidden = pair.oracle.down[0].weights[0].shape[0]
@@ -230,19 +238,118 @@ def check(
     found = pair.grouped(*given)
     assert found.dtype is dtype and wanted.isfinite().all() and wanted.abs().max() > 0.1
     assert (found.cpu().float() - wanted).abs().max() <= within * wanted.abs().max()
-    assert torch.equal(found, pair.grouped(*given))
+    if again:
+        assert torch.equal(found, pair.grouped(*given))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_scheme(name: str, device: torch.device) -> None:
     pair = make(device, WEIGHTS[name])
-    for tokens in (1, 3, 40):
-        check(pair, tokens, device)
-    check(pair, 3, device, torch.bfloat16, within=0.03)
+    check(pair, 3, device)
+    check(pair, 40, device, torch.bfloat16, within=0.03)
 
 
 @pytest.mark.parametrize("given", INPUTS)
 def test_every_way_to_quantize_inputs(given: str, device: torch.device) -> None:
-    pair = make(device, WEIGHTS["int8 channel" if "int8" in given else "e4m3 32x32"], INPUTS[given], bias=True)
-    for tokens in (1, 40):
-        check(pair, tokens, device, within=0.03)
+    """Rounded sums may take another code: what is compared is not bits."""
+    pair = make(
+        device, WEIGHTS["int8 channel" if "int8" in given else "e4m3 32x32"], INPUTS[given], bias=True
+    )
+    check(pair, 3, device, within=0.02)
+    x = torch.empty(2, HIDDEN)
+    shared = pair.grouped.grouped.gate_up.parts[0].input
+    assert (shared is None or shared.shared) == (given not in PER_EXPERT)
+    if shared is not None and "groups" in given:
+        rows = shared(x.to(device).fill_(1.0), K, torch.zeros(2 * K, dtype=torch.int64, device=device), 32)
+        assert rows.divisor == K and rows.group == 32 and rows.x.dtype is torch.bfloat16
+
+
+PER_EXPERT = ("static scales", "static zeros", "nvfp4, outer scales", "multipliers")
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("activation", ["silu", "swiglu_clamped"])
+def test_gpt_oss(tokens: int, activation: str, device: torch.device) -> None:
+    """MXFP4 with biases and its own activation; twice the same bits."""
+    pair = make(device, WEIGHTS["e2m1 g32 e8m0 (MXFP4)"], bias=True)
+    check(pair, tokens, device, activation=activation, again=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_experts_without_tokens(tokens: int, device: torch.device) -> None:
+    pair = make(device, WEIGHTS["int4 g32"])
+    check(pair, tokens, device, chosen=torch.tensor([[3, 1]]).repeat(tokens, 1))
+
+
+def test_no_tokens(device: torch.device) -> None:
+    experts = make(device, WEIGHTS["int4 g32"]).grouped
+    nothing = torch.empty(0, K, device=device)
+    assert experts(torch.empty(0, HIDDEN, device=device), nothing.long(), nothing, "silu").shape == (
+        0,
+        HIDDEN,
+    )
+
+
+@pytest.mark.parametrize("given", ["as they are", "fp8 in groups", "static scales"])
+def test_parts_of_unlike_schemes(given: str, device: torch.device) -> None:
+    pair = make(device, [WEIGHTS["e4m3 32x32"], WEIGHTS["uint2 g32 offset"]], INPUTS[given], bias=True)
+    check(pair, 3, device, within=1e-4 if given == "as they are" else 0.02)
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q6_k"])
+def test_gguf_blocks(name: str, device: torch.device) -> None:
+    def blocks(shape: Shape) -> QuantizedTensor:
+        return tensor_of(name, random_blocks(name, shape[0], shape[1] // 256))
+
+    pair = make(device, blocks, hidden=256, inner=256)
+    check(pair, 3, device)
+
+
+def test_many_tokens_go_in_turns(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.kernels.gpu.experts.MOST_BETWEEN", 4 * K * HIDDEN)
+    check(make(device, WEIGHTS["int4 g32"]), 9, device)
+
+
+def test_every_linear_is_a_view_of_the_stack(device: torch.device) -> None:
+    """Nothing is there twice, and a Linear still is its own expert."""
+    pair = make(device, WEIGHTS["uint4 g32 zero act-order"])
+    mixture = pair.grouped.grouped
+    assert isinstance(mixture, GpuGroupedExperts)
+    stack = mixture.down.parts[0].stack
+    for name, buffer in stack.buffers.items():
+        for expert, layer in enumerate(pair.grouped.down):
+            assert layer.weights[0].buffers[name].data_ptr() == buffer[expert].data_ptr()
+    x = random(2, INNER)
+    for mine, other in zip(pair.grouped.down, pair.oracle.down, strict=True):
+        torch.testing.assert_close(mine(x.to(device)).cpu(), other(x), rtol=1e-4, atol=1e-3)
+
+
+def test_what_runs_one_by_one_says_why(device: torch.device) -> None:
+    def reason(change: Callable[[list[Linear], list[Linear]], object]) -> object:
+        pair = make(device, WEIGHTS["int8 channel"], INPUTS["int8 per token"]).grouped
+        change(pair.gate_up, pair.down)
+        return GpuGroupedExperts.of(pair.gate_up, pair.down)
+
+    def reference(_: list[Linear], down: list[Linear]) -> None:
+        down[2].weights[0] = Reference().pack(WEIGHTS["int8 channel"]((HIDDEN, INNER)), device)
+
+    def other(_: list[Linear], down: list[Linear]) -> None:
+        down[2].weights[0] = GpuBlocks().pack(WEIGHTS["int4 g32"]((HIDDEN, INNER)), device)
+
+    def tensor(gate_up: list[Linear], _: list[Linear]) -> None:
+        for layer in gate_up:
+            layer.inputs = [InputTransform(ActivationScheme(E4M3, (0, 0), limit=448.0))]
+
+    def some(_: list[Linear], down: list[Linear]) -> None:
+        down[0].inputs = None
+
+    def unlike(_: list[Linear], down: list[Linear]) -> None:
+        down[1].inputs = [INPUTS["mx"](0, INNER)]
+
+    assert reason(reference) == "2.down runs on the kernel reference"
+    assert "2.down is int4 1x32 f16 of" in str(reason(other))
+    whole = "the inputs of 0.gate_up: one dynamic scale for all tokens of a step"
+    assert reason(tensor) == whole
+    assert "some experts quantize theirs" in str(reason(some))
+    assert "in different ways" in str(reason(unlike))
+    assert reason(lambda gate_up, down: (gate_up.clear(), down.clear())) == "there are no experts"

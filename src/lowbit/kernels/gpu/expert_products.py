@@ -34,7 +34,7 @@ from lowbit.kernels.gpu.weight_tiles import load_run, run_values, scale_of, zero
 class Rows:
     """What meets a matrix: x (rows, columns), row ``pair // divisor`` of it that of a pair.
 
-    ``factor``: float32, of each row or one, the product is multiplied by it. ``scales``: float32 (rows, groups)
+    ``factor``: float32, of each row or one, the product is multiplied by it. ``scales``: float32 (groups, rows)
     of ``group`` columns each, x is codes then.
     """
 
@@ -139,7 +139,8 @@ def _packed(  # type: ignore[no-untyped-def]
     offset0,
     offset1,
     x_stride,
-    x_groups,
+    group_stride,
+    row_stride,
     out_stride,
     blocks,
     pairs,
@@ -233,12 +234,14 @@ def _packed(  # type: ignore[no-untyped-def]
                 else:
                     seen = tl.load(x + source[None, :], mask=(column < columns)[None, :], other=0.0)
                 zero = zero_of(zeros, n, inside, columns, ZERO, FLAT, ROWS0, COLUMNS0)
-                values = run_values(low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, TAKEN)
+                values = run_values(
+                    low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, TAKEN
+                )
                 w = cast(values, DTYPE)
                 if EVERY == "tile":
                     part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
                 part = dot(w, tl.trans(seen), part)
-                if SPLIT and DTYPE != tl.float32:
+                if SPLIT and tl.float32 != DTYPE:
                     part = dot(cast(values - w.to(tl.float32), DTYPE), tl.trans(seen), part)
                 if OFFSET or ZERO == "float":
                     own = tl.sum(seen.to(tl.float32), 1)
@@ -261,7 +264,9 @@ def _packed(  # type: ignore[no-untyped-def]
                         )  # fmt: skip
                         part += offset[:, None] * sums[None, :]
                     if GROUP > 0:
-                        part *= tl.load(x_scales + x_rows * x_groups + inside // GROUP)[None, :]
+                        part *= tl.load(x_scales + x_rows * row_stride + inside // GROUP * group_stride)[
+                            None, :
+                        ]
                     total += part
         if EVERY == "end":
             total = part
@@ -399,13 +404,17 @@ def multiply(
         weight = stack.buffers["matrix"]
         assert given.scales is None, "plain matrices meet no codes"
         narrow = weight.dtype is x.dtype and weight.dtype is not torch.float32
+        if not narrow:
+            blocks = Blocks(32, blocks.warps, 2)
+            constants["BLOCK_N"] = blocks.n
+            grid = (sorted_.blocks * triton.cdiv(outputs, blocks.n),)
         runtime.launch(
             _dense,
             grid,
             *(x, factor, stack.order, sorted_.rows, sorted_.experts, bias, out, weight),
             *numbers,
             num_warps=blocks.warps,
-            num_stages=blocks.stages if narrow else 2,
+            num_stages=blocks.stages,
             WIDE=not narrow,
             EVEN=columns % BLOCK_K == 0,
             BLOCK_K=BLOCK_K if narrow else BLOCK_K // 2,
@@ -423,7 +432,7 @@ def multiply(
         *(x, factor, scales, stack.order, sorted_.rows, sorted_.experts, bias, out),
         *arguments(stack.buffers),
         numbers[0],
-        0 if scales is None else scales.stride(0),
+        *((0, 0) if scales is None else scales.stride()),
         *numbers[1:],
         *(sizes.get(name, 0) for name in ("plane4", "plane2", "plane1", "codes", "scale0", "scale1")),
         num_warps=blocks.warps,

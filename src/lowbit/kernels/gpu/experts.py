@@ -57,13 +57,16 @@ class _Input:
         if exact or not tile or group % tile:
             changed, _ = transform(x) if self.shared else transform.in_torch(x)
             return Rows(changed.to(torch.bfloat16 if exact else x.dtype), divisor)
+        if self.shared and transform.gpu is not None and scheme.number_format.dtype is not None:
+            found = transform.gpu.codes(x)
+            return Rows(found.codes.bfloat16(), divisor, None, found.scales, group)
         if transform.multiplier is not None:
             x = x * transform.multiplier
         if scheme.input == "bf16":
             x = x.bfloat16()
         codes, scales = grouped_codes(x, scheme, transform.static_scale)
         codes = codes.bfloat16().flatten(-2)[:, : x.shape[1]]
-        return Rows(codes, divisor, None, scales.flatten(-2).contiguous(), group)
+        return Rows(codes, divisor, None, scales.squeeze(-1).T, group)
 
 
 def _of_pairs(transform: InputTransform, chosen: Tensor) -> InputTransform:
