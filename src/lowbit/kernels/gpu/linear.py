@@ -49,8 +49,8 @@ from lowbit.numerics.scheme import Scheme
 MANY_TOKENS = 512  # from here on by dequantized slices
 _WORKSPACE = 32 << 20  # bytes
 _SPLIT_COLUMNS = 512  # a split has at least as many
-_VECTOR_CODES = 2048  # a program's tile with one token: 16 codes a thread
-_VECTOR_PROGRAMS = 4  # on each SM
+_VECTOR_ROWS = {64: 128, 32: 256, 16: 256}  # of a program with one token, by the columns of a tile
+_VECTOR_PROGRAMS = 2  # on each SM
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def _most_splits(layout: Layout) -> int:
+    return max(layout.runs // max(_SPLIT_COLUMNS // (layout.tile * layout.fields), 1), 1)
+
+
 def _split(layout: Layout, blocks: int, wanted: int) -> tuple[int, int]:
     """How often columns are split to have ``wanted`` programs, if that can be, and the runs of each split."""
-    least = max(_SPLIT_COLUMNS // (layout.tile * layout.fields), 1)
-    splits = max(min(wanted // blocks, layout.runs // least), 1)
+    splits = max(min(wanted // blocks, _most_splits(layout)), 1)
     each = -(-layout.runs // splits)
     return -(-layout.runs // each), each
 
@@ -205,9 +208,11 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     from lowbit.kernels.gpu.products import vector_product
 
     layout, (rows, columns) = packed.layout, packed.layout.shape
-    height = _VECTOR_CODES // layout.tile
+    processors, height = _multiprocessors(x.device), _VECTOR_ROWS[layout.tile]
+    while height > 32 and -(-rows // height) * _most_splits(layout) < processors:
+        height //= 2
     blocks = -(-rows // height)
-    splits, each = _split(layout, blocks, _VECTOR_PROGRAMS * _multiprocessors(x.device))
+    splits, each = _split(layout, blocks, _VECTOR_PROGRAMS * processors)
     parts = out if splits == 1 else torch.empty(splits, 1, rows, device=x.device)
     runtime.launch(
         vector_product,
@@ -296,7 +301,7 @@ def _dequantize(
     from lowbit.kernels.gpu.products import dequantize
 
     layout, (rows, columns) = packed.layout, packed.layout.shape
-    height = max(_VECTOR_CODES // layout.tile, 16) if ids is None else 16
+    height = 16 if ids is not None else 2048 // layout.tile  # 16 codes a thread
     runtime.launch(
         dequantize,
         (-(-len(out) // height), layout.runs),

@@ -133,6 +133,7 @@ def tile_product(  # type: ignore[no-untyped-def]
     x_rows = x + token.to(tl.int64)[:, None] * x_stride
     total = tl.zeros((BN, BM), tl.float32)
     SUMS: tl.constexpr = OFFSET or ZERO == "float"
+    TAKEN: tl.constexpr = "exact" if ZERO == "exact" else "none"  # other zero points meet the sums of x
     for run in range(first, last):
         low, middle, high = load_run(plane4, plane2, plane1, codes, inside, run, columns, BITS, TILE, FIELDS)
         for field in tl.static_range(FIELDS):
@@ -144,9 +145,8 @@ def tile_product(  # type: ignore[no-untyped-def]
             if EXACT:
                 column = tl.minimum((run * FIELDS + field) * TILE, columns - 1)
                 zero = zero_of(zeros, inside, column, columns, ZERO, FLAT, ROWS0, COLUMNS0)
-                taken: tl.constexpr = "exact" if ZERO == "exact" else "none"
                 values = run_values(
-                    low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, taken
+                    low, middle, high, table, zero, run, field, BITS, FIELDS, KIND, BASE, TAKEN
                 )
                 scale = scale_of(
                     scale0, scale1, inside, column, columns, FLAT, LEVELS,

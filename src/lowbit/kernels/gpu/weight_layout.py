@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
@@ -376,15 +376,13 @@ def unpacked_codes(layout: Layout, buffers: Mapping[str, Tensor]) -> Tensor:
         codes = buffers["codes"].view(torch.uint8)
         return codes ^ 128 if layout.kind == "whole" else codes.clone()
     columns, shift = layout.shape[1], 0
-    codes: Tensor | None = None
+    parts = []
     for width in WIDTHS[layout.bits]:
         plane = buffers[f"plane{width}"].unflatten(-1, (-1, 1, layout.tile))
         shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=plane.device).unsqueeze(-1)
-        part = (plane >> shifts & (1 << width) - 1).flatten(-3)[..., :columns] << shift
-        codes = part if codes is None else codes | part
+        parts.append((plane >> shifts & (1 << width) - 1).flatten(-3)[..., :columns] << shift)
         shift += width
-    assert codes is not None, "every width has planes"
-    return codes
+    return reduce(torch.bitwise_or, parts)
 
 
 def unpack(

@@ -79,9 +79,8 @@ def load_run(  # type: ignore[no-untyped-def]
 def _bits(held, run, FIELD: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile's WIDTH bits from the bytes of its plane, by a constant shift in the widest plane."""
     PARTS: tl.constexpr = 8 // WIDTH
-    if PARTS == FIELDS:
-        return (held >> (FIELD * WIDTH)) & ((1 << WIDTH) - 1)
-    return (held >> (((run * FIELDS + FIELD) % PARTS) * WIDTH)) & ((1 << WIDTH) - 1)
+    place = FIELD if PARTS == FIELDS else (run * FIELDS + FIELD) % PARTS
+    return (held >> (place * WIDTH)) & ((1 << WIDTH) - 1)
 
 
 @triton.jit
@@ -119,21 +118,21 @@ def small_float(byte, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     become NaN.
     """
     sign = (byte & 128) << 24
-    if KIND == "e5m2":
-        # The upper half of a float16, infinities and NaNs included.
-        exponent = byte & 124
+    if KIND == "e5m2":  # the upper half of a float16, infinities and NaNs included
         value = (sign | ((byte & 127) << 21)).to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2^112
         special = (sign | 0x7F800000 | ((byte & 3) << 21)).to(tl.float32, bitcast=True)
-        return tl.where(exponent == 124, special, value)
-    if KIND == "e4m3":
+        value = tl.where((byte & 124) == 124, special, value)
+    elif KIND == "e4m3":
         value = (sign | ((byte & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-        return tl.where((byte & 127) == 127, float("nan"), value)
-    if KIND == "e4m3fnuz":
+        value = tl.where((byte & 127) == 127, float("nan"), value)
+    elif KIND == "e4m3fnuz":
         value = (sign | ((byte & 127) << 20)).to(tl.float32, bitcast=True) * 6.64613997892458e35  # 2^119
-        return tl.where(byte == 128, float("nan"), value)
-    tl.static_assert(KIND == "e5m2fnuz")
-    value = (sign | ((byte & 127) << 21)).to(tl.float32, bitcast=True) * 2.596148429267414e33  # 2^111
-    return tl.where(byte == 128, float("nan"), value)
+        value = tl.where(byte == 128, float("nan"), value)
+    else:
+        tl.static_assert(KIND == "e5m2fnuz")
+        value = (sign | ((byte & 127) << 21)).to(tl.float32, bitcast=True) * 2.596148429267414e33  # 2^111
+        value = tl.where(byte == 128, float("nan"), value)
+    return value
 
 
 @triton.jit
@@ -159,13 +158,14 @@ def run_values(  # type: ignore[no-untyped-def]
     if KIND == "whole":
         shifted = (codes | 0x4B000000).to(tl.float32, bitcast=True)  # 2^23 + code
         if ZERO == "exact":
-            return shifted - (zero + (8388608.0 + BASE))[:, None]
-        values = shifted - (8388608.0 + BASE)
+            values = shifted - (zero + (8388608.0 + BASE))[:, None]
+        else:
+            values = shifted - (8388608.0 + BASE)
     elif KIND == "table":
         values = tl.load(table + codes)
     else:
         values = small_float(codes, KIND)
-    if ZERO != "none":
+    if ZERO != "none" and not (KIND == "whole" and ZERO == "exact"):
         values = values - zero[:, None]
     return values
 
@@ -176,15 +176,16 @@ def _block(  # type: ignore[no-untyped-def]
 ):
     """int64 (rows,): the number of the block that holds (row, column)."""
     if FLAT:
-        return (rows * columns + column) // COLUMNS
-    across = rows * 0
-    if ROWS == 1:
-        across = rows
-    elif ROWS > 1:
-        across = rows // ROWS
-    if COLUMNS > 0:
-        across = across * tl.cdiv(columns, COLUMNS) + column // COLUMNS
-    return across
+        block = (rows * columns + column) // COLUMNS
+    else:
+        block = rows * 0
+        if ROWS == 1:
+            block = rows
+        elif ROWS > 1:
+            block = rows // ROWS
+        if COLUMNS > 0:
+            block = block * tl.cdiv(columns, COLUMNS) + column // COLUMNS
+    return block
 
 
 @triton.jit
@@ -192,12 +193,14 @@ def _number(pointers, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32: scales in any of the types they are stored in."""
     stored = tl.load(pointers)
     if KIND == "plain":
-        return stored.to(tl.float32)
-    byte = stored.to(tl.int32)
-    if KIND == "e8m0":
+        number = stored.to(tl.float32)
+    elif KIND == "e8m0":
+        byte = stored.to(tl.int32)
         power = tl.where(byte == 0, 0x00400000, byte << 23).to(tl.float32, bitcast=True)
-        return tl.where(byte == 255, float("nan"), power)
-    return small_float(byte, KIND)
+        number = tl.where(byte == 255, float("nan"), power)
+    else:
+        number = small_float(stored.to(tl.int32), KIND)
+    return number
 
 
 @triton.jit
@@ -239,8 +242,10 @@ def zero_of(  # type: ignore[no-untyped-def]
 ):
     """float32 (rows,): the zero point at a column; 0 where the scheme has none."""
     if ZERO == "none":
-        return (rows * 0).to(tl.float32)
-    return tl.load(zeros + _block(rows, column, columns, ROWS0, COLUMNS0, FLAT)).to(tl.float32)
+        zero = (rows * 0).to(tl.float32)
+    else:
+        zero = tl.load(zeros + _block(rows, column, columns, ROWS0, COLUMNS0, FLAT)).to(tl.float32)
+    return zero
 
 
 @triton.jit
