@@ -13,7 +13,7 @@ gate and up rows in turn, so that it holds all that an activation combines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
@@ -355,8 +355,10 @@ class Blocks:
 
 # By rows of a block. Few rows are bound by reading weights: many small programs, deep in loads. From 64 rows on
 # the tensor cores are the bound: tiles whose operands are read often enough from shared memory and the L2 cache
-# (64 * 128 needs 1/43 byte a multiplication, 128 * 128 1/64), sums within 64 registers a thread. float32 has no
-# tensor cores, and operands twice as large. By reasoning: none of it has been timed on a GPU.
+# (64 * 128 needs 1/43 byte a multiplication, 128 * 128 1/64), sums within 64 registers a thread, and as many
+# again where scales meet the sums of a part. Steps of more than two such parts, or of tables in two numbers, have
+# to keep still more, and get half the outputs. float32 has no tensor cores, and operands twice as large. By
+# reasoning, and by what the compiler says of registers: none of it has been timed on a GPU.
 BLOCKS = {16: Blocks(64, 4, 4), 32: Blocks(64, 4, 4), 64: Blocks(128, 8, 3), 128: Blocks(128, 8, 3)}
 FLOAT_BLOCKS = {16: Blocks(64, 4, 2), 32: Blocks(64, 4, 2)}
 BAND = 8  # blocks of rows that go through all outputs together
@@ -396,9 +398,7 @@ def multiply(
         "ACTIVATION": number,
         "BAND": BAND,
         "BLOCK_M": sorted_.block_m,
-        "BLOCK_N": blocks.n,
     }
-    grid = (sorted_.blocks * triton.cdiv(outputs, blocks.n),)
     numbers = (x.stride(0), out.stride(0), sorted_.blocks, sorted_.pairs, outputs, columns)
     if stack.layout is None:
         weight = stack.buffers["matrix"]
@@ -406,16 +406,15 @@ def multiply(
         narrow = weight.dtype is x.dtype and weight.dtype is not torch.float32
         if not narrow:
             blocks = Blocks(32, blocks.warps, 2)
-            constants["BLOCK_N"] = blocks.n
-            grid = (sorted_.blocks * triton.cdiv(outputs, blocks.n),)
         runtime.launch(
             _dense,
-            grid,
+            (sorted_.blocks * triton.cdiv(outputs, blocks.n),),
             *(x, factor, stack.order, sorted_.rows, sorted_.experts, bias, out, weight),
             *numbers,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
             WIDE=not narrow,
+            BLOCK_N=blocks.n,
             EVEN=columns % BLOCK_K == 0,
             BLOCK_K=BLOCK_K if narrow else BLOCK_K // 2,
             **constants,
@@ -423,12 +422,14 @@ def multiply(
         return
     layout, scales = stack.layout, given.scales
     every, runs = _steps(layout, given.group)
+    if every == "tile" and (stack.split or runs * layout.fields > 2):
+        blocks = replace(blocks, n=64)
     step = runs * layout.fields * layout.tile
     staged = step * (sorted_.block_m * x.element_size() + blocks.n * layout.bits // 8)
     sizes = {name: buffer[0].numel() for name, buffer in stack.buffers.items()}
     runtime.launch(
         _packed,
-        grid,
+        (sorted_.blocks * triton.cdiv(outputs, blocks.n),),
         *(x, factor, scales, stack.order, sorted_.rows, sorted_.experts, bias, out),
         *arguments(stack.buffers),
         numbers[0],
@@ -442,6 +443,7 @@ def multiply(
         SPLIT=stack.split,
         EVEN=columns % step == 0,
         RUNS=runs,
+        BLOCK_N=blocks.n,
         **constants,
         **layout.constants,
     )
