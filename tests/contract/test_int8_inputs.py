@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from contract.test_linear_kernels import CPU, ROWS_OF_X, WEIGHTS, normal_form
-from lowbit.kernels import linear_kernels, native
+from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.packed_linear import INPUT_CODES, INPUT_FLOATS, INPUT_GROUPS, NativeWeight, set_input
 from lowbit.kernels.settled import settled
 from lowbit.numerics.int8_inputs import INT8_GROUPS
@@ -19,7 +20,7 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native library")
-BLOCKS = linear_kernels()[0]
+BLOCKS = CpuBlocks()
 PER_TOKEN = ActivationScheme(number_format("int8"), (1, 0))
 
 

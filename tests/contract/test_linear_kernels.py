@@ -20,6 +20,8 @@ import torch
 from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
 from lowbit.kernels import LinearKernel, choose, cpu_blocks, linear_kernels, native
+from lowbit.kernels.cpu_blocks import CpuBlocks
+from lowbit.kernels.cpu_dense import CpuDense
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -284,7 +286,7 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
     x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(3))
     x[:, ::32] *= spike
     wanted = x.double() @ exact.T
-    packed = linear_kernels()[0].pack(weight, CPU)
+    packed = CpuBlocks().pack(weight, CPU)
     found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
     rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
     assert found < rounded / 8, (found, rounded)
@@ -294,7 +296,7 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 @needs_native
 def test_faults_of_whole_numbers_end_their_own_row() -> None:
     weight = WEIGHTS["nf4 g64"]()
-    packed = linear_kernels()[0].pack(weight, CPU)
+    packed = CpuBlocks().pack(weight, CPU)
     x = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(4))
     clean = packed.kernel.linear(x, packed)
     for fault in (float("nan"), float("inf"), float("-inf")):
@@ -365,12 +367,12 @@ def test_native_kernels_take_what_they_should() -> None:
 def test_blocks_say_why_they_refuse(weight: QuantizedTensor, words: str | None) -> None:
     if native.library() is None:
         pytest.skip("no native library")
-    reason = linear_kernels()[0].refuses(weight.scheme, weight.shape, CPU)
+    reason = CpuBlocks().refuses(weight.scheme, weight.shape, CPU)
     assert reason is None if words is None else reason is not None and words in reason
 
 
 def test_more_refusals() -> None:
-    blocks, floats, *_ = linear_kernels()
+    blocks, floats = CpuBlocks(), CpuDense()
     weight = canonical("int4", 32)
     if native.library() is None:
         assert blocks.refuses(weight.scheme, weight.shape, CPU) == "the native library is not there"
@@ -399,7 +401,7 @@ def test_choice_keeps_the_reasons() -> None:
 @needs_native
 def test_wrong_input_is_named() -> None:
     weight = canonical("int4", 32)
-    packed = linear_kernels()[0].pack(weight, CPU)
+    packed = CpuBlocks().pack(weight, CPU)
     with pytest.raises(LowbitError, match="255 columns, weight 256"):
         packed.kernel.linear(torch.ones(1, 255), packed)
     with pytest.raises(LowbitError, match=r"outside 0\.\.36"):

@@ -15,8 +15,9 @@ import torch
 
 from contract.test_linear_kernels import CPU, ROWS_OF_X, canonical, moved, normal_form, nvfp4
 from guard_page import at_guard_page, rows_at_guard_page
-from lowbit.kernels import linear_kernels, native
+from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.packed_linear import INPUT_BFLOAT, INPUT_SCALED, NativeWeight
 from lowbit.kernels.settled import settled
 from lowbit.numerics.number_formats import number_format
@@ -55,7 +56,7 @@ def built(name: str) -> tuple[QuantizedTensor, NativeWeight, InputTransform]:
     make, scheme, outer = CASES[name]
     weight = make()
     transform = InputTransform(scheme, static_scale=None if outer is None else torch.tensor(outer))
-    packed = linear_kernels()[0].pack(weight, CPU)
+    packed = CpuBlocks().pack(weight, CPU)
     assert isinstance(packed, NativeWeight)
     assert settled(packed, transform) is None and packed.description.input == INPUT_SCALED
     return weight, packed, transform
@@ -125,7 +126,7 @@ def test_a_multiplier_comes_first() -> None:
     transform = InputTransform(BLOCKS_OF_128, multiplier=multiplier)
     assert settled(packed, transform) is None
     x = inputs(5, 256)
-    plain = linear_kernels()[0].pack(weight, CPU)
+    plain = CpuBlocks().pack(weight, CPU)
     assert settled(plain, InputTransform(BLOCKS_OF_128)) is None
     assert torch.equal(packed.kernel.linear(x, packed), plain.kernel.linear(x * multiplier, plain))
 
@@ -138,7 +139,7 @@ def test_what_the_kernel_leaves_to_the_rule() -> None:
         canonical("uint4", 128, zero=True),
         replace(nvfp4(0), origin="other"),
     ):
-        packed = linear_kernels()[0].pack(weight, CPU)
+        packed = CpuBlocks().pack(weight, CPU)
         left = InputTransform(rule("e2m1", 8)) if weight.origin == "other" else transform
         assert settled(packed, left) is left
         assert isinstance(packed, NativeWeight) and packed.description.input == INPUT_BFLOAT

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from contract.test_linear_kernels import canonical, ragged
-from lowbit.kernels import linear_kernels
+from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 
@@ -42,7 +42,7 @@ def results() -> dict[str, np.ndarray]:
     """name -> outputs; a row alone has the same bits, and each is nearly the product."""
     made = {}
     for name, weight in weights().items():
-        kernel = linear_kernels()[0]
+        kernel = CpuBlocks()
         packed = kernel.pack(weight, torch.device("cpu"))
         assert isinstance(packed, NativeWeight)
         exact = weight.dequantize().double()

@@ -124,6 +124,7 @@ def test_a_name_wins_over_timings() -> None:
     assert reasons(choice)["cpu_blocks"] == "10.0x as fast with 1 token"
     assert named(E5M2, SHAPE, CPU, "cpu_blocks") == "needs groups of 8, 16 or a multiple of 32, got 8 of e5m2"
     assert named(NF4, SHAPE, torch.device("cuda"), "cpu_dequantized") == "runs on a CPU, the device is cuda"
-    with pytest.raises(LowbitError, match="no kernel 'marlin'; known: auto, cpu_blocks, cpu_dense") as caught:
+    known = "known: auto, gpu_blocks, gpu_dense, cpu_blocks"
+    with pytest.raises(LowbitError, match=f"no kernel 'marlin'; {known}") as caught:
         named(NF4, SHAPE, CPU, "marlin")
     assert caught.value.code == "E0103"

@@ -104,7 +104,7 @@ def test_rules() -> None:
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        ("marlin", "E0103", "there is no kernel 'marlin'; known: auto, cpu_blocks, cpu_dense, reference"),
+        ("marlin", "E0103", "there is no kernel 'marlin'; known: auto, gpu_blocks, gpu_dense, cpu_blocks"),
         ("down_proj=", "E0103", "there is no kernel ''"),
         ("", "E0103", "there is no kernel ''"),
         ("=reference", "E0404", "a pattern of modules is empty"),
@@ -181,6 +181,11 @@ def test_rules_about_nothing_are_said(folder: Path, caplog: pytest.LogCaptureFix
             "o_proj=cpu_dense",
             "model.layers.0.self_attn.o_proj: --linear-kernel o_proj=cpu_dense: cpu_dense cannot run "
             "e2m1 1x32 e8m0 (128 x 128): weights are quantized; leave it out of the pattern, or auto",
+        ),
+        (
+            "o_proj=gpu_blocks",
+            "model.layers.0.self_attn.o_proj: --linear-kernel o_proj=gpu_blocks: gpu_blocks cannot run "
+            "e2m1 1x32 e8m0 (128 x 128): needs an NVIDIA GPU, got cpu; leave it out of the pattern, or auto",
         ),
     ],
 )

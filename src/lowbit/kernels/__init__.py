@@ -21,9 +21,10 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     from lowbit.kernels.cpu_blocks import CpuBlocks
     from lowbit.kernels.cpu_dense import CpuDense
     from lowbit.kernels.cpu_dequantized import CpuDequantized
+    from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
     from lowbit.kernels.reference import Reference
 
-    return (CpuBlocks(), CpuDense(), Reference(), CpuDequantized())
+    return (GpuBlocks(), GpuDense(), CpuBlocks(), CpuDense(), Reference(), CpuDequantized())
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ def choose(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> Choi
     """The first kernel that does not refuse."""
     refusals: list[tuple[str, str]] = []
     for kernel in linear_kernels():
+        if not kernel.serves(device):
+            continue
         reason = kernel.refuses(scheme, shape, device)
         if reason is None:
             return Choice(kernel, tuple(refusals))

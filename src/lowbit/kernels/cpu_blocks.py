@@ -402,6 +402,10 @@ class CpuBlocks:
     steady = True
     runs = "quantized"
 
+    def serves(self, device: torch.device) -> bool:
+        """CPUs."""
+        return device.type == "cpu"
+
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
         if reason := packed_linear.unusable(device):

@@ -33,6 +33,10 @@ class CpuDense:
     steady = True
     runs = "unquantized"
 
+    def serves(self, device: torch.device) -> bool:
+        """CPUs."""
+        return device.type == "cpu"
+
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
         if reason := packed_linear.unusable(device):

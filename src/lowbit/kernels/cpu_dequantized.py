@@ -35,6 +35,10 @@ class CpuDequantized:
     steady = True
     runs = "quantized"
 
+    def serves(self, device: torch.device) -> bool:
+        """CPUs."""
+        return device.type == "cpu"
+
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
         if reason := packed_linear.unusable(device):

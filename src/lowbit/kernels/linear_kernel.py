@@ -42,6 +42,9 @@ class LinearKernel(Protocol):
     steady: bool  # whether a row's bits never depend on the rows beside it
     runs: str  # the weights it is for: "quantized", "unquantized" or "any"
 
+    def serves(self, device: torch.device) -> bool:
+        """Whether it is for devices of this kind: of others it is not even said why it refuses them."""
+
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """The reason this kernel cannot run it ("needs in % 64 == 0, got 100"), or None."""
 

@@ -32,6 +32,10 @@ class Reference:
     steady = False  # torch's product
     runs = "any"
 
+    def serves(self, device: torch.device) -> bool:
+        """All."""
+        return True
+
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Never."""
         return None

@@ -111,8 +111,8 @@ class GpuBlocks:
         return layout if isinstance(layout, str) else None
 
     def rounds(self, scheme: Scheme) -> bool:
-        """Whether many tokens meet weights rounded to their own type: always."""
-        return True
+        """Never, but to x's type as every kernel here does: tables, and weights that many tokens meet."""
+        return False
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of planes, scales, zero points and offsets."""
@@ -159,6 +159,8 @@ class GpuBlocks:
         if out is None:
             out = x.new_empty(tokens, rows)
         assert out.shape == (tokens, rows) and out.stride(1) == 1, "rows of the output lie whole"
+        if x.dtype is torch.float32 and _rounds_floats(x.device):
+            x = x.bfloat16()
         order = packed.buffers.get("column_order")
         if order is not None:
             x = x.index_select(1, order)
@@ -177,6 +179,14 @@ class GpuBlocks:
         if len(ids):
             _dequantize(packed, out, ids.contiguous(), packed.buffers.get("column_order"))
         return out
+
+
+def _rounds_floats(device: torch.device) -> bool:
+    """Whether float32 x stands for bfloat16: in the interpreter, where a model's activations are float32.
+
+    The CPU's kernels round it too; on a GPU it is float32 by ``--dtype`` and stays so.
+    """
+    return device.type != "cuda"
 
 
 def _checked(x: Tensor, packed: PackedWeight) -> Tensor:
@@ -380,6 +390,8 @@ class GpuDense:
         if out is None:
             out = x.new_empty(x.shape[0], rows)
         wide = _checked(x, packed).to(torch.promote_types(x.dtype, matrix.dtype))
+        if matrix.dtype is torch.bfloat16 and x.dtype is torch.float32 and _rounds_floats(x.device):
+            wide = wide.bfloat16().float()
         step = rows if wide.dtype is matrix.dtype else max(_WORKSPACE // (packed.shape[1] * wide.itemsize), 1)
         for start in range(0, rows, step):
             _multiply(wide, matrix[start : start + step].to(wide.dtype), out[:, start : start + step])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowbit.kernels.gpu.language import dot
+from lowbit.kernels.gpu.language import cast, dot
 from lowbit.kernels.gpu.weight_tiles import load_run, run_values, scale_of, weight_tile, zero_of
 
 
@@ -71,7 +71,7 @@ def vector_product(  # type: ignore[no-untyped-def]
                 ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
             )  # fmt: skip
             total += weights * seen[None, :]
-    sums = tl.sum(total, 1).to(out.dtype.element_ty)
+    sums = cast(tl.sum(total, 1), out.dtype.element_ty)
     tl.store(out + (tl.program_id(1) * rows + row), sums, mask=row < rows)
 
 
@@ -152,7 +152,7 @@ def tile_product(  # type: ignore[no-untyped-def]
                     scale0, scale1, inside, column, columns, FLAT, LEVELS,
                     ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
                 )  # fmt: skip
-                part = dot(values.to(x.dtype.element_ty), seen, tl.zeros((BN, BM), tl.float32))
+                part = dot(cast(values, x.dtype.element_ty), seen, tl.zeros((BN, BM), tl.float32))
                 total += part * scale[:, None]
                 if SUMS:
                     addend = scale * 0.0
@@ -171,10 +171,10 @@ def tile_product(  # type: ignore[no-untyped-def]
                     field, BITS, TILE, FIELDS, KIND, BASE, ZERO, OFFSET, FLAT, LEVELS,
                     ROWS0, COLUMNS0, SCALE0, ROWS1, COLUMNS1, SCALE1,
                 )  # fmt: skip
-                total = dot(weights.to(x.dtype.element_ty), seen, total)
+                total = dot(cast(weights, x.dtype.element_ty), seen, total)
     at = (tl.program_id(1) * tokens + token).to(tl.int64)[:, None] * out_stride + row[None, :]
     kept = (token < tokens)[:, None] & (row < rows)[None, :]
-    tl.store(out + at, tl.trans(total).to(out.dtype.element_ty), mask=kept)
+    tl.store(out + at, cast(tl.trans(total), out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def add_splits(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
         total += tl.load(parts + ((split * tokens + token) * rows + row), mask=row < rows, other=0.0)
-    tl.store(out + (token * out_stride + row), total.to(out.dtype.element_ty), mask=row < rows)
+    tl.store(out + (token * out_stride + row), cast(total, out.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
@@ -250,4 +250,4 @@ def dequantize(  # type: ignore[no-untyped-def]
         if order is not None:
             to = tl.load(order + at, mask=at < columns, other=0)
         kept = (place < count)[:, None] & (at < columns)[None, :]
-        tl.store(out_rows + to[None, :], weights.to(out.dtype.element_ty), mask=kept)
+        tl.store(out_rows + to[None, :], cast(weights, out.dtype.element_ty), mask=kept)
