@@ -95,7 +95,15 @@ def _power_of_two(exponent):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _scale_of(  # type: ignore[no-untyped-def]
-    amax, limit, floor, upper_bound, round_up, emax, SCALE: tl.constexpr, FLOOR: tl.constexpr, UPPER: tl.constexpr
+    amax,
+    limit,
+    floor,
+    upper_bound,
+    round_up,
+    emax,
+    SCALE: tl.constexpr,
+    FLOOR: tl.constexpr,
+    UPPER: tl.constexpr,
 ):
     """The scale of a block whose largest |x| is amax: ``activation_quant._scale``."""
     if UPPER:
@@ -109,7 +117,9 @@ def _scale_of(  # type: ignore[no-untyped-def]
         if SCALE == "e8m0_up":
             exponent = field - 127 + (fraction > tl.where(field == 0, 0x400000, 0)).to(tl.int32)
         else:  # OCP's: amax's own power of two over the format's, emax the latter's exponent
-            mantissa = (fraction | 0x3F800000).to(tl.float32, bitcast=True)  # 1 … 2; subnormals end at -127 anyhow
+            mantissa = (fraction | 0x3F800000).to(
+                tl.float32, bitcast=True
+            )  # 1 … 2; subnormals end at -127 anyhow
             exponent = field - 127 - emax + (mantissa >= round_up).to(tl.int32)
         exponent = tl.minimum(tl.maximum(exponent, -127), 127)
         exponent = tl.where(_size(amax) == 0x7F800000, 127, exponent)
@@ -147,14 +157,24 @@ def _columns_of(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _peaks(  # type: ignore[no-untyped-def]
-    x, multiplier, peaks, largest, columns, stride, MULTIPLY: tl.constexpr, BF16: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    multiplier,
+    peaks,
+    largest,
+    columns,
+    stride,
+    MULTIPLY: tl.constexpr,
+    BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """The largest |x| of each row, and of all rows that are finite, as int32 bits."""
     row = tl.program_id(0).to(tl.int64)
     top = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        top = tl.maximum(top, _size(_columns_of(x + row * stride, multiplier, column, columns, MULTIPLY, BF16)))
+        top = tl.maximum(
+            top, _size(_columns_of(x + row * stride, multiplier, column, columns, MULTIPLY, BF16))
+        )
     peak = tl.max(top, 0)
     tl.store(peaks + row, peak)
     tl.atomic_max(largest, tl.where(peak < 0x7F800000, peak, 0))
@@ -612,7 +632,12 @@ class DelayedUpdate:
         """Of states that lie on one device."""
         device = states[0].scale.device
         described = [
-            (s.scale.data_ptr(), s.amax_history.data_ptr(), len(s.amax_history), s.delay.algorithm == "most_recent")
+            (
+                s.scale.data_ptr(),
+                s.amax_history.data_ptr(),
+                len(s.amax_history),
+                s.delay.algorithm == "most_recent",
+            )
             for s in states
         ]
         largest = torch.tensor([state.largest for state in states], dtype=torch.float32, device=device)

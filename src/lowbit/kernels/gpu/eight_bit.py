@@ -212,9 +212,26 @@ def _multiply(  # type: ignore[no-untyped-def]
         place = (tl.program_id(1).to(tl.int64) * tokens + m)[:, None] * width + n[None, :]
         tl.store(out + place, total, mask=there)
     else:
-        y = _scaled(total, m, n, there_m, there_n, x_scale, x_zero, w_scale, w_sum, bias, X_GROUP, W_GROUP, ZERO, BIAS)
+        y = _scaled(
+            total, m, n, there_m, there_n, x_scale, x_zero, w_scale, w_sum, bias, X_GROUP, W_GROUP, ZERO, BIAS
+        )
         if ACTIVATION >= 0:
-            up = _scaled(partner_total, m, n + width, there_m, there_n, x_scale, x_zero, w_scale, w_sum, bias, X_GROUP, W_GROUP, ZERO, BIAS)
+            up = _scaled(
+                partner_total,
+                m,
+                n + width,
+                there_m,
+                there_n,
+                x_scale,
+                x_zero,
+                w_scale,
+                w_sum,
+                bias,
+                X_GROUP,
+                W_GROUP,
+                ZERO,
+                BIAS,
+            )
             y = activate(y, up, ACTIVATION)
         place = m.to(tl.int64)[:, None] * out_stride + n[None, :]
         tl.store(out + place, cast(y, out.dtype.element_ty), mask=there)
@@ -255,9 +272,26 @@ def _finish(  # type: ignore[no-untyped-def]
         total += tl.load(part, mask=there[None, :], other=0)
         if ACTIVATION >= 0:
             partner_total += tl.load(part + width, mask=there[None, :], other=0)
-    y = _scaled(total, m, n, there_m, there, x_scale, x_zero, w_scale, w_sum, bias, X_GROUP, W_GROUP, ZERO, BIAS)
+    y = _scaled(
+        total, m, n, there_m, there, x_scale, x_zero, w_scale, w_sum, bias, X_GROUP, W_GROUP, ZERO, BIAS
+    )
     if ACTIVATION >= 0:
-        up = _scaled(partner_total, m, n + width, there_m, there, x_scale, x_zero, w_scale, w_sum, bias, X_GROUP, W_GROUP, ZERO, BIAS)
+        up = _scaled(
+            partner_total,
+            m,
+            n + width,
+            there_m,
+            there,
+            x_scale,
+            x_zero,
+            w_scale,
+            w_sum,
+            bias,
+            X_GROUP,
+            W_GROUP,
+            ZERO,
+            BIAS,
+        )
         y = activate(y, up, ACTIVATION)
     place = m.to(tl.int64)[:, None] * out_stride + n[None, :]
     tl.store(out + place, cast(y, out.dtype.element_ty), mask=there[None, :])
@@ -382,7 +416,13 @@ def _splits(tiles: int, blocks: int, tokens: int, device: torch.device) -> int:
 
 
 def _add_parts(
-    parts: Tensor, x: Codes, x_group: int, weight: EightBitWeight, bias: Tensor | None, out: Tensor, number: int
+    parts: Tensor,
+    x: Codes,
+    x_group: int,
+    weight: EightBitWeight,
+    bias: Tensor | None,
+    out: Tensor,
+    number: int,
 ) -> None:
     splits, tokens, rows = parts.shape
     width = out.shape[1]

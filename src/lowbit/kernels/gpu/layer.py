@@ -47,7 +47,9 @@ class GpuLayer:
             return GpuLayer(weight, quantizer, operand, None, None)
         wide = bias.float().contiguous()
         narrow = wide.bfloat16()
-        return GpuLayer(weight, quantizer, operand, wide, narrow if torch.equal(narrow.float(), wide) else None)
+        return GpuLayer(
+            weight, quantizer, operand, wide, narrow if torch.equal(narrow.float(), wide) else None
+        )
 
     def takes(self, x: Tensor, out: Tensor | None = None) -> bool:
         """Whether x and the result lie as the kernels read and write them."""
