@@ -59,6 +59,11 @@ class Stack:
     order: Tensor | None
     split: bool
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of a block at most: steps of codes below 4 bits have many tiles, each in registers."""
+        return 64 if self.layout is not None and self.layout.fields > 2 else 128
+
 
 @triton.jit
 def _place(blocks, tiles, BAND: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -366,9 +371,9 @@ BLOCK_K = 64  # columns of a step of plain matrices
 MOST_STAGED = 96 << 10  # bytes of x and weight that all stages of a program may hold
 
 
-def block_rows(pairs: int, experts: int, dtype: torch.dtype) -> int:
+def block_rows(pairs: int, experts: int, dtype: torch.dtype, most: int) -> int:
     """BLOCK_M: twice the rows an expert gets on average, so that most experts are read once."""
-    rows = 2 * pairs / experts
+    rows = min(2 * pairs / experts, most)
     sizes = _sizes(dtype)
     return next((size for size in sizes if size >= rows), max(sizes))
 

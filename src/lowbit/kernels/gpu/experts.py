@@ -1,12 +1,12 @@
 """All experts of a layer on the device: ``layers.experts`` in five launches, whatever they choose.
 
 Sorting, gate and up with the activation, down, and the sum over a token's experts; quantizing inputs comes
-between. The weights of all experts lie in one buffer of each kind, of which each expert's own Linear has a view.
-Nothing waits for the device and all grids follow from shapes alone, so that a step can be captured.
+between. The weights of all experts lie in one buffer of each kind, of which each expert's own Linear has a
+view. Nothing waits for the device and all grids follow from shapes alone, so that a step can be captured.
 
 An input that all experts quantize alike is quantized once, before it is handed out; where scales or
-multipliers are an expert's own, every pair of token and expert is quantized by itself. The products are of codes
-in bfloat16, which holds them exactly, and scales meet float32 sums; 8-bit tensor cores are not used.
+multipliers are an expert's own, every pair of token and expert is quantized by itself. The products are of
+codes in bfloat16, which holds them exactly, and scales meet float32 sums; 8-bit tensor cores are not used.
 
 Graphs, speed and memory have not been seen on a GPU: the kernels are proven in Triton's interpreter, and
 compiled for compute capabilities 8.0 and 9.0.
@@ -167,7 +167,8 @@ class GpuGroupedExperts:
         self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None, out: Tensor
     ) -> None:
         pairs = chosen.flatten()
-        sorted_ = sort_pairs(chosen, self.count, block_rows(len(pairs), self.count, x.dtype))
+        most = min(part.stack.most_rows for part in (*self.gate_up.parts, *self.down.parts))
+        sorted_ = sort_pairs(chosen, self.count, block_rows(len(pairs), self.count, x.dtype, most))
         inner = self.gate_up(x, chosen.shape[1], pairs, sorted_, activation)
         mix(self.down(inner, 1, pairs, sorted_), chosen, weights, added, out)
 
