@@ -259,6 +259,15 @@ def _grouped(x: Tensor, scheme: ActivationScheme, outer: Tensor | None) -> Tenso
     """x quantized and dequantized in groups of columns, the last one perhaps shorter."""
     if x.numel() == 0:
         return x.float()
+    codes, scale = grouped_codes(x, scheme, outer)
+    return (codes * scale).flatten(-2)[:, : x.shape[1]]
+
+
+def grouped_codes(x: Tensor, scheme: ActivationScheme, outer: Tensor | None) -> tuple[Tensor, Tensor]:
+    """float32 codes (tokens, groups, columns of a group) and their scales (tokens, groups, 1).
+
+    Behind x's last column codes are those of 0. ``outer`` may be of each token (tokens, 1, 1).
+    """
     columns = x.shape[1]
     size = scheme.block[1]
     padded = torch.nn.functional.pad(x.float(), (0, -columns % size))
@@ -271,8 +280,7 @@ def _grouped(x: Tensor, scheme: ActivationScheme, outer: Tensor | None) -> Tenso
         scale = torch.where(scale == 0, 1.0, scale)
     else:
         scale = _scale(amax, scheme)
-    values = _codes(groups, scale, scheme) * scale
-    return values.flatten(-2)[:, :columns]
+    return _codes(groups, scale, scheme), scale
 
 
 def _nearest(steps: Tensor, fmt: NumberFormat) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mixtures of experts in native code (csrc/experts.cpp): routing, and a batch's experts in one call.
+"""Mixtures of experts: routing, and a batch's experts in one call, native code's (csrc/experts.cpp) or a GPU's.
 
 The code knows an expert as two matrices of one or more packed weights each, with what happens to the rows
 before (``InputTransform``, a column order) and after (row scales, biases). A token's result has the bits that
@@ -21,6 +21,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import activation_number
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.step_plan import Operation
@@ -120,6 +121,10 @@ def route(
     Exponentials (0 below 2^-126) and sums are this library's own, so that weights may differ from torch's in
     the last bits.
     """
+    if runtime.runs_on(logits.device):
+        from lowbit.kernels.gpu.routing import route as route_on_gpu
+
+        return route_on_gpu(logits, rule, k, groups, kept, renormalize, scale, correction)
     functions = _functions()
     if functions is None or not (logits.is_cpu and logits.dtype is torch.float32 and logits.stride(1) == 1):
         return None
@@ -152,6 +157,27 @@ class Layer(Protocol):
     weights: list[PackedWeight]
     bias: Tensor | None
     inputs: list[InputTransform | None] | None
+
+
+class Mixture(Protocol):
+    """All experts of a layer, run together."""
+
+    def __call__(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
+    ) -> Tensor:
+        """x (tokens, hidden) -> (tokens, hidden); chosen and weights (tokens, k), added like x."""
+
+
+def together(gate_up: Sequence[Layer], down: Sequence[Layer]) -> Mixture | str:
+    """What runs these experts in one call, or why they must run one by one."""
+    weights = [weight for layer in gate_up for weight in layer.weights]
+    first = next((buffer for weight in weights for buffer in weight.buffers.values()), None)
+    native_ones = any(isinstance(weight, NativeWeight) for weight in weights)
+    if first is not None and not native_ones and runtime.runs_on(first.device):
+        from lowbit.kernels.gpu.experts import GpuGroupedExperts
+
+        return GpuGroupedExperts.of(gate_up, down)
+    return GroupedExperts.of(gate_up, down)
 
 
 @dataclass(frozen=True)

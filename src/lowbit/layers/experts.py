@@ -4,8 +4,8 @@ Sparsely gated mixture of experts (Shazeer et al., 2017; Mixtral: Jiang et al., 
 choice of the router; each chosen expert runs once a step, over the tokens that chose it. A token's result is
 the sum over its experts in ascending order of their numbers, so it does not depend on its neighbours.
 
-Experts whose weights are all packed by native kernels run in one native call (``kernels.experts``); others
-one by one, with the same result.
+Experts whose weights are all packed by native kernels run in one native call, those on a GPU in a few grouped
+launches (``kernels.experts``); others one by one, with the same result.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.elementwise import gated_activation
-from lowbit.kernels.experts import GroupedExperts
+from lowbit.kernels.experts import together
 from lowbit.kernels.step_plan import refuse
 from lowbit.layers.linear import Linear
 
@@ -44,7 +44,7 @@ class Experts:
         self.name = name
         self.gate_up = gate_up
         self.down = down
-        self.grouped = GroupedExperts.of(gate_up, down)  # or why there is no such thing
+        self.grouped = together(gate_up, down)  # or why there is no such thing
 
     def __call__(
         self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
@@ -53,7 +53,7 @@ class Experts:
 
         ``added`` (tokens, hidden) comes on top. The result has x's dtype or is float32.
         """
-        if isinstance(self.grouped, GroupedExperts):
+        if not isinstance(self.grouped, str):
             return self.grouped(x, chosen, weights, activation, added)
         refuse(f"{self.name}: {self.grouped}")
         mixed = self.one_by_one(x, chosen, weights, activation)

@@ -1,14 +1,15 @@
 """Routing: which experts a token goes to, and with what weight. Pure functions of float32 router logits.
 
 Each takes (tokens, experts) logits and gives int64 (tokens, k) experts and float32 (tokens, k) weights, the
-best first; of equals the lower number is taken, NaN counts as the largest, and rows do not see each other. On
-a CPU native code does it (``kernels.experts.route``). Sources: Mixtral (Jiang et al., 2024), gpt-oss (OpenAI,
-2025), DeepSeek-V2 and -V3 (both 2024).
+best first; of equals the lower number is taken, NaN counts as the largest, and rows do not see each other.
+Native code does it on a CPU, one Triton kernel on a GPU (``kernels.experts.route``). Sources: Mixtral (Jiang
+et al., 2024), gpt-oss (OpenAI, 2025), DeepSeek-V2 and -V3 (both 2024).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -91,13 +92,16 @@ def group_limited_sigmoid(
     return Route("group_sigmoid", k, groups, kept, renormalize, scale, correction)
 
 
-_ALONE = torch.zeros(1)
+@cache
+def _alone(device: torch.device) -> Tensor:
+    return torch.zeros(1, device=device)
 
 
 def sigmoid(logits: Tensor) -> Tensor:
-    """float32 (tokens,): of logits (tokens, 1). On a CPU as of the router of a single expert."""
-    found = route(logits, "group_sigmoid", 1, correction=_ALONE)
-    return _sigmoid(logits.float()).flatten() if found is None else found[1].flatten()
+    """float32 (tokens,): of logits (tokens, 1), as of the router of a single expert."""
+    logits = logits.float()
+    found = route(logits, "group_sigmoid", 1, correction=_alone(logits.device))
+    return _sigmoid(logits).flatten() if found is None else found[1].flatten()
 
 
 def _sigmoid(x: Tensor) -> Tensor:

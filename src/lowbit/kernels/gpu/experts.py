@@ -1,0 +1,298 @@
+"""All experts of a layer on the device: ``layers.experts`` in five launches, whatever they choose.
+
+Sorting, gate and up with the activation, down, and the sum over a token's experts; quantizing inputs comes
+between. The weights of all experts lie in one buffer of each kind, of which each expert's own Linear has a
+view. Nothing waits for the device and all grids follow from shapes alone, so that a step can be captured.
+
+An input that all experts quantize alike is quantized once, before it is handed out; where scales or
+multipliers are an expert's own, every pair of token and expert is quantized by itself. The products are of
+codes in bfloat16, which holds them exactly, and scales meet float32 sums; 8-bit tensor cores are not used.
+
+Graphs, speed and memory have not been seen on a GPU: the kernels are proven in Triton's interpreter, and
+compiled for compute capabilities 8.0 and 9.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.activation_quant import InputTransform, grouped_codes
+from lowbit.kernels.elementwise import gated_activation
+from lowbit.kernels.experts import Layer
+from lowbit.kernels.gpu.expert_products import Rows, Stack, block_rows, multiply
+from lowbit.kernels.gpu.expert_rows import SortedPairs, mix, sort_pairs
+from lowbit.kernels.gpu.weight_layout import Layout, layout_of
+
+MOST_BETWEEN = 1 << 28  # numbers of pairs that are kept between the products; more tokens go in turns
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    """What happens to the rows of one weight of all experts.
+
+    ``shared``: every expert does the same. Else the tensors of ``transform`` have one row for each expert.
+    """
+
+    transform: InputTransform
+    shared: bool
+
+    def __call__(self, x: Tensor, divisor: int, chosen: Tensor, tile: int) -> Rows:
+        """x as row ``pair // divisor`` of each pair; ``chosen``: int64 (pairs,).
+
+        ``tile``: columns that the product gives one scale at least; 0: it takes none.
+        """
+        transform, scheme = self.transform, self.transform.scheme
+        if not self.shared:
+            x = x if divisor == 1 else x.repeat_interleave(divisor, 0)
+            divisor = 1
+            transform = _of_pairs(transform, chosen)
+        if scheme is None or not scheme.block[1]:
+            changed, factor = transform(x) if self.shared else transform.in_torch(x)
+            # Codes lose nothing in bfloat16.
+            changed = changed.to(x.dtype if scheme is None else torch.bfloat16)
+            return Rows(changed, divisor, None if factor is None else factor.float().contiguous())
+        group = scheme.block[1]
+        exact = scheme.scale.name == "e8m0"  # codes times powers of two are bfloat16
+        if exact or not tile or group % tile:
+            changed, _ = transform(x) if self.shared else transform.in_torch(x)
+            return Rows(changed.to(torch.bfloat16 if exact else x.dtype), divisor)
+        if self.shared and transform.gpu is not None and scheme.number_format.dtype is not None:
+            found = transform.gpu.codes(x)
+            return Rows(found.codes.bfloat16(), divisor, None, found.scales, group)
+        if transform.multiplier is not None:
+            x = x * transform.multiplier
+        if scheme.input == "bf16":
+            x = x.bfloat16()
+        codes, scales = grouped_codes(x, scheme, transform.static_scale)
+        codes = codes.bfloat16().flatten(-2)[:, : x.shape[1]]
+        return Rows(codes, divisor, None, scales.squeeze(-1).T, group)
+
+
+def _of_pairs(transform: InputTransform, chosen: Tensor) -> InputTransform:
+    """Each pair's own multiplier and scales, from those of all experts."""
+    grouped = transform.scheme is not None and transform.scheme.block[1] > 0
+
+    def own(numbers: Tensor | None) -> Tensor | None:
+        return None if numbers is None else numbers[chosen].view(len(chosen), 1, *[1] * grouped)
+
+    return replace(
+        transform,
+        multiplier=None if transform.multiplier is None else transform.multiplier[chosen],
+        static_scale=own(transform.static_scale),
+        static_zero=own(transform.static_zero),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One weight of every expert, its rows from ``first`` on. ``bias``: float32 (experts, rows)."""
+
+    stack: Stack
+    bias: Tensor | None
+    input: _Input | None
+    first: int
+
+    @property
+    def tile(self) -> int:
+        """See ``_Input``: an order of columns mixes their groups."""
+        return 0 if self.stack.layout is None or self.stack.order is not None else self.stack.layout.tile
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """One matrix of every expert."""
+
+    parts: tuple[_Part, ...]
+    rows: int
+    columns: int
+
+    def __call__(
+        self, x: Tensor, divisor: int, chosen: Tensor, sorted_: SortedPairs, activation: str | None = None
+    ) -> Tensor:
+        """(pairs, rows), or gated (pairs, rows / 2)."""
+        pairs = len(chosen)
+        given: dict[tuple[int, int], Rows] = {}
+        fused = activation is not None and len(self.parts) == 1
+        width = self.rows // 2 if fused else self.rows
+        out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+        for part in self.parts:
+            key = (id(part.input), part.tile)
+            if key not in given:
+                whole = Rows(x, divisor)
+                given[key] = whole if part.input is None else part.input(x, divisor, chosen, part.tile)
+            own = out if fused else out[:, part.first : part.first + part.stack.shape[0]]
+            multiply(part.stack, given[key], sorted_, part.bias, activation if fused else None, own)
+        return out if fused or activation is None else gated_activation(out, activation)
+
+
+@dataclass(frozen=True, eq=False)
+class GpuGroupedExperts:
+    """See the module docstring."""
+
+    gate_up: _Matrix
+    down: _Matrix
+    count: int
+
+    @staticmethod
+    def of(gate_up: Sequence[Layer], down: Sequence[Layer]) -> GpuGroupedExperts | str:
+        """Or the reason why the experts must run one by one. Weights become views of their stacks."""
+        if not gate_up:
+            return "there are no experts"
+        for layers in (gate_up, down):
+            if reason := _refusal(layers):
+                return reason
+        (outer, hidden), (rows, inner) = _shape(gate_up[0]), _shape(down[0])
+        if outer != 2 * inner or rows != hidden:
+            return f"{gate_up[0].name} and {down[0].name} do not belong together"
+        return GpuGroupedExperts(_matrix(gate_up), _matrix(down), len(gate_up))
+
+    def __call__(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
+    ) -> Tensor:
+        """x (tokens, hidden) -> (tokens, hidden) like it; chosen and weights (tokens, k), added like x."""
+        tokens, k = chosen.shape
+        out = torch.empty(tokens, self.down.rows, dtype=x.dtype, device=x.device)
+        step = max(MOST_BETWEEN // (k * max(self.down.rows, self.gate_up.rows)), 1)
+        for start in range(0, tokens, step):
+            part = slice(start, min(start + step, tokens))
+            more = None if added is None else added[part]
+            self._some(x[part], chosen[part], weights[part], activation, more, out[part])
+        return out
+
+    def _some(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None, out: Tensor
+    ) -> None:
+        pairs = chosen.flatten()
+        most = min(part.stack.most_rows for part in (*self.gate_up.parts, *self.down.parts))
+        sorted_ = sort_pairs(chosen, self.count, block_rows(len(pairs), self.count, x.dtype, most))
+        inner = self.gate_up(x, chosen.shape[1], pairs, sorted_, activation)
+        mix(self.down(inner, 1, pairs, sorted_), chosen, weights, added, out)
+
+
+def _shape(layer: Layer) -> tuple[int, int]:
+    return sum(weight.shape[0] for weight in layer.weights), layer.weights[0].shape[1]
+
+
+def _refusal(layers: Sequence[Layer]) -> str:
+    """Why the layers cannot be one matrix; "" where they can."""
+    first = layers[0]
+    for layer in layers:
+        if not layer.weights:
+            return f"{layer.name} holds no packed weight"
+        for weight in layer.weights:
+            if weight.kernel.name not in ("gpu_blocks", "gpu_dense"):
+                return f"{layer.name} runs on the kernel {weight.kernel.name}"
+        if len(layer.weights) != len(first.weights):
+            return f"{layer.name} has {len(layer.weights)} parts, {first.name} has {len(first.weights)}"
+        for weight, other in zip(layer.weights, first.weights, strict=True):
+            if (weight.scheme, weight.shape) != (other.scheme, other.shape):
+                mine, others = (f"{w.scheme} of {w.shape}" for w in (weight, other))
+                return f"{layer.name} is {mine}, {first.name} is {others}"
+            if set(weight.buffers) != set(other.buffers):
+                return f"{layer.name} is packed otherwise than {first.name}"
+    for part in range(len(first.weights)):
+        transforms = [layer.inputs[part] if layer.inputs else None for layer in layers]
+        if reason := _unlike(transforms):
+            return f"the inputs of {first.name}: {reason}"
+    return ""
+
+
+def _unlike(transforms: list[InputTransform | None]) -> str:
+    """Why transforms cannot run for all experts at once."""
+    first = transforms[0]
+    for other in transforms:
+        if (first is None) != (other is None):
+            return "some experts quantize theirs, others do not"
+        if first is None or other is None:
+            continue
+        if other.scheme is not None and other.scheme.depends_on_batch:
+            return other.scheme.depends_on_batch
+        kinds = ("multiplier", "static_scale", "static_zero")
+        same = all((getattr(first, kind) is None) == (getattr(other, kind) is None) for kind in kinds)
+        if other.scheme != first.scheme or not same:
+            return "experts quantize theirs in different ways"
+    return ""
+
+
+def _matrix(layers: Sequence[Layer]) -> _Matrix:
+    rows, columns = _shape(layers[0])
+    parts: list[_Part] = []
+    inputs: list[tuple[list[InputTransform | None], _Input | None]] = []
+    biases = _biases(layers)
+    first = 0
+    for number, weight in enumerate(layers[0].weights):
+        transforms = [layer.inputs[number] if layer.inputs else None for layer in layers]
+        known = next((found for others, found in inputs if _identical(transforms, others)), None)
+        if known is None:
+            known = _input(transforms)
+            inputs.append((transforms, known))
+        last = first + weight.shape[0]
+        bias = None if biases is None else biases[:, first:last].contiguous()
+        parts.append(_Part(_stack(layers, number), bias, known, first))
+        first = last
+    return _Matrix(tuple(parts), rows, columns)
+
+
+def _identical(transforms: list[InputTransform | None], others: list[InputTransform | None]) -> bool:
+    return all(one is other for one, other in zip(transforms, others, strict=True))
+
+
+def _biases(layers: Sequence[Layer]) -> Tensor | None:
+    """float32 (experts, rows); experts that have none add nothing."""
+    found = [layer.bias for layer in layers]
+    some = next((bias for bias in found if bias is not None), None)
+    if some is None:
+        return None
+    return torch.stack(
+        [torch.zeros_like(some, dtype=torch.float32) if b is None else b.float() for b in found]
+    )
+
+
+def _input(transforms: list[InputTransform | None]) -> _Input | None:
+    first = transforms[0]
+    if first is None:
+        return None
+    known = [transform for transform in transforms if transform is not None]
+    if all(transform.same_as(first) for transform in known):
+        return _Input(first, True)
+
+    def rows(kind: str) -> Tensor | None:
+        found = [getattr(transform, kind) for transform in known]
+        return None if found[0] is None else torch.stack([tensor.float().flatten() for tensor in found])
+
+    stacked = replace(
+        first,
+        multiplier=rows("multiplier"),
+        static_scale=rows("static_scale"),
+        static_zero=rows("static_zero"),
+    )
+    return _Input(stacked, False)
+
+
+def _stack(layers: Sequence[Layer], number: int) -> Stack:
+    """One buffer of each kind for all experts, one kind after another, so that little is there twice."""
+    first = layers[0].weights[number]
+    layout: Layout | None = None
+    if not first.scheme.is_dense:
+        found = layout_of(first.scheme, first.shape)
+        assert isinstance(found, Layout), "its kernel packed it"
+        layout = found
+    buffers: dict[str, Tensor] = {}
+    for name in first.buffers:
+        own = [layer.weights[number].buffers[name] for layer in layers]
+        plain = torch.uint8 if own[0].itemsize == 1 else own[0].dtype  # not every float8 type can be stacked
+        buffers[name] = torch.stack([buffer.view(plain) for buffer in own]).view(own[0].dtype)
+        del own
+        for expert, layer in enumerate(layers):
+            weight = layer.weights[number]
+            views = weight.buffers | {name: buffers[name][expert]}
+            layer.weights[number] = weight.kernel.restore(weight.scheme, weight.shape, views, weight.origin)
+    order = buffers.pop("column_order", None)
+    table = buffers.get("table")
+    split = table is not None and bool((table != table.bfloat16().float()).any())
+    rows, columns = first.shape
+    return Stack((rows, columns), layout, buffers, order, split)

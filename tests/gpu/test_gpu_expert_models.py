@@ -1,0 +1,70 @@
+"""Whole mixtures of experts on the device's kernels beside transformers: nothing runs one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.kernels.gpu.experts import GpuGroupedExperts
+from lowbit.layers.experts import Experts
+from lowbit.layers.mlp import MixtureOfExperts
+from lowbit.loading import load_model
+from models import test_quantized_experts as moe
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the cache of the test helpers is on a CPU")
+
+TOKENS = moe.TOKENS[:4]
+
+
+def one_by_one(*_: object) -> Tensor:
+    raise AssertionError("experts ran one by one")
+
+
+def differences(
+    folder: Path, model: moe.transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> Tensor:
+    """Each token's largest difference of logits, of its largest logit."""
+    monkeypatch.setattr(Experts, "one_by_one", one_by_one)
+    loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
+    mixtures = [block.mlp for block in loaded.blocks if isinstance(block.mlp, MixtureOfExperts)]
+    assert mixtures and all(isinstance(mixture.experts.grouped, GpuGroupedExperts) for mixture in mixtures)
+    [logits] = prompt_logits(loaded, [TOKENS])
+    with torch.no_grad():
+        wanted = model(torch.tensor([TOKENS])).logits[0]
+    return (logits - wanted).abs().amax(1) / wanted.abs().amax(1)
+
+
+@pytest.mark.slow
+def test_mixtral(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = moe.made("Mixtral")
+    folder = moe.write(tmp_path, model, moe.per_expert(model), None)
+    assert differences(folder, model, monkeypatch).max() <= 1e-3
+
+
+QUANTIZED = [
+    ("Qwen3Moe", "gptq"),
+    pytest.param("Glm4Moe", "fp8", marks=pytest.mark.slow),
+    pytest.param("Qwen2Moe", "w8a8_int8", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "fmt"), QUANTIZED)
+def test_quantized(name: str, fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize, config = moe.FORMATS[fmt]
+    model = moe.made(name)
+    folder = moe.write(tmp_path, model, moe.quantize_experts(model, quantize), config)
+    found = differences(folder, model, monkeypatch)
+    # gptq: inputs may be rounded to bfloat16; the others quantize them, which may tip a router
+    assert found.max() <= 0.03 if fmt == "gptq" else found.median() <= 0.1
+
+
+def test_gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up in turn, biases, an activation of its own."""
+    model = moe.made("GptOss")
+    tensors = moe.gpt_oss_one_by_one(model, *moe.GPT_OSS["gptqmodel"])
+    assert differences(moe.write(tmp_path, model, tensors, None), model, monkeypatch).max() <= 1e-3
