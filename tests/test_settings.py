@@ -63,6 +63,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "chunked_prefill_size": ("128", 128),
     "disable_radix_cache": ("1", True),
     "disable_cuda_graph": ("true", True),
+    "disable_overlap_schedule": ("1", True),
     "random_seed": ("-5", -5),
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("8080", 8080),

@@ -217,6 +217,9 @@ class Settings:
     disable_cuda_graph: bool = option(
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
     )
+    disable_overlap_schedule: bool = option(
+        False, "On a GPU, finish each step before the next is prepared.", "engine"
+    )
     speculative_algorithm: str | None = option(
         None, "NGRAM: compute several tokens of a sequence in one step where its next ones can be guessed "
         "from its own text, as in copies and edits. Answers stay the same, token for token.", "engine",
@@ -403,7 +406,10 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
 
 
 # Read before any option is: they choose the native library or force a rare path in tests.
-ENVIRONMENT_ONLY = ("LOWBIT_ISA", "LOWBIT_TEST_RETRACT", "LOWBIT_TEST_EVICT", "LOWBIT_TEST_CHUNK")
+ENVIRONMENT_ONLY = (
+    *("LOWBIT_ISA", "LOWBIT_TEST_RETRACT", "LOWBIT_TEST_EVICT", "LOWBIT_TEST_CHUNK"),
+    "LOWBIT_TEST_OVERLAP",
+)
 
 
 def _is_service_link(text: str) -> bool:

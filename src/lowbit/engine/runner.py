@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
 from lowbit.kernels.attention import LayerCache, choose_attention
+from lowbit.kernels.device_memory import upload
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.models.model import Model
 
@@ -32,19 +32,23 @@ class Runner:
         """Steps that were replayed."""
         return self._capture.replayed if self._capture else 0
 
-    def forward(self, chunks: list[Chunk], rows: list[int]) -> Tensor:
-        """float32 (len(rows), vocabulary) on the CPU: the logits of token rows ``rows`` of the batch."""
-        batch = self._batch(chunks, rows)
+    def forward(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None = None) -> Tensor:
+        """float32 (len(rows), vocabulary): the logits of token rows ``rows`` of the batch; the next call may
+        overwrite them.
+
+        ``chosen``: int64, the tokens that the step in flight chooses, where chunks compute any of them.
+        """
+        batch = self._batch(chunks, rows, chosen)
         # A decode step: the newest token of every sequence, with drafts or none, and all rows wanted.
         decodes = all(c.count == 1 for c in chunks) and rows == list(range(len(batch.tokens)))
         if self._capture is not None and decodes:
             return self._capture.run(batch)
-        return self._run(batch).cpu()
+        return self._run(batch)
 
     def _run(self, batch: ForwardBatch) -> Tensor:
         return self._model.forward(batch, self._caches)
 
-    def _batch(self, chunks: list[Chunk], rows: list[int]) -> ForwardBatch:
+    def _batch(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None) -> ForwardBatch:
         size = self._page_size
         parts = [np.array(chunk.tokens, dtype=np.int32) for chunk in chunks]
         queries = np.array([len(part) for part in parts], dtype=np.int32)
@@ -60,18 +64,24 @@ class Runner:
         positions = (np.arange(len(tokens)) - firsts[owners] + starts[owners]).astype(np.int32)
         slots = (table[owners, positions // size] * size + positions % size).astype(np.int32)
         device = self._model.device
-
-        def on_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
+        arrays = [tokens, positions, slots, queries, contexts, table, np.array(rows, dtype=np.int32)]
+        waiting = [place for place, chunk in enumerate(chunks) if chunk.source >= 0]
+        if waiting:
+            sources = np.array([chunks[place].source for place in waiting], dtype=np.int32)
+            arrays += [firsts[waiting].astype(np.int32), sources]
+        on_device = upload(arrays, device)
+        if waiting:
+            assert chosen is not None, "a step in flight chooses them"
+            places, sources_there = on_device[-2:]
+            on_device[0].index_copy_(0, places.long(), chosen.index_select(0, sources_there).int())
         return ForwardBatch(
-            tokens=on_device(tokens),
-            positions=on_device(positions),
-            write_slots=on_device(slots),
-            query_lengths=on_device(queries),
-            context_lengths=on_device(contexts),
-            page_table=on_device(table),
-            sample_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+            tokens=on_device[0],
+            positions=on_device[1],
+            write_slots=on_device[2],
+            query_lengths=on_device[3],
+            context_lengths=on_device[4],
+            page_table=on_device[5],
+            sample_rows=on_device[6].long(),
             page_size=size,
             max_query=int(queries.max()),
             max_context=int(contexts.max()),
