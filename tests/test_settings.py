@@ -63,6 +63,8 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "chunked_prefill_size": ("128", 128),
     "disable_radix_cache": ("1", True),
     "disable_cuda_graph": ("true", True),
+    "cuda_graph_bs": ("1,2,8", "1,2,8"),
+    "cuda_graph_max_bs": ("32", 32),
     "disable_overlap_schedule": ("1", True),
     "random_seed": ("-5", -5),
     "host": ("0.0.0.0", "0.0.0.0"),

@@ -78,6 +78,7 @@ class Option:
     metavar: str = ""
     synonyms: tuple[tuple[str, str], ...] = ()  # (what others call a choice, the choice)
     refused: tuple[tuple[str, str], ...] = ()  # (another engine's choice, what to use instead)
+    many: bool = False  # several words on the command line, which are joined by commas
     also: tuple[int, ...] = ()  # numbers outside the range that mean something of their own
 
 
@@ -217,6 +218,14 @@ class Settings:
     disable_cuda_graph: bool = option(
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
     )
+    cuda_graph_bs: str = option(
+        "", "Sequences of the steps that get a CUDA graph, 1 2 4 8 …; others are padded to the next of them. "
+        "Default: 1, 2, 4, 8, 16, 24 … up to --cuda-graph-max-bs.", "engine", many=True, metavar="N [N ...]",
+    )  # fmt: skip
+    cuda_graph_max_bs: int | None = option(
+        None, "Most sequences of a step with a CUDA graph; larger ones run eagerly. Default: "
+        "--max-running-requests, but at most 256.", "engine", minimum=1,
+    )  # fmt: skip
     disable_overlap_schedule: bool = option(
         False, "On a GPU, finish each step before the next is prepared.", "engine"
     )

@@ -145,9 +145,9 @@ class Engine:
             share_prefixes=not settings.disable_radix_cache,
             policy=settings.schedule_policy,
         )
-        self._runner = Runner(model, pages, settings.page_size, capture=not settings.disable_cuda_graph)
         self.pool_tokens = pages * settings.page_size
         self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)
+        self._runner = Runner(model, pages, self.context_length, settings)
         on_gpu = model.device.type == "cuda"
         self._overlaps = self._may_overlap(on_gpu)
         self._sampler: DeviceSampler | None = None
@@ -166,6 +166,10 @@ class Engine:
         self._drafted_turns = 0
         self._violations = 0
         self._later: Iterator[None] = iter(())
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """What takes time and had better be done before the first request: CUDA graphs."""
+        self._runner.prepare(progress)
 
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""

@@ -10,6 +10,7 @@ import torch
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.quality import Quality, read_quality
+from lowbit.engine.cuda_graphs import bucket_sizes
 from lowbit.engine.engine import Engine, Progress
 from lowbit.engine.speculation import Speculation
 from lowbit.errors import LowbitError
@@ -36,6 +37,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         torch.set_num_threads(settings.threads)
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
     Speculation.by(settings)
+    bucket_sizes(settings)
     KernelRules.parse(settings.linear_kernel)
     header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
@@ -87,6 +89,8 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         architecture=architecture_of(header),
         quality=quality,
     )
+    if serving:
+        engine.prepare(on_progress)
     if samples is not None:
         steps = speed.speed_steps(samples, model.device, settings.strict)
         if serving and not settings.strict:  # strict refuses to serve what is slow: that must be known now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from lowbit.engine.cuda_graphs import CudaRecorder, GraphedSteps, Progress, Recorder, bucket_sizes
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
@@ -12,20 +13,49 @@ from lowbit.kernels.attention import LayerCache, choose_attention
 from lowbit.kernels.device_memory import upload
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.models.model import Model
+from lowbit.settings import Settings
 
 
 class Runner:
-    """The model and its KV caches of ``pages`` pages. ``capture``: replay decode steps where possible."""
+    """The model and its KV caches of ``pages`` pages; decode steps are replayed where they can be.
 
-    def __init__(self, model: Model, pages: int, page_size: int, *, capture: bool = True) -> None:
+    ``context``: tokens of the longest sequence there may be.
+    """
+
+    def __init__(self, model: Model, pages: int, context: int, settings: Settings) -> None:
         self._model = model
-        self._page_size = page_size
+        self._page_size = settings.page_size
         self._caches: list[LayerCache] = [
-            choose_attention(spec, model.device).allocate(spec, pages, page_size, model.device)
+            choose_attention(spec, model.device).allocate(spec, pages, settings.page_size, model.device)
             for spec in model.cache_specs()
         ]
-        usable = capture and model.device.type == "cpu" and native.library() is not None
-        self._capture = StepCapture(self._run) if usable else None
+        self._capture: StepCapture | GraphedSteps | None = None
+        if settings.disable_cuda_graph:
+            return
+        if model.device.type == "cuda":
+            self._capture = self.graphs(CudaRecorder(model.device), bucket_sizes(settings), context)
+        elif model.device.type == "cpu" and native.library() is not None:
+            self._capture = StepCapture(self._run)
+
+    def graphs(self, recorder: Recorder, sizes: tuple[int, ...], context: int) -> GraphedSteps:
+        """Decode steps as graphs of such sizes."""
+        takes_padding = all(cache.kernel.takes_padding for cache in self._caches)
+        return GraphedSteps(
+            self._run,
+            recorder,
+            sizes,
+            context=context,
+            page_size=self._page_size,
+            vocabulary=self._model.vocab_size,
+            device=self._model.device,
+            padded=takes_padding and not getattr(self._model, "spans_tokens", False),
+            exact_context=not takes_padding,
+        )
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Capture what can be before there are any requests."""
+        if isinstance(self._capture, GraphedSteps):
+            self._capture.capture_all(progress)
 
     @property
     def captured_steps(self) -> int:
