@@ -57,6 +57,8 @@ GROUPS = {  # in the order help and docs list them
 }
 
 
+CPU_FRACTION, GPU_FRACTION = 0.4, 0.85  # what mem_fraction_static is on each
+
 _CACHE_TYPES = ("auto", "bf16", "fp16", "f32", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 _CACHE_SYNONYMS = (
     *(("bfloat16", "bf16"), ("float16", "fp16"), ("half", "fp16"), ("f16", "fp16")),
@@ -192,9 +194,11 @@ class Settings:
         choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS,
     )  # fmt: skip
     page_size: int = option(16, "Tokens in a KV page.", "engine", choices=("16",))
-    mem_fraction_static: float = option(
-        0.4,
-        "Share of the memory left free by the weights that the KV pool may take.",
+    mem_fraction_static: float | None = option(
+        None,
+        "CPU: share of the memory left free by the weights that the KV pool may take, "
+        f"{CPU_FRACTION} unless set. GPU: share of all its memory for weights and KV pool together, "
+        f"{GPU_FRACTION} unless set; the rest is for the step's own tensors and CUDA graphs.",
         "engine",
         minimum=0.01,
         maximum=0.95,

@@ -19,7 +19,7 @@ COMPARED: dict[str, str] = {
     "refused by name",
     "dtype": "auto keeps each tensor's stored type; SGLang's auto makes f16 of f32",
     "quantization": "names and options below; not needed for quantized checkpoints",
-    "mem_fraction_static": "share of what the weights leave free, for the KV pool; SGLang counts weights too",
+    "mem_fraction_static": "the same on a GPU; on a CPU the KV pool's share of what the weights leave free",
     "max_total_tokens": "tokens of the KV pool; more than fit is an error, not cut",
     "chunked_prefill_size": "the same; -1 turns it off",
     "max_running_requests": "the same",

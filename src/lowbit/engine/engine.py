@@ -18,11 +18,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+
+import torch
 
 from lowbit.checkpoint.quality import Quality
 from lowbit.engine.choices import Ask, Choices, DeviceChoices, DeviceSampler, HostChoices
+from lowbit.engine.cuda_graphs import Progress
 from lowbit.engine.memory import pool_pages
 from lowbit.engine.messages import (
     EngineReady,
@@ -43,8 +46,6 @@ from lowbit.errors import LowbitError, printable, thousands
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
-
-Progress = Callable[[int, int, str], None]
 
 _log = logging.getLogger("lowbit")
 
@@ -295,6 +296,61 @@ class Engine:
     def _launch(self) -> _Step | None:
         """Compute the next step, or queue it on the device; None where there is nothing to compute."""
         chunks = self._with_drafts(self._scheduler.next_chunks())
+        try:
+            return self._run(chunks)
+        except torch.OutOfMemoryError as error:
+            reason = printable(str(error).partition("\n")[0], 200)
+        # Out here nothing of the step is held any more: the error had its frames, and they its tensors.
+        chunks = self._with_less(chunks, reason)
+        try:
+            return self._run(chunks)
+        except torch.OutOfMemoryError as error:
+            reason = printable(str(error).partition("\n")[0], 200)
+        self._release_memory()
+        self._news.append(
+            self._end(
+                chunks[-1].sequence,
+                "error",
+                "out_of_memory",
+                f"out of memory in a step of {_tokens_of(chunks)} tokens, twice: {reason}; try again, or "
+                "start the server with a lower --mem-fraction-static or --max-running-requests",
+            )
+        )
+        return None
+
+    def _with_less(self, chunks: list[Chunk], reason: str) -> list[Chunk]:
+        """After a step that was too large: the next one without the youngest sequence. Steps stay smaller.
+
+        What the step wrote is written again: no sequence has counted it.
+        """
+        self._release_memory()
+        scheduler = self._scheduler
+        tokens = _tokens_of(chunks)
+        for sequence in scheduler.running:
+            scheduler.drop_drafts(sequence)
+        if any(chunk.count > 1 for chunk in chunks) and scheduler.prefill_budget > scheduler.page_size:
+            scheduler.prefill_budget = max(scheduler.prefill_budget // 2, scheduler.page_size)
+        else:
+            scheduler.max_running = max(len(scheduler.running) - 1, 1)
+        if len(scheduler.running) > 1:
+            scheduler.retract(scheduler.running[-1])
+        _log.warning(
+            "lowbit: out of memory in a step of %d tokens: %s; from now on steps have at most %d prompt "
+            "tokens and %d sequences: start with a lower --mem-fraction-static",
+            tokens,
+            reason,
+            scheduler.prefill_budget,
+            scheduler.max_running,
+        )
+        return scheduler.next_chunks(admit=False)
+
+    def _release_memory(self) -> None:
+        """What torch keeps for later may lie in pieces that are too small."""
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, chunks: list[Chunk]) -> _Step | None:
+        """Compute the chunks. Where this fails nothing has changed but what is in their pages."""
         if not chunks:
             return None
         rows, parts = self._wanted_rows(chunks)
@@ -570,6 +626,10 @@ class Engine:
             found.append("a request is neither waiting nor running")
         self._violations += bool(found)
         return found
+
+
+def _tokens_of(chunks: list[Chunk]) -> int:
+    return sum(chunk.count + len(chunk.drafts) for chunk in chunks)
 
 
 def _targets(part: _Part) -> list[tuple[int, int]]:

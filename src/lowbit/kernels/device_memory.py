@@ -26,6 +26,11 @@ def free_memory(device: torch.device, mapped: int = 0) -> int:
     return min(free, max(limit - used - max(mapped - _cached(), 0), 0))
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU, whoever uses them."""
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
 def upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """The arrays, all of one dtype, on the device, without waiting for what it does.
 
