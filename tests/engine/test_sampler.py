@@ -70,6 +70,13 @@ def test_top_k(top_k: int) -> None:
     close(draws(logits, top_k=top_k), torch.softmax(kept, 0))
 
 
+def test_top_k_takes_the_lowest_of_equals() -> None:
+    logits = torch.zeros(SIZE)
+    logits[[40, 45]] = 1.0
+    found = draws(logits, count=400, top_k=6)
+    assert found.nonzero()[0].tolist() == [0, 1, 2, 3, 40, 45]
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9])
 def test_top_p(top_p: float) -> None:
     probabilities = torch.softmax(row(), 0)

@@ -125,8 +125,14 @@ def _largest(probabilities: Tensor, keep: int, top_p: float) -> tuple[Tensor, Te
 
 
 def _sorted_top(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest, equal ones by id: topk alone leaves their order open."""
-    values, ids = torch.topk(probabilities, count)
+    """The ``count`` largest, equal ones by id: topk alone leaves open which it takes, and their order."""
+    values, ids = torch.topk(probabilities, min(count + 1, len(probabilities)))
+    if len(values) > count and values[count] == values[count - 1]:
+        equal = (probabilities == values[count]).nonzero()[:, 0]
+        above = ids[values > values[count]]
+        ids = torch.cat((above, equal[: count - len(above)]))
+    ids = ids[:count]
+    values = probabilities[ids]
     ids, by_id = ids.sort()
     values, order = values[by_id].sort(descending=True, stable=True)
     return values, ids[order]

@@ -1,7 +1,8 @@
 """The small operations between matrix products: norms, sums, gated activation, rotary embedding, gathers.
 
-float32 tensors on a CPU go to the native library, where a row's bits do not depend on the other rows or on
-the number of threads; everything else runs in torch, computing in float32 and rounding once.
+On a GPU each is one Triton kernel (``gpu.elementwise``). float32 tensors on a CPU go to the native library,
+where a row's bits do not depend on the other rows or on the number of threads; everything else runs in torch,
+computing in float32 and rounding once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +19,11 @@ from torch.nn import functional
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.step_plan import Operation
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SWIGLU_LIMIT, SWIGLU_SLOPE = 7.0, 1.702
 
@@ -106,10 +112,30 @@ def _native_for(x: Tensor) -> _Functions | None:
     return None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last axis (Zhang and Sennrich, 2019). ``out`` may be x."""
+def _or_triton(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, or what ``gpu.elementwise`` calls so where Triton takes the first argument."""
+
+    @wraps(function)
+    def dispatched(*arguments: P.args, **named: P.kwargs) -> R:
+        if not runtime.runs_on(cast(Tensor, arguments[0]).device):
+            return function(*arguments, **named)
+        from lowbit.kernels.gpu import elementwise
+
+        return cast(R, getattr(elementwise, function.__name__)(*arguments, **named))
+
+    return dispatched
+
+
+@_or_triton
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last axis (Zhang and Sennrich, 2019). ``out`` may be x.
+
+    ``dtype``: of what is made where there is no ``out``; None: as x.
+    """
     if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     functions = _native_for(x)
     if functions is None or _native_for(out) is None:
         wide = x.float()
@@ -123,12 +149,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``residual += x`` in place, then its RMSNorm."""
+@_or_triton
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``residual += x`` in place, then its RMSNorm, in ``dtype`` (None: as the stream)."""
     functions = _native_for(x)
-    if functions is None or _native_for(residual) is None:
+    if functions is None or _native_for(residual) is None or dtype not in (None, torch.float32):
         residual.add_(x)
-        return rms_norm(residual, weight, eps)
+        return rms_norm(residual, weight, eps, dtype=dtype)
     rows, width = residual.shape
     _check_weight(weight, width)
     assert x.shape == residual.shape, "a layer's output and the residual stream have one shape"
@@ -148,6 +177,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return out
 
 
+@_or_triton
 def rms_norm_heads(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of every head of (tokens, heads, head_dim), in place; it may be a view of a fused output."""
     functions = _functions()
@@ -161,15 +191,23 @@ def rms_norm_heads(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
     return heads
 
 
+@_or_triton
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, groups: int = 1, out: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    groups: int = 1,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (Ba et al., 2016). ``out`` may be x.
 
     Each of a row's ``groups`` groups of neighbours by itself; weight and bias are as wide as x or as a group.
+    ``dtype``: of what is made where there is no ``out``; None: as x.
     """
     if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     width = x.shape[-1] // groups
     functions = _native_for(x)
     if functions is None or _native_for(out) is None:
@@ -196,6 +234,7 @@ def layer_norm(
     return out
 
 
+@_or_triton
 def add(x: Tensor, total: Tensor) -> Tensor:
     """``total += x`` in place."""
     functions = _native_for(x)
@@ -206,6 +245,7 @@ def add(x: Tensor, total: Tensor) -> Tensor:
     return total
 
 
+@_or_triton
 def affine(
     x: Tensor,
     *,
@@ -253,6 +293,7 @@ def affine(
     return out
 
 
+@_or_triton
 def softcap(x: Tensor, cap: float) -> Tensor:
     """cap * tanh(x / cap), in place (Gemma 2, 2024)."""
     functions = _native_for(x)
@@ -262,6 +303,7 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return x
 
 
+@_or_triton
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[rows]; ``rows``: int64 (count,)."""
     functions = _native_for(x)
@@ -276,6 +318,7 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     return out
 
 
+@_or_triton
 def gather_columns(x: Tensor, order: Tensor) -> Tensor:
     """x[:, order]; ``order``: int64 (width,), a permutation."""
     functions = _native_for(x)
@@ -304,6 +347,7 @@ def activation_number(activation: str) -> int:
     return known[0]
 
 
+@_or_triton
 def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | None = None) -> Tensor:
     """gate_up (tokens, 2 * width), gate first -> activation(gate) * up (tokens, width).
 
@@ -329,6 +373,7 @@ def gated_activation(gate_up: Tensor, activation: str = "silu", out: Tensor | No
     return out
 
 
+@_or_triton
 def activated(x: Tensor, activation: str) -> Tensor:
     """activation(x) of (tokens, width), in place."""
     number = activation_number(activation)
@@ -357,14 +402,33 @@ class RotaryTable:
         return RotaryTable(cosines.to(device).contiguous(), sines.to(device).contiguous())
 
 
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMSNorms over every head of Q and of K; weights: float32 (head dim,)."""
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+
+
+@_or_triton
 def apply_rotary(
-    q: Tensor, k: Tensor, table: RotaryTable, positions: Tensor, interleaved: bool = False
+    q: Tensor,
+    k: Tensor,
+    table: RotaryTable,
+    positions: Tensor,
+    interleaved: bool = False,
+    norms: HeadNorms | None = None,
 ) -> None:
     """Rotate q (tokens, heads, dim) and k (tokens, kv heads, dim) in place (RoFormer: Su et al., 2021).
 
     The table's width says how many leading dimensions of a head turn: halves with each other, or with
     ``interleaved`` neighbours. ``positions``: int32 (tokens,). q and k may be views of one fused output.
+    ``norms``: what comes before, in the same launch on a GPU.
     """
+    if norms is not None:
+        rms_norm_heads(q, norms.q_weight, norms.eps)
+        rms_norm_heads(k, norms.k_weight, norms.eps)
     if not (_is_strided(q) and _is_strided(k) and (functions := _functions()) is not None):
         _rotate(q, table, positions, interleaved)
         _rotate(k, table, positions, interleaved)

@@ -51,7 +51,7 @@ class Experts:
     ) -> Tensor:
         """x (tokens, hidden), chosen int64 (tokens, k), weights float32 (tokens, k) -> (tokens, hidden).
 
-        ``added`` (tokens, hidden) comes on top.
+        ``added`` (tokens, hidden) comes on top. The result has x's dtype or is float32.
         """
         if isinstance(self.grouped, GroupedExperts):
             return self.grouped(x, chosen, weights, activation, added)
@@ -60,15 +60,15 @@ class Experts:
         return mixed if added is None else mixed + added
 
     def one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
-        """The sum from each expert's own layers."""
+        """The sum from each expert's own layers, float32."""
         if chosen.shape[0] == 1:
             return self._one_token(x, chosen, weights, activation)
-        out = torch.zeros_like(x)
+        out = torch.zeros(x.shape, device=x.device)
         # Pairs (token, slot) sorted by expert; stable, so tokens stay in order within an expert.
         experts, order = chosen.flatten().sort(stable=True)
         tokens = order // chosen.shape[1]
         per_expert = torch.bincount(experts, minlength=len(self.gate_up)).tolist()
-        factors = weights.flatten()[order].unsqueeze(1).to(x.dtype)
+        factors = weights.flatten()[order].unsqueeze(1)
         start = 0
         for expert, count in enumerate(per_expert):
             if count:
@@ -80,10 +80,10 @@ class Experts:
 
     def _one_token(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
         """The same sum without sorting and gathering."""
-        out = torch.zeros_like(x)
+        out = torch.zeros(x.shape, device=x.device)
         for expert, weight in sorted(zip(chosen[0].tolist(), weights[0].tolist(), strict=True)):
             y = self.down[expert](gated_activation(self.gate_up[expert](x), activation))
-            out += y * weight
+            out += y.float() * weight
         return out
 
     @property

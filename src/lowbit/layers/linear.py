@@ -68,6 +68,13 @@ class Linear:
         assert out is None, "no layer with an order of its own writes into another's place"
         return gather_columns(y, self.order)
 
+    def in_float32(self, x: Tensor) -> Tensor:
+        """x (tokens, in) -> float32 (tokens, out): the sums as they are, not rounded to x's dtype."""
+        if x.dtype is torch.float32 or self.order is not None:
+            return self(x).float()
+        rows = sum(weight.shape[0] for weight in self.weights)
+        return self(x, torch.empty(len(x), rows, dtype=torch.float32, device=x.device))
+
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """x (tokens, in) -> activation(gate) * up (tokens, out / 2); gate rows come first."""
         whole = self._whole
@@ -107,13 +114,12 @@ class Linear:
 class Embedding:
     """Token embedding and, where tied, the output head: the same packed weight read both ways."""
 
-    def __init__(self, weight: PackedWeight, dtype: torch.dtype) -> None:
+    def __init__(self, weight: PackedWeight) -> None:
         self.weight = weight
-        self.dtype = dtype
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """int32 (tokens,) -> (tokens, hidden) in the activations' dtype."""
-        return self.weight.kernel.rows(self.weight, tokens).to(self.dtype)
+        """int32 (tokens,) -> float32 (tokens, hidden)."""
+        return self.weight.kernel.rows(self.weight, tokens).float()
 
     def as_head(self) -> Linear:
         """The same matrix as a Linear of (vocabulary, hidden)."""

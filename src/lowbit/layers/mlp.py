@@ -64,9 +64,9 @@ class MixtureOfExperts:
     shared_gate: Linear | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (tokens, hidden) -> (tokens, hidden)."""
-        chosen, weights = self.route(self.router(x).float())
+        """x (tokens, hidden) -> (tokens, hidden), in x's dtype or float32."""
+        chosen, weights = self.route(self.router.in_float32(x))
         added = None if self.shared is None else self.shared(x)
         if added is not None and self.shared_gate is not None:
-            affine(added, factor=sigmoid(self.shared_gate(x)), out=added)
+            affine(added, factor=sigmoid(self.shared_gate.in_float32(x)), out=added)
         return self.experts(x, chosen, weights, self.activation, added)

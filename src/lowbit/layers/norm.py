@@ -1,35 +1,41 @@
-"""Norm: RMSNorm or LayerNorm with its weights, over rows or over the heads of Q and K."""
+"""Norm: RMSNorm or LayerNorm with its weights, over rows or over the heads of Q and K.
+
+The residual stream is float32 on every device; a norm gives what reads it in the dtype of its own that matrix
+products take.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from lowbit.kernels.elementwise import add, add_rms_norm, layer_norm, rms_norm, rms_norm_heads
+from lowbit.kernels.elementwise import HeadNorms, add, add_rms_norm, layer_norm, rms_norm, rms_norm_heads
 
 
 @dataclass(frozen=True)
 class Norm:
     """RMSNorm (Zhang and Sennrich, 2019), or where ``centred`` LayerNorm (Ba et al., 2016), which may have a
-    bias. ``weight`` and ``bias``: float32 (width,)."""
+    bias. ``weight`` and ``bias``: float32 (width,). ``dtype``: of what it gives; None: as x."""
 
     weight: Tensor
     eps: float
     centred: bool = False
     bias: Tensor | None = None
+    dtype: torch.dtype | None = None
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, width), normalized. ``out`` may be x."""
         if self.centred:
-            return layer_norm(x, self.weight, self.bias, self.eps, out=out)
-        return rms_norm(x, self.weight, self.eps, out)
+            return layer_norm(x, self.weight, self.bias, self.eps, out=out, dtype=self.dtype)
+        return rms_norm(x, self.weight, self.eps, out, self.dtype)
 
     def of_sum(self, x: Tensor, residual: Tensor) -> Tensor:
         """``residual += x`` in place, then its norm."""
         if self.centred:
             return self(add(x, residual))
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps, self.dtype)
 
     def of_heads(self, heads: Tensor) -> None:
         """Heads (tokens, heads, dim) in place; they may be a view of a fused output.
@@ -46,3 +52,12 @@ class Norm:
             layer_norm(rows, self.weight, self.bias, self.eps, heads.shape[1], out=rows)
         else:
             rms_norm(rows, self.weight, self.eps, out=rows)
+
+
+def head_norms(q: Norm | None, k: Norm | None, dim: int) -> HeadNorms | None:
+    """Both as RMSNorms of single heads, which can go with a rotation, or None where they are no such."""
+    if q is None or k is None or q.centred or k.centred or q.eps != k.eps:
+        return None
+    if q.weight.numel() != dim or k.weight.numel() != dim:
+        return None
+    return HeadNorms(q.weight, k.weight, q.eps)

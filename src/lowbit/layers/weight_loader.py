@@ -17,8 +17,8 @@ from lowbit.numerics.cache_format import KvDtype
 
 
 class WeightLoader(Protocol):
-    """``activation_dtype``: what flows between layers; ``cache_dtype``: K and V in the cache, where no scale
-    of theirs is known."""
+    """``activation_dtype``: what goes into matrix products and comes out of them (the residual stream is
+    float32); ``cache_dtype``: K and V in the cache, where no scale of theirs is known."""
 
     device: torch.device
     activation_dtype: torch.dtype

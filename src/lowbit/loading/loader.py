@@ -111,7 +111,7 @@ class Loader(Asker):
         [packed] = kept.weights
         if self.tied_head:
             self._note(weight, packed, None, self.wanted_kernel(places[0]))
-        return Embedding(packed, self.activation_dtype)
+        return Embedding(packed)
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """The dequantized matrix itself, or (stacked, out, in) of them."""

@@ -110,7 +110,8 @@ class Target:
         if kv == "auto":
             kv = "fp8_e4m3" if wants_fp8_cache(header) else "f32" if exact else "bf16"
         cache = KvDtype.of(*(kv if one == "auto" else one for one in (k, v)))
-        # On a CPU the residual stream, norms and accumulation stay in float32; kernels round their inputs.
+        # The residual stream, norms and sums are float32 everywhere. On a CPU so is what goes into products:
+        # kernels round it.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
         return cls(
             torch.device(device),

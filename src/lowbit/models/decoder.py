@@ -3,6 +3,8 @@
 One class for every family of this shape (``families``); what differs is in ``ModelConfig``: norms before or
 after the halves of a block or both, halves one after another or side by side, and constants. Weights
 arrive through a ``WeightLoader``, so that one ``build`` serves loading, planning, every format and kernel.
+The residual stream is float32 on every device, and so are norms that only it sees; what goes into matrix
+products and comes out of them has the loader's ``activation_dtype``.
 Sources: Touvron et al., 2023 (Llama), Ainslie et al., 2023 (GQA), Su et al., 2021 (RoPE).
 """
 
@@ -17,6 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import (
+    HeadNorms,
     RotaryTable,
     add,
     affine,
@@ -27,7 +30,7 @@ from lowbit.kernels.elementwise import (
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
-from lowbit.layers.norm import Norm
+from lowbit.layers.norm import Norm, head_norms
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig
@@ -55,6 +58,7 @@ class Block:
     v_scale: float = 1.0
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    head_norms: HeadNorms | None = None  # both, where they go with the rotation
     attention_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
     output_norm: Norm | None = None  # of what goes into the output projection
@@ -79,6 +83,7 @@ class Decoder:
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
         self.device = loader.device
+        self.activation_dtype = loader.activation_dtype
         self.kernels: frozenset[str] = frozenset()
         self.quantization = ""
         self.weight_bytes = 0
@@ -108,7 +113,7 @@ class Decoder:
         hidden = self.enter(0, residual)
         for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
             hidden = self.forward_block(layer, hidden, residual, cache, batch)
-        logits = self.head(gather_rows(hidden, batch.sample_rows)).float()
+        logits = self.head.in_float32(gather_rows(hidden, batch.sample_rows))
         if config.logit_scale != 1.0 or self.head_scale is not None:
             logits = affine(logits, column=self.head_scale, number=config.logit_scale, out=logits)
         if config.logit_softcap:
@@ -117,7 +122,7 @@ class Decoder:
         return logits
 
     def embed(self, batch: ForwardBatch) -> Tensor:
-        """(tokens, hidden): the residual stream before the first block."""
+        """float32 (tokens, hidden): the residual stream before the first block."""
         residual, scale = self.embedding(batch.tokens), _stream_scale(self.config)
         if scale != 1.0:
             affine(residual, number=scale, out=residual)
@@ -126,7 +131,7 @@ class Decoder:
     def enter(self, layer: int, residual: Tensor) -> Tensor:
         """What a block's projections see of the residual stream."""
         norm = self.blocks[layer].attention_norm
-        return residual if norm is None else norm(residual)
+        return residual.to(self.activation_dtype) if norm is None else norm(residual)
 
     def forward_block(
         self, layer: int, hidden: Tensor, residual: Tensor, cache: LayerCache, batch: ForwardBatch
@@ -146,10 +151,16 @@ class Decoder:
             attended = block.output(self._attend(block, cache, hidden, batch))
             if block.attention_post_norm is not None:
                 attended = block.attention_post_norm(attended)
-            mixed = block.mlp(_add_and_norm(attended, residual, block.mlp_norm))
+            mixed = block.mlp(self._add_and_norm(attended, residual, block.mlp_norm))
             if block.mlp_post_norm is not None:
                 mixed = block.mlp_post_norm(mixed)
-        return _add_and_norm(mixed, residual, next_norm)
+        return self._add_and_norm(mixed, residual, next_norm)
+
+    def _add_and_norm(self, x: Tensor, residual: Tensor, norm: Norm | None) -> Tensor:
+        """``residual += x`` in place; what the next half sees of it."""
+        if norm is None:
+            return add(x, residual).to(self.activation_dtype)
+        return norm.of_sum(x, residual)
 
     def _attend(self, block: Block, cache: LayerCache, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """(tokens, heads * head_dim): attention before its output projection."""
@@ -160,7 +171,8 @@ class Decoder:
             block.q_norm.of_heads(q)
             block.k_norm.of_heads(k)
         if block.rotary is not None:
-            apply_rotary(q, k, block.rotary, batch.positions, config.rotates_neighbours)
+            turns_neighbours = config.rotates_neighbours
+            apply_rotary(q, k, block.rotary, batch.positions, turns_neighbours, block.head_norms)
         if block.k_scale != 1.0 or block.v_scale != 1.0:
             # K's scale returns through the softmax scale of ``block.attention``.
             cache.kernel.write(cache, _divided(k, block.k_scale), _divided(v, block.v_scale), batch)
@@ -170,11 +182,6 @@ class Decoder:
             cache.kernel.write(cache, k, v, batch)
             attended = cache.kernel.attend(q, cache, batch, block.attention)
         return attended if block.output_norm is None else block.output_norm(attended, out=attended)
-
-
-def _add_and_norm(x: Tensor, residual: Tensor, norm: Norm | None) -> Tensor:
-    """``residual += x`` in place; what the next half sees of it."""
-    return add(x, residual) if norm is None else norm.of_sum(x, residual)
 
 
 def _stream_scale(config: ModelConfig) -> float:
@@ -239,12 +246,13 @@ def _has_window(config: ModelConfig, layer: int) -> bool:
     return bool(config.windows and config.windows[layer])
 
 
-def _norm(config: ModelConfig, loader: WeightLoader, name: str) -> Norm:
-    """A norm of the residual stream."""
+def _norm(config: ModelConfig, loader: WeightLoader, name: str, dtype: torch.dtype | None = None) -> Norm:
+    """A norm of the residual stream, or of what is added to it; ``dtype``: None: what products take."""
     size = config.hidden_size
     bias = loader.vector(f"{name}.bias", size) if config.norm_bias else None
     weight = loader.vector(f"{name}.weight", size) + config.norm_offset
-    return Norm(weight, config.norm_eps / config.residual_scale**2, config.layer_norm, bias)
+    eps = config.norm_eps / config.residual_scale**2
+    return Norm(weight, eps, config.layer_norm, bias, dtype or loader.activation_dtype)
 
 
 def _head_norm(config: ModelConfig, loader: WeightLoader, name: str, heads: int) -> Norm | None:
@@ -289,14 +297,17 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
     attention = f"{prefix}.self_attn"
     q_rows = config.heads * config.head_dim
 
-    def norm(name: str) -> Norm | None:
-        return _norm(config, loader, f"{prefix}.{name}") if name else None
+    def norm(name: str, dtype: torch.dtype | None = None) -> Norm | None:
+        return _norm(config, loader, f"{prefix}.{name}", dtype) if name else None
 
     output_norm = None
     if config.sub_norms:
         output_norm = Norm(loader.vector(output_norm_name(layer), q_rows), config.norm_eps)
     k_scale, v_scale = loader.kv_scales(attention, layer)
     names = config.norm_names
+    q_norm = _head_norm(config, loader, f"{attention}.q_norm", config.heads)
+    k_norm = _head_norm(config, loader, f"{attention}.k_norm", config.kv_heads)
+    both = None if rotary is None else head_norms(q_norm, k_norm, config.head_dim)
     return Block(
         attention_norm=norm(names.attention),
         qkv=loader.linear(f"{attention}.qkv_proj", _qkv_parts(config, attention)),
@@ -315,10 +326,11 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
         kv_dtype=loader.kv_dtype(attention, layer),
         k_scale=k_scale,
         v_scale=v_scale,
-        q_norm=_head_norm(config, loader, f"{attention}.q_norm", config.heads),
-        k_norm=_head_norm(config, loader, f"{attention}.k_norm", config.kv_heads),
-        attention_post_norm=norm(names.attention_post),
-        mlp_post_norm=norm(names.mlp_post),
+        q_norm=None if both else q_norm,
+        k_norm=None if both else k_norm,
+        head_norms=both,
+        attention_post_norm=norm(names.attention_post, torch.float32),
+        mlp_post_norm=norm(names.mlp_post, torch.float32),
         output_norm=output_norm,
     )
 

@@ -233,6 +233,7 @@ class Deepseek:
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
         self.device = loader.device
+        self.activation_dtype = loader.activation_dtype
         self.kernels: frozenset[str] = frozenset()
         self.quantization = ""
         self.weight_bytes = 0
@@ -255,15 +256,15 @@ class Deepseek:
 
     def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
         """float32 (sample rows, vocabulary)."""
-        eps = self.config.norm_eps
-        residual = self.embedding(batch.tokens)  # (tokens, hidden)
-        hidden = rms_norm(residual, self.blocks[0].attention_norm, eps)
+        eps, dtype = self.config.norm_eps, self.activation_dtype
+        residual = self.embedding(batch.tokens)  # float32 (tokens, hidden)
+        hidden = rms_norm(residual, self.blocks[0].attention_norm, eps, dtype=dtype)
         following = [block.attention_norm for block in self.blocks[1:]] + [self.final_norm]
         for block, cache, next_norm in zip(self.blocks, caches, following, strict=True):
             attended = self._attend(block.attention, cache, hidden, batch)
-            hidden = add_rms_norm(attended, residual, block.mlp_norm, eps)
-            hidden = add_rms_norm(block.mlp(hidden), residual, next_norm, eps)
-        logits = self.head(gather_rows(hidden, batch.sample_rows)).float()
+            hidden = add_rms_norm(attended, residual, block.mlp_norm, eps, dtype)
+            hidden = add_rms_norm(block.mlp(hidden), residual, next_norm, eps, dtype)
+        logits = self.head.in_float32(gather_rows(hidden, batch.sample_rows))
         self.states.update()
         return logits
 

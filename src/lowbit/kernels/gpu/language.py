@@ -20,3 +20,14 @@ def dot(a, b, total):  # type: ignore[no-untyped-def]
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 x as another float type, to nearest even; Triton's interpreter would cut bfloat16 short."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = tl.where(
+            x == x, ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True), x
+        )
+    return x.to(dtype)

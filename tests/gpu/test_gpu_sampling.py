@@ -1,0 +1,295 @@
+"""Sampling on the device against the engine's sampler: the same logits and numbers, the same tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.stand_in import ByteTokenizer
+from lowbit.engine import sampler
+from lowbit.engine.messages import Request, SamplingParams
+from lowbit.engine.sequence import Sequence
+from lowbit.kernels.gpu import runtime, sampling
+from lowbit.kernels.gpu.sampling import (
+    add_bias,
+    count_tokens,
+    log_probabilities,
+    penalize,
+    row_peaks,
+    sample_rows,
+)
+from lowbit.kernels.row_peaks import row_peaks as peaks_on_cpu
+
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+NEAR = 1e-6  # a uniform number so close to a border between two tokens may give either
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several chunks, and few candidates."""
+    monkeypatch.setattr(sampling, "CHUNK", 256)
+    monkeypatch.setattr(sampling, "CANDIDATES", 64)
+
+
+class Drawn:
+    """Stands for numpy's generator."""
+
+    def __init__(self, number: float) -> None:
+        self.number = number
+
+    def random(self) -> float:
+        return self.number
+
+
+def defined(logits: Tensor, options: dict[str, float], uniform: float) -> int:
+    """The engine's token of one row."""
+    if options["temperature"] == 0:
+        return int(logits.argmax())
+    request = Request(id="x", prompt=(1,), sampling=SamplingParams(**options))
+    sequence = Sequence.start(request, 1000, frozenset({3}), ByteTokenizer(), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "Generator", lambda _: Drawn(uniform))
+        return sampler.sample(logits, sequence, -1)
+
+
+def sampled(
+    logits: Tensor, options: list[dict[str, float]], uniform: list[float], peaks: Tensor | None = None
+) -> list[int]:
+    def each(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([one[name] for one in options], dtype=dtype, device=logits.device)
+
+    found = sample_rows(
+        logits,
+        each("temperature", torch.float32),
+        each("top_k", torch.int32),
+        each("top_p", torch.float64),
+        each("min_p", torch.float64),
+        torch.tensor(uniform, dtype=torch.float64, device=logits.device),
+        peaks,
+    )
+    assert found.dtype is torch.int64
+    return found.tolist()
+
+
+def check(logits: Tensor, options: list[dict[str, float]], uniform: list[float]) -> list[int]:
+    """The engine's tokens, or its tokens of numbers next to the uniform ones."""
+    found = sampled(logits, options, uniform)
+    for row, (token, option, number) in enumerate(zip(found, options, uniform, strict=True)):
+        numbers = (number, max(number - NEAR, 0.0), min(number + NEAR, 1 - 2.0**-53))
+        wanted = [defined(logits[row].cpu(), option, one) for one in numbers]
+        assert token in wanted, (row, option, number, token, wanted)
+    return found
+
+
+def rows(count: int, width: int, spread: float, device: torch.device, seed: int = 0) -> Tensor:
+    """Logits in a wider matrix full of NaN."""
+    values = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * spread
+    inside = torch.full((count, width + 5), torch.nan, device=device)[:, :width]
+    return inside.copy_(values)
+
+
+def numbers(count: int, seed: int = 1) -> list[float]:
+    return np.random.default_rng(seed).random(count).tolist()
+
+
+MIXED: list[dict[str, float]] = [
+    OFF,
+    OFF | {"temperature": 0.0},
+    OFF | {"temperature": 0.6},
+    OFF | {"min_p": 0.05},
+    OFF | {"top_k": 1},
+    OFF | {"top_k": 20, "top_p": 0.8, "temperature": 0.7},
+    OFF | {"top_p": 0.95},
+    OFF | {"top_p": 0.5, "min_p": 0.1},
+    OFF | {"top_k": 5, "min_p": 0.02},
+    OFF | {"top_p": 1e-9},
+    OFF | {"top_k": 100_000, "top_p": 0.9},
+    OFF | {"top_k": -1, "temperature": 1e-6},
+]
+
+
+@pytest.mark.parametrize(("width", "spread"), [(1, 1.0), (127, 3.0), (700, 4.0)])
+def test_rows_with_settings_of_their_own(width: int, spread: float, device: torch.device) -> None:
+    logits = rows(len(MIXED), width, spread, device)
+    check(logits, MIXED, numbers(len(MIXED)))
+
+
+WIDE: list[dict[str, float]] = [
+    OFF | {"top_k": 200, "top_p": 0.903},
+    OFF | {"top_k": 150},
+    OFF | {"top_p": 0.971},
+    OFF | {"top_p": 0.903, "min_p": 0.3},
+    OFF | {"top_k": 299, "min_p": 0.5},
+    OFF | {"top_p": 0.903, "temperature": 3.0},
+]
+
+
+def test_all_tokens_are_equal_and_more_than_candidates(device: torch.device) -> None:
+    """Only ids decide."""
+    check(rows(1, 300, 0.0, device), WIDE[:1], [0.7])
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(len(WIDE), marks=pytest.mark.slow)])
+def test_more_tokens_than_candidates(count: int, device: torch.device) -> None:
+    """Flat distributions."""
+    for spread in (0.3,) if count == 2 else (0.3, 1.0, 2.0):
+        check(rows(count, 300, spread, device), WIDE[:count], numbers(count, 2))
+
+
+@pytest.mark.parametrize("options", [{"top_k": 6}, {"top_p": 0.7}, {"top_k": 100, "top_p": 0.8}, {}])
+def test_equal_tokens_stay_in_the_order_of_their_ids(options: dict[str, float], device: torch.device) -> None:
+    """Logits in steps of a half, zero of both signs among them: groups of equals cross every border."""
+    logits = (rows(1, 260, 1.5, device) * 2).round() / 2
+    logits[0, ::7] *= -1.0
+    draws = [1 - 2.0**-53, 0.4] if options.get("top_k") == 100 else [0.0, 1 - 2.0**-53, *numbers(6)]
+    found = check(logits.expand(len(draws), -1), [OFF | options] * len(draws), draws)
+    assert len(set(found)) >= min(len(draws), 3)
+
+
+def test_a_token_that_is_forbidden_is_never_drawn(device: torch.device) -> None:
+    logits = rows(4, 300, 1.0, device)
+    logits[:, 150:] = -math.inf
+    logits[:, 0] = -math.inf
+    options = [OFF, OFF | {"top_k": 40}, OFF | {"top_p": 0.5}, OFF | {"min_p": 0.01}]
+    for number in (0.0, 1 - 2.0**-53):
+        found = check(logits, options, [number] * 4)
+        assert all(0 < token < 150 for token in found)
+    assert 0 < check(logits[:1], [OFF | {"top_k": 200}], [1 - 2.0**-53])[0] < 150
+
+
+def test_a_row_has_its_token_in_any_company(device: torch.device) -> None:
+    logits, uniform = rows(len(MIXED), 400, 2.0, device), numbers(len(MIXED))
+    together = sampled(logits, MIXED, uniform)
+    for row in (0, 5):
+        chosen = slice(row, row + 1)
+        assert sampled(logits[chosen], MIXED[chosen], uniform[chosen]) == together[chosen]
+
+
+def test_nothing_is_read_or_left_from_before(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory that holds anything gives the same tokens."""
+    options = MIXED[:6]
+    logits, uniform = rows(len(options), 300, 4.0, device), numbers(len(options))
+    wanted = sampled(logits, options, uniform)
+    empty = torch.empty
+
+    def filled(*shape: Any, **options: Any) -> Tensor:
+        made = empty(*shape, **options)
+        return made.fill_(torch.nan if made.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", filled)
+    assert sampled(logits, options, uniform) == wanted
+
+
+@pytest.mark.parametrize("width", [1, 300])
+def test_peaks(width: int, device: torch.device) -> None:
+    logits = rows(6, width, 1.0, device)
+    logits[1] = logits[1].max()  # all equal
+    logits[2, width // 2] = math.inf
+    logits[3] = -math.inf
+    logits[4, width // 3] = math.nan
+    logits[5, : width // 2] = -math.inf
+    values, places = row_peaks(logits)
+    expected, at = peaks_on_cpu(logits.cpu())
+    assert values.cpu().equal(torch.tensor(expected)) or values[4].isnan()
+    good = [0, 1, 2, 3, 5]
+    assert values.cpu()[good].tolist() == [expected[row] for row in good]
+    assert values[4].isnan() and math.isnan(expected[4])
+    assert [places.tolist()[row] for row in good] == [at[row] for row in good]
+    noted = torch.zeros(6, device=device)
+    tokens = sampled(logits, [OFF | {"top_k": 3}] + [OFF] * 5, [0.5] * 6, noted)
+    assert all(0 <= token < width for token in tokens)
+    assert torch.equal(noted.nan_to_num(7.0), values.nan_to_num(7.0))
+
+
+def test_real_sizes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks and a bit, 1,024 candidates, and a row for which they are too few."""
+    monkeypatch.undo()
+    assert (sampling.CHUNK, sampling.CANDIDATES) == (2048, 1024)
+    options = [OFF | {"top_k": 50, "top_p": 0.9}, OFF | {"top_p": 0.95}, OFF]
+    check(rows(3, 4500, 3.0, device), options, numbers(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_many_rows(seed: int, device: torch.device) -> None:
+    random = np.random.default_rng(seed)
+    options = [
+        {
+            "temperature": float(random.choice([0.0, 0.3, 1.0, 1.5])),
+            "top_k": int(random.choice([0, 1, 10, 40, 90])),
+            "top_p": float(random.choice([1.0, 0.95, 0.8, 0.3])),
+            "min_p": float(random.choice([0.0, 0.0, 0.05, 0.2])),
+        }
+        for _ in range(40)
+    ]
+    check(rows(40, 517, float(random.uniform(0.2, 6)), device, seed), options, numbers(40, seed))
+
+
+def test_log_probabilities(device: torch.device) -> None:
+    logits = (rows(3, 300, 2.0, device) * 2).round() / 2  # equals
+    tokens = torch.tensor([0, 299, 17], device=device)
+    for count in (0, 7, 400):
+        chosen, ids, values = log_probabilities(logits, tokens, count)
+        for row in range(3):
+            wanted = sampler.log_probabilities(logits[row].cpu(), int(tokens[row]), 300)
+            assert chosen[row].item() == pytest.approx(wanted.logprob, abs=1e-9)
+            best = wanted.top[:count]
+            assert ids[row].tolist() == [token for token, _ in best]
+            assert values[row].tolist() == pytest.approx([value for _, value in best], abs=1e-9)
+
+
+def test_penalties(device: torch.device) -> None:
+    width, stride = 1100, 1104
+    logits = rows(3, width, 2.0, device)
+    counts = torch.zeros(4, stride, dtype=torch.int32, device=device)[:, :width]
+    prompts = torch.zeros(4, width, dtype=torch.uint8, device=device)
+    settings = [
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1},
+        {"presence_penalty": 0.7},
+        {"repetition_penalty": 0.8},
+    ]
+    places, outputs, wanted = [3, 0, -1], [(5, 5, 1099), (1, 2, 1), (7,)], []
+    for row, (place, output, setting) in enumerate(zip(places, outputs, settings, strict=True)):
+        request = Request(id="x", prompt=(4, 9), sampling=SamplingParams(**setting))
+        sequence = Sequence.start(request, 1000, frozenset({3}), ByteTokenizer(), None)
+        sequence.tokens += output
+        expected = logits[row].cpu().clone()
+        if place >= 0:
+            sampler._penalize(expected, sequence)
+            prompts[place, [4, 9]] = 1
+        wanted.append(expected)
+    on_device = torch.tensor(places, dtype=torch.int32, device=device)
+    for turn in range(3):
+        tokens = [output[turn] if turn < len(output) else 0 for output in outputs]
+        count_tokens(counts, on_device, torch.tensor(tokens, device=device))
+    assert counts[0, [1, 2]].tolist() == [2, 1] and int(counts.sum()) == 6
+
+    def each(name: str, default: float, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([one.get(name, default) for one in settings], dtype=dtype, device=device)
+
+    repetition = each("repetition_penalty", 1.0, torch.float64)
+    frequency = each("frequency_penalty", 0.0, torch.float32)
+    presence = each("presence_penalty", 0.0, torch.float32)
+    assert penalize(logits, counts, prompts, on_device, repetition, frequency, presence) is logits
+    torch.testing.assert_close(logits.cpu(), torch.stack(wanted), rtol=1e-6, atol=1e-6)
+
+    before = logits.clone()
+    where = torch.tensor([0, 2, -1], dtype=torch.int32, device=device)
+    values = torch.tensor([2.5, -math.inf, 1.0], device=device)
+    add_bias(logits, where, torch.tensor([1099, 3, 0], device=device), values)
+    before[0, 1099] += 2.5
+    before[2, 3] = -math.inf
+    assert torch.equal(logits, before)
+
+
+def test_no_rows_launch_nothing(device: torch.device) -> None:
+    logits = torch.empty(0, 10, device=device)
+    with runtime.recording() as launches:
+        assert sampled(logits, [], []) == []
+        assert [len(part) for part in row_peaks(logits)] == [0, 0]
+    assert not launches
