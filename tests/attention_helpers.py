@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,26 +46,30 @@ def draw(spec: CacheSpec, group: int, lengths: list[int], seed: int = 0) -> list
     return [sequence(length) for length in lengths]
 
 
-def hand_out_pages(lengths: list[int], seed: int = 0, spare: int = 3) -> tuple[list[list[int]], int]:
+def hand_out_pages(
+    lengths: list[int], seed: int = 0, spare: int = 3, page_size: int = PAGE_SIZE
+) -> tuple[list[list[int]], int]:
     """Scrambled page numbers for every sequence, and how many pages there are."""
-    counts = [-(-length // PAGE_SIZE) for length in lengths]
+    counts = [-(-length // page_size) for length in lengths]
     numbers = list(range(sum(counts) + spare))
     random.Random(seed).shuffle(numbers)
     return [[numbers.pop() for _ in range(count)] for count in counts], sum(counts) + spare
 
 
-def make_batch(step: Step, pages: list[list[int]]) -> ForwardBatch:
+def make_batch(
+    step: Step, pages: list[list[int]], page_size: int = PAGE_SIZE, device: torch.device = CPU
+) -> ForwardBatch:
     positions = [position for _, first, end in step for position in range(first, end)]
     owners = [sequence for sequence, first, end in step for _ in range(first, end)]
     slots = [
-        pages[owner][position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+        pages[owner][position // page_size] * page_size + position % page_size
         for owner, position in zip(owners, positions, strict=True)
     ]
-    used = [pages[sequence][: -(-end // PAGE_SIZE)] for sequence, _, end in step]
+    used = [pages[sequence][: -(-end // page_size)] for sequence, _, end in step]
     width = max(map(len, used)) + 2
 
     def int32(numbers: list) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32)
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
 
     return ForwardBatch(
         tokens=int32(positions),
@@ -73,8 +78,8 @@ def make_batch(step: Step, pages: list[list[int]]) -> ForwardBatch:
         query_lengths=int32([end - first for _, first, end in step]),
         context_lengths=int32([end for _, _, end in step]),
         page_table=int32([row + [NOWHERE] * (width - len(row)) for row in used]),
-        sample_rows=torch.arange(len(positions)),
-        page_size=PAGE_SIZE,
+        sample_rows=torch.arange(len(positions), device=device),
+        page_size=page_size,
         max_query=max(end - first for _, first, end in step),
         max_context=max(end for _, _, end in step),
     )
@@ -88,28 +93,35 @@ def simulate(
     kernel: AttentionKernel | None = None,
     pages: list[list[int]] | None = None,
     seed: int = 0,
+    page_size: int = PAGE_SIZE,
+    device: torch.device = CPU,
 ) -> list[Tensor]:
     """(tokens, heads * v_dim) of every sequence; a slot nobody has written holds NaN."""
     lengths = [len(q) for q, _, _ in sequences]
     if pages is None:
-        pages, count = hand_out_pages(lengths, seed)
+        pages, count = hand_out_pages(lengths, seed, page_size=page_size)
     else:
         count = 1 + max(number for row in pages for number in row)
     kernel = kernel or CpuAttention()
-    cache = kernel.allocate(spec, count, PAGE_SIZE, CPU)
+    cache = kernel.allocate(spec, count, page_size, device)
     for buffer in cache.buffers.values():
         buffer.view(torch.uint8).fill_(0xFF)  # NaN in every float format, scales among them
-    outputs = [torch.full((len(q), q.shape[1] * spec.v_dim), torch.nan) for q, _, _ in sequences]
+    if parameters.sinks is not None:
+        parameters = replace(parameters, sinks=parameters.sinks.to(device))
+    outputs = [
+        torch.full((len(q), q.shape[1] * spec.v_dim), torch.nan, dtype=q.dtype) for q, _, _ in sequences
+    ]
     for step in steps:
-        batch = make_batch(step, pages)
+        batch = make_batch(step, pages, page_size, device)
         q, k, v = (
-            torch.cat([sequences[owner][part][first:end] for owner, first, end in step]) for part in range(3)
+            torch.cat([sequences[owner][part][first:end] for owner, first, end in step]).to(device)
+            for part in range(3)
         )
         kernel.write(cache, k, v, batch)
         attended = kernel.attend(q, cache, batch, parameters)
         chunks = attended.split([end - first for _, first, end in step])
         for (owner, first, end), chunk in zip(step, chunks, strict=True):
-            outputs[owner][first:end] = chunk
+            outputs[owner][first:end] = chunk.cpu()
     return outputs
 
 

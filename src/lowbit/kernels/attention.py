@@ -119,8 +119,9 @@ def attention_kernels() -> list[AttentionKernel]:
     """All attention kernels, best first."""
     from lowbit.kernels.attention_cpu import CpuAttention
     from lowbit.kernels.attention_reference import ReferenceAttention
+    from lowbit.kernels.gpu.attention import GpuAttention
 
-    return [CpuAttention(), ReferenceAttention()]
+    return [GpuAttention(), CpuAttention(), ReferenceAttention()]
 
 
 def choose_attention(spec: CacheSpec, device: torch.device) -> AttentionKernel:

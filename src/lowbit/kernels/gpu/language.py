@@ -27,7 +27,6 @@ def cast(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """float32 x as another float type, to nearest even; Triton's interpreter would cut bfloat16 short."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        x = tl.where(
-            x == x, ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True), x
-        )
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
     return x.to(dtype)
