@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -32,15 +33,16 @@ class _NoWaiting(TorchDispatchMode):
 class StandInRecorder:
     """Keeps the step and runs it again: what a graph would do with the memory the step reads and writes."""
 
-    def __init__(self, *, memory: int = 1 << 30) -> None:
+    def __init__(self, *, memory: int = 1 << 30, watches: bool = True) -> None:
         self.captured = 0
+        self.watches = watches  # for what waits; Triton's interpreter does
         self.memory = memory  # captures there is room for
 
     def capture(self, step: Callable[[], None]) -> Callable[[], None]:
         """See ``Recorder``."""
         if self.captured >= self.memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        with _NoWaiting():
+        with _NoWaiting() if self.watches else nullcontext():
             step()
         self.captured += 1
         return step

@@ -42,7 +42,7 @@ def asks_of(sequences: list[Sequence]) -> list[Ask]:
 
 
 def test_every_row_is_what_the_sampler_takes() -> None:
-    """Twelve steps of sequences that come and go; a few hundred different sets of parameters."""
+    """Sixty steps of sequences that come and go; a few hundred different sets of parameters."""
     draw = random.Random(3)
     generator = torch.Generator().manual_seed(4)
     sampler = DeviceSampler(SIZE, CPU)
@@ -53,10 +53,8 @@ def test_every_row_is_what_the_sampler_takes() -> None:
             prompt = tuple(draw.randrange(SIZE) for _ in range(draw.randint(1, 20)))
             running.append(sequence(prompt, **some_sampling(draw)))
         logits = torch.randn(len(running), SIZE, generator=generator) * draw.choice((0.2, 1, 4))
-        for row, chosen in enumerate(running):
-            if draw.random() < 0.3 and (chosen.sampling.temperature == 0 or chosen.sampling.top_k == 0):
-                # Ties; the sampler leaves open which of equal tokens at the border top-k keeps.
-                logits[row] = logits[row].round()
+        if draw.random() < 0.3:
+            logits = logits.round()  # ties
         before = logits.clone()
         host, device = HostChoices(logits), sampler.choose(logits, asks_of(running))
         assert torch.equal(logits, before), "raw logits are raw"

@@ -6,13 +6,15 @@ computed there when the step is launched (``DeviceSampler``), since the next ste
 only the answers are copied to the host, which waits for them when it first asks.
 
 On the device rows depend on their own request only, as on the host, and a row's one uniform number is the
-same Philox draw, made on the host: equal logits give equal tokens. What float32 and the order of a sum may
-change is a draw that lies within rounding of the border between two tokens.
+same Philox draw, made on the host: equal logits give equal tokens. What rounding may change is a draw that
+lies within 1e-7 of the border between two tokens. Where Triton runs its kernels draw
+(``kernels.gpu.sampling``), elsewhere torch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,6 +27,7 @@ from lowbit.engine.messages import TokenLogprob
 from lowbit.engine.sampler import has_penalties, log_probabilities, sample, token_counts, uniform_number
 from lowbit.engine.sequence import Sequence
 from lowbit.kernels.device_memory import upload
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.row_peaks import row_peaks
 
 
@@ -138,6 +141,7 @@ class DeviceSampler:
     def __init__(self, vocabulary: int, device: torch.device) -> None:
         self._vocabulary = vocabulary
         self._device = device
+        self._kernels = _kernels_for(device)
         self._slots: dict[Sequence, int] = {}
         self._free: list[int] = []
         self._counts = torch.zeros(0, vocabulary, dtype=torch.int32, device=device)
@@ -145,10 +149,10 @@ class DeviceSampler:
 
     def choose(self, logits: Tensor, asks: list[Ask]) -> DeviceChoices:
         """Queue all that the step's rows are asked; logits float32 (rows, vocabulary)."""
-        peaks = logits.amax(1) if len(logits) else logits.new_zeros(0)
+        peaks, likeliest = self._kernels.row_peaks(logits)
         results = {"peaks": peaks, "broken": (~torch.isfinite(logits)).sum(1)}
         choosing = [ask for ask in asks if ask.target < 0]
-        tokens = self._tokens(logits, choosing)
+        tokens = self._tokens(logits, likeliest, choosing)
         rated = [ask for ask in asks if ask.target >= 0 or ask.sequence.sampling.logprobs is not None]
         if rated:
             results |= self._rate(logits, tokens, rated)
@@ -171,28 +175,29 @@ class DeviceSampler:
 
     # ---- tokens --------------------------------------------------------------------------------------
 
-    def _tokens(self, logits: Tensor, asks: list[Ask]) -> Tensor:
+    def _tokens(self, logits: Tensor, likeliest: Tensor, asks: list[Ask]) -> Tensor:
         """int64 (rows,): the token of each row that asks for one."""
         changed = self._adjusted(logits, asks)
-        tokens = changed.argmax(1) if len(changed) else logits.new_zeros(0, dtype=torch.int64)
         drawn = [ask for ask in asks if ask.sequence.sampling.temperature > 0]
         if drawn:
-            rows = self._indices([ask.row for ask in drawn])
-            tokens.index_copy_(0, rows, self._draw(changed, rows, drawn))
+            tokens = self._draw(changed, drawn)
+        else:
+            tokens = likeliest if changed is logits else self._kernels.row_peaks(changed)[1]
         # A row of NaN gives any number; the next step reads an embedding at it before anybody looks.
-        return tokens.clamp_(0, self._vocabulary - 1)
+        return tokens.clamp(0, self._vocabulary - 1)
 
-    def _draw(self, logits: Tensor, rows: Tensor, asks: list[Ask]) -> Tensor:
-        params = [ask.sequence.sampling for ask in asks]
-        uniform = [uniform_number(ask.sequence.seed, ask.position) for ask in asks]
-        return sample_rows(
-            logits.index_select(0, rows),
-            self._upload([p.temperature for p in params], torch.float32),
-            self._indices([p.top_k if 0 < p.top_k < self._vocabulary else 0 for p in params]),
-            self._upload([p.top_p for p in params], torch.float64),
-            self._upload([p.min_p for p in params], torch.float64),
-            self._upload(uniform, torch.float64),
-        )
+    def _draw(self, logits: Tensor, asks: list[Ask]) -> Tensor:
+        """Every row's token; those that do not ask get the likeliest."""
+        heat, top_k = [0.0] * len(logits), [0] * len(logits)
+        top_p, min_p, uniform = [1.0] * len(logits), [0.0] * len(logits), [0.0] * len(logits)
+        for ask in asks:
+            row, sampling = ask.row, ask.sequence.sampling
+            heat[row], top_k[row] = sampling.temperature, sampling.top_k
+            top_p[row], min_p[row] = sampling.top_p, sampling.min_p
+            uniform[row] = uniform_number(ask.sequence.seed, ask.position)
+        arrays = [np.array(values, dtype=np.float64) for values in (heat, top_k, top_p, min_p, uniform)]
+        there = upload(arrays, self._device)
+        return self._kernels.sample_rows(logits, there[0].float(), there[1].int(), *there[2:])
 
     def _adjusted(self, logits: Tensor, asks: list[Ask]) -> Tensor:
         """The logits with minimum lengths, biases and penalties, in the host sampler's order."""
@@ -264,17 +269,12 @@ class DeviceSampler:
     def _rate(self, logits: Tensor, tokens: Tensor, asks: list[Ask]) -> dict[str, Tensor]:
         """Of the rows that ask for it: the token's log-probability and the best alternatives'."""
         rows = self._indices([ask.row for ask in asks])
-        wide = logits.index_select(0, rows).double()
         targets = self._indices([ask.target for ask in asks])
         targets = torch.where(targets < 0, tokens.index_select(0, rows), targets)
-        normalizer = torch.logsumexp(wide, 1)
         wanted = max(_alternatives(ask) for ask in asks)
-        values, ids = _sorted_top(wide, min(wanted, self._vocabulary))
-        return {
-            "logprobs": wide.gather(1, targets[:, None])[:, 0] - normalizer,
-            "top_ids": ids,
-            "top_logprobs": values - normalizer[:, None],
-        }
+        rate = self._kernels.log_probabilities
+        found, ids, values = rate(logits.index_select(0, rows), targets, wanted)
+        return {"logprobs": found, "top_ids": ids, "top_logprobs": values}
 
 
 def _alternatives(ask: Ask) -> int:
@@ -282,12 +282,27 @@ def _alternatives(ask: Ask) -> int:
     return (sampling.logprobs if ask.target < 0 else sampling.prompt_logprobs) or 0
 
 
-def _sorted_top(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row, equal ones by id: topk alone leaves their order open."""
-    values, ids = torch.topk(x, count)
-    ids, by_id = ids.sort(dim=1)
-    values, order = values.gather(1, by_id).sort(dim=1, descending=True, stable=True)
-    return values, ids.gather(1, order)
+@dataclass(frozen=True)
+class _Kernels:
+    """What is done with whole rows; ``kernels.gpu.sampling`` says what each is."""
+
+    row_peaks: Callable[[Tensor], tuple[Tensor, Tensor]]
+    sample_rows: Callable[..., Tensor]
+    log_probabilities: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def _kernels_for(device: torch.device) -> _Kernels:
+    if not runtime.runs_on(device):
+        return _Kernels(_row_peaks, sample_rows, _log_probabilities)
+    from lowbit.kernels.gpu import sampling
+
+    return _Kernels(sampling.row_peaks, sampling.sample_rows, sampling.log_probabilities)
+
+
+def _row_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    if not len(logits):
+        return logits.new_zeros(0), logits.new_zeros(0, dtype=torch.int64)
+    return logits.amax(1), logits.argmax(1)
 
 
 def sample_rows(
@@ -295,27 +310,38 @@ def sample_rows(
 ) -> Tensor:
     """int64 (rows,): a token of each row of float32 (rows, vocabulary) logits.
 
-    ``temperature`` > 0; ``top_k`` 0: all; ``uniform``: float64 numbers in [0, 1). The definition, in torch on
-    any device: ``sampler`` of all rows at once. A row under top-k or top-p draws among its tokens in order of
-    their probability, any other row in order of their ids.
+    ``temperature`` 0: the likeliest; ``top_k`` 0, or as many as there are: all; ``uniform``: float64 numbers
+    in [0, 1). ``sampler`` of all rows at once, in torch on any device. A row under top-k or top-p draws among
+    its tokens in order of their probability, any other row in order of their ids.
     """
     size = logits.shape[1]
-    probabilities = torch.softmax((logits / temperature[:, None]).double(), 1)
+    top_k = torch.where(top_k < size, top_k, 0)[:, None]
+    heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    probabilities = torch.softmax((logits / heat).double(), 1)
     largest = probabilities.amax(1, keepdim=True)
     kept = torch.where(probabilities < min_p[:, None] * largest, 0, probabilities)
     probabilities = torch.where(min_p[:, None] > 0, kept / kept.sum(1, keepdim=True), probabilities)
     by_rank, ids = probabilities.sort(dim=1, descending=True, stable=True)
     rank = torch.arange(size, device=logits.device)
-    by_rank = torch.where((top_k[:, None] > 0) & (rank >= top_k[:, None]), 0, by_rank)
-    total = torch.where(top_k > 0, by_rank.sum(1), 1.0)[:, None]
+    by_rank = torch.where((top_k > 0) & (rank >= top_k), 0, by_rank)
+    total = torch.where(top_k > 0, by_rank.sum(1, keepdim=True), 1.0)
     before = by_rank.cumsum(1) - by_rank
     outside = (top_p[:, None] < 1) & (before >= top_p[:, None] * total) & (rank > 0)
     by_rank = torch.where(outside, 0, by_rank)
-    ranked = ((top_k > 0) | (top_p < 1))[:, None]
+    ranked = (top_k > 0) | (top_p[:, None] < 1)
     weights = torch.where(ranked, by_rank, probabilities)
     cumulative = weights.cumsum(1)
     place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     # Rounding at the very end may point behind the last token that is possible.
     last = torch.where(weights > 0, rank, 0).amax(1, keepdim=True)
     place = torch.minimum(place, last)
-    return torch.where(ranked, ids.gather(1, place), place)[:, 0]
+    drawn = torch.where(ranked, ids.gather(1, place), place)[:, 0]
+    return torch.where(temperature > 0, drawn, logits.argmax(1))
+
+
+def _log_probabilities(logits: Tensor, tokens: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor]:
+    wide = logits.double()
+    normalizer = torch.logsumexp(wide, 1, keepdim=True)
+    values, ids = wide.sort(dim=1, descending=True, stable=True)
+    found = wide.gather(1, tokens[:, None]) - normalizer
+    return found[:, 0], ids[:, :alternatives], values[:, :alternatives] - normalizer
