@@ -462,6 +462,12 @@ CATALOGUE: dict[str, Entry] = {
         "The context or the tokens asked for need more KV cache than is free.",
         "Ask for fewer (--context-length, --max-total-tokens), or allow more (--mem-fraction-static).",
     ),
+    "E0503": Entry(
+        "the weights do not fit on the GPU",
+        "The GPU ran out of memory while weights were loaded.",
+        "Use --quantization or a smaller model, or end what else uses the GPU. lowbit inspect MODEL says "
+        "what the weights need.",
+    ),
     "E0510": Entry(
         "not enough disk",
         "The copy that was asked for is larger than what is free on its disk. Nothing was written.",

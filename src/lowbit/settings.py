@@ -57,6 +57,8 @@ GROUPS = {  # in the order help and docs list them
 }
 
 
+CPU_FRACTION, GPU_FRACTION = 0.4, 0.85  # what mem_fraction_static is on each
+
 _CACHE_TYPES = ("auto", "bf16", "fp16", "f32", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
 _CACHE_SYNONYMS = (
     *(("bfloat16", "bf16"), ("float16", "fp16"), ("half", "fp16"), ("f16", "fp16")),
@@ -78,6 +80,7 @@ class Option:
     metavar: str = ""
     synonyms: tuple[tuple[str, str], ...] = ()  # (what others call a choice, the choice)
     refused: tuple[tuple[str, str], ...] = ()  # (another engine's choice, what to use instead)
+    many: bool = False  # several words on the command line, which are joined by commas
     also: tuple[int, ...] = ()  # numbers outside the range that mean something of their own
 
 
@@ -191,9 +194,11 @@ class Settings:
         choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS,
     )  # fmt: skip
     page_size: int = option(16, "Tokens in a KV page.", "engine", choices=("16",))
-    mem_fraction_static: float = option(
-        0.4,
-        "Share of the memory left free by the weights that the KV pool may take.",
+    mem_fraction_static: float | None = option(
+        None,
+        "CPU: share of the memory left free by the weights that the KV pool may take, "
+        f"{CPU_FRACTION} unless set. GPU: share of all its memory for weights and KV pool together, "
+        f"{GPU_FRACTION} unless set; the rest is for the step's own tensors and CUDA graphs.",
         "engine",
         minimum=0.01,
         maximum=0.95,
@@ -216,6 +221,17 @@ class Settings:
     disable_radix_cache: bool = option(False, "Do not reuse the KV cache of shared prefixes.", "engine")
     disable_cuda_graph: bool = option(
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
+    )
+    cuda_graph_bs: str = option(
+        "", "Sequences of the steps that get a CUDA graph, 1 2 4 8 …; others are padded to the next of them. "
+        "Default: 1, 2, 4, 8, 16, 24 … up to --cuda-graph-max-bs.", "engine", many=True, metavar="N [N ...]",
+    )  # fmt: skip
+    cuda_graph_max_bs: int | None = option(
+        None, "Most sequences of a step with a CUDA graph; larger ones run eagerly. Default: "
+        "--max-running-requests, but at most 256.", "engine", minimum=1,
+    )  # fmt: skip
+    disable_overlap_schedule: bool = option(
+        False, "On a GPU, finish each step before the next is prepared.", "engine"
     )
     speculative_algorithm: str | None = option(
         None, "NGRAM: compute several tokens of a sequence in one step where its next ones can be guessed "
@@ -403,7 +419,10 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
 
 
 # Read before any option is: they choose the native library or force a rare path in tests.
-ENVIRONMENT_ONLY = ("LOWBIT_ISA", "LOWBIT_TEST_RETRACT", "LOWBIT_TEST_EVICT", "LOWBIT_TEST_CHUNK")
+ENVIRONMENT_ONLY = (
+    *("LOWBIT_ISA", "LOWBIT_TEST_RETRACT", "LOWBIT_TEST_EVICT", "LOWBIT_TEST_CHUNK"),
+    "LOWBIT_TEST_OVERLAP",
+)
 
 
 def _is_service_link(text: str) -> bool:

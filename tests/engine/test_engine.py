@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-import threading
-import time
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from engine.stand_in import EOS, VOCABULARY, ByteTokenizer, StandIn, continuation, next_token
 from lowbit.engine.engine import Engine, ForcedModes
@@ -24,11 +19,26 @@ from lowbit.kernels import attention
 from lowbit.settings import Settings
 
 NUMBERS = itertools.count()
+MODES: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "on device": {"on_device": True},
+    "overlap": {"overlap": True},
+}
+_mode: dict[str, bool] = {}
+
+
+@pytest.fixture(autouse=True, params=MODES)
+def mode(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test here runs with tokens chosen on the device and with steps that overlap, too."""
+    _mode.update(MODES[request.param])
+    yield request.param
+    _mode.clear()
 
 
 def make_engine(forced: ForcedModes | None = None, model: StandIn | None = None, **options: object) -> Engine:
+    forced = replace(forced or ForcedModes(), **_mode)
     values = {"device": "cpu", "max_total_tokens": 640, "max_running_requests": 8, **options}
-    return Engine(model or StandIn(), ByteTokenizer(), Settings(**values), forced=forced or ForcedModes())
+    return Engine(model or StandIn(), ByteTokenizer(), Settings(**values), forced=forced)
 
 
 @pytest.fixture(autouse=True)
@@ -365,144 +375,3 @@ def test_whole_prompts_or_chunks(size: int) -> None:
     listed = prompts(1, seed=5, longest=300)[0] + [9] * 240
     run(engine, make_request(listed, 1), make_request([8] * 250, 1))
     assert engine.status().steps == (1 if size == -1 else -(-(len(listed) + 250) // 100))
-
-
-class Accounting(RuleBasedStateMachine):
-    """Everything that can happen, in any order, on a pool of a few pages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = pytest.MonkeyPatch()
-        use_reference(self.patch)
-        self.engine: Engine | None = None
-        self.open: dict[str, tuple[list[int], int]] = {}
-        self.output: dict[str, list[int]] = {}
-        self.quiet = 0
-
-    def teardown(self) -> None:
-        if self.engine is not None:
-            for _ in range(3000):
-                if not self.engine.has_work():
-                    break
-                self.advance()
-            assert not self.open, "a request never ended"
-            assert self.engine.check() == []
-            status = self.engine.status()
-            assert status.pages_free + status.pages_cached == status.pages_total
-        self.patch.undo()
-
-    @rule(
-        pages=st.integers(1, 8),
-        running=st.integers(1, 4),
-        chunk=st.sampled_from((1, 5, 16, 100)),
-        policy=st.sampled_from(("fcfs", "lpm")),
-    )
-    def start(self, pages: int, running: int, chunk: int, policy: str) -> None:
-        if self.engine is None:
-            self.engine = make_engine(
-                ForcedModes(chunk=chunk),
-                max_total_tokens=16 * pages,
-                max_running_requests=running,
-                schedule_policy=policy,
-            )
-
-    @rule(
-        base=st.integers(0, 3),
-        length=st.integers(1, 60),
-        count=st.integers(1, 40),
-        salt=st.sampled_from(("", "a")),
-    )
-    def submit(self, base: int, length: int, count: int, salt: str) -> None:
-        assume(self.engine is not None)
-        assert self.engine is not None
-        prompt = [(base * 13 + i * i) % 60 + 4 for i in range(length)]
-        request = make_request(prompt, count, cache_salt=salt, ignore_eos=True)
-        try:
-            self.engine.submit(request)
-        except LowbitError as error:
-            assert error.code == "prompt_too_long" and length + count > self.engine.context_length
-            return
-        assert length + count <= self.engine.context_length
-        self.open[request.id] = (prompt, count)
-        self.output[request.id] = []
-
-    @rule(count=st.integers(1, 6))
-    def step(self, count: int) -> None:
-        assume(self.engine is not None)
-        for _ in range(count):
-            self.advance()
-
-    def advance(self) -> None:
-        assert self.engine is not None
-        events = self.engine.step()
-        waits = self.engine.status().waiting and not self.engine.status().running
-        self.quiet = self.quiet + 1 if waits else 0
-        assert self.quiet < 3, "something waits and nothing runs"
-        for event in events:
-            prompt, count = self.open[event.id]
-            self.output[event.id] += event.tokens
-            if event.finish_reason == "length":
-                assert self.output[event.id] == continuation(prompt, count, stops=False)
-            if event.finish_reason is not None:
-                assert event.finish_reason in ("length", "abort")
-                del self.open[event.id]
-
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        assume(self.engine is not None and self.open)
-        assert self.engine is not None
-        self.engine.cancel(data.draw(st.sampled_from(sorted(self.open))))
-
-    @rule()
-    def flush(self) -> None:
-        assume(self.engine is not None)
-        assert self.engine is not None
-        self.engine.flush_cache()
-
-    @rule()
-    def retract(self) -> None:
-        assume(self.engine is not None)
-        assert self.engine is not None
-        if self.engine._scheduler.running:
-            self.engine._scheduler.retract(self.engine._scheduler.running[-1])
-
-    @invariant()
-    def books_are_right(self) -> None:
-        if self.engine is not None:
-            assert self.engine.check() == []
-            assert all(sequence.passed <= PATIENCE for sequence in self.engine._scheduler.waiting)
-
-
-TestAccounting = Accounting.TestCase
-TestAccounting.settings = hypothesis_settings(
-    max_examples=60,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
-)
-
-
-def test_a_tokenizer_that_fails_ends_loading_at_once(
-    tmp_path: Path, embedded_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is read while weights are packed."""
-    from lowbit import tokenization
-    from lowbit.engine import load as load_module
-
-    failed = threading.Event()
-    modules = 0
-
-    def fails(*arguments: object) -> object:
-        failed.set()
-        raise LowbitError("E0254", "no usable tokenizer")
-
-    def progress(done: int, total: int, what: str) -> None:
-        nonlocal modules
-        assert failed.wait(10)
-        modules += 1
-        time.sleep(0.01)
-
-    monkeypatch.setattr(tokenization, "load_tokenizer", fails)
-    with pytest.raises(LowbitError, match="no usable tokenizer"):
-        load_module.load_engine(Settings(model=str(embedded_path), device="cpu"), progress)
-    assert modules < 20, "of 211"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engine.stand_in import ByteTokenizer, StandIn, next_copied
 from engine.test_step_capture import SCHEMES, quantize_inputs, tiny_llama
@@ -200,7 +201,7 @@ class Watched:
         self._forward = engine._runner.forward
         engine._runner.forward = self._watch  # type: ignore[method-assign]
 
-    def _watch(self, chunks: list[Chunk], rows: list[int]) -> object:
+    def _watch(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None) -> object:
         decoding = [chunk for chunk in chunks if chunk.sequence.output_length]
         self.drafts |= {chunk.drafts for chunk in chunks}
         for chunk in chunks:
@@ -208,7 +209,7 @@ class Watched:
             assert not chunk.drafts or end < chunk.sequence.limit, "nothing is chosen behind the limit"
         if any(chunk.drafts for chunk in chunks):
             self.drafted.append((len(decoding), sum(len(chunk.tokens) for chunk in decoding)))
-        return self._forward(chunks, rows)
+        return self._forward(chunks, rows, chosen)
 
     def step(self) -> None:
         engine = self.engine

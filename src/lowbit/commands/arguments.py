@@ -54,7 +54,11 @@ class _Record(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        text = values if isinstance(values, str) else True
+        text: str | bool = True  # a switch
+        if isinstance(values, str):
+            text = values
+        elif values:
+            text = ",".join(values)
         namespace.given = {**namespace.given, self.dest: (option_string or self.dest, text)}
 
 
@@ -91,6 +95,8 @@ def add_options(parser: Parser, owner: type, groups: Iterable[str]) -> None:
             shape |= (
                 {"nargs": 0} if kind is bool else {"metavar": rule.metavar or _metavar(kind, rule.choices)}
             )
+            if rule.many:
+                shape["nargs"] = "+"
             section.add_argument(flag_of(name), help=_help(owner, name), **shape)
             for alias in rule.aliases:
                 parser.add_argument(alias, help=argparse.SUPPRESS, **shape)

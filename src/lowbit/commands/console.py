@@ -11,14 +11,17 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from lowbit.errors import printable
 
+COUNTED = ("CUDA graphs",)  # progress in numbers of things; all other is in bytes
 PIPE_WIDTH = 160  # into a file or pipe there is no terminal width to keep to
 
 
@@ -36,17 +39,31 @@ def binary_size(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+class _Amount(DownloadColumn):
+    """Bytes, or how many where ``what`` is counted."""
+
+    def render(self, task: Task) -> Text:
+        if task.description not in COUNTED:
+            return super().render(task)
+        return Text(f"{task.completed:.0f}/{task.total or 0:.0f}", style="progress.download")
+
+
+class _Speed(TransferSpeedColumn):
+    def render(self, task: Task) -> Text:
+        return Text("") if task.description in COUNTED else super().render(task)
+
+
 @contextmanager
 def progress_line() -> Iterator[Callable[[int, int, str], None]]:
-    """A callback (done bytes, all bytes, what) that draws one bar for each ``what`` on stderr.
+    """A callback (done, all, what) that draws one bar for each ``what`` on stderr; in bytes unless COUNTED.
 
     Nothing is drawn where stderr is no terminal: a log gets no bars.
     """
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        _Amount(binary_units=True),
+        _Speed(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),

@@ -1,5 +1,13 @@
 """Engine: requests in, token events out, one scheduler step at a time.
 
+    launch   schedule, forward pass, the choice of tokens; on a GPU all of it is only queued
+    finish   look at what was chosen: text, stop rules, events
+
+Where launching returns before the device is done (``--disable-overlap-schedule``), step n + 1 is launched
+before step n is finished, with the tokens of step n where only the device knows them. A sequence that turns
+out to have ended in step n then has a part in step n + 1: it is dropped unseen, as is that of one that was
+retracted and has to compute it again.
+
 It owns the page pool, the scheduler and the model's caches, and knows nothing of HTTP or processes: the
 engine process (process.py) and ``LLM`` drive it. Every accepted request ends in exactly one event whose
 ``finish_reason`` is set; an error in one sequence ends that sequence only.
@@ -8,16 +16,16 @@ engine process (process.py) and ``LLM`` drive it. Every accepted request ends in
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from lowbit.checkpoint.quality import Quality
+from lowbit.engine.choices import Ask, Choices, DeviceChoices, DeviceSampler, HostChoices
+from lowbit.engine.cuda_graphs import Progress
 from lowbit.engine.memory import pool_pages
 from lowbit.engine.messages import (
     EngineReady,
@@ -30,17 +38,14 @@ from lowbit.engine.messages import (
 )
 from lowbit.engine.page_pool import PagePool
 from lowbit.engine.runner import Runner
-from lowbit.engine.sampler import log_probabilities, sample
+from lowbit.engine.sampler import has_penalties
 from lowbit.engine.scheduler import Chunk, Scheduler
-from lowbit.engine.sequence import Sequence
+from lowbit.engine.sequence import Flight, Sequence
 from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
 from lowbit.errors import LowbitError, printable, thousands
-from lowbit.kernels.row_peaks import row_peaks
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
-
-Progress = Callable[[int, int, str], None]
 
 _log = logging.getLogger("lowbit")
 
@@ -53,6 +58,8 @@ class ForcedModes:
     evict_always: bool = False  # keep no prefix longer than it is used
     chunk: int = 0  # prompt tokens a step, whatever the settings say
     check: bool = False  # check the accounting after every step
+    on_device: bool = False  # choose tokens as on a GPU
+    overlap: bool = False  # launch steps before the last is finished, as on a GPU
 
     @classmethod
     def from_environment(cls) -> ForcedModes:
@@ -63,7 +70,28 @@ class ForcedModes:
             evict_always=read("LOWBIT_TEST_EVICT") == "always",
             chunk=int(read("LOWBIT_TEST_CHUNK", "0")),
             check=read("LOWBIT_CHECK") == "1",
+            overlap=read("LOWBIT_TEST_OVERLAP") == "1",
         )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A chunk's part of a step. Rows ``first`` to ``known`` of the logits are its known tokens' that are
+    wanted; its drafts' follow. ``chooses``: whether a token is chosen from row ``known - 1``."""
+
+    chunk: Chunk
+    start: int  # tokens computed before
+    first: int
+    known: int
+    chooses: bool
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that was launched."""
+
+    parts: list[_Part]
+    choices: Choices
 
 
 @dataclass(eq=False)
@@ -118,9 +146,15 @@ class Engine:
             share_prefixes=not settings.disable_radix_cache,
             policy=settings.schedule_policy,
         )
-        self._runner = Runner(model, pages, settings.page_size, capture=not settings.disable_cuda_graph)
         self.pool_tokens = pages * settings.page_size
         self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)
+        self._runner = Runner(model, pages, self.context_length, settings)
+        on_gpu = model.device.type == "cuda"
+        self._overlaps = self._may_overlap(on_gpu)
+        self._sampler: DeviceSampler | None = None
+        if on_gpu or self._overlaps or self._forced.on_device:
+            self._sampler = DeviceSampler(model.vocab_size, model.device)
+        self._flying: _Step | None = None
         self._sequences: dict[str, Sequence] = {}
         self._news: list[TokenEvent] = []  # events that did not come from a step
         self._step_began = 0.0
@@ -134,10 +168,27 @@ class Engine:
         self._violations = 0
         self._later: Iterator[None] = iter(())
 
+    def prepare(self, progress: Progress | None = None) -> None:
+        """What takes time and had better be done before the first request: CUDA graphs."""
+        self._runner.prepare(progress)
+
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
         size = self.settings.chunked_prefill_size
         return pages * self.settings.page_size if size < 0 else size
+
+    def _may_overlap(self, on_gpu: bool) -> bool:
+        """Whether a step may be launched before the one before is finished."""
+        if self.settings.disable_overlap_schedule or not (on_gpu or self._forced.overlap):
+            return False
+        reason = ""
+        if self._speculation is not None:
+            reason = "drafts continue tokens that must be known"
+        elif getattr(self.model, "spans_tokens", False):
+            reason = "this model's inputs share scales between tokens, those of ended sequences included"
+        if reason:
+            _log.info("lowbit: steps do not overlap: %s", reason)
+        return not reason
 
     # ---- requests ------------------------------------------------------------------------------------
 
@@ -180,7 +231,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
-        return bool(self._sequences or self._news)
+        return bool(self._sequences or self._news or self._flying)
 
     def when_idle(self, work: Iterator[None]) -> None:
         """What can wait until nobody waits for an answer; each of its steps takes a moment."""
@@ -200,12 +251,16 @@ class Engine:
     # ---- steps ---------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenEvent]:
-        """One forward pass over the next batch; its events."""
+        """One forward pass over the next batch, and what became certain: its events, or the last one's."""
         events, self._news = self._news, []
         self._step_began = time.monotonic()
         try:
-            if self._scheduler.running or self._scheduler.waiting:
-                events += self._run(self._with_drafts(self._scheduler.next_chunks()))
+            step = self._launch() if self._scheduler.running or self._scheduler.waiting else None
+            if self._overlaps:
+                step, self._flying = self._flying, step
+            if step is not None:
+                events += self._finish(step)
+                self._force()
         finally:
             self._step_began = 0.0
         if self._forced.check and (found := self.check()):
@@ -228,6 +283,8 @@ class Engine:
                 assert sequence.drafter is not None, "every sequence of this engine has one"
                 # The last token it may have needs no draft: nothing is chosen behind it.
                 most = min(rules.most, room // left, sequence.limit - len(sequence.tokens) - 1)
+                if self._sampler is not None and has_penalties(sequence):
+                    most = 0  # all rows are chosen from at once, and each penalty depends on the row before
                 drafts = sequence.drafter.draft(most, sure)
                 drafts = drafts[: self._scheduler.room_for_drafts(chunk, len(drafts))]
                 chunk = replace(chunk, drafts=drafts)
@@ -236,92 +293,156 @@ class Engine:
             drafted.append(chunk)
         return drafted
 
-    def _run(self, chunks: list[Chunk]) -> list[TokenEvent]:
-        if not chunks:
-            return []
-        rows, owners = self._wanted_rows(chunks)
-        logits = self._runner.forward(chunks, rows)
-        peaks, likeliest = row_peaks(logits)
-        self._steps += 1
-        events: list[TokenEvent] = []
-        first = 0
-        turns: list[_Turn] = []
-        for chunk, count in zip(chunks, owners, strict=True):
-            known = first + count - len(chunk.drafts)
-            event = self._account(chunk, logits, peaks, first, known)
-            if event is not None:
-                events.append(event)
-            elif chunk.sequence.pending == 0:
-                turns.append(_Turn(chunk.sequence, chunk.drafts, known - 1))
-                self._note_drafts(chunk)
-            first += count
-        events += self._choose(turns, logits, peaks, likeliest)
-        self._force()
-        return events
+    def _launch(self) -> _Step | None:
+        """Compute the next step, or queue it on the device; None where there is nothing to compute."""
+        chunks = self._with_drafts(self._scheduler.next_chunks())
+        try:
+            return self._run(chunks)
+        except torch.OutOfMemoryError as error:
+            reason = printable(str(error).partition("\n")[0], 200)
+        # Out here nothing of the step is held any more: the error had its frames, and they its tensors.
+        chunks = self._with_less(chunks, reason)
+        try:
+            return self._run(chunks)
+        except torch.OutOfMemoryError as error:
+            reason = printable(str(error).partition("\n")[0], 200)
+        self._release_memory()
+        self._news.append(
+            self._end(
+                chunks[-1].sequence,
+                "error",
+                "out_of_memory",
+                f"out of memory in a step of {_tokens_of(chunks)} tokens, twice: {reason}; try again, or "
+                "start the server with a lower --mem-fraction-static or --max-running-requests",
+            )
+        )
+        return None
 
-    def _wanted_rows(self, chunks: list[Chunk]) -> tuple[list[int], list[int]]:
-        """(token rows whose logits are needed, how many of them each chunk has)."""
+    def _with_less(self, chunks: list[Chunk], reason: str) -> list[Chunk]:
+        """After a step that was too large: the next one without the youngest sequence. Steps stay smaller.
+
+        What the step wrote is written again: no sequence has counted it.
+        """
+        self._release_memory()
+        scheduler = self._scheduler
+        tokens = _tokens_of(chunks)
+        for sequence in scheduler.running:
+            scheduler.drop_drafts(sequence)
+        if any(chunk.count > 1 for chunk in chunks) and scheduler.prefill_budget > scheduler.page_size:
+            scheduler.prefill_budget = max(scheduler.prefill_budget // 2, scheduler.page_size)
+        else:
+            scheduler.max_running = max(len(scheduler.running) - 1, 1)
+        if len(scheduler.running) > 1:
+            scheduler.retract(scheduler.running[-1])
+        _log.warning(
+            "lowbit: out of memory in a step of %d tokens: %s; from now on steps have at most %d prompt "
+            "tokens and %d sequences: start with a lower --mem-fraction-static",
+            tokens,
+            reason,
+            scheduler.prefill_budget,
+            scheduler.max_running,
+        )
+        return scheduler.next_chunks(admit=False)
+
+    def _release_memory(self) -> None:
+        """What torch keeps for later may lie in pieces that are too small."""
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _run(self, chunks: list[Chunk]) -> _Step | None:
+        """Compute the chunks. Where this fails nothing has changed but what is in their pages."""
+        if not chunks:
+            return None
+        rows, parts = self._wanted_rows(chunks)
+        flying = self._flying.choices if self._flying is not None else None
+        chosen = flying.tokens if isinstance(flying, DeviceChoices) else None
+        logits = self._runner.forward(chunks, rows, chosen)
+        choices: Choices
+        if self._sampler is None:
+            choices = HostChoices(logits.cpu())
+        else:
+            choices = self._sampler.choose(logits, [ask for part in parts for ask in _asks(part)])
+        self._steps += 1
+        for part in parts:
+            sequence = part.chunk.sequence
+            sequence.flights.append(Flight(part.start, part.known - 1 if part.chooses else -1))
+            sequence.computed += part.chunk.count
+        return _Step(parts, choices)
+
+    def _wanted_rows(self, chunks: list[Chunk]) -> tuple[list[int], list[_Part]]:
+        """The token rows whose logits are needed, and each chunk's part of the step."""
         rows: list[int] = []
-        owners: list[int] = []
+        parts: list[_Part] = []
         first = 0
         for chunk in chunks:
             sequence, last = chunk.sequence, first + chunk.count + len(chunk.drafts) - 1
-            completes = sequence.computed + chunk.count == len(sequence.tokens)
+            completes = chunk.completes
             if sequence.wants_prompt_logprobs:
                 wanted = list(range(first, last + 1))
             else:
                 wanted = list(range(last - len(chunk.drafts), last + 1)) if completes else []
+            known = len(rows) + len(wanted) - len(chunk.drafts)
+            chooses = completes and not sequence.request.echo_only
+            parts.append(_Part(chunk, sequence.computed, len(rows), known, chooses))
             rows += wanted
-            owners.append(len(wanted))
             first = last + 1
-        return rows, owners
+        return rows, parts
 
-    def _account(
-        self, chunk: Chunk, logits: Tensor, peaks: list[float], first: int, last: int
-    ) -> TokenEvent | None:
-        """Take note of a computed chunk, whose logits are rows ``first`` to ``last``; an event where it ends
-        the sequence (NaN, or only echo)."""
-        sequence = chunk.sequence
-        start = sequence.computed
-        self._prompt_tokens += max(0, min(start + chunk.count, sequence.prompt_length) - start)
-        if not all(map(math.isfinite, peaks[first:last])):
-            error = self._numerical_error(start, logits[first:last])
+    def _finish(self, step: _Step) -> list[TokenEvent]:
+        """Look at what a step has computed; its events."""
+        events: list[TokenEvent] = []
+        turns: list[_Turn] = []
+        for part in step.parts:
+            sequence = part.chunk.sequence
+            del sequence.flights[0]
+            if self._sequences.get(sequence.id) is not sequence:
+                continue  # it ended after the step was launched
+            event = self._account(part, step.choices)
+            if event is not None:
+                events.append(event)
+            elif part.chooses:
+                turns.append(_Turn(sequence, part.chunk.drafts, part.known - 1))
+                self._note_drafts(part.chunk)
+        return events + self._choose(turns, step.choices)
+
+    def _account(self, part: _Part, choices: Choices) -> TokenEvent | None:
+        """Take note of a computed chunk; an event where it ends the sequence (NaN, or only echo)."""
+        sequence, start = part.chunk.sequence, part.start
+        end = start + part.chunk.count
+        self._prompt_tokens += max(0, min(end, sequence.prompt_length) - start)
+        if not all(map(choices.finite, range(part.first, part.known))):
+            error = self._numerical_error(start, choices, range(part.first, part.known))
             return self._end(sequence, "error", "model_numerical_error", error)
-        sequence.computed += chunk.count
         if sequence.wants_prompt_logprobs:
-            self._note_prompt_logprobs(sequence, start, logits[first:last])
-        if sequence.computed <= sequence.prompt_length:
+            self._note_prompt_logprobs(part, choices)
+        if end <= sequence.prompt_length:
             self._scheduler.cache_computed(sequence)
-        if sequence.pending == 0 and sequence.request.echo_only:
+        if end == len(sequence.tokens) and sequence.request.echo_only:
             return self._end(sequence, "length")
         return None
 
-    @staticmethod
-    def _numerical_error(start: int, logits: Tensor) -> str:
-        bad = int((~torch.isfinite(logits)).any(dim=1).nonzero()[0])
-        count = int((~torch.isfinite(logits[bad])).sum())
+    def _numerical_error(self, start: int, choices: Choices, rows: range) -> str:
+        bad, count = next((n, found) for n, row in enumerate(rows) if (found := choices.broken(row)))
         return (
-            f"{count} of {logits.shape[1]} logits are NaN or infinite near token {start + bad}; "
+            f"{count} of {self.model.vocab_size} logits are NaN or infinite near token {start + bad}; "
             "request stopped, others unaffected"
         )
 
-    def _note_prompt_logprobs(self, sequence: Sequence, start: int, logits: Tensor) -> None:
+    def _note_prompt_logprobs(self, part: _Part, choices: Choices) -> None:
         """Row i predicts token i + 1; the first prompt token has no prediction."""
+        sequence = part.chunk.sequence
         alternatives = sequence.sampling.prompt_logprobs or 0
         if not sequence.prompt_logprobs:
             sequence.prompt_logprobs.append(None)
-        for offset, row in enumerate(logits):
-            target = start + offset + 1
-            if len(sequence.prompt_logprobs) <= target < sequence.prompt_length:
+        for row, target in _targets(part):
+            if target >= len(sequence.prompt_logprobs):
                 token = sequence.request.prompt[target]
-                sequence.prompt_logprobs.append(log_probabilities(row, token, alternatives))
+                sequence.prompt_logprobs.append(choices.logprob(row, token, alternatives))
 
-    def _choose(
-        self, turns: list[_Turn], logits: Tensor, peaks: list[float], likeliest: list[int]
-    ) -> list[TokenEvent]:
-        """Choose and append each sequence's next token; again while it is the draft computed there.
+    def _choose(self, turns: list[_Turn], choices: Choices) -> list[TokenEvent]:
+        """Append each sequence's next token; again while it is the draft computed there.
 
-        A token is chosen only once those before it are known, as without drafts: penalties, stop rules and
+        A token is accepted only once those before it are known, as without drafts: penalties, stop rules and
         the draw for its position see what they always would.
         """
         events: list[TokenEvent] = []
@@ -329,18 +450,18 @@ class Engine:
         while going:
             continuing: list[_Turn] = []
             for turn in going:
-                row = logits[turn.row]
-                last = self._append(turn, sample(row, turn.sequence, likeliest[turn.row]), row)
+                last = self._append(turn, choices)
                 if last is not None:
                     events.append(last)
                 elif not turn.continues:
                     events.append(self._event(turn.sequence, turn))
-                elif math.isfinite(peaks[turn.row + 1]):
+                elif choices.finite(turn.row + 1):
                     turn.row += 1
                     turn.sequence.computed += 1
                     continuing.append(turn)
                 else:
-                    error = self._numerical_error(turn.sequence.computed, logits[turn.row + 1 :])
+                    rows = range(turn.row + 1, turn.row + 2)
+                    error = self._numerical_error(turn.sequence.computed, choices, rows)
                     events.append(self._event(turn.sequence, turn))
                     events.append(self._end(turn.sequence, "error", "model_numerical_error", error))
             going = continuing
@@ -354,9 +475,10 @@ class Engine:
         self._drafts += len(chunk.drafts)
         chunk.sequence.drafts += len(chunk.drafts)
 
-    def _append(self, turn: _Turn, token: int, row: Tensor) -> TokenEvent | None:
-        """Add a token; the last event where it ends the sequence."""
+    def _append(self, turn: _Turn, choices: Choices) -> TokenEvent | None:
+        """Add the next token; the last event where it ends the sequence."""
         sequence = turn.sequence
+        token = choices.token(turn.row, sequence)
         sampling = sequence.sampling
         if turn.drafts[len(turn.tokens) : len(turn.tokens) + 1] == (token,):
             sequence.accepted_drafts += 1
@@ -367,7 +489,7 @@ class Engine:
             sequence.counts[token] += 1
         self._generated_tokens += 1
         if sampling.logprobs is not None:
-            turn.logprobs.append(log_probabilities(row, token, sampling.logprobs))
+            turn.logprobs.append(choices.logprob(turn.row, token, sampling.logprobs))
         early = sequence.output_length < sampling.min_tokens
         if token in sequence.stop_ids and not early:
             turn.text += sequence.detokenizer.finish()
@@ -429,6 +551,8 @@ class Engine:
             # Nothing it computed may be shared: its pages hold what went wrong.
             sequence.computed = 0
         self._scheduler.remove(sequence)
+        if self._sampler is not None:
+            self._sampler.forget(sequence)
         del self._sequences[sequence.id]
         return self._event(sequence, turn, finish_reason=reason, matched=matched, code=code, error=error)
 
@@ -502,6 +626,31 @@ class Engine:
             found.append("a request is neither waiting nor running")
         self._violations += bool(found)
         return found
+
+
+def _tokens_of(chunks: list[Chunk]) -> int:
+    return sum(chunk.count + len(chunk.drafts) for chunk in chunks)
+
+
+def _targets(part: _Part) -> list[tuple[int, int]]:
+    """(row of logits, place of the prompt token that it predicts) of a chunk all of whose rows are wanted."""
+    rows = range(part.first, part.known)
+    places = [(row, part.start + 1 + offset) for offset, row in enumerate(rows)]
+    return [(row, target) for row, target in places if target < part.chunk.sequence.prompt_length]
+
+
+def _asks(part: _Part) -> list[Ask]:
+    """What the device is asked of a chunk's rows; a draft's row as if the draft were right."""
+    sequence = part.chunk.sequence
+    asks = []
+    if sequence.wants_prompt_logprobs:
+        prompt = sequence.request.prompt
+        asks = [Ask(row, sequence, target, prompt[target]) for row, target in _targets(part)]
+    if part.chooses:
+        length = part.start + part.chunk.count
+        rows = range(part.known - 1, part.known + len(part.chunk.drafts))
+        asks += [Ask(row, sequence, length + offset) for offset, row in enumerate(rows)]
+    return asks
 
 
 def _speculation(model: Model, settings: Settings) -> Speculation | None:

@@ -10,13 +10,17 @@ import torch
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.quality import Quality, read_quality
-from lowbit.engine.engine import Engine, Progress
+from lowbit.engine.cuda_graphs import Progress, bucket_sizes
+from lowbit.engine.engine import Engine
 from lowbit.engine.speculation import Speculation
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
+from lowbit.kernels.device_memory import free_memory, total_memory
 from lowbit.settings import Settings
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
 
 _log = logging.getLogger("lowbit")
+
+_GIB = 1 << 30
 
 
 def load_engine(settings: Settings, on_progress: Progress | None = None, *, serving: bool = False) -> Engine:
@@ -36,30 +40,34 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         torch.set_num_threads(settings.threads)
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
     Speculation.by(settings)
+    bucket_sizes(settings)
     KernelRules.parse(settings.linear_kernel)
     header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
     with ThreadPoolExecutor(1) as beside:  # while weights are packed, mostly in native code
         tokenizer_read = beside.submit(load_tokenizer, header, settings.tokenizer)
-        model = load_model(
-            header,
-            device=settings.device,
-            dtype=settings.dtype,
-            kv_cache_dtype=settings.kv_cache_dtype,
-            k_cache_dtype=settings.k_cache_dtype,
-            v_cache_dtype=settings.v_cache_dtype,
-            activation_quantization=settings.activation_quantization,
-            quantization=asked,
-            strict=settings.strict,
-            kv_scales_path=settings.quantization_param_path,
-            on_progress=_stopped_by(tokenizer_read, on_progress),
-            samples=samples,
-            save=_path(settings.save_quantized),
-            calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
-            packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
-            linear_kernel=settings.linear_kernel,
-            timings=speed.timings_for(settings.kernel_timings, serving),
-        )
+        try:
+            model = load_model(
+                header,
+                device=settings.device,
+                dtype=settings.dtype,
+                kv_cache_dtype=settings.kv_cache_dtype,
+                k_cache_dtype=settings.k_cache_dtype,
+                v_cache_dtype=settings.v_cache_dtype,
+                activation_quantization=settings.activation_quantization,
+                quantization=asked,
+                strict=settings.strict,
+                kv_scales_path=settings.quantization_param_path,
+                on_progress=_stopped_by(tokenizer_read, on_progress),
+                samples=samples,
+                save=_path(settings.save_quantized),
+                calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
+                packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
+                linear_kernel=settings.linear_kernel,
+                timings=speed.timings_for(settings.kernel_timings, serving),
+            )
+        except torch.OutOfMemoryError as error:
+            raise _too_large(settings.model, error) from None
         tokenizer = tokenizer_read.result()
     if native.library() is not None and "reference" not in model.kernels:
         # What is left for torch is small, and its own threads, which spin after every operation, would take
@@ -87,6 +95,8 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         architecture=architecture_of(header),
         quality=quality,
     )
+    if serving:
+        engine.prepare(on_progress)
     if samples is not None:
         steps = speed.speed_steps(samples, model.device, settings.strict)
         if serving and not settings.strict:  # strict refuses to serve what is slow: that must be known now
@@ -95,6 +105,18 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
             for _ in steps:
                 pass
     return engine
+
+
+def _too_large(model: str, error: torch.OutOfMemoryError) -> LowbitError:
+    """The error of weights that do not fit on the GPU."""
+    device = torch.device("cuda")
+    free, total = free_memory(device) / _GIB, total_memory(device) / _GIB
+    said = printable(str(error).partition(". ")[0], 200)
+    return LowbitError(
+        "E0503",
+        f"{printable(model)}: the weights do not fit: {free:.1f} of the GPU's {total:.1f} GiB were free when "
+        f"loading stopped ({said}); use --quantization, a smaller model, or end what else uses the GPU",
+    )
 
 
 def _stopped_by(other: Future[FastTokenizer], report: Progress | None) -> Progress:

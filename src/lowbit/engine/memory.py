@@ -1,42 +1,118 @@
-"""How many KV pages fit: a share of the memory that the weights leave free."""
+"""How many KV pages fit.
+
+On a CPU they get a share of the memory that the weights leave free. On a GPU weights and pages together get
+a share of all its memory (``--mem-fraction-static``, as SGLang counts), and what is left is for the largest
+step (``workspace``, an estimate from the model's dimensions) and for CUDA graphs. What others hold there
+counts as used.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lowbit.engine.scheduler import PROMPT_LOGPROB_ROWS
 from lowbit.errors import LowbitError
-from lowbit.kernels.device_memory import free_memory
+from lowbit.kernels.device_memory import free_memory, total_memory
+from lowbit.kernels.reference import SLICE_WEIGHTS
 from lowbit.models.model import Model
-from lowbit.settings import Settings
+from lowbit.settings import CPU_FRACTION, GPU_FRACTION, Settings
 
 _GIB = 1 << 30
+_FIXED = 1 << 28  # of libraries and kernels, and what lies about unused in torch's cache
+_SLACK = 1.25  # blocks are rounded up, and what is freed cannot always be used at once
+_ROW_BYTES = 24  # of a logit: float32, once more with biases or for a graph, and float64 with its logarithms
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Bytes for the pool: what it gets by itself, and at most; and how that came about."""
+
+    share: int
+    most: int
+    origin: str
 
 
 def pool_pages(model: Model, settings: Settings) -> int:
     """Pages of the KV pool: as asked for, or by memory, but no more than all sequences could use."""
     size = settings.page_size
     page_bytes = sum(spec.token_bytes() for spec in model.cache_specs()) * size
-    free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
+    room = _gpu_room(model, settings) if model.device.type == "cuda" else _cpu_room(model, settings)
     if settings.max_total_tokens is not None:
         pages = -(-settings.max_total_tokens // size)
-        if pages * page_bytes > free:
+        if pages * page_bytes > room.most:
             raise LowbitError(
                 "E0502",
                 f"--max-total-tokens {settings.max_total_tokens} needs {pages * page_bytes / _GIB:.1f} GiB "
-                f"of KV cache, {free / _GIB:.1f} GiB free: the most that fits is {free // page_bytes * size}",
+                f"of KV cache, {room.origin}: the most that fits is {room.most // page_bytes * size}",
             )
         return pages
     context = settings.context_length or model.context_length
     useful = settings.max_running_requests * -(-context // size)
-    pages = min(int(free * settings.mem_fraction_static) // page_bytes, useful)
+    pages = min(room.share // page_bytes, useful)
     if settings.context_length is not None and pages * size < settings.context_length:
         raise LowbitError(
             "E0502",
             f"--context-length {context} needs {context * page_bytes / size / _GIB:.1f} GiB of KV cache, "
-            f"{pages * page_bytes / _GIB:.1f} GiB may be used: largest that fits is {pages * size}",
+            f"{pages * page_bytes / _GIB:.1f} GiB may be used ({room.origin}): largest that fits is "
+            f"{pages * size}; raise --mem-fraction-static, or use a smaller --kv-cache-dtype",
         )
     if pages < 1:
         raise LowbitError(
             "E0502",
-            f"one KV page needs {page_bytes} bytes and {free} are free; use --mem-fraction-static, or a "
-            "smaller model",
+            f"one KV page needs {page_bytes} bytes, {room.origin}; use another --mem-fraction-static, lower "
+            "--chunked-prefill-size or --max-running-requests, or use a smaller model",
         )
     return pages
+
+
+def _cpu_room(model: Model, settings: Settings) -> _Room:
+    free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
+    share = int(free * (settings.mem_fraction_static or CPU_FRACTION))
+    return _Room(share, free, f"{free / _GIB:.1f} GiB free")
+
+
+def _gpu_room(model: Model, settings: Settings) -> _Room:
+    torch.cuda.empty_cache()  # what loading left behind
+    free, total = free_memory(model.device), total_memory(model.device)
+    fraction = settings.mem_fraction_static or GPU_FRACTION
+    step = workspace(model, settings)
+    most = max(free - step, 0)
+    origin = (
+        f"{free / _GIB:.1f} of the GPU's {total / _GIB:.1f} GiB are free beside the weights, "
+        f"{step / _GIB:.1f} GiB of them for a step of {_step_tokens(model, settings)} tokens, and "
+        f"--mem-fraction-static is {fraction:g}"
+    )
+    return _Room(max(min(free - int(total * (1 - fraction)), most), 0), most, origin)
+
+
+def _step_tokens(model: Model, settings: Settings) -> int:
+    """Tokens of the largest step."""
+    chunk = settings.chunked_prefill_size
+    longest = settings.context_length or model.context_length
+    return (longest if chunk < 0 else min(chunk, longest)) + settings.max_running_requests
+
+
+def workspace(model: Model, settings: Settings) -> int:
+    """Bytes that the largest step may need beside weights and pages, from above."""
+    rows = max(settings.max_running_requests, PROMPT_LOGPROB_ROWS)
+    needed = _step_tokens(model, settings) * _token_bytes(getattr(model, "config", None))
+    needed += rows * model.vocab_size * _ROW_BYTES
+    if "reference" in getattr(model, "kernels", ()):
+        needed += SLICE_WEIGHTS * 16  # codes, float32 weights on their way and as they are multiplied
+    return int(needed * _SLACK) + _FIXED
+
+
+def _token_bytes(config: Any) -> int:
+    """Of a token's numbers that are there at once: the residual stream, and the larger half of a block."""
+    if config is None:
+        return 0
+    attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim  # q, k, v and what comes out
+    mlp = 3 * config.intermediate_size  # gate and up, and their product
+    if config.moe is not None:
+        each = 3 * config.moe.intermediate_size + 2 * config.hidden_size  # also gathered, and weighed
+        mlp = max(mlp, config.moe.per_token * each + 3 * config.moe.shared_size)
+    # The stream is float32, one copy of it under a norm; all else counts as float32, though most is bfloat16.
+    return 4 * (3 * config.hidden_size + max(attention, mlp))

@@ -3,48 +3,82 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from lowbit.engine.cuda_graphs import CudaRecorder, GraphedSteps, Progress, Recorder, bucket_sizes
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
 from lowbit.kernels.attention import LayerCache, choose_attention
+from lowbit.kernels.device_memory import upload
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.models.model import Model
+from lowbit.settings import Settings
 
 
 class Runner:
-    """The model and its KV caches of ``pages`` pages. ``capture``: replay decode steps where possible."""
+    """The model and its KV caches of ``pages`` pages; decode steps are replayed where they can be.
 
-    def __init__(self, model: Model, pages: int, page_size: int, *, capture: bool = True) -> None:
+    ``context``: tokens of the longest sequence there may be.
+    """
+
+    def __init__(self, model: Model, pages: int, context: int, settings: Settings) -> None:
         self._model = model
-        self._page_size = page_size
+        self._page_size = settings.page_size
         self._caches: list[LayerCache] = [
-            choose_attention(spec, model.device).allocate(spec, pages, page_size, model.device)
+            choose_attention(spec, model.device).allocate(spec, pages, settings.page_size, model.device)
             for spec in model.cache_specs()
         ]
-        usable = capture and model.device.type == "cpu" and native.library() is not None
-        self._capture = StepCapture(self._run) if usable else None
+        self._capture: StepCapture | GraphedSteps | None = None
+        if settings.disable_cuda_graph:
+            return
+        if model.device.type == "cuda":
+            self._capture = self.graphs(CudaRecorder(model.device), bucket_sizes(settings), context)
+        elif model.device.type == "cpu" and native.library() is not None:
+            self._capture = StepCapture(self._run)
+
+    def graphs(self, recorder: Recorder, sizes: tuple[int, ...], context: int) -> GraphedSteps:
+        """Decode steps as graphs of such sizes."""
+        takes_padding = all(cache.kernel.takes_padding for cache in self._caches)
+        return GraphedSteps(
+            self._run,
+            recorder,
+            sizes,
+            context=context,
+            page_size=self._page_size,
+            vocabulary=self._model.vocab_size,
+            device=self._model.device,
+            padded=takes_padding and not getattr(self._model, "spans_tokens", False),
+            exact_context=not takes_padding,
+        )
+
+    def prepare(self, progress: Progress | None = None) -> None:
+        """Capture what can be before there are any requests."""
+        if isinstance(self._capture, GraphedSteps):
+            self._capture.capture_all(progress)
 
     @property
     def captured_steps(self) -> int:
         """Steps that were replayed."""
         return self._capture.replayed if self._capture else 0
 
-    def forward(self, chunks: list[Chunk], rows: list[int]) -> Tensor:
-        """float32 (len(rows), vocabulary) on the CPU: the logits of token rows ``rows`` of the batch."""
-        batch = self._batch(chunks, rows)
+    def forward(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None = None) -> Tensor:
+        """float32 (len(rows), vocabulary): the logits of token rows ``rows`` of the batch; the next call may
+        overwrite them.
+
+        ``chosen``: int64, the tokens that the step in flight chooses, where chunks compute any of them.
+        """
+        batch = self._batch(chunks, rows, chosen)
         # A decode step: the newest token of every sequence, with drafts or none, and all rows wanted.
         decodes = all(c.count == 1 for c in chunks) and rows == list(range(len(batch.tokens)))
         if self._capture is not None and decodes:
             return self._capture.run(batch)
-        return self._run(batch).cpu()
+        return self._run(batch)
 
     def _run(self, batch: ForwardBatch) -> Tensor:
         return self._model.forward(batch, self._caches)
 
-    def _batch(self, chunks: list[Chunk], rows: list[int]) -> ForwardBatch:
+    def _batch(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None) -> ForwardBatch:
         size = self._page_size
         parts = [np.array(chunk.tokens, dtype=np.int32) for chunk in chunks]
         queries = np.array([len(part) for part in parts], dtype=np.int32)
@@ -60,18 +94,24 @@ class Runner:
         positions = (np.arange(len(tokens)) - firsts[owners] + starts[owners]).astype(np.int32)
         slots = (table[owners, positions // size] * size + positions % size).astype(np.int32)
         device = self._model.device
-
-        def on_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
+        arrays = [tokens, positions, slots, queries, contexts, table, np.array(rows, dtype=np.int32)]
+        waiting = [place for place, chunk in enumerate(chunks) if chunk.source >= 0]
+        if waiting:
+            sources = np.array([chunks[place].source for place in waiting], dtype=np.int32)
+            arrays += [firsts[waiting].astype(np.int32), sources]
+        on_device = upload(arrays, device)
+        if waiting:
+            assert chosen is not None, "a step in flight chooses them"
+            places, sources_there = on_device[-2:]
+            on_device[0].index_copy_(0, places.long(), chosen.index_select(0, sources_there).int())
         return ForwardBatch(
-            tokens=on_device(tokens),
-            positions=on_device(positions),
-            write_slots=on_device(slots),
-            query_lengths=on_device(queries),
-            context_lengths=on_device(contexts),
-            page_table=on_device(table),
-            sample_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+            tokens=on_device[0],
+            positions=on_device[1],
+            write_slots=on_device[2],
+            query_lengths=on_device[3],
+            context_lengths=on_device[4],
+            page_table=on_device[5],
+            sample_rows=on_device[6].long(),
             page_size=size,
             max_query=int(queries.max()),
             max_context=int(contexts.max()),

@@ -29,11 +29,12 @@ def _is_plain_greedy(sequence: Sequence) -> bool:
         sampling.temperature == 0
         and not sampling.logit_bias
         and sampling.min_tokens <= sequence.output_length
-        and not _has_penalties(sequence)
+        and not has_penalties(sequence)
     )
 
 
-def _has_penalties(sequence: Sequence) -> bool:
+def has_penalties(sequence: Sequence) -> bool:
+    """Whether its logits depend on what it has said."""
     sampling = sequence.sampling
     return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0)
 
@@ -45,7 +46,7 @@ def _sample_row(row: Tensor, sequence: Sequence) -> int:
         logits[[token for token in sequence.stop_ids if token < len(logits)]] = -torch.inf
     for token, bias in sampling.logit_bias.items():
         logits[token] += bias
-    if _has_penalties(sequence):
+    if has_penalties(sequence):
         _penalize(logits, sequence)
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -56,8 +57,8 @@ def _sample_row(row: Tensor, sequence: Sequence) -> int:
 def _penalize(logits: Tensor, sequence: Sequence) -> None:
     """Repetition over prompt and output (Keskar et al., 2019), presence and frequency over the output."""
     if sequence.counts is None or sequence.prompt_mask is None:
-        _count_tokens(sequence, len(logits))
-    assert sequence.counts is not None and sequence.prompt_mask is not None, "just made"
+        # The engine keeps them up to date from then on.
+        sequence.counts, sequence.prompt_mask = token_counts(sequence, len(logits))
     sampling = sequence.sampling
     counts = torch.from_numpy(sequence.counts)
     if sampling.repetition_penalty != 1.0:
@@ -68,12 +69,18 @@ def _penalize(logits: Tensor, sequence: Sequence) -> None:
     logits -= (counts > 0) * sampling.presence_penalty
 
 
-def _count_tokens(sequence: Sequence, vocabulary: int) -> None:
-    """Start counting; the engine keeps the counts up to date from then on."""
+def token_counts(sequence: Sequence, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 (vocabulary,): how often each token stands in the output; bool: whether it does in the prompt."""
     output = np.array(sequence.tokens[sequence.prompt_length :], dtype=np.int64)
-    sequence.counts = np.bincount(output, minlength=vocabulary).astype(np.int32)
-    sequence.prompt_mask = np.zeros(vocabulary, dtype=bool)
-    sequence.prompt_mask[list(sequence.request.prompt)] = True
+    counts = np.bincount(output, minlength=vocabulary).astype(np.int32)
+    prompt = np.zeros(vocabulary, dtype=bool)
+    prompt[list(sequence.request.prompt)] = True
+    return counts, prompt
+
+
+def uniform_number(seed: int, position: int) -> float:
+    """The draw in [0, 1) for the token at ``position``."""
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
 def _draw(logits: Tensor, sequence: Sequence) -> int:
@@ -83,7 +90,7 @@ def _draw(logits: Tensor, sequence: Sequence) -> int:
     if sampling.min_p > 0:
         probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
         probabilities /= probabilities.sum()
-    uniform = np.random.Generator(np.random.Philox(key=sequence.seed, counter=len(sequence.tokens))).random()
+    uniform = uniform_number(sequence.seed, len(sequence.tokens))
     keep = sampling.top_k if 0 < sampling.top_k < len(logits) else 0
     if not keep and sampling.top_p >= 1:
         cumulative = probabilities.cumsum(0)

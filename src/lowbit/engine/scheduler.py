@@ -5,6 +5,9 @@ sequence that decodes contributes its one token, and prompts fill what is left o
 When pages run out, idle cached prefixes are evicted, then the youngest sequence is retracted: its pages go
 (into the prefix tree where they are whole) and it waits at the front.
 
+A step may be scheduled while the one before is in flight: a sequence's next token is then known by its place
+only, and pages given away are written to after that step has used them, since steps run one after another.
+
 Who of the waiting comes next is the policy's choice. ``fcfs``: first come, first served. ``lpm``: the longest
 prefix in the cache first (SGLang: Zheng et al., 2024), so that prompts with a common beginning run while its
 pages are there. Alone that could starve a prompt nobody else begins like; so a sequence that PATIENCE later
@@ -36,9 +39,22 @@ class Chunk:
 
     @property
     def tokens(self) -> list[int]:
-        """What is computed."""
-        start = self.sequence.computed
-        return [*self.sequence.tokens[start : start + self.count], *self.drafts]
+        """What is computed; 0 in the place of a token that a step in flight is choosing."""
+        start, known = self.sequence.computed, self.sequence.tokens
+        if start == len(known):
+            return [0]
+        return [*known[start : start + self.count], *self.drafts]
+
+    @property
+    def source(self) -> int:
+        """The row of the step in flight that chooses the token this chunk computes; -1: it is known."""
+        sequence = self.sequence
+        return sequence.flights[-1].row if sequence.computed == len(sequence.tokens) else -1
+
+    @property
+    def completes(self) -> bool:
+        """Whether all tokens of the sequence are computed then."""
+        return self.sequence.computed + self.count == self.sequence.length
 
 
 class Scheduler:
@@ -69,8 +85,8 @@ class Scheduler:
         """Queue a new sequence."""
         self.waiting.append(sequence)
 
-    def next_chunks(self) -> list[Chunk]:
-        """The next step's work; [] when nothing is left to do."""
+    def next_chunks(self, *, admit: bool = True) -> list[Chunk]:
+        """The next step's work; [] when nothing is left to do. ``admit``: whether who waits may join."""
         budget = self.prefill_budget
         chunks: dict[Sequence, Chunk] = {}
         retracted = False
@@ -89,12 +105,14 @@ class Scheduler:
             chunks[sequence] = Chunk(sequence, count)
             if sequence.pending > 1:
                 budget -= count
-        if not retracted:
+        if admit and not retracted:
             self._admit(budget, chunks)
         return list(chunks.values())
 
     def _wanted(self, sequence: Sequence, budget: int) -> int:
         """Tokens of the sequence for this step."""
+        if sequence.length >= sequence.limit and not sequence.request.echo_only and sequence.flights:
+            return 0  # the step in flight chooses its last one
         if sequence.pending == 1:
             return 1
         count = min(sequence.pending, budget)
@@ -104,6 +122,8 @@ class Scheduler:
         """Waiting sequences while there is budget and room for all their known tokens."""
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
             sequence = self._next_waiting()
+            if sequence.flights:
+                return  # retracted since: its next token must be known
             matched: list[int] = []
             if self._may_share(sequence):
                 most = self._most_shared(sequence)
@@ -201,10 +221,13 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def cache_computed(self, sequence: Sequence) -> None:
-        """Put the whole pages computed so far into the prefix tree, so that others can share them now."""
+        """Put the whole pages computed so far into the prefix tree, so that others can share them now.
+
+        Not what is in flight: it may be NaN.
+        """
         if not self.share_prefixes:
             return
-        whole = sequence.computed // self.page_size
+        whole = min(sequence.sound, len(sequence.tokens)) // self.page_size
         kept = self.tree.insert(sequence.request.cache_salt, sequence.tokens, sequence.pages[:whole])
         sequence.pages[:whole] = kept
 

@@ -1,4 +1,4 @@
-"""Sequence: one request on its way. Its state is two counters; the rest is derived."""
+"""Sequence: one request on its way. Its state is two counters and what is in flight; the rest is derived."""
 
 from __future__ import annotations
 
@@ -13,9 +13,21 @@ from lowbit.engine.speculation import Drafter
 from lowbit.tokenization.tokenizer import Tokenizer
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A sequence's part of a step that was launched and whose results nobody has looked at.
+
+    ``start``: tokens computed before it; ``row``: of the logits that its next token is chosen from, or -1.
+    """
+
+    start: int
+    row: int
+
+
 @dataclass(eq=False)
 class Sequence:
-    """``tokens``: prompt and output so far. ``computed``: how many of them have K and V in ``pages``.
+    """``tokens``: prompt and output so far. ``computed``: how many tokens have K and V in ``pages``, or will
+    have when the steps in ``flights`` are done, oldest first; that may be one more than are known.
 
     ``limit``: tokens it may reach in all. ``stop_ids``: ids that end it.
     """
@@ -27,6 +39,7 @@ class Sequence:
     tokens: list[int]
     seed: int
     computed: int = 0
+    flights: list[Flight] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache, when first admitted
     admitted: bool = False
@@ -76,9 +89,19 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def length(self) -> int:
+        """Tokens, those included that steps in flight are choosing."""
+        return len(self.tokens) + sum(flight.row >= 0 for flight in self.flights)
+
+    @property
     def pending(self) -> int:
-        """Known tokens without K and V: 1 while decoding, more while the prompt is computed."""
-        return len(self.tokens) - self.computed
+        """Tokens without K and V: 1 while decoding, more while the prompt is computed."""
+        return self.length - self.computed
+
+    @property
+    def sound(self) -> int:
+        """Tokens whose K and V are computed and known to be finite."""
+        return min(self.computed, self.flights[0].start) if self.flights else self.computed
 
     @property
     def wants_prompt_logprobs(self) -> bool:

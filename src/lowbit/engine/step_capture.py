@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowbit.engine.static_batch import StaticBatch
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.step_plan import Arena, Recorder, StepPlan
 
@@ -24,45 +25,10 @@ _log = logging.getLogger(__name__)
 
 Size = tuple[int, int]  # sequences, tokens
 
+_CPU = torch.device("cpu")
+
 PLANS = 192  # sizes kept, the least recently used one goes; 64 without drafts, some 120 with them
 ARENA_BYTES = 1 << 28  # for the tensors of a step, all plans together
-
-
-class _Inputs:
-    """Static tensors for up to ``sequences`` sequences of up to ``pages`` pages, and ``tokens`` tokens."""
-
-    def __init__(self, sequences: int, tokens: int, pages: int) -> None:
-        self.limits = (sequences, tokens, pages)
-
-        def indices(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32)
-
-        self.tokens, self.positions, self.write_slots = (indices(tokens) for _ in range(3))
-        self.query_lengths, self.context_lengths = (indices(sequences) for _ in range(2))
-        self.page_table = indices(sequences, pages)
-        self.sample_rows = torch.arange(tokens)
-
-    def fill(self, batch: ForwardBatch) -> ForwardBatch:
-        """Copy a decode batch in; the same batch in static tensors."""
-        sequences, tokens = len(batch.query_lengths), len(batch.tokens)
-        for name in ("tokens", "positions", "write_slots"):
-            getattr(self, name)[:tokens] = getattr(batch, name)
-        for name in ("query_lengths", "context_lengths"):
-            getattr(self, name)[:sequences] = getattr(batch, name)
-        self.page_table[:sequences, : batch.page_table.shape[1]] = batch.page_table
-        return ForwardBatch(
-            tokens=self.tokens[:tokens],
-            positions=self.positions[:tokens],
-            write_slots=self.write_slots[:tokens],
-            query_lengths=self.query_lengths[:sequences],
-            context_lengths=self.context_lengths[:sequences],
-            page_table=self.page_table[:sequences],
-            sample_rows=self.sample_rows[:tokens],
-            page_size=batch.page_size,
-            # The most that any step of this size has: a kernel must not rely on this one's own.
-            max_query=tokens - sequences + 1,
-            max_context=self.limits[2] * batch.page_size,
-        )
 
 
 class StepCapture:
@@ -75,7 +41,7 @@ class StepCapture:
         self._limit = plans
         self._arena = Arena(arena_bytes)
         self._plans: OrderedDict[Size, StepPlan] = OrderedDict()
-        self._inputs = _Inputs(8, 16, 64)
+        self._inputs = StaticBatch((8, 16, 64), _CPU)
         self._too_large = 0  # tokens from which on a step needs more memory than plans may take
         self.refusal = ""  # why no step of this model can be captured
         self.replayed = 0
@@ -91,7 +57,7 @@ class StepCapture:
         if self.refusal or (self._too_large and size[1] >= self._too_large):
             return self._forward(batch)
         self._grow(*size, batch.page_table.shape[1])
-        static = self._inputs.fill(batch)
+        static = self._inputs.fill(batch, self._inputs.limits[2] * batch.page_size)
         plan = self._plans.get(size)
         if plan is None:
             return self._record(size, static)
@@ -105,7 +71,8 @@ class StepCapture:
         if all(map(operator.le, needed, held)):
             return
         self._plans.clear()
-        self._inputs = _Inputs(*(h if n <= h else max(2 * h, n) for n, h in zip(needed, held, strict=True)))
+        sequences, tokens, pages = (h if n <= h else max(2 * h, n) for n, h in zip(needed, held, strict=True))
+        self._inputs = StaticBatch((sequences, tokens, pages), _CPU)
 
     def _record(self, size: Size, static: ForwardBatch) -> Tensor:
         recorder = Recorder(self._arena)

@@ -85,9 +85,14 @@ class AttentionParameters:
 
 
 class AttentionKernel(Protocol):
-    """Writes to a paged cache and attends over it."""
+    """Writes to a paged cache and attends over it.
+
+    ``takes_padding``: whether a token with write slot -1 is not stored, a sequence of no context gives zeros,
+    and ``batch.max_context`` may be far more than any sequence has.
+    """
 
     name: str
+    takes_padding: bool
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
         """Why this kernel cannot serve the spec, or None."""

@@ -117,6 +117,7 @@ class CpuAttention:
     """See the module docstring."""
 
     name = "cpu"
+    takes_padding = False
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
         """Paged and latent caches on a CPU with head sizes, and channels that share a scale, in sixteens."""

@@ -35,6 +35,7 @@ class ReferenceAttention:
     """See the module docstring."""
 
     name = "reference"
+    takes_padding = False
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
         """What is no cache at all."""

@@ -1,10 +1,12 @@
-"""How much memory is really free on a device, cgroup limits included."""
+"""How much memory is really free on a device, cgroup limits included; numbers on their way there."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 _GIB = 1 << 30
 
@@ -22,6 +24,38 @@ def free_memory(device: torch.device, mapped: int = 0) -> int:
     if limit is None or used is None:
         return free
     return min(free, max(limit - used - max(mapped - _cached(), 0), 0))
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU, whoever uses them."""
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
+def upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays, all of one dtype, on the device, without waiting for what it does.
+
+    One copy for all of them, from pinned memory: a copy from any other would wait for the stream. torch
+    reuses pinned memory only after the copy. On a CPU the tensors share the arrays' memory.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(array) for array in arrays]
+    packed, places = _packed(arrays)
+    buffer = torch.from_numpy(packed).pin_memory().to(device, non_blocking=True)
+    return [
+        buffer[place : place + array.size].view(array.shape)
+        for place, array in zip(places, arrays, strict=True)
+    ]
+
+
+def _packed(arrays: list[np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """All of them in one, and where each begins: at 16 bytes, as kernels are compiled for."""
+    step = 16 // arrays[0].itemsize
+    sizes = [-(-array.size // step) * step for array in arrays]
+    places = [sum(sizes[:n]) for n in range(len(sizes))]
+    packed = np.zeros(sum(sizes), dtype=arrays[0].dtype)
+    for place, array in zip(places, arrays, strict=True):
+        packed[place : place + array.size] = array.ravel()
+    return packed, places
 
 
 def _cached() -> int:

@@ -22,9 +22,10 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import FrameType
 from typing import cast
 
 import numpy as np
@@ -317,7 +318,7 @@ class _Watch(TorchDispatchMode):
                 return found
         elif not function.is_view or function is _aten.lift_fresh.default:
             # lift_fresh: numbers of Python's (torch.tensor, from_numpy), which a replay would not see change.
-            self._recorder.refuse(f"{function} in {_place()}")
+            self._recorder.refuse(f"{function} in {place(_callers())}")
         return function(*args, **kwargs)
 
 
@@ -325,16 +326,22 @@ def _is_cpu(device: object) -> bool:
     return device is None or torch.device(cast(str, device)).type == "cpu"
 
 
-def _place() -> str:
-    """The layer and the function of lowbit that are running."""
-    function = layer = ""
-    frame = sys._getframe(1)
-    while frame is not None and not layer:
+def place(frames: Iterable[FrameType]) -> str:
+    """The layer and the function of lowbit that were running, from the innermost frame outwards."""
+    function = ""
+    for frame in frames:
         module = frame.f_globals.get("__name__", "")
         if module.startswith("lowbit.") and module != __name__:
             function = function or f"{module.removeprefix('lowbit.')}.{frame.f_code.co_name}"
             owner = frame.f_locals.get("self")
-            if type(owner).__module__.startswith("lowbit.layers"):
-                layer = str(getattr(owner, "name", ""))
-        frame = frame.f_back  # type: ignore[assignment]
-    return f"{layer} ({function})" if layer else function or "the model"
+            layer = getattr(owner, "name", "") if type(owner).__module__.startswith("lowbit.layers") else ""
+            if layer:
+                return f"{layer} ({function})"
+    return function or "the model"
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -43,7 +43,7 @@ from lowbit.server.limits import Limits
 from lowbit.server.logs import log
 from lowbit.server.memory_limit import memory_limit, oom_kills
 from lowbit.server.stream import Sequence, Stream
-from lowbit.settings import Settings
+from lowbit.settings import CPU_FRACTION, Settings
 
 State = Literal["starting", "ready", "restarting"]
 _READ_SIZE = 1 << 18
@@ -269,11 +269,11 @@ class EngineClient:
     def _lower_admission(self) -> None:
         """After an out-of-memory kill the next engine takes less."""
         old = self._settings
-        self._settings = replace(
-            old,
-            max_running_requests=max(1, old.max_running_requests // 2),
-            mem_fraction_static=max(0.01, old.mem_fraction_static * 0.75),
-        )
+        self._settings = replace(old, max_running_requests=max(1, old.max_running_requests // 2))
+        device = self.ready.details.get("device", "cpu") if self.ready else old.device
+        if not device.startswith("cuda"):  # a GPU's memory is not what was short
+            fraction = old.mem_fraction_static or CPU_FRACTION
+            self._settings.mem_fraction_static = max(0.01, fraction * 0.75)
 
     async def _run_once(self) -> str:
         """One engine from start to end; why it ended."""

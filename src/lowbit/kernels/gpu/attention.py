@@ -105,6 +105,7 @@ class GpuAttention:
     """See the module docstring."""
 
     name = "gpu"
+    takes_padding = True
 
     def refuses(self, spec: CacheSpec, device: torch.device) -> str | None:
         """Paged and latent caches where Triton runs, heads of at most 576 and 512 channels."""

@@ -1,0 +1,59 @@
+"""StaticBatch: a decode step's inputs at fixed addresses, for steps that are recorded once and replayed."""
+
+from __future__ import annotations
+
+import torch
+
+from lowbit.kernels.forward_batch import ForwardBatch
+
+# What a row that belongs to no sequence holds: its token is not stored, and it looks back at nothing.
+_PADDING = {"tokens": 0, "positions": 0, "write_slots": -1, "query_lengths": 1, "context_lengths": 0}
+
+
+class StaticBatch:
+    """The inputs of steps up to a size; rows that no step has filled in are padding."""
+
+    def __init__(self, limits: tuple[int, int, int], device: torch.device) -> None:
+        """``limits``: sequences, tokens and pages of a sequence."""
+        self.limits = sequences, tokens, pages = limits
+        counts = {"query_lengths": sequences, "context_lengths": sequences}
+        self._rows = {
+            name: torch.full((counts.get(name, tokens),), value, dtype=torch.int32, device=device)
+            for name, value in _PADDING.items()
+        }
+        self._page_table = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
+        self._sample_rows = torch.arange(tokens, device=device)
+        self._used = 0  # rows that hold no padding
+
+    def fill(self, batch: ForwardBatch, max_context: int) -> ForwardBatch:
+        """Copy a decode batch in; the same batch in static tensors."""
+        sequences, tokens = len(batch.query_lengths), len(batch.tokens)
+        for name, rows in self._rows.items():
+            given = getattr(batch, name)
+            rows[: len(given)] = given
+        self._page_table[:sequences, : batch.page_table.shape[1]] = batch.page_table
+        self._used = max(self._used, tokens)
+        return self._view(sequences, tokens, batch.page_size, max_context)
+
+    def pad(self, rows: int, size: int, page_size: int, max_context: int) -> ForwardBatch:
+        """``size`` sequences of one token, of which the first ``rows`` have been filled in."""
+        if self._used > rows:
+            for name, values in self._rows.items():
+                values[rows : self._used] = _PADDING[name]
+            self._used = rows
+        return self._view(size, size, page_size, max_context)
+
+    def _view(self, sequences: int, tokens: int, page_size: int, max_context: int) -> ForwardBatch:
+        return ForwardBatch(
+            tokens=self._rows["tokens"][:tokens],
+            positions=self._rows["positions"][:tokens],
+            write_slots=self._rows["write_slots"][:tokens],
+            query_lengths=self._rows["query_lengths"][:sequences],
+            context_lengths=self._rows["context_lengths"][:sequences],
+            page_table=self._page_table[:sequences],
+            sample_rows=self._sample_rows[:tokens],
+            page_size=page_size,
+            # The most that any step of this size has: a kernel must not rely on this one's own.
+            max_query=tokens - sequences + 1,
+            max_context=max_context,
+        )

@@ -1,0 +1,38 @@
+"""An engine from settings."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lowbit.errors import LowbitError
+from lowbit.settings import Settings
+
+
+def test_a_tokenizer_that_fails_ends_loading_at_once(
+    tmp_path: Path, embedded_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read while weights are packed."""
+    from lowbit import tokenization
+    from lowbit.engine import load as load_module
+
+    failed = threading.Event()
+    modules = 0
+
+    def fails(*arguments: object) -> object:
+        failed.set()
+        raise LowbitError("E0254", "no usable tokenizer")
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal modules
+        assert failed.wait(10)
+        modules += 1
+        time.sleep(0.01)
+
+    monkeypatch.setattr(tokenization, "load_tokenizer", fails)
+    with pytest.raises(LowbitError, match="no usable tokenizer"):
+        load_module.load_engine(Settings(model=str(embedded_path), device="cpu"), progress)
+    assert modules < 20, "of 211"
