@@ -15,7 +15,7 @@ their level. "column_order": int64 (in,).
 A stack of matrices (experts) is one tall matrix, whose levels count rows in blocks that do not cross a
 border. GGUF blocks are taken apart: inner scales of K-quants become int8 beside float16 outer ones, and the
 values of a lattice grid (IQ types) become indices of 3 or 4 bits into a table of those that occur: more
-bytes than the file has, where it stores a few bits for a vector of 4 or 8 numbers (IQ2_XXS: 3.4 bits a
+bytes than the file has, where it stores a few bits for a vector of 4 or 8 numbers (IQ2_XXS: 3.3 bits a
 weight for 2.1).
 """
 
