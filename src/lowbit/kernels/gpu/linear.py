@@ -14,9 +14,10 @@ gathered from x first. A row's last bit may depend on how many rows are beside i
 
 Why these blocks; none of it has been timed on a GPU. One token of a 4-bit weight of 4096 x 4096 reads 8 MiB,
 2.5 us of an H100's 3.35 TB/s (1.75 us of an H200's 4.8), and latency times bandwidth asks for some 25 KiB
-under way on each of 132 SMs (15 on an A100's 108). ``vector_product`` loads 16 bytes a thread, 2 KiB a
-program, with 4 loads in flight: several programs on each SM, which split columns where rows do not give
-enough of them. It costs about 5 instructions a 4-bit weight and one more a token, where those GPUs have 4 or
+under way on each of 132 SMs (15 on an A100's 108). ``vector_product`` loads 8 KiB a program and step, with 4
+steps in flight and two programs on each SM: columns are split where rows do not give enough of them. It is
+128 rows high so that a thread uses its part of x for several rows, and costs about 5 instructions a 4-bit
+weight and one more a token, where those GPUs have 4 or
 5 in the time that memory brings one: from the second token on tensor cores, on which tokens are free and
 decoding costs 3.5. Their tiles are 128 rows high, as every block of rows reads all of x again from L2: with
 16 tokens x is half of what a block reads, with 64 two thirds. One wave of programs (two of the smaller ones)

@@ -15,7 +15,7 @@ their level. "column_order": int64 (in,).
 A stack of matrices (experts) is one tall matrix, whose levels count rows in blocks that do not cross a
 border. GGUF blocks are taken apart: inner scales of K-quants become int8 beside float16 outer ones, and the
 values of a lattice grid (IQ types) become indices of 3 or 4 bits into a table of those that occur: more
-bytes than the file has, where it stores a few bits for a vector of 4 or 8 numbers (IQ2_XXS: 3.4 bits a
+bytes than the file has, where it stores a few bits for a vector of 4 or 8 numbers (IQ2_XXS: 3.3 bits a
 weight for 2.1).
 """
 
@@ -35,6 +35,7 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 TILES = (64, 32, 16)
+_RUN = 128  # columns of the widest plane's run, at most: what a program holds of x at once
 _MOST_PADDING = 1.125  # bytes of a row to those of its codes, beyond which smaller tiles are tried
 WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 _FLOATS = {
@@ -285,7 +286,9 @@ def layout_of(scheme: Scheme, shape: tuple[int, ...]) -> Layout | str:
 
 def _tile(widths: list[int], columns: int, bits: int) -> int:
     """The widest tile that divides every group and fills up rows by little."""
-    fitting = [tile for tile in TILES if all(group % tile == 0 for group in widths)]
+    # Bytes of two or three planes wait in registers: wider tiles would spill on Ampere.
+    widest = min(_RUN // (8 // WIDTHS[bits][0]), 64 if len(WIDTHS[bits]) == 1 else 32)
+    fitting = [tile for tile in TILES if tile <= widest and all(group % tile == 0 for group in widths)]
     if bits == 8:
         return fitting[0]
     for tile in fitting:

@@ -7,7 +7,7 @@ values, which are exact in bfloat16 but for tables such as nf4's. Behind a row's
 numbers of no meaning: x must be 0 there. ``scale_of``, ``zero_of`` and ``offset_of`` give a tile's float32
 (rows,): all columns of a tile lie in one group. So
 
-    weight = (run_values(…, zero) - nothing) * scale[:, None] + offset[:, None]
+    weight = run_values(…, zero, …) * scale[:, None] + offset[:, None]
 
 is the canonical equation, step by step. ``rows`` must lie inside the weight (clamp them: loads have no
 masks) and are int64, as what they address may exceed 2^31 bytes.
