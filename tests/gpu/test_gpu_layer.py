@@ -147,7 +147,7 @@ def test_both_ways_to_multiply_8_bit_floats(
 
 @pytest.mark.usefixtures("fp8")
 @pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("e8m0", [False, True])
+@pytest.mark.parametrize("e8m0", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_deepseek_blocks(activation: str | None, e8m0: bool, device: torch.device) -> None:
     """Weights in blocks of 128 x 128, inputs in groups of 128; the last of both are short."""
     scheme = ActivationScheme(E4M3, (1, 128), limit=448.0, scale=E8M0 if e8m0 else number_format("f32"))
@@ -212,7 +212,9 @@ def product(
     return out, wanted if activation is None else gated_activation(wanted, activation)
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 33, 65, 130])
+@pytest.mark.parametrize(
+    "tokens", [1, 65, *(pytest.param(count, marks=pytest.mark.slow) for count in (17, 33, 130))]
+)
 @pytest.mark.parametrize("kind", ["int8", "e4m3"])
 def test_every_tile(kind: str, tokens: int, device: torch.device) -> None:
     for activation, shape in ((None, (140, 128)), ("gelu_tanh", (140, 144)), (None, (30, 37))):
@@ -220,7 +222,7 @@ def test_every_tile(kind: str, tokens: int, device: torch.device) -> None:
         assert ((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("tokens", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "zero", "group"), [("int8", True, 0), ("e4m3", False, 0), ("e4m3", False, 128)]
 )
