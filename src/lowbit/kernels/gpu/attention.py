@@ -312,7 +312,7 @@ def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
     """Tile sizes for up to ``rows`` query rows of a sequence.
 
     *Rows.* A prompt's tile has 128 where sums of 128 channels are at most 64 registers a thread of 8
-    warps, 64 for wider heads, 32 for latents (64 spill 556 bytes on Hopper), and 32 or 16 in float32, which is
+    warps, 64 for wider heads, 32 for latents (64 spill 556 bytes on Hopper), 32 or 16 in float32, which is
     multiplied without tensor cores. Fewer rows than that: the next power of two, 16 for tensor cores.
 
     *Keys.* Decode waits for memory: 64 keys of 64 channels, 32 of more, which is up to 16 KiB of K and V
