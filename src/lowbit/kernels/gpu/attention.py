@@ -313,9 +313,8 @@ def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
     """Tile sizes for up to ``rows`` query rows of a sequence.
 
     *Rows.* A prompt's tile has 128 where sums of 128 channels are at most 64 registers a thread of 8
-    warps, 64 for wider heads. Wide latents whose numbers are decoded in registers get 32, and float32,
-    which is multiplied without tensor cores, 32 or 16. Fewer rows than that: the next power of two, 16 for
-    tensor cores.
+    warps, 64 for wider heads, 32 for latents (64 spill 556 bytes on Hopper), 32 or 16 in float32, which is
+    multiplied without tensor cores. Fewer rows than that: the next power of two, 16 for tensor cores.
 
     *Keys.* Decode waits for memory: 64 keys of 64 channels, 32 of more, which is up to 16 KiB of K and V
     loaded while the tile before is computed, in few enough registers for four programs a multiprocessor.
@@ -325,7 +324,7 @@ def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
     *Stages.* Three: page numbers two tiles ahead, K and V one, which is what an address that is itself
     loaded needs.
     """
-    constants, spec = cache.attend_constants, cache.spec
+    constants = cache.attend_constants
 
     def number(name: str) -> int:
         found = constants[name]
@@ -334,9 +333,8 @@ def _blocks(cache: GpuLayerCache, rows: int) -> _Blocks:
 
     widest = max(number("K0") + number("K1"), number("V0") + number("V1"))
     floats = constants["K_TYPE"] == "f32" or constants["V_TYPE"] == "f32"
-    decoded = min(spec.k_format.bits, spec.v_format.bits) < 16
     most = 128 if widest <= 128 else 64
-    if floats or (decoded and widest > 256):
+    if floats or widest > 256:
         most = 16 if floats and widest > 256 else 32
     small = widest > 256 and cache.device.shared < 128 << 10
     rows = min(max(_power_of_two(rows), 16), 16 if small else most)

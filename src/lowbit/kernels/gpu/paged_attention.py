@@ -78,9 +78,9 @@ def _put(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _over(sums, total):  # type: ignore[no-untyped-def]
-    """sums / total; zeros where nothing was seen, which is not where something is NaN."""
-    return tl.where(total == 0, 0.0, sums / tl.where(total == 0, 1.0, total))
+def _inverse(total):  # type: ignore[no-untyped-def]
+    """1 / total; zero where nothing was seen, which is not where something is NaN."""
+    return tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
 
 
 @triton.jit(do_not_specialize=["sequences", "table_row", "least", "most", "window"])
@@ -240,12 +240,13 @@ def attend(  # type: ignore[no-untyped-def]
             higher = tl.maximum(peak, sink)
             kept = tl.exp2(peak - higher)
             total = total * kept + tl.exp2(sink - higher)
-            sum0 *= kept[:, None]
-            sum1 *= kept[:, None]
+            inverse = kept * _inverse(total)
+        else:
+            inverse = _inverse(total)
         place = out + ((first + token).to(tl.int64) * (kv_heads * GROUP) + query_head) * V_DIM
-        _put(place, _over(sum0, total[:, None]), present, 0, V0, V_DIM)
+        _put(place, sum0 * inverse[:, None], present, 0, V0, V_DIM)
         if V1 > 0:
-            _put(place, _over(sum1, total[:, None]), present, V0, V1, V_DIM)
+            _put(place, sum1 * inverse[:, None], present, V0, V1, V_DIM)
 
 
 @triton.jit(do_not_specialize=["sequences", "least", "most", "splits"])
@@ -304,6 +305,6 @@ def merge(  # type: ignore[no-untyped-def]
         joined += tl.sum(shares * kept[:, None], 0)
     if SINKS:
         whole += tl.exp2(sink - highest)
-    result = _over(joined, whole)
+    result = joined * _inverse(whole)
     place = out + ((first + token).to(tl.int64) * (kv_heads * GROUP) + query_head) * V_DIM
     tl.store(place + channel, cast(result, out.dtype.element_ty), channel < V_DIM)
