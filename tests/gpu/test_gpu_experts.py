@@ -265,7 +265,12 @@ def test_every_scheme_with_many_tokens(name: str, dtype: torch.dtype, device: to
         check(pair, tokens, device, dtype, within=0.03)
 
 
-@pytest.mark.parametrize("given", INPUTS)
+RARE = ("one static scale", "multipliers", "int8 with a zero point")
+
+
+@pytest.mark.parametrize(
+    "given", [pytest.param(name, marks=[pytest.mark.slow] * (name in RARE)) for name in INPUTS]
+)
 def test_every_way_to_quantize_inputs(given: str, device: torch.device) -> None:
     """Rounded sums may take another code: what is compared is not bits."""
     pair = make(
@@ -287,10 +292,10 @@ PER_EXPERT = ("static scales", "static zeros", "nvfp4, outer scales", "multiplie
 def test_gpt_oss(tokens: int, device: torch.device) -> None:
     """MXFP4 with biases and its own activation; twice the same bits."""
     pair = make(device, WEIGHTS["e2m1 g32 e8m0 (MXFP4)"], bias=True)
-    check(pair, tokens, device, activation="swiglu_clamped", again=tokens < 40)
+    check(pair, tokens, device, activation="swiglu_clamped", again=tokens == 1)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 17])
+@pytest.mark.parametrize("tokens", [1, 17])
 def test_experts_without_tokens(tokens: int, device: torch.device) -> None:
     pair = make(device, WEIGHTS["int8 channel"])
     check(pair, tokens, device, chosen=torch.tensor([[3, 1]]).repeat(tokens, 1))
@@ -305,7 +310,7 @@ def test_no_tokens(device: torch.device) -> None:
     )
 
 
-@pytest.mark.parametrize("given", ["as they are", "static scales"])
+@pytest.mark.parametrize("given", ["as they are", pytest.param("static scales", marks=pytest.mark.slow)])
 def test_parts_of_unlike_schemes(given: str, device: torch.device) -> None:
     pair = make(device, [WEIGHTS["e4m3 32x32"], WEIGHTS["int8 channel"]], INPUTS[given], bias=True)
     check(pair, 3, device, within=1e-4 if given == "as they are" else 0.02)
@@ -319,6 +324,7 @@ def test_gguf_blocks(name: str, device: torch.device) -> None:
     check(make(device, blocks, hidden=256, inner=256), 1, device)
 
 
+@pytest.mark.slow
 def test_many_tokens_go_in_turns(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.kernels.gpu.experts.MOST_BETWEEN", 4 * K * HIDDEN)
     check(make(device, WEIGHTS["e4m3 tensor"]), 9, device)

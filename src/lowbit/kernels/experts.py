@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing, and a batch's experts in one call, native code's (csrc/experts.cpp) or a GPU's.
+"""Mixtures of experts: routing, and a batch's experts in one call, native (csrc/experts.cpp) or on a GPU.
 
 The code knows an expert as two matrices of one or more packed weights each, with what happens to the rows
 before (``InputTransform``, a column order) and after (row scales, biases). A token's result has the bits that

@@ -1,14 +1,14 @@
 """Grouped products: one matrix of all experts, each with the rows that chose it, in one launch.
 
-A program is a block of rows of one expert (``expert_rows``) and a tile of that expert's outputs; blocks behind
-the last one end at once. It goes through the columns in steps of a few tiles (``weight_tiles``): codes are
-exact in x's type, their products are summed in float32, and a group's scales meet those sums, so that weights
-are never rounded. Values of tables that bfloat16 would round (nf4) are two numbers, and two products. float32
-x is multiplied as such, on CUDA cores.
+A program is a block of rows of one expert (``expert_rows``) and a tile of that expert's outputs; blocks
+behind the last one end at once. It goes through the columns in steps of a few tiles (``weight_tiles``):
+codes are exact in x's type, their products are summed in float32, and a group's scales meet those sums, so
+that weights are never rounded. Values of tables that bfloat16 would round (nf4) are two numbers, and two
+products. float32 x is multiplied as such, on CUDA cores.
 
-A product is (outputs, rows) = weight tile @ x tile.T, so that a decoded tile goes from registers to the tensor
-cores and only x is read from shared memory. Of a gated matrix (gate rows, then as many up rows) a tile takes
-gate and up rows in turn, so that it holds all that an activation combines.
+A product is (outputs, rows) = weight tile @ x tile.T, so that a decoded tile goes from registers to the
+tensor cores and only x is read from shared memory. Of a gated matrix (gate rows, then as many up rows) a
+tile takes gate and up rows in turn, so that it holds all that an activation combines.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from lowbit.kernels.gpu.weight_tiles import load_run, run_values, scale_of, zero
 class Rows:
     """What meets a matrix: x (rows, columns), row ``pair // divisor`` of it that of a pair.
 
-    ``factor``: float32, of each row or one, the product is multiplied by it. ``scales``: float32 (groups, rows)
-    of ``group`` columns each, x is codes then.
+    ``factor``: float32, of each row or one, the product is multiplied by it. ``scales``: float32 (groups,
+    rows) of ``group`` columns each, x is codes then.
     """
 
     x: Tensor
@@ -315,7 +315,7 @@ def _dense(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Plain matrices (experts, outputs, columns). WIDE: x and weight differ, and are multiplied as float32."""
+    """Plain matrices (experts, outputs, columns). WIDE: of two types, that are multiplied as float32."""
     block, tile = _place(blocks, tl.cdiv(outputs, BLOCK_N), BAND)
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert < 0:
@@ -358,12 +358,13 @@ class Blocks:
     stages: int
 
 
-# By rows of a block. Few rows are bound by reading weights: many small programs, deep in loads. From 64 rows on
-# the tensor cores are the bound: tiles whose operands are read often enough from shared memory and the L2 cache
-# (64 * 128 needs 1/43 byte a multiplication, 128 * 128 1/64), sums within 64 registers a thread, and as many
-# again where scales meet the sums of a part. Steps of more than two such parts, or of tables in two numbers, have
-# to keep still more, and get half the outputs. float32 has no tensor cores, and operands twice as large. By
-# reasoning, and by what the compiler says of registers: none of it has been timed on a GPU.
+# By rows of a block. Few rows are bound by reading weights: many small programs, deep in loads. From 64
+# rows on the tensor cores are the bound: tiles whose operands are read often enough from shared memory and
+# the L2 cache (64 * 128 needs 1/43 byte a multiplication, 128 * 128 1/64), sums within 64 registers a
+# thread, and as many again where scales meet the sums of a part. Steps of more than two such parts, or of
+# tables in two numbers, have to keep still more, and get half the outputs. float32 has no tensor cores, and
+# operands twice as large. By reasoning, and by what the compiler says of registers: none of it has been
+# timed on a GPU.
 BLOCKS = {16: Blocks(64, 4, 4), 32: Blocks(64, 4, 4), 64: Blocks(128, 8, 3), 128: Blocks(128, 8, 3)}
 FLOAT_BLOCKS = {16: Blocks(64, 4, 2), 32: Blocks(64, 4, 2)}
 BAND = 8  # blocks of rows that go through all outputs together
@@ -387,7 +388,8 @@ def multiply(
 ) -> None:
     """out (pairs, outputs) of every pair: its row of x by its expert's matrix, times factor, plus bias.
 
-    With an activation the matrix is gated and ``out`` (pairs, outputs / 2). ``bias``: float32 (experts, outputs).
+    With an activation the matrix is gated and ``out`` (pairs, outputs / 2). ``bias``: float32 (experts,
+    outputs).
     """
     (outputs, columns), x = stack.shape, given.x
     blocks = _sizes(x.dtype)[sorted_.block_m]
