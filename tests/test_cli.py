@@ -105,6 +105,7 @@ def test_sglangs_launch_line(served: list[Settings], capsys: pytest.CaptureFixtu
     words = "--model-path org/m --tokenizer-path org/t --host 0.0.0.0 --port 30001 --context-length 4096"
     words += " --mem-fraction-static 0.3 --served-model-name m --chunked-prefill-size 256 --dtype half"
     words += " --disable-radix-cache --disable-cuda-graph --tp-size 1 --dp 1 --attention-backend triton"
+    words += " --cuda-graph-bs 1 2 4 --cuda-graph-max-bs 4 --disable-overlap-schedule"
     words += " --max-running-requests 8 --max-total-tokens 8192 --random-seed 1 --enable-metrics --api-key k"
     assert main(["serve", *words.split()]) == 0
     assert served == [
@@ -120,6 +121,9 @@ def test_sglangs_launch_line(served: list[Settings], capsys: pytest.CaptureFixtu
             dtype="float16",
             disable_radix_cache=True,
             disable_cuda_graph=True,
+            cuda_graph_bs="1,2,4",
+            cuda_graph_max_bs=4,
+            disable_overlap_schedule=True,
             max_running_requests=8,
             max_total_tokens=8192,
             random_seed=1,

@@ -197,11 +197,12 @@ class GraphedSteps:
 
         try:
             self._graphs[size] = self._recorder.capture(step)
-        except torch.OutOfMemoryError:
-            self._too_large.add(size)
-            _log.warning("lowbit: no memory for a CUDA graph of %d sequences; those run eagerly", size[0])
-            return False
         except RuntimeError as error:
+            # Ending a capture that failed may fail in turn.
+            if torch.OutOfMemoryError in (type(error), type(error.__context__)):
+                self._too_large.add(size)
+                _log.warning("lowbit: no memory for a CUDA graph of %d sequences; those run eagerly", size[0])
+                return False
             self.refusal = f"{place(_frames(error))}: {str(error).splitlines()[0]}"
             self._graphs.clear()
             _log.warning("lowbit: CUDA graphs off: %s; running eagerly", printable(self.refusal, 300))
