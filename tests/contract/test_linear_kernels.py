@@ -19,8 +19,8 @@ import torch
 
 from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
-from lowbit.kernels import LinearKernel, choose, cpu_blocks, linear_kernels, native
-from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.kernels import LinearKernel, PackedWeight, choose, cpu_blocks, linear_kernels, native
+from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
@@ -201,12 +201,26 @@ def multiplied(weight: QuantizedTensor) -> torch.Tensor:
     return normal_form(replace(weight, scheme=replace(weight.scheme, weight=values))).double()
 
 
-def in_words(x: torch.Tensor) -> torch.Tensor:
-    """float64: x as whole numbers up to 16383 with a scale for each 32 columns, InputKind::words."""
-    groups = x.unflatten(1, (-1, 32))
-    scale = groups.abs().amax(-1, keepdim=True) / 16383
+def in_words(x: torch.Tensor, largest: int = 16383) -> torch.Tensor:
+    """float64: x as whole numbers up to ``largest`` with a scale for each 32 columns, InputKind::words."""
+    columns = x.shape[1]
+    groups = torch.nn.functional.pad(x, (0, -columns % 32)).unflatten(1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / largest
     inverse = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, 1 / scale)
-    return ((groups * inverse).round().double() * scale.double()).flatten(1)
+    return ((groups * inverse).round().double() * scale.double()).flatten(1)[:, :columns]
+
+
+def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
+    """float64: x as the kernel multiplies it, whole numbers of 15 or 16 bits, bfloat16 or what it is."""
+    if not isinstance(packed, NativeWeight):
+        return x.double()
+    order = packed.buffers.get("column_order")
+    if takes(packed.description, INPUT_WORDS):
+        wide = packed.scheme.weight.name in ("nf4", "fp4_bnb")
+        turned = x if order is None else x[:, order]
+        seen = in_words(turned, 16383 if wide else 32767)
+        return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
+    return x.double() if packed.scheme.weight.name in ("f16", "f32") else x.bfloat16().double()
 
 
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
@@ -261,12 +275,10 @@ def test_linear_is_the_product(kernel: LinearKernel, name: str) -> None:
     if exact.abs().max() > 1e6:
         pytest.skip("random bytes of this type decode to numbers no model has")
     packed = kernel.pack(weight, CPU)
-    words = kernel.name != "reference" and weight.scheme.weight.name in WHOLE_TABLES
-    rounds = kernel.name != "reference" and weight.scheme.weight.name not in ("f32", "f16")
     for tokens in ROWS_OF_X:
         generator = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, weight.shape[1], generator=generator)
-        seen = in_words(x) if words else x.bfloat16().double() if rounds else x.double()
+        seen = seen_by(packed, x)
         out = torch.full((tokens, weight.shape[0]), float("nan"))
         found = kernel.linear(x, packed, out)
         assert found.data_ptr() == out.data_ptr() and not found.isnan().any(), "poison was left"
@@ -474,7 +486,7 @@ def test_odd_shapes(name: str, rows: int) -> None:
     columns = weight.shape[1]
     x = torch.randn(70, columns + 3, generator=torch.Generator().manual_seed(rows))[:, :columns]
     together = kernel.linear(x, packed)
-    seen = in_words(x) if name.startswith("nf4") else (x if name[0] == "f" else x.bfloat16()).double()
+    seen = seen_by(packed, x)
     exact = multiplied(weight)
     scale = (seen.abs() @ exact.abs().T).clamp(min=1e-30)
     if scale.isfinite().all() and scale.max() < 1e30:
