@@ -286,17 +286,33 @@ def test_linear_is_the_product(kernel: LinearKernel, name: str) -> None:
         assert ((found.double() - seen @ exact.T).abs() / scale).max() < 3e-6
 
 
+def packed_for_words(name: str) -> tuple[QuantizedTensor, PackedWeight]:
+    """A weight that meets x as whole numbers of 15 or 16 bits, under this instruction set."""
+    weight = WEIGHTS[name]()
+    packed = linear_kernels()[0].pack(weight, CPU)
+    assert isinstance(packed, NativeWeight)
+    if not takes(packed.description, INPUT_WORDS):
+        assert name not in ("nf4 g64", "nf4 g16 e4m3"), "everywhere"
+        assert native.isa() not in ("avx2", "neon")
+        pytest.skip("multiplied in bfloat16 here")
+    return weight, packed
+
+
+WORDS = ["nf4 g64", "nf4 g16 e4m3", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int8 channel f32"]
+WORDS += ["int4 g8", "int6 g16", "int7 g64", "uint3 g128 zero", "e2m1 g32 e8m0 (MXFP4)", "e2m3 g32 e8m0"]
+WORDS += ["gguf q4_k", "gguf iq4_nl", "gguf iq2_xs", "gguf iq3_s", "gguf iq1_s", "fp4 g128 bf16"]
+
+
 @needs_native
 @pytest.mark.parametrize("spike", [1.0, 300.0])
-@pytest.mark.parametrize("name", ["nf4 g64", "nf4 g16 e4m3"])
+@pytest.mark.parametrize("name", WORDS)
 def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> None:
     """Beside the float64 product of what is stored: the table's rounding and x's together."""
-    weight = WEIGHTS[name]()
+    weight, packed = packed_for_words(name)
     exact = normal_form(weight).double()
     x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(3))
     x[:, ::32] *= spike
     wanted = x.double() @ exact.T
-    packed = linear_kernels()[0].pack(weight, CPU)
     found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
     rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
     assert found < rounded / 8, (found, rounded)
@@ -304,9 +320,9 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 
 
 @needs_native
-def test_faults_of_whole_numbers_end_their_own_row() -> None:
-    weight = WEIGHTS["nf4 g64"]()
-    packed = linear_kernels()[0].pack(weight, CPU)
+@pytest.mark.parametrize("name", ["nf4 g64", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int4 g8"])
+def test_faults_of_whole_numbers_end_their_own_row(name: str) -> None:
+    weight, packed = packed_for_words(name)
     x = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(4))
     clean = packed.kernel.linear(x, packed)
     for fault in (float("nan"), float("inf"), float("-inf")):

@@ -48,8 +48,6 @@ struct WordStep {
     }
 };
 
-#if defined(__AVX2__) && !defined(__AVX512BF16__)
-
 // One token: its total stays in registers, and nothing that is decoded goes through memory.
 template <Codes CODES, WordKind KIND, int SUB, Addend ADDEND>
 __attribute__((noinline)) void multiply_words_once(const Layout& layout, const std::uint8_t* block,
@@ -63,7 +61,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
         SixteenInts sums[PARTS];
         UNROLL
         for (int part = 0; part < PARTS; ++part) sums[part] = ints_set(KIND == WordKind::wide ? 0 : x.bases[span + part]);
-        dot_words_once<CODES, KIND, SUB>(codes, decoding.words, x.at<std::int16_t>(tile, 0), sums);
+        dot_words_once<CODES, KIND, SUB>(codes, decoding.table, decoding.words, x.at<std::int16_t>(tile, 0), sums);
         UNROLL
         for (int part = 0; part < PARTS; ++part) {
             const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + part];
@@ -72,21 +70,13 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
     }
     sixteen_store(totals, total);
 }
-template <Codes CODES>
-constexpr bool MULTIPLIED_ONCE = !is_grid(CODES);
-
-#else
-
-template <Codes CODES>
-constexpr bool MULTIPLIED_ONCE = false;
-
-#endif
 
 template <Codes CODES, WordKind KIND, int SUB, Addend ADDEND>
 void multiply_words(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                     float (*totals)[ROWS]) {
-    if constexpr (MULTIPLIED_ONCE<CODES>) {
-        if (x.tokens == 1) return multiply_words_once<CODES, KIND, SUB, ADDEND>(layout, block, decoding, x, totals[0]);
+    if (x.tokens == 1) {
+        multiply_words_once<CODES, KIND, SUB, ADDEND>(layout, block, decoding, x, totals[0]);
+        return;
     }
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {

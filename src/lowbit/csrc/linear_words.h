@@ -184,9 +184,6 @@ INLINE void decode_words(const std::uint8_t* tile, const Table& table, const Wor
     }
 }
 
-// At this place a value is in a register, for the compiler that would rather read it again, or make it later.
-#define KEEP_IN_REGISTER(value) asm("" : "+x"(value))
-
 INLINE __m256i two_words(const std::int16_t* from) {
     std::int32_t two;
     std::memcpy(&two, from, sizeof two);
@@ -215,8 +212,14 @@ INLINE void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
 
 // A tile that is multiplied with one token only, from register to register. A sum for each SUB columns.
 template <Codes CODES, WordKind KIND, int SUB>
-INLINE void dot_words_once(const std::uint8_t* tile, const WordCodes& codes, const std::int16_t* x, SixteenInts* sums) {
-    each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const WordCodes& codes, const std::int16_t* x,
+                           SixteenInts* sums) {
+    if constexpr (is_grid(CODES)) {
+        constexpr Codes PLANES = grid_of(CODES).planes();
+        alignas(32) std::uint8_t planes[tile_bytes(PLANES)];
+        expand_grid<CODES>(tile, table.behind, planes);
+        dot_words_once<PLANES, KIND, SUB>(planes, table, codes, x, sums);
+    } else each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
         SixteenInts first, second;
         operand_words<CODES, KIND, OPERAND>(tile, 0, codes, first.low, second.low);
@@ -232,4 +235,23 @@ INLINE void dot_words_once(const std::uint8_t* tile, const WordCodes& codes, con
 
 #if defined(__ARM_NEON)
 #include "linear_words_neon.h"
+#endif
+
+#if defined(__AVX512BF16__) || defined(__ARM_NEON)
+
+namespace lowbit {
+
+template <Codes CODES, WordKind KIND, int SUB>
+INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const WordCodes& codes, const std::int16_t* x,
+                           SixteenInts* sums) {
+    WordTile w;
+    decode_words<CODES, KIND>(tile, table, codes, w);
+    each_constant<COLUMNS / SUB>([&](auto part) __attribute__((always_inline)) {
+        constexpr int PART = decltype(part)::value;
+        dot_words<PART * SUB, SUB, 1>(w, x, COLUMNS, sums + PART);
+    });
+}
+
+}  // namespace lowbit
+
 #endif
