@@ -19,10 +19,10 @@ import torch
 
 from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
-from lowbit.kernels import LinearKernel, choose, cpu_blocks, linear_kernels, native
+from lowbit.kernels import LinearKernel, PackedWeight, choose, cpu_blocks, linear_kernels, native
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_dense import CpuDense
-from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
@@ -203,12 +203,26 @@ def multiplied(weight: QuantizedTensor) -> torch.Tensor:
     return normal_form(replace(weight, scheme=replace(weight.scheme, weight=values))).double()
 
 
-def in_words(x: torch.Tensor) -> torch.Tensor:
-    """float64: x as whole numbers up to 16383 with a scale for each 32 columns, InputKind::words."""
-    groups = x.unflatten(1, (-1, 32))
-    scale = groups.abs().amax(-1, keepdim=True) / 16383
+def in_words(x: torch.Tensor, largest: int = 16383) -> torch.Tensor:
+    """float64: x as whole numbers up to ``largest`` with a scale for each 32 columns, InputKind::words."""
+    columns = x.shape[1]
+    groups = torch.nn.functional.pad(x, (0, -columns % 32)).unflatten(1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / largest
     inverse = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, 1 / scale)
-    return ((groups * inverse).round().double() * scale.double()).flatten(1)
+    return ((groups * inverse).round().double() * scale.double()).flatten(1)[:, :columns]
+
+
+def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
+    """float64: x as the kernel multiplies it, whole numbers of 15 or 16 bits, bfloat16 or what it is."""
+    if not isinstance(packed, NativeWeight):
+        return x.double()
+    order = packed.buffers.get("column_order")
+    if takes(packed.description, INPUT_WORDS):
+        wide = packed.scheme.weight.name in ("nf4", "fp4_bnb")
+        turned = x if order is None else x[:, order]
+        seen = in_words(turned, 16383 if wide else 32767)
+        return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
+    return x.double() if packed.scheme.weight.name in ("f16", "f32") else x.bfloat16().double()
 
 
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
@@ -263,12 +277,10 @@ def test_linear_is_the_product(kernel: LinearKernel, name: str) -> None:
     if exact.abs().max() > 1e6:
         pytest.skip("random bytes of this type decode to numbers no model has")
     packed = kernel.pack(weight, CPU)
-    words = kernel.name != "reference" and weight.scheme.weight.name in WHOLE_TABLES
-    rounds = kernel.name != "reference" and weight.scheme.weight.name not in ("f32", "f16")
     for tokens in ROWS_OF_X:
         generator = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, weight.shape[1], generator=generator)
-        seen = in_words(x) if words else x.bfloat16().double() if rounds else x.double()
+        seen = seen_by(packed, x)
         out = torch.full((tokens, weight.shape[0]), float("nan"))
         found = kernel.linear(x, packed, out)
         assert found.data_ptr() == out.data_ptr() and not found.isnan().any(), "poison was left"
@@ -276,17 +288,33 @@ def test_linear_is_the_product(kernel: LinearKernel, name: str) -> None:
         assert ((found.double() - seen @ exact.T).abs() / scale).max() < 3e-6
 
 
+def packed_for_words(name: str) -> tuple[QuantizedTensor, PackedWeight]:
+    """A weight that meets x as whole numbers of 15 or 16 bits, under this instruction set."""
+    weight = WEIGHTS[name]()
+    packed = linear_kernels()[0].pack(weight, CPU)
+    assert isinstance(packed, NativeWeight)
+    if not takes(packed.description, INPUT_WORDS):
+        assert name not in ("nf4 g64", "nf4 g16 e4m3"), "everywhere"
+        assert native.isa() not in ("avx2", "neon")
+        pytest.skip("multiplied in bfloat16 here")
+    return weight, packed
+
+
+WORDS = ["nf4 g64", "nf4 g16 e4m3", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int8 channel f32"]
+WORDS += ["int4 g8", "int6 g16", "int7 g64", "uint3 g128 zero", "e2m1 g32 e8m0 (MXFP4)", "e2m3 g32 e8m0"]
+WORDS += ["gguf q4_k", "gguf iq4_nl", "gguf iq2_xs", "gguf iq3_s", "gguf iq1_s", "fp4 g128 bf16"]
+
+
 @needs_native
 @pytest.mark.parametrize("spike", [1.0, 300.0])
-@pytest.mark.parametrize("name", ["nf4 g64", "nf4 g16 e4m3"])
+@pytest.mark.parametrize("name", WORDS)
 def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> None:
     """Beside the float64 product of what is stored: the table's rounding and x's together."""
-    weight = WEIGHTS[name]()
+    weight, packed = packed_for_words(name)
     exact = normal_form(weight).double()
     x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(3))
     x[:, ::32] *= spike
     wanted = x.double() @ exact.T
-    packed = CpuBlocks().pack(weight, CPU)
     found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
     rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
     assert found < rounded / 8, (found, rounded)
@@ -294,9 +322,9 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 
 
 @needs_native
-def test_faults_of_whole_numbers_end_their_own_row() -> None:
-    weight = WEIGHTS["nf4 g64"]()
-    packed = CpuBlocks().pack(weight, CPU)
+@pytest.mark.parametrize("name", ["nf4 g64", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int4 g8"])
+def test_faults_of_whole_numbers_end_their_own_row(name: str) -> None:
+    weight, packed = packed_for_words(name)
     x = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(4))
     clean = packed.kernel.linear(x, packed)
     for fault in (float("nan"), float("inf"), float("-inf")):
@@ -476,7 +504,7 @@ def test_odd_shapes(name: str, rows: int) -> None:
     columns = weight.shape[1]
     x = torch.randn(70, columns + 3, generator=torch.Generator().manual_seed(rows))[:, :columns]
     together = kernel.linear(x, packed)
-    seen = in_words(x) if name.startswith("nf4") else (x if name[0] == "f" else x.bfloat16()).double()
+    seen = seen_by(packed, x)
     exact = multiplied(weight)
     scale = (seen.abs() @ exact.abs().T).clamp(min=1e-30)
     if scale.isfinite().all() and scale.max() < 1e30:

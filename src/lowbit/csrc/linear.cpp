@@ -31,9 +31,14 @@ struct Prepared {
         shape.element = is_float(layout.codes) ? 4 : 2;
         shape.numbers = is_grid(layout.codes) ? grid_of(layout.codes).numbers : 0;
         const auto kind = static_cast<InputKind>(from.weight->input);
-        if (is_words(layout.codes)) {
-            function = word_function(layout);
+        if (kind == InputKind::bfloat || is_words(layout.codes)) function = word_function(layout, decoding.words);
+        if (function != nullptr) {
             shape.kind = InputKind::words;
+            shape.span = layout.sub;
+            shape.scaled_sums = layout.addend == Addend::offset;
+            shape.largest = largest_word(decoding.words.kind);
+            shape.base = decoding.words.base;
+            shape.factor = decoding.words.factor;
             scaled = true;
         } else if (kind == InputKind::floats && float_function(layout) != nullptr) {
             function = float_function(layout);
@@ -77,7 +82,7 @@ struct Prepared {
         return static_cast<int>(std::min<std::int64_t>(TOKEN_TILE, product->tokens - tile * TOKEN_TILE));
     }
     std::int64_t bytes() const {
-        const std::int64_t numbers = shape.spans() * (shape.whole() ? 2 : 1) + (scaled ? shape.scales() : 0);
+        const std::int64_t numbers = shape.spans() * (shape.based() ? 2 : 1) + (scaled ? shape.scales() : 0);
         return product->tokens * (shape.value_bytes() + numbers * static_cast<std::int64_t>(sizeof(float)) + 1);
     }
     // Where token tile ``tile`` lies: values, sums, bases, scales, faults.
@@ -86,7 +91,7 @@ struct Prepared {
         std::uint8_t* const numbers = at + tokens * shape.value_bytes();
         auto* const sums = reinterpret_cast<float*>(numbers);
         auto* const bases = reinterpret_cast<std::int32_t*>(sums + tokens * shape.spans());
-        auto* const scales = reinterpret_cast<float*>(bases + (shape.whole() ? tokens * shape.spans() : 0));
+        auto* const scales = reinterpret_cast<float*>(bases + (shape.based() ? tokens * shape.spans() : 0));
         auto* const faulty = reinterpret_cast<std::uint8_t*>(scales + (scaled ? tokens * shape.scales() : 0));
         return {at + first * shape.value_bytes(), sums + first * shape.spans(),
                 scaled ? scales + first * shape.scales() : nullptr, bases + first * shape.spans(), faulty + first,
@@ -330,7 +335,9 @@ LOWBIT_EXPORT int lowbit_linear_takes(const lowbit_weight* weight, std::int32_t 
     if (static_cast<InputKind>(kind) == InputKind::bfloat) return 1;
     const Layout layout(*weight);
     if (static_cast<InputKind>(kind) == InputKind::floats) return float_function(layout) != nullptr;
-    if (static_cast<InputKind>(kind) == InputKind::words) return is_words(layout.codes);
+    if (static_cast<InputKind>(kind) == InputKind::words) {
+        return word_function(layout, WordCodes(*weight)) != nullptr;
+    }
     if (static_cast<InputKind>(kind) == InputKind::scaled) {
         const bool groups = weight->input_group == 16 ? layout.sub == 16 : weight->input_group > 0 && weight->input_group % COLUMNS == 0;
         return groups && scaled_function(layout) != nullptr;

@@ -138,29 +138,42 @@ inline SixteenInts ints_add(SixteenInts a, SixteenInts b) {
 }
 inline Sixteen ints_to_floats(SixteenInts x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
+// The codes of an operand and 8 rows, a byte each: of a row the first pair's even column, the second's, and their odd
+// ones. ``at``: 32 for the second 8 rows.
+template <Codes CODES, int OPERAND>
+INLINE __m256i operand_codes(const std::uint8_t* tile, int at) {
+    __m256i code = _mm256_setzero_si256();
+    each_constant<plane_count(CODES)>([&](auto index) __attribute__((always_inline)) {
+        constexpr Plane p = plane(CODES, decltype(index)::value);
+        constexpr Field f = field(p, 0, pair_of(OPERAND, 0) * 2);
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte + at));
+        const __m256i mask = _mm256_set1_epi8(static_cast<char>(((1 << p.width) - 1) << p.shift));
+        __m256i placed = words;
+        if constexpr (f.shift > p.shift) placed = _mm256_srli_epi16(words, f.shift - p.shift);
+        if constexpr (f.shift < p.shift) placed = _mm256_slli_epi16(words, p.shift - f.shift);
+        code = _mm256_or_si256(code, _mm256_and_si256(placed, mask));
+    });
+    return code;
+}
+
 template <Codes CODES, bool LOOKED_UP>
 inline void decode_bytes(const std::uint8_t* tile, const ByteCodes& codes, ByteTile& w) {
-    const auto half = [&](int operand, int at) {
-        if constexpr (is_byte(CODES)) {
-            const __m256i order = _mm256_broadcastsi128_si256(
-                _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
-            const auto* const from = reinterpret_cast<const __m256i*>(tile + operand * 64 + at);
-            return _mm256_shuffle_epi8(_mm256_loadu_si256(from), order);
-        }
-        __m256i code = _mm256_setzero_si256();
-        for (int i = 0; i < plane_count(CODES); ++i) {
-            const Plane p = plane(CODES, i);
-            const Field f = field(p, 0, pair_of(operand, 0) * 2);
-            const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte + at));
-            const __m256i mask = _mm256_set1_epi8(static_cast<char>(((1 << p.width) - 1) << p.shift));
-            const __m256i placed =
-                f.shift >= p.shift ? _mm256_srli_epi16(words, f.shift - p.shift) : _mm256_slli_epi16(words, p.shift - f.shift);
-            code = _mm256_or_si256(code, _mm256_and_si256(placed, mask));
-        }
-        if constexpr (LOOKED_UP) code = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes.table)), code);
-        return code;
-    };
-    for (int operand = 0; operand < OPERANDS; ++operand) w[operand] = {half(operand, 0), half(operand, 32)};
+    each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(index)::value;
+        const auto half = [&](int at) __attribute__((always_inline)) {
+            if constexpr (is_byte(CODES)) {
+                const __m256i order = _mm256_broadcastsi128_si256(
+                    _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+                const auto* const from = reinterpret_cast<const __m256i*>(tile + OPERAND * 64 + at);
+                return _mm256_shuffle_epi8(_mm256_loadu_si256(from), order);
+            } else {
+                const __m256i code = operand_codes<CODES, OPERAND>(tile, at);
+                if constexpr (!LOOKED_UP) return code;
+                return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes.table)), code);
+            }
+        };
+        w[OPERAND] = {half(0), half(32)};
+    });
 }
 
 // Operands whose 16-bit sums of two products each cannot saturate; looked-up codes have up to 8 bits.
@@ -170,30 +183,53 @@ constexpr int together() {
     return CODES == Codes::bits6 ? 2 : CODES == Codes::bits5 ? 4 : 8;
 }
 
+// At this place a value is in a register, for the compiler that would rather read it again, or make it later.
+#define KEEP_IN_REGISTER(value) asm("" : "+x"(value))
+
+INLINE __m256i four_bytes(const std::int8_t* from) {
+    std::int32_t four;
+    std::memcpy(&four, from, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
 template <Codes CODES, bool LOOKED_UP, int FIRST, int COUNT, int TOKENS>
 inline void dot_bytes(const ByteTile& w, const std::int8_t* x, std::int64_t stride, SixteenInts* sums) {
     constexpr int TOGETHER = std::min(together<CODES, LOOKED_UP>(), COUNT);
     // Bytes of 8 bits would saturate: as signed numbers their size meets x with their sign. The base is 128 higher.
     constexpr bool SIGNED = LOOKED_UP || is_byte(CODES);
     const __m256i ones = _mm256_set1_epi16(1);
-    const auto product = [](__m256i byte, __m256i four) {
-        if constexpr (SIGNED) {
-            byte = _mm256_xor_si256(byte, _mm256_set1_epi8(-128));
-            return _mm256_maddubs_epi16(_mm256_abs_epi8(byte), _mm256_sign_epi8(four, byte));
+    if constexpr (TOGETHER == 1) {
+        UNROLL
+        for (int operand = FIRST; operand < FIRST + COUNT; ++operand) {
+            SixteenInts sign = w[operand], size = sign;
+            if constexpr (SIGNED) {
+                const __m256i top = _mm256_set1_epi8(-128);
+                sign = {_mm256_xor_si256(sign.low, top), _mm256_xor_si256(sign.high, top)};
+                size = {_mm256_abs_epi8(sign.low), _mm256_abs_epi8(sign.high)};
+            }
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t) {
+                const __m256i four = four_bytes(x + t * stride + operand * 4);
+                const auto add = [&](__m256i sum, __m256i of_size, __m256i of_sign) __attribute__((always_inline)) {
+                    const __m256i two = _mm256_maddubs_epi16(of_size, SIGNED ? _mm256_sign_epi8(four, of_sign) : four);
+                    return _mm256_add_epi32(sum, _mm256_madd_epi16(two, ones));
+                };
+                sums[t] = {add(sums[t].low, size.low, sign.low), add(sums[t].high, size.high, sign.high)};
+                KEEP_IN_REGISTER(sums[t].low);  // else many products are made first, and wait for their sums in memory
+                KEEP_IN_REGISTER(sums[t].high);
+            }
         }
-        return _mm256_maddubs_epi16(byte, four);
-    };
+        return;
+    }
     for (int t = 0; t < TOKENS; ++t) {
         UNROLL
         for (int first = FIRST; first < FIRST + COUNT; first += TOGETHER) {
             __m256i low = _mm256_setzero_si256(), high = low;
             UNROLL
             for (int operand = first; operand < first + TOGETHER; ++operand) {
-                std::int32_t word;
-                std::memcpy(&word, x + t * stride + operand * 4, sizeof word);
-                const __m256i four = _mm256_set1_epi32(word);
-                low = _mm256_add_epi16(low, product(w[operand].low, four));
-                high = _mm256_add_epi16(high, product(w[operand].high, four));
+                const __m256i four = four_bytes(x + t * stride + operand * 4);
+                low = _mm256_add_epi16(low, _mm256_maddubs_epi16(w[operand].low, four));
+                high = _mm256_add_epi16(high, _mm256_maddubs_epi16(w[operand].high, four));
             }
             sums[t].low = _mm256_add_epi32(sums[t].low, _mm256_madd_epi16(low, ones));
             sums[t].high = _mm256_add_epi32(sums[t].high, _mm256_madd_epi16(high, ones));

@@ -222,14 +222,26 @@ BlockFunction scaled_function(const Layout& layout) {
     }
 }
 
+// Whole bytes, unless they meet x as words.
+template <Codes CODES>
+static BlockFunction whole_bytes([[maybe_unused]] const Layout& layout) {
+    if constexpr (CODES_AS_WORDS) return nullptr;
+    else if (layout.sub == LEAST_GROUP) return by_addend<CODES, LEAST_GROUP>(layout.addend);
+#if !defined(LOWBIT_AMX)
+    else return by_sub<CODES>(layout);
+#else
+    else return nullptr;
+#endif
+}
+
 BlockFunction exact_function(const Layout& layout) {
     if (layout.sub == LEAST_GROUP) {  // under AMX too
         switch (layout.codes) {
             case Codes::bits2: return by_addend<Codes::bits2, LEAST_GROUP>(layout.addend);
             case Codes::bits3: return by_addend<Codes::bits3, LEAST_GROUP>(layout.addend);
             case Codes::bits4: return by_addend<Codes::bits4, LEAST_GROUP>(layout.addend);
-            case Codes::int8: return by_addend<Codes::int8, LEAST_GROUP>(layout.addend);
-            case Codes::uint8: return by_addend<Codes::uint8, LEAST_GROUP>(layout.addend);
+            case Codes::int8: return whole_bytes<Codes::int8>(layout);
+            case Codes::uint8: return whole_bytes<Codes::uint8>(layout);
             default: return nullptr;
         }
     }
@@ -242,8 +254,8 @@ BlockFunction exact_function(const Layout& layout) {
         case Codes::bits5: return by_sub<Codes::bits5>(layout);
         case Codes::bits6: return by_sub<Codes::bits6>(layout);
         case Codes::bits7: return by_sub<Codes::bits7>(layout);
-        case Codes::int8: return by_sub<Codes::int8>(layout);
-        case Codes::uint8: return by_sub<Codes::uint8>(layout);
+        case Codes::int8: return whole_bytes<Codes::int8>(layout);
+        case Codes::uint8: return whole_bytes<Codes::uint8>(layout);
         case Codes::e4m3: return by_sub<Codes::e4m3>(layout);
         case Codes::e5m2: return by_sub<Codes::e5m2>(layout);
         case Codes::e4m3fnuz: return by_sub<Codes::e4m3fnuz>(layout);

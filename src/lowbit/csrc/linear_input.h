@@ -43,7 +43,8 @@ struct InputShape {
     std::int64_t span = 32;  // columns of a sum
     int element = 2;         // bytes of a number
     InputKind kind = InputKind::bfloat;
-    bool scaled_sums = false;  // InputKind::groups: sums of x rather than of its codes
+    bool scaled_sums = false;  // of whole numbers: sums of x rather than of its codes
+    int largest = 0;           // InputKind::words: what the largest |x| becomes
     int base = 0;
     float factor = 1.0f;
     int numbers = 0;  // of a vector of a grid, where x comes in the order of linear_grids.h
@@ -54,6 +55,7 @@ struct InputShape {
         return whole() ? (tiles * COLUMNS + BYTE_COLUMNS - 1) / BYTE_COLUMNS * BYTE_COLUMNS : tiles * COLUMNS * element;
     }
     bool whole() const { return element == 1; }
+    bool based() const { return whole() || kind == InputKind::words; }  // whether there are bases
 };
 
 // Where a token tile's input is written.
@@ -101,9 +103,11 @@ inline Sixteen in_grid_order(Sixteen x, int numbers) {
     const __m512i fours = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     return _mm512_permutexvar_ps(numbers == 8 ? eights : fours, x);
 }
-// Rounds 16 numbers to int16, ties to even.
-inline void store_words(std::int16_t* to, Sixteen x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+// Rounds 16 numbers to int16, ties to even; returns them.
+inline Sixteen store_words(std::int16_t* to, Sixteen x) {
+    const __m512i whole = _mm512_cvtps_epi32(x);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(whole));
+    return _mm512_cvtepi32_ps(whole);
 }
 // Rounds 16 numbers to int8, ties to even; returns them.
 inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
@@ -155,9 +159,10 @@ inline Sixteen in_grid_order(Sixteen x, int numbers) {
     const __m256i turns = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     return {_mm256_permutevar8x32_ps(x.low, turns), _mm256_permutevar8x32_ps(x.high, turns)};
 }
-inline void store_words(std::int16_t* to, Sixteen x) {
-    const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xD8));
+inline Sixteen store_words(std::int16_t* to, Sixteen x) {
+    const __m256i low = _mm256_cvtps_epi32(x.low), high = _mm256_cvtps_epi32(x.high);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8));
+    return {_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)};
 }
 inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {
     const __m256i low = _mm256_cvtps_epi32(x.low), high = _mm256_cvtps_epi32(x.high);
@@ -183,6 +188,23 @@ inline void lay_out_scales(const float* scales, std::int64_t group, const InputS
         const std::int64_t column = span * shape.span;
         to.scales[span * to.tokens + token] = column < shape.columns ? scales[column / group] : 1.0f;
     }
+}
+
+// take(part, sum) for the sums of LEAST_GROUP columns each.
+template <class Take>
+inline void each_least_sum(Sixteen a, Sixteen b, const Take& take) {
+    alignas(64) float numbers[COLUMNS];
+    sixteen_store(numbers, a);
+    sixteen_store(numbers + 16, b);
+    for (int part = 0; part < COLUMNS / LEAST_GROUP; ++part) {
+        const float* const eight = numbers + part * LEAST_GROUP;
+        take(part, ((eight[0] + eight[4]) + (eight[2] + eight[6])) + ((eight[1] + eight[5]) + (eight[3] + eight[7])));
+    }
+}
+
+// What numbers up to ``most`` are multiplied with to become whole ones; what has no reciprocal is as good as zero.
+inline Sixteen inverse_of(float scale) {
+    return sixteen_set(scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale);
 }
 
 // One token's row.
@@ -226,14 +248,9 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
                     span_sum = 0.0f;
                 }
             } else if (shape.span == LEAST_GROUP) {
-                alignas(64) float numbers[COLUMNS];
-                sixteen_store(numbers, a);
-                sixteen_store(numbers + 16, b);
-                for (int part = 0; part < COLUMNS / LEAST_GROUP; ++part) {
-                    const float* const eight = numbers + part * LEAST_GROUP;
-                    to.sums[(tile * (COLUMNS / LEAST_GROUP) + part) * tokens + token] =
-                        ((eight[0] + eight[4]) + (eight[2] + eight[6])) + ((eight[1] + eight[5]) + (eight[3] + eight[7]));
-                }
+                each_least_sum(a, b, [&](int part, float sum) {
+                    to.sums[(tile * (COLUMNS / LEAST_GROUP) + part) * tokens + token] = sum;
+                });
             } else {
                 to.sums[tile * 2 * tokens + token] = sixteen_sum(a);
                 to.sums[(tile * 2 + 1) * tokens + token] = sixteen_sum(b);
@@ -243,35 +260,43 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         float scale = 1.0f;
         const float most = largest(a, b);
         const bool sound = most <= std::numeric_limits<float>::max();
-        if (shape.kind == InputKind::words) {
-            scale = most / static_cast<float>(LARGEST_WORD);
-            const Sixteen inverse = sixteen_set(!sound || scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale);
-            std::int16_t* const values = reinterpret_cast<std::int16_t*>(to.values) + place;
-            store_words(values, sixteen_multiply(a, inverse));
-            store_words(values + 16, sixteen_multiply(b, inverse));
-            to.scales[tile * tokens + token] = sound ? scale : std::numeric_limits<float>::quiet_NaN();
-            continue;
-        }
         faulty = faulty || !sound;
-        if (shape.kind == InputKind::groups) {
-            scale = most / static_cast<float>(LARGEST_INPUT);
-            // What has no reciprocal is as good as zero.
-            const Sixteen inverse = sixteen_set(scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale);
+        if (shape.kind != InputKind::codes) {
+            scale = most / static_cast<float>(shape.kind == InputKind::words ? shape.largest : LARGEST_INPUT);
+            const Sixteen inverse = inverse_of(scale);
             a = sixteen_multiply(a, inverse);
             b = sixteen_multiply(b, inverse);
         }
         if (!sound) a = b = sixteen_zeros();  // what no whole number says must not overflow one
+        const auto put = [&](std::int64_t span, float sum, std::int32_t whole) {
+            to.sums[span * tokens + token] = shape.scaled_sums ? sum * scale : sum;
+            to.bases[span * tokens + token] = shape.base * whole;
+        };
+        const auto put_part = [&](std::int64_t span, float sum) { put(span, sum, static_cast<std::int32_t>(sum)); };
+        if (shape.kind == InputKind::words) {
+            std::int16_t* const values = reinterpret_cast<std::int16_t*>(to.values) + place;
+            a = store_words(values, a);
+            b = store_words(values + 16, b);
+            if (!sound) scale = std::numeric_limits<float>::quiet_NaN();
+            to.scales[tile * tokens + token] = scale * shape.factor;
+            // Sums of 32 are whole numbers below 2^20, exact in float32.
+            if (shape.span == 32) {
+                put_part(tile, sixteen_sum(sixteen_add(a, b)));
+            } else if (shape.span == 16) {
+                put_part(tile * 2, sixteen_sum(a));
+                put_part(tile * 2 + 1, sixteen_sum(b));
+            } else {
+                each_least_sum(a, b, [&](int part, float sum) { put_part(tile * (COLUMNS / LEAST_GROUP) + part, sum); });
+            }
+            continue;
+        }
         const std::int64_t line = tile * COLUMNS / BYTE_COLUMNS * tokens + token;
         std::int8_t* const values =
             reinterpret_cast<std::int8_t*>(to.values) + line * BYTE_COLUMNS + tile * COLUMNS % BYTE_COLUMNS;
         const float sums[2] = {sixteen_sum(store_ints(values, a, order)), sixteen_sum(store_ints(values + 16, b, order))};
         if (to.scales != nullptr) to.scales[tile * tokens + token] = scale * shape.factor;
-        const auto put = [&](std::int64_t span, float sum, std::int32_t whole) {
-            to.sums[span * tokens + token] = shape.scaled_sums ? sum * scale : sum;
-            to.bases[span * tokens + token] = shape.base * whole;
-        };
         if (shape.span == 16) {
-            for (int half = 0; half < 2; ++half) put(tile * 2 + half, sums[half], static_cast<std::int32_t>(sums[half]));
+            for (int half = 0; half < 2; ++half) put_part(tile * 2 + half, sums[half]);
             continue;
         }
         span_sum += sums[0] + sums[1];

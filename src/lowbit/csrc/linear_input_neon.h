@@ -51,13 +51,12 @@ inline Sixteen in_grid_order(Sixteen x, int numbers) {
     }
     return {vzip1q_f32(x.a, x.b), vzip2q_f32(x.a, x.b), vzip1q_f32(x.c, x.d), vzip2q_f32(x.c, x.d)};
 }
-// Rounds 16 numbers to int16, ties to even.
-inline void store_words(std::int16_t* to, Sixteen x) {
-    const auto eight = [](float32x4_t low, float32x4_t high) {
-        return vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(low)), vqmovn_s32(vcvtnq_s32_f32(high)));
-    };
-    vst1q_s16(to, eight(x.a, x.b));
-    vst1q_s16(to + 8, eight(x.c, x.d));
+// Rounds 16 numbers to int16, ties to even; returns them.
+inline Sixteen store_words(std::int16_t* to, Sixteen x) {
+    const int32x4_t a = vcvtnq_s32_f32(x.a), b = vcvtnq_s32_f32(x.b), c = vcvtnq_s32_f32(x.c), d = vcvtnq_s32_f32(x.d);
+    vst1q_s16(to, vcombine_s16(vqmovn_s32(a), vqmovn_s32(b)));
+    vst1q_s16(to + 8, vcombine_s16(vqmovn_s32(c), vqmovn_s32(d)));
+    return {vcvtq_f32_s32(a), vcvtq_f32_s32(b), vcvtq_f32_s32(c), vcvtq_f32_s32(d)};
 }
 // Rounds 16 numbers to int8, ties to even; returns them.
 inline Sixteen store_ints(std::int8_t* to, Sixteen x, ByteOrder order) {

@@ -42,9 +42,10 @@ __attribute__((always_inline)) inline void fetch_results(const Input& x, std::in
 
 // How a weight's codes become numbers.
 struct Decoding {
-    explicit Decoding(const lowbit_weight& weight) : table(weight.table), bytes(weight) {}
+    explicit Decoding(const lowbit_weight& weight) : table(weight.table), bytes(weight), words(weight) {}
     Table table;
     ByteCodes bytes;
+    WordCodes words;
 };
 
 // totals[token] += the block's rows times x; totals start at zero.
@@ -73,8 +74,8 @@ inline BlockFunction byte_function(const Layout&, const ByteCodes&, bool) { retu
 // x as InputKind::scaled. Null where there is none for the codes, or under AMX. linear_exact.cpp
 BlockFunction scaled_function(const Layout& layout);
 
-// x as InputKind::words, for Codes::words4. Null where there is none. linear_words.cpp
-BlockFunction word_function(const Layout& layout);
+// x as InputKind::words. Null where there is none. linear_words.cpp
+BlockFunction word_function(const Layout& layout, const WordCodes& codes);
 
 // The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,

@@ -99,17 +99,18 @@ class Walk {
 
     // The codes of the next tile.
     const std::uint8_t* next() {
-        if (layout_.super_bytes && column_ % SUPER == 0) {
+        if (layout_.super_bytes && super_left_-- == 0) {
+            super_left_ = SUPER / COLUMNS - 1;
             outer_scale_ = sixteen_f16(at_);
             if (layout_.addend == Addend::offset) outer_addend_ = sixteen_f16(at_ + 32);
             at_ += layout_.super_bytes;
         }
-        if (column_ % layout_.unit == 0) {
+        if (unit_left_-- == 0) {
+            unit_left_ = layout_.unit / COLUMNS - 1;
             for (std::int64_t header = 0; header < layout_.headers; ++header) read_header(header);
         }
         const std::uint8_t* tile = at_;
         at_ += tile_bytes(layout_.codes);
-        column_ += COLUMNS;
         return tile;
     }
 
@@ -137,7 +138,7 @@ class Walk {
 
     const Layout& layout_;
     const std::uint8_t* at_;
-    std::int64_t column_ = 0;
+    std::int64_t super_left_ = 0, unit_left_ = 0;  // tiles before the next outer scales, the next scales
     Sixteen outer_scale_ = sixteen_zeros(), outer_addend_ = sixteen_zeros();
 };
 

@@ -15,10 +15,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define INLINE __attribute__((always_inline)) inline
 
 namespace lowbit {
+
+// body(0), body(1) … body(COUNT - 1), as constants: shifts and lanes are part of instructions.
+template <class Body, int... NUMBERS>
+INLINE void each_constant(std::integer_sequence<int, NUMBERS...>, const Body& body) {
+    (body(std::integral_constant<int, NUMBERS>{}), ...);
+}
+template <int COUNT, class Body>
+INLINE void each_constant(const Body& body) {
+    each_constant(std::make_integer_sequence<int, COUNT>{}, body);
+}
 
 constexpr int ROWS = 16;     // output rows of a tile
 constexpr int COLUMNS = 32;  // columns of a tile
@@ -170,7 +181,8 @@ constexpr Plane plane(Codes codes, int index) {
         case Codes::bits1: return {1, 0, 0};
         case Codes::bits2: return {2, 0, 0};
         case Codes::bits3: return index == 0 ? Plane{2, 0, 0} : Plane{1, 2, 128};
-        case Codes::bits4: return {4, 0, 0};
+        case Codes::bits4:
+        case Codes::words4: return {4, 0, 0};
         case Codes::bits5: return index == 0 ? Plane{4, 0, 0} : Plane{1, 4, 256};
         case Codes::bits7: return index == 0 ? Plane{4, 0, 0} : index == 1 ? Plane{2, 4, 256} : Plane{1, 6, 384};
         default: return index == 0 ? Plane{4, 0, 0} : Plane{2, 4, 256};

@@ -3,22 +3,10 @@
 // two products by itself and takes subnormal numbers for 0.
 #pragma once
 
-#include <utility>
-
 #include "linear_tiles.h"
 #include "vector16.h"
 
 namespace lowbit {
-
-// body(0), body(1) … body(COUNT - 1), as constants: shifts and lanes are part of NEON's instructions.
-template <class Body, int... NUMBERS>
-__attribute__((always_inline)) inline void each_constant(std::integer_sequence<int, NUMBERS...>, const Body& body) {
-    (body(std::integral_constant<int, NUMBERS>{}), ...);
-}
-template <int COUNT, class Body>
-__attribute__((always_inline)) inline void each_constant(const Body& body) {
-    each_constant(std::make_integer_sequence<int, COUNT>{}, body);
-}
 
 using Sixteen = Vector16;
 inline Sixteen sixteen_zeros() { return zeros(); }

@@ -1,11 +1,21 @@
-// Products of tables of whole numbers with x as InputKind::words; see linear_words.h.
+// Products of whole numbers with x as InputKind::words; see linear_words.h.
 
 #include "linear_kernels.h"
 
 namespace lowbit {
 namespace {
 
-template <int SUB>
+// A sum of whole numbers, scaled, on top of a total. ``x_sum``: of x's whole numbers, or, for offsets, of x.
+template <Addend ADDEND>
+INLINE Sixteen add_scaled(Sixteen total, SixteenInts whole, const Walk& walk, int part, float x_scale, float x_sum) {
+    Sixteen sum = ints_to_floats(whole);
+    if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(walk.addend[part], sixteen_set(x_sum), sum);
+    total = sixteen_fma(sixteen_multiply(walk.scale[part], sixteen_set(x_scale)), sum, total);
+    if constexpr (ADDEND == Addend::offset) total = sixteen_fma(walk.addend[part], sixteen_set(x_sum), total);
+    return total;
+}
+
+template <WordKind KIND, int SUB, Addend ADDEND>
 struct WordStep {
     const WordTile& w;
     const Walk& walk;
@@ -15,28 +25,59 @@ struct WordStep {
 
     template <int TOKENS>
     INLINE void operator()(int token) const {
-        multiply<0, TOKENS>(token);
-        if constexpr (SUB == 16) multiply<1, TOKENS>(token);
+        each_constant<COLUMNS / SUB>([&](auto part) __attribute__((always_inline)) {
+            multiply<decltype(part)::value, TOKENS>(token);
+        });
     }
 
   private:
-    template <int HALF, int TOKENS>
+    template <int PART, int TOKENS>
     INLINE void multiply(int token) const {
+        const std::int64_t span = (tile * (COLUMNS / SUB) + PART) * x.tokens + token;
         SixteenInts sums[TOKENS];
-        dot_words<HALF * SUB, SUB, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(KIND == WordKind::wide ? 0 : x.bases[span + t]);
+        dot_words<PART * SUB, SUB, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
         const float* const x_scales = x.scales + tile * x.tokens + token;
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-            const Sixteen scale = sixteen_multiply(walk.scale[HALF], sixteen_set(x_scales[t]));
+            const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + t];
             const Sixteen total = sixteen_load(totals[token + t]);
-            sixteen_store(totals[token + t], sixteen_fma(scale, ints_to_floats(sums[t]), total));
+            sixteen_store(totals[token + t], add_scaled<ADDEND>(total, sums[t], walk, PART, x_scales[t], x_sum));
         }
     }
 };
 
-template <Codes CODES, int SUB>
+// One token: its total stays in registers, and nothing that is decoded goes through memory.
+template <Codes CODES, WordKind KIND, int SUB, Addend ADDEND>
+__attribute__((noinline)) void multiply_words_once(const Layout& layout, const std::uint8_t* block,
+                                                   const Decoding& decoding, const Input& x, float* totals) {
+    constexpr int PARTS = COLUMNS / SUB;
+    Walk walk(layout, block);
+    Sixteen total = sixteen_load(totals);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const std::uint8_t* const codes = walk.next();
+        const std::int64_t span = tile * PARTS;
+        SixteenInts sums[PARTS];
+        UNROLL
+        for (int part = 0; part < PARTS; ++part) sums[part] = ints_set(KIND == WordKind::wide ? 0 : x.bases[span + part]);
+        dot_words_once<CODES, KIND, SUB>(codes, decoding.table, decoding.words, x.at<std::int16_t>(tile, 0), sums);
+        UNROLL
+        for (int part = 0; part < PARTS; ++part) {
+            const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + part];
+            total = add_scaled<ADDEND>(total, sums[part], walk, part, x.scales[tile], x_sum);
+        }
+    }
+    sixteen_store(totals, total);
+}
+
+template <Codes CODES, WordKind KIND, int SUB, Addend ADDEND>
 void multiply_words(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                     float (*totals)[ROWS]) {
+    if (x.tokens == 1) {
+        multiply_words_once<CODES, KIND, SUB, ADDEND>(layout, block, decoding, x, totals[0]);
+        return;
+    }
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         WordTile w;
@@ -45,16 +86,96 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
             fetch_ahead<tile_bytes(CODES)>(codes);
             fetch_results(x, tile, layout.tiles);
         }
-        decode_words<CODES>(codes, decoding.table, w);
-        for_tokens(x.tokens, WordStep<SUB>{w, walk, x, tile, totals});
+        decode_words<CODES, KIND>(codes, decoding.table, decoding.words, w);
+        for_tokens(x.tokens, WordStep<KIND, SUB, ADDEND>{w, walk, x, tile, totals});
     }
+}
+
+template <Codes CODES, WordKind KIND>
+BlockFunction without_addend(const Layout& layout) {
+    if (layout.addend != Addend::none || layout.sub == LEAST_GROUP) return nullptr;
+    return layout.sub == 16 ? multiply_words<CODES, KIND, 16, Addend::none> : multiply_words<CODES, KIND, 32, Addend::none>;
+}
+
+template <Codes CODES, int SUB>
+BlockFunction by_addend(Addend addend) {
+    switch (addend) {
+        case Addend::none: return multiply_words<CODES, WordKind::line, SUB, Addend::none>;
+        case Addend::offset: return multiply_words<CODES, WordKind::line, SUB, Addend::offset>;
+        case Addend::zero: return multiply_words<CODES, WordKind::line, SUB, Addend::zero>;
+    }
+    return nullptr;
+}
+
+template <Codes CODES>
+BlockFunction line(const Layout& layout) {
+    constexpr bool LEAST = CODES == Codes::bits2 || CODES == Codes::bits3 || CODES == Codes::bits4 || is_byte(CODES);
+    if (layout.sub == LEAST_GROUP) {
+        if constexpr (LEAST) return by_addend<CODES, LEAST_GROUP>(layout.addend);
+        return nullptr;
+    }
+    return layout.sub == 16 ? by_addend<CODES, 16>(layout.addend) : by_addend<CODES, 32>(layout.addend);
+}
+
+BlockFunction line_function([[maybe_unused]] const Layout& layout) {
+    if constexpr (CODES_AS_WORDS) {
+        switch (layout.codes) {
+            case Codes::bits1: return line<Codes::bits1>(layout);
+            case Codes::bits2: return line<Codes::bits2>(layout);
+            case Codes::bits3: return line<Codes::bits3>(layout);
+            case Codes::bits4: return line<Codes::bits4>(layout);
+            case Codes::bits5: return line<Codes::bits5>(layout);
+            case Codes::bits6: return line<Codes::bits6>(layout);
+            case Codes::bits7: return line<Codes::bits7>(layout);
+            case Codes::int8: return line<Codes::int8>(layout);
+            case Codes::uint8: return line<Codes::uint8>(layout);
+            default: break;
+        }
+    }
+    return nullptr;
+}
+
+BlockFunction byte_table_function([[maybe_unused]] const Layout& layout) {
+    if constexpr (CODES_AS_WORDS) {
+        constexpr WordKind KIND = WordKind::bytes;
+        switch (layout.codes) {
+            case Codes::bits1: return without_addend<Codes::bits1, KIND>(layout);
+            case Codes::bits2: return without_addend<Codes::bits2, KIND>(layout);
+            case Codes::bits3: return without_addend<Codes::bits3, KIND>(layout);
+            case Codes::bits4: return without_addend<Codes::bits4, KIND>(layout);
+            case Codes::bits5: return without_addend<Codes::bits5, KIND>(layout);
+            case Codes::bits6: return without_addend<Codes::bits6, KIND>(layout);
+            case Codes::grid2_256: return without_addend<Codes::grid2_256, KIND>(layout);
+            case Codes::grid2_512: return without_addend<Codes::grid2_512, KIND>(layout);
+            case Codes::grid2_1024: return without_addend<Codes::grid2_1024, KIND>(layout);
+            case Codes::grid1_2048: return without_addend<Codes::grid1_2048, KIND>(layout);
+            case Codes::grid3_256: return without_addend<Codes::grid3_256, KIND>(layout);
+            case Codes::grid3_512: return without_addend<Codes::grid3_512, KIND>(layout);
+            default: break;
+        }
+    }
+    return nullptr;
+}
+
+BlockFunction wide_function(const Layout& layout) {
+    if (layout.codes == Codes::words4) return without_addend<Codes::words4, WordKind::wide>(layout);
+    if constexpr (CODES_AS_WORDS) {
+        if (layout.codes == Codes::bits4) return without_addend<Codes::bits4, WordKind::wide>(layout);
+    }
+    return nullptr;
 }
 
 }  // namespace
 
-BlockFunction word_function(const Layout& layout) {
-    if (layout.codes != Codes::words4 || layout.addend != Addend::none || layout.sub == LEAST_GROUP) return nullptr;
-    return layout.sub == 16 ? multiply_words<Codes::words4, 16> : multiply_words<Codes::words4, 32>;
+BlockFunction word_function(const Layout& layout, const WordCodes& codes) {
+    if (layout.scales == Scales::none) return nullptr;
+    switch (codes.kind) {
+        case WordKind::none: return nullptr;
+        case WordKind::line: return line_function(layout);
+        case WordKind::bytes: return byte_table_function(layout);
+        case WordKind::wide: return wide_function(layout);
+    }
+    return nullptr;
 }
 
 }  // namespace lowbit

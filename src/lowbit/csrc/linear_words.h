@@ -1,31 +1,111 @@
-// Products of 16-bit whole numbers, for tables that bfloat16 would round (nf4): a table of 13 bits, x of 15 bits with
-// a scale for each token and 32 columns. As many products an instruction as of bfloat16, and both are rounded less:
-// of a table's largest value and of a group's largest x the last half bit, 2^-13 and 2^-15. Sums of 32 columns are
-// exact in 32 bits.
+// Products of 16-bit whole numbers: x with a scale for each token and 32 columns, a weight's codes as whole numbers
+// of up to 8 bits (x then has 16 bits), or a table of up to 13 (x 15). As many products an instruction as of bfloat16,
+// and less is lost: of a group's largest |x| half a last bit, 2^-16 or 2^-15, and of a table's largest value 2^-13,
+// where bfloat16 loses up to 2^-9 of every |x|. Sums of 32 columns are exact in 32 bits, in any order.
+//
+// Tables that bfloat16 would round (nf4) are multiplied so on every processor, whole-number codes where it does not
+// multiply bfloat16.
 #pragma once
 
 #include "linear_bytes.h"
 
 namespace lowbit {
 
-constexpr int LARGEST_WORD = (1 << 14) - 1;   // of x
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool CODES_AS_WORDS = false;
+#else
+constexpr bool CODES_AS_WORDS = true;
+#endif
+
 constexpr int LARGEST_VALUE = (1 << 12) - 1;  // of a table
-static_assert(static_cast<std::int64_t>(LARGEST_WORD) * LARGEST_VALUE * COLUMNS < std::int64_t{1} << 31);
+
+// line: a code is worth base + code. bytes: base + a byte that is looked up. wide: 16 numbers of 13 bits.
+enum class WordKind { none, line, bytes, wide };
+
+// The largest |x|.
+constexpr int largest_word(WordKind kind) { return kind == WordKind::wide ? (1 << 14) - 1 : (1 << 15) - 1; }
+static_assert(static_cast<std::int64_t>(largest_word(WordKind::wide)) * LARGEST_VALUE * COLUMNS < std::int64_t{1} << 31);
+// A sum of unsigned bytes and base * sum(x), which starts it.
+static_assert(static_cast<std::int64_t>(largest_word(WordKind::line)) * (255 + 256) * COLUMNS < std::int64_t{1} << 31);
+
+// How a weight's codes become whole numbers: (number + base) * factor.
+struct WordCodes {
+    WordKind kind = WordKind::none;
+    int base = 0;
+    float factor = 1.0f;
+    alignas(64) std::uint8_t low[64], high[64];  // of what is looked up; short tables repeat
+
+    explicit WordCodes(const lowbit_weight& weight) {
+        const auto codes = static_cast<Codes>(weight.codes);
+        if (codes == Codes::words4) {
+            kind = WordKind::wide;
+            for (int i = 0; i < 64; ++i) put(i, weight.table[i % 16]);
+        } else if (!CODES_AS_WORDS) {
+            return;
+        } else if (codes == Codes::int8 || codes == Codes::uint8) {
+            kind = WordKind::line;
+            base = codes == Codes::int8 ? -128 : 0;
+        } else if (codes >= Codes::bits1 && codes <= Codes::bits7) {
+            read(weight.table, codes == Codes::bits7 ? 1 : 1 << static_cast<int>(codes));
+        } else if (is_grid(codes)) {
+            read(weight.table, 1 << static_cast<int>(grid_of(codes).planes()));
+        }
+    }
+
+  private:
+    void put(int i, int value) {
+        low[i] = static_cast<std::uint8_t>(value);
+        high[i] = static_cast<std::uint8_t>(value >> 8);
+    }
+    void read(const std::uint16_t* bfloats, int count) {
+        float values[64] = {};
+        for (int i = 0; i < count; ++i) values[i] = bfloat_to_float(bfloats[i]);
+        bool line = values[0] == std::floor(values[0]) && std::fabs(values[0]) <= 256.0f;
+        for (int i = 1; i < count; ++i) line = line && values[i] == values[0] + static_cast<float>(i);
+        if (line) {
+            kind = WordKind::line;
+            base = static_cast<int>(values[0]);
+            return;
+        }
+        for (const float times : {1.0f, 2.0f, 4.0f, 8.0f, 16.0f}) {
+            bool whole = true;
+            float least = 0.0f, most = 0.0f;
+            for (int i = 0; i < count; ++i) {
+                const float value = values[i] * times;
+                whole = whole && value == std::floor(value);
+                least = std::min(least, value);
+                most = std::max(most, value);
+            }
+            if (!whole) continue;
+            const auto limit = static_cast<float>(LARGEST_VALUE);
+            if (most - least <= 255.0f && least >= -256.0f) {
+                kind = WordKind::bytes;
+                base = static_cast<int>(least);
+            } else if (count == 16 && least >= -limit && most <= limit) {
+                kind = WordKind::wide;
+            } else {
+                return;
+            }
+            factor = 1.0f / times;
+            for (int i = 0; i < 64; ++i) put(i, static_cast<int>(values[i % count] * times) - base);
+            return;
+        }
+    }
+};
 
 #if defined(__AVX512BF16__)
 
 // One register of 16 rows x 2 columns for each pair of columns.
 using WordTile = __m512i[PAIRS];
 
-template <Codes CODES>
-inline void decode_words(const std::uint8_t* tile, const Table& table, WordTile& w) {
+template <Codes CODES, WordKind>
+inline void decode_words(const std::uint8_t* tile, const Table& table, const WordCodes&, WordTile& w) {
     decode<CODES>(tile, table, w);
 }
 
-// Dot products of columns [FIRST, FIRST + COUNT) with TOKENS tokens, each in an accumulator of its own.
+// sums[t] += products of columns [FIRST, FIRST + COUNT) with token t.
 template <int FIRST, int COUNT, int TOKENS>
 inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t stride, SixteenInts* sums) {
-    for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_si512();
     UNROLL
     for (int pair = FIRST / 2; pair < (FIRST + COUNT) / 2; ++pair) {
         UNROLL
@@ -41,36 +121,112 @@ inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
 
 using WordTile = SixteenInts[PAIRS];
 
-template <Codes CODES>
-inline void decode_words(const std::uint8_t* tile, const Table& table, WordTile& w) {
-    static_assert(CODES == Codes::words4);
-    const auto half = [&](int pair, int at) {
-        const Field f = field(plane(CODES, 0), 0, pair * 2);
-        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte + at));
-        const __m256i code = _mm256_and_si256(_mm256_srli_epi16(words, f.shift), _mm256_set1_epi16(15));
-        // A byte of an index with its upper bit set gives zero.
-        const __m256i low = _mm256_or_si256(code, _mm256_set1_epi16(static_cast<short>(0x8000)));
-        const __m256i high = _mm256_or_si256(_mm256_slli_epi16(code, 8), _mm256_set1_epi16(0x80));
-        return _mm256_or_si256(_mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table.low)), low),
-                               _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table.high)), high));
+// The values of 32 codes of a byte each, in a table of 2^WIDTH bytes.
+template <int WIDTH>
+INLINE __m256i look_up_bytes(const std::uint8_t* table, __m256i code) {
+    const auto part = [&](int i) {
+        const __m128i entries = _mm_load_si128(reinterpret_cast<const __m128i*>(table + i * 16));
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), code);
     };
-    for (int pair = 0; pair < PAIRS; ++pair) w[pair] = {half(pair, 0), half(pair, 32)};
+    if constexpr (WIDTH <= 4) return part(0);
+    const __m256i fifth = _mm256_slli_epi16(code, 3);  // in a byte's uppermost bit
+    const __m256i low = _mm256_blendv_epi8(part(0), part(1), fifth);
+    if constexpr (WIDTH == 5) return low;
+    return _mm256_blendv_epi8(low, _mm256_blendv_epi8(part(2), part(3), fifth), _mm256_slli_epi16(code, 2));
+}
+
+// Both pairs of an operand: 8 rows by 2 columns each, as 16-bit numbers. ``at``: 32 for the second 8 rows.
+template <Codes CODES, WordKind KIND, int OPERAND>
+INLINE void operand_words(const std::uint8_t* tile, int at, const WordCodes& codes, __m256i& first, __m256i& second) {
+    constexpr Plane PLANE = plane(CODES, 0);
+    constexpr Field FIELD = field(PLANE, 0, pair_of(OPERAND, 0) * 2);
+    if constexpr (is_byte(CODES)) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + OPERAND * 64 + at));
+        first = _mm256_unpacklo_epi8(bytes, _mm256_setzero_si256());
+        second = _mm256_unpackhi_epi8(bytes, _mm256_setzero_si256());
+    } else if constexpr (KIND == WordKind::line && plane_count(CODES) == 1) {
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + FIELD.byte + at));
+        const __m256i mask = _mm256_set1_epi16((1 << PLANE.width) - 1);
+        first = _mm256_and_si256(FIELD.shift == 0 ? words : _mm256_srli_epi16(words, FIELD.shift), mask);
+        second = _mm256_srli_epi16(words, FIELD.shift + 8);
+        if constexpr (FIELD.shift + PLANE.width < 8) second = _mm256_and_si256(second, mask);
+    } else {
+        __m256i low = operand_codes<CODES, OPERAND>(tile, at);
+        const __m256i even = _mm256_set1_epi16(0xff);
+        if constexpr (KIND == WordKind::wide) {
+            const __m256i high = look_up_bytes<4>(codes.high, low);
+            low = look_up_bytes<4>(codes.low, low);
+            first = _mm256_or_si256(_mm256_and_si256(low, even), _mm256_slli_epi16(high, 8));
+            second = _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(even, high));
+            return;
+        }
+        if constexpr (KIND == WordKind::bytes) low = look_up_bytes<static_cast<int>(CODES)>(codes.low, low);
+        first = _mm256_and_si256(low, even);
+        second = _mm256_srli_epi16(low, 8);
+    }
+}
+
+template <Codes CODES, WordKind KIND>
+INLINE void decode_words(const std::uint8_t* tile, const Table& table, const WordCodes& codes, WordTile& w) {
+    if constexpr (is_grid(CODES)) {
+        constexpr Codes PLANES = grid_of(CODES).planes();
+        alignas(32) std::uint8_t planes[tile_bytes(PLANES)];
+        expand_grid<CODES>(tile, table.behind, planes);
+        decode_words<PLANES, KIND>(planes, table, codes, w);
+        return;
+    } else {
+        each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+            constexpr int OPERAND = decltype(index)::value;
+            SixteenInts &first = w[pair_of(OPERAND, 0)], &second = w[pair_of(OPERAND, 1)];
+            operand_words<CODES, KIND, OPERAND>(tile, 0, codes, first.low, second.low);
+            operand_words<CODES, KIND, OPERAND>(tile, 32, codes, first.high, second.high);
+        });
+    }
+}
+
+INLINE __m256i two_words(const std::int16_t* from) {
+    std::int32_t two;
+    std::memcpy(&two, from, sizeof two);
+    return _mm256_set1_epi32(two);
+}
+INLINE void add_words(SixteenInts& sum, __m256i low, __m256i high, __m256i x) {
+    sum.low = _mm256_add_epi32(sum.low, _mm256_madd_epi16(low, x));
+    sum.high = _mm256_add_epi32(sum.high, _mm256_madd_epi16(high, x));
 }
 
 template <int FIRST, int COUNT, int TOKENS>
-inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t stride, SixteenInts* sums) {
-    for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(0);
+INLINE void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t stride, SixteenInts* sums) {
     UNROLL
     for (int pair = FIRST / 2; pair < (FIRST + COUNT) / 2; ++pair) {
+        SixteenInts both = w[pair];
+        KEEP_IN_REGISTER(both.low);
+        KEEP_IN_REGISTER(both.high);
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-            std::int32_t two;
-            std::memcpy(&two, x + t * stride + pair * 2, sizeof two);
-            const __m256i both = _mm256_set1_epi32(two);
-            sums[t].low = _mm256_add_epi32(sums[t].low, _mm256_madd_epi16(w[pair].low, both));
-            sums[t].high = _mm256_add_epi32(sums[t].high, _mm256_madd_epi16(w[pair].high, both));
+            add_words(sums[t], both.low, both.high, two_words(x + t * stride + pair * 2));
+            KEEP_IN_REGISTER(sums[t].low);  // else many products are made first, and wait for their sums in memory
+            KEEP_IN_REGISTER(sums[t].high);
         }
     }
+}
+
+// A tile that is multiplied with one token only, from register to register. A sum for each SUB columns.
+template <Codes CODES, WordKind KIND, int SUB>
+INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const WordCodes& codes, const std::int16_t* x,
+                           SixteenInts* sums) {
+    if constexpr (is_grid(CODES)) {
+        constexpr Codes PLANES = grid_of(CODES).planes();
+        alignas(32) std::uint8_t planes[tile_bytes(PLANES)];
+        expand_grid<CODES>(tile, table.behind, planes);
+        dot_words_once<PLANES, KIND, SUB>(planes, table, codes, x, sums);
+    } else each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
+        SixteenInts first, second;
+        operand_words<CODES, KIND, OPERAND>(tile, 0, codes, first.low, second.low);
+        operand_words<CODES, KIND, OPERAND>(tile, 32, codes, first.high, second.high);
+        add_words(sums[FIRST / SUB], first.low, first.high, two_words(x + FIRST));
+        add_words(sums[SECOND / SUB], second.low, second.high, two_words(x + SECOND));
+    });
 }
 
 #endif
@@ -79,4 +235,23 @@ inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
 
 #if defined(__ARM_NEON)
 #include "linear_words_neon.h"
+#endif
+
+#if defined(__AVX512BF16__) || defined(__ARM_NEON)
+
+namespace lowbit {
+
+template <Codes CODES, WordKind KIND, int SUB>
+INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const WordCodes& codes, const std::int16_t* x,
+                           SixteenInts* sums) {
+    WordTile w;
+    decode_words<CODES, KIND>(tile, table, codes, w);
+    each_constant<COLUMNS / SUB>([&](auto part) __attribute__((always_inline)) {
+        constexpr int PART = decltype(part)::value;
+        dot_words<PART * SUB, SUB, 1>(w, x, COLUMNS, sums + PART);
+    });
+}
+
+}  // namespace lowbit
+
 #endif

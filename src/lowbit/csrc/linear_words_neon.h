@@ -9,17 +9,28 @@ struct WordTile {
     alignas(16) std::int16_t columns[COLUMNS][ROWS];
 };
 
-template <Codes CODES>
-inline void decode_words(const std::uint8_t* tile, const Table& table, WordTile& w) {
-    static_assert(CODES == Codes::words4);
+template <Codes CODES, WordKind KIND>
+inline void decode_words(const std::uint8_t* tile, const Table& table, const WordCodes& codes, WordTile& w) {
+    if constexpr (is_grid(CODES)) {
+        constexpr Codes PLANES = grid_of(CODES).planes();
+        std::uint8_t planes[tile_bytes(PLANES)];
+        expand_grid<CODES>(tile, table.behind, planes);
+        decode_words<PLANES, KIND>(planes, table, codes, w);
+        return;
+    } else
     each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
         constexpr int COLUMN[] = {FIRST, SECOND, FIRST + 1, SECOND + 1};
+        constexpr int ENTRIES = KIND == WordKind::wide ? 16 : 1 << std::min(static_cast<int>(CODES), 6);
         for (int half = 0; half < 2; ++half) {
-            const Bytes codes = quarter_codes<CODES, OPERAND>(tile, half * 2);
+            const auto bytes_of = [&](const std::uint8_t* table_bytes, Bytes code) __attribute__((always_inline)) {
+                return KIND == WordKind::line ? code : look_up<ENTRIES>(table_bytes, code);
+            };
+            const Bytes code = quarter_codes<CODES, OPERAND>(tile, half * 2);
             const Bytes more = quarter_codes<CODES, OPERAND>(tile, half * 2 + 1);
-            const uint8x16x2_t low = {{look_up<16>(table.low, codes), look_up<16>(table.low, more)}};
-            const uint8x16x2_t high = {{look_up<16>(table.high, codes), look_up<16>(table.high, more)}};
+            const uint8x16x2_t low = {{bytes_of(codes.low, code), bytes_of(codes.low, more)}};
+            uint8x16x2_t high = {{vdupq_n_u8(0), vdupq_n_u8(0)}};
+            if constexpr (KIND == WordKind::wide) high = {{bytes_of(codes.high, code), bytes_of(codes.high, more)}};
             for (int which = 0; which < 4; ++which) {
                 // a column's bytes of eight rows
                 const uint8x8_t places = vadd_u8(vcreate_u8(0x1c1814100c080400), vdup_n_u8(static_cast<std::uint8_t>(which)));
@@ -31,11 +42,9 @@ inline void decode_words(const std::uint8_t* tile, const Table& table, WordTile&
     });
 }
 
-// Dot products of columns [FIRST, FIRST + COUNT) with TOKENS tokens, each in an accumulator of its own.
+// sums[t] += products of columns [FIRST, FIRST + COUNT) with token t.
 template <int FIRST, int COUNT, int TOKENS>
 inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t stride, SixteenInts* sums) {
-    UNROLL
-    for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(0);
     for (int first = FIRST; first < FIRST + COUNT; first += 8) {
         int16x8_t inputs[TOKENS];
         UNROLL
