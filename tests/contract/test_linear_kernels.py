@@ -291,7 +291,7 @@ def test_linear_is_the_product(kernel: LinearKernel, name: str) -> None:
 def packed_for_words(name: str) -> tuple[QuantizedTensor, PackedWeight]:
     """A weight that meets x as whole numbers of 15 or 16 bits, under this instruction set."""
     weight = WEIGHTS[name]()
-    packed = linear_kernels()[0].pack(weight, CPU)
+    packed = CpuBlocks().pack(weight, CPU)
     assert isinstance(packed, NativeWeight)
     if not takes(packed.description, INPUT_WORDS):
         assert name not in ("nf4 g64", "nf4 g16 e4m3"), "everywhere"
