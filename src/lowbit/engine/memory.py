@@ -13,8 +13,7 @@ _GIB = 1 << 30
 def pool_pages(model: Model, settings: Settings) -> int:
     """Pages of the KV pool: as asked for, or by memory, but no more than all sequences could use."""
     size = settings.page_size
-    page_bytes = sum(spec.token_bytes() for spec in model.cache_specs()) * size
-    free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
+    page_bytes, free = _page_and_free(model, size)
     if settings.max_total_tokens is not None:
         pages = -(-settings.max_total_tokens // size)
         if pages * page_bytes > free:
@@ -40,3 +39,13 @@ def pool_pages(model: Model, settings: Settings) -> int:
             "smaller model",
         )
     return pages
+
+
+def _page_and_free(model: Model, size: int) -> tuple[int, int]:
+    """Bytes of a page and of free memory: on a CPU of all ranks that share the model, else where it is scarcest."""
+    page = sum(spec.token_bytes() for spec in model.cache_specs()) * size
+    free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
+    others = [(other.token_bytes * size, other.free) for other in getattr(model, "others", ())]
+    if model.device.type == "cpu":
+        return page + sum(their_page for their_page, _ in others), free
+    return min([(page, free), *others], key=lambda one: one[1] / one[0])

@@ -37,9 +37,11 @@ class Parallel:
     _group: Any = field(default=None, repr=False, compare=False)
 
     @staticmethod
-    def join(rank: int, size: int, store: Path, device: torch.device, seconds: float) -> Parallel:
-        """Meet the other ranks over the file ``store``, which all of them name; no call waits longer than
-        ``seconds`` for another rank. E0713 where they do not come."""
+    def join(
+        rank: int, size: int, store: Path, device: torch.device, meeting: float, seconds: float
+    ) -> Parallel:
+        """Meet the other ranks over the file ``store``, which all of them name, within ``meeting`` seconds; E0713
+        where they do not come. No call waits longer than ``seconds`` for another rank: then it is a RuntimeError."""
         from torch import distributed
 
         if not distributed.is_available():
@@ -47,7 +49,7 @@ class Parallel:
         timeout = timedelta(seconds=seconds)
         try:
             met = distributed.FileStore(str(store), size)
-            met.set_timeout(timeout)
+            met.set_timeout(timedelta(seconds=meeting))
             if device.type == "cuda":
                 options = distributed.ProcessGroupNCCL.Options()
                 options._timeout = timeout
@@ -82,6 +84,15 @@ class Parallel:
     def largest(self, x: Tensor) -> Tensor:
         """The largest of every rank's x, element by element; NaN counts as the largest."""
         return x if self.size == 1 or not x.numel() else self.gather(x).amax(0)
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's x, written into everybody's."""
+        from torch import distributed
+
+        options = distributed.BroadcastOptions()
+        options.rootRank = 0
+        self._group.broadcast([x], options).wait()
+        return x
 
     def columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """(tokens, sum of widths): the columns of all ranks beside each other; x (tokens, widths[rank])."""

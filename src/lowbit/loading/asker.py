@@ -162,8 +162,8 @@ class Asker:
         return LowbitError(
             "E0431",
             f"{self.header.root.name}: --tp-size {self.parallel.size}: the {columns} columns of "
-            f"{place.part.name} ({self.scheme_at(place)}) are {most} groups of {unit} that cannot be parted; "
-            f"use --tp-size {most} or less",
+            f"{place.part.name} ({self.scheme_at(place)}) are {most} group{'s' * (most > 1)} of {unit}, which stay whole; "
+            f"use --tp-size {most}" + " or less" * (most > 1),
         )
 
     def cut_of(self, place: Placed) -> str:

@@ -344,8 +344,8 @@ def _attention(
 ) -> LatentAttention:
     c, hidden, name = config, config.hidden_size, f"model.layers.{layer}.self_attn"
 
-    def linear(leaf: str, rows: int, columns: int, bias: bool = False, **cuts: Cut | None) -> Linear:
-        part = Part(f"{name}.{leaf}", (rows, columns), bias=bias, **cuts)
+    def linear(leaf: str, out: int, inputs: int, bias: bool = False, **cuts: Cut | None) -> Linear:
+        part = Part(f"{name}.{leaf}", (out, inputs), bias=bias, **cuts)
         return loader.linear(part.name, [part])
 
     def of_heads(width: int) -> Cut | None:
