@@ -1,4 +1,5 @@
-"""Ranks that share models, each in a process of its own, started once and given one checkpoint after another."""
+"""Ranks that share models, each in a process of its own, started once and given one checkpoint after
+another."""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def answer(job: Job, parallel: Parallel = ALONE) -> Answer:
 
 def _rank(rank: int, size: int, store: str, connection: Connection) -> None:
     torch.set_num_threads(1)
-    parallel = Parallel.join(rank, size, Path(store), torch.device("cpu"), SECONDS)
+    parallel = Parallel.join(rank, size, Path(store), torch.device("cpu"), SECONDS, SECONDS)
     while (job := connection.recv()) is not None:
         try:
             given = answer(job, parallel)
@@ -103,6 +104,3 @@ class Ranks:
             process.join(10)
             process.kill()
         self._folder.cleanup()
-
-
-

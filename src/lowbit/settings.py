@@ -174,8 +174,8 @@ class Settings:
 
     device: str = option("auto", "Where to run.", "engine", choices=("auto", "cpu", "cuda"))
     tp_size: int = option(
-        1, "Ranks that share every layer, a process each (tensor parallelism): a GPU for each, or a share of the "
-        "cores. lowbit inspect says how a model is cut.", "engine",
+        1, "Ranks that share every layer, a process each (tensor parallelism): a GPU for each, or a share of "
+        "the cores. lowbit inspect says how a model is cut.", "engine",
         aliases=("--tp", "--tensor-parallel-size"), minimum=1, maximum=256,
     )  # fmt: skip
     threads: int | None = option(

@@ -19,9 +19,9 @@ from lowbit.errors import LowbitError
 from lowbit.formats import CheckpointFormat, Notes, StoredModule, detect
 from lowbit.formats.dense import Dense
 from lowbit.formats.kv_scales import KvScales
-from lowbit.kernels.parallel import ALONE
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.layers.weight_loader import NOT_SHARED
 from lowbit.loading.names import Names, Placed
 from lowbit.models.config import ModelConfig
 from lowbit.models.registry import Family, family_of
@@ -92,7 +92,7 @@ def survey(header: CheckpointHeader, report: Report, correction: Correction) -> 
 class Surveyor:
     """``WeightLoader`` that only complains."""
 
-    parallel = ALONE
+    parallel = NOT_SHARED
     device = torch.device("cpu")
     activation_dtype = torch.float32
     cache_dtype = KvDtype.of("f32")

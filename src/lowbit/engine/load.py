@@ -45,17 +45,18 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     set_threads(settings)
     if settings.tp_size == 1:
         return _engine(settings, header, asked, on_progress, serving, None)
-    ranks = Ranks(_shared(settings))
+    settings = _shared(settings)
+    ranks = Ranks(settings)
     try:
-        return _engine(_shared(settings), header, asked, on_progress, serving, ranks)
+        return _engine(settings, header, asked, on_progress, serving, ranks)
     except BaseException:
         ranks.close()
         raise
 
 
 def _shared(settings: Settings) -> Settings:
-    """Without what is for one process alone: what several start to compute at once is not timed, and a sum between
-    processes is in no plan of native calls."""
+    """Without what is for one process alone: what several start to compute at once is not timed, and a sum
+    between processes is in no plan of native calls."""
     off = []
     if settings.packed_cache != "off":
         off.append("--packed-cache (each rank packs its own part)")

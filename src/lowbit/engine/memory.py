@@ -42,7 +42,8 @@ def pool_pages(model: Model, settings: Settings) -> int:
 
 
 def _page_and_free(model: Model, size: int) -> tuple[int, int]:
-    """Bytes of a page and of free memory: on a CPU of all ranks that share the model, else where it is scarcest."""
+    """Bytes of a page and of free memory: on a CPU of all ranks that share the model, else where it is
+    scarcest."""
     page = sum(spec.token_bytes() for spec in model.cache_specs()) * size
     free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
     others = [(other.token_bytes * size, other.free) for other in getattr(model, "others", ())]

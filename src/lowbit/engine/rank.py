@@ -1,10 +1,12 @@
-"""A rank but the first: ``python -m lowbit.engine.rank --fd N``. It computes what rank 0 (``ranks``) sends it.
+"""A rank but the first: ``python -m lowbit.engine.rank --fd N``. It computes what rank 0 (``ranks``) sends
+it.
 
     StartRank ──▶ meet the others, load this rank's part ──▶ RankReady, or RankFailed and exit
     Allocate  ──▶ make the KV caches                     ──▶ RankReady
     Step      ──▶ model.forward; its logits are of no use here
 
-It ends when its socket does, also in the middle of a step: rank 0 is gone then, and what it waits for will not come.
+It ends when its socket does, also in the middle of a step: rank 0 is gone then, and what it waits for will
+not come.
 """
 
 from __future__ import annotations

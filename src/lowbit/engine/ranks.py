@@ -3,9 +3,9 @@
     rank 0: Engine ── SharedModel.forward ──┬─ the batch, over a socket ──▶ rank 1 … : model.forward
                                             └─ model.forward ◀── sums (kernels.parallel) ──▶
 
-Only rank 0 has an engine. The others (``engine.rank``) load their part at the same time, keep a KV cache of the same
-pages, and compute each batch that rank 0 computes; scheduling and sampling are rank 0's alone. One that ends takes
-all with it: a part of a model computes nothing.
+Only rank 0 has an engine. The others (``engine.rank``) load their part at the same time, keep a KV cache of
+the same pages, and compute each batch that rank 0 computes; scheduling and sampling are rank 0's alone. One
+that ends takes all with it: a part of a model computes nothing.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
-    """A ``ForwardBatch``. ``data``: its index tensors and ``sample_rows``, int32, one behind another; empty where they
-    come over the group, from device to device."""
+    """A ``ForwardBatch``. ``data``: its index tensors and ``sample_rows``, int32, one behind another; empty
+    where they come over the group, from device to device."""
 
     shapes: list[tuple[int, ...]]
     page_size: int
@@ -70,7 +70,8 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
 
 
 class RankReady(msgspec.Struct, frozen=True, tag="ready"):
-    """A rank has loaded its part, or made its caches. ``token_bytes``: of its KV cache; ``free``: memory left."""
+    """A rank has loaded its part, or made its caches. ``token_bytes``: of its KV cache; ``free``: memory
+    left."""
 
     token_bytes: int
     free: int
@@ -169,8 +170,8 @@ class Ranks:
             if status is not None:
                 raise LowbitError(
                     "E0712",
-                    f"rank {rank.number} of {self.size} (process {rank.child.pid}) ended with {_said(status)}; "
-                    "every rank holds a part of each layer, so nothing can be computed without it",
+                    f"rank {rank.number} of {self.size} (process {rank.child.pid}) ended with "
+                    f"{_said(status)}; each holds a part of every layer: nothing can be computed without it",
                 ) from cause
 
     def close(self) -> None:
@@ -252,8 +253,8 @@ def check_devices(settings: Settings) -> None:
         if found < settings.tp_size:
             raise LowbitError(
                 "E0433",
-                f"--tp-size {settings.tp_size}: torch sees {found} CUDA devices, and each rank needs one; use "
-                f"--tp-size {found} or less, or --device cpu",
+                f"--tp-size {settings.tp_size}: torch sees {found} CUDA devices, and each rank needs one; "
+                f"use --tp-size {found} or less, or --device cpu",
             )
 
 
@@ -324,4 +325,3 @@ def batch_of(step: Step, parallel: Parallel, device: torch.device) -> ForwardBat
         max_query=step.max_query,
         max_context=step.max_context,
     )
-

@@ -41,8 +41,9 @@ class InputTransform:
     """What happens to x (tokens, in) before it meets a weight.
 
     ``multiplier``: float32 (in,), x is multiplied by it first. ``static_scale``, ``static_zero``: scalar
-    tensors of a static scheme; for NVFP4 the outer scale. ``state``: of a delayed scheme. ``across``: the ranks that x
-    lies on, some columns on each: what is seen of a row is seen of all of it (``sees_whole_rows``).
+    tensors of a static scheme; for NVFP4 the outer scale. ``state``: of a delayed scheme. ``across``: the
+    ranks that x lies on, some columns on each: what is seen of a row is seen of all of it
+    (``sees_whole_rows``).
     """
 
     scheme: ActivationScheme | None = None
@@ -173,9 +174,7 @@ def _per_token(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[T
     return _codes(x, scale, scheme), scale
 
 
-def _beside_columns(
-    x: Tensor, scheme: ActivationScheme, across: Parallel
-) -> tuple[Tensor, Tensor | None]:
+def _beside_columns(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor | None]:
     """LLM.int8: one scale a token, for codes and for the columns that are not rounded.
 
     Tokens that are not finite become NaN and make no column an outlier. A column over a token's scale may be

@@ -1,11 +1,12 @@
 """Parallel: the ranks that share a model's layers (tensor parallelism), and what they tell each other.
 
-Megatron-LM (Shoeybi et al., 2019): a projection cut in rows is followed by one cut in columns, whose partial sums
-the ranks add up. Sums are float32 and in the order of the ranks, so that an element's bits depend neither on where
-it lies in a tensor nor on how many there are: a ring adds in an order that changes with both, and a token's result
-would depend on its batch. Every rank gets the same bits.
+Megatron-LM (Shoeybi et al., 2019): a projection cut in rows is followed by one cut in columns, whose
+partial sums the ranks add up. Sums are float32 and in the order of the ranks, so that an element's bits
+depend neither on where it lies in a tensor nor on how many there are: a ring adds in an order that changes
+with both, and a token's result would depend on its batch. Every rank gets the same bits.
 
-A group talks through torch.distributed's backends (gloo on CPUs, NCCL on GPUs) without its process-wide state.
+A group talks through torch.distributed's backends (gloo on CPUs, NCCL on GPUs) without its process-wide
+state.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.nn import functional
 
 from lowbit.errors import LowbitError
 
-# From so many elements on every rank adds up its share only and the sums are exchanged, where there are more than two
-# ranks: less to send, but two rounds. The bits are the same.
+# From so many elements on, more than two ranks add up a share each and exchange the sums: less to send, but
+# twice. The bits are the same.
 _SHARED_SUM = 1 << 15
 
 
@@ -40,8 +41,9 @@ class Parallel:
     def join(
         rank: int, size: int, store: Path, device: torch.device, meeting: float, seconds: float
     ) -> Parallel:
-        """Meet the other ranks over the file ``store``, which all of them name, within ``meeting`` seconds; E0713
-        where they do not come. No call waits longer than ``seconds`` for another rank: then it is a RuntimeError."""
+        """Meet the other ranks over the file ``store``, which all of them name, within ``meeting`` seconds;
+        E0713 where they do not come. No call waits longer than ``seconds`` for another rank: then it is a
+        RuntimeError."""
         from torch import distributed
 
         if not distributed.is_available():
@@ -51,13 +53,15 @@ class Parallel:
             met = distributed.FileStore(str(store), size)
             met.set_timeout(timedelta(seconds=meeting))
             if device.type == "cuda":
-                options = distributed.ProcessGroupNCCL.Options()
+                nccl: Any = distributed.ProcessGroupNCCL
+                options = nccl.Options()
                 options._timeout = timeout
-                return Parallel(rank, size, distributed.ProcessGroupNCCL(met, rank, size, options))
-            options = distributed.ProcessGroupGloo._Options()
+                return Parallel(rank, size, nccl(met, rank, size, options))
+            gloo: Any = distributed.ProcessGroupGloo
+            options = gloo._Options()
             options._timeout = timeout
-            options._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            return Parallel(rank, size, distributed.ProcessGroupGloo(met, rank, size, options))
+            options._devices = [gloo.create_device(hostname="127.0.0.1")]
+            return Parallel(rank, size, gloo(met, rank, size, options))
         except RuntimeError as error:
             raise LowbitError("E0713", f"rank {rank} of {size} found no others: {error}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -66,7 +67,7 @@ def cut_evenly(parallel: Parallel, size: int, unit: int = 1) -> Cut | None:
         return None
     each, more = divmod(units, parallel.size)
     borders = [min((rank * each + min(rank, more)) * unit, size) for rank in range(parallel.size + 1)]
-    return Cut(parallel.rank, tuple(zip(borders, borders[1:], strict=False)))
+    return Cut(parallel.rank, tuple(pairwise(borders)))
 
 
 def cut_heads(parallel: Parallel, heads: int, kv_heads: int) -> tuple[Cut, Cut] | None:
@@ -98,7 +99,9 @@ def _head_cuts(parallel: Parallel, heads: int, kv_heads: int) -> tuple[Cut, Cut]
     if rest or within is None:
         return None
     queries = [
-        (head * group + start, head * group + stop) for head in range(kv_heads) for start, stop in within.ranges
+        (head * group + start, head * group + stop)
+        for head in range(kv_heads)
+        for start, stop in within.ranges
     ]
     keys = [(head, head + 1) for head in range(kv_heads) for _ in range(sharers)]
     return Cut(parallel.rank, tuple(queries)), Cut(parallel.rank, tuple(keys))
@@ -112,6 +115,4 @@ def _listed(sizes: Sequence[int]) -> str:
             runs[-1].append(size)
         else:
             runs.append([size])
-    return ", ".join(
-        f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
-    )
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

@@ -26,8 +26,9 @@ from lowbit.layers.linear import Linear
 class ExpertsSpec:
     """``count`` experts of gate and up (intermediate, hidden) and down (hidden, intermediate).
 
-    Sizes are those of the whole model. ``bias``: whether the config promises biases. ``interleaved``: a stored ``gate_up_proj`` has gate and up
-    rows in turn (gpt-oss). ``transposed``: plain stacked weights lie as (experts, in, out).
+    Sizes are those of the whole model. ``bias``: whether the config promises biases. ``interleaved``: a
+    stored ``gate_up_proj`` has gate and up rows in turn (gpt-oss). ``transposed``: plain stacked weights
+    lie as (experts, in, out).
     """
 
     count: int

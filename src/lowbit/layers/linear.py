@@ -1,7 +1,7 @@
 """Linear: y = Q(x) @ W.T + bias for a weight in any packed form, fused from parts where they are alike.
 
-Among several ranks (``kernels.parallel``) a layer may hold some of its rows, and gives those outputs, or some of its
-columns, and gives the sum of all ranks' products.
+Among several ranks (``kernels.parallel``) a layer may hold some of its rows, and gives those outputs, or
+some of its columns, and gives the sum of all ranks' products.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Part:
 class Columns:
     """Of a layer cut in columns: whom its products are summed with, and where its inputs are.
 
-    ``picked``: int64, this rank's columns among those of all ranks, which have ``widths`` of them each; None: the
-    rank's inputs are its columns.
+    ``picked``: int64, this rank's columns among those of all ranks, which have ``widths`` of them each;
+    None: the rank's inputs are its columns.
     """
 
     parallel: Parallel
@@ -53,7 +53,9 @@ class Columns:
 
     def inputs(self, x: Tensor) -> Tensor:
         """x (tokens, the rank's inputs) -> (tokens, the rank's columns)."""
-        return x if self.picked is None else gather_columns(self.parallel.columns(x, self.widths), self.picked)
+        return (
+            x if self.picked is None else gather_columns(self.parallel.columns(x, self.widths), self.picked)
+        )
 
 
 class Linear:

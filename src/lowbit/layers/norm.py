@@ -16,8 +16,8 @@ class Norm:
     """RMSNorm (Zhang and Sennrich, 2019), or where ``centred`` LayerNorm (Ba et al., 2016), which may have a
     bias. ``weight`` and ``bias``: float32 (width,).
 
-    ``whole``: the width of rows of which each rank of ``parallel`` has a part, weight included (RMSNorms only); 0: x is
-    all of the row. ``counts``: whether this rank's part counts, as no other has it too.
+    ``whole``: the width of rows of which each rank of ``parallel`` has a part, weight included (RMSNorms
+    only); 0: x is all of the row. ``counts``: whether this rank's part counts, as no other has it too.
     """
 
     weight: Tensor
@@ -33,7 +33,7 @@ class Norm:
         if self.centred:
             return layer_norm(x, self.weight, self.bias, self.eps, out=out)
         if self.whole:
-            return self._across(x, x if out is None else out)
+            return self._across(x, torch.empty_like(x) if out is None else out)
         return rms_norm(x, self.weight, self.eps, out)
 
     def _across(self, x: Tensor, out: Tensor) -> Tensor:

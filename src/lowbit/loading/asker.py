@@ -92,15 +92,15 @@ class Asker:
         return cut
 
     def _following(self, cut: Cut, ups: list[Placed], down: Placed) -> Cut:
-        """With act-order a rank has columns as they are stored, and what comes before gives them in that order."""
+        """With act-order a rank has columns as they are stored, and what comes before gives them in that
+        order."""
         if not self.scheme_at(down).reordered:
             return cut
         fixed = next((up for up in ups if not self.scheme_at(up).rows_move), None)
         if fixed is not None:
-            raise LowbitError(
-                "E0431",
-                f"{self.header.root.name}: --tp-size {self.parallel.size}: {down.part.name} has act-order and "
-                f"the rows of {fixed.part.name} ({self.scheme_at(fixed)}) cannot follow it; use --tp-size 1",
+            raise self._cannot(
+                f"{down.part.name} has act-order and the rows of {fixed.part.name} ({self.scheme_at(fixed)}) "
+                "cannot follow it; use --tp-size 1"
             )
         return replace(cut, order=self.column_order(down)[cut.slice])
 
@@ -134,11 +134,9 @@ class Asker:
             ]
         for place in cut:
             if place.rows and self._stays_in_order(place):
-                raise LowbitError(
-                    "E0431",
-                    f"{self.header.root.name}: --tp-size {self.parallel.size}: heads of {place.part.name} are "
-                    f"stored between each other and share blocks of rows ({self.scheme_at(place)}); use "
-                    "--tp-size 1",
+                raise self._cannot(
+                    f"heads of {place.part.name} are stored between each other and share blocks of rows "
+                    f"({self.scheme_at(place)}); use --tp-size 1"
                 )
         return cut
 
@@ -159,12 +157,15 @@ class Asker:
     def _too_few(self, place: Placed, unit: int) -> LowbitError:
         columns = place.part.shape[1]
         most = -(-columns // unit)
-        return LowbitError(
-            "E0431",
-            f"{self.header.root.name}: --tp-size {self.parallel.size}: the {columns} columns of "
-            f"{place.part.name} ({self.scheme_at(place)}) are {most} group{'s' * (most > 1)} of {unit}, which stay whole; "
-            f"use --tp-size {most}" + " or less" * (most > 1),
+        return self._cannot(
+            f"the {columns} columns of {place.part.name} ({self.scheme_at(place)}) are {most} "
+            f"group{'s' * (most > 1)} of {unit}, which stay whole; use --tp-size {most}"
+            + " or less"
+            * (most > 1)
         )
+
+    def _cannot(self, why: str) -> LowbitError:
+        return LowbitError("E0431", f"{self.header.root.name}: --tp-size {self.parallel.size}: {why}")
 
     def cut_of(self, place: Placed) -> str:
         """In words how the ranks share a module; "" where each has all of it."""

@@ -355,7 +355,8 @@ def _rows_here(
 
 
 def _columns_here(cut: Cut, weight: QuantizedTensor) -> tuple[QuantizedTensor, Tensor]:
-    """The columns of a rank, and which inputs of the whole layer they multiply; they need no other order then."""
+    """The columns of a rank, and which inputs of the whole layer they multiply; they need no other order
+    then."""
     here = cut_columns(weight, cut.start, cut.stop)
     columns = torch.arange(cut.start, cut.stop) if here.column_order is None else here.column_order
     return replace(here, column_order=None, scheme=replace(here.scheme, reordered=False)), columns

@@ -58,8 +58,9 @@ class Placed:
     """A part and where it is stored. ``interleaved``: gate and up rows come in turn.
 
     ``groups``: of Q, K and V in one module, so many groups of query heads with their one K and V head,
-    each of ``group_heads`` heads in all. ``rows``: (first row, cut) of each run of rows that ranks share, none: all
-    are here. ``columns``: which stored columns are here; ``inputs``: where the layer's inputs are, if not just there.
+    each of ``group_heads`` heads in all. ``rows``: (first row, cut) of each run of rows that ranks share,
+    none: all are here. ``columns``: which stored columns are here; ``inputs``: where the layer's inputs
+    are, if not just there.
     """
 
     part: Part

@@ -117,7 +117,9 @@ class Target:
         # On a CPU the residual stream, norms and accumulation stay in float32; kernels round their inputs.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
         return cls(
-            torch.device("cuda", parallel.rank) if device == "cuda" and parallel.size > 1 else torch.device(device),
+            torch.device("cuda", parallel.rank)
+            if device == "cuda" and parallel.size > 1
+            else torch.device(device),
             activation,
             cache,
             wanted if on_cpu else activation,

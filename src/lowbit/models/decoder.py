@@ -77,8 +77,8 @@ class Decoder:
         positions: Embedding | None = None,
         cuts: Cuts | None = None,
     ) -> None:
-        """``head_scale``: float32 (vocabulary,), on the logits; ``positions``: added to the embedding; ``cuts``: what
-        is here of a model that several ranks share."""
+        """``head_scale``: float32 (vocabulary,), on the logits; ``positions``: added to the embedding;
+        ``cuts``: what is here of a model that several ranks share."""
         self.config = config
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
@@ -220,7 +220,9 @@ def vocabulary_cut(config: ModelConfig, parallel: Parallel) -> Cut:
     """Rows of the embedding and of the output head: in 64s, as kernels like them."""
     cut = cut_evenly(parallel, config.vocab_size, 64) or cut_evenly(parallel, config.vocab_size)
     if cut is None:
-        raise LowbitError("E0430", f"--tp-size {parallel.size}: the vocabulary has {config.vocab_size} tokens")
+        raise LowbitError(
+            "E0430", f"--tp-size {parallel.size}: the vocabulary has {config.vocab_size} tokens"
+        )
     return cut
 
 

@@ -233,7 +233,8 @@ class Deepseek:
         heads: Cut | None = None,
         vocabulary: Cut | None = None,
     ) -> None:
-        """``heads``, ``vocabulary``: what is here of a model that several ranks share; they all cache the latent."""
+        """``heads``, ``vocabulary``: what is here of a model that several ranks share; they all cache the
+        latent."""
         self.config = config
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
@@ -344,8 +345,15 @@ def _attention(
 ) -> LatentAttention:
     c, hidden, name = config, config.hidden_size, f"model.layers.{layer}.self_attn"
 
-    def linear(leaf: str, out: int, inputs: int, bias: bool = False, **cuts: Cut | None) -> Linear:
-        part = Part(f"{name}.{leaf}", (out, inputs), bias=bias, **cuts)
+    def linear(
+        leaf: str,
+        out: int,
+        inputs: int,
+        bias: bool = False,
+        rows: Cut | None = None,
+        columns: Cut | None = None,
+    ) -> Linear:
+        part = Part(f"{name}.{leaf}", (out, inputs), bias=bias, rows=rows, columns=columns)
         return loader.linear(part.name, [part])
 
     def of_heads(width: int) -> Cut | None:
@@ -389,7 +397,9 @@ def _up_projections(
     if loader.has(f"{name}.k_b_proj") and not loader.has(f"{name}.kv_b_proj"):
         k = loader.matrices(Part(f"{name}.k_b_proj", (c.kv_lora_rank, c.nope_dim)), c.heads)
         v = loader.matrices(Part(f"{name}.v_b_proj", (c.v_dim, c.kv_lora_rank)), c.heads)
-        return HeadMatrices.pack(k.transpose(1, 2)[here], dtype), HeadMatrices.pack(v.transpose(1, 2)[here], dtype)
+        return HeadMatrices.pack(k.transpose(1, 2)[here], dtype), HeadMatrices.pack(
+            v.transpose(1, 2)[here], dtype
+        )
     rows = c.heads * (c.nope_dim + c.v_dim)
     both = loader.matrices(Part(f"{name}.kv_b_proj", (rows, c.kv_lora_rank)))
     k, v = both.view(c.heads, c.nope_dim + c.v_dim, c.kv_lora_rank).split((c.nope_dim, c.v_dim), dim=1)

@@ -75,9 +75,7 @@ def _plain(config: ModelConfig, loader: WeightLoader, mlp: str) -> PlainMlp:
     return PlainMlp(loader.linear(up.name, [up]), loader.linear(down.name, [down]), config.activation)
 
 
-def _gated(
-    config: ModelConfig, loader: WeightLoader, mlp: str, inner: int
-) -> tuple[GatedMlp, Cut | None]:
+def _gated(config: ModelConfig, loader: WeightLoader, mlp: str, inner: int) -> tuple[GatedMlp, Cut | None]:
     """The MLP, and which of its inner entries are here."""
     hidden, name = config.hidden_size, f"{mlp}.gate_up_proj"
     gate_up = [

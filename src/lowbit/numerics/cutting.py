@@ -1,8 +1,8 @@
 """Cutting a quantized weight in rows or columns, exactly: every weight keeps its value.
 
-A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks. A column cut
-falls on the borders of ``column_unit``: what shares a scale, or an input's scale, stays together. Tensors are cut as
-views, so that of a mapped file only the part is read.
+A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks. A
+column cut falls on the borders of ``column_unit``: what shares a scale, or an input's scale, stays
+together. Tensors are cut as views, so that of a mapped file only the part is read.
 """
 
 from __future__ import annotations
