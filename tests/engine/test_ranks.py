@@ -172,7 +172,7 @@ def test_a_server_starts_again_when_a_rank_dies(
 ) -> None:
     monkeypatch.setenv("LOWBIT_MODEL", str(folder))
     monkeypatch.setenv("LOWBIT_TP_SIZE", "2")
-    body = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "model": "any"}
+    body = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "model": folder.name}
     with LLM(str(folder), max_total_tokens=1024) as alone:
         [wanted] = alone.generate(PROMPTS[0], GREEDY)
     served = Served(tmp_path / "errors")

@@ -48,6 +48,8 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     settings = _shared(settings)
     ranks = Ranks(settings)
     try:
+        _check_cuts(settings, header, asked)  # while the others start
+        ranks.meet()
         return _engine(settings, header, asked, on_progress, serving, ranks)
     except BaseException:
         ranks.close()
@@ -67,6 +69,23 @@ def _shared(settings: Settings) -> Settings:
     for one in off:
         _log.info("lowbit: off with --tp-size %d: %s", settings.tp_size, one)
     return replace(settings, packed_cache="off", kernel_timings="off", disable_cuda_graph=True)
+
+
+def _check_cuts(settings: Settings, header: CheckpointHeader, asked: Asked) -> None:
+    """E0430, E0431 where so many ranks cannot share the model."""
+    from lowbit.loading import plan_model
+
+    plan_model(
+        header,
+        device=settings.device,
+        dtype=settings.dtype,
+        activation_quantization=settings.activation_quantization,
+        quantization=asked,
+        strict=settings.strict,
+        linear_kernel=settings.linear_kernel,
+        tp_size=settings.tp_size,
+        estimate=False,
+    )
 
 
 def load_part(

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -109,20 +110,38 @@ class Ranks:
         self._device = device_of(settings, 0)
         check_devices(settings)
         folder = private_folder()
+        self._store = Path(folder.name) / "store"
         self._others: list[_Rank] = []
         self._end = weakref.finalize(self, _end, self._others, folder)
         self.parallel = Parallel(0, self.size)
         try:
-            store = Path(folder.name) / "store"
             for number in range(1, self.size):
-                self._others.append(_started(number, settings, store))
-            with self.blamed():
-                self.parallel = Parallel.join(
-                    0, self.size, store, self._device, MEETING_SECONDS, STEP_SECONDS
-                )
+                self._others.append(_started(number, settings, self._store))
         except BaseException:
             self.close()
             raise
+
+    def meet(self) -> None:
+        """Form the group with the others. E0713 where they do not come, E0712 where one has ended."""
+        found: list[Parallel | LowbitError] = []
+
+        def join() -> None:
+            try:
+                found.append(
+                    Parallel.join(0, self.size, self._store, self._device, MEETING_SECONDS, STEP_SECONDS)
+                )
+            except LowbitError as error:
+                found.append(error)
+
+        joining = threading.Thread(target=join, daemon=True)  # left behind where a rank has ended
+        joining.start()
+        while joining.is_alive():
+            self.check()
+            joining.join(0.05)
+        [result] = found
+        if isinstance(result, LowbitError):
+            raise result
+        self.parallel = result
 
     def wait_until_ready(self) -> list[RankReady]:
         """What each of the others says once it has loaded, or allocated."""

@@ -171,16 +171,17 @@ def plan_model(
     timings: Timings = "unused",
     threads: int | None = None,
     tp_size: int = 1,
+    estimate: bool = True,
 ) -> ModelPlan:
     """What ``load_model`` would do, without reading a weight; but where it would quantize, a few rows of each
     are looked at to estimate the error. ``threads``: those of timings on disk; None: as many as there are.
-    ``tp_size``: the plan is of the first of so many ranks."""
+    ``tp_size``: the plan is of the first of so many ranks. ``estimate``: whether errors are."""
     kernels = KernelChoice(KernelRules.parse(linear_kernel), timings, threads)
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     parallel = Parallel(0, tp_size)
     target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels, parallel)
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
-    plan = _planned(header, asked, target, strict, kv_scales_path)
+    plan = _planned(header, asked, target, strict, kv_scales_path, estimate)
     kernels.finish()
     return plan
 
