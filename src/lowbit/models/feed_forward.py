@@ -52,7 +52,8 @@ def feed_forward(
     shared = shared_gate = None
     if moe.shared_size:
         shared, _ = _gated(config, loader, f"{mlp}.{moe.shared}", moe.shared_size)
-        shared = replace(shared, partial=True)  # the experts' sum takes it along
+        if loader.parallel.size > 1:
+            shared = replace(shared, partial=True)  # the experts' sum takes it along
     if moe.shared_gate:
         row = Part(f"{mlp}.{moe.shared_gate}", (1, config.hidden_size), router=True)
         shared_gate = loader.linear(row.name, [row])
