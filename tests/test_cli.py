@@ -307,7 +307,7 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: lowbit {name}") and "--debug" in text
-    assert "--tp-size" not in text, "SGLang's flags are hidden"
+    assert "--dp-size" not in text, "SGLang's flags are hidden"
     assert parser_of(name).description == COMMANDS[name]
 
 

@@ -46,6 +46,7 @@ def module(name: str, scheme: str, nbytes: int, kernel: str, *refusals: tuple[st
         losers=(),
         by="",
         ratios=(),
+        cut="",
     )
 
 
@@ -104,6 +105,7 @@ def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[s
             "linear_kernel": "auto",
             "timings": "kept",
             "threads": None,
+            "tp_size": 1,
         }
     ]
     text = capsys.readouterr().out
@@ -227,3 +229,19 @@ def test_pull_says_where_the_model_lies(
     captured = capsys.readouterr()
     assert captured.out == f"org/m at abc: 2 tensors, 3.0 MiB, in {tmp_path}\n"
     assert captured.err == "", "no bar where stderr is no terminal"
+
+
+def test_how_ranks_share_a_model(
+    planned: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules = sys.modules["lowbit.loading"].plan_model(None).modules
+    modules[1].cut = modules[3].cut = "rows 32 | 32"
+    modules[2].cut, modules[4].cut = "columns 32 | 16 in groups of 16", "columns 24 | 24"
+    planned.clear()
+    assert main(["inspect", "org/m", "--tp-size", "2", "--device", "cpu"]) == 0
+    assert planned[0]["tp_size"] == 2
+    words = " ".join(capsys.readouterr().out.split())
+    assert "2 ranks share the model" in words
+    for line in ("rows 32 | 32: self_attn.q_proj", "columns 32 | 16 in groups of 16: mlp.down_proj"):
+        assert line in words
+    assert "columns 24 | 24: mlp.down_proj" in words

@@ -51,6 +51,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "calibration_data": ("texts.jsonl", "texts.jsonl"),
     "save_quantized": ("out", "out"),
     "device": ("cpu", "cpu"),
+    "tp_size": ("2", 2),
     "threads": ("3", 3),
     "kv_cache_dtype": ("f32", "f32"),
     "k_cache_dtype": ("int8", "int8"),

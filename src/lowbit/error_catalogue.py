@@ -414,6 +414,25 @@ CATALOGUE: dict[str, Entry] = {
         "Every attention kernel refused the model's KV cache; the message has each one's reason.",
         "Try another --kv-cache-dtype.",
     ),
+    "E0430": Entry(
+        "more ranks than can share the heads",
+        "With --tp-size each rank has whole attention heads. Query heads that share a K/V head stay "
+        "together where there are as many K/V heads as ranks; else each K/V head is held by several "
+        "ranks, the same number for all.",
+        "Use one of the sizes the message lists.",
+    ),
+    "E0431": Entry(
+        "a layer that so many ranks cannot share",
+        "A layer that --tp-size cuts in columns is cut where its groups of columns end (group scales, "
+        "blocks of GGUF, scales of the input), and there are fewer groups than ranks; or its rows have to "
+        "be put in order and share blocks.",
+        "Use a smaller --tp-size; lowbit inspect MODEL --tp-size N says how every kind of layer is cut.",
+    ),
+    "E0433": Entry(
+        "more ranks than GPUs",
+        "Each rank of --tp-size computes on a GPU of its own.",
+        "Use a smaller --tp-size, make more devices visible (CUDA_VISIBLE_DEVICES), or use --device cpu.",
+    ),
     "E0440": Entry(
         "this model cannot be calibrated",
         "GPTQ and AWQ walk a model block by block and watch the inputs of its layers. The blocks of this "
@@ -572,6 +591,19 @@ CATALOGUE: dict[str, Entry] = {
         "the engine keeps dying",
         "It was restarted several times within minutes and stopped again each time.",
         "The log has each reason; report it with the model's name.",
+    ),
+    "E0712": Entry(
+        "a rank ended",
+        "One of the processes that share a model (--tp-size) ended or failed. Each holds a part of every "
+        "layer, so the others end too; a server starts all of them again.",
+        "The message has its exit status or error, the log above may say more. SIGKILL is often the "
+        "kernel's, for lack of memory: use smaller weights or a smaller KV pool.",
+    ),
+    "E0713": Entry(
+        "the ranks did not meet",
+        "The processes of --tp-size could not connect to each other: one did not start in time, or this "
+        "torch has no torch.distributed with gloo (CPU) or NCCL (GPUs).",
+        "Try again on a less busy machine; else use --tp-size 1.",
     ),
     "E0801": Entry(
         "the port is taken",

@@ -176,9 +176,15 @@ class Settings:
     )
 
     device: str = option("auto", "Where to run.", "engine", choices=("auto", "cpu", "cuda"))
+    tp_size: int = option(
+        1, "Ranks that share every layer, a process each (tensor parallelism): a GPU for each, or a share of "
+        "the cores. lowbit inspect says how a model is cut.", "engine",
+        aliases=("--tp", "--tensor-parallel-size"), minimum=1, maximum=256,
+    )  # fmt: skip
     threads: int | None = option(
-        None, "CPU threads; default: the cores this process may use.", "engine", minimum=1
-    )
+        None, "CPU threads of a process; default: the cores it may use, shared by the ranks of --tp-size.",
+        "engine", minimum=1,
+    )  # fmt: skip
     kv_cache_dtype: str = option(
         "auto", "Type of the KV cache; auto: what the checkpoint was calibrated for, else bf16, or f32 for "
         "f32 models. fp8 takes the checkpoint's scales; without them, and for int8 and int4, every token "

@@ -82,6 +82,7 @@ def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
         linear_kernel=settings.linear_kernel,
         timings="unused" if settings.kernel_timings == "off" else "kept",
         threads=settings.threads,
+        tp_size=settings.tp_size,
     )
 
 
@@ -124,7 +125,7 @@ def rows_of(plan: ModelPlan) -> list[Row]:
         kind = re.sub(r"^(model\.)?(layers\.\d+\.)?", "", module.name)
         key = (
             *(kind, module.shape, module.scheme, module.kernel, module.computes, module.refusals),
-            *(module.reason, module.losers, module.by, module.ratios),
+            *(module.reason, module.losers, module.by, module.ratios, module.cut),
         )
         row = rows.setdefault(key, Row(kind, module))
         row.count += 1
@@ -165,6 +166,18 @@ def slower_than_bf16(rows: list[Row]) -> list[str]:
     return lines
 
 
+def cuts_of(rows: list[Row]) -> dict[str, list[str]]:
+    """How ranks share the kinds of modules."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.first.cut:
+            kinds = found.setdefault(row.first.cut, [])
+            kind = re.sub(r"\.\d+(?=\.)", ".*", row.kind)  # experts share theirs alike
+            if kind not in kinds:
+                kinds.append(kind)
+    return found
+
+
 def dependent_on_batch(rows: list[Row]) -> dict[str, list[str]]:
     """Why a token's result depends on the tokens computed beside it: the kinds of modules it is true of."""
     reasons: dict[str, list[str]] = {}
@@ -189,6 +202,7 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
         "ignored_layers": ignored_layers(plan),
         "peak_bytes_at_load": plan.peak_bytes,
         "device": plan.device,
+        "tp_size": settings.tp_size,
         "layers": plan.config.layers,
         "parameters": plan.parameters,
         "context_length": plan.context_length,
@@ -213,6 +227,7 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
                 "chosen": module.by or "by preference",
                 "losers": [{"kernel": loser.kernel, "reason": loser.reason} for loser in module.losers],
                 "times_as_fast_as_bf16": {str(n): round(ratio, 3) for n, ratio in module.ratios},
+                "shared": module.cut or None,
             }
             for module in plan.modules
         ],
@@ -283,6 +298,10 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
     for reason, kinds in dependent_on_batch(rows).items():
         line = f"results depend on the batch: {', '.join(kinds)} ({reason})"
         out.print(escape(printable(line, 400)))
+    if settings.tp_size > 1:
+        out.print(f"{settings.tp_size} ranks share the model; shapes, bytes and memory are of the first")
+        for cut, kinds in cuts_of(rows).items():
+            out.print(escape(printable(f"{cut}: {', '.join(kinds)}", 400)))
     if ignored := ignored_layers(plan):
         out.print(escape(printable(f"not quantized: {', '.join(ignored)}", 400)))
     kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)

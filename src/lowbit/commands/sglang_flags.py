@@ -19,6 +19,7 @@ COMPARED: dict[str, str] = {
     "refused by name",
     "dtype": "auto keeps each tensor's stored type; SGLang's auto makes f16 of f32",
     "quantization": "names and options below; not needed for quantized checkpoints",
+    "tp_size": "the same, on CPUs too; ranks may have unequal parts, cut where groups end",
     "mem_fraction_static": "the same on a GPU; on a CPU the KV pool's share of what the weights leave free",
     "max_total_tokens": "tokens of the KV pool; more than fit is an error, not cut",
     "chunked_prefill_size": "the same; -1 turns it off",
@@ -134,7 +135,6 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
 }
 
 _PARALLEL = (
-    *("--tp-size", "--tp", "--tensor-parallel-size"),
     *("--dp-size", "--dp", "--data-parallel-size"),
     *("--pp-size", "--pp", "--pipeline-parallel-size"),
     *("--ep-size", "--ep", "--expert-parallel-size"),

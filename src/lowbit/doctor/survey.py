@@ -21,6 +21,7 @@ from lowbit.formats.dense import Dense
 from lowbit.formats.kv_scales import KvScales
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.layers.weight_loader import NOT_SHARED
 from lowbit.loading.names import Names, Placed
 from lowbit.models.config import ModelConfig
 from lowbit.models.registry import Family, family_of
@@ -91,6 +92,7 @@ def survey(header: CheckpointHeader, report: Report, correction: Correction) -> 
 class Surveyor:
     """``WeightLoader`` that only complains."""
 
+    parallel = NOT_SHARED
     device = torch.device("cpu")
     activation_dtype = torch.float32
     cache_dtype = KvDtype.of("f32")
@@ -123,6 +125,9 @@ class Surveyor:
                 for place in places:
                     self._see(place)
         return Experts(name, [], [])
+
+    def inner_cut(self, name: str, into: list[Part], out_of: Part) -> None:
+        """Nothing is cut."""
 
     def embedding(self, part: Part) -> Embedding:
         """An embedding without its matrix."""

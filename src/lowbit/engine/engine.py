@@ -574,6 +574,8 @@ class Engine:
                 1 + self._accepted_drafts / self._drafted_turns,
             )
         self.model.states.keep()
+        if (ranks := getattr(self.model, "ranks", None)) is not None:
+            ranks.close()
 
     # ---- state ---------------------------------------------------------------------------------------
 
@@ -619,7 +621,10 @@ class Engine:
         return self._scheduler.tree.evict(self._pool.total)
 
     def check(self) -> list[str]:
-        """Violations of the accounting invariants (I1-I4); [] when all is right."""
+        """Violations of the accounting invariants (I1-I4); [] when all is right. E0712 where a rank is
+        gone."""
+        if (ranks := getattr(self.model, "ranks", None)) is not None:
+            ranks.check()
         found = self._scheduler.check()
         known = {sequence.id for sequence in (*self._scheduler.running, *self._scheduler.waiting)}
         if known != self._sequences.keys():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,11 +14,19 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.quality import Quality, read_quality
 from lowbit.engine.cuda_graphs import Progress, bucket_sizes
 from lowbit.engine.engine import Engine
+from lowbit.engine.ranks import Ranks, SharedModel, set_threads
 from lowbit.engine.speculation import Speculation
 from lowbit.errors import LowbitError, printable
+from lowbit.kernels import native
 from lowbit.kernels.device_memory import free_memory, total_memory
+from lowbit.kernels.parallel import ALONE, Parallel
+from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
+
+if TYPE_CHECKING:
+    from lowbit.loading.samples import Samples
+    from lowbit.quantize.recipe import Asked
 
 _log = logging.getLogger("lowbit")
 
@@ -24,51 +34,132 @@ _GIB = 1 << 30
 
 
 def load_engine(settings: Settings, on_progress: Progress | None = None, *, serving: bool = False) -> Engine:
-    """Open, load and set up everything that ``settings`` ask for; ``serving``: for a server."""
-    from lowbit.checkpoint import open_checkpoint
-    from lowbit.engine import speed
-    from lowbit.kernels import native
-    from lowbit.loading import Calibration, KernelRules, PackedCache, load_model
-    from lowbit.loading.online import is_float
-    from lowbit.loading.samples import Samples
-    from lowbit.models.config import architecture_of
-    from lowbit.quantize.recipe import Asked
-    from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
+    """Open, load and set up everything that ``settings`` ask for; ``serving``: for a server.
 
-    if settings.threads is not None:
-        native.set_threads(settings.threads)
-        torch.set_num_threads(settings.threads)
+    With ``tp_size`` it starts the other ranks, which load at the same time, and ends them where it fails.
+    """
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.loading import KernelRules
+    from lowbit.quantize.recipe import Asked
+
     asked = Asked.by(settings)  # what is wrong with it is said before anything is read
     Speculation.by(settings)
     bucket_sizes(settings)
     KernelRules.parse(settings.linear_kernel)
     header = open_checkpoint(settings.model, settings.revision, on_progress, load_format=settings.load_format)
+    set_threads(settings)
+    if settings.tp_size == 1:
+        return _engine(settings, header, asked, on_progress, serving, None)
+    settings = _shared(settings)
+    ranks = Ranks(settings)
+    try:
+        _check_cuts(settings, header, asked)  # while the others start
+        ranks.meet()
+        return _engine(settings, header, asked, on_progress, serving, ranks)
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def _shared(settings: Settings) -> Settings:
+    """Without what is for one process alone: what several start to compute at once is not timed, and a sum
+    between processes is in no plan of native calls."""
+    off = []
+    if settings.packed_cache != "off":
+        off.append("--packed-cache (each rank packs its own part)")
+    if settings.kernel_timings == "on":
+        off.append("--kernel-timings (the ranks would time each other)")
+    if not settings.disable_cuda_graph:
+        off.append("captured steps (sums between ranks are no part of them)")
+    for one in off:
+        _log.info("lowbit: off with --tp-size %d: %s", settings.tp_size, one)
+    return replace(
+        settings,
+        packed_cache="off",
+        kernel_timings="off",
+        disable_cuda_graph=True,
+        disable_overlap_schedule=True,  # a rank is told the tokens of its step
+    )
+
+
+def _check_cuts(settings: Settings, header: CheckpointHeader, asked: Asked) -> None:
+    """E0430, E0431 where so many ranks cannot share the model."""
+    from lowbit.loading import plan_model
+
+    plan_model(
+        header,
+        device=settings.device,
+        dtype=settings.dtype,
+        activation_quantization=settings.activation_quantization,
+        quantization=asked,
+        strict=settings.strict,
+        linear_kernel=settings.linear_kernel,
+        tp_size=settings.tp_size,
+        estimate=False,
+    )
+
+
+def load_part(
+    settings: Settings,
+    header: CheckpointHeader,
+    asked: Asked,
+    parallel: Parallel,
+    on_progress: Progress | None = None,
+    samples: Samples | None = None,
+    serving: bool = False,
+) -> Model:
+    """The model as ``settings`` ask for it, or a rank's part of it."""
+    from lowbit.engine import speed
+    from lowbit.loading import Calibration, PackedCache, load_model
+
+    return load_model(
+        header,
+        device=settings.device,
+        dtype=settings.dtype,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        k_cache_dtype=settings.k_cache_dtype,
+        v_cache_dtype=settings.v_cache_dtype,
+        activation_quantization=settings.activation_quantization,
+        quantization=asked,
+        strict=settings.strict,
+        kv_scales_path=settings.quantization_param_path,
+        on_progress=on_progress,
+        samples=samples,
+        save=_path(settings.save_quantized),
+        calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
+        packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
+        linear_kernel=settings.linear_kernel,
+        timings=speed.timings_for(settings.kernel_timings, serving),
+        parallel=parallel,
+    )
+
+
+def _engine(
+    settings: Settings,
+    header: CheckpointHeader,
+    asked: Asked,
+    on_progress: Progress | None,
+    serving: bool,
+    ranks: Ranks | None,
+) -> Engine:
+    from lowbit.engine import speed
+    from lowbit.loading.online import is_float
+    from lowbit.loading.samples import Samples
+    from lowbit.models.config import architecture_of
+    from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
+
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
     with ThreadPoolExecutor(1) as beside:  # while weights are packed, mostly in native code
         tokenizer_read = beside.submit(load_tokenizer, header, settings.tokenizer)
+        report = _stopped_by(tokenizer_read, ranks, on_progress)
+        parallel = ALONE if ranks is None else ranks.parallel
         try:
-            model = load_model(
-                header,
-                device=settings.device,
-                dtype=settings.dtype,
-                kv_cache_dtype=settings.kv_cache_dtype,
-                k_cache_dtype=settings.k_cache_dtype,
-                v_cache_dtype=settings.v_cache_dtype,
-                activation_quantization=settings.activation_quantization,
-                quantization=asked,
-                strict=settings.strict,
-                kv_scales_path=settings.quantization_param_path,
-                on_progress=_stopped_by(tokenizer_read, on_progress),
-                samples=samples,
-                save=_path(settings.save_quantized),
-                calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
-                packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
-                linear_kernel=settings.linear_kernel,
-                timings=speed.timings_for(settings.kernel_timings, serving),
-            )
+            model = load_part(settings, header, asked, parallel, report, samples, serving)
         except torch.OutOfMemoryError as error:
             raise _too_large(settings.model, error) from None
         tokenizer = tokenizer_read.result()
+    if ranks is not None:
+        model = SharedModel(model, ranks, ranks.wait_until_ready())
     if native.library() is not None and "reference" not in model.kernels:
         # What is left for torch is small, and its own threads, which spin after every operation, would take
         # the cores from the native ones.
@@ -77,7 +168,7 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
     details = {
-        "device": str(model.device),
+        "device": str(model.device) if ranks is None else f"{model.device.type}, {ranks.size} ranks",
         "kernels": native.describe(),
         "linear layers": linear,
         "quantization": model.quantization,
@@ -95,6 +186,8 @@ def load_engine(settings: Settings, on_progress: Progress | None = None, *, serv
         architecture=architecture_of(header),
         quality=quality,
     )
+    if ranks is not None:
+        ranks.allocate(engine.pool_tokens // settings.page_size)
     if serving:
         engine.prepare(on_progress)
     if samples is not None:
@@ -119,12 +212,14 @@ def _too_large(model: str, error: torch.OutOfMemoryError) -> LowbitError:
     )
 
 
-def _stopped_by(other: Future[FastTokenizer], report: Progress | None) -> Progress:
+def _stopped_by(other: Future[FastTokenizer], ranks: Ranks | None, report: Progress | None) -> Progress:
     """``report``, which also ends loading as soon as what runs beside it has failed."""
 
     def progress(done: int, total: int, what: str) -> None:
         if other.done():
             other.result()
+        if ranks is not None:
+            ranks.check()
         if report is not None:
             report(done, total, what)
 

@@ -38,7 +38,7 @@ class _Room:
 def pool_pages(model: Model, settings: Settings) -> int:
     """Pages of the KV pool: as asked for, or by memory, but no more than all sequences could use."""
     size = settings.page_size
-    page_bytes = sum(spec.token_bytes() for spec in model.cache_specs()) * size
+    page_bytes = _page_bytes(model, size)
     room = _gpu_room(model, settings) if model.device.type == "cuda" else _cpu_room(model, settings)
     if settings.max_total_tokens is not None:
         pages = -(-settings.max_total_tokens // size)
@@ -68,6 +68,14 @@ def pool_pages(model: Model, settings: Settings) -> int:
     return pages
 
 
+def _page_bytes(model: Model, size: int) -> int:
+    """Of a page here; on a CPU of all ranks that share the model, as they share the memory."""
+    page = sum(spec.token_bytes() for spec in model.cache_specs()) * size
+    if model.device.type == "cpu":
+        page += sum(other.token_bytes * size for other in getattr(model, "others", ()))
+    return page
+
+
 def _cpu_room(model: Model, settings: Settings) -> _Room:
     free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
     share = int(free * (settings.mem_fraction_static or CPU_FRACTION))
@@ -77,6 +85,9 @@ def _cpu_room(model: Model, settings: Settings) -> _Room:
 def _gpu_room(model: Model, settings: Settings) -> _Room:
     torch.cuda.empty_cache()  # what loading left behind
     free, total = free_memory(model.device), total_memory(model.device)
+    here = _page_bytes(model, 1)
+    for other in getattr(model, "others", ()):  # where it is scarcest for the pages of a rank
+        free = min(free, other.free * here // max(other.token_bytes, 1))
     fraction = settings.mem_fraction_static or GPU_FRACTION
     step = workspace(model, settings)
     most = max(free - step, 0)

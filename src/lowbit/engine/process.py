@@ -193,6 +193,8 @@ class EngineLoop:
         self._last_check = now
         try:
             found = self._engine.check()
+        except LowbitError:
+            raise  # what the engine lives on is gone
         except Exception as error:  # counted and logged, not fatal: serving on is better than a restart loop
             self._failed_checks += 1
             found = repr(error)

@@ -33,6 +33,7 @@ from torch import Tensor
 from lowbit.kernels.activation_native import Buffers, NativeQuantizer
 from lowbit.kernels.activation_state import ActivationState
 from lowbit.kernels.gpu import runtime
+from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.numerics.number_formats import NumberFormat, nearest_code
 from lowbit.numerics.scheme import ActivationScheme
 
@@ -45,7 +46,9 @@ class InputTransform:
     """What happens to x (tokens, in) before it meets a weight.
 
     ``multiplier``: float32 (in,), x is multiplied by it first. ``static_scale``, ``static_zero``: scalar
-    tensors of a static scheme; for NVFP4 the outer scale. ``state``: of a delayed scheme.
+    tensors of a static scheme; for NVFP4 the outer scale. ``state``: of a delayed scheme. ``across``: the
+    ranks that x lies on, some columns on each: what is seen of a row is seen of all of it
+    (``sees_whole_rows``).
     """
 
     scheme: ActivationScheme | None = None
@@ -53,6 +56,7 @@ class InputTransform:
     static_scale: Tensor | None = None
     static_zero: Tensor | None = None
     state: ActivationState | None = None
+    across: Parallel = ALONE
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x', factor): the layer computes ``(x' @ W.T) * factor``; factor is (tokens, 1), scalar or None."""
@@ -80,9 +84,16 @@ class InputTransform:
         """Whether a product is scaled by ``static_scale``."""
         return self.scheme is not None and self.scheme.mode == "static" and not self.scheme.block[1]
 
+    @property
+    def sees_whole_rows(self) -> bool:
+        """Whether a column's code depends on columns that need not stand near it."""
+        return self.scheme is not None and self.scheme.mode != "static" and not self.scheme.block[1]
+
     @cached_property
     def native(self) -> NativeQuantizer | None:
         """The same in native code, where it can be told."""
+        if self.across.size > 1:
+            return None
         state, zero = self.state, self.static_zero
         buffers = Buffers(
             self.multiplier,
@@ -111,10 +122,10 @@ class InputTransform:
         if scheme.mode == "delayed":
             return self._delayed(x.float(), scheme)
         if scheme.outliers:
-            return _beside_columns(x, scheme)
+            return _beside_columns(x, scheme, self.across)
         if scheme.block[0] == 0 and scheme.symmetric:
-            return _per_tensor(x.float(), scheme)
-        return _per_token(x, scheme)
+            return _per_tensor(x.float(), scheme, self.across)
+        return _per_token(x, scheme, self.across)
 
     def _static(self, x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
         assert self.static_scale is not None, "a static scheme comes with its scale"
@@ -132,7 +143,7 @@ class InputTransform:
         codes = _nearest(x * self.state.scale, scheme.number_format)
         factor = 1.0 / self.state.scale
         if x.numel():
-            self.state.note(x.abs().amax())
+            self.state.note(self.across.largest(x.abs().amax().reshape(1)))
         return codes, factor
 
     @property
@@ -146,7 +157,7 @@ class InputTransform:
 
     def same_as(self, other: InputTransform) -> bool:
         """Whether both do the same to every x."""
-        if self.state is not other.state:
+        if self.state is not other.state or self.across is not other.across:
             return False
         return self.scheme == other.scheme and all(
             _same(a, b)
@@ -173,16 +184,16 @@ def limit_of(scheme: ActivationScheme) -> float:
     return max(value for value in values if math.isfinite(value))
 
 
-def _per_token(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+def _per_token(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor]:
     """One scale a token."""
     x = x.float()
     if not scheme.symmetric:
-        return _asymmetric(x, scheme)
-    scale = _scale(x.abs().amax(-1, keepdim=True), scheme)
+        return _asymmetric(x, scheme, across)
+    scale = _scale(across.largest(x.abs().amax(-1, keepdim=True)), scheme)
     return _codes(x, scale, scheme), scale
 
 
-def _beside_columns(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor | None]:
+def _beside_columns(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor | None]:
     """LLM.int8: one scale a token, for codes and for the columns that are not rounded.
 
     Tokens that are not finite become NaN and make no column an outlier. A column over a token's scale may be
@@ -190,10 +201,10 @@ def _beside_columns(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor
     """
     wide = x.float()
     size = wide.abs()
-    finite = torch.isfinite(size).all(-1, keepdim=True)  # (tokens, 1)
+    finite = torch.isfinite(across.largest(size.amax(-1, keepdim=True)))  # (tokens, 1)
     outliers = size >= scheme.outliers
     columns = (outliers & finite).any(0)  # (in,)
-    scale = _scale(torch.where(outliers, 0.0, size).amax(-1, keepdim=True), scheme)
+    scale = _scale(across.largest(torch.where(outliers, 0.0, size).amax(-1, keepdim=True)), scheme)
     steps = _steps(wide, scale, scheme)
     codes = torch.where(finite, torch.where(columns, steps, _nearest(steps, scheme.number_format)), math.nan)
     if x.dtype is torch.float16:
@@ -201,11 +212,11 @@ def _beside_columns(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor
     return codes, scale
 
 
-def _per_tensor(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+def _per_tensor(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor]:
     """One scale for all tokens that are finite; the others become NaN."""
     if x.numel() == 0:
         return x, torch.ones(1, device=x.device)
-    largest = x.abs().amax(-1, keepdim=True)  # (tokens, 1)
+    largest = across.largest(x.abs().amax(-1, keepdim=True))  # (tokens, 1)
     finite = torch.isfinite(largest)
     scale = _scale(torch.where(finite, largest, 0.0).amax().reshape(1), scheme)
     return torch.where(finite, _codes(x, scale, scheme), math.nan), scale
@@ -221,10 +232,11 @@ def _steps(x: Tensor, scale: Tensor, scheme: ActivationScheme) -> Tensor:
     return x * (1.0 / scale) if scheme.reciprocal else x / scale
 
 
-def _asymmetric(x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
+def _asymmetric(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor]:
     """Integers with a zero point for each token; 0 is always representable."""
     levels = 2 ** int(scheme.number_format.bits)
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    ends = across.largest(torch.cat((-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)), -1))
+    low, high = (-ends[:, :1]).clamp(max=0), ends[:, 1:].clamp(min=0)
     scale = (high - low) / (levels - 1)
     scale = torch.where(scale == 0, 1.0, scale)
     zero = (-levels // 2 - low / scale).round().clamp(-levels // 2, levels // 2 - 1)

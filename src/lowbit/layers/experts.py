@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.experts import together
+from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.kernels.step_plan import refuse
 from lowbit.layers.linear import Linear
 
@@ -25,8 +26,9 @@ from lowbit.layers.linear import Linear
 class ExpertsSpec:
     """``count`` experts of gate and up (intermediate, hidden) and down (hidden, intermediate).
 
-    ``bias``: whether the config promises biases. ``interleaved``: a stored ``gate_up_proj`` has gate and up
-    rows in turn (gpt-oss). ``transposed``: plain stacked weights lie as (experts, in, out).
+    Sizes are those of the whole model. ``bias``: whether the config promises biases. ``interleaved``: a
+    stored ``gate_up_proj`` has gate and up rows in turn (gpt-oss). ``transposed``: plain stacked weights
+    lie as (experts, in, out).
     """
 
     count: int
@@ -38,10 +40,16 @@ class ExpertsSpec:
 
 
 class Experts:
-    """``gate_up[e]``: (2 * intermediate, hidden), gate rows first; ``down[e]``: (hidden, intermediate)."""
+    """``gate_up[e]``: (2 * intermediate, hidden), gate rows first; ``down[e]``: (hidden, intermediate).
 
-    def __init__(self, name: str, gate_up: list[Linear], down: list[Linear]) -> None:
+    Of several ranks (``parallel``) each has some of the intermediate entries of every expert.
+    """
+
+    def __init__(
+        self, name: str, gate_up: list[Linear], down: list[Linear], parallel: Parallel = ALONE
+    ) -> None:
         self.name = name
+        self.parallel = parallel
         self.gate_up = gate_up
         self.down = down
         self.grouped = together(gate_up, down)  # or why there is no such thing
@@ -51,8 +59,16 @@ class Experts:
     ) -> Tensor:
         """x (tokens, hidden), chosen int64 (tokens, k), weights float32 (tokens, k) -> (tokens, hidden).
 
-        ``added`` (tokens, hidden) comes on top. The result has x's dtype or is float32.
+        ``added`` (tokens, hidden) comes on top: the rank's part of it, where there are several. The result
+        has x's dtype or is float32.
         """
+        if self.parallel.size == 1:
+            return self._mixed(x, chosen, weights, activation, added)
+        return self.parallel.sum(self._mixed(x, chosen, weights, activation, added))
+
+    def _mixed(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None
+    ) -> Tensor:
         if not isinstance(self.grouped, str):
             return self.grouped(x, chosen, weights, activation, added)
         refuse(f"{self.name}: {self.grouped}")

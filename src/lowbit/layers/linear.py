@@ -1,4 +1,8 @@
-"""Linear: y = Q(x) @ W.T + bias for a weight in any packed form, fused from parts where they are alike."""
+"""Linear: y = Q(x) @ W.T + bias for a weight in any packed form, fused from parts where they are alike.
+
+Among several ranks (``kernels.parallel``) a layer may hold some of its rows, and gives those outputs, or
+some of its columns, and gives the sum of all ranks' products.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from torch import Tensor
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import affine, gated_activation, gather_columns
+from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.kernels.whole_layer import WholeLayer, part_layer, whole_layer
+from lowbit.layers.cuts import Cut
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,7 @@ class Part:
     ``name``: canonical module name. ``shape``: (out, in). ``rotary_heads``: how many heads its rows are
     rotated in (Q and K projections), so that containers with another rotary row order can be put right.
     ``bias``: whether the config promises one. ``router``: it chooses experts, and is never quantized at load.
+    ``rows``, ``columns``: which of them a rank has; of columns, which of its inputs lie on which rank.
     """
 
     name: str
@@ -28,6 +35,27 @@ class Part:
     rotary_heads: int = 0
     bias: bool = False
     router: bool = False
+    rows: Cut | None = None
+    columns: Cut | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Of a layer cut in columns: whom its products are summed with, and where its inputs are.
+
+    ``picked``: int64, this rank's columns among those of all ranks, which have ``widths`` of them each;
+    None: the rank's inputs are its columns.
+    """
+
+    parallel: Parallel
+    widths: tuple[int, ...] = ()
+    picked: Tensor | None = None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """x (tokens, the rank's inputs) -> (tokens, the rank's columns)."""
+        return (
+            x if self.picked is None else gather_columns(self.parallel.columns(x, self.widths), self.picked)
+        )
 
 
 class Linear:
@@ -35,6 +63,7 @@ class Linear:
 
     ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object. ``order``:
     int64 (out,), where each output lies among the rows, if these could not be moved; the bias is as they are.
+    ``columns``: of a layer that is cut in columns.
     """
 
     def __init__(
@@ -44,22 +73,39 @@ class Linear:
         bias: Tensor | None,
         inputs: list[InputTransform | None] | None = None,
         order: Tensor | None = None,
+        columns: Columns | None = None,
     ) -> None:
         self.name = name
         self.weights = weights
         self.bias = bias
         self.inputs = inputs if inputs and any(inputs) else None
         self.order = order
+        self.columns = columns
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""
+        if self.columns is None:
+            return self._product(x, out)
+        assert out is None, "no layer that is summed writes into another's place"
+        return self.columns.parallel.sum(self.partial(x)).to(x.dtype)
+
+    def partial(self, x: Tensor) -> Tensor:
+        """What this rank adds to the layer's result; in one process the result."""
+        if self.columns is None:
+            return self._product(x)
+        x = self.columns.inputs(x)
+        # Sums of bfloat16 parts would be rounded twice.
+        out = None if x.dtype is torch.float32 else x.new_empty(x.shape[0], self._rows, dtype=torch.float32)
+        return self._product(x, out)
+
+    def _product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         whole = self._whole
         if whole is not None and whole.takes(x, out):
             return whole(x, out)
         if len(self.weights) == 1 and self.inputs is None:
             y = self.weights[0].kernel.linear(x, self.weights[0], out)
         else:
-            y = x.new_empty(x.shape[0], sum(w.shape[0] for w in self.weights)) if out is None else out
+            y = x.new_empty(x.shape[0], self._rows) if out is None else out
             self._parts(x, self.inputs or [None] * len(self.weights), y)
         if self.bias is not None:
             affine(y, bias=self.bias, out=y)
@@ -72,8 +118,7 @@ class Linear:
         """x (tokens, in) -> float32 (tokens, out): the sums as they are, not rounded to x's dtype."""
         if x.dtype is torch.float32 or self.order is not None:
             return self(x).float()
-        rows = sum(weight.shape[0] for weight in self.weights)
-        return self(x, torch.empty(len(x), rows, dtype=torch.float32, device=x.device))
+        return self(x, torch.empty(len(x), self._rows, dtype=torch.float32, device=x.device))
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """x (tokens, in) -> activation(gate) * up (tokens, out / 2); gate rows come first."""
@@ -117,21 +162,35 @@ class Linear:
                 affine(part, factor=factor, out=part)
 
     @property
+    def _rows(self) -> int:
+        return sum(weight.shape[0] for weight in self.weights)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return sum(weight.nbytes for weight in self.weights)
 
 
 class Embedding:
-    """Token embedding and, where tied, the output head: the same packed weight read both ways."""
+    """Token embedding and, where tied, the output head: the same packed weight read both ways.
 
-    def __init__(self, weight: PackedWeight) -> None:
+    ``cut``: the rows that this rank of ``parallel`` has; each token's row comes from the one that has it.
+    """
+
+    def __init__(self, weight: PackedWeight, parallel: Parallel = ALONE, cut: Cut | None = None) -> None:
         self.weight = weight
+        self.parallel = parallel
+        self.cut = cut
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """int32 (tokens,) -> float32 (tokens, hidden)."""
-        return self.weight.kernel.rows(self.weight, tokens).float()
+        if self.cut is None:
+            return self.weight.kernel.rows(self.weight, tokens).float()
+        here = (tokens >= self.cut.start) & (tokens < self.cut.stop)
+        rows = self.weight.kernel.rows(self.weight, torch.where(here, tokens - self.cut.start, 0))
+        # Sums of one row and zeros: no bit changes.
+        return self.parallel.sum(rows.float().masked_fill(~here.unsqueeze(1), 0.0))
 
     def as_head(self) -> Linear:
-        """The same matrix as a Linear of (vocabulary, hidden)."""
+        """The same matrix as a Linear of (vocabulary, hidden), or of the rank's rows."""
         return Linear("lm_head", [self.weight], None)

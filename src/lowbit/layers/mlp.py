@@ -21,18 +21,20 @@ from lowbit.layers.routing import Route, sigmoid
 class GatedMlp:
     """down(activation(gate(x)) * up(x)); ``gate_up``: (2 * intermediate, hidden), gate rows first.
 
-    ``norm``: of what goes into ``down``.
+    ``norm``: of what goes into ``down``. ``partial``: several ranks leave their sum to the caller.
     """
 
     gate_up: Linear
     down: Linear
     activation: str
     norm: Norm | None = None
+    partial: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (tokens, hidden) -> (tokens, hidden)."""
         inner = self.gate_up.gated(x, self.activation)
-        return self.down(inner if self.norm is None else self.norm(inner, out=inner))
+        inner = inner if self.norm is None else self.norm(inner, out=inner)
+        return self.down.partial(inner) if self.partial else self.down(inner)
 
 
 @dataclass(frozen=True)

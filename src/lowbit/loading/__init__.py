@@ -16,6 +16,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.kernels.attention import choose_attention
+from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.loading import choice
 from lowbit.loading.kernel_choice import KernelChoice, KernelRules, Timings
 from lowbit.loading.loader import Loader, Progress
@@ -64,6 +65,7 @@ def load_model(
     packed_cache: PackedCache | None = None,
     linear_kernel: str = "auto",
     timings: Timings = "unused",
+    parallel: Parallel = ALONE,
 ) -> Model:
     """Read, fuse and pack every weight of the checkpoint; every stored tensor must find its use.
 
@@ -74,10 +76,11 @@ def load_model(
     ``samples``: gets some rows of each kind of layer, to time. ``save``: the folder the quantized checkpoint
     is left in; ``calibration``: the text calibrated methods look at. ``packed_cache``: where packed weights
     are kept. ``linear_kernel``: ``--linear-kernel``; ``timings``: whether those on disk may decide for auto.
+    ``parallel``: the rank whose part is loaded; every rank loads at the same time.
     """
     kernels = KernelChoice(KernelRules.parse(linear_kernel), timings)
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
-    target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels)
+    target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels, parallel)
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
     opened = Opened.of(header, asked, strict)
@@ -88,6 +91,12 @@ def load_model(
     if calibration is not None and calibration.file and not (opened.recipe and opened.recipe.calibrated):
         raise LowbitError("E0405", "--calibration-data is for methods that calibrate: gptq, awq, marlin")
     if opened.recipe is not None and (save is not None or opened.recipe.calibrated):
+        if parallel.size > 1:
+            raise LowbitError(
+                "E0105",
+                "--tp-size: methods that calibrate, and --save-quantized, run in one process: quantize with "
+                "--save-quantized FOLDER and without --tp-size first, then serve FOLDER",
+            )
         from lowbit.loading.quantizing import quantized_checkpoint  # imports half of lowbit
 
         made = quantized_checkpoint(opened, save=save, calibration=calibration, on_progress=on_progress)
@@ -161,14 +170,18 @@ def plan_model(
     linear_kernel: str = "auto",
     timings: Timings = "unused",
     threads: int | None = None,
+    tp_size: int = 1,
+    estimate: bool = True,
 ) -> ModelPlan:
     """What ``load_model`` would do, without reading a weight; but where it would quantize, a few rows of each
-    are looked at to estimate the error. ``threads``: those of timings on disk; None: as many as there are."""
+    are looked at to estimate the error. ``threads``: those of timings on disk; None: as many as there are.
+    ``tp_size``: the plan is of the first of so many ranks. ``estimate``: whether errors are."""
     kernels = KernelChoice(KernelRules.parse(linear_kernel), timings, threads)
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
-    target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels)
+    parallel = Parallel(0, tp_size)
+    target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels, parallel)
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
-    plan = _planned(header, asked, target, strict, kv_scales_path)
+    plan = _planned(header, asked, target, strict, kv_scales_path, estimate)
     kernels.finish()
     return plan
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.layers.cuts import Cut, cut_evenly
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
 from lowbit.loading.kernel_choice import Wanted
 from lowbit.loading.names import Names, Placed
 from lowbit.loading.online import Decision, Online, facts_of, role_of
 from lowbit.loading.opened import Opened, Target
+from lowbit.numerics.cutting import column_unit, row_unit
 from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import Scheme
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+_MANY = 16  # units for each rank: one more or less is then no matter
 
 # Where rounding goes straight into logits: a third of the divergence for a prompt's one row.
 _NEXT_TO_LOGITS = ("lm_head", "model.embed_tokens")
@@ -31,6 +37,7 @@ class Asker:
         self.header = opened.header
         self.form = opened.form
         self.target = target
+        self.parallel = target.parallel
         self.device = target.device
         self.activation_dtype = target.activation_dtype
         self.cache_dtype = target.cache_dtype
@@ -40,13 +47,144 @@ class Asker:
             self.online = Online(opened.recipe, self.names, facts_of(opened.config), opened.strict)
 
     def placed(self, name: str, parts: list[Part]) -> list[Placed]:
-        """The parts' stored modules, their tensors marked as used."""
-        return [self._taken(place) for place in self.names.place(name, parts)]
+        """The parts' stored modules and what is here of them, their tensors marked as used."""
+        return self._cut([self._taken(place) for place in self.names.place(name, parts)], parts)
 
     def placed_expert(self, name: str, spec: ExpertsSpec, number: int) -> tuple[list[Placed], list[Placed]]:
         """One expert's gate and up, and its down projection."""
         gate_up, down = self.names.expert(name, spec, number)
         return [self._taken(place) for place in gate_up], [self._taken(place) for place in down]
+
+    def placed_experts(self, name: str, spec: ExpertsSpec) -> list[tuple[list[Placed], list[Placed]]]:
+        """Every expert's, and what is here of them: the same share of each."""
+        experts = [self.placed_expert(name, spec, number) for number in range(spec.count)]
+        if self.parallel.size == 1:
+            return experts
+        cut = self._inner_ranges([up for ups, _ in experts for up in ups], [down for _, [down] in experts])
+        return [self._cut_expert(ups, down, cut) for ups, [down] in experts]
+
+    def _cut_expert(self, ups: list[Placed], down: Placed, cut: Cut) -> tuple[list[Placed], list[Placed]]:
+        cut, inner = self._following(cut, ups, down), down.part.shape[1]
+        offsets = (0, inner) if len(ups) == 1 else (0,)
+        rows = tuple((offset, cut) for offset in offsets)
+        return [replace(up, rows=rows) for up in ups], [replace(down, columns=cut)]
+
+    def inner_cut(self, name: str, into: list[Part], out_of: Part) -> Cut | None:
+        """Where blocks of the second's columns end, and of the first's rows if that leaves enough for all."""
+        if self.parallel.size == 1:
+            return None
+        ups, [down] = self.names.place(name, into), self.names.place(out_of.name, [out_of])
+        return self._following(self._inner_ranges(ups, [down]), ups, down)
+
+    def _inner_ranges(self, ups: list[Placed], downs: list[Placed]) -> Cut:
+        size = downs[0].part.shape[1]
+        unit = math.lcm(*(column_unit(self.scheme_at(down), size) for down in downs))
+        low = math.lcm(unit, *(row_unit(self.scheme_at(up)) for up in ups))
+        for handy in (64, 32, 16):  # rows and columns of which kernels make tiles
+            step = math.lcm(low, handy)
+            units = -(-size // step)
+            even = units % self.parallel.size == 0 or units >= _MANY * self.parallel.size
+            if even and (cut := cut_evenly(self.parallel, size, step)) is not None:
+                return cut
+        cut = cut_evenly(self.parallel, size, low) or cut_evenly(self.parallel, size, unit)
+        if cut is None:
+            raise self._too_few(downs[0], unit)
+        return cut
+
+    def _following(self, cut: Cut, ups: list[Placed], down: Placed) -> Cut:
+        """With act-order a rank has columns as they are stored, and what comes before gives them in that
+        order."""
+        if not self.scheme_at(down).reordered:
+            return cut
+        fixed = next((up for up in ups if not self.scheme_at(up).rows_move), None)
+        if fixed is not None:
+            raise self._cannot(
+                f"{down.part.name} has act-order and the rows of {fixed.part.name} ({self.scheme_at(fixed)}) "
+                "cannot follow it; use --tp-size 1"
+            )
+        return replace(cut, order=self.column_order(down)[cut.slice])
+
+    def column_order(self, place: Placed) -> Tensor:
+        """int64: the order the columns of a module with act-order are stored in; only a loader reads it."""
+        return torch.arange(place.part.shape[1])
+
+    def scheme_at(self, place: Placed) -> Scheme:
+        """The scheme a module will have, with what is done to its input."""
+        decision = self.decide(place)
+        return self.with_inputs(
+            place, self.form.scheme_of(place.module) if decision is None else decision.scheme
+        )
+
+    def _cut(self, places: list[Placed], parts: list[Part]) -> list[Placed]:
+        """What is here of the parts."""
+        if self.parallel.size == 1:
+            return places
+        if len(places) < len(parts):
+            firsts = accumulate((part.shape[0] for part in parts), initial=0)
+            rows = tuple((f, part.rows) for f, part in zip(firsts, parts, strict=False) if part.rows)
+            cut = [replace(places[0], rows=rows)]
+        else:
+            cut = [
+                replace(place, rows=((0, part.rows),) if part.rows else ())
+                for place, part in zip(places, parts, strict=True)
+            ]
+            cut = [
+                self._cut_columns(place, part.columns) if part.columns else place
+                for place, part in zip(cut, parts, strict=True)
+            ]
+        for place in cut:
+            if place.rows and self._stays_in_order(place):
+                raise self._cannot(
+                    f"heads of {place.part.name} are stored between each other and share blocks of rows "
+                    f"({self.scheme_at(place)}); use --tp-size 1"
+                )
+        return cut
+
+    def _cut_columns(self, place: Placed, inputs: Cut) -> Placed:
+        """The columns of the rank's own inputs, or where these end inside a block the next best."""
+        scheme, columns = self.scheme_at(place), place.part.shape[1]
+        if inputs.order is not None:
+            return replace(place, columns=inputs)
+        unit = column_unit(scheme, columns)
+        inside = [start for start, _ in inputs.ranges if start % unit]
+        if not scheme.reordered and not inside:
+            return replace(place, columns=inputs)
+        own = cut_evenly(self.parallel, columns, unit)
+        if own is None:
+            raise self._too_few(place, unit)
+        return replace(place, columns=own, inputs=inputs)
+
+    def _too_few(self, place: Placed, unit: int) -> LowbitError:
+        columns = place.part.shape[1]
+        most = -(-columns // unit)
+        return self._cannot(
+            f"the {columns} columns of {place.part.name} ({self.scheme_at(place)}) are {most} "
+            f"group{'s' * (most > 1)} of {unit}, which stay whole; use --tp-size {most}"
+            + " or less"
+            * (most > 1)
+        )
+
+    def _cannot(self, why: str) -> LowbitError:
+        return LowbitError("E0431", f"{self.header.root.name}: --tp-size {self.parallel.size}: {why}")
+
+    def cut_of(self, place: Placed) -> str:
+        """In words how the ranks share a module; "" where each has all of it."""
+        if place.rows:
+            order = "" if place.picked_rows is None else ", in the order of the next layer's columns"
+            return f"rows {' + '.join(dict.fromkeys(str(cut) for _, cut in place.rows))}{order}"
+        if place.columns is None:
+            return "" if self.parallel.size == 1 else "whole on every rank"
+        scheme = self.scheme_at(place)
+        unit = column_unit(scheme, place.part.shape[1])
+        said = f"columns {place.columns}" + (f" in groups of {unit}" if unit > 1 else "")
+        if place.inputs is None:
+            return said + (", in stored order (act-order)" if scheme.reordered else "")
+        why = "act-order" if scheme.reordered else "heads end inside groups"
+        return f"{said}, inputs gathered ({why})"
+
+    def _stays_in_order(self, place: Placed) -> bool:
+        """Q, K and V in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
+        return place.groups > 0 and not self.form.scheme_of(place.module).rows_move
 
     def placed_stack(self, part: Part, stacked: int) -> list[Placed]:
         """The one module, or each of those stacked under one name."""

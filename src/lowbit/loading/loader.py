@@ -22,8 +22,9 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.settled import settled
 from lowbit.kernels.timing import COPY
+from lowbit.layers.cuts import Cut
 from lowbit.layers.experts import Experts, ExpertsSpec
-from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.layers.linear import Columns, Embedding, Linear, Part
 from lowbit.loading.asker import Asker
 from lowbit.loading.kernel_choice import Wanted
 from lowbit.loading.names import Placed, row_order
@@ -32,6 +33,7 @@ from lowbit.loading.packed_cache import Kept
 from lowbit.loading.samples import Samples, sample_of, with_inputs
 from lowbit.loading.self_check import check_packed
 from lowbit.numerics.cache_format import KvDtype
+from lowbit.numerics.cutting import cut_columns, cut_rows, pick_rows
 from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme
@@ -48,6 +50,7 @@ class ReadPart:
     bias: Tensor | None
     transform: InputTransform | None
     wanted: Wanted
+    picked: Tensor | None = None  # of a layer cut in columns: which of all ranks' inputs they multiply
     rows: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,11 +96,10 @@ class Loader(Asker):
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """Read and pack one expert after another."""
         gate_up, down = [], []
-        for number in range(spec.count):
-            first, last = self.placed_expert(name, spec, number)
+        for number, (first, last) in enumerate(self.placed_experts(name, spec)):
             gate_up.append(self._linear(f"{name}.{number}.gate_up_proj", first))
-            down.append(self._linear(f"{name}.{number}.down_proj", last))
-        return Experts(name, gate_up, down)
+            down.append(self._linear(f"{name}.{number}.down_proj", last, summed=False))
+        return Experts(name, gate_up, down, self.parallel)
 
     def embedding(self, part: Part) -> Embedding:
         """Read and pack the embedding matrix."""
@@ -111,7 +113,7 @@ class Loader(Asker):
         [packed] = kept.weights
         if self.tied_head:
             self._note(weight, packed, None, self.wanted_kernel(places[0]))
-        return Embedding(packed)
+        return Embedding(packed, self.parallel, part.rows)
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """The dequantized matrix itself, or (stacked, out, in) of them."""
@@ -137,6 +139,11 @@ class Loader(Asker):
         slices = (weight.rows(at, min(at + step, part.shape[0])).dequantize() for at in starts)
         return torch.cat([rows.norm(dim=1) for rows in slices]).to(self.device)
 
+    def column_order(self, place: Placed) -> Tensor:
+        """As the file has it."""
+        order = self.form.read(place.module, self.data).weight.column_order
+        return super().column_order(place) if order is None else order
+
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What the checkpoint (or the file that was passed) says K and V are divided by in the cache."""
         found = self._kv_scales.of_layer(self.names, attention, layer, self.data)
@@ -153,10 +160,11 @@ class Loader(Asker):
         known = self._kv_scales.of_layer(self.names, attention, layer, self.data) is not None
         return self.cache_dtype.with_static_scales() if known else self.cache_dtype
 
-    def _linear(self, name: str, places: list[Placed]) -> Linear:
-        kept = self._taken_from_cache(name, places)
+    def _linear(self, name: str, places: list[Placed], summed: bool = True) -> Linear:
+        """``summed``: over the ranks, where the layer is cut in columns."""
+        kept, picked = self._taken_from_cache(name, places), None
         if kept is None:
-            kept = self._packed(places)
+            kept, picked = self._packed(places)
         else:
             for weight, transform, wanted in self._whose(kept, places):
                 self._note(None, weight, transform, wanted)
@@ -176,11 +184,17 @@ class Loader(Asker):
         order = None
         if len(places) == 1 and self._stays_in_order(places[0]):
             order = row_order(places[0], self.header)
-        return Linear(name, kept.weights, kept.bias, inputs, None if order is None else order.to(self.device))
+        columns = None
+        if places[0].columns is not None and summed:
+            widths = () if places[0].inputs is None else places[0].inputs.widths
+            columns = Columns(self.parallel, widths, None if picked is None else picked.to(self.device))
+        order = None if order is None else order.to(self.device)
+        return Linear(name, kept.weights, kept.bias, inputs, order, columns)
 
-    def _packed(self, places: list[Placed]) -> Kept:
-        """The parts read, neighbours fused where they allow it, and packed."""
+    def _packed(self, places: list[Placed]) -> tuple[Kept, Tensor | None]:
+        """The parts read, neighbours fused where they allow it, and packed; the inputs that are picked."""
         read = [self._read(place) for place in places]
+        picked = read[0].picked
         bias = self._bias(read)
         weights: list[PackedWeight] = []
         inputs: list[InputTransform | None] = []
@@ -188,7 +202,7 @@ class Loader(Asker):
             weights.append(self._pack(weight, transform, wanted))
             inputs.append(transform)
             self._note(weight, weights[-1], transform, wanted)
-        return Kept(weights, inputs, bias)
+        return Kept(weights, inputs, bias), picked
 
     def _note(
         self,
@@ -237,7 +251,7 @@ class Loader(Asker):
         self, kept: Kept, places: list[Placed]
     ) -> Iterator[tuple[PackedWeight, InputTransform | None, Wanted]]:
         """Each weight with its input and what is wanted for the first of the modules in it."""
-        first_rows = accumulate((place.part.shape[0] for place in places), initial=0)
+        first_rows = accumulate((place.shape[0] for place in places), initial=0)
         place_at = dict(zip(first_rows, places, strict=False))
         row = 0
         for weight, transform in zip(kept.weights, kept.inputs, strict=True):
@@ -258,23 +272,31 @@ class Loader(Asker):
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
         order = None if self._stays_in_order(place) else row_order(place, self.header)
-        if order is not None:
-            weight = weight.permute_rows(order)
-            bias = None if bias is None else bias[order]
-        if self.online is not None and not as_stored and (decision := self.decide(place)) is not None:
-            made = self.online.quantize(decision, weight)
+        decision = None if self.online is None or as_stored else self.decide(place)
+        if order is not None and (decision is not None or not place.rows):
+            weight, bias, order = weight.permute_rows(order), None if bias is None else bias[order], None
+        if decision is not None:
+            assert self.online is not None, "it decided"
+            made = self.online.quantize(decision, weight)  # the whole module, as in one process
             weight = made.weight
             rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
         if rule is None and not as_stored:
             weight = replace(weight, scheme=self.with_inputs(place, weight.scheme))
+        picked = None
+        if place.rows:
+            weight, bias = _rows_here(place, weight, bias, order)
+        if place.columns is not None:
+            weight, columns = _columns_here(place.columns, weight)
+            picked = None if place.inputs is None else columns
+            bias = bias if self.parallel.rank == 0 else None  # it is summed
+            if rule is not None and rule.multiplier is not None:
+                rule = replace(rule, multiplier=rule.multiplier[columns])
         transform = self._transform(weight.scheme, rule)
+        if transform is not None and place.columns is not None and transform.sees_whole_rows:
+            transform = replace(transform, across=self.parallel)
         weight = self._cast(weight)
         self._report(place, "loading" if self.online is None else "quantizing")
-        return ReadPart(weight, bias, transform, self.wanted_kernel(place))
-
-    def _stays_in_order(self, place: Placed) -> bool:
-        """Q, K and V in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
-        return place.groups > 0 and not self.form.scheme_of(place.module).rows_move
+        return ReadPart(weight, bias, transform, self.wanted_kernel(place), picked)
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:
         if scheme.activation is None and rule is None:
@@ -315,6 +337,29 @@ class Loader(Asker):
             return None
         rows = [torch.zeros(part.rows) if part.bias is None else part.bias.float() for part in read]
         return torch.cat(rows).to(device=self.device, dtype=self.activation_dtype)
+
+
+def _rows_here(
+    place: Placed, weight: QuantizedTensor, bias: Tensor | None, order: Tensor | None
+) -> tuple[QuantizedTensor, Tensor | None]:
+    """The rows of a rank. ``order``: where each of the model's rows lies, if not just there."""
+    picked = place.picked_rows
+    if picked is None and order is None:
+        if bias is not None:
+            bias = torch.cat([bias[start:stop] for start, stop in place.runs])
+        return cut_rows(weight, place.runs), bias
+    if picked is None:
+        picked = torch.cat([torch.arange(start, stop) for start, stop in place.runs])
+    picked = picked if order is None else order[picked]
+    return pick_rows(weight, picked), None if bias is None else bias[picked]
+
+
+def _columns_here(cut: Cut, weight: QuantizedTensor) -> tuple[QuantizedTensor, Tensor]:
+    """The columns of a rank, and which inputs of the whole layer they multiply; they need no other order
+    then."""
+    here = cut_columns(weight, cut.start, cut.stop)
+    columns = torch.arange(cut.start, cut.stop) if here.column_order is None else here.column_order
+    return replace(here, column_order=None, scheme=replace(here.scheme, reordered=False)), columns
 
 
 def _fused(read: list[ReadPart]) -> Iterator[tuple[QuantizedTensor, InputTransform | None, Wanted]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import StoredModule
+from lowbit.layers.cuts import Cut
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
 from lowbit.models.registry import Family
@@ -57,7 +58,9 @@ class Placed:
     """A part and where it is stored. ``interleaved``: gate and up rows come in turn.
 
     ``groups``: of Q, K and V in one module, so many groups of query heads with their one K and V head,
-    each of ``group_heads`` heads in all.
+    each of ``group_heads`` heads in all. ``rows``: (first row, cut) of each run of rows that ranks share,
+    none: all are here. ``columns``: which stored columns are here; ``inputs``: where the layer's inputs
+    are, if not just there.
     """
 
     part: Part
@@ -66,6 +69,33 @@ class Placed:
     interleaved: bool = False
     groups: int = 0
     group_heads: int = 0
+    rows: tuple[tuple[int, Cut], ...] = ()
+    columns: Cut | None = None
+    inputs: Cut | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of what is here."""
+        rows, columns = self.part.shape
+        here = sum(cut.size for _, cut in self.rows)
+        return here or rows, columns if self.columns is None else self.columns.size
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """The rows that are here, in the model's order."""
+        return [(first + cut.start, first + cut.stop) for first, cut in self.rows]
+
+    @property
+    def picked_rows(self) -> Tensor | None:
+        """int64: the rows that are here, where they are not just ``runs``."""
+        if all(cut.order is None for _, cut in self.rows):
+            return None
+        return torch.cat(
+            [
+                first + (torch.arange(cut.start, cut.stop) if cut.order is None else cut.order)
+                for first, cut in self.rows
+            ]
+        )
 
 
 class Names:

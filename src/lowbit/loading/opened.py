@@ -12,6 +12,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.formats import CheckpointFormat, Notes, detect
 from lowbit.formats.kv_scales import KvScales, read_scales_file, wants_fp8_cache
+from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.loading.kernel_choice import KernelChoice
 from lowbit.loading.online import is_float
 from lowbit.models.config import ModelConfig
@@ -83,6 +84,7 @@ class Target:
     dense_dtype: torch.dtype | None  # None: as stored
     int8_inputs: bool = False  # of weight-only layers (numerics.int8_inputs)
     kernels: KernelChoice = field(default_factory=KernelChoice)
+    parallel: Parallel = ALONE
 
     @classmethod
     def resolve(
@@ -95,10 +97,12 @@ class Target:
         v: str = "auto",
         activations: str = "none",
         kernels: KernelChoice | None = None,
+        parallel: Parallel = ALONE,
     ) -> Target:
         """``kv``, ``k`` and ``v``: the types of the cache, of both and of one.
 
         ``activations``: "none", or "int8". ``kernels``: None: by preference alone.
+        ``parallel``: the rank that it is for; each has a GPU of its own.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,12 +118,15 @@ class Target:
         # kernels round it.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
         return cls(
-            torch.device(device),
+            torch.device("cuda", parallel.rank)
+            if device == "cuda" and parallel.size > 1
+            else torch.device(device),
             activation,
             cache,
             wanted if on_cpu else activation,
             activations == "int8",
             kernels or KernelChoice(),
+            parallel,
         )
 
 

@@ -23,6 +23,7 @@ from lowbit.loading.online import SAMPLE_ROWS, Decision, estimated_error
 from lowbit.loading.opened import Opened, Target
 from lowbit.models.config import ModelConfig
 from lowbit.numerics.cache_format import KvDtype
+from lowbit.numerics.cutting import parted_scheme
 from lowbit.numerics.scheme import Scheme
 
 _WORK = 160 << 20  # slices of float32 and what the allocator keeps of them
@@ -35,6 +36,7 @@ class ModulePlan:
     ``nbytes``: what it will occupy. When quantizing at load, ``reason``: why it stays plain; ``error``: the
     estimated |Q(w) - w| / |w|. ``losers``: what else would run it; ``by``: what decided between them, where
     it was not the order of preference. ``ratios``: times as fast as bf16, (tokens, ratio), as it was timed.
+    ``cut``: how ranks share it, and ``whole`` its shape among all; the rest is of the first rank's part.
     """
 
     name: str
@@ -49,6 +51,8 @@ class ModulePlan:
     losers: tuple[Loser, ...] = ()
     by: str = ""
     ratios: tuple[tuple[int, float], ...] = ()
+    cut: str = ""
+    whole: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class ModelPlan:
     @property
     def parameters(self) -> int:
         """Weights in the planned modules (norms not counted)."""
-        return sum(module.shape[0] * module.shape[1] for module in self.modules)
+        return sum(module.whole[0] * module.whole[1] for module in self.modules)
 
 
 class Planner(Asker):
@@ -116,8 +120,8 @@ class Planner(Asker):
 
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """Experts without weights."""
-        for number in range(spec.count):
-            for places in self.placed_expert(name, spec, number):
+        for expert in self.placed_experts(name, spec):
+            for places in expert:
                 self._plan_layer(places)
         return Experts(name, [], [])
 
@@ -180,12 +184,17 @@ class Planner(Asker):
     def _part(self, place: Placed) -> _Part:
         decision = self.decide(place)
         scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
-        return _Part(place, self.with_inputs(place, scheme), decision, self.wanted_kernel(place))
+        scheme = self.with_inputs(place, scheme)
+        if place.rows and place.picked_rows is None:
+            scheme = parted_scheme(scheme, place.part.shape, place.runs)
+        if place.columns is not None:
+            scheme = replace(scheme, reordered=False)
+        return _Part(place, scheme, decision, self.wanted_kernel(place))
 
     def _as_packed(self, parts: list[_Part]) -> tuple[Scheme, tuple[int, int]]:
         """The scheme and shape of parts fused: scales of a whole column are then a row's."""
         scheme = replace(self.as_run(parts[0].scheme), activation=parts[0].scheme.activation)
-        shape = (sum(part.place.part.shape[0] for part in parts), parts[0].place.part.shape[1])
+        shape = (sum(part.place.shape[0] for part in parts), parts[0].place.shape[1])
         if len(parts) > 1 and not scheme.flattened:
             scheme = replace(scheme, blocks=tuple((rows or 1, columns) for rows, columns in scheme.blocks))
         return scheme, shape
@@ -204,17 +213,17 @@ class Planner(Asker):
         )
 
     def _nbytes(self, part: _Part, kernel: LinearKernel) -> int:
-        shape = part.place.part.shape
+        shape, whole = part.place.shape, part.place.part.shape
         if kernel.name == COPY:
             return kernel.nbytes(part.scheme, shape)
         if part.decision is not None and part.decision.method is not None:
             return round(shape[0] * shape[1] * part.scheme.bits_per_weight(shape) / 8)
-        return self.stored_nbytes(part.place)
+        return self.stored_nbytes(part.place) * shape[0] * shape[1] // (whole[0] * whole[1])
 
     def _add(self, place: Placed, scheme: Scheme, decision: Decision | None, **how: Any) -> None:
-        shape = place.part.shape
+        shape, whole = place.shape, place.part.shape
         width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
-        self.largest_module = max(self.largest_module, int(shape[0] * shape[1] * width))
+        self.largest_module = max(self.largest_module, int(whole[0] * whole[1] * width))
         self.modules.append(
             ModulePlan(
                 name=place.part.name,
@@ -222,6 +231,8 @@ class Planner(Asker):
                 scheme=scheme,
                 reason="" if decision is None else decision.reason,
                 error=self._error(place, decision),
+                cut=self.cut_of(place),
+                whole=whole,
                 **how,
             )
         )

@@ -10,7 +10,7 @@ Sources: Touvron et al., 2023 (Llama), Ainslie et al., 2023 (GQA), Su et al., 20
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,13 +28,15 @@ from lowbit.kernels.elementwise import (
     softcap,
 )
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.parallel import Parallel
+from lowbit.layers.cuts import Cut, cut_evenly, cut_heads
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
 from lowbit.layers.norm import Norm, head_norms
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig
-from lowbit.models.feed_forward import feed_forward
+from lowbit.models.feed_forward import feed_forward, norm_of_inner
 from lowbit.numerics.cache_format import KvDtype
 
 ACTIVATIONS = (
@@ -47,7 +49,7 @@ class Block:
     """The weights of one layer; a norm is None where the family has none there."""
 
     attention_norm: Norm | None
-    qkv: Linear  # (heads + 2 * kv_heads) * head_dim rows
+    qkv: Linear  # (heads + 2 * kv_heads) * head_dim rows, of the heads that are here
     output: Linear
     mlp_norm: Norm | None
     mlp: GatedMlp | PlainMlp | MixtureOfExperts
@@ -77,8 +79,10 @@ class Decoder:
         head: Linear,
         head_scale: Tensor | None = None,
         positions: Embedding | None = None,
+        cuts: Cuts | None = None,
     ) -> None:
-        """``head_scale``: float32 (vocabulary,), on the logits; ``positions``: added to the embedding."""
+        """``head_scale``: float32 (vocabulary,), on the logits; ``positions``: added to the embedding;
+        ``cuts``: what is here of a model that several ranks share."""
         self.config = config
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
@@ -96,13 +100,17 @@ class Decoder:
         self.head = head
         self.head_scale = head_scale
         self.positions = positions
+        self.parallel = loader.parallel
+        self.cuts = cuts
+        self.heads = config.heads if cuts is None else cuts.heads.size
+        self.kv_heads = config.kv_heads if cuts is None else cuts.kv_heads.size
 
     def cache_specs(self) -> list[CacheSpec]:
-        """Every layer caches all its K/V heads; some look back through a window only."""
+        """Every layer caches all its K/V heads that are here; some look back through a window only."""
         c = self.config
         windows = c.windows or (0,) * c.layers
         return [
-            CacheSpec("paged", c.kv_heads, c.head_dim, c.head_dim, block.kv_dtype, window)
+            CacheSpec("paged", self.kv_heads, c.head_dim, c.head_dim, block.kv_dtype, window)
             for block, window in zip(self.blocks, windows, strict=True)
         ]
 
@@ -118,6 +126,8 @@ class Decoder:
             logits = affine(logits, column=self.head_scale, number=config.logit_scale, out=logits)
         if config.logit_softcap:
             logits = softcap(logits, config.logit_softcap)
+        if self.cuts is not None:
+            logits = self.parallel.columns(logits, self.cuts.vocabulary.widths)
         self.states.update()
         return logits
 
@@ -163,10 +173,10 @@ class Decoder:
         return norm.of_sum(x, residual)
 
     def _attend(self, block: Block, cache: LayerCache, hidden: Tensor, batch: ForwardBatch) -> Tensor:
-        """(tokens, heads * head_dim): attention before its output projection."""
+        """(tokens, heads * head_dim): attention before its output projection, of the heads that are here."""
         config = self.config
-        heads = block.qkv(hidden).view(-1, config.heads + 2 * config.kv_heads, config.head_dim)
-        q, k, v = heads.split((config.heads, config.kv_heads, config.kv_heads), dim=1)
+        heads = block.qkv(hidden).view(-1, self.heads + 2 * self.kv_heads, config.head_dim)
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         if block.q_norm is not None and block.k_norm is not None:
             block.q_norm.of_heads(q)
             block.k_norm.of_heads(k)
@@ -198,6 +208,31 @@ def _divided(heads: Tensor, scale: float) -> Tensor:
     return affine(heads.flatten(1), divisor=scale).view(heads.shape)
 
 
+@dataclass(frozen=True)
+class Cuts:
+    """What a rank has of a model that several share."""
+
+    heads: Cut
+    kv_heads: Cut
+    vocabulary: Cut
+
+    @staticmethod
+    def of(config: ModelConfig, parallel: Parallel) -> Cuts | None:
+        """None in one process."""
+        found = cut_heads(parallel, config.heads, config.kv_heads)
+        return None if found is None else Cuts(*found, vocabulary_cut(config, parallel))
+
+
+def vocabulary_cut(config: ModelConfig, parallel: Parallel) -> Cut:
+    """Rows of the embedding and of the output head: in 64s, as kernels like them."""
+    cut = cut_evenly(parallel, config.vocab_size, 64) or cut_evenly(parallel, config.vocab_size)
+    if cut is None:
+        raise LowbitError(
+            "E0430", f"--tp-size {parallel.size}: the vocabulary has {config.vocab_size} tokens"
+        )
+    return cut
+
+
 def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
     """Ask ``loader`` for every weight of the model, in the order of the layers."""
     if config.activation not in ACTIVATIONS:
@@ -206,25 +241,29 @@ def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
             f"config.json: activation {config.activation!r} is not supported; "
             f"supported: {', '.join(ACTIVATIONS)}",
         )
-    embedding = loader.embedding(Part("model.embed_tokens", (config.vocab_size, config.hidden_size)))
+    cuts = Cuts.of(config, loader.parallel)
+    vocabulary = None if cuts is None else cuts.vocabulary
+    matrix = (config.vocab_size, config.hidden_size)
+    embedding = loader.embedding(Part("model.embed_tokens", matrix, rows=vocabulary))
     tables = _rotary_tables(config, loader)
     blocks = [
-        _block(config, loader, n, None if n in config.unrotated else tables[_has_window(config, n)])
+        _block(config, loader, cuts, n, None if n in config.unrotated else tables[_has_window(config, n)])
         for n in range(config.layers)
     ]
     final_norm = _norm(config, loader, "model.norm")
     if config.tied_head:
         head = embedding.as_head()
     else:
-        part = Part("lm_head", (config.vocab_size, config.hidden_size), bias=config.head_bias)
+        part = Part("lm_head", matrix, bias=config.head_bias, rows=vocabulary)
         head = loader.linear("lm_head", [part])
     head_scale = positions = None
     if config.norm_head:
-        head_scale = 1 / loader.row_norms(Part("lm_head", (config.vocab_size, config.hidden_size)))
+        head_scale = 1 / loader.row_norms(Part("lm_head", matrix))
+        head_scale = head_scale if vocabulary is None else head_scale[vocabulary.slice]
     if config.learned_positions:
         shape = (config.context_length, config.hidden_size)
         positions = loader.embedding(Part("model.embed_positions", shape))
-    return Decoder(config, loader, embedding, blocks, final_norm, head, head_scale, positions)
+    return Decoder(config, loader, embedding, blocks, final_norm, head, head_scale, positions, cuts)
 
 
 def _rotary_tables(config: ModelConfig, loader: WeightLoader) -> tuple[RotaryTable, RotaryTable]:
@@ -255,16 +294,21 @@ def _norm(config: ModelConfig, loader: WeightLoader, name: str, dtype: torch.dty
     return Norm(weight, eps, config.layer_norm, bias, dtype or loader.activation_dtype)
 
 
-def _head_norm(config: ModelConfig, loader: WeightLoader, name: str, heads: int) -> Norm | None:
-    """The norm of Q or of K, which has so many heads."""
+def _head_norm(
+    config: ModelConfig, loader: WeightLoader, name: str, heads: int, cut: Cut | None
+) -> Norm | None:
+    """The norm of Q or of K, which has so many heads, those of ``cut`` here."""
     size = config.head_dim
     match config.qk_norm:
         case "":
             return None
         case "layer":
-            return Norm(_weights_of_heads(loader, name, heads, size), config.norm_eps, centred=True)
+            weights = _weights_of_heads(loader, name, heads, size)
+            weights = weights if cut is None else weights[cut.times(size).slice]
+            return Norm(weights, config.norm_eps, centred=True)
         case "projection":
-            size *= heads
+            weight = loader.vector(f"{name}.weight", size * heads) + config.norm_offset
+            return norm_of_inner(loader, weight, config.norm_eps, None if cut is None else cut.times(size))
     return Norm(loader.vector(f"{name}.weight", size) + config.norm_offset, config.norm_eps)
 
 
@@ -292,28 +336,36 @@ def output_norm_name(layer: int) -> str:
     return f"model.layers.{layer}.self_attn.attn_sub_norm.weight"
 
 
-def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: RotaryTable | None) -> Block:
+def _block(
+    config: ModelConfig, loader: WeightLoader, cuts: Cuts | None, layer: int, rotary: RotaryTable | None
+) -> Block:
     hidden, prefix = config.hidden_size, f"model.layers.{layer}"
     attention = f"{prefix}.self_attn"
     q_rows = config.heads * config.head_dim
+    heads, kv_heads = (None, None) if cuts is None else (cuts.heads, cuts.kv_heads)
+    inner = None if heads is None else heads.times(config.head_dim)
 
     def norm(name: str, dtype: torch.dtype | None = None) -> Norm | None:
         return _norm(config, loader, f"{prefix}.{name}", dtype) if name else None
 
     output_norm = None
     if config.sub_norms:
-        output_norm = Norm(loader.vector(output_norm_name(layer), q_rows), config.norm_eps)
+        weight = loader.vector(output_norm_name(layer), q_rows)
+        output_norm = norm_of_inner(loader, weight, config.norm_eps, inner)
+    sinks = loader.vector(f"{attention}.sinks", config.heads) if config.sinks else None
+    if sinks is not None and heads is not None:
+        sinks = sinks[heads.slice]
     k_scale, v_scale = loader.kv_scales(attention, layer)
     names = config.norm_names
-    q_norm = _head_norm(config, loader, f"{attention}.q_norm", config.heads)
-    k_norm = _head_norm(config, loader, f"{attention}.k_norm", config.kv_heads)
+    q_norm = _head_norm(config, loader, f"{attention}.q_norm", config.heads, heads)
+    k_norm = _head_norm(config, loader, f"{attention}.k_norm", config.kv_heads, kv_heads)
     both = None if rotary is None else head_norms(q_norm, k_norm, config.head_dim)
     return Block(
         attention_norm=norm(names.attention),
-        qkv=loader.linear(f"{attention}.qkv_proj", _qkv_parts(config, attention)),
+        qkv=loader.linear(f"{attention}.qkv_proj", _qkv_parts(config, cuts, attention)),
         output=loader.linear(
             f"{attention}.o_proj",
-            [Part(f"{attention}.o_proj", (hidden, q_rows), bias=config.output_bias)],
+            [Part(f"{attention}.o_proj", (hidden, q_rows), bias=config.output_bias, columns=inner)],
         ),
         mlp_norm=norm(names.mlp),
         mlp=feed_forward(config, loader, layer),
@@ -321,7 +373,7 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
         attention=AttentionParameters(
             scale=(config.attention_scale or config.head_dim**-0.5) * k_scale,
             softcap=config.attention_softcap,
-            sinks=loader.vector(f"{attention}.sinks", config.heads) if config.sinks else None,
+            sinks=sinks,
         ),
         kv_dtype=loader.kv_dtype(attention, layer),
         k_scale=k_scale,
@@ -335,11 +387,15 @@ def _block(config: ModelConfig, loader: WeightLoader, layer: int, rotary: Rotary
     )
 
 
-def _qkv_parts(config: ModelConfig, attention: str) -> list[Part]:
+def _qkv_parts(config: ModelConfig, cuts: Cuts | None, attention: str) -> list[Part]:
     q_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
     hidden, bias = config.hidden_size, config.qkv_bias
-    return [
+    parts = [
         Part(f"{attention}.q_proj", (q_rows, hidden), rotary_heads=config.heads, bias=bias),
         Part(f"{attention}.k_proj", (kv_rows, hidden), rotary_heads=config.kv_heads, bias=bias),
         Part(f"{attention}.v_proj", (kv_rows, hidden), bias=bias),
     ]
+    if cuts is None:
+        return parts
+    of = [cut.times(config.head_dim) for cut in (cuts.heads, cuts.kv_heads, cuts.kv_heads)]
+    return [replace(part, rows=cut) for part, cut in zip(parts, of, strict=True)]

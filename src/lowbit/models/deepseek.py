@@ -35,6 +35,7 @@ from lowbit.kernels.elementwise import (
 )
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.head_products import HeadMatrices
+from lowbit.layers.cuts import Cut, cut_heads
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
 from lowbit.layers.rotary import rotary_frequencies
@@ -48,6 +49,7 @@ from lowbit.models.config import (
     json_keys,
     rope_keys,
 )
+from lowbit.models.decoder import vocabulary_cut
 from lowbit.models.feed_forward import feed_forward
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
@@ -228,7 +230,11 @@ class Deepseek:
         rotary: RotaryTable,
         final_norm: Tensor,
         head: Linear,
+        heads: Cut | None = None,
+        vocabulary: Cut | None = None,
     ) -> None:
+        """``heads``, ``vocabulary``: what is here of a model that several ranks share; they all cache the
+        latent."""
         self.config = config
         self.vocab_size = config.vocab_size
         self.context_length = config.context_length
@@ -245,6 +251,9 @@ class Deepseek:
         self.rotary = rotary
         self.final_norm = final_norm
         self.head = head
+        self.parallel = loader.parallel
+        self.vocabulary = vocabulary
+        self.heads = config.heads if heads is None else heads.size
 
     def cache_specs(self) -> list[CacheSpec]:
         """One latent row a token and layer."""
@@ -265,6 +274,8 @@ class Deepseek:
             hidden = add_rms_norm(attended, residual, block.mlp_norm, eps, dtype)
             hidden = add_rms_norm(block.mlp(hidden), residual, next_norm, eps, dtype)
         logits = self.head.in_float32(gather_rows(hidden, batch.sample_rows))
+        if self.vocabulary is not None:
+            logits = self.parallel.columns(logits, self.vocabulary.widths)
         self.states.update()
         return logits
 
@@ -276,12 +287,12 @@ class Deepseek:
         compressed = hidden
         if weights.q_a is not None and weights.q_norm is not None:
             compressed = rms_norm(weights.q_a(hidden), weights.q_norm, LATENT_NORM_EPS)
-        q = weights.q(compressed).view(-1, c.heads, c.head_dim)
+        q = weights.q(compressed).view(-1, self.heads, c.head_dim)
         row = weights.kv_a(hidden)  # (tokens, kv_lora_rank + rope): what is cached, made in place
         latent, k_rope = row.split((c.kv_lora_rank, c.rope_dim), dim=1)
         rms_norm(latent, weights.kv_norm, LATENT_NORM_EPS, out=latent)
         q_rope = affine(q.view(-1, c.head_dim)[:, c.nope_dim :])  # (tokens * heads, rope), a copy
-        rotated = q_rope.view(-1, c.heads, c.rope_dim)
+        rotated = q_rope.view(-1, self.heads, c.rope_dim)
         apply_rotary(rotated, k_rope.unsqueeze(1), self.rotary, batch.positions, c.rotates_neighbours)
         query = q.new_empty(*q.shape[:2], row.shape[1])
         weights.k_up(q[..., : c.nope_dim], out=query[..., : c.kv_lora_rank])
@@ -292,7 +303,7 @@ class Deepseek:
         attended = cache.kernel.attend(query, cache, batch, weights.parameters)
         if weights.k_scale != 1.0:
             attended = affine(attended, number=weights.k_scale, out=attended)
-        values = weights.v_up(attended.view(-1, c.heads, c.kv_lora_rank))
+        values = weights.v_up(attended.view(-1, self.heads, c.kv_lora_rank))
         return weights.output(values.flatten(1))
 
 
@@ -304,43 +315,60 @@ def build(config: ModelConfig, loader: WeightLoader) -> Deepseek:
             "E0242", f"config.json: activation {config.activation!r} is not supported; only silu is"
         )
     hidden = config.hidden_size
-    embedding = loader.embedding(Part("model.embed_tokens", (config.vocab_size, hidden)))
+    parallel, matrix = loader.parallel, (config.vocab_size, hidden)
+    shared = cut_heads(parallel, config.heads, config.heads)
+    heads = None if shared is None else shared[0]
+    vocabulary = None if shared is None else vocabulary_cut(config, parallel)
+    embedding = loader.embedding(Part("model.embed_tokens", matrix, rows=vocabulary))
     frequencies, magnitude = rotary_frequencies(config.rope_dim, config.rope_theta, config.rope_scaling)
     rotary = RotaryTable.build(frequencies, config.context_length, magnitude, loader.device)
-    blocks = [_block(config, loader, n) for n in range(config.layers)]
+    blocks = [_block(config, loader, heads, n) for n in range(config.layers)]
     final_norm = loader.vector("model.norm.weight", hidden)
     if config.tied_head:
         head = embedding.as_head()
     else:
-        head = loader.linear("lm_head", [Part("lm_head", (config.vocab_size, hidden))])
-    return Deepseek(config, loader, embedding, blocks, rotary, final_norm, head)
+        head = loader.linear("lm_head", [Part("lm_head", matrix, rows=vocabulary)])
+    return Deepseek(config, loader, embedding, blocks, rotary, final_norm, head, heads, vocabulary)
 
 
-def _block(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Block:
+def _block(config: DeepseekConfig, loader: WeightLoader, heads: Cut | None, layer: int) -> Block:
     prefix = f"model.layers.{layer}"
     return Block(
         loader.vector(f"{prefix}.input_layernorm.weight", config.hidden_size),
-        _attention(config, loader, layer),
+        _attention(config, loader, heads, layer),
         loader.vector(f"{prefix}.post_attention_layernorm.weight", config.hidden_size),
         feed_forward(config, loader, layer),
     )
 
 
-def _attention(config: DeepseekConfig, loader: WeightLoader, layer: int) -> LatentAttention:
+def _attention(
+    config: DeepseekConfig, loader: WeightLoader, heads: Cut | None, layer: int
+) -> LatentAttention:
     c, hidden, name = config, config.hidden_size, f"model.layers.{layer}.self_attn"
 
-    def linear(leaf: str, rows: int, columns: int, bias: bool = False) -> Linear:
-        return loader.linear(f"{name}.{leaf}", [Part(f"{name}.{leaf}", (rows, columns), bias=bias)])
+    def linear(
+        leaf: str,
+        out: int,
+        inputs: int,
+        bias: bool = False,
+        rows: Cut | None = None,
+        columns: Cut | None = None,
+    ) -> Linear:
+        part = Part(f"{name}.{leaf}", (out, inputs), bias=bias, rows=rows, columns=columns)
+        return loader.linear(part.name, [part])
+
+    def of_heads(width: int) -> Cut | None:
+        return None if heads is None else heads.times(width)
 
     q_rows, row = c.heads * c.head_dim, c.kv_lora_rank + c.rope_dim
     q_a = q_norm = None
     if c.q_lora_rank:
         q_a = linear("q_a_proj", c.q_lora_rank, hidden, c.attention_bias)
         q_norm = loader.vector(f"{name}.q_a_layernorm.weight", c.q_lora_rank)
-        q = linear("q_b_proj", q_rows, c.q_lora_rank)
+        q = linear("q_b_proj", q_rows, c.q_lora_rank, rows=of_heads(c.head_dim))
     else:
-        q = linear("q_proj", q_rows, hidden)
-    k_up, v_up = _up_projections(config, loader, name)
+        q = linear("q_proj", q_rows, hidden, rows=of_heads(c.head_dim))
+    k_up, v_up = _up_projections(config, loader, heads, name)
     k_scale, _ = loader.kv_scales(name, layer)
     assert c.attention_scale is not None, "read_config sets it"
     return LatentAttention(
@@ -351,7 +379,7 @@ def _attention(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Late
         loader.vector(f"{name}.kv_a_layernorm.weight", c.kv_lora_rank),
         k_up,
         v_up,
-        linear("o_proj", hidden, c.heads * c.v_dim, c.attention_bias),
+        linear("o_proj", hidden, c.heads * c.v_dim, c.attention_bias, columns=of_heads(c.v_dim)),
         AttentionParameters(scale=c.attention_scale * k_scale),
         loader.kv_dtype(name, layer),
         k_scale,
@@ -359,18 +387,24 @@ def _attention(config: DeepseekConfig, loader: WeightLoader, layer: int) -> Late
 
 
 def _up_projections(
-    config: DeepseekConfig, loader: WeightLoader, name: str
+    config: DeepseekConfig, loader: WeightLoader, heads: Cut | None, name: str
 ) -> tuple[HeadMatrices, HeadMatrices]:
-    """(heads, nope, rank) and (heads, rank, v), from one matrix or, in newer GGUF files, from two."""
+    """(heads, nope, rank) and (heads, rank, v), from one matrix or, in newer GGUF files, from two.
+
+    They are read whole, and kept of the heads that are here.
+    """
     c, dtype = config, loader.activation_dtype
+    here = slice(None) if heads is None else heads.slice
     if loader.has(f"{name}.k_b_proj") and not loader.has(f"{name}.kv_b_proj"):
         k = loader.matrices(Part(f"{name}.k_b_proj", (c.kv_lora_rank, c.nope_dim)), c.heads)
         v = loader.matrices(Part(f"{name}.v_b_proj", (c.v_dim, c.kv_lora_rank)), c.heads)
-        return HeadMatrices.pack(k.transpose(1, 2), dtype), HeadMatrices.pack(v.transpose(1, 2), dtype)
+        return HeadMatrices.pack(k.transpose(1, 2)[here], dtype), HeadMatrices.pack(
+            v.transpose(1, 2)[here], dtype
+        )
     rows = c.heads * (c.nope_dim + c.v_dim)
     both = loader.matrices(Part(f"{name}.kv_b_proj", (rows, c.kv_lora_rank)))
     k, v = both.view(c.heads, c.nope_dim + c.v_dim, c.kv_lora_rank).split((c.nope_dim, c.v_dim), dim=1)
-    return HeadMatrices.pack(k, dtype), HeadMatrices.pack(v.transpose(1, 2), dtype)
+    return HeadMatrices.pack(k[here], dtype), HeadMatrices.pack(v.transpose(1, 2)[here], dtype)
 
 
 UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # a buffer old exports kept

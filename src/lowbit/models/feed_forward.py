@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import Tensor
+
+from lowbit.layers.cuts import Cut
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
@@ -32,10 +35,11 @@ def feed_forward(
     if not config.gated:
         return _plain(config, loader, mlp)
     if moe is None or layer not in moe.layers:
-        norm = None
-        if config.sub_norms:
-            norm = Norm(loader.vector(down_norm_name(layer), config.intermediate_size), config.norm_eps)
-        return replace(_gated(config, loader, mlp, config.intermediate_size), norm=norm)
+        found, cut = _gated(config, loader, mlp, config.intermediate_size)
+        if not config.sub_norms:
+            return found
+        weight = loader.vector(down_norm_name(layer), config.intermediate_size)
+        return replace(found, norm=norm_of_inner(loader, weight, config.norm_eps, cut))
     router = Part(f"{mlp}.{moe.router}", (moe.experts, config.hidden_size), bias=moe.router_bias, router=True)
     spec = ExpertsSpec(
         moe.experts,
@@ -47,7 +51,9 @@ def feed_forward(
     )
     shared = shared_gate = None
     if moe.shared_size:
-        shared = _gated(config, loader, f"{mlp}.{moe.shared}", moe.shared_size)
+        shared, _ = _gated(config, loader, f"{mlp}.{moe.shared}", moe.shared_size)
+        if loader.parallel.size > 1:
+            shared = replace(shared, partial=True)  # the experts' sum takes it along
     if moe.shared_gate:
         row = Part(f"{mlp}.{moe.shared_gate}", (1, config.hidden_size), router=True)
         shared_gate = loader.linear(row.name, [row])
@@ -65,19 +71,31 @@ def _plain(config: ModelConfig, loader: WeightLoader, mlp: str) -> PlainMlp:
     hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
     up = Part(f"{mlp}.up_proj", (inner, hidden), bias=bias)
     down = Part(f"{mlp}.down_proj", (hidden, inner), bias=bias)
+    cut = loader.inner_cut(up.name, [up], down)
+    up, down = replace(up, rows=cut), replace(down, columns=cut)
     return PlainMlp(loader.linear(up.name, [up]), loader.linear(down.name, [down]), config.activation)
 
 
-def _gated(config: ModelConfig, loader: WeightLoader, mlp: str, inner: int) -> GatedMlp:
-    hidden = config.hidden_size
+def _gated(config: ModelConfig, loader: WeightLoader, mlp: str, inner: int) -> tuple[GatedMlp, Cut | None]:
+    """The MLP, and which of its inner entries are here."""
+    hidden, name = config.hidden_size, f"{mlp}.gate_up_proj"
     gate_up = [
         Part(f"{mlp}.gate_proj", (inner, hidden), bias=config.mlp_bias),
         Part(f"{mlp}.up_proj", (inner, hidden), bias=config.mlp_bias),
     ]
     down = Part(f"{mlp}.down_proj", (hidden, inner), bias=config.mlp_bias)
-    return GatedMlp(
-        loader.linear(f"{mlp}.gate_up_proj", gate_up), loader.linear(down.name, [down]), config.activation
-    )
+    cut = loader.inner_cut(name, gate_up, down)
+    gate_up = [replace(part, rows=cut) for part in gate_up]
+    down = replace(down, columns=cut)
+    return GatedMlp(loader.linear(name, gate_up), loader.linear(down.name, [down]), config.activation), cut
+
+
+def norm_of_inner(loader: WeightLoader, weight: Tensor, eps: float, cut: Cut | None) -> Norm:
+    """An RMSNorm of entries of which only those of ``cut`` are here; ``weight``: of all."""
+    if cut is None:
+        return Norm(weight, eps)
+    here = weight[cut.slice] if cut.order is None else weight[cut.order]
+    return Norm(here, eps, parallel=loader.parallel, whole=len(weight), counts=cut.first_of_its_kind)
 
 
 def _route(moe: MoeConfig, loader: WeightLoader, router: str) -> Route:

@@ -1,0 +1,162 @@
+"""A rank but the first: ``python -m lowbit.engine.rank --fd N``. It computes what rank 0 (``ranks``) sends
+it.
+
+    StartRank ──▶ meet the others, load this rank's part ──▶ RankReady, or RankFailed and exit
+    Allocate  ──▶ make the KV caches                     ──▶ RankReady
+    Step      ──▶ model.forward; its logits are of no use here
+
+It ends when its socket does, also in the middle of a step: rank 0 is gone then, and what it waits for will
+not come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import select
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowbit.engine.process import set_signals, settings_from, show_log
+from lowbit.errors import EXIT_BUG, EXIT_RESOURCES, LowbitError, printable
+
+if TYPE_CHECKING:
+    from lowbit.engine.ranks import StartRank, ToRank
+    from lowbit.kernels.parallel import Parallel
+    from lowbit.models.model import Model
+    from lowbit.settings import Settings
+
+
+class _Connection:
+    """This process's end of the socket pair."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        from lowbit.engine.ranks import ToRank
+        from lowbit.engine.wire import FrameDecoder
+
+        self._socket = sock
+        self._frames: FrameDecoder[ToRank] = FrameDecoder(ToRank)
+        self._waiting: list[ToRank] = []
+        threading.Thread(target=self._end_with_it, daemon=True).start()
+
+    def send(self, message: object) -> None:
+        """To rank 0; nobody hears it where that is gone."""
+        from lowbit.engine.wire import encode_frames
+
+        try:
+            self._socket.sendall(encode_frames([message]))
+        except OSError:
+            os._exit(0)
+
+    def fail(self, code: str, message: str) -> None:
+        """The last word."""
+        from lowbit.engine.ranks import RankFailed
+
+        self.send(RankFailed(code, message))
+
+    def receive(self) -> ToRank | None:
+        """The next message; None: there will be none."""
+        while not self._waiting:
+            data = self._socket.recv(1 << 20)
+            if not data:
+                return None
+            self._waiting = self._frames.feed(data)
+        return self._waiting.pop(0)
+
+    def _end_with_it(self) -> None:
+        """A thread: rank 0 may go while this process waits for it in a sum."""
+        if not hasattr(select, "POLLRDHUP"):
+            return
+        poll = select.poll()
+        poll.register(self._socket.fileno(), select.POLLRDHUP)
+        poll.poll()
+        os._exit(0)
+
+
+def _serve(connection: _Connection) -> None:
+    """Until rank 0 closes the socket."""
+    from lowbit.engine.ranks import Allocate, RankReady, StartRank, Step, batch_of
+    from lowbit.kernels.attention import LayerCache, choose_attention
+    from lowbit.kernels.device_memory import free_memory
+
+    start = connection.receive()
+    if start is None:
+        return
+    assert isinstance(start, StartRank), "rank 0 begins so"
+    settings, model, parallel = _loaded(start)
+    specs, caches = model.cache_specs(), list[LayerCache]()
+    token_bytes = sum(spec.token_bytes() for spec in specs)
+
+    def ready() -> RankReady:
+        return RankReady(token_bytes, free_memory(model.device), model.weight_bytes)
+
+    connection.send(ready())
+    gc.collect()
+    gc.freeze()
+    while (message := connection.receive()) is not None:
+        if isinstance(message, Step):
+            model.forward(batch_of(message, parallel, model.device), caches)
+        elif isinstance(message, Allocate):
+            caches = [
+                choose_attention(spec, model.device).allocate(
+                    spec, message.pages, settings.page_size, model.device
+                )
+                for spec in specs
+            ]
+            connection.send(ready())
+
+
+def _loaded(start: StartRank) -> tuple[Settings, Model, Parallel]:
+    """This rank's part."""
+    import torch
+
+    from lowbit.checkpoint import open_checkpoint
+    from lowbit.engine.load import load_part
+    from lowbit.engine.ranks import MEETING_SECONDS, STEP_SECONDS, device_of, set_threads
+    from lowbit.kernels.parallel import Parallel
+    from lowbit.quantize.recipe import Asked
+
+    show_log("error")  # rank 0 says the rest
+    settings = settings_from(start.settings)
+    set_threads(settings)
+    device = device_of(settings, start.rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = Path(start.store)
+    parallel = Parallel.join(start.rank, settings.tp_size, store, device, MEETING_SECONDS, STEP_SECONDS)
+    header = open_checkpoint(settings.model, settings.revision, load_format=settings.load_format)
+    return settings, load_part(settings, header, Asked.by(settings), parallel), parallel
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the process."""
+    parser = argparse.ArgumentParser(prog="lowbit.engine.rank")
+    parser.add_argument("--fd", type=int, required=True)
+    options = parser.parse_args(arguments)
+    set_signals()
+    connection = _Connection(socket.socket(fileno=options.fd))
+    try:
+        _serve(connection)
+    except LowbitError as error:
+        connection.fail(error.code, error.message)
+        return error.exit_code
+    except MemoryError as error:
+        connection.fail("E0500", f"out of memory: {printable(error) or 'malloc'}")
+        return EXIT_RESOURCES
+    except Exception as error:
+        traceback.print_exc()
+        connection.fail("E0712", f"{type(error).__name__}: {printable(error)}")
+        return EXIT_BUG
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # torch's threads may still wait for ranks that are gone

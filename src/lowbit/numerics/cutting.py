@@ -1,0 +1,121 @@
+"""Cutting a quantized weight in rows or columns, exactly: every weight keeps its value.
+
+A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks. A
+column cut falls on the borders of ``column_unit``: what shares a scale, or an input's scale, stays
+together. Tensors are cut as views, so that of a mapped file only the part is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
+from lowbit.numerics.scheme import Scheme
+
+
+def column_unit(scheme: Scheme, columns: int) -> int:
+    """So many neighbouring stored columns cannot be parted; all of them where blocks run over row ends."""
+    if scheme.flattened:
+        return columns
+    unit = 1 if scheme.weight.block is None else scheme.weight.block.weights
+    for _, width in scheme.blocks:
+        unit = math.lcm(unit, width or 1)
+    if scheme.activation is not None:
+        unit = math.lcm(unit, scheme.activation.block[1] or 1)
+    return unit
+
+
+def row_unit(scheme: Scheme) -> int:
+    """A cut between so many rows parts no block."""
+    return math.lcm(1, *(rows or 1 for rows, _ in scheme.blocks))
+
+
+def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """Stored columns ``start:stop``. ``column_order`` then holds the inputs they multiply, of the whole."""
+    columns = weight.shape[-1]
+    unit = column_unit(replace(weight.scheme, activation=None), columns)
+    if start % unit or (stop % unit and stop != columns):
+        raise LowbitError(
+            "E0702", f"{weight.origin}: columns {start}:{stop} cut a group of {unit} columns in two"
+        )
+    layout = weight.scheme.weight.block
+    codes = weight.codes[..., start:stop]
+    if layout is not None:
+        first, last = start // layout.weights, -(-stop // layout.weights)
+        codes = weight.codes[..., first * layout.bytes : last * layout.bytes]
+
+    def cut(per_block: Tensor, level: int) -> Tensor:
+        width = weight.scheme.blocks[level][1]
+        return per_block[..., start // width : -(-stop // width)] if width else per_block
+
+    order = weight.column_order
+    return replace(
+        weight,
+        shape=(*weight.shape[:-1], stop - start),
+        codes=codes,
+        scales=tuple(cut(s, i) for i, s in enumerate(weight.scales)),
+        zeros=None if weight.zeros is None else cut(weight.zeros, 0),
+        offsets=tuple(cut(o, i) for i, o in enumerate(weight.offsets)),
+        column_order=None if order is None else order[start:stop],
+    )
+
+
+def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> QuantizedTensor:
+    """The rows of each (start, stop), one run below another."""
+    finer = _parted_at(weight, [border for run in runs for border in run])
+    joined = concatenate([finer.rows(start, stop, ragged=True) for start, stop in runs])
+    assert joined is not None, "runs of one weight are alike, and end on its blocks' borders"
+    return joined
+
+
+def pick_rows(weight: QuantizedTensor, order: Tensor) -> QuantizedTensor:
+    """Row i of the result is row ``order[i]``; there may be fewer or more than there were."""
+    picked = weight.permute_rows(order)
+    return replace(picked, shape=(*weight.shape[:-2], len(order), weight.shape[-1]))
+
+
+def _parted_at(weight: QuantizedTensor, borders: list[int]) -> QuantizedTensor:
+    """The same weight with blocks low enough that none crosses one of the borders."""
+    scheme, (out, columns) = weight.scheme, weight.shape[-2:]
+    inside = [border for border in borders if 0 < border < out]
+    axis = -1 if scheme.flattened else -2
+    scale = columns if scheme.flattened else 1
+    sizes = [width if scheme.flattened else rows for rows, width in scheme.blocks]
+    parted = [size and math.gcd(size, *(border * scale for border in inside)) for size in sizes]
+    if parted == sizes:
+        return weight
+    whole = out * scale
+
+    def split(per_block: Tensor, level: int) -> Tensor:
+        times = sizes[level] // parted[level] if sizes[level] else 1
+        if times == 1:
+            return per_block
+        return per_block.repeat_interleave(times, axis).narrow(axis, 0, -(-whole // parted[level]))
+
+    blocks = tuple(
+        (rows, size) if scheme.flattened else (size, width)
+        for size, (rows, width) in zip(parted, scheme.blocks, strict=True)
+    )
+    return replace(
+        weight,
+        scheme=replace(scheme, blocks=blocks),
+        scales=tuple(split(s, i) for i, s in enumerate(weight.scales)),
+        zeros=None if weight.zeros is None else split(weight.zeros, 0),
+        offsets=tuple(split(o, i) for i, o in enumerate(weight.offsets)),
+    )
+
+
+def parted_scheme(scheme: Scheme, shape: tuple[int, int], runs: Sequence[tuple[int, int]]) -> Scheme:
+    """The scheme of ``cut_rows``'s result."""
+    empty = torch.empty(0)
+    bare = QuantizedTensor(scheme, shape, empty)
+    finer = _parted_at(bare, [border for run in runs for border in run]).scheme
+    if len(runs) == 1 or finer.flattened:
+        return finer
+    return replace(finer, blocks=tuple((rows or 1, width) for rows, width in finer.blocks))

@@ -1,0 +1,200 @@
+"""The processes of --tp-size: the same answers, clean ends, and what is said when one of them dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from engine.stand_in import StandIn
+from forward_helpers import chunk_batch
+from lowbit import LLM, LowbitError, SamplingParams
+from lowbit.engine.memory import pool_pages
+from lowbit.engine.ranks import RankReady, Ranks, Step, batch_of, check_devices, device_of, packed
+from lowbit.engine.wire import FrameDecoder, encode_frames
+from lowbit.kernels.parallel import ALONE
+from lowbit.settings import Settings
+from models.family_cases import SIZES, saved
+from server.harness import alive, wait_until
+from server.test_end_to_end import Served
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2)
+PROMPTS = [[5, 9, 2, 40, 7], [8] * 30, [1, 2]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in float32, with one token a letter."""
+    made = tmp_path_factory.mktemp("tiny")
+    saved("Llama", made, **{**SIZES, "num_hidden_layers": 2, "eos_token_id": None})
+    vocabulary = {chr(code): code for code in range(32, 127)} | {"?": 0}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(made / "tokenizer.json"))
+    return made
+
+
+def ranks_of(llm: LLM) -> Ranks:
+    found = llm._engine.model.ranks  # type: ignore[attr-defined]
+    assert isinstance(found, Ranks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Iterator[LLM]:
+    with LLM(str(folder), tp_size=2, max_total_tokens=1024) as llm:
+        yield llm
+
+
+def test_answers_are_those_of_one_process(folder: Path, shared: LLM) -> None:
+    with LLM(str(folder), max_total_tokens=1024) as alone:
+        wanted = alone.generate(PROMPTS, GREEDY)
+        whole = alone._engine.ready().weight_bytes
+    found = shared.generate(PROMPTS, GREEDY)
+    assert [one.tokens for one in found] == [one.tokens for one in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
+            assert mine.token == theirs.token and mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    assert shared.generate(PROMPTS, GREEDY)[0].tokens == wanted[0].tokens, "now from the prefix cache"
+    ready = shared._engine.ready()
+    assert whole <= ready.weight_bytes <= 1.1 * whole and ready.details["device"] == "cpu, 2 ranks"
+    assert shared._engine.status().captured_steps == 0
+
+
+def test_a_rank_that_is_killed_ends_the_request_with_its_name(folder: Path) -> None:
+    with LLM(str(folder), tp_size=2, max_total_tokens=1024) as llm:
+        [other] = ranks_of(llm)._others
+        events = llm.stream(PROMPTS[0], msgspec.structs.replace(GREEDY, max_tokens=500))
+        next(events)
+        os.kill(other.child.pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(LowbitError, match=r"rank 1 of 2 \(process \d+\) ended with SIGKILL") as caught:
+            list(events)
+        assert caught.value.code == "E0712" and time.monotonic() - began < 20
+        with pytest.raises(LowbitError, match="rank 1 of 2"):
+            llm._engine.check()
+    assert not alive(other.child.pid), "nothing is left behind"
+
+
+def test_closing_ends_every_rank(shared: LLM) -> None:
+    """Stands last of those that use it."""
+    [other] = ranks_of(shared)._others
+    pid = other.child.pid
+    assert alive(pid)
+    shared.close()
+    assert not alive(pid) and other.child.returncode == 0
+
+
+def test_what_a_rank_cannot_load_is_said_once(folder: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(LowbitError, match="4 heads with 2 K/V heads .* what works: 1, 2, 4") as caught:
+        LLM(str(folder), tp_size=3)
+    assert caught.value.code == "E0430" and time.monotonic() - began < 60
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_devices(Settings(tp_size=2))
+    check_devices(Settings(tp_size=3, device="cpu"))
+    assert device_of(Settings(tp_size=2), 1) == torch.device("cuda", 1)
+    with pytest.raises(LowbitError, match="torch sees 2 CUDA devices.*--tp-size 2 or less") as caught:
+        check_devices(Settings(tp_size=3))
+    assert caught.value.code == "E0433"
+
+
+def test_a_batch_over_the_socket() -> None:
+    batch = chunk_batch([([5, 6, 7], 0, [3]), ([9], 20, [1, 4])], sample_all=False)
+    names = ("tokens", "positions", "write_slots", "query_lengths", "context_lengths", "page_table")
+    shapes = [tuple(getattr(batch, name).shape) for name in (*names, "sample_rows")]
+    step = Step(shapes, batch.page_size, batch.max_query, batch.max_context, packed(batch).numpy().tobytes())
+    [received] = FrameDecoder(Step).feed(encode_frames([step]))
+    again = batch_of(received, ALONE, torch.device("cpu"))
+    for name in (*names, "sample_rows"):
+        mine, theirs = getattr(again, name), getattr(batch, name)
+        assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype and mine.is_contiguous()
+        assert mine.data_ptr() % 4 == 0
+    assert (again.page_size, again.max_query, again.max_context) == (16, 3, 21)
+
+
+def test_pages_are_counted_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.engine.memory.free_memory", lambda device, mapped: 1 << 20)
+    settings = Settings(mem_fraction_static=0.5, max_running_requests=1 << 20)
+    alone = StandIn()
+    own = sum(spec.token_bytes() for spec in alone.cache_specs())
+    shared = StandIn()
+    shared.others = [RankReady(3 * own, 1, 0)]  # type: ignore[attr-defined]
+    assert pool_pages(shared, settings) == pool_pages(alone, settings) // 4, "memory is one on a CPU"
+    shared.device = torch.device("cuda")
+    shared.others = [RankReady(own, 1 << 18, 0), RankReady(own, 1 << 21, 0)]  # type: ignore[attr-defined]
+    assert pool_pages(shared, settings) == pool_pages(alone, settings) // 4, "each has its own on GPUs"
+
+
+LEFT_ALONE = """
+import os, sys, time
+from lowbit import LLM
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], tp_size=2, max_total_tokens=256)
+    print(llm._engine.model.ranks._others[0].child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_does_not_outlive_rank_0(folder: Path) -> None:
+    command = [sys.executable, "-c", LEFT_ALONE, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as first:
+        assert first.stdout is not None
+        other = int(first.stdout.readline())
+        assert alive(other)
+        first.kill()
+    wait_until(lambda: not alive(other), 10)
+
+
+def children(pid: int) -> list[int]:
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_a_server_starts_again_when_a_rank_dies(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWBIT_MODEL", str(folder))
+    monkeypatch.setenv("LOWBIT_TP_SIZE", "2")
+    body = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "model": folder.name}
+    with LLM(str(folder), max_total_tokens=1024) as alone:
+        [wanted] = alone.generate(PROMPTS[0], GREEDY)
+    served = Served(tmp_path / "errors")
+    try:
+        wait_until(served.ready, 120)
+
+        def answer() -> str:
+            given = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+            assert given.status_code == 200, given.text
+            return str(given.json()["choices"][0]["text"])
+
+        assert answer() == wanted.text
+        engine = served.engine()
+        [other] = children(engine)
+        os.kill(other, signal.SIGKILL)  # while nothing is asked: it is seen all the same
+        wait_until(lambda: not alive(engine) and served.ready(), 120)
+        assert answer() == wanted.text
+        assert "rank 1 of 2" in served.errors.read_text()
+        again = served.engine()
+        [other] = children(again)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(60) == 0
+        wait_until(lambda: not alive(again) and not alive(other), 10)
+    finally:
+        served.process.kill()

@@ -1,0 +1,314 @@
+"""Models that two ranks share, against the same models in one process, on the reference kernel and the native
+ones.
+
+The reference multiplies float32: what differs there is the order of sums, about 1e-7. Native kernels round
+inputs to bfloat16 and codes of inputs may tip, on the last bit of those sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError
+from lowbit.kernels.parallel import Parallel
+from lowbit.loading import load_model, plan_model
+from lowbit.loading.loader import Loader
+from lowbit.quantize.recipe import Asked
+from models.family_cases import SIZES, saved
+from models.test_deepseek import SIZES as DEEPSEEK
+from models.test_quantized_experts import FORMATS, made, quantize_experts, write
+from oracles import gptq as gptq_oracle
+from parallel_ranks import Answer, Job, Ranks, answer
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+PROMPTS = [[3, 1, 2, 5, 9, 11, 2, 7, 8, 15, 12, 1, 7, 7, 13, 4, 4, 9], [6, 2, 2], [10] * 40]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    started = Ranks(2)
+    yield started
+    started.close()
+
+
+def shared(ranks: Ranks, job: Job) -> tuple[Answer, list[Answer]]:
+    """(in one process, on both ranks): both have the same bits."""
+    both = ranks.run(job)
+    for first, second in zip(*(rank.logits for rank in both), strict=True):
+        assert torch.equal(first, second)
+    return answer(job), both
+
+
+def difference(one: Answer, other: Answer) -> float:
+    """The largest of the logits' differences, over the largest logit."""
+    pairs = list(zip(one.logits, other.logits, strict=True))
+    return max(float((a - b).abs().max()) for a, b in pairs) / max(float(a.abs().max()) for a, _ in pairs)
+
+
+def check(ranks: Ranks, job: Job, limit: float = 1e-5) -> tuple[Answer, list[Answer]]:
+    one, both = shared(ranks, job)
+    assert one.logits[0].std() > 1e-3
+    assert difference(one, both[0]) <= limit
+    return one, both
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------
+
+
+def llama(folder: Path, **more: Any) -> Path:
+    saved("Llama", folder, **{**SIZES, "num_hidden_layers": 2, **more})
+    return folder
+
+
+def deepseek(folder: Path) -> Path:
+    sizes = {**DEEPSEEK, "num_hidden_layers": 2, "n_group": 4, "topk_group": 2, "q_lora_rank": 32}
+    saved("DeepseekV3", folder, **sizes)
+    return folder
+
+
+def q4_k(folder: Path) -> Path:
+    """A GGUF file of super-blocks of 256: three of them before the down projections."""
+    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 1}
+    source = llama(folder / "float", **sizes)
+    file = folder / "m.gguf"
+    tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}  # nobody reads them
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowbit.loading.gguf_saving.tokenizer_metadata", lambda header, rows: tokens)
+        load_model(open_checkpoint(str(source)), device="cpu", quantization=Asked("gguf"), save=file)
+    return file
+
+
+def with_act_order(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """GPTQ, each column in a group of its own choosing."""
+    rows, columns = weight.shape
+    groups = torch.randperm(columns, generator=torch.Generator().manual_seed(columns + rows)) // 32
+    scales = torch.stack([weight[:, groups == g].abs().amax(1) / 7 for g in range(columns // 32)], 1).half()
+    spread = scales.float()[:, groups]
+    codes = (weight / spread).round().clamp(-8, 7) + 8
+    packed = gptq_oracle.stream(codes.T.numpy().astype(np.int64), 4)
+    zeros = np.full((columns // 32, rows // 8), 0x77777777, np.uint32)
+    return {
+        "qweight": torch.from_numpy(packed.view(np.int32).copy()),
+        "qzeros": torch.from_numpy(zeros.view(np.int32)),
+        "scales": scales.T.contiguous(),
+        "g_idx": groups.int(),
+    }, (codes - 8) * spread
+
+
+def experts(folder: Path, name: str, fmt: str) -> Path:
+    quantize, config = FORMATS["gptq" if fmt == "act-order" else fmt]
+    if fmt == "act-order":
+        quantize, config = with_act_order, {**config, "desc_act": True}
+    model = made(name)
+    folder.mkdir()
+    return write(folder, model, quantize_experts(model, quantize), config)
+
+
+CASES: dict[str, Callable[[Path], Path]] = {
+    "float32": llama,
+    "one K/V head": lambda folder: llama(folder, num_key_value_heads=1),
+    "unequal heads": lambda folder: llama(
+        folder, hidden_size=96, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True
+    ),
+    "biases": lambda folder: llama(folder, attention_bias=True, mlp_bias=True),
+    "latent attention": deepseek,
+    "norms of whole projections": lambda folder: _family(folder, "Olmo2"),
+    "norms of whole projections, K shared": lambda folder: _family(folder, "Olmo2", num_key_value_heads=1),
+    "halves side by side, heads' norms": lambda folder: _family(folder, "Cohere", use_qk_norm=True),
+    "learned positions, transposed": lambda folder: _gpt2(folder),
+    "sinks, experts with biases": lambda folder: experts_float(folder, "GptOss"),
+    "shared expert with a gate": lambda folder: experts_float(folder, "Qwen2Moe"),
+    "Q4_K": q4_k,
+    "experts, int4": lambda folder: experts(folder, "Qwen3Moe", "gptq"),
+    "experts, int4, act-order": lambda folder: experts(folder, "Mixtral", "act-order"),
+    "experts, int8 inputs by token": lambda folder: experts(folder, "Qwen3Moe", "w8a8_int8"),
+    "experts, fp8 blocks": lambda folder: experts(folder, "Qwen2Moe", "fp8"),
+}
+
+
+def _family(folder: Path, name: str, **more: Any) -> Path:
+    saved(name, folder, **{**SIZES, "num_hidden_layers": 2, **more})
+    return folder
+
+
+def _gpt2(folder: Path) -> Path:
+    saved("GPT2", folder, n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=131)
+    return folder
+
+
+def experts_float(folder: Path, name: str) -> Path:
+    made(name).save_pretrained(folder)
+    return folder
+
+
+# ---- the same logits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_one_process(ranks: Ranks, case: str, tmp_path: Path) -> None:
+    path = CASES[case](tmp_path / "m")
+    one, both = check(ranks, Job(path, PROMPTS))
+    # What is on both ranks: norms are not counted; a router, a K/V head or the latent projections are small.
+    assert sum(rank.weight_bytes for rank in both) <= 1.25 * one.weight_bytes
+    limit = 0.05 if case in ("experts, int8 inputs by token", "experts, fp8 blocks") else 0.01
+    check(ranks, Job(path, PROMPTS, reference=False), limit)
+
+
+STORED = [
+    "awq/gemm",
+    "gptq/w4_asym_actorder",
+    "gptq/w4_sym",
+    "gptq/w3_asym",
+    "compressed_tensors/w4a16_actorder",
+    "compressed_tensors/w8a8_dynamic",
+    "compressed_tensors/w8a8_static_asym",
+    "compressed_tensors/fp8_channel_dynamic",
+    "compressed_tensors/nvfp4",
+    "fp8/block_32_ue8m0",
+    "fp8/experts_block_16",
+    "bitsandbytes/int8",
+    "gguf_families/deepseek2.gguf",
+    "gguf_families/gpt_oss.gguf",
+    "gguf_families/phi3.gguf",
+]
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_files_that_tools_wrote(ranks: Ranks, case: str) -> None:
+    check(ranks, Job(FIXTURES / case, PROMPTS))
+
+
+ONLINE = {
+    "int4 in groups": {"quantization": "int4:group_size=32"},
+    "int8 inputs": {"torchao_config": "int8dq"},
+    "a scale for a step's inputs": {"torchao_config": "fp8dq-per_tensor"},
+}
+
+
+@pytest.mark.parametrize("case", ONLINE)
+def test_quantized_at_load(ranks: Ranks, case: str, tmp_path: Path) -> None:
+    asked = Asked(**ONLINE[case])
+    check(ranks, Job(llama(tmp_path / "m"), PROMPTS, options={"quantization": asked}))
+
+
+def test_int8_inputs_in_groups(ranks: Ranks) -> None:
+    job = Job(
+        FIXTURES / "gptq" / "w4_sym",
+        PROMPTS,
+        reference=False,
+        options={"activation_quantization": "int8"},
+    )
+    check(ranks, job, 0.05)
+
+
+def test_an_fp8_cache(ranks: Ranks) -> None:
+    options = {"kv_cache_dtype": "fp8_e4m3"}
+    check(ranks, Job(FIXTURES / "modelopt" / "fp8", PROMPTS, options=options), 0.05)
+
+
+def test_runs_have_the_same_bits(ranks: Ranks) -> None:
+    for reference in (True, False):
+        job = Job(FIXTURES / "gptq" / "w4_asym_actorder", PROMPTS, reference)
+        first, second = ranks.run(job)[0], ranks.run(job)[0]
+        assert all(torch.equal(*pair) for pair in zip(first.logits, second.logits, strict=True))
+
+
+def test_a_token_has_the_same_bits_in_any_batch(ranks: Ranks) -> None:
+    path = FIXTURES / "gptq" / "w4_sym"
+    together = ranks.run(Job(path, PROMPTS, reference=False))[0]
+    for prompt, logits in zip(PROMPTS, together.logits, strict=True):
+        [alone] = ranks.run(Job(path, [prompt], reference=False))[0].logits
+        assert torch.equal(alone, logits)
+
+
+# ---- what is cut, and what cannot be -------------------------------------------------------------------
+
+
+def test_groups_that_do_not_divide(tmp_path: Path) -> None:
+    """Whole groups, one more on the first rank; in one file of 3 groups, in another of 5."""
+    for inner, wanted in ((96, "columns 64 | 32 in groups of 32"), (160, "columns 96 | 64 in groups of 32")):
+        path = llama(tmp_path / str(inner), intermediate_size=inner)
+        plan = plan_model(open_checkpoint(str(path)), quantization="int4:group_size=32", tp_size=2)
+        cuts = {module.name.rpartition(".")[2]: module.cut for module in plan.modules}
+        assert cuts["down_proj"] == wanted
+        assert cuts["gate_proj"] == wanted.split(" in ")[0].replace("columns", "rows")
+        assert cuts["q_proj"] == "rows 32 | 32" and cuts["o_proj"] == "columns 32 | 32 in groups of 32"
+
+
+def test_act_order_is_said_in_the_plan() -> None:
+    plan = plan_model(open_checkpoint(str(FIXTURES / "gptq" / "w4_asym_actorder")), tp_size=2)
+    cuts = {module.name.rpartition(".")[2]: module.cut for module in plan.modules}
+    assert cuts["o_proj"].endswith("inputs gathered (act-order)")
+    assert cuts["down_proj"].endswith("in stored order (act-order)")
+    assert cuts["up_proj"].endswith("in the order of the next layer's columns")
+    whole = plan_model(open_checkpoint(str(FIXTURES / "gptq" / "w4_asym_actorder")))
+    assert whole.parameters == plan.parameters and not any(module.cut for module in whole.modules)
+    assert plan.weight_bytes < 0.7 * whole.weight_bytes
+
+
+def test_too_few_groups_are_named() -> None:
+    header = open_checkpoint(str(FIXTURES / "mlx" / "2_g32"))
+    with pytest.raises(LowbitError, match=r"32 columns of model\.layers\.0\.self_attn\.o_proj") as caught:
+        plan_model(header, tp_size=2)
+    assert caught.value.code == "E0431" and caught.value.message.endswith("use --tp-size 1")
+
+
+def test_a_size_that_heads_do_not_have_is_named(tmp_path: Path) -> None:
+    header = open_checkpoint(str(llama(tmp_path / "m")))
+    with pytest.raises(LowbitError, match="4 heads with 2 K/V heads .* what works: 1, 2, 4") as caught:
+        plan_model(header, tp_size=3)
+    assert caught.value.code == "E0430"
+
+
+def test_calibrating_methods_want_one_process(tmp_path: Path) -> None:
+    header = open_checkpoint(str(llama(tmp_path / "m")))
+    with pytest.raises(LowbitError, match="--save-quantized FOLDER and without --tp-size"):
+        load_model(header, quantization="gptq", parallel=Parallel(0, 2))
+
+
+def test_a_rank_reads_its_own_rows_and_columns_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What belongs to the other rank is damaged here: nothing of it is seen."""
+    path = llama(tmp_path / "m")
+    whole = load_model(open_checkpoint(str(path)), device="cpu", parallel=Parallel(1, 2))
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        half = tensor.shape[0] // 2
+        if "o_proj" in name or "down_proj" in name:
+            tensor[:, : tensor.shape[1] // 2] = torch.nan
+        elif tensor.dim() == 2 and "embed" not in name and "lm_head" not in name:
+            tensor[:half] = torch.nan
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    damaged = load_model(open_checkpoint(str(path)), device="cpu", parallel=Parallel(1, 2))
+    for one, other in zip(whole.blocks, damaged.blocks, strict=True):
+        for layer in ("qkv", "output"):
+            pair = [getattr(block, layer).weights[0].buffers["data"] for block in (one, other)]
+            assert torch.equal(*pair)
+
+
+def test_rows_and_columns_of_mapped_files_are_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of plain, fp8 and GGUF matrices the kernel gets views of the file: only their pages are read."""
+    seen: list[bool] = []
+    pack = Loader._pack
+
+    def spied(self: Loader, weight: Any, transform: Any, wanted: Any) -> Any:
+        maps = [mapped.untyped_storage().data_ptr() for mapped in self.data._maps.values()]
+        if "o_proj" in weight.origin or "down_proj" in weight.origin or ".attn_output" in weight.origin:
+            seen.append(weight.codes.untyped_storage().data_ptr() in maps)
+        return pack(self, weight, transform, wanted)
+
+    monkeypatch.setattr(Loader, "_pack", spied)
+    for case in ("fp8/block_32_ue8m0", "gguf_families/phi3.gguf"):
+        header = open_checkpoint(str(FIXTURES / case))
+        with TensorData(header):
+            load_model(header, device="cpu", parallel=Parallel(0, 2))
+    assert seen and all(seen)

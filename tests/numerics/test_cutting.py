@@ -1,0 +1,123 @@
+"""Cut weights against cut matrices: every scheme's columns and rows, between blocks and inside them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lowbit.errors import LowbitError
+from lowbit.numerics.cutting import column_unit, cut_columns, cut_rows, parted_scheme, pick_rows
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import ActivationScheme, Scheme
+
+OUT, IN = 24, 96
+
+
+def random_weight(scheme: Scheme, out: int = OUT, columns: int = IN, seed: int = 1) -> QuantizedTensor:
+    generator = torch.Generator().manual_seed(seed)
+
+    def per_block(level: int) -> torch.Tensor:
+        rows, width = scheme.blocks[level]
+        if scheme.flattened:
+            return torch.rand(-(-out * columns // width), generator=generator) + 0.1
+        shape = (-(-out // (rows or out)), -(-columns // (width or columns)))
+        return torch.rand(shape, generator=generator) + 0.1
+
+    if scheme.is_dense:
+        codes = torch.randn(out, columns, generator=generator)
+    else:
+        high = 2 ** int(scheme.weight.bits)
+        codes = torch.randint(0, high, (out, columns), generator=generator, dtype=torch.uint8)
+    levels = range(len(scheme.blocks))
+    return QuantizedTensor(
+        scheme,
+        (out, columns),
+        codes,
+        tuple(per_block(i) for i in levels),
+        per_block(0).mul(8).round() if scheme.zero != "none" else None,
+        tuple(per_block(i) for i in levels) if scheme.offset else (),
+        torch.randperm(columns, generator=generator) if scheme.reordered else None,
+        "a weight",
+    )
+
+
+def scheme(name: str, *blocks: tuple[int, int], **more: object) -> Scheme:
+    return Scheme(number_format(name), blocks, (number_format("f32"),) * len(blocks), **more)
+
+
+SCHEMES = {
+    "dense": Scheme(number_format("f32")),
+    "groups": scheme("uint4", (1, 32), zero="integer"),
+    "two levels": scheme("e2m1", (1, 16), (0, 0)),
+    "blocks": scheme("int8", (8, 32)),
+    "rows": scheme("int8", (1, 0)),
+    "tensor": scheme("int8", (0, 0)),
+    "offsets": scheme("uint4", (1, 16), (4, 48), offset=True),
+    "act-order": scheme("uint4", (1, 32), zero="integer", reordered=True),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_columns_are_those_of_the_matrix(name: str) -> None:
+    weight = random_weight(SCHEMES[name])
+    whole, unit = weight.dequantize(), column_unit(weight.scheme, IN)
+    assert unit == {"two levels": 16, "offsets": 48}.get(
+        name, 32 if weight.scheme.blocks[:1] and weight.scheme.blocks[0][1] else 1
+    )
+    for start, stop in ((0, 48), (48, 96)) if unit == 48 else ((0, 32), (32, 96)):
+        part = cut_columns(weight, start, stop)
+        assert part.shape == (OUT, stop - start) and part.codes.data_ptr() >= weight.codes.data_ptr()
+        inputs = torch.arange(start, stop) if part.column_order is None else part.column_order
+        plain = QuantizedTensor(part.scheme, part.shape, part.codes, part.scales, part.zeros, part.offsets)
+        assert torch.equal(plain.dequantize(), whole[:, inputs])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "runs", [[(0, 8)], [(8, 24)], [(3, 10)], [(0, 6), (18, 24)], [(4, 8), (8, 10), (20, 24)]]
+)
+def test_rows_are_those_of_the_matrix_also_inside_blocks(name: str, runs: list[tuple[int, int]]) -> None:
+    weight = random_weight(SCHEMES[name])
+    part = cut_rows(weight, runs)
+    wanted = torch.cat([weight.dequantize()[start:stop] for start, stop in runs])
+    assert torch.equal(part.dequantize(), wanted)
+    assert part.scheme == parted_scheme(weight.scheme, (OUT, IN), runs), "what a plan says"
+
+
+def test_rows_of_blocks_that_run_over_row_ends() -> None:
+    weight = random_weight(scheme("nf4", (1, 64), flattened=True), columns=40)
+    for runs in ([(0, 9)], [(9, 24)], [(8, 16)]):
+        wanted = torch.cat([weight.dequantize()[start:stop] for start, stop in runs])
+        assert torch.equal(cut_rows(weight, runs).dequantize(), wanted)
+    with pytest.raises(LowbitError, match="cut a group of 40"):
+        cut_columns(weight, 0, 20)
+
+
+def test_picked_rows_may_repeat() -> None:
+    weight = random_weight(SCHEMES["groups"])
+    order = torch.tensor([5, 5, 0])
+    assert torch.equal(pick_rows(weight, order).dequantize(), weight.dequantize()[order])
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "q8_0"])
+def test_columns_of_gguf_blocks(kind: str) -> None:
+    fmt = number_format(f"gguf_{kind}")
+    assert fmt.block is not None
+    count, blocks = fmt.block.weights, 3
+    codes = torch.randint(0, 120, (4, blocks * fmt.block.bytes), dtype=torch.uint8)
+    weight = QuantizedTensor(Scheme(fmt), (4, blocks * count), codes, origin="blocks")
+    part = cut_columns(weight, count, 3 * count)
+    assert torch.equal(part.dequantize(), weight.dequantize()[:, count:])
+    assert part.codes.untyped_storage().data_ptr() == codes.untyped_storage().data_ptr(), "nothing is copied"
+    with pytest.raises(LowbitError, match=f"group of {count}"):
+        cut_columns(weight, 0, count // 2)
+
+
+def test_a_group_of_inputs_stays_together() -> None:
+    asked = ActivationScheme(number_format("int8"), (1, 48))
+    assert column_unit(scheme("int8", (1, 32), activation=asked), IN) == math.lcm(48, 32)
+    with pytest.raises(LowbitError, match="cut a group of 32"):
+        cut_columns(random_weight(SCHEMES["groups"]), 0, 40)
