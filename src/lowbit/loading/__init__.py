@@ -117,6 +117,7 @@ def load_model(
         )
         model.quantization = opened.described
         return model
+    assert packed_cache is None or parallel.size == 1, "a file holds a whole model"
     file = None if packed_cache is None else packed_cache.file_of(opened, target)
     found = None if file is None else file.read()
     kept, notes = found or (None if file is None else {}, {})

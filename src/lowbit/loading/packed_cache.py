@@ -322,7 +322,7 @@ def _described(kept: Kept, writer: _Writer) -> dict[str, object]:
     for transform in transforms:
         values: dict[str, object] = {}
         for name, value in _fields(transform).items():
-            if name == "state":
+            if name in ("state", "across"):  # of a running model; ranks keep nothing
                 continue
             values[name] = {"tensor": writer.place(value)} if isinstance(value, Tensor) else _plain(value)
         listed.append(values)
