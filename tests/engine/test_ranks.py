@@ -128,7 +128,10 @@ def test_a_batch_over_the_socket() -> None:
 
 
 def test_pages_are_counted_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowbit.engine.memory.free_memory", lambda device, mapped: 1 << 20)
+    memory = "lowbit.engine.memory"
+    monkeypatch.setattr(f"{memory}.free_memory", lambda device, mapped=0: 1 << 20)
+    monkeypatch.setattr(f"{memory}.total_memory", lambda device: 0)
+    monkeypatch.setattr(f"{memory}.workspace", lambda model, settings: 0)
     settings = Settings(mem_fraction_static=0.5, max_running_requests=1 << 20)
     alone = StandIn()
     own = sum(spec.token_bytes() for spec in alone.cache_specs())
