@@ -138,7 +138,7 @@ def test_pages_are_counted_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     shared = StandIn()
     shared.others = [RankReady(3 * own, 1, 0)]  # type: ignore[attr-defined]
     assert pool_pages(shared, settings) == pool_pages(alone, settings) // 4, "memory is one on a CPU"
-    shared.device = torch.device("cuda")
+    alone.device = shared.device = torch.device("cuda")
     shared.others = [RankReady(own, 1 << 18, 0), RankReady(own, 1 << 21, 0)]  # type: ignore[attr-defined]
     assert pool_pages(shared, settings) == pool_pages(alone, settings) // 4, "each has its own on GPUs"
 
