@@ -320,7 +320,9 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["nf4 g64", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int4 g8"])
+@pytest.mark.parametrize(
+    "name", ["nf4 g64", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int4 g8"]
+)
 def test_faults_of_whole_numbers_end_their_own_row(name: str) -> None:
     weight, packed = packed_for_words(name)
     x = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(4))
