@@ -204,10 +204,15 @@ def multiplied(weight: QuantizedTensor) -> torch.Tensor:
 
 
 def in_words(x: torch.Tensor, largest: int = 16383) -> torch.Tensor:
-    """float64: x as whole numbers up to ``largest`` with a scale for each 32 columns, InputKind::words."""
+    """float64: x as whole numbers up to ``largest`` with a scale for each 32 columns, InputKind::words.
+
+    Those of 16 bits have powers of two for scales.
+    """
     columns = x.shape[1]
     groups = torch.nn.functional.pad(x, (0, -columns % 32)).unflatten(1, (-1, 32))
     scale = groups.abs().amax(-1, keepdim=True) / largest
+    if largest == 32767:
+        scale = scale.log2().ceil().exp2()
     inverse = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, 1 / scale)
     return ((groups * inverse).round().double() * scale.double()).flatten(1)[:, :columns]
 

@@ -2,9 +2,9 @@
 
 Needs a cross compiler and qemu's user-mode emulator (Debian: g++-aarch64-linux-gnu, qemu-user);
 `make cross-check` runs it. On made-up inputs (cross_driver.cpp) the library `neon` gives AVX2's bits in
-everything; `neon_bf16` too, but for the products of linear layers with bfloat16 inputs: those are compared with
-AVX-512's, which multiplies bfloat16 as well, or, where a CPU lacks it, with AVX2's 16-bit whole numbers to within what
-bfloat16 rounds. How fast they are an emulator cannot tell.
+everything; `neon_bf16` too, but for the products of linear layers with bfloat16 inputs: those are compared
+with AVX-512's, which multiplies bfloat16 as well, or, where a CPU lacks it, with AVX2's 16-bit whole numbers
+to within what bfloat16 rounds. How fast they are an emulator cannot tell.
 """
 
 from __future__ import annotations

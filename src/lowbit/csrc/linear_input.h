@@ -207,6 +207,15 @@ inline Sixteen inverse_of(float scale) {
     return sixteen_set(scale < std::numeric_limits<float>::min() ? 0.0f : 1.0f / scale);
 }
 
+// The least power of two that is no smaller: numbers of few bits (an input that a layer quantized) stay what they are.
+inline float power_of_two_from(float x) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x7fffffu) & 0xff800000u;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 // One token's row.
 inline void lay_out(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
     const ByteOrder order = byte_order();
@@ -263,6 +272,7 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         faulty = faulty || !sound;
         if (shape.kind != InputKind::codes) {
             scale = most / static_cast<float>(shape.kind == InputKind::words ? shape.largest : LARGEST_INPUT);
+            if (shape.largest == largest_word(WordKind::line) && sound) scale = power_of_two_from(scale);
             const Sixteen inverse = inverse_of(scale);
             a = sixteen_multiply(a, inverse);
             b = sixteen_multiply(b, inverse);

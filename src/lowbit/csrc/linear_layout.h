@@ -32,8 +32,9 @@ enum class Scales : std::int32_t {
 };
 // groups: int8 with a scale for each token and 32 columns. codes: x holds whole numbers of -127 … 127 already.
 // floats: not rounded, for int8 codes (LLM.int8's outliers are too large to lose their lower bits). words: 15 bits
-// with a scale for each token and 32 columns, for Codes::words4, which meets nothing else. scaled: codes of small
-// floats, exact in bfloat16, with a scale for each token and some columns, as the layer's quantizer makes them.
+// or 16 with a scale for each token and 32 columns, in bfloat16's place for whatever takes them (linear_words.h).
+// scaled: codes of small floats, exact in bfloat16, with a scale for each token and some columns, as the layer's
+// quantizer makes them.
 enum class InputKind : std::int32_t { bfloat = 0, groups = 1, codes = 2, floats = 3, words = 4, scaled = 5 };
 enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset: as the scales; zero: f16 codes
 

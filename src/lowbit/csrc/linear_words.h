@@ -1,6 +1,6 @@
 // Products of 16-bit whole numbers: x with a scale for each token and 32 columns, a weight's codes as whole numbers
 // of up to 8 bits (x then has 16 bits), or a table of up to 13 (x 15). As many products an instruction as of bfloat16,
-// and less is lost: of a group's largest |x| half a last bit, 2^-16 or 2^-15, and of a table's largest value 2^-13,
+// and less is lost: of a group's largest |x| 2^-15 at most, and of a table's largest value 2^-13,
 // where bfloat16 loses up to 2^-9 of every |x|. Sums of 32 columns are exact in 32 bits, in any order.
 //
 // Tables that bfloat16 would round (nf4) are multiplied so on every processor, whole-number codes where it does not

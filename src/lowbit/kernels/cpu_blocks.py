@@ -7,10 +7,11 @@ for a whole row or tensor (NVFP4) multiplies the result. The input is rounded to
 accumulation and scales are float32: weights are never rounded. The exception are other 4-bit tables (nf4):
 their values become whole numbers up to 4095 and meet x as whole numbers up to 16383, a scale for each 32
 columns; both together are off by less than an eighth of what bfloat16 costs the inputs of the other
-formats. Rows that are looked up are exact for all. Zero points that are no whole numbers (HQQ) are
-subtracted from the codes as float16: all that a float16 or bfloat16 holds, but for bfloat16s below 2^-14 of
-a code, which move by less than 2^-25 of one. Beside float32 scales they are offsets, -zero * scale, a last
-bit of float32 away.
+formats. On processors that do not multiply bfloat16 (AVX2, older ARM) all whole-number codes meet x as whole
+numbers likewise, up to 32767. Rows that are looked up are exact for all. Zero points that are no whole
+numbers (HQQ) are subtracted from the codes as float16: all that a float16 or bfloat16 holds, but for
+bfloat16s below 2^-14 of a code, which move by less than 2^-25 of one. Beside float32 scales they are offsets,
+-zero * scale, a last bit of float32 away.
 """
 
 from __future__ import annotations

@@ -175,8 +175,8 @@ class Description(ctypes.Structure):
 
 # What a weight is multiplied with: x in bfloat16 (float32 beside float codes), x in int8 with a scale for
 # each token and 32 columns, x that holds whole numbers of -128 … 127 already, x in float32 (int8 codes),
-# whole numbers of 15 or 16 bits with a scale for each token and 32 columns, or codes and scales that the kernel
-# has a quantizer make of x. A weight that takes words meets them in bfloat16's place.
+# whole numbers of 15 or 16 bits with a scale for each token and 32 columns, or codes and scales that the
+# kernel has a quantizer make of x. A weight that takes words meets them in bfloat16's place.
 INPUT_BFLOAT, INPUT_GROUPS, INPUT_CODES, INPUT_FLOATS, INPUT_WORDS, INPUT_SCALED = range(6)
 
 
