@@ -113,13 +113,15 @@ class Target:
         # The residual stream, norms and sums are float32 everywhere. On a CPU so is what goes into products:
         # kernels round it.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
+        kernels = kernels or KernelChoice()
+        kernels.inputs = activation
         return cls(
             torch.device(device),
             activation,
             cache,
             wanted if on_cpu else activation,
             activations == "int8",
-            kernels or KernelChoice(),
+            kernels,
         )
 
 
