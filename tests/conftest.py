@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # For tests/gpu, before anything imports lowbit; it changes nothing outside ``runtime.interpreting()``.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from guard_page import poison_new_tensors
 from lowbit.checkpoint.embedded import embedded_model

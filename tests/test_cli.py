@@ -106,6 +106,7 @@ def test_sglangs_launch_line(served: list[Settings], capsys: pytest.CaptureFixtu
     words += " --mem-fraction-static 0.3 --served-model-name m --chunked-prefill-size 256 --dtype half"
     words += " --disable-radix-cache --disable-cuda-graph --tp-size 1 --dp 1 --attention-backend triton"
     words += " --cuda-graph-bs 1 2 4 --cuda-graph-max-bs 4 --disable-overlap-schedule"
+    words += " --sampling-backend pytorch"
     words += " --max-running-requests 8 --max-total-tokens 8192 --random-seed 1 --enable-metrics --api-key k"
     assert main(["serve", *words.split()]) == 0
     assert served == [
@@ -128,11 +129,12 @@ def test_sglangs_launch_line(served: list[Settings], capsys: pytest.CaptureFixtu
             max_total_tokens=8192,
             random_seed=1,
             api_key="k",
+            attention_backend="triton",
         )
     ]
     notes = capsys.readouterr().err.splitlines()
     assert notes[1:] == READY.splitlines()
-    assert notes[0].startswith("lowbit: note: without effect here: --attention-backend (")
+    assert notes[0].startswith("lowbit: note: without effect here: --sampling-backend (")
     assert "--enable-metrics (always on)" in notes[0]
 
 

@@ -43,6 +43,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "speculative_ngram_max_match_window_size": ("8", 8),
     "speculative_config": ('{"method": "ngram"}', '{"method": "ngram"}'),
     "linear_kernel": ("*.down_proj=reference", "*.down_proj=reference"),
+    "attention_backend": ("torch_native", "reference"),
     "kernel_timings": ("off", "off"),
     "torchao_config": ("int8wo", "int8wo"),
     "quantization_recipe": ("mixed.toml", "mixed.toml"),

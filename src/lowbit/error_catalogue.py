@@ -411,8 +411,9 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0420": Entry(
         "no attention kernel",
-        "Every attention kernel refused the model's KV cache; the message has each one's reason.",
-        "Try another --kv-cache-dtype.",
+        "Every attention kernel refused the model's KV cache, or the one that --attention-backend names did; "
+        "the message has each one's reason.",
+        "Drop --attention-backend, or try another --kv-cache-dtype.",
     ),
     "E0430": Entry(
         "more ranks than can share the heads",

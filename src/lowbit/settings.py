@@ -47,6 +47,12 @@ _DRAFTS_REFUSED = tuple(
     for name in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK")
 )
 
+# Backends of SGLang's that lowbit has not: they compute the same, so that its own choice serves.
+_ATTENTION_SYNONYMS = (
+    *(("torch_native", "reference"), ("fa3", "auto"), ("fa4", "auto"), ("flashmla", "auto")),
+    *(("cutlass_mla", "auto"), ("trtllm_mla", "auto"), ("trtllm_mha", "auto"), ("intel_amx", "auto")),
+)
+
 Flags = Mapping[str, tuple[str, str | bool]]  # field -> the flag as written and its text, True for a switch
 
 GROUPS = {  # in the order help and docs list them
@@ -266,6 +272,12 @@ class Settings:
         "weights as bf16, rounded. lowbit inspect says what each layer gets and what else would run it.",
         "engine",
         aliases=("--linear-backend",),
+    )  # fmt: skip
+    attention_backend: str = option(
+        "auto", "Attention kernels. auto: the first that serves the KV cache; triton: lowbit's own on a GPU; "
+        "flashinfer: FlashInfer's (pip install 'lowbit[flashinfer]'), without CUDA graphs; reference: in "
+        "PyTorch. One that cannot serve the cache is an error.", "engine",
+        choices=("auto", "triton", "flashinfer", "reference"), synonyms=_ATTENTION_SYNONYMS,
     )  # fmt: skip
     kernel_timings: str = option(
         "auto", "Time each kind of layer beside bf16, lowbit's and torch's (0.1 s each, kept on disk), log "

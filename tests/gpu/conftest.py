@@ -1,6 +1,6 @@
 """Tests of the Triton kernels: on the GPU where there is one, else on the CPU in Triton's interpreter.
 
-TRITON_INTERPRET is set before anything imports Triton; it changes nothing outside ``interpreting()``.
+tests/conftest.py sets TRITON_INTERPRET where there is no GPU.
 LOWBIT_TEST_RECORD_LAUNCHES names a file that gets every launch, a JSON line each (``test_compiles``).
 """
 
@@ -13,9 +13,6 @@ from dataclasses import asdict
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 from lowbit.kernels.gpu import runtime
 

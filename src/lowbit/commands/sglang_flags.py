@@ -32,6 +32,8 @@ COMPARED: dict[str, str] = {
     "cuda_graph_bs": "the same",
     "cuda_graph_max_bs": "the same; default --max-running-requests, at most 256",
     "disable_overlap_schedule": "the same; steps overlap on GPUs only, and not with speculation",
+    "attention_backend": "auto, triton, flashinfer (installed beside lowbit) and torch_native, which is "
+    "reference; fa3 and other kernels are auto",
     "random_seed": "of requests that bring no seed",
     "speculative_algorithm": "NGRAM, from each sequence's own text, on a CPU too; others are refused by name",
     "speculative_num_draft_tokens": "at most; fewer while they are wrong, and beside other sequences",
@@ -51,7 +53,6 @@ _NO_PRIORITIES = "requests have no priorities"
 _NO_TREES = "a draft is one run of tokens, not a tree"
 
 WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
-    "--attention-backend": ("value", _CHOSEN),
     "--prefill-attention-backend": ("value", _CHOSEN),
     "--decode-attention-backend": ("value", _CHOSEN),
     "--sampling-backend": ("value", _CHOSEN),

@@ -26,7 +26,9 @@ class Runner:
         self._model = model
         self._page_size = settings.page_size
         self._caches: list[LayerCache] = [
-            choose_attention(spec, model.device).allocate(spec, pages, settings.page_size, model.device)
+            choose_attention(spec, model.device, settings.attention_backend).allocate(
+                spec, pages, settings.page_size, model.device
+            )
             for spec in model.cache_specs()
         ]
         self._capture: StepCapture | GraphedSteps | None = None
@@ -115,4 +117,5 @@ class Runner:
             page_size=size,
             max_query=int(queries.max()),
             max_context=int(contexts.max()),
+            host_lengths=(queries, contexts),
         )

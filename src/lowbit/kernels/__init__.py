@@ -8,23 +8,36 @@ from functools import cache
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
+from lowbit.kernels.linear_kernel import ANY_USE, LinearKernel, PackedWeight, ParticularKernel, Use
 from lowbit.numerics.scheme import Scheme
 
-__all__ = ["Choice", "LinearKernel", "Loser", "PackedWeight", "choose", "linear_kernels"]
+__all__ = [
+    "ANY_USE",
+    "Choice",
+    "LinearKernel",
+    "Loser",
+    "PackedWeight",
+    "ParticularKernel",
+    "Use",
+    "choose",
+    "linear_kernels",
+    "refusal",
+]
 
 
 @cache
 def linear_kernels() -> tuple[LinearKernel, ...]:
     """All linear kernels, best first. The reference refuses nothing; what stands behind it is taken by name,
-    or by timing (``kernel_choice``)."""
+    or by timing (``kernel_choice``). ``GpuHumming`` stands there until a measurement puts it elsewhere."""
     from lowbit.kernels.cpu_blocks import CpuBlocks
     from lowbit.kernels.cpu_dense import CpuDense
     from lowbit.kernels.cpu_dequantized import CpuDequantized
+    from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
     from lowbit.kernels.reference import Reference
 
-    return (GpuBlocks(), GpuDense(), CpuBlocks(), CpuDense(), Reference(), CpuDequantized())
+    cpu = CpuBlocks(), CpuDense(), Reference(), CpuDequantized()
+    return (GpuBlocks(), GpuDense(), *cpu, GpuHumming())
 
 
 @dataclass(frozen=True)
@@ -49,13 +62,23 @@ class Choice:
     contested: bool = False
 
 
-def choose(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> Choice:
+def refusal(
+    kernel: LinearKernel, scheme: Scheme, shape: tuple[int, ...], device: torch.device, use: Use = ANY_USE
+) -> str | None:
+    """Why a kernel cannot serve a weight for such a use, or None."""
+    reason = kernel.refuses(scheme, shape, device)
+    if reason is None and isinstance(kernel, ParticularKernel):
+        return kernel.unfit(scheme, shape, device, use)
+    return reason
+
+
+def choose(scheme: Scheme, shape: tuple[int, ...], device: torch.device, use: Use = ANY_USE) -> Choice:
     """The first kernel that does not refuse."""
     refusals: list[tuple[str, str]] = []
     for kernel in linear_kernels():
         if not kernel.serves(device):
             continue
-        reason = kernel.refuses(scheme, shape, device)
+        reason = refusal(kernel, scheme, shape, device, use)
         if reason is None:
             return Choice(kernel, tuple(refusals))
         refusals.append((kernel.name, reason))

@@ -24,7 +24,7 @@ PAGE_SIZE = 16  # tokens a page: one AVX-512 register of scores, one AMX tile of
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """What one layer keeps for every token. ``window``: 0 = all tokens.
+    """What one layer keeps for every token. ``window``: 0 = all tokens. ``sinks``: whether it has any.
 
     ``kind`` "paged": K and V heads; "latent": one row of ``k_dim`` whose first ``v_dim`` values are V too
     (MLA).
@@ -36,6 +36,7 @@ class CacheSpec:
     v_dim: int
     dtype: KvDtype
     window: int = 0
+    sinks: bool = False
 
     @property
     def k_format(self) -> CacheFormat:
@@ -115,23 +116,32 @@ class AttentionKernel(Protocol):
         """
 
 
+BACKENDS = {"triton": "gpu", "flashinfer": "gpu_flashinfer", "reference": "reference"}  # --attention-backend
+
+
 def attention_kernels() -> list[AttentionKernel]:
-    """All attention kernels, best first."""
+    """All attention kernels, best first. The reference refuses no cache; what stands behind it is named."""
     from lowbit.kernels.attention_cpu import CpuAttention
     from lowbit.kernels.attention_reference import ReferenceAttention
     from lowbit.kernels.gpu.attention import GpuAttention
+    from lowbit.kernels.gpu.flashinfer import flashinfer_attention
 
-    return [GpuAttention(), CpuAttention(), ReferenceAttention()]
+    return [GpuAttention(), CpuAttention(), ReferenceAttention(), flashinfer_attention()]
 
 
-def choose_attention(spec: CacheSpec, device: torch.device) -> AttentionKernel:
-    """The first kernel that does not refuse the spec."""
+def choose_attention(spec: CacheSpec, device: torch.device, backend: str = "auto") -> AttentionKernel:
+    """The first kernel that does not refuse the spec, or the one that ``--attention-backend`` names."""
+    named = BACKENDS.get(backend)
     reasons = []
     for kernel in attention_kernels():
+        if named not in (None, kernel.name):
+            continue
         reason = kernel.refuses(spec, device)
         if reason is None:
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
     shape = f"{spec.heads} heads, k_dim {spec.k_dim}, v_dim {spec.v_dim}, {spec.dtype}"
     said = "; ".join(reasons)
+    if named is not None:
+        said = f"{said}; or drop --attention-backend {backend}"
     raise LowbitError("E0420", f"no attention kernel serves a {spec.kind} KV cache of {shape}: {said}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ class ForwardBatch:
     ``page * page_size + offset``. ``query_lengths``, ``context_lengths``: (sequences,).
     ``page_table``: (sequences, pages), entries beyond a sequence's own pages are undefined.
     ``sample_rows``: int64 (rows,): the token rows whose logits are wanted.
-    ``max_query`` and ``max_context`` repeat the maxima, so that nobody asks the device for them.
+    ``max_query`` and ``max_context`` repeat the maxima, so that nobody asks the device for them;
+    ``host_lengths`` query_lengths and context_lengths, int32, of a step that is not to be recorded.
     """
 
     tokens: Tensor
@@ -34,6 +36,7 @@ class ForwardBatch:
     page_size: int
     max_query: int
     max_context: int
+    host_lengths: tuple[np.ndarray, np.ndarray] | None = None
 
     def to(self, device: torch.device) -> ForwardBatch:
         """The same batch with its tensors there."""

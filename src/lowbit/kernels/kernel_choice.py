@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.kernels import Choice, LinearKernel, Loser, choose, linear_kernels
+from lowbit.kernels import ANY_USE, Choice, LinearKernel, Loser, Use, choose, linear_kernels, refusal
 from lowbit.kernels.timing import COPY, SLOWER, Seconds, key_of, times, with_tokens
 from lowbit.numerics.scheme import Scheme
 
@@ -35,10 +35,16 @@ def no_timings(key: str) -> None:
     """A table that knows nothing."""
 
 
-def chosen(scheme: Scheme, shape: tuple[int, ...], device: torch.device, entry: Entry = no_timings) -> Choice:
+def chosen(
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    device: torch.device,
+    entry: Entry = no_timings,
+    use: Use = ANY_USE,
+) -> Choice:
     """The kernel for a weight; ``scheme`` with what its layer does to inputs."""
     bare = replace(scheme, activation=None)
-    choice = choose(bare, shape, device)
+    choice = choose(bare, shape, device, use)
     known = _timings(scheme, shape, choice.kernel, entry)
     best, least = choice.kernel, 1.0
     others = rivals(scheme, shape, device, choice.kernel)
@@ -52,14 +58,19 @@ def chosen(scheme: Scheme, shape: tuple[int, ...], device: torch.device, entry: 
 
 
 def named(
-    scheme: Scheme, shape: tuple[int, ...], device: torch.device, name: str, entry: Entry = no_timings
+    scheme: Scheme,
+    shape: tuple[int, ...],
+    device: torch.device,
+    name: str,
+    entry: Entry = no_timings,
+    use: Use = ANY_USE,
 ) -> Choice | str:
     """The same with a kernel named by the user; the reason where that one refuses."""
     bare = replace(scheme, activation=None)
     kernel = kernel_called(name)
-    if reason := kernel.refuses(bare, shape, device):
+    if reason := refusal(kernel, bare, shape, device, use):
         return reason
-    known = _timings(scheme, shape, choose(bare, shape, device).kernel, entry)
+    known = _timings(scheme, shape, choose(bare, shape, device, use).kernel, entry)
     return Choice(kernel, (), _losers(scheme, shape, device, kernel, known), "by --linear-kernel")
 
 

@@ -8,7 +8,7 @@ between them is ``QuantizedTensor``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,18 +19,36 @@ from lowbit.numerics.scheme import Scheme
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight as one kernel wants it: opaque to everything but that kernel. ``shape``: (out, in)."""
+    """A weight as one kernel wants it: opaque to everything but that kernel. ``shape``: (out, in).
+
+    ``inputs``: the one type that x has, None where any float does.
+    """
 
     kernel: LinearKernel
     scheme: Scheme
     shape: tuple[int, ...]
     buffers: dict[str, Tensor] = field(repr=False)
     origin: str = ""
+    inputs: torch.dtype | None = field(default=None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
         """Bytes the weight occupies."""
         return sum(buffer.nbytes for buffer in self.buffers.values())
+
+
+@dataclass(frozen=True)
+class Use:
+    """What is to be done with a weight. ``lookup``: its rows are read, too (an embedding).
+
+    ``inputs``: the type of x, None where it is not known.
+    """
+
+    lookup: bool = False
+    inputs: torch.dtype | None = None
+
+
+ANY_USE = Use()
 
 
 class LinearKernel(Protocol):
@@ -79,3 +97,13 @@ class LinearKernel(Protocol):
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in): dequantized weight rows, the embedding lookup."""
+
+
+@runtime_checkable
+class ParticularKernel(Protocol):
+    """What else a linear kernel has that is not for every use of a weight, or works only where tried."""
+
+    looks_up: bool  # whether there is ``rows``
+
+    def unfit(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device, use: Use) -> str | None:
+        """Why the kernel cannot serve a weight that it does not refuse, or None; it may be tried to know."""

@@ -20,7 +20,7 @@ import torch
 
 from lowbit.checkpoint.embedded import cache_directory
 from lowbit.errors import LowbitError, printable
-from lowbit.kernels import Choice, LinearKernel, choose
+from lowbit.kernels import Choice, LinearKernel, ParticularKernel, Use, choose
 from lowbit.kernels.kernel_choice import Entry, chosen, kernel_called, named, no_timings, rivals
 from lowbit.kernels.timing import LayerSample, TimingTable, key_of, machine, measurements
 from lowbit.numerics.scheme import Scheme
@@ -38,11 +38,15 @@ _SECONDS = 1.5  # of measuring while a model loads, at most
 
 @dataclass(frozen=True)
 class Wanted:
-    """The kernel a rule of ``--linear-kernel`` names for a module, or auto; ``rule``: as written."""
+    """The kernel a rule of ``--linear-kernel`` names for a module, or auto; ``rule``: as written.
+
+    ``lookup``: whether the module is one whose rows are looked up.
+    """
 
     module: str
     kernel: str = AUTO
     rule: str = AUTO
+    lookup: bool = False
 
     @property
     def by_pattern(self) -> bool:
@@ -102,6 +106,7 @@ class KernelChoice:
     ) -> None:
         """``threads``: those of the timings; None: as many as native code has."""
         self.rules = rules or KernelRules()
+        self.inputs: torch.dtype | None = None  # what layers are given, once it is known
         self._timings = timings
         self._threads = threads
         self._tables: dict[str, TimingTable] = {}
@@ -120,7 +125,7 @@ class KernelChoice:
 
     def wanted(self, module: str, role: str) -> Wanted:
         """What the rules say of a module."""
-        found = self.rules.of(module, role)
+        found = replace(self.rules.of(module, role), lookup=role == "embedding")
         if found.by_pattern:
             self._used.add(found.rule)
         return found
@@ -130,14 +135,15 @@ class KernelChoice:
         name = self._name(wanted, scheme)
         if name != AUTO:
             self._used.add(wanted.rule)
-        key = (name, scheme, shape, device.type)
+        use = Use(wanted.lookup, self.inputs)
+        key = (name, scheme, shape, device.type, use)
         if key not in self._chosen:
             table = self.table(device)
             entry: Entry = no_timings if table is None else table.entry
             if name == AUTO:
-                self._chosen[key] = chosen(scheme, shape, device, entry)
+                self._chosen[key] = chosen(scheme, shape, device, entry, use)
             else:
-                found = named(scheme, shape, device, name, entry)
+                found = named(scheme, shape, device, name, entry, use)
                 if isinstance(found, str):
                     raise _refused(wanted, scheme, shape, found)
                 self._chosen[key] = found
@@ -159,9 +165,10 @@ class KernelChoice:
         if self._timings != "measured" or table is None or self._spent > _SECONDS:
             return None
         name = self._name(wanted, scheme)
-        if name != AUTO or (name, scheme, shape, device.type) in self._chosen:
+        use = Use(wanted.lookup, self.inputs)
+        if name != AUTO or (name, scheme, shape, device.type, use) in self._chosen:
             return None
-        kernel = choose(replace(scheme, activation=None), shape, device).kernel
+        kernel = choose(replace(scheme, activation=None), shape, device, use).kernel
         if not rivals(scheme, shape, device, kernel) or table.entry(key_of(kernel.name, str(scheme), shape)):
             return None
         return kernel
@@ -202,7 +209,10 @@ class KernelChoice:
         if wanted.kernel == AUTO or wanted.by_pattern:
             return wanted.kernel
         other = "quantized" if scheme.is_dense else "unquantized"
-        return AUTO if kernel_called(wanted.kernel).runs == other else wanted.kernel
+        kernel = kernel_called(wanted.kernel)
+        if wanted.lookup and isinstance(kernel, ParticularKernel) and not kernel.looks_up:
+            return AUTO
+        return AUTO if kernel.runs == other else wanted.kernel
 
 
 def _refused(wanted: Wanted, scheme: Scheme, shape: tuple[int, ...], reason: str) -> LowbitError:

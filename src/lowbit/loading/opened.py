@@ -117,6 +117,8 @@ class Target:
         # The residual stream, norms and sums are float32 everywhere. On a CPU so is what goes into products:
         # kernels round it.
         activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
+        kernels = kernels or KernelChoice()
+        kernels.inputs = activation
         return cls(
             torch.device("cuda", parallel.rank)
             if device == "cuda" and parallel.size > 1
@@ -125,7 +127,7 @@ class Target:
             cache,
             wanted if on_cpu else activation,
             activations == "int8",
-            kernels or KernelChoice(),
+            kernels,
             parallel,
         )
 

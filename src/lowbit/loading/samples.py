@@ -89,8 +89,9 @@ def _sample(
     return LayerSample(packed.kernel.name, str(scheme), whole, rows, run, plain, copies)
 
 
-def _layer(packed: PackedWeight, transform: InputTransform | None) -> Linear:
-    return Linear("timing", [packed], None, [settled(packed, transform)])
+def _layer(packed: PackedWeight, transform: InputTransform | None) -> Callable[[Tensor], Tensor]:
+    layer, inputs = Linear("timing", [packed], None, [settled(packed, transform)]), packed.inputs
+    return layer if inputs is None else lambda x: layer(x.to(inputs))
 
 
 class _Unpacked:
@@ -100,7 +101,7 @@ class _Unpacked:
         self._packed = packed
         self._rows = rows
         self._transform = transform
-        self._layer: Linear | None = None
+        self._layer: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._layer is None:

@@ -30,7 +30,7 @@ def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
     if packed.kernel.rounds(packed.scheme):
         dense = dense.bfloat16().float()
     wanted = (x @ dense.T)[0]
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = packed.inputs or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     got = packed.kernel.linear(x.to(device, dtype), packed)[0, start:stop].float().cpu()
     scale = (dense.norm(dim=1) + _cancelled(few)) * x.norm()
     # "not <=": NaN must fail too, but where the file's own numbers make it.

@@ -110,7 +110,7 @@ class Decoder:
         c = self.config
         windows = c.windows or (0,) * c.layers
         return [
-            CacheSpec("paged", self.kv_heads, c.head_dim, c.head_dim, block.kv_dtype, window)
+            CacheSpec("paged", self.kv_heads, c.head_dim, c.head_dim, block.kv_dtype, window, c.sinks)
             for block, window in zip(self.blocks, windows, strict=True)
         ]
 
