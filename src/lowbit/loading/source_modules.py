@@ -28,13 +28,15 @@ from lowbit.loading.opened import Opened, Target
 from lowbit.loading.planner import PlannedEmbedding
 from lowbit.models.config import ModelConfig
 from lowbit.models.hf_config import hf_config
-from lowbit.models.hf_names import fused_in_folders, fused_in_gguf, hf_name, stacked_name
+from lowbit.models.hf_names import fused_in_folders, fused_in_gguf, hf_name, norms_by_heads, stacked_name
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme, dense
 from lowbit.quantize.recipe import Asked
 
 _FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+# StableLM's checkpoints have a vector for each head, its GGUF files all of them in one tensor.
+_NORM_OF_HEAD = re.compile(r"(.+\.[qk]_norm)\.norms\.(\d+)\.weight")
 _EXPERT_LEAF = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
@@ -57,6 +59,18 @@ class SourceModule:
 
     def apart(self, header: CheckpointHeader) -> list[SourceModule]:
         """Its parts, each a module of its own under its canonical name."""
+        if self.more:
+            places = zip(self.parts, (self.place, *self.more), strict=True)
+            share = self.nbytes // len(self.parts)
+            return [
+                SourceModule(
+                    StoredModule(part.name, part.name, part.shape),
+                    replace(place, part=part),
+                    self.scheme,
+                    share,
+                )
+                for part, place in places
+            ]
         order = row_order(self.place, header)
         order = torch.arange(self.place.part.shape[0]) if order is None else order
         found, start = [], 0
@@ -74,7 +88,8 @@ class SourceModule:
 @dataclass(frozen=True)
 class SourceVector:
     """A small tensor beside the modules, canonically ``name``. ``shift`` is added to it (GGUF has Gemma's
-    norms with 1 added). ``beside``: of a vision or audio tower, and of any shape and size."""
+    norms with 1 added). ``beside``: of a vision or audio tower, and of any shape and size. ``row``: which row
+    of the stored tensor it is; ``more``: stored tensors that follow as its further rows."""
 
     name: str
     target: str
@@ -82,6 +97,8 @@ class SourceVector:
     shift: float
     nbytes: int
     beside: bool = False
+    row: int | None = None
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,12 +159,23 @@ class SourceModel:
         fused, made = fused_in_gguf(self.family.name), copy.copy(self)
         made.parts = []
         for part in self.parts:
-            leaf = part.place.part.name.rpartition(".")[2] if isinstance(part, SourceModule) else ""
-            if isinstance(part, SourceModule) and len(part.parts) > 1 and leaf not in fused:
+            head = _NORM_OF_HEAD.fullmatch(part.name) if isinstance(part, SourceVector) else None
+            if isinstance(part, SourceVector):
+                if head is None:
+                    made.parts.append(part)
+                elif head[2] == "0":
+                    names = [one.stored for one in self._of_heads(head[1])]
+                    made.parts.append(replace(part, name=f"{head[1]}.weight", more=tuple(names[1:])))
+            elif len(part.parts) > 1 and part.place.part.name.rpartition(".")[2] not in fused:
                 made.parts += part.apart(self.header)
             else:
                 made.parts.append(part)
         return made
+
+    def _of_heads(self, norm: str) -> list[SourceVector]:
+        """The vectors of a norm that has one for each head, in their order."""
+        vectors = (part for part in self.parts if isinstance(part, SourceVector))
+        return [part for part in vectors if part.name.startswith(f"{norm}.norms.")]
 
     def read(self, module: SourceModule, data: TensorData) -> ReadModule:
         """The module in canonical form, rows in the order in which it is written."""
@@ -183,6 +211,9 @@ class SourceModel:
     def read_vector(self, vector: SourceVector, data: TensorData) -> Tensor:
         """The tensor in its stored type; in float32 where it is shifted."""
         stored = data.tensor(vector.stored)
+        if vector.more:
+            stored = torch.stack([stored, *(data.tensor(name) for name in vector.more)])
+        stored = stored if vector.row is None else stored[vector.row]
         return stored.float() + vector.shift if vector.shift else stored
 
     def hf_config(self, data: TensorData) -> dict[str, object]:
@@ -242,8 +273,18 @@ class _Walk(Asker):
             shift = self.norm_shift if name.endswith("norm.weight") else 0.0
             stem, _, suffix = name.rpartition(".")
             target = f"{hf_name(self.family, stem)}.{suffix}" if self.in_gguf else stored
-            self.parts.append(SourceVector(name, target, stored, shift, self.header.tensors[stored].nbytes))
+            whole = SourceVector(name, target, stored, shift, self.header.tensors[stored].nbytes)
+            by_heads = self.in_gguf and norms_by_heads(self.family.name) and len(shape) > 1
+            self.parts += self._of_each_head(whole, shape[0]) if by_heads else [whole]
         return torch.ones(shape)
+
+    def _of_each_head(self, norm: SourceVector, heads: int) -> list[SourceVector]:
+        found = []
+        for row in range(heads):
+            stem = f"{norm.name.removesuffix('.weight')}.norms.{row}"
+            target = f"{hf_name(self.family, stem)}.weight"
+            found.append(SourceVector(f"{stem}.weight", target, norm.stored, 0.0, norm.nbytes // heads, row=row))
+        return found
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """The cache's scales are not weights: found, and left behind."""

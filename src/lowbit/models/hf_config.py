@@ -22,6 +22,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.models.config import ModelConfig, architecture_of, gguf_keys
+from lowbit.models.gguf_names import CUT_OTHERWISE
 
 Json = dict[str, object]
 ReadTensor = Callable[[str], Tensor]
@@ -35,10 +36,11 @@ def hf_config(header: CheckpointHeader, config: ModelConfig, read: ReadTensor) -
     name = architecture_of(header)
     family = _FAMILIES.get("mixtral" if name == "llama" and config.moe is not None else name)
     if family is None:
+        why = CUT_OTHERWISE.get(name, f"those of {', '.join(sorted(_FAMILIES))} are")
         raise LowbitError(
             "E0450",
             f"{header.root.name}: GGUF files of {printable(name)!r} are not turned into Hugging Face "
-            f"folders; those of {', '.join(sorted(_FAMILIES))} are. Convert the original model instead",
+            f"folders: {why}. Convert the original model instead",
         )
     values = _common(header, config)
     for key in _WITHOUT.get(name, ()):

@@ -59,3 +59,8 @@ def fused_in_folders(family: str) -> frozenset[str]:
 def fused_in_gguf(family: str) -> frozenset[str]:
     """Which of them are one matrix in GGUF files."""
     return _FUSED.get(family, frozenset())
+
+
+def norms_by_heads(family: str) -> bool:
+    """Whether folders have a tensor for each head where GGUF files have one of all heads' norms."""
+    return family == "stablelm"
