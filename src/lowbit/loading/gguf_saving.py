@@ -289,7 +289,14 @@ def pairs(part: Part) -> Tensor | None:
 def _verified(source: SourceModel, path: Path) -> list[str]:
     """Read the file's config back: what is not as it was."""
     header = read_gguf_header(path)
-    found = family_of(header).read_config(header)
+    try:
+        found = family_of(header).read_config(header)
+    except LowbitError as error:
+        raise LowbitError(
+            "E0450",
+            f"{source.header.root.name}: GGUF metadata of {source.family.name} cannot say what it is "
+            f"({error.message}); use llama.cpp's convert_hf_to_gguf.py",
+        ) from None
     missing = lost(source.config, found)
     notes = []
     if "windows" in missing and source.family.name in UNSAID_WINDOWS:
