@@ -29,7 +29,11 @@ from lowbit.tokenization import load_chat_template, load_tokenizer
 GGUF = FIXTURES / "gguf_families"
 MORE = FIXTURES / "gguf_more_families"
 FAMILIES = sorted(path.stem for path in GGUF.glob("*.gguf"))
-REFUSED = {"deepseek2": "cut its latent attention", "deepseek3": "cut its latent attention", "gpt_oss": "(in, out)"}
+REFUSED = {
+    "deepseek2": "cut its latent attention",
+    "deepseek3": "cut its latent attention",
+    "gpt_oss": "(in, out)",
+}
 WRITTEN = [name for name in FAMILIES if name not in REFUSED]
 WRITTEN_MORE = sorted(path.stem for path in MORE.glob("*.gguf"))
 # Keys of a family's config whose value is another in the folder, and why.
@@ -106,7 +110,7 @@ def test_config_is_the_one_it_came_from(name: str, tmp_path: Path) -> None:
 def test_more_gguf_families_in_transformers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As their own class, or the one they amount to; MiniCPM's stored logits are of weights that were rounded."""
+    """As their own class, or the one they amount to. MiniCPM's stored logits are of weights rounded later."""
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
     convert(open_checkpoint(str(MORE / f"{name}.gguf")), "dense", tmp_path / "out", dtype="f32")
     stored = load_file(MORE / f"{name}.safetensors")

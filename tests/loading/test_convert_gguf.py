@@ -106,9 +106,7 @@ def test_family_there_and_back(original: Path, tmp_path: Path, monkeypatch: pyte
         else:
             assert np.array_equal(wanted, found), tensor
     check_keys(original, out)
-    a, b = (
-        by_lowbit(path, original.with_suffix(".safetensors"), monkeypatch) for path in (original, out)
-    )
+    a, b = (by_lowbit(path, original.with_suffix(".safetensors"), monkeypatch) for path in (original, out))
     assert (a - b).abs().max() <= 1e-5 * a.abs().max()
     first, second = (load_tokenizer(open_checkpoint(str(path))) for path in (original, out))
     for text in ("the hour", " and  an", "hinder the ant\n"):
@@ -156,7 +154,9 @@ def fused(name: str, groups: dict[str, tuple[str, ...]], out: Path) -> None:
         for whole, (first, *others) in groups.items():
             if f".{first}." in tensor:
                 rest = [values.pop(tensor.replace(first, other)) for other in others]
-                values[tensor.replace(first, whole)] = torch.cat([values.pop(tensor), *rest], -2 if "weight" in tensor else 0)
+                values[tensor.replace(first, whole)] = torch.cat(
+                    [values.pop(tensor), *rest], -2 if "weight" in tensor else 0
+                )
     tensors = [
         GgufTensor(n, "F32", tuple(v.shape), v.float().contiguous().numpy().tobytes())
         for n, v in values.items()

@@ -75,7 +75,7 @@ class SourceModule:
         order = torch.arange(self.place.part.shape[0]) if order is None else order
         found, start = [], 0
         for part in self.parts:
-            rows, columns = part.shape
+            rows = part.shape[0]
             module = StoredModule(part.name, part.name, part.shape)
             share = self.nbytes * rows // self.place.part.shape[0]
             place = replace(self.place, part=part, rotary_heads=0, groups=0, interleaved=False)
@@ -187,8 +187,8 @@ class SourceModel:
                 kinds = " and ".join(sorted({str(one.weight.scheme) for one in found}))
                 raise LowbitError(
                     "E0450",
-                    f"{self.header.root.name}: {module.target.name} is one matrix in Hugging Face folders, and "
-                    f"its parts are {kinds} here; convert the original model",
+                    f"{self.header.root.name}: {module.target.name} is one matrix in Hugging Face folders, "
+                    f"and its parts are {kinds} here; convert the original model",
                 )
             biases = [one.bias for one in found if one.bias is not None]
             weight, bias = joined, torch.cat(biases) if biases else None
@@ -283,7 +283,9 @@ class _Walk(Asker):
         for row in range(heads):
             stem = f"{norm.name.removesuffix('.weight')}.norms.{row}"
             target = f"{hf_name(self.family, stem)}.weight"
-            found.append(SourceVector(f"{stem}.weight", target, norm.stored, 0.0, norm.nbytes // heads, row=row))
+            found.append(
+                SourceVector(f"{stem}.weight", target, norm.stored, 0.0, norm.nbytes // heads, row=row)
+            )
         return found
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:

@@ -215,7 +215,16 @@ def _lost_of_experts(before: MoeConfig | None, after: MoeConfig | None) -> list[
     """Of the fields that say how tokens are sent to experts; the others say how these are stored."""
     if before is None or after is None:
         return [] if before is after else ["moe"]
-    names = ["experts", "per_token", "intermediate_size", "layers", "routing", "shared_size", "scale", "groups"]
+    names = [
+        "experts",
+        "per_token",
+        "intermediate_size",
+        "layers",
+        "routing",
+        "shared_size",
+        "scale",
+        "groups",
+    ]
     names += ["kept_groups"] if before.groups > 1 else []
     names += ["renormalize"] if before.routing != "top_k_softmax" else []
     return [f"moe.{name}" for name in names if not _alike(getattr(before, name), getattr(after, name))]

@@ -284,19 +284,23 @@ def _glm4(header: CheckpointHeader, config: ModelConfig) -> Json:
 def _glm4_moe(header: CheckpointHeader, config: ModelConfig) -> Json:
     moe = config.moe
     assert moe is not None, "the family has experts"
-    return _glm(header, config) | _class("glm4_moe", "Glm4MoeForCausalLM") | {
-        "use_qk_norm": bool(config.qk_norm),
-        "n_routed_experts": moe.experts,
-        "num_experts_per_tok": moe.per_token,
-        "moe_intermediate_size": moe.intermediate_size,
-        "n_shared_experts": moe.shared_size // moe.intermediate_size,
-        "first_k_dense_replace": config.layers - len(moe.layers),
-        "n_group": moe.groups,
-        "topk_group": moe.kept_groups,
-        "norm_topk_prob": moe.renormalize,
-        "routed_scaling_factor": shortest(moe.scale),
-        "num_nextn_predict_layers": 0,  # left out
-    }
+    return (
+        _glm(header, config)
+        | _class("glm4_moe", "Glm4MoeForCausalLM")
+        | {
+            "use_qk_norm": bool(config.qk_norm),
+            "n_routed_experts": moe.experts,
+            "num_experts_per_tok": moe.per_token,
+            "moe_intermediate_size": moe.intermediate_size,
+            "n_shared_experts": moe.shared_size // moe.intermediate_size,
+            "first_k_dense_replace": config.layers - len(moe.layers),
+            "n_group": moe.groups,
+            "topk_group": moe.kept_groups,
+            "norm_topk_prob": moe.renormalize,
+            "routed_scaling_factor": shortest(moe.scale),
+            "num_nextn_predict_layers": 0,  # left out
+        }
+    )
 
 
 def _exaone4(header: CheckpointHeader, config: ModelConfig) -> Json:
