@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from formats.helpers import FIXTURES
 from formats.writing_cases import cruel, fixtures_it_takes, scheme
@@ -145,6 +146,69 @@ def test_as_the_converter_writes_it(
     assert torch.equal(a, b)
 
 
+SCALES = {"embedding_multiplier": 4.0, "residual_multiplier": 0.5, "logits_scaling": 1.5}
+FOUR = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+PLAIN = {
+    key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "intermediate_size")
+}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 131}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+THREE_QUARTERS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+SAVED: dict[str, dict[str, object]] = {
+    "Qwen2Moe with yarn": SIZES
+    | FOUR
+    | {"num_experts": 4, "shared_expert_intermediate_size": 64, "rope_parameters": YARN},
+    "Qwen3Moe": SIZES | FOUR | {"num_experts": 4, "norm_topk_prob": True},
+    "Granite with biases": SIZES | SCALES | {"attention_bias": True, "mlp_bias": True},
+    "GraniteMoe": SIZES | SCALES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoeShared": SIZES
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+    "Olmo2 with biases": SIZES | {"attention_bias": True},
+    "Olmo3": SIZES | {"sliding_window": 20},
+    "SmolLM3 with biases": SIZES | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN},
+    "StableLm": SIZES | {"use_parallel_residual": True, "use_qkv_bias": True},
+    "Cohere with biases": SIZES | {"use_qk_norm": True, "attention_bias": True},
+    "Cohere2": SIZES | {"sliding_window": 20},
+    "Glm4 with biases": SIZES | {"head_dim": 32, "attention_bias": True},
+    "Glm4Moe": SIZES
+    | FOUR
+    | {
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 2,
+    },
+    "Exaone4": SIZES | {"sliding_window": 20, "sliding_window_pattern": 4},
+    "Starcoder2 without biases": SIZES | {"use_bias": False},
+    "Phi": SIZES,
+    "Phi3 that turns three quarters": SIZES | {"rope_parameters": THREE_QUARTERS},
+    "Falcon of 11B": PLAIN
+    | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "Falcon with all heads": PLAIN | {"multi_query": False},
+    "GPTNeoX": PLAIN | {"intermediate_size": 96, "rope_parameters": THREE_QUARTERS | {"rope_theta": 5e3}},
+    "GPT2 with a head": GPT2 | {"n_inner": 96, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_as_transformers_saves_it(case: str, tmp_path: Path) -> None:
+    """Folder -> GGUF -> folder: transformers' logits from its own folder, in each."""
+    oracle = saved(case.split()[0], tmp_path / "a", **SAVED[case])
+    making_tokenizer(tmp_path / "a")
+    convert(open_checkpoint(str(tmp_path / "a")), "gguf", tmp_path / "a.gguf")
+    check_logits(tmp_path / "a.gguf", oracle)
+    convert(open_checkpoint(str(tmp_path / "a.gguf")), "dense", tmp_path / "b")
+    again, told = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "b", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(again) is type(oracle) and not any(told.values()), told
+    tokens = torch.arange(1, 100)[None]
+    with torch.no_grad():
+        wanted, found = oracle(tokens).logits, again(tokens).logits
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
 def fused(name: str, groups: dict[str, tuple[str, ...]], out: Path) -> None:
     """A converter's file with some modules of each block one below another, as other converters have them."""
     [path] = FIXTURES.glob(f"gguf*families/{name}.gguf")
@@ -207,8 +271,7 @@ def test_other_cuts_give_the_same_folder(name: str, tmp_path: Path) -> None:
 
 def test_norms_of_each_head(tmp_path: Path) -> None:
     """StableLM 2 12B: a norm for each head in folders, one tensor (heads, head_dim) in GGUF files."""
-    values = SIZES | {"qk_layernorm": True, "use_parallel_residual": True}
-    oracle = saved("StableLm", tmp_path / "a", **values)
+    oracle = saved("StableLm", tmp_path / "a", **SIZES, qk_layernorm=True, use_parallel_residual=True)
     for number in ("a", "b"):
         making_tokenizer(tmp_path / number)
         convert(open_checkpoint(str(tmp_path / number)), "gguf", tmp_path / f"{number}.gguf")
@@ -236,7 +299,7 @@ def test_norms_of_each_head(tmp_path: Path) -> None:
 def test_what_metadata_cannot_say(kind: str, changes: dict[str, object], lost: str, tmp_path: Path) -> None:
     small = SIZES | {"num_experts": 4, "num_experts_per_tok": 2} if kind.endswith("Moe") else SIZES
     if kind == "GPT2":
-        small = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 131}
+        small = GPT2
     saved(kind, tmp_path / "folder", **small | changes)
     making_tokenizer(tmp_path / "folder")
     with pytest.raises(LowbitError, match=rf"E0450.*cannot say .*{lost}"):

@@ -49,8 +49,7 @@ def hf_config(header: CheckpointHeader, config: ModelConfig, read: ReadTensor) -
     scaling = _rope_scaling(header, config, read)
     by_layer = values.get("rope_parameters")
     if isinstance(by_layer, dict):
-        by_layer["full_attention"] |= scaling
-        return values
+        by_layer["full_attention"] |= scaling  # transformers 4 reads the other spelling
     return values | ({"rope_scaling": scaling} if scaling else {})
 
 
