@@ -32,7 +32,6 @@ FAMILIES = sorted(path.stem for path in GGUF.glob("*.gguf"))
 REFUSED = {
     "deepseek2": "cut its latent attention",
     "deepseek3": "cut its latent attention",
-    "gpt_oss": "(in, out)",
 }
 WRITTEN = [name for name in FAMILIES if name not in REFUSED]
 WRITTEN_MORE = sorted(path.stem for path in MORE.glob("*.gguf"))

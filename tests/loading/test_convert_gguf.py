@@ -35,7 +35,7 @@ from models.family_cases import SIZES, check_logits, saved
 
 GGUF = FIXTURES / "gguf_families"
 MORE = FIXTURES / "gguf_more_families"
-REFUSED = ("deepseek2", "deepseek3", "gpt_oss")
+REFUSED = ("deepseek2", "deepseek3")
 FAMILIES = [path for path in sorted(GGUF.glob("*.gguf")) if path.stem not in REFUSED]
 MORE_FAMILIES = sorted(path.stem for path in MORE.glob("*.gguf"))
 # What the converter derives otherwise: names, counts and its own version; the vocabularies' pre-tokenizer.
@@ -179,6 +179,8 @@ SAVED: dict[str, dict[str, object]] = {
         "n_group": 2,
         "topk_group": 2,
     },
+    "GptOss": SIZES
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 20},
     "Exaone4": SIZES | {"sliding_window": 20, "sliding_window_pattern": 4},
     "Starcoder2 without biases": SIZES | {"use_bias": False},
     "Phi": SIZES,
@@ -267,6 +269,17 @@ def test_other_cuts_give_the_same_folder(name: str, tmp_path: Path) -> None:
     assert a.keys() == b.keys()
     for tensor, values in a.items():
         assert torch.equal(values, b[tensor]), tensor
+
+
+def test_stacks_of_mxfp4(tmp_path: Path) -> None:
+    """gpt-oss: stacks of gate and up rows in turn and back, the converter's own bytes."""
+    original, out = GGUF / "gpt_oss.gguf", tmp_path / "out.gguf"
+    convert(open_checkpoint(str(original)), "mxfp4", tmp_path / "folder")
+    convert(open_checkpoint(str(tmp_path / "folder")), "gguf", out)
+    before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (original, out))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.tensor_type == after[name].tensor_type and np.array_equal(tensor.data, after[name].data)
 
 
 def test_norms_of_each_head(tmp_path: Path) -> None:
@@ -365,7 +378,7 @@ def test_scales_that_are_no_f16() -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    fixtures_it_takes(GgufWriter, "gptq", "compressed_tensors", "auto_round"),
+    fixtures_it_takes(GgufWriter, "gptq", "compressed_tensors", "auto_round", "mxfp4"),
     ids=lambda f: f"{f.parent.name}-{f.name}",
 )
 def test_quantized_folders(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +390,7 @@ def test_quantized_folders(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     except LowbitError as error:
         assert "not exact in f16" in error.message, error.message
         return
-    before, after = (SourceModel(open_checkpoint(str(p))) for p in (folder, tmp_path / "out.gguf"))
+    before, after = (SourceModel(open_checkpoint(str(p))).for_gguf() for p in (folder, tmp_path / "out.gguf"))
     theirs = {module.place.part.name: module for module in after.modules}
     with TensorData(before.header) as old, TensorData(after.header) as new:
         for module in before.modules:

@@ -212,7 +212,7 @@ class _Plan:
         found = [_Entry(f"{stem}.weight", type_of(scheme), part.target.shape, (part,))]
         if found[0].type == "NVFP4":
             found.append(_Entry(f"{stem}.scale", "F32", (1,), (part,), "scale"))
-        if any(name.endswith("bias") for name in self.source.form.tensors_of(part.place.module)):
+        if self._has_bias(part):
             found.append(_Entry(f"{stem}.bias", "F32", part.target.shape[:1], (part,), "bias"))
         return found
 
@@ -229,7 +229,13 @@ class _Plan:
         found = [_Entry(f"{stem}.weight", kind, (len(members), *modules[0].target.shape), members)]
         if kind == "NVFP4":
             found.append(_Entry(f"{stem}.scale", "F32", (len(members),), members, "scale"))
+        if self._has_bias(modules[0]):
+            shape = (len(members), modules[0].target.shape[0])
+            found.append(_Entry(f"{stem}.bias", "F32", shape, members, "bias"))
         return found
+
+    def _has_bias(self, part: SourceModule) -> bool:
+        return any(name.endswith("bias") for name in self.source.form.tensors_of(part.place.module))
 
 
 class _Contents:

@@ -28,7 +28,14 @@ from lowbit.loading.opened import Opened, Target
 from lowbit.loading.planner import PlannedEmbedding
 from lowbit.models.config import ModelConfig
 from lowbit.models.hf_config import hf_config
-from lowbit.models.hf_names import fused_in_folders, fused_in_gguf, hf_name, norms_by_heads, stacked_name
+from lowbit.models.hf_names import (
+    fused_in_folders,
+    fused_in_gguf,
+    hf_name,
+    in_turn,
+    norms_by_heads,
+    stacked_name,
+)
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme, dense
@@ -328,18 +335,20 @@ class _Walk(Asker):
             nbytes = sum(one.nbytes for one in made)
             made = [SourceModule(first.target, place, first.scheme, nbytes, more, parts=tuple(parts))]
         if wanted:
-            made = [replace(made[0], rows=self._by_groups(parts))]
+            made = [replace(made[0], rows=self._order_in_folders(parts))]
         return [replace(one, target=self._target(one.place)) for one in made]
 
-    def _by_groups(self, parts: list[Part]) -> Tensor | None:
-        """The rows of Q, K and V, one below another here, as checkpoints of the family have them in turn."""
-        if not self.family.grouped_qkv or not parts[0].rotary_heads:
+    def _order_in_folders(self, parts: list[Part]) -> Tensor | None:
+        """int64: the rows of parts that lie one below another, in the order of the family's checkpoints."""
+        rows, spec = sum(part.shape[0] for part in parts), Placed(parts[0], StoredModule("", "", (0, 0)))
+        if in_turn(self.family.name) and not parts[0].rotary_heads:
+            spec = replace(spec, interleaved=True)
+        elif self.family.grouped_qkv and parts[0].rotary_heads:
+            groups = parts[1].rotary_heads
+            spec = replace(spec, groups=groups, group_heads=parts[0].rotary_heads // groups + 2)
+        else:
             return None
-        rows, groups = sum(part.shape[0] for part in parts), parts[1].rotary_heads
-        whole = StoredModule("", "", (rows, parts[0].shape[1]))
-        heads = parts[0].rotary_heads // groups + 2
-        place = Placed(Part("", whole.shape), whole, groups=groups, group_heads=heads)
-        order = row_order(place, self.header)
+        order = row_order(replace(spec, part=replace(parts[0], shape=(rows, 0))), self.header)
         return None if order is None else order.argsort()
 
     def _target(self, place: Placed) -> StoredModule:
@@ -353,7 +362,8 @@ class _Walk(Asker):
         stack = stacked_name(self.family.name, name) if self.in_gguf else None
         if stack is not None:
             stored, number = stack
-            return StoredModule(name, stored, shape, number, place.module.experts)
+            turned = in_turn(self.family.name)
+            return StoredModule(name, stored, shape, number, place.module.experts, transposed=turned)
         stored = hf_name(self.family, name) if self.in_gguf else name
         transposed = self.in_gguf and self.family.transposed and ".layers." in name
         return StoredModule(name, stored, shape, transposed=transposed)

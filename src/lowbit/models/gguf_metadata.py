@@ -1,7 +1,7 @@
 """The metadata of a GGUF file for a model: the keys llama.cpp's converter writes, from the parsed config.
 
-The other way round than ``config`` and ``families`` read them; gpt-oss and DeepSeek, whose tensors GGUF cuts
-anew, are refused, and BitNet, whose kind of file says nothing of its inputs. ``lost`` says what a family's
+The other way round than ``config`` and ``families`` read them; DeepSeek, whose tensors GGUF cuts anew, is
+refused, and BitNet, whose kind of file says nothing of its inputs. ``lost`` says what a family's
 GGUF files have no key for.
 """
 
@@ -53,9 +53,10 @@ ARCHITECTURES = {
     "falcon": "falcon",
     "gpt_neox": "gptneox",
     "gpt2": "gpt2",
+    "gpt_oss": "gpt-oss",
 }
 # Families whose windows have a key, and those whose files also list the layers that have one.
-_WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4")
+_WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss")
 _PATTERNED = ("olmo3", "exaone4")
 # Windows that GGUF files of the family have no key for: left out, and told.
 UNSAID_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
@@ -118,7 +119,7 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
 
 def _experts(family: str, config: ModelConfig, moe: MoeConfig) -> dict[str, object]:
     values: dict[str, object] = {"expert_count": moe.experts, "expert_used_count": moe.per_token}
-    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe"):
+    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss"):
         values["expert_feed_forward_length"] = moe.intermediate_size
     if family in ("qwen2_moe", "granitemoe") and moe.shared_size:
         values["expert_shared_feed_forward_length"] = moe.shared_size

@@ -118,11 +118,8 @@ BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(
 # Families that GGUF files hold otherwise than checkpoints do, by either name, and in which way.
 _LATENT = "GGUF files cut its latent attention by heads"
 _BITNET = "GGUF files do not say how its inputs are quantized"
-_GPT_OSS = "its experts lie as (in, out), gate and up in turn, in one and as (out, in), apart, in the other"
 CUT_OTHERWISE = {
     "deepseek": _LATENT,
     "deepseek2": _LATENT,
-    "gpt_oss": _GPT_OSS,
-    "gpt-oss": _GPT_OSS,
     "bitnet": _BITNET,
 }

@@ -4,9 +4,9 @@ The other way round than ``families``: the same keys, from the sizes and constan
 What GGUF files leave out (formats of the fixtures' README) is the family's knowledge, as when reading: no
 sliding window for Mistral, renormalized experts. Llama 3's frequency divisors, a tensor in GGUF, are put
 back into the four numbers they were made from. Families that transformers has no class for become the class
-they amount to: InternLM 2, Baichuan 7B and EXAONE 3 are Llama, MiniCPM is Granite. gpt-oss and DeepSeek are
-refused: their GGUF tensors are cut otherwise than their checkpoints'; so is BitNet, whose files do not say
-how its inputs are quantized.
+they amount to: InternLM 2, Baichuan 7B and EXAONE 3 are Llama, MiniCPM is Granite. DeepSeek is refused: its
+GGUF tensors are cut otherwise than its checkpoints'; so is BitNet, whose files do not say how its inputs are
+quantized.
 """
 
 from __future__ import annotations
@@ -385,6 +385,14 @@ def _gpt2(header: CheckpointHeader, config: ModelConfig) -> Json:
     }
 
 
+def _gpt_oss(header: CheckpointHeader, config: ModelConfig) -> Json:
+    moe = config.moe
+    assert moe is not None, "the family has experts"
+    values = _class("gpt_oss", "GptOssForCausalLM") | _windows(config)
+    values |= {"num_local_experts": moe.experts, "num_experts_per_tok": moe.per_token}
+    return values | {"intermediate_size": moe.intermediate_size, "hidden_act": "silu", "swiglu_limit": 7.0}
+
+
 _FAMILIES: dict[str, Callable[[CheckpointHeader, ModelConfig], Json]] = {
     "llama": _llama,
     "mixtral": _mixtral,
@@ -416,6 +424,7 @@ _FAMILIES: dict[str, Callable[[CheckpointHeader, ModelConfig], Json]] = {
     "baichuan": _llama,
     "exaone": _llama,
     "minicpm": _granite,
+    "gpt-oss": _gpt_oss,
 }
 # Keys of the usual config that a class has others for.
 _LAYER_NORM = ("rms_norm_eps",)
@@ -449,6 +458,8 @@ def _rope_scaling(header: CheckpointHeader, config: ModelConfig, read: ReadTenso
                 "beta_fast": shortest(scaling.beta_fast),
                 "beta_slow": shortest(scaling.beta_slow),
             }
+            if not scaling.truncate:
+                found["truncate"] = False
             factor = scaling.attention_factor
             return found if factor is None else found | {"attention_factor": shortest(factor)}
     if scaling.tensor == "rope_freqs.weight":

@@ -11,8 +11,8 @@ import re
 
 from lowbit.models.registry import Family
 
-# Written as Llama or Granite.
-WRITTEN_AS_OTHERS = frozenset(("internlm2", "baichuan", "minicpm", "exaone"))
+# Written as Llama or Granite; gpt-oss' aliases are of other tools.
+_CANONICAL = frozenset(("internlm2", "baichuan", "minicpm", "exaone", "gpt_oss"))
 
 _QKV, _GATE_UP = "qkv_proj", "gate_up_proj"
 # In both: Q, K and V, or gate and up, one below another in GGUF.
@@ -24,20 +24,21 @@ _FUSED = {
     "gpt_neox": frozenset((_QKV,)),
     "falcon": frozenset((_QKV,)),
 }
-_FUSED_IN_FOLDERS = _FUSED | {"granitemoe": frozenset((_GATE_UP,))}
+_FUSED_IN_FOLDERS = _FUSED | {name: frozenset((_GATE_UP,)) for name in ("granitemoe", "gpt_oss")}
 # Experts that lie in one tensor: its name under the layer.
 _STACKS = {
     "granitemoe": {
         "gate_up_proj": "block_sparse_moe.input_linear.weight",
         "down_proj": "block_sparse_moe.output_linear.weight",
-    }
+    },
+    "gpt_oss": {"gate_up_proj": "mlp.experts.gate_up_proj", "down_proj": "mlp.experts.down_proj"},
 }
 _EXPERT = re.compile(r"(model\.layers\.\d+\.)mlp\.experts\.(\d+)\.(\w+)")
 
 
 def hf_name(family: Family, canonical: str) -> str:
     """The module's name in a folder of the family."""
-    if family.name in WRITTEN_AS_OTHERS:
+    if family.name in _CANONICAL:
         return canonical
     spelled = (re.sub(pattern, replacement, canonical) for pattern, replacement in family.aliases)
     return next((name for name in spelled if name != canonical), canonical)
@@ -64,3 +65,8 @@ def fused_in_gguf(family: str) -> frozenset[str]:
 def norms_by_heads(family: str) -> bool:
     """Whether folders have a tensor for each head where GGUF files have one of all heads' norms."""
     return family == "stablelm"
+
+
+def in_turn(family: str) -> bool:
+    """Whether the experts of folders have rows of gate and up in turn, plain ones as (in, out)."""
+    return family == "gpt_oss"
