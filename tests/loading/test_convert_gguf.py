@@ -271,6 +271,13 @@ def test_other_cuts_give_the_same_folder(name: str, tmp_path: Path) -> None:
         assert torch.equal(values, b[tensor]), tensor
 
 
+def test_fused_rows_of_rotary_pairs_are_refused(tmp_path: Path) -> None:
+    """Llama's Q and K lie in another order in GGUF files: nobody writes them in one tensor with V."""
+    fused("llama", {"attn_qkv": QKV}, tmp_path / "fused.gguf")
+    with pytest.raises(LowbitError, match=r"E0241.*'blk\.0\.attn_qkv' holds Q, K and V in one tensor"):
+        load_model(open_checkpoint(str(tmp_path / "fused.gguf")), device="cpu")
+
+
 def test_stacks_of_mxfp4(tmp_path: Path) -> None:
     """gpt-oss: stacks of gate and up rows in turn and back, the converter's own bytes."""
     original, out = GGUF / "gpt_oss.gguf", tmp_path / "out.gguf"
