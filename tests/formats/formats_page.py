@@ -8,6 +8,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from formats.conversions import conversions
 from formats.lossless import section
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
@@ -95,7 +96,7 @@ def page() -> str:
             writers[fmt.name].writes if fmt.name in writers else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *section()]
+    lines += ["", *section(), "", *conversions()]
     lines += ["", "## Recognised and refused", "", "| method | why, and what to do |", "| --- | --- |"]
     lines += [f"| `{method}` | {why} |" for method, why in sorted(REFUSED.items())]
     lines += [

@@ -42,6 +42,7 @@ def models() -> dict[Path, SourceModel]:
 def refused(source: SourceModel, form: str) -> LowbitError | None:
     """Why the format cannot hold the checkpoint; None where every module fits."""
     try:
+        source = source.for_gguf() if form == "gguf" else source
         work = Work(source, form, None, None)
         if isinstance(work.writer, GgufWriter):
             architecture_for(source.family.name, source.header.root.name)

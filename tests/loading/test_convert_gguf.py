@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from formats.helpers import FIXTURES
 from formats.writing_cases import cruel, fixtures_it_takes, scheme
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
@@ -26,24 +31,25 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 from lowbit.tokenization import load_tokenizer
+from models.family_cases import SIZES, check_logits, saved
 
 GGUF = FIXTURES / "gguf_families"
-FAMILIES = [
-    *(
-        "gemma2",
-        "gemma3",
-        "llama",
-        "mistral",
-        "mixtral",
-        "phi3",
-        "phi3_longrope",
-        "qwen2",
-        "qwen3",
-        "qwen3moe",
-    ),
-]
-# What the converter derives otherwise: names, counts and its own version.
-OWN = ("general.name", "general.size_label", "general.file_type", "general.finetune", "general.basename")
+MORE = FIXTURES / "gguf_more_families"
+REFUSED = ("deepseek2", "deepseek3")
+FAMILIES = [path for path in sorted(GGUF.glob("*.gguf")) if path.stem not in REFUSED]
+MORE_FAMILIES = sorted(path.stem for path in MORE.glob("*.gguf"))
+# What the converter derives otherwise: names, counts and its own version; the vocabularies' pre-tokenizer.
+OWN = (
+    *("general.name", "general.size_label", "general.file_type", "general.finetune", "general.basename"),
+    *("general.version", "tokenizer.ggml.scores", "tokenizer.ggml.pre"),
+)
+# Keys that the converter writes otherwise, and why.
+OTHERWISE = {
+    "phi3_longrope": {"phi3.attention.sliding_window"},  # beyond the context, and left out
+    "glm4moe": {"glm4moe.block_count", "glm4moe.nextn_predict_layers"},  # without those that predict
+    "falcon_7b": {"falcon.context_length"},  # 2048 to the converter, whatever config.json says
+    "falcon_40b": {"falcon.context_length"},
+}
 
 
 def fields(path: Path) -> dict[str, object]:
@@ -51,45 +57,274 @@ def fields(path: Path) -> dict[str, object]:
     return {f.name: f.contents() for f in reader.fields.values() if not f.name.startswith("GGUF.")}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_family_there_and_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def making_tokenizer(folder: Path) -> None:
+    """The tokenizer of the fixtures beside a model that was saved without one."""
+    convert(open_checkpoint(str(GGUF / "llama.gguf")), "dense", folder.parent / f"{folder.name}-llama")
+    for path in (folder.parent / f"{folder.name}-llama").glob("tokenizer*.json"):
+        (folder / path.name).write_bytes(path.read_bytes())
+
+
+def check_keys(theirs: Path, mine: Path) -> None:
+    """Every key of the converter's file, with its value; mine may have more, which readers do without."""
+    wanted, found = fields(theirs), fields(mine)
+    unlike = set()
+    for key, value in wanted.items():
+        alike = found.get(key) == value
+        if isinstance(value, float) and isinstance(found.get(key), float):
+            alike = found[key] == pytest.approx(value, rel=1e-6)
+        if not alike and not key.startswith(OWN):
+            unlike.add(key)
+    assert unlike == OTHERWISE.get(theirs.stem, set())
+
+
+def values_of(path: Path) -> dict[str, np.ndarray]:
+    tensors = gguf.GGUFReader(path).tensors
+    return {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in tensors}
+
+
+def by_lowbit(path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
+    ids = load_file(tokens)["tokens"].flatten().tolist()
+    [logits] = prompt_logits(load_model(open_checkpoint(str(path)), device="cpu", dtype="float32"), [ids])
+    return logits
+
+
+@pytest.mark.parametrize("original", FAMILIES, ids=lambda path: path.stem)
+def test_family_there_and_back(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GGUF -> folder -> GGUF: the converter's tensors and keys, the values to the last bit."""
-    original, out = GGUF / f"{name}.gguf", tmp_path / "out.gguf"
+    out = tmp_path / "out.gguf"
     convert(open_checkpoint(str(original)), "dense", tmp_path / "folder")
     convert(open_checkpoint(str(tmp_path / "folder")), "gguf", out)
-    before = {t.name: t for t in gguf.GGUFReader(original).tensors}
-    after = {t.name: t for t in gguf.GGUFReader(out).tensors}
+    before, after = values_of(original), values_of(out)
     assert before.keys() == after.keys()
-    for tensor, theirs in before.items():
-        wanted = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
-        found = gguf.quants.dequantize(after[tensor].data, after[tensor].tensor_type)
+    for tensor, wanted in before.items():
+        found = after[tensor]
         assert wanted.shape == found.shape
         if tensor.startswith("rope_"):
             assert np.allclose(wanted, found, rtol=1e-6, atol=0), tensor
-        elif name.startswith("gemma") and tensor.endswith("norm.weight"):
+        elif original.stem.startswith("gemma") and tensor.endswith("norm.weight"):
             assert np.allclose(wanted, found, rtol=0, atol=2.0**-23), tensor  # 1 taken off, and added again
         else:
             assert np.array_equal(wanted, found), tensor
-    keys, mine = fields(original), fields(out)
-    for key, value in keys.items():
-        # Keys that repeat what another says, or that only its own vocabulary has.
-        if key.startswith(("tokenizer.ggml.scores", *OWN)) or key not in mine:
-            continue
-        found = mine[key]
-        if isinstance(value, float):
-            assert found == pytest.approx(value, rel=1e-6), key
-        elif key != "tokenizer.ggml.pre":
-            assert found == value, key
-    monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
-    tokens = load_file(GGUF / f"{name}.safetensors")["tokens"].flatten().tolist()
-    [a], [b] = (
-        prompt_logits(load_model(open_checkpoint(str(path)), device="cpu", dtype="float32"), [tokens])
-        for path in (original, out)
-    )
+    check_keys(original, out)
+    a, b = (by_lowbit(path, original.with_suffix(".safetensors"), monkeypatch) for path in (original, out))
     assert (a - b).abs().max() <= 1e-5 * a.abs().max()
     first, second = (load_tokenizer(open_checkpoint(str(path))) for path in (original, out))
     for text in ("the hour", " and  an", "hinder the ant\n"):
         assert first.encode(text) == second.encode(text)
+
+
+@pytest.fixture(scope="module")
+def making() -> ModuleType:
+    """The script that made the files of more families: it makes their checkpoints anew."""
+    spec = importlib.util.spec_from_file_location("making_more_families", MORE / "make.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = path
+    return module
+
+
+@pytest.mark.parametrize("name", MORE_FAMILIES)
+def test_as_the_converter_writes_it(
+    name: str, making: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that llama.cpp's converter made its file of: the same tensors, names, rows and keys."""
+    folder, out, theirs = tmp_path / "folder", tmp_path / "out.gguf", MORE / f"{name}.gguf"
+    folder.mkdir()
+    making.build(name, folder)
+    convert(open_checkpoint(str(folder)), "gguf", out)
+    wanted, found = values_of(theirs), values_of(out)
+    assert wanted.keys() == found.keys()
+    for tensor, values in wanted.items():
+        assert np.array_equal(values, found[tensor]), tensor
+    check_keys(theirs, out)
+    a, b = (by_lowbit(path, theirs.with_suffix(".safetensors"), monkeypatch) for path in (theirs, out))
+    assert torch.equal(a, b)
+
+
+SCALES = {"embedding_multiplier": 4.0, "residual_multiplier": 0.5, "logits_scaling": 1.5}
+FOUR = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+PLAIN = {
+    key: value for key, value in SIZES.items() if key not in ("num_key_value_heads", "intermediate_size")
+}
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 131}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+THREE_QUARTERS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+SAVED: dict[str, dict[str, object]] = {
+    "Qwen2Moe with yarn": SIZES
+    | FOUR
+    | {"num_experts": 4, "shared_expert_intermediate_size": 64, "rope_parameters": YARN},
+    "Qwen3Moe": SIZES | FOUR | {"num_experts": 4, "norm_topk_prob": True},
+    "Granite with biases": SIZES | SCALES | {"attention_bias": True, "mlp_bias": True},
+    "GraniteMoe": SIZES | SCALES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoeShared": SIZES
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+    "Olmo2 with biases": SIZES | {"attention_bias": True},
+    "Olmo3": SIZES | {"sliding_window": 20},
+    "SmolLM3 with biases": SIZES | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN},
+    "StableLm": SIZES | {"use_parallel_residual": True, "use_qkv_bias": True},
+    "Cohere with biases": SIZES | {"use_qk_norm": True, "attention_bias": True},
+    "Cohere2": SIZES | {"sliding_window": 20},
+    "Glm4 with biases": SIZES | {"head_dim": 32, "attention_bias": True},
+    "Glm4Moe": SIZES
+    | FOUR
+    | {
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 2,
+    },
+    "GptOss": SIZES
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 20},
+    "Exaone4": SIZES | {"sliding_window": 20, "sliding_window_pattern": 4},
+    "Starcoder2 without biases": SIZES | {"use_bias": False},
+    "Phi": SIZES,
+    "Phi3 that turns three quarters": SIZES | {"rope_parameters": THREE_QUARTERS},
+    "Falcon of 11B": PLAIN
+    | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    "Falcon with all heads": PLAIN | {"multi_query": False},
+    "GPTNeoX": PLAIN | {"intermediate_size": 96, "rope_parameters": THREE_QUARTERS | {"rope_theta": 5e3}},
+    "GPT2 with a head": GPT2 | {"n_inner": 96, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_as_transformers_saves_it(case: str, tmp_path: Path) -> None:
+    """Folder -> GGUF -> folder: transformers' logits from its own folder, in each."""
+    oracle = saved(case.split()[0], tmp_path / "a", **SAVED[case])
+    making_tokenizer(tmp_path / "a")
+    convert(open_checkpoint(str(tmp_path / "a")), "gguf", tmp_path / "a.gguf")
+    check_logits(tmp_path / "a.gguf", oracle)
+    convert(open_checkpoint(str(tmp_path / "a.gguf")), "dense", tmp_path / "b")
+    again, told = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "b", dtype=torch.float32, output_loading_info=True
+    )
+    assert type(again) is type(oracle) and not any(told.values()), told
+    tokens = torch.arange(1, 100)[None]
+    with torch.no_grad():
+        wanted, found = oracle(tokens).logits, again(tokens).logits
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+def fused(name: str, groups: dict[str, tuple[str, ...]], out: Path) -> None:
+    """A converter's file with some modules of each block one below another, as other converters have them."""
+    [path] = FIXTURES.glob(f"gguf*families/{name}.gguf")
+    header = open_checkpoint(str(path))
+    values = {tensor: torch.from_numpy(array.copy()) for tensor, array in values_of(path).items()}
+    for tensor in list(values):
+        for whole, (first, *others) in groups.items():
+            if f".{first}." in tensor:
+                rest = [values.pop(tensor.replace(first, other)) for other in others]
+                values[tensor.replace(first, whole)] = torch.cat(
+                    [values.pop(tensor), *rest], -2 if "weight" in tensor else 0
+                )
+    tensors = [
+        GgufTensor(n, "F32", tuple(v.shape), v.float().contiguous().numpy().tobytes())
+        for n, v in values.items()
+    ]
+    write_gguf(out, header.metadata, tensors)
+
+
+def cut(name: str, whole: str, stems: tuple[str, ...], rows: tuple[int, ...], out: Path) -> None:
+    """The other way round."""
+    [path] = FIXTURES.glob(f"gguf*families/{name}.gguf")
+    tensors = []
+    for tensor, array in values_of(path).items():
+        pieces = {tensor: torch.from_numpy(array.copy()).float()}
+        if f".{whole}." in tensor:
+            split = pieces.pop(tensor).split(rows)
+            pieces = {tensor.replace(whole, stem): piece for stem, piece in zip(stems, split, strict=True)}
+        tensors += [
+            GgufTensor(n, "F32", tuple(v.shape), v.contiguous().numpy().tobytes()) for n, v in pieces.items()
+        ]
+    write_gguf(out, open_checkpoint(str(path)).metadata, tensors)
+
+
+QKV = ("attn_q", "attn_k", "attn_v")
+GATE_UP = {"ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
+OTHER_CUTS = {
+    "phi2": lambda out: fused("phi2", {"attn_qkv": QKV}, out),
+    "chatglm": lambda out: fused("chatglm", {"attn_qkv": QKV}, out),
+    "qwen3moe": lambda out: fused("qwen3moe", GATE_UP, out),
+    "granitemoe": lambda out: fused("granitemoe", GATE_UP, out),
+    "falcon_40b": lambda out: cut("falcon_40b", "attn_qkv", QKV, (32, 16, 16), out),
+    "gpt_neox": lambda out: cut("gpt_neox", "attn_qkv", QKV, (32, 32, 32), out),
+    "phi3": lambda out: cut("phi3", "ffn_up", ("ffn_gate", "ffn_up"), (64, 64), out),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CUTS)
+def test_other_cuts_give_the_same_folder(name: str, tmp_path: Path) -> None:
+    """Whether a GGUF file keeps Q, K and V, or gate and up, in one tensor or apart: the family's folder."""
+    [path] = FIXTURES.glob(f"gguf*families/{name}.gguf")
+    OTHER_CUTS[name](tmp_path / "other.gguf")
+    convert(open_checkpoint(str(path)), "dense", tmp_path / "a", dtype="f32")
+    convert(open_checkpoint(str(tmp_path / "other.gguf")), "dense", tmp_path / "b", dtype="f32")
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ab")
+    assert a.keys() == b.keys()
+    for tensor, values in a.items():
+        assert torch.equal(values, b[tensor]), tensor
+
+
+def test_fused_rows_of_rotary_pairs_are_refused(tmp_path: Path) -> None:
+    """Llama's Q and K lie in another order in GGUF files: nobody writes them in one tensor with V."""
+    fused("llama", {"attn_qkv": QKV}, tmp_path / "fused.gguf")
+    with pytest.raises(LowbitError, match=r"E0241.*'blk\.0\.attn_qkv' holds Q, K and V in one tensor"):
+        load_model(open_checkpoint(str(tmp_path / "fused.gguf")), device="cpu")
+
+
+def test_stacks_of_mxfp4(tmp_path: Path) -> None:
+    """gpt-oss: stacks of gate and up rows in turn and back, the converter's own bytes."""
+    original, out = GGUF / "gpt_oss.gguf", tmp_path / "out.gguf"
+    convert(open_checkpoint(str(original)), "mxfp4", tmp_path / "folder")
+    convert(open_checkpoint(str(tmp_path / "folder")), "gguf", out)
+    before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (original, out))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.tensor_type == after[name].tensor_type and np.array_equal(tensor.data, after[name].data)
+
+
+def test_norms_of_each_head(tmp_path: Path) -> None:
+    """StableLM 2 12B: a norm for each head in folders, one tensor (heads, head_dim) in GGUF files."""
+    oracle = saved("StableLm", tmp_path / "a", **SIZES, qk_layernorm=True, use_parallel_residual=True)
+    for number in ("a", "b"):
+        making_tokenizer(tmp_path / number)
+        convert(open_checkpoint(str(tmp_path / number)), "gguf", tmp_path / f"{number}.gguf")
+        check_logits(tmp_path / f"{number}.gguf", oracle)
+        if number == "a":
+            convert(open_checkpoint(str(tmp_path / "a.gguf")), "dense", tmp_path / "b")
+    names = [set(load_file(tmp_path / n / "model.safetensors")) for n in "ab"]
+    assert names[0] == names[1]
+    assert values_of(tmp_path / "a.gguf")["blk.0.attn_q_norm.weight"].shape == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "lost"),
+    [
+        ("Qwen2Moe", {"norm_topk_prob": True}, "moe.renormalize"),
+        ("Qwen3Moe", {"norm_topk_prob": False}, "moe.renormalize"),
+        ("Qwen3Moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}, "moe.layers"),
+        ("Qwen2", {"hidden_act": "gelu"}, "activation"),
+        ("SmolLM3", {"no_rope_layers": [0, 1, 1, 1]}, "unrotated"),
+        ("Cohere2", {"layer_types": ["sliding_attention", "full_attention"] * 2}, "windows"),
+        ("Cohere2", {"layer_types": ["full_attention"] * 4}, "attention.sliding_window"),
+        ("GPT2", {"activation_function": "relu"}, "activation"),
+    ],
+)
+def test_what_metadata_cannot_say(kind: str, changes: dict[str, object], lost: str, tmp_path: Path) -> None:
+    small = SIZES | {"num_experts": 4, "num_experts_per_tok": 2} if kind.endswith("Moe") else SIZES
+    if kind == "GPT2":
+        small = GPT2
+    saved(kind, tmp_path / "folder", **small | changes)
+    making_tokenizer(tmp_path / "folder")
+    with pytest.raises(LowbitError, match=rf"E0450.*cannot say .*{lost}"):
+        convert(open_checkpoint(str(tmp_path / "folder")), "gguf", tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 CASES = [
@@ -150,7 +385,7 @@ def test_scales_that_are_no_f16() -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    fixtures_it_takes(GgufWriter, "gptq", "compressed_tensors", "auto_round"),
+    fixtures_it_takes(GgufWriter, "gptq", "compressed_tensors", "auto_round", "mxfp4"),
     ids=lambda f: f"{f.parent.name}-{f.name}",
 )
 def test_quantized_folders(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +397,7 @@ def test_quantized_folders(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     except LowbitError as error:
         assert "not exact in f16" in error.message, error.message
         return
-    before, after = (SourceModel(open_checkpoint(str(p))) for p in (folder, tmp_path / "out.gguf"))
+    before, after = (SourceModel(open_checkpoint(str(p))).for_gguf() for p in (folder, tmp_path / "out.gguf"))
     theirs = {module.place.part.name: module for module in after.modules}
     with TensorData(before.header) as old, TensorData(after.header) as new:
         for module in before.modules:

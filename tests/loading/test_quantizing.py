@@ -11,12 +11,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import FineGrainedFP8Config, LlamaForCausalLM, MixtralForCausalLM
 
+from formats.helpers import FIXTURES
 from forward_helpers import prompt_logits
+from loading.test_convert_gguf import fused
 from loading.test_online import PROMPT
 from loading.test_online import make as make_float32
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.loading import Calibration, load_model, plan_model
+from lowbit.loading.convert import convert
 from lowbit.quantize.recipe import Asked
 
 
@@ -213,3 +216,35 @@ def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
         expected = theirs.float()(torch.tensor([PROMPT])).logits[0]
     got = prompt_logits(mine, [PROMPT])[0]
     assert (got - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.parametrize("method", ["rtn:group_size=32", f"gptq:{OPTIONS},group_size=32"])
+def test_gguf_files_whose_folders_have_other_rows(method: str, tmp_path: Path) -> None:
+    """GPT-NeoX: a head's Q, K and V in turn in folders, all Q first in GGUF files; the same model of both."""
+    original = FIXTURES / "gguf_more_families" / "gpt_neox.gguf"
+    convert(open_checkpoint(str(original)), "dense", tmp_path / "folder")
+    text = tmp_path / "text.txt"
+    text.write_text("the hour and the hinder of an ant in the house. " * 60)
+    calibration = Calibration(text) if method.startswith("gptq") else None
+    logits = []
+    for number, source in enumerate((original, tmp_path / "folder")):
+        out = tmp_path / str(number)
+        load_model(
+            open_checkpoint(str(source)),
+            device="cpu",
+            quantization=method,
+            save=out,
+            calibration=calibration,
+        )
+        loaded = load_model(open_checkpoint(str(out)), device="cpu", strict=True)
+        logits.append(prompt_logits(loaded, [list(range(3, 10))])[0])
+    assert torch.equal(*logits)
+
+
+def test_calibration_of_what_folders_keep_apart_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "fused.gguf"
+    fused("phi2", {"attn_qkv": ("attn_q", "attn_k", "attn_v")}, source)
+    with pytest.raises(LowbitError, match=r"E0450.*q_proj lies in other tensors.*--format dense makes one"):
+        load_model(
+            open_checkpoint(str(source)), device="cpu", quantization=f"gptq:{OPTIONS}", save=tmp_path / "out"
+        )

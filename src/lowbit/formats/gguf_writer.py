@@ -41,6 +41,7 @@ class GgufWriter(CheckpointWriter):
     """``write`` gives ``<name>.weight`` as uint8 (out, row bytes), floats as they are."""
 
     name = "gguf"
+    stacks = True  # loading makes one tensor of all experts
     embeddings = True
     writes = (
         "block types unchanged, plain floats; symmetric 4-, 5- and 8-bit as Q4_0, Q5_0, Q8_0; MXFP4, NVFP4"

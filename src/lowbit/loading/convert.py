@@ -74,6 +74,7 @@ def convert(
     source = SourceModel(header, strict=strict)
     if form == "gguf":
         require_gguf()
+        source = source.for_gguf()
     work = Work(source, form, dtype, requantize)
     with TensorData(header) as data:
         work.settle(data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,16 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf_writer import GgufWriter, type_of
 from lowbit.layers.linear import Part
+from lowbit.loading.names import row_order
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
-from lowbit.models.gguf_metadata import SHIFTED_NORMS, architecture_for, gguf_metadata, lost, rope_tensors
+from lowbit.models.gguf_metadata import (
+    SHIFTED_NORMS,
+    UNSAID_WINDOWS,
+    architecture_for,
+    gguf_metadata,
+    lost,
+    rope_tensors,
+)
 from lowbit.models.registry import family_of
 from lowbit.numerics.scheme import Scheme
 from lowbit.tokenization.gguf_export import tokenizer_metadata
@@ -175,9 +183,7 @@ class _Plan:
         return [_Entry(n, "F32", tuple(t.shape), made=t.float()) for n, t in made.items()] + found
 
     def _stored(self, canonical: str) -> str:
-        number = re.search(r"\.(\d+)\.", canonical)
-        general = canonical if number is None else canonical.replace(number[0], ".{n}.", 1)
-        stored = self.names.get(general)
+        stored = self._named(canonical)
         rotated = self.source.family.gguf_rotates_pairs and canonical.endswith(".qkv_proj")
         if stored is None or rotated:
             raise LowbitError(
@@ -185,19 +191,28 @@ class _Plan:
                 f"{self.source.header.root.name}: GGUF files of {self.source.family.name} have no name for "
                 f"{canonical!r}; use llama.cpp's convert_hf_to_gguf.py",
             )
-        return stored if number is None else stored.format(n=number[1])
+        return stored
+
+    def _named(self, canonical: str) -> str | None:
+        """What GGUF files of the family call it."""
+        number = re.search(r"\.(\d+)\.", canonical)
+        general = canonical if number is None else canonical.replace(number[0], ".{n}.", 1)
+        stored = self.names.get(general)
+        return stored if stored is None or number is None else stored.format(n=number[1])
 
     def _vector(self, part: SourceVector) -> _Entry:
         stem, _, suffix = part.name.rpartition(".")
         shape = self.source.header.tensors[part.stored].shape
-        return _Entry(f"{self._stored(stem)}.{suffix}", "F32", shape, vector=part)
+        shape = (1 + len(part.more), *shape) if part.more else shape
+        whole = self._named(part.name)
+        return _Entry(whole or f"{self._stored(stem)}.{suffix}", "F32", shape, vector=part)
 
     def _module(self, part: SourceModule) -> list[_Entry]:
         scheme, stem = self.schemes[part.target.stored], self._stored(part.place.part.name)
         found = [_Entry(f"{stem}.weight", type_of(scheme), part.target.shape, (part,))]
         if found[0].type == "NVFP4":
             found.append(_Entry(f"{stem}.scale", "F32", (1,), (part,), "scale"))
-        if any(name.endswith("bias") for name in self.source.form.tensors_of(part.place.module)):
+        if self._has_bias(part):
             found.append(_Entry(f"{stem}.bias", "F32", part.target.shape[:1], (part,), "bias"))
         return found
 
@@ -214,7 +229,13 @@ class _Plan:
         found = [_Entry(f"{stem}.weight", kind, (len(members), *modules[0].target.shape), members)]
         if kind == "NVFP4":
             found.append(_Entry(f"{stem}.scale", "F32", (len(members),), members, "scale"))
+        if self._has_bias(modules[0]):
+            shape = (len(members), modules[0].target.shape[0])
+            found.append(_Entry(f"{stem}.bias", "F32", shape, members, "bias"))
         return found
+
+    def _has_bias(self, part: SourceModule) -> bool:
+        return any(name.endswith("bias") for name in self.source.form.tensors_of(part.place.module))
 
 
 class _Contents:
@@ -244,18 +265,21 @@ class _Contents:
 
     def _vector(self, part: SourceVector) -> Tensor:
         shifted = self.source.family.name in SHIFTED_NORMS and part.name.endswith("norm.weight")
-        return self.data.tensor(part.stored).float() + (1.0 if shifted else 0.0)
+        return self.source.read_vector(part, self.data).float() + (1.0 if shifted else 0.0)
 
     def _tensors(self, part: SourceModule) -> dict[str, Tensor]:
         if self._last is None or self._last[0] is not part:
             found = self.read(part)
             weight, bias = found.weight, found.bias
             order = pairs(part.place.part) if self.source.family.gguf_rotates_pairs else None
+            if part.place.groups:
+                order = row_order(part.place, self.source.header)
             if order is not None:
                 weight = weight.permute_rows(order)
                 bias = None if bias is None else bias[order]
-            written = self.writer.write(found.target, weight, bias, found.input)
-            stem = found.target.tensor("")
+            single = replace(found.target, transposed=False, expert=None)  # stacked, if at all, by ``of``
+            written = self.writer.write(single, weight, bias, found.input)
+            stem = single.tensor("")
             self._last = part, {name.removeprefix(stem): tensor for name, tensor in written.items()}
         return self._last[1]
 
@@ -271,10 +295,17 @@ def pairs(part: Part) -> Tensor | None:
 def _verified(source: SourceModel, path: Path) -> list[str]:
     """Read the file's config back: what is not as it was."""
     header = read_gguf_header(path)
-    found = family_of(header).read_config(header)
+    try:
+        found = family_of(header).read_config(header)
+    except LowbitError as error:
+        raise LowbitError(
+            "E0450",
+            f"{source.header.root.name}: GGUF metadata of {source.family.name} cannot say what it is "
+            f"({error.message}); use llama.cpp's convert_hf_to_gguf.py",
+        ) from None
     missing = lost(source.config, found)
     notes = []
-    if "windows" in missing and source.family.name in ("mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"):
+    if "windows" in missing and source.family.name in UNSAID_WINDOWS:
         missing.remove("windows")
         notes.append(
             f"the sliding window of {max(source.config.windows)} tokens was left out: GGUF files of "

@@ -121,6 +121,12 @@ class Names:
         if len(parts) > 1 and not all(stem in self.modules for stem in stems):
             fused = self._stem(name, missing_ok=True)
             if fused in self.modules:
+                if self.in_gguf and self.family.gguf_rotates_pairs and parts[0].rotary_heads:
+                    raise LowbitError(
+                        "E0241",
+                        f"{self.header.root.name}: {fused!r} holds Q, K and V in one tensor, which files "
+                        f"of {self.family.name} keep apart; in which order its rows turn is not known",
+                    )
                 rows = sum(part.shape[0] for part in parts)
                 part = Part(name, (rows, parts[0].shape[1]), bias=parts[0].bias)
                 module = self._module(name, fused, part.shape)

@@ -127,6 +127,7 @@ def prove(path: Path, form: str, source: SourceModel, told: Mapping[str, Json]) 
     ``told``: of each module by the model's name for it, ``sha256`` and ``beside``.
     """
     result = SourceModel(read_local(path), strict=True)
+    result = result.for_gguf() if form == "gguf" else result
     if result.form.name != form:
         raise _differs(path, f"it is read as {result.form.name}, not as {form}")
     left = dict(told)

@@ -92,15 +92,24 @@ class Quantizing:
                 "method a model",
             )
         self.calibrated: MethodSpec | None = calibrated[0] if calibrated else None
+        if self._forms() == ("gguf",):
+            self.source = self.source.for_gguf()
         self.modules = [module for part in self.source.modules for module in self._planned(part)]
 
     def _planned(self, part: SourceModule) -> list[_Module]:
         decision = self.online.decide(part.place, part.scheme)
         if not self._is_calibrated(decision):
             return [_Module(part.target, decision.scheme, part, decision)]
+        if part.more or (part.rows is not None and not part.parts):
+            raise LowbitError(
+                "E0450",
+                f"{self.source.header.root.name}: {part.target.name} lies in other tensors than in a Hugging "
+                "Face folder, which calibration does not follow; lowbit convert --format dense makes one "
+                "to start from",
+            )
         if part.target.expert is None:
             order = row_order(part.place, self.source.header) if part.place.groups else None
-            order = None if order is None else order.argsort()
+            order = part.rows if order is None else order.argsort()
             return [_Module(part.target, decision.scheme, order=order)]
         # One of a stack of experts: calibrated ones are modules of their own, gate and up apart.
         name, (rows, columns) = part.place.part.name, part.target.shape
@@ -117,11 +126,15 @@ class Quantizing:
     def _is_calibrated(self, decision: Decision) -> bool:
         return decision.method is not None and decision.method.spec.entry.calibrated
 
+    def _forms(self) -> tuple[str, ...]:
+        """The formats to try, in their order."""
+        methods = self.recipe.methods
+        return _FORMATS.get(methods[0].name, _USUAL) if len(methods) == 1 else ("compressed-tensors",)
+
     def writer(self) -> CheckpointWriter:
         """The first format that can hold every module exactly."""
         schemes = {module.target.stored: module.scheme for module in self.modules} | self.source.beside
-        methods = self.recipe.methods
-        wanted = _FORMATS.get(methods[0].name, _USUAL) if len(methods) == 1 else ("compressed-tensors",)
+        methods, wanted = self.recipe.methods, self._forms()
         if any(spec.options.get("weights") == "channel" for spec in methods):
             wanted = wanted[-1:]  # every tool reads it there; fbgemm_fp8, only transformers on a GPU
         reasons = []

@@ -2,13 +2,15 @@
 
 The model's own ``build`` asks for every weight, as when it is loaded; here each answer is only written down,
 with the name to write it under. From a Hugging Face folder that is its own stored name, rows and stacks as
-they are; from GGUF it is the name, and the order of rows, that the family's checkpoints have.
+they are; from GGUF it is the name, and the order of rows, that the family's checkpoints have. What one of the
+two keeps in one matrix and the other does not is taken apart or put together (``models.hf_names``).
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,29 +28,75 @@ from lowbit.loading.opened import Opened, Target
 from lowbit.loading.planner import PlannedEmbedding
 from lowbit.models.config import ModelConfig
 from lowbit.models.hf_config import hf_config
+from lowbit.models.hf_names import (
+    fused_in_folders,
+    fused_in_gguf,
+    hf_name,
+    in_turn,
+    norms_by_heads,
+    stacked_name,
+)
 from lowbit.numerics.cache_format import KvDtype
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme, dense
 from lowbit.quantize.recipe import Asked
 
 _FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
+# StableLM's checkpoints have a vector for each head, its GGUF files all of them in one tensor.
+_NORM_OF_HEAD = re.compile(r"(.+\.[qk]_norm)\.norms\.(\d+)\.weight")
 _EXPERT_LEAF = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 @dataclass(frozen=True)
 class SourceModule:
-    """One weight-bearing module. ``target``: under which names it is written."""
+    """One weight-bearing module. ``target``: under which names it is written.
+
+    ``more``: stored modules whose rows follow those of ``place``. ``rows``: int64, which of all these rows it
+    is, and in which order; None: all as they are. ``parts``: what it is made of, one below another in the
+    order of the model.
+    """
 
     target: StoredModule
     place: Placed
     scheme: Scheme
     nbytes: int  # in the source's files
+    more: tuple[Placed, ...] = ()
+    rows: Tensor | None = field(default=None, compare=False)
+    parts: tuple[Part, ...] = ()
+
+    def apart(self, header: CheckpointHeader) -> list[SourceModule]:
+        """Its parts, each a module of its own under its canonical name."""
+        if self.more:
+            places = zip(self.parts, (self.place, *self.more), strict=True)
+            share = self.nbytes // len(self.parts)
+            return [
+                SourceModule(
+                    StoredModule(part.name, part.name, part.shape),
+                    replace(place, part=part),
+                    self.scheme,
+                    share,
+                )
+                for part, place in places
+            ]
+        order = row_order(self.place, header)
+        order = torch.arange(self.place.part.shape[0]) if order is None else order
+        found, start = [], 0
+        for part in self.parts:
+            rows = part.shape[0]
+            module = StoredModule(part.name, part.name, part.shape)
+            share = self.nbytes * rows // self.place.part.shape[0]
+            place = replace(self.place, part=part, rotary_heads=0, groups=0, interleaved=False)
+            made = SourceModule(module, place, self.scheme, share, rows=order[start : start + rows])
+            found.append(made)
+            start += rows
+        return found
 
 
 @dataclass(frozen=True)
 class SourceVector:
     """A small tensor beside the modules, canonically ``name``. ``shift`` is added to it (GGUF has Gemma's
-    norms with 1 added). ``beside``: of a vision or audio tower, and of any shape and size."""
+    norms with 1 added). ``beside``: of a vision or audio tower, and of any shape and size. ``row``: which row
+    of the stored tensor it is; ``more``: stored tensors that follow as its further rows."""
 
     name: str
     target: str
@@ -56,6 +104,8 @@ class SourceVector:
     shift: float
     nbytes: int
     beside: bool = False
+    row: int | None = None
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,20 +161,66 @@ class SourceModel:
                     found[part.stored.removesuffix(".weight")] = dense(_FLOATS[entry.dtype])
         return found
 
+    def for_gguf(self) -> SourceModel:
+        """The same with what GGUF files of the family keep apart as modules of their own."""
+        fused, made = fused_in_gguf(self.family.name), copy.copy(self)
+        made.parts = []
+        for part in self.parts:
+            head = _NORM_OF_HEAD.fullmatch(part.name) if isinstance(part, SourceVector) else None
+            if isinstance(part, SourceVector):
+                if head is None:
+                    made.parts.append(part)
+                elif head[2] == "0":
+                    names = [one.stored for one in self._of_heads(head[1])]
+                    made.parts.append(replace(part, name=f"{head[1]}.weight", more=tuple(names[1:])))
+            elif len(part.parts) > 1 and part.place.part.name.rpartition(".")[2] not in fused:
+                made.parts += part.apart(self.header)
+            else:
+                made.parts.append(part)
+        return made
+
+    def _of_heads(self, norm: str) -> list[SourceVector]:
+        """The vectors of a norm that has one for each head, in their order."""
+        vectors = (part for part in self.parts if isinstance(part, SourceVector))
+        return [part for part in vectors if part.name.startswith(f"{norm}.norms.")]
+
     def read(self, module: SourceModule, data: TensorData) -> ReadModule:
         """The module in canonical form, rows in the order in which it is written."""
-        stored = self.form.read(module.place.module, data)
+        found = [self._read(place, data) for place in (module.place, *module.more)]
+        weight, bias, rule = found[0].weight, found[0].bias, found[0].input
+        if module.more:
+            joined = concatenate([one.weight for one in found])
+            if joined is None:
+                kinds = " and ".join(sorted({str(one.weight.scheme) for one in found}))
+                raise LowbitError(
+                    "E0450",
+                    f"{self.header.root.name}: {module.target.name} is one matrix in Hugging Face folders, "
+                    f"and its parts are {kinds} here; convert the original model",
+                )
+            biases = [one.bias for one in found if one.bias is not None]
+            weight, bias = joined, torch.cat(biases) if biases else None
+        if module.rows is not None:
+            weight = weight.permute_rows(module.rows)
+            bias = None if bias is None else bias[module.rows]
+        return ReadModule(module.target, weight, bias, rule)
+
+    def _read(self, place: Placed, data: TensorData) -> ReadModule:
+        """One stored module, the rows of each head as checkpoints have them."""
+        stored = self.form.read(place.module, data)
         weight, bias = stored.weight, stored.bias
         reordered = self.header.container == "gguf" or self.header.rotary_pairs
-        order = row_order(module.place, self.header) if reordered else None
+        order = row_order(place, self.header) if reordered else None
         if order is not None:
             weight = weight.permute_rows(order)
             bias = None if bias is None else bias[order]
-        return ReadModule(module.target, weight, bias, stored.input)
+        return ReadModule(place.module, weight, bias, stored.input)
 
     def read_vector(self, vector: SourceVector, data: TensorData) -> Tensor:
         """The tensor in its stored type; in float32 where it is shifted."""
         stored = data.tensor(vector.stored)
+        if vector.more:
+            stored = torch.stack([stored, *(data.tensor(name) for name in vector.more)])
+        stored = stored if vector.row is None else stored[vector.row]
         return stored.float() + vector.shift if vector.shift else stored
 
     def hf_config(self, data: TensorData) -> dict[str, object]:
@@ -150,24 +246,31 @@ class _Walk(Asker):
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """A Linear without weights."""
-        self._note(self.placed(name, parts))
+        self._note(name, self.placed(name, parts), parts)
         return Linear(name, [], None)
 
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """Experts without weights."""
         for number in range(spec.count):
-            for places in self.placed_expert(name, spec, number):
-                self._note(places)
+            expert = f"{name}.{number}"
+            gate_up = [
+                Part(f"{expert}.{leaf}", (spec.intermediate, spec.hidden), bias=spec.bias)
+                for leaf in ("gate_proj", "up_proj")
+            ]
+            first, down = self.placed_expert(name, spec, number)
+            self._note(f"{expert}.gate_up_proj", first, gate_up)
+            self._note(f"{expert}.down_proj", down, [down[0].part])
         return Experts(name, [], [])
 
     def embedding(self, part: Part) -> Embedding:
         """An embedding without its matrix."""
-        self._note(self.placed(part.name, [part]))
+        self._note(part.name, self.placed(part.name, [part]), [part])
         return PlannedEmbedding()
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """A meta tensor of that shape."""
-        self._note(self.placed_stack(part, stacked))
+        for place in self.placed_stack(part, stacked):
+            self._note(part.name, [place], [part])
         return torch.empty((stacked, *part.shape) if stacked else part.shape, device="meta")
 
     def vector(self, name: str, *shape: int) -> Tensor:
@@ -175,9 +278,22 @@ class _Walk(Asker):
         stored = self.check_vector(name, *shape)
         if not name.startswith("rope_"):  # made from the config, and put back there
             shift = self.norm_shift if name.endswith("norm.weight") else 0.0
-            target = name if self.in_gguf else stored
-            self.parts.append(SourceVector(name, target, stored, shift, self.header.tensors[stored].nbytes))
+            stem, _, suffix = name.rpartition(".")
+            target = f"{hf_name(self.family, stem)}.{suffix}" if self.in_gguf else stored
+            whole = SourceVector(name, target, stored, shift, self.header.tensors[stored].nbytes)
+            by_heads = self.in_gguf and norms_by_heads(self.family.name) and len(shape) > 1
+            self.parts += self._of_each_head(whole, shape[0]) if by_heads else [whole]
         return torch.ones(shape)
+
+    def _of_each_head(self, norm: SourceVector, heads: int) -> list[SourceVector]:
+        found = []
+        for row in range(heads):
+            stem = f"{norm.name.removesuffix('.weight')}.norms.{row}"
+            target = f"{hf_name(self.family, stem)}.weight"
+            found.append(
+                SourceVector(f"{stem}.weight", target, norm.stored, 0.0, norm.nbytes // heads, row=row)
+            )
+        return found
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """The cache's scales are not weights: found, and left behind."""
@@ -188,24 +304,66 @@ class _Walk(Asker):
         """Nothing is cached while a checkpoint is walked."""
         return self.cache_dtype
 
-    def _note(self, places: list[Placed]) -> None:
-        for place in places:
-            scheme = self.form.scheme_of(place.module)
-            renamed = self.in_gguf or place.module.dotted
-            target = self._target(place) if renamed else place.module
-            self.parts.append(SourceModule(target, place, scheme, self.stored_nbytes(place)))
+    def _note(self, name: str, places: list[Placed], parts: list[Part]) -> None:
+        """Write down the module or modules of layer ``name`` that stand for ``parts``."""
+        made = [
+            SourceModule(place.module, place, self.form.scheme_of(place.module), self.stored_nbytes(place))
+            for place in places
+        ]
+        fused = len(parts) > 1 and len(made) == 1
+        if fused:
+            made = [replace(made[0], parts=tuple(parts))]
+        if self.in_gguf:
+            made = self._as_in_folders(name, made, parts, fused)
+        elif any(place.module.dotted for place in places):
+            made = made[0].apart(self.header) if fused else made
+            made = [replace(one, target=self._target(one.place)) for one in made]
+        self.parts += made
+
+    def _as_in_folders(
+        self, name: str, made: list[SourceModule], parts: list[Part], fused: bool
+    ) -> list[SourceModule]:
+        """Fused or not as the family's checkpoints are, under their names."""
+        wanted = len(parts) > 1 and name.rpartition(".")[2] in fused_in_folders(self.family.name)
+        if fused and not wanted:
+            made = made[0].apart(self.header)
+        elif wanted and not fused:
+            first, *rest = made
+            rows = sum(part.shape[0] for part in parts)
+            place = replace(first.place, part=replace(parts[0], name=name, shape=(rows, parts[0].shape[1])))
+            more = tuple(one.place for one in rest)
+            nbytes = sum(one.nbytes for one in made)
+            made = [SourceModule(first.target, place, first.scheme, nbytes, more, parts=tuple(parts))]
+        if wanted:
+            made = [replace(made[0], rows=self._order_in_folders(parts))]
+        return [replace(one, target=self._target(one.place)) for one in made]
+
+    def _order_in_folders(self, parts: list[Part]) -> Tensor | None:
+        """int64: the rows of parts that lie one below another, in the order of the family's checkpoints."""
+        rows, spec = sum(part.shape[0] for part in parts), Placed(parts[0], StoredModule("", "", (0, 0)))
+        if in_turn(self.family.name) and not parts[0].rotary_heads:
+            spec = replace(spec, interleaved=True)
+        elif self.family.grouped_qkv and parts[0].rotary_heads:
+            groups = parts[1].rotary_heads
+            spec = replace(spec, groups=groups, group_heads=parts[0].rotary_heads // groups + 2)
+        else:
+            return None
+        order = row_order(replace(spec, part=replace(parts[0], shape=(rows, 0))), self.header)
+        return None if order is None else order.argsort()
 
     def _target(self, place: Placed) -> StoredModule:
         """The name a checkpoint of the family has for a module of a GGUF file, or for one of a stack."""
-        name = place.part.name
-        if place.module.expert is not None and name.endswith("gate_up_proj"):
-            raise LowbitError(
-                "E0450",
-                f"{self.header.root.name}: gate and up of the experts are fused; convert the original model, "
-                "or a GGUF file made without --fuse-gate-up-exps",
-            )
+        name, shape = place.part.name, place.part.shape
         if self.mixtral:
             name = name.replace(".mlp.", ".block_sparse_moe.")
             leaf = re.fullmatch(r"(.+\.experts\.\d+)\.(gate_proj|up_proj|down_proj)", name)
             name = name if leaf is None else f"{leaf[1]}.{_EXPERT_LEAF[leaf[2]]}"
-        return StoredModule(name, name, place.part.shape)
+            return StoredModule(name, name, shape)
+        stack = stacked_name(self.family.name, name) if self.in_gguf else None
+        if stack is not None:
+            stored, number = stack
+            turned = in_turn(self.family.name)
+            return StoredModule(name, stored, shape, number, place.module.experts, transposed=turned)
+        stored = hf_name(self.family, name) if self.in_gguf else name
+        transposed = self.in_gguf and self.family.transposed and ".layers." in name
+        return StoredModule(name, stored, shape, transposed=transposed)

@@ -1,7 +1,8 @@
 """The metadata of a GGUF file for a model: the keys llama.cpp's converter writes, from the parsed config.
 
-The other way round than ``config`` and ``families`` read them; gpt-oss and DeepSeek, whose tensors GGUF cuts
-anew, are refused. ``lost`` says what a family's GGUF files have no key for.
+The other way round than ``config`` and ``families`` read them; DeepSeek, whose tensors GGUF cuts anew, is
+refused, and BitNet, whose kind of file says nothing of its inputs. ``lost`` says what a family's
+GGUF files have no key for.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
-from lowbit.models.config import ModelConfig, json_keys, rope_keys
+from lowbit.models.config import ModelConfig, MoeConfig, json_keys, rope_keys
+from lowbit.models.gguf_names import CUT_OTHERWISE
 
-# Family -> general.architecture. All of Llama's relatives are "llama".
+# Family -> general.architecture. All of Llama's relatives are "llama"; OLMo 3 is OLMo 2 with windows.
 ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
@@ -27,7 +29,37 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3",
     "phi3": "phi3",
+    "qwen2_moe": "qwen2moe",
+    "granite": "granite",
+    "granitemoe": "granitemoe",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+    "olmoe": "olmoe",
+    "stablelm": "stablelm",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "glm": "chatglm",
+    "glm4": "glm4",
+    "glm4_moe": "glm4moe",
+    "internlm": "llama",
+    "internlm2": "internlm2",
+    "baichuan": "baichuan",
+    "minicpm": "minicpm",
+    "exaone": "exaone",
+    "exaone4": "exaone4",
+    "starcoder2": "starcoder2",
+    "phi": "phi2",
+    "falcon": "falcon",
+    "gpt_neox": "gptneox",
+    "gpt2": "gpt2",
+    "gpt_oss": "gpt-oss",
 }
+# Families whose windows have a key, and those whose files also list the layers that have one.
+_WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss")
+_PATTERNED = ("olmo3", "exaone4")
+# Windows that GGUF files of the family have no key for: left out, and told.
+UNSAID_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
 # Families whose norms GGUF holds with 1 added.
 SHIFTED_NORMS = ("gemma2", "gemma3")
 
@@ -35,10 +67,11 @@ SHIFTED_NORMS = ("gemma2", "gemma3")
 def architecture_for(family: str, root: str) -> str:
     """``general.architecture``, or E0450."""
     if family not in ARCHITECTURES:
+        why = CUT_OTHERWISE.get(family, f"those of {', '.join(sorted(ARCHITECTURES))} are")
         raise LowbitError(
             "E0450",
-            f"{root}: GGUF files of {printable(family)} are not written; those of "
-            f"{', '.join(sorted(ARCHITECTURES))} are. Use llama.cpp's convert_hf_to_gguf.py",
+            f"{root}: GGUF files of {printable(family)} are not written: {why}. Use llama.cpp's "
+            "convert_hf_to_gguf.py",
         )
     return ARCHITECTURES[family]
 
@@ -53,28 +86,78 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.heads,
         "attention.head_count_kv": config.kv_heads,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "rope.freq_base": config.rope_theta,
-        "rope.dimension_count": config.rotary_dim,
         "vocab_size": config.vocab_size,
     }
+    # Both where llama.cpp's converter and what reads its files do not agree on one.
+    if config.layer_norm or family == "exaone":
+        values["attention.layer_norm_epsilon"] = config.norm_eps
+    if not config.layer_norm or family in ("cohere", "cohere2"):
+        values["attention.layer_norm_rms_epsilon"] = config.norm_eps
+    if not config.learned_positions:
+        values |= {"rope.freq_base": config.rope_theta, "rope.dimension_count": config.rotary_dim}
     if config.moe is not None:
-        values["expert_count"] = config.moe.experts
-        values["expert_used_count"] = config.moe.per_token
-        if family == "qwen3_moe":
-            values["expert_feed_forward_length"] = config.moe.intermediate_size
+        values |= _experts(family, config, config.moe)
+    values |= _of_family(family, config)
     if config.attention_softcap:
         values["attn_logit_softcapping"] = config.attention_softcap
     if config.logit_softcap:
         values["final_logit_softcapping"] = config.logit_softcap
-    if family in ("gemma2", "gemma3", "phi3") and any(config.windows):
+    if family in _WINDOWED and any(config.windows):
         values["attention.sliding_window"] = max(config.windows)
+        if family in _PATTERNED:
+            values["attention.sliding_window_pattern"] = [bool(window) for window in config.windows]
     if config.local_rope_theta is not None:
         values["rope.freq_base_swa"] = config.local_rope_theta
+    if family == "phi3":
+        trained = json_keys(header).size("original_max_position_embeddings", config.context_length)
+        values["rope.scaling.original_context_length"] = trained
     values |= _rope(header, config)
     return {f"{arch}.{key}": value for key, value in values.items()}
+
+
+def _experts(family: str, config: ModelConfig, moe: MoeConfig) -> dict[str, object]:
+    values: dict[str, object] = {"expert_count": moe.experts, "expert_used_count": moe.per_token}
+    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss"):
+        values["expert_feed_forward_length"] = moe.intermediate_size
+    if family in ("qwen2_moe", "granitemoe") and moe.shared_size:
+        values["expert_shared_feed_forward_length"] = moe.shared_size
+    if family == "glm4_moe":
+        values |= {
+            "expert_shared_count": moe.shared_size // moe.intermediate_size,
+            "leading_dense_block_count": config.layers - len(moe.layers),
+            "expert_group_count": moe.groups,
+            "expert_group_used_count": moe.kept_groups,
+            "expert_gating_func": 2,  # sigmoid
+            "expert_weights_scale": moe.scale,
+            "expert_weights_norm": moe.renormalize,
+            "nextn_predict_layers": 0,  # left out
+        }
+    return values
+
+
+def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
+    """Keys that one family has, or few."""
+    match family:
+        case "granite" | "granitemoe" | "minicpm":
+            values: dict[str, object] = {
+                "embedding_scale": config.embedding_scale,
+                "residual_scale": config.residual_scale,
+                "logit_scale": 1 / config.logit_scale,  # a divisor
+            }
+            if config.attention_scale is not None:
+                values["attention.scale"] = config.attention_scale
+            return values
+        case "cohere" | "cohere2":
+            return {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
+        case "stablelm" | "gpt_neox":
+            return {"use_parallel_residual": config.parallel}
+        case "falcon":
+            return {"tensor_data_layout": "jploski"}
+        case "baichuan":
+            return {"tensor_data_layout": "Meta AI original pth"}
+    return {}
 
 
 def _rope(header: CheckpointHeader, config: ModelConfig) -> dict[str, object]:
@@ -120,16 +203,36 @@ def lost(before: ModelConfig, after: ModelConfig) -> list[str]:
     """The fields of a config that its GGUF file does not bring back, rope scaling aside."""
     # A bias is where its tensor is, and a scale of 1/sqrt(head_dim) need not be said.
     spelled = {"architecture", "rope_scaling", "qkv_bias", "output_bias", "mlp_bias", "moe", "norm_offset"}
-    spelled |= {"attention_scale"} if _scale(before) == _scale(after) else set()
-    return [
+    spelled |= {"attention_scale"} if _alike(_scale(before), _scale(after)) else set()
+    found = [
         field.name
         for field in fields(ModelConfig)
         if field.name not in spelled and not _alike(getattr(before, field.name), getattr(after, field.name))
     ]
+    return found + _lost_of_experts(before.moe, after.moe)
+
+
+def _lost_of_experts(before: MoeConfig | None, after: MoeConfig | None) -> list[str]:
+    """Of the fields that say how tokens are sent to experts; the others say how these are stored."""
+    if before is None or after is None:
+        return [] if before is after else ["moe"]
+    names = [
+        "experts",
+        "per_token",
+        "intermediate_size",
+        "layers",
+        "routing",
+        "shared_size",
+        "scale",
+        "groups",
+    ]
+    names += ["kept_groups"] if before.groups > 1 else []
+    names += ["renormalize"] if before.routing != "top_k_softmax" else []
+    return [f"moe.{name}" for name in names if not _alike(getattr(before, name), getattr(after, name))]
 
 
 def _scale(config: ModelConfig) -> float:
-    return round(config.attention_scale or config.head_dim**-0.5, 9)
+    return config.attention_scale or config.head_dim**-0.5
 
 
 def _alike(one: object, other: object) -> bool:

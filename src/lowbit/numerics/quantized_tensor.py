@@ -123,7 +123,7 @@ class QuantizedTensor:
         return per_block[..., start // rows : -(-stop // rows), :]
 
     def permute_rows(self, order: Tensor) -> QuantizedTensor:
-        """Row i of the result is row ``order[i]`` of this; needs blocks of single rows."""
+        """Row i of the result is row ``order[i]`` of this, some or all; needs blocks of single rows."""
         if not self.scheme.rows_move:
             raise LowbitError(
                 "E0702",
@@ -135,6 +135,7 @@ class QuantizedTensor:
 
         return replace(
             self,
+            shape=(*self.shape[:-2], len(order), self.shape[-1]),
             codes=self.codes[..., order, :],
             scales=tuple(pick(s, i) for i, s in enumerate(self.scales)),
             zeros=None if self.zeros is None else pick(self.zeros, 0),
