@@ -74,7 +74,8 @@ def make_checkpoint(name: str, folder: Path) -> None:
 
 
 def load(folder: Path) -> Model:
-    return load_model(open_checkpoint(str(folder)), device="cpu", kv_cache_dtype="f32")
+    header = open_checkpoint(str(folder))
+    return load_model(header, device="cpu", kv_cache_dtype="f32", linear_kernel="reference")
 
 
 def watched(module: Any, name: str, seen: list[tuple[torch.dtype, ...]], monkeypatch: Any) -> None:

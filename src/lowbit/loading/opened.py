@@ -111,12 +111,14 @@ class Target:
         on_cpu = device == "cpu"
         wanted = None if dtype == "auto" else getattr(torch, dtype)
         exact = dtype == "float32" or (dtype == "auto" and _is_float32(header))
+        half = not on_cpu and (dtype == "float16" or (dtype == "auto" and _says_float16(header)))
         if kv == "auto":
-            kv = "fp8_e4m3" if wants_fp8_cache(header) else "f32" if exact else "bf16"
+            kv = "fp8_e4m3" if wants_fp8_cache(header) else "f32" if exact else "fp16" if half else "bf16"
         cache = KvDtype.of(*(kv if one == "auto" else one for one in (k, v)))
         # The residual stream, norms and sums are float32 everywhere. On a CPU so is what goes into products:
         # kernels round it.
-        activation = torch.float32 if on_cpu or exact else (wanted or torch.bfloat16)
+        own = torch.float16 if half else torch.bfloat16
+        activation = torch.float32 if on_cpu or exact else (wanted or own)
         kernels = kernels or KernelChoice()
         kernels.inputs = activation
         return cls(
@@ -136,3 +138,14 @@ def _is_float32(header: CheckpointHeader) -> bool:
     """Whether all matrices are stored in float32: then nothing is rounded anywhere."""
     matrices = [entry.dtype for entry in header.tensors.values() if len(entry.shape) > 1]
     return bool(matrices) and set(matrices) == {"F32"}
+
+
+def _says_float16(header: CheckpointHeader) -> bool:
+    """Whether the config calls the model one of float16, as most AWQ and GPTQ files do: then their scales and
+    plain matrices are, and none of them is rounded."""
+    text = header.config.get("text_config")
+    for config in (header.config, text if isinstance(text, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                return config[key] == "float16"
+    return False
