@@ -53,7 +53,13 @@ class Recorder:
         return logits
 
 
-@pytest.fixture(scope="module", params=list(PROMPTS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name == "auto" else pytest.param(name, marks=[pytest.mark.slow] if name == "int8" else [])
+        for name in PROMPTS
+    ],
+)
 def cache_type(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -184,6 +184,7 @@ def run_emulated(folder: Path, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # the library is compiled first
 def test_linear_layers_keep_the_contract(library_folder: Path) -> None:
     contract = [str(TESTS / "contract" / f"test_{name}.py") for name in ("linear_kernels", "int8_inputs")]
