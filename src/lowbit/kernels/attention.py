@@ -141,7 +141,8 @@ def choose_attention(spec: CacheSpec, device: torch.device, backend: str = "auto
             return kernel
         reasons.append(f"{kernel.name}: {reason}")
     shape = f"{spec.heads} heads, k_dim {spec.k_dim}, v_dim {spec.v_dim}, {spec.dtype}"
-    said = "; ".join(reasons)
-    if named is not None:
-        said = f"{said}; or drop --attention-backend {backend}"
+    if named is None:  # then the reference refused too, which is for every device: its reason is the spec's
+        said = spec.impossible() or "; ".join(reasons)
+    else:
+        said = f"{'; '.join(reasons)}; or drop --attention-backend {backend}"
     raise LowbitError("E0420", f"no attention kernel serves a {spec.kind} KV cache of {shape}: {said}")
