@@ -14,8 +14,10 @@ from transformers.models.llama import modeling_llama
 from forward_helpers import allocate, chunk_batch, prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
+from lowbit.kernels.attention import CacheSpec, choose_attention
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.loading import load_model, plan_model
+from lowbit.numerics.cache_format import KvDtype
 from oracles import kv_cache as oracle
 
 LAYERS, HEAD = 2, 32
@@ -115,3 +117,10 @@ def test_an_impossible_cache_is_refused_at_load(folder: Path, monkeypatch: pytes
         ) as caught:
             load(header, device="cpu", k_cache_dtype="int8", v_cache_dtype="int4")  # type: ignore[operator]
         assert caught.value.code == "E0420"
+
+
+def test_what_is_no_cache_is_said_once_and_without_other_devices() -> None:
+    spec = CacheSpec("recurrent", 2, 32, 32, KvDtype.of("bf16"))
+    with pytest.raises(LowbitError) as caught:
+        choose_attention(spec, torch.device("cpu"))
+    assert caught.value.message.endswith(": serves paged and latent caches, got 'recurrent'")
