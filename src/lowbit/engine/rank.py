@@ -122,7 +122,7 @@ def _followed(step: Step, runner: Runner, parallel: Parallel, model: Model) -> S
     import torch
 
     from lowbit.engine.cuda_graphs import where
-    from lowbit.engine.ranks import StepDone, batch_of, numbers_of
+    from lowbit.engine.ranks import StepDone, batch_of, first_line, numbers_of
 
     try:
         sent = parallel.broadcast(torch.empty(numbers_of(step), dtype=torch.int32, device=model.device))
@@ -131,7 +131,7 @@ def _followed(step: Step, runner: Runner, parallel: Parallel, model: Model) -> S
         return StepDone()
     except RuntimeError as error:
         parallel.leave()
-        said = f"{where(error)}: {printable(str(error).partition(chr(10))[0], 200)}"
+        said = f"{where(error)}: {first_line(error)}"
         return StepDone(said, isinstance(error, torch.OutOfMemoryError))
 
 

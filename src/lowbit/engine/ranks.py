@@ -41,7 +41,7 @@ from torch import Tensor
 
 from lowbit.engine.cuda_graphs import Graphs, Size, StepGraphs
 from lowbit.engine.wire import FrameDecoder, encode_frames
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.kernels import native
 from lowbit.kernels.attention import CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
@@ -237,7 +237,7 @@ class Ranks:
             elif not step.capture:
                 raise cause
             elif told:
-                cause = RuntimeError(said if error is None else f"{_first_line(error)}; {said}")
+                cause = RuntimeError(said if error is None else f"{said}; rank 0: {first_line(error)}")
         self._regroup()
         raise cause from None
 
@@ -343,8 +343,9 @@ def _started(number: int, settings: Settings, store: Path) -> _Rank:
     return _Rank(number, child, ours, FrameDecoder(FromRank))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+def first_line(error: Exception) -> str:
+    """The beginning of what an error says."""
+    return printable(str(error).partition("\n")[0], 120)
 
 
 def _said(status: int) -> str:
