@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.kernels.gpu.linear import _BLOCKS, _VECTOR_HEIGHTS, _VECTOR_PROGRAMS, _VECTOR_STAGES
+from lowbit.kernels.gpu.linear import _BLOCKS, _VECTOR
 from lowbit.kernels.gpu.programs import LATENCY, Cut, Shape, Tokens, cut
 
 EIGHT_B = [(4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)]
@@ -22,11 +22,8 @@ def shape(rows: int, columns: int, bits: int) -> Shape:
 
 
 def chosen(given: Shape, tokens: int, processors: int) -> Cut:
-    if tokens == 1:
-        heights, resident, stages = _VECTOR_HEIGHTS[64], _VECTOR_PROGRAMS, _VECTOR_STAGES
-    else:
-        blocks = next(one for one in _BLOCKS if tokens <= one.tokens)
-        heights, resident, stages = blocks.heights, blocks.programs, blocks.num_stages
+    blocks = _VECTOR[64] if tokens == 1 else next(one for one in _BLOCKS if tokens <= one.tokens)
+    heights, resident, stages = blocks.heights, blocks.programs, blocks.num_stages
     return cut(given, Tokens.of(tokens, 16), heights, resident, stages, processors)
 
 

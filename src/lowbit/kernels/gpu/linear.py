@@ -12,15 +12,16 @@ refuses, and x of any float type, with float32 sums:
 float32 x is multiplied as float32 all the way, on CUDA cores. Columns in another order (act-order) are
 gathered from x first. A row's last bit may depend on how many rows are beside it, by the table above.
 
-Why these blocks; none of it has been timed on a GPU. One token of a 4-bit weight of 4096 x 4096 reads 8 MiB,
-2.5 us of an H100's 3.35 TB/s (1.75 us of an H200's 4.8), and latency times bandwidth asks for some 25 KiB
-under way on each of 132 SMs (15 on an A100's 108). ``vector_product`` loads 8 KiB a program and step where it
-is 128 rows high, with 4 steps in flight and two programs on each SM. Lower programs are there for weights
-whose rows make too few, or as many that some SMs have one more than others; a thread uses its part of x for
-fewer rows then. It costs about 5 instructions a 4-bit weight and one more a token, where those GPUs have 4 or
-5 in the time that memory brings one: from the second token on tensor cores, on which tokens are free (a tile
-has 16, rows of none are not read) and decoding costs 3.5. That holds for 2 to 8 tokens as for 16: what they
-need is what one token needs, bytes under way and equal work for all SMs, and ``programs`` cuts both alike.
+Why these blocks, where none were measured for the GPU (``tuned_sizes``); none of it has been timed. One token
+of a 4-bit weight of 4096 x 4096 reads 8 MiB, 2.5 us of an H100's 3.35 TB/s (1.75 us of an H200's 4.8), and
+latency times bandwidth asks for some 25 KiB under way on each of 132 SMs (15 on an A100's 108).
+``vector_product`` loads 8 KiB a program and step where it is 128 rows high, with 4 steps in flight and two
+programs on each SM. Lower programs are there for weights whose rows make too few, or as many that some SMs
+have one more than others; a thread uses its part of x for fewer rows then. It costs about 5 instructions a
+4-bit weight and one more a token, where those GPUs have 4 or 5 in the time that memory brings one: from the
+second token on tensor cores, on which tokens are free (a tile has 16, rows of none are not read) and decoding
+costs 3.5. That holds for 2 to 8 tokens as for 16: what they need is what one token needs, bytes under way and
+equal work for all SMs, and ``programs`` cuts both alike.
 Their tiles are 128 or 64 rows high (less, and two warps would decode the same rows), as every block of rows
 reads all of x again from L2: with 16 tokens x is half of what a block of 128 reads, with 64 two thirds.
 Columns are split at 512 a program or more, as a program should have several loads in flight; the splits' sums
@@ -35,7 +36,7 @@ a PFLOP a second.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -44,8 +45,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.gpu import runtime, weight_layout
-from lowbit.kernels.gpu.programs import Shape, Tokens, cut
+from lowbit.kernels.gpu import runtime, tuned_sizes, weight_layout
+from lowbit.kernels.gpu.programs import Cut, Shape, Tokens, cut, cuts
+from lowbit.kernels.gpu.tuned_sizes import Sizes
 from lowbit.kernels.gpu.weight_layout import Layout
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -54,14 +56,12 @@ from lowbit.numerics.scheme import Scheme
 MANY_TOKENS = 512  # from here on by dequantized slices
 _WORKSPACE = 32 << 20  # bytes
 _SPLIT_COLUMNS = 512  # a split has at least as many
-_VECTOR_HEIGHTS = {64: (128, 64, 32), 32: (256, 128, 64), 16: (256, 128, 64)}  # by the columns of a tile
-_VECTOR_PROGRAMS = 2  # of the highest, on each SM
-_VECTOR_STAGES = 4
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How ``tile_product`` works with up to ``tokens``: BM tokens times one of ``heights`` of rows a program.
+    """How ``tile_product`` (``vector_product``: one token) works with up to ``tokens``: BM tokens times one
+    of ``heights`` of rows a program.
 
     ``programs``: of the highest, that an SM holds at one time.
     """
@@ -75,6 +75,11 @@ class Blocks:
     programs: int
 
 
+_VECTOR = {  # by the columns of a tile
+    64: Blocks(1, 1, (128, 64, 32), True, 4, 4, 2),
+    32: Blocks(1, 1, (256, 128, 64), True, 4, 4, 2),
+    16: Blocks(1, 1, (256, 128, 64), True, 4, 4, 2),
+}
 _BLOCKS = (
     Blocks(16, 16, (128, 64), True, 4, 4, 2),
     Blocks(32, 32, (128, 64), True, 4, 4, 2),
@@ -215,30 +220,64 @@ def _shape(layout: Layout) -> Shape:
     return Shape(rows, layout.runs, columns * layout.bits // 8, columns, max(_SPLIT_COLUMNS // columns, 1))
 
 
+def _sizes(packed: GpuWeight, x: Tensor, blocks: Blocks) -> tuple[Sizes, int]:
+    """How a product is launched, as measured or as reckoned, and the runs of a split."""
+    layout, tokens = packed.layout, x.shape[0]
+    measured = None
+    if x.dtype is not torch.float32:
+        measured = tuned_sizes.sizes_of(layout, tokens, x.device)
+    if measured is None:
+        one = cut(
+            _shape(layout),
+            Tokens.of(tokens, blocks.BM),
+            blocks.heights,
+            blocks.programs,
+            blocks.num_stages,
+            _multiprocessors(x.device),
+        )
+        measured = _of(one, blocks)
+    each = -(-layout.runs // measured.splits)
+    return replace(measured, splits=-(-layout.runs // each)), each
+
+
+def _of(one: Cut, blocks: Blocks) -> Sizes:
+    return Sizes(one.height, one.splits, blocks.num_warps, blocks.num_stages)
+
+
+def sizes_by_cost(layout: Layout, tokens: int, processors: int) -> list[Sizes]:
+    """Of a product of so many tokens in bfloat16, the one that is reckoned the cheapest first."""
+    blocks = _VECTOR[layout.tile] if tokens == 1 else _blocks(_BLOCKS, tokens)
+    count = Tokens.of(tokens, blocks.BM)
+    found = cuts(_shape(layout), count, blocks.heights, blocks.programs, blocks.num_stages, processors)
+    return [_of(one, blocks) for one in found]
+
+
+def _blocks(table: tuple[Blocks, ...], tokens: int) -> Blocks:
+    return next(blocks for blocks in table if tokens <= blocks.tokens)
+
+
 def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     from lowbit.kernels.gpu.products import vector_product
 
     layout, (rows, columns) = packed.layout, packed.layout.shape
-    heights = _VECTOR_HEIGHTS[layout.tile]
-    one = cut(
-        _shape(layout), Tokens(1), heights, _VECTOR_PROGRAMS, _VECTOR_STAGES, _multiprocessors(x.device)
-    )
-    parts = out if one.splits == 1 else torch.empty(one.splits, 1, rows, device=x.device)
+    sizes, each = _sizes(packed, x, _VECTOR[layout.tile])
+    parts = out if sizes.splits == 1 else torch.empty(sizes.splits, 1, rows, device=x.device)
     runtime.launch(
         vector_product,
-        (-(-rows // one.height), one.splits),
+        (-(-rows // sizes.height), sizes.splits),
         x,
         parts,
         *packed.pointers,
         rows,
         columns,
         layout.runs,
-        one.each,
+        each,
+        num_warps=sizes.warps,
         **packed.constants,
-        BN=one.height,
-        STAGES=_VECTOR_STAGES,
+        BN=sizes.height,
+        STAGES=sizes.stages,
     )
-    if one.splits > 1:
+    if sizes.splits > 1:
         _add(parts, out)
 
 
@@ -246,20 +285,12 @@ def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     from lowbit.kernels.gpu.products import tile_product
 
     layout, (rows, columns), tokens = packed.layout, packed.layout.shape, x.shape[0]
-    table = _FLOAT_BLOCKS if x.dtype is torch.float32 else _BLOCKS
-    chosen = next(blocks for blocks in table if tokens <= blocks.tokens)
-    one = cut(
-        _shape(layout),
-        Tokens.of(tokens, chosen.BM),
-        chosen.heights,
-        chosen.programs,
-        chosen.num_stages,
-        _multiprocessors(x.device),
-    )
-    parts = out if one.splits == 1 else torch.empty(one.splits, tokens, rows, device=x.device)
+    chosen = _blocks(_FLOAT_BLOCKS if x.dtype is torch.float32 else _BLOCKS, tokens)
+    sizes, each = _sizes(packed, x, chosen)
+    parts = out if sizes.splits == 1 else torch.empty(sizes.splits, tokens, rows, device=x.device)
     runtime.launch(
         tile_product,
-        (-(-rows // one.height) * -(-tokens // chosen.BM), one.splits),
+        (-(-rows // sizes.height) * -(-tokens // chosen.BM), sizes.splits),
         x,
         parts,
         *packed.pointers,
@@ -269,15 +300,15 @@ def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
         x.stride(0),
         parts.stride(-2),
         layout.runs,
-        one.each,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        each,
+        num_warps=sizes.warps,
+        num_stages=sizes.stages,
         **packed.constants,
         BM=chosen.BM,
-        BN=one.height,
+        BN=sizes.height,
         EXACT=chosen.exact,
     )
-    if one.splits > 1:
+    if sizes.splits > 1:
         _add(parts, out)
 
 

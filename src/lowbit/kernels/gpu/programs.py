@@ -78,14 +78,21 @@ def cut(
     shape: Shape, tokens: Tokens, heights: tuple[int, ...], resident: int, stages: int, processors: int
 ) -> Cut:
     """The cheapest cut. ``resident``: programs of the first of ``heights`` that an SM holds at one time."""
+    return cuts(shape, tokens, heights, resident, stages, processors)[0]
+
+
+def cuts(
+    shape: Shape, tokens: Tokens, heights: tuple[int, ...], resident: int, stages: int, processors: int
+) -> list[Cut]:
+    """All of them, the cheapest first."""
     most = max(shape.runs // shape.least, 1)
-    cuts = {
+    found = {
         Cut(height, -(-shape.runs // each), each)
         for height in heights
         for each in {-(-shape.runs // splits) for splits in range(1, most + 1)}
     }
-    return min(
-        cuts,
+    return sorted(
+        found,
         key=lambda one: (
             _cost(one, shape, tokens, resident * heights[0] // one.height, stages, processors),
             one.splits,
