@@ -16,6 +16,7 @@ from engine.test_overlap import Watched
 from engine.test_ranks import folder, ranks_of
 from lowbit import LLM, LowbitError, SamplingParams
 from lowbit.engine.choices import wait_for
+from lowbit.kernels import parallel
 
 __all__ = ["folder"]
 
@@ -121,6 +122,34 @@ def test_one_rank_that_cannot_capture(alone: LLM, start: Start, caplog: pytest.L
     assert "rank 1 of 2" in line and "synchronizing" in line and ranks_of(llm)._groups == 2
     assert answers(llm, FREE) == answers(alone, FREE)
     assert replays(llm) == 0
+
+
+def test_steps_before_the_one_that_failed_stay_whole() -> None:
+    """A GPU may still be at them: a group is left when what it exchanged for them is done."""
+    did: list[str] = []
+
+    class Exchange:
+        def abort(self) -> None:
+            did.append("abort")
+
+    class Event:
+        def synchronize(self) -> None:
+            did.append("wait")
+
+        def record(self) -> None:
+            did.append("record")
+
+    group = parallel._Group(torch.device("cuda", 1), 1.0, Exchange(), Event())  # type: ignore[arg-type]
+    rank = parallel.Parallel(1, 2, group)
+    rank.begin_step()
+    rank.leave()
+    rank.leave()
+    assert did == ["record", "wait", "abort"]
+    with pytest.raises(RuntimeError, match="rank 1 of 2 is in no group"):
+        rank.gather(torch.ones(1))
+    group.now = Exchange()
+    rank.close()
+    assert did[3:] == ["abort"], "at the end nothing is waited for: the other ranks may be gone"
 
 
 def test_a_device_that_will_never_be_done_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,10 +124,10 @@ def _followed(step: Step, runner: Runner, parallel: Parallel, model: Model) -> S
     from lowbit.engine.cuda_graphs import where
     from lowbit.engine.ranks import StepDone, batch_of, first_line, numbers_of
 
+    parallel.begin_step()  # only now: rank 0 goes on where all have launched the step before
     try:
         sent = parallel.broadcast(torch.empty(numbers_of(step), dtype=torch.int32, device=model.device))
         runner.follow(batch_of(step, sent), step.graph, step.capture)
-        parallel.step_queued()
         return StepDone()
     except RuntimeError as error:
         parallel.leave()

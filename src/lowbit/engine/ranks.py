@@ -208,6 +208,7 @@ class Ranks:
         """Have the others begin a step, as this rank does now."""
         for rank in self._others:
             rank.done = None
+        self.parallel.begin_step()
         self.send(step)
 
     def finish(self, step: Step, error: Exception | None) -> None:
@@ -226,7 +227,6 @@ class Ranks:
             (rank.number, rank.done) for rank in self._others if rank.done is not None and rank.done.error
         ]
         if error is None and not told:
-            self.parallel.step_queued()
             return
         # A rank that was left in the middle of a sum fails too: which was the first is not known.
         said = "; ".join(f"rank {number} of {self.size}: {done.error}" for number, done in told)

@@ -31,12 +31,13 @@ _SHARED_SUM = 1 << 15
 
 @dataclass(eq=False)
 class _Group:
-    """A torch.distributed group, or none any more. ``queued``: recorded behind the last whole step."""
+    """A torch.distributed group, or none any more. ``whole``: recorded behind the last step that all began
+    after it."""
 
     device: torch.device
     seconds: float
     now: Any
-    queued: torch.cuda.Event | None = None
+    whole: torch.cuda.Event | None = None
 
 
 @dataclass(frozen=True)
@@ -76,17 +77,17 @@ class Parallel:
         """
         group = self._group
         if group is not None and group.now is not None:
-            if group.queued is not None:
-                group.queued.synchronize()
+            if group.whole is not None:
+                group.whole.synchronize()
             left, group.now = group.now, None
             left.abort()
 
-    def step_queued(self) -> None:
-        """All that a step exchanges is on its way to the device."""
+    def begin_step(self) -> None:
+        """All that was exchanged before is on its way on every rank, and will be done."""
         group = self._group
         if group is not None and group.device.type == "cuda":
-            group.queued = group.queued or torch.cuda.Event()
-            group.queued.record()
+            group.whole = group.whole or torch.cuda.Event()
+            group.whole.record()
 
     @property
     def _exchange(self) -> Any:
