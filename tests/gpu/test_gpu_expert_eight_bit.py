@@ -27,6 +27,7 @@ from gpu.test_gpu_experts import (
 from gpu.test_gpu_experts import INPUTS as KNOWN_INPUTS
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import gated_activation
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.expert_rows import sort_pairs
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -111,6 +112,24 @@ def test_scales_of_floats(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("int8")])
 def test_a_gated_product_of_whole_numbers(name: str, device: torch.device) -> None:
     products(name, 3, 16, "silu", device)
+
+
+def test_gates_get_taller_tiles_where_there_are_enough(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 rows, as fp8 instructions take; where there are too few programs, 32."""
+    if device.type == "cuda":
+        pytest.skip("shapes follow from the device")
+    monkeypatch.setattr("lowbit.kernels.gpu.expert_eight_bit.fp8_dots", lambda _: True)
+    heights = []
+    for processors in (4, 1000):
+        monkeypatch.setattr(
+            "lowbit.kernels.gpu.expert_eight_bit.multiprocessors", lambda _, count=processors: count
+        )
+        with runtime.recording() as launches:
+            products("fp8 in blocks", 3, 16, "silu", device)
+        heights += [dict(one.constants)["BLOCK_N"] for one in launches if one.function == "_multiply"]
+    assert heights == [64, 32]
 
 
 @pytest.mark.slow

@@ -335,6 +335,11 @@ def _properties(device: torch.device) -> tuple[int, bool]:
     return found.multi_processor_count, (found.major, found.minor) >= (8, 9)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has."""
+    return _properties(device)[0]
+
+
 def fp8_dots(device: torch.device) -> bool:
     """Whether the device multiplies 8-bit floats as they are."""
     return _properties(device)[1]

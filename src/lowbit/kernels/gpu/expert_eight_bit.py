@@ -15,7 +15,9 @@ Blocks, by the rows that one expert gets; by reasoning, none of it has been time
   with three such steps under way while it computes a fourth: 24 KiB, and as much again from a second program
   on the multiprocessor (an H100 needs about 25 KiB on each of 132, an H200 36). A token of DeepSeek-V3 makes
   8 * 4096 / 64 = 512 programs for gate and up, one of Qwen3-30B-A3B (8 of 1536 rows) 192: columns need no
-  splitting.
+  splitting. Hopper's instructions for 8-bit floats take 64 rows of a weight at least, below them Triton
+  multiplies float16: where twice as tall tiles of gates still give every multiprocessor a program (DeepSeek),
+  they have 64.
 - 64 and 128 rows: the tensor cores are the bound. 128 outputs, so that a byte of x is used 128 times and one
   of the weight as often as there are rows; 64 sums a thread, and as many of a step where scales wait for its
   end. Three steps of 32 KiB fit the shared memory of every device.
@@ -33,7 +35,15 @@ from torch import Tensor
 
 from lowbit.kernels.elementwise import activation_number
 from lowbit.kernels.gpu import runtime
-from lowbit.kernels.gpu.eight_bit import FORMATS, EightBitWeight, as_bytes, fp8_dots, numbers, operand
+from lowbit.kernels.gpu.eight_bit import (
+    FORMATS,
+    EightBitWeight,
+    as_bytes,
+    fp8_dots,
+    multiprocessors,
+    numbers,
+    operand,
+)
 from lowbit.kernels.gpu.elementwise import activate
 from lowbit.kernels.gpu.expert_products import BAND, Blocks, Rows, place
 from lowbit.kernels.gpu.expert_rows import SortedPairs
@@ -218,6 +228,8 @@ def multiply(
     block_k = min(given.group or block_k, weight.group or block_k, block_k)
     width = outputs if number < 0 else outputs // 2
     tall = blocks.n if number < 0 else blocks.n // 2
+    if fp8 and tall == 32 and sorted_.blocks * triton.cdiv(width, 64) >= multiprocessors(x.device):
+        tall = 64
     inside = weight.block_rows % tall == 0 and (number < 0 or width % weight.block_rows == 0)
     runtime.launch(
         _multiply,
