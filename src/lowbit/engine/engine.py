@@ -47,6 +47,9 @@ from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
 
+READY_TOKENS = 4096  # room for so many, or so many bytes of it, is kept ready beyond the pages in use
+READY_BYTES = 256 << 20
+
 _log = logging.getLogger("lowbit")
 
 
@@ -124,6 +127,8 @@ class Engine:
         self._steps = 0
         self._violations = 0
         self._later: Iterator[None] = iter(())
+        self._ready_pages = 0  # pages from 0 on whose memory is there
+        self._populating: Iterator[None] = iter(())
 
     def prepare(self, progress: Progress | None = None) -> None:
         """What takes time and had better be done before the first request: CUDA graphs."""
@@ -195,7 +200,13 @@ class Engine:
         self._later = work
 
     def idle_step(self) -> bool:
-        """A step of ``when_idle``'s work; False: there was none left. What fails there is logged."""
+        """A moment of what waits until nobody waits for an answer; False: there was none left.
+
+        First memory for the pages that are next: the first use of a page costs a virtual machine as much as a
+        tenth of the prompt in it. Then ``when_idle``'s work, whose failures are logged.
+        """
+        if self._populate():
+            return True
         try:
             next(self._later)
             return True
@@ -204,6 +215,18 @@ class Engine:
         except Exception as error:
             _log.warning("lowbit: what was left for an idle moment failed: %r", error)
             return False
+
+    def _populate(self) -> bool:
+        """A moment's work on the memory of the next pages; False: there is enough."""
+        for _ in self._populating:
+            return True
+        pool, first = self._pool, self._ready_pages
+        ahead = min(READY_TOKENS // self.settings.page_size, READY_BYTES // max(self._runner.page_bytes, 1))
+        if first - pool.used > ahead // 2 or first >= pool.total:
+            return False
+        self._ready_pages = min(pool.used + ahead, pool.total)
+        self._populating = self._runner.populate(max(first, pool.used), self._ready_pages)
+        return self._ready_pages > first
 
     # ---- steps ---------------------------------------------------------------------------------------
 
