@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +18,7 @@ from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.memory import pool_pages, workspace
 from lowbit.engine.scheduler import Chunk
 from lowbit.errors import LowbitError
+from lowbit.kernels.attention import LayerCache
 from lowbit.settings import Settings
 
 GIB = 1 << 30
@@ -120,6 +121,39 @@ def test_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, embedded_path:
     assert caught.value.code == "E0503"
     assert "0.5 of the GPU's 24.0 GiB" in caught.value.message
     assert "(CUDA out of memory)" in caught.value.message
+
+
+# ---- before it is needed -------------------------------------------------------------------------------
+
+
+def test_a_server_claims_the_memory_of_a_first_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's pages of every layer, then what a step's numbers need; no answer changes by it."""
+    claimed: list[int] = []
+
+    def claim(cache: LayerCache, pages: int) -> Iterator[None]:
+        claimed.append(pages)
+        yield
+
+    monkeypatch.setattr(LayerCache, "claim", claim)
+    monkeypatch.setattr(memory, "_token_bytes", lambda config: 1 << 16)
+    monkeypatch.setattr(memory, "_keep_freed", lambda: True)  # of this process, for good
+    engine = make_engine(chunked_prefill_size=100)
+    steps = sum(1 for _ in engine.claim_memory())
+    layers = len(engine.model.cache_specs())
+    assert claimed == [-(-100 // engine.settings.page_size)] * layers
+    assert steps == layers + -(-(100 << 16) // memory._CLAIMED)
+    (events,) = run(engine, make_request([5, 6, 7]))
+    assert tokens_of(events) == continuation([5, 6, 7], 8)
+
+
+def test_scratch_is_claimed_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_token_bytes", lambda config: 1 << 30)
+    monkeypatch.setattr(memory, "_keep_freed", lambda: True)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    assert sum(1 for _ in memory.claim_scratch(model, 512)) * memory._CLAIMED == memory._MOST_SCRATCH
+    assert not list(memory.claim_scratch(SimpleNamespace(device=torch.device("cuda")), 512))
+    monkeypatch.setattr(memory, "_keep_freed", lambda: False)  # what is freed would go back at once
+    assert not list(memory.claim_scratch(model, 512))
 
 
 # ---- in a step -----------------------------------------------------------------------------------------

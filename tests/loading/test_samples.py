@@ -194,7 +194,8 @@ def test_the_engine_times_only_where_asked(cache: Path, embedded_path: Path) -> 
     assert not cache.exists()
     engine = load_engine(Settings(**settings), serving=True)
     assert not cache.exists(), "ready first"
-    assert 4 <= sum(iter(engine.idle_step, False)) <= 10, "a kind of layer each, some twice"
+    claims = sum(1 for _ in engine.claim_memory())
+    assert 4 <= sum(iter(engine.idle_step, False)) - claims <= 10, "a kind of layer each, some twice"
     assert "q4_1 | 576 x 1536" in cache.read_text()
     cache.unlink()
     with contextlib.suppress(LowbitError):  # who knows how fast this machine is

@@ -26,7 +26,7 @@ import torch
 from lowbit.checkpoint.quality import Quality
 from lowbit.engine.choices import Ask, Choices, DeviceChoices, DeviceSampler, HostChoices
 from lowbit.engine.cuda_graphs import Progress
-from lowbit.engine.memory import pool_pages
+from lowbit.engine.memory import claim_scratch, pool_pages
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
@@ -171,6 +171,12 @@ class Engine:
     def prepare(self, progress: Progress | None = None) -> None:
         """What takes time and had better be done before the first request: CUDA graphs."""
         self._runner.prepare(progress)
+
+    def claim_memory(self) -> Iterator[None]:
+        """Get from the system, a moment's work a step, the memory that a first long prompt meets."""
+        tokens = min(self._prefill_budget(self._pool.total), self.context_length)
+        yield from self._runner.claim(tokens)
+        yield from claim_scratch(self.model, tokens)
 
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""

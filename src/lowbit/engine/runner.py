@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from torch import Tensor
 
@@ -58,6 +60,11 @@ class Runner:
         """Capture what can be before there are any requests."""
         if isinstance(self._capture, GraphedSteps):
             self._capture.capture_all(progress)
+
+    def claim(self, tokens: int) -> Iterator[None]:
+        """Get the memory of the pages that are used first, for so many tokens, from the system."""
+        for cache in self._caches:
+            yield from cache.claim(-(-tokens // self._page_size))
 
     @property
     def captured_steps(self) -> int:

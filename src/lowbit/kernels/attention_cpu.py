@@ -28,6 +28,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -44,6 +45,8 @@ from lowbit.numerics.cache_format import CacheFormat
 MAX_DIMS = {"k_dim": 576, "v_dim": 512}  # of a head: the work buffers of a thread have these widths
 # What attention_cache.h calls them.
 _NUMBERS = {"f32": 0, "bf16": 1, "fp16": 2, "fp8_e4m3": 3, "fp8_e5m2": 4, "int8": 5, "int4": 6}
+_HUGE_PAGE = 1 << 21
+_MADV_POPULATE_WRITE = 23  # Linux; Python's mmap does not name it
 _FAULTS = {
     1: "the lengths do not belong to the tokens",
     2: "the page table names a page that the cache does not have",
@@ -111,6 +114,17 @@ class CpuLayerCache(LayerCache):
 
     functions: _Functions
     view: _Cache
+
+    def claim(self, pages: int) -> Iterator[None]:
+        """A huge page a step: of a few milliseconds where a host has to find one for a virtual machine."""
+        for buffer in self.buffers.values():
+            begin, count = buffer.data_ptr(), min(pages, len(buffer))
+            end = begin + count * buffer.nbytes // max(len(buffer), 1)
+            for at in range(begin // _HUGE_PAGE * _HUGE_PAGE, end, _HUGE_PAGE):
+                first, last = max(at, begin), min(at + _HUGE_PAGE, end)
+                if _libc().madvise(first, last - first, _MADV_POPULATE_WRITE):
+                    return  # a kernel before 5.14, or a system without it
+                yield
 
 
 class CpuAttention:
@@ -214,6 +228,13 @@ class CpuAttention:
             out.data_ptr(),
         )
         return out if q.dtype is torch.float32 else out.to(q.dtype)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return libc
 
 
 def _pages(pages: tuple[int, int], stored: CacheFormat, dim: int, shape: tuple[int, ...]) -> Tensor:
