@@ -27,7 +27,7 @@ from lowbit.checkpoint.quality import Quality
 from lowbit.engine.choices import Choices, DeviceChoices, DeviceSampler, HostChoices
 from lowbit.engine.cuda_graphs import Progress
 from lowbit.engine.finish import Finisher
-from lowbit.engine.memory import pool_pages
+from lowbit.engine.memory import claim_scratch, pool_pages
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
@@ -133,6 +133,11 @@ class Engine:
     def prepare(self, progress: Progress | None = None) -> None:
         """What takes time and had better be done before the first request: CUDA graphs."""
         self._runner.prepare(progress)
+
+    def claim_scratch(self) -> Iterator[None]:
+        """Get from the system, a moment's work a step, the memory that a first long prompt computes in."""
+        tokens = min(self._prefill_budget(self._pool.total), self.context_length)
+        yield from claim_scratch(self.model, tokens)
 
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
