@@ -52,7 +52,7 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     method: str = ""  # of requantizing
-    resumed: int = 0  # shards that an earlier run had finished
+    resumed: int = 0  # shards, or tensors of a GGUF file, that an earlier run had finished
 
 
 def convert(
@@ -96,34 +96,29 @@ def convert(
         write_certificate(path, text)
 
     with TensorData(header) as data:
-        if isinstance(work.writer, GgufWriter):
-            told: dict[str, Json] = {}
-
-            def read(module: SourceModule) -> ReadModule:
-                made = work.read(module, data)
-                told[module.target.name] = made.told
-                return made
-
-            done.notes += save_gguf(
-                out,
-                source,
-                work.writer.schemes,
-                read,
-                data,
-                force=force,
-                on_progress=on_progress,
-                check=lambda path, lost: check(path, told, lost),
-            )
-            return done
         key = {
             "source": digest_of(header),
             "--format": form,
             "--dtype": dtype or "auto",
             "--requantize": work.method or "no",
-            "shard size": str(shard_bytes),
             "lowbit": f"{_version()}, {VERSION}",
         }
-        journal = Journal(key)
+        if isinstance(work.writer, GgufWriter):
+            saved = save_gguf(
+                out,
+                source,
+                work.writer.schemes,
+                lambda module: work.read(module, data),
+                data,
+                depends_on=key,
+                force=force,
+                on_progress=on_progress,
+                check=check,
+            )
+            done.notes += saved.notes
+            done.resumed = saved.resumed
+            return done
+        journal = Journal(key | {"shard size": str(shard_bytes)})
         nbytes = planned_nbytes(
             (work.planned[one.target.name].scheme, one.target.shape) for one in source.modules
         )
@@ -335,7 +330,8 @@ def summary(done: Conversion) -> list[str]:
         exact = f"{len(done.errors)} modules requantized by {done.method}"
     lines = [f"{done.out}: {done.form}, {done.modules} modules, {thousands(done.nbytes)} bytes ({exact})"]
     if done.resumed:
-        lines.append(f"{done.resumed} shards were finished by an earlier run")
+        pieces = "tensors" if done.form == "gguf" else "shards"
+        lines.append(f"{done.resumed} {pieces} were finished by an earlier run")
     if done.errors and done.form != "dense":
         worst = sorted(done.errors.items(), key=lambda item: -item[1][1])
         for name, (largest, relative) in worst[:MOST_LINES]:
