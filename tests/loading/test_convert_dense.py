@@ -29,11 +29,7 @@ from lowbit.tokenization import load_chat_template, load_tokenizer
 GGUF = FIXTURES / "gguf_families"
 MORE = FIXTURES / "gguf_more_families"
 FAMILIES = sorted(path.stem for path in GGUF.glob("*.gguf"))
-REFUSED = {
-    "deepseek2": "cut its latent attention",
-    "deepseek3": "cut its latent attention",
-}
-WRITTEN = [name for name in FAMILIES if name not in REFUSED]
+WRITTEN = FAMILIES
 WRITTEN_MORE = sorted(path.stem for path in MORE.glob("*.gguf"))
 # Keys of a family's config whose value is another in the folder, and why.
 CHANGED = {
@@ -121,14 +117,6 @@ def test_more_gguf_families_in_transformers(
     wanted = stored["logits"].view(theirs.shape)
     limit = 1e-3 if name == "minicpm" else 2e-5
     assert (theirs - wanted).abs().max() <= limit * wanted.abs().max()
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_gguf_family_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(LowbitError, match="not turned into Hugging Face folders") as caught:
-        convert(open_checkpoint(str(GGUF / f"{name}.gguf")), "dense", tmp_path / "out")
-    assert REFUSED[name] in caught.value.message
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("folder", whole_models(), ids=lambda folder: f"{folder.parent.name}-{folder.name}")

@@ -285,6 +285,20 @@ class Work:
         }
         if gone:
             notes.append(f"inputs are no longer quantized (they were: {'; '.join(sorted(gone))})")
+        latent = [
+            module
+            for module in self.source.modules
+            if module.latent is not None
+            and module.scheme.is_dense
+            and not all(
+                self.source.form.scheme_of(place.module).is_dense for place in (module.place, *module.more)
+            )
+        ]
+        if latent and self.form != "dense":
+            notes.append(
+                f"{len(latent)} modules like {latent[0].target.name} were written as plain floats: folders "
+                "and GGUF files hold K's half of them transposed to each other"
+            )
         if self.source.has_kv_scales:
             notes.append("the KV cache's scales were left out")
         return notes

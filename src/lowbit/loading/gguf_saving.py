@@ -259,7 +259,10 @@ class _Plan:
 
     def _module(self, part: SourceModule) -> list[_Entry]:
         scheme, stem = self.schemes[part.target.stored], self._stored(part.place.part.name)
-        found = [_Entry(f"{stem}.weight", type_of(scheme), part.target.shape, (part,))]
+        shape: tuple[int, ...] = part.target.shape
+        if part.latent is not None:
+            shape = (part.latent.heads, shape[0] // part.latent.heads, shape[1])
+        found = [_Entry(f"{stem}.weight", type_of(scheme), shape, (part,))]
         if found[0].type == "NVFP4":
             found.append(_Entry(f"{stem}.scale", "F32", (1,), (part,), "scale"))
         if self._has_bias(part):

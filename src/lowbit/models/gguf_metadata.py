@@ -1,8 +1,7 @@
 """The metadata of a GGUF file for a model: the keys llama.cpp's converter writes, from the parsed config.
 
-The other way round than ``config`` and ``families`` read them; DeepSeek, whose tensors GGUF cuts anew, is
-refused, and BitNet, whose kind of file says nothing of its inputs. ``lost`` says what a family's
-GGUF files have no key for.
+The other way round than ``config`` and ``families`` read them; BitNet, whose kind of file says nothing of
+its inputs, is refused. ``lost`` says what a family's GGUF files have no key for.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.models.config import ModelConfig, MoeConfig, json_keys, rope_keys
+from lowbit.models.deepseek import DeepseekConfig
 from lowbit.models.gguf_names import CUT_OTHERWISE
 
 # Family -> general.architecture. All of Llama's relatives are "llama"; OLMo 3 is OLMo 2 with windows.
@@ -54,6 +54,7 @@ ARCHITECTURES = {
     "gpt_neox": "gptneox",
     "gpt2": "gpt2",
     "gpt_oss": "gpt-oss",
+    "deepseek": "deepseek2",
 }
 # Families whose windows have a key, and those whose files also list the layers that have one.
 _WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss")
@@ -119,17 +120,17 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
 
 def _experts(family: str, config: ModelConfig, moe: MoeConfig) -> dict[str, object]:
     values: dict[str, object] = {"expert_count": moe.experts, "expert_used_count": moe.per_token}
-    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss"):
+    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss", "deepseek"):
         values["expert_feed_forward_length"] = moe.intermediate_size
     if family in ("qwen2_moe", "granitemoe") and moe.shared_size:
         values["expert_shared_feed_forward_length"] = moe.shared_size
-    if family == "glm4_moe":
+    if family in ("glm4_moe", "deepseek"):
         values |= {
             "expert_shared_count": moe.shared_size // moe.intermediate_size,
             "leading_dense_block_count": config.layers - len(moe.layers),
             "expert_group_count": moe.groups,
             "expert_group_used_count": moe.kept_groups,
-            "expert_gating_func": 2,  # sigmoid
+            "expert_gating_func": 2 if moe.routing == "group_sigmoid" else 1,  # sigmoid, softmax
             "expert_weights_scale": moe.scale,
             "expert_weights_norm": moe.renormalize,
             "nextn_predict_layers": 0,  # left out
@@ -140,6 +141,8 @@ def _experts(family: str, config: ModelConfig, moe: MoeConfig) -> dict[str, obje
 def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
     """Keys that one family has, or few."""
     match family:
+        case "deepseek":
+            return _latent(config)
         case "granite" | "granitemoe" | "minicpm":
             values: dict[str, object] = {
                 "embedding_scale": config.embedding_scale,
@@ -158,6 +161,22 @@ def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
         case "baichuan":
             return {"tensor_data_layout": "Meta AI original pth"}
     return {}
+
+
+def _latent(config: ModelConfig) -> dict[str, object]:
+    """Of the absorbed form, in which heads share one latent row; ``mla`` is of the heads themselves."""
+    assert isinstance(config, DeepseekConfig), "the family's"
+    values: dict[str, object] = {
+        "attention.key_length": config.kv_lora_rank + config.rope_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": config.head_dim,
+        "attention.value_length_mla": config.v_dim,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+    }
+    if config.q_lora_rank:
+        values["attention.q_lora_rank"] = config.q_lora_rank
+    mscale = config.rope_scaling.mscale_all_dim
+    return values | ({"rope.scaling.yarn_log_multiplier": 0.1 * mscale} if mscale else {})
 
 
 def _rope(header: CheckpointHeader, config: ModelConfig) -> dict[str, object]:
@@ -206,9 +225,12 @@ def lost(before: ModelConfig, after: ModelConfig) -> list[str]:
     spelled |= {"attention_scale"} if _alike(_scale(before), _scale(after)) else set()
     found = [
         field.name
-        for field in fields(ModelConfig)
-        if field.name not in spelled and not _alike(getattr(before, field.name), getattr(after, field.name))
+        for field in fields(before)
+        if field.name not in spelled
+        and not _alike(getattr(before, field.name), getattr(after, field.name, None))
     ]
+    if not _alike(_magnitude(before), _magnitude(after)):
+        found.append("rope_scaling.mscale beside mscale_all_dim")
     return found + _lost_of_experts(before.moe, after.moe)
 
 
@@ -229,6 +251,13 @@ def _lost_of_experts(before: MoeConfig | None, after: MoeConfig | None) -> list[
     names += ["kept_groups"] if before.groups > 1 else []
     names += ["renormalize"] if before.routing != "top_k_softmax" else []
     return [f"moe.{name}" for name in names if not _alike(getattr(before, name), getattr(after, name))]
+
+
+def _magnitude(config: ModelConfig) -> float:
+    """Of cosines and sines under YaRN."""
+    if config.rope_scaling.kind != "yarn":
+        return 1.0
+    return rotary_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)[1]
 
 
 def _scale(config: ModelConfig) -> float:

@@ -116,10 +116,7 @@ BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(
 )
 
 # Families that GGUF files hold otherwise than checkpoints do, by either name, and in which way.
-_LATENT = "GGUF files cut its latent attention by heads"
 _BITNET = "GGUF files do not say how its inputs are quantized"
 CUT_OTHERWISE = {
-    "deepseek": _LATENT,
-    "deepseek2": _LATENT,
     "bitnet": _BITNET,
 }
