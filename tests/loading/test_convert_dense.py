@@ -151,6 +151,14 @@ def test_quantized_folders(folder: Path, tmp_path: Path) -> None:
             assert worst <= 2**-7 * values.float().abs().max(), name
 
 
+@pytest.mark.parametrize(
+    ("name", "note"), [("qwen3vl", "the language model alone"), ("bitnet", "inputs are left as they are")]
+)
+def test_what_a_gguf_file_does_not_hold_is_said(name: str, note: str, tmp_path: Path) -> None:
+    done = convert(open_checkpoint(str(MORE / f"{name}.gguf")), "dense", tmp_path / "out")
+    assert [line for line in summary(done) if line.startswith(note)]
+
+
 def test_narrowest_type_and_rounding(tmp_path: Path) -> None:
     header = open_checkpoint(str(FIXTURES / "gptq" / "w4_sym"))
     exact = convert(header, "dense", tmp_path / "exact")

@@ -29,6 +29,8 @@ from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
 from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
+from lowbit.models.config import architecture_of
+from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
 
 VERSION = 1  # of what a journal depends on beside its key: raised when what is written changes
@@ -299,6 +301,14 @@ class Work:
                 f"{len(latent)} modules like {latent[0].target.name} were written as plain floats: folders "
                 "and GGUF files hold K's half of them transposed to each other"
             )
+        if self.source.header.container == "gguf":
+            architecture = architecture_of(self.source.header)
+            if architecture in SEEING.values():
+                notes.append("the language model alone: what sees pictures is in a file of its own (mmproj)")
+            if architecture == "bitnet":
+                notes.append(
+                    "inputs are left as they are: GGUF files do not say how a BitNet rounds them (to int8)"
+                )
         if self.source.has_kv_scales:
             notes.append("the KV cache's scales were left out")
         return notes

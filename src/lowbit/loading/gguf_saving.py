@@ -165,7 +165,7 @@ def _head(source: SourceModel, entries: list[_Entry]) -> bytes:
     """The file up to its first tensor: metadata, and each tensor's name, type, shape and place."""
     import gguf
 
-    arch = architecture_for(source.family.name, source.header.root.name)
+    arch = architecture_for(source.family.name, source.header)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.gguf"
         made = gguf.GGUFWriter(path, arch)

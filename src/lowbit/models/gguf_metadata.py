@@ -1,7 +1,7 @@
 """The metadata of a GGUF file for a model: the keys llama.cpp's converter writes, from the parsed config.
 
-The other way round than ``config`` and ``families`` read them; BitNet, whose kind of file says nothing of
-its inputs, is refused. ``lost`` says what a family's GGUF files have no key for.
+The other way round than ``config`` and ``families`` read them. ``lost`` says what a family's GGUF files have
+no key for.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
-from lowbit.models.config import ModelConfig, MoeConfig, json_keys, rope_keys
+from lowbit.models.config import ModelConfig, MoeConfig, architecture_of, json_keys, rope_keys
 from lowbit.models.deepseek import DeepseekConfig
-from lowbit.models.gguf_names import CUT_OTHERWISE
 
 # Family -> general.architecture. All of Llama's relatives are "llama"; OLMo 3 is OLMo 2 with windows.
 ARCHITECTURES = {
@@ -55,6 +54,14 @@ ARCHITECTURES = {
     "gpt2": "gpt2",
     "gpt_oss": "gpt-oss",
     "deepseek": "deepseek2",
+    "bitnet": "bitnet",
+}
+# Language models whose positions have three parts where they see pictures: class -> architecture.
+SEEING = {
+    "Qwen2VLForConditionalGeneration": "qwen2vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2vl",
+    "Qwen3VLForConditionalGeneration": "qwen3vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3vlmoe",
 }
 # Families whose windows have a key, and those whose files also list the layers that have one.
 _WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss")
@@ -65,21 +72,20 @@ UNSAID_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_mo
 SHIFTED_NORMS = ("gemma2", "gemma3")
 
 
-def architecture_for(family: str, root: str) -> str:
+def architecture_for(family: str, header: CheckpointHeader) -> str:
     """``general.architecture``, or E0450."""
     if family not in ARCHITECTURES:
-        why = CUT_OTHERWISE.get(family, f"those of {', '.join(sorted(ARCHITECTURES))} are")
         raise LowbitError(
             "E0450",
-            f"{root}: GGUF files of {printable(family)} are not written: {why}. Use llama.cpp's "
-            "convert_hf_to_gguf.py",
+            f"{header.root.name}: GGUF files of {printable(family)} are not written: those of "
+            f"{', '.join(sorted(ARCHITECTURES))} are. Use llama.cpp's convert_hf_to_gguf.py",
         )
-    return ARCHITECTURES[family]
+    return SEEING.get(architecture_of(header), ARCHITECTURES[family])
 
 
 def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) -> dict[str, object]:
     """The keys below the architecture's prefix, complete with it."""
-    arch = architecture_for(family, header.root.name)
+    arch = architecture_for(family, header)
     values: dict[str, object] = {
         "block_count": config.layers,
         "context_length": config.context_length,
@@ -115,6 +121,8 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
         trained = json_keys(header).size("original_max_position_embeddings", config.context_length)
         values["rope.scaling.original_context_length"] = trained
     values |= _rope(header, config)
+    if arch in SEEING.values():
+        values |= _seeing(header)
     return {f"{arch}.{key}": value for key, value in values.items()}
 
 
@@ -158,9 +166,30 @@ def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
             return {"use_parallel_residual": config.parallel}
         case "falcon":
             return {"tensor_data_layout": "jploski"}
+        case "bitnet":
+            return {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}
         case "baichuan":
             return {"tensor_data_layout": "Meta AI original pth"}
     return {}
+
+
+def _seeing(header: CheckpointHeader) -> dict[str, object]:
+    """How positions are divided, and how many layers take pictures in; the pictures' part is another file."""
+    holders = (header.config.get("text_config"), header.config)
+    sections = (
+        holder[key].get("mrope_section")
+        for holder in holders
+        if isinstance(holder, dict)
+        for key in ("rope_parameters", "rope_scaling")
+        if isinstance(holder.get(key), dict)
+    )
+    section = next((found for found in sections if isinstance(found, list)), None)
+    values: dict[str, object] = {}
+    if section is not None:
+        values["rope.dimension_sections"] = [*map(int, section), 0, 0, 0, 0][:4]
+    vision = header.config.get("vision_config")
+    deep = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
+    return values | ({"n_deepstack_layers": len(deep)} if isinstance(deep, list) else {})
 
 
 def _latent(config: ModelConfig) -> dict[str, object]:

@@ -4,8 +4,9 @@ The other way round than ``families``: the same keys, from the sizes and constan
 What GGUF files leave out (formats of the fixtures' README) is the family's knowledge, as when reading: no
 sliding window for Mistral, renormalized experts. Llama 3's frequency divisors, a tensor in GGUF, are put
 back into the four numbers they were made from. Families that transformers has no class for become the class
-they amount to: InternLM 2, Baichuan 7B and EXAONE 3 are Llama, MiniCPM is Granite. BitNet is refused: its
-files do not say how its inputs are quantized.
+they amount to: InternLM 2, Baichuan 7B and EXAONE 3 are Llama, MiniCPM is Granite. Of models that also
+see pictures it is the language model alone (the pictures' part is a file of its own). BitNet's file does not
+say how inputs are quantized: the folder leaves them alone, as what reads the file does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.models.config import ModelConfig, architecture_of, gguf_keys
 from lowbit.models.deepseek import DeepseekConfig
-from lowbit.models.gguf_names import CUT_OTHERWISE
 
 Json = dict[str, object]
 ReadTensor = Callable[[str], Tensor]
@@ -36,11 +36,10 @@ def hf_config(header: CheckpointHeader, config: ModelConfig, read: ReadTensor) -
     name = architecture_of(header)
     family = _FAMILIES.get("mixtral" if name == "llama" and config.moe is not None else name)
     if family is None:
-        why = CUT_OTHERWISE.get(name, f"those of {', '.join(sorted(_FAMILIES))} are")
         raise LowbitError(
             "E0450",
             f"{header.root.name}: GGUF files of {printable(name)!r} are not turned into Hugging Face "
-            f"folders: {why}. Convert the original model instead",
+            f"folders: those of {', '.join(sorted(_FAMILIES))} are. Convert the original model instead",
         )
     values = _common(header, config)
     for key in _WITHOUT.get(name, ()):
@@ -385,6 +384,11 @@ def _gpt2(header: CheckpointHeader, config: ModelConfig) -> Json:
     }
 
 
+def _bitnet(header: CheckpointHeader, config: ModelConfig) -> Json:
+    _one_bias(header, config, "BitNetForCausalLM")
+    return _class("bitnet", "BitNetForCausalLM")
+
+
 def _deepseek(header: CheckpointHeader, config: ModelConfig) -> Json:
     """V3's class where experts are chosen by sigmoids, else V2's."""
     moe = config.moe
@@ -461,6 +465,10 @@ _FAMILIES: dict[str, Callable[[CheckpointHeader, ModelConfig], Json]] = {
     "exaone": _llama,
     "minicpm": _granite,
     "deepseek2": _deepseek,
+    "bitnet": _bitnet,
+    "qwen2vl": _qwen2,
+    "qwen3vl": _qwen3,
+    "qwen3vlmoe": _qwen3_moe,
     "gpt-oss": _gpt_oss,
 }
 # Keys of the usual config that a class has others for.
