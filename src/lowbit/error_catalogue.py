@@ -338,8 +338,8 @@ CATALOGUE: dict[str, Entry] = {
     "E0304": Entry(
         "an unfinished output of another run is there",
         "OUT.partial holds shards that a run which was broken off finished. They can be gone on with only if "
-        "the source, the options and lowbit are what they were; the message says what differs. (A GGUF file "
-        "is begun anew instead.)",
+        "the source, the options and lowbit are what they were; the message says what differs. A GGUF file "
+        "is begun anew instead.",
         "Run the command as it was, or delete OUT.partial and begin anew.",
     ),
     "E0401": Entry(

@@ -306,6 +306,27 @@ def test_stacks_of_mxfp4(tmp_path: Path) -> None:
         assert tensor.tensor_type == after[name].tensor_type and np.array_equal(tensor.data, after[name].data)
 
 
+@pytest.mark.parametrize("name", ["deepseek2", "deepseek3"])
+def test_latent_attention_in_one_matrix(name: str, tmp_path: Path) -> None:
+    """Files of earlier converters have kv_b_proj whole: the same folder."""
+    path = GGUF / f"{name}.gguf"
+    tensors = []
+    values = {key: torch.from_numpy(array.copy()).float() for key, array in values_of(path).items()}
+    for key, tensor in values.items():
+        if ".attn_k_b." in key:
+            v = values[key.replace("_k_b", "_v_b")]
+            whole = torch.cat([tensor.transpose(1, 2), v], 1).flatten(0, 1).contiguous()
+            tensors.append((key.replace("_k_b", "_kv_b"), whole))
+        elif ".attn_v_b." not in key:
+            tensors.append((key, tensor))
+    made = [GgufTensor(key, "F32", tuple(t.shape), t.contiguous().numpy().tobytes()) for key, t in tensors]
+    write_gguf(tmp_path / "old.gguf", open_checkpoint(str(path)).metadata, made)
+    convert(open_checkpoint(str(path)), "dense", tmp_path / "a", dtype="f32")
+    convert(open_checkpoint(str(tmp_path / "old.gguf")), "dense", tmp_path / "b", dtype="f32")
+    a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def latent_halves(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """What llama.cpp's converter makes of the second layer's kv_b_proj: K's rows turned, V's as they are."""
     model = SourceModel(open_checkpoint(str(folder)))

@@ -127,7 +127,9 @@ def save_gguf(
     if out.suffix != ".gguf":
         raise LowbitError("E0104", f"--out {out}: a GGUF model is one file; name it {out.name}.gguf")
     entries = _Plan(source, schemes).entries()
-    head, alignment = _head(source, entries), gguf.GGUF_DEFAULT_ALIGNMENT
+    with explained(out):
+        head = _head(source, entries)
+    alignment = gguf.GGUF_DEFAULT_ALIGNMENT
     places = places_after(len(head), [(entry.name, entry.nbytes) for entry in entries], alignment)
     key = {**depends_on, "GGUF header": hashlib.sha256(head).hexdigest()[:16]}
     journal = FileJournal(key, name=out.name, places=places)
