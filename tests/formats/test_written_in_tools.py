@@ -8,6 +8,7 @@ their numbers are compared by the package's compressors in test_compressed_tenso
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,13 @@ import torch
 from torch import Tensor
 
 from formats.helpers import FIXTURES
+from formats.writing_cases import fixtures_it_takes
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError
+from lowbit.formats.gptq_writer import AwqWriter, GptqWriter
+from lowbit.formats.mlx_writer import MlxWriter
+from lowbit.formats.writing import CheckpointWriter
 from lowbit.loading.convert import convert
 from lowbit.loading.source_modules import SourceModel
 
@@ -50,6 +56,21 @@ def logits(folder: Path, dtype: torch.dtype = torch.float32, **more: object) -> 
         return model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])).logits.float()
 
 
+def names(kind: type[CheckpointWriter], *groups: str) -> list[str]:
+    """The fixtures that the writer takes, as group/case."""
+    return [f"{path.parent.name}/{path.name}" for path in fixtures_it_takes(kind, *groups)]
+
+
+def written_modules(name: str, form: str, folder: Path) -> dict[str, Tensor]:
+    """Write the fixture as ``form``: the exact float32 weight of every quantized module, by its name."""
+    header = open_checkpoint(str(FIXTURES / name))
+    convert(header, form, folder)
+    source = SourceModel(header)
+    with TensorData(header) as data:
+        quantized = [module for module in source.modules if not module.scheme.is_dense]
+        return {m.target.stored: source.read(m, data).weight.dequantize() for m in quantized}
+
+
 @pytest.mark.parametrize(("name", "form", "package"), CASES, ids=lambda value: str(value).replace("/", "-"))
 def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
     """The written checkpoint against the tool's own, if it is of the format, or the plain one.
@@ -73,6 +94,81 @@ def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
     # Some tools compute in 16 bits, or quantize inputs as the scheme says.
     assert (found - wanted).abs().max() <= 0.06 * wanted.abs().max()
     assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
+
+
+@pytest.fixture
+def autoawq_layer(monkeypatch: pytest.MonkeyPatch) -> type[torch.nn.Module]:
+    """AutoAWQ's WQLinear_GEMM on its path without kernels; its package as a whole needs an old transformers."""
+    import importlib.util
+    import types
+
+    spec = importlib.util.find_spec("awq")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("autoawq is not installed; its unpacked source distribution on PYTHONPATH is enough")
+    whole = types.ModuleType("awq")
+    whole.__path__ = list(spec.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "awq", whole)
+    gemm = importlib.import_module("awq.modules.linear.gemm")
+    monkeypatch.setattr(gemm, "awq_ext", None)
+    monkeypatch.setattr(gemm, "TRITON_AVAILABLE", False)
+    return gemm.WQLinear_GEMM
+
+
+@pytest.mark.parametrize("name", names(AwqWriter, "*"), ids=lambda name: name.replace("/", "-"))
+@pytest.mark.filterwarnings("ignore:Using naive")
+def test_awq_in_autoawq(name: str, autoawq_layer: type[torch.nn.Module], tmp_path: Path) -> None:
+    """Its own layer takes the written tensors; of one-hot inputs it gives the weight, in float16.
+
+    The layer is float16; scales in bfloat16 go through the function that it calls.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        wanted = written_modules(name, "awq", tmp_path / "out")
+    except LowbitError as error:
+        pytest.skip(error.message)  # one scale for another width than the groups'
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    for stem, exact in wanted.items():
+        rows, columns = exact.shape
+        own = {key.removeprefix(f"{stem}."): v for key, v in tensors.items() if key.startswith(f"{stem}.")}
+        group = told["group_size"] if told["group_size"] != -1 else columns
+        if own["scales"].dtype == torch.bfloat16:
+            words = (own[part] for part in ("qweight", "qzeros", "scales"))
+            found = sys.modules["awq.utils.packing_utils"].dequantize_gemm(*words, told["bits"], group).T
+            assert torch.equal(found, exact.bfloat16()), stem
+            continue
+        layer = autoawq_layer(told["bits"], group, columns, rows, "bias" in own, "cpu")
+        layer.load_state_dict(own)
+        one_hot = torch.eye(columns, dtype=torch.float16)[None]
+        found = layer(one_hot).reshape(columns, rows).T
+        bias = own["bias"].half()[:, None] if "bias" in own else 0
+        assert torch.equal(found, exact.half() + bias), stem
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("gptq", name) for name in names(GptqWriter, "gptq")]
+    + [("gptq", "auto_round/w4_asym_awq"), ("awq", "awq/gemm"), ("awq", "gptq/w4_sym")],
+    ids=lambda value: value.replace("/", "-"),
+)
+def test_gptq_and_awq_in_gptqmodel(form: str, name: str, tmp_path: Path) -> None:
+    """GPTQModel loads what is written; its layers dequantize to the exact weights in float16."""
+    tool = pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    sys.path.append(str(FIXTURES / "making"))
+    from tiny import tokenizer
+
+    wanted = written_modules(name, form, tmp_path / "out")
+    tokenizer().save_pretrained(tmp_path / "out")  # it loads no model without one
+    backend = tool.BACKEND.TORCH_AWQ if form == "awq" else tool.BACKEND.TORCH
+    model = tool.GPTQModel.load(str(tmp_path / "out"), device="cpu", backend=backend, dtype=torch.float16)
+    for stem, exact in wanted.items():
+        layer = model.model.get_submodule(stem)
+        if form == "gptq":
+            assert torch.equal(layer.dequantize_weight().T, exact.half()), stem
+            continue
+        bias = 0 if layer.bias is None else layer.bias[:, None]
+        assert torch.equal(layer(torch.eye(exact.shape[1], dtype=torch.float16)).T, exact.half() + bias), stem
 
 
 @pytest.mark.parametrize("name", ["fp8/block_128", "fp8/block_32_ue8m0", "fp8/tensor_static", "fp8/mxfp8"])
@@ -117,13 +213,12 @@ def test_fp8_a_row_in_transformers(tmp_path: Path) -> None:
         "modelopt/mxfp8",
         "modelopt/w4a8_mxfp4_fp8",
         "modelopt/int8_sq",
+        "modelopt/fp8_pb_wo",
     ],
 )
 def test_modelopt_s_own_tensors(name: str, tmp_path: Path) -> None:
     """ModelOpt loads no exported checkpoint; its quantized tensors dequantize what is written."""
     pytest.importorskip("modelopt.torch", reason="nvidia-modelopt is not installed")
-    import sys
-
     from safetensors.torch import load_file
 
     sys.path += [str(FIXTURES / "modelopt"), str(FIXTURES / "making")]
@@ -137,6 +232,22 @@ def test_modelopt_s_own_tensors(name: str, tmp_path: Path) -> None:
             if not module.scheme.is_dense:
                 exact = source.read(module, data).weight.dequantize()
                 assert torch.equal(dequantized(tensors, module.target.stored), exact), module.target.name
+
+
+@pytest.mark.parametrize("name", ["modelopt/int4_awq", "gptq/w4_sym"])
+def test_modelopt_packs_the_same_int4(name: str, tmp_path: Path) -> None:
+    """ModelOpt unpacks no int4: its packer gives, of the exact weights, the bytes that are written."""
+    export = pytest.importorskip(
+        "modelopt.torch.export.quant_utils", reason="nvidia-modelopt is not installed"
+    )
+    from safetensors.torch import load_file
+
+    wanted = written_modules(name, "modelopt", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for stem, exact in wanted.items():
+        scale = tensors[f"{stem}.weight_scale"].float()
+        group = exact.shape[1] // scale.shape[1]
+        assert torch.equal(export.pack_int4_in_uint8(exact, scale, group), tensors[f"{stem}.weight"]), stem
 
 
 def test_gguf_in_transformers(tmp_path: Path) -> None:
@@ -155,8 +266,8 @@ def test_gguf_in_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["mlx/4_g64", "mlx/mixed", "mlx/nvfp4", "mlx/mxfp8", "gptq/w4_sym", "awq/gemm"],
-    ids=lambda name: name,
+    [*(n for n in names(MlxWriter, "mlx") if n != "mlx/experts"), "gptq/w4_sym", "awq/gemm"],
+    ids=lambda name: name.replace("/", "-"),
 )
 def test_mlx(name: str, tmp_path: Path) -> None:
     """mlx-lm's logits of what was written: those of its own file, or about the plain numbers' in float32."""
