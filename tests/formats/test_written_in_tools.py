@@ -98,7 +98,7 @@ def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def autoawq_layer(monkeypatch: pytest.MonkeyPatch) -> type[torch.nn.Module]:
-    """AutoAWQ's WQLinear_GEMM on its path without kernels; its package as a whole needs an old transformers."""
+    """AutoAWQ's WQLinear_GEMM on its path without kernels; the whole package needs an old transformers."""
     import importlib.util
     import types
 
@@ -169,6 +169,34 @@ def test_gptq_and_awq_in_gptqmodel(form: str, name: str, tmp_path: Path) -> None
             continue
         bias = 0 if layer.bias is None else layer.bias[:, None]
         assert torch.equal(layer(torch.eye(exact.shape[1], dtype=torch.float16)).T, exact.half() + bias), stem
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("w8a8_int8", "sglang/w8a8_int8"),
+        ("w8a8_fp8", "sglang/w8a8_fp8"),
+        ("w8a8_fp8", "compressed_tensors/fp8_channel_dynamic"),
+        ("w8a8_fp8", "quark/fp8_token"),
+        ("blockwise_int8", "sglang/blockwise_int8"),
+    ],
+    ids=lambda value: value.replace("/", "-"),
+)
+def test_w8a8_in_sglang(form: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's linear layers load what is written; its functions dequantize it to the exact weights."""
+    from safetensors.torch import load_file
+
+    pytest.importorskip("sglang.version", reason="sglang is not installed; its unpacked wheel is enough")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    sys.path += [str(FIXTURES / "sglang"), str(FIXTURES / "making")]
+    from make_sglang import loaded
+
+    wanted = written_modules(name, form, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    for stem, exact in wanted.items():
+        own = {key.removeprefix(f"{stem}."): v for key, v in tensors.items() if key.startswith(f"{stem}.")}
+        assert torch.equal(loaded(stem, own, told), exact), stem
 
 
 @pytest.mark.parametrize("name", ["fp8/block_128", "fp8/block_32_ue8m0", "fp8/tensor_static", "fp8/mxfp8"])
