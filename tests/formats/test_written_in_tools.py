@@ -96,6 +96,15 @@ def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
     assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
 
 
+@pytest.mark.parametrize("name", ["nf4_conv1d", "nf4_conv1d_storage_bf16"])
+def test_gpt2_in_bitsandbytes(name: str, tmp_path: Path) -> None:
+    """GPT-2's layers, which transformers turns before it packs them: its logits of its own file, in bfloat16."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    folder = FIXTURES / "bitsandbytes" / name
+    convert(open_checkpoint(str(folder)), "bitsandbytes", tmp_path / "written")
+    assert torch.equal(logits(tmp_path / "written", torch.bfloat16), logits(folder, torch.bfloat16))
+
+
 @pytest.fixture
 def autoawq_layer(monkeypatch: pytest.MonkeyPatch) -> type[torch.nn.Module]:
     """AutoAWQ's WQLinear_GEMM on its path without kernels; the whole package needs an old transformers."""
