@@ -7,9 +7,11 @@ their numbers are compared by the package's compressors in test_compressed_tenso
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +73,16 @@ def written_modules(name: str, form: str, folder: Path) -> dict[str, Tensor]:
         return {m.target.stored: source.read(m, data).weight.dequantize() for m in quantized}
 
 
+def without_init(package: str) -> ModuleType:
+    """The package without what importing it runs, for which some want a GPU or another torch."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip(f"{package} is not installed; its unpacked distribution on PYTHONPATH is enough")
+    whole = ModuleType(package)
+    whole.__path__, whole.__spec__ = list(spec.submodule_search_locations), spec
+    return whole
+
+
 @pytest.mark.parametrize(("name", "form", "package"), CASES, ids=lambda value: str(value).replace("/", "-"))
 def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
     """The written checkpoint against the tool's own, if it is of the format, or the plain one.
@@ -98,7 +110,7 @@ def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nf4_conv1d", "nf4_conv1d_storage_bf16"])
 def test_gpt2_in_bitsandbytes(name: str, tmp_path: Path) -> None:
-    """GPT-2's layers, which transformers turns before it packs them: its logits of its own file, in bfloat16."""
+    """GPT-2's layers, turned before they are packed: transformers' logits of its own file, in bfloat16."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder = FIXTURES / "bitsandbytes" / name
     convert(open_checkpoint(str(folder)), "bitsandbytes", tmp_path / "written")
@@ -108,15 +120,7 @@ def test_gpt2_in_bitsandbytes(name: str, tmp_path: Path) -> None:
 @pytest.fixture
 def autoawq_layer(monkeypatch: pytest.MonkeyPatch) -> type[torch.nn.Module]:
     """AutoAWQ's WQLinear_GEMM on its path without kernels; the whole package needs an old transformers."""
-    import importlib.util
-    import types
-
-    spec = importlib.util.find_spec("awq")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("autoawq is not installed; its unpacked source distribution on PYTHONPATH is enough")
-    whole = types.ModuleType("awq")
-    whole.__path__ = list(spec.submodule_search_locations)
-    monkeypatch.setitem(sys.modules, "awq", whole)
+    monkeypatch.setitem(sys.modules, "awq", without_init("awq"))
     gemm = importlib.import_module("awq.modules.linear.gemm")
     monkeypatch.setattr(gemm, "awq_ext", None)
     monkeypatch.setattr(gemm, "TRITON_AVAILABLE", False)
@@ -229,14 +233,43 @@ def test_mxfp4_in_transformers(tmp_path: Path) -> None:
     assert torch.equal(found, logits(folder, quantization_config=plain))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fbgemm's layers need a GPU")
-def test_fp8_a_row_in_transformers(tmp_path: Path) -> None:
-    """FP8 with scales a row, as fbgemm_fp8, beside the plain model."""
-    pytest.importorskip("fbgemm_gpu", reason="fbgemm_gpu is not installed")
-    header = open_checkpoint(str(FIXTURES / "compressed_tensors" / "fp8_channel_dynamic"))
-    convert(header, "fp8", tmp_path / "written")
-    convert(header, "dense", tmp_path / "dense")
-    found = logits(tmp_path / "written", device_map="cuda")
+def test_fp8_a_row_in_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 with scales a row as fbgemm_fp8: its layers hold the exact weights and give about the plain logits.
+
+    transformers asks for a GPU; without one FBGEMM's own functions for CPUs stand in for its operators.
+    """
+    from unittest.mock import patch
+
+    from transformers import AutoModelForCausalLM
+
+    if not torch.cuda.is_available():
+        monkeypatch.setitem(sys.modules, "fbgemm_gpu", without_init("fbgemm_gpu"))
+        genai = "fbgemm_gpu.experimental.gen_ai"  # its operators, which transformers imports
+        monkeypatch.setitem(sys.modules, genai, ModuleType(genai))
+        fbgemm = importlib.import_module("fbgemm_gpu.experimental.gemm.triton_gemm.fp8_gemm")
+        from transformers.quantizers.quantizer_fbgemm_fp8 import FbgemmFp8HfQuantizer
+
+        def product(x: Tensor, weight: Tensor, inputs: Tensor, rows: Tensor, use_fast_accum: bool) -> Tensor:
+            with patch.object(torch.version, "cuda", "12.8"):  # else it takes AMD's FP8 alone
+                return fbgemm.matmul_fp8_row(x, weight, inputs, rows.flatten())
+
+        monkeypatch.setattr(FbgemmFp8HfQuantizer, "validate_environment", lambda *_, **__: None)
+
+        def rows(x: Tensor, scale_ub: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return fbgemm.quantize_fp8_row(x)  # the bound is in no file, and nothing sets it on a CPU
+
+        operators = {"quantize_fp8_per_row": rows, "f8f8bf16_rowwise": product}
+        monkeypatch.setattr(torch.ops, "fbgemm", SimpleNamespace(**operators))
+    wanted = written_modules("compressed_tensors/fp8_channel_dynamic", "fp8", tmp_path / "written")
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "written", dtype=torch.bfloat16, device_map=place)
+    for stem, exact in wanted.items():
+        layer = model.get_submodule(stem)
+        assert type(layer).__name__ == "FbgemmFp8Linear"
+        assert torch.equal((layer.weight.float() * layer.weight_scale.float()).cpu(), exact), stem
+    convert(open_checkpoint(str(tmp_path / "written")), "dense", tmp_path / "dense")
+    with torch.no_grad():
+        found = model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]], device=place)).logits.float().cpu()
     assert torch.nn.functional.cosine_similarity(found, logits(tmp_path / "dense"), -1).min() > 0.995
 
 
