@@ -43,6 +43,7 @@ from lowbit.engine.sequence import Flight, Sequence
 from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
 from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
 from lowbit.errors import LowbitError, printable, thousands
+from lowbit.kernels.device_memory import release_memory
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
@@ -118,7 +119,9 @@ class Engine:
         self._overlaps = self._may_overlap(on_gpu)
         self._sampler: DeviceSampler | None = None
         if on_gpu or self._overlaps or self._forced.on_device:
-            self._sampler = DeviceSampler(model.vocab_size, model.device)
+            ranks = getattr(model, "ranks", None)
+            watch = None if ranks is None else ranks.check
+            self._sampler = DeviceSampler(model.vocab_size, model.device, watch)
         self._flying: Step | None = None
         self._sequences: dict[str, Sequence] = {}
         self._finisher = Finisher(self._scheduler, self._sampler, self._sequences, model.vocab_size)
@@ -291,7 +294,7 @@ class Engine:
             return self._run(chunks)
         except torch.OutOfMemoryError as error:
             reason = printable(str(error).partition("\n")[0], 200)
-        self._release_memory()
+        release_memory(self.model.device)
         self._news.append(
             self._finisher.end(
                 chunks[-1].sequence,
@@ -308,7 +311,7 @@ class Engine:
 
         What the step wrote is written again: no sequence has counted it.
         """
-        self._release_memory()
+        release_memory(self.model.device)
         scheduler = self._scheduler
         tokens = tokens_of(chunks)
         for sequence in scheduler.running:
@@ -328,11 +331,6 @@ class Engine:
             scheduler.max_running,
         )
         return scheduler.next_chunks(admit=False)
-
-    def _release_memory(self) -> None:
-        """What torch keeps for later may lie in pieces that are too small."""
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _run(self, chunks: list[Chunk]) -> Step | None:
         """Compute the chunks. Where this fails nothing has changed but what is in their pages."""
