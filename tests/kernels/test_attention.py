@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -534,7 +536,7 @@ def test_a_batch_that_does_not_fit_is_an_error() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_past_the_end_is_touched(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        attention_cpu, "_zeros", lambda shape, dtype: at_guard_page(torch.zeros(shape, dtype=dtype))
+        attention_cpu, "zeros", lambda shape, dtype: at_guard_page(torch.zeros(shape, dtype=dtype))
     )
     spec, group, extra = CASES[case]
     if "sinks" in extra:
@@ -562,6 +564,30 @@ def test_nothing_past_the_end_is_touched(case: str, monkeypatch: pytest.MonkeyPa
         assert_equal_bits([found], [wanted[first:end]])
 
 
+def test_populated_pages_have_memory_and_keep_what_is_in_them() -> None:
+    spec = spec_of(4, 64)
+    cache = CpuAttention().allocate(spec, 4000, PAGE_SIZE, CPU)
+    size = mmap.PAGESIZE
+
+    def resident(part: torch.Tensor) -> int:
+        first, end = -(-part.data_ptr() // size) * size, (part.data_ptr() + part.nbytes) // size * size
+        states = (ctypes.c_ubyte * ((end - first) // size))()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(end - first), states)
+        return sum(state & 1 for state in states) * size
+
+    assert not any(resident(buffer) for buffer in cache.buffers.values())
+    for buffer in cache.buffers.values():
+        buffer[1].fill_(3)
+    steps = sum(1 for _ in cache.populate(0, 1500))
+    if not steps:
+        pytest.skip("this system cannot be asked for memory before it is written")
+    for buffer in cache.buffers.values():
+        assert resident(buffer[:1500]) > buffer[:1500].nbytes - size, "all of it"
+        assert resident(buffer) < buffer.nbytes - (1 << 21), "and not the rest"
+        assert buffer[1].eq(3).all() and not buffer[0].any() and not buffer[2:1500].any()
+    assert steps >= 2 * (cache.buffers["k"][:1500].nbytes >> 21), "none takes long"
+
+
 @pytest.mark.parametrize("name", ["bf16", "f32", "int8", "int4"])
 @pytest.mark.parametrize("kind", ["paged", "latent"])
 def test_pages_past_two_to_the_31(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +596,7 @@ def test_pages_past_two_to_the_31(kind: str, name: str, monkeypatch: pytest.Monk
     spec = spec_of(8, 256, dtype=dtype) if kind == "paged" else latent_of(576, 512, dtype)
     sequence = draw(spec, 2, [40])[0]
     (wanted,) = simulate(spec, [sequence], whole([sequence]), plain(spec))
-    monkeypatch.setattr(attention_cpu, "_zeros", sparse_zeros)
+    monkeypatch.setattr(attention_cpu, "zeros", sparse_zeros)
     kernel = CpuAttention()
     page = kernel.allocate(spec, 1, PAGE_SIZE, CPU).buffers["k"].numel()
     count = (1 << 31) // page + 9

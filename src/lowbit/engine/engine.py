@@ -27,7 +27,7 @@ from lowbit.checkpoint.quality import Quality
 from lowbit.engine.choices import Choices, DeviceChoices, DeviceSampler, HostChoices
 from lowbit.engine.cuda_graphs import Progress
 from lowbit.engine.finish import Finisher
-from lowbit.engine.memory import pool_pages
+from lowbit.engine.memory import claim_scratch, pool_pages
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
@@ -47,6 +47,9 @@ from lowbit.kernels.device_memory import release_memory
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
+
+READY_TOKENS = 4096  # room for so many, or so many bytes of it, is kept ready beyond the pages in use
+READY_BYTES = 256 << 20
 
 _log = logging.getLogger("lowbit")
 
@@ -127,10 +130,17 @@ class Engine:
         self._steps = 0
         self._violations = 0
         self._later: Iterator[None] = iter(())
+        self._ready_pages = 0  # pages from 0 on whose memory is there
+        self._populating: Iterator[None] = iter(())
 
     def prepare(self, progress: Progress | None = None) -> None:
         """What takes time and had better be done before the first request: CUDA graphs."""
         self._runner.prepare(progress)
+
+    def claim_scratch(self) -> Iterator[None]:
+        """Get from the system, a moment's work a step, the memory that a first long prompt computes in."""
+        tokens = min(self._prefill_budget(self._pool.total), self.context_length)
+        yield from claim_scratch(self.model, tokens)
 
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
@@ -198,7 +208,13 @@ class Engine:
         self._later = work
 
     def idle_step(self) -> bool:
-        """A step of ``when_idle``'s work; False: there was none left. What fails there is logged."""
+        """A moment of what waits until nobody waits for an answer; False: there was none left.
+
+        First memory for the pages that are next: the first use of a page costs a virtual machine as much as a
+        tenth of the prompt in it. Then ``when_idle``'s work, whose failures are logged.
+        """
+        if self._populate():
+            return True
         try:
             next(self._later)
             return True
@@ -207,6 +223,18 @@ class Engine:
         except Exception as error:
             _log.warning("lowbit: what was left for an idle moment failed: %r", error)
             return False
+
+    def _populate(self) -> bool:
+        """A moment's work on the memory of the next pages; False: there is enough."""
+        for _ in self._populating:
+            return True
+        pool, first = self._pool, self._ready_pages
+        ahead = min(READY_TOKENS // self.settings.page_size, READY_BYTES // max(self._runner.page_bytes, 1))
+        if first - pool.used > ahead // 2 or first >= pool.total:
+            return False
+        self._ready_pages = min(pool.used + ahead, pool.total)
+        self._populating = self._runner.populate(max(first, pool.used), self._ready_pages)
+        return self._ready_pages > first
 
     # ---- steps ---------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,10 +185,11 @@ def _engine(
         ranks.allocate(engine.pool_tokens // settings.page_size, engine.context_length)
     if serving:
         engine.prepare(on_progress)
+        engine.when_idle(engine.claim_scratch())
     if samples is not None:
         steps = speed.speed_steps(samples, model.device, settings.strict)
         if serving and not settings.strict:  # strict refuses to serve what is slow: that must be known now
-            engine.when_idle(steps)
+            engine.when_idle(chain(engine.claim_scratch(), steps))
         else:
             for _ in steps:
                 pass
