@@ -81,15 +81,16 @@ class _Connection:
 def _serve(connection: _Connection) -> None:
     """Until rank 0 closes the socket."""
     from lowbit.engine.ranks import Allocate, RankReady, StartRank, Step, batch_of
-    from lowbit.kernels.attention import LayerCache, choose_attention
     from lowbit.kernels.device_memory import free_memory
+    from lowbit.kernels.recurrent import LayerMemory, allocate_layer
 
     start = connection.receive()
     if start is None:
         return
     assert isinstance(start, StartRank), "rank 0 begins so"
     settings, model, parallel = _loaded(start)
-    specs, caches = model.cache_specs(), list[LayerCache]()
+    specs, caches = model.cache_specs(), list[LayerMemory]()
+    slots = settings.max_running_requests
     token_bytes = sum(spec.token_bytes() for spec in specs)
 
     def ready() -> RankReady:
@@ -103,10 +104,7 @@ def _serve(connection: _Connection) -> None:
             model.forward(batch_of(message, parallel, model.device), caches)
         elif isinstance(message, Allocate):
             caches = [
-                choose_attention(spec, model.device).allocate(
-                    spec, message.pages, settings.page_size, model.device
-                )
-                for spec in specs
+                allocate_layer(spec, message.pages, slots, settings.page_size, model.device) for spec in specs
             ]
             connection.send(ready())
 

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,9 +32,9 @@ from torch import Tensor
 from lowbit.engine.wire import FrameDecoder, encode_frames
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
-from lowbit.kernels.attention import CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.parallel import Parallel, private_folder
+from lowbit.kernels.recurrent import LayerMemory, LayerSpec
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 
@@ -300,11 +300,11 @@ class SharedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def cache_specs(self) -> list[CacheSpec]:
+    def cache_specs(self) -> Sequence[LayerSpec]:
         """This rank's."""
         return self._model.cache_specs()
 
-    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
         """As one model's."""
         sent = packed(batch)
         on_cpu = sent.device.type == "cpu"

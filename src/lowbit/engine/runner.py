@@ -9,15 +9,15 @@ from lowbit.engine.cuda_graphs import CudaRecorder, GraphedSteps, Progress, Reco
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
-from lowbit.kernels.attention import LayerCache, choose_attention
 from lowbit.kernels.device_memory import upload
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import LayerMemory, LayerState, allocate_layer, state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 
 
 class Runner:
-    """The model and its KV caches of ``pages`` pages; decode steps are replayed where they can be.
+    """The model and its KV caches of ``pages`` pages, and states of as many sequences as may run; decode steps are replayed where they can be.
 
     ``context``: tokens of the longest sequence there may be.
     """
@@ -25,11 +25,11 @@ class Runner:
     def __init__(self, model: Model, pages: int, context: int, settings: Settings) -> None:
         self._model = model
         self._page_size = settings.page_size
-        self._caches: list[LayerCache] = [
-            choose_attention(spec, model.device, settings.attention_backend).allocate(
-                spec, pages, settings.page_size, model.device
-            )
-            for spec in model.cache_specs()
+        slots, backend = settings.max_running_requests, settings.attention_backend
+        specs = model.cache_specs()
+        self._has_states = state_bytes(specs) > 0
+        self._caches: list[LayerMemory] = [
+            allocate_layer(spec, pages, slots, settings.page_size, model.device, backend) for spec in specs
         ]
         self._capture: StepCapture | GraphedSteps | None = None
         if settings.disable_cuda_graph:
@@ -41,7 +41,9 @@ class Runner:
 
     def graphs(self, recorder: Recorder, sizes: tuple[int, ...], context: int) -> GraphedSteps:
         """Decode steps as graphs of such sizes."""
-        takes_padding = all(cache.kernel.takes_padding for cache in self._caches)
+        takes_padding = all(
+            isinstance(cache, LayerState) or cache.kernel.takes_padding for cache in self._caches
+        )
         return GraphedSteps(
             self._run,
             recorder,
@@ -97,6 +99,8 @@ class Runner:
         slots = (table[owners, positions // size] * size + positions % size).astype(np.int32)
         device = self._model.device
         arrays = [tokens, positions, slots, queries, contexts, table, np.array(rows, dtype=np.int32)]
+        if self._has_states:
+            arrays.append(np.array([chunk.sequence.slot for chunk in chunks], dtype=np.int32))
         waiting = [place for place, chunk in enumerate(chunks) if chunk.source >= 0]
         if waiting:
             sources = np.array([chunks[place].source for place in waiting], dtype=np.int32)
@@ -118,4 +122,5 @@ class Runner:
             max_query=int(queries.max()),
             max_context=int(contexts.max()),
             host_lengths=(queries, contexts),
+            state_slots=on_device[7] if self._has_states else None,
         )
