@@ -23,8 +23,8 @@ def chunk_batch(
     sample_all: bool = True,
     state_slots: list[int] | None = None,
 ) -> ForwardBatch:
-    """A batch of (new tokens, tokens already cached, page numbers) sequences. ``state_slots``: of their states; by
-    themselves the numbers of the sequences."""
+    """A batch of (new tokens, tokens already cached, page numbers) sequences. ``state_slots``: None: their
+    numbers."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []

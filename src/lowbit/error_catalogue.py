@@ -431,8 +431,8 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0432": Entry(
         "a model that ranks cannot share",
-        "With --tp-size ranks share every layer. How the states and the fused projections of recurrent layers "
-        "would be cut is not built.",
+        "With --tp-size ranks share every layer. The states and the fused projections of recurrent layers "
+        "are not cut.",
         "Use --tp-size 1.",
     ),
     "E0433": Entry(
@@ -485,8 +485,8 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0502": Entry(
         "not enough memory for the KV cache",
-        "The context or the tokens asked for need more KV cache than is free, or the states of recurrent layers, "
-        "one for each of --max-running-requests, leave nothing for it.",
+        "The context or the tokens asked for need more KV cache than is free, or the states of recurrent "
+        "layers, one for each of --max-running-requests, leave nothing for it.",
         "Ask for fewer (--context-length, --max-total-tokens, --max-running-requests), or allow more "
         "(--mem-fraction-static).",
     ),

@@ -1,11 +1,10 @@
-"""Qwen3-Next against transformers in float32, on random tiny checkpoints it saved: whole prompts, step by step, in
+"""Qwen3-Next against transformers in float32, on random tiny checkpoints it saved: whole prompts, steps,
 chunks, several sequences in a batch; and the configs that cannot be."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from forward_helpers import PAGE, allocate, chunk_batch, prompt_logits
+from forward_helpers import allocate, chunk_batch, prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.kernels import native, recurrent
@@ -112,7 +111,7 @@ def test_logits_equal_transformers(case: str, kernel: str, tmp_path: Path) -> No
 
 
 def test_decoding_equals_transformers(kernel: str, tmp_path: Path) -> None:
-    """Sequences of 7, 70 and 2 tokens go on together, one token a step, as transformers does with its cache."""
+    """Sequences of 7, 70 and 2 tokens go on together, one token a step, as in transformers."""
     oracle, model = make_checkpoint(tmp_path), loaded(tmp_path)
     given, steps = prompts(7, 70, 2), 12
     caches, slots = allocate(model, 30), [5, 0, 11]
@@ -201,7 +200,9 @@ def test_all_at_once_is_one_by_one() -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    weights = recurrent.DeltaParameters(normal(3, spec.channels), -normal(4).exp(), normal(4), normal(8), 1e-6)
+    weights = recurrent.DeltaParameters(
+        normal(3, spec.channels), -normal(4).exp(), normal(4), normal(8), 1e-6
+    )
     mixed, batch = normal(12, spec.width), chunk_batch([([0] * 9, 0, [0]), ([0], 5, [0]), ([0] * 2, 3, [0])])
     made = []
     for kernel in (ReferenceDelta(), ReferenceDelta()):

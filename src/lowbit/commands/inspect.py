@@ -310,7 +310,7 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
         states = plan.state_bytes * (settings.max_running_requests + 1)
         out.print(
             f"states of recurrent layers: {binary_size(plan.state_bytes)} a sequence, however long; "
-            f"{binary_size(states)} for --max-running-requests {settings.max_running_requests}, beside what follows"
+            f"{binary_size(states)} for --max-running-requests {settings.max_running_requests}"
         )
     out.print(
         f"memory on {plan.device}: weights {binary_size(plan.weight_bytes)} "

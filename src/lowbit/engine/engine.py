@@ -185,8 +185,8 @@ class Engine:
             return False
         if self._has_states:
             _log.info(
-                "lowbit: prefixes are not shared: a recurrent layer's state holds all of a sequence, and none is "
-                "kept where prefixes end"
+                "lowbit: prefixes are not shared: the state of a recurrent layer holds all of a sequence, "
+                "and none is kept where prefixes end"
             )
         return not self._has_states
 
@@ -360,8 +360,7 @@ class Engine:
         return scheduler.next_chunks(admit=self._has_states)
 
     def _start_again(self, chunks: list[Chunk]) -> None:
-        """After a step that failed: some layers' states may have moved on, and K and V of before are no way
-        back."""
+        """After a step that failed: states of some layers may have moved on, and nothing leads back."""
         if self._has_states:
             for chunk in reversed(chunks):
                 self._scheduler.retract(chunk.sequence)
@@ -688,8 +687,8 @@ def _speculation(model: Model, settings: Settings) -> Speculation | None:
     if state_bytes(model.cache_specs()):
         raise LowbitError(
             "E0105",
-            "--speculative-algorithm: this model has recurrent layers, whose state a wrong draft would change "
-            "for good; drop the option",
+            "--speculative-algorithm: this model has recurrent layers, and a wrong draft would change their "
+            "state for good; drop the option",
         )
     if getattr(model, "spans_tokens", False):
         raise LowbitError(

@@ -80,7 +80,7 @@ def _beside_states(room: _Room, model: Model, settings: Settings) -> _Room:
         fits = max(room.share // (2 * each) - 1, 0)
         raise LowbitError(
             "E0502",
-            f"--max-running-requests {count} needs {states / _GIB:.1f} GiB for the states of recurrent layers, "
+            f"--max-running-requests {count} needs {states / _GIB:.1f} GiB for states of recurrent layers, "
             f"{room.share / _GIB:.1f} GiB may be used ({room.origin}): use {fits} or fewer"
             if fits
             else f"one state of the recurrent layers needs {each} bytes, {room.share} may be used "
@@ -144,9 +144,7 @@ def _token_bytes(config: Any) -> int:
         return 0
     attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim  # q, k, v and what comes out
     if (state := getattr(config, "state", None)) is not None:
-        attention = max(
-            attention, 4 * state.width
-        )  # a row, convolved, q and k for each value head, what comes out
+        attention = max(attention, 4 * state.width)  # a row, convolved, in heads, and what comes out
     mlp = 3 * config.intermediate_size  # gate and up, and their product
     if config.moe is not None:
         each = 3 * config.moe.intermediate_size + 2 * config.hidden_size  # also gathered, and weighed

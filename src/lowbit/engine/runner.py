@@ -17,7 +17,8 @@ from lowbit.settings import Settings
 
 
 class Runner:
-    """The model and its KV caches of ``pages`` pages, and states of as many sequences as may run; decode steps are replayed where they can be.
+    """The model, its KV caches of ``pages`` pages and states of as many sequences as may run; decode steps
+    are replayed where they can be.
 
     ``context``: tokens of the longest sequence there may be.
     """

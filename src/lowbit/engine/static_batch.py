@@ -8,8 +8,12 @@ from lowbit.kernels.forward_batch import ForwardBatch
 
 # What a row that belongs to no sequence holds: its token is not stored, and it looks back at nothing.
 _PADDING = {
-    "tokens": 0, "positions": 0, "write_slots": -1,
-    "query_lengths": 1, "context_lengths": 0, "state_slots": -1,
+    "tokens": 0,
+    "positions": 0,
+    "write_slots": -1,
+    "query_lengths": 1,
+    "context_lengths": 0,
+    "state_slots": -1,
 }
 _OF_SEQUENCES = ("query_lengths", "context_lengths", "state_slots")
 

@@ -1,7 +1,7 @@
 """Recurrent layers: a state for each sequence in place of keys and values.
 
-The gated delta rule (Gated DeltaNet: Yang et al., 2024). A token's row ``mixed`` holds, of all heads one after
-another, q, k, v, z, b and a. Of value head h, with its key head h // (heads / k_heads):
+The gated delta rule (Gated DeltaNet: Yang et al., 2024). A token's row ``mixed`` holds q, k, v, z, b and a,
+each of all heads in turn. Of value head h, with its key head h // (heads / k_heads):
 
     c = silu(sum of taps[j] * (q | k | v)[t - taps + 1 + j])     a causal convolution, channel by channel
     q, k, v = c, q and k divided by their lengths, q also by sqrt(k_dim)
@@ -9,9 +9,9 @@ another, q, k, v, z, b and a. Of value head h, with its key head h // (heads / k
     S = S + k (sigmoid(b) * (v - k S))                           the delta rule
     out = rms_norm(q S) * norm * silu(z)
 
-A sequence's state lies in a slot that the engine hands out; what it holds counts only from the second token on:
-a chunk that begins at position 0 begins with zeros. All of it is float32, and goes token by token in the order
-of positions, so that a request's bits do not depend on the chunks its prompt was computed in.
+A sequence's state lies in a slot that the engine hands out; a chunk that begins at position 0 begins with
+zeros, whatever is there. All of it is float32 and goes token by token in the order of positions, so that a
+request's bits do not depend on the chunks its prompt was computed in.
 """
 
 from __future__ import annotations

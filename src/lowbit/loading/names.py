@@ -57,10 +57,9 @@ _STACKS = {
 class Placed:
     """A part and where it is stored. ``interleaved``: gate and up rows come in turn.
 
-    ``groups``, ``group_rows``: as of ``Part``; of Q, K and V in one module a group is some query heads with their K
-    and V head. ``rows``: (first row, cut) of each run of rows that ranks share,
-    none: all are here. ``columns``: which stored columns are here; ``inputs``: where the layer's inputs
-    are, if not just there.
+    ``groups``, ``group_rows``: as of ``Part``; of Q, K and V in one module a group is some query heads with
+    their K and V head. ``rows``: (first row, cut) of each run of rows that ranks share, none: all are here.
+    ``columns``: which stored columns are here; ``inputs``: where the layer's inputs are, if not just there.
     """
 
     part: Part
@@ -140,7 +139,9 @@ class Names:
                     heads, kv_heads = parts[0].rotary_heads, parts[1].rotary_heads
                     head = rows // (heads + 2 * kv_heads)
                     return [
-                        Placed(part, module, groups=kv_heads, group_rows=(heads // kv_heads * head, head, head))
+                        Placed(
+                            part, module, groups=kv_heads, group_rows=(heads // kv_heads * head, head, head)
+                        )
                     ]
                 return [Placed(part, module)]
         rotates = self.header.rotary_pairs or (self.in_gguf and self.family.gguf_rotates_pairs)

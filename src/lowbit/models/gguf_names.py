@@ -109,8 +109,8 @@ GLM4_GGUF_NAMES = GGUF_NAMES | _of_layers(
 # gpt-oss and GLM-4.5: the same norm as Llama's, under another name.
 POST_NORM_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
 
-# Qwen3-Next. Files have Q, K, V and z in one matrix as in checkpoints (ssm_in), or Q, K and V, all heads of each
-# in turn, apart from z. ssm_a is -exp(A_log), and 1 is added to every norm's weight but ssm_norm's.
+# Qwen3-Next. Files have Q, K, V and z in one matrix as checkpoints do (ssm_in), or Q, K and V, each of all
+# heads in turn, apart from z. ssm_a is -exp(A_log), and 1 is added to every norm's weight but ssm_norm's.
 QWEN_NEXT_GGUF_NAMES = POST_NORM_GGUF_NAMES | _of_layers(
     {
         "linear_attn.in_proj_qkvz": "ssm_in",

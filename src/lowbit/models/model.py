@@ -33,6 +33,6 @@ class Model(Protocol):
     def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
         """float32 (len(batch.sample_rows), vocab_size): logits of the wanted rows.
 
-        Writes the new tokens' K and V, or the states behind them, into ``caches``. Raises ``NumericalError`` never: the engine checks
-        the logits it samples from for NaN.
+        Writes the new tokens' K and V, or the states behind them, into ``caches``. Raises ``NumericalError``
+        never: the engine checks the logits it samples from for NaN.
         """

@@ -176,7 +176,11 @@ def _delta_net(config: QwenNextConfig, loader: WeightLoader, name: str) -> Delta
     each = spec.heads // spec.k_heads  # value heads of a key head
     values = spec.heads * spec.v_dim
     gates = Part(
-        f"{name}.in_proj_ba", (2 * spec.heads, hidden), router=True, groups=spec.k_heads, group_rows=(each, each)
+        f"{name}.in_proj_ba",
+        (2 * spec.heads, hidden),
+        router=True,
+        groups=spec.k_heads,
+        group_rows=(each, each),
     )
     if loader.has(f"{name}.in_proj_qkv"):
         parts = [

@@ -98,8 +98,8 @@ def _state(keys: ConfigKeys, k_heads: int, heads: int, k_dim: int, v_dim: int, t
     if heads % k_heads:
         raise LowbitError(
             "E0216",
-            f"{keys.place}: {heads} value heads over {k_heads} key heads of linear attention: the first must be "
-            f"a multiple of the second; {_TAKE}",
+            f"{keys.place}: {heads} value heads over {k_heads} key heads of linear attention: the first must "
+            f"be a multiple of the second; {_TAKE}",
         )
     return StateSpec(k_heads, heads, k_dim, v_dim, taps)
 
