@@ -433,7 +433,7 @@ CATALOGUE: dict[str, Entry] = {
         "a model that ranks cannot share",
         "With --tp-size ranks share every layer. The states and the fused projections of recurrent layers "
         "are not cut.",
-        "Use --tp-size 1.",
+        "Use --tp-size 1: one process serves the model.",
     ),
     "E0433": Entry(
         "more ranks than GPUs",

@@ -1,5 +1,5 @@
-"""A model with recurrent layers in the engine: tokens and logits are its own alone, batched, in chunks, retracted,
-in steps that overlap or are replayed; and what the engine does not do for it is said."""
+"""A model with recurrent layers in the engine: tokens and logits are its own alone, batched, in chunks,
+retracted, in steps that overlap or are replayed; and what the engine does not do for it is said."""
 
 from __future__ import annotations
 
