@@ -1,5 +1,5 @@
-"""Qwen3-Next quantized: at load, saved and loaded again in formats whose rows move and whose rows do not; each
-beside the plain matrices that its numbers are."""
+"""Qwen3-Next quantized: at load, saved and loaded again in formats whose rows move and whose rows do not;
+each beside the plain matrices that its numbers are."""
 
 from __future__ import annotations
 

@@ -74,11 +74,20 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys) -> ModelConfig:
             keys.size("expert_used_count"),
             keys.size("expert_feed_forward_length"),
             keys.size("expert_shared_feed_forward_length"),
-            list(range(base.layers)),
+            list(range(base.layers - keys.count("nextn_predict_layers", 0))),
             True,
         )
-    recurrent = _every(keys.size("full_attention_interval", 4), base.layers)
-    return _with(base, moe=moe, state=state, recurrent=recurrent, gguf=True)
+    # Layers that predict further tokens are counted, and lie behind the model's own.
+    layers = base.layers - keys.count("nextn_predict_layers", 0)
+    recurrent, told = _every(keys.size("full_attention_interval", 4), layers), "attention.recurrent_layers"
+    if keys.has(told):
+        listed = keys.values[told]
+        if not isinstance(listed, list) or len(listed) != base.layers:
+            raise LowbitError(
+                "E0216", f"{keys.place}: {told} does not list {base.layers} layers; the file is damaged"
+            )
+        recurrent = frozenset(n for n in range(layers) if listed[n])
+    return _with(base, layers=layers, moe=moe, state=state, recurrent=recurrent, gguf=True)
 
 
 def _with(base: ModelConfig, **more: object) -> QwenNextConfig:
@@ -145,6 +154,14 @@ def _experts(
     )
 
 
-# The layers that predict further tokens are a module of their own.
-_PREDICTION = r"mtp\..+"
-QWEN3_NEXT = Family("qwen3_next", _qwen3_next, build, QWEN_NEXT_GGUF_NAMES, False, (*UNUSED, _PREDICTION))
+# The layers that predict further tokens are a module of their own, and in GGUF files the last blocks.
+_PREDICTION = r"(model\.)?mtp\..+"
+QWEN3_NEXT = Family(
+    "qwen3_next",
+    _qwen3_next,
+    build,
+    QWEN_NEXT_GGUF_NAMES,
+    False,
+    (*UNUSED, _PREDICTION),
+    prediction_layers=True,
+)
