@@ -32,6 +32,7 @@ FAMILIES = sorted(path.stem for path in GGUF.glob("*.gguf"))
 REFUSED = {
     "deepseek2": "cut its latent attention",
     "deepseek3": "cut its latent attention",
+    "qwen3next": "keep z apart from Q, K and V",
 }
 WRITTEN = [name for name in FAMILIES if name not in REFUSED]
 WRITTEN_MORE = sorted(path.stem for path in MORE.glob("*.gguf"))
