@@ -99,6 +99,12 @@ class EngineTarget:
         settings = Settings(model=model, threads=threads, activation_quantization=activations)
         self.engine = load_engine(settings)
         self.sent = 0
+        self._idle()
+
+    def _idle(self) -> None:
+        """What the server's loop does between requests."""
+        while self.engine.idle_step():
+            pass
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
         from lowbit.engine.messages import Request, SamplingParams
@@ -120,6 +126,7 @@ class EngineTarget:
                 answer.ids += event.tokens
                 answer.text += event.text
                 answer.times += [time.perf_counter() - started] * len(event.tokens)
+        self._idle()
         return list(answers.values())
 
 

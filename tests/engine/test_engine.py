@@ -375,3 +375,35 @@ def test_whole_prompts_or_chunks(size: int) -> None:
     listed = prompts(1, seed=5, longest=300)[0] + [9] * 240
     run(engine, make_request(listed, 1), make_request([8] * 250, 1))
     assert engine.status().steps == (1 if size == -1 else -(-(len(listed) + 250) // 100))
+
+
+def test_an_idle_moment_has_memory_for_the_next_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A little beyond those in use, anew once half of it is used, and before anything else that can wait."""
+    from lowbit.engine import engine as module
+    from lowbit.kernels.attention import LayerCache
+
+    asked: list[tuple[int, int]] = []
+
+    def populate(cache: LayerCache, first: int, last: int) -> Iterator[None]:
+        asked.append((first, last))
+        yield
+
+    monkeypatch.setattr(LayerCache, "populate", populate)
+    monkeypatch.setattr(module, "READY_TOKENS", 160)
+    engine = make_engine(disable_radix_cache=True)
+    layers = len(engine.model.cache_specs())
+    done: list[int] = []
+    engine.when_idle(iter(done.append(1) for _ in range(2)))
+    for _ in range(layers + 1):
+        assert engine.idle_step() and not done
+    assert asked == [(0, 10)] * layers
+    assert [engine.idle_step() for _ in range(3)] == [True, True, False] and len(done) == 2
+    asked.clear()
+    run(engine, make_request([5] * 40, 1))  # 3 of the 10 pages: enough is left
+    assert not engine.idle_step()
+    run(engine, *(make_request([6] * 40, 1) for _ in range(2)))
+    while engine.idle_step():
+        pass
+    used = engine._pool.used
+    assert asked == [(10, used + 10)] * layers and used >= 6
+    assert engine.pool_tokens // 16 > used + 10

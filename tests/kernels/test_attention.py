@@ -534,7 +534,7 @@ def test_a_batch_that_does_not_fit_is_an_error() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_past_the_end_is_touched(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        attention_cpu, "_zeros", lambda shape, dtype: at_guard_page(torch.zeros(shape, dtype=dtype))
+        attention_cpu, "zeros", lambda shape, dtype: at_guard_page(torch.zeros(shape, dtype=dtype))
     )
     spec, group, extra = CASES[case]
     if "sinks" in extra:
@@ -570,7 +570,7 @@ def test_pages_past_two_to_the_31(kind: str, name: str, monkeypatch: pytest.Monk
     spec = spec_of(8, 256, dtype=dtype) if kind == "paged" else latent_of(576, 512, dtype)
     sequence = draw(spec, 2, [40])[0]
     (wanted,) = simulate(spec, [sequence], whole([sequence]), plain(spec))
-    monkeypatch.setattr(attention_cpu, "_zeros", sparse_zeros)
+    monkeypatch.setattr(attention_cpu, "zeros", sparse_zeros)
     kernel = CpuAttention()
     page = kernel.allocate(spec, 1, PAGE_SIZE, CPU).buffers["k"].numel()
     count = (1 << 31) // page + 9

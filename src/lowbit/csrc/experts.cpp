@@ -6,7 +6,6 @@
 // is computed as it would be alone.
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -262,14 +261,13 @@ class Multiplied {
         grown(own_.input, most * pairs_ * columns);
         grown(own_.factors, most * pairs_);
         grown(own_.staged, pairs_ * columns);
-        std::atomic<int> failed{0};
         const auto of_expert = [&](std::int64_t index) {
             const int expert = own_.active[static_cast<std::size_t>(index)];
             const std::int64_t start = own_.starts[static_cast<std::size_t>(expert)] - first_;
             const std::int64_t count = own_.starts[static_cast<std::size_t>(expert) + 1] - first_ - start;
             const int first_input = matrices_.first_input[expert];
             for (int i = first_input; i < matrices_.first_input[expert + 1]; ++i) {
-                if (!prepare(matrices_.inputs[i], i - first_input, start, count)) failed = 1;
+                prepare(matrices_.inputs[i], i - first_input, start, count);
             }
         };
         const auto experts = static_cast<std::int64_t>(own_.active.size());
@@ -278,10 +276,9 @@ class Multiplied {
         } else {  // shares the rows of each instead
             for (std::int64_t index = 0; index < experts; ++index) of_expert(index);
         }
-        if (failed) throw std::bad_alloc();
     }
 
-    bool prepare(const lowbit_expert_input& input, std::int64_t number, std::int64_t start, std::int64_t count) {
+    void prepare(const lowbit_expert_input& input, std::int64_t number, std::int64_t start, std::int64_t count) {
         const std::int64_t columns = matrices_.columns;
         float* const to = input_of(number, start);
         float* const gathered = input.column_order == nullptr ? to : own_.staged.data() + start * columns;
@@ -293,7 +290,7 @@ class Multiplied {
         if (input.quantizer != nullptr) {
             if (lowbit_quantize_input(input.quantizer, gathered, columns, count, columns, gathered, columns,
                                       factors) != 0) {
-                return false;
+                throw std::bad_alloc();
             }
             if (input.factors == 2) std::fill_n(factors, count, factors[0]);
         }
@@ -305,7 +302,6 @@ class Multiplied {
                 }
             });
         }
-        return true;
     }
 
     const lowbit_expert_matrices& matrices_;

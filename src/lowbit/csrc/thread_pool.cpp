@@ -13,6 +13,7 @@
 #include <climits>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -90,6 +91,7 @@ class ThreadPool {
                 sched_yield();
             }
         }
+        if (out_of_memory_.exchange(false, std::memory_order_relaxed)) throw std::bad_alloc();
     }
 
     // In a forked child the worker threads are gone.
@@ -109,7 +111,11 @@ class ThreadPool {
             if (left == 0) return;
             if (ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) {
                 const std::uint32_t task = tasks_.load(std::memory_order_relaxed) - left;
-                function_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), task);
+                try {
+                    function_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), task);
+                } catch (const std::bad_alloc&) {  // the caller's to know, once nobody uses its job any more
+                    out_of_memory_.store(true, std::memory_order_relaxed);
+                }
                 done_.fetch_add(1, std::memory_order_release);
                 ticket = ticket_.load(std::memory_order_acquire);
             }
@@ -156,6 +162,7 @@ class ThreadPool {
     std::atomic<std::uint32_t> tasks_{0};
     std::atomic<TaskFunction> function_{nullptr};
     std::atomic<void*> context_{nullptr};
+    std::atomic<bool> out_of_memory_{false};  // a task of this job was
 };
 
 ThreadPool& pool() {

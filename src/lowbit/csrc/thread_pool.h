@@ -3,6 +3,7 @@
 // The caller is worker 0. Tasks are claimed one by one, so which thread runs a task is not fixed: a task's
 // result must not depend on it. Workers spin briefly for the next job, because a decode step issues one
 // every few microseconds, and then sleep on a futex, so that an idle or oversubscribed machine is left alone.
+// Where memory runs out in a task, all others still run, and the caller gets the std::bad_alloc.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 """Engine: requests in, token events out, one scheduler step at a time.
 
     launch   schedule, forward pass, the choice of tokens; on a GPU all of it is only queued
-    finish   look at what was chosen: text, stop rules, events
+    finish   look at what was chosen: text, stop rules, events (finish.py)
 
 Where launching returns before the device is done (``--disable-overlap-schedule``), step n + 1 is launched
 before step n is finished, with the tokens of step n where only the device knows them. A sequence that turns
@@ -19,22 +19,21 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from lowbit.checkpoint.quality import Quality
-from lowbit.engine.choices import Ask, Choices, DeviceChoices, DeviceSampler, HostChoices
+from lowbit.engine.choices import Choices, DeviceChoices, DeviceSampler, HostChoices
 from lowbit.engine.cuda_graphs import Progress
+from lowbit.engine.finish import Finisher
 from lowbit.engine.memory import pool_pages
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
-    FinishReason,
     MeasuredQuality,
     Request,
     TokenEvent,
-    TokenLogprob,
 )
 from lowbit.engine.page_pool import PagePool
 from lowbit.engine.runner import Runner
@@ -42,11 +41,15 @@ from lowbit.engine.sampler import has_penalties
 from lowbit.engine.scheduler import Chunk, Scheduler
 from lowbit.engine.sequence import Flight, Sequence
 from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
+from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
 from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels.recurrent import state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
+
+READY_TOKENS = 4096  # room for so many, or so many bytes of it, is kept ready beyond the pages in use
+READY_BYTES = 256 << 20
 
 _log = logging.getLogger("lowbit")
 
@@ -73,44 +76,6 @@ class ForcedModes:
             check=read("LOWBIT_CHECK") == "1",
             overlap=read("LOWBIT_TEST_OVERLAP") == "1",
         )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A chunk's part of a step. Rows ``first`` to ``known`` of the logits are its known tokens' that are
-    wanted; its drafts' follow. ``chooses``: whether a token is chosen from row ``known - 1``."""
-
-    chunk: Chunk
-    start: int  # tokens computed before
-    first: int
-    known: int
-    chooses: bool
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step that was launched."""
-
-    parts: list[_Part]
-    choices: Choices
-
-
-@dataclass(eq=False)
-class _Turn:
-    """A sequence's part of a step: the tokens chosen so far. ``row``: of the logits, for the next of them."""
-
-    sequence: Sequence
-    drafts: tuple[int, ...]
-    row: int
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    @property
-    def continues(self) -> bool:
-        """Whether the last token is the draft computed there, so that the logits behind it are right too."""
-        count = len(self.tokens)
-        return count <= len(self.drafts) and self.tokens[-1] == self.drafts[count - 1]
 
 
 class Engine:
@@ -156,19 +121,16 @@ class Engine:
         self._sampler: DeviceSampler | None = None
         if on_gpu or self._overlaps or self._forced.on_device:
             self._sampler = DeviceSampler(model.vocab_size, model.device)
-        self._flying: _Step | None = None
+        self._flying: Step | None = None
         self._sequences: dict[str, Sequence] = {}
+        self._finisher = Finisher(self._scheduler, self._sampler, self._sequences, model.vocab_size)
         self._news: list[TokenEvent] = []  # events that did not come from a step
         self._step_began = 0.0
         self._steps = 0
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._generated_tokens = 0
-        self._drafts = 0
-        self._accepted_drafts = 0
-        self._drafted_turns = 0
         self._violations = 0
         self._later: Iterator[None] = iter(())
+        self._ready_pages = 0  # pages from 0 on whose memory is there
+        self._populating: Iterator[None] = iter(())
 
     def prepare(self, progress: Progress | None = None) -> None:
         """What takes time and had better be done before the first request: CUDA graphs."""
@@ -240,7 +202,7 @@ class Engine:
         """Forget a request; one that is unknown or has ended is none of our business."""
         sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self._news.append(self._end(sequence, "abort"))
+            self._news.append(self._finisher.end(sequence, "abort"))
 
     def has_work(self) -> bool:
         """Whether ``step`` would do something."""
@@ -251,7 +213,13 @@ class Engine:
         self._later = work
 
     def idle_step(self) -> bool:
-        """A step of ``when_idle``'s work; False: there was none left. What fails there is logged."""
+        """A moment of what waits until nobody waits for an answer; False: there was none left.
+
+        First memory for the pages that are next: the first use of a page costs a virtual machine as much as a
+        tenth of the prompt in it. Then ``when_idle``'s work, whose failures are logged.
+        """
+        if self._populate():
+            return True
         try:
             next(self._later)
             return True
@@ -260,6 +228,18 @@ class Engine:
         except Exception as error:
             _log.warning("lowbit: what was left for an idle moment failed: %r", error)
             return False
+
+    def _populate(self) -> bool:
+        """A moment's work on the memory of the next pages; False: there is enough."""
+        for _ in self._populating:
+            return True
+        pool, first = self._pool, self._ready_pages
+        ahead = min(READY_TOKENS // self.settings.page_size, READY_BYTES // max(self._runner.page_bytes, 1))
+        if first - pool.used > ahead // 2 or first >= pool.total:
+            return False
+        self._ready_pages = min(pool.used + ahead, pool.total)
+        self._populating = self._runner.populate(max(first, pool.used), self._ready_pages)
+        return self._ready_pages > first
 
     # ---- steps ---------------------------------------------------------------------------------------
 
@@ -272,7 +252,7 @@ class Engine:
             if self._overlaps:
                 step, self._flying = self._flying, step
             if step is not None:
-                events += self._finish(step)
+                events += self._finisher.finish(step)
                 self._force()
         finally:
             self._step_began = 0.0
@@ -306,7 +286,7 @@ class Engine:
             drafted.append(chunk)
         return drafted
 
-    def _launch(self) -> _Step | None:
+    def _launch(self) -> Step | None:
         """Compute the next step, or queue it on the device; None where there is nothing to compute."""
         chunks = self._with_drafts(self._scheduler.next_chunks())
         try:
@@ -322,11 +302,11 @@ class Engine:
         self._release_memory()
         self._start_again(chunks[:-1])
         self._news.append(
-            self._end(
+            self._finisher.end(
                 chunks[-1].sequence,
                 "error",
                 "out_of_memory",
-                f"out of memory in a step of {_tokens_of(chunks)} tokens, twice: {reason}; try again, or "
+                f"out of memory in a step of {tokens_of(chunks)} tokens, twice: {reason}; try again, or "
                 "start the server with a lower --mem-fraction-static or --max-running-requests",
             )
         )
@@ -339,7 +319,7 @@ class Engine:
         """
         self._release_memory()
         scheduler = self._scheduler
-        tokens = _tokens_of(chunks)
+        tokens = tokens_of(chunks)
         for sequence in scheduler.running:
             scheduler.drop_drafts(sequence)
         if any(chunk.count > 1 for chunk in chunks) and scheduler.prefill_budget > scheduler.page_size:
@@ -370,11 +350,11 @@ class Engine:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run(self, chunks: list[Chunk]) -> _Step | None:
+    def _run(self, chunks: list[Chunk]) -> Step | None:
         """Compute the chunks. Where this fails nothing has changed but what is in their pages."""
         if not chunks:
             return None
-        rows, parts = self._wanted_rows(chunks)
+        rows, parts = wanted_rows(chunks)
         flying = self._flying.choices if self._flying is not None else None
         chosen = flying.tokens if isinstance(flying, DeviceChoices) else None
         logits = self._runner.forward(chunks, rows, chosen)
@@ -382,200 +362,13 @@ class Engine:
         if self._sampler is None:
             choices = HostChoices(logits.cpu())
         else:
-            choices = self._sampler.choose(logits, [ask for part in parts for ask in _asks(part)])
+            choices = self._sampler.choose(logits, [ask for part in parts for ask in asks(part)])
         self._steps += 1
         for part in parts:
             sequence = part.chunk.sequence
             sequence.flights.append(Flight(part.start, part.known - 1 if part.chooses else -1))
             sequence.computed += part.chunk.count
-        return _Step(parts, choices)
-
-    def _wanted_rows(self, chunks: list[Chunk]) -> tuple[list[int], list[_Part]]:
-        """The token rows whose logits are needed, and each chunk's part of the step."""
-        rows: list[int] = []
-        parts: list[_Part] = []
-        first = 0
-        for chunk in chunks:
-            sequence, last = chunk.sequence, first + chunk.count + len(chunk.drafts) - 1
-            completes = chunk.completes
-            if sequence.wants_prompt_logprobs:
-                wanted = list(range(first, last + 1))
-            else:
-                wanted = list(range(last - len(chunk.drafts), last + 1)) if completes else []
-            known = len(rows) + len(wanted) - len(chunk.drafts)
-            chooses = completes and not sequence.request.echo_only
-            parts.append(_Part(chunk, sequence.computed, len(rows), known, chooses))
-            rows += wanted
-            first = last + 1
-        return rows, parts
-
-    def _finish(self, step: _Step) -> list[TokenEvent]:
-        """Look at what a step has computed; its events."""
-        events: list[TokenEvent] = []
-        turns: list[_Turn] = []
-        for part in step.parts:
-            sequence = part.chunk.sequence
-            del sequence.flights[0]
-            if self._sequences.get(sequence.id) is not sequence:
-                continue  # it ended after the step was launched
-            event = self._account(part, step.choices)
-            if event is not None:
-                events.append(event)
-            elif part.chooses:
-                turns.append(_Turn(sequence, part.chunk.drafts, part.known - 1))
-                self._note_drafts(part.chunk)
-        return events + self._choose(turns, step.choices)
-
-    def _account(self, part: _Part, choices: Choices) -> TokenEvent | None:
-        """Take note of a computed chunk; an event where it ends the sequence (NaN, or only echo)."""
-        sequence, start = part.chunk.sequence, part.start
-        end = start + part.chunk.count
-        self._prompt_tokens += max(0, min(end, sequence.prompt_length) - start)
-        if not all(map(choices.finite, range(part.first, part.known))):
-            error = self._numerical_error(start, choices, range(part.first, part.known))
-            return self._end(sequence, "error", "model_numerical_error", error)
-        if sequence.wants_prompt_logprobs:
-            self._note_prompt_logprobs(part, choices)
-        if end <= sequence.prompt_length:
-            self._scheduler.cache_computed(sequence)
-        if end == len(sequence.tokens) and sequence.request.echo_only:
-            return self._end(sequence, "length")
-        return None
-
-    def _numerical_error(self, start: int, choices: Choices, rows: range) -> str:
-        bad, count = next((n, found) for n, row in enumerate(rows) if (found := choices.broken(row)))
-        return (
-            f"{count} of {self.model.vocab_size} logits are NaN or infinite near token {start + bad}; "
-            "request stopped, others unaffected"
-        )
-
-    def _note_prompt_logprobs(self, part: _Part, choices: Choices) -> None:
-        """Row i predicts token i + 1; the first prompt token has no prediction."""
-        sequence = part.chunk.sequence
-        alternatives = sequence.sampling.prompt_logprobs or 0
-        if not sequence.prompt_logprobs:
-            sequence.prompt_logprobs.append(None)
-        for row, target in _targets(part):
-            if target >= len(sequence.prompt_logprobs):
-                token = sequence.request.prompt[target]
-                sequence.prompt_logprobs.append(choices.logprob(row, token, alternatives))
-
-    def _choose(self, turns: list[_Turn], choices: Choices) -> list[TokenEvent]:
-        """Append each sequence's next token; again while it is the draft computed there.
-
-        A token is accepted only once those before it are known, as without drafts: penalties, stop rules and
-        the draw for its position see what they always would.
-        """
-        events: list[TokenEvent] = []
-        going = turns
-        while going:
-            continuing: list[_Turn] = []
-            for turn in going:
-                last = self._append(turn, choices)
-                if last is not None:
-                    events.append(last)
-                elif not turn.continues:
-                    events.append(self._event(turn.sequence, turn))
-                elif choices.finite(turn.row + 1):
-                    turn.row += 1
-                    turn.sequence.computed += 1
-                    continuing.append(turn)
-                else:
-                    rows = range(turn.row + 1, turn.row + 2)
-                    error = self._numerical_error(turn.sequence.computed, choices, rows)
-                    events.append(self._event(turn.sequence, turn))
-                    events.append(self._end(turn.sequence, "error", "model_numerical_error", error))
-            going = continuing
-        for turn in turns:
-            if turn.drafts and turn.sequence.id in self._sequences:
-                self._scheduler.drop_drafts(turn.sequence)
-        return events
-
-    def _note_drafts(self, chunk: Chunk) -> None:
-        self._drafted_turns += bool(chunk.drafts)
-        self._drafts += len(chunk.drafts)
-        chunk.sequence.drafts += len(chunk.drafts)
-
-    def _append(self, turn: _Turn, choices: Choices) -> TokenEvent | None:
-        """Add the next token; the last event where it ends the sequence."""
-        sequence = turn.sequence
-        token = choices.token(turn.row, sequence)
-        sampling = sequence.sampling
-        if turn.drafts[len(turn.tokens) : len(turn.tokens) + 1] == (token,):
-            sequence.accepted_drafts += 1
-            self._accepted_drafts += 1
-        sequence.tokens.append(token)
-        turn.tokens.append(token)
-        if sequence.counts is not None:
-            sequence.counts[token] += 1
-        self._generated_tokens += 1
-        if sampling.logprobs is not None:
-            turn.logprobs.append(choices.logprob(turn.row, token, sampling.logprobs))
-        early = sequence.output_length < sampling.min_tokens
-        if token in sequence.stop_ids and not early:
-            turn.text += sequence.detokenizer.finish()
-            return self._end(sequence, "stop", turn=turn, matched=token)
-        text, matched = sequence.detokenizer.add([token])
-        turn.text += text
-        if matched is not None and not early:
-            return self._end(sequence, "stop", turn=turn, matched=matched)
-        if len(sequence.tokens) >= sequence.limit:
-            turn.text += sequence.detokenizer.finish()
-            return self._end(sequence, "length", turn=turn)
-        return None
-
-    def _event(
-        self,
-        sequence: Sequence,
-        turn: _Turn | None = None,
-        *,
-        finish_reason: FinishReason | None = None,
-        matched: str | int | None = None,
-        code: str = "",
-        error: str = "",
-    ) -> TokenEvent:
-        """An event with the tokens of ``turn``; the first of a sequence says what its prompt cost."""
-        first, sequence.announced = not sequence.announced, True
-        if first:
-            self._cached_tokens += sequence.cached_tokens
-        final = finish_reason is not None
-        wanted = first and sequence.sampling.prompt_logprobs is not None
-        return TokenEvent(
-            id=sequence.id,
-            tokens=tuple(turn.tokens) if turn else (),
-            text=turn.text if turn else "",
-            logprobs=tuple(turn.logprobs) if turn else (),
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if wanted else None,
-            cached_tokens=sequence.cached_tokens if first else 0,
-            finish_reason=finish_reason,
-            matched_stop=matched,
-            error=error,
-            error_code=code,
-            prompt_tokens=sequence.prompt_length if final else 0,
-            completion_tokens=sequence.output_length if final else 0,
-            accepted_drafts=sequence.accepted_drafts if final else 0,
-            rejected_drafts=sequence.drafts - sequence.accepted_drafts if final else 0,
-        )
-
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        code: str = "",
-        error: str = "",
-        *,
-        turn: _Turn | None = None,
-        matched: str | int | None = None,
-    ) -> TokenEvent:
-        """Free what the sequence held; its last event, with the tokens of ``turn``."""
-        if reason == "error":
-            # Nothing it computed may be shared: its pages hold what went wrong.
-            sequence.computed = 0
-        self._scheduler.remove(sequence)
-        if self._sampler is not None:
-            self._sampler.forget(sequence)
-        del self._sequences[sequence.id]
-        return self._event(sequence, turn, finish_reason=reason, matched=matched, code=code, error=error)
+        return Step(parts, choices)
 
     def _force(self) -> None:
         """What the forced modes ask after a step."""
@@ -587,12 +380,13 @@ class Engine:
 
     def close(self) -> None:
         """Keep what the next run goes on from: the states of delayed scales, where a file was named."""
-        if self._drafts:
+        counters = self._finisher.counters
+        if counters.drafts:
             _log.info(
                 "lowbit: speculation: %s of %s drafts were right, %.1f tokens a step where there were any",
-                thousands(self._accepted_drafts),
-                thousands(self._drafts),
-                1 + self._accepted_drafts / self._drafted_turns,
+                thousands(counters.accepted_drafts),
+                thousands(counters.drafts),
+                1 + counters.accepted_drafts / counters.drafted_turns,
             )
         self.model.states.keep()
         if (ranks := getattr(self.model, "ranks", None)) is not None:
@@ -603,6 +397,7 @@ class Engine:
     def status(self) -> EngineStatus:
         """Counters and gauges."""
         began = self._step_began
+        counters = self._finisher.counters
         return EngineStatus(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
@@ -611,11 +406,11 @@ class Engine:
             pages_cached=self._pool.idle,
             steps=self._steps,
             captured_steps=self._runner.captured_steps,
-            prompt_tokens=self._prompt_tokens,
-            cached_prompt_tokens=self._cached_tokens,
-            generated_tokens=self._generated_tokens,
-            draft_tokens=self._drafts,
-            accepted_draft_tokens=self._accepted_drafts,
+            prompt_tokens=counters.prompt_tokens,
+            cached_prompt_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            draft_tokens=counters.drafts,
+            accepted_draft_tokens=counters.accepted_drafts,
             preemptions=self._scheduler.preemptions,
             invariant_violations=self._violations,
             stepping_seconds=time.monotonic() - began if began else 0.0,
@@ -652,31 +447,6 @@ class Engine:
             found.append("a request is neither waiting nor running")
         self._violations += bool(found)
         return found
-
-
-def _tokens_of(chunks: list[Chunk]) -> int:
-    return sum(chunk.count + len(chunk.drafts) for chunk in chunks)
-
-
-def _targets(part: _Part) -> list[tuple[int, int]]:
-    """(row of logits, place of the prompt token that it predicts) of a chunk all of whose rows are wanted."""
-    rows = range(part.first, part.known)
-    places = [(row, part.start + 1 + offset) for offset, row in enumerate(rows)]
-    return [(row, target) for row, target in places if target < part.chunk.sequence.prompt_length]
-
-
-def _asks(part: _Part) -> list[Ask]:
-    """What the device is asked of a chunk's rows; a draft's row as if the draft were right."""
-    sequence = part.chunk.sequence
-    asks = []
-    if sequence.wants_prompt_logprobs:
-        prompt = sequence.request.prompt
-        asks = [Ask(row, sequence, target, prompt[target]) for row, target in _targets(part)]
-    if part.chooses:
-        length = part.start + part.chunk.count
-        rows = range(part.known - 1, part.known + len(part.chunk.drafts))
-        asks += [Ask(row, sequence, length + offset) for offset, row in enumerate(rows)]
-    return asks
 
 
 def _speculation(model: Model, settings: Settings) -> Speculation | None:

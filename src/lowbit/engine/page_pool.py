@@ -17,6 +17,7 @@ class PagePool:
         self._holders = [0] * total
         self._cached = [False] * total
         self._idle = 0
+        self._used = 0
 
     @property
     def free(self) -> int:
@@ -27,6 +28,11 @@ class PagePool:
     def idle(self) -> int:
         """Pages only the prefix tree holds."""
         return self._idle
+
+    @property
+    def used(self) -> int:
+        """Pages from 0 on that have ever been taken: new ones are taken in the order of their numbers."""
+        return self._used
 
     def holders(self, page: int) -> int:
         """How many hold the page."""
@@ -42,6 +48,7 @@ class PagePool:
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._holders[page] = 1
+        self._used = max(self._used, 1 + max(pages, default=-1))
         return pages
 
     def hold(self, pages: list[int]) -> None:

@@ -145,6 +145,7 @@ class EngineLoop:
                 self._handle(message)
             if self._engine.has_work():
                 events = self._engine.step()
+                self._more_when_idle = True
                 if events:
                     self._connection.send(events)
             elif self._draining:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from torch import Tensor
 
@@ -61,6 +63,16 @@ class Runner:
         """Capture what can be before there are any requests."""
         if isinstance(self._capture, GraphedSteps):
             self._capture.capture_all(progress)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page, all layers together."""
+        return sum(cache.page_bytes for cache in self._caches)
+
+    def populate(self, first: int, last: int) -> Iterator[None]:
+        """Have the memory of pages ``first`` to ``last`` there, a moment's work a step."""
+        for cache in self._caches:
+            yield from cache.populate(first, last)
 
     @property
     def captured_steps(self) -> int:

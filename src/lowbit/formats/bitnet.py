@@ -69,8 +69,7 @@ class BitNet:
             raise LowbitError(
                 "E0218",
                 f"{self.place}: use_rms_norm {printable(repr(values['use_rms_norm']))} asks for a norm "
-                f"inside "
-                "each Linear, which is not supported; use a GGUF version (TQ2_0)",
+                "inside each Linear, which is not supported; use a GGUF version (TQ2_0)",
             )
         if self.online and not self.multiplies:
             raise LowbitError(
@@ -89,16 +88,14 @@ class BitNet:
             raise LowbitError(
                 "E0213",
                 f"{header.root.name}: {self.place} says quantization_mode online, plain floats that are "
-                f"rounded "
-                "at run time, but there are packed weights or weight scales; it must say offline",
+                "rounded at run time, but there are packed weights or weight scales; it must say offline",
             )
         if not self.online and not scaled:
             raise LowbitError(
                 "E0213",
                 f"{header.root.name}: {self.place} says bitnet but no tensor ends in .weight_scale; if the "
                 "weights are to be rounded at run time it must say quantization_mode online, if the model "
-                "was "
-                "dequantized, remove the quantization config",
+                "was dequantized, remove the quantization config",
             )
 
     def _chosen(self, values: dict[str, object], key: str, choices: tuple[str, str]) -> str:
@@ -178,8 +175,7 @@ class BitNet:
             raise LowbitError(
                 "E0218",
                 f"{weight.file.name}: {module.stored!r} is a stack of experts, which BitNet does not pack; "
-                f"use "
-                "a version with a module for each expert",
+                "use a version with a module for each expert",
             )
         out, columns = module.shape
         if weight.dtype != "U8":
@@ -188,8 +184,7 @@ class BitNet:
             raise LowbitError(
                 "E0213",
                 f"{weight.file.name}: tensor {weight.name!r} of a {out} x {columns} layer is packed, four "
-                f"rows "
-                "to a byte; config and weights are from different models",
+                "rows to a byte; config and weights are from different models",
             )
         else:
             check_shape(weight, (out // 4, columns), _WHAT)
@@ -197,8 +192,7 @@ class BitNet:
             raise LowbitError(
                 "E0213",
                 f"{scale.file.name}: tensor {scale.name!r} is {list(scale.shape)}; BitNet has one scale a "
-                f"layer. "
-                "The file is damaged, or of another method",
+                "layer. The file is damaged, or of another method",
             )
         return weight, DENSE_DTYPES[scale.dtype] if self.multiplies else "f32"
 
@@ -212,8 +206,7 @@ class BitNet:
                 raise LowbitError(
                     "E0215",
                     f"{self.header.file_of(name)}: tensor {name!r} is 0, which bitlinear divides by; the "
-                    f"file "
-                    "is damaged, download it again",
+                    "file is damaged, download it again",
                 )
             scale = 1.0 / scale.float()
         stored = data.tensor(weight.name)
@@ -227,8 +220,7 @@ class BitNet:
             raise LowbitError(
                 "E0213",
                 f"{weight.file.name}: tensor {weight.name!r} has {wrong:,} of {codes.numel():,} codes that "
-                f"are "
-                "not -1, 0 or 1; it is no BitNet weight, or the file is damaged",
+                "are not -1, 0 or 1; it is no BitNet weight, or the file is damaged",
             )
         return codes, scale
 

@@ -244,11 +244,9 @@ class Mlx:
                 "E0213",
                 f"{weight.file.name}: tensor {weight.name!r} is {list(weight.shape)}, {scales.name!r} is "
                 f"{scales.dtype} {list(scales.shape)}; for {out} x {columns} weights that is no mode of "
-                f"{self.what} "
-                f"({', '.join(map(str, self.bits))} bits in groups of "
+                f"{self.what} ({', '.join(map(str, self.bits))} bits in groups of "
                 f"{' or '.join(map(str, self.groups)) or 'any size'}{self.others}). Config and weights are "
-                f"from "
-                "different models",
+                "from different models",
             )
         lead = () if module.expert is None else (module.experts,)
         check_shape(weight, (*lead, out, words), f"{self.what} with {bits} bits")
@@ -270,8 +268,7 @@ class Mlx:
             raise LowbitError(
                 "E0213",
                 f"{self.header.file_of(wrong)}: tensor {wrong!r} lies beside weights of mode {rule.mode}, "
-                f"which "
-                "has none; the packing does not match the quantization config",
+                "which has none; the packing does not match the quantization config",
             )
         if outer not in self.header.tensors:
             return False
@@ -289,8 +286,7 @@ class Mlx:
         self.notes.contradiction(
             "E0214",
             f"{weight.file.name}: {module.stored!r} is stored as {rule}, {self.place} says {says}; reading "
-            f"it "
-            "as it is stored",
+            "it as it is stored",
         )
 
     def _numbers(self, module: StoredModule, suffix: str, data: TensorData) -> Tensor:

@@ -43,8 +43,7 @@ class MlxWriter(CheckpointWriter):
                 raise LowbitError(
                     "E0450",
                     f"--format mlx: {name} is an expert; MLX keeps all experts in one tensor, which is not "
-                    f"written. "
-                    "Choose another format (dense holds everything)",
+                    "written. Choose another format (dense holds everything)",
                 )
 
     @classmethod

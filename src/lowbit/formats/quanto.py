@@ -130,8 +130,7 @@ class Quanto:
             raise LowbitError(
                 "E0212",
                 f"{self.place}: {printable(repr(name))}: weights must be one of "
-                f"{', '.join(short or _TYPES)}, "
-                f"found {printable(repr(told))}",
+                f"{', '.join(short or _TYPES)}, found {printable(repr(told))}",
             )
         return _TYPES[known]
 
@@ -142,8 +141,7 @@ class Quanto:
             "E0218",
             f"{self.place}: {printable(repr(name)) + ': ' if name else ''}activations are "
             f"{printable(repr(told))}: quanto then rounds the outputs of layers as well, which is not "
-            f"supported; "
-            "use a version with quantized weights only",
+            "supported; use a version with quantized weights only",
         )
 
     @classmethod
@@ -224,8 +222,7 @@ class Quanto:
             raise LowbitError(
                 "E0218",
                 f"{found.file.name}: {module.stored!r} is a stack of experts, which quanto does not "
-                f"quantize; use a "
-                "version with a module for each expert",
+                "quantize; use a version with a module for each expert",
             )
         return found
 
@@ -260,8 +257,7 @@ class Quanto:
                 "E0213",
                 f"{data.file.name}: tensor {data.name!r} is {list(data.shape)} and {scale.name!r} "
                 f"{list(scale.shape)}; for {out} x {columns} weights quanto stores groups that divide a "
-                f"row, two or "
-                "four codes to a byte. Config and weights are from different models",
+                "row, two or four codes to a byte. Config and weights are from different models",
             )
         what = f"{_WHAT} with groups of {size}"
         check_shape(scale, (groups, 1), what)
@@ -294,8 +290,8 @@ class Quanto:
                 raise LowbitError(
                     "E0218",
                     f"{entry.file.name}: tensor {name!r} {list(entry.shape)} is not 1: activations are "
-                    f"quantized, "
-                    "which is not supported for quanto; use a version with quantized weights only",
+                    "quantized, which is not supported for quanto; use a version with quantized weights "
+                    "only",
                 )
 
     def _zero_points(self, name: str, shift: Tensor, bits: int) -> Tensor:
@@ -304,8 +300,7 @@ class Quanto:
             raise LowbitError(
                 "E0213",
                 f"{self.header.file_of(name)}: tensor {name!r} holds {low} to {high}; zero points of "
-                f"{bits} bits are "
-                f"0 to {(1 << bits) - 1}. The file is damaged",
+                f"{bits} bits are 0 to {(1 << bits) - 1}. The file is damaged",
             )
         return shift.to(torch.uint8)
 

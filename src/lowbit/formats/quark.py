@@ -29,16 +29,14 @@ at run time.
 
 from __future__ import annotations
 
-import fnmatch
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.errors import LowbitError, printable
+from lowbit.errors import LowbitError
 from lowbit.formats import (
     InputRule,
     Notes,
@@ -59,64 +57,15 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.matching import matches, regex, strings
 from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quark_scheme import FLOATS, INTEGERS, MANTISSA, QuarkConfig, Rule, Spec
 from lowbit.numerics.bit_packing import unpack_bits, unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
-_REORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the field of a word that holds logical code 0, 1, …
-# dtype -> (codes, the dtype they are stored in, codes in an item)
-_INTEGERS = {
-    "int8": ("I8", 8, True),
-    "uint8": ("U8", 8, False),
-    "int4": ("I32", 4, True),
-    "uint4": ("I32", 4, False),
-}
-_FLOATS = {
-    "fp8_e4m3": ("F8_E4M3", "e4m3"),
-    "fp8_e5m2": ("F8_E5M2", "e5m2"),
-    "fp4": ("U8", "e2m1"),
-    "fp6_e2m3": ("U8", "e2m3"),
-    "fp6_e3m2": ("U8", "e3m2"),
-}
-_MANTISSA = {"e2m1": 1, "e2m3": 3, "e3m2": 2, "e4m3": 3, "e5m2": 2}
-_SCHEMES = ("per_tensor", "per_channel", "per_group", "per_block")
-_MODES = (None, "even", "floor", "ceil")
-# What the tensors are called where Quark calls itself awq.
-_AWQ = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 _EXTRA = ("weight_zero_point", "weight_scale_2", "input_scale", "input_zero_point", "input_scale_2")
 _WHAT = "Quark"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A QTensorConfig, as far as it matters. ``block``: (rows, columns) of per_block."""
-
-    dtype: str
-    qscheme: str
-    axis: int | None
-    group: int
-    block: tuple[int, int]
-    symmetric: bool
-    dynamic: bool
-    e8m0: bool
-    mode: str | None
-
-    @property
-    def code(self) -> str:
-        return self.dtype if self.dtype in _INTEGERS else _FLOATS[self.dtype][1]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a config says of a module; ``outer``: the fp4 scales are e4m3, under one more."""
-
-    weight: Spec | None = None
-    weight_outer: bool = False
-    inputs: Spec | None = None
-    inputs_outer: bool = False
 
 
 class Quark:
@@ -131,203 +80,11 @@ class Quark:
         self.header, self.notes = header, notes
         found = quantization_config(header)
         assert found is not None, "claims() saw it"
-        self.place, values = found.place, found.values
-        self.suffixes: dict[str, str] = {}
-        if found.method.lower() != self.name:
-            values = self._undressed(values, found.method.lower())
-        self._refuse_unknown(values)
-        self.cache = tuple(self._object(values, "kv_cache_quant_config"))
-        self.every = self._rule(values.get("global_quant_config"), "global_quant_config")
-        layers = self._object(values, "layer_quant_config")
-        self.layers = {name: self._rule(layer, name) for name, layer in layers.items()}
-        types = self._object(values, "layer_type_quant_config")
-        self.linears = [
-            self._rule(types[name], name)
-            for name in ("Linear", "nn.Linear", "torch.nn.Linear")
-            if name in types
-        ]
-        self.excluded = strings(values.get("exclude"), "exclude", self.place)
-        export = self._object(values, "export")
-        method = export.get("pack_method", "reorder")
-        if method not in ("reorder", "order"):
-            raise LowbitError(
-                "E0212",
-                f"{self.place}.export.pack_method must be reorder or order, found {printable(repr(method))}",
-            )
-        self.order = _REORDER if method == "reorder" else None
-        self.fake = export.get("weight_format") == "fake_quantized"
-        if not self.fake:
+        self.config = QuarkConfig(found.place, found.values, found.method.lower())
+        self.place, self.suffixes = found.place, self.config.suffixes
+        if not self.config.fake:
             scales = self.suffixes.get("weight_scale", "weight_scale")
             require_tensors(header, (f".{scales}",), self.place, self.name)
-
-    # ---- what the config says
-
-    def _object(self, values: dict[str, object], key: str) -> dict[str, object]:
-        found = values.get(key)
-        if found is None:
-            return {}
-        if not isinstance(found, dict):
-            raise LowbitError("E0212", f"{self.place}.{key} must be an object, found {type(found).__name__}")
-        return found
-
-    def _undressed(self, values: dict[str, object], method: str) -> dict[str, object]:
-        """What Quark's own config would say, of one that calls itself awq or fp8."""
-        weight: dict[str, object] = {"qscheme": "per_tensor", "dtype": "fp8_e4m3"}
-        inputs: dict[str, object] | None = None
-        if method == "awq":
-            self.suffixes = _AWQ
-            symmetric, bits = values.get("zero_point") is False, values.get("bits")
-            dtype = f"{'int' if symmetric else 'uint'}{bits}"
-            group = {"group_size": values.get("group_size"), "ch_axis": 1, "symmetric": symmetric}
-            weight = {"qscheme": "per_group", "dtype": dtype, **group}
-        elif (activation := values.get("activation_scheme")) is not None:
-            if activation not in ("static", "dynamic"):
-                raise LowbitError(
-                    "E0212",
-                    f"{self.place}.activation_scheme must be static or dynamic, found "
-                    f"{printable(repr(activation))}",
-                )
-            inputs = {**weight, "is_dynamic": activation == "dynamic"}
-        return {
-            "global_quant_config": {"weight": weight, "input_tensors": inputs},
-            "exclude": values.get("modules_to_not_convert" if method == "awq" else "ignored_layers"),
-            "export": values["export"],
-        }
-
-    def _refuse_unknown(self, values: dict[str, object]) -> None:
-        if values.get("softmax_quant_spec") is not None:
-            raise self._unsupported("softmax_quant_spec", "quantizes what attention's softmax gives")
-        algorithms = values.get("algo_config") or []
-        for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
-            told = algorithm if isinstance(algorithm, dict) else {}
-            rotates = told.get("name") == "rotation"
-            if rotates and any(told.get(key) for key in ("r3", "r4", "online_r1_rotation")):
-                raise self._unsupported("algo_config", "rotates activations at run time")
-            if told.get("name") in ("svdquant", "svd_quant"):
-                raise self._unsupported("algo_config", "keeps a low-rank branch beside each weight")
-
-    def _unsupported(self, key: str, why: str) -> LowbitError:
-        return LowbitError(
-            "E0218",
-            f"{self.place}.{key} {why}, which is not supported; use a Quark export in fp8, int8, int4 or "
-            f"an MX "
-            "format without it",
-        )
-
-    def _rule(self, values: object, name: str) -> Rule:
-        """A QLayerConfig."""
-        where = f"{self.place}: {printable(repr(name))}"
-        if values is None:
-            return Rule()
-        if not isinstance(values, dict):
-            raise LowbitError("E0212", f"{where} must be an object, found {type(values).__name__}")
-        if values.get("bias") is not None:
-            raise self._unsupported(name, "quantizes biases")
-        if values.get("output_tensors") is not None and name not in self.cache:
-            raise self._unsupported(name, "quantizes outputs (of other layers than those of the KV cache)")
-        weight, outer = self._spec(values.get("weight"), f"{where}: weight")
-        inputs, inputs_outer = self._spec(values.get("input_tensors"), f"{where}: input_tensors")
-        if weight is not None and weight.dynamic:
-            raise LowbitError("E0212", f"{where}: weight is_dynamic: weights in a file are not")
-        return Rule(weight, outer, inputs, inputs_outer)
-
-    def _spec(self, values: object, where: str) -> tuple[Spec | None, bool]:
-        """A QTensorConfig; of two stages the first, and True."""
-        if values is None:
-            return None, False
-        if isinstance(values, list):
-            stages = [self._spec(stage, where)[0] for stage in values]
-            scaled = len(values) == 2 and isinstance(values[1], dict) and values[1].get("is_scale_quant")
-            if not scaled or [stage and stage.dtype for stage in stages] != ["fp4", "fp8_e4m3"]:
-                raise LowbitError(
-                    "E0218",
-                    f"{where} has {len(values)} stages of {[stage and stage.dtype for stage in stages]}; "
-                    f"only fp4 "
-                    "under fp8_e4m3 scales is supported; use another Quark scheme",
-                )
-            return stages[0], True
-        if not isinstance(values, dict):
-            raise LowbitError("E0212", f"{where} must be an object, found {type(values).__name__}")
-        dtype, qscheme = values.get("dtype"), values.get("qscheme")
-        if dtype not in (*_INTEGERS, *_FLOATS):
-            raise LowbitError(
-                "E0218",
-                f"{where}: dtype {printable(repr(dtype))} is not supported; supported are "
-                f"{', '.join((*_INTEGERS, *_FLOATS))}",
-            )
-        if qscheme not in _SCHEMES:
-            raise LowbitError(
-                "E0212",
-                f"{where}: qscheme must be one of {', '.join(_SCHEMES)}, found {printable(repr(qscheme))}",
-            )
-        scale_format = values.get("scale_format")
-        if scale_format not in (None, "e8m0", "float32") or values.get("zero_point_type") == "float32":
-            raise LowbitError(
-                "E0218",
-                f"{where}: scale_format {printable(repr(scale_format))}, zero_point_type "
-                f"{printable(repr(values.get('zero_point_type')))}: only float32 and e8m0 scales with "
-                f"integer zero "
-                "points are supported; use another Quark scheme",
-            )
-        mode = values.get("scale_calculation_mode")
-        if mode not in _MODES:
-            raise LowbitError(
-                "E0212",
-                f"{where}: scale_calculation_mode must be even, floor or ceil, found {printable(repr(mode))}",
-            )
-        axis, symmetric = values.get("ch_axis"), values.get("symmetric")
-        if not (axis is None or axis in (-1, 0, 1)) or isinstance(axis, bool):
-            raise LowbitError("E0212", f"{where}: ch_axis must be 0, 1 or -1, found {printable(repr(axis))}")
-        if not isinstance(symmetric, bool | None) or not isinstance(values.get("is_dynamic"), bool | None):
-            raise LowbitError("E0212", f"{where}: symmetric and is_dynamic must be true, false or null")
-        return (
-            Spec(
-                str(dtype),
-                str(qscheme),
-                axis,
-                self._group(values, qscheme, where),
-                self._block(values, qscheme, where),
-                symmetric is not False,
-                values.get("is_dynamic") is True,
-                scale_format == "e8m0",
-                mode,
-            ),
-            False,
-        )
-
-    def _group(self, values: dict[str, object], qscheme: object, where: str) -> int:
-        group = values.get("group_size")
-        if qscheme != "per_group":
-            return 0
-        if isinstance(group, bool) or not isinstance(group, int) or group < 1:
-            raise LowbitError(
-                "E0212", f"{where}: group_size must be a positive number, found {printable(repr(group))}"
-            )
-        return group
-
-    def _block(self, values: dict[str, object], qscheme: object, where: str) -> tuple[int, int]:
-        block = values.get("block_size")
-        if qscheme != "per_block":
-            return 0, 0
-        sizes = block if isinstance(block, list) else []
-        if len(sizes) != 2 or not all(
-            isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes
-        ):
-            raise LowbitError(
-                "E0212", f"{where}: block_size must be two positive numbers, found {printable(repr(block))}"
-            )
-        return sizes[0], sizes[1]
-
-    def _rule_of(self, module: StoredModule) -> Rule:
-        if self._is_listed(module, self.excluded):
-            return Rule()
-        for pattern, rule in self.layers.items():
-            if self._is_listed(module, (pattern,)):
-                return rule
-        return self.linears[0] if self.linears else self.every
-
-    def _is_listed(self, module: StoredModule, patterns: tuple[str, ...]) -> bool:
-        return any(matches(pattern, module.stored, _pattern) for pattern in patterns)
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
@@ -344,11 +101,8 @@ class Quark:
 
     def describe(self) -> str:
         """The dtypes of weights."""
-        rules = (self.every, *self.linears, *self.layers.values())
-        told = sorted({rule.weight.dtype for rule in rules if rule.weight is not None})
+        told = sorted({rule.weight.dtype for rule in self.config.rules if rule.weight is not None})
         return f"quark, {' and '.join(told) or 'nothing'} in {self.place.split(':')[0]}"
-
-    # ---- the format's interface
 
     def scheme_of(self, module: StoredModule) -> Scheme:
         """From the config; dtypes and shapes must agree."""
@@ -375,12 +129,12 @@ class Quark:
         assert spec is not None, "_stored looked"
         name = self._tensor(module, "weight")
         stored = data.tensor(name)
-        turned = spec.qscheme == "per_group" and spec.dtype in _INTEGERS
+        turned = spec.qscheme == "per_group" and spec.dtype in INTEGERS
         scales = [self._scale(module, scheme, turned, data)]
         if rule.weight_outer:
             scales.append(self._one(module, "weight_scale_2", data).reshape(1, 1))
         zeros = None
-        if spec.dtype in _INTEGERS:
+        if spec.dtype in INTEGERS:
             codes = self._integers(stored, spec, columns if not turned else out)
             codes = codes.T.contiguous() if turned else codes
             zeros = self._zeros(module, scheme, spec, turned, data)
@@ -402,17 +156,16 @@ class Quark:
 
     def _check_plain(self, module: StoredModule) -> None:
         """A plain weight stands for itself, whatever the config says."""
-        rule = self._rule_of(module)
+        rule = self.config.rule_of(module)
         if rule.weight is None or module.stored.rpartition(".")[2] == "embed_tokens":
             return
         scale = self._tensor(module, "weight_scale")
-        if self.fake or scale in self.header.tensors:
+        if self.config.fake or scale in self.header.tensors:
             self.notes.contradiction(
                 "E0214",
                 f"{self.header.file_of(module.tensor('weight'))}: {module.stored!r} is stored as plain "
-                f"floats, "
-                f"{self.place} says {rule.weight.dtype}; reading them as they are, and inputs are not "
-                f"quantized",
+                f"floats, {self.place} says {rule.weight.dtype}; reading them as they are, and inputs are "
+                "not quantized",
             )
 
     # ---- how it lies
@@ -429,7 +182,7 @@ class Quark:
         """The scheme and the rule, after dtypes and shapes were checked."""
         name = self._tensor(module, "weight")
         entry = self._entry(module, "weight", ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", *DENSE_DTYPES), _WHAT)
-        rule = self._rule_of(module)
+        rule = self.config.rule_of(module)
         spec = rule.weight
         if spec is None:
             raise LowbitError(
@@ -454,8 +207,8 @@ class Quark:
         symmetric = self._check_zeros(module, spec, grid, what)
         kind = "e8m0" if spec.e8m0 else {"F8_E4M3": "e4m3", **DENSE_DTYPES}[scale.dtype]
         code = spec.code
-        if spec.dtype in _INTEGERS and not symmetric:
-            code = f"uint{_INTEGERS[spec.dtype][1]}"
+        if spec.dtype in INTEGERS and not symmetric:
+            code = f"uint{INTEGERS[spec.dtype][1]}"
         blocks, scales = [block], [number_format(kind)]
         if rule.weight_outer:
             self._entry(module, "weight_scale_2", tuple(DENSE_DTYPES), what)
@@ -473,11 +226,11 @@ class Quark:
     def _packed(self, module: StoredModule, spec: Spec) -> tuple[str, tuple[int, int]]:
         """(dtype, shape) of the stored codes."""
         out, columns = module.shape
-        if spec.dtype in _FLOATS:
-            dtype, code = _FLOATS[spec.dtype]
+        if spec.dtype in FLOATS:
+            dtype, code = FLOATS[spec.dtype]
             bits = int(number_format(code).bits)
             return dtype, (out, columns * bits // 8)
-        dtype, bits, _ = _INTEGERS[spec.dtype]
+        dtype, bits, _ = INTEGERS[spec.dtype]
         count = 8 if bits == 4 else 1
         if spec.qscheme == "per_group":
             return dtype, (columns, -(-out // count))
@@ -495,8 +248,8 @@ class Quark:
                 raise LowbitError(
                     "E0218",
                     f"{entry.file.name}: {module.stored!r} has a scale for each column (ch_axis "
-                    f"{spec.axis}), which "
-                    "is not supported; use a Quark scheme with a scale for each row or group",
+                    f"{spec.axis}), which is not supported; use a Quark scheme with a scale for each row "
+                    "or group",
                 )
             return (1, 0), (out,)
         rows, size = (1, spec.group) if spec.qscheme == "per_group" else spec.block
@@ -504,12 +257,11 @@ class Quark:
             raise LowbitError(
                 "E0213",
                 f"{entry.file.name}: {module.stored!r} of {out} x {columns} is {spec.qscheme} along axis "
-                f"{spec.axis} "
-                f"in blocks of {rows} x {size}, which do not divide it; config and weights are from "
-                f"different models",
+                f"{spec.axis} in blocks of {rows} x {size}, which do not divide it; config and weights are "
+                "from different models",
             )
         grid = (out // rows, columns // size)
-        turned = spec.qscheme == "per_group" and spec.dtype in _INTEGERS
+        turned = spec.qscheme == "per_group" and spec.dtype in INTEGERS
         return (rows, 0 if turned and size == columns else size), grid[::-1] if turned else grid
 
     def _scale_entry(self, module: StoredModule, rule: Rule, what: str) -> TensorEntry:
@@ -524,19 +276,18 @@ class Quark:
         """Whether there are no zero points to mind; those that are there have the right shape."""
         name = self._tensor(module, "weight_zero_point")
         if name not in self.header.tensors:
-            if spec.dtype in _INTEGERS and not (spec.symmetric and _INTEGERS[spec.dtype][2]):
+            if spec.dtype in INTEGERS and not (spec.symmetric and INTEGERS[spec.dtype][2]):
                 raise LowbitError(
                     "E0209", f"{self.header.root.name}: no file contains {name!r}, the zero points of {what}"
                 )
             return True
-        if spec.dtype not in _INTEGERS:
+        if spec.dtype not in INTEGERS:
             raise LowbitError(
                 "E0213",
                 f"{self.header.file_of(name)}: tensor {name!r} lies beside {spec.dtype} codes, which have "
-                f"no zero "
-                "points; the packing does not match the quantization config",
+                "no zero points; the packing does not match the quantization config",
             )
-        dtype, bits, signed = _INTEGERS[spec.dtype]
+        dtype, bits, signed = INTEGERS[spec.dtype]
         entry = self._entry(module, "weight_zero_point", (dtype, "I32"), what)
         shape = (*grid[:-1], -(-grid[-1] // 8)) if bits == 4 and grid else grid
         if math.prod(entry.shape) != 1 or math.prod(shape) != 1:
@@ -547,9 +298,9 @@ class Quark:
 
     def _integers(self, stored: Tensor, spec: Spec, count: int) -> Tensor:
         """uint8 codes, signed ones in offset binary."""
-        _, bits, signed = _INTEGERS[spec.dtype]
+        _, bits, signed = INTEGERS[spec.dtype]
         if bits == 4:
-            return unpack_words(stored, 4, count, order=self.order) ^ (8 * signed)
+            return unpack_words(stored, 4, count, order=self.config.order) ^ (8 * signed)
         return stored.view(torch.uint8) ^ (0x80 * signed)
 
     def _scale(self, module: StoredModule, scheme: Scheme, turned: bool, data: TensorData) -> Tensor:
@@ -572,10 +323,12 @@ class Quark:
         entry = self.header.tensors.get(name)
         if entry is None:
             return None
-        _, bits, signed = _INTEGERS[spec.dtype]
+        _, bits, signed = INTEGERS[spec.dtype]
         stored, (rows, columns) = data.tensor(name), _blocks(scheme, module.shape)
         if bits == 4 and entry.shape:
-            stored = unpack_words(stored, 4, rows if turned or columns == 1 else columns, order=self.order)
+            stored = unpack_words(
+                stored, 4, rows if turned or columns == 1 else columns, order=self.config.order
+            )
             stored = stored.to(torch.int32)
             stored = (stored ^ 8) - 8 if signed else stored
         wide = stored.to(torch.int32) + (1 << bits - 1) * signed
@@ -583,8 +336,7 @@ class Quark:
             raise LowbitError(
                 "E0213",
                 f"{entry.file.name}: tensor {name!r} holds {int(stored.min())} to {int(stored.max())}, "
-                f"more than "
-                f"{spec.dtype} has; the file is damaged",
+                f"more than {spec.dtype} has; the file is damaged",
             )
         zeros = (wide.T if turned else wide).reshape(rows, columns).to(torch.uint8)
         if scheme.zero == "integer":
@@ -617,7 +369,7 @@ class Quark:
                     "E0218", f"{where}: only groups of 16, dynamic, are supported beside e4m3 scales"
                 )
             return ActivationScheme(number_format("e2m1"), (1, 16), scale=number_format("e4m3"))
-        integer = spec.dtype in _INTEGERS
+        integer = spec.dtype in INTEGERS
         code = "int8" if spec.dtype == "uint8" else spec.code
         fmt, symmetric = number_format(code), spec.symmetric and spec.dtype not in ("uint8", "uint4")
         if spec.dtype in ("int4", "uint4", "fp8_e5m2") or (integer and spec.qscheme == "per_group"):
@@ -651,7 +403,7 @@ class Quark:
         if activation.mode != "static":
             return None
         scale = self._one(module, "input_scale", data)
-        if activation.symmetric or rule.inputs.dtype not in _INTEGERS:
+        if activation.symmetric or rule.inputs.dtype not in INTEGERS:
             return InputRule(static_scale=scale)
         name = module.tensor("input_zero_point")
         entry = self._entry(module, "input_zero_point", ("I8", "U8", "I32"), _WHAT)
@@ -668,18 +420,13 @@ class Quark:
         return InputRule(static_scale=scale, static_zero=zero)
 
 
-def _pattern(key: str, name: str) -> bool:
-    """``re:`` and a regular expression, or a shell pattern of the whole name."""
-    return regex(key[3:], name) if key.startswith("re:") else fnmatch.fnmatchcase(name, key)
-
-
 def _round_up(mode: str | None, code: str) -> float:
     """From how many times a power of two on a largest |x| counts as the next one."""
     if mode == "floor":
         return 0.0
     if mode == "ceil":
         return 1.0 + 2.0**-23
-    return 2.0 - 2.0 ** -(_MANTISSA[code] + 1)  # even: what rounds up with as many digits as a code has
+    return 2.0 - 2.0 ** -(MANTISSA[code] + 1)  # even: what rounds up with as many digits as a code has
 
 
 def _blocks(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:

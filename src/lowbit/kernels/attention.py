@@ -9,6 +9,7 @@ context came from this chunk, an earlier one or a shared prefix (PagedAttention:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.host_memory import populate
 from lowbit.numerics.cache_format import CacheFormat, KvDtype
 
 PAGE_SIZE = 16  # tokens a page: one AVX-512 register of scores, one AMX tile of keys
@@ -74,6 +76,17 @@ class LayerCache:
     pages: int
     page_size: int
     buffers: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of a page, all buffers together."""
+        return sum(buffer.nbytes for buffer in self.buffers.values()) // max(self.pages, 1)
+
+    def populate(self, first: int, last: int) -> Iterator[None]:
+        """Have the memory of pages ``first`` to ``last`` there, a moment's work a step."""
+        for buffer in self.buffers.values():
+            if buffer.device.type == "cpu" and buffer.is_contiguous() and buffer.shape[0] == self.pages:
+                yield from populate(buffer[first:last])
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,7 @@ table at every call, and with the same bits as on copies of the pages.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import math
-import mmap
 from dataclasses import dataclass
 from functools import cache
 
@@ -38,6 +35,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.attention import PAGE_SIZE, AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.host_memory import zeros
 from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.cache_format import CacheFormat
 
@@ -219,23 +217,8 @@ class CpuAttention:
 def _pages(pages: tuple[int, int], stored: CacheFormat, dim: int, shape: tuple[int, ...]) -> Tensor:
     """(pages, heads, ...): numbers in ``shape``, or the bytes of codes and scales."""
     if stored.bits > 8:
-        return _zeros((*pages, *shape), stored.dtype)
-    return _zeros((*pages, PAGE_SIZE * stored.token_bytes(dim)), torch.uint8)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeroed memory that costs nothing until it is written, in huge pages where the system has them.
-
-    Pages of the cache are scattered: with 4 KiB of memory a page, each would miss the address cache.
-    """
-    count = math.prod(shape)
-    if not count:
-        return torch.zeros(shape, dtype=dtype)
-    # Private: the pages of shared memory are small ones, whatever is advised.
-    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError, AttributeError):  # a kernel, or a system, without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
+        return zeros((*pages, *shape), stored.dtype)
+    return zeros((*pages, PAGE_SIZE * stored.token_bytes(dim)), torch.uint8)
 
 
 def _strided(x: Tensor) -> Tensor:
