@@ -11,9 +11,10 @@ from lowbit.engine.cuda_graphs import CudaRecorder, GraphedSteps, Progress, Reco
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
+from lowbit.kernels.attention import LayerCache
 from lowbit.kernels.device_memory import upload
 from lowbit.kernels.forward_batch import ForwardBatch
-from lowbit.kernels.recurrent import LayerMemory, LayerState, allocate_layer, state_bytes
+from lowbit.kernels.recurrent import LayerMemory, allocate_layer, state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 
@@ -44,9 +45,7 @@ class Runner:
 
     def graphs(self, recorder: Recorder, sizes: tuple[int, ...], context: int) -> GraphedSteps:
         """Decode steps as graphs of such sizes."""
-        takes_padding = all(
-            isinstance(cache, LayerState) or cache.kernel.takes_padding for cache in self._caches
-        )
+        takes_padding = all(cache.kernel.takes_padding for cache in self._paged)
         return GraphedSteps(
             self._run,
             recorder,
@@ -65,13 +64,17 @@ class Runner:
             self._capture.capture_all(progress)
 
     @property
+    def _paged(self) -> list[LayerCache]:
+        return [cache for cache in self._caches if isinstance(cache, LayerCache)]
+
+    @property
     def page_bytes(self) -> int:
         """Of a page, all layers together."""
-        return sum(cache.page_bytes for cache in self._caches)
+        return sum(cache.page_bytes for cache in self._paged)
 
     def populate(self, first: int, last: int) -> Iterator[None]:
         """Have the memory of pages ``first`` to ``last`` there, a moment's work a step."""
-        for cache in self._caches:
+        for cache in self._paged:
             yield from cache.populate(first, last)
 
     @property

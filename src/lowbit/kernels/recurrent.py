@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowbit.kernels import host_memory
 from lowbit.kernels.attention import CacheSpec, LayerCache, choose_attention
 from lowbit.kernels.forward_batch import ForwardBatch
 
@@ -118,8 +119,11 @@ def allocate_layer(
     """A layer's pages, or its states of ``slots`` sequences and the slot that is nobody's."""
     if isinstance(spec, CacheSpec):
         return choose_attention(spec, device, backend).allocate(spec, pages, page_size, device)
-    inputs = torch.zeros(slots + 1, spec.taps - 1, spec.channels, device=device)
-    matrices = torch.zeros(slots + 1, spec.heads, spec.k_dim, spec.v_dim, device=device)
+    shapes = (slots + 1, spec.taps - 1, spec.channels), (slots + 1, spec.heads, spec.k_dim, spec.v_dim)
+    if device.type == "cpu":
+        inputs, matrices = (host_memory.zeros(shape, torch.float32) for shape in shapes)
+    else:
+        inputs, matrices = (torch.zeros(shape, device=device) for shape in shapes)
     return LayerState(spec, choose_recurrent(spec, device), inputs, matrices)
 
 
