@@ -11,16 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.graph_stand_in import Attention, PaddedAttention, StandInRecorder
 from engine.stand_in import ByteTokenizer
 from engine.test_engine import make_request
 from engine.test_sameness import Recorder
-from engine.test_step_capture import check
+from engine.test_step_capture import Forward, check, decode
 from lowbit.checkpoint import open_checkpoint
+from lowbit.engine.cuda_graphs import GraphedSteps
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.memory import pool_pages
 from lowbit.errors import LowbitError
-from lowbit.kernels import native, recurrent
-from lowbit.kernels.recurrent import state_bytes
+from lowbit.kernels import attention, native, recurrent
+from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import DeltaParameters, LayerState, state_bytes
 from lowbit.kernels.recurrent_reference import ReferenceDelta
 from lowbit.loading import load_model
 from lowbit.models.model import Model
@@ -129,6 +132,40 @@ def test_on_the_reference_steps_run_eagerly_and_say_so(
     with caplog.at_level(logging.WARNING):
         answers(engine, [[5, 6, 7]])
     assert "step capture off" in caplog.text and engine.status().captured_steps == 0
+
+
+class AsOnADevice(ReferenceDelta):
+    """All sequences of a step together, without reading a length."""
+
+    def run(self, mixed: Tensor, state: LayerState, batch: ForwardBatch, weights: DeltaParameters) -> Tensor:
+        return self.by_rule(mixed, state, batch, weights, True)
+
+
+@pytest.mark.parametrize("memory", [3, 1])
+@pytest.mark.parametrize("case", ["padded at start", "padded", "exact"])
+def test_graphs_move_states_on_once(
+    case: str, memory: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding rows move nobody's state, and a capture that runs the step, or fails, none at all."""
+    padded = case != "exact"
+    monkeypatch.setattr(
+        attention, "attention_kernels", lambda: [PaddedAttention() if padded else Attention()]
+    )
+    monkeypatch.setattr(recurrent, "recurrent_kernels", lambda: [AsOnADevice()])
+    model, recorder = load_model(open_checkpoint(str(folder)), device="cpu"), StandInRecorder(memory=memory)
+    expected = decode(model, lambda plain: plain)
+    steps: list[GraphedSteps] = []
+
+    def through(forward: Forward) -> Forward:
+        options = {"context": 200, "page_size": 16, "vocabulary": VOCABULARY, "device": torch.device("cpu")}
+        steps.append(GraphedSteps(forward, recorder, (1, 2, 4, 8), padded=padded, **options))
+        if case == "padded at start":
+            steps[0].capture_all()
+        return steps[0].run
+
+    for step, (ours, theirs) in enumerate(zip(decode(model, through), expected, strict=True)):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), f"step {step}"
+    assert steps[0].replayed > 0 and not steps[0].refusal and recorder.captured == memory
 
 
 def test_prefixes_are_not_shared(model: Model, caplog: pytest.LogCaptureFixture) -> None:

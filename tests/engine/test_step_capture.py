@@ -129,7 +129,8 @@ def decode(
     for _ in range(steps):
         chosen = draw.sample(range(6), draw.choice((1, 2, 3, 3, 5, 6)))
         new = [[draw.randrange(model.vocab_size) for _ in range(1 + draw.choice(drafts))] for _ in chosen]
-        batch = chunk_batch([(n, lengths[s], pages[s]) for n, s in zip(new, chosen, strict=True)])
+        rows = [(n, lengths[s], pages[s]) for n, s in zip(new, chosen, strict=True)]
+        batch = chunk_batch(rows, state_slots=chosen)
         found.append(forward(batch).clone())
         for tokens, sequence in zip(new, chosen, strict=True):
             lengths[sequence] += draw.randint(1, len(tokens))

@@ -192,8 +192,9 @@ def test_kernels_agree(tmp_path: Path) -> None:
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_all_at_once_is_one_by_one() -> None:
-    """What the reference does on a device, padding rows included, is what it does on a CPU."""
+@pytest.mark.parametrize("longest", [1, 150])
+def test_the_reference_as_on_a_device(longest: int) -> None:
+    """Steps of one token together, prompts in chunks: what one by one gives."""
     generator = torch.Generator().manual_seed(3)
     spec = recurrent.StateSpec(k_heads=2, heads=4, k_dim=16, v_dim=8, taps=3)
 
@@ -203,19 +204,18 @@ def test_all_at_once_is_one_by_one() -> None:
     weights = recurrent.DeltaParameters(
         normal(3, spec.channels), -normal(4).exp(), normal(4), normal(8), 1e-6
     )
-    mixed, batch = normal(12, spec.width), chunk_batch([([0] * 9, 0, [0]), ([0], 5, [0]), ([0] * 2, 3, [0])])
-    made = []
-    for kernel in (ReferenceDelta(), ReferenceDelta()):
+    rows = [([0] * longest, 0, [0] * 10), ([0], 5, [0]), ([0], 0, [0]), ([0] * min(longest, 70), 3, [0] * 5)]
+    batch = chunk_batch(rows, state_slots=[3, 0, 1, -1])
+    mixed, made = normal(len(batch.tokens), spec.width), []
+    for together in (False, True):
         generator.manual_seed(4)
-        state = recurrent.LayerState(spec, kernel, normal(4, 2, spec.channels), normal(4, 4, 16, 8))
-        out = mixed.new_empty(12, 32)
-        if made:
-            kernel._all_at_once(mixed, state, batch, weights, out)
-        else:
-            out = kernel.run(mixed, state, batch, weights)
+        state = recurrent.LayerState(spec, ReferenceDelta(), normal(5, 2, spec.channels), normal(5, 4, 16, 8))
+        before = state.matrices[2].clone()
+        out = ReferenceDelta().by_rule(mixed, state, batch, weights, together)
+        assert torch.equal(state.matrices[2], before), "nobody's but the four"
         made.append((out, state.inputs, state.matrices))
     for one, other in zip(*made, strict=True):
-        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_prediction_layers_are_left_alone(tmp_path: Path) -> None:

@@ -156,7 +156,15 @@ class GraphedSteps:
         if self._padded:
             static = self._inputs.pad(rows, size[0], self._page_size, size[1])
         if replay is None:
-            return self._logits[:rows] if self._capture(size, static) else self._forward(batch)
+            slots = static.state_slots
+            if slots is not None:
+                slots.fill_(-1)  # capturing runs the step, perhaps in vain: states must not move on twice
+            if not self._capture(size, static):
+                return self._forward(batch)
+            if batch.state_slots is None or slots is None:
+                return self._logits[:rows]
+            slots[:rows] = batch.state_slots
+            replay = self._graphs[size]
         self._graphs.move_to_end(size)
         replay()
         self.replayed += 1
