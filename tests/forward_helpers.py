@@ -23,8 +23,8 @@ def chunk_batch(
     sample_all: bool = True,
     state_slots: list[int] | None = None,
 ) -> ForwardBatch:
-    """A batch of (new tokens, tokens already cached, page numbers) sequences. ``state_slots``: None: their
-    numbers."""
+    """A batch of (new tokens, tokens already cached, page numbers) sequences. ``state_slots``: of models
+    with recurrent layers."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -56,7 +56,7 @@ def chunk_batch(
         page_size=PAGE,
         max_query=max(queries),
         max_context=max(contexts),
-        state_slots=int32(list(range(len(sequences))) if state_slots is None else state_slots),
+        state_slots=None if state_slots is None else int32(state_slots),
     )
 
 
@@ -67,5 +67,6 @@ def prompt_logits(model: Model, prompts: list[list[int]]) -> list[Tensor]:
     sequences = []
     for prompt, count in zip(prompts, counts, strict=True):
         sequences.append((prompt, 0, [shuffled.pop() for _ in range(count)]))
-    logits = model.forward(chunk_batch(sequences), allocate(model, sum(counts)))
+    batch = chunk_batch(sequences, state_slots=list(range(len(prompts))))
+    logits = model.forward(batch, allocate(model, sum(counts)))
     return list(logits.split([len(prompt) for prompt in prompts]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,8 @@ from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.recurrent import LayerMemory, allocate_layer, state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
+
+_log = logging.getLogger("lowbit")
 
 
 class Runner:
@@ -38,7 +41,9 @@ class Runner:
         self._capture: StepCapture | GraphedSteps | None = None
         if settings.disable_cuda_graph:
             return
-        if model.device.type == "cuda":
+        if self._has_states and getattr(model, "spans_tokens", False) and model.device.type == "cuda":
+            _log.warning("lowbit: CUDA graphs off: capturing would count a step's largest inputs twice")
+        elif model.device.type == "cuda":
             self._capture = self.graphs(CudaRecorder(model.device), bucket_sizes(settings), context)
         elif model.device.type == "cpu" and native.library() is not None:
             self._capture = StepCapture(self._run)
