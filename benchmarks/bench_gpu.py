@@ -2,12 +2,15 @@
 
 Runs linear.py, attention.py and gpu_step.py on the GPU, keeps what they say under docs/results/ and writes
 the page's section anew. Needs torch with CUDA, Triton and a GPU, nothing else: no network, and no native
-library. --only runs some of the steps; --quick is a look at whether everything works (kept under build/).
+library. --tune first measures sizes of launches, which what follows then has; --only runs some of the steps;
+--quick is a look at whether everything works (kept under build/).
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 
 from bench_cpu import Step, run
 from machine import ROOT
@@ -33,6 +36,7 @@ def steps(quick: bool) -> list[Step]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", nargs="*", metavar="STEP", help="linear, gpu-step, attention")
+    parser.add_argument("--tune", action="store_true", help="first keep the fastest sizes (tune_gpu.py)")
     parser.add_argument("--quick", action="store_true", help="tiny, into build/: does it all work?")
     options = parser.parse_args()
     folder, page = FOLDER, PAGE
@@ -43,6 +47,9 @@ def main() -> None:
         raise SystemExit(
             f"--only {' '.join(unknown)}: the steps here are {', '.join(s.name for s in planned)}"
         )
+    if options.tune:
+        few = ("--shapes", "8B out", "--formats", "int4 g128", "--tokens", "1", "8") if options.quick else ()
+        subprocess.run([sys.executable, str(ROOT / "benchmarks" / "tune_gpu.py"), *few], check=True)
     for step in planned:
         if not options.only or step.name in options.only:
             run(step, folder)

@@ -40,8 +40,10 @@ from machine import commit, cpu_name, machine_kind
 from torch import Tensor
 from torch.nn import functional
 
+from lowbit.checkpoint.embedded import cache_directory
 from lowbit.errors import LowbitError
 from lowbit.kernels import PackedWeight, choose, native, probes, timing
+from lowbit.kernels.gpu import tuned_sizes
 from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.layers.linear import Linear
 
@@ -349,6 +351,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--plot", type=Path, help="SVG of the share of the bound")
     options = parser.parse_args()
+    tuned_sizes.look_in(cache_directory() / "tuned")  # as a server has them
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU here; use --device cpu")
     options.shapes = options.shapes or DEFAULT_SHAPES[options.device]

@@ -338,7 +338,8 @@ CATALOGUE: dict[str, Entry] = {
     "E0304": Entry(
         "an unfinished output of another run is there",
         "OUT.partial holds shards that a run which was broken off finished. They can be gone on with only if "
-        "the source, the options and lowbit are what they were; the message says what differs.",
+        "the source, the options and lowbit are what they were; the message says what differs. A GGUF file "
+        "is begun anew instead.",
         "Run the command as it was, or delete OUT.partial and begin anew.",
     ),
     "E0401": Entry(
@@ -503,8 +504,9 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0511": Entry(
         "the disk is full on the way",
-        "The output does not fit on its disk. The shards that are finished stay in OUT.partial.",
-        "Free some space and run the same command: it goes on after the last finished shard.",
+        "The output does not fit on its disk. The shards that are finished stay in OUT.partial, of a GGUF "
+        "file its finished tensors.",
+        "Free some space and run the same command: it goes on after what is finished.",
     ),
     "E0601": Entry(
         "no such revision",

@@ -99,6 +99,25 @@ def float_zero(name: str, group: int, scale: str) -> QuantizedTensor:
     return replace(weight, scheme=replace(weight.scheme, zero="float"), zeros=zeros)
 
 
+def flat(name: str, group: int, scale: str = "f32", zero: bool = False) -> QuantizedTensor:
+    """Blocks over row ends, the last one short: 37 rows of 176 columns (bitsandbytes, HQQ)."""
+    generator = torch.Generator().manual_seed(group)
+    shape = (37, 176)
+    weight, count = canonical(name, 0, scale, shape=shape), -(-37 * 176 // group)
+    scales = (torch.randn(count, generator=generator) * 0.02).to(number_format(scale).dtype)
+    zeros = (torch.rand(count, generator=generator) * 15).to(scales.dtype) if zero else None
+    scheme = replace(weight.scheme, blocks=((1, group),), flattened=True, zero="float" if zero else "none")
+    return replace(weight, scheme=scheme, scales=(scales,), zeros=zeros)
+
+
+def strided() -> QuantizedTensor:
+    """A scale and a zero point for each weight (HQQ's axis 0)."""
+    weight, generator = canonical("uint4", 32, zero=True), torch.Generator().manual_seed(9)
+    scale, zero = (torch.randn(2, 37, 256, generator=generator) * 0.1).half().unbind()
+    scheme = replace(weight.scheme, blocks=((1, 1),), zero="float")
+    return replace(weight, scheme=scheme, scales=(scale,), zeros=zero * 50)
+
+
 def nvfp4(rows: int) -> QuantizedTensor:
     """Two levels: e4m3 for 16 columns under one float32 for the tensor (0), or one for each row (1)."""
     inner = canonical("e2m1", 16, "e4m3")
@@ -130,6 +149,17 @@ WEIGHTS = {
     "uint8 g32 zero": lambda: canonical("uint8", 32, zero=True),
     "uint4 g64 float zero (HQQ)": lambda: float_zero("uint4", 64, "f16"),
     "uint3 g32 bf16 float zero": lambda: float_zero("uint3", 32, "bf16"),
+    "nf4 flat g64": lambda: flat("nf4", 64),
+    "fp4 flat g64": lambda: flat("fp4_bnb", 64),
+    "uint4 flat g96 bf16 float zero": lambda: flat("uint4", 96, "bf16", zero=True),
+    "uint8 flat g24 f16": lambda: flat("uint8", 24, "f16"),
+    "int4 g128, 136 columns": lambda: ragged("int4", 128, 136),
+    "int8 g128, 52 columns": lambda: ragged("int8", 128, 52),
+    "e4m3 128x128, 136 columns": lambda: canonical("e4m3", 128, "f32", shape=(37, 136), block_rows=16),
+    "uint1 g8 float zero": lambda: float_zero("uint1", 8, "f16"),
+    "int5 g8": lambda: canonical("int5", 8),
+    "uint6 g8 f32 zero": lambda: canonical("uint6", 8, "f32", zero=True),
+    "uint4 1x1 float zero": strided,
     "uint2 g32 zero": lambda: canonical("uint2", 64, zero=True),
     "uint3 g128 zero": lambda: canonical("uint3", 128, zero=True),
     "int5 g64": lambda: canonical("int5", 64),
@@ -227,7 +257,8 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
         turned = x if order is None else x[:, order]
         seen = in_words(turned, 16383 if wide else 32767)
         return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
-    return x.double() if packed.scheme.weight.name in ("f16", "f32") else x.bfloat16().double()
+    exact = packed.scheme.weight.name in ("f16", "f32") or packed.kernel.computes == "f32 copy"
+    return x.double() if exact else x.bfloat16().double()
 
 
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
@@ -236,7 +267,8 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     packed = kernel.pack(weight, CPU)
     again = kernel.unpack(packed)
     expected = weight.expand() if again.scheme.weight.block is None else weight
-    assert torch.equal(again.codes, expected.codes)
+    if not again.scheme.is_dense or expected.scheme.is_dense:
+        assert torch.equal(again.codes, expected.codes)
     assert torch.equal(normal_form(again), normal_form(weight))
     rows, columns = weight.shape
     tiles = (-(-rows // 16) * 16 / rows) * (-(-columns // 32) * 32 / columns)
@@ -377,7 +409,7 @@ def test_native_kernels_take_what_they_should() -> None:
     """A kernel that refuses everything would pass the rest of this file."""
     if native.library() is None:
         pytest.skip("no native library")
-    fast = {p.values[1] for p in PAIRS if p.values[0].name in ("cpu_blocks", "cpu_dense")}
+    fast = {p.values[1] for p in PAIRS if p.values[0].name in ("cpu_blocks", "cpu_dense", "cpu_expanded")}
     assert set(WEIGHTS) == fast
 
 
@@ -387,11 +419,17 @@ def test_native_kernels_take_what_they_should() -> None:
         (canonical("int4", 32, shape=(16, 96)), None),
         (canonical("int4", 48, "f32", shape=(16, 96)), None),
         (canonical("int4", 32, shape=(16, 40)), None),
-        (canonical("int4", 1024, shape=(16, 1048)), "would take"),
+        (canonical("int4", 1024, shape=(16, 1048)), None),
+        (flat("nf4", 64), None),
+        (replace(canonical("nf4", 0, "f32", shape=(16, 100)), scheme=flat("nf4", 64).scheme), "got 4 of nf4"),
+        (
+            replace(canonical("uint4", 0, "f32", shape=(16, 200)), scheme=flat("uint4", 64).scheme),
+            "would take",
+        ),
         (ragged("int4", 128, 224), None),
         (canonical("e2m1", 16, "e8m0"), None),
         (canonical("int4", 4, shape=(16, 64)), "groups of 8, 16 or a multiple of 32"),
-        (canonical("int5", 8, shape=(16, 64)), "got 8 of int5"),
+        (canonical("int7", 8, shape=(16, 64)), "got 8 of int7"),
         (canonical("int4", 0, shape=(16, 40)), None),
         (canonical("e8m0", 64), "not exact in bfloat16"),
         (crooked(), "not exact in bfloat16 or have no packed form"),
@@ -414,8 +452,6 @@ def test_more_refusals() -> None:
         return
     assert "cuda" in str(blocks.refuses(weight.scheme, weight.shape, torch.device("cuda")))
     assert "experts" in str(blocks.refuses(weight.scheme, (4, *weight.shape), CPU))
-    flat = replace(weight.scheme, flattened=True)
-    assert "flattened" in str(blocks.refuses(flat, weight.shape, CPU))
     quantized_input = replace(weight.scheme, activation=ActivationScheme(number_format("int8"), (1, 0)))
     assert "quantizes its input" in str(blocks.refuses(quantized_input, weight.shape, CPU))
     float_zero = replace(weight.scheme, zero="float", scales=(number_format("e8m0"),))
@@ -430,7 +466,7 @@ def test_choice_keeps_the_reasons() -> None:
     weight = crooked()
     choice = choose(weight.scheme, weight.shape, CPU)
     assert choice.kernel.name == "reference"
-    assert [name for name, _ in choice.refusals] == ["cpu_blocks", "cpu_dense"]
+    assert [name for name, _ in choice.refusals] == ["cpu_blocks", "cpu_dense", "cpu_expanded"]
 
 
 @needs_native

@@ -17,7 +17,7 @@ from engine.graph_stand_in import Attention, PaddedAttention, StandInRecorder
 from engine.stand_in import ByteTokenizer
 from engine.test_step_capture import SCHEMES, Forward, decode, quantize_inputs, tiny_llama
 from forward_helpers import PAGE
-from lowbit.engine.cuda_graphs import GRAPHS, OCCURRENCES, GraphedSteps, bucket_sizes
+from lowbit.engine.cuda_graphs import GRAPHS, OCCURRENCES, GraphedSteps, StepGraphs, bucket_sizes
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.messages import Request, SamplingParams
 from lowbit.errors import LowbitError
@@ -62,6 +62,23 @@ def test_sizes_that_are_none(text: str) -> None:
         bucket_sizes(Settings(cuda_graph_bs=text))
 
 
+def steps_of(
+    forward: Forward,
+    recorder: StandInRecorder,
+    sizes: tuple[int, ...],
+    *,
+    context: int,
+    vocabulary: int,
+    padded: bool,
+    exact_context: bool = False,
+) -> GraphedSteps:
+    context = -(-context // PAGE) * PAGE
+    graphs = StepGraphs(
+        forward, recorder, sizes[-1], context=context, page_size=PAGE, vocabulary=vocabulary, device=CPU
+    )
+    return GraphedSteps(forward, graphs, sizes, context=context, padded=padded, exact_context=exact_context)
+
+
 class Seen:
     """A forward pass that notes what it is given."""
 
@@ -83,15 +100,8 @@ def graphed(
 ) -> Callable[[Forward], GraphedSteps]:
     def make(forward: Forward) -> GraphedSteps:
         seen.append(Seen(forward))
-        return GraphedSteps(
-            seen[0],
-            recorder,
-            sizes,
-            page_size=PAGE,
-            vocabulary=tiny.VOCABULARY,
-            device=CPU,
-            **{"context": 200, "padded": True, **options},
-        )
+        given = {"context": 200, "padded": True, **options}
+        return steps_of(seen[0], recorder, sizes, vocabulary=tiny.VOCABULARY, **given)
 
     return make
 
@@ -205,14 +215,12 @@ def batch_of(rows: int, tokens: int | None = None) -> ForwardBatch:
 
 
 def test_only_so_many_exact_sizes_are_kept() -> None:
-    steps = GraphedSteps(
+    steps = steps_of(
         lambda batch: torch.zeros(len(batch.sample_rows), 8),
         StandInRecorder(),
         (2 * GRAPHS,),
         context=64,
-        page_size=PAGE,
         vocabulary=8,
-        device=CPU,
         padded=False,
     )
     for rows in range(1, GRAPHS + 10):
@@ -262,14 +270,12 @@ def test_a_step_that_waits_for_the_device_turns_graphs_off(
 
 
 def test_sizes_without_memory_run_eagerly(caplog: pytest.LogCaptureFixture) -> None:
-    steps = GraphedSteps(
+    steps = steps_of(
         lambda batch: torch.full((len(batch.sample_rows), 8), float(len(batch.tokens))),
         StandInRecorder(memory=0),
         (2, 4),
         context=64,
-        page_size=PAGE,
         vocabulary=8,
-        device=CPU,
         padded=True,
     )
     steps.capture_all()

@@ -122,6 +122,29 @@ def test_weights_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, embedded_path:
     assert "(CUDA out of memory)" in caught.value.message
 
 
+# ---- before it is needed -------------------------------------------------------------------------------
+
+
+def test_a_server_claims_the_memory_of_a_first_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the numbers of a step need; no answer changes by it."""
+    monkeypatch.setattr(memory, "_token_bytes", lambda config: 1 << 16)
+    monkeypatch.setattr(memory, "_keep_freed", lambda: True)  # of this process, for good
+    engine = make_engine(chunked_prefill_size=100)
+    assert sum(1 for _ in engine.claim_scratch()) == -(-(100 << 16) // memory._CLAIMED)
+    (events,) = run(engine, make_request([5, 6, 7]))
+    assert tokens_of(events) == continuation([5, 6, 7], 8)
+
+
+def test_scratch_is_claimed_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_token_bytes", lambda config: 1 << 30)
+    monkeypatch.setattr(memory, "_keep_freed", lambda: True)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    assert sum(1 for _ in memory.claim_scratch(model, 512)) * memory._CLAIMED == memory._MOST_SCRATCH
+    assert not list(memory.claim_scratch(SimpleNamespace(device=torch.device("cuda")), 512))
+    monkeypatch.setattr(memory, "_keep_freed", lambda: False)  # what is freed would go back at once
+    assert not list(memory.claim_scratch(model, 512))
+
+
 # ---- in a step -----------------------------------------------------------------------------------------
 
 

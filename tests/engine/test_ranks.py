@@ -20,9 +20,17 @@ from engine.stand_in import StandIn
 from forward_helpers import chunk_batch
 from lowbit import LLM, LowbitError, SamplingParams
 from lowbit.engine.memory import pool_pages
-from lowbit.engine.ranks import RankReady, Ranks, Step, batch_of, check_devices, device_of, packed
+from lowbit.engine.ranks import (
+    RankReady,
+    Ranks,
+    Step,
+    batch_of,
+    check_devices,
+    device_of,
+    numbers_of,
+    packed,
+)
 from lowbit.engine.wire import FrameDecoder, encode_frames
-from lowbit.kernels.parallel import ALONE
 from lowbit.settings import Settings
 from models.family_cases import SIZES, saved
 from server.harness import alive, wait_until
@@ -68,7 +76,7 @@ def test_answers_are_those_of_one_process(folder: Path, shared: LLM) -> None:
     assert shared.generate(PROMPTS, GREEDY)[0].tokens == wanted[0].tokens, "now from the prefix cache"
     ready = shared._engine.ready()
     assert whole <= ready.weight_bytes <= 1.1 * whole and ready.details["device"] == "cpu, 2 ranks"
-    assert shared._engine.status().captured_steps == 0
+    assert shared._engine.status().captured_steps == 0, "no graphs on a CPU, and no plans of native calls"
 
 
 def test_a_rank_that_is_killed_ends_the_request_with_its_name(folder: Path) -> None:
@@ -113,13 +121,14 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.code == "E0433"
 
 
-def test_a_batch_over_the_socket() -> None:
+def test_a_batch_as_it_is_sent() -> None:
     batch = chunk_batch([([5, 6, 7], 0, [3]), ([9], 20, [1, 4])], sample_all=False)
     names = ("tokens", "positions", "write_slots", "query_lengths", "context_lengths", "page_table")
     shapes = [tuple(getattr(batch, name).shape) for name in (*names, "sample_rows")]
-    step = Step(shapes, batch.page_size, batch.max_query, batch.max_context, packed(batch).numpy().tobytes())
+    step = Step(shapes, batch.page_size, batch.max_query, batch.max_context, (4, 64), capture=True)
     [received] = FrameDecoder(Step).feed(encode_frames([step]))
-    again = batch_of(received, ALONE, torch.device("cpu"))
+    assert received == step and numbers_of(received) == len(packed(batch))
+    again = batch_of(received, packed(batch))
     for name in (*names, "sample_rows"):
         mine, theirs = getattr(again, name), getattr(batch, name)
         assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype and mine.is_contiguous()

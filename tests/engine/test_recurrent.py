@@ -17,7 +17,7 @@ from engine.test_engine import make_request
 from engine.test_sameness import Recorder
 from engine.test_step_capture import Forward, check, decode
 from lowbit.checkpoint import open_checkpoint
-from lowbit.engine.cuda_graphs import GraphedSteps
+from lowbit.engine.cuda_graphs import GraphedSteps, StepGraphs
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.memory import pool_pages
 from lowbit.errors import LowbitError
@@ -157,8 +157,9 @@ def test_graphs_move_states_on_once(
     steps: list[GraphedSteps] = []
 
     def through(forward: Forward) -> Forward:
-        options = {"context": 200, "page_size": 16, "vocabulary": VOCABULARY, "device": torch.device("cpu")}
-        steps.append(GraphedSteps(forward, recorder, (1, 2, 4, 8), padded=padded, **options))
+        options = {"page_size": 16, "vocabulary": VOCABULARY, "device": torch.device("cpu")}
+        graphs = StepGraphs(forward, recorder, 8, context=208, **options)
+        steps.append(GraphedSteps(forward, graphs, (1, 2, 4, 8), context=208, padded=padded))
         if case == "padded at start":
             steps[0].capture_all()
         return steps[0].run

@@ -11,8 +11,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.loading.source_modules import SourceModel
 from lowbit.models.config import architecture_of
-from lowbit.models.gguf_metadata import ARCHITECTURES
-from lowbit.models.gguf_names import CUT_OTHERWISE
+from lowbit.models.gguf_metadata import ARCHITECTURES, SEEING
 from lowbit.models.registry import MODULES, Family
 
 
@@ -26,7 +25,7 @@ def becomes() -> dict[str, set[str]]:
             try:
                 classes.update(map(str, source.hf_config(data)["architectures"]))  # type: ignore[call-overload]
             except LowbitError:
-                assert architecture_of(source.header) in CUT_OTHERWISE
+                assert not classes
     return found
 
 
@@ -35,6 +34,8 @@ def written_from() -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
     for name, (module, attribute) in MODULES.items():
         family = getattr(importlib.import_module(f"lowbit.models.{module}"), attribute)
+        if name in SEEING:
+            found[SEEING[name]].add(name)
         in_folders = name.endswith(("ForCausalLM", "LMHeadModel")) and isinstance(family, Family)
         if in_folders and family.name in ARCHITECTURES:
             found[ARCHITECTURES[family.name]].add(name)
@@ -57,5 +58,5 @@ def conversions() -> list[str]:
     for name in sorted(folders.keys() | files.keys()):
         made = ", ".join(f"`{one}`" for one in sorted(folders.get(name, ())))
         of = ", ".join(f"`{one}`" for one in sorted(files.get(name, ())))
-        lines.append(f"| `{name}` | {made or f'refused: {CUT_OTHERWISE[name]}'} | {of or 'refused'} |")
+        lines.append(f"| `{name}` | {made or 'refused'} | {of or 'refused'} |")
     return lines

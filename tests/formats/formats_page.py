@@ -77,7 +77,8 @@ def page() -> str:
         "",
         "*Verified against*: a tool nobody here wrote saved these files and dequantized them itself; the "
         "values agree to the last bit of the stored scale's type. *Kernels*: what runs the fixtures' "
-        "layers on a CPU with AVX2 or AVX-512; everything runs on `reference` too. "
+        "layers on a CPU with AVX2 or AVX-512 (-: there is no fixture); everything runs on `reference` too, "
+        "and `lowbit inspect` says why a layer does not run on another. "
         "*Writes*: what `lowbit convert --format` writes, exactly or not at all.",
         "",
         "| format | also called | reads | verified against (fixtures) | kernels | writes |",
@@ -92,7 +93,7 @@ def page() -> str:
             ", ".join(f"`{alias}`" for alias in fmt.aliases) or "-",
             READS[fmt.name],
             "; ".join(tools) or "**unverified**: no tool that writes it runs on a CPU; a numpy oracle only",
-            ", ".join(f"`{kernel}`" for kernel in sorted(kernels[fmt.name])) or "`reference`",
+            ", ".join(f"`{kernel}`" for kernel in sorted(kernels[fmt.name])) or "-",
             writers[fmt.name].writes if fmt.name in writers else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -135,7 +136,8 @@ def evidence() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
             plan = plan_model(open_checkpoint(str(folder)), device="cpu")
         except LowbitError:
             continue
-        kernels[name] |= {module.kernel for module in plan.modules if not module.scheme.is_dense}
+        quantized = {module.kernel for module in plan.modules if not module.scheme.is_dense}
+        kernels[name] |= quantized or {module.kernel for module in plan.modules}  # decoded when loaded
     for path in sorted((FIXTURES / "gguf_families").glob("*.gguf")):
         plan = plan_model(open_checkpoint(str(path)), device="cpu")
         kernels["gguf"] |= {
@@ -148,6 +150,7 @@ def evidence() -> tuple[dict[str, set[str]], dict[str, set[str]]]:
         name: {f"{tool} ({count})" if count > 1 else tool for tool, count in tools.items()}
         for name, tools in counts.items()
     }
+    kernels["dense"].add("cpu_dense")
     return defaultdict(set, verified), kernels
 
 

@@ -45,7 +45,7 @@ def refused(source: SourceModel, form: str) -> LowbitError | None:
         source = source.for_gguf() if form == "gguf" else source
         work = Work(source, form, None, None)
         if isinstance(work.writer, GgufWriter):
-            architecture_for(source.family.name, source.header.root.name)
+            architecture_for(source.family.name, source.header)
             _Plan(source, work.writer.schemes).entries()
         with TensorData(source.header) as data:
             if form != "gguf":

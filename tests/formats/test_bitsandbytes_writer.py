@@ -102,7 +102,11 @@ def test_the_tool_dequantizes_them(codes: str, double: bool) -> None:
 
 @pytest.mark.parametrize("folder", fixtures_it_takes(Writer, "*"), ids=lambda f: f"{f.parent.name}-{f.name}")
 def test_fixtures(folder: Path, tmp_path: Path) -> None:
-    convert_and_compare(folder, "bitsandbytes", tmp_path / "out")
+    """All but int8 with scales that are no row's largest weight times the tool's constant."""
+    try:
+        convert_and_compare(folder, "bitsandbytes", tmp_path / "out")
+    except LowbitError as error:
+        assert folder.name == "w8a8_int8" and "no float32 times 0.00787" in error.message, error.message
 
 
 def test_takes_all_it_should() -> None:

@@ -13,10 +13,13 @@ from torch import Tensor
 
 from checkpoint.tiny import HIDDEN, INNER
 from checkpoint.tiny import write_folder as write_model
-from formats.helpers import header_of, read, reader_of, write_folder
+from formats.helpers import FIXTURES, expected, header_of, read, reader_of, write_folder
 from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.loading import load_model, plan_model
+from lowbit.loading.source_modules import SourceModel
 
 NAME = "model.layers.0.mlp.up_proj"
 OUT = 48
@@ -136,3 +139,16 @@ def test_headers_alone_give_a_plan(tmp_path: Path) -> None:
     scheme = reader_of(folder).scheme_of(StoredModule(NAME, NAME, weight.shape))
     assert scheme.weight.name == "int4"
     assert json.loads((folder / "config.json").read_text()).get("quantization_config") is None
+
+
+def test_the_tool_s_own_file() -> None:
+    """Every width, mixed in matrices, act-order and a padded head: as it reconstructs them, in float16."""
+    header = open_checkpoint(str(FIXTURES / "exl2" / "mixed"))
+    source, wanted = SourceModel(header, strict=True), expected(FIXTURES / "exl2" / "mixed")
+    with TensorData(header) as data:
+        quantized = [module for module in source.modules if not module.scheme.is_dense]
+        assert {module.target.stored for module in quantized} == set(wanted)
+        for module in quantized:
+            linear = source.read(module, data)
+            assert torch.equal(linear.weight.dequantize().half(), wanted[module.target.stored])
+            assert (linear.bias is not None) == ("self_attn" in module.target.stored)

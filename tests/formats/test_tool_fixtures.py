@@ -1,4 +1,4 @@
-"""GPTQ, AWQ, AutoRound and FP8 files that the tools themselves saved, against the tools' own values."""
+"""Files that GPTQ's, AWQ's, AutoRound's, FP8's and SGLang's tools saved, against the tools' own values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowbit.formats import StoredModule
 
 CASES = [
     pytest.param(folder, id=f"{folder.parent.name}-{folder.name}")
-    for name in ("gptq", "awq", "auto_round", "fp8")
+    for name in ("gptq", "awq", "auto_round", "fp8", "sglang", "w4afp8")
     for folder in fixture_cases(name)
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from formats.helpers import read, reader_of, write_folder
+from formats.helpers import FIXTURES, read, reader_of, write_folder
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
+from lowbit.formats.quantization_config import quantization_config
+from lowbit.loading.source_modules import SourceModel
 
 EXPERTS = "model.layers.0.mlp.experts"
 QKV = "model.layers.0.self_attn.q_proj"
@@ -70,6 +75,33 @@ def test_damaged(change: dict[str, Tensor | None], code: str, tmp_path: Path) ->
     with pytest.raises(LowbitError) as caught:
         read(write_folder(tmp_path, kept, CONFIG), f"{EXPERTS}.0.up_proj", (OUT, COLUMNS))
     assert caught.value.code == code and "\n" not in str(caught.value)
+
+
+def test_the_writer_s_own_file() -> None:
+    """Nothing in config.json, input scales as w1, w2, w3: every tensor has its place, strictly."""
+    header = open_checkpoint(str(FIXTURES / "w4afp8" / "moe"))
+    source = SourceModel(header, strict=True)
+    assert source.form.name == "w4afp8"
+    scales = {}
+    with TensorData(header) as data:
+        for module in source.modules:
+            rule = source.read(module, data).input
+            if rule is not None and rule.static_scale is not None:
+                scales[module.target.stored.split("experts.")[1]] = float(rule.static_scale)
+    wanted = {
+        f"{n}.{leaf}_proj": 1.0 if leaf == "down" else 2.0 for n in (0, 1) for leaf in ("gate", "up", "down")
+    }
+    assert scales == wanted  # the largest of the layer's experts
+
+
+def test_modelopt_s_mixtures_stay_its_own(tmp_path: Path) -> None:
+    """MIXED_PRECISION with layers named is no W4AFP8."""
+    folder = write_folder(tmp_path, {"x.weight": torch.ones(2, 2), "x.weight_scale": torch.ones(1)}, None)
+    for layers, method in (({}, "w4afp8"), ({"x": {"quant_algo": "FP8"}}, "modelopt")):
+        told = {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}}
+        (folder / "hf_quant_config.json").write_text(json.dumps(told))
+        found = quantization_config(open_checkpoint(str(folder)))
+        assert found is not None and found.method == method
 
 
 def test_only_experts_are_packed(tmp_path: Path) -> None:

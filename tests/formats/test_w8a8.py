@@ -1,4 +1,4 @@
-"""SGLang's w8a8_int8, w8a8_fp8 and blockwise_int8 against numpy; no tool writes them on a CPU."""
+"""SGLang's w8a8_int8, w8a8_fp8 and blockwise_int8 against numpy."""
 
 from __future__ import annotations
 

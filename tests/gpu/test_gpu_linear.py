@@ -19,6 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import choose
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
+from lowbit.kernels.gpu.programs import Cut
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
@@ -189,11 +190,11 @@ def test_slices_of_rows_join(device: torch.device, monkeypatch: pytest.MonkeyPat
     assert product(canonical("int4", 16, shape=(300, 32)), 512, device, torch.float32) < 1e-6
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("tokens", "height"), [(1, 128), (1, 32), (2, 128), (2, 64)])
 def test_split_columns_are_added_in_order(
-    tokens: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    tokens: int, height: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowbit.kernels.gpu.linear._SPLIT_COLUMNS", 128)
+    monkeypatch.setattr("lowbit.kernels.gpu.linear.cut", lambda *_: Cut(height, 3, 1))
     weight = canonical("uint4", 128, zero=True, order=True, shape=(37, 384))
     with runtime.recording() as launches:
         assert product(weight, tokens, device) < 1e-6

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -560,6 +562,30 @@ def test_nothing_past_the_end_is_touched(case: str, monkeypatch: pytest.MonkeyPa
         kernel.write(cache, k, v, batch)
         found = kernel.attend(q, cache, batch, replace(plain(spec), **extra))
         assert_equal_bits([found], [wanted[first:end]])
+
+
+def test_populated_pages_have_memory_and_keep_what_is_in_them() -> None:
+    spec = spec_of(4, 64)
+    cache = CpuAttention().allocate(spec, 4000, PAGE_SIZE, CPU)
+    size = mmap.PAGESIZE
+
+    def resident(part: torch.Tensor) -> int:
+        first, end = -(-part.data_ptr() // size) * size, (part.data_ptr() + part.nbytes) // size * size
+        states = (ctypes.c_ubyte * ((end - first) // size))()
+        assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(end - first), states)
+        return sum(state & 1 for state in states) * size
+
+    assert not any(resident(buffer) for buffer in cache.buffers.values())
+    for buffer in cache.buffers.values():
+        buffer[1].fill_(3)
+    steps = sum(1 for _ in cache.populate(0, 1500))
+    if not steps:
+        pytest.skip("this system cannot be asked for memory before it is written")
+    for buffer in cache.buffers.values():
+        assert resident(buffer[:1500]) > buffer[:1500].nbytes - size, "all of it"
+        assert resident(buffer) < buffer.nbytes - (1 << 21), "and not the rest"
+        assert buffer[1].eq(3).all() and not buffer[0].any() and not buffer[2:1500].any()
+    assert steps >= 2 * (cache.buffers["k"][:1500].nbytes >> 21), "none takes long"
 
 
 @pytest.mark.parametrize("name", ["bf16", "f32", "int8", "int4"])

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from formats.helpers import FIXTURES
@@ -35,9 +35,10 @@ from models.family_cases import SIZES, check_logits, saved
 
 GGUF = FIXTURES / "gguf_families"
 MORE = FIXTURES / "gguf_more_families"
-REFUSED = ("deepseek2", "deepseek3", "qwen3next")
-FAMILIES = [path for path in sorted(GGUF.glob("*.gguf")) if path.stem not in REFUSED]
-MORE_FAMILIES = sorted(path.stem for path in MORE.glob("*.gguf"))
+REFUSED = GGUF / "qwen3next.gguf"
+FAMILIES = [path for path in sorted(GGUF.glob("*.gguf")) if path != REFUSED]
+ROUNDED = MORE / "bitnet.gguf"  # whose weights the converter rounds to -1, 0 and 1 times a scale
+MORE_FAMILIES = sorted(path.stem for path in MORE.glob("*.gguf") if path != ROUNDED)
 # What the converter derives otherwise: names, counts and its own version; the vocabularies' pre-tokenizer.
 OWN = (
     *("general.name", "general.size_label", "general.file_type", "general.finetune", "general.basename"),
@@ -89,7 +90,7 @@ def by_lowbit(path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> torc
     return logits
 
 
-@pytest.mark.parametrize("original", FAMILIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("original", [*FAMILIES, ROUNDED], ids=lambda path: path.stem)
 def test_family_there_and_back(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GGUF -> folder -> GGUF: the converter's tensors and keys, the values to the last bit."""
     out = tmp_path / "out.gguf"
@@ -146,6 +147,21 @@ def test_as_the_converter_writes_it(
     assert torch.equal(a, b)
 
 
+MLA = {
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
 SCALES = {"embedding_multiplier": 4.0, "residual_multiplier": 0.5, "logits_scaling": 1.5}
 FOUR = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PLAIN = {
@@ -170,6 +186,8 @@ SAVED: dict[str, dict[str, object]] = {
     "Cohere with biases": SIZES | {"use_qk_norm": True, "attention_bias": True},
     "Cohere2": SIZES | {"sliding_window": 20},
     "Glm4 with biases": SIZES | {"head_dim": 32, "attention_bias": True},
+    "DeepseekV2": SIZES | MLA | {"q_lora_rank": 32, "topk_method": "group_limited_greedy"},
+    "DeepseekV3": SIZES | MLA | {"q_lora_rank": None},
     "Glm4Moe": SIZES
     | FOUR
     | {
@@ -289,6 +307,85 @@ def test_stacks_of_mxfp4(tmp_path: Path) -> None:
         assert tensor.tensor_type == after[name].tensor_type and np.array_equal(tensor.data, after[name].data)
 
 
+@pytest.mark.parametrize("name", ["deepseek2", "deepseek3"])
+def test_latent_attention_in_one_matrix(name: str, tmp_path: Path) -> None:
+    """Files of earlier converters have kv_b_proj whole: the same folder."""
+    path = GGUF / f"{name}.gguf"
+    tensors = []
+    values = {key: torch.from_numpy(array.copy()).float() for key, array in values_of(path).items()}
+    for key, tensor in values.items():
+        if ".attn_k_b." in key:
+            v = values[key.replace("_k_b", "_v_b")]
+            whole = torch.cat([tensor.transpose(1, 2), v], 1).flatten(0, 1).contiguous()
+            tensors.append((key.replace("_k_b", "_kv_b"), whole))
+        elif ".attn_v_b." not in key:
+            tensors.append((key, tensor))
+    made = [GgufTensor(key, "F32", tuple(t.shape), t.contiguous().numpy().tobytes()) for key, t in tensors]
+    write_gguf(tmp_path / "old.gguf", open_checkpoint(str(path)).metadata, made)
+    convert(open_checkpoint(str(path)), "dense", tmp_path / "a", dtype="f32")
+    convert(open_checkpoint(str(tmp_path / "old.gguf")), "dense", tmp_path / "b", dtype="f32")
+    a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def latent_halves(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """What llama.cpp's converter makes of the second layer's kv_b_proj: K's rows turned, V's as they are."""
+    model = SourceModel(open_checkpoint(str(folder)))
+    [module] = [one for one in model.modules if one.place.part.name == "model.layers.1.self_attn.kv_b_proj"]
+    with TensorData(model.header) as data:
+        whole = model.read(module, data).weight.dequantize().view(4, -1, 32)
+    return whole[:, :32].transpose(1, 2), whole[:, 32:]
+
+
+def test_latent_attention_of_quantized_folders(tmp_path: Path) -> None:
+    """V's half keeps its blocks; K's lies along the other axis and is plain, to the last bit, and this is
+    said."""
+    convert(open_checkpoint(str(GGUF / "deepseek3.gguf")), "dense", tmp_path / "a", dtype="f32")
+    header = open_checkpoint(str(tmp_path / "a"))
+    convert(
+        header, "compressed-tensors", tmp_path / "b", requantize="rtn:bits=4,group_size=32,symmetric=true"
+    )
+    scales = [
+        (path, tensors)
+        for path in (tmp_path / "b").glob("*.safetensors")
+        if (tensors := load_file(path)).keys()
+    ]
+    for path, tensors in scales:  # scales that GGUF's f16 holds
+        rounded = {n: t.half().float() if "scale" in n else t for n, t in tensors.items()}
+        save_file(rounded, path, {"format": "pt"})
+    done = convert(open_checkpoint(str(tmp_path / "b")), "gguf", tmp_path / "b.gguf")
+    assert [
+        note for note in done.notes if note.startswith("2 modules like model.layers.0.self_attn.k_b_proj")
+    ]
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+    assert tensors["blk.1.attn_k_b.weight"].tensor_type.name == "F32"
+    assert tensors["blk.1.attn_v_b.weight"].tensor_type.name == "Q4_0"
+    found, wanted = values_of(tmp_path / "b.gguf"), latent_halves(tmp_path / "b")
+    for half, values in zip("kv", wanted, strict=True):
+        assert np.array_equal(found[f"blk.1.attn_{half}_b.weight"], values.numpy())
+    # And back: of the two halves, one of them plain, one plain matrix.
+    done = convert(open_checkpoint(str(tmp_path / "b.gguf")), "gptq", tmp_path / "c")
+    assert [
+        note for note in done.notes if note.startswith("2 modules like model.layers.0.self_attn.kv_b_proj")
+    ]
+    for half, values in zip(latent_halves(tmp_path / "c"), wanted, strict=True):
+        assert torch.equal(half, values)
+
+
+def test_latent_attention_in_blocks_of_rows(tmp_path: Path) -> None:
+    """What neither half can keep: FP8 in blocks whose rows do not move. Both are made anew."""
+    convert(open_checkpoint(str(GGUF / "deepseek3.gguf")), "dense", tmp_path / "a", dtype="f32")
+    convert(open_checkpoint(str(tmp_path / "a")), "fp8", tmp_path / "b", requantize="fp8:weights=block")
+    header = open_checkpoint(str(tmp_path / "b"))
+    with pytest.raises(LowbitError, match="cannot be written without"):
+        convert(header, "gguf", tmp_path / "b.gguf")
+    convert(header, "gguf", tmp_path / "b.gguf", requantize="gguf:type=q8_0")
+    found = values_of(tmp_path / "b.gguf")
+    for half, values in zip("kv", latent_halves(tmp_path / "b"), strict=True):
+        far = np.abs(found[f"blk.1.attn_{half}_b.weight"] - values.numpy()).max()
+        assert far <= 2**-7 * float(values.abs().max())
+
+
 def test_norms_of_each_head(tmp_path: Path) -> None:
     """StableLM 2 12B: a norm for each head in folders, one tensor (heads, head_dim) in GGUF files."""
     oracle = saved("StableLm", tmp_path / "a", **SIZES, qk_layernorm=True, use_parallel_residual=True)
@@ -314,12 +411,17 @@ def test_norms_of_each_head(tmp_path: Path) -> None:
         ("Cohere2", {"layer_types": ["sliding_attention", "full_attention"] * 2}, "windows"),
         ("Cohere2", {"layer_types": ["full_attention"] * 4}, "attention.sliding_window"),
         ("GPT2", {"activation_function": "relu"}, "activation"),
+        ("DeepseekV3", {"rope_interleave": False}, "rotates_neighbours"),
+        (
+            "DeepseekV3",
+            {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+            "rope_scaling.mscale",
+        ),
     ],
 )
 def test_what_metadata_cannot_say(kind: str, changes: dict[str, object], lost: str, tmp_path: Path) -> None:
     small = SIZES | {"num_experts": 4, "num_experts_per_tok": 2} if kind.endswith("Moe") else SIZES
-    if kind == "GPT2":
-        small = GPT2
+    small = {"GPT2": GPT2, "DeepseekV3": SIZES | MLA}.get(kind, small)
     saved(kind, tmp_path / "folder", **small | changes)
     making_tokenizer(tmp_path / "folder")
     with pytest.raises(LowbitError, match=rf"E0450.*cannot say .*{lost}"):

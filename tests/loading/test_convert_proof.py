@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
 from formats.helpers import FIXTURES
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.hashes import CERTIFICATE
-from lowbit.checkpoint.journal import JOURNAL
+from lowbit.checkpoint.journal import JOURNAL, FileJournal
 from lowbit.checkpoint.safetensors_writer import ShardedWriter
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.cli import main
@@ -24,8 +29,8 @@ from lowbit.formats import InputRule, StoredModule
 from lowbit.formats.compressed_tensors_writer import CompressedTensorsWriter
 from lowbit.loading.convert import Conversion, convert, summary
 from lowbit.loading.opened import Opened
-from lowbit.loading.quantizing import Quantizing
-from lowbit.loading.source_modules import SourceModel
+from lowbit.loading.quantizing import Quantizing, _Module
+from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.quantize.calibration import Calibration
 from lowbit.quantize.recipe import Asked
@@ -304,6 +309,159 @@ def test_one_gguf_file(tmp_path: Path) -> None:
     data[-1] ^= 1
     out.write_bytes(data)
     assert "D006" in [finding.rule for finding in examine(out, canary=False).report.findings]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of floats, with a tokenizer."""
+    made = tmp_path_factory.mktemp("folder") / "llama"
+    convert(open_checkpoint(str(FIXTURES / "gguf_families" / "llama.gguf")), "dense", made)
+    return made
+
+
+def broken_off(
+    run: Callable[[], object], monkeypatch: pytest.MonkeyPatch, tensors: int, error: BaseException
+) -> None:
+    """A run that writes a GGUF file and ends after so many tensors of it, in the middle of the next."""
+    real = os.pwrite
+    journal = FileJournal.add_tensor
+
+    def pwrite(number: int, data: memoryview, at: int) -> int:
+        if done and len(done[-1].lines) == tensors and len(data) > 8:
+            real(number, data[: len(data) // 2], at)
+            raise error
+        return real(number, data, at)
+
+    def add(self: FileJournal, *words: object) -> None:
+        journal(self, *words)  # type: ignore[arg-type]
+        done.append(self)
+
+    done: list[FileJournal] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        patch.setattr(FileJournal, "add_tensor", add)
+        with pytest.raises(type(error) if not isinstance(error, OSError) else LowbitError) as caught:
+            run()
+    if isinstance(error, OSError):
+        assert isinstance(caught.value, LowbitError) and caught.value.code == "E0511"
+        assert f"{tensors} finished tensors are kept" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error"),
+    [(1, KeyboardInterrupt()), (7, OSError(28, "No space left on device")), (20, Killed())],
+    ids=["Ctrl-C", "full disk", "killed"],
+)
+def test_a_gguf_file_goes_on(
+    tensors: int, error: BaseException, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes and the record of one written in one go; what is finished is neither read nor made again."""
+
+    def run(out: Path) -> Conversion:
+        return convert(open_checkpoint(str(folder)), "gguf", out, requantize="gguf:type=q4_0")
+
+    whole, out = tmp_path / "whole.gguf", tmp_path / "out.gguf"
+    run(whole)
+    broken_off(lambda: run(out), monkeypatch, tensors, error)
+    partial = tmp_path / "out.gguf.partial"
+    assert not out.exists() and (partial / JOURNAL).exists()
+    assert "D007" in [finding.rule for finding in examine(partial, canary=False).report.findings]
+    read: list[str] = []
+    real = SourceModel.read
+
+    def counted(self: SourceModel, module: SourceModule, data: TensorData) -> ReadModule:
+        if self.header.root == folder:
+            read.append(module.target.name)
+        return real(self, module, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SourceModel, "read", counted)
+        done = run(out)
+    tensors_of = {t.name: t.tensor_type for t in gguf.GGUFReader(whole).tensors}
+    modules = [name for name in list(tensors_of)[tensors:] if "norm" not in name and "rope" not in name]
+    assert done.resumed == tensors and len(read) == len(modules)
+    assert f"{tensors} tensors were finished by an earlier run" in summary(done)
+    assert out.read_bytes() == whole.read_bytes() and not partial.exists()
+    told, wanted = (
+        json.loads(path.with_name(f"{path.name}.{CERTIFICATE}").read_text()) for path in (out, whole)
+    )
+    assert told["modules"] == wanted["modules"] and list(told["modules"]) == list(wanted["modules"])
+    assert done.errors == run(tmp_path / "third.gguf").errors and done.errors
+
+
+def test_another_source_or_command_begins_a_gguf_file_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = tmp_path / "model", tmp_path / "out.gguf"
+    shutil.copytree(folder, source)
+
+    def run(kind: str) -> Conversion:
+        return convert(open_checkpoint(str(source)), "gguf", out, requantize=f"gguf:type={kind}", force=True)
+
+    for kind, other, what in (
+        (
+            "q8_0",
+            "q4_0",
+            r"another --requantize \(gguf .*type=q8_0 then, gguf .*type=q4_0 now\), GGUF header \(",
+        ),
+        ("q4_0", "q4_0", r"another source \("),
+    ):
+        broken_off(lambda kind=kind: run(kind), monkeypatch, 9, KeyboardInterrupt())  # type: ignore[misc]
+        if kind == other:
+            os.utime(source / "model.safetensors", ns=(1, 1))
+        caplog.clear()
+        assert run(other).resumed == 0
+        [said] = [record.getMessage() for record in caplog.records if "begun anew" in record.getMessage()]
+        assert re.search(what, said), said
+    convert(open_checkpoint(str(source)), "gguf", tmp_path / "whole.gguf", requantize="gguf:type=q4_0")
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_quantizing_into_a_gguf_file_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--save-quantized with --quantization gguf."""
+
+    def run(out: Path) -> Path:
+        opened = Opened.of(open_checkpoint(str(folder)), Asked("gguf:type=q5_0"), False)
+        assert opened.recipe is not None
+        return Quantizing(opened, opened.recipe, Calibration()).write(out)
+
+    whole = run(tmp_path / "whole")
+    broken_off(lambda: run(tmp_path / "out"), monkeypatch, 11, KeyboardInterrupt())
+    made: list[str] = []
+    real = Quantizing._quantized
+
+    def counted(self: Quantizing, module: _Module, data: TensorData) -> ReadModule:
+        made.append(module.target.name)
+        return real(self, module, data)
+
+    monkeypatch.setattr(Quantizing, "_quantized", counted)
+    assert run(tmp_path / "out").read_bytes() == whole.read_bytes()
+    assert 0 < len(made) < len(SourceModel(open_checkpoint(str(whole))).modules)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
+
+
+def test_killed_while_it_writes_a_gguf_file(folder: Path, tmp_path: Path) -> None:
+    """SIGKILL for the command itself, in the middle of a tensor."""
+    out, whole = tmp_path / "out.gguf", tmp_path / "whole.gguf"
+    words = ["convert", str(folder), "--format", "gguf", "--out"]
+    script = (
+        "import os, signal, sys\n"
+        "from lowbit.checkpoint.journal import FileJournal\n"
+        "from lowbit.cli import main\n"
+        "real = FileJournal.add_tensor\n"
+        "def add(self, *words):\n"
+        "    real(self, *words)\n"
+        "    if len(self.lines) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "FileJournal.add_tensor = add\n"
+        "main(sys.argv[1:])\n"
+    )
+    died = subprocess.run([sys.executable, "-c", script, *words, str(out)], check=False)
+    assert died.returncode == -signal.SIGKILL and not out.exists()
+    done = convert(open_checkpoint(str(folder)), "gguf", out)
+    convert(open_checkpoint(str(folder)), "gguf", whole)
+    assert done.resumed == 5 and out.read_bytes() == whole.read_bytes()
 
 
 def test_what_cannot_be_a_certificate(tmp_path: Path) -> None:

@@ -199,10 +199,10 @@ def test_a_kernel_that_refuses(rule: str, message: str, folder: Path) -> None:
 
 def test_a_bare_name_that_refuses(folder: Path) -> None:
     with pytest.raises(LowbitError) as caught:
-        load(folder, quantization="int5:group_size=8", linear_kernel="cpu_blocks")
+        load(folder, quantization="int7:group_size=8", linear_kernel="cpu_blocks")
     assert re.fullmatch(
-        r"(model\.layers\.0\.self_attn\.\w+): --linear-kernel cpu_blocks: cpu_blocks cannot run uint5 1x8 "
-        r"f16 asym \(\d+ x 128\): needs groups of 8, 16 or a multiple of 32, got 8 of uint5; "
+        r"(model\.layers\.0\.self_attn\.\w+): --linear-kernel cpu_blocks: cpu_blocks cannot run uint7 1x8 "
+        r"f16 asym \(\d+ x 128\): needs groups of 8, 16 or a multiple of 32, got 8 of uint7; "
         r"use --linear-kernel cpu_blocks,\1=auto, or auto",
         caught.value.message,
     )

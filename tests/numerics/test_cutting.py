@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.numerics.cutting import column_unit, cut_columns, cut_rows, parted_scheme, pick_rows
+from lowbit.numerics.cutting import (
+    column_unit,
+    cut_columns,
+    cut_rows,
+    in_rows,
+    parted_scheme,
+    pick_rows,
+    scheme_in_rows,
+)
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
@@ -121,3 +129,17 @@ def test_a_group_of_inputs_stays_together() -> None:
     assert column_unit(scheme("int8", (1, 32), activation=asked), IN) == math.lcm(48, 32)
     with pytest.raises(LowbitError, match="cut a group of 32"):
         cut_columns(random_weight(SCHEMES["groups"]), 0, 40)
+
+
+@pytest.mark.parametrize("columns", [96, 64, 40, 33, 7])
+@pytest.mark.parametrize("width", [64, 24, 8])
+def test_blocks_over_row_ends_in_rows(columns: int, width: int) -> None:
+    """The same numbers in blocks of a row: as wide as divides block and row, be it one column."""
+    flat = scheme("uint4", (1, width), zero="float", flattened=True)
+    weight = random_weight(flat, out=11, columns=columns)
+    found = in_rows(weight)
+    assert found.scheme == scheme_in_rows(flat, columns) and not found.scheme.flattened
+    assert found.scheme.blocks == ((1, math.gcd(width, columns)),)
+    assert torch.equal(found.dequantize(), weight.dequantize())
+    rows = scheme("uint4", (1, 32))
+    assert scheme_in_rows(rows, columns) == rows

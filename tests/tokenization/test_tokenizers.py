@@ -319,6 +319,21 @@ def test_every_pre_tokenizer_runs(name: str) -> None:
         assert ours.decode(ours.encode(text)) == text  # nothing is lost between the pieces
 
 
+def test_pieces_of_deepseek_llm() -> None:
+    """Letters of two cases with the space before them, but none of mathematics; the class of signs has ASCII
+    letters too, and cuts them off accented ones. The size of the class is llama.cpp's."""
+    steps = [
+        pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        for pattern in PRE_TOKENIZERS["deepseek-llm"]
+    ]
+    pieces = pre_tokenizers.Sequence(steps).pre_tokenize_str("Ab Éc9, 12\n\u0561\u4e2d\u6587!x \U0001d400")
+    wanted = ["Ab", " É", "c", "9", ",", " ", "12", "\n", "\u0561", "\u4e2d\u6587", "!", "x", " \U0001d400"]
+    assert [text for text, _ in pieces] == wanted
+    letters = pre_tokenizers.Split(tokenizers.Regex(PRE_TOKENIZERS["deepseek-llm"][1]), "removed")
+    planes = [*range(0xD800), *range(0xE000, 0x20000)]
+    assert sum(not letters.pre_tokenize_str(chr(code)) for code in planes) == 2729
+
+
 def test_generation_config(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf")
     (folder / "generation_config.json").write_text(

@@ -4,8 +4,8 @@
     OUT            the same folder renamed, its parent synced
 
 A run that was broken off leaves ``OUT.partial`` behind, with the mark of its writer in it; the next run
-clears it away, but for shards that a ``Journal`` says are finished. Something of that name without the mark
-is somebody else's and is not touched.
+clears it away, but for what a ``Journal`` says is finished. Something of that name without the mark
+is somebody else's and is not touched. A single file is written in such a folder and moved out of it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lowbit.checkpoint.journal import JOURNAL, Journal
+from lowbit.checkpoint.journal import JOURNAL, FileJournal, Journal
 from lowbit.errors import LowbitError, printable, thousands
 
 MARK = "lowbit-writes-here.json"
@@ -35,6 +35,39 @@ def output_folder(
     ``journal``: finished shards outlive a run that is broken off (but not one that cannot succeed).
     """
     out = out.absolute()
+    with _partial_folder(out, force, source, journal) as partial:
+        yield partial
+        sync_folder(partial)
+        _give_name(partial, out, force)
+        (out / JOURNAL).unlink(missing_ok=True)
+        (out / MARK).unlink()  # last: a folder that a broken run left must be known as such
+
+
+@contextmanager
+def output_file(
+    out: Path, *, force: bool = False, source: Path | None = None, journal: FileJournal | None = None
+) -> Iterator[Path]:
+    """A path to write one file at, in a folder of its own; at the end it moves to ``out``.
+
+    What was written beside it moves first. ``journal``: finished tensors outlive a run that is broken off.
+    """
+    out = out.absolute()
+    with _partial_folder(out, force, source, journal) as partial:
+        yield partial / out.name
+        with open(partial / out.name, "rb") as file:
+            os.fsync(file.fileno())
+        check_output(out, force=force, source=source)
+        for path in [path for path in partial.iterdir() if path.name not in (MARK, JOURNAL, out.name)]:
+            os.replace(path, out.with_name(path.name))
+        os.replace(partial / out.name, out)
+        sync_folder(out.parent)
+        _remove(partial)
+
+
+@contextmanager
+def _partial_folder(out: Path, force: bool, source: Path | None, journal: Journal | None) -> Iterator[Path]:
+    """``OUT.partial``, locked and cleared; after an error it is removed, or kept where it can be gone on
+    with."""
     check_output(out, force=force, source=source)
     partial = out.with_name(out.name + ".partial")
     with explained(out):
@@ -44,20 +77,16 @@ def output_folder(
         with explained(out):
             _clear(partial, journal)
             yield partial
-            sync_folder(partial)
-            _give_name(partial, out, force)
-            (out / JOURNAL).unlink(missing_ok=True)
-            (out / MARK).unlink()  # last: a folder that a broken run left must be known as such
     except _NotOursError:
         raise
     except BaseException as error:
         if journal is None or not journal.lines or not _may_succeed(error):
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         elif isinstance(error, LowbitError) and error.code == "E0510":
             raise LowbitError(
                 "E0511",
-                f"{printable(out)}: the disk is full; {len(journal.lines)} finished shards are kept. Free "
-                "some space and run the same command to go on",
+                f"{printable(out)}: the disk is full; {len(journal.lines)} finished {journal.pieces} are "
+                "kept. Free some space and run the same command to go on",
             ) from None
         raise
     finally:
@@ -150,6 +179,7 @@ def _clear(partial: Path, journal: Journal | None = None) -> None:
         raise _NotOursError(
             "E0302", f"{printable(partial)} is there already, and not from lowbit; move it away"
         )
+    (partial / MARK).write_text(json.dumps({"pid": os.getpid()}))  # before anything else lies there
     kept = set()
     if journal is not None:
         try:
@@ -161,7 +191,15 @@ def _clear(partial: Path, journal: Journal | None = None) -> None:
         if path.name in kept or not path.exists():
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (partial / MARK).write_text(json.dumps({"pid": os.getpid()}))
+
+
+def _remove(partial: Path) -> None:
+    """As far as possible; the mark goes last, so that what is left of it is known."""
+    with suppress(OSError):
+        for path in [path for path in partial.iterdir() if path.name != MARK]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (partial / MARK).unlink(missing_ok=True)
+        partial.rmdir()
 
 
 class _NotOursError(LowbitError):
@@ -192,36 +230,3 @@ def _give_name(partial: Path, out: Path, force: bool) -> None:
     sync_folder(out.parent)
     if os.path.lexists(aside):
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-
-
-@contextmanager
-def output_file(out: Path, *, force: bool = False, source: Path | None = None) -> Iterator[Path]:
-    """A path to write one file at, in a folder of its own; at the end it moves to ``out``.
-
-    What was written beside it moves first.
-    """
-    out = out.absolute()
-    check_output(out, force=force, source=source)
-    partial = out.with_name(out.name + ".partial")
-    with explained(out):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(partial)
-    try:
-        with explained(out):
-            _clear(partial)
-            yield partial / out.name
-            with open(partial / out.name, "rb") as file:
-                os.fsync(file.fileno())
-            check_output(out, force=force, source=source)
-            for path in [path for path in partial.iterdir() if path.name not in (MARK, out.name)]:
-                os.replace(path, out.with_name(path.name))
-            os.replace(partial / out.name, out)
-            sync_folder(out.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-    except _NotOursError:
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)

@@ -51,7 +51,7 @@ void multiply_groups(const Layout& layout, const std::uint8_t* block, const Deco
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         ByteTile w;
-        const std::uint8_t* const codes = walk.next();
+        const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         if (x.tokens >= FETCHING_TOKENS) {
             fetch_ahead<tile_bytes(CODES)>(codes);
             fetch_results(x, tile, layout.tiles);
@@ -96,7 +96,7 @@ void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decodi
             for (int t = 0; t < x.tokens; ++t) ints_store(sums[t], ints_set(x.bases[group * x.tokens + t]));
         }
         ByteTile w;
-        const std::uint8_t* const codes = walk.next();
+        const std::uint8_t* const codes = walk.next<CODES, COLUMNS, ADDEND>();
         if (x.tokens >= FETCHING_TOKENS) {
             fetch_ahead<tile_bytes(CODES)>(codes);
             fetch_results(x, tile, layout.tiles);

@@ -43,17 +43,6 @@ INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x,
     }
 }
 
-template <int TOKENS>
-inline void multiply_floats(const FloatTile& w, const Input& x, std::int64_t tile, int half, int token,
-                            float (*totals)[ROWS]) {
-    Sixteen sums[TOKENS];
-    dot_floats<TOKENS>(w, x.at<float>(tile, token) + half * 16, COLUMNS, sums);
-    UNROLL
-    for (int t = 0; t < TOKENS; ++t) {
-        sixteen_store(totals[token + t], sixteen_add(sixteen_load(totals[token + t]), sums[t]));
-    }
-}
-
 template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED>
 struct TileStep {
     const BfloatTile& w;
@@ -67,15 +56,23 @@ struct TileStep {
     }
 };
 
+// 16 columns, the HALF-th of a tile's.
+template <int HALF, bool SCALED>
 struct FloatStep {
     const FloatTile& w;
     const Input& x;
     std::int64_t tile;
-    int half;
+    Sixteen scale;
     float (*totals)[ROWS];
     template <int TOKENS>
-    void operator()(int token) const {
-        multiply_floats<TOKENS>(w, x, tile, half, token, totals);
+    INLINE void operator()(int token) const {
+        Sixteen sums[TOKENS];
+        dot_floats<TOKENS>(w, x.at<float>(tile, token) + HALF * 16, COLUMNS, sums);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            const Sixteen total = sixteen_load(totals[token + t]);
+            sixteen_store(totals[token + t], SCALED ? sixteen_fma(scale, sums[t], total) : sixteen_add(total, sums[t]));
+        }
     }
 };
 
@@ -101,7 +98,7 @@ __attribute__((noinline)) void multiply_block_once(const Layout& layout, const s
     Sixteen total = sixteen_load(totals);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         BfloatTile w;
-        decode<CODES>(walk.next(), decoding.table, w);
+        decode<CODES>(walk.next<CODES, SUB, ADDEND>(), decoding.table, w);
         total = add_part<SUB, 0, ADDEND, SCALED, X_SCALED>(total, w, walk, x, tile);
     }
     sixteen_store(totals, total);
@@ -117,7 +114,7 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         BfloatTile w;
-        const std::uint8_t* const codes = walk.next();
+        const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         if (x.tokens >= FETCHING_TOKENS) {
             fetch_ahead<tile_bytes(CODES)>(codes);
             fetch_results(x, tile, layout.tiles);
@@ -127,48 +124,25 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
     }
 }
 
-template <Codes CODES>
+// Floats, or SCALED: whole bytes under scales, which meet x in float32 16 columns at a time.
+template <Codes CODES, bool SCALED>
 void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                           float (*totals)[ROWS]) {
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        for (int half = 0; half < 2; ++half) {
-            FloatTile w;
-            decode_floats<CODES>(block + tile * tile_bytes(CODES) + half * tile_bytes(CODES) / 2, w);
-            for_tokens(x.tokens, FloatStep{w, x, tile, half, totals});
-        }
-    }
-}
-
-struct ScaledFloatStep {
-    const FloatTile& w;
-    const Input& x;
-    std::int64_t tile;
-    int half;
-    Sixteen scale;
-    float (*totals)[ROWS];
-    template <int TOKENS>
-    void operator()(int token) const {
-        Sixteen sums[TOKENS];
-        dot_floats<TOKENS>(w, x.at<float>(tile, token) + half * 16, COLUMNS, sums);
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            sixteen_store(totals[token + t], sixteen_fma(scale, sums[t], sixteen_load(totals[token + t])));
-        }
-    }
-};
-
-// 16 columns at a time in float32, then the scale.
-template <Codes CODES>
-void multiply_wide_block(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
-                         float (*totals)[ROWS]) {
     Walk walk(layout, block);
+    const int second = layout.sub == 16 ? 1 : 0;  // the second half's scale
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        const std::uint8_t* const codes = walk.next();
-        for (int half = 0; half < 2; ++half) {
-            FloatTile w;
-            decode_floats<CODES>(codes + half * tile_bytes(CODES) / 2, w);
-            for_tokens(x.tokens, ScaledFloatStep{w, x, tile, half, walk.scale[layout.sub == 16 ? half : 0], totals});
+        const std::uint8_t* const codes = SCALED ? walk.next() : block + tile * tile_bytes(CODES);
+        if (x.tokens >= FETCHING_TOKENS) {
+            fetch_ahead<tile_bytes(CODES)>(codes);
+            fetch_results(x, tile, layout.tiles);
         }
+        each_constant<2>([&](auto half) __attribute__((always_inline)) {
+            constexpr int HALF = decltype(half)::value;
+            FloatTile w;
+            decode_floats<CODES>(codes + HALF * tile_bytes(CODES) / 2, w);
+            const Sixteen scale = SCALED ? walk.scale[HALF * second] : sixteen_zeros();
+            for_tokens(x.tokens, FloatStep<HALF, SCALED>{w, x, tile, scale, totals});
+        });
     }
 }
 
@@ -197,7 +171,7 @@ BlockFunction without_addend(const Layout& layout) {
 
 BlockFunction float_function(const Layout& layout) {
     const bool scaled = layout.addend == Addend::none && layout.scales != Scales::none && layout.sub != LEAST_GROUP;
-    return scaled && layout.codes == Codes::int8 ? multiply_wide_block<Codes::int8> : nullptr;
+    return scaled && layout.codes == Codes::int8 ? multiply_float_block<Codes::int8, true> : nullptr;
 }
 
 #if !defined(LOWBIT_AMX)
@@ -268,8 +242,8 @@ BlockFunction exact_function(const Layout& layout) {
         case Codes::grid3_512: return without_addend<Codes::grid3_512>(layout);
         case Codes::bf16: return multiply_block<Codes::bf16, 32, Addend::none, false>;
 #endif
-        case Codes::f16: return multiply_float_block<Codes::f16>;
-        case Codes::f32: return multiply_float_block<Codes::f32>;
+        case Codes::f16: return multiply_float_block<Codes::f16, false>;
+        case Codes::f32: return multiply_float_block<Codes::f32, false>;
         default: return nullptr;
     }
 }

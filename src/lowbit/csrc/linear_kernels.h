@@ -21,13 +21,12 @@ constexpr int TOKEN_STEP = 4;
 // With some tokens a tile is computed on long enough for the ones behind it to be fetched meanwhile; the hardware's
 // own prefetcher stops at every page. With few, memory is what is waited for, and more requests only stand in line.
 constexpr int FETCHING_TOKENS = 8;
-constexpr std::int64_t FETCHED_AHEAD = 1024;  // bytes
+constexpr std::int64_t FETCHED_AHEAD = 1024;  // bytes, and two tiles at least
 // Always inline: GCC 12 drops calls of functions that do nothing but prefetch.
 template <std::int64_t BYTES>
 __attribute__((always_inline)) inline void fetch_ahead(const std::uint8_t* tile) {
-    for (std::int64_t line = 0; line <= BYTES; line += 64) {
-        __builtin_prefetch(tile + FETCHED_AHEAD + line);
-    }
+    constexpr std::int64_t AHEAD = std::max(FETCHED_AHEAD, 2 * BYTES);
+    for (std::int64_t line = 0; line <= BYTES; line += 64) __builtin_prefetch(tile + AHEAD + line);
 }
 
 // Takes hold of the lines results will be written to, some at each tile: written one by one at the end, each would

@@ -74,72 +74,126 @@ struct Layout {
     std::int64_t unit_bytes, block_bytes;
 };
 
-inline Sixteen read_sixteen(const std::uint8_t* from, Scales kind) {
+// Sixteen rows' scales, or offsets.
+template <Scales KIND>
+INLINE Sixteen read_sixteen(const std::uint8_t* from) {
+    if constexpr (KIND == Scales::f16) return sixteen_f16(from);
+    else if constexpr (KIND == Scales::bf16) return sixteen_bf16(from);
+    else if constexpr (KIND == Scales::two_level) return sixteen_int8(from);
+    else if constexpr (KIND == Scales::e4m3) return sixteen_e4m3(from);
+    else if constexpr (KIND == Scales::nibbles) return sixteen_nibbles(from);
+    else if constexpr (KIND == Scales::odd_nibbles) {
+        const Sixteen whole = sixteen_nibbles(from);
+        return sixteen_add(sixteen_add(whole, whole), sixteen_set(1.0f));
+    } else {
+        float values[ROWS];
+        std::memcpy(values, from, sizeof values);
+        return sixteen_load(values);
+    }
+}
+
+constexpr bool has_outer(Scales kind) {
+    return kind == Scales::two_level || kind == Scales::nibbles || kind == Scales::odd_nibbles;
+}
+
+// with(kind) as a constant.
+template <class With>
+INLINE void by_kind(Scales kind, const With& with) {
     switch (kind) {
-        case Scales::f16: return sixteen_f16(from);
-        case Scales::bf16: return sixteen_bf16(from);
-        case Scales::two_level: return sixteen_int8(from);
-        case Scales::e4m3: return sixteen_e4m3(from);
-        case Scales::nibbles: return sixteen_nibbles(from);
-        case Scales::odd_nibbles: {
-            const Sixteen whole = sixteen_nibbles(from);
-            return sixteen_add(sixteen_add(whole, whole), sixteen_set(1.0f));
-        }
-        default: {
-            float values[ROWS];
-            std::memcpy(values, from, sizeof values);
-            return sixteen_load(values);
-        }
+        case Scales::none: return with(std::integral_constant<Scales, Scales::none>{});
+        case Scales::f16: return with(std::integral_constant<Scales, Scales::f16>{});
+        case Scales::bf16: return with(std::integral_constant<Scales, Scales::bf16>{});
+        case Scales::f32: return with(std::integral_constant<Scales, Scales::f32>{});
+        case Scales::two_level: return with(std::integral_constant<Scales, Scales::two_level>{});
+        case Scales::e4m3: return with(std::integral_constant<Scales, Scales::e4m3>{});
+        case Scales::nibbles: return with(std::integral_constant<Scales, Scales::nibbles>{});
+        case Scales::odd_nibbles: return with(std::integral_constant<Scales, Scales::odd_nibbles>{});
     }
 }
 
 // Walks one block of 16 rows tile by tile and keeps the scales of the tile it stands on.
 class Walk {
   public:
-    Walk(const Layout& layout, const std::uint8_t* block) : layout_(layout), at_(block) {}
+    Walk(const Layout& layout, const std::uint8_t* block) : layout_(layout), at_(block), factor_(sixteen_set(layout.factor)) {}
 
-    // The codes of the next tile.
+    // The codes of the next tile. What is known of the weight is part of the code, and all of it is inlined: a call
+    // would put what the loop keeps in registers into memory, for every tile.
+    template <Codes CODES, int SUB, Addend ADDEND>
+    INLINE const std::uint8_t* next() {
+        return step(tile_bytes(CODES), [&](const std::uint8_t* at) __attribute__((always_inline)) {
+            by_kind(layout_.scales, [&](auto kind) __attribute__((always_inline)) {
+                each_constant<COLUMNS / SUB>([&](auto header) __attribute__((always_inline)) {
+                    at = read_header<decltype(kind)::value, ADDEND>(at, header);
+                });
+            });
+            return at;
+        });
+    }
+
+    // The same of any weight.
     const std::uint8_t* next() {
-        if (layout_.super_bytes && super_left_-- == 0) {
-            super_left_ = SUPER / COLUMNS - 1;
-            outer_scale_ = sixteen_f16(at_);
-            if (layout_.addend == Addend::offset) outer_addend_ = sixteen_f16(at_ + 32);
-            at_ += layout_.super_bytes;
-        }
-        if (unit_left_-- == 0) {
-            unit_left_ = layout_.unit / COLUMNS - 1;
-            for (std::int64_t header = 0; header < layout_.headers; ++header) read_header(header);
-        }
-        const std::uint8_t* tile = at_;
-        at_ += tile_bytes(layout_.codes);
-        return tile;
+        return step(tile_bytes(layout_.codes), [&](const std::uint8_t* at) {
+            by_kind(layout_.scales, [&](auto kind) {
+                constexpr Scales KIND = decltype(kind)::value;
+                for (int header = 0; header < static_cast<int>(layout_.headers); ++header) {
+                    switch (layout_.addend) {
+                        case Addend::none: at = read_header<KIND, Addend::none>(at, header); break;
+                        case Addend::offset: at = read_header<KIND, Addend::offset>(at, header); break;
+                        case Addend::zero: at = read_header<KIND, Addend::zero>(at, header); break;
+                    }
+                }
+            });
+            return at;
+        });
     }
 
     Sixteen scale[COLUMNS / LEAST_GROUP];
     Sixteen addend[COLUMNS / LEAST_GROUP];
 
   private:
-    void read_header(std::int64_t header) {
-        if (layout_.scales != Scales::none) {
-            scale[header] = read_sixteen(at_, layout_.scales);
-            if (layout_.super_bytes) scale[header] = sixteen_multiply(scale[header], outer_scale_);
-            if (layout_.factor != 1.0f) scale[header] = sixteen_multiply(scale[header], sixteen_set(layout_.factor));
+    template <class ReadHeaders>
+    INLINE const std::uint8_t* step(std::int64_t bytes, const ReadHeaders& read_headers) {
+        const std::uint8_t* at = at_;
+        if (layout_.super_bytes && super_left_-- == 0) {
+            super_left_ = SUPER / COLUMNS - 1;
+            outer_scale_ = sixteen_f16(at);
+            if (layout_.addend == Addend::offset) outer_addend_ = sixteen_f16(at + 32);
+            at += layout_.super_bytes;
         }
-        at_ += layout_.scale_bytes;
-        if (layout_.addend == Addend::offset) {
-            addend[header] = read_sixteen(at_, layout_.scales);
-            if (layout_.scales == Scales::nibbles) addend[header] = sixteen_multiply(addend[header], sixteen_set(-1.0f));
-            if (layout_.super_bytes) addend[header] = sixteen_multiply(addend[header], outer_addend_);
-        } else if (layout_.addend == Addend::zero) {
+        if (unit_left_-- == 0) {
+            unit_left_ = layout_.unit / COLUMNS - 1;
+            at = read_headers(at);
+        }
+        at_ = at + bytes;
+        return at;
+    }
+
+    // Returns what follows.
+    template <Scales KIND, Addend ADDEND>
+    INLINE const std::uint8_t* read_header(const std::uint8_t* at, int header) {
+        if constexpr (KIND != Scales::none) {
+            Sixteen read = read_sixteen<KIND>(at);
+            if constexpr (has_outer(KIND)) read = sixteen_multiply(read, outer_scale_);
+            if (layout_.factor != 1.0f) read = sixteen_multiply(read, factor_);
+            scale[header] = read;
+        }
+        at += layout_.scale_bytes;
+        if constexpr (ADDEND == Addend::offset) {
+            Sixteen read = read_sixteen<KIND>(at);
+            if constexpr (KIND == Scales::nibbles) read = sixteen_multiply(read, sixteen_set(-1.0f));
+            if constexpr (has_outer(KIND)) read = sixteen_multiply(read, outer_addend_);
+            addend[header] = read;
+        } else if constexpr (ADDEND == Addend::zero) {
             // -zero: what is added to a sum of codes for each unit of x
-            addend[header] = sixteen_multiply(sixteen_f16(at_), sixteen_set(-1.0f));
+            addend[header] = sixteen_multiply(sixteen_f16(at), sixteen_set(-1.0f));
         }
-        at_ += layout_.addend_bytes;
+        return at + layout_.addend_bytes;
     }
 
     const Layout& layout_;
     const std::uint8_t* at_;
     std::int64_t super_left_ = 0, unit_left_ = 0;  // tiles before the next outer scales, the next scales
+    const Sixteen factor_;
     Sixteen outer_scale_ = sixteen_zeros(), outer_addend_ = sixteen_zeros();
 };
 

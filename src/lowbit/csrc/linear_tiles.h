@@ -356,7 +356,7 @@ INLINE void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
 
 // 16 columns of floats.
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, __m512* w) {
+INLINE void decode_floats(const std::uint8_t* tile, __m512* w) {
     UNROLL
     for (int column = 0; column < 16; ++column) {
         if constexpr (CODES == Codes::int8) {
@@ -426,7 +426,7 @@ INLINE void dot(const __m512i* w, const std::uint16_t* x, std::int64_t stride, S
 }
 
 template <int TOKENS>
-inline void dot_floats(const __m512* w, const float* x, std::int64_t stride, Sixteen* sums) {
+INLINE void dot_floats(const __m512* w, const float* x, std::int64_t stride, Sixteen* sums) {
     for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_ps();
     UNROLL
     for (int column = 0; column < 16; ++column) {
@@ -593,7 +593,7 @@ inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) 
 }
 
 template <Codes CODES>
-inline void decode_floats(const std::uint8_t* tile, FloatTile& w) {
+INLINE void decode_floats(const std::uint8_t* tile, FloatTile& w) {
     UNROLL
     for (int column = 0; column < 16; ++column) {
         if constexpr (CODES == Codes::int8) {
@@ -627,7 +627,7 @@ inline void dot(const BfloatTile& w, const std::uint16_t* x, std::int64_t stride
 }
 
 template <int TOKENS>
-inline void dot_floats(const FloatTile& w, const float* x, std::int64_t stride, Sixteen* sums) {
+INLINE void dot_floats(const FloatTile& w, const float* x, std::int64_t stride, Sixteen* sums) {
     for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
     UNROLL
     for (int column = 0; column < 16; ++column) {

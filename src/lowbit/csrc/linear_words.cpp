@@ -56,7 +56,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
     Walk walk(layout, block);
     Sixteen total = sixteen_load(totals);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        const std::uint8_t* const codes = walk.next();
+        const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         const std::int64_t span = tile * PARTS;
         SixteenInts sums[PARTS];
         UNROLL
@@ -81,7 +81,7 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
     Walk walk(layout, block);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         WordTile w;
-        const std::uint8_t* const codes = walk.next();
+        const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         if (x.tokens >= FETCHING_TOKENS) {
             fetch_ahead<tile_bytes(CODES)>(codes);
             fetch_results(x, tile, layout.tiles);

@@ -14,6 +14,7 @@ lies within 1e-7 of the border between two tokens. Where Triton runs its kernels
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from lowbit.engine.sequence import Sequence
 from lowbit.kernels.device_memory import upload
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.row_peaks import row_peaks
+
+_POLL_SECONDS = 2e-5
+_WATCH_SECONDS = 0.2
 
 
 class Choices(Protocol):
@@ -90,9 +94,16 @@ class DeviceChoices:
     ``tokens``: int64 (rows,) on the device, for the next step to read; rows nobody chooses from hold 0.
     """
 
-    def __init__(self, tokens: Tensor, results: dict[str, Tensor], rated: Listing[int]) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        results: dict[str, Tensor],
+        rated: Listing[int],
+        watch: Callable[[], None] | None = None,
+    ) -> None:
+        """``watch``: called now and then while the device is waited for."""
         self.tokens = tokens
-        self._copies = _HostCopies({"tokens": tokens, **results})
+        self._copies = _HostCopies({"tokens": tokens, **results}, watch)
         self._rated = {row: place for place, row in enumerate(rated)}
 
     def finite(self, row: int) -> bool:
@@ -119,7 +130,8 @@ class DeviceChoices:
 class _HostCopies:
     """Copies of device tensors, under way while the device computes on."""
 
-    def __init__(self, results: dict[str, Tensor]) -> None:
+    def __init__(self, results: dict[str, Tensor], watch: Callable[[], None] | None) -> None:
+        self._watch = watch
         self._copies = {name: result.to("cpu", non_blocking=True) for name, result in results.items()}
         self._lists: dict[str, list[Any]] | None = None
         self._done: torch.cuda.Event | None = None
@@ -130,15 +142,43 @@ class _HostCopies:
     def __getitem__(self, name: str) -> list[Any]:
         if self._lists is None:
             if self._done is not None:
-                self._done.synchronize()
+                wait_for(self._done, self._watch)
             self._lists = {key: copy.tolist() for key, copy in self._copies.items()}
         return self._lists[name]
+
+
+class Happening(Protocol):
+    """Of a CUDA event, what is waited by."""
+
+    def query(self) -> bool:
+        """Whether the device has come so far."""
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
+
+
+def wait_for(done: Happening, watch: Callable[[], None] | None) -> None:
+    """Until the device is done. It may never be, where it sums with a rank that has ended: ``watch`` raises
+    then."""
+    if watch is None:
+        done.synchronize()
+        return
+    looked = time.monotonic()
+    while not done.query():
+        time.sleep(_POLL_SECONDS)
+        if time.monotonic() - looked > _WATCH_SECONDS:
+            watch()
+            looked = time.monotonic()
 
 
 class DeviceSampler:
     """Chooses tokens where the logits are. It counts output tokens on the device for those with penalties."""
 
-    def __init__(self, vocabulary: int, device: torch.device) -> None:
+    def __init__(
+        self, vocabulary: int, device: torch.device, watch: Callable[[], None] | None = None
+    ) -> None:
+        """``watch``: see ``wait_for``."""
+        self._watch = watch
         self._vocabulary = vocabulary
         self._device = device
         self._kernels = _kernels_for(device)
@@ -157,7 +197,7 @@ class DeviceSampler:
         if rated:
             results |= self._rate(logits, tokens, rated)
         self._count(tokens, choosing)
-        return DeviceChoices(tokens, results, [ask.row for ask in rated])
+        return DeviceChoices(tokens, results, [ask.row for ask in rated], self._watch)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""

@@ -15,7 +15,9 @@ the pool and no request waits for a capture, which takes a good part of a second
 sequence) a size is captured when it occurs. What a graph cannot replay, anything that waits for the device,
 turns them off: the log says which layer it was, and all steps run eagerly.
 
-``Recorder`` is all that is CUDA's own.
+``GraphedSteps`` decides what runs how; ``StepGraphs`` holds the graphs and their tensors. Where ranks share a
+model the first one decides, and each captures and replays its own graph of a size when it is told to
+(``ranks``). ``Recorder`` is all that is CUDA's own.
 """
 
 from __future__ import annotations
@@ -100,36 +102,125 @@ def bucket_sizes(settings: Settings) -> tuple[int, ...]:
     return tuple(sorted({size for size in (1, 2, 4, 8, *range(16, most, 8)) if size < most} | {most}))
 
 
-class GraphedSteps:
-    """Runs decode steps, from graphs where there are any. ``replayed`` counts those that were.
+def recorder_for(device: torch.device) -> Recorder | None:
+    """What records graphs on a device; None where there are none."""
+    return CudaRecorder(device) if device.type == "cuda" else None
 
-    ``context``: tokens of the longest sequence there may be. ``padded``: whether padding rows are known.
+
+class Graphs(Protocol):
+    """Graphs by size: those of one process, or of all ranks that share a model."""
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Sizes with a graph, the least recently used first."""
+
+    def padding(self, size: Size) -> ForwardBatch:
+        """A batch of nothing but padding rows."""
+
+    def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
+        """Make the graph of a size out of a step, which runs by the way; its logits, of all rows of the size.
+
+        A RuntimeError says why it cannot be; torch.OutOfMemoryError that there is no memory for it.
+        """
+
+    def replay(self, batch: ForwardBatch, size: Size) -> Tensor:
+        """The logits of a step, from a graph that there is; the next one overwrites them."""
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+
+
+class StepGraphs:
+    """The graphs of one process, and the static tensors that they read and write.
+
+    ``rows``: the largest size; ``context``: tokens of the longest sequence there may be; ``limit``: of
+    graphs, the least recently used one goes.
     """
 
     def __init__(
         self,
         forward: Callable[[ForwardBatch], Tensor],
         recorder: Recorder,
-        sizes: tuple[int, ...],
+        rows: int,
         *,
         context: int,
         page_size: int,
         vocabulary: int,
         device: torch.device,
-        padded: bool,
-        exact_context: bool = False,
+        limit: int = GRAPHS,
     ) -> None:
         self._forward = forward
         self._recorder = recorder
-        self._sizes = sizes
         self._page_size = page_size
+        self._limit = limit
+        pages = -(-context // page_size)
+        self._inputs = StaticBatch((rows, rows, pages), device)
+        self._logits = torch.empty(rows, vocabulary, dtype=torch.float32, device=device)
+        self._graphs: OrderedDict[Size, Callable[[], None]] = OrderedDict()
+
+    @property
+    def sizes(self) -> list[Size]:
+        """See ``Graphs``."""
+        return list(self._graphs)
+
+    def padding(self, size: Size) -> ForwardBatch:
+        """See ``Graphs``."""
+        return self._inputs.pad(0, size[0], self._page_size, size[1])
+
+    def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
+        """See ``Graphs``."""
+        static = self._static(batch, size)
+        if batch.state_slots is not None and static.state_slots is not None:
+            static.state_slots.fill_(-1)  # the run here may be in vain: states must not move on twice
+
+        def step() -> None:
+            self._logits[: size[0]] = self._forward(static)
+
+        self._graphs[size] = self._recorder.capture(step)
+        if len(self._graphs) > self._limit:
+            self._graphs.popitem(last=False)
+        return self._logits[: size[0]] if batch.state_slots is None else self.replay(batch, size)
+
+    def replay(self, batch: ForwardBatch, size: Size) -> Tensor:
+        """See ``Graphs``."""
+        self._static(batch, size)
+        self._graphs.move_to_end(size)
+        self._graphs[size]()
+        return self._logits[: size[0]]
+
+    def clear(self) -> None:
+        """See ``Graphs``."""
+        self._graphs.clear()
+
+    def _static(self, batch: ForwardBatch, size: Size) -> ForwardBatch:
+        """The batch in the static tensors, rows that it does not have as padding."""
+        self._inputs.fill(batch, size[1])
+        return self._inputs.pad(len(batch.query_lengths), size[0], self._page_size, size[1])
+
+
+class GraphedSteps:
+    """Runs decode steps, from graphs where there are any. ``replayed`` counts those that were.
+
+    ``forward``: a step without a graph. ``context``: tokens of the longest sequence there may be, whole
+    pages. ``padded``: whether padding rows are known.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[ForwardBatch], Tensor],
+        graphs: Graphs,
+        sizes: tuple[int, ...],
+        *,
+        context: int,
+        padded: bool,
+        exact_context: bool = False,
+    ) -> None:
+        self.graphs = graphs
+        self._forward = forward
+        self._sizes = sizes
         self._padded = padded
         self._exact_context = exact_context
-        pages = -(-context // page_size)
-        self._context = pages * page_size
-        self._inputs = StaticBatch((sizes[-1], sizes[-1], pages), device)
-        self._logits = torch.empty(sizes[-1], vocabulary, dtype=torch.float32, device=device)
-        self._graphs: OrderedDict[Size, Callable[[], None]] = OrderedDict()
+        self._context = context
         self._occurred: Counter[Size] = Counter()
         self._too_large: set[Size] = set()
         self.refusal = ""  # why no step of this model can be captured
@@ -138,7 +229,7 @@ class GraphedSteps:
     @property
     def sizes(self) -> list[Size]:
         """Sizes with a graph, the least recently used first."""
-        return list(self._graphs)
+        return self.graphs.sizes
 
     def run(self, batch: ForwardBatch) -> Tensor:
         """The logits of a decode step; the next one overwrites them."""
@@ -146,29 +237,16 @@ class GraphedSteps:
         size = self._size(batch)
         if self.refusal or size is None or size in self._too_large:
             return self._forward(batch)
-        replay = self._graphs.get(size)
-        if replay is None:
-            self._occurred[size] += 1
-            # The first time libraries and tables may be set up, which waits for the device.
-            if self._occurred[size] < (2 if self._padded else OCCURRENCES):
-                return self._forward(batch)
-        static = self._inputs.fill(batch, size[1])
-        if self._padded:
-            static = self._inputs.pad(rows, size[0], self._page_size, size[1])
-        if replay is None:
-            slots = static.state_slots
-            if slots is not None:
-                slots.fill_(-1)  # capturing runs the step, perhaps in vain: states must not move on twice
-            if not self._capture(size, static):
-                return self._forward(batch)
-            if batch.state_slots is None or slots is None:
-                return self._logits[:rows]
-            slots[:rows] = batch.state_slots
-            replay = self._graphs[size]
-        self._graphs.move_to_end(size)
-        replay()
-        self.replayed += 1
-        return self._logits[:rows]
+        if size in self.sizes:
+            logits = self.graphs.replay(batch, size)
+            self.replayed += 1
+            return logits[:rows]
+        self._occurred[size] += 1
+        # The first time libraries and tables may be set up, which waits for the device.
+        if self._occurred[size] < (2 if self._padded else OCCURRENCES):
+            return self._forward(batch)
+        captured = self._capture(batch, size)
+        return self._forward(batch) if captured is None else captured[:rows]
 
     def capture_all(self, progress: Progress | None = None) -> None:
         """Graphs of all sizes that are padded to, the largest first."""
@@ -176,14 +254,14 @@ class GraphedSteps:
             return
         for done, rows in enumerate(reversed(self._sizes)):
             size = (rows, self._context)
-            static = self._inputs.pad(0, rows, self._page_size, self._context)
-            self._forward(static)
-            self._capture(size, static)
+            batch = self.graphs.padding(size)
+            self._forward(batch)
+            self._capture(batch, size)
             if self.refusal:
                 return
             if progress is not None:
                 progress(done + 1, len(self._sizes), "CUDA graphs")
-        _log.info("lowbit: CUDA graphs of %d sizes, up to %d sequences", len(self._graphs), self._sizes[-1])
+        _log.info("lowbit: CUDA graphs of %d sizes, up to %d sequences", len(self.sizes), self._sizes[-1])
 
     def _size(self, batch: ForwardBatch) -> Size | None:
         """The graph that can run the batch; None for drafts and for more sequences than any has."""
@@ -197,27 +275,25 @@ class GraphedSteps:
         needed = max(batch.max_context, LEAST_CONTEXT)
         return rows, min(1 << (needed - 1).bit_length(), self._context)
 
-    def _capture(self, size: Size, static: ForwardBatch) -> bool:
-        """A graph for the size; whether the step was run by the way, and its logits are there."""
-
-        def step() -> None:
-            self._logits[: size[0]] = self._forward(static)
-
+    def _capture(self, batch: ForwardBatch, size: Size) -> Tensor | None:
+        """A graph for the size; the step's logits where it was run by the way."""
         try:
-            self._graphs[size] = self._recorder.capture(step)
+            return self.graphs.capture(batch, size)
         except RuntimeError as error:
             # Ending a capture that failed may fail in turn.
             if torch.OutOfMemoryError in (type(error), type(error.__context__)):
                 self._too_large.add(size)
                 _log.warning("lowbit: no memory for a CUDA graph of %d sequences; those run eagerly", size[0])
-                return False
-            self.refusal = f"{place(_frames(error))}: {str(error).splitlines()[0]}"
-            self._graphs.clear()
+                return None
+            self.refusal = f"{where(error)}: {str(error).splitlines()[0]}"
+            self.graphs.clear()
             _log.warning("lowbit: CUDA graphs off: %s; running eagerly", printable(self.refusal, 300))
-            return False
-        if len(self._graphs) > max(GRAPHS, len(self._sizes)):
-            self._graphs.popitem(last=False)
-        return True
+            return None
+
+
+def where(error: BaseException) -> str:
+    """The layer and the function of lowbit that an error came out of."""
+    return place(_frames(error))
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:

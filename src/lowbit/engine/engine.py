@@ -27,7 +27,7 @@ from lowbit.checkpoint.quality import Quality
 from lowbit.engine.choices import Choices, DeviceChoices, DeviceSampler, HostChoices
 from lowbit.engine.cuda_graphs import Progress
 from lowbit.engine.finish import Finisher
-from lowbit.engine.memory import pool_pages
+from lowbit.engine.memory import claim_scratch, pool_pages
 from lowbit.engine.messages import (
     EngineReady,
     EngineStatus,
@@ -43,6 +43,7 @@ from lowbit.engine.sequence import Flight, Sequence
 from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
 from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
 from lowbit.errors import LowbitError, printable, thousands
+from lowbit.kernels.device_memory import release_memory
 from lowbit.kernels.recurrent import state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
@@ -120,7 +121,9 @@ class Engine:
         self._overlaps = self._may_overlap(on_gpu)
         self._sampler: DeviceSampler | None = None
         if on_gpu or self._overlaps or self._forced.on_device:
-            self._sampler = DeviceSampler(model.vocab_size, model.device)
+            ranks = getattr(model, "ranks", None)
+            watch = None if ranks is None else ranks.check
+            self._sampler = DeviceSampler(model.vocab_size, model.device, watch)
         self._flying: Step | None = None
         self._sequences: dict[str, Sequence] = {}
         self._finisher = Finisher(self._scheduler, self._sampler, self._sequences, model.vocab_size)
@@ -135,6 +138,11 @@ class Engine:
     def prepare(self, progress: Progress | None = None) -> None:
         """What takes time and had better be done before the first request: CUDA graphs."""
         self._runner.prepare(progress)
+
+    def claim_scratch(self) -> Iterator[None]:
+        """Get from the system, a moment's work a step, the memory that a first long prompt computes in."""
+        tokens = min(self._prefill_budget(self._pool.total), self.context_length)
+        yield from claim_scratch(self.model, tokens)
 
     def _prefill_budget(self, pages: int) -> int:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
@@ -299,7 +307,7 @@ class Engine:
             return self._run(chunks)
         except torch.OutOfMemoryError as error:
             reason = printable(str(error).partition("\n")[0], 200)
-        self._release_memory()
+        release_memory(self.model.device)
         self._start_again(chunks[:-1])
         self._news.append(
             self._finisher.end(
@@ -317,7 +325,7 @@ class Engine:
 
         What the step wrote is written again: no sequence has counted it.
         """
-        self._release_memory()
+        release_memory(self.model.device)
         scheduler = self._scheduler
         tokens = tokens_of(chunks)
         for sequence in scheduler.running:
@@ -344,11 +352,6 @@ class Engine:
         if self._has_states:
             for chunk in reversed(chunks):
                 self._scheduler.retract(chunk.sequence)
-
-    def _release_memory(self) -> None:
-        """What torch keeps for later may lie in pieces that are too small."""
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _run(self, chunks: list[Chunk]) -> Step | None:
         """Compute the chunks. Where this fails nothing has changed but what is in their pages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.quality import Quality, read_quality
 from lowbit.engine.cuda_graphs import Progress, bucket_sizes
 from lowbit.engine.engine import Engine
-from lowbit.engine.ranks import Ranks, SharedModel, set_threads
+from lowbit.engine.ranks import Ranks, SharedModel, device_of, set_threads
 from lowbit.engine.speculation import Speculation
 from lowbit.errors import LowbitError, printable
 from lowbit.kernels import native
@@ -69,17 +70,11 @@ def _shared(settings: Settings) -> Settings:
         off.append("--packed-cache (each rank packs its own part)")
     if settings.kernel_timings == "on":
         off.append("--kernel-timings (the ranks would time each other)")
-    if not settings.disable_cuda_graph:
+    if not settings.disable_cuda_graph and device_of(settings, 0).type == "cpu":
         off.append("captured steps (sums between ranks are no part of them)")
     for one in off:
         _log.info("lowbit: off with --tp-size %d: %s", settings.tp_size, one)
-    return replace(
-        settings,
-        packed_cache="off",
-        kernel_timings="off",
-        disable_cuda_graph=True,
-        disable_overlap_schedule=True,  # a rank is told the tokens of its step
-    )
+    return replace(settings, packed_cache="off", kernel_timings="off")
 
 
 def _check_cuts(settings: Settings, header: CheckpointHeader, asked: Asked) -> None:
@@ -187,13 +182,14 @@ def _engine(
         quality=quality,
     )
     if ranks is not None:
-        ranks.allocate(engine.pool_tokens // settings.page_size)
+        ranks.allocate(engine.pool_tokens // settings.page_size, engine.context_length)
     if serving:
         engine.prepare(on_progress)
+        engine.when_idle(engine.claim_scratch())
     if samples is not None:
         steps = speed.speed_steps(samples, model.device, settings.strict)
         if serving and not settings.strict:  # strict refuses to serve what is slow: that must be known now
-            engine.when_idle(steps)
+            engine.when_idle(chain(engine.claim_scratch(), steps))
         else:
             for _ in steps:
                 pass

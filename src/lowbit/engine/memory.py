@@ -8,6 +8,8 @@ counts as used.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,10 @@ from lowbit.settings import CPU_FRACTION, GPU_FRACTION, Settings
 _GIB = 1 << 30
 _FIXED = 1 << 28  # of libraries and kernels, and what lies about unused in torch's cache
 _SLACK = 1.25  # blocks are rounded up, and what is freed cannot always be used at once
+_CLAIMED = 1 << 21  # bytes at once: about a millisecond
+_MOST_SCRATCH = 1 << 26  # bytes claimed
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGEST_KEPT, _MOST_KEPT = 1 << 25, 1 << 28  # a block that does not get a mapping of its own; freed bytes
 _ROW_BYTES = 24  # of a logit: float32, once more with biases or for a graph, and float64 with its logarithms
 
 
@@ -136,6 +142,28 @@ def workspace(model: Model, settings: Settings) -> int:
     if "reference" in getattr(model, "kernels", ()):
         needed += SLICE_WEIGHTS * 16  # codes, float32 weights on their way and as they are multiplied
     return int(needed * _SLACK) + _FIXED
+
+
+def claim_scratch(model: Model, tokens: int) -> Iterator[None]:
+    """On a CPU: get the memory for the numbers of a step of so many tokens from the system, some at a time.
+
+    The C library is told to keep what is freed, so that no step waits for it again.
+    """
+    if model.device.type != "cpu" or not _keep_freed():
+        return
+    held = []
+    for _ in range(0, min(tokens * _token_bytes(getattr(model, "config", None)), _MOST_SCRATCH), _CLAIMED):
+        held.append(torch.empty(_CLAIMED, dtype=torch.uint8).zero_())
+        yield
+
+
+def _keep_freed() -> bool:
+    """Whether this is the GNU C library: told not to map large blocks one by one, nor to give back each time
+    what a step frees."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is None:
+        return False
+    return bool(set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and set_option(_M_TRIM_THRESHOLD, _MOST_KEPT))
 
 
 def _token_bytes(config: Any) -> int:

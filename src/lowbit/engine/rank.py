@@ -2,8 +2,9 @@
 it.
 
     StartRank ──▶ meet the others, load this rank's part ──▶ RankReady, or RankFailed and exit
-    Allocate  ──▶ make the KV caches                     ──▶ RankReady
-    Step      ──▶ model.forward; its logits are of no use here
+    Allocate  ──▶ make the KV caches (``Runner``)        ──▶ RankReady
+    Step      ──▶ the same step as rank 0, whose tokens come over the group ──▶ StepDone; logits are of no use
+    Regroup   ──▶ leave the group, meet in a new one     ──▶ RankReady
 
 It ends when its socket does, also in the middle of a step: rank 0 is gone then, and what it waits for will
 not come.
@@ -26,7 +27,8 @@ from lowbit.engine.process import set_signals, settings_from, show_log
 from lowbit.errors import EXIT_BUG, EXIT_RESOURCES, LowbitError, printable
 
 if TYPE_CHECKING:
-    from lowbit.engine.ranks import StartRank, ToRank
+    from lowbit.engine.ranks import StartRank, Step, StepDone, ToRank
+    from lowbit.engine.runner import Runner
     from lowbit.kernels.parallel import Parallel
     from lowbit.models.model import Model
     from lowbit.settings import Settings
@@ -80,18 +82,17 @@ class _Connection:
 
 def _serve(connection: _Connection) -> None:
     """Until rank 0 closes the socket."""
-    from lowbit.engine.ranks import Allocate, RankReady, StartRank, Step, batch_of
-    from lowbit.kernels.device_memory import free_memory
-    from lowbit.kernels.recurrent import LayerMemory, allocate_layer
+    from lowbit.engine.ranks import MEETING_SECONDS, Allocate, RankReady, Regroup, StartRank, Step
+    from lowbit.engine.runner import Runner
+    from lowbit.kernels.device_memory import free_memory, release_memory
 
     start = connection.receive()
     if start is None:
         return
     assert isinstance(start, StartRank), "rank 0 begins so"
     settings, model, parallel = _loaded(start)
-    specs, caches = model.cache_specs(), list[LayerMemory]()
-    slots = settings.max_running_requests
-    token_bytes = sum(spec.token_bytes() for spec in specs)
+    token_bytes = sum(spec.token_bytes() for spec in model.cache_specs())
+    runner: Runner | None = None
 
     def ready() -> RankReady:
         return RankReady(token_bytes, free_memory(model.device), model.weight_bytes)
@@ -101,12 +102,37 @@ def _serve(connection: _Connection) -> None:
     gc.freeze()
     while (message := connection.receive()) is not None:
         if isinstance(message, Step):
-            model.forward(batch_of(message, parallel, model.device), caches)
+            assert runner is not None, "caches come before steps"
+            connection.send(_followed(message, runner, parallel, model))
         elif isinstance(message, Allocate):
-            caches = [
-                allocate_layer(spec, message.pages, slots, settings.page_size, model.device) for spec in specs
-            ]
+            runner = Runner(model, message.pages, message.context, settings)
             connection.send(ready())
+        elif isinstance(message, Regroup):
+            parallel.leave()
+            if runner is not None:
+                runner.forget_graphs()
+            release_memory(model.device)
+            parallel.rejoin(Path(message.store), MEETING_SECONDS)
+            connection.send(ready())
+
+
+def _followed(step: Step, runner: Runner, parallel: Parallel, model: Model) -> StepDone:
+    """Compute what rank 0 computes. Rank 0 says what follows from a failure; the others may wait for this
+    one in a sum, and are let go."""
+    import torch
+
+    from lowbit.engine.cuda_graphs import where
+    from lowbit.engine.ranks import StepDone, batch_of, first_line, numbers_of
+
+    parallel.begin_step()  # only now: rank 0 goes on where all have launched the step before
+    try:
+        sent = parallel.broadcast(torch.empty(numbers_of(step), dtype=torch.int32, device=model.device))
+        runner.follow(batch_of(step, sent), step.graph, step.capture)
+        return StepDone()
+    except RuntimeError as error:
+        parallel.leave()
+        said = f"{where(error)}: {first_line(error)}"
+        return StepDone(said, isinstance(error, torch.OutOfMemoryError))
 
 
 def _loaded(start: StartRank) -> tuple[Settings, Model, Parallel]:

@@ -1,15 +1,25 @@
 """Ranks: the processes that share a model with this one, and the model as the engine sees it then.
 
-    rank 0: Engine ── SharedModel.forward ──┬─ the batch, over a socket ──▶ rank 1 … : model.forward
-                                            └─ model.forward ◀── sums (kernels.parallel) ──▶
+    rank 0: Engine ── SharedModel ──┬─ Step, over a socket ─────────────────▶ rank 1 … : the same step
+                                    ├─ the batch ── broadcast, on the device ──▶
+                                    ├─ model.forward, or a graph's replay ◀── sums (kernels.parallel) ──▶
+                                    └─ StepDone ◀── all of the step is queued there, or why it is not ──
 
 Only rank 0 has an engine. The others (``engine.rank``) load their part at the same time, keep a KV cache of
-the same pages, and compute each batch that rank 0 computes; scheduling and sampling are rank 0's alone. One
-that ends takes all with it: a part of a model computes nothing.
+the same pages, and compute each batch that rank 0 computes; scheduling and sampling are rank 0's alone. The
+tokens of a batch may be known to rank 0's device only (a step launched before the last one is finished), so
+the batch goes from device to device. Rank 0 also decides what runs by a graph: a Step names the size whose
+graph every rank captures, or replays.
+
+A step that one rank cannot launch leaves the others in the middle of a sum. Where it was for lack of memory,
+or while a graph was captured, all leave the group, meet in a new one, and the step is no more: the engine
+goes on with less. Graphs of the old group are forgotten. A rank that ends takes all with it: a part of a
+model computes nothing.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -19,18 +29,19 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
 from torch import Tensor
 
+from lowbit.engine.cuda_graphs import Graphs, Size, StepGraphs
 from lowbit.engine.wire import FrameDecoder, encode_frames
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.kernels import native
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.parallel import Parallel, private_folder
@@ -42,7 +53,10 @@ MEETING_SECONDS = 120.0  # for all processes to have started
 STEP_SECONDS = 300.0  # that one rank waits for another inside a step
 _LAST_WORD_SECONDS = 3.0  # for a rank that ends to be seen ending
 _READ_SIZE = 1 << 20
+RANK_MODULE = "lowbit.engine.rank"  # what the other processes run
 _ARRAYS = ("tokens", "positions", "write_slots", "query_lengths", "context_lengths", "page_table")
+
+Joined = TypeVar("Joined")
 
 
 class StartRank(msgspec.Struct, frozen=True, tag="start"):
@@ -54,20 +68,38 @@ class StartRank(msgspec.Struct, frozen=True, tag="start"):
 
 
 class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
-    """Make the KV caches: answered by a second ``RankReady``."""
+    """Make the KV caches, for sequences of up to ``context`` tokens: answered by a second ``RankReady``."""
 
     pages: int
+    context: int
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
-    """A ``ForwardBatch``. ``data``: its index tensors and ``sample_rows``, int32, one behind another; empty
-    where they come over the group, from device to device."""
+    """A ``ForwardBatch``: the shapes of its index tensors and ``sample_rows``, which come over the group as
+    one int32 tensor. Answered by ``StepDone``.
+
+    ``graph``: the size of the graph that runs it, or that is captured from it; None: eagerly.
+    """
 
     shapes: list[tuple[int, ...]]
     page_size: int
     max_query: int
     max_context: int
-    data: bytes = b""
+    graph: tuple[int, int] | None = None
+    capture: bool = False
+
+
+class StepDone(msgspec.Struct, frozen=True, tag="done"):
+    """All of a step is queued, or ``error`` says why it is not; this rank has left the group then."""
+
+    error: str = ""
+    out_of_memory: bool = False
+
+
+class Regroup(msgspec.Struct, frozen=True, tag="regroup"):
+    """Leave the group, give memory back, meet the others over a new file: answered by ``RankReady``."""
+
+    store: str
 
 
 class RankReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -86,8 +118,8 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-ToRank = StartRank | Allocate | Step
-FromRank = RankReady | RankFailed
+ToRank = StartRank | Allocate | Step | Regroup
+FromRank = RankReady | RankFailed | StepDone
 
 
 @dataclass
@@ -100,6 +132,7 @@ class _Rank:
     frames: FrameDecoder[FromRank]
     ready: RankReady | None = None
     failed: RankFailed | None = None
+    done: StepDone | None = None
 
 
 class Ranks:
@@ -111,6 +144,7 @@ class Ranks:
         check_devices(settings)
         folder = private_folder()
         self._store = Path(folder.name) / "store"
+        self._groups = 0
         self._others: list[_Rank] = []
         self._end = weakref.finalize(self, _end, self._others, folder)
         self.parallel = Parallel(0, self.size)
@@ -123,39 +157,97 @@ class Ranks:
 
     def meet(self) -> None:
         """Form the group with the others. E0713 where they do not come, E0712 where one has ended."""
-        found: list[Parallel | LowbitError] = []
+        self.parallel = self._watched(
+            lambda: Parallel.join(0, self.size, self._store, self._device, MEETING_SECONDS, STEP_SECONDS)
+        )
 
-        def join() -> None:
+    def _watched(self, join: Callable[[], Joined]) -> Joined:
+        """What ``join`` comes to, unless one of the others ends before."""
+        found: list[Joined] = []
+        failed: list[LowbitError] = []
+
+        def run() -> None:
             try:
-                found.append(
-                    Parallel.join(0, self.size, self._store, self._device, MEETING_SECONDS, STEP_SECONDS)
-                )
+                found.append(join())
             except LowbitError as error:
-                found.append(error)
+                failed.append(error)
 
-        joining = threading.Thread(target=join, daemon=True)  # left behind where a rank has ended
+        joining = threading.Thread(target=run, daemon=True)  # left behind where a rank has ended
         joining.start()
         while joining.is_alive():
             self.check()
             joining.join(0.05)
-        [result] = found
-        if isinstance(result, LowbitError):
-            raise result
-        self.parallel = result
+        if failed:
+            raise failed[0]
+        return found[0]
 
     def wait_until_ready(self) -> list[RankReady]:
         """What each of the others says once it has loaded, or allocated."""
-        while waiting := [rank for rank in self._others if rank.ready is None]:
-            self.check()
-            select.select([rank.socket for rank in waiting], [], [], 1.0)
+        self._wait_for(lambda rank: rank.ready is not None)
         found = [rank.ready for rank in self._others if rank.ready is not None]
         for rank in self._others:
             rank.ready = None
         return found
 
-    def allocate(self, pages: int) -> None:
+    def _wait_for(self, told: Callable[[_Rank], bool], seconds: float = math.inf) -> None:
+        """Until every one of the others has said something; E0712 where one has ended, or says nothing."""
+        limit = time.monotonic() + seconds
+        while waiting := [rank for rank in self._others if not told(rank)]:
+            self.check()
+            if time.monotonic() > limit:
+                numbers = ", ".join(str(rank.number) for rank in waiting)
+                raise LowbitError("E0712", f"rank {numbers} of {self.size} did not answer in {seconds:g} s")
+            select.select([rank.socket for rank in waiting], [], [], 1.0)
+
+    def allocate(self, pages: int, context: int) -> None:
         """Have the others make KV caches of so many pages."""
-        self.send(Allocate(pages))
+        self.send(Allocate(pages, context))
+        self.wait_until_ready()
+
+    def begin(self, step: Step) -> None:
+        """Have the others begin a step, as this rank does now."""
+        for rank in self._others:
+            rank.done = None
+        self.parallel.begin_step()
+        self.send(step)
+
+    def finish(self, step: Step, error: Exception | None) -> None:
+        """After this rank's own part of launching the step, which failed with ``error`` or did not.
+
+        Raises where any rank's failed: torch.OutOfMemoryError where there was no memory for it, or
+        RuntimeError where it was to be captured, both in a new group; else the error that it was.
+        """
+        if error is not None:
+            self.parallel.leave()  # the others may wait for this one
+        try:
+            self._wait_for(lambda rank: rank.done is not None, STEP_SECONDS)
+        except LowbitError as ended:
+            raise ended from error
+        told = [
+            (rank.number, rank.done) for rank in self._others if rank.done is not None and rank.done.error
+        ]
+        if error is None and not told:
+            return
+        # A rank that was left in the middle of a sum fails too: which was the first is not known.
+        said = "; ".join(f"rank {number} of {self.size}: {done.error}" for number, done in told)
+        cause = error or LowbitError("E0712", said)
+        if not isinstance(error, torch.OutOfMemoryError):
+            if any(done.out_of_memory for _, done in told):
+                cause = torch.OutOfMemoryError(said)
+            elif not step.capture:
+                raise cause
+            elif told:
+                cause = RuntimeError(said if error is None else f"{said}; rank 0: {first_line(error)}")
+        self._regroup()
+        raise cause from None
+
+    def _regroup(self) -> None:
+        """A new group of the same ranks."""
+        self.parallel.leave()
+        self._groups += 1
+        store = self._store.with_name(f"store-{self._groups}")
+        self.send(Regroup(str(store)))
+        self._watched(lambda: self.parallel.rejoin(store, MEETING_SECONDS))
         self.wait_until_ready()
 
     def send(self, message: ToRank) -> None:
@@ -211,6 +303,8 @@ class Ranks:
             for message in rank.frames.feed(data):
                 if isinstance(message, RankReady):
                     rank.ready = message
+                elif isinstance(message, StepDone):
+                    rank.done = message
                 else:
                     rank.failed = message
 
@@ -236,7 +330,7 @@ def _started(number: int, settings: Settings, store: Path) -> _Rank:
     try:
         with its:
             child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "lowbit.engine.rank", "--fd", str(its.fileno())],
+                [sys.executable, "-P", "-m", RANK_MODULE, "--fd", str(its.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=sys.__stderr__,
                 pass_fds=(its.fileno(),),
@@ -247,6 +341,11 @@ def _started(number: int, settings: Settings, store: Path) -> _Rank:
         raise
     ours.sendall(encode_frames([StartRank(asdict(settings), number, str(store))]))
     return _Rank(number, child, ours, FrameDecoder(FromRank))
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of what an error says."""
+    return printable(str(error).partition("\n")[0], 120)
 
 
 def _said(status: int) -> str:
@@ -295,6 +394,7 @@ class SharedModel:
         self._model = model
         self.ranks = ranks
         self.others = others
+        self._graphs: list[StepGraphs] = []
         self.weight_bytes = model.weight_bytes + sum(other.weight_bytes for other in others)
 
     def __getattr__(self, name: str) -> Any:
@@ -304,23 +404,78 @@ class SharedModel:
         """This rank's."""
         return self._model.cache_specs()
 
+    @property
+    def part(self) -> Model:
+        """What this rank computes; all of them have to."""
+        return self._model
+
+    def share_graphs(self, own: StepGraphs) -> Graphs:
+        """This rank's graphs as those of all ranks."""
+        self._graphs.append(own)
+        return SharedGraphs(own, self)
+
     def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
         """As one model's."""
+        return self.together(batch, lambda: self._model.forward(batch, caches))
+
+    def together(
+        self,
+        batch: ForwardBatch,
+        compute: Callable[[], Tensor],
+        graph: tuple[int, int] | None = None,
+        capture: bool = False,
+    ) -> Tensor:
+        """What ``compute`` makes of this rank's part of a step, while the others do theirs."""
+        shapes = [tuple(getattr(batch, name).shape) for name in (*_ARRAYS, "sample_rows")]
+        step = Step(shapes, batch.page_size, batch.max_query, batch.max_context, graph, capture)
+        failed: Exception | None = None
+        result: Tensor | None = None
         sent = packed(batch)
-        on_cpu = sent.device.type == "cpu"
-        self.ranks.send(
-            Step(
-                [tuple(getattr(batch, name).shape) for name in _ARRAYS] + [tuple(batch.sample_rows.shape)],
-                batch.page_size,
-                batch.max_query,
-                batch.max_context,
-                sent.numpy().tobytes() if on_cpu else b"",
-            )
-        )
-        with self.ranks.blamed():
-            if not on_cpu:
-                self.ranks.parallel.broadcast(sent)
-            return self._model.forward(batch, caches)
+        self.ranks.begin(step)
+        try:
+            self.ranks.parallel.broadcast(sent)
+            result = compute()
+        except (RuntimeError, OSError, LowbitError) as error:
+            failed = error
+        try:
+            self.ranks.finish(step, failed)
+        except RuntimeError:
+            for graphs in self._graphs:
+                graphs.clear()
+            raise
+        finally:
+            failed = None  # its frames hold the step's tensors
+        assert result is not None, "nothing failed"
+        return result
+
+
+class SharedGraphs:
+    """``Graphs`` of all ranks: each captures and replays its own of a size when rank 0 does."""
+
+    def __init__(self, own: StepGraphs, model: SharedModel) -> None:
+        self._own = own
+        self._model = model
+
+    @property
+    def sizes(self) -> list[Size]:
+        """See ``Graphs``; every rank has the same."""
+        return self._own.sizes
+
+    def padding(self, size: Size) -> ForwardBatch:
+        """See ``Graphs``."""
+        return self._own.padding(size)
+
+    def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
+        """See ``Graphs``; where one rank cannot, none has it."""
+        return self._model.together(batch, lambda: self._own.capture(batch, size), size, capture=True)
+
+    def replay(self, batch: ForwardBatch, size: Size) -> Tensor:
+        """See ``Graphs``."""
+        return self._model.together(batch, lambda: self._own.replay(batch, size), size)
+
+    def clear(self) -> None:
+        """See ``Graphs``: rank 0 asks for none of them again."""
+        self._own.clear()
 
 
 def packed(batch: ForwardBatch) -> Tensor:
@@ -329,14 +484,10 @@ def packed(batch: ForwardBatch) -> Tensor:
     return torch.cat([*arrays, batch.sample_rows.int()])
 
 
-def batch_of(step: Step, parallel: Parallel, device: torch.device) -> ForwardBatch:
-    """The batch again, on another rank's device."""
+def batch_of(step: Step, sent: Tensor) -> ForwardBatch:
+    """The batch again, from ``packed``'s numbers on another rank's device."""
     sizes = [torch.Size(shape).numel() for shape in step.shapes]
-    if step.data:
-        data = torch.frombuffer(bytearray(step.data), dtype=torch.int32).to(device)
-    else:
-        data = parallel.broadcast(torch.empty(sum(sizes), dtype=torch.int32, device=device))
-    parts = [part.view(shape) for part, shape in zip(data.split(sizes), step.shapes, strict=True)]
+    parts = [part.view(shape) for part, shape in zip(sent.split(sizes), step.shapes, strict=True)]
     return ForwardBatch(
         **{name: part.clone() for name, part in zip(_ARRAYS, parts, strict=False)},
         sample_rows=parts[-1].long(),
@@ -344,3 +495,8 @@ def batch_of(step: Step, parallel: Parallel, device: torch.device) -> ForwardBat
         max_query=step.max_query,
         max_context=step.max_context,
     )
+
+
+def numbers_of(step: Step) -> int:
+    """How many numbers ``packed`` has."""
+    return sum(torch.Size(shape).numel() for shape in step.shapes)

@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from lowbit.engine.cuda_graphs import CudaRecorder, GraphedSteps, Progress, Recorder, bucket_sizes
+from lowbit.engine.cuda_graphs import (
+    GRAPHS,
+    GraphedSteps,
+    Progress,
+    Recorder,
+    Size,
+    StepGraphs,
+    bucket_sizes,
+    recorder_for,
+)
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
@@ -41,27 +50,52 @@ class Runner:
         self._capture: StepCapture | GraphedSteps | None = None
         if settings.disable_cuda_graph:
             return
-        if self._has_states and getattr(model, "spans_tokens", False) and model.device.type == "cuda":
+        recorder = recorder_for(model.device)
+        if recorder is not None and self._has_states and getattr(model, "spans_tokens", False):
             _log.warning("lowbit: CUDA graphs off: capturing would count a step's largest inputs twice")
-        elif model.device.type == "cuda":
-            self._capture = self.graphs(CudaRecorder(model.device), bucket_sizes(settings), context)
-        elif model.device.type == "cpu" and native.library() is not None:
-            self._capture = StepCapture(self._run)
+        elif recorder is not None:
+            self._capture = self.graphs(recorder, bucket_sizes(settings), context)
+        elif model.device.type == "cpu" and native.library() is not None and settings.tp_size == 1:
+            self._capture = StepCapture(self._run)  # sums between ranks are no native calls
 
     def graphs(self, recorder: Recorder, sizes: tuple[int, ...], context: int) -> GraphedSteps:
         """Decode steps as graphs of such sizes."""
         takes_padding = all(cache.kernel.takes_padding for cache in self._paged)
-        return GraphedSteps(
-            self._run,
+        part = getattr(self._model, "part", self._model)  # of a shared model: what this rank computes
+        context = -(-context // self._page_size) * self._page_size
+        own = StepGraphs(
+            lambda batch: part.forward(batch, self._caches),
             recorder,
-            sizes,
+            sizes[-1],
             context=context,
             page_size=self._page_size,
             vocabulary=self._model.vocab_size,
             device=self._model.device,
+            limit=max(GRAPHS, len(sizes)),
+        )
+        share = getattr(self._model, "share_graphs", None)
+        return GraphedSteps(
+            self._run,
+            own if share is None else share(own),
+            sizes,
+            context=context,
             padded=takes_padding and not getattr(self._model, "spans_tokens", False),
             exact_context=not takes_padding,
         )
+
+    def follow(self, batch: ForwardBatch, size: Size | None, capture: bool) -> None:
+        """On a rank but the first: a step as rank 0 runs it, eagerly or by the graph of a size."""
+        if size is None:
+            self._run(batch)
+            return
+        assert isinstance(self._capture, GraphedSteps), "as on rank 0"
+        graphs = self._capture.graphs
+        (graphs.capture if capture else graphs.replay)(batch, size)
+
+    def forget_graphs(self) -> None:
+        """What they exchange with other ranks goes to a group that is no more."""
+        if isinstance(self._capture, GraphedSteps):
+            self._capture.graphs.clear()
 
     def prepare(self, progress: Progress | None = None) -> None:
         """Capture what can be before there are any requests."""

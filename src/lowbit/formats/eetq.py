@@ -5,16 +5,18 @@
 
     weight[r, c] = (byte - 128) * weight_scales[r]
 
-What the bytes went through, all of it turned back here, for the layout of compute capability 7.5 and later:
+What the bytes went through on a card of compute capability 7.5 or later, all of it turned back here:
 
     1. of each 16 input columns the order became 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15
     2. the matrix lies as (out, in)
     3. two rows share a line: 64 columns of the one, 64 of the other, then the next 64 of the first
     4. 128 was added, and of each four bytes the middle two changed places
 
-Inputs are not quantized. Files written on a card of capability 7.0 (Volta), which leaves out steps 1 and 3,
-look the same and cannot be told: they come out scrambled, and ``lowbit check`` sees it.
-Source: the tool's quantizer and its cutlass_preprocessors.cc.
+A card of capability 7.0 (Volta) has step 4 alone, and nothing in the file says so. The numbers do: a row's
+scale is its largest |weight| / 128, so that each has a code of 127 or -128. In the wrong order many rows have
+none; a matrix is read as Volta's where all rows have one in that order and not all in the other.
+
+Inputs are not quantized. Source: the tool's quantizer and its cutlass_preprocessors.cc.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ class Eetq:
         quantized = QuantizedTensor(
             self.scheme_of(module),
             module.shape,
-            in_order(data.raw(weight.name), module.shape),
+            told_in_order(data.raw(weight.name), module.shape),
             (scales.unsqueeze(1),),
             origin=origin_of(self.header, module, "weight_scales"),
         )
@@ -134,6 +136,27 @@ class Eetq:
         scale = entry_of(self.header, module, "weight_scales", tuple(_SCALES), _WHAT)
         check_shape(scale, (out,), _WHAT)
         return weight, scale
+
+
+def told_in_order(raw: Tensor, shape: tuple[int, int]) -> Tensor:
+    """uint8 (bytes,) as stored -> uint8 codes (out, in), in the layout whose rows reach their ends."""
+    codes = in_order(raw, shape)
+    if not _all_reach_the_end(codes):
+        other = in_order_of_volta(raw, shape)
+        codes = other if _all_reach_the_end(other) else codes
+    return codes
+
+
+def _all_reach_the_end(codes: Tensor) -> bool:
+    """Whether each row has a code of -128 or 127."""
+    return bool(((codes.amin(1) == 0) | (codes.amax(1) == 255)).all())
+
+
+def in_order_of_volta(raw: Tensor, shape: tuple[int, int]) -> Tensor:
+    """uint8 (bytes,) as stored on a card of capability 7.0 -> uint8 codes (out, in), 128 in the middle."""
+    out, columns = shape
+    straight = raw.view(-1, 4)[:, [0, 2, 1, 3]]  # step 4
+    return straight.reshape(columns, out).T.contiguous()
 
 
 def in_order(raw: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -14,8 +14,8 @@ code is moved so that its middle is the wide one's, which is the same number. Gr
 that divides all of them, scales repeated. So the matrix takes the room of its widest group; ``inspect`` shows
 it. Scales are multiplied in float16 as the tool does; it rounds the weight to float16 too, here it is exact.
 
-Output columns may be padded to a multiple of 32 (the head). The tool runs on GPUs only: read after its
-source, tested against numpy.
+Output columns may be padded to a multiple of 32 (the head). The tool runs on GPUs only; its quantizing and
+packing kernels and those that reconstruct, compiled for a CPU, made the fixture.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class AwqWriter(CheckpointWriter):
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)
-        # A group as wide as its row is read as the row: such a module goes with any larger group.
+        # A group as wide as its row is read as the row: such a module has no group of its own here.
         groups = {s.blocks[0][1]: name for name, s in self.quantized().items() if s.blocks[0][1]}
         if len(groups) > 1:
             told = ", ".join(f"{group} in {name}" for group, name in sorted(groups.items()))
@@ -156,8 +156,12 @@ class AwqWriter(CheckpointWriter):
     def _pack(
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:
-        if self.group and not weight.scheme.blocks[0][1] and module.shape[1] > self.group:
-            raise cannot(self.name, module, f"it has a scale a row, other modules groups of {self.group}")
+        columns = module.shape[1]
+        if (
+            self.group and not weight.scheme.blocks[0][1] and columns != self.group
+        ):  # AutoAWQ: whole groups only
+            why = f"it has one scale for its {columns} columns, other modules have groups of {self.group}"
+            raise cannot(self.name, module, why)
         zeros = torch.full_like(weight.scales[0], 8) if weight.zeros is None else weight.zeros
         return {
             "qweight": _gemm_words(weight.codes),

@@ -23,9 +23,9 @@ kernel subtracts the zero point from the codes as float16, which holds a float16
 bfloat16's exactly; float32 ones become offsets -zero * scale (``kernels.cpu_blocks``).
 
 axis 1: groups of a row, or along the flattened weight where a row is no whole groups. axis 0: a scale a
-column where a group is one; else a group is every n / g-th number, g strided rows of a column, which no block
-is: read with a scale for each weight, right but as large as the float weight, and run by the reference
-kernel.
+column where a group is one (which native kernels have no place for: the reference runs it); else a group is
+every n / g-th number, g strided rows of a column, which no block is: read with a scale for each weight, right
+but as large as the float weight, and multiplied as one in float32 (``cpu_expanded``).
 
 The number of bits and the packing are the data's; where 8, 6 and 5 bits, or views as floats, look alike, the
 config (of the layer's tag: ``self_attn.q_proj``) tells them apart, and ``nbits`` must agree. Refused:

@@ -46,10 +46,24 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
         values = read_json(header, name)
         if values is not None:
             # QServe's own file of that name says wbits, AutoAWQ's w_bit.
-            return _checked(values, name, "qoq" if method == "awq" and "wbits" in values else method)
+            method = "qoq" if method == "awq" and "wbits" in values else method
+            return _checked(values, name, "w4afp8" if _is_w4afp8(values) else method)
     if isinstance(config.get("quantization"), dict):
         return _checked(config["quantization"], "config.json: quantization", "mlx")
     return None
+
+
+def _is_w4afp8(values: dict[str, object]) -> bool:
+    """TensorRT-LLM's W4AFP8: hf_quant_config.json says MIXED_PRECISION, and of what in no word.
+
+    ModelOpt's own mixtures name the algorithm of every layer.
+    """
+    inner = values.get("quantization")
+    return (
+        isinstance(inner, dict)
+        and inner.get("quant_algo") == "MIXED_PRECISION"
+        and not inner.get("quantized_layers")
+    )
 
 
 def _checked(found: object, place: str, method: str = "") -> QuantizationConfig:

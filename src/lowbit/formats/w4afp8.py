@@ -2,15 +2,17 @@
 
     weight            I8 [out, in / 2]    experts: two codes a byte, the even column low, two's complement
     weight_scale_inv  F32, BF16 [out, in / 128]
-    input_scale       one number an expert and projection
+    input_scale       one number an expert and projection, under experts.N.w1, w2 and w3 beside weights
+                      that are gate_proj, down_proj and up_proj, or under the weights' own names
     weight            F8_E4M3             everything else, as in ``fp8`` with blocks of 128 x 128
 
     weight[r, c] = code[r, c] * weight_scale_inv[r, c // 128]        code from -8 to 7
 
 An expert's input is rounded to e4m3 under one static scale: the largest ``input_scale`` of all experts of its
 layer, gate and up together, as the engine takes it (its kernel asks for one). Other inputs are rounded per
-token and 128 columns. The scales are float32 here; the engine rounds them to bfloat16 for its kernel. No tool
-writes these on a CPU: read after SGLang's source, tested against numpy.
+token and 128 columns. The scales are float32 here; the engine rounds them to bfloat16 for its kernel.
+TensorRT-LLM writes these files. They say MIXED_PRECISION in hf_quant_config.json and nothing in config.json;
+others have quant_method w4afp8.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from lowbit.numerics.scheme import ActivationScheme
 
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.\d+\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
 _DOWN = ("down_proj", "w2")
+_OTHER_NAME = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 class W4AFp8(Fp8):
@@ -53,6 +56,14 @@ class W4AFp8(Fp8):
             own = _EXPERT.fullmatch(name.removesuffix(".input_scale"))
             if own is not None and name.endswith(".input_scale"):
                 self._scales.setdefault((own["experts"], own["leaf"] in _DOWN), []).append(name)
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """With the expert's own input scale, which may lie under another name."""
+        found, own = super().tensors_of(module), _EXPERT.fullmatch(module.stored)
+        if own is not None and (leaf := _OTHER_NAME.get(own["leaf"])) is not None:
+            other = f"{module.stored.removesuffix(own['leaf'])}{leaf}.input_scale"
+            found += [other] if other in self.header.tensors else []
+        return found
 
     def _activation(self, block: tuple[int, int], packed: bool) -> ActivationScheme:
         if packed:

@@ -14,8 +14,8 @@ columns. Experts are stored one by one; stacks (experts, out, in) with stacked s
 
 Which modules are quantized their dtype says, not ``ignore`` or ``ignored_layers``; ``is_dynamic`` and
 ``packed_modules_mapping`` change nothing here. Refused: static input scales (Ascend's exports under the name
-w8a8_int8, ``activation_scheme: static``). No tool writes these on a CPU: read after SGLang's sources, tested
-against numpy.
+w8a8_int8, ``activation_scheme: static``). SGLang writes none of these files, it only loads them: the fixtures
+are what its own quantizers and layers make of a model on a CPU.
 """
 
 from __future__ import annotations

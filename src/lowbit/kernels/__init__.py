@@ -31,12 +31,12 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     or by timing (``kernel_choice``). ``GpuHumming`` stands there until a measurement puts it elsewhere."""
     from lowbit.kernels.cpu_blocks import CpuBlocks
     from lowbit.kernels.cpu_dense import CpuDense
-    from lowbit.kernels.cpu_dequantized import CpuDequantized
+    from lowbit.kernels.cpu_dequantized import CpuDequantized, CpuExpanded
     from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
     from lowbit.kernels.reference import Reference
 
-    cpu = CpuBlocks(), CpuDense(), Reference(), CpuDequantized()
+    cpu = CpuBlocks(), CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
     return (GpuBlocks(), GpuDense(), *cpu, GpuHumming())
 
 

@@ -12,6 +12,10 @@ numbers likewise, up to 32767. Rows that are looked up are exact for all. Zero p
 numbers (HQQ) are subtracted from the codes as float16: all that a float16 or bfloat16 holds, but for
 bfloat16s below 2^-14 of a code, which move by less than 2^-25 of one. Beside float32 scales they are offsets,
 -zero * scale, a last bit of float32 away.
+
+What the tiles have no place for is packed in other words for the same numbers, where these take little
+more: blocks that run over row ends as smaller ones, groups that are no whole tiles as parts of them, codes
+of 1, 5 or 6 bits in groups of 8 as those of 2 or 8.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ from lowbit.kernels.packed_linear import (
 )
 from lowbit.numerics.block_layouts import grid_vectors
 from lowbit.numerics.block_tables import GRIDS as GRID_TABLES
+from lowbit.numerics.cutting import in_rows, scheme_in_rows
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -275,8 +280,6 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
         return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
     if scheme.zero == "float" and scheme.scales[0].name not in ("f16", "bf16"):
         return f"float zero points with {scheme.scales[0].name} scales"
-    if scheme.flattened:
-        return "blocks run over the flattened matrix"
     two_level = (
         len(scheme.scales) == 2 and _inner_level(scheme) is not None and scheme.blocks[1] == (1, SUPER)
     )
@@ -358,21 +361,42 @@ def _fold(weight: QuantizedTensor) -> QuantizedTensor:
 def _native(scheme: Scheme, shape: tuple[int, ...]) -> Scheme | None:
     """What is packed of a scheme: block formats taken apart, zero points folded, groups that divide a row."""
     expanded = _expanded(scheme)
-    return None if expanded is None else _whole_groups(_folded(expanded), shape)
+    if expanded is None:
+        return None
+    return _widened(_whole_groups(_folded(scheme_in_rows(expanded, shape[-1])), shape))
+
+
+def _widened(scheme: Scheme) -> Scheme:
+    """The scheme with codes of more bits for the same numbers, where its own have no form in groups of 8."""
+    fmt, group = scheme.weight, scheme.blocks[0][1] if scheme.blocks else 0
+    if group != 8 or not fmt.is_integer or int(fmt.bits) not in (1, 5, 6):
+        return scheme
+    signed = fmt.name.startswith("int")
+    bits = 2 if fmt.bits == 1 and not signed else 8
+    return replace(scheme, weight=number_format(f"{'int' if signed else 'uint'}{bits}"))
 
 
 def _whole_groups(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
     """The scheme with smaller groups where its last one is short, or its tiles are not whole.
 
-    Columns that are no multiple of 32 are filled up with zeros, to whole groups.
+    Columns that are no multiple of 32 are filled up with zeros: to whole groups, or to whole tiles in groups
+    that divide them, whichever is less.
     """
     if scheme.flattened or not scheme.blocks:
         return scheme
     columns, (rows, group) = shape[-1], scheme.blocks[0]
     if group in (0, 8, 16, columns):
         return scheme
-    part = group if columns % COLUMNS else math.gcd(group, columns)
-    if part % COLUMNS and not part % 16:
+    if group > columns:
+        part = columns
+    elif columns % COLUMNS:
+        tiles = -(-columns // COLUMNS) * COLUMNS
+        parts = {part: -(-columns // part) * part for part in (group, math.gcd(group, tiles))}
+        numbers = sum(scale.bits for scale in scheme.scales[:1]) + 16 * (scheme.zero != "none")
+        part = min(parts, key=lambda part: parts[part] * (scheme.weight.bits + numbers / part))
+    else:
+        part = math.gcd(group, columns)
+    if part % COLUMNS and part != columns and not part % 16:
         part = 16
     return scheme if part == group else replace(scheme, blocks=((rows, part), *scheme.blocks[1:]))
 
@@ -380,7 +404,7 @@ def _whole_groups(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
 def _regrouped(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
     """The weight in ``_whole_groups``: each number of a group repeated for the parts it was cut into."""
     group, part = weight.scheme.blocks[0][1], scheme.blocks[0][1]
-    count = weight.shape[-1] // part
+    count = -(-weight.shape[-1] // part)
 
     def cut(numbers: Tensor) -> Tensor:
         return numbers.repeat_interleave(group // part, -1)[..., :count]
@@ -392,6 +416,18 @@ def _regrouped(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
         zeros=None if weight.zeros is None else cut(weight.zeros),
         offsets=tuple(cut(offset) if level == 0 else offset for level, offset in enumerate(weight.offsets)),
     )
+
+
+def _recoded(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
+    """The weight with the codes of ``_widened``; zero points are in units of values and stay."""
+    if weight.scheme.weight == scheme.weight:
+        return weight
+    return replace(weight, scheme=scheme, codes=weight.codes + _moved_by(weight.scheme, scheme))
+
+
+def _moved_by(own: Scheme, wide: Scheme) -> int:
+    """By how much the codes of ``_widened`` are larger."""
+    return int(own.weight.table()[0] - wide.weight.table()[0])
 
 
 class CpuBlocks:
@@ -459,9 +495,11 @@ class CpuBlocks:
         assert scheme is not None, "refuses() was asked first"
         description = _describe(scheme, weight.shape)
         assert isinstance(description, Description), "refuses() was asked first"
-        whole = _taken_apart(weight) if description.codes in GRIDS else _fold(weight.expand())
+        whole = _taken_apart(weight) if description.codes in GRIDS else _fold(in_rows(weight.expand()))
         if scheme.blocks != whole.scheme.blocks:
             whole = _regrouped(whole, scheme)
+        if description.codes not in GRIDS:
+            whole = _recoded(whole, scheme)
         parts = _parts(whole, scheme, description)
         buffers = {"data": packed_linear.pack(description, parts), "table": _table(scheme.weight)}
         if weight.column_order is not None:
@@ -497,6 +535,10 @@ class CpuBlocks:
         codes, inner = read.codes, read.scales
         if packed.description.codes in GRIDS:
             codes = _from_grid(codes, packed.scheme.weight.name)
+        own = _expanded(packed.scheme)
+        if own is not None and own.weight != scheme.weight:
+            codes = codes - _moved_by(own, scheme)
+            scheme = replace(scheme, weight=own.weight)
         if packed.description.nibbles:
             inner = scheme.scales[0].table()[inner.long()]
         scales = [inner] + ([] if read.outer_scales is None else [read.outer_scales])

@@ -4,6 +4,9 @@ It takes what every scheme takes as bf16, two bytes a weight, and what the store
 bfloat16 is lost (``rounds``). Never the first choice: it is there for weights no other kernel runs fast, and
 for much prefill of tables that multiply in float32, by ``--linear-kernel`` or, where nothing is rounded, by
 timing (``kernels.kernel_choice``).
+
+cpu_expanded: the same in float32, which is what every scheme means, and so nothing is lost. It takes what has
+a scale and a zero point for each weight (HQQ's strided groups of axis 0) and is no smaller as it is stored.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from lowbit.kernels import cpu_dense, packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import NativeWeight, Parts
 from lowbit.kernels.reference import rows_at_once
-from lowbit.numerics.number_formats import NumberFormat
+from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
@@ -34,6 +37,7 @@ class CpuDequantized:
     layout = 1
     steady = True
     runs = "quantized"
+    floats = "bf16"
 
     def serves(self, device: torch.device) -> bool:
         """CPUs."""
@@ -56,7 +60,7 @@ class CpuDequantized:
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of the tiles."""
-        return cpu_dense.describe(dense("bf16"), shape).nbytes
+        return cpu_dense.describe(dense(self.floats), shape).nbytes
 
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Never: nothing here multiplies whole numbers."""
@@ -65,12 +69,12 @@ class CpuDequantized:
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The dequantized matrix in tiles; some rows are float32 at a time."""
         rows, columns = weight.shape
-        matrix = torch.empty(rows, columns, dtype=torch.bfloat16)
+        matrix = torch.empty(rows, columns, dtype=number_format(self.floats).dtype)
         step = rows_at_once(weight.scheme, weight.shape)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             matrix[start:stop] = weight.rows(start, stop).dequantize()
-        data = packed_linear.pack(cpu_dense.describe(dense("bf16"), weight.shape), Parts(matrix))
+        data = packed_linear.pack(cpu_dense.describe(dense(self.floats), weight.shape), Parts(matrix))
         buffers = {"data": data, "table": torch.zeros(64, dtype=torch.bfloat16)}
         return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
 
@@ -78,14 +82,14 @@ class CpuDequantized:
         self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
     ) -> PackedWeight:
         """The weight around its buffers."""
-        described = cpu_dense.describe(dense("bf16"), shape)
+        described = cpu_dense.describe(dense(self.floats), shape)
         return packed_linear.around(self, described, scheme, shape, buffers, origin)
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
-        """The bfloat16 matrix: what is multiplied, the codes are gone."""
+        """The matrix of floats: what is multiplied, the codes are gone."""
         assert isinstance(packed, NativeWeight), "packed by this kernel"
         matrix = packed_linear.unpack(packed).codes
-        return QuantizedTensor(dense("bf16"), packed.shape, matrix, origin=packed.origin)
+        return QuantizedTensor(dense(self.floats), packed.shape, matrix, origin=packed.origin)
 
     def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
         """float32 (tokens, in) -> float32 (tokens, out)."""
@@ -94,6 +98,25 @@ class CpuDequantized:
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
         return packed_linear.rows(packed, ids)
+
+
+class CpuExpanded(CpuDequantized):
+    """See the module docstring."""
+
+    name = "cpu_expanded"
+    computes = "f32 copy"
+    floats = "f32"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None."""
+        if reason := super().refuses(scheme, shape, device):
+            return reason
+        bits = scheme.bits_per_weight(shape)
+        return None if bits >= 32 else f"{bits:.3g} bits a weight would become 32"
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never: float32 is what the scheme's numbers are."""
+        return False
 
 
 @cache

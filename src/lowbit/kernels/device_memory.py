@@ -31,6 +31,12 @@ def total_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[1])
 
 
+def release_memory(device: torch.device) -> None:
+    """Give back what torch keeps for later, which may lie in pieces that are too small."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """The arrays, all of one dtype, on the device, without waiting for what it does.
 

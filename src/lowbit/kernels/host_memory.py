@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PIECE = 4 << 20  # bytes made ready at a time: some milliseconds on a virtual machine
+PIECE = 1 << 21  # bytes made ready at a time: a huge page, 2 to 6 ms where a host has to find one
 _POPULATE_WRITE = (
     23  # MADV_POPULATE_WRITE: faults pages in as a write would, and changes nothing (Linux 5.14)
 )
@@ -44,7 +44,8 @@ def populate(tensor: Tensor) -> Iterator[None]:
     end = -(-(tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for at in range(start, end, PIECE):
-        if madvise(at, min(PIECE, end - at), _POPULATE_WRITE) != 0:
+    for border in range(start // PIECE * PIECE, end, PIECE):
+        first, last = max(border, start), min(border + PIECE, end)
+        if madvise(first, last - first, _POPULATE_WRITE) != 0:
             return
         yield

@@ -29,13 +29,29 @@ from lowbit.errors import LowbitError
 _SHARED_SUM = 1 << 15
 
 
+@dataclass(eq=False)
+class _Group:
+    """A torch.distributed group, or none any more. ``whole``: recorded behind the last step that all began
+    after it."""
+
+    device: torch.device
+    seconds: float
+    now: Any
+    whole: torch.cuda.Event | None = None
+
+
 @dataclass(frozen=True)
 class Parallel:
-    """Rank ``rank`` of ``size``. Without a group nothing can be exchanged: a model is only planned."""
+    """Rank ``rank`` of ``size``. Without a group nothing can be exchanged: a model is only planned.
+
+    All that is exchanged inside a forward pass may be recorded in a CUDA graph: tensors allocated there,
+    sizes that follow from shapes, nothing that waits for the device. Where it is replayed, all ranks have to
+    replay it.
+    """
 
     rank: int = 0
     size: int = 1
-    _group: Any = field(default=None, repr=False, compare=False)
+    _group: _Group | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def join(
@@ -44,32 +60,46 @@ class Parallel:
         """Meet the other ranks over the file ``store``, which all of them name, within ``meeting`` seconds;
         E0713 where they do not come. No call waits longer than ``seconds`` for another rank: then it is a
         RuntimeError."""
-        from torch import distributed
+        parallel = Parallel(rank, size, _Group(device, seconds, None))
+        parallel.rejoin(store, meeting)
+        return parallel
 
-        if not distributed.is_available():
-            raise LowbitError("E0713", "this torch was built without torch.distributed; use --tp-size 1")
-        timeout = timedelta(seconds=seconds)
-        try:
-            met = distributed.FileStore(str(store), size)
-            met.set_timeout(timedelta(seconds=meeting))
-            if device.type == "cuda":
-                nccl: Any = distributed.ProcessGroupNCCL
-                options = nccl.Options()
-                options._timeout = timeout
-                return Parallel(rank, size, nccl(met, rank, size, options))
-            gloo: Any = distributed.ProcessGroupGloo
-            options = gloo._Options()
-            options._timeout = timeout
-            options._devices = [gloo.create_device(hostname="127.0.0.1")]
-            return Parallel(rank, size, gloo(met, rank, size, options))
-        except RuntimeError as error:
-            raise LowbitError("E0713", f"rank {rank} of {size} found no others: {error}") from None
+    def rejoin(self, store: Path, meeting: float) -> None:
+        """Meet them again, once all have left; ``store`` is a new file. What holds this Parallel goes on."""
+        group = self._group
+        assert group is not None and group.now is None, "joined once, and left"
+        group.now = _met(self.rank, self.size, store, group.device, meeting, group.seconds)
+
+    def leave(self) -> None:
+        """Out of a step that cannot be finished: what waits for this rank elsewhere fails, or is dropped.
+
+        Steps before it stay whole, though the device may still be at them: they are waited for.
+        """
+        group = self._group
+        if group is not None and group.now is not None:
+            if group.whole is not None:
+                group.whole.synchronize()
+            left, group.now = group.now, None
+            left.abort()
+
+    def begin_step(self) -> None:
+        """All that was exchanged before is on its way on every rank, and will be done."""
+        group = self._group
+        if group is not None and group.device.type == "cuda":
+            group.whole = group.whole or torch.cuda.Event()
+            group.whole.record()
+
+    @property
+    def _exchange(self) -> Any:
+        if self._group is None or self._group.now is None:
+            raise RuntimeError(f"rank {self.rank} of {self.size} is in no group")
+        return self._group.now
 
     def gather(self, x: Tensor) -> Tensor:
         """(size, *x.shape): the x of every rank, all of one shape."""
         x = x.contiguous()
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        self._group._allgather_base(out, x).wait()
+        self._exchange._allgather_base(out, x).wait()
         return out.view(self.size, *x.shape)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -80,7 +110,7 @@ class Parallel:
         if self.size > 2 and x.numel() >= _SHARED_SUM:
             flat = functional.pad(x.flatten(), (0, -x.numel() % self.size))
             received = torch.empty_like(flat)
-            self._group.alltoall_base(received, flat, [], []).wait()
+            self._exchange.alltoall_base(received, flat, [], []).wait()
             share = _added(received.view(self.size, -1))
             return self.gather(share).flatten()[: x.numel()].view(x.shape)
         return _added(self.gather(x))
@@ -95,7 +125,7 @@ class Parallel:
 
         options = distributed.BroadcastOptions()
         options.rootRank = 0
-        self._group.broadcast([x], options).wait()
+        self._exchange.broadcast([x], options).wait()
         return x
 
     def columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
@@ -107,9 +137,35 @@ class Parallel:
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
 
     def close(self) -> None:
-        """Leave the group; what waits for this rank elsewhere fails."""
-        if self._group is not None:
-            self._group.abort()
+        """Leave the group at once; what waits for this rank elsewhere fails."""
+        group = self._group
+        if group is not None and group.now is not None:
+            left, group.now = group.now, None
+            left.abort()
+
+
+def _met(rank: int, size: int, store: Path, device: torch.device, meeting: float, seconds: float) -> Any:
+    """A new group of all ranks; see ``Parallel.join``."""
+    from torch import distributed
+
+    if not distributed.is_available():
+        raise LowbitError("E0713", "this torch was built without torch.distributed; use --tp-size 1")
+    timeout = timedelta(seconds=seconds)
+    try:
+        met = distributed.FileStore(str(store), size)
+        met.set_timeout(timedelta(seconds=meeting))
+        if device.type == "cuda":
+            nccl: Any = distributed.ProcessGroupNCCL
+            options = nccl.Options()
+            options._timeout = timeout
+            return nccl(met, rank, size, options)
+        gloo: Any = distributed.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = timeout
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
+        return gloo(met, rank, size, options)
+    except RuntimeError as error:
+        raise LowbitError("E0713", f"rank {rank} of {size} found no others: {error}") from None
 
 
 def _added(parts: Tensor) -> Tensor:

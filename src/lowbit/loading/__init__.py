@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.embedded import cache_directory
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.kernels.attention import CacheSpec, choose_attention
+from lowbit.kernels.gpu import tuned_sizes
 from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.loading import choice
 from lowbit.loading.kernel_choice import KernelChoice, KernelRules, Timings
@@ -81,6 +83,7 @@ def load_model(
     kernels = KernelChoice(KernelRules.parse(linear_kernel), timings)
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels, parallel)
+    tuned_sizes.look_in(cache_directory() / "tuned")
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
     opened = Opened.of(header, asked, strict)

@@ -29,6 +29,8 @@ from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
 from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
+from lowbit.models.config import architecture_of
+from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
 
 VERSION = 1  # of what a journal depends on beside its key: raised when what is written changes
@@ -52,7 +54,7 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     method: str = ""  # of requantizing
-    resumed: int = 0  # shards that an earlier run had finished
+    resumed: int = 0  # shards, or tensors of a GGUF file, that an earlier run had finished
 
 
 def convert(
@@ -96,34 +98,29 @@ def convert(
         write_certificate(path, text)
 
     with TensorData(header) as data:
-        if isinstance(work.writer, GgufWriter):
-            told: dict[str, Json] = {}
-
-            def read(module: SourceModule) -> ReadModule:
-                made = work.read(module, data)
-                told[module.target.name] = made.told
-                return made
-
-            done.notes += save_gguf(
-                out,
-                source,
-                work.writer.schemes,
-                read,
-                data,
-                force=force,
-                on_progress=on_progress,
-                check=lambda path, lost: check(path, told, lost),
-            )
-            return done
         key = {
             "source": digest_of(header),
             "--format": form,
             "--dtype": dtype or "auto",
             "--requantize": work.method or "no",
-            "shard size": str(shard_bytes),
             "lowbit": f"{_version()}, {VERSION}",
         }
-        journal = Journal(key)
+        if isinstance(work.writer, GgufWriter):
+            saved = save_gguf(
+                out,
+                source,
+                work.writer.schemes,
+                lambda module: work.read(module, data),
+                data,
+                depends_on=key,
+                force=force,
+                on_progress=on_progress,
+                check=check,
+            )
+            done.notes += saved.notes
+            done.resumed = saved.resumed
+            return done
+        journal = Journal(key | {"shard size": str(shard_bytes)})
         nbytes = planned_nbytes(
             (work.planned[one.target.name].scheme, one.target.shape) for one in source.modules
         )
@@ -290,6 +287,28 @@ class Work:
         }
         if gone:
             notes.append(f"inputs are no longer quantized (they were: {'; '.join(sorted(gone))})")
+        latent = [
+            module
+            for module in self.source.modules
+            if module.latent is not None
+            and module.scheme.is_dense
+            and not all(
+                self.source.form.scheme_of(place.module).is_dense for place in (module.place, *module.more)
+            )
+        ]
+        if latent and self.form != "dense":
+            notes.append(
+                f"{len(latent)} modules like {latent[0].target.name} were written as plain floats: folders "
+                "and GGUF files hold K's half of them transposed to each other"
+            )
+        if self.source.header.container == "gguf":
+            architecture = architecture_of(self.source.header)
+            if architecture in SEEING.values():
+                notes.append("the language model alone: what sees pictures is in a file of its own (mmproj)")
+            if architecture == "bitnet":
+                notes.append(
+                    "inputs are left as they are: GGUF files do not say how a BitNet rounds them (to int8)"
+                )
         if self.source.has_kv_scales:
             notes.append("the KV cache's scales were left out")
         return notes
@@ -335,7 +354,8 @@ def summary(done: Conversion) -> list[str]:
         exact = f"{len(done.errors)} modules requantized by {done.method}"
     lines = [f"{done.out}: {done.form}, {done.modules} modules, {thousands(done.nbytes)} bytes ({exact})"]
     if done.resumed:
-        lines.append(f"{done.resumed} shards were finished by an earlier run")
+        pieces = "tensors" if done.form == "gguf" else "shards"
+        lines.append(f"{done.resumed} {pieces} were finished by an earlier run")
     if done.errors and done.form != "dense":
         worst = sorted(done.errors.items(), key=lambda item: -item[1][1])
         for name, (largest, relative) in worst[:MOST_LINES]:

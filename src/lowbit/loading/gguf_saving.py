@@ -4,13 +4,20 @@ Names and metadata are the family's (``models.gguf_names``, ``gguf_metadata``), 
 adjacent rotary pairs where the architecture has them so, experts are stacked, one-dimensional tensors are
 float32. The file is read back before it gets its name: what its metadata cannot say of this model is refused,
 but for sliding windows, which GGUF files of some families have no key for: those are reported.
+
+Places follow from names and types alone: a run that was broken off goes on after its last whole tensor
+(``FileJournal``); an unfinished file of another source, command or header is begun anew.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
 import re
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +27,10 @@ from torch import Tensor
 
 from lowbit.checkpoint.gguf_file import read_gguf_header
 from lowbit.checkpoint.gguf_types import GGUF_TYPES_BY_NAME
-from lowbit.checkpoint.output_folder import check_room, output_file
+from lowbit.checkpoint.journal import FileJournal
+from lowbit.checkpoint.output_folder import check_room, explained, output_file
 from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.checkpoint.tensor_file import TensorFile, places_after
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf_writer import GgufWriter, type_of
 from lowbit.layers.linear import Part
@@ -42,7 +51,10 @@ from lowbit.tokenization.gguf_export import tokenizer_metadata
 if TYPE_CHECKING:
     import gguf
 
+_log = logging.getLogger("lowbit")
+
 Progress = Callable[[int, int, str], None]
+Json = dict[str, object]
 Read = Callable[[SourceModule], ReadModule]
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
@@ -65,6 +77,10 @@ class _Entry:
         kind = GGUF_TYPES_BY_NAME[self.type]
         return (*self.shape[:-1], self.shape[-1] // kind.weights * kind.bytes)
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.bytes_shape)
+
 
 def require_gguf() -> None:
     """E0451 where the gguf package is missing."""
@@ -77,6 +93,15 @@ def require_gguf() -> None:
         ) from None
 
 
+@dataclass
+class SavedGguf:
+    """What was written. ``notes``: what is lost on the way, for people; ``resumed``: tensors that an earlier
+    run had finished."""
+
+    notes: list[str] = field(default_factory=list)
+    resumed: int = 0
+
+
 def save_gguf(
     out: Path,
     source: SourceModel,
@@ -84,42 +109,49 @@ def save_gguf(
     read: Read,
     data: TensorData,
     *,
+    depends_on: Mapping[str, str],
     force: bool = False,
     on_progress: Progress | None = None,
-    check: Callable[[Path, list[str]], None] | None = None,
-) -> list[str]:
-    """Write the model to the file ``out``; what is lost on the way, for people.
+    check: Callable[[Path, Mapping[str, Json], list[str]], None] | None = None,
+) -> SavedGguf:
+    """Write the model to the file ``out``.
 
     ``schemes``: of every module by its target's stored name; ``read`` gives a module in that scheme.
-    ``check``: called with the complete file, before it gets its name, and what was lost.
+    ``depends_on``: what an unfinished file can be gone on with under, beside its own header.
+    ``check``: called with the complete file, before it gets its name, what is told of each module, and what
+    was lost.
     """
     require_gguf()
     import gguf
 
     if out.suffix != ".gguf":
         raise LowbitError("E0104", f"--out {out}: a GGUF model is one file; name it {out.name}.gguf")
-    arch = architecture_for(source.family.name, source.header.root.name)
     entries = _Plan(source, schemes).entries()
-    with output_file(out, force=force, source=source.header.root) as path:
-        sizes = [torch.Size(entry.bytes_shape).numel() for entry in entries]
-        check_room(out, sum(sizes) + (32 << 20))
-        made = gguf.GGUFWriter(path, arch)
-        for key, value in _metadata(source, entries).items():
-            _add(made, key, value)
-        for entry, size in zip(entries, sizes, strict=True):
-            kind = gguf.GGMLQuantizationType[entry.type]
-            made.add_tensor_info(entry.name, entry.bytes_shape, np.dtype(np.uint8), size, kind)
-        made.write_header_to_file()
-        made.write_kv_data_to_file()
-        made.write_ti_data_to_file()
-        contents = _Contents(source, schemes, read, data)
-        done = 0
-        for entry, size in zip(entries, sizes, strict=True):
-            made.write_tensor_data(contents.of(entry).numpy())
-            done += size
-            if on_progress is not None:
-                on_progress(done, sum(sizes), "converting")
-        made.close()
+    with explained(out):
+        head = _head(source, entries)
+    alignment = gguf.GGUF_DEFAULT_ALIGNMENT
+    places = places_after(len(head), [(entry.name, entry.nbytes) for entry in entries], alignment)
+    key = {**depends_on, "GGUF header": hashlib.sha256(head).hexdigest()[:16]}
+    journal = FileJournal(key, name=out.name, places=places)
+    with output_file(out, force=force, source=source.header.root, journal=journal) as path:
+        if journal.discarded:
+            _log.warning("lowbit: %s", journal.discarded)
+        resumed, told = len(journal.lines), journal.parts
+        total = len(head) + sum(entry.nbytes for entry in entries)
+        done = sum(line.nbytes for line in journal.lines)
+        check_room(out, total - done + (32 << 20))
+        contents = _Contents(source, schemes, read, data, told)
+        with explained(out):
+            file = TensorFile(path, head, journal, alignment)
+            try:
+                for entry in entries[resumed:]:
+                    tensor = contents.of(entry).numpy().data
+                    file.add(tensor, contents.untold())
+                    done += entry.nbytes
+                    if on_progress is not None:
+                        on_progress(done, total, "converting")
+            finally:
+                file.close()
         notes = _verified(source, path)
         towers = sum(isinstance(part, SourceVector) and part.beside for part in source.parts)
         if towers:
@@ -127,8 +159,28 @@ def save_gguf(
                 f"{towers} tensors of vision or audio were left out: llama.cpp has an mmproj file for them"
             )
         if check is not None:
-            check(path, notes)
-        return notes
+            check(path, told, notes)
+        return SavedGguf(notes, resumed)
+
+
+def _head(source: SourceModel, entries: list[_Entry]) -> bytes:
+    """The file up to its first tensor: metadata, and each tensor's name, type, shape and place."""
+    import gguf
+
+    arch = architecture_for(source.family.name, source.header)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head.gguf"
+        made = gguf.GGUFWriter(path, arch)
+        for key, value in _metadata(source, entries).items():
+            _add(made, key, value)
+        for entry in entries:
+            kind = gguf.GGMLQuantizationType[entry.type]
+            made.add_tensor_info(entry.name, entry.bytes_shape, np.dtype(np.uint8), entry.nbytes, kind)
+        made.write_header_to_file()
+        made.write_kv_data_to_file()
+        made.write_ti_data_to_file()
+        made.close()
+        return path.read_bytes()
 
 
 def _metadata(source: SourceModel, entries: list[_Entry]) -> dict[str, object]:
@@ -209,7 +261,10 @@ class _Plan:
 
     def _module(self, part: SourceModule) -> list[_Entry]:
         scheme, stem = self.schemes[part.target.stored], self._stored(part.place.part.name)
-        found = [_Entry(f"{stem}.weight", type_of(scheme), part.target.shape, (part,))]
+        shape: tuple[int, ...] = part.target.shape
+        if part.latent is not None:
+            shape = (part.latent.heads, shape[0] // part.latent.heads, shape[1])
+        found = [_Entry(f"{stem}.weight", type_of(scheme), shape, (part,))]
         if found[0].type == "NVFP4":
             found.append(_Entry(f"{stem}.scale", "F32", (1,), (part,), "scale"))
         if self._has_bias(part):
@@ -239,12 +294,19 @@ class _Plan:
 
 
 class _Contents:
-    """The bytes of the file's tensors, each module read when it is written."""
+    """The bytes of the file's tensors, each module read when it is written. ``told``: by target, what goes
+    on record of the modules that were read."""
 
     def __init__(
-        self, source: SourceModel, schemes: Mapping[str, Scheme], read: Read, data: TensorData
+        self,
+        source: SourceModel,
+        schemes: Mapping[str, Scheme],
+        read: Read,
+        data: TensorData,
+        told: dict[str, Json],
     ) -> None:
-        self.source, self.read, self.data = source, read, data
+        self.source, self.read, self.data, self.told = source, read, data, told
+        self._untold: list[str] = []
         self.writer = GgufWriter(schemes)
         self._last: tuple[SourceModule, dict[str, Tensor]] | None = None
 
@@ -263,6 +325,12 @@ class _Contents:
             tensor = tensor.float()
         return tensor.contiguous().view(torch.uint8).reshape(entry.bytes_shape)
 
+    def untold(self) -> dict[str, Json]:
+        """What was told since this was asked last."""
+        found = {name: self.told[name] for name in self._untold}
+        self._untold = []
+        return found
+
     def _vector(self, part: SourceVector) -> Tensor:
         shifted = self.source.family.name in SHIFTED_NORMS and part.name.endswith("norm.weight")
         return self.source.read_vector(part, self.data).float() + (1.0 if shifted else 0.0)
@@ -270,6 +338,9 @@ class _Contents:
     def _tensors(self, part: SourceModule) -> dict[str, Tensor]:
         if self._last is None or self._last[0] is not part:
             found = self.read(part)
+            if found.told:
+                self.told[found.target.name] = found.told
+                self._untold.append(found.target.name)
             weight, bias = found.weight, found.bias
             order = pairs(part.place.part) if self.source.family.gguf_rotates_pairs else None
             if part.place.groups:

@@ -215,10 +215,18 @@ class Quantizing:
             def read(part: SourceModule) -> ReadModule:
                 return self._quantized(planned[id(part)], data)
 
-            for note in save_gguf(
-                file, self.source, writer.schemes, read, data, force=force, on_progress=on_progress
-            ):
-                _log.warning("lowbit: %s", note)
+            saved = save_gguf(
+                file,
+                self.source,
+                writer.schemes,
+                read,
+                data,
+                depends_on=self._depends_on(writer),
+                force=force,
+                on_progress=on_progress,
+            )
+        for note in saved.notes:
+            _log.warning("lowbit: %s", note)
         self.online.say_kept()
         return file
 

@@ -93,7 +93,7 @@ def save_checkpoint(
         shards = ShardedWriter(folder, shard_bytes, room, writer.metadata())
         told: dict[str, Json] = {}
         if journal is not None:
-            shards.take_over(line.shard for line in finished)
+            shards.take_over(line.name for line in finished)
             told |= journal.parts
             writer.learned |= finished[-1].learned if finished else {}
         where: dict[str, int] = {}  # of parts the journal does not know: the last shard they reach into

@@ -3,7 +3,8 @@
 The model's own ``build`` asks for every weight, as when it is loaded; here each answer is only written down,
 with the name to write it under. From a Hugging Face folder that is its own stored name, rows and stacks as
 they are; from GGUF it is the name, and the order of rows, that the family's checkpoints have. What one of the
-two keeps in one matrix and the other does not is taken apart or put together (``models.hf_names``).
+two keeps in one matrix and the other does not is taken apart or put together (``models.hf_names``,
+``latent``).
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from lowbit.formats.kv_scales import KvScales
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.asker import Asker
+from lowbit.loading.latent import Latent, joined, scheme_of_joined
 from lowbit.loading.names import Placed, row_order
 from lowbit.loading.opened import Opened, Target
 from lowbit.loading.planner import PlannedEmbedding
 from lowbit.models.config import ModelConfig
+from lowbit.models.deepseek import DeepseekConfig
 from lowbit.models.hf_config import hf_config
 from lowbit.models.hf_names import (
     fused_in_folders,
@@ -63,6 +66,20 @@ class SourceModule:
     more: tuple[Placed, ...] = ()
     rows: Tensor | None = field(default=None, compare=False)
     parts: tuple[Part, ...] = ()
+    latent: Latent | None = None  # a whole of the places' heads, or a half of a whole
+
+    def halves(self) -> list[SourceModule]:
+        """K's and V's half of an up projection of latent attention, as GGUF files have them."""
+        assert self.latent is not None, "asked before"
+        found = []
+        for half in "kv":
+            latent = replace(self.latent, half=half)
+            name = self.place.part.name.replace("kv_b_proj", f"{half}_b_proj")
+            module = StoredModule(name, name, latent.shape)
+            place = replace(self.place, part=Part(name, latent.shape))
+            scheme, nbytes = latent.scheme_of(self.scheme), self.nbytes // 2
+            found.append(SourceModule(module, place, scheme, nbytes, self.more, latent=latent))
+        return found
 
     def apart(self, header: CheckpointHeader) -> list[SourceModule]:
         """Its parts, each a module of its own under its canonical name."""
@@ -173,6 +190,8 @@ class SourceModel:
                 elif head[2] == "0":
                     names = [one.stored for one in self._of_heads(head[1])]
                     made.parts.append(replace(part, name=f"{head[1]}.weight", more=tuple(names[1:])))
+            elif part.latent is not None:
+                made.parts += part.halves()
             elif len(part.parts) > 1 and part.place.part.name.rpartition(".")[2] not in fused:
                 made.parts += part.apart(self.header)
             else:
@@ -188,6 +207,8 @@ class SourceModel:
         """The module in canonical form, rows in the order in which it is written."""
         found = [self._read(place, data) for place in (module.place, *module.more)]
         weight, bias, rule = found[0].weight, found[0].bias, found[0].input
+        if module.latent is not None:
+            return ReadModule(module.target, self._latent(module, module.latent, found), None, rule)
         if module.more:
             joined = concatenate([one.weight for one in found])
             if joined is None:
@@ -203,6 +224,16 @@ class SourceModel:
             weight = weight.permute_rows(module.rows)
             bias = None if bias is None else bias[module.rows]
         return ReadModule(module.target, weight, bias, rule)
+
+    def _latent(self, module: SourceModule, latent: Latent, found: list[ReadModule]) -> QuantizedTensor:
+        """The whole of an up projection of latent attention, or a half."""
+        weights, rule = [one.weight for one in found], found[0].input
+        weight = weights[0]
+        if len(weights) > 1:
+            weight = joined(weights, scheme_of_joined([one.scheme for one in weights]))
+        if not latent.half:
+            return weight
+        return latent.cut(weight, None if rule is None else rule.multiplier)
 
     def _read(self, place: Placed, data: TensorData) -> ReadModule:
         """One stored module, the rows of each head as checkpoints have them."""
@@ -236,12 +267,13 @@ class _Walk(Asker):
 
     def __init__(self, opened: Opened) -> None:
         super().__init__(opened, Target.resolve(opened.header, "cpu", "auto", "auto"))
-        self.family = opened.family
+        self.family, self.config = opened.family, opened.config
         self.in_gguf = opened.header.container == "gguf"
         self.parts: list[SourceModule | SourceVector] = []
         self.mixtral = opened.config.moe is not None and opened.family.name == "llama"
         # Where norm weights are read with 1 added that transformers adds by itself.
         self.norm_shift = -1.0 if self.in_gguf and opened.family.name in ("gemma2", "gemma3") else 0.0
+        self._heads: list[Placed] = []  # of K's half of an up projection that is in two halves
         self._kv = KvScales(opened.header)
         self.has_kv_scales = False
 
@@ -270,8 +302,14 @@ class _Walk(Asker):
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """A meta tensor of that shape."""
-        for place in self.placed_stack(part, stacked):
-            self._note(part.name, [place], [part])
+        places = self.placed_stack(part, stacked)
+        if self.in_gguf and part.name.endswith(".k_b_proj"):
+            self._heads = places
+        elif self.in_gguf and part.name.endswith(".v_b_proj"):
+            self._note_latent(self._heads, places)
+        else:
+            for place in places:
+                self._note(part.name, [place], [part])
         return torch.empty((stacked, *part.shape) if stacked else part.shape, device="meta")
 
     def vector(self, name: str, *shape: int) -> Tensor:
@@ -319,7 +357,25 @@ class _Walk(Asker):
         elif any(place.module.dotted for place in places):
             made = made[0].apart(self.header) if fused else made
             made = [replace(one, target=self._target(one.place)) for one in made]
-        self.parts += made
+        self.parts += [self._with_latent(one) for one in made]
+
+    def _with_latent(self, module: SourceModule) -> SourceModule:
+        """With the sizes that GGUF files cut it by, where it is an up projection of latent attention."""
+        config = self.config
+        if not (isinstance(config, DeepseekConfig) and module.place.part.name.endswith(".kv_b_proj")):
+            return module
+        latent = Latent(config.heads, config.kv_lora_rank, config.nope_dim, config.v_dim)
+        return replace(module, latent=latent)
+
+    def _note_latent(self, k: list[Placed], v: list[Placed]) -> None:
+        """Both halves of an up projection as one module."""
+        latent = Latent(len(k), k[0].part.shape[0], k[0].part.shape[1], v[0].part.shape[0])
+        name = v[0].part.name.replace("v_b_proj", "kv_b_proj")
+        places = (replace(k[0], part=Part(name, latent.shape)), *k[1:], *v)
+        scheme = scheme_of_joined([self.form.scheme_of(place.module) for place in places])
+        nbytes = sum(self.stored_nbytes(place) for place in places)
+        made = SourceModule(k[0].module, places[0], scheme, nbytes, places[1:], latent=latent)
+        self.parts.append(replace(made, target=self._target(places[0])))
 
     def _as_in_folders(
         self, name: str, made: list[SourceModule], parts: list[Part], fused: bool

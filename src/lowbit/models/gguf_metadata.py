@@ -1,8 +1,7 @@
 """The metadata of a GGUF file for a model: the keys llama.cpp's converter writes, from the parsed config.
 
-The other way round than ``config`` and ``families`` read them; DeepSeek, whose tensors GGUF cuts anew, is
-refused, and BitNet, whose kind of file says nothing of its inputs. ``lost`` says what a family's
-GGUF files have no key for.
+The other way round than ``config`` and ``families`` read them. ``lost`` says what a family's GGUF files have
+no key for.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
-from lowbit.models.config import ModelConfig, MoeConfig, json_keys, rope_keys
-from lowbit.models.gguf_names import CUT_OTHERWISE
+from lowbit.models.config import ModelConfig, MoeConfig, architecture_of, json_keys, rope_keys
+from lowbit.models.deepseek import DeepseekConfig
 
 # Family -> general.architecture. All of Llama's relatives are "llama"; OLMo 3 is OLMo 2 with windows.
 ARCHITECTURES = {
@@ -54,6 +53,15 @@ ARCHITECTURES = {
     "gpt_neox": "gptneox",
     "gpt2": "gpt2",
     "gpt_oss": "gpt-oss",
+    "deepseek": "deepseek2",
+    "bitnet": "bitnet",
+}
+# Language models whose positions have three parts where they see pictures: class -> architecture.
+SEEING = {
+    "Qwen2VLForConditionalGeneration": "qwen2vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2vl",
+    "Qwen3VLForConditionalGeneration": "qwen3vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3vlmoe",
 }
 # Families whose windows have a key, and those whose files also list the layers that have one.
 _WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss")
@@ -64,21 +72,20 @@ UNSAID_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_mo
 SHIFTED_NORMS = ("gemma2", "gemma3")
 
 
-def architecture_for(family: str, root: str) -> str:
+def architecture_for(family: str, header: CheckpointHeader) -> str:
     """``general.architecture``, or E0450."""
     if family not in ARCHITECTURES:
-        why = CUT_OTHERWISE.get(family, f"those of {', '.join(sorted(ARCHITECTURES))} are")
         raise LowbitError(
             "E0450",
-            f"{root}: GGUF files of {printable(family)} are not written: {why}. Use llama.cpp's "
-            "convert_hf_to_gguf.py",
+            f"{header.root.name}: GGUF files of {printable(family)} are not written: those of "
+            f"{', '.join(sorted(ARCHITECTURES))} are. Use llama.cpp's convert_hf_to_gguf.py",
         )
-    return ARCHITECTURES[family]
+    return SEEING.get(architecture_of(header), ARCHITECTURES[family])
 
 
 def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) -> dict[str, object]:
     """The keys below the architecture's prefix, complete with it."""
-    arch = architecture_for(family, header.root.name)
+    arch = architecture_for(family, header)
     values: dict[str, object] = {
         "block_count": config.layers,
         "context_length": config.context_length,
@@ -114,22 +121,24 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
         trained = json_keys(header).size("original_max_position_embeddings", config.context_length)
         values["rope.scaling.original_context_length"] = trained
     values |= _rope(header, config)
+    if arch in SEEING.values():
+        values |= _seeing(header)
     return {f"{arch}.{key}": value for key, value in values.items()}
 
 
 def _experts(family: str, config: ModelConfig, moe: MoeConfig) -> dict[str, object]:
     values: dict[str, object] = {"expert_count": moe.experts, "expert_used_count": moe.per_token}
-    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss"):
+    if family in ("qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss", "deepseek"):
         values["expert_feed_forward_length"] = moe.intermediate_size
     if family in ("qwen2_moe", "granitemoe") and moe.shared_size:
         values["expert_shared_feed_forward_length"] = moe.shared_size
-    if family == "glm4_moe":
+    if family in ("glm4_moe", "deepseek"):
         values |= {
             "expert_shared_count": moe.shared_size // moe.intermediate_size,
             "leading_dense_block_count": config.layers - len(moe.layers),
             "expert_group_count": moe.groups,
             "expert_group_used_count": moe.kept_groups,
-            "expert_gating_func": 2,  # sigmoid
+            "expert_gating_func": 2 if moe.routing == "group_sigmoid" else 1,  # sigmoid, softmax
             "expert_weights_scale": moe.scale,
             "expert_weights_norm": moe.renormalize,
             "nextn_predict_layers": 0,  # left out
@@ -140,6 +149,8 @@ def _experts(family: str, config: ModelConfig, moe: MoeConfig) -> dict[str, obje
 def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
     """Keys that one family has, or few."""
     match family:
+        case "deepseek":
+            return _latent(config)
         case "granite" | "granitemoe" | "minicpm":
             values: dict[str, object] = {
                 "embedding_scale": config.embedding_scale,
@@ -155,9 +166,46 @@ def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
             return {"use_parallel_residual": config.parallel}
         case "falcon":
             return {"tensor_data_layout": "jploski"}
+        case "bitnet":
+            return {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}
         case "baichuan":
             return {"tensor_data_layout": "Meta AI original pth"}
     return {}
+
+
+def _seeing(header: CheckpointHeader) -> dict[str, object]:
+    """How positions are divided, and how many layers take pictures in; the pictures' part is another file."""
+    holders = (header.config.get("text_config"), header.config)
+    sections = (
+        holder[key].get("mrope_section")
+        for holder in holders
+        if isinstance(holder, dict)
+        for key in ("rope_parameters", "rope_scaling")
+        if isinstance(holder.get(key), dict)
+    )
+    section = next((found for found in sections if isinstance(found, list)), None)
+    values: dict[str, object] = {}
+    if section is not None:
+        values["rope.dimension_sections"] = [*map(int, section), 0, 0, 0, 0][:4]
+    vision = header.config.get("vision_config")
+    deep = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
+    return values | ({"n_deepstack_layers": len(deep)} if isinstance(deep, list) else {})
+
+
+def _latent(config: ModelConfig) -> dict[str, object]:
+    """Of the absorbed form, in which heads share one latent row; ``mla`` is of the heads themselves."""
+    assert isinstance(config, DeepseekConfig), "the family's"
+    values: dict[str, object] = {
+        "attention.key_length": config.kv_lora_rank + config.rope_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": config.head_dim,
+        "attention.value_length_mla": config.v_dim,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+    }
+    if config.q_lora_rank:
+        values["attention.q_lora_rank"] = config.q_lora_rank
+    mscale = config.rope_scaling.mscale_all_dim
+    return values | ({"rope.scaling.yarn_log_multiplier": 0.1 * mscale} if mscale else {})
 
 
 def _rope(header: CheckpointHeader, config: ModelConfig) -> dict[str, object]:
@@ -206,9 +254,12 @@ def lost(before: ModelConfig, after: ModelConfig) -> list[str]:
     spelled |= {"attention_scale"} if _alike(_scale(before), _scale(after)) else set()
     found = [
         field.name
-        for field in fields(ModelConfig)
-        if field.name not in spelled and not _alike(getattr(before, field.name), getattr(after, field.name))
+        for field in fields(before)
+        if field.name not in spelled
+        and not _alike(getattr(before, field.name), getattr(after, field.name, None))
     ]
+    if not _alike(_magnitude(before), _magnitude(after)):
+        found.append("rope_scaling.mscale beside mscale_all_dim")
     return found + _lost_of_experts(before.moe, after.moe)
 
 
@@ -229,6 +280,13 @@ def _lost_of_experts(before: MoeConfig | None, after: MoeConfig | None) -> list[
     names += ["kept_groups"] if before.groups > 1 else []
     names += ["renormalize"] if before.routing != "top_k_softmax" else []
     return [f"moe.{name}" for name in names if not _alike(getattr(before, name), getattr(after, name))]
+
+
+def _magnitude(config: ModelConfig) -> float:
+    """Of cosines and sines under YaRN."""
+    if config.rope_scaling.kind != "yarn":
+        return 1.0
+    return rotary_frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)[1]
 
 
 def _scale(config: ModelConfig) -> float:

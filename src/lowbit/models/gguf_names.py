@@ -130,15 +130,3 @@ FALCON_GGUF_NAMES = GGUF_NAMES | _of_layers({"ln_attn": "attn_norm_2", "ln_mlp":
 BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(
     {"self_attn.attn_sub_norm": "attn_sub_norm", "mlp.ffn_sub_norm": "ffn_sub_norm"}
 )
-
-# Families that GGUF files hold otherwise than checkpoints do, by either name, and in which way.
-_LATENT = "GGUF files cut its latent attention by heads"
-_BITNET = "GGUF files do not say how its inputs are quantized"
-_Z_APART = "GGUF files keep z apart from Q, K and V of linear attention"
-CUT_OTHERWISE = {
-    "deepseek": _LATENT,
-    "deepseek2": _LATENT,
-    "bitnet": _BITNET,
-    "qwen3_next": _Z_APART,
-    "qwen3next": _Z_APART,
-}

@@ -4,9 +4,9 @@ The other way round than ``families``: the same keys, from the sizes and constan
 What GGUF files leave out (formats of the fixtures' README) is the family's knowledge, as when reading: no
 sliding window for Mistral, renormalized experts. Llama 3's frequency divisors, a tensor in GGUF, are put
 back into the four numbers they were made from. Families that transformers has no class for become the class
-they amount to: InternLM 2, Baichuan 7B and EXAONE 3 are Llama, MiniCPM is Granite. DeepSeek is refused: its
-GGUF tensors are cut otherwise than its checkpoints'; so is BitNet, whose files do not say how its inputs are
-quantized.
+they amount to: InternLM 2, Baichuan 7B and EXAONE 3 are Llama, MiniCPM is Granite. Of models that also
+see pictures it is the language model alone (the pictures' part is a file of its own). BitNet's file does not
+say how inputs are quantized: the folder leaves them alone, as what reads the file does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.models.config import ModelConfig, architecture_of, gguf_keys
-from lowbit.models.gguf_names import CUT_OTHERWISE
+from lowbit.models.deepseek import DeepseekConfig
 
 Json = dict[str, object]
 ReadTensor = Callable[[str], Tensor]
@@ -36,11 +36,10 @@ def hf_config(header: CheckpointHeader, config: ModelConfig, read: ReadTensor) -
     name = architecture_of(header)
     family = _FAMILIES.get("mixtral" if name == "llama" and config.moe is not None else name)
     if family is None:
-        why = CUT_OTHERWISE.get(name, f"those of {', '.join(sorted(_FAMILIES))} are")
         raise LowbitError(
             "E0450",
             f"{header.root.name}: GGUF files of {printable(name)!r} are not turned into Hugging Face "
-            f"folders: {why}. Convert the original model instead",
+            f"folders: those of {', '.join(sorted(_FAMILIES))} are. Convert the original model instead",
         )
     values = _common(header, config)
     for key in _WITHOUT.get(name, ()):
@@ -385,6 +384,47 @@ def _gpt2(header: CheckpointHeader, config: ModelConfig) -> Json:
     }
 
 
+def _bitnet(header: CheckpointHeader, config: ModelConfig) -> Json:
+    _one_bias(header, config, "BitNetForCausalLM")
+    return _class("bitnet", "BitNetForCausalLM")
+
+
+def _deepseek(header: CheckpointHeader, config: ModelConfig) -> Json:
+    """V3's class where experts are chosen by sigmoids, else V2's."""
+    moe = config.moe
+    assert moe is not None and isinstance(config, DeepseekConfig), "the family has experts"
+    sigmoid = moe.routing == "group_sigmoid"
+    values = (
+        _class("deepseek_v3", "DeepseekV3ForCausalLM")
+        if sigmoid
+        else _class("deepseek_v2", "DeepseekV2ForCausalLM")
+    )
+    method = "noaux_tc" if sigmoid else "greedy" if moe.groups == 1 else "group_limited_greedy"
+    return values | {
+        "num_key_value_heads": config.heads,
+        "head_dim": config.rope_dim,
+        "q_lora_rank": config.q_lora_rank or None,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_nope_head_dim": config.nope_dim,
+        "qk_rope_head_dim": config.rope_dim,
+        "v_head_dim": config.v_dim,
+        "attention_bias": config.attention_bias,
+        "n_routed_experts": moe.experts,
+        "num_experts_per_tok": moe.per_token,
+        "moe_intermediate_size": moe.intermediate_size,
+        "n_shared_experts": moe.shared_size // moe.intermediate_size,
+        "first_k_dense_replace": config.layers - len(moe.layers),
+        "moe_layer_freq": 1,
+        "n_group": moe.groups,
+        "topk_group": moe.kept_groups,
+        "topk_method": method,
+        "scoring_func": "sigmoid" if sigmoid else "softmax",
+        "norm_topk_prob": moe.renormalize,
+        "routed_scaling_factor": shortest(moe.scale),
+        "num_nextn_predict_layers": 0,  # left out
+    }
+
+
 def _gpt_oss(header: CheckpointHeader, config: ModelConfig) -> Json:
     moe = config.moe
     assert moe is not None, "the family has experts"
@@ -424,6 +464,11 @@ _FAMILIES: dict[str, Callable[[CheckpointHeader, ModelConfig], Json]] = {
     "baichuan": _llama,
     "exaone": _llama,
     "minicpm": _granite,
+    "deepseek2": _deepseek,
+    "bitnet": _bitnet,
+    "qwen2vl": _qwen2,
+    "qwen3vl": _qwen3,
+    "qwen3vlmoe": _qwen3_moe,
     "gpt-oss": _gpt_oss,
 }
 # Keys of the usual config that a class has others for.
@@ -458,6 +503,9 @@ def _rope_scaling(header: CheckpointHeader, config: ModelConfig, read: ReadTenso
                 "beta_fast": shortest(scaling.beta_fast),
                 "beta_slow": shortest(scaling.beta_slow),
             }
+            if scaling.mscale_all_dim:  # 0.1 times it is in the file, as float32
+                mscale = float(f"{10 * shortest(0.1 * scaling.mscale_all_dim):.7g}")
+                found |= {"mscale": mscale, "mscale_all_dim": mscale}
             if not scaling.truncate:
                 found["truncate"] = False
             factor = scaling.attention_factor

@@ -1,4 +1,5 @@
-"""Cutting a quantized weight in rows or columns, exactly: every weight keeps its value.
+"""Cutting a quantized weight in rows or columns, or its blocks into smaller ones, exactly: every weight keeps
+its value.
 
 A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks. A
 column cut falls on the borders of ``column_unit``: what shares a scale, or an input's scale, stays
@@ -108,6 +109,35 @@ def _parted_at(weight: QuantizedTensor, borders: list[int]) -> QuantizedTensor:
         scales=tuple(split(s, i) for i, s in enumerate(weight.scales)),
         zeros=None if weight.zeros is None else split(weight.zeros, 0),
         offsets=tuple(split(o, i) for i, o in enumerate(weight.offsets)),
+    )
+
+
+def scheme_in_rows(scheme: Scheme, columns: int) -> Scheme:
+    """The scheme of ``in_rows``'s result."""
+    if not scheme.flattened:
+        return scheme
+    blocks = tuple((1, math.gcd(width, columns)) for _, width in scheme.blocks)
+    return replace(scheme, blocks=blocks, flattened=False)
+
+
+def in_rows(weight: QuantizedTensor) -> QuantizedTensor:
+    """Blocks that run over row ends as smaller ones that do not: the widest that divide block and row."""
+    out, columns = weight.shape[-2:]
+    scheme = scheme_in_rows(weight.scheme, columns)
+    if scheme == weight.scheme:
+        return weight
+
+    def spread(per_block: Tensor, level: int) -> Tensor:
+        width, part = weight.scheme.blocks[level][1], scheme.blocks[level][1]
+        firsts = torch.arange(0, out * columns, part)
+        return per_block.flatten()[firsts // width].view(out, columns // part)
+
+    return replace(
+        weight,
+        scheme=scheme,
+        scales=tuple(spread(s, i) for i, s in enumerate(weight.scales)),
+        zeros=None if weight.zeros is None else spread(weight.zeros, 0),
+        offsets=tuple(spread(o, i) for i, o in enumerate(weight.offsets)),
     )
 
 

@@ -24,6 +24,11 @@ _DEEPSEEK_V3_WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# DeepSeek LLM's and V2's class of letters: those of two cases, of an older Unicode and of fewer scripts.
+_CASED_LETTERS = (
+    r"[\p{Lu}\p{Ll}\p{Lt}&&[^\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8a\u2d00-\u2d2d\ua790-\uab68"
+    r"\x{10570}-\x{105bc}\x{10d50}-\x{10d85}\x{16e40}-\x{1df2a}]]"
+)
 
 # name: patterns, in the order they are applied. ``DIGITS`` and ``GPT2`` have fast paths of their own.
 DIGITS = r"\p{N}"
@@ -42,6 +47,14 @@ _TABLE: dict[tuple[str, ...], tuple[str, ...]] = {
     ("gpt-4o", "llama4", "gpt-oss", "kormo"): (GPT4O,),
     ("tekken",): (TEKKEN,),
     ("falcon",): (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
+    ("deepseek-llm",): (
+        r"[\r\n]",
+        rf"\s?{_CASED_LETTERS}+",
+        r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+        r"\s+$",
+        _CJK,
+        r"\p{N}+",
+    ),
     ("deepseek-coder",): (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, DIGITS),
     ("deepseek-v3", "deepseek3-llm", "hunyuan-v1-moe"): (
         r"\p{N}{1,3}",

@@ -67,26 +67,26 @@ def _tile(tokens: int, columns: int, as_stored: bool, gated: bool) -> tuple[int,
 
 
 @triton.jit
-def _operand(codes, FORMAT: tl.constexpr, FP8_DOT: tl.constexpr):  # type: ignore[no-untyped-def]
+def operand(codes, FORMAT: tl.constexpr, FP8_DOT: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of codes as the tensor cores take it."""
     if FORMAT == "int8":
-        operand = codes
+        taken = codes
     elif FP8_DOT:
         if FORMAT == "e5m2":
-            operand = codes.to(tl.float8e5, bitcast=True)
+            taken = codes.to(tl.float8e5, bitcast=True)
         else:
-            operand = codes.to(tl.float8e4nv, bitcast=True)
+            taken = codes.to(tl.float8e4nv, bitcast=True)
     elif FORMAT == "e5m2":
-        operand = (codes.to(tl.int16) << 8).to(tl.float16, bitcast=True)
+        taken = (codes.to(tl.int16) << 8).to(tl.float16, bitcast=True)
     else:
         wide = codes.to(tl.int16)
         half = (((wide & 0x7F) << 7) | ((wide & 0x80) << 8)).to(tl.float16, bitcast=True) * 256.0
-        operand = tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
-    return operand
+        taken = tl.where((wide & 0x7F) == 0x7F, float("nan"), half)
+    return taken
 
 
 @triton.jit
-def _numbers(pointers, k, columns, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def numbers(pointers, k, columns, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of codes, zeros behind the last column."""
     if EVEN:
         return tl.load(pointers)
@@ -191,10 +191,10 @@ def _multiply(  # type: ignore[no-untyped-def]
         partner_total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if WHOLE else tl.float32)
     for block in range(begin, end):
         left = columns - block * BLOCK_K
-        a = _operand(_numbers(x_tile, k[None, :], left, EVEN), X_FORMAT, FP8_DOT)
-        b = _operand(_numbers(w_tile, k[:, None], left, EVEN), W_FORMAT, FP8_DOT)
+        a = operand(numbers(x_tile, k[None, :], left, EVEN), X_FORMAT, FP8_DOT)
+        b = operand(numbers(w_tile, k[:, None], left, EVEN), W_FORMAT, FP8_DOT)
         if ACTIVATION >= 0:
-            c = _operand(_numbers(partner_tile, k[:, None], left, EVEN), W_FORMAT, FP8_DOT)
+            c = operand(numbers(partner_tile, k[:, None], left, EVEN), W_FORMAT, FP8_DOT)
         if WHOLE or (X_GROUP == 0 and W_GROUP == 0 and not FP8_DOT):
             total = dot(a, b, total)
             if ACTIVATION >= 0:
@@ -335,6 +335,11 @@ def _properties(device: torch.device) -> tuple[int, bool]:
     return found.multi_processor_count, (found.major, found.minor) >= (8, 9)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has."""
+    return _properties(device)[0]
+
+
 def fp8_dots(device: torch.device) -> bool:
     """Whether the device multiplies 8-bit floats as they are."""
     return _properties(device)[1]
@@ -379,8 +384,8 @@ def multiply(
     runtime.launch(
         _multiply,
         (tiles, splits),
-        _bytes(x.codes),
-        _bytes(weight.codes),
+        as_bytes(x.codes),
+        as_bytes(weight.codes),
         x.scales,
         x.zeros,
         weight.scale,
@@ -395,8 +400,8 @@ def multiply(
         weight.block_rows,
         num_warps=warps,
         num_stages=stages,
-        X_FORMAT=_FORMATS[x.codes.dtype],
-        W_FORMAT=_FORMATS[weight.codes.dtype],
+        X_FORMAT=FORMATS[x.codes.dtype],
+        W_FORMAT=FORMATS[weight.codes.dtype],
         FP8_DOT=fp8,
         X_GROUP=x_group,
         W_GROUP=weight.group,
@@ -415,10 +420,11 @@ def multiply(
     return out
 
 
-_FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+FORMATS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
-def _bytes(codes: Tensor) -> Tensor:
+def as_bytes(codes: Tensor) -> Tensor:
+    """Codes as kernels are given them: 8-bit floats as uint8."""
     return codes if codes.dtype is torch.int8 else codes.view(torch.uint8)
 
 

@@ -35,7 +35,8 @@ class Rows:
     """What meets a matrix: x (rows, columns), row ``pair // divisor`` of it that of a pair.
 
     ``factor``: float32, of each row or one, the product is multiplied by it. ``scales``: float32 (groups,
-    rows) of ``group`` columns each, x is codes then.
+    rows) of ``group`` columns each, x is codes then. Codes of 8 bits (``expert_eight_bit``) have scales or a
+    factor of each row, and may have ``zeros``, int32 of each row.
     """
 
     x: Tensor
@@ -43,6 +44,7 @@ class Rows:
     factor: Tensor | None = None
     scales: Tensor | None = None
     group: int = 0
+    zeros: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Stack:
 
 
 @triton.jit
-def _place(blocks, tiles, BAND: tl.constexpr):  # type: ignore[no-untyped-def]
+def place(blocks, tiles, BAND: tl.constexpr):  # type: ignore[no-untyped-def]
     """A program's block of rows and tile of outputs: bands of blocks share weights in the L2 cache."""
     number = tl.program_id(0)
     in_band = BAND * tiles
@@ -189,7 +191,7 @@ def _packed(  # type: ignore[no-untyped-def]
     """EVERY: what has one scale: a "tile", a "step" of RUNS runs, or all of a row until its "end"."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     TAKEN: tl.constexpr = "exact" if ZERO == "exact" else "none"
-    block, tile = _place(blocks, tl.cdiv(outputs, BLOCK_N), BAND)
+    block, tile = place(blocks, tl.cdiv(outputs, BLOCK_N), BAND)
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert < 0:
         return
@@ -316,7 +318,7 @@ def _dense(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
 ):
     """Plain matrices (experts, outputs, columns). WIDE: of two types, that are multiplied as float32."""
-    block, tile = _place(blocks, tl.cdiv(outputs, BLOCK_N), BAND)
+    block, tile = place(blocks, tl.cdiv(outputs, BLOCK_N), BAND)
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert < 0:
         return

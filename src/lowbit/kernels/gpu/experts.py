@@ -5,8 +5,9 @@ between. The weights of all experts lie in one buffer of each kind, of which eac
 view. Nothing waits for the device and all grids follow from shapes alone, so that a step can be captured.
 
 An input that all experts quantize alike is quantized once, before it is handed out; where scales or
-multipliers are an expert's own, every pair of token and expert is quantized by itself. The products are of
-codes in bfloat16, which holds them exactly, and scales meet float32 sums; 8-bit tensor cores are not used.
+multipliers are an expert's own, every pair of token and expert is quantized by itself. Where inputs and
+weights are codes of 8 bits, 8-bit tensor cores multiply them (``expert_eight_bit``). Other codes are
+multiplied in bfloat16, which holds them exactly, and scales meet float32 sums.
 
 Graphs, speed and memory have not been seen on a GPU: the kernels are proven in Triton's interpreter, and
 compiled for compute capabilities 8.0 and 9.0.
@@ -23,8 +24,12 @@ from torch import Tensor
 from lowbit.kernels.activation_quant import InputTransform, grouped_codes
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.experts import Layer
+from lowbit.kernels.gpu import expert_eight_bit
+from lowbit.kernels.gpu.eight_bit import EightBitWeight
+from lowbit.kernels.gpu.expert_eight_bit import stacked
 from lowbit.kernels.gpu.expert_products import Rows, Stack, block_rows, multiply
 from lowbit.kernels.gpu.expert_rows import SortedPairs, mix, sort_pairs
+from lowbit.kernels.gpu.layer import meet, operand
 from lowbit.kernels.gpu.weight_layout import Layout, layout_of
 
 MOST_BETWEEN = 1 << 28  # numbers of pairs that are kept between the products; more tokens go in turns
@@ -71,6 +76,47 @@ class _Input:
         codes = codes.bfloat16().flatten(-2)[:, : x.shape[1]]
         return Rows(codes, divisor, None, scales.squeeze(-1).T, group)
 
+    def codes(self, x: Tensor, divisor: int, chosen: Tensor) -> Rows:
+        """The same as codes of 8 bits, for weights of as many: where ``eight_bit`` said they can be."""
+        transform, scheme = self.transform, self.transform.scheme
+        assert scheme is not None, "its codes are asked for"
+        if self.shared:
+            assert transform.gpu is not None, "asked before"
+            found = transform.gpu.codes(x)
+            group = transform.gpu.group
+            if group:
+                return Rows(found.codes, divisor, None, found.scales, group)
+            return Rows(found.codes, divisor, found.scales, zeros=found.zeros)
+        x = x if divisor == 1 else x.repeat_interleave(divisor, 0)
+        changed, factor = _of_pairs(transform, chosen).in_torch(x)
+        assert factor is not None, "a scale of each pair"
+        # Codes cannot all say NaN: the scale does.
+        factor = torch.where(changed.isnan().any(1, keepdim=True), torch.nan, factor.float())
+        dtype = torch.int8 if scheme.number_format.is_integer else scheme.number_format.dtype
+        assert dtype is not None, "a format of 8 bits"
+        return Rows(changed.nan_to_num().to(dtype), 1, factor.flatten())
+
+    def eight_bit(self, layers: Sequence[Layer], number: int, codes: Tensor) -> EightBitWeight | None:
+        """A weight of all experts, whose codes these are, for ``codes`` of x; None where either is not."""
+        transform, scheme = self.transform, self.transform.scheme
+        if scheme is None or scheme.number_format.bits != 8:
+            return None
+        if self.shared:
+            if transform.gpu is None:
+                return None
+            group, has_zeros = transform.gpu.group, transform.gpu.has_zeros
+            zeros = transform.gpu.static_zero
+        else:
+            if scheme.block[1] or not scheme.symmetric or transform.static_zero is not None:
+                return None
+            group, has_zeros, zeros = 0, False, None
+        weights = [layer.weights[number] for layer in layers]
+        if not all(meet(weight, scheme, zeros) for weight in weights):
+            return None
+        found = [operand(weight, group, has_zeros) for weight in weights]
+        known = [one for one in found if one is not None]
+        return stacked(known, codes) if len(known) == len(found) else None
+
 
 def _of_pairs(transform: InputTransform, chosen: Tensor) -> InputTransform:
     """Each pair's own multiplier and scales, from those of all experts."""
@@ -89,17 +135,29 @@ def _of_pairs(transform: InputTransform, chosen: Tensor) -> InputTransform:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One weight of every expert, its rows from ``first`` on. ``bias``: float32 (experts, rows)."""
+    """One weight of every expert, its rows from ``first`` on. ``bias``: float32 (experts, rows).
+
+    ``eight_bit``: the weight for 8-bit codes of x, where both can be.
+    """
 
     stack: Stack
     bias: Tensor | None
     input: _Input | None
     first: int
+    eight_bit: EightBitWeight | None = None
 
     @property
     def tile(self) -> int:
         """See ``_Input``: an order of columns mixes their groups."""
         return 0 if self.stack.layout is None or self.stack.order is not None else self.stack.layout.tile
+
+    def rows(self, x: Tensor, divisor: int, chosen: Tensor) -> Rows:
+        """What the product is given of x."""
+        if self.input is None:
+            return Rows(x, divisor)
+        if self.eight_bit is not None:
+            return self.input.codes(x, divisor, chosen)
+        return self.input(x, divisor, chosen, self.tile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,17 +173,20 @@ class _Matrix:
     ) -> Tensor:
         """(pairs, rows), or gated (pairs, rows / 2)."""
         pairs = len(chosen)
-        given: dict[tuple[int, int], Rows] = {}
+        given: dict[tuple[int, int, bool], Rows] = {}
         fused = activation is not None and len(self.parts) == 1
         width = self.rows // 2 if fused else self.rows
         out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
         for part in self.parts:
-            key = (id(part.input), part.tile)
+            eight, within = part.eight_bit, activation if fused else None
+            key = (id(part.input), part.tile, eight is not None)
             if key not in given:
-                whole = Rows(x, divisor)
-                given[key] = whole if part.input is None else part.input(x, divisor, chosen, part.tile)
+                given[key] = part.rows(x, divisor, chosen)
             own = out if fused else out[:, part.first : part.first + part.stack.shape[0]]
-            multiply(part.stack, given[key], sorted_, part.bias, activation if fused else None, own)
+            if eight is not None:
+                expert_eight_bit.multiply(eight, given[key], sorted_, part.bias, within, own)
+            else:
+                multiply(part.stack, given[key], sorted_, part.bias, within, own)
         return out if fused or activation is None else gated_activation(out, activation)
 
 
@@ -167,8 +228,11 @@ class GpuGroupedExperts:
         self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None, out: Tensor
     ) -> None:
         pairs = chosen.flatten()
-        most = min(part.stack.most_rows for part in (*self.gate_up.parts, *self.down.parts))
-        sorted_ = sort_pairs(chosen, self.count, block_rows(len(pairs), self.count, x.dtype, most))
+        parts = (*self.gate_up.parts, *self.down.parts)
+        most = min(part.stack.most_rows for part in parts)
+        codes = all(part.eight_bit is not None for part in parts)
+        dtype = torch.bfloat16 if codes else x.dtype
+        sorted_ = sort_pairs(chosen, self.count, block_rows(len(pairs), self.count, dtype, most))
         inner = self.gate_up(x, chosen.shape[1], pairs, sorted_, activation)
         mix(self.down(inner, 1, pairs, sorted_), chosen, weights, added, out)
 
@@ -232,7 +296,10 @@ def _matrix(layers: Sequence[Layer]) -> _Matrix:
             inputs.append((transforms, known))
         last = first + weight.shape[0]
         bias = None if biases is None else biases[:, first:last].contiguous()
-        parts.append(_Part(_stack(layers, number), bias, known, first))
+        stack = _stack(layers, number)
+        codes = stack.buffers.get("codes")
+        eight = None if codes is None or known is None else known.eight_bit(layers, number, codes)
+        parts.append(_Part(stack, bias, known, first, eight))
         first = last
     return _Matrix(tuple(parts), rows, columns)
 

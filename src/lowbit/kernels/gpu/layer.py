@@ -18,6 +18,7 @@ from lowbit.kernels.gpu import eight_bit, runtime
 from lowbit.kernels.gpu.activation_quant import GpuQuantizer
 from lowbit.kernels.gpu.eight_bit import EightBitWeight
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.scheme import ActivationScheme
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,18 +39,16 @@ class GpuLayer:
         if weight.kernel.name != "gpu_blocks" or transform is None or transform.scheme is None:
             return None
         quantizer = transform.gpu
-        if quantizer is None or not _meet(weight, quantizer):
+        if quantizer is None or not meet(weight, transform.scheme, quantizer.static_zero):
             return None
-        operand = _operand(weight, quantizer)
-        if operand is None:
+        taken = operand(weight, quantizer.group, quantizer.has_zeros)
+        if taken is None:
             return None
         if bias is None:
-            return GpuLayer(weight, quantizer, operand, None, None)
+            return GpuLayer(weight, quantizer, taken, None, None)
         wide = bias.float().contiguous()
         narrow = wide.bfloat16()
-        return GpuLayer(
-            weight, quantizer, operand, wide, narrow if torch.equal(narrow.float(), wide) else None
-        )
+        return GpuLayer(weight, quantizer, taken, wide, narrow if torch.equal(narrow.float(), wide) else None)
 
     def takes(self, x: Tensor, out: Tensor | None = None) -> bool:
         """Whether x and the result lie as the kernels read and write them."""
@@ -83,28 +82,30 @@ class GpuLayer:
         )
 
 
-def _meet(weight: PackedWeight, quantizer: GpuQuantizer) -> bool:
-    """Whether both sides are codes that tensor cores multiply."""
-    scheme, buffers = weight.scheme, weight.buffers
-    assert quantizer.transform.scheme is not None, "asked before"
-    given, codes = quantizer.transform.scheme.number_format, buffers.get("codes")
-    if codes is None or scheme.offset or scheme.flattened or scheme.reordered or "column_order" in buffers:
+def meet(weight: PackedWeight, scheme: ActivationScheme, zeros: Tensor | None) -> bool:
+    """Whether both sides are codes that tensor cores multiply. ``zeros``: of an input with static ones."""
+    held, buffers = weight.scheme, weight.buffers
+    given, codes = scheme.number_format, buffers.get("codes")
+    if codes is None or held.offset or held.flattened or held.reordered or "column_order" in buffers:
         return False
     if codes.dtype is torch.int8:
         if not given.is_integer or weight.shape[1] > eight_bit.MOST_WHOLE_COLUMNS:
             return False
-        if quantizer.static_zero is not None and bool(quantizer.static_zero.frac().any()):
+        if zeros is not None and bool(zeros.frac().any()):
             return False
         # As stored they are the canonical codes less 128: the values, where that is the zero point.
-        if scheme.zero == "integer":
+        if held.zero == "integer":
             return bool((buffers["zeros"] == 128).all())
-        return scheme.zero == "none" and scheme.weight.name == "int8"
+        return held.zero == "none" and held.weight.name == "int8"
     floats = ("e4m3", "e5m2")
-    return scheme.zero == "none" and scheme.weight.name in floats and given.name in floats
+    return held.zero == "none" and held.weight.name in floats and given.name in floats
 
 
-def _operand(weight: PackedWeight, quantizer: GpuQuantizer) -> EightBitWeight | None:
-    """The weight with float32 scales; None where they lie otherwise than the kernels read them."""
+def operand(weight: PackedWeight, given: int, has_zeros: bool) -> EightBitWeight | None:
+    """The weight with float32 scales; None where they lie otherwise than the kernels read them.
+
+    ``given``: columns of x that share a scale, 0: all; ``has_zeros``: whether its codes have zero points.
+    """
     out, columns = weight.shape
     codes = weight.buffers["codes"]
     of_rows: Tensor | None = None  # float32 (out,) or (1,)
@@ -122,16 +123,15 @@ def _operand(weight: PackedWeight, quantizer: GpuQuantizer) -> EightBitWeight | 
         of_rows = flat if of_rows is None else of_rows * flat
     if of_rows is None:
         of_rows = torch.ones(1, device=codes.device)
-    given = quantizer.group
     if grouped is None:
         if given and given < eight_bit.LEAST_GROUP:
             return None
         one = of_rows if of_rows.numel() == 1 else None
-        sums = codes.sum(1, dtype=torch.int32) if quantizer.has_zeros else None
+        sums = codes.sum(1, dtype=torch.int32) if has_zeros else None
         return EightBitWeight(codes, of_rows.expand(out).contiguous(), sums=sums, one_scale=one)
     scale, rows, group = grouped
     narrow, wide = sorted((group, given or group))
-    if quantizer.has_zeros or narrow < eight_bit.LEAST_GROUP or narrow & narrow - 1 or wide % narrow:
+    if has_zeros or narrow < eight_bit.LEAST_GROUP or narrow & narrow - 1 or wide % narrow:
         return None
     if of_rows.numel() != 1:
         if rows != 1:

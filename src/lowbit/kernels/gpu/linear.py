@@ -12,27 +12,31 @@ refuses, and x of any float type, with float32 sums:
 float32 x is multiplied as float32 all the way, on CUDA cores. Columns in another order (act-order) are
 gathered from x first. A row's last bit may depend on how many rows are beside it, by the table above.
 
-Why these blocks; none of it has been timed on a GPU. One token of a 4-bit weight of 4096 x 4096 reads 8 MiB,
-2.5 us of an H100's 3.35 TB/s (1.75 us of an H200's 4.8), and latency times bandwidth asks for some 25 KiB
-under way on each of 132 SMs (15 on an A100's 108). ``vector_product`` loads 8 KiB a program and step, with 4
-steps in flight and two programs on each SM: columns are split where rows do not give enough of them. It is
-128 rows high so that a thread uses its part of x for several rows, and costs about 5 instructions a 4-bit
-weight and one more a token, where those GPUs have 4 or
-5 in the time that memory brings one: from the second token on tensor cores, on which tokens are free and
-decoding costs 3.5. Their tiles are 128 rows high, as every block of rows reads all of x again from L2: with
-16 tokens x is half of what a block reads, with 64 two thirds. One wave of programs (two of the smaller ones)
-over the SMs is made by splitting columns, at 512 a program or more, as a program should have several loads
-in flight; the splits' sums are added in their order by a second kernel, not by atomics, so that equal calls
-give equal bits. Between 65 and 511 tokens a tile is decoded once for 64 or 128 tokens. From 512 on decoding
-in every block of tokens costs more than writing and reading 2 bytes a weight once. The workspace stays in L2
-(40 MiB on an A100, 50 on an H100); from HBM it would be 1.2 ps a weight, beside the 8.2 that 4096 tokens'
-products take at a PFLOP a second.
+Why these blocks, where none were measured for the GPU (``tuned_sizes``); none of it has been timed. One token
+of a 4-bit weight of 4096 x 4096 reads 8 MiB, 2.5 us of an H100's 3.35 TB/s (1.75 us of an H200's 4.8), and
+latency times bandwidth asks for some 25 KiB under way on each of 132 SMs (15 on an A100's 108).
+``vector_product`` loads 8 KiB a program and step where it is 128 rows high, with 4 steps in flight and two
+programs on each SM. Lower programs are there for weights whose rows make too few, or as many that some SMs
+have one more than others; a thread uses its part of x for fewer rows then. It costs about 5 instructions a
+4-bit weight and one more a token, where those GPUs have 4 or 5 in the time that memory brings one: from the
+second token on tensor cores, on which tokens are free (a tile has 16, rows of none are not read) and decoding
+costs 3.5. That holds for 2 to 8 tokens as for 16: what they need is what one token needs, bytes under way and
+equal work for all SMs, and ``programs`` cuts both alike.
+Their tiles are 128 or 64 rows high (less, and two warps would decode the same rows), as every block of rows
+reads all of x again from L2: with 16 tokens x is half of what a block of 128 reads, with 64 two thirds.
+Columns are split at 512 a program or more, as a program should have several loads in flight; the splits' sums
+are added in their order by a second kernel, not by atomics, so that equal calls give equal bits.
+
+Between 65 and 511 tokens a tile is decoded once for 64 or 128 tokens. From 512 on decoding in every block of
+tokens costs more than writing and reading 2 bytes a weight once. The workspace stays in L2 (40 MiB on an
+A100, 50 on an H100); from HBM it would be 1.2 ps a weight, beside the 8.2 that 4096 tokens' products take at
+a PFLOP a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -41,7 +45,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.gpu import runtime, weight_layout
+from lowbit.kernels.gpu import runtime, tuned_sizes, weight_layout
+from lowbit.kernels.gpu.programs import Cut, Shape, Tokens, cut, cuts
+from lowbit.kernels.gpu.tuned_sizes import Sizes
 from lowbit.kernels.gpu.weight_layout import Layout
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -50,34 +56,38 @@ from lowbit.numerics.scheme import Scheme
 MANY_TOKENS = 512  # from here on by dequantized slices
 _WORKSPACE = 32 << 20  # bytes
 _SPLIT_COLUMNS = 512  # a split has at least as many
-_VECTOR_ROWS = {64: 128, 32: 256, 16: 256}  # of a program with one token, by the columns of a tile
-_VECTOR_PROGRAMS = 2  # on each SM
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How ``tile_product`` works with up to ``tokens``: BM tokens times BN rows a program.
+    """How ``tile_product`` (``vector_product``: one token) works with up to ``tokens``: BM tokens times one
+    of ``heights`` of rows a program.
 
-    ``programs``: on each SM, at least, if splitting columns can give them.
+    ``programs``: of the highest, that an SM holds at one time.
     """
 
     tokens: int
     BM: int
-    BN: int
+    heights: tuple[int, ...]
     exact: bool
     num_warps: int
     num_stages: int
     programs: int
 
 
+_VECTOR = {  # by the columns of a tile
+    64: Blocks(1, 1, (128, 64, 32), True, 4, 4, 2),
+    32: Blocks(1, 1, (256, 128, 64), True, 4, 4, 2),
+    16: Blocks(1, 1, (256, 128, 64), True, 4, 4, 2),
+}
 _BLOCKS = (
-    Blocks(16, 16, 128, True, 4, 4, 2),
-    Blocks(32, 32, 128, True, 4, 4, 2),
-    Blocks(64, 64, 128, True, 8, 3, 1),
-    Blocks(128, 64, 128, False, 8, 3, 1),
-    Blocks(MANY_TOKENS - 1, 128, 128, False, 8, 3, 1),
+    Blocks(16, 16, (128, 64), True, 4, 4, 2),
+    Blocks(32, 32, (128, 64), True, 4, 4, 2),
+    Blocks(64, 64, (128,), True, 8, 3, 1),
+    Blocks(128, 64, (128,), False, 8, 3, 1),
+    Blocks(MANY_TOKENS - 1, 128, (128,), False, 8, 3, 1),
 )
-_FLOAT_BLOCKS = (Blocks(16, 16, 64, False, 4, 2, 2), Blocks(MANY_TOKENS - 1, 32, 64, False, 4, 2, 2))
+_FLOAT_BLOCKS = (Blocks(16, 16, (64,), False, 4, 2, 2), Blocks(MANY_TOKENS - 1, 32, (64,), False, 4, 2, 2))
 
 
 @dataclass(frozen=True)
@@ -204,30 +214,57 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _most_splits(layout: Layout) -> int:
-    return max(layout.runs // max(_SPLIT_COLUMNS // (layout.tile * layout.fields), 1), 1)
+def _shape(layout: Layout) -> Shape:
+    columns = layout.tile * layout.fields
+    rows, _ = layout.shape
+    return Shape(rows, layout.runs, columns * layout.bits // 8, columns, max(_SPLIT_COLUMNS // columns, 1))
 
 
-def _split(layout: Layout, blocks: int, wanted: int) -> tuple[int, int]:
-    """How often columns are split to have ``wanted`` programs, if that can be, and the runs of each split."""
-    splits = max(min(wanted // blocks, _most_splits(layout)), 1)
-    each = -(-layout.runs // splits)
-    return -(-layout.runs // each), each
+def _sizes(packed: GpuWeight, x: Tensor, blocks: Blocks) -> tuple[Sizes, int]:
+    """How a product is launched, as measured or as reckoned, and the runs of a split."""
+    layout, tokens = packed.layout, x.shape[0]
+    measured = None
+    if x.dtype is not torch.float32:
+        measured = tuned_sizes.sizes_of(layout, tokens, x.device)
+    if measured is None:
+        one = cut(
+            _shape(layout),
+            Tokens.of(tokens, blocks.BM),
+            blocks.heights,
+            blocks.programs,
+            blocks.num_stages,
+            _multiprocessors(x.device),
+        )
+        measured = _of(one, blocks)
+    each = -(-layout.runs // measured.splits)
+    return replace(measured, splits=-(-layout.runs // each)), each
+
+
+def _of(one: Cut, blocks: Blocks) -> Sizes:
+    return Sizes(one.height, one.splits, blocks.num_warps, blocks.num_stages)
+
+
+def sizes_by_cost(layout: Layout, tokens: int, processors: int) -> list[Sizes]:
+    """Of a product of so many tokens in bfloat16, the one that is reckoned the cheapest first."""
+    blocks = _VECTOR[layout.tile] if tokens == 1 else _blocks(_BLOCKS, tokens)
+    count = Tokens.of(tokens, blocks.BM)
+    found = cuts(_shape(layout), count, blocks.heights, blocks.programs, blocks.num_stages, processors)
+    return [_of(one, blocks) for one in found]
+
+
+def _blocks(table: tuple[Blocks, ...], tokens: int) -> Blocks:
+    return next(blocks for blocks in table if tokens <= blocks.tokens)
 
 
 def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     from lowbit.kernels.gpu.products import vector_product
 
     layout, (rows, columns) = packed.layout, packed.layout.shape
-    processors, height = _multiprocessors(x.device), _VECTOR_ROWS[layout.tile]
-    while height > 32 and -(-rows // height) * _most_splits(layout) < processors:
-        height //= 2
-    blocks = -(-rows // height)
-    splits, each = _split(layout, blocks, _VECTOR_PROGRAMS * processors)
-    parts = out if splits == 1 else torch.empty(splits, 1, rows, device=x.device)
+    sizes, each = _sizes(packed, x, _VECTOR[layout.tile])
+    parts = out if sizes.splits == 1 else torch.empty(sizes.splits, 1, rows, device=x.device)
     runtime.launch(
         vector_product,
-        (blocks, splits),
+        (-(-rows // sizes.height), sizes.splits),
         x,
         parts,
         *packed.pointers,
@@ -235,11 +272,12 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
         columns,
         layout.runs,
         each,
+        num_warps=sizes.warps,
         **packed.constants,
-        BN=height,
-        STAGES=4,
+        BN=sizes.height,
+        STAGES=sizes.stages,
     )
-    if splits > 1:
+    if sizes.splits > 1:
         _add(parts, out)
 
 
@@ -247,14 +285,12 @@ def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
     from lowbit.kernels.gpu.products import tile_product
 
     layout, (rows, columns), tokens = packed.layout, packed.layout.shape, x.shape[0]
-    table = _FLOAT_BLOCKS if x.dtype is torch.float32 else _BLOCKS
-    chosen = next(blocks for blocks in table if tokens <= blocks.tokens)
-    blocks = -(-rows // chosen.BN) * -(-tokens // chosen.BM)
-    splits, each = _split(layout, blocks, chosen.programs * _multiprocessors(x.device))
-    parts = out if splits == 1 else torch.empty(splits, tokens, rows, device=x.device)
+    chosen = _blocks(_FLOAT_BLOCKS if x.dtype is torch.float32 else _BLOCKS, tokens)
+    sizes, each = _sizes(packed, x, chosen)
+    parts = out if sizes.splits == 1 else torch.empty(sizes.splits, tokens, rows, device=x.device)
     runtime.launch(
         tile_product,
-        (blocks, splits),
+        (-(-rows // sizes.height) * -(-tokens // chosen.BM), sizes.splits),
         x,
         parts,
         *packed.pointers,
@@ -265,14 +301,14 @@ def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
         parts.stride(-2),
         layout.runs,
         each,
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        num_warps=sizes.warps,
+        num_stages=sizes.stages,
         **packed.constants,
         BM=chosen.BM,
-        BN=chosen.BN,
+        BN=sizes.height,
         EXACT=chosen.exact,
     )
-    if splits > 1:
+    if sizes.splits > 1:
         _add(parts, out)
 
 

@@ -1,0 +1,79 @@
+"""Ranks with what stands in for CUDA graphs, and with faults: ``python -m engine.rank_stand_in`` takes the
+place of ``lowbit.engine.rank``.
+
+RANK_ATTENTION: "padded", or "exact" for a kernel that knows no padding rows. RANK_CAPTURES: how the captures
+of a rank but the first end, one after another: "ok", "memory", "waits"; further ones are "ok".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from engine.graph_stand_in import Attention, PaddedAttention, StandInRecorder
+from lowbit.kernels import attention
+from lowbit.kernels.attention import LayerCache
+from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.models.decoder import Decoder
+
+# A step with this token finds no memory, once, on rank 0 or on the others.
+STARVES_FIRST, STARVES_OTHERS = 94, 93
+
+
+class FaultyRecorder(StandInRecorder):
+    """Captures that end as they are told to, in the middle of a step."""
+
+    def __init__(self, outcomes: list[str]) -> None:
+        super().__init__()
+        self._outcomes = outcomes
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """See ``Recorder``."""
+        fault["capture"] = self._outcomes.pop(0) if self._outcomes else "ok"
+        try:
+            return super().capture(step)
+        finally:
+            fault["capture"] = "ok"
+
+
+fault = {"capture": "ok"}
+
+
+def install(patch: Callable[[Any, str, Any], None], starves: int, captures: str = "") -> None:
+    """Put the stand-ins in place in this process."""
+    from lowbit.engine import runner
+
+    kernel = Attention() if os.environ.get("RANK_ATTENTION") == "exact" else PaddedAttention()
+    outcomes = captures.split()
+    left = {"faults": 1}
+    original = Decoder.forward_block
+
+    def forward_block(
+        self: Decoder, layer: int, hidden: Tensor, residual: Tensor, cache: LayerCache, batch: ForwardBatch
+    ) -> Tensor:
+        if layer == 1:
+            with _disable_current_modes():
+                starving = left["faults"] and starves in batch.tokens.tolist()
+            if starving or fault["capture"] == "memory":
+                left["faults"] -= bool(starving)
+                raise torch.OutOfMemoryError("CUDA out of memory, as asked for")
+            if fault["capture"] == "waits":
+                hidden.sum().item()
+        return original(self, layer, hidden, residual, cache, batch)
+
+    patch(Decoder, "forward_block", forward_block)
+    patch(attention, "attention_kernels", lambda: [kernel])
+    patch(runner, "recorder_for", lambda device: FaultyRecorder(outcomes))
+
+
+if __name__ == "__main__":
+    from lowbit.engine import rank
+
+    install(setattr, STARVES_OTHERS, os.environ.get("RANK_CAPTURES", ""))
+    status = rank.main()
+    os._exit(status)
