@@ -28,7 +28,7 @@ from step import PAGE, batch_of
 from torch.profiler import ProfilerActivity, profile
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.kernels.attention import choose_attention
+from lowbit.kernels.recurrent import allocate_layer
 from lowbit.loading import load_model
 from lowbit.models.model import Model
 
@@ -42,10 +42,8 @@ def step_of(model: Model, text: str) -> tuple[Callable[[], object], bool]:
         raise SystemExit(f"--step {text}: not like 32x512 or 1x2048p")
     sequences, context, prompt = int(found[1]), int(found[2]), bool(found[3])
     batch = batch_of(sequences, context, context if prompt else 1, model.vocab_size).to(model.device)
-    caches = [
-        choose_attention(spec, model.device).allocate(spec, batch.page_table.numel(), PAGE, model.device)
-        for spec in model.cache_specs()
-    ]
+    pages = batch.page_table.numel()
+    caches = [allocate_layer(spec, pages, sequences, PAGE, model.device) for spec in model.cache_specs()]
 
     def run() -> object:
         return model.forward(batch, caches)

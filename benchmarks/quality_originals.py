@@ -26,8 +26,9 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats.dense_writer import DenseWriter
-from lowbit.kernels.attention import PAGE_SIZE, LayerCache, choose_attention
+from lowbit.kernels.attention import PAGE_SIZE
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import allocate_layer
 from lowbit.loading import load_model
 from lowbit.loading.convert import convert
 from lowbit.loading.saving import NamedTensor, save_checkpoint
@@ -138,11 +139,9 @@ def prompt_logits(model: Model, prompt: list[int]) -> Tensor:
         page_size=PAGE_SIZE,
         max_query=count,
         max_context=count,
+        state_slots=torch.zeros(1, dtype=torch.int32),
     )
-    caches: list[LayerCache] = [
-        choose_attention(spec, model.device).allocate(spec, pages, PAGE_SIZE, model.device)
-        for spec in model.cache_specs()
-    ]
+    caches = [allocate_layer(spec, pages, 1, PAGE_SIZE, model.device) for spec in model.cache_specs()]
     return model.forward(batch, caches)
 
 

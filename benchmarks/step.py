@@ -25,11 +25,11 @@ from rich.table import Table
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
-from lowbit.kernels.attention import choose_attention
 from lowbit.kernels.experts import ExpertsDescription
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.native_layer import LayerDescription
 from lowbit.kernels.packed_linear import Description
+from lowbit.kernels.recurrent import allocate_layer
 from lowbit.kernels.step_plan import Arena, Recorder, StepPlan
 from lowbit.loading import load_model
 from lowbit.models.model import Model
@@ -57,24 +57,24 @@ def batch_of(sequences: int, context: int, queries: int, vocabulary: int) -> For
         page_size=PAGE,
         max_query=queries,
         max_context=context,
+        state_slots=torch.arange(sequences, dtype=torch.int32),
     )
 
 
 def record(model: Model, batch: ForwardBatch) -> tuple[StepPlan, Callable[[], object], object]:
     """The step's plan, the step issued from Python, and what both need kept alive."""
-    caches = [
-        choose_attention(spec, model.device).allocate(spec, batch.page_table.numel(), PAGE, model.device)
-        for spec in model.cache_specs()
-    ]
-    for cache in caches:  # contexts that were never written hold zeros
-        for tensor in vars(cache).values():
-            if isinstance(tensor, torch.Tensor):
-                tensor.zero_()
+    pages, sequences = batch.page_table.numel(), len(batch.query_lengths)
+    caches = [allocate_layer(spec, pages, sequences, PAGE, model.device) for spec in model.cache_specs()]
     recorder = Recorder(Arena(1 << 30))
     logits, plan = recorder.record(lambda: model.forward(batch, caches))
     if plan is None:
         raise SystemExit(f"this step cannot be recorded: {recorder.reason}")
-    if not torch.equal(plan.run(), logits):
+    expected = logits.clone()
+    for cache in caches:  # states have moved on
+        for tensor in vars(cache).values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.zero_()
+    if not torch.equal(plan.run(), expected):
         raise SystemExit("the replayed step gave other logits")
     return plan, lambda: model.forward(batch, caches), caches
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.kernels.attention import LayerCache, choose_attention
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import LayerMemory, allocate_layer
 from lowbit.models.model import Model
 
 PAGE = 16
+SLOTS = 16
 
 
-def allocate(model: Model, pages: int) -> list[LayerCache]:
-    """A cache of ``pages`` pages for every layer."""
-    return [
-        choose_attention(spec, model.device).allocate(spec, pages, PAGE, model.device)
-        for spec in model.cache_specs()
-    ]
+def allocate(model: Model, pages: int) -> list[LayerMemory]:
+    """A cache of ``pages`` pages, or a few states, for every layer."""
+    return [allocate_layer(spec, pages, SLOTS, PAGE, model.device) for spec in model.cache_specs()]
 
 
-def chunk_batch(sequences: list[tuple[list[int], int, list[int]]], sample_all: bool = True) -> ForwardBatch:
-    """A batch of (new tokens, tokens already cached, page numbers) sequences."""
+def chunk_batch(
+    sequences: list[tuple[list[int], int, list[int]]],
+    sample_all: bool = True,
+    state_slots: list[int] | None = None,
+) -> ForwardBatch:
+    """A batch of (new tokens, tokens already cached, page numbers) sequences. ``state_slots``: of models
+    with recurrent layers."""
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -53,6 +56,7 @@ def chunk_batch(sequences: list[tuple[list[int], int, list[int]]], sample_all: b
         page_size=PAGE,
         max_query=max(queries),
         max_context=max(contexts),
+        state_slots=None if state_slots is None else int32(state_slots),
     )
 
 
@@ -63,5 +67,6 @@ def prompt_logits(model: Model, prompts: list[list[int]]) -> list[Tensor]:
     sequences = []
     for prompt, count in zip(prompts, counts, strict=True):
         sequences.append((prompt, 0, [shuffled.pop() for _ in range(count)]))
-    logits = model.forward(chunk_batch(sequences), allocate(model, sum(counts)))
+    batch = chunk_batch(sequences, state_slots=list(range(len(prompts))))
+    logits = model.forward(batch, allocate(model, sum(counts)))
     return list(logits.split([len(prompt) for prompt in prompts]))

@@ -66,6 +66,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
         context_length=512,
         weight_bytes=12 * KIB,
         kv_bytes_per_token=256,
+        state_bytes=0,
         modules=[
             module("model.embed_tokens", "bf16", 6 * KIB, "dense"),
             module("model.layers.0.self_attn.q_proj", "Q4_1", KIB, "fast"),

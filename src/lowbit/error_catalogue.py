@@ -430,6 +430,12 @@ CATALOGUE: dict[str, Entry] = {
         "be put in order and share blocks.",
         "Use a smaller --tp-size; lowbit inspect MODEL --tp-size N says how every kind of layer is cut.",
     ),
+    "E0432": Entry(
+        "a model that ranks cannot share",
+        "With --tp-size ranks share every layer. The states and the fused projections of recurrent layers "
+        "are not cut.",
+        "Use --tp-size 1: one process serves the model.",
+    ),
     "E0433": Entry(
         "more ranks than GPUs",
         "Each rank of --tp-size computes on a GPU of its own.",
@@ -480,8 +486,10 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0502": Entry(
         "not enough memory for the KV cache",
-        "The context or the tokens asked for need more KV cache than is free.",
-        "Ask for fewer (--context-length, --max-total-tokens), or allow more (--mem-fraction-static).",
+        "The context or the tokens asked for need more KV cache than is free, or the states of recurrent "
+        "layers, one for each of --max-running-requests, leave nothing for it.",
+        "Ask for fewer (--context-length, --max-total-tokens, --max-running-requests), or allow more "
+        "(--mem-fraction-static).",
     ),
     "E0503": Entry(
         "the weights do not fit on the GPU",

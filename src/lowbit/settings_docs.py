@@ -38,7 +38,7 @@ _METHODS = """\
 A float checkpoint (f32, f16, bf16) is quantized while it loads, layer by layer, with `--quantization METHOD`
 or `METHOD:option=value,option=value`, with `--torchao-config NAME`, or with a recipe. `lowbit inspect MODEL
 --quantization METHOD` shows beforehand what each layer becomes, its size and its error. Norms, routers and
-expert gates are never quantized; embeddings, the head and tiny layers only where a recipe names them (and
+gates are never quantized; embeddings, the head and tiny layers only where a recipe names them (and
 by `gguf`, whose mixes define them). A layer a method cannot take stays as it is, with a line in the log, or
 is an error under `--strict`.
 

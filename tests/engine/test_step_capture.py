@@ -28,6 +28,7 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.kernels.recurrent import state_bytes
 from lowbit.kernels.reference import Reference
 from lowbit.layers.mlp import MixtureOfExperts
 from lowbit.loading import load_model
@@ -125,11 +126,14 @@ def decode(
 
     forward = through(plain)
     prompts = [[draw.randrange(model.vocab_size) for _ in range(length)] for length in lengths]
-    found = [plain(chunk_batch([(p, 0, own) for p, own in zip(prompts, pages, strict=True)], False))]
+    slots = list(range(6)) if state_bytes(model.cache_specs()) else None
+    first = [(p, 0, own) for p, own in zip(prompts, pages, strict=True)]
+    found = [plain(chunk_batch(first, False, slots))]
     for _ in range(steps):
         chosen = draw.sample(range(6), draw.choice((1, 2, 3, 3, 5, 6)))
         new = [[draw.randrange(model.vocab_size) for _ in range(1 + draw.choice(drafts))] for _ in chosen]
-        batch = chunk_batch([(n, lengths[s], pages[s]) for n, s in zip(new, chosen, strict=True)])
+        rows = [(n, lengths[s], pages[s]) for n, s in zip(new, chosen, strict=True)]
+        batch = chunk_batch(rows, state_slots=None if slots is None else chosen)
         found.append(forward(batch).clone())
         for tokens, sequence in zip(new, chosen, strict=True):
             lengths[sequence] += draw.randint(1, len(tokens))

@@ -29,7 +29,7 @@ from lowbit.tokenization import load_chat_template, load_tokenizer
 GGUF = FIXTURES / "gguf_families"
 MORE = FIXTURES / "gguf_more_families"
 FAMILIES = sorted(path.stem for path in GGUF.glob("*.gguf"))
-WRITTEN = FAMILIES
+WRITTEN = [name for name in FAMILIES if name != "qwen3next"]
 WRITTEN_MORE = sorted(path.stem for path in MORE.glob("*.gguf"))
 # Keys of a family's config whose value is another in the folder, and why.
 CHANGED = {

@@ -213,7 +213,7 @@ WRONG = [
     ("Cohere2", {"sliding_window": "wide"}, "'sliding_window' must be a whole number"),
     ("StableLm", {"layer_norm_eps": 0}, "norm epsilon 0"),
     ("StableLm", {"use_parallel_residual": "yes"}, "'use_parallel_residual' must be true or false"),
-    ("Cohere", {"architectures": ["Qwen3NextForCausalLM"]}, "three of four layers are gated delta networks"),
+    ("Cohere", {"architectures": ["GraniteMoeHybridForCausalLM"]}, "most layers are Mamba-2"),
 ]
 
 

@@ -210,6 +210,7 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "tokens": tokens,
         "kv_bytes": kv_bytes,
+        "state_bytes_per_sequence": plan.state_bytes,
         "total_bytes": plan.weight_bytes + kv_bytes,
         "modules": [
             {
@@ -305,6 +306,12 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
     if ignored := ignored_layers(plan):
         out.print(escape(printable(f"not quantized: {', '.join(ignored)}", 400)))
     kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)
+    if plan.state_bytes:
+        states = plan.state_bytes * (settings.max_running_requests + 1)
+        out.print(
+            f"states of recurrent layers: {binary_size(plan.state_bytes)} a sequence, however long; "
+            f"{binary_size(states)} for --max-running-requests {settings.max_running_requests}"
+        )
     out.print(
         f"memory on {plan.device}: weights {binary_size(plan.weight_bytes)} "
         f"+ KV cache {binary_size(kv_bytes)} for {tokens} tokens ({each} a token) "

@@ -10,6 +10,8 @@ struct lowbit_weight;           // linear.cpp
 struct lowbit_attention_cache;  // attention.cpp
 struct lowbit_attention_batch;
 struct lowbit_head_products;    // head_products.cpp
+struct lowbit_delta_layer;      // delta_rule.cpp
+struct lowbit_delta_batch;
 
 // What kernels/activation_native.py describes; field for field its ctypes struct.
 struct lowbit_quantizer {
@@ -154,6 +156,13 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
                                           std::int64_t q_stride, std::int32_t q_heads, float scale,
                                           float softcap, const float* sinks, float* out);
 
+LOWBIT_EXPORT int lowbit_delta_convolve(const lowbit_delta_layer* layer, const lowbit_delta_batch* batch,
+                                        const float* mixed, std::int64_t stride, float* convolved);
+LOWBIT_EXPORT int lowbit_delta_rule(const lowbit_delta_layer* layer, const lowbit_delta_batch* batch,
+                                    const float* mixed, std::int64_t stride, const float* convolved, float* out);
+LOWBIT_EXPORT void lowbit_sigmoid_gate(float* x, std::int64_t x_stride, const float* gate, std::int64_t gate_stride,
+                                       std::int64_t rows, std::int32_t width);
+
 // Their numbers in a plan are their places in this list.
 #define LOWBIT_OPERATIONS(X) \
     X(quantize_input)        \
@@ -177,4 +186,7 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
     X(mix_experts)           \
     X(multiply_heads)        \
     X(attention_write)       \
-    X(attention_attend)
+    X(attention_attend)      \
+    X(delta_convolve)        \
+    X(delta_rule)            \
+    X(sigmoid_gate)

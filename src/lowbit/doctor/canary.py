@@ -17,9 +17,9 @@ import torch
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.doctor.rules import Report
 from lowbit.errors import LowbitError, printable
-from lowbit.kernels.attention import choose_attention
 from lowbit.kernels.device_memory import free_memory
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import allocate_layer
 from lowbit.loading import load_model, plan_model
 from lowbit.models.model import Model
 from lowbit.tokenization import Tokenizer, check_vocabulary, load_tokenizer
@@ -125,10 +125,7 @@ def _logits(model: Model, tokens: list[int]) -> torch.Tensor:
     """float32 (tokens, vocabulary)."""
     count = len(tokens)
     pages = -(-count // _PAGE)
-    caches = [
-        choose_attention(spec, model.device).allocate(spec, pages, _PAGE, model.device)
-        for spec in model.cache_specs()
-    ]
+    caches = [allocate_layer(spec, pages, 1, _PAGE, model.device) for spec in model.cache_specs()]
     places = torch.arange(count, dtype=torch.int32)
     length = torch.tensor([count], dtype=torch.int32)
     batch = ForwardBatch(
@@ -142,6 +139,7 @@ def _logits(model: Model, tokens: list[int]) -> torch.Tensor:
         page_size=_PAGE,
         max_query=count,
         max_context=count,
+        state_slots=torch.zeros(1, dtype=torch.int32),
     )
     with torch.no_grad():
         return model.forward(batch, caches)

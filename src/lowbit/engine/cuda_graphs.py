@@ -170,6 +170,8 @@ class StepGraphs:
     def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
         """See ``Graphs``."""
         static = self._static(batch, size)
+        if batch.state_slots is not None and static.state_slots is not None:
+            static.state_slots.fill_(-1)  # the run here may be in vain: states must not move on twice
 
         def step() -> None:
             self._logits[: size[0]] = self._forward(static)
@@ -177,7 +179,7 @@ class StepGraphs:
         self._graphs[size] = self._recorder.capture(step)
         if len(self._graphs) > self._limit:
             self._graphs.popitem(last=False)
-        return self._logits[: size[0]]
+        return self._logits[: size[0]] if batch.state_slots is None else self.replay(batch, size)
 
     def replay(self, batch: ForwardBatch, size: Size) -> Tensor:
         """See ``Graphs``."""

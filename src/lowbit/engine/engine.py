@@ -44,6 +44,7 @@ from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
 from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
 from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels.device_memory import release_memory
+from lowbit.kernels.recurrent import state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
@@ -101,6 +102,7 @@ class Engine:
         self._details = details or {}
         self._architecture = architecture
         self._quality = quality
+        self._has_states = state_bytes(model.cache_specs()) > 0
         self._speculation = _speculation(model, settings)
         pages = pool_pages(model, settings)
         self._pool = PagePool(pages)
@@ -109,7 +111,7 @@ class Engine:
             settings.page_size,
             max_running=settings.max_running_requests,
             prefill_budget=self._forced.chunk or self._prefill_budget(pages),
-            share_prefixes=not settings.disable_radix_cache,
+            share_prefixes=self._may_share(),
             policy=settings.schedule_policy,
         )
         self.pool_tokens = pages * settings.page_size
@@ -146,6 +148,17 @@ class Engine:
         """Prompt tokens a step; -1 asks for whole prompts, and no step can hold more than the pool does."""
         size = self.settings.chunked_prefill_size
         return pages * self.settings.page_size if size < 0 else size
+
+    def _may_share(self) -> bool:
+        """Whether sequences may begin with pages that others have computed."""
+        if self.settings.disable_radix_cache:
+            return False
+        if self._has_states:
+            _log.info(
+                "lowbit: prefixes are not shared: the state of a recurrent layer holds all of a sequence, "
+                "and none is kept where prefixes end"
+            )
+        return not self._has_states
 
     def _may_overlap(self, on_gpu: bool) -> bool:
         """Whether a step may be launched before the one before is finished."""
@@ -295,6 +308,7 @@ class Engine:
         except torch.OutOfMemoryError as error:
             reason = printable(str(error).partition("\n")[0], 200)
         release_memory(self.model.device)
+        self._start_again(chunks[:-1])
         self._news.append(
             self._finisher.end(
                 chunks[-1].sequence,
@@ -320,6 +334,7 @@ class Engine:
             scheduler.prefill_budget = max(scheduler.prefill_budget // 2, scheduler.page_size)
         else:
             scheduler.max_running = max(len(scheduler.running) - 1, 1)
+        self._start_again(chunks)
         if len(scheduler.running) > 1:
             scheduler.retract(scheduler.running[-1])
         _log.warning(
@@ -330,7 +345,13 @@ class Engine:
             scheduler.prefill_budget,
             scheduler.max_running,
         )
-        return scheduler.next_chunks(admit=False)
+        return scheduler.next_chunks(admit=self._has_states)
+
+    def _start_again(self, chunks: list[Chunk]) -> None:
+        """After a step that failed: states of some layers may have moved on, and nothing leads back."""
+        if self._has_states:
+            for chunk in reversed(chunks):
+                self._scheduler.retract(chunk.sequence)
 
     def _run(self, chunks: list[Chunk]) -> Step | None:
         """Compute the chunks. Where this fails nothing has changed but what is in their pages."""
@@ -436,6 +457,12 @@ def _speculation(model: Model, settings: Settings) -> Speculation | None:
     rules = Speculation.by(settings)
     if rules is None:
         return None
+    if state_bytes(model.cache_specs()):
+        raise LowbitError(
+            "E0105",
+            "--speculative-algorithm: this model has recurrent layers, and a wrong draft would change their "
+            "state for good; drop the option",
+        )
     if getattr(model, "spans_tokens", False):
         raise LowbitError(
             "E0105",

@@ -18,6 +18,7 @@ import torch
 from lowbit.engine.scheduler import PROMPT_LOGPROB_ROWS
 from lowbit.errors import LowbitError
 from lowbit.kernels.device_memory import free_memory, total_memory
+from lowbit.kernels.recurrent import state_bytes
 from lowbit.kernels.reference import SLICE_WEIGHTS
 from lowbit.models.model import Model
 from lowbit.settings import CPU_FRACTION, GPU_FRACTION, Settings
@@ -46,6 +47,7 @@ def pool_pages(model: Model, settings: Settings) -> int:
     size = settings.page_size
     page_bytes = _page_bytes(model, size)
     room = _gpu_room(model, settings) if model.device.type == "cuda" else _cpu_room(model, settings)
+    room = _beside_states(room, model, settings)
     if settings.max_total_tokens is not None:
         pages = -(-settings.max_total_tokens // size)
         if pages * page_bytes > room.most:
@@ -74,9 +76,29 @@ def pool_pages(model: Model, settings: Settings) -> int:
     return pages
 
 
+def _beside_states(room: _Room, model: Model, settings: Settings) -> _Room:
+    """What recurrent layers' states, of all sequences that may run, leave for pages."""
+    each, count = state_bytes(model.cache_specs()), settings.max_running_requests
+    states = each * (count + 1)  # one more is nobody's
+    if states == 0:
+        return room
+    if states >= room.share:
+        fits = max(room.share // (2 * each) - 1, 0)
+        raise LowbitError(
+            "E0502",
+            f"--max-running-requests {count} needs {states / _GIB:.1f} GiB for states of recurrent layers, "
+            f"{room.share / _GIB:.1f} GiB may be used ({room.origin}): use {fits} or fewer"
+            if fits
+            else f"one state of the recurrent layers needs {each} bytes, {room.share} may be used "
+            f"({room.origin}); raise --mem-fraction-static, or use a smaller model",
+        )
+    origin = f"{room.origin}, {states / _GIB:.1f} GiB of them for states of {count} sequences"
+    return _Room(room.share - states, room.most - states, origin)
+
+
 def _page_bytes(model: Model, size: int) -> int:
     """Of a page here; on a CPU of all ranks that share the model, as they share the memory."""
-    page = sum(spec.token_bytes() for spec in model.cache_specs()) * size
+    page = max(sum(spec.token_bytes() for spec in model.cache_specs()), 1) * size  # or states alone
     if model.device.type == "cpu":
         page += sum(other.token_bytes * size for other in getattr(model, "others", ()))
     return page
@@ -149,6 +171,8 @@ def _token_bytes(config: Any) -> int:
     if config is None:
         return 0
     attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim  # q, k, v and what comes out
+    if (state := getattr(config, "state", None)) is not None:
+        attention = max(attention, 4 * state.width)  # a row, convolved, in heads, and what comes out
     mlp = 3 * config.intermediate_size  # gate and up, and their product
     if config.moe is not None:
         each = 3 * config.moe.intermediate_size + 2 * config.hidden_size  # also gathered, and weighed

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,9 +43,9 @@ from lowbit.engine.cuda_graphs import Graphs, Size, StepGraphs
 from lowbit.engine.wire import FrameDecoder, encode_frames
 from lowbit.errors import LowbitError, printable
 from lowbit.kernels import native
-from lowbit.kernels.attention import CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.parallel import Parallel, private_folder
+from lowbit.kernels.recurrent import LayerMemory, LayerSpec
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 
@@ -404,7 +404,7 @@ class SharedModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def cache_specs(self) -> list[CacheSpec]:
+    def cache_specs(self) -> Sequence[LayerSpec]:
         """This rank's."""
         return self._model.cache_specs()
 
@@ -418,7 +418,7 @@ class SharedModel:
         self._graphs.append(own)
         return SharedGraphs(own, self)
 
-    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
         """As one model's."""
         return self.together(batch, lambda: self._model.forward(batch, caches))
 

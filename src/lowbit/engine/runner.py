@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,15 +21,19 @@ from lowbit.engine.cuda_graphs import (
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
-from lowbit.kernels.attention import LayerCache, choose_attention
+from lowbit.kernels.attention import LayerCache
 from lowbit.kernels.device_memory import upload
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import LayerMemory, allocate_layer, state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 
+_log = logging.getLogger("lowbit")
+
 
 class Runner:
-    """The model and its KV caches of ``pages`` pages; decode steps are replayed where they can be.
+    """The model, its KV caches of ``pages`` pages and states of as many sequences as may run; decode steps
+    are replayed where they can be.
 
     ``context``: tokens of the longest sequence there may be.
     """
@@ -36,24 +41,26 @@ class Runner:
     def __init__(self, model: Model, pages: int, context: int, settings: Settings) -> None:
         self._model = model
         self._page_size = settings.page_size
-        self._caches: list[LayerCache] = [
-            choose_attention(spec, model.device, settings.attention_backend).allocate(
-                spec, pages, settings.page_size, model.device
-            )
-            for spec in model.cache_specs()
+        slots, backend = settings.max_running_requests, settings.attention_backend
+        specs = model.cache_specs()
+        self._has_states = state_bytes(specs) > 0
+        self._caches: list[LayerMemory] = [
+            allocate_layer(spec, pages, slots, settings.page_size, model.device, backend) for spec in specs
         ]
         self._capture: StepCapture | GraphedSteps | None = None
         if settings.disable_cuda_graph:
             return
         recorder = recorder_for(model.device)
-        if recorder is not None:
+        if recorder is not None and self._has_states and getattr(model, "spans_tokens", False):
+            _log.warning("lowbit: CUDA graphs off: capturing would count a step's largest inputs twice")
+        elif recorder is not None:
             self._capture = self.graphs(recorder, bucket_sizes(settings), context)
         elif model.device.type == "cpu" and native.library() is not None and settings.tp_size == 1:
             self._capture = StepCapture(self._run)  # sums between ranks are no native calls
 
     def graphs(self, recorder: Recorder, sizes: tuple[int, ...], context: int) -> GraphedSteps:
         """Decode steps as graphs of such sizes."""
-        takes_padding = all(cache.kernel.takes_padding for cache in self._caches)
+        takes_padding = all(cache.kernel.takes_padding for cache in self._paged)
         part = getattr(self._model, "part", self._model)  # of a shared model: what this rank computes
         context = -(-context // self._page_size) * self._page_size
         own = StepGraphs(
@@ -96,13 +103,17 @@ class Runner:
             self._capture.capture_all(progress)
 
     @property
+    def _paged(self) -> list[LayerCache]:
+        return [cache for cache in self._caches if isinstance(cache, LayerCache)]
+
+    @property
     def page_bytes(self) -> int:
         """Of a page, all layers together."""
-        return sum(cache.page_bytes for cache in self._caches)
+        return sum(cache.page_bytes for cache in self._paged)
 
     def populate(self, first: int, last: int) -> Iterator[None]:
         """Have the memory of pages ``first`` to ``last`` there, a moment's work a step."""
-        for cache in self._caches:
+        for cache in self._paged:
             yield from cache.populate(first, last)
 
     @property
@@ -143,6 +154,8 @@ class Runner:
         slots = (table[owners, positions // size] * size + positions % size).astype(np.int32)
         device = self._model.device
         arrays = [tokens, positions, slots, queries, contexts, table, np.array(rows, dtype=np.int32)]
+        if self._has_states:
+            arrays.append(np.array([chunk.sequence.slot for chunk in chunks], dtype=np.int32))
         waiting = [place for place, chunk in enumerate(chunks) if chunk.source >= 0]
         if waiting:
             sources = np.array([chunks[place].source for place in waiting], dtype=np.int32)
@@ -164,4 +177,5 @@ class Runner:
             max_query=int(queries.max()),
             max_context=int(contexts.max()),
             host_lengths=(queries, contexts),
+            state_slots=on_device[7] if self._has_states else None,
         )

@@ -78,6 +78,7 @@ class Scheduler:
         self.share_prefixes = share_prefixes
         self._longest_first = policy == "lpm" and share_prefixes
         self.waiting: deque[Sequence] = deque()
+        self._slots = list(range(max_running))  # free ones, of recurrent layers' states
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = 0
 
@@ -134,6 +135,7 @@ class Scheduler:
                 return
             self._take_waiting(sequence)
             self.running.append(sequence)
+            sequence.slot = self._slots.pop()
             sequence.pages = matched
             sequence.computed = len(matched) * self.page_size
             if not sequence.admitted:
@@ -244,12 +246,16 @@ class Scheduler:
         self.pool.release(sequence.pages)
         sequence.pages = []
         sequence.computed = 0
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
 
     def check(self) -> list[str]:
         """Violations of the page accounting."""
         tables = [sequence.pages for sequence in self.running]
         found = self.pool.check(tables, self.tree.pages())
-        found += [f"{s.id} waits and holds pages" for s in self.waiting if s.pages]
+        found += [f"{s.id} waits and holds pages" for s in self.waiting if s.pages or s.slot >= 0]
+        if len({s.slot for s in self.running} | set(self._slots)) != len(self.running) + len(self._slots):
+            found.append("two sequences have one state slot")
         if not self.running and not self.waiting and self.pool.free + self.pool.idle != self.pool.total:
             found.append(f"idle, but {self.pool.total - self.pool.free - self.pool.idle} pages are used")
         return found

@@ -41,6 +41,7 @@ class Sequence:
     computed: int = 0
     flights: list[Flight] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    slot: int = -1  # where recurrent layers keep its state while it runs
     cached_tokens: int = 0  # prompt tokens that came from the prefix cache, when first admitted
     admitted: bool = False
     passed: int = 0  # how many later arrivals were admitted before it

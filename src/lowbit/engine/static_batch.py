@@ -7,7 +7,15 @@ import torch
 from lowbit.kernels.forward_batch import ForwardBatch
 
 # What a row that belongs to no sequence holds: its token is not stored, and it looks back at nothing.
-_PADDING = {"tokens": 0, "positions": 0, "write_slots": -1, "query_lengths": 1, "context_lengths": 0}
+_PADDING = {
+    "tokens": 0,
+    "positions": 0,
+    "write_slots": -1,
+    "query_lengths": 1,
+    "context_lengths": 0,
+    "state_slots": -1,
+}
+_OF_SEQUENCES = ("query_lengths", "context_lengths", "state_slots")
 
 
 class StaticBatch:
@@ -16,7 +24,7 @@ class StaticBatch:
     def __init__(self, limits: tuple[int, int, int], device: torch.device) -> None:
         """``limits``: sequences, tokens and pages of a sequence."""
         self.limits = sequences, tokens, pages = limits
-        counts = {"query_lengths": sequences, "context_lengths": sequences}
+        counts = dict.fromkeys(_OF_SEQUENCES, sequences)
         self._rows = {
             name: torch.full((counts.get(name, tokens),), value, dtype=torch.int32, device=device)
             for name, value in _PADDING.items()
@@ -30,7 +38,8 @@ class StaticBatch:
         sequences, tokens = len(batch.query_lengths), len(batch.tokens)
         for name, rows in self._rows.items():
             given = getattr(batch, name)
-            rows[: len(given)] = given
+            if given is not None:  # models without states have no slots
+                rows[: len(given)] = given
         self._page_table[:sequences, : batch.page_table.shape[1]] = batch.page_table
         self._used = max(self._used, tokens)
         return self._view(sequences, tokens, batch.page_size, max_context)
@@ -52,6 +61,7 @@ class StaticBatch:
             context_lengths=self._rows["context_lengths"][:sequences],
             page_table=self._page_table[:sequences],
             sample_rows=self._sample_rows[:tokens],
+            state_slots=self._rows["state_slots"][:sequences],
             page_size=page_size,
             # The most that any step of this size has: a kernel must not rely on this one's own.
             max_query=tokens - sequences + 1,

@@ -22,6 +22,8 @@ class ForwardBatch:
     ``page * page_size + offset``. ``query_lengths``, ``context_lengths``: (sequences,).
     ``page_table``: (sequences, pages), entries beyond a sequence's own pages are undefined.
     ``sample_rows``: int64 (rows,): the token rows whose logits are wanted.
+    ``state_slots``: (sequences,), where recurrent layers keep each sequence's state; None: no layer has any.
+    A sequence whose context is its query begins here, with a state of zeros.
     ``max_query`` and ``max_context`` repeat the maxima, so that nobody asks the device for them;
     ``host_lengths`` query_lengths and context_lengths, int32, of a step that is not to be recorded.
     """
@@ -37,6 +39,7 @@ class ForwardBatch:
     max_query: int
     max_context: int
     host_lengths: tuple[np.ndarray, np.ndarray] | None = None
+    state_slots: Tensor | None = None
 
     def to(self, device: torch.device) -> ForwardBatch:
         """The same batch with its tensors there."""

@@ -26,8 +26,10 @@ class Part:
 
     ``name``: canonical module name. ``shape``: (out, in). ``rotary_heads``: how many heads its rows are
     rotated in (Q and K projections), so that containers with another rotary row order can be put right.
-    ``bias``: whether the config promises one. ``router``: it chooses experts, and is never quantized at load.
-    ``rows``, ``columns``: which of them a rank has; of columns, which of its inputs lie on which rank.
+    ``bias``: whether the config promises one. ``router``: it chooses experts, or gates them or a state, and
+    is never quantized at load. ``rows``, ``columns``: which of them a rank has; of columns, which of its
+    inputs lie on which rank. ``groups``: its rows lie in so many groups, each of runs of ``group_rows`` rows;
+    in the model's order the first run of every group comes before the second of any.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Part:
     router: bool = False
     rows: Cut | None = None
     columns: Cut | None = None
+    groups: int = 0
+    group_rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

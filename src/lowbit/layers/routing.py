@@ -92,9 +92,12 @@ def group_limited_sigmoid(
     return Route("group_sigmoid", k, groups, kept, renormalize, scale, correction)
 
 
+_ALONE = torch.zeros(1)  # made here: a step that makes it cannot be recorded
+
+
 @cache
 def _alone(device: torch.device) -> Tensor:
-    return torch.zeros(1, device=device)
+    return _ALONE if device.type == "cpu" else _ALONE.to(device)
 
 
 def sigmoid(logits: Tensor) -> Tensor:

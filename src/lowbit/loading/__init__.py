@@ -16,7 +16,7 @@ from lowbit.checkpoint.embedded import cache_directory
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.kernels.attention import choose_attention
+from lowbit.kernels.attention import CacheSpec, choose_attention
 from lowbit.kernels.gpu import tuned_sizes
 from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.loading import choice
@@ -235,4 +235,5 @@ def _planned(
 def _check_caches(model: Model) -> None:
     """Some kernel serves every cache; else E0420 now, not when the first request comes."""
     for spec in dict.fromkeys(model.cache_specs()):
-        choose_attention(spec, model.device)
+        if isinstance(spec, CacheSpec):
+            choose_attention(spec, model.device)

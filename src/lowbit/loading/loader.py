@@ -181,15 +181,24 @@ class Loader(Asker):
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
             inputs.append(settled(packed, transform))
-        order = None
-        if len(places) == 1 and self._stays_in_order(places[0]):
-            order = row_order(places[0], self.header)
+        order = self._order_of_outputs(places)
         columns = None
         if places[0].columns is not None and summed:
             widths = () if places[0].inputs is None else places[0].inputs.widths
             columns = Columns(self.parallel, widths, None if picked is None else picked.to(self.device))
         order = None if order is None else order.to(self.device)
         return Linear(name, kept.weights, kept.bias, inputs, order, columns)
+
+    def _order_of_outputs(self, places: list[Placed]) -> Tensor | None:
+        """int64 (out,): where each output lies, where rows could not be moved."""
+        if not any(self._stays_in_order(place) for place in places):
+            return None
+        orders, start = [], 0
+        for place in places:
+            order = row_order(place, self.header) if self._stays_in_order(place) else None
+            orders.append(start + (torch.arange(place.shape[0]) if order is None else order))
+            start += place.shape[0]
+        return torch.cat(orders)
 
     def _packed(self, places: list[Placed]) -> tuple[Kept, Tensor | None]:
         """The parts read, neighbours fused where they allow it, and packed; the inputs that are picked."""

@@ -57,10 +57,9 @@ _STACKS = {
 class Placed:
     """A part and where it is stored. ``interleaved``: gate and up rows come in turn.
 
-    ``groups``: of Q, K and V in one module, so many groups of query heads with their one K and V head,
-    each of ``group_heads`` heads in all. ``rows``: (first row, cut) of each run of rows that ranks share,
-    none: all are here. ``columns``: which stored columns are here; ``inputs``: where the layer's inputs
-    are, if not just there.
+    ``groups``, ``group_rows``: as of ``Part``; of Q, K and V in one module a group is some query heads with
+    their K and V head. ``rows``: (first row, cut) of each run of rows that ranks share, none: all are here.
+    ``columns``: which stored columns are here; ``inputs``: where the layer's inputs are, if not just there.
     """
 
     part: Part
@@ -68,7 +67,7 @@ class Placed:
     rotary_heads: int = 0
     interleaved: bool = False
     groups: int = 0
-    group_heads: int = 0
+    group_rows: tuple[int, ...] = ()
     rows: tuple[tuple[int, Cut], ...] = ()
     columns: Cut | None = None
     inputs: Cut | None = None
@@ -127,16 +126,33 @@ class Names:
                         f"{self.header.root.name}: {fused!r} holds Q, K and V in one tensor, which files "
                         f"of {self.family.name} keep apart; in which order its rows turn is not known",
                     )
+                if any(part.groups for part in parts):
+                    raise LowbitError(
+                        "E0241",
+                        f"{self.header.root.name}: {fused!r} holds in one tensor what checkpoints of "
+                        f"{self.family.name} keep apart; in which order its rows lie is not known",
+                    )
                 rows = sum(part.shape[0] for part in parts)
                 part = Part(name, (rows, parts[0].shape[1]), bias=parts[0].bias)
                 module = self._module(name, fused, part.shape)
                 if self.family.grouped_qkv and not self.in_gguf and name.endswith(".qkv_proj"):
                     heads, kv_heads = parts[0].rotary_heads, parts[1].rotary_heads
-                    return [Placed(part, module, groups=kv_heads, group_heads=heads // kv_heads + 2)]
+                    head = rows // (heads + 2 * kv_heads)
+                    return [
+                        Placed(
+                            part, module, groups=kv_heads, group_rows=(heads // kv_heads * head, head, head)
+                        )
+                    ]
                 return [Placed(part, module)]
         rotates = self.header.rotary_pairs or (self.in_gguf and self.family.gguf_rotates_pairs)
         return [
-            Placed(part, self._module(part.name, stem, part.shape), part.rotary_heads if rotates else 0)
+            Placed(
+                part,
+                self._module(part.name, stem, part.shape),
+                part.rotary_heads if rotates else 0,
+                groups=part.groups,
+                group_rows=part.group_rows,
+            )
             for part, stem in zip(parts, stems, strict=True)
         ]
 
@@ -320,8 +336,8 @@ def row_order(place: Placed, header: CheckpointHeader) -> Tensor | None:
     if place.interleaved:
         return torch.arange(rows).view(rows // 2, 2).T.reshape(rows)
     if place.groups:
-        by_group = torch.arange(rows).view(place.groups, place.group_heads, -1)
-        return torch.cat([part.flatten() for part in by_group.split([place.group_heads - 2, 1, 1], 1)])
+        by_group = torch.arange(rows).view(place.groups, -1)
+        return torch.cat([part.flatten() for part in by_group.split(place.group_rows, 1)])
     if not heads:
         return None
     if rows % (2 * heads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats.kv_scales import KvScales
 from lowbit.kernels import LinearKernel, Loser
-from lowbit.kernels.attention import CacheSpec
+from lowbit.kernels.recurrent import LayerSpec, state_bytes
 from lowbit.kernels.timing import COPY
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
@@ -74,7 +75,7 @@ class ModelPlan:
     described: str  # "gptq, 4-bit, group 128"
     config: ModelConfig
     modules: list[ModulePlan]
-    cache_specs: list[CacheSpec]
+    cache_specs: Sequence[LayerSpec]
     device: str
     choice: str  # what --quantization auto chose and why, or ""
     peak_bytes: int  # of memory while loading, about: all packed weights and the largest module unpacked
@@ -88,6 +89,11 @@ class ModelPlan:
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache one token needs over all layers."""
         return sum(spec.token_bytes() for spec in self.cache_specs)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that recurrent layers keep of a sequence, however long it is."""
+        return state_bytes(self.cache_specs)
 
     @property
     def context_length(self) -> int:

@@ -240,6 +240,7 @@ class SourceModel:
         stored = self.form.read(place.module, data)
         weight, bias = stored.weight, stored.bias
         reordered = self.header.container == "gguf" or self.header.rotary_pairs
+        reordered = reordered and not place.part.groups  # which lie alike in files of both kinds
         order = row_order(place, self.header) if reordered else None
         if order is not None:
             weight = weight.permute_rows(order)
@@ -401,7 +402,8 @@ class _Walk(Asker):
             spec = replace(spec, interleaved=True)
         elif self.family.grouped_qkv and parts[0].rotary_heads:
             groups = parts[1].rotary_heads
-            spec = replace(spec, groups=groups, group_heads=parts[0].rotary_heads // groups + 2)
+            head = parts[0].shape[0] // parts[0].rotary_heads
+            spec = replace(spec, groups=groups, group_rows=(parts[0].shape[0] // groups, head, head))
         else:
             return None
         order = row_order(replace(spec, part=replace(parts[0], shape=(rows, 0))), self.header)

@@ -10,6 +10,7 @@ Sources: Touvron et al., 2023 (Llama), Ainslie et al., 2023 (GQA), Su et al., 20
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,6 +30,7 @@ from lowbit.kernels.elementwise import (
 )
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.parallel import Parallel
+from lowbit.kernels.recurrent import LayerMemory
 from lowbit.layers.cuts import Cut, cut_evenly, cut_heads
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
@@ -114,12 +116,13 @@ class Decoder:
             for block, window in zip(self.blocks, windows, strict=True)
         ]
 
-    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
         """float32 (sample rows, vocabulary)."""
         config = self.config
         residual = self.embed(batch)
         hidden = self.enter(0, residual)
         for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
+            assert isinstance(cache, LayerCache), "these layers have keys and values"
             hidden = self.forward_block(layer, hidden, residual, cache, batch)
         logits = self.head.in_float32(gather_rows(hidden, batch.sample_rows))
         if config.logit_scale != 1.0 or self.head_scale is not None:
@@ -198,7 +201,7 @@ def _stream_scale(config: ModelConfig) -> float:
     """What an embedding is multiplied by.
 
     A residual multiplier m on all that is added to the stream is left out and the stream divided by it: a
-    norm of x / m is that of x when its epsilon is divided by m squared (``_norm``).
+    norm of x / m is that of x when its epsilon is divided by m squared (``norm_of``).
     """
     return config.embedding_scale / config.residual_scale
 
@@ -245,12 +248,12 @@ def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
     vocabulary = None if cuts is None else cuts.vocabulary
     matrix = (config.vocab_size, config.hidden_size)
     embedding = loader.embedding(Part("model.embed_tokens", matrix, rows=vocabulary))
-    tables = _rotary_tables(config, loader)
+    tables = rotary_tables(config, loader)
     blocks = [
         _block(config, loader, cuts, n, None if n in config.unrotated else tables[_has_window(config, n)])
         for n in range(config.layers)
     ]
-    final_norm = _norm(config, loader, "model.norm")
+    final_norm = norm_of(config, loader, "model.norm")
     if config.tied_head:
         head = embedding.as_head()
     else:
@@ -266,7 +269,7 @@ def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
     return Decoder(config, loader, embedding, blocks, final_norm, head, head_scale, positions, cuts)
 
 
-def _rotary_tables(config: ModelConfig, loader: WeightLoader) -> tuple[RotaryTable, RotaryTable]:
+def rotary_tables(config: ModelConfig, loader: WeightLoader) -> tuple[RotaryTable, RotaryTable]:
     """The tables of layers without and with a window."""
     divisors = None
     if config.rope_scaling.kind == "table":
@@ -285,7 +288,7 @@ def _has_window(config: ModelConfig, layer: int) -> bool:
     return bool(config.windows and config.windows[layer])
 
 
-def _norm(config: ModelConfig, loader: WeightLoader, name: str, dtype: torch.dtype | None = None) -> Norm:
+def norm_of(config: ModelConfig, loader: WeightLoader, name: str, dtype: torch.dtype | None = None) -> Norm:
     """A norm of the residual stream, or of what is added to it; ``dtype``: None: what products take."""
     size = config.hidden_size
     bias = loader.vector(f"{name}.bias", size) if config.norm_bias else None
@@ -346,7 +349,7 @@ def _block(
     inner = None if heads is None else heads.times(config.head_dim)
 
     def norm(name: str, dtype: torch.dtype | None = None) -> Norm | None:
-        return _norm(config, loader, f"{prefix}.{name}", dtype) if name else None
+        return norm_of(config, loader, f"{prefix}.{name}", dtype) if name else None
 
     output_norm = None
     if config.sub_norms:

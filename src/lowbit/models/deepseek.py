@@ -17,6 +17,7 @@ Sources: DeepSeek-V2 (2024), DeepSeek-V3 (2024), YaRN (Peng et al., 2023).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -35,6 +36,7 @@ from lowbit.kernels.elementwise import (
 )
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.head_products import HeadMatrices
+from lowbit.kernels.recurrent import LayerMemory
 from lowbit.layers.cuts import Cut, cut_heads
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
@@ -263,13 +265,14 @@ class Deepseek:
             CacheSpec("latent", 1, row, c.kv_lora_rank, block.attention.kv_dtype) for block in self.blocks
         ]
 
-    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
         """float32 (sample rows, vocabulary)."""
         eps, dtype = self.config.norm_eps, self.activation_dtype
         residual = self.embedding(batch.tokens)  # float32 (tokens, hidden)
         hidden = rms_norm(residual, self.blocks[0].attention_norm, eps, dtype=dtype)
         following = [block.attention_norm for block in self.blocks[1:]] + [self.final_norm]
         for block, cache, next_norm in zip(self.blocks, caches, following, strict=True):
+            assert isinstance(cache, LayerCache), "these layers have latent rows"
             attended = self._attend(block.attention, cache, hidden, batch)
             hidden = add_rms_norm(attended, residual, block.mlp_norm, eps, dtype)
             hidden = add_rms_norm(block.mlp(hidden), residual, next_norm, eps, dtype)

@@ -109,6 +109,22 @@ GLM4_GGUF_NAMES = GGUF_NAMES | _of_layers(
 # gpt-oss and GLM-4.5: the same norm as Llama's, under another name.
 POST_NORM_GGUF_NAMES = GGUF_NAMES | _of_layers({"post_attention_layernorm": "post_attention_norm"})
 
+# Qwen3-Next. Files have Q, K, V and z in one matrix as checkpoints do (ssm_in), or Q, K and V, each of all
+# heads in turn, apart from z. ssm_a is -exp(A_log), and 1 is added to every norm's weight but ssm_norm's.
+QWEN_NEXT_GGUF_NAMES = POST_NORM_GGUF_NAMES | _of_layers(
+    {
+        "linear_attn.in_proj_qkvz": "ssm_in",
+        "linear_attn.in_proj_qkv": "attn_qkv",
+        "linear_attn.in_proj_z": "attn_gate",
+        "linear_attn.in_proj_ba": "ssm_ba",
+        "linear_attn.conv1d": "ssm_conv1d",
+        "linear_attn.A_log": "ssm_a",
+        "linear_attn.dt_bias": "ssm_dt.bias",
+        "linear_attn.norm": "ssm_norm",
+        "linear_attn.out_proj": "ssm_out",
+    }
+)
+
 # The larger models have a norm each for attention and MLP; that of the MLP has the place of the others' one.
 FALCON_GGUF_NAMES = GGUF_NAMES | _of_layers({"ln_attn": "attn_norm_2", "ln_mlp": "attn_norm"})
 BITNET_GGUF_NAMES = GGUF_NAMES | _of_layers(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lowbit.kernels.activation_state import ActivationStates
-from lowbit.kernels.attention import CacheSpec, LayerCache
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import LayerMemory, LayerSpec
 
 
 class Model(Protocol):
@@ -26,12 +27,12 @@ class Model(Protocol):
     spans_tokens: bool  # some layer's input has a scale of a whole step's tokens, or of earlier steps'
     states: ActivationStates  # of inputs with delayed scales; set by load_model, updated by every forward
 
-    def cache_specs(self) -> list[CacheSpec]:
-        """One spec for each attention layer, in order."""
+    def cache_specs(self) -> Sequence[LayerSpec]:
+        """What each layer keeps of a sequence, in order."""
 
-    def forward(self, batch: ForwardBatch, caches: list[LayerCache]) -> Tensor:
+    def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
         """float32 (len(batch.sample_rows), vocab_size): logits of the wanted rows.
 
-        Writes the new tokens' K and V into ``caches``. Raises ``NumericalError`` never: the engine checks
-        the logits it samples from for NaN.
+        Writes the new tokens' K and V, or the states behind them, into ``caches``. Raises ``NumericalError``
+        never: the engine checks the logits it samples from for NaN.
         """

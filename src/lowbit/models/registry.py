@@ -53,6 +53,8 @@ MODULES = {
     "Gemma2ForCausalLM": ("families.gemma", "GEMMA2"),
     "Gemma3ForCausalLM": ("families.gemma", "GEMMA3"),
     "Phi3ForCausalLM": ("families.phi", "PHI3"),
+    "Qwen3NextForCausalLM": ("families.qwen_next", "QWEN3_NEXT"),
+    "qwen3next": ("families.qwen_next", "QWEN3_NEXT"),
     "Qwen2MoeForCausalLM": ("families.qwen", "QWEN2_MOE"),
     "qwen2moe": ("families.qwen", "QWEN2_MOE"),
     "GlmForCausalLM": ("families.glm", "GLM"),
@@ -134,10 +136,7 @@ MODULES |= {
     "qwen3vl": ("families.qwen", "QWEN3"),
     "qwen3vlmoe": ("families.qwen", "QWEN3_MOE"),
 }
-_RECURRENT = (
-    "whose state is one matrix a sequence that every token overwrites; the engine keeps keys and values in "
-    "pages that sequences share and give back, and has no place for it"
-)
+_MAMBA = "most layers are Mamba-2; of recurrent layers lowbit has gated delta networks (Qwen3-Next)"
 _ALIBI = "it tells positions by ALiBi, which lowbit's attention does not have"
 _LLAMA4 = "its chunked attention and temperatures by position are not there"
 _MINICPM3 = "latent attention is there for DeepSeek only; the other MiniCPM models are served"
@@ -153,10 +152,8 @@ REFUSED = {
     "bloom": _ALIBI,
     "MPTForCausalLM": _ALIBI,
     "mpt": _ALIBI,
-    "Qwen3NextForCausalLM": f"three of four layers are gated delta networks, {_RECURRENT}",
-    "qwen3next": f"three of four layers are gated delta networks, {_RECURRENT}",
-    "GraniteMoeHybridForCausalLM": f"most layers are Mamba-2, {_RECURRENT}",
-    "granitehybrid": f"most layers are Mamba-2, {_RECURRENT}",
+    "GraniteMoeHybridForCausalLM": _MAMBA,
+    "granitehybrid": _MAMBA,
 }
 
 

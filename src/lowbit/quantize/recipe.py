@@ -124,7 +124,7 @@ class Recipe:
     def verdict(self, name: str, role: str, shape: tuple[int, int]) -> Verdict:
         """What becomes of a module; ``role``: linear, expert, router, head or embedding."""
         if role == "router":
-            return Verdict(None, reason="routers and expert gates are never quantized")
+            return Verdict(None, reason="routers and gates are never quantized")
         for rule in self.rules:
             if any(matches(pattern, name, role) for pattern in rule.patterns):
                 return Verdict(rule.method, rule.dtype, rule.reason, named=True)

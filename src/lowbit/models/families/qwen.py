@@ -43,7 +43,7 @@ def _qwen3_moe(header: CheckpointHeader) -> ModelConfig:
         count = keys.size("num_experts", keys.size("num_local_experts", 128))
         used, inner = keys.size("num_experts_per_tok"), keys.size("moe_intermediate_size")
         renormalize = keys.flag("norm_topk_prob", False)
-        layers = _sparse_layers(keys, config.layers)
+        layers = sparse_layers(keys, config.layers)
     moe = MoeConfig(count, used, inner, frozenset(layers), renormalize=renormalize)
     return replace(config, moe=moe)
 
@@ -62,7 +62,7 @@ def _qwen2_moe(header: CheckpointHeader) -> ModelConfig:
         keys = json_keys(header)
         count, used = keys.size("num_experts"), keys.size("num_experts_per_tok")
         inner, shared = keys.size("moe_intermediate_size"), keys.size("shared_expert_intermediate_size")
-        layers, renormalize = _sparse_layers(keys, config.layers), keys.flag("norm_topk_prob", False)
+        layers, renormalize = sparse_layers(keys, config.layers), keys.flag("norm_topk_prob", False)
         config = replace(
             config, qkv_bias=keys.flag("qkv_bias", True), windows=_moe_windows(keys, config.layers)
         )
@@ -88,7 +88,7 @@ def _moe_windows(keys: ConfigKeys, layers: int) -> tuple[int, ...]:
     return windows_by_types(keys.values.get("layer_types", kinds), keys.size("sliding_window", 4096), layers)
 
 
-def _sparse_layers(keys: ConfigKeys, layers: int) -> list[int]:
+def sparse_layers(keys: ConfigKeys, layers: int) -> list[int]:
     """The layers with experts."""
     step, dense = keys.size("decoder_sparse_step", 1), keys.values.get("mlp_only_layers") or []
     if not isinstance(dense, list):

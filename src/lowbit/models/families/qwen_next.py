@@ -1,0 +1,167 @@
+"""Qwen3-Next (Qwen team, 2025): three of four layers are gated delta networks, the fourth attention with an
+output gate; experts everywhere, beside a shared one."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError, printable
+from lowbit.kernels.recurrent import StateSpec
+from lowbit.models.config import ConfigKeys, ModelConfig, MoeConfig, base_config, gguf_keys, json_keys
+from lowbit.models.families.common import UNUSED
+from lowbit.models.families.qwen import sparse_layers
+from lowbit.models.gguf_names import QWEN_NEXT_GGUF_NAMES
+from lowbit.models.qwen_next import QwenNextConfig, build
+from lowbit.models.registry import Family
+
+_TAKE = "take the config of the original model"
+
+
+def _qwen3_next(header: CheckpointHeader) -> ModelConfig:
+    base = base_config(header, rotated=0.25)
+    if header.container == "gguf":
+        return _from_gguf(base, gguf_keys(header))
+    keys = json_keys(header)
+    if base.activation != "silu":
+        raise LowbitError(
+            "E0242", f"{keys.place}: activation {printable(base.activation)!r} is not supported; only silu is"
+        )
+    key_heads, value_heads, k_dim, v_dim, taps = (
+        _needed(keys, f"linear_{name}")
+        for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    )
+    moe = None
+    if keys.count("num_experts"):
+        moe = _experts(
+            keys.size("num_experts"),
+            keys.size("num_experts_per_tok"),
+            keys.size("moe_intermediate_size"),
+            keys.size("shared_expert_intermediate_size"),
+            sparse_layers(keys, base.layers),
+            keys.flag("norm_topk_prob", True),
+        )
+    bias = keys.flag("attention_bias", False)
+    return _with(
+        base,
+        norm_offset=1.0,
+        qkv_bias=bias,
+        output_bias=bias,
+        moe=moe,
+        state=_state(keys, key_heads, value_heads, k_dim, v_dim, taps),
+        recurrent=_recurrent(keys, base.layers),
+    )
+
+
+def _from_gguf(base: ModelConfig, keys: ConfigKeys) -> ModelConfig:
+    heads, inner = keys.size("ssm.time_step_rank"), keys.size("ssm.inner_size")
+    if inner % heads:
+        raise LowbitError(
+            "E0216", f"{keys.place}: ssm.inner_size {inner} over {heads} value heads; the file is damaged"
+        )
+    state = _state(
+        keys,
+        keys.size("ssm.group_count"),
+        heads,
+        keys.size("ssm.state_size"),
+        inner // heads,
+        keys.size("ssm.conv_kernel"),
+    )
+    moe = None
+    if keys.count("expert_count", 0):
+        moe = _experts(
+            keys.size("expert_count"),
+            keys.size("expert_used_count"),
+            keys.size("expert_feed_forward_length"),
+            keys.size("expert_shared_feed_forward_length"),
+            list(range(base.layers - keys.count("nextn_predict_layers", 0))),
+            True,
+        )
+    # Layers that predict further tokens are counted, and lie behind the model's own.
+    layers = base.layers - keys.count("nextn_predict_layers", 0)
+    recurrent, told = _every(keys.size("full_attention_interval", 4), layers), "attention.recurrent_layers"
+    if keys.has(told):
+        listed = keys.values[told]
+        if not isinstance(listed, list) or len(listed) != base.layers:
+            raise LowbitError(
+                "E0216", f"{keys.place}: {told} does not list {base.layers} layers; the file is damaged"
+            )
+        recurrent = frozenset(n for n in range(layers) if listed[n])
+    return _with(base, layers=layers, moe=moe, state=state, recurrent=recurrent, gguf=True)
+
+
+def _with(base: ModelConfig, **more: object) -> QwenNextConfig:
+    known = {field.name: getattr(base, field.name) for field in fields(ModelConfig)}
+    return QwenNextConfig(**{**known, "qk_norm": "head", **more})
+
+
+def _needed(keys: ConfigKeys, key: str) -> int:
+    if not keys.has(key):
+        raise LowbitError(
+            "E0216", f"{keys.place}: key {key!r} is missing, which sizes the linear attention layers; {_TAKE}"
+        )
+    return keys.size(key)
+
+
+def _state(keys: ConfigKeys, k_heads: int, heads: int, k_dim: int, v_dim: int, taps: int) -> StateSpec:
+    if heads % k_heads:
+        raise LowbitError(
+            "E0216",
+            f"{keys.place}: {heads} value heads over {k_heads} key heads of linear attention: the first must "
+            f"be a multiple of the second; {_TAKE}",
+        )
+    return StateSpec(k_heads, heads, k_dim, v_dim, taps)
+
+
+def _recurrent(keys: ConfigKeys, layers: int) -> frozenset[int]:
+    """The layers of linear attention."""
+    types = keys.values.get("layer_types")
+    if types is None:
+        return _every(keys.size("full_attention_interval", 4), layers)
+    if not isinstance(types, list) or len(types) != layers:
+        count = len(types) if isinstance(types, list) else "no"
+        raise LowbitError(
+            "E0216",
+            f"{keys.place}: key 'layer_types' lists {count} layers and the model has {layers}; {_TAKE}",
+        )
+    strange = next((t for t in types if t not in ("linear_attention", "full_attention")), None)
+    if strange is not None:
+        raise LowbitError(
+            "E0242",
+            f"{keys.place}: a layer of type {printable(repr(strange))} is not supported; supported: "
+            "linear_attention, full_attention",
+        )
+    return frozenset(n for n, kind in enumerate(types) if kind == "linear_attention")
+
+
+def _every(interval: int, layers: int) -> frozenset[int]:
+    """All but every ``interval``-th layer."""
+    return frozenset(n for n in range(layers) if (n + 1) % interval)
+
+
+def _experts(
+    count: int, used: int, inner: int, shared: int, layers: list[int], renormalize: bool
+) -> MoeConfig:
+    return MoeConfig(
+        count,
+        used,
+        inner,
+        frozenset(layers),
+        renormalize=renormalize,
+        shared_size=shared,
+        shared="shared_expert",
+        shared_gate="shared_expert_gate",
+    )
+
+
+# The layers that predict further tokens are a module of their own, and in GGUF files the last blocks.
+_PREDICTION = r"(model\.)?mtp\..+"
+QWEN3_NEXT = Family(
+    "qwen3_next",
+    _qwen3_next,
+    build,
+    QWEN_NEXT_GGUF_NAMES,
+    False,
+    (*UNUSED, _PREDICTION),
+    prediction_layers=True,
+)
