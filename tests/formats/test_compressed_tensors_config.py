@@ -187,7 +187,7 @@ def broken(**changes: object) -> dict:
         (
             config(args(), transform_config={"config_groups": {"R3": {"apply": [{"location": "q_attn"}]}}}),
             "E0218",
-            "'R3'",
+            "config_groups.R3.type",
         ),
     ],
 )

@@ -1,8 +1,8 @@
 // Quantizing a layer's input as its checkpoint asks: what kernels/activation_quant.py defines in torch, bit
 // for bit. float32 in, float32 out: codes (or dequantized values) and the factors the product is scaled by.
 //
-// A row is copied to the output first (times a multiplier, rounded to bfloat16 where asked) and quantized
-// there in place. Every step is elementwise IEEE arithmetic, or a maximum of absolute values taken on their
+// A row is copied to the output first (rotated, times a multiplier, rounded to bfloat16 where asked) and quantized
+// there in place. Every step but a rotation (rotation.cpp) is elementwise IEEE arithmetic, or a maximum of absolute values taken on their
 // bits, where NaN is the largest: results do not depend on the instruction set, the neighbours or the threads.
 
 #include <cfloat>
@@ -14,6 +14,7 @@
 #include "activation_quant.h"
 #include "lowbit.h"
 #include "operations.h"
+#include "rotation.h"
 #include "row_tasks.h"
 
 namespace lowbit {
@@ -189,8 +190,12 @@ void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, co
     }
 }
 
-// out = x, times the multiplier, through bfloat16.
+// out = x, rotated, times the multiplier, through bfloat16.
 void stage(const float* x, std::int64_t width, const lowbit_quantizer& q, float* out) {
+    if (q.rotation != nullptr) {
+        rotate_row(*q.rotation, x, width, out);
+        x = out;
+    }
     if (q.multiplier != nullptr) {
         for (std::int64_t i = 0; i < width; ++i) out[i] = x[i] * q.multiplier[i];
     } else if (out != x) {

@@ -7,7 +7,7 @@ Its short spelling, ``str(scheme)``, is what ``lowbit inspect`` prints and kerne
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lowbit.numerics.number_formats import NumberFormat, number_format
@@ -92,6 +92,20 @@ class ActivationScheme:
 
 
 @dataclass(frozen=True)
+class RotationScheme:
+    """A layer's input, or what it gives, in blocks of ``size`` columns, each times a matrix at run time.
+
+    ``kind``: "hadamard", or what the checkpoint calls it ("random-hadamard", "random-matrix").
+    """
+
+    kind: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.size}"
+
+
+@dataclass(frozen=True)
 class Scheme:
     """The layout and meaning of a ``QuantizedTensor``.
 
@@ -99,7 +113,8 @@ class Scheme:
     ``scales`` the number format each level is stored in. ``flattened``: blocks run over the row-major
     flattened matrix (bitsandbytes 4-bit), and then a block is (1, weights). ``offset`` says that weights
     also have additive offsets in weight units, at the same levels. ``reordered``: columns are stored in
-    another order than the input's (GPTQ act-order). A dense weight has no scales: ``bf16``.
+    another order than the input's (GPTQ act-order). A dense weight has no scales: ``bf16``. ``rotation``: of
+    the layer's input, before ``activation``; ``output_rotation``: of its result, bias included.
     """
 
     weight: NumberFormat
@@ -110,6 +125,8 @@ class Scheme:
     flattened: bool = False
     reordered: bool = False
     activation: ActivationScheme | None = None
+    rotation: RotationScheme | None = None
+    output_rotation: RotationScheme | None = None
 
     def __post_init__(self) -> None:
         assert len(self.blocks) == len(self.scales), "one block for each scale level"
@@ -118,6 +135,20 @@ class Scheme:
     def is_dense(self) -> bool:
         """A plain f32, f16 or bf16 matrix."""
         return self.weight.name in ("f32", "f16", "bf16")
+
+    @property
+    def weight_alone(self) -> Scheme:
+        """Without what its layer does to inputs and outputs: what kernels see."""
+        if self.activation is self.rotation is self.output_rotation is None:
+            return self
+        return replace(self, activation=None, rotation=None, output_rotation=None)
+
+    @property
+    def rotated(self) -> str:
+        """How its layer rotates its input and output, in words; "" where it does not."""
+        said = [f"input rotated by {self.rotation}"] * (self.rotation is not None)
+        said += [f"output rotated by {self.output_rotation}"] * (self.output_rotation is not None)
+        return ", ".join(said)
 
     @property
     def rows_move(self) -> bool:
@@ -145,6 +176,8 @@ class Scheme:
             words.append("asym" if self.zero == "integer" else "float-zero")
         words += ["offset"] * self.offset + ["flat"] * self.flattened
         words += ["act-order"] * self.reordered
+        if self.rotated:
+            words.append(f"({self.rotated})")
         if self.activation is not None:
             words.append(f"(input {self.activation})")
         return " ".join(words)

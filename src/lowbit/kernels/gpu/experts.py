@@ -186,6 +186,8 @@ def _refusal(layers: Sequence[Layer]) -> str:
         for weight in layer.weights:
             if weight.kernel.name not in ("gpu_blocks", "gpu_dense"):
                 return f"{layer.name} runs on the kernel {weight.kernel.name}"
+        if layer.outputs is not None or any(t is not None and t.rotation for t in layer.inputs or ()):
+            return f"{layer.name} rotates its inputs or outputs"
         if len(layer.weights) != len(first.weights):
             return f"{layer.name} has {len(layer.weights)} parts, {first.name} has {len(first.weights)}"
         for weight, other in zip(layer.weights, first.weights, strict=True):
