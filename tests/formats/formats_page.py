@@ -40,6 +40,7 @@ READS = {
     "exl2": "2-6 and 8 bits in one matrix, at the room of its widest group",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
     "experts",
+    "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
     "gguf": "every block type, mixed types, split files",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin, dynamic rules",
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats",

@@ -33,7 +33,6 @@ REFUSED: dict[str, str] = {
     "higgs": _CODEBOOK,
     "exl3": "is ExLlamaV3's; use a GPTQ, AWQ or GGUF version",
     "spqr": "keeps outliers in a sparse matrix; use a GPTQ, AWQ or GGUF version",
-    "fp_quant": _ROTATED,
     "paroquant": _ROTATED,
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,

@@ -23,7 +23,7 @@ _FACTORS = {"token": "row", "asymmetric": "row", "columns": "row", "tensor": "on
 _FORMATS = {"e4m3": 1, "e5m2": 2, "e2m1": 3, "e2m3": 4, "e3m2": 5}
 _INTEGER = 0
 _SCALES = {"f32": 0, "bf16": 1, "e8m0": 2, "e4m3": 4}
-_E8M0_UP = 3
+_E8M0_UP, _E8M0_SPREAD = 3, 5
 
 
 class _Quantizer(ctypes.Structure):
@@ -155,6 +155,8 @@ class NativeQuantizer:
         scale = _SCALES[scheme.scale.name]
         if scheme.scale.name == "e8m0" and scheme.limit:
             scale = _E8M0_UP
+        if scheme.spread:
+            scale, limit = _E8M0_SPREAD, scheme.spread
         description = _Quantizer(
             *addresses,
             rule=_RULES.index(rule),

@@ -47,9 +47,9 @@ class InputTransform:
     """What happens to x (tokens, in) before it meets a weight.
 
     ``rotation``: x is rotated first. ``multiplier``: float32 (in,), x is multiplied by it. ``static_scale``,
-    ``static_zero``: scalar tensors of a static scheme; for NVFP4 the outer scale. ``state``: of a delayed
-    scheme. ``across``: the ranks that x lies on, some columns on each: what is seen of a row is seen of all
-    of it (``sees_whole_rows``).
+    ``static_zero``: scalar tensors of a static scheme; for NVFP4 and FP-Quant the outer scale. ``state``: of
+    a delayed scheme. ``across``: the ranks that x lies on, some columns on each: what is seen of a row is
+    seen of all of it (``sees_whole_rows``).
     """
 
     scheme: ActivationScheme | None = None
@@ -298,8 +298,23 @@ def grouped_codes(x: Tensor, scheme: ActivationScheme, outer: Tensor | None) -> 
         scale = inner.to(torch.float8_e4m3fn).float() * global_scale
         scale = torch.where(scale == 0, 1.0, scale)
     else:
-        scale = _scale(amax, scheme)
+        scale = _scale_of_spread(groups, scheme.spread) if scheme.spread else _scale(amax, scheme)
+        scale = scale if outer is None else scale * outer.float()
     return _codes(groups, scale, scheme), scale
+
+
+def _scale_of_spread(groups: Tensor, spread: float) -> Tensor:
+    """(tokens, groups, columns) -> (tokens, groups, 1): a power of two. Sums are of halves."""
+    size, sums = groups.shape[-1], torch.stack((groups, groups * groups))
+    while sums.shape[-1] > 1:
+        first, second = sums.chunk(2, -1)
+        sums = first + second
+    mean, variance = sums[0] / size, sums[1] / size
+    variance = variance - mean * mean
+    wanted = spread * torch.where(variance > 0, variance, variance * 0.0).sqrt() + 1e-8
+    exponent = torch.where(wanted.isnan(), 0, torch.frexp(wanted)[1] - 1)
+    exponent = torch.where(sums[1].isinf(), 127, exponent.clamp(-127, 127))
+    return torch.exp2(exponent.float())
 
 
 def _nearest(steps: Tensor, fmt: NumberFormat) -> Tensor:

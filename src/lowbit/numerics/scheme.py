@@ -44,7 +44,9 @@ class ActivationScheme:
 
     ``input`` "bf16": x is rounded to bfloat16 first (torchao, beside ``scale`` bf16). ``floor``: the smallest
     scale; 0: none, and a block of zeros has scale 1. ``reciprocal``: codes are x times 1 / scale, whose last
-    bit differs from x / scale (torchao's int8). ``delay``: of mode "delayed".
+    bit differs from x / scale (torchao's int8). ``delay``: of mode "delayed". ``spread``: beside e8m0, a
+    scale is the largest power of two up to so many standard deviations of its block (FP-Quant's "quest"),
+    0: it follows the largest |x|.
     """
 
     number_format: NumberFormat
@@ -60,8 +62,11 @@ class ActivationScheme:
     floor: float = 0.0
     reciprocal: bool = False
     delay: Delay | None = None
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
+        whole = self.block[1] in (2, 4, 8, 16, 32, 64) and self.scale.name == "e8m0"
+        assert not self.spread or whole, "deviations are of blocks that are a power of two"
         assert (self.delay is not None) == (self.mode == "delayed"), "mode delayed says how"
         assert self.mode != "delayed" or self.block == (0, 0), "delayed scales are per tensor"
         per_token = self.mode == "dynamic" and self.block == (1, 0) and self.symmetric
@@ -88,7 +93,8 @@ class ActivationScheme:
         shape = "" if self.symmetric else " asym"
         scale = "" if self.scale.name == "f32" else f" {self.scale.name}"
         outliers = f" outliers {self.outliers:g}" if self.outliers else ""
-        return f"{self.number_format.name} {rows}x{columns} {self.mode}{scale}{shape}{outliers}"
+        spread = f" spread {self.spread:.3g}" if self.spread else ""
+        return f"{self.number_format.name} {rows}x{columns} {self.mode}{scale}{shape}{outliers}{spread}"
 
 
 @dataclass(frozen=True)

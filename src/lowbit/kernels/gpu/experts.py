@@ -56,7 +56,8 @@ class _Input:
             changed = changed.to(x.dtype if scheme is None else torch.bfloat16)
             return Rows(changed, divisor, None if factor is None else factor.float().contiguous())
         group = scheme.block[1]
-        exact = scheme.scale.name == "e8m0"  # codes times powers of two are bfloat16
+        # Codes times powers of two are bfloat16.
+        exact = scheme.scale.name == "e8m0" and transform.static_scale is None
         if exact or not tile or group % tile:
             changed, _ = transform(x) if self.shared else transform.in_torch(x)
             return Rows(changed.to(torch.bfloat16 if exact else x.dtype), divisor)
