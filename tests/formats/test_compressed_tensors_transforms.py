@@ -102,11 +102,11 @@ def test_what_inspect_says() -> None:
     plan = plan_model(header_of(case("quip_w4a16")), device="cpu")
     [down] = [module for module in plan.modules if module.name == DOWN]
     assert str(down.scheme) == (
-        "int4 1x32 f32 (input rotated by random-hadamard 96, output rotated by random-hadamard 64)"
+        "int4 1x16 f32 (input rotated by random-hadamard 48, output rotated by random-hadamard 64)"
     )
     assert "rotated at run time" in reader_of(case("quip_w4a16")).describe()
-    assert reader_of(case("spinquant_w8a8")).scheme_of(StoredModule(DOWN, DOWN, (64, 128))).rotated == (
-        "input rotated by hadamard 128"
+    assert reader_of(case("spinquant_w8a8")).scheme_of(StoredModule(DOWN, DOWN, (64, 64))).rotated == (
+        "input rotated by hadamard 64"
     )
 
 
@@ -133,7 +133,7 @@ def test_ranks_keep_blocks_whole() -> None:
     """Blocks of 32 are cut between; a block as wide as the layer cannot be."""
     plan = plan_model(header_of(case("quip_block_mxfp4")), device="cpu", tp_size=2)
     [down] = [module for module in plan.modules if module.name == DOWN]
-    assert down.shape == (64, 64) and "32" in down.cut
+    assert down.shape == (64, 32) and "32" in down.cut
     for name in ("spinquant_w8a8", "quip_w4a16"):
         with pytest.raises(LowbitError) as caught:
             plan_model(header_of(case(name)), device="cpu", tp_size=2)

@@ -46,7 +46,7 @@ def test_the_tools_own_weights(folder: Path) -> None:
 def test_the_tools_own_logits(folder: Path) -> None:
     wanted = load_file(folder / "expected.safetensors")["logits"]
     tokens = json.loads((folder / "about.json").read_text())["tokens"]
-    assert (logits(folder, tokens) - wanted).abs().max() <= 1e-5
+    assert (logits(folder, tokens) - wanted).abs().max() <= 0.02  # x is bfloat16 before plain matrices
     exact = logits(folder, tokens, linear_kernel="reference", dtype="float32")
     assert (exact - wanted).abs().max() <= 1e-5
 
@@ -55,10 +55,10 @@ def test_the_plan_says_what_is_rotated() -> None:
     plan = plan_model(header_of(case("mxfp4")), device="cpu")
     [down] = [module for module in plan.modules if module.name == DOWN]
     assert str(down.scheme) == (
-        "e2m1 1x32 e8m0 allxall f32 (input rotated by hadamard 64) (input e2m1 1x32 dynamic e8m0)"
+        "e2m1 1x32 e8m0 allxall f32 (input rotated by hadamard 32) (input e2m1 1x32 dynamic e8m0)"
     )
     assert down.kernel == "cpu_blocks"
-    assert reader_of(case("mxfp4")).describe() == "fp_quant, mxfp4 by abs_max, hadamard 64 in config.json"
+    assert reader_of(case("mxfp4")).describe() == "fp_quant, mxfp4 by abs_max, hadamard 32 in config.json"
     with pytest.raises(LowbitError) as caught:
         SourceModel(header_of(case("mxfp4")))
     assert caught.value.code == "E0450"
@@ -66,9 +66,9 @@ def test_the_plan_says_what_is_rotated() -> None:
 
 def test_the_stored_matrix_counts() -> None:
     """What is a multiple of Hadamard's is no product; another order of its columns is; none is none."""
-    rule = read(case("mxfp4_pseudo"), DOWN, (64, 128)).input
+    rule = read(case("mxfp4_pseudo"), DOWN, (64, 64)).input
     assert rule is not None and rule.rotation is not None and rule.rotation.matrix is None
-    rule = read(case("nvfp4_gsr_pseudo"), DOWN, (64, 128)).input
+    rule = read(case("nvfp4_gsr_pseudo"), DOWN, (64, 64)).input
     assert rule is not None and rule.rotation is not None and rule.rotation.matrix is not None
 
 
@@ -76,7 +76,7 @@ def test_an_identity_is_left_out(tmp_path: Path) -> None:
     seed = Seed.of(case("mxfp4_pseudo"))
     identity = {f"{DOWN}.forward_hadamard_matrix": torch.eye(32).bfloat16()}
     folder = seed.write(tmp_path, seed.config, seed.tensors | identity)
-    rule = read(folder, DOWN, (64, 128)).input
+    rule = read(folder, DOWN, (64, 64)).input
     assert rule is not None and rule.rotation is None
 
 
@@ -112,8 +112,8 @@ def test_scales_without_padding(tmp_path: Path) -> None:
         ({"scales": torch.zeros(128, 5, dtype=torch.uint8)}, "E0213"),
         ({"scales": None}, "E0209"),
         ({"scales": torch.full((128, 4), 255, dtype=torch.uint8)}, "E0215"),
-        ({"forward_hadamard_matrix": torch.zeros(32, 32)}, "E0213"),
-        ({"forward_hadamard_matrix": torch.full((64, 64), float("nan"))}, "E0215"),
+        ({"forward_hadamard_matrix": torch.zeros(64, 64)}, "E0213"),
+        ({"forward_hadamard_matrix": torch.full((32, 32), float("nan"))}, "E0215"),
         ({"forward_hadamard_matrix": None}, "E0209"),
         ({"act_global_scale": torch.zeros(1)}, "E0215"),
         ({"weight_global_scale": torch.full((1,), float("inf"))}, "E0215"),
@@ -152,7 +152,7 @@ def test_rows_of_scales_that_cannot_be_told(tmp_path: Path) -> None:
         ("forward_method", "mean", "E0212"),
         ("hadamard_group_size", 48, "E0212"),
         ("hadamard_group_size", True, "E0212"),
-        ("hadamard_group_size", 32, "E0213"),
+        ("hadamard_group_size", 64, "E0213"),
         ("store_master_weights", True, "E0218"),
     ],
 )
