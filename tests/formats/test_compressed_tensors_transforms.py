@@ -168,6 +168,7 @@ def applied(key: str, value: object) -> Callable[[dict[str, Any]], None]:
         (applied("location", "middle"), "E0212", "location"),
         (applied("inverse", "no"), "E0212", "inverse"),
         (applied("targets", 3), "E0212", "targets"),
+        (applied("targets", None), "E0212", "targets"),
         (applied("targets", ["re:("]), "E0212", "pattern"),
         (applied("targets", ["Linear", "re:.*mlp$"]), "E0218", "re:.*mlp$"),
         (applied("targets", ["Linear", "re:.*embed_tokens$"]), "E0218", "embedding"),

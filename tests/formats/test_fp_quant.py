@@ -149,6 +149,8 @@ def test_rows_of_scales_that_cannot_be_told(tmp_path: Path) -> None:
     [
         ("forward_dtype", "mxfp8", "E0212"),
         ("forward_dtype", [], "E0212"),
+        ("forward_dtype", None, "E0212"),
+        ("forward_method", None, "E0212"),
         ("forward_method", "mean", "E0212"),
         ("hadamard_group_size", 48, "E0212"),
         ("hadamard_group_size", True, "E0212"),

@@ -369,6 +369,8 @@ def _steps(name: str, group: object, place: str) -> list[Step]:
             raise LowbitError("E0212", f"{here}.inverse must be true or false")
         targets = strings(step.get("targets"), "targets", here)
         ignore = strings(step.get("ignore"), "ignore", here)
+        if not targets:
+            raise LowbitError("E0212", f"{here}.targets names no modules")
         for pattern in (*targets, *ignore):
             if pattern.startswith("re:"):
                 regex(pattern[3:], "")

@@ -231,7 +231,7 @@ class FpQuant:
 
     def _checked(self, values: dict[str, object]) -> tuple[str, str, int]:
         """(mxfp4 or nvfp4, abs_max or quest, the transform's size); E0212 where the tool would refuse."""
-        kind, method = values.get("forward_dtype", "nvfp4"), values.get("forward_method", "abs_max")
+        kind, method = values.get("forward_dtype"), values.get("forward_method")
         methods = {"mxfp4": ("abs_max", "quest"), "nvfp4": ("abs_max",)}
         if not isinstance(kind, str) or kind not in methods:
             raise self._wrong("forward_dtype", kind, ", ".join(methods))
