@@ -193,7 +193,7 @@ CATALOGUE: dict[str, Entry] = {
     "E0218": Entry(
         "a variant of a known format that is not read",
         "The checkpoint's format is known, but it uses something of it that lowbit does not read or apply: "
-        "another packing, rotations at run time, adapters. Leaving it out would give wrong results.",
+        "another packing, transforms of other kinds, adapters. Leaving it out would give wrong results.",
         "Use another quantization of the same model, or export it again as the message says.",
     ),
     "E0219": Entry(

@@ -226,6 +226,8 @@ def test_a_head_divided_by_its_norms(tmp_path: Path) -> None:
         "compressed_tensors/w3a16_asym",
         "fp8/block_128",
         "bitsandbytes/int8",
+        "transforms/quip_w4a16",
+        "transforms/spinquant_w8a8",
     ],
 )
 def test_checkpoints_of_many_formats(fixture: str) -> None:

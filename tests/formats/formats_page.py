@@ -33,12 +33,14 @@ READS = {
     "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outlier columns",
     "blockwise_int8": "int8 in blocks",
     "compressed-tensors": "pack-quantized 1-8 bit (both packings), int-, float-, naive-quantized, nvfp4, "
-    "mxfp4, mxfp6, mxfp8, sparse and 2:4 masks, marlin-24, several groups, act-order",
+    "mxfp4, mxfp6, mxfp8, sparse and 2:4 masks, marlin-24, several groups, act-order; QuIP, QuaRot and "
+    "SpinQuant rotations (hadamard, random-hadamard, random-matrix), Q and K's too",
     "dense": "f32, f16, bf16",
     "eetq": "int8 per channel, taken out of its GEMM's layout",
     "exl2": "2-6 and 8 bits in one matrix, at the room of its widest group",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
     "experts",
+    "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
     "gguf": "every block type, mixed types, split files",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin, dynamic rules",
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats",

@@ -185,9 +185,16 @@ def broken(**changes: object) -> dict:
         (config(args(), sparsity_config="24"), "E0212", "sparsity_config"),
         (config(args(), transform_config={"R1": {}}), "E0212", "transform_config"),
         (
-            config(args(), transform_config={"config_groups": {"R3": {"apply": [{"location": "q_attn"}]}}}),
+            config(
+                args(),
+                transform_config={
+                    "config_groups": {
+                        "R3": {"apply": [{"location": "q_attn", "targets": ["re:.*self_attn$"]}]}
+                    }
+                },
+            ),
             "E0218",
-            "'R3'",
+            "config_groups.R3.type",
         ),
     ],
 )
@@ -204,7 +211,14 @@ def test_refused_configs(tmp_path: Path, values: dict, code: str, word: str) -> 
 def test_offline_rotations_and_unknown_top_level_keys_are_read_over(tmp_path: Path) -> None:
     tensors, weight = packed()
     offline = {
-        "config_groups": {"R1": {"apply": [{"location": "weight_input"}, {"location": "weight_output"}]}}
+        "config_groups": {
+            "R1": {
+                "apply": [
+                    {"location": "weight_input", "targets": ["Linear"]},
+                    {"location": "weight_output", "targets": ["Linear"]},
+                ]
+            }
+        }
     }
     write_folder(tmp_path, tensors, config(args(), transform_config=offline, global_compression_ratio=1.5))
     assert torch.equal(read(tmp_path, NAME, (16, 64), strict=True).weight.dequantize(), weight)

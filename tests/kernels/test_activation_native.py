@@ -39,6 +39,7 @@ DYNAMIC = [
     ActivationScheme(E4M3, (1, 32), scale=E8M0),
     ActivationScheme(E4M3, (1, 32), scale=E8M0, round_up=1.75),
     ActivationScheme(E2M1, (1, 32), scale=E8M0),
+    ActivationScheme(E2M1, (1, 32), scale=E8M0, spread=2.92247856 / 6),
     ActivationScheme(E2M3, (1, 32), scale=E8M0),
     ActivationScheme(E3M2, (1, 32), scale=E8M0, round_up=1.9375),
     ActivationScheme(E2M1, (1, 16), scale=number_format("e4m3")),
@@ -131,11 +132,13 @@ def test_static_scales_and_zero_points(scheme: ActivationScheme, zero: float | N
         check(transform, broken(columns))
 
 
-def test_an_outer_scale_of_nvfp4_and_a_multiplier() -> None:
+def test_an_outer_scale_and_a_multiplier() -> None:
     scheme = ActivationScheme(E2M1, (1, 16), scale=number_format("e4m3"))
+    powers = ActivationScheme(E2M1, (1, 32), scale=E8M0)
     multiplier = torch.logspace(-2, 2, 72)
     for outer in (0.0, 0.013, 7.0):
         check(InputTransform(scheme, multiplier, static_scale=torch.tensor(outer)), broken(72))
+        check(InputTransform(powers, multiplier, static_scale=torch.tensor(outer + 4 / 3)), broken(72))
     check(InputTransform(None, multiplier), broken(72))
     check(InputTransform(ActivationScheme(INT8, (1, 0), limit=127.0), multiplier), cruel(72))
 

@@ -20,11 +20,13 @@ from lowbit.kernels.activation_state import ActivationState
 from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.reference import Reference
+from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.layers.experts import Experts
 from lowbit.layers.linear import Linear
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Delay
 
 CPU = torch.device("cpu")
@@ -75,6 +77,11 @@ INPUTS: dict[str, Input] = {
     "static scales": lambda expert, columns: static(expert, ActivationScheme(E4M3, (0, 0), "static")),
     "fp8 per tensor": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (0, 0), limit=448.0)),
     "multipliers": lambda expert, columns: InputTransform(multiplier=random(columns, seed=expert).abs()),
+    "rotated": lambda expert, columns: InputTransform(rotation=Rotator(Rotation.hadamard(32))),
+    "rotated, int8 per token": lambda expert, columns: InputTransform(
+        ActivationScheme(INT8, (1, 0), limit=127.0),
+        rotation=Rotator(Rotation.of(random(16, 16, seed=expert))),
+    ),
     "delayed": lambda expert, columns: InputTransform(
         DELAYED, state=ActivationState.fresh(DELAYED.delay, 448.0)
     ),

@@ -26,6 +26,7 @@ from lowbit.engine.load import load_engine
 from lowbit.engine.memory import pool_pages
 from lowbit.kernels import device_memory
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.rotation import Rotator
 from lowbit.loading import Loader, PackedCache, load_model, packed_cache
 from lowbit.loading.packed_cache import Kept
 from lowbit.loading.samples import Samples
@@ -88,8 +89,17 @@ def bits(tensor: Tensor | None) -> object:
 def transform_bits(transform: InputTransform | None) -> object:
     if transform is None:
         return None
-    values = ((f.name, getattr(transform, f.name)) for f in fields(transform) if f.name != "state")
-    return {name: bits(value) if isinstance(value, Tensor) else value for name, value in values}
+    values = {f.name: getattr(transform, f.name) for f in fields(transform) if f.name != "state"}
+    values["rotation"] = rotation_bits(transform.rotation)
+    return {name: bits(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def rotation_bits(rotator: Rotator | None) -> object:
+    if rotator is None:
+        return None
+    rotation = rotator.rotation
+    tensors = (rotation.before, rotation.after, rotation.matrix)
+    return rotation.size, rotation.divisor, [bits(tensor) for tensor in tensors]
 
 
 def module_bits(kept: Kept) -> object:
@@ -98,7 +108,8 @@ def module_bits(kept: Kept) -> object:
         for w in kept.weights
     ]
     shared = [[a is b for b in kept.inputs] for a in kept.inputs]
-    return weights, [transform_bits(transform) for transform in kept.inputs], shared, bits(kept.bias)
+    outputs = [rotation_bits(rotator) for rotator in kept.outputs]
+    return weights, [transform_bits(transform) for transform in kept.inputs], shared, bits(kept.bias), outputs
 
 
 def same(first: Loader, second: Loader) -> None:

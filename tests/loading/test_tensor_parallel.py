@@ -174,6 +174,7 @@ STORED = [
     "compressed_tensors/w8a8_static_asym",
     "compressed_tensors/fp8_channel_dynamic",
     "compressed_tensors/nvfp4",
+    "transforms/quip_block_mxfp4",
     "fp8/block_32_ue8m0",
     "fp8/experts_block_16",
     "bitsandbytes/int8",

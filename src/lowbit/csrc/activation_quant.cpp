@@ -1,8 +1,8 @@
 // Quantizing a layer's input as its checkpoint asks: what kernels/activation_quant.py defines in torch, bit
 // for bit. float32 in, float32 out: codes (or dequantized values) and the factors the product is scaled by.
 //
-// A row is copied to the output first (times a multiplier, rounded to bfloat16 where asked) and quantized
-// there in place. Every step is elementwise IEEE arithmetic, or a maximum of absolute values taken on their
+// A row is copied to the output first (rotated, times a multiplier, rounded to bfloat16 where asked) and quantized
+// there in place. Every step but a rotation (rotation.cpp) is elementwise IEEE arithmetic, or a maximum of absolute values taken on their
 // bits, where NaN is the largest: results do not depend on the instruction set, the neighbours or the threads.
 
 #include <cfloat>
@@ -14,6 +14,7 @@
 #include "activation_quant.h"
 #include "lowbit.h"
 #include "operations.h"
+#include "rotation.h"
 #include "row_tasks.h"
 
 namespace lowbit {
@@ -23,7 +24,7 @@ enum class Rule : std::int32_t {
     none = 0, fixed = 1, token = 2, asymmetric = 3, tensor = 4, delayed = 5, grouped = 6, columns = 7
 };
 enum class Format : std::int32_t { integer = 0, e4m3 = 1, e5m2 = 2, e2m1 = 3, e2m3 = 4, e3m2 = 5 };
-enum class Scale : std::int32_t { f32 = 0, bf16 = 1, e8m0 = 2, e8m0_up = 3, e4m3 = 4 };
+enum class Scale : std::int32_t { f32 = 0, bf16 = 1, e8m0 = 2, e8m0_up = 3, e4m3 = 4, e8m0_spread = 5 };
 
 constexpr std::uint32_t MAGNITUDE = 0x7FFFFFFFu, INFINITE = 0x7F800000u;
 
@@ -126,6 +127,31 @@ float scale_of(float amax, const lowbit_quantizer& q) {
     return scale > 0.0f && amax != 0.0f ? scale : 1.0f;
 }
 
+// FP-Quant's "quest": the largest power of two that is not above so many standard deviations of a block. Sums are
+// of halves, so that their order is that of the torch definition. size is a power of two, up to 64; behind count
+// numbers are zeros.
+float scale_of_spread(const float* x, std::int64_t count, std::int64_t size, float spread) {
+    float sums[64] = {}, squares[64] = {};
+    for (std::int64_t i = 0; i < count; ++i) {
+        sums[i] = x[i];
+        squares[i] = x[i] * x[i];
+    }
+    for (std::int64_t half = size / 2; half > 0; half /= 2) {
+        for (std::int64_t i = 0; i < half; ++i) {
+            sums[i] = sums[i] + sums[i + half];
+            squares[i] = squares[i] + squares[i + half];
+        }
+    }
+    const float mean = sums[0] / static_cast<float>(size);
+    const float variance = squares[0] / static_cast<float>(size) - mean * mean;
+    const float wanted = spread * std::sqrt(variance > 0.0f ? variance : variance * 0.0f) + 1e-8f;
+    if (std::isinf(squares[0])) return power_of_two(127);
+    if (std::isnan(wanted)) return 1.0f;
+    int exponent;
+    std::frexp(wanted, &exponent);
+    return power_of_two(exponent - 1);
+}
+
 // steps of x: x / scale, or x times the reciprocal, to the nearest value.
 template <class Nearest>
 void quantize_block(float* x, std::int64_t count, float scale, bool reciprocal, const Nearest& nearest) {
@@ -178,7 +204,8 @@ void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, co
             scale = E4m3{448.0f}(clamped(amax / (q.limit * outer), 0.001953125f, 448.0f)) * outer;
             if (scale == 0.0f) scale = 1.0f;
         } else {
-            scale = scale_of(amax, q);
+            const bool spread = static_cast<Scale>(q.scale) == Scale::e8m0_spread;
+            scale = (spread ? scale_of_spread(group, width, q.group, q.limit) : scale_of(amax, q)) * outer;
         }
         quantize_block(group, width, scale, q.reciprocal != 0, nearest);
         if (scales != nullptr) {
@@ -189,8 +216,12 @@ void quantize_groups(float* x, std::int64_t count, const lowbit_quantizer& q, co
     }
 }
 
-// out = x, times the multiplier, through bfloat16.
+// out = x, rotated, times the multiplier, through bfloat16.
 void stage(const float* x, std::int64_t width, const lowbit_quantizer& q, float* out) {
+    if (q.rotation != nullptr) {
+        rotate_row(*q.rotation, x, width, out);
+        x = out;
+    }
     if (q.multiplier != nullptr) {
         for (std::int64_t i = 0; i < width; ++i) out[i] = x[i] * q.multiplier[i];
     } else if (out != x) {

@@ -13,8 +13,19 @@ struct lowbit_head_products;    // head_products.cpp
 struct lowbit_delta_layer;      // delta_rule.cpp
 struct lowbit_delta_batch;
 
+// What kernels/rotation.py describes: x in blocks of ``size`` columns, each times a matrix. Either x * before, the
+// Hadamard transform over ``divisor``, * after; or x @ matrix. rotation.cpp
+struct lowbit_rotation {
+    const float* before;  // (size,), or null
+    const float* after;   // (size,), or null
+    const float* matrix;  // (size, size) row-major, or null
+    std::int64_t size;    // without a matrix a power of two
+    float divisor;
+};
+
 // What kernels/activation_native.py describes; field for field its ctypes struct.
 struct lowbit_quantizer {
+    const lowbit_rotation* rotation;  // before everything else, or null
     const float* multiplier;    // (width,), or null
     const float* static_scale;  // one number: of a static rule, or NVFP4's outer scale
     const float* static_zero;
@@ -102,6 +113,8 @@ LOWBIT_EXPORT void lowbit_multiply_heads(const lowbit_head_products* job);
 LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const float* x, std::int64_t x_stride,
                                         std::int64_t rows, std::int64_t width, float* out,
                                         std::int64_t out_stride, float* factors);
+LOWBIT_EXPORT int lowbit_rotate(const lowbit_rotation* rotation, const float* x, std::int64_t x_stride,
+                                std::int64_t rows, std::int64_t width, float* out, std::int64_t out_stride);
 LOWBIT_EXPORT void lowbit_update_delayed(const lowbit_delayed_state* states, std::int64_t count);
 
 LOWBIT_EXPORT void lowbit_rms_norm(const float* x, std::int64_t x_stride, const float* weight, float eps,
@@ -166,6 +179,7 @@ LOWBIT_EXPORT void lowbit_sigmoid_gate(float* x, std::int64_t x_stride, const fl
 // Their numbers in a plan are their places in this list.
 #define LOWBIT_OPERATIONS(X) \
     X(quantize_input)        \
+    X(rotate)                \
     X(update_delayed)        \
     X(rms_norm)              \
     X(add_rms_norm)          \

@@ -17,6 +17,7 @@ from lowbit.doctor.correction import Correction
 from lowbit.doctor.rules import Report
 from lowbit.errors import LowbitError
 from lowbit.formats import CheckpointFormat, Notes, StoredModule, detect
+from lowbit.formats.compressed_tensors_transforms import Transforms
 from lowbit.formats.dense import Dense
 from lowbit.formats.kv_scales import KvScales
 from lowbit.layers.experts import Experts, ExpertsSpec
@@ -177,6 +178,12 @@ class Surveyor:
         except LowbitError as error:
             self.report.add_error(error)
         return 1.0, 1.0
+
+    def head_rotations(self, attention: str, head_dim: int) -> tuple[None, None]:
+        """Nothing is rotated; their tensors are used."""
+        stored = self.names.tensor(f"{attention}.q_proj.weight").removesuffix(".q_proj.weight")
+        self.names.used.update(Transforms.of(self.header).tensors_of_heads(attention, stored, head_dim))
+        return None, None
 
     def kv_dtype(self, attention: str, layer: int) -> KvDtype:
         """Nothing is stored."""

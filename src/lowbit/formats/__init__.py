@@ -21,6 +21,7 @@ from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
 
 _log = logging.getLogger("lowbit")
@@ -71,18 +72,26 @@ class InputRule:
     ``static_zero``: the zero point in code units of the signed code (CT ``input_zero_point``).
     """
 
-    multiplier: Tensor | None = None  # (in,) x is multiplied by this before anything else
+    multiplier: Tensor | None = None  # (in,) x is multiplied by this before anything but a rotation
     static_scale: Tensor | None = None
     static_zero: Tensor | None = None
+    rotation: Rotation | None = None  # x is rotated by this before anything else
+
+    @property
+    def only_rotates(self) -> bool:
+        """Whether x is otherwise as it is."""
+        return self.multiplier is self.static_scale is self.static_zero is None
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """What a reader returns: the weight, its bias (out,) and the rule for its input."""
+    """What a reader returns: the weight, its bias (out,), the rule for its input, and what its outputs (bias
+    included) are rotated by."""
 
     weight: QuantizedTensor
     bias: Tensor | None = None
     input: InputRule | None = None
+    output: Rotation | None = None
 
 
 @dataclass

@@ -25,8 +25,9 @@ as it is, whatever ``quantization_status`` says), its layout, and nonzero zero p
 
 Where formats.md 2.5 differs from the tool, the tool was followed: patterns are tried in alphabetical, not in
 config order; a ``quantization_status`` of "frozen" with packed tensors is normal in files before 2025.
-Refused: rotations of activations at run time, static scales for groups of inputs, quantized outputs (but for
-k_proj and v_proj, where they are KV-cache scales), stacked experts stored (in, out).
+Rotations of activations at run time: ``compressed_tensors_transforms``. Refused: static scales for groups of
+inputs, quantized outputs (but for k_proj and v_proj, where they are KV-cache scales), stacked experts stored
+(in, out).
 Exact against compressed-tensors 0.20.0, 0.16.0 and 0.12.2. The reverse of marlin-24, which no tool has, is
 checked against what 0.12.2 packed. NVFP4: the tool divides the scales first, the last float32 bit may differ.
 """
@@ -50,6 +51,7 @@ from lowbit.formats.compressed_tensors_sparse import (
     unpack_marlin24,
     unpack_marlin24_scales,
 )
+from lowbit.formats.compressed_tensors_transforms import METHODS, Transforms
 from lowbit.formats.dense import (
     DENSE_DTYPES,
     bias_tensors,
@@ -65,7 +67,6 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
-_METHODS = ("compressed-tensors", "compressed_tensors", "sparseml")
 _SUFFIXES = (
     *("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale"),
     *("weight_g_idx", "scale_packed", "meta", "compressed", "bitmask", "shape", "row_offsets"),
@@ -90,6 +91,9 @@ class CompressedTensors:
         self.notes = notes
         self.config = parse_config(found.values, found.place)
         self.layouts = Layouts(header, self.config, notes)
+        self.transforms = Transforms.of(header)
+        if header.config.get("tie_word_embeddings") and "lm_head.weight" not in header.tensors:
+            self.transforms.refuse_tied()
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
@@ -97,12 +101,16 @@ class CompressedTensors:
         if header.container == "gguf":
             return None
         found = quantization_config(header)
-        if found is None or found.method not in _METHODS:
+        if found is None or found.method not in METHODS:
             return None
         return f"{found.place} says quant_method {found.method}"
 
     def scheme_of(self, module: StoredModule) -> Scheme:
         """From the config's group and the dtypes and shapes of the module's tensors."""
+        rotation, of_output = self.transforms.schemes(module)
+        return replace(self._weight_scheme(module), rotation=rotation, output_rotation=of_output)
+
+    def _weight_scheme(self, module: StoredModule) -> Scheme:
         plan = self.layouts.plan_of(module)
         if plan is not None:
             return plan.scheme
@@ -115,10 +123,23 @@ class CompressedTensors:
         plan = self.layouts.plan_of(module)
         unused = {"weight"} if plan is not None and plan.weight != "weight" else set()
         names = [module.tensor(suffix) for suffix in _SUFFIXES if suffix not in unused]
-        return [name for name in names if name in self.header.tensors] + bias_tensors(self.header, module)
+        found = [name for name in names if name in self.header.tensors] + bias_tensors(self.header, module)
+        return found + self.transforms.tensors_of(module)
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
-        """Codes unpacked to bytes, scales as stored."""
+        """Codes unpacked to bytes, scales as stored; and what rotates input and output."""
+        found = self._read(module, data)
+        rotation, of_output = self.transforms.schemes(module)
+        if rotation is None and of_output is None:
+            return found
+        scheme = replace(found.weight.scheme, rotation=rotation, output_rotation=of_output)
+        rule = found.input
+        if rotation is not None:
+            rule = replace(rule or InputRule(), rotation=self.transforms.read(module, "input", data))
+        output = self.transforms.read(module, "output", data)
+        return StoredLinear(replace(found.weight, scheme=scheme), found.bias, rule, output)
+
+    def _read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         plan = self.layouts.plan_of(module)
         if plan is None and not self.layouts.is_sparse(module):
             return read_dense(self.header, module, data)
@@ -127,7 +148,7 @@ class CompressedTensors:
             weight = self._sparse_values(module, data)
             origin = origin_of(self.header, module, "compressed")
             return StoredLinear(
-                QuantizedTensor(self.scheme_of(module), module.shape, weight, origin=origin), bias
+                QuantizedTensor(self._weight_scheme(module), module.shape, weight, origin=origin), bias
             )
         self._check_told_shape(module, data)
         quantized = self._read_weight(module, plan, data)
@@ -139,7 +160,8 @@ class CompressedTensors:
         more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
         schemes = "; ".join(groups[:3]) + more if groups else "not quantized"
         sparse = f", {self.config.sparsity}" if self.config.sparsity != "dense" else ""
-        return f"compressed-tensors {self.config.format}{sparse} ({schemes}) in {self.config.place}"
+        rotated = ", rotated at run time" if self.transforms.steps else ""
+        return f"compressed-tensors {self.config.format}{sparse} ({schemes}){rotated} in {self.config.place}"
 
     def _check_told_shape(self, module: StoredModule, data: TensorData) -> None:
         """``weight_shape`` and ``shape`` must be what the model expects."""

@@ -137,14 +137,14 @@ def _class_of(names: tuple[str, ...]) -> str:
 
 
 def parse_config(values: dict[str, object], place: str) -> Config:
-    """The config, checked once; E0212 where no tool could have written it, E0218 for online rotations."""
+    """The config, checked once; E0212 where no tool could have written it."""
     nested = values.get("quantization_config")
     inner = nested if isinstance(nested, dict) else values
-    refuse_online_transforms(values.get("transform_config") or inner.get("transform_config"), place)
     sparsity = _sparsity(values.get("sparsity_config") or inner.get("sparsity_config"), place)
     listed_groups = inner.get("config_groups")
-    if listed_groups is None and sparsity != "dense":
-        listed_groups = {}  # sparse, not quantized
+    rotated = values.get("transform_config") or inner.get("transform_config")
+    if listed_groups is None and (sparsity != "dense" or rotated):
+        listed_groups = {}  # sparse or rotated, not quantized
     if not isinstance(listed_groups, dict):
         raise LowbitError("E0212", f"{place}.config_groups must be an object of groups")
     groups = tuple(
@@ -183,26 +183,6 @@ def _sparsity(value: object, place: str) -> str:
     if not isinstance(value, dict):
         raise LowbitError("E0212", f"{place}.sparsity_config must be an object")
     return _format(value.get("format"), f"{place}.sparsity_config") or "dense"
-
-
-def refuse_online_transforms(value: object, place: str) -> None:
-    """Rotations of activations at run time: the saved weights alone do not make the model."""
-    if not value:
-        return
-    groups = value.get("config_groups") if isinstance(value, dict) else None
-    if not isinstance(groups, dict):
-        raise LowbitError("E0212", f"{place}.transform_config must hold an object config_groups")
-    for name, scheme in groups.items():
-        applied = scheme.get("apply") if isinstance(scheme, dict) else None
-        for step in applied if isinstance(applied, list) else ():
-            location = step.get("location") if isinstance(step, dict) else None
-            if location not in ("weight_input", "weight_output"):
-                raise LowbitError(
-                    "E0218",
-                    f"{place}.transform_config: group {printable(name, 40)!r} rotates activations at run "
-                    f"time (location {printable(repr(location), 40)}), which lowbit does not do. Use a "
-                    "quantization of the same model without transforms",
-                )
 
 
 def _group(name: str, value: object, place: str) -> Group:

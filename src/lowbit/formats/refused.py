@@ -12,8 +12,6 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats.quantization_config import quantization_config
 
 _LATER = "is not read yet; use a GPTQ, AWQ, FP8, compressed-tensors, bitsandbytes or GGUF version"
-_CODEBOOK = "stores vector codebooks, which no kernel here runs; use a GPTQ, AWQ or GGUF version"
-_ROTATED = "rotates activations at run time, which is not built in; use a version without rotation"
 _PRIVATE = "stores one GPU kernel's private layout; use the GPTQ, AWQ or FP8 version it was made from"
 _ONLINE = (
     "is a way of quantizing at load, not a form of checkpoint; remove quantization_config from config.json"
@@ -29,12 +27,12 @@ REFUSED: dict[str, str] = {
     "petit_nvfp4": _PRIVATE,
     "modelslim": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
     "humming": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
-    "quip": _CODEBOOK,
-    "higgs": _CODEBOOK,
+    "quip": "stores codes of a lattice that are not decoded here; use a GPTQ, AWQ or GGUF version",
+    "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ or "
+    "GGUF version",
     "exl3": "is ExLlamaV3's; use a GPTQ, AWQ or GGUF version",
     "spqr": "keeps outliers in a sparse matrix; use a GPTQ, AWQ or GGUF version",
-    "fp_quant": _ROTATED,
-    "paroquant": _ROTATED,
+    "paroquant": "rotates pairs of inputs by learned angles, which is not built in; use a GPTQ or AWQ version",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
     "experts_int8": _ONLINE,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import native
+from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.scheme import ActivationScheme
 
@@ -22,14 +23,14 @@ _FACTORS = {"token": "row", "asymmetric": "row", "columns": "row", "tensor": "on
 _FORMATS = {"e4m3": 1, "e5m2": 2, "e2m1": 3, "e2m3": 4, "e3m2": 5}
 _INTEGER = 0
 _SCALES = {"f32": 0, "bf16": 1, "e8m0": 2, "e4m3": 4}
-_E8M0_UP = 3
+_E8M0_UP, _E8M0_SPREAD = 3, 5
 
 
 class _Quantizer(ctypes.Structure):
     """lowbit_quantizer."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("multiplier", "static_scale", "static_zero")),
+        *((name, ctypes.c_void_p) for name in ("rotation", "multiplier", "static_scale", "static_zero")),
         *((name, ctypes.c_void_p) for name in ("state_scale", "state_history")),
         *((name, ctypes.c_int32) for name in ("rule", "format", "scale", "group")),
         *((name, ctypes.c_float) for name in ("low", "high", "limit")),
@@ -82,10 +83,15 @@ class Buffers:
     static_zero: Tensor | None
     state_scale: Tensor | None
     state_history: Tensor | None
+    rotation: Rotator | None = None
 
     def addresses(self) -> list[int | None] | None:
         """For the struct; None where one of them is not what the native code reads."""
-        found: list[int | None] = []
+        found: list[int | None] = [None]
+        if self.rotation is not None:
+            if self.rotation.native is None:
+                return None
+            found = [ctypes.addressof(self.rotation.native)]
         for name in ("multiplier", "static_scale", "static_zero", "state_scale", "state_history"):
             tensor: Tensor | None = getattr(self, name)
             if tensor is None:
@@ -149,6 +155,8 @@ class NativeQuantizer:
         scale = _SCALES[scheme.scale.name]
         if scheme.scale.name == "e8m0" and scheme.limit:
             scale = _E8M0_UP
+        if scheme.spread:
+            scale, limit = _E8M0_SPREAD, scheme.spread
         description = _Quantizer(
             *addresses,
             rule=_RULES.index(rule),
@@ -177,6 +185,8 @@ class NativeQuantizer:
         rows, width = x.shape
         multiplier = self.buffers.multiplier
         assert multiplier is None or len(multiplier) == width, "a multiplier is as wide as x"
+        rotation = self.buffers.rotation
+        assert rotation is None or width % rotation.rotation.size == 0, "x is whole blocks of a rotation"
         out = torch.empty(rows, width)
         factors = None
         if self.factors:

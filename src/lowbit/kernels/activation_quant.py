@@ -34,6 +34,7 @@ from lowbit.kernels.activation_native import Buffers, NativeQuantizer
 from lowbit.kernels.activation_state import ActivationState
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.parallel import ALONE, Parallel
+from lowbit.kernels.rotation import Rotator, same
 from lowbit.numerics.number_formats import NumberFormat, nearest_code
 from lowbit.numerics.scheme import ActivationScheme
 
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
 class InputTransform:
     """What happens to x (tokens, in) before it meets a weight.
 
-    ``multiplier``: float32 (in,), x is multiplied by it first. ``static_scale``, ``static_zero``: scalar
-    tensors of a static scheme; for NVFP4 the outer scale. ``state``: of a delayed scheme. ``across``: the
-    ranks that x lies on, some columns on each: what is seen of a row is seen of all of it
-    (``sees_whole_rows``).
+    ``rotation``: x is rotated first. ``multiplier``: float32 (in,), x is multiplied by it. ``static_scale``,
+    ``static_zero``: scalar tensors of a static scheme; for NVFP4 and FP-Quant the outer scale. ``state``: of
+    a delayed scheme. ``across``: the ranks that x lies on, some columns on each: what is seen of a row is
+    seen of all of it (``sees_whole_rows``).
     """
 
     scheme: ActivationScheme | None = None
@@ -57,6 +58,7 @@ class InputTransform:
     static_zero: Tensor | None = None
     state: ActivationState | None = None
     across: Parallel = ALONE
+    rotation: Rotator | None = None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(x', factor): the layer computes ``(x' @ W.T) * factor``; factor is (tokens, 1), scalar or None."""
@@ -68,7 +70,7 @@ class InputTransform:
         return self.in_torch(x)
 
     def _on_gpu(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.gpu is None or not self.gpu.takes(x):
+        if self.rotation is not None or self.gpu is None or not self.gpu.takes(x):
             return self.in_torch(x)
         return self.gpu(x)
 
@@ -101,6 +103,7 @@ class InputTransform:
             None if zero is None else zero.float(),
             None if state is None else state.scale,
             None if state is None else state.amax_history,
+            self.rotation,
         )
         if self.scheme is not None and self.scheme.mode == "static" and self.static_scale is None:
             return None
@@ -109,6 +112,8 @@ class InputTransform:
     def in_torch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The definition of what a call does, in torch on any device."""
         scheme = self.scheme
+        if self.rotation is not None:
+            x = self.rotation.rotation(x)
         if self.multiplier is not None:
             x = x * self.multiplier
         if scheme is None:
@@ -158,6 +163,8 @@ class InputTransform:
     def same_as(self, other: InputTransform) -> bool:
         """Whether both do the same to every x."""
         if self.state is not other.state or self.across is not other.across:
+            return False
+        if not same(self.rotation, other.rotation):
             return False
         return self.scheme == other.scheme and all(
             _same(a, b)
@@ -291,8 +298,23 @@ def grouped_codes(x: Tensor, scheme: ActivationScheme, outer: Tensor | None) -> 
         scale = inner.to(torch.float8_e4m3fn).float() * global_scale
         scale = torch.where(scale == 0, 1.0, scale)
     else:
-        scale = _scale(amax, scheme)
+        scale = _scale_of_spread(groups, scheme.spread) if scheme.spread else _scale(amax, scheme)
+        scale = scale if outer is None else scale * outer.float()
     return _codes(groups, scale, scheme), scale
+
+
+def _scale_of_spread(groups: Tensor, spread: float) -> Tensor:
+    """(tokens, groups, columns) -> (tokens, groups, 1): a power of two. Sums are of halves."""
+    size, sums = groups.shape[-1], torch.stack((groups, groups * groups))
+    while sums.shape[-1] > 1:
+        first, second = sums.chunk(2, -1)
+        sums = first + second
+    mean, variance = sums[0] / size, sums[1] / size
+    variance = variance - mean * mean
+    wanted = spread * torch.where(variance > 0, variance, variance * 0.0).sqrt() + 1e-8
+    exponent = torch.where(wanted.isnan(), 0, torch.frexp(wanted)[1] - 1)
+    exponent = torch.where(sums[1].isinf(), 127, exponent.clamp(-127, 127))
+    return torch.exp2(exponent.float())
 
 
 def _nearest(steps: Tensor, fmt: NumberFormat) -> Tensor:

@@ -24,6 +24,7 @@ from lowbit.kernels.elementwise import activation_number
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.step_plan import Operation
 
 # The numbers of csrc/experts.cpp.
@@ -157,6 +158,7 @@ class Layer(Protocol):
     weights: list[PackedWeight]
     bias: Tensor | None
     inputs: list[InputTransform | None] | None
+    outputs: list[Rotator | None] | None
 
 
 class Mixture(Protocol):
@@ -302,6 +304,8 @@ def _refusal(layer: Layer) -> str:
     for transform in layer.inputs or ():
         if transform is not None and transform.native is None:
             return f"the inputs of {layer.name} are quantized in torch"
+    if layer.outputs is not None:
+        return f"{layer.name} rotates its outputs"
     bias = layer.bias
     if bias is not None and not (bias.is_cpu and bias.dtype is torch.float32 and bias.is_contiguous()):
         return f"the bias of {layer.name} is {bias.dtype}"

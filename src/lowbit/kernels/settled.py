@@ -9,6 +9,8 @@ and scales their products: their values need not fit bfloat16.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import INPUT_CODES, INPUT_FLOATS, INPUT_GROUPS, set_input, set_quantizer
@@ -20,7 +22,7 @@ def settled(packed: PackedWeight, transform: InputTransform | None) -> InputTran
     if transform is None or transform.scheme is None:
         return transform
     if transform.scheme == INT8_GROUPS and transform.multiplier is None and set_input(packed, INPUT_GROUPS):
-        return None
+        return None if transform.rotation is None else replace(transform, scheme=None)
     columns = transform.scheme.block[1]
     if columns and transform.native is not None and set_quantizer(packed, transform.native, columns):
         return None

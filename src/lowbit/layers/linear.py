@@ -16,6 +16,7 @@ from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import affine, gated_activation, gather_columns
 from lowbit.kernels.parallel import ALONE, Parallel
+from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.whole_layer import WholeLayer, part_layer, whole_layer
 from lowbit.layers.cuts import Cut
 
@@ -67,7 +68,8 @@ class Linear:
 
     ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object. ``order``:
     int64 (out,), where each output lies among the rows, if these could not be moved; the bias is as they are.
-    ``columns``: of a layer that is cut in columns.
+    ``columns``: of a layer that is cut in columns. ``outputs[i]``: what ``weights[i]``'s results are rotated
+    by, bias included.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Linear:
         inputs: list[InputTransform | None] | None = None,
         order: Tensor | None = None,
         columns: Columns | None = None,
+        outputs: list[Rotator | None] | None = None,
     ) -> None:
         self.name = name
         self.weights = weights
@@ -85,6 +88,8 @@ class Linear:
         self.inputs = inputs if inputs and any(inputs) else None
         self.order = order
         self.columns = columns
+        self.outputs = outputs if outputs and any(outputs) else None
+        assert self.outputs is None or order is None, "what is rotated lies in the model's order"
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""
@@ -103,6 +108,15 @@ class Linear:
         return self._product(x, out)
 
     def _product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = self._unrotated(x, out)
+        start = 0
+        for weight, rotator in zip(self.weights, self.outputs or (), strict=False):
+            if rotator is not None:
+                rotator.in_place(y[:, start : start + weight.shape[0]])
+            start += weight.shape[0]
+        return y
+
+    def _unrotated(self, x: Tensor, out: Tensor | None) -> Tensor:
         whole = self._whole
         if whole is not None and whole.takes(x, out):
             return whole(x, out)
@@ -126,7 +140,7 @@ class Linear:
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """x (tokens, in) -> activation(gate) * up (tokens, out / 2); gate rows come first."""
-        whole = self._whole
+        whole = self._whole if self.outputs is None else None
         if whole is not None and whole.halves and whole.takes(x):
             return whole(x, activation=activation)
         return gated_activation(self(x), activation)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels.parallel import ALONE, Parallel
+from lowbit.kernels.rotation import Rotator
 from lowbit.layers.cuts import Cut
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
@@ -63,6 +64,9 @@ class WeightLoader(Protocol):
 
     def kv_scales(self, attention: str, layer: int) -> tuple[float, float]:
         """What K and V of the attention called ``attention`` are divided by in an fp8 cache; else 1, 1."""
+
+    def head_rotations(self, attention: str, head_dim: int) -> tuple[Rotator | None, Rotator | None]:
+        """What the heads of Q and of K are rotated by after their rotary embedding; mostly nothing."""
 
     def kv_dtype(self, attention: str, layer: int) -> KvDtype:
         """How the layer stores K and V: ``cache_dtype``, its fp8 with the scales of ``kv_scales`` if any."""

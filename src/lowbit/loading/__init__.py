@@ -131,7 +131,7 @@ def load_model(
         scales = opened.kv_scales(kv_scales_path)
         loader = Loader(opened, target, data, scales, on_progress, samples, kept)
         model = opened.family.build(opened.config, loader)
-        loader.names.refuse_leftovers()
+        loader.refuse_leftovers()
     target.kernels.finish()
     if beside := loader.names.other_parts():
         _log.info("lowbit: %d tensors beside the language model are not used: text only", len(beside))
@@ -217,7 +217,7 @@ def _planned(
     with TensorData(header) as data:
         planner = Planner(opened, target, data, opened.kv_scales(kv_scales_path), estimate)
         model = opened.family.build(opened.config, planner)
-    planner.names.refuse_leftovers()
+    planner.refuse_leftovers()
     _check_caches(model)
     return ModelPlan(
         architecture=opened.config.architecture,

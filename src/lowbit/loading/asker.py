@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.formats.compressed_tensors_transforms import Transforms
+from lowbit.kernels.rotation import Rotator
 from lowbit.layers.cuts import Cut, cut_evenly
 from lowbit.layers.experts import ExpertsSpec
 from lowbit.layers.linear import Part
@@ -42,6 +44,7 @@ class Asker:
         self.activation_dtype = target.activation_dtype
         self.cache_dtype = target.cache_dtype
         self.names = Names(opened.header, opened.family, opened.config.layers, opened.form.unused)
+        self.transforms = Transforms.of(opened.header)
         self.online: Online | None = None
         if opened.recipe is not None:
             self.online = Online(opened.recipe, self.names, facts_of(opened.config), opened.strict)
@@ -133,6 +136,13 @@ class Asker:
                 for place, part in zip(cut, parts, strict=True)
             ]
         for place in cut:
+            if place.rows and (rotation := self.scheme_at(place).output_rotation) is not None:
+                inside = [start for run in place.runs for start in run if start % rotation.size]
+                if inside or place.picked_rows is not None:
+                    raise self._cannot(
+                        f"the outputs of {place.part.name} are rotated in blocks of {rotation.size}, which "
+                        "its ranks' rows would cut; use --tp-size 1"
+                    )
             if place.rows and self._stays_in_order(place):
                 raise self._cannot(
                     f"heads of {place.part.name} are stored between each other and share blocks of rows "
@@ -205,12 +215,28 @@ class Asker:
     def _taken(self, place: Placed) -> Placed:
         tensors = self.form.tensors_of(place.module)
         self.names.take(tensors)
+        self.transforms.meet(place.module)
         if place.part.bias:
             gguf = self.header.container == "gguf"
             bias = f"{place.module.stored}.bias" if gguf else place.module.tensor("bias")
             if bias not in tensors:
                 self.names.take([bias])
         return place
+
+    def head_rotations(self, attention: str, head_dim: int) -> tuple[Rotator | None, Rotator | None]:
+        """Their tensors are taken; only a loader has values."""
+        self.names.take(self.transforms.tensors_of_heads(attention, self.attention_at(attention), head_dim))
+        return None, None
+
+    def attention_at(self, attention: str) -> str:
+        """The stored name of an attention, by its query projection."""
+        stored = self.names.tensor(f"{attention}.q_proj.weight")
+        return stored.removesuffix(".q_proj.weight") if stored.endswith(".q_proj.weight") else attention
+
+    def refuse_leftovers(self) -> None:
+        """E0218 where a rotation met no layer, E0217 where a stored tensor was not asked for."""
+        self.transforms.refuse_unmet()
+        self.names.refuse_leftovers()
 
     def stored_nbytes(self, place: Placed) -> int:
         """Bytes of the module in the files; its share of a stack of experts."""
@@ -252,8 +278,7 @@ class Asker:
 
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's."""
-        if scheme.activation is not None:
-            scheme = replace(scheme, activation=None)
+        scheme = scheme.weight_alone
         if not scheme.is_dense or self.target.dense_dtype is None:
             return scheme
         return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))

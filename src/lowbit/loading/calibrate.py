@@ -77,7 +77,7 @@ def calibrate(
         _check_tokens(sequences, opened.config)
     loader = _HoldingLoader(opened, TensorData(header), options)
     model = opened.family.build(opened.config, loader)
-    loader.names.refuse_leftovers()
+    loader.refuse_leftovers()
     assert isinstance(model, Decoder), "decoder.build builds decoders"
     return _Walk(model, loader, options, keep).run(sequences, on_progress or (lambda done, total, what: None))
 
@@ -102,7 +102,7 @@ def quantized_model(
         loader = _CalibratedLoader(opened, target, data, KvScales(header))
         loader.calibrated_modules, loader.calibrated_vectors = modules, vectors
         model = opened.family.build(opened.config, loader)
-        loader.names.refuse_leftovers()
+        loader.refuse_leftovers()
     if modules or vectors:
         raise LowbitError(
             "E0217",
@@ -235,7 +235,11 @@ class _HoldingLoader(Asker):
         """E0401 where the checkpoint is quantized already and nobody asked for that."""
         for place in places:
             scheme = self.form.scheme_of(place.module)
-            if scheme.activation is not None or not (scheme.is_dense or self._options.requantize):
+            if (
+                scheme.activation is not None
+                or scheme.rotated
+                or not (scheme.is_dense or self._options.requantize)
+            ):
                 raise LowbitError(
                     "E0401",
                     f"{self.header.root.name}: {place.part.name} is quantized already ({scheme}); pass the "

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from lowbit.checkpoint.tensor_data import TensorData
+from lowbit.errors import LowbitError
 from lowbit.formats import InputRule
 from lowbit.formats.kv_scales import KvScales
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
+from lowbit.kernels.rotation import Rotator, same
 from lowbit.kernels.settled import settled
 from lowbit.kernels.timing import COPY
 from lowbit.layers.cuts import Cut
@@ -36,6 +38,7 @@ from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.cutting import cut_columns, cut_rows, pick_rows
 from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
+from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
 
 _log = logging.getLogger("lowbit")
@@ -51,6 +54,7 @@ class ReadPart:
     transform: InputTransform | None
     wanted: Wanted
     picked: Tensor | None = None  # of a layer cut in columns: which of all ranks' inputs they multiply
+    output: Rotator | None = None  # of its results
     rows: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,6 +91,7 @@ class Loader(Asker):
         self._kept = kept
         self.mapped_bytes = 0  # of the packed ones, those that came so
         self.made: dict[str, Kept] = {}  # every module, as it could be kept
+        self._rotators: dict[int, Rotator] = {}  # by the id of the reader's rotation, which it keeps
         self.outdated = False  # whether kept modules had to be packed for another kernel
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
@@ -123,6 +128,10 @@ class Loader(Asker):
             matrix = read.weight.dequantize().to(self.device)
             if read.transform is not None and read.transform.multiplier is not None:
                 matrix = matrix * read.transform.multiplier  # what x would have been multiplied by
+            if read.transform is not None and read.transform.rotation is not None:
+                matrix = read.transform.rotation.rotation.transposed(matrix)  # (x R) W^T is x (W R^T)^T
+            if read.output is not None:
+                matrix = read.output.rotation(matrix.T).T.contiguous()
             found.append(matrix)
         return torch.stack(found) if stacked else found[0]
 
@@ -154,6 +163,20 @@ class Loader(Asker):
             _log.warning("lowbit: KV scales are only used with --kv-cache-dtype fp8_e4m3")
         k, v = (stored.name == "fp8_e4m3" for stored in (self.cache_dtype.k, self.cache_dtype.v))
         return found[0] if k else 1.0, found[1] if v else 1.0
+
+    def head_rotations(self, attention: str, head_dim: int) -> tuple[Rotator | None, Rotator | None]:
+        """As the checkpoint has them."""
+        super().head_rotations(attention, head_dim)
+        q, k = self.transforms.read_heads(attention, self.attention_at(attention), head_dim, self.data)
+        return self._rotator(q), self._rotator(k)
+
+    def _rotator(self, rotation: Rotation | None) -> Rotator | None:
+        """On the device, one object for all layers that share it."""
+        if rotation is None:
+            return None
+        if id(rotation) not in self._rotators:
+            self._rotators[id(rotation)] = Rotator(rotation.to(self.device))
+        return self._rotators[id(rotation)]
 
     def kv_dtype(self, attention: str, layer: int) -> KvDtype:
         """e4m3 with the layer's scales where they are known; each token's own otherwise."""
@@ -187,7 +210,7 @@ class Loader(Asker):
             widths = () if places[0].inputs is None else places[0].inputs.widths
             columns = Columns(self.parallel, widths, None if picked is None else picked.to(self.device))
         order = None if order is None else order.to(self.device)
-        return Linear(name, kept.weights, kept.bias, inputs, order, columns)
+        return Linear(name, kept.weights, kept.bias, inputs, order, columns, kept.outputs)
 
     def _order_of_outputs(self, places: list[Placed]) -> Tensor | None:
         """int64 (out,): where each output lies, where rows could not be moved."""
@@ -207,11 +230,13 @@ class Loader(Asker):
         bias = self._bias(read)
         weights: list[PackedWeight] = []
         inputs: list[InputTransform | None] = []
-        for weight, transform, wanted in _fused(read):
+        outputs: list[Rotator | None] = []
+        for weight, transform, wanted, output in _fused(read):
             weights.append(self._pack(weight, transform, wanted))
             inputs.append(transform)
+            outputs.append(output)
             self._note(weight, weights[-1], transform, wanted)
-        return Kept(weights, inputs, bias), picked
+        return Kept(weights, inputs, bias, outputs), picked
 
     def _note(
         self,
@@ -280,6 +305,12 @@ class Loader(Asker):
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
+        if stored.output is not None and row_order(place, self.header) is not None:
+            raise LowbitError(
+                "E0218",
+                f"{weight.origin}: its outputs are rotated and stored in another order than the model's, "
+                "which lowbit does not do. Use a quantization of the same model without transforms",
+            )
         order = None if self._stays_in_order(place) else row_order(place, self.header)
         decision = None if self.online is None or as_stored else self.decide(place)
         if order is not None and (decision is not None or not place.rows):
@@ -289,7 +320,7 @@ class Loader(Asker):
             made = self.online.quantize(decision, weight)  # the whole module, as in one process
             weight = made.weight
             rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
-        if rule is None and not as_stored:
+        if (rule is None or rule.only_rotates) and not as_stored:
             weight = replace(weight, scheme=self.with_inputs(place, weight.scheme))
         picked = None
         if place.rows:
@@ -305,7 +336,8 @@ class Loader(Asker):
             transform = replace(transform, across=self.parallel)
         weight = self._cast(weight)
         self._report(place, "loading" if self.online is None else "quantizing")
-        return ReadPart(weight, bias, transform, self.wanted_kernel(place), picked)
+        output = self._rotator(stored.output)
+        return ReadPart(weight, bias, transform, self.wanted_kernel(place), picked, output)
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:
         if scheme.activation is None and rule is None:
@@ -316,7 +348,11 @@ class Loader(Asker):
             return None if tensor is None else tensor.to(self.device, torch.float32, copy=True)
 
         return InputTransform(
-            scheme.activation, owned(rule.multiplier), owned(rule.static_scale), owned(rule.static_zero)
+            scheme.activation,
+            owned(rule.multiplier),
+            owned(rule.static_scale),
+            owned(rule.static_zero),
+            rotation=self._rotator(rule.rotation),
         )
 
     def _cast(self, weight: QuantizedTensor) -> QuantizedTensor:
@@ -371,7 +407,9 @@ def _columns_here(cut: Cut, weight: QuantizedTensor) -> tuple[QuantizedTensor, T
     return replace(here, column_order=None, scheme=replace(here.scheme, reordered=False)), columns
 
 
-def _fused(read: list[ReadPart]) -> Iterator[tuple[QuantizedTensor, InputTransform | None, Wanted]]:
+def _fused(
+    read: list[ReadPart],
+) -> Iterator[tuple[QuantizedTensor, InputTransform | None, Wanted, Rotator | None]]:
     """Neighbours that are alike joined, the rest by themselves; ``read`` is emptied on the way.
 
     Transforms that do the same become one object, so that a Linear runs them once.
@@ -384,13 +422,18 @@ def _fused(read: list[ReadPart]) -> Iterator[tuple[QuantizedTensor, InputTransfo
             transform = next((known for known in inputs if known.same_as(transform)), transform)
             inputs.append(transform)
         run = [first.weight]
-        while read and _alike(transform, read[0].transform) and first.wanted.same_as(read[0].wanted):
+        while (
+            read
+            and _alike(transform, read[0].transform)
+            and first.wanted.same_as(read[0].wanted)
+            and same(first.output, read[0].output)
+        ):
             joined = concatenate([*run, read[0].weight])
             if joined is None:
                 break
             run = [joined]
             read.pop(0)
-        yield run[0], transform, first.wanted
+        yield run[0], transform, first.wanted, first.output
 
 
 def _alike(a: InputTransform | None, b: InputTransform | None) -> bool:

@@ -46,9 +46,11 @@ from lowbit.checkpoint.tensor_data import DTYPES, mapped_file
 from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels import PackedWeight, linear_kernels, native
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.rotation import Rotator
 from lowbit.loading.opened import Opened, Target
 from lowbit.numerics.number_formats import NumberFormat, number_format
-from lowbit.numerics.scheme import ActivationScheme, Delay, Scheme
+from lowbit.numerics.rotation import Rotation
+from lowbit.numerics.scheme import ActivationScheme, Delay, RotationScheme, Scheme
 
 _log = logging.getLogger("lowbit")
 
@@ -66,11 +68,15 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Kept:
-    """One module, packed: ``inputs[i]`` is done to x before ``weights[i]``; without the state of a delay."""
+    """One module, packed: ``inputs[i]`` is done to x before ``weights[i]``; without the state of a delay.
+
+    ``outputs[i]``: what the results are rotated by; none at all where no result is.
+    """
 
     weights: list[PackedWeight]
     inputs: list[InputTransform | None]
     bias: Tensor | None = None
+    outputs: list[Rotator | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -278,6 +284,7 @@ class _Writer:
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
+        self._placed: dict[int, list[object]] = {}
         self._end = 0  # from the first buffer on
 
     def place(self, tensor: Tensor) -> list[object]:
@@ -289,6 +296,12 @@ class _Writer:
         self._tensors.append(tensor)
         self._end = start + tensor.nbytes
         return [name, list(tensor.shape), start]
+
+    def place_once(self, tensor: Tensor) -> list[object]:
+        """The same for a tensor that comes again and again."""
+        if id(tensor) not in self._placed:  # it lives as long as the writer
+            self._placed[id(tensor)] = self.place(tensor)
+        return self._placed[id(tensor)]
 
     def header(self, values: dict[str, object]) -> tuple[bytes, int]:
         """The header's bytes and the size of the whole file."""
@@ -324,7 +337,10 @@ def _described(kept: Kept, writer: _Writer) -> dict[str, object]:
         for name, value in _fields(transform).items():
             if name in ("state", "across"):  # of a running model; ranks keep nothing
                 continue
-            values[name] = {"tensor": writer.place(value)} if isinstance(value, Tensor) else _plain(value)
+            if isinstance(value, Rotator):
+                values[name] = {"rotation": _rotation(value, writer)}
+            else:
+                values[name] = {"tensor": writer.place(value)} if isinstance(value, Tensor) else _plain(value)
         listed.append(values)
     return {
         "weights": [
@@ -340,10 +356,22 @@ def _described(kept: Kept, writer: _Writer) -> dict[str, object]:
         "inputs": [None if transform is None else numbers[id(transform)] for transform in kept.inputs],
         "transforms": listed,
         "bias": None if kept.bias is None else writer.place(kept.bias),
+        "outputs": [None if one is None else _rotation(one, writer) for one in kept.outputs],
     }
 
 
-_CLASSES = {cls.__name__: cls for cls in (Scheme, ActivationScheme, Delay)}
+_TENSORS = ("before", "after", "matrix")
+
+
+def _rotation(rotator: Rotator, writer: _Writer) -> dict[str, object]:
+    """Many layers share one: its tensors are written once."""
+    rotation = rotator.rotation
+    tensors = {name: getattr(rotation, name) for name in _TENSORS}
+    places = {n: writer.place_once(tensor) for n, tensor in tensors.items() if tensor is not None}
+    return {"size": rotation.size, "divisor": rotation.divisor, "tensors": places}
+
+
+_CLASSES = {cls.__name__: cls for cls in (Scheme, ActivationScheme, Delay, RotationScheme)}
 
 
 def _fields(value: object) -> dict[str, Any]:
@@ -408,12 +436,28 @@ def _read(path: Path, key: str) -> tuple[dict[str, Kept], dict[str, str]]:
             raise ValueError("a buffer lies outside the file")
         return whole[start:end].view(dtype).view(shape)
 
+    rotators: dict[str, Rotator] = {}
+
+    def rotator(values: dict[str, Any]) -> Rotator:
+        key = json.dumps(values)
+        if key not in rotators:
+            size, tensors = values["size"], {name: tensor(place) for name, place in values["tensors"].items()}
+            if any(t.shape != ((size, size) if name == "matrix" else (size,)) for name, t in tensors.items()):
+                raise ValueError("a rotation is of another size than it says")
+            rotators[key] = Rotator(Rotation(size, divisor=values["divisor"], **tensors))
+        return rotators[key]
+
     def transform(values: dict[str, Any]) -> InputTransform:
-        found: dict[str, Any] = {
-            name: tensor(value["tensor"]) if isinstance(value, dict) and "tensor" in value else _value(value)
-            for name, value in values.items()
-        }
-        return InputTransform(**found)
+        def read(value: Any) -> Any:
+            if isinstance(value, dict) and "tensor" in value:
+                return tensor(value["tensor"])
+            return (
+                rotator(value["rotation"])
+                if isinstance(value, dict) and "rotation" in value
+                else _value(value)
+            )
+
+        return InputTransform(**{name: read(value) for name, value in values.items()})
 
     modules: dict[str, Kept] = {}
     for name, module in header["modules"].items():
@@ -428,5 +472,7 @@ def _read(path: Path, key: str) -> tuple[dict[str, Kept], dict[str, str]]:
             for weight in module["weights"]
         ]
         inputs = [None if number is None else transforms[number] for number in module["inputs"]]
-        modules[name] = Kept(weights, inputs, None if module["bias"] is None else tensor(module["bias"]))
+        bias = None if module["bias"] is None else tensor(module["bias"])
+        outputs = [None if one is None else rotator(one) for one in module["outputs"]]
+        modules[name] = Kept(weights, inputs, bias, outputs)
     return modules, header["notes"]

@@ -146,12 +146,26 @@ class SourceModel:
         self.config: ModelConfig = opened.config
         walk = _Walk(opened)
         opened.family.build(opened.config, walk)
-        walk.names.refuse_leftovers()
+        walk.refuse_leftovers()
         self.parts: list[SourceModule | SourceVector] = walk.parts + [
             SourceVector(name, name, name, 0.0, header.tensors[name].nbytes, beside=True)
             for name in walk.names.other_parts()
         ]
         self.has_kv_scales = walk.has_kv_scales
+        self._refuse_rotated(walk)
+
+    def _refuse_rotated(self, walk: _Walk) -> None:
+        """E0450 where layers rotate activations: the numbers of a weight alone are not the model."""
+        rotated = [part for part in self.modules if part.scheme.rotated]
+        said = f"{rotated[0].target.name} has its {rotated[0].scheme.rotated}" if rotated else ""
+        if not said and (heads := walk.transforms.rotates_heads):
+            said = f"the heads of Q and K are rotated ({heads})"
+        if said:
+            raise LowbitError(
+                "E0450",
+                f"{self.header.root.name}: {said} at run time, which no other format can say; its weights "
+                "alone are not the model. Convert the original model",
+            )
 
     @property
     def modules(self) -> list[SourceModule]:

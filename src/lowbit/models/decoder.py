@@ -31,6 +31,7 @@ from lowbit.kernels.elementwise import (
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.parallel import Parallel
 from lowbit.kernels.recurrent import LayerMemory
+from lowbit.kernels.rotation import Rotator
 from lowbit.layers.cuts import Cut, cut_evenly, cut_heads
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
@@ -66,6 +67,8 @@ class Block:
     attention_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
     output_norm: Norm | None = None  # of what goes into the output projection
+    q_rotator: Rotator | None = None  # of each head, after its rotary embedding
+    k_rotator: Rotator | None = None
 
 
 class Decoder:
@@ -186,6 +189,10 @@ class Decoder:
         if block.rotary is not None:
             turns_neighbours = config.rotates_neighbours
             apply_rotary(q, k, block.rotary, batch.positions, turns_neighbours, block.head_norms)
+        if block.q_rotator is not None:
+            block.q_rotator.in_place(q)
+        if block.k_rotator is not None:
+            block.k_rotator.in_place(k)
         if block.k_scale != 1.0 or block.v_scale != 1.0:
             # K's scale returns through the softmax scale of ``block.attention``.
             cache.kernel.write(cache, _divided(k, block.k_scale), _divided(v, block.v_scale), batch)
@@ -360,6 +367,7 @@ def _block(
         sinks = sinks[heads.slice]
     k_scale, v_scale = loader.kv_scales(attention, layer)
     names = config.norm_names
+    q_rotator, k_rotator = loader.head_rotations(attention, config.head_dim)
     q_norm = _head_norm(config, loader, f"{attention}.q_norm", config.heads, heads)
     k_norm = _head_norm(config, loader, f"{attention}.k_norm", config.kv_heads, kv_heads)
     both = None if rotary is None else head_norms(q_norm, k_norm, config.head_dim)
@@ -387,6 +395,8 @@ def _block(
         attention_post_norm=norm(names.attention_post, torch.float32),
         mlp_post_norm=norm(names.mlp_post, torch.float32),
         output_norm=output_norm,
+        q_rotator=q_rotator,
+        k_rotator=k_rotator,
     )
 
 

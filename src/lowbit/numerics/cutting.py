@@ -29,18 +29,21 @@ def column_unit(scheme: Scheme, columns: int) -> int:
         unit = math.lcm(unit, width or 1)
     if scheme.activation is not None:
         unit = math.lcm(unit, scheme.activation.block[1] or 1)
+    if scheme.rotation is not None:
+        unit = math.lcm(unit, scheme.rotation.size)
     return unit
 
 
 def row_unit(scheme: Scheme) -> int:
-    """A cut between so many rows parts no block."""
-    return math.lcm(1, *(rows or 1 for rows, _ in scheme.blocks))
+    """A cut between so many rows parts no block, nor one of a rotation of them."""
+    rotation = scheme.output_rotation
+    return math.lcm(1 if rotation is None else rotation.size, *(rows or 1 for rows, _ in scheme.blocks))
 
 
 def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     """Stored columns ``start:stop``. ``column_order`` then holds the inputs they multiply, of the whole."""
     columns = weight.shape[-1]
-    unit = column_unit(replace(weight.scheme, activation=None), columns)
+    unit = column_unit(weight.scheme.weight_alone, columns)
     if start % unit or (stop % unit and stop != columns):
         raise LowbitError(
             "E0702", f"{weight.origin}: columns {start}:{stop} cut a group of {unit} columns in two"

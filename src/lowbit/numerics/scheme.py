@@ -7,7 +7,7 @@ Its short spelling, ``str(scheme)``, is what ``lowbit inspect`` prints and kerne
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lowbit.numerics.number_formats import NumberFormat, number_format
@@ -44,7 +44,9 @@ class ActivationScheme:
 
     ``input`` "bf16": x is rounded to bfloat16 first (torchao, beside ``scale`` bf16). ``floor``: the smallest
     scale; 0: none, and a block of zeros has scale 1. ``reciprocal``: codes are x times 1 / scale, whose last
-    bit differs from x / scale (torchao's int8). ``delay``: of mode "delayed".
+    bit differs from x / scale (torchao's int8). ``delay``: of mode "delayed". ``spread``: beside e8m0, a
+    scale is the largest power of two up to so many standard deviations of its block (FP-Quant's "quest"),
+    0: it follows the largest |x|.
     """
 
     number_format: NumberFormat
@@ -60,8 +62,11 @@ class ActivationScheme:
     floor: float = 0.0
     reciprocal: bool = False
     delay: Delay | None = None
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
+        whole = self.block[1] in (2, 4, 8, 16, 32, 64) and self.scale.name == "e8m0"
+        assert not self.spread or whole, "deviations are of blocks that are a power of two"
         assert (self.delay is not None) == (self.mode == "delayed"), "mode delayed says how"
         assert self.mode != "delayed" or self.block == (0, 0), "delayed scales are per tensor"
         per_token = self.mode == "dynamic" and self.block == (1, 0) and self.symmetric
@@ -88,7 +93,22 @@ class ActivationScheme:
         shape = "" if self.symmetric else " asym"
         scale = "" if self.scale.name == "f32" else f" {self.scale.name}"
         outliers = f" outliers {self.outliers:g}" if self.outliers else ""
-        return f"{self.number_format.name} {rows}x{columns} {self.mode}{scale}{shape}{outliers}"
+        spread = f" spread {self.spread:.3g}" if self.spread else ""
+        return f"{self.number_format.name} {rows}x{columns} {self.mode}{scale}{shape}{outliers}{spread}"
+
+
+@dataclass(frozen=True)
+class RotationScheme:
+    """A layer's input, or what it gives, in blocks of ``size`` columns, each times a matrix at run time.
+
+    ``kind``: "hadamard", or what the checkpoint calls it ("random-hadamard", "random-matrix").
+    """
+
+    kind: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.size}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,8 @@ class Scheme:
     ``scales`` the number format each level is stored in. ``flattened``: blocks run over the row-major
     flattened matrix (bitsandbytes 4-bit), and then a block is (1, weights). ``offset`` says that weights
     also have additive offsets in weight units, at the same levels. ``reordered``: columns are stored in
-    another order than the input's (GPTQ act-order). A dense weight has no scales: ``bf16``.
+    another order than the input's (GPTQ act-order). A dense weight has no scales: ``bf16``. ``rotation``: of
+    the layer's input, before ``activation``; ``output_rotation``: of its result, bias included.
     """
 
     weight: NumberFormat
@@ -110,6 +131,8 @@ class Scheme:
     flattened: bool = False
     reordered: bool = False
     activation: ActivationScheme | None = None
+    rotation: RotationScheme | None = None
+    output_rotation: RotationScheme | None = None
 
     def __post_init__(self) -> None:
         assert len(self.blocks) == len(self.scales), "one block for each scale level"
@@ -118,6 +141,20 @@ class Scheme:
     def is_dense(self) -> bool:
         """A plain f32, f16 or bf16 matrix."""
         return self.weight.name in ("f32", "f16", "bf16")
+
+    @property
+    def weight_alone(self) -> Scheme:
+        """Without what its layer does to inputs and outputs: what kernels see."""
+        if self.activation is self.rotation is self.output_rotation is None:
+            return self
+        return replace(self, activation=None, rotation=None, output_rotation=None)
+
+    @property
+    def rotated(self) -> str:
+        """How its layer rotates its input and output, in words; "" where it does not."""
+        said = [f"input rotated by {self.rotation}"] * (self.rotation is not None)
+        said += [f"output rotated by {self.output_rotation}"] * (self.output_rotation is not None)
+        return ", ".join(said)
 
     @property
     def rows_move(self) -> bool:
@@ -145,6 +182,8 @@ class Scheme:
             words.append("asym" if self.zero == "integer" else "float-zero")
         words += ["offset"] * self.offset + ["flat"] * self.flattened
         words += ["act-order"] * self.reordered
+        if self.rotated:
+            words.append(f"({self.rotated})")
         if self.activation is not None:
             words.append(f"(input {self.activation})")
         return " ".join(words)

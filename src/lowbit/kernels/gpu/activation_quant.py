@@ -435,6 +435,8 @@ class GpuQuantizer:
             return None
         if scheme.scale.name == "e4m3" and not group:
             return None
+        if scheme.scale.name == "e8m0" and (scheme.spread or transform.static_scale is not None):
+            return None
         mantissa, bias = _FLOATS.get(fmt.name, (0, 0))
         offset = 0
         if fmt.is_integer and fmt.bits <= 8:

@@ -61,7 +61,8 @@ class _Input:
             changed = changed.to(x.dtype if scheme is None else torch.bfloat16)
             return Rows(changed, divisor, None if factor is None else factor.float().contiguous())
         group = scheme.block[1]
-        exact = scheme.scale.name == "e8m0"  # codes times powers of two are bfloat16
+        # Codes times powers of two are bfloat16.
+        exact = scheme.scale.name == "e8m0" and transform.static_scale is None
         if exact or not tile or group % tile:
             changed, _ = transform(x) if self.shared else transform.in_torch(x)
             return Rows(changed.to(torch.bfloat16 if exact else x.dtype), divisor)
@@ -250,6 +251,8 @@ def _refusal(layers: Sequence[Layer]) -> str:
         for weight in layer.weights:
             if weight.kernel.name not in ("gpu_blocks", "gpu_dense"):
                 return f"{layer.name} runs on the kernel {weight.kernel.name}"
+        if layer.outputs is not None or any(t is not None and t.rotation for t in layer.inputs or ()):
+            return f"{layer.name} rotates its inputs or outputs"
         if len(layer.weights) != len(first.weights):
             return f"{layer.name} has {len(layer.weights)} parts, {first.name} has {len(first.weights)}"
         for weight, other in zip(layer.weights, first.weights, strict=True):

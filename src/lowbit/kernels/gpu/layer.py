@@ -38,6 +38,8 @@ class GpuLayer:
         """None where the steps run one by one. Asked at load: it looks at numbers."""
         if weight.kernel.name != "gpu_blocks" or transform is None or transform.scheme is None:
             return None
+        if transform.rotation is not None:  # torch's, before
+            return None
         quantizer = transform.gpu
         if quantizer is None or not meet(weight, transform.scheme, quantizer.static_zero):
             return None

@@ -1,0 +1,121 @@
+// Rotations of activations (QuIP, QuaRot, SpinQuant, FP-Quant): a row in blocks, each times one square matrix.
+//
+// A Hadamard matrix of Sylvester's order 2^n is never multiplied with: the fast Walsh-Hadamard transform adds and
+// subtracts pairs that lie 1, 2, 4, ... size / 2 apart, in this order, and divides by a number, mostly the root of the size. These
+// are the operations of numerics/rotation.py in torch, each rounded once: the bits are the same on every
+// instruction set. Any other matrix is a product in float32, summed over its rows in order by fma.
+
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "rotation.h"
+
+#include "lowbit.h"
+#include "operations.h"
+#include "row_tasks.h"
+
+namespace lowbit {
+namespace {
+
+// Pairs less than a vector apart.
+void transform_near(float* block, std::int64_t size) {
+    for (std::int64_t apart = 1; apart < std::min<std::int64_t>(size, LANES); apart *= 2) {
+        for (std::int64_t first = 0; first < size; first += 2 * apart) {
+            for (std::int64_t i = first; i < first + apart; ++i) {
+                const float a = block[i], b = block[i + apart];
+                block[i] = a + b;
+                block[i + apart] = a - b;
+            }
+        }
+    }
+}
+
+void transform(float* block, std::int64_t size) {
+    transform_near(block, size);
+    for (std::int64_t apart = LANES; apart < size; apart *= 2) {
+        for (std::int64_t first = 0; first < size; first += 2 * apart) {
+            for (std::int64_t i = first; i < first + apart; i += LANES) {
+                const Vector16 a = load(block + i), b = load(block + i + apart);
+                store(block + i, add(a, b));
+                store(block + i + apart, subtract(a, b));
+            }
+        }
+    }
+}
+
+void rotate_by_signs(const lowbit_rotation& rotation, const float* x, float* out) {
+    const std::int64_t size = rotation.size;
+    if (rotation.before != nullptr) {
+        for (std::int64_t i = 0; i < size; ++i) out[i] = x[i] * rotation.before[i];
+    } else if (out != x) {
+        std::memcpy(out, x, static_cast<std::size_t>(size) * sizeof(float));
+    }
+    transform(out, size);
+    for (std::int64_t i = 0; i < size; ++i) out[i] = out[i] / rotation.divisor;
+    if (rotation.after != nullptr) {
+        for (std::int64_t i = 0; i < size; ++i) out[i] = out[i] * rotation.after[i];
+    }
+}
+
+// x must not be out.
+void rotate_by_matrix(const lowbit_rotation& rotation, const float* x, float* out) {
+    const std::int64_t size = rotation.size;
+    std::int64_t column = 0;
+    for (; column + 4 * LANES <= size; column += 4 * LANES) {
+        Vector16 sums[4] = {zeros(), zeros(), zeros(), zeros()};
+        for (std::int64_t row = 0; row < size; ++row) {
+            const float* const from = rotation.matrix + row * size + column;
+            const Vector16 value = broadcast(x[row]);
+            for (int part = 0; part < 4; ++part) sums[part] = fma(value, load(from + part * LANES), sums[part]);
+        }
+        for (int part = 0; part < 4; ++part) store(out + column + part * LANES, sums[part]);
+    }
+    for (; column < size; column += LANES) {
+        const int lanes = static_cast<int>(std::min<std::int64_t>(LANES, size - column));
+        Vector16 sum = zeros();
+        for (std::int64_t row = 0; row < size; ++row) {
+            sum = fma(broadcast(x[row]), load_some(rotation.matrix + row * size + column, lanes), sum);
+        }
+        store_some(out + column, sum, lanes);
+    }
+}
+
+}  // namespace
+
+void rotate_row(const lowbit_rotation& rotation, const float* x, std::int64_t width, float* out) {
+    const std::int64_t size = rotation.size;
+    if (rotation.matrix == nullptr) {
+        for (std::int64_t first = 0; first < width; first += size) rotate_by_signs(rotation, x + first, out + first);
+        return;
+    }
+    thread_local std::vector<float> kept;
+    if (x == out) kept.resize(static_cast<std::size_t>(size));
+    for (std::int64_t first = 0; first < width; first += size) {
+        const float* from = x + first;
+        if (x == out) {
+            std::memcpy(kept.data(), from, static_cast<std::size_t>(size) * sizeof(float));
+            from = kept.data();
+        }
+        rotate_by_matrix(rotation, from, out + first);
+    }
+}
+
+}  // namespace lowbit
+
+// x (rows, width) -> out (rows, width), strides in floats between rows; out may be x. 0, or 1 where memory ran out.
+LOWBIT_EXPORT int lowbit_rotate(const lowbit_rotation* rotation, const float* x, std::int64_t x_stride,
+                                std::int64_t rows, std::int64_t width, float* out, std::int64_t out_stride) {
+    using namespace lowbit;
+    try {
+        // A row's cost is its width times the additions for each of its numbers.
+        const std::int64_t each = rotation->matrix == nullptr ? 8 : rotation->size;
+        for_rows(rows, width * each, [&](std::int64_t row) {
+            rotate_row(*rotation, x + row * x_stride, width, out + row * out_stride);
+        });
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}

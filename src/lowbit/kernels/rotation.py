@@ -1,0 +1,90 @@
+"""Rotating activations at run time: in native code (csrc/rotation.cpp), or as ``numerics.rotation`` has it.
+
+What a layer's input is rotated by goes with its quantization (``activation_quant``), in the same call; what
+it gives, and the heads of Q and K, are rotated in place by a call of their own, which steps can replay.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import native
+from lowbit.kernels.step_plan import Operation
+from lowbit.numerics.rotation import Rotation
+
+
+class _Description(ctypes.Structure):
+    """lowbit_rotation."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("before", "after", "matrix")),
+        ("size", ctypes.c_int64),
+        ("divisor", ctypes.c_float),
+    )
+
+
+@cache
+def _operation() -> Operation | None:
+    library = native.library()
+    if library is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    arguments = (pointer, pointer, number, number, number, pointer, number)
+    return Operation(library, "rotate", arguments, _no_memory)
+
+
+def _no_memory(_: int) -> Exception:
+    return MemoryError("no memory to rotate inputs")
+
+
+@dataclass(frozen=True, eq=False)
+class Rotator:
+    """A rotation that can be run. Its tensors lie where x does."""
+
+    rotation: Rotation
+
+    @cached_property
+    def native(self) -> _Description | None:
+        """For the native code; None where it cannot have it."""
+        tensors = (self.rotation.before, self.rotation.after, self.rotation.matrix)
+        if _operation() is None or not all(t is None or (t.is_cpu and t.is_contiguous()) for t in tensors):
+            return None
+        addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return _Description(*addresses, self.rotation.size, self.rotation.divisor)
+
+    def in_place(self, x: Tensor) -> None:
+        """x (rows, width), or heads (rows, heads, head_dim), which lie together: each row is rotated."""
+        wide = x.flatten(1) if x.dim() == 2 or x.stride(1) == x.shape[2] else None
+        assert wide is not None and wide.data_ptr() == x.data_ptr(), "a row's numbers lie together"
+        described = self.native
+        if described is None or not (x.is_cpu and x.dtype is torch.float32 and wide.stride(1) == 1):
+            wide.copy_(self.rotation(wide))
+            return
+        run = _operation()
+        assert run is not None, "there is a description of it"
+        rows, width = wide.shape
+        run(
+            ctypes.byref(described),
+            x.data_ptr(),
+            wide.stride(0),
+            rows,
+            width,
+            x.data_ptr(),
+            wide.stride(0),
+        )
+
+    def same_as(self, other: Rotator) -> bool:
+        """Whether both do the same to every x."""
+        return self is other or self.rotation.same_as(other.rotation)
+
+
+def same(a: Rotator | None, b: Rotator | None) -> bool:
+    """Whether both do the same, or neither does anything."""
+    if a is None or b is None:
+        return a is b
+    return a.same_as(b)

@@ -1,0 +1,108 @@
+"""Rotations of activations: what QuIP, QuaRot, SpinQuant and FP-Quant multiply x by at run time.
+
+    y = x R,  R block diagonal: the same square matrix for every ``size`` neighbouring columns
+
+R is mostly a Hadamard matrix of Sylvester's order (H1 = 1, H2n = [[Hn, Hn], [Hn, -Hn]]) over the root of its
+size, with rows or columns times random signs. Then it is never multiplied with: the fast Walsh-Hadamard
+transform takes log2(size) additions a number. Any other matrix is a product in float32.
+
+Every step of the transform is an addition, a subtraction, a product or a quotient rounded once, in one order:
+what ``__call__`` computes has the same bits everywhere, csrc/rotation.cpp included. A product with a matrix
+has the order of whoever computes it.
+
+Sources: Chee et al., 2023 (QuIP); Tseng et al., 2024 (QuIP#); Ashkboos et al., 2024 (QuaRot); Liu et al.,
+2024 (SpinQuant).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """x * before, its Hadamard transform over ``divisor``, * after; or, if there is a ``matrix``, x @ that.
+
+    ``before``, ``after``: float32 (size,), None for ones. ``matrix``: float32 (size, size).
+    """
+
+    size: int
+    before: Tensor | None = None
+    after: Tensor | None = None
+    matrix: Tensor | None = None
+    divisor: float = 1.0
+
+    @staticmethod
+    def hadamard(size: int) -> Rotation:
+        """The Hadamard matrix itself over the root of ``size``, a power of two."""
+        assert size > 0 and size & (size - 1) == 0, "callers look first"
+        return Rotation(size, divisor=math.sqrt(size))
+
+    @staticmethod
+    def of(matrix: Tensor, divisor: float = 1.0) -> Rotation:
+        """x @ (matrix / divisor); without a product where it is a multiple of Hadamard's with signs."""
+        matrix = matrix.float()
+        size = len(matrix)
+        if size & (size - 1) == 0:
+            first = matrix[0]
+            large = first[0].abs()
+            signs, columns = matrix[:, 0] * first[0] / large**2, first / large  # of rows and columns
+            wanted = signs.unsqueeze(1) * _sylvester(size) * columns
+            if bool(large > 0) and torch.equal(matrix, wanted * large):
+                before = None if bool((signs == 1).all()) else signs.contiguous()
+                after = columns * large
+                return Rotation(size, before, None if bool((after == 1).all()) else after, None, divisor)
+        return Rotation(size, matrix=(matrix / divisor).contiguous())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., width) of a width that ``size`` divides -> float32 (..., width). The definition."""
+        blocks = x.float().unflatten(-1, (-1, self.size))
+        if self.matrix is not None:
+            return (blocks @ self.matrix).flatten(-2)
+        if self.before is not None:
+            blocks = blocks * self.before
+        apart = 1
+        while apart < self.size:
+            a, b = blocks.unflatten(-1, (-1, 2, apart)).unbind(-2)
+            blocks = torch.stack((a + b, a - b), -2).flatten(-3)
+            apart *= 2
+        blocks = blocks / self.divisor
+        if self.after is not None:
+            blocks = blocks * self.after
+        return blocks.flatten(-2)
+
+    @property
+    def transposed(self) -> Rotation:
+        """By the transposed matrix: of an orthogonal one the way back."""
+        matrix = None if self.matrix is None else self.matrix.T.contiguous()
+        return Rotation(self.size, self.after, self.before, matrix, self.divisor)
+
+    def to(self, device: torch.device) -> Rotation:
+        """The same on a device."""
+        before, after, matrix = (
+            None if tensor is None else tensor.to(device) for tensor in (self.before, self.after, self.matrix)
+        )
+        return Rotation(self.size, before, after, matrix, self.divisor)
+
+    def same_as(self, other: Rotation) -> bool:
+        """Whether both do the same to every x."""
+        return (self.size, self.divisor) == (other.size, other.divisor) and all(
+            a is b or (a is not None and b is not None and torch.equal(a, b))
+            for a, b in (
+                (self.before, other.before),
+                (self.after, other.after),
+                (self.matrix, other.matrix),
+            )
+        )
+
+
+def _sylvester(size: int) -> Tensor:
+    """int8 (size, size) of 1 and -1."""
+    matrix = torch.ones(1, 1, dtype=torch.int8)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
