@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint.tiny import write_folder as write_model
-from formats.helpers import header_of, read, reader_of, write_folder
+from formats.helpers import FIXTURES, expected, header_of, read, reader_of, write_folder
 from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
 from lowbit.loading import load_model
+from lowbit.loading.source_modules import SourceModel
 
 NAME = "model.layers.0.mlp.up_proj"
 OUT, COLUMNS = 150, 260
@@ -101,3 +104,39 @@ def test_a_model_answers(tmp_path: Path) -> None:
     assert json.loads((folder / "config.json").read_text()).get("quantization_config") is None
     found = prompt_logits(load_model(header_of(folder), device="cpu"), [[1, 2, 3, 4]])[0]
     assert (found - plain).abs().max() < 0.05 * plain.abs().max()
+
+
+@pytest.mark.parametrize("case", ["fp8_tensor", "fp8_row", "int8_row"])
+def test_the_tool_s_own_files(case: str) -> None:
+    """ComfyUI's files, embedding and head included: the tool's values, and every tensor in its place."""
+    folder = FIXTURES / "scaled_8bit" / case
+    source, wanted = SourceModel(open_checkpoint(str(folder)), strict=True), expected(folder)
+    with TensorData(source.header) as data:
+        found = {m.target.stored: source.read(m, data).weight.dequantize() for m in source.modules}
+    assert source.form.name == "scaled-8bit"
+    for stem, values in wanted.items():
+        assert torch.equal(found[stem], values), stem
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format": "int8_tensorwise", "per_row": true, "convrot": true, "convrot_groupsize": 64}',
+        '{"format": "float8_e4m3fn"}',
+        '{"format": "int8_blockwise", "group_size": 128}',
+        '{"format": "nvfp4"}',
+        "[1]",
+        "no JSON",
+    ],
+)
+def test_what_comfyui_says_must_agree(text: str, tmp_path: Path) -> None:
+    tensors = {f"{NAME}.weight": weights(torch.int8), f"{NAME}.weight_scale": scales(OUT, 1)}
+    note = f"{NAME}.comfy_quant"
+    for said in ('{"format": "int8_tensorwise", "orig_dtype": "torch.bfloat16", "per_row": true}', text):
+        tensors[note] = torch.tensor(list(said.encode()), dtype=torch.uint8)
+        folder = write_folder(tmp_path, tensors, None)
+        if said != text:
+            read(folder, NAME, (OUT, COLUMNS), strict=True)
+    with pytest.raises(LowbitError) as caught:
+        read(folder, NAME, (OUT, COLUMNS))
+    assert caught.value.code == "E0218" and note in str(caught.value) and "\n" not in str(caught.value)

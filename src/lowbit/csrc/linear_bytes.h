@@ -138,39 +138,14 @@ inline SixteenInts ints_add(SixteenInts a, SixteenInts b) {
 }
 inline Sixteen ints_to_floats(SixteenInts x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
-// The codes of an operand and 8 rows, a byte each: of a row the first pair's even column, the second's, and their odd
-// ones. ``at``: 32 for the second 8 rows.
-template <Codes CODES, int OPERAND>
-INLINE __m256i operand_codes(const std::uint8_t* tile, int at) {
-    __m256i code = _mm256_setzero_si256();
-    each_constant<plane_count(CODES)>([&](auto index) __attribute__((always_inline)) {
-        constexpr Plane p = plane(CODES, decltype(index)::value);
-        constexpr Field f = field(p, 0, pair_of(OPERAND, 0) * 2);
-        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte + at));
-        const __m256i mask = _mm256_set1_epi8(static_cast<char>(((1 << p.width) - 1) << p.shift));
-        __m256i placed = words;
-        if constexpr (f.shift > p.shift) placed = _mm256_srli_epi16(words, f.shift - p.shift);
-        if constexpr (f.shift < p.shift) placed = _mm256_slli_epi16(words, p.shift - f.shift);
-        code = _mm256_or_si256(code, _mm256_and_si256(placed, mask));
-    });
-    return code;
-}
-
 template <Codes CODES, bool LOOKED_UP>
 inline void decode_bytes(const std::uint8_t* tile, const ByteCodes& codes, ByteTile& w) {
     each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value;
         const auto half = [&](int at) __attribute__((always_inline)) {
-            if constexpr (is_byte(CODES)) {
-                const __m256i order = _mm256_broadcastsi128_si256(
-                    _mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
-                const auto* const from = reinterpret_cast<const __m256i*>(tile + OPERAND * 64 + at);
-                return _mm256_shuffle_epi8(_mm256_loadu_si256(from), order);
-            } else {
-                const __m256i code = operand_codes<CODES, OPERAND>(tile, at);
-                if constexpr (!LOOKED_UP) return code;
-                return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes.table)), code);
-            }
+            const __m256i code = operand_codes<CODES, OPERAND>(tile, at);
+            if constexpr (!LOOKED_UP) return code;
+            return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes.table)), code);
         };
         w[OPERAND] = {half(0), half(32)};
     });

@@ -544,51 +544,80 @@ struct FloatTile {
     alignas(32) float columns[16][ROWS];
 };
 
-// A 32-bit lane holds a row's even and odd column words.
+// The codes of an operand and 8 rows, a byte each: of a row the first pair's even column, the second's, and their odd
+// ones. ``at``: 32 for the second 8 rows.
+template <Codes CODES, int OPERAND>
+INLINE __m256i operand_codes(const std::uint8_t* tile, int at) {
+    if constexpr (is_byte(CODES)) {
+        const __m256i order =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+        const auto* const from = reinterpret_cast<const __m256i*>(tile + OPERAND * 64 + at);
+        return _mm256_shuffle_epi8(_mm256_loadu_si256(from), order);
+    }
+    __m256i code = _mm256_setzero_si256();
+    each_constant<plane_count(CODES)>([&](auto index) __attribute__((always_inline)) {
+        constexpr Plane p = plane(CODES, decltype(index)::value);
+        constexpr Field f = field(p, 0, pair_of(OPERAND, 0) * 2);
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte + at));
+        const __m256i mask = _mm256_set1_epi8(static_cast<char>(((1 << p.width) - 1) << p.shift));
+        __m256i placed = words;
+        if constexpr (f.shift > p.shift) placed = _mm256_srli_epi16(words, f.shift - p.shift);
+        if constexpr (f.shift < p.shift) placed = _mm256_slli_epi16(words, p.shift - f.shift);
+        code = _mm256_or_si256(code, _mm256_and_si256(placed, mask));
+    });
+    return code;
+}
+
+// What byte BYTE of every lane stands for.
+template <Codes CODES, int BYTE>
+INLINE __m256 byte_values(__m256i codes, const Table& table) {
+    __m256i code = codes;
+    if constexpr (BYTE < 3) code = _mm256_and_si256(_mm256_srli_epi32(codes, BYTE * 8), _mm256_set1_epi32(0xff));
+    if constexpr (BYTE == 3) code = _mm256_srli_epi32(codes, 24);
+    if constexpr (is_byte_float(CODES)) {
+        return eight_byte_floats<CODES>(code);
+    } else if constexpr (is_byte(CODES)) {
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(CODES == Codes::int8 ? 128 : 0)));
+    } else {
+        if (CODES == Codes::bits7 || table.line) {
+            return _mm256_add_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(table.values[0]));
+        }
+        if constexpr (plane_count(CODES) > 1) return _mm256_i32gather_ps(table.values, code, 4);
+        // Both bytes of a bfloat16; an index of 0x80 and more gives 0.
+        const __m256i index = _mm256_or_si256(code, _mm256_set1_epi32(static_cast<int>(0x80808000u)));
+        const __m256i low = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table.low)), index);
+        const __m256i high = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table.high)), index);
+        return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(low, 16), _mm256_slli_epi32(high, 24)));
+    }
+}
+
+// Into memory, and so one function for all that multiply such codes.
 template <Codes CODES>
-inline void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
+__attribute__((noinline)) void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
     if constexpr (is_grid(CODES)) {
         alignas(32) std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
         expand_grid<CODES>(tile, table.behind, planes);
         decode<grid_of(CODES).planes()>(planes, table, w);
-        return;
-    }
-    for (int half = 0; half < 2; ++half) {
-        for (int column = 0; column < COLUMNS; ++column) {
-            __m256 value;
-            const int pair = column / 2, odd = column % 2;
-            if constexpr (CODES == Codes::bf16) {
+    } else if constexpr (CODES == Codes::bf16) {  // a 32-bit lane holds a row's even and odd column
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            for (int half = 0; half < 2; ++half) {
                 const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 64 + half * 32));
-                value = _mm256_castsi256_ps(odd ? _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)))
-                                                : _mm256_slli_epi32(both, 16));
-            } else if constexpr (is_byte(CODES)) {
-                // Four rows' words of the pair, twice; then a row's even and odd column in a lane.
-                const std::uint8_t* const from = tile + byte_place(half * 8, pair * 2);
-                const __m128i bytes = _mm_unpacklo_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)),
-                                                         _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 16)));
-                const __m256i words = _mm256_cvtepu8_epi16(bytes);
-                const __m256i code = odd ? _mm256_srli_epi32(words, 16) : _mm256_and_si256(words, _mm256_set1_epi32(0xff));
-                if constexpr (is_byte_float(CODES)) {
-                    value = eight_byte_floats<CODES>(code);
-                } else {
-                    value = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(CODES == Codes::int8 ? 128 : 0)));
-                }
-            } else {
-                __m256i code = _mm256_setzero_si256();
-                for (int i = 0; i < plane_count(CODES); ++i) {
-                    const Plane p = plane(CODES, i);
-                    const Field f = field(p, half * 8, column - odd);
-                    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte));
-                    const __m256i low = _mm256_srli_epi32(words, odd * 16 + f.shift);
-                    const __m256i bits = _mm256_and_si256(low, _mm256_set1_epi32((1 << p.width) - 1));
-                    code = _mm256_or_si256(code, _mm256_slli_epi32(bits, p.shift));
-                }
-                value = CODES == Codes::bits7 || table.line
-                            ? _mm256_add_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(table.values[0]))
-                            : _mm256_i32gather_ps(table.values, code, 4);
+                const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
+                _mm256_store_ps(&w.columns[pair * 2][half * 8], _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)));
+                _mm256_store_ps(&w.columns[pair * 2 + 1][half * 8], _mm256_castsi256_ps(odd));
             }
-            _mm256_store_ps(&w.columns[column][half * 8], value);
         }
+    } else {
+        each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+            constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
+            for (int half = 0; half < 2; ++half) {
+                const __m256i codes = operand_codes<CODES, OPERAND>(tile, half * 32);
+                _mm256_store_ps(&w.columns[FIRST][half * 8], byte_values<CODES, 0>(codes, table));
+                _mm256_store_ps(&w.columns[SECOND][half * 8], byte_values<CODES, 1>(codes, table));
+                _mm256_store_ps(&w.columns[FIRST + 1][half * 8], byte_values<CODES, 2>(codes, table));
+                _mm256_store_ps(&w.columns[SECOND + 1][half * 8], byte_values<CODES, 3>(codes, table));
+            }
+        });
     }
 }
 

@@ -229,15 +229,19 @@ class Ranks:
         if error is None and not told:
             return
         # A rank that was left in the middle of a sum fails too: which was the first is not known.
-        said = "; ".join(f"rank {number} of {self.size}: {done.error}" for number, done in told)
-        cause = error or LowbitError("E0712", said)
+        said = [f"rank {number} of {self.size}: {done.error}" for number, done in told]
+        if error is not None:
+            said.append(f"rank 0: {first_line(error)}")
+        cause = error or RuntimeError(said[0])
         if not isinstance(error, torch.OutOfMemoryError):
             if any(done.out_of_memory for _, done in told):
-                cause = torch.OutOfMemoryError(said)
+                cause = torch.OutOfMemoryError("; ".join(said))
             elif not step.capture:
-                raise cause
+                if not told or isinstance(error, LowbitError):
+                    raise cause
+                raise LowbitError("E0712", "; ".join(said)) from error
             elif told:
-                cause = RuntimeError(said if error is None else f"{said}; rank 0: {first_line(error)}")
+                cause = RuntimeError("; ".join(said))
         self._regroup()
         raise cause from None
 

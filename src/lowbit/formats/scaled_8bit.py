@@ -3,15 +3,18 @@
     weight         F8_E4M3, F8_E5M2 or I8 [out, in]
     weight_scale or weight_scale_inv    one number; one a row, [out] or [out, 1]; or blocks of 128 x 128
     input_scale    one number beside FP8 weights: inputs are then rounded to e4m3 under it
+    comfy_quant    U8: JSON, with which ComfyUI's files say a weight's format once more
 
 weight[r, c] = code[r, c] * scale[block of (r, c)], both names multiply; I8 is two's complement. Without a
 config nobody says that inputs are quantized, so they are not, but where their scale is there: that loses the
 least. Other block sizes cannot be told from a scale's shape and are refused, and so is a checkpoint that has
 parts of another method's weights too. A scale of any other meaning has another name in every known method.
+ComfyUI's text must agree with what is there; more than that (weights turned by ``convrot``) is refused.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from typing import ClassVar
 
@@ -19,7 +22,7 @@ import torch
 
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     InputRule,
     Notes,
@@ -49,6 +52,17 @@ _CODES = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "I8": "int8"}
 _SCALES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _NAMES = ("weight_scale", "weight_scale_inv")
 _SQUARE = 128
+_COMFY = "comfy_quant"
+# ComfyUI's format -> dtype, and the blocks a scale may have there.
+_COMFY_FORMATS = {
+    "float8_e4m3fn": ("F8_E4M3", ((0, 0),)),
+    "float8_e4m3fn_rowwise": ("F8_E4M3", ((1, 0),)),
+    "float8_e4m3fn_blockwise": ("F8_E4M3", ((_SQUARE, _SQUARE),)),
+    "int8_tensorwise": ("I8", ((0, 0), (1, 0))),
+    "int8_blockwise": ("I8", ((_SQUARE, _SQUARE),)),
+}
+# What it may say beside the format: how ComfyUI computes, or the same once more.
+_COMFY_WORDS = ("format", "orig_dtype", "group_size", "per_row", "full_precision_matrix_mult")
 _WHAT = "an 8-bit weight without a quantization config"
 
 
@@ -96,8 +110,8 @@ class Scaled8Bit:
             return dense_tensors(self.header, module)
         _, scale = self._entries(module)
         inputs = module.tensor("input_scale")
-        static = [inputs] if inputs in self.header.tensors else []
-        return [module.tensor("weight"), scale.name, *static, *bias_tensors(self.header, module)]
+        more = [name for name in (inputs, module.tensor(_COMFY)) if name in self.header.tensors]
+        return [module.tensor("weight"), scale.name, *more, *bias_tensors(self.header, module)]
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """The bytes as codes, the scales as they are."""
@@ -105,6 +119,7 @@ class Scaled8Bit:
             return read_dense(self.header, module, data)
         weight, scale = self._entries(module)
         scheme = self.scheme_of(module)
+        self._check_comfy(module, weight, scheme.blocks[0], data)
         codes = of_expert(module, data.tensor(weight.name)).view(torch.uint8)
         if weight.dtype == "I8":
             codes = codes ^ 0x80  # two's complement to offset binary
@@ -145,6 +160,29 @@ class Scaled8Bit:
             f"of {out} x {columns}; without a quantization config only one number, one a row or blocks of "
             f"{_SQUARE} x {_SQUARE} can be told. Restore the quantization_config of these weights",
         )
+
+    def _check_comfy(
+        self, module: StoredModule, weight: TensorEntry, block: tuple[int, int], data: TensorData
+    ) -> None:
+        """E0218 where ComfyUI's text, if there is one, says anything else than the tensors."""
+        name = module.tensor(_COMFY)
+        if name not in self.header.tensors:
+            return
+        text = bytes(data.tensor(name).view(torch.uint8).flatten().tolist()).decode(errors="replace")
+        try:
+            told = json.loads(text)
+        except ValueError:
+            told = None
+        told = told if isinstance(told, dict) else {}
+        dtype, may_be = _COMFY_FORMATS.get(str(told.get("format")), ("", ()))
+        more = [word for word, value in told.items() if value and word not in _COMFY_WORDS]
+        if dtype != weight.dtype or block not in may_be or more:
+            raise LowbitError(
+                "E0218",
+                f"{self.header.file_of(name)}: tensor {name!r} says {printable(text[:200])} of a weight that "
+                f"is {weight.dtype} with a scale for {block[0] or 'all'} x {block[1] or 'all'}; read are "
+                f"{', '.join(_COMFY_FORMATS)} without more. Convert the model another way",
+            )
 
     def _input_scale(self, module: StoredModule, weight: TensorEntry) -> TensorEntry | None:
         entry = self.header.tensors.get(module.tensor("input_scale"))
