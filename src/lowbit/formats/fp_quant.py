@@ -141,7 +141,8 @@ class FpQuant:
         bias = read_bias(self.header, module, data)
         rule = self._rule(module, data)
         if scheme.is_dense:
-            values = data.tensor(module.tensor("dqweight"))
+            name = module.tensor("dqweight")
+            values = finite_scales(self.header, name, data.tensor(name))
             origin = origin_of(self.header, module, "dqweight")
             return StoredLinear(QuantizedTensor(scheme, module.shape, values, origin=origin), bias, rule)
         codes = unpack_bits(data.tensor(module.tensor("qweight")), 4, module.shape[1])
