@@ -20,8 +20,8 @@ pytestmark = [
     [("transforms/quip_w4a16", 2e-3), ("transforms/spinquant_w8a8", 2e-3), ("fp_quant/nvfp4", 6e-3)],
 )
 def test_rotated_checkpoints(name: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs, outputs and heads are rotated in torch, with another order of float32 sums; groups under an outer
-    scale are rounded to bfloat16 before they are multiplied."""
+    """Inputs, outputs and heads are rotated in torch, with another order of float32 sums; groups under an
+    outer scale are rounded to bfloat16 before they are multiplied."""
     kl, kernels = divergence(FIXTURES / name, monkeypatch)
     assert "gpu_blocks" in kernels and not kernels & {"reference", "cpu_blocks", "cpu_dense"}
     assert kl < limit, kl
