@@ -111,8 +111,8 @@ def check_quantization(header: CheckpointHeader, report: Report, correction: Cor
 
 
 def _asks_for_quantized(values: dict[str, object]) -> bool:
-    """Not so where a compressed-tensors config has no groups, or only turns activations, or a config says that
-    the weights are plain."""
+    """Not so where a compressed-tensors config has no groups, or only turns activations, or a config says
+    that the weights are plain."""
     groups = values.get("config_groups")
     if groups is None and values.get("transform_config"):
         return False
