@@ -76,6 +76,10 @@ def weights_of(folder: Path) -> dict[str, tuple[Tensor, str]]:
 def _input(read: StoredLinear) -> str:
     rule = read.input
     parts = [] if rule is None else [rule.multiplier, rule.static_scale, rule.static_zero]
+    rotations = zip(
+        (None if rule is None else rule.rotation, read.output), reversed(read.weight.shape), strict=True
+    )
+    parts += [None if one is None else one(torch.arange(float(width))) for one, width in rotations]
     return f"{read.weight.scheme.activation} {[None if p is None else p.tolist() for p in parts]}"
 
 

@@ -104,7 +104,8 @@ def test_what_inspect_says() -> None:
     assert str(down.scheme) == (
         "int4 1x16 f32 (input rotated by random-hadamard 48, output rotated by random-hadamard 64)"
     )
-    assert "rotated at run time" in reader_of(case("quip_w4a16")).describe()
+    assert "rotated at run time: output, input in" in reader_of(case("quip_w4a16")).describe()
+    assert "rotated at run time: q_attn, k_cache, input in" in reader_of(case("spinquant_w8a8")).describe()
     assert reader_of(case("spinquant_w8a8")).scheme_of(StoredModule(DOWN, DOWN, (64, 64))).rotated == (
         "input rotated by hadamard 64"
     )

@@ -111,8 +111,11 @@ def check_quantization(header: CheckpointHeader, report: Report, correction: Cor
 
 
 def _asks_for_quantized(values: dict[str, object]) -> bool:
-    """Not so where a compressed-tensors config has no groups, or a config says that the weights are plain."""
+    """Not so where a compressed-tensors config has no groups, or only turns activations, or a config says
+    that the weights are plain."""
     groups = values.get("config_groups")
+    if groups is None and values.get("transform_config"):
+        return False
     if groups == {} or (groups is not None and values.get("format") == "dense"):
         return False
     return values.get("packing_format") != "auto_round:fake" and values.get("quantization_mode") != "online"

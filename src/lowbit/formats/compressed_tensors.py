@@ -160,7 +160,8 @@ class CompressedTensors:
         more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
         schemes = "; ".join(groups[:3]) + more if groups else "not quantized"
         sparse = f", {self.config.sparsity}" if self.config.sparsity != "dense" else ""
-        rotated = ", rotated at run time" if self.transforms.steps else ""
+        places = ", ".join(dict.fromkeys(step.location for step in self.transforms.steps))
+        rotated = f", rotated at run time: {places}" if places else ""
         return f"compressed-tensors {self.config.format}{sparse} ({schemes}){rotated} in {self.config.place}"
 
     def _check_told_shape(self, module: StoredModule, data: TensorData) -> None:
