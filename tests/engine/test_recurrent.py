@@ -158,7 +158,7 @@ def test_graphs_move_states_on_once(
 
     def through(forward: Forward) -> Forward:
         options = {"page_size": 16, "vocabulary": VOCABULARY, "device": torch.device("cpu")}
-        graphs = StepGraphs(forward, recorder, 8, context=208, **options)
+        graphs = StepGraphs(forward, recorder, 8, context=208, states=True, **options)
         steps.append(GraphedSteps(forward, graphs, (1, 2, 4, 8), context=208, padded=padded))
         if case == "padded at start":
             steps[0].capture_all()

@@ -134,7 +134,7 @@ class StepGraphs:
     """The graphs of one process, and the static tensors that they read and write.
 
     ``rows``: the largest size; ``context``: tokens of the longest sequence there may be; ``limit``: of
-    graphs, the least recently used one goes.
+    graphs, the least recently used one goes. ``states``: whether a step moves states of sequences on.
     """
 
     def __init__(
@@ -148,11 +148,13 @@ class StepGraphs:
         vocabulary: int,
         device: torch.device,
         limit: int = GRAPHS,
+        states: bool = False,
     ) -> None:
         self._forward = forward
         self._recorder = recorder
         self._page_size = page_size
         self._limit = limit
+        self._states = states
         pages = -(-context // page_size)
         self._inputs = StaticBatch((rows, rows, pages), device)
         self._logits = torch.empty(rows, vocabulary, dtype=torch.float32, device=device)
@@ -170,7 +172,7 @@ class StepGraphs:
     def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
         """See ``Graphs``."""
         static = self._static(batch, size)
-        if batch.state_slots is not None and static.state_slots is not None:
+        if self._states and static.state_slots is not None:
             static.state_slots.fill_(-1)  # the run here may be in vain: states must not move on twice
 
         def step() -> None:
@@ -179,7 +181,7 @@ class StepGraphs:
         self._graphs[size] = self._recorder.capture(step)
         if len(self._graphs) > self._limit:
             self._graphs.popitem(last=False)
-        return self._logits[: size[0]] if batch.state_slots is None else self.replay(batch, size)
+        return self.replay(batch, size) if self._states else self._logits[: size[0]]
 
     def replay(self, batch: ForwardBatch, size: Size) -> Tensor:
         """See ``Graphs``."""

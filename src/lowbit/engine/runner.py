@@ -72,6 +72,7 @@ class Runner:
             vocabulary=self._model.vocab_size,
             device=self._model.device,
             limit=max(GRAPHS, len(sizes)),
+            states=self._has_states,
         )
         share = getattr(self._model, "share_graphs", None)
         return GraphedSteps(
