@@ -48,8 +48,8 @@ READS = {
     "modelopt": "FP8, NVFP4, MXFP8, MXFP4, int4 AWQ, int8 SmoothQuant, mixed",
     "mxfp4": "gpt-oss' stacked experts",
     "qoq": "QServe's W4A8, per channel and per group, pickled files too",
-    "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing, ComfyUI's too; a "
-    "scale for the tensor, for each row or for blocks of 128",
+    "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing, ComfyUI's "
+    "too; a scale for the tensor, for each row or for blocks of 128",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
