@@ -61,7 +61,7 @@ def test_wrong_metadata(folder: Path, tmp_path: Path) -> None:
         for _ in range(count):
             label, config = wrong_values(seed.config, generator.choice(choice), generator)
             verdicts.append(run(seed, label, tmp_path, config, seed.tensors))
-    names = [name for name in seed.tensors if ".layers.0." in name]
+    names = [name for name in seed.tensors if re.search(r"\.(layers|h)\.0\.", name)]
     for _ in range(TENSOR_CASES):
         name, change = generator.choice(names), generator.choice(list(TENSOR_CHANGES))
         changed = TENSOR_CHANGES[change](seed.tensors[name])

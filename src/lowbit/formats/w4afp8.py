@@ -59,11 +59,16 @@ class W4AFp8(Fp8):
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """With the expert's own input scale, which may lie under another name."""
-        found, own = super().tensors_of(module), _EXPERT.fullmatch(module.stored)
-        if own is not None and (leaf := _OTHER_NAME.get(own["leaf"])) is not None:
-            other = f"{module.stored.removesuffix(own['leaf'])}{leaf}.input_scale"
-            found += [other] if other in self.header.tensors else []
-        return found
+        found, other = super().tensors_of(module), self._other_scale(module)
+        return [*found, other] if other in self.header.tensors else found
+
+    def _other_scale(self, module: StoredModule) -> str:
+        """What TensorRT-LLM calls the expert's input scale; "" where it has no other name."""
+        own = _EXPERT.fullmatch(module.stored)
+        leaf = None if own is None else _OTHER_NAME.get(own["leaf"])
+        return (
+            "" if own is None or leaf is None else f"{module.stored[: own.start('leaf')]}{leaf}.input_scale"
+        )
 
     def _activation(self, block: tuple[int, int], packed: bool) -> ActivationScheme:
         if packed:
@@ -85,15 +90,16 @@ class W4AFp8(Fp8):
                 f"{self.header.file_of(module.tensor('weight'))}: {module.stored!r} is packed in 4 bits but "
                 "is no expert by its name; only experts stored one by one are read",
             )
+        name = module.tensor("input_scale")
+        if not {name, self._other_scale(module)} & set(self.header.tensors):
+            raise LowbitError(
+                "E0209",
+                f"{self.header.root.name}: no file contains {name!r}, the scale of an expert's FP8 input, "
+                f"nor {self._other_scale(module)!r}",
+            )
         key = (own["experts"], own["leaf"] in _DOWN)
         if key not in self._largest:
-            names = self._scales.get(key, [])
-            if not names:
-                raise LowbitError(
-                    "E0209",
-                    f"{self.header.root.name}: no file contains {module.tensor('input_scale')!r}, the scale "
-                    "of an expert's FP8 input",
-                )
+            names = self._scales[key]
             stored = [finite_scales(self.header, name, data.tensor(name)).float().max() for name in names]
             self._largest[key] = torch.stack(stored).max()
         return self._largest[key]

@@ -371,6 +371,8 @@ class _Walk(Asker):
         elif any(place.module.dotted for place in places):
             made = made[0].apart(self.header) if fused else made
             made = [replace(one, target=self._target(one.place)) for one in made]
+        elif self.family.transposed and ".layers." in name:  # packed ones lie as (out, in), plain ones do not
+            made = [replace(one, target=replace(one.target, transposed=True)) for one in made]
         self.parts += [self._with_latent(one) for one in made]
 
     def _with_latent(self, module: SourceModule) -> SourceModule:
