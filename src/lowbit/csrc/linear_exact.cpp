@@ -39,6 +39,8 @@ INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x,
         sixteen_store(totals[token + t], total);
     }
     if constexpr ((PART + 1) * SUB < COLUMNS) {
+        // Totals are read again: kept for the next part they and the second scales would not all find a register.
+        if constexpr (X_SCALED) asm volatile("" ::: "memory");
         multiply_part<SUB, PART + 1, ADDEND, SCALED, X_SCALED, TOKENS>(w, walk, x, tile, token, totals);
     }
 }
