@@ -21,7 +21,7 @@ from formats.test_gptq import config as gptq_config
 from formats.test_gptq import make as gptq_module
 
 SEEDS = sorted(path.parent for path in FIXTURES.glob("*/*/model.safetensors"))
-QUANTIZATION = ("quantization_config", "compression_config")
+QUANTIZATION = ("quantization_config", "compression_config", "quip_params")
 CONFIG_CASES, TENSOR_CASES, MODEL_CASES = 6, 5, 3
 
 # (what was changed, why nobody can see it)

@@ -29,7 +29,7 @@ from lowbit.errors import LowbitError, printable, thousands
 
 _BUFFER = 8 << 20
 _NESTED = ("text_config", "llm_config", "language_config", "language_model_config")
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "quip_params")
 _QUANTIZATION_FILES = (
     "hf_quant_config.json",
     "quantize_config.json",

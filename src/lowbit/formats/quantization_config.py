@@ -35,6 +35,8 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
             return _checked(found, "config.json: quantization_config", mlx)
     if config.get("compression_config") is not None:
         return _checked(config["compression_config"], "config.json: compression_config", "compressed-tensors")
+    if config.get("quip_params") is not None:
+        return _checked(config["quip_params"], "config.json: quip_params", "quip_sharp")
     for name, method in (
         ("hf_quant_config.json", "modelopt"),
         ("quantize_config.json", "gptq"),

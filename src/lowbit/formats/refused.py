@@ -27,7 +27,7 @@ REFUSED: dict[str, str] = {
     "petit_nvfp4": _PRIVATE,
     "modelslim": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
     "humming": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
-    "quip": "stores codes of a lattice that are not decoded here; use a GPTQ, AWQ or GGUF version",
+    "quip": "is QuIP-for-all's, whose padded codes are not decoded here; use a GPTQ, AWQ or GGUF version",
     "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
     "or GGUF version",
     "exl3": "is ExLlamaV3's; use a GPTQ, AWQ or GGUF version",
@@ -43,7 +43,7 @@ REFUSED: dict[str, str] = {
 _SUFFIXES = {
     ".trellis": "exl3",
     ".q_invperm": "exl2",
-    ".Qidxs": "quip",
+    ".Qidxs": "quip_sharp",
     ".codebooks": "aqlm",
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",

@@ -36,7 +36,7 @@ Json = dict[str, object]
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TORCH_NAMES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
-_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization", "quip_params")
 _QUANTIZATION_FILES = frozenset(
     (
         *("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"),
