@@ -25,10 +25,10 @@ from lowbit.numerics.hadamard import hadamard_factors, times
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("quip_sharp")]
 LAYER = "model.layers.0."
-QKV, O = f"{LAYER}self_attn.qkv_proj", f"{LAYER}self_attn.o_proj"
+QKV, OUT = f"{LAYER}self_attn.qkv_proj", f"{LAYER}self_attn.o_proj"
 UP, GATE, DOWN = (f"{LAYER}mlp.{leaf}_proj" for leaf in ("up", "gate", "down"))
 UPGATE = f"{LAYER}mlp.upgate_proj"
-SHAPES = {QKV: (96, 64), O: (64, 64), UP: (192, 64), GATE: (192, 64), DOWN: (64, 192)}
+SHAPES = {QKV: (96, 64), OUT: (64, 64), UP: (192, 64), GATE: (192, 64), DOWN: (64, 192)}
 PROMPT = [[1, 2, 3, 4, 5, 6, 7]]
 
 
@@ -127,7 +127,7 @@ def test_the_model_is_that_of_the_tools_weights(tmp_path: Path) -> None:
     parts = dict(zip("qkv", values.pop(QKV).split((64, 16, 16)), strict=True))
     plain = {f"{LAYER}self_attn.{part}_proj.weight": rows for part, rows in parts.items()}
     plain |= {f"{name}.weight": matrix for name, matrix in values.items()}
-    stems = (QKV, O, UPGATE, DOWN)
+    stems = (QKV, OUT, UPGATE, DOWN)
     plain |= {
         name: t for name, t in seed.tensors.items() if not name.startswith(tuple(f"{s}." for s in stems))
     }

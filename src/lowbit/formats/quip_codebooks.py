@@ -63,19 +63,25 @@ def _e8p_vectors(words: Tensor) -> Tensor:
     the four beside each other. Words lie in tiles of 8 pairs of rows x 64 columns, as a tensor core reads
     them."""
     rows, columns = words.shape[0], words.shape[1] * 32
-    tiles = words.reshape(rows // 16, columns // 64, 8, 4).transpose(1, 2).reshape(rows // 2, -1)
-    codes = torch.empty(rows // 2, 2, columns // 16, 2, dtype=torch.int32)
-    for place in range(4):
-        code = (tiles >> 8 * place & 255) << 8
-        for bit in range(8):
-            code |= (tiles >> 32 + 4 * bit + place & 1) << bit
-        codes[:, place % 2, :, place // 2] = code
-    return _e8p()[codes.view(rows, -1)].view(rows, columns)
+    tiles = words.reshape(rows // 16, columns // 64, 8, 4).transpose(1, 2).contiguous()
+    high, signs = tiles.view(torch.uint8).view(-1, 2, 4).int().unbind(1)
+    bits = _spread()[signs]  # (words, 4): two bits of each of the four codes
+    low = bits[:, 0] | bits[:, 1] << 2 | bits[:, 2] << 4 | bits[:, 3] << 6
+    codes = high << 8 | low.view(torch.uint8).view(-1, 4)
+    codes = codes.view(rows // 2, columns // 16, 2, 2).permute(0, 3, 1, 2).reshape(rows, -1)
+    return _e8p()[codes].view(rows, columns)
 
 
 def _e8_vectors(words: Tensor) -> Tensor:
     """A word holds eight codes of neighbouring vectors, the first lowest."""
     return _e8()[words.view(torch.uint8).int()].view(words.shape[0], -1)
+
+
+@cache
+def _spread() -> Tensor:
+    """Int32 (256,): bits i and 4 + i of a byte as the two lowest of byte i."""
+    byte = torch.arange(256, dtype=torch.int32)
+    return torch.stack([(byte >> i & 1 | (byte >> 4 + i & 1) << 1) << 8 * i for i in range(4)]).sum(0).int()
 
 
 @cache
