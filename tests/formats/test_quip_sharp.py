@@ -115,6 +115,7 @@ def test_a_model_answers_and_the_plan_says_what_it_costs(folder: Path) -> None:
     plan = plan_model(header_of(folder), device="cpu")
     inside = [module for module in plan.modules if ".layers." in module.name]
     assert {str(module.scheme) for module in inside} == {"f16"}
+    assert all(module.nbytes == 2 * module.shape[0] * module.shape[1] for module in inside)
     assert "decoded to 16 bits" in reader_of(folder).describe()
     logits = prompt_logits(load_model(header_of(folder), device="cpu"), PROMPT)[0]
     assert logits.isfinite().all()

@@ -222,7 +222,8 @@ class Planner(Asker):
         shape, whole = part.place.shape, part.place.part.shape
         if kernel.name == COPY:
             return kernel.nbytes(part.scheme, shape)
-        if part.decision is not None and part.decision.method is not None:
+        made = part.decision is not None and part.decision.method is not None
+        if made or part.scheme.is_dense:  # codebooks are stored in less than the matrix decoded from them
             return round(shape[0] * shape[1] * part.scheme.bits_per_weight(shape) / 8)
         return self.stored_nbytes(part.place) * shape[0] * shape[1] // (whole[0] * whole[1])
 
