@@ -119,7 +119,6 @@ def test_everything_else_is_refused_by_name(method: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("suffix", "method"),
     [
-        ("trellis", "exl3"),
         ("Qidxs", "quip"),
     ],
 )
