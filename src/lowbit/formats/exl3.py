@@ -9,10 +9,10 @@
     weight = (diag(suh) H tiles H diag(svh))^T      H: blocks of Hadamard's matrix of 128, over sqrt(128)
 
 A tile's bits lie from the highest of each I16, of every two the second before the first. Weight t is the code
-book's number for the 16 bits that end with bit K (t + 1): K of its own and those before them, before the first
-the tile's last. In which order weights lie (that of a tensor core's operand) ``_places`` says. A code book
-multiplies the 16 bits by a constant; its number is the sum of both halves of the product, with some bits set,
-as float16 (the first, and mcg), or of its four bytes, scaled (mul1).
+book's number for 16 bits: its own K, which end with bit K (t + 1), behind those before them, and before a
+tile's first bit comes its last. In which order weights lie (a tensor core operand's) ``_places`` says. A code
+book multiplies the 16 bits by a constant; its number is the sum of both halves of the product, with some bits
+set, as float16 (the first, and mcg), or of its four bytes, scaled (mul1).
 
 Sizes that 128 does not divide are padded up to it; what is behind the layer's own is not read. The head has
 its own matrix even where the config ties it to the embedding. No kernel here runs a trellis: a weight is
