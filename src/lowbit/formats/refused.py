@@ -31,7 +31,6 @@ REFUSED: dict[str, str] = {
     "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
     "or GGUF version",
     "exl3": "is ExLlamaV3's; use a GPTQ, AWQ or GGUF version",
-    "spqr": "keeps outliers in a sparse matrix; use a GPTQ, AWQ or GGUF version",
     "paroquant": "rotates pairs of inputs by learned angles, which is not built in; use a GPTQ version",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
@@ -45,6 +44,7 @@ _SUFFIXES = {
     ".q_invperm": "exl2",
     ".Qidxs": "quip",
     ".codebooks": "aqlm",
+    ".dense_weights": "spqr",
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
     "._data": "quanto",
