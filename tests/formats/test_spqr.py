@@ -97,6 +97,7 @@ def test_a_model_answers_and_the_plan_says_what_it_costs(folder: Path, tmp_path:
         ({"in_perm": torch.zeros(48, dtype=torch.int32)}, "E0213"),
         ({"in_perm": torch.zeros(96, dtype=torch.int16)}, "E0213"),
         ({"in_perm": torch.zeros(47, dtype=torch.int32)}, "E0213"),
+        ({"in_perm": torch.zeros(0, dtype=torch.int32)}, "E0213"),
         ({"in_perm": None}, "E0209"),
         ({"row_offsets": None}, "E0209"),
         ({"col_vals": None}, "E0209"),

@@ -179,12 +179,11 @@ class Spqr:
         return found
 
     def _has_order(self, module: StoredModule) -> bool:
-        """By the file, else by the config: without its order a layer is another one."""
+        """By the file or by the config: without its order a layer is another one."""
         name = module.tensor("in_perm")
         entry = self.header.tensors.get(name)
-        if entry is not None:
-            return entry.shape != (0,)
-        return self.shapes.get(f"{name}.shape") not in (None, 0, [0])
+        told = self.shapes.get(f"{name}.shape") not in (None, 0, [0])
+        return told or (entry is not None and entry.shape != (0,))
 
     # ---- numbers
 
