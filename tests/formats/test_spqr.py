@@ -145,6 +145,16 @@ def test_two_outliers_of_one_weight(tmp_path: Path) -> None:
     assert error.code == "E0213" and "two outliers of one weight" in str(error)
 
 
+@pytest.mark.parametrize("bit", [62, 63])
+def test_bits_that_nothing_uses(bit: int, tmp_path: Path) -> None:
+    """Set in both rows of a pair, so that they agree."""
+    seed = Seed.of(case("csr_act_order"))
+    words = seed.tensors[f"{DOWN}.dense_weights"].clone()
+    words[4:6] |= -(1 << 63) if bit == 63 else 1 << bit
+    error = refused(seed, {"dense_weights": words}, tmp_path)
+    assert error.code == "E0213" and "rows disagree" in str(error)
+
+
 def test_offsets_of_16_rows_are_multiples(tmp_path: Path) -> None:
     seed = Seed.of(case("ptcsr_act_order"))
     offsets = seed.tensors[f"{DOWN}.row_offsets"].tolist()

@@ -116,7 +116,9 @@ class Spqr:
         stored = data.tensor(words.name).view(-1, module.shape[1] // _TILE, _TILE)
         if bool((_shared_bytes(stored) < 0).any()):
             raise self._damaged(
-                words, "holds tiles whose rows disagree about the tile's scales; download it again"
+                words,
+                "holds tiles whose rows disagree about the tile's scales, or bits that mean nothing; the "
+                "file is damaged, download it again",
             )
         weight = finite_scales(self.header, words.name, decode(stored))
         self._add_outliers(weight, offsets, entries, data)
@@ -244,7 +246,7 @@ class Spqr:
 def _shared_bytes(words: Tensor) -> Tensor:
     """int64 (R, C, 8) of tiles (R, C, 16): the byte above the codes that two rows share; -1 where not."""
     pairs = (words >> 54).unflatten(-1, (8, 2))
-    same = (pairs[..., 0] == pairs[..., 1]) & (pairs[..., 0] >= 0) & (pairs[..., 0] < 256)
+    same = (pairs[..., 0] == pairs[..., 1]) & (pairs[..., 0] < 256)  # the highest bit makes it negative
     return torch.where(same, pairs[..., 0], -1)
 
 
