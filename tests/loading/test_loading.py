@@ -132,7 +132,9 @@ def test_refused_by_tensors_alone(suffix: str, method: str, tmp_path: Path) -> N
     assert name in str(caught.value) and REFUSED[method] in str(caught.value)
 
 
-@pytest.mark.parametrize(("suffix", "method"), [("codebooks", "aqlm"), ("centroids.weight", "vptq")])
+@pytest.mark.parametrize(
+    ("suffix", "method"), [("codebooks", "aqlm"), ("centroids.weight", "vptq"), ("dense_weights", "spqr")]
+)
 def test_read_methods_whose_config_is_lost(suffix: str, method: str, tmp_path: Path) -> None:
     name = f"model.layers.0.mlp.up_proj.{suffix}"
     folder = write_folder(tmp_path, {name: torch.ones(2, 2)}, None)

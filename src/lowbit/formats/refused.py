@@ -30,7 +30,6 @@ REFUSED: dict[str, str] = {
     "quip": "stores codes of a lattice that are not decoded here; use a GPTQ, AWQ or GGUF version",
     "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
     "or GGUF version",
-    "spqr": "keeps outliers in a sparse matrix; use a GPTQ, AWQ or GGUF version",
     "paroquant": "rotates pairs of inputs by learned angles, which is not built in; use a GPTQ version",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
@@ -44,6 +43,7 @@ _SUFFIXES = {
     ".q_invperm": "exl2",
     ".Qidxs": "quip",
     ".codebooks": "aqlm",
+    ".dense_weights": "spqr",
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
     "._data": "quanto",
