@@ -38,6 +38,8 @@ READS = {
     "dense": "f32, f16, bf16",
     "eetq": "int8 per channel, taken out of its GEMM's layout",
     "exl2": "2-6 and 8 bits in one matrix, at the room of its widest group",
+    "exl3": "1-8 bits a weight, all three code books, padded sizes, quantized heads of tied models; decoded "
+    "to 16 bits a weight when loaded",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
     "experts",
     "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
@@ -58,6 +60,8 @@ READS = {
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
     "NVFP4; patterns of layers",
+    "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order; decoded to 16 bits a weight "
+    "when loaded",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; decoded to 16 bits a weight "

@@ -186,7 +186,8 @@ def test_what_is_quantized_once_for_all() -> None:
         return bool(grouped.down.shared)
 
     assert [name for name in INPUTS if shared(name)] == [
-        *("int8 per token", "int8 with a zero point", "fp8 per token", "fp8 in groups", "one static scale")
+        *("int8 per token", "int8 with a zero point", "fp8 per token", "fp8 in groups", "one static scale"),
+        "rotated",
     ]
 
 

@@ -119,21 +119,11 @@ def test_everything_else_is_refused_by_name(method: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("suffix", "method"),
     [
-        ("trellis", "exl3"),
+        ("codebooks", "aqlm"),
+        ("centroids.weight", "vptq"),
+        ("dense_weights", "spqr"),
+        ("Qidxs", "quip_sharp"),
     ],
-)
-def test_refused_by_tensors_alone(suffix: str, method: str, tmp_path: Path) -> None:
-    """Methods whose files may come without a word in config.json."""
-    name = f"model.layers.0.mlp.up_proj.{suffix}"
-    folder = write_folder(tmp_path, {name: torch.ones(2, 2)}, None)
-    with pytest.raises(LowbitError) as caught:
-        plan_model(open_checkpoint(str(folder)))
-    assert caught.value.code == "E0211" and f"method {method} " in str(caught.value)
-    assert name in str(caught.value) and REFUSED[method] in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "method"), [("codebooks", "aqlm"), ("centroids.weight", "vptq"), ("Qidxs", "quip_sharp")]
 )
 def test_read_methods_whose_config_is_lost(suffix: str, method: str, tmp_path: Path) -> None:
     name = f"model.layers.0.mlp.up_proj.{suffix}"

@@ -208,8 +208,9 @@ def test_the_engine_times_only_where_asked(
 
 
 def test_a_failure_when_idle_is_a_line_in_the_log(
-    cache: Path, embedded_path: Path, caplog: pytest.LogCaptureFixture
+    cache: Path, embedded_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine_module, "READY_TOKENS", 0)
     settings = {"model": str(embedded_path), "device": "cpu", "max_total_tokens": 64}
     engine = load_engine(Settings(**settings))
 

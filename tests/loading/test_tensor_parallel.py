@@ -175,7 +175,7 @@ STORED = [
     "compressed_tensors/fp8_channel_dynamic",
     "compressed_tensors/nvfp4",
     "transforms/quip_block_mxfp4",
-    "fp8/block_32_ue8m0",
+    "fp8/tensor_static",
     "fp8/experts_block_16",
     "bitsandbytes/int8",
     "gguf_families/deepseek2.gguf",
@@ -308,7 +308,7 @@ def test_rows_and_columns_of_mapped_files_are_views(monkeypatch: pytest.MonkeyPa
         return pack(self, weight, transform, wanted)
 
     monkeypatch.setattr(Loader, "_pack", spied)
-    for case in ("fp8/block_32_ue8m0", "gguf_families/phi3.gguf"):
+    for case in ("fp8/tensor_static", "gguf_families/phi3.gguf"):
         header = open_checkpoint(str(FIXTURES / case))
         with TensorData(header):
             load_model(header, device="cpu", parallel=Parallel(0, 2))

@@ -65,7 +65,7 @@ def survey(header: CheckpointHeader, report: Report, correction: Correction) -> 
     found.form = form
     try:
         family = family_of(header)
-        found.config = family.read_config(header)
+        found.config = family.config_of(header)
     except LowbitError as error:
         report.add_error(error)
         return found

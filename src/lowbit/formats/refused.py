@@ -30,8 +30,6 @@ REFUSED: dict[str, str] = {
     "quip": "is QuIP-for-all's, whose padded codes are not decoded here; use a GPTQ, AWQ or GGUF version",
     "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
     "or GGUF version",
-    "exl3": "is ExLlamaV3's; use a GPTQ, AWQ or GGUF version",
-    "spqr": "keeps outliers in a sparse matrix; use a GPTQ, AWQ or GGUF version",
     "paroquant": "rotates pairs of inputs by learned angles, which is not built in; use a GPTQ version",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
@@ -45,6 +43,7 @@ _SUFFIXES = {
     ".q_invperm": "exl2",
     ".Qidxs": "quip_sharp",
     ".codebooks": "aqlm",
+    ".dense_weights": "spqr",
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
     "._data": "quanto",
@@ -63,7 +62,7 @@ def refuse(header: CheckpointHeader) -> NoReturn:
         raise LowbitError(
             "E0211",
             f"{header.root.name}: the weights are {method}'s ({place}), but config.json says nothing of "
-            "how they are quantized; restore the quantization_config that belongs to these weights",
+            "how they are quantized; restore the quantization config that belongs to these weights",
         )
     from lowbit.formats import all_formats
 

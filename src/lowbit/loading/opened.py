@@ -45,7 +45,7 @@ class Opened:
             recipe = asked.recipe()
         elif asked.flag:
             check_quantization(form, asked)
-        return cls(header, family, form, family.read_config(header), recipe, strict, notes)
+        return cls(header, family, form, family.config_of(header), recipe, strict, notes)
 
     @property
     def described(self) -> str:

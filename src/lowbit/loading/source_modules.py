@@ -39,6 +39,7 @@ from lowbit.models.hf_names import (
     norms_by_heads,
     stacked_name,
 )
+from lowbit.models.registry import has_quantized_head
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme, dense
@@ -273,7 +274,10 @@ class SourceModel:
         """config.json: the folder's own, or the one a GGUF file stands for."""
         if self.header.container == "gguf":
             return hf_config(self.header, self.config, data.tensor)
-        return dict(self.header.config)
+        found = dict(self.header.config)
+        if not self.config.tied_head and has_quantized_head(self.header):  # written as a plain one
+            found["tie_word_embeddings"] = False
+        return found
 
 
 class _Walk(Asker):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
@@ -39,6 +40,16 @@ class Family:
     grouped_qkv: bool = False
     transposed: bool = False
     beside: tuple[str, ...] = field(default=())
+
+    def config_of(self, header: CheckpointHeader) -> ModelConfig:
+        """What ``read_config`` reads; a head that is stored quantized is the head, whatever else is said.
+
+        Tools that quantize the head of a tied model leave ``tie_word_embeddings`` as it was (ExLlamaV3).
+        """
+        config = self.read_config(header)
+        if config.tied_head and header.container != "gguf" and has_quantized_head(header):
+            return replace(config, tied_head=False)
+        return config
 
 
 # Architecture -> (module of this package, its Family, or the function of a header that gives it).
@@ -160,6 +171,12 @@ REFUSED = {
 def supported_architectures() -> list[str]:
     """Every architecture name a checkpoint may carry."""
     return sorted(MODULES)
+
+
+def has_quantized_head(header: CheckpointHeader) -> bool:
+    """Whether there are tensors of a head, and its weight is none of them."""
+    heads = {name.rpartition(".")[2] for name in header.tensors if re.fullmatch(r"(.+\.)?lm_head\.\w+", name)}
+    return bool(heads - {"bias"}) and "weight" not in heads
 
 
 def family_of(header: CheckpointHeader) -> Family:
