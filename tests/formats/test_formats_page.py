@@ -35,7 +35,7 @@ def test_fixtures_say_who_made_them() -> None:
     later = {"torchao", "hqq", "qserve", "sinq", "eetq"}
     codebooks = {"aqlm", "vptq", "exl3", "spqr", "quip_sharp"}
     others = {"mlx", "metal", "quark", "quanto", "bitnet"}
-    rotated = {"transforms", "fp_quant", "paroquant"}
+    rotated = {"transforms", "fp_quant"}
     families = {"gguf_families", "gguf_more_families"}
     for limit, folders in (
         (
@@ -49,6 +49,7 @@ def test_fixtures_say_who_made_them() -> None:
         (4_000_000, [FIXTURES / name for name in families]),
         (1_000_000, [FIXTURES / name for name in made]),
         (2_000_000, [FIXTURES / name for name in later]),
+        (2_000_000, [FIXTURES / name for name in codebooks]),
         (2_000_000, [FIXTURES / name for name in codebooks]),
         (2_000_000, [FIXTURES / name for name in others]),
         (2_000_000, [FIXTURES / name for name in rotated]),
