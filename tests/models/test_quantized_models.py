@@ -28,12 +28,13 @@ from lowbit.models.registry import family_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # Their activations are rotated, so their matrices alone are not the model: formats/test_fp_quant.py and
-# formats/test_compressed_tensors_transforms.py hold them to their tools' own logits.
-ROTATED = ("fp_quant", "transforms")
+# formats/test_compressed_tensors_transforms.py hold them to their tools' own logits. quip_sharp's layers are
+# stored fused: formats/test_quip_sharp.py takes them apart.
+ELSEWHERE = ("fp_quant", "transforms", "quip_sharp")
 CASES = sorted(
     str(path.parent.relative_to(FIXTURES))
     for path in FIXTURES.glob("*/*/config.json")
-    if path.parts[-3] not in ROTATED
+    if path.parts[-3] not in ELSEWHERE
     and json.loads(path.read_text()).get("architectures") == ["LlamaForCausalLM"]
 )
 TOKENS = [3, 17, 22, 5, 30, 11, 2, 31, 8, 21, 12, 1, 7, 7, 19, 28, 4, 9]
