@@ -47,7 +47,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -82,13 +82,7 @@ class Exl2:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method, or no config and tensors that only EXL2 has."""
-        if header.container == "gguf":
-            return None
-        found = quantization_config(header)
-        if found is not None:
-            return f"{found.place} says {found.method}" if found.method.lower() == cls.name else None
-        shown = next((name for name in header.tensors if name.endswith(".q_invperm")), None)
-        return None if shown is None else f"tensor {shown!r}"
+        return claimed_by_tensors(header, cls.name, ".q_invperm")
 
     def describe(self) -> str:
         """Bits a weight as the config has them."""

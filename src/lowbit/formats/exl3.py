@@ -48,7 +48,7 @@ from lowbit.formats.dense import (
     origin_of,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme, dense
@@ -77,13 +77,7 @@ class Exl3:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method, or no config and tensors that only EXL3 has."""
-        if header.container == "gguf":
-            return None
-        found = quantization_config(header)
-        if found is not None:
-            return f"{found.place} says {found.method}" if found.method.lower() == cls.name else None
-        shown = next((name for name in header.tensors if name.endswith(".trellis")), None)
-        return None if shown is None else f"tensor {shown!r}"
+        return claimed_by_tensors(header, cls.name, ".trellis")
 
     def describe(self) -> str:
         """Bits a weight as the config has them, and that it is decoded."""

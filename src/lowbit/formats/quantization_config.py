@@ -88,3 +88,14 @@ def says_method(header: CheckpointHeader, name: str) -> str | None:
     if found is None or found.method.lower() != name:
         return None
     return f"{found.place} says {found.method}"
+
+
+def claimed_by_tensors(header: CheckpointHeader, name: str, suffix: str) -> str | None:
+    """What a format claims a checkpoint by whose config names it, or that has no config and its tensors."""
+    if header.container == "gguf":
+        return None
+    found = quantization_config(header)
+    if found is not None:
+        return f"{found.place} says {found.method}" if found.method.lower() == name else None
+    shown = next((tensor for tensor in header.tensors if tensor.endswith(suffix)), None)
+    return None if shown is None else f"tensor {shown!r}"
