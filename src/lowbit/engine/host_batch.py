@@ -1,7 +1,7 @@
 """HostBatch: a step's chunks as the index numbers of a ``ForwardBatch``, in NumPy arrays.
 
-A decode step is short lists: NumPy's calls, each dearer than a list of a few numbers, would take a tenth of the
-time of a small model's step. Replayed steps (``StepCapture``) take the arrays as they are.
+A decode step is short lists: NumPy's calls, each dearer than a list of a few numbers, would take a tenth of
+the time of a small model's step. Replayed steps (``StepCapture``) take the arrays as they are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from lowbit.kernels.forward_batch import ForwardBatch
 
 @dataclass(frozen=True)
 class HostBatch:
-    """int32 arrays, shaped as ``ForwardBatch`` says. ``sources``: (tokens, 2) token rows that a step in flight
-    chooses, and the row of its choices."""
+    """int32 arrays, shaped as ``ForwardBatch`` says.
+
+    ``sources``: (n, 2), the token rows that a step in flight chooses, each with the row of its choices.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -99,7 +101,12 @@ class HostBatch:
             assert chosen is not None, "a step in flight chooses them"
             there[0].index_copy_(0, there[-2].long(), chosen.index_select(0, there[-1]).int())
         return ForwardBatch(
-            *there[:6],
+            tokens=there[0],
+            positions=there[1],
+            write_slots=there[2],
+            query_lengths=there[3],
+            context_lengths=there[4],
+            page_table=there[5],
             sample_rows=there[6].long(),
             page_size=self.page_size,
             max_query=int(self.query_lengths.max()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lowbit.engine.host_batch import HostBatch
@@ -34,8 +36,8 @@ class StaticBatch:
         self._sample_rows = torch.arange(tokens, device=device)
         # On a CPU written as arrays of the same memory, which takes a fifth of a tensor's time.
         on_cpu = device.type == "cpu"
-        self._written = {name: rows.numpy() if on_cpu else rows for name, rows in self._rows.items()}
-        self._written_pages = self._page_table.numpy() if on_cpu else self._page_table
+        self._written: dict[str, Any] = {n: t.numpy() if on_cpu else t for n, t in self._rows.items()}
+        self._written_pages: Any = self._page_table.numpy() if on_cpu else self._page_table
         self._used = 0  # rows that hold no padding
 
     def fill(self, batch: HostBatch | ForwardBatch) -> None:
