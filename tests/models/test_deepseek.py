@@ -25,7 +25,7 @@ from lowbit.kernels.head_products import HeadMatrices
 from lowbit.kernels.reference import Reference
 from lowbit.layers.rotary import rotary_frequencies
 from lowbit.loading import load_model, plan_model
-from lowbit.models.deepseek import read_config
+from lowbit.models.families.deepseek import read_config
 from lowbit.models.model import Model
 
 SIZES = {
