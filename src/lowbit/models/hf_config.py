@@ -21,7 +21,8 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
-from lowbit.models.config import ModelConfig, architecture_of, gguf_keys
+from lowbit.models.config import ModelConfig
+from lowbit.models.config_keys import architecture_of, gguf_keys
 from lowbit.models.deepseek import DeepseekConfig
 
 Json = dict[str, object]

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.weight_loader import WeightLoader
-from lowbit.models.config import ModelConfig, architecture_of
+from lowbit.models.config import ModelConfig
+from lowbit.models.config_keys import architecture_of
 from lowbit.models.model import Model
 
 

@@ -6,22 +6,16 @@ Sources: DeepSeek-V2 (2024), DeepSeek-V3 (2024), YaRN (Peng et al., 2023).
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
-from lowbit.models.config import (
-    ConfigKeys,
-    ModelConfig,
-    MoeConfig,
-    base_config,
-    gguf_keys,
-    json_keys,
-    rope_keys,
-)
+from lowbit.models.config import ModelConfig, MoeConfig, base_config, widened
+from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.deepseek import DeepseekConfig, build
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
+from lowbit.models.rope_scaling import rope_keys
 
 
 def read_config(header: CheckpointHeader) -> DeepseekConfig:
@@ -30,11 +24,6 @@ def read_config(header: CheckpointHeader) -> DeepseekConfig:
     if header.container == "gguf":
         return _from_gguf(base, gguf_keys(header), header)
     return _from_json(base, json_keys(header))
-
-
-def _with(base: ModelConfig, **more: object) -> DeepseekConfig:
-    known = {field.name: getattr(base, field.name) for field in fields(ModelConfig)}
-    return DeepseekConfig(**{**known, **more})
 
 
 def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
@@ -57,7 +46,8 @@ def _from_json(base: ModelConfig, keys: ConfigKeys) -> DeepseekConfig:
     inner, dense = keys.size("moe_intermediate_size"), keys.count("first_k_dense_replace")
     step = keys.size("moe_layer_freq", 1)
     rope_section = rope_keys(keys)
-    return _with(
+    return widened(
+        DeepseekConfig,
         base,
         head_dim=nope + rope,
         rotary_dim=rope,
@@ -102,7 +92,8 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
         scaling = replace(scaling, mscale=mscale, mscale_all_dim=mscale)
     sigmoid, groups = keys.size("expert_gating_func", 1) == 2, keys.size("expert_group_count", 1)
     inner = keys.size("expert_feed_forward_length")
-    return _with(
+    return widened(
+        DeepseekConfig,
         base,
         head_dim=head,
         rotary_dim=rope,
