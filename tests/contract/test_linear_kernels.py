@@ -181,6 +181,11 @@ WEIGHTS = {
     "nf4 g64": lambda: canonical("nf4", 64, "f32"),
     "fp4 g128 bf16": lambda: canonical("fp4_bnb", 128, "bf16"),
     "nf4 g16 e4m3": lambda: canonical("nf4", 16, "e4m3"),
+    "nf4 g64 float zero (SINQ)": lambda: float_zero("nf4", 64, "f16"),
+    "nf4 g16 bf16 float zero": lambda: float_zero("nf4", 16, "bf16"),
+    "nf4 g32 f32 offset": lambda: canonical("nf4", 32, "f32", offset=True),
+    "fp4 g64 float zero": lambda: float_zero("fp4_bnb", 64, "f16"),
+    "fp4 g16 f32 offset": lambda: canonical("fp4_bnb", 16, "f32", offset=True),
     "uint1 g64 zero": lambda: canonical("uint1", 64, zero=True),
     "int1 g16": lambda: canonical("int1", 16),
     "e5m2 g64": lambda: canonical("e5m2", 64),
@@ -331,13 +336,14 @@ def packed_for_words(name: str) -> tuple[QuantizedTensor, PackedWeight]:
     packed = CpuBlocks().pack(weight, CPU)
     assert isinstance(packed, NativeWeight)
     if not takes(packed.description, INPUT_WORDS):
-        assert name not in ("nf4 g64", "nf4 g16 e4m3"), "everywhere"
+        assert not name.startswith("nf4"), "everywhere"
         assert native.isa() not in ("avx2", "neon")
         pytest.skip("multiplied in bfloat16 here")
     return weight, packed
 
 
-WORDS = ["nf4 g64", "nf4 g16 e4m3", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int8 channel f32"]
+WORDS = ["nf4 g64", "nf4 g16 e4m3", "nf4 g64 float zero (SINQ)", "nf4 g32 f32 offset"]
+WORDS += ["int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int8 channel f32"]
 WORDS += ["int4 g8", "int6 g16", "int7 g64", "uint3 g128 zero", "e2m1 g32 e8m0 (MXFP4)", "e2m3 g32 e8m0"]
 WORDS += ["gguf q4_k", "gguf iq4_nl", "gguf iq2_xs", "gguf iq3_s", "gguf iq1_s", "fp4 g128 bf16"]
 
@@ -360,7 +366,9 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 
 @needs_native
 @pytest.mark.parametrize(
-    "name", ["nf4 g64", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int4 g8"]
+    "name",
+    ["nf4 g64", "nf4 g64 float zero (SINQ)", "nf4 g32 f32 offset", "int4 g32", "uint4 g64 bf16 offset"]
+    + ["uint8 g32 zero", "int4 g8"],
 )
 def test_faults_of_whole_numbers_end_their_own_row(name: str) -> None:
     weight, packed = packed_for_words(name)

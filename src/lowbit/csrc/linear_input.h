@@ -279,7 +279,7 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         }
         if (!sound) a = b = sixteen_zeros();  // what no whole number says must not overflow one
         const auto put = [&](std::int64_t span, float sum, std::int32_t whole) {
-            to.sums[span * tokens + token] = shape.scaled_sums ? sum * scale : sum;
+            to.sums[span * tokens + token] = shape.scaled_sums ? sum * scale : sum / shape.factor;
             to.bases[span * tokens + token] = shape.base * whole;
         };
         const auto put_part = [&](std::int64_t span, float sum) { put(span, sum, static_cast<std::int32_t>(sum)); };

@@ -18,13 +18,13 @@ bool known(const Layout& layout) {
         return here || layout.codes == Codes::int8 || layout.codes == Codes::uint8;
     }
     switch (layout.codes) {
-        case Codes::words4:
         case Codes::grid2_256:
         case Codes::grid2_512:
         case Codes::grid2_1024:
         case Codes::grid1_2048:
         case Codes::grid3_256:
         case Codes::grid3_512: return layout.addend == Addend::none;
+        case Codes::words4:
         case Codes::bits1:
         case Codes::bits2:
         case Codes::bits3:

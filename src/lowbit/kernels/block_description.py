@@ -46,6 +46,8 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
         return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
     if scheme.zero == "float" and scheme.scales[0].name not in ("f16", "bf16"):
         return f"float zero points with {scheme.scales[0].name} scales"
+    if scheme.zero == "float" and scheme.scales[0].name == "bf16" and not bool((fmt.table() == 0).any()):
+        return f"float zero points with bf16 scales of {fmt.name} codes, none of which is 0"
     two_level = (
         len(scheme.scales) == 2 and _inner_level(scheme) is not None and scheme.blocks[1] == (1, SUPER)
     )
@@ -63,8 +65,6 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     group = padded if group in (0, columns) else group
     kind = _inner_level(scheme) if two_level else _SCALE_KINDS[inner]
     assert kind is not None, "two levels have an inner one"
-    if stored == "words4" and (scheme.offset or scheme.zero != "none"):
-        return f"{fmt.name} codes with zero points or offsets"
     addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero != "none" else ADDEND_NONE
     return Description(
         None, None, out, padded, CODES[stored], group, kind, addend, INPUT_BFLOAT, factor_of(fmt)

@@ -13,6 +13,10 @@ numbers (HQQ) are subtracted from the codes as float16: all that a float16 or bf
 bfloat16s below 2^-14 of a code, which move by less than 2^-25 of one. Beside float32 scales they are offsets,
 -zero * scale, a last bit of float32 away.
 
+Zero points and offsets multiply the sum of what x became, not of x. Then the error of x meets table[code] - zero,
+which is the weight, and not table[code], which is larger where a group's weights lie to one side of 0. Sums of
+whole numbers are exact in float32, so they are the same on all processors.
+
 What the tiles have no place for is packed in other words for the same numbers, where these take little
 more: blocks that run over row ends as smaller ones, groups that are no whole tiles as parts of them, codes
 of 1, 5 or 6 bits in groups of 8 as those of 2 or 8.

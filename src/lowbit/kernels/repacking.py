@@ -53,7 +53,7 @@ def fold(weight: QuantizedTensor) -> QuantizedTensor:
     spread = far.repeat_interleave(rows or out, 0)[:out].repeat_interleave(columns or width, 1)[:, :width]
     return replace(
         weight,
-        codes=weight.codes.masked_fill(spread, 0),
+        codes=weight.codes.masked_fill(spread, int(scheme.weight.table().abs().argmin())),
         scales=(torch.where(far, torch.ldexp(scale.float(), exponent), scale.float()).to(scale.dtype),),
         zeros=torch.where(far, near, zeros.float()).to(zeros.dtype),
     )
