@@ -38,7 +38,7 @@ struct WordStep {
         UNROLL
         for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(KIND == WordKind::wide ? 0 : x.bases[span + t]);
         dot_words<PART * SUB, SUB, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
-        const float* const x_scales = x.scales + tile * x.tokens + token;
+        const float* const x_scales = x.scales + span;
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
             const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + t];
@@ -65,7 +65,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
         UNROLL
         for (int part = 0; part < PARTS; ++part) {
             const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + part];
-            total = add_scaled<ADDEND>(total, sums[part], walk, part, x.scales[tile], x_sum);
+            total = add_scaled<ADDEND>(total, sums[part], walk, part, x.scales[span + part], x_sum);
         }
     }
     sixteen_store(totals, total);
