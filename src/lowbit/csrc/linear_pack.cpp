@@ -15,6 +15,7 @@ namespace {
 bool known(const Layout& layout) {
     if (layout.sub == LEAST_GROUP) {
         const bool here = layout.codes == Codes::bits2 || layout.codes == Codes::bits3 || layout.codes == Codes::bits4;
+        if (is_byte_float(layout.codes)) return layout.addend == Addend::none;
         return here || layout.codes == Codes::int8 || layout.codes == Codes::uint8;
     }
     switch (layout.codes) {

@@ -57,9 +57,10 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     if not two_level and inner not in _SCALE_KINDS:
         return f"scales are {inner}"
     group = scheme.blocks[0][1]
-    least = stored in ("bits2", "bits3", "bits4", "int8", "uint8") and not two_level
-    if group % COLUMNS and group not in (16, columns) and not (least and group == 8):
-        return f"needs groups of 8, 16 or a multiple of {COLUMNS}, got {group} of {fmt.name}"
+    if group % COLUMNS and group not in (8, 16, columns):
+        return f"needs groups of a multiple of 8 columns, got {group}"
+    if group == 8 and group != columns and (two_level or not _in_eights(stored, scheme)):
+        return f"{fmt.name} codes need groups of 16 or a multiple of {COLUMNS}, got 8"
     step = COLUMNS if group in (0, 8, 16, columns) else group
     padded = -(-columns // step) * step
     group = padded if group in (0, columns) else group
@@ -69,6 +70,13 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     return Description(
         None, None, out, padded, CODES[stored], group, kind, addend, INPUT_BFLOAT, factor_of(fmt)
     )
+
+
+def _in_eights(stored: str, scheme: Scheme) -> bool:
+    """Whether codes so stored have a form in groups of 8 columns."""
+    if stored in ("e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz"):
+        return scheme.zero == "none" and not scheme.offset
+    return stored in ("bits2", "bits3", "bits4", "int8", "uint8")
 
 
 def _inner_level(scheme: Scheme) -> int | None:
