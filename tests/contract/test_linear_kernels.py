@@ -181,6 +181,11 @@ WEIGHTS = {
     "nf4 g64": lambda: canonical("nf4", 64, "f32"),
     "fp4 g128 bf16": lambda: canonical("fp4_bnb", 128, "bf16"),
     "nf4 g16 e4m3": lambda: canonical("nf4", 16, "e4m3"),
+    "nf4 g64 float zero (SINQ)": lambda: float_zero("nf4", 64, "f16"),
+    "nf4 g16 bf16 float zero": lambda: float_zero("nf4", 16, "bf16"),
+    "nf4 g32 f32 offset": lambda: canonical("nf4", 32, "f32", offset=True),
+    "fp4 g64 float zero": lambda: float_zero("fp4_bnb", 64, "f16"),
+    "fp4 g16 f32 offset": lambda: canonical("fp4_bnb", 16, "f32", offset=True),
     "uint1 g64 zero": lambda: canonical("uint1", 64, zero=True),
     "int1 g16": lambda: canonical("int1", 16),
     "e5m2 g64": lambda: canonical("e5m2", 64),
@@ -190,6 +195,14 @@ WEIGHTS = {
     "uint2 g8 zero": lambda: canonical("uint2", 8, zero=True),
     "uint3 g8 float zero (HQQ)": lambda: float_zero("uint3", 8, "f16"),
     "uint8 g8 bf16 offset, 72 columns": lambda: canonical("uint8", 8, "bf16", offset=True, shape=(37, 72)),
+    "e4m3 48x40 blocks": lambda: canonical("e4m3", 40, "f32", shape=(96, 320), block_rows=48),
+    "e4m3 48x40 blocks, last ones short": lambda: canonical(
+        "e4m3", 40, "f32", shape=(37, 212), block_rows=48
+    ),
+    "int8 16x24 blocks": lambda: canonical("int8", 24, "f32", shape=(37, 264), block_rows=16),
+    "e5m2 g8": lambda: canonical("e5m2", 8),
+    "e4m3fnuz g8 bf16": lambda: canonical("e4m3fnuz", 8, "bf16", shape=(37, 72)),
+    "e5m2fnuz 5x56 blocks": lambda: canonical("e5m2fnuz", 56, "f32", shape=(37, 280), block_rows=5),
     "int4 g48": lambda: canonical("int4", 48, shape=(37, 288)),
     "int4 channel, 83 columns": lambda: canonical("int4", 0, "f32", shape=(37, 83)),
     "uint4 g32 zero, 72 columns": lambda: canonical("uint4", 32, zero=True, shape=(37, 72)),
@@ -274,7 +287,7 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     tiles = (-(-rows // 16) * 16 / rows) * (-(-columns // 32) * 32 / columns)
     order = 8 * columns if weight.column_order is not None else 0
     table = packed.buffers["table"].nbytes if "table" in packed.buffers else 0  # which weights share
-    growth = 1.45 if kernel.name == "cpu_blocks" else 1.1
+    growth = 1.5 if kernel.name == "cpu_blocks" else 1.1
     assert packed.nbytes - table <= growth * weight.nbytes * tiles + order + 1024
     assert 0 <= packed.nbytes - table - kernel.nbytes(weight.scheme, weight.shape) <= order + 4 * rows
 
@@ -331,13 +344,14 @@ def packed_for_words(name: str) -> tuple[QuantizedTensor, PackedWeight]:
     packed = CpuBlocks().pack(weight, CPU)
     assert isinstance(packed, NativeWeight)
     if not takes(packed.description, INPUT_WORDS):
-        assert name not in ("nf4 g64", "nf4 g16 e4m3"), "everywhere"
+        assert not name.startswith("nf4"), "everywhere"
         assert native.isa() not in ("avx2", "neon")
         pytest.skip("multiplied in bfloat16 here")
     return weight, packed
 
 
-WORDS = ["nf4 g64", "nf4 g16 e4m3", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int8 channel f32"]
+WORDS = ["nf4 g64", "nf4 g16 e4m3", "nf4 g64 float zero (SINQ)", "nf4 g32 f32 offset"]
+WORDS += ["int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int8 channel f32"]
 WORDS += ["int4 g8", "int6 g16", "int7 g64", "uint3 g128 zero", "e2m1 g32 e8m0 (MXFP4)", "e2m3 g32 e8m0"]
 WORDS += ["gguf q4_k", "gguf iq4_nl", "gguf iq2_xs", "gguf iq3_s", "gguf iq1_s", "fp4 g128 bf16"]
 
@@ -360,7 +374,11 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 
 @needs_native
 @pytest.mark.parametrize(
-    "name", ["nf4 g64", "int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int4 g8"]
+    "name",
+    [
+        *("nf4 g64", "nf4 g64 float zero (SINQ)", "nf4 g32 f32 offset"),
+        *("int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int4 g8"),
+    ],
 )
 def test_faults_of_whole_numbers_end_their_own_row(name: str) -> None:
     weight, packed = packed_for_words(name)
@@ -421,15 +439,17 @@ def test_native_kernels_take_what_they_should() -> None:
         (canonical("int4", 32, shape=(16, 40)), None),
         (canonical("int4", 1024, shape=(16, 1048)), None),
         (flat("nf4", 64), None),
-        (replace(canonical("nf4", 0, "f32", shape=(16, 100)), scheme=flat("nf4", 64).scheme), "got 4 of nf4"),
+        (replace(canonical("nf4", 0, "f32", shape=(16, 100)), scheme=flat("nf4", 64).scheme), "got 4"),
         (
             replace(canonical("uint4", 0, "f32", shape=(16, 200)), scheme=flat("uint4", 64).scheme),
             "would take",
         ),
         (ragged("int4", 128, 224), None),
         (canonical("e2m1", 16, "e8m0"), None),
-        (canonical("int4", 4, shape=(16, 64)), "groups of 8, 16 or a multiple of 32"),
-        (canonical("int7", 8, shape=(16, 64)), "got 8 of int7"),
+        (canonical("int4", 4, shape=(16, 64)), "groups of a multiple of 8 columns, got 4"),
+        (canonical("e4m3", 20, "f32", shape=(16, 80), block_rows=16), "multiple of 8 columns, got 20"),
+        (canonical("int4", 40, "f32", shape=(48, 320), block_rows=48), "with a scale for each 8 columns"),
+        (canonical("int7", 8, shape=(16, 64)), "int7 codes need groups of 16 or a multiple of 32, got 8"),
         (canonical("int4", 0, shape=(16, 40)), None),
         (canonical("e8m0", 64), "not exact in bfloat16"),
         (crooked(), "not exact in bfloat16 or have no packed form"),

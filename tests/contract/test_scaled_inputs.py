@@ -48,6 +48,8 @@ CASES: dict[str, tuple[Callable[[], QuantizedTensor], ActivationScheme, float | 
     "mxfp6": (lambda: canonical("e2m3", 32, "e8m0"), rule("e3m2", 32, "e8m0"), None),
     "mxfp4": (lambda: canonical("e2m1", 32, "e8m0"), rule("e2m1", 32, "e8m0"), None),
     "nvfp4": (lambda: nvfp4(1), rule("e2m1", 16, "e4m3", mode="static"), 0.013),
+    "e2m1, e3m2 of 16": (lambda: canonical("e2m1", 16), rule("e3m2", 16), None),
+    "int8, int8 of 32": (lambda: canonical("int8", 32, shape=(37, 200)), rule("int8", 32), None),
     "int4, int8 of 64": (lambda: canonical("int4", 128), rule("int8", 64), None),
 }
 

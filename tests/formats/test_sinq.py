@@ -14,6 +14,7 @@ from formats.mutations import Seed
 from forward_helpers import prompt_logits
 from lowbit.errors import LowbitError
 from lowbit.formats.sinq import SIDECAR
+from lowbit.kernels import choose, native
 from lowbit.loading import load_model, plan_model
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("sinq")]
@@ -42,6 +43,17 @@ def test_a_model_answers(folder: Path) -> None:
     assert kernels <= {"cpu_blocks", "reference"}
     logits = prompt_logits(load_model(header_of(folder), device="cpu"), [[1, 2, 3, 4, 5]])[0]
     assert logits.isfinite().all()
+
+
+def test_a_table_with_zero_points_is_multiplied_as_stored() -> None:
+    weight = read(case("4_nf4"), DOWN, (32, 64)).weight
+    assert str(weight.scheme) == "nf4 1x32 f16 float-zero" and weight.zeros is not None and weight.zeros.any()
+    kernel = choose(weight.scheme, weight.shape, torch.device("cpu")).kernel
+    assert kernel.name == ("cpu_blocks" if native.library() is not None else "reference")
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    wanted = x.double() @ weight.dequantize().double().T
+    found = kernel.linear(x, kernel.pack(weight, torch.device("cpu"))).double()
+    assert (found - wanted).norm() < 2e-4 * wanted.norm()
 
 
 def test_column_scales_multiply_the_input() -> None:

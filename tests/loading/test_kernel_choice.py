@@ -202,7 +202,7 @@ def test_a_bare_name_that_refuses(folder: Path) -> None:
         load(folder, quantization="int7:group_size=8", linear_kernel="cpu_blocks")
     assert re.fullmatch(
         r"(model\.layers\.0\.self_attn\.\w+): --linear-kernel cpu_blocks: cpu_blocks cannot run uint7 1x8 "
-        r"f16 asym \(\d+ x 128\): needs groups of 8, 16 or a multiple of 32, got 8 of uint7; "
+        r"f16 asym \(\d+ x 128\): uint7 codes need groups of 16 or a multiple of 32, got 8; "
         r"use --linear-kernel cpu_blocks,\1=auto, or auto",
         caught.value.message,
     )

@@ -383,6 +383,16 @@ void quantize_row(const lowbit_quantizer& q, const float* x, std::int64_t width,
     rounded_by(q, [&](const auto& nearest) { quantize_groups(codes, width, q, nearest, scales); });
 }
 
+float codes_per_unit(const lowbit_quantizer& q) {
+    switch (static_cast<Format>(q.format)) {
+        case Format::integer: return 1.0f;
+        case Format::e2m1: return 2.0f;
+        case Format::e2m3: return 8.0f;
+        case Format::e3m2: return 16.0f;
+        default: return 0.0f;
+    }
+}
+
 }  // namespace lowbit
 
 // x (rows, width) -> out (rows, width), strides in floats between rows; factors: one a row, one in all, or none,

@@ -15,4 +15,7 @@ float quantize_alone(const lowbit_quantizer& quantizer, const float* x, std::int
 // quantizer says of x is code times scale.
 void quantize_row(const lowbit_quantizer& quantizer, const float* x, std::int64_t width, float* codes, float* scales);
 
+// What all codes are whole numbers of up to 10 bits times, 2^n: 2 for e2m1. 0 where they are none.
+float codes_per_unit(const lowbit_quantizer& quantizer);
+
 }  // namespace lowbit

@@ -32,6 +32,11 @@ struct Prepared {
         shape.numbers = is_grid(layout.codes) ? grid_of(layout.codes).numbers : 0;
         const auto kind = static_cast<InputKind>(from.weight->input);
         if (kind == InputKind::bfloat || is_words(layout.codes)) function = word_function(layout, decoding.words);
+        if (kind == InputKind::scaled && scaled_function(layout) != nullptr) {
+            shape.times = codes_per_unit(*from.weight->quantizer);
+            if (shape.times != 0.0f) function = word_function(layout, decoding.words);
+            if (function == nullptr) shape.times = 0.0f;
+        }
         if (function != nullptr) {
             shape.kind = InputKind::words;
             shape.span = layout.sub;
@@ -140,8 +145,8 @@ void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
     float staged[2][MOST_LAYER_COLUMNS];  // of which a layer touches what it needs
     static thread_local std::vector<float> codes, scales;
     const lowbit_weight& weight = *p.product->weight;
-    const bool scaled = p.shape.kind == InputKind::scaled;
-    if (scaled) {
+    const bool quantized = p.shape.quantized();
+    if (quantized) {
         codes.resize(static_cast<std::size_t>(p.shape.columns));
         scales.resize(static_cast<std::size_t>((p.shape.columns + weight.input_group - 1) / weight.input_group));
     }
@@ -149,12 +154,12 @@ void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
         const std::int64_t tile = token / TOKEN_TILE;
         const int place = static_cast<int>(token - tile * TOKEN_TILE);
         const float* row = changed_row(p, token, staged);
-        if (scaled) {
+        if (quantized) {
             quantize_row(*weight.quantizer, row, p.shape.columns, codes.data(), scales.data());
             row = codes.data();
+            lay_out_scales(scales.data(), weight.input_group, p.shape, p.places(tile), place);
         }
         lay_out(row, p.shape, p.places(tile), place);
-        if (scaled) lay_out_scales(scales.data(), weight.input_group, p.shape, p.places(tile), place);
     }
 }
 

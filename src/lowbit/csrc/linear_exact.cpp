@@ -210,6 +210,11 @@ static BlockFunction whole_bytes([[maybe_unused]] const Layout& layout) {
 #endif
 }
 
+template <Codes CODES>
+static BlockFunction byte_floats_in_eights(const Layout& layout) {
+    return layout.addend == Addend::none ? multiply_block<CODES, LEAST_GROUP, Addend::none, true> : nullptr;
+}
+
 BlockFunction exact_function(const Layout& layout) {
     if (layout.sub == LEAST_GROUP) {  // under AMX too
         switch (layout.codes) {
@@ -218,6 +223,10 @@ BlockFunction exact_function(const Layout& layout) {
             case Codes::bits4: return by_addend<Codes::bits4, LEAST_GROUP>(layout.addend);
             case Codes::int8: return whole_bytes<Codes::int8>(layout);
             case Codes::uint8: return whole_bytes<Codes::uint8>(layout);
+            case Codes::e4m3: return byte_floats_in_eights<Codes::e4m3>(layout);
+            case Codes::e5m2: return byte_floats_in_eights<Codes::e5m2>(layout);
+            case Codes::e4m3fnuz: return byte_floats_in_eights<Codes::e4m3fnuz>(layout);
+            case Codes::e5m2fnuz: return byte_floats_in_eights<Codes::e5m2fnuz>(layout);
             default: return nullptr;
         }
     }

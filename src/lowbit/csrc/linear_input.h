@@ -24,7 +24,7 @@ struct Input {
     // token, 64); whatever fills the second half of a last odd tile meets zeros.
     const std::uint8_t* values = nullptr;
     const float* sums = nullptr;           // (span, token): of the rounded numbers
-    const float* scales = nullptr;         // (tile, token), InputKind::groups and words; (span, token) of scaled
+    const float* scales = nullptr;         // (tile, token), InputKind::groups; (span, token) of words and scaled
     const std::int32_t* bases = nullptr;   // (span, token): base * sum, of whole numbers
     int tokens = 0;
     // Where the results will go; a token's stands ``out_stride`` floats behind the one before. Null: not known.
@@ -48,9 +48,13 @@ struct InputShape {
     int base = 0;
     float factor = 1.0f;
     int numbers = 0;  // of a vector of a grid, where x comes in the order of linear_grids.h
+    // InputKind::words: x is codes that a layer's quantizer made, whole numbers once they are multiplied by it; their
+    // scales are laid out first. 0: scales are made here.
+    float times = 0.0f;
 
     std::int64_t spans() const { return tiles * COLUMNS / span; }
-    std::int64_t scales() const { return kind == InputKind::scaled ? spans() : tiles; }
+    std::int64_t scales() const { return kind == InputKind::scaled || kind == InputKind::words ? spans() : tiles; }
+    bool quantized() const { return kind == InputKind::scaled || times != 0.0f; }
     std::int64_t value_bytes() const {
         return whole() ? (tiles * COLUMNS + BYTE_COLUMNS - 1) / BYTE_COLUMNS * BYTE_COLUMNS : tiles * COLUMNS * element;
     }
@@ -184,9 +188,10 @@ namespace lowbit {
 
 // One token's scales of ``group`` columns, one a span. Columns that are not there are zeros under any scale.
 inline void lay_out_scales(const float* scales, std::int64_t group, const InputShape& shape, const InputPlaces& to, int token) {
+    const float factor = shape.times == 0.0f ? 1.0f : shape.factor / shape.times;  // a power of two
     for (std::int64_t span = 0; span < shape.spans(); ++span) {
         const std::int64_t column = span * shape.span;
-        to.scales[span * to.tokens + token] = column < shape.columns ? scales[column / group] : 1.0f;
+        to.scales[span * to.tokens + token] = column < shape.columns ? scales[column / group] * factor : 1.0f;
     }
 }
 
@@ -270,7 +275,10 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         const float most = largest(a, b);
         const bool sound = most <= std::numeric_limits<float>::max();
         faulty = faulty || !sound;
-        if (shape.kind != InputKind::codes) {
+        if (shape.times != 0.0f) {
+            a = sixteen_multiply(a, sixteen_set(shape.times));
+            b = sixteen_multiply(b, sixteen_set(shape.times));
+        } else if (shape.kind != InputKind::codes) {
             scale = most / static_cast<float>(shape.kind == InputKind::words ? shape.largest : LARGEST_INPUT);
             if (shape.largest == largest_word(WordKind::line) && sound) scale = power_of_two_from(scale);
             const Sixteen inverse = inverse_of(scale);
@@ -279,7 +287,7 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
         }
         if (!sound) a = b = sixteen_zeros();  // what no whole number says must not overflow one
         const auto put = [&](std::int64_t span, float sum, std::int32_t whole) {
-            to.sums[span * tokens + token] = shape.scaled_sums ? sum * scale : sum;
+            to.sums[span * tokens + token] = shape.scaled_sums ? sum * scale : sum / shape.factor;
             to.bases[span * tokens + token] = shape.base * whole;
         };
         const auto put_part = [&](std::int64_t span, float sum) { put(span, sum, static_cast<std::int32_t>(sum)); };
@@ -288,7 +296,10 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             a = store_words(values, a);
             b = store_words(values + 16, b);
             if (!sound) scale = std::numeric_limits<float>::quiet_NaN();
-            to.scales[tile * tokens + token] = scale * shape.factor;
+            const std::int64_t parts = COLUMNS / shape.span;
+            for (std::int64_t span = tile * parts; span < (tile + 1) * parts; ++span) {
+                if (shape.times == 0.0f || !sound) to.scales[span * tokens + token] = scale * shape.factor;
+            }
             // Sums of 32 are whole numbers below 2^20, exact in float32.
             if (shape.span == 32) {
                 put_part(tile, sixteen_sum(sixteen_add(a, b)));

@@ -114,7 +114,8 @@ INLINE void by_kind(Scales kind, const With& with) {
 // Walks one block of 16 rows tile by tile and keeps the scales of the tile it stands on.
 class Walk {
   public:
-    Walk(const Layout& layout, const std::uint8_t* block) : layout_(layout), at_(block), factor_(sixteen_set(layout.factor)) {}
+    Walk(const Layout& layout, const std::uint8_t* block)
+        : layout_(layout), at_(block), factor_(sixteen_set(layout.factor)), minus_(sixteen_set(-1.0f / layout.factor)) {}
 
     // The codes of the next tile. What is known of the weight is part of the code, and all of it is inlined: a call
     // would put what the loop keeps in registers into memory, for every tile.
@@ -184,8 +185,8 @@ class Walk {
             if constexpr (has_outer(KIND)) read = sixteen_multiply(read, outer_addend_);
             addend[header] = read;
         } else if constexpr (ADDEND == Addend::zero) {
-            // -zero: what is added to a sum of codes for each unit of x
-            addend[header] = sixteen_multiply(sixteen_f16(at), sixteen_set(-1.0f));
+            // -zero, over the factor that scales have: what is added to a sum of a table's numbers for each unit of x
+            addend[header] = sixteen_multiply(sixteen_f16(at), minus_);
         }
         return at + layout_.addend_bytes;
     }
@@ -193,7 +194,7 @@ class Walk {
     const Layout& layout_;
     const std::uint8_t* at_;
     std::int64_t super_left_ = 0, unit_left_ = 0;  // tiles before the next outer scales, the next scales
-    const Sixteen factor_;
+    const Sixteen factor_, minus_;
     Sixteen outer_scale_ = sixteen_zeros(), outer_addend_ = sixteen_zeros();
 };
 

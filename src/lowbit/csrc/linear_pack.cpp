@@ -15,16 +15,17 @@ namespace {
 bool known(const Layout& layout) {
     if (layout.sub == LEAST_GROUP) {
         const bool here = layout.codes == Codes::bits2 || layout.codes == Codes::bits3 || layout.codes == Codes::bits4;
+        if (is_byte_float(layout.codes)) return layout.addend == Addend::none;
         return here || layout.codes == Codes::int8 || layout.codes == Codes::uint8;
     }
     switch (layout.codes) {
-        case Codes::words4:
         case Codes::grid2_256:
         case Codes::grid2_512:
         case Codes::grid2_1024:
         case Codes::grid1_2048:
         case Codes::grid3_256:
         case Codes::grid3_512: return layout.addend == Addend::none;
+        case Codes::words4:
         case Codes::bits1:
         case Codes::bits2:
         case Codes::bits3:

@@ -38,7 +38,7 @@ struct WordStep {
         UNROLL
         for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(KIND == WordKind::wide ? 0 : x.bases[span + t]);
         dot_words<PART * SUB, SUB, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
-        const float* const x_scales = x.scales + tile * x.tokens + token;
+        const float* const x_scales = x.scales + span;
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
             const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + t];
@@ -65,7 +65,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
         UNROLL
         for (int part = 0; part < PARTS; ++part) {
             const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + part];
-            total = add_scaled<ADDEND>(total, sums[part], walk, part, x.scales[tile], x_sum);
+            total = add_scaled<ADDEND>(total, sums[part], walk, part, x.scales[span + part], x_sum);
         }
     }
     sixteen_store(totals, total);
@@ -97,24 +97,29 @@ BlockFunction without_addend(const Layout& layout) {
     return layout.sub == 16 ? multiply_words<CODES, KIND, 16, Addend::none> : multiply_words<CODES, KIND, 32, Addend::none>;
 }
 
-template <Codes CODES, int SUB>
+template <Codes CODES, WordKind KIND, int SUB>
 BlockFunction by_addend(Addend addend) {
     switch (addend) {
-        case Addend::none: return multiply_words<CODES, WordKind::line, SUB, Addend::none>;
-        case Addend::offset: return multiply_words<CODES, WordKind::line, SUB, Addend::offset>;
-        case Addend::zero: return multiply_words<CODES, WordKind::line, SUB, Addend::zero>;
+        case Addend::none: return multiply_words<CODES, KIND, SUB, Addend::none>;
+        case Addend::offset: return multiply_words<CODES, KIND, SUB, Addend::offset>;
+        case Addend::zero: return multiply_words<CODES, KIND, SUB, Addend::zero>;
     }
     return nullptr;
+}
+
+template <Codes CODES, WordKind KIND>
+BlockFunction by_sub(const Layout& layout) {
+    return layout.sub == 16 ? by_addend<CODES, KIND, 16>(layout.addend) : by_addend<CODES, KIND, 32>(layout.addend);
 }
 
 template <Codes CODES>
 BlockFunction line(const Layout& layout) {
     constexpr bool LEAST = CODES == Codes::bits2 || CODES == Codes::bits3 || CODES == Codes::bits4 || is_byte(CODES);
     if (layout.sub == LEAST_GROUP) {
-        if constexpr (LEAST) return by_addend<CODES, LEAST_GROUP>(layout.addend);
+        if constexpr (LEAST) return by_addend<CODES, WordKind::line, LEAST_GROUP>(layout.addend);
         return nullptr;
     }
-    return layout.sub == 16 ? by_addend<CODES, 16>(layout.addend) : by_addend<CODES, 32>(layout.addend);
+    return by_sub<CODES, WordKind::line>(layout);
 }
 
 BlockFunction line_function([[maybe_unused]] const Layout& layout) {
@@ -158,9 +163,10 @@ BlockFunction byte_table_function([[maybe_unused]] const Layout& layout) {
 }
 
 BlockFunction wide_function(const Layout& layout) {
-    if (layout.codes == Codes::words4) return without_addend<Codes::words4, WordKind::wide>(layout);
+    if (layout.sub == LEAST_GROUP) return nullptr;
+    if (layout.codes == Codes::words4) return by_sub<Codes::words4, WordKind::wide>(layout);
     if constexpr (CODES_AS_WORDS) {
-        if (layout.codes == Codes::bits4) return without_addend<Codes::bits4, WordKind::wide>(layout);
+        if (layout.codes == Codes::bits4) return by_sub<Codes::bits4, WordKind::wide>(layout);
     }
     return nullptr;
 }

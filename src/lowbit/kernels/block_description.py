@@ -46,6 +46,8 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
         return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
     if scheme.zero == "float" and scheme.scales[0].name not in ("f16", "bf16"):
         return f"float zero points with {scheme.scales[0].name} scales"
+    if scheme.zero == "float" and scheme.scales[0].name == "bf16" and not bool((fmt.table() == 0).any()):
+        return f"float zero points with bf16 scales of {fmt.name} codes, none of which is 0"
     two_level = (
         len(scheme.scales) == 2 and _inner_level(scheme) is not None and scheme.blocks[1] == (1, SUPER)
     )
@@ -55,20 +57,26 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     if not two_level and inner not in _SCALE_KINDS:
         return f"scales are {inner}"
     group = scheme.blocks[0][1]
-    least = stored in ("bits2", "bits3", "bits4", "int8", "uint8") and not two_level
-    if group % COLUMNS and group not in (16, columns) and not (least and group == 8):
-        return f"needs groups of 8, 16 or a multiple of {COLUMNS}, got {group} of {fmt.name}"
+    if group % COLUMNS and group not in (8, 16, columns):
+        return f"needs groups of a multiple of 8 columns, got {group}"
+    if group == 8 and group != columns and (two_level or not _in_eights(stored, scheme)):
+        return f"{fmt.name} codes need groups of 16 or a multiple of {COLUMNS}, got 8"
     step = COLUMNS if group in (0, 8, 16, columns) else group
     padded = -(-columns // step) * step
     group = padded if group in (0, columns) else group
     kind = _inner_level(scheme) if two_level else _SCALE_KINDS[inner]
     assert kind is not None, "two levels have an inner one"
-    if stored == "words4" and (scheme.offset or scheme.zero != "none"):
-        return f"{fmt.name} codes with zero points or offsets"
     addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero != "none" else ADDEND_NONE
     return Description(
         None, None, out, padded, CODES[stored], group, kind, addend, INPUT_BFLOAT, factor_of(fmt)
     )
+
+
+def _in_eights(stored: str, scheme: Scheme) -> bool:
+    """Whether codes so stored have a form in groups of 8 columns."""
+    if stored in ("e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz"):
+        return scheme.zero == "none" and not scheme.offset
+    return stored in ("bits2", "bits3", "bits4", "int8", "uint8")
 
 
 def _inner_level(scheme: Scheme) -> int | None:

@@ -13,9 +13,13 @@ numbers (HQQ) are subtracted from the codes as float16: all that a float16 or bf
 bfloat16s below 2^-14 of a code, which move by less than 2^-25 of one. Beside float32 scales they are offsets,
 -zero * scale, a last bit of float32 away.
 
+Zero points and offsets multiply the sum of what x became, not of x. Then the error of x meets
+table[code] - zero, which is the weight, and not table[code], which is larger where a group's weights lie to
+one side of 0. Sums of whole numbers are exact in float32, so they are the same on all processors.
+
 What the tiles have no place for is packed in other words for the same numbers, where these take little
-more: blocks that run over row ends as smaller ones, groups that are no whole tiles as parts of them, codes
-of 1, 5 or 6 bits in groups of 8 as those of 2 or 8.
+more: blocks that run over row ends as smaller ones, groups that are no whole tiles as parts of them (FP8 in
+blocks of 40 columns has a scale for each 8), codes of 1, 5 or 6 bits in groups of 8 as those of 2 or 8.
 """
 
 from __future__ import annotations
@@ -37,7 +41,9 @@ from lowbit.numerics.cutting import in_rows
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
-_LARGEST_GROWTH = 1.45  # packed bytes to the scheme's own; what is refused runs many times slower
+# Packed bytes to the scheme's own; what is refused runs many times slower. FP8 whose float32 scales are
+# repeated for each 8 columns grows by just less.
+_LARGEST_GROWTH = 1.5
 
 
 class CpuBlocks:
@@ -75,7 +81,10 @@ class CpuBlocks:
         rows = replace(scheme, blocks=tuple((height or 1, width) for height, width in scheme.blocks))
         own = rows.bits_per_weight(tall) * tall[0] * tall[1] / 8
         if described.nbytes > _LARGEST_GROWTH * own:
-            return f"would take {described.nbytes} bytes, the scheme's own are {own:.0f}"
+            repeated = (
+                "" if native.blocks == scheme.blocks else f" with a scale for each {described.group} columns"
+            )
+            return f"would take {described.nbytes} bytes{repeated}, the scheme's own are {own:.0f}"
         return None
 
     def rounds(self, scheme: Scheme) -> bool:

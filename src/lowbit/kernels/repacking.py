@@ -53,14 +53,14 @@ def fold(weight: QuantizedTensor) -> QuantizedTensor:
     spread = far.repeat_interleave(rows or out, 0)[:out].repeat_interleave(columns or width, 1)[:, :width]
     return replace(
         weight,
-        codes=weight.codes.masked_fill(spread, 0),
+        codes=weight.codes.masked_fill(spread, int(scheme.weight.table().abs().argmin())),
         scales=(torch.where(far, torch.ldexp(scale.float(), exponent), scale.float()).to(scale.dtype),),
         zeros=torch.where(far, near, zeros.float()).to(zeros.dtype),
     )
 
 
 def _whole_groups(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
-    """The scheme with smaller groups where its last one is short, or its tiles are not whole.
+    """The scheme with smaller groups where its last one is short, or they are no whole tiles.
 
     Columns that are no multiple of 32 are filled up with zeros: to whole groups, or to whole tiles in groups
     that divide them, whichever is less.
@@ -74,14 +74,21 @@ def _whole_groups(scheme: Scheme, shape: tuple[int, ...]) -> Scheme:
         part = columns
     elif columns % COLUMNS:
         tiles = -(-columns // COLUMNS) * COLUMNS
-        parts = {part: -(-columns // part) * part for part in (group, math.gcd(group, tiles))}
+        filled = {
+            part: -(-columns // max(part, COLUMNS)) * max(part, COLUMNS)
+            for part in map(_narrowed, (group, math.gcd(group, tiles)))
+        }
         numbers = sum(scale.bits for scale in scheme.scales[:1]) + 16 * (scheme.zero != "none")
-        part = min(parts, key=lambda part: parts[part] * (scheme.weight.bits + numbers / part))
+        part = min(filled, key=lambda part: filled[part] * (scheme.weight.bits + numbers / part))
     else:
         part = math.gcd(group, columns)
-    if part % COLUMNS and part != columns and not part % 16:
-        part = 16
+        part = part if part == columns else _narrowed(part)
     return scheme if part == group else replace(scheme, blocks=((rows, part), *scheme.blocks[1:]))
+
+
+def _narrowed(group: int) -> int:
+    """The widest part of a group that tiles have a place for; the group where they have none."""
+    return next((part for part in (16, 8) if group % COLUMNS and not group % part), group)
 
 
 def regrouped(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
