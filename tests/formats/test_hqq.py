@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from formats.helpers import expected, fixture_cases, header_of, read, reader_of, write_folder
+from formats.hqq_columns import columns_llama
 from formats.writing_cases import convert_and_compare, cruel, fixtures_it_takes, round_trip, scheme
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
@@ -178,6 +179,27 @@ def test_columns_run_native(name: str) -> None:
     model = load_model(header_of(folder), device="cpu")
     assert "cpu_columns" in model.kernels
     assert prompt_logits(model, [[3, 1, 15, 7]])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_whole_model_of_columns(size: int, tmp_path: Path) -> None:
+    """Layers fused and with biases. 32 is all of K's and V's columns, which stay apart from Q then."""
+    quantized_folder, plain = columns_llama(tmp_path, size)
+    model = load_model(open_checkpoint(str(quantized_folder)), device="cpu")
+    plan = plan_model(open_checkpoint(str(quantized_folder)), device="cpu")
+    schemes = {module.name.rpartition(".")[2]: str(module.scheme) for module in plan.modules}
+    assert schemes["q_proj"] == f"uint4 {size}x1 f16 float-zero scattered"
+    whole = "allx1 f16 float-zero" if size == 32 else "16x1 f16 float-zero scattered"
+    assert schemes["k_proj"] == f"uint4 {whole}"
+    if native.library() is not None:
+        assert {m.kernel for m in plan.modules if not m.scheme.is_dense} == {"cpu_columns"} <= model.kernels
+    tokens = [3, 1, 15, 7, 7, 0, 9]
+    wanted = prompt_logits(load_model(open_checkpoint(str(plain)), device="cpu", dtype="float32"), [tokens])
+    found = prompt_logits(model, [tokens])[0]
+    assert (found - wanted[0]).norm() < 0.02 * wanted[0].norm()
+    options = {"device": "cpu", "dtype": "float32", "linear_kernel": "reference"}
+    exact = prompt_logits(load_model(open_checkpoint(str(quantized_folder)), **options), [tokens])[0]
+    assert (exact - wanted[0]).norm() < 1e-5 * wanted[0].norm()
 
 
 def rule(bits: float, size: int | None, axis: int = 1) -> dict:
