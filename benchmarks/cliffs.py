@@ -53,9 +53,10 @@ def coded(
     offset: bool = False,
     order: bool = False,
     rows: int = 1,
+    apart: bool = False,
     inputs: ActivationScheme | None = None,
 ) -> Callable[[tuple[int, int]], Sample]:
-    """Random codes in a canonical scheme; ``rows``: of a block (0: all)."""
+    """Random codes in a canonical scheme; ``rows``: of a block (0: all), ``apart`` from each other."""
 
     def made(shape: tuple[int, int]) -> Sample:
         generator = torch.Generator().manual_seed(1)
@@ -78,13 +79,15 @@ def coded(
         scheme = Scheme(
             fmt, ((rows, group),), (number_format(scale),),
             "none" if zero == "none" else "integer" if zero == "integer" else "float",
-            offset, reordered=order,
+            offset, reordered=order, scattered=apart,
         )  # fmt: skip
         columns_order = torch.randperm(columns, generator=generator) if order else None
         offsets = (numbers(),) if offset else ()
         weight = QuantizedTensor(
             scheme, shape, codes, (numbers(),), zeros, offsets, columns_order, "benchmark"
         )
+        if apart:
+            weight = replace(weight, row_groups=torch.arange(out) % places[0])
         return Sample(weight, None if inputs is None else InputTransform(inputs))
 
     return made
@@ -99,6 +102,19 @@ def nvfp4(inputs: ActivationScheme | None = None) -> Callable[[tuple[int, int]],
         scheme = replace(weight.scheme, blocks=((1, 16), (0, 0)), scales=(*weight.scheme.scales, f32))
         weight = replace(weight, scheme=scheme, scales=(weight.scales[0], torch.tensor([[0.5]])))
         return Sample(weight, None if inputs is None else InputTransform(inputs))
+
+    return made
+
+
+def sinq_tiles(bits: int, group: int) -> Callable[[tuple[int, int]], Sample]:
+    """Groups of the row with float zero points, under a scale for as many rows of a column."""
+
+    def made(shape: tuple[int, int]) -> Sample:
+        weight = coded(f"uint{bits}", group, zero="float")(shape).weight
+        second = coded(f"uint{bits}", 1, rows=group)(shape).weight.scales[0]
+        scales = (*weight.scheme.scales, *weight.scheme.scales)
+        scheme = replace(weight.scheme, blocks=((1, group), (group, 1)), scales=scales)
+        return Sample(replace(weight, scheme=scheme, scales=(weight.scales[0], second)), None)
 
     return made
 
@@ -155,6 +171,12 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     **{f"int{bits} g64": coded(f"int{bits}", 64) for bits in range(1, 9)},
     **{f"uint{bits} g64 zero": coded(f"uint{bits}", 64, zero="integer") for bits in range(1, 9)},
     **{f"uint{bits} g64 float zero (HQQ)": coded(f"uint{bits}", 64, zero="float") for bits in range(1, 9)},
+    "uint4 columns float zero (HQQ axis 0)": coded("uint4", 1, zero="float", rows=0),
+    **{
+        f"uint{bits} g64 of a column (HQQ axis 0)": coded(f"uint{bits}", 1, zero="float", rows=64, apart=True)
+        for bits in (2, 3, 4, 8)
+    },
+    "uint4 g64 tiles (SINQ)": sinq_tiles(4, 64),
     **{f"int4 g{group or ' row'}": coded("int4", group) for group in (8, 16, 32, 48, 128, 256, 0)},
     **{f"int8 g{group or ' row'}": coded("int8", group) for group in (16, 32, 128, 0)},
     "int4 g64 f32": coded("int4", 64, "f32"),

@@ -21,6 +21,7 @@ from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
 from lowbit.kernels import LinearKernel, PackedWeight, choose, code_tables, linear_kernels, native
 from lowbit.kernels.cpu_blocks import CpuBlocks
+from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
 from lowbit.numerics.number_formats import NumberFormat, number_format
@@ -118,6 +119,41 @@ def strided() -> QuantizedTensor:
     return replace(weight, scheme=scheme, scales=(scale,), zeros=zero * 50)
 
 
+def by_columns(
+    name: str,
+    height: int,
+    scale: str = "f16",
+    zero: bool = True,
+    shape: tuple[int, int] = (37, 256),
+    apart: bool = False,
+) -> QuantizedTensor:
+    """A scale, and a float zero point, for ``height`` rows of a column (HQQ, axis 0); 0: for all of it."""
+    weight = canonical(name, 1, scale, zero=zero, shape=shape, block_rows=height)
+    if weight.zeros is not None:
+        spread = torch.linspace(-300, 300, weight.zeros.numel()).view(weight.zeros.shape)
+        zeros = (weight.zeros.float() * 1.37 - 2.2 + spread * (weight.zeros == 1)).to(weight.scales[0].dtype)
+        weight = replace(weight, scheme=replace(weight.scheme, zero="float"), zeros=zeros)
+    if not apart:
+        return weight
+    groups = torch.arange(shape[0]) % len(weight.scales[0])
+    return replace(weight, scheme=replace(weight.scheme, scattered=True), row_groups=groups)
+
+
+def in_tiles(name: str, group: int, height: int, shape: tuple[int, int] = (37, 256)) -> QuantizedTensor:
+    """Groups of the row with float zero points under a scale for so many rows of a column (SINQ)."""
+    weight = canonical(name, group, zero=True, shape=shape)
+    assert weight.zeros is not None
+    second = canonical(name, 1, "f32", shape=shape, block_rows=height).scales[0] * 50
+    scheme = replace(
+        weight.scheme,
+        zero="float",
+        blocks=((1, group), (height, 1)),
+        scales=(weight.scheme.scales[0], number_format("f32")),
+    )
+    zeros = (weight.zeros.float() * 0.9 + 0.3).half()
+    return replace(weight, scheme=scheme, scales=(weight.scales[0], second), zeros=zeros)
+
+
 def nvfp4(rows: int) -> QuantizedTensor:
     """Two levels: e4m3 for 16 columns under one float32 for the tensor (0), or one for each row (1)."""
     inner = canonical("e2m1", 16, "e4m3")
@@ -160,6 +196,17 @@ WEIGHTS = {
     "int5 g8": lambda: canonical("int5", 8),
     "uint6 g8 f32 zero": lambda: canonical("uint6", 8, "f32", zero=True),
     "uint4 1x1 float zero": strided,
+    "uint4 whole columns, float zero (HQQ)": lambda: by_columns("uint4", 0),
+    "uint3 16x1 bf16 float zero": lambda: by_columns("uint3", 16, "bf16"),
+    "uint8 13x1 apart, float zero (HQQ)": lambda: by_columns("uint8", 13, apart=True),
+    "uint1 7x1 apart f32 float zero": lambda: by_columns("uint1", 7, "f32", apart=True),
+    "int5 32x1 bf16": lambda: by_columns("int5", 32, "bf16", zero=False),
+    "uint6 8x1 apart, 83 columns": lambda: by_columns("uint6", 8, shape=(37, 83), apart=True),
+    "nf4 16x1 f32 zero": lambda: canonical("nf4", 1, "f32", zero=True, block_rows=16),
+    "e4m3 20x1": lambda: by_columns("e4m3", 20, zero=False),
+    "uint4 g32, tiles of 16 (SINQ)": lambda: in_tiles("uint4", 32, 16),
+    "uint3 g8, tiles of 8, 72 columns": lambda: in_tiles("uint3", 8, 8, shape=(37, 72)),
+    "uint2 g64, tiles of 64 (SINQ)": lambda: in_tiles("uint2", 64, 64, shape=(192, 320)),
     "uint2 g32 zero": lambda: canonical("uint2", 64, zero=True),
     "uint3 g128 zero": lambda: canonical("uint3", 128, zero=True),
     "int5 g64": lambda: canonical("int5", 64),
@@ -274,6 +321,33 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
     return x.double() if exact else x.bfloat16().double()
 
 
+def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """float64: the product of what the kernel multiplies, and what its error is measured by."""
+    if not isinstance(packed, ColumnsWeight):
+        exact = normal_form(weight).double() if packed.kernel.name == "reference" else multiplied(weight)
+        seen = seen_by(packed, x)
+        return seen @ exact.T, seen.abs() @ exact.abs().T
+    # Every group of rows meets an x of its own.
+    height, (out, _) = weight.scheme.blocks[-1][0], weight.shape
+    groups = weight.row_groups if weight.row_groups is not None else torch.arange(out) // (height or out)
+    bare = replace(weight, scales=(*weight.scales[:-1], torch.ones_like(weight.scales[-1].float())))
+    zeros = torch.zeros(weight.shape)
+    if len(weight.scales) == 1 and weight.zeros is not None:
+        zeros, bare = weight._spread(weight.zeros, 0), replace(bare, zeros=None)
+    codes, zeros = multiplied(bare), zeros.double()
+    words = takes(packed.codes.description, INPUT_WORDS)
+    expected, scale = torch.zeros(len(x), out).double(), torch.zeros(len(x), out).double()
+    for group in groups.unique():
+        rows = groups == group
+        scaled = x * weight.scales[-1][group].float()
+        largest = 16383 if weight.scheme.weight.name == "nf4" else 32767
+        seen = in_words(scaled, largest) if words else scaled.bfloat16().double()
+        beside = scaled.double() if words else seen
+        expected[:, rows] = seen @ codes[rows].T - beside @ zeros[rows].T
+        scale[:, rows] = seen.abs() @ (codes[rows] - zeros[rows]).abs().T
+    return expected, scale
+
+
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
 def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     weight = WEIGHTS[name]()
@@ -286,8 +360,9 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     rows, columns = weight.shape
     tiles = (-(-rows // 16) * 16 / rows) * (-(-columns // 32) * 32 / columns)
     order = 8 * columns if weight.column_order is not None else 0
+    order += 8 * rows if weight.row_groups is not None else 0
     table = packed.buffers["table"].nbytes if "table" in packed.buffers else 0  # which weights share
-    growth = 1.5 if kernel.name == "cpu_blocks" else 1.1
+    growth = {"cpu_blocks": 1.5, "cpu_columns": 2.0}.get(kernel.name, 1.1)
     assert packed.nbytes - table <= growth * weight.nbytes * tiles + order + 1024
     assert 0 <= packed.nbytes - table - kernel.nbytes(weight.scheme, weight.shape) <= order + 4 * rows
 
@@ -323,19 +398,17 @@ def test_restored_buffers_are_the_same_weight(kernel: LinearKernel, name: str) -
 @pytest.mark.parametrize(("kernel", "name"), PAIRS)
 def test_linear_is_the_product(kernel: LinearKernel, name: str) -> None:
     weight = WEIGHTS[name]()
-    exact = normal_form(weight).double() if kernel.name == "reference" else multiplied(weight)
-    if exact.abs().max() > 1e6:
+    if multiplied(weight).abs().max() > 1e6:
         pytest.skip("random bytes of this type decode to numbers no model has")
     packed = kernel.pack(weight, CPU)
     for tokens in ROWS_OF_X:
         generator = torch.Generator().manual_seed(tokens)
         x = torch.randn(tokens, weight.shape[1], generator=generator)
-        seen = seen_by(packed, x)
+        expected, scale = rounded(weight, packed, x)
         out = torch.full((tokens, weight.shape[0]), float("nan"))
         found = kernel.linear(x, packed, out)
         assert found.data_ptr() == out.data_ptr() and not found.isnan().any(), "poison was left"
-        scale = (seen.abs() @ exact.abs().T).clamp(min=1e-30)
-        assert ((found.double() - seen @ exact.T).abs() / scale).max() < 3e-6
+        assert ((found.double() - expected).abs() / scale.clamp(min=1e-30)).max() < 3e-6
 
 
 def packed_for_words(name: str) -> tuple[QuantizedTensor, PackedWeight]:
@@ -398,8 +471,13 @@ def test_rows_are_the_dequantized_rows(kernel: LinearKernel, name: str) -> None:
     weight = WEIGHTS[name]()
     ids = torch.tensor([0, weight.shape[0] - 1, 5, 5, 16], dtype=torch.int32)
     packed = kernel.pack(weight, CPU)
-    rows, wanted = kernel.rows(packed, ids).nan_to_num(), normal_form(weight)[ids.long()]
-    if "row_scale" in packed.buffers:  # (code * inner) * outer, and not code * (inner * outer): a last bit
+    assert_rows(packed, kernel.rows(packed, ids).nan_to_num(), normal_form(weight)[ids.long()])
+
+
+def assert_rows(packed: PackedWeight, rows: torch.Tensor, wanted: torch.Tensor) -> None:
+    two_scales = "column_scale" in packed.buffers and len(packed.scheme.scales) == 2
+    if two_scales or "row_scale" in packed.buffers:
+        # (code * inner) * outer, and not code * (inner * outer): a last bit
         assert ((rows - wanted).abs() <= 2.0**-22 * wanted.abs()).all()
     else:
         assert torch.equal(rows, wanted)
@@ -427,7 +505,7 @@ def test_native_kernels_take_what_they_should() -> None:
     """A kernel that refuses everything would pass the rest of this file."""
     if native.library() is None:
         pytest.skip("no native library")
-    fast = {p.values[1] for p in PAIRS if p.values[0].name in ("cpu_blocks", "cpu_dense", "cpu_expanded")}
+    fast = {p.values[1] for p in PAIRS if p.values[0].name.startswith("cpu_")}
     assert set(WEIGHTS) == fast
 
 
@@ -486,7 +564,7 @@ def test_choice_keeps_the_reasons() -> None:
     weight = crooked()
     choice = choose(weight.scheme, weight.shape, CPU)
     assert choice.kernel.name == "reference"
-    assert [name for name, _ in choice.refusals] == ["cpu_blocks", "cpu_dense", "cpu_expanded"]
+    assert [name for name, _ in choice.refusals] == ["cpu_blocks", "cpu_columns", "cpu_dense", "cpu_expanded"]
 
 
 @needs_native
@@ -522,13 +600,17 @@ def test_nothing_past_the_end_is_touched(kernel: LinearKernel, name: str) -> Non
         codes=at_guard_page(weight.codes),
         scales=tuple(map(at_guard_page, weight.scales)),
         zeros=None if weight.zeros is None else at_guard_page(weight.zeros),
+        row_groups=None if weight.row_groups is None else at_guard_page(weight.row_groups),
         offsets=tuple(map(at_guard_page, weight.offsets)),
     )
     plain, packed = kernel.pack(weight, CPU), kernel.pack(guarded, CPU)
-    assert isinstance(packed, NativeWeight)
     assert all(torch.equal(packed.buffers[part], buffer) for part, buffer in plain.buffers.items())
     rows, columns = weight.shape
-    packed = moved(packed, {part: at_guard_page(buffer) for part, buffer in packed.buffers.items()}, rows)
+    buffers = {part: at_guard_page(buffer) for part, buffer in packed.buffers.items()}
+    if isinstance(packed, NativeWeight):
+        packed = moved(packed, buffers, rows)
+    else:
+        packed = kernel.restore(weight.scheme, weight.shape, buffers, weight.origin)
     x = torch.randn(13, columns, generator=torch.Generator().manual_seed(4))
     out = rows_at_guard_page(torch.full((13, rows), 7.0), rows + 3)
     found = kernel.linear(rows_at_guard_page(x, columns + 5), packed, out)
@@ -548,6 +630,9 @@ ODD: dict[str, Callable[[int], QuantizedTensor]] = {
     "int8 channel": lambda rows: canonical("int8", 0, "f32", shape=(rows, 160)),
     "e4m3 e8m0": lambda rows: canonical("e4m3", 32, "e8m0", shape=(rows, 64)),
     "nf4 g16": lambda rows: canonical("nf4", 16, shape=(rows, 32)),
+    "uint4 whole columns": lambda rows: by_columns("uint4", 0, shape=(rows, 33)),
+    "uint5 7x1 apart": lambda rows: by_columns("uint5", 7, shape=(rows, 70), apart=True),
+    "uint8 tiles": lambda rows: in_tiles("uint8", 16, 9, shape=(rows, 48)),
     "q4_k": lambda rows: tensor_of("q4_k", random_blocks("q4_k", rows, 1)),
     "bf16": lambda rows: dense_weight("bf16", (rows, 31)),
     "f16": lambda rows: dense_weight("f16", (rows, 1)),
@@ -563,20 +648,17 @@ def test_odd_shapes(name: str, rows: int) -> None:
     weight = ODD[name](rows)
     kernel = choose(weight.scheme, weight.shape, CPU).kernel
     packed = kernel.pack(weight, CPU)
-    assert isinstance(packed, NativeWeight)
+    assert isinstance(packed, (NativeWeight, ColumnsWeight))
     columns = weight.shape[1]
     x = torch.randn(70, columns + 3, generator=torch.Generator().manual_seed(rows))[:, :columns]
     together = kernel.linear(x, packed)
-    seen = seen_by(packed, x)
-    exact = multiplied(weight)
-    scale = (seen.abs() @ exact.abs().T).clamp(min=1e-30)
+    expected, scale = rounded(weight, packed, x)
     if scale.isfinite().all() and scale.max() < 1e30:
-        assert ((together.double() - seen @ exact.T).abs() / scale).max() < 3e-6
+        assert ((together.double() - expected).abs() / scale.clamp(min=1e-30)).max() < 3e-6
     for tokens in range(71):
         found = kernel.linear(x[:tokens], packed)
         assert torch.equal(found.nan_to_num(), together[:tokens].nan_to_num()), f"{tokens} tokens"
-    dense_rows = kernel.rows(packed, torch.arange(rows))
-    assert torch.equal(dense_rows.nan_to_num(), normal_form(weight))
+    assert_rows(packed, kernel.rows(packed, torch.arange(rows)).nan_to_num(), normal_form(weight))
 
 
 FAR = {

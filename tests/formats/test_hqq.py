@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from formats.helpers import expected, fixture_cases, header_of, read, reader_of, write_folder
+from formats.hqq_columns import columns_llama
 from formats.writing_cases import convert_and_compare, cruel, fixtures_it_takes, round_trip, scheme
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
@@ -21,7 +22,7 @@ from lowbit.errors import LowbitError
 from lowbit.formats import StoredLinear, StoredModule
 from lowbit.formats.hqq import pack, unpack
 from lowbit.formats.hqq_writer import HqqWriter as Writer
-from lowbit.kernels import native
+from lowbit.kernels import choose, native
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
@@ -67,7 +68,7 @@ def test_what_the_cases_cover() -> None:
         "1_g8": "uint1 1x8 bf16 float-zero",
         "mixed": "uint8 1x32 bf16 float-zero",
         "4_g32_flat": "uint4 1x32 bf16 float-zero flat",
-        "4_g16_axis0": "uint4 1x1 f16 float-zero",
+        "4_g16_axis0": "uint4 16x1 f16 float-zero scattered",
         "4_column": "uint4 allx1 bf16 float-zero",
     }
     assert header_of(case("2_g16_float")).tensors[f"{DOWN}.W_q"].dtype == "BF16"
@@ -139,7 +140,7 @@ def test_slabs(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("axis", "size"), [(1, 8), (1, 16), (1, 24), (1, 48), (0, 8), (0, 24), (0, 16), (0, 6)]
+    ("axis", "size"), [(1, 8), (1, 16), (1, 24), (1, 48), (0, 8), (0, 24), (0, 16), (0, 6), (0, 48)]
 )
 def test_groups_of_any_size_and_axis(axis: int, size: int, tmp_path: Path) -> None:
     """Groups that divide neither rows nor columns too, against the definition on the flat weight."""
@@ -156,6 +157,49 @@ def test_groups_of_any_size_and_axis(axis: int, size: int, tmp_path: Path) -> No
     )
     found = read(folder, NAME, shape, strict=True).weight
     assert torch.equal(found.dequantize(), ((codes.float() - zero) * scale).view(shape))
+    assert found.scheme.scattered == (axis == 0 and size in (6, 8)), "24 rows in groups that divide them"
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native library")
+@pytest.mark.parametrize("name", ["4_g16_axis0", "4_column"])
+def test_columns_run_native(name: str) -> None:
+    """Packed at their own size, with the products of the tool's weights."""
+    folder = case(name)
+    plan = plan_model(header_of(folder), device="cpu")
+    assert {module.kernel for module in plan.modules if not module.scheme.is_dense} == {"cpu_columns"}
+    for module, values in expected(folder).items():
+        weight = read(folder, module, (values.shape[0], values.shape[1])).weight
+        kernel = choose(weight.scheme, weight.shape, CPU).kernel
+        packed = kernel.pack(weight, CPU)
+        assert kernel.name == "cpu_columns" and torch.equal(kernel.unpack(packed).dequantize(), values)
+        x = torch.randn(5, values.shape[1], generator=torch.Generator().manual_seed(2))
+        wanted = x @ values.T
+        found = kernel.linear(x, packed)
+        assert (found - wanted).norm() < 4e-3 * wanted.norm()
+    model = load_model(header_of(folder), device="cpu")
+    assert "cpu_columns" in model.kernels
+    assert prompt_logits(model, [[3, 1, 15, 7]])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_whole_model_of_columns(size: int, tmp_path: Path) -> None:
+    """Layers fused and with biases. 32 is all of K's and V's columns, which stay apart from Q then."""
+    quantized_folder, plain = columns_llama(tmp_path, size)
+    model = load_model(open_checkpoint(str(quantized_folder)), device="cpu")
+    plan = plan_model(open_checkpoint(str(quantized_folder)), device="cpu")
+    schemes = {module.name.rpartition(".")[2]: str(module.scheme) for module in plan.modules}
+    assert schemes["q_proj"] == f"uint4 {size}x1 f16 float-zero scattered"
+    whole = "allx1 f16 float-zero" if size == 32 else "16x1 f16 float-zero scattered"
+    assert schemes["k_proj"] == f"uint4 {whole}"
+    if native.library() is not None:
+        assert {m.kernel for m in plan.modules if not m.scheme.is_dense} == {"cpu_columns"} <= model.kernels
+    tokens = [3, 1, 15, 7, 7, 0, 9]
+    wanted = prompt_logits(load_model(open_checkpoint(str(plain)), device="cpu", dtype="float32"), [tokens])
+    found = prompt_logits(model, [tokens])[0]
+    assert (found - wanted[0]).norm() < 0.02 * wanted[0].norm()
+    options = {"device": "cpu", "dtype": "float32", "linear_kernel": "reference"}
+    exact = prompt_logits(load_model(open_checkpoint(str(quantized_folder)), **options), [tokens])[0]
+    assert (exact - wanted[0]).norm() < 1e-5 * wanted[0].norm()
 
 
 def rule(bits: float, size: int | None, axis: int = 1) -> dict:
@@ -356,6 +400,8 @@ SCHEMES = [
     float_zero("uint4", (1, 32), scales="f32"),
     float_zero("uint3", (1, 48), flattened=True),
     float_zero("uint8", (0, 1)),
+    float_zero("uint4", (8, 1), scattered=True),
+    float_zero("uint3", (12, 1), scales="bf16", scattered=True),
 ]
 
 
@@ -397,7 +443,17 @@ def test_fixtures(folder: Path, tmp_path: Path) -> None:
 
 def test_takes_all_it_should() -> None:
     taken = {folder.name for folder in fixtures_it_takes(Writer, "hqq")}
-    assert {folder.name for folder in CASES} - taken == {"4_g16_axis0"}
+    assert {folder.name for folder in CASES} == taken
+
+
+def test_other_rows_of_a_block_are_not_written() -> None:
+    made = float_zero("uint4", (8, 1), scattered=True)
+    weight = cruel(made, (24, 64))
+    other = replace(weight, row_groups=torch.arange(24) // 8)
+    module = StoredModule(NAME, NAME, (24, 64))
+    with pytest.raises(LowbitError, match="rows of a block are not 3 apart"):
+        Writer({NAME: made}).write(module, other, None, None)
+    assert Writer({NAME: made}).write(module, weight, None, None)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +464,8 @@ def test_takes_all_it_should() -> None:
         (float_zero("uint4", (2, 32)), "do not fit"),
         (float_zero("uint4", (1, 48)), "do not fit"),
         (float_zero("uint4", (1, 32), reordered=True), "no place"),
+        (float_zero("uint4", (10, 1), scattered=True), "do not fit"),
+        (float_zero("uint4", (8, 1)), "do not fit"),
         (float_zero("uint4", (1, 0), flattened=False), "no whole bytes"),
     ],
     ids=str,

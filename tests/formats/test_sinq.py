@@ -40,7 +40,9 @@ def test_the_tools_own_values(folder: Path) -> None:
 def test_a_model_answers(folder: Path) -> None:
     plan = plan_model(header_of(folder), device="cpu")
     kernels = {module.kernel for module in plan.modules if not module.scheme.is_dense}
-    assert kernels <= {"cpu_blocks", "reference"}
+    if native.library() is not None:
+        assert kernels <= {"cpu_blocks", "cpu_columns"} or folder.name == "4_nf4"
+        assert ("cpu_columns" in kernels) == (folder.name == "4_tiles")
     logits = prompt_logits(load_model(header_of(folder), device="cpu"), [[1, 2, 3, 4, 5]])[0]
     assert logits.isfinite().all()
 
@@ -62,6 +64,19 @@ def test_column_scales_multiply_the_input() -> None:
     assert found.input.multiplier.shape == (64,) and len(found.input.multiplier.unique()) > 8
     assert str(found.weight.scheme) == "uint4 1x32 f16 float-zero" and found.bias is not None
     assert str(read(case("4_tiles"), DOWN, (32, 64)).weight.scheme) == "uint4 1x32 f16 32x1 f16 float-zero"
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native library")
+def test_tiles_run_native() -> None:
+    for name, values in expected(case("4_tiles")).items():
+        weight = read(case("4_tiles"), name, (values.shape[0], values.shape[1])).weight
+        kernel = choose(weight.scheme, weight.shape, torch.device("cpu")).kernel
+        assert kernel.name == "cpu_columns"
+        packed = kernel.pack(weight, torch.device("cpu"))
+        assert torch.equal(kernel.unpack(packed).dequantize(), values)
+        x = torch.randn(5, values.shape[1], generator=torch.Generator().manual_seed(2))
+        wanted = x @ values.T
+        assert (kernel.linear(x, packed) - wanted).norm() < 4e-3 * wanted.norm()
 
 
 def written(folder: Path, name: str, change: dict[str, Tensor | None]) -> Path:

@@ -69,7 +69,9 @@ def cruel(made: Scheme, shape: tuple[int, int], seed: int = 0) -> QuantizedTenso
     if order is not None:  # as readers have it: within a group the columns ascend
         group = made.blocks[0][1] or shape[1]
         order = torch.cat([part.sort().values for part in order.split(group)])
-    return QuantizedTensor(made, shape, codes, tuple(levels), zeros, offsets if made.offset else (), order)
+    groups = torch.arange(shape[0]) % len(levels[-1]) if made.scattered else None
+    offsets = offsets if made.offset else ()
+    return QuantizedTensor(made, shape, codes, tuple(levels), zeros, offsets, order, row_groups=groups)
 
 
 def same(a: QuantizedTensor, b: QuantizedTensor) -> None:
@@ -80,7 +82,8 @@ def same(a: QuantizedTensor, b: QuantizedTensor) -> None:
     for one, other in zip((*a.scales, *a.offsets), (*b.scales, *b.offsets), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape, f"{one.dtype} {other.dtype}"
         assert torch.equal(_bytes(one), _bytes(other))
-    for one, other in ((a.zeros, b.zeros), (a.column_order, b.column_order)):
+    pairs = (a.zeros, b.zeros), (a.column_order, b.column_order), (a.row_groups, b.row_groups)
+    for one, other in pairs:
         assert (one is None) == (other is None)
         assert one is None or other is None or torch.equal(one.double(), other.double())
 

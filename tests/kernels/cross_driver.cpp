@@ -124,6 +124,37 @@ struct Case {
     int table;  // 0: whole numbers in a line, 1: other whole numbers, 2: any
 };
 
+// A weight's rows in two groups, of 24 and 8 rows that lie apart, with scales and zero points of x's columns.
+void by_columns(const lowbit_weight& weight, const Floats& rows, const Floats& x, std::int64_t columns, const std::string& name) {
+    constexpr std::int32_t COUNT = 32;
+    const std::int32_t first_row[] = {0, 24, COUNT}, first_block[] = {0, 2, 3};
+    std::int32_t places[COUNT];
+    for (std::int32_t i = 0; i < COUNT; ++i) places[i] = (i * 7 + 3) % COUNT;
+    const Floats scales = numbers(2 * weight.columns, 0.5f), zeros = numbers(2 * weight.columns, 3.0f);
+    const lowbit_column_weight described{&weight, scales.data(), zeros.data(), first_row, first_block, places, 2, columns,
+                                         static_cast<std::int32_t>(Scales::f32), 2};
+    for (const std::int64_t tokens : {1, 2, 9}) {
+        Floats out(static_cast<std::size_t>(tokens * COUNT));
+        if (CALL(lowbit_linear_columns)(&described, x.data(), tokens, columns, out.data(), COUNT) != 0) std::exit(1);
+        const std::string result = name + " columns tokens " + std::to_string(tokens);
+        put(result, out);
+        for (std::int64_t token = 0; token < tokens; ++token) {
+            for (std::int32_t i = 0; i < COUNT; ++i) {
+                const int group = i < 24 ? 0 : 1;
+                const std::int64_t packed = group == 0 ? i : i + 8;
+                double size = 0;
+                for (std::int64_t j = 0; j < columns; ++j) {
+                    const auto at = static_cast<std::size_t>(group * weight.columns + j);
+                    const double scaled = static_cast<double>(x[static_cast<std::size_t>(token * columns + j)]) * scales[at];
+                    size += std::fabs(scaled) * (std::fabs(rows[static_cast<std::size_t>(packed * columns + j)]) + std::fabs(zeros[at]));
+                }
+                out[static_cast<std::size_t>(token * COUNT + places[i])] = static_cast<float>(size);
+            }
+        }
+        put(result + " size", out);
+    }
+}
+
 void linear(const Case& c) {
     constexpr std::int64_t ROWS_OUT = 40, MANY = 9;
     const bool two_levels = c.scales == Scales::two_level || c.scales >= Scales::nibbles;
@@ -223,6 +254,7 @@ void linear(const Case& c) {
             }
             put(result + " size", out);
         }
+        if (kind == 0) by_columns(weight, rows, x, columns, name);
     }
     seed = before;
 }

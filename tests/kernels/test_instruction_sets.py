@@ -21,7 +21,7 @@ NATIVE = [
     *("kernels/test_elementwise.py", "kernels/test_head_products.py", "kernels/test_activation_native.py"),
     *("kernels/test_encode.py", "kernels/test_step_plan.py", "quantize/test_gguf_blocks.py"),
     *("contract/test_int8_inputs.py", "contract/test_scaled_inputs.py", "kernels/test_experts.py"),
-    *("kernels/test_row_peaks.py", "kernels/test_native_layer.py"),
+    *("kernels/test_row_peaks.py", "kernels/test_native_layer.py", "kernels/test_cpu_columns.py"),
 ]
 # What runs on torch where there is no library.
 SCALAR = [

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from formats.hqq_columns import columns_llama
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
@@ -129,6 +130,8 @@ CASES: dict[str, Callable[[Path], Path]] = {
     "sinks, experts with biases": lambda folder: experts_float(folder, "GptOss"),
     "shared expert with a gate": lambda folder: experts_float(folder, "Qwen2Moe"),
     "Q4_K": q4_k,
+    "scales of 16 rows of a column, apart": lambda folder: columns_llama(folder, 16)[0],
+    "scales of columns, whole and of 32 rows": lambda folder: columns_llama(folder, 32)[0],
     "experts, int4": lambda folder: experts(folder, "Qwen3Moe", "gptq"),
     "experts, int4, act-order": lambda folder: experts(folder, "Mixtral", "act-order"),
     "experts, int8 inputs by token": lambda folder: experts(folder, "Qwen3Moe", "w8a8_int8"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,6 +50,7 @@ def random_weight(scheme: Scheme, out: int = OUT, columns: int = IN, seed: int =
         tuple(per_block(i) for i in levels) if scheme.offset else (),
         torch.randperm(columns, generator=generator) if scheme.reordered else None,
         "a weight",
+        torch.arange(out) % -(-out // scheme.blocks[-1][0]) if scheme.scattered else None,
     )
 
 
@@ -65,6 +67,9 @@ SCHEMES = {
     "tensor": scheme("int8", (0, 0)),
     "offsets": scheme("uint4", (1, 16), (4, 48), offset=True),
     "act-order": scheme("uint4", (1, 32), zero="integer", reordered=True),
+    "whole columns": scheme("uint4", (0, 1), zero="float"),
+    "rows apart": scheme("uint4", (8, 1), zero="float", scattered=True),
+    "groups under rows apart": scheme("uint4", (1, 32), (6, 1), scattered=True),
 }
 
 
@@ -72,15 +77,14 @@ SCHEMES = {
 def test_columns_are_those_of_the_matrix(name: str) -> None:
     weight = random_weight(SCHEMES[name])
     whole, unit = weight.dequantize(), column_unit(weight.scheme, IN)
-    assert unit == {"two levels": 16, "offsets": 48}.get(
+    assert unit == {"two levels": 16, "offsets": 48, "whole columns": 1, "rows apart": 1}.get(
         name, 32 if weight.scheme.blocks[:1] and weight.scheme.blocks[0][1] else 1
     )
     for start, stop in ((0, 48), (48, 96)) if unit == 48 else ((0, 32), (32, 96)):
         part = cut_columns(weight, start, stop)
         assert part.shape == (OUT, stop - start) and part.codes.data_ptr() >= weight.codes.data_ptr()
         inputs = torch.arange(start, stop) if part.column_order is None else part.column_order
-        plain = QuantizedTensor(part.scheme, part.shape, part.codes, part.scales, part.zeros, part.offsets)
-        assert torch.equal(plain.dequantize(), whole[:, inputs])
+        assert torch.equal(replace(part, column_order=None).dequantize(), whole[:, inputs])
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -104,8 +108,21 @@ def test_rows_of_blocks_that_run_over_row_ends() -> None:
         cut_columns(weight, 0, 20)
 
 
-def test_picked_rows_may_repeat() -> None:
-    weight = random_weight(SCHEMES["groups"])
+def test_rows_apart_are_shared_evenly() -> None:
+    """Two ranks have half of each block's rows, and its numbers; a plan counts them so."""
+    weight = random_weight(SCHEMES["rows apart"])
+    half = cut_rows(weight, [(0, 12)])
+    assert half.scheme.blocks == ((4, 1),) and torch.equal(half.scales[0], weight.scales[0])
+    assert half.nbytes == 12 * IN // 2 + 2 * 3 * IN * 4
+    ends = cut_rows(weight, [(0, 3), (21, 24)])
+    assert ends.scheme.blocks == ((2, 1),) and len(ends.scales[0]) == 6
+    whole = random_weight(SCHEMES["whole columns"])
+    assert cut_rows(whole, [(0, 3), (21, 24)]).scheme == whole.scheme
+
+
+@pytest.mark.parametrize("name", ["groups", "rows apart", "groups under rows apart"])
+def test_picked_rows_may_repeat(name: str) -> None:
+    weight = random_weight(SCHEMES[name])
     order = torch.tensor([5, 5, 0])
     assert torch.equal(pick_rows(weight, order).dequantize(), weight.dequantize()[order])
 

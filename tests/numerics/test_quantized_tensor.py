@@ -27,6 +27,7 @@ def make(
     order: bool = False,
     shape: tuple[int, int] = (OUT, IN),
     seed: int = 0,
+    apart: bool = False,
 ) -> QuantizedTensor:
     """A random weight with unlike numbers everywhere."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,7 +40,16 @@ def make(
         return torch.randn(size, generator=generator)
 
     f32 = number_format("f32")
-    scheme = Scheme(fmt, blocks, (f32,) * len(blocks), zero, offset, flattened, order)  # type: ignore[arg-type]
+    scheme = Scheme(
+        fmt,
+        blocks,
+        (f32,) * len(blocks),
+        zero,
+        offset,
+        flattened,
+        order,
+        scattered=apart,  # type: ignore[arg-type]
+    )
     finite = torch.isfinite(fmt.table()).nonzero().flatten()
     codes = finite[torch.randint(0, len(finite), shape, generator=generator)].to(torch.uint8)
     zeros = None
@@ -56,6 +66,7 @@ def make(
         tuple(level(block) for block in blocks) if offset else (),
         torch.randperm(columns, generator=generator) if order else None,
         "test: module",
+        torch.arange(out) * 5 % -(-out // blocks[-1][0]) if apart else None,
     )
 
 
@@ -70,6 +81,8 @@ def naive(weight: QuantizedTensor) -> np.ndarray:
             rows, cols = weight.scheme.blocks[level]
             if weight.scheme.flattened:
                 return float(tensor[(row * columns + column) // cols])
+            if weight.row_groups is not None and rows > 1:
+                return float(tensor[weight.row_groups[row], column // (cols or columns)])
             return float(tensor[row // (rows or out), column // (cols or columns)])
 
         value = values[int(weight.codes[row, column])]
@@ -97,6 +110,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "act-order": {"order": True, "zero": "integer"},
     "flattened": {"blocks": ((1, 64),), "flattened": True, "name": "nf4"},
     "signed": {"name": "int3"},
+    "rows apart": {"blocks": ((4, 1),), "zero": "float", "apart": True},
+    "groups under rows apart": {"blocks": ((1, 32), (3, 1)), "zero": "float", "apart": True},
 }
 
 

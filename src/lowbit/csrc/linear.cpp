@@ -14,6 +14,7 @@
 #include "activation_quant.h"
 #include "activations.h"
 #include "amx_tiles.h"
+#include "linear_columns.h"
 #include "linear_kernels.h"
 #include "lowbit.h"
 #include "operations.h"
@@ -86,21 +87,25 @@ struct Prepared {
     int tokens_of(std::int64_t tile) const {
         return static_cast<int>(std::min<std::int64_t>(TOKEN_TILE, product->tokens - tile * TOKEN_TILE));
     }
-    std::int64_t bytes() const {
+    std::int64_t bytes() const { return bytes(product->tokens); }
+    std::int64_t bytes(std::int64_t tokens) const {
         const std::int64_t numbers = shape.spans() * (shape.based() ? 2 : 1) + (scaled ? shape.scales() : 0);
-        return product->tokens * (shape.value_bytes() + numbers * static_cast<std::int64_t>(sizeof(float)) + 1);
+        return tokens * (shape.value_bytes() + numbers * static_cast<std::int64_t>(sizeof(float)) + 1);
     }
-    // Where token tile ``tile`` lies: values, sums, bases, scales, faults.
+    // Where token tile ``tile`` lies.
     InputPlaces places(std::int64_t tile) const {
-        const std::int64_t tokens = product->tokens, first = tile * TOKEN_TILE;
-        std::uint8_t* const numbers = at + tokens * shape.value_bytes();
+        return places(at, product->tokens, tile * TOKEN_TILE, tokens_of(tile));
+    }
+    // ``count`` tokens of ``tokens`` that lie at ``start``: values, sums, bases, scales, faults.
+    InputPlaces places(std::uint8_t* start, std::int64_t tokens, std::int64_t first, int count) const {
+        std::uint8_t* const numbers = start + tokens * shape.value_bytes();
         auto* const sums = reinterpret_cast<float*>(numbers);
         auto* const bases = reinterpret_cast<std::int32_t*>(sums + tokens * shape.spans());
         auto* const scales = reinterpret_cast<float*>(bases + (shape.based() ? tokens * shape.spans() : 0));
         auto* const faulty = reinterpret_cast<std::uint8_t*>(scales + (scaled ? tokens * shape.scales() : 0));
-        return {at + first * shape.value_bytes(), sums + first * shape.spans(),
+        return {start + first * shape.value_bytes(), sums + first * shape.spans(),
                 scaled ? scales + first * shape.scales() : nullptr, bases + first * shape.spans(), faulty + first,
-                tokens_of(tile)};
+                count};
     }
 
     const Product* product;
@@ -236,6 +241,81 @@ void run_task(const Prepared& p, std::int64_t task) {
     }
 }
 
+// A memory block at a cache line, grown and kept.
+std::uint8_t* aligned(std::vector<std::uint8_t>& memory, std::int64_t bytes) {
+    const auto needed = static_cast<std::size_t>(bytes + 64 + READ_PAST);
+    if (memory.size() < needed) {
+        memory.clear();  // nothing to copy
+        memory.resize(needed);
+    }
+    return reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
+constexpr std::int64_t CACHED_INPUT = 768 << 10;  // bytes of x and of what is made of it, in a core's own cache
+constexpr std::int64_t FEWEST_BLOCKS = 4;         // that x is laid out for, where a group has them
+
+// A task of a weight with scales of columns: some blocks of a group times some tokens, whose x is laid out for them
+// here: for all groups it would be as many times larger.
+void run_columns(const Prepared& p, const lowbit_column_weight& w, std::int64_t group, std::int64_t first_block,
+                 std::int64_t last_block, std::int64_t first_token, int tokens) {
+    static thread_local std::vector<std::uint8_t> workspace;
+    const InputPlaces places = p.places(aligned(workspace, p.bytes(tokens)), tokens, 0, tokens);
+    alignas(64) float zero_sums[TOKEN_TILE];
+    const auto kind = static_cast<Scales>(w.kind);
+    const std::int64_t numbers = group * p.layout.tiles * COLUMNS * number_bytes(kind);
+    const auto of_group = [&](const void* all) {
+        return all == nullptr ? nullptr : static_cast<const std::uint8_t*>(all) + numbers;
+    };
+    const ColumnRows rows{p.row(first_token), p.product->x_stride, {of_group(w.scales), of_group(w.zeros)},
+                          p.shape, places, zero_sums};
+    lay_out_columns(kind, rows, p.layout.addend != Addend::none);
+    const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
+    alignas(64) Totals totals;
+    const std::int64_t together = p.tiles != nullptr ? BLOCKS_TOGETHER : 1;
+    int blocks = 1;
+    for (std::int64_t block = first_block; block < last_block; block += blocks) {
+        blocks = static_cast<int>(std::min(together, last_block - block));
+        multiply_blocks(p, block, blocks, input, nullptr, totals);
+        for (int i = 0; i < blocks; ++i) {
+            const std::int64_t row = w.first_row[group] + (block + i - w.first_block[group]) * ROWS;
+            const int lanes = static_cast<int>(std::min<std::int64_t>(ROWS, w.first_row[group + 1] - row));
+            for (int t = 0; t < tokens; ++t) {
+                Vector16 total = load(totals[place_of(p, input, i) + t]);
+                if (w.zeros != nullptr) total = subtract(total, broadcast(zero_sums[t]));
+                float* const out = p.product->out + (first_token + t) * p.product->out_stride;
+                if (w.places == nullptr) {
+                    store_some(out + row, total, lanes);
+                    continue;
+                }
+                alignas(64) float results[ROWS];
+                store(results, total);
+                for (int lane = 0; lane < lanes; ++lane) out[w.places[row + lane]] = results[lane];
+            }
+        }
+    }
+}
+
+void multiply_columns(const lowbit_column_weight& w, const Product& product) {
+    const Prepared p(product);
+    std::int64_t together = TOKEN_TILE;
+    while (together > TOKEN_TILE / 4 && together * p.layout.tiles * COLUMNS * 6 > CACHED_INPUT) together /= 2;
+    const std::int64_t tiles = (product.tokens + together - 1) / together;
+    const std::int64_t units = w.first_block[w.groups] * tiles;
+    const std::int64_t chunk = std::min<std::int64_t>(
+        w.most_blocks, std::max(FEWEST_BLOCKS, units / (8 * thread_count()) / BLOCKS_TOGETHER * BLOCKS_TOGETHER));
+    const std::int64_t chunks = (w.most_blocks + chunk - 1) / chunk;
+    // All groups with some tokens, then with the next: of x and the weight x is the larger.
+    parallel_ranges(tiles * w.groups * chunks, [&](std::int64_t task) {
+        const std::int64_t tile = task / (w.groups * chunks), group = task / chunks % w.groups;
+        const std::int64_t block = w.first_block[group] + task % chunks * chunk;
+        const std::int64_t last = std::min<std::int64_t>(w.first_block[group + 1], block + chunk);
+        if (block >= last) return;
+        const std::int64_t first = tile * together;
+        run_columns(p, w, group, block, last, first, static_cast<int>(std::min(together, product.tokens - first)));
+    });
+    release_tiles();
+}
+
 // The product whose range holds ``index``; ranges ascend.
 template <std::int64_t Prepared::*FIRST>
 const Prepared& holder(const std::vector<Prepared>& all, std::int64_t index) {
@@ -266,14 +346,9 @@ void multiply(const Product* products, std::int64_t count) {
         bytes += (p.bytes() + 63) / 64 * 64;
     }
     if (all.empty()) return;
-    const auto needed = static_cast<std::size_t>(bytes + 64 + READ_PAST);
-    if (workspace.size() < needed) {
-        workspace.clear();  // nothing to copy
-        workspace.resize(needed);
-    }
+    auto* at = aligned(workspace, bytes);
     if (factors.size() < static_cast<std::size_t>(tokens)) factors.resize(static_cast<std::size_t>(tokens));
     float* factor = factors.data();
-    auto* at = reinterpret_cast<std::uint8_t*>((reinterpret_cast<std::uintptr_t>(workspace.data()) + 63) / 64 * 64);
     // Enough tasks to share evenly, each long enough to be worth claiming.
     std::int64_t together = std::max<std::int64_t>(1, units / (8 * thread_count()));
     if (together > BLOCKS_TOGETHER) together -= together % BLOCKS_TOGETHER;
@@ -315,6 +390,19 @@ LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std
     const lowbit::Product product{weight, x, x_stride, columns, nullptr, tokens, out, out_stride};
     try {
         lowbit::multiply(&product, 1);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+// The same of a weight whose groups of rows have scales of their own for x's columns.
+LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, const float* x, std::int64_t tokens,
+                                        std::int64_t x_stride, float* out, std::int64_t out_stride) {
+    if (tokens == 0) return 0;
+    const lowbit::Product product{weight->weight, x, x_stride, weight->columns, nullptr, tokens, out, out_stride};
+    try {
+        lowbit::multiply_columns(*weight, product);
     } catch (const std::bad_alloc&) {
         return 1;
     }

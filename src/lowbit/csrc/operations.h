@@ -69,6 +69,21 @@ struct lowbit_layer_description {
     std::int32_t activation;            // enum Activation, -1: none
 };
 
+// What kernels/cpu_columns.py describes: rows in groups, of which each has its own scale for every column. ``weight``
+// holds them group by group, each filled up to whole blocks of 16 rows.
+struct lowbit_column_weight {
+    const lowbit_weight* weight;
+    const void* scales;               // (groups, the weight's columns), zeros behind x's last
+    const void* zeros;                // alike: what is subtracted from codes; or null
+    const std::int32_t* first_row;    // (groups + 1,): where each group's rows begin, not filled up
+    const std::int32_t* first_block;  // (groups + 1,)
+    const std::int32_t* places;       // (rows,): which output each of these rows is; null: they lie in order
+    std::int64_t groups;
+    std::int64_t columns;             // of x
+    std::int32_t kind;                // of scales and zeros: enum Scales f16, bf16 or f32
+    std::int32_t most_blocks;         // of a group
+};
+
 // What happens to an expert's rows before they meet a weight.
 struct lowbit_expert_input {
     const lowbit_quantizer* quantizer;  // or null
@@ -156,6 +171,8 @@ LOWBIT_EXPORT void lowbit_gather_columns(const float* x, std::int64_t x_stride, 
                                          std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std::int64_t tokens,
                                 std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride);
+LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, const float* x, std::int64_t tokens,
+                                        std::int64_t x_stride, float* out, std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_layer(const lowbit_layer_description* layer, const float* x, std::int64_t tokens,
                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_linear_rows(const lowbit_weight* weight, std::int64_t columns, const void* ids,
@@ -194,6 +211,7 @@ LOWBIT_EXPORT void lowbit_sigmoid_gate(float* x, std::int64_t x_stride, const fl
     X(gather_rows)           \
     X(gather_columns)        \
     X(linear)                \
+    X(linear_columns)        \
     X(layer)                 \
     X(linear_rows)           \
     X(route_tokens)          \

@@ -23,9 +23,12 @@ kernel subtracts the zero point from the codes as float16, which holds a float16
 bfloat16's exactly; float32 ones become offsets -zero * scale (``kernels.cpu_blocks``).
 
 axis 1: groups of a row, or along the flattened weight where a row is no whole groups. axis 0: a scale a
-column where a group is one (which native kernels have no place for: the reference runs it); else a group is
-every n / g-th number, g strided rows of a column, which no block is: read with a scale for each weight, right
-but as large as the float weight, and multiplied as one in float32 (``cpu_expanded``).
+column where a group is one; else a group is every n / g-th number of the flat weight. Where g divides the
+rows these are numbers of one column: of rows R = out / g apart, the scattered rows of a block of g (row r has
+those of r mod R). ``kernels.cpu_columns`` multiplies x by the scales of each such block of rows, rounds it to
+bfloat16 and subtracts the zero points' sum in float32. Where g does not divide the rows a group runs
+over several columns, which no block is: read with a scale for each weight, right but as large as the float
+weight, and multiplied as one in float32 (``cpu_expanded``).
 
 The number of bits and the packing are the data's; where 8, 6 and 5 bits, or views as floats, look alike, the
 config (of the layer's tag: ``self_attn.q_proj``) tells them apart, and ``nbits`` must agree. Refused:
@@ -147,13 +150,15 @@ class Hqq:
                 f"bits end at {(1 << layout.bits) - 1}. The codes do not match the quantization config",
             )
         scale, zero = (self._per_block(module, layout, suffix, data) for suffix in ("scale", "zero"))
+        scheme = self._scheme(module, layout)
         weight = QuantizedTensor(
-            self._scheme(module, layout),
+            scheme,
             module.shape,
             codes.reshape(module.shape),
             (scale,),
             zero,
             origin=origin_of(self.header, module, "W_q"),
+            row_groups=row_groups(module.shape[0], layout.size) if scheme.scattered else None,
         )
         return StoredLinear(weight, read_bias(self.header, module, data))
 
@@ -215,13 +220,14 @@ class Hqq:
     def _scheme(self, module: StoredModule, layout: Layout) -> Scheme:
         (out, columns), size = module.shape, layout.size
         blocks, flattened = (1, size), False
+        scattered = layout.axis == 0 and 1 < size < out and out % size == 0
         if layout.axis == 0:
-            blocks = (0, 1) if size == out else (1, 1)
+            blocks = (0, 1) if size == out else (size, 1) if scattered else (1, 1)
         else:
             flattened = columns % size != 0
         scales = (number_format(layout.scale),)
         code = number_format(f"uint{layout.bits}")
-        return Scheme(code, (blocks,), scales, zero="float", flattened=flattened)
+        return Scheme(code, (blocks,), scales, zero="float", flattened=flattened, scattered=scattered)
 
     # ---- numbers
 
@@ -274,8 +280,15 @@ class Hqq:
             return stored.view(out, -1)
         if layout.size == out:
             return stored.view(1, columns)
+        if scheme.scattered:
+            return stored.view(out // layout.size, columns)
         # Weight i of the flat matrix belongs to group i mod groups.
         return stored.repeat(layout.size).view(out, columns)
+
+
+def row_groups(rows: int, size: int) -> Tensor:
+    """int64 (rows,): which row of the scales (rows / size, columns) each has, in groups of axis 0."""
+    return torch.arange(rows) % (rows // size)
 
 
 def linear_tag(name: str) -> str:

@@ -2,7 +2,8 @@
 ``hqq``'s.
 
 Unsigned codes of 1, 2, 3, 4, 5, 6 or 8 bits with float zero points: groups along a row (or along the flat
-weight, where a row is no whole groups), or one for each column. Scales and zero points are of one type, the
+weight, where a row is no whole groups), one for each column, or so many rows of a column as divide it, where
+HQQ has them (axis 0). Scales and zero points are of one type, the
 layer's compute_dtype. A kind of layer (``self_attn.q_proj``) is quantized in one way, or left alone, in all
 layers.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
-from lowbit.formats.hqq import PACKINGS, linear_tag, pack, per_item
+from lowbit.formats.hqq import PACKINGS, linear_tag, pack, per_item, row_groups
 from lowbit.formats.writing import CheckpointWriter, cannot
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -35,7 +36,7 @@ class HqqWriter(CheckpointWriter):
 
     name = "hqq"
     described = 4096  # twenty small tensors a layer
-    writes = "1-6 and 8 bits with float zero points, groups of a row or whole columns"
+    writes = "1-6 and 8 bits with float zero points, groups of a row or of a column, as axis 0 has them"
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)
@@ -84,6 +85,10 @@ class HqqWriter(CheckpointWriter):
         if zero.dtype != scale.dtype:
             raise cannot(self.name, module, f"zero points are {zero.dtype}, scales {scale.dtype}")
         bits, (axis, size) = int(scheme.weight.bits), _groups(scheme, module.shape)
+        if scheme.scattered and not torch.equal(
+            _stored(weight.row_groups), row_groups(module.shape[0], size)
+        ):
+            raise cannot(self.name, module, f"the rows of a block are not {module.shape[0] // size} apart")
         grid = (-1, size) if axis else (size, -1)
         one = (-1, 1) if axis else (1, -1)
         found = {
@@ -118,17 +123,20 @@ def _groups(scheme: Scheme, shape: tuple[int, int]) -> tuple[int, int]:
     rows, columns = scheme.blocks[0]
     if scheme.flattened or rows == 1:
         return 1, columns or shape[1]
-    return 0, shape[0] if rows in (0, shape[0]) and columns == 1 else 0
+    if scheme.scattered and columns == 1 and shape[0] % rows == 0:
+        return 0, rows
+    return 0, shape[0] if rows in (0, shape[0]) and columns == 1 and not scheme.scattered else 0
 
 
 def _rule(scheme: Scheme) -> Json:
     """BaseQuantizeConfig's dictionary; a group of a whole column or row is null."""
-    bits, (rows, columns) = int(scheme.weight.bits), scheme.blocks[0]
+    size = scheme.blocks[0][0 if scheme.scattered else 1]
+    bits, rows = int(scheme.weight.bits), scheme.blocks[0][0]
     axis = 1 if scheme.flattened or rows == 1 else 0
     weight = {
         "nbits": bits,
         "channel_wise": True,
-        "group_size": (columns or None) if axis else None,
+        "group_size": (size or None) if axis or scheme.scattered else None,
         "optimize": True,
         "round_zero": bits == 4,
         "axis": axis,
@@ -140,6 +148,11 @@ def _rule(scheme: Scheme) -> Json:
         "zero_quant_params": None,
         "offload_meta": False,
     }
+
+
+def _stored(row_groups: Tensor | None) -> Tensor:
+    assert row_groups is not None, "its scheme is scattered"
+    return row_groups
 
 
 def _text(value: str) -> Tensor:

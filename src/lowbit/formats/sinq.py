@@ -15,9 +15,9 @@ rounded to 8 bits are taken out of them in their own float type, as the tool doe
 code units; codes of an nf4 method mean that table's values (which the tool rounds to the scales' type).
 
 scale2 multiplies columns: canonically x is multiplied by it, and the weight is groups of plain codes. Tiles
-("2D": scale2 [tiles, 1, g], a column's scale for g rows) are a second level of blocks instead. These, and nf4
-with its zero points, have no native form and run on the reference kernel. Experts are left in floats by the
-tool.
+("2D": scale2 [tiles, 1, g], a column's scale for g rows) are a second level of blocks instead:
+``kernels.cpu_columns`` multiplies x by the scales of each g rows and rounds it to bfloat16 then. nf4 with its
+zero points has no native form and runs on the reference kernel. Experts are left in floats by the tool.
 """
 
 from __future__ import annotations

@@ -30,13 +30,14 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     """All linear kernels, best first. The reference refuses nothing; what stands behind it is taken by name,
     or by timing (``kernel_choice``). ``GpuHumming`` stands there until a measurement puts it elsewhere."""
     from lowbit.kernels.cpu_blocks import CpuBlocks
+    from lowbit.kernels.cpu_columns import CpuColumns
     from lowbit.kernels.cpu_dense import CpuDense
     from lowbit.kernels.cpu_dequantized import CpuDequantized, CpuExpanded
     from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
     from lowbit.kernels.reference import Reference
 
-    cpu = CpuBlocks(), CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
+    cpu = CpuBlocks(), CpuColumns(), CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
     return (GpuBlocks(), GpuDense(), *cpu, GpuHumming())
 
 

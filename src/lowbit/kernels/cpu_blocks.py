@@ -69,6 +69,8 @@ class CpuBlocks:
             return "weights are not quantized"
         if scheme.activation is not None:
             return f"the scheme quantizes its input ({scheme.activation})"
+        if scheme.scattered:
+            return "the rows of a block lie apart"
         native = packed_scheme(scheme, shape)
         if native is None:
             return f"no packed layout for {scheme.weight.name}"

@@ -66,6 +66,8 @@ class Reference:
             buffers["zeros"] = weight.zeros
         if weight.column_order is not None:
             buffers["column_order"] = weight.column_order
+        if weight.row_groups is not None:
+            buffers["row_groups"] = weight.row_groups
         # Detached from the mapped file: its pages must not be needed once loading is over.
         owned = {name: buffer.to(device, copy=True).contiguous() for name, buffer in buffers.items()}
         return self.restore(weight.scheme, weight.shape, owned, weight.origin)
@@ -100,6 +102,7 @@ class Reference:
             tuple(buffers[f"offset{i}"] for i in levels if f"offset{i}" in buffers),
             buffers.get("column_order"),
             packed.origin,
+            buffers.get("row_groups"),
         )
 
     @staticmethod
@@ -124,7 +127,7 @@ class Reference:
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
-        if packed.scheme.flattened or any(rows > 1 for rows, _ in packed.scheme.blocks):
+        if not packed.scheme.rows_move:
             return self.unpack(packed).dequantize()[ids.long()]
         wanted = self._stored(packed).permute_rows(ids.long())  # rows stand alone: decode only these
         return self._with_codes(replace(wanted, shape=(len(ids), packed.shape[1]))).dequantize()

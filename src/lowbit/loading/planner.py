@@ -167,7 +167,12 @@ class Planner(Asker):
     def _plan_layer(self, places: list[Placed]) -> None:
         """Modules of one layer; neighbours that will be one weight are timed and chosen for as one."""
         parts = [self._part(place) for place in places]
-        for _, fused in groupby(parts, lambda part: (part.scheme, part.wanted.kernel, part.wanted.rule)):
+
+        def fuses_by(part: _Part) -> tuple[object, ...]:
+            alone = part.place.part.name if part.scheme.whole_columns else ""  # ``concatenate``
+            return part.scheme, part.wanted.kernel, part.wanted.rule, alone
+
+        for _, fused in groupby(parts, fuses_by):
             run = list(fused)
             scheme, shape = self._as_packed(run)
             kernels = self.target.kernels

@@ -1,7 +1,8 @@
 """Cutting a quantized weight in rows or columns, or its blocks into smaller ones, exactly: every weight keeps
 its value.
 
-A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks. A
+A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks, or
+where its rows lie apart kept for those that are left. A
 column cut falls on the borders of ``column_unit``: what shares a scale, or an input's scale, stays
 together. Tensors are cut as views, so that of a mapped file only the part is read.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,8 +38,8 @@ def column_unit(scheme: Scheme, columns: int) -> int:
 
 def row_unit(scheme: Scheme) -> int:
     """A cut between so many rows parts no block, nor one of a rotation of them."""
-    rotation = scheme.output_rotation
-    return math.lcm(1 if rotation is None else rotation.size, *(rows or 1 for rows, _ in scheme.blocks))
+    rotation, blocks = scheme.output_rotation, () if scheme.scattered else scheme.blocks
+    return math.lcm(1 if rotation is None else rotation.size, *(rows or 1 for rows, _ in blocks))
 
 
 def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
@@ -72,6 +74,8 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
 
 def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> QuantizedTensor:
     """The rows of each (start, stop), one run below another."""
+    if len(runs) > 1 and weight.scheme.whole_columns:
+        return pick_rows(weight, torch.cat([torch.arange(start, stop) for start, stop in runs]))
     finer = _parted_at(weight, [border for run in runs for border in run])
     joined = concatenate([finer.rows(start, stop, ragged=True) for start, stop in runs])
     assert joined is not None, "runs of one weight are alike, and end on its blocks' borders"
@@ -91,14 +95,20 @@ def _parted_at(weight: QuantizedTensor, borders: list[int]) -> QuantizedTensor:
     axis = -1 if scheme.flattened else -2
     scale = columns if scheme.flattened else 1
     sizes = [width if scheme.flattened else rows for rows, width in scheme.blocks]
-    parted = [size and math.gcd(size, *(border * scale for border in inside)) for size in sizes]
+    if scheme.scattered:
+        # As many rows of a block as its share of the shortest piece: exact where blocks are spread evenly.
+        ends = sorted({0, *inside, out})
+        least = min(stop - start for start, stop in pairwise(ends))
+        parted = [size if size <= 1 else max(2, size * least // out) for size in sizes]
+    else:
+        parted = [size and math.gcd(size, *(border * scale for border in inside)) for size in sizes]
     if parted == sizes:
         return weight
     whole = out * scale
 
     def split(per_block: Tensor, level: int) -> Tensor:
         times = sizes[level] // parted[level] if sizes[level] else 1
-        if times == 1:
+        if times == 1 or scheme.scattered:
             return per_block
         return per_block.repeat_interleave(times, axis).narrow(axis, 0, -(-whole // parted[level]))
 
@@ -149,6 +159,6 @@ def parted_scheme(scheme: Scheme, shape: tuple[int, int], runs: Sequence[tuple[i
     empty = torch.empty(0)
     bare = QuantizedTensor(scheme, shape, empty)
     finer = _parted_at(bare, [border for run in runs for border in run]).scheme
-    if len(runs) == 1 or finer.flattened:
+    if len(runs) == 1 or finer.flattened or finer.whole_columns:
         return finer
     return replace(finer, blocks=tuple((rows or 1, width) for rows, width in finer.blocks))

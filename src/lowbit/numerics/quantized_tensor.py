@@ -30,7 +30,8 @@ class QuantizedTensor:
     or (..., blocks) when flattened, in the dtype the file has (e8m0/e4m3 as torch float8). ``zeros``: like
     ``scales[0]``, in code units. ``offsets[i]``: like ``scales[i]``; the offset is their product.
     ``column_order``: int64 (in,): stored column j multiplies input ``column_order[j]``.
-    ``origin``: "file: module", for messages.
+    ``origin``: "file: module", for messages. ``row_groups``: int64 (out,), of a scattered scheme: which row
+    of ``scales[i]`` a row has at every level whose blocks have several; those are (..., groups, columns).
     """
 
     scheme: Scheme
@@ -41,6 +42,7 @@ class QuantizedTensor:
     offsets: tuple[Tensor, ...] = ()
     column_order: Tensor | None = None
     origin: str = ""
+    row_groups: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """float32 (..., out, in), columns in the input's order. The definition of every scheme."""
@@ -75,7 +77,10 @@ class QuantizedTensor:
         if self.scheme.flattened:
             flat = per_block.repeat_interleave(block_columns, -1)[..., : out * columns]
             return flat.unflatten(-1, (out, columns))
-        tall = per_block.repeat_interleave(rows or out, -2)[..., :out, :]
+        if self.row_groups is not None and rows > 1:
+            tall = per_block[..., self.row_groups, :]
+        else:
+            tall = per_block.repeat_interleave(rows or out, -2)[..., :out, :]
         return tall.repeat_interleave(block_columns or columns, -1)[..., :columns]
 
     @property
@@ -107,6 +112,7 @@ class QuantizedTensor:
             scales=scales,
             zeros=zeros,
             offsets=offsets,
+            row_groups=None if self.row_groups is None else self.row_groups[start:stop],
         )
 
     def _cut_rows(self, per_block: Tensor, level: int, start: int, stop: int, ragged: bool) -> Tensor:
@@ -114,7 +120,7 @@ class QuantizedTensor:
         rows, block_columns = self.scheme.blocks[level]
         if self.scheme.flattened:
             return per_block[..., start * columns // block_columns : -(-stop * columns // block_columns)]
-        if rows == 0:
+        if rows == 0 or (self.scheme.scattered and rows > 1):
             return per_block
         if start % rows or (stop % rows and stop != out and not ragged):
             raise LowbitError(
@@ -123,7 +129,7 @@ class QuantizedTensor:
         return per_block[..., start // rows : -(-stop // rows), :]
 
     def permute_rows(self, order: Tensor) -> QuantizedTensor:
-        """Row i of the result is row ``order[i]`` of this, some or all; needs blocks of single rows."""
+        """Row i of the result is row ``order[i]`` of this, some or all; needs ``Scheme.rows_move``."""
         if not self.scheme.rows_move:
             raise LowbitError(
                 "E0702",
@@ -131,7 +137,7 @@ class QuantizedTensor:
             )
 
         def pick(per_block: Tensor, level: int) -> Tensor:
-            return per_block if self.scheme.blocks[level][0] == 0 else per_block[..., order, :]
+            return per_block[..., order, :] if self.scheme.blocks[level][0] == 1 else per_block
 
         return replace(
             self,
@@ -140,6 +146,7 @@ class QuantizedTensor:
             scales=tuple(pick(s, i) for i, s in enumerate(self.scales)),
             zeros=None if self.zeros is None else pick(self.zeros, 0),
             offsets=tuple(pick(o, i) for i, o in enumerate(self.offsets)),
+            row_groups=None if self.row_groups is None else self.row_groups[order],
         )
 
     def expand(self) -> QuantizedTensor:
@@ -169,7 +176,8 @@ def concatenate(parts: list[QuantizedTensor]) -> QuantizedTensor | None:
     """One weight whose rows are the parts' rows, or None where their schemes do not allow it.
 
     Allowed: equal schemes and columns, no column order of their own that differs, and each part but the
-    last ending on a block border. A scale for the whole axis becomes one scale a row, exactly.
+    last ending on a block border. A scale for the whole axis becomes one scale a row, exactly, unless there
+    is one for each column.
     """
     first = parts[0]
     if len(parts) == 1:
@@ -186,7 +194,9 @@ def concatenate(parts: list[QuantizedTensor]) -> QuantizedTensor | None:
         if any(part.shape[-2] * part.shape[-1] % block for part in parts[:-1]):
             return None
         return _joined(parts, first.scheme, -1)
-    for rows, _ in first.scheme.blocks:
+    if first.scheme.whole_columns:
+        return None
+    for rows, _ in first.scheme.blocks if not first.scheme.scattered else ():
         if rows and any(part.shape[-2] % rows for part in parts[:-1]):
             return None
     blocks = tuple((rows or 1, columns) for rows, columns in first.scheme.blocks)
@@ -228,4 +238,16 @@ def _joined(parts: list[QuantizedTensor], scheme: Scheme, scale_axis: int) -> Qu
             join([part.offsets[i] for part in parts], scale_axis) for i in range(len(first.offsets))
         ),
         origin=", ".join(part.origin for part in parts),
+        row_groups=_joined_groups(parts) if scheme.scattered else None,
     )
+
+
+def _joined_groups(parts: list[QuantizedTensor]) -> Tensor:
+    """Each part's groups behind those of the parts before it."""
+    level = next(i for i, (rows, _) in enumerate(parts[0].scheme.blocks) if rows > 1)
+    found, first = [], 0
+    for part in parts:
+        assert part.row_groups is not None, "its scheme is scattered"
+        found.append(part.row_groups + first)
+        first += part.scales[level].shape[-2]
+    return torch.cat(found)

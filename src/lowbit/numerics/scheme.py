@@ -119,8 +119,10 @@ class Scheme:
     ``scales`` the number format each level is stored in. ``flattened``: blocks run over the row-major
     flattened matrix (bitsandbytes 4-bit), and then a block is (1, weights). ``offset`` says that weights
     also have additive offsets in weight units, at the same levels. ``reordered``: columns are stored in
-    another order than the input's (GPTQ act-order). A dense weight has no scales: ``bf16``. ``rotation``: of
-    the layer's input, before ``activation``; ``output_rotation``: of its result, bias included.
+    another order than the input's (GPTQ act-order). ``scattered``: the rows of a block of several do not lie
+    beside one another, ``QuantizedTensor.row_groups`` says which they are (HQQ's axis 0); there may be fewer
+    of them than its height. A dense weight has no scales: ``bf16``. ``rotation``: of the layer's input,
+    before ``activation``; ``output_rotation``: of its result, bias included.
     """
 
     weight: NumberFormat
@@ -133,9 +135,12 @@ class Scheme:
     activation: ActivationScheme | None = None
     rotation: RotationScheme | None = None
     output_rotation: RotationScheme | None = None
+    scattered: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.blocks) == len(self.scales), "one block for each scale level"
+        tall = any(rows > 1 for rows, _ in self.blocks)
+        assert not self.scattered or (tall and not self.flattened), "scattered rows are those of blocks"
 
     @property
     def is_dense(self) -> bool:
@@ -158,20 +163,30 @@ class Scheme:
 
     @property
     def rows_move(self) -> bool:
-        """Whether no two rows share a scale that not all share, so that they can change places."""
-        return not self.flattened and all(rows <= 1 for rows, _ in self.blocks)
+        """Whether rows can change places: no two share a scale by where they lie that not all share."""
+        return not self.flattened and (self.scattered or all(rows <= 1 for rows, _ in self.blocks))
+
+    @property
+    def whole_columns(self) -> bool:
+        """Whether a column has one scale for all rows: row by row there would be one for each weight."""
+        return any(rows == 0 and columns == 1 for rows, columns in self.blocks)
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Stored bits for each weight of a matrix ``shape`` (..., out, in), scales and zeros included."""
         out, columns = shape[-2], shape[-1]
+
+        def share(level: int) -> float:
+            rows, width = self.blocks[level]
+            if self.flattened:
+                return -(-out * columns // width) / (out * columns)
+            return -(-out // (rows or out)) * -(-columns // (width or columns)) / (out * columns)
+
         bits = float(self.weight.bits)
-        for (rows, block_columns), scale in zip(self.blocks, self.scales, strict=True):
-            covered = (rows or out) * (block_columns or columns)
-            bits += scale.bits / covered * (2 if self.offset else 1)
+        for level, scale in enumerate(self.scales):
+            bits += scale.bits * share(level) * (2 if self.offset else 1)
         if self.zero != "none":
-            rows, block_columns = self.blocks[0]
             width = self.weight.bits if self.zero == "integer" else self.scales[0].bits
-            bits += width / ((rows or out) * (block_columns or columns))
+            bits += width * share(0)
         return bits
 
     def __str__(self) -> str:
@@ -181,7 +196,7 @@ class Scheme:
         if self.zero != "none":
             words.append("asym" if self.zero == "integer" else "float-zero")
         words += ["offset"] * self.offset + ["flat"] * self.flattened
-        words += ["act-order"] * self.reordered
+        words += ["act-order"] * self.reordered + ["scattered"] * self.scattered
         if self.rotated:
             words.append(f"({self.rotated})")
         if self.activation is not None:

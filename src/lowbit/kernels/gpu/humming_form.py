@@ -53,8 +53,8 @@ def form_of(scheme: Scheme, shape: tuple[int, ...]) -> Form | str:
         return f"takes whole numbers of 1 to 8 bits and {', '.join(_FLOATS)}, got {name}"
     if scheme.activation is not None:
         return f"the scheme quantizes its input ({scheme.activation})"
-    if scheme.flattened or scheme.offset or scheme.reordered:
-        return "takes no flattened blocks, no offsets and no act-order"
+    if scheme.flattened or scheme.offset or scheme.reordered or scheme.scattered:
+        return "takes no flattened or scattered blocks, no offsets and no act-order"
     if len(shape) != 2 or any(size % _MULTIPLE for size in shape):
         return f"needs rows and columns in multiples of {_MULTIPLE}, got {' x '.join(map(str, shape))}"
     if scheme.zero != ("integer" if name.startswith("uint") else "none"):

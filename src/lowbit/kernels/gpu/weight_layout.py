@@ -240,6 +240,8 @@ def layout_of(scheme: Scheme, shape: tuple[int, ...]) -> Layout | str:
         return "stacked experts"
     if scheme.is_dense:
         return "weights are not quantized"
+    if scheme.scattered:
+        return "the rows of a block lie apart"
     source = _source(replace(scheme, activation=None, reordered=False))
     scheme, (out, columns) = source.scheme, shape
     fmt = scheme.weight

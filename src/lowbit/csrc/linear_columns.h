@@ -1,0 +1,131 @@
+// x as a weight wants it that has a scale for each column, and another one for other rows: the columns of x take
+// them over. q code, z zero point, s scale of a column:
+//
+//     sum over c of (q[r, c] - z[c]) s[c] x[c] = sum of q[r, c] X[c] - sum of z[c] X[c],  X[c] = s[c] x[c], rounded
+//
+// X is rounded to what the kernel multiplies, as any x is; the second sum is float32 and that of all rows of the group.
+#pragma once
+
+#include <vector>
+
+#include "linear_kernels.h"
+
+namespace lowbit {
+
+// Scales, and zero points or null, of one group of rows: as many columns as whole tiles have, zeros behind the last.
+struct ColumnScales {
+    const std::uint8_t* scales;
+    const std::uint8_t* zeros;
+};
+
+// Bytes of one.
+constexpr std::int64_t number_bytes(Scales kind) { return kind == Scales::f32 ? 4 : 2; }
+
+template <Scales KIND>
+INLINE Sixteen read_columns(const std::uint8_t* numbers, std::int64_t column) {
+    return read_sixteen<KIND>(numbers + column * number_bytes(KIND));
+}
+
+// Rows of x that lie ``stride`` floats apart, and where they go.
+struct ColumnRows {
+    const float* x;
+    std::int64_t stride;
+    ColumnScales of;
+    const InputShape& shape;
+    const InputPlaces& to;
+    float* zero_sums;  // (token,)
+};
+
+// 32 columns of a row, zeros where there are none.
+INLINE const float* tile_of(const float* row, std::int64_t column, std::int64_t columns, float* padded) {
+    if (column + COLUMNS <= columns) return row + column;
+    std::memset(padded, 0, COLUMNS * sizeof(float));
+    if (column < columns) std::memcpy(padded, row + column, static_cast<std::size_t>(columns - column) * sizeof(float));
+    return padded;
+}
+
+// Some tokens at once, so that a column's numbers are read once for them. bfloat16, sums of 32 columns or none.
+template <Scales KIND, bool ZEROS, bool SUMS>
+struct ScaledTokens {
+    const ColumnRows& rows;
+
+    template <int TOKENS>
+    INLINE void operator()(int token) const {
+        const InputPlaces& to = rows.to;
+        Sixteen held[TOKENS];
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) held[t] = sixteen_zeros();
+        for (std::int64_t tile = 0; tile < rows.shape.tiles; ++tile) {
+            const std::int64_t column = tile * COLUMNS, at = tile * to.tokens + token;
+            const Sixteen low = read_columns<KIND>(rows.of.scales, column);
+            const Sixteen high = read_columns<KIND>(rows.of.scales, column + 16);
+            const Sixteen low_zero = ZEROS ? read_columns<KIND>(rows.of.zeros, column) : low;
+            const Sixteen high_zero = ZEROS ? read_columns<KIND>(rows.of.zeros, column + 16) : high;
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t) {
+                alignas(64) float padded[COLUMNS];
+                const float* const from = tile_of(rows.x + (token + t) * rows.stride, column, rows.shape.columns, padded);
+                std::uint16_t* const values = reinterpret_cast<std::uint16_t*>(to.values) + (at + t) * COLUMNS;
+                const Sixteen a = store_bfloats(values, sixteen_multiply(sixteen_load(from), low));
+                const Sixteen b = store_bfloats(values + 16, sixteen_multiply(sixteen_load(from + 16), high));
+                if constexpr (ZEROS) held[t] = sixteen_fma(high_zero, b, sixteen_fma(low_zero, a, held[t]));
+                if constexpr (SUMS) to.sums[at + t] = sixteen_sum(sixteen_add(a, b));
+            }
+        }
+        if constexpr (ZEROS) {
+            for (int t = 0; t < TOKENS; ++t) rows.zero_sums[token + t] = sixteen_sum(held[t]);
+        }
+    }
+};
+
+// Any other input: a row is scaled first, and then laid out as one of x.
+template <Scales KIND>
+void lay_out_scaled(const ColumnRows& rows) {
+    static thread_local std::vector<float> staged;
+    const std::int64_t width = rows.shape.tiles * COLUMNS;
+    if (staged.size() < static_cast<std::size_t>(width)) staged.resize(static_cast<std::size_t>(width));
+    const bool bfloats = rows.shape.kind == InputKind::bfloat && rows.shape.element == 2;
+    InputShape shape = rows.shape;
+    shape.columns = width;
+    for (int token = 0; token < rows.to.tokens; ++token) {
+        Sixteen held = sixteen_zeros();
+        for (std::int64_t column = 0; column < width; column += COLUMNS) {
+            alignas(64) float padded[COLUMNS];
+            const float* const from = tile_of(rows.x + token * rows.stride, column, rows.shape.columns, padded);
+            for (int half = 0; half < COLUMNS; half += 16) {
+                Sixteen value = sixteen_multiply(sixteen_load(from + half), read_columns<KIND>(rows.of.scales, column + half));
+                std::uint16_t rounded[16];
+                if (bfloats) value = store_bfloats(rounded, value);
+                sixteen_store(staged.data() + column + half, value);
+                if (rows.of.zeros == nullptr) continue;
+                held = sixteen_fma(read_columns<KIND>(rows.of.zeros, column + half), value, held);
+            }
+        }
+        if (rows.of.zeros != nullptr) rows.zero_sums[token] = sixteen_sum(held);
+        lay_out(staged.data(), shape, rows.to, token);
+    }
+}
+
+template <Scales KIND>
+void lay_out_columns(const ColumnRows& rows, bool sums) {
+    const InputShape& shape = rows.shape;
+    const bool plain = shape.kind == InputKind::bfloat && shape.element == 2 && shape.numbers == 0;
+    const int tokens = rows.to.tokens;
+    if (!plain || (sums && shape.span != COLUMNS)) return lay_out_scaled<KIND>(rows);
+    if (rows.of.zeros != nullptr) {
+        sums ? for_tokens(tokens, ScaledTokens<KIND, true, true>{rows}) : for_tokens(tokens, ScaledTokens<KIND, true, false>{rows});
+    } else {
+        sums ? for_tokens(tokens, ScaledTokens<KIND, false, true>{rows}) : for_tokens(tokens, ScaledTokens<KIND, false, false>{rows});
+    }
+}
+
+// x of all tokens of ``rows.to``. ``sums``: whether the kernel reads those of x.
+inline void lay_out_columns(Scales kind, const ColumnRows& rows, bool sums) {
+    switch (kind) {
+        case Scales::f16: return lay_out_columns<Scales::f16>(rows, sums);
+        case Scales::bf16: return lay_out_columns<Scales::bf16>(rows, sums);
+        default: return lay_out_columns<Scales::f32>(rows, sums);
+    }
+}
+
+}  // namespace lowbit

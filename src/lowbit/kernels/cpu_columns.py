@@ -1,0 +1,336 @@
+"""cpu_columns: weights whose scale belongs to one column of several rows, packed as they are.
+
+HQQ's axis 0 (a scale and a zero point for a column, or for so many rows of it, which may lie apart) and
+SINQ's tiles (such a scale above one for a group of the row). The rows that share their columns' scales are a
+*group*. q code, z zero point, s scale of a column, r a row of the group:
+
+    sum over c of (q[r, c] - z[c]) s[c] x[c] = sum of q[r, c] X[c] - sum of z[c] X[c],  X[c] = s[c] x[c]
+
+A group's rows lie together, filled up to whole blocks of 16, and for each group x is multiplied by its scales
+before it meets codes that have none (SINQ: those of their groups). X is rounded as any kernel here rounds its
+input (bfloat16; whole numbers of 16 bits where processors have none): x itself is not, so that it is rounded
+once. The second sum is float32 and the same for all rows of a group. Codes are cpu_blocks', in its layout.
+
+    buffers   data, table          cpu_blocks', of the rows group by group
+              column_scale         (groups, columns of whole tiles), as stored; zeros behind the last column
+              column_zero          alike, where the column's level has zero points
+              row_groups           int32 (out,), of scattered rows
+
+Bytes are the scheme's, but that rows of a group are filled up: 16 and more cost nothing, 8 twice their codes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels import native, packed_linear
+from lowbit.kernels.cpu_blocks import CpuBlocks
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.packed_linear import COLUMNS, ROWS, SCALES_BF16, SCALES_F16, SCALES_F32, NativeWeight
+from lowbit.kernels.step_plan import Operation
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+_BLOCKS = CpuBlocks()
+_KINDS = {"f16": SCALES_F16, "bf16": SCALES_BF16, "f32": SCALES_F32}
+_LARGEST_GROWTH = 2.0  # packed bytes to the scheme's own; what is refused runs many times slower
+
+
+class _Description(ctypes.Structure):
+    """lowbit_column_weight."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "zeros")),
+        *((name, ctypes.c_void_p) for name in ("first_row", "first_block", "places")),
+        *((name, ctypes.c_int64) for name in ("groups", "columns")),
+        *((name, ctypes.c_int32) for name in ("kind", "most_blocks")),
+    )
+
+
+@cache
+def _operation() -> Operation | None:
+    library = native.library()
+    if library is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    arguments = (pointer, pointer, number, number, pointer, number)
+    return Operation(library, "linear_columns", arguments, _no_memory)
+
+
+def _no_memory(_: int) -> Exception:
+    return MemoryError("no memory for a product's input")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows make up each group, and where they are packed."""
+
+    first_row: Tensor  # int32 (groups + 1,): in ``order``
+    first_block: Tensor  # int32 (groups + 1,)
+    order: Tensor | None  # int32 (out,): rows group by group, None: as they are
+
+    @staticmethod
+    def of(scheme: Scheme, rows: int, groups: int, row_groups: Tensor | None) -> _Rows:
+        """ValueError where they cannot be."""
+        height = scheme.blocks[-1][0] or rows
+        order = None
+        if not scheme.scattered:
+            if groups != -(-rows // height):
+                raise ValueError(f"{groups} groups of {rows} rows, {height} each")
+            counts = torch.full((groups,), height)
+            counts[-1] = rows - (groups - 1) * height
+        elif row_groups is None or row_groups.shape != (rows,):
+            raise ValueError(f"no groups of {rows} rows")
+        else:
+            if int(row_groups.min()) < 0 or int(row_groups.max()) >= groups:
+                raise ValueError(f"rows of other than {groups} groups")
+            counts = torch.bincount(row_groups.long(), minlength=groups)
+            order = row_groups.long().argsort(stable=True).to(torch.int32)
+        return _Rows(_ends(counts), _ends((counts + ROWS - 1) // ROWS), order)
+
+    @property
+    def _starts(self) -> Tensor:
+        """int64 (rows,): what is added to a row's place in ``order`` to have its packed one."""
+        counts = self.first_row.diff()
+        return (self.first_block[:-1] * ROWS - self.first_row[:-1]).repeat_interleave(counts).long()
+
+    @property
+    def packed(self) -> Tensor:
+        """int64 (packed rows,): the row packed there; a group's last again where it is filled up."""
+        blocks = self.first_block.diff()
+        firsts = (self.first_row[:-1] - self.first_block[:-1] * ROWS).repeat_interleave(blocks * ROWS)
+        lasts = (self.first_row[1:] - 1).repeat_interleave(blocks * ROWS)
+        places = torch.minimum(torch.arange(len(lasts)) + firsts, lasts)
+        return places if self.order is None else self.order[places].long()
+
+    @property
+    def places(self) -> Tensor:
+        """int64 (rows,): where each row is packed."""
+        there = torch.arange(len(self._starts)) + self._starts
+        return there if self.order is None else torch.empty_like(there).scatter_(0, self.order.long(), there)
+
+
+def _ends(counts: Tensor) -> Tensor:
+    return torch.cat((torch.zeros(1, dtype=torch.long), counts.cumsum(0))).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class ColumnsWeight(PackedWeight):
+    """A PackedWeight with the codes as cpu_blocks has them, and what the native code reads."""
+
+    codes: NativeWeight = field(kw_only=True, repr=False)
+    rows: _Rows = field(kw_only=True, repr=False)
+    description: _Description = field(kw_only=True, repr=False)
+
+
+def _inner(scheme: Scheme) -> Scheme | str:
+    """The scheme of the codes without the columns' scales, or why there is none."""
+    rows, width = scheme.blocks[-1] if scheme.blocks else (1, 0)
+    if scheme.flattened or width != 1 or rows == 1:
+        return "no scale is that of a column of several rows"
+    if scheme.offset or scheme.reordered:
+        return "scales of columns beside offsets or act-order"
+    if len(scheme.blocks) > 2 or any(height > 1 for height, _ in scheme.blocks[:-1]):
+        return f"{len(scheme.blocks)} levels of blocks of several rows"
+    if scheme.scales[-1].name not in _KINDS:
+        return f"columns' scales are {scheme.scales[-1].name}"
+    bare = replace(scheme, scattered=False, blocks=scheme.blocks[:-1], scales=scheme.scales[:-1])
+    if bare.blocks:
+        return bare
+    # A scale of 1 for each row, which the layout asks for.
+    return replace(bare, blocks=((1, 0),), scales=(number_format("f16"),), zero="none")
+
+
+def _column_zeros(scheme: Scheme) -> bool:
+    """Whether zero points are the columns', too."""
+    return scheme.zero != "none" and len(scheme.blocks) == 1
+
+
+def _packed_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, columns) of the packed codes, where groups are full."""
+    rows, height = shape[0], scheme.blocks[-1][0] or shape[0]
+    full, rest = divmod(rows, height)
+    return full * (-(-height // ROWS) * ROWS) + -(-rest // ROWS) * ROWS, shape[1]
+
+
+class CpuColumns:
+    """See the module docstring."""
+
+    name = "cpu_columns"
+    computes = "as stored"
+    layout = 1
+    steady = True
+    runs = "quantized"
+
+    def serves(self, device: torch.device) -> bool:
+        """CPUs."""
+        return device.type == "cpu"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the scheme cannot run here, or None."""
+        if reason := packed_linear.unusable(device):
+            return reason
+        if len(shape) != 2:
+            return "stacked experts"
+        if scheme.is_dense:
+            return "weights are not quantized"
+        if scheme.activation is not None:
+            return f"the scheme quantizes its input ({scheme.activation})"
+        inner = _inner(scheme)
+        if isinstance(inner, str):
+            return inner
+        if reason := _BLOCKS.refuses(inner, _packed_shape(scheme, shape), device):
+            return reason
+        # Judged as a weight of whole tiles, as cpu_blocks is.
+        height = scheme.blocks[-1][0] or -(-shape[0] // ROWS) * ROWS
+        tall = (-(-shape[0] // height) * height, -(-shape[1] // COLUMNS) * COLUMNS)
+        own, packed = scheme.bits_per_weight(tall) * tall[0] * tall[1] / 8, self.nbytes(scheme, tall)
+        if packed > _LARGEST_GROWTH * own:
+            return f"would take {packed} bytes, the scheme's own are {own:.0f}"
+        return None
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never: codes are exact, scales are applied in float32."""
+        return False
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of the tiles, and of the columns' scales and zero points."""
+        inner = _inner(scheme)
+        assert not isinstance(inner, str), "refuses() was asked first"
+        groups = -(-shape[0] // (scheme.blocks[-1][0] or shape[0]))
+        numbers = groups * -(-shape[1] // COLUMNS) * COLUMNS * (1 + _column_zeros(scheme))
+        return (
+            _BLOCKS.nbytes(inner, _packed_shape(scheme, shape)) + numbers * int(scheme.scales[-1].bits) // 8
+        )
+
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: what is rounded is x under the columns' scales."""
+        return False
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """Rows group by group, codes in cpu_blocks' layout, the columns' numbers beside them."""
+        scheme, inner = weight.scheme, _inner(weight.scheme)
+        assert not isinstance(inner, str), "refuses() was asked first"
+        column_scale = weight.scales[-1]
+        rows = _Rows.of(scheme, weight.shape[0], len(column_scale), weight.row_groups)
+        single = len(weight.scales) == 1
+        codes = replace(
+            weight,
+            scheme=inner,
+            scales=(torch.ones(weight.shape[0], 1, dtype=torch.float16),) if single else weight.scales[:-1],
+            zeros=None if single else weight.zeros,
+            row_groups=None,
+        ).permute_rows(rows.packed)
+        packed = _BLOCKS.pack(codes, device)
+        assert isinstance(packed, NativeWeight), "cpu_blocks packs such"
+        padding = (0, packed.description.columns - weight.shape[1])
+        buffers = packed.buffers | {"column_scale": torch.nn.functional.pad(column_scale, padding)}
+        if _column_zeros(scheme):
+            assert weight.zeros is not None, "its scheme has zero points"
+            zeros = weight.zeros.to(column_scale.dtype)
+            buffers["column_zero"] = torch.nn.functional.pad(zeros, padding)
+        if weight.row_groups is not None:
+            buffers["row_groups"] = weight.row_groups.to(torch.int32)
+        buffers = {name: buffer.contiguous() for name, buffer in buffers.items()}
+        return self.restore(scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        inner = _inner(scheme)
+        if isinstance(inner, str):
+            raise ValueError(f"{origin}: {inner}")
+        numbers = [buffers["column_scale"]] + ([buffers["column_zero"]] if _column_zeros(scheme) else [])
+        try:
+            rows = _Rows.of(scheme, shape[0], len(numbers[0]), buffers.get("row_groups"))
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from None
+        packed_shape = (int(rows.first_block[-1]) * ROWS, shape[1])
+        codes = _BLOCKS.restore(inner, packed_shape, buffers, origin)
+        assert isinstance(codes, NativeWeight), "cpu_blocks packs such"
+        wanted = (len(rows.first_row) - 1, codes.description.columns)
+        for found in numbers:
+            if found.shape != wanted or found.dtype is not scheme.scales[-1].dtype:
+                raise ValueError(f"{origin}: columns' numbers are {found.dtype} {list(found.shape)}")
+        described = _Description(
+            codes.address,
+            *(numbers[i].data_ptr() if i < len(numbers) else None for i in range(2)),
+            rows.first_row.data_ptr(),
+            rows.first_block.data_ptr(),
+            None if rows.order is None else rows.order.data_ptr(),
+            wanted[0],
+            shape[1],
+            _KINDS[scheme.scales[-1].name],
+            int(rows.first_block.diff().max()),
+        )
+        return ColumnsWeight(
+            self, scheme, shape, buffers, origin, codes=codes, rows=rows, description=described
+        )
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again."""
+        assert isinstance(packed, ColumnsWeight), "packed by this kernel"
+        columns, buffers, scheme = packed.shape[1], packed.buffers, packed.scheme
+        codes = _BLOCKS.unpack(packed.codes).permute_rows(packed.rows.places)
+        zeros = codes.zeros
+        if "column_zero" in buffers:
+            zeros = buffers["column_zero"][:, :columns]
+            zeros = zeros.to(torch.uint8) if scheme.zero == "integer" else zeros
+        inner = scheme.blocks[:-1] and codes.scheme.blocks  # groups may have been cut
+        groups = buffers.get("row_groups")
+        return replace(
+            codes,
+            scheme=replace(scheme, blocks=(*inner, scheme.blocks[-1])),
+            scales=(*(codes.scales if inner else ()), buffers["column_scale"][:, :columns]),
+            zeros=zeros,
+            row_groups=None if groups is None else groups.long(),
+        )
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """float32 (tokens, in) -> float32 (tokens, out)."""
+        assert isinstance(packed, ColumnsWeight), "packed by this kernel"
+        if x.dtype is not torch.float32:
+            x = x.float()
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        (tokens, columns), rows = x.shape, packed.shape[0]
+        if columns != packed.shape[1]:
+            raise LowbitError(
+                "E0703", f"{packed.origin}: input has {columns} columns, weight {packed.shape[1]}"
+            )
+        if out is None:
+            out = torch.empty(tokens, rows)
+        assert out.dtype is torch.float32 and out.stride(1) == 1 and out.shape == (tokens, rows)
+        run = _operation()
+        assert run is not None, "packed by a native kernel"
+        run(
+            ctypes.addressof(packed.description),
+            x.data_ptr(),
+            tokens,
+            x.stride(0),
+            out.data_ptr(),
+            out.stride(0),
+        )
+        return out
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in)."""
+        assert isinstance(packed, ColumnsWeight), "packed by this kernel"
+        wanted, out = ids.long(), packed.shape[0]
+        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < out:
+            raise LowbitError("E0703", f"{packed.origin}: a row outside 0..{out - 1} was asked for")
+        places = packed.rows.places[wanted]
+        found = packed_linear.rows(packed.codes, places)
+        group = torch.searchsorted(packed.rows.first_block.long() * ROWS, places, right=True) - 1
+        columns = packed.shape[1]
+        if "column_zero" in packed.buffers:
+            found -= packed.buffers["column_zero"][group, :columns].float()
+        return found * packed.buffers["column_scale"][group, :columns].float()
