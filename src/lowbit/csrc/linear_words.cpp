@@ -158,6 +158,7 @@ BlockFunction byte_table_function([[maybe_unused]] const Layout& layout) {
 }
 
 BlockFunction wide_function(const Layout& layout) {
+    if (is_vectors(layout.codes)) return vector_function(layout);
     if (layout.codes == Codes::words4) return without_addend<Codes::words4, WordKind::wide>(layout);
     if constexpr (CODES_AS_WORDS) {
         if (layout.codes == Codes::bits4) return without_addend<Codes::bits4, WordKind::wide>(layout);
