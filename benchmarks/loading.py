@@ -21,14 +21,14 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from watched_load import SLACK, load, memory, printed
 
 FORMATS = ("bf16", "gptq", "gptq act-order", "awq", "fp8 block", "compressed-tensors W4A16", "nf4")
-SLACK = 300 << 20
+UNBACKED = ("RssAnon", "RssShmem")  # no file is behind them; the second: pages of a KV cache
 VOCABULARY = 32_000
 
 
@@ -159,44 +159,6 @@ def write_model(folder: Path, kind: str, layers: int, hidden: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-LOWBIT = """
-import json, sys, threading, time
-import torch
-from lowbit.checkpoint import open_checkpoint
-from lowbit.kernels import native
-from lowbit.loading import load_model, plan_model
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-header = open_checkpoint(sys.argv[1])
-plan = plan_model(header)
-native.library()
-before = peak = anonymous()
-done = False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-start = time.perf_counter()
-model = load_model(header)
-seconds = time.perf_counter() - start
-done = True
-watcher.join()
-weights = [w for block in model.blocks for l in (block.qkv, block.output, block.mlp.gate_up, block.mlp.down)
-           for w in l.weights] + model.head.weights + [model.embedding.weight]
-own = sum(w.shape[0] * w.shape[1] * w.scheme.bits_per_weight(w.shape) / 8 for w in weights)
-print(json.dumps({"seconds": seconds, "peak": peak - before, "packed": sum(w.nbytes for w in weights), "own":
-own,
-                  "module": plan.peak_bytes - plan.weight_bytes, "stored": header.nbytes,
-                  "kernels": sorted(model.kernels)}))
-"""
 # What the two processes of a server hold before they know of a model.
 IMPORTS = (
     "import lowbit.commands.serve, lowbit.server.app, lowbit.tokenization, uvicorn",
@@ -212,26 +174,10 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 """
 
 
-def run(script: str, folder: Path) -> Any:
-    """The JSON a fresh process prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def unbacked(status: str) -> int:
-    """Bytes no file backs, by /proc/PID/status: anonymous ones and shared ones (pages of a KV cache)."""
-    lines = (line.split() for line in status.splitlines())
-    return sum(int(words[1]) << 10 for words in lines if words[0] in ("RssAnon:", "RssShmem:"))
-
-
 def anonymous(pid: int) -> int:
     """Unbacked bytes of a process; 0 when it is gone."""
     with contextlib.suppress(OSError):
-        return unbacked(Path(f"/proc/{pid}/status").read_text())
+        return memory(Path(f"/proc/{pid}/status").read_text(), *UNBACKED)
     return 0
 
 
@@ -248,7 +194,7 @@ def with_children(pid: int) -> list[int]:
 def imports() -> int:
     """Anonymous bytes after the imports of both processes."""
     script = "\nimport json; print(json.dumps(open('/proc/self/status').read()))"
-    return sum(unbacked(run(imported + script, Path())) for imported in IMPORTS)
+    return sum(memory(printed("-c", imported + script), *UNBACKED) for imported in IMPORTS)
 
 
 def served_peak(folder: Path) -> int:
@@ -295,13 +241,13 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_model(folder, kind, options.layers, options.hidden)
-            run(LOWBIT, folder)  # the files' pages are in memory from here on
-            found = run(LOWBIT, folder)
+            load(folder)  # the files' pages are in memory from here on
+            found = load(folder)
             if kind == "bf16":
-                run(TRANSFORMERS, folder)
-                rival = run(TRANSFORMERS, folder)["seconds"]
+                printed("-c", TRANSFORMERS, str(folder))
+                rival = printed("-c", TRANSFORMERS, str(folder))["seconds"]
             served = served_peak(folder) - imported
-        bound = found["packed"] + found["module"] + SLACK
+        bound = found["packed"] + found["predicted"] - found["planned"] + SLACK
         cells = (
             f"{found['packed'] / mib:.0f} M",
             f"{found['packed'] / found['own']:.3f}",

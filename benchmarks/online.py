@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from watched_load import SLACK, load
 
 from loading import write_model
 
@@ -22,61 +22,6 @@ METHODS = (
     *("fp8", "fp8:weights=block", "w8a8_int8", "int8", "rtn", "int3", "mxfp4", "nvfp4", "nf4", "hqq"),
     *("gguf:type=q4_k_m", "gguf:type=q4_0", "gguf:type=q8_0", "int8dq", "int4wo-128"),
 )
-SLACK = 300 << 20
-
-CHILD = """
-import json, sys, threading, time
-import torch
-from lowbit.checkpoint import open_checkpoint
-from lowbit.kernels import native
-from lowbit.loading import load_model, plan_model
-from lowbit.quantize.method import build_method
-from lowbit.quantize.recipe import Asked
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-header = open_checkpoint(sys.argv[1])
-asked = Asked(sys.argv[2] or None)
-plan = plan_model(header, quantization=asked)
-recipe = asked.recipe()
-for spec in recipe.methods if recipe else ():
-    build_method(spec)  # its module is an import, too
-native.library()
-before = peak = anonymous()
-done = False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.002)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-start = time.perf_counter()
-model = load_model(header, quantization=asked)
-seconds = time.perf_counter() - start
-done = True
-watcher.join()
-largest = max(2 * m.shape[0] * m.shape[1] for m in plan.modules)
-own = sum(m.shape[0] * m.shape[1] * m.scheme.bits_per_weight(m.shape) / 8 for m in plan.modules)
-print(json.dumps({"seconds": seconds, "peak": peak - before, "packed": model.weight_bytes, "own": own,
-                  "predicted": plan.peak_bytes, "module": largest, "stored": header.nbytes,
-                  "kernels": sorted(model.kernels)}))
-"""
-
-
-def run(folder: Path, method: str) -> dict[str, float]:
-    """The JSON a fresh process prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), method], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{method}: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def main() -> None:
@@ -91,13 +36,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder, "bf16", options.layers, options.hidden)
-        run(folder, "")  # the files' pages are in memory from here on
-        plain = run(folder, "")
+        load(folder)  # the files' pages are in memory from here on
+        plain = load(folder)
         print(f"bf16: {plain['stored'] / 1e9:.2f} GB, loaded in {plain['seconds']:.2f} s")
         print(f"{'method':18} " + " ".join(f"{title:>10}" for title in titles))
         for method in options.methods:
-            found = run(folder, method)
-            bound = found["packed"] + 2 * found["module"] + SLACK
+            found = load(folder, method)
+            bound = found["packed"] + 2 * found["largest"] + SLACK
             cells = (
                 f"{found['packed'] / mib:.0f} M",
                 f"{found['packed'] / found['own']:.3f}",

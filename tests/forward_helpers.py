@@ -70,3 +70,8 @@ def prompt_logits(model: Model, prompts: list[list[int]]) -> list[Tensor]:
     batch = chunk_batch(sequences, state_slots=list(range(len(prompts))))
     logits = model.forward(batch, allocate(model, sum(counts)))
     return list(logits.split([len(prompt) for prompt in prompts]))
+
+
+def differences(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Of logits (tokens, vocabulary): each token's largest difference, as a part of its largest logit."""
+    return (logits - wanted).abs().amax(1) / wanted.abs().amax(1)

@@ -19,7 +19,7 @@ import torch
 
 from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
-from lowbit.kernels import LinearKernel, PackedWeight, choose, cpu_blocks, linear_kernels, native
+from lowbit.kernels import LinearKernel, PackedWeight, choose, code_tables, linear_kernels, native
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_dense import CpuDense
 from lowbit.kernels.cpu_vectors import CpuVectors
@@ -268,7 +268,7 @@ def multiplied(weight: QuantizedTensor) -> torch.Tensor:
     fmt = weight.scheme.weight
     if fmt.name not in WHOLE_TABLES:
         return normal_form(weight).double()
-    whole, factor = cpu_blocks._words(fmt)
+    whole, factor = code_tables.whole_table(fmt)
     values = NumberFormat("whole numbers", 4, tuple((whole * factor).tolist()))
     return normal_form(replace(weight, scheme=replace(weight.scheme, weight=values))).double()
 

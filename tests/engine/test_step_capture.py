@@ -33,7 +33,8 @@ from lowbit.kernels.reference import Reference
 from lowbit.layers.mlp import MixtureOfExperts
 from lowbit.loading import load_model
 from lowbit.models.decoder import Decoder
-from lowbit.models.deepseek import Deepseek
+from lowbit.models.deepseek import LatentAttention
+from lowbit.models.mixer_model import MixerModel
 from lowbit.models.model import Model
 from lowbit.numerics.llm_int8 import llm_int8_inputs
 from lowbit.numerics.number_formats import number_format
@@ -327,8 +328,10 @@ def test_latent_rows_with_a_scale(tmp_path: Path) -> None:
 
     def make() -> Model:
         model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
-        assert isinstance(model, Deepseek)
-        model.blocks = [replace(b, attention=replace(b.attention, k_scale=0.37)) for b in model.blocks]
+        assert isinstance(model, MixerModel)
+        for n, block in enumerate(model.blocks):
+            assert isinstance(block.mixer, LatentAttention)
+            model.blocks[n] = replace(block, mixer=replace(block.mixer, k_scale=0.37))
         return model
 
     capture = check(make)

@@ -10,7 +10,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.loading.source_modules import SourceModel
-from lowbit.models.config import architecture_of
+from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import ARCHITECTURES, SEEING
 from lowbit.models.registry import MODULES, Family
 

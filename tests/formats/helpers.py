@@ -64,6 +64,15 @@ def expected(folder: Path) -> dict[str, Tensor]:
     return {name.removesuffix(".weight"): tensor for name, tensor in found.items()}
 
 
+def check_values(folder: Path) -> None:
+    """Every module that the tool dequantized has its values, to the last bit, and the scheme that is told."""
+    for name, values in expected(folder).items():
+        shape = (values.shape[0], values.shape[1])
+        found = read(folder, name, shape, strict=True).weight
+        assert torch.equal(found.dequantize(), values.float()), f"{name}: {found.scheme}"
+        assert found.scheme == reader_of(folder).scheme_of(StoredModule(name, name, shape))
+
+
 def last_bit(dtype: torch.dtype, values: Tensor) -> Tensor:
     """The distance between neighbouring numbers of ``dtype`` around float32 ``values``."""
     exponent = torch.frexp(values.abs().clamp(min=float(torch.finfo(dtype).tiny)))[1] - 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from formats.helpers import expected, fixture_cases, header_of, read, reader_of
+from formats.helpers import check_values, fixture_cases, header_of, read, reader_of
 from formats.mutations import Seed, with_leaf
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
@@ -29,11 +29,7 @@ def case(name: str) -> Path:
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_the_tools_own_values(folder: Path) -> None:
-    for name, values in expected(folder).items():
-        shape = (values.shape[0], values.shape[1])
-        found = read(folder, name, shape, strict=True).weight
-        assert torch.equal(found.dequantize(), values), f"{name}: {found.scheme}"
-        assert found.scheme == reader_of(folder).scheme_of(StoredModule(name, name, shape))
+    check_values(folder)
 
 
 def test_what_the_cases_cover() -> None:

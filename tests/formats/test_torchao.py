@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from formats.helpers import expected, fixture_cases, header_of, read, reader_of, write_folder
+from formats.helpers import check_values, expected, fixture_cases, header_of, read, reader_of, write_folder
 from formats.mutations import Seed, leaves, verdict, with_leaf
 from formats.writing_cases import convert_and_compare, cruel, fixtures_it_takes, round_trip, scheme
 from forward_helpers import prompt_logits
@@ -47,11 +47,7 @@ def shape_of(folder: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_the_tools_own_values(folder: Path) -> None:
-    for name, values in expected(folder).items():
-        shape = (values.shape[0], values.shape[1])
-        found = read(folder, name, shape, strict=True).weight
-        assert torch.equal(found.dequantize(), values), f"{name}: {found.scheme}"
-        assert found.scheme == reader_of(folder).scheme_of(StoredModule(name, name, shape))
+    check_values(folder)
 
 
 def test_what_the_cases_cover() -> None:

@@ -313,7 +313,9 @@ def test_lengths_come_from_the_host_and_never_from_a_recorded_step() -> None:
         assert found.decodes and found.indices.tolist() == [*pages[0][:2], *pages[1][:2]]
         assert found.page_starts.tolist() == [0, 2, 4] and found.last_lengths.tolist() == [15, 16]
         assert found.query_starts.tolist() == [0, 1, 2]
-    assert StaticBatch((8, 8, 8), CPU).fill(told, 64).host_lengths is None
+    static = StaticBatch((8, 8, 8), CPU)
+    static.fill(told)
+    assert static.view(2, 2, 16, 64).host_lengths is None
     assert told.to(CPU).host_lengths is told.host_lengths
 
 

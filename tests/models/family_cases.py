@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from forward_helpers import prompt_logits
+from forward_helpers import differences, prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.loading import load_model
+from lowbit.models.model import Model
 
 SIZES = {
     "hidden_size": 64,
@@ -58,16 +59,32 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, Te
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
-def check_logits(path: Path, oracle: Callable[[Tensor], Tensor] | Any, tolerance: float = 1e-4) -> None:
-    """The checkpoint's logits in float32 against the oracle's, of a transformers model or a function."""
+def check_logits(
+    path: Path,
+    oracle: Callable[[Tensor], Tensor] | Any,
+    tolerance: float = 1e-4,
+    lengths: tuple[int, ...] = (3, 45, 150),
+) -> Model:
+    """The checkpoint's logits in float32 against the oracle's, of a transformers model or a function, on
+    prompts of these lengths; the model."""
     model = load_model(open_checkpoint(str(path)), device="cpu", dtype="float32")
     generator = torch.Generator().manual_seed(2)
     vocabulary = min(131, model.vocab_size)
-    prompts = [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in (3, 45, 150)]
+    prompts = [torch.randint(1, vocabulary, (n,), generator=generator).tolist() for n in lengths]
     prompts = [prompt[: model.context_length] for prompt in prompts]
     for prompt, logits in zip(prompts, prompt_logits(model, prompts), strict=True):
         with torch.no_grad():
             given = oracle(torch.tensor([prompt]))
-        expected = (given if isinstance(given, Tensor) else given.logits)[0]
-        worst = ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max()
+        wanted = (given if isinstance(given, Tensor) else given.logits)[0]
+        worst = differences(logits, wanted).max()
         assert worst <= tolerance, f"{path.name}: {worst:.2e}"
+    return model
+
+
+def check_stored_logits(folder: Path, name: str, tolerance: float) -> None:
+    """A GGUF file's logits in float32 against those that lie beside it."""
+    stored = load_file(folder / f"{name}.safetensors")
+    model = load_model(open_checkpoint(str(folder / f"{name}.gguf")), device="cpu", dtype="float32")
+    [logits] = prompt_logits(model, [stored["tokens"].flatten().tolist()])
+    worst = differences(logits, stored["logits"].view(logits.shape)).max()
+    assert worst <= tolerance, f"{name}: {worst:.2e} on {sorted(model.kernels)}"

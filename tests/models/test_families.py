@@ -12,22 +12,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
-from lowbit.loading import load_model, plan_model
+from lowbit.loading import plan_model
+from models.family_cases import SIZES, check_logits
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 131,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-}
 GEMMA = {"head_dim": 32, "sliding_window": 32, "query_pre_attn_scalar": 48}
 LONGROPE = {
     "rope_type": "longrope",
@@ -184,16 +173,8 @@ def make_checkpoint(case: str, folder: Path) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     oracle = make_checkpoint(case, tmp_path)
-    model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
-    generator = torch.Generator().manual_seed(2)
     # A LongRoPE model uses its long factors at every length; transformers only past the trained one.
-    lengths = (150,) if "longrope" in case else (3, 45, 150)
-    prompts = [torch.randint(1, 131, (n,), generator=generator).tolist() for n in lengths]
-    for prompt, logits in zip(prompts, prompt_logits(model, prompts), strict=True):
-        with torch.no_grad():
-            expected = oracle(torch.tensor([prompt])).logits[0]
-        worst = ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max()
-        assert worst <= 1e-4, f"{case}: {worst:.2e}"
+    check_logits(tmp_path, oracle, lengths=(150,) if "longrope" in case else (3, 45, 150))
 
 
 WRONG = [

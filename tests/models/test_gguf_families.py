@@ -12,12 +12,13 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from forward_helpers import prompt_logits
+from forward_helpers import differences, prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
 from lowbit.numerics.number_formats import number_format
+from models.family_cases import check_stored_logits
 from numerics.test_block_layouts import F16_FIELDS, dequantized, random_blocks
 from numerics.test_block_layouts import NAMES as TYPES
 
@@ -31,7 +32,7 @@ def test_logits(name: str) -> None:
     model = load_model(open_checkpoint(str(FOLDER / f"{name}.gguf")), device="cpu", dtype="float32")
     [logits] = prompt_logits(model, [expected["tokens"].flatten().tolist()])
     wanted = expected["logits"].view(logits.shape)
-    worst = ((logits - wanted).abs().amax(1) / wanted.abs().amax(1)).max()
+    worst = differences(logits, wanted).max()
     # Quantized weights meet inputs rounded to bfloat16 in the native kernels.
     assert worst <= (1e-3 if model.kernels == {"cpu_dense"} else 3e-2), f"{name}: {worst:.2e}"
 
@@ -39,12 +40,7 @@ def test_logits(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_on_torch_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
-    expected = load_file(FOLDER / f"{name}.safetensors")
-    model = load_model(open_checkpoint(str(FOLDER / f"{name}.gguf")), device="cpu", dtype="float32")
-    [logits] = prompt_logits(model, [expected["tokens"].flatten().tolist()])
-    wanted = expected["logits"].view(logits.shape)
-    worst = ((logits - wanted).abs().amax(1) / wanted.abs().amax(1)).max()
-    assert worst <= 1e-3, f"{name}: {worst:.2e}"
+    check_stored_logits(FOLDER, name, 1e-3)
 
 
 def test_plan_counts_experts() -> None:
@@ -191,5 +187,5 @@ def test_every_block_type_in_a_whole_model(
             monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
         model = load_model(open_checkpoint(str(tmp_path / "m.gguf")), device="cpu", dtype="float32")
         [logits] = prompt_logits(model, [tokens])
-        worst = ((logits - wanted).abs().amax(1) / wanted.abs().amax(1)).max()
+        worst = differences(logits, wanted).max()
         assert worst <= limit, f"{worst:.2e} on {sorted(model.kernels)}"

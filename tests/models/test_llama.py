@@ -17,6 +17,7 @@ from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.loading import load_model, plan_model
+from models.family_cases import check_logits
 
 BASE = {
     "hidden_size": 64,
@@ -78,15 +79,7 @@ def make_checkpoint(folder: Path, **changes: object) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_transformers(variant: str, tmp_path: Path) -> None:
-    oracle = make_checkpoint(tmp_path, **VARIANTS[variant])
-    model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
-    generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(0, 131, (n,), generator=generator).tolist() for n in (1, 37, 150)]
-    for prompt, logits in zip(prompts, prompt_logits(model, prompts), strict=True):
-        with torch.no_grad():
-            expected = oracle(torch.tensor([prompt])).logits[0]
-        worst = ((logits - expected).abs().amax(1) / expected.abs().amax(1)).max()
-        assert worst <= 1e-4, f"{variant}: {worst:.2e}"
+    check_logits(tmp_path, make_checkpoint(tmp_path, **VARIANTS[variant]), lengths=(1, 37, 150))
 
 
 def test_older_config_spelling_means_the_same(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from forward_helpers import prompt_logits
+from forward_helpers import differences, prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
@@ -102,12 +102,12 @@ def write(
     return folder
 
 
-def differences(folder: Path, model: transformers.PreTrainedModel) -> Tensor:
+def distances(folder: Path, model: transformers.PreTrainedModel) -> Tensor:
     loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
     [logits] = prompt_logits(loaded, [TOKENS])
     with torch.no_grad():
         wanted = model(torch.tensor([TOKENS])).logits[0]
-    return (logits - wanted).abs().amax(1) / wanted.abs().amax(1)
+    return differences(logits, wanted)
 
 
 def spelled(leaves: dict[str, str], container: str) -> Callable[[str], str]:
@@ -135,13 +135,13 @@ SPELLINGS = {
 def test_mixtral_under_every_spelling(case: str, tmp_path: Path) -> None:
     model = made("Mixtral")
     tensors = {SPELLINGS[case](name): tensor for name, tensor in per_expert(model).items()}
-    assert differences(write(tmp_path, model, tensors, None), model).max() <= 1e-4
+    assert distances(write(tmp_path, model, tensors, None), model).max() <= 1e-4
 
 
 def test_stacked_experts(tmp_path: Path) -> None:
     """transformers 5 keeps them stacked in memory; a checkpoint may be that, too."""
     model = made("Qwen3Moe")
-    assert differences(write(tmp_path, model, dict(model.state_dict()), None), model).max() <= 1e-4
+    assert distances(write(tmp_path, model, dict(model.state_dict()), None), model).max() <= 1e-4
 
 
 def quantize_experts(
@@ -218,7 +218,7 @@ def test_quantized_experts(name: str, fmt: str, tmp_path: Path) -> None:
     plan = plan_model(open_checkpoint(str(folder)))
     experts = [module for module in plan.modules if ".experts." in module.name]
     assert len(experts) == 2 * EXPERTS * 3 and not any(module.scheme.is_dense for module in experts)
-    found = differences(folder, model)
+    found = distances(folder, model)
     # gptq: inputs rounded to bfloat16 by the kernel; the others quantize them, which may tip a router
     assert found.max() <= 0.03 if fmt == "gptq" else found.median() <= 0.1
 
@@ -285,7 +285,7 @@ def test_gpt_oss_one_by_one(case: str, tmp_path: Path) -> None:
     """A matrix of gate and up has them in turn, under whatever name; matrices of their own do not."""
     model = made("GptOss")
     folder = write(tmp_path, model, gpt_oss_one_by_one(model, *GPT_OSS[case]), None)
-    assert differences(folder, model).max() <= 1e-4
+    assert distances(folder, model).max() <= 1e-4
 
 
 def nf4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -330,5 +330,5 @@ def test_gpt_oss_one_by_one_quantized(
         found = write(tmp_path / folder, model, tensors, said)
         loaded = load_model(open_checkpoint(str(found)), device="cpu", dtype="float32")
         logits += prompt_logits(loaded, [TOKENS])
-    difference = (logits[0] - logits[1]).abs().amax(1) / logits[1].abs().amax(1)
+    difference = differences(logits[0], logits[1])
     assert difference.max() <= 1e-4

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from forward_helpers import prompt_logits
+from forward_helpers import differences, prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats import Notes, StoredModule, detect
@@ -97,7 +97,7 @@ def distance(folder: Path, rounded: frozenset[str] = frozenset()) -> tuple[Tenso
     [logits] = prompt_logits(model, [tokens])
     with torch.no_grad():
         wanted = oracle(folder, rounded)(torch.tensor([tokens])).logits[0]
-    return (logits - wanted).abs().amax(1) / wanted.abs().amax(1), model.kernels
+    return differences(logits, wanted), model.kernels
 
 
 def quantizes_inputs(folder: Path) -> bool:
@@ -196,7 +196,7 @@ def test_logits_of_methods_without_a_tool(
         prompt_logits(model, [TOKENS])[0]
         for model in (chosen, load_model(open_checkpoint(str(folder)), device="cpu", kv_cache_dtype="f32"))
     )
-    assert ((first - second).abs().amax(1) / second.abs().amax(1)).median() <= 0.02
+    assert differences(first, second).median() <= 0.02
 
 
 def test_a_tied_quantized_embedding(tmp_path: Path) -> None:

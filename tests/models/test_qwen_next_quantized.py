@@ -19,7 +19,8 @@ from lowbit.loading.calibrate import calibrate
 from lowbit.loading.convert import convert
 from lowbit.loading.opened import Opened
 from lowbit.loading.quantizing import quantized_checkpoint
-from lowbit.models.qwen_next import QwenNext
+from lowbit.models.mixer_model import MixerModel
+from lowbit.models.qwen_next import DeltaNet, GatedAttention
 from lowbit.quantize.calibration import CalibrationOptions
 from lowbit.quantize.recipe import Asked
 from models.test_qwen_next import loaded, make_checkpoint, prompts
@@ -110,8 +111,10 @@ def test_rows_that_cannot_move_are_gathered(folder: Path, tmp_path: Path) -> Non
     opened = Opened.of(open_checkpoint(str(folder)), Asked("fp8:weights=block"), False)
     quantized_checkpoint(opened, save=tmp_path / "small")
     model = loaded(tmp_path / "small")
-    assert isinstance(model, QwenNext)
-    first, last = model.blocks[0].mixer.inner, model.blocks[3].mixer.inner
+    assert isinstance(model, MixerModel)
+    delta_net, attention = model.blocks[0].mixer, model.blocks[3].mixer
+    assert isinstance(delta_net, DeltaNet) and isinstance(attention, GatedAttention)
+    first, last = delta_net.inner, attention.inner
     assert first.order is not None and last.order is not None
     # q of key head 0, then of head 1; plain b and a have moved as they were read.
     assert first.order[:64].tolist() == [*range(32), *range(320, 352)]

@@ -14,9 +14,11 @@ from torch import Tensor
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
+from lowbit.layers.norm import Norm
 from lowbit.loading import load_model
 from lowbit.loading.opened import Target
-from lowbit.models import decoder, deepseek
+from lowbit.models.language_model import LanguageModel
+from lowbit.models.mixer_model import MixerModel
 from lowbit.models.model import Model
 from models.family_cases import randomized
 
@@ -111,18 +113,17 @@ def test_bfloat16_activations_around_a_float32_stream(
     )
     model = load(tmp_path)
     seen: list[tuple[torch.dtype, ...]] = []
-    if isinstance(model, deepseek.Deepseek):
-        watched(deepseek, "add_rms_norm", seen, monkeypatch)
-        narrow = {(torch.bfloat16, torch.float32, torch.float32, torch.bfloat16)}
-        narrow |= {(torch.float32, torch.float32, torch.float32, torch.bfloat16)}  # a mixture's own sum
-        calls = 2 * len(model.blocks)
-        assert model.head.in_float32(torch.zeros(1, 64, dtype=torch.bfloat16)).dtype is torch.float32
-    else:
-        watched(decoder.Decoder, "forward_block", seen, monkeypatch)  # (under the norm, stream, the next)
-        narrow = {(torch.bfloat16, torch.float32, torch.bfloat16)}
-        calls = len(model.blocks)
+    added: list[tuple[torch.dtype, ...]] = []
+    assert isinstance(model, LanguageModel)
+    assert model.head.in_float32(torch.zeros(1, 64, dtype=torch.bfloat16)).dtype is torch.float32
+    watched(type(model), "forward_block", seen, monkeypatch)  # (under the norm, stream, the next)
+    if isinstance(model, MixerModel):
+        watched(Norm, "of_sum", added, monkeypatch)  # (what a half gave, stream, the next)
     logits = torch.cat(prompt_logits(model, prompts))
-    assert len(seen) == calls and set(seen) <= narrow
+    assert len(seen) == len(model.blocks)
+    assert set(seen) == {(torch.bfloat16, torch.float32, torch.bfloat16)}
+    assert len(added) == (2 * len(model.blocks) if isinstance(model, MixerModel) else 0)
+    assert set(added) <= {(x, torch.float32, torch.bfloat16) for x in (torch.bfloat16, torch.float32)}
     assert logits.dtype is torch.float32
     p, q = wanted.log_softmax(1), logits.log_softmax(1)
     divergence = (p.exp() * (p - q)).sum(1).mean()

@@ -196,7 +196,7 @@ class StepGraphs:
 
     def _static(self, batch: ForwardBatch, size: Size) -> ForwardBatch:
         """The batch in the static tensors, rows that it does not have as padding."""
-        self._inputs.fill(batch, size[1])
+        self._inputs.fill(batch)
         return self._inputs.pad(len(batch.query_lengths), size[0], self._page_size, size[1])
 
 

@@ -140,7 +140,7 @@ def _engine(
     from lowbit.engine import speed
     from lowbit.loading.online import is_float
     from lowbit.loading.samples import Samples
-    from lowbit.models.config import architecture_of
+    from lowbit.models.config_keys import architecture_of
     from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
 
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None

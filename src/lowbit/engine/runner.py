@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-import numpy as np
 from torch import Tensor
 
 from lowbit.engine.cuda_graphs import (
@@ -18,11 +17,11 @@ from lowbit.engine.cuda_graphs import (
     bucket_sizes,
     recorder_for,
 )
+from lowbit.engine.host_batch import HostBatch
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
 from lowbit.kernels.attention import LayerCache
-from lowbit.kernels.device_memory import upload
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.recurrent import LayerMemory, allocate_layer, state_bytes
 from lowbit.models.model import Model
@@ -128,55 +127,17 @@ class Runner:
 
         ``chosen``: int64, the tokens that the step in flight chooses, where chunks compute any of them.
         """
-        batch = self._batch(chunks, rows, chosen)
+        host = HostBatch.of(chunks, self._page_size, states=self._has_states)
         # A decode step: the newest token of every sequence, with drafts or none, and all rows wanted.
-        decodes = all(c.count == 1 for c in chunks) and rows == list(range(len(batch.tokens)))
-        if self._capture is not None and decodes:
+        decodes = all(c.count == 1 for c in chunks) and rows == list(range(len(host.tokens)))
+        if decodes and isinstance(self._capture, StepCapture):
+            logits = self._capture.replay(host)
+            if logits is not None:
+                return logits
+        batch = host.to(self._model.device, rows, chosen)
+        if decodes and self._capture is not None:
             return self._capture.run(batch)
         return self._run(batch)
 
     def _run(self, batch: ForwardBatch) -> Tensor:
         return self._model.forward(batch, self._caches)
-
-    def _batch(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None) -> ForwardBatch:
-        size = self._page_size
-        parts = [np.array(chunk.tokens, dtype=np.int32) for chunk in chunks]
-        queries = np.array([len(part) for part in parts], dtype=np.int32)
-        starts = np.array([chunk.sequence.computed for chunk in chunks], dtype=np.int32)
-        contexts = starts + queries
-        widths = -(-contexts // size)
-        table = np.zeros((len(chunks), int(widths.max())), dtype=np.int32)
-        for row, chunk in enumerate(chunks):
-            table[row, : widths[row]] = chunk.sequence.pages[: widths[row]]
-        tokens = np.concatenate(parts)
-        owners = np.repeat(np.arange(len(chunks)), queries)
-        firsts = np.cumsum(queries) - queries
-        positions = (np.arange(len(tokens)) - firsts[owners] + starts[owners]).astype(np.int32)
-        slots = (table[owners, positions // size] * size + positions % size).astype(np.int32)
-        device = self._model.device
-        arrays = [tokens, positions, slots, queries, contexts, table, np.array(rows, dtype=np.int32)]
-        if self._has_states:
-            arrays.append(np.array([chunk.sequence.slot for chunk in chunks], dtype=np.int32))
-        waiting = [place for place, chunk in enumerate(chunks) if chunk.source >= 0]
-        if waiting:
-            sources = np.array([chunks[place].source for place in waiting], dtype=np.int32)
-            arrays += [firsts[waiting].astype(np.int32), sources]
-        on_device = upload(arrays, device)
-        if waiting:
-            assert chosen is not None, "a step in flight chooses them"
-            places, sources_there = on_device[-2:]
-            on_device[0].index_copy_(0, places.long(), chosen.index_select(0, sources_there).int())
-        return ForwardBatch(
-            tokens=on_device[0],
-            positions=on_device[1],
-            write_slots=on_device[2],
-            query_lengths=on_device[3],
-            context_lengths=on_device[4],
-            page_table=on_device[5],
-            sample_rows=on_device[6].long(),
-            page_size=size,
-            max_query=int(queries.max()),
-            max_context=int(contexts.max()),
-            host_lengths=(queries, contexts),
-            state_slots=on_device[7] if self._has_states else None,
-        )

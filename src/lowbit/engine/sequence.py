@@ -92,7 +92,8 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens, those included that steps in flight are choosing."""
-        return len(self.tokens) + sum(flight.row >= 0 for flight in self.flights)
+        known = len(self.tokens)
+        return known + sum(flight.row >= 0 for flight in self.flights) if self.flights else known
 
     @property
     def pending(self) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowbit.engine.host_batch import HostBatch
 from lowbit.engine.static_batch import StaticBatch
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.step_plan import Arena, Recorder, StepPlan
@@ -51,25 +52,38 @@ class StepCapture:
         """Sizes with a plan, the least recently used first."""
         return list(self._plans)
 
-    def run(self, batch: ForwardBatch) -> Tensor:
-        """The logits of a decode step; the next one overwrites them."""
-        size = (len(batch.query_lengths), len(batch.tokens))
-        if self.refusal or (self._too_large and size[1] >= self._too_large):
-            return self._forward(batch)
-        self._grow(*size, batch.page_table.shape[1])
-        static = self._inputs.fill(batch, self._inputs.limits[2] * batch.page_size)
+    def replay(self, batch: HostBatch | ForwardBatch) -> Tensor | None:
+        """The logits of a decode step, which the next one overwrites; None where it has no plan (yet)."""
+        size = (batch.query_lengths.shape[0], batch.tokens.shape[0])
         plan = self._plans.get(size)
-        if plan is None:
-            return self._record(size, static)
+        if plan is None or not self._fits(*size, batch.page_table.shape[1]):
+            return None
+        self._inputs.fill(batch)
         self._plans.move_to_end(size)
         self.replayed += 1
         return plan.run()
 
+    def run(self, batch: ForwardBatch) -> Tensor:
+        """The logits of a decode step, recorded where it can be; the next one overwrites them."""
+        logits = self.replay(batch)
+        if logits is not None:
+            return logits
+        size = (len(batch.query_lengths), len(batch.tokens))
+        if self.refusal or (self._too_large and size[1] >= self._too_large):
+            return self._forward(batch)
+        self._grow(*size, batch.page_table.shape[1])
+        self._inputs.fill(batch)
+        static = self._inputs.view(*size, batch.page_size, self._inputs.limits[2] * batch.page_size)
+        return self._record(size, static)
+
+    def _fits(self, *needed: int) -> bool:
+        return all(map(operator.le, needed, self._inputs.limits))
+
     def _grow(self, *needed: int) -> None:
         """Larger static tensors where the batch needs them; plans hold the old ones' addresses."""
-        held = self._inputs.limits
-        if all(map(operator.le, needed, held)):
+        if self._fits(*needed):
             return
+        held = self._inputs.limits
         self._plans.clear()
         sequences, tokens, pages = (h if n <= h else max(2 * h, n) for n, h in zip(needed, held, strict=True))
         self._inputs = StaticBatch((sequences, tokens, pages), _CPU)

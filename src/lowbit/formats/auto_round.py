@@ -20,7 +20,7 @@ from lowbit.formats.compressed_tensors import CompressedTensors
 from lowbit.formats.dense import dense_scheme, dense_tensors, read_dense
 from lowbit.formats.gptq import GptqRule, check_bits, gptq_scheme, gptq_tensors, read_gptq, read_number
 from lowbit.formats.matching import compiled, matches, spellings
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.scheme import Scheme
 
 _METHODS = ("auto-round", "auto_round", "intel/auto-round", "inc")
@@ -46,8 +46,7 @@ class AutoRound:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.values, self.place = found.values, found.place
         packing = self.values.get("packing_format", self.values.get("backend", "auto_round"))
         if not isinstance(packing, str):
@@ -83,10 +82,7 @@ class AutoRound:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method auto-round in one of its spellings."""
-        found = quantization_config(header)
-        if found is None or found.method.lower() not in _METHODS:
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, *_METHODS)
 
     def describe(self) -> str:
         """Bits, group and packing."""

@@ -42,7 +42,8 @@ from lowbit.formats import (
 from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, origin_of, read_bias, read_dense
 from lowbit.formats.gptq import SCALE_DTYPES, check_bits, check_group_size, read_number
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.partly_dense import refuse_stack
+from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -85,8 +86,7 @@ class Awq:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         values, self.place = found.values, found.place
         written = str(
             values.get("version") or values.get("format") or values.get("checkpoint_format") or "gemm"
@@ -181,8 +181,7 @@ def awq_scheme(header: CheckpointHeader, module: StoredModule, rule: AwqRule) ->
 
 
 def _check_packing(header: CheckpointHeader, module: StoredModule, rule: AwqRule) -> None:
-    if module.expert is not None:
-        raise LowbitError("E0218", f"{module.name}: stacked experts in AWQ packing are not read")
+    refuse_stack(module, "AWQ packing")
     (out, columns), bits = module.shape, rule.bits
     group = rule.columns(columns)
     groups = -(-columns // group)

@@ -27,19 +27,16 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import Notes, StoredLinear, StoredModule, check_shape, entry_of, finite_scales
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales
 from lowbit.formats.dense import (
     DENSE_DTYPES,
-    bias_tensors,
     dense_scheme,
-    dense_tensors,
     of_expert,
     origin_of,
-    read_bias,
-    read_dense,
 )
 from lowbit.formats.matching import listed, module_prefix, strings
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.partly_dense import PartlyDense
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
@@ -49,18 +46,15 @@ _SMALLEST_MEAN = 1e-5
 _WHAT = "BitNet"
 
 
-class BitNet:
+class BitNet(PartlyDense):
     """See the module docstring."""
 
     name = "bitnet"
-    aliases = ()
     reference = "transformers"
-    unused = ()
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         values = found.values
         self.multiplies = self._chosen(values, "linear_class", ("bitlinear", "autobitlinear")) != "bitlinear"
@@ -108,52 +102,40 @@ class BitNet:
             )
         return str(told)
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """quant_method bitnet."""
-        found = quantization_config(header)
-        if found is None or found.method.lower() != "bitnet":
-            return None
-        return f"{found.place} says {found.method}"
-
     def describe(self) -> str:
         """The class of its layers, and when they are rounded."""
         mode = "rounded at load" if self.online else "packed"
         return f"bitnet, {'autobitlinear' if self.multiplies else 'bitlinear'}, {mode}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
-        """Ternary codes under one scale, or a plain matrix."""
-        if not self._is_quantized(module):
-            return dense_scheme(self.header, module)
+    def _scheme(self, module: StoredModule) -> Scheme:
+        """Ternary codes under one scale."""
         if self.online:
-            return _scheme(dense_scheme(self.header, module).weight.name)
-        return _scheme(self._stored(module)[1])
+            return _ternary(dense_scheme(self.header, module).weight.name)
+        return _ternary(self._stored(module)[1])
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Weight, scale and bias."""
-        if self.online or not self._is_quantized(module):
-            return dense_tensors(self.header, module)
-        names = [module.tensor("weight"), module.tensor("weight_scale")]
-        return names + bias_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Weight and scale; before it is rounded the weight alone."""
+        suffixes = ("weight",) if self.online else ("weight", "weight_scale")
+        return [module.tensor(suffix) for suffix in suffixes]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked, or rounded from floats."""
-        if not self._is_quantized(module):
-            return read_dense(self.header, module, data)
         if self.online:
             weight = of_expert(module, data.tensor(module.tensor("weight")))
             weight = weight.T if module.expert is not None and module.transposed else weight
             codes, scale = rounded(finite_scales(self.header, module.tensor("weight"), weight))
         else:
             codes, scale = self._packed(module, data)
-        quantized = QuantizedTensor(
+        return QuantizedTensor(
             self.scheme_of(module),
             module.shape,
             codes,
             (scale.reshape(1, 1),),
             origin=origin_of(self.header, module),
         )
-        return StoredLinear(quantized, read_bias(self.header, module, data))
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        return not self._is_quantized(module)
 
     def _is_quantized(self, module: StoredModule) -> bool:
         entry = self.header.tensors.get(module.tensor("weight"))
@@ -233,7 +215,7 @@ def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8), (1.0 / scale).to(weight.dtype)
 
 
-def _scheme(scale: str) -> Scheme:
+def _ternary(scale: str) -> Scheme:
     return Scheme(number_format("ternary"), ((0, 0),), (number_format(scale),), activation=INPUTS)
 
 

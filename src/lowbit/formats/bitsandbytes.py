@@ -41,7 +41,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredLinear, StoredModule, check_shape, entry_of, finite_scales
 from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, origin_of, read_bias, read_dense
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.llm_int8 import INT8_STEP, llm_int8_inputs
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -62,8 +62,7 @@ class BitsAndBytes:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.values, self.place = found.values, found.place
         threshold = self.values.get("llm_int8_threshold", 6.0)
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < 1e6:

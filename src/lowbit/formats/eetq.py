@@ -31,7 +31,6 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -39,14 +38,10 @@ from lowbit.formats import (
     require_tensors,
 )
 from lowbit.formats.dense import (
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     origin_of,
-    read_bias,
-    read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -58,18 +53,16 @@ _TILE = 64
 _PLACES = (0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)
 
 
-class Eetq:
+class Eetq(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "eetq"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "eetq"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "weight_scales"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         weights = found.values.get("weights", "int8")
         if weights != "int8":
@@ -78,51 +71,35 @@ class Eetq:
             )
         require_tensors(header, (".weight_scales",), self.place, self.name)
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """The quant_method of the config."""
-        return says_method(header, cls.name)
-
     def describe(self) -> str:
         """There is one kind."""
         return f"eetq, int8 per channel in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """int8, a scale a row."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         _, scale = self._entries(module)
         return Scheme(number_format("int8"), ((1, 0),), (number_format(_SCALES[scale.dtype]),))
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Bytes, scales and bias."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Bytes and scales."""
         weight, scale = self._entries(module)
-        return [weight.name, scale.name, *bias_tensors(self.header, module)]
+        return [weight.name, scale.name]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """The bytes in the order of rows and columns."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         weight, scale = self._entries(module)
         scales = finite_scales(self.header, scale.name, data.tensor(scale.name))
-        quantized = QuantizedTensor(
+        return QuantizedTensor(
             self.scheme_of(module),
             module.shape,
             told_in_order(data.raw(weight.name), module.shape),
             (scales.unsqueeze(1),),
             origin=origin_of(self.header, module, "weight_scales"),
         )
-        return StoredLinear(quantized, read_bias(self.header, module, data))
-
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("weight_scales") not in self.header.tensors
 
     def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
         """Bytes and scales, dtypes and shapes checked."""
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in EETQ's layout are not read")
+        refuse_stack(module, "EETQ's layout")
         out, columns = module.shape
         suffix = "qweight" if module.tensor("qweight") in self.header.tensors else "weight"
         weight = entry_of(self.header, module, suffix, ("I8",), _WHAT)

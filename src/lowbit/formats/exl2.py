@@ -32,7 +32,6 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import (
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -40,13 +39,9 @@ from lowbit.formats import (
     require_tensors,
 )
 from lowbit.formats.dense import (
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     origin_of,
-    read_bias,
-    read_dense,
 )
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
@@ -64,13 +59,12 @@ class _Group:
     columns: int
 
 
-class Exl2:
+class Exl2(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "exl2"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "exllamav2"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "q_weight"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
@@ -82,32 +76,26 @@ class Exl2:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method, or no config and tensors that only EXL2 has."""
-        return claimed_by_tensors(header, cls.name, ".q_invperm")
+        return claimed_by_tensors(header, ".q_invperm", cls.name)
 
     def describe(self) -> str:
         """Bits a weight as the config has them."""
         bits = f", {self.bits:g} bits" if isinstance(self.bits, int | float) else ""
         return f"exl2{bits} (from {self.place.split(':')[0]})"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """The widest code and the common size of the groups."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
-        return _scheme(self._groups(module), module.shape[1])
+        return _common_scheme(self._groups(module), module.shape[1])
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
+    def _tensors(self, module: StoredModule) -> list[str]:
         """Everything of the layer."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
         suffixes = ("q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm")
-        return [module.tensor(suffix) for suffix in suffixes] + bias_tensors(self.header, module)
+        return [module.tensor(suffix) for suffix in suffixes]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes of one width, scales as float16."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         groups, (out, columns) = self._groups(module), module.shape
-        scheme = _scheme(groups, columns)
+        scheme = _common_scheme(groups, columns)
         widest, size = int(scheme.weight.bits), scheme.blocks[0][1]
         words = data.tensor(module.tensor("q_weight"))
         codes = torch.empty(out, columns, dtype=torch.uint8)
@@ -118,7 +106,7 @@ class Exl2:
             codes[:, at : at + group.columns] = narrow + ((1 << widest - 1) - (1 << group.bits - 1))
             at += group.columns
         repeats = torch.tensor([group.columns // size for group in groups])
-        weight = QuantizedTensor(
+        return QuantizedTensor(
             scheme,
             module.shape,
             codes,
@@ -126,10 +114,6 @@ class Exl2:
             column_order=self._order(module, data),
             origin=origin_of(self.header, module, "q_weight"),
         )
-        return StoredLinear(weight, read_bias(self.header, module, data))
-
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("q_weight") not in self.header.tensors
 
     def _scales(self, module: StoredModule, data: TensorData) -> Tensor:
         """F16 (out, groups)."""
@@ -155,8 +139,7 @@ class Exl2:
 
     def _groups(self, module: StoredModule) -> list[_Group]:
         """The groups, whose sizes are in the data; every shape and place checked."""
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in EXL2's packing are not read")
+        refuse_stack(module, "EXL2's packing")
         (out, columns), header = module.shape, self.header
         weight = entry_of(header, module, "q_weight", ("I32",), _WHAT)
         largest = entry_of(header, module, "q_scale_max", ("F16",), _WHAT)
@@ -202,7 +185,7 @@ class Exl2:
         )
 
 
-def _scheme(groups: list[_Group], columns: int) -> Scheme:
+def _common_scheme(groups: list[_Group], columns: int) -> Scheme:
     widest = max(group.bits for group in groups)
     size = math.gcd(columns, *(group.columns for group in groups))
     return Scheme(number_format(f"int{widest}"), ((1, size),), (number_format("f16"),), reordered=True)

@@ -33,7 +33,6 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import (
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -42,12 +41,9 @@ from lowbit.formats import (
 )
 from lowbit.formats.dense import (
     DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     origin_of,
-    read_dense,
 )
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
@@ -59,13 +55,12 @@ _MULTIPLIERS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D, "": 89226354}
 _SLICE = 1 << 22  # weights that are decoded at once
 
 
-class Exl3:
+class Exl3(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "exl3"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "exllamav3"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "trellis"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
@@ -77,32 +72,26 @@ class Exl3:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method, or no config and tensors that only EXL3 has."""
-        return claimed_by_tensors(header, cls.name, ".trellis")
+        return claimed_by_tensors(header, ".trellis", cls.name)
 
     def describe(self) -> str:
         """Bits a weight as the config has them, and that it is decoded."""
         bits = f", {self.bits:g} bits" if isinstance(self.bits, int | float) else ""
         return f"exl3{bits} (from {self.place.split(':')[0]}), decoded to 16 bits a weight when loaded"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """Dense, float16."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         self._checked(module)
         return dense("f16")
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Trellis, both vectors, what says the code book, and bias."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Trellis, both vectors, and what says the code book."""
         names = ["trellis", self._vector(module, "su"), self._vector(module, "sv")]
         names += [flag for flag in ("mcg", "mul1") if self._has(module, flag)]
-        return [module.tensor(name) for name in names] + bias_tensors(self.header, module)
+        return [module.tensor(name) for name in names]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Decoded, a slice of outputs at a time."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         self._checked(module)
         trellis = data.tensor(module.tensor("trellis"))
         inputs, outputs = (self._signs_and_scales(module, name, data) for name in ("su", "sv"))
@@ -113,13 +102,11 @@ class Exl3:
             raise LowbitError(
                 "E0215", f"{origin}: its scales give weights that float16 cannot hold; the file is damaged"
             )
-        bias = None
-        if self._has(module, "bias"):
-            bias = data.tensor(module.tensor("bias"))[: module.shape[0]]
-        return StoredLinear(QuantizedTensor(dense("f16"), module.shape, weight, origin=origin), bias)
+        return QuantizedTensor(dense("f16"), module.shape, weight, origin=origin)
 
-    def _is_dense(self, module: StoredModule) -> bool:
-        return not self._has(module, "trellis")
+    def _bias(self, module: StoredModule, data: TensorData) -> Tensor | None:
+        """Without its padding."""
+        return data.tensor(module.tensor("bias"))[: module.shape[0]] if self._has(module, "bias") else None
 
     def _has(self, module: StoredModule, suffix: str) -> bool:
         return module.tensor(suffix) in self.header.tensors
@@ -152,8 +139,7 @@ class Exl3:
 
     def _checked(self, module: StoredModule) -> None:
         """That every tensor is there, in the dtype and shape that the layer asks for."""
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in EXL3's packing are not read")
+        refuse_stack(module, "EXL3's packing")
         header, (out, columns) = self.header, module.shape
         trellis = entry_of(header, module, "trellis", ("I16",), _WHAT)
         rows, tiles = _padded(columns), _padded(out)

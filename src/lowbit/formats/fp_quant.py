@@ -37,7 +37,6 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     InputRule,
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -46,14 +45,10 @@ from lowbit.formats import (
 )
 from lowbit.formats.dense import (
     DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     origin_of,
-    read_bias,
-    read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.partly_dense import PartlyDense
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -71,18 +66,15 @@ _OWN = (
 )
 
 
-class FpQuant:
+class FpQuant(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "fp_quant"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "fp-quant"
-    unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         self.kind, self.method, self.size = self._checked(found.values)
         if found.values.get("store_master_weights"):
@@ -93,19 +85,15 @@ class FpQuant:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """The quant_method of the config."""
-        if header.container == "gguf":
-            return None
-        return says_method(header, cls.name) or says_method(header, "fp-quant")
+        return says_method(header, cls.name, "fp-quant")
 
     def describe(self) -> str:
         """Numbers, method and the transform's size."""
         where = self.place.split(":")[0]
         return f"fp_quant, {self.kind} by {self.method}, hadamard {self.size} in {where}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From the config and the shapes of the module's tensors."""
-        if self._is_plain(module):
-            return dense_scheme(self.header, module)
         self._check(module)
         packed = self._has(module, "qweight")
         activation = ActivationScheme(
@@ -126,25 +114,19 @@ class FpQuant:
             rotation=rotation,
         )
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
+    def _tensors(self, module: StoredModule) -> list[str]:
         """Everything stored for the module, what is for training included."""
-        if self._is_plain(module):
-            return dense_tensors(self.header, module)
         names = (module.tensor(suffix) for suffix in _OWN)
-        return [name for name in names if name in self.header.tensors] + bias_tensors(self.header, module)
+        return [name for name in names if name in self.header.tensors]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
-        """The rotated weight, and the rule that rotates and quantizes its input."""
-        if self._is_plain(module):
-            return read_dense(self.header, module, data)
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
+        """The rotated weight."""
         scheme = self.scheme_of(module)
-        bias = read_bias(self.header, module, data)
-        rule = self._rule(module, data)
         if scheme.is_dense:
             name = module.tensor("dqweight")
             values = finite_scales(self.header, name, data.tensor(name))
             origin = origin_of(self.header, module, "dqweight")
-            return StoredLinear(QuantizedTensor(scheme, module.shape, values, origin=origin), bias, rule)
+            return QuantizedTensor(scheme, module.shape, values, origin=origin)
         codes = unpack_bits(data.tensor(module.tensor("qweight")), 4, module.shape[1])
         kind = torch.float8_e8m0fnu if self.kind == "mxfp4" else torch.float8_e4m3fn
         columns = module.shape[1] // _GROUPS[self.kind]
@@ -152,10 +134,10 @@ class FpQuant:
         scales = finite_scales(self.header, module.tensor("scales"), stored)
         outer = 1.0 / self._number(module, "weight_global_scale", data)
         origin = origin_of(self.header, module, "qweight")
-        weight = QuantizedTensor(scheme, module.shape, codes, (scales, outer.reshape(1, 1)), origin=origin)
-        return StoredLinear(weight, bias, rule)
+        return QuantizedTensor(scheme, module.shape, codes, (scales, outer.reshape(1, 1)), origin=origin)
 
-    def _rule(self, module: StoredModule, data: TensorData) -> InputRule:
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule:
+        """What rotates and quantizes its input."""
         number = self._number(module, "act_global_scale", data)
         # The scheme's power of two is a quarter of |x|'s own: 6, the largest code, is 1.5 times 4.
         quarters = 4.0 if self.kind == "mxfp4" and self.method == "abs_max" else 1.0
@@ -212,7 +194,7 @@ class FpQuant:
             )
         check_shape(scales, padded, _WHAT)
 
-    def _is_plain(self, module: StoredModule) -> bool:
+    def _is_dense(self, module: StoredModule) -> bool:
         """Whether the layer was left as it is."""
         return not self._has(module, "qweight") and not (
             self._has(module, "dqweight") or self._has(module, "forward_hadamard_matrix")

@@ -39,7 +39,8 @@ from lowbit.formats import (
 from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, origin_of, read_bias, read_dense
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
 from lowbit.formats.matching import matches, regex
-from lowbit.formats.quantization_config import QuantizationConfig, quantization_config
+from lowbit.formats.partly_dense import refuse_stack
+from lowbit.formats.quantization_config import QuantizationConfig, claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -80,8 +81,7 @@ class Gptq:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.config = found
         self.marlin = _is_marlin(found)
         self.rule = _base_rule(found)
@@ -96,10 +96,7 @@ class Gptq:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method gptq (or its Marlin form), or quantize_config.json."""
-        found = quantization_config(header)
-        if found is None or found.method.lower() not in ("gptq", "marlin", "gptq_marlin"):
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, "gptq", "marlin", "gptq_marlin")
 
     def describe(self) -> str:
         """Bits and group, as the config gives them."""
@@ -261,8 +258,7 @@ def gptq_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:
 
 def _check_packing(header: CheckpointHeader, module: StoredModule, rule: GptqRule) -> int:
     """The stored number of columns (a few more than the model's where the writer padded them)."""
-    if module.expert is not None:
-        raise LowbitError("E0218", f"{module.name}: stacked experts in GPTQ packing are not read")
+    refuse_stack(module, "GPTQ packing")
     out, columns = module.shape
     what = f"{rule.bits}-bit GPTQ with input {columns}"
     qweight = entry_of(header, module, "qweight", ("I32",), what)

@@ -18,6 +18,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredLinear, StoredModule, check_shape, entry_of, finite_scales
 from lowbit.formats.dense import bias_tensors, origin_of, read_bias
+from lowbit.formats.partly_dense import refuse_stack
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -56,8 +57,7 @@ def _names(header: CheckpointHeader, module: StoredModule) -> tuple[str, str]:
 
 def _entries(header: CheckpointHeader, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
     out, columns = module.shape
-    if module.expert is not None:
-        raise LowbitError("E0218", f"{module.name}: stacked experts in Marlin packing are not read")
+    refuse_stack(module, "Marlin packing")
     codes, scales = _names(header, module)
     what = "a Marlin-packed module"
     packed = entry_of(header, module, codes, ("I32",), what)

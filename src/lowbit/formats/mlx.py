@@ -32,7 +32,6 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -41,16 +40,12 @@ from lowbit.formats import (
 )
 from lowbit.formats.dense import (
     DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     of_expert,
     origin_of,
-    read_bias,
-    read_dense,
 )
 from lowbit.formats.matching import spellings
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.partly_dense import PartlyDense
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -101,13 +96,12 @@ class Layout:
         return Scheme(code, blocks, scales)
 
 
-class Mlx:
+class Mlx(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "mlx"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "mlx-lm"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "scales"
     offsets: ClassVar[str] = "biases"
     what: ClassVar[str] = "MLX"
     bits: ClassVar[tuple[int, ...]] = AFFINE_BITS
@@ -117,8 +111,7 @@ class Mlx:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         self.every = self._rule(found.values, "")
         self.rules = {
@@ -140,24 +133,17 @@ class Mlx:
         own = f", {len(self.rules)} modules of their own" if self.rules else ""
         return f"{self.name}, {self.every}{own} in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From dtypes and shapes."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         return self._layout(module).scheme
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Weight, scales, biases, bias."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Weight, scales, biases."""
         suffixes = ("weight", "scales", self.offsets, "global_scale")
-        names = [name for suffix in suffixes if (name := module.tensor(suffix)) in self.header.tensors]
-        return names + bias_tensors(self.header, module)
+        return [name for suffix in suffixes if (name := module.tensor(suffix)) in self.header.tensors]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked, scales and biases as stored."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         layout = self._layout(module)
         entry = self.header.tensors[module.tensor("weight")]
         packed = of_expert(module, data.raw(entry.name).view(*entry.shape[:-1], 4 * entry.shape[-1]))
@@ -176,7 +162,7 @@ class Mlx:
         )
         if weight.scheme.weight.name == "e4m3":
             finite_scales(self.header, entry.name, weight.codes.view(torch.float8_e4m3fn))
-        return StoredLinear(weight, read_bias(self.header, module, data))
+        return weight
 
     # ---- what the config says
 
@@ -220,9 +206,6 @@ class Mlx:
         return next(own, None)
 
     # ---- how it lies
-
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("scales") not in self.header.tensors
 
     def _layout(self, module: StoredModule) -> Layout:
         """From dtypes and shapes, checked; a config that says otherwise is noted."""

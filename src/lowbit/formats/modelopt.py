@@ -55,7 +55,7 @@ from lowbit.formats.dense import (
     read_dense,
 )
 from lowbit.formats.matching import listed, spellings, strings, wildcard
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -145,8 +145,7 @@ class ModelOpt:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         inner = found.values.get("quantization")
         values = inner if isinstance(inner, dict) else found.values

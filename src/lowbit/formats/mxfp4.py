@@ -27,7 +27,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -46,8 +46,7 @@ class Mxfp4:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         if not any(name.endswith("_blocks") for name in header.tensors):
             notes.contradiction(
@@ -59,10 +58,7 @@ class Mxfp4:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method mxfp4."""
-        found = quantization_config(header)
-        if found is None or found.method.lower() not in ("mxfp4", "gpt_oss_mxfp4"):
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, cls.name, *cls.aliases)
 
     def describe(self) -> str:
         """Which modules are quantized."""

@@ -34,7 +34,6 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -42,29 +41,25 @@ from lowbit.formats import (
     require_tensors,
 )
 from lowbit.formats.dense import (
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     origin_of,
-    read_bias,
-    read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
-_METHODS = ("qoq", "qserve")
 _TILE = 32
 _LEVELS = ("s2_scales", "s2_zeros")
 
 
-class QServe:
+class QServe(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "qoq"
     aliases: ClassVar[tuple[str, ...]] = ("qserve",)
     reference: ClassVar[str] = "omniserve"
+    sign: ClassVar[str] = "qweight"
     unused: ClassVar[tuple[str, ...]] = (r".*\.self_attn\.kv_scale_quant_orig",)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
@@ -89,13 +84,7 @@ class QServe:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method, or no config and scales that only QServe has."""
-        if header.container == "gguf":
-            return None
-        found = quantization_config(header)
-        if found is not None:
-            return f"{found.place} says {found.method}" if found.method.lower() in _METHODS else None
-        shown = next((name for name in header.tensors if name.endswith(".s1_scales")), None)
-        return None if shown is None else f"tensor {shown!r}"
+        return claimed_by_tensors(header, ".s1_scales", cls.name, *cls.aliases)
 
     def describe(self) -> str:
         """Per channel or per group."""
@@ -103,10 +92,8 @@ class QServe:
         groups = "group 128" if grouped else "per channel"
         return f"qoq, 4-bit {groups}, int8 inputs (from {self.place.split(':')[0]})"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From which scales are there."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         group = self._group(module)
         f16, code = number_format("f16"), number_format("uint4")
         activation = ActivationScheme(number_format("int8"), (1, 0), limit=127.0)
@@ -115,18 +102,13 @@ class QServe:
         wide = number_format("f32")
         return Scheme(code, ((1, group), (1, 0)), (f16, wide), zero="integer", activation=activation)
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Codes, scales, zeros and bias."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Codes, scales and zeros."""
         levels = _LEVELS if self._group(module) else ("s1_szeros",)
-        names = [module.tensor(suffix) for suffix in ("qweight", "s1_scales", *levels)]
-        return names + bias_tensors(self.header, module)
+        return [module.tensor(suffix) for suffix in ("qweight", "s1_scales", *levels)]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes and second-level scales in their places."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         scheme, group = self.scheme_of(module), self._group(module)
         codes = unpack_tiles(data.tensor(module.tensor("qweight")))
         first = self._floats(module, "s1_scales", data)
@@ -139,7 +121,7 @@ class QServe:
             zeros = self._zeros(module, second.int(), shifts.int())
         else:
             offsets = (-self._floats(module, "s1_szeros", data),)
-        weight = QuantizedTensor(
+        return QuantizedTensor(
             scheme,
             module.shape,
             codes,
@@ -148,16 +130,11 @@ class QServe:
             offsets,
             origin=origin_of(self.header, module, "qweight"),
         )
-        return StoredLinear(weight, read_bias(self.header, module, data))
-
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("qweight") not in self.header.tensors
 
     def _group(self, module: StoredModule) -> int:
         """Columns of a second-level scale, 0 where there is none; shapes and dtypes checked."""
         (out, columns), header = module.shape, self.header
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in QServe's packing are not read")
+        refuse_stack(module, "QServe's packing")
         what = f"QServe's {out} x {columns} weight"
         check_shape(entry_of(header, module, "qweight", ("I8", "U8"), what), (out, columns // 2), what)
         if out % _TILE or columns % _TILE:

@@ -82,20 +82,26 @@ def _checked(found: object, place: str, method: str = "") -> QuantizationConfig:
     return QuantizationConfig(name, found, place)
 
 
-def says_method(header: CheckpointHeader, name: str) -> str | None:
-    """What a format of one method claims a checkpoint by: where it says ``name``; None where it does not."""
+def claimed_config(header: CheckpointHeader) -> QuantizationConfig:
+    """The word a format has claimed the checkpoint by."""
     found = quantization_config(header)
-    if found is None or found.method.lower() != name:
+    assert found is not None, "claims() saw it"
+    return found
+
+
+def says_method(header: CheckpointHeader, *names: str) -> str | None:
+    """What a format claims a checkpoint by: where it says one of its ``names``; None where it does not."""
+    found = quantization_config(header)
+    if found is None or found.method.lower() not in names:
         return None
     return f"{found.place} says {found.method}"
 
 
-def claimed_by_tensors(header: CheckpointHeader, name: str, suffix: str) -> str | None:
+def claimed_by_tensors(header: CheckpointHeader, suffix: str | tuple[str, ...], *names: str) -> str | None:
     """What a format claims a checkpoint by whose config names it, or that has no config and its tensors."""
     if header.container == "gguf":
         return None
-    found = quantization_config(header)
-    if found is not None:
-        return f"{found.place} says {found.method}" if found.method.lower() == name else None
+    if quantization_config(header) is not None:
+        return says_method(header, *names)
     shown = next((tensor for tensor in header.tensors if tensor.endswith(suffix)), None)
     return None if shown is None else f"tensor {shown!r}"

@@ -47,7 +47,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -149,11 +149,7 @@ class Quanto:
         """A map of quanto's, a quant_method, or its tensors."""
         if header.container != "safetensors":
             return None
-        found = quantization_config(header)
-        if found is not None:
-            return f"{found.place} says {found.method}" if found.method.lower() == "quanto" else None
-        name = next((name for name in header.tensors if name.endswith(_DATA)), None)
-        return None if name is None else f"tensor {name!r}"
+        return claimed_by_tensors(header, _DATA, cls.name)
 
     def describe(self) -> str:
         """The types of weights that the map names."""

@@ -57,7 +57,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.formats.quark_scheme import FLOATS, INTEGERS, MANTISSA, QuarkConfig, Rule, Spec
 from lowbit.numerics.bit_packing import unpack_bits, unpack_words
 from lowbit.numerics.number_formats import number_format
@@ -78,8 +78,7 @@ class Quark:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.config = QuarkConfig(found.place, found.values, found.method.lower())
         self.place, self.suffixes = found.place, self.config.suffixes
         if not self.config.fake:

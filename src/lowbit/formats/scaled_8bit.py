@@ -26,7 +26,6 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     InputRule,
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -34,16 +33,12 @@ from lowbit.formats import (
 )
 from lowbit.formats.dense import (
     SCALED_8BIT,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     is_dense,
     of_expert,
     origin_of,
-    read_bias,
-    read_dense,
     scaled_8bit,
 )
+from lowbit.formats.partly_dense import PartlyDense
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
@@ -66,13 +61,11 @@ _COMFY_WORDS = ("format", "orig_dtype", "group_size", "per_row", "full_precision
 _WHAT = "an 8-bit weight without a quantization config"
 
 
-class Scaled8Bit:
+class Scaled8Bit(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "scaled-8bit"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "lowbit"
-    unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
@@ -88,10 +81,11 @@ class Scaled8Bit:
         names = " and ".join(sorted({_CODES[kind] for kind in kinds}))
         return f"{names} weights with scales, recognised from the tensors (config.json says nothing)"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _is_dense(self, module: StoredModule) -> bool:
+        return is_dense(self.header, module)
+
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From the shape of the scale."""
-        if is_dense(self.header, module):
-            return dense_scheme(self.header, module)
         weight, scale = self._entries(module)
         activation = None
         if self._input_scale(module, weight) is not None:
@@ -104,19 +98,15 @@ class Scaled8Bit:
             activation=activation,
         )
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Weight, scales and bias."""
-        if is_dense(self.header, module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Weight and scales."""
         _, scale = self._entries(module)
         inputs = module.tensor("input_scale")
         more = [name for name in (inputs, module.tensor(_COMFY)) if name in self.header.tensors]
-        return [module.tensor("weight"), scale.name, *more, *bias_tensors(self.header, module)]
+        return [module.tensor("weight"), scale.name, *more]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """The bytes as codes, the scales as they are."""
-        if is_dense(self.header, module):
-            return read_dense(self.header, module, data)
         weight, scale = self._entries(module)
         scheme = self.scheme_of(module)
         self._check_comfy(module, weight, scheme.blocks[0], data)
@@ -125,14 +115,18 @@ class Scaled8Bit:
             codes = codes ^ 0x80  # two's complement to offset binary
         scales = finite_scales(self.header, scale.name, of_expert(module, data.tensor(scale.name)))
         grid = [-(-n // (size or n)) for n, size in zip(module.shape, scheme.blocks[0], strict=True)]
-        rule = None
-        if (inputs := self._input_scale(module, weight)) is not None:
-            told = finite_scales(self.header, inputs.name, of_expert(module, data.tensor(inputs.name)))
-            rule = InputRule(static_scale=told.float().reshape(()))
-        quantized = QuantizedTensor(
+        return QuantizedTensor(
             scheme, module.shape, codes, (scales.reshape(grid),), origin=origin_of(self.header, module)
         )
-        return StoredLinear(quantized, read_bias(self.header, module, data), rule)
+
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        """Its static scale where one is stored."""
+        weight, _ = self._entries(module)
+        inputs = self._input_scale(module, weight)
+        if inputs is None:
+            return None
+        told = finite_scales(self.header, inputs.name, of_expert(module, data.tensor(inputs.name)))
+        return InputRule(static_scale=told.float().reshape(()))
 
     def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
         """The weight and its scale, dtypes and shapes checked."""

@@ -34,7 +34,6 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -42,14 +41,10 @@ from lowbit.formats import (
     require_tensors,
 )
 from lowbit.formats.dense import (
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     origin_of,
-    read_bias,
-    read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
@@ -59,18 +54,16 @@ _SLICE = 1 << 13  # tiles that are decoded at once
 _WHAT = "an SpQR weight"
 
 
-class Spqr:
+class Spqr(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "spqr"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "spqr"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "dense_weights"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         for key, only in _NUMBERS.items():
             value = found.values.get(key, only)
@@ -86,32 +79,21 @@ class Spqr:
         self.shapes: dict[str, object] = shapes
         require_tensors(header, (".dense_weights",), self.place, self.name)
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """The quant_method of the config."""
-        return says_method(header, cls.name)
-
     def describe(self) -> str:
         """That it is decoded."""
         return f"spqr, 3-bit in {self.place.split(':')[0]}, decoded to 16 bits a weight when loaded"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """Dense F16."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         self._checked(module)
         return dense("f16")
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
+    def _tensors(self, module: StoredModule) -> list[str]:
         """Everything of the layer."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
-        return [entry.name for entry in self._checked(module)] + bias_tensors(self.header, module)
+        return [entry.name for entry in self._checked(module)]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Decoded."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         words, offsets, entries, *order = self._checked(module)
         stored = data.tensor(words.name).view(-1, module.shape[1] // _TILE, _TILE)
         if bool((_shared_bytes(stored) < 0).any()):
@@ -124,13 +106,9 @@ class Spqr:
         self._add_outliers(weight, offsets, entries, data)
         if order:
             weight = self._placed(weight, order[0], data)
-        quantized = QuantizedTensor(
+        return QuantizedTensor(
             dense("f16"), module.shape, weight, origin=origin_of(self.header, module, "dense_weights")
         )
-        return StoredLinear(quantized, read_bias(self.header, module, data))
-
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("dense_weights") not in self.header.tensors
 
     def _damaged(self, entry: TensorEntry, what: str) -> LowbitError:
         return LowbitError("E0213", f"{entry.file.name}: tensor {entry.name!r} {what}")
@@ -139,8 +117,7 @@ class Spqr:
 
     def _checked(self, module: StoredModule) -> list[TensorEntry]:
         """Words, offsets, outliers and, where there is one, the order; dtypes and shapes checked."""
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in SpQR's codes are not read")
+        refuse_stack(module, "SpQR's codes")
         out, columns = module.shape
         if out % _TILE or columns % _TILE:
             raise LowbitError(

@@ -48,7 +48,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
@@ -115,8 +115,7 @@ class Torchao:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place, self.asked = found.place, _asked(found.values)
         old = next((name for name in header.tensors if ":" in name), None)
         if old is not None:
@@ -144,12 +143,7 @@ class Torchao:
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """The quant_method of the config."""
-        if header.container == "gguf":
-            return None
-        found = quantization_config(header)
-        if found is None or found.method.lower() != "torchao":
-            return None
-        return f"{found.place} says {found.method}"
+        return says_method(header, cls.name)
 
     def describe(self) -> str:
         """The classes that are there."""

@@ -29,7 +29,6 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
@@ -37,17 +36,13 @@ from lowbit.formats import (
     require_tensors,
 )
 from lowbit.formats.dense import (
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
     is_dense,
     of_expert,
     origin_of,
-    read_bias,
-    read_dense,
 )
 from lowbit.formats.fp8 import block_size
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.partly_dense import PartlyDense
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
@@ -56,20 +51,17 @@ _SCALES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _STATIC = ("input_scale", "input_offset", "deq_scale")  # what static exports have beside the weight
 
 
-class W8a8Int8:
+class W8a8Int8(PartlyDense):
     """Per-channel int8 weights, per-token int8 inputs."""
 
     name: ClassVar[str] = "w8a8_int8"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "sglang"
-    unused: ClassVar[tuple[str, ...]] = ()
     dtype: ClassVar[str] = "I8"
     scale_name: ClassVar[str] = "weight_scale"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         kind = found.values.get("activation_scheme")
         if kind not in (None, "dynamic"):
@@ -85,49 +77,40 @@ class W8a8Int8:
     def _block(self, values: dict[str, object]) -> tuple[int, int]:
         return (1, 0)
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """quant_method is the format's name."""
-        return says_method(header, cls.name)
-
     def describe(self) -> str:
         """The name says it all, but for the size of blocks."""
         blocks = f", blocks {self.block[0]}x{self.block[1]}" if self.block[1] else ""
         return f"{self.name}{blocks} in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From the weight's and the scale's dtype."""
-        if is_dense(self.header, module):
-            return dense_scheme(self.header, module)
         _, scale = self._entries(module)
         code = number_format("int8" if self.dtype == "I8" else "e4m3")
         limit = 127.0 if self.dtype == "I8" else 448.0
         activation = ActivationScheme(code, (1, self.block[1]), limit=limit)
         return Scheme(code, (self.block,), (number_format(_SCALES[scale.dtype]),), activation=activation)
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Weight, scale and bias."""
-        if is_dense(self.header, module):
-            return dense_tensors(self.header, module)
-        return [module.tensor("weight"), module.tensor(self.scale_name), *bias_tensors(self.header, module)]
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Weight and scale."""
+        return [module.tensor("weight"), module.tensor(self.scale_name)]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """The bytes as codes."""
-        if is_dense(self.header, module):
-            return read_dense(self.header, module, data)
         weight, scale = self._entries(module)
         codes = of_expert(module, data.tensor(weight.name)).view(torch.uint8)
         if self.dtype == "I8":
             codes = codes ^ 0x80  # two's complement to offset binary
         scales = finite_scales(self.header, scale.name, of_expert(module, data.tensor(scale.name)))
-        quantized = QuantizedTensor(
+        return QuantizedTensor(
             self.scheme_of(module),
             module.shape,
             codes,
             (scales.reshape(self._grid(module)),),
             origin=origin_of(self.header, module),
         )
-        return StoredLinear(quantized, read_bias(self.header, module, data))
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        return is_dense(self.header, module)
 
     def _grid(self, module: StoredModule) -> tuple[int, int]:
         (out, columns), (rows, width) = module.shape, self.block

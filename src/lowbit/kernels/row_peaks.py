@@ -28,10 +28,8 @@ def row_peaks(x: Tensor) -> tuple[list[float], list[int]]:
     """x float32 (rows, width) -> each row's largest number, NaN where it holds one, and its first place."""
     function = _function()
     if function is not None and x.is_cpu and x.dtype is torch.float32 and x.stride(1) == 1:
-        values, places = torch.empty(len(x)), torch.empty(len(x), dtype=torch.int64)
-        refused = function(
-            x.data_ptr(), x.stride(0), x.shape[0], x.shape[1], values.data_ptr(), places.data_ptr()
-        )
-        if not refused:
-            return values.tolist(), places.tolist()
+        rows, width = x.shape
+        values, places = (ctypes.c_float * rows)(), (ctypes.c_int64 * rows)()
+        if not function(x.data_ptr(), x.stride(0), rows, width, values, places):
+            return list(values), list(places)
     return x.amax(dim=1).tolist(), x.argmax(dim=1).tolist()

@@ -24,7 +24,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import FrameType
 from typing import cast
 
@@ -182,11 +182,14 @@ class StepPlan:
     result: Tensor
     kept: tuple[object, ...]  # structures whose addresses are among the words
 
+    @cached_property
+    def _address(self) -> int:
+        return int(self.words.ctypes.data)
+
     def run(self) -> Tensor:
         """Replay it; the result is overwritten by the next plan of the same arena."""
         status = ctypes.c_int32()
-        run = _run_function()
-        failed = run(self.words.ctypes.data, len(self.words), ctypes.byref(status))
+        failed = _run_function()(self._address, len(self.words), ctypes.byref(status))
         if failed >= 0:
             raise self.operations[failed].fault(status.value)
         return self.result

@@ -29,7 +29,7 @@ from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
 from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
-from lowbit.models.config import architecture_of
+from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
 

@@ -1,19 +1,18 @@
 """ModelConfig: the sizes and constants of a decoder, from config.json or from GGUF metadata.
 
-A missing or absurd key is an error that names the file and the key; nothing that changes meaning has a
-silent default. Sources: transformers' LlamaConfig, the GGUF specification (formats.md 2.7.2).
+Sources: transformers' LlamaConfig, the GGUF specification (formats.md 2.7.2).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from lowbit.checkpoint.header import CheckpointHeader
-from lowbit.errors import LowbitError, printable
+from lowbit.errors import LowbitError
 from lowbit.layers.rotary import RopeScaling
-
-MAX_SIZE = 1 << 24  # no published model has a dimension, vocabulary or context near it
+from lowbit.models.config_keys import ConfigKeys, architecture_of, gguf_keys, json_keys
+from lowbit.models.rope_scaling import rope_keys, scaling_from_gguf, scaling_from_json
 
 
 @dataclass(frozen=True)
@@ -141,101 +140,13 @@ class ModelConfig:
                 raise LowbitError("E0216", f"the model's config has {what}; it is damaged or of another kind")
 
 
-class ConfigKeys:
-    """Typed access to a dictionary of config keys; every refusal names file and key."""
-
-    def __init__(self, values: dict[str, object], place: str) -> None:
-        self.values = values
-        self.place = place
-
-    def _fail(self, key: str, expected: str) -> LowbitError:
-        found = printable(repr(self.values[key])) if key in self.values else "nothing"
-        return LowbitError("E0216", f"{self.place}: key {key!r} must be {expected}, found {found}")
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def size(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-            raise self._fail(key, f"a whole number from 1 to {MAX_SIZE}")
-        return value
-
-    def count(self, key: str, default: int | None = None) -> int:
-        """A number that may be 0, or null for none."""
-        if key in self.values and self.values[key] in (None, 0):
-            return 0
-        return default if default == 0 and not self.has(key) else self.size(key, default)
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._fail(key, "a finite number")
-        return float(value)
-
-    def numbers(self, key: str) -> tuple[float, ...]:
-        value = self.values.get(key)
-        if not isinstance(value, list) or not all(
-            isinstance(x, int | float) and math.isfinite(x) and x > 0 for x in value
-        ):
-            raise self._fail(key, "a list of positive numbers")
-        return tuple(float(x) for x in value)
-
-    def optional(self, key: str) -> float | None:
-        return self.number(key) if self.has(key) else None
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self._fail(key, "true or false")
-        return value
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self.values.get(key)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, str):
-            raise self._fail(key, "a string")
-        return value
-
-    def section(self, key: str) -> dict[str, object]:
-        value = self.values.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self._fail(key, "an object")
-        return value
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
 
-def architecture_of(header: CheckpointHeader) -> str:
-    """``LlamaForCausalLM`` from config.json's ``architectures``, ``llama`` from GGUF metadata."""
-    if header.container == "gguf":
-        return ConfigKeys(header.metadata, header.root.name).text("general.architecture")
-    listed = header.config.get("architectures")
-    if isinstance(listed, list) and listed and isinstance(listed[0], str):
-        return listed[0]
-    raise LowbitError(
-        "E0216", f"{header.root.name}/config.json: key 'architectures' must list the model's class"
-    )
-
-
-def json_keys(header: CheckpointHeader) -> ConfigKeys:
-    """The keys of config.json."""
-    return ConfigKeys(header.config, f"{header.root.name}/config.json")
-
-
-def gguf_keys(header: CheckpointHeader) -> ConfigKeys:
-    """The metadata keys under the architecture's prefix, without it."""
-    name = architecture_of(header)
-    prefix = f"{name}."
-    values = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
-    return ConfigKeys(values, f"{header.root.name}: {name}")
+def widened(kind: type[ConfigT], base: ModelConfig, **more: object) -> ConfigT:
+    """A family's own kind of config: what ``base`` has, but what ``more`` says."""
+    known: dict[str, Any] = {each.name: getattr(base, each.name) for each in fields(ModelConfig)}
+    return kind(**{**known, **more})
 
 
 def base_config(
@@ -284,70 +195,6 @@ def _norm_eps(keys: ConfigKeys, names: tuple[str, ...]) -> float:
     return keys.number(next((name for name in names if keys.has(name)), names[0]))
 
 
-def rope_keys(keys: ConfigKeys, layer_type: str = "full_attention") -> ConfigKeys:
-    """The rope section: transformers >= 5 writes rope_parameters (nested by layer type where layers
-    differ), older versions rope_scaling beside rope_theta."""
-    section = keys.section("rope_parameters")
-    nested = section.get(layer_type)
-    if isinstance(nested, dict):
-        section = nested
-    return ConfigKeys(section or keys.section("rope_scaling"), f"{keys.place}: rope")
-
-
-def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeScaling:
-    """The rope scaling a config.json asks for; an unknown kind is refused by name."""
-    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-    original = "original_max_position_embeddings"
-    trained = rope.size(original, keys.size(original, context))
-    match kind:
-        # Dynamic NTK leaves the frequencies alone up to the trained context, which is all lowbit serves.
-        case "default" | "dynamic":
-            return RopeScaling()
-        case "linear":
-            return RopeScaling("linear", rope.number("factor"))
-        case "llama3":
-            return RopeScaling(
-                "llama3",
-                rope.number("factor"),
-                rope.size(original),
-                rope.number("low_freq_factor"),
-                rope.number("high_freq_factor"),
-            )
-        case "yarn":
-            return RopeScaling(
-                "yarn",
-                rope.number("factor", context / trained if context != trained else None),
-                trained,
-                beta_fast=rope.number("beta_fast", 32.0),
-                beta_slow=rope.number("beta_slow", 1.0),
-                attention_factor=rope.optional("attention_factor"),
-                mscale=rope.optional("mscale"),
-                mscale_all_dim=rope.optional("mscale_all_dim"),
-                truncate=rope.flag("truncate", True),
-            )
-        case "longrope":
-            return _longrope(rope, context, trained)
-    raise LowbitError(
-        "E0242",
-        f"{rope.place}: rope type {printable(repr(kind))} is not supported; "
-        "supported: default, linear, dynamic, llama3, yarn, longrope",
-    )
-
-
-def _longrope(rope: ConfigKeys, context: int, trained: int) -> RopeScaling:
-    """A model made for more than its trained context always uses its long factors: a token's K must not
-    depend on how long its sequence becomes later."""
-    factor = rope.number("factor", context / trained)
-    stretch = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
-    return RopeScaling(
-        "divisors",
-        factor,
-        trained,
-        attention_factor=rope.number("attention_factor", stretch),
-        divisors=rope.numbers("long_factor" if context > trained else "short_factor"),
-    )
-
-
 def _from_gguf(header: CheckpointHeader) -> ModelConfig:
     keys = gguf_keys(header)
     hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
@@ -372,42 +219,9 @@ def _from_gguf(header: CheckpointHeader) -> ModelConfig:
         norm_eps=_norm_eps(keys, ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")),
         rope_theta=keys.number("rope.freq_base", 10000.0),
         rotary_dim=keys.size("rope.dimension_count", head_dim),
-        rope_scaling=_scaling_from_gguf(keys, header),
+        rope_scaling=scaling_from_gguf(keys, header),
         tied_head="output.weight" not in header.tensors,
         qkv_bias=bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & set(header.tensors)),
         output_bias="blk.0.attn_output.bias" in header.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in header.tensors,
-    )
-
-
-def _scaling_from_gguf(keys: ConfigKeys, header: CheckpointHeader) -> RopeScaling:
-    if "rope_freqs.weight" in header.tensors:  # Llama-3 scaling is a tensor of divisors, not metadata
-        return RopeScaling("table", tensor="rope_freqs.weight")
-    if "rope_factors_long.weight" in header.tensors:
-        context = keys.size("context_length")
-        long = context > keys.size("rope.scaling.original_context_length", context)
-        return RopeScaling(
-            "table",
-            attention_factor=keys.optional("rope.scaling.attn_factor"),
-            tensor=f"rope_factors_{'long' if long else 'short'}.weight",
-        )
-    kind = keys.text("rope.scaling.type", "none")
-    if kind == "none":
-        return RopeScaling()
-    if kind == "linear":
-        return RopeScaling("linear", keys.number("rope.scaling.factor"))
-    if kind == "yarn":
-        return RopeScaling(
-            "yarn",
-            keys.number("rope.scaling.factor"),
-            keys.size("rope.scaling.original_context_length"),
-            beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
-            beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
-            attention_factor=keys.optional("rope.scaling.yarn_attn_factor")
-            or keys.optional("rope.scaling.attn_factor"),
-        )
-    raise LowbitError(
-        "E0242",
-        f"{keys.place}.rope.scaling.type {printable(repr(kind))} is not supported; "
-        "supported: none, linear, yarn",
     )

@@ -3,43 +3,29 @@
 One class for every family of this shape (``families``); what differs is in ``ModelConfig``: norms before or
 after the halves of a block or both, halves one after another or side by side, and constants. Weights
 arrive through a ``WeightLoader``, so that one ``build`` serves loading, planning, every format and kernel.
-The residual stream is float32 on every device, and so are norms that only it sees; what goes into matrix
-products and comes out of them has the loader's ``activation_dtype``.
 Sources: Touvron et al., 2023 (Llama), Ainslie et al., 2023 (GQA), Su et al., 2021 (RoPE).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
-from lowbit.kernels.elementwise import (
-    HeadNorms,
-    RotaryTable,
-    add,
-    affine,
-    apply_rotary,
-    gather_rows,
-    softcap,
-)
+from lowbit.kernels.elementwise import HeadNorms, RotaryTable, add, affine, apply_rotary
 from lowbit.kernels.forward_batch import ForwardBatch
-from lowbit.kernels.parallel import Parallel
 from lowbit.kernels.recurrent import LayerMemory
 from lowbit.kernels.rotation import Rotator
-from lowbit.layers.cuts import Cut, cut_evenly, cut_heads
-from lowbit.layers.linear import Embedding, Linear, Part
-from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
+from lowbit.layers.cuts import Cut
+from lowbit.layers.linear import Linear, Part
 from lowbit.layers.norm import Norm, head_norms
-from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig
-from lowbit.models.feed_forward import feed_forward, norm_of_inner
+from lowbit.models.feed_forward import FeedForward, feed_forward, norm_of_inner
+from lowbit.models.language_model import Cuts, LanguageModel, norm_of, rotary_tables
 from lowbit.numerics.cache_format import KvDtype
 
 ACTIVATIONS = (
@@ -55,7 +41,7 @@ class Block:
     qkv: Linear  # (heads + 2 * kv_heads) * head_dim rows, of the heads that are here
     output: Linear
     mlp_norm: Norm | None
-    mlp: GatedMlp | PlainMlp | MixtureOfExperts
+    mlp: FeedForward
     rotary: RotaryTable | None
     attention: AttentionParameters
     kv_dtype: KvDtype
@@ -71,44 +57,26 @@ class Block:
     k_rotator: Rotator | None = None
 
 
-class Decoder:
+class Decoder(LanguageModel[Block]):
     """A loaded decoder; see ``models.model.Model``."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        loader: WeightLoader,
-        embedding: Embedding,
-        blocks: list[Block],
-        final_norm: Norm,
-        head: Linear,
-        head_scale: Tensor | None = None,
-        positions: Embedding | None = None,
-        cuts: Cuts | None = None,
-    ) -> None:
-        """``head_scale``: float32 (vocabulary,), on the logits; ``positions``: added to the embedding;
-        ``cuts``: what is here of a model that several ranks share."""
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.context_length = config.context_length
-        self.device = loader.device
-        self.activation_dtype = loader.activation_dtype
-        self.kernels: frozenset[str] = frozenset()
-        self.quantization = ""
-        self.weight_bytes = 0
-        self.mapped_bytes = 0
-        self.spans_tokens = False
-        self.states = ActivationStates()
-        self.embedding = embedding
-        self.blocks = blocks
-        self.final_norm = final_norm
-        self.head = head
-        self.head_scale = head_scale
-        self.positions = positions
-        self.parallel = loader.parallel
-        self.cuts = cuts
-        self.heads = config.heads if cuts is None else cuts.heads.size
-        self.kv_heads = config.kv_heads if cuts is None else cuts.kv_heads.size
+    def __init__(self, config: ModelConfig, loader: WeightLoader) -> None:
+        if config.activation not in ACTIVATIONS:
+            raise LowbitError(
+                "E0242",
+                f"config.json: activation {config.activation!r} is not supported; "
+                f"supported: {', '.join(ACTIVATIONS)}",
+            )
+        cuts = Cuts.of(config, loader.parallel, config.kv_heads)
+        tables = rotary_tables(config, loader)
+
+        def block(layer: int) -> Block:
+            rotates = layer not in config.unrotated
+            return _block(
+                config, loader, cuts, layer, tables[_has_window(config, layer)] if rotates else None
+            )
+
+        super().__init__(config, loader, block, cuts)
 
     def cache_specs(self) -> list[CacheSpec]:
         """Every layer caches all its K/V heads that are here; some look back through a window only."""
@@ -119,43 +87,15 @@ class Decoder:
             for block, window in zip(self.blocks, windows, strict=True)
         ]
 
-    def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
-        """float32 (sample rows, vocabulary)."""
-        config = self.config
-        residual = self.embed(batch)
-        hidden = self.enter(0, residual)
-        for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
-            assert isinstance(cache, LayerCache), "these layers have keys and values"
-            hidden = self.forward_block(layer, hidden, residual, cache, batch)
-        logits = self.head.in_float32(gather_rows(hidden, batch.sample_rows))
-        if config.logit_scale != 1.0 or self.head_scale is not None:
-            logits = affine(logits, column=self.head_scale, number=config.logit_scale, out=logits)
-        if config.logit_softcap:
-            logits = softcap(logits, config.logit_softcap)
-        if self.cuts is not None:
-            logits = self.parallel.columns(logits, self.cuts.vocabulary.widths)
-        self.states.update()
-        return logits
-
-    def embed(self, batch: ForwardBatch) -> Tensor:
-        """float32 (tokens, hidden): the residual stream before the first block."""
-        residual, scale = self.embedding(batch.tokens), _stream_scale(self.config)
-        if scale != 1.0:
-            affine(residual, number=scale, out=residual)
-        return residual if self.positions is None else add(self.positions(batch.positions), residual)
-
     def enter(self, layer: int, residual: Tensor) -> Tensor:
         """What a block's projections see of the residual stream."""
         norm = self.blocks[layer].attention_norm
         return residual.to(self.activation_dtype) if norm is None else norm(residual)
 
     def forward_block(
-        self, layer: int, hidden: Tensor, residual: Tensor, cache: LayerCache, batch: ForwardBatch
+        self, layer: int, hidden: Tensor, residual: Tensor, cache: LayerMemory, batch: ForwardBatch
     ) -> Tensor:
-        """One block: ``hidden`` is ``residual`` under its attention norm.
-
-        Adds to ``residual`` in place and gives it under the next block's norm, or the final one.
-        """
+        """See ``LanguageModel``: ``hidden`` is ``residual`` under the attention norm."""
         block = self.blocks[layer]
         last = layer + 1 == len(self.blocks)
         next_norm = self.final_norm if last else self.blocks[layer + 1].attention_norm
@@ -178,8 +118,9 @@ class Decoder:
             return add(x, residual).to(self.activation_dtype)
         return norm.of_sum(x, residual)
 
-    def _attend(self, block: Block, cache: LayerCache, hidden: Tensor, batch: ForwardBatch) -> Tensor:
+    def _attend(self, block: Block, cache: LayerMemory, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """(tokens, heads * head_dim): attention before its output projection, of the heads that are here."""
+        assert isinstance(cache, LayerCache), "these layers have keys and values"
         config = self.config
         heads = block.qkv(hidden).view(-1, self.heads + 2 * self.kv_heads, config.head_dim)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
@@ -204,104 +145,18 @@ class Decoder:
         return attended if block.output_norm is None else block.output_norm(attended, out=attended)
 
 
-def _stream_scale(config: ModelConfig) -> float:
-    """What an embedding is multiplied by.
-
-    A residual multiplier m on all that is added to the stream is left out and the stream divided by it: a
-    norm of x / m is that of x when its epsilon is divided by m squared (``norm_of``).
-    """
-    return config.embedding_scale / config.residual_scale
-
-
 def _divided(heads: Tensor, scale: float) -> Tensor:
     """(tokens, heads, head_dim) over a number."""
     return affine(heads.flatten(1), divisor=scale).view(heads.shape)
 
 
-@dataclass(frozen=True)
-class Cuts:
-    """What a rank has of a model that several share."""
-
-    heads: Cut
-    kv_heads: Cut
-    vocabulary: Cut
-
-    @staticmethod
-    def of(config: ModelConfig, parallel: Parallel) -> Cuts | None:
-        """None in one process."""
-        found = cut_heads(parallel, config.heads, config.kv_heads)
-        return None if found is None else Cuts(*found, vocabulary_cut(config, parallel))
-
-
-def vocabulary_cut(config: ModelConfig, parallel: Parallel) -> Cut:
-    """Rows of the embedding and of the output head: in 64s, as kernels like them."""
-    cut = cut_evenly(parallel, config.vocab_size, 64) or cut_evenly(parallel, config.vocab_size)
-    if cut is None:
-        raise LowbitError(
-            "E0430", f"--tp-size {parallel.size}: the vocabulary has {config.vocab_size} tokens"
-        )
-    return cut
-
-
 def build(config: ModelConfig, loader: WeightLoader) -> Decoder:
-    """Ask ``loader`` for every weight of the model, in the order of the layers."""
-    if config.activation not in ACTIVATIONS:
-        raise LowbitError(
-            "E0242",
-            f"config.json: activation {config.activation!r} is not supported; "
-            f"supported: {', '.join(ACTIVATIONS)}",
-        )
-    cuts = Cuts.of(config, loader.parallel)
-    vocabulary = None if cuts is None else cuts.vocabulary
-    matrix = (config.vocab_size, config.hidden_size)
-    embedding = loader.embedding(Part("model.embed_tokens", matrix, rows=vocabulary))
-    tables = rotary_tables(config, loader)
-    blocks = [
-        _block(config, loader, cuts, n, None if n in config.unrotated else tables[_has_window(config, n)])
-        for n in range(config.layers)
-    ]
-    final_norm = norm_of(config, loader, "model.norm")
-    if config.tied_head:
-        head = embedding.as_head()
-    else:
-        part = Part("lm_head", matrix, bias=config.head_bias, rows=vocabulary)
-        head = loader.linear("lm_head", [part])
-    head_scale = positions = None
-    if config.norm_head:
-        head_scale = 1 / loader.row_norms(Part("lm_head", matrix))
-        head_scale = head_scale if vocabulary is None else head_scale[vocabulary.slice]
-    if config.learned_positions:
-        shape = (config.context_length, config.hidden_size)
-        positions = loader.embedding(Part("model.embed_positions", shape))
-    return Decoder(config, loader, embedding, blocks, final_norm, head, head_scale, positions, cuts)
-
-
-def rotary_tables(config: ModelConfig, loader: WeightLoader) -> tuple[RotaryTable, RotaryTable]:
-    """The tables of layers without and with a window."""
-    divisors = None
-    if config.rope_scaling.kind == "table":
-        divisors = loader.vector(config.rope_scaling.tensor, config.rotary_dim // 2)
-    frequencies, magnitude = rotary_frequencies(
-        config.rotary_dim, config.rope_theta, config.rope_scaling, divisors
-    )
-    table = RotaryTable.build(frequencies, config.context_length, magnitude, loader.device)
-    if config.local_rope_theta is None:
-        return table, table
-    local, _ = rotary_frequencies(config.rotary_dim, config.local_rope_theta, RopeScaling())
-    return table, RotaryTable.build(local, config.context_length, 1.0, loader.device)
+    """The model, of what ``loader`` gives."""
+    return Decoder(config, loader)
 
 
 def _has_window(config: ModelConfig, layer: int) -> bool:
     return bool(config.windows and config.windows[layer])
-
-
-def norm_of(config: ModelConfig, loader: WeightLoader, name: str, dtype: torch.dtype | None = None) -> Norm:
-    """A norm of the residual stream, or of what is added to it; ``dtype``: None: what products take."""
-    size = config.hidden_size
-    bias = loader.vector(f"{name}.bias", size) if config.norm_bias else None
-    weight = loader.vector(f"{name}.weight", size) + config.norm_offset
-    eps = config.norm_eps / config.residual_scale**2
-    return Norm(weight, eps, config.layer_norm, bias, dtype or loader.activation_dtype)
 
 
 def _head_norm(

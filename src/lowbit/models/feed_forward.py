@@ -21,15 +21,15 @@ from lowbit.layers.routing import (
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig, MoeConfig
 
+FeedForward = GatedMlp | PlainMlp | MixtureOfExperts
+
 
 def down_norm_name(layer: int) -> str:
     """The tensor that scales what the down projection sees, where there is one."""
     return f"model.layers.{layer}.mlp.ffn_sub_norm.weight"
 
 
-def feed_forward(
-    config: ModelConfig, loader: WeightLoader, layer: int
-) -> GatedMlp | PlainMlp | MixtureOfExperts:
+def feed_forward(config: ModelConfig, loader: WeightLoader, layer: int) -> FeedForward:
     """The MLP of a layer, or its mixture of experts."""
     moe, mlp = config.moe, f"model.layers.{layer}.mlp"
     if not config.gated:

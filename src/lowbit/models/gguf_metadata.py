@@ -14,8 +14,10 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
-from lowbit.models.config import ModelConfig, MoeConfig, architecture_of, json_keys, rope_keys
+from lowbit.models.config import ModelConfig, MoeConfig
+from lowbit.models.config_keys import architecture_of, json_keys
 from lowbit.models.deepseek import DeepseekConfig
+from lowbit.models.rope_scaling import rope_keys
 
 # Family -> general.architecture. All of Llama's relatives are "llama"; OLMo 3 is OLMo 2 with windows.
 ARCHITECTURES = {

@@ -7,25 +7,21 @@ multiplied by the sigmoid of a gate, which the query projection makes beside the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
-from lowbit.kernels.elementwise import HeadNorms, RotaryTable, affine, apply_rotary, gather_rows
+from lowbit.kernels.elementwise import HeadNorms, RotaryTable, affine, apply_rotary
 from lowbit.kernels.forward_batch import ForwardBatch
-from lowbit.kernels.recurrent import DeltaParameters, LayerMemory, LayerSpec, LayerState, StateSpec
+from lowbit.kernels.recurrent import DeltaParameters, LayerMemory, LayerState, StateSpec
 from lowbit.kernels.recurrent_cpu import sigmoid_gate
-from lowbit.layers.linear import Embedding, Linear, Part
-from lowbit.layers.mlp import GatedMlp, MixtureOfExperts, PlainMlp
-from lowbit.layers.norm import Norm
+from lowbit.layers.linear import Linear, Part
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig
-from lowbit.models.decoder import norm_of, rotary_tables
-from lowbit.models.feed_forward import feed_forward
+from lowbit.models.language_model import rotary_tables
+from lowbit.models.mixer_model import MixerBlock, MixerModel
 from lowbit.numerics.cache_format import KvDtype
 
 
@@ -86,63 +82,8 @@ class GatedAttention:
         return self.output(sigmoid_gate(attended, gate.flatten(1)))
 
 
-@dataclass(frozen=True)
-class Block:
-    """The weights of one layer."""
-
-    mixer_norm: Norm
-    mixer: DeltaNet | GatedAttention
-    mlp_norm: Norm
-    mlp: GatedMlp | PlainMlp | MixtureOfExperts
-
-
-class QwenNext:
-    """A loaded model; see ``models.model.Model``."""
-
-    def __init__(
-        self,
-        config: QwenNextConfig,
-        loader: WeightLoader,
-        embedding: Embedding,
-        blocks: list[Block],
-        final_norm: Norm,
-        head: Linear,
-    ) -> None:
-        self.config = config
-        self.vocab_size = config.vocab_size
-        self.context_length = config.context_length
-        self.device = loader.device
-        self.activation_dtype = loader.activation_dtype
-        self.kernels: frozenset[str] = frozenset()
-        self.quantization = ""
-        self.weight_bytes = 0
-        self.mapped_bytes = 0
-        self.spans_tokens = False
-        self.states = ActivationStates()
-        self.embedding = embedding
-        self.blocks = blocks
-        self.final_norm = final_norm
-        self.head = head
-
-    def cache_specs(self) -> list[LayerSpec]:
-        """A state of recurrent layers, pages of the others."""
-        return [block.mixer.spec for block in self.blocks]
-
-    def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
-        """float32 (sample rows, vocabulary)."""
-        residual = self.embedding(batch.tokens)  # float32 (tokens, hidden)
-        hidden = self.blocks[0].mixer_norm(residual)
-        following = [block.mixer_norm for block in self.blocks[1:]] + [self.final_norm]
-        for block, cache, next_norm in zip(self.blocks, caches, following, strict=True):
-            hidden = block.mlp_norm.of_sum(block.mixer(hidden, cache, batch), residual)
-            hidden = next_norm.of_sum(block.mlp(hidden), residual)
-        logits = self.head.in_float32(gather_rows(hidden, batch.sample_rows))
-        self.states.update()
-        return logits
-
-
-def build(config: ModelConfig, loader: WeightLoader) -> QwenNext:
-    """Ask ``loader`` for every weight of the model, in the order of the layers."""
+def build(config: ModelConfig, loader: WeightLoader) -> MixerModel:
+    """The model, of what ``loader`` gives."""
     assert isinstance(config, QwenNextConfig), "read by this family"
     if loader.parallel.size > 1:
         raise LowbitError(
@@ -150,25 +91,17 @@ def build(config: ModelConfig, loader: WeightLoader) -> QwenNext:
             f"--tp-size {loader.parallel.size}: {config.architecture} has recurrent layers, whose states and "
             "fused projections ranks do not share; use --tp-size 1",
         )
-    matrix = (config.vocab_size, config.hidden_size)
-    embedding = loader.embedding(Part("model.embed_tokens", matrix))
     rotary, _ = rotary_tables(config, loader)
-    blocks = [_block(config, loader, rotary, layer) for layer in range(config.layers)]
-    final_norm = norm_of(config, loader, "model.norm")
-    head = embedding.as_head() if config.tied_head else loader.linear("lm_head", [Part("lm_head", matrix)])
-    return QwenNext(config, loader, embedding, blocks, final_norm, head)
 
+    def block(layer: int) -> MixerBlock:
+        mixer: DeltaNet | GatedAttention
+        if layer in config.recurrent:
+            mixer = _delta_net(config, loader, f"model.layers.{layer}.linear_attn")
+        else:
+            mixer = _attention(config, loader, rotary, layer)
+        return MixerBlock.of(config, loader, layer, mixer)
 
-def _block(config: QwenNextConfig, loader: WeightLoader, rotary: RotaryTable, layer: int) -> Block:
-    prefix = f"model.layers.{layer}"
-    mixer_norm = norm_of(config, loader, f"{prefix}.input_layernorm")
-    mixer: DeltaNet | GatedAttention
-    if layer in config.recurrent:
-        mixer = _delta_net(config, loader, f"{prefix}.linear_attn")
-    else:
-        mixer = _attention(config, loader, rotary, layer)
-    mlp_norm = norm_of(config, loader, f"{prefix}.post_attention_layernorm")
-    return Block(mixer_norm, mixer, mlp_norm, feed_forward(config, loader, layer))
+    return MixerModel(config, loader, block)
 
 
 def _delta_net(config: QwenNextConfig, loader: WeightLoader, name: str) -> DeltaNet:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.weight_loader import WeightLoader
-from lowbit.models.config import ModelConfig, architecture_of
+from lowbit.models.config import ModelConfig
+from lowbit.models.config_keys import architecture_of
 from lowbit.models.model import Model
 
 
@@ -93,9 +94,9 @@ MODULES = {
     "Cohere2ForCausalLM": ("families.cohere", "COHERE2"),
     "cohere2": ("families.cohere", "COHERE2"),
     "GptOssForCausalLM": ("families.gpt_oss", "GPT_OSS"),
-    "DeepseekV2ForCausalLM": ("deepseek", "FAMILY"),
-    "DeepseekV3ForCausalLM": ("deepseek", "FAMILY"),
-    "deepseek2": ("deepseek", "FAMILY"),
+    "DeepseekV2ForCausalLM": ("families.deepseek", "DEEPSEEK"),
+    "DeepseekV3ForCausalLM": ("families.deepseek", "DEEPSEEK"),
+    "deepseek2": ("families.deepseek", "DEEPSEEK"),
     "qwen2": ("families.qwen", "QWEN2"),
     "qwen3": ("families.qwen", "QWEN3"),
     "qwen3moe": ("families.qwen", "QWEN3_MOE"),

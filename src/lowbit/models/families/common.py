@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowbit.models.config import ConfigKeys
+from lowbit.models.config_keys import ConfigKeys
 
 UNUSED = (
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",  # a buffer old exports kept

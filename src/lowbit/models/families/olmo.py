@@ -10,19 +10,13 @@ from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
-from lowbit.models.config import (
-    ModelConfig,
-    MoeConfig,
-    NormNames,
-    base_config,
-    gguf_keys,
-    json_keys,
-    rope_keys,
-)
+from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config
+from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED, windows_by_types
 from lowbit.models.gguf_names import GEMMA_GGUF_NAMES, GGUF_NAMES
 from lowbit.models.registry import Family
+from lowbit.models.rope_scaling import rope_keys
 
 _NORMS = NormNames("", "", "post_attention_layernorm", "post_feedforward_layernorm")
 

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
-from lowbit.models.config import ModelConfig, NormNames, base_config, gguf_keys, json_keys
+from lowbit.models.config import ModelConfig, NormNames, base_config
+from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED
 from lowbit.models.families.spelling import aliases, respelled

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
-from lowbit.models.config import ConfigKeys, ModelConfig, MoeConfig, base_config, gguf_keys, json_keys
+from lowbit.models.config import ModelConfig, MoeConfig, base_config
+from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED, windows_by_types, windows_of
 from lowbit.models.gguf_names import GGUF_NAMES

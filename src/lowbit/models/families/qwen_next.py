@@ -3,12 +3,11 @@ output gate; experts everywhere, beside a shared one."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.kernels.recurrent import StateSpec
-from lowbit.models.config import ConfigKeys, ModelConfig, MoeConfig, base_config, gguf_keys, json_keys
+from lowbit.models.config import ModelConfig, MoeConfig, base_config, widened
+from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.families.common import UNUSED
 from lowbit.models.families.qwen import sparse_layers
 from lowbit.models.gguf_names import QWEN_NEXT_GGUF_NAMES
@@ -42,8 +41,10 @@ def _qwen3_next(header: CheckpointHeader) -> ModelConfig:
             keys.flag("norm_topk_prob", True),
         )
     bias = keys.flag("attention_bias", False)
-    return _with(
+    return widened(
+        QwenNextConfig,
         base,
+        qk_norm="head",
         norm_offset=1.0,
         qkv_bias=bias,
         output_bias=bias,
@@ -87,12 +88,16 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys) -> ModelConfig:
                 "E0216", f"{keys.place}: {told} does not list {base.layers} layers; the file is damaged"
             )
         recurrent = frozenset(n for n in range(layers) if listed[n])
-    return _with(base, layers=layers, moe=moe, state=state, recurrent=recurrent, gguf=True)
-
-
-def _with(base: ModelConfig, **more: object) -> QwenNextConfig:
-    known = {field.name: getattr(base, field.name) for field in fields(ModelConfig)}
-    return QwenNextConfig(**{**known, "qk_norm": "head", **more})
+    return widened(
+        QwenNextConfig,
+        base,
+        qk_norm="head",
+        layers=layers,
+        moe=moe,
+        state=state,
+        recurrent=recurrent,
+        gguf=True,
+    )
 
 
 def _needed(keys: ConfigKeys, key: str) -> int:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
-from lowbit.models.config import ModelConfig, base_config, json_keys
+from lowbit.models.config import ModelConfig, base_config
+from lowbit.models.config_keys import json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED, windows_by_types
 from lowbit.models.gguf_names import GGUF_NAMES

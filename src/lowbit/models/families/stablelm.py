@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
-from lowbit.models.config import ModelConfig, NormNames, base_config, json_keys
+from lowbit.models.config import ModelConfig, NormNames, base_config
+from lowbit.models.config_keys import json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED
 from lowbit.models.gguf_names import GGUF_NAMES

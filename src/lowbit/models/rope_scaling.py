@@ -1,0 +1,112 @@
+"""How positions are stretched: the rope scaling that a config.json or GGUF metadata ask for.
+
+An unknown kind is refused by name. Sources: transformers' rope utilities, the GGUF specification
+(formats.md 2.7.2).
+"""
+
+from __future__ import annotations
+
+import math
+
+from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError, printable
+from lowbit.layers.rotary import RopeScaling
+from lowbit.models.config_keys import ConfigKeys
+
+
+def rope_keys(keys: ConfigKeys, layer_type: str = "full_attention") -> ConfigKeys:
+    """The rope section: transformers >= 5 writes rope_parameters (nested by layer type where layers
+    differ), older versions rope_scaling beside rope_theta."""
+    section = keys.section("rope_parameters")
+    nested = section.get(layer_type)
+    if isinstance(nested, dict):
+        section = nested
+    return ConfigKeys(section or keys.section("rope_scaling"), f"{keys.place}: rope")
+
+
+def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeScaling:
+    """The rope scaling a config.json asks for; an unknown kind is refused by name."""
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    original = "original_max_position_embeddings"
+    trained = rope.size(original, keys.size(original, context))
+    match kind:
+        # Dynamic NTK leaves the frequencies alone up to the trained context, which is all lowbit serves.
+        case "default" | "dynamic":
+            return RopeScaling()
+        case "linear":
+            return RopeScaling("linear", rope.number("factor"))
+        case "llama3":
+            return RopeScaling(
+                "llama3",
+                rope.number("factor"),
+                rope.size(original),
+                rope.number("low_freq_factor"),
+                rope.number("high_freq_factor"),
+            )
+        case "yarn":
+            return RopeScaling(
+                "yarn",
+                rope.number("factor", context / trained if context != trained else None),
+                trained,
+                beta_fast=rope.number("beta_fast", 32.0),
+                beta_slow=rope.number("beta_slow", 1.0),
+                attention_factor=rope.optional("attention_factor"),
+                mscale=rope.optional("mscale"),
+                mscale_all_dim=rope.optional("mscale_all_dim"),
+                truncate=rope.flag("truncate", True),
+            )
+        case "longrope":
+            return _longrope(rope, context, trained)
+    raise LowbitError(
+        "E0242",
+        f"{rope.place}: rope type {printable(repr(kind))} is not supported; "
+        "supported: default, linear, dynamic, llama3, yarn, longrope",
+    )
+
+
+def _longrope(rope: ConfigKeys, context: int, trained: int) -> RopeScaling:
+    """A model made for more than its trained context always uses its long factors: a token's K must not
+    depend on how long its sequence becomes later."""
+    factor = rope.number("factor", context / trained)
+    stretch = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    return RopeScaling(
+        "divisors",
+        factor,
+        trained,
+        attention_factor=rope.number("attention_factor", stretch),
+        divisors=rope.numbers("long_factor" if context > trained else "short_factor"),
+    )
+
+
+def scaling_from_gguf(keys: ConfigKeys, header: CheckpointHeader) -> RopeScaling:
+    """The rope scaling that metadata or tensors of divisors ask for."""
+    if "rope_freqs.weight" in header.tensors:  # Llama-3 scaling is a tensor of divisors, not metadata
+        return RopeScaling("table", tensor="rope_freqs.weight")
+    if "rope_factors_long.weight" in header.tensors:
+        context = keys.size("context_length")
+        long = context > keys.size("rope.scaling.original_context_length", context)
+        return RopeScaling(
+            "table",
+            attention_factor=keys.optional("rope.scaling.attn_factor"),
+            tensor=f"rope_factors_{'long' if long else 'short'}.weight",
+        )
+    kind = keys.text("rope.scaling.type", "none")
+    if kind == "none":
+        return RopeScaling()
+    if kind == "linear":
+        return RopeScaling("linear", keys.number("rope.scaling.factor"))
+    if kind == "yarn":
+        return RopeScaling(
+            "yarn",
+            keys.number("rope.scaling.factor"),
+            keys.size("rope.scaling.original_context_length"),
+            beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
+            beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
+            attention_factor=keys.optional("rope.scaling.yarn_attn_factor")
+            or keys.optional("rope.scaling.attn_factor"),
+        )
+    raise LowbitError(
+        "E0242",
+        f"{keys.place}.rope.scaling.type {printable(repr(kind))} is not supported; "
+        "supported: none, linear, yarn",
+    )
