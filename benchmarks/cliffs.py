@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from linear_formats import Sample, matrix
+from linear_formats import Sample, codebook_weight, matrix
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -157,6 +157,11 @@ def plain(name: str) -> Callable[[tuple[int, int]], Sample]:
     return made
 
 
+def vectors(books: int, bits: int, length: int) -> Callable[[tuple[int, int]], Sample]:
+    """Random indices of codebooks' vectors."""
+    return lambda shape: Sample(codebook_weight(shape, books, bits, length), None)
+
+
 def _inputs(name: str, columns: int, scale: str = "f32") -> ActivationScheme:
     return ActivationScheme(number_format(name), (1, columns), scale=number_format(scale))
 
@@ -199,6 +204,10 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     "mxfp8, inputs": coded("e4m3", 32, "e8m0", inputs=_inputs("e4m3", 32, "e8m0")),
     "mxfp4, inputs": coded("e2m1", 32, "e8m0", inputs=_inputs("e2m1", 32, "e8m0")),
     "nvfp4, inputs": nvfp4(_inputs("e2m1", 16, "e4m3")),
+    "aqlm 1x16 g8": vectors(1, 16, 8),
+    "aqlm 1x16 g16": vectors(1, 16, 16),
+    "aqlm 2x8 g8": vectors(2, 8, 8),
+    "aqlm 1x8 g8": vectors(1, 8, 8),
     "w8a8": coded("int8", 0, "f32", inputs=_inputs("int8", 0)),
     **{f"gguf {name}": blocks(name) for name in _GGUF},
 }
@@ -208,9 +217,10 @@ def _copies(packed: PackedWeight) -> list[PackedWeight]:
     """Copies of a weight, together more than twice the largest cache."""
     count = 1 if packed.kernel.name == "reference" else -(-2 * timing.cache_bytes() // packed.nbytes)
     made = [packed]
+    shared = () if packed.scheme.weight.vectors is not None else ("table",)  # codebooks are a weight's own
     for _ in range(count - 1):
         buffers = {
-            name: buffer if name == "table" else buffer.clone() for name, buffer in packed.buffers.items()
+            name: buffer if name in shared else buffer.clone() for name, buffer in packed.buffers.items()
         }
         made.append(packed.kernel.restore(packed.scheme, packed.shape, buffers, packed.origin))
     return made

@@ -193,7 +193,9 @@ class Bench:
             expected = functional.linear(changed.float(), exact)
             expected = expected if factor is None else expected * factor
         else:
-            rounded = x if sample.weight.scheme.weight.name in FLOAT_TABLES else x.bfloat16()
+            fmt = sample.weight.scheme.weight
+            whole = fmt.vectors is not None or fmt.name in FLOAT_TABLES
+            rounded = x if whole else x.bfloat16()
             expected = functional.linear(rounded.float(), exact)
         error = float((found.float() - expected).norm() / expected.norm())
         bound = TOLERANCE if self.device.type == "cpu" else 4 * TOLERANCE  # results are bf16 there

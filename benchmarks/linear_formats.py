@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.numerics.number_formats import number_format, vector_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import dense
+from lowbit.numerics.scheme import Scheme, dense
 from lowbit.quantize.method import Module, build_method
 from lowbit.quantize.specification import parse_method
 
@@ -91,6 +92,35 @@ def _act_order(text: str) -> Callable[[Tensor], Sample]:
     return made
 
 
+def vectors(books: int, bits: int, length: int) -> Callable[[Tensor], Sample]:
+    """Random indices of codebooks of normal numbers (AQLM), whatever the matrix."""
+
+    def made(values: Tensor) -> Sample:
+        rows, columns = values.shape
+        return Sample(codebook_weight((rows, columns), books, bits, length), None)
+
+    return made
+
+
+def codebook_weight(shape: tuple[int, int], books: int, bits: int, length: int) -> QuantizedTensor:
+    """Random indices, codebooks of normal numbers and a scale of a power of two for each row."""
+    generator = torch.Generator().manual_seed(1)
+    fmt, (rows, columns) = vector_format(books, bits, length), shape
+    assert fmt.vectors is not None
+    top = 256 if bits in (8, 16) else 1 << bits % 8  # of an index's last byte
+    codes = torch.randint(256, (rows, fmt.vectors.row_bytes(columns)), generator=generator)
+    last = fmt.vectors.index_bytes
+    codes[:, last - 1 :: last] %= top
+    return QuantizedTensor(
+        Scheme(fmt, ((1, 0),), (number_format("f16"),)),
+        shape,
+        codes.to(torch.uint8),
+        (torch.exp2(torch.randint(-8, -5, (rows, 1), generator=generator).float()).half(),),
+        origin="benchmark",
+        codebooks=torch.randn(books, 1 << bits, length, generator=generator).half(),
+    )
+
+
 FORMATS: dict[str, Callable[[Tensor], Sample]] = {
     "bf16": _plain("bf16"),
     "f16": _plain("f16"),
@@ -108,6 +138,8 @@ FORMATS: dict[str, Callable[[Tensor], Sample]] = {
     "q8_0": _method("gguf:type=q8_0,pure=true"),
     "nf4": _method("nf4"),
     "mxfp4": _method("mxfp4"),
+    "aqlm 1x16 g8": vectors(1, 16, 8),
+    "aqlm 2x8 g8": vectors(2, 8, 8),
     "fp8 channel": _method("fp8:activation=none"),
     "fp8 block": _method("fp8:weights=block,activation=none"),
     "w8a8": _method("w8a8_int8"),

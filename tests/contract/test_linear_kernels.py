@@ -23,8 +23,9 @@ from lowbit.kernels import LinearKernel, PackedWeight, choose, code_tables, line
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
+from lowbit.kernels.cpu_vectors import CpuVectors
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
-from lowbit.numerics.number_formats import NumberFormat, number_format
+from lowbit.numerics.number_formats import NumberFormat, number_format, vector_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from numerics.test_block_layouts import NAMES, random_blocks, tensor_of
@@ -163,6 +164,35 @@ def nvfp4(rows: int) -> QuantizedTensor:
     return replace(inner, scheme=scheme, scales=(inner.scales[0], outer))
 
 
+def vectors(
+    books: int,
+    bits: int,
+    length: int,
+    scale: str = "f16",
+    shape: tuple[int, int] = (37, 256),
+    rows: int = 1,
+    order: bool = False,
+) -> QuantizedTensor:
+    """Indices of codebooks' vectors, first and last among them (AQLM); 16 bits hold their numbers exactly."""
+    generator = torch.Generator().manual_seed(books + bits + length)
+    fmt, (out, columns) = vector_format(books, bits, length), shape
+    assert fmt.vectors is not None
+    indices = torch.randint(1 << bits, (out, columns // length, books), generator=generator)
+    indices[0], indices[-1] = (1 << bits) - 1, 0
+    codes = indices.to(torch.uint8 if bits <= 8 else torch.int16).view(torch.uint8).flatten(1)
+    scales = torch.randn(out if rows else 1, 1, generator=generator) * 0.02
+    codebooks = torch.randint(-150, 151, (books, 1 << bits, length), generator=generator) / 16
+    return QuantizedTensor(
+        Scheme(fmt, ((rows, 0),), (number_format(scale),), reordered=order),
+        shape,
+        codes,
+        (scales.to(number_format(scale).dtype),),
+        column_order=torch.randperm(columns, generator=generator) if order else None,
+        origin="test",
+        codebooks=codebooks.to(number_format(scale).dtype),
+    )
+
+
 def crooked() -> QuantizedTensor:
     """7-bit codes that are no line: the native code has no table for them."""
     weight = canonical("uint7", 64)
@@ -260,6 +290,16 @@ WEIGHTS = {
     "uint4 g96 zero, many blocks": lambda: canonical("uint4", 96, zero=True, shape=(700, 864)),
     "int4 g32, many blocks": lambda: canonical("int4", 32, shape=(700, 288)),
     "int8 channel, long rows": lambda: canonical("int8", 0, "f32", shape=(70, 1056)),
+    "codebooks 1x16 of 8 (AQLM)": lambda: vectors(1, 16, 8),
+    "codebooks 2x8 of 8 (AQLM)": lambda: vectors(2, 8, 8),
+    "codebooks 3x8 of 8 bf16, 72 columns": lambda: vectors(3, 8, 8, "bf16", (37, 72)),
+    "codebooks 1x12 of 16 f32, 80 columns": lambda: vectors(1, 12, 16, "f32", (37, 80)),
+    "codebooks 2x16 of 16": lambda: vectors(2, 16, 16, shape=(37, 96)),
+    "codebooks 1x5 of 8, one scale": lambda: vectors(1, 5, 8, rows=0),
+    "codebooks 4x8 of 32": lambda: vectors(4, 8, 32),
+    "codebooks 1x1 of 8 act-order": lambda: vectors(1, 1, 8, order=True),
+    "codebooks 1x12 of 32, many blocks": lambda: vectors(1, 12, 32, shape=(700, 288)),
+    "codebooks 2x8 of 16, many blocks": lambda: vectors(2, 8, 16, shape=(700, 288)),
     "dense bf16": lambda: dense_weight("bf16", (37, 83)),
     "dense bf16, many blocks": lambda: dense_weight("bf16", (700, 600)),
     "dense f16": lambda: dense_weight("f16", (19, 96)),
@@ -313,7 +353,8 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
         return x.double()
     order = packed.buffers.get("column_order")
     if takes(packed.description, INPUT_WORDS):
-        wide = packed.scheme.weight.name in ("nf4", "fp4_bnb")
+        fmt = packed.scheme.weight
+        wide = fmt.name in ("nf4", "fp4_bnb") or fmt.vectors is not None
         turned = x if order is None else x[:, order]
         seen = in_words(turned, 16383 if wide else 32767)
         return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
@@ -361,7 +402,8 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     tiles = (-(-rows // 16) * 16 / rows) * (-(-columns // 32) * 32 / columns)
     order = 8 * columns if weight.column_order is not None else 0
     order += 8 * rows if weight.row_groups is not None else 0
-    table = packed.buffers["table"].nbytes if "table" in packed.buffers else 0  # which weights share
+    # Which weights share, or the codebooks.
+    table = sum(packed.buffers[key].nbytes for key in ("table", "codebooks") if key in packed.buffers)
     growth = {"cpu_blocks": 1.5, "cpu_columns": 2.0}.get(kernel.name, 1.1)
     assert packed.nbytes - table <= growth * weight.nbytes * tiles + order + 1024
     assert 0 <= packed.nbytes - table - kernel.nbytes(weight.scheme, weight.shape) <= order + 4 * rows
@@ -443,6 +485,54 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
     rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
     assert found < rounded / 8, (found, rounded)
     assert found < 2e-4
+
+
+@needs_native
+@pytest.mark.parametrize(("books", "bits"), [(1, 16), (2, 8), (1, 12)])
+@pytest.mark.parametrize("spike", [1.0, 300.0])
+def test_codebooks_of_any_numbers_lose_less_than_bfloat_inputs(books: int, bits: int, spike: float) -> None:
+    """Beside the product of what is stored: the rounding of the codebooks and of x together."""
+    weight = vectors(books, bits, 8)
+    assert weight.codebooks is not None
+    generator = torch.Generator().manual_seed(6)
+    numbers = torch.randn(weight.codebooks.shape, generator=generator).half()
+    weight = replace(weight, codebooks=numbers)
+    packed = CpuVectors().pack(weight, CPU)
+    exact = weight.dequantize().double()
+    x = torch.randn(64, 256, generator=generator)
+    x[:, ::32] *= spike
+    wanted = x.double() @ exact.T
+    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
+    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    assert found < rounded / (8 if books == 1 else 6), (found, rounded)
+    rows = packed.kernel.rows(packed, torch.arange(37))
+    half = float(packed.buffers["factor"]) / 2 * books * weight.scales[0].double().abs()
+    assert ((rows - exact).abs() <= 1.001 * half).all()
+    assert (half / exact.norm(dim=1, keepdim=True) * 256**0.5 < 3e-4 * books).all(), "of a weight"
+
+
+@needs_native
+def test_sums_of_the_largest_codebooks_stay_whole() -> None:
+    """Every number of every codebook at its largest, and x too: no sum wraps around."""
+    weight = vectors(3, 8, 8)
+    assert weight.codebooks is not None
+    for sign in (1.0, -1.0):
+        extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
+        packed = CpuVectors().pack(extreme, CPU)
+        for tokens in (1, 9):
+            x = torch.full((tokens, 256), 3.3)
+            wanted = x @ extreme.dequantize().T
+            assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
+
+
+@needs_native
+def test_an_index_past_a_codebook_is_refused() -> None:
+    """Kept packed weights that were damaged: nothing is read outside the table."""
+    packed = CpuVectors().pack(vectors(1, 12, 8), CPU)
+    data = packed.buffers["data"].clone()
+    data[32 + 1] = 0xFF
+    with pytest.raises(ValueError, match="of a codebook of 4096 vectors"):
+        packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | {"data": data}, "test")
 
 
 @needs_native
@@ -564,7 +654,8 @@ def test_choice_keeps_the_reasons() -> None:
     weight = crooked()
     choice = choose(weight.scheme, weight.shape, CPU)
     assert choice.kernel.name == "reference"
-    assert [name for name, _ in choice.refusals] == ["cpu_blocks", "cpu_columns", "cpu_dense", "cpu_expanded"]
+    asked = ["cpu_blocks", "cpu_columns", "cpu_vectors", "cpu_dense", "cpu_expanded"]
+    assert [name for name, _ in choice.refusals] == asked
 
 
 @needs_native
@@ -598,6 +689,7 @@ def test_nothing_past_the_end_is_touched(kernel: LinearKernel, name: str) -> Non
     guarded = replace(
         weight,
         codes=at_guard_page(weight.codes),
+        codebooks=None if weight.codebooks is None else at_guard_page(weight.codebooks),
         scales=tuple(map(at_guard_page, weight.scales)),
         zeros=None if weight.zeros is None else at_guard_page(weight.zeros),
         row_groups=None if weight.row_groups is None else at_guard_page(weight.row_groups),
@@ -634,6 +726,8 @@ ODD: dict[str, Callable[[int], QuantizedTensor]] = {
     "uint5 7x1 apart": lambda rows: by_columns("uint5", 7, shape=(rows, 70), apart=True),
     "uint8 tiles": lambda rows: in_tiles("uint8", 16, 9, shape=(rows, 48)),
     "q4_k": lambda rows: tensor_of("q4_k", random_blocks("q4_k", rows, 1)),
+    "codebooks 1x16": lambda rows: vectors(1, 16, 8, shape=(rows, 40)),
+    "codebooks 2x8 of 16": lambda rows: vectors(2, 8, 16, shape=(rows, 48)),
     "bf16": lambda rows: dense_weight("bf16", (rows, 31)),
     "f16": lambda rows: dense_weight("f16", (rows, 1)),
     "f32": lambda rows: dense_weight("f32", (rows, 33)),
@@ -662,6 +756,7 @@ def test_odd_shapes(name: str, rows: int) -> None:
 
 
 FAR = {
+    "codebooks 1x8": lambda: vectors(1, 8, 8, shape=(16, 2048)),
     "int4": lambda: canonical("int4", 32, shape=(16, 2048)),
     "uint7 zero": lambda: canonical("uint7", 128, zero=True, shape=(16, 2048)),
     "bf16": lambda: dense_weight("bf16", (16, 2048)),

@@ -41,10 +41,15 @@ __attribute__((always_inline)) inline void fetch_results(const Input& x, std::in
 
 // How a weight's codes become numbers.
 struct Decoding {
-    explicit Decoding(const lowbit_weight& weight) : table(weight.table), bytes(weight), words(weight) {}
+    explicit Decoding(const lowbit_weight& weight)
+        : table(weight.table),
+          bytes(weight),
+          words(weight),
+          vectors(reinterpret_cast<const std::int16_t*>(weight.table)) {}
     Table table;
     ByteCodes bytes;
     WordCodes words;
+    const std::int16_t* vectors;  // of codebooks
 };
 
 // totals[token] += the block's rows times x; totals start at zero.
@@ -75,6 +80,9 @@ BlockFunction scaled_function(const Layout& layout);
 
 // x as InputKind::words. Null where there is none. linear_words.cpp
 BlockFunction word_function(const Layout& layout, const WordCodes& codes);
+
+// The same of codebooks' vectors. linear_vectors.cpp
+BlockFunction vector_function(const Layout& layout);
 
 // The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,

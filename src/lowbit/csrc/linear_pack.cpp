@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "linear_layout.h"
+#include "linear_vectors.h"
 #include "lowbit.h"
 #include "operations.h"
 #include "thread_pool.h"
@@ -18,6 +19,7 @@ bool known(const Layout& layout) {
         if (is_byte_float(layout.codes)) return layout.addend == Addend::none;
         return here || layout.codes == Codes::int8 || layout.codes == Codes::uint8;
     }
+    if (is_vectors(layout.codes)) return layout.addend == Addend::none && layout.scales != Scales::none;
     switch (layout.codes) {
         case Codes::grid2_256:
         case Codes::grid2_512:
@@ -48,6 +50,9 @@ bool known(const Layout& layout) {
 
 // What a code is worth, exactly, factor included.
 float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* tile, int row, int column) {
+    if (is_vectors(codes)) {
+        return static_cast<float>(vector_word(vectors_of(codes), tile, weight.table, row, column)) * weight.factor;
+    }
     if (weight.factor != 1.0f) {
         float value;
         std::memcpy(&value, reinterpret_cast<const float*>(weight.table + 32) + read_code(tile, codes, row, column), sizeof value);

@@ -46,8 +46,23 @@ enum class Codes : std::int32_t {
     f32 = 32
 };
 
+// Indices of vectors of codebooks: a vector is ``length`` columns of a row (8, 16 or 32), a weight the sum of what each of
+// ``books`` codebooks of 2^bits vectors says; linear_vectors.h. Such codes are numbers of a form of their own.
+constexpr std::int32_t VECTORS = 1 << 16;
+struct Vectors {
+    int books, bits, length;
+    constexpr int index_bytes() const { return bits <= 8 ? 1 : 2; }
+    constexpr int of_row() const { return COLUMNS / length; }  // in a tile
+    constexpr std::int64_t bytes() const { return ROWS * of_row() * books * index_bytes(); }
+};
+constexpr bool is_vectors(Codes codes) { return static_cast<std::int32_t>(codes) >= VECTORS; }
+constexpr Vectors vectors_of(Codes codes) {
+    const std::int32_t number = static_cast<std::int32_t>(codes);
+    return {number >> 8 & 255, number >> 3 & 31, 8 << (number & 7)};
+}
+
 // Codes whose values are 16-bit whole numbers, as is x.
-constexpr bool is_words(Codes codes) { return codes == Codes::words4; }
+constexpr bool is_words(Codes codes) { return codes == Codes::words4 || is_vectors(codes); }
 
 // Codes that meet x in float32.
 constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32; }
@@ -97,7 +112,9 @@ constexpr std::int64_t tile_bytes(Codes codes) {
         case Codes::bf16:
         case Codes::f16: return ROWS * COLUMNS * 2;
         case Codes::f32: return ROWS * COLUMNS * 4;
-        default: return ROWS * COLUMNS / 8 * static_cast<std::int64_t>(codes);
+        default:
+            if (is_vectors(codes)) return vectors_of(codes).bytes();
+            return ROWS * COLUMNS / 8 * static_cast<std::int64_t>(codes);
     }
 }
 

@@ -163,6 +163,7 @@ BlockFunction byte_table_function([[maybe_unused]] const Layout& layout) {
 }
 
 BlockFunction wide_function(const Layout& layout) {
+    if (is_vectors(layout.codes)) return vector_function(layout);
     if (layout.sub == LEAST_GROUP) return nullptr;
     if (layout.codes == Codes::words4) return by_sub<Codes::words4, WordKind::wide>(layout);
     if constexpr (CODES_AS_WORDS) {

@@ -6,9 +6,9 @@
 
     weight[o R + i, g C + j] = scales[R] * sum over m of codebooks[m, codes[R, C, m], i, j]
 
-No kernel here runs codebooks: a weight is decoded when it is loaded and kept in the codebooks' type, which
-takes 16 bits a weight where the file takes about 2. The sum and the product are made in float32 and rounded
-once (the tool rounds each, so a last bit may differ). ``inspect`` shows what the model takes.
+Vectors of one row (o = 1) stay as they are: indices, with each module's own codebooks. Taller ones are
+decoded when they are loaded and kept in the codebooks' type, 16 bits a weight: sum and product are made in
+float32 and rounded once (the tool rounds each, so a last bit may differ).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from lowbit.formats.dense import (
     read_dense,
 )
 from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.numerics.number_formats import number_format, vector_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
@@ -79,15 +80,21 @@ class Aqlm:
         return says_method(header, cls.name)
 
     def describe(self) -> str:
-        """Codebooks and bits, and that it is decoded."""
+        """Codebooks and bits; and that it is decoded, where it is."""
         books, bits = self.told["num_codebooks"], self.told["nbits_per_codebook"]
-        return f"aqlm, {books}x{bits} in {self.place.split(':')[0]}, decoded to 16 bits a weight when loaded"
+        groups = f"groups of {self.told['out_group_size']}x{self.told['in_group_size']}"
+        decoded = "" if self._by_rows else ", decoded to 16 bits a weight when loaded"
+        return f"aqlm, {books}x{bits}, {groups} in {self.place.split(':')[0]}{decoded}"
 
     def scheme_of(self, module: StoredModule) -> Scheme:
-        """Dense, in the codebooks' type."""
+        """Vectors of codebooks under a scale a row; or dense, in the codebooks' type."""
         if self._is_dense(module):
             return dense_scheme(self.header, module)
-        return dense(DENSE_DTYPES[self._entries(module).dtype])
+        books, scales = self._entries(module)
+        if not self._by_rows:
+            return dense(DENSE_DTYPES[books.dtype])
+        sizes = (self.told[key] for key in ("num_codebooks", "nbits_per_codebook", "in_group_size"))
+        return Scheme(vector_format(*sizes), ((1, 0),), (number_format(DENSE_DTYPES[scales.dtype]),))
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """Codes, codebooks, scales and bias."""
@@ -97,7 +104,7 @@ class Aqlm:
         return names + bias_tensors(self.header, module)
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
-        """Decoded, a slice of rows at a time."""
+        """As it is stored, or decoded, a slice of rows at a time."""
         if self._is_dense(module):
             return read_dense(self.header, module, data)
         scheme = self.scheme_of(module)
@@ -106,17 +113,35 @@ class Aqlm:
         )
         scales = finite_scales(self.header, module.tensor("scales"), data.tensor(module.tensor("scales")))
         codes = data.tensor(module.tensor("codes"))
-        weight = decode(codes, books, scales)
-        quantized = QuantizedTensor(
-            scheme, module.shape, weight, origin=origin_of(self.header, module, "codes")
+        origin, bias = origin_of(self.header, module, "codes"), read_bias(self.header, module, data)
+        if not self._by_rows:
+            weight = QuantizedTensor(scheme, module.shape, decode(codes, books, scales), origin=origin)
+            return StoredLinear(weight, bias)
+        bits = self.told["nbits_per_codebook"]
+        if bits not in (8, 16):  # those above the middle are stored as negative numbers
+            codes = codes & (1 << bits) - 1
+        return StoredLinear(
+            QuantizedTensor(
+                scheme,
+                module.shape,
+                codes.view(torch.uint8).flatten(1),
+                (scales.flatten(1),),
+                origin=origin,
+                codebooks=books.squeeze(2),
+            ),
+            bias,
         )
-        return StoredLinear(quantized, read_bias(self.header, module, data))
+
+    @property
+    def _by_rows(self) -> bool:
+        """Whether a vector lies in one row."""
+        return self.told["out_group_size"] == 1
 
     def _is_dense(self, module: StoredModule) -> bool:
         return module.tensor("codebooks") not in self.header.tensors
 
-    def _entries(self, module: StoredModule) -> TensorEntry:
-        """The codebooks; dtypes and shapes of all three checked."""
+    def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
+        """The codebooks and scales; dtypes and shapes of all three checked."""
         if module.expert is not None:
             raise LowbitError("E0218", f"{module.name}: stacked experts in AQLM's codes are not read")
         (out, columns), told = module.shape, self.told
@@ -135,7 +160,7 @@ class Aqlm:
         check_shape(codes, (out // rows, columns // width, books), what)
         scales = entry_of(self.header, module, "scales", tuple(DENSE_DTYPES), what)
         check_shape(scales, (out // rows, 1, 1, 1), what)
-        return entry
+        return entry, scales
 
 
 def decode(codes: Tensor, books: Tensor, scales: Tensor) -> Tensor:

@@ -33,11 +33,12 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     from lowbit.kernels.cpu_columns import CpuColumns
     from lowbit.kernels.cpu_dense import CpuDense
     from lowbit.kernels.cpu_dequantized import CpuDequantized, CpuExpanded
+    from lowbit.kernels.cpu_vectors import CpuVectors
     from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
     from lowbit.kernels.reference import Reference
 
-    cpu = CpuBlocks(), CpuColumns(), CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
+    cpu = CpuBlocks(), CpuColumns(), CpuVectors(), CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
     return (GpuBlocks(), GpuDense(), *cpu, GpuHumming())
 
 

@@ -28,6 +28,7 @@ from lowbit.kernels.activation_native import NativeQuantizer
 from lowbit.kernels.elementwise import affine, gather_columns
 from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
 from lowbit.kernels.step_plan import Operation
+from lowbit.numerics.number_formats import VectorLayout
 from lowbit.numerics.scheme import Scheme
 
 ROWS, COLUMNS, SUPER = 16, 32, 256
@@ -102,6 +103,24 @@ CODES |= {
 }
 
 
+# Codes of codebooks say what they are: VECTORS + books, bits and log2(length / 8) (csrc/linear_vectors.h).
+VECTORS = 1 << 16
+VECTOR_LENGTHS = (8, 16, 32)
+MOST_BOOKS = 4  # of more, the whole numbers would be too coarse
+
+
+def vector_codes(layout: VectorLayout) -> int:
+    """The number in ``CODES`` of such indices."""
+    return VECTORS | layout.books << 8 | layout.bits << 3 | VECTOR_LENGTHS.index(layout.length)
+
+
+def vectors_of(codes: int) -> VectorLayout | None:
+    """What ``vector_codes`` had, or None."""
+    if codes < VECTORS:
+        return None
+    return VectorLayout(codes >> 8 & 255, codes >> 3 & 31, VECTOR_LENGTHS[codes & 7])
+
+
 class Description(ctypes.Structure):
     """``lowbit_weight`` of csrc/linear_layout.h."""
 
@@ -134,6 +153,8 @@ class Description(ctypes.Structure):
     @property
     def table_size(self) -> int:
         """Bytes of the table, and of the words behind it."""
+        if (layout := vectors_of(self.codes)) is not None:
+            return 2 * max(64, layout.books * (layout.length << layout.bits))
         words = 128 if self.codes == CODES["bits7"] else 0
         return TABLE_BYTES + 2 * (1 << GRIDS[self.codes].bits if self.codes in GRIDS else words)
 
@@ -159,6 +180,8 @@ class Description(ctypes.Structure):
         """Bytes of a tile's codes."""
         if self.codes in GRIDS:
             return GRIDS[self.codes].tile_size
+        if (layout := vectors_of(self.codes)) is not None:
+            return ROWS * layout.row_bytes(COLUMNS)
         bits = {**dict.fromkeys(range(8, 14), 8), 14: 4, 17: 16}.get(self.codes, self.codes)
         return ROWS * COLUMNS * bits // 8
 

@@ -68,6 +68,8 @@ class Reference:
             buffers["column_order"] = weight.column_order
         if weight.row_groups is not None:
             buffers["row_groups"] = weight.row_groups
+        if weight.codebooks is not None:
+            buffers["codebooks"] = weight.codebooks
         # Detached from the mapped file: its pages must not be needed once loading is over.
         owned = {name: buffer.to(device, copy=True).contiguous() for name, buffer in buffers.items()}
         return self.restore(weight.scheme, weight.shape, owned, weight.origin)
@@ -81,7 +83,7 @@ class Reference:
     @staticmethod
     def _packed_codes(weight: QuantizedTensor) -> Tensor:
         bits = weight.scheme.weight.bits
-        if weight.scheme.is_dense or weight.scheme.weight.block is not None or bits == 8:
+        if weight.scheme.is_dense or weight.scheme.weight.in_bytes or bits == 8:
             return weight.codes
         return pack_bits(weight.codes, int(bits))
 
@@ -103,12 +105,13 @@ class Reference:
             buffers.get("column_order"),
             packed.origin,
             buffers.get("row_groups"),
+            buffers.get("codebooks"),
         )
 
     @staticmethod
     def _with_codes(stored: QuantizedTensor) -> QuantizedTensor:
         scheme = stored.scheme
-        if scheme.is_dense or scheme.weight.block is not None or scheme.weight.bits == 8:
+        if scheme.is_dense or scheme.weight.in_bytes or scheme.weight.bits == 8:
             return stored
         codes = unpack_bits(stored.codes, int(scheme.weight.bits), stored.shape[-1])
         return replace(stored, codes=codes)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.formats.compressed_tensors_transforms import Transforms
+from lowbit.kernels import choose
 from lowbit.kernels.rotation import Rotator
 from lowbit.layers.cuts import Cut, cut_evenly
 from lowbit.layers.experts import ExpertsSpec
@@ -22,7 +23,7 @@ from lowbit.loading.opened import Opened, Target
 from lowbit.numerics.cutting import column_unit, row_unit
 from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.scheme import Scheme, dense
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -277,8 +278,18 @@ class Asker:
         return asked if choice.kernel.takes_int8(run, part.shape) else scheme
 
     def as_run(self, scheme: Scheme) -> Scheme:
-        """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's."""
+        """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's.
+
+        Codebooks for which there is no kernel here are decoded when they are loaded, to their scales' type.
+        """
         scheme = scheme.weight_alone
+        if scheme.weight.vectors is not None and not self._runs_vectors(scheme):
+            scheme = dense(scheme.scales[0].name)
         if not scheme.is_dense or self.target.dense_dtype is None:
             return scheme
         return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))
+
+    def _runs_vectors(self, scheme: Scheme) -> bool:
+        vectors = scheme.weight.vectors
+        assert vectors is not None, "asked before"
+        return choose(scheme, (16, 32 * vectors.length), self.device).kernel.name != "reference"

@@ -42,6 +42,7 @@ from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
 
 _log = logging.getLogger("lowbit")
+_DECODED_AT_ONCE = 1 << 22  # weights
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
 
@@ -359,6 +360,8 @@ class Loader(Asker):
         scheme = self.as_run(weight.scheme)
         if scheme is weight.scheme:
             return weight
+        if scheme.is_dense and not weight.scheme.is_dense:
+            return _decoded(weight, scheme)
         if scheme.is_dense:
             return replace(weight, scheme=scheme, codes=weight.codes.to(scheme.weight.dtype))
         return replace(weight, scheme=scheme)
@@ -397,6 +400,17 @@ def _rows_here(
         picked = torch.cat([torch.arange(start, stop) for start, stop in place.runs])
     picked = picked if order is None else order[picked]
     return pick_rows(weight, picked), None if bias is None else bias[picked]
+
+
+def _decoded(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
+    """The matrix of floats, some rows at a time."""
+    rows, columns = weight.shape
+    matrix = torch.empty(rows, columns, dtype=scheme.weight.dtype)
+    step = max(1, _DECODED_AT_ONCE // columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        matrix[start:stop] = weight.rows(start, stop).dequantize()
+    return QuantizedTensor(scheme, weight.shape, matrix, origin=weight.origin)
 
 
 def _columns_here(cut: Cut, weight: QuantizedTensor) -> tuple[QuantizedTensor, Tensor]:

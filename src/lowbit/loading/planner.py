@@ -167,12 +167,7 @@ class Planner(Asker):
     def _plan_layer(self, places: list[Placed]) -> None:
         """Modules of one layer; neighbours that will be one weight are timed and chosen for as one."""
         parts = [self._part(place) for place in places]
-
-        def fuses_by(part: _Part) -> tuple[object, ...]:
-            alone = part.place.part.name if part.scheme.whole_columns else ""  # ``concatenate``
-            return part.scheme, part.wanted.kernel, part.wanted.rule, alone
-
-        for _, fused in groupby(parts, fuses_by):
+        for _, fused in groupby(parts, self._fused_by):
             run = list(fused)
             scheme, shape = self._as_packed(run)
             kernels = self.target.kernels
@@ -191,6 +186,11 @@ class Planner(Asker):
                     by=choice.by,
                     ratios=ratios,
                 )
+
+    def _fused_by(self, part: _Part) -> tuple[object, ...]:
+        """What neighbours that will be one weight have in common (``concatenate``)."""
+        alone = part.scheme.whole_columns or self.as_run(part.scheme).weight.vectors is not None
+        return part.scheme, part.wanted.kernel, part.wanted.rule, part.place.part.name if alone else ""
 
     def _part(self, place: Placed) -> _Part:
         decision = self.decide(place)
@@ -228,13 +228,16 @@ class Planner(Asker):
         if kernel.name == COPY:
             return kernel.nbytes(part.scheme, shape)
         made = part.decision is not None and part.decision.method is not None
+        run = self.as_run(part.scheme)
+        if run.is_dense and not part.scheme.is_dense:
+            return kernel.nbytes(run, shape)
         if made or part.scheme.is_dense:  # codebooks are stored in less than the matrix decoded from them
             return round(shape[0] * shape[1] * part.scheme.bits_per_weight(shape) / 8)
         return self.stored_nbytes(part.place) * shape[0] * shape[1] // (whole[0] * whole[1])
 
     def _add(self, place: Placed, scheme: Scheme, decision: Decision | None, **how: Any) -> None:
         shape, whole = place.shape, place.part.shape
-        width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.block is not None else 1
+        width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.in_bytes else 1
         self.largest_module = max(self.largest_module, int(whole[0] * whole[1] * width))
         self.modules.append(
             ModulePlan(

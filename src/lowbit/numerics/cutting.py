@@ -27,6 +27,7 @@ def column_unit(scheme: Scheme, columns: int) -> int:
     if scheme.flattened:
         return columns
     unit = 1 if scheme.weight.block is None else scheme.weight.block.weights
+    unit = unit if scheme.weight.vectors is None else scheme.weight.vectors.length
     for _, width in scheme.blocks:
         unit = math.lcm(unit, width or 1)
     if scheme.activation is not None:
@@ -50,8 +51,10 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         raise LowbitError(
             "E0702", f"{weight.origin}: columns {start}:{stop} cut a group of {unit} columns in two"
         )
-    layout = weight.scheme.weight.block
+    layout, vectors = weight.scheme.weight.block, weight.scheme.weight.vectors
     codes = weight.codes[..., start:stop]
+    if vectors is not None:
+        codes = weight.codes[..., vectors.row_bytes(start) : vectors.row_bytes(stop)]
     if layout is not None:
         first, last = start // layout.weights, -(-stop // layout.weights)
         codes = weight.codes[..., first * layout.bytes : last * layout.bytes]

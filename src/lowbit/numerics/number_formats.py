@@ -3,7 +3,8 @@
 One table, indexed by readers, kernels, quantizers and tests alike. A scalar format maps each code to a
 value; integer formats are *offset binary* (value = code - 2^(bits-1)) when signed and plain when not, so
 that "unsigned with a zero point of 2^(bits-1) everywhere" and "signed without a zero point" share codes.
-A block format (GGUF) has no scalar table: its bytes decode a block at a time through a ``BlockLayout``.
+A block format (GGUF) has no scalar table: its bytes decode a block at a time through a ``BlockLayout``. Nor
+has a format of codebooks, whose codes are indices of vectors of several weights (``VectorLayout``).
 
 Sources: OCP Microscaling Formats v1.0 (e2m1, e2m3, e3m2, e8m0), "FP8 Formats for Deep Learning"
 (Micikevicius et al., 2022: e4m3, e5m2), QLoRA (Dettmers et al., 2023: nf4).
@@ -12,6 +13,7 @@ Sources: OCP Microscaling Formats v1.0 (e2m1, e2m3, e3m2, e8m0), "FP8 Formats fo
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -51,14 +53,56 @@ class Expanded:
 
 
 @dataclass(frozen=True)
+class VectorLayout:
+    """Indices of vectors of ``length`` neighbouring columns in ``books`` codebooks of 2^``bits`` each:
+    a weight is the sum of what they say.
+
+    A row is stored as bytes: vector by vector an index into each codebook, of one byte, or of two, low byte
+    first, where ``bits`` are more than 8.
+    """
+
+    books: int
+    bits: int
+    length: int
+
+    @property
+    def index_bytes(self) -> int:
+        """Of an index."""
+        return 1 if self.bits <= 8 else 2
+
+    def row_bytes(self, columns: int) -> int:
+        """Of a row of indices."""
+        return columns // self.length * self.books * self.index_bytes
+
+    def indices(self, codes: Tensor) -> Tensor:
+        """uint8 (..., bytes) -> int32 (..., vectors, books)."""
+        wide = codes.int().unflatten(-1, (-1, self.books, self.index_bytes))
+        return wide[..., 0] if self.index_bytes == 1 else wide[..., 0] | wide[..., 1] << 8
+
+    def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """uint8 (..., bytes), (books, 2^bits, length) -> float32 (..., columns), codebook by codebook."""
+        indices = self.indices(codes)
+        total = codebooks[0].float()[indices[..., 0]]
+        for book in range(1, self.books):
+            total += codebooks[book].float()[indices[..., book]]
+        return total.flatten(-2)
+
+
+@dataclass(frozen=True)
 class NumberFormat:
-    """``bits`` a code; ``values[code]`` its worth (NaN where the code has none); or a ``block``."""
+    """``bits`` a weight; ``values[code]`` a code's worth, NaN for none; or a ``block``, or ``vectors``."""
 
     name: str
     bits: float
     values: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     dtype: torch.dtype | None = field(default=None, compare=False)  # the torch dtype of the same bytes
     block: BlockLayout | None = field(default=None, repr=False, compare=False)
+    vectors: VectorLayout | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether codes are kept as a row's bytes, which mean several columns together."""
+        return self.block is not None or self.vectors is not None
 
     @property
     def is_integer(self) -> bool:
@@ -149,8 +193,20 @@ def _build() -> dict[str, NumberFormat]:
 NUMBER_FORMATS: dict[str, NumberFormat] = _build()
 
 
+_VECTORS = re.compile(r"vq([1-9]\d{0,3})x([1-9]|1[0-6])_([1-9]\d{0,3})")
+
+
+def vector_format(books: int, bits: int, length: int) -> NumberFormat:
+    """Sums of ``books`` vectors of ``length`` columns, each one of 2^``bits``: "vq2x8_8"."""
+    return number_format(f"vq{books}x{bits}_{length}")
+
+
 def number_format(name: str) -> NumberFormat:
-    """The format called ``name``; GGUF block formats are called ``gguf_q4_0`` and so on."""
+    """The format called ``name``; GGUF's block formats are ``gguf_q4_0`` and so on, codebooks ``vq2x8_8``."""
+    if name not in NUMBER_FORMATS and (found := _VECTORS.fullmatch(name)):
+        layout = VectorLayout(*map(int, found.groups()))
+        bits = 8 * layout.books * layout.index_bytes / layout.length  # as they are stored
+        NUMBER_FORMATS[name] = NumberFormat(name, bits, vectors=layout)
     if name.startswith("gguf_") and name not in NUMBER_FORMATS:
         from lowbit.numerics.block_layouts import block_formats
 

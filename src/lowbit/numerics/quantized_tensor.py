@@ -5,7 +5,8 @@ Everything a format reader produces means
     weight[r, c] = (value(code[r, c]) - zero[g]) * scale0[g] * scale1[h] + offset[g]
 
 with ``g`` the inner block that holds (r, c), ``h`` an outer block, and ``c`` counted in stored column
-order. ``dequantize`` *is* this line in float32; every kernel is tested against it.
+order. ``dequantize`` *is* this line in float32; every kernel is tested against it. Where a format has
+codebooks, the value is a number of the vector that the code names, or the sum of several.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from lowbit.numerics.scheme import Scheme
 class QuantizedTensor:
     """A weight of logical ``shape`` (..., out, in).
 
-    ``codes``: uint8 (..., out, in), one code a byte; raw block bytes (..., out, row bytes) for block
-    formats; the matrix itself for dense schemes. ``scales[i]``: (..., ceil(out/rows_i), ceil(in/cols_i)),
+    ``codes``: uint8 (..., out, in), one code a byte; raw bytes (..., out, row bytes) for block formats and
+    codebooks; the matrix itself for dense schemes. ``scales[i]``: (..., ceil(out/rows_i), ceil(in/cols_i)),
     or (..., blocks) when flattened, in the dtype the file has (e8m0/e4m3 as torch float8). ``zeros``: like
     ``scales[0]``, in code units. ``offsets[i]``: like ``scales[i]``; the offset is their product.
     ``column_order``: int64 (in,): stored column j multiplies input ``column_order[j]``.
-    ``origin``: "file: module", for messages. ``row_groups``: int64 (out,), of a scattered scheme: which row
-    of ``scales[i]`` a row has at every level whose blocks have several; those are (..., groups, columns).
+    ``codebooks``: float (books, 2^bits, length), of formats with ``vectors``. ``origin``: "file: module", for
+    messages. ``row_groups``: int64 (out,), of a scattered scheme: which row of ``scales[i]`` a row has at
+    every level whose blocks have several; those are (..., groups, columns).
     """
 
     scheme: Scheme
@@ -43,6 +45,7 @@ class QuantizedTensor:
     column_order: Tensor | None = None
     origin: str = ""
     row_groups: Tensor | None = None
+    codebooks: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """float32 (..., out, in), columns in the input's order. The definition of every scheme."""
@@ -60,7 +63,12 @@ class QuantizedTensor:
         if layout is not None:
             blocks = self.codes.unflatten(-1, (-1, layout.bytes))  # (..., out, blocks, bytes)
             return layout.decode(blocks).flatten(-2)  # (..., out, in)
-        values = self.scheme.weight.table(self.codes.device)[self.codes.long()]
+        vectors = self.scheme.weight.vectors
+        if vectors is not None:
+            assert self.codebooks is not None, "a format with vectors has them"
+            values = vectors.decode(self.codes, self.codebooks)
+        else:
+            values = self.scheme.weight.table(self.codes.device)[self.codes.long()]
         if self.zeros is not None:
             values = values - self._spread(self.zeros, 0)
         scale = reduce(torch.mul, (self._spread(s, i) for i, s in enumerate(self.scales)))
@@ -175,14 +183,16 @@ class QuantizedTensor:
 def concatenate(parts: list[QuantizedTensor]) -> QuantizedTensor | None:
     """One weight whose rows are the parts' rows, or None where their schemes do not allow it.
 
-    Allowed: equal schemes and columns, no column order of their own that differs, and each part but the
-    last ending on a block border. A scale for the whole axis becomes one scale a row, exactly, unless there
-    is one for each column.
+    Allowed: equal schemes, columns and codebooks, no column order of their own that differs, and each part
+    but the last ending on a block border. A scale for the whole axis becomes one scale a row, exactly, unless
+    there is one for each column.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
     if any(part.scheme != first.scheme or part.shape[-1] != first.shape[-1] for part in parts):
+        return None
+    if any(not _same(part.codebooks, first.codebooks) for part in parts):
         return None
     orders = [part.column_order for part in parts]
     if any((o is None) != (orders[0] is None) for o in orders):
@@ -201,6 +211,10 @@ def concatenate(parts: list[QuantizedTensor]) -> QuantizedTensor | None:
             return None
     blocks = tuple((rows or 1, columns) for rows, columns in first.scheme.blocks)
     return _joined([_per_row(part) for part in parts], replace(first.scheme, blocks=blocks), -2)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.dtype is b.dtype and torch.equal(a, b))
 
 
 def _per_row(part: QuantizedTensor) -> QuantizedTensor:

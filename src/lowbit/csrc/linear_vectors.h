@@ -1,0 +1,42 @@
+// Tiles of indices into codebooks of vectors (AQLM, QuIP#).
+//
+// A tile holds, codebook by codebook and vector by vector of a row, the indices of its 16 rows, one or two bytes each:
+// rows 0, 4, 8, 12, then 1, 5, 9, 13 and so on. What 8 columns of four rows hold then fills a register that turns into
+// operands of 16 rows by 2 columns within its 128-bit lanes. Behind a block's 16 scales its tiles follow each other.
+//
+// The table's numbers are whole, of 16 bits: a codebook's over a factor that all share, chosen so that no sum of the
+// codebooks' numbers passes 16 bits and no sum of 32 columns, times x of 15 bits, passes 32 (kernels/cpu_vectors.py).
+// Sums are exact, so that one token may be summed in another order than many.
+#pragma once
+
+#include "linear_layout.h"
+
+namespace lowbit {
+
+// Among the indices of a tile.
+inline int vector_place(const Vectors& vectors, int book, int row, int column) {
+    return (book * vectors.of_row() + column / vectors.length) * ROWS + row % 4 * 4 + row / 4;
+}
+
+template <int BYTES>
+INLINE std::size_t vector_index(const std::uint8_t* indices, int place) {
+    if constexpr (BYTES == 1) return indices[place];
+    std::uint16_t index;
+    std::memcpy(&index, indices + place * 2, sizeof index);
+    return index;
+}
+
+// The number of (row, column) of a tile.
+inline int vector_word(const Vectors& vectors, const std::uint8_t* tile, const std::uint16_t* table, int row, int column) {
+    int sum = 0;
+    for (int book = 0; book < vectors.books; ++book) {
+        const int place = vector_place(vectors, book, row, column);
+        const std::size_t index = vectors.index_bytes() == 1 ? vector_index<1>(tile, place) : vector_index<2>(tile, place);
+        const std::size_t vector = (static_cast<std::size_t>(book) << vectors.bits) + index;
+        const std::size_t length = static_cast<std::size_t>(vectors.length);
+        sum += static_cast<std::int16_t>(table[vector * length + static_cast<std::size_t>(column) % length]);
+    }
+    return sum;
+}
+
+}  // namespace lowbit

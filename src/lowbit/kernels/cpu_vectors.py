@@ -1,0 +1,230 @@
+"""cpu_vectors: formats of codebooks (AQLM) as files hold them: indices of vectors of columns, a scale a row.
+
+The codebooks become whole numbers of 16 bits over one factor, and x whole numbers of 15 with a scale for each
+32 columns (csrc/linear_vectors.h): products and their sums over 32 columns are exact in 32 bits, what follows
+is float32. The factor is the least with which no sum can pass 32 bits, or the power of two above it where
+that makes every number exact (lattices). A weight is then off by at most half of it for each codebook: of
+normal numbers about 2^-13 of their deviation for one codebook, 2^-12 for two. With x's own rounding that is
+less than an eighth, or a sixth, of what bfloat16 costs the inputs of other formats, and a third for four
+codebooks, the most there may be. Rows that are looked up have the same numbers.
+
+Codebooks are a weight's own: parts of a layer that have each their own are not fused, and x is laid out anew
+for each.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import packed_linear
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.packed_linear import (
+    ADDEND_NONE,
+    COLUMNS,
+    INPUT_BFLOAT,
+    MOST_BOOKS,
+    ROWS,
+    SCALE_DTYPES,
+    SCALES_BF16,
+    SCALES_F16,
+    SCALES_F32,
+    VECTOR_LENGTHS,
+    Description,
+    NativeWeight,
+)
+from lowbit.numerics.number_formats import VectorLayout
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+_SCALE_KINDS = {"f16": SCALES_F16, "bf16": SCALES_BF16, "f32": SCALES_F32}
+_LARGEST_X, _LARGEST_WORD = (1 << 14) - 1, (1 << 15) - 1
+_LANES = 4  # rows 4 l + j of a tile stand at j * 4 + l
+
+
+class CpuVectors:
+    """See the module docstring."""
+
+    name = "cpu_vectors"
+    computes = "as stored"
+    layout = 1
+    steady = True
+    runs = "quantized"
+
+    def serves(self, device: torch.device) -> bool:
+        """CPUs."""
+        return device.type == "cpu"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None."""
+        if reason := packed_linear.unusable(device):
+            return reason
+        if len(shape) != 2:
+            return "stacked experts"
+        layout = scheme.weight.vectors
+        if layout is None:
+            return "weights are no vectors of codebooks"
+        if layout.length not in VECTOR_LENGTHS or layout.books > MOST_BOOKS:
+            return f"{layout.books} codebooks of vectors of {layout.length}"
+        if shape[1] % layout.length:
+            return f"{shape[1]} columns are no whole vectors of {layout.length}"
+        plain = scheme.zero == "none" and not scheme.offset and not scheme.flattened
+        if not plain or len(scheme.blocks) != 1 or scheme.blocks[0] not in ((1, 0), (0, 0)):
+            return "needs one scale for a row, or for all, and nothing that is added"
+        if scheme.scales[0].name not in _SCALE_KINDS:
+            return f"scales are {scheme.scales[0].name}"
+        if scheme.activation is not None:
+            return f"the scheme quantizes its input ({scheme.activation})"
+        return None
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never by more than a part of what is lost of x."""
+        return False
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of indices and scales."""
+        return _describe(scheme, shape).nbytes
+
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: the numbers have 16 bits."""
+        return False
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """Indices in tiles behind each block's scales; the codebooks as whole numbers."""
+        layout, codebooks = weight.scheme.weight.vectors, weight.codebooks
+        assert layout is not None and codebooks is not None, "refuses() was asked first"
+        words, factor = whole_numbers(codebooks)
+        table = torch.zeros(_describe(weight.scheme, weight.shape).table_size // 2, dtype=torch.int16)
+        table[: words.numel()] = words.flatten()
+        scale = weight.scales[0].expand(weight.shape[0], 1)
+        buffers = {
+            "data": _tiles(weight.codes, scale, layout),
+            "table": table,
+            "factor": torch.tensor(factor, dtype=torch.float32),
+        }
+        if weight.column_order is not None:
+            buffers["column_order"] = weight.column_order.clone()
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        if reason := self.refuses(scheme, shape, torch.device("cpu")):
+            raise ValueError(f"{origin}: {reason}")
+        described = _describe(scheme, shape)
+        described.factor = float(buffers["factor"])
+        packed = packed_linear.around(self, described, scheme, shape, buffers, origin)
+        layout = scheme.weight.vectors
+        assert layout is not None, "it was not refused"
+        if layout.bits not in (8, 16):
+            most = int(layout.indices(_codes(packed)).max())
+            if most >= 1 << layout.bits:
+                raise ValueError(f"{origin}: index {most} of a codebook of {1 << layout.bits} vectors")
+        order = buffers.get("column_order")
+        if order is not None and not torch.equal(order.sort().values, torch.arange(shape[1])):
+            raise ValueError(f"{origin}: no order of {shape[1]} columns")
+        return packed
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again, with the codebooks that are multiplied."""
+        assert isinstance(packed, NativeWeight), "packed by this kernel"
+        layout = packed.scheme.weight.vectors
+        assert layout is not None, "it was packed"
+        size = layout.books * (layout.length << layout.bits)
+        words = packed.buffers["table"][:size].view(layout.books, -1, layout.length)
+        return QuantizedTensor(
+            packed.scheme,
+            packed.shape,
+            _codes(packed),
+            (_scales(packed),),
+            column_order=packed.buffers.get("column_order"),
+            origin=packed.origin,
+            codebooks=words.float() * packed.buffers["factor"],
+        )
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """float32 (tokens, in) -> float32 (tokens, out)."""
+        return packed_linear.linear(x, packed, out)
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in)."""
+        return packed_linear.rows(packed, ids)
+
+
+def whole_numbers(codebooks: Tensor) -> tuple[Tensor, float]:
+    """int16 (books, vectors, length), and what they are multiplied with to be worth what the codebooks say.
+
+    Sums of the books' numbers fit int16; sums of 32 columns, times x of 15 bits, fit int32.
+    """
+    books = codebooks.double()
+    sizes = books.abs().sum(-1).amax(1).sum()  # of the largest sum of vectors
+    largest = books.abs().amax((1, 2)).sum()
+    # Each number is rounded: half of one more for every codebook.
+    half = len(books) / 2
+    room = (2**31 - 1) / _LARGEST_X / COLUMNS - half
+    least = max(float(sizes) / books.shape[-1] / room, float(largest) / (_LARGEST_WORD - half))
+    if not least:
+        return torch.zeros(books.shape, dtype=torch.int16), 1.0
+    # A float32, and not one below the least.
+    factor = float(torch.nextafter(torch.tensor(least, dtype=torch.float32), torch.tensor(math.inf)))
+    power = 2.0 ** math.ceil(math.log2(factor))
+    exact = torch.equal((books / power).round() * power, books)
+    factor = power if exact else factor
+    return (books / factor).round().short(), factor
+
+
+def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
+    """The native description, columns padded to whole tiles."""
+    layout = scheme.weight.vectors
+    assert layout is not None, "refuses() was asked first"
+    padded = -(-shape[1] // COLUMNS) * COLUMNS
+    codes, kind = packed_linear.vector_codes(layout), _SCALE_KINDS[scheme.scales[0].name]
+    return Description(None, None, shape[0], padded, codes, padded, kind, ADDEND_NONE, INPUT_BFLOAT, 1.0)
+
+
+def _tiles(codes: Tensor, scale: Tensor, layout: VectorLayout) -> Tensor:
+    """uint8: blocks of 16 scales and tiles. ``codes`` (rows, bytes), ``scale`` (rows, 1)."""
+    rows, columns = len(codes), codes.shape[1] // layout.row_bytes(layout.length) * layout.length
+    blocks, tiles = -(-rows // ROWS), -(-columns // COLUMNS)
+    head = ROWS * scale.element_size()
+    size = ROWS * layout.row_bytes(COLUMNS)
+    data = torch.zeros(blocks, head + tiles * size, dtype=torch.uint8)
+    scales = torch.zeros(blocks * ROWS, dtype=scale.dtype)
+    scales[:rows] = scale.flatten()
+    data[:, :head] = scales.view(torch.uint8).view(blocks, head)
+    padded = torch.zeros(blocks * ROWS, layout.row_bytes(tiles * COLUMNS), dtype=torch.uint8)
+    padded[:rows, : codes.shape[1]] = codes
+    # (blocks, lanes, j, tiles, vectors, books, bytes) -> (blocks, tiles, books, vectors, j, lanes, bytes)
+    parted = padded.view(blocks, _LANES, ROWS // _LANES, tiles, COLUMNS // layout.length, layout.books, -1)
+    data[:, head:] = parted.permute(0, 3, 5, 4, 2, 1, 6).reshape(blocks, -1)
+    return data.flatten()
+
+
+def _codes(packed: NativeWeight) -> Tensor:
+    """uint8 (rows, bytes): the inverse of ``_tiles``."""
+    described, layout = packed.description, packed.scheme.weight.vectors
+    assert layout is not None, "it was packed"
+    blocks, tiles = -(-described.rows // ROWS), described.columns // COLUMNS
+    data = packed.buffers["data"].view(blocks, -1)[:, described.scale_size :]
+    shape = (
+        blocks,
+        tiles,
+        layout.books,
+        COLUMNS // layout.length,
+        ROWS // _LANES,
+        _LANES,
+        layout.index_bytes,
+    )
+    rows = data.reshape(shape).permute(0, 5, 4, 1, 3, 2, 6).reshape(blocks * ROWS, -1)
+    return rows[: described.rows, : layout.row_bytes(packed.columns)].contiguous()
+
+
+def _scales(packed: NativeWeight) -> Tensor:
+    """(rows, 1), or the one of all."""
+    described = packed.description
+    data = packed.buffers["data"].view(-(-described.rows // ROWS), -1)[:, : described.scale_size]
+    scale = data.contiguous().view(SCALE_DTYPES[described.scales]).view(-1, 1)
+    return scale[: 1 if packed.scheme.blocks[0][0] == 0 else described.rows]
