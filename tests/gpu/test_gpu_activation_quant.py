@@ -188,4 +188,4 @@ def test_it_is_recorded(device: torch.device) -> None:
     x = cruel(64).bfloat16().to(device)
     with runtime.recording() as launches:
         InputTransform(DYNAMIC[0])(x)
-    assert [launch.function for launch in launches] == ["_quantize_rows"]
+    assert [launch.function for launch in launches] == ["quantize_rows"]
