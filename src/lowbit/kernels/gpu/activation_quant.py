@@ -145,9 +145,10 @@ class GpuQuantizer:
         """Whether x lies as the kernels read it."""
         return x.dim() == 2 and x.numel() > 0 and x.dtype in _TYPES and x.stride(1) == 1
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (rows, columns) -> x' in x's dtype and its factor, as ``InputTransform`` gives them."""
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (rows, columns), rotated already -> x' in ``dtype`` (x's) and its factor, as ``InputTransform``
+        gives them."""
+        out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
         if self.rule == "grouped":
             self._groups(x, out, None)
             return out, None
