@@ -459,3 +459,21 @@ def _launch_activation(x: Tensor, out: Tensor, activation: str, gated: bool) -> 
             GATED=gated,
             **tile,
         )
+
+
+@triton.jit
+def _sigmoid_gate(x, x_row, gate, gate_row, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column, inside = _place(rows, width, ROWS, BLOCK)
+    place = x + row * x_row + column
+    steep = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(place, mask=inside, other=0.0).to(tl.float32) * tl.sigmoid(steep)
+    tl.store(place, cast(y, x.dtype.element_ty), mask=inside)
+
+
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """See ``recurrent_cpu.sigmoid_gate``."""
+    assert x.shape == gate.shape and x.stride(1) == gate.stride(1) == 1, "rows of both lie alike"
+    if x.numel():
+        grid, tile = _tiles(*x.shape)
+        runtime.launch(_sigmoid_gate, grid, x, x.stride(0), gate, gate.stride(0), *x.shape, **tile)
+    return x
