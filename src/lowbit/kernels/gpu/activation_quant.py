@@ -67,6 +67,8 @@ class GpuQuantizer:
     def of(transform: InputTransform) -> GpuQuantizer | None:
         """None where the transform runs in torch."""
         scheme, multiplier = transform.scheme, transform.multiplier
+        if transform.across.size > 1 and transform.sees_whole_rows:
+            return None  # ranks exchange a row's largest |x| before it has a scale
         if multiplier is not None and not (multiplier.dtype is torch.float32 and multiplier.is_contiguous()):
             return None
         constants: dict[str, Any] = {"MULTIPLY": multiplier is not None}
