@@ -13,6 +13,7 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationState, ActivationStates
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.activation_quant import GpuQuantizer
+from lowbit.kernels.parallel import Parallel
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import ActivationScheme, Delay
 
@@ -27,6 +28,24 @@ Make = Callable[[torch.device], InputTransform]
 def same(found: Tensor, wanted: Tensor) -> bool:
     """Equal numbers; any NaN is as good as another, and zeros have no sign."""
     return torch.equal(found.cpu().nan_to_num(nan=-7.25), wanted.nan_to_num(nan=-7.25))
+
+
+class Louder(Parallel):
+    """Two ranks, of which the other one has numbers of twice the size."""
+
+    def largest(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_ranks_are_those_of_whole_rows(symmetric: bool, device: torch.device) -> None:
+    scheme = ActivationScheme(INT8, block=(1, 0), symmetric=symmetric)
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    found, factor = InputTransform(scheme, across=Louder(0, 2))(x)
+    wanted, wanted_factor = InputTransform(scheme, across=Louder(0, 2)).in_torch(x)
+    alone, _ = InputTransform(scheme)(x)
+    assert factor is not None and wanted_factor is not None and torch.equal(factor, wanted_factor)
+    assert torch.equal(found, wanted) and not torch.equal(found, alone)
 
 
 def on(transform: InputTransform, device: torch.device) -> InputTransform:
@@ -188,4 +207,4 @@ def test_it_is_recorded(device: torch.device) -> None:
     x = cruel(64).bfloat16().to(device)
     with runtime.recording() as launches:
         InputTransform(DYNAMIC[0])(x)
-    assert [launch.function for launch in launches] == ["_quantize_rows"]
+    assert [launch.function for launch in launches] == ["quantize_rows"]

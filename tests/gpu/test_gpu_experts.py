@@ -12,13 +12,15 @@ from torch import Tensor
 from contract.test_linear_kernels import canonical, dense_weight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.gpu.expert_rows import mix, most_blocks, sort_pairs
-from lowbit.kernels.gpu.experts import GpuGroupedExperts
+from lowbit.kernels.gpu.experts import GpuGroupedExperts, _unlike
 from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
 from lowbit.kernels.reference import Reference
+from lowbit.kernels.rotation import Rotator
 from lowbit.layers.experts import Experts
 from lowbit.layers.linear import Linear
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme
 from numerics.test_block_layouts import random_blocks, tensor_of
 
@@ -124,6 +126,13 @@ INPUTS: dict[str, Input] = {
     ),
     "nvfp4, outer scales": lambda expert, columns: static(
         expert, ActivationScheme(E2M1, (1, 16), scale=number_format("e4m3"))
+    ),
+    "rotated": lambda expert, columns: InputTransform(rotation=Rotator(Rotation.hadamard(32))),
+    "rotated, int8 per token": lambda expert, columns: InputTransform(
+        ActivationScheme(INT8, (1, 0), limit=127.0), rotation=Rotator(Rotation.hadamard(16))
+    ),
+    "rotated, static scales": lambda expert, columns: replace(
+        static(expert, ActivationScheme(E4M3, (0, 0), "static")), rotation=Rotator(Rotation.hadamard(8))
     ),
     "multipliers": lambda expert, columns: InputTransform(
         multiplier=random(columns, seed=expert).abs() + 0.1
@@ -285,7 +294,17 @@ def test_every_way_to_quantize_inputs(given: str, device: torch.device) -> None:
         assert rows.divisor == K and rows.group == 32 and rows.x.dtype is torch.bfloat16
 
 
-PER_EXPERT = ("static scales", "static zeros", "nvfp4, outer scales", "multipliers")
+PER_EXPERT = (
+    *("static scales", "static zeros", "nvfp4, outer scales", "multipliers"),
+    "rotated, static scales",
+)
+
+
+def test_rotations_of_their_own_keep_experts_apart() -> None:
+    one, other = (InputTransform(rotation=Rotator(Rotation.hadamard(size))) for size in (8, 16))
+    again = InputTransform(rotation=Rotator(Rotation.hadamard(8)))
+    assert _unlike([one, again]) == ""
+    assert _unlike([one, other]) == "experts rotate theirs in different ways"
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])

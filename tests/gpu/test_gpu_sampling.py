@@ -15,14 +15,7 @@ from lowbit.engine import sampler
 from lowbit.engine.messages import Request, SamplingParams
 from lowbit.engine.sequence import Sequence
 from lowbit.kernels.gpu import runtime, sampling
-from lowbit.kernels.gpu.sampling import (
-    add_bias,
-    count_tokens,
-    log_probabilities,
-    penalize,
-    row_peaks,
-    sample_rows,
-)
+from lowbit.kernels.gpu.sampling import log_probabilities, row_peaks, sample_rows
 from lowbit.kernels.row_peaks import row_peaks as peaks_on_cpu
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -243,50 +236,6 @@ def test_log_probabilities(device: torch.device) -> None:
             best = wanted.top[:count]
             assert ids[row].tolist() == [token for token, _ in best]
             assert values[row].tolist() == pytest.approx([value for _, value in best], abs=1e-9)
-
-
-def test_penalties(device: torch.device) -> None:
-    width, stride = 1100, 1104
-    logits = rows(3, width, 2.0, device)
-    counts = torch.zeros(4, stride, dtype=torch.int32, device=device)[:, :width]
-    prompts = torch.zeros(4, width, dtype=torch.uint8, device=device)
-    settings = [
-        {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "presence_penalty": 0.1},
-        {"presence_penalty": 0.7},
-        {"repetition_penalty": 0.8},
-    ]
-    places, outputs, wanted = [3, 0, -1], [(5, 5, 1099), (1, 2, 1), (7,)], []
-    for row, (place, output, setting) in enumerate(zip(places, outputs, settings, strict=True)):
-        request = Request(id="x", prompt=(4, 9), sampling=SamplingParams(**setting))
-        sequence = Sequence.start(request, 1000, frozenset({3}), ByteTokenizer(), None)
-        sequence.tokens += output
-        expected = logits[row].cpu().clone()
-        if place >= 0:
-            sampler._penalize(expected, sequence)
-            prompts[place, [4, 9]] = 1
-        wanted.append(expected)
-    on_device = torch.tensor(places, dtype=torch.int32, device=device)
-    for turn in range(3):
-        tokens = [output[turn] if turn < len(output) else 0 for output in outputs]
-        count_tokens(counts, on_device, torch.tensor(tokens, device=device))
-    assert counts[0, [1, 2]].tolist() == [2, 1] and int(counts.sum()) == 6
-
-    def each(name: str, default: float, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([one.get(name, default) for one in settings], dtype=dtype, device=device)
-
-    repetition = each("repetition_penalty", 1.0, torch.float64)
-    frequency = each("frequency_penalty", 0.0, torch.float32)
-    presence = each("presence_penalty", 0.0, torch.float32)
-    assert penalize(logits, counts, prompts, on_device, repetition, frequency, presence) is logits
-    torch.testing.assert_close(logits.cpu(), torch.stack(wanted), rtol=1e-6, atol=1e-6)
-
-    before = logits.clone()
-    where = torch.tensor([0, 2, -1], dtype=torch.int32, device=device)
-    values = torch.tensor([2.5, -math.inf, 1.0], device=device)
-    add_bias(logits, where, torch.tensor([1099, 3, 0], device=device), values)
-    before[0, 1099] += 2.5
-    before[2, 3] = -math.inf
-    assert torch.equal(logits, before)
 
 
 def test_no_rows_launch_nothing(device: torch.device) -> None:

@@ -70,9 +70,14 @@ class InputTransform:
         return self.in_torch(x)
 
     def _on_gpu(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.rotation is not None or self.gpu is None or not self.gpu.takes(x):
-            return self.in_torch(x)
-        return self.gpu(x)
+        dtype = x.dtype
+        if self.rotation is not None:
+            if self.scheme is None and self.multiplier is None:
+                return self.rotation.rotated(x, dtype), None
+            x = self.rotation.rotated(x, torch.float32)
+        if self.gpu is None or not self.gpu.takes(x):
+            return self._unrotated(x)
+        return self.gpu(x, dtype)
 
     @cached_property
     def gpu(self) -> GpuQuantizer | None:
@@ -111,9 +116,11 @@ class InputTransform:
 
     def in_torch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The definition of what a call does, in torch on any device."""
+        return self._unrotated(x if self.rotation is None else self.rotation.rotation(x))
+
+    def _unrotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What follows the rotation."""
         scheme = self.scheme
-        if self.rotation is not None:
-            x = self.rotation.rotation(x)
         if self.multiplier is not None:
             x = x * self.multiplier
         if scheme is None:

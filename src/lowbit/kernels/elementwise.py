@@ -1,8 +1,8 @@
 """The small operations between matrix products: norms, sums, gated activation, rotary embedding, gathers.
 
-On a GPU each is one Triton kernel (``gpu.elementwise``). float32 tensors on a CPU go to the native library,
-where a row's bits do not depend on the other rows or on the number of threads; everything else runs in torch,
-computing in float32 and rounding once.
+On a GPU each is one Triton kernel (``gpu.elementwise``, ``gpu.rotary``). float32 tensors on a CPU go to the
+native library, where a row's bits do not depend on the other rows or on the number of threads; everything
+else runs in torch, computing in float32 and rounding once.
 """
 
 from __future__ import annotations
@@ -113,15 +113,17 @@ def _native_for(x: Tensor) -> _Functions | None:
 
 
 def _or_triton(function: Callable[P, R]) -> Callable[P, R]:
-    """``function``, or what ``gpu.elementwise`` calls so where Triton takes the first argument."""
+    """``function``, or what ``gpu.elementwise`` or ``gpu.rotary`` calls so where Triton takes the first
+    argument."""
 
     @wraps(function)
     def dispatched(*arguments: P.args, **named: P.kwargs) -> R:
         if not runtime.runs_on(cast(Tensor, arguments[0]).device):
             return function(*arguments, **named)
-        from lowbit.kernels.gpu import elementwise
+        from lowbit.kernels.gpu import elementwise, rotary
 
-        return cast(R, getattr(elementwise, function.__name__)(*arguments, **named))
+        module = rotary if hasattr(rotary, function.__name__) else elementwise
+        return cast(R, getattr(module, function.__name__)(*arguments, **named))
 
     return dispatched
 

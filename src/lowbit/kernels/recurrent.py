@@ -102,10 +102,11 @@ LayerMemory = LayerCache | LayerState
 
 def recurrent_kernels() -> list[RecurrentKernel]:
     """All kernels, best first. The reference refuses nothing."""
+    from lowbit.kernels.gpu.recurrent import GpuDelta
     from lowbit.kernels.recurrent_cpu import CpuDelta
     from lowbit.kernels.recurrent_reference import ReferenceDelta
 
-    return [CpuDelta(), ReferenceDelta()]
+    return [GpuDelta(), CpuDelta(), ReferenceDelta()]
 
 
 def choose_recurrent(spec: StateSpec, device: torch.device) -> RecurrentKernel:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.recurrent import DeltaParameters, LayerState, StateSpec
 from lowbit.kernels.step_plan import Operation
 
@@ -121,6 +122,10 @@ class CpuDelta:
 
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     """x (tokens, width) times sigmoid(gate), in place; rows of both may lie apart."""
+    if runtime.runs_on(x.device):
+        from lowbit.kernels.gpu import elementwise
+
+        return elementwise.sigmoid_gate(x, gate)
     functions = _functions() if x.is_cpu else None
     plain = all(t.dtype is torch.float32 and t.dim() == 2 and t.stride(1) == 1 for t in (x, gate))
     if functions is None or not plain:

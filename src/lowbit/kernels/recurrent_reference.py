@@ -1,8 +1,8 @@
 """The gated delta rule in torch, as ``recurrent`` defines it: any device; the oracle of the other kernels.
 
-On a CPU one sequence after another and token by token. On other devices sequences with one token each go
-together, in operations whose sizes are host numbers, so that a step can be captured; a longer part of a
-prompt goes by itself, in chunks of tokens at once.
+On a CPU one sequence after another and token by token. On other devices, where there is no Triton, sequences
+with one token each go together, in operations whose sizes are host numbers, so that a step can be captured; a
+longer part of a prompt goes by itself, in chunks of tokens at once.
 """
 
 from __future__ import annotations

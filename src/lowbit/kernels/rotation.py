@@ -1,7 +1,8 @@
-"""Rotating activations at run time: in native code (csrc/rotation.cpp), or as ``numerics.rotation`` has it.
+"""Rotating activations at run time: in native code (csrc/rotation.cpp), on a GPU in ``gpu.rotation``.
 
-What a layer's input is rotated by goes with its quantization (``activation_quant``), in the same call; what
-it gives, and the heads of Q and K, are rotated in place by a call of their own, which steps can replay.
+Elsewhere as ``numerics.rotation`` has it. What a layer's input is rotated by goes with its quantization
+(``activation_quant``), on a CPU in the same call; what it gives, and the heads of Q and K, are rotated in
+place by a call of their own, which steps can replay.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import native
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.rotation import Rotation
 
@@ -61,6 +63,8 @@ class Rotator:
         """x (rows, width), or heads (rows, heads, head_dim), which lie together: each row is rotated."""
         wide = x.flatten(1) if x.dim() == 2 or x.stride(1) == x.shape[2] else None
         assert wide is not None and wide.data_ptr() == x.data_ptr(), "a row's numbers lie together"
+        if self._on_gpu(wide, wide):
+            return
         described = self.native
         if described is None or not (x.is_cpu and x.dtype is torch.float32 and wide.stride(1) == 1):
             wide.copy_(self.rotation(wide))
@@ -77,6 +81,30 @@ class Rotator:
             x.data_ptr(),
             wide.stride(0),
         )
+
+    def rotated(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (rows, width) -> the same rotated, of ``dtype``, in memory of its own."""
+        out = torch.empty(x.shape, dtype=dtype, device=x.device)
+        if not self._on_gpu(x, out):
+            out.copy_(self.rotation(x))
+        return out
+
+    def _on_gpu(self, x: Tensor, out: Tensor) -> bool:
+        """Whether Triton rotated x into ``out``."""
+        if not runtime.runs_on(x.device):
+            return False
+        from lowbit.kernels.gpu import rotation as gpu
+
+        if not gpu.takes(self.rotation, x, out):
+            return False
+        gpu.rotate(self.rotation, x, out, self._signs_before)
+        return True
+
+    @cached_property
+    def _signs_before(self) -> bool:
+        """Whether x only changes signs before it is transformed. Asked once: it looks at numbers."""
+        before = self.rotation.before
+        return before is None or bool((before.abs() == 1).all())
 
     def same_as(self, other: Rotator) -> bool:
         """Whether both do the same to every x."""

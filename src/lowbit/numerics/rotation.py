@@ -51,7 +51,7 @@ class Rotation:
             first = matrix[0]
             large = first[0].abs()
             signs, columns = matrix[:, 0] * first[0] / large**2, first / large  # of rows and columns
-            wanted = signs.unsqueeze(1) * _sylvester(size) * columns
+            wanted = signs.unsqueeze(1) * sylvester(size, matrix.device) * columns
             if bool(large > 0) and torch.equal(matrix, wanted * large):
                 before = None if bool((signs == 1).all()) else signs.contiguous()
                 after = columns * large
@@ -100,9 +100,9 @@ class Rotation:
         )
 
 
-def _sylvester(size: int) -> Tensor:
-    """int8 (size, size) of 1 and -1."""
-    matrix = torch.ones(1, 1, dtype=torch.int8)
+def sylvester(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """The Hadamard matrix of a power of two: int8 (size, size) of 1 and -1."""
+    matrix = torch.ones(1, 1, dtype=torch.int8, device=device)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix

@@ -1,9 +1,8 @@
 """Quantizing inputs on the GPU: what ``InputTransform.in_torch`` defines, in one pass over x or two.
 
-A program has a row of x (one scale a token or a tensor) or some groups of a row's columns. All arithmetic is
-IEEE float32: division rounds to nearest, codes to nearest even, so that codes and scales are those of the
-definition on a CPU, bit for bit, but for the sign of zeros. (torch itself, on CUDA, divides by a number as a
-product with its reciprocal: there the definition's own last bit may differ.)
+The kernels lie in ``input_codes``. Codes and scales are those of the definition on a CPU, bit for bit, but
+for the sign of zeros. (torch itself, on CUDA, divides by a number as a product with its reciprocal: there the
+definition's own last bit may differ.)
 
 Nothing waits for the device, and no grid depends on what x holds: every call can be part of a CUDA graph.
 LLM.int8's outlier columns stay in torch, which keeps both promises too.
@@ -21,12 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lowbit.kernels.activation_quant import limit_of
 from lowbit.kernels.gpu import runtime
-from lowbit.kernels.gpu.language import bfloat16_value, cast
+from lowbit.kernels.gpu.input_codes import find_peaks, quantize_groups, quantize_rows, update_delayed
 
 if TYPE_CHECKING:
     from lowbit.kernels.activation_quant import InputTransform
@@ -38,354 +36,6 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A row is read in blocks of columns; its second reading comes from the cache.
 _MOST_BLOCK = 4096
 _GROUPED_BLOCK = 2048  # columns a program has where groups have their own scales
-
-
-@triton.jit
-def _size(x):  # type: ignore[no-untyped-def]
-    """int32 bits of |x|: ordered like the numbers, infinity above them, NaN above that."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _clamp(x, low, high):  # type: ignore[no-untyped-def]
-    """NaN stays."""
-    return tl.where(x == x, tl.minimum(tl.maximum(x, low), high), x)
-
-
-@triton.jit
-def _whole(x):  # type: ignore[no-untyped-def]
-    """The nearest whole number, to even, of |x| < 2^22. x must not be a product: a fused sum rounds once."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _nearest(steps, low, high, MANTISSA: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The format's nearest value, saturating; MANTISSA 0: whole numbers."""
-    x = _clamp(steps, low, high)
-    if MANTISSA == 0:
-        return _whole(x)
-    size = _size(x)
-    below = 23 - MANTISSA  # bits that go
-    normal = (size + ((1 << (below - 1)) - 1) + ((size >> below) & 1)) & -(1 << below)
-    unit = 2.0 ** (24 - BIAS - MANTISSA)  # a float32 of this size ends at the smallest subnormal
-    small = (size.to(tl.float32, bitcast=True) + unit) - unit
-    rounded = tl.where(size >= ((128 - BIAS) << 23), normal, small.to(tl.int32, bitcast=True))
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000
-    if BIAS < 7:  # formats of less than 8 bits: zero has no sign
-        sign = tl.where(rounded == 0, 0, sign)
-    return tl.where(x == x, (rounded | sign).to(tl.float32, bitcast=True), x)
-
-
-@triton.jit
-def _float_code(value, MANTISSA: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """uint8 code of a value of an 8-bit float format; NaN has the largest."""
-    size = _size(value)
-    normal = (size >> (23 - MANTISSA)) - ((127 - BIAS) << MANTISSA)
-    small = (size.to(tl.float32, bitcast=True) * 2.0 ** (BIAS + MANTISSA - 1)).to(tl.int32)
-    code = tl.where(size >= ((128 - BIAS) << 23), normal, small)
-    code = tl.where(value == value, code, 0x7F)
-    return (code | ((value.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def _power_of_two(exponent):  # type: ignore[no-untyped-def]
-    """2^exponent of int32 -127 … 127; the lowest is a subnormal float32."""
-    return tl.where(exponent > -127, (exponent + 127) << 23, 0x400000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _scale_of(  # type: ignore[no-untyped-def]
-    amax,
-    limit,
-    floor,
-    upper_bound,
-    round_up,
-    emax,
-    SCALE: tl.constexpr,
-    FLOOR: tl.constexpr,
-    UPPER: tl.constexpr,
-):
-    """The scale of a block whose largest |x| is amax: ``activation_quant._scale``."""
-    if UPPER:
-        amax = tl.where(amax == amax, tl.minimum(amax, upper_bound), amax)
-    if SCALE == "e8m0_up" or SCALE == "e8m0":
-        wanted = amax
-        if SCALE == "e8m0_up":  # DeepSeek's: the next power of two of amax / limit
-            wanted = tl.div_rn(amax, limit)
-        size = _size(wanted)
-        field, fraction = size >> 23, size & 0x7FFFFF
-        if SCALE == "e8m0_up":
-            exponent = field - 127 + (fraction > tl.where(field == 0, 0x400000, 0)).to(tl.int32)
-        else:  # OCP's: amax's own power of two over the format's, emax the latter's exponent
-            mantissa = (fraction | 0x3F800000).to(
-                tl.float32, bitcast=True
-            )  # 1 … 2; subnormals end at -127 anyhow
-            exponent = field - 127 - emax + (mantissa >= round_up).to(tl.int32)
-        exponent = tl.minimum(tl.maximum(exponent, -127), 127)
-        exponent = tl.where(_size(amax) == 0x7F800000, 127, exponent)
-        scale = tl.where(amax == amax, _power_of_two(exponent), 1.0)
-    else:
-        scale = tl.div_rn(amax, limit)
-        if SCALE == "bf16":
-            scale = bfloat16_value(scale)
-    if FLOOR:
-        return tl.where(scale == scale, tl.maximum(scale, floor), 1.0)
-    return tl.where((scale > 0) & (amax != 0), scale, 1.0)
-
-
-@triton.jit
-def _steps(x, scale, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x in units of its scale."""
-    if RECIPROCAL:
-        return x * tl.div_rn(1.0, scale)
-    return tl.div_rn(x, scale)
-
-
-@triton.jit
-def _columns_of(  # type: ignore[no-untyped-def]
-    x, multiplier, column, columns, MULTIPLY: tl.constexpr, BF16: tl.constexpr
-):
-    """float32 x of a row, 0 behind its end."""
-    there = column < columns
-    value = tl.load(x + column, mask=there, other=0.0).to(tl.float32)
-    if MULTIPLY:
-        value = value * tl.load(multiplier + column, mask=there, other=0.0)
-    if BF16:
-        value = bfloat16_value(value)
-    return value
-
-
-@triton.jit
-def _peaks(  # type: ignore[no-untyped-def]
-    x,
-    multiplier,
-    peaks,
-    largest,
-    columns,
-    stride,
-    MULTIPLY: tl.constexpr,
-    BF16: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The largest |x| of each row, and of all rows that are finite, as int32 bits."""
-    row = tl.program_id(0).to(tl.int64)
-    top = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        top = tl.maximum(
-            top, _size(_columns_of(x + row * stride, multiplier, column, columns, MULTIPLY, BF16))
-        )
-    peak = tl.max(top, 0)
-    tl.store(peaks + row, peak)
-    tl.atomic_max(largest, tl.where(peak < 0x7F800000, peak, 0))
-
-
-@triton.jit
-def _quantize_rows(  # type: ignore[no-untyped-def]
-    x,  # (rows, columns)
-    multiplier,  # float32 (columns,)
-    given_scale,  # float32 (1,): static, or the state's
-    given_zero,  # float32 (1,): static
-    history,  # int32 view of the state's amax history; of rule "tensor" the largest of all rows
-    peaks,  # int32 (rows,) of rule "tensor"
-    out,  # (rows, columns)
-    scales,  # float32 (rows,)
-    zeros,  # int32 (rows,)
-    factor,  # float32 (1,)
-    columns,
-    stride,
-    out_stride,
-    limit,
-    floor,
-    upper_bound,
-    round_up,
-    low,
-    high,
-    levels,
-    emax,
-    RULE: tl.constexpr,
-    SCALE: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    BIAS: tl.constexpr,
-    MULTIPLY: tl.constexpr,
-    BF16: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
-    FLOOR: tl.constexpr,
-    UPPER: tl.constexpr,
-    ZERO: tl.constexpr,  # there is a static zero point
-    RAW: tl.constexpr,  # codes, whose scales say NaN; else values
-    OFFSET: tl.constexpr,  # what raw whole numbers are less than the format's
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    x += row * stride
-    out += row * out_stride
-    scale = 1.0
-    zero = 0.0
-    if RULE == "token":
-        top = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            top = tl.maximum(top, _size(_columns_of(x, multiplier, column, columns, MULTIPLY, BF16)))
-        amax = tl.max(top, 0).to(tl.float32, bitcast=True)
-        scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
-    elif RULE == "asymmetric":
-        top = tl.zeros((BLOCK,), tl.int32)
-        least = tl.zeros((BLOCK,), tl.float32)
-        most = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            value = _columns_of(x, multiplier, column, columns, MULTIPLY, BF16)
-            top = tl.maximum(top, _size(value))
-            least, most = tl.minimum(least, value), tl.maximum(most, value)
-        least, most = tl.min(least, 0), tl.max(most, 0)
-        amax = tl.max(top, 0).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(most - least, levels - 1)
-        scale = tl.where(scale == 0, 1.0, scale)
-        scale = tl.where(amax == amax, scale, amax)
-        zero = _whole(_clamp(-levels * 0.5 - tl.div_rn(least, scale), -levels * 0.5, levels * 0.5 - 1))
-    elif RULE == "tensor":
-        amax = tl.load(history).to(tl.float32, bitcast=True)
-        scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
-        finite = tl.load(peaks + row) < 0x7F800000
-        if row == 0:
-            tl.store(factor, scale)
-    elif RULE == "static" or RULE == "delayed":
-        scale = tl.load(given_scale)
-        if ZERO:
-            zero = tl.load(given_zero)
-
-    bad = tl.zeros((BLOCK,), tl.int32)
-    top = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        value = _columns_of(x, multiplier, column, columns, MULTIPLY, BF16)
-        if RULE == "none":
-            code = value
-        elif RULE == "delayed":
-            top = tl.maximum(top, _size(value))
-            code = _nearest(value * scale, low, high, MANTISSA, BIAS)
-        else:
-            steps = _steps(value, scale, RECIPROCAL)
-            if RULE == "static":  # an input that was never seen in calibration has a scale of zero
-                steps = tl.where(scale == 0, 0.0, steps)
-            if ZERO or RULE == "asymmetric":
-                steps += zero
-            code = _nearest(steps, low, high, MANTISSA, BIAS)
-            if RULE == "tensor":
-                code = tl.where(finite, code, float("nan"))
-        there = column < columns
-        if RAW:
-            broken = code != code
-            bad = bad | (broken & there).to(tl.int32)
-            if MANTISSA == 0:
-                stored = tl.where(broken, 0.0, code - OFFSET).to(tl.int32).to(tl.int8)
-            else:
-                stored = _float_code(code, MANTISSA, BIAS)
-            tl.store(out + column, stored, mask=there)
-        else:
-            if ZERO or RULE == "asymmetric":
-                code -= zero
-            tl.store(out + column, cast(code, out.dtype.element_ty), mask=there)
-
-    if RULE == "delayed":
-        tl.atomic_max(history, tl.max(top, 0))
-        scale = tl.div_rn(1.0, scale)
-        if row == 0:
-            tl.store(factor, scale)
-    if RAW:
-        tl.store(scales + row, tl.where(tl.max(bad, 0) == 0, scale, float("nan")))
-        if ZERO or RULE == "asymmetric" or OFFSET != 0:
-            zero -= OFFSET
-            tl.store(zeros + row, tl.where(zero == zero, zero, 0.0).to(tl.int32))
-    elif RULE == "token" or RULE == "asymmetric":
-        tl.store(scales + row, scale)
-
-
-@triton.jit
-def _quantize_groups(  # type: ignore[no-untyped-def]
-    x,  # (rows, columns)
-    multiplier,  # float32 (columns,)
-    outer,  # float32 (1,): NVFP4's outer scale
-    out,  # (rows, columns)
-    scales,  # float32 (groups, rows)
-    rows,
-    columns,
-    stride,
-    out_stride,
-    limit,
-    floor,
-    upper_bound,
-    round_up,
-    low,
-    high,
-    emax,
-    SCALE: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    BIAS: tl.constexpr,
-    MULTIPLY: tl.constexpr,
-    BF16: tl.constexpr,
-    RECIPROCAL: tl.constexpr,
-    FLOOR: tl.constexpr,
-    UPPER: tl.constexpr,
-    OUTER: tl.constexpr,
-    RAW: tl.constexpr,
-    OFFSET: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,  # groups of a program
-):
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    value = _columns_of(x + row * stride, multiplier, column, columns, MULTIPLY, BF16)
-    amax = tl.max(_size(value), 1).to(tl.float32, bitcast=True)
-    if SCALE == "e4m3":
-        global_scale = 1.0
-        if OUTER:
-            global_scale = tl.load(outer)
-        inner = _clamp(tl.div_rn(amax, limit * global_scale), 0.001953125, 448.0)
-        scale = _nearest(inner, -448.0, 448.0, 3, 7) * global_scale
-        scale = tl.where(scale == 0, 1.0, scale)
-    else:
-        scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
-    code = _nearest(_steps(value, scale[:, None], RECIPROCAL), low, high, MANTISSA, BIAS)
-    there = column < columns
-    place = out + row * out_stride + column
-    if RAW:
-        broken = code != code
-        bad = tl.max((broken & there).to(tl.int32), 1)
-        if MANTISSA == 0:
-            stored = tl.where(broken, 0.0, code - OFFSET).to(tl.int32).to(tl.int8)
-        else:
-            stored = _float_code(code, MANTISSA, BIAS)
-        tl.store(place, stored, mask=there)
-        mark = tl.where(bad == 0, scale, float("nan"))
-        tl.store(scales + group.to(tl.int64) * rows + row, mark, mask=group * GROUP < columns)
-    else:
-        tl.store(place, cast(code * scale[:, None], out.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _update_delayed(states, largest, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``ActivationState.update`` of many states: int64 (states, 4) of addresses, length, most recent only."""
-    state = states + tl.program_id(0) * 4
-    at = tl.load(state).to(tl.pointer_type(tl.float32))
-    history = tl.load(state + 1).to(tl.pointer_type(tl.float32))
-    length = tl.load(state + 2).to(tl.int32)
-    slot = tl.arange(0, BLOCK)
-    seen = tl.load(history + slot, mask=slot < length, other=0.0)
-    moved = tl.load(history + slot + 1, mask=slot + 1 < length, other=0.0)
-    newest = tl.load(history + slot * 0)
-    amax = tl.max(_size(seen), 0).to(tl.float32, bitcast=True)
-    amax = tl.where(tl.load(state + 3 + slot * 0) == 0, amax, newest)
-    tl.debug_barrier()  # all is read before anything is written
-    used = newest != 0
-    moved = tl.where(slot == length - 1, newest, moved)
-    moved = tl.where(slot == 0, 0.0, moved)
-    tl.store(history + slot, moved, mask=(slot < length) & used)
-    scale = tl.minimum(tl.div_rn(tl.load(largest + tl.program_id(0)), amax), 3.4028234663852886e38)
-    known = used & (amax > 0) & (_size(amax) < 0x7F800000)
-    tl.store(at + slot, scale, mask=known & (slot == 0))
 
 
 @dataclass(frozen=True)
@@ -417,6 +67,8 @@ class GpuQuantizer:
     def of(transform: InputTransform) -> GpuQuantizer | None:
         """None where the transform runs in torch."""
         scheme, multiplier = transform.scheme, transform.multiplier
+        if transform.across.size > 1 and transform.sees_whole_rows:
+            return None  # ranks exchange a row's largest |x| before it has a scale
         if multiplier is not None and not (multiplier.dtype is torch.float32 and multiplier.is_contiguous()):
             return None
         constants: dict[str, Any] = {"MULTIPLY": multiplier is not None}
@@ -495,9 +147,10 @@ class GpuQuantizer:
         """Whether x lies as the kernels read it."""
         return x.dim() == 2 and x.numel() > 0 and x.dtype in _TYPES and x.stride(1) == 1
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (rows, columns) -> x' in x's dtype and its factor, as ``InputTransform`` gives them."""
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    def __call__(self, x: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """x (rows, columns), rotated already -> x' in ``dtype`` (x's) and its factor, as ``InputTransform``
+        gives them."""
+        out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
         if self.rule == "grouped":
             self._groups(x, out, None)
             return out, None
@@ -545,7 +198,7 @@ class GpuQuantizer:
             history = torch.zeros(1, dtype=torch.int32, device=x.device)
             peaks = torch.empty(rows, dtype=torch.int32, device=x.device)
             runtime.launch(
-                _peaks,
+                find_peaks,
                 (rows,),
                 x,
                 multiplier,
@@ -563,7 +216,7 @@ class GpuQuantizer:
         scheme = self.transform.scheme
         numbers = self.numbers
         runtime.launch(
-            _quantize_rows,
+            quantize_rows,
             (rows,),
             x,
             multiplier,
@@ -595,7 +248,7 @@ class GpuQuantizer:
         block = min(triton.next_power_of_2(groups), max(_GROUPED_BLOCK // self.group, 1))
         numbers = self.numbers
         runtime.launch(
-            _quantize_groups,
+            quantize_groups,
             (rows, -(-groups // block)),
             x,
             self.transform.multiplier,
@@ -649,4 +302,4 @@ class DelayedUpdate:
 
     def __call__(self) -> None:
         """Update all of them."""
-        runtime.launch(_update_delayed, (len(self.kept),), self.states, self.largest, BLOCK=self.block)
+        runtime.launch(update_delayed, (len(self.kept),), self.states, self.largest, BLOCK=self.block)

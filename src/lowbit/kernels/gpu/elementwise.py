@@ -1,5 +1,7 @@
 """The functions of ``kernels.elementwise`` in Triton: one launch each, float32 inside, rounded once.
 
+``rotary`` has the rotary embedding.
+
 Every function takes what its namesake takes: tensors of float32, bfloat16 and float16 in any mixture, rows
 that lie further apart than they are wide, views of fused outputs. All grids follow from shapes alone, so that
 every launch can be captured in a CUDA graph.
@@ -17,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.elementwise import SWIGLU_LIMIT, SWIGLU_SLOPE, HeadNorms, RotaryTable, activation_number
+from lowbit.kernels.elementwise import SWIGLU_LIMIT, SWIGLU_SLOPE, activation_number
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.language import cast
 
@@ -460,162 +462,18 @@ def _launch_activation(x: Tensor, out: Tensor, activation: str, gated: bool) -> 
 
 
 @triton.jit
-def _rotary(  # type: ignore[no-untyped-def]
-    q,
-    q_token,
-    q_head,
-    q_heads,
-    k,
-    k_token,
-    k_head,
-    k_heads,
-    q_weight,
-    k_weight,
-    eps,
-    cosines,
-    sines,
-    positions,
-    dim,
-    half,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    NORMED: tl.constexpr,
-):
-    """A program has one token and ``HEADS`` heads, of Q or of K."""
-    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    pair = tl.arange(0, HALF)
-    row = tl.load(positions + token).to(tl.int64) * half + pair
-    cosine = tl.load(cosines + row, mask=pair < half, other=0.0)[None, :]
-    sine = tl.load(sines + row, mask=pair < half, other=0.0)[None, :]
-    q_blocks = tl.cdiv(q_heads, HEADS)
-    if block < q_blocks:
-        heads = q + token * q_token
-        first = block * HEADS
-        _turn(
-            heads,
-            q_head,
-            q_heads,
-            first,
-            q_weight,
-            eps,
-            cosine,
-            sine,
-            dim,
-            half,
-            HEADS,
-            HALF,
-            REST,
-            INTERLEAVED,
-            NORMED,
-        )
-    else:
-        heads = k + token * k_token
-        first = (block - q_blocks) * HEADS
-        _turn(
-            heads,
-            k_head,
-            k_heads,
-            first,
-            k_weight,
-            eps,
-            cosine,
-            sine,
-            dim,
-            half,
-            HEADS,
-            HALF,
-            REST,
-            INTERLEAVED,
-            NORMED,
-        )
+def _sigmoid_gate(x, x_row, gate, gate_row, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column, inside = _place(rows, width, ROWS, BLOCK)
+    place = x + row * x_row + column
+    steep = tl.load(gate + row * gate_row + column, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(place, mask=inside, other=0.0).to(tl.float32) * tl.sigmoid(steep)
+    tl.store(place, cast(y, x.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _turn(  # type: ignore[no-untyped-def]
-    x,
-    step,
-    heads,
-    first_head,
-    weight,
-    eps,
-    cosine,
-    sine,
-    dim,
-    half,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    NORMED: tl.constexpr,
-):
-    """Heads ``first_head`` and following, normalized and then turned, in place."""
-    head = (first_head + tl.arange(0, HEADS))[:, None]
-    pair = tl.arange(0, HALF)[None, :]
-    inside = (head < heads) & (pair < half)
-    low = 2 * pair if INTERLEAVED else pair
-    high = low + 1 if INTERLEAVED else low + half
-    place = x + head * step
-    first = tl.load(place + low, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(place + high, mask=inside, other=0.0).to(tl.float32)
-    if NORMED:
-        squares = tl.sum(first * first + second * second, 1)
-        if REST:
-            column = 2 * half + tl.arange(0, REST)[None, :]
-            behind = (head < heads) & (column < dim)
-            rest = tl.load(place + column, mask=behind, other=0.0).to(tl.float32)
-            squares += tl.sum(rest * rest, 1)
-        factor = tl.rsqrt(squares / dim + eps)[:, None]
-        if REST:
-            rest *= factor * tl.load(weight + column, mask=column < dim, other=0.0)
-            tl.store(place + column, cast(rest, x.dtype.element_ty), mask=behind)
-        first *= factor * tl.load(weight + low, mask=pair < half, other=0.0)
-        second *= factor * tl.load(weight + high, mask=pair < half, other=0.0)
-    tl.store(place + low, cast(first * cosine - second * sine, x.dtype.element_ty), mask=inside)
-    tl.store(place + high, cast(second * cosine + first * sine, x.dtype.element_ty), mask=inside)
-
-
-def apply_rotary(
-    q: Tensor,
-    k: Tensor,
-    table: RotaryTable,
-    positions: Tensor,
-    interleaved: bool = False,
-    norms: HeadNorms | None = None,
-) -> None:
-    """See ``elementwise.apply_rotary``; a position outside the table is not noticed."""
-    tokens, q_heads, dim = q.shape
-    half = table.cosines.shape[1]
-    assert k.shape[0] == tokens and k.shape[2] == dim and 2 * half <= dim, (
-        "q, k and the table belong together"
-    )
-    assert q.dtype is k.dtype and q.stride(2) == k.stride(2) == 1, "q and k are alike"
-    if not tokens:
-        return
-    together = max(TILE // triton.next_power_of_2(dim), 1)
-    runtime.launch(
-        _rotary,
-        (tokens, triton.cdiv(q_heads, together) + triton.cdiv(k.shape[1], together)),
-        q,
-        q.stride(0),
-        q.stride(1),
-        q_heads,
-        k,
-        k.stride(0),
-        k.stride(1),
-        k.shape[1],
-        None if norms is None else norms.q_weight,
-        None if norms is None else norms.k_weight,
-        0.0 if norms is None else float(norms.eps),
-        table.cosines,
-        table.sines,
-        positions,
-        dim,
-        half,
-        HEADS=together,
-        HALF=triton.next_power_of_2(half),
-        REST=0 if 2 * half == dim else triton.next_power_of_2(dim - 2 * half),
-        INTERLEAVED=interleaved,
-        NORMED=norms is not None,
-    )
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """See ``recurrent_cpu.sigmoid_gate``."""
+    assert x.shape == gate.shape and x.stride(1) == gate.stride(1) == 1, "rows of both lie alike"
+    if x.numel():
+        grid, tile = _tiles(*x.shape)
+        runtime.launch(_sigmoid_gate, grid, x, x.stride(0), gate, gate.stride(0), *x.shape, **tile)
+    return x

@@ -5,9 +5,10 @@ between. The weights of all experts lie in one buffer of each kind, of which eac
 view. Nothing waits for the device and all grids follow from shapes alone, so that a step can be captured.
 
 An input that all experts quantize alike is quantized once, before it is handed out; where scales or
-multipliers are an expert's own, every pair of token and expert is quantized by itself. Where inputs and
-weights are codes of 8 bits, 8-bit tensor cores multiply them (``expert_eight_bit``). Other codes are
-multiplied in bfloat16, which holds them exactly, and scales meet float32 sums.
+multipliers are an expert's own, every pair of token and expert is quantized by itself. A rotation that all
+have comes before, in a launch. Where inputs and weights are codes of 8 bits, 8-bit tensor cores multiply them
+(``expert_eight_bit``). Other codes are multiplied in bfloat16, which holds them exactly, and scales meet
+float32 sums.
 
 Graphs, speed and memory have not been seen on a GPU: the kernels are proven in Triton's interpreter, and
 compiled for compute capabilities 8.0 and 9.0.
@@ -31,6 +32,7 @@ from lowbit.kernels.gpu.expert_products import Rows, Stack, block_rows, multiply
 from lowbit.kernels.gpu.expert_rows import SortedPairs, mix, sort_pairs
 from lowbit.kernels.gpu.layer import meet, operand
 from lowbit.kernels.gpu.weight_layout import Layout, layout_of
+from lowbit.kernels.rotation import Rotator, same
 
 MOST_BETWEEN = 1 << 28  # numbers of pairs that are kept between the products; more tokens go in turns
 
@@ -40,17 +42,22 @@ class _Input:
     """What happens to the rows of one weight of all experts.
 
     ``shared``: every expert does the same. Else the tensors of ``transform`` have one row for each expert.
+    ``rotation``: of all experts, before ``transform``, which has none.
     """
 
     transform: InputTransform
     shared: bool
+    rotation: Rotator | None = None
 
     def __call__(self, x: Tensor, divisor: int, chosen: Tensor, tile: int) -> Rows:
         """x as row ``pair // divisor`` of each pair; ``chosen``: int64 (pairs,).
 
         ``tile``: columns that the product gives one scale at least; 0: it takes none.
         """
-        transform, scheme = self.transform, self.transform.scheme
+        transform, scheme, dtype = self.transform, self.transform.scheme, x.dtype
+        x = self._rotated(x)
+        if scheme is None and transform.multiplier is None:
+            return Rows(x, divisor)
         if not self.shared:
             x = x if divisor == 1 else x.repeat_interleave(divisor, 0)
             divisor = 1
@@ -58,14 +65,14 @@ class _Input:
         if scheme is None or not scheme.block[1]:
             changed, factor = transform(x) if self.shared else transform.in_torch(x)
             # Codes lose nothing in bfloat16.
-            changed = changed.to(x.dtype if scheme is None else torch.bfloat16)
+            changed = changed.to(dtype if scheme is None else torch.bfloat16)
             return Rows(changed, divisor, None if factor is None else factor.float().contiguous())
         group = scheme.block[1]
         # Codes times powers of two are bfloat16.
         exact = scheme.scale.name == "e8m0" and transform.static_scale is None
         if exact or not tile or group % tile:
             changed, _ = transform(x) if self.shared else transform.in_torch(x)
-            return Rows(changed.to(torch.bfloat16 if exact else x.dtype), divisor)
+            return Rows(changed.to(torch.bfloat16 if exact else dtype), divisor)
         if self.shared and transform.gpu is not None and scheme.number_format.dtype is not None:
             found = transform.gpu.codes(x)
             return Rows(found.codes.bfloat16(), divisor, None, found.scales, group)
@@ -81,6 +88,7 @@ class _Input:
         """The same as codes of 8 bits, for weights of as many: where ``eight_bit`` said they can be."""
         transform, scheme = self.transform, self.transform.scheme
         assert scheme is not None, "its codes are asked for"
+        x = self._rotated(x)
         if self.shared:
             assert transform.gpu is not None, "asked before"
             found = transform.gpu.codes(x)
@@ -96,6 +104,13 @@ class _Input:
         dtype = torch.int8 if scheme.number_format.is_integer else scheme.number_format.dtype
         assert dtype is not None, "a format of 8 bits"
         return Rows(changed.nan_to_num().to(dtype), 1, factor.flatten())
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """x as it is quantized: float32 where it was rotated, unless nothing follows."""
+        if self.rotation is None:
+            return x
+        last = self.transform.scheme is None and self.transform.multiplier is None
+        return self.rotation.rotated(x, x.dtype if last else torch.float32)
 
     def eight_bit(self, layers: Sequence[Layer], number: int, codes: Tensor) -> EightBitWeight | None:
         """A weight of all experts, whose codes these are, for ``codes`` of x; None where either is not."""
@@ -251,8 +266,8 @@ def _refusal(layers: Sequence[Layer]) -> str:
         for weight in layer.weights:
             if weight.kernel.name not in ("gpu_blocks", "gpu_dense"):
                 return f"{layer.name} runs on the kernel {weight.kernel.name}"
-        if layer.outputs is not None or any(t is not None and t.rotation for t in layer.inputs or ()):
-            return f"{layer.name} rotates its inputs or outputs"
+        if layer.outputs is not None:
+            return f"{layer.name} rotates its outputs"
         if len(layer.weights) != len(first.weights):
             return f"{layer.name} has {len(layer.weights)} parts, {first.name} has {len(first.weights)}"
         for weight, other in zip(layer.weights, first.weights, strict=True):
@@ -278,9 +293,11 @@ def _unlike(transforms: list[InputTransform | None]) -> str:
             continue
         if other.scheme is not None and other.scheme.depends_on_batch:
             return other.scheme.depends_on_batch
+        if not same(other.rotation, first.rotation):
+            return "experts rotate theirs in different ways"
         kinds = ("multiplier", "static_scale", "static_zero")
-        same = all((getattr(first, kind) is None) == (getattr(other, kind) is None) for kind in kinds)
-        if other.scheme != first.scheme or not same:
+        alike = all((getattr(first, kind) is None) == (getattr(other, kind) is None) for kind in kinds)
+        if other.scheme != first.scheme or not alike:
             return "experts quantize theirs in different ways"
     return ""
 
@@ -326,9 +343,11 @@ def _input(transforms: list[InputTransform | None]) -> _Input | None:
     first = transforms[0]
     if first is None:
         return None
-    known = [transform for transform in transforms if transform is not None]
+    rotation = first.rotation  # everybody's
+    known = [replace(transform, rotation=None) for transform in transforms if transform is not None]
+    first = known[0]
     if all(transform.same_as(first) for transform in known):
-        return _Input(first, True)
+        return _Input(first, True, rotation)
 
     def rows(kind: str) -> Tensor | None:
         found = [getattr(transform, kind) for transform in known]
@@ -340,7 +359,7 @@ def _input(transforms: list[InputTransform | None]) -> _Input | None:
         static_scale=rows("static_scale"),
         static_zero=rows("static_zero"),
     )
-    return _Input(stacked, False)
+    return _Input(stacked, False, rotation)
 
 
 def _stack(layers: Sequence[Layer], number: int) -> Stack:

@@ -1,8 +1,8 @@
 """A layer of one 8-bit weight whose checkpoint quantizes inputs, on the GPU: codes of x, product, the rest.
 
 Two launches, or three where the columns are split: x becomes codes and scales (``activation_quant``), and the
-product's tiles end with scales, bias and gate (``eight_bit``). What it computes is what the layer's steps do
-one by one, in another order of float32 operations.
+product's tiles end with scales, bias and gate (``eight_bit``). One more, before them, where x is rotated.
+What it computes is what the layer's steps do one by one, in another order of float32 operations.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ class GpuLayer:
     def of(weight: PackedWeight, transform: InputTransform | None, bias: Tensor | None) -> GpuLayer | None:
         """None where the steps run one by one. Asked at load: it looks at numbers."""
         if weight.kernel.name != "gpu_blocks" or transform is None or transform.scheme is None:
-            return None
-        if transform.rotation is not None:  # torch's, before
             return None
         quantizer = transform.gpu
         if quantizer is None or not meet(weight, transform.scheme, quantizer.static_zero):
@@ -78,7 +76,8 @@ class GpuLayer:
         assert out.shape == (tokens, width) and self.takes(x, out), "asked before"
         if not tokens:
             return out
-        codes = self.quantizer.codes(x)
+        rotation = self.quantizer.transform.rotation
+        codes = self.quantizer.codes(x if rotation is None else rotation.rotated(x, torch.float32))
         return eight_bit.multiply(
             codes, self.quantizer.group, self.operand, self.bias, self.narrow_bias, out, activation
         )

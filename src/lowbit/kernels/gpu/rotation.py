@@ -1,0 +1,283 @@
+"""Rotations of activations on the GPU: ``numerics.rotation.Rotation`` as products on tensor cores.
+
+A Hadamard matrix of Sylvester's order is a Kronecker product of smaller ones, H(a b) = H(a) x H(b): a block
+of a b columns, laid out as a matrix (a, b), becomes H(a) X H(b). Up to 128 columns are one product with the
+matrix itself, up to 8,192 two of 16 to 128. The entries are 1 and -1, exact in every type, so only x has to
+be: what bfloat16 or float16 does not hold is the sum of three bfloat16 numbers, 24 bits, and three
+products. A product with any other matrix takes six, or three where x is bfloat16: what is left out is below
+2^-24 of |x| |R|.
+
+So a result is the definition's in another order of float32 sums: it differs by a few 2^-24 of the block's sum
+of |x| over the divisor, times the largest of ``after``. Infinity becomes NaN. A block sees no other block.
+
+How work is cut. A product of up to 128 columns takes 16 blocks a program, and 64 once that leaves enough
+programs for every multiprocessor to have many: more rows would wait for the matrix as often and hold more
+registers. With two factors a block is a program, of a warp for each 1,024 numbers. Other matrices are read in
+steps of 32 rows. A number costs at most 2 * 128 operations for each of three parts, which tensor cores do
+while memory moves it. **None of it has run on a GPU yet**: it is proven in Triton's interpreter, and
+compiled.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu.language import cast, dot
+from lowbit.numerics.rotation import Rotation, sylvester
+
+LARGEST = 8192  # of a Hadamard matrix: registers hold no larger block
+_FACTOR = 128  # the largest one
+_TILE = 16  # the least side of a product
+_MANY = 4096  # programs of 16 blocks from which 64 go together
+_WHOLE = 128  # columns of another matrix that a program has, so that x may be overwritten
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _parts(x):  # type: ignore[no-untyped-def]
+    """float32 x as the sum of three bfloat16 numbers, the largest first."""
+    high = cast(x, tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = cast(rest, tl.bfloat16)
+    return high, middle, cast(rest - middle.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def _signs(table, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(N, N) of 1 and -1 from the table's first rows and columns; blocks of ``SIZE`` and zeros where less."""
+    row, column = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+    if SIZE < N:
+        same = row // SIZE == column // SIZE
+        return tl.load(table + row % SIZE * STRIDE + column % SIZE, mask=same, other=0)
+    return tl.load(table + row * STRIDE + column)
+
+
+@triton.jit
+def _by_signs(x, signs, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x @ signs in float32. ``HALF``: "bf16" or "fp16", which hold x exactly; "": neither does."""
+    total = tl.zeros(x.shape, tl.float32)
+    if HALF == "fp16":
+        return dot(x.to(tl.float16), signs.to(tl.float16), total)
+    signs = cast(signs.to(tl.float32), tl.bfloat16)
+    if HALF == "bf16":
+        return dot(cast(x.to(tl.float32), tl.bfloat16), signs, total)
+    high, middle, low = _parts(x.to(tl.float32))
+    return dot(high, signs, dot(middle, signs, dot(low, signs, total)))
+
+
+@triton.jit
+def hadamard(  # type: ignore[no-untyped-def]
+    x,  # (rows, width)
+    x_row,
+    out,  # (rows, width), may be x
+    out_row,
+    before,  # float32 (SIZE,)
+    after,  # float32 (SIZE,)
+    table,  # int8, STRIDE columns
+    units,  # blocks of N columns in all
+    each,  # in a row
+    width,
+    divisor,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    HALF: tl.constexpr,  # what holds x times ``before`` (``_by_signs``)
+    SIZE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,  # SIZE, at least 16
+    STRIDE: tl.constexpr,
+):
+    """M blocks of a program by the whole matrix."""
+    unit = tl.program_id(0) * M + tl.arange(0, M)
+    place = tl.arange(0, N)
+    column = (unit % each * N)[:, None] + place[None, :]
+    inside = (unit < units)[:, None] & (column < width)
+    row = (unit // each).to(tl.int64)[:, None]
+    values = tl.load(x + row * x_row + column, mask=inside, other=0.0)
+    if BEFORE:
+        values = values.to(tl.float32) * tl.load(before + place % SIZE)[None, :]
+    signs = _signs(table, N, SIZE, STRIDE)
+    total = _by_signs(values, signs, HALF)
+    total = tl.div_rn(total, tl.full(total.shape, divisor, tl.float32))
+    if AFTER:
+        total *= tl.load(after + place % SIZE)[None, :]
+    tl.debug_barrier()  # where out is x all of it has been read
+    tl.store(out + row * out_row + column, cast(total, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def hadamard_in_two(  # type: ignore[no-untyped-def]
+    x,
+    x_row,
+    out,
+    out_row,
+    before,  # float32 (A * B,)
+    after,
+    table,
+    each,
+    divisor,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+    HALF: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """A block of A * B columns, as a matrix (A, B), between two Hadamard matrices."""
+    unit = tl.program_id(0)
+    place = tl.arange(0, A)[:, None] * B + tl.arange(0, B)[None, :]
+    row = (unit // each).to(tl.int64)
+    column = unit % each * (A * B) + place
+    values = tl.load(x + row * x_row + column)
+    if BEFORE:
+        values = values.to(tl.float32) * tl.load(before + place)
+    signs = _signs(table, B, B, STRIDE)
+    inner = _by_signs(values, signs, HALF)
+    high, middle, low = _parts(inner)
+    left = cast(_signs(table, A, A, STRIDE).to(tl.float32), tl.bfloat16)
+    total = dot(left, low, tl.zeros((A, B), tl.float32))
+    total = dot(left, high, dot(left, middle, total))
+    total = tl.div_rn(total, tl.full(total.shape, divisor, tl.float32))
+    if AFTER:
+        total *= tl.load(after + place)
+    tl.debug_barrier()
+    tl.store(out + row * out_row + column, cast(total, out.dtype.element_ty))
+
+
+@triton.jit
+def product(  # type: ignore[no-untyped-def]
+    x,
+    x_row,
+    out,
+    out_row,
+    matrix,  # float32 (size, size)
+    units,
+    each,
+    size,
+    EXACT: tl.constexpr,  # x is bfloat16
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """M blocks times N columns of any matrix."""
+    unit = tl.program_id(0) * M + tl.arange(0, M)
+    made = tl.program_id(1) * N + tl.arange(0, N)
+    there = (unit < units)[:, None]
+    first = (unit % each * size)[:, None]
+    row = (unit // each).to(tl.int64)[:, None]
+    total = tl.zeros((M, N), tl.float32)
+    for start in range(0, size, K):
+        k = start + tl.arange(0, K)
+        values = tl.load(x + row * x_row + first + k[None, :], mask=there & (k < size)[None, :], other=0.0)
+        place = k.to(tl.int64)[:, None] * size + made[None, :]
+        weights = tl.load(matrix + place, mask=(k < size)[:, None] & (made < size)[None, :], other=0.0)
+        high, middle, low = _parts(weights)
+        if EXACT:
+            total = dot(values, high, dot(values, middle, dot(values, low, total)))
+        else:
+            x_high, x_middle, x_low = _parts(values.to(tl.float32))
+            total = dot(x_low, high, dot(x_middle, middle, dot(x_high, low, total)))
+            total = dot(x_high, high, dot(x_middle, high, dot(x_high, middle, total)))
+    tl.debug_barrier()
+    inside = there & (made < size)[None, :]
+    tl.store(out + row * out_row + first + made[None, :], cast(total, out.dtype.element_ty), mask=inside)
+
+
+@cache
+def _table(device: torch.device) -> Tensor:
+    """int8 (128, 128): the Hadamard matrix, whose corner is every smaller one."""
+    return sylvester(_FACTOR, device)
+
+
+def takes(rotation: Rotation, x: Tensor, out: Tensor) -> bool:
+    """Whether these kernels have it: rows (rows, width) whose numbers lie one behind another."""
+    tensors = (rotation.before, rotation.after, rotation.matrix)
+    return (
+        (rotation.matrix is not None or rotation.size <= LARGEST)
+        and all(t is None or t.is_contiguous() for t in tensors)
+        and all(t.dim() == 2 and t.stride(1) == 1 and t.dtype in _TYPES for t in (x, out))
+    )
+
+
+def rotate(rotation: Rotation, x: Tensor, out: Tensor, signs: bool) -> None:
+    """x (rows, width) -> out, which may be x. ``signs``: ``rotation.before`` is None or of 1 and -1."""
+    rows, width = x.shape
+    size = rotation.size
+    assert width % size == 0, f"blocks of {size} columns do not fill {width}"
+    if not x.numel():
+        return
+    if rotation.matrix is not None:
+        _multiply(rotation.matrix, x, out)
+        return
+    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(x.dtype, "") if signs else ""
+    given: dict[str, Any] = {
+        "BEFORE": rotation.before is not None,
+        "AFTER": rotation.after is not None,
+        "HALF": half,
+    }
+    ends = (x, x.stride(0), out, out.stride(0), rotation.before, rotation.after, _table(x.device))
+    if size > _FACTOR:
+        each = width // size
+        power = size.bit_length() - 1
+        runtime.launch(
+            hadamard_in_two,
+            (rows * each,),
+            *(*ends, each, float(rotation.divisor)),
+            num_warps=max(size // 1024, 1),
+            A=1 << power - power // 2,
+            B=1 << power // 2,
+            STRIDE=_FACTOR,
+            **given,
+        )
+        return
+    columns = max(size, _TILE)
+    each = triton.cdiv(width, columns)
+    units = rows * each
+    together, warps = _together(units, columns)
+    runtime.launch(
+        hadamard,
+        (triton.cdiv(units, together),),
+        *(*ends, units, each, width, float(rotation.divisor)),
+        num_warps=warps,
+        SIZE=size,
+        M=together,
+        N=columns,
+        STRIDE=_FACTOR,
+        **given,
+    )
+
+
+def _together(units: int, columns: int) -> tuple[int, int]:
+    """Blocks of a program, and its warps."""
+    if units < _TILE * _MANY:
+        return _TILE, max(columns // 32, 1)
+    return 64, 4
+
+
+def _multiply(matrix: Tensor, x: Tensor, out: Tensor) -> None:
+    size = len(matrix)
+    rows, width = x.shape
+    each = width // size
+    units = rows * each
+    together, warps = (64, 8) if units >= 64 * 132 else (_TILE, 4)
+    columns = min(max(triton.next_power_of_2(size), _TILE), _WHOLE)
+    # A program that does not have all columns of a block would overwrite what others read.
+    made = torch.empty_like(out) if size > columns and out.data_ptr() == x.data_ptr() else out
+    runtime.launch(
+        product,
+        (triton.cdiv(units, together), triton.cdiv(size, columns)),
+        *(x, x.stride(0), made, made.stride(0), matrix, units, each, size),
+        num_warps=warps,
+        EXACT=x.dtype is torch.bfloat16,
+        M=together,
+        N=columns,
+        K=32,
+    )
+    if made is not out:
+        out.copy_(made)

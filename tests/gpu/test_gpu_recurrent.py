@@ -1,0 +1,194 @@
+"""Triton's gated delta rule beside its definition in torch: parts of any length, states, padding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from forward_helpers import chunk_batch, prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.kernels import recurrent
+from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.gpu import recurrent as gpu
+from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu.recurrent import TOKENS, GpuDelta
+from lowbit.kernels.recurrent import DeltaParameters, LayerState, StateSpec
+from lowbit.kernels.recurrent_cpu import sigmoid_gate
+from lowbit.kernels.recurrent_reference import ReferenceDelta
+from lowbit.loading import load_model
+from models.test_qwen_next import make_checkpoint, prompts, worst
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SPECS = {
+    "odd heads": StateSpec(k_heads=2, heads=4, k_dim=20, v_dim=24, taps=4),
+    "wide keys, two taps": StateSpec(k_heads=1, heads=2, k_dim=80, v_dim=16, taps=2),
+    "a head, no past": StateSpec(k_heads=1, heads=1, k_dim=16, v_dim=20, taps=1),
+}
+SLOTS = 5
+
+
+class Layer:
+    """Random weights and states of a spec, the same for a seed."""
+
+    def __init__(self, spec: StateSpec, device: torch.device) -> None:
+        self.spec, self.device = spec, device
+        self.random = torch.Generator().manual_seed(3)
+        self.weights = DeltaParameters(
+            self.normal(spec.taps, spec.channels),
+            -self.normal(spec.heads).exp(),
+            self.normal(spec.heads) * 4,
+            self.normal(spec.v_dim),
+            1e-6,
+        )
+        self.inputs = self.normal(SLOTS + 1, spec.taps - 1, spec.channels)
+        self.matrices = self.normal(SLOTS + 1, spec.heads, spec.k_dim, spec.v_dim)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.random).to(self.device)
+
+    def rows(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Of a layer's input, in rows that end with NaN."""
+        wide = torch.full((count, self.spec.width + 5), torch.nan, dtype=dtype, device=self.device)
+        return wide[:, : self.spec.width].copy_(self.normal(count, self.spec.width))
+
+    def state(self, kernel: recurrent.RecurrentKernel) -> LayerState:
+        return LayerState(self.spec, kernel, self.inputs.clone(), self.matrices.clone())
+
+
+def batch_of(parts: list[tuple[int, int, int]], device: torch.device) -> ForwardBatch:
+    """(new tokens, tokens before them, slot) of each sequence."""
+    rows = [([0] * new, before, [0] * 16) for new, before, _ in parts]
+    return chunk_batch(rows, state_slots=[slot for *_, slot in parts]).to(device)
+
+
+def poisoned(state: LayerState, parts: list[tuple[int, int, int]]) -> None:
+    """NaN in slots whose sequences begin."""
+    for _, before, slot in parts:
+        if not before:
+            state.inputs[slot] = torch.nan
+            state.matrices[slot] = torch.nan
+
+
+STEPS = {
+    "a prompt among others": [(11, 0, 2), (1, 17, 0), (3, 1, 1), (9, 3, 4)],
+    "short parts": [(2, 5, 3), (TOKENS, 0, 0), (1, 0, 1)],
+    "one token each": [(1, 7, 4), (1, 0, 0), (1, 1, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "dtype"),
+    [
+        *((case, name, BF16) for case in STEPS for name in SPECS),
+        *(("short parts", name, F32) for name in SPECS),
+    ],
+)
+def test_outputs_and_states(case: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    layer, parts = Layer(SPECS[name], device), STEPS[case]
+    batch = batch_of(parts, device)
+    mixed = layer.rows(len(batch.tokens), dtype)
+    ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
+    poisoned(ours, parts)
+    poisoned(theirs, parts)
+    out = GpuDelta().run(mixed, ours, batch, layer.weights)
+    wanted = ReferenceDelta().by_rule(mixed, theirs, batch, layer.weights, False)
+    rounding = {"rtol": 2**-7, "atol": 2e-3} if dtype is BF16 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(out, wanted, **rounding)
+    torch.testing.assert_close(ours.inputs, theirs.inputs, rtol=0, atol=0)
+    torch.testing.assert_close(ours.matrices, theirs.matrices, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_moves_nothing(device: torch.device) -> None:
+    """Rows of slot -1 and context 0 behind a graph's real ones, which keep their bits, touch no state."""
+    layer, parts = Layer(SPECS["odd heads"], device), STEPS["one token each"]
+    padded = [*parts, (1, 0, -1), (1, 0, -1)]
+    alone, batch = batch_of(parts, device), batch_of(padded, device)
+    batch.context_lengths[3:] = 0
+    mixed = layer.rows(len(padded), BF16)
+    plain, filled = layer.state(GpuDelta()), layer.state(GpuDelta())
+    wanted = GpuDelta().run(mixed[:3], plain, alone, layer.weights)
+    out = GpuDelta().run(mixed, filled, batch, layer.weights)
+    assert torch.equal(out[:3], wanted) and torch.isfinite(out).all()
+    assert torch.equal(filled.inputs, plain.inputs) and torch.equal(filled.matrices, plain.matrices)
+    untouched = [1, 3, SLOTS]
+    assert torch.equal(filled.matrices[untouched], layer.matrices[untouched])
+    assert torch.equal(filled.inputs[untouched], layer.inputs[untouched])
+
+
+@pytest.mark.parametrize("cuts", [[1, 1, 1, 10], [TOKENS, 5], [12, 1], [9, 4]])
+def test_chunks_and_company_change_no_bit(cuts: list[int], device: torch.device) -> None:
+    layer = Layer(SPECS["odd heads"], device)
+    mixed, other = layer.rows(sum(cuts), F32), layer.rows(3 * len(cuts), F32)
+    whole = layer.state(GpuDelta())
+    wanted = GpuDelta().run(mixed, whole, batch_of([(len(mixed), 0, 1)], device), layer.weights)
+    state, found, at = layer.state(GpuDelta()), [], 0
+    for step, count in enumerate(cuts):
+        parts = [(3, 3 * step, 3), (count, at, 1)]
+        rows = torch.cat((other[3 * step : 3 * step + 3], mixed[at : at + count]))
+        found.append(GpuDelta().run(rows, state, batch_of(parts, device), layer.weights)[3:])
+        at += count
+    assert torch.equal(torch.cat(found), wanted)
+    assert torch.equal(state.matrices[1], whole.matrices[1])
+    assert torch.equal(state.inputs[1], whole.inputs[1])
+
+
+def test_many_sequences(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are looked at together; parts that fill tiles of tokens and that do not."""
+    monkeypatch.setattr(gpu, "SEQUENCES", 4)
+    spec = StateSpec(k_heads=1, heads=1, k_dim=4, v_dim=4, taps=3)
+    layer, lengths = Layer(spec, device), [1] * 4 + [TOKENS, 1, TOKENS + 1, 2, 1]
+    layer.inputs, layer.matrices = layer.normal(10, 2, spec.channels), layer.normal(10, 1, 4, 4)
+    parts = [(count, 2 * (slot % 3), slot) for slot, count in enumerate(lengths)]
+    batch = batch_of(parts, device)
+    mixed = layer.rows(sum(lengths), F32)
+    ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
+    out = GpuDelta().run(mixed, ours, batch, layer.weights)
+    wanted = ReferenceDelta().by_rule(mixed, theirs, batch, layer.weights, False)
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.matrices, theirs.matrices, rtol=1e-4, atol=1e-5)
+    assert torch.equal(ours.inputs, theirs.inputs)
+
+
+def test_launches_of_a_step(device: torch.device) -> None:
+    """Three, and one more where a part has more tokens than a program of the convolution."""
+    layer = Layer(SPECS["odd heads"], device)
+    for longest, wanted in ((TOKENS, 3), (TOKENS + 1, 4)):
+        batch = replace(batch_of([(2, 0, 1)], device), max_query=longest)
+        with runtime.recording() as launches:
+            GpuDelta().run(layer.rows(2, BF16), layer.state(GpuDelta()), batch, layer.weights)
+        if runtime._recorded is not None:
+            runtime._recorded.extend(launches)
+        assert len(launches) == wanted
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_the_sigmoid_gate(dtype: torch.dtype, device: torch.device) -> None:
+    random = torch.Generator().manual_seed(1)
+    rows = torch.randn(5, 2 * 75, generator=random).to(device, dtype)
+    x, gate = torch.randn(5, 75, generator=random).to(device, dtype), rows[:, 75:]
+    wanted = (x.float() * torch.sigmoid(gate.float())).to(dtype)
+    assert sigmoid_gate(x, gate) is x
+    torch.testing.assert_close(x, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cache of the test helpers is on a CPU")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_whole_model(tmp_path: Path) -> None:
+    """Qwen3-Next beside transformers in float32, on the GPU's kernels alone."""
+    changes = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    oracle = make_checkpoint(tmp_path, num_experts=0, mlp_only_layers=[], **changes)
+    model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+    given = prompts(1, 3, 21)
+    with runtime.recording() as launches:
+        made = prompt_logits(model, given)
+    if runtime._recorded is not None:
+        runtime._recorded.extend(launches)
+    assert {"convolve", "keep", "rule", "finish", "_sigmoid_gate"} <= {one.function for one in launches}
+    for prompt, logits in zip(given, made, strict=True):
+        with torch.no_grad():
+            expected = oracle(torch.tensor([prompt])).logits[0]
+        assert worst(logits, expected) <= 1e-3
