@@ -79,30 +79,42 @@ struct FloatStep {
 };
 
 // One token: its total stays in a register, and nothing that is decoded goes through memory.
-template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED>
-INLINE Sixteen add_part(Sixteen total, const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile) {
-    const std::int64_t span = tile * (COLUMNS / SUB) + PART;
-    Sixteen sum[1];
-    dot<PART * SUB, SUB, 1>(w, x.at<std::uint16_t>(tile, 0), COLUMNS, sum);
-    const Sixteen scale = scale_of<X_SCALED>(walk.scale[PART], X_SCALED ? x.scales + span : nullptr);
-    total = accumulate<ADDEND, SCALED>(total, sum[0], scale, walk.addend[PART],
-                                       ADDEND == Addend::none ? 0.0f : x.sums[span]);
-    if constexpr ((PART + 1) * SUB < COLUMNS) {
-        return add_part<SUB, PART + 1, ADDEND, SCALED, X_SCALED>(total, w, walk, x, tile);
-    }
-    return total;
-}
-
 template <Codes CODES, int SUB, Addend ADDEND, bool SCALED, bool X_SCALED = false>
 __attribute__((noinline)) void multiply_block_once(const Layout& layout, const std::uint8_t* block,
                                                    const Decoding& decoding, const Input& x, float* totals) {
+    constexpr int PARTS = COLUMNS / SUB;
     Walk walk(layout, block);
     Sixteen total = sixteen_load(totals);
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        BfloatTile w;
-        decode<CODES>(walk.next<CODES, SUB, ADDEND>(), decoding.table, w);
-        total = add_part<SUB, 0, ADDEND, SCALED, X_SCALED>(total, w, walk, x, tile);
+    const auto add_tiles = [&](std::int64_t tile, auto count) __attribute__((always_inline)) {
+        constexpr int TILES = decltype(count)::value;
+        const std::uint8_t* tiles[TILES];
+        Sixteen scales[TILES][PARTS], addends[TILES][PARTS], sums[TILES][PARTS];
+        UNROLL
+        for (int i = 0; i < TILES; ++i) {
+            tiles[i] = walk.next<CODES, SUB, ADDEND>();
+            UNROLL
+            for (int part = 0; part < PARTS; ++part) {
+                if constexpr (SCALED) scales[i][part] = walk.scale[part];
+                if constexpr (ADDEND != Addend::none) addends[i][part] = walk.addend[part];
+            }
+        }
+        dot_once<CODES, SUB, TILES>(tiles, decoding.table, x.at<std::uint16_t>(tile, 0), sums);
+        UNROLL
+        for (int i = 0; i < TILES; ++i) {
+            UNROLL
+            for (int part = 0; part < PARTS; ++part) {
+                const std::int64_t span = (tile + i) * PARTS + part;
+                const Sixteen scale = scale_of<X_SCALED>(scales[i][part], X_SCALED ? x.scales + span : nullptr);
+                const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span];
+                total = accumulate<ADDEND, SCALED>(total, sums[i][part], scale, addends[i][part], x_sum);
+            }
+        }
+    };
+    std::int64_t tile = 0;
+    if constexpr (tiles_in_turns(CODES, SUB)) {
+        for (; tile + 2 <= layout.tiles; tile += 2) add_tiles(tile, std::integral_constant<int, 2>{});
     }
+    for (; tile < layout.tiles; ++tile) add_tiles(tile, std::integral_constant<int, 1>{});
     sixteen_store(totals, total);
 }
 

@@ -287,50 +287,106 @@ inline __m512i shifted(__m512i words, int right) {
                       : _mm512_slli_epi16(words, static_cast<unsigned>(-right));
 }
 
-// Planes whose lines are in registers: one register of 16 rows x 2 columns for each pair of columns.
+// mask ? a : b, bit by bit. The instruction overwrites its first operand: not the mask, which is kept.
+INLINE __m512i chosen_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(b, a, mask, 0xD8); }
+
+// The lines of a tile's codes, each read where it is decoded; of a grid those of its planes, in registers. IN_ORDER:
+// all are read first, as they lie.
+template <Codes CODES, bool IN_ORDER = false>
+struct CodeLines {
+    static constexpr Codes PLANES = is_grid(CODES) ? grid_of(CODES).planes() : CODES;
+    static constexpr int LINES = static_cast<int>(tile_bytes(PLANES) / 64);
+    const std::uint8_t* tile;
+    __m512i lines[LINES];
+
+    INLINE CodeLines(const std::uint8_t* from, const Table& table) : tile(from) {
+        if constexpr (is_grid(CODES)) {
+            expand_grid<CODES>(from, table.behind, lines);
+        } else if constexpr (IN_ORDER) {
+            UNROLL
+            for (int line = 0; line < LINES; ++line) {
+                lines[line] = _mm512_loadu_si512(tile + line * 64);
+                asm volatile("" : "+v"(lines[line]));  // the compiler leaves these in their order
+            }
+        }
+    }
+    INLINE __m512i line(std::int64_t byte) const {
+        if constexpr (is_grid(CODES) || IN_ORDER) return lines[byte / 64];
+        return _mm512_loadu_si512(tile + byte);
+    }
+};
+
+// What codes of 7 or 8 bits are looked up in, byte by byte.
 template <Codes CODES>
-INLINE void decode_lines(const __m512i* lines, const Table& table, __m512i* w) {
-    if constexpr (plane_count(CODES) == 1) {
+struct ByteTables {
+    __m512i low[4], high[4];
+    INLINE explicit ByteTables(const Table& table) {
+        if constexpr (is_byte(CODES)) {
+            const ByteTable& bytes = byte_table<CODES>();
+            UNROLL
+            for (int part = 0; part < 4; ++part) {
+                low[part] = _mm512_load_si512(bytes.low + part * 64);
+                high[part] = _mm512_load_si512(bytes.high + part * 64);
+            }
+        } else if constexpr (CODES == Codes::bits7) {
+            UNROLL
+            for (int part = 0; part < 2; ++part) {
+                low[part] = _mm512_loadu_si512(table.behind + part * 64);
+                high[part] = _mm512_loadu_si512(table.behind + 128 + part * 64);
+            }
+        }
+    }
+};
+
+// Four pairs of columns, those of operands 2 QUAD and 2 QUAD + 1: one register of 16 rows x 2 columns for each.
+template <Codes CODES, int QUAD, bool IN_ORDER>
+INLINE void decode_quad(const CodeLines<CODES, IN_ORDER>& tile, const Table& table, const ByteTables<CODES>& bytes, __m512i* w) {
+    constexpr Codes PLANES = CodeLines<CODES, IN_ORDER>::PLANES;
+    if constexpr (CODES == Codes::bf16) {
         UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field f = field(plane(CODES, 0), 0, pair * 2);
-            w[pair] = _mm512_permutexvar_epi16(shifted(lines[f.byte / 64], f.shift), table.low);
+        for (int i = 0; i < 4; ++i) w[i] = tile.line((QUAD * 4 + i) * 64);
+    } else if constexpr (is_byte(CODES)) {
+        UNROLL
+        for (int i = 0; i < 2; ++i) {
+            const __m512i codes = tile.line((QUAD * 2 + i) * 64);
+            const __mmask64 upper = _mm512_movepi8_mask(codes);
+            const __m512i lower = look_up(codes, upper, bytes.low), higher = look_up(codes, upper, bytes.high);
+            w[i] = _mm512_unpacklo_epi8(lower, higher);
+            w[i + 2] = _mm512_unpackhi_epi8(lower, higher);
         }
     } else if constexpr (CODES == Codes::bits7) {
         // A pair and the one two further at once, in the two bytes of a word: their bfloat16s' low and high bytes.
-        const auto place = [](__m512i line, Plane p, Field f) {
-            return f.shift >= p.shift ? _mm512_srli_epi16(line, static_cast<unsigned>(f.shift - p.shift))
-                                      : _mm512_slli_epi16(line, static_cast<unsigned>(p.shift - f.shift));
-        };
-        __m512i bytes[4];
-        UNROLL
-        for (int part = 0; part < 4; ++part) bytes[part] = _mm512_loadu_si512(table.behind + part * 64);
         const __m512i lower_bytes = _mm512_set1_epi16(0xff);
         UNROLL
-        for (int operand = 0; operand < OPERANDS; ++operand) {
-            const int column = pair_of(operand, 0) * 2;
+        for (int i = 0; i < 2; ++i) {
+            const int column = pair_of(QUAD * 2 + i, 0) * 2;
             const Plane a = plane(CODES, 0), b = plane(CODES, 1), c = plane(CODES, 2);
             const Field low = field(a, 0, column), middle = field(b, 0, column), high = field(c, 0, column);
-            // mask ? middle : low, and so on. The lookups take the lowest seven bits of a byte.
-            __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x30), place(lines[middle.byte / 64], b, middle),
-                                                     place(lines[low.byte / 64], a, low), 0xCA);
-            code = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x40), place(lines[high.byte / 64], c, high), code, 0xCA);
-            const __m512i lower = _mm512_permutex2var_epi8(bytes[0], code, bytes[1]);
-            const __m512i higher = _mm512_permutex2var_epi8(bytes[2], code, bytes[3]);
-            w[pair_of(operand, 0)] = _mm512_ternarylogic_epi32(lower_bytes, lower, _mm512_slli_epi16(higher, 8), 0xCA);
-            w[pair_of(operand, 1)] = _mm512_ternarylogic_epi32(lower_bytes, _mm512_srli_epi16(lower, 8), higher, 0xCA);
+            // The lookups take the lowest seven bits of a byte.
+            __m512i code = chosen_bits(_mm512_set1_epi8(0x30), shifted(tile.line(middle.byte), middle.shift - b.shift),
+                                       shifted(tile.line(low.byte), low.shift - a.shift));
+            code = chosen_bits(_mm512_set1_epi8(0x40), shifted(tile.line(high.byte), high.shift - c.shift), code);
+            const __m512i lower = _mm512_permutex2var_epi8(bytes.low[0], code, bytes.low[1]);
+            const __m512i higher = _mm512_permutex2var_epi8(bytes.high[0], code, bytes.high[1]);
+            w[i] = chosen_bits(lower_bytes, lower, _mm512_slli_epi16(higher, 8));
+            w[i + 2] = chosen_bits(lower_bytes, _mm512_srli_epi16(lower, 8), higher);
+        }
+    } else if constexpr (plane_count(PLANES) == 1) {
+        UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const Field f = field(plane(PLANES, 0), 0, (QUAD * 4 + i) * 2);
+            w[i] = _mm512_permutexvar_epi16(shifted(tile.line(f.byte), f.shift), table.low);
         }
     } else {
-        constexpr Plane LOW = plane(CODES, 0), HIGH = plane(CODES, 1);
+        constexpr Plane LOW = plane(PLANES, 0), HIGH = plane(PLANES, 1);
         const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH.width) - 1) << LOW.width));
         UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const Field a = field(LOW, 0, pair * 2), b = field(HIGH, 0, pair * 2);
-            const __m512i low = shifted(lines[a.byte / 64], a.shift);
-            const __m512i high = shifted(lines[b.byte / 64], b.shift - LOW.width);
-            const __m512i index = _mm512_ternarylogic_epi32(high_bits, high, low, 0xCA);  // mask ? high : low
-            w[pair] = HIGH.width == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
-                                      : _mm512_permutexvar_epi16(index, table.low);
+        for (int i = 0; i < 4; ++i) {
+            const Field a = field(LOW, 0, (QUAD * 4 + i) * 2), b = field(HIGH, 0, (QUAD * 4 + i) * 2);
+            const __m512i low = shifted(tile.line(a.byte), a.shift);
+            const __m512i index = chosen_bits(high_bits, shifted(tile.line(b.byte), b.shift - LOW.width), low);
+            w[i] = HIGH.width == 2 ? _mm512_permutex2var_epi16(table.low, index, table.high)
+                                   : _mm512_permutexvar_epi16(index, table.low);
         }
     }
 }
@@ -338,37 +394,11 @@ INLINE void decode_lines(const __m512i* lines, const Table& table, __m512i* w) {
 // One register of 16 rows x 2 columns for each pair of columns.
 template <Codes CODES>
 INLINE void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
-    if constexpr (CODES == Codes::bf16) {
-        UNROLL
-        for (int pair = 0; pair < PAIRS; ++pair) w[pair] = _mm512_loadu_si512(tile + pair * 64);
-    } else if constexpr (is_byte(CODES)) {
-        const ByteTable& bytes = byte_table<CODES>();
-        __m512i low[4], high[4];
-        UNROLL
-        for (int part = 0; part < 4; ++part) {
-            low[part] = _mm512_load_si512(bytes.low + part * 64);
-            high[part] = _mm512_load_si512(bytes.high + part * 64);
-        }
-        UNROLL
-        for (int operand = 0; operand < OPERANDS; ++operand) {
-            const __m512i codes = _mm512_loadu_si512(tile + operand * 64);
-            const __mmask64 upper = _mm512_movepi8_mask(codes);
-            const __m512i lower = look_up(codes, upper, low), higher = look_up(codes, upper, high);
-            w[pair_of(operand, 0)] = _mm512_unpacklo_epi8(lower, higher);
-            w[pair_of(operand, 1)] = _mm512_unpackhi_epi8(lower, higher);
-        }
-    } else {
-        constexpr Codes PLANES = is_grid(CODES) ? grid_of(CODES).planes() : CODES;
-        constexpr int LINES = tile_bytes(PLANES) / 64;
-        __m512i lines[LINES];
-        if constexpr (is_grid(CODES)) {
-            expand_grid<CODES>(tile, table.behind, lines);
-        } else {
-            UNROLL
-            for (int line = 0; line < LINES; ++line) lines[line] = _mm512_loadu_si512(tile + line * 64);
-        }
-        decode_lines<PLANES>(lines, table, w);
-    }
+    const CodeLines<CODES> lines(tile, table);
+    const ByteTables<CODES> bytes(table);
+    each_constant<PAIRS / 4>([&](auto quad) __attribute__((always_inline)) {
+        decode_quad<CODES, decltype(quad)::value>(lines, table, bytes, w + 4 * decltype(quad)::value);
+    });
 }
 
 // 16 columns of floats.
@@ -456,6 +486,48 @@ INLINE void dot_floats(const __m512* w, const float* x, std::int64_t stride, Six
 
 using BfloatTile = __m512i[PAIRS];
 using FloatTile = __m512[16];
+
+// Whether one token's tiles are multiplied two at a time. A product waits some six cycles for the one before it, and a
+// tile's sixteen take longer than decoding it; two tiles' in turns fill the wait. Not where parts of a tile are sums of
+// their own, nor where lines of two tiles do not all find a register.
+constexpr bool tiles_in_turns(Codes codes, int sub) { return sub == COLUMNS && tile_bytes(codes) <= 6 * ROWS * COLUMNS / 8; }
+
+// Whether one token's lines are all read first, as they lie in memory. Planes are decoded from here and there, and what
+// fetches lines ahead follows those that are read in order; whole bytes are read in order anyway.
+constexpr bool reads_in_order(Codes codes) { return !is_byte(codes) && codes != Codes::bf16; }
+
+// One token times TILES tiles that follow each other, each pair of columns multiplied as soon as it is decoded: a sum
+// for each SUB columns.
+template <Codes CODES, int SUB, int TILES>
+INLINE void dot_once(const std::uint8_t* const* tiles, const Table& table, const std::uint16_t* x,
+                     Sixteen (*sums)[COLUMNS / SUB]) {
+    static_assert(TILES == 1 || TILES == 2);
+    const ByteTables<CODES> bytes(table);
+    const CodeLines<CODES, reads_in_order(CODES)> first(tiles[0], table), second(tiles[TILES - 1], table);
+    UNROLL
+    for (int tile = 0; tile < TILES; ++tile) {
+        for (int part = 0; part < COLUMNS / SUB; ++part) sums[tile][part] = _mm512_setzero_ps();
+    }
+    each_constant<PAIRS / 4>([&](auto quad) __attribute__((always_inline)) {
+        constexpr int QUAD = decltype(quad)::value;
+        __m512i w[TILES][4];
+        UNROLL
+        for (int tile = 0; tile < TILES; ++tile) {
+            decode_quad<CODES, QUAD>(tile == 0 ? first : second, table, bytes, w[tile]);
+        }
+        UNROLL
+        for (int i = 0; i < 4; ++i) {
+            UNROLL
+            for (int tile = 0; tile < TILES; ++tile) {
+                std::int32_t two;
+                std::memcpy(&two, x + tile * COLUMNS + (QUAD * 4 + i) * 2, sizeof two);
+                Sixteen& sum = sums[tile][(QUAD * 4 + i) * 2 / SUB];
+                sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w[tile][i]),
+                                       reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
+            }
+        }
+    });
+}
 
 #elif defined(__AVX2__)
 
@@ -693,3 +765,25 @@ INLINE void dot_floats(const FloatTile& w, const float* x, std::int64_t stride, 
 #include "linear_tiles_neon.h"
 #endif
 #include "linear_grids.h"
+
+#if !defined(__AVX512BF16__)
+
+namespace lowbit {
+
+constexpr bool tiles_in_turns(Codes, int) { return false; }
+
+// One token times a tile: a sum for each SUB columns.
+template <Codes CODES, int SUB, int TILES>
+INLINE void dot_once(const std::uint8_t* const* tiles, const Table& table, const std::uint16_t* x,
+                     Sixteen (*sums)[COLUMNS / SUB]) {
+    static_assert(TILES == 1);
+    BfloatTile w;
+    decode<CODES>(tiles[0], table, w);
+    each_constant<COLUMNS / SUB>([&](auto part) __attribute__((always_inline)) {
+        dot<decltype(part)::value * SUB, SUB, 1>(w, x, COLUMNS, &sums[0][decltype(part)::value]);
+    });
+}
+
+}  // namespace lowbit
+
+#endif
