@@ -14,7 +14,6 @@ from contract.test_linear_kernels import CPU, by_columns, canonical, in_tiles, n
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose, native
 from lowbit.kernels.cpu_columns import ColumnsWeight, CpuColumns
-from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.layers.linear import Linear
 from lowbit.loading.self_check import check_packed
@@ -148,12 +147,6 @@ def test_groups_of_unlike_heights_and_none() -> None:
     assert ((KERNEL.linear(x, packed).double() - expected).abs() / scale.clamp(min=1e-30)).max() < 3e-6
     assert torch.equal(KERNEL.unpack(packed).dequantize(), part.dequantize())
     assert torch.equal(KERNEL.rows(packed, torch.arange(24)), part.dequantize())
-
-
-def test_experts_say_that_they_run_one_by_one() -> None:
-    packed = KERNEL.pack(by_columns("uint4", 16, shape=(64, 64), apart=True), CPU)
-    layer = Linear("up", [packed], None)
-    assert GroupedExperts.of([layer], [layer]) == "up runs on the kernel cpu_columns"
 
 
 def test_refusals() -> None:
