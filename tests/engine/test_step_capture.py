@@ -17,6 +17,7 @@ from torch import Tensor
 
 from checkpoint import tiny
 from engine.stand_in import ByteTokenizer
+from formats.hqq_columns import columns_llama
 from forward_helpers import PAGE, allocate, chunk_batch
 from loading.test_online import make as make_float
 from lowbit.checkpoint import open_checkpoint
@@ -242,6 +243,14 @@ def test_checkpoints_of_many_formats(fixture: str) -> None:
         assert "in model.layers.0.self_attn.qkv_proj (" in capture.refusal and not capture.replayed
     else:
         assert not capture.refusal and capture.replayed
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_scales_of_columns(size: int, tmp_path: Path) -> None:
+    """HQQ's axis 0, with biases: Q, K and V one weight, or three."""
+    folder, _ = columns_llama(tmp_path, size)
+    capture = check(lambda: load_model(open_checkpoint(str(folder)), device="cpu"))
+    assert not capture.refusal and capture.replayed
 
 
 def test_an_fp8_cache_with_scales(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from contract.test_linear_kernels import CPU, by_columns, canonical, in_tiles, n
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose, native
 from lowbit.kernels.cpu_columns import ColumnsWeight, CpuColumns
-from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.layers.linear import Linear
 from lowbit.loading.self_check import check_packed
@@ -129,10 +128,25 @@ def test_neighbours_become_one_weight() -> None:
     assert concatenate([whole, whole]) is None
 
 
-def test_experts_say_that_they_run_one_by_one() -> None:
-    packed = KERNEL.pack(by_columns("uint4", 16, shape=(64, 64), apart=True), CPU)
-    layer = Linear("up", [packed], None)
-    assert GroupedExperts.of([layer], [layer]) == "up runs on the kernel cpu_columns"
+def test_groups_of_unlike_heights_and_none() -> None:
+    """Rows that were picked: some groups keep one row, some 20, some none."""
+    weight = by_columns("uint4", 16, shape=(96, 64), apart=True)
+    order = torch.tensor([0, 6, 12, 5, *range(2, 96, 6), 2, 8, 14, 20])
+    part = weight.permute_rows(order)
+    assert part.row_groups is not None and part.row_groups.bincount(minlength=6).tolist() == [
+        3,
+        0,
+        20,
+        0,
+        0,
+        1,
+    ]
+    packed = KERNEL.pack(part, CPU)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    expected, scale = rounded(part, packed, x)
+    assert ((KERNEL.linear(x, packed).double() - expected).abs() / scale.clamp(min=1e-30)).max() < 3e-6
+    assert torch.equal(KERNEL.unpack(packed).dequantize(), part.dequantize())
+    assert torch.equal(KERNEL.rows(packed, torch.arange(24)), part.dequantize())
 
 
 def test_refusals() -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.test_linear_kernels import canonical, dense_weight
+from contract.test_linear_kernels import by_columns, canonical, dense_weight
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose, native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationState
+from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.reference import Reference
@@ -115,7 +116,7 @@ def linear(
     name: str, weights: list[QuantizedTensor], inputs: list[InputTransform | None], bias: Tensor | None
 ) -> Linear:
     packed = [choose(weight.scheme, weight.shape, CPU).kernel.pack(weight, CPU) for weight in weights]
-    assert all(isinstance(weight, NativeWeight) for weight in packed)
+    assert all(isinstance(weight, (NativeWeight, ColumnsWeight)) for weight in packed)
     return Linear(name, packed, bias, inputs)
 
 
@@ -169,6 +170,20 @@ def test_every_scheme(name: str) -> None:
     experts = make(WEIGHTS[name])
     for tokens in TOKENS:
         check(experts, tokens)
+
+
+@pytest.mark.parametrize("height", [0, 16, 24])
+def test_scales_of_columns(height: int) -> None:
+    """Gate and up in one weight and apart, with biases and inputs of an expert's own."""
+
+    def columns(shape: Shape) -> QuantizedTensor:
+        return by_columns("uint4", height, shape=shape, apart=height > 0)
+
+    for given, parts in (("as they are", 1), ("as they are", 2), ("multipliers", 1)):
+        experts = make(columns, INPUTS[given], bias=True, parts=parts)
+        assert experts.down[0].weights[0].kernel.name == "cpu_columns"
+        for tokens in TOKENS:
+            check(experts, tokens)
 
 
 @pytest.mark.parametrize("name", INPUTS)

@@ -213,7 +213,8 @@ class Multiplied {
                                                               : from.x;
                 const std::int32_t* const rows = prepared || from.rows == nullptr ? nullptr : from.rows + start;
                 own.products.push_back({part.weight, x, prepared ? matrices.columns : from.stride, matrices.columns,
-                                        rows, end - start, out + start * matrices.rows + part.first, matrices.rows});
+                                        rows, end - start, out + start * matrices.rows + part.first, matrices.rows,
+                                        nullptr, part.by_columns});
             }
         }
         multiply(own.products.data(), static_cast<std::int64_t>(own.products.size()));

@@ -266,8 +266,9 @@ void run_columns(const Prepared& p, const lowbit_column_weight& w, std::int64_t 
     const auto of_group = [&](const void* all) {
         return all == nullptr ? nullptr : static_cast<const std::uint8_t*>(all) + numbers;
     };
-    const ColumnRows rows{p.row(first_token), p.product->x_stride, {of_group(w.scales), of_group(w.zeros)},
-                          p.shape, places, zero_sums};
+    const float* x[TOKEN_TILE];
+    for (int t = 0; t < tokens; ++t) x[t] = p.row(first_token + t);
+    const ColumnRows rows{x, {of_group(w.scales), of_group(w.zeros)}, p.shape, places, zero_sums};
     lay_out_columns(kind, rows, p.layout.addend != Addend::none);
     const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
     alignas(64) Totals totals;
@@ -295,8 +296,9 @@ void run_columns(const Prepared& p, const lowbit_column_weight& w, std::int64_t 
     }
 }
 
-void multiply_columns(const lowbit_column_weight& w, const Product& product) {
+void multiply_columns(const Product& product) {
     const Prepared p(product);
+    const lowbit_column_weight& w = *product.by_columns;
     std::int64_t together = TOKEN_TILE;
     while (together > TOKEN_TILE / 4 && together * p.layout.tiles * COLUMNS * 6 > CACHED_INPUT) together /= 2;
     const std::int64_t tiles = (product.tokens + together - 1) / together;
@@ -338,6 +340,10 @@ void multiply(const Product* products, std::int64_t count) {
     std::int64_t bytes = 0, groups = 0, units = 0, tokens = 0;
     for (std::int64_t i = 0; i < count; ++i) {
         if (products[i].tokens == 0) continue;
+        if (products[i].by_columns != nullptr) {
+            multiply_columns(products[i]);
+            continue;
+        }
         Prepared& p = all.emplace_back(products[i]);
         p.first_tokens = groups;
         groups += (p.product->tokens + LAID_TOGETHER - 1) / LAID_TOGETHER;
@@ -399,10 +405,9 @@ LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std
 // The same of a weight whose groups of rows have scales of their own for x's columns.
 LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, const float* x, std::int64_t tokens,
                                         std::int64_t x_stride, float* out, std::int64_t out_stride) {
-    if (tokens == 0) return 0;
-    const lowbit::Product product{weight->weight, x, x_stride, weight->columns, nullptr, tokens, out, out_stride};
+    const lowbit::Product product{weight->weight, x, x_stride, weight->columns, nullptr, tokens, out, out_stride, nullptr, weight};
     try {
-        lowbit::multiply_columns(*weight, product);
+        lowbit::multiply(&product, 1);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -26,10 +26,9 @@ INLINE Sixteen read_columns(const std::uint8_t* numbers, std::int64_t column) {
     return read_sixteen<KIND>(numbers + column * number_bytes(KIND));
 }
 
-// Rows of x that lie ``stride`` floats apart, and where they go.
+// Rows of x, and where they go.
 struct ColumnRows {
-    const float* x;
-    std::int64_t stride;
+    const float* const* x;  // (token,)
     ColumnScales of;
     const InputShape& shape;
     const InputPlaces& to;
@@ -64,7 +63,7 @@ struct ScaledTokens {
             UNROLL
             for (int t = 0; t < TOKENS; ++t) {
                 alignas(64) float padded[COLUMNS];
-                const float* const from = tile_of(rows.x + (token + t) * rows.stride, column, rows.shape.columns, padded);
+                const float* const from = tile_of(rows.x[token + t], column, rows.shape.columns, padded);
                 std::uint16_t* const values = reinterpret_cast<std::uint16_t*>(to.values) + (at + t) * COLUMNS;
                 const Sixteen a = store_bfloats(values, sixteen_multiply(sixteen_load(from), low));
                 const Sixteen b = store_bfloats(values + 16, sixteen_multiply(sixteen_load(from + 16), high));
@@ -91,7 +90,7 @@ void lay_out_scaled(const ColumnRows& rows) {
         Sixteen held = sixteen_zeros();
         for (std::int64_t column = 0; column < width; column += COLUMNS) {
             alignas(64) float padded[COLUMNS];
-            const float* const from = tile_of(rows.x + token * rows.stride, column, rows.shape.columns, padded);
+            const float* const from = tile_of(rows.x[token], column, rows.shape.columns, padded);
             for (int half = 0; half < COLUMNS; half += 16) {
                 Sixteen value = sixteen_multiply(sixteen_load(from + half), read_columns<KIND>(rows.of.scales, column + half));
                 std::uint16_t rounded[16];

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+struct lowbit_column_weight;
 struct lowbit_layer_description;
 struct lowbit_weight;
 
@@ -19,6 +20,7 @@ struct Product {
     float* out;
     std::int64_t out_stride;
     const lowbit_layer_description* layer = nullptr;  // what is done to x before and to the product after
+    const lowbit_column_weight* by_columns = nullptr;  // the weight with scales of its columns; it then has no layer
 };
 
 // May throw std::bad_alloc.

@@ -95,6 +95,7 @@ struct lowbit_expert_input {
 // Some rows of an expert's matrix.
 struct lowbit_expert_part {
     const lowbit_weight* weight;
+    const lowbit_column_weight* by_columns;  // the weight with scales of its columns, or null
     const float* row_scale;   // (rows,), or null
     std::int64_t first, rows;
     std::int64_t input;       // which of the expert's inputs it meets, -1: rows as they are

@@ -20,6 +20,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.elementwise import activation_number
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.linear_kernel import PackedWeight
@@ -57,8 +58,7 @@ class _Part(ctypes.Structure):
     """lowbit_expert_part."""
 
     _fields_ = (
-        ("weight", _POINTER),
-        ("row_scale", _POINTER),
+        *((name, _POINTER) for name in ("weight", "by_columns", "row_scale")),
         *((name, _LONG) for name in ("first", "rows", "input")),
     )
 
@@ -174,7 +174,7 @@ def together(gate_up: Sequence[Layer], down: Sequence[Layer]) -> Mixture | str:
     """What runs these experts in one call, or why they must run one by one."""
     weights = [weight for layer in gate_up for weight in layer.weights]
     first = next((buffer for weight in weights for buffer in weight.buffers.values()), None)
-    native_ones = any(isinstance(weight, NativeWeight) for weight in weights)
+    native_ones = any(isinstance(weight, (NativeWeight, ColumnsWeight)) for weight in weights)
     if first is not None and not native_ones and runtime.runs_on(first.device):
         from lowbit.kernels.gpu.experts import GpuGroupedExperts
 
@@ -258,7 +258,9 @@ def _matrices(layers: Sequence[Layer]) -> tuple[_Matrices, tuple[object, ...]] |
         known: list[tuple[InputTransform | None, Tensor | None]] = []
         row = 0
         for weight, transform in zip(layer.weights, layer.inputs or [None] * len(layer.weights), strict=True):
-            assert isinstance(weight, NativeWeight), "nothing was refused"
+            assert isinstance(weight, (NativeWeight, ColumnsWeight)), "nothing was refused"
+            by_columns = ctypes.addressof(weight.description) if isinstance(weight, ColumnsWeight) else None
+            codes = weight.codes if isinstance(weight, ColumnsWeight) else weight
             order, scale = weight.buffers.get("column_order"), weight.buffers.get("row_scale")
             place = 0 if shared is not None else -1
             if shared is None and (transform is not None or order is not None):
@@ -269,7 +271,8 @@ def _matrices(layers: Sequence[Layer]) -> tuple[_Matrices, tuple[object, ...]] |
                     known.append((transform, order))
                     inputs.append(_input(transform, order))
             scale_address = None if scale is None else scale.data_ptr()
-            parts.append(_Part(weight.address, scale_address, row, weight.shape[0], place))
+            numbers = (row, weight.shape[0], place)
+            parts.append(_Part(codes.address, by_columns, scale_address, *numbers))
             row += weight.shape[0]
         first_part.append(len(parts))
         first_input.append(len(inputs))
@@ -297,7 +300,7 @@ def _refusal(layer: Layer) -> str:
     if not layer.weights:
         return f"{layer.name} holds no packed weight"
     for weight in layer.weights:
-        if not isinstance(weight, NativeWeight):
+        if not isinstance(weight, (NativeWeight, ColumnsWeight)):
             return f"{layer.name} runs on the kernel {weight.kernel.name}"
         if weight.shape[1] != layer.weights[0].shape[1]:
             return f"{layer.name} has parts of {weight.shape[1]} and {layer.weights[0].shape[1]} columns"
