@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,23 @@ def make_checkpoint(name: str, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
+def forget_library() -> None:
+    """Modules ask for the native library's functions once, and keep them or that there are none."""
+    for name, module in list(sys.modules.items()):
+        for kept in ("_functions", "functions", "_function", "_native") if name.startswith("lowbit.") else ():
+            if hasattr(getattr(module, kept, None), "cache_clear"):
+                getattr(module, kept).cache_clear()
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No native library, in this test alone."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    forget_library()
+    yield
+    forget_library()
+
+
 def load(folder: Path) -> Model:
     header = open_checkpoint(str(folder))
     return load_model(header, device="cpu", kv_cache_dtype="f32", linear_kernel="reference")
@@ -93,14 +112,12 @@ def watched(module: Any, name: str, seen: list[tuple[torch.dtype, ...]], monkeyp
     monkeypatch.setattr(module, name, watching)
 
 
+@pytest.mark.usefixtures("without_native")
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_activations_around_a_float32_stream(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_checkpoint(name, tmp_path)
-    monkeypatch.setattr(native, "library", lambda: None)
-    for cached in ("lowbit.kernels.elementwise._functions", "lowbit.kernels.head_products._native"):
-        monkeypatch.setattr(cached, lambda: None)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(2, 131, (n,), generator=generator).tolist() for n in (1, 50)]
     wanted = torch.cat(prompt_logits(load(tmp_path), prompts))

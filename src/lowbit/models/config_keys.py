@@ -38,7 +38,8 @@ class ConfigKeys:
 
     def count(self, key: str, default: int | None = None) -> int:
         """A number that may be 0, or null for none."""
-        if key in self.values and self.values[key] in (None, 0):
+        value = self.values.get(key)
+        if key in self.values and value in (None, 0) and value is not False:
             return 0
         return default if default == 0 and not self.has(key) else self.size(key, default)
 
@@ -53,7 +54,7 @@ class ConfigKeys:
     def numbers(self, key: str) -> tuple[float, ...]:
         value = self.values.get(key)
         if not isinstance(value, list) or not all(
-            isinstance(x, int | float) and math.isfinite(x) and x > 0 for x in value
+            isinstance(x, int | float) and x is not True and math.isfinite(x) and x > 0 for x in value
         ):
             raise self._fail(key, "a list of positive numbers")
         return tuple(float(x) for x in value)

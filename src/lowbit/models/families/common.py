@@ -18,6 +18,9 @@ def windows_by_types(types: object, window: int, layers: int, period: int = 1) -
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
+_FIRST_WINDOW = 28  # layer of Qwen's, where the config does not say: as transformers has it
+
+
 def windows_of(keys: ConfigKeys, layers: int, everywhere: bool = False) -> tuple[int, ...]:
     """Each layer's window from ``layer_types``, or as the family's older configs imply it."""
     if not keys.has("sliding_window"):
@@ -28,5 +31,5 @@ def windows_of(keys: ConfigKeys, layers: int, everywhere: bool = False) -> tuple
         return tuple(window if kind == "sliding_attention" else 0 for kind in types)
     if everywhere:
         return (window,) * layers
-    first = keys.size("max_window_layers", layers) if keys.values.get("max_window_layers") else 0
+    first = keys.count("max_window_layers", _FIRST_WINDOW)
     return tuple(window if n >= first else 0 for n in range(layers))
