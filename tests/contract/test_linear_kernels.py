@@ -533,6 +533,9 @@ def test_an_index_past_a_codebook_is_refused() -> None:
     data[32 + 1] = 0xFF
     with pytest.raises(ValueError, match="of a codebook of 4096 vectors"):
         packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | {"data": data}, "test")
+    without = {key: buffer for key, buffer in packed.buffers.items() if key != "factor"}
+    with pytest.raises(ValueError, match="no factor"):
+        packed.kernel.restore(packed.scheme, packed.shape, without, "test")
 
 
 @needs_native

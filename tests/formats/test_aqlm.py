@@ -16,6 +16,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import native as native_library
 from lowbit.kernels.cpu_vectors import CpuVectors
 from lowbit.loading import load_model, plan_model
+from lowbit.loading.convert import convert
 from lowbit.numerics.number_formats import VectorLayout
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("aqlm")]
@@ -96,6 +97,15 @@ def test_a_model_answers_and_the_plan_says_what_it_costs(
         monkeypatch.undo()
         others = prompt_logits(load_model(header_of(folder), device="cpu"), [[1, 2, 3, 4, 5]])[0]
         assert (others - logits).abs().max() < 0.02 * logits.abs().max()
+
+
+def test_converted_it_is_plain(tmp_path: Path) -> None:
+    """Float32 holds every sum and product."""
+    folder, out = case("2x8_g8"), tmp_path / "out"
+    assert not convert(header_of(folder), "dense", out).errors
+    written = load_file(out / "model.safetensors")[f"{DOWN}.weight"]
+    assert torch.equal(written, read(folder, DOWN, SHAPE).weight.dequantize())
+    assert prompt_logits(load_model(header_of(out), device="cpu"), [[1, 2, 3, 4, 5]])[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

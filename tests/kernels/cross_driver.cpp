@@ -155,8 +155,46 @@ void by_columns(const lowbit_weight& weight, const Floats& rows, const Floats& x
     }
 }
 
+constexpr std::int64_t ROWS_OUT = 40, MANY = 9;
+
+// All rows, and products with every kind of input that the library takes.
+void multiply(lowbit_weight& weight, std::int64_t columns, const char* name) {
+    std::int32_t ids[ROWS_OUT];
+    for (std::int32_t row = 0; row < ROWS_OUT; ++row) ids[row] = row;
+    Floats rows(static_cast<std::size_t>(ROWS_OUT * columns));
+    CALL(lowbit_linear_rows)(&weight, columns, ids, 0, ROWS_OUT, nullptr, nullptr, rows.data());
+    put(std::string(name) + " rows", rows);
+    const std::uint64_t before = seed;
+    for (std::int32_t kind = 0; kind < 4; ++kind) {
+        if (find(static_cast<LinearTakes*>(nullptr), "lowbit_linear_takes")(&weight, kind) == 0) continue;
+        weight.input = kind;
+        seed = static_cast<std::uint64_t>(kind);  // not every library takes every kind
+        Floats x = numbers(MANY * columns, 1.0f);
+        if (static_cast<InputKind>(kind) == InputKind::codes) {
+            for (float& number : x) number = std::nearbyint(std::min(std::max(number, -1.0f), 1.0f) * 127.0f);
+        }
+        x[static_cast<std::size_t>(8 * columns + 5)] = std::numeric_limits<float>::quiet_NaN();
+        for (const std::int64_t tokens : {1, 2, 3, 9}) {
+            Floats out(static_cast<std::size_t>(tokens * ROWS_OUT));
+            CALL(lowbit_linear)(&weight, x.data(), tokens, columns, columns, out.data(), ROWS_OUT);
+            const std::string result = std::string(name) + " input " + std::to_string(kind) + " tokens " + std::to_string(tokens);
+            put(result, out);
+            if (kind != 0) continue;
+            for (std::size_t i = 0; i < out.size(); ++i) {  // |x| |w|^T
+                const float* const token = x.data() + static_cast<std::int64_t>(i) / ROWS_OUT * columns;
+                const float* const row = rows.data() + static_cast<std::int64_t>(i) % ROWS_OUT * columns;
+                double size = 0;
+                for (std::int64_t j = 0; j < columns; ++j) size += std::fabs(static_cast<double>(token[j]) * static_cast<double>(row[j]));
+                out[i] = static_cast<float>(size);
+            }
+            put(result + " size", out);
+        }
+        if (kind == 0 && !is_vectors(static_cast<Codes>(weight.codes))) by_columns(weight, rows, x, columns, name);
+    }
+    seed = before;
+}
+
 void linear(const Case& c) {
-    constexpr std::int64_t ROWS_OUT = 40, MANY = 9;
     const bool two_levels = c.scales == Scales::two_level || c.scales >= Scales::nibbles;
     const std::int64_t columns = two_levels ? 512 : c.group > 32 ? 2 * c.group : 150;
     const std::int64_t padded = (columns + 31) / 32 * 32, groups = padded / c.group;
@@ -224,39 +262,40 @@ void linear(const Case& c) {
     weight.data = data;
     Octets kept(data, data + bytes);
     put(std::string(name) + " packed", kept);
-    std::int32_t ids[ROWS_OUT];
-    for (std::int32_t row = 0; row < ROWS_OUT; ++row) ids[row] = row;
-    Floats rows(static_cast<std::size_t>(ROWS_OUT * columns));
-    CALL(lowbit_linear_rows)(&weight, columns, ids, 0, ROWS_OUT, nullptr, nullptr, rows.data());
-    put(std::string(name) + " rows", rows);
-    const std::uint64_t before = seed;
-    for (std::int32_t kind = 0; kind < 4; ++kind) {
-        if (find(static_cast<LinearTakes*>(nullptr), "lowbit_linear_takes")(&weight, kind) == 0) continue;
-        weight.input = kind;
-        seed = static_cast<std::uint64_t>(kind);  // not every library takes every kind
-        Floats x = numbers(MANY * columns, 1.0f);
-        if (static_cast<InputKind>(kind) == InputKind::codes) {
-            for (float& number : x) number = std::nearbyint(std::min(std::max(number, -1.0f), 1.0f) * 127.0f);
-        }
-        x[static_cast<std::size_t>(8 * columns + 5)] = std::numeric_limits<float>::quiet_NaN();
-        for (const std::int64_t tokens : {1, 2, 3, 9}) {
-            Floats out(static_cast<std::size_t>(tokens * ROWS_OUT));
-            CALL(lowbit_linear)(&weight, x.data(), tokens, columns, columns, out.data(), ROWS_OUT);
-            const std::string result = std::string(name) + " input " + std::to_string(kind) + " tokens " + std::to_string(tokens);
-            put(result, out);
-            if (kind != 0) continue;
-            for (std::size_t i = 0; i < out.size(); ++i) {  // |x| |w|^T
-                const float* const token = x.data() + static_cast<std::int64_t>(i) / ROWS_OUT * columns;
-                const float* const row = rows.data() + static_cast<std::int64_t>(i) % ROWS_OUT * columns;
-                double size = 0;
-                for (std::int64_t j = 0; j < columns; ++j) size += std::fabs(static_cast<double>(token[j]) * static_cast<double>(row[j]));
-                out[i] = static_cast<float>(size);
-            }
-            put(result + " size", out);
-        }
-        if (kind == 0) by_columns(weight, rows, x, columns, name);
+    multiply(weight, columns, name);
+}
+
+// Sums of codebooks' vectors: a block's scales, then indices of any tile.
+void vectors(int books, int bits, int length, Scales scales) {
+    constexpr std::int64_t COLUMNS_IN = 160;
+    const int shift = length == 8 ? 0 : length == 16 ? 1 : 2;
+    std::vector<std::uint16_t> table(static_cast<std::size_t>(books * length) << bits);
+    for (std::uint16_t& number : table) number = static_cast<std::uint16_t>(static_cast<int>(random_bits() % 2001) - 1000);
+    lowbit_weight weight{};
+    weight.factor = 0x1p-9f;
+    weight.table = table.data();
+    weight.rows = ROWS_OUT;
+    weight.columns = COLUMNS_IN;
+    weight.codes = VECTORS | books << 8 | bits << 3 | shift;
+    weight.group = COLUMNS_IN;
+    weight.scales = static_cast<std::int32_t>(scales);
+    const Layout layout(weight);
+    Octets data;
+    for (std::int64_t block = 0; block < layout.blocks; ++block) {
+        const Octets own = scale_bytes(ROWS, scales, 0.01f);
+        Octets indices = octets(layout.tiles * tile_bytes(layout.codes), 256);
+        for (std::size_t i = 1; bits > 8 && i < indices.size(); i += 2) indices[i] = static_cast<std::uint8_t>(indices[i] & ((1 << (bits - 8)) - 1));
+        data.insert(data.end(), own.begin(), own.end());
+        data.insert(data.end(), indices.begin(), indices.end());
     }
-    seed = before;
+    weight.data = data.data();
+    char name[96];
+    std::snprintf(name, sizeof name, "linear vectors %dx%d of %d scales %d", books, bits, length, weight.scales);
+    if (find(static_cast<LinearBytes*>(nullptr), "lowbit_linear_bytes")(&weight) != static_cast<std::int64_t>(data.size())) {
+        std::fprintf(stderr, "%s: no kernel\n", name);
+        std::exit(1);
+    }
+    multiply(weight, COLUMNS_IN, name);
 }
 
 void all_linear() {
@@ -288,6 +327,10 @@ void all_linear() {
     linear({Codes::bf16, 32, Scales::none, Addend::none, 0});
     linear({Codes::f16, 32, Scales::none, Addend::none, 0});
     linear({Codes::f32, 32, Scales::none, Addend::none, 0});
+    vectors(1, 16, 8, Scales::f16);
+    vectors(2, 8, 8, Scales::bf16);
+    vectors(3, 12, 16, Scales::f32);
+    vectors(4, 8, 32, Scales::f16);
 }
 
 // Two sequences, of 300 and 5 keys, of which the last 3 and 2 ask.

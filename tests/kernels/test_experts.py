@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.test_linear_kernels import by_columns, canonical, dense_weight
+from contract.test_linear_kernels import by_columns, canonical, dense_weight, vectors
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose, native
 from lowbit.kernels.activation_quant import InputTransform
@@ -53,6 +53,7 @@ WEIGHTS: dict[str, Weight] = {
     "e4m3 channel": lambda shape: canonical("e4m3", 0, "f32", shape=shape),
     "e2m1 g32 e8m0 (MXFP4)": lambda shape: canonical("e2m1", 32, "e8m0", shape=shape),
     "int8 channel": lambda shape: canonical("int8", 0, "f32", shape=shape),
+    "codebooks": lambda shape: vectors(2, 8, 8, shape=shape),
     "bf16": lambda shape: dense_weight("bf16", shape),
     "f32": lambda shape: dense_weight("f32", shape),
 }

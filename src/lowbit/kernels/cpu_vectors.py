@@ -114,8 +114,10 @@ class CpuVectors:
         """The weight around its buffers."""
         if reason := self.refuses(scheme, shape, torch.device("cpu")):
             raise ValueError(f"{origin}: {reason}")
-        described = _describe(scheme, shape)
-        described.factor = float(buffers["factor"])
+        described, factor = _describe(scheme, shape), buffers.get("factor")
+        if factor is None or factor.dtype is not torch.float32 or factor.numel() != 1:
+            raise ValueError(f"{origin}: no factor of the codebooks")
+        described.factor = float(factor)
         packed = packed_linear.around(self, described, scheme, shape, buffers, origin)
         layout = scheme.weight.vectors
         assert layout is not None, "it was not refused"

@@ -237,7 +237,9 @@ class Planner(Asker):
 
     def _add(self, place: Placed, scheme: Scheme, decision: Decision | None, **how: Any) -> None:
         shape, whole = place.shape, place.part.shape
-        width = scheme.weight.bits / 8 if scheme.is_dense or scheme.weight.in_bytes else 1
+        run = self.as_run(scheme)
+        read = scheme if scheme.is_dense or not run.is_dense else run  # codebooks may be decoded
+        width = read.weight.bits / 8 if read.is_dense or read.weight.in_bytes else 1
         self.largest_module = max(self.largest_module, int(whole[0] * whole[1] * width))
         self.modules.append(
             ModulePlan(
