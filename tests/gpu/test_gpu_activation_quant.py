@@ -37,15 +37,36 @@ class Louder(Parallel):
         return 2 * x
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_scales_of_ranks_are_those_of_whole_rows(symmetric: bool, device: torch.device) -> None:
-    scheme = ActivationScheme(INT8, block=(1, 0), symmetric=symmetric)
+@pytest.mark.parametrize(
+    "scheme", [ActivationScheme(INT8, (1, 0)), ActivationScheme(E4M3, (1, 0), limit=448.0)]
+)
+def test_scales_of_ranks_are_those_of_whole_rows(scheme: ActivationScheme, device: torch.device) -> None:
+    """In kernels, between which the ranks tell each other each row's largest |x|."""
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(device)
-    found, factor = InputTransform(scheme, across=Louder(0, 2))(x)
-    wanted, wanted_factor = InputTransform(scheme, across=Louder(0, 2)).in_torch(x)
-    alone, _ = InputTransform(scheme)(x)
-    assert factor is not None and wanted_factor is not None and torch.equal(factor, wanted_factor)
-    assert torch.equal(found, wanted) and not torch.equal(found, alone)
+    x[1, 7] = torch.nan
+    transform = InputTransform(scheme, across=Louder(0, 2))
+    with runtime.recording() as launches:
+        found, factor = transform(x)
+    if runtime._recorded is not None:
+        runtime._recorded.extend(launches)
+    assert [launch.function for launch in launches] == ["find_peaks", "quantize_rows"]
+    wanted, wanted_factor = transform.in_torch(x)
+    assert factor is not None and wanted_factor is not None and same(factor, wanted_factor.cpu())
+    assert same(found, wanted.cpu()) and not torch.equal(found[0], InputTransform(scheme)(x)[0][0])
+    assert transform.gpu is not None
+    codes = transform.gpu.codes(x)
+    assert torch.equal(codes.scales[[0, 2]], factor[[0, 2], 0]) and codes.scales[1].isnan()
+
+
+def test_what_else_ranks_tell_each_other_runs_in_torch(device: torch.device) -> None:
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    for scheme in (ActivationScheme(INT8, (1, 0), symmetric=False), ActivationScheme(INT8, (0, 0))):
+        transform = InputTransform(scheme, across=Louder(0, 2))
+        assert transform.gpu is None
+        found, factor = transform(x)
+        wanted, wanted_factor = transform.in_torch(x)
+        assert factor is not None and wanted_factor is not None and torch.equal(factor, wanted_factor)
+        assert torch.equal(found, wanted)
 
 
 def on(transform: InputTransform, device: torch.device) -> InputTransform:

@@ -7,6 +7,9 @@ definition's own last bit may differ.)
 Nothing waits for the device, and no grid depends on what x holds: every call can be part of a CUDA graph.
 LLM.int8's outlier columns stay in torch, which keeps both promises too.
 
+Where columns of a row lie on several ranks these tell each other its largest |x|, between two launches; rules
+that need more of a row than that stay in torch.
+
 Two kinds of results: x' and its factor as ``InputTransform`` gives them, or codes and scales for 8-bit
 products (``layer``). Codes cannot all say NaN, so there the scale of a row or group that holds one is NaN:
 its product is NaN in every column, as it is by the definition.
@@ -67,8 +70,6 @@ class GpuQuantizer:
     def of(transform: InputTransform) -> GpuQuantizer | None:
         """None where the transform runs in torch."""
         scheme, multiplier = transform.scheme, transform.multiplier
-        if transform.across.size > 1 and transform.sees_whole_rows:
-            return None  # ranks exchange a row's largest |x| before it has a scale
         if multiplier is not None and not (multiplier.dtype is torch.float32 and multiplier.is_contiguous()):
             return None
         constants: dict[str, Any] = {"MULTIPLY": multiplier is not None}
@@ -126,6 +127,8 @@ class GpuQuantizer:
             rule = scheme.mode
             if scheme.mode == "dynamic":
                 rule = "asymmetric" if not scheme.symmetric else "token" if scheme.block[0] else "tensor"
+            if transform.across.size > 1 and transform.sees_whole_rows and rule != "token":
+                return None  # what ranks tell each other is more than a row's largest |x|
             constants["ZERO"] = transform.static_zero is not None and rule == "static"
         scale, zero = (
             None if tensor is None else tensor.float().reshape(1)
@@ -189,12 +192,14 @@ class GpuQuantizer:
         state, multiplier = self.transform.state, self.transform.multiplier
         block = min(triton.next_power_of_2(columns), _MOST_BLOCK)
         warps = 4 if block <= 1024 else 8
-        given, history, peaks = self.static_scale, None, None
+        given, history, peaks, rule = self.static_scale, None, None, self.rule
         factor = given
+        if rule == "token" and self.transform.across.size > 1:
+            rule = "ranks"
         if self.rule == "delayed":
             assert state is not None, "a delayed scheme comes with its state"
             given, history = state.scale, state.amax_history.view(torch.int32)
-        elif self.rule == "tensor":
+        elif rule in ("tensor", "ranks"):
             history = torch.zeros(1, dtype=torch.int32, device=x.device)
             peaks = torch.empty(rows, dtype=torch.int32, device=x.device)
             runtime.launch(
@@ -211,6 +216,8 @@ class GpuQuantizer:
                 BF16=self.constants["BF16"],
                 BLOCK=block,
             )
+            if rule == "ranks":
+                peaks = self.transform.across.largest(peaks.view(torch.float32)).view(torch.int32)
         if self.rule in ("delayed", "tensor"):
             factor = torch.empty(1, dtype=torch.float32, device=x.device)
         scheme = self.transform.scheme
@@ -235,7 +242,7 @@ class GpuQuantizer:
             0.0 if scheme is None else 2.0 ** int(scheme.number_format.bits),
             _exponent(numbers["high"]),
             num_warps=warps,
-            RULE=self.rule,
+            RULE=rule,
             RAW=raw,
             BLOCK=block,
             **self.constants,

@@ -159,7 +159,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     given_scale,  # float32 (1,): static, or the state's
     given_zero,  # float32 (1,): static
     history,  # int32 view of the state's amax history; of rule "tensor" the largest of all rows
-    peaks,  # int32 (rows,) of rule "tensor"
+    peaks,  # int32 (rows,) of rules "tensor" and "ranks"
     out,  # (rows, columns)
     scales,  # float32 (rows,)
     zeros,  # int32 (rows,)
@@ -200,6 +200,9 @@ def quantize_rows(  # type: ignore[no-untyped-def]
             column = start + tl.arange(0, BLOCK)
             top = tl.maximum(top, _size(_columns_of(x, multiplier, column, columns, MULTIPLY, BF16)))
         amax = tl.max(top, 0).to(tl.float32, bitcast=True)
+        scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
+    elif RULE == "ranks":  # a token's scale, of all the columns that other ranks have too
+        amax = tl.load(peaks + row).to(tl.float32, bitcast=True)
         scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
     elif RULE == "asymmetric":
         top = tl.zeros((BLOCK,), tl.int32)
@@ -270,7 +273,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
         if ZERO or RULE == "asymmetric" or OFFSET != 0:
             zero -= OFFSET
             tl.store(zeros + row, tl.where(zero == zero, zero, 0.0).to(tl.int32))
-    elif RULE == "token" or RULE == "asymmetric":
+    elif RULE == "token" or RULE == "ranks" or RULE == "asymmetric":
         tl.store(scales + row, scale)
 
 
