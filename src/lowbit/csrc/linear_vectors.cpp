@@ -2,9 +2,8 @@
 //
 // A tile's operands are put together once and multiplied with every token. One token multiplies the vectors where they
 // lie in the table: a register for each row, whose four sums are added up when the tile is through. Tried and slower on
-// Zen 4: all offsets of 16 rows by one vector instruction, through memory (1.8 times the time: stores of 64 bytes are
-// not forwarded to loads of 4); products with the vector as memory operand (1.1); fetching the next tile's vectors
-// (1.2).
+// Zen 4: all offsets of 16 rows by vector instructions, through memory (1.8 times the time, with stores of 64 bytes and of
+// 32); products with the vector as memory operand (1.1); fetching the next tile's vectors (1.2).
 
 #include "linear_vectors.h"
 

@@ -14,8 +14,8 @@ each codebook. With u the matrix in the input's order of columns,
     weight[r, c] = u[r, c] * weight_scale[c] + weight_bias[c]
 
 The sizes are the config's (``config_for_layers``, else ``shared_layer_config`` by the module's last name) and
-must agree with the tensors. No kernel here runs codebooks: weights are decoded when they are loaded and kept
-in the codebooks' type, 16 bits a weight; sums are made in float32 and rounded once.
+must agree with the tensors. No kernel here runs vectors of output rows: weights are decoded when they are
+loaded and kept in the codebooks' type, 16 bits a weight; sums are made in float32 and rounded once.
 """
 
 from __future__ import annotations
