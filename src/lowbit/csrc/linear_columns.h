@@ -77,6 +77,56 @@ struct ScaledTokens {
     }
 };
 
+// The same as whole numbers of 16 bits, rounded as ``lay_out`` does it. SUMS: or a base asks for them.
+template <Scales KIND, bool ZEROS, bool SUMS>
+struct ScaledWords {
+    const ColumnRows& rows;
+
+    template <int TOKENS>
+    INLINE void operator()(int token) const {
+        const InputShape& shape = rows.shape;
+        const InputPlaces& to = rows.to;
+        const auto limit = static_cast<float>(shape.largest);
+        Sixteen held[TOKENS];
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) held[t] = sixteen_zeros();
+        for (std::int64_t tile = 0; tile < shape.tiles; ++tile) {
+            const std::int64_t column = tile * COLUMNS, at = tile * to.tokens + token;
+            const Sixteen low = read_columns<KIND>(rows.of.scales, column);
+            const Sixteen high = read_columns<KIND>(rows.of.scales, column + 16);
+            const Sixteen low_zero = ZEROS ? read_columns<KIND>(rows.of.zeros, column) : low;
+            const Sixteen high_zero = ZEROS ? read_columns<KIND>(rows.of.zeros, column + 16) : high;
+            for (int t = 0; t < TOKENS; ++t) {
+                alignas(64) float padded[COLUMNS];
+                const float* const from = tile_of(rows.x[token + t], column, shape.columns, padded);
+                Sixteen a = sixteen_multiply(sixteen_load(from), low), b = sixteen_multiply(sixteen_load(from + 16), high);
+                if constexpr (ZEROS) held[t] = sixteen_fma(high_zero, b, sixteen_fma(low_zero, a, held[t]));
+                const float most = largest(a, b);
+                const bool sound = most <= std::numeric_limits<float>::max();
+                float scale = most / limit;
+                if (shape.largest == largest_word(WordKind::line) && sound) scale = power_of_two_from(scale);
+                const Sixteen inverse = inverse_of(scale);
+                a = sound ? sixteen_multiply(a, inverse) : sixteen_zeros();
+                b = sound ? sixteen_multiply(b, inverse) : sixteen_zeros();
+                if (!sound) scale = std::numeric_limits<float>::quiet_NaN();
+                std::int16_t* const values = reinterpret_cast<std::int16_t*>(to.values) + (at + t) * COLUMNS;
+                a = store_words(values, a);
+                b = store_words(values + 16, b);
+                to.scales[at + t] = scale * shape.factor;
+                to.bases[at + t] = 0;
+                if constexpr (SUMS) {
+                    const float sum = sixteen_sum(sixteen_add(a, b));  // whole, below 2^20
+                    to.sums[at + t] = shape.scaled_sums ? sum * scale : sum;
+                    to.bases[at + t] = shape.base * static_cast<std::int32_t>(sum);
+                }
+            }
+        }
+        if constexpr (ZEROS) {
+            for (int t = 0; t < TOKENS; ++t) rows.zero_sums[token + t] = sixteen_sum(held[t]);
+        }
+    }
+};
+
 // Any other input: a row is scaled first, and then laid out as one of x.
 template <Scales KIND>
 void lay_out_scaled(const ColumnRows& rows) {
@@ -105,17 +155,25 @@ void lay_out_scaled(const ColumnRows& rows) {
     }
 }
 
+template <template <Scales, bool, bool> class Step, Scales KIND>
+void lay_out_together(const ColumnRows& rows, bool sums) {
+    const int tokens = rows.to.tokens;
+    if (rows.of.zeros != nullptr) {
+        sums ? for_tokens(tokens, Step<KIND, true, true>{rows}) : for_tokens(tokens, Step<KIND, true, false>{rows});
+    } else {
+        sums ? for_tokens(tokens, Step<KIND, false, true>{rows}) : for_tokens(tokens, Step<KIND, false, false>{rows});
+    }
+}
+
 template <Scales KIND>
 void lay_out_columns(const ColumnRows& rows, bool sums) {
     const InputShape& shape = rows.shape;
-    const bool plain = shape.kind == InputKind::bfloat && shape.element == 2 && shape.numbers == 0;
-    const int tokens = rows.to.tokens;
-    if (!plain || (sums && shape.span != COLUMNS)) return lay_out_scaled<KIND>(rows);
-    if (rows.of.zeros != nullptr) {
-        sums ? for_tokens(tokens, ScaledTokens<KIND, true, true>{rows}) : for_tokens(tokens, ScaledTokens<KIND, true, false>{rows});
-    } else {
-        sums ? for_tokens(tokens, ScaledTokens<KIND, false, true>{rows}) : for_tokens(tokens, ScaledTokens<KIND, false, false>{rows});
+    const bool plain = shape.numbers == 0 && (!sums || shape.span == COLUMNS);
+    if (plain && shape.kind == InputKind::bfloat && shape.element == 2) return lay_out_together<ScaledTokens, KIND>(rows, sums);
+    if (shape.kind == InputKind::words && shape.numbers == 0 && shape.span == COLUMNS) {
+        return lay_out_together<ScaledWords, KIND>(rows, sums || shape.base != 0);
     }
+    lay_out_scaled<KIND>(rows);
 }
 
 // x of all tokens of ``rows.to``. ``sums``: whether the kernel reads those of x.
