@@ -132,8 +132,7 @@ class ColumnsWeight(PackedWeight):
 
 def _inner(scheme: Scheme) -> Scheme | str:
     """The scheme of the codes without the columns' scales, or why there is none."""
-    rows, width = scheme.blocks[-1] if scheme.blocks else (1, 0)
-    if scheme.flattened or width != 1 or rows == 1:
+    if not scheme.scales_columns:
         return "no scale is that of a column of several rows"
     if scheme.offset or scheme.reordered:
         return "scales of columns beside offsets or act-order"

@@ -35,7 +35,7 @@ def check_packed(weight: QuantizedTensor, packed: PackedWeight) -> None:
     got = packed.kernel.linear(x.to(device, dtype), packed)[0, start:stop].float().cpu()
     scale = (dense.norm(dim=1) + _cancelled(few)) * x.norm()
     # "not <=": NaN must fail too, but where the file's own numbers make it.
-    exact = dtype is torch.float32 and packed.kernel.name != "cpu_columns"
+    exact = dtype is torch.float32 and not weight.scheme.scales_columns
     tolerance = TOLERANCE if exact else BFLOAT_TOLERANCE
     wrong = ~((got - wanted).abs() / scale <= tolerance) & (got.isfinite() | wanted.isfinite())
     if wrong.any():

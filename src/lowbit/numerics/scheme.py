@@ -171,6 +171,12 @@ class Scheme:
         """Whether a column has one scale for all rows: row by row there would be one for each weight."""
         return any(rows == 0 and columns == 1 for rows, columns in self.blocks)
 
+    @property
+    def scales_columns(self) -> bool:
+        """Whether the outermost scales are of one column of several rows: kernels let x take them over."""
+        rows, columns = self.blocks[-1] if self.blocks else (1, 0)
+        return not self.flattened and rows != 1 and columns == 1
+
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Stored bits for each weight of a matrix ``shape`` (..., out, in), scales and zeros included."""
         out, columns = shape[-2], shape[-1]
