@@ -123,7 +123,7 @@ def test_one_rank_that_cannot_capture(alone: LLM, start: Start, caplog: pytest.L
     assert answers(llm, FREE[:3]) == answers(alone, FREE[:3])
     assert replays(llm) == 0
     # What is no lack of memory ends all, with the rank's own words.
-    with pytest.raises(LowbitError, match=r"rank 1 of 2: models\.decoder.*broken, as asked for") as caught:
+    with pytest.raises(LowbitError, match=r"rank 1 of 2: models\.language_model.*broken, as asked") as caught:
         llm.generate([[rank_stand_in.BREAKS] * 9], SamplingParams(temperature=0.0, max_tokens=2))
     assert caught.value.code == "E0712"
 

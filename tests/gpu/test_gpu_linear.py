@@ -29,7 +29,11 @@ from sparse_memory import sparse_zeros
 
 BLOCKS, DENSE = GpuBlocks(), GpuDense()
 # Refused: groups of 8, of one column, and blocks over row ends that 16 does not divide.
-NARROW = {name for name in WEIGHTS if re.search(r" g8|x1( |$)|flat g24|whole columns|tiles of", name)}
+NARROW = {
+    name
+    for name in WEIGHTS
+    if re.search(r" g8|x1( |$)|flat g24|whole columns|tiles of|x(24|40|56) blocks|codebooks", name)
+}
 TAKEN = [name for name in WEIGHTS if "dense" not in name and name not in NARROW]
 
 
@@ -285,8 +289,8 @@ def test_refusals_name_the_reason(device: torch.device) -> None:
     for name in NARROW:
         narrow = WEIGHTS[name]()
         reason = BLOCKS.refuses(narrow.scheme, narrow.shape, device)
-        wanted = r"needs (groups|rows and blocks) of a multiple of 16 columns, got (8|1|24)"
-        wanted += "|the rows of a block lie apart"
+        wanted = r"needs (groups|rows and blocks) of a multiple of 16 columns, got (8|1|24|40|56)"
+        wanted += r"|the rows of a block lie apart|vq\w+ codes have no packed form"
         assert reason is not None and re.fullmatch(wanted, reason)
 
     def reason(**changes: object) -> str:

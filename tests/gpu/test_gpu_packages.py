@@ -107,7 +107,7 @@ def test_humming_multiplies_the_numbers_that_are_meant(scheme: Scheme, humming: 
         (scheme_of("nf4", (1, 64, "bf16")), "got nf4"),
         (scheme_of("int4", (1, 64, "bf16"), reordered=True), "no act-order"),
         (scheme_of("int4", (1, 64, "bf16"), offset=True), "no offsets"),
-        (scheme_of("int4", (1, 64, "bf16"), flattened=True), "no flattened blocks"),
+        (scheme_of("int4", (1, 64, "bf16"), flattened=True), "no flattened or scattered blocks"),
         (scheme_of("uint4", (1, 64, "bf16"), zero="float"), "whole zero points"),
         (scheme_of("uint4", (1, 64, "bf16"), zero="none"), "whole zero points for unsigned codes"),
         (scheme_of("int4", (1, 64, "bf16"), zero="integer"), "none for others"),

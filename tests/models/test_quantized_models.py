@@ -25,6 +25,7 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
 from lowbit.models.registry import family_of
+from lowbit.numerics.scheme import Scheme
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # Their activations are rotated, so their matrices alone are not the model: formats/test_fp_quant.py and
@@ -115,12 +116,21 @@ def check(folder: Path, difference: Tensor, limit: float) -> None:
         assert difference.max() <= limit, f"{difference.max():.2e}"
 
 
+def multiplies_codes(scheme: Scheme, shape: tuple[int, ...]) -> bool:
+    """Whether a native kernel multiplies an input's codes and scales, which are not rounded then."""
+    if scheme.activation is None or not scheme.activation.block[1]:
+        return False
+    group = scheme.blocks[0][1]
+    return group % 16 == 0 or group >= shape[-1]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_on_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
     difference, kernels = distance(FIXTURES / case)
     assert kernels == {"reference"}
-    check(FIXTURES / case, difference, 1e-3)
+    # No kernel takes codebooks then: they are decoded to bfloat16.
+    check(FIXTURES / case, difference, 4e-3 if case.startswith("aqlm/") else 1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -132,7 +142,7 @@ def test_logits_on_the_chosen_kernels(case: str) -> None:
         for module in plan.modules
         if module.kernel != "reference"
         and module.scheme.weight.name not in exact
-        and not (module.scheme.activation and module.scheme.activation.block[1])  # codes and scales
+        and not multiplies_codes(module.scheme, module.shape)
     )
     difference, _ = distance(FIXTURES / case, rounded)
     check(FIXTURES / case, difference, 1e-2)

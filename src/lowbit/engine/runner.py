@@ -130,7 +130,7 @@ class Runner:
         host = HostBatch.of(chunks, self._page_size, states=self._has_states)
         # A decode step: the newest token of every sequence, with drafts or none, and all rows wanted.
         decodes = all(c.count == 1 for c in chunks) and rows == list(range(len(host.tokens)))
-        if decodes and isinstance(self._capture, StepCapture):
+        if decodes and isinstance(self._capture, StepCapture) and not len(host.sources):
             logits = self._capture.replay(host)
             if logits is not None:
                 return logits
