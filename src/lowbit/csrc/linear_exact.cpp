@@ -87,18 +87,17 @@ __attribute__((noinline)) void multiply_block_once(const Layout& layout, const s
     Sixteen total = sixteen_load(totals);
     const auto add_tiles = [&](std::int64_t tile, auto count) __attribute__((always_inline)) {
         constexpr int TILES = decltype(count)::value;
-        const std::uint8_t* tiles[TILES];
         Sixteen scales[TILES][PARTS], addends[TILES][PARTS], sums[TILES][PARTS];
-        UNROLL
-        for (int i = 0; i < TILES; ++i) {
-            tiles[i] = walk.next<CODES, SUB, ADDEND>();
+        const auto next = [&](int i) __attribute__((always_inline)) {
+            const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
             UNROLL
             for (int part = 0; part < PARTS; ++part) {
                 if constexpr (SCALED) scales[i][part] = walk.scale[part];
                 if constexpr (ADDEND != Addend::none) addends[i][part] = walk.addend[part];
             }
-        }
-        dot_once<CODES, SUB, TILES>(tiles, decoding.table, x.at<std::uint16_t>(tile, 0), sums);
+            return codes;
+        };
+        dot_once<CODES, SUB, TILES>(next, decoding.table, x.at<std::uint16_t>(tile, 0), sums);
         UNROLL
         for (int i = 0; i < TILES; ++i) {
             UNROLL

@@ -496,14 +496,29 @@ constexpr bool tiles_in_turns(Codes codes, int sub) { return sub == COLUMNS && t
 // fetches lines ahead follows those that are read in order; whole bytes are read in order anyway.
 constexpr bool reads_in_order(Codes codes) { return !is_byte(codes) && codes != Codes::bf16; }
 
+// Whether one token's tile is decoded before any of it is multiplied: where nothing is won by turns or by order.
+constexpr bool decoded_whole(Codes codes, int sub) { return is_byte(codes) || (codes == Codes::bits4 && sub < COLUMNS); }
+
 // One token times TILES tiles that follow each other, each pair of columns multiplied as soon as it is decoded: a sum
-// for each SUB columns.
-template <Codes CODES, int SUB, int TILES>
-INLINE void dot_once(const std::uint8_t* const* tiles, const Table& table, const std::uint16_t* x,
-                     Sixteen (*sums)[COLUMNS / SUB]) {
+// for each SUB columns. ``next(i)`` reads what stands before the codes of tile i and says where these are.
+template <Codes CODES, int SUB, int TILES, class Next>
+INLINE void dot_once(const Next& next, const Table& table, const std::uint16_t* x, Sixteen (*sums)[COLUMNS / SUB]) {
     static_assert(TILES == 1 || TILES == 2);
+    if constexpr (decoded_whole(CODES, SUB)) {
+        __m512i w[PAIRS];
+        decode<CODES>(next(0), table, w);
+        each_constant<COLUMNS / SUB>([&](auto part) __attribute__((always_inline)) {
+            dot<decltype(part)::value * SUB, SUB, 1>(w, x, COLUMNS, &sums[0][decltype(part)::value]);
+        });
+        return;
+    }
+    using Lines = CodeLines<CODES, reads_in_order(CODES)>;
     const ByteTables<CODES> bytes(table);
-    const CodeLines<CODES, reads_in_order(CODES)> first(tiles[0], table), second(tiles[TILES - 1], table);
+    const Lines first(next(0), table);
+    const Lines second = [&]() __attribute__((always_inline)) {
+        if constexpr (TILES == 1) return first;
+        else return Lines(next(1), table);
+    }();
     UNROLL
     for (int tile = 0; tile < TILES; ++tile) {
         for (int part = 0; part < COLUMNS / SUB; ++part) sums[tile][part] = _mm512_setzero_ps();
@@ -772,13 +787,12 @@ namespace lowbit {
 
 constexpr bool tiles_in_turns(Codes, int) { return false; }
 
-// One token times a tile: a sum for each SUB columns.
-template <Codes CODES, int SUB, int TILES>
-INLINE void dot_once(const std::uint8_t* const* tiles, const Table& table, const std::uint16_t* x,
-                     Sixteen (*sums)[COLUMNS / SUB]) {
+// One token times a tile: a sum for each SUB columns. ``next(0)`` reads what stands before its codes.
+template <Codes CODES, int SUB, int TILES, class Next>
+INLINE void dot_once(const Next& next, const Table& table, const std::uint16_t* x, Sixteen (*sums)[COLUMNS / SUB]) {
     static_assert(TILES == 1);
     BfloatTile w;
-    decode<CODES>(tiles[0], table, w);
+    decode<CODES>(next(0), table, w);
     each_constant<COLUMNS / SUB>([&](auto part) __attribute__((always_inline)) {
         dot<decltype(part)::value * SUB, SUB, 1>(w, x, COLUMNS, &sums[0][decltype(part)::value]);
     });
