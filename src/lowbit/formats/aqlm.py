@@ -39,7 +39,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.number_formats import number_format, vector_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
@@ -58,8 +58,7 @@ class Aqlm:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         self.told: dict[str, int] = {}
         for key, default in _NUMBERS.items():

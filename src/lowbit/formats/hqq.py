@@ -57,7 +57,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config
+from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -98,8 +98,7 @@ class Hqq:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         self.rules = _rules(found.values, found.place)
         require_tensors(header, (".W_q",), found.place, "hqq")

@@ -48,7 +48,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.formats.quip_codebooks import CODEBOOKS
 from lowbit.numerics.hadamard import hadamard_factors, times
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -78,8 +78,7 @@ class QuipSharp:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place, values = found.place, found.values
         self.codebook_name = values.get("codebook")
         if not isinstance(self.codebook_name, str) or self.codebook_name not in CODEBOOKS:

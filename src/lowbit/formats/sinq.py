@@ -53,7 +53,7 @@ from lowbit.formats.dense import (
     read_dense,
 )
 from lowbit.formats.hqq import unpack
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -84,8 +84,7 @@ class Sinq:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place, self.values = found.place, found.values
         self._bits(self.values, self.place)
         self.told = read_json(header, SIDECAR) or {}

@@ -47,7 +47,7 @@ from lowbit.formats.dense import (
     read_bias,
     read_dense,
 )
-from lowbit.formats.quantization_config import quantization_config, says_method
+from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
@@ -87,8 +87,7 @@ class Vptq:
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
-        found = quantization_config(header)
-        assert found is not None, "claims() saw it"
+        found = claimed_config(header)
         self.place = found.place
         self.rules: dict[str, dict[str, object]] = {}
         for key in ("shared_layer_config", "config_for_layers"):

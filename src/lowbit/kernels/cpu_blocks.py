@@ -61,14 +61,8 @@ class CpuBlocks:
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
-        if reason := packed_linear.unusable(device):
+        if reason := packed_linear.unfit(scheme, shape, device):
             return reason
-        if len(shape) != 2:
-            return "stacked experts"
-        if scheme.is_dense:
-            return "weights are not quantized"
-        if scheme.activation is not None:
-            return f"the scheme quantizes its input ({scheme.activation})"
         if scheme.scattered:
             return "the rows of a block lie apart"
         native = packed_scheme(scheme, shape)

@@ -174,14 +174,8 @@ class CpuColumns:
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
-        if reason := packed_linear.unusable(device):
+        if reason := packed_linear.unfit(scheme, shape, device):
             return reason
-        if len(shape) != 2:
-            return "stacked experts"
-        if scheme.is_dense:
-            return "weights are not quantized"
-        if scheme.activation is not None:
-            return f"the scheme quantizes its input ({scheme.activation})"
         inner = _inner(scheme)
         if isinstance(inner, str):
             return inner

@@ -59,10 +59,8 @@ class CpuVectors:
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
-        if reason := packed_linear.unusable(device):
+        if reason := packed_linear.unfit(scheme, shape, device):
             return reason
-        if len(shape) != 2:
-            return "stacked experts"
         layout = scheme.weight.vectors
         if layout is None:
             return "weights are no vectors of codebooks"
@@ -75,8 +73,6 @@ class CpuVectors:
             return "needs one scale for a row, or for all, and nothing that is added"
         if scheme.scales[0].name not in _SCALE_KINDS:
             return f"scales are {scheme.scales[0].name}"
-        if scheme.activation is not None:
-            return f"the scheme quantizes its input ({scheme.activation})"
         return None
 
     def rounds(self, scheme: Scheme) -> bool:

@@ -258,6 +258,17 @@ def unusable(device: torch.device) -> str | None:
     return None if functions() is not None else "the native library is not there"
 
 
+def unfit(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+    """Why no native kernel of quantized weights can run it, whatever its codes are; or None."""
+    if reason := unusable(device):
+        return reason
+    if len(shape) != 2:
+        return "stacked experts"
+    if scheme.is_dense:
+        return "weights are not quantized"
+    return None if scheme.activation is None else f"the scheme quantizes its input ({scheme.activation})"
+
+
 def takes(description: Description, kind: int) -> bool:
     """Whether a weight so described can meet x as ``kind``; its table must be there."""
     loaded = functions()
