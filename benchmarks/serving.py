@@ -96,6 +96,7 @@ def main() -> None:
     rivals.add_argument(
         "--activation-quantization", default="none", choices=("none", "int8"), help="of lowbit"
     )
+    rivals.add_argument("--kv-cache-dtype", default="auto", metavar="TYPE", help="of lowbit")
     rivals.add_argument("--file", metavar="TYPE", help="GGUF type lowbit runs of a made model")
     rivals.add_argument("--regimes", nargs="*", metavar="KEY", help="prefill decode streams8 long prefix …")
     arguments = parser.parse_args()
@@ -183,7 +184,12 @@ def compare(arguments: argparse.Namespace) -> None:
     for _ in range(arguments.repeats):
         with running_server(model, arguments.threads) as (_, seconds):
             ready.append(seconds)
-    own = EngineTarget(model, arguments.threads, arguments.activation_quantization)
+    own = EngineTarget(
+        model,
+        arguments.threads,
+        activation_quantization=arguments.activation_quantization,
+        kv_cache_dtype=arguments.kv_cache_dtype,
+    )
     prompts = Prompts(arguments.largest_id)
     assert_same_alone_and_in_a_batch(own, prompts)
     header = open_checkpoint(model)

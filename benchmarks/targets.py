@@ -90,13 +90,13 @@ class HttpTarget:
 
 
 class EngineTarget:
-    """The engine in this process."""
+    """The engine in this process. ``options``: further settings."""
 
-    def __init__(self, model: str, threads: int | None, activations: str = "none") -> None:
+    def __init__(self, model: str, threads: int | None, **options: Any) -> None:
         from lowbit.engine.load import load_engine
         from lowbit.settings import Settings
 
-        settings = Settings(model=model, threads=threads, activation_quantization=activations)
+        settings = Settings(model=model, threads=threads, **options)
         self.engine = load_engine(settings)
         self.sent = 0
         self._idle()
