@@ -20,6 +20,8 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.engine.cuda_graphs import GraphedSteps, StepGraphs
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.memory import pool_pages
+from lowbit.engine.scheduler import Chunk
+from lowbit.engine.step_parts import Step
 from lowbit.errors import LowbitError
 from lowbit.kernels import attention, native, recurrent
 from lowbit.kernels.forward_batch import ForwardBatch
@@ -167,6 +169,35 @@ def test_graphs_move_states_on_once(
     for step, (ours, theirs) in enumerate(zip(decode(model, through), expected, strict=True)):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), f"step {step}"
     assert steps[0].replayed > 0 and not steps[0].refusal and recorder.captured == memory
+
+
+class InUnits(ReferenceDelta):
+    """Would take so many tokens together."""
+
+    unit = 32
+
+
+@pytest.mark.parametrize("budget", [48, 31])
+def test_prompts_are_cut_where_the_kernel_asks(
+    budget: int, folder: Path, given: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At multiples of its unit, also where others leave less than one of the step's budget; but anywhere
+    where no step has room for one."""
+    monkeypatch.setattr(recurrent, "recurrent_kernels", lambda: [InUnits()])
+    model = load_model(open_checkpoint(str(folder)), device="cpu")
+    engine = engine_of(model, ForcedModes(check=True), chunked_prefill_size=budget, disable_cuda_graph=True)
+    run, ends = engine._run, []
+
+    def seen(chunks: list[Chunk]) -> Step | None:
+        ends.extend((c.sequence.computed + c.count, c.completes) for c in chunks)
+        assert sum(chunk.count for chunk in chunks if chunk.count > 1) <= budget
+        return run(chunks)
+
+    monkeypatch.setattr(engine, "_run", seen)
+    found = answers(engine, given)
+    assert [len(tokens) for tokens in found] == [NEW_TOKENS] * len(given)
+    cuts = [end % 32 for end, completes in ends if not completes]
+    assert len(cuts) > 5 and any(cuts) == (budget < 32)
 
 
 def test_prefixes_are_not_shared(model: Model, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,8 +19,10 @@ from lowbit.engine.cuda_graphs import CudaRecorder, Recorder
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.messages import Request, SamplingParams
 from lowbit.engine.sequence import Sequence
+from lowbit.kernels.recurrent import LayerState
 from lowbit.loading import load_model
 from lowbit.settings import Settings
+from models.test_qwen_next import make_checkpoint, prompts
 
 
 def recorder_for(device: torch.device) -> Recorder:
@@ -67,6 +69,67 @@ def test_padded_graphs_and_overlap_change_no_token(device: torch.device, tmp_pat
         assert engine.status().captured_steps >= (4 if graphs else 0)
     assert found[0] == found[1]
     assert all(len(listed) == 5 for listed in found[0].values())
+
+
+RECURRENT = {
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_experts": 0,
+    "mlp_only_layers": [],
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_graphs_of_a_recurrent_model(at_start: bool, device: torch.device, tmp_path: Path) -> None:
+    """Tokens of eager steps, with padding rows and prompts of whole chunks. States that are nobody's hold NaN
+    from the start and keep it: no capture moves them on, and padding neither reads nor writes one."""
+    make_checkpoint(tmp_path, **RECURRENT)
+    model = load_model(open_checkpoint(str(tmp_path)), device=device.type, dtype="bfloat16")
+    asked = list(zip(prompts(66, 3, 9), (4, 7, 6), strict=True))
+    found: list[dict[str, list[int]]] = []
+    for graphs in (False, True):
+        settings = Settings(
+            device=device.type,
+            max_total_tokens=320,
+            max_running_requests=5,
+            chunked_prefill_size=70,
+            disable_cuda_graph=True,
+            disable_overlap_schedule=not graphs,
+        )
+        forced = ForcedModes(on_device=True, overlap=graphs, check=True)
+        engine = Engine(model, ByteTokenizer(), settings, forced=forced)
+        runner = engine._runner
+        states = [layer for layer in runner._caches if isinstance(layer, LayerState)]
+        assert [state.kernel.name for state in states] == ["gpu", "gpu"]
+        for state in states:
+            state.inputs.fill_(torch.nan)
+            state.matrices.fill_(torch.nan)
+        if graphs:
+            runner._capture = runner.graphs(recorder_for(device), (2, 4), engine.context_length)
+            if at_start:
+                engine.prepare()
+                assert [rows for rows, _ in runner._capture.sizes] == [4, 2]
+                assert all(state.matrices.isnan().all() and state.inputs.isnan().all() for state in states)
+        tokens: dict[str, list[int]] = {}
+        for index, (prompt, count) in enumerate(asked):
+            sampling = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+            engine.submit(Request(id=str(index), prompt=tuple(prompt), sampling=sampling))
+        while engine.has_work():
+            for event in engine.step():
+                assert event.finish_reason != "error", event.error
+                tokens.setdefault(event.id, []).extend(event.tokens)
+        found.append(tokens)
+        for state in states:
+            used = [not bool(matrix.isnan().any()) for matrix in state.matrices]
+            assert sum(used) == len(asked) and not used[-1], "who ran, and not the last one"
+            assert all(matrix.isnan().all() for matrix in state.matrices[[not one for one in used]])
+        assert engine.status().captured_steps >= 3 if graphs else engine.status().captured_steps == 0
+    assert found[0] == found[1]
+    assert [len(found[0][str(index)]) for index in range(3)] == [4, 7, 6]
 
 
 def test_tokens_are_those_of_the_host(device: torch.device) -> None:

@@ -44,7 +44,7 @@ from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
 from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
 from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels.device_memory import release_memory
-from lowbit.kernels.recurrent import state_bytes
+from lowbit.kernels.recurrent import prompt_unit, state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
@@ -113,6 +113,7 @@ class Engine:
             prefill_budget=self._forced.chunk or self._prefill_budget(pages),
             share_prefixes=self._may_share(),
             policy=settings.schedule_policy,
+            unit=prompt_unit(model.cache_specs(), model.device),
         )
         self.pool_tokens = pages * settings.page_size
         self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)
