@@ -149,7 +149,7 @@ def test_whole_chunks(name: str, dtype: torch.dtype, poison: None, device: torch
 @pytest.mark.parametrize("decays", ["none", "sudden"])
 def test_chunks_whose_tokens_depend_on_each_other(decays: str, device: torch.device) -> None:
     """All keys are nearly the same and are told all of it: the inverse is far from the unit matrix. What is
-    forgotten at once, e^-900 of it left, takes no digit from the decays of the tokens behind."""
+    forgotten at once, e^-30000 of it left, takes no digit from the decays of the tokens behind."""
     layer = Layer(StateSpec(k_heads=1, heads=2, k_dim=16, v_dim=16, taps=1), device)
     spec = layer.spec
     mixed = layer.rows(2 * CHUNK, F32)
@@ -157,7 +157,7 @@ def test_chunks_whose_tokens_depend_on_each_other(decays: str, device: torch.dev
     mixed[:, -2 * spec.heads : -spec.heads] = 9.0  # beta: nearly 1
     mixed[:, -spec.heads :] = -7.0
     if decays == "sudden":
-        mixed[5::20, -spec.heads :] = 900.0
+        mixed[5::20, -spec.heads :] = 3e4
     weights = replace(layer.weights, decay=-torch.ones_like(layer.weights.decay))
     weights.bias.zero_()
     batch = batch_of([(len(mixed), 3, 1)], device)
