@@ -43,10 +43,7 @@ from lowbit.formats import (
     finite_scales,
     require_tensors,
 )
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    origin_of,
-)
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_bits
