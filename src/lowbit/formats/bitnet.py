@@ -48,7 +48,7 @@ class BitNet(PartlyDense):
     reference = "transformers"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header, self.notes = header, notes
+        self.header = header
         found = claimed_config(header)
         self.place = found.place
         values = found.values

@@ -70,7 +70,7 @@ class FpQuant(PartlyDense):
     reference: ClassVar[str] = "fp-quant"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header, self.notes = header, notes
+        self.header = header
         found = claimed_config(header)
         self.place = found.place
         self.kind, self.method, self.size = self._checked(found.values)

@@ -25,7 +25,7 @@ class PartlyDense(ABC):
     """See the module docstring, and ``CheckpointFormat`` for the methods without an underscore."""
 
     name: ClassVar[str]
-    aliases: ClassVar[tuple[str, ...]] = ()
+    aliases: tuple[str, ...] = ()  # a checkpoint may have fewer
     reference: ClassVar[str]
     unused: ClassVar[tuple[str, ...]] = ()
     sign: ClassVar[str] = ""  # the tensor that every quantized module has and no plain one

@@ -48,7 +48,7 @@ class QServe(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "qoq"
-    aliases: ClassVar[tuple[str, ...]] = ("qserve",)
+    aliases = ("qserve",)
     reference: ClassVar[str] = "omniserve"
     sign: ClassVar[str] = "qweight"
     unused: ClassVar[tuple[str, ...]] = (r".*\.self_attn\.kv_scale_quant_orig",)
