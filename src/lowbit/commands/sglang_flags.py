@@ -60,14 +60,8 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--fp4-gemm-backend": ("value", _CHOSEN),
     "--moe-runner-backend": ("value", _CHOSEN),
     "--bf16-gemm-backend": ("value", _CHOSEN),
-    "--enable-torch-compile": (
-        "switch",
-        "the native kernels are compiled already; there is no graph to compile",
-    ),
-    "--torch-compile-max-bs": (
-        "value",
-        "the native kernels are compiled already; there is no graph to compile",
-    ),
+    "--enable-torch-compile": ("switch", _COMPILED),
+    "--torch-compile-max-bs": ("value", _COMPILED),
     "--enable-tf32-matmul": ("switch", "sums are float32"),
     "--enable-metrics": ("switch", _ALWAYS),
     "--enable-cache-report": ("switch", _ALWAYS),
