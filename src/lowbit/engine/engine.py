@@ -440,7 +440,7 @@ class Engine:
         return self._scheduler.tree.evict(self._pool.total)
 
     def check(self) -> list[str]:
-        """Violations of the accounting invariants (I1-I4); [] when all is right. E0712 where a rank is
+        """Violations of the accounting of pages and slots; [] when all is right. E0712 where a rank is
         gone."""
         if (ranks := getattr(self.model, "ranks", None)) is not None:
             ranks.check()

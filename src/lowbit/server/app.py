@@ -199,7 +199,7 @@ def api_keys(settings: Settings) -> list[str]:
 
 
 def exposure_warning(settings: Settings, guard: Guard) -> str | None:
-    """What to say when everybody may use the server (§10, row 36)."""
+    """What to say when everybody may use the server."""
     if guard.keys or guard.local_only:
         return None
     return (
