@@ -123,7 +123,7 @@ class Generation:
 
 
 def salt_of(exchange: Exchange, wanted: str) -> str:
-    """The prefix-cache salt: callers with different keys or salts share nothing (R22)."""
+    """The prefix-cache salt: callers with different keys or salts share nothing."""
     if len(wanted) > _MAX_SALT:
         raise bad_request("invalid_request", f"cache_salt is over {_MAX_SALT} characters", "cache_salt")
     if not wanted and not exchange.cache_salt:
@@ -132,7 +132,7 @@ def salt_of(exchange: Exchange, wanted: str) -> str:
 
 
 def check_fit(ready: EngineReady, prompt: int, max_tokens: int | None, param: str) -> None:
-    """Admit only what can finish (R18): within the context, and within the KV pool when alone there."""
+    """Admit only what can finish: within the context, and within the KV pool when alone there."""
     if prompt == 0:
         raise bad_request("empty_prompt", "the prompt has no tokens", param)
     total = prompt + (1 if max_tokens is None else max_tokens)

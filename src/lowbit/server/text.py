@@ -1,6 +1,6 @@
 """The model as the HTTP process knows it: its tokenizer, chat template and sampling defaults; no tensor.
 
-Tokenizing and templates run in worker threads under a deadline (R16): a text made to be slow costs its
+Tokenizing and templates run in worker threads under a deadline: a text made to be slow costs its
 sender a 400 and the others nothing.
 """
 
