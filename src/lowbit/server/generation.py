@@ -20,7 +20,8 @@ from lowbit.errors import thousands
 from lowbit.server.api_error import ApiError, bad_request, from_event
 from lowbit.server.engine_client import EngineClient, Stream
 from lowbit.server.http import Exchange, now
-from lowbit.server.protocol import StreamOptions, seed_of_choice
+from lowbit.server.protocol import StreamOptions
+from lowbit.server.request_values import seed_of_choice
 from lowbit.tokenization.tokenizer import Tokenizer
 
 _ENCODER = msgspec.json.Encoder()

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.server.api_error import ApiError, bad_request
-from lowbit.server.protocol import WITH_MODEL_DEFAULT
+from lowbit.server.request_values import WITH_MODEL_DEFAULT
 from lowbit.settings import Settings
 from lowbit.tokenization import (
     GenerationConfig,
