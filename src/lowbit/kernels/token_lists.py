@@ -101,17 +101,17 @@ class TokenLists:
 
     def note(self, tokens: Tensor, rows: list[int], slots: list[int]) -> None:
         """One more token of each of ``slots``: those of ``rows`` of int64 (rows,) ``tokens``."""
-        there = upload([np.array(numbers, dtype=np.int32) for numbers in (rows, slots)], self._device)
+        at, into = upload([np.array(numbers, dtype=np.int32) for numbers in (rows, slots)], self._device)
         for slot in slots:
             self._longest[slot] = min(self._longest[slot] + 1, self._vocabulary)
         if self._kernels:
             from lowbit.kernels.gpu.penalties import note_tokens
 
-            note_tokens(tokens, *there, self.table, self.ids, self.lengths)
+            note_tokens(tokens, at, into, self.table, self.ids, self.lengths)
             return
-        chosen = tokens.index_select(0, there[0])
+        chosen = tokens.index_select(0, at)
         ones = self.table.new_ones(len(slots))
-        self.table.index_put_((there[1].long(), chosen), ones, accumulate=True)
+        self.table.index_put_((into.long(), chosen), ones, accumulate=True)
 
     @contextmanager
     def applied(self, changes: Changes, logits: Tensor) -> Iterator[Tensor]:
