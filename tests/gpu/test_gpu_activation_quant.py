@@ -49,7 +49,7 @@ def test_scales_of_ranks_are_those_of_whole_rows(scheme: ActivationScheme, devic
         found, factor = transform(x)
     if runtime._recorded is not None:
         runtime._recorded.extend(launches)
-    assert [launch.function for launch in launches] == ["find_peaks", "quantize_rows"]
+    assert [launch.function for launch in launches] == ["find_peaks", "quantize"]
     wanted, wanted_factor = transform.in_torch(x)
     assert factor is not None and wanted_factor is not None and same(factor, wanted_factor.cpu())
     assert same(found, wanted.cpu()) and not torch.equal(found[0], InputTransform(scheme)(x)[0][0])
@@ -229,4 +229,4 @@ def test_it_is_recorded(device: torch.device) -> None:
     x = cruel(64).bfloat16().to(device)
     with runtime.recording() as launches:
         InputTransform(DYNAMIC[0])(x)
-    assert [launch.function for launch in launches] == ["quantize_rows"]
+    assert [launch.function for launch in launches] == ["quantize"]
