@@ -273,7 +273,8 @@ class GpuQuantizer:
         **constants: Any,
     ) -> None:
         """``quantize`` with all that is the same for every rule; ``turns``: it rotates x."""
-        ends, size, divisor, a, half = (None, None, None), 0, 1.0, 0, ""
+        ends: tuple[Tensor | None, ...] = (None, None, None)
+        size, divisor, a, half = 0, 1.0, 0, ""
         if turns:
             rotator = self.transform.rotation
             assert rotator is not None, "asked before"
