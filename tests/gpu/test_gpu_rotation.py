@@ -44,7 +44,7 @@ def product(rotation: Rotation, x: Tensor) -> Tensor:
         return x @ rotation.matrix.cpu().double()
     if rotation.before is not None:
         x = x * rotation.before.cpu().double()
-    inner = min(rotation.size, 128)
+    inner = min(rotation.size, 256)
     x = x.unflatten(-1, (-1, inner)) @ hadamard(inner).double()
     x = (hadamard(rotation.size // inner).double() @ x).flatten(-2) / rotation.divisor
     return x if rotation.after is None else x * rotation.after.cpu().double()
@@ -97,6 +97,22 @@ def test_hadamard_of_any_size(size: int, blocks: int, dtype: torch.dtype, device
 def test_the_largest(size: int, dtype: torch.dtype, device: torch.device) -> None:
     rotation = Rotation(size, signs(size, 1), None, None, math.sqrt(size))
     rotate(rotation, random(2, size, seed=3), (dtype, dtype), device)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(16384, BF16), *(pytest.param(size, F32, marks=pytest.mark.slow) for size in (32768, 65536))],
+)
+def test_two_passes(size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Signs of all columns before and numbers after; two blocks of a row."""
+    rotation = Rotation(size, signs(size, 1), random(size, seed=2), None, math.sqrt(size))
+    rotate(rotation, random(2, 2 * size, seed=3), (dtype, F32), device)
+    x = random(1, size, seed=4).to(device, dtype)
+    with runtime.recording() as launches:
+        made = Rotator(Rotation.hadamard(size).to(device)).rotated(x, F32)
+    keep(launches)
+    assert [launch.function for launch in launches] == ["hadamard_in_two", "hadamard_across"]
+    assert torch.allclose(made, Rotation.hadamard(size).to(device)(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [4, 64, 256])

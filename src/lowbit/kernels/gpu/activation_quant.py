@@ -5,7 +5,7 @@ for the sign of zeros. (torch itself, on CUDA, divides by a number as a product 
 definition's own last bit may differ.)
 
 Nothing waits for the device, and no grid depends on what x holds: every call can be part of a CUDA graph.
-LLM.int8's outlier columns stay in torch, which keeps both promises too.
+LLM.int8's outlier columns are found there too (``outlier_columns``).
 
 Where columns of a row lie on several ranks these tell each other its largest |x|, between two launches; rules
 that need more of a row than that stay in torch.
@@ -26,8 +26,10 @@ import triton
 from torch import Tensor
 
 from lowbit.kernels.activation_quant import limit_of
-from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu import outlier_columns, runtime
 from lowbit.kernels.gpu.input_codes import find_peaks, quantize_groups, quantize_rows, update_delayed
+
+from lowbit.kernels.gpu.outlier_columns import Outliers
 
 if TYPE_CHECKING:
     from lowbit.kernels.activation_quant import InputTransform
@@ -47,12 +49,14 @@ class Codes:
 
     ``codes``: int8 or an 8-bit float (rows, columns); ``scales``: float32 (rows,), or (groups, rows) where
     groups of columns have their own; ``zeros``: int32 (rows,); ``factor``: (1,), of a scale that all share.
+    ``outliers``: columns whose codes are zero, and what x is there.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
     factor: Tensor | None
+    outliers: Outliers | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +84,9 @@ class GpuQuantizer:
             return GpuQuantizer(transform, "none", numbers, constants, None, None)
         given = [tensor for tensor in (transform.static_scale, transform.static_zero) if tensor is not None]
         group, fmt = scheme.block[1], scheme.number_format
-        if scheme.outliers or any(tensor.numel() != 1 for tensor in given):
+        if any(tensor.numel() != 1 for tensor in given):
+            return None
+        if scheme.outliers and (multiplier is not None or (fmt.name, scheme.scale.name) != ("int8", "f32")):
             return None
         if scheme.mode == "static" and not group and transform.static_scale is None:
             return None
@@ -127,6 +133,7 @@ class GpuQuantizer:
             rule = scheme.mode
             if scheme.mode == "dynamic":
                 rule = "asymmetric" if not scheme.symmetric else "token" if scheme.block[0] else "tensor"
+                rule = "outliers" if scheme.outliers else rule
             if transform.across.size > 1 and transform.sees_whole_rows and rule != "token":
                 return None  # what ranks tell each other is more than a row's largest |x|
             constants["ZERO"] = transform.static_zero is not None and rule == "static"
@@ -157,6 +164,10 @@ class GpuQuantizer:
         if self.rule == "grouped":
             self._groups(x, out, None)
             return out, None
+        if self.rule == "outliers":
+            whole = out.dtype is torch.float16  # which may not hold x over a scale
+            scales, _ = self._beside_columns(x, out, whole=whole)
+            return out, None if whole else scales[:, None]
         scales = None
         if self.rule in ("token", "asymmetric"):
             scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
@@ -175,6 +186,9 @@ class GpuQuantizer:
             scales = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
             self._groups(x, typed, scales)
             zeros, factor = None, None
+        elif self.rule == "outliers":
+            scales, outliers = self._beside_columns(x, typed, raw=True)
+            return Codes(typed, scales, None, None, outliers)
         else:
             scales = torch.empty(rows, dtype=torch.float32, device=x.device)
             zeros = torch.empty(rows, dtype=torch.int32, device=x.device) if self.has_zeros else None
@@ -248,6 +262,16 @@ class GpuQuantizer:
             **self.constants,
         )
         return factor
+
+    def _beside_columns(
+        self, x: Tensor, out: Tensor, *, raw: bool = False, whole: bool = False
+    ) -> tuple[Tensor, Outliers]:
+        """Into out; scales, and the columns that are not rounded."""
+        assert self.transform.scheme is not None, "a rule with a threshold"
+        threshold = self.transform.scheme.outliers
+        return outlier_columns.quantized(
+            x, out, self.numbers, self.constants, threshold, raw=raw, whole=whole
+        )
 
     def _groups(self, x: Tensor, out: Tensor, scales: Tensor | None) -> None:
         rows, columns = x.shape

@@ -13,7 +13,7 @@ from lowbit.kernels.gpu.language import bfloat16_value, cast
 
 
 @triton.jit
-def _size(x):  # type: ignore[no-untyped-def]
+def size_of(x):  # type: ignore[no-untyped-def]
     """int32 bits of |x|: ordered like the numbers, infinity above them, NaN above that."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
@@ -31,12 +31,12 @@ def _whole(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _nearest(steps, low, high, MANTISSA: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def code_value(steps, low, high, MANTISSA: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The format's nearest value, saturating; MANTISSA 0: whole numbers."""
     x = _clamp(steps, low, high)
     if MANTISSA == 0:
         return _whole(x)
-    size = _size(x)
+    size = size_of(x)
     below = 23 - MANTISSA  # bits that go
     normal = (size + ((1 << (below - 1)) - 1) + ((size >> below) & 1)) & -(1 << below)
     unit = 2.0 ** (24 - BIAS - MANTISSA)  # a float32 of this size ends at the smallest subnormal
@@ -51,7 +51,7 @@ def _nearest(steps, low, high, MANTISSA: tl.constexpr, BIAS: tl.constexpr):  # t
 @triton.jit
 def _float_code(value, MANTISSA: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
     """uint8 code of a value of an 8-bit float format; NaN has the largest."""
-    size = _size(value)
+    size = size_of(value)
     normal = (size >> (23 - MANTISSA)) - ((127 - BIAS) << MANTISSA)
     small = (size.to(tl.float32, bitcast=True) * 2.0 ** (BIAS + MANTISSA - 1)).to(tl.int32)
     code = tl.where(size >= ((128 - BIAS) << 23), normal, small)
@@ -66,7 +66,7 @@ def _power_of_two(exponent):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scale_of(  # type: ignore[no-untyped-def]
+def scale_of(  # type: ignore[no-untyped-def]
     amax,
     limit,
     floor,
@@ -84,7 +84,7 @@ def _scale_of(  # type: ignore[no-untyped-def]
         wanted = amax
         if SCALE == "e8m0_up":  # DeepSeek's: the next power of two of amax / limit
             wanted = tl.div_rn(amax, limit)
-        size = _size(wanted)
+        size = size_of(wanted)
         field, fraction = size >> 23, size & 0x7FFFFF
         if SCALE == "e8m0_up":
             exponent = field - 127 + (fraction > tl.where(field == 0, 0x400000, 0)).to(tl.int32)
@@ -94,7 +94,7 @@ def _scale_of(  # type: ignore[no-untyped-def]
             )  # 1 … 2; subnormals end at -127 anyhow
             exponent = field - 127 - emax + (mantissa >= round_up).to(tl.int32)
         exponent = tl.minimum(tl.maximum(exponent, -127), 127)
-        exponent = tl.where(_size(amax) == 0x7F800000, 127, exponent)
+        exponent = tl.where(size_of(amax) == 0x7F800000, 127, exponent)
         scale = tl.where(amax == amax, _power_of_two(exponent), 1.0)
     else:
         scale = tl.div_rn(amax, limit)
@@ -106,7 +106,7 @@ def _scale_of(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _steps(x, scale, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
+def code_steps(x, scale, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
     """x in units of its scale."""
     if RECIPROCAL:
         return x * tl.div_rn(1.0, scale)
@@ -114,7 +114,7 @@ def _steps(x, scale, RECIPROCAL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _columns_of(  # type: ignore[no-untyped-def]
+def columns_of(  # type: ignore[no-untyped-def]
     x, multiplier, column, columns, MULTIPLY: tl.constexpr, BF16: tl.constexpr
 ):
     """float32 x of a row, 0 behind its end."""
@@ -145,7 +145,7 @@ def find_peaks(  # type: ignore[no-untyped-def]
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         top = tl.maximum(
-            top, _size(_columns_of(x + row * stride, multiplier, column, columns, MULTIPLY, BF16))
+            top, size_of(columns_of(x + row * stride, multiplier, column, columns, MULTIPLY, BF16))
         )
     peak = tl.max(top, 0)
     tl.store(peaks + row, peak)
@@ -198,20 +198,20 @@ def quantize_rows(  # type: ignore[no-untyped-def]
         top = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            top = tl.maximum(top, _size(_columns_of(x, multiplier, column, columns, MULTIPLY, BF16)))
+            top = tl.maximum(top, size_of(columns_of(x, multiplier, column, columns, MULTIPLY, BF16)))
         amax = tl.max(top, 0).to(tl.float32, bitcast=True)
-        scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
+        scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
     elif RULE == "ranks":  # a token's scale, of all the columns that other ranks have too
         amax = tl.load(peaks + row).to(tl.float32, bitcast=True)
-        scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
+        scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
     elif RULE == "asymmetric":
         top = tl.zeros((BLOCK,), tl.int32)
         least = tl.zeros((BLOCK,), tl.float32)
         most = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            value = _columns_of(x, multiplier, column, columns, MULTIPLY, BF16)
-            top = tl.maximum(top, _size(value))
+            value = columns_of(x, multiplier, column, columns, MULTIPLY, BF16)
+            top = tl.maximum(top, size_of(value))
             least, most = tl.minimum(least, value), tl.maximum(most, value)
         least, most = tl.min(least, 0), tl.max(most, 0)
         amax = tl.max(top, 0).to(tl.float32, bitcast=True)
@@ -221,7 +221,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
         zero = _whole(_clamp(-levels * 0.5 - tl.div_rn(least, scale), -levels * 0.5, levels * 0.5 - 1))
     elif RULE == "tensor":
         amax = tl.load(history).to(tl.float32, bitcast=True)
-        scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
+        scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
         finite = tl.load(peaks + row) < 0x7F800000
         if row == 0:
             tl.store(factor, scale)
@@ -234,19 +234,19 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     top = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        value = _columns_of(x, multiplier, column, columns, MULTIPLY, BF16)
+        value = columns_of(x, multiplier, column, columns, MULTIPLY, BF16)
         if RULE == "none":
             code = value
         elif RULE == "delayed":
-            top = tl.maximum(top, _size(value))
-            code = _nearest(value * scale, low, high, MANTISSA, BIAS)
+            top = tl.maximum(top, size_of(value))
+            code = code_value(value * scale, low, high, MANTISSA, BIAS)
         else:
-            steps = _steps(value, scale, RECIPROCAL)
+            steps = code_steps(value, scale, RECIPROCAL)
             if RULE == "static":  # an input that was never seen in calibration has a scale of zero
                 steps = tl.where(scale == 0, 0.0, steps)
             if ZERO or RULE == "asymmetric":
                 steps += zero
-            code = _nearest(steps, low, high, MANTISSA, BIAS)
+            code = code_value(steps, low, high, MANTISSA, BIAS)
             if RULE == "tensor":
                 code = tl.where(finite, code, float("nan"))
         there = column < columns
@@ -312,18 +312,18 @@ def quantize_groups(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    value = _columns_of(x + row * stride, multiplier, column, columns, MULTIPLY, BF16)
-    amax = tl.max(_size(value), 1).to(tl.float32, bitcast=True)
+    value = columns_of(x + row * stride, multiplier, column, columns, MULTIPLY, BF16)
+    amax = tl.max(size_of(value), 1).to(tl.float32, bitcast=True)
     if SCALE == "e4m3":
         global_scale = 1.0
         if OUTER:
             global_scale = tl.load(outer)
         inner = _clamp(tl.div_rn(amax, limit * global_scale), 0.001953125, 448.0)
-        scale = _nearest(inner, -448.0, 448.0, 3, 7) * global_scale
+        scale = code_value(inner, -448.0, 448.0, 3, 7) * global_scale
         scale = tl.where(scale == 0, 1.0, scale)
     else:
-        scale = _scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
-    code = _nearest(_steps(value, scale[:, None], RECIPROCAL), low, high, MANTISSA, BIAS)
+        scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
+    code = code_value(code_steps(value, scale[:, None], RECIPROCAL), low, high, MANTISSA, BIAS)
     there = column < columns
     place = out + row * out_stride + column
     if RAW:
@@ -351,7 +351,7 @@ def update_delayed(states, largest, BLOCK: tl.constexpr):  # type: ignore[no-unt
     seen = tl.load(history + slot, mask=slot < length, other=0.0)
     moved = tl.load(history + slot + 1, mask=slot + 1 < length, other=0.0)
     newest = tl.load(history + slot * 0)
-    amax = tl.max(_size(seen), 0).to(tl.float32, bitcast=True)
+    amax = tl.max(size_of(seen), 0).to(tl.float32, bitcast=True)
     amax = tl.where(tl.load(state + 3 + slot * 0) == 0, amax, newest)
     tl.debug_barrier()  # all is read before anything is written
     used = newest != 0
@@ -359,5 +359,5 @@ def update_delayed(states, largest, BLOCK: tl.constexpr):  # type: ignore[no-unt
     moved = tl.where(slot == 0, 0.0, moved)
     tl.store(history + slot, moved, mask=(slot < length) & used)
     scale = tl.minimum(tl.div_rn(tl.load(largest + tl.program_id(0)), amax), 3.4028234663852886e38)
-    known = used & (amax > 0) & (_size(amax) < 0x7F800000)
+    known = used & (amax > 0) & (size_of(amax) < 0x7F800000)
     tl.store(at + slot, scale, mask=known & (slot == 0))

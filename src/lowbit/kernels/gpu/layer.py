@@ -1,7 +1,8 @@
 """A layer of one 8-bit weight whose checkpoint quantizes inputs, on the GPU: codes of x, product, the rest.
 
 Two launches, or three where the columns are split: x becomes codes and scales (``activation_quant``), and the
-product's tiles end with scales, bias and gate (``eight_bit``). One more, before them, where x is rotated.
+product's tiles end with scales, bias and gate (``eight_bit``). One more, before them, where x is rotated; for
+LLM.int8 one that finds its outlier columns.
 What it computes is what the layer's steps do one by one, in another order of float32 operations.
 """
 
@@ -42,7 +43,7 @@ class GpuLayer:
         if quantizer is None or not meet(weight, transform.scheme, quantizer.static_zero):
             return None
         taken = operand(weight, quantizer.group, quantizer.has_zeros)
-        if taken is None:
+        if taken is None or (transform.scheme.outliers and taken.group):
             return None
         if bias is None:
             return GpuLayer(weight, quantizer, taken, None, None)
