@@ -202,7 +202,7 @@ class Loader(Asker):
                 self.spans_tokens = True
             if transform is not None and transform.scheme is not None and transform.scheme.delay is not None:
                 if id(transform) not in with_state:
-                    state = self.states.add(name, transform.scheme, self.device)
+                    state = self.states.add(name, transform.scheme, self.device, transform.across)
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
             inputs.append(settled(packed, transform))

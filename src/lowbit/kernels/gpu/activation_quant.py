@@ -7,8 +7,9 @@ definition's own last bit may differ.)
 Nothing waits for the device, and no grid depends on what x holds: every call can be part of a CUDA graph.
 LLM.int8's outlier columns are found there too (``outlier_columns``).
 
-Where columns of a row lie on several ranks these tell each other its largest |x|, between two launches; rules
-that need more of a row than that stay in torch.
+Where columns of a row lie on several ranks these tell each other once what a scale depends on, between two
+launches: its largest |x|, or of zero points how far it reaches below and above 0. LLM.int8 is torch's there:
+which columns hold outliers hangs on what other ranks saw of their rows, and would be one launch more.
 
 Two kinds of results: x' and its factor as ``InputTransform`` gives them, or codes and scales for 8-bit
 products (``layer``). Codes cannot all say NaN, so there the scale of a row or group that holds one is NaN:
@@ -27,7 +28,13 @@ from torch import Tensor
 
 from lowbit.kernels.activation_quant import limit_of
 from lowbit.kernels.gpu import outlier_columns, runtime
-from lowbit.kernels.gpu.input_codes import find_peaks, quantize_groups, quantize_rows, update_delayed
+from lowbit.kernels.gpu.input_codes import (
+    find_ends,
+    find_peaks,
+    quantize_groups,
+    quantize_rows,
+    update_delayed,
+)
 
 from lowbit.kernels.gpu.outlier_columns import Outliers
 
@@ -134,8 +141,8 @@ class GpuQuantizer:
             if scheme.mode == "dynamic":
                 rule = "asymmetric" if not scheme.symmetric else "token" if scheme.block[0] else "tensor"
                 rule = "outliers" if scheme.outliers else rule
-            if transform.across.size > 1 and transform.sees_whole_rows and rule != "token":
-                return None  # what ranks tell each other is more than a row's largest |x|
+            if transform.asks_ranks and rule == "outliers":
+                return None
             constants["ZERO"] = transform.static_zero is not None and rule == "static"
         scale, zero = (
             None if tensor is None else tensor.float().reshape(1)
@@ -206,32 +213,13 @@ class GpuQuantizer:
         state, multiplier = self.transform.state, self.transform.multiplier
         block = min(triton.next_power_of_2(columns), _MOST_BLOCK)
         warps = 4 if block <= 1024 else 8
-        given, history, peaks, rule = self.static_scale, None, None, self.rule
+        given, history, seen = self.static_scale, None, None
         factor = given
-        if rule == "token" and self.transform.across.size > 1:
-            rule = "ranks"
         if self.rule == "delayed":
             assert state is not None, "a delayed scheme comes with its state"
             given, history = state.scale, state.amax_history.view(torch.int32)
-        elif rule in ("tensor", "ranks"):
-            history = torch.zeros(1, dtype=torch.int32, device=x.device)
-            peaks = torch.empty(rows, dtype=torch.int32, device=x.device)
-            runtime.launch(
-                find_peaks,
-                (rows,),
-                x,
-                multiplier,
-                peaks,
-                history,
-                columns,
-                x.stride(0),
-                num_warps=warps,
-                MULTIPLY=self.constants["MULTIPLY"],
-                BF16=self.constants["BF16"],
-                BLOCK=block,
-            )
-            if rule == "ranks":
-                peaks = self.transform.across.largest(peaks.view(torch.float32)).view(torch.int32)
+        elif self.rule == "tensor" or self.transform.asks_ranks:
+            seen, history = self._seen(x, block, warps)
         if self.rule in ("delayed", "tensor"):
             factor = torch.empty(1, dtype=torch.float32, device=x.device)
         scheme = self.transform.scheme
@@ -244,7 +232,7 @@ class GpuQuantizer:
             given,
             self.static_zero,
             history,
-            peaks,
+            seen,
             out,
             scales,
             zeros,
@@ -256,12 +244,35 @@ class GpuQuantizer:
             0.0 if scheme is None else 2.0 ** int(scheme.number_format.bits),
             _exponent(numbers["high"]),
             num_warps=warps,
-            RULE=rule,
+            RULE=self.rule,
+            SEEN=self.transform.asks_ranks,
             RAW=raw,
             BLOCK=block,
             **self.constants,
         )
         return factor
+
+    def _seen(self, x: Tensor, block: int, warps: int) -> tuple[Tensor, Tensor | None]:
+        """Of whole rows, wherever their columns lie: int32 (rows,) the bits of their largest |x|, and (1,) of
+        all that are finite; with zero points ``find_ends``' float32 (rows, 2)."""
+        rows, columns = x.shape
+        multiplier, across = self.transform.multiplier, self.transform.across
+        read = {name: self.constants[name] for name in ("MULTIPLY", "BF16")} | {"BLOCK": block}
+        if self.rule == "asymmetric":
+            ends = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
+            given = (x, multiplier, ends, columns, x.stride(0))
+            runtime.launch(find_ends, (rows,), *given, num_warps=warps, **read)
+            return across.largest(ends), None
+        largest = torch.zeros(1, dtype=torch.int32, device=x.device)
+        peaks = torch.empty(rows, dtype=torch.int32, device=x.device)
+        given = (x, multiplier, peaks, largest, columns, x.stride(0))
+        runtime.launch(find_peaks, (rows,), *given, num_warps=warps, **read)
+        if self.transform.asks_ranks:
+            # Of NaN the largest may have any sign.
+            peaks = across.largest(peaks.view(torch.float32)).view(torch.int32) & 0x7FFFFFFF
+            if self.rule == "tensor":
+                largest = torch.where(peaks < 0x7F800000, peaks, 0).amax(0, keepdim=True)
+        return peaks, largest
 
     def _beside_columns(
         self, x: Tensor, out: Tensor, *, raw: bool = False, whole: bool = False

@@ -153,13 +153,49 @@ def find_peaks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _ends_of(  # type: ignore[no-untyped-def]
+    x, multiplier, columns, MULTIPLY: tl.constexpr, BF16: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The least and the most of a row and 0; NaN where it holds one."""
+    top = tl.zeros((BLOCK,), tl.int32)
+    least = tl.zeros((BLOCK,), tl.float32)
+    most = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = columns_of(x, multiplier, column, columns, MULTIPLY, BF16)
+        top = tl.maximum(top, size_of(value))
+        least, most = tl.minimum(least, value), tl.maximum(most, value)
+    peak = tl.max(top, 0).to(tl.float32, bitcast=True)
+    least, most = tl.min(least, 0), tl.max(most, 0)
+    return tl.where(peak == peak, least, peak), tl.where(peak == peak, most, peak)
+
+
+@triton.jit
+def find_ends(  # type: ignore[no-untyped-def]
+    x,
+    multiplier,
+    ends,  # float32 (rows, 2)
+    columns,
+    stride,
+    MULTIPLY: tl.constexpr,
+    BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How far each row reaches below and above 0."""
+    row = tl.program_id(0).to(tl.int64)
+    least, most = _ends_of(x + row * stride, multiplier, columns, MULTIPLY, BF16, BLOCK)
+    tl.store(ends + 2 * row, -least)
+    tl.store(ends + 2 * row + 1, most)
+
+
+@triton.jit
 def quantize_rows(  # type: ignore[no-untyped-def]
     x,  # (rows, columns)
     multiplier,  # float32 (columns,)
     given_scale,  # float32 (1,): static, or the state's
     given_zero,  # float32 (1,): static
     history,  # int32 view of the state's amax history; of rule "tensor" the largest of all rows
-    peaks,  # int32 (rows,) of rules "tensor" and "ranks"
+    seen,  # of rule "tensor" and with SEEN: find_peaks' int32 (rows,), of "asymmetric" find_ends' float32
     out,  # (rows, columns)
     scales,  # float32 (rows,)
     zeros,  # int32 (rows,)
@@ -184,6 +220,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     RECIPROCAL: tl.constexpr,
     FLOOR: tl.constexpr,
     UPPER: tl.constexpr,
+    SEEN: tl.constexpr,  # other ranks have more columns of the rows
     ZERO: tl.constexpr,  # there is a static zero point
     RAW: tl.constexpr,  # codes, whose scales say NaN; else values
     OFFSET: tl.constexpr,  # what raw whole numbers are less than the format's
@@ -195,34 +232,28 @@ def quantize_rows(  # type: ignore[no-untyped-def]
     scale = 1.0
     zero = 0.0
     if RULE == "token":
-        top = tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            top = tl.maximum(top, size_of(columns_of(x, multiplier, column, columns, MULTIPLY, BF16)))
-        amax = tl.max(top, 0).to(tl.float32, bitcast=True)
-        scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
-    elif RULE == "ranks":  # a token's scale, of all the columns that other ranks have too
-        amax = tl.load(peaks + row).to(tl.float32, bitcast=True)
+        if SEEN:
+            amax = tl.load(seen + row).to(tl.float32, bitcast=True)
+        else:
+            top = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, columns, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                top = tl.maximum(top, size_of(columns_of(x, multiplier, column, columns, MULTIPLY, BF16)))
+            amax = tl.max(top, 0).to(tl.float32, bitcast=True)
         scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
     elif RULE == "asymmetric":
-        top = tl.zeros((BLOCK,), tl.int32)
-        least = tl.zeros((BLOCK,), tl.float32)
-        most = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            value = columns_of(x, multiplier, column, columns, MULTIPLY, BF16)
-            top = tl.maximum(top, size_of(value))
-            least, most = tl.minimum(least, value), tl.maximum(most, value)
-        least, most = tl.min(least, 0), tl.max(most, 0)
-        amax = tl.max(top, 0).to(tl.float32, bitcast=True)
+        if SEEN:
+            least = -tl.load(seen + 2 * row)
+            most = tl.load(seen + 2 * row + 1)
+        else:
+            least, most = _ends_of(x, multiplier, columns, MULTIPLY, BF16, BLOCK)
         scale = tl.div_rn(most - least, levels - 1)
         scale = tl.where(scale == 0, 1.0, scale)
-        scale = tl.where(amax == amax, scale, amax)
         zero = _whole(_clamp(-levels * 0.5 - tl.div_rn(least, scale), -levels * 0.5, levels * 0.5 - 1))
     elif RULE == "tensor":
         amax = tl.load(history).to(tl.float32, bitcast=True)
         scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE, FLOOR, UPPER)
-        finite = tl.load(peaks + row) < 0x7F800000
+        finite = tl.load(seen + row) < 0x7F800000
         if row == 0:
             tl.store(factor, scale)
     elif RULE == "static" or RULE == "delayed":
@@ -273,7 +304,7 @@ def quantize_rows(  # type: ignore[no-untyped-def]
         if ZERO or RULE == "asymmetric" or OFFSET != 0:
             zero -= OFFSET
             tl.store(zeros + row, tl.where(zero == zero, zero, 0.0).to(tl.int32))
-    elif RULE == "token" or RULE == "ranks" or RULE == "asymmetric":
+    elif RULE == "token" or RULE == "asymmetric":
         tl.store(scales + row, scale)
 
 
