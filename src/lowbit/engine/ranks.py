@@ -60,6 +60,7 @@ _ARRAYS = (  # state_slots: where a model has states
 )
 
 Joined = TypeVar("Joined")
+Result = TypeVar("Result")
 
 
 class StartRank(msgspec.Struct, frozen=True, tag="start"):
@@ -429,19 +430,19 @@ class SharedModel:
     def together(
         self,
         batch: ForwardBatch,
-        compute: Callable[[], Tensor],
+        compute: Callable[[], Result],
         graph: tuple[int, int] | None = None,
         capture: bool = False,
-    ) -> Tensor:
+    ) -> Result:
         """What ``compute`` makes of this rank's part of a step, while the others do theirs."""
         step = step_of(batch, graph, capture)
         failed: Exception | None = None
-        result: Tensor | None = None
+        results: list[Result] = []
         sent = packed(step, batch)
         self.ranks.begin(step)
         try:
             self.ranks.parallel.broadcast(sent)
-            result = compute()
+            results.append(compute())
         except (RuntimeError, OSError, LowbitError) as error:
             failed = error
         try:
@@ -452,7 +453,7 @@ class SharedModel:
             raise
         finally:
             failed = None  # its frames hold the step's tensors
-        assert result is not None, "nothing failed"
+        [result] = results  # nothing failed
         return result
 
 
@@ -472,7 +473,7 @@ class SharedGraphs:
         """See ``Graphs``."""
         return self._own.padding(size)
 
-    def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
+    def capture(self, batch: ForwardBatch, size: Size) -> Tensor | None:
         """See ``Graphs``; where one rank cannot, none has it."""
         return self._model.together(batch, lambda: self._own.capture(batch, size), size, capture=True)
 

@@ -35,7 +35,6 @@ from lowbit.kernels.gpu.input_codes import (
     quantize_rows,
     update_delayed,
 )
-
 from lowbit.kernels.gpu.outlier_columns import Outliers
 
 if TYPE_CHECKING:
@@ -260,8 +259,9 @@ class GpuQuantizer:
         read = {name: self.constants[name] for name in ("MULTIPLY", "BF16")} | {"BLOCK": block}
         if self.rule == "asymmetric":
             ends = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
-            given = (x, multiplier, ends, columns, x.stride(0))
-            runtime.launch(find_ends, (rows,), *given, num_warps=warps, **read)
+            runtime.launch(
+                find_ends, (rows,), x, multiplier, ends, columns, x.stride(0), num_warps=warps, **read
+            )
             return across.largest(ends), None
         largest = torch.zeros(1, dtype=torch.int32, device=x.device)
         peaks = torch.empty(rows, dtype=torch.int32, device=x.device)
