@@ -61,7 +61,7 @@ def test_scales_of_ranks_are_those_of_whole_rows(
     if runtime._recorded is not None:
         runtime._recorded.extend(launches)
     first = "find_peaks" if scheme.symmetric else "find_ends"
-    assert [launch.function for launch in launches] == [first, "quantize_rows"]
+    assert [launch.function for launch in launches] == [first, "quantize"]
     wanted, wanted_factor = InputTransform(scheme, across=Louder(0, 2)).in_torch(x.cpu())
     assert factor is not None and wanted_factor is not None and same(factor, wanted_factor)
     assert same(found, wanted) and not torch.equal(found[0], InputTransform(scheme)(x)[0][0])
@@ -97,7 +97,7 @@ def test_delayed_scales_on_ranks_need_no_other_rank(device: torch.device) -> Non
             states.update()
         if runtime._recorded is not None:
             runtime._recorded.extend(launches)
-        assert [launch.function for launch in launches] == ["quantize_rows", "update_delayed"]
+        assert [launch.function for launch in launches] == ["quantize", "update_delayed"]
         histories.append(states.state_dict()["layer.amax_history"])
     assert torch.equal(histories[0], 2 * histories[1]), "they tell each other at the end of a step"
 
@@ -262,4 +262,4 @@ def test_it_is_recorded(device: torch.device) -> None:
     x = cruel(64).bfloat16().to(device)
     with runtime.recording() as launches:
         InputTransform(DYNAMIC[0])(x)
-    assert [launch.function for launch in launches] == ["quantize_rows"]
+    assert [launch.function for launch in launches] == ["quantize"]

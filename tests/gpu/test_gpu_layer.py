@@ -329,7 +329,7 @@ def test_a_linear_uses_it(asked: str, device: torch.device) -> None:
     x = random(3, IN).bfloat16().to(device)
     with runtime.recording() as launches:
         linear.gated(x, "silu")
-    assert [launch.function for launch in launches] == ["quantize_rows", "_multiply"]
+    assert [launch.function for launch in launches] == ["quantize", "_multiply"]
 
 
 # ---- The vendor's products: the calls as torch takes them, on a CPU ----

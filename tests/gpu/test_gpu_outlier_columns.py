@@ -1,4 +1,4 @@
-"""LLM.int8 on the GPU: outlier columns found, kept beside the codes and multiplied, against the definition."""
+"""LLM.int8 on the GPU: outlier columns found, kept beside codes and multiplied, against the definition."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def inputs(tokens: int, columns: int, outliers: int) -> Tensor:
-    """Outliers of 6 to 60 in so many columns, mostly of one token each; the first and last column are some."""
+    """Outliers of 6 to 60 in so many columns, mostly of one token each; the first and the last are some."""
     x = random(tokens, columns, seed=columns).clamp(-4, 4)
     for n in range(outliers):
         column = n * (columns - 1) // max(outliers - 1, 1)

@@ -75,14 +75,11 @@ class InputTransform:
         return self.in_torch(x)
 
     def _on_gpu(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        dtype = x.dtype
-        if self.rotation is not None:
-            if self.scheme is None and self.multiplier is None:
-                return self.rotation.rotated(x, dtype), None
-            x = self.rotation.rotated(x, torch.float32)
-        if self.gpu is None or not self.gpu.takes(x):
-            return self._unrotated(x)
-        return self.gpu(x, dtype)
+        if self.rotation is not None and self.scheme is None and self.multiplier is None:
+            return self.rotation.rotated(x, x.dtype), None
+        if self.gpu is not None and self.gpu.takes(x):
+            return self.gpu(x)
+        return self._unrotated(x if self.rotation is None else self.rotation.rotated(x, torch.float32))
 
     @cached_property
     def gpu(self) -> GpuQuantizer | None:

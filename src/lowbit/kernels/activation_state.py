@@ -11,14 +11,10 @@ value / 2^margin) / amax, with amax the maximum of the history before the shift,
 that saw nothing (amax 0) keeps everything; an amax of infinity or NaN keeps the scale; a scale that would be
 infinite is the largest float. Because of it a request's numbers depend on what was served before.
 
-<<<<<<< HEAD
 Of an input whose columns lie on several ranks each notes what it sees; at the end of a step they tell each
 other, once for all layers, and all states become what they would be in one process.
 
-Sources: formats.md 4.2; "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), as in TransformerEngine.
-=======
 Source: "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), as in TransformerEngine.
->>>>>>> main
 """
 
 from __future__ import annotations

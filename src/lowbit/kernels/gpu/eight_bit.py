@@ -8,8 +8,8 @@ is known from loading. Where groups of columns have scales of their own, on eith
 one group is scaled in float32 before it is added: DeepSeek-V3's fp8 with weights in blocks of 128 x 128 and
 inputs in groups of 128 is this. Scales that cover all columns wait for the end.
 
-LLM.int8's outlier columns are added to the whole numbers' scaled sum in x's own type (``outlier_columns``); of
-split columns the last part has them. The vendor's product knows nothing of them.
+LLM.int8's outlier columns are added to the whole numbers' scaled sum in x's own type (``outlier_columns``);
+of split columns the last part has them. The vendor's product knows nothing of them.
 
 8-bit floats meet in fp8 tensor cores where there are any (compute capability 8.9 and later). Their sums there
 keep fewer bits than float32 has, so every 128 columns are summed from zero and added in float32. On Ampere
@@ -258,7 +258,16 @@ def _multiply(  # type: ignore[no-untyped-def]
             )
             if OUTLIERS:
                 up = add_columns(
-                    up, outlier_x, outlier_stride, w, listed, number, near_m, near_n + width, columns, TOGETHER
+                    up,
+                    outlier_x,
+                    outlier_stride,
+                    w,
+                    listed,
+                    number,
+                    near_m,
+                    near_n + width,
+                    columns,
+                    TOGETHER,
                 )
             up = _by_rows(up, n + width, there_n, w_scale, bias, W_GROUP, BIAS)
             y = activate(y, up, ACTIVATION)

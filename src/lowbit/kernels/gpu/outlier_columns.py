@@ -58,7 +58,7 @@ def find(  # type: ignore[no-untyped-def]
     inner = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        value = columns_of(x, x, column, columns, False, BF16)
+        value = columns_of(x, None, column, columns, BF16)
         top = tl.maximum(top, size_of(value))
         far = tl.abs(value)
         inner = tl.maximum(inner, tl.where(far >= threshold, 0, size_of(value)))  # NaN is the largest
@@ -67,7 +67,7 @@ def find(  # type: ignore[no-untyped-def]
     if finite & (tl.max(top, 0).to(tl.float32, bitcast=True) >= threshold):
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            value = columns_of(x, x, column, columns, False, BF16)
+            value = columns_of(x, None, column, columns, BF16)
             outlier = (column < columns) & (tl.abs(value) >= threshold)
             tl.store(marks + column, tl.full((BLOCK,), 1, tl.int8), mask=outlier)
 
@@ -89,7 +89,6 @@ def quantize(  # type: ignore[no-untyped-def]
     floor,
     BF16: tl.constexpr,
     RECIPROCAL: tl.constexpr,
-    FLOOR: tl.constexpr,
     RAW: tl.constexpr,  # codes, whose scales say NaN; else what ``InputTransform`` gives
     WHOLE: tl.constexpr,  # values of all columns, over no scale
     BLOCK: tl.constexpr,
@@ -108,10 +107,10 @@ def quantize(  # type: ignore[no-untyped-def]
         peak = tl.load(peaks + row)
         finite = peak >= 0
         amax = (peak & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-        scale = scale_of(amax, limit, floor, 0.0, 0.0, 0, "f32", FLOOR, False)
+        scale = scale_of(amax, limit, floor, float("inf"), 0.0, 0, "f32")
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            value = columns_of(x + row * stride, x, column, columns, False, BF16)
+            value = columns_of(x + row * stride, None, column, columns, BF16)
             marked = tl.load(marks + column, mask=column < columns, other=0) != 0
             steps = code_steps(value, scale, RECIPROCAL)
             code = code_value(steps, -128.0, 127.0, 0, 0)
@@ -120,10 +119,7 @@ def quantize(  # type: ignore[no-untyped-def]
                 code = tl.where(finite & (~marked), code, 0.0)
                 tl.store(place, code.to(tl.int32).to(tl.int8), mask=column < columns)
             else:
-                if WHOLE:
-                    made = tl.where(marked, value, code * scale)
-                else:
-                    made = tl.where(marked, steps, code)
+                made = tl.where(marked, value if WHOLE else steps, code * scale if WHOLE else code)
                 made = tl.where(finite, made, float("nan"))
                 tl.store(place, cast(made, out.dtype.element_ty), mask=column < columns)
         if RAW:
@@ -206,7 +202,7 @@ def quantized(
         RAW=raw,
         WHOLE=whole,
         BLOCK=block,
-        **{name: constants[name] for name in ("BF16", "RECIPROCAL", "FLOOR")},
+        **{name: constants[name] for name in ("BF16", "RECIPROCAL")},
     )
     return scales, Outliers(x, listed, count)
 

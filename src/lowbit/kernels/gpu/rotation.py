@@ -3,8 +3,8 @@
 A Hadamard matrix of Sylvester's order is a Kronecker product of smaller ones, H(a b) = H(a) x H(b): a block
 of a b columns, laid out as a matrix (a, b), becomes H(a) X H(b). Up to 128 columns are one product with the
 matrix itself, up to 8,192 two of 16 to 128. Larger ones, up to 65,536, are two passes: H(b) over rows of b
-columns, float32 results, and H(a) across these. The entries are 1 and -1, exact in every type, so only x has to
-be: what bfloat16 or float16 does not hold is the sum of three bfloat16 numbers, 24 bits, and three
+columns, float32 results, and H(a) across these. The entries are 1 and -1, exact in every type, so only x has
+to be: what bfloat16 or float16 does not hold is the sum of three bfloat16 numbers, 24 bits, and three
 products. A product with any other matrix takes six, or three where x is bfloat16: what is left out is below
 2^-24 of |x| |R|.
 
@@ -13,11 +13,11 @@ of |x| over the divisor, times the largest of ``after``. Infinity becomes NaN. A
 
 How work is cut. A product of up to 128 columns takes 16 blocks a program, and 64 once that leaves enough
 programs for every multiprocessor to have many: more rows would wait for the matrix as often and hold more
-registers. With two factors a block is a program, of a warp for each 1,024 numbers; across blocks a program has 64 columns of each of 64. Where codes
-are made of what was rotated, ``input_codes`` rotates a program's numbers by the functions of this module. Other matrices are read in
-steps of 32 rows. A number costs at most 2 * 128 operations for each of three parts, which tensor cores do
-while memory moves it. **None of it has run on a GPU yet**: it is proven in Triton's interpreter, and
-compiled.
+registers. With two factors a block is a program, of a warp for each 1,024 numbers; across blocks a program
+has 64 columns of each of 64. Where codes are made of what was rotated, ``input_codes`` rotates a program's
+numbers by the functions of this module. Other matrices are read in steps of 32 rows. A number costs at most
+2 * 128 operations for each of three parts, which tensor cores do while memory moves it. **None of it has run
+on a GPU yet**: it is proven in Triton's interpreter, and compiled.
 """
 
 from __future__ import annotations
