@@ -416,21 +416,15 @@ CATALOGUE: dict[str, Entry] = {
         "more ranks than can share the heads",
         "With --tp-size each rank has whole attention heads. Query heads that share a K/V head stay "
         "together where there are as many K/V heads as ranks; else each K/V head is held by several "
-        "ranks, the same number for all.",
+        "ranks, the same number for all. So it is with value heads and key heads of linear attention.",
         "Use one of the sizes the message lists.",
     ),
     "E0431": Entry(
         "a layer that so many ranks cannot share",
         "A layer that --tp-size cuts in columns is cut where its groups of columns end (group scales, "
-        "blocks of GGUF, scales of the input), and there are fewer groups than ranks; or its rows have to "
-        "be put in order and share blocks.",
+        "blocks of GGUF, scales of the input), and there are fewer groups than ranks; or its rows cannot "
+        "follow act-order, or a rotation of its outputs spans them.",
         "Use a smaller --tp-size; lowbit inspect MODEL --tp-size N says how every kind of layer is cut.",
-    ),
-    "E0432": Entry(
-        "a model that ranks cannot share",
-        "With --tp-size ranks share every layer. The states and the fused projections of recurrent layers "
-        "are not cut.",
-        "Use --tp-size 1: one process serves the model.",
     ),
     "E0433": Entry(
         "more ranks than GPUs",

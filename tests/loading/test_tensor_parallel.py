@@ -198,6 +198,8 @@ ONLINE = {
     "int4 in groups": {"quantization": "int4:group_size=32"},
     "int8 inputs": {"torchao_config": "int8dq"},
     "a scale for a step's inputs": {"torchao_config": "fp8dq-per_tensor"},
+    "delayed scales": {"quantization": "fp8:activation=delayed,history=4"},
+    "outliers": {"quantization": "bitsandbytes:type=int8"},
 }
 
 

@@ -28,9 +28,10 @@ class Part:
     ``name``: canonical module name. ``shape``: (out, in). ``rotary_heads``: how many heads its rows are
     rotated in (Q and K projections), so that containers with another rotary row order can be put right.
     ``bias``: whether the config promises one. ``router``: it chooses experts, or gates them or a state, and
-    is never quantized at load. ``rows``, ``columns``: which of them a rank has; of columns, which of its
-    inputs lie on which rank. ``groups``: its rows lie in so many groups, each of runs of ``group_rows`` rows;
-    in the model's order the first run of every group comes before the second of any.
+    is never quantized at load. ``rows``, ``columns``: which of them a rank has, of rows perhaps for several
+    runs of them, one below another; of columns, which of its inputs lie on which rank. ``groups``: its rows
+    lie in so many groups, each of runs of ``group_rows`` rows; in the model's order the first run of every
+    group comes before the second of any.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Part:
     rotary_heads: int = 0
     bias: bool = False
     router: bool = False
-    rows: Cut | None = None
+    rows: Cut | tuple[Cut, ...] | None = None
     columns: Cut | None = None
     groups: int = 0
     group_rows: tuple[int, ...] = ()

@@ -124,13 +124,10 @@ class Asker:
             return places
         if len(places) < len(parts):
             firsts = accumulate((part.shape[0] for part in parts), initial=0)
-            rows = tuple((f, part.rows) for f, part in zip(firsts, parts, strict=False) if part.rows)
-            cut = [replace(places[0], rows=rows)]
+            rows = [run for first, part in zip(firsts, parts, strict=False) for run in _runs(part, first)]
+            cut = [replace(places[0], rows=tuple(rows))]
         else:
-            cut = [
-                replace(place, rows=((0, part.rows),) if part.rows else ())
-                for place, part in zip(places, parts, strict=True)
-            ]
+            cut = [replace(place, rows=_runs(part)) for place, part in zip(places, parts, strict=True)]
             cut = [
                 self._cut_columns(place, part.columns) if part.columns else place
                 for place, part in zip(cut, parts, strict=True)
@@ -143,11 +140,6 @@ class Asker:
                         f"the outputs of {place.part.name} are rotated in blocks of {rotation.size}, which "
                         "its ranks' rows would cut; use --tp-size 1"
                     )
-            if place.rows and self._stays_in_order(place):
-                raise self._cannot(
-                    f"heads of {place.part.name} are stored between each other and share blocks of rows "
-                    f"({self.scheme_at(place)}); use --tp-size 1"
-                )
         return cut
 
     def _cut_columns(self, place: Placed, inputs: Cut) -> Placed:
@@ -181,6 +173,8 @@ class Asker:
         """In words how the ranks share a module; "" where each has all of it."""
         if place.rows:
             order = "" if place.picked_rows is None else ", in the order of the next layer's columns"
+            if self._stays_in_order(place):
+                order = ", as stored, results put in order"
             return f"rows {' + '.join(dict.fromkeys(str(cut) for _, cut in place.rows))}{order}"
         if place.columns is None:
             return "" if self.parallel.size == 1 else "whole on every rank"
@@ -193,7 +187,7 @@ class Asker:
         return f"{said}, inputs gathered ({why})"
 
     def _stays_in_order(self, place: Placed) -> bool:
-        """Q, K and V in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
+        """Heads in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
         return place.groups > 0 and not self.form.scheme_of(place.module).rows_move
 
     def placed_stack(self, part: Part, stacked: int) -> list[Placed]:
@@ -296,3 +290,10 @@ class Asker:
         vectors = scheme.weight.vectors
         assert vectors is not None, "asked before"
         return choose(scheme, (16, 32 * vectors.length), self.device).kernel.name != "reference"
+
+
+def _runs(part: Part, first: int = 0) -> tuple[tuple[int, Cut], ...]:
+    """(first row, cut) of each run of a part's rows that ranks share, in rows from ``first`` on."""
+    cuts = () if part.rows is None else part.rows if isinstance(part.rows, tuple) else (part.rows,)
+    firsts = accumulate((cut.whole for cut in cuts), initial=first)
+    return tuple(zip(firsts, cuts, strict=False))

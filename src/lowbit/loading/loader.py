@@ -29,7 +29,7 @@ from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Columns, Embedding, Linear, Part
 from lowbit.loading.asker import Asker
 from lowbit.loading.kernel_choice import Wanted
-from lowbit.loading.names import Placed, row_order
+from lowbit.loading.names import Placed, StoredRows, row_order
 from lowbit.loading.opened import Opened, Target
 from lowbit.loading.packed_cache import Kept
 from lowbit.loading.samples import Samples, sample_of, with_inputs
@@ -117,6 +117,7 @@ class Loader(Asker):
             transform = read.transform if _rounds_in_groups(read.transform) else None  # rows are as they are
             kept = Kept([self._pack(weight, transform, read.wanted)], [transform])
         self._remember(part.name, kept)
+        assert not isinstance(part.rows, tuple), "a vocabulary is one run"
         [packed], [transform] = kept.weights, kept.inputs
         if not self.tied_head:
             return Embedding(packed, self.parallel, part.rows)
@@ -204,7 +205,7 @@ class Loader(Asker):
                 self.spans_tokens = True
             if transform is not None and transform.scheme is not None and transform.scheme.delay is not None:
                 if id(transform) not in with_state:
-                    state = self.states.add(name, transform.scheme, self.device)
+                    state = self.states.add(name, transform.scheme, self.device, transform.across)
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
             inputs.append(settled(packed, transform))
@@ -222,8 +223,9 @@ class Loader(Asker):
             return None
         orders, start = [], 0
         for place in places:
-            order = row_order(place, self.header) if self._stays_in_order(place) else None
-            orders.append(start + (torch.arange(place.shape[0]) if order is None else order))
+            stays = self._stays_in_order(place)
+            order = StoredRows.of(place, self.header).places if stays else torch.arange(place.shape[0])
+            orders.append(start + order)
             start += place.shape[0]
         return torch.cat(orders)
 
@@ -328,7 +330,8 @@ class Loader(Asker):
             weight = replace(weight, scheme=self.with_inputs(place, weight.scheme))
         picked = None
         if place.rows:
-            weight, bias = _rows_here(place, weight, bias, order)
+            runs = StoredRows.of(place, self.header).runs if self._stays_in_order(place) else place.runs
+            weight, bias = _rows_here(place, weight, bias, order, runs)
         if place.columns is not None:
             weight, columns = _columns_here(place.columns, weight)
             picked = None if place.inputs is None else columns
@@ -391,17 +394,19 @@ class Loader(Asker):
 
 
 def _rows_here(
-    place: Placed, weight: QuantizedTensor, bias: Tensor | None, order: Tensor | None
+    place: Placed,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    runs: list[tuple[int, int]],
 ) -> tuple[QuantizedTensor, Tensor | None]:
-    """The rows of a rank. ``order``: where each of the model's rows lies, if not just there."""
-    picked = place.picked_rows
-    if picked is None and order is None:
+    """The rows of a rank. ``order``: where each of the model's rows lies, if not just there; ``runs``: where
+    they lie if so."""
+    if place.picked_rows is None and order is None:
         if bias is not None:
-            bias = torch.cat([bias[start:stop] for start, stop in place.runs])
-        return cut_rows(weight, place.runs), bias
-    if picked is None:
-        picked = torch.cat([torch.arange(start, stop) for start, stop in place.runs])
-    picked = picked if order is None else order[picked]
+            bias = torch.cat([bias[start:stop] for start, stop in runs])
+        return cut_rows(weight, runs), bias
+    picked = place.wanted_rows if order is None else order[place.wanted_rows]
     return pick_rows(weight, picked), None if bias is None else bias[picked]
 
 

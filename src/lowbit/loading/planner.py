@@ -19,7 +19,7 @@ from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.asker import Asker
 from lowbit.loading.kernel_choice import Wanted
-from lowbit.loading.names import Placed
+from lowbit.loading.names import Placed, StoredRows
 from lowbit.loading.online import SAMPLE_ROWS, Decision, estimated_error
 from lowbit.loading.opened import Opened, Target
 from lowbit.models.config import ModelConfig
@@ -197,7 +197,8 @@ class Planner(Asker):
         scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
         scheme = self.with_inputs(place, scheme)
         if place.rows and place.picked_rows is None:
-            scheme = parted_scheme(scheme, place.part.shape, place.runs)
+            runs = StoredRows.of(place, self.header).runs if self._stays_in_order(place) else place.runs
+            scheme = parted_scheme(scheme, place.part.shape, runs)
         if place.columns is not None:
             scheme = replace(scheme, reordered=False)
         return _Part(place, scheme, decision, self.wanted_kernel(place))

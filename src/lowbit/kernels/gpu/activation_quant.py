@@ -11,8 +11,9 @@ x is rotated first, in a launch of its own (``rotation``) or by the one that qua
 have whole blocks: Hadamard matrices of 16 to 128 columns before groups of columns that divide them, and of
 all columns of a row, 256 to 8,192, before one scale a token.
 
-Where columns of a row lie on several ranks these tell each other its largest |x|, between two launches; rules
-that need more of a row than that stay in torch.
+Where columns of a row lie on several ranks these tell each other once what a scale depends on, between two
+launches: its largest |x|, or of zero points how far it reaches below and above 0. LLM.int8 is torch's there:
+which columns hold outliers hangs on what other ranks saw of their rows, and would be one launch more.
 
 Two kinds of results: x' and its factor as ``InputTransform`` gives them, or codes and scales for 8-bit
 products (``layer``). Codes cannot all say NaN, so there the scale of a row or group that holds one is NaN:
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from lowbit.kernels.activation_quant import limit_of
 from lowbit.kernels.gpu import outlier_columns, rotation, runtime
-from lowbit.kernels.gpu.input_codes import find_peaks, quantize, update_delayed
+from lowbit.kernels.gpu.input_codes import find_ends, find_peaks, quantize, update_delayed
 from lowbit.kernels.gpu.outlier_columns import Outliers
 
 if TYPE_CHECKING:
@@ -138,8 +139,8 @@ class GpuQuantizer:
             if scheme.mode == "dynamic":
                 rule = "asymmetric" if not scheme.symmetric else "token" if scheme.block[0] else "tensor"
                 rule = "outliers" if scheme.outliers else rule
-            if transform.across.size > 1 and transform.sees_whole_rows and rule != "token":
-                return None  # what ranks tell each other is more than a row's largest |x|
+            if transform.asks_ranks and rule == "outliers":
+                return None
         scale, zero = (
             None if tensor is None else tensor.float().reshape(1)
             for tensor in (transform.static_scale, transform.static_zero if rule == "static" else None)
@@ -228,40 +229,47 @@ class GpuQuantizer:
         state, turns = self.transform.state, self._turns(columns)
         block = columns if turns else min(triton.next_power_of_2(columns), _MOST_BLOCK)
         warps = 4 if block <= 1024 else 8
-        given, history, peaks, rule = self.static_scale, None, None, self.rule
+        given, history, seen = self.static_scale, None, None
         factor = given
-        if rule == "token" and self.transform.across.size > 1:
-            rule = "ranks"
         if self.rule == "delayed":
             assert state is not None, "a delayed scheme comes with its state"
             given, history = state.scale, state.amax_history.view(torch.int32)
-        elif rule in ("tensor", "ranks"):
-            history = torch.zeros(1, dtype=torch.int32, device=x.device)
-            peaks = torch.empty(rows, dtype=torch.int32, device=x.device)
-            runtime.launch(
-                find_peaks,
-                (rows,),
-                *(x, self.transform.multiplier, peaks, history, columns, x.stride(0)),
-                num_warps=warps,
-                BF16=self.constants["BF16"],
-                BLOCK=block,
-            )
-            if rule == "ranks":
-                peaks = self.transform.across.largest(peaks.view(torch.float32)).view(torch.int32)
+        elif self.rule == "tensor" or self.transform.asks_ranks:
+            seen, history = self._seen(x, block, warps)
         if self.rule in ("delayed", "tensor"):
             factor = torch.empty(1, dtype=torch.float32, device=x.device)
         self._launch(
             (rows,),
             x,
-            (given, self.static_zero, history, peaks),
+            (given, self.static_zero, history, seen),
             (out, scales, zeros, factor),
             turns,
             num_warps=warps,
-            RULE=rule,
+            RULE=self.rule,
             RAW=raw,
             BLOCK=block,
         )
         return factor
+
+    def _seen(self, x: Tensor, block: int, warps: int) -> tuple[Tensor, Tensor | None]:
+        """Of whole rows, wherever their columns lie: int32 (rows,) the bits of their largest |x|, and (1,) of
+        all that are finite; with zero points ``find_ends``' float32 (rows, 2)."""
+        rows, across = len(x), self.transform.across
+        read = {"BF16": self.constants["BF16"], "BLOCK": block}
+        given, lies = (x, self.transform.multiplier), (x.shape[1], x.stride(0))
+        if self.rule == "asymmetric":
+            ends = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
+            runtime.launch(find_ends, (rows,), *given, ends, *lies, num_warps=warps, **read)
+            return across.largest(ends), None
+        largest = torch.zeros(1, dtype=torch.int32, device=x.device)
+        peaks = torch.empty(rows, dtype=torch.int32, device=x.device)
+        runtime.launch(find_peaks, (rows,), *given, peaks, largest, *lies, num_warps=warps, **read)
+        if self.transform.asks_ranks:
+            # Of NaN the largest may have any sign.
+            peaks = across.largest(peaks.view(torch.float32)).view(torch.int32) & 0x7FFFFFFF
+            if self.rule == "tensor":
+                largest = torch.where(peaks < 0x7F800000, peaks, 0).amax(0, keepdim=True)
+        return peaks, largest
 
     def _launch(
         self,
@@ -295,6 +303,7 @@ class GpuQuantizer:
             A=a,
             HALF=half,
             STRIDE=rotation.FACTOR,
+            SEEN=self.transform.asks_ranks,
             **self.constants,
             **constants,
         )

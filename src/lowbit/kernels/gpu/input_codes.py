@@ -167,13 +167,45 @@ def find_peaks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _ends_of(x, multiplier, columns, BF16: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The least and the most of a row and 0; NaN where it holds one."""
+    top = tl.zeros((BLOCK,), tl.int32)
+    least = tl.zeros((BLOCK,), tl.float32)
+    most = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, columns, BLOCK):
+        value = columns_of(x, multiplier, start + tl.arange(0, BLOCK), columns, BF16)
+        top = tl.maximum(top, size_of(value))
+        least, most = tl.minimum(least, value), tl.maximum(most, value)
+    peak = tl.max(top, 0).to(tl.float32, bitcast=True)
+    least, most = tl.min(least, 0), tl.max(most, 0)
+    return tl.where(peak == peak, least, peak), tl.where(peak == peak, most, peak)
+
+
+@triton.jit
+def find_ends(  # type: ignore[no-untyped-def]
+    x,
+    multiplier,
+    ends,  # float32 (rows, 2)
+    columns,
+    stride,
+    BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How far each row reaches below and above 0."""
+    row = tl.program_id(0).to(tl.int64)
+    least, most = _ends_of(x + row * stride, multiplier, columns, BF16, BLOCK)
+    tl.store(ends + 2 * row, -least)
+    tl.store(ends + 2 * row + 1, most)
+
+
+@triton.jit
 def quantize(  # type: ignore[no-untyped-def]
     x,  # (rows, columns)
     multiplier,  # float32 (columns,) or None
     given_scale,  # float32 (1,): static, the state's, or the outer scale of groups; None: there is none
     given_zero,  # float32 (1,): static, or None
     history,  # int32 view of the state's amax history; of rule "tensor" the largest of all rows
-    peaks,  # int32 (rows,) of rules "tensor" and "ranks"
+    seen,  # of rule "tensor" and with SEEN: find_peaks' int32 (rows,), of "asymmetric" find_ends' float32
     before,  # of a rotation: ``rotation.turned``
     after,
     table,
@@ -195,6 +227,7 @@ def quantize(  # type: ignore[no-untyped-def]
     emax,
     divisor,  # of a rotation
     RULE: tl.constexpr,
+    SEEN: tl.constexpr,  # other ranks have more columns of the rows
     SCALE: tl.constexpr,
     MANTISSA: tl.constexpr,
     BIAS: tl.constexpr,
@@ -254,34 +287,29 @@ def quantize(  # type: ignore[no-untyped-def]
             whole = multiplied(tl.reshape(made, (BLOCK,)), multiplier, tl.arange(0, BLOCK), columns, BF16)
         top = tl.zeros((BLOCK,), tl.int32)
         if RULE == "token":
-            if SIZE > 0:
+            if SEEN:
+                amax = tl.load(seen + row).to(tl.float32, bitcast=True)
+            elif SIZE > 0:
                 top = size_of(whole)
             else:
                 for start in range(0, columns, BLOCK):
                     value = columns_of(x, multiplier, start + tl.arange(0, BLOCK), columns, BF16)
                     top = tl.maximum(top, size_of(value))
-            amax = tl.max(top, 0).to(tl.float32, bitcast=True)
-            scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE)
-        elif RULE == "ranks":  # a token's scale, of all the columns that other ranks have too
-            amax = tl.load(peaks + row).to(tl.float32, bitcast=True)
+            if not SEEN:
+                amax = tl.max(top, 0).to(tl.float32, bitcast=True)
             scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE)
         elif RULE == "asymmetric":
-            least = tl.zeros((BLOCK,), tl.float32)
-            most = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, columns, BLOCK):
-                value = columns_of(x, multiplier, start + tl.arange(0, BLOCK), columns, BF16)
-                top = tl.maximum(top, size_of(value))
-                least, most = tl.minimum(least, value), tl.maximum(most, value)
-            least, most = tl.min(least, 0), tl.max(most, 0)
-            amax = tl.max(top, 0).to(tl.float32, bitcast=True)
+            if SEEN:
+                least, most = -tl.load(seen + 2 * row), tl.load(seen + 2 * row + 1)
+            else:
+                least, most = _ends_of(x, multiplier, columns, BF16, BLOCK)
             scale = tl.div_rn(most - least, levels - 1)
             scale = tl.where(scale == 0, 1.0, scale)
-            scale = tl.where(amax == amax, scale, amax)
             zero = _whole(_clamp(-levels * 0.5 - tl.div_rn(least, scale), -levels * 0.5, levels * 0.5 - 1))
         elif RULE == "tensor":
             amax = tl.load(history).to(tl.float32, bitcast=True)
             scale = scale_of(amax, limit, floor, upper_bound, round_up, emax, SCALE)
-            finite = tl.load(peaks + row) < 0x7F800000
+            finite = tl.load(seen + row) < 0x7F800000
             if row == 0:
                 tl.store(factor, scale)
         elif RULE == "static" or RULE == "delayed":
@@ -327,7 +355,7 @@ def quantize(  # type: ignore[no-untyped-def]
             if ZERO or OFFSET != 0:
                 zero -= OFFSET
                 tl.store(zeros + row, tl.where(zero == zero, zero, 0.0).to(tl.int32))
-        elif RULE == "token" or RULE == "ranks" or RULE == "asymmetric":
+        elif RULE == "token" or RULE == "asymmetric":
             tl.store(scales + row, scale)
 
 
