@@ -1,7 +1,7 @@
 """Damage to every number of a GGUF header: refused in one line, or read as exactly what the bytes now say.
 
-Lengths and counts, truncation, flips and GGUF's own fields, on the header alone; what a damaged model comes to
-when it is loaded is in ``test_mutations``. Each test goes over many cases and counts them.
+Lengths and counts, truncation, flips and GGUF's own fields, on the header alone; what a damaged model comes
+to when it is loaded is in ``test_mutations``. Each test goes over many cases and counts them.
 """
 
 from __future__ import annotations

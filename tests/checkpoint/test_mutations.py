@@ -1,7 +1,8 @@
 """Damaged and hostile checkpoints: each is refused in one line, or reads the same as before.
 
-Seeded. The verdict of a mutation is "a LowbitError of the checkpoint kind", or, for flips that hit a free number
-or an unused name, "everything that was read is equal". Never another exception, never memory out of proportion to the file.
+Seeded. The verdict of a mutation is "a LowbitError of the checkpoint kind", or, for flips that hit a free
+number or an unused name, "everything that was read is equal". Never another exception, never memory out of
+proportion to the file.
 """
 
 from __future__ import annotations
