@@ -78,3 +78,5 @@ def test_names_are_the_whole_format() -> None:
     for name in ("vq0x8_8", "vq1x17_8", "vq1x8", "vq1x8_0"):
         with pytest.raises(LowbitError, match="unknown number format"):
             number_format(name)
+    with pytest.raises(LowbitError, match="vq1x16_8 has no table of scalar values"):
+        number_format("vq1x16_8").table()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -129,7 +128,6 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._finisher = Finisher(self._scheduler, self._sampler, self._sequences, model.vocab_size)
         self._news: list[TokenEvent] = []  # events that did not come from a step
-        self._step_began = 0.0
         self._steps = 0
         self._violations = 0
         self._later: Iterator[None] = iter(())
@@ -255,16 +253,12 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One forward pass over the next batch, and what became certain: its events, or the last one's."""
         events, self._news = self._news, []
-        self._step_began = time.monotonic()
-        try:
-            step = self._launch() if self._scheduler.running or self._scheduler.waiting else None
-            if self._overlaps:
-                step, self._flying = self._flying, step
-            if step is not None:
-                events += self._finisher.finish(step)
-                self._force()
-        finally:
-            self._step_began = 0.0
+        step = self._launch() if self._scheduler.running or self._scheduler.waiting else None
+        if self._overlaps:
+            step, self._flying = self._flying, step
+        if step is not None:
+            events += self._finisher.finish(step)
+            self._force()
         if self._forced.check and (found := self.check()):
             raise AssertionError("; ".join(found))
         return events
@@ -400,7 +394,6 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """Counters and gauges."""
-        began = self._step_began
         counters = self._finisher.counters
         return EngineStatus(
             running=len(self._scheduler.running),
@@ -417,7 +410,6 @@ class Engine:
             accepted_draft_tokens=counters.accepted_drafts,
             preemptions=self._scheduler.preemptions,
             invariant_violations=self._violations,
-            stepping_seconds=time.monotonic() - began if began else 0.0,
         )
 
     def ready(self) -> EngineReady:

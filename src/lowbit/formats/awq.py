@@ -31,14 +31,7 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
 from lowbit.formats.dense import origin_of
 from lowbit.formats.gptq import SCALE_DTYPES, check_bits, check_group_size, plain_beside_packed, read_number
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin

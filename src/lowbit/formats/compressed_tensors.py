@@ -46,11 +46,7 @@ from lowbit.errors import LowbitError, thousands
 from lowbit.formats import InputRule, Notes, StoredLinear, StoredModule, check_shape
 from lowbit.formats.compressed_tensors_layout import FLOATS, Layouts, Plan
 from lowbit.formats.compressed_tensors_scheme import parse_config
-from lowbit.formats.compressed_tensors_sparse import (
-    scatter_bitmask,
-    unpack_marlin24,
-    unpack_marlin24_scales,
-)
+from lowbit.formats.compressed_tensors_sparse import scatter_bitmask, unpack_marlin24, unpack_marlin24_scales
 from lowbit.formats.compressed_tensors_transforms import METHODS, Transforms
 from lowbit.formats.dense import (
     DENSE_DTYPES,

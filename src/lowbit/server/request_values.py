@@ -15,6 +15,7 @@ from lowbit.errors import printable, thousands
 from lowbit.server.api_error import bad_request
 from lowbit.server.protocol import ChatRequest, GenerationFields, Range, check_number, shown
 from lowbit.server.strict_json import MAX_DEPTH, depth_exceeds
+from lowbit.tokenization.generation_config import RECOMMENDED
 
 MAX_PROMPTS = 2048
 MAX_TOOLS = 128
@@ -25,7 +26,6 @@ MAX_STOP_BYTES = 256
 MAX_STOP_IDS = 256
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
-WITH_MODEL_DEFAULT = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 assert MAX_TOOL_DEPTH < MAX_DEPTH
 
@@ -142,7 +142,7 @@ def sampling_params(
 ) -> SamplingParams:
     """How to sample: the request's fields, else the model's generation_config, else OpenAI's defaults."""
     chosen: dict[str, Any] = {}
-    for name in WITH_MODEL_DEFAULT:
+    for name in RECOMMENDED:
         value = getattr(fields, name)
         value = defaults.get(name) if value is None else value
         if value is not None:
