@@ -194,7 +194,7 @@ class Planner(Asker):
 
     def _part(self, place: Placed) -> _Part:
         decision = self.decide(place)
-        scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
+        scheme = self.stored_scheme(place) if decision is None else decision.scheme
         scheme = self.with_inputs(place, scheme)
         if place.rows and place.picked_rows is None:
             scheme = parted_scheme(scheme, place.part.shape, place.runs)
