@@ -486,7 +486,7 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     order += 12 * columns if isinstance(packed, RowVectorsWeight) else 0  # of an order and numbers
     # Which weights share, or the codebooks.
     table = sum(packed.buffers[key].nbytes for key in ("table", "codebooks") if key in packed.buffers)
-    growth = {"cpu_blocks": 1.5, "cpu_columns": 2.0, "cpu_row_vectors": 1.6}.get(kernel.name, 1.1)
+    growth = {"cpu_blocks": 1.5, "cpu_columns": 2.0, "cpu_row_vectors": 2.1}.get(kernel.name, 1.1)
     assert packed.nbytes - table <= growth * weight.nbytes * tiles + order + 1024
     assert 0 <= packed.nbytes - table - kernel.nbytes(weight.scheme, weight.shape) <= order + 4 * rows
 

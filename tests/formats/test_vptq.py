@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from formats.helpers import expected, fixture_cases, header_of, read, reader_of
+from formats.helpers import expected, fixture_cases, header_of, read
 from formats.mutations import Seed
 from forward_helpers import prompt_logits
 from lowbit.errors import LowbitError
 from lowbit.kernels import native as native_library
 from lowbit.kernels.cpu_row_vectors import CpuRowVectors
 from lowbit.loading import load_model, plan_model
+from lowbit.loading.convert import convert
 from lowbit.numerics.number_formats import RowVectorLayout
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("vptq")]
@@ -86,7 +87,7 @@ def test_a_model_answers_and_the_plan_says_what_it_costs(
 
 
 def test_what_is_converted_are_the_floats_of_the_codebooks_type(tmp_path: Path) -> None:
-    convert(str(case("v8_k256_res16")), tmp_path / "out", Wanted("dense"))
+    assert not convert(header_of(case("v8_k256_res16")), "dense", tmp_path / "out").errors
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     for name, values in expected(case("v8_k256_res16")).items():
         found = tensors[f"{name}.weight"]

@@ -186,6 +186,8 @@ STORED = [
     "gguf_families/deepseek2.gguf",
     "gguf_families/gpt_oss.gguf",
     "gguf_families/phi3.gguf",
+    "vptq/v6_k64_outliers",
+    "vptq/v8_k256_res16",
 ]
 
 

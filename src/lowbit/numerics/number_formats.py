@@ -180,8 +180,8 @@ class RowVectorLayout:
         """uint8 (vectors, bytes) -> (vectors, outliers, length) in ``dtype``."""
         dtype = number_format(self.dtype).dtype
         assert dtype is not None, "that of floats"
-        stored = codes[:, : self.outlier_bytes].flatten().view(dtype)
-        return stored.view(len(codes), self.outliers, self.length)
+        stored = codes[:, : self.outlier_bytes].clone(memory_format=torch.contiguous_format)
+        return stored.flatten().view(dtype).view(len(codes), self.outliers, self.length)
 
     def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
         """uint8 (vectors, bytes), (books, centroids + residual, length) -> float32 (rows, columns)."""
