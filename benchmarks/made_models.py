@@ -21,7 +21,6 @@ from lowbit.loading.convert import convert
 from lowbit.quantize.recipe import Asked
 
 EMBEDDED = "smollm2"
-ONE_BILLION = "1b"  # what --model takes for the random Llama
 EXPORT_OPENVINO = Path(__file__).parent / "rivals" / "export_openvino.py"
 _SEED = 31
 

@@ -64,11 +64,12 @@ CATALOGUE: dict[str, Entry] = {
         "Do what the message says instead. docs/options.md lists every refused option with its way out.",
     ),
     "E0106": Entry(
-        "more than one device",
-        "A parallel size (--tp-size, --dp-size and their like) other than 1, or its like: this version of "
-        "lowbit runs a model on one device and in one process. It is refused rather than ignored: one "
-        "device's memory may not do.",
-        "Give the option the value the message names or leave it out.",
+        "a way of sharing a model that there is not",
+        "A parallel size other than --tp-size (--dp-size, --pp-size, --ep-size and their like) or a number "
+        "of machines other than 1, weights outside the device that computes, or prompts apart from answers. "
+        "It is refused rather than ignored: the memory of what is left may not do.",
+        "Give the option the value the message names or leave it out; --tp-size shares a model between the "
+        "GPUs, or the cores, of one machine.",
     ),
     "E0107": Entry(
         "two models named",
@@ -375,11 +376,6 @@ CATALOGUE: dict[str, Entry] = {
         "the files are not what --load-format says",
         "--load-format safetensors or gguf was given, and the model's files are of the other kind.",
         "Use --load-format auto, or name the files that were meant: a folder, or a .gguf file.",
-    ),
-    "E0410": Entry(
-        "no kernel",
-        "Every linear kernel refused a weight; the message has each one's reason.",
-        "lowbit inspect MODEL shows the reasons for all weights. Another --device may serve it.",
     ),
     "E0411": Entry(
         "an instruction set this CPU lacks",

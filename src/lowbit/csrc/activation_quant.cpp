@@ -356,7 +356,7 @@ void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, 
     });
 }
 
-// One state at the end of a step: what delayed scaling does with the amax of the step (formats.md 4.2).
+// One state at the end of a step: what delayed scaling does with the amax of the step (kernels/activation_state.py).
 void update(const lowbit_delayed_state& state) {
     float* const history = state.history;
     const float newest = history[0];

@@ -127,7 +127,7 @@ struct Prepared {
     std::uint8_t* at = nullptr;
 };
 
-constexpr std::int64_t LAID_TOGETHER = 8;  // tokens of a task
+constexpr std::int64_t LAID_TOGETHER = 16;  // tokens of a task: their sums and scales, floats side by side, fill whole lines
 constexpr std::int64_t MOST_LAYER_COLUMNS = 1 << 15;  // of x where a layer changes it (kernels/native_layer.py)
 
 // A row of x as the product's layer wants it, perhaps in ``staged``.

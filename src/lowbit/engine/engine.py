@@ -167,7 +167,7 @@ class Engine:
         reason = ""
         if self._speculation is not None:
             reason = "drafts continue tokens that must be known"
-        elif getattr(self.model, "spans_tokens", False):
+        elif self.model.spans_tokens:
             reason = "this model's inputs share scales between tokens, those of ended sequences included"
         if reason:
             _log.info("lowbit: steps do not overlap: %s", reason)
@@ -429,8 +429,8 @@ class Engine:
             vocab_size=self.model.vocab_size,
             max_running=self.settings.max_running_requests,
             architecture=self._architecture,
-            quantization=getattr(self.model, "quantization", ""),
-            weight_bytes=getattr(self.model, "weight_bytes", 0),
+            quantization=self.model.quantization,
+            weight_bytes=self.model.weight_bytes,
             quality=None if self._quality is None else MeasuredQuality(**asdict(self._quality)),
             details=self._details,
         )
@@ -440,7 +440,7 @@ class Engine:
         return self._scheduler.tree.evict(self._pool.total)
 
     def check(self) -> list[str]:
-        """Violations of the accounting invariants (I1-I4); [] when all is right. E0712 where a rank is
+        """Violations of the accounting of pages and slots; [] when all is right. E0712 where a rank is
         gone."""
         if (ranks := getattr(self.model, "ranks", None)) is not None:
             ranks.check()
@@ -463,13 +463,13 @@ def _speculation(model: Model, settings: Settings) -> Speculation | None:
             "--speculative-algorithm: this model has recurrent layers, and a wrong draft would change their "
             "state for good; drop the option",
         )
-    if getattr(model, "spans_tokens", False):
+    if model.spans_tokens:
         raise LowbitError(
             "E0105",
             "--speculative-algorithm: this model's inputs share scales between tokens, so wrong drafts would "
             "change its answers; drop it, or use scales for each token",
         )
-    if "reference" in getattr(model, "kernels", ()):
+    if "reference" in model.kernels:
         _log.warning(
             "lowbit: speculation: some layers run on the reference kernel, whose last bits depend on how "
             "many tokens a step has: with drafts, as in a batch, a close call may go the other way"

@@ -28,14 +28,7 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    InputRule,
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    finite_scales,
-)
+from lowbit.formats import InputRule, Notes, StoredLinear, StoredModule, check_shape, finite_scales
 from lowbit.formats.dense import (
     bias_tensors,
     dense_scheme,

@@ -25,7 +25,7 @@ class PartlyDense(ABC):
     """See the module docstring, and ``CheckpointFormat`` for the methods without an underscore."""
 
     name: ClassVar[str]
-    aliases: ClassVar[tuple[str, ...]] = ()
+    aliases: tuple[str, ...] = ()  # a checkpoint may have fewer
     reference: ClassVar[str]
     unused: ClassVar[tuple[str, ...]] = ()
     sign: ClassVar[str] = ""  # the tensor that every quantized module has and no plain one
@@ -79,4 +79,8 @@ class PartlyDense(ABC):
 def refuse_stack(module: StoredModule, what: str) -> None:
     """E0218 where the module is one of a stack of experts; ``what``: the packing, as in "EXL2's packing"."""
     if module.expert is not None:
-        raise LowbitError("E0218", f"{module.name}: stacked experts in {what} are not read")
+        raise LowbitError(
+            "E0218",
+            f"{module.name}: stacked experts in {what} are not read; use a version with a module for each "
+            "expert",
+        )

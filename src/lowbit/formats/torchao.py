@@ -114,7 +114,7 @@ class Torchao:
     unused = ()
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header, self.notes = header, notes
+        self.header = header
         found = claimed_config(header)
         self.place, self.asked = found.place, _asked(found.values)
         old = next((name for name in header.tensors if ":" in name), None)

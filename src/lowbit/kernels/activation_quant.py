@@ -16,8 +16,8 @@ went wrong in one request fails that request alone.
 The torch functions here are the definition; float32 on a CPU runs in native code (``activation_native``) with
 the same bits, and a GPU has kernels of its own (``gpu.activation_quant``).
 
-Sources: formats.md 3; LLM.int8 (Dettmers et al., 2022); OCP Microscaling Formats v1.0; "FP8 Formats for
-Deep Learning" (Micikevicius et al., 2022).
+Sources: LLM.int8 (Dettmers et al., 2022); OCP Microscaling Formats v1.0; "FP8 Formats for Deep Learning"
+(Micikevicius et al., 2022).
 """
 
 from __future__ import annotations

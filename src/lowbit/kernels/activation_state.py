@@ -11,7 +11,7 @@ value / 2^margin) / amax, with amax the maximum of the history before the shift,
 that saw nothing (amax 0) keeps everything; an amax of infinity or NaN keeps the scale; a scale that would be
 infinite is the largest float. Because of it a request's numbers depend on what was served before.
 
-Sources: formats.md 4.2; "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), as in TransformerEngine.
+Source: "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), as in TransformerEngine.
 """
 
 from __future__ import annotations

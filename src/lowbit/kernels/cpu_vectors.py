@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import (
     ADDEND_NONE,
     COLUMNS,
@@ -44,18 +45,11 @@ _LARGEST_X, _LARGEST_WORD = (1 << 14) - 1, (1 << 15) - 1
 _LANES = 4  # rows 4 l + j of a tile stand at j * 4 + l
 
 
-class CpuVectors:
+class CpuVectors(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_vectors"
-    computes = "as stored"
     layout = 1
-    steady = True
-    runs = "quantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """CPUs."""
-        return device.type == "cpu"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""

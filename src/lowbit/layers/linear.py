@@ -193,12 +193,20 @@ class Embedding:
     """Token embedding and, where tied, the output head: the same packed weight read both ways.
 
     ``cut``: the rows that this rank of ``parallel`` has; each token's row comes from the one that has it.
+    ``inputs``: what is done to the head's.
     """
 
-    def __init__(self, weight: PackedWeight, parallel: Parallel = ALONE, cut: Cut | None = None) -> None:
+    def __init__(
+        self,
+        weight: PackedWeight,
+        parallel: Parallel = ALONE,
+        cut: Cut | None = None,
+        inputs: InputTransform | None = None,
+    ) -> None:
         self.weight = weight
         self.parallel = parallel
         self.cut = cut
+        self.inputs = inputs
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """int32 (tokens,) -> float32 (tokens, hidden)."""
@@ -211,4 +219,4 @@ class Embedding:
 
     def as_head(self) -> Linear:
         """The same matrix as a Linear of (vocabulary, hidden), or of the rank's rows."""
-        return Linear("lm_head", [self.weight], None)
+        return Linear("lm_head", [self.weight], None, [self.inputs])

@@ -29,9 +29,6 @@ _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 _MANY = 16  # units for each rank: one more or less is then no matter
 
-# Where rounding goes straight into logits: a third of the divergence for a prompt's one row.
-_NEXT_TO_LOGITS = ("lm_head", "model.embed_tokens")
-
 
 class Asker:
     """What loading and planning share: names, target and the parts' places."""
@@ -44,6 +41,8 @@ class Asker:
         self.device = target.device
         self.activation_dtype = target.activation_dtype
         self.cache_dtype = target.cache_dtype
+        self.tied_head = opened.config.tied_head
+        self._last_of_many = f"model.layers.{opened.config.layers - 1}." if opened.config.layers > 1 else None
         self.names = Names(opened.header, opened.family, opened.config.layers, opened.form.unused)
         self.transforms = Transforms.of(opened.header)
         self.online: Online | None = None
@@ -274,7 +273,11 @@ class Asker:
         if not self.target.int8_inputs or scheme.is_dense or scheme.activation is not None:
             return scheme
         part = place.part
-        if part.name in _NEXT_TO_LOGITS or part.router:
+        # The last layer's rounding goes straight into logits: a quarter of the embedded model's divergence.
+        last = self._last_of_many is not None and part.name.startswith(self._last_of_many)
+        if part.router or last:
+            return scheme
+        if part.name == "model.embed_tokens" and not self.tied_head:
             return scheme
         run, asked = self.as_run(scheme), replace(scheme, activation=INT8_GROUPS)
         choice = self.target.kernels.of(self.wanted_kernel(place), asked, part.shape, self.device)

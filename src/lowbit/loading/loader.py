@@ -78,7 +78,6 @@ class Loader(Asker):
         super().__init__(opened, target)
         self.data = data
         self.samples = samples
-        self.tied_head = opened.config.tied_head
         self.on_progress = on_progress
         self.done = 0
         self.kernels: set[str] = set()
@@ -107,18 +106,22 @@ class Loader(Asker):
         return Experts(name, gate_up, down, self.parallel)
 
     def embedding(self, part: Part) -> Embedding:
-        """Read and pack the embedding matrix."""
+        """Read and pack the embedding matrix; a tied head's inputs are the head's."""
         places = self.placed(part.name, [part])
         kept = self._taken_from_cache(part.name, places)
         weight = None
         if kept is None:
-            weight = self._read(places[0]).weight
-            kept = Kept([self._pack(weight, None, self.wanted_kernel(places[0]))], [None])
+            read = self._read(places[0])
+            weight = read.weight
+            transform = read.transform if _rounds_in_groups(read.transform) else None  # rows are as they are
+            kept = Kept([self._pack(weight, transform, read.wanted)], [transform])
         self._remember(part.name, kept)
-        [packed] = kept.weights
-        if self.tied_head:
-            self._note(weight, packed, None, self.wanted_kernel(places[0]))
-        return Embedding(packed, self.parallel, part.rows)
+        [packed], [transform] = kept.weights, kept.inputs
+        if not self.tied_head:
+            return Embedding(packed, self.parallel, part.rows)
+        self._note(weight, packed, transform, self.wanted_kernel(places[0]))
+        self.int8_layers += _rounds_in_groups(transform)
+        return Embedding(packed, self.parallel, part.rows, settled(packed, transform))
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """The dequantized matrix itself, or (stacked, out, in) of them."""
@@ -197,7 +200,7 @@ class Loader(Asker):
         with_state: dict[int, InputTransform] = {}
         inputs: list[InputTransform | None] = []
         for packed, transform in zip(kept.weights, kept.inputs, strict=True):
-            self.int8_layers += transform is not None and transform.scheme == INT8_GROUPS
+            self.int8_layers += _rounds_in_groups(transform)
             if transform is not None and transform.scheme is not None and transform.scheme.depends_on_batch:
                 self.spans_tokens = True
             if transform is not None and transform.scheme is not None and transform.scheme.delay is not None:
@@ -411,6 +414,11 @@ def _columns_here(cut: Cut, weight: QuantizedTensor) -> tuple[QuantizedTensor, T
     here = cut_columns(weight, cut.start, cut.stop)
     columns = torch.arange(cut.start, cut.stop) if here.column_order is None else here.column_order
     return replace(here, column_order=None, scheme=replace(here.scheme, reordered=False)), columns
+
+
+def _rounds_in_groups(transform: InputTransform | None) -> bool:
+    """Whether it is what ``--activation-quantization`` asks for."""
+    return transform is not None and transform.scheme == INT8_GROUPS
 
 
 def _fused(

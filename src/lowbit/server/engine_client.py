@@ -1,4 +1,4 @@
-"""The engine process, seen from the HTTP process: start, talk, watch, restart (promises P3, P5, P9).
+"""The engine process, seen from the HTTP process: start, talk, watch, restart.
 
     starting ──EngineReady──▶ ready ──process gone, or hung for hang_kill_seconds──▶ restarting ──▶ ready …
         │                                                        │

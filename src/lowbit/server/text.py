@@ -1,6 +1,6 @@
 """The model as the HTTP process knows it: its tokenizer, chat template and sampling defaults; no tensor.
 
-Tokenizing and templates run in worker threads under a deadline (R16): a text made to be slow costs its
+Tokenizing and templates run in worker threads under a deadline: a text made to be slow costs its
 sender a 400 and the others nothing.
 """
 
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.server.api_error import ApiError, bad_request
-from lowbit.server.protocol import WITH_MODEL_DEFAULT
+from lowbit.server.request_values import WITH_MODEL_DEFAULT
 from lowbit.settings import Settings
 from lowbit.tokenization import (
     GenerationConfig,
