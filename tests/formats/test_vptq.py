@@ -78,6 +78,8 @@ def test_a_model_answers_and_the_plan_says_what_it_costs(
     packed = native and native_library.library() is not None
     assert (down.kernel == "cpu_row_vectors") == packed and str(down.scheme).startswith("rvq")
     assert down.nbytes == (stored if packed else 2 * 32 * 64)
+    if not native:
+        assert down.computes in ("f16 copy", "bf16 copy") and ("cpu_row_vectors", "not here") in down.refusals
     logits = prompt_logits(load_model(header_of(folder), device="cpu"), [[1, 2, 3, 4, 5]])[0]
     assert logits.isfinite().all()
     if not native:

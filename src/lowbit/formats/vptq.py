@@ -30,25 +30,10 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    origin_of,
-    read_bias,
-    read_dense,
-)
-from lowbit.formats.quantization_config import claimed_config, says_method
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -92,13 +77,12 @@ class _Rule:
         )
 
 
-class Vptq:
+class Vptq(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "vptq"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "vptq"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "centroids.weight"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
@@ -112,19 +96,12 @@ class Vptq:
             self.rules |= layers
         require_tensors(header, (".centroids.weight",), self.place, self.name)
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """The quant_method of the config."""
-        return says_method(header, cls.name)
-
     def describe(self) -> str:
         """Where it says so."""
         return f"vptq in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """Vectors of rows, under a scale and an offset of columns."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         entry, rule = self._checked(module)
         fmt = number_format(rule.layout(DENSE_DTYPES[entry.dtype]).name)
         if not rule.scaled:
@@ -133,23 +110,19 @@ class Vptq:
         kind = DENSE_DTYPES[kinds.pop()] if len(kinds) == 1 else "f32"
         return Scheme(fmt, ((0, 1),), (number_format(kind),), offset=True, reordered=rule.permuted)
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Everything of the layer."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """What its sizes say there is."""
         _, rule = self._checked(module)
         names = ["centroids.weight", "indices"]
         names += ["res_centroids.weight"] * (rule.residual > 0)
         names += ["outlier_centroids.weight", "outlier_indices"] * (rule.outliers > 0)
         names += ["perm"] * rule.permuted + ["weight_scale", "weight_bias"] * rule.scaled
-        return [module.tensor(name) for name in names] + bias_tensors(self.header, module)
+        return [module.tensor(name) for name in names]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """As it is stored, an index in whole bytes."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         _, rule = self._checked(module)
-        scheme = self.scheme_of(module)
+        scheme = self._scheme(module)
         layout = scheme.weight.vectors
         assert isinstance(layout, RowVectorLayout), "its name says so"
         order = self._order(module, data) if rule.permuted else None
@@ -159,7 +132,7 @@ class Vptq:
             numbers = self._floats(module, suffix, data).to(scheme.scales[0].dtype)
             return (numbers if order is None else numbers[order]).unsqueeze(0)
 
-        weight = QuantizedTensor(
+        return QuantizedTensor(
             scheme,
             module.shape,
             self._codes(module, rule, layout, data),
@@ -169,10 +142,6 @@ class Vptq:
             origin=origin_of(self.header, module, "indices"),
             codebooks=self._codebooks(module, rule, data),
         )
-        return StoredLinear(weight, read_bias(self.header, module, data))
-
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("centroids.weight") not in self.header.tensors
 
     # ---- sizes
 
@@ -220,8 +189,7 @@ class Vptq:
 
     def _checked(self, module: StoredModule) -> tuple[TensorEntry, _Rule]:
         """The main codebook and the sizes; dtypes and shapes of all tensors checked."""
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in VPTQ's codes are not read")
+        refuse_stack(module, "VPTQ's codes")
         rule, (out, columns) = self._rule(module), module.shape
         floats, header = tuple(DENSE_DTYPES), self.header
 

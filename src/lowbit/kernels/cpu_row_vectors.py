@@ -36,6 +36,7 @@ from torch.nn.functional import pad
 
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import (
     ADDEND_NONE,
     CODES,
@@ -165,18 +166,11 @@ def _sizes(scheme: Scheme, shape: tuple[int, ...]) -> _Sizes:
     return _Sizes(_layout(scheme), shape[0], shape[1])
 
 
-class CpuRowVectors:
+class CpuRowVectors(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_row_vectors"
-    computes = "as stored"
     layout = 1
-    steady = True
-    runs = "quantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """CPUs."""
-        return device.type == "cpu"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -203,10 +197,6 @@ class CpuRowVectors:
         """Bytes of indices and outliers, and of the columns' numbers."""
         sizes = _sizes(scheme, shape)
         return sizes.blocks * sizes.block_bytes + sizes.padded * (12 if scheme.offset else 8)
-
-    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
-        """Never: the numbers have 16 bits."""
-        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Indices in tiles, codebooks and outliers as whole numbers, the columns' numbers beside them."""
@@ -314,14 +304,6 @@ class CpuRowVectors:
             origin=packed.origin,
             codebooks=table[..., : layout.length].float() * factors[1:].view(-1, 1, 1),
         )
-
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """float32 (tokens, in) -> float32 (tokens, out)."""
-        return packed_linear.linear(x, packed, out)
-
-    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """float32 (len(ids), in)."""
-        return packed_linear.rows(packed, ids)
 
 
 def _extremes(weight: QuantizedTensor, sizes: _Sizes) -> list[tuple[float, float]]:
