@@ -37,13 +37,13 @@ constexpr int PAIRS = COLUMNS / 2;
 
 // How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value
 // up in a table; planes are low bits first. ``bits7``: a code is worth table[0] + code; AVX-512 looks bytes of 128
-// values up. ``words4``: as bits4, with a table of whole numbers of 13 bits for values that bfloat16 would round
+// values up. ``row_vectors``: indices of vectors of several rows (linear_row_vectors.h). ``words4``: as bits4, with a table of whole numbers of 13 bits for values that bfloat16 would round
 // (nf4); see linear_words.h. ``grid…``: an index for 8 or 4 columns of a row; see Grid.
 enum class Codes : std::int32_t {
     bits1 = 1, bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7,
     int8 = 8, uint8 = 9, e4m3 = 10, e5m2 = 11, e4m3fnuz = 12, e5m2fnuz = 13, words4 = 14,
     bf16 = 16, f16 = 17, grid2_256 = 20, grid2_512 = 21, grid2_1024 = 22, grid1_2048 = 23, grid3_256 = 24, grid3_512 = 25,
-    f32 = 32
+    f32 = 32, row_vectors = 40
 };
 
 // Indices of vectors of codebooks: a vector is ``length`` columns of a row (8, 16 or 32), a weight the sum of what each of
@@ -62,7 +62,9 @@ constexpr Vectors vectors_of(Codes codes) {
 }
 
 // Codes whose values are 16-bit whole numbers, as is x.
-constexpr bool is_words(Codes codes) { return codes == Codes::words4 || is_vectors(codes); }
+constexpr bool is_words(Codes codes) {
+    return codes == Codes::words4 || codes == Codes::row_vectors || is_vectors(codes);
+}
 
 // Codes that meet x in float32.
 constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32; }

@@ -56,7 +56,7 @@ class CpuVectors(NativeKernel):
         if reason := packed_linear.unfit(scheme, shape, device):
             return reason
         layout = scheme.weight.vectors
-        if layout is None:
+        if not isinstance(layout, VectorLayout):
             return "weights are no vectors of codebooks"
         if layout.length not in VECTOR_LENGTHS or layout.books > MOST_BOOKS:
             return f"{layout.books} codebooks of vectors of {layout.length}"
@@ -84,7 +84,7 @@ class CpuVectors(NativeKernel):
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Indices in tiles behind each block's scales; the codebooks as whole numbers."""
         layout, codebooks = weight.scheme.weight.vectors, weight.codebooks
-        assert layout is not None and codebooks is not None, "refuses() was asked first"
+        assert isinstance(layout, VectorLayout) and codebooks is not None, "refuses() was asked first"
         words, factor = whole_numbers(codebooks)
         table = torch.zeros(_describe(weight.scheme, weight.shape).table_size // 2, dtype=torch.int16)
         table[: words.numel()] = words.flatten()
@@ -110,7 +110,7 @@ class CpuVectors(NativeKernel):
         described.factor = float(factor)
         packed = packed_linear.around(self, described, scheme, shape, buffers, origin)
         layout = scheme.weight.vectors
-        assert layout is not None, "it was not refused"
+        assert isinstance(layout, VectorLayout), "it was not refused"
         if layout.bits not in (8, 16):
             most = int(layout.indices(_codes(packed)).max())
             if most >= 1 << layout.bits:
@@ -124,7 +124,7 @@ class CpuVectors(NativeKernel):
         """The weight again, with the codebooks that are multiplied."""
         assert isinstance(packed, NativeWeight), "packed by this kernel"
         layout = packed.scheme.weight.vectors
-        assert layout is not None, "it was packed"
+        assert isinstance(layout, VectorLayout), "it was packed"
         size = layout.books * (layout.length << layout.bits)
         words = packed.buffers["table"][:size].view(layout.books, -1, layout.length)
         return QuantizedTensor(
@@ -171,7 +171,7 @@ def whole_numbers(codebooks: Tensor) -> tuple[Tensor, float]:
 def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     """The native description, columns padded to whole tiles."""
     layout = scheme.weight.vectors
-    assert layout is not None, "refuses() was asked first"
+    assert isinstance(layout, VectorLayout), "refuses() was asked first"
     padded = -(-shape[1] // COLUMNS) * COLUMNS
     codes, kind = packed_linear.vector_codes(layout), _SCALE_KINDS[scheme.scales[0].name]
     return Description(None, None, shape[0], padded, codes, padded, kind, ADDEND_NONE, INPUT_BFLOAT, 1.0)
@@ -198,7 +198,7 @@ def _tiles(codes: Tensor, scale: Tensor, layout: VectorLayout) -> Tensor:
 def _codes(packed: NativeWeight) -> Tensor:
     """uint8 (rows, bytes): the inverse of ``_tiles``."""
     described, layout = packed.description, packed.scheme.weight.vectors
-    assert layout is not None, "it was packed"
+    assert isinstance(layout, VectorLayout), "it was packed"
     blocks, tiles = -(-described.rows // ROWS), described.columns // COLUMNS
     data = packed.buffers["data"].view(blocks, -1)[:, described.scale_size :]
     shape = (

@@ -22,8 +22,8 @@ from lowbit.loading.online import Decision, Online, facts_of, role_of
 from lowbit.loading.opened import Opened, Target
 from lowbit.numerics.cutting import column_unit, row_unit
 from lowbit.numerics.int8_inputs import INT8_GROUPS
-from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.number_formats import RowVectorLayout, VectorLayout, number_format
+from lowbit.numerics.scheme import Scheme
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -114,9 +114,12 @@ class Asker:
     def scheme_at(self, place: Placed) -> Scheme:
         """The scheme a module will have, with what is done to its input."""
         decision = self.decide(place)
-        return self.with_inputs(
-            place, self.form.scheme_of(place.module) if decision is None else decision.scheme
-        )
+        return self.with_inputs(place, self.stored_scheme(place) if decision is None else decision.scheme)
+
+    def stored_scheme(self, place: Placed) -> Scheme:
+        """What a module's reader gives; vectors of several rows are decoded before ranks cut them."""
+        scheme = self.form.scheme_of(place.module)
+        return self.as_run(scheme) if self.parallel.size > 1 and scheme.weight.is_tall else scheme
 
     def _cut(self, places: list[Placed], parts: list[Part]) -> list[Placed]:
         """What is here of the parts."""
@@ -188,7 +191,7 @@ class Asker:
 
     def _stays_in_order(self, place: Placed) -> bool:
         """Heads in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
-        return place.groups > 0 and not self.form.scheme_of(place.module).rows_move
+        return place.groups > 0 and not self.stored_scheme(place).rows_move
 
     def placed_stack(self, part: Part, stacked: int) -> list[Placed]:
         """The one module, or each of those stacked under one name."""
@@ -277,19 +280,24 @@ class Asker:
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's.
 
-        Codebooks for which there is no kernel here are decoded when they are loaded, to their scales' type.
+        Codebooks for which there is no kernel here are decoded when they are loaded, to their scales' type or
+        that of their numbers.
         """
         scheme = scheme.weight_alone
-        if scheme.weight.vectors is not None and not self._runs_vectors(scheme):
-            scheme = dense(scheme.scales[0].name)
+        vectors = scheme.weight.vectors
+        if vectors is not None and not self._runs_vectors(scheme, vectors):
+            scheme = scheme.decoded
         if not scheme.is_dense or self.target.dense_dtype is None:
             return scheme
         return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))
 
-    def _runs_vectors(self, scheme: Scheme) -> bool:
-        vectors = scheme.weight.vectors
-        assert vectors is not None, "asked before"
-        return choose(scheme, (16, 32 * vectors.length), self.device).kernel.name != "reference"
+    def _runs_vectors(self, scheme: Scheme, vectors: VectorLayout | RowVectorLayout) -> bool:
+        columns = 32 * vectors.length
+        if isinstance(vectors, RowVectorLayout):
+            if self.parallel.size > 1:  # heads and columns of a rank may end inside them
+                return False
+            columns = vectors.columns or columns
+        return choose(scheme, (16, columns), self.device).kernel.name != "reference"
 
 
 def _runs(part: Part, first: int = 0) -> tuple[tuple[int, Cut], ...]:

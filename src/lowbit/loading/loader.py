@@ -42,7 +42,6 @@ from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
 
 _log = logging.getLogger("lowbit")
-_DECODED_AT_ONCE = 1 << 22  # weights
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
 
@@ -148,7 +147,9 @@ class Loader(Asker):
     def row_norms(self, part: Part) -> Tensor:
         """Of the matrix as stored, some rows at a time."""
         [place] = self.names.place(part.name, [part])
-        weight, step = self.form.read(place.module, self.data).weight, 4096
+        weight = self.form.read(place.module, self.data).weight
+        height = max(weight.scheme.heights)
+        step = -(-4096 // height) * height
         starts = range(0, part.shape[0], step)
         slices = (weight.rows(at, min(at + step, part.shape[0])).dequantize() for at in starts)
         return torch.cat([rows.norm(dim=1) for rows in slices]).to(self.device)
@@ -311,6 +312,8 @@ class Loader(Asker):
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
+        if self.parallel.size > 1 and weight.scheme.weight.is_tall:
+            weight = self._cast(weight)
         if stored.output is not None and row_order(place, self.header) is not None:
             raise LowbitError(
                 "E0218",
@@ -367,7 +370,7 @@ class Loader(Asker):
         if scheme is weight.scheme:
             return weight
         if scheme.is_dense and not weight.scheme.is_dense:
-            return _decoded(weight, scheme)
+            return weight.decoded(scheme)
         if scheme.is_dense:
             return replace(weight, scheme=scheme, codes=weight.codes.to(scheme.weight.dtype))
         return replace(weight, scheme=scheme)
@@ -408,17 +411,6 @@ def _rows_here(
         return cut_rows(weight, runs), bias
     picked = place.wanted_rows if order is None else order[place.wanted_rows]
     return pick_rows(weight, picked), None if bias is None else bias[picked]
-
-
-def _decoded(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
-    """The matrix of floats, some rows at a time."""
-    rows, columns = weight.shape
-    matrix = torch.empty(rows, columns, dtype=scheme.weight.dtype)
-    step = max(1, _DECODED_AT_ONCE // columns)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        matrix[start:stop] = weight.rows(start, stop).dequantize()
-    return QuantizedTensor(scheme, weight.shape, matrix, origin=weight.origin)
 
 
 def _columns_here(cut: Cut, weight: QuantizedTensor) -> tuple[QuantizedTensor, Tensor]:
