@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from linear_formats import Sample, codebook_weight, matrix
+from linear_formats import Sample, codebook_weight, matrix, trellis_weight
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -162,6 +162,11 @@ def vectors(books: int, bits: int, length: int) -> Callable[[tuple[int, int]], S
     return lambda shape: Sample(codebook_weight(shape, books, bits, length), None)
 
 
+def trellis(bits: int, book: str) -> Callable[[tuple[int, int]], Sample]:
+    """Random bits of a trellis."""
+    return lambda shape: Sample(trellis_weight(shape, bits, book), None)
+
+
 def _inputs(name: str, columns: int, scale: str = "f32") -> ActivationScheme:
     return ActivationScheme(number_format(name), (1, columns), scale=number_format(scale))
 
@@ -210,6 +215,9 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     "aqlm 1x16 g16": vectors(1, 16, 16),
     "aqlm 2x8 g8": vectors(2, 8, 8),
     "aqlm 1x8 g8": vectors(1, 8, 8),
+    **{f"exl3 {bits} bits": trellis(bits, "mcg") for bits in range(1, 9)},
+    "exl3 4 bits 3inst": trellis(4, "3inst"),
+    "exl3 4 bits mul1": trellis(4, "mul1"),
     "w8a8": coded("int8", 0, "f32", inputs=_inputs("int8", 0)),
     **{f"gguf {name}": blocks(name) for name in _GGUF},
 }

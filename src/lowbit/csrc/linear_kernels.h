@@ -84,6 +84,9 @@ BlockFunction word_function(const Layout& layout, const WordCodes& codes);
 // The same of codebooks' vectors. linear_vectors.cpp
 BlockFunction vector_function(const Layout& layout);
 
+// The same of trellises. linear_trellis.cpp
+BlockFunction trellis_function(const Layout& layout);
+
 // The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,
                                 float (*totals)[TOKEN_TILE][ROWS]);

@@ -175,12 +175,13 @@ BlockFunction wide_function(const Layout& layout) {
 }  // namespace
 
 BlockFunction word_function(const Layout& layout, const WordCodes& codes) {
-    if (layout.scales == Scales::none) return nullptr;
+    if (layout.scales == Scales::none && codes.kind != WordKind::trellis) return nullptr;
     switch (codes.kind) {
         case WordKind::none: return nullptr;
         case WordKind::line: return line_function(layout);
         case WordKind::bytes: return byte_table_function(layout);
         case WordKind::wide: return wide_function(layout);
+        case WordKind::trellis: return trellis_function(layout);
     }
     return nullptr;
 }

@@ -33,12 +33,14 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     from lowbit.kernels.cpu_columns import CpuColumns
     from lowbit.kernels.cpu_dense import CpuDense
     from lowbit.kernels.cpu_dequantized import CpuDequantized, CpuExpanded
+    from lowbit.kernels.cpu_trellis import CpuTrellis
     from lowbit.kernels.cpu_vectors import CpuVectors
     from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
     from lowbit.kernels.reference import Reference
 
-    cpu = CpuBlocks(), CpuColumns(), CpuVectors(), CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
+    coded = CpuBlocks(), CpuColumns(), CpuVectors(), CpuTrellis()
+    cpu = *coded, CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
     return (GpuBlocks(), GpuDense(), *cpu, GpuHumming())
 
 

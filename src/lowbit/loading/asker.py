@@ -24,6 +24,7 @@ from lowbit.numerics.cutting import column_unit, row_unit
 from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.trellis import BLOCK
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -280,16 +281,20 @@ class Asker:
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's.
 
-        Codebooks for which there is no kernel here are decoded when they are loaded, to their scales' type.
+        Codebooks and trellises for which there is no kernel here are decoded when they are loaded, to their
+        scales' type.
         """
         scheme = scheme.weight_alone
-        if scheme.weight.vectors is not None and not self._runs_vectors(scheme):
+        if not self._runs_coded(scheme):
             scheme = dense(scheme.scales[0].name)
         if not scheme.is_dense or self.target.dense_dtype is None:
             return scheme
         return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))
 
-    def _runs_vectors(self, scheme: Scheme) -> bool:
-        vectors = scheme.weight.vectors
-        assert vectors is not None, "asked before"
-        return choose(scheme, (16, 32 * vectors.length), self.device).kernel.name != "reference"
+    def _runs_coded(self, scheme: Scheme) -> bool:
+        """Whether codebooks or a trellis, if that is what it has, can stay."""
+        vectors, trellis = scheme.weight.vectors, scheme.weight.trellis
+        if vectors is None and trellis is None:
+            return True
+        shape = (scheme.rows_together, BLOCK) if vectors is None else (16, 32 * vectors.length)
+        return choose(scheme, shape, self.device).kernel.name != "reference"

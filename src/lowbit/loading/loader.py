@@ -406,7 +406,8 @@ def _decoded(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
     """The matrix of floats, some rows at a time."""
     rows, columns = weight.shape
     matrix = torch.empty(rows, columns, dtype=scheme.weight.dtype)
-    step = max(1, _DECODED_AT_ONCE // columns)
+    together = weight.scheme.rows_together
+    step = max(1, _DECODED_AT_ONCE // columns // together) * together
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         matrix[start:stop] = weight.rows(start, stop).dequantize()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lowbit.numerics.number_formats import NumberFormat, number_format
+from lowbit.numerics.trellis import BLOCK
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,14 @@ class Scheme:
     @property
     def rows_move(self) -> bool:
         """Whether rows can change places: no two share a scale by where they lie that not all share."""
-        return not self.flattened and (self.scattered or all(rows <= 1 for rows, _ in self.blocks))
+        if self.flattened or self.rows_together > 1:
+            return False
+        return self.scattered or all(rows <= 1 for rows, _ in self.blocks)
+
+    @property
+    def rows_together(self) -> int:
+        """So many neighbouring rows mean something together only, beside what shares a scale."""
+        return 1 if self.weight.trellis is None else BLOCK
 
     @property
     def whole_columns(self) -> bool:
