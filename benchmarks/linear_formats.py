@@ -123,7 +123,7 @@ def codebook_weight(shape: tuple[int, int], books: int, bits: int, length: int) 
 
 
 def trellis(bits: int, book: str) -> Callable[[Tensor], Sample]:
-    """Random bits of a trellis (EXL3), whatever the matrix."""
+    """Random bits of a trellis (EXL3), whatever the matrix; all bits are valid."""
 
     def made(values: Tensor) -> Sample:
         rows, columns = values.shape
@@ -133,7 +133,7 @@ def trellis(bits: int, book: str) -> Callable[[Tensor], Sample]:
 
 
 def trellis_weight(shape: tuple[int, int], bits: int, book: str) -> QuantizedTensor:
-    """Random bits, all of which are valid, and scales of powers of two; LowbitError where 128 does not divide."""
+    """Random bits and scales of powers of two; LowbitError where 128 does not divide the shape."""
     generator = torch.Generator().manual_seed(1)
     fmt, half, (rows, columns) = trellis_format(bits, book), number_format("f16"), shape
     assert fmt.trellis is not None

@@ -5,12 +5,12 @@ With T the numbers of the trellis, H blocks of Hadamard's matrix of 128 over the
     y = outputs * (H (T^T (H (inputs * x))))
 
 Both transforms are float32 (``rotation``); between them is a product with T (csrc/linear_trellis.h). There
-the transformed x becomes whole numbers of 14 bits with a scale for each 32 columns, and T's numbers are whole,
-of 14 bits, too: of "3inst" and "mcg" the sum of two halves in units of 2^-11, which float16 would round as
-well, of "mul1" 15 times a sum of bytes, less 7654. Products and their sums over 32 columns are exact in 32 bits,
-what follows is float32. A product is off by 2^-12 of its size, a fifth of what bfloat16 costs the inputs of other
-formats; the larger part is that float16 would have rounded T's numbers and the definition rounds a weight
-once more. Rows that are looked up are the definition's.
+the transformed x becomes whole numbers of 14 bits with a scale for each 32 columns, and T's numbers are
+whole, of 14 bits, too: of "3inst" and "mcg" the sum of two halves in units of 2^-11, which float16 would
+round as well, of "mul1" 15 times a sum of bytes, less 7654. Products and their sums over 32 columns are exact
+in 32 bits, what follows is float32. Beside the definition a product is off by about 2^-11.5 of its size, a
+fifth of what bfloat16 costs the inputs of other formats; most of it is that float16 would have rounded T's
+numbers and that the definition rounds weights once more. Rows that are looked up are the definition's.
 
     buffers   data           tiles, in csrc/linear_trellis.h's order
               table          nothing; every weight has one
@@ -120,8 +120,16 @@ class CpuTrellis:
         divisor = Rotation.hadamard(BLOCK).divisor
         before = Rotation(BLOCK, before=buffers["inputs"].float().flatten(), divisor=divisor)
         after = Rotation(BLOCK, after=buffers["outputs"].float().flatten(), divisor=divisor)
-        turned = {"before": Rotator(before), "after": Rotator(after)}
-        return TrellisWeight(self, scheme, shape, buffers, origin, tiles=tiles, **turned)
+        return TrellisWeight(
+            self,
+            scheme,
+            shape,
+            buffers,
+            origin,
+            tiles=tiles,
+            before=Rotator(before),
+            after=Rotator(after),
+        )
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The weight again."""
