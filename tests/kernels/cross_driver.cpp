@@ -189,7 +189,8 @@ void multiply(lowbit_weight& weight, std::int64_t columns, const char* name) {
             }
             put(result + " size", out);
         }
-        if (kind == 0 && !is_vectors(static_cast<Codes>(weight.codes))) by_columns(weight, rows, x, columns, name);
+        const auto codes = static_cast<Codes>(weight.codes);
+        if (kind == 0 && !is_vectors(codes) && !is_trellis(codes)) by_columns(weight, rows, x, columns, name);
     }
     seed = before;
 }
@@ -298,6 +299,29 @@ void vectors(int books, int bits, int length, Scales scales) {
     multiply(weight, COLUMNS_IN, name);
 }
 
+// Trellises: any bits.
+void trellises(TrellisBook book, int bits) {
+    constexpr std::int64_t COLUMNS_IN = 160;
+    const std::vector<std::uint16_t> table(64);
+    lowbit_weight weight{};
+    weight.factor = 0x1p-11f;
+    weight.table = table.data();
+    weight.rows = ROWS_OUT;
+    weight.columns = COLUMNS_IN;
+    weight.codes = TRELLISES + 16 * static_cast<std::int32_t>(book) + bits;
+    weight.group = COLUMNS_IN;
+    const Layout layout(weight);
+    const Octets data = octets(layout.blocks * layout.block_bytes, 256);
+    weight.data = data.data();
+    char name[96];
+    std::snprintf(name, sizeof name, "linear trellis book %d of %d bits", static_cast<int>(book), bits);
+    if (find(static_cast<LinearBytes*>(nullptr), "lowbit_linear_bytes")(&weight) != static_cast<std::int64_t>(data.size())) {
+        std::fprintf(stderr, "%s: no kernel\n", name);
+        std::exit(1);
+    }
+    multiply(weight, COLUMNS_IN, name);
+}
+
 void all_linear() {
     for (const Codes codes : {Codes::bits1, Codes::bits2, Codes::bits3, Codes::bits4, Codes::bits5, Codes::bits6, Codes::bits7,
                               Codes::int8, Codes::uint8}) {
@@ -331,6 +355,7 @@ void all_linear() {
     vectors(2, 8, 8, Scales::bf16);
     vectors(3, 12, 16, Scales::f32);
     vectors(4, 8, 32, Scales::f16);
+    for (int bits = 1; bits <= 8; ++bits) trellises(static_cast<TrellisBook>(bits % 3), bits);
 }
 
 // Two sequences, of 300 and 5 keys, of which the last 3 and 2 ask.
