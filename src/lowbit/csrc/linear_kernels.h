@@ -87,6 +87,9 @@ BlockFunction vector_function(const Layout& layout);
 // The same of vectors of rows. linear_row_vectors.cpp
 BlockFunction row_vector_function(const Layout& layout);
 
+// The same of trellises. linear_trellis.cpp
+BlockFunction trellis_function(const Layout& layout);
+
 // The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,
                                 float (*totals)[TOKEN_TILE][ROWS]);

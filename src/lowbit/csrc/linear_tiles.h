@@ -61,9 +61,25 @@ constexpr Vectors vectors_of(Codes codes) {
     return {number >> 8 & 255, number >> 3 & 31, 8 << (number & 7)};
 }
 
+// Trellises of 1 to 8 bits a weight, whose numbers a code book makes of 16 bits of a stream; linear_trellis.h.
+constexpr std::int32_t TRELLISES = 64;
+enum class TrellisBook : std::int32_t { first = 0, mcg = 1, mul1 = 2 };
+struct Trellis {
+    TrellisBook book;
+    int bits;
+};
+constexpr bool is_trellis(Codes codes) {
+    const std::int32_t number = static_cast<std::int32_t>(codes) - TRELLISES;
+    return number >= 0 && number < 48 && number % 16 >= 1 && number % 16 <= 8;
+}
+constexpr Trellis trellis_of(Codes codes) {
+    const std::int32_t number = static_cast<std::int32_t>(codes) - TRELLISES;
+    return {static_cast<TrellisBook>(number / 16), number % 16};
+}
+
 // Codes whose values are 16-bit whole numbers, as is x.
 constexpr bool is_words(Codes codes) {
-    return codes == Codes::words4 || codes == Codes::row_vectors || is_vectors(codes);
+    return codes == Codes::words4 || codes == Codes::row_vectors || is_vectors(codes) || is_trellis(codes);
 }
 
 // Codes that meet x in float32.
@@ -116,6 +132,7 @@ constexpr std::int64_t tile_bytes(Codes codes) {
         case Codes::f32: return ROWS * COLUMNS * 4;
         default:
             if (is_vectors(codes)) return vectors_of(codes).bytes();
+            if (is_trellis(codes)) return ROWS * COLUMNS / 8 * trellis_of(codes).bits;
             return ROWS * COLUMNS / 8 * static_cast<std::int64_t>(codes);
     }
 }
