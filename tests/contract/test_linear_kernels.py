@@ -530,9 +530,13 @@ def test_sums_of_the_largest_codebooks_stay_whole(rows: int) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize(("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)])
-def test_products_of_codebooks_made_first_have_the_same_bits(books: int, bits: int, length: int, rows: int) -> None:
-    """Few tokens beside many rows may meet the codebooks before the indices do; so may a gate and its partner."""
+@pytest.mark.parametrize(
+    ("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)]
+)
+def test_products_of_codebooks_made_first_have_the_same_bits(
+    books: int, bits: int, length: int, rows: int
+) -> None:
+    """Few tokens beside many rows may meet codebooks before indices do; so may a gate and its partner."""
     packed = CpuVectors().pack(vectors(books, bits, length, shape=(rows, 544)), CPU)
     x = torch.randn(9, 544, generator=torch.Generator().manual_seed(2))
     whole, layer = packed.kernel.linear(x, packed), Linear("gate_up", [packed], None)

@@ -522,7 +522,7 @@ using FloatTile = __m512[16];
 
 // Whether one token's tiles are multiplied two at a time. A product waits some six cycles for the one before it, and a
 // tile's sixteen take longer than decoding it; two tiles' in turns fill the wait. Not where parts of a tile are sums of
-// their own, nor where lines of two tiles do not all find a register.
+// their own, but of grids, whose tables are read once for both; nor where lines of two tiles do not all find a register.
 constexpr bool tiles_in_turns(Codes codes, int sub) {
     return (sub == COLUMNS && tile_bytes(codes) <= 6 * ROWS * COLUMNS / 8) || (is_grid(codes) && sub >= COLUMNS / 2);
 }

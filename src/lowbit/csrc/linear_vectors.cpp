@@ -1,7 +1,8 @@
 // Products with the vectors of codebooks, x as InputKind::words; see linear_vectors.h.
 //
-// A tile's operands are put together once and multiplied with every token. One token multiplies the vectors where they
-// lie in the table: a register for each row, whose four sums are added up when the tile is through. Tried and slower on
+// A tile's operands are put together once and multiplied with every token. Few tokens beside many rows look products up
+// that were made first, where codebooks are small (product_bytes). One token multiplies the vectors where they lie in the
+// table otherwise: a register for each row, whose four sums are added up when the tile is through. Tried and slower on
 // Zen 4: all offsets of 16 rows by vector instructions, through memory (1.8 times the time, with stores of 64 bytes and of
 // 32); products with the vector as memory operand (1.1); fetching the next tile's vectors (1.2).
 
@@ -309,7 +310,7 @@ std::vector<std::int32_t> pairs_of(const Vectors& vectors, const Codebooks& from
 
 // The products of one book's vectors with some columns.
 INLINE void multiply_book(const std::int32_t* pairs, int count, const std::int16_t* x, std::uint8_t* to) {
-    const __m512i evens = _mm512_load_si512(PLANES_OF_PRODUCTS.data()), odds = _mm512_add_epi8(evens, _mm512_set1_epi8(2));
+    const __m512i low = _mm512_load_si512(PLANES_OF_PRODUCTS.data()), high = _mm512_add_epi8(low, _mm512_set1_epi8(2));
     for (int quarter = 0; quarter < 4; ++quarter) {
         __m512i sums[4];
         UNROLL
@@ -322,8 +323,10 @@ INLINE void multiply_book(const std::int32_t* pairs, int count, const std::int16
             UNROLL
             for (int i = 0; i < 4; ++i) sums[i] = _mm512_dpwssd_epi32(sums[i], _mm512_loadu_si512(from + i * 16), both);
         }
-        const __m512i a = _mm512_permutex2var_epi8(sums[0], evens, sums[1]), b = _mm512_permutex2var_epi8(sums[2], evens, sums[3]);
-        const __m512i c = _mm512_permutex2var_epi8(sums[0], odds, sums[1]), d = _mm512_permutex2var_epi8(sums[2], odds, sums[3]);
+        const __m512i a = _mm512_permutex2var_epi8(sums[0], low, sums[1]);
+        const __m512i b = _mm512_permutex2var_epi8(sums[2], low, sums[3]);
+        const __m512i c = _mm512_permutex2var_epi8(sums[0], high, sums[1]);
+        const __m512i d = _mm512_permutex2var_epi8(sums[2], high, sums[3]);
         std::uint8_t* const at = to + quarter * 64;
         _mm512_store_si512(at, _mm512_shuffle_i64x2(a, b, 0x44));
         _mm512_store_si512(at + 256, _mm512_shuffle_i64x2(a, b, 0xEE));
