@@ -34,7 +34,9 @@ from lowbit.kernels.cpu_dense import CpuDense
 from lowbit.kernels.cpu_row_vectors import CpuRowVectors, RowVectorsWeight
 from lowbit.kernels.cpu_trellis import CpuTrellis, TrellisWeight
 from lowbit.kernels.cpu_vectors import CpuVectors
+from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
+from lowbit.layers.linear import Linear
 from lowbit.numerics.number_formats import (
     NumberFormat,
     RowVectorLayout,
@@ -405,6 +407,7 @@ WEIGHTS = {
     "codebooks 1x1 of 8 act-order": lambda: vectors(1, 1, 8, order=True),
     "codebooks 1x12 of 32, many blocks": lambda: vectors(1, 12, 32, shape=(700, 288)),
     "codebooks 2x8 of 16, many blocks": lambda: vectors(2, 8, 16, shape=(700, 288)),
+    "codebooks 2x8 of 8 f32, many blocks": lambda: vectors(2, 8, 8, "f32", (410, 264)),
     "codebooks of 8 rows (VPTQ)": lambda: row_vectors(8, 65536, 256, "bf16", scale="bf16", order=True),
     "codebooks of 8 rows, 83 columns": lambda: row_vectors(8, 256, shape=(37, 83), scale="f16"),
     "codebooks of 8 rows, both of two bytes": lambda: row_vectors(8, 4096, 257),
@@ -671,9 +674,10 @@ def test_codebooks_of_any_numbers_lose_less_than_bfloat_inputs(books: int, bits:
 
 
 @needs_native
-def test_sums_of_the_largest_codebooks_stay_whole() -> None:
+@pytest.mark.parametrize("rows", [37, 400])
+def test_sums_of_the_largest_codebooks_stay_whole(rows: int) -> None:
     """Every number of every codebook at its largest, and x too: no sum wraps around."""
-    weight = vectors(3, 8, 8)
+    weight = vectors(3, 8, 8, shape=(rows, 256))
     assert weight.codebooks is not None
     for sign in (1.0, -1.0):
         extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
@@ -682,6 +686,23 @@ def test_sums_of_the_largest_codebooks_stay_whole() -> None:
             x = torch.full((tokens, 256), 3.3)
             wanted = x @ extreme.dequantize().T
             assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)]
+)
+def test_products_of_codebooks_made_first_have_the_same_bits(
+    books: int, bits: int, length: int, rows: int
+) -> None:
+    """Few tokens beside many rows may meet codebooks before indices do; so may a gate and its partner."""
+    packed = CpuVectors().pack(vectors(books, bits, length, shape=(rows, 544)), CPU)
+    x = torch.randn(9, 544, generator=torch.Generator().manual_seed(2))
+    whole, layer = packed.kernel.linear(x, packed), Linear("gate_up", [packed], None)
+    for tokens in (1, 2, 3, 4):
+        assert torch.equal(packed.kernel.linear(x[:tokens], packed), whole[:tokens])
+        if rows % 32 == 0:
+            assert torch.equal(layer.gated(x[:tokens], "silu"), gated_activation(whole[:tokens], "silu"))
 
 
 @needs_native

@@ -179,8 +179,7 @@ class Scheme:
 
     @property
     def decoded(self) -> Scheme:
-        """Codebooks and trellises as a matrix, of the type of their numbers or of the scales; anything else as
-        it is."""
+        """Codebooks and trellises as a matrix of their numbers' or scales' type; anything else as it is."""
         vectors = self.weight.vectors
         if vectors is None and self.weight.trellis is None:
             return self
