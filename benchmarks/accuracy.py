@@ -197,8 +197,8 @@ def markdown(rows: list[Row], notes: list[str], command: str, machine: str) -> s
     about = (
         f"`{command}` at {commit()}, {machine}, {rows[0].found.positions:,} positions: KL(transformers "
         "float32 ‖ engine) in nats. The reference has the weights of the embedded file, Q4_1; rows of others "
-        "include what making that file cost, and so does gguf-q4_1, whose reader makes a whole 4-bit zero point "
-        "of each block's minimum."
+        "include what making that file cost, and so does gguf-q4_1, whose reader makes a whole 4-bit zero "
+        "point of each block's minimum."
     )
     lines = [
         BEGIN,
