@@ -185,7 +185,10 @@ def run(shape: Shape, repeats: int, cache_types: list[str], device: torch.device
             kernel.write(cache, k, v, filling)
             results.append(kernel.attend(q, cache, batch, parameters).float())
         error = ((results[1] - results[0]).norm() / results[0].norm()).item()
-        assert error < 5e-3, f"{shape.name}, {cache_type}: differs from the reference by {error:.2e}"
+        # Random values average out; what bfloat16 rounds of x beside 4-bit codes then weighs more.
+        assert error < (1e-2 if cache_type == "int4" else 5e-3), (
+            f"{shape.name}, {cache_type}: differs from the reference by {error:.2e}"
+        )
 
         def call() -> None:
             kernel.write(cache, new_k, new_v, batch)

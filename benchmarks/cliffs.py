@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from linear_formats import Sample, codebook_weight, matrix, trellis_weight
+from linear_formats import Sample, codebook_weight, matrix, row_codebook_weight, trellis_weight
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -162,6 +162,11 @@ def vectors(books: int, bits: int, length: int) -> Callable[[tuple[int, int]], S
     return lambda shape: Sample(codebook_weight(shape, books, bits, length), None)
 
 
+def row_vectors(length: int, centroids: int, residual: int = 0) -> Callable[[tuple[int, int]], Sample]:
+    """Random indices of codebooks' vectors of rows."""
+    return lambda shape: Sample(row_codebook_weight(shape, length, centroids, residual), None)
+
+
 def trellis(bits: int, book: str) -> Callable[[tuple[int, int]], Sample]:
     """Random bits of a trellis."""
     return lambda shape: Sample(trellis_weight(shape, bits, book), None)
@@ -215,6 +220,11 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     "aqlm 1x16 g16": vectors(1, 16, 16),
     "aqlm 2x8 g8": vectors(2, 8, 8),
     "aqlm 1x8 g8": vectors(1, 8, 8),
+    "vptq v8 k65536": row_vectors(8, 65536),
+    "vptq v8 k65536+256": row_vectors(8, 65536, 256),
+    "vptq v8 k256": row_vectors(8, 256),
+    "vptq v16 k65536+65536": row_vectors(16, 65536, 65536),
+    "vptq v12 k65536": row_vectors(12, 65536),
     **{f"exl3 {bits} bits": trellis(bits, "mcg") for bits in range(1, 9)},
     "exl3 4 bits 3inst": trellis(4, "3inst"),
     "exl3 4 bits mul1": trellis(4, "mul1"),

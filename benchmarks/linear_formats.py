@@ -10,7 +10,13 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.numerics.number_formats import number_format, trellis_format, vector_format
+from lowbit.numerics.number_formats import (
+    RowVectorLayout,
+    VectorLayout,
+    number_format,
+    trellis_format,
+    vector_format,
+)
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 from lowbit.numerics.trellis import BLOCK
@@ -107,7 +113,7 @@ def codebook_weight(shape: tuple[int, int], books: int, bits: int, length: int) 
     """Random indices, codebooks of normal numbers and a scale of a power of two for each row."""
     generator = torch.Generator().manual_seed(1)
     fmt, (rows, columns) = vector_format(books, bits, length), shape
-    assert fmt.vectors is not None
+    assert isinstance(fmt.vectors, VectorLayout)
     top = 256 if bits in (8, 16) else 1 << bits % 8  # of an index's last byte
     codes = torch.randint(256, (rows, fmt.vectors.row_bytes(columns)), generator=generator)
     last = fmt.vectors.index_bytes
@@ -122,6 +128,16 @@ def codebook_weight(shape: tuple[int, int], books: int, bits: int, length: int) 
     )
 
 
+def row_vectors(length: int, centroids: int, residual: int = 0) -> Callable[[Tensor], Sample]:
+    """Random indices of codebooks of vectors of rows (VPTQ), whatever the matrix."""
+
+    def made(values: Tensor) -> Sample:
+        rows, columns = values.shape
+        return Sample(row_codebook_weight((rows, columns), length, centroids, residual), None)
+
+    return made
+
+
 def trellis(bits: int, book: str) -> Callable[[Tensor], Sample]:
     """Random bits of a trellis (EXL3), whatever the matrix; all bits are valid."""
 
@@ -130,6 +146,31 @@ def trellis(bits: int, book: str) -> Callable[[Tensor], Sample]:
         return Sample(trellis_weight((rows, columns), bits, book), None)
 
     return made
+
+
+def row_codebook_weight(
+    shape: tuple[int, int], length: int, centroids: int, residual: int = 0
+) -> QuantizedTensor:
+    """Random indices, codebooks of normal numbers, an order, a scale and an offset for each column.
+
+    ``centroids`` and ``residual`` are 256 or 65,536, or no residual 0.
+    """
+    generator = torch.Generator().manual_seed(1)
+    layout, (rows, columns) = RowVectorLayout(length, centroids, residual), shape
+    vectors = (-(-rows // length), layout.row_bytes(columns))
+    scales, offsets = torch.rand(2, 1, columns, generator=generator).mul(0.01).add(0.005).half().unbind()
+    books = torch.randn(1, centroids + residual, length, generator=generator)
+    books[:, centroids:] /= 4
+    return QuantizedTensor(
+        Scheme(number_format(layout.name), ((0, 1),), (number_format("f16"),), offset=True, reordered=True),
+        shape,
+        torch.randint(256, vectors, dtype=torch.uint8, generator=generator),
+        (scales,),
+        offsets=(offsets,),
+        column_order=torch.randperm(columns, generator=generator),
+        origin="benchmark",
+        codebooks=books.half(),
+    )
 
 
 def trellis_weight(shape: tuple[int, int], bits: int, book: str) -> QuantizedTensor:
@@ -171,6 +212,10 @@ FORMATS: dict[str, Callable[[Tensor], Sample]] = {
     "mxfp4": _method("mxfp4"),
     "aqlm 1x16 g8": vectors(1, 16, 8),
     "aqlm 2x8 g8": vectors(2, 8, 8),
+    "vptq v8 k65536": row_vectors(8, 65536),
+    "vptq v8 k65536+256": row_vectors(8, 65536, 256),
+    "vptq v16 k65536+65536": row_vectors(16, 65536, 65536),
+    "vptq v12 k65536": row_vectors(12, 65536),
     "exl3 4 bits": trellis(4, "mcg"),
     "exl3 3 bits": trellis(3, "mcg"),
     "exl3 4 bits mul1": trellis(4, "mul1"),

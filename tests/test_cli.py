@@ -327,6 +327,26 @@ def test_explain(spelled: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "What to do:" in text and "status 3" in text
 
 
+def test_explain_of_no_code_names_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "E9999"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "lowbit: error[E0108]: no error has the code 'E9999'; all: lowbit explain\n"
+    )
+
+
+def test_two_models_are_one_too_many(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "one", "--model-path", "another"]) == 2
+    said = "lowbit: error[E0107]: two models: 'one' and --model-path 'another'; name one\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["inspect", "smollm2", "--device", "cuda"]) == 4
+    assert "error[E0412]: --device cuda: torch sees no CUDA device here" in capsys.readouterr().err
+
+
 def test_explain_lists_every_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]

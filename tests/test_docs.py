@@ -83,7 +83,8 @@ def test_readme_names_only_what_exists() -> None:
     flags = {flag_of(name) for name in Settings.options()}
     flags |= {alias for rule in Settings.options().values() for alias in rule.aliases}
     for flag in set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", readme)):
-        assert flag in flags or flag in ("--prompt", "--index-url", "--fix", "--format", "--out"), flag
+        own = ("--prompt", "--temperature", "--fix", "--format", "--out")  # of single commands
+        assert flag in flags or flag in (*own, "--index-url"), flag
     for link in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (ROOT / link).exists(), link
 

@@ -64,11 +64,12 @@ CATALOGUE: dict[str, Entry] = {
         "Do what the message says instead. docs/options.md lists every refused option with its way out.",
     ),
     "E0106": Entry(
-        "more than one device",
-        "A parallel size (--tp-size, --dp-size and their like) other than 1, or its like: this version of "
-        "lowbit runs a model on one device and in one process. It is refused rather than ignored: one "
-        "device's memory may not do.",
-        "Give the option the value the message names or leave it out.",
+        "a way of sharing a model that there is not",
+        "A parallel size other than --tp-size (--dp-size, --pp-size, --ep-size and their like) or a number "
+        "of machines other than 1, weights outside the device that computes, or prompts apart from answers. "
+        "It is refused rather than ignored: the memory of what is left may not do.",
+        "Give the option the value the message names or leave it out; --tp-size shares a model between the "
+        "GPUs, or the cores, of one machine.",
     ),
     "E0107": Entry(
         "two models named",
@@ -376,11 +377,6 @@ CATALOGUE: dict[str, Entry] = {
         "--load-format safetensors or gguf was given, and the model's files are of the other kind.",
         "Use --load-format auto, or name the files that were meant: a folder, or a .gguf file.",
     ),
-    "E0410": Entry(
-        "no kernel",
-        "Every linear kernel refused a weight; the message has each one's reason.",
-        "lowbit inspect MODEL shows the reasons for all weights. Another --device may serve it.",
-    ),
     "E0411": Entry(
         "an instruction set this CPU lacks",
         "LOWBIT_ISA names one that the CPU, the operating system or this installation does not have.",
@@ -420,21 +416,15 @@ CATALOGUE: dict[str, Entry] = {
         "more ranks than can share the heads",
         "With --tp-size each rank has whole attention heads. Query heads that share a K/V head stay "
         "together where there are as many K/V heads as ranks; else each K/V head is held by several "
-        "ranks, the same number for all.",
+        "ranks, the same number for all. So it is with value heads and key heads of linear attention.",
         "Use one of the sizes the message lists.",
     ),
     "E0431": Entry(
         "a layer that so many ranks cannot share",
         "A layer that --tp-size cuts in columns is cut where its groups of columns end (group scales, "
-        "blocks of GGUF, scales of the input), and there are fewer groups than ranks; or its rows have to "
-        "be put in order and share blocks.",
+        "blocks of GGUF, scales of the input), and there are fewer groups than ranks; or its rows cannot "
+        "follow act-order, or a rotation of its outputs spans them.",
         "Use a smaller --tp-size; lowbit inspect MODEL --tp-size N says how every kind of layer is cut.",
-    ),
-    "E0432": Entry(
-        "a model that ranks cannot share",
-        "With --tp-size ranks share every layer. The states and the fused projections of recurrent layers "
-        "are not cut.",
-        "Use --tp-size 1: one process serves the model.",
     ),
     "E0433": Entry(
         "more ranks than GPUs",

@@ -73,10 +73,7 @@ class LLM:
         self.chat_template: ChatTemplate | None = load_chat_template(
             header, self.tokenizer, self.settings.chat_template
         )
-        config = load_generation_config(header)
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        told = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-        self.default_sampling = SamplingParams(**told)
+        self.default_sampling = SamplingParams(**load_generation_config(header).sampling())  # type: ignore[arg-type]
         self._numbers = itertools.count()
 
     def __enter__(self) -> LLM:

@@ -1,6 +1,6 @@
 """Damage to every number of a GGUF header: refused in one line, or read as exactly what the bytes now say.
 
-The classes M01, M02, M03 and M10 of the reliability rules, on the header alone; what a damaged model comes
+Lengths and counts, truncation, flips and GGUF's own fields, on the header alone; what a damaged model comes
 to when it is loaded is in ``test_mutations``. Each test goes over many cases and counts them.
 """
 

@@ -1,4 +1,4 @@
-"""M14: one flipped bit anywhere is seen where a hash is known."""
+"""One flipped bit anywhere is seen where a hash is known."""
 
 from __future__ import annotations
 

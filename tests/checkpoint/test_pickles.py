@@ -1,4 +1,4 @@
-"""M13: pickles, zips and other archives in place of weights are refused; nothing in them ever runs."""
+"""Pickles, zips and other archives in place of weights are refused; nothing in them ever runs."""
 
 from __future__ import annotations
 

@@ -31,10 +31,19 @@ from lowbit.kernels import (
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
+from lowbit.kernels.cpu_row_vectors import CpuRowVectors, RowVectorsWeight
 from lowbit.kernels.cpu_trellis import CpuTrellis, TrellisWeight
 from lowbit.kernels.cpu_vectors import CpuVectors
+from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
-from lowbit.numerics.number_formats import NumberFormat, number_format, trellis_format, vector_format
+from lowbit.layers.linear import Linear
+from lowbit.numerics.number_formats import (
+    NumberFormat,
+    RowVectorLayout,
+    number_format,
+    trellis_format,
+    vector_format,
+)
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
@@ -204,6 +213,51 @@ def vectors(
     )
 
 
+def row_vectors(
+    length: int,
+    centroids: int,
+    residual: int = 0,
+    dtype: str = "f16",
+    shape: tuple[int, int] = (37, 256),
+    books: int = 1,
+    outliers: int = 0,
+    scale: str = "",
+    order: bool = False,
+) -> QuantizedTensor:
+    """Indices of codebooks' vectors of rows (VPTQ), first and last among them; 16 bits hold their numbers
+    exactly. ``scale``: the type of the columns' scales and offsets, "" where there are none."""
+    generator = torch.Generator().manual_seed(length + centroids + residual)
+    out, columns = shape
+    width = (columns - outliers) // books
+    parted = width if books > 1 or outliers else 0
+    layout = RowVectorLayout(length, centroids, residual, dtype, books, parted, outliers)
+    fmt = number_format(layout.name)
+    assert fmt.vectors == layout
+    vectors, float_type = -(-out // length), number_format(dtype).dtype
+    cells = []
+    for count, size in zip((centroids, residual), layout.index_bytes, strict=True):
+        if size:
+            index = torch.randint(count, (vectors, books * width, 1), generator=generator)
+            index[:, 0], index[:, -1] = count - 1, 0
+            cells += [(index >> 8 * byte & 0xFF).to(torch.uint8) for byte in range(size)]
+    numbers = torch.randint(-900, 901, (vectors, outliers * length), generator=generator) / 16
+    codes = torch.cat((numbers.to(float_type).view(torch.uint8), torch.cat(cells, -1).flatten(1)), 1)
+    codebooks = torch.randint(-150, 151, (books, centroids + residual, length), generator=generator) / 16
+    scales, offsets = torch.randn(2, 1, columns, generator=generator).mul(0.02).unbind()
+    levels = (number_format(scale),) if scale else ()
+    scale_type = levels[0].dtype if levels else None
+    return QuantizedTensor(
+        Scheme(fmt, ((0, 1),) if scale else (), levels, offset=bool(scale), reordered=order),
+        shape,
+        codes,
+        (scales.to(scale_type),) if scale else (),
+        offsets=(offsets.to(scale_type),) if scale else (),
+        column_order=torch.randperm(columns, generator=generator) if order else None,
+        origin="test",
+        codebooks=codebooks.to(float_type),
+    )
+
+
 def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> QuantizedTensor:
     """Random bits (EXL3); of the first tile all ones, which every window of is the same."""
     generator = torch.Generator().manual_seed(bits + len(book))
@@ -353,6 +407,22 @@ WEIGHTS = {
     "codebooks 1x1 of 8 act-order": lambda: vectors(1, 1, 8, order=True),
     "codebooks 1x12 of 32, many blocks": lambda: vectors(1, 12, 32, shape=(700, 288)),
     "codebooks 2x8 of 16, many blocks": lambda: vectors(2, 8, 16, shape=(700, 288)),
+    "codebooks 2x8 of 8 f32, many blocks": lambda: vectors(2, 8, 8, "f32", (410, 264)),
+    "codebooks of 8 rows (VPTQ)": lambda: row_vectors(8, 65536, 256, "bf16", scale="bf16", order=True),
+    "codebooks of 8 rows, 83 columns": lambda: row_vectors(8, 256, shape=(37, 83), scale="f16"),
+    "codebooks of 8 rows, both of two bytes": lambda: row_vectors(8, 4096, 257),
+    "codebooks of 8 rows, outliers": lambda: row_vectors(
+        8, 100, 16, "bf16", (70, 166), 2, 6, scale="f32", order=True
+    ),
+    "codebooks of 4 rows": lambda: row_vectors(4, 4096),
+    "codebooks of 4 rows, three and outliers": lambda: row_vectors(
+        4, 128, 64, "f32", (37, 140), 3, 35, "f16"
+    ),
+    "codebooks of 16 rows": lambda: row_vectors(16, 65536, 1000, shape=(37, 96), scale="f16"),
+    "codebooks of 12 rows": lambda: row_vectors(12, 1024, 4, shape=(37, 96), scale="bf16", order=True),
+    "codebooks of 6 rows, outliers": lambda: row_vectors(6, 64, shape=(64, 76), books=2, outliers=12),
+    "codebooks of 3 rows": lambda: row_vectors(3, 2, 2, shape=(37, 33)),
+    "codebooks of 9 rows, many blocks": lambda: row_vectors(9, 500, 200, shape=(700, 288), scale="f16"),
     "trellis 1 mcg (EXL3)": lambda: trellis(1, "mcg"),
     "trellis 2 mul1": lambda: trellis(2, "mul1"),
     "trellis 3 3inst": lambda: trellis(3, "3inst"),
@@ -424,8 +494,28 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
     return x.double() if exact else x.bfloat16().double()
 
 
+def rounded_of_row_vectors(weight: QuantizedTensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x takes over the columns' scales, and is rounded in the tiles of outliers and of each book."""
+    layout, columns = weight.scheme.weight.vectors, weight.shape[1]
+    assert isinstance(layout, RowVectorLayout)
+    bare = replace(
+        weight, scheme=Scheme(weight.scheme.weight), scales=(), offsets=(), column_order=None
+    ).dequantize()
+    taken = x if weight.column_order is None else x[:, weight.column_order]
+    scaled = taken * weight.scales[0].float() if weight.scales else taken
+    widths = [layout.outliers, *[layout.width or columns] * layout.books]
+    seen = torch.cat([in_words(part) for part in scaled.split(widths, 1) if part.shape[1]], 1)
+    expected, scale = seen @ bare.double().T, seen.abs() @ bare.abs().double().T
+    if weight.offsets:
+        expected += (taken.double() * weight.offsets[0].double()).sum(1, keepdim=True)
+        scale += (taken.abs().double() * weight.offsets[0].abs().double()).sum(1, keepdim=True)
+    return expected, scale
+
+
 def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """float64: the product of what the kernel multiplies, and what its error is measured by."""
+    if isinstance(packed, RowVectorsWeight):
+        return rounded_of_row_vectors(weight, x)
     if isinstance(packed, TrellisWeight):
         outputs, inputs = (scale.flatten() for scale in weight.scales)
         numbers = trellis_numbers(weight)
@@ -473,9 +563,10 @@ def test_unpack_gives_the_weight_back(kernel: LinearKernel, name: str) -> None:
     tiles = (-(-rows // 16) * 16 / rows) * (-(-columns // 32) * 32 / columns)
     order = 8 * columns if weight.column_order is not None else 0
     order += 8 * rows if weight.row_groups is not None else 0
+    order += 12 * columns if isinstance(packed, RowVectorsWeight) else 0  # of an order and numbers
     # Which weights share, or the codebooks.
     table = sum(packed.buffers[key].nbytes for key in ("table", "codebooks") if key in packed.buffers)
-    growth = {"cpu_blocks": 1.5, "cpu_columns": 2.0}.get(kernel.name, 1.1)
+    growth = {"cpu_blocks": 1.5, "cpu_columns": 2.0, "cpu_row_vectors": 2.1}.get(kernel.name, 1.1)
     assert packed.nbytes - table <= growth * weight.nbytes * tiles + order + 1024
     assert 0 <= packed.nbytes - table - kernel.nbytes(weight.scheme, weight.shape) <= order + 4 * rows
 
@@ -583,9 +674,10 @@ def test_codebooks_of_any_numbers_lose_less_than_bfloat_inputs(books: int, bits:
 
 
 @needs_native
-def test_sums_of_the_largest_codebooks_stay_whole() -> None:
+@pytest.mark.parametrize("rows", [37, 400])
+def test_sums_of_the_largest_codebooks_stay_whole(rows: int) -> None:
     """Every number of every codebook at its largest, and x too: no sum wraps around."""
-    weight = vectors(3, 8, 8)
+    weight = vectors(3, 8, 8, shape=(rows, 256))
     assert weight.codebooks is not None
     for sign in (1.0, -1.0):
         extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
@@ -594,6 +686,23 @@ def test_sums_of_the_largest_codebooks_stay_whole() -> None:
             x = torch.full((tokens, 256), 3.3)
             wanted = x @ extreme.dequantize().T
             assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)]
+)
+def test_products_of_codebooks_made_first_have_the_same_bits(
+    books: int, bits: int, length: int, rows: int
+) -> None:
+    """Few tokens beside many rows may meet codebooks before indices do; so may a gate and its partner."""
+    packed = CpuVectors().pack(vectors(books, bits, length, shape=(rows, 544)), CPU)
+    x = torch.randn(9, 544, generator=torch.Generator().manual_seed(2))
+    whole, layer = packed.kernel.linear(x, packed), Linear("gate_up", [packed], None)
+    for tokens in (1, 2, 3, 4):
+        assert torch.equal(packed.kernel.linear(x[:tokens], packed), whole[:tokens])
+        if rows % 32 == 0:
+            assert torch.equal(layer.gated(x[:tokens], "silu"), gated_activation(whole[:tokens], "silu"))
 
 
 @needs_native
@@ -607,6 +716,115 @@ def test_an_index_past_a_codebook_is_refused() -> None:
     without = {key: buffer for key, buffer in packed.buffers.items() if key != "factor"}
     with pytest.raises(ValueError, match="no factor"):
         packed.kernel.restore(packed.scheme, packed.shape, without, "test")
+
+
+@needs_native
+@pytest.mark.parametrize(("length", "centroids", "residual"), [(8, 65536, 0), (8, 4096, 256), (12, 256, 0)])
+@pytest.mark.parametrize("spike", [1.0, 300.0])
+def test_vectors_of_rows_of_any_numbers_lose_less_than_bfloat_inputs(
+    length: int, centroids: int, residual: int, spike: float
+) -> None:
+    """Beside the product of what is stored: the rounding of codebooks, outliers and x together."""
+    weight = row_vectors(length, centroids, residual, shape=(96, 262), outliers=6, scale="f16", order=True)
+    assert weight.codebooks is not None
+    generator = torch.Generator().manual_seed(6)
+    weight = replace(weight, codebooks=torch.randn(weight.codebooks.shape, generator=generator).half())
+    packed = CpuRowVectors().pack(weight, CPU)
+    exact = weight.dequantize().double()
+    x = torch.randn(64, 262, generator=generator)
+    x[:, ::32] *= spike
+    wanted = x.double() @ exact.T
+    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
+    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    assert found < rounded / 4, (found, rounded)
+    rows = packed.kernel.rows(packed, torch.arange(96))
+    factors, order = packed.buffers["factors"].double(), weight.column_order
+    terms = 2 if residual else 1
+    half = torch.cat((factors[:1].expand(6), factors[1:].expand(256) * terms)) / 2
+    half = torch.empty_like(half).index_copy_(0, order, half * weight.scales[0][0].abs().double())
+    assert ((rows - exact).abs() <= 1.001 * half + 1e-7).all()
+    assert factors[1] < 7e-4 * terms, "of numbers of deviation 1"
+
+
+@needs_native
+@pytest.mark.parametrize("length", [4, 8, 16])
+def test_sums_of_the_largest_vectors_of_rows_stay_whole(length: int) -> None:
+    """Every number at its largest, and x too: no sum wraps around."""
+    weight = row_vectors(length, 256, 256, shape=(32, 96), books=2, outliers=32)
+    assert weight.codebooks is not None
+    layout = weight.scheme.weight.vectors
+    assert isinstance(layout, RowVectorLayout)
+    weight.codes[:, : layout.outlier_bytes].view(torch.float16).fill_(3.33)
+    for sign in (1.0, -1.0):
+        extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
+        packed = CpuRowVectors().pack(extreme, CPU)
+        for tokens in (1, 9):
+            x = torch.full((tokens, 96), 3.3)
+            wanted = x @ extreme.dequantize().T
+            assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
+
+
+@needs_native
+def test_faults_of_vectors_of_rows_end_their_own_row() -> None:
+    weight = WEIGHTS["codebooks of 8 rows, outliers"]()
+    packed = CpuRowVectors().pack(weight, CPU)
+    x = torch.randn(9, 166, generator=torch.Generator().manual_seed(4))
+    clean = packed.kernel.linear(x, packed)
+    for fault in (float("nan"), float("inf"), float("-inf")):
+        for column in (0, 100):
+            bad = x.clone()
+            bad[3, column] = fault
+            found = packed.kernel.linear(bad, packed)
+            rest = [row for row in range(9) if row != 3]
+            assert found[3].isnan().all() and torch.equal(found[rest], clean[rest])
+
+
+@needs_native
+def test_damaged_vectors_of_rows_are_refused() -> None:
+    """Kept packed weights that were damaged: nothing is read outside the table, or of x."""
+    weight = row_vectors(8, 300, 20, shape=(16, 40), scale="f16")
+    packed = CpuRowVectors().pack(weight, CPU)
+
+    def restored(**changed: torch.Tensor) -> None:
+        packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | changed, "test")
+
+    for place, words in (
+        (1, "index .* of a codebook of 300"),
+        (128, "index 255 of a codebook of 20 vectors"),
+    ):
+        data = packed.buffers["data"].clone()
+        data[place] = 0xFF
+        with pytest.raises(ValueError, match=words):
+            restored(data=data)
+    for change in (1, -1):
+        with pytest.raises(ValueError, match="no order of 40 columns"):
+            restored(inputs=packed.buffers["inputs"] + change)
+    for name, buffer in packed.buffers.items():
+        with pytest.raises(ValueError, match=name):
+            restored(**{name: buffer[:-1]})
+    with pytest.raises(ValueError, match="41 columns of 40"):
+        layout = RowVectorLayout(8, 300, 20, books=2, width=20)
+        scheme = replace(packed.scheme, weight=number_format(layout.name))
+        packed.kernel.restore(scheme, (16, 41), packed.buffers, "test")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (Scheme(number_format("rvq8_256_f16")), None),
+        (Scheme(number_format("rvq2_256_f16")), "vectors of 2 rows"),
+        (Scheme(number_format("rvq24_256_f16")), "vectors of 24 rows"),
+        (Scheme(number_format("rvq8_65537_f16")), "codebooks of 65537 vectors"),
+        (Scheme(number_format("rvq8_2+70000_f16")), "codebooks of 70000 vectors"),
+        (Scheme(number_format("rvq8_256_f16"), ((1, 0),), (number_format("f16"),)), "one scale for all rows"),
+        (Scheme(number_format("vq1x8_8"), ((1, 0),), (number_format("f16"),)), "no vectors of rows"),
+    ],
+    ids=str,
+)
+def test_vectors_of_rows_say_why_they_refuse(scheme: Scheme, words: str | None) -> None:
+    reason = CpuRowVectors().refuses(scheme, (32, 64), CPU)
+    assert reason is None if words is None else reason is not None and words in reason
 
 
 @needs_native
@@ -812,7 +1030,15 @@ def test_choice_keeps_the_reasons() -> None:
     weight = crooked()
     choice = choose(weight.scheme, weight.shape, CPU)
     assert choice.kernel.name == "reference"
-    asked = ["cpu_blocks", "cpu_columns", "cpu_vectors", "cpu_trellis", "cpu_dense", "cpu_expanded"]
+    asked = [
+        "cpu_blocks",
+        "cpu_columns",
+        "cpu_vectors",
+        "cpu_row_vectors",
+        "cpu_trellis",
+        "cpu_dense",
+        "cpu_expanded",
+    ]
     assert [name for name, _ in choice.refusals] == asked
 
 
@@ -857,7 +1083,7 @@ def test_nothing_past_the_end_is_touched(kernel: LinearKernel, name: str) -> Non
     assert all(torch.equal(packed.buffers[part], buffer) for part, buffer in plain.buffers.items())
     rows, columns = weight.shape
     buffers = {part: at_guard_page(buffer) for part, buffer in packed.buffers.items()}
-    if isinstance(packed, NativeWeight):
+    if isinstance(packed, NativeWeight) and not isinstance(packed, RowVectorsWeight):
         packed = moved(packed, buffers, rows)
     else:
         packed = kernel.restore(weight.scheme, weight.shape, buffers, weight.origin)
@@ -886,6 +1112,9 @@ ODD: dict[str, Callable[[int], QuantizedTensor]] = {
     "q4_k": lambda rows: tensor_of("q4_k", random_blocks("q4_k", rows, 1)),
     "codebooks 1x16": lambda rows: vectors(1, 16, 8, shape=(rows, 40)),
     "codebooks 2x8 of 16": lambda rows: vectors(2, 8, 16, shape=(rows, 48)),
+    "codebooks of 8 rows": lambda rows: row_vectors(8, 300, 20, shape=(rows, 40), scale="f16", order=True),
+    "codebooks of 6 rows": lambda rows: row_vectors(6, 30, shape=(rows, 45), books=2, outliers=5),
+    "codebooks of 16 rows": lambda rows: row_vectors(16, 200, shape=(rows, 33)),
     "bf16": lambda rows: dense_weight("bf16", (rows, 31)),
     "f16": lambda rows: dense_weight("f16", (rows, 1)),
     "f32": lambda rows: dense_weight("f32", (rows, 33)),
@@ -913,7 +1142,16 @@ def test_odd_shapes(name: str, rows: int) -> None:
     assert_rows(packed, kernel.rows(packed, torch.arange(rows)).nan_to_num(), normal_form(weight))
 
 
+def zeros_first() -> QuantizedTensor:
+    """Vectors of rows; index 0 means zeros."""
+    weight = row_vectors(8, 256, shape=(16, 2048))
+    assert weight.codebooks is not None
+    weight.codebooks[:, 0] = 0
+    return weight
+
+
 FAR = {
+    "codebooks of 8 rows": zeros_first,
     "codebooks 1x8": lambda: vectors(1, 8, 8, shape=(16, 2048)),
     "int4": lambda: canonical("int4", 32, shape=(16, 2048)),
     "uint7 zero": lambda: canonical("uint7", 128, zero=True, shape=(16, 2048)),

@@ -1,4 +1,4 @@
-"""What stands in for CUDA graphs and for attention that knows padding where there is no GPU."""
+"""What stands in for CUDA graphs, and for kernels that can be part of them, where there is no GPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from lowbit.kernels.attention import AttentionParameters, LayerCache
 from lowbit.kernels.attention_reference import ReferenceAttention
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import DeltaParameters, LayerState
+from lowbit.kernels.recurrent_reference import ReferenceDelta
 
 _aten = torch.ops.aten
 _WAITING = {_aten._local_scalar_dense.default, _aten.nonzero.default}
@@ -89,3 +91,10 @@ class PaddedAttention(Attention):
                 tokens = int(lengths["query_lengths"].sum())
                 out[:tokens] = super().attend(q[:tokens], cache, kept, parameters)
         return out
+
+
+class AsOnADevice(ReferenceDelta):
+    """All sequences of a step together, without reading a length."""
+
+    def run(self, mixed: Tensor, state: LayerState, batch: ForwardBatch, weights: DeltaParameters) -> Tensor:
+        return self.by_rule(mixed, state, batch, weights, True)

@@ -2,7 +2,8 @@
 place of ``lowbit.engine.rank``.
 
 RANK_ATTENTION: "padded", or "exact" for a kernel that knows no padding rows. RANK_CAPTURES: how the captures
-of a rank but the first end, one after another: "ok", "memory", "waits"; further ones are "ok".
+of a rank but the first end, one after another: "ok", "memory", "waits", "late" (the step has run, and there
+is no memory for its graph); further ones are "ok".
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from engine.graph_stand_in import Attention, PaddedAttention, StandInRecorder
-from lowbit.kernels import attention
-from lowbit.kernels.attention import LayerCache
+from engine.graph_stand_in import AsOnADevice, Attention, PaddedAttention, StandInRecorder
+from lowbit.kernels import attention, recurrent
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.recurrent import LayerMemory
 from lowbit.models.decoder import Decoder
+from lowbit.models.language_model import LanguageModel
+from lowbit.models.mixer_model import MixerModel
 
 # A step with six of this token finds no memory, once, on rank 0 or on the others.
 STARVES_FIRST, STARVES_OTHERS = 94, 93
@@ -37,7 +40,10 @@ class FaultyRecorder(StandInRecorder):
         """See ``Recorder``."""
         fault["capture"] = self._outcomes.pop(0) if self._outcomes else "ok"
         try:
-            return super().capture(step)
+            replay = super().capture(step)
+            if fault["capture"] == "late":
+                raise torch.OutOfMemoryError("CUDA out of memory, as asked for")
+            return replay
         finally:
             fault["capture"] = "ok"
 
@@ -52,25 +58,34 @@ def install(patch: Callable[[Any, str, Any], None], starves: int, captures: str 
     kernel = Attention() if os.environ.get("RANK_ATTENTION") == "exact" else PaddedAttention()
     outcomes = captures.split()
     left = {"faults": 1}
-    original = Decoder.forward_block
 
-    def forward_block(
-        self: Decoder, layer: int, hidden: Tensor, residual: Tensor, cache: LayerCache, batch: ForwardBatch
-    ) -> Tensor:
-        if layer == 1:
-            with _disable_current_modes():
-                tokens = batch.tokens.tolist()
-            starving = left["faults"] and tokens.count(starves) > 5
-            if starving or fault["capture"] == "memory":
-                left["faults"] -= bool(starving)
-                raise torch.OutOfMemoryError("CUDA out of memory, as asked for")
-            if tokens.count(BREAKS) > 8 and starves == STARVES_OTHERS:
-                raise RuntimeError("broken, as asked for")
-            if fault["capture"] == "waits":
-                hidden.sum().item()
-        return original(self, layer, hidden, residual, cache, batch)
+    def with_faults(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward_block(
+            self: LanguageModel,
+            layer: int,
+            hidden: Tensor,
+            residual: Tensor,
+            cache: LayerMemory,
+            batch: ForwardBatch,
+        ) -> Tensor:
+            if layer == 1:
+                with _disable_current_modes():
+                    tokens = batch.tokens.tolist()
+                starving = left["faults"] and tokens.count(starves) > 5
+                if starving or fault["capture"] == "memory":
+                    left["faults"] -= bool(starving)
+                    raise torch.OutOfMemoryError("CUDA out of memory, as asked for")
+                if tokens.count(BREAKS) > 8 and starves == STARVES_OTHERS:
+                    raise RuntimeError("broken, as asked for")
+                if fault["capture"] == "waits":
+                    hidden.sum().item()
+            return original(self, layer, hidden, residual, cache, batch)
 
-    patch(Decoder, "forward_block", forward_block)
+        return forward_block
+
+    for family in (Decoder, MixerModel):
+        patch(family, "forward_block", with_faults(family.forward_block))
+    patch(recurrent, "recurrent_kernels", lambda: [AsOnADevice()])
     patch(attention, "attention_kernels", lambda: [kernel])
     patch(runner, "recorder_for", lambda device: FaultyRecorder(outcomes))
 

@@ -51,6 +51,10 @@ class StandIn:
     vocab_size = VOCABULARY
     context_length = 400
     device = torch.device("cpu")
+    kernels: frozenset[str] = frozenset()
+    quantization = ""
+    weight_bytes = 0
+    spans_tokens = False
 
     def __init__(self, says: Callable[[list[int]], int] = next_token) -> None:
         self.says = says

@@ -77,7 +77,7 @@ def test_every_row_is_what_the_sampler_takes() -> None:
             running.remove(chosen)
             sampler.forget(chosen)
     assert len(kinds) > 35
-    assert len(sampler._counts) <= 16, "rows of counts are used again"
+    assert len(sampler._lists.table) <= 16, "slots are used again"
 
 
 def test_a_row_that_is_not_finite_stays_alone() -> None:

@@ -200,7 +200,7 @@ def test_what_keeps_steps_apart(caplog: pytest.LogCaptureFixture) -> None:
     assert not make(ForcedModes(overlap=True), speculative_algorithm="NGRAM")._overlaps
     assert "drafts continue tokens" in caplog.text
     model = StandIn()
-    model.spans_tokens = True  # type: ignore[attr-defined]
+    model.spans_tokens = True
     assert not make(ForcedModes(overlap=True), model)._overlaps
     assert "share scales between tokens" in caplog.text
 

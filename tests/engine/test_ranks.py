@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -29,10 +30,13 @@ from lowbit.engine.ranks import (
     device_of,
     numbers_of,
     packed,
+    step_of,
 )
 from lowbit.engine.wire import FrameDecoder, encode_frames
+from lowbit.kernels.recurrent import LayerSpec, StateSpec, state_bytes
 from lowbit.settings import Settings
 from models.family_cases import SIZES, saved
+from models.test_qwen_next import make_checkpoint
 from server.harness import alive, wait_until
 from server.test_end_to_end import Served
 
@@ -45,11 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model in float32, with one token a letter."""
     made = tmp_path_factory.mktemp("tiny")
     saved("Llama", made, **{**SIZES, "num_hidden_layers": 2, "eos_token_id": None})
+    save_letters(made)
+    return made
+
+
+def save_letters(folder: Path) -> None:
     vocabulary = {chr(code): code for code in range(32, 127)} | {"?": 0}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.save(str(made / "tokenizer.json"))
-    return made
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def ranks_of(llm: LLM) -> Ranks:
@@ -77,6 +85,26 @@ def test_answers_are_those_of_one_process(folder: Path, shared: LLM) -> None:
     ready = shared._engine.ready()
     assert whole <= ready.weight_bytes <= 1.1 * whole and ready.details["device"] == "cpu, 2 ranks"
     assert shared._engine.status().captured_steps == 0, "no graphs on a CPU, and no plans of native calls"
+
+
+def test_recurrent_layers_answer_as_in_one_process(tmp_path: Path) -> None:
+    """Three slots for five sequences in chunks of 7 tokens: slots change hands, and some begin again."""
+    make_checkpoint(tmp_path, eos_token_id=None)
+    save_letters(tmp_path)
+    options = {"max_total_tokens": 96, "max_running_requests": 3, "chunked_prefill_size": 7}
+    given = [*PROMPTS, [9, 8, 7] * 5, [77]]
+    sampling = msgspec.structs.replace(GREEDY, max_tokens=24, ignore_eos=True)
+    with LLM(str(tmp_path), **options) as alone:
+        wanted = alone.generate(given, sampling)
+    with LLM(str(tmp_path), tp_size=2, **options) as llm:
+        found = llm.generate(given, sampling)
+        assert llm._engine.status().preemptions > 0
+        [other] = llm._engine.model.others  # type: ignore[attr-defined]
+        assert other.state_bytes == state_bytes(llm._engine.model.cache_specs()) > 0
+    assert [one.tokens for one in found] == [one.tokens for one in wanted]
+    for one, two in zip(found, wanted, strict=True):
+        for mine, theirs in zip(one.logprobs, two.logprobs, strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
 
 
 def test_a_rank_that_is_killed_ends_the_request_with_its_name(folder: Path) -> None:
@@ -121,18 +149,22 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.code == "E0433"
 
 
-def test_a_batch_as_it_is_sent() -> None:
-    batch = chunk_batch([([5, 6, 7], 0, [3]), ([9], 20, [1, 4])], sample_all=False)
-    names = ("tokens", "positions", "write_slots", "query_lengths", "context_lengths", "page_table")
-    shapes = [tuple(getattr(batch, name).shape) for name in (*names, "sample_rows")]
-    step = Step(shapes, batch.page_size, batch.max_query, batch.max_context, (4, 64), capture=True)
+@pytest.mark.parametrize("slots", [None, [7, 2]])
+def test_a_batch_as_it_is_sent(slots: list[int] | None) -> None:
+    sequences = [([5, 6, 7], 0, [3]), ([9], 20, [1, 4])]
+    batch = chunk_batch(sequences, sample_all=False, state_slots=slots)
+    step = step_of(batch, (4, 64), capture=True)
     [received] = FrameDecoder(Step).feed(encode_frames([step]))
-    assert received == step and numbers_of(received) == len(packed(batch))
-    again = batch_of(received, packed(batch))
-    for name in (*names, "sample_rows"):
+    assert received == step and numbers_of(received) == len(packed(step, batch))
+    assert received.graph == (4, 64) and received.capture
+    again = batch_of(received, packed(step, batch))
+    names = [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]
+    assert len(names) == 7 + (slots is not None)
+    for name in names:
         mine, theirs = getattr(again, name), getattr(batch, name)
         assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype and mine.is_contiguous()
         assert mine.data_ptr() % 4 == 0
+    assert slots is not None or again.state_slots is None
     assert (again.page_size, again.max_query, again.max_context) == (16, 3, 21)
 
 
@@ -145,11 +177,43 @@ def test_pages_are_counted_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     alone = StandIn()
     own = sum(spec.token_bytes() for spec in alone.cache_specs())
     shared = StandIn()
-    shared.others = [RankReady(3 * own, 1, 0)]  # type: ignore[attr-defined]
+    shared.others = [RankReady(3 * own, 0, 1, 0)]  # type: ignore[attr-defined]
     assert pool_pages(shared, settings) == pool_pages(alone, settings) // 4, "memory is one on a CPU"
     alone.device = shared.device = torch.device("cuda")
-    shared.others = [RankReady(own, 1 << 18, 0), RankReady(own, 1 << 21, 0)]  # type: ignore[attr-defined]
+    free = (1 << 18, 1 << 21)
+    shared.others = [RankReady(own, 0, each, 0) for each in free]  # type: ignore[attr-defined]
     assert pool_pages(shared, settings) == pool_pages(alone, settings) // 4, "each has its own on GPUs"
+
+
+def test_states_are_counted_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Recurrent(StandIn):
+        """An attention layer, and one with a state of 1,024 bytes here."""
+
+        def cache_specs(self) -> list[LayerSpec]:  # type: ignore[override]
+            return [*super().cache_specs(), StateSpec(k_heads=1, heads=1, k_dim=8, v_dim=32, taps=1)]
+
+    memory = "lowbit.engine.memory"
+    monkeypatch.setattr(f"{memory}.free_memory", lambda device, mapped=0: 1 << 20)
+    monkeypatch.setattr(f"{memory}.total_memory", lambda device: 0)
+    monkeypatch.setattr(f"{memory}.workspace", lambda model, settings: 0)
+    settings = Settings(mem_fraction_static=1.0, max_running_requests=63, context_length=1)
+    model = Recurrent()
+    own = sum(spec.token_bytes() for spec in model.cache_specs())
+    most = {"max_total_tokens": 10**9}
+
+    def room() -> int:
+        """Bytes of this rank's pages."""
+        with pytest.raises(LowbitError, match=r"the most that fits is \d+") as caught:
+            pool_pages(model, replace(settings, **most))
+        return int(caught.value.message.rpartition(" ")[2]) * own
+
+    slots, page = 64, 16 * own
+    assert (1 << 20) - slots * 1024 - room() < page
+    model.others = [RankReady(own, 3 * 1024, 1, 0)]  # type: ignore[attr-defined]
+    assert ((1 << 20) - 4 * slots * 1024) // 2 - room() < page, "memory is one on a CPU"
+    model.device = torch.device("cuda")
+    model.others = [RankReady(own, 3 * 1024, 1 << 20, 0)]  # type: ignore[attr-defined]
+    assert (1 << 20) - 3 * slots * 1024 - room() < page, "the other GPU has more states than this one"
 
 
 LEFT_ALONE = """

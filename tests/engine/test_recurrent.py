@@ -11,19 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.graph_stand_in import Attention, PaddedAttention, StandInRecorder
+from engine.graph_stand_in import AsOnADevice, Attention, PaddedAttention, StandInRecorder
 from engine.stand_in import ByteTokenizer
 from engine.test_engine import make_request
 from engine.test_sameness import Recorder
 from engine.test_step_capture import Forward, check, decode
+from forward_helpers import chunk_batch
 from lowbit.checkpoint import open_checkpoint
 from lowbit.engine.cuda_graphs import GraphedSteps, StepGraphs
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.memory import pool_pages
+from lowbit.engine.scheduler import Chunk
+from lowbit.engine.step_parts import Step
 from lowbit.errors import LowbitError
 from lowbit.kernels import attention, native, recurrent
 from lowbit.kernels.forward_batch import ForwardBatch
-from lowbit.kernels.recurrent import DeltaParameters, LayerState, state_bytes
+from lowbit.kernels.recurrent import state_bytes
 from lowbit.kernels.recurrent_reference import ReferenceDelta
 from lowbit.loading import load_model
 from lowbit.models.model import Model
@@ -134,13 +137,6 @@ def test_on_the_reference_steps_run_eagerly_and_say_so(
     assert "step capture off" in caplog.text and engine.status().captured_steps == 0
 
 
-class AsOnADevice(ReferenceDelta):
-    """All sequences of a step together, without reading a length."""
-
-    def run(self, mixed: Tensor, state: LayerState, batch: ForwardBatch, weights: DeltaParameters) -> Tensor:
-        return self.by_rule(mixed, state, batch, weights, True)
-
-
 @pytest.mark.parametrize("memory", [3, 1])
 @pytest.mark.parametrize("case", ["padded at start", "padded", "exact"])
 def test_graphs_move_states_on_once(
@@ -167,6 +163,51 @@ def test_graphs_move_states_on_once(
     for step, (ours, theirs) in enumerate(zip(decode(model, through), expected, strict=True)):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), f"step {step}"
     assert steps[0].replayed > 0 and not steps[0].refusal and recorder.captured == memory
+
+
+class InUnits(ReferenceDelta):
+    """Would take so many tokens together."""
+
+    unit = 32
+
+
+@pytest.mark.parametrize("budget", [48, 31])
+def test_prompts_are_cut_where_the_kernel_asks(
+    budget: int, folder: Path, given: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At multiples of its unit, also where others leave less than one of the step's budget; but anywhere
+    where no step has room for one."""
+    monkeypatch.setattr(recurrent, "recurrent_kernels", lambda: [InUnits()])
+    model = load_model(open_checkpoint(str(folder)), device="cpu")
+    engine = engine_of(model, ForcedModes(check=True), chunked_prefill_size=budget, disable_cuda_graph=True)
+    run, ends = engine._run, []
+
+    def seen(chunks: list[Chunk]) -> Step | None:
+        ends.extend((c.sequence.computed + c.count, c.completes) for c in chunks)
+        assert sum(chunk.count for chunk in chunks if chunk.count > 1) <= budget
+        return run(chunks)
+
+    monkeypatch.setattr(engine, "_run", seen)
+    found = answers(engine, given)
+    assert [len(tokens) for tokens in found] == [NEW_TOKENS] * len(given)
+    cuts = [end % 32 for end, completes in ends if not completes]
+    assert len(cuts) > 5 and any(cuts) == (budget < 32)
+
+
+def test_a_capture_moves_no_state() -> None:
+    """It may be in vain on another rank, and the step is run again."""
+    seen: list[list[int]] = []
+
+    def forward(batch: ForwardBatch) -> Tensor:
+        assert batch.state_slots is not None
+        seen.append(batch.state_slots.tolist())
+        return torch.zeros(len(batch.tokens), 8)
+
+    options = {"page_size": 16, "vocabulary": 8, "device": torch.device("cpu")}
+    graphs = StepGraphs(forward, StandInRecorder(watches=False), 4, context=32, states=True, **options)
+    batch = chunk_batch([([1], 3, [0]), ([2], 5, [1])], state_slots=[3, 1])
+    assert graphs.capture(batch, (2, 32)) is None and seen == [[-1, -1]]
+    assert graphs.replay(batch, (2, 32)).shape == (2, 8) and seen[1:] == [[3, 1]]
 
 
 def test_prefixes_are_not_shared(model: Model, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,10 +13,11 @@ import torch
 
 from engine import rank_stand_in
 from engine.test_overlap import Watched
-from engine.test_ranks import folder, ranks_of
+from engine.test_ranks import folder, ranks_of, save_letters
 from lowbit import LLM, LowbitError, SamplingParams
 from lowbit.engine.choices import wait_for
 from lowbit.kernels import parallel
+from models.test_qwen_next import make_checkpoint
 
 __all__ = ["folder"]
 
@@ -51,13 +52,15 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """Two ranks with stand-ins; graphs of 1, 2 and 4 sequences."""
     started: list[LLM] = []
 
-    def make(attention: str, *, overlap: bool = False, captures: str = "") -> LLM:
+    def make(
+        attention: str, *, overlap: bool = False, captures: str = "", folder: Path = folder, **options: object
+    ) -> LLM:
         monkeypatch.setenv("RANK_ATTENTION", attention)
         monkeypatch.setenv("RANK_CAPTURES", captures)
         monkeypatch.setenv("LOWBIT_TEST_OVERLAP", str(int(overlap)))
         monkeypatch.setattr("lowbit.engine.ranks.RANK_MODULE", "engine.rank_stand_in")
         rank_stand_in.install(monkeypatch.setattr, rank_stand_in.STARVES_FIRST)
-        started.append(LLM(str(folder), tp_size=2, cuda_graph_bs="1 2 4", **OPTIONS))
+        started.append(LLM(str(folder), tp_size=2, **{"cuda_graph_bs": "1 2 4", **OPTIONS, **options}))
         started[0]._engine.prepare()
         return started[0]
 
@@ -126,6 +129,20 @@ def test_one_rank_that_cannot_capture(alone: LLM, start: Start, caplog: pytest.L
     with pytest.raises(LowbitError, match=r"rank 1 of 2: models\.language_model.*broken, as asked") as caught:
         llm.generate([[rank_stand_in.BREAKS] * 9], SamplingParams(temperature=0.0, max_tokens=2))
     assert caught.value.code == "E0712"
+
+
+def test_states_move_on_once_where_a_capture_fails_late(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 has its graph when rank 1 finds no memory for its own: the step is run again, eagerly."""
+    make_checkpoint(tmp_path, eos_token_id=None)
+    save_letters(tmp_path)
+    with LLM(str(tmp_path), **OPTIONS) as one:
+        wanted = answers(one, FREE)
+    llm = start("exact", captures="ok late", folder=tmp_path)
+    assert answers(llm, FREE) == wanted
+    assert "no memory for a CUDA graph of" in caplog.text and ranks_of(llm)._groups == 1
+    assert replays(llm) > 0
 
 
 def test_steps_before_the_one_that_failed_stay_whole() -> None:

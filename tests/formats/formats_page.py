@@ -64,8 +64,8 @@ READS = {
     "when loaded",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
-    "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; decoded to 16 bits a weight "
-    "when loaded",
+    "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "
+    "packed, others are decoded to 16 bits a weight when loaded",
     "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks, told by config.json or hf_quant_config.json",
     "w8a8_fp8": "e4m3 per channel",
     "w8a8_int8": "int8 per channel",

@@ -1,4 +1,4 @@
-"""Wrong metadata (classes M09 and M11): every leaf of a config and every tensor of a checkpoint made wrong.
+"""Wrong metadata: every leaf of a config and every tensor of a checkpoint made wrong.
 
 A mutated checkpoint must be refused with a ``LowbitError`` or give the same weights as before; anything else
 is silent, and must be on the list of what cannot be seen.

@@ -50,7 +50,6 @@ def test_fixtures_say_who_made_them() -> None:
         (1_000_000, [FIXTURES / name for name in made]),
         (2_000_000, [FIXTURES / name for name in later]),
         (2_000_000, [FIXTURES / name for name in codebooks]),
-        (2_000_000, [FIXTURES / name for name in codebooks]),
         (2_000_000, [FIXTURES / name for name in others]),
         (2_000_000, [FIXTURES / name for name in rotated]),
     ):

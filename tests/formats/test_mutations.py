@@ -1,4 +1,4 @@
-"""M09 and M11: over 400 seeded cases of wrong metadata, each refused or without effect.
+"""Over 400 seeded cases of wrong metadata, each refused or without effect.
 
 What cannot be seen in a file is listed in ``UNSEEN`` with its reason; only a hash manifest or the language
 canary of ``lowbit check`` can find it.

@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from formats.helpers import expected, fixture_cases, header_of, read, reader_of
+from formats.helpers import expected, fixture_cases, header_of, read
 from formats.mutations import Seed
 from forward_helpers import prompt_logits
 from lowbit.errors import LowbitError
+from lowbit.kernels import native as native_library
+from lowbit.kernels.cpu_row_vectors import CpuRowVectors
 from lowbit.loading import load_model, plan_model
+from lowbit.loading.convert import convert
+from lowbit.numerics.number_formats import RowVectorLayout
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("vptq")]
 DOWN = "model.layers.0.mlp.down_proj"
@@ -28,17 +33,67 @@ def case(name: str) -> Path:
 def test_the_tools_own_values(folder: Path) -> None:
     for name, values in expected(folder).items():
         found = read(folder, name, (values.shape[0], values.shape[1])).weight
-        assert found.scheme.is_dense and torch.equal(found.codes, values.to(found.codes.dtype)), name
+        decoded = found.decoded(found.scheme.decoded)
+        assert torch.equal(decoded.codes, values.to(decoded.codes.dtype)), name
+        assert found.scheme.weight.vectors is not None, "but it stays packed"
 
 
+def test_indices_stay_packed() -> None:
+    """What the file holds, an index in whole bytes; outliers as numbers."""
+    weight = read(case("v8_k256_res16"), DOWN, SHAPE).weight
+    layout = RowVectorLayout(8, 256, 16, "bf16")
+    assert weight.scheme.weight.vectors == layout
+    assert str(weight.scheme) == "rvq8_256+16_bf16 allx1 bf16 offset act-order"
+    assert weight.codes.shape == (4, 2 * 64) and weight.nbytes == 4 * 2 * 64 + 2 * 2 * 64
+    assert weight.codebooks is not None and weight.codebooks.shape == (1, 272, 8)
+    tensors = load_file(case("v8_k256_res16") / "model.safetensors")
+    words = tensors[f"{DOWN}.indices"][0].view(torch.uint8).flatten(1)
+    bits = (words.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)[:, : 12 * 64]
+    index = (bits.view(4, 64, 12).long() << torch.arange(12)).sum(-1)
+    main, second = layout.indices(weight.codes)
+    assert second is not None and torch.equal(main, (index & 255).int()) and torch.equal(second, index >> 8)
+
+    parted = read(case("v6_k64_outliers"), DOWN, SHAPE).weight
+    layout = RowVectorLayout(6, 64, 0, "f16", 2, 28, 8)
+    assert parted.scheme.weight.vectors == layout
+    assert parted.codes.shape == (6, 8 * 6 * 2 + 56)  # 32 rows are 6 vectors, the last one short
+    numbers = layout.outlier_numbers(parted.codes).transpose(1, 2).reshape(36, 8)
+    tensors = load_file(case("v6_k64_outliers") / "model.safetensors")
+    table = tensors[f"{DOWN}.outlier_centroids.weight"].view(16, 4)
+    wanted = table[tensors[f"{DOWN}.outlier_indices"][0].long()].transpose(1, 2).reshape(-1, 8)
+    assert torch.equal(numbers[:32], wanted)
+
+
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("folder", CASES)
-def test_a_model_answers_and_the_plan_says_what_it_costs(folder: Path) -> None:
-    plan = plan_model(header_of(folder), device="cpu")
-    [down] = [module for module in plan.modules if module.name == DOWN]
-    assert str(down.scheme) in ("f16", "bf16")
-    assert "decoded to 16 bits" in reader_of(folder).describe()
+def test_a_model_answers_and_the_plan_says_what_it_costs(
+    folder: Path, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing multiplies vectors of rows they are decoded when they are loaded, to 16 bits a weight."""
+    if not native:
+        monkeypatch.setattr(CpuRowVectors, "refuses", lambda *_: "not here")
+    [down] = [module for module in plan_model(header_of(folder), device="cpu").modules if module.name == DOWN]
+    entries = header_of(folder).tensors
+    stored = sum(entry.nbytes for name, entry in entries.items() if name.startswith(f"{DOWN}."))
+    packed = native and native_library.library() is not None
+    assert (down.kernel == "cpu_row_vectors") == packed and str(down.scheme).startswith("rvq")
+    assert down.nbytes == (stored if packed else 2 * 32 * 64)
+    if not native:
+        assert down.computes in ("f16 copy", "bf16 copy") and ("cpu_row_vectors", "not here") in down.refusals
     logits = prompt_logits(load_model(header_of(folder), device="cpu"), [[1, 2, 3, 4, 5]])[0]
     assert logits.isfinite().all()
+    if not native:
+        monkeypatch.undo()
+        others = prompt_logits(load_model(header_of(folder), device="cpu"), [[1, 2, 3, 4, 5]])[0]
+        assert (others - logits).abs().max() < 0.02 * logits.abs().max()
+
+
+def test_what_is_converted_are_the_floats_of_the_codebooks_type(tmp_path: Path) -> None:
+    assert not convert(header_of(case("v8_k256_res16")), "dense", tmp_path / "out").errors
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name, values in expected(case("v8_k256_res16")).items():
+        found = tensors[f"{name}.weight"]
+        assert found.dtype is torch.bfloat16 and torch.equal(found, values.bfloat16()), name
 
 
 @pytest.mark.parametrize(
@@ -90,8 +145,8 @@ def test_sizes_shared_by_kind_and_missing(tmp_path: Path) -> None:
     rules = quantization.pop("config_for_layers")  # type: ignore[union-attr]
     quantization["shared_layer_config"] = {"down_proj": rules[DOWN]}  # type: ignore[index]
     folder = seed.write(tmp_path / "a", config, seed.tensors)
-    wanted = read(case("v4_k128_plain"), DOWN, SHAPE).weight.codes
-    assert torch.equal(read(folder, DOWN, SHAPE).weight.codes, wanted)
+    wanted = read(case("v4_k128_plain"), DOWN, SHAPE).weight.dequantize()
+    assert torch.equal(read(folder, DOWN, SHAPE).weight.dequantize(), wanted)
     quantization["shared_layer_config"] = {}  # type: ignore[index]
     with pytest.raises(LowbitError, match="has no sizes for"):
         read(seed.write(tmp_path / "b", config, seed.tensors), DOWN, SHAPE)

@@ -1,4 +1,6 @@
-"""Every launch of these tests compiles for Ampere and Hopper, spills little and fits in shared memory.
+"""Every launch of these tests compiles for Ampere and Hopper, some of each kernel for Blackwell.
+
+They spill little and fit in shared memory.
 
 No GPU is needed: Triton compiles for a target by its number.
 """

@@ -21,7 +21,7 @@ from lowbit.numerics.scheme import ActivationScheme, Delay
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INT8, UINT8, E4M3, E5M2, E2M1 = (number_format(n) for n in ("int8", "uint8", "e4m3", "e5m2", "e2m1"))
-IN_KERNELS = [scheme for scheme in DYNAMIC + OF_A_BATCH if not scheme.outliers]
+IN_KERNELS = DYNAMIC + OF_A_BATCH
 Make = Callable[[torch.device], InputTransform]
 
 
@@ -37,36 +37,69 @@ class Louder(Parallel):
         return 2 * x
 
 
-@pytest.mark.parametrize(
-    "scheme", [ActivationScheme(INT8, (1, 0)), ActivationScheme(E4M3, (1, 0), limit=448.0)]
-)
-def test_scales_of_ranks_are_those_of_whole_rows(scheme: ActivationScheme, device: torch.device) -> None:
-    """In kernels, between which the ranks tell each other each row's largest |x|."""
-    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(device)
-    x[1, 7] = torch.nan
+OF_RANKS = [
+    ActivationScheme(INT8, (1, 0)),
+    ActivationScheme(E4M3, (1, 0), limit=448.0),
+    ActivationScheme(INT8, (1, 0), symmetric=False),
+    ActivationScheme(UINT8, (0, 0)),
+    ActivationScheme(E4M3, (0, 0), limit=448.0, input="bf16", scale=number_format("bf16"), reciprocal=True),
+]
+
+
+@pytest.mark.parametrize("columns", [40, 5000])
+@pytest.mark.parametrize("scheme", OF_RANKS, ids=name)
+def test_scales_of_ranks_are_those_of_whole_rows(
+    scheme: ActivationScheme, columns: int, device: torch.device
+) -> None:
+    """In kernels, between which the ranks tell each other once what they saw of each row."""
+    x = torch.randn(4, columns, generator=torch.Generator().manual_seed(1)).to(device)
+    x[1, 7], x[3, 9] = torch.nan, torch.inf
+    x[0, columns - 1], x[2] = -9.0, 0.0
     transform = InputTransform(scheme, across=Louder(0, 2))
     with runtime.recording() as launches:
         found, factor = transform(x)
     if runtime._recorded is not None:
         runtime._recorded.extend(launches)
-    assert [launch.function for launch in launches] == ["find_peaks", "quantize_rows"]
-    wanted, wanted_factor = transform.in_torch(x)
-    assert factor is not None and wanted_factor is not None and same(factor, wanted_factor.cpu())
-    assert same(found, wanted.cpu()) and not torch.equal(found[0], InputTransform(scheme)(x)[0][0])
+    first = "find_peaks" if scheme.symmetric else "find_ends"
+    assert [launch.function for launch in launches] == [first, "quantize"]
+    wanted, wanted_factor = InputTransform(scheme, across=Louder(0, 2)).in_torch(x.cpu())
+    assert factor is not None and wanted_factor is not None and same(factor, wanted_factor)
+    assert same(found, wanted) and not torch.equal(found[0], InputTransform(scheme)(x)[0][0])
     assert transform.gpu is not None
     codes = transform.gpu.codes(x)
-    assert torch.equal(codes.scales[[0, 2]], factor[[0, 2], 0]) and codes.scales[1].isnan()
+    values = codes.codes.cpu().float() - (0.0 if codes.zeros is None else codes.zeros.cpu()[:, None])
+    broken_rows = wanted.isnan().any(1, keepdim=True)
+    worth = torch.where(broken_rows, torch.nan, wanted * wanted_factor)
+    assert broken_rows.any() and same(values * codes.scales.cpu()[:, None], worth)
 
 
-def test_what_else_ranks_tell_each_other_runs_in_torch(device: torch.device) -> None:
+def test_outliers_on_ranks_run_in_torch(device: torch.device) -> None:
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(device)
-    for scheme in (ActivationScheme(INT8, (1, 0), symmetric=False), ActivationScheme(INT8, (0, 0))):
-        transform = InputTransform(scheme, across=Louder(0, 2))
-        assert transform.gpu is None
-        found, factor = transform(x)
-        wanted, wanted_factor = transform.in_torch(x)
-        assert factor is not None and wanted_factor is not None and torch.equal(factor, wanted_factor)
-        assert torch.equal(found, wanted)
+    transform = InputTransform(OF_A_BATCH[0], across=Louder(0, 2))
+    assert transform.gpu is None
+    found, factor = transform(x)
+    wanted, wanted_factor = transform.in_torch(x)
+    assert factor is not None and wanted_factor is not None and torch.equal(factor, wanted_factor)
+    assert torch.equal(found, wanted)
+
+
+def test_delayed_scales_on_ranks_need_no_other_rank(device: torch.device) -> None:
+    scheme = ActivationScheme(E4M3, (0, 0), "delayed", limit=448.0, delay=Delay(4))
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    ranks, alone = Louder(0, 2), Parallel()
+    histories, wanted = [], x.abs().amax().cpu()
+    for across in (ranks, alone):
+        states = ActivationStates()
+        transform = InputTransform(scheme, state=states.add("layer", scheme, device, across), across=across)
+        with runtime.recording() as launches:
+            transform(x)
+            assert transform.state is not None and transform.state.amax_history[0].cpu() == wanted
+            states.update()
+        if runtime._recorded is not None:
+            runtime._recorded.extend(launches)
+        assert [launch.function for launch in launches] == ["quantize", "update_delayed"]
+        histories.append(states.state_dict()["layer.amax_history"])
+    assert torch.equal(histories[0], 2 * histories[1]), "they tell each other at the end of a step"
 
 
 def on(transform: InputTransform, device: torch.device) -> InputTransform:
@@ -133,7 +166,7 @@ def test_kernels_are_the_definition(scheme: ActivationScheme, device: torch.devi
     wide = torch.cat((broken(31), torch.full((18, 5), torch.nan)), 1)
     check(transform, wide[:, :31], device)  # rows that do not follow each other
     check(transform, broken(200)[FEW].bfloat16(), device)
-    if scheme.number_format.bits == 8:
+    if scheme.number_format.bits == 8 and not scheme.outliers:
         check_codes(transform, broken(100)[FEW], device)
 
 
@@ -143,7 +176,7 @@ def test_16_bit_inputs(scheme: ActivationScheme, device: torch.device) -> None:
     """bfloat16 is what real models have."""
     check(InputTransform(scheme), broken(96)[FEW].bfloat16(), device)
     check(InputTransform(scheme), broken(1)[FEW].half(), device)
-    if scheme.number_format.bits == 8:
+    if scheme.number_format.bits == 8 and not scheme.outliers:
         check_codes(InputTransform(scheme), cruel(128)[4:7].bfloat16(), device)
 
 
@@ -182,11 +215,12 @@ def test_no_rows(device: torch.device) -> None:
 
 
 def test_what_stays_in_torch(device: torch.device) -> None:
-    for scheme in (OF_A_BATCH[0], ActivationScheme(E4M3, (1, 48))):
-        transform = InputTransform(scheme)
+    outliers = ActivationScheme(INT8, (1, 0), outliers=2.0)
+    multiplied = InputTransform(outliers, torch.linspace(0.5, 2, 96, device=device))
+    for transform in (multiplied, InputTransform(ActivationScheme(E4M3, (1, 48)))):
         assert GpuQuantizer.of(transform) is None
         x = cruel(96)[4:8]
-        assert same(transform(x.to(device))[0], transform.in_torch(x)[0])
+        assert same(transform(x.to(device))[0], transform.in_torch(x.to(device))[0].cpu())
 
 
 @pytest.mark.parametrize("delay", [Delay(1), Delay(5, 1), Delay(16, 0, "most_recent")], ids=str)
@@ -228,4 +262,4 @@ def test_it_is_recorded(device: torch.device) -> None:
     x = cruel(64).bfloat16().to(device)
     with runtime.recording() as launches:
         InputTransform(DYNAMIC[0])(x)
-    assert [launch.function for launch in launches] == ["quantize_rows"]
+    assert [launch.function for launch in launches] == ["quantize"]

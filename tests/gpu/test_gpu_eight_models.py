@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="one device for both: the interpreter's"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-W8A8, BLOCKS = "compressed_tensors/w8a8_dynamic", "fp8/block_128"
+W8A8, BLOCKS, OUTLIERS = "compressed_tensors/w8a8_dynamic", "fp8/block_128", "bitsandbytes/int8"
 MORE = (
     "compressed_tensors/fp8_channel_dynamic",
     "fp8/tensor_static",
@@ -25,7 +25,7 @@ MORE = (
 
 
 @pytest.mark.parametrize(
-    "name", [W8A8, BLOCKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+    "name", [W8A8, BLOCKS, OUTLIERS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )
 def test_8_bit_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer that quantizes inputs runs so; what differs is the order of float32 sums."""

@@ -111,6 +111,7 @@ DYNAMIC = {
     "fp8 in groups": ActivationScheme(E4M3, (1, 128)),
     "fp8 in groups under powers of two": ActivationScheme(E4M3, (1, 64), limit=448.0, scale=E8M0),
     "delayed": DELAYED,
+    "int8 beside outliers": ActivationScheme(INT8, (1, 0), outliers=2.0, floor=2.0**-31),
 }
 
 
@@ -300,11 +301,13 @@ def test_what_it_leaves_to_its_steps(device: torch.device) -> None:
     int8, fp8 = (given(DYNAMIC[name], device) for name in ("int8 per token", "fp8 per token"))
     mx = given(ActivationScheme(E4M3, (1, 32), scale=E8M0), device)
     outliers = given(ActivationScheme(INT8, (1, 0), outliers=6.0), device)
+    multiplied = InputTransform(outliers.scheme, torch.ones(IN, device=device))
     cases = [
         (weight("int8"), None),
         (weight("int8"), fp8),
         (weight("e4m3"), int8),
-        (weight("int8"), outliers),
+        (weight("int8"), multiplied),
+        (weight("int8", 64), outliers),
         (weight("int4", 32), int8),
         (weight("int8", 32), int8),
         (canonical("e4m3", 32, "e8m0", shape=(OUT, 192)), mx),
@@ -326,7 +329,7 @@ def test_a_linear_uses_it(asked: str, device: torch.device) -> None:
     x = random(3, IN).bfloat16().to(device)
     with runtime.recording() as launches:
         linear.gated(x, "silu")
-    assert [launch.function for launch in launches] == ["quantize_rows", "_multiply"]
+    assert [launch.function for launch in launches] == ["quantize", "_multiply"]
 
 
 # ---- The vendor's products: the calls as torch takes them, on a CPU ----

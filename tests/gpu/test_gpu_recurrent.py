@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lowbit.kernels import recurrent
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.gpu import recurrent as gpu
 from lowbit.kernels.gpu import runtime
-from lowbit.kernels.gpu.recurrent import TOKENS, GpuDelta
+from lowbit.kernels.gpu.recurrent import CHUNK, CHUNK_KEYS, TOKENS, GpuDelta
 from lowbit.kernels.recurrent import DeltaParameters, LayerState, StateSpec
 from lowbit.kernels.recurrent_cpu import sigmoid_gate
 from lowbit.kernels.recurrent_reference import ReferenceDelta
@@ -102,6 +103,87 @@ def test_outputs_and_states(case: str, name: str, dtype: torch.dtype, device: to
     torch.testing.assert_close(ours.matrices, theirs.matrices, rtol=1e-4, atol=1e-5)
 
 
+WHOLE = {
+    "odd heads": [(CHUNK + 1, 0, 2), (1, 17, 0), (CHUNK, 5, 1)],
+    "wide keys, two taps": [(2, 0, 0), (CHUNK, 7, 3)],
+    "a head, no past": [(CHUNK, 0, 1), (2 * CHUNK, 1, 0)],
+    "two strips": [(CHUNK + 1, 2, 0)],
+}
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in all memory that a layer works in."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        plain = getattr(owner, name)
+
+        def filled(*args: object, plain: Callable[..., Tensor] = plain, **options: object) -> Tensor:
+            made = plain(*args, **options)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        monkeypatch.setattr(owner, name, filled)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, BF16) for name in WHOLE), ("a head, no past", F32)], ids=str
+)
+def test_whole_chunks(name: str, dtype: torch.dtype, poison: None, device: torch.device) -> None:
+    """Products of numbers in two halves: states within 3e-5 of the largest number there is."""
+    spec = SPECS.get(name, StateSpec(k_heads=1, heads=2, k_dim=12, v_dim=36, taps=3))
+    layer, parts = Layer(spec, device), WHOLE[name]
+    batch = batch_of(parts, device)
+    mixed = layer.rows(len(batch.tokens), dtype)
+    ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
+    poisoned(ours, parts)
+    poisoned(theirs, parts)
+    out = GpuDelta().run(mixed, ours, batch, layer.weights)
+    wanted = ReferenceDelta().by_rule(mixed, theirs, batch, layer.weights, False)
+    rounding = {"rtol": 2**-7, "atol": 4e-3} if dtype is BF16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(out, wanted, **rounding)
+    assert torch.equal(ours.inputs, theirs.inputs)
+    assert torch.isfinite(ours.matrices).all()
+    largest = theirs.matrices.abs().max()
+    assert (ours.matrices - theirs.matrices).abs().max() <= 3e-5 * largest
+
+
+@pytest.mark.parametrize("decays", ["none", "sudden"])
+def test_chunks_whose_tokens_depend_on_each_other(decays: str, device: torch.device) -> None:
+    """All keys are nearly the same and are told all of it: the inverse is far from the unit matrix. What is
+    forgotten at once, e^-30000 of it left, takes no digit from the decays of the tokens behind."""
+    layer = Layer(StateSpec(k_heads=1, heads=2, k_dim=16, v_dim=16, taps=1), device)
+    spec = layer.spec
+    mixed = layer.rows(2 * CHUNK, F32)
+    mixed[:, : 2 * spec.k_dim] = mixed[0, : 2 * spec.k_dim] + mixed[:, : 2 * spec.k_dim] / 100
+    mixed[:, -2 * spec.heads : -spec.heads] = 9.0  # beta: nearly 1
+    mixed[:, -spec.heads :] = -7.0
+    if decays == "sudden":
+        mixed[5::20, -spec.heads :] = 3e4
+    weights = replace(layer.weights, decay=-torch.ones_like(layer.weights.decay))
+    weights.bias.zero_()
+    batch = batch_of([(len(mixed), 3, 1)], device)
+    ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
+    out = GpuDelta().run(mixed, ours, batch, weights)
+    wanted = ReferenceDelta().by_rule(mixed, theirs, batch, weights, False)
+    assert (out - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert (ours.matrices - theirs.matrices).abs().max() <= 1e-4 * theirs.matrices[1].abs().max()
+
+
+def test_cuts_between_chunks_and_company_change_no_bit(device: torch.device) -> None:
+    layer = Layer(SPECS["a head, no past"], device)
+    mixed, other = layer.rows(2 * CHUNK + 3, F32), layer.rows(CHUNK + 2, F32)
+    whole = layer.state(GpuDelta())
+    wanted = GpuDelta().run(mixed, whole, batch_of([(len(mixed), 0, 1)], device), layer.weights)
+    state, found, at = layer.state(GpuDelta()), [], 0
+    for before, count in ((CHUNK + 2, CHUNK), (1, CHUNK + 2), (0, 1)):
+        parts = [*([(before, 5, 3)] if before else []), (count, at, 1), (2, 9, 0)]
+        rows = torch.cat((other[:before], mixed[at : at + count], other[:2]))
+        made = GpuDelta().run(rows, state, batch_of(parts, device), layer.weights)
+        found.append(made[before : before + count])
+        at += count
+    assert torch.equal(torch.cat(found), wanted)
+    assert torch.equal(state.matrices[1], whole.matrices[1])
+
+
 def test_padding_moves_nothing(device: torch.device) -> None:
     """Rows of slot -1 and context 0 behind a graph's real ones, which keep their bits, touch no state."""
     layer, parts = Layer(SPECS["odd heads"], device), STEPS["one token each"]
@@ -153,16 +235,31 @@ def test_many_sequences(device: torch.device, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(ours.inputs, theirs.inputs)
 
 
-def test_launches_of_a_step(device: torch.device) -> None:
-    """Three, and one more where a part has more tokens than a program of the convolution."""
-    layer = Layer(SPECS["odd heads"], device)
-    for longest, wanted in ((TOKENS, 3), (TOKENS + 1, 4)):
-        batch = replace(batch_of([(2, 0, 1)], device), max_query=longest)
-        with runtime.recording() as launches:
-            GpuDelta().run(layer.rows(2, BF16), layer.state(GpuDelta()), batch, layer.weights)
-        if runtime._recorded is not None:
-            runtime._recorded.extend(launches)
-        assert len(launches) == wanted
+LAUNCHES = [
+    (16, TOKENS, ["convolve", "rule", "finish"]),
+    (16, TOKENS + 1, ["convolve", "keep", "rule", "finish"]),
+    (16, CHUNK, ["convolve", "keep", "chunk_systems", "chunk_states", "rule", "finish"]),
+    (CHUNK_KEYS + 1, CHUNK, ["convolve", "keep", "rule", "finish"]),
+]
+
+
+@pytest.mark.parametrize(("k_dim", "longest", "wanted"), LAUNCHES)
+def test_launches_of_a_step(k_dim: int, longest: int, wanted: list[str], device: torch.device) -> None:
+    """By host numbers alone, whatever the lengths on the device say."""
+    layer = Layer(StateSpec(k_heads=1, heads=1, k_dim=k_dim, v_dim=16, taps=3), device)
+    counts = [CHUNK // 8 - 1] * 8 + [8] if "chunk_states" in wanted else [2, 1]
+    layer.inputs, layer.matrices = (x.repeat(2, *[1] * (x.dim() - 1)) for x in (layer.inputs, layer.matrices))
+    parts = [(count, 2 * slot, slot) for slot, count in enumerate(counts)]
+    batch = replace(batch_of(parts, device), max_query=longest)
+    mixed = layer.rows(len(batch.tokens), BF16)
+    ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
+    with runtime.recording() as launches:
+        out = GpuDelta().run(mixed, ours, batch, layer.weights)
+    if runtime._recorded is not None:
+        runtime._recorded.extend(launches)
+    assert [launch.function for launch in launches] == wanted
+    expected = ReferenceDelta().by_rule(mixed, theirs, batch, layer.weights, False)
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])

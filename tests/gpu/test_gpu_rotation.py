@@ -44,7 +44,7 @@ def product(rotation: Rotation, x: Tensor) -> Tensor:
         return x @ rotation.matrix.cpu().double()
     if rotation.before is not None:
         x = x * rotation.before.cpu().double()
-    inner = min(rotation.size, 128)
+    inner = min(rotation.size, 256)
     x = x.unflatten(-1, (-1, inner)) @ hadamard(inner).double()
     x = (hadamard(rotation.size // inner).double() @ x).flatten(-2) / rotation.divisor
     return x if rotation.after is None else x * rotation.after.cpu().double()
@@ -74,7 +74,7 @@ def rotate(rotation: Rotation, values: Tensor, dtypes: tuple, device: torch.devi
     x = held(values, dtypes[0], device)
     before, out = x.clone(), held(torch.full_like(values, torch.nan), dtypes[1], device)
     assert gpu.takes(rotator.rotation, x, out)
-    gpu.rotate(rotator.rotation, x, out, rotator._signs_before)
+    gpu.rotate(rotator.rotation, x, out, rotator.signs)
     assert torch.equal(x, before)
     check(rotation, before, out)
     rotator.in_place(x)
@@ -97,6 +97,22 @@ def test_hadamard_of_any_size(size: int, blocks: int, dtype: torch.dtype, device
 def test_the_largest(size: int, dtype: torch.dtype, device: torch.device) -> None:
     rotation = Rotation(size, signs(size, 1), None, None, math.sqrt(size))
     rotate(rotation, random(2, size, seed=3), (dtype, dtype), device)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(16384, BF16), *(pytest.param(size, F32, marks=pytest.mark.slow) for size in (32768, 65536))],
+)
+def test_two_passes(size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Signs of all columns before and numbers after; two blocks of a row."""
+    rotation = Rotation(size, signs(size, 1), random(size, seed=2), None, math.sqrt(size))
+    rotate(rotation, random(2, 2 * size, seed=3), (dtype, F32), device)
+    x = random(1, size, seed=4).to(device, dtype)
+    with runtime.recording() as launches:
+        made = Rotator(Rotation.hadamard(size).to(device)).rotated(x, F32)
+    keep(launches)
+    assert [launch.function for launch in launches] == ["hadamard_in_two", "hadamard_across"]
+    assert torch.allclose(made, Rotation.hadamard(size).to(device)(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [4, 64, 256])
@@ -173,25 +189,67 @@ def test_what_is_too_large_runs_in_torch(device: torch.device) -> None:
 
 SCHEMES = {
     "int8 a token": ActivationScheme(number_format("int8"), block=(1, 0)),
+    "int8 asymmetric": ActivationScheme(number_format("int8"), block=(1, 0), symmetric=False),
+    "fp8 a token": ActivationScheme(number_format("e4m3"), block=(1, 0)),
     "mxfp4": ActivationScheme(number_format("e2m1"), block=(1, 32), scale=number_format("e8m0")),
+    "nvfp4": ActivationScheme(number_format("e2m1"), block=(1, 16), scale=number_format("e4m3")),
+    "fp8 in groups": ActivationScheme(number_format("e4m3"), block=(1, 128)),
 }
+# Columns, a block's, and whether the launch that quantizes rotates them.
+CASES = [
+    ("int8 a token", 128, 64, False),
+    ("int8 a token", 256, 256, True),
+    ("int8 asymmetric", 256, 256, False),
+    ("fp8 a token", 1024, 1024, True),
+    pytest.param("int8 a token", 8192, 8192, True, marks=pytest.mark.slow),
+    ("mxfp4", 64 * 5, 64, True),
+    ("mxfp4", 48, 16, False),
+    ("mxfp4", 256, 256, False),
+    ("nvfp4", 128 * 17, 128, True),
+    ("nvfp4", 48, 16, True),
+    ("fp8 in groups", 256, 128, True),
+]
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_quantizing_follows(name: str, device: torch.device) -> None:
-    """In kernels too, from the rotated float32 numbers; the result has x's type."""
-    rotation = Rotation(64, signs(64, 1), None, None, 8.0).to(device)
-    multiplier = (random(128, seed=7).abs() + 0.5).to(device)
+@pytest.mark.parametrize(("name", "columns", "size", "fused"), CASES)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_quantizing_follows(
+    name: str, columns: int, size: int, fused: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """In the same launch or the next one, with the same bits; the result has x's type."""
+    rotation = Rotation(size, signs(size, 1), random(size, seed=2), None, math.sqrt(size)).to(device)
+    multiplier = (random(columns, seed=7).abs() + 0.5).to(device)
     transform = InputTransform(SCHEMES[name], multiplier, rotation=Rotator(rotation))
-    x = random(5, 128).to(device, BF16)
+    x = held(random(5, columns), dtype, device)
+    x[1, 3] = 50.0
     with runtime.recording() as launches:
         made, factor = transform(x)
     keep(launches)
-    assert launches[0].function == "hadamard" and launches[1].function.startswith("quantize")
-    wanted, other = replace(transform, rotation=None).in_torch(Rotator(rotation).rotated(x, F32))
-    assert made.dtype is BF16 and torch.equal(made, wanted.to(BF16))
+    assert [one.function for one in launches][-1] == "quantize" and (len(launches) == 1) == fused
+    turned = Rotator(rotation).rotated(x, F32)
+    plain = replace(transform, rotation=None)
+    wanted, other = plain.in_torch(turned)
+    assert made.dtype is dtype and torch.equal(made, wanted.to(dtype))
     assert (factor is None) == (other is None)
     assert factor is None or other is None or torch.equal(factor, other)
+    if SCHEMES[name].number_format.bits == 8:
+        assert transform.gpu is not None and plain.gpu is not None
+        ours, theirs = transform.gpu.codes(x), plain.gpu.codes(turned)
+        assert torch.equal(ours.codes.float(), theirs.codes.float())
+        assert torch.equal(ours.scales, theirs.scales)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_broken_numbers_of_a_rotated_row(device: torch.device) -> None:
+    """A row that is rotated where it is quantized is NaN as a whole, and alone."""
+    transform = InputTransform(SCHEMES["int8 a token"], rotation=Rotator(Rotation.hadamard(256).to(device)))
+    x = random(3, 256).to(device, BF16)
+    x[1, 7] = torch.nan
+    assert transform.gpu is not None
+    made = transform.gpu.codes(x)
+    assert made.scales.isnan().tolist() == [False, True, False]
+    alone = transform.gpu.codes(x[[0, 2]])
+    assert torch.equal(alone.codes, made.codes[[0, 2]]) and torch.equal(alone.scales, made.scales[[0, 2]])
 
 
 def test_what_only_rotates_has_the_inputs_type(device: torch.device) -> None:

@@ -14,8 +14,9 @@ from engine.stand_in import ByteTokenizer
 from lowbit.engine import sampler
 from lowbit.engine.messages import Request, SamplingParams
 from lowbit.engine.sequence import Sequence
-from lowbit.kernels.gpu import runtime, sampling
-from lowbit.kernels.gpu.sampling import log_probabilities, row_peaks, sample_rows
+from lowbit.kernels.gpu import ratings, runtime, sampling
+from lowbit.kernels.gpu.ratings import log_probabilities
+from lowbit.kernels.gpu.sampling import sample_rows, survey
 from lowbit.kernels.row_peaks import row_peaks as peaks_on_cpu
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -50,9 +51,7 @@ def defined(logits: Tensor, options: dict[str, float], uniform: float) -> int:
         return sampler.sample(logits, sequence, -1)
 
 
-def sampled(
-    logits: Tensor, options: list[dict[str, float]], uniform: list[float], peaks: Tensor | None = None
-) -> list[int]:
+def sampled(logits: Tensor, options: list[dict[str, float]], uniform: list[float]) -> list[int]:
     def each(name: str, dtype: torch.dtype) -> Tensor:
         return torch.tensor([one[name] for one in options], dtype=dtype, device=logits.device)
 
@@ -63,7 +62,6 @@ def sampled(
         each("top_p", torch.float64),
         each("min_p", torch.float64),
         torch.tensor(uniform, dtype=torch.float64, device=logits.device),
-        peaks,
     )
     assert found.dtype is torch.int64
     return found.tolist()
@@ -179,6 +177,7 @@ def test_nothing_is_read_or_left_from_before(device: torch.device, monkeypatch: 
     assert sampled(logits, options, uniform) == wanted
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("width", [1, 300])
 def test_peaks(width: int, device: torch.device) -> None:
     logits = rows(6, width, 1.0, device)
@@ -187,17 +186,17 @@ def test_peaks(width: int, device: torch.device) -> None:
     logits[3] = -math.inf
     logits[4, width // 3] = math.nan
     logits[5, : width // 2] = -math.inf
-    values, places = row_peaks(logits)
+    found = survey(logits, sums=True)
+    values, places = found.values, found.ids
     expected, at = peaks_on_cpu(logits.cpu())
     assert values.cpu().equal(torch.tensor(expected)) or values[4].isnan()
     good = [0, 1, 2, 3, 5]
     assert values.cpu()[good].tolist() == [expected[row] for row in good]
     assert values[4].isnan() and math.isnan(expected[4])
     assert [places.tolist()[row] for row in good] == [at[row] for row in good]
-    noted = torch.zeros(6, device=device)
-    tokens = sampled(logits, [OFF | {"top_k": 3}] + [OFF] * 5, [0.5] * 6, noted)
+    assert found.broken.tolist() == (~torch.isfinite(logits)).sum(1).tolist()
+    tokens = sampled(logits, [OFF | {"top_k": 3}] + [OFF] * 5, [0.5] * 6)
     assert all(0 <= token < width for token in tokens)
-    assert torch.equal(noted.nan_to_num(7.0), values.nan_to_num(7.0))
 
 
 def test_real_sizes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,22 +224,56 @@ def test_many_rows(seed: int, device: torch.device) -> None:
     check(rows(12, 517, float(random.uniform(0.2, 6)), device, seed), options, numbers(12, seed))
 
 
-def test_log_probabilities(device: torch.device) -> None:
-    logits = (rows(3, 300, 2.0, device) * 2).round() / 2  # equals
-    tokens = torch.tensor([0, 299, 17], device=device)
-    for count in (0, 7, 400):
-        chosen, ids, values = log_probabilities(logits, tokens, count)
-        for row in range(3):
-            wanted = sampler.log_probabilities(logits[row].cpu(), int(tokens[row]), 300)
-            assert chosen[row].item() == pytest.approx(wanted.logprob, abs=1e-9)
+@pytest.mark.parametrize("most", [1 << 14, 8])
+def test_log_probabilities(most: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some rows, for tokens that were asked for or chosen; also of more alternatives than kernels hold."""
+    monkeypatch.setattr(ratings, "_MOST_CANDIDATES", most)
+    logits = (rows(4, 300, 2.0, device) * 2).round() / 2  # equals
+    logits[0, :40] = -math.inf
+    logits[3, 290:] *= -0.0
+    before = logits.clone()
+    asked = torch.tensor([3, 0, 2], dtype=torch.int32, device=device)
+    targets = torch.tensor([0, -1, 17], dtype=torch.int32, device=device)
+    tokens = torch.tensor([299, -7, -7, -7], device=device)
+    for count in (0, 7, 40) if most > 8 else (7,):
+        chosen, ids, values = log_probabilities(
+            logits, survey(logits, sums=True), asked, targets, tokens, count
+        )
+        assert ids.shape == values.shape == (3, count) and chosen.dtype is torch.float64
+        for place, (row, token) in enumerate(((3, 0), (0, 299), (2, 17))):
+            wanted = sampler.log_probabilities(logits[row].cpu(), token, 300)
+            assert chosen[place].item() == pytest.approx(wanted.logprob, abs=2e-6)
             best = wanted.top[:count]
-            assert ids[row].tolist() == [token for token, _ in best]
-            assert values[row].tolist() == pytest.approx([value for _, value in best], abs=1e-9)
+            assert ids[place].tolist() == [token for token, _ in best]
+            assert values[place].tolist() == pytest.approx([value for _, value in best], abs=2e-6)
+    assert torch.equal(logits, before)
+
+
+def test_no_more_alternatives_than_tokens(device: torch.device) -> None:
+    logits = rows(1, 5, 2.0, device)
+    numbers = [torch.tensor([value], dtype=torch.int32, device=device) for value in (0, 3)]
+    found = survey(logits, sums=True)
+    _, ids, _ = log_probabilities(logits, found, *numbers, found.ids, 9)
+    assert ids[0].tolist() == logits[0].argsort(descending=True).tolist()
+
+
+def test_log_probabilities_of_large_and_broken_logits(device: torch.device) -> None:
+    """Sums relative to each chunk's largest; a row that is not finite rates no other."""
+    logits = rows(3, 700, 3.0, device)
+    logits[:, 600] += 3e4
+    logits[1, 300] = math.nan
+    numbers = [torch.tensor(values, dtype=torch.int32, device=device) for values in ([0, 1, 2], [600, 5, 3])]
+    tokens = torch.zeros(3, dtype=torch.int64, device=device)
+    chosen, ids, _ = log_probabilities(logits, survey(logits, sums=True), *numbers, tokens, 2)
+    for row, token in ((0, 600), (2, 3)):
+        wanted = sampler.log_probabilities(logits[row].cpu(), token, 2)
+        assert chosen[row].item() == pytest.approx(wanted.logprob, rel=1e-7, abs=1e-9)
+        assert ids[row].tolist() == [best for best, _ in wanted.top]
 
 
 def test_no_rows_launch_nothing(device: torch.device) -> None:
     logits = torch.empty(0, 10, device=device)
     with runtime.recording() as launches:
         assert sampled(logits, [], []) == []
-        assert [len(part) for part in row_peaks(logits)] == [0, 0]
+        assert len(survey(logits).ids) == 0
     assert not launches

@@ -190,7 +190,8 @@ void multiply(lowbit_weight& weight, std::int64_t columns, const char* name) {
             put(result + " size", out);
         }
         const auto codes = static_cast<Codes>(weight.codes);
-        if (kind == 0 && !is_vectors(codes) && !is_trellis(codes)) by_columns(weight, rows, x, columns, name);
+        const bool coded = is_vectors(codes) || is_trellis(codes) || weight.row_vectors != nullptr;
+        if (kind == 0 && !coded) by_columns(weight, rows, x, columns, name);
     }
     seed = before;
 }
@@ -299,6 +300,60 @@ void vectors(int books, int bits, int length, Scales scales) {
     multiply(weight, COLUMNS_IN, name);
 }
 
+// The same of vectors of rows: a tile or none of outliers, then indices of each book's tiles.
+void row_vectors(int length, int books, int centroids, int residual, int outlier_tiles, bool offsets) {
+    constexpr std::int64_t COLUMNS_IN = 150, PADDED = 160;
+    std::vector<std::int32_t> order(PADDED, -1);
+    for (std::int64_t i = 0; i < COLUMNS_IN; ++i) order[static_cast<std::size_t>(i)] = static_cast<std::int32_t>(i * 7 % COLUMNS_IN);
+    Floats multiplier(PADDED), offset(PADDED);
+    for (float& value : multiplier) value = random_float() * 0x1p-9f;
+    for (float& value : offset) value = random_float();
+    lowbit_row_vectors described{};
+    described.order = order.data();
+    described.multiplier = multiplier.data();
+    described.offset = offsets ? offset.data() : nullptr;
+    described.length = length;
+    described.books = books;
+    described.centroids = centroids;
+    described.residual = residual;
+    described.outlier_tiles = outlier_tiles;
+    const RowVectors sizes(described);
+    std::vector<std::uint16_t> table(static_cast<std::size_t>(std::max<std::int64_t>(64, books * sizes.numbers())));
+    const auto word = [&] { return static_cast<std::uint16_t>(static_cast<int>(random_bits() % 2001) - 1000); };
+    for (std::uint16_t& number : table) number = word();
+    lowbit_weight weight{};
+    weight.factor = 1.0f;
+    weight.table = table.data();
+    weight.rows = ROWS_OUT;
+    weight.columns = PADDED;
+    weight.codes = static_cast<std::int32_t>(Codes::row_vectors);
+    weight.group = PADDED;
+    weight.row_vectors = &described;
+    const Layout layout(weight);
+    Octets data;
+    const auto put_number = [&](std::uint32_t number, int bytes) {
+        for (int byte = 0; byte < bytes; ++byte) data.push_back(static_cast<std::uint8_t>(number >> 8 * byte));
+    };
+    for (std::int64_t block = 0; block < layout.blocks; ++block) {
+        for (int i = 0; i < outlier_tiles * ROWS * COLUMNS; ++i) put_number(word(), 2);
+        for (std::int64_t tile = outlier_tiles; tile < layout.tiles; ++tile) {
+            const int indices = COLUMNS * sizes.pieces();
+            for (int i = 0; i < indices; ++i) put_number(random_bits() % static_cast<unsigned>(centroids), sizes.main_bytes());
+            for (int i = 0; i < indices && residual != 0; ++i) {
+                put_number(random_bits() % static_cast<unsigned>(residual), sizes.second_bytes());
+            }
+        }
+    }
+    weight.data = data.data();
+    char name[96];
+    std::snprintf(name, sizeof name, "linear vectors of %d rows, %d books of %d + %d", length, books, centroids, residual);
+    if (find(static_cast<LinearBytes*>(nullptr), "lowbit_linear_bytes")(&weight) != static_cast<std::int64_t>(data.size())) {
+        std::fprintf(stderr, "%s: no kernel\n", name);
+        std::exit(1);
+    }
+    multiply(weight, COLUMNS_IN, name);
+}
+
 // Trellises: any bits.
 void trellises(TrellisBook book, int bits) {
     constexpr std::int64_t COLUMNS_IN = 160;
@@ -355,6 +410,11 @@ void all_linear() {
     vectors(2, 8, 8, Scales::bf16);
     vectors(3, 12, 16, Scales::f32);
     vectors(4, 8, 32, Scales::f16);
+    row_vectors(8, 1, 300, 0, 0, true);
+    row_vectors(8, 2, 256, 256, 1, false);
+    row_vectors(4, 1, 100, 300, 3, true);
+    row_vectors(6, 5, 20, 0, 0, false);
+    row_vectors(16, 1, 500, 20, 0, true);
     for (int bits = 1; bits <= 8; ++bits) trellises(static_cast<TrellisBook>(bits % 3), bits);
 }
 

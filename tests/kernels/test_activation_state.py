@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Oracle:
-    """The text of formats.md 4.2, number by number."""
+    """The definition (``kernels.activation_state``), number by number."""
 
     length: int
     margin: int

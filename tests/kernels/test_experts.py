@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.test_linear_kernels import by_columns, canonical, dense_weight, vectors
+from contract.test_linear_kernels import by_columns, canonical, dense_weight, row_vectors, vectors
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose, native
 from lowbit.kernels.activation_quant import InputTransform
@@ -54,6 +54,7 @@ WEIGHTS: dict[str, Weight] = {
     "e2m1 g32 e8m0 (MXFP4)": lambda shape: canonical("e2m1", 32, "e8m0", shape=shape),
     "int8 channel": lambda shape: canonical("int8", 0, "f32", shape=shape),
     "codebooks": lambda shape: vectors(2, 8, 8, shape=shape),
+    "codebooks of 12 rows": lambda shape: row_vectors(12, 256, 16, shape=shape, scale="f16", order=True),
     "bf16": lambda shape: dense_weight("bf16", shape),
     "f32": lambda shape: dense_weight("f32", shape),
 }

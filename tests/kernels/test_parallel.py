@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.kernels.activation_native import NativeQuantizer
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.kernels.activation_state import ActivationState
+from lowbit.kernels.activation_state import ActivationStates
+from lowbit.kernels.native import library
 from lowbit.kernels.parallel import _SHARED_SUM, ALONE, Parallel
 from lowbit.layers.norm import Norm
 from lowbit.numerics.number_formats import number_format
@@ -81,38 +83,95 @@ RULES = {
     "per token, fp8": ActivationScheme(number_format("e4m3"), (1, 0), upper_bound=2.0),
     "asymmetric": ActivationScheme(INT8, (1, 0), symmetric=False),
     "per tensor": ActivationScheme(INT8, (0, 0)),
+    "per tensor, bf16": ActivationScheme(
+        number_format("e4m3"), (0, 0), limit=448.0, input="bf16", scale=number_format("bf16"), reciprocal=True
+    ),
     "outliers": ActivationScheme(INT8, (1, 0), outliers=3.0),
     "delayed": ActivationScheme(number_format("e4m3"), (0, 0), mode="delayed", limit=448.0, delay=Delay(4)),
 }
 
 
+class Counted(Parallel):
+    """A rank that counts what it asks the others."""
+
+    asked = 0
+
+    def largest(self, x: torch.Tensor) -> torch.Tensor:
+        type(self).asked += self.rank == 0
+        return super().largest(x)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "torch"])
 @pytest.mark.parametrize("rule", RULES)
-def test_input_scales_are_those_of_whole_rows(tmp_path: Path, rule: str) -> None:
+def test_input_scales_are_those_of_whole_rows(
+    tmp_path: Path, rule: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one exchange: native code, or the definition, on both sides of it."""
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(4)) * 2
-    x[2, 60], x[3, 1], x[4] = 50.0, torch.nan, 0.0
+    x[2, 60], x[3, 1], x[4], x[5, 2] = 50.0, torch.nan, 0.0, -torch.inf
+    scheme, multiplier = RULES[rule], torch.linspace(0.5, 2.0, 64)
+    if not native:
+        monkeypatch.setattr(NativeQuantizer, "of", lambda *described: None)
+    elif library() is None:
+        pytest.skip("no native library")
 
-    def transform(across: Parallel) -> InputTransform:
-        scheme = RULES[rule]
-        state = None if scheme.delay is None else ActivationState.fresh(scheme.delay, scheme.limit)
-        return InputTransform(scheme, state=state, across=across)
+    def transform(across: Parallel, here: slice) -> tuple[InputTransform, ActivationStates]:
+        states, state = ActivationStates(), None
+        if scheme.delay is not None:
+            state = states.add("layer", scheme, CPU, across)
+        return InputTransform(scheme, multiplier[here].clone(), state=state, across=across), states
 
-    def work(p: Parallel) -> tuple[torch.Tensor, torch.Tensor | None, InputTransform]:
-        run = transform(p)
-        assert run.native is None, "native code sees this rank's columns only"
-        return *run(x[:, :40] if p.rank == 0 else x[:, 40:]), run
+    Counted.asked = 0
 
-    whole = transform(ALONE)
+    def work(p: Parallel) -> tuple[torch.Tensor, torch.Tensor | None, ActivationStates]:
+        here = slice(0, 40) if p.rank == 0 else slice(40, 64)
+        run, states = transform(Counted(p.rank, p.size, p._group), here)
+        assert run.native is None or scheme.delay is not None, "native code sees this rank's columns only"
+        assert ((run.native or run.halves) is not None) == native
+        given = x[:, here].clone()
+        made = run(given)
+        assert torch.equal(given.nan_to_num(9.0), x[:, here].nan_to_num(9.0)), "x is left alone"
+        states.update()
+        return *made, states
+
+    whole, whole_states = transform(ALONE, slice(0, 64))
     values, factor = whole.in_torch(x)
+    whole_states.update()
     found = together(tmp_path, 2, work)
+    assert Counted.asked == 1
     parts = torch.cat([part for part, _, _ in found], 1)
     assert torch.equal(parts.nan_to_num(123.0), values.nan_to_num(123.0))
-    for _, their, run in found:
+    for _, their, states in found:
         assert (factor is None) == (their is None)
         assert factor is None or torch.equal(factor.nan_to_num(9.0), their.nan_to_num(9.0))
-        if whole.state is not None and run.state is not None:
-            assert torch.equal(
-                whole.state.amax_history.nan_to_num(9.0), run.state.amax_history.nan_to_num(9.0)
-            )
+        for name, state in states.state_dict().items():
+            assert torch.equal(whole_states.state_dict()[name].nan_to_num(9.0), state.nan_to_num(9.0))
+
+
+def test_delayed_scales_of_all_layers_are_one_exchange(tmp_path: Path) -> None:
+    """Steps in which only some layers are used; one of them has whole rows everywhere."""
+    scheme = RULES["delayed"]
+    generator = torch.Generator().manual_seed(6)
+    steps = [torch.randn(3, 64, generator=generator) * 3.0**n for n in range(6)]
+
+    def run(p: Parallel) -> dict[str, torch.Tensor]:
+        here = slice(0, 64) if p.size == 1 else slice(0, 24) if p.rank == 0 else slice(24, 64)
+        states = ActivationStates()
+        layers = [InputTransform(scheme, state=states.add("cut", scheme, CPU, p), across=p) for _ in range(3)]
+        whole = InputTransform(scheme, state=states.add("whole", scheme, CPU))
+        for number, x in enumerate(steps):
+            for layer in layers[: 1 + number % 3]:
+                layer(x[:, here])
+            whole(x)
+            states.update()
+        return states.state_dict()
+
+    Counted.asked = 0
+    wanted = run(ALONE)
+    for found in together(tmp_path, 2, lambda p: run(Counted(p.rank, p.size, p._group))):
+        assert found.keys() == wanted.keys() and len(found) == 8
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert Counted.asked == len(steps)
 
 
 def test_a_norm_of_rows_on_several_ranks_some_of_them_twice(tmp_path: Path) -> None:

@@ -196,10 +196,18 @@ def test_files_that_tools_wrote(ranks: Ranks, case: str) -> None:
     check(ranks, Job(FIXTURES / case, PROMPTS))
 
 
+@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "vptq/v8_k256_res16"])
+def test_vectors_of_rows_are_decoded_before_they_are_cut(ranks: Ranks, case: str) -> None:
+    """To 16 bits, on one process they are not; heads of 8 rows end inside vectors of 6."""
+    check(ranks, Job(FIXTURES / case, PROMPTS, reference=False), 0.01)
+
+
 ONLINE = {
     "int4 in groups": {"quantization": "int4:group_size=32"},
     "int8 inputs": {"torchao_config": "int8dq"},
     "a scale for a step's inputs": {"torchao_config": "fp8dq-per_tensor"},
+    "delayed scales": {"quantization": "fp8:activation=delayed,history=4"},
+    "outliers": {"quantization": "bitsandbytes:type=int8"},
 }
 
 

@@ -51,12 +51,13 @@ def test_kl_to_the_float_model(prompts: int, model: Model, embedded_path: Path) 
 
 
 def test_kl_of_int8_inputs(model: Model) -> None:
-    """Mean KL(bf16 inputs || int8 in groups of 32) <= 0.003; every layer but the head takes them."""
+    """Mean KL(bf16 inputs || int8 in groups of 32) <= 0.003; all but the last layer take them."""
     header = open_checkpoint("smollm2")
     rounded = load_model(header, device="cpu", activation_quantization="int8")
     plan = plan_model(header, device="cpu", activation_quantization="int8")
-    exact = [module.name for module in plan.modules if module.scheme.activation is None]
-    assert exact == ["model.embed_tokens"]
+    exact = {module.name for module in plan.modules if module.scheme.activation is None}
+    last = {module.name for module in plan.modules if module.name.startswith("model.layers.29.")}
+    assert len(last) == 7 and exact == last
     divergences = []
     for prompt in english_prompts()[:3]:
         expected, found = (torch.log_softmax(prompt_logits(m, [prompt])[0], -1) for m in (model, rounded))

@@ -1,4 +1,4 @@
-"""GGUF's reference quantizers in numpy, one block at a time, from formats.md 2.7.5 and 2.7.6.
+"""GGUF's reference quantizers in numpy, one block at a time, from ggml's definitions.
 
 Nothing here comes from lowbit. Arithmetic is float32 and sums run in the order of the weights.
 """

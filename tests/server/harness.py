@@ -105,7 +105,7 @@ class ServerThread:
         self.join()
 
     def assert_idle(self) -> None:
-        """Nothing is held when nothing runs (I4, I5)."""
+        """Nothing is held when nothing runs."""
         client = self.app.client
 
         def idle() -> bool:

@@ -333,7 +333,7 @@ def test_wrong_first_message(messages: list[Any]) -> None:
     assert parent.exit_status() == 70
 
 
-@pytest.mark.parametrize("violation", [["page 3 is free and used"], AssertionError("I1")])
+@pytest.mark.parametrize("violation", [["page 3 is free and used"], AssertionError("a page")])
 def test_idle_check_counts_violations(
     parent: Parent,
     monkeypatch: pytest.MonkeyPatch,

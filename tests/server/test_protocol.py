@@ -13,12 +13,10 @@ from lowbit.server.api_error import ApiError, from_event, to_api_error
 from lowbit.server.chat import template_messages
 from lowbit.server.completions import encode_prompt
 from lowbit.server.generation import check_fit
-from lowbit.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
+from lowbit.server.protocol import ChatRequest, CompletionRequest, read
+from lowbit.server.request_values import (
     logit_biases,
     prompts,
-    read,
     sampling_params,
     seed_of_choice,
     stop_strings,

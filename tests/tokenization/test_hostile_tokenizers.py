@@ -1,5 +1,4 @@
-"""M12: tokenizer files and templates made wrong; each is refused in one line or keeps working, in bounded "
-"time."""
+"""Tokenizer files and templates made wrong: each is refused in one line or keeps working, in bounded time."""
 
 from __future__ import annotations
 

@@ -341,4 +341,4 @@ def test_generation_config(tmp_path: Path) -> None:
     )
     config = load_generation_config(open_checkpoint(str(folder)))
     assert config.stop_ids == {7, 9}
-    assert (config.temperature, config.top_k, config.top_p, config.min_p) == (0.6, 50, 0.9, None)
+    assert config.sampling() == {"temperature": 0.6, "top_k": 50, "top_p": 0.9}

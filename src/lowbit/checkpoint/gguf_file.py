@@ -1,4 +1,4 @@
-"""GGUF files: header reader and writer (the GGUF specification, versions 2 and 3; formats.md 2.7.1).
+"""GGUF files: header reader and writer (the GGUF specification, versions 2 and 3).
 
     "GGUF" version u32 | tensor count u64 | metadata count u64 | metadata … | tensor infos … | pad | data
 

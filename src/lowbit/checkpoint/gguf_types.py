@@ -1,4 +1,4 @@
-"""GGUF tensor types: id, name, weights in a block, bytes of a block (formats.md 2.7.5). No torch."""
+"""GGUF tensor types: id, name, weights in a block, bytes of a block (ggml's). No torch."""
 
 from __future__ import annotations
 

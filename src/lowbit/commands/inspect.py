@@ -65,21 +65,13 @@ def _plan(settings: Settings, files: ExitStack) -> ModelPlan:
         header = files.enter_context(
             opened_headers(settings.model, settings.revision, on_progress, load_format=settings.load_format)
         )
-    from lowbit.loading import plan_model
+    from lowbit.loading import model_options, plan_model
     from lowbit.quantize.recipe import Asked
 
     return plan_model(
         header,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        k_cache_dtype=settings.k_cache_dtype,
-        v_cache_dtype=settings.v_cache_dtype,
-        activation_quantization=settings.activation_quantization,
-        kv_scales_path=settings.quantization_param_path,
+        **model_options(settings),
         quantization=Asked.by(settings),
-        strict=settings.strict,
-        linear_kernel=settings.linear_kernel,
         timings="unused" if settings.kernel_timings == "off" else "kept",
         threads=settings.threads,
         tp_size=settings.tp_size,

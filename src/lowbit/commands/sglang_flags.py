@@ -2,7 +2,8 @@
 
 *Compared*: options of lowbit whose meaning or values differ from SGLang's in a way worth knowing. *Without
 effect*: lowbit does the thing always, never, or by itself; the flag is accepted and a note says so. *Only*:
-what lowbit has one of, devices above all: the one value is taken and any other refused rather than ignored.
+what lowbit has one way of, sharing a model above all: the one value is taken and any other refused rather
+than ignored.
 *Refused*: a flag that asks for something lowbit will not do, and what to do instead. Every other flag SGLang
 knows and lowbit does not is an unknown option like any other. Names from SGLang's server arguments.
 """
@@ -46,7 +47,9 @@ _COMPILED = "the native kernels are compiled already; there is no graph to compi
 _ALWAYS = "always on"
 _NEVER = "lowbit has no such thing"
 _SCHEDULER = "lowbit's scheduler sets it itself"
-_ONE_DEVICE = "lowbit runs on one device"
+_TP_ALONE = "a model is shared by --tp-size alone, on one machine"
+_VISIBLE = "ranks take the visible GPUs in their order, see CUDA_VISIBLE_DEVICES"
+_MEET = "the ranks of one machine find each other"
 _LOGGING = "lowbit never logs prompts"
 _LOADER = "files are mapped and read once, layer by layer"
 _NO_PRIORITIES = "requests have no priorities"
@@ -60,20 +63,17 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--fp4-gemm-backend": ("value", _CHOSEN),
     "--moe-runner-backend": ("value", _CHOSEN),
     "--bf16-gemm-backend": ("value", _CHOSEN),
-    "--enable-torch-compile": (
-        "switch",
-        "the native kernels are compiled already; there is no graph to compile",
-    ),
-    "--torch-compile-max-bs": (
-        "value",
-        "the native kernels are compiled already; there is no graph to compile",
-    ),
+    "--enable-torch-compile": ("switch", _COMPILED),
+    "--torch-compile-max-bs": ("value", _COMPILED),
     "--enable-tf32-matmul": ("switch", "sums are float32"),
     "--enable-metrics": ("switch", _ALWAYS),
     "--enable-cache-report": ("switch", _ALWAYS),
     "--enable-mixed-chunk": ("switch", _ALWAYS),
     "--enable-fp32-lm-head": ("switch", _ALWAYS),
-    "--enable-deterministic-inference": ("switch", _ALWAYS),
+    "--enable-deterministic-inference": (
+        "switch",
+        "on a CPU always; on a GPU the last bits of logits may depend on the batch",
+    ),
     "--incremental-streaming-output": ("switch", _ALWAYS),
     "--skip-server-warmup": ("switch", _NEVER),
     "--disable-custom-all-reduce": ("switch", _NEVER),
@@ -86,10 +86,10 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--retraction-policy": ("value", "the youngest sequence is retracted"),
     "--prefill-decode-interval": ("value", "prompts and answers share steps"),
     "--scheduler-recv-interval": ("value", _SCHEDULER),
-    "--enable-dynamic-chunking": ("switch", _ONE_DEVICE),
-    "--pp-max-micro-batch-size": ("value", _ONE_DEVICE),
-    "--pp-async-batch-depth": ("value", _ONE_DEVICE),
-    "--enable-dp-attention": ("switch", _ONE_DEVICE),
+    "--enable-dynamic-chunking": ("switch", _TP_ALONE),
+    "--pp-max-micro-batch-size": ("value", _TP_ALONE),
+    "--pp-async-batch-depth": ("value", _TP_ALONE),
+    "--enable-dp-attention": ("switch", _TP_ALONE),
     "--disable-priority-preemption": ("switch", _NO_PRIORITIES),
     "--abort-on-priority-when-disabled": ("switch", _NO_PRIORITIES),
     "--disable-hybrid-swa-memory": ("switch", "there is one KV pool"),
@@ -97,7 +97,7 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--enable-unified-memory": ("switch", "there is one KV pool"),
     "--enable-page-major-kv-layout": ("switch", "the KV layout is the attention kernel's own"),
     "--disable-chunked-prefix-cache": ("switch", _NEVER),
-    "--max-mamba-cache-size": ("value", _NEVER),
+    "--max-mamba-cache-size": ("value", "each of --max-running-requests has a state"),
     "--quantize-and-serve": ("switch", "what --quantization always does"),
     "--model-loader-extra-config": ("value", _LOADER),
     "--weight-loader-disable-mmap": ("switch", _LOADER),
@@ -119,13 +119,13 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
     "--tokenizer-backend": ("value", "there is one tokenizer"),
     "--detokenizer-worker-num": ("value", "there is one tokenizer"),
     "--model-impl": ("value", "there is one implementation"),
-    "--base-gpu-id": ("value", _ONE_DEVICE),
-    "--gpu-id-step": ("value", _ONE_DEVICE),
-    "--nccl-port": ("value", _ONE_DEVICE),
-    "--dist-init-addr": ("value", _ONE_DEVICE),
-    "--dist-timeout": ("value", _ONE_DEVICE),
-    "--load-balance-method": ("value", _ONE_DEVICE),
-    "--enable-p2p-check": ("switch", _ONE_DEVICE),
+    "--base-gpu-id": ("value", _VISIBLE),
+    "--gpu-id-step": ("value", _VISIBLE),
+    "--nccl-port": ("value", _MEET),
+    "--dist-init-addr": ("value", _MEET),
+    "--dist-timeout": ("value", _MEET),
+    "--load-balance-method": ("value", _TP_ALONE),
+    "--enable-p2p-check": ("switch", _TP_ALONE),
     "--log-requests": ("switch", _LOGGING),
     "--log-requests-level": ("value", _LOGGING),
     "--log-level-http": ("value", "use --log-level"),
@@ -148,9 +148,9 @@ _ONE_PROCESS = "prompts and answers are computed in one process"
 
 # flag -> (the value it may have, why there is no other)
 ONLY: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(_PARALLEL, ("1", _ONE_DEVICE)),
-    "--node-rank": ("0", _ONE_DEVICE),
-    "--moe-a2a-backend": ("none", _ONE_DEVICE),
+    **dict.fromkeys(_PARALLEL, ("1", _TP_ALONE)),
+    "--node-rank": ("0", _TP_ALONE),
+    "--moe-a2a-backend": ("none", _TP_ALONE),
     "--cpu-offload-gb": (
         "0", "weights lie on the device that computes; use --device cpu, or smaller ones by --quantization"
     ),

@@ -4,6 +4,9 @@
 // A row is copied to the output first (rotated, times a multiplier, rounded to bfloat16 where asked) and quantized
 // there in place. Every step but a rotation (rotation.cpp) is elementwise IEEE arithmetic, or a maximum of absolute values taken on their
 // bits, where NaN is the largest: results do not depend on the instruction set, the neighbours or the threads.
+//
+// Where other processes have more columns of the rows, that is two calls: lowbit_stage_input says what is seen of each
+// row here, and lowbit_quantize_staged is told what all of them saw.
 
 #include <cfloat>
 #include <cmath>
@@ -172,18 +175,34 @@ void quantize_fixed(float* x, std::int64_t count, float scale, const float* zero
     }
 }
 
+// What a scale depends on of a staged row: its largest |x|, and of LLM.int8 the largest that is no outlier; of a zero
+// point how far the row reaches below and above 0. Of a row in parts they are the largest of each part's, NaN above all.
+struct Seen {
+    float first, second;
+};
+
+Seen seen_of(const float* x, std::int64_t count, const lowbit_quantizer& q) {
+    const auto rule = static_cast<Rule>(q.rule);
+    if (rule == Rule::asymmetric) {
+        float low = 0.0f, high = 0.0f;
+        bool nan = false;
+        for (std::int64_t i = 0; i < count; ++i) {
+            low = x[i] < low ? x[i] : low;
+            high = x[i] > high ? x[i] : high;
+            nan |= x[i] != x[i];
+        }
+        constexpr float none = std::numeric_limits<float>::quiet_NaN();
+        return nan ? Seen{none, none} : Seen{-low, high};
+    }
+    return {largest_magnitude(x, count), rule == Rule::columns ? largest_inlier(x, count, q.outliers) : 0.0f};
+}
+
 // Integers with a zero point: 0 is always representable.
 template <class Nearest>
-float quantize_asymmetric(float* x, std::int64_t count, float low_code, float high_code, const Nearest& nearest) {
-    float low = 0.0f, high = 0.0f;
-    bool nan = false;
-    for (std::int64_t i = 0; i < count; ++i) {
-        low = x[i] < low ? x[i] : low;
-        high = x[i] > high ? x[i] : high;
-        nan |= x[i] != x[i];
-    }
+float quantize_asymmetric(float* x, std::int64_t count, const Seen& seen, float low_code, float high_code,
+                          const Nearest& nearest) {
+    const float low = -seen.first, high = seen.second;
     float scale = (high - low) / (high_code - low_code);
-    if (nan) scale = std::numeric_limits<float>::quiet_NaN();
     if (scale == 0.0f) scale = 1.0f;
     const float zero = clamped(std::rint(low_code - low / scale), low_code, high_code);
     for (std::int64_t i = 0; i < count; ++i) x[i] = nearest(x[i] / scale + zero) - zero;
@@ -232,11 +251,20 @@ void stage(const float* x, std::int64_t width, const lowbit_quantizer& q, float*
     }
 }
 
+void stage_rows(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, std::int64_t rows,
+                std::int64_t width, float* out, std::int64_t out_stride, Seen* seen) {
+    for_rows(rows, width, [&](std::int64_t row) {
+        float* const to = out + row * out_stride;
+        stage(x + row * x_stride, width, q, to);
+        seen[row] = seen_of(to, width, q);
+    });
+}
+
 // The largest |x| of the staged rows. ``finite``: rows with NaN or infinity take no part.
-float largest_of_rows(const std::vector<float>& rows, bool finite) {
+float largest_of_rows(const Seen* seen, std::int64_t rows, bool finite) {
     std::uint32_t largest = 0;
-    for (const float row : rows) {
-        const std::uint32_t bits = bits_of(row);
+    for (std::int64_t row = 0; row < rows; ++row) {
+        const std::uint32_t bits = bits_of(seen[row].first) & MAGNITUDE;
         if (!finite || bits < INFINITE) largest = std::max(largest, bits);
     }
     return float_of(largest);
@@ -245,23 +273,15 @@ float largest_of_rows(const std::vector<float>& rows, bool finite) {
 // LLM.int8: a column where a token of the batch has an outlier is divided by the scales but not rounded, in all
 // rows. Rows with NaN or infinity have no say in it, and become NaN.
 template <class Nearest>
-void quantize_beside_columns(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, std::int64_t rows,
-                             std::int64_t width, float* out, std::int64_t out_stride, float* scales,
-                             const Nearest& nearest) {
-    std::vector<float> largest(static_cast<std::size_t>(rows));
-    for_rows(rows, width, [&](std::int64_t row) {
-        float* const to = out + row * out_stride;
-        stage(x + row * x_stride, width, q, to);
-        largest[static_cast<std::size_t>(row)] = largest_magnitude(to, width);
-        scales[row] = scale_of(largest_inlier(to, width, q.outliers), q);
-    });
+void quantize_beside_columns(const lowbit_quantizer& q, float* out, std::int64_t out_stride, std::int64_t rows,
+                             std::int64_t width, const Seen* seen, float* scales, const Nearest& nearest) {
     constexpr std::int64_t TOGETHER = 64;  // columns, each of which is one task's own
     std::vector<std::int32_t> is_outlier(static_cast<std::size_t>(width));
     for_rows((width + TOGETHER - 1) / TOGETHER, rows * TOGETHER, [&](std::int64_t group) {
         const std::int64_t first = group * TOGETHER, count = std::min(TOGETHER, width - first);
         std::int32_t* const found = is_outlier.data() + first;
         for (std::int64_t row = 0; row < rows; ++row) {
-            const float magnitude = largest[static_cast<std::size_t>(row)];
+            const float magnitude = seen[row].first;
             if (!(magnitude >= q.outliers && magnitude <= FLT_MAX)) continue;
             const float* const from = out + row * out_stride + first;
             for (std::int64_t i = 0; i < count; ++i) found[i] |= std::fabs(from[i]) >= q.outliers;
@@ -269,15 +289,54 @@ void quantize_beside_columns(const lowbit_quantizer& q, const float* x, std::int
     });
     for_rows(rows, width, [&](std::int64_t row) {
         float* const to = out + row * out_stride;
-        if (!(largest[static_cast<std::size_t>(row)] <= FLT_MAX)) {
+        const float scale = scale_of(seen[row].second, q), factor = 1.0f / scale;
+        scales[row] = scale;
+        if (!(seen[row].first <= FLT_MAX)) {
             std::fill_n(to, width, std::numeric_limits<float>::quiet_NaN());
             return;
         }
-        const float scale = scales[row], factor = 1.0f / scale;
         for (std::int64_t i = 0; i < width; ++i) {
             const float step = q.reciprocal ? to[i] * factor : to[i] / scale;
             const float code = nearest(step);
             to[i] = is_outlier[static_cast<std::size_t>(i)] ? step : code;
+        }
+    });
+}
+
+// A staged row under a scale of its own, which is returned.
+template <class Nearest>
+float quantize_staged_row(const lowbit_quantizer& q, float* x, std::int64_t width, const Seen& seen,
+                          const Nearest& nearest) {
+    if (static_cast<Rule>(q.rule) == Rule::asymmetric) {
+        return quantize_asymmetric(x, width, seen, q.low, q.high, nearest);
+    }
+    const float scale = scale_of(seen.first, q);
+    quantize_block(x, width, scale, q.reciprocal != 0, nearest);
+    return scale;
+}
+
+// Staged rows whose scales depend on what was seen of them, in place.
+template <class Nearest>
+void quantize_staged(const lowbit_quantizer& q, float* x, std::int64_t stride, std::int64_t rows, std::int64_t width,
+                     const Seen* seen, float* factors, const Nearest& nearest) {
+    const auto rule = static_cast<Rule>(q.rule);
+    if (rule == Rule::columns) {
+        quantize_beside_columns(q, x, stride, rows, width, seen, factors, nearest);
+        return;
+    }
+    if (rule != Rule::tensor) {
+        for_rows(rows, width, [&](std::int64_t row) {
+            factors[row] = quantize_staged_row(q, x + row * stride, width, seen[row], nearest);
+        });
+        return;
+    }
+    const float scale = scale_of(largest_of_rows(seen, rows, true), q);
+    factors[0] = scale;
+    for_rows(rows, width, [&](std::int64_t row) {
+        float* const to = x + row * stride;
+        quantize_block(to, width, scale, q.reciprocal != 0, nearest);
+        if (!(seen[row].first <= FLT_MAX)) {
+            std::fill_n(to, width, std::numeric_limits<float>::quiet_NaN());
         }
     });
 }
@@ -288,13 +347,9 @@ float quantize_alone(const lowbit_quantizer& q, const float* x, std::int64_t wid
     stage(x, width, q, out);
     switch (static_cast<Rule>(q.rule)) {
         case Rule::fixed: quantize_fixed(out, width, *q.static_scale, q.static_zero, nearest); return 1.0f;
-        case Rule::asymmetric: return quantize_asymmetric(out, width, q.low, q.high, nearest);
+        case Rule::token:
+        case Rule::asymmetric: return quantize_staged_row(q, out, width, seen_of(out, width, q), nearest);
         case Rule::grouped: quantize_groups(out, width, q, nearest, nullptr); return 1.0f;
-        case Rule::token: {
-            const float scale = scale_of(largest_magnitude(out, width), q);
-            quantize_block(out, width, scale, q.reciprocal != 0, nearest);
-            return scale;
-        }
         default: return 1.0f;
     }
 }
@@ -316,37 +371,20 @@ template <class Nearest>
 void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, std::int64_t rows,
               std::int64_t width, float* out, std::int64_t out_stride, float* factors, const Nearest& nearest) {
     const auto rule = static_cast<Rule>(q.rule);
-    if (rule == Rule::columns) {
-        quantize_beside_columns(q, x, x_stride, rows, width, out, out_stride, factors, nearest);
-        return;
-    }
-    if (rule == Rule::tensor || rule == Rule::delayed) {
-        std::vector<float> largest(static_cast<std::size_t>(rows));
-        for_rows(rows, width, [&](std::int64_t row) {
-            float* const to = out + row * out_stride;
-            stage(x + row * x_stride, width, q, to);
-            largest[static_cast<std::size_t>(row)] = largest_magnitude(to, width);
-        });
-        if (rule == Rule::delayed) {
-            const float now = *q.state_scale, amax = largest_of_rows(largest, false);
-            factors[0] = 1.0f / now;
-            // On the bits, so that NaN is kept as the largest.
-            if (bits_of(amax) > (bits_of(q.state_history[0]) & MAGNITUDE)) q.state_history[0] = amax;
-            for_rows(rows, width, [&](std::int64_t row) {
-                float* const to = out + row * out_stride;
-                for (std::int64_t i = 0; i < width; ++i) to[i] = nearest(to[i] * now);
-            });
+    if (rule == Rule::columns || rule == Rule::tensor || rule == Rule::delayed) {
+        std::vector<Seen> seen(static_cast<std::size_t>(rows));
+        stage_rows(q, x, x_stride, rows, width, out, out_stride, seen.data());
+        if (rule != Rule::delayed) {
+            quantize_staged(q, out, out_stride, rows, width, seen.data(), factors, nearest);
             return;
         }
-        const float scale = scale_of(largest_of_rows(largest, true), q);
-        factors[0] = scale;
+        const float now = *q.state_scale, amax = largest_of_rows(seen.data(), rows, false);
+        factors[0] = 1.0f / now;
+        // On the bits, so that NaN is kept as the largest.
+        if (bits_of(amax) > (bits_of(q.state_history[0]) & MAGNITUDE)) q.state_history[0] = amax;
         for_rows(rows, width, [&](std::int64_t row) {
             float* const to = out + row * out_stride;
-            const float magnitude = largest[static_cast<std::size_t>(row)];
-            quantize_block(to, width, scale, q.reciprocal != 0, nearest);
-            if (!(magnitude <= FLT_MAX)) {
-                std::fill_n(to, width, std::numeric_limits<float>::quiet_NaN());
-            }
+            for (std::int64_t i = 0; i < width; ++i) to[i] = nearest(to[i] * now);
         });
         return;
     }
@@ -356,7 +394,7 @@ void quantize(const lowbit_quantizer& q, const float* x, std::int64_t x_stride, 
     });
 }
 
-// One state at the end of a step: what delayed scaling does with the amax of the step (formats.md 4.2).
+// One state at the end of a step: what delayed scaling does with the amax of the step (kernels/activation_state.py).
 void update(const lowbit_delayed_state& state) {
     float* const history = state.history;
     const float newest = history[0];
@@ -405,6 +443,31 @@ LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const
     try {
         rounded_by(q, [&](const auto& nearest) {
             quantize(q, x, x_stride, rows, width, out, out_stride, factors, nearest);
+        });
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+// x (rows, width) of a rule with a scale for each row or one for all -> out, as it will be quantized, and what is seen
+// of each row (rows, 2); see Seen. out may be x.
+LOWBIT_EXPORT void lowbit_stage_input(const lowbit_quantizer* quantizer, const float* x, std::int64_t x_stride,
+                                      std::int64_t rows, std::int64_t width, float* out, std::int64_t out_stride,
+                                      float* seen) {
+    lowbit::stage_rows(*quantizer, x, x_stride, rows, width, out, out_stride, reinterpret_cast<lowbit::Seen*>(seen));
+}
+
+// The rest of quantizing what lowbit_stage_input gave, in place, by what was seen of the rows here and elsewhere.
+// 0, or 1 where memory ran out.
+LOWBIT_EXPORT int lowbit_quantize_staged(const lowbit_quantizer* quantizer, float* x, std::int64_t stride,
+                                         std::int64_t rows, std::int64_t width, const float* seen, float* factors) {
+    using namespace lowbit;
+    const lowbit_quantizer& q = *quantizer;
+    const auto* const of_rows = reinterpret_cast<const Seen*>(seen);
+    try {
+        rounded_by(q, [&](const auto& nearest) {
+            quantize_staged(q, x, stride, rows, width, of_rows, factors, nearest);
         });
     } catch (const std::bad_alloc&) {
         return 1;

@@ -196,6 +196,15 @@ void write_value(const Store& to, std::uint8_t* page, int offset, const float* v
     }
 }
 
+// Takes hold of the lines that a token's vector goes to: a decode step's tokens lie in pages of their own, which
+// nobody has touched since the step before, and line by line each would be waited for.
+void fetch_lines(const Store& to, const std::uint8_t* page, int offset, bool keys) {
+    const auto row = static_cast<std::int64_t>(to.code_bytes() / PAGE_TOKENS);
+    const int together = keys ? PAGE_TOKENS : to.narrow() ? 4 : to.format == Format::BF16 ? 2 : 1;  // tokens of a line
+    const std::uint8_t* const from = page + offset / together * together * row;
+    for (std::int64_t byte = 0; byte < together * row; byte += 64) __builtin_prefetch(from + byte, 1);
+}
+
 }  // namespace
 }  // namespace lowbit
 
@@ -210,15 +219,23 @@ LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, co
     }
     const Store keys = key_store(*cache), values = value_store(*cache);
     constexpr int TOGETHER = 32;  // tokens a task: neighbours share pages, and so cache lines
-    parallel_for((tokens + TOGETHER - 1) / TOGETHER, [&](std::int64_t task) {
-        const int end = std::min(static_cast<int>(task + 1) * TOGETHER, tokens);
-        for (int token = static_cast<int>(task) * TOGETHER; token < end; ++token) {
-            const int page = slots[token] / PAGE_TOKENS, offset = slots[token] % PAGE_TOKENS;
-            for (int head = 0; head < cache->heads; ++head) {
+    constexpr int FEW = 8;        // are written sooner than another thread wakes up
+    const std::int64_t tiles = (tokens + TOGETHER - 1) / TOGETHER, parts = tokens < FEW ? 1 : cache->heads;
+    const int heads = parts == 1 ? cache->heads : 1;  // of a task
+    parallel_for(tiles * parts, [&](std::int64_t task) {
+        const int first = static_cast<int>(task / parts) * TOGETHER, end = std::min(first + TOGETHER, tokens);
+        const int first_head = static_cast<int>(task % parts);
+        for (int head = first_head; head < first_head + heads; ++head) {
+            for (int token = first; token < end; ++token) {
+                const int page = slots[token] / PAGE_TOKENS, offset = slots[token] % PAGE_TOKENS;
+                if (token + 1 < end && slots[token + 1] / PAGE_TOKENS != page) {
+                    const int next = slots[token + 1] / PAGE_TOKENS, place = slots[token + 1] % PAGE_TOKENS;
+                    fetch_lines(keys, keys.page(next, head), place, true);
+                    if (!cache->latent) fetch_lines(values, values.page(next, head), place, false);
+                }
                 write_key(keys, keys.page(page, head), offset, k + token * k_stride + head * keys.dim);
                 if (cache->latent) continue;
-                write_value(values, values.page(page, head), offset,
-                            v + token * v_stride + head * values.dim);
+                write_value(values, values.page(page, head), offset, v + token * v_stride + head * values.dim);
             }
         }
     });

@@ -16,6 +16,7 @@
 #include "amx_tiles.h"
 #include "linear_columns.h"
 #include "linear_kernels.h"
+#include "linear_row_vectors.h"
 #include "lowbit.h"
 #include "operations.h"
 #include "thread_pool.h"
@@ -27,7 +28,7 @@ namespace {
 struct Prepared {
     explicit Prepared(const Product& from) : product(&from), layout(*from.weight), decoding(*from.weight) {
         shape.tiles = layout.tiles;
-        shape.columns = from.columns;
+        shape.columns = layout.row_vectors == nullptr ? from.columns : layout.tiles * COLUMNS;
         shape.span = summed_columns(layout);
         shape.element = is_float(layout.codes) ? 4 : 2;
         shape.numbers = is_grid(layout.codes) ? grid_of(layout.codes).numbers : 0;
@@ -78,6 +79,7 @@ struct Prepared {
         gated = layer != nullptr && layer->activation >= 0;
         blocks = gated ? layout.blocks / 2 : layout.blocks;
         has_factors = layer != nullptr && (layer->static_factor != nullptr || layer->factors != 0);
+        product_size = from.by_columns == nullptr ? (product_bytes(layout, from.tokens) + 63) / 64 * 64 : 0;
     }
 
     const float* row(std::int64_t token) const {
@@ -117,7 +119,10 @@ struct Prepared {
     bool scaled = false;
     bool gated = false;        // blocks are a gate's, as many more its partners
     bool has_factors = false;
+    std::int64_t product_size = 0;      // bytes of the products that rows look up; 0: they multiply
+    std::uint8_t* products = nullptr;
     float* factors = nullptr;  // (tokens,)
+    float* offsets = nullptr;  // (tokens,): what all rows of a weight of row vectors have in common
     std::int64_t blocks = 0;   // of the result
     std::int64_t token_tiles = 0;
     std::int64_t first_tokens = 0;  // groups of LAID_TOGETHER tokens of the products before
@@ -125,7 +130,7 @@ struct Prepared {
     std::uint8_t* at = nullptr;
 };
 
-constexpr std::int64_t LAID_TOGETHER = 8;  // tokens of a task
+constexpr std::int64_t LAID_TOGETHER = 16;  // tokens of a task: their sums and scales, floats side by side, fill whole lines
 constexpr std::int64_t MOST_LAYER_COLUMNS = 1 << 15;  // of x where a layer changes it (kernels/native_layer.py)
 
 // A row of x as the product's layer wants it, perhaps in ``staged``.
@@ -148,7 +153,7 @@ const float* changed_row(const Prepared& p, std::int64_t token, float (*staged)[
 
 void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
     float staged[2][MOST_LAYER_COLUMNS];  // of which a layer touches what it needs
-    static thread_local std::vector<float> codes, scales;
+    static thread_local std::vector<float> codes, scales, taken;
     const lowbit_weight& weight = *p.product->weight;
     const bool quantized = p.shape.quantized();
     if (quantized) {
@@ -159,6 +164,11 @@ void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
         const std::int64_t tile = token / TOKEN_TILE;
         const int place = static_cast<int>(token - tile * TOKEN_TILE);
         const float* row = changed_row(p, token, staged);
+        if (weight.row_vectors != nullptr) {
+            taken.resize(static_cast<std::size_t>(p.shape.columns));
+            p.offsets[token] = take_columns(*weight.row_vectors, row, p.shape.columns, taken.data());
+            row = taken.data();
+        }
         if (quantized) {
             quantize_row(*weight.quantizer, row, p.shape.columns, codes.data(), scales.data());
             row = codes.data();
@@ -179,11 +189,12 @@ inline std::int64_t place_of(const Prepared& p, const Input& input, int i) {
 // The products of some blocks that follow each other, from nothing. ``out``: where those of the first will go, or null.
 void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, Input input, float* out, Totals& totals) {
     const std::uint8_t* const at = p.product->weight->data + first * p.layout.block_bytes;
+    if (p.product_size != 0) return look_up_products(p.layout, at, blocks, input, p.products, totals);
     for (int i = 0; i < blocks; ++i) {
         float(*const own)[ROWS] = totals + place_of(p, input, i);
         std::memset(own, 0, static_cast<std::size_t>(input.tokens) * sizeof own[0]);
         if (p.tiles != nullptr) continue;
-        input.out = out == nullptr ? nullptr : out + i * ROWS;
+        input.out = out == nullptr ? nullptr : out + i * p.layout.height;
         p.function(p.layout, at + i * p.layout.block_bytes, p.decoding, input, own);
     }
     if (p.tiles != nullptr) {
@@ -195,6 +206,7 @@ void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, Input in
 // of elementwise.cpp's affine.
 Vector16 finished(const Prepared& p, Vector16 total, std::int64_t token, std::int64_t row, int lanes) {
     const lowbit_layer_description* const layer = p.product->layer;
+    if (p.layout.row_vectors != nullptr) total = add(total, broadcast(p.offsets[token]));
     if (layer == nullptr) return total;
     if (layer->row_scale != nullptr) total = multiply(total, load_some(layer->row_scale + row, lanes));
     if (p.has_factors) total = multiply(total, broadcast(p.factors[token]));
@@ -207,11 +219,11 @@ void run_task(const Prepared& p, std::int64_t task) {
     const InputPlaces places = p.places(tile);
     Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
     input.out_stride = p.product->out_stride;
-    const std::int64_t rows = p.product->weight->rows / (p.gated ? 2 : 1);
+    const std::int64_t rows = p.product->weight->rows / (p.gated ? 2 : 1), height = p.layout.height;
     const std::int64_t last = std::min(p.blocks, (task % p.chunks + 1) * p.chunk);
     alignas(64) Totals totals, partners;
     const auto write = [&](std::int64_t block, int i) {
-        const int lanes = static_cast<int>(std::min<std::int64_t>(ROWS, rows - block * ROWS));
+        const int lanes = static_cast<int>(std::min<std::int64_t>(height, rows - block * height));
         for (int t = 0; t < input.tokens; ++t) {
             const std::int64_t token = tile * TOKEN_TILE + t;
             const bool faulty = p.shape.whole() && places.faulty[t];  // whole numbers cannot say it
@@ -219,23 +231,24 @@ void run_task(const Prepared& p, std::int64_t task) {
                 const float nan = std::numeric_limits<float>::quiet_NaN();
                 return finished(p, faulty ? broadcast(nan) : load(of[place_of(p, input, i) + t]), token, row, lanes);
             };
-            Vector16 value = result(totals, block * ROWS);
+            Vector16 value = result(totals, block * height);
             if (p.gated) {
                 const auto activation = static_cast<Activation>(p.product->layer->activation);
-                value = lowbit::gated(value, result(partners, rows + block * ROWS), activation);
+                value = lowbit::gated(value, result(partners, rows + block * height), activation);
             }
-            store_some(p.product->out + token * p.product->out_stride + block * ROWS, value, lanes);
+            store_some(p.product->out + token * p.product->out_stride + block * height, value, lanes);
         }
     };
     // A gate's rows and its partners' are two streams of weights: as much of one as there is room for, then of the
     // other. Else a block is written as soon as it is there.
     std::int64_t together = p.tiles != nullptr ? BLOCKS_TOGETHER : 1;
     if (p.gated && p.tiles == nullptr) together = TOKEN_TILE / input.tokens;
+    if (p.product_size != 0) together = TOKEN_TILE / input.tokens / LOOKED_UP_TOGETHER * LOOKED_UP_TOGETHER;
     int blocks = 1;
     for (std::int64_t block = task % p.chunks * p.chunk; block < last; block += blocks) {
         blocks = static_cast<int>(std::min(together, last - block));
         if (p.gated) multiply_blocks(p, p.blocks + block, blocks, input, nullptr, partners);
-        float* const out = p.product->out + tile * TOKEN_TILE * p.product->out_stride + block * ROWS;
+        float* const out = p.product->out + tile * TOKEN_TILE * p.product->out_stride + block * height;
         multiply_blocks(p, block, blocks, input, out, totals);
         for (int i = 0; i < blocks; ++i) write(block + i, i);
     }
@@ -349,11 +362,11 @@ void multiply(const Product* products, std::int64_t count) {
         groups += (p.product->tokens + LAID_TOGETHER - 1) / LAID_TOGETHER;
         units += p.blocks * p.token_tiles;
         tokens += p.product->tokens;
-        bytes += (p.bytes() + 63) / 64 * 64;
+        bytes += (p.bytes() + 63) / 64 * 64 + p.product_size;
     }
     if (all.empty()) return;
     auto* at = aligned(workspace, bytes);
-    if (factors.size() < static_cast<std::size_t>(tokens)) factors.resize(static_cast<std::size_t>(tokens));
+    if (factors.size() < static_cast<std::size_t>(2 * tokens)) factors.resize(static_cast<std::size_t>(2 * tokens));
     float* factor = factors.data();
     // Enough tasks to share evenly, each long enough to be worth claiming.
     std::int64_t together = std::max<std::int64_t>(1, units / (8 * thread_count()));
@@ -362,9 +375,13 @@ void multiply(const Product* products, std::int64_t count) {
     for (Prepared& p : all) {
         p.at = at;
         at += (p.bytes() + 63) / 64 * 64;
+        p.products = at;
+        at += p.product_size;
         p.factors = factor;
-        factor += p.product->tokens;
+        p.offsets = factor + p.product->tokens;
+        factor += 2 * p.product->tokens;
         p.chunk = std::min(together, p.blocks);
+        if (p.product_size != 0) p.chunk = (p.chunk + LOOKED_UP_TOGETHER - 1) / LOOKED_UP_TOGETHER * LOOKED_UP_TOGETHER;
         p.chunks = (p.blocks + p.chunk - 1) / p.chunk;
         p.first_task = tasks;
         tasks += p.chunks * p.token_tiles;
@@ -380,6 +397,16 @@ void multiply(const Product* products, std::int64_t count) {
         });
     }
     const std::vector<Prepared>& shared = all;
+    for (const Prepared& p : shared) {
+        if (p.product_size == 0) continue;
+        const std::int64_t pieces = std::min<std::int64_t>(p.layout.tiles, thread_count() > 1 ? 2 * thread_count() : 1);
+        const InputPlaces places = p.places(0);
+        const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
+        parallel_for(pieces, [&](std::int64_t piece) {
+            make_products(p.layout, p.decoding, input, p.layout.tiles * piece / pieces,
+                          p.layout.tiles * (piece + 1) / pieces, p.products);
+        });
+    }
     parallel_ranges(tasks, [&](std::int64_t task) {
         const Prepared& p = holder<&Prepared::first_task>(shared, task);
         run_task(p, task - p.first_task);

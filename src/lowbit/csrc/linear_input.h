@@ -221,114 +221,215 @@ inline float power_of_two_from(float x) {
     return x;
 }
 
-// One token's row.
-inline void lay_out(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
-    const ByteOrder order = byte_order();
-    const std::int64_t tokens = to.tokens;
-    float span_sum = 0.0f;  // InputKind::codes: whole numbers below 2^24 or so, else what float32 makes of them
-    std::int32_t span_whole = 0;
-    bool faulty = false;
-    for (std::int64_t tile = 0; tile < shape.tiles; ++tile) {
+// take(tile, its first 16 columns, the others) for each tile of a row; behind the last column there are zeros.
+template <class Take>
+INLINE void each_tile(const float* row, const InputShape& shape, const Take& take) {
+    const std::int64_t columns = shape.columns, tiles = shape.tiles;
+    const int numbers = shape.numbers;
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
         alignas(64) float padded[COLUMNS];
         const float* from = row + tile * COLUMNS;
-        const std::int64_t left = shape.columns - tile * COLUMNS;
+        const std::int64_t left = columns - tile * COLUMNS;
         if (left < COLUMNS) {
             std::memset(padded, 0, sizeof padded);
             if (left > 0) std::memcpy(padded, from, static_cast<std::size_t>(left) * sizeof(float));
             from = padded;
         }
-        const std::int64_t place = (tile * tokens + token) * COLUMNS;
         Sixteen a = sixteen_load(from), b = sixteen_load(from + 16);
-        if (shape.numbers != 0) {
-            a = in_grid_order(a, shape.numbers);
-            b = in_grid_order(b, shape.numbers);
+        if (numbers != 0) {
+            a = in_grid_order(a, numbers);
+            b = in_grid_order(b, numbers);
         }
-        if (shape.kind == InputKind::bfloat || shape.kind == InputKind::scaled) {
-            if (shape.element == 4) {
-                float* const values = reinterpret_cast<float*>(to.values) + place;
-                sixteen_store(values, a);
-                sixteen_store(values + 16, b);
-                continue;
-            }
-            std::uint16_t* const values = reinterpret_cast<std::uint16_t*>(to.values) + place;
-            a = store_bfloats(values, a);
-            b = store_bfloats(values + 16, b);
-            if (shape.span == 32) {
-                to.sums[tile * tokens + token] = sixteen_sum(sixteen_add(a, b));
-            } else if (shape.span > 32) {
-                span_sum += sixteen_sum(sixteen_add(a, b));
-                if ((tile + 1) * COLUMNS % shape.span == 0) {
-                    to.sums[((tile + 1) * COLUMNS / shape.span - 1) * tokens + token] = span_sum;
-                    span_sum = 0.0f;
-                }
-            } else if (shape.span == LEAST_GROUP) {
-                each_least_sum(a, b, [&](int part, float sum) {
-                    to.sums[(tile * (COLUMNS / LEAST_GROUP) + part) * tokens + token] = sum;
-                });
-            } else {
-                to.sums[tile * 2 * tokens + token] = sixteen_sum(a);
-                to.sums[(tile * 2 + 1) * tokens + token] = sixteen_sum(b);
-            }
-            continue;
-        }
-        float scale = 1.0f;
-        const float most = largest(a, b);
-        const bool sound = most <= std::numeric_limits<float>::max();
-        faulty = faulty || !sound;
-        if (shape.times != 0.0f) {
-            a = sixteen_multiply(a, sixteen_set(shape.times));
-            b = sixteen_multiply(b, sixteen_set(shape.times));
-        } else if (shape.kind != InputKind::codes) {
-            scale = most / static_cast<float>(shape.kind == InputKind::words ? shape.largest : LARGEST_INPUT);
-            if (shape.largest == largest_word(WordKind::line) && sound) scale = power_of_two_from(scale);
-            const Sixteen inverse = inverse_of(scale);
-            a = sixteen_multiply(a, inverse);
-            b = sixteen_multiply(b, inverse);
-        }
-        if (!sound) a = b = sixteen_zeros();  // what no whole number says must not overflow one
-        const auto put = [&](std::int64_t span, float sum, std::int32_t whole) {
-            to.sums[span * tokens + token] = shape.scaled_sums ? sum * scale : sum / shape.factor;
-            to.bases[span * tokens + token] = shape.base * whole;
-        };
-        const auto put_part = [&](std::int64_t span, float sum) { put(span, sum, static_cast<std::int32_t>(sum)); };
-        if (shape.kind == InputKind::words) {
-            std::int16_t* const values = reinterpret_cast<std::int16_t*>(to.values) + place;
-            a = store_words(values, a);
-            b = store_words(values + 16, b);
-            if (!sound) scale = std::numeric_limits<float>::quiet_NaN();
-            const std::int64_t parts = COLUMNS / shape.span;
-            for (std::int64_t span = tile * parts; span < (tile + 1) * parts; ++span) {
-                if (shape.times == 0.0f || !sound) to.scales[span * tokens + token] = scale * shape.factor;
-            }
-            // Sums of 32 are whole numbers below 2^20, exact in float32.
-            if (shape.span == 32) {
-                put_part(tile, sixteen_sum(sixteen_add(a, b)));
-            } else if (shape.span == 16) {
-                put_part(tile * 2, sixteen_sum(a));
-                put_part(tile * 2 + 1, sixteen_sum(b));
-            } else {
-                each_least_sum(a, b, [&](int part, float sum) { put_part(tile * (COLUMNS / LEAST_GROUP) + part, sum); });
-            }
-            continue;
-        }
-        const std::int64_t line = tile * COLUMNS / BYTE_COLUMNS * tokens + token;
-        std::int8_t* const values =
-            reinterpret_cast<std::int8_t*>(to.values) + line * BYTE_COLUMNS + tile * COLUMNS % BYTE_COLUMNS;
-        const float sums[2] = {sixteen_sum(store_ints(values, a, order)), sixteen_sum(store_ints(values + 16, b, order))};
-        if (to.scales != nullptr) to.scales[tile * tokens + token] = scale * shape.factor;
-        if (shape.span == 16) {
-            for (int half = 0; half < 2; ++half) put_part(tile * 2 + half, sums[half]);
-            continue;
-        }
-        span_sum += sums[0] + sums[1];
-        span_whole += static_cast<std::int32_t>(sums[0] + sums[1]);
-        if ((tile + 1) * COLUMNS % shape.span == 0) {
-            put((tile + 1) * COLUMNS / shape.span - 1, span_sum, span_whole);
-            span_sum = 0.0f;
-            span_whole = 0;
-        }
+        take(tile, a, b);
     }
-    if (shape.whole()) to.faulty[token] = faulty;
+}
+
+constexpr int WIDE = 0;  // spans of several tiles
+
+// with(columns of a sum) as a constant, WIDE where they are more than a tile's.
+template <class With>
+INLINE void by_span(std::int64_t span, const With& with) {
+    switch (span) {
+        case LEAST_GROUP: return with(std::integral_constant<int, LEAST_GROUP>{});
+        case 16: return with(std::integral_constant<int, 16>{});
+        case COLUMNS: return with(std::integral_constant<int, COLUMNS>{});
+        default: return with(std::integral_constant<int, WIDE>{});
+    }
+}
+
+// Counts the tiles of wide spans, of which each ends with its last.
+struct WideSpans {
+    explicit WideSpans(const InputShape& shape) : tiles(shape.span / COLUMNS), left(tiles) {}
+    bool ends() {
+        if (--left > 0) return false;
+        left = tiles;
+        return true;
+    }
+    std::int64_t tiles, left, span = 0;
+};
+
+// x in bfloat16, and its sums.
+template <int SPAN>
+INLINE void lay_out_bfloats(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
+    const std::int64_t tokens = to.tokens;
+    auto* values = reinterpret_cast<std::uint16_t*>(to.values) + static_cast<std::int64_t>(token) * COLUMNS;
+    float* const sums = to.sums + token;
+    WideSpans wide(shape);
+    float wide_sum = 0.0f;
+    each_tile(row, shape, [&](std::int64_t tile, Sixteen a, Sixteen b) __attribute__((always_inline)) {
+        a = store_bfloats(values, a);
+        b = store_bfloats(values + 16, b);
+        values += tokens * COLUMNS;
+        if constexpr (SPAN == COLUMNS) {
+            sums[tile * tokens] = sixteen_sum(sixteen_add(a, b));
+        } else if constexpr (SPAN == 16) {
+            sums[tile * 2 * tokens] = sixteen_sum(a);
+            sums[(tile * 2 + 1) * tokens] = sixteen_sum(b);
+        } else if constexpr (SPAN == LEAST_GROUP) {
+            each_least_sum(a, b, [&](int part, float sum) {
+                sums[(tile * (COLUMNS / LEAST_GROUP) + part) * tokens] = sum;
+            });
+        } else {
+            wide_sum += sixteen_sum(sixteen_add(a, b));
+            if (!wide.ends()) return;
+            sums[wide.span++ * tokens] = wide_sum;
+            wide_sum = 0.0f;
+        }
+    });
+}
+
+inline void lay_out_floats(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
+    auto* const values = reinterpret_cast<float*>(to.values);
+    each_tile(row, shape, [&](std::int64_t tile, Sixteen a, Sixteen b) {
+        const std::int64_t place = (tile * to.tokens + token) * COLUMNS;
+        sixteen_store(values + place, a);
+        sixteen_store(values + place + 16, b);
+    });
+}
+
+// A tile's 32 numbers as whole ones up to ``most``, still to be rounded, and their scale.
+struct Whole {
+    Sixteen a, b;
+    float scale;
+    bool sound;  // neither NaN nor infinity; else there are zeros, which overflow nothing
+};
+
+INLINE Whole to_whole(Sixteen a, Sixteen b, InputKind kind, float times, int most) {
+    Whole made{a, b, 1.0f, true};
+    const float found = largest(a, b);
+    made.sound = found <= std::numeric_limits<float>::max();
+    if (times != 0.0f) {
+        made.a = sixteen_multiply(a, sixteen_set(times));
+        made.b = sixteen_multiply(b, sixteen_set(times));
+    } else if (kind != InputKind::codes) {
+        made.scale = found / static_cast<float>(most);
+        if (most == largest_word(WordKind::line) && made.sound) made.scale = power_of_two_from(made.scale);
+        const Sixteen inverse = inverse_of(made.scale);
+        made.a = sixteen_multiply(a, inverse);
+        made.b = sixteen_multiply(b, inverse);
+    }
+    if (!made.sound) made.a = made.b = sixteen_zeros();
+    return made;
+}
+
+// x as whole numbers of 16 bits.
+template <int SPAN>
+INLINE void lay_out_words(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
+    static_assert(SPAN != WIDE, "their scales are of 32 columns at most");
+    constexpr int PARTS = COLUMNS / SPAN;
+    const std::int64_t tokens = to.tokens;
+    const float times = shape.times, factor = shape.factor;
+    const bool scaled_sums = shape.scaled_sums;
+    const int base = shape.base, most = shape.largest;
+    auto* const values = reinterpret_cast<std::int16_t*>(to.values);
+    each_tile(row, shape, [&](std::int64_t tile, Sixteen a, Sixteen b) __attribute__((always_inline)) {
+        const std::int64_t place = (tile * tokens + token) * COLUMNS;
+        Whole whole = to_whole(a, b, InputKind::words, times, most);
+        a = store_words(values + place, whole.a);
+        b = store_words(values + place + 16, whole.b);
+        if (!whole.sound) whole.scale = std::numeric_limits<float>::quiet_NaN();
+        // Sums of 32 are whole numbers below 2^20, exact in float32.
+        const auto put = [&](int part, float sum) __attribute__((always_inline)) {
+            const std::int64_t at = (tile * PARTS + part) * tokens + token;
+            if (times == 0.0f || !whole.sound) to.scales[at] = whole.scale * factor;
+            to.sums[at] = scaled_sums ? sum * whole.scale : sum / factor;
+            to.bases[at] = base * static_cast<std::int32_t>(sum);
+        };
+        if constexpr (SPAN == COLUMNS) {
+            put(0, sixteen_sum(sixteen_add(a, b)));
+        } else if constexpr (SPAN == 16) {
+            put(0, sixteen_sum(a));
+            put(1, sixteen_sum(b));
+        } else {
+            each_least_sum(a, b, put);
+        }
+    });
+}
+
+// x as int8. Of InputKind::codes it holds such numbers already: wide sums of them are whole numbers below 2^24 or so,
+// else what float32 makes of them.
+template <int SPAN>
+INLINE void lay_out_bytes(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
+    const std::int64_t tokens = to.tokens;
+    const float factor = shape.factor;
+    const bool scaled_sums = shape.scaled_sums;
+    const int base = shape.base;
+    const InputKind kind = shape.kind;
+    const ByteOrder order = byte_order();
+    auto* const values = reinterpret_cast<std::int8_t*>(to.values);
+    float* const sums = to.sums + token;
+    std::int32_t* const bases = to.bases + token;
+    float* const scales = to.scales == nullptr ? nullptr : to.scales + token;
+    WideSpans wide(shape);
+    float wide_sum = 0.0f;
+    std::int32_t wide_whole = 0;
+    bool faulty = false;
+    each_tile(row, shape, [&](std::int64_t tile, Sixteen a, Sixteen b) __attribute__((always_inline)) {
+        const Whole whole = to_whole(a, b, kind, 0.0f, LARGEST_INPUT);
+        faulty = faulty || !whole.sound;
+        const std::int64_t line = tile * COLUMNS / BYTE_COLUMNS * tokens + token;
+        std::int8_t* const here = values + line * BYTE_COLUMNS + tile * COLUMNS % BYTE_COLUMNS;
+        a = store_ints(here, whole.a, order);
+        b = store_ints(here + 16, whole.b, order);
+        if (scales != nullptr) scales[tile * tokens] = whole.scale * factor;
+        const auto put = [&](std::int64_t span, float sum, std::int32_t exact) __attribute__((always_inline)) {
+            sums[span * tokens] = scaled_sums ? sum * whole.scale : sum / factor;
+            bases[span * tokens] = base * exact;
+        };
+        if constexpr (SPAN == 16) {
+            const float halves[2] = {sixteen_sum(a), sixteen_sum(b)};
+            for (int half = 0; half < 2; ++half) put(tile * 2 + half, halves[half], static_cast<std::int32_t>(halves[half]));
+            return;
+        }
+        const float sum = sixteen_sum(sixteen_add(a, b));
+        if constexpr (SPAN == COLUMNS) {
+            put(tile, sum, static_cast<std::int32_t>(sum));
+        } else {
+            wide_sum += sum;
+            wide_whole += static_cast<std::int32_t>(sum);
+            if (!wide.ends()) return;
+            put(wide.span++, wide_sum, wide_whole);
+            wide_sum = 0.0f;
+            wide_whole = 0;
+        }
+    });
+    to.faulty[token] = faulty;
+}
+
+// One token's row, as ``shape`` wants it.
+inline void lay_out(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
+    const bool bfloat = shape.kind == InputKind::bfloat || shape.kind == InputKind::scaled;
+    if (bfloat && shape.element == 4) return lay_out_floats(row, shape, to, token);
+    by_span(shape.span, [&](auto span) __attribute__((always_inline)) {
+        constexpr int SPAN = decltype(span)::value;
+        if (bfloat) {
+            lay_out_bfloats<SPAN>(row, shape, to, token);
+        } else if (shape.kind == InputKind::words) {
+            if constexpr (SPAN != WIDE) lay_out_words<SPAN>(row, shape, to, token);
+        } else if constexpr (SPAN != LEAST_GROUP) {  // meets_bytes
+            lay_out_bytes<SPAN>(row, shape, to, token);
+        }
+    });
 }
 
 }  // namespace lowbit

@@ -5,13 +5,25 @@
 
 #include "linear_tiles.h"
 
+// Of codes that are indices of vectors of rows; field for field the ctypes struct of kernels/cpu_row_vectors.py. Columns
+// are stored ones, those of the outliers and of each book padded to whole tiles.
+struct lowbit_row_vectors {
+    const std::int32_t* order;  // (columns,): that of x and of the result's rows; -1 of padding
+    const float* multiplier;    // (columns,): what x's is multiplied with
+    const float* offset;        // (columns,): what is added to each number of the weight's; or null
+    std::int32_t length;        // rows of a vector
+    std::int32_t books;         // which share the columns behind the outliers evenly
+    std::int32_t centroids, residual;  // vectors of a book; of the residual one beside it, 0 where there is none
+    std::int32_t outlier_tiles;
+};
+
 // What kernels/packed_linear.py describes; field for field its ctypes struct.
 struct lowbit_weight {
     const std::uint8_t* data;
     // 64 bfloat16 values, for codes of 2 to 7 bits; with a factor, 32 of them (words4: 16-bit numbers, 16 of them
     // twice) and then 16 floats, what codes of 4 bits are worth exactly; for grids and 7 bits, 16-bit words behind
     // it (vectors; all 128 values), the low bytes of all and then the high ones. Of codebooks (books, vectors, columns)
-    // 16-bit numbers, 64 at least.
+    // 16-bit numbers, 64 at least; those of rows (books, vectors and residual ones, 4, 8 or 16).
     const std::uint16_t* table;
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles
@@ -23,6 +35,7 @@ struct lowbit_weight {
     float factor;         // a table's numbers times it are what codes are worth; 1 for most
     std::int32_t input_group;  // of InputKind::scaled: columns of x that share a scale; 16, or a multiple of 32
     const struct lowbit_quantizer* quantizer;  // of InputKind::scaled
+    const lowbit_row_vectors* row_vectors;     // of such codes
 };
 
 namespace lowbit {
@@ -41,6 +54,26 @@ enum class Addend : std::int32_t { none = 0, offset = 1, zero = 2 };  // offset:
 
 constexpr int LEAST_GROUP = 8;    // columns that share a scale
 constexpr int SUPER = 256;        // columns of an outer block of two-level scales
+
+// Sizes that follow from a description of vectors of rows; linear_row_vectors.h.
+struct RowVectors {
+    explicit RowVectors(const lowbit_row_vectors& w)
+        : length(w.length), books(w.books), centroids(w.centroids), residual(w.residual), outlier_tiles(w.outlier_tiles) {}
+
+    static constexpr std::int64_t WORD_TILE = ROWS * COLUMNS * 2;  // bytes of a tile of outliers
+
+    int stride() const { return length <= 4 ? 4 : length <= 8 ? 8 : 16; }  // numbers of a vector in the table
+    int pieces() const { return ROWS / stride(); }                        // vectors of a column of a block
+    int height() const { return pieces() * length; }
+    int lane(int row) const { return row / length * stride() + row % length; }
+    int main_bytes() const { return centroids <= 256 ? 1 : 2; }
+    int second_bytes() const { return residual == 0 ? 0 : residual <= 256 ? 1 : 2; }
+    std::int64_t tile_bytes() const { return COLUMNS * pieces() * (main_bytes() + second_bytes()); }
+    std::int64_t book_tiles(std::int64_t tiles) const { return (tiles - outlier_tiles) / books; }
+    std::int64_t numbers() const { return static_cast<std::int64_t>(centroids + residual) * stride(); }  // of a book
+
+    int length, books, centroids, residual, outlier_tiles;
+};
 
 // Sizes that follow from a weight's description.
 struct Layout {
@@ -61,6 +94,13 @@ struct Layout {
         headers = unit / w.group;
         unit_bytes = headers * (scale_bytes + addend_bytes) + unit / COLUMNS * tile_bytes(codes);
         block_bytes = w.columns / unit * unit_bytes + (super_bytes ? w.columns / SUPER * super_bytes : 0);
+        if (codes == Codes::row_vectors) {
+            const RowVectors vectors(*w.row_vectors);
+            row_vectors = w.row_vectors;
+            height = vectors.height();
+            blocks = (w.rows + height - 1) / height;
+            block_bytes = vectors.outlier_tiles * RowVectors::WORD_TILE + (tiles - vectors.outlier_tiles) * vectors.tile_bytes();
+        }
     }
 
     Codes codes;
@@ -73,6 +113,8 @@ struct Layout {
     std::int64_t unit;            // columns whose headers stand together, before their tiles
     std::int64_t headers;
     std::int64_t unit_bytes, block_bytes;
+    int height = ROWS;  // rows of a block
+    const lowbit_row_vectors* row_vectors = nullptr;
 };
 
 // Sixteen rows' scales, or offsets.

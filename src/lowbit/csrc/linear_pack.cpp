@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "linear_layout.h"
+#include "linear_row_vectors.h"
 #include "linear_trellis.h"
 #include "linear_vectors.h"
 #include "lowbit.h"
@@ -45,7 +46,8 @@ bool known(const Layout& layout) {
         case Codes::e5m2fnuz:
         case Codes::bf16:
         case Codes::f16:
-        case Codes::f32: return true;
+        case Codes::f32:
+        case Codes::row_vectors: return true;
     }
     return false;
 }
@@ -269,7 +271,11 @@ LOWBIT_EXPORT int lowbit_linear_rows(const lowbit_weight* weight, std::int64_t c
     lowbit::parallel_for(count, [&](std::int64_t i) {
         float* const logical = out + i * columns;
         float* const row = column_order == nullptr ? logical : stored.data() + i * columns;
-        lowbit::dequantize_row(*weight, layout, id_at(i), columns, row);
+        if (layout.codes == lowbit::Codes::row_vectors) {
+            lowbit::row_of_row_vectors(*weight, layout, id_at(i), row);
+        } else {
+            lowbit::dequantize_row(*weight, layout, id_at(i), columns, row);
+        }
         for (std::int64_t column = 0; row_scale != nullptr && column < columns; ++column) {
             row[column] *= row_scale[id_at(i)];
         }

@@ -175,6 +175,7 @@ BlockFunction wide_function(const Layout& layout) {
 }  // namespace
 
 BlockFunction word_function(const Layout& layout, const WordCodes& codes) {
+    if (layout.codes == Codes::row_vectors) return row_vector_function(layout);
     if (layout.scales == Scales::none && codes.kind != WordKind::trellis) return nullptr;
     switch (codes.kind) {
         case WordKind::none: return nullptr;

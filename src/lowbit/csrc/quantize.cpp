@@ -1,4 +1,4 @@
-// Float weights -> GGUF blocks, as ggml makes them without an importance matrix (formats.md 2.7.6).
+// Float weights -> GGUF blocks, as ggml makes them without an importance matrix.
 //
 // The torch versions, bit-equal, are in quantize/gguf_blocks.py and quantize/gguf_searches.py. Neither the
 // instruction set nor the number of threads shows in the bytes.

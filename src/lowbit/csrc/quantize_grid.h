@@ -1,4 +1,4 @@
-// IQ3_S: four magnitudes at a time from a grid of 512 points (formats.md 2.7.5; quantize/gguf_iq3.py).
+// IQ3_S: four magnitudes at a time from a grid of 512 points (quantize/gguf_iq3.py).
 //
 // Sub-blocks one after the other; the lanes hold a point's neighbours. Where rounding misses the grid, all
 // neighbours are compared, and of equally good ones the first is taken.

@@ -1,4 +1,4 @@
-// GGUF types whose scale follows from the largest weight of a block, without a search (formats.md 2.7.6).
+// GGUF types whose scale follows from the largest weight of a block, without a search.
 //
 // One block at a time; results are those of ggml's plain C. Where 1 / scale would be infinite (weights below
 // 1e-37, whose float16 scale is zero anyway) it counts as zero, as for a scale of zero.

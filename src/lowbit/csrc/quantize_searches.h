@@ -1,4 +1,4 @@
-// Sixteen sub-blocks of a GGUF type at once, and the searches for their scales (formats.md 2.7.6).
+// Sixteen sub-blocks of a GGUF type at once, and the searches for their scales.
 //
 // Each lane adds up its own sums in the order of its elements, as ggml's plain C does with one sub-block, and
 // a product is never fused with a sum: so the codes are ggml's, on every instruction set.

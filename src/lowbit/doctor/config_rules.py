@@ -22,7 +22,7 @@ _ANY_HEAD = re.compile(r"(?:(?:.*\.)?lm_head|embed_out|output)\.[^.]+")  # other
 # Prefixes lowbit looks for (``loading.names``); the others are left by trainers and mergers.
 _KNOWN = ("model.language_model", "language_model.model", "language_model", None)
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# What any quantized checkpoint has (formats.md 0.3), besides the dtypes that no plain float has.
+# What any quantized checkpoint has, besides the dtypes that no plain float has.
 _QUANTIZED = re.compile(
     r"\.(qweight|B|weight_packed|weight_scale(_inv|_2)?|SCB|weight\.absmax|weight\.quant_map|scales|biases|W_q|"
     r"trellis|q_invperm|Qidxs|codebooks|weight\._data|bitmask|compressed)$|_(blocks|scales?|scale_inv)$"

@@ -1,4 +1,4 @@
-"""What the tensors of a GPTQ checkpoint prove about its config (formats.md 2.2): zero points and g_idx.
+"""What the tensors of a GPTQ checkpoint prove about its config: zero points and g_idx.
 
     zero points   symmetric: every field is 2^(bits-1) - 1 (v1 stores zero - 1) or 2^(bits-1) (v2)
     damage        AutoGPTQ wrote v1 zero points of 0 as ones in *all* higher fields of the word:

@@ -7,8 +7,8 @@ only the answers are copied to the host, which waits for them when it first asks
 
 On the device rows depend on their own request only, as on the host, and a row's one uniform number is the
 same Philox draw, made on the host: equal logits give equal tokens. What rounding may change is a draw that
-lies within 1e-7 of the border between two tokens. Where Triton runs its kernels draw
-(``kernels.gpu.sampling``), elsewhere torch.
+lies within 1e-7 of the border between two tokens. Where Triton runs its kernels do all of it
+(``kernels.gpu.sampling``, ``penalties``, ``ratings``), elsewhere torch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.messages import TokenLogprob
-from lowbit.engine.sampler import has_penalties, log_probabilities, sample, token_counts, uniform_number
+from lowbit.engine.sampler import has_penalties, log_probabilities, sample, uniform_number
 from lowbit.engine.sequence import Sequence
 from lowbit.kernels.device_memory import upload
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.row_peaks import row_peaks
+from lowbit.kernels.token_lists import Changes, TokenLists
 
 _POLL_SECONDS = 2e-5
 _WATCH_SECONDS = 0.2
@@ -171,8 +172,24 @@ def wait_for(done: Happening, watch: Callable[[], None] | None) -> None:
             looked = time.monotonic()
 
 
+class Survey(Protocol):
+    """What is found of all rows before anything else is: see ``kernels.gpu.sampling.Survey``."""
+
+    @property
+    def values(self) -> Tensor:
+        """float32 (rows,): each row's largest logit, NaN where it holds one."""
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 (rows,): its first place."""
+
+    @property
+    def broken(self) -> Tensor:
+        """Whole numbers (rows,): how many logits are NaN or infinite."""
+
+
 class DeviceSampler:
-    """Chooses tokens where the logits are. It counts output tokens on the device for those with penalties."""
+    """Chooses tokens where the logits are; what sequences with penalties have said is counted there."""
 
     def __init__(
         self, vocabulary: int, device: torch.device, watch: Callable[[], None] | None = None
@@ -183,50 +200,40 @@ class DeviceSampler:
         self._device = device
         self._kernels = _kernels_for(device)
         self._slots: dict[Sequence, int] = {}
-        self._free: list[int] = []
-        self._counts = torch.zeros(0, vocabulary, dtype=torch.int32, device=device)
-        self._prompts = torch.zeros(0, vocabulary, dtype=torch.bool, device=device)
+        self._lists = TokenLists(vocabulary, device)
 
     def choose(self, logits: Tensor, asks: list[Ask]) -> DeviceChoices:
-        """Queue all that the step's rows are asked; logits float32 (rows, vocabulary)."""
-        peaks, likeliest = self._kernels.row_peaks(logits)
-        results = {"peaks": peaks, "broken": (~torch.isfinite(logits)).sum(1)}
+        """Queue all that the step's rows are asked; float32 (rows, vocabulary) stay as they are."""
         choosing = [ask for ask in asks if ask.target < 0]
-        tokens = self._tokens(logits, likeliest, choosing)
         rated = [ask for ask in asks if ask.target >= 0 or ask.sequence.sampling.logprobs is not None]
+        drawn = [ask for ask in choosing if ask.sequence.sampling.temperature > 0]
+        changes = self._changes(choosing)
+        survey = self._kernels.survey(logits, sums=bool(rated), draws=bool(drawn and not changes))
+        with self._lists.applied(changes, logits) as changed:
+            tokens = self._tokens(changed, None if changes else survey, drawn)
+        results = {"peaks": survey.values, "broken": survey.broken}
         if rated:
-            results |= self._rate(logits, tokens, rated)
-        self._count(tokens, choosing)
+            results |= self._rate(logits, survey, tokens, rated)
+        self._note(tokens, choosing)
         return DeviceChoices(tokens, results, [ask.row for ask in rated], self._watch)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         slot = self._slots.pop(sequence, None)
         if slot is not None:
-            self._free.append(slot)
-
-    def _upload(self, values: Listing[float], dtype: torch.dtype) -> Tensor:
-        (found,) = upload([np.array(values, dtype=np.float64)], self._device)
-        return found.to(dtype)
-
-    def _indices(self, values: Listing[int] | Listing[tuple[int, int]]) -> Tensor:
-        (found,) = upload([np.array(values, dtype=np.int64)], self._device)
-        return found
+            self._lists.free(slot)
 
     # ---- tokens --------------------------------------------------------------------------------------
 
-    def _tokens(self, logits: Tensor, likeliest: Tensor, asks: list[Ask]) -> Tensor:
-        """int64 (rows,): the token of each row that asks for one."""
-        changed = self._adjusted(logits, asks)
-        drawn = [ask for ask in asks if ask.sequence.sampling.temperature > 0]
-        if drawn:
-            tokens = self._draw(changed, drawn)
-        else:
-            tokens = likeliest if changed is logits else self._kernels.row_peaks(changed)[1]
+    def _tokens(self, logits: Tensor, survey: Survey | None, drawn: list[Ask]) -> Tensor:
+        """int64 (rows,): the token of each row that asks for one. ``survey``: None where it is not theirs."""
+        if survey is None:
+            survey = self._kernels.survey(logits, sums=False, draws=bool(drawn))
+        tokens = self._draw(logits, survey, drawn) if drawn else survey.ids
         # A row of NaN gives any number; the next step reads an embedding at it before anybody looks.
         return tokens.clamp(0, self._vocabulary - 1)
 
-    def _draw(self, logits: Tensor, asks: list[Ask]) -> Tensor:
+    def _draw(self, logits: Tensor, survey: Survey, asks: list[Ask]) -> Tensor:
         """Every row's token; those that do not ask get the likeliest."""
         heat, top_k = [0.0] * len(logits), [0] * len(logits)
         top_p, min_p, uniform = [1.0] * len(logits), [0.0] * len(logits), [0.0] * len(logits)
@@ -237,83 +244,46 @@ class DeviceSampler:
             uniform[row] = uniform_number(ask.sequence.seed, ask.position)
         arrays = [np.array(values, dtype=np.float64) for values in (heat, top_k, top_p, min_p, uniform)]
         there = upload(arrays, self._device)
-        return self._kernels.sample_rows(logits, there[0].float(), there[1].int(), *there[2:])
+        return self._kernels.sample_rows(logits, there[0].float(), there[1].int(), *there[2:], survey)
 
-    def _adjusted(self, logits: Tensor, asks: list[Ask]) -> Tensor:
-        """The logits with minimum lengths, biases and penalties, in the host sampler's order."""
-        places: list[tuple[int, int]] = []
-        amounts: list[float] = []
+    def _changes(self, asks: list[Ask]) -> Changes:
+        """Minimum lengths, biases and penalties, in the host sampler's order."""
+        changes = Changes()
         for ask in asks:
             sequence, sampling = ask.sequence, ask.sequence.sampling
+            biases = dict(sampling.logit_bias)
             if ask.position - sequence.prompt_length < sampling.min_tokens:
-                ends = [token for token in sequence.stop_ids if token < self._vocabulary]
-                places += [(ask.row, token) for token in ends]
-                amounts += [-math.inf] * len(ends)
-            places += [(ask.row, token) for token in sampling.logit_bias]
-            amounts += sampling.logit_bias.values()
-        penalized = [ask for ask in asks if has_penalties(ask.sequence)]
-        if not places and not penalized:
-            return logits
-        logits = logits.clone()
-        if places:
-            rows, columns = self._indices(places).unbind(1)
-            logits.index_put_((rows, columns), self._upload(amounts, torch.float32), accumulate=True)
-        if penalized:
-            self._penalize(logits, penalized)
-        return logits
-
-    def _penalize(self, logits: Tensor, asks: list[Ask]) -> None:
-        """As ``sampler`` does, all rows at once."""
-        rows = self._indices([ask.row for ask in asks])
-        slots = self._indices([self._slot(ask.sequence) for ask in asks])
-        params = [ask.sequence.sampling for ask in asks]
-
-        def column(values: list[float]) -> Tensor:
-            return self._upload(values, torch.float32)[:, None]
-
-        chosen, counts = logits.index_select(0, rows), self._counts.index_select(0, slots)
-        seen = (counts > 0) | self._prompts.index_select(0, slots)
-        less = column([1 / p.repetition_penalty for p in params])
-        factor = torch.where(chosen > 0, less, column([p.repetition_penalty for p in params]))
-        chosen = torch.where(seen, chosen * factor, chosen)
-        chosen -= counts * column([p.frequency_penalty for p in params])
-        chosen -= (counts > 0) * column([p.presence_penalty for p in params])
-        logits.index_copy_(0, rows, chosen)
+                biases |= {token: -math.inf for token in sequence.stop_ids if token < self._vocabulary}
+            if has_penalties(sequence):
+                numbers = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
+                changes.add(ask.row, biases, self._slot(sequence), numbers)
+            elif biases:
+                changes.add(ask.row, biases)
+        return changes
 
     def _slot(self, sequence: Sequence) -> int:
-        """The sequence's row of the counts; a new one starts with what it has said so far."""
-        if sequence in self._slots:
-            return self._slots[sequence]
-        if not self._free:
-            held = len(self._counts)
-            self._free = list(range(held, max(2 * held, 4)))
-            more = len(self._free)
-            self._counts = torch.cat([self._counts, self._counts.new_zeros(more, self._vocabulary)])
-            self._prompts = torch.cat([self._prompts, self._prompts.new_zeros(more, self._vocabulary)])
-        slot = self._slots[sequence] = self._free.pop()
-        counts, prompt = token_counts(sequence, self._vocabulary)
-        (self._counts[slot],) = upload([counts], self._device)
-        (self._prompts[slot],) = upload([prompt], self._device)
-        return slot
+        """The sequence's list; a new one starts with what it has said so far."""
+        if sequence not in self._slots:
+            output = sequence.tokens[sequence.prompt_length :]
+            self._slots[sequence] = self._lists.open(sequence.request.prompt, output)
+        return self._slots[sequence]
 
-    def _count(self, tokens: Tensor, asks: list[Ask]) -> None:
-        """Note the chosen tokens of sequences with penalties; last in a step: never done twice."""
-        counted = [ask for ask in asks if ask.sequence in self._slots]
-        if counted:
-            slots = self._indices([self._slots[ask.sequence] for ask in counted])
-            chosen = tokens.index_select(0, self._indices([ask.row for ask in counted]))
-            self._counts.index_put_((slots, chosen), self._counts.new_ones(len(slots)), accumulate=True)
+    def _note(self, tokens: Tensor, asks: list[Ask]) -> None:
+        """The chosen tokens of sequences with penalties; last in a step: never done twice."""
+        noted = [ask for ask in asks if ask.sequence in self._slots]
+        if noted:
+            slots = [self._slots[ask.sequence] for ask in noted]
+            self._lists.note(tokens, [ask.row for ask in noted], slots)
 
     # ---- log-probabilities ---------------------------------------------------------------------------
 
-    def _rate(self, logits: Tensor, tokens: Tensor, asks: list[Ask]) -> dict[str, Tensor]:
+    def _rate(self, logits: Tensor, survey: Survey, tokens: Tensor, asks: list[Ask]) -> dict[str, Tensor]:
         """Of the rows that ask for it: the token's log-probability and the best alternatives'."""
-        rows = self._indices([ask.row for ask in asks])
-        targets = self._indices([ask.target for ask in asks])
-        targets = torch.where(targets < 0, tokens.index_select(0, rows), targets)
+        numbers = ([ask.row for ask in asks], [ask.target for ask in asks])
+        rows, targets = upload([np.array(values, dtype=np.int32) for values in numbers], self._device)
         wanted = max(_alternatives(ask) for ask in asks)
         rate = self._kernels.log_probabilities
-        found, ids, values = rate(logits.index_select(0, rows), targets, wanted)
+        found, ids, values = rate(logits, survey, rows, targets, tokens, wanted)
         return {"logprobs": found, "top_ids": ids, "top_logprobs": values}
 
 
@@ -324,29 +294,45 @@ def _alternatives(ask: Ask) -> int:
 
 @dataclass(frozen=True)
 class _Kernels:
-    """What is done with whole rows; ``kernels.gpu.sampling`` says what each is."""
+    """What is done with whole rows; ``kernels.gpu`` says what each is."""
 
-    row_peaks: Callable[[Tensor], tuple[Tensor, Tensor]]
+    survey: Callable[..., Survey]
     sample_rows: Callable[..., Tensor]
-    log_probabilities: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    log_probabilities: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def _kernels_for(device: torch.device) -> _Kernels:
     if not runtime.runs_on(device):
-        return _Kernels(_row_peaks, sample_rows, _log_probabilities)
-    from lowbit.kernels.gpu import sampling
+        return _Kernels(_survey, sample_rows, _log_probabilities)
+    from lowbit.kernels.gpu import ratings, sampling
 
-    return _Kernels(sampling.row_peaks, sampling.sample_rows, sampling.log_probabilities)
+    return _Kernels(sampling.survey, sampling.sample_rows, ratings.log_probabilities)
 
 
-def _row_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Survey:
+    """``Survey`` of torch."""
+
+    values: Tensor
+    ids: Tensor
+    broken: Tensor
+
+
+def _survey(logits: Tensor, *, sums: bool, draws: bool) -> Survey:
+    broken = (~torch.isfinite(logits)).sum(1)
     if not len(logits):
-        return logits.new_zeros(0), logits.new_zeros(0, dtype=torch.int64)
-    return logits.amax(1), logits.argmax(1)
+        return _Survey(logits.new_zeros(0), broken, broken)
+    return _Survey(logits.amax(1), logits.argmax(1), broken)
 
 
 def sample_rows(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    uniform: Tensor,
+    survey: Survey,
 ) -> Tensor:
     """int64 (rows,): a token of each row of float32 (rows, vocabulary) logits.
 
@@ -376,11 +362,19 @@ def sample_rows(
     last = torch.where(weights > 0, rank, 0).amax(1, keepdim=True)
     place = torch.minimum(place, last)
     drawn = torch.where(ranked, ids.gather(1, place), place)[:, 0]
-    return torch.where(temperature > 0, drawn, logits.argmax(1))
+    return torch.where(temperature > 0, drawn, survey.ids)
 
 
-def _log_probabilities(logits: Tensor, tokens: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor]:
-    wide = logits.double()
+def _log_probabilities(
+    logits: Tensor,
+    survey: Survey,
+    rows: Tensor,
+    targets: Tensor,
+    tokens: Tensor,
+    alternatives: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = logits.index_select(0, rows).double()
+    tokens = torch.where(targets < 0, tokens.index_select(0, rows), targets)
     normalizer = torch.logsumexp(wide, 1, keepdim=True)
     values, ids = wide.sort(dim=1, descending=True, stable=True)
     found = wide.gather(1, tokens[:, None]) - normalizer

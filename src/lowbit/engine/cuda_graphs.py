@@ -117,8 +117,9 @@ class Graphs(Protocol):
     def padding(self, size: Size) -> ForwardBatch:
         """A batch of nothing but padding rows."""
 
-    def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
+    def capture(self, batch: ForwardBatch, size: Size) -> Tensor | None:
         """Make the graph of a size out of a step, which runs by the way; its logits, of all rows of the size.
+        None where the step moves states on: that is left to a replay, for a capture may be in vain.
 
         A RuntimeError says why it cannot be; torch.OutOfMemoryError that there is no memory for it.
         """
@@ -169,11 +170,11 @@ class StepGraphs:
         """See ``Graphs``."""
         return self._inputs.pad(0, size[0], self._page_size, size[1])
 
-    def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
+    def capture(self, batch: ForwardBatch, size: Size) -> Tensor | None:
         """See ``Graphs``."""
         static = self._static(batch, size)
         if self._states and static.state_slots is not None:
-            static.state_slots.fill_(-1)  # the run here may be in vain: states must not move on twice
+            static.state_slots.fill_(-1)  # nobody's: states must not move on twice
 
         def step() -> None:
             self._logits[: size[0]] = self._forward(static)
@@ -181,7 +182,7 @@ class StepGraphs:
         self._graphs[size] = self._recorder.capture(step)
         if len(self._graphs) > self._limit:
             self._graphs.popitem(last=False)
-        return self.replay(batch, size) if self._states else self._logits[: size[0]]
+        return None if self._states else self._logits[: size[0]]
 
     def replay(self, batch: ForwardBatch, size: Size) -> Tensor:
         """See ``Graphs``."""
@@ -248,6 +249,8 @@ class GraphedSteps:
         if self._occurred[size] < (2 if self._padded else OCCURRENCES):
             return self._forward(batch)
         captured = self._capture(batch, size)
+        if captured is None and size in self.sizes:
+            captured = self.graphs.replay(batch, size)
         return self._forward(batch) if captured is None else captured[:rows]
 
     def capture_all(self, progress: Progress | None = None) -> None:
@@ -278,7 +281,7 @@ class GraphedSteps:
         return rows, min(1 << (needed - 1).bit_length(), self._context)
 
     def _capture(self, batch: ForwardBatch, size: Size) -> Tensor | None:
-        """A graph for the size; the step's logits where it was run by the way."""
+        """A graph for the size, if it can be made; the step's logits where it was run by the way."""
         try:
             return self.graphs.capture(batch, size)
         except RuntimeError as error:

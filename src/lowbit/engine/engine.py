@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -44,7 +43,7 @@ from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
 from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
 from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels.device_memory import release_memory
-from lowbit.kernels.recurrent import state_bytes
+from lowbit.kernels.recurrent import prompt_unit, state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
@@ -113,6 +112,7 @@ class Engine:
             prefill_budget=self._forced.chunk or self._prefill_budget(pages),
             share_prefixes=self._may_share(),
             policy=settings.schedule_policy,
+            unit=prompt_unit(model.cache_specs(), model.device),
         )
         self.pool_tokens = pages * settings.page_size
         self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)
@@ -128,7 +128,6 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._finisher = Finisher(self._scheduler, self._sampler, self._sequences, model.vocab_size)
         self._news: list[TokenEvent] = []  # events that did not come from a step
-        self._step_began = 0.0
         self._steps = 0
         self._violations = 0
         self._later: Iterator[None] = iter(())
@@ -167,7 +166,7 @@ class Engine:
         reason = ""
         if self._speculation is not None:
             reason = "drafts continue tokens that must be known"
-        elif getattr(self.model, "spans_tokens", False):
+        elif self.model.spans_tokens:
             reason = "this model's inputs share scales between tokens, those of ended sequences included"
         if reason:
             _log.info("lowbit: steps do not overlap: %s", reason)
@@ -254,16 +253,12 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """One forward pass over the next batch, and what became certain: its events, or the last one's."""
         events, self._news = self._news, []
-        self._step_began = time.monotonic()
-        try:
-            step = self._launch() if self._scheduler.running or self._scheduler.waiting else None
-            if self._overlaps:
-                step, self._flying = self._flying, step
-            if step is not None:
-                events += self._finisher.finish(step)
-                self._force()
-        finally:
-            self._step_began = 0.0
+        step = self._launch() if self._scheduler.running or self._scheduler.waiting else None
+        if self._overlaps:
+            step, self._flying = self._flying, step
+        if step is not None:
+            events += self._finisher.finish(step)
+            self._force()
         if self._forced.check and (found := self.check()):
             raise AssertionError("; ".join(found))
         return events
@@ -399,7 +394,6 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """Counters and gauges."""
-        began = self._step_began
         counters = self._finisher.counters
         return EngineStatus(
             running=len(self._scheduler.running),
@@ -416,7 +410,6 @@ class Engine:
             accepted_draft_tokens=counters.accepted_drafts,
             preemptions=self._scheduler.preemptions,
             invariant_violations=self._violations,
-            stepping_seconds=time.monotonic() - began if began else 0.0,
         )
 
     def ready(self) -> EngineReady:
@@ -429,8 +422,8 @@ class Engine:
             vocab_size=self.model.vocab_size,
             max_running=self.settings.max_running_requests,
             architecture=self._architecture,
-            quantization=getattr(self.model, "quantization", ""),
-            weight_bytes=getattr(self.model, "weight_bytes", 0),
+            quantization=self.model.quantization,
+            weight_bytes=self.model.weight_bytes,
             quality=None if self._quality is None else MeasuredQuality(**asdict(self._quality)),
             details=self._details,
         )
@@ -440,7 +433,7 @@ class Engine:
         return self._scheduler.tree.evict(self._pool.total)
 
     def check(self) -> list[str]:
-        """Violations of the accounting invariants (I1-I4); [] when all is right. E0712 where a rank is
+        """Violations of the accounting of pages and slots; [] when all is right. E0712 where a rank is
         gone."""
         if (ranks := getattr(self.model, "ranks", None)) is not None:
             ranks.check()
@@ -463,13 +456,13 @@ def _speculation(model: Model, settings: Settings) -> Speculation | None:
             "--speculative-algorithm: this model has recurrent layers, and a wrong draft would change their "
             "state for good; drop the option",
         )
-    if getattr(model, "spans_tokens", False):
+    if model.spans_tokens:
         raise LowbitError(
             "E0105",
             "--speculative-algorithm: this model's inputs share scales between tokens, so wrong drafts would "
             "change its answers; drop it, or use scales for each token",
         )
-    if "reference" in getattr(model, "kernels", ()):
+    if "reference" in model.kernels:
         _log.warning(
             "lowbit: speculation: some layers run on the reference kernel, whose last bits depend on how "
             "many tokens a step has: with drafts, as in a batch, a close call may go the other way"

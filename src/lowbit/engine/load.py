@@ -79,16 +79,12 @@ def _shared(settings: Settings) -> Settings:
 
 def _check_cuts(settings: Settings, header: CheckpointHeader, asked: Asked) -> None:
     """E0430, E0431 where so many ranks cannot share the model."""
-    from lowbit.loading import plan_model
+    from lowbit.loading import model_options, plan_model
 
     plan_model(
         header,
-        device=settings.device,
-        dtype=settings.dtype,
-        activation_quantization=settings.activation_quantization,
+        **model_options(settings),
         quantization=asked,
-        strict=settings.strict,
-        linear_kernel=settings.linear_kernel,
         tp_size=settings.tp_size,
         estimate=False,
     )
@@ -105,25 +101,17 @@ def load_part(
 ) -> Model:
     """The model as ``settings`` ask for it, or a rank's part of it."""
     from lowbit.engine import speed
-    from lowbit.loading import Calibration, PackedCache, load_model
+    from lowbit.loading import Calibration, PackedCache, load_model, model_options
 
     return load_model(
         header,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        k_cache_dtype=settings.k_cache_dtype,
-        v_cache_dtype=settings.v_cache_dtype,
-        activation_quantization=settings.activation_quantization,
+        **model_options(settings),
         quantization=asked,
-        strict=settings.strict,
-        kv_scales_path=settings.quantization_param_path,
         on_progress=on_progress,
         samples=samples,
         save=_path(settings.save_quantized),
         calibration=Calibration(_path(settings.calibration_data), settings.tokenizer),
         packed_cache=PackedCache.asked(settings.packed_cache, settings.packed_cache_gb),
-        linear_kernel=settings.linear_kernel,
         timings=speed.timings_for(settings.kernel_timings, serving),
         parallel=parallel,
     )

@@ -78,7 +78,7 @@ def pool_pages(model: Model, settings: Settings) -> int:
 
 def _beside_states(room: _Room, model: Model, settings: Settings) -> _Room:
     """What recurrent layers' states, of all sequences that may run, leave for pages."""
-    each, count = state_bytes(model.cache_specs()), settings.max_running_requests
+    each, count = _state_bytes(model), settings.max_running_requests
     states = each * (count + 1)  # one more is nobody's
     if states == 0:
         return room
@@ -104,6 +104,14 @@ def _page_bytes(model: Model, size: int) -> int:
     return page
 
 
+def _state_bytes(model: Model) -> int:
+    """Of a sequence here; on a CPU on all ranks that share the model."""
+    own = state_bytes(model.cache_specs())
+    if model.device.type == "cpu":
+        own += sum(other.state_bytes for other in getattr(model, "others", ()))
+    return own
+
+
 def _cpu_room(model: Model, settings: Settings) -> _Room:
     free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
     share = int(free * (settings.mem_fraction_static or CPU_FRACTION))
@@ -113,9 +121,10 @@ def _cpu_room(model: Model, settings: Settings) -> _Room:
 def _gpu_room(model: Model, settings: Settings) -> _Room:
     torch.cuda.empty_cache()  # what loading left behind
     free, total = free_memory(model.device), total_memory(model.device)
-    here = _page_bytes(model, 1)
+    here, states, slots = _page_bytes(model, 1), _state_bytes(model), settings.max_running_requests + 1
     for other in getattr(model, "others", ()):  # where it is scarcest for the pages of a rank
-        free = min(free, other.free * here // max(other.token_bytes, 1))
+        left = max(other.free - slots * other.state_bytes, 0)
+        free = min(free, left * here // max(other.token_bytes, 1) + slots * states)
     fraction = settings.mem_fraction_static or GPU_FRACTION
     step = workspace(model, settings)
     most = max(free - step, 0)

@@ -161,7 +161,6 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, tag="status"):
     accepted_draft_tokens: int = 0
     preemptions: int = 0
     invariant_violations: int = 0
-    stepping_seconds: float = 0.0  # how long the step in progress has been running, 0 when idle
 
 
 ToEngine = Request | Cancel | Ping | Drain | FlushCache

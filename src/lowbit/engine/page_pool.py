@@ -84,7 +84,8 @@ class PagePool:
         self.release([page])
 
     def check(self, tables: list[list[int]], tree_pages: list[int]) -> list[str]:
-        """Violations of the accounting (reliability.md I1-I3); [] when all is right."""
+        """Violations of the accounting; [] when all is right: what is held is counted, no page is in two
+        places, none is lost."""
         expected = [0] * self.total
         for table in [*tables, tree_pages]:
             for page in table:

@@ -170,7 +170,7 @@ class EngineLoop:
                 raise FrameError("a second Start")
 
     def _submit(self, request: Request) -> None:
-        """A request the engine refuses, or that cannot be set up, ends alone (R20)."""
+        """A request the engine refuses, or that cannot be set up, ends alone."""
         try:
             if self._draining:
                 raise LowbitError("draining", "the server is shutting down")

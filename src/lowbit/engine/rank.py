@@ -85,17 +85,19 @@ def _serve(connection: _Connection) -> None:
     from lowbit.engine.ranks import MEETING_SECONDS, Allocate, RankReady, Regroup, StartRank, Step
     from lowbit.engine.runner import Runner
     from lowbit.kernels.device_memory import free_memory, release_memory
+    from lowbit.kernels.recurrent import state_bytes
 
     start = connection.receive()
     if start is None:
         return
     assert isinstance(start, StartRank), "rank 0 begins so"
     settings, model, parallel = _loaded(start)
-    token_bytes = sum(spec.token_bytes() for spec in model.cache_specs())
+    specs = model.cache_specs()
+    token_bytes, each = sum(spec.token_bytes() for spec in specs), state_bytes(specs)
     runner: Runner | None = None
 
     def ready() -> RankReady:
-        return RankReady(token_bytes, free_memory(model.device), model.weight_bytes)
+        return RankReady(token_bytes, each, free_memory(model.device), model.weight_bytes)
 
     connection.send(ready())
     gc.collect()

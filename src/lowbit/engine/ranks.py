@@ -54,9 +54,13 @@ STEP_SECONDS = 300.0  # that one rank waits for another inside a step
 _LAST_WORD_SECONDS = 3.0  # for a rank that ends to be seen ending
 _READ_SIZE = 1 << 20
 RANK_MODULE = "lowbit.engine.rank"  # what the other processes run
-_ARRAYS = ("tokens", "positions", "write_slots", "query_lengths", "context_lengths", "page_table")
+_ARRAYS = (  # state_slots: where a model has states
+    *("tokens", "positions", "write_slots", "query_lengths", "context_lengths", "page_table"),
+    *("state_slots", "sample_rows"),
+)
 
 Joined = TypeVar("Joined")
+Result = TypeVar("Result")
 
 
 class StartRank(msgspec.Struct, frozen=True, tag="start"):
@@ -75,13 +79,13 @@ class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
-    """A ``ForwardBatch``: the shapes of its index tensors and ``sample_rows``, which come over the group as
-    one int32 tensor. Answered by ``StepDone``.
+    """A ``ForwardBatch``: the shapes of its index tensors by name, which come over the group as one int32
+    tensor. Answered by ``StepDone``.
 
     ``graph``: the size of the graph that runs it, or that is captured from it; None: eagerly.
     """
 
-    shapes: list[tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]
     page_size: int
     max_query: int
     max_context: int
@@ -103,10 +107,11 @@ class Regroup(msgspec.Struct, frozen=True, tag="regroup"):
 
 
 class RankReady(msgspec.Struct, frozen=True, tag="ready"):
-    """A rank has loaded its part, or made its caches. ``token_bytes``: of its KV cache; ``free``: memory
-    left."""
+    """A rank has loaded its part, or made its caches. ``token_bytes``: of its KV cache; ``state_bytes``: of a
+    sequence's states; ``free``: memory left."""
 
     token_bytes: int
+    state_bytes: int
     free: int
     weight_bytes: int
 
@@ -425,20 +430,19 @@ class SharedModel:
     def together(
         self,
         batch: ForwardBatch,
-        compute: Callable[[], Tensor],
+        compute: Callable[[], Result],
         graph: tuple[int, int] | None = None,
         capture: bool = False,
-    ) -> Tensor:
+    ) -> Result:
         """What ``compute`` makes of this rank's part of a step, while the others do theirs."""
-        shapes = [tuple(getattr(batch, name).shape) for name in (*_ARRAYS, "sample_rows")]
-        step = Step(shapes, batch.page_size, batch.max_query, batch.max_context, graph, capture)
+        step = step_of(batch, graph, capture)
         failed: Exception | None = None
-        result: Tensor | None = None
-        sent = packed(batch)
+        results: list[Result] = []
+        sent = packed(step, batch)
         self.ranks.begin(step)
         try:
             self.ranks.parallel.broadcast(sent)
-            result = compute()
+            results.append(compute())
         except (RuntimeError, OSError, LowbitError) as error:
             failed = error
         try:
@@ -449,7 +453,7 @@ class SharedModel:
             raise
         finally:
             failed = None  # its frames hold the step's tensors
-        assert result is not None, "nothing failed"
+        [result] = results  # nothing failed
         return result
 
 
@@ -469,7 +473,7 @@ class SharedGraphs:
         """See ``Graphs``."""
         return self._own.padding(size)
 
-    def capture(self, batch: ForwardBatch, size: Size) -> Tensor:
+    def capture(self, batch: ForwardBatch, size: Size) -> Tensor | None:
         """See ``Graphs``; where one rank cannot, none has it."""
         return self._model.together(batch, lambda: self._own.capture(batch, size), size, capture=True)
 
@@ -482,19 +486,29 @@ class SharedGraphs:
         self._own.clear()
 
 
-def packed(batch: ForwardBatch) -> Tensor:
+def step_of(batch: ForwardBatch, graph: Size | None = None, capture: bool = False) -> Step:
+    """What the other ranks are told of a batch."""
+    found = {name: getattr(batch, name) for name in _ARRAYS}
+    shapes = {name: tuple(array.shape) for name, array in found.items() if array is not None}
+    return Step(shapes, batch.page_size, batch.max_query, batch.max_context, graph, capture)
+
+
+def packed(step: Step, batch: ForwardBatch) -> Tensor:
     """int32: all index tensors of a batch, one behind another."""
-    arrays = [getattr(batch, name).reshape(-1) for name in _ARRAYS]
-    return torch.cat([*arrays, batch.sample_rows.int()])
+    return torch.cat([getattr(batch, name).reshape(-1).int() for name in step.shapes])
 
 
 def batch_of(step: Step, sent: Tensor) -> ForwardBatch:
     """The batch again, from ``packed``'s numbers on another rank's device."""
-    sizes = [torch.Size(shape).numel() for shape in step.shapes]
-    parts = [part.view(shape) for part, shape in zip(sent.split(sizes), step.shapes, strict=True)]
+    sizes = [torch.Size(shape).numel() for shape in step.shapes.values()]
+    # Each in memory of its own, as the kernels are given it elsewhere.
+    parts = {
+        name: part.view(shape).clone()
+        for (name, shape), part in zip(step.shapes.items(), sent.split(sizes), strict=True)
+    }
     return ForwardBatch(
-        **{name: part.clone() for name, part in zip(_ARRAYS, parts, strict=False)},
-        sample_rows=parts[-1].long(),
+        sample_rows=parts.pop("sample_rows").long(),
+        **parts,
         page_size=step.page_size,
         max_query=step.max_query,
         max_context=step.max_context,
@@ -503,4 +517,4 @@ def batch_of(step: Step, sent: Tensor) -> ForwardBatch:
 
 def numbers_of(step: Step) -> int:
     """How many numbers ``packed`` has."""
-    return sum(torch.Size(shape).numel() for shape in step.shapes)
+    return sum(torch.Size(shape).numel() for shape in step.shapes.values())

@@ -50,7 +50,7 @@ class Runner:
         if settings.disable_cuda_graph:
             return
         recorder = recorder_for(model.device)
-        if recorder is not None and self._has_states and getattr(model, "spans_tokens", False):
+        if recorder is not None and self._has_states and model.spans_tokens:
             _log.warning("lowbit: CUDA graphs off: capturing would count a step's largest inputs twice")
         elif recorder is not None:
             self._capture = self.graphs(recorder, bucket_sizes(settings), context)
@@ -79,7 +79,7 @@ class Runner:
             own if share is None else share(own),
             sizes,
             context=context,
-            padded=takes_padding and not getattr(self._model, "spans_tokens", False),
+            padded=takes_padding and not self._model.spans_tokens,
             exact_context=not takes_padding,
         )
 

@@ -69,13 +69,16 @@ class Scheduler:
         prefill_budget: int,
         share_prefixes: bool,
         policy: str = "fcfs",
+        unit: int = 1,
     ) -> None:
+        """``unit``: where a prompt is cut, it is cut at a multiple of it, if a step may have so many."""
         self.pool = pool
         self.tree = PrefixTree(pool, page_size)
         self.page_size = page_size
         self.max_running = max_running
         self.prefill_budget = prefill_budget
         self.share_prefixes = share_prefixes
+        self._unit = unit
         self._longest_first = policy == "lpm" and share_prefixes
         self.waiting: deque[Sequence] = deque()
         self._slots = list(range(max_running))  # free ones, of recurrent layers' states
@@ -117,7 +120,11 @@ class Scheduler:
         if sequence.pending == 1:
             return 1
         count = min(sequence.pending, budget)
-        return min(count, PROMPT_LOGPROB_ROWS) if sequence.wants_prompt_logprobs else count
+        if sequence.wants_prompt_logprobs:
+            count = min(count, PROMPT_LOGPROB_ROWS)
+        if count < sequence.pending and self._unit <= self.prefill_budget:
+            count -= min((sequence.computed + count) % self._unit, count)
+        return count
 
     def _admit(self, budget: int, chunks: dict[Sequence, Chunk]) -> None:
         """Waiting sequences while there is budget and room for all their known tokens."""
@@ -125,6 +132,8 @@ class Scheduler:
             sequence = self._next_waiting()
             if sequence.flights:
                 return  # retracted since: its next token must be known
+            if not self._wanted(sequence, budget):
+                return  # the next step has room for a whole unit
             matched: list[int] = []
             if self._may_share(sequence):
                 most = self._most_shared(sequence)

@@ -20,7 +20,7 @@ from lowbit.kernels.timing import (
     times,
     with_tokens,
 )
-from lowbit.loading import load_model
+from lowbit.loading import load_model, model_options
 from lowbit.loading.kernel_choice import Timings, keep, timing_table
 from lowbit.loading.samples import Samples
 from lowbit.quantize.recipe import Asked
@@ -47,17 +47,9 @@ def time_model(header: CheckpointHeader, settings: Settings) -> None:
     samples = Samples()
     model = load_model(
         header,
-        device=settings.device,
-        dtype=settings.dtype,
-        kv_cache_dtype=settings.kv_cache_dtype,
-        k_cache_dtype=settings.k_cache_dtype,
-        v_cache_dtype=settings.v_cache_dtype,
-        activation_quantization=settings.activation_quantization,
+        **model_options(settings),
         quantization=Asked.by(settings),
-        strict=settings.strict,
-        kv_scales_path=settings.quantization_param_path,
         samples=samples,
-        linear_kernel=settings.linear_kernel,
         timings="measured",
     )
     say_speed(samples, model.device, strict=False)

@@ -21,25 +21,10 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    origin_of,
-    read_bias,
-    read_dense,
-)
-from lowbit.formats.quantization_config import claimed_config, says_method
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format, vector_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
@@ -48,13 +33,12 @@ _NUMBERS = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 1, "nbits_
 _WHAT = "an AQLM weight"
 
 
-class Aqlm:
+class Aqlm(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "aqlm"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "aqlm"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "codebooks"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
@@ -73,11 +57,6 @@ class Aqlm:
             self.told[key] = value
         require_tensors(header, (".codebooks",), self.place, self.name)
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """The quant_method of the config."""
-        return says_method(header, cls.name)
-
     def describe(self) -> str:
         """Codebooks and bits; and that it is decoded, where it is."""
         books, bits = self.told["num_codebooks"], self.told["nbits_per_codebook"]
@@ -85,50 +64,39 @@ class Aqlm:
         decoded = "" if self._by_rows else ", decoded to 16 bits a weight when loaded"
         return f"aqlm, {books}x{bits}, {groups} in {self.place.split(':')[0]}{decoded}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """Vectors of codebooks under a scale a row; or dense, in the codebooks' type."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         books, scales = self._entries(module)
         if not self._by_rows:
             return dense(DENSE_DTYPES[books.dtype])
         sizes = (self.told[key] for key in ("num_codebooks", "nbits_per_codebook", "in_group_size"))
         return Scheme(vector_format(*sizes), ((1, 0),), (number_format(DENSE_DTYPES[scales.dtype]),))
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Codes, codebooks, scales and bias."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
-        names = [module.tensor(suffix) for suffix in ("codes", "codebooks", "scales")]
-        return names + bias_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Codes, codebooks and scales."""
+        return [module.tensor(suffix) for suffix in ("codes", "codebooks", "scales")]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """As it is stored, or decoded, a slice of rows at a time."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
-        scheme = self.scheme_of(module)
+        scheme = self._scheme(module)
         books = finite_scales(
             self.header, module.tensor("codebooks"), data.tensor(module.tensor("codebooks"))
         )
         scales = finite_scales(self.header, module.tensor("scales"), data.tensor(module.tensor("scales")))
         codes = data.tensor(module.tensor("codes"))
-        origin, bias = origin_of(self.header, module, "codes"), read_bias(self.header, module, data)
+        origin = origin_of(self.header, module, "codes")
         if not self._by_rows:
-            weight = QuantizedTensor(scheme, module.shape, decode(codes, books, scales), origin=origin)
-            return StoredLinear(weight, bias)
+            return QuantizedTensor(scheme, module.shape, decode(codes, books, scales), origin=origin)
         bits = self.told["nbits_per_codebook"]
         if bits not in (8, 16):  # those above the middle are stored as negative numbers
             codes = codes & (1 << bits) - 1
-        return StoredLinear(
-            QuantizedTensor(
-                scheme,
-                module.shape,
-                codes.view(torch.uint8).flatten(1),
-                (scales.flatten(1),),
-                origin=origin,
-                codebooks=books.squeeze(2),
-            ),
-            bias,
+        return QuantizedTensor(
+            scheme,
+            module.shape,
+            codes.view(torch.uint8).flatten(1),
+            (scales.flatten(1),),
+            origin=origin,
+            codebooks=books.squeeze(2),
         )
 
     @property
@@ -136,13 +104,9 @@ class Aqlm:
         """Whether a vector lies in one row."""
         return self.told["out_group_size"] == 1
 
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("codebooks") not in self.header.tensors
-
     def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
         """The codebooks and scales; dtypes and shapes of all three checked."""
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in AQLM's codes are not read")
+        refuse_stack(module, "AQLM's codes")
         (out, columns), told = module.shape, self.told
         rows, width = told["out_group_size"], told["in_group_size"]
         books, bits = told["num_codebooks"], told["nbits_per_codebook"]

@@ -10,6 +10,7 @@ and MLX layouts, and NVFP4 with e5m3 scales are refused.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
@@ -17,10 +18,19 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredLinear, StoredModule, require_tensors
 from lowbit.formats.awq import AwqRule, awq_scheme, awq_tensors, read_awq
 from lowbit.formats.compressed_tensors import CompressedTensors
-from lowbit.formats.dense import dense_scheme, dense_tensors, read_dense
-from lowbit.formats.gptq import GptqRule, check_bits, gptq_scheme, gptq_tensors, read_gptq, read_number
+from lowbit.formats.gptq import (
+    GptqRule,
+    check_bits,
+    gptq_scheme,
+    gptq_tensors,
+    plain_beside_packed,
+    read_gptq,
+    read_number,
+)
 from lowbit.formats.matching import compiled, matches, spellings
+from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, says_method
+from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 _METHODS = ("auto-round", "auto_round", "intel/auto-round", "inc")
@@ -36,13 +46,13 @@ _AWQ = ("auto_round:auto_awq", "auto_awq", "awq", "auto_round:awq")
 _BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
-class AutoRound:
+class AutoRound(PartlyDense):
     """See the module docstring."""
 
-    name = "auto-round"
+    name: ClassVar[str] = "auto-round"
     aliases: tuple[str, ...] = ("auto_round", "inc", "gptq", "gptq_marlin", "awq", "awq_marlin")
-    reference = "auto-round"
-    unused = (r".*\.workspace",)
+    reference: ClassVar[str] = "auto-round"
+    unused: ClassVar[tuple[str, ...]] = (r".*\.workspace",)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
@@ -77,7 +87,7 @@ class AutoRound:
         if not isinstance(extra, dict) or not all(isinstance(value, dict) for value in extra.values()):
             raise LowbitError("E0212", f"{self.place}.extra_config must be an object of objects")
         self.extra: dict[str, dict[str, object]] = extra
-        require_tensors(header, (".qweight",), self.place, "auto-round")
+        require_tensors(header, (".qweight",), self.place, self.name)
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
@@ -91,39 +101,35 @@ class AutoRound:
 
     def scheme_of(self, module: StoredModule) -> Scheme:
         """As the packing format's own reader."""
-        if self.inner is not None:
-            return self.inner.scheme_of(module)
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
+        return super().scheme_of(module) if self.inner is None else self.inner.scheme_of(module)
+
+    def tensors_of(self, module: StoredModule) -> list[str]:
+        """As the packing format's own reader."""
+        return super().tensors_of(module) if self.inner is None else self.inner.tensors_of(module)
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """As the packing format's own reader."""
+        return super().read(module, data) if self.inner is None else self.inner.read(module, data)
+
+    def _scheme(self, module: StoredModule) -> Scheme:
         rule = self.rule_of(module)
         if isinstance(rule, AwqRule):
             return awq_scheme(self.header, module, rule)
         return gptq_scheme(self.header, module, rule)
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """As the packing format's own reader."""
-        if self.inner is not None:
-            return self.inner.tensors_of(module)
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
         if self.packing in _AWQ:
             return awq_tensors(self.header, module)
         return gptq_tensors(self.header, module)
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
-        """As the packing format's own reader."""
-        if self.inner is not None:
-            return self.inner.read(module, data)
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         rule = self.rule_of(module)
         if isinstance(rule, AwqRule):
             return read_awq(self.header, module, data, rule)
         return read_gptq(self.header, module, data, rule, self.notes)
 
     def _is_dense(self, module: StoredModule) -> bool:
-        tensors = self.header.tensors
-        return module.tensor("qweight") not in tensors and module.tensor("weight") in tensors
+        return plain_beside_packed(self.header, module)
 
     def rule_of(self, module: StoredModule) -> GptqRule | AwqRule:
         """How one module is packed, by whose rules."""

@@ -23,6 +23,7 @@ read by ``marlin``. GPTQModel's 2, 3 and 8 bits are packed like gemm without the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,19 +31,11 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, origin_of, read_bias, read_dense
-from lowbit.formats.gptq import SCALE_DTYPES, check_bits, check_group_size, read_number
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import origin_of
+from lowbit.formats.gptq import SCALE_DTYPES, check_bits, check_group_size, plain_beside_packed, read_number
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
-from lowbit.formats.partly_dense import refuse_stack
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
@@ -76,16 +69,16 @@ class AwqRule:
         return columns if self.group_size == -1 or self.group_size >= columns else self.group_size
 
 
-class Awq:
+class Awq(PartlyDense):
     """See the module docstring."""
 
-    name = "awq"
+    name: ClassVar[str] = "awq"
     aliases = ("awq_marlin", "marlin")
-    reference = "autoawq"
-    unused = (r".*\.workspace",)
+    reference: ClassVar[str] = "autoawq"
+    unused: ClassVar[tuple[str, ...]] = (r".*\.workspace",)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header, self.notes = header, notes
+        self.header = header
         found = claimed_config(header)
         values, self.place = found.values, found.place
         written = str(
@@ -108,7 +101,7 @@ class Awq:
             symmetric=values.get("zero_point") is False or values.get("sym") is True,
             reordered=read_number(values, self.place, "bits", "w_bit") == 4,
         )
-        require_tensors(header, (".qweight", ".B"), self.place, "awq")
+        require_tensors(header, (".qweight", ".B"), self.place, self.name)
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
@@ -125,41 +118,33 @@ class Awq:
         group = "per channel" if self.rule.group_size == -1 else f"group {self.rule.group_size}"
         return f"awq, {self.rule.bits}-bit, {group} in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From shapes and config."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         if self.rule.layout == "marlin":
             return marlin_scheme(self.header, module)
         return awq_scheme(self.header, module, self.rule)
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """qweight, qzeros, scales and bias."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """qweight, qzeros and scales."""
         if self.rule.layout == "marlin":
             return marlin_tensors(self.header, module)
         return awq_tensors(self.header, module)
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked and put in order."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         if self.rule.layout == "marlin":
             return read_marlin(self.header, module, data)
         return read_awq(self.header, module, data, self.rule)
 
     def _is_dense(self, module: StoredModule) -> bool:
-        tensors = self.header.tensors
-        packed = any(module.tensor(suffix) in tensors for suffix in ("qweight", "B"))
-        return not packed and module.tensor("weight") in tensors
+        return plain_beside_packed(self.header, module)
 
 
 def awq_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:
-    """qweight and scales; qzeros and bias where they are."""
+    """qweight and scales; qzeros where they are."""
     zeros = module.tensor("qzeros")
     found = [zeros] if zeros in header.tensors else []
-    return [module.tensor("qweight"), module.tensor("scales"), *found, *bias_tensors(header, module)]
+    return [module.tensor("qweight"), module.tensor("scales"), *found]
 
 
 def awq_scheme(header: CheckpointHeader, module: StoredModule, rule: AwqRule) -> Scheme:
@@ -218,7 +203,9 @@ def _padded_zeros(groups: int, group: int) -> int:
     return -(-words // multiple) * multiple
 
 
-def read_awq(header: CheckpointHeader, module: StoredModule, data: TensorData, rule: AwqRule) -> StoredLinear:
+def read_awq(
+    header: CheckpointHeader, module: StoredModule, data: TensorData, rule: AwqRule
+) -> QuantizedTensor:
     """One module in canonical form."""
     scheme = awq_scheme(header, module, rule)
     out, columns = module.shape
@@ -245,7 +232,7 @@ def read_awq(header: CheckpointHeader, module: StoredModule, data: TensorData, r
     if zeros is not None and bool((zeros == 1 << rule.bits - 1).all()):
         zeros = None
         scheme = Scheme(number_format(f"int{rule.bits}"), scheme.blocks, scheme.scales)
-    weight = QuantizedTensor(
+    return QuantizedTensor(
         scheme,
         module.shape,
         codes.contiguous(),
@@ -254,7 +241,6 @@ def read_awq(header: CheckpointHeader, module: StoredModule, data: TensorData, r
         offsets,
         origin=origin_of(header, module, "qweight"),
     )
-    return StoredLinear(weight, read_bias(header, module, data))
 
 
 def _gemm_codes(words: Tensor, rule: AwqRule, out: int) -> Tensor:

@@ -28,12 +28,7 @@ from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    dense_scheme,
-    of_expert,
-    origin_of,
-)
+from lowbit.formats.dense import DENSE_DTYPES, dense_scheme, of_expert, origin_of
 from lowbit.formats.matching import listed, module_prefix, strings
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config
@@ -53,7 +48,7 @@ class BitNet(PartlyDense):
     reference = "transformers"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header, self.notes = header, notes
+        self.header = header
         found = claimed_config(header)
         self.place = found.place
         values = found.values

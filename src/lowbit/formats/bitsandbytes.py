@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import Notes, StoredLinear, StoredModule, check_shape, entry_of, finite_scales
-from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, origin_of, read_bias, read_dense
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales
+from lowbit.formats.dense import origin_of
+from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.llm_int8 import INT8_STEP, llm_int8_inputs
 from lowbit.numerics.number_formats import NumberFormat, number_format
@@ -52,13 +54,13 @@ FOUR_BIT_KINDS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 
-class BitsAndBytes:
+class BitsAndBytes(PartlyDense):
     """See the module docstring."""
 
-    name = "bitsandbytes"
+    name: ClassVar[str] = "bitsandbytes"
     aliases = ("bnb",)
-    reference = "bitsandbytes"
-    unused = (r".*\.weight_format",)
+    reference: ClassVar[str] = "bitsandbytes"
+    unused: ClassVar[tuple[str, ...]] = (r".*\.weight_format",)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
@@ -112,32 +114,30 @@ class BitsAndBytes:
             return f"bitsandbytes in {file}, weights not quantized"
         return f"bitsandbytes, {' and '.join(sorted(self.kinds))} in {file}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _is_dense(self, module: StoredModule) -> bool:
+        return self._kind(module) == "dense"
+
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From the tensors that are there and their shapes."""
         kind = self._kind(module)
-        if kind in FOUR_BIT_KINDS:
-            return _four_bit_scheme(kind, module.shape, self._block_size(module))
-        return self._int8_scheme() if kind == "int8" else dense_scheme(self.header, module)
-
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """The weight and everything its state is made of."""
-        tensors, weight, kind = self.header.tensors, module.tensor("weight"), self._kind(module)
-        if kind == "dense":
-            return dense_tensors(self.header, module)
         if kind == "int8":
+            return self._int8_scheme()
+        return _four_bit_scheme(kind, module.shape, self._block_size(module))
+
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """The weight and everything its state is made of."""
+        tensors, weight = self.header.tensors, module.tensor("weight")
+        if self._kind(module) == "int8":
             own = [module.tensor("SCB"), module.tensor("weight_format")]
         else:
             parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
             own = [*(f"{weight}.{part}" for part in parts), self.states[weight]]
-        return [weight, *(name for name in own if name in tensors), *bias_tensors(self.header, module)]
+        return [weight, *(name for name in own if name in tensors)]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes and scales, double quantization taken apart."""
         kind = self._kind(module)
-        if kind == "dense":
-            return read_dense(self.header, module, data)
-        weight = self._int8(module, data) if kind == "int8" else self._four_bit(module, data, kind)
-        return StoredLinear(weight, read_bias(self.header, module, data))
+        return self._int8(module, data) if kind == "int8" else self._four_bit(module, data, kind)
 
     def _kind(self, module: StoredModule) -> str:
         """nf4, fp4, int8 or dense, from the names that are there."""

@@ -23,8 +23,8 @@ NVFP4 weights are value * scale / weight_global_scale: that is the *reciprocal* 
 What the data decide over the config: whether a module is quantized at all (a plain float ``weight`` is read
 as it is, whatever ``quantization_status`` says), its layout, and nonzero zero points of a "symmetric" weight.
 
-Where formats.md 2.5 differs from the tool, the tool was followed: patterns are tried in alphabetical, not in
-config order; a ``quantization_status`` of "frozen" with packed tensors is normal in files before 2025.
+As in the tool, patterns are tried in alphabetical, not in config order; a ``quantization_status`` of "frozen"
+with packed tensors is normal in files before 2025.
 Rotations of activations at run time: ``compressed_tensors_transforms``. Refused: static scales for groups of
 inputs, quantized outputs (but for k_proj and v_proj, where they are KV-cache scales), stacked experts stored
 (in, out).
@@ -46,11 +46,7 @@ from lowbit.errors import LowbitError, thousands
 from lowbit.formats import InputRule, Notes, StoredLinear, StoredModule, check_shape
 from lowbit.formats.compressed_tensors_layout import FLOATS, Layouts, Plan
 from lowbit.formats.compressed_tensors_scheme import parse_config
-from lowbit.formats.compressed_tensors_sparse import (
-    scatter_bitmask,
-    unpack_marlin24,
-    unpack_marlin24_scales,
-)
+from lowbit.formats.compressed_tensors_sparse import scatter_bitmask, unpack_marlin24, unpack_marlin24_scales
 from lowbit.formats.compressed_tensors_transforms import METHODS, Transforms
 from lowbit.formats.dense import (
     DENSE_DTYPES,

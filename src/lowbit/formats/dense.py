@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
+from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import Notes, StoredLinear, StoredModule
@@ -19,7 +19,7 @@ from lowbit.formats.refused import refused_by_tensors
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
-# Tensors only quantized checkpoints have (formats.md 0.3), for files that lost their config.
+# Tensors only quantized checkpoints have, for files that lost their config.
 _QUANTIZED = {
     ".qweight": "GPTQ or AWQ",
     ".weight_packed": "compressed-tensors",
@@ -136,11 +136,6 @@ def read_dense(header: CheckpointHeader, module: StoredModule, data: TensorData)
 def origin_of(header: CheckpointHeader, module: StoredModule, suffix: str = "weight") -> str:
     """ "file: module", for messages."""
     return f"{header.file_of(module.tensor(suffix))}: {module.name}"
-
-
-def weight_entry(header: CheckpointHeader, module: StoredModule) -> TensorEntry | None:
-    """What is stored as the module's ``weight``, whatever it is."""
-    return header.tensors.get(module.tensor("weight"))
 
 
 class Dense:

@@ -126,7 +126,7 @@ def row_step(scheme: Scheme, columns: int) -> int:
     if scheme.flattened:
         block = scheme.blocks[0][1]
         return block // math.gcd(block, columns)
-    return math.lcm(scheme.rows_together, *(rows or 1 for rows, _ in scheme.blocks))
+    return math.lcm(*(rows or 1 for rows in scheme.heights))
 
 
 WRITERS = (DenseWriter,)

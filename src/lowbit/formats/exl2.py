@@ -30,19 +30,11 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import (
-    Notes,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    origin_of,
-)
-from lowbit.formats.partly_dense import PartlyDense, refuse_stack
-from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
+from lowbit.formats import StoredModule, check_shape, entry_of, finite_scales
+from lowbit.formats.dense import origin_of
+from lowbit.formats.exllama import ExLlama
+from lowbit.formats.partly_dense import refuse_stack
+from lowbit.formats.quantization_config import claimed_by_tensors
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -59,29 +51,17 @@ class _Group:
     columns: int
 
 
-class Exl2(PartlyDense):
+class Exl2(ExLlama):
     """See the module docstring."""
 
     name: ClassVar[str] = "exl2"
     reference: ClassVar[str] = "exllamav2"
     sign: ClassVar[str] = "q_weight"
 
-    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header = header
-        found = quantization_config(header)
-        self.place = found.place if found is not None else "its tensors"
-        self.bits = found.values.get("bits") if found is not None else None
-        require_tensors(header, (".q_weight",), self.place, self.name)
-
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method, or no config and tensors that only EXL2 has."""
         return claimed_by_tensors(header, ".q_invperm", cls.name)
-
-    def describe(self) -> str:
-        """Bits a weight as the config has them."""
-        bits = f", {self.bits:g} bits" if isinstance(self.bits, int | float) else ""
-        return f"exl2{bits} (from {self.place.split(':')[0]})"
 
     def _scheme(self, module: StoredModule) -> Scheme:
         """The widest code and the common size of the groups."""

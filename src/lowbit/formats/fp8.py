@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,24 +29,9 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    InputRule,
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    finite_scales,
-)
-from lowbit.formats.dense import (
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    is_dense,
-    of_expert,
-    origin_of,
-    read_bias,
-    read_dense,
-)
+from lowbit.formats import InputRule, Notes, StoredModule, check_shape, finite_scales
+from lowbit.formats.dense import is_dense, of_expert, origin_of
+from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
@@ -78,13 +64,12 @@ class _Scale:
         return stored if self.first is None else stored[self.first : self.first + self.shape[0]]
 
 
-class Fp8:
+class Fp8(PartlyDense):
     """See the module docstring."""
 
-    name = "fp8"
+    name: ClassVar[str] = "fp8"
     aliases: tuple[str, ...] = ("fbgemm_fp8", "mxfp8")
-    reference = "transformers"
-    unused = ()
+    reference: ClassVar[str] = "transformers"
     methods: tuple[str, ...] = _METHODS
     packed_codes = "e2m1"  # of 4-bit weights beside the FP8 ones
     packed_block = (1, 32)
@@ -145,10 +130,11 @@ class Fp8:
         inputs = "static" if self.static else "dynamic"
         return f"{self.method}, {block}, {inputs} inputs in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _is_dense(self, module: StoredModule) -> bool:
+        return is_dense(self.header, module)
+
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From the shapes of weight and scale."""
-        if is_dense(self.header, module):
-            return dense_scheme(self.header, module)
         weight, scale, packed = self._entries(module)
         codes = self.packed_codes if packed else CODES[weight.dtype]
         block = self._block(module, scale, packed)
@@ -159,29 +145,30 @@ class Fp8:
             activation=self._activation(block, packed),
         )
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Weight, scales and bias; beside a plain weight its scales have no meaning but a place."""
+    def _tensors(self, module: StoredModule) -> list[str]:
+        return [module.tensor("weight")]
+
+    def _beside(self, module: StoredModule) -> list[str]:
+        """The scales; beside a plain weight they have no meaning."""
         present = [module.tensor(suffix) for suffix in (*_WEIGHT_SCALES, *_INPUT_SCALES)]
         if (scale := self._scale_of(module)) is not None:
             present.append(scale.entry.name)
-        scales = [name for name in dict.fromkeys(present) if name in self.header.tensors]
-        if is_dense(self.header, module):
-            return [*dense_tensors(self.header, module), *scales]
-        return [module.tensor("weight"), *scales, *bias_tensors(self.header, module)]
+        return [name for name in dict.fromkeys(present) if name in self.header.tensors]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _check_plain(self, module: StoredModule) -> None:
+        """A plain weight stands for itself."""
+        scale = self._scale_of(module)
+        if scale is not None:
+            self.notes.contradiction(
+                "E0214",
+                f"{scale.entry.file.name}: tensor {scale.entry.name!r} lies beside a weight of plain "
+                "floats; reading the weight as it is, without it",
+            )
+
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """The bytes as codes, the scales as they are."""
-        if is_dense(self.header, module):
-            scale = self._scale_of(module)
-            if scale is not None:
-                self.notes.contradiction(
-                    "E0214",
-                    f"{scale.entry.file.name}: tensor {scale.entry.name!r} lies beside a weight of plain "
-                    "floats; reading the weight as it is, without it",
-                )
-            return read_dense(self.header, module, data)
         weight, scale, packed = self._entries(module)
-        scheme = self.scheme_of(module)
+        scheme = self._scheme(module)
         stored = of_expert(module, data.tensor(weight.name)).view(torch.uint8)
         codes = stored
         if packed:
@@ -192,15 +179,12 @@ class Fp8:
         finite_scales(self.header, scale.entry.name, scales)
         if self.divides:
             scales = finite_scales(self.header, scale.entry.name, 1.0 / scales.float())
-        quantized = QuantizedTensor(
+        return QuantizedTensor(
             scheme,
             module.shape,
             codes,
             (scales.reshape(_grid(module.shape, scheme.blocks[0])),),
             origin=origin_of(self.header, module),
-        )
-        return StoredLinear(
-            quantized, read_bias(self.header, module, data), self._input(module, packed, data)
         )
 
     def _entries(self, module: StoredModule) -> tuple[TensorEntry, _Scale, bool]:
@@ -302,7 +286,7 @@ class Fp8:
         """uint8 (out, in) codes of a packed weight."""
         return unpack_bits(stored, 4, columns)
 
-    def _input(self, module: StoredModule, packed: bool, data: TensorData) -> InputRule | None:
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
         if not self.static:
             return None
         return InputRule(static_scale=self._input_scale(module, data))

@@ -43,10 +43,7 @@ from lowbit.formats import (
     finite_scales,
     require_tensors,
 )
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    origin_of,
-)
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_bits
@@ -73,7 +70,7 @@ class FpQuant(PartlyDense):
     reference: ClassVar[str] = "fp-quant"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header, self.notes = header, notes
+        self.header = header
         found = claimed_config(header)
         self.place = found.place
         self.kind, self.method, self.size = self._checked(found.values)

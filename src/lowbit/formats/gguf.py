@@ -1,4 +1,4 @@
-"""GGUF: a type for each tensor; block types keep their mapped bytes as codes (formats.md 2.7).
+"""GGUF: a type for each tensor; block types keep their mapped bytes as codes.
 
 Experts are stacked along the first axis (``blk.0.ffn_gate_exps.weight``, (experts, out, in)). NVFP4 weights
 may have a sibling ``<module>.scale`` of one float, or of one for each expert, that multiplies them; beside

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,19 +28,11 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, origin_of, read_bias, read_dense
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import origin_of
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
 from lowbit.formats.matching import matches, regex
-from lowbit.formats.partly_dense import refuse_stack
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import QuantizationConfig, claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
@@ -71,13 +64,13 @@ class GptqRule:
         return columns if self.group_size == -1 or self.group_size >= columns else self.group_size
 
 
-class Gptq:
+class Gptq(PartlyDense):
     """See the module docstring."""
 
-    name = "gptq"
+    name: ClassVar[str] = "gptq"
     aliases = ("gptq_marlin", "marlin", "gptq_bitblas", "exllama")
-    reference = "gptqmodel"
-    unused = (r".*\.workspace",)
+    reference: ClassVar[str] = "gptqmodel"
+    unused: ClassVar[tuple[str, ...]] = (r".*\.workspace",)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
@@ -91,7 +84,7 @@ class Gptq:
                 raise LowbitError(
                     "E0218", f"{found.place}.{key}: adapters inside a checkpoint are not applied"
                 )
-        require_tensors(header, (".qweight", ".B"), found.place, "gptq")
+        require_tensors(header, (".qweight", ".B"), found.place, self.name)
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
@@ -110,32 +103,30 @@ class Gptq:
                 return _overridden(self.rule, values, self.config.place)
         return self.rule
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From shapes and config; whether zeros and order are trivial only the data say."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
         if self.marlin:
             return marlin_scheme(self.header, module)
         return gptq_scheme(self.header, module, self.rule_of(module))
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """qweight, qzeros, scales, g_idx and bias."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """qweight, qzeros, scales and g_idx."""
         return marlin_tensors(self.header, module) if self.marlin else gptq_tensors(self.header, module)
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked, zeros decoded, columns in group order."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         if self.marlin:
             return read_marlin(self.header, module, data)
         return read_gptq(self.header, module, data, self.rule_of(module), self.notes)
 
     def _is_dense(self, module: StoredModule) -> bool:
-        tensors = self.header.tensors
-        packed = any(module.tensor(suffix) in tensors for suffix in ("qweight", "B"))
-        return not packed and module.tensor("weight") in tensors
+        return plain_beside_packed(self.header, module)
+
+
+def plain_beside_packed(header: CheckpointHeader, module: StoredModule) -> bool:
+    """Whether a module of GPTQ's or AWQ's files is plain; one that has neither tensor lacks its codes."""
+    packed = any(module.tensor(suffix) in header.tensors for suffix in ("qweight", "B"))
+    return not packed and module.tensor("weight") in header.tensors
 
 
 def _is_marlin(found: QuantizationConfig) -> bool:
@@ -250,10 +241,10 @@ def gptq_scheme(header: CheckpointHeader, module: StoredModule, rule: GptqRule) 
 
 
 def gptq_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:
-    """qweight and scales; qzeros, g_idx and bias where they are."""
+    """qweight and scales; qzeros and g_idx where they are."""
     optional = [module.tensor(suffix) for suffix in ("qzeros", "g_idx")]
     found = [name for name in optional if name in header.tensors]
-    return [module.tensor("qweight"), module.tensor("scales"), *found, *bias_tensors(header, module)]
+    return [module.tensor("qweight"), module.tensor("scales"), *found]
 
 
 def _check_packing(header: CheckpointHeader, module: StoredModule, rule: GptqRule) -> int:
@@ -288,7 +279,7 @@ def _check_packing(header: CheckpointHeader, module: StoredModule, rule: GptqRul
 
 def read_gptq(
     header: CheckpointHeader, module: StoredModule, data: TensorData, rule: GptqRule, notes: Notes
-) -> StoredLinear:
+) -> QuantizedTensor:
     """One module in canonical form."""
     stored = _check_packing(header, module, rule)
     columns = module.shape[1]
@@ -311,7 +302,7 @@ def read_gptq(
         zero="none" if symmetric else "integer",
         reordered=order is not None,
     )
-    weight = QuantizedTensor(
+    return QuantizedTensor(
         scheme,
         module.shape,
         codes,
@@ -320,7 +311,6 @@ def read_gptq(
         column_order=order,
         origin=origin_of(header, module, "qweight"),
     )
-    return StoredLinear(weight, read_bias(header, module, data))
 
 
 def _unpack(words: Tensor, rule: GptqRule, count: int, dim: int) -> Tensor:

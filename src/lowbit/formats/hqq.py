@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,17 +48,10 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import Notes, StoredLinear, StoredModule, entry_of, finite_scales, require_tensors
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    origin_of,
-    read_bias,
-    read_dense,
-)
-from lowbit.formats.quantization_config import claimed_config, quantization_config
+from lowbit.formats import Notes, StoredModule, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -88,30 +82,19 @@ class Layout:
         return (self.groups, self.size) if self.axis else (self.size, self.groups)
 
 
-class Hqq:
+class Hqq(PartlyDense):
     """See the module docstring."""
 
-    name = "hqq"
-    aliases = ()
-    reference = "hqq"
-    unused = ()
+    name: ClassVar[str] = "hqq"
+    reference: ClassVar[str] = "hqq"
+    sign: ClassVar[str] = "W_q"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
         found = claimed_config(header)
         self.place = found.place
         self.rules = _rules(found.values, found.place)
-        require_tensors(header, (".W_q",), found.place, "hqq")
-
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """The quant_method of the config."""
-        if header.container == "gguf":
-            return None
-        found = quantization_config(header)
-        if found is None or found.method.lower() != "hqq":
-            return None
-        return f"{found.place} says {found.method}"
+        require_tensors(header, (".W_q",), self.place, self.name)
 
     def describe(self) -> str:
         """Bits and groups, as the config has them."""
@@ -120,24 +103,17 @@ class Hqq:
         }
         return f"hqq, {' and '.join(sorted(told)) or 'unknown bits'} in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From the dtypes and shapes of W_q and scale, and the config where they leave a choice."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
-        return self._scheme(module, self._layout(module))
+        return _scheme(module.shape, self._layout(module))
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
+    def _tensors(self, module: StoredModule) -> list[str]:
         """The whole state of the layer."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
         names = [module.tensor(suffix) for suffix in ("W_q", "scale", "zero")]
-        names += [name for suffix in META if (name := module.tensor(suffix)) in self.header.tensors]
-        return names + bias_tensors(self.header, module)
+        return names + [name for suffix in META if (name := module.tensor(suffix)) in self.header.tensors]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked and in their places, scales and zero points as stored."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         layout = self._layout(module)
         self._check_state(module, layout, data)
         entry = self.header.tensors[module.tensor("W_q")]
@@ -149,8 +125,8 @@ class Hqq:
                 f"bits end at {(1 << layout.bits) - 1}. The codes do not match the quantization config",
             )
         scale, zero = (self._per_block(module, layout, suffix, data) for suffix in ("scale", "zero"))
-        scheme = self._scheme(module, layout)
-        weight = QuantizedTensor(
+        scheme = _scheme(module.shape, layout)
+        return QuantizedTensor(
             scheme,
             module.shape,
             codes.reshape(module.shape),
@@ -159,21 +135,11 @@ class Hqq:
             origin=origin_of(self.header, module, "W_q"),
             row_groups=row_groups(module.shape[0], layout.size) if scheme.scattered else None,
         )
-        return StoredLinear(weight, read_bias(self.header, module, data))
-
-    def _is_dense(self, module: StoredModule) -> bool:
-        packed = module.tensor("W_q") in self.header.tensors
-        if packed and module.expert is not None:
-            raise LowbitError(
-                "E0218",
-                f"{self.header.file_of(module.tensor('W_q'))}: {module.stored!r} is a stack of experts, "
-                "which HQQ does not quantize; use a version with a module for each expert",
-            )
-        return not packed
 
     # ---- how it lies
 
     def _layout(self, module: StoredModule) -> Layout:
+        refuse_stack(module, "HQQ's packing")
         weight = entry_of(self.header, module, "W_q", ("U8", "I32", *DENSE_DTYPES), _WHAT)
         scale = entry_of(self.header, module, "scale", tuple(DENSE_DTYPES), _WHAT)
         zero = entry_of(self.header, module, "zero", (scale.dtype,), f"{_WHAT} with {scale.dtype} scales")
@@ -215,18 +181,6 @@ class Hqq:
     def _rule(self, module: StoredModule) -> dict[str, object]:
         """The config's parameters for the module: its tag's, or those of all."""
         return self.rules.get(linear_tag(module.stored), self.rules.get("", {}))
-
-    def _scheme(self, module: StoredModule, layout: Layout) -> Scheme:
-        (out, columns), size = module.shape, layout.size
-        blocks, flattened = (1, size), False
-        scattered = layout.axis == 0 and 1 < size < out and out % size == 0
-        if layout.axis == 0:
-            blocks = (0, 1) if size == out else (size, 1) if scattered else (1, 1)
-        else:
-            flattened = columns % size != 0
-        scales = (number_format(layout.scale),)
-        code = number_format(f"uint{layout.bits}")
-        return Scheme(code, (blocks,), scales, zero="float", flattened=flattened, scattered=scattered)
 
     # ---- numbers
 
@@ -272,7 +226,7 @@ class Hqq:
         """Scales or zero points in the order of the scheme's blocks."""
         name, (out, columns) = module.tensor(suffix), module.shape
         stored = finite_scales(self.header, name, data.tensor(name)).flatten()
-        scheme = self._scheme(module, layout)
+        scheme = _scheme(module.shape, layout)
         if scheme.flattened:
             return stored
         if layout.axis:
@@ -283,6 +237,19 @@ class Hqq:
             return stored.view(out // layout.size, columns)
         # Weight i of the flat matrix belongs to group i mod groups.
         return stored.repeat(layout.size).view(out, columns)
+
+
+def _scheme(shape: tuple[int, int], layout: Layout) -> Scheme:
+    (out, columns), size = shape, layout.size
+    blocks, flattened = (1, size), False
+    scattered = layout.axis == 0 and 1 < size < out and out % size == 0
+    if layout.axis == 0:
+        blocks = (0, 1) if size == out else (size, 1) if scattered else (1, 1)
+    else:
+        flattened = columns % size != 0
+    scales = (number_format(layout.scale),)
+    code = number_format(f"uint{layout.bits}")
+    return Scheme(code, (blocks,), scales, zero="float", flattened=flattened, scattered=scattered)
 
 
 def row_groups(rows: int, size: int) -> Tensor:

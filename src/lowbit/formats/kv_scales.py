@@ -1,4 +1,4 @@
-"""Scales of a quantized KV cache: K and V are stored as ``x / scale`` in e4m3 (formats.md 6).
+"""Scales of a quantized KV cache: K and V are stored as ``x / scale`` in e4m3.
 
 They come with the checkpoint, under the spelling of whichever tool calibrated them, or in a JSON file
 (``--quantization-param-path``):

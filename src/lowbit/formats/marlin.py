@@ -16,8 +16,8 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import StoredLinear, StoredModule, check_shape, entry_of, finite_scales
-from lowbit.formats.dense import bias_tensors, origin_of, read_bias
+from lowbit.formats import StoredModule, check_shape, entry_of, finite_scales
+from lowbit.formats.dense import origin_of
 from lowbit.formats.partly_dense import refuse_stack
 from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
@@ -83,11 +83,11 @@ def marlin_scheme(header: CheckpointHeader, module: StoredModule) -> Scheme:
 
 
 def marlin_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:
-    """Codes, scales and bias."""
-    return [*(module.tensor(suffix) for suffix in _names(header, module)), *bias_tensors(header, module)]
+    """Codes and scales."""
+    return [module.tensor(suffix) for suffix in _names(header, module)]
 
 
-def read_marlin(header: CheckpointHeader, module: StoredModule, data: TensorData) -> StoredLinear:
+def read_marlin(header: CheckpointHeader, module: StoredModule, data: TensorData) -> QuantizedTensor:
     """The codes and scales in plain order."""
     packed, scale = _entries(header, module)
     out, columns = module.shape
@@ -100,11 +100,10 @@ def read_marlin(header: CheckpointHeader, module: StoredModule, data: TensorData
     stored = finite_scales(header, scale.name, data.tensor(scale.name))
     scales = torch.empty_like(stored).view(-1, order.numel())
     scales[:, order] = stored.reshape(-1, order.numel())
-    weight = QuantizedTensor(
+    return QuantizedTensor(
         marlin_scheme(header, module),
         module.shape,
         codes.contiguous(),
         (scales.view(scale.shape).T.contiguous(),),
         origin=origin_of(header, module, _names(header, module)[0]),
     )
-    return StoredLinear(weight, read_bias(header, module, data))

@@ -3,7 +3,7 @@
 The same module is ``model.layers.0.mlp.up_proj``, ``model.language_model.layers.0…`` or
 ``language_model.model.layers.0…`` depending on the version of the tool that wrote the list, and lists may
 hold the fused name of a part (``qkv_proj``, ``gate_up_proj``, ``experts``). Each rule of the field
-(formats.md 0.5) is one function ``rule(key, name) -> bool``; ``listed`` tries it under every spelling.
+is one function ``rule(key, name) -> bool``; ``listed`` tries it under every spelling.
 """
 
 from __future__ import annotations
@@ -71,11 +71,6 @@ def module_prefix(key: str, name: str) -> bool:
     if name.endswith(key) and (len(name) == len(key) or name[-len(key) - 1] == "." or key.startswith(".")):
         return True
     return compiled(f"(?:{key})(?:(?<=\\.)|(?=\\.|$))").match(name) is not None
-
-
-def substring(key: str, name: str) -> bool:
-    """AutoAWQ: anywhere in the name, but on module borders (``mlp.gate`` is not ``mlp.gate_proj``)."""
-    return f".{key.strip('.')}." in f".{name}." or (key.endswith(".") and key in name)
 
 
 def regex_or_exact(key: str, name: str) -> bool:

@@ -26,7 +26,7 @@ KV cache, only the cache was quantized. Refused by name: NVFP4_SVD (a low-rank b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,24 +37,15 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     InputRule,
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
     finite_scales,
     require_tensors,
 )
-from lowbit.formats.dense import (
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    is_dense,
-    of_expert,
-    origin_of,
-    read_bias,
-    read_dense,
-)
+from lowbit.formats.dense import is_dense, of_expert, origin_of
 from lowbit.formats.matching import listed, spellings, strings, wildcard
+from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
@@ -135,13 +126,13 @@ class _Stored:
         return Scheme(number_format(self.code), (self.block,), (scale,))
 
 
-class ModelOpt:
+class ModelOpt(PartlyDense):
     """See the module docstring."""
 
-    name = "modelopt"
+    name: ClassVar[str] = "modelopt"
     aliases: tuple[str, ...] = ("modelopt_fp8", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
-    reference = "nvidia-modelopt"
-    unused = (r".*\.(k|v)_bmm_quantizer\._amax",)
+    reference: ClassVar[str] = "nvidia-modelopt"
+    unused: ClassVar[tuple[str, ...]] = (r".*\.(k|v)_bmm_quantizer\._amax",)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
@@ -208,43 +199,42 @@ class ModelOpt:
         return f"modelopt, {self.said.algorithm or mixed} in {self.place.split(':')[0]}"
 
     def scheme_of(self, module: StoredModule) -> Scheme:
+        """As always; what speaks against a plain weight is said before anything is read."""
+        if self._is_dense(module):
+            self._check_plain(module)
+        return super().scheme_of(module)
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        return is_dense(self.header, module)
+
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From dtypes and shapes; the input from the algorithm."""
-        if is_dense(self.header, module):
-            self._check_plain(module)
-            return dense_scheme(self.header, module)
-        return self._scheme(module, self._stored(module))
+        return self._with_inputs(module, self._stored(module))
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Weight, scales and bias."""
-        present = [name for s in _OTHERS if (name := _tensor(module, s)) in self.header.tensors]
-        if is_dense(self.header, module):
-            return [*dense_tensors(self.header, module), *present]
-        return [module.tensor("weight"), *present, *bias_tensors(self.header, module)]
+    def _tensors(self, module: StoredModule) -> list[str]:
+        return [module.tensor("weight")]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _beside(self, module: StoredModule) -> list[str]:
+        """The scales of the weight and of its inputs."""
+        return [name for s in _OTHERS if (name := _tensor(module, s)) in self.header.tensors]
+
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked, both levels of scales."""
-        if is_dense(self.header, module):
-            self._check_plain(module)
-            return read_dense(self.header, module, data)
         stored = self._stored(module)
-        scheme = self._scheme(module, stored)
         scales = [self._scale(module, data, stored)]
         if stored.kind == "nvfp4":
             scales.append(self._number(module, data, "weight_scale_2").reshape(1, 1))
-        quantized = QuantizedTensor(
-            scheme,
+        return QuantizedTensor(
+            self._with_inputs(module, stored),
             module.shape,
             _codes(stored.kind, _upright(module, data.tensor(stored.weight.name)), module.shape),
             tuple(scales),
             origin=origin_of(self.header, module),
         )
-        return StoredLinear(
-            quantized, read_bias(self.header, module, data), self._input(module, data, scheme.activation)
-        )
 
     def _check_plain(self, module: StoredModule) -> None:
         """A plain weight stands for itself; one that was made for a scaled input does not."""
-        left = [name for suffix in _OTHERS if (name := _tensor(module, suffix)) in self.header.tensors]
+        left = self._beside(module)
         if not left:
             return
         where = f"{self.header.file_of(left[0])}: tensor {left[0]!r} lies beside a weight of plain floats"
@@ -364,7 +354,7 @@ class ModelOpt:
             )
         return finite_scales(self.header, entry.name, stored).float().reshape(())
 
-    def _scheme(self, module: StoredModule, stored: _Stored) -> Scheme:
+    def _with_inputs(self, module: StoredModule, stored: _Stored) -> Scheme:
         """The weight's scheme with what its input is quantized to."""
         weight = stored.scheme
         activation = self._activation(module, stored)
@@ -417,9 +407,9 @@ class ModelOpt:
             name = name.rpartition(".")[0]
         return self.said
 
-    def _input(
-        self, module: StoredModule, data: TensorData, activation: ActivationScheme | None
-    ) -> InputRule | None:
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        """What multiplies the input first, and the one scale of static inputs."""
+        activation = self._activation(module, self._stored(module))
         multiplier = static = None
         name = _tensor(module, "pre_quant_scale")
         if name in self.header.tensors:

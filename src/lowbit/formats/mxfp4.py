@@ -19,14 +19,7 @@ from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import Notes, StoredLinear, StoredModule, check_shape, finite_scales
-from lowbit.formats.dense import (
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    of_expert,
-    read_bias,
-    read_dense,
-)
+from lowbit.formats.dense import bias_tensors, dense_scheme, dense_tensors, of_expert, read_bias, read_dense
 from lowbit.formats.quantization_config import claimed_config, says_method
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format

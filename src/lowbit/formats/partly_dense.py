@@ -25,7 +25,7 @@ class PartlyDense(ABC):
     """See the module docstring, and ``CheckpointFormat`` for the methods without an underscore."""
 
     name: ClassVar[str]
-    aliases: ClassVar[tuple[str, ...]] = ()
+    aliases: tuple[str, ...] = ()  # a checkpoint may have fewer
     reference: ClassVar[str]
     unused: ClassVar[tuple[str, ...]] = ()
     sign: ClassVar[str] = ""  # the tensor that every quantized module has and no plain one
@@ -42,13 +42,15 @@ class PartlyDense(ABC):
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """What the module's weight is stored in, and its bias."""
+        beside = self._beside(module)
         if self._is_dense(module):
-            return dense_tensors(self.header, module)
-        return self._tensors(module) + bias_tensors(self.header, module)
+            return dense_tensors(self.header, module) + beside
+        return self._tensors(module) + beside + bias_tensors(self.header, module)
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """The plain matrix, or what the format makes of its tensors."""
         if self._is_dense(module):
+            self._check_plain(module)
             return read_dense(self.header, module, data)
         weight = self._weight(module, data)
         return StoredLinear(weight, self._bias(module, data), self._input(module, data))
@@ -62,11 +64,18 @@ class PartlyDense(ABC):
 
     @abstractmethod
     def _tensors(self, module: StoredModule) -> list[str]:
-        """The stored tensors of a quantized module but its bias."""
+        """The stored tensors of a quantized module but its bias and what ``_beside`` names."""
 
     @abstractmethod
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """A quantized module's weight in canonical form."""
+
+    def _beside(self, module: StoredModule) -> list[str]:
+        """What may lie beside a weight, plain or not, and has its place there."""
+        return []
+
+    def _check_plain(self, module: StoredModule) -> None:  # noqa: B027 (most have nothing to check)
+        """A plain weight that is to be read: what lies beside it may speak against that."""
 
     def _bias(self, module: StoredModule, data: TensorData) -> Tensor | None:
         return read_bias(self.header, module, data)
@@ -79,4 +88,8 @@ class PartlyDense(ABC):
 def refuse_stack(module: StoredModule, what: str) -> None:
     """E0218 where the module is one of a stack of experts; ``what``: the packing, as in "EXL2's packing"."""
     if module.expert is not None:
-        raise LowbitError("E0218", f"{module.name}: stacked experts in {what} are not read")
+        raise LowbitError(
+            "E0218",
+            f"{module.name}: stacked experts in {what} are not read; use a version with a module for each "
+            "expert",
+        )

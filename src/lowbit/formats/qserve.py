@@ -32,17 +32,8 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    origin_of,
-)
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import origin_of
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.number_formats import number_format
@@ -57,7 +48,7 @@ class QServe(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "qoq"
-    aliases: ClassVar[tuple[str, ...]] = ("qserve",)
+    aliases = ("qserve",)
     reference: ClassVar[str] = "omniserve"
     sign: ClassVar[str] = "qweight"
     unused: ClassVar[tuple[str, ...]] = (r".*\.self_attn\.kv_scale_quant_orig",)

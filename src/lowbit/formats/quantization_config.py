@@ -1,4 +1,4 @@
-"""Where a checkpoint says how it is quantized (formats.md 0.1), in the order the field agrees on."""
+"""Where a checkpoint says how it is quantized, in the order the field agrees on."""
 
 from __future__ import annotations
 

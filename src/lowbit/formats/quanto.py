@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,24 +30,9 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    origin_of,
-    read_bias,
-    read_dense,
-)
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
+from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -92,13 +78,11 @@ class Layout:
         return Scheme(code, blocks, scales, offset=offset)
 
 
-class Quanto:
+class Quanto(PartlyDense):
     """See the module docstring."""
 
-    name = "quanto"
-    aliases = ()
-    reference = "optimum-quanto"
-    unused = ()
+    name: ClassVar[str] = "quanto"
+    reference: ClassVar[str] = "optimum-quanto"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
@@ -156,27 +140,25 @@ class Quanto:
         told = sorted({kind for kind in (*self.types.values(), self.every) if kind})
         return f"quanto, {' and '.join(told)} in {self.place}" if told else "quanto, told by the tensors"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _is_dense(self, module: StoredModule) -> bool:
+        return self._data(module) is None
+
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From dtypes and shapes."""
-        if self._data(module) is None:
-            return dense_scheme(self.header, module)
         return self._layout(module).scheme(module.shape[1])
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """What the weight was taken apart into, the scales of activations, bias."""
-        data = self._data(module)
-        others = [name for suffix in _SCALES if (name := module.tensor(suffix)) in self.header.tensors]
-        if data is None:
-            return [*dense_tensors(self.header, module), *others]
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """What the weight was taken apart into."""
         parts = [module.tensor(f"weight.{part}") for part in ("_scale", "_shift")]
-        parts = [name for name in parts if name in self.header.tensors]
-        return [data.name, *parts, *others, *bias_tensors(self.header, module)]
+        return [self._codes(module).name, *(name for name in parts if name in self.header.tensors)]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _beside(self, module: StoredModule) -> list[str]:
+        """The scales of activations."""
+        return [name for suffix in _SCALES if (name := module.tensor(suffix)) in self.header.tensors]
+
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked; scales and shifts as stored, a float shift with its sign turned."""
-        stored = self._data(module)
-        if stored is None:
-            return read_dense(self.header, module, data)
+        stored = self._codes(module)
         layout, (out, columns) = self._layout(module), module.shape
         self._check_activations(module, data)
         raw = data.tensor(stored.name)
@@ -199,7 +181,7 @@ class Quanto:
             finite_scales(self.header, stored.name, raw)
         name = module.tensor("weight._scale")
         scale = finite_scales(self.header, name, data.tensor(name)).view(out, -1)
-        weight = QuantizedTensor(
+        return QuantizedTensor(
             layout.scheme(columns),
             module.shape,
             codes,
@@ -208,7 +190,11 @@ class Quanto:
             offsets,
             origin=origin_of(self.header, module, "weight._scale"),
         )
-        return StoredLinear(weight, read_bias(self.header, module, data))
+
+    def _codes(self, module: StoredModule) -> TensorEntry:
+        data = self._data(module)
+        assert data is not None, "a plain module is read elsewhere"
+        return data
 
     def _data(self, module: StoredModule) -> TensorEntry | None:
         """The codes, None of a plain matrix."""
@@ -224,9 +210,7 @@ class Quanto:
 
     def _layout(self, module: StoredModule) -> Layout:
         """From dtypes and shapes, checked; a map that says otherwise is noted."""
-        data = self._data(module)
-        assert data is not None, "asked before"
-        out, columns = module.shape
+        data, (out, columns) = self._codes(module), module.shape
         scale = entry_of(self.header, module, "weight._scale", tuple(DENSE_DTYPES), _WHAT)
         if data.dtype != "U8":
             entry_of(self.header, module, data.name.removeprefix(f"{module.stored}."), tuple(_BYTES), _WHAT)

@@ -30,6 +30,7 @@ at run time.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,23 +41,14 @@ from lowbit.errors import LowbitError
 from lowbit.formats import (
     InputRule,
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
     finite_scales,
     require_tensors,
 )
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    is_dense,
-    origin_of,
-    read_bias,
-    read_dense,
-)
+from lowbit.formats.dense import DENSE_DTYPES, is_dense, origin_of
+from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.formats.quark_scheme import FLOATS, INTEGERS, MANTISSA, QuarkConfig, Rule, Spec
 from lowbit.numerics.bit_packing import unpack_bits, unpack_words
@@ -68,13 +60,12 @@ _EXTRA = ("weight_zero_point", "weight_scale_2", "input_scale", "input_zero_poin
 _WHAT = "Quark"
 
 
-class Quark:
+class Quark(PartlyDense):
     """See the module docstring."""
 
-    name = "quark"
-    aliases = ()
-    reference = "amd-quark"
-    unused = (r".*\.(k|v)_proj\.output_zero_point",)
+    name: ClassVar[str] = "quark"
+    reference: ClassVar[str] = "amd-quark"
+    unused: ClassVar[tuple[str, ...]] = (r".*\.(k|v)_proj\.output_zero_point",)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
@@ -103,26 +94,23 @@ class Quark:
         told = sorted({rule.weight.dtype for rule in self.config.rules if rule.weight is not None})
         return f"quark, {' and '.join(told) or 'nothing'} in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _is_dense(self, module: StoredModule) -> bool:
+        return is_dense(self.header, module)
+
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From the config; dtypes and shapes must agree."""
-        if is_dense(self.header, module):
-            return dense_scheme(self.header, module)
         return self._stored(module)[0]
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Weight, scales, zero points and bias."""
-        extra = [name for suffix in _EXTRA if (name := self._tensor(module, suffix)) in self.header.tensors]
-        scale = self._tensor(module, "weight_scale")
-        extra += [scale] if scale in self.header.tensors else []
-        if is_dense(self.header, module):
-            return [*dense_tensors(self.header, module), *extra]
-        return [self._tensor(module, "weight"), *extra, *bias_tensors(self.header, module)]
+    def _tensors(self, module: StoredModule) -> list[str]:
+        return [self._tensor(module, "weight")]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _beside(self, module: StoredModule) -> list[str]:
+        """Scales and zero points of the weight and of its inputs."""
+        names = [self._tensor(module, suffix) for suffix in (*_EXTRA, "weight_scale")]
+        return [name for name in names if name in self.header.tensors]
+
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked and upright, scales as stored."""
-        if is_dense(self.header, module):
-            self._check_plain(module)
-            return read_dense(self.header, module, data)
         scheme, rule = self._stored(module)
         spec, (out, columns) = rule.weight, module.shape
         assert spec is not None, "_stored looked"
@@ -141,16 +129,13 @@ class Quark:
             codes = finite_scales(self.header, name, stored).view(torch.uint8)
         else:
             codes = unpack_bits(stored, int(scheme.weight.bits), columns)
-        weight = QuantizedTensor(
+        return QuantizedTensor(
             scheme,
             module.shape,
             codes,
             tuple(scales),
             zeros,
             origin=origin_of(self.header, module, self.suffixes.get("weight", "weight")),
-        )
-        return StoredLinear(
-            weight, read_bias(self.header, module, data), self._input(module, scheme.activation, rule, data)
         )
 
     def _check_plain(self, module: StoredModule) -> None:
@@ -392,9 +377,10 @@ class Quark:
             "is not supported; use per tensor, per token or an MX format",
         )
 
-    def _input(
-        self, module: StoredModule, activation: ActivationScheme | None, rule: Rule, data: TensorData
-    ) -> InputRule | None:
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        """The one scale of static inputs, or the outer one of NVFP4's."""
+        scheme, rule = self._stored(module)
+        activation = scheme.activation
         if activation is None or rule.inputs is None:
             return None
         if rule.inputs_outer:

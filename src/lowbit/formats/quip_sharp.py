@@ -31,24 +31,10 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    read_bias,
-    read_dense,
-)
-from lowbit.formats.quantization_config import claimed_config, says_method
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import DENSE_DTYPES
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.formats.quip_codebooks import CODEBOOKS
 from lowbit.numerics.hadamard import hadamard_factors, times
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -68,13 +54,11 @@ class _Stored:
     rows: slice
 
 
-class QuipSharp:
+class QuipSharp(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "quip_sharp"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "quip-sharp"
-    unused: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
@@ -93,15 +77,9 @@ class QuipSharp:
         self.rescaled = self._flag(values, "rescale_WH", False)
         divisor = self._number(values, "resid_scale_override", -1, float)
         self.divisor = divisor if divisor > 0 else self.codebook.divisor
-        self._kept: tuple[str, Tensor] | None = (
-            None  # of gate and up, decoded together, the one not asked for
-        )
+        # Of gate and up, which are decoded together, the one that was not asked for.
+        self._kept: tuple[str, Tensor] | None = None
         require_tensors(header, (".Qidxs",), self.place, self.name)
-
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """quip_params in config.json."""
-        return says_method(header, cls.name)
 
     def describe(self) -> str:
         """The codebook, and that it is decoded."""
@@ -110,27 +88,28 @@ class QuipSharp:
             "when loaded"
         )
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _is_dense(self, module: StoredModule) -> bool:
+        return self._place_of(module) is None
+
+    def _scheme(self, module: StoredModule) -> Scheme:
         """Dense float16."""
-        stored = self._stored(module)
-        if stored is None:
-            return dense_scheme(self.header, module)
-        self._tensors(stored)
+        self._tensors(module)
         return dense("f16")
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Everything of the matrix the module is part of."""
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Everything of the matrix the module is part of; dtypes and shapes of all of it checked."""
         stored = self._stored(module)
-        if stored is None:
-            return dense_tensors(self.header, module)
-        return self._tensors(stored) + bias_tensors(self.header, module)
+        found = self._expected(stored)
+        out, columns = stored.module.shape
+        what = f"{_WHAT} of {out} x {columns} with {self.codebook_name}"
+        for suffix, (dtypes, shape) in found.items():
+            check_shape(entry_of(self.header, stored.module, suffix, dtypes, what), shape, what)
+        return [stored.module.tensor(suffix) for suffix in found]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Decoded."""
+        self._tensors(module)
         stored = self._stored(module)
-        if stored is None:
-            return read_dense(self.header, module, data)
-        self._tensors(stored)
         if self._kept is not None and self._kept[0] == module.stored:
             weight, self._kept = self._kept[1], None
         else:
@@ -141,11 +120,12 @@ class QuipSharp:
                 up_proj, gate_proj = (f"{module.stored.rpartition('.')[0]}.{leaf}" for leaf in _OF_UPGATE)
                 self._kept = (gate_proj, gate.clone()) if stored.rows.start == 0 else (up_proj, up.clone())
         origin = f"{self.header.file_of(stored.module.tensor('Qidxs'))}: {module.name}"
-        quantized = QuantizedTensor(dense("f16"), module.shape, weight, origin=origin)
-        bias = read_bias(self.header, module, data)
-        if bias is not None and stored.parts:
-            bias = bias.float() * self._fuse_scales(stored, data)
-        return StoredLinear(quantized, bias)
+        return QuantizedTensor(dense("f16"), module.shape, weight, origin=origin)
+
+    def _bias(self, module: StoredModule, data: TensorData) -> Tensor | None:
+        """Under the scales of its parts, as the weight."""
+        bias, stored = super()._bias(module, data), self._stored(module)
+        return bias.float() * self._fuse_scales(stored, data) if bias is not None and stored.parts else bias
 
     # ---- config
 
@@ -190,7 +170,13 @@ class QuipSharp:
 
     # ---- tensors
 
-    def _stored(self, module: StoredModule) -> _Stored | None:
+    def _stored(self, module: StoredModule) -> _Stored:
+        """Where a module lies that is not plain."""
+        stored = self._place_of(module)
+        assert stored is not None, "a plain module is read elsewhere"
+        return stored
+
+    def _place_of(self, module: StoredModule) -> _Stored | None:
         """Where it lies; None where the module is plain."""
         (out, columns), tensors = module.shape, self.header.tensors
         parent, _, leaf = module.stored.rpartition(".")
@@ -232,11 +218,10 @@ class QuipSharp:
             )
         return parts
 
-    def _tensors(self, stored: _Stored) -> list[str]:
-        """The names; dtypes and shapes of all of them checked."""
+    def _expected(self, stored: _Stored) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+        """Suffix -> dtypes and shape of each tensor of the matrix."""
         module, (out, columns) = stored.module, stored.module.shape
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in QuIP#'s codes are not read")
+        refuse_stack(module, "QuIP#'s codes")
         codes = module.tensor("Qidxs")
         if out % 16 or columns % 64 or hadamard_factors(out) is None or hadamard_factors(columns) is None:
             raise LowbitError(
@@ -260,10 +245,7 @@ class QuipSharp:
         if self.rank > 0:
             rank = int(self.rank)
             found |= {"A": (floats, (out, rank)), "B": (floats, (rank, columns))}
-        what = f"{_WHAT} of {out} x {columns} with {self.codebook_name}"
-        for suffix, (dtypes, shape) in found.items():
-            check_shape(entry_of(self.header, module, suffix, dtypes, what), shape, what)
-        return [module.tensor(suffix) for suffix in found]
+        return found
 
     # ---- numbers
 

@@ -1,6 +1,6 @@
 """Methods that exist and are not read here: each refused by name, with what to do instead.
 
-``refuse`` speaks when no format claims a checkpoint. Facts of each method: formats.md 2.10-2.17.
+``refuse`` speaks when no format claims a checkpoint.
 """
 
 from __future__ import annotations

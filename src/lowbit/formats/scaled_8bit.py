@@ -23,21 +23,8 @@ import torch
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    InputRule,
-    Notes,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-)
-from lowbit.formats.dense import (
-    SCALED_8BIT,
-    is_dense,
-    of_expert,
-    origin_of,
-    scaled_8bit,
-)
+from lowbit.formats import InputRule, Notes, StoredModule, check_shape, entry_of, finite_scales
+from lowbit.formats.dense import SCALED_8BIT, is_dense, of_expert, origin_of, scaled_8bit
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor

@@ -36,24 +36,16 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     InputRule,
     Notes,
-    StoredLinear,
     StoredModule,
     check_shape,
     entry_of,
     finite_scales,
     require_tensors,
 )
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    origin_of,
-    read_bias,
-    read_dense,
-)
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
 from lowbit.formats.hqq import unpack
-from lowbit.formats.quantization_config import claimed_config, says_method
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -73,52 +65,46 @@ class _Layout:
     tiled: bool
     nf4: bool
 
+    @property
+    def scheme(self) -> Scheme:
+        code = number_format("nf4" if self.nf4 else f"uint{self.bits}")
+        blocks: tuple[tuple[int, int], ...] = ((1, self.size),)
+        if self.tiled:
+            blocks += ((self.size, 1),)
+        return Scheme(code, blocks, (number_format(self.scale),) * len(blocks), zero="float")
 
-class Sinq:
+
+class Sinq(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "sinq"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "sinq"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "W_q"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header, self.notes = header, notes
+        self.header = header
         found = claimed_config(header)
         self.place, self.values = found.place, found.values
         self._bits(self.values, self.place)
         self.told = read_json(header, SIDECAR) or {}
         require_tensors(header, (".W_q",), self.place, self.name)
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """The quant_method of the config."""
-        if header.container == "gguf":
-            return None
-        return says_method(header, cls.name)
-
     def describe(self) -> str:
         """Bits and groups, as the config has them."""
         bits, size = (printable(self.values.get(key, "?")) for key in ("nbits", "group_size"))
         return f"sinq, {bits}-bit group {size} in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
         """From the shapes of codes and scales."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
-        return _scheme(self._layout(module))
+        return self._layout(module).scheme
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
+    def _tensors(self, module: StoredModule) -> list[str]:
         """Codes and everything under meta."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
         meta = [name for key in ("scale", "zero", "scale2") for name in self._parts(module, key)]
-        return [module.tensor("W_q"), *meta, *bias_tensors(self.header, module)]
+        return [module.tensor("W_q"), *meta]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked, scales and zero points taken out of their 8 bits."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
         layout, (out, columns) = self._layout(module), module.shape
         codes = _unpacked(data.tensor(module.tensor("W_q")), layout)
         name = module.tensor("W_q")
@@ -129,27 +115,29 @@ class Sinq:
                 f"{layout.bits} bits; the packing does not match {SIDECAR}",
             )
         scale, zero = (self._numbers(module, key, layout, data) for key in ("scale", "zero"))
-        second_name = module.tensor("meta.scale2")
-        second = finite_scales(self.header, second_name, data.tensor(second_name))
-        rule: InputRule | None = None
         scales: tuple[Tensor, ...] = (scale,)
         if layout.tiled:
             # Tile (i, j) has a column's scales as they stand: (tiles, 1, g) -> (out / g, in).
-            scales = (scale, second.reshape(out // layout.size, columns))
-        else:
-            rule = InputRule(multiplier=second.reshape(columns).float())
-        weight = QuantizedTensor(
-            _scheme(layout),
+            scales = (scale, self._of_columns(module, data).reshape(out // layout.size, columns))
+        return QuantizedTensor(
+            layout.scheme,
             module.shape,
             codes.reshape(module.shape),
             scales,
             zero.to(scale.dtype),
             origin=origin_of(self.header, module, "W_q"),
         )
-        return StoredLinear(weight, read_bias(self.header, module, data), rule)
 
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("W_q") not in self.header.tensors
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        """x times a scale for each column; tiles have theirs in the weight."""
+        if self._layout(module).tiled:
+            return None
+        return InputRule(multiplier=self._of_columns(module, data).reshape(module.shape[1]).float())
+
+    def _of_columns(self, module: StoredModule, data: TensorData) -> Tensor:
+        """scale2, as stored."""
+        name = module.tensor("meta.scale2")
+        return finite_scales(self.header, name, data.tensor(name))
 
     def _meta(self, module: StoredModule) -> dict[str, object]:
         """What the sidecar says of the module."""
@@ -176,8 +164,7 @@ class Sinq:
         return [f"{whole}.{part}" for part in ("x", "s", "m")]
 
     def _layout(self, module: StoredModule) -> _Layout:
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts are not quantized by SINQ")
+        refuse_stack(module, "SINQ's packing")
         (out, columns), meta = module.shape, self._meta(module)
         weight = entry_of(self.header, module, "W_q", ("U8", "I32"), _WHAT)
         told = meta or self.values
@@ -248,15 +235,6 @@ class Sinq:
         if layout.tiled:  # (tiles, g, 1), tiles row by row
             return numbers.reshape(out // size, columns // size, size).transpose(1, 2).reshape(out, -1)
         return numbers.reshape(out, columns // size)
-
-
-def _scheme(layout: _Layout) -> Scheme:
-    code = number_format("nf4" if layout.nf4 else f"uint{layout.bits}")
-    scale = number_format(layout.scale)
-    blocks: tuple[tuple[int, int], ...] = ((1, layout.size),)
-    if layout.tiled:
-        blocks += ((layout.size, 1),)
-    return Scheme(code, blocks, (scale,) * len(blocks), zero="float")
 
 
 def _unpacked(items: Tensor, layout: _Layout) -> Tensor:

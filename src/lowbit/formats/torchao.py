@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,16 +40,10 @@ from lowbit.checkpoint.documents import parse_json
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import InputRule, Notes, StoredLinear, StoredModule, finite_scales
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    read_bias,
-    read_dense,
-)
-from lowbit.formats.quantization_config import claimed_config, says_method
+from lowbit.formats import InputRule, Notes, StoredModule, finite_scales
+from lowbit.formats.dense import DENSE_DTYPES
+from lowbit.formats.partly_dense import PartlyDense
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
@@ -105,16 +100,14 @@ class Stored:
         return sizes[0], sizes[1]
 
 
-class Torchao:
+class Torchao(PartlyDense):
     """See the module docstring."""
 
-    name = "torchao"
-    aliases = ()
-    reference = "torchao"
-    unused = ()
+    name: ClassVar[str] = "torchao"
+    reference: ClassVar[str] = "torchao"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header, self.notes = header, notes
+        self.header = header
         found = claimed_config(header)
         self.place, self.asked = found.place, _asked(found.values)
         old = next((name for name in header.tensors if ":" in name), None)
@@ -140,45 +133,26 @@ class Torchao:
                     "a stack of experts is not read; use a version with a module for each expert"
                 )
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """The quant_method of the config."""
-        return says_method(header, cls.name)
-
     def describe(self) -> str:
         """The classes that are there."""
         kinds = sorted({stored.kind for stored in self.stored.values()})
         asked = f" ({self.asked})" if self.asked else ""
         return f"torchao, {' and '.join(kinds)}{asked} in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
-        """From the metadata, and the parts' dtypes and shapes."""
-        stored = self._stored(module)
-        return dense_scheme(self.header, module) if stored is None else self._scheme(module, stored)
-
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Every part, and the bias."""
-        if self._stored(module) is None:
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """Every part."""
         names = [self._name(module, part) for part in _PARTS]
-        return [name for name in names if name in self.header.tensors] + bias_tensors(self.header, module)
-
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
-        """The parts as codes, scales and zero points or offsets."""
-        stored = self._stored(module)
-        if stored is None:
-            return read_dense(self.header, module, data)
-        scheme = self._scheme(module, stored)
-        weight = self._weight(module, stored, scheme, data)
-        return StoredLinear(weight, read_bias(self.header, module, data), self._input(module, data))
+        return [name for name in names if name in self.header.tensors]
 
     # ---- where things lie
 
-    def _stored(self, module: StoredModule) -> Stored | None:
-        """What the metadata say of the module's weight; None: a plain tensor."""
-        found = self.stored.get(module.tensor("weight"))
-        if found is not None:
-            return found
+    def _stored(self, module: StoredModule) -> Stored:
+        """What the metadata say of a weight that is not plain."""
+        return self.stored[module.tensor("weight")]
+
+    def _is_dense(self, module: StoredModule) -> bool:
+        if module.tensor("weight") in self.stored:
+            return False
         orphan = self._name(module, "qdata")
         if orphan in self.header.tensors:
             raise LowbitError(
@@ -187,7 +161,7 @@ class Torchao:
                 f"__metadata__ describes {module.tensor('weight')!r}; the file was re-saved by a tool that "
                 "dropped it, use the original one",
             )
-        return None
+        return True
 
     def _name(self, module: StoredModule, part: str) -> str:
         """The stored name of a part."""
@@ -215,7 +189,9 @@ class Torchao:
 
     # ---- schemes
 
-    def _scheme(self, module: StoredModule, stored: Stored) -> Scheme:
+    def _scheme(self, module: StoredModule) -> Scheme:
+        """From the metadata, and the parts' dtypes and shapes."""
+        stored = self._stored(module)
         if stored.kind not in _READ:
             raise stored.refuse(f"{stored.kind} {_REFUSED[stored.kind]}")
         out, columns = module.shape
@@ -309,9 +285,9 @@ class Torchao:
 
     # ---- numbers
 
-    def _weight(
-        self, module: StoredModule, stored: Stored, scheme: Scheme, data: TensorData
-    ) -> QuantizedTensor:
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
+        """The parts as codes, scales and zero points or offsets."""
+        stored, scheme = self._stored(module), self._scheme(module)
         qdata, scale_name = self._name(module, "qdata"), self._name(module, "scale")
         raw = data.tensor(qdata).view(torch.uint8)
         scale = finite_scales(self.header, scale_name, data.tensor(scale_name))

@@ -14,8 +14,9 @@ each codebook. With u the matrix in the input's order of columns,
     weight[r, c] = u[r, c] * weight_scale[c] + weight_bias[c]
 
 The sizes are the config's (``config_for_layers``, else ``shared_layer_config`` by the module's last name) and
-must agree with the tensors. No kernel here runs vectors of output rows: weights are decoded when they are
-loaded and kept in the codebooks' type, 16 bits a weight; sums are made in float32 and rounded once.
+must agree with the tensors. Indices stay indices, with each module's own codebooks; outliers, a few columns,
+become their numbers. What no kernel runs so is decoded when it is loaded and kept in the codebooks' type, 16
+bits a weight: sums are made in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -29,28 +30,14 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredLinear,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    bias_tensors,
-    dense_scheme,
-    dense_tensors,
-    origin_of,
-    read_bias,
-    read_dense,
-)
-from lowbit.formats.quantization_config import claimed_config, says_method
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
+from lowbit.formats.partly_dense import PartlyDense, refuse_stack
+from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.bit_packing import unpack_words
+from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.scheme import Scheme
 
 _WHAT = "a VPTQ weight"
 _SLICE = 1 << 22  # bits of indices that are taken apart at once
@@ -76,14 +63,26 @@ class _Rule:
         """Of an index: (main, residual)."""
         return (self.centroids - 1).bit_length(), max(0, self.residual - 1).bit_length()
 
+    def layout(self, dtype: str) -> RowVectorLayout:
+        """How the codes of ``read`` lie. ``dtype``: the codebooks'."""
+        parted = self.books > 1 or self.outliers > 0
+        return RowVectorLayout(
+            self.vector,
+            self.centroids,
+            self.residual,
+            dtype,
+            self.books,
+            self.width if parted else 0,
+            self.outliers,
+        )
 
-class Vptq:
+
+class Vptq(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "vptq"
-    aliases: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[str] = "vptq"
-    unused: ClassVar[tuple[str, ...]] = ()
+    sign: ClassVar[str] = "centroids.weight"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
@@ -97,49 +96,52 @@ class Vptq:
             self.rules |= layers
         require_tensors(header, (".centroids.weight",), self.place, self.name)
 
-    @classmethod
-    def claims(cls, header: CheckpointHeader) -> str | None:
-        """The quant_method of the config."""
-        return says_method(header, cls.name)
-
     def describe(self) -> str:
-        """That it is decoded."""
-        return f"vptq in {self.place.split(':')[0]}, decoded to 16 bits a weight when loaded"
+        """Where it says so."""
+        return f"vptq in {self.place.split(':')[0]}"
 
-    def scheme_of(self, module: StoredModule) -> Scheme:
-        """Dense, in the codebooks' type."""
-        if self._is_dense(module):
-            return dense_scheme(self.header, module)
-        entry, _ = self._checked(module)
-        return dense(DENSE_DTYPES[entry.dtype])
+    def _scheme(self, module: StoredModule) -> Scheme:
+        """Vectors of rows, under a scale and an offset of columns."""
+        entry, rule = self._checked(module)
+        fmt = number_format(rule.layout(DENSE_DTYPES[entry.dtype]).name)
+        if not rule.scaled:
+            return Scheme(fmt, reordered=rule.permuted)
+        kinds = {self.header.tensors[module.tensor(name)].dtype for name in ("weight_scale", "weight_bias")}
+        kind = DENSE_DTYPES[kinds.pop()] if len(kinds) == 1 else "f32"
+        return Scheme(fmt, ((0, 1),), (number_format(kind),), offset=True, reordered=rule.permuted)
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
-        """Everything of the layer."""
-        if self._is_dense(module):
-            return dense_tensors(self.header, module)
+    def _tensors(self, module: StoredModule) -> list[str]:
+        """What its sizes say there is."""
         _, rule = self._checked(module)
         names = ["centroids.weight", "indices"]
         names += ["res_centroids.weight"] * (rule.residual > 0)
         names += ["outlier_centroids.weight", "outlier_indices"] * (rule.outliers > 0)
         names += ["perm"] * rule.permuted + ["weight_scale", "weight_bias"] * rule.scaled
-        return [module.tensor(name) for name in names] + bias_tensors(self.header, module)
+        return [module.tensor(name) for name in names]
 
-    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
-        """Decoded."""
-        if self._is_dense(module):
-            return read_dense(self.header, module, data)
-        entry, rule = self._checked(module)
-        weight = self._decoded(module, rule, data)
-        quantized = QuantizedTensor(
-            dense(DENSE_DTYPES[entry.dtype]),
+    def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
+        """As it is stored, an index in whole bytes."""
+        _, rule = self._checked(module)
+        scheme = self._scheme(module)
+        layout = scheme.weight.vectors
+        assert isinstance(layout, RowVectorLayout), "its name says so"
+        order = self._order(module, data) if rule.permuted else None
+
+        def of_columns(suffix: str) -> Tensor:
+            """(1, in), in stored order."""
+            numbers = self._floats(module, suffix, data).to(scheme.scales[0].dtype)
+            return (numbers if order is None else numbers[order]).unsqueeze(0)
+
+        return QuantizedTensor(
+            scheme,
             module.shape,
-            weight,
+            self._codes(module, rule, layout, data),
+            (of_columns("weight_scale"),) if rule.scaled else (),
+            offsets=(of_columns("weight_bias"),) if rule.scaled else (),
+            column_order=order,
             origin=origin_of(self.header, module, "indices"),
+            codebooks=self._codebooks(module, rule, data),
         )
-        return StoredLinear(quantized, read_bias(self.header, module, data))
-
-    def _is_dense(self, module: StoredModule) -> bool:
-        return module.tensor("centroids.weight") not in self.header.tensors
 
     # ---- sizes
 
@@ -187,8 +189,7 @@ class Vptq:
 
     def _checked(self, module: StoredModule) -> tuple[TensorEntry, _Rule]:
         """The main codebook and the sizes; dtypes and shapes of all tensors checked."""
-        if module.expert is not None:
-            raise LowbitError("E0218", f"{module.name}: stacked experts in VPTQ's codes are not read")
+        refuse_stack(module, "VPTQ's codes")
         rule, (out, columns) = self._rule(module), module.shape
         floats, header = tuple(DENSE_DTYPES), self.header
 
@@ -210,7 +211,9 @@ class Vptq:
         if rule.residual:
             check("res_centroids.weight", floats, (rule.books, rule.residual * rule.vector))
         if rule.outliers:
-            check("outlier_centroids.weight", floats, (1, rule.outlier_centroids * rule.outlier_vector))
+            check(
+                "outlier_centroids.weight", (books.dtype,), (1, rule.outlier_centroids * rule.outlier_vector)
+            )
             rows = -(-out // rule.outlier_vector)
             check("outlier_indices", ("I16", "U16"), (1, rows, rule.outliers))
         if rule.permuted:
@@ -221,69 +224,73 @@ class Vptq:
 
     # ---- numbers
 
-    def _decoded(self, module: StoredModule, rule: _Rule, data: TensorData) -> Tensor:
-        """(out, in) in the codebooks' type."""
+    def _floats(self, module: StoredModule, suffix: str, data: TensorData) -> Tensor:
+        name = module.tensor(suffix)
+        return finite_scales(self.header, name, data.tensor(name))
+
+    def _numbers(self, module: StoredModule, suffix: str, data: TensorData) -> Tensor:
+        """int64: what 16-bit numbers say without a sign."""
+        return data.tensor(module.tensor(suffix)).long() & 0xFFFF
+
+    def _codebooks(self, module: StoredModule, rule: _Rule, data: TensorData) -> Tensor:
+        """(books, centroids and residual ones, vector)."""
+        names = ["centroids.weight"] + ["res_centroids.weight"] * (rule.residual > 0)
+        parts = [self._floats(module, name, data).view(rule.books, -1, rule.vector) for name in names]
+        return torch.cat(parts, 1)
+
+    def _codes(self, module: StoredModule, rule: _Rule, layout: RowVectorLayout, data: TensorData) -> Tensor:
+        """uint8 (vectors, bytes), as ``RowVectorLayout`` has them."""
         (out, columns), (main, second) = module.shape, rule.bits
-
-        def floats(suffix: str) -> Tensor:
-            name = module.tensor(suffix)
-            return finite_scales(self.header, name, data.tensor(name))
-
-        def numbers(suffix: str) -> Tensor:
-            stored = data.tensor(module.tensor(suffix))
-            return stored.long() & 0xFFFF
-
-        books = floats("centroids.weight")
-        second_books = floats("res_centroids.weight") if rule.residual else None
         stored = data.tensor(module.tensor("indices"))
-        weight = torch.empty(out, columns)
-        at = rule.outliers
+        codes = torch.empty(stored.shape[1], layout.row_bytes(columns), dtype=torch.uint8)
+        if rule.outliers:
+            numbers = self._outliers(module, rule, data)[:out]
+            padded = torch.nn.functional.pad(numbers, (0, 0, 0, len(codes) * rule.vector - out))
+            cells = padded.view(len(codes), rule.vector, rule.outliers).transpose(1, 2)
+            codes[:, : layout.outlier_bytes] = cells.reshape(len(codes), -1).view(torch.uint8)
+        width = rule.width * sum(layout.index_bytes)
         step = max(1, _SLICE // (rule.width * (main + second)))
         for number in range(rule.books):
-            table = books[number].float().view(rule.centroids, rule.vector)
-            for start in range(0, stored.shape[1], step):
+            at = layout.outlier_bytes + number * width
+            for start in range(0, len(codes), step):
                 index = _indices(stored[number, start : start + step], rule.width, main + second)
-                part = self._vectors(module, table, index & ((1 << main) - 1), "indices")
-                if second_books is not None:
-                    added = second_books[number].float().view(rule.residual, rule.vector)
-                    part = part + self._vectors(module, added, index >> main, "indices")
-                rows = weight[start * rule.vector : (start + step) * rule.vector, at : at + rule.width]
-                rows[:] = part[: len(rows)]
-            at += rule.width
-        if rule.outliers:
-            table = floats("outlier_centroids.weight").float()
-            table = table.view(rule.outlier_centroids, rule.outlier_vector)
-            part = self._vectors(module, table, numbers("outlier_indices")[0], "outlier_indices")
-            weight[:, : rule.outliers] = part[:out]
-        if rule.permuted:
-            weight = self._placed(module, weight, numbers("perm"))
-        if rule.scaled:
-            weight = weight * floats("weight_scale").float() + floats("weight_bias").float()
-        return weight.to(books.dtype)
+                first = index & ((1 << main) - 1)
+                self._check(module, first, rule.centroids, "indices")
+                self._check(module, index >> main, max(1, rule.residual), "indices")
+                counts = layout.index_bytes
+                parts = [first >> 8 * byte for byte in range(counts[0])]
+                parts += [index >> main + 8 * byte for byte in range(counts[1])]
+                taken = torch.stack([part & 0xFF for part in parts], -1).to(torch.uint8)
+                codes[start : start + step, at : at + width] = taken.flatten(1)
+        return codes
 
-    def _vectors(self, module: StoredModule, table: Tensor, index: Tensor, suffix: str) -> Tensor:
-        """(vectors v, columns): the table's vectors, each down a column."""
-        if int(index.max()) >= len(table):
+    def _outliers(self, module: StoredModule, rule: _Rule, data: TensorData) -> Tensor:
+        """(rows of whole vectors, outliers)."""
+        index = self._numbers(module, "outlier_indices", data)[0]
+        self._check(module, index, rule.outlier_centroids, "outlier_indices")
+        table = self._floats(module, "outlier_centroids.weight", data)
+        vectors = table.view(rule.outlier_centroids, rule.outlier_vector)[index]
+        return vectors.transpose(1, 2).reshape(-1, rule.outliers)
+
+    def _check(self, module: StoredModule, index: Tensor, count: int, suffix: str) -> None:
+        if int(index.max()) >= count:
             name = module.tensor(suffix)
             raise LowbitError(
                 "E0213",
                 f"{self.header.file_of(name)}: tensor {name!r} holds index {int(index.max())} of a codebook "
-                f"of {len(table)}; the file is damaged, or its sizes in {self.place} are wrong",
+                f"of {count}; the file is damaged, or its sizes in {self.place} are wrong",
             )
-        return table[index].transpose(1, 2).reshape(-1, index.shape[1])
 
-    def _placed(self, module: StoredModule, weight: Tensor, order: Tensor) -> Tensor:
-        """Stored column j becomes the input's column ``order[j]``."""
-        name = module.tensor("perm")
+    def _order(self, module: StoredModule, data: TensorData) -> Tensor:
+        """int64 (in,): the input's column of each stored one."""
+        name, order = module.tensor("perm"), self._numbers(module, "perm", data)
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise LowbitError(
                 "E0213",
                 f"{self.header.file_of(name)}: tensor {name!r} is no permutation of {len(order)} columns; "
                 "the file is damaged",
             )
-        placed = torch.empty_like(weight)
-        placed[:, order] = weight
-        return placed
+        return order
 
 
 def _indices(words: Tensor, width: int, bits: int) -> Tensor:

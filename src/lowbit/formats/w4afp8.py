@@ -18,6 +18,7 @@ others have quant_method w4afp8.
 from __future__ import annotations
 
 import re
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ _OTHER_NAME = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 class W4AFp8(Fp8):
     """See the module docstring."""
 
-    name = "w4afp8"
+    name: ClassVar[str] = "w4afp8"
     aliases: tuple[str, ...] = ()
-    reference = "sglang"
+    reference: ClassVar[str] = "sglang"
     methods = ("w4afp8",)
     packed_codes = "int4"
     packed_block = (1, 128)
@@ -57,9 +58,9 @@ class W4AFp8(Fp8):
             if own is not None and name.endswith(".input_scale"):
                 self._scales.setdefault((own["experts"], own["leaf"] in _DOWN), []).append(name)
 
-    def tensors_of(self, module: StoredModule) -> list[str]:
+    def _beside(self, module: StoredModule) -> list[str]:
         """With the expert's own input scale, which may lie under another name."""
-        found, other = super().tensors_of(module), self._other_scale(module)
+        found, other = super()._beside(module), self._other_scale(module)
         return [*found, other] if other in self.header.tensors else found
 
     def _other_scale(self, module: StoredModule) -> str:
@@ -78,7 +79,8 @@ class W4AFp8(Fp8):
     def _unpacked(self, stored: Tensor, columns: int) -> Tensor:
         return super()._unpacked(stored, columns) ^ 8  # two's complement to offset binary
 
-    def _input(self, module: StoredModule, packed: bool, data: TensorData) -> InputRule | None:
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        _, _, packed = self._entries(module)
         return InputRule(static_scale=self._layer_scale(module, data)) if packed else None
 
     def _layer_scale(self, module: StoredModule, data: TensorData) -> Tensor:

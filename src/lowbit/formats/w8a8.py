@@ -27,19 +27,8 @@ import torch
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import (
-    Notes,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    is_dense,
-    of_expert,
-    origin_of,
-)
+from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats.dense import is_dense, of_expert, origin_of
 from lowbit.formats.fp8 import block_size
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config

@@ -1,11 +1,13 @@
 """The native side of input quantization (csrc/activation_quant.cpp): its structs and calls.
 
 What the code computes is defined by ``activation_quant``, in torch; here is how a scheme is told to it.
+Where ranks have some columns of x each, ``stage`` and ``finish`` do in two calls what a call does in one.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -53,8 +55,12 @@ class _DelayedState(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Functions:
+    """``stage`` and ``finish`` are in no plan: what ranks tell each other between them cannot be."""
+
     quantize: Operation
     update: Operation
+    stage: Callable[..., None]
+    finish: Callable[..., int]
 
 
 @cache
@@ -64,9 +70,14 @@ def _functions() -> _Functions | None:
         return None
     pointer, long = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, long, long, long, pointer, long, pointer)
+    stage, finish = library.lowbit_stage_input, library.lowbit_quantize_staged
+    stage.argtypes, stage.restype = arguments, None
+    finish.argtypes, finish.restype = (pointer, pointer, long, long, long, pointer, pointer), ctypes.c_int32
     return _Functions(
         Operation(library, "quantize_input", arguments, _no_memory),
         Operation(library, "update_delayed", (pointer, long)),
+        stage,
+        finish,
     )
 
 
@@ -182,15 +193,8 @@ class NativeQuantizer:
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """x float32 (tokens, in) with contiguous rows -> codes or values, and the factors the rule makes."""
-        rows, width = x.shape
-        multiplier = self.buffers.multiplier
-        assert multiplier is None or len(multiplier) == width, "a multiplier is as wide as x"
-        rotation = self.buffers.rotation
-        assert rotation is None or width % rotation.rotation.size == 0, "x is whole blocks of a rotation"
-        out = torch.empty(rows, width)
-        factors = None
-        if self.factors:
-            factors = torch.empty(rows, 1) if self.factors == "row" else torch.empty(1)
+        rows, width = self._shape(x)
+        out, factors = torch.empty(rows, width), self._empty_factors(rows)
         functions = _functions()
         assert functions is not None, "there is a library: of() asked"
         functions.quantize(
@@ -204,6 +208,44 @@ class NativeQuantizer:
             None if factors is None else factors.data_ptr(),
         )
         return out, factors
+
+    def _shape(self, x: Tensor) -> tuple[int, int]:
+        rows, width = x.shape
+        multiplier = self.buffers.multiplier
+        assert multiplier is None or len(multiplier) == width, "a multiplier is as wide as x"
+        rotation = self.buffers.rotation
+        assert rotation is None or width % rotation.rotation.size == 0, "x is whole blocks of a rotation"
+        return rows, width
+
+    def _empty_factors(self, rows: int) -> Tensor | None:
+        if not self.factors:
+            return None
+        return torch.empty(rows, 1) if self.factors == "row" else torch.empty(1)
+
+    def stage(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x float32 (tokens, in) with contiguous rows -> as it will be quantized, and (tokens, 2) what scales
+        depend on: of a row in parts the largest of each part's."""
+        rows, width = self._shape(x)
+        out, seen = torch.empty(rows, width), torch.empty(rows, 2)
+        functions = _functions()
+        assert functions is not None, "there is a library: of() asked"
+        described = ctypes.byref(self.description)
+        functions.stage(
+            described, x.data_ptr(), x.stride(0), rows, width, out.data_ptr(), width, seen.data_ptr()
+        )
+        return out, seen
+
+    def finish(self, staged: Tensor, seen: Tensor) -> Tensor | None:
+        """Quantize what ``stage`` gave, in place, by what was seen of whole rows; the factors."""
+        rows, width = staged.shape
+        assert self.factors and seen.shape == (rows, 2) and seen.is_contiguous(), "of a rule with scales"
+        factors, functions = self._empty_factors(rows), _functions()
+        assert functions is not None and factors is not None, "there is a library: of() asked"
+        described = ctypes.byref(self.description)
+        place = staged.data_ptr(), staged.stride(0)
+        if functions.finish(described, *place, rows, width, seen.data_ptr(), factors.data_ptr()):
+            raise _no_memory(1)
+        return factors
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ went wrong in one request fails that request alone.
 The torch functions here are the definition; float32 on a CPU runs in native code (``activation_native``) with
 the same bits, and a GPU has kernels of its own (``gpu.activation_quant``).
 
-Sources: formats.md 3; LLM.int8 (Dettmers et al., 2022); OCP Microscaling Formats v1.0; "FP8 Formats for
-Deep Learning" (Micikevicius et al., 2022).
+Sources: LLM.int8 (Dettmers et al., 2022); OCP Microscaling Formats v1.0; "FP8 Formats for Deep Learning"
+(Micikevicius et al., 2022).
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class InputTransform:
 
     ``rotation``: x is rotated first. ``multiplier``: float32 (in,), x is multiplied by it. ``static_scale``,
     ``static_zero``: scalar tensors of a static scheme; for NVFP4 and FP-Quant the outer scale. ``state``: of
-    a delayed scheme. ``across``: the ranks that x lies on, some columns on each: what is seen of a row is
-    seen of all of it (``sees_whole_rows``).
+    a delayed scheme. ``across``: the ranks that x lies on, some columns on each, where a scale is found from
+    more than stands together (``sees_whole_rows``): they tell each other once what they saw of each row, and
+    of delayed schemes at the end of a step (``activation_state``).
     """
 
     scheme: ActivationScheme | None = None
@@ -64,20 +65,21 @@ class InputTransform:
         """(x', factor): the layer computes ``(x' @ W.T) * factor``; factor is (tokens, 1), scalar or None."""
         if runtime.runs_on(x.device):
             return self._on_gpu(x)
-        if x.is_cpu and x.dtype is torch.float32 and x.stride(1) == 1 and self.native is not None:
-            changed, factor = self.native(x)
-            return changed, self.static_scale if self.is_static else factor
+        if x.is_cpu and x.dtype is torch.float32 and x.stride(1) == 1:
+            if self.native is not None:
+                changed, factor = self.native(x)
+                return changed, self.static_scale if self.is_static else factor
+            if self.halves is not None:
+                staged, seen = self.halves.stage(x)
+                return staged, self.halves.finish(staged, self.across.largest(seen))
         return self.in_torch(x)
 
     def _on_gpu(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        dtype = x.dtype
-        if self.rotation is not None:
-            if self.scheme is None and self.multiplier is None:
-                return self.rotation.rotated(x, dtype), None
-            x = self.rotation.rotated(x, torch.float32)
-        if self.gpu is None or not self.gpu.takes(x):
-            return self._unrotated(x)
-        return self.gpu(x, dtype)
+        if self.rotation is not None and self.scheme is None and self.multiplier is None:
+            return self.rotation.rotated(x, x.dtype), None
+        if self.gpu is not None and self.gpu.takes(x):
+            return self.gpu(x)
+        return self._unrotated(x if self.rotation is None else self.rotation.rotated(x, torch.float32))
 
     @cached_property
     def gpu(self) -> GpuQuantizer | None:
@@ -96,11 +98,26 @@ class InputTransform:
         """Whether a column's code depends on columns that need not stand near it."""
         return self.scheme is not None and self.scheme.mode != "static" and not self.scheme.block[1]
 
+    @property
+    def asks_ranks(self) -> bool:
+        """Whether x can only be quantized once other ranks have said what they saw of it."""
+        return self.across.size > 1 and self.sees_whole_rows and not self._is_delayed
+
+    @property
+    def _is_delayed(self) -> bool:
+        return self.scheme is not None and self.scheme.mode == "delayed"
+
     @cached_property
     def native(self) -> NativeQuantizer | None:
-        """The same in native code, where it can be told."""
-        if self.across.size > 1:
-            return None
+        """The same in one native call, where it can be told."""
+        return None if self.asks_ranks else self._native()
+
+    @cached_property
+    def halves(self) -> NativeQuantizer | None:
+        """The same in two native calls, between which ranks tell each other what they saw."""
+        return self._native() if self.asks_ranks else None
+
+    def _native(self) -> NativeQuantizer | None:
         state, zero = self.state, self.static_zero
         buffers = Buffers(
             self.multiplier,
@@ -133,11 +150,12 @@ class InputTransform:
             return self._static(x, scheme)
         if scheme.mode == "delayed":
             return self._delayed(x.float(), scheme)
+        seen = self.across.largest(_seen(x.float(), scheme))
         if scheme.outliers:
-            return _beside_columns(x, scheme, self.across)
+            return _beside_columns(x, scheme, seen)
         if scheme.block[0] == 0 and scheme.symmetric:
-            return _per_tensor(x.float(), scheme, self.across)
-        return _per_token(x, scheme, self.across)
+            return _per_tensor(x.float(), scheme, seen)
+        return _per_token(x.float(), scheme, seen)
 
     def _static(self, x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
         assert self.static_scale is not None, "a static scheme comes with its scale"
@@ -155,7 +173,7 @@ class InputTransform:
         codes = _nearest(x * self.state.scale, scheme.number_format)
         factor = 1.0 / self.state.scale
         if x.numel():
-            self.state.note(self.across.largest(x.abs().amax().reshape(1)))
+            self.state.note(x.abs().amax().reshape(1))
         return codes, factor
 
     @property
@@ -198,27 +216,37 @@ def limit_of(scheme: ActivationScheme) -> float:
     return max(value for value in values if math.isfinite(value))
 
 
-def _per_token(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor]:
-    """One scale a token."""
-    x = x.float()
+def _seen(x: Tensor, scheme: ActivationScheme) -> Tensor:
+    """(tokens, 1 or 2): what scales depend on. The largest |x|, and of LLM.int8 the largest that is no
+    outlier; of a zero point how far x reaches below and above 0. Of a row in parts they are the largest of
+    each part's."""
     if not scheme.symmetric:
-        return _asymmetric(x, scheme, across)
-    scale = _scale(across.largest(x.abs().amax(-1, keepdim=True)), scheme)
+        return torch.stack((-x.amin(-1), x.amax(-1)), -1)
+    size = x.abs()
+    largest = size.amax(-1, keepdim=True)
+    if not scheme.outliers:
+        return largest
+    return torch.cat((largest, torch.where(size >= scheme.outliers, 0.0, size).amax(-1, keepdim=True)), -1)
+
+
+def _per_token(x: Tensor, scheme: ActivationScheme, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale a token."""
+    if not scheme.symmetric:
+        return _asymmetric(x, scheme, seen)
+    scale = _scale(seen, scheme)
     return _codes(x, scale, scheme), scale
 
 
-def _beside_columns(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor | None]:
+def _beside_columns(x: Tensor, scheme: ActivationScheme, seen: Tensor) -> tuple[Tensor, Tensor | None]:
     """LLM.int8: one scale a token, for codes and for the columns that are not rounded.
 
     Tokens that are not finite become NaN and make no column an outlier. A column over a token's scale may be
     too large for float16: there it is the dequantized x.
     """
     wide = x.float()
-    size = wide.abs()
-    finite = torch.isfinite(across.largest(size.amax(-1, keepdim=True)))  # (tokens, 1)
-    outliers = size >= scheme.outliers
-    columns = (outliers & finite).any(0)  # (in,)
-    scale = _scale(across.largest(torch.where(outliers, 0.0, size).amax(-1, keepdim=True)), scheme)
+    finite = torch.isfinite(seen[:, :1])  # (tokens, 1)
+    columns = ((wide.abs() >= scheme.outliers) & finite).any(0)  # (in,)
+    scale = _scale(seen[:, 1:], scheme)
     steps = _steps(wide, scale, scheme)
     codes = torch.where(finite, torch.where(columns, steps, _nearest(steps, scheme.number_format)), math.nan)
     if x.dtype is torch.float16:
@@ -226,13 +254,12 @@ def _beside_columns(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tu
     return codes, scale
 
 
-def _per_tensor(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor]:
+def _per_tensor(x: Tensor, scheme: ActivationScheme, seen: Tensor) -> tuple[Tensor, Tensor]:
     """One scale for all tokens that are finite; the others become NaN."""
     if x.numel() == 0:
         return x, torch.ones(1, device=x.device)
-    largest = across.largest(x.abs().amax(-1, keepdim=True))  # (tokens, 1)
-    finite = torch.isfinite(largest)
-    scale = _scale(torch.where(finite, largest, 0.0).amax().reshape(1), scheme)
+    finite = torch.isfinite(seen)  # (tokens, 1)
+    scale = _scale(torch.where(finite, seen, 0.0).amax().reshape(1), scheme)
     return torch.where(finite, _codes(x, scale, scheme), math.nan), scale
 
 
@@ -246,11 +273,10 @@ def _steps(x: Tensor, scale: Tensor, scheme: ActivationScheme) -> Tensor:
     return x * (1.0 / scale) if scheme.reciprocal else x / scale
 
 
-def _asymmetric(x: Tensor, scheme: ActivationScheme, across: Parallel) -> tuple[Tensor, Tensor]:
+def _asymmetric(x: Tensor, scheme: ActivationScheme, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Integers with a zero point for each token; 0 is always representable."""
     levels = 2 ** int(scheme.number_format.bits)
-    ends = across.largest(torch.cat((-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)), -1))
-    low, high = (-ends[:, :1]).clamp(max=0), ends[:, 1:].clamp(min=0)
+    low, high = (-seen[:, :1]).clamp(max=0), seen[:, 1:].clamp(min=0)
     scale = (high - low) / (levels - 1)
     scale = torch.where(scale == 0, 1.0, scale)
     zero = (-levels // 2 - low / scale).round().clamp(-levels // 2, levels // 2 - 1)

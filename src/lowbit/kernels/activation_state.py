@@ -11,7 +11,10 @@ value / 2^margin) / amax, with amax the maximum of the history before the shift,
 that saw nothing (amax 0) keeps everything; an amax of infinity or NaN keeps the scale; a scale that would be
 infinite is the largest float. Because of it a request's numbers depend on what was served before.
 
-Sources: formats.md 4.2; "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), as in TransformerEngine.
+Of an input whose columns lie on several ranks each notes what it sees; at the end of a step they tell each
+other, once for all layers, and all states become what they would be in one process.
+
+Source: "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), as in TransformerEngine.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import activation_native
 from lowbit.kernels.gpu import runtime
+from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.numerics.scheme import ActivationScheme, Delay
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -77,15 +81,23 @@ class ActivationStates:
     def __init__(self) -> None:
         self.file: Path | None = None  # where they are kept between runs
         self._states: dict[str, ActivationState] = {}
+        self._across = ALONE
+        self._shared: list[Tensor] = []  # slot 0 of those whose inputs lie on several ranks
         self._update: Callable[[], None] | None = None
 
-    def add(self, name: str, scheme: ActivationScheme, device: torch.device) -> ActivationState:
-        """A fresh state for the layer ``name``; further ones of the same layer are numbered."""
+    def add(
+        self, name: str, scheme: ActivationScheme, device: torch.device, across: Parallel = ALONE
+    ) -> ActivationState:
+        """A fresh state for the layer ``name``; further ones of the same layer are numbered. ``across``: the
+        ranks that its input's columns lie on."""
         assert scheme.delay is not None and scheme.limit > 0, "a delayed scheme says how, and its limit"
         unique, number = name, 1
         while unique in self._states:
             unique, number = f"{name}.{number}", number + 1
         self._states[unique] = state = ActivationState.fresh(scheme.delay, scheme.limit, device)
+        if across.size > 1:
+            self._across = across
+            self._shared.append(state.amax_history[:1])
         self._update = None
         return state
 
@@ -99,6 +111,9 @@ class ActivationStates:
         """The end of a step: one call of native code, or one launch where the states are on a GPU."""
         if not self._states:
             return
+        if self._shared:
+            seen = self._across.largest(torch.cat(self._shared))
+            torch._foreach_copy_(self._shared, list(seen.split(1)))
         if self._update is None:
             self._update = self._updater()
         self._update()

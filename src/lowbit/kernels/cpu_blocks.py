@@ -35,6 +35,7 @@ from lowbit.kernels.code_tables import value_table
 from lowbit.kernels.gguf_blocks import expanded
 from lowbit.kernels.grid_codes import from_grid, taken_apart
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import COLUMNS, GRIDS, Description, NativeWeight
 from lowbit.kernels.repacking import fold, moved_by, packed_scheme, recoded, regrouped
 from lowbit.numerics.cutting import in_rows
@@ -46,18 +47,11 @@ from lowbit.numerics.scheme import Scheme
 _LARGEST_GROWTH = 1.5
 
 
-class CpuBlocks:
+class CpuBlocks(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_blocks"
-    computes = "as stored"
     layout = 2
-    steady = True
-    runs = "quantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """CPUs."""
-        return device.type == "cpu"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
@@ -82,10 +76,6 @@ class CpuBlocks:
             )
             return f"would take {described.nbytes} bytes{repeated}, the scheme's own are {own:.0f}"
         return None
-
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never: codes are exact, scales are applied in float32."""
-        return False
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of the tiles and the scales between them."""
@@ -175,14 +165,6 @@ class CpuBlocks:
             packed.buffers.get("column_order"),
             packed.origin,
         )
-
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """float32 (tokens, in) -> float32 (tokens, out)."""
-        return packed_linear.linear(x, packed, out)
-
-    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """float32 (len(ids), in)."""
-        return packed_linear.rows(packed, ids)
 
 
 def _is_order(order: Tensor, columns: int) -> bool:

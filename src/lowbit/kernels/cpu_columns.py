@@ -32,6 +32,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels import native, packed_linear
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import COLUMNS, ROWS, SCALES_BF16, SCALES_F16, SCALES_F32, NativeWeight
 from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.number_formats import number_format
@@ -159,18 +160,11 @@ def _packed_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
     return full * (-(-height // ROWS) * ROWS) + -(-rest // ROWS) * ROWS, shape[1]
 
 
-class CpuColumns:
+class CpuColumns(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_columns"
-    computes = "as stored"
     layout = 1
-    steady = True
-    runs = "quantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """CPUs."""
-        return device.type == "cpu"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
@@ -189,10 +183,6 @@ class CpuColumns:
             return f"would take {packed} bytes, the scheme's own are {own:.0f}"
         return None
 
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never: codes are exact, scales are applied in float32."""
-        return False
-
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of the tiles, and of the columns' scales and zero points."""
         inner = _inner(scheme)
@@ -202,10 +192,6 @@ class CpuColumns:
         return (
             _BLOCKS.nbytes(inner, _packed_shape(scheme, shape)) + numbers * int(scheme.scales[-1].bits) // 8
         )
-
-    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
-        """Never: what is rounded is x under the columns' scales."""
-        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Rows group by group, codes in cpu_blocks' layout, the columns' numbers beside them."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import (
     ADDEND_NONE,
     COLUMNS,
@@ -24,18 +25,12 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 
-class CpuDense:
+class CpuDense(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_dense"
-    computes = "as stored"
     layout = 1
-    steady = True
     runs = "unquantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """CPUs."""
-        return device.type == "cpu"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -45,17 +40,9 @@ class CpuDense:
             return "weights are quantized"
         return "stacked experts" if len(shape) != 2 else None
 
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never."""
-        return False
-
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of the tiles."""
         return describe(scheme, shape).nbytes
-
-    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
-        """Never: nothing here multiplies whole numbers."""
-        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The matrix in tiles, columns padded with zeros to whole ones."""
@@ -75,14 +62,6 @@ class CpuDense:
         assert isinstance(packed, NativeWeight), "packed by this kernel"
         matrix = packed_linear.unpack(packed).codes
         return QuantizedTensor(packed.scheme, packed.shape, matrix, origin=packed.origin)
-
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """float32 (tokens, in) -> float32 (tokens, out)."""
-        return packed_linear.linear(x, packed, out)
-
-    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """float32 (len(ids), in)."""
-        return packed_linear.rows(packed, ids)
 
 
 def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:

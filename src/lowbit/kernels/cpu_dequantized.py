@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowbit.kernels import cpu_dense, packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import NativeWeight, Parts
 from lowbit.kernels.reference import rows_at_once
 from lowbit.numerics.number_formats import NumberFormat, number_format
@@ -29,19 +30,13 @@ _BFLOAT16_BITS = 8  # of a significand, the leading one included
 _SCALE_BITS = {"e8m0": 0, "e4m3": 4, "bf16": _BFLOAT16_BITS, "f16": 11, "f32": 24}
 
 
-class CpuDequantized:
+class CpuDequantized(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_dequantized"
     computes = "bf16 copy"
     layout = 1
-    steady = True
-    runs = "quantized"
     floats = "bf16"
-
-    def serves(self, device: torch.device) -> bool:
-        """CPUs."""
-        return device.type == "cpu"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -61,10 +56,6 @@ class CpuDequantized:
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of the tiles."""
         return cpu_dense.describe(dense(self.floats), shape).nbytes
-
-    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
-        """Never: nothing here multiplies whole numbers."""
-        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The dequantized matrix in tiles; some rows are float32 at a time."""
@@ -90,14 +81,6 @@ class CpuDequantized:
         assert isinstance(packed, NativeWeight), "packed by this kernel"
         matrix = packed_linear.unpack(packed).codes
         return QuantizedTensor(dense(self.floats), packed.shape, matrix, origin=packed.origin)
-
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """float32 (tokens, in) -> float32 (tokens, out)."""
-        return packed_linear.linear(x, packed, out)
-
-    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """float32 (len(ids), in)."""
-        return packed_linear.rows(packed, ids)
 
 
 class CpuExpanded(CpuDequantized):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import (
     ADDEND_NONE,
     COLUMNS,
@@ -44,25 +45,18 @@ _LARGEST_X, _LARGEST_WORD = (1 << 14) - 1, (1 << 15) - 1
 _LANES = 4  # rows 4 l + j of a tile stand at j * 4 + l
 
 
-class CpuVectors:
+class CpuVectors(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_vectors"
-    computes = "as stored"
     layout = 1
-    steady = True
-    runs = "quantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """CPUs."""
-        return device.type == "cpu"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
         if reason := packed_linear.unfit(scheme, shape, device):
             return reason
         layout = scheme.weight.vectors
-        if layout is None:
+        if not isinstance(layout, VectorLayout):
             return "weights are no vectors of codebooks"
         if layout.length not in VECTOR_LENGTHS or layout.books > MOST_BOOKS:
             return f"{layout.books} codebooks of vectors of {layout.length}"
@@ -90,7 +84,7 @@ class CpuVectors:
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Indices in tiles behind each block's scales; the codebooks as whole numbers."""
         layout, codebooks = weight.scheme.weight.vectors, weight.codebooks
-        assert layout is not None and codebooks is not None, "refuses() was asked first"
+        assert isinstance(layout, VectorLayout) and codebooks is not None, "refuses() was asked first"
         words, factor = whole_numbers(codebooks)
         table = torch.zeros(_describe(weight.scheme, weight.shape).table_size // 2, dtype=torch.int16)
         table[: words.numel()] = words.flatten()
@@ -116,7 +110,7 @@ class CpuVectors:
         described.factor = float(factor)
         packed = packed_linear.around(self, described, scheme, shape, buffers, origin)
         layout = scheme.weight.vectors
-        assert layout is not None, "it was not refused"
+        assert isinstance(layout, VectorLayout), "it was not refused"
         if layout.bits not in (8, 16):
             most = int(layout.indices(_codes(packed)).max())
             if most >= 1 << layout.bits:
@@ -130,7 +124,7 @@ class CpuVectors:
         """The weight again, with the codebooks that are multiplied."""
         assert isinstance(packed, NativeWeight), "packed by this kernel"
         layout = packed.scheme.weight.vectors
-        assert layout is not None, "it was packed"
+        assert isinstance(layout, VectorLayout), "it was packed"
         size = layout.books * (layout.length << layout.bits)
         words = packed.buffers["table"][:size].view(layout.books, -1, layout.length)
         return QuantizedTensor(
@@ -177,7 +171,7 @@ def whole_numbers(codebooks: Tensor) -> tuple[Tensor, float]:
 def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     """The native description, columns padded to whole tiles."""
     layout = scheme.weight.vectors
-    assert layout is not None, "refuses() was asked first"
+    assert isinstance(layout, VectorLayout), "refuses() was asked first"
     padded = -(-shape[1] // COLUMNS) * COLUMNS
     codes, kind = packed_linear.vector_codes(layout), _SCALE_KINDS[scheme.scales[0].name]
     return Description(None, None, shape[0], padded, codes, padded, kind, ADDEND_NONE, INPUT_BFLOAT, 1.0)
@@ -204,7 +198,7 @@ def _tiles(codes: Tensor, scale: Tensor, layout: VectorLayout) -> Tensor:
 def _codes(packed: NativeWeight) -> Tensor:
     """uint8 (rows, bytes): the inverse of ``_tiles``."""
     described, layout = packed.description, packed.scheme.weight.vectors
-    assert layout is not None, "it was packed"
+    assert isinstance(layout, VectorLayout), "it was packed"
     blocks, tiles = -(-described.rows // ROWS), described.columns // COLUMNS
     data = packed.buffers["data"].view(blocks, -1)[:, described.scale_size :]
     shape = (

@@ -18,7 +18,7 @@ from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import activation_number
 from lowbit.kernels.linear_kernel import PackedWeight
-from lowbit.kernels.packed_linear import ROWS, NativeWeight
+from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.step_plan import Operation
 
 MOST_COLUMNS = 1 << 15  # of x where a layer changes it: MOST_LAYER_COLUMNS of csrc/linear.cpp
@@ -96,7 +96,7 @@ class NativeLayer:
     @property
     def halves(self) -> bool:
         """Whether its rows can be a gate's and as many others'."""
-        return self.weight.shape[0] % (2 * ROWS) == 0
+        return self.weight.halves
 
     def __call__(self, x: Tensor, out: Tensor | None = None, activation: str | None = None) -> Tensor:
         """x float32 (tokens, in) -> (tokens, out); with an activation activation(gate) * up, half as wide."""

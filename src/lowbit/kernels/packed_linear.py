@@ -40,6 +40,7 @@ LARGEST_VALUE = 4095  # of a table of whole numbers (csrc/linear_words.h)
 # The numbers of csrc/linear_tiles.h and csrc/linear_layout.h.
 CODES = {"bits1": 1, "bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
 CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "e5m2": 11, "e4m3fnuz": 12, "e5m2fnuz": 13, "words4": 14}
+CODES["row_vectors"] = 40
 DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
 SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL, SCALES_E4M3 = range(6)
 SCALES_NIBBLES, SCALES_ODD_NIBBLES = 6, 7
@@ -148,6 +149,7 @@ class Description(ctypes.Structure):
         ("factor", ctypes.c_float),
         ("input_group", ctypes.c_int32),
         ("quantizer", ctypes.c_void_p),
+        ("row_vectors", ctypes.c_void_p),
     )
 
     @property
@@ -224,6 +226,12 @@ class NativeWeight(PackedWeight):
     address: int = 0
     columns: int = 0
     quantizers: list[NativeQuantizer] = field(default_factory=list, repr=False)  # kept for their addresses
+    height: int = field(default=ROWS, kw_only=True)  # rows of a block
+
+    @property
+    def halves(self) -> bool:
+        """Whether its rows can be a gate's and as many others'."""
+        return self.shape[0] % (2 * self.height) == 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ each of all heads in turn. Of value head h, with its key head h // (heads / k_he
 
 A sequence's state lies in a slot that the engine hands out; a chunk that begins at position 0 begins with
 zeros, whatever is there. All of it is float32 and goes token by token in the order of positions, so that a
-request's bits do not depend on the chunks its prompt was computed in.
+request's bits do not depend on the chunks its prompt was computed in; where a kernel takes tokens together,
+its ``unit`` says which chunks those are.
 """
 
 from __future__ import annotations
@@ -84,9 +85,11 @@ class DeltaParameters:
 
 
 class RecurrentKernel(Protocol):
-    """Computes the layer between its projections."""
+    """Computes the layer between its projections. ``unit``: a prompt that is cut at its multiples has the
+    bits of a whole one."""
 
     name: str
+    unit: int
 
     def refuses(self, spec: StateSpec, device: torch.device) -> str | None:
         """Why this kernel cannot serve the spec, or None."""
@@ -112,6 +115,11 @@ def recurrent_kernels() -> list[RecurrentKernel]:
 def choose_recurrent(spec: StateSpec, device: torch.device) -> RecurrentKernel:
     """The first kernel that does not refuse the spec."""
     return next(kernel for kernel in recurrent_kernels() if kernel.refuses(spec, device) is None)
+
+
+def prompt_unit(specs: Iterable[LayerSpec], device: torch.device) -> int:
+    """At whose multiples prompts should be cut, for bits that do not depend on the cuts; 1: anywhere."""
+    return max((choose_recurrent(s, device).unit for s in specs if isinstance(s, StateSpec)), default=1)
 
 
 def allocate_layer(

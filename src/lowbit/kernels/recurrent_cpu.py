@@ -69,6 +69,7 @@ class CpuDelta:
     """See the module docstring."""
 
     name = "cpu"
+    unit = 1
 
     def refuses(self, spec: StateSpec, device: torch.device) -> str | None:
         """Value heads in sixteens, on a CPU."""

@@ -21,6 +21,7 @@ class ReferenceDelta:
     """See the module docstring."""
 
     name = "reference"
+    unit = 1  # on a CPU; elsewhere a request's last bits depend on its chunks
 
     def refuses(self, spec: StateSpec, device: torch.device) -> str | None:
         """Nothing."""

@@ -139,7 +139,7 @@ class Reference:
 def rows_at_once(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """Rows of a slice to dequantize: whole blocks of every scale level, at least one."""
     rows, columns = shape
-    whole = max(scheme.rows_together, *(block_rows for block_rows, _ in scheme.blocks), 1)
+    whole = max(scheme.heights) or 1
     if scheme.flattened:
         block = scheme.blocks[0][1]
         whole = block // math.gcd(block, columns)

@@ -102,11 +102,11 @@ class Rotator:
 
         if not gpu.takes(self.rotation, x, out):
             return False
-        gpu.rotate(self.rotation, x, out, self._signs_before)
+        gpu.rotate(self.rotation, x, out, self.signs)
         return True
 
     @cached_property
-    def _signs_before(self) -> bool:
+    def signs(self) -> bool:
         """Whether x only changes signs before it is transformed. Asked once: it looks at numbers."""
         before = self.rotation.before
         return before is None or bool((before.abs() == 1).all())

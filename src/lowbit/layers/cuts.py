@@ -37,6 +37,11 @@ class Cut:
         return self.stop - self.start
 
     @property
+    def whole(self) -> int:
+        """How many entries there are on all ranks together."""
+        return max(stop for _, stop in self.ranges)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """How many every rank has."""
         return tuple(stop - start for start, stop in self.ranges)
@@ -70,11 +75,14 @@ def cut_evenly(parallel: Parallel, size: int, unit: int = 1) -> Cut | None:
     return Cut(parallel.rank, tuple(pairwise(borders)))
 
 
-def cut_heads(parallel: Parallel, heads: int, kv_heads: int) -> tuple[Cut, Cut] | None:
+def cut_heads(
+    parallel: Parallel, heads: int, kv_heads: int, called: tuple[str, str] = ("heads", "K/V heads")
+) -> tuple[Cut, Cut] | None:
     """Query heads and K/V heads of a rank; None in one process. E0430 where the ranks cannot share them.
 
     A rank has whole groups of query heads with their K/V head, one more for the first ranks where they do not
-    divide. Of more ranks than K/V heads several have the same one, and share its query heads.
+    divide. Of more ranks than K/V heads several have the same one, and share its query heads. ``called``:
+    what an error calls both.
     """
     if parallel.size == 1:
         return None
@@ -83,8 +91,8 @@ def cut_heads(parallel: Parallel, heads: int, kv_heads: int) -> tuple[Cut, Cut] 
         works = [n for n in range(1, heads + 1) if _head_cuts(Parallel(0, n), heads, kv_heads)]
         raise LowbitError(
             "E0430",
-            f"--tp-size {parallel.size}: {heads} heads with {kv_heads} K/V heads cannot be shared so; "
-            f"what works: {_listed(works)}",
+            f"--tp-size {parallel.size}: {heads} {called[0]} with {kv_heads} {called[1]} cannot be shared "
+            f"so; what works: {_listed(works)}",
         )
     return cuts
 

@@ -28,9 +28,10 @@ class Part:
     ``name``: canonical module name. ``shape``: (out, in). ``rotary_heads``: how many heads its rows are
     rotated in (Q and K projections), so that containers with another rotary row order can be put right.
     ``bias``: whether the config promises one. ``router``: it chooses experts, or gates them or a state, and
-    is never quantized at load. ``rows``, ``columns``: which of them a rank has; of columns, which of its
-    inputs lie on which rank. ``groups``: its rows lie in so many groups, each of runs of ``group_rows`` rows;
-    in the model's order the first run of every group comes before the second of any.
+    is never quantized at load. ``rows``, ``columns``: which of them a rank has, of rows perhaps for several
+    runs of them, one below another; of columns, which of its inputs lie on which rank. ``groups``: its rows
+    lie in so many groups, each of runs of ``group_rows`` rows; in the model's order the first run of every
+    group comes before the second of any.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Part:
     rotary_heads: int = 0
     bias: bool = False
     router: bool = False
-    rows: Cut | None = None
+    rows: Cut | tuple[Cut, ...] | None = None
     columns: Cut | None = None
     groups: int = 0
     group_rows: tuple[int, ...] = ()
@@ -193,12 +194,20 @@ class Embedding:
     """Token embedding and, where tied, the output head: the same packed weight read both ways.
 
     ``cut``: the rows that this rank of ``parallel`` has; each token's row comes from the one that has it.
+    ``inputs``: what is done to the head's.
     """
 
-    def __init__(self, weight: PackedWeight, parallel: Parallel = ALONE, cut: Cut | None = None) -> None:
+    def __init__(
+        self,
+        weight: PackedWeight,
+        parallel: Parallel = ALONE,
+        cut: Cut | None = None,
+        inputs: InputTransform | None = None,
+    ) -> None:
         self.weight = weight
         self.parallel = parallel
         self.cut = cut
+        self.inputs = inputs
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """int32 (tokens,) -> float32 (tokens, hidden)."""
@@ -211,4 +220,4 @@ class Embedding:
 
     def as_head(self) -> Linear:
         """The same matrix as a Linear of (vocabulary, hidden), or of the rank's rows."""
-        return Linear("lm_head", [self.weight], None)
+        return Linear("lm_head", [self.weight], None, [self.inputs])

@@ -23,6 +23,7 @@ from lowbit.loading import choice
 from lowbit.loading.kernel_choice import KernelChoice, KernelRules, Timings
 from lowbit.loading.loader import Loader, Progress
 from lowbit.loading.opened import Opened, Target, check_quantization
+from lowbit.loading.options import ModelOptions, model_options
 from lowbit.loading.packed_cache import PackedCache
 from lowbit.loading.planner import ModelPlan, ModulePlan, Planner
 from lowbit.loading.samples import Samples
@@ -33,12 +34,14 @@ from lowbit.quantize.recipe import Asked
 __all__ = [
     "Calibration",
     "KernelRules",
+    "ModelOptions",
     "ModelPlan",
     "ModulePlan",
     "PackedCache",
     "Progress",
     "check_quantization",
     "load_model",
+    "model_options",
     "plan_model",
 ]
 

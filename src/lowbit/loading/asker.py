@@ -22,16 +22,13 @@ from lowbit.loading.online import Decision, Online, facts_of, role_of
 from lowbit.loading.opened import Opened, Target
 from lowbit.numerics.cutting import column_unit, row_unit
 from lowbit.numerics.int8_inputs import INT8_GROUPS
-from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.number_formats import RowVectorLayout, number_format
+from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 _MANY = 16  # units for each rank: one more or less is then no matter
-
-# Where rounding goes straight into logits: a third of the divergence for a prompt's one row.
-_NEXT_TO_LOGITS = ("lm_head", "model.embed_tokens")
 
 
 class Asker:
@@ -45,6 +42,8 @@ class Asker:
         self.device = target.device
         self.activation_dtype = target.activation_dtype
         self.cache_dtype = target.cache_dtype
+        self.tied_head = opened.config.tied_head
+        self._last_of_many = f"model.layers.{opened.config.layers - 1}." if opened.config.layers > 1 else None
         self.names = Names(opened.header, opened.family, opened.config.layers, opened.form.unused)
         self.transforms = Transforms.of(opened.header)
         self.online: Online | None = None
@@ -116,9 +115,12 @@ class Asker:
     def scheme_at(self, place: Placed) -> Scheme:
         """The scheme a module will have, with what is done to its input."""
         decision = self.decide(place)
-        return self.with_inputs(
-            place, self.form.scheme_of(place.module) if decision is None else decision.scheme
-        )
+        return self.with_inputs(place, self.stored_scheme(place) if decision is None else decision.scheme)
+
+    def stored_scheme(self, place: Placed) -> Scheme:
+        """What a module's reader gives; vectors of several rows are decoded before ranks cut them."""
+        scheme = self.form.scheme_of(place.module)
+        return self.as_run(scheme) if self.parallel.size > 1 and scheme.weight.is_tall else scheme
 
     def _cut(self, places: list[Placed], parts: list[Part]) -> list[Placed]:
         """What is here of the parts."""
@@ -126,13 +128,10 @@ class Asker:
             return places
         if len(places) < len(parts):
             firsts = accumulate((part.shape[0] for part in parts), initial=0)
-            rows = tuple((f, part.rows) for f, part in zip(firsts, parts, strict=False) if part.rows)
-            cut = [replace(places[0], rows=rows)]
+            rows = [run for first, part in zip(firsts, parts, strict=False) for run in _runs(part, first)]
+            cut = [replace(places[0], rows=tuple(rows))]
         else:
-            cut = [
-                replace(place, rows=((0, part.rows),) if part.rows else ())
-                for place, part in zip(places, parts, strict=True)
-            ]
+            cut = [replace(place, rows=_runs(part)) for place, part in zip(places, parts, strict=True)]
             cut = [
                 self._cut_columns(place, part.columns) if part.columns else place
                 for place, part in zip(cut, parts, strict=True)
@@ -145,11 +144,6 @@ class Asker:
                         f"the outputs of {place.part.name} are rotated in blocks of {rotation.size}, which "
                         "its ranks' rows would cut; use --tp-size 1"
                     )
-            if place.rows and self._stays_in_order(place):
-                raise self._cannot(
-                    f"heads of {place.part.name} are stored between each other and share blocks of rows "
-                    f"({self.scheme_at(place)}); use --tp-size 1"
-                )
         return cut
 
     def _cut_columns(self, place: Placed, inputs: Cut) -> Placed:
@@ -183,6 +177,8 @@ class Asker:
         """In words how the ranks share a module; "" where each has all of it."""
         if place.rows:
             order = "" if place.picked_rows is None else ", in the order of the next layer's columns"
+            if self._stays_in_order(place):
+                order = ", as stored, results put in order"
             return f"rows {' + '.join(dict.fromkeys(str(cut) for _, cut in place.rows))}{order}"
         if place.columns is None:
             return "" if self.parallel.size == 1 else "whole on every rank"
@@ -195,8 +191,8 @@ class Asker:
         return f"{said}, inputs gathered ({why})"
 
     def _stays_in_order(self, place: Placed) -> bool:
-        """Q, K and V in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
-        return place.groups > 0 and not self.form.scheme_of(place.module).rows_move
+        """Heads in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
+        return place.groups > 0 and not self.stored_scheme(place).rows_move
 
     def placed_stack(self, part: Part, stacked: int) -> list[Placed]:
         """The one module, or each of those stacked under one name."""
@@ -272,7 +268,11 @@ class Asker:
         if not self.target.int8_inputs or scheme.is_dense or scheme.activation is not None:
             return scheme
         part = place.part
-        if part.name in _NEXT_TO_LOGITS or part.router:
+        # The last layer's rounding goes straight into logits: a quarter of the embedded model's divergence.
+        last = self._last_of_many is not None and part.name.startswith(self._last_of_many)
+        if part.router or last:
+            return scheme
+        if part.name == "model.embed_tokens" and not self.tied_head:
             return scheme
         run, asked = self.as_run(scheme), replace(scheme, activation=INT8_GROUPS)
         choice = self.target.kernels.of(self.wanted_kernel(place), asked, part.shape, self.device)
@@ -282,19 +282,34 @@ class Asker:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's.
 
         Codebooks and trellises for which there is no kernel here are decoded when they are loaded, to their
-        scales' type.
+        scales' type or that of their numbers.
         """
         scheme = scheme.weight_alone
         if not self._runs_coded(scheme):
-            scheme = dense(scheme.scales[0].name)
+            scheme = scheme.decoded
         if not scheme.is_dense or self.target.dense_dtype is None:
             return scheme
         return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))
 
     def _runs_coded(self, scheme: Scheme) -> bool:
         """Whether codebooks or a trellis, if that is what it has, can stay."""
-        vectors, trellis = scheme.weight.vectors, scheme.weight.trellis
-        if vectors is None and trellis is None:
+        vectors = scheme.weight.vectors
+        if vectors is None and scheme.weight.trellis is None:
             return True
-        shape = (scheme.rows_together, BLOCK) if vectors is None else (16, 32 * vectors.length)
+        shape = (16, BLOCK)
+        if isinstance(vectors, RowVectorLayout):
+            if self.parallel.size > 1:  # heads and columns of a rank may end inside them
+                return False
+            shape = (16, vectors.columns or 32 * vectors.length)
+        elif vectors is not None:
+            shape = (16, 32 * vectors.length)
+        else:
+            shape = (scheme.rows_together, BLOCK)
         return choose(scheme, shape, self.device).kernel.name != "reference"
+
+
+def _runs(part: Part, first: int = 0) -> tuple[tuple[int, Cut], ...]:
+    """(first row, cut) of each run of a part's rows that ranks share, in rows from ``first`` on."""
+    cuts = () if part.rows is None else part.rows if isinstance(part.rows, tuple) else (part.rows,)
+    firsts = accumulate((cut.whole for cut in cuts), initial=first)
+    return tuple(zip(firsts, cuts, strict=False))

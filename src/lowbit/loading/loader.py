@@ -29,7 +29,7 @@ from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Columns, Embedding, Linear, Part
 from lowbit.loading.asker import Asker
 from lowbit.loading.kernel_choice import Wanted
-from lowbit.loading.names import Placed, row_order
+from lowbit.loading.names import Placed, StoredRows, row_order
 from lowbit.loading.opened import Opened, Target
 from lowbit.loading.packed_cache import Kept
 from lowbit.loading.samples import Samples, sample_of, with_inputs
@@ -42,7 +42,6 @@ from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
 
 _log = logging.getLogger("lowbit")
-_DECODED_AT_ONCE = 1 << 22  # weights
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
 
@@ -79,7 +78,6 @@ class Loader(Asker):
         super().__init__(opened, target)
         self.data = data
         self.samples = samples
-        self.tied_head = opened.config.tied_head
         self.on_progress = on_progress
         self.done = 0
         self.kernels: set[str] = set()
@@ -108,18 +106,23 @@ class Loader(Asker):
         return Experts(name, gate_up, down, self.parallel)
 
     def embedding(self, part: Part) -> Embedding:
-        """Read and pack the embedding matrix."""
+        """Read and pack the embedding matrix; a tied head's inputs are the head's."""
         places = self.placed(part.name, [part])
         kept = self._taken_from_cache(part.name, places)
         weight = None
         if kept is None:
-            weight = self._read(places[0]).weight
-            kept = Kept([self._pack(weight, None, self.wanted_kernel(places[0]))], [None])
+            read = self._read(places[0])
+            weight = read.weight
+            transform = read.transform if _rounds_in_groups(read.transform) else None  # rows are as they are
+            kept = Kept([self._pack(weight, transform, read.wanted)], [transform])
         self._remember(part.name, kept)
-        [packed] = kept.weights
-        if self.tied_head:
-            self._note(weight, packed, None, self.wanted_kernel(places[0]))
-        return Embedding(packed, self.parallel, part.rows)
+        assert not isinstance(part.rows, tuple), "a vocabulary is one run"
+        [packed], [transform] = kept.weights, kept.inputs
+        if not self.tied_head:
+            return Embedding(packed, self.parallel, part.rows)
+        self._note(weight, packed, transform, self.wanted_kernel(places[0]))
+        self.int8_layers += _rounds_in_groups(transform)
+        return Embedding(packed, self.parallel, part.rows, settled(packed, transform))
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """The dequantized matrix itself, or (stacked, out, in) of them."""
@@ -144,7 +147,9 @@ class Loader(Asker):
     def row_norms(self, part: Part) -> Tensor:
         """Of the matrix as stored, some rows at a time."""
         [place] = self.names.place(part.name, [part])
-        weight, step = self.form.read(place.module, self.data).weight, 4096
+        weight = self.form.read(place.module, self.data).weight
+        height = max(weight.scheme.heights)
+        step = -(-4096 // height) * height
         starts = range(0, part.shape[0], step)
         slices = (weight.rows(at, min(at + step, part.shape[0])).dequantize() for at in starts)
         return torch.cat([rows.norm(dim=1) for rows in slices]).to(self.device)
@@ -196,12 +201,12 @@ class Loader(Asker):
         with_state: dict[int, InputTransform] = {}
         inputs: list[InputTransform | None] = []
         for packed, transform in zip(kept.weights, kept.inputs, strict=True):
-            self.int8_layers += transform is not None and transform.scheme == INT8_GROUPS
+            self.int8_layers += _rounds_in_groups(transform)
             if transform is not None and transform.scheme is not None and transform.scheme.depends_on_batch:
                 self.spans_tokens = True
             if transform is not None and transform.scheme is not None and transform.scheme.delay is not None:
                 if id(transform) not in with_state:
-                    state = self.states.add(name, transform.scheme, self.device)
+                    state = self.states.add(name, transform.scheme, self.device, transform.across)
                     with_state[id(transform)] = replace(transform, state=state)
                 transform = with_state[id(transform)]
             inputs.append(settled(packed, transform))
@@ -219,8 +224,9 @@ class Loader(Asker):
             return None
         orders, start = [], 0
         for place in places:
-            order = row_order(place, self.header) if self._stays_in_order(place) else None
-            orders.append(start + (torch.arange(place.shape[0]) if order is None else order))
+            stays = self._stays_in_order(place)
+            order = StoredRows.of(place, self.header).places if stays else torch.arange(place.shape[0])
+            orders.append(start + order)
             start += place.shape[0]
         return torch.cat(orders)
 
@@ -306,6 +312,8 @@ class Loader(Asker):
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
+        if self.parallel.size > 1 and weight.scheme.weight.is_tall:
+            weight = self._cast(weight)
         if stored.output is not None and row_order(place, self.header) is not None:
             raise LowbitError(
                 "E0218",
@@ -325,7 +333,8 @@ class Loader(Asker):
             weight = replace(weight, scheme=self.with_inputs(place, weight.scheme))
         picked = None
         if place.rows:
-            weight, bias = _rows_here(place, weight, bias, order)
+            runs = StoredRows.of(place, self.header).runs if self._stays_in_order(place) else place.runs
+            weight, bias = _rows_here(place, weight, bias, order, runs)
         if place.columns is not None:
             weight, columns = _columns_here(place.columns, weight)
             picked = None if place.inputs is None else columns
@@ -361,7 +370,7 @@ class Loader(Asker):
         if scheme is weight.scheme:
             return weight
         if scheme.is_dense and not weight.scheme.is_dense:
-            return _decoded(weight, scheme)
+            return weight.decoded(scheme)
         if scheme.is_dense:
             return replace(weight, scheme=scheme, codes=weight.codes.to(scheme.weight.dtype))
         return replace(weight, scheme=scheme)
@@ -388,30 +397,20 @@ class Loader(Asker):
 
 
 def _rows_here(
-    place: Placed, weight: QuantizedTensor, bias: Tensor | None, order: Tensor | None
+    place: Placed,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    runs: list[tuple[int, int]],
 ) -> tuple[QuantizedTensor, Tensor | None]:
-    """The rows of a rank. ``order``: where each of the model's rows lies, if not just there."""
-    picked = place.picked_rows
-    if picked is None and order is None:
+    """The rows of a rank. ``order``: where each of the model's rows lies, if not just there; ``runs``: where
+    they lie if so."""
+    if place.picked_rows is None and order is None:
         if bias is not None:
-            bias = torch.cat([bias[start:stop] for start, stop in place.runs])
-        return cut_rows(weight, place.runs), bias
-    if picked is None:
-        picked = torch.cat([torch.arange(start, stop) for start, stop in place.runs])
-    picked = picked if order is None else order[picked]
+            bias = torch.cat([bias[start:stop] for start, stop in runs])
+        return cut_rows(weight, runs), bias
+    picked = place.wanted_rows if order is None else order[place.wanted_rows]
     return pick_rows(weight, picked), None if bias is None else bias[picked]
-
-
-def _decoded(weight: QuantizedTensor, scheme: Scheme) -> QuantizedTensor:
-    """The matrix of floats, some rows at a time."""
-    rows, columns = weight.shape
-    matrix = torch.empty(rows, columns, dtype=scheme.weight.dtype)
-    together = weight.scheme.rows_together
-    step = max(1, _DECODED_AT_ONCE // columns // together) * together
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        matrix[start:stop] = weight.rows(start, stop).dequantize()
-    return QuantizedTensor(scheme, weight.shape, matrix, origin=weight.origin)
 
 
 def _columns_here(cut: Cut, weight: QuantizedTensor) -> tuple[QuantizedTensor, Tensor]:
@@ -420,6 +419,11 @@ def _columns_here(cut: Cut, weight: QuantizedTensor) -> tuple[QuantizedTensor, T
     here = cut_columns(weight, cut.start, cut.stop)
     columns = torch.arange(cut.start, cut.stop) if here.column_order is None else here.column_order
     return replace(here, column_order=None, scheme=replace(here.scheme, reordered=False)), columns
+
+
+def _rounds_in_groups(transform: InputTransform | None) -> bool:
+    """Whether it is what ``--activation-quantization`` asks for."""
+    return transform is not None and transform.scheme == INT8_GROUPS
 
 
 def _fused(

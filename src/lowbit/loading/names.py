@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,16 +86,21 @@ class Placed:
         return [(first + cut.start, first + cut.stop) for first, cut in self.rows]
 
     @property
-    def picked_rows(self) -> Tensor | None:
-        """int64: the rows that are here, where they are not just ``runs``."""
-        if all(cut.order is None for _, cut in self.rows):
-            return None
+    def wanted_rows(self) -> Tensor:
+        """int64: which of the model's rows are here, in the order they are wanted in."""
+        if not self.rows:
+            return torch.arange(self.part.shape[0])
         return torch.cat(
             [
                 first + (torch.arange(cut.start, cut.stop) if cut.order is None else cut.order)
                 for first, cut in self.rows
             ]
         )
+
+    @property
+    def picked_rows(self) -> Tensor | None:
+        """The same, where they are not just ``runs``."""
+        return None if all(cut.order is None for _, cut in self.rows) else self.wanted_rows
 
 
 class Names:
@@ -348,3 +354,21 @@ def row_order(place: Placed, header: CheckpointHeader) -> Tensor | None:
         )
     # Row 2 j + b of a stored head is the model's row b D/2 + j.
     return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(rows)
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """What is here of a module whose rows stay as they are stored. ``runs``: which of them, ascending;
+    ``places``: int64, where each of the wanted rows lies among those."""
+
+    runs: list[tuple[int, int]]
+    places: Tensor
+
+    @staticmethod
+    def of(place: Placed, header: CheckpointHeader) -> StoredRows:
+        """The fewest runs of neighbours."""
+        wanted, order = place.wanted_rows, row_order(place, header)
+        here, ranked = (wanted if order is None else order[wanted]).sort()
+        begins = [0, *((here.diff() != 1).nonzero().flatten() + 1).tolist(), len(here)]
+        rows = here.tolist()
+        return StoredRows([(rows[a], rows[b - 1] + 1) for a, b in pairwise(begins)], ranked.argsort())

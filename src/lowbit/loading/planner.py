@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats.kv_scales import KvScales
-from lowbit.kernels import LinearKernel, Loser
+from lowbit.kernels import LinearKernel, Loser, choose
 from lowbit.kernels.recurrent import LayerSpec, state_bytes
 from lowbit.kernels.timing import COPY
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.loading.asker import Asker
 from lowbit.loading.kernel_choice import Wanted
-from lowbit.loading.names import Placed
+from lowbit.loading.names import Placed, StoredRows
 from lowbit.loading.online import SAMPLE_ROWS, Decision, estimated_error
 from lowbit.loading.opened import Opened, Target
 from lowbit.models.config import ModelConfig
@@ -173,14 +173,18 @@ class Planner(Asker):
             kernels = self.target.kernels
             choice = kernels.of(run[0].wanted, scheme, shape, self.device)
             ratios = kernels.ratios(choice.kernel, scheme, shape, self.device)
+            computes, refusals = choice.kernel.computes, choice.refusals
+            if scheme.is_dense and not run[0].scheme.is_dense:  # codebooks, decoded when they are loaded
+                computes = f"{scheme.weight.name} copy"
+                refusals = choose(run[0].scheme.weight_alone, shape, self.device).refusals
             for part in run:
                 self._add(
                     part.place,
                     part.scheme,
                     part.decision,
                     kernel=choice.kernel.name,
-                    computes=choice.kernel.computes,
-                    refusals=choice.refusals,
+                    computes=computes,
+                    refusals=refusals,
                     nbytes=self._nbytes(part, choice.kernel),
                     losers=choice.losers,
                     by=choice.by,
@@ -194,10 +198,11 @@ class Planner(Asker):
 
     def _part(self, place: Placed) -> _Part:
         decision = self.decide(place)
-        scheme = self.form.scheme_of(place.module) if decision is None else decision.scheme
+        scheme = self.stored_scheme(place) if decision is None else decision.scheme
         scheme = self.with_inputs(place, scheme)
         if place.rows and place.picked_rows is None:
-            scheme = parted_scheme(scheme, place.part.shape, place.runs)
+            runs = StoredRows.of(place, self.header).runs if self._stays_in_order(place) else place.runs
+            scheme = parted_scheme(scheme, place.part.shape, runs)
         if place.columns is not None:
             scheme = replace(scheme, reordered=False)
         return _Part(place, scheme, decision, self.wanted_kernel(place))

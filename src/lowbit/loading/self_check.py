@@ -64,6 +64,6 @@ def _few_rows(weight: QuantizedTensor) -> tuple[int, int]:
     out = weight.shape[0]
     if weight.scheme.flattened:
         return (0, min(ROWS, out))
-    height = max((rows for rows, _ in weight.scheme.blocks), default=1) or 1
+    height = max(weight.scheme.heights) or 1
     first = out * 2 // 3 // height * height
     return first, min(first + ROWS, out)

@@ -254,6 +254,8 @@ class SourceModel:
         """One stored module, the rows of each head as checkpoints have them."""
         stored = self.form.read(place.module, data)
         weight, bias = stored.weight, stored.bias
+        if weight.scheme.weight.is_tall:
+            weight = weight.decoded(weight.scheme.decoded)
         reordered = self.header.container == "gguf" or self.header.rotary_pairs
         reordered = reordered and not place.part.groups  # which lie alike in files of both kinds
         order = row_order(place, self.header) if reordered else None
@@ -294,6 +296,11 @@ class _Walk(Asker):
         self._heads: list[Placed] = []  # of K's half of an up projection that is in two halves
         self._kv = KvScales(opened.header)
         self.has_kv_scales = False
+
+    def stored_scheme(self, place: Placed) -> Scheme:
+        """Vectors of several rows are written as the floats that readers of them give."""
+        scheme = self.form.scheme_of(place.module)
+        return scheme.decoded if scheme.weight.is_tall else scheme
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """A Linear without weights."""
@@ -364,7 +371,7 @@ class _Walk(Asker):
     def _note(self, name: str, places: list[Placed], parts: list[Part]) -> None:
         """Write down the module or modules of layer ``name`` that stand for ``parts``."""
         made = [
-            SourceModule(place.module, place, self.form.scheme_of(place.module), self.stored_nbytes(place))
+            SourceModule(place.module, place, self.stored_scheme(place), self.stored_nbytes(place))
             for place in places
         ]
         fused = len(parts) > 1 and len(made) == 1
@@ -392,7 +399,7 @@ class _Walk(Asker):
         latent = Latent(len(k), k[0].part.shape[0], k[0].part.shape[1], v[0].part.shape[0])
         name = v[0].part.name.replace("v_b_proj", "kv_b_proj")
         places = (replace(k[0], part=Part(name, latent.shape)), *k[1:], *v)
-        scheme = scheme_of_joined([self.form.scheme_of(place.module) for place in places])
+        scheme = scheme_of_joined([self.stored_scheme(place) for place in places])
         nbytes = sum(self.stored_nbytes(place) for place in places)
         made = SourceModule(k[0].module, places[0], scheme, nbytes, places[1:], latent=latent)
         self.parts.append(replace(made, target=self._target(places[0])))

@@ -1,6 +1,6 @@
 """ModelConfig: the sizes and constants of a decoder, from config.json or from GGUF metadata.
 
-Sources: transformers' LlamaConfig, the GGUF specification (formats.md 2.7.2).
+Sources: transformers' LlamaConfig, the GGUF specification.
 """
 
 from __future__ import annotations

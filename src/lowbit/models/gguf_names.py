@@ -1,4 +1,4 @@
-"""What GGUF files call the tensors of each family (formats.md 2.7.3).
+"""What GGUF files call the tensors of each family (llama.cpp's ``gguf`` package).
 
     canonical (Hugging Face's name, stacked experts without a number)      GGUF
     model.layers.{n}.mlp.experts.gate_proj                  .weight        blk.{n}.ffn_gate_exps .weight

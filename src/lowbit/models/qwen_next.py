@@ -3,24 +3,29 @@
 Gated DeltaNet (Yang et al., 2024) keeps a state of fixed size for each sequence in place of keys and values;
 what it computes between its projections is defined in ``kernels.recurrent``. The output of attention is
 multiplied by the sigmoid of a gate, which the query projection makes beside the queries, head by head.
+
+A rank has whole heads of both: of a gated delta network value heads with their key head, the channels of the
+convolution that are theirs, and their states.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache
 from lowbit.kernels.elementwise import HeadNorms, RotaryTable, affine, apply_rotary
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.parallel import Parallel
 from lowbit.kernels.recurrent import DeltaParameters, LayerMemory, LayerState, StateSpec
 from lowbit.kernels.recurrent_cpu import sigmoid_gate
+from lowbit.layers.cuts import Cut, cut_heads
 from lowbit.layers.linear import Linear, Part
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig
-from lowbit.models.language_model import rotary_tables
+from lowbit.models.language_model import Cuts, rotary_tables
 from lowbit.models.mixer_model import MixerBlock, MixerModel
 from lowbit.numerics.cache_format import KvDtype
 
@@ -36,9 +41,33 @@ class QwenNextConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
+class DeltaCuts:
+    """What a rank has of a gated delta network: value heads, and key heads that are theirs."""
+
+    values: Cut
+    keys: Cut
+
+    @staticmethod
+    def of(state: StateSpec, parallel: Parallel) -> DeltaCuts | None:
+        """None in one process. ``state``: of the whole model."""
+        called = ("value heads", "key heads of linear attention")
+        found = cut_heads(parallel, state.heads, state.k_heads, called)
+        return None if found is None else DeltaCuts(*found)
+
+    def spec(self, state: StateSpec) -> StateSpec:
+        """The states that are here."""
+        return replace(state, k_heads=self.keys.size, heads=self.values.size)
+
+    def channels(self, state: StateSpec) -> tuple[Cut, Cut, Cut]:
+        """Those of q, k and v."""
+        keys = self.keys.times(state.k_dim)
+        return keys, keys, self.values.times(state.v_dim)
+
+
+@dataclass(frozen=True)
 class DeltaNet:
     """``inner``: q, k, v, z, b and a in one (``recurrent.StateSpec.width`` rows), q, k, v, z of all heads in
-    turn."""
+    turn; ``spec``: of the heads that are here."""
 
     spec: StateSpec
     inner: Linear
@@ -53,7 +82,7 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class GatedAttention:
-    """``inner``: queries, their gates, keys and values, ``heads`` heads of the first two."""
+    """``inner``: queries, their gates, keys and values, ``heads`` of the first two, as many as are here."""
 
     spec: CacheSpec
     heads: int
@@ -85,62 +114,80 @@ class GatedAttention:
 def build(config: ModelConfig, loader: WeightLoader) -> MixerModel:
     """The model, of what ``loader`` gives."""
     assert isinstance(config, QwenNextConfig), "read by this family"
-    if loader.parallel.size > 1:
-        raise LowbitError(
-            "E0432",
-            f"--tp-size {loader.parallel.size}: {config.architecture} has recurrent layers, whose states and "
-            "fused projections ranks do not share; use --tp-size 1",
-        )
+    cuts = Cuts.of(config, loader.parallel, config.kv_heads)
+    delta_cuts = DeltaCuts.of(config.state, loader.parallel) if config.recurrent else None
     rotary, _ = rotary_tables(config, loader)
 
     def block(layer: int) -> MixerBlock:
         mixer: DeltaNet | GatedAttention
         if layer in config.recurrent:
-            mixer = _delta_net(config, loader, f"model.layers.{layer}.linear_attn")
+            mixer = _delta_net(config, loader, delta_cuts, f"model.layers.{layer}.linear_attn")
         else:
-            mixer = _attention(config, loader, rotary, layer)
+            mixer = _attention(config, loader, cuts, rotary, layer)
         return MixerBlock.of(config, loader, layer, mixer)
 
-    return MixerModel(config, loader, block)
+    return MixerModel(config, loader, block, cuts)
 
 
-def _delta_net(config: QwenNextConfig, loader: WeightLoader, name: str) -> DeltaNet:
-    spec, hidden = config.state, config.hidden_size
-    each = spec.heads // spec.k_heads  # value heads of a key head
-    values = spec.heads * spec.v_dim
+def _delta_net(config: QwenNextConfig, loader: WeightLoader, cuts: DeltaCuts | None, name: str) -> DeltaNet:
+    state, hidden = config.state, config.hidden_size
+    spec = state if cuts is None else cuts.spec(state)
+    each = state.heads // state.k_heads  # value heads of a key head
+    values = state.heads * state.v_dim
+    channels = here = heads = None
+    if cuts is not None:
+        channels, heads = cuts.channels(state), cuts.values
+        here = cuts.values.times(state.v_dim)
     gates = Part(
         f"{name}.in_proj_ba",
-        (2 * spec.heads, hidden),
+        (2 * state.heads, hidden),
         router=True,
-        groups=spec.k_heads,
+        rows=None if heads is None else (heads, heads),
+        groups=state.k_heads,
         group_rows=(each, each),
     )
     if loader.has(f"{name}.in_proj_qkv"):
         parts = [
-            Part(f"{name}.in_proj_qkv", (spec.channels, hidden)),
-            Part(f"{name}.in_proj_z", (values, hidden)),
+            Part(f"{name}.in_proj_qkv", (state.channels, hidden), rows=channels),
+            Part(f"{name}.in_proj_z", (values, hidden), rows=here),
         ]
     else:
-        runs = (spec.k_dim, spec.k_dim, each * spec.v_dim, each * spec.v_dim)
-        rows = (spec.channels + values, hidden)
-        parts = [Part(f"{name}.in_proj_qkvz", rows, groups=spec.k_heads, group_rows=runs)]
+        runs = (state.k_dim, state.k_dim, each * state.v_dim, each * state.v_dim)
+        rows = None if channels is None or here is None else (*channels, here)
+        shape = (state.channels + values, hidden)
+        parts = [Part(f"{name}.in_proj_qkvz", shape, rows=rows, groups=state.k_heads, group_rows=runs)]
     inner = loader.linear(f"{name}.in_proj", [*parts, gates])
-    shape = (spec.channels, spec.taps) if config.gguf else (spec.channels, 1, spec.taps)
-    taps = loader.vector(f"{name}.conv1d.weight", *shape).view(spec.channels, spec.taps)
-    decay = loader.vector(f"{name}.A_log", spec.heads)
-    weights = DeltaParameters(
+    output = Part(f"{name}.out_proj", (hidden, values), columns=here)
+    return DeltaNet(
+        spec, inner, loader.linear(output.name, [output]), _parameters(config, loader, cuts, name)
+    )
+
+
+def _parameters(
+    config: QwenNextConfig, loader: WeightLoader, cuts: DeltaCuts | None, name: str
+) -> DeltaParameters:
+    """Of the heads and channels that are here; the tensors are small, and read whole."""
+    state = config.state
+    shape = (state.channels, state.taps) if config.gguf else (state.channels, 1, state.taps)
+    taps = loader.vector(f"{name}.conv1d.weight", *shape).view(state.channels, state.taps)
+    decay = loader.vector(f"{name}.A_log", state.heads)
+    bias = loader.vector(f"{name}.dt_bias", state.heads)
+    if cuts is not None:
+        runs = taps.split([cut.whole for cut in cuts.channels(state)])
+        here = zip(runs, cuts.channels(state), strict=True)
+        taps = torch.cat([run[cut.slice] for run, cut in here])
+        decay, bias = decay[cuts.values.slice], bias[cuts.values.slice]
+    return DeltaParameters(
         taps.T.contiguous(),
         decay if config.gguf else -decay.exp(),
-        loader.vector(f"{name}.dt_bias", spec.heads),
-        loader.vector(f"{name}.norm.weight", spec.v_dim),
+        bias,
+        loader.vector(f"{name}.norm.weight", state.v_dim),
         config.norm_eps,
     )
-    output = Part(f"{name}.out_proj", (hidden, values))
-    return DeltaNet(spec, inner, loader.linear(output.name, [output]), weights)
 
 
 def _attention(
-    config: QwenNextConfig, loader: WeightLoader, rotary: RotaryTable, layer: int
+    config: QwenNextConfig, loader: WeightLoader, cuts: Cuts | None, rotary: RotaryTable, layer: int
 ) -> GatedAttention:
     name, hidden, dim, heads = (
         f"model.layers.{layer}.self_attn",
@@ -149,18 +196,29 @@ def _attention(
         config.heads,
     )
     bias, kv_rows = config.qkv_bias, config.kv_heads * config.head_dim
+    queries = keys = None
+    if cuts is not None:
+        queries, keys = cuts.heads.times(dim), cuts.kv_heads.times(dim)
+    q_rows = None if queries is None else (queries, queries)
     parts = [
-        Part(f"{name}.q_proj", (2 * heads * dim, hidden), bias=bias, groups=heads, group_rows=(dim, dim)),
-        Part(f"{name}.k_proj", (kv_rows, hidden), bias=bias),
-        Part(f"{name}.v_proj", (kv_rows, hidden), bias=bias),
+        Part(
+            f"{name}.q_proj",
+            (2 * heads * dim, hidden),
+            bias=bias,
+            rows=q_rows,
+            groups=heads,
+            group_rows=(dim, dim),
+        ),
+        Part(f"{name}.k_proj", (kv_rows, hidden), bias=bias, rows=keys),
+        Part(f"{name}.v_proj", (kv_rows, hidden), bias=bias, rows=keys),
     ]
-    output = Part(f"{name}.o_proj", (hidden, heads * dim), bias=config.output_bias)
+    output = Part(f"{name}.o_proj", (hidden, heads * dim), bias=config.output_bias, columns=queries)
     norms = [loader.vector(f"{name}.{one}_norm.weight", dim) + config.norm_offset for one in "qk"]
     k_scale, v_scale = loader.kv_scales(name, layer)
     kv_dtype: KvDtype = loader.kv_dtype(name, layer)
     return GatedAttention(
-        CacheSpec("paged", config.kv_heads, dim, dim, kv_dtype),
-        heads,
+        CacheSpec("paged", config.kv_heads if cuts is None else cuts.kv_heads.size, dim, dim, kv_dtype),
+        heads if cuts is None else cuts.heads.size,
         loader.linear(f"{name}.qkv_proj", parts),
         loader.linear(output.name, [output]),
         rotary,

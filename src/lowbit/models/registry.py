@@ -21,7 +21,7 @@ class Family:
     """What is particular to a family.
 
     ``gguf_names``: canonical tensor stem -> GGUF stem, ``{n}`` standing for the layer number.
-    ``gguf_rotates_pairs``: whether GGUF stores its Q/K rows as adjacent rotary pairs (formats.md 2.7.4).
+    ``gguf_rotates_pairs``: whether GGUF stores its Q/K rows as adjacent rotary pairs.
     ``unused``: regular expressions of tensor names a checkpoint may hold and the model does not use.
     ``prediction_layers``: layers behind the model's own are multi-token prediction heads, not used here.
     ``aliases``: (regular expression, replacement): other spellings of canonical names in the wild.

@@ -1,7 +1,6 @@
 """How positions are stretched: the rope scaling that a config.json or GGUF metadata ask for.
 
-An unknown kind is refused by name. Sources: transformers' rope utilities, the GGUF specification
-(formats.md 2.7.2).
+An unknown kind is refused by name. Sources: transformers' rope utilities, the GGUF specification.
 """
 
 from __future__ import annotations

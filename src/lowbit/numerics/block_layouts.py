@@ -1,4 +1,4 @@
-"""GGUF block types: raw block bytes -> small codes, scales and offsets (formats.md 2.7.5; ggml's quants).
+"""GGUF block types: raw block bytes -> small codes, scales and offsets (ggml's quants).
 
 A block holds 32, 64 or 256 consecutive weights of a row. Each type is one function that takes the bytes
 apart; the value of a weight is then the canonical equation,

@@ -28,7 +28,7 @@ def column_unit(scheme: Scheme, columns: int) -> int:
     if scheme.flattened:
         return columns
     unit = 1 if scheme.weight.block is None else scheme.weight.block.weights
-    unit = unit if scheme.weight.vectors is None else scheme.weight.vectors.length
+    unit = unit if scheme.weight.vectors is None else scheme.weight.vectors.column_unit(columns)
     unit = unit if scheme.weight.trellis is None else BLOCK
     for _, width in scheme.blocks:
         unit = math.lcm(unit, width or 1)
@@ -41,9 +41,8 @@ def column_unit(scheme: Scheme, columns: int) -> int:
 
 def row_unit(scheme: Scheme) -> int:
     """A cut between so many rows parts no block, nor one of a rotation of them."""
-    rotation, blocks = scheme.output_rotation, () if scheme.scattered else scheme.blocks
-    together = math.lcm(scheme.rows_together, 1 if rotation is None else rotation.size)
-    return math.lcm(together, *(rows or 1 for rows, _ in blocks))
+    rotation, heights = scheme.output_rotation, () if scheme.scattered else scheme.heights
+    return math.lcm(1 if rotation is None else rotation.size, *(rows or 1 for rows in heights))
 
 
 def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:

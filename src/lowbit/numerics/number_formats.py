@@ -4,8 +4,8 @@ One table, indexed by readers, kernels, quantizers and tests alike. A scalar for
 value; integer formats are *offset binary* (value = code - 2^(bits-1)) when signed and plain when not, so
 that "unsigned with a zero point of 2^(bits-1) everywhere" and "signed without a zero point" share codes.
 A block format (GGUF) has no scalar table: its bytes decode a block at a time through a ``BlockLayout``. Nor
-has a format of codebooks, whose codes are indices of vectors of several weights (``VectorLayout``), or one of
-trellises, whose weights share their bits (``trellis.TrellisLayout``).
+has a format of codebooks, whose codes are indices of vectors of several weights: of a row (``VectorLayout``),
+of a column (``RowVectorLayout``); or one of trellises, whose weights share their bits (``TrellisLayout``).
 
 Sources: OCP Microscaling Formats v1.0 (e2m1, e2m3, e3m2, e8m0), "FP8 Formats for Deep Learning"
 (Micikevicius et al., 2022: e4m3, e5m2), QLoRA (Dettmers et al., 2023: nf4).
@@ -68,9 +68,18 @@ class VectorLayout:
     length: int
 
     @property
+    def height(self) -> int:
+        """Rows that are stored together."""
+        return 1
+
+    @property
     def index_bytes(self) -> int:
         """Of an index."""
         return 1 if self.bits <= 8 else 2
+
+    def column_unit(self, columns: int) -> int:
+        """So many neighbouring columns stay together."""
+        return self.length
 
     def row_bytes(self, columns: int) -> int:
         """Of a row of indices."""
@@ -91,6 +100,107 @@ class VectorLayout:
 
 
 @dataclass(frozen=True)
+class RowVectorLayout:
+    """Indices of vectors of ``length`` neighbouring rows of a column (VPTQ): a weight is a number of the
+    vector that an index names, or the sum of two, of ``centroids`` and of ``residual`` (0: none) vectors.
+
+    Stored columns are ``outliers``, whose numbers are kept as they are, then ``books`` times ``width`` that
+    share codebooks; ``width`` is 0 where all columns share one and there are no outliers. ``dtype``: of the
+    numbers. ``length`` rows are stored as bytes: the outliers' numbers, column by column, then for each other
+    column its index and that of the residual codebook, of as many bytes as it needs, the lowest first.
+    """
+
+    length: int
+    centroids: int
+    residual: int = 0
+    dtype: str = "f16"
+    books: int = 1
+    width: int = 0
+    outliers: int = 0
+
+    def __post_init__(self) -> None:
+        assert bool(self.width) == (self.books > 1 or self.outliers > 0), "a width where columns differ"
+
+    @property
+    def name(self) -> str:
+        """Of the number format: "rvq8_65536+256_f16"."""
+        second = f"+{self.residual}" if self.residual else ""
+        parts = f"_{self.books}x{self.width}" if self.width else ""
+        outliers = f"_out{self.outliers}" if self.outliers else ""
+        return f"rvq{self.length}_{self.centroids}{second}_{self.dtype}{parts}{outliers}"
+
+    @property
+    def columns(self) -> int:
+        """Of the weight; 0: any number."""
+        return self.outliers + self.books * self.width
+
+    @property
+    def height(self) -> int:
+        """Rows that are stored together."""
+        return self.length
+
+    @property
+    def index_bytes(self) -> tuple[int, int]:
+        """Of an index, and of one of the residual codebook."""
+        main, second = (
+            max(1, -(-(count - 1).bit_length() // 8)) for count in (self.centroids, self.residual)
+        )
+        return main, second if self.residual else 0
+
+    @property
+    def outlier_bytes(self) -> int:
+        """Of the outliers' numbers in ``length`` rows."""
+        return self.outliers * self.length * int(number_format(self.dtype).bits) // 8
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight as they are stored."""
+        columns = self.columns or 1
+        return 8 * self.row_bytes(columns) / (columns * self.length)
+
+    def column_unit(self, columns: int) -> int:
+        """So many neighbouring columns stay together."""
+        return columns if self.width else 1
+
+    def row_bytes(self, columns: int) -> int:
+        """Of ``length`` rows."""
+        return self.outlier_bytes + (columns - self.outliers) * sum(self.index_bytes)
+
+    def indices(self, codes: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 (vectors, bytes) -> int32 (vectors, columns without outliers): both codebooks' indices."""
+        main, second = self.index_bytes
+        cells = codes[:, self.outlier_bytes :].int().unflatten(-1, (-1, main + second))
+
+        def number(first: int, count: int) -> Tensor:
+            shifts = 8 * torch.arange(count, dtype=torch.int32)
+            return (cells[..., first : first + count] << shifts).sum(-1, dtype=torch.int32)
+
+        return number(0, main), number(main, second) if second else None
+
+    def outlier_numbers(self, codes: Tensor) -> Tensor:
+        """uint8 (vectors, bytes) -> (vectors, outliers, length) in ``dtype``."""
+        dtype = number_format(self.dtype).dtype
+        assert dtype is not None, "that of floats"
+        stored = codes[:, : self.outlier_bytes].clone(memory_format=torch.contiguous_format)
+        return stored.flatten().view(dtype).view(len(codes), self.outliers, self.length)
+
+    def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
+        """uint8 (vectors, bytes), (books, centroids + residual, length) -> float32 (rows, columns)."""
+        main, second = self.indices(codes)
+        columns = main.shape[1]
+        values = torch.empty(len(codes), self.outliers + columns, self.length)
+        values[:, : self.outliers] = self.outlier_numbers(codes).float()
+        width = self.width or columns
+        for book in range(self.books):
+            here = slice(book * width, (book + 1) * width)
+            part = codebooks[book].float()[main[:, here]]
+            if second is not None:
+                part += codebooks[book].float()[self.centroids + second[:, here]]
+            values[:, self.outliers + here.start : self.outliers + here.stop] = part
+        return values.transpose(1, 2).reshape(-1, values.shape[1])
+
+
+@dataclass(frozen=True)
 class NumberFormat:
     """``bits`` a weight; ``values[code]`` a code's worth, NaN for none; or a ``block``, ``vectors`` or a
     ``trellis``."""
@@ -100,8 +210,13 @@ class NumberFormat:
     values: tuple[float, ...] | None = field(default=None, repr=False, compare=False)
     dtype: torch.dtype | None = field(default=None, compare=False)  # the torch dtype of the same bytes
     block: BlockLayout | None = field(default=None, repr=False, compare=False)
-    vectors: VectorLayout | None = field(default=None, repr=False, compare=False)
+    vectors: VectorLayout | RowVectorLayout | None = field(default=None, repr=False, compare=False)
     trellis: TrellisLayout | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_tall(self) -> bool:
+        """Whether several rows are stored together."""
+        return self.vectors is not None and self.vectors.height > 1
 
     @property
     def in_bytes(self) -> bool:
@@ -198,6 +313,10 @@ NUMBER_FORMATS: dict[str, NumberFormat] = _build()
 
 
 _VECTORS = re.compile(r"vq([1-9]\d{0,3})x([1-9]|1[0-6])_([1-9]\d{0,3})")
+_ROW_VECTORS = re.compile(
+    r"rvq(?P<length>[1-9]\d{0,3})_(?P<centroids>[1-9]\d{0,6})(\+(?P<residual>[1-9]\d{0,6}))?"
+    r"_(?P<dtype>f16|bf16|f32)(_(?P<books>[1-9]\d{0,4})x(?P<width>[1-9]\d{0,6}))?(_out(?P<outliers>[1-9]\d{0,6}))?"
+)
 
 
 def vector_format(books: int, bits: int, length: int) -> NumberFormat:
@@ -214,8 +333,8 @@ def trellis_format(bits: int, book: str) -> NumberFormat:
 
 
 def number_format(name: str) -> NumberFormat:
-    """The format called ``name``; GGUF's block formats are ``gguf_q4_0`` and so on, codebooks ``vq2x8_8``,
-    trellises ``trellis4_mcg``."""
+    """The format called ``name``; GGUF's block formats are ``gguf_q4_0`` and so on, codebooks ``vq2x8_8`` or,
+    of vectors of rows, ``rvq8_65536+256_f16``, trellises ``trellis4_mcg``."""
     if name not in NUMBER_FORMATS and (coded := _TRELLIS.fullmatch(name)):
         trellis = TrellisLayout(int(coded[1]), coded[2])
         NUMBER_FORMATS[name] = NumberFormat(name, trellis.bits, trellis=trellis)
@@ -223,6 +342,11 @@ def number_format(name: str) -> NumberFormat:
         layout = VectorLayout(*map(int, found.groups()))
         bits = 8 * layout.books * layout.index_bytes / layout.length  # as they are stored
         NUMBER_FORMATS[name] = NumberFormat(name, bits, vectors=layout)
+    if name not in NUMBER_FORMATS and (found := _ROW_VECTORS.fullmatch(name)):
+        said = {key: value for key, value in found.groupdict().items() if value is not None}
+        sizes = {key: int(value) for key, value in said.items() if key != "dtype"}
+        rows = RowVectorLayout(dtype=said["dtype"], **sizes)
+        NUMBER_FORMATS[name] = NumberFormat(name, rows.bits, vectors=rows)
     if name.startswith("gguf_") and name not in NUMBER_FORMATS:
         from lowbit.numerics.block_layouts import block_formats
 

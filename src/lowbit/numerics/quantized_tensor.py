@@ -22,18 +22,21 @@ from lowbit.errors import LowbitError
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.scheme import Scheme
 
+_DECODED_AT_ONCE = 1 << 22  # weights
+
 
 @dataclass(frozen=True)
 class QuantizedTensor:
     """A weight of logical ``shape`` (..., out, in).
 
     ``codes``: uint8 (..., out, in), one code a byte; raw bytes (..., out, row bytes) for block formats and
-    codebooks; the matrix itself for dense schemes. ``scales[i]``: (..., ceil(out/rows_i), ceil(in/cols_i)),
+    codebooks, (..., vectors, bytes) where those have several rows; the matrix itself for dense schemes.
+    ``scales[i]``: (..., ceil(out/rows_i), ceil(in/cols_i)),
     or (..., blocks) when flattened, in the dtype the file has (e8m0/e4m3 as torch float8). ``zeros``: like
     ``scales[0]``, in code units. ``offsets[i]``: like ``scales[i]``; the offset is their product.
     ``column_order``: int64 (in,): stored column j multiplies input ``column_order[j]``.
-    ``codebooks``: float (books, 2^bits, length), of formats with ``vectors``. ``origin``: "file: module", for
-    messages. ``row_groups``: int64 (out,), of a scattered scheme: which row of ``scales[i]`` a row has at
+    ``codebooks``: float (books, vectors, length), of formats with ``vectors``. ``origin``: "file: module",
+    for messages. ``row_groups``: int64 (out,), of a scattered scheme: which row of ``scales[i]`` a row has at
     every level whose blocks have several; those are (..., groups, columns).
     """
 
@@ -69,13 +72,13 @@ class QuantizedTensor:
             return trellis.decode(self.codes, *self.scales)
         if vectors is not None:
             assert self.codebooks is not None, "a format with vectors has them"
-            values = vectors.decode(self.codes, self.codebooks)
+            values = vectors.decode(self.codes, self.codebooks)[..., : self.shape[-2], :]
         else:
             values = self.scheme.weight.table(self.codes.device)[self.codes.long()]
         if self.zeros is not None:
             values = values - self._spread(self.zeros, 0)
-        scale = reduce(torch.mul, (self._spread(s, i) for i, s in enumerate(self.scales)))
-        values = values * scale
+        if self.scales:
+            values = values * reduce(torch.mul, (self._spread(s, i) for i, s in enumerate(self.scales)))
         if self.offsets:
             values = values + reduce(torch.mul, (self._spread(o, i) for i, o in enumerate(self.offsets)))
         return values
@@ -94,6 +97,17 @@ class QuantizedTensor:
             tall = per_block.repeat_interleave(rows or out, -2)[..., :out, :]
         return tall.repeat_interleave(block_columns or columns, -1)[..., :columns]
 
+    def decoded(self, scheme: Scheme) -> QuantizedTensor:
+        """The matrix of floats that the dense ``scheme`` says, some rows at a time."""
+        rows, columns = self.shape
+        matrix = torch.empty(rows, columns, dtype=scheme.weight.dtype)
+        height = max(self.scheme.heights)
+        step = max(1, _DECODED_AT_ONCE // columns // height) * height
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            matrix[start:stop] = self.rows(start, stop).dequantize()
+        return QuantizedTensor(scheme, self.shape, matrix, origin=self.origin)
+
     @property
     def nbytes(self) -> int:
         """Bytes the scheme needs for this weight, codes bit-packed."""
@@ -106,10 +120,10 @@ class QuantizedTensor:
         """Output rows ``start:stop``; they must begin on a block border of every level.
 
         They must end on one too, unless ``ragged``: the last block of the result may then be short. Some rows
-        of those that mean something together only come as plain floats.
+        of a trellis's blocks come as plain floats.
         """
         out, together = self.shape[-2], self.scheme.rows_together
-        if start % together or stop % together:
+        if self.scheme.weight.trellis is not None and (start % together or stop % together):
             first, last = start // together * together, -(-stop // together) * together
             matrix = self.rows(first, last).dequantize()[start - first : stop - first]
             shape = (stop - start, self.shape[-1])
@@ -118,6 +132,12 @@ class QuantizedTensor:
             columns, block = self.shape[-1], self.scheme.blocks[0][1]
             if (start * columns) % block:
                 raise LowbitError("E0702", f"{self.origin}: row {start} is inside a block of {block}")
+        vectors = self.scheme.weight.vectors
+        height = 1 if vectors is None else vectors.height
+        if start % height or (stop % height and stop != out and not ragged):
+            raise LowbitError(
+                "E0702", f"{self.origin}: rows {start}:{stop} cut a vector of {height} rows in two"
+            )
         scales = tuple(self._cut_rows(s, i, start, stop, ragged) for i, s in enumerate(self.scales))
         offsets = tuple(self._cut_rows(o, i, start, stop, ragged) for i, o in enumerate(self.offsets))
         zeros = None if self.zeros is None else self._cut_rows(self.zeros, 0, start, stop, ragged)
@@ -125,7 +145,7 @@ class QuantizedTensor:
         return replace(
             self,
             shape=(*self.shape[:-2], stop - start, self.shape[-1]),
-            codes=self.codes[..., start:stop, :],
+            codes=self.codes[..., start // height : -(-stop // height), :],
             scales=scales,
             zeros=zeros,
             offsets=offsets,
@@ -202,6 +222,10 @@ def concatenate(parts: list[QuantizedTensor]) -> QuantizedTensor | None:
     if any(part.scheme != first.scheme or part.shape[-1] != first.shape[-1] for part in parts):
         return None
     if any(not _same(part.codebooks, first.codebooks) for part in parts):
+        return None
+    if first.scheme.weight.vectors is not None and any(
+        part.shape[-2] % first.scheme.weight.vectors.height for part in parts[:-1]
+    ):
         return None
     orders = [part.column_order for part in parts]
     if any((o is None) != (orders[0] is None) for o in orders):

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lowbit.numerics.number_formats import NumberFormat, number_format
+from lowbit.numerics.number_formats import NumberFormat, RowVectorLayout, number_format
 from lowbit.numerics.trellis import BLOCK
 
 
@@ -172,7 +172,23 @@ class Scheme:
     @property
     def rows_together(self) -> int:
         """So many neighbouring rows mean something together only, beside what shares a scale."""
-        return 1 if self.weight.trellis is None else BLOCK
+        vectors = self.weight.vectors
+        if self.weight.trellis is not None:
+            return BLOCK
+        return 1 if vectors is None else vectors.height
+
+    @property
+    def decoded(self) -> Scheme:
+        """Codebooks and trellises as a matrix of their numbers' or scales' type; anything else as it is."""
+        vectors = self.weight.vectors
+        if vectors is None and self.weight.trellis is None:
+            return self
+        return dense(vectors.dtype if isinstance(vectors, RowVectorLayout) else self.scales[0].name)
+
+    @property
+    def heights(self) -> tuple[int, ...]:
+        """Rows of a block of each level (0: all), and ``rows_together``: rows are cut between them."""
+        return (*(rows for rows, _ in self.blocks), self.rows_together)
 
     @property
     def whole_columns(self) -> bool:

@@ -41,7 +41,6 @@ class FourBit:
     """nf4 or fp4 in blocks of 64 of the flattened weight."""
 
     spec: MethodSpec
-    covers_head: bool = False
 
     def refuses(self, module: Module) -> str | None:
         """Never: blocks may cross rows."""
@@ -75,7 +74,6 @@ class Int8:
     """LLM.int8: rows of int8, tokens of int8 beside outlier columns in full precision."""
 
     spec: MethodSpec
-    covers_head: bool = False
 
     def refuses(self, module: Module) -> str | None:
         """Never: any matrix has rows."""

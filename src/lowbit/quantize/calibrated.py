@@ -23,7 +23,6 @@ class Calibrated:
 
     spec: MethodSpec
     options: CalibrationOptions
-    covers_head: bool = False
 
     @property
     def _grid(self) -> IntegerGrid:

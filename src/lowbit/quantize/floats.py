@@ -42,7 +42,6 @@ class Fp8:
     """e4m3 weights with float32 scales; see the module docstring."""
 
     spec: MethodSpec
-    covers_head: bool = False
 
     @property
     def _weights(self) -> str:
@@ -170,7 +169,6 @@ class Microscaled:
 
     spec: MethodSpec
     code: str
-    covers_head: bool = False
 
     def refuses(self, module: Module) -> str | None:
         """Where groups of 32 do not fit."""
@@ -207,7 +205,6 @@ class Nvfp4:
     """e2m1 with e4m3 scales for 16 columns under a float32 of the tensor (ModelOpt's weight_scale_2)."""
 
     spec: MethodSpec
-    covers_head: bool = False
 
     def refuses(self, module: Module) -> str | None:
         """Where groups of 16 do not fit."""

@@ -29,7 +29,6 @@ class GgufMix:
     spec: MethodSpec
     mix: str
     pure: bool
-    covers_head: bool = True
 
     def refuses(self, module: Module) -> str | None:
         """Where the mix leaves the tensor alone or its rows do not fit."""

@@ -1,4 +1,4 @@
-"""Float weights -> GGUF blocks: what llama-quantize writes without an importance matrix (formats.md 2.7.6).
+"""Float weights -> GGUF blocks: what llama-quantize writes without an importance matrix (ggml's quants).
 
     encode("Q4_K", weight)      (rows, columns) float32, float16 or bfloat16 -> uint8 (rows, bytes of a row)
 

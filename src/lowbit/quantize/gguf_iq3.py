@@ -1,4 +1,4 @@
-"""IQ3_S: magnitudes of four weights at a time from a grid of 512 points (formats.md 2.7.5; ggml's quants).
+"""IQ3_S: magnitudes of four weights at a time from a grid of 512 points (ggml's quants).
 
 A sub-block of 32 weights has a scale, signs, and eight grid points of four odd numbers 1 … 15. Nineteen
 scales are tried; for each, every four magnitudes are rounded to odd numbers, and where that is no grid point,

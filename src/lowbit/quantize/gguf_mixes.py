@@ -1,4 +1,4 @@
-"""llama-quantize's mixes: which GGUF type each tensor of a model gets (formats.md 2.7.7).
+"""llama-quantize's mixes: which GGUF type each tensor of a model gets (llama.cpp's source, August 2026).
 
     type_of("q4_k_m", ModelFacts(layers=32, heads=32, kv_heads=8), "blk.0.ffn_down.weight", (4096, 14336))
     -> "Q6_K"
@@ -9,7 +9,7 @@ The i of a rule counts tensors that exist, in the order of layers: ``value_layer
 attn_kv_b; for ffn_down of a model without experts ``down_layers``, against the number of all layers; with
 experts the layer is that of the name. All rules are those of a run without importance matrix.
 
-What llama.cpp's source (August 2026) says that formats.md 2.7.7 has otherwise or not:
+What is easily missed there:
 
 - 8 experts: attn_output becomes Q5_K in the mixes up to Q4_K_M except Q3_K_L; attn_v and attn_k become Q8_0
   in every mix, Q4_0 and Q6_K too.

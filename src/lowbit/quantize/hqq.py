@@ -48,7 +48,6 @@ class HalfQuadratic:
     """See the module docstring."""
 
     spec: MethodSpec
-    covers_head: bool = False
 
     @property
     def _bits(self) -> int:

@@ -28,7 +28,6 @@ class RoundToNearest:
     """``bits``-bit integers in groups of columns."""
 
     spec: MethodSpec
-    covers_head: bool = False
 
     def refuses(self, module: Module) -> str | None:
         """Where the group size does not divide the columns."""
@@ -71,7 +70,6 @@ class Int8:
 
     spec: MethodSpec
     blocks: bool
-    covers_head: bool = False
 
     def refuses(self, module: Module) -> str | None:
         """Never: ragged blocks are short ones."""

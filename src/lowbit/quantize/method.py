@@ -59,10 +59,6 @@ class Method(Protocol):
     def spec(self) -> MethodSpec:
         """What was asked for."""
 
-    @property
-    def covers_head(self) -> bool:
-        """Whether it takes the head and the embedding unasked."""
-
     def refuses(self, module: Module) -> str | None:
         """Why this module cannot have the scheme ("needs in % 32 == 0, got 100"), or None."""
 

@@ -1,6 +1,6 @@
 """Rounding without data: the largest |x| or the range of a block gives its scale, codes are the nearest.
 
-What each number means is formats.md's chapter on numerics and the tools' own code; a method names its rule:
+What each number means is the format's own definition; a method names its rule:
 
     absmax    scale = max|x| / limit, symmetric
     range     scale = (max - min) / (levels - 1), an integer zero point, 0 always representable

@@ -44,7 +44,6 @@ class Int8:
     """int8 rows; int8dq: int8 tokens too."""
 
     spec: MethodSpec
-    covers_head: bool = False
 
     def refuses(self, module: Module) -> str | None:
         """Never: any matrix has rows."""
@@ -73,7 +72,6 @@ class Float8:
     """e4m3, a scale for each row or one for all."""
 
     spec: MethodSpec
-    covers_head: bool = False
 
     @property
     def _whole(self) -> bool:
@@ -119,7 +117,6 @@ class Int4:
 
     spec: MethodSpec
     group: int
-    covers_head: bool = False
 
     def refuses(self, module: Module) -> str | None:
         """Where groups do not fit."""

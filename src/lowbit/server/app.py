@@ -147,7 +147,7 @@ class App:
             self._account(exchange, path, now() - began)
 
     async def _answer_error(self, exchange: Exchange, error: Exception) -> None:
-        """The only place where an exception becomes an answer (R23)."""
+        """The only place where an exception becomes an answer."""
         answer = to_api_error(error, exchange.request_id)
         exchange.log["error"] = answer.code
         if answer.code == "internal":
@@ -199,7 +199,7 @@ def api_keys(settings: Settings) -> list[str]:
 
 
 def exposure_warning(settings: Settings, guard: Guard) -> str | None:
-    """What to say when everybody may use the server (§10, row 36)."""
+    """What to say when everybody may use the server."""
     if guard.keys or guard.local_only:
         return None
     return (

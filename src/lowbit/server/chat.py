@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit.engine.messages import TokenEvent, TokenLogprob
 from lowbit.errors import printable, thousands
-from lowbit.server import protocol
+from lowbit.server import protocol, request_values
 from lowbit.server.api_error import bad_request
 from lowbit.server.generation import (
     Generation,
@@ -92,8 +92,8 @@ def _content(content: Any, where: str) -> str | list[dict[str, str]]:
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, object]]:
     """Tool calls of an earlier answer, checked for shape; the template reads their arguments."""
-    if not isinstance(calls, list) or len(calls) > protocol.MAX_TOOLS:
-        text = f"{where} must be a list of at most {protocol.MAX_TOOLS} calls"
+    if not isinstance(calls, list) or len(calls) > request_values.MAX_TOOLS:
+        text = f"{where} must be a list of at most {request_values.MAX_TOOLS} calls"
         raise bad_request("invalid_type", text, where)
     for index, call in enumerate(calls):
         function = call.get("function") if isinstance(call, dict) else None
@@ -116,7 +116,7 @@ async def render(
         text = "continue_final_message needs a last message of role 'assistant'"
         raise bad_request("invalid_request", text, "continue_final_message")
     prepared = template_messages(messages, knows_developer="developer" in template.source)
-    tools = protocol.tool_list(request) if isinstance(request, ChatRequest) else request.tools or None
+    tools = request_values.tool_list(request) if isinstance(request, ChatRequest) else request.tools or None
 
     def work() -> list[int]:
         return template.render(
@@ -142,7 +142,7 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
     max_tokens = (
         request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     )
-    sampling = protocol.sampling_params(
+    sampling = request_values.sampling_params(
         request,
         app.text.defaults,
         ready.vocab_size,

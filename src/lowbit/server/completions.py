@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowbit.engine.messages import TokenEvent, TokenLogprob
-from lowbit.server import protocol
+from lowbit.server import protocol, request_values
 from lowbit.server.generation import (
     Generation,
     Output,
@@ -48,7 +48,7 @@ async def completions(app: App, exchange: Exchange) -> None:
     request = protocol.read(document, CompletionRequest)
     app.check_model(request.model)
     ready = app.client.require_ready()
-    sampling = protocol.sampling_params(
+    sampling = request_values.sampling_params(
         request,
         app.text.defaults,
         ready.vocab_size,
@@ -56,7 +56,7 @@ async def completions(app: App, exchange: Exchange) -> None:
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
     )
-    given = protocol.prompts(request.prompt, ready.vocab_size)
+    given = request_values.prompts(request.prompt, ready.vocab_size)
     tokenizer, seconds = app.text.tokenizer, app.limits.tokenize_seconds
     prompts, texts = await app.text_work(
         seconds, "tokenizing", lambda: _encode_all(tokenizer, given, request), "prompt"

@@ -1,4 +1,4 @@
-"""The engine process, seen from the HTTP process: start, talk, watch, restart (promises P3, P5, P9).
+"""The engine process, seen from the HTTP process: start, talk, watch, restart.
 
     starting ──EngineReady──▶ ready ──process gone, or hung for hang_kill_seconds──▶ restarting ──▶ ready …
         │                                                        │
@@ -444,7 +444,7 @@ def _how_it_ended(status: int | None) -> str:
     return f"exit status {status}"
 
 
-_GAUGES = ("running", "waiting", "pages_total", "pages_free", "pages_cached", "stepping_seconds")
+_GAUGES = ("running", "waiting", "pages_total", "pages_free", "pages_cached")
 
 
 def _summed(before: EngineStatus, current: EngineStatus, gauges: bool = True) -> EngineStatus:

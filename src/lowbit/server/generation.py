@@ -20,7 +20,8 @@ from lowbit.errors import thousands
 from lowbit.server.api_error import ApiError, bad_request, from_event
 from lowbit.server.engine_client import EngineClient, Stream
 from lowbit.server.http import Exchange, now
-from lowbit.server.protocol import StreamOptions, seed_of_choice
+from lowbit.server.protocol import StreamOptions
+from lowbit.server.request_values import seed_of_choice
 from lowbit.tokenization.tokenizer import Tokenizer
 
 _ENCODER = msgspec.json.Encoder()
@@ -123,7 +124,7 @@ class Generation:
 
 
 def salt_of(exchange: Exchange, wanted: str) -> str:
-    """The prefix-cache salt: callers with different keys or salts share nothing (R22)."""
+    """The prefix-cache salt: callers with different keys or salts share nothing."""
     if len(wanted) > _MAX_SALT:
         raise bad_request("invalid_request", f"cache_salt is over {_MAX_SALT} characters", "cache_salt")
     if not wanted and not exchange.cache_salt:
@@ -132,7 +133,7 @@ def salt_of(exchange: Exchange, wanted: str) -> str:
 
 
 def check_fit(ready: EngineReady, prompt: int, max_tokens: int | None, param: str) -> None:
-    """Admit only what can finish (R18): within the context, and within the KV pool when alone there."""
+    """Admit only what can finish: within the context, and within the KV pool when alone there."""
     if prompt == 0:
         raise bad_request("empty_prompt", "the prompt has no tokens", param)
     total = prompt + (1 if max_tokens is None else max_tokens)

@@ -77,7 +77,7 @@ def find_route(routes: Iterable[Route], method: str, path: str) -> Route:
 
 
 class QueuedBytes:
-    """Bytes of all request bodies in progress, bounded together (I5)."""
+    """Bytes of all request bodies in progress, bounded together."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -1,4 +1,5 @@
-"""Every bound of the server in one place. What a request may say is bounded in protocol.py.
+"""Every bound of the server in one place. What a request may say is bounded in protocol.py and
+request_values.py.
 
 Tests pass a ``Limits`` with shorter times; ``Settings`` holds those that users change.
 """

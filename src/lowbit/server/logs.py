@@ -1,4 +1,4 @@
-"""Log lines as JSON on stderr: one object a line, control characters escaped, no prompt text (R26)."""
+"""Log lines as JSON on stderr: one object a line, control characters escaped, no prompt text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON that means the same to everybody: what other readers disagree on is an error here (R15).
+"""JSON that means the same to everybody: what other readers disagree on is an error here.
 
 Refused: a byte order mark, bad UTF-8, duplicate keys, more than 64 levels, numbers of more than 32
 characters, numbers outside the float range, lone surrogates. NaN and Infinity are no JSON either, but they

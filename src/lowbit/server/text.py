@@ -1,6 +1,6 @@
 """The model as the HTTP process knows it: its tokenizer, chat template and sampling defaults; no tensor.
 
-Tokenizing and templates run in worker threads under a deadline (R16): a text made to be slow costs its
+Tokenizing and templates run in worker threads under a deadline: a text made to be slow costs its
 sender a 400 and the others nothing.
 """
 
@@ -17,14 +17,8 @@ from typing import TypeVar
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.server.api_error import ApiError, bad_request
-from lowbit.server.protocol import WITH_MODEL_DEFAULT
 from lowbit.settings import Settings
-from lowbit.tokenization import (
-    GenerationConfig,
-    load_chat_template,
-    load_generation_config,
-    load_tokenizer,
-)
+from lowbit.tokenization import load_chat_template, load_generation_config, load_tokenizer
 from lowbit.tokenization.tokenizer import ChatTemplate, Tokenizer
 
 Result = TypeVar("Result")
@@ -52,19 +46,13 @@ class TextModel:
         )
         tokenizer = load_tokenizer(header, settings.tokenizer)
         template = load_chat_template(header, tokenizer, settings.chat_template)
-        return cls(str(header.root), tokenizer, template, sampling_defaults(load_generation_config(header)))
+        return cls(str(header.root), tokenizer, template, load_generation_config(header).sampling())
 
     def require_template(self) -> ChatTemplate:
         """The chat template, or 400."""
         if self.template is None:
             raise bad_request("no_chat_template", NO_TEMPLATE, "messages")
         return self.template
-
-
-def sampling_defaults(config: GenerationConfig) -> dict[str, float]:
-    """The sampling fields that a generation_config sets."""
-    values = {name: getattr(config, name) for name in WITH_MODEL_DEFAULT}
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def served_name(settings: Settings) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowbit.server import protocol
+from lowbit.server import protocol, request_values
 from lowbit.server.api_error import bad_request
 from lowbit.server.chat import render
 from lowbit.server.completions import encode_prompt
@@ -40,7 +40,7 @@ async def detokenize(app: App, exchange: Exchange) -> None:
     request = protocol.read(await exchange.read_json(), DetokenizeRequest)
     app.check_model(request.model)
     tokenizer = app.text.tokenizer
-    ids = protocol.token_ids(request.tokens, tokenizer.vocab_size, "tokens")
+    ids = request_values.token_ids(request.tokens, tokenizer.vocab_size, "tokens")
     text = await app.text_work(
         app.limits.tokenize_seconds,
         "detokenizing",

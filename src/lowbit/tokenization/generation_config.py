@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from lowbit.checkpoint.documents import read_json
 from lowbit.checkpoint.header import CheckpointHeader
@@ -18,6 +18,14 @@ class GenerationConfig:
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_ids: frozenset[int] = frozenset()
+
+    def sampling(self) -> dict[str, float]:
+        """The defaults it has, by the names that requests and ``SamplingParams`` give them."""
+        values = {name: getattr(self, name) for name in RECOMMENDED}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+RECOMMENDED = tuple(each.name for each in fields(GenerationConfig) if each.name != "stop_ids")
 
 
 def load_generation_config(header: CheckpointHeader) -> GenerationConfig:

@@ -8,6 +8,9 @@ is known from loading. Where groups of columns have scales of their own, on eith
 one group is scaled in float32 before it is added: DeepSeek-V3's fp8 with weights in blocks of 128 x 128 and
 inputs in groups of 128 is this. Scales that cover all columns wait for the end.
 
+LLM.int8's outlier columns are added to the whole numbers' scaled sum in x's own type (``outlier_columns``);
+of split columns the last part has them. The vendor's product knows nothing of them.
+
 8-bit floats meet in fp8 tensor cores where there are any (compute capability 8.9 and later). Their sums there
 keep fewer bits than float32 has, so every 128 columns are summed from zero and added in float32. On Ampere
 the tiles become float16 (both formats are exact in it, and so are the products in the float32 sum).
@@ -44,6 +47,7 @@ from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.activation_quant import Codes
 from lowbit.kernels.gpu.elementwise import activate
 from lowbit.kernels.gpu.language import cast, dot
+from lowbit.kernels.gpu.outlier_columns import TOGETHER, add_columns
 
 # Columns of whole numbers whose sums, less a zero point's, stay below 2^31: 255 * 128 * 2^16.
 MOST_WHOLE_COLUMNS = 1 << 16
@@ -94,7 +98,7 @@ def numbers(pointers, k, columns, EVEN: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _scaled(  # type: ignore[no-untyped-def]
+def _by_tokens(  # type: ignore[no-untyped-def]
     total,  # (BLOCK_M, BLOCK_N): whole numbers or floats
     m,
     n,
@@ -102,21 +106,25 @@ def _scaled(  # type: ignore[no-untyped-def]
     there_n,
     x_scale,
     x_zero,
-    w_scale,
     w_sum,
-    bias,
     X_GROUP: tl.constexpr,
-    W_GROUP: tl.constexpr,
     ZERO: tl.constexpr,
-    BIAS: tl.constexpr,
 ):
-    """float32 sums of a tile's columns n with all that is still to be done to them."""
+    """float32 sums of a tile's columns n with what x's zero points and scales do to them."""
     if ZERO:
         zero = tl.load(x_zero + m, mask=there_m, other=0)
         total -= zero[:, None] * tl.load(w_sum + n, mask=there_n, other=0)[None, :]
     y = total.to(tl.float32)
     if X_GROUP == 0:
         y *= tl.load(x_scale + m, mask=there_m, other=0.0)[:, None]
+    return y
+
+
+@triton.jit
+def _by_rows(  # type: ignore[no-untyped-def]
+    y, n, there_n, w_scale, bias, W_GROUP: tl.constexpr, BIAS: tl.constexpr
+):
+    """And what the scales of the weight's rows n and their bias do."""
     if W_GROUP == 0:
         y *= tl.load(w_scale + n, mask=there_n, other=0.0)[None, :]
     if BIAS:
@@ -133,7 +141,12 @@ def _multiply(  # type: ignore[no-untyped-def]
     w_scale,  # float32 (rows of w,) or (blocks of rows, groups)
     w_sum,  # int32 (rows of w,)
     bias,  # float32 (rows of w,)
+    outlier_x,  # (tokens, columns): ``outlier_columns``
+    listed,
+    count,
+    beside,  # float32 (tokens, width): their products, where the columns are split
     out,  # (tokens, width), or the parts (SPLITS, tokens, width)
+    outlier_stride,
     tokens,
     width,
     columns,
@@ -148,6 +161,7 @@ def _multiply(  # type: ignore[no-untyped-def]
     ONE_BLOCK: tl.constexpr,  # rows of a tile lie in one block of scales
     ZERO: tl.constexpr,
     BIAS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
     ACTIVATION: tl.constexpr,  # -1: none
     SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
@@ -223,27 +237,39 @@ def _multiply(  # type: ignore[no-untyped-def]
     if SPLITS > 1:
         place = (tl.program_id(1).to(tl.int64) * tokens + m)[:, None] * width + n[None, :]
         tl.store(out + place, total, mask=there)
+        if OUTLIERS:  # noqa: SIM102 (a constant, and what is not)
+            if tl.program_id(1) == SPLITS - 1:
+                apart = add_columns(
+                    tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+                    outlier_x, outlier_stride, w, listed, tl.load(count), near_m, near_n, columns, TOGETHER,
+                )  # fmt: skip
+                tl.store(beside + m.to(tl.int64)[:, None] * width + n[None, :], apart, mask=there)
     else:
-        y = _scaled(
-            total, m, n, there_m, there_n, x_scale, x_zero, w_scale, w_sum, bias, X_GROUP, W_GROUP, ZERO, BIAS
-        )
-        if ACTIVATION >= 0:
-            up = _scaled(
-                partner_total,
-                m,
-                n + width,
-                there_m,
-                there_n,
-                x_scale,
-                x_zero,
-                w_scale,
-                w_sum,
-                bias,
-                X_GROUP,
-                W_GROUP,
-                ZERO,
-                BIAS,
+        y = _by_tokens(total, m, n, there_m, there_n, x_scale, x_zero, w_sum, X_GROUP, ZERO)
+        if OUTLIERS:
+            number = tl.load(count)
+            y = add_columns(
+                y, outlier_x, outlier_stride, w, listed, number, near_m, near_n, columns, TOGETHER
             )
+        y = _by_rows(y, n, there_n, w_scale, bias, W_GROUP, BIAS)
+        if ACTIVATION >= 0:
+            up = _by_tokens(
+                partner_total, m, n + width, there_m, there_n, x_scale, x_zero, w_sum, X_GROUP, ZERO
+            )
+            if OUTLIERS:
+                up = add_columns(
+                    up,
+                    outlier_x,
+                    outlier_stride,
+                    w,
+                    listed,
+                    number,
+                    near_m,
+                    near_n + width,
+                    columns,
+                    TOGETHER,
+                )
+            up = _by_rows(up, n + width, there_n, w_scale, bias, W_GROUP, BIAS)
             y = activate(y, up, ACTIVATION)
         place = m.to(tl.int64)[:, None] * out_stride + n[None, :]
         tl.store(out + place, cast(y, out.dtype.element_ty), mask=there)
@@ -257,6 +283,7 @@ def _finish(  # type: ignore[no-untyped-def]
     w_scale,
     w_sum,
     bias,
+    beside,
     out,  # (tokens, width)
     tokens,
     rows,
@@ -266,6 +293,7 @@ def _finish(  # type: ignore[no-untyped-def]
     W_GROUP: tl.constexpr,
     ZERO: tl.constexpr,
     BIAS: tl.constexpr,
+    OUTLIERS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -284,26 +312,16 @@ def _finish(  # type: ignore[no-untyped-def]
         total += tl.load(part, mask=there[None, :], other=0)
         if ACTIVATION >= 0:
             partner_total += tl.load(part + width, mask=there[None, :], other=0)
-    y = _scaled(
-        total, m, n, there_m, there, x_scale, x_zero, w_scale, w_sum, bias, X_GROUP, W_GROUP, ZERO, BIAS
-    )
+    apart = m.to(tl.int64)[:, None] * rows + n[None, :]
+    y = _by_tokens(total, m, n, there_m, there, x_scale, x_zero, w_sum, X_GROUP, ZERO)
+    if OUTLIERS:
+        y += tl.load(beside + apart, mask=there[None, :], other=0.0)
+    y = _by_rows(y, n, there, w_scale, bias, W_GROUP, BIAS)
     if ACTIVATION >= 0:
-        up = _scaled(
-            partner_total,
-            m,
-            n + width,
-            there_m,
-            there,
-            x_scale,
-            x_zero,
-            w_scale,
-            w_sum,
-            bias,
-            X_GROUP,
-            W_GROUP,
-            ZERO,
-            BIAS,
-        )
+        up = _by_tokens(partner_total, m, n + width, there_m, there, x_scale, x_zero, w_sum, X_GROUP, ZERO)
+        if OUTLIERS:
+            up += tl.load(beside + apart + width, mask=there[None, :], other=0.0)
+        up = _by_rows(up, n + width, there, w_scale, bias, W_GROUP, BIAS)
         y = activate(y, up, ACTIVATION)
     place = m.to(tl.int64)[:, None] * out_stride + n[None, :]
     tl.store(out + place, cast(y, out.dtype.element_ty), mask=there[None, :])
@@ -374,10 +392,13 @@ def multiply(
     blocks = -(-columns // block_k)
     splits = _splits(-(-tokens // block_m) * -(-rows // block_n), blocks, tokens, x.codes.device)
     whole = x.codes.dtype is torch.int8 and not (x_group or weight.group)
-    into, within = out, number
+    into, within, beside, outliers = out, number, None, x.outliers
+    assert outliers is None or (whole and outliers.x.stride(1) == 1), "beside codes that have one scale a row"
     if splits > 1:
         dtype = torch.int32 if whole else torch.float32
         into, within = torch.empty(splits, tokens, rows, dtype=dtype, device=out.device), -1
+        if outliers is not None:
+            beside = torch.empty(tokens, rows, device=out.device)
     tile_width = width if within >= 0 else rows
     tiles = -(-tokens // block_m) * -(-tile_width // block_n)
     inside = weight.block_rows % block_n == 0 and (within < 0 or width % weight.block_rows == 0)
@@ -391,7 +412,10 @@ def multiply(
         weight.scale,
         weight.sums if x.zeros is not None else None,
         bias,
+        *((None, None, None) if outliers is None else (outliers.x, outliers.columns, outliers.count)),
+        beside,
         into,
+        0 if outliers is None else outliers.x.stride(0),
         tokens,
         tile_width,
         columns,
@@ -408,6 +432,7 @@ def multiply(
         ONE_BLOCK=bool(weight.group) and inside,
         ZERO=x.zeros is not None,
         BIAS=bias is not None,
+        OUTLIERS=outliers is not None,
         ACTIVATION=within,
         SPLITS=splits,
         EVEN=columns % block_k == 0,
@@ -416,7 +441,7 @@ def multiply(
         BLOCK_K=block_k,
     )
     if splits > 1:
-        _add_parts(into, x, x_group, weight, bias, out, number)
+        _add_parts(into, x, x_group, weight, bias, beside, out, number)
     return out
 
 
@@ -442,6 +467,7 @@ def _add_parts(
     x_group: int,
     weight: EightBitWeight,
     bias: Tensor | None,
+    beside: Tensor | None,
     out: Tensor,
     number: int,
 ) -> None:
@@ -457,6 +483,7 @@ def _add_parts(
         weight.scale,
         weight.sums if x.zeros is not None else None,
         bias,
+        beside,
         out,
         tokens,
         rows,
@@ -466,6 +493,7 @@ def _add_parts(
         W_GROUP=weight.group,
         ZERO=x.zeros is not None,
         BIAS=bias is not None,
+        OUTLIERS=beside is not None,
         ACTIVATION=number,
         SPLITS=splits,
         BLOCK=block,
@@ -488,11 +516,11 @@ def _by_library(
     device, (tokens, columns), rows = x.codes.device, x.codes.shape, len(weight.codes)
     if device.type != "cuda" or tokens < _LIBRARY_ROWS or x_group or weight.group:
         return False
-    if columns % 16 or rows % 16:
+    if columns % 16 or rows % 16 or x.outliers is not None:
         return False
     if x.codes.dtype is torch.int8:
         number = -1 if activation is None else activation_number(activation)
-        _add_parts(whole_product(x.codes, weight.codes)[None], x, 0, weight, bias, out, number)
+        _add_parts(whole_product(x.codes, weight.codes)[None], x, 0, weight, bias, None, out, number)
         return True
     both_wide = x.codes.dtype is torch.float8_e5m2 and weight.codes.dtype is torch.float8_e5m2
     fits = out.dtype is torch.bfloat16 and out.is_contiguous() and activation is None and not both_wide

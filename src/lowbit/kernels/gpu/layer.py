@@ -1,8 +1,9 @@
 """A layer of one 8-bit weight whose checkpoint quantizes inputs, on the GPU: codes of x, product, the rest.
 
 Two launches, or three where the columns are split: x becomes codes and scales (``activation_quant``), and the
-product's tiles end with scales, bias and gate (``eight_bit``). One more, before them, where x is rotated.
-What it computes is what the layer's steps do one by one, in another order of float32 operations.
+product's tiles end with scales, bias and gate (``eight_bit``). For LLM.int8 one before them finds its outlier
+columns; where x is rotated, one may be needed for that. What it computes is what the layer's steps do one by
+one, in another order of float32 operations.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class GpuLayer:
         if quantizer is None or not meet(weight, transform.scheme, quantizer.static_zero):
             return None
         taken = operand(weight, quantizer.group, quantizer.has_zeros)
-        if taken is None:
+        if taken is None or (transform.scheme.outliers and taken.group):
             return None
         if bias is None:
             return GpuLayer(weight, quantizer, taken, None, None)
@@ -76,10 +77,14 @@ class GpuLayer:
         assert out.shape == (tokens, width) and self.takes(x, out), "asked before"
         if not tokens:
             return out
-        rotation = self.quantizer.transform.rotation
-        codes = self.quantizer.codes(x if rotation is None else rotation.rotated(x, torch.float32))
         return eight_bit.multiply(
-            codes, self.quantizer.group, self.operand, self.bias, self.narrow_bias, out, activation
+            self.quantizer.codes(x),
+            self.quantizer.group,
+            self.operand,
+            self.bias,
+            self.narrow_bias,
+            out,
+            activation,
         )
 
 

@@ -2,8 +2,9 @@
 
 A Hadamard matrix of Sylvester's order is a Kronecker product of smaller ones, H(a b) = H(a) x H(b): a block
 of a b columns, laid out as a matrix (a, b), becomes H(a) X H(b). Up to 128 columns are one product with the
-matrix itself, up to 8,192 two of 16 to 128. The entries are 1 and -1, exact in every type, so only x has to
-be: what bfloat16 or float16 does not hold is the sum of three bfloat16 numbers, 24 bits, and three
+matrix itself, up to 8,192 two of 16 to 128. Larger ones, up to 65,536, are two passes: H(b) over rows of b
+columns, float32 results, and H(a) across these. The entries are 1 and -1, exact in every type, so only x has
+to be: what bfloat16 or float16 does not hold is the sum of three bfloat16 numbers, 24 bits, and three
 products. A product with any other matrix takes six, or three where x is bfloat16: what is left out is below
 2^-24 of |x| |R|.
 
@@ -12,10 +13,11 @@ of |x| over the divisor, times the largest of ``after``. Infinity becomes NaN. A
 
 How work is cut. A product of up to 128 columns takes 16 blocks a program, and 64 once that leaves enough
 programs for every multiprocessor to have many: more rows would wait for the matrix as often and hold more
-registers. With two factors a block is a program, of a warp for each 1,024 numbers. Other matrices are read in
-steps of 32 rows. A number costs at most 2 * 128 operations for each of three parts, which tensor cores do
-while memory moves it. **None of it has run on a GPU yet**: it is proven in Triton's interpreter, and
-compiled.
+registers. With two factors a block is a program, of a warp for each 1,024 numbers; across blocks a program
+has 64 columns of each of 64. Where codes are made of what was rotated, ``input_codes`` rotates a program's
+numbers by the functions of this module. Other matrices are read in steps of 32 rows. A number costs at most
+2 * 128 operations for each of three parts, which tensor cores do while memory moves it. **None of it has run
+on a GPU yet**: it is proven in Triton's interpreter, and compiled.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.language import cast, dot
 from lowbit.numerics.rotation import Rotation, sylvester
 
-LARGEST = 8192  # of a Hadamard matrix: registers hold no larger block
-_FACTOR = 128  # the largest one
-_TILE = 16  # the least side of a product
+LARGEST = 65536  # of a Hadamard matrix
+IN_A_PROGRAM = 8192  # registers hold no larger block
+FACTOR = 128  # the largest one
+_ACROSS = 64  # blocks that the second pass adds up, and columns of each that a program has
+TILE = 16  # the least side of a product
 _MANY = 4096  # programs of 16 blocks from which 64 go together
 _WHOLE = 128  # columns of another matrix that a program has, so that x may be overwritten
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,40 +77,90 @@ def _by_signs(x, signs, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _from_the_left(signs, x):  # type: ignore[no-untyped-def]
+    """signs @ x in float32, of float32 x."""
+    high, middle, low = _parts(x)
+    left = cast(signs.to(tl.float32), tl.bfloat16)
+    total = dot(left, low, tl.zeros(x.shape, tl.float32))
+    return dot(left, high, dot(left, middle, total))
+
+
+@triton.jit
+def _over(total, divisor):  # type: ignore[no-untyped-def]
+    return tl.div_rn(total, tl.full(total.shape, divisor, tl.float32))
+
+
+@triton.jit
+def turned(  # type: ignore[no-untyped-def]
+    values,  # (M, N): M blocks, or N // SIZE times as many
+    before,  # float32 (SIZE,), or None for ones
+    after,
+    table,
+    divisor,
+    HALF: tl.constexpr,  # what holds values times ``before`` (``_by_signs``)
+    SIZE: tl.constexpr,
+    N: tl.constexpr,  # SIZE, at least 16
+    STRIDE: tl.constexpr,
+):
+    """float32 (M, N), rotated by one product."""
+    place = tl.arange(0, N) % SIZE
+    if before is not None:
+        values = values.to(tl.float32) * tl.load(before + place)[None, :]
+    total = _over(_by_signs(values, _signs(table, N, SIZE, STRIDE), HALF), divisor)
+    if after is not None:
+        total *= tl.load(after + place)[None, :]
+    return total
+
+
+@triton.jit
+def turned_in_two(  # type: ignore[no-untyped-def]
+    values,  # (A, B): a block of A * B columns
+    place,  # where they stand in ``before`` and ``after``
+    before,
+    after,
+    table,
+    divisor,
+    HALF: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """float32 (A, B), rotated between two Hadamard matrices."""
+    if before is not None:
+        values = values.to(tl.float32) * tl.load(before + place)
+    inner = _by_signs(values, _signs(table, B, B, STRIDE), HALF)
+    total = _over(_from_the_left(_signs(table, A, A, STRIDE), inner), divisor)
+    if after is not None:
+        total *= tl.load(after + place)
+    return total
+
+
+@triton.jit
 def hadamard(  # type: ignore[no-untyped-def]
     x,  # (rows, width)
     x_row,
     out,  # (rows, width), may be x
     out_row,
-    before,  # float32 (SIZE,)
-    after,  # float32 (SIZE,)
+    before,
+    after,
     table,  # int8, STRIDE columns
     units,  # blocks of N columns in all
     each,  # in a row
     width,
     divisor,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    HALF: tl.constexpr,  # what holds x times ``before`` (``_by_signs``)
+    HALF: tl.constexpr,
     SIZE: tl.constexpr,
     M: tl.constexpr,
-    N: tl.constexpr,  # SIZE, at least 16
+    N: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
     """M blocks of a program by the whole matrix."""
     unit = tl.program_id(0) * M + tl.arange(0, M)
-    place = tl.arange(0, N)
-    column = (unit % each * N)[:, None] + place[None, :]
+    column = (unit % each * N)[:, None] + tl.arange(0, N)[None, :]
     inside = (unit < units)[:, None] & (column < width)
     row = (unit // each).to(tl.int64)[:, None]
     values = tl.load(x + row * x_row + column, mask=inside, other=0.0)
-    if BEFORE:
-        values = values.to(tl.float32) * tl.load(before + place % SIZE)[None, :]
-    signs = _signs(table, N, SIZE, STRIDE)
-    total = _by_signs(values, signs, HALF)
-    total = tl.div_rn(total, tl.full(total.shape, divisor, tl.float32))
-    if AFTER:
-        total *= tl.load(after + place % SIZE)[None, :]
+    total = turned(values, before, after, table, divisor, HALF, SIZE, N, STRIDE)
     tl.debug_barrier()  # where out is x all of it has been read
     tl.store(out + row * out_row + column, cast(total, out.dtype.element_ty), mask=inside)
 
@@ -117,14 +171,13 @@ def hadamard_in_two(  # type: ignore[no-untyped-def]
     x_row,
     out,
     out_row,
-    before,  # float32 (A * B,)
+    before,  # float32 (PARTS * A * B,)
     after,
     table,
     each,
     divisor,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
     HALF: tl.constexpr,
+    PARTS: tl.constexpr,  # blocks of a larger matrix
     A: tl.constexpr,
     B: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -135,18 +188,35 @@ def hadamard_in_two(  # type: ignore[no-untyped-def]
     row = (unit // each).to(tl.int64)
     column = unit % each * (A * B) + place
     values = tl.load(x + row * x_row + column)
-    if BEFORE:
-        values = values.to(tl.float32) * tl.load(before + place)
-    signs = _signs(table, B, B, STRIDE)
-    inner = _by_signs(values, signs, HALF)
-    high, middle, low = _parts(inner)
-    left = cast(_signs(table, A, A, STRIDE).to(tl.float32), tl.bfloat16)
-    total = dot(left, low, tl.zeros((A, B), tl.float32))
-    total = dot(left, high, dot(left, middle, total))
-    total = tl.div_rn(total, tl.full(total.shape, divisor, tl.float32))
-    if AFTER:
-        total *= tl.load(after + place)
+    place += unit % each % PARTS * (A * B)
+    total = turned_in_two(values, place, before, after, table, divisor, HALF, A, B, STRIDE)
     tl.debug_barrier()
+    tl.store(out + row * out_row + column, cast(total, out.dtype.element_ty))
+
+
+@triton.jit
+def hadamard_across(  # type: ignore[no-untyped-def]
+    x,  # float32: blocks of B columns, rotated
+    x_row,
+    out,
+    out_row,
+    after,  # float32 (A * B,)
+    table,
+    each,  # blocks of A * B columns in a row
+    divisor,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    N: tl.constexpr,
+    STRIDE: tl.constexpr,
+):
+    """The Hadamard matrix of A across as many blocks, for N columns of each."""
+    unit = tl.program_id(0)
+    place = tl.arange(0, A)[:, None] * B + tl.program_id(1) * N + tl.arange(0, N)[None, :]
+    row = (unit // each).to(tl.int64)
+    column = unit % each * (A * B) + place
+    total = _over(_from_the_left(_signs(table, A, A, STRIDE), tl.load(x + row * x_row + column)), divisor)
+    if after is not None:
+        total *= tl.load(after + place)
     tl.store(out + row * out_row + column, cast(total, out.dtype.element_ty))
 
 
@@ -190,9 +260,9 @@ def product(  # type: ignore[no-untyped-def]
 
 
 @cache
-def _table(device: torch.device) -> Tensor:
+def table(device: torch.device) -> Tensor:
     """int8 (128, 128): the Hadamard matrix, whose corner is every smaller one."""
-    return sylvester(_FACTOR, device)
+    return sylvester(FACTOR, device)
 
 
 def takes(rotation: Rotation, x: Tensor, out: Tensor) -> bool:
@@ -216,28 +286,15 @@ def rotate(rotation: Rotation, x: Tensor, out: Tensor, signs: bool) -> None:
     if rotation.matrix is not None:
         _multiply(rotation.matrix, x, out)
         return
-    half = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(x.dtype, "") if signs else ""
-    given: dict[str, Any] = {
-        "BEFORE": rotation.before is not None,
-        "AFTER": rotation.after is not None,
-        "HALF": half,
-    }
-    ends = (x, x.stride(0), out, out.stride(0), rotation.before, rotation.after, _table(x.device))
-    if size > _FACTOR:
-        each = width // size
-        power = size.bit_length() - 1
-        runtime.launch(
-            hadamard_in_two,
-            (rows * each,),
-            *(*ends, each, float(rotation.divisor)),
-            num_warps=max(size // 1024, 1),
-            A=1 << power - power // 2,
-            B=1 << power // 2,
-            STRIDE=_FACTOR,
-            **given,
-        )
+    half = half_of(x.dtype, signs)
+    ends = (x, x.stride(0), out, out.stride(0), rotation.before, rotation.after, table(x.device))
+    if size > IN_A_PROGRAM:
+        _in_two_passes(rotation, x, out, half)
         return
-    columns = max(size, _TILE)
+    if size > FACTOR:
+        _in_two(ends, rows, width // size, float(rotation.divisor), half, size, 1)
+        return
+    columns = max(size, TILE)
     each = triton.cdiv(width, columns)
     units = rows * each
     together, warps = _together(units, columns)
@@ -246,18 +303,66 @@ def rotate(rotation: Rotation, x: Tensor, out: Tensor, signs: bool) -> None:
         (triton.cdiv(units, together),),
         *(*ends, units, each, width, float(rotation.divisor)),
         num_warps=warps,
+        HALF=half,
         SIZE=size,
         M=together,
         N=columns,
-        STRIDE=_FACTOR,
-        **given,
+        STRIDE=FACTOR,
+    )
+
+
+def half_of(dtype: torch.dtype, signs: bool) -> str:
+    """The 16-bit type that holds x of ``dtype`` before its first product."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "") if signs else ""
+
+
+def factors(size: int) -> tuple[int, int]:
+    """A and B of ``turned_in_two``."""
+    power = size.bit_length() - 1
+    return 1 << power - power // 2, 1 << power // 2
+
+
+def _in_two(
+    ends: tuple[Any, ...], rows: int, each: int, divisor: float, half: str, size: int, parts: int
+) -> None:
+    """Rows of ``each`` blocks of ``size`` columns, ``parts`` of which have their own of ``before``."""
+    a, b = factors(size)
+    runtime.launch(
+        hadamard_in_two,
+        (rows * each,),
+        *(*ends, each, divisor),
+        num_warps=max(size // 1024, 1),
+        HALF=half,
+        PARTS=parts,
+        A=a,
+        B=b,
+        STRIDE=FACTOR,
+    )
+
+
+def _in_two_passes(rotation: Rotation, x: Tensor, out: Tensor, half: str) -> None:
+    rows, width = x.shape
+    inner = rotation.size // _ACROSS
+    made = torch.empty(rows, width, dtype=torch.float32, device=x.device)
+    ends = (x, x.stride(0), made, width, rotation.before, None, table(x.device))
+    _in_two(ends, rows, width // inner, 1.0, half, inner, _ACROSS)
+    each = width // rotation.size
+    runtime.launch(
+        hadamard_across,
+        (rows * each, inner // _ACROSS),
+        *(made, width, out, out.stride(0), rotation.after, table(x.device), each, float(rotation.divisor)),
+        num_warps=4,
+        A=_ACROSS,
+        B=inner,
+        N=_ACROSS,
+        STRIDE=FACTOR,
     )
 
 
 def _together(units: int, columns: int) -> tuple[int, int]:
     """Blocks of a program, and its warps."""
-    if units < _TILE * _MANY:
-        return _TILE, max(columns // 32, 1)
+    if units < TILE * _MANY:
+        return TILE, max(columns // 32, 1)
     return 64, 4
 
 
@@ -266,8 +371,8 @@ def _multiply(matrix: Tensor, x: Tensor, out: Tensor) -> None:
     rows, width = x.shape
     each = width // size
     units = rows * each
-    together, warps = (64, 8) if units >= 64 * 132 else (_TILE, 4)
-    columns = min(max(triton.next_power_of_2(size), _TILE), _WHOLE)
+    together, warps = (64, 8) if units >= 64 * 132 else (TILE, 4)
+    columns = min(max(triton.next_power_of_2(size), TILE), _WHOLE)
     # A program that does not have all columns of a block would overwrite what others read.
     made = torch.empty_like(out) if size > columns and out.data_ptr() == x.data_ptr() else out
     runtime.launch(

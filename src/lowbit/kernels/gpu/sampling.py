@@ -1,4 +1,4 @@
-"""Sampling on the GPU: the draw of a token a row, log-probabilities; nothing waits for the device.
+"""Sampling on the GPU: the draw of a token a row; nothing waits for the device.
 
 The definition is the engine's sampler: temperature, min-p, top-k, top-p, one uniform number against a
 cumulative sum, in the order of ids where nothing was cut by rank, else from the likeliest down, equals by id.
@@ -11,7 +11,8 @@ about 1e-7 of float64's.
 
 No vocabulary is sorted. Four launches cut a row in chunks of 2,048 logits:
 
-1. ``_peaks``: each chunk's largest logit, its place, and whether there is a NaN;
+1. ``_peaks`` (``survey``): each chunk's largest logit, its place, how many are no finite numbers, and where
+   log-probabilities are asked for (``ratings``) its sum of exponentials;
 2. ``_weights``: each chunk's sum of weights, and where something is cut by rank a histogram of how many
    tokens lie how far below the largest, in steps of 1/16 nat;
 3. ``_candidates``: tokens of the steps that certainly hold all that is kept, or of as many steps as have
@@ -25,6 +26,8 @@ Grids follow from shapes alone, so all of it can be captured in a CUDA graph. It
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -41,7 +44,7 @@ _ONE = tl.constexpr(float(1 << 42))  # the largest weight
 _STEPS = tl.constexpr(256)  # of the histogram; the last one holds all that is further away
 _A_NAT = tl.constexpr(16.0)  # steps
 _LEAST = tl.constexpr(-(1 << 31))  # of all keys
-_NOTHING = tl.constexpr(-(1 << 63))  # where there is no candidate
+NOTHING = tl.constexpr(-(1 << 63))  # where there is no candidate
 
 
 @triton.jit
@@ -67,6 +70,25 @@ def _key(z):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def packed(z, column):  # type: ignore[no-untyped-def]
+    """int64, larger for the likelier token: by float32 z, which is no negative zero, equals by id."""
+    return (_key(z).to(tl.int64) << 32) | (0xFFFFFFFF - column.to(tl.int64))
+
+
+@triton.jit
+def number_of(token):  # type: ignore[no-untyped-def]
+    """z of a ``packed`` token."""
+    narrow = (token >> 32).to(tl.int32)
+    return (narrow ^ ((narrow >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def id_of(token):  # type: ignore[no-untyped-def]
+    """The id of a ``packed`` token, int64."""
+    return 0xFFFFFFFF - (token & 0xFFFFFFFF)
+
+
+@triton.jit
 def _step(z, peak):  # type: ignore[no-untyped-def]
     """The histogram's step of z: how far it is below the largest."""
     below = tl.minimum((peak - z) * _A_NAT, _STEPS - 1.0)
@@ -74,7 +96,7 @@ def _step(z, peak):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _peak_of(peaks, row, chunks, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
+def peak_of(peaks, row, chunks, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The largest logit of a row, from its chunks' (NaN left out), and the first chunk that has it."""
     chunk = tl.arange(0, CHUNKS)
     values = tl.load(peaks + row * chunks + chunk, mask=chunk < chunks, other=-float("inf"))
@@ -88,16 +110,20 @@ def _peaks(  # type: ignore[no-untyped-def]
     logits_row,
     peaks,
     places,
+    broken,
+    sums,
     histogram,
     count,
     width,
     chunks,
     CHUNK: tl.constexpr,
     STEPS: tl.constexpr,
+    SUMS: tl.constexpr,
     CLEARS: tl.constexpr,
 ):
     """A chunk's largest logit and its first place p, or -1 - p where there is a NaN, which is no largest.
 
+    ``broken``: how many are NaN or infinite. ``SUMS``: the sum of exp(logit - the chunk's largest), float32.
     ``CLEARS``: the histogram and the count of candidates of its row are set to zero, by the first chunk.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -109,6 +135,12 @@ def _peaks(  # type: ignore[no-untyped-def]
     wrong = tl.max((x != x).to(tl.int32), 0)
     tl.store(peaks + row * chunks + chunk, peak)
     tl.store(places + row * chunks + chunk, tl.where(wrong > 0, -1 - place, place))
+    size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    unfit = (column < width) & (size >= 0x7F800000)
+    tl.store(broken + row * chunks + chunk, tl.sum(unfit.to(tl.int32), 0))
+    if SUMS:
+        each = tl.where(finite == peak, 1.0, tl.exp(finite - peak))
+        tl.store(sums + row * chunks + chunk, tl.sum(tl.where(column < width, each, 0.0), 0))
     if CLEARS:  # noqa: SIM102 (a constant, and what is not)
         if chunk == 0:
             tl.store(histogram + row * STEPS + tl.arange(0, STEPS), tl.zeros((STEPS,), tl.int32))
@@ -116,15 +148,19 @@ def _peaks(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_peaks(peaks, places, values, ids, chunks, CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each row's largest logit, NaN where it holds one, and its first place."""
+def _row_peaks(  # type: ignore[no-untyped-def]
+    peaks, places, broken, values, ids, unfit, chunks, CHUNKS: tl.constexpr
+):
+    """Each row's largest logit, NaN where it holds one, its first place, and how many are not finite."""
     row = tl.program_id(0).to(tl.int64)
-    peak, chunk = _peak_of(peaks, row, chunks, CHUNKS)
+    peak, chunk = peak_of(peaks, row, chunks, CHUNKS)
     column = tl.arange(0, CHUNKS)
     wrong = tl.min(tl.load(places + row * chunks + column, mask=column < chunks, other=0), 0) < 0
     place = tl.load(places + row * chunks + chunk)
     tl.store(values + row, tl.where(wrong, float("nan"), peak))
     tl.store(ids + row, tl.where(place < 0, -1 - place, place).to(tl.int64))
+    each = tl.load(broken + row * chunks + column, mask=column < chunks, other=0)
+    tl.store(unfit + row, tl.sum(each, 0))
 
 
 @triton.jit
@@ -147,7 +183,7 @@ def _weights(  # type: ignore[no-untyped-def]
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row)
     if heat > 0.0:
-        peak, _ = _peak_of(peaks, row, chunks, CHUNKS)
+        peak, _ = peak_of(peaks, row, chunks, CHUNKS)
         peak = _scaled(peak, heat)
         column = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits + row * logits_row + column, mask=column < width, other=-float("inf"))
@@ -205,7 +241,7 @@ def _candidates(  # type: ignore[no-untyped-def]
             (fits & (~enough) & (step < STEPS - 1)).to(tl.int32), 0
         )  # all of them are the first ones
 
-        peak, _ = _peak_of(peaks, row, chunks, CHUNKS)
+        peak, _ = peak_of(peaks, row, chunks, CHUNKS)
         peak = _scaled(peak, heat)
         column = chunk * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits + row * logits_row + column, mask=column < width, other=-float("inf"))
@@ -215,8 +251,7 @@ def _candidates(  # type: ignore[no-untyped-def]
         if number > 0:
             first = tl.atomic_add(count + row, number, sem="relaxed")
             place = first + tl.cumsum(taken.to(tl.int32), 0) - 1
-            packed = (_key(z).to(tl.int64) << 32) | (0xFFFFFFFF - column.to(tl.int64))
-            tl.store(candidates + row * MOST + place, packed, mask=taken & (place < MOST))
+            tl.store(candidates + row * MOST + place, packed(z, column), mask=taken & (place < MOST))
 
 
 @triton.jit
@@ -264,9 +299,7 @@ def _over(  # type: ignore[no-untyped-def]
 @triton.jit
 def _weight_of(key, peak, min_p):  # type: ignore[no-untyped-def]
     """The weight of a token of this int64 key."""
-    narrow = key.to(tl.int32)
-    z = (narrow ^ ((narrow >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return _weight(z, peak, min_p)
+    return _weight(number_of(key << 32), peak, min_p)
 
 
 @triton.jit
@@ -346,26 +379,20 @@ def _choose(  # type: ignore[no-untyped-def]
     count,
     candidates,
     tokens,
-    values,
     width,
     chunks,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
     MOST: tl.constexpr,
     SLICE: tl.constexpr,
-    NOTED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_row
     heat, k, p = tl.load(temperature + row), tl.load(top_k + row), tl.load(top_p + row)
     least, number = tl.load(min_p + row), tl.load(uniform + row)
-    peak, first = _peak_of(peaks, row, chunks, CHUNKS)
+    peak, first = peak_of(peaks, row, chunks, CHUNKS)
     place = tl.load(places + row * chunks + first)
     token = tl.where(place < 0, -1 - place, place)
-    if NOTED:
-        chunk = tl.arange(0, CHUNKS)
-        wrong = tl.min(tl.load(places + row * chunks + chunk, mask=chunk < chunks, other=0), 0) < 0
-        tl.store(values + row, tl.where(wrong, float("nan"), peak))
     if heat > 0.0:
         peak = _scaled(peak, heat)
         total = _total(sums, row, chunks, CHUNKS)
@@ -374,13 +401,13 @@ def _choose(  # type: ignore[no-untyped-def]
             # Of every candidate: how many are likelier, and what these weigh.
             found = tl.load(count + row)
             lane = tl.arange(0, MOST)
-            mine = tl.load(candidates + row * MOST + lane, mask=lane < found, other=_NOTHING)
-            w = tl.where(lane < found, _weight_of(mine >> 32, peak, least), 0)
+            mine = tl.load(candidates + row * MOST + lane, mask=lane < found, other=NOTHING)
+            w = tl.where(lane < found, _weight(number_of(mine), peak, least), 0)
             rank, above = tl.zeros((MOST,), tl.int32), tl.zeros((MOST,), tl.int64)
             for start in range(0, found, SLICE):
                 other = start + tl.arange(0, SLICE)
-                theirs = tl.load(candidates + row * MOST + other, mask=other < found, other=_NOTHING)
-                weights = tl.where(other < found, _weight_of(theirs >> 32, peak, least), 0)
+                theirs = tl.load(candidates + row * MOST + other, mask=other < found, other=NOTHING)
+                weights = tl.where(other < found, _weight(number_of(theirs), peak, least), 0)
                 likelier = theirs[None, :] > mine[:, None]
                 rank += tl.sum(likelier.to(tl.int32), 1)
                 above += tl.sum(tl.where(likelier, weights[None, :], 0), 1)
@@ -396,7 +423,7 @@ def _choose(  # type: ignore[no-untyped-def]
                 left = tl.sum(tl.where(kept, w, 0), 0)
                 target = tl.minimum(tl.floor(number * left.to(tl.float64)).to(tl.int64), left - 1)
                 drawn = kept & (above <= target) & (target < above + w)
-                token = tl.max(tl.where(drawn, (0xFFFFFFFF - (mine & 0xFFFFFFFF)).to(tl.int32), 0), 0)
+                token = tl.max(tl.where(drawn, id_of(mine).to(tl.int32), 0), 0)
             else:
                 token = _by_bisection(logits, width, heat, peak, k, p, least, number, total, CHUNK)
         else:
@@ -405,48 +432,70 @@ def _choose(  # type: ignore[no-untyped-def]
     tl.store(tokens + row, tl.minimum(token, width - 1).to(tl.int64))
 
 
-def row_peaks(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of float32 (rows, vocabulary): each row's largest number, NaN where it holds one, and its first place.
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over the logits found; nothing of it has been read.
 
-    float32 and int64 (rows,), as ``kernels.row_peaks`` but on the device: nothing is read.
+    ``values``: float32 (rows,), each row's largest, NaN where it holds one. ``ids``: int64 (rows,), its first
+    place. ``broken``: int32 (rows,), how many are NaN or infinite. The rest is of chunks, (rows, chunks):
+    ``peaks`` without NaN, ``places``, ``sums`` of exp(logit - peak), float32, if they were asked for.
+    ``histogram`` and ``count``: zeros, if tokens will be drawn.
     """
-    rows = len(logits)
-    values, ids = logits.new_empty(rows), torch.empty(rows, dtype=torch.int64, device=logits.device)
-    if rows:
-        peaks, places, chunks = _chunk_peaks(logits)
-        most = triton.next_power_of_2(chunks)
-        runtime.launch(_row_peaks, (rows,), peaks, places, values, ids, chunks, num_warps=1, CHUNKS=most)
-    return values, ids
+
+    values: Tensor
+    ids: Tensor
+    broken: Tensor
+    peaks: Tensor
+    places: Tensor
+    sums: Tensor | None
+    histogram: Tensor | None
+    count: Tensor | None
 
 
-def _chunk_peaks(
-    logits: Tensor, histogram: Tensor | None = None, count: Tensor | None = None
-) -> tuple[Tensor, Tensor, int]:
-    """(rows, chunks) largest logits and places, and the number of chunks."""
+def survey(logits: Tensor, *, sums: bool = False, draws: bool = False) -> Survey:
+    """Of float32 (rows, vocabulary), on the device. ``sums``: for ``ratings``; ``draws``: for
+    ``sample_rows``."""
     rows, width = logits.shape
     assert logits.dtype is torch.float32 and logits.stride(1) == 1 and 0 < width <= MOST, (
         f"logits are float32, a row's one behind another, at most {MOST}"
     )
-    chunks = triton.cdiv(width, CHUNK)
-    peaks = logits.new_empty(rows, chunks)
-    places = torch.empty(rows, chunks, dtype=torch.int32, device=logits.device)
+    chunks, device = triton.cdiv(width, CHUNK), logits.device
+
+    def whole(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    found = Survey(
+        whole(rows, dtype=torch.float32),
+        whole(rows, dtype=torch.int64),
+        whole(rows),
+        whole(rows, chunks, dtype=torch.float32),
+        whole(rows, chunks),
+        whole(rows, chunks, dtype=torch.float32) if sums else None,
+        whole(rows, _STEPS.value) if draws else None,
+        whole(rows) if draws else None,
+    )
+    if not rows:
+        return found
+    broken = whole(rows, chunks)
     runtime.launch(
         _peaks,
         (rows, chunks),
-        logits,
-        logits.stride(0),
-        peaks,
-        places,
-        histogram,
-        count,
-        width,
-        chunks,
+        *(logits, logits.stride(0), found.peaks, found.places, broken, found.sums),
+        *(found.histogram, found.count, width, chunks),
         num_warps=8,
         CHUNK=CHUNK,
         STEPS=_STEPS.value,
-        CLEARS=histogram is not None,
+        SUMS=sums,
+        CLEARS=draws,
     )
-    return peaks, places, chunks
+    runtime.launch(
+        _row_peaks,
+        (rows,),
+        *(found.peaks, found.places, broken, found.values, found.ids, found.broken, chunks),
+        num_warps=1,
+        CHUNKS=triton.next_power_of_2(chunks),
+    )
+    return found
 
 
 def sample_rows(
@@ -456,14 +505,14 @@ def sample_rows(
     top_p: Tensor,
     min_p: Tensor,
     uniform: Tensor,
-    peaks: Tensor | None = None,
+    found: Survey | None = None,
 ) -> Tensor:
     """int64 (rows,): the next token of each row of float32 (rows, vocabulary) logits.
 
     ``temperature``: float32 (rows,); 0 takes the first of the largest. ``top_k``: int32 (rows,); 0, a
     negative number or as many as there are tokens: no limit. ``top_p``, ``min_p`` and ``uniform`` (of
-    [0, 1)): float64 (rows,). ``peaks``: float32 (rows,), gets each row's largest logit, NaN where it holds a
-    NaN: what was drawn there means nothing, but is a token.
+    [0, 1)): float64 (rows,). ``found``: these logits' survey, made for one draw. What is drawn from a row
+    that holds a NaN means nothing, but is a token.
     """
     rows, width = logits.shape
     for tensor, dtype in (
@@ -476,11 +525,12 @@ def sample_rows(
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     if not rows:
         return tokens
-    steps = _STEPS.value
-    histogram = torch.empty(rows, steps, dtype=torch.int32, device=device)
-    count = torch.empty(rows, dtype=torch.int32, device=device)
+    if found is None:
+        found = survey(logits, draws=True)
+    assert found.histogram is not None and found.count is not None, "surveyed for a draw"
+    largest, histogram, count = found.peaks, found.histogram, found.count
+    chunks, steps = largest.shape[1], _STEPS.value
     candidates = torch.empty(rows, CANDIDATES, dtype=torch.int64, device=device)
-    largest, places, chunks = _chunk_peaks(logits, histogram, count)
     sums = torch.empty(rows, chunks, dtype=torch.int64, device=device)
     row = logits.stride(0)
     cut = {"CHUNK": CHUNK, "CHUNKS": triton.next_power_of_2(chunks)}
@@ -505,30 +555,11 @@ def sample_rows(
     runtime.launch(
         _choose,
         (rows,),
-        *(logits, row, largest, places, temperature, top_k, top_p, min_p, uniform, sums, count, candidates),
-        *(tokens, peaks, width, chunks),
+        *(logits, row, largest, found.places, temperature, top_k, top_p, min_p, uniform, sums, count),
+        *(candidates, tokens, width, chunks),
         num_warps=16,
         MOST=CANDIDATES,
         SLICE=16,
-        NOTED=peaks is not None,
         **cut,
     )
     return tokens
-
-
-def log_probabilities(logits: Tensor, tokens: Tensor, alternatives: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row of float32 (rows, vocabulary) logits, without reading any.
-
-    float64 (rows,) log-probabilities of ``tokens`` (int64), int64 (rows, alternatives) likeliest tokens,
-    equals by id, and theirs.
-    """
-    wide = logits.double()
-    normalizer = torch.logsumexp(wide, 1, keepdim=True)
-    chosen = wide.gather(1, tokens[:, None]) - normalizer
-    # Keys that order as the logits do, each with its id behind it, so that no two are equal.
-    bits = torch.where(logits == 0, 0.0, logits).view(torch.int32)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
-    packed = keys | (0xFFFFFFFF - torch.arange(logits.shape[1], device=logits.device))
-    best = packed.topk(min(alternatives, logits.shape[1]), dim=1).values
-    ids = 0xFFFFFFFF - (best & 0xFFFFFFFF)
-    return chosen[:, 0], ids, wide.gather(1, ids) - normalizer

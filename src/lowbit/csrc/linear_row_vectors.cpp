@@ -1,0 +1,380 @@
+// Products with vectors of rows, x as InputKind::words; see linear_row_vectors.h.
+
+#include "linear_row_vectors.h"
+
+#include "linear_kernels.h"
+
+namespace lowbit {
+namespace {
+
+constexpr std::int64_t AHEAD = 2048;  // bytes of indices
+
+template <int BYTES>
+INLINE std::size_t index_at(const std::uint8_t* indices, int place) {
+    if constexpr (BYTES == 1) return indices[place];
+    std::uint16_t index;
+    std::memcpy(&index, indices + place * 2, sizeof index);
+    return index;
+}
+
+// Codebooks of some columns: of STRIDE numbers a vector; indices have MAIN bytes, those of the residual one SECOND or there
+// is none.
+template <int STRIDE_, int MAIN_, int SECOND_>
+struct Book {
+    static constexpr int STRIDE = STRIDE_, MAIN = MAIN_, SECOND = SECOND_;
+    static constexpr int PIECES = ROWS / STRIDE;
+    static constexpr std::int64_t SECOND_PLACE = COLUMNS * PIECES * MAIN;  // of the residual codebook's indices
+    static constexpr std::int64_t BYTES = COLUMNS * PIECES * (MAIN + SECOND);
+    const std::int16_t* main;
+    const std::int16_t* second;
+};
+
+#if defined(__AVX2__)
+
+template <int STRIDE, int BYTES>
+INLINE __m256i vectors_at(const std::uint8_t* indices, int first, const std::int16_t* table) {
+    const auto at = [&](int piece) __attribute__((always_inline)) {
+        return reinterpret_cast<const __m128i*>(table + index_at<BYTES>(indices, first + piece) * STRIDE);
+    };
+    if constexpr (STRIDE == 16) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(0)));
+    } else if constexpr (STRIDE == 8) {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(at(0))), _mm_loadu_si128(at(1)), 1);
+    } else {
+        const __m128i low = _mm_unpacklo_epi64(_mm_loadl_epi64(at(0)), _mm_loadl_epi64(at(1)));
+        const __m128i high = _mm_unpacklo_epi64(_mm_loadl_epi64(at(2)), _mm_loadl_epi64(at(3)));
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+    }
+}
+
+// 16 rows of a column of a tile.
+template <class BOOK>
+INLINE __m256i column_at(const std::uint8_t* tile, int column, const BOOK& book) {
+    __m256i numbers = vectors_at<BOOK::STRIDE, BOOK::MAIN>(tile, column * BOOK::PIECES, book.main);
+    if constexpr (BOOK::SECOND != 0) {
+        const std::uint8_t* const indices = tile + BOOK::SECOND_PLACE;
+        numbers = _mm256_add_epi16(
+            numbers, vectors_at<BOOK::STRIDE, BOOK::SECOND>(indices, column * BOOK::PIECES, book.second));
+    }
+    return numbers;
+}
+
+#endif
+
+#if defined(__AVX512BF16__)
+
+constexpr int QUADS = COLUMNS / 4;
+
+// Two columns' numbers in turns: of the first two of four, of the last two.
+struct Turns {
+    __m512i first, second;
+    Turns() {
+        alignas(64) std::int16_t places[2][32];
+        for (int row = 0; row < ROWS; ++row) {
+            for (int half = 0; half < 2; ++half) {
+                places[half][2 * row] = static_cast<std::int16_t>(half * ROWS + row);
+                places[half][2 * row + 1] = static_cast<std::int16_t>(32 + half * ROWS + row);
+            }
+        }
+        first = _mm512_load_si512(places[0]);
+        second = _mm512_load_si512(places[1]);
+    }
+};
+
+template <class BOOK>
+INLINE void four_columns(const std::uint8_t* tile, int column, const BOOK& book, const Turns& turns, __m512i& first,
+                         __m512i& second) {
+    const auto two = [&](int low, int high) __attribute__((always_inline)) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(column_at(tile, column + low, book)),
+                                  column_at(tile, column + high, book), 1);
+    };
+    const __m512i even = two(0, 2), odd = two(1, 3);
+    first = _mm512_permutex2var_epi16(even, turns.first, odd);
+    second = _mm512_permutex2var_epi16(even, turns.second, odd);
+}
+
+template <class BOOK>
+INLINE void decode_row_vectors(const std::uint8_t* tile, const BOOK& book, const Turns& turns, WordTile& w) {
+    each_constant<QUADS>([&](auto quad) __attribute__((always_inline)) {
+        constexpr int QUAD = decltype(quad)::value;
+        four_columns(tile, QUAD * 4, book, turns, w[QUAD * 2], w[QUAD * 2 + 1]);
+    });
+}
+
+template <class BOOK>
+INLINE SixteenInts dot_row_vectors_once(const std::uint8_t* tile, const BOOK& book, const Turns& turns, const std::int16_t* x) {
+    const auto pair = [&](int column) __attribute__((always_inline)) {
+        std::int32_t two;
+        std::memcpy(&two, x + column, sizeof two);
+        return _mm512_set1_epi32(two);
+    };
+    __m512i a = _mm512_setzero_si512(), b = a;
+    each_constant<QUADS>([&](auto quad) __attribute__((always_inline)) {
+        constexpr int COLUMN = decltype(quad)::value * 4;
+        __m512i first, second;
+        four_columns(tile, COLUMN, book, turns, first, second);
+        a = _mm512_dpwssd_epi32(a, first, pair(COLUMN));
+        b = _mm512_dpwssd_epi32(b, second, pair(COLUMN + 2));
+    });
+    return _mm512_add_epi32(a, b);
+}
+
+INLINE void load_words(const std::uint8_t* tile, WordTile& w) {
+    UNROLL
+    for (int i = 0; i < PAIRS; ++i) w[i] = _mm512_loadu_si512(tile + i * 64);
+}
+
+#else
+
+struct Turns {};
+
+#if defined(__AVX2__)
+
+template <class BOOK>
+INLINE void decode_row_vectors(const std::uint8_t* tile, const BOOK& book, const Turns&, WordTile& w) {
+    UNROLL
+    for (int i = 0; i < PAIRS; ++i) {
+        const __m256i a = column_at(tile, 2 * i, book), b = column_at(tile, 2 * i + 1, book);
+        const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+        w[i].low = _mm256_permute2x128_si256(low, high, 0x20);
+        w[i].high = _mm256_permute2x128_si256(low, high, 0x31);
+    }
+}
+
+INLINE void load_words(const std::uint8_t* tile, WordTile& w) {
+    UNROLL
+    for (int i = 0; i < PAIRS; ++i) {
+        w[i].low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + i * 64));
+        w[i].high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + i * 64 + 32));
+    }
+}
+
+#else
+
+template <class BOOK>
+INLINE void decode_row_vectors(const std::uint8_t* tile, const BOOK& book, const Turns&, WordTile& w) {
+    for (int column = 0; column < COLUMNS; ++column) {
+        for (int piece = 0; piece < BOOK::PIECES; ++piece) {
+            const int place = column * BOOK::PIECES + piece;
+            const std::int16_t* const from = book.main + index_at<BOOK::MAIN>(tile, place) * BOOK::STRIDE;
+            std::int16_t* const to = w.columns[column] + piece * BOOK::STRIDE;
+            std::memcpy(to, from, BOOK::STRIDE * sizeof *to);
+            if constexpr (BOOK::SECOND != 0) {
+                const std::size_t added = index_at<BOOK::SECOND>(tile + BOOK::SECOND_PLACE, place);
+                const std::int16_t* const more = book.second + added * BOOK::STRIDE;
+                for (int i = 0; i < BOOK::STRIDE; ++i) to[i] = static_cast<std::int16_t>(to[i] + more[i]);
+            }
+        }
+    }
+}
+
+INLINE void load_words(const std::uint8_t* tile, WordTile& w) {
+    for (int column = 0; column < COLUMNS; ++column) {
+        for (int row = 0; row < ROWS; ++row) {
+            std::memcpy(&w.columns[column][row], tile + column / 2 * 64 + row * 4 + column % 2 * 2, 2);
+        }
+    }
+}
+
+#endif
+
+template <class BOOK>
+INLINE SixteenInts dot_row_vectors_once(const std::uint8_t* tile, const BOOK& book, const Turns& turns, const std::int16_t* x) {
+    WordTile w;
+    decode_row_vectors(tile, book, turns, w);
+    SixteenInts sum[1] = {ints_set(0)};
+    dot_words<0, COLUMNS, 1>(w, x, COLUMNS, sum);
+    return sum[0];
+}
+
+#endif
+
+struct RowVectorStep {
+    const WordTile& w;
+    const Input& x;
+    std::int64_t tile;
+    float (*totals)[ROWS];
+
+    template <int TOKENS>
+    INLINE void operator()(int token) const {
+        SixteenInts sums[TOKENS];
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(0);
+        dot_words<0, COLUMNS, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
+        const float* const scales = x.scales + tile * x.tokens + token;
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            const Sixteen total = sixteen_load(totals[token + t]);
+            sixteen_store(totals[token + t], sixteen_fma(sixteen_set(scales[t]), ints_to_floats(sums[t]), total));
+        }
+    }
+};
+
+// Codebooks that were not used last are read from end to end: one by one, each line would be waited for. Where there are
+// fewer indices than lines the lines that are needed come by themselves.
+void have_near(const Layout& layout, const RowVectors& vectors, const std::int16_t* table) {
+    static thread_local const std::int16_t* last = nullptr;
+    constexpr std::int64_t LINE = 64;
+    if (last == table) return;
+    last = table;
+    const std::int64_t bytes = vectors.books * vectors.numbers() * static_cast<std::int64_t>(sizeof *table);
+    const int codebooks = vectors.residual != 0 ? 2 : 1;
+    if (layout.blocks * layout.tiles * COLUMNS * vectors.pieces() * codebooks * LINE < 4 * bytes) return;
+    const auto* const first = reinterpret_cast<const char*>(table);
+    for (std::int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(first + at, 0, 2);
+}
+
+template <int STRIDE, int MAIN, int SECOND>
+Book<STRIDE, MAIN, SECOND> book_of(const RowVectors& vectors, const std::int16_t* table, int number) {
+    const std::int16_t* const first = table + number * vectors.numbers();
+    return {first, first + static_cast<std::int64_t>(vectors.centroids) * STRIDE};
+}
+
+template <int STRIDE, int MAIN, int SECOND>
+__attribute__((noinline)) void multiply_once(const Layout& layout, const RowVectors& vectors, const std::uint8_t* block,
+                                             const std::int16_t* table, const Input& x, float* totals) {
+    using Codebooks = Book<STRIDE, MAIN, SECOND>;
+    const Turns turns;
+    const std::uint8_t* at = block;
+    Sixteen total = sixteen_load(totals);
+    const auto add = [&](std::int64_t tile, SixteenInts sum) __attribute__((always_inline)) {
+        total = sixteen_fma(sixteen_set(x.scales[tile]), ints_to_floats(sum), total);
+    };
+    for (std::int64_t tile = 0; tile < vectors.outlier_tiles; ++tile, at += RowVectors::WORD_TILE) {
+        WordTile w;
+        load_words(at, w);
+        SixteenInts sum[1] = {ints_set(0)};
+        dot_words<0, COLUMNS, 1>(w, x.at<std::int16_t>(tile, 0), COLUMNS, sum);
+        add(tile, sum[0]);
+    }
+    std::int64_t tile = vectors.outlier_tiles;
+    for (int number = 0; number < vectors.books; ++number) {
+        const Codebooks book = book_of<STRIDE, MAIN, SECOND>(vectors, table, number);
+        const std::int64_t last = tile + vectors.book_tiles(layout.tiles);
+        for (; tile < last; ++tile, at += Codebooks::BYTES) {
+            // Among scattered reads of the table the processor does not see that the indices are a stream.
+            for (std::int64_t line = 0; line < Codebooks::BYTES; line += 64) __builtin_prefetch(at + AHEAD + line);
+            add(tile, dot_row_vectors_once(at, book, turns, x.at<std::int16_t>(tile, 0)));
+        }
+    }
+    sixteen_store(totals, total);
+}
+
+template <int STRIDE, int MAIN, int SECOND>
+void multiply_many(const Layout& layout, const RowVectors& vectors, const std::uint8_t* block, const std::int16_t* table,
+                   const Input& x, float (*totals)[ROWS]) {
+    using Codebooks = Book<STRIDE, MAIN, SECOND>;
+    const Turns turns;
+    const std::uint8_t* at = block;
+    for (std::int64_t tile = 0; tile < vectors.outlier_tiles; ++tile, at += RowVectors::WORD_TILE) {
+        WordTile w;
+        load_words(at, w);
+        for_tokens(x.tokens, RowVectorStep{w, x, tile, totals});
+    }
+    std::int64_t tile = vectors.outlier_tiles;
+    for (int number = 0; number < vectors.books; ++number) {
+        const Codebooks book = book_of<STRIDE, MAIN, SECOND>(vectors, table, number);
+        const std::int64_t last = tile + vectors.book_tiles(layout.tiles);
+        for (; tile < last; ++tile, at += Codebooks::BYTES) {
+            if (x.tokens >= FETCHING_TOKENS) {
+                fetch_ahead<Codebooks::BYTES>(at);
+                fetch_results(x, tile, layout.tiles);
+            }
+            WordTile w;
+            decode_row_vectors(at, book, turns, w);
+            for_tokens(x.tokens, RowVectorStep{w, x, tile, totals});
+        }
+    }
+}
+
+template <int STRIDE, int MAIN, int SECOND>
+void multiply_row_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                          float (*totals)[ROWS]) {
+    const RowVectors vectors(*layout.row_vectors);
+    have_near(layout, vectors, decoding.vectors);
+    if (x.tokens == 1) {
+        multiply_once<STRIDE, MAIN, SECOND>(layout, vectors, block, decoding.vectors, x, totals[0]);
+    } else {
+        multiply_many<STRIDE, MAIN, SECOND>(layout, vectors, block, decoding.vectors, x, totals);
+    }
+    if (vectors.length == STRIDE) return;
+    for (int t = 0; t < x.tokens; ++t) {  // vectors that do not fill their lanes: rows one behind another
+        for (int row = vectors.length; row < layout.height; ++row) totals[t][row] = totals[t][vectors.lane(row)];
+    }
+}
+
+template <int STRIDE, int MAIN>
+BlockFunction by_second(int bytes) {
+    return bytes == 0   ? multiply_row_vectors<STRIDE, MAIN, 0>
+           : bytes == 1 ? multiply_row_vectors<STRIDE, MAIN, 1>
+                        : multiply_row_vectors<STRIDE, MAIN, 2>;
+}
+
+template <int STRIDE>
+BlockFunction by_bytes(const RowVectors& vectors) {
+    const int second = vectors.second_bytes();
+    return vectors.main_bytes() == 1 ? by_second<STRIDE, 1>(second) : by_second<STRIDE, 2>(second);
+}
+
+}  // namespace
+
+BlockFunction row_vector_function(const Layout& layout) {
+    const RowVectors vectors(*layout.row_vectors);
+    switch (vectors.stride()) {
+        case 4: return by_bytes<4>(vectors);
+        case 8: return by_bytes<8>(vectors);
+        default: return by_bytes<16>(vectors);
+    }
+}
+
+float take_columns(const lowbit_row_vectors& weight, const float* row, std::int64_t columns, float* out) {
+    Sixteen held = sixteen_zeros();
+    for (std::int64_t column = 0; column < columns; column += 16) {
+        alignas(64) float taken[16];
+        for (int i = 0; i < 16; ++i) taken[i] = weight.order[column + i] < 0 ? 0.0f : row[weight.order[column + i]];
+        const Sixteen x = sixteen_load(taken);
+        sixteen_store(out + column, sixteen_multiply(x, sixteen_load(weight.multiplier + column)));
+        if (weight.offset != nullptr) held = sixteen_fma(sixteen_load(weight.offset + column), x, held);
+    }
+    return sixteen_sum(held);
+}
+
+void row_of_row_vectors(const lowbit_weight& weight, const Layout& layout, std::int64_t row, float* out) {
+    const lowbit_row_vectors& columns = *weight.row_vectors;
+    const RowVectors vectors(columns);
+    const auto* const table = reinterpret_cast<const std::int16_t*>(weight.table);
+    const std::uint8_t* at = weight.data + row / layout.height * layout.block_bytes;
+    const int inside = static_cast<int>(row % layout.height), piece = inside / vectors.length;
+    const auto index = [&](const std::uint8_t* indices, int bytes, int column) {
+        const int place = column * vectors.pieces() + piece;
+        return static_cast<std::int64_t>(bytes == 1 ? index_at<1>(indices, place) : index_at<2>(indices, place));
+    };
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const bool outliers = tile < vectors.outlier_tiles;
+        const std::int64_t book = outliers ? 0 : (tile - vectors.outlier_tiles) / vectors.book_tiles(layout.tiles);
+        const std::int16_t* const main = table + book * vectors.numbers() + inside % vectors.length;
+        for (int column = 0; column < COLUMNS; ++column) {
+            const std::int64_t stored = tile * COLUMNS + column;
+            if (columns.order[stored] < 0) continue;
+            int word;
+            if (outliers) {
+                std::int16_t number;
+                std::memcpy(&number, at + column / 2 * 64 + vectors.lane(inside) * 4 + column % 2 * 2, sizeof number);
+                word = number;
+            } else {
+                word = main[index(at, vectors.main_bytes(), column) * vectors.stride()];
+                if (vectors.residual != 0) {
+                    const std::uint8_t* const second = at + COLUMNS * vectors.pieces() * vectors.main_bytes();
+                    const std::int64_t added = vectors.centroids + index(second, vectors.second_bytes(), column);
+                    word += main[added * vectors.stride()];
+                }
+            }
+            float value = static_cast<float>(word) * columns.multiplier[stored];
+            if (columns.offset != nullptr) value += columns.offset[stored];
+            out[columns.order[stored]] = value;
+        }
+        at += outliers ? RowVectors::WORD_TILE : vectors.tile_bytes();
+    }
+}
+
+}  // namespace lowbit
