@@ -81,21 +81,46 @@ INLINE __m512i windows(__m512i bits) {
     return _mm512_maskz_multishift_epi64_epi8(0x3333333333333333ull, _mm512_set1_epi64(PLACES), bits);
 }
 
-// Whole numbers of 16 windows in 32-bit lanes: of mul1 as they are, else 4 times as large, and 2 more.
+// Windows that become numbers side by side, instruction by instruction: from one to its number takes some 35 cycles, and
+// one after another they would fill the schedulers with what waits.
+constexpr int TOGETHER = 8;
+
+// Whole numbers of 16 windows each in 32-bit lanes: of mul1 as they are, else 4 times as large, and 2 more.
 template <TrellisBook BOOK>
-INLINE __m512i numbers(__m512i window) {
+INLINE void numbers(__m512i (&of)[TOGETHER]) {
     constexpr BookNumbers book = numbers_of(BOOK);
-    __m512i product = _mm512_mullo_epi32(window, _mm512_set1_epi32(static_cast<int>(book.times)));
+    const auto each = [&](const auto& change) __attribute__((always_inline)) {
+        UNROLL
+        for (int i = 0; i < TOGETHER; ++i) of[i] = change(of[i], i);
+    };
+    each([&](__m512i window, int) __attribute__((always_inline)) {
+        return _mm512_mullo_epi32(window, _mm512_set1_epi32(static_cast<int>(book.times)));
+    });
     if constexpr (BOOK == TrellisBook::mul1) {
-        return _mm512_dpbusd_epi32(_mm512_set1_epi32(-LINE_ZERO), product, _mm512_set1_epi8(LINE_TIMES));
+        each([&](__m512i product, int) __attribute__((always_inline)) {
+            return _mm512_dpbusd_epi32(_mm512_set1_epi32(-LINE_ZERO), product, _mm512_set1_epi8(LINE_TIMES));
+        });
+        return;
     }
-    if constexpr (book.plus != 0) product = _mm512_add_epi32(product, _mm512_set1_epi32(static_cast<int>(book.plus)));
+    if constexpr (book.plus != 0) {
+        each([&](__m512i product, int) __attribute__((always_inline)) {
+            return _mm512_add_epi32(product, _mm512_set1_epi32(static_cast<int>(book.plus)));
+        });
+    }
     // Of a half 10 bits of mantissa, and a power of two with its sign for its two bits of exponent.
-    const __m512i mantissa = _mm512_ternarylogic_epi32(product, _mm512_set1_epi16(0x3FF), _mm512_set1_epi16(0x760), 0x6A);
     const __m512i positive = _mm512_set1_epi64(0x0002000100080004);
     const __m512i negative = _mm512_sub_epi16(_mm512_setzero_si512(), positive);
-    const __m512i power = _mm512_permutex2var_epi16(positive, _mm512_srli_epi16(product, 10), negative);
-    return _mm512_dpwssd_epi32(_mm512_set1_epi32(2), mantissa, power);
+    __m512i power[TOGETHER];
+    UNROLL
+    for (int i = 0; i < TOGETHER; ++i) power[i] = _mm512_srli_epi16(of[i], 10);
+    UNROLL
+    for (int i = 0; i < TOGETHER; ++i) power[i] = _mm512_permutex2var_epi16(positive, power[i], negative);
+    each([&](__m512i product, int) __attribute__((always_inline)) {
+        return _mm512_ternarylogic_epi32(product, _mm512_set1_epi16(0x3FF), _mm512_set1_epi16(0x760), 0x6A);
+    });
+    each([&](__m512i mantissa, int i) __attribute__((always_inline)) {
+        return _mm512_dpwssd_epi32(_mm512_set1_epi32(2), mantissa, power[i]);
+    });
 }
 
 // An operand of 16 rows by 2 columns.
@@ -109,14 +134,24 @@ INLINE __m512i operand(__m512i even, __m512i odd) {
 // each(number of the pair, its operand) for all pairs of columns.
 template <TrellisBook BOOK, int BITS, class Each>
 INLINE void each_pair(const std::uint8_t* tile, const Each& each) {
-    each_constant<8>([&](auto number) __attribute__((always_inline)) {
-        constexpr int HALF = decltype(number)::value / 4, Q = decltype(number)::value % 4;
-        __m512i bits = chunk_bits<BITS, HALF, end_plane(BITS, Q, 0)>(tile);
-        const __m512i first = numbers<BOOK>(windows<BITS, 0>(bits)), second = numbers<BOOK>(windows<BITS, 1>(bits));
-        each(std::integral_constant<int, trellis_pair(HALF, Q, 0)>{}, operand<BOOK>(first, second));
-        if constexpr (steps(BITS) == 2) bits = chunk_bits<BITS, HALF, end_plane(BITS, Q, 1)>(tile);
-        const __m512i third = numbers<BOOK>(windows<BITS, 2>(bits)), fourth = numbers<BOOK>(windows<BITS, 3>(bits));
-        each(std::integral_constant<int, trellis_pair(HALF, Q, 1)>{}, operand<BOOK>(third, fourth));
+    each_constant<4>([&](auto number) __attribute__((always_inline)) {
+        constexpr int HALF = decltype(number)::value / 2, Q = decltype(number)::value % 2 * 2;
+        __m512i of[TOGETHER];
+        each_constant<2>([&](auto next) __attribute__((always_inline)) {
+            constexpr int NEXT = decltype(next)::value, FIRST = NEXT * 4;
+            __m512i bits = chunk_bits<BITS, HALF, end_plane(BITS, Q + NEXT, 0)>(tile);
+            of[FIRST] = windows<BITS, 0>(bits);
+            of[FIRST + 1] = windows<BITS, 1>(bits);
+            if constexpr (steps(BITS) == 2) bits = chunk_bits<BITS, HALF, end_plane(BITS, Q + NEXT, 1)>(tile);
+            of[FIRST + 2] = windows<BITS, 2>(bits);
+            of[FIRST + 3] = windows<BITS, 3>(bits);
+        });
+        numbers<BOOK>(of);
+        each_constant<4>([&](auto pair) __attribute__((always_inline)) {
+            constexpr int PAIR = decltype(pair)::value;
+            constexpr int PLACE = trellis_pair(HALF, Q + PAIR / 2, PAIR % 2);
+            each(std::integral_constant<int, PLACE>{}, operand<BOOK>(of[PAIR * 2], of[PAIR * 2 + 1]));
+        });
     });
 }
 
