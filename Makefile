@@ -49,9 +49,9 @@ serve: install
 	@echo "    -d '{\"model\": \"default\", \"temperature\": 0, \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}'"
 	@exec $(BIN)/lowbit serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_FLAGS)
 
-# A worker a core; a file's tests stay together, they share what is costly to set up.
+# A worker a core; a file's tests stay together, they share what is costly to set up. tests/conftest.py has the order.
 test: install
-	@$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # Under 90 seconds: without the tests that start a server or compare with another library over long texts.
 test-quick: install

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from linear_formats import Sample, codebook_weight, matrix, row_codebook_weight
+from linear_formats import Sample, codebook_weight, matrix, row_codebook_weight, trellis_weight
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -167,6 +167,11 @@ def row_vectors(length: int, centroids: int, residual: int = 0) -> Callable[[tup
     return lambda shape: Sample(row_codebook_weight(shape, length, centroids, residual), None)
 
 
+def trellis(bits: int, book: str) -> Callable[[tuple[int, int]], Sample]:
+    """Random bits of a trellis."""
+    return lambda shape: Sample(trellis_weight(shape, bits, book), None)
+
+
 def _inputs(name: str, columns: int, scale: str = "f32") -> ActivationScheme:
     return ActivationScheme(number_format(name), (1, columns), scale=number_format(scale))
 
@@ -220,6 +225,9 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     "vptq v8 k256": row_vectors(8, 256),
     "vptq v16 k65536+65536": row_vectors(16, 65536, 65536),
     "vptq v12 k65536": row_vectors(12, 65536),
+    **{f"exl3 {bits} bits": trellis(bits, "mcg") for bits in range(1, 9)},
+    "exl3 4 bits 3inst": trellis(4, "3inst"),
+    "exl3 4 bits mul1": trellis(4, "mul1"),
     "w8a8": coded("int8", 0, "f32", inputs=_inputs("int8", 0)),
     **{f"gguf {name}": blocks(name) for name in _GGUF},
 }

@@ -194,7 +194,7 @@ class Bench:
             expected = expected if factor is None else expected * factor
         else:
             fmt = sample.weight.scheme.weight
-            whole = fmt.vectors is not None or fmt.name in FLOAT_TABLES
+            whole = (fmt.in_bytes and fmt.block is None) or fmt.name in FLOAT_TABLES
             rounded = x if whole else x.bfloat16()
             expected = functional.linear(rounded.float(), exact)
         error = float((found.float() - expected).norm() / expected.norm())

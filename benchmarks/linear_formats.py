@@ -10,9 +10,16 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.numerics.number_formats import RowVectorLayout, VectorLayout, number_format, vector_format
+from lowbit.numerics.number_formats import (
+    RowVectorLayout,
+    VectorLayout,
+    number_format,
+    trellis_format,
+    vector_format,
+)
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.trellis import BLOCK
 from lowbit.quantize.method import Module, build_method
 from lowbit.quantize.specification import parse_method
 
@@ -131,6 +138,16 @@ def row_vectors(length: int, centroids: int, residual: int = 0) -> Callable[[Ten
     return made
 
 
+def trellis(bits: int, book: str) -> Callable[[Tensor], Sample]:
+    """Random bits of a trellis (EXL3), whatever the matrix; all bits are valid."""
+
+    def made(values: Tensor) -> Sample:
+        rows, columns = values.shape
+        return Sample(trellis_weight((rows, columns), bits, book), None)
+
+    return made
+
+
 def row_codebook_weight(
     shape: tuple[int, int], length: int, centroids: int, residual: int = 0
 ) -> QuantizedTensor:
@@ -153,6 +170,26 @@ def row_codebook_weight(
         column_order=torch.randperm(columns, generator=generator),
         origin="benchmark",
         codebooks=books.half(),
+    )
+
+
+def trellis_weight(shape: tuple[int, int], bits: int, book: str) -> QuantizedTensor:
+    """Random bits and scales of powers of two; LowbitError where 128 does not divide the shape."""
+    generator = torch.Generator().manual_seed(1)
+    fmt, half, (rows, columns) = trellis_format(bits, book), number_format("f16"), shape
+    assert fmt.trellis is not None
+    if rows % BLOCK or columns % BLOCK:
+        raise LowbitError("E0702", f"{rows} x {columns} are no whole blocks of {BLOCK} x {BLOCK}")
+    outputs, inputs = (
+        torch.exp2(torch.randint(-4, -1, (size,), generator=generator).float()).half()
+        for size in (rows, columns)
+    )
+    return QuantizedTensor(
+        Scheme(fmt, ((1, 0), (0, 1)), (half, half)),
+        shape,
+        torch.randint(256, (rows, fmt.trellis.row_bytes(columns)), generator=generator).to(torch.uint8),
+        (outputs.unsqueeze(1), inputs.unsqueeze(0)),
+        origin="benchmark",
     )
 
 
@@ -179,6 +216,9 @@ FORMATS: dict[str, Callable[[Tensor], Sample]] = {
     "vptq v8 k65536+256": row_vectors(8, 65536, 256),
     "vptq v16 k65536+65536": row_vectors(16, 65536, 65536),
     "vptq v12 k65536": row_vectors(12, 65536),
+    "exl3 4 bits": trellis(4, "mcg"),
+    "exl3 3 bits": trellis(3, "mcg"),
+    "exl3 4 bits mul1": trellis(4, "mul1"),
     "fp8 channel": _method("fp8:activation=none"),
     "fp8 block": _method("fp8:weights=block,activation=none"),
     "w8a8": _method("w8a8_int8"),

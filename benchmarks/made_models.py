@@ -167,13 +167,19 @@ def _write_random_four_bit(
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def openvino_folder(model: str, group: int, python: str) -> Path:
-    """The model as OpenVINO's files, 4-bit in groups, made by its own reader and tool in ``python``."""
-    out = folder() / f"{model}-openvino-int4-g{group}"
+def openvino_folder(model: str, kind: str, python: str) -> Path:
+    """The model as OpenVINO's files, made by its own reader and tool in ``python``.
+
+    ``kind``: "int4-g64", 4-bit in groups of 64; "gguf-q4_1", what its reader makes of that GGUF type.
+    """
+    out = folder() / f"{model}-openvino-{kind}"
+    what, _, detail = kind.partition("-")
     if not out.exists():
         part = out.with_name(f"{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        words = [python, str(EXPORT_OPENVINO), str(gguf_file(model, "f16")), str(part), str(group)]
+        source = gguf_file(model, detail if what == "gguf" else "f16")
+        words = [python, str(EXPORT_OPENVINO), str(source), str(part)]
+        words += [] if what == "gguf" else [detail.removeprefix("g")]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(words[1:2])} failed: {done.stderr[-500:]}")

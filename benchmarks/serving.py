@@ -91,7 +91,7 @@ def main() -> None:
     rivals.add_argument("--rival", action="append", default=[], choices=[*ENGINES, "all"])
     rivals.add_argument("--rival-python", action="append", default=[], metavar="NAME=PATH")
     rivals.add_argument(
-        "--rival-files", nargs="*", metavar="TYPE", help="GGUF types, int4-g64, w4a16, bf16 …"
+        "--rival-files", nargs="*", metavar="TYPE", help="GGUF types, int4-g64, gguf-q4_1, w4a16, bf16 …"
     )
     rivals.add_argument(
         "--activation-quantization", default="none", choices=("none", "int8"), help="of lowbit"
@@ -266,10 +266,8 @@ def rival_file(engine: Engine, python: str, model: str, kind: str) -> Path | Non
         if engine.name != "vllm":
             return None
         return made_models.float_folder(model) if kind == "bf16" else made_models.four_bit_folder(model)
-    if kind.startswith("int4-g"):
-        if engine.name != "openvino":
-            return None
-        return made_models.openvino_folder(model, int(kind.removeprefix("int4-g")), python)
+    if kind.startswith(("int4-g", "gguf-")):
+        return made_models.openvino_folder(model, kind, python) if engine.name == "openvino" else None
     return made_models.gguf_file(model, kind) if engine.name == "llama.cpp" else None
 
 

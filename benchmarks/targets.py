@@ -161,25 +161,32 @@ class RivalTarget:
         self.variants: list[str] = ready["variants"]
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[Answer]:
-        assert self._process.stdin is not None, "a pipe was asked for"
-        asked = {
-            "prompts": prompts,
-            "max_tokens": max_tokens,
-            "variant": self.variant or self.variants[0],
-            "copied_contexts": self.copied_contexts,
-        }
-        try:
-            self._process.stdin.write(json.dumps(asked) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise RivalError(f"{self.name} ended") from None
+        asked = {"prompts": prompts, "max_tokens": max_tokens, "copied_contexts": self.copied_contexts}
         answers = [
-            Answer(len(said["ids"]), "", said["times"], said["ids"]) for said in self._read()["answers"]
+            Answer(len(said["ids"]), "", said["times"], said["ids"]) for said in self._ask(asked)["answers"]
         ]
         if any(answer.tokens != max_tokens for answer in answers):
             told = sorted({answer.tokens for answer in answers})
             raise RivalError(f"{self.name} gave {told} tokens where {max_tokens} were asked for")
         return answers
+
+    def logits(self, prompt: list[int], file: Path) -> tuple[int, int]:
+        """Has float32 logits of all the prompt's tokens written to ``file``: (tokens, vocabulary)."""
+        tokens, words = self._ask({"prompt": prompt, "logits": str(file)})["shape"]
+        if (tokens, file.stat().st_size) != (len(prompt), 4 * tokens * words):
+            held = f"{tokens} x {words} logits in {file.stat().st_size} bytes"
+            raise RivalError(f"{self.name} wrote {held} for {len(prompt)} tokens")
+        return tokens, words
+
+    def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None, "a pipe was asked for"
+        asked["variant"] = self.variant or self.variants[0]
+        try:
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise RivalError(f"{self.name} ended") from None
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None, "a pipe was asked for"

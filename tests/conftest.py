@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
+
+# Before torch is imported, and for the processes that tests start: its threads wait for each other spinning,
+# which on cores that another worker shares costs many times what they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -14,6 +19,26 @@ if not torch.cuda.is_available():
 
 from guard_page import poison_new_tensors
 from lowbit.checkpoint.embedded import embedded_model
+
+# What takes longest (a compiler, whole models, other processes) begins first, so that no worker waits for it
+# at the end. Files of the most tests follow.
+LONGEST = [
+    Path(__file__).parent / name
+    for name in (
+        *("engine/test_sameness.py", "kernels/test_amx.py", "kernels/test_instruction_sets.py"),
+        *("models/test_embedded.py", "server/test_failures.py", "gpu/test_gpu_attention.py", "test_docs.py"),
+        *("kernels/test_attention.py", "checkpoint/test_safetensors_writer.py", "server/test_end_to_end.py"),
+        *("engine/test_ranks.py", "gpu/test_gpu_recurrent.py", "kernels/test_native.py"),
+    )
+]
+assert all(path.is_file() for path in LONGEST)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order in which xdist hands out files, with ``--no-loadscope-reorder``."""
+    counts = Counter(item.path for item in items)
+    ranks = {path: rank for rank, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), -counts[item.path], str(item.path)))
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,13 @@ comparison = benchmark_module("comparison")
 linear_formats = benchmark_module("linear_formats")
 cliffs = benchmark_module("cliffs")
 linear = benchmark_module("linear")
+for name in ("made_models", "quality_originals", "serving"):
+    benchmark_module(name)
+accuracy = benchmark_module("accuracy")
 
 RIVAL = f"""
 import sys, time
+import numpy as np
 sys.path.insert(0, {str(FOLDER / "rivals")!r})
 from line_protocol import Lines, options
 lines = Lines()
@@ -40,7 +44,12 @@ def complete(prompts, max_tokens, variant, copied):
     count = max_tokens - (variant == "short")
     return [([p[-1]] * count, [float(i + 1) for i in range(count)]) for p in prompts]
 
-lines.answer("1.2", {{"model": options()["model"], "prefix_cache": False}}, ["plain", "short"], complete)
+def logits(prompt, variant):
+    return np.arange(10) == np.array(prompt)[:, None] if 9 not in prompt else np.zeros((1, 10))
+
+told = options()
+also = [logits] if told.get("logits") else []
+lines.answer("1.2", {{"model": told["model"], "prefix_cache": False}}, ["plain", "short"], complete, *also)
 """
 
 
@@ -83,12 +92,43 @@ def test_a_rival_answers_line_by_line(tmp_path: Path) -> None:
         rival.variant = "short"
         with pytest.raises(targets.RivalError, match=r"\[2\] tokens where 3"):
             rival.complete([[5]], 3)
+        with pytest.raises(targets.RivalError, match="it gives tokens and no logits"):
+            rival.logits([5], tmp_path / "logits")
         with pytest.raises(targets.RivalError, match="ended with status 3"):
             rival.complete([[5]], 98)
     finally:
         rival.close()
     with pytest.raises(targets.RivalError, match="does not run"):
         targets.RivalTarget("fake", str(tmp_path / "no-python"), str(script), {})
+
+
+def test_a_rivals_logits_are_its_own(tmp_path: Path) -> None:
+    """Each position's logits name its own token, and this rival serves the prompt's last one."""
+    script, file = tmp_path / "rival.py", tmp_path / "logits"
+    script.write_text(RIVAL)
+    rival = targets.RivalTarget("fake", sys.executable, str(script), {"model": "m", "logits": True})
+    try:
+        found = accuracy.rival_logits(rival, [5, 6, 2], file)
+        assert found.shape == (3, 10) and found.argmax(1).tolist() == [5, 6, 2]
+        accuracy.assert_served(rival, [5, 6], file)
+        rival.complete = lambda prompts, tokens: [targets.Answer(1, "", [1.0], [4])]
+        with pytest.raises(targets.RivalError, match="serves token 4, its logits name 6"):
+            accuracy.assert_served(rival, [5, 6], file)
+        with pytest.raises(targets.RivalError, match="1 x 10 logits in 40 bytes for 2 tokens"):
+            rival.logits([5, 9], file)
+    finally:
+        rival.close()
+
+
+def test_the_accuracy_section_has_a_row_an_engine() -> None:
+    originals = benchmark_module("quality_originals")
+    expected, logits = (torch.tensor([[0.9, 0.1], [0.2, 0.8]]).log() for _ in range(2))
+    logits[1] = logits[1].flip(0)  # 0.8 and 0.2 the other way round: KL 0.6 ln 4
+    found = originals.Divergence.of(*([each] for each in originals.compare(expected, logits)))
+    rows = [accuracy.Row("lowbit", "q4_1", 98_000_000, "", found)]
+    text = accuracy.markdown(rows, ["vllm was not run"], "python benchmarks/accuracy.py", "One")
+    assert "| lowbit | q4_1 | 98 |  | 0.415888 | 0.8235 | 0.832 | 50.00% |" in text
+    assert text.startswith(accuracy.BEGIN) and "- vllm was not run" in text and "2 positions" in text
 
 
 class Fake:

@@ -52,6 +52,17 @@ class Llama:
             self._fill(prompts, memory)
         return self._run(prompts, max_tokens, [len(p) - 1 if copied else 0 for p in prompts])
 
+    def logits(self, prompt: list[int], variant: str) -> Any:
+        """float32 (tokens, vocabulary) of one prompt."""
+        self._prepare(1, -(-len(prompt) // 256) * 256, variant)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        found = []
+        for start in range(0, len(prompt), BATCH):
+            part = prompt[start : start + BATCH]
+            self._submit([(token, start + place, 0, True) for place, token in enumerate(part)])
+            found += [self._row(place).copy() for place in range(len(part))]
+        return np.stack(found)
+
     def _prepare(self, sequences: int, length: int, variant: str) -> None:
         key = (sequences, length, variant)
         if self._key == key:
@@ -75,6 +86,15 @@ class Llama:
 
     def _decode(self, entries: list[tuple[int, int, int, bool]]) -> list[int]:
         """entries: (token, position, sequence, wanted); greedy tokens of the wanted ones, in order."""
+        self._submit(entries)
+        return [int(self._row(place).argmax()) for place, entry in enumerate(entries) if entry[3]]
+
+    def _row(self, place: int) -> Any:
+        """Logits after the entry at ``place``, until the next batch."""
+        logits = llama_cpp.llama_get_logits_ith(self._context, place)
+        return np.ctypeslib.as_array(logits, (self._words,))
+
+    def _submit(self, entries: list[tuple[int, int, int, bool]]) -> None:
         batch = self._batch
         batch.n_tokens = len(entries)
         for place, (token, position, sequence, wanted) in enumerate(entries):
@@ -86,12 +106,6 @@ class Llama:
         status = llama_cpp.llama_decode(self._context, batch)
         if status:
             raise RuntimeError(f"llama_decode gave {status} for {len(entries)} tokens")
-        found = []
-        for place, entry in enumerate(entries):
-            if entry[3]:
-                logits = llama_cpp.llama_get_logits_ith(self._context, place)
-                found.append(int(np.ctypeslib.as_array(logits, (self._words,)).argmax()))
-        return found
 
     def _fill(self, prompts: list[list[int]], memory: Any) -> None:
         """Contexts of all prompts but for their last tokens, by copying the longest."""
@@ -140,9 +154,8 @@ def main() -> None:
     llama = Llama(asked["model"], asked["threads"])
     llama.complete([[1]], 1, next(iter(VARIANTS)), False)
     system = llama_cpp.llama_print_system_info().decode()
-    lines.answer(
-        llama_cpp.__version__, {"system": system, "prefix_cache": False}, list(VARIANTS), llama.complete
-    )
+    details = {"system": system, "prefix_cache": False}
+    lines.answer(llama_cpp.__version__, details, list(VARIANTS), llama.complete, llama.logits)
 
 
 if __name__ == "__main__":

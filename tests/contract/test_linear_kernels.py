@@ -19,16 +19,35 @@ import torch
 
 from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
-from lowbit.kernels import LinearKernel, PackedWeight, choose, code_tables, linear_kernels, native
+from lowbit.kernels import (
+    LinearKernel,
+    PackedWeight,
+    choose,
+    code_tables,
+    linear_kernels,
+    native,
+    packed_linear,
+)
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
 from lowbit.kernels.cpu_row_vectors import CpuRowVectors, RowVectorsWeight
+from lowbit.kernels.cpu_trellis import CpuTrellis, TrellisWeight
 from lowbit.kernels.cpu_vectors import CpuVectors
+from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
-from lowbit.numerics.number_formats import NumberFormat, RowVectorLayout, number_format, vector_format
+from lowbit.layers.linear import Linear
+from lowbit.numerics.number_formats import (
+    NumberFormat,
+    RowVectorLayout,
+    number_format,
+    trellis_format,
+    vector_format,
+)
 from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
+from lowbit.numerics.trellis import BLOCK, MULTIPLIERS
 from numerics.test_block_layouts import NAMES, random_blocks, tensor_of
 from sparse_memory import far_apart, sparse_zeros
 
@@ -239,6 +258,48 @@ def row_vectors(
     )
 
 
+def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> QuantizedTensor:
+    """Random bits (EXL3); of the first tile all ones, which every window of is the same."""
+    generator = torch.Generator().manual_seed(bits + len(book))
+    fmt, half, (out, columns) = trellis_format(bits, book), number_format("f16"), shape
+    assert fmt.trellis is not None
+    codes = torch.randint(256, (out, fmt.trellis.row_bytes(columns)), generator=generator)
+    codes[:16, : 2 * bits] = 255
+    outputs = (torch.randn(out, 1, generator=generator) * 0.3).half()
+    inputs = (torch.randn(1, columns, generator=generator) * 0.2).half()
+    scheme = Scheme(fmt, ((1, 0), (0, 1)), (half, half))
+    return QuantizedTensor(scheme, shape, codes.to(torch.uint8), (outputs, inputs), origin="test")
+
+
+def trellis_numbers(weight: QuantizedTensor) -> torch.Tensor:
+    """float64 (out, in): what the kernel multiplies between the transforms, from the windows themselves."""
+    layout = weight.scheme.weight.trellis
+    assert layout is not None
+    words = layout.tiles(weight.codes).int() & 0xFFFF  # (in / 16, out / 16, words)
+    words = words.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    stream = (words.unsqueeze(-1) >> torch.arange(15, -1, -1) & 1).flatten(-2)
+    whole = torch.empty(*words.shape[:2], 16, 16, dtype=torch.float64)  # of a tile (out, in)
+    for number in range(256):
+        lane, at = divmod(number, 8)
+        row, column = lane // 4 + 8 * (at > 3), lane % 4 * 2 + at % 2 + 8 * (at % 4 > 1)
+        end = (number + 1) * layout.bits
+        window = stream[..., torch.arange(end - 16, end) % stream.shape[-1]]
+        code = (window.long() << torch.arange(15, -1, -1)).sum(-1)
+        whole[..., row, column] = whole_number(layout.book, code)
+    return whole.permute(1, 2, 0, 3).reshape(weight.shape)
+
+
+def whole_number(book: str, code: torch.Tensor) -> torch.Tensor:
+    """float64: a code book's number for 16 bits as the kernel has it."""
+    product = code * MULTIPLIERS[book] + (64248484 if book == "3inst" else 0)
+    if book == "mul1":
+        total = (product.unsqueeze(-1) >> torch.tensor([0, 8, 16, 24]) & 255).sum(-1)
+        return (15 * total - 7654).double() * (0.00676727294921875 / 15)
+    bits = (product.unsqueeze(-1) >> torch.tensor([0, 16]) & 0x8FFF) ^ 0x3B60
+    halves = bits.to(torch.uint16).view(torch.float16).double()
+    return (halves.sum(-1) * 2**11 + 0.5).floor() / 2**11
+
+
 def crooked() -> QuantizedTensor:
     """7-bit codes that are no line: the native code has no table for them."""
     weight = canonical("uint7", 64)
@@ -346,6 +407,7 @@ WEIGHTS = {
     "codebooks 1x1 of 8 act-order": lambda: vectors(1, 1, 8, order=True),
     "codebooks 1x12 of 32, many blocks": lambda: vectors(1, 12, 32, shape=(700, 288)),
     "codebooks 2x8 of 16, many blocks": lambda: vectors(2, 8, 16, shape=(700, 288)),
+    "codebooks 2x8 of 8 f32, many blocks": lambda: vectors(2, 8, 8, "f32", (410, 264)),
     "codebooks of 8 rows (VPTQ)": lambda: row_vectors(8, 65536, 256, "bf16", scale="bf16", order=True),
     "codebooks of 8 rows, 83 columns": lambda: row_vectors(8, 256, shape=(37, 83), scale="f16"),
     "codebooks of 8 rows, both of two bytes": lambda: row_vectors(8, 4096, 257),
@@ -361,6 +423,15 @@ WEIGHTS = {
     "codebooks of 6 rows, outliers": lambda: row_vectors(6, 64, shape=(64, 76), books=2, outliers=12),
     "codebooks of 3 rows": lambda: row_vectors(3, 2, 2, shape=(37, 33)),
     "codebooks of 9 rows, many blocks": lambda: row_vectors(9, 500, 200, shape=(700, 288), scale="f16"),
+    "trellis 1 mcg (EXL3)": lambda: trellis(1, "mcg"),
+    "trellis 2 mul1": lambda: trellis(2, "mul1"),
+    "trellis 3 3inst": lambda: trellis(3, "3inst"),
+    "trellis 4 mcg": lambda: trellis(4, "mcg", (256, 128)),
+    "trellis 5 mul1": lambda: trellis(5, "mul1"),
+    "trellis 6 3inst": lambda: trellis(6, "3inst", (128, 128)),
+    "trellis 7 mcg": lambda: trellis(7, "mcg"),
+    "trellis 8 mul1": lambda: trellis(8, "mul1"),
+    "trellis 4 mcg, many blocks": lambda: trellis(4, "mcg", (640, 384)),
     "dense bf16": lambda: dense_weight("bf16", (37, 83)),
     "dense bf16, many blocks": lambda: dense_weight("bf16", (700, 600)),
     "dense f16": lambda: dense_weight("f16", (19, 96)),
@@ -445,6 +516,15 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
     """float64: the product of what the kernel multiplies, and what its error is measured by."""
     if isinstance(packed, RowVectorsWeight):
         return rounded_of_row_vectors(weight, x)
+    if isinstance(packed, TrellisWeight):
+        outputs, inputs = (scale.flatten() for scale in weight.scales)
+        numbers = trellis_numbers(weight)
+        turn = Rotation.hadamard(BLOCK)
+        seen = in_words(turn(x * inputs.float()), 8191)
+        whole = (seen @ numbers.T).unflatten(1, (-1, BLOCK)) @ turn(torch.eye(BLOCK)).double()
+        largest = (seen.abs() @ numbers.abs().T).unflatten(1, (-1, BLOCK)).norm(dim=-1, keepdim=True)
+        scale = largest.expand(whole.shape).flatten(1) * outputs.double().abs()
+        return whole.flatten(1) * outputs.double(), scale
     if not isinstance(packed, ColumnsWeight):
         exact = normal_form(weight).double() if packed.kernel.name == "reference" else multiplied(weight)
         seen = seen_by(packed, x)
@@ -594,9 +674,10 @@ def test_codebooks_of_any_numbers_lose_less_than_bfloat_inputs(books: int, bits:
 
 
 @needs_native
-def test_sums_of_the_largest_codebooks_stay_whole() -> None:
+@pytest.mark.parametrize("rows", [37, 400])
+def test_sums_of_the_largest_codebooks_stay_whole(rows: int) -> None:
     """Every number of every codebook at its largest, and x too: no sum wraps around."""
-    weight = vectors(3, 8, 8)
+    weight = vectors(3, 8, 8, shape=(rows, 256))
     assert weight.codebooks is not None
     for sign in (1.0, -1.0):
         extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
@@ -605,6 +686,23 @@ def test_sums_of_the_largest_codebooks_stay_whole() -> None:
             x = torch.full((tokens, 256), 3.3)
             wanted = x @ extreme.dequantize().T
             assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)]
+)
+def test_products_of_codebooks_made_first_have_the_same_bits(
+    books: int, bits: int, length: int, rows: int
+) -> None:
+    """Few tokens beside many rows may meet codebooks before indices do; so may a gate and its partner."""
+    packed = CpuVectors().pack(vectors(books, bits, length, shape=(rows, 544)), CPU)
+    x = torch.randn(9, 544, generator=torch.Generator().manual_seed(2))
+    whole, layer = packed.kernel.linear(x, packed), Linear("gate_up", [packed], None)
+    for tokens in (1, 2, 3, 4):
+        assert torch.equal(packed.kernel.linear(x[:tokens], packed), whole[:tokens])
+        if rows % 32 == 0:
+            assert torch.equal(layer.gated(x[:tokens], "silu"), gated_activation(whole[:tokens], "silu"))
 
 
 @needs_native
@@ -730,6 +828,90 @@ def test_vectors_of_rows_say_why_they_refuse(scheme: Scheme, words: str | None) 
 
 
 @needs_native
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("book", MULTIPLIERS)
+def test_trellises_lose_less_than_bfloat_inputs(book: str, bits: int) -> None:
+    """Beside the product of the definition, of every code book with every number of bits."""
+    weight = trellis(bits, book, (256, 256))
+    packed = CpuTrellis().pack(weight, CPU)
+    exact = weight.dequantize().double()
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    wanted = x.double() @ exact.T
+    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
+    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    assert found < rounded / 4, (found, rounded)
+    assert found < 4e-4
+
+
+@needs_native
+@pytest.mark.parametrize("book", MULTIPLIERS)
+def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
+    """Every window of 16 bits, as rows of the tiles have them: exactly the definition's."""
+    layout = trellis_format(8, book).trellis
+    assert layout is not None
+    weight = trellis(8, book, (256, 256))
+    ones = replace(weight, scales=tuple(torch.ones_like(scale) for scale in weight.scales))
+    packed = CpuTrellis().pack(ones, CPU)
+    assert isinstance(packed, TrellisWeight)
+    numbers = packed_linear.rows(packed.tiles, torch.arange(256))
+    turn = Rotation.hadamard(BLOCK)
+    turned = turn(turn(numbers).T.contiguous()).T
+    assert (turned - ones.dequantize()).abs().max() <= 2.0**-10 * turned.abs().max()
+    off = (numbers - trellis_numbers(weight)).abs()
+    assert off.max() <= 2.0**-9 + 2.0**-11 and off.norm() / numbers.norm() < 3e-4
+    assert torch.equal(numbers, numbers.half().float())
+
+
+@needs_native
+def test_sums_of_the_largest_numbers_of_a_trellis_stay_whole() -> None:
+    """All windows alike and the largest there is, x alike too: no sum wraps around."""
+    for book in MULTIPLIERS:
+        every = whole_number(book, torch.arange(1 << 16))
+        # Of 8 bits a stream repeats every 2 weights, of 16 bits, so that half of the windows are the largest.
+        for code in (int(every.argmax()), int(every.argmin())):
+            weight = trellis(8, book, (128, 128))
+            pieces = torch.tensor([code & 255, code >> 8], dtype=torch.uint8)
+            weight = replace(weight, codes=pieces.repeat(128, weight.codes.shape[1] // 2))
+            packed = CpuTrellis().pack(weight, CPU)
+            assert isinstance(packed, TrellisWeight)
+            numbers = trellis_numbers(weight)
+            for tokens in (1, 9):
+                x = torch.full((tokens, 128), 3.3)
+                found = packed_linear.linear(x, packed.tiles)
+                wanted = x.double() @ numbers.T
+                assert ((found - wanted).abs() <= 1e-6 * wanted.abs().max()).all()
+
+
+@needs_native
+def test_faults_of_trellis_inputs_end_their_own_row() -> None:
+    weight = trellis(4, "mcg")
+    packed = CpuTrellis().pack(weight, CPU)
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(4))
+    clean = packed.kernel.linear(x, packed)
+    for fault in (float("nan"), float("inf"), float("-inf")):
+        bad = x.clone()
+        bad[3, 200] = fault
+        found = packed.kernel.linear(bad, packed)
+        rest = [row for row in range(9) if row != 3]
+        assert found[3].isnan().all() and torch.equal(found[rest], clean[rest])
+
+
+@needs_native
+def test_what_a_trellis_kernel_refuses() -> None:
+    kernel, weight = CpuTrellis(), trellis(4, "mcg")
+    assert kernel.refuses(weight.scheme, weight.shape, CPU) is None
+    assert "whole blocks" in str(kernel.refuses(weight.scheme, (128, 192), CPU))
+    assert "no trellis" in str(kernel.refuses(canonical("int4", 32).scheme, (128, 256), CPU))
+    one = replace(weight.scheme, blocks=((1, 0),), scales=weight.scheme.scales[:1])
+    assert "each row and each column" in str(kernel.refuses(one, weight.shape, CPU))
+    packed = kernel.pack(weight, CPU)
+    for missing in ("outputs", "inputs"):
+        rest = {name: buffer for name, buffer in packed.buffers.items() if name != missing}
+        with pytest.raises(ValueError, match=f"no {missing} of float16"):
+            kernel.restore(packed.scheme, packed.shape, rest, "test")
+
+
+@needs_native
 @pytest.mark.parametrize(
     "name",
     [
@@ -848,7 +1030,15 @@ def test_choice_keeps_the_reasons() -> None:
     weight = crooked()
     choice = choose(weight.scheme, weight.shape, CPU)
     assert choice.kernel.name == "reference"
-    asked = ["cpu_blocks", "cpu_columns", "cpu_vectors", "cpu_row_vectors", "cpu_dense", "cpu_expanded"]
+    asked = [
+        "cpu_blocks",
+        "cpu_columns",
+        "cpu_vectors",
+        "cpu_row_vectors",
+        "cpu_trellis",
+        "cpu_dense",
+        "cpu_expanded",
+    ]
     assert [name for name, _ in choice.refusals] == asked
 
 

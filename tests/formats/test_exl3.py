@@ -27,9 +27,12 @@ from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
+from lowbit.kernels import native
 from lowbit.loading import load_model, plan_model
 from lowbit.loading.convert import convert
 from lowbit.loading.source_modules import SourceModel
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.trellis import code_book
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("exl3")]
 NAME = "model.layers.0.mlp.up_proj"
@@ -94,9 +97,10 @@ def layer(
     return tensors, whole.T[:out, :columns]
 
 
-def assert_rounded(found: Tensor, wanted: np.ndarray) -> None:
+def assert_rounded(weight: QuantizedTensor, wanted: np.ndarray) -> None:
     """Each number is the float16 next to the definition's, or the one beside it where float32 sums differ."""
-    assert found.dtype == torch.float16
+    found = weight.dequantize()
+    assert torch.equal(found, found.half().float())
     exact = torch.from_numpy(wanted.copy())
     step = last_bit(torch.float16, exact.float())
     assert ((found.double() - exact).abs() <= 0.51 * step + 1e-6 * exact.abs().max()).all()
@@ -114,7 +118,8 @@ def test_the_tools_own_values(folder: Path) -> None:
             if name not in wanted:
                 continue
             seen.add(name)
-            rows = linear.weight.codes[::STEP]
+            assert linear.weight.scheme.is_dense == any(size % 128 for size in linear.weight.shape)
+            rows = linear.weight.dequantize().half()[::STEP]
             step = last_bit(torch.float16, wanted[name].float())
             assert ((rows.float() - wanted[name].float()).abs() <= step).all(), name
             assert (rows != wanted[name]).float().mean() < 0.01, name  # ties alone
@@ -134,14 +139,12 @@ def test_values(bits: int, book: str, tmp_path: Path) -> None:
     shape = {0: (256, 128), 1: (128, 256), 2: (130, 100)}[bits % 3]
     tensors, weight = layer(NAME, *shape, bits, book, signs)
     folder = write_folder(tmp_path, tensors, EXL3 if bits % 2 else None)
-    assert_rounded(read(folder, NAME, shape).weight.codes, weight)
+    assert_rounded(read(folder, NAME, shape).weight, weight)
     assert ("4.25 bits" in reader_of(folder).describe()) == bool(bits % 2)
 
 
 def test_every_number_of_the_code_books() -> None:
-    from lowbit.formats.exl3 import code_book
-
-    for book in ("", "mcg", "mul1"):
+    for book in ("3inst", "mcg", "mul1"):
         codes = np.random.default_rng(1).integers(0, 65536, 4096).tolist()
         wanted = torch.tensor([number(book, code) for code in codes])
         assert torch.equal(code_book(book)[codes].float(), wanted)
@@ -150,8 +153,10 @@ def test_every_number_of_the_code_books() -> None:
 def test_slices_of_outputs_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, weight = layer(NAME, 300, 128, 3)
     folder = write_folder(tmp_path, tensors, EXL3)
-    monkeypatch.setattr("lowbit.formats.exl3._SLICE", 1)
-    assert_rounded(read(folder, NAME, (300, 128)).weight.codes, weight)
+    monkeypatch.setattr("lowbit.numerics.trellis._SLICE", 1)
+    assert_rounded(read(folder, NAME, (300, 128)).weight, weight)
+    tensors, weight = layer(NAME, 384, 128, 3)
+    assert_rounded(read(write_folder(tmp_path / "b", tensors, EXL3), NAME, (384, 128)).weight, weight)
 
 
 def quantized(tensors: dict[str, Tensor], names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -187,13 +192,57 @@ def test_a_model_answers_as_its_floats_do(tied: bool, tmp_path: Path) -> None:
     for folder, tensors in zip(folders, (plain, coded), strict=True):
         save_file(tensors, folder / "model.safetensors")
     plan = plan_model(header_of(folders[1]), device="cpu")
-    assert {str(one.scheme) for one in plan.modules} == {"f16", "f32"}
+    assert {str(one.scheme) for one in plan.modules} == {"f16", "f32"}, "all sizes are padded"
     assert any(one.name == "lm_head" for one in plan.modules)
-    assert "decoded to 16 bits" in reader_of(folders[1]).describe()
     assert_answers_alike(folders[1], folders[0])
     convert(header_of(folders[1]), "dense", tmp_path / "out", dtype="f32")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     assert_answers_alike(tmp_path / "out", folders[0])
+
+
+def exl3_model(tmp_path: Path) -> tuple[Path, Path]:
+    """A model whose sizes 128 divides, as floats and in trellises."""
+    folders = [write_model(tmp_path / name) for name in ("plain", "coded")]
+    turn, floats = torch.Generator().manual_seed(5), {}
+    for name, tensor in load_file(folders[0] / "model.safetensors").items():
+        shape = [{64: 128, 96: 256}.get(size, size) for size in tensor.shape]
+        floats[name] = torch.randn(shape, generator=turn) * 0.1
+    config = json.loads((folders[1] / "config.json").read_text())
+    config |= {"hidden_size": 128, "intermediate_size": 256}
+    (folders[0] / "config.json").write_text(json.dumps(config))
+    names = [name.removesuffix(".weight") for name in floats if "_proj" in name]
+    coded, plain = quantized(floats, names)
+    (folders[1] / "config.json").write_text(json.dumps(config | {"quantization_config": EXL3}))
+    for folder, tensors in zip(folders, (plain, coded), strict=True):
+        save_file(tensors, folder / "model.safetensors")
+    return folders[0], folders[1]
+
+
+def test_trellises_stay_packed(tmp_path: Path) -> None:
+    """The plan says it, the model holds it, and what is converted is what was decoded before."""
+    plain, coded = exl3_model(tmp_path)
+    plan = plan_model(header_of(coded), device="cpu")
+    projections = [one for one in plan.modules if "_proj" in one.name]
+    model = load_model(header_of(coded), device="cpu")
+    if native.library() is None:
+        assert {one.kernel for one in projections} == {"reference"}
+    else:
+        assert {one.kernel for one in projections} == {"cpu_trellis"}
+        assert all(one.scheme.weight.trellis is not None for one in projections)
+        for one in projections:
+            bits = one.scheme.weight.bits
+            stored = one.shape[0] * one.shape[1] * bits / 8 + 2 * sum(one.shape)
+            assert stored <= one.nbytes <= stored + 8, (one.name, bits)
+    assert model is not None
+    assert_answers_alike(coded, plain)
+    convert(header_of(coded), "dense", tmp_path / "out")
+    written, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", plain))
+    for name in (f"{one.name}.weight" for one in projections):
+        assert torch.equal(written[name], written[name].half().float()), "each is a float16"
+        exact = wanted[name].float()
+        off = (written[name].float() - exact).abs()  # where float32 sums differ, a last bit
+        assert (off <= last_bit(torch.float16, exact) + 1e-6 * exact.abs().max()).all(), name
+    assert_answers_alike(tmp_path / "out", plain)
 
 
 def test_layers_that_the_family_has_in_one(tmp_path: Path) -> None:

@@ -189,8 +189,9 @@ void multiply(lowbit_weight& weight, std::int64_t columns, const char* name) {
             }
             put(result + " size", out);
         }
-        const bool vectors = is_vectors(static_cast<Codes>(weight.codes)) || weight.row_vectors != nullptr;
-        if (kind == 0 && !vectors) by_columns(weight, rows, x, columns, name);
+        const auto codes = static_cast<Codes>(weight.codes);
+        const bool coded = is_vectors(codes) || is_trellis(codes) || weight.row_vectors != nullptr;
+        if (kind == 0 && !coded) by_columns(weight, rows, x, columns, name);
     }
     seed = before;
 }
@@ -353,6 +354,29 @@ void row_vectors(int length, int books, int centroids, int residual, int outlier
     multiply(weight, COLUMNS_IN, name);
 }
 
+// Trellises: any bits.
+void trellises(TrellisBook book, int bits) {
+    constexpr std::int64_t COLUMNS_IN = 160;
+    const std::vector<std::uint16_t> table(64);
+    lowbit_weight weight{};
+    weight.factor = 0x1p-11f;
+    weight.table = table.data();
+    weight.rows = ROWS_OUT;
+    weight.columns = COLUMNS_IN;
+    weight.codes = TRELLISES + 16 * static_cast<std::int32_t>(book) + bits;
+    weight.group = COLUMNS_IN;
+    const Layout layout(weight);
+    const Octets data = octets(layout.blocks * layout.block_bytes, 256);
+    weight.data = data.data();
+    char name[96];
+    std::snprintf(name, sizeof name, "linear trellis book %d of %d bits", static_cast<int>(book), bits);
+    if (find(static_cast<LinearBytes*>(nullptr), "lowbit_linear_bytes")(&weight) != static_cast<std::int64_t>(data.size())) {
+        std::fprintf(stderr, "%s: no kernel\n", name);
+        std::exit(1);
+    }
+    multiply(weight, COLUMNS_IN, name);
+}
+
 void all_linear() {
     for (const Codes codes : {Codes::bits1, Codes::bits2, Codes::bits3, Codes::bits4, Codes::bits5, Codes::bits6, Codes::bits7,
                               Codes::int8, Codes::uint8}) {
@@ -391,6 +415,7 @@ void all_linear() {
     row_vectors(4, 1, 100, 300, 3, true);
     row_vectors(6, 5, 20, 0, 0, false);
     row_vectors(16, 1, 500, 20, 0, true);
+    for (int bits = 1; bits <= 8; ++bits) trellises(static_cast<TrellisBook>(bits % 3), bits);
 }
 
 // Two sequences, of 300 and 5 keys, of which the last 3 and 2 ask.

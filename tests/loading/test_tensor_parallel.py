@@ -170,6 +170,8 @@ def test_logits_are_those_of_one_process(ranks: Ranks, case: str, tmp_path: Path
 STORED = [
     "aqlm/1x8_g8",
     "aqlm/2x8_g8",
+    "exl3/mul1",
+    "exl3/mcg_padded_tied",
     "awq/gemm",
     "gptq/w4_asym_actorder",
     "gptq/w4_sym",

@@ -79,6 +79,7 @@ struct Prepared {
         gated = layer != nullptr && layer->activation >= 0;
         blocks = gated ? layout.blocks / 2 : layout.blocks;
         has_factors = layer != nullptr && (layer->static_factor != nullptr || layer->factors != 0);
+        product_size = from.by_columns == nullptr ? (product_bytes(layout, from.tokens) + 63) / 64 * 64 : 0;
     }
 
     const float* row(std::int64_t token) const {
@@ -118,6 +119,8 @@ struct Prepared {
     bool scaled = false;
     bool gated = false;        // blocks are a gate's, as many more its partners
     bool has_factors = false;
+    std::int64_t product_size = 0;      // bytes of the products that rows look up; 0: they multiply
+    std::uint8_t* products = nullptr;
     float* factors = nullptr;  // (tokens,)
     float* offsets = nullptr;  // (tokens,): what all rows of a weight of row vectors have in common
     std::int64_t blocks = 0;   // of the result
@@ -186,6 +189,7 @@ inline std::int64_t place_of(const Prepared& p, const Input& input, int i) {
 // The products of some blocks that follow each other, from nothing. ``out``: where those of the first will go, or null.
 void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, Input input, float* out, Totals& totals) {
     const std::uint8_t* const at = p.product->weight->data + first * p.layout.block_bytes;
+    if (p.product_size != 0) return look_up_products(p.layout, at, blocks, input, p.products, totals);
     for (int i = 0; i < blocks; ++i) {
         float(*const own)[ROWS] = totals + place_of(p, input, i);
         std::memset(own, 0, static_cast<std::size_t>(input.tokens) * sizeof own[0]);
@@ -239,6 +243,7 @@ void run_task(const Prepared& p, std::int64_t task) {
     // other. Else a block is written as soon as it is there.
     std::int64_t together = p.tiles != nullptr ? BLOCKS_TOGETHER : 1;
     if (p.gated && p.tiles == nullptr) together = TOKEN_TILE / input.tokens;
+    if (p.product_size != 0) together = TOKEN_TILE / input.tokens / LOOKED_UP_TOGETHER * LOOKED_UP_TOGETHER;
     int blocks = 1;
     for (std::int64_t block = task % p.chunks * p.chunk; block < last; block += blocks) {
         blocks = static_cast<int>(std::min(together, last - block));
@@ -357,7 +362,7 @@ void multiply(const Product* products, std::int64_t count) {
         groups += (p.product->tokens + LAID_TOGETHER - 1) / LAID_TOGETHER;
         units += p.blocks * p.token_tiles;
         tokens += p.product->tokens;
-        bytes += (p.bytes() + 63) / 64 * 64;
+        bytes += (p.bytes() + 63) / 64 * 64 + p.product_size;
     }
     if (all.empty()) return;
     auto* at = aligned(workspace, bytes);
@@ -370,10 +375,13 @@ void multiply(const Product* products, std::int64_t count) {
     for (Prepared& p : all) {
         p.at = at;
         at += (p.bytes() + 63) / 64 * 64;
+        p.products = at;
+        at += p.product_size;
         p.factors = factor;
         p.offsets = factor + p.product->tokens;
         factor += 2 * p.product->tokens;
         p.chunk = std::min(together, p.blocks);
+        if (p.product_size != 0) p.chunk = (p.chunk + LOOKED_UP_TOGETHER - 1) / LOOKED_UP_TOGETHER * LOOKED_UP_TOGETHER;
         p.chunks = (p.blocks + p.chunk - 1) / p.chunk;
         p.first_task = tasks;
         tasks += p.chunks * p.token_tiles;
@@ -389,6 +397,16 @@ void multiply(const Product* products, std::int64_t count) {
         });
     }
     const std::vector<Prepared>& shared = all;
+    for (const Prepared& p : shared) {
+        if (p.product_size == 0) continue;
+        const std::int64_t pieces = std::min<std::int64_t>(p.layout.tiles, thread_count() > 1 ? 2 * thread_count() : 1);
+        const InputPlaces places = p.places(0);
+        const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
+        parallel_for(pieces, [&](std::int64_t piece) {
+            make_products(p.layout, p.decoding, input, p.layout.tiles * piece / pieces,
+                          p.layout.tiles * (piece + 1) / pieces, p.products);
+        });
+    }
     parallel_ranges(tasks, [&](std::int64_t task) {
         const Prepared& p = holder<&Prepared::first_task>(shared, task);
         run_task(p, task - p.first_task);

@@ -85,57 +85,96 @@ inline void write_grid_codes(std::uint8_t* tile, Codes codes, int row, int colum
 
 #if defined(__AVX512BF16__)
 
-// 64 lookups in 2^BITS bytes; ``high``: a mask for each bit of the indices above the eighth.
-template <int BITS>
-INLINE __m512i look_up_grid(const std::uint8_t* table, __m512i index, __mmask64 eighth, const __mmask64* high) {
-    const auto load = [&](int part) { return _mm512_loadu_si512(table + part * 64); };
-    constexpr int COUNT = 1 << (BITS - 8);
-    __m512i found[COUNT];
-    UNROLL
-    for (int i = 0; i < COUNT; ++i) {
-        found[i] = _mm512_mask_blend_epi8(eighth, _mm512_permutex2var_epi8(load(i * 4), index, load(i * 4 + 1)),
-                                          _mm512_permutex2var_epi8(load(i * 4 + 2), index, load(i * 4 + 3)));
-    }
-    UNROLL
-    for (int bit = 0; bit < BITS - 8; ++bit) {
+// The bits of 64 indices from the eighth on, a mask each.
+using IndexMasks = __mmask64[4];
+
+// 64 lookups of each tile in 2^BITS bytes.
+template <int BITS, int TILES>
+INLINE void look_up_grid(const std::uint8_t* table, const __m512i (&index)[TILES], const IndexMasks (&masks)[TILES],
+                         __m512i (&found)[TILES]) {
+    if constexpr (BITS == 8) {
+        __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);
+        __m512i c = _mm512_loadu_si512(table + 128), d = _mm512_loadu_si512(table + 192);
+        if constexpr (TILES > 1) asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));  // read once for all tiles
         UNROLL
-        for (int i = 0; i < COUNT; i += 2 << bit) {
-            found[i] = _mm512_mask_blend_epi8(high[bit], found[i], found[i + (1 << bit)]);
+        for (int t = 0; t < TILES; ++t) {
+            found[t] = _mm512_mask_blend_epi8(masks[t][0], _mm512_permutex2var_epi8(a, index[t], b),
+                                              _mm512_permutex2var_epi8(c, index[t], d));
         }
+    } else {
+        __m512i upper[TILES];
+        look_up_grid<BITS - 1, TILES>(table, index, masks, found);
+        look_up_grid<BITS - 1, TILES>(table + (1 << (BITS - 1)), index, masks, upper);
+        UNROLL
+        for (int t = 0; t < TILES; ++t) found[t] = _mm512_mask_blend_epi8(masks[t][BITS - 8], found[t], upper[t]);
     }
-    return found[0];
 }
 
-template <Codes CODES>
-INLINE void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, __m512i* lines) {
+// Bits of every byte: those of ``mask`` change places with those ``by`` higher.
+INLINE __m512i exchanged(__m512i x, int mask, unsigned by) {
+    const __m512i which = _mm512_set1_epi8(static_cast<char>(mask));
+    // (x >> by ^ x) & which
+    const __m512i changed = _mm512_ternarylogic_epi32(_mm512_srli_epi16(x, by), x, which, 0x28);
+    return _mm512_ternarylogic_epi32(x, changed, _mm512_slli_epi16(changed, by), 0x96);
+}
+
+// The tiles' codes as words of nibbles, numbers with the last bit above them: of 8 columns each, where a pair and the one
+// two further stand in the same nibble of a word's two bytes. Lines of numbers of 2 bits hold every second operand.
+template <Codes CODES, int TILES>
+INLINE void expand_grid(const std::uint8_t* const (&tiles)[TILES], const std::uint8_t* grid,
+                        __m512i (&nibbles)[TILES][OPERANDS / 2]) {
     constexpr Grid GRID = grid_of(CODES);
-    constexpr int VECTORS = GRID.vectors(), HIGH = GRID.bits - 8;
+    constexpr int VECTORS = GRID.vectors(), HIGH = GRID.bits - 8, LINES = VECTORS / 32;
+    __m512i lines[TILES][LINES];
     UNROLL
     for (int first = 0; first < VECTORS; first += 64) {
-        const __m512i index = _mm512_loadu_si512(tile + first);
-        const __mmask64 eighth = _mm512_movepi8_mask(index);
-        __mmask64 high[HIGH + 1];
+        __m512i index[TILES], lower[TILES], higher[TILES];
+        IndexMasks masks[TILES];
         UNROLL
-        for (int bit = 0; bit < HIGH; ++bit) {
-            std::uint64_t mask;
-            std::memcpy(&mask, tile + VECTORS + (bit * VECTORS + first) / 8, sizeof mask);
-            high[bit] = mask;
+        for (int t = 0; t < TILES; ++t) {
+            index[t] = _mm512_loadu_si512(tiles[t] + first);
+            masks[t][0] = _mm512_movepi8_mask(index[t]);
+            UNROLL
+            for (int bit = 0; bit < HIGH; ++bit) {
+                std::uint64_t mask;
+                std::memcpy(&mask, tiles[t] + VECTORS + (bit * VECTORS + first) / 8, sizeof mask);
+                masks[t][1 + bit] = mask;
+            }
         }
-        const __m512i lower = look_up_grid<GRID.bits>(grid, index, eighth, high);
-        const __m512i higher = look_up_grid<GRID.bits>(grid + (1 << GRID.bits), index, eighth, high);
-        lines[first / 32] = _mm512_unpacklo_epi8(lower, higher);
-        lines[first / 32 + 1] = _mm512_unpackhi_epi8(lower, higher);
+        look_up_grid<GRID.bits, TILES>(grid, index, masks, lower);
+        look_up_grid<GRID.bits, TILES>(grid + (1 << GRID.bits), index, masks, higher);
+        UNROLL
+        for (int t = 0; t < TILES; ++t) {
+            lines[t][first / 32] = _mm512_unpacklo_epi8(lower[t], higher[t]);
+            lines[t][first / 32 + 1] = _mm512_unpackhi_epi8(lower[t], higher[t]);
+        }
     }
-    const std::uint8_t* const tail = tile + grid_tail(GRID);
-    if constexpr (GRID.shifted) {
-        std::uint64_t mask;
-        std::memcpy(&mask, tail, sizeof mask);
-        const __m512i bits = _mm512_movm_epi8(mask);
-        // Fields of line 0 are the low halves of a word's bytes, those of line 1 the high ones.
-        lines[VECTORS / 32] = _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), _mm512_unpacklo_epi8(bits, bits),
-                                                        _mm512_unpackhi_epi8(bits, bits), 0xCA);
-    } else {
-        lines[VECTORS / 32] = _mm512_loadu_si512(tail);
+    const __m512i last = _mm512_set1_epi8(GRID.numbers == 8 ? 0x44 : static_cast<char>(0x88));
+    UNROLL
+    for (int t = 0; t < TILES; ++t) {
+        const std::uint8_t* const tail = tiles[t] + grid_tail(GRID);
+        if constexpr (GRID.shifted) {
+            std::uint64_t mask;
+            std::memcpy(&mask, tail, sizeof mask);
+            const __m512i bits = _mm512_movm_epi8(mask);
+            const __m512i of_line[2] = {_mm512_unpacklo_epi8(bits, bits), _mm512_unpackhi_epi8(bits, bits)};
+            UNROLL
+            for (int i = 0; i < 4; ++i) {
+                nibbles[t][i] = chosen_bits(last, of_line[i / 2], shifted(lines[t][i / 2], i % 2 * 2));
+            }
+        } else if constexpr (GRID.numbers == 8) {
+            // Operands 0, 1, 4, 5, 2, 3, 6, 7: a line's two stand as far apart as their nibbles.
+            const __m512i signs = exchanged(_mm512_loadu_si512(tail), 0x0C, 2);
+            UNROLL
+            for (int i = 0; i < 4; ++i) {
+                nibbles[t][i] = chosen_bits(last, shifted(signs, i - 2), shifted(lines[t][i / 2], i % 2 * 2));
+            }
+        } else {
+            // Operands 0, 2, 4, 6, 1, 3, 5, 7.
+            const __m512i signs = exchanged(exchanged(_mm512_loadu_si512(tail), 0x22, 1), 0x0C, 2);
+            UNROLL
+            for (int i = 0; i < 4; ++i) nibbles[t][i] = chosen_bits(last, shifted(signs, i - 3), lines[t][i]);
+        }
     }
 }
 

@@ -87,6 +87,32 @@ BlockFunction vector_function(const Layout& layout);
 // The same of vectors of rows. linear_row_vectors.cpp
 BlockFunction row_vector_function(const Layout& layout);
 
+// The same of trellises. linear_trellis.cpp
+BlockFunction trellis_function(const Layout& layout);
+
+// Few tokens beside many rows of codebooks of 256 vectors: the products of all vectors with all columns are made first,
+// and rows look theirs up. Bits are the same.
+#if defined(__AVX512BF16__)
+constexpr std::int64_t MOST_LOOKED_UP = 3;    // tokens
+constexpr std::int64_t LEAST_LOOKED_UP = 24;  // blocks
+constexpr std::int64_t MOST_PRODUCTS = 16 << 20;  // bytes
+constexpr int LOOKED_UP_TOGETHER = 8;         // blocks
+
+// Bytes of all products, at a cache line; 0: none are made.
+std::int64_t product_bytes(const Layout& layout, std::int64_t tokens);
+// Those of tiles first to last, exclusive.
+void make_products(const Layout& layout, const Decoding&, const Input&, std::int64_t first, std::int64_t last,
+                   std::uint8_t* to);
+// totals[block * tokens + token] = blocks times x; there is room for whole LOOKED_UP_TOGETHER.
+void look_up_products(const Layout& layout, const std::uint8_t* first, int blocks, const Input&,
+                      const std::uint8_t* products, float (*totals)[ROWS]);
+#else
+constexpr int LOOKED_UP_TOGETHER = 1;
+inline std::int64_t product_bytes(const Layout&, std::int64_t) { return 0; }
+inline void make_products(const Layout&, const Decoding&, const Input&, std::int64_t, std::int64_t, std::uint8_t*) {}
+inline void look_up_products(const Layout&, const std::uint8_t*, int, const Input&, const std::uint8_t*, float (*)[ROWS]) {}
+#endif
+
 // The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,
                                 float (*totals)[TOKEN_TILE][ROWS]);

@@ -5,6 +5,7 @@
 
 #include "linear_layout.h"
 #include "linear_row_vectors.h"
+#include "linear_trellis.h"
 #include "linear_vectors.h"
 #include "lowbit.h"
 #include "operations.h"
@@ -21,6 +22,7 @@ bool known(const Layout& layout) {
         return here || layout.codes == Codes::int8 || layout.codes == Codes::uint8;
     }
     if (is_vectors(layout.codes)) return layout.addend == Addend::none && layout.scales != Scales::none;
+    if (is_trellis(layout.codes)) return layout.addend == Addend::none && layout.scales == Scales::none;
     switch (layout.codes) {
         case Codes::grid2_256:
         case Codes::grid2_512:
@@ -54,6 +56,10 @@ bool known(const Layout& layout) {
 float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* tile, int row, int column) {
     if (is_vectors(codes)) {
         return static_cast<float>(vector_word(vectors_of(codes), tile, weight.table, row, column)) * weight.factor;
+    }
+    if (is_trellis(codes)) {
+        const Trellis trellis = trellis_of(codes);
+        return trellis_number(trellis.book, trellis_window(trellis.bits, tile, row, column));
     }
     if (weight.factor != 1.0f) {
         float value;

@@ -61,9 +61,25 @@ constexpr Vectors vectors_of(Codes codes) {
     return {number >> 8 & 255, number >> 3 & 31, 8 << (number & 7)};
 }
 
+// Trellises of 1 to 8 bits a weight, whose numbers a code book makes of 16 bits of a stream; linear_trellis.h.
+constexpr std::int32_t TRELLISES = 64;
+enum class TrellisBook : std::int32_t { first = 0, mcg = 1, mul1 = 2 };
+struct Trellis {
+    TrellisBook book;
+    int bits;
+};
+constexpr bool is_trellis(Codes codes) {
+    const std::int32_t number = static_cast<std::int32_t>(codes) - TRELLISES;
+    return number >= 0 && number < 48 && number % 16 >= 1 && number % 16 <= 8;
+}
+constexpr Trellis trellis_of(Codes codes) {
+    const std::int32_t number = static_cast<std::int32_t>(codes) - TRELLISES;
+    return {static_cast<TrellisBook>(number / 16), number % 16};
+}
+
 // Codes whose values are 16-bit whole numbers, as is x.
 constexpr bool is_words(Codes codes) {
-    return codes == Codes::words4 || codes == Codes::row_vectors || is_vectors(codes);
+    return codes == Codes::words4 || codes == Codes::row_vectors || is_vectors(codes) || is_trellis(codes);
 }
 
 // Codes that meet x in float32.
@@ -116,6 +132,7 @@ constexpr std::int64_t tile_bytes(Codes codes) {
         case Codes::f32: return ROWS * COLUMNS * 4;
         default:
             if (is_vectors(codes)) return vectors_of(codes).bytes();
+            if (is_trellis(codes)) return ROWS * COLUMNS / 8 * trellis_of(codes).bits;
             return ROWS * COLUMNS / 8 * static_cast<std::int64_t>(codes);
     }
 }
@@ -255,9 +272,9 @@ struct Table {
           behind(reinterpret_cast<const std::uint8_t*>(values + 64)) {}
 };
 
-// The lines of a tile of planes that a tile of indices stands for.
-template <Codes CODES>
-INLINE void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, __m512i* lines);
+template <Codes CODES, int TILES>
+INLINE void expand_grid(const std::uint8_t* const (&tiles)[TILES], const std::uint8_t* grid,
+                        __m512i (&nibbles)[TILES][OPERANDS / 2]);
 
 // The value of every byte as bfloat16, low and high bytes apart.
 struct ByteTable {
@@ -292,31 +309,46 @@ inline __m512i shifted(__m512i words, int right) {
 // mask ? a : b, bit by bit. The instruction overwrites its first operand: not the mask, which is kept.
 INLINE __m512i chosen_bits(__m512i mask, __m512i a, __m512i b) { return _mm512_ternarylogic_epi32(b, a, mask, 0xD8); }
 
-// The lines of a tile's codes, each read where it is decoded; of a grid those of its planes, in registers. IN_ORDER:
+// The lines of a tile's codes, each read where it is decoded; of a grid those of its nibbles, in registers. IN_ORDER:
 // all are read first, as they lie.
 template <Codes CODES, bool IN_ORDER = false>
 struct CodeLines {
-    static constexpr Codes PLANES = is_grid(CODES) ? grid_of(CODES).planes() : CODES;
-    static constexpr int LINES = static_cast<int>(tile_bytes(PLANES) / 64);
+    static constexpr int LINES = is_grid(CODES) ? OPERANDS / 2 : static_cast<int>(tile_bytes(CODES) / 64);
     const std::uint8_t* tile;
     __m512i lines[LINES];
 
-    INLINE CodeLines(const std::uint8_t* from, const Table& table) : tile(from) {
-        if constexpr (is_grid(CODES)) {
-            expand_grid<CODES>(from, table.behind, lines);
-        } else if constexpr (IN_ORDER) {
-            UNROLL
-            for (int line = 0; line < LINES; ++line) {
-                lines[line] = _mm512_loadu_si512(tile + line * 64);
-                asm volatile("" : "+v"(lines[line]));  // the compiler leaves these in their order
-            }
-        }
-    }
     INLINE __m512i line(std::int64_t byte) const {
         if constexpr (is_grid(CODES) || IN_ORDER) return lines[byte / 64];
         return _mm512_loadu_si512(tile + byte);
     }
 };
+
+// Lines of TILES tiles; next(i) says where the codes of tile i are. Grids are looked up for all of them at once.
+template <Codes CODES, bool IN_ORDER, int TILES, class Next>
+INLINE void read_lines(const Next& next, const Table& table, CodeLines<CODES, IN_ORDER> (&to)[TILES]) {
+    UNROLL
+    for (int tile = 0; tile < TILES; ++tile) {
+        CodeLines<CODES, IN_ORDER>& own = to[tile];
+        own.tile = next(tile);
+        if constexpr (!is_grid(CODES) && IN_ORDER) {
+            UNROLL
+            for (int line = 0; line < own.LINES; ++line) {
+                own.lines[line] = _mm512_loadu_si512(own.tile + line * 64);
+                asm volatile("" : "+v"(own.lines[line]));  // the compiler leaves these in their order
+            }
+        }
+    }
+    if constexpr (is_grid(CODES)) {
+        const std::uint8_t* tiles[TILES];
+        __m512i nibbles[TILES][OPERANDS / 2];
+        for (int tile = 0; tile < TILES; ++tile) tiles[tile] = to[tile].tile;
+        expand_grid<CODES, TILES>(tiles, table.behind, nibbles);
+        UNROLL
+        for (int tile = 0; tile < TILES; ++tile) {
+            for (int line = 0; line < OPERANDS / 2; ++line) to[tile].lines[line] = nibbles[tile][line];
+        }
+    }
+}
 
 // What codes of 7 or 8 bits are looked up in, byte by byte.
 template <Codes CODES>
@@ -336,6 +368,15 @@ struct ByteTables {
                 low[part] = _mm512_loadu_si512(table.behind + part * 64);
                 high[part] = _mm512_loadu_si512(table.behind + 128 + part * 64);
             }
+        } else if constexpr (is_grid(CODES)) {
+            // By nibbles. The table has the last bit above all 4 that a number of a grid of fours has in planes.
+            low[0] = table.low;
+            if constexpr (grid_of(CODES).numbers == 4) {
+                const __m512i places = _mm512_cvtepu8_epi16(_mm256_setr_epi8(
+                    0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,
+                    23));
+                low[0] = _mm512_permutexvar_epi16(places, table.low);
+            }
         }
     }
 };
@@ -343,7 +384,6 @@ struct ByteTables {
 // Four pairs of columns, those of operands 2 QUAD and 2 QUAD + 1: one register of 16 rows x 2 columns for each.
 template <Codes CODES, int QUAD, bool IN_ORDER>
 INLINE void decode_quad(const CodeLines<CODES, IN_ORDER>& tile, const Table& table, const ByteTables<CODES>& bytes, __m512i* w) {
-    constexpr Codes PLANES = CodeLines<CODES, IN_ORDER>::PLANES;
     if constexpr (CODES == Codes::bf16) {
         UNROLL
         for (int i = 0; i < 4; ++i) w[i] = tile.line((QUAD * 4 + i) * 64);
@@ -373,14 +413,23 @@ INLINE void decode_quad(const CodeLines<CODES, IN_ORDER>& tile, const Table& tab
             w[i] = chosen_bits(lower_bytes, lower, _mm512_slli_epi16(higher, 8));
             w[i + 2] = chosen_bits(lower_bytes, _mm512_srli_epi16(lower, 8), higher);
         }
-    } else if constexpr (plane_count(PLANES) == 1) {
+    } else if constexpr (is_grid(CODES)) {
         UNROLL
         for (int i = 0; i < 4; ++i) {
-            const Field f = field(plane(PLANES, 0), 0, (QUAD * 4 + i) * 2);
+            const int operand = operand_of(QUAD * 4 + i), side = side_of(QUAD * 4 + i);
+            const bool twos = grid_of(CODES).numbers == 8;  // bits of a number
+            const int line = twos ? operand / 4 * 2 + operand % 2 : operand / 2;
+            const int nibble = twos ? operand % 4 / 2 : operand % 2;
+            w[i] = _mm512_permutexvar_epi16(shifted(tile.line(line * 64), nibble * 4 + side * 8), bytes.low[0]);
+        }
+    } else if constexpr (plane_count(CODES) == 1) {
+        UNROLL
+        for (int i = 0; i < 4; ++i) {
+            const Field f = field(plane(CODES, 0), 0, (QUAD * 4 + i) * 2);
             w[i] = _mm512_permutexvar_epi16(shifted(tile.line(f.byte), f.shift), table.low);
         }
     } else {
-        constexpr Plane LOW = plane(PLANES, 0), HIGH = plane(PLANES, 1);
+        constexpr Plane LOW = plane(CODES, 0), HIGH = plane(CODES, 1);
         const __m512i high_bits = _mm512_set1_epi16(static_cast<short>(((1 << HIGH.width) - 1) << LOW.width));
         UNROLL
         for (int i = 0; i < 4; ++i) {
@@ -396,10 +445,11 @@ INLINE void decode_quad(const CodeLines<CODES, IN_ORDER>& tile, const Table& tab
 // One register of 16 rows x 2 columns for each pair of columns.
 template <Codes CODES>
 INLINE void decode(const std::uint8_t* tile, const Table& table, __m512i* w) {
-    const CodeLines<CODES> lines(tile, table);
+    CodeLines<CODES> lines[1];
+    read_lines([&](int) { return tile; }, table, lines);
     const ByteTables<CODES> bytes(table);
     each_constant<PAIRS / 4>([&](auto quad) __attribute__((always_inline)) {
-        decode_quad<CODES, decltype(quad)::value>(lines, table, bytes, w + 4 * decltype(quad)::value);
+        decode_quad<CODES, decltype(quad)::value>(lines[0], table, bytes, w + 4 * decltype(quad)::value);
     });
 }
 
@@ -491,8 +541,10 @@ using FloatTile = __m512[16];
 
 // Whether one token's tiles are multiplied two at a time. A product waits some six cycles for the one before it, and a
 // tile's sixteen take longer than decoding it; two tiles' in turns fill the wait. Not where parts of a tile are sums of
-// their own, nor where lines of two tiles do not all find a register.
-constexpr bool tiles_in_turns(Codes codes, int sub) { return sub == COLUMNS && tile_bytes(codes) <= 6 * ROWS * COLUMNS / 8; }
+// their own, but of grids, whose tables are read once for both; nor where lines of two tiles do not all find a register.
+constexpr bool tiles_in_turns(Codes codes, int sub) {
+    return (sub == COLUMNS && tile_bytes(codes) <= 6 * ROWS * COLUMNS / 8) || (is_grid(codes) && sub >= COLUMNS / 2);
+}
 
 // Whether one token's lines are all read first, as they lie in memory. Planes are decoded from here and there, and what
 // fetches lines ahead follows those that are read in order; whole bytes are read in order anyway.
@@ -514,13 +566,9 @@ INLINE void dot_once(const Next& next, const Table& table, const std::uint16_t* 
         });
         return;
     }
-    using Lines = CodeLines<CODES, reads_in_order(CODES)>;
     const ByteTables<CODES> bytes(table);
-    const Lines first(next(0), table);
-    const Lines second = [&]() __attribute__((always_inline)) {
-        if constexpr (TILES == 1) return first;
-        else return Lines(next(1), table);
-    }();
+    CodeLines<CODES, reads_in_order(CODES)> lines[TILES];
+    read_lines(next, table, lines);
     UNROLL
     for (int tile = 0; tile < TILES; ++tile) {
         for (int part = 0; part < COLUMNS / SUB; ++part) sums[tile][part] = _mm512_setzero_ps();
@@ -530,7 +578,7 @@ INLINE void dot_once(const Next& next, const Table& table, const std::uint16_t* 
         __m512i w[TILES][4];
         UNROLL
         for (int tile = 0; tile < TILES; ++tile) {
-            decode_quad<CODES, QUAD>(tile == 0 ? first : second, table, bytes, w[tile]);
+            decode_quad<CODES, QUAD>(lines[tile], table, bytes, w[tile]);
         }
         UNROLL
         for (int i = 0; i < 4; ++i) {

@@ -176,12 +176,13 @@ BlockFunction wide_function(const Layout& layout) {
 
 BlockFunction word_function(const Layout& layout, const WordCodes& codes) {
     if (layout.codes == Codes::row_vectors) return row_vector_function(layout);
-    if (layout.scales == Scales::none) return nullptr;
+    if (layout.scales == Scales::none && codes.kind != WordKind::trellis) return nullptr;
     switch (codes.kind) {
         case WordKind::none: return nullptr;
         case WordKind::line: return line_function(layout);
         case WordKind::bytes: return byte_table_function(layout);
         case WordKind::wide: return wide_function(layout);
+        case WordKind::trellis: return trellis_function(layout);
     }
     return nullptr;
 }

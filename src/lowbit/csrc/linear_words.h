@@ -19,11 +19,16 @@ constexpr bool CODES_AS_WORDS = true;
 
 constexpr int LARGEST_VALUE = (1 << 12) - 1;  // of a table
 
-// line: a code is worth base + code. bytes: base + a byte that is looked up. wide: 16 numbers of 13 bits.
-enum class WordKind { none, line, bytes, wide };
+// line: a code is worth base + code. bytes: base + a byte that is looked up. wide: 16 numbers of 13 bits. trellis: numbers
+// of 14 bits.
+enum class WordKind { none, line, bytes, wide, trellis };
 
 // The largest |x|.
-constexpr int largest_word(WordKind kind) { return kind == WordKind::wide ? (1 << 14) - 1 : (1 << 15) - 1; }
+constexpr int largest_word(WordKind kind) {
+    return kind == WordKind::trellis ? (1 << 13) - 1 : kind == WordKind::wide ? (1 << 14) - 1 : (1 << 15) - 1;
+}
+constexpr int LARGEST_OF_TRELLIS = 2 * 2047 * 2;  // in units of 2^-11: two halves just below 2
+static_assert(static_cast<std::int64_t>(largest_word(WordKind::trellis)) * LARGEST_OF_TRELLIS * COLUMNS < std::int64_t{1} << 31);
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::wide)) * LARGEST_VALUE * COLUMNS < std::int64_t{1} << 31);
 // A sum of unsigned bytes and base * sum(x), which starts it.
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::line)) * (255 + 256) * COLUMNS < std::int64_t{1} << 31);
@@ -42,6 +47,8 @@ struct WordCodes {
             for (int i = 0; i < 64; ++i) put(i, weight.table[i % 16]);
         } else if (is_words(codes)) {
             kind = WordKind::wide;  // whose sums stay below 2^31 by the choice of the table's factor
+        } else if (is_trellis(codes)) {
+            kind = WordKind::trellis;
         } else if (!CODES_AS_WORDS) {
             return;
         } else if (codes == Codes::int8 || codes == Codes::uint8) {

@@ -16,11 +16,12 @@ struct lowbit_delta_batch;
 // What kernels/rotation.py describes: x in blocks of ``size`` columns, each times a matrix. Either x * before, the
 // Hadamard transform over ``divisor``, * after; or x @ matrix. rotation.cpp
 struct lowbit_rotation {
-    const float* before;  // (size,), or null
-    const float* after;   // (size,), or null
+    const float* before;  // (size,), or (width,) where ``wide``, or null
+    const float* after;   // alike
     const float* matrix;  // (size, size) row-major, or null
     std::int64_t size;    // without a matrix a power of two
     float divisor;
+    std::int32_t wide;    // each block has its own before and after
 };
 
 // What kernels/activation_native.py describes; field for field its ctypes struct.

@@ -45,17 +45,18 @@ void transform(float* block, std::int64_t size) {
     }
 }
 
-void rotate_by_signs(const lowbit_rotation& rotation, const float* x, float* out) {
+// ``first``: where the block's own signs begin.
+void rotate_by_signs(const lowbit_rotation& rotation, const float* x, std::int64_t first, float* out) {
     const std::int64_t size = rotation.size;
     if (rotation.before != nullptr) {
-        for (std::int64_t i = 0; i < size; ++i) out[i] = x[i] * rotation.before[i];
+        for (std::int64_t i = 0; i < size; ++i) out[i] = x[i] * rotation.before[first + i];
     } else if (out != x) {
         std::memcpy(out, x, static_cast<std::size_t>(size) * sizeof(float));
     }
     transform(out, size);
     for (std::int64_t i = 0; i < size; ++i) out[i] = out[i] / rotation.divisor;
     if (rotation.after != nullptr) {
-        for (std::int64_t i = 0; i < size; ++i) out[i] = out[i] * rotation.after[i];
+        for (std::int64_t i = 0; i < size; ++i) out[i] = out[i] * rotation.after[first + i];
     }
 }
 
@@ -87,7 +88,9 @@ void rotate_by_matrix(const lowbit_rotation& rotation, const float* x, float* ou
 void rotate_row(const lowbit_rotation& rotation, const float* x, std::int64_t width, float* out) {
     const std::int64_t size = rotation.size;
     if (rotation.matrix == nullptr) {
-        for (std::int64_t first = 0; first < width; first += size) rotate_by_signs(rotation, x + first, out + first);
+        for (std::int64_t first = 0; first < width; first += size) {
+            rotate_by_signs(rotation, x + first, rotation.wide ? first : 0, out + first);
+        }
         return;
     }
     thread_local std::vector<float> kept;

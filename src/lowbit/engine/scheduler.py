@@ -71,7 +71,7 @@ class Scheduler:
         policy: str = "fcfs",
         unit: int = 1,
     ) -> None:
-        """``unit``: a prompt is cut at multiples of it, where a step may have as many tokens."""
+        """``unit``: where a prompt is cut, it is cut at a multiple of it, if a step may have so many."""
         self.pool = pool
         self.tree = PrefixTree(pool, page_size)
         self.page_size = page_size

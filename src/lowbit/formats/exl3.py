@@ -6,23 +6,17 @@
     mcg, mul1 I32 []                         which code book; neither: the first one
     bias      F16 [out]
 
-    weight = (diag(suh) H tiles H diag(svh))^T      H: blocks of Hadamard's matrix of 128, over sqrt(128)
+What they mean is in ``numerics.trellis``: inputs are suh, outputs svh, and a layer without mcg and mul1 has
+the first code book.
 
-A tile's bits lie from the highest of each I16, of every two the second before the first. Weight t is the code
-book's number for 16 bits: its own K, which end with bit K (t + 1), behind those before them, and before a
-tile's first bit comes its last. In which order weights lie (a tensor core operand's) ``_places`` says. A code
-book multiplies the 16 bits by a constant; its number is the sum of both halves of the product, with some bits
-set, as float16 (the first, and mcg), or of its four bytes, scaled (mul1).
-
-Sizes that 128 does not divide are padded up to it; what is behind the layer's own is not read. The head has
-its own matrix even where the config ties it to the embedding. No kernel here runs a trellis: a weight is
-decoded when it is loaded, in float32, and kept in float16. The tool runs on GPUs only; its packing and
-reconstructing kernels, compiled for a CPU, made the fixtures.
+Weights stay as they are. Sizes that 128 does not divide are padded up to it; what is behind the layer's own
+is not read, and such a weight is decoded when it is loaded and kept in float16. The head has its own matrix
+even where the config ties it to the embedding. The tool runs on GPUs only; its packing and reconstructing
+kernels, compiled for a CPU, made the fixtures.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -45,14 +39,14 @@ from lowbit.formats.dense import (
 )
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
+from lowbit.numerics.number_formats import number_format, trellis_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.trellis import BLOCK, MULTIPLIERS, decoded
 
-_BLOCK = 128  # of a Hadamard transform
 _WHAT = "an EXL3 weight"
-_MULTIPLIERS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D, "": 89226354}
-_SLICE = 1 << 22  # weights that are decoded at once
+_FLAGS = ("mcg", "mul1")
+_LARGEST_NUMBER = 4.0  # of a code book
 
 
 class Exl3(PartlyDense):
@@ -75,34 +69,50 @@ class Exl3(PartlyDense):
         return claimed_by_tensors(header, ".trellis", cls.name)
 
     def describe(self) -> str:
-        """Bits a weight as the config has them, and that it is decoded."""
+        """Bits a weight as the config has them."""
         bits = f", {self.bits:g} bits" if isinstance(self.bits, int | float) else ""
-        return f"exl3{bits} (from {self.place.split(':')[0]}), decoded to 16 bits a weight when loaded"
+        return f"exl3{bits} (from {self.place.split(':')[0]})"
 
     def _scheme(self, module: StoredModule) -> Scheme:
-        """Dense, float16."""
-        self._checked(module)
-        return dense("f16")
+        """The trellis under scales of rows and columns; dense, float16, where it is padded."""
+        bits = self._checked(module)
+        if _is_padded(module):
+            return dense("f16")
+        half = number_format("f16")
+        return Scheme(trellis_format(bits, self._book(module)), ((1, 0), (0, 1)), (half, half))
 
     def _tensors(self, module: StoredModule) -> list[str]:
         """Trellis, both vectors, and what says the code book."""
         names = ["trellis", self._vector(module, "su"), self._vector(module, "sv")]
-        names += [flag for flag in ("mcg", "mul1") if self._has(module, flag)]
+        names += [flag for flag in _FLAGS if self._has(module, flag)]
         return [module.tensor(name) for name in names]
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
-        """Decoded, a slice of outputs at a time."""
-        self._checked(module)
+        """As it is stored, or decoded, a slice of outputs at a time."""
+        scheme, book = self._scheme(module), self._book(module)
+        self._check_number(module, book, data)
         trellis = data.tensor(module.tensor("trellis"))
         inputs, outputs = (self._signs_and_scales(module, name, data) for name in ("su", "sv"))
-        table = code_book(self._book(module, data))
-        weight = decode(trellis, table, inputs, outputs, module.shape)
         origin = origin_of(self.header, module, "trellis")
+        layout = scheme.weight.trellis
+        # No weight is larger than the sum of its block's; mostly that is far from too large.
+        largest = float(inputs.abs().max()) * float(outputs.abs().max()) * _LARGEST_NUMBER * BLOCK
+        if layout is not None and largest <= torch.finfo(torch.float16).max:
+            scales = (outputs.half().unsqueeze(1), inputs.half().unsqueeze(0))
+            return QuantizedTensor(scheme, module.shape, layout.codes(trellis), scales, origin=origin)
+        columns = module.shape[1]
+        weight = torch.empty(module.shape, dtype=torch.float16)
+        for start, part in decoded(trellis, book, inputs, outputs):
+            here = weight[start : start + len(part)]
+            here[:] = part[: len(here), :columns]
         if not weight.isfinite().all():
             raise LowbitError(
                 "E0215", f"{origin}: its scales give weights that float16 cannot hold; the file is damaged"
             )
-        return QuantizedTensor(dense("f16"), module.shape, weight, origin=origin)
+        if layout is None:
+            return QuantizedTensor(scheme, module.shape, weight, origin=origin)
+        scales = (outputs.half().unsqueeze(1), inputs.half().unsqueeze(0))
+        return QuantizedTensor(scheme, module.shape, layout.codes(trellis), scales, origin=origin)
 
     def _bias(self, module: StoredModule, data: TensorData) -> Tensor | None:
         """Without its padding."""
@@ -123,22 +133,25 @@ class Exl3(PartlyDense):
             return 1.0 - 2.0 * (stored[:, None] >> torch.arange(16) & 1).flatten().float()
         return finite_scales(self.header, module.tensor(suffix), stored).float()
 
-    def _book(self, module: StoredModule, data: TensorData) -> str:
-        """The code book's name, "" for the first; its number in the file must be the only one there is."""
-        book = next((flag for flag in ("mcg", "mul1") if self._has(module, flag)), "")
-        if book:
-            name = module.tensor(book)
-            found = int(data.tensor(name)) & 0xFFFFFFFF
-            if found != _MULTIPLIERS[book]:
-                raise LowbitError(
-                    "E0218",
-                    f"{self.header.file_of(name)}: tensor {name!r} is 0x{found:08X}, its code book's number "
-                    f"is 0x{_MULTIPLIERS[book]:08X}; quantize the model with ExLlamaV3 0.0.9 or newer",
-                )
-        return book
+    def _book(self, module: StoredModule) -> str:
+        """The code book's name."""
+        return next((flag for flag in _FLAGS if self._has(module, flag)), "3inst")
 
-    def _checked(self, module: StoredModule) -> None:
-        """That every tensor is there, in the dtype and shape that the layer asks for."""
+    def _check_number(self, module: StoredModule, book: str, data: TensorData) -> None:
+        """The code book's number in the file must be the only one there is."""
+        if book not in _FLAGS:
+            return
+        name = module.tensor(book)
+        found = int(data.tensor(name)) & 0xFFFFFFFF
+        if found != MULTIPLIERS[book]:
+            raise LowbitError(
+                "E0218",
+                f"{self.header.file_of(name)}: tensor {name!r} is 0x{found:08X}, its code book's number "
+                f"is 0x{MULTIPLIERS[book]:08X}; quantize the model with ExLlamaV3 0.0.9 or newer",
+            )
+
+    def _checked(self, module: StoredModule) -> int:
+        """Bits a weight; every tensor must be there, in the dtype and shape that the layer asks for."""
         refuse_stack(module, "EXL3's packing")
         header, (out, columns) = self.header, module.shape
         trellis = entry_of(header, module, "trellis", ("I16",), _WHAT)
@@ -164,75 +177,22 @@ class Exl3(PartlyDense):
                 f"{trellis.file.name}: {module.stored!r} has both 'mcg' and 'mul1', of two code books; "
                 "the file is damaged, download it again",
             )
-        for flag in ("mcg", "mul1"):
+        for flag in _FLAGS:
             if self._has(module, flag):
                 entry = entry_of(header, module, flag, ("I32",), what)
                 check_shape(entry, entry.shape if entry.shape == (1,) else (), what)
         if self._has(module, "bias"):
             entry = entry_of(header, module, "bias", tuple(DENSE_DTYPES), what)
             check_shape(entry, (out,) if entry.shape == (out,) else (tiles,), what)
+        return bits
 
 
 def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK
+    return -(-size // BLOCK) * BLOCK
 
 
-@cache
-def code_book(name: str) -> Tensor:
-    """float16 (65536,): the number of each 16 bits."""
-    product = torch.arange(1 << 16) * _MULTIPLIERS[name]
-    if name == "mul1":  # float16 1024 + the sum, times one constant plus another, rounded once
-        total = sum((product >> shift & 255 for shift in (0, 8, 16, 24)), torch.tensor(1024))
-        scale, shift = _halves(torch.tensor([0x1EEE, 0xC931]))
-        return (total.float() * scale + shift).half()
-    if not name:
-        product += 64248484
-    low, high = (_halves((product >> shift & 0x8FFF) ^ 0x3B60) for shift in (0, 16))
-    return (low + high).half()
-
-
-def _halves(bits: Tensor) -> Tensor:
-    """float32 of the float16 with these 16 bits."""
-    return bits.to(torch.uint16).view(torch.float16).float()
-
-
-@cache
-def _places(bits: int) -> tuple[Tensor, Tensor]:
-    """For a tile's weights as a matrix (in, out): the 16-bit word that a code ends in, int64 (256,), and
-    how many bits of the word come after it, int32 (256, 1)."""
-    row, column = torch.arange(16)[:, None], torch.arange(16)
-    lane = column % 8 * 4 + row % 8 // 2
-    number = lane * 8 + (row % 2 + row // 8 * 2 + column // 8 * 4)
-    end = (number.flatten() + 1) * bits
-    word = (end - 1) // 16
-    return word, ((word + 1) * 16 - end).int()[:, None]
-
-
-@cache
-def _hadamard() -> Tensor:
-    return Rotation.hadamard(_BLOCK)(torch.eye(_BLOCK))
-
-
-def decode(trellis: Tensor, table: Tensor, inputs: Tensor, outputs: Tensor, shape: tuple[int, int]) -> Tensor:
-    """float16 (out, in) of ``shape``; the trellis and ``inputs`` and ``outputs``, float32, are padded."""
-    rows, _, words_a_tile = trellis.shape
-    word, after = _places(words_a_tile // 16)
-    order = torch.arange(words_a_tile) ^ 1
-    turn, columns = _hadamard(), rows * 16
-    weight = torch.empty(shape, dtype=torch.float16)
-    step = max(1, _SLICE // (columns * _BLOCK)) * _BLOCK
-    for start in range(0, shape[0], step):
-        words = trellis[:, start // 16 : (start + step) // 16].reshape(-1, words_a_tile)
-        words = words.int().T[order]  # (words, tiles)
-        ends = words.roll(1, 0) << 16 | words & 0xFFFF  # each word behind the one before it
-        codes = (ends.index_select(0, word) >> after).bitwise_and_(0xFFFF)
-        values = table.index_select(0, codes.view(-1)).view(16, 16, rows, -1).permute(3, 1, 2, 0)
-        part = values.reshape(-1, _BLOCK).float() @ turn
-        part = part.view(-1, _BLOCK, columns) * inputs
-        part = (turn @ part).view(-1, columns) * outputs[start : start + step, None]
-        here = weight[start : start + step]
-        here[:] = part[: len(here), : shape[1]]
-    return weight
+def _is_padded(module: StoredModule) -> bool:
+    return any(size % BLOCK for size in module.shape)
 
 
 FORMAT = Exl3

@@ -33,12 +33,13 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     from lowbit.kernels.cpu_dense import CpuDense
     from lowbit.kernels.cpu_dequantized import CpuDequantized, CpuExpanded
     from lowbit.kernels.cpu_row_vectors import CpuRowVectors
+    from lowbit.kernels.cpu_trellis import CpuTrellis
     from lowbit.kernels.cpu_vectors import CpuVectors
     from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
     from lowbit.kernels.reference import Reference
 
-    codes = CpuBlocks(), CpuColumns(), CpuVectors(), CpuRowVectors()
+    codes = CpuBlocks(), CpuColumns(), CpuVectors(), CpuRowVectors(), CpuTrellis()
     floats = CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
     return (GpuBlocks(), GpuDense(), *codes, *floats, GpuHumming())
 

@@ -30,6 +30,7 @@ from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
 from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.number_formats import VectorLayout
 from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.trellis import TrellisLayout
 
 ROWS, COLUMNS, SUPER = 16, 32, 256
 TABLE_BYTES = 128  # 64 values in bfloat16; or 32 of 16 bits and 16 in float32
@@ -122,6 +123,16 @@ def vectors_of(codes: int) -> VectorLayout | None:
     return VectorLayout(codes >> 8 & 255, codes >> 3 & 31, VECTOR_LENGTHS[codes & 7])
 
 
+# Codes of trellises: TRELLISES + 16 times the code book's number + bits (csrc/linear_tiles.h).
+TRELLISES = 64
+TRELLIS_BOOKS = ("3inst", "mcg", "mul1")
+
+
+def trellis_codes(layout: TrellisLayout) -> int:
+    """The number in ``CODES`` of such a trellis."""
+    return TRELLISES + 16 * TRELLIS_BOOKS.index(layout.book) + layout.bits
+
+
 class Description(ctypes.Structure):
     """``lowbit_weight`` of csrc/linear_layout.h."""
 
@@ -185,6 +196,8 @@ class Description(ctypes.Structure):
         if (layout := vectors_of(self.codes)) is not None:
             return ROWS * layout.row_bytes(COLUMNS)
         bits = {**dict.fromkeys(range(8, 14), 8), 14: 4, 17: 16}.get(self.codes, self.codes)
+        if self.codes >= TRELLISES:
+            bits = self.codes % 16
         return ROWS * COLUMNS * bits // 8
 
     @property

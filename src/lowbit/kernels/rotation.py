@@ -27,6 +27,7 @@ class _Description(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("before", "after", "matrix")),
         ("size", ctypes.c_int64),
         ("divisor", ctypes.c_float),
+        ("wide", ctypes.c_int32),
     )
 
 
@@ -57,7 +58,7 @@ class Rotator:
         if _operation() is None or not all(t is None or (t.is_cpu and t.is_contiguous()) for t in tensors):
             return None
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        return _Description(*addresses, self.rotation.size, self.rotation.divisor)
+        return _Description(*addresses, self.rotation.size, self.rotation.divisor, self.rotation.wide)
 
     def in_place(self, x: Tensor) -> None:
         """x (rows, width), or heads (rows, heads, head_dim), which lie together: each row is rotated."""
@@ -65,29 +66,33 @@ class Rotator:
         assert wide is not None and wide.data_ptr() == x.data_ptr(), "a row's numbers lie together"
         if self._on_gpu(wide, wide):
             return
-        described = self.native
-        if described is None or not (x.is_cpu and x.dtype is torch.float32 and wide.stride(1) == 1):
+        if not self._native(wide, wide):
             wide.copy_(self.rotation(wide))
-            return
-        run = _operation()
-        assert run is not None, "there is a description of it"
-        rows, width = wide.shape
-        run(
-            ctypes.byref(described),
-            x.data_ptr(),
-            wide.stride(0),
-            rows,
-            width,
-            x.data_ptr(),
-            wide.stride(0),
-        )
 
     def rotated(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (rows, width) -> the same rotated, of ``dtype``, in memory of its own."""
         out = torch.empty(x.shape, dtype=dtype, device=x.device)
-        if not self._on_gpu(x, out):
+        if not self._on_gpu(x, out) and not self._native(x, out):
             out.copy_(self.rotation(x))
         return out
+
+    def _native(self, x: Tensor, out: Tensor) -> bool:
+        """Whether native code rotated x (rows, width) into ``out``, which may be x."""
+        described, run = self.native, _operation()
+        fit = all(t.is_cpu and t.dtype is torch.float32 and t.stride(1) == 1 for t in (x, out))
+        if described is None or run is None or not fit:
+            return False
+        rows, width = x.shape
+        run(
+            ctypes.byref(described),
+            x.data_ptr(),
+            x.stride(0),
+            rows,
+            width,
+            out.data_ptr(),
+            out.stride(0),
+        )
+        return True
 
     def _on_gpu(self, x: Tensor, out: Tensor) -> bool:
         """Whether Triton rotated x into ``out``."""

@@ -22,8 +22,9 @@ from lowbit.loading.online import Decision, Online, facts_of, role_of
 from lowbit.loading.opened import Opened, Target
 from lowbit.numerics.cutting import column_unit, row_unit
 from lowbit.numerics.int8_inputs import INT8_GROUPS
-from lowbit.numerics.number_formats import RowVectorLayout, VectorLayout, number_format
+from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.trellis import BLOCK
 
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -280,24 +281,31 @@ class Asker:
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's.
 
-        Codebooks for which there is no kernel here are decoded when they are loaded, to their scales' type or
-        that of their numbers.
+        Codebooks and trellises for which there is no kernel here are decoded when they are loaded, to their
+        scales' type or that of their numbers.
         """
         scheme = scheme.weight_alone
-        vectors = scheme.weight.vectors
-        if vectors is not None and not self._runs_vectors(scheme, vectors):
+        if not self._runs_coded(scheme):
             scheme = scheme.decoded
         if not scheme.is_dense or self.target.dense_dtype is None:
             return scheme
         return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))
 
-    def _runs_vectors(self, scheme: Scheme, vectors: VectorLayout | RowVectorLayout) -> bool:
-        columns = 32 * vectors.length
+    def _runs_coded(self, scheme: Scheme) -> bool:
+        """Whether codebooks or a trellis, if that is what it has, can stay."""
+        vectors = scheme.weight.vectors
+        if vectors is None and scheme.weight.trellis is None:
+            return True
+        shape = (16, BLOCK)
         if isinstance(vectors, RowVectorLayout):
             if self.parallel.size > 1:  # heads and columns of a rank may end inside them
                 return False
-            columns = vectors.columns or columns
-        return choose(scheme, (16, columns), self.device).kernel.name != "reference"
+            shape = (16, vectors.columns or 32 * vectors.length)
+        elif vectors is not None:
+            shape = (16, 32 * vectors.length)
+        else:
+            shape = (scheme.rows_together, BLOCK)
+        return choose(scheme, shape, self.device).kernel.name != "reference"
 
 
 def _runs(part: Part, first: int = 0) -> tuple[tuple[int, Cut], ...]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
-from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.trellis import BLOCK
 
 
 def column_unit(scheme: Scheme, columns: int) -> int:
@@ -28,6 +29,7 @@ def column_unit(scheme: Scheme, columns: int) -> int:
         return columns
     unit = 1 if scheme.weight.block is None else scheme.weight.block.weights
     unit = unit if scheme.weight.vectors is None else scheme.weight.vectors.column_unit(columns)
+    unit = unit if scheme.weight.trellis is None else BLOCK
     for _, width in scheme.blocks:
         unit = math.lcm(unit, width or 1)
     if scheme.activation is not None:
@@ -51,10 +53,10 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         raise LowbitError(
             "E0702", f"{weight.origin}: columns {start}:{stop} cut a group of {unit} columns in two"
         )
-    layout, vectors = weight.scheme.weight.block, weight.scheme.weight.vectors
+    layout, coded = weight.scheme.weight.block, weight.scheme.weight.vectors or weight.scheme.weight.trellis
     codes = weight.codes[..., start:stop]
-    if vectors is not None:
-        codes = weight.codes[..., vectors.row_bytes(start) : vectors.row_bytes(stop)]
+    if coded is not None:
+        codes = weight.codes[..., coded.row_bytes(start) : coded.row_bytes(stop)]
     if layout is not None:
         first, last = start // layout.weights, -(-stop // layout.weights)
         codes = weight.codes[..., first * layout.bytes : last * layout.bytes]
@@ -76,7 +78,20 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
 
 
 def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> QuantizedTensor:
-    """The rows of each (start, stop), one run below another."""
+    """The rows of each (start, stop), one run below another.
+
+    A trellis whose blocks do not end there is decoded.
+    """
+    if weight.scheme.weight.trellis is not None:
+        scheme = parted_scheme(weight.scheme, (weight.shape[-2], weight.shape[-1]), runs)
+        parts = [weight.rows(start, stop) for start, stop in runs]
+        shape = (sum(part.shape[0] for part in parts), weight.shape[-1])
+        if scheme.is_dense:
+            matrix = torch.cat([part.dequantize().to(scheme.weight.dtype) for part in parts])
+            return QuantizedTensor(scheme, shape, matrix, origin=weight.origin)
+        codes = torch.cat([part.codes for part in parts])
+        outputs = torch.cat([part.scales[0] for part in parts])
+        return replace(weight, shape=shape, codes=codes, scales=(outputs, weight.scales[1]))
     if len(runs) > 1 and weight.scheme.whole_columns:
         return pick_rows(weight, torch.cat([torch.arange(start, stop) for start, stop in runs]))
     finer = _parted_at(weight, [border for run in runs for border in run])
@@ -159,6 +174,9 @@ def in_rows(weight: QuantizedTensor) -> QuantizedTensor:
 
 def parted_scheme(scheme: Scheme, shape: tuple[int, int], runs: Sequence[tuple[int, int]]) -> Scheme:
     """The scheme of ``cut_rows``'s result."""
+    if scheme.weight.trellis is not None:
+        whole = not any(border % scheme.rows_together for run in runs for border in run)
+        return scheme if whole else dense("f16")
     empty = torch.empty(0)
     bare = QuantizedTensor(scheme, shape, empty)
     finer = _parted_at(bare, [border for run in runs for border in run]).scheme

@@ -5,7 +5,7 @@ value; integer formats are *offset binary* (value = code - 2^(bits-1)) when sign
 that "unsigned with a zero point of 2^(bits-1) everywhere" and "signed without a zero point" share codes.
 A block format (GGUF) has no scalar table: its bytes decode a block at a time through a ``BlockLayout``. Nor
 has a format of codebooks, whose codes are indices of vectors of several weights: of a row (``VectorLayout``),
-of a column (``RowVectorLayout``).
+of a column (``RowVectorLayout``); or one of trellises, whose weights share their bits (``TrellisLayout``).
 
 Sources: OCP Microscaling Formats v1.0 (e2m1, e2m3, e3m2, e8m0), "FP8 Formats for Deep Learning"
 (Micikevicius et al., 2022: e4m3, e5m2), QLoRA (Dettmers et al., 2023: nf4).
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.numerics.trellis import MULTIPLIERS, TrellisLayout
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ class RowVectorLayout:
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """``bits`` a weight; ``values[code]`` a code's worth, NaN for none; or a ``block``, or ``vectors``."""
+    """``bits`` a weight; ``values[code]`` a code's worth, NaN for none; or a ``block``, ``vectors`` or a
+    ``trellis``."""
 
     name: str
     bits: float
@@ -209,6 +211,7 @@ class NumberFormat:
     dtype: torch.dtype | None = field(default=None, compare=False)  # the torch dtype of the same bytes
     block: BlockLayout | None = field(default=None, repr=False, compare=False)
     vectors: VectorLayout | RowVectorLayout | None = field(default=None, repr=False, compare=False)
+    trellis: TrellisLayout | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_tall(self) -> bool:
@@ -218,7 +221,7 @@ class NumberFormat:
     @property
     def in_bytes(self) -> bool:
         """Whether codes are kept as a row's bytes, which mean several columns together."""
-        return self.block is not None or self.vectors is not None
+        return self.block is not None or self.vectors is not None or self.trellis is not None
 
     @property
     def is_integer(self) -> bool:
@@ -321,9 +324,20 @@ def vector_format(books: int, bits: int, length: int) -> NumberFormat:
     return number_format(f"vq{books}x{bits}_{length}")
 
 
+_TRELLIS = re.compile(rf"trellis([1-8])_({'|'.join(MULTIPLIERS)})")
+
+
+def trellis_format(bits: int, book: str) -> NumberFormat:
+    """Trellises of ``bits`` bits a weight with the numbers of a code book: "trellis4_mcg"."""
+    return number_format(f"trellis{bits}_{book}")
+
+
 def number_format(name: str) -> NumberFormat:
     """The format called ``name``; GGUF's block formats are ``gguf_q4_0`` and so on, codebooks ``vq2x8_8`` or,
-    of vectors of rows, ``rvq8_65536+256_f16``."""
+    of vectors of rows, ``rvq8_65536+256_f16``, trellises ``trellis4_mcg``."""
+    if name not in NUMBER_FORMATS and (coded := _TRELLIS.fullmatch(name)):
+        trellis = TrellisLayout(int(coded[1]), coded[2])
+        NUMBER_FORMATS[name] = NumberFormat(name, trellis.bits, trellis=trellis)
     if name not in NUMBER_FORMATS and (found := _VECTORS.fullmatch(name)):
         layout = VectorLayout(*map(int, found.groups()))
         bits = 8 * layout.books * layout.index_bytes / layout.length  # as they are stored

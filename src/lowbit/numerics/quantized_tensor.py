@@ -6,7 +6,8 @@ Everything a format reader produces means
 
 with ``g`` the inner block that holds (r, c), ``h`` an outer block, and ``c`` counted in stored column
 order. ``dequantize`` *is* this line in float32; every kernel is tested against it. Where a format has
-codebooks, the value is a number of the vector that the code names, or the sum of several.
+codebooks, the value is a number of the vector that the code names, or the sum of several. What a trellis
+means, with a scale for each row and each column, ``numerics.trellis`` says.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class QuantizedTensor:
         if layout is not None:
             blocks = self.codes.unflatten(-1, (-1, layout.bytes))  # (..., out, blocks, bytes)
             return layout.decode(blocks).flatten(-2)  # (..., out, in)
-        vectors = self.scheme.weight.vectors
+        vectors, trellis = self.scheme.weight.vectors, self.scheme.weight.trellis
+        if trellis is not None:
+            return trellis.decode(self.codes, *self.scales)
         if vectors is not None:
             assert self.codebooks is not None, "a format with vectors has them"
             values = vectors.decode(self.codes, self.codebooks)[..., : self.shape[-2], :]
@@ -116,9 +119,15 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int, *, ragged: bool = False) -> QuantizedTensor:
         """Output rows ``start:stop``; they must begin on a block border of every level.
 
-        They must end on one too, unless ``ragged``: the last block of the result may then be short.
+        They must end on one too, unless ``ragged``: the last block of the result may then be short. Some rows
+        of a trellis's blocks come as plain floats.
         """
-        out = self.shape[-2]
+        out, together = self.shape[-2], self.scheme.rows_together
+        if self.scheme.weight.trellis is not None and (start % together or stop % together):
+            first, last = start // together * together, -(-stop // together) * together
+            matrix = self.rows(first, last).dequantize()[start - first : stop - first]
+            shape = (stop - start, self.shape[-1])
+            return QuantizedTensor(Scheme(number_format("f32")), shape, matrix, origin=self.origin)
         if self.scheme.flattened and len(self.shape) == 2:
             columns, block = self.shape[-1], self.scheme.blocks[0][1]
             if (start * columns) % block:

@@ -27,7 +27,8 @@ from torch import Tensor
 class Rotation:
     """x * before, its Hadamard transform over ``divisor``, * after; or, if there is a ``matrix``, x @ that.
 
-    ``before``, ``after``: float32 (size,), None for ones. ``matrix``: float32 (size, size).
+    ``before``, ``after``: float32 (size,), or (width of x,) of their own for each block; None for ones.
+    ``matrix``: float32 (size, size).
     """
 
     size: int
@@ -64,7 +65,7 @@ class Rotation:
         if self.matrix is not None:
             return (blocks @ self.matrix).flatten(-2)
         if self.before is not None:
-            blocks = blocks * self.before
+            blocks = blocks * self.before.unflatten(0, (-1, self.size))
         apart = 1
         while apart < self.size:
             a, b = blocks.unflatten(-1, (-1, 2, apart)).unbind(-2)
@@ -72,8 +73,13 @@ class Rotation:
             apart *= 2
         blocks = blocks / self.divisor
         if self.after is not None:
-            blocks = blocks * self.after
+            blocks = blocks * self.after.unflatten(0, (-1, self.size))
         return blocks.flatten(-2)
+
+    @property
+    def wide(self) -> bool:
+        """Whether blocks have a ``before`` or ``after`` of their own."""
+        return any(part is not None and len(part) != self.size for part in (self.before, self.after))
 
     @property
     def transposed(self) -> Rotation:

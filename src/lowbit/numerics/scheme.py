@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lowbit.numerics.number_formats import NumberFormat, RowVectorLayout, number_format
+from lowbit.numerics.trellis import BLOCK
 
 
 @dataclass(frozen=True)
@@ -164,23 +165,30 @@ class Scheme:
     @property
     def rows_move(self) -> bool:
         """Whether rows can change places: no two share a scale by where they lie that not all share."""
+        if self.flattened or self.rows_together > 1:
+            return False
+        return self.scattered or all(rows <= 1 for rows, _ in self.blocks)
+
+    @property
+    def rows_together(self) -> int:
+        """So many neighbouring rows mean something together only, beside what shares a scale."""
         vectors = self.weight.vectors
-        whole = vectors is None or vectors.height == 1
-        return whole and not self.flattened and (self.scattered or all(rows <= 1 for rows, _ in self.blocks))
+        if self.weight.trellis is not None:
+            return BLOCK
+        return 1 if vectors is None else vectors.height
 
     @property
     def decoded(self) -> Scheme:
-        """Codebooks as a matrix, of the type of their numbers or of the scales; anything else as it is."""
+        """Codebooks and trellises as a matrix of their numbers' or scales' type; anything else as it is."""
         vectors = self.weight.vectors
-        if vectors is None:
+        if vectors is None and self.weight.trellis is None:
             return self
         return dense(vectors.dtype if isinstance(vectors, RowVectorLayout) else self.scales[0].name)
 
     @property
     def heights(self) -> tuple[int, ...]:
-        """Rows of a block of each level (0: all), and of a vector of codebooks: rows are cut between them."""
-        vectors = self.weight.vectors
-        return (*(rows for rows, _ in self.blocks), 1 if vectors is None else vectors.height)
+        """Rows of a block of each level (0: all), and ``rows_together``: rows are cut between them."""
+        return (*(rows for rows, _ in self.blocks), self.rows_together)
 
     @property
     def whole_columns(self) -> bool:

@@ -1,0 +1,348 @@
+// Products with trellises, x as InputKind::words; see linear_trellis.h.
+//
+// One token meets the numbers in the registers they are made in; of more, each tile is put together once, in memory.
+
+#include "linear_trellis.h"
+
+#include "linear_kernels.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int CHUNKS = 8;
+constexpr std::int64_t AHEAD = 1024;  // bytes of a stream that are asked for
+
+// The 64 bits before plane END of every chunk hold windows of row c (low half of a lane pair) and of row c + 8. Of 7 and 8
+// bits they hold two columns, of fewer all four.
+constexpr int steps(int bits) { return bits > 6 ? 2 : 1; }
+constexpr int end_plane(int bits, int q, int step) {
+    return steps(bits) == 2 && step == 0 ? bits * q + 6 : bits * (q + 1);
+}
+// How far from the end of those 64 bits the window of number ``number`` of eight ends.
+constexpr int shift_of(int bits, int number) {
+    const int last = steps(bits) == 2 && number % 4 < 2 ? 48 : 8 * bits;
+    return last - bits * (number + 1);
+}
+// Pair of columns COLUMNS 2 q (and 2 q + 8, FURTHER) of the first or second half of a tile.
+constexpr int trellis_pair(int half, int q, int further) { return half * 8 + further * 4 + q; }
+
+#if defined(__AVX512BF16__)
+
+struct ByteOrder {
+    alignas(64) std::uint8_t bytes[64];
+    __m512i load() const { return _mm512_load_si512(bytes); }
+};
+
+// Byte k of chunk c is that of the k-th plane from the last of eight.
+constexpr ByteOrder straight_order() {
+    ByteOrder order{};
+    for (int i = 0; i < 64; ++i) order.bytes[i] = static_cast<std::uint8_t>((7 - i % 8) * CHUNKS + i / 8);
+    return order;
+}
+// The same where fewer planes stand before: those of the chunk before take their place, which stand last. 64 on: in the
+// last eight planes.
+constexpr ByteOrder wrapped_order(int bits, int half, int end) {
+    ByteOrder order{};
+    for (int i = 0; i < 64; ++i) {
+        int plane = end - 1 - i % 8, chunk = i / 8;
+        if (plane < 0) plane += 4 * bits, chunk = (chunk + CHUNKS - 1) % CHUNKS;
+        int place = plane * CHUNKS + chunk + (bits == 1 ? half * 32 : 0);
+        if (place >= 64) place += 64 - (4 * bits - 8) * CHUNKS;
+        order.bytes[i] = static_cast<std::uint8_t>(place);
+    }
+    return order;
+}
+constexpr ByteOrder STRAIGHT = straight_order();
+template <int BITS, int HALF, int END>
+constexpr ByteOrder WRAPPED = wrapped_order(BITS, HALF, END);
+
+// 64 bits of every chunk that end with plane END.
+template <int BITS, int HALF, int END>
+INLINE __m512i chunk_bits(const std::uint8_t* tile) {
+    if constexpr (BITS == 1) {
+        return _mm512_permutexvar_epi8(WRAPPED<BITS, HALF, END>.load(), _mm512_loadu_si512(tile));
+    } else {
+        const std::uint8_t* const planes = tile + HALF * 32 * BITS;
+        if constexpr (END >= 8) {
+            return _mm512_permutexvar_epi8(STRAIGHT.load(), _mm512_loadu_si512(planes + (END - 8) * CHUNKS));
+        } else {
+            const __m512i first = _mm512_loadu_si512(planes);
+            if constexpr (BITS == 2) return _mm512_permutexvar_epi8(WRAPPED<BITS, HALF, END>.load(), first);
+            const __m512i last = _mm512_loadu_si512(planes + (4 * BITS - 8) * CHUNKS);
+            return _mm512_permutex2var_epi8(first, WRAPPED<BITS, HALF, END>.load(), last);
+        }
+    }
+}
+
+template <int BITS, int COLUMN>
+INLINE __m512i windows(__m512i bits) {
+    constexpr long long LOW = shift_of(BITS, COLUMN), HIGH = shift_of(BITS, COLUMN + 4);
+    constexpr long long PLACES = LOW | (LOW + 8) << 8 | HIGH << 32 | (HIGH + 8) << 40;
+    return _mm512_maskz_multishift_epi64_epi8(0x3333333333333333ull, _mm512_set1_epi64(PLACES), bits);
+}
+
+// Whole numbers of 16 windows in 32-bit lanes: of mul1 as they are, else 4 times as large, and 2 more.
+template <TrellisBook BOOK>
+INLINE __m512i numbers(__m512i window) {
+    constexpr BookNumbers book = numbers_of(BOOK);
+    __m512i product = _mm512_mullo_epi32(window, _mm512_set1_epi32(static_cast<int>(book.times)));
+    if constexpr (BOOK == TrellisBook::mul1) {
+        return _mm512_dpbusd_epi32(_mm512_set1_epi32(-LINE_ZERO), product, _mm512_set1_epi8(LINE_TIMES));
+    }
+    if constexpr (book.plus != 0) product = _mm512_add_epi32(product, _mm512_set1_epi32(static_cast<int>(book.plus)));
+    // Of a half 10 bits of mantissa, and a power of two with its sign for its two bits of exponent.
+    const __m512i mantissa = _mm512_ternarylogic_epi32(product, _mm512_set1_epi16(0x3FF), _mm512_set1_epi16(0x760), 0x6A);
+    const __m512i positive = _mm512_set1_epi64(0x0002000100080004);
+    const __m512i negative = _mm512_sub_epi16(_mm512_setzero_si512(), positive);
+    const __m512i power = _mm512_permutex2var_epi16(positive, _mm512_srli_epi16(product, 10), negative);
+    return _mm512_dpwssd_epi32(_mm512_set1_epi32(2), mantissa, power);
+}
+
+// An operand of 16 rows by 2 columns.
+template <TrellisBook BOOK>
+INLINE __m512i operand(__m512i even, __m512i odd) {
+    constexpr bool LINE = BOOK == TrellisBook::mul1;
+    if constexpr (!LINE) even = _mm512_srli_epi32(even, 2);
+    return _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, LINE ? 16 : 14));
+}
+
+// each(number of the pair, its operand) for all pairs of columns.
+template <TrellisBook BOOK, int BITS, class Each>
+INLINE void each_pair(const std::uint8_t* tile, const Each& each) {
+    each_constant<8>([&](auto number) __attribute__((always_inline)) {
+        constexpr int HALF = decltype(number)::value / 4, Q = decltype(number)::value % 4;
+        __m512i bits = chunk_bits<BITS, HALF, end_plane(BITS, Q, 0)>(tile);
+        const __m512i first = numbers<BOOK>(windows<BITS, 0>(bits)), second = numbers<BOOK>(windows<BITS, 1>(bits));
+        each(std::integral_constant<int, trellis_pair(HALF, Q, 0)>{}, operand<BOOK>(first, second));
+        if constexpr (steps(BITS) == 2) bits = chunk_bits<BITS, HALF, end_plane(BITS, Q, 1)>(tile);
+        const __m512i third = numbers<BOOK>(windows<BITS, 2>(bits)), fourth = numbers<BOOK>(windows<BITS, 3>(bits));
+        each(std::integral_constant<int, trellis_pair(HALF, Q, 1)>{}, operand<BOOK>(third, fourth));
+    });
+}
+
+template <TrellisBook BOOK, int BITS>
+__attribute__((noinline)) void decode_trellis(const std::uint8_t* tile, WordTile& w) {
+    each_pair<BOOK, BITS>(tile, [&](auto pair, __m512i both) __attribute__((always_inline)) { w[decltype(pair)::value] = both; });
+}
+
+template <TrellisBook BOOK, int BITS>
+INLINE SixteenInts dot_trellis_once(const std::uint8_t* tile, const std::int16_t* x) {
+    __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    each_pair<BOOK, BITS>(tile, [&](auto pair, __m512i both) __attribute__((always_inline)) {
+        constexpr int PAIR = decltype(pair)::value;
+        std::int32_t two;
+        std::memcpy(&two, x + PAIR * 2, sizeof two);
+        sums[PAIR / 4 % 2] = _mm512_dpwssd_epi32(sums[PAIR / 4 % 2], both, _mm512_set1_epi32(two));
+    });
+    return _mm512_add_epi32(sums[0], sums[1]);
+}
+
+INLINE Sixteen by_row(Sixteen lanes) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), lanes);
+}
+
+#else
+
+// As many lanes as a register has.
+#if defined(__AVX2__)
+constexpr int WIDE_BYTES = 32;
+#else
+constexpr int WIDE_BYTES = 16;
+#endif
+typedef std::uint64_t Quads __attribute__((vector_size(WIDE_BYTES)));
+typedef std::uint32_t Singles __attribute__((vector_size(WIDE_BYTES)));
+constexpr int PARTS = 64 / WIDE_BYTES;
+
+// 64 bits of every chunk from the 8 planes that end with them, the last one lowest.
+INLINE void chunk_bits(const std::uint8_t* planes, std::uint64_t (&bits)[CHUNKS]) {
+#if defined(__AVX2__)
+    const __m128i order = _mm_setr_epi8(8, 0, 9, 1, 10, 2, 11, 3, 12, 4, 13, 5, 14, 6, 15, 7);
+    const auto two = [&](int k) __attribute__((always_inline)) {
+        return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(planes + (6 - 2 * k) * CHUNKS)), order);
+    };
+    const __m128i a = two(0), b = two(1), c = two(2), d = two(3);
+    const __m128i low[2] = {_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b)};
+    const __m128i high[2] = {_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d)};
+    auto* const to = reinterpret_cast<__m128i*>(bits);
+    for (int i = 0; i < 2; ++i) {
+        _mm_storeu_si128(to + 2 * i, _mm_unpacklo_epi32(low[i], high[i]));
+        _mm_storeu_si128(to + 2 * i + 1, _mm_unpackhi_epi32(low[i], high[i]));
+    }
+#else
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        bits[chunk] = 0;
+        for (int plane = 0; plane < 8; ++plane) bits[chunk] = bits[chunk] << 8 | planes[plane * CHUNKS + chunk];
+    }
+#endif
+}
+
+// Whole numbers of windows.
+template <TrellisBook BOOK>
+INLINE void numbers(const Singles& window, Singles& number) {
+    constexpr BookNumbers book = numbers_of(BOOK);
+    const Singles product = window * book.times + book.plus;
+    if constexpr (BOOK == TrellisBook::mul1) {
+        const Singles two = (product & 0x00FF00FFu) + (product >> 8 & 0x00FF00FFu);
+        number = ((two & 0xFFFFu) + (two >> 16)) * static_cast<std::uint32_t>(LINE_TIMES) - static_cast<std::uint32_t>(LINE_ZERO);
+    } else {
+        // A half is its mantissa times a power of two for its two bits of exponent, with a sign.
+        const Singles high = product >> 16;
+        const Singles a = ((product & 0x3FFu) ^ 0x760u) << ((product >> 10 & 3u) ^ 2u);
+        const Singles b = ((high & 0x3FFu) ^ 0x760u) << ((high >> 10 & 3u) ^ 2u);
+        const Singles a_minus = 0u - (product >> 15 & 1u), b_minus = 0u - (high >> 15);
+        const Singles sum = ((a ^ a_minus) - a_minus) + ((b ^ b_minus) - b_minus) + 2u;
+        // Divided by 4, as a number with a sign; of more than 16 bits nothing is kept.
+        number = sum >> 2;
+    }
+}
+
+// Two columns of 16 lanes.
+INLINE void put_pair(WordTile& w, int pair, int part, const Singles& even, const Singles& odd) {
+#if defined(__AVX2__)
+    const Singles both = (even & 0xFFFFu) | odd << 16;
+    std::memcpy(reinterpret_cast<std::uint8_t*>(&w[pair]) + part * WIDE_BYTES, &both, sizeof both);
+#else
+    constexpr int LANES_EACH = WIDE_BYTES / 4;
+    for (int lane = 0; lane < LANES_EACH; ++lane) {
+        w.columns[pair * 2][part * LANES_EACH + lane] = static_cast<std::int16_t>(even[lane]);
+        w.columns[pair * 2 + 1][part * LANES_EACH + lane] = static_cast<std::int16_t>(odd[lane]);
+    }
+#endif
+}
+
+template <TrellisBook BOOK, int BITS>
+__attribute__((noinline)) void decode_trellis(const std::uint8_t* tile, WordTile& w) {
+    for (int half = 0; half < 2; ++half) {
+        // The planes behind those of the chunks before, which stand last.
+        constexpr int SIZE = 4 * BITS * CHUNKS;
+        std::uint8_t staged[8 * CHUNKS + SIZE] = {};
+        std::uint8_t* const planes = staged + 8 * CHUNKS;
+        std::memcpy(planes, tile + half * SIZE, SIZE);
+        for (int plane = -2; plane < 0; ++plane) {
+            for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+                planes[plane * CHUNKS + chunk] = planes[SIZE + plane * CHUNKS + (chunk + CHUNKS - 1) % CHUNKS];
+            }
+        }
+        for (int q = 0; q < 4; ++q) {
+            std::uint64_t bits[2][CHUNKS];
+            chunk_bits(planes + (end_plane(BITS, q, 0) - 8) * CHUNKS, bits[0]);
+            if (steps(BITS) == 2) chunk_bits(planes + (end_plane(BITS, q, 1) - 8) * CHUNKS, bits[1]);
+            for (int part = 0; part < PARTS; ++part) {
+                Singles found[4];
+                UNROLL
+                for (int column = 0; column < 4; ++column) {
+                    const int step = steps(BITS) == 2 ? column / 2 : 0;
+                    Quads own;
+                    std::memcpy(&own, bits[step] + part * (WIDE_BYTES / 8), sizeof own);
+                    const Quads low = own >> shift_of(BITS, column) & 0xFFFFu;
+                    const Quads both = low | (own >> shift_of(BITS, column + 4) & 0xFFFFu) << 32;
+                    numbers<BOOK>(reinterpret_cast<Singles>(both), found[column]);
+                }
+                put_pair(w, trellis_pair(half, q, 0), part, found[0], found[1]);
+                put_pair(w, trellis_pair(half, q, 1), part, found[2], found[3]);
+            }
+        }
+    }
+}
+
+template <TrellisBook BOOK, int BITS>
+INLINE SixteenInts dot_trellis_once(const std::uint8_t* tile, const std::int16_t* x) {
+    WordTile w;
+    decode_trellis<BOOK, BITS>(tile, w);
+    SixteenInts sum[1] = {ints_set(0)};
+    dot_words<0, COLUMNS, 1>(w, x, COLUMNS, sum);
+    return sum[0];
+}
+
+INLINE Sixteen by_row(Sixteen lanes) {
+    float from[ROWS], to[ROWS];
+    sixteen_store(from, lanes);
+    for (int row = 0; row < ROWS; ++row) to[row] = from[row % CHUNKS * 2 + row / CHUNKS];
+    return sixteen_load(to);
+}
+
+#endif
+
+struct TrellisStep {
+    const WordTile& w;
+    const Input& x;
+    std::int64_t tile;
+    float (*totals)[ROWS];
+
+    template <int TOKENS>
+    INLINE void operator()(int token) const {
+        SixteenInts sums[TOKENS];
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(0);
+        dot_words<0, COLUMNS, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
+        const float* const scales = x.scales + tile * x.tokens + token;
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            const Sixteen total = sixteen_load(totals[token + t]);
+            sixteen_store(totals[token + t], sixteen_fma(sixteen_set(scales[t]), ints_to_floats(sums[t]), total));
+        }
+    }
+};
+
+INLINE Sixteen finished(const Layout& layout, Sixteen total) {
+    return sixteen_multiply(by_row(total), sixteen_set(layout.factor));
+}
+
+using Decode = void (*)(const std::uint8_t* tile, WordTile& w);
+
+// Totals lie as sums do until a block is through.
+void multiply_many(const Layout& layout, const std::uint8_t* block, Decode decode, const Input& x, float (*totals)[ROWS]) {
+    const std::int64_t bytes = tile_bytes(layout.codes);
+    const std::uint8_t* at = block;
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, at += bytes) {
+        if (x.tokens >= FETCHING_TOKENS) {
+            for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + AHEAD + line);
+            fetch_results(x, tile, layout.tiles);
+        }
+        WordTile w;
+        decode(at, w);
+        for_tokens(x.tokens, TrellisStep{w, x, tile, totals});
+    }
+    for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], finished(layout, sixteen_load(totals[t])));
+}
+
+template <TrellisBook BOOK, int BITS>
+void multiply_trellis(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x, float (*totals)[ROWS]) {
+    if (x.tokens > 1) return multiply_many(layout, block, decode_trellis<BOOK, BITS>, x, totals);
+    const std::uint8_t* at = block;
+    Sixteen total = sixteen_load(totals[0]);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, at += 64 * BITS) {
+        const SixteenInts sum = dot_trellis_once<BOOK, BITS>(at, x.at<std::int16_t>(tile, 0));
+        total = sixteen_fma(sixteen_set(x.scales[tile]), ints_to_floats(sum), total);
+    }
+    sixteen_store(totals[0], finished(layout, total));
+}
+
+template <TrellisBook BOOK>
+BlockFunction by_bits(int bits) {
+    switch (bits) {
+        case 1: return multiply_trellis<BOOK, 1>;
+        case 2: return multiply_trellis<BOOK, 2>;
+        case 3: return multiply_trellis<BOOK, 3>;
+        case 4: return multiply_trellis<BOOK, 4>;
+        case 5: return multiply_trellis<BOOK, 5>;
+        case 6: return multiply_trellis<BOOK, 6>;
+        case 7: return multiply_trellis<BOOK, 7>;
+        case 8: return multiply_trellis<BOOK, 8>;
+        default: return nullptr;
+    }
+}
+
+}  // namespace
+
+BlockFunction trellis_function(const Layout& layout) {
+    const Trellis trellis = trellis_of(layout.codes);
+    switch (trellis.book) {
+        case TrellisBook::first: return by_bits<TrellisBook::first>(trellis.bits);
+        case TrellisBook::mcg: return by_bits<TrellisBook::mcg>(trellis.bits);
+        case TrellisBook::mul1: return by_bits<TrellisBook::mul1>(trellis.bits);
+    }
+    return nullptr;
+}
+
+}  // namespace lowbit

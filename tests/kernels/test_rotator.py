@@ -1,0 +1,35 @@
+"""Rotations in native code: the definition's bits, with signs of a block or of every column."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.kernels.rotation import Rotator
+from lowbit.numerics.rotation import Rotation
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_bits_are_the_definitions(size: int, wide: bool, rows: int) -> None:
+    width, generator = 3 * size, torch.Generator().manual_seed(size)
+    vectors = torch.randn(2, width if wide else size, generator=generator)
+    rotation = Rotation(size, vectors[0].clone(), vectors[1].clone(), divisor=size**0.5)
+    assert rotation.wide == wide
+    x = torch.randn(rows, width + 5, generator=generator)[:, :width]
+    before, wanted = x.clone(), rotation(x)
+    rotator = Rotator(rotation)
+    found = rotator.rotated(x, torch.float32)
+    assert torch.equal(found, wanted) and torch.equal(x, before), "x stays"
+    assert torch.equal(rotator.rotated(x, torch.bfloat16), wanted.bfloat16())
+    rotator.in_place(x)
+    assert torch.equal(x, wanted)
+    if wide:
+        by_blocks = [
+            Rotation(size, *vectors[:, i : i + size], divisor=size**0.5)(before[:, i : i + size])
+            for i in range(0, width, size)
+        ]
+        assert torch.equal(wanted, torch.cat(by_blocks, 1)), "each block has its own"
