@@ -69,10 +69,6 @@ class CpuVectors(NativeKernel):
             return f"scales are {scheme.scales[0].name}"
         return None
 
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never by more than a part of what is lost of x."""
-        return False
-
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of indices and scales."""
         return _describe(scheme, shape).nbytes
