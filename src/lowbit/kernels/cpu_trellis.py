@@ -28,6 +28,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import (
     ADDEND_NONE,
     COLUMNS,
@@ -58,18 +59,11 @@ class TrellisWeight(PackedWeight):
     after: Rotator = field(kw_only=True, repr=False)
 
 
-class CpuTrellis:
-    """See the module docstring."""
+class CpuTrellis(NativeKernel):
+    """See the module docstring. What is rounded is a part of what is lost of x."""
 
     name = "cpu_trellis"
-    computes = "as stored"
     layout = 1
-    steady = True
-    runs = "quantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """CPUs."""
-        return device.type == "cpu"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -82,17 +76,9 @@ class CpuTrellis:
             return "needs a float16 scale for each row and each column, and nothing that is added"
         return "is no whole blocks of 128 x 128" if any(size % BLOCK for size in shape) else None
 
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never by more than a part of what is lost of x."""
-        return False
-
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of tiles and scales."""
         return _describe(scheme, shape).nbytes + 2 * (shape[0] + shape[1])
-
-    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
-        """Never: the numbers have 14 bits."""
-        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The same bits, in tiles of 16 rows by 32 columns."""
