@@ -45,10 +45,10 @@ struct WordCodes {
         if (codes == Codes::words4) {
             kind = WordKind::wide;
             for (int i = 0; i < 64; ++i) put(i, weight.table[i % 16]);
-        } else if (is_words(codes)) {
-            kind = WordKind::wide;  // whose sums stay below 2^31 by the choice of the table's factor
         } else if (is_trellis(codes)) {
             kind = WordKind::trellis;
+        } else if (is_words(codes)) {
+            kind = WordKind::wide;  // whose sums stay below 2^31 by the choice of the table's factor
         } else if (!CODES_AS_WORDS) {
             return;
         } else if (codes == Codes::int8 || codes == Codes::uint8) {
