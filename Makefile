@@ -16,28 +16,37 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 NATIVE := $(wildcard CMakeLists.txt) $(shell find src/lowbit/csrc cmake -type f 2>/dev/null)
 
-.PHONY: install serve test test-quick test-all test-gpu bench-gpu gpu-compile cross-check lint format docs formats-report bench bench-cpu clean
+.PHONY: install environment serve test test-quick test-all test-gpu bench-gpu gpu-compile cross-check lint format docs formats-report bench bench-cpu clean
 .DEFAULT_GOAL := install
 
-install: $(VENV)/.installed
+# Nothing that is built needs torch or the other dependencies: the compiler works while they are fetched and
+# unpacked, which keeps less than one core busy.
+install:
+	@$(MAKE) --no-print-directory --jobs=2 environment
 
-# torch comes first and pinned, so that no other package chooses its build; the package itself is built
-# without isolation, with the pinned tools of this environment.
-$(VENV)/.dependencies: pyproject.toml constraints.txt
+environment: $(VENV)/.dependencies $(VENV)/.installed
+	@:
+
+# What builds the package: without isolation, with the pinned tools of this environment.
+$(VENV)/.tools: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "lowbit needs Python 3.11 or newer; $(PYTHON) is older or missing. Run: make install PYTHON=python3.12" >&2; \
 	    exit 2; }
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) scikit-build-core cmake ninja
+	@touch $@
+
+# torch comes first and pinned, so that no other package chooses its build.
+$(VENV)/.dependencies: $(VENV)/.tools
 	@echo "installing torch"
 	@$(PIP) $(TORCH_FLAGS) torch
 	@echo "installing the other dependencies"
-	@$(PIP) scikit-build-core cmake ninja
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	    print("\n".join(p["dependencies"] + p["optional-dependencies"]["test"]))' > $(VENV)/requirements.txt
 	@$(PIP) --requirement $(VENV)/requirements.txt
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
+$(VENV)/.installed: $(VENV)/.tools $(NATIVE)
 	@echo "building lowbit"
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@$(BIN)/python -m compileall -q src/lowbit  # also where PYTHONDONTWRITEBYTECODE is set

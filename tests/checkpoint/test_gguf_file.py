@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from checkpoint.tiny import METADATA, gguf_tensors, write_gguf_file
-from lowbit.checkpoint.gguf_file import GgufTensor, read_gguf_header, write_gguf
+from gguf_writing import GgufTensor, write_gguf
+from lowbit.checkpoint.gguf_file import read_gguf_header
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 

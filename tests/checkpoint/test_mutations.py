@@ -363,7 +363,7 @@ def test_m08_what_is_no_file(folder: Path, what: str) -> None:
 
 def with_metadata(gguf: Path, **changes: object) -> Path:
     from checkpoint.tiny import METADATA, gguf_tensors
-    from lowbit.checkpoint.gguf_file import write_gguf
+    from gguf_writing import write_gguf
 
     metadata = {**METADATA, **{key.replace("__", "."): value for key, value in changes.items()}}
     write_gguf(gguf, metadata, gguf_tensors())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
+from gguf_writing import GgufTensor, write_gguf
 
 HIDDEN, INNER, HEADS, LAYERS, VOCABULARY = 64, 96, 2, 1, 40
 CONFIG = {

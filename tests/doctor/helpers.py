@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoint import tiny
-from lowbit.checkpoint.gguf_file import write_gguf
+from gguf_writing import write_gguf
 from lowbit.doctor import Examination, examine
 from lowbit.numerics.bit_packing import pack_words
 

@@ -153,6 +153,8 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_as_it_is_sent(slots: list[int] | None) -> None:
     sequences = [([5, 6, 7], 0, [3]), ([9], 20, [1, 4])]
     batch = chunk_batch(sequences, sample_all=False, state_slots=slots)
+    if slots is not None:
+        batch.host_lengths = batch.query_lengths.numpy(), batch.context_lengths.numpy()
     step = step_of(batch, (4, 64), capture=True)
     [received] = FrameDecoder(Step).feed(encode_frames([step]))
     assert received == step and numbers_of(received) == len(packed(step, batch))
@@ -164,7 +166,12 @@ def test_a_batch_as_it_is_sent(slots: list[int] | None) -> None:
         mine, theirs = getattr(again, name), getattr(batch, name)
         assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype and mine.is_contiguous()
         assert mine.data_ptr() % 4 == 0
-    assert slots is not None or again.state_slots is None
+    if batch.host_lengths is None:
+        assert again.state_slots is None and again.host_lengths is None
+    else:
+        assert again.host_lengths is not None
+        for one, other in zip(again.host_lengths, batch.host_lengths, strict=True):
+            assert one.dtype == other.dtype and one.tolist() == other.tolist()
     assert (again.page_size, again.max_query, again.max_context) == (16, 3, 21)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.checkpoint.gguf_file import GgufTensor, read_gguf_header, write_gguf
+from gguf_writing import GgufTensor, write_gguf
+from lowbit.checkpoint.gguf_file import read_gguf_header
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from forward_helpers import prompt_logits
+from gguf_writing import GgufTensor, write_gguf
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
 from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
 from lowbit.loading import load_model

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from formats.helpers import FIXTURES
 from formats.writing_cases import cruel, fixtures_it_takes, scheme
 from forward_helpers import prompt_logits
+from gguf_writing import GgufTensor, write_gguf
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule

@@ -14,8 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from forward_helpers import allocate, chunk_batch, differences, prompt_logits
+from gguf_writing import GgufTensor, write_gguf
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from forward_helpers import differences, prompt_logits
+from gguf_writing import GgufTensor, write_gguf
 from lowbit.checkpoint import open_checkpoint
-from lowbit.checkpoint.gguf_file import GgufTensor, write_gguf
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
 from lowbit.numerics.number_formats import number_format

@@ -14,8 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from checkpoint.tiny import METADATA, gguf_tensors, write_folder
+from gguf_writing import write_gguf
 from lowbit.checkpoint import CheckpointHeader, open_checkpoint
-from lowbit.checkpoint.gguf_file import write_gguf
 from lowbit.errors import LowbitError
 from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
 from lowbit.tokenization.fast_tokenizer import FastTokenizer

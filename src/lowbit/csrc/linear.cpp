@@ -350,7 +350,7 @@ void multiply(const Product* products, std::int64_t count) {
     static thread_local std::vector<std::uint8_t> workspace;
     static thread_local std::vector<float> factors;
     all.clear();
-    std::int64_t bytes = 0, groups = 0, units = 0, tokens = 0;
+    std::int64_t bytes = 0, made = 0, groups = 0, units = 0, tokens = 0;
     for (std::int64_t i = 0; i < count; ++i) {
         if (products[i].tokens == 0) continue;
         if (products[i].by_columns != nullptr) {
@@ -358,6 +358,9 @@ void multiply(const Product* products, std::int64_t count) {
             continue;
         }
         Prepared& p = all.emplace_back(products[i]);
+        // A mixture's experts are many: what is beyond, multiplies.
+        if (made + p.product_size > MOST_PRODUCTS) p.product_size = 0;
+        made += p.product_size;
         p.first_tokens = groups;
         groups += (p.product->tokens + LAID_TOGETHER - 1) / LAID_TOGETHER;
         units += p.blocks * p.token_tiles;

@@ -92,10 +92,10 @@ BlockFunction trellis_function(const Layout& layout);
 
 // Few tokens beside many rows of codebooks of 256 vectors: the products of all vectors with all columns are made first,
 // and rows look theirs up. Bits are the same.
+constexpr std::int64_t MOST_PRODUCTS = 16 << 20;  // bytes that are kept for them
 #if defined(__AVX512BF16__)
 constexpr std::int64_t MOST_LOOKED_UP = 3;    // tokens
 constexpr std::int64_t LEAST_LOOKED_UP = 24;  // blocks
-constexpr std::int64_t MOST_PRODUCTS = 16 << 20;  // bytes
 constexpr int LOOKED_UP_TOGETHER = 8;         // blocks
 
 // Bytes of all products, at a cache line; 0: none are made.

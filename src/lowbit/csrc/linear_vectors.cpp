@@ -488,8 +488,7 @@ std::int64_t product_bytes(const Layout& layout, std::int64_t tokens) {
     if (!is_vectors(layout.codes) || tokens > MOST_LOOKED_UP || layout.blocks < LEAST_LOOKED_UP) return 0;
     const Vectors vectors = vectors_of(layout.codes);
     if (vectors.index_bytes() != 1) return 0;
-    const std::int64_t bytes = tokens * layout.tiles * vectors.books * vectors.of_row() * PRODUCT_BYTES;
-    return bytes <= MOST_PRODUCTS ? bytes : 0;
+    return tokens * layout.tiles * vectors.books * vectors.of_row() * PRODUCT_BYTES;
 }
 
 void make_products(const Layout& layout, const Decoding& decoding, const Input& x, std::int64_t first, std::int64_t last,

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,13 +83,15 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     """A ``ForwardBatch``: the shapes of its index tensors by name, which come over the group as one int32
     tensor. Answered by ``StepDone``.
 
-    ``graph``: the size of the graph that runs it, or that is captured from it; None: eagerly.
+    ``lengths``: its ``host_lengths``, so that no rank waits for its device to know them. ``graph``: the size
+    of the graph that runs it, or that is captured from it; None: eagerly.
     """
 
     shapes: dict[str, tuple[int, ...]]
     page_size: int
     max_query: int
     max_context: int
+    lengths: tuple[list[int], list[int]] | None = None
     graph: tuple[int, int] | None = None
     capture: bool = False
 
@@ -107,8 +110,8 @@ class Regroup(msgspec.Struct, frozen=True, tag="regroup"):
 
 
 class RankReady(msgspec.Struct, frozen=True, tag="ready"):
-    """A rank has loaded its part, or made its caches. ``token_bytes``: of its KV cache; ``state_bytes``: of a
-    sequence's states; ``free``: memory left."""
+    """A rank has loaded its part, or made its caches. ``token_bytes``: of a token in its KV cache;
+    ``state_bytes``: of a sequence's states; ``free``: memory left."""
 
     token_bytes: int
     state_bytes: int
@@ -431,10 +434,11 @@ class SharedModel:
         self,
         batch: ForwardBatch,
         compute: Callable[[], Result],
-        graph: tuple[int, int] | None = None,
+        graph: Size | None = None,
         capture: bool = False,
     ) -> Result:
-        """What ``compute`` makes of this rank's part of a step, while the others do theirs."""
+        """What ``compute`` makes of this rank's part of a step, while the others do theirs; ``graph``,
+        ``capture``: as of ``Step``."""
         step = step_of(batch, graph, capture)
         failed: Exception | None = None
         results: list[Result] = []
@@ -490,7 +494,11 @@ def step_of(batch: ForwardBatch, graph: Size | None = None, capture: bool = Fals
     """What the other ranks are told of a batch."""
     found = {name: getattr(batch, name) for name in _ARRAYS}
     shapes = {name: tuple(array.shape) for name, array in found.items() if array is not None}
-    return Step(shapes, batch.page_size, batch.max_query, batch.max_context, graph, capture)
+    lengths = None
+    if batch.host_lengths is not None:
+        queries, contexts = batch.host_lengths
+        lengths = queries.tolist(), contexts.tolist()
+    return Step(shapes, batch.page_size, batch.max_query, batch.max_context, lengths, graph, capture)
 
 
 def packed(step: Step, batch: ForwardBatch) -> Tensor:
@@ -506,12 +514,17 @@ def batch_of(step: Step, sent: Tensor) -> ForwardBatch:
         name: part.view(shape).clone()
         for (name, shape), part in zip(step.shapes.items(), sent.split(sizes), strict=True)
     }
+    lengths = None
+    if step.lengths is not None:
+        queries, contexts = (np.array(of, dtype=np.int32) for of in step.lengths)
+        lengths = queries, contexts
     return ForwardBatch(
         sample_rows=parts.pop("sample_rows").long(),
         **parts,
         page_size=step.page_size,
         max_query=step.max_query,
         max_context=step.max_context,
+        host_lengths=lengths,
     )
 
 

@@ -71,7 +71,7 @@ class Scheduler:
         policy: str = "fcfs",
         unit: int = 1,
     ) -> None:
-        """``unit``: where a prompt is cut, it is cut at a multiple of it, if a step may have so many."""
+        """``unit``: prompts are cut at its multiples only, where a step may have as many tokens."""
         self.pool = pool
         self.tree = PrefixTree(pool, page_size)
         self.page_size = page_size

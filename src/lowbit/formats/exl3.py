@@ -25,20 +25,11 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import (
-    Notes,
-    StoredModule,
-    check_shape,
-    entry_of,
-    finite_scales,
-    require_tensors,
-)
-from lowbit.formats.dense import (
-    DENSE_DTYPES,
-    origin_of,
-)
-from lowbit.formats.partly_dense import PartlyDense, refuse_stack
-from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
+from lowbit.formats import StoredModule, check_shape, entry_of, finite_scales
+from lowbit.formats.dense import DENSE_DTYPES, origin_of
+from lowbit.formats.exllama import ExLlama
+from lowbit.formats.partly_dense import refuse_stack
+from lowbit.formats.quantization_config import claimed_by_tensors
 from lowbit.numerics.number_formats import number_format, trellis_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
@@ -49,29 +40,17 @@ _FLAGS = ("mcg", "mul1")
 _LARGEST_NUMBER = 4.0  # of a code book
 
 
-class Exl3(PartlyDense):
+class Exl3(ExLlama):
     """See the module docstring."""
 
     name: ClassVar[str] = "exl3"
     reference: ClassVar[str] = "exllamav3"
     sign: ClassVar[str] = "trellis"
 
-    def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
-        self.header = header
-        found = quantization_config(header)
-        self.place = found.place if found is not None else "its tensors"
-        self.bits = found.values.get("bits") if found is not None else None
-        require_tensors(header, (".trellis",), self.place, self.name)
-
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method, or no config and tensors that only EXL3 has."""
         return claimed_by_tensors(header, ".trellis", cls.name)
-
-    def describe(self) -> str:
-        """Bits a weight as the config has them."""
-        bits = f", {self.bits:g} bits" if isinstance(self.bits, int | float) else ""
-        return f"exl3{bits} (from {self.place.split(':')[0]})"
 
     def _scheme(self, module: StoredModule) -> Scheme:
         """The trellis under scales of rows and columns; dense, float16, where it is padded."""

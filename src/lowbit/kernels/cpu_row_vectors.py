@@ -189,10 +189,6 @@ class CpuRowVectors(NativeKernel):
             return "needs nothing, or one scale for all rows of a column"
         return None
 
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never by more than a part of what is lost of x."""
-        return False
-
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of indices and outliers, and of the columns' numbers."""
         sizes = _sizes(scheme, shape)

@@ -69,17 +69,9 @@ class CpuVectors(NativeKernel):
             return f"scales are {scheme.scales[0].name}"
         return None
 
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never by more than a part of what is lost of x."""
-        return False
-
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of indices and scales."""
         return _describe(scheme, shape).nbytes
-
-    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
-        """Never: the numbers have 16 bits."""
-        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Indices in tiles behind each block's scales; the codebooks as whole numbers."""
@@ -136,14 +128,6 @@ class CpuVectors(NativeKernel):
             origin=packed.origin,
             codebooks=words.float() * packed.buffers["factor"],
         )
-
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """float32 (tokens, in) -> float32 (tokens, out)."""
-        return packed_linear.linear(x, packed, out)
-
-    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
-        """float32 (len(ids), in)."""
-        return packed_linear.rows(packed, ids)
 
 
 def whole_numbers(codebooks: Tensor) -> tuple[Tensor, float]:

@@ -27,7 +27,7 @@ class NativeKernel:
         return device.type == "cpu"
 
     def rounds(self, scheme: Scheme) -> bool:
-        """Never: codes are exact, scales are applied in float32."""
+        """Never, or by no more than a part of what is lost of x: codes are exact, scales are float32's."""
         return False
 
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
