@@ -60,7 +60,7 @@ class TrellisWeight(PackedWeight):
 
 
 class CpuTrellis(NativeKernel):
-    """See the module docstring."""
+    """See the module docstring. What is rounded is a part of what is lost of x."""
 
     name = "cpu_trellis"
     layout = 1
