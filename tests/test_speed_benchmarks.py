@@ -193,7 +193,7 @@ def test_pythons_of_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
         comparison.rival_pythons(["lama=x"])
 
 
-SMALL = {"small": (64, 256)}
+SMALL = {"small": (128, 256)}
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_every_format_is_checked_and_gives_rows(bench: Any, format: str) -> None
     assert few.bound_us == pytest.approx(few.nbytes / 10e3, abs=0.01) and few.bound_by == "memory"
     expected = {"bf16": 16, "int8 channel": 8, "q4_0": 4.5, "int4 g32": 4.5, "fp8 channel": 8, "nf4": 4.5}
     if format in expected:
-        assert few.nbytes * 8 / (64 * 256) == pytest.approx(expected[format], rel=0.05)
+        assert few.nbytes * 8 / (128 * 256) == pytest.approx(expected[format], rel=0.05)
 
 
 def test_a_wrong_product_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ def test_cliffs_are_beside_formats_of_their_size_and_inputs() -> None:
 @pytest.mark.skipif(native.library() is None, reason="no native library")
 @pytest.mark.parametrize("format", cliffs.FORMATS)
 def test_no_format_of_the_cliffs_needs_the_reference_kernel(format: str) -> None:
-    sample = cliffs.FORMATS[format]((32, 256))
+    sample = cliffs.FORMATS[format]((128, 256))
     assert (
         linear.choose(sample.weight.scheme, sample.weight.shape, torch.device("cpu")).kernel.name
         != "reference"

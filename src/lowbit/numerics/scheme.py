@@ -211,7 +211,9 @@ class Scheme:
                 return -(-out * columns // width) / (out * columns)
             return -(-out // (rows or out)) * -(-columns // (width or columns)) / (out * columns)
 
-        bits = float(self.weight.bits)
+        bits, vectors = float(self.weight.bits), self.weight.vectors
+        if vectors is not None:  # whole ones, also at the end
+            bits = 8 * vectors.row_bytes(columns) * -(-out // vectors.height) / (out * columns)
         for level, scale in enumerate(self.scales):
             bits += scale.bits * share(level) * (2 if self.offset else 1)
         if self.zero != "none":
