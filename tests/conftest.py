@@ -29,7 +29,8 @@ LONGEST = [
         *("models/test_embedded.py", "server/test_failures.py", "gpu/test_gpu_attention.py", "test_docs.py"),
         *("kernels/test_attention.py", "checkpoint/test_safetensors_writer.py", "server/test_end_to_end.py"),
         *("engine/test_ranks.py", "gpu/test_gpu_recurrent.py", "kernels/test_native.py"),
-        *("models/test_qwen_next_ranks.py", "gpu/test_gpu_engine.py", "gpu/test_gpu_rotated_models.py"),
+        *("engine/test_shared_graphs.py", "models/test_qwen_next_ranks.py", "gpu/test_gpu_engine.py"),
+        "gpu/test_gpu_rotated_models.py",
         *("gpu/test_gpu_eight_models.py", "gpu/test_gpu_expert_models.py", "gpu/test_gpu_linear_models.py"),
     )
 ]
