@@ -211,7 +211,8 @@ void linear(const Case& c) {
         const float value = c.table == 0 ? static_cast<float>(i - 8) : c.table == 1 ? static_cast<float>(i * i - 100) : random_float();
         table[i] = i < entries ? float_to_bfloat(value) : table[i % entries];  // short tables repeat
     }
-    for (std::uint8_t& octet : stored.grid) octet = static_cast<std::uint8_t>(random_bits());
+    const unsigned numbers = is_grid(c.codes) && !eights ? 0x77 : 0xFF;  // of 3 bits, a nibble each
+    for (std::uint8_t& octet : stored.grid) octet = static_cast<std::uint8_t>(random_bits() & numbers);
     for (int i = 0; i < 128 && c.codes == Codes::bits7; ++i) {
         const std::uint16_t value = float_to_bfloat(static_cast<float>(i - 8));
         stored.grid[i] = static_cast<std::uint8_t>(value);
