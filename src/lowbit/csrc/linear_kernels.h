@@ -152,4 +152,26 @@ INLINE void for_tokens(int tokens, Step&& step) {
     if (token < tokens) step.template operator()<1>(token);
 }
 
+// Some tokens times a tile of 16-bit numbers that have no scales of their own.
+struct PlainWordStep {
+    const WordTile& w;
+    const Input& x;
+    std::int64_t tile;
+    float (*totals)[ROWS];
+
+    template <int TOKENS>
+    INLINE void operator()(int token) const {
+        SixteenInts sums[TOKENS];
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(0);
+        dot_words<0, COLUMNS, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
+        const float* const scales = x.scales + tile * x.tokens + token;
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            const Sixteen total = sixteen_load(totals[token + t]);
+            sixteen_store(totals[token + t], sixteen_fma(sixteen_set(scales[t]), ints_to_floats(sums[t]), total));
+        }
+    }
+};
+
 }  // namespace lowbit

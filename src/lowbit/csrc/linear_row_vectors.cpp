@@ -189,27 +189,6 @@ INLINE SixteenInts dot_row_vectors_once(const std::uint8_t* tile, const BOOK& bo
 
 #endif
 
-struct RowVectorStep {
-    const WordTile& w;
-    const Input& x;
-    std::int64_t tile;
-    float (*totals)[ROWS];
-
-    template <int TOKENS>
-    INLINE void operator()(int token) const {
-        SixteenInts sums[TOKENS];
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(0);
-        dot_words<0, COLUMNS, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
-        const float* const scales = x.scales + tile * x.tokens + token;
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            const Sixteen total = sixteen_load(totals[token + t]);
-            sixteen_store(totals[token + t], sixteen_fma(sixteen_set(scales[t]), ints_to_floats(sums[t]), total));
-        }
-    }
-};
-
 // Codebooks that were not used last are read from end to end: one by one, each line would be waited for. Where there are
 // fewer indices than lines the lines that are needed come by themselves.
 void have_near(const Layout& layout, const RowVectors& vectors, const std::int16_t* table) {
@@ -269,7 +248,7 @@ void multiply_many(const Layout& layout, const RowVectors& vectors, const std::u
     for (std::int64_t tile = 0; tile < vectors.outlier_tiles; ++tile, at += RowVectors::WORD_TILE) {
         WordTile w;
         load_words(at, w);
-        for_tokens(x.tokens, RowVectorStep{w, x, tile, totals});
+        for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
     }
     std::int64_t tile = vectors.outlier_tiles;
     for (int number = 0; number < vectors.books; ++number) {
@@ -282,7 +261,7 @@ void multiply_many(const Layout& layout, const RowVectors& vectors, const std::u
             }
             WordTile w;
             decode_row_vectors(at, book, turns, w);
-            for_tokens(x.tokens, RowVectorStep{w, x, tile, totals});
+            for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
         }
     }
 }

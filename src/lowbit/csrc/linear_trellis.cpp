@@ -298,27 +298,6 @@ INLINE Sixteen by_row(Sixteen lanes) {
 
 #endif
 
-struct TrellisStep {
-    const WordTile& w;
-    const Input& x;
-    std::int64_t tile;
-    float (*totals)[ROWS];
-
-    template <int TOKENS>
-    INLINE void operator()(int token) const {
-        SixteenInts sums[TOKENS];
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(0);
-        dot_words<0, COLUMNS, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
-        const float* const scales = x.scales + tile * x.tokens + token;
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            const Sixteen total = sixteen_load(totals[token + t]);
-            sixteen_store(totals[token + t], sixteen_fma(sixteen_set(scales[t]), ints_to_floats(sums[t]), total));
-        }
-    }
-};
-
 INLINE Sixteen finished(const Layout& layout, Sixteen total) {
     return sixteen_multiply(by_row(total), sixteen_set(layout.factor));
 }
@@ -336,7 +315,7 @@ void multiply_many(const Layout& layout, const std::uint8_t* block, Decode decod
         }
         WordTile w;
         decode(at, w);
-        for_tokens(x.tokens, TrellisStep{w, x, tile, totals});
+        for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
     }
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], finished(layout, sixteen_load(totals[t])));
 }

@@ -194,27 +194,6 @@ INLINE SixteenInts dot_vectors_once(const std::uint8_t* tile, const Codebooks& f
 
 #endif
 
-struct VectorStep {
-    const WordTile& w;
-    const Input& x;
-    std::int64_t tile;
-    float (*totals)[ROWS];
-
-    template <int TOKENS>
-    INLINE void operator()(int token) const {
-        SixteenInts sums[TOKENS];
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) sums[t] = ints_set(0);
-        dot_words<0, COLUMNS, TOKENS>(w, x.at<std::int16_t>(tile, token), COLUMNS, sums);
-        const float* const scales = x.scales + tile * x.tokens + token;
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            const Sixteen total = sixteen_load(totals[token + t]);
-            sixteen_store(totals[token + t], sixteen_fma(sixteen_set(scales[t]), ints_to_floats(sums[t]), total));
-        }
-    }
-};
-
 // Codebooks that were not used last are read from end to end: one by one, each line would be waited for. Where there are
 // fewer indices than lines the lines that are needed come by themselves.
 void have_near(const Layout& layout, const Codebooks& books) {
@@ -272,7 +251,7 @@ void multiply_vectors(const Layout& layout, const std::uint8_t* block, const Dec
         }
         WordTile w;
         decode_vectors<BYTES, LENGTH>(at, books, w);
-        for_tokens(x.tokens, VectorStep{w, x, tile, totals});
+        for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
     }
     const Sixteen scale = scales_of(layout, block);
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], sixteen_multiply(sixteen_load(totals[t]), scale));
