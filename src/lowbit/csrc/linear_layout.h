@@ -71,6 +71,8 @@ struct RowVectors {
     std::int64_t tile_bytes() const { return COLUMNS * pieces() * (main_bytes() + second_bytes()); }
     std::int64_t book_tiles(std::int64_t tiles) const { return (tiles - outlier_tiles) / books; }
     std::int64_t numbers() const { return static_cast<std::int64_t>(centroids + residual) * stride(); }  // of a book
+    std::int64_t table_bytes() const { return books * numbers() * static_cast<std::int64_t>(sizeof(std::int16_t)); }
+    std::int64_t indices(std::int64_t tiles) const { return tiles * COLUMNS * pieces() * (residual != 0 ? 2 : 1); }
 
     int length, books, centroids, residual, outlier_tiles;
 };
