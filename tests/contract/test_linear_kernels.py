@@ -633,18 +633,30 @@ WORDS += ["int4 g8", "int6 g16", "int7 g64", "uint3 g128 zero", "e2m1 g32 e8m0 (
 WORDS += ["gguf q4_k", "gguf iq4_nl", "gguf iq2_xs", "gguf iq3_s", "gguf iq1_s", "fp4 g128 bf16"]
 
 
+def losses(weight: QuantizedTensor, packed: PackedWeight, spike: float = 1.0) -> tuple[float, float]:
+    """Beside the float64 product of what is stored: the rounding of the weight and of x together, and what
+    x in bfloat16 would cost alone. ``spike``: some of x's columns are so many times larger."""
+    exact = weight.dequantize().nan_to_num().double()
+    x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(3))
+    x[:, ::32] *= spike
+    wanted = x.double() @ exact.T
+    products = packed.kernel.linear(x, packed).double(), x.bfloat16().double() @ exact.T
+    found, rounded = (float((product - wanted).norm() / wanted.norm()) for product in products)
+    return found, rounded
+
+
+def of_normal_numbers(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same indices of other codebooks."""
+    assert weight.codebooks is not None
+    numbers = torch.randn(weight.codebooks.shape, generator=torch.Generator().manual_seed(6))
+    return replace(weight, codebooks=numbers.half())
+
+
 @needs_native
 @pytest.mark.parametrize("spike", [1.0, 300.0])
 @pytest.mark.parametrize("name", WORDS)
 def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> None:
-    """Beside the float64 product of what is stored: the table's rounding and x's together."""
-    weight, packed = packed_for_words(name)
-    exact = normal_form(weight).double()
-    x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(3))
-    x[:, ::32] *= spike
-    wanted = x.double() @ exact.T
-    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
-    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    found, rounded = losses(*packed_for_words(name), spike)
     assert found < rounded / 8, (found, rounded)
     assert found < 2e-4
 
@@ -653,69 +665,14 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 @pytest.mark.parametrize(("books", "bits"), [(1, 16), (2, 8), (1, 12)])
 @pytest.mark.parametrize("spike", [1.0, 300.0])
 def test_codebooks_of_any_numbers_lose_less_than_bfloat_inputs(books: int, bits: int, spike: float) -> None:
-    """Beside the product of what is stored: the rounding of the codebooks and of x together."""
-    weight = vectors(books, bits, 8)
-    assert weight.codebooks is not None
-    generator = torch.Generator().manual_seed(6)
-    numbers = torch.randn(weight.codebooks.shape, generator=generator).half()
-    weight = replace(weight, codebooks=numbers)
+    weight = of_normal_numbers(vectors(books, bits, 8))
     packed = CpuVectors().pack(weight, CPU)
-    exact = weight.dequantize().double()
-    x = torch.randn(64, 256, generator=generator)
-    x[:, ::32] *= spike
-    wanted = x.double() @ exact.T
-    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
-    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    found, rounded = losses(weight, packed, spike)
     assert found < rounded / (8 if books == 1 else 6), (found, rounded)
-    rows = packed.kernel.rows(packed, torch.arange(37))
+    rows, exact = packed.kernel.rows(packed, torch.arange(37)), weight.dequantize().double()
     half = float(packed.buffers["factor"]) / 2 * books * weight.scales[0].double().abs()
     assert ((rows - exact).abs() <= 1.001 * half).all()
     assert (half / exact.norm(dim=1, keepdim=True) * 256**0.5 < 3e-4 * books).all(), "of a weight"
-
-
-@needs_native
-@pytest.mark.parametrize("rows", [37, 400])
-def test_sums_of_the_largest_codebooks_stay_whole(rows: int) -> None:
-    """Every number of every codebook at its largest, and x too: no sum wraps around."""
-    weight = vectors(3, 8, 8, shape=(rows, 256))
-    assert weight.codebooks is not None
-    for sign in (1.0, -1.0):
-        extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
-        packed = CpuVectors().pack(extreme, CPU)
-        for tokens in (1, 9):
-            x = torch.full((tokens, 256), 3.3)
-            wanted = x @ extreme.dequantize().T
-            assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)]
-)
-def test_products_of_codebooks_made_first_have_the_same_bits(
-    books: int, bits: int, length: int, rows: int
-) -> None:
-    """Few tokens beside many rows may meet codebooks before indices do; so may a gate and its partner."""
-    packed = CpuVectors().pack(vectors(books, bits, length, shape=(rows, 544)), CPU)
-    x = torch.randn(9, 544, generator=torch.Generator().manual_seed(2))
-    whole, layer = packed.kernel.linear(x, packed), Linear("gate_up", [packed], None)
-    for tokens in (1, 2, 3, 4):
-        assert torch.equal(packed.kernel.linear(x[:tokens], packed), whole[:tokens])
-        if rows % 32 == 0:
-            assert torch.equal(layer.gated(x[:tokens], "silu"), gated_activation(whole[:tokens], "silu"))
-
-
-@needs_native
-def test_an_index_past_a_codebook_is_refused() -> None:
-    """Kept packed weights that were damaged: nothing is read outside the table."""
-    packed = CpuVectors().pack(vectors(1, 12, 8), CPU)
-    data = packed.buffers["data"].clone()
-    data[32 + 1] = 0xFF
-    with pytest.raises(ValueError, match="of a codebook of 4096 vectors"):
-        packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | {"data": data}, "test")
-    without = {key: buffer for key, buffer in packed.buffers.items() if key != "factor"}
-    with pytest.raises(ValueError, match="no factor"):
-        packed.kernel.restore(packed.scheme, packed.shape, without, "test")
 
 
 @needs_native
@@ -724,20 +681,13 @@ def test_an_index_past_a_codebook_is_refused() -> None:
 def test_vectors_of_rows_of_any_numbers_lose_less_than_bfloat_inputs(
     length: int, centroids: int, residual: int, spike: float
 ) -> None:
-    """Beside the product of what is stored: the rounding of codebooks, outliers and x together."""
-    weight = row_vectors(length, centroids, residual, shape=(96, 262), outliers=6, scale="f16", order=True)
-    assert weight.codebooks is not None
-    generator = torch.Generator().manual_seed(6)
-    weight = replace(weight, codebooks=torch.randn(weight.codebooks.shape, generator=generator).half())
+    weight = of_normal_numbers(
+        row_vectors(length, centroids, residual, shape=(96, 262), outliers=6, scale="f16", order=True)
+    )
     packed = CpuRowVectors().pack(weight, CPU)
-    exact = weight.dequantize().double()
-    x = torch.randn(64, 262, generator=generator)
-    x[:, ::32] *= spike
-    wanted = x.double() @ exact.T
-    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
-    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    found, rounded = losses(weight, packed, spike)
     assert found < rounded / 4, (found, rounded)
-    rows = packed.kernel.rows(packed, torch.arange(96))
+    rows, exact = packed.kernel.rows(packed, torch.arange(96)), weight.dequantize().double()
     factors, order = packed.buffers["factors"].double(), weight.column_order
     terms = 2 if residual else 1
     half = torch.cat((factors[:1].expand(6), factors[1:].expand(256) * terms)) / 2
@@ -747,119 +697,48 @@ def test_vectors_of_rows_of_any_numbers_lose_less_than_bfloat_inputs(
 
 
 @needs_native
-@pytest.mark.parametrize("length", [4, 8, 16])
-def test_sums_of_the_largest_vectors_of_rows_stay_whole(length: int) -> None:
-    """Every number at its largest, and x too: no sum wraps around."""
-    weight = row_vectors(length, 256, 256, shape=(32, 96), books=2, outliers=32)
-    assert weight.codebooks is not None
-    layout = weight.scheme.weight.vectors
-    assert isinstance(layout, RowVectorLayout)
-    weight.codes[:, : layout.outlier_bytes].view(torch.float16).fill_(3.33)
-    for sign in (1.0, -1.0):
-        extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
-        packed = CpuRowVectors().pack(extreme, CPU)
-        for tokens in (1, 9):
-            x = torch.full((tokens, 96), 3.3)
-            wanted = x @ extreme.dequantize().T
-            assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
-
-
-@needs_native
-def test_faults_of_vectors_of_rows_end_their_own_row() -> None:
-    weight = WEIGHTS["codebooks of 8 rows, outliers"]()
-    packed = CpuRowVectors().pack(weight, CPU)
-    x = torch.randn(9, 166, generator=torch.Generator().manual_seed(4))
-    clean = packed.kernel.linear(x, packed)
-    for fault in (float("nan"), float("inf"), float("-inf")):
-        for column in (0, 100):
-            bad = x.clone()
-            bad[3, column] = fault
-            found = packed.kernel.linear(bad, packed)
-            rest = [row for row in range(9) if row != 3]
-            assert found[3].isnan().all() and torch.equal(found[rest], clean[rest])
-
-
-@needs_native
-def test_damaged_vectors_of_rows_are_refused() -> None:
-    """Kept packed weights that were damaged: nothing is read outside the table, or of x."""
-    weight = row_vectors(8, 300, 20, shape=(16, 40), scale="f16")
-    packed = CpuRowVectors().pack(weight, CPU)
-
-    def restored(**changed: torch.Tensor) -> None:
-        packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | changed, "test")
-
-    for place, words in (
-        (1, "index .* of a codebook of 300"),
-        (128, "index 255 of a codebook of 20 vectors"),
-    ):
-        data = packed.buffers["data"].clone()
-        data[place] = 0xFF
-        with pytest.raises(ValueError, match=words):
-            restored(data=data)
-    for change in (1, -1):
-        with pytest.raises(ValueError, match="no order of 40 columns"):
-            restored(inputs=packed.buffers["inputs"] + change)
-    for name, buffer in packed.buffers.items():
-        with pytest.raises(ValueError, match=name):
-            restored(**{name: buffer[:-1]})
-    with pytest.raises(ValueError, match="41 columns of 40"):
-        layout = RowVectorLayout(8, 300, 20, books=2, width=20)
-        scheme = replace(packed.scheme, weight=number_format(layout.name))
-        packed.kernel.restore(scheme, (16, 41), packed.buffers, "test")
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("scheme", "words"),
-    [
-        (Scheme(number_format("rvq8_256_f16")), None),
-        (Scheme(number_format("rvq2_256_f16")), "vectors of 2 rows"),
-        (Scheme(number_format("rvq24_256_f16")), "vectors of 24 rows"),
-        (Scheme(number_format("rvq8_65537_f16")), "codebooks of 65537 vectors"),
-        (Scheme(number_format("rvq8_2+70000_f16")), "codebooks of 70000 vectors"),
-        (Scheme(number_format("rvq8_256_f16"), ((1, 0),), (number_format("f16"),)), "one scale for all rows"),
-        (Scheme(number_format("vq1x8_8"), ((1, 0),), (number_format("f16"),)), "no vectors of rows"),
-    ],
-    ids=str,
-)
-def test_vectors_of_rows_say_why_they_refuse(scheme: Scheme, words: str | None) -> None:
-    reason = CpuRowVectors().refuses(scheme, (32, 64), CPU)
-    assert reason is None if words is None else reason is not None and words in reason
-
-
-@needs_native
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("book", MULTIPLIERS)
 def test_trellises_lose_less_than_bfloat_inputs(book: str, bits: int) -> None:
-    """Beside the product of the definition, of every code book with every number of bits."""
+    """Of every code book with every number of bits."""
     weight = trellis(bits, book, (256, 256))
-    packed = CpuTrellis().pack(weight, CPU)
-    exact = weight.dequantize().double()
-    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
-    wanted = x.double() @ exact.T
-    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
-    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    found, rounded = losses(weight, CpuTrellis().pack(weight, CPU))
     assert found < rounded / 4, (found, rounded)
     assert found < 4e-4
 
 
+LARGEST = {
+    "codebooks": lambda: vectors(3, 8, 8),
+    "codebooks, many blocks": lambda: vectors(3, 8, 8, shape=(400, 256)),
+    **{
+        f"codebooks of {length} rows": (lambda length=length: largest_outliers(length))
+        for length in (4, 8, 16)
+    },
+}
+
+
+def largest_outliers(length: int) -> QuantizedTensor:
+    """Vectors of rows."""
+    weight = row_vectors(length, 256, 256, shape=(32, 96), books=2, outliers=32)
+    layout = weight.scheme.weight.vectors
+    assert isinstance(layout, RowVectorLayout)
+    weight.codes[:, : layout.outlier_bytes].view(torch.float16).fill_(3.33)
+    return weight
+
+
 @needs_native
-@pytest.mark.parametrize("book", MULTIPLIERS)
-def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
-    """Every window of 16 bits, as rows of the tiles have them: exactly the definition's."""
-    layout = trellis_format(8, book).trellis
-    assert layout is not None
-    weight = trellis(8, book, (256, 256))
-    ones = replace(weight, scales=tuple(torch.ones_like(scale) for scale in weight.scales))
-    packed = CpuTrellis().pack(ones, CPU)
-    assert isinstance(packed, TrellisWeight)
-    numbers = packed_linear.rows(packed.tiles, torch.arange(256))
-    turn = Rotation.hadamard(BLOCK)
-    turned = turn(turn(numbers).T.contiguous()).T
-    assert (turned - ones.dequantize()).abs().max() <= 2.0**-10 * turned.abs().max()
-    off = (numbers - trellis_numbers(weight)).abs()
-    assert off.max() <= 2.0**-9 + 2.0**-11 and off.norm() / numbers.norm() < 3e-4
-    assert torch.equal(numbers, numbers.half().float())
+@pytest.mark.parametrize("name", LARGEST)
+def test_sums_of_the_largest_codebooks_stay_whole(name: str) -> None:
+    """Every number of every codebook at its largest, and x too: no sum wraps around."""
+    weight = LARGEST[name]()
+    assert weight.codebooks is not None
+    for sign in (1.0, -1.0):
+        extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
+        packed = choose(weight.scheme, weight.shape, CPU).kernel.pack(extreme, CPU)
+        for tokens in (1, 9):
+            x = torch.full((tokens, weight.shape[1]), 3.3)
+            wanted = x @ extreme.dequantize().T
+            assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
 
 
 @needs_native
@@ -883,32 +762,163 @@ def test_sums_of_the_largest_numbers_of_a_trellis_stay_whole() -> None:
 
 
 @needs_native
-def test_faults_of_trellis_inputs_end_their_own_row() -> None:
-    weight = trellis(4, "mcg")
-    packed = CpuTrellis().pack(weight, CPU)
-    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(4))
-    clean = packed.kernel.linear(x, packed)
-    for fault in (float("nan"), float("inf"), float("-inf")):
-        bad = x.clone()
-        bad[3, 200] = fault
-        found = packed.kernel.linear(bad, packed)
-        rest = [row for row in range(9) if row != 3]
-        assert found[3].isnan().all() and torch.equal(found[rest], clean[rest])
+@pytest.mark.parametrize("book", MULTIPLIERS)
+def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
+    """Every window of 16 bits, as rows of the tiles have them: exactly the definition's."""
+    layout = trellis_format(8, book).trellis
+    assert layout is not None
+    weight = trellis(8, book, (256, 256))
+    ones = replace(weight, scales=tuple(torch.ones_like(scale) for scale in weight.scales))
+    packed = CpuTrellis().pack(ones, CPU)
+    assert isinstance(packed, TrellisWeight)
+    numbers = packed_linear.rows(packed.tiles, torch.arange(256))
+    turn = Rotation.hadamard(BLOCK)
+    turned = turn(turn(numbers).T.contiguous()).T
+    assert (turned - ones.dequantize()).abs().max() <= 2.0**-10 * turned.abs().max()
+    off = (numbers - trellis_numbers(weight)).abs()
+    assert off.max() <= 2.0**-9 + 2.0**-11 and off.norm() / numbers.norm() < 3e-4
+    assert torch.equal(numbers, numbers.half().float())
 
 
 @needs_native
-def test_what_a_trellis_kernel_refuses() -> None:
-    kernel, weight = CpuTrellis(), trellis(4, "mcg")
-    assert kernel.refuses(weight.scheme, weight.shape, CPU) is None
-    assert "whole blocks" in str(kernel.refuses(weight.scheme, (128, 192), CPU))
-    assert "no trellis" in str(kernel.refuses(canonical("int4", 32).scheme, (128, 256), CPU))
-    one = replace(weight.scheme, blocks=((1, 0),), scales=weight.scheme.scales[:1])
-    assert "each row and each column" in str(kernel.refuses(one, weight.shape, CPU))
-    packed = kernel.pack(weight, CPU)
-    for missing in ("outputs", "inputs"):
-        rest = {name: buffer for name, buffer in packed.buffers.items() if name != missing}
-        with pytest.raises(ValueError, match=f"no {missing} of float16"):
-            kernel.restore(packed.scheme, packed.shape, rest, "test")
+@pytest.mark.parametrize(
+    ("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)]
+)
+def test_products_of_codebooks_made_first_have_the_same_bits(
+    books: int, bits: int, length: int, rows: int
+) -> None:
+    """Few tokens beside many rows may meet codebooks before indices do; so may a gate and its partner."""
+    packed = CpuVectors().pack(vectors(books, bits, length, shape=(rows, 544)), CPU)
+    x = torch.randn(9, 544, generator=torch.Generator().manual_seed(2))
+    whole, layer = packed.kernel.linear(x, packed), Linear("gate_up", [packed], None)
+    for tokens in (1, 2, 3, 4):
+        assert torch.equal(packed.kernel.linear(x[:tokens], packed), whole[:tokens])
+        if rows % 32 == 0:
+            assert torch.equal(layer.gated(x[:tokens], "silu"), gated_activation(whole[:tokens], "silu"))
+
+
+def kept(weight: QuantizedTensor) -> tuple[PackedWeight, Callable[..., PackedWeight]]:
+    """A packed weight, and how it comes back from buffers some of which changed, or (None) are not there."""
+    packed = choose(weight.scheme, weight.shape, CPU).kernel.pack(weight, CPU)
+
+    def restore(**changed: torch.Tensor | None) -> PackedWeight:
+        buffers = {name: buffer for name, buffer in (packed.buffers | changed).items() if buffer is not None}
+        return packed.kernel.restore(packed.scheme, packed.shape, buffers, "test")
+
+    return packed, restore
+
+
+def small_row_vectors() -> QuantizedTensor:
+    return row_vectors(8, 300, 20, shape=(16, 40), scale="f16")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("weight", "place", "words"),
+    [
+        (vectors(1, 12, 8), 32 + 1, "of a codebook of 4096 vectors"),
+        (small_row_vectors(), 1, "index .* of a codebook of 300"),
+        (small_row_vectors(), 128, "index 255 of a codebook of 20 vectors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_index_past_a_codebook_is_refused(weight: QuantizedTensor, place: int, words: str) -> None:
+    """Kept packed weights that were damaged: nothing is read outside the table."""
+    packed, restore = kept(weight)
+    data = packed.buffers["data"].clone()
+    data[place] = 0xFF
+    with pytest.raises(ValueError, match=words):
+        restore(data=data)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "name", ["codebooks 1x16 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg"]
+)
+def test_buffers_that_are_short_or_not_there_are_refused(name: str) -> None:
+    packed, restore = kept(WEIGHTS[name]())
+    for part, buffer in packed.buffers.items():
+        with pytest.raises(ValueError, match=f"^test: .*({part}|packed bytes)"):
+            restore(**{part: buffer.flatten()[:-1]})
+        if part not in ("data", "table"):
+            with pytest.raises(ValueError, match=f"^test: {part} is no "):
+                restore(**{part: None})
+
+
+@needs_native
+def test_columns_of_vectors_of_rows_that_x_does_not_have_are_refused() -> None:
+    """Nothing is read outside of x."""
+    packed, restore = kept(small_row_vectors())
+    for change in (1, -1):
+        with pytest.raises(ValueError, match="no order of 40 columns"):
+            restore(inputs=packed.buffers["inputs"] + change)
+    padding = packed.buffers["inputs"].clone()
+    padding[-1] = 0
+    with pytest.raises(ValueError, match="columns that pad tiles"):
+        restore(inputs=padding)
+    with pytest.raises(ValueError, match="41 columns of 40"):
+        layout = RowVectorLayout(8, 300, 20, books=2, width=20)
+        scheme = replace(packed.scheme, weight=number_format(layout.name))
+        packed.kernel.restore(scheme, (16, 41), packed.buffers, "test")
+
+
+def of(name: str, *blocks: tuple[int, int], scale: str = "f16") -> Scheme:
+    """A scheme of codebooks or of a trellis with such scales."""
+    return Scheme(number_format(name), blocks, (number_format(scale),) * len(blocks))
+
+
+TRELLIS = trellis(4, "mcg").scheme
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "columns", "words"),
+    [
+        (CpuRowVectors(), of("rvq8_256_f16"), 64, None),
+        (CpuRowVectors(), of("rvq2_256_f16"), 64, "vectors of 2 rows"),
+        (CpuRowVectors(), of("rvq24_256_f16"), 64, "vectors of 24 rows"),
+        (CpuRowVectors(), of("rvq8_65537_f16"), 64, "codebooks of 65537 vectors"),
+        (CpuRowVectors(), of("rvq8_2+70000_f16"), 64, "codebooks of 70000 vectors"),
+        (CpuRowVectors(), of("rvq8_256_f16", (1, 0)), 64, "one scale for all rows"),
+        (CpuRowVectors(), of("vq1x8_8", (1, 0)), 64, "no vectors of rows"),
+        (CpuVectors(), of("vq1x8_8", (1, 0)), 64, None),
+        (CpuVectors(), of("vq1x8_8", (1, 0)), 60, "60 columns are no whole vectors of 8"),
+        (CpuVectors(), of("vq1x8_8", (1, 32)), 64, "needs one scale for a row"),
+        (CpuVectors(), of("vq1x8_8", (1, 0), scale="e4m3"), 64, "scales are e4m3"),
+        (CpuVectors(), of("rvq8_256_f16"), 64, "no vectors of codebooks"),
+        (CpuTrellis(), TRELLIS, 256, None),
+        (CpuTrellis(), TRELLIS, 192, "whole blocks"),
+        (CpuTrellis(), of("int4", (1, 32)), 256, "no trellis"),
+        (CpuTrellis(), of(TRELLIS.weight.name, (1, 0)), 256, "each row and each column"),
+    ],
+    ids=str,
+)
+def test_kernels_of_codebooks_and_trellises_say_why_they_refuse(
+    kernel: LinearKernel, scheme: Scheme, columns: int, words: str | None
+) -> None:
+    reason = kernel.refuses(scheme, (128, columns), CPU)
+    assert reason is None if words is None else reason is not None and words in reason
+
+
+def ends_its_own_row(packed: PackedWeight, columns: tuple[int, ...]) -> None:
+    """A number of x that is none, in one of these columns."""
+    x = torch.randn(9, packed.shape[1], generator=torch.Generator().manual_seed(4))
+    clean = packed.kernel.linear(x, packed)
+    for fault in (float("nan"), float("inf"), float("-inf")):
+        for column in columns:
+            bad = x.clone()
+            bad[3, column] = fault
+            found = packed.kernel.linear(bad, packed)
+            rest = [row for row in range(9) if row != 3]
+            assert found[3].isnan().all() and torch.equal(found[rest], clean[rest])
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "name", ["codebooks 2x8 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg"]
+)
+def test_faults_of_inputs_of_codebooks_and_trellises_end_their_own_row(name: str) -> None:
+    ends_its_own_row(kept(WEIGHTS[name]())[0], (0, 100))
 
 
 @needs_native
@@ -920,15 +930,8 @@ def test_what_a_trellis_kernel_refuses() -> None:
     ],
 )
 def test_faults_of_whole_numbers_end_their_own_row(name: str) -> None:
-    weight, packed = packed_for_words(name)
-    x = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(4))
-    clean = packed.kernel.linear(x, packed)
-    for fault in (float("nan"), float("inf"), float("-inf")):
-        bad = x.clone()
-        bad[3, 200] = fault
-        found = packed.kernel.linear(bad, packed)
-        rest = [row for row in range(9) if row != 3]
-        assert found[3].isnan().all() and torch.equal(found[rest], clean[rest])
+    _, packed = packed_for_words(name)
+    ends_its_own_row(packed, (200,))
     assert (packed.kernel.linear(torch.full((1, 256), 1e-40), packed) == 0).all()
 
 

@@ -29,7 +29,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit.kernels import packed_linear
+from lowbit.kernels import packed_linear, unpacking
 from lowbit.kernels.block_description import describe, has_row_scale, parts_of
 from lowbit.kernels.code_tables import value_table
 from lowbit.kernels.gguf_blocks import expanded
@@ -55,7 +55,7 @@ class CpuBlocks(NativeKernel):
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
-        if reason := packed_linear.unfit(scheme, shape, device):
+        if reason := super().refuses(scheme, shape, device):
             return reason
         if scheme.scattered:
             return "the rows of a block lie apart"
@@ -121,11 +121,10 @@ class CpuBlocks(NativeKernel):
         described = "no packed layout" if native_scheme is None else describe(native_scheme, shape)
         if isinstance(described, str):
             raise ValueError(f"{origin}: {described}")
-        row_scale, order = buffers.get("row_scale"), buffers.get("column_order")
+        row_scale = buffers.get("row_scale")
         if row_scale is not None and row_scale.numel() != shape[0]:
             raise ValueError(f"{origin}: {row_scale.numel()} scales of {shape[0]} rows")
-        if order is not None and not _is_order(order, shape[1]):
-            raise ValueError(f"{origin}: no order of {shape[1]} columns")
+        packed_linear.check_order(buffers.get("column_order"), shape[1], origin)
         return packed_linear.around(self, described, scheme, shape, buffers, origin)
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
@@ -133,7 +132,7 @@ class CpuBlocks(NativeKernel):
         assert isinstance(packed, NativeWeight), "packed by this kernel"
         scheme = packed_scheme(packed.scheme, packed.shape)
         assert scheme is not None, "it was packed"
-        read = packed_linear.unpack(packed)
+        read = unpacking.unpack(packed)
         assert read.scales is not None, "every scheme here has scales"
         # Blocks of several rows were spread over their rows, exactly.
         scheme = replace(scheme, blocks=tuple((1, columns) for _, columns in scheme.blocks))
@@ -165,8 +164,3 @@ class CpuBlocks(NativeKernel):
             packed.buffers.get("column_order"),
             packed.origin,
         )
-
-
-def _is_order(order: Tensor, columns: int) -> bool:
-    inside = order.dtype is torch.int64 and order.shape == (columns,)
-    return inside and bool((order >= 0).all()) and bool((order < columns).all())
