@@ -32,7 +32,7 @@ from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
 from lowbit.kernels.cpu_row_vectors import CpuRowVectors, RowVectorsWeight
-from lowbit.kernels.cpu_trellis import CpuTrellis, TrellisWeight
+from lowbit.kernels.cpu_trellis import CpuTrellis, TransformedWeight
 from lowbit.kernels.cpu_vectors import CpuVectors
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
@@ -516,7 +516,7 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
     """float64: the product of what the kernel multiplies, and what its error is measured by."""
     if isinstance(packed, RowVectorsWeight):
         return rounded_of_row_vectors(weight, x)
-    if isinstance(packed, TrellisWeight):
+    if isinstance(packed, TransformedWeight):
         outputs, inputs = (scale.flatten() for scale in weight.scales)
         numbers = trellis_numbers(weight)
         turn = Rotation.hadamard(BLOCK)
@@ -852,7 +852,7 @@ def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
     weight = trellis(8, book, (256, 256))
     ones = replace(weight, scales=tuple(torch.ones_like(scale) for scale in weight.scales))
     packed = CpuTrellis().pack(ones, CPU)
-    assert isinstance(packed, TrellisWeight)
+    assert isinstance(packed, TransformedWeight)
     numbers = packed_linear.rows(packed.tiles, torch.arange(256))
     turn = Rotation.hadamard(BLOCK)
     turned = turn(turn(numbers).T.contiguous()).T
@@ -873,7 +873,7 @@ def test_sums_of_the_largest_numbers_of_a_trellis_stay_whole() -> None:
             pieces = torch.tensor([code & 255, code >> 8], dtype=torch.uint8)
             weight = replace(weight, codes=pieces.repeat(128, weight.codes.shape[1] // 2))
             packed = CpuTrellis().pack(weight, CPU)
-            assert isinstance(packed, TrellisWeight)
+            assert isinstance(packed, TransformedWeight)
             numbers = trellis_numbers(weight)
             for tokens in (1, 9):
                 x = torch.full((tokens, 128), 3.3)

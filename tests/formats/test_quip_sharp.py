@@ -18,10 +18,11 @@ from forward_helpers import prompt_logits
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
-from lowbit.formats.quip_codebooks import _e8, _e8p
+from lowbit.formats.quip_codebooks import _e8
 from lowbit.loading import load_model, plan_model
 from lowbit.loading.convert import convert
 from lowbit.numerics.hadamard import hadamard_factors, times
+from lowbit.numerics.lattice import e8p
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("quip_sharp")]
 LAYER = "model.layers.0."
@@ -50,7 +51,7 @@ def kronecker(factors: list[Tensor]) -> Tensor:
 def test_tables_are_the_tools() -> None:
     """The tool's own tables, by their hashes."""
     told = json.loads((case("e8p12") / "tables.json").read_text())
-    assert digest(_e8p()) == told.pop("e8p") and digest(_e8()) == told.pop("e8")
+    assert digest(e8p()) == told.pop("e8p") and digest(_e8()) == told.pop("e8")
     assert len(told) == 12
     for order, wanted in told.items():
         factors = hadamard_factors(int(order))

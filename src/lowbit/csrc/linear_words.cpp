@@ -156,6 +156,7 @@ BlockFunction byte_table_function([[maybe_unused]] const Layout& layout) {
             case Codes::grid1_2048: return without_addend<Codes::grid1_2048, KIND>(layout);
             case Codes::grid3_256: return without_addend<Codes::grid3_256, KIND>(layout);
             case Codes::grid3_512: return without_addend<Codes::grid3_512, KIND>(layout);
+            case Codes::e8p: return multiply_words<Codes::e8p, KIND, 32, Addend::none>;
             default: break;
         }
     }

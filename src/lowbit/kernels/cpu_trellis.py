@@ -51,7 +51,7 @@ _FACTORS = {"3inst": 2.0**-11, "mcg": 2.0**-11, "mul1": 0.00676727294921875 / 15
 
 
 @dataclass(frozen=True)
-class TrellisWeight(PackedWeight):
+class TransformedWeight(PackedWeight):
     """A PackedWeight with the tiles as native code multiplies them, and the transforms on both sides."""
 
     tiles: NativeWeight = field(kw_only=True, repr=False)
@@ -59,8 +59,30 @@ class TrellisWeight(PackedWeight):
     after: Rotator = field(kw_only=True, repr=False)
 
 
-class CpuTrellis(NativeKernel):
-    """See the module docstring. What is rounded is a part of what is lost of x."""
+class TransformedKernel(NativeKernel):
+    """Of tiles between two transforms. What is rounded is a part of what is lost of x."""
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """float32 (tokens, in) -> float32 (tokens, out)."""
+        assert isinstance(packed, TransformedWeight), "packed by this kernel"
+        if x.shape[1] != packed.shape[1]:
+            raise LowbitError(
+                "E0703", f"{packed.origin}: input has {x.shape[1]} columns, weight {packed.shape[1]}"
+            )
+        turned = packed.before.rotated(x, torch.float32)
+        out = packed_linear.linear(turned, packed.tiles, out)
+        packed.after.in_place(out)
+        return out
+
+    def check_rows(self, packed: PackedWeight, ids: Tensor) -> None:
+        """E0703 where a row is asked for that there is not."""
+        rows = packed.shape[0]
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+            raise LowbitError("E0703", f"{packed.origin}: a row outside 0..{rows - 1} was asked for")
+
+
+class CpuTrellis(TransformedKernel):
+    """See the module docstring."""
 
     name = "cpu_trellis"
     layout = 1
@@ -106,7 +128,7 @@ class CpuTrellis(NativeKernel):
         divisor = Rotation.hadamard(BLOCK).divisor
         before = Rotation(BLOCK, before=buffers["inputs"].float().flatten(), divisor=divisor)
         after = Rotation(BLOCK, after=buffers["outputs"].float().flatten(), divisor=divisor)
-        return TrellisWeight(
+        return TransformedWeight(
             self,
             scheme,
             shape,
@@ -122,23 +144,10 @@ class CpuTrellis(NativeKernel):
         scales = (packed.buffers["outputs"], packed.buffers["inputs"])
         return QuantizedTensor(packed.scheme, packed.shape, _codes(packed), scales, origin=packed.origin)
 
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """float32 (tokens, in) -> float32 (tokens, out)."""
-        assert isinstance(packed, TrellisWeight), "packed by this kernel"
-        if x.shape[1] != packed.shape[1]:
-            raise LowbitError(
-                "E0703", f"{packed.origin}: input has {x.shape[1]} columns, weight {packed.shape[1]}"
-            )
-        turned = packed.before.rotated(x, torch.float32)
-        out = packed_linear.linear(turned, packed.tiles, out)
-        packed.after.in_place(out)
-        return out
-
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
-        rows, wanted = packed.shape[0], ids.long()
-        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < rows:
-            raise LowbitError("E0703", f"{packed.origin}: a row outside 0..{rows - 1} was asked for")
+        self.check_rows(packed, ids)
+        wanted = ids.long()
         whole, found = self.unpack(packed), torch.empty(len(wanted), packed.shape[1])
         for block in (wanted // BLOCK).unique().tolist():
             here = wanted // BLOCK == block
