@@ -31,12 +31,14 @@ from lowbit.kernels import (
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
+from lowbit.kernels.cpu_lattice import CpuLattice
 from lowbit.kernels.cpu_row_vectors import CpuRowVectors, RowVectorsWeight
 from lowbit.kernels.cpu_trellis import CpuTrellis, TransformedWeight
 from lowbit.kernels.cpu_vectors import CpuVectors
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
 from lowbit.layers.linear import Linear
+from lowbit.numerics.lattice import LatticeLayout
 from lowbit.numerics.number_formats import (
     NumberFormat,
     RowVectorLayout,
@@ -271,6 +273,31 @@ def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> Quanti
     return QuantizedTensor(scheme, shape, codes.to(torch.uint8), (outputs, inputs), origin="test")
 
 
+def lattice(divisor: float = 0.0, shape: tuple[int, int] = (64, 128)) -> QuantizedTensor:
+    """Random codes (QuIP#), the first and the last among them."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    layout, single, (out, columns) = LatticeLayout(divisor), number_format("f32"), shape
+    books = [torch.randint(1 << 16, (out, columns // 8), generator=generator) for _ in range(layout.books)]
+    books[-1][0, 0], books[-1][0, 1] = 0, 65535
+    outputs = torch.randn(out, 1, generator=generator) * 0.3 / (out * columns) ** 0.5
+    inputs = torch.randn(1, columns, generator=generator) * 0.2
+    scheme = Scheme(number_format(layout.name), ((1, 0), (0, 1)), (single, single))
+    return QuantizedTensor(scheme, shape, layout.codes(books), (outputs, inputs), origin="test")
+
+
+def rounded_of_lattice(
+    weight: QuantizedTensor, packed: TransformedWeight, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x is rounded between the transforms, of which the native ones are tested by themselves."""
+    layout, words = weight.scheme.weight.lattice, takes(packed.tiles.description, INPUT_WORDS)
+    assert layout is not None
+    turned, numbers = packed.before.rotated(x, torch.float32), layout.vectors(weight.codes).double()
+    seen = in_words(turned, 32767) if words else turned.bfloat16().double()
+    back = packed.after.rotation(torch.eye(weight.shape[0])).double()
+    largest = (seen.abs() @ numbers.abs().T).norm(dim=1, keepdim=True)
+    return seen @ numbers.T @ back, largest * weight.scales[0].flatten().double().abs()
+
+
 def trellis_numbers(weight: QuantizedTensor) -> torch.Tensor:
     """float64 (out, in): what the kernel multiplies between the transforms, from the windows themselves."""
     layout = weight.scheme.weight.trellis
@@ -431,6 +458,11 @@ WEIGHTS = {
     "trellis 6 3inst": lambda: trellis(6, "3inst", (128, 128)),
     "trellis 7 mcg": lambda: trellis(7, "mcg"),
     "trellis 8 mul1": lambda: trellis(8, "mul1"),
+    "lattice (QuIP#)": lattice,
+    "lattice, heads of 12 and 20": lambda: lattice(shape=(80, 192)),
+    "lattice, many blocks": lambda: lattice(shape=(640, 448)),
+    "lattice, two codes": lambda: lattice(3.45, (48, 64)),
+    "lattice, two codes, many blocks": lambda: lattice(2.0, (224, 512)),
     "trellis 4 mcg, many blocks": lambda: trellis(4, "mcg", (640, 384)),
     "dense bf16": lambda: dense_weight("bf16", (37, 83)),
     "dense bf16, many blocks": lambda: dense_weight("bf16", (700, 600)),
@@ -516,6 +548,8 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
     """float64: the product of what the kernel multiplies, and what its error is measured by."""
     if isinstance(packed, RowVectorsWeight):
         return rounded_of_row_vectors(weight, x)
+    if isinstance(packed, TransformedWeight) and weight.scheme.weight.lattice is not None:
+        return rounded_of_lattice(weight, packed, x)
     if isinstance(packed, TransformedWeight):
         outputs, inputs = (scale.flatten() for scale in weight.scales)
         numbers = trellis_numbers(weight)
@@ -897,6 +931,35 @@ def test_faults_of_trellis_inputs_end_their_own_row() -> None:
 
 
 @needs_native
+def test_every_code_of_a_lattice_is_its_vector() -> None:
+    """All 65,536 of them as the tiles' rows have them, and as they are multiplied."""
+    codes = torch.arange(1 << 16).view(-1, 64)
+    weight = replace(lattice(shape=(1024, 512)), codes=LatticeLayout().codes([codes]))
+    packed = CpuLattice().pack(weight, CPU)
+    assert isinstance(packed, TransformedWeight)
+    numbers = LatticeLayout().vectors(weight.codes)
+    assert torch.equal(packed_linear.rows(packed.tiles, torch.arange(1024)), numbers)
+    for tokens in (512, 1):
+        assert torch.equal(packed_linear.linear(torch.eye(512)[:tokens], packed.tiles), numbers.T[:tokens])
+
+
+@needs_native
+def test_what_a_lattice_kernel_refuses() -> None:
+    kernel, weight = CpuLattice(), lattice()
+    assert kernel.refuses(weight.scheme, weight.shape, CPU) is None
+    assert "whole tiles" in str(kernel.refuses(weight.scheme, (64, 96), CPU))
+    assert "order 704" in str(kernel.refuses(weight.scheme, (64, 704), CPU))
+    assert "no vectors of a lattice" in str(kernel.refuses(canonical("int4", 32).scheme, (64, 128), CPU))
+    one = replace(weight.scheme, blocks=((1, 0),), scales=weight.scheme.scales[:1])
+    assert "each row and each column" in str(kernel.refuses(one, weight.shape, CPU))
+    packed = kernel.pack(weight, CPU)
+    for missing in ("outputs", "inputs"):
+        rest = {name: buffer for name, buffer in packed.buffers.items() if name != missing}
+        with pytest.raises(ValueError, match=f"no {missing} of float32"):
+            kernel.restore(weight.scheme, weight.shape, rest, "here")
+
+
+@needs_native
 def test_what_a_trellis_kernel_refuses() -> None:
     kernel, weight = CpuTrellis(), trellis(4, "mcg")
     assert kernel.refuses(weight.scheme, weight.shape, CPU) is None
@@ -1036,6 +1099,7 @@ def test_choice_keeps_the_reasons() -> None:
         "cpu_vectors",
         "cpu_row_vectors",
         "cpu_trellis",
+        "cpu_lattice",
         "cpu_dense",
         "cpu_expanded",
     ]

@@ -12,8 +12,8 @@ With u the matrix of codes, H_n the Hadamard matrix of order n (``numerics.hadam
 
     weight = SV * (H_out (Wscale u + A B) H_in^T) / sqrt(out in) * SU / scaleWH, a part's rows * fuse_scale
 
-Codes of E8P12 and E8P12RVQ4B stay as they are (``numerics.lattice``): its inputs are SU / scaleWH, its outputs
-all that multiplies rows, over the root. E8P12RVQ3B and matrices with A B are decoded when they are loaded and
+Codes of E8P12 and E8P12RVQ4B stay as they are (``numerics.lattice``): inputs are SU / scaleWH, outputs all
+that multiplies rows, over the root. E8P12RVQ3B and matrices with A B are decoded when they are loaded and
 kept in float16. Sums are made in float32, of plain E8P12 codes exactly, and rounded once.
 
 QuIP-for-all's files, which say quant_method QUiP, pad rows and columns and bring their own matrices; they
@@ -268,7 +268,8 @@ class QuipSharp(PartlyDense):
             raise LowbitError(
                 "E0215",
                 f"{self.header.file_of(module.tensor('SV'))}: {module.stored!r} decodes to numbers beyond "
-                f"float16 (SV up to {largest:g}, Wscale {float(scale):g}); the file is damaged, download it again",
+                f"float16 (SV up to {largest:g}, Wscale {float(scale):g}); the file is damaged, download it "
+                "again",
             )
         return weight
 

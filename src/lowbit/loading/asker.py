@@ -118,7 +118,7 @@ class Asker:
         return self.with_inputs(place, self.stored_scheme(place) if decision is None else decision.scheme)
 
     def stored_scheme(self, place: Placed) -> Scheme:
-        """What a module's reader gives; vectors of several rows and lattices are decoded before ranks cut them."""
+        """What a module's reader gives; vectors of several rows and lattices decoded where ranks cut."""
         scheme = self.form.scheme_of(place.module)
         return self.as_run(scheme) if self.parallel.size > 1 and scheme.weight.is_tall else scheme
 
@@ -281,8 +281,8 @@ class Asker:
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's.
 
-        Codebooks, trellises and lattices for which there is no kernel here are decoded when they are loaded, to
-        their scales' type or that of their numbers.
+        Codebooks, trellises and lattices for which there is no kernel here are decoded when they are loaded
+        (``Scheme.decoded``).
         """
         scheme = scheme.weight_alone
         if not self._runs_coded(scheme):
@@ -296,7 +296,9 @@ class Asker:
         vectors = scheme.weight.vectors
         if vectors is None and scheme.weight.trellis is None and scheme.weight.lattice is None:
             return True
-        if self.parallel.size > 1 and scheme.weight.is_tall:  # heads and columns of a rank may end inside them
+        if (
+            self.parallel.size > 1 and scheme.weight.is_tall
+        ):  # heads and columns of a rank may end inside them
             return False
         shape = (16, BLOCK)
         if isinstance(vectors, RowVectorLayout):

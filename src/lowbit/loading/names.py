@@ -56,8 +56,8 @@ _STACKS = {
 
 @dataclass(frozen=True)
 class Placed:
-    """A part and where it is stored. ``interleaved``: gate and up rows come in turn; ``swapped``: up rows come
-    first.
+    """A part and where it is stored. ``interleaved``: gate and up rows come in turn; ``swapped``: up rows
+    come first.
 
     ``groups``, ``group_rows``: as of ``Part``; of Q, K and V in one module a group is some query heads with
     their K and V head. ``rows``: (first row, cut) of each run of rows that ranks share, none: all are here.
@@ -128,7 +128,10 @@ class Names:
         if len(parts) > 1 and not all(stem in self.modules for stem in stems):
             fused, swapped = self._stem(name, missing_ok=True), False
             if fused not in self.modules and name.endswith(".gate_up_proj"):
-                fused, swapped = self._stem(name.replace("gate_up_proj", "upgate_proj"), missing_ok=True), True
+                fused, swapped = (
+                    self._stem(name.replace("gate_up_proj", "upgate_proj"), missing_ok=True),
+                    True,
+                )
             if fused in self.modules:
                 if self.in_gguf and self.family.gguf_rotates_pairs and parts[0].rotary_heads:
                     raise LowbitError(

@@ -1,4 +1,4 @@
-"""Vectors of the lattice E8 between two Hadamard transforms (QuIP#, Tseng et al., 2024): what their codes mean.
+"""Vectors of the lattice E8 between two Hadamard transforms (QuIP#, Tseng et al., 2024): what codes mean.
 
     weight = diag(outputs) H_out u H_in^T diag(inputs)      H_n: the Hadamard matrix of order n (``hadamard``)
 
@@ -9,7 +9,7 @@ of odd halves (1/2, 3/2, 5/2) whose squares sum up to 10 at most, in rising orde
 even count is set if an odd sum's last number counts as negative; so one bit is spare and says the quarter:
 bit 0 is what makes the byte's parity even, and where it had to be turned a quarter is subtracted, else added.
 
-Products with H are made in float32, of vectors of one code exactly, and the weight is rounded to float16, once.
+Products with H are made in float32, of vectors of one code exactly, and a weight is rounded to float16, once.
 
 Source: Tseng et al., 2024 (QuIP#), section 4 and appendix C.
 """
@@ -78,7 +78,9 @@ class LatticeLayout:
 
     def decode(self, codes: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
         """float32 (out, in), float16's numbers; ``outputs`` (out, 1), ``inputs`` (1, in)."""
-        return transformed(lambda rows: self.vectors(codes[rows]), outputs.flatten(), inputs.flatten()).float()
+        return transformed(
+            lambda rows: self.vectors(codes[rows]), outputs.flatten(), inputs.flatten()
+        ).float()
 
     def some_rows(self, codes: Tensor, outputs: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
         """The same of a few rows, whose sums are made in another order."""

@@ -68,7 +68,10 @@ class QuantizedTensor:
         if layout is not None:
             blocks = self.codes.unflatten(-1, (-1, layout.bytes))  # (..., out, blocks, bytes)
             return layout.decode(blocks).flatten(-2)  # (..., out, in)
-        vectors, together = self.scheme.weight.vectors, self.scheme.weight.trellis or self.scheme.weight.lattice
+        vectors, together = (
+            self.scheme.weight.vectors,
+            self.scheme.weight.trellis or self.scheme.weight.lattice,
+        )
         if together is not None:
             return together.decode(self.codes, *self.scales)
         if vectors is not None:
@@ -130,8 +133,11 @@ class QuantizedTensor:
         if lattice is not None:
             if (start, stop) == (0, out):
                 return self
-            matrix = lattice.some_rows(self.codes, *self.scales, start, stop)
-            return QuantizedTensor(Scheme(number_format("f32")), tuple(matrix.shape), matrix, origin=self.origin)
+            outputs, inputs = self.scales
+            matrix = lattice.some_rows(self.codes, outputs, inputs, start, stop)
+            return QuantizedTensor(
+                Scheme(number_format("f32")), tuple(matrix.shape), matrix, origin=self.origin
+            )
         if self.scheme.weight.trellis is not None and (start % together or stop % together):
             first, last = start // together * together, -(-stop // together) * together
             matrix = self.rows(first, last).dequantize()[start - first : stop - first]

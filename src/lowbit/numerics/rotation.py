@@ -4,8 +4,8 @@
 
 R is mostly a Hadamard matrix of Sylvester's order (H1 = 1, H2n = [[Hn, Hn], [Hn, -Hn]]) over the root of its
 size, with rows or columns times random signs. Then it is never multiplied with: the fast Walsh-Hadamard
-transform takes log2(size) additions a number. Any other matrix is a product in float32; of Hadamard matrices of
-orders that are no power of two (``hadamard``) only the head is one.
+transform takes log2(size) additions a number. Any other matrix is a product in float32; of Hadamard
+matrices of orders that are no power of two (``hadamard``) only the head is one.
 
 Every step of the transform is an addition, a subtraction, a product or a quotient rounded once, in one order:
 what ``__call__`` computes has the same bits everywhere, csrc/rotation.cpp included. A product with a matrix

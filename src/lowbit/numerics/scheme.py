@@ -181,8 +181,8 @@ class Scheme:
 
     @property
     def decoded(self) -> Scheme:
-        """Codebooks and trellises as a matrix of their numbers' or scales' type, lattices as float16; anything
-        else as it is."""
+        """Codebooks and trellises as a matrix of their numbers' or scales' type, lattices as float16;
+        anything else as it is."""
         vectors = self.weight.vectors
         if self.weight.lattice is not None:
             return dense("f16")
