@@ -67,7 +67,7 @@ inline unsigned read_grid_code(const std::uint8_t* tile, Codes codes, const std:
     const int place = grid_place_of(grid, row, column);
     const unsigned index = grid_index(grid, tile, place);
     const unsigned word = words[index] | static_cast<unsigned>(words[(1u << grid.bits) + index]) << 8;
-    const Plane low = plane(grid.planes(), 0);
+    const Plane low = grid.parity ? Plane{2, 0, 0} : plane(grid.planes(), 0);
     const Field f = field(low, 0, column % grid.numbers * 2);
     const unsigned number = word >> f.shift & ((1u << low.width) - 1u);
     const std::uint8_t* const tail = tile + grid_tail(grid);

@@ -6,9 +6,9 @@ With u the vectors and H_n the Hadamard matrix of order n (``numerics.lattice``)
 
 Both transforms are float32 (``rotation``); between them is a product with u, whose tiles are those of a grid
 (csrc/linear_grids.h): a byte says which of 256 vectors of 1/2, 3/2 and 5/2 it is, another has their signs,
-and whether its count is odd says that a quarter is subtracted. A number is one of 12, exact in bfloat16. With the
-signs of all 3/2 turned round, a vector's count is even whatever its sum; the first number's sign is turned
-where a quarter is subtracted.
+and where its count is odd a quarter is subtracted, else added. A number is one of 12, exact in bfloat16. With
+the signs of all 3/2 turned round, a vector's count is even whatever its sum; the first number's sign is
+turned where a quarter is subtracted.
 
 Where there are two codes for a vector, those of the second book are columns behind the first's, under a scale
 of their own: x lies there twice.
