@@ -289,10 +289,10 @@ def rounded_of_lattice(
     weight: QuantizedTensor, packed: TransformedWeight, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x is rounded between the transforms, of which the native ones are tested by themselves."""
-    layout, words = weight.scheme.weight.lattice, takes(packed.tiles.description, INPUT_WORDS)
-    assert layout is not None
+    layout = weight.scheme.weight.lattice
+    assert layout is not None and takes(packed.tiles.description, INPUT_WORDS)
     turned, numbers = packed.before.rotated(x, torch.float32), layout.vectors(weight.codes).double()
-    seen = in_words(turned, 32767) if words else turned.bfloat16().double()
+    seen = in_words(turned, 32767)
     back = packed.after.rotation(torch.eye(weight.shape[0])).double()
     largest = (seen.abs() @ numbers.abs().T).norm(dim=1, keepdim=True)
     return seen @ numbers.T @ back, largest * weight.scales[0].flatten().double().abs()

@@ -391,9 +391,9 @@ BlocksFunction exact_tiles(const Layout& layout) {
         case Codes::grid1_2048: return multiply_exact<Codes::grid1_2048>;
         case Codes::grid3_256: return multiply_exact<Codes::grid3_256>;
         case Codes::grid3_512: return multiply_exact<Codes::grid3_512>;
-        case Codes::e8p: return multiply_exact<Codes::e8p>;
         case Codes::bf16: return multiply_exact<Codes::bf16>;
         case Codes::words4:
+        case Codes::e8p:
         case Codes::f16:
         case Codes::f32: return nullptr;
     }

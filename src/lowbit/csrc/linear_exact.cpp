@@ -262,7 +262,6 @@ BlockFunction exact_function(const Layout& layout) {
         case Codes::grid1_2048: return without_addend<Codes::grid1_2048>(layout);
         case Codes::grid3_256: return without_addend<Codes::grid3_256>(layout);
         case Codes::grid3_512: return without_addend<Codes::grid3_512>(layout);
-        case Codes::e8p: return multiply_block<Codes::e8p, 32, Addend::none, true>;
         case Codes::bf16: return multiply_block<Codes::bf16, 32, Addend::none, false>;
 #endif
         case Codes::f16: return multiply_float_block<Codes::f16, false>;

@@ -374,8 +374,9 @@ struct ByteTables {
                 high[part] = _mm512_loadu_si512(table.behind + 128 + part * 64);
             }
         } else if constexpr (is_grid(CODES)) {
-            // By nibbles. The table has the last bit above all 4 that a number of a grid of fours has in planes.
-            low[0] = table.low;
+            // By nibbles. The table has the last bit above all 4 that a number of a grid of fours has in planes. Of e8p
+            // whole numbers stand behind the others.
+            low[0] = CODES == Codes::e8p ? table.high : table.low;
             if constexpr (grid_of(CODES).numbers == 4) {
                 const __m512i places = _mm512_cvtepu8_epi16(_mm256_setr_epi8(
                     0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,

@@ -86,7 +86,8 @@ class LatticeLayout:
         """The same of a few rows, whose sums are made in another order."""
         out, columns = len(codes), inputs.shape[1]
         left, right = _factors(columns), _factors(out)
-        chosen = torch.eye(out)[:, start:stop].contiguous()
+        chosen = torch.zeros(out, stop - start)
+        chosen[torch.arange(start, stop), torch.arange(stop - start)] = 1
         signs = times([matrix.T.contiguous() for matrix in right], chosen, stop - start).T
         found, step = torch.zeros(stop - start, columns), max(1, _SLICE // columns)
         for first in range(0, out, step):
