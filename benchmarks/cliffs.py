@@ -16,7 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from linear_formats import Sample, codebook_weight, matrix, row_codebook_weight, trellis_weight
+from linear_formats import (
+    Sample,
+    codebook_weight,
+    lattice_weight,
+    matrix,
+    row_codebook_weight,
+    trellis_weight,
+)
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -173,6 +180,11 @@ def trellis(bits: int, book: str) -> Callable[[tuple[int, int]], Sample]:
     return lambda shape: Sample(trellis_weight(shape, bits, book), None)
 
 
+def lattice(divisor: float = 0.0) -> Callable[[tuple[int, int]], Sample]:
+    """Random codes of a lattice's vectors."""
+    return lambda shape: Sample(lattice_weight(shape, divisor), None)
+
+
 def _inputs(name: str, columns: int, scale: str = "f32") -> ActivationScheme:
     return ActivationScheme(number_format(name), (1, columns), scale=number_format(scale))
 
@@ -230,6 +242,8 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     **{f"exl3 {bits} bits": trellis(bits, "mcg") for bits in range(1, 9)},
     "exl3 4 bits 3inst": trellis(4, "3inst"),
     "exl3 4 bits mul1": trellis(4, "mul1"),
+    "quip# 2 bits": lattice(),
+    "quip# 4 bits": lattice(3.45),
     "w8a8": coded("int8", 0, "f32", inputs=_inputs("int8", 0)),
     **{f"gguf {name}": blocks(name) for name in _GGUF},
 }

@@ -31,12 +31,15 @@ from lowbit.kernels import (
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
+from lowbit.kernels.cpu_lattice import CpuLattice
 from lowbit.kernels.cpu_row_vectors import CpuRowVectors, RowVectorsWeight
-from lowbit.kernels.cpu_trellis import CpuTrellis, TrellisWeight
+from lowbit.kernels.cpu_trellis import CpuTrellis
 from lowbit.kernels.cpu_vectors import CpuVectors
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
+from lowbit.kernels.transformed_kernel import TransformedWeight
 from lowbit.layers.linear import Linear
+from lowbit.numerics.lattice import LatticeLayout
 from lowbit.numerics.number_formats import (
     NumberFormat,
     RowVectorLayout,
@@ -271,6 +274,31 @@ def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> Quanti
     return QuantizedTensor(scheme, shape, codes.to(torch.uint8), (outputs, inputs), origin="test")
 
 
+def lattice(divisor: float = 0.0, shape: tuple[int, int] = (64, 128)) -> QuantizedTensor:
+    """Random codes (QuIP#), the first and the last among them."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    layout, single, (out, columns) = LatticeLayout(divisor), number_format("f32"), shape
+    books = [torch.randint(1 << 16, (out, columns // 8), generator=generator) for _ in range(layout.books)]
+    books[-1][0, 0], books[-1][0, 1] = 0, 65535
+    outputs = torch.randn(out, 1, generator=generator) * 0.3 / (out * columns) ** 0.5
+    inputs = torch.randn(1, columns, generator=generator) * 0.2
+    scheme = Scheme(number_format(layout.name), ((1, 0), (0, 1)), (single, single))
+    return QuantizedTensor(scheme, shape, layout.codes(books), (outputs, inputs), origin="test")
+
+
+def rounded_of_lattice(
+    weight: QuantizedTensor, packed: TransformedWeight, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x is rounded between the transforms, of which the native ones are tested by themselves."""
+    layout = weight.scheme.weight.lattice
+    assert layout is not None and takes(packed.tiles.description, INPUT_WORDS)
+    turned, numbers = packed.before.rotated(x, torch.float32), layout.vectors(weight.codes).double()
+    seen = in_words(turned, 32767)
+    back = packed.after.rotation(torch.eye(weight.shape[0])).double()
+    largest = (seen.abs() @ numbers.abs().T).norm(dim=1, keepdim=True)
+    return seen @ numbers.T @ back, largest * weight.scales[0].flatten().double().abs()
+
+
 def trellis_numbers(weight: QuantizedTensor) -> torch.Tensor:
     """float64 (out, in): what the kernel multiplies between the transforms, from the windows themselves."""
     layout = weight.scheme.weight.trellis
@@ -431,6 +459,11 @@ WEIGHTS = {
     "trellis 6 3inst": lambda: trellis(6, "3inst", (128, 128)),
     "trellis 7 mcg": lambda: trellis(7, "mcg"),
     "trellis 8 mul1": lambda: trellis(8, "mul1"),
+    "lattice (QuIP#)": lattice,
+    "lattice, heads of 12 and 20": lambda: lattice(shape=(80, 192)),
+    "lattice, many blocks": lambda: lattice(shape=(640, 448)),
+    "lattice, two codes": lambda: lattice(3.45, (48, 64)),
+    "lattice, two codes, many blocks": lambda: lattice(2.0, (224, 512)),
     "trellis 4 mcg, many blocks": lambda: trellis(4, "mcg", (640, 384)),
     "dense bf16": lambda: dense_weight("bf16", (37, 83)),
     "dense bf16, many blocks": lambda: dense_weight("bf16", (700, 600)),
@@ -516,7 +549,9 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
     """float64: the product of what the kernel multiplies, and what its error is measured by."""
     if isinstance(packed, RowVectorsWeight):
         return rounded_of_row_vectors(weight, x)
-    if isinstance(packed, TrellisWeight):
+    if isinstance(packed, TransformedWeight) and weight.scheme.weight.lattice is not None:
+        return rounded_of_lattice(weight, packed, x)
+    if isinstance(packed, TransformedWeight):
         outputs, inputs = (scale.flatten() for scale in weight.scales)
         numbers = trellis_numbers(weight)
         turn = Rotation.hadamard(BLOCK)
@@ -752,7 +787,7 @@ def test_sums_of_the_largest_numbers_of_a_trellis_stay_whole() -> None:
             pieces = torch.tensor([code & 255, code >> 8], dtype=torch.uint8)
             weight = replace(weight, codes=pieces.repeat(128, weight.codes.shape[1] // 2))
             packed = CpuTrellis().pack(weight, CPU)
-            assert isinstance(packed, TrellisWeight)
+            assert isinstance(packed, TransformedWeight)
             numbers = trellis_numbers(weight)
             for tokens in (1, 9):
                 x = torch.full((tokens, 128), 3.3)
@@ -770,7 +805,7 @@ def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
     weight = trellis(8, book, (256, 256))
     ones = replace(weight, scales=tuple(torch.ones_like(scale) for scale in weight.scales))
     packed = CpuTrellis().pack(ones, CPU)
-    assert isinstance(packed, TrellisWeight)
+    assert isinstance(packed, TransformedWeight)
     numbers = packed_linear.rows(packed.tiles, torch.arange(256))
     turn = Rotation.hadamard(BLOCK)
     turned = turn(turn(numbers).T.contiguous()).T
@@ -778,6 +813,19 @@ def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
     off = (numbers - trellis_numbers(weight)).abs()
     assert off.max() <= 2.0**-9 + 2.0**-11 and off.norm() / numbers.norm() < 3e-4
     assert torch.equal(numbers, numbers.half().float())
+
+
+@needs_native
+def test_every_code_of_a_lattice_is_its_vector() -> None:
+    """All 65,536 of them as the tiles' rows have them, and as they are multiplied."""
+    codes = torch.arange(1 << 16).view(-1, 64)
+    weight = replace(lattice(shape=(1024, 512)), codes=LatticeLayout().codes([codes]))
+    packed = CpuLattice().pack(weight, CPU)
+    assert isinstance(packed, TransformedWeight)
+    numbers = LatticeLayout().vectors(weight.codes)
+    assert torch.equal(packed_linear.rows(packed.tiles, torch.arange(1024)), numbers)
+    for tokens in (512, 1):
+        assert torch.equal(packed_linear.linear(torch.eye(512)[:tokens], packed.tiles), numbers.T[:tokens])
 
 
 @needs_native
@@ -833,7 +881,8 @@ def test_an_index_past_a_codebook_is_refused(weight: QuantizedTensor, place: int
 
 @needs_native
 @pytest.mark.parametrize(
-    "name", ["codebooks 1x16 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg"]
+    "name",
+    ["codebooks 1x16 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg", "lattice (QuIP#)"],
 )
 def test_buffers_that_are_short_or_not_there_are_refused(name: str) -> None:
     packed, restore = kept(WEIGHTS[name]())
@@ -867,7 +916,7 @@ def of(name: str, *blocks: tuple[int, int], scale: str = "f16") -> Scheme:
     return Scheme(number_format(name), blocks, (number_format(scale),) * len(blocks))
 
 
-TRELLIS = trellis(4, "mcg").scheme
+TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
 
 
 @needs_native
@@ -890,6 +939,11 @@ TRELLIS = trellis(4, "mcg").scheme
         (CpuTrellis(), TRELLIS, 192, "whole blocks"),
         (CpuTrellis(), of("int4", (1, 32)), 256, "no trellis"),
         (CpuTrellis(), of(TRELLIS.weight.name, (1, 0)), 256, "each row and each column"),
+        (CpuLattice(), LATTICE, 256, None),
+        (CpuLattice(), LATTICE, 96, "whole tiles"),
+        (CpuLattice(), LATTICE, 704, "order 704"),
+        (CpuLattice(), of("int4", (1, 32)), 256, "no vectors of a lattice"),
+        (CpuLattice(), of(LATTICE.weight.name, (1, 0), scale="f32"), 256, "each row and each column"),
     ],
     ids=str,
 )
@@ -915,7 +969,7 @@ def ends_its_own_row(packed: PackedWeight, columns: tuple[int, ...]) -> None:
 
 @needs_native
 @pytest.mark.parametrize(
-    "name", ["codebooks 2x8 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg"]
+    "name", ["codebooks 2x8 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg", "lattice (QuIP#)"]
 )
 def test_faults_of_inputs_of_codebooks_and_trellises_end_their_own_row(name: str) -> None:
     ends_its_own_row(kept(WEIGHTS[name]())[0], (0, 100))
@@ -1039,6 +1093,7 @@ def test_choice_keeps_the_reasons() -> None:
         "cpu_vectors",
         "cpu_row_vectors",
         "cpu_trellis",
+        "cpu_lattice",
         "cpu_dense",
         "cpu_expanded",
     ]

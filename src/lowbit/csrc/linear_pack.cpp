@@ -30,6 +30,7 @@ bool known(const Layout& layout) {
         case Codes::grid1_2048:
         case Codes::grid3_256:
         case Codes::grid3_512: return layout.addend == Addend::none;
+        case Codes::e8p: return layout.addend == Addend::none && layout.sub == COLUMNS;
         case Codes::words4:
         case Codes::bits1:
         case Codes::bits2:

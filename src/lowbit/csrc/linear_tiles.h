@@ -38,11 +38,12 @@ constexpr int PAIRS = COLUMNS / 2;
 // How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value
 // up in a table; planes are low bits first. ``bits7``: a code is worth table[0] + code; AVX-512 looks bytes of 128
 // values up. ``row_vectors``: indices of vectors of several rows (linear_row_vectors.h). ``words4``: as bits4, with a table of whole numbers of 13 bits for values that bfloat16 would round
-// (nf4); see linear_words.h. ``grid…``: an index for 8 or 4 columns of a row; see Grid.
+// (nf4); see linear_words.h. ``grid…``, ``e8p``: an index for 8 or 4 columns of a row; see Grid.
 enum class Codes : std::int32_t {
     bits1 = 1, bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7,
     int8 = 8, uint8 = 9, e4m3 = 10, e5m2 = 11, e4m3fnuz = 12, e5m2fnuz = 13, words4 = 14,
     bf16 = 16, f16 = 17, grid2_256 = 20, grid2_512 = 21, grid2_1024 = 22, grid1_2048 = 23, grid3_256 = 24, grid3_512 = 25,
+    e8p = 26,
     f32 = 32, row_vectors = 40
 };
 
@@ -91,15 +92,17 @@ constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Co
 // Codes of several columns at once (GGUF's IQ1 to IQ3): an index of ``bits`` bits says which vector of a table 8
 // columns of a row hold, numbers of 2 bits, or 4 columns, of 3. Beside it stands a bit for each number, its sign; or
 // where ``shifted`` one for each vector. A tile is first made one of bits3 (``numbers`` = 8) or bits5, whose last bit
-// is that bit: linear_grids.h.
+// is that bit: linear_grids.h. Where ``parity`` (QuIP#'s E8P) there are both, in the room of the signs: whether their
+// count is odd is the vector's own bit, and turns the first number's sign. Such a tile is made one of bits4: a number, its
+// sign and the vector's bit.
 struct Grid {
     int bits, numbers;
-    bool shifted;
+    bool shifted, parity = false;
     constexpr int vectors() const { return ROWS * COLUMNS / numbers; }  // of a tile
-    constexpr Codes planes() const { return numbers == 8 ? Codes::bits3 : Codes::bits5; }
+    constexpr Codes planes() const { return parity ? Codes::bits4 : numbers == 8 ? Codes::bits3 : Codes::bits5; }
     constexpr std::int64_t bytes() const { return vectors() / 8 * bits + (shifted ? vectors() / 8 : ROWS * COLUMNS / 8); }
 };
-constexpr bool is_grid(Codes codes) { return codes >= Codes::grid2_256 && codes <= Codes::grid3_512; }
+constexpr bool is_grid(Codes codes) { return codes >= Codes::grid2_256 && codes <= Codes::e8p; }
 constexpr Grid grid_of(Codes codes) {
     switch (codes) {
         case Codes::grid2_256: return {8, 8, false};
@@ -107,6 +110,7 @@ constexpr Grid grid_of(Codes codes) {
         case Codes::grid2_1024: return {10, 8, false};
         case Codes::grid1_2048: return {11, 8, true};
         case Codes::grid3_256: return {8, 4, false};
+        case Codes::e8p: return {8, 8, false, true};
         default: return {9, 4, false};
     }
 }
@@ -125,7 +129,8 @@ constexpr std::int64_t tile_bytes(Codes codes) {
         case Codes::grid2_1024:
         case Codes::grid1_2048:
         case Codes::grid3_256:
-        case Codes::grid3_512: return grid_of(codes).bytes();
+        case Codes::grid3_512:
+        case Codes::e8p: return grid_of(codes).bytes();
         case Codes::words4: return ROWS * COLUMNS / 2;
         case Codes::bf16:
         case Codes::f16: return ROWS * COLUMNS * 2;
@@ -369,8 +374,9 @@ struct ByteTables {
                 high[part] = _mm512_loadu_si512(table.behind + 128 + part * 64);
             }
         } else if constexpr (is_grid(CODES)) {
-            // By nibbles. The table has the last bit above all 4 that a number of a grid of fours has in planes.
-            low[0] = table.low;
+            // By nibbles. The table has the last bit above all 4 that a number of a grid of fours has in planes. Of e8p
+            // whole numbers stand behind the others.
+            low[0] = CODES == Codes::e8p ? table.high : table.low;
             if constexpr (grid_of(CODES).numbers == 4) {
                 const __m512i places = _mm512_cvtepu8_epi16(_mm256_setr_epi8(
                     0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,

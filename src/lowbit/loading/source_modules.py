@@ -103,7 +103,7 @@ class SourceModule:
             rows = part.shape[0]
             module = StoredModule(part.name, part.name, part.shape)
             share = self.nbytes * rows // self.place.part.shape[0]
-            place = replace(self.place, part=part, rotary_heads=0, groups=0, interleaved=False)
+            place = replace(self.place, part=part, rotary_heads=0, groups=0, interleaved=False, swapped=False)
             made = SourceModule(module, place, self.scheme, share, rows=order[start : start + rows])
             found.append(made)
             start += rows
@@ -298,7 +298,7 @@ class _Walk(Asker):
         self.has_kv_scales = False
 
     def stored_scheme(self, place: Placed) -> Scheme:
-        """Vectors of several rows are written as the floats that readers of them give."""
+        """Vectors of several rows and lattices are written as the floats that readers of them give."""
         scheme = self.form.scheme_of(place.module)
         return scheme.decoded if scheme.weight.is_tall else scheme
 
@@ -379,7 +379,7 @@ class _Walk(Asker):
             made = [replace(made[0], parts=tuple(parts))]
         if self.in_gguf:
             made = self._as_in_folders(name, made, parts, fused)
-        elif any(place.module.dotted for place in places):
+        elif any(place.module.dotted or place.swapped for place in places):
             made = made[0].apart(self.header) if fused else made
             made = [replace(one, target=self._target(one.place)) for one in made]
         elif self.family.transposed and ".layers." in name:  # packed ones lie as (out, in), plain ones do not

@@ -30,6 +30,7 @@ def column_unit(scheme: Scheme, columns: int) -> int:
     unit = 1 if scheme.weight.block is None else scheme.weight.block.weights
     unit = unit if scheme.weight.vectors is None else scheme.weight.vectors.column_unit(columns)
     unit = unit if scheme.weight.trellis is None else BLOCK
+    unit = unit if scheme.weight.lattice is None else columns
     for _, width in scheme.blocks:
         unit = math.lcm(unit, width or 1)
     if scheme.activation is not None:

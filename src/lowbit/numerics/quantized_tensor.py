@@ -7,7 +7,8 @@ Everything a format reader produces means
 with ``g`` the inner block that holds (r, c), ``h`` an outer block, and ``c`` counted in stored column
 order. ``dequantize`` *is* this line in float32; every kernel is tested against it. Where a format has
 codebooks, the value is a number of the vector that the code names, or the sum of several. What a trellis
-means, with a scale for each row and each column, ``numerics.trellis`` says.
+or a lattice means, with a scale for each row and each column, ``numerics.trellis`` and ``numerics.lattice``
+say.
 """
 
 from __future__ import annotations
@@ -67,9 +68,12 @@ class QuantizedTensor:
         if layout is not None:
             blocks = self.codes.unflatten(-1, (-1, layout.bytes))  # (..., out, blocks, bytes)
             return layout.decode(blocks).flatten(-2)  # (..., out, in)
-        vectors, trellis = self.scheme.weight.vectors, self.scheme.weight.trellis
-        if trellis is not None:
-            return trellis.decode(self.codes, *self.scales)
+        vectors, together = (
+            self.scheme.weight.vectors,
+            self.scheme.weight.trellis or self.scheme.weight.lattice,
+        )
+        if together is not None:
+            return together.decode(self.codes, *self.scales)
         if vectors is not None:
             assert self.codebooks is not None, "a format with vectors has them"
             values = vectors.decode(self.codes, self.codebooks)[..., : self.shape[-2], :]
@@ -100,6 +104,9 @@ class QuantizedTensor:
     def decoded(self, scheme: Scheme) -> QuantizedTensor:
         """The matrix of floats that the dense ``scheme`` says, some rows at a time."""
         rows, columns = self.shape
+        if self.scheme.weight.lattice is not None:
+            matrix = self.dequantize().to(scheme.weight.dtype)
+            return QuantizedTensor(scheme, self.shape, matrix, origin=self.origin)
         matrix = torch.empty(rows, columns, dtype=scheme.weight.dtype)
         height = max(self.scheme.heights)
         step = max(1, _DECODED_AT_ONCE // columns // height) * height
@@ -120,9 +127,17 @@ class QuantizedTensor:
         """Output rows ``start:stop``; they must begin on a block border of every level.
 
         They must end on one too, unless ``ragged``: the last block of the result may then be short. Some rows
-        of a trellis's blocks come as plain floats.
+        of a trellis's blocks, or of a lattice's transforms, come as plain floats.
         """
-        out, together = self.shape[-2], self.scheme.rows_together
+        out, together, lattice = self.shape[-2], self.scheme.rows_together, self.scheme.weight.lattice
+        if lattice is not None:
+            if (start, stop) == (0, out):
+                return self
+            outputs, inputs = self.scales
+            matrix = lattice.some_rows(self.codes, outputs, inputs, start, stop)
+            return QuantizedTensor(
+                Scheme(number_format("f32")), tuple(matrix.shape), matrix, origin=self.origin
+            )
         if self.scheme.weight.trellis is not None and (start % together or stop % together):
             first, last = start // together * together, -(-stop // together) * together
             matrix = self.rows(first, last).dequantize()[start - first : stop - first]

@@ -165,22 +165,27 @@ class Scheme:
     @property
     def rows_move(self) -> bool:
         """Whether rows can change places: no two share a scale by where they lie that not all share."""
-        if self.flattened or self.rows_together > 1:
+        if self.flattened or self.rows_together != 1:
             return False
         return self.scattered or all(rows <= 1 for rows, _ in self.blocks)
 
     @property
     def rows_together(self) -> int:
-        """So many neighbouring rows mean something together only, beside what shares a scale."""
+        """So many neighbouring rows mean something together only, beside what shares a scale; 0: all."""
         vectors = self.weight.vectors
+        if self.weight.lattice is not None:
+            return 0
         if self.weight.trellis is not None:
             return BLOCK
         return 1 if vectors is None else vectors.height
 
     @property
     def decoded(self) -> Scheme:
-        """Codebooks and trellises as a matrix of their numbers' or scales' type; anything else as it is."""
+        """Codebooks and trellises as a matrix of their numbers' or scales' type, lattices as float16;
+        anything else as it is."""
         vectors = self.weight.vectors
+        if self.weight.lattice is not None:
+            return dense("f16")
         if vectors is None and self.weight.trellis is None:
             return self
         return dense(vectors.dtype if isinstance(vectors, RowVectorLayout) else self.scales[0].name)
