@@ -42,10 +42,12 @@ __attribute__((always_inline)) inline void fetch_results(const Input& x, std::in
 // How a weight's codes become numbers.
 struct Decoding {
     explicit Decoding(const lowbit_weight& weight)
-        : table(weight.table),
+        : weight(&weight),
+          table(weight.table),
           bytes(weight),
           words(weight),
           vectors(reinterpret_cast<const std::int16_t*>(weight.table)) {}
+    const lowbit_weight* weight;
     Table table;
     ByteCodes bytes;
     WordCodes words;

@@ -281,8 +281,8 @@ class Asker:
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's.
 
-        Codebooks and trellises for which there is no kernel here are decoded when they are loaded, to their
-        scales' type or that of their numbers.
+        Codebooks, trellises and outliers for which there is no kernel here are decoded when they are loaded,
+        to their scales' type or that of their numbers.
         """
         scheme = scheme.weight_alone
         if not self._runs_coded(scheme):
@@ -292,9 +292,9 @@ class Asker:
         return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))
 
     def _runs_coded(self, scheme: Scheme) -> bool:
-        """Whether codebooks or a trellis, if that is what it has, can stay."""
+        """Whether codebooks, a trellis or outliers, if that is what it has, can stay."""
         vectors = scheme.weight.vectors
-        if vectors is None and scheme.weight.trellis is None:
+        if vectors is None and scheme.weight.trellis is None and scheme.outliers is None:
             return True
         shape = (16, BLOCK)
         if isinstance(vectors, RowVectorLayout):
