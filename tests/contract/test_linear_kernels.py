@@ -47,7 +47,7 @@ from lowbit.numerics.number_formats import (
     trellis_format,
     vector_format,
 )
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from lowbit.numerics.trellis import BLOCK, MULTIPLIERS
@@ -328,6 +328,32 @@ def whole_number(book: str, code: torch.Tensor) -> torch.Tensor:
     return (halves.sum(-1) * 2**11 + 0.5).floor() / 2**11
 
 
+def with_outliers(
+    shape: tuple[int, int] = (37, 256), share: float = 0.02, order: bool = False
+) -> QuantizedTensor:
+    """Codes of which float16 arithmetic makes weights, some subnormal, and outliers, the first and the last
+    weight's among them (SpQR)."""
+    generator = torch.Generator().manual_seed(8)
+    weight = canonical("uint3", 16, zero=True, order=order, shape=shape)
+    assert weight.zeros is not None
+    zeros = (weight.zeros.float() * 1.1717 - 0.37).half()
+    scales = weight.scales[0] * torch.where(weight.zeros % 3 == 0, 2.0**-10, 1.0).half()
+    chosen = torch.rand(shape, generator=generator) < share
+    chosen.view(-1)[:: max(1, chosen.numel() - 1)] = share > 0
+    rows, columns = chosen.nonzero().unbind(1)
+    values = (torch.randn(len(rows), generator=generator) * 0.3).half()
+    half = number_format("f16")
+    return replace(
+        weight,
+        scheme=replace(
+            weight.scheme, zero="float", outliers=half, outlier_share=len(rows) / (shape[0] * shape[1])
+        ),
+        scales=(scales,),
+        zeros=zeros,
+        outliers=Outliers.of(rows, columns, values, shape[0]),
+    )
+
+
 def crooked() -> QuantizedTensor:
     """7-bit codes that are no line: the native code has no table for them."""
     weight = canonical("uint7", 64)
@@ -465,6 +491,11 @@ WEIGHTS = {
     "lattice, two codes": lambda: lattice(3.45, (48, 64)),
     "lattice, two codes, many blocks": lambda: lattice(2.0, (224, 512)),
     "trellis 4 mcg, many blocks": lambda: trellis(4, "mcg", (640, 384)),
+    "uint3 g16 outliers (SpQR)": with_outliers,
+    "uint3 g16 outliers act-order": lambda: with_outliers((50, 336), 0.1, order=True),
+    "uint3 g16, outliers nowhere": lambda: with_outliers(share=0.0),
+    "uint3 g16, outliers everywhere": lambda: with_outliers((37, 80), 1.0),
+    "uint3 g16 outliers, many blocks": lambda: with_outliers((700, 288)),
     "dense bf16": lambda: dense_weight("bf16", (37, 83)),
     "dense bf16, many blocks": lambda: dense_weight("bf16", (700, 600)),
     "dense f16": lambda: dense_weight("f16", (19, 96)),
@@ -523,7 +554,11 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
         turned = x if order is None else x[:, order]
         seen = in_words(turned, 16383 if wide else 32767)
         return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
-    exact = packed.scheme.weight.name in ("f16", "f32") or packed.kernel.computes == "f32 copy"
+    exact = (
+        packed.scheme.weight.name in ("f16", "f32")
+        or packed.scheme.outliers is not None
+        or packed.kernel.computes == "f32 copy"
+    )
     return x.double() if exact else x.bfloat16().double()
 
 
@@ -976,6 +1011,82 @@ def test_faults_of_inputs_of_codebooks_and_trellises_end_their_own_row(name: str
 
 
 @needs_native
+@pytest.mark.parametrize("shape", [(37, 256), (64, 272), (5, 16)])
+def test_weights_with_outliers_meet_x_as_float16_ones(shape: tuple[int, int]) -> None:
+    """Bit by bit as the matrix decoded from them, for any number of tokens."""
+    weight = with_outliers(shape, 0.05)
+    plain = weight.decoded(weight.scheme.decoded)
+    assert plain.scheme == dense("f16") and torch.equal(plain.codes.float(), weight.dequantize())
+    subnormal = (plain.codes != 0) & (plain.codes.abs() < 2.0**-14)
+    assert subnormal.any() or shape == (5, 16)
+    packed, other = CpuBlocks().pack(weight, CPU), CpuDense().pack(plain, CPU)
+    for tokens in (1, 2, 5, 16, 130):
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+        assert torch.equal(packed.kernel.linear(x, packed), other.kernel.linear(x, other))
+
+
+def test_outliers_are_added_to_rounded_weights() -> None:
+    """One by one in numpy's float16."""
+    weight = with_outliers((4, 32), 0.3)
+    assert weight.zeros is not None and weight.outliers is not None
+    codes, scales, zeros = weight.codes.numpy(), weight.scales[0].numpy(), weight.zeros.numpy()
+    added = {
+        (int(row), int(column)): value
+        for row, column, value in zip(
+            weight.outliers.rows,
+            weight.outliers.columns,
+            weight.outliers.values(number_format("f16")).numpy(),
+            strict=True,
+        )
+    }
+    assert len(added) > 10
+    for row in range(4):
+        for column in range(32):
+            wanted = scales[row, column // 16] * (codes[row, column].astype("f2") - zeros[row, column // 16])
+            if (row, column) in added:
+                wanted += added[row, column]
+            assert wanted.dtype == "f2" and float(weight.dequantize()[row, column]) == float(wanted)
+
+
+@needs_native
+def test_damaged_outliers_are_refused() -> None:
+    """Kept packed weights that were damaged: nothing is written outside a tile, or read past the end."""
+    packed = CpuBlocks().pack(with_outliers((20, 48), 0.1), CPU)
+    starts, entries = packed.buffers["outlier_starts"], packed.buffers["outliers"]
+
+    def refused(**changed: torch.Tensor) -> str:
+        with pytest.raises(ValueError, match="^test: ") as caught:
+            packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | changed, "test")
+        return str(caught.value)
+
+    falling = starts.clone()
+    falling[1] = falling[2] + 1
+    for damaged in (starts[:-1], starts + 1, starts.long(), falling):
+        assert "no outliers of 4 tiles" in refused(outlier_starts=damaged)
+    assert "no outliers of 4 tiles" in refused(outliers=entries[:-1])
+    for at, place in ((0, 512), (0, 0xFFFF), (-1, 4), (-1, 16 * 16)):  # rows 20 on, columns 48 on
+        outside = entries.clone()
+        outside[at] = place
+        assert "an outlier outside 20 x 48" in refused(outliers=outside)
+    without = {name: buffer for name, buffer in packed.buffers.items() if name != "outliers"}
+    with pytest.raises(ValueError, match="no outliers of 4 tiles"):
+        packed.kernel.restore(packed.scheme, packed.shape, without, "test")
+
+
+@needs_native
+def test_outliers_beside_other_codes_are_refused() -> None:
+    scheme = with_outliers().scheme
+    for other in (
+        replace(scheme, weight=number_format("uint4")),
+        replace(scheme, blocks=((1, 32),)),
+        replace(scheme, scales=(number_format("bf16"),)),
+        replace(scheme, outliers=number_format("bf16")),
+        replace(scheme, zero="integer"),
+    ):
+        assert "outliers stand beside 3-bit codes" in str(CpuBlocks().refuses(other, (37, 256), CPU))
+
+
+@needs_native
 @pytest.mark.parametrize(
     "name",
     [
@@ -1135,13 +1246,20 @@ def test_nothing_past_the_end_is_touched(kernel: LinearKernel, name: str) -> Non
         scales=tuple(map(at_guard_page, weight.scales)),
         zeros=None if weight.zeros is None else at_guard_page(weight.zeros),
         row_groups=None if weight.row_groups is None else at_guard_page(weight.row_groups),
+        outliers=None
+        if weight.outliers is None
+        else Outliers(at_guard_page(weight.outliers.starts), at_guard_page(weight.outliers.entries)),
         offsets=tuple(map(at_guard_page, weight.offsets)),
     )
     plain, packed = kernel.pack(weight, CPU), kernel.pack(guarded, CPU)
     assert all(torch.equal(packed.buffers[part], buffer) for part, buffer in plain.buffers.items())
     rows, columns = weight.shape
     buffers = {part: at_guard_page(buffer) for part, buffer in packed.buffers.items()}
-    if isinstance(packed, NativeWeight) and not isinstance(packed, RowVectorsWeight):
+    if (
+        isinstance(packed, NativeWeight)
+        and not isinstance(packed, RowVectorsWeight)
+        and "outliers" not in buffers
+    ):
         packed = moved(packed, buffers, rows)
     else:
         packed = kernel.restore(weight.scheme, weight.shape, buffers, weight.origin)
@@ -1173,6 +1291,8 @@ ODD: dict[str, Callable[[int], QuantizedTensor]] = {
     "codebooks of 8 rows": lambda rows: row_vectors(8, 300, 20, shape=(rows, 40), scale="f16", order=True),
     "codebooks of 6 rows": lambda rows: row_vectors(6, 30, shape=(rows, 45), books=2, outliers=5),
     "codebooks of 16 rows": lambda rows: row_vectors(16, 200, shape=(rows, 33)),
+    "outliers": lambda rows: with_outliers((rows, 80)),
+    "outliers of 16 columns act-order": lambda rows: with_outliers((rows, 16), 0.3, order=True),
     "bf16": lambda rows: dense_weight("bf16", (rows, 31)),
     "f16": lambda rows: dense_weight("f16", (rows, 1)),
     "f32": lambda rows: dense_weight("f32", (rows, 33)),

@@ -60,8 +60,8 @@ READS = {
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
     "NVFP4; patterns of layers",
-    "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order; decoded to 16 bits a weight "
-    "when loaded",
+    "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order; on a GPU decoded to 16 bits "
+    "a weight when loaded",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "

@@ -172,6 +172,8 @@ STORED = [
     "aqlm/2x8_g8",
     "exl3/mul1",
     "exl3/mcg_padded_tied",
+    "spqr/csr_act_order",
+    "spqr/ptcsr_act_order",
     "awq/gemm",
     "gptq/w4_asym_actorder",
     "gptq/w4_sym",

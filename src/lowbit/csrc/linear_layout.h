@@ -37,6 +37,10 @@ struct lowbit_weight {
     std::int32_t input_group;  // of InputKind::scaled: columns of x that share a scale; 16, or a multiple of 32
     const struct lowbit_quantizer* quantizer;  // of InputKind::scaled
     const lowbit_row_vectors* row_vectors;     // of such codes
+    // Of halves3: (blocks * tiles + 1,), where each tile's outliers begin among all; and these, 16 * column + row of the
+    // tile in the low half, float16 in the high one.
+    const std::int32_t* outlier_starts;
+    const std::uint32_t* outliers;
 };
 
 namespace lowbit {

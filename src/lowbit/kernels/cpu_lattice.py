@@ -167,7 +167,7 @@ def _codes_of_signs() -> Tensor:
 
 @cache
 def _table() -> Tensor:
-    """uint8: 16 numbers v twice in bfloat16, twice as 4 v + 15 in 16 bits; 256 vectors' low and high bytes."""
+    """uint8: 16 numbers v twice in bfloat16, twice as 4 v + 15 in 16 bits; 256 words, low bytes first."""
     size, sign, shift = torch.arange(4) * 2 + 1, torch.tensor([1, -1]), torch.tensor([1, -1])
     turned = torch.where(torch.arange(4) == 1, -1, 1)
     numbers = 2 * size * turned * sign[:, None] + shift[:, None, None]

@@ -254,8 +254,8 @@ class SourceModel:
         """One stored module, the rows of each head as checkpoints have them."""
         stored = self.form.read(place.module, data)
         weight, bias = stored.weight, stored.bias
-        if weight.scheme.weight.is_tall:
-            weight = weight.decoded(weight.scheme.decoded)
+        if weight.scheme.written != weight.scheme:
+            weight = weight.decoded(weight.scheme.written)
         reordered = self.header.container == "gguf" or self.header.rotary_pairs
         reordered = reordered and not place.part.groups  # which lie alike in files of both kinds
         order = row_order(place, self.header) if reordered else None
@@ -298,9 +298,8 @@ class _Walk(Asker):
         self.has_kv_scales = False
 
     def stored_scheme(self, place: Placed) -> Scheme:
-        """Vectors of several rows and lattices are written as the floats that readers of them give."""
-        scheme = self.form.scheme_of(place.module)
-        return scheme.decoded if scheme.weight.is_tall else scheme
+        """Vectors of rows, lattices and outliers are written as the floats that readers of them give."""
+        return self.form.scheme_of(place.module).written
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """A Linear without weights."""
