@@ -37,11 +37,13 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     from lowbit.kernels.cpu_vectors import CpuVectors
     from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
+    from lowbit.kernels.gpu.trellis import GpuTrellis
     from lowbit.kernels.reference import Reference
 
     codes = CpuBlocks(), CpuColumns(), CpuVectors(), CpuRowVectors(), CpuTrellis()
     floats = CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
-    return (GpuBlocks(), GpuDense(), *codes, *floats, GpuHumming())
+    gpu = GpuBlocks(), GpuTrellis(), GpuDense()
+    return (*gpu, *codes, *floats, GpuHumming())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""GpuKernel: what linear kernels in Triton say alike; see ``LinearKernel``. And what their hosts share."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels.gpu import runtime
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.scheme import Scheme
+
+SPLIT_COLUMNS = 512  # a split of the columns has at least as many
+
+
+class GpuKernel:
+    """A kernel of this base has a name, and says what it refuses, how it packs and how it multiplies."""
+
+    computes = "as stored"
+    layout = 1
+    steady = False
+    runs = "quantized"
+
+    def serves(self, device: torch.device) -> bool:
+        """GPUs, and whatever else Triton kernels run on."""
+        return device.type == "cuda" or runtime.runs_on(device)
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never, but to x's type as every kernel here does."""
+        return False
+
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: x stays a float."""
+        return False
+
+
+def unfit(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+    """Why no kernel of quantized weights can run it here, whatever its codes are; or None."""
+    if reason := runtime.refuses(device):
+        return reason
+    if scheme.activation is not None:
+        return f"the scheme quantizes its input ({scheme.activation})"
+    if len(shape) != 2:
+        return "stacked experts"
+    return "weights are not quantized" if scheme.is_dense else None
+
+
+def checked(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x, or E0703 where it has another width than the weight."""
+    if x.shape[1] != packed.shape[1]:
+        raise LowbitError(
+            "E0703", f"{packed.origin}: input has {x.shape[1]} columns, weight {packed.shape[1]}"
+        )
+    return x
+
+
+def output(x: Tensor, packed: PackedWeight, out: Tensor | None) -> Tensor:
+    """Where a product goes: ``out``, or memory of x's type."""
+    size = (x.shape[0], packed.shape[0])
+    if out is None:
+        return x.new_empty(size)
+    assert out.shape == size and out.stride(1) == 1, "rows of the output lie whole"
+    return out
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; the interpreter runs programs one after the other, and has few for its own sake."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
