@@ -51,7 +51,9 @@ def test_int4_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kl < 1e-4
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("exl3/3inst_signs", "gpu_trellis")])
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("exl3/3inst_signs", "gpu_trellis"), ("aqlm/2x8_g8", "gpu_vectors")]
+)
 def test_codebooks_stay_packed(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kl, kernels = divergence(FIXTURES / name, monkeypatch)
     assert kernel in kernels and all(one.startswith("gpu") for one in kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu.programs import Cut, Shape, Tokens, cut
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.scheme import Scheme
 
@@ -63,6 +65,50 @@ def output(x: Tensor, packed: PackedWeight, out: Tensor | None) -> Tensor:
         return x.new_empty(size)
     assert out.shape == size and out.stride(1) == 1, "rows of the output lie whole"
     return out
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How up to ``tokens`` are multiplied: ``BM`` of them times one of ``heights`` of rows a program.
+
+    ``programs``: of the highest, that an SM holds at one time.
+    """
+
+    tokens: int
+    BM: int
+    heights: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+# Of x in float16 with scales (``half_inputs``). There are two float32 sums, of a run and of all: with more
+# than 64 rows beside 128 tokens they would not fit in registers. One token: 16 or 32 numbers a thread.
+HALF_BLOCKS = (
+    Blocks(1, 1, (64, 32, 16), 4, 3, 2),
+    Blocks(16, 16, (64, 32), 4, 3, 2),
+    Blocks(32, 32, (64, 32), 4, 3, 2),
+    Blocks(64, 64, (64,), 4, 3, 2),
+    Blocks(1 << 31, 128, (64,), 8, 2, 2),
+)
+
+
+def half_blocks(shape: Shape, tokens: int, device: torch.device) -> tuple[Blocks, Cut]:
+    """The row of ``HALF_BLOCKS`` for so many tokens, and how rows and columns are cut."""
+    chosen = next(one for one in HALF_BLOCKS if tokens <= one.tokens)
+    count = Tokens.of(tokens, chosen.BM)
+    processors = multiprocessors(device)
+    return chosen, cut(shape, count, chosen.heights, chosen.programs, chosen.num_stages, processors)
+
+
+def add(parts: Tensor, out: Tensor) -> None:
+    """The sums of all splits, float32 (splits, tokens, rows), into ``out``."""
+    from lowbit.kernels.gpu.products import add_splits
+
+    splits, tokens, rows = parts.shape
+    runtime.launch(
+        add_splits, (-(-rows // 512), tokens), parts, out, tokens, rows, out.stride(0), splits, BLOCK=512
+    )
 
 
 @cache

@@ -29,6 +29,36 @@ def halves(values):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def scaled_halves(  # type: ignore[no-untyped-def]
+    x,  # (tokens, inputs)
+    x_row,
+    out,  # float16 (tokens, blocks * 128)
+    scale,  # float32 (tokens, blocks)
+    order,  # int32 (blocks * 128,): the input of each column, -1 for none; None: they are the inputs
+    multiplier,  # float32 (blocks * 128,), or None
+    tokens,
+    inputs,
+    blocks,
+    M: tl.constexpr,
+):
+    """x's columns as a weight has them, 0 where it has none. Grid: (groups of M blocks of any token,)."""
+    unit = tl.program_id(0) * M + tl.arange(0, M)
+    token = (unit // blocks).to(tl.int64)
+    inside = token < tokens
+    at = (unit % blocks * 128)[:, None] + tl.arange(0, 128)[None, :]
+    column = at
+    if order is not None:
+        column = tl.load(order + at)
+    there = inside[:, None] & (column >= 0) & (column < inputs)
+    values = tl.load(x + token[:, None] * x_row + column, mask=there, other=0.0).to(tl.float32)
+    if multiplier is not None:
+        values *= tl.load(multiplier + at)
+    numbers, worth = halves(values)
+    tl.store(out + token[:, None] * (blocks * 128) + at, numbers, mask=inside[:, None])
+    tl.store(scale + unit, worth, mask=inside)
+
+
+@triton.jit
 def turned_halves(  # type: ignore[no-untyped-def]
     x,  # (tokens, columns)
     x_row,

@@ -47,6 +47,7 @@ from lowbit.kernels.gpu import runtime, tuned_sizes, weight_layout
 from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
     GpuKernel,
+    add,
     checked,
     multiprocessors,
     output,
@@ -248,7 +249,7 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
         STAGES=sizes.stages,
     )
     if sizes.splits > 1:
-        _add(parts, out)
+        add(parts, out)
 
 
 def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
@@ -279,17 +280,7 @@ def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
         EXACT=chosen.exact,
     )
     if sizes.splits > 1:
-        _add(parts, out)
-
-
-def _add(parts: Tensor, out: Tensor) -> None:
-    """The sums of all splits, float32 (splits, tokens, rows), into ``out``."""
-    from lowbit.kernels.gpu.products import add_splits
-
-    splits, tokens, rows = parts.shape
-    runtime.launch(
-        add_splits, (-(-rows // 512), tokens), parts, out, tokens, rows, out.stride(0), splits, BLOCK=512
-    )
+        add(parts, out)
 
 
 def _by_slices(x: Tensor, packed: GpuWeight, out: Tensor) -> None:

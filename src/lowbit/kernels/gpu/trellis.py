@@ -11,11 +11,9 @@ definition a product differs by x's float16, 2^-12, and by the last rounding of 
 not made. Rows that are looked up are the definition's but for the order of their sums, which may change a
 float16's last bit.
 
-Making a number costs about ten instructions, where a 4-bit weight's bits take an H100's memory the time of
-four of an SM's lanes: one token is expected to wait for computing, not for memory, as ExLlamaV3's own does
-less. Programs of one token are 64 rows high at most: 16 numbers of each thread are under way. Up to 128
-tokens meet a tile that is decoded once; with more than 64 rows beside so many, two float32 sums, of a run and
-of all, would not fit in registers. **None of it has run on a GPU**: it is proven in Triton's interpreter,
+Making a number costs about ten instructions of an SM's 128 lanes, which in the time that an H100's memory
+brings a number of 4 bits do four: one token is expected to wait for computing, not for memory. Up to 128
+tokens meet a tile decoded once. **None of it has run on a GPU**: it is proven in Triton's interpreter,
 and compiled.
 
     buffers   words     int32 (out / 16, in / 128, 8 K, 8)
@@ -26,7 +24,6 @@ and compiled.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,11 +34,11 @@ from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
     GpuKernel,
     checked,
-    multiprocessors,
+    half_blocks,
     output,
     unfit,
 )
-from lowbit.kernels.gpu.programs import Shape, Tokens, cut
+from lowbit.kernels.gpu.programs import Shape
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -50,27 +47,6 @@ from lowbit.numerics.trellis import BLOCK, TILE, TrellisLayout
 
 _TURNED = 16  # blocks that a program turns
 _DIVISOR = math.sqrt(BLOCK)
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """How up to ``tokens`` are multiplied: ``BM`` of them times one of ``heights`` of rows a program."""
-
-    tokens: int
-    BM: int
-    heights: tuple[int, ...]
-    num_warps: int
-    num_stages: int
-    programs: int
-
-
-_BLOCKS = (
-    _Blocks(1, 1, (64, 32, 16), 4, 3, 2),
-    _Blocks(16, 16, (64, 32), 4, 3, 2),
-    _Blocks(32, 32, (64, 32), 4, 3, 2),
-    _Blocks(64, 64, (64,), 4, 3, 2),
-    _Blocks(1 << 31, 128, (64,), 8, 2, 2),
-)
 
 
 class GpuTrellis(GpuKernel):
@@ -161,16 +137,8 @@ def _multiply(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
         *(x, x.stride(0), turned, scale, packed.buffers["inputs"], signs, tokens, blocks, _DIVISOR),
         M=_TURNED,
     )
-    chosen = next(one for one in _BLOCKS if tokens <= one.tokens)
     shape = Shape(rows, blocks, BLOCK * layout.bits // 8, BLOCK, SPLIT_COLUMNS // BLOCK)
-    one = cut(
-        shape,
-        Tokens.of(tokens, chosen.BM),
-        chosen.heights,
-        chosen.programs,
-        chosen.num_stages,
-        multiprocessors(x.device),
-    )
+    chosen, one = half_blocks(shape, tokens, x.device)
     parts = torch.empty(one.splits, tokens, rows, device=x.device)
     book: dict[str, Any] = {"BITS": layout.bits, "BOOK": layout.book, "BN": one.height}
     if tokens == 1:
