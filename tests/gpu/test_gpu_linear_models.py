@@ -52,7 +52,12 @@ def test_int4_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kernel"), [("exl3/3inst_signs", "gpu_trellis"), ("aqlm/2x8_g8", "gpu_vectors")]
+    ("name", "kernel"),
+    [
+        ("exl3/3inst_signs", "gpu_trellis"),
+        ("aqlm/2x8_g8", "gpu_vectors"),
+        ("vptq/v6_k64_outliers", "gpu_row_vectors"),
+    ],
 )
 def test_codebooks_stay_packed(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kl, kernels = divergence(FIXTURES / name, monkeypatch)

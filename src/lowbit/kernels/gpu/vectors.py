@@ -6,10 +6,11 @@ token and on tensor cores for more, with float32 sums that the rows' scales meet
 columns are split, the splits are added. For one token nothing is rounded but x. For more, sums of vectors are
 float16, 2^-12 of each, after a power of two that lets them fit; numbers of one float16 codebook stay exact.
 
-Codebooks of 256 vectors (4 KiB) stay in the L1 cache, those of 65,536 (1 MiB) in the L2 cache, from which
-each vector of 8 columns is 16 bytes: eight times what its index takes from memory, so one token of such a
-weight waits for the L2 cache. **None of it has run on a GPU**: it is proven in Triton's interpreter, and
-compiled.
+Codebooks of 65,536 vectors (1 MiB) stay in the L2 cache, from which each vector of 8 columns is 16 bytes:
+eight times what its index takes from memory, so a few tokens of such a weight wait for the L2 cache, with
+loads of three steps in flight. Small ones (4 KiB for 256 vectors) stay in the L1 cache. Loads that run ahead
+of their step pass it by, so for a few tokens those have none, and other warps hide what a step waits for.
+**None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
 
     buffers   indices        uint8, or int16 for more than 8 bits: (books, out, in / length)
               codebooks      (books, 2^bits, length), as in the file
@@ -46,6 +47,8 @@ BLOCK = 128  # columns that share a scale of x
 _LENGTHS = (4, 8, 16, 32, 64)
 _MOST_BITS, _MOST_BOOKS = 16, 8
 _SCALED = 16  # blocks of x that a program scales
+_IN_L1 = 64 << 10  # bytes of codebooks
+_FEW = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,8 @@ def multiply(x: Tensor, codes: Codes, out: Tensor, more: Tensor | None = None) -
     steps = blocks * (BLOCK // STEP)
     shape = Shape(own, steps, codes.run_bytes * length // whole, STEP, SPLIT_COLUMNS // STEP)
     chosen, one = half_blocks(shape, tokens, x.device)
+    cached = codes.codebooks.nbytes <= _IN_L1 and tokens <= _FEW
+    stages = 1 if cached else chosen.num_stages
     splits = one.splits + (more is not None)
     parts = out if splits == 1 else torch.empty(splits, tokens, rows, device=x.device)
     if more is not None:
@@ -262,7 +267,7 @@ def multiply(x: Tensor, codes: Codes, out: Tensor, more: Tensor | None = None) -
             num_warps=chosen.num_warps,
             **codes.constants,
             BN=one.height,
-            STAGES=chosen.num_stages,
+            STAGES=stages,
         )
     else:
         runtime.launch(
@@ -271,7 +276,7 @@ def multiply(x: Tensor, codes: Codes, out: Tensor, more: Tensor | None = None) -
             *(seen, scale, parts, *pointers, tokens, rows, parts.stride(-2), *ends),
             *(codes.factor, 1 / codes.factor),
             num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
+            num_stages=stages,
             **codes.constants,
             BM=chosen.BM,
             BN=one.height,
