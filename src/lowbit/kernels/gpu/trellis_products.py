@@ -46,7 +46,7 @@ def _number(code, BOOK: tl.constexpr):  # type: ignore[no-untyped-def]
             tl.static_assert(BOOK == "mcg")
             product = code * 0xCBAC1FED
         bits = (product & 0x8FFF8FFF) ^ 0x3B603B60
-        number = _half(bits & 0xFFFF) + _half(bits >> 16)
+        number = _half(bits) + _half(bits >> 16)
     return number
 
 
