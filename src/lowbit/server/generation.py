@@ -142,9 +142,11 @@ def check_fit(ready: EngineReady, prompt: int, max_tokens: int | None, param: st
         wish = "at least 1 more" if max_tokens is None else f"max_tokens {thousands(max_tokens)}"
         sizes = f"{thousands(total)} > context {thousands(context)}"
         text = f"prompt is {thousands(prompt)} tokens and {wish}: {sizes}"
-        way_out = f"shorten the prompt by {thousands(total - context)} tokens"
-        if max_tokens is not None and prompt < context:
-            way_out += " or lower max_tokens"
+        over, room = total - context, context - prompt
+        ways = [f"lower max_tokens to {thousands(room)}"] if max_tokens is not None and room > 0 else []
+        if over < prompt:
+            ways.append(f"shorten the prompt by {thousands(over)} token{'s' * (over > 1)}")
+        way_out = " or ".join(ways)
         raise bad_request("prompt_too_long", f"{text}; {way_out}", param)
     blocks, have = -(-total // page), ready.pool_tokens // page
     if blocks > have:
@@ -153,7 +155,7 @@ def check_fit(ready: EngineReady, prompt: int, max_tokens: int | None, param: st
         raise bad_request(
             "never_fits",
             f"this request needs {thousands(blocks)} KV blocks, the server has {thousands(have)}; "
-            f"{lower} or restart with a larger --mem-fraction-static",
+            f"{lower} or restart with a larger --max-total-tokens or --mem-fraction-static",
             param,
         )
 

@@ -161,9 +161,10 @@ class ChatRequest(GenerationFields, kw_only=True):
 
 
 class CompletionRequest(GenerationFields, kw_only=True):
-    """POST /v1/completions."""
+    """POST /v1/completions. ``max_tokens`` is OpenAI's 16 where it is not given; chat goes on to the end."""
 
     prompt: str | list[Any]
+    max_tokens: int | None = 16
     echo: bool = False
     logprobs: int | None = None
     add_special_tokens: bool = True
