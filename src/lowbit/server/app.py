@@ -27,7 +27,7 @@ import uvloop
 
 from lowbit.engine.messages import EngineProgress, EngineReady, SamplingParams
 from lowbit.errors import LowbitError, printable
-from lowbit.server import admin, chat, completions, health, tokens
+from lowbit.server import admin, chat, completions, health, native, tokens
 from lowbit.server.api_error import ApiError, ClientGoneError, to_api_error
 from lowbit.server.connection import connection_limit, http_server, listen
 from lowbit.server.engine_client import EngineClient
@@ -45,6 +45,7 @@ _CANCEL_SECONDS = 2.0  # for handlers to tell their clients that the server stop
 ROUTES = (
     Route("POST", "/v1/chat/completions", chat.chat_completions, access="key"),
     Route("POST", "/v1/completions", completions.completions, access="key"),
+    Route("POST", "/generate", native.generate, access="key"),
     Route("GET", "/v1/models", admin.models, access="key"),
     Route("GET", "/v1/models/*", admin.model, access="key"),
     *(Route("POST", path, tokens.tokenize, access="key") for path in ("/tokenize", "/v1/tokenize")),

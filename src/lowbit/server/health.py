@@ -53,7 +53,7 @@ async def generate(app: App, exchange: Exchange) -> None:
     prompt = (tokenizer.bos_id if tokenizer.bos_id is not None else 0,)
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     # A salt of its own: the probe must compute, not read the prefix cache.
-    generation = Generation.plan(app.new_id("health"), [prompt], sampling, 1, app.new_id("health"))
+    generation = Generation.plan(app.new_id("health"), [prompt], [sampling], 1, app.new_id("health"))
     stream = app.client.open(generation.requests)
     try:
         async with asyncio.timeout(app.limits.health_seconds):
