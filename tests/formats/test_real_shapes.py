@@ -36,11 +36,8 @@ NAME = "model.layers.0.mlp.down_proj"
 CPU = torch.device("cpu")
 # Qwen2.5-0.5B's K and down, DeepSeek-V3's kv_a (4.5 blocks of 128 rows).
 SMALL = [(128, 896), (576, 7168)]
-LARGE = [
-    *((896, 4864), (14336, 4096), (4096, 14336), (1024, 4096)),  # Qwen2.5-0.5B, Llama 3 8B
-    *((6912, 1152), (1152, 6912), (2560, 9728)),  # Gemma 3 1B, Qwen3 4B
-    *((9216, 3072), (768, 2048), (2048, 768), (1536, 7168)),  # Phi-3, Qwen3-30B-A3B, DeepSeek-V3
-]
+LARGE = [(896, 4864), (1152, 6912), (768, 2048)]  # Qwen2.5-0.5B, Gemma 3 1B, Qwen3-30B-A3B
+LLAMA = (4096, 14336)  # Llama 3 8B
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])  # of a word's nibbles
 Tensors = dict[str, Tensor]
@@ -320,6 +317,12 @@ def test_a_large_layer(layout: str, shape: tuple[int, int], tmp_path: Path) -> N
     check_layout(layout, shape, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["gptq-order", "awq", "ct-w4a16-asym", "fp8-block", "aqlm"])
+def test_the_largest_layer(layout: str, tmp_path: Path) -> None:
+    check_layout(layout, LLAMA, tmp_path)
+
+
 def check_exl2(shape: tuple[int, int], folder: Path) -> None:
     """Important columns in wide codes, as the tool orders them: the rest in groups of 128 of two widths."""
     out, columns = shape
@@ -389,7 +392,7 @@ def test_gguf_blocks(shape: tuple[int, int], name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1024, 14336), (896, 4864), (2048, 768), (1536, 7168)], ids=str)
+@pytest.mark.parametrize("shape", [(896, 4864), (2048, 768)], ids=str)
 @pytest.mark.parametrize("name", BLOCKS[64, 4864])
 def test_gguf_blocks_of_large_layers(shape: tuple[int, int], name: str) -> None:
     check_blocks(name, shape)

@@ -54,7 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     out = Path(arguments.out).expanduser()
     with progress_line() as on_progress:
-        header = open_checkpoint(settings.model, settings.revision, on_progress)
+        header = open_checkpoint(
+            settings.model, settings.revision, on_progress, load_format=settings.load_format
+        )
         done = convert(
             header,
             arguments.format,
@@ -63,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             requantize=arguments.requantize,
             force=arguments.force,
             strict=settings.strict,
+            tokenizer=None if settings.tokenizer is None else open_checkpoint(settings.tokenizer),
             on_progress=on_progress,
         )
     if arguments.json:

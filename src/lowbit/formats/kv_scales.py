@@ -59,6 +59,8 @@ class KvScales:
             )
         for suffix in _UNUSED:
             names.find(f"{attention}.{suffix}")
+        if names.find(f"{attention}.k_proj.weight._scale") is not None:
+            return None, None  # quanto's: every layer has an output_scale, 1 where nothing was calibrated
         both = names.find(*(f"{attention}.{suffix}" for suffix in _BOTH))
         k = names.find(*(f"{attention}.{suffix}" for suffix in _K)) or both
         v = names.find(*(f"{attention}.{suffix}" for suffix in _V)) or both

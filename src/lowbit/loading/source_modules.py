@@ -137,10 +137,11 @@ class ReadModule:
 
 
 class SourceModel:
-    """An opened checkpoint. ``modules`` and ``vectors`` in the order of the layers."""
+    """An opened checkpoint. ``modules`` and ``vectors`` in the order of the layers. ``tokenizer``: whose
+    tokenizer goes with it, its own if nobody says otherwise."""
 
     def __init__(self, header: CheckpointHeader, *, strict: bool = False) -> None:
-        self.header = header
+        self.header = self.tokenizer = header
         opened = Opened.of(header, Asked(), strict)
         self.form, self.family = opened.form, opened.family
         self.config: ModelConfig = opened.config
