@@ -20,6 +20,7 @@ from lowbit.loading.kernel_choice import Wanted
 from lowbit.loading.names import Names, Placed
 from lowbit.loading.online import Decision, Online, facts_of, role_of
 from lowbit.loading.opened import Opened, Target
+from lowbit.models.registry import HEAD_COPY
 from lowbit.numerics.cutting import column_unit, row_unit
 from lowbit.numerics.int8_inputs import INT8_GROUPS
 from lowbit.numerics.number_formats import RowVectorLayout, number_format
@@ -44,7 +45,8 @@ class Asker:
         self.cache_dtype = target.cache_dtype
         self.tied_head = opened.config.tied_head
         self._last_of_many = f"model.layers.{opened.config.layers - 1}." if opened.config.layers > 1 else None
-        self.names = Names(opened.header, opened.family, opened.config.layers, opened.form.unused)
+        unused = (*opened.form.unused, *((HEAD_COPY,) if self.tied_head else ()))
+        self.names = Names(opened.header, opened.family, opened.config.layers, unused)
         self.transforms = Transforms.of(opened.header)
         self.online: Online | None = None
         if opened.recipe is not None:
