@@ -62,13 +62,13 @@ class Experts:
         ``added`` (tokens, hidden) comes on top: the rank's part of it, where there are several. The result
         has x's dtype or is float32.
         """
-        if self.parallel.size == 1:
-            return self._mixed(x, chosen, weights, activation, added)
-        return self.parallel.sum(self._mixed(x, chosen, weights, activation, added))
+        mixed = self.partial(x, chosen, weights, activation, added)
+        return mixed if self.parallel.size == 1 else self.parallel.sum(mixed)
 
-    def _mixed(
-        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None
+    def partial(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
     ) -> Tensor:
+        """What this rank adds to the layer's result; in one process the result."""
         if not isinstance(self.grouped, str):
             return self.grouped(x, chosen, weights, activation, added)
         refuse(f"{self.name}: {self.grouped}")
