@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from formats.hqq_columns import columns_llama
+from forward_helpers import prompt_logits
+from kernels.test_parallel import together
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
@@ -288,6 +290,32 @@ def test_layers_give_what_they_give_in_one_process(
             1e-4 if "aqlm" in case else 3e-6
         )  # there native code rounds x to 16 bits by each rank's largest
         assert (total - wanted).abs().max() <= limit * wanted.abs().max(), first.name
+
+
+class Counted(Parallel):
+    """A rank that counts what it asks the others."""
+
+    asked: ClassVar[list[int]] = []  # the rows of each
+
+    def largest(self, x: Tensor) -> Tensor:
+        self.asked += [len(x)] * (self.rank == 0)
+        return super().largest(x)
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "chosen"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_all_experts_of_a_layer_ask_ranks_once(tokens: int, reference: bool, tmp_path: Path) -> None:
+    """Each token's row once for each of its two experts."""
+    path = CASES["experts, int8 inputs by token"](tmp_path / "m")
+    options: dict[str, Any] = {"device": "cpu", **({"linear_kernel": "reference"} if reference else {})}
+
+    def work(p: Parallel) -> None:
+        model = load_model(open_checkpoint(str(path)), parallel=Counted(p.rank, p.size, p._group), **options)
+        prompt_logits(model, [PROMPTS[0][:tokens]])
+
+    Counted.asked.clear()
+    together(tmp_path, 2, work)
+    assert Counted.asked == [2 * tokens] * 2
 
 
 def test_int8_inputs_in_groups(ranks: Ranks) -> None:
