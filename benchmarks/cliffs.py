@@ -146,12 +146,13 @@ def blocks(name: str) -> Callable[[tuple[int, int]], Sample]:
     return made
 
 
-def plain(name: str) -> Callable[[tuple[int, int]], Sample]:
-    """A dense matrix."""
+def plain(name: str, *, bfloats: bool = False) -> Callable[[tuple[int, int]], Sample]:
+    """A dense matrix. ``bfloats``: of bfloat16 numbers, as a float16 file made from a bfloat16 model has."""
 
     def made(shape: tuple[int, int]) -> Sample:
         scheme = dense(name)
-        values = matrix(shape).to(scheme.weight.dtype)
+        numbers = matrix(shape)
+        values = (numbers if bfloats else numbers.float() * 1.1).to(scheme.weight.dtype)
         return Sample(QuantizedTensor(scheme, shape, values, origin="benchmark"), None)
 
     return made
@@ -183,6 +184,7 @@ _GGUF = (
 )
 FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     **{name: plain(name) for name in ("bf16", "f16", "f32")},
+    "f16 of bf16 numbers": plain("f16", bfloats=True),
     **{f"int{bits} g64": coded(f"int{bits}", 64) for bits in range(1, 9)},
     **{f"uint{bits} g64 zero": coded(f"uint{bits}", 64, zero="integer") for bits in range(1, 9)},
     **{f"uint{bits} g64 float zero (HQQ)": coded(f"uint{bits}", 64, zero="float") for bits in range(1, 9)},
