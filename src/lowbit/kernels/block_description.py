@@ -68,7 +68,8 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
         return f"{fmt.name} codes need groups of 16 or a multiple of {COLUMNS}, got 8"
     step = COLUMNS if group in (0, 8, 16, columns) else group
     padded = -(-columns // step) * step
-    group = padded if group in (0, columns) and stored != "halves3" else group
+    # A single group of 16 stays one: what inputs are quantized in is told by it.
+    group = padded if group == 0 or (group == columns and group != 16) else group
     kind = _inner_level(scheme) if two_level else _SCALE_KINDS[inner]
     assert kind is not None, "two levels have an inner one"
     addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero != "none" else ADDEND_NONE
