@@ -35,6 +35,7 @@ class OnGpu:
     vocab_size = 128256
     config = LLAMA
     kernels: frozenset[str] = frozenset()
+    others = ()
 
     def cache_specs(self) -> list[object]:
         """A page of 2 MiB."""

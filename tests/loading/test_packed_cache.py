@@ -544,7 +544,7 @@ def test_mapped_weights_are_no_room_for_the_kv_cache(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("lowbit.engine.memory.free_memory", lambda d, mapped: asked.append(mapped) or 1 << 40)
 
     class Mapped:
-        device, context_length, mapped_bytes = cpu, 64, 12345
+        device, context_length, mapped_bytes, others = cpu, 64, 12345, ()
 
         def cache_specs(self) -> list[object]:
             return [type("Spec", (), {"token_bytes": lambda self: 4})()]

@@ -194,6 +194,8 @@ STORED = [
     "aqlm/2x8_g8",
     "exl3/mul1",
     "exl3/mcg_padded_tied",
+    "spqr/csr_act_order",
+    "spqr/ptcsr_act_order",
     "awq/gemm",
     "gptq/w4_asym_actorder",
     "gptq/w4_sym",
@@ -218,9 +220,9 @@ def test_files_that_tools_wrote(ranks: Ranks, case: str) -> None:
     check(ranks, Job(FIXTURES / case, PROMPTS))
 
 
-@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "vptq/v8_k256_res16"])
-def test_vectors_of_rows_are_decoded_before_they_are_cut(ranks: Ranks, case: str) -> None:
-    """To 16 bits, on one process they are not; heads of 8 rows end inside vectors of 6."""
+@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "vptq/v8_k256_res16", "quip_sharp/e8p12"])
+def test_what_lies_together_is_decoded_before_it_is_cut(ranks: Ranks, case: str) -> None:
+    """To 16 bits, on one process it is not; heads of 8 rows end inside vectors of 6."""
     check(ranks, Job(FIXTURES / case, PROMPTS, reference=False), 0.01)
 
 

@@ -42,6 +42,11 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     """The native description of an expanded scheme, or why there is none."""
     fmt, (out, columns) = scheme.weight, shape[-2:]
     stored = code_kind(fmt)
+    if scheme.outliers is not None:
+        kinds = (fmt.name, *(scale.name for scale in scheme.scales), scheme.outliers.name)
+        if (kinds, scheme.blocks, scheme.zero) != (("uint3", "f16", "f16"), ((1, 16),), "float"):
+            return "outliers stand beside 3-bit codes in groups of 16 with f16 scales and zero points only"
+        stored = "halves3"
     if stored is None:
         return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
     if scheme.zero == "float" and scheme.scales[0].name not in ("f16", "bf16"):
