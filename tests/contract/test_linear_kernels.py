@@ -31,12 +31,15 @@ from lowbit.kernels import (
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
+from lowbit.kernels.cpu_lattice import CpuLattice
 from lowbit.kernels.cpu_row_vectors import CpuRowVectors, RowVectorsWeight
-from lowbit.kernels.cpu_trellis import CpuTrellis, TrellisWeight
+from lowbit.kernels.cpu_trellis import CpuTrellis
 from lowbit.kernels.cpu_vectors import CpuVectors
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
+from lowbit.kernels.transformed_kernel import TransformedWeight
 from lowbit.layers.linear import Linear
+from lowbit.numerics.lattice import LatticeLayout
 from lowbit.numerics.number_formats import (
     NumberFormat,
     RowVectorLayout,
@@ -44,7 +47,7 @@ from lowbit.numerics.number_formats import (
     trellis_format,
     vector_format,
 )
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from lowbit.numerics.trellis import BLOCK, MULTIPLIERS
@@ -271,6 +274,31 @@ def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> Quanti
     return QuantizedTensor(scheme, shape, codes.to(torch.uint8), (outputs, inputs), origin="test")
 
 
+def lattice(divisor: float = 0.0, shape: tuple[int, int] = (64, 128)) -> QuantizedTensor:
+    """Random codes (QuIP#), the first and the last among them."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    layout, single, (out, columns) = LatticeLayout(divisor), number_format("f32"), shape
+    books = [torch.randint(1 << 16, (out, columns // 8), generator=generator) for _ in range(layout.books)]
+    books[-1][0, 0], books[-1][0, 1] = 0, 65535
+    outputs = torch.randn(out, 1, generator=generator) * 0.3 / (out * columns) ** 0.5
+    inputs = torch.randn(1, columns, generator=generator) * 0.2
+    scheme = Scheme(number_format(layout.name), ((1, 0), (0, 1)), (single, single))
+    return QuantizedTensor(scheme, shape, layout.codes(books), (outputs, inputs), origin="test")
+
+
+def rounded_of_lattice(
+    weight: QuantizedTensor, packed: TransformedWeight, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x is rounded between the transforms, of which the native ones are tested by themselves."""
+    layout = weight.scheme.weight.lattice
+    assert layout is not None and takes(packed.tiles.description, INPUT_WORDS)
+    turned, numbers = packed.before.rotated(x, torch.float32), layout.vectors(weight.codes).double()
+    seen = in_words(turned, 32767)
+    back = packed.after.rotation(torch.eye(weight.shape[0])).double()
+    largest = (seen.abs() @ numbers.abs().T).norm(dim=1, keepdim=True)
+    return seen @ numbers.T @ back, largest * weight.scales[0].flatten().double().abs()
+
+
 def trellis_numbers(weight: QuantizedTensor) -> torch.Tensor:
     """float64 (out, in): what the kernel multiplies between the transforms, from the windows themselves."""
     layout = weight.scheme.weight.trellis
@@ -298,6 +326,32 @@ def whole_number(book: str, code: torch.Tensor) -> torch.Tensor:
     bits = (product.unsqueeze(-1) >> torch.tensor([0, 16]) & 0x8FFF) ^ 0x3B60
     halves = bits.to(torch.uint16).view(torch.float16).double()
     return (halves.sum(-1) * 2**11 + 0.5).floor() / 2**11
+
+
+def with_outliers(
+    shape: tuple[int, int] = (37, 256), share: float = 0.02, order: bool = False
+) -> QuantizedTensor:
+    """Codes of which float16 arithmetic makes weights, some subnormal, and outliers, the first and the last
+    weight's among them (SpQR)."""
+    generator = torch.Generator().manual_seed(8)
+    weight = canonical("uint3", 16, zero=True, order=order, shape=shape)
+    assert weight.zeros is not None
+    zeros = (weight.zeros.float() * 1.1717 - 0.37).half()
+    scales = weight.scales[0] * torch.where(weight.zeros % 3 == 0, 2.0**-10, 1.0).half()
+    chosen = torch.rand(shape, generator=generator) < share
+    chosen.view(-1)[:: max(1, chosen.numel() - 1)] = share > 0
+    rows, columns = chosen.nonzero().unbind(1)
+    values = (torch.randn(len(rows), generator=generator) * 0.3).half()
+    half = number_format("f16")
+    return replace(
+        weight,
+        scheme=replace(
+            weight.scheme, zero="float", outliers=half, outlier_share=len(rows) / (shape[0] * shape[1])
+        ),
+        scales=(scales,),
+        zeros=zeros,
+        outliers=Outliers.of(rows, columns, values, shape[0]),
+    )
 
 
 def crooked() -> QuantizedTensor:
@@ -431,7 +485,17 @@ WEIGHTS = {
     "trellis 6 3inst": lambda: trellis(6, "3inst", (128, 128)),
     "trellis 7 mcg": lambda: trellis(7, "mcg"),
     "trellis 8 mul1": lambda: trellis(8, "mul1"),
+    "lattice (QuIP#)": lattice,
+    "lattice, heads of 12 and 20": lambda: lattice(shape=(80, 192)),
+    "lattice, many blocks": lambda: lattice(shape=(640, 448)),
+    "lattice, two codes": lambda: lattice(3.45, (48, 64)),
+    "lattice, two codes, many blocks": lambda: lattice(2.0, (224, 512)),
     "trellis 4 mcg, many blocks": lambda: trellis(4, "mcg", (640, 384)),
+    "uint3 g16 outliers (SpQR)": with_outliers,
+    "uint3 g16 outliers act-order": lambda: with_outliers((50, 336), 0.1, order=True),
+    "uint3 g16, outliers nowhere": lambda: with_outliers(share=0.0),
+    "uint3 g16, outliers everywhere": lambda: with_outliers((37, 80), 1.0),
+    "uint3 g16 outliers, many blocks": lambda: with_outliers((700, 288)),
     "dense bf16": lambda: dense_weight("bf16", (37, 83)),
     "dense bf16, many blocks": lambda: dense_weight("bf16", (700, 600)),
     "dense f16": lambda: dense_weight("f16", (19, 96)),
@@ -490,7 +554,11 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
         turned = x if order is None else x[:, order]
         seen = in_words(turned, 16383 if wide else 32767)
         return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
-    exact = packed.scheme.weight.name in ("f16", "f32") or packed.kernel.computes == "f32 copy"
+    exact = (
+        packed.scheme.weight.name in ("f16", "f32")
+        or packed.scheme.outliers is not None
+        or packed.kernel.computes == "f32 copy"
+    )
     return x.double() if exact else x.bfloat16().double()
 
 
@@ -516,7 +584,9 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
     """float64: the product of what the kernel multiplies, and what its error is measured by."""
     if isinstance(packed, RowVectorsWeight):
         return rounded_of_row_vectors(weight, x)
-    if isinstance(packed, TrellisWeight):
+    if isinstance(packed, TransformedWeight) and weight.scheme.weight.lattice is not None:
+        return rounded_of_lattice(weight, packed, x)
+    if isinstance(packed, TransformedWeight):
         outputs, inputs = (scale.flatten() for scale in weight.scales)
         numbers = trellis_numbers(weight)
         turn = Rotation.hadamard(BLOCK)
@@ -752,7 +822,7 @@ def test_sums_of_the_largest_numbers_of_a_trellis_stay_whole() -> None:
             pieces = torch.tensor([code & 255, code >> 8], dtype=torch.uint8)
             weight = replace(weight, codes=pieces.repeat(128, weight.codes.shape[1] // 2))
             packed = CpuTrellis().pack(weight, CPU)
-            assert isinstance(packed, TrellisWeight)
+            assert isinstance(packed, TransformedWeight)
             numbers = trellis_numbers(weight)
             for tokens in (1, 9):
                 x = torch.full((tokens, 128), 3.3)
@@ -770,7 +840,7 @@ def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
     weight = trellis(8, book, (256, 256))
     ones = replace(weight, scales=tuple(torch.ones_like(scale) for scale in weight.scales))
     packed = CpuTrellis().pack(ones, CPU)
-    assert isinstance(packed, TrellisWeight)
+    assert isinstance(packed, TransformedWeight)
     numbers = packed_linear.rows(packed.tiles, torch.arange(256))
     turn = Rotation.hadamard(BLOCK)
     turned = turn(turn(numbers).T.contiguous()).T
@@ -778,6 +848,19 @@ def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
     off = (numbers - trellis_numbers(weight)).abs()
     assert off.max() <= 2.0**-9 + 2.0**-11 and off.norm() / numbers.norm() < 3e-4
     assert torch.equal(numbers, numbers.half().float())
+
+
+@needs_native
+def test_every_code_of_a_lattice_is_its_vector() -> None:
+    """All 65,536 of them as the tiles' rows have them, and as they are multiplied."""
+    codes = torch.arange(1 << 16).view(-1, 64)
+    weight = replace(lattice(shape=(1024, 512)), codes=LatticeLayout().codes([codes]))
+    packed = CpuLattice().pack(weight, CPU)
+    assert isinstance(packed, TransformedWeight)
+    numbers = LatticeLayout().vectors(weight.codes)
+    assert torch.equal(packed_linear.rows(packed.tiles, torch.arange(1024)), numbers)
+    for tokens in (512, 1):
+        assert torch.equal(packed_linear.linear(torch.eye(512)[:tokens], packed.tiles), numbers.T[:tokens])
 
 
 @needs_native
@@ -833,7 +916,8 @@ def test_an_index_past_a_codebook_is_refused(weight: QuantizedTensor, place: int
 
 @needs_native
 @pytest.mark.parametrize(
-    "name", ["codebooks 1x16 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg"]
+    "name",
+    ["codebooks 1x16 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg", "lattice (QuIP#)"],
 )
 def test_buffers_that_are_short_or_not_there_are_refused(name: str) -> None:
     packed, restore = kept(WEIGHTS[name]())
@@ -867,7 +951,7 @@ def of(name: str, *blocks: tuple[int, int], scale: str = "f16") -> Scheme:
     return Scheme(number_format(name), blocks, (number_format(scale),) * len(blocks))
 
 
-TRELLIS = trellis(4, "mcg").scheme
+TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
 
 
 @needs_native
@@ -890,6 +974,11 @@ TRELLIS = trellis(4, "mcg").scheme
         (CpuTrellis(), TRELLIS, 192, "whole blocks"),
         (CpuTrellis(), of("int4", (1, 32)), 256, "no trellis"),
         (CpuTrellis(), of(TRELLIS.weight.name, (1, 0)), 256, "each row and each column"),
+        (CpuLattice(), LATTICE, 256, None),
+        (CpuLattice(), LATTICE, 96, "whole tiles"),
+        (CpuLattice(), LATTICE, 704, "order 704"),
+        (CpuLattice(), of("int4", (1, 32)), 256, "no vectors of a lattice"),
+        (CpuLattice(), of(LATTICE.weight.name, (1, 0), scale="f32"), 256, "each row and each column"),
     ],
     ids=str,
 )
@@ -915,10 +1004,86 @@ def ends_its_own_row(packed: PackedWeight, columns: tuple[int, ...]) -> None:
 
 @needs_native
 @pytest.mark.parametrize(
-    "name", ["codebooks 2x8 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg"]
+    "name", ["codebooks 2x8 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg", "lattice (QuIP#)"]
 )
 def test_faults_of_inputs_of_codebooks_and_trellises_end_their_own_row(name: str) -> None:
     ends_its_own_row(kept(WEIGHTS[name]())[0], (0, 100))
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(37, 256), (64, 272), (5, 16)])
+def test_weights_with_outliers_meet_x_as_float16_ones(shape: tuple[int, int]) -> None:
+    """Bit by bit as the matrix decoded from them, for any number of tokens."""
+    weight = with_outliers(shape, 0.05)
+    plain = weight.decoded(weight.scheme.decoded)
+    assert plain.scheme == dense("f16") and torch.equal(plain.codes.float(), weight.dequantize())
+    subnormal = (plain.codes != 0) & (plain.codes.abs() < 2.0**-14)
+    assert subnormal.any() or shape == (5, 16)
+    packed, other = CpuBlocks().pack(weight, CPU), CpuDense().pack(plain, CPU)
+    for tokens in (1, 2, 5, 16, 130):
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+        assert torch.equal(packed.kernel.linear(x, packed), other.kernel.linear(x, other))
+
+
+def test_outliers_are_added_to_rounded_weights() -> None:
+    """One by one in numpy's float16."""
+    weight = with_outliers((4, 32), 0.3)
+    assert weight.zeros is not None and weight.outliers is not None
+    codes, scales, zeros = weight.codes.numpy(), weight.scales[0].numpy(), weight.zeros.numpy()
+    added = {
+        (int(row), int(column)): value
+        for row, column, value in zip(
+            weight.outliers.rows,
+            weight.outliers.columns,
+            weight.outliers.values(number_format("f16")).numpy(),
+            strict=True,
+        )
+    }
+    assert len(added) > 10
+    for row in range(4):
+        for column in range(32):
+            wanted = scales[row, column // 16] * (codes[row, column].astype("f2") - zeros[row, column // 16])
+            if (row, column) in added:
+                wanted += added[row, column]
+            assert wanted.dtype == "f2" and float(weight.dequantize()[row, column]) == float(wanted)
+
+
+@needs_native
+def test_damaged_outliers_are_refused() -> None:
+    """Kept packed weights that were damaged: nothing is written outside a tile, or read past the end."""
+    packed = CpuBlocks().pack(with_outliers((20, 48), 0.1), CPU)
+    starts, entries = packed.buffers["outlier_starts"], packed.buffers["outliers"]
+
+    def refused(**changed: torch.Tensor) -> str:
+        with pytest.raises(ValueError, match="^test: ") as caught:
+            packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | changed, "test")
+        return str(caught.value)
+
+    falling = starts.clone()
+    falling[1] = falling[2] + 1
+    for damaged in (starts[:-1], starts + 1, starts.long(), falling):
+        assert "no outliers of 4 tiles" in refused(outlier_starts=damaged)
+    assert "no outliers of 4 tiles" in refused(outliers=entries[:-1])
+    for at, place in ((0, 512), (0, 0xFFFF), (-1, 4), (-1, 16 * 16)):  # rows 20 on, columns 48 on
+        outside = entries.clone()
+        outside[at] = place
+        assert "an outlier outside 20 x 48" in refused(outliers=outside)
+    without = {name: buffer for name, buffer in packed.buffers.items() if name != "outliers"}
+    with pytest.raises(ValueError, match="no outliers of 4 tiles"):
+        packed.kernel.restore(packed.scheme, packed.shape, without, "test")
+
+
+@needs_native
+def test_outliers_beside_other_codes_are_refused() -> None:
+    scheme = with_outliers().scheme
+    for other in (
+        replace(scheme, weight=number_format("uint4")),
+        replace(scheme, blocks=((1, 32),)),
+        replace(scheme, scales=(number_format("bf16"),)),
+        replace(scheme, outliers=number_format("bf16")),
+        replace(scheme, zero="integer"),
+    ):
+        assert "outliers stand beside 3-bit codes" in str(CpuBlocks().refuses(other, (37, 256), CPU))
 
 
 @needs_native
@@ -1039,6 +1204,7 @@ def test_choice_keeps_the_reasons() -> None:
         "cpu_vectors",
         "cpu_row_vectors",
         "cpu_trellis",
+        "cpu_lattice",
         "cpu_dense",
         "cpu_expanded",
     ]
@@ -1080,13 +1246,20 @@ def test_nothing_past_the_end_is_touched(kernel: LinearKernel, name: str) -> Non
         scales=tuple(map(at_guard_page, weight.scales)),
         zeros=None if weight.zeros is None else at_guard_page(weight.zeros),
         row_groups=None if weight.row_groups is None else at_guard_page(weight.row_groups),
+        outliers=None
+        if weight.outliers is None
+        else Outliers(at_guard_page(weight.outliers.starts), at_guard_page(weight.outliers.entries)),
         offsets=tuple(map(at_guard_page, weight.offsets)),
     )
     plain, packed = kernel.pack(weight, CPU), kernel.pack(guarded, CPU)
     assert all(torch.equal(packed.buffers[part], buffer) for part, buffer in plain.buffers.items())
     rows, columns = weight.shape
     buffers = {part: at_guard_page(buffer) for part, buffer in packed.buffers.items()}
-    if isinstance(packed, NativeWeight) and not isinstance(packed, RowVectorsWeight):
+    if (
+        isinstance(packed, NativeWeight)
+        and not isinstance(packed, RowVectorsWeight)
+        and "outliers" not in buffers
+    ):
         packed = moved(packed, buffers, rows)
     else:
         packed = kernel.restore(weight.scheme, weight.shape, buffers, weight.origin)
@@ -1118,6 +1291,8 @@ ODD: dict[str, Callable[[int], QuantizedTensor]] = {
     "codebooks of 8 rows": lambda rows: row_vectors(8, 300, 20, shape=(rows, 40), scale="f16", order=True),
     "codebooks of 6 rows": lambda rows: row_vectors(6, 30, shape=(rows, 45), books=2, outliers=5),
     "codebooks of 16 rows": lambda rows: row_vectors(16, 200, shape=(rows, 33)),
+    "outliers": lambda rows: with_outliers((rows, 80)),
+    "outliers of 16 columns act-order": lambda rows: with_outliers((rows, 16), 0.3, order=True),
     "bf16": lambda rows: dense_weight("bf16", (rows, 31)),
     "f16": lambda rows: dense_weight("f16", (rows, 1)),
     "f32": lambda rows: dense_weight("f32", (rows, 33)),

@@ -45,10 +45,12 @@ INLINE void fetch_results(const Input& x, std::int64_t tile, std::int64_t tiles)
 // How a weight's codes become numbers.
 struct Decoding {
     explicit Decoding(const lowbit_weight& weight)
-        : table(weight.table),
+        : weight(&weight),
+          table(weight.table),
           bytes(weight),
           words(weight),
           vectors(reinterpret_cast<const std::int16_t*>(weight.table)) {}
+    const lowbit_weight* weight;
     Table table;
     ByteCodes bytes;
     WordCodes words;

@@ -140,9 +140,10 @@ BlockFunction line_function([[maybe_unused]] const Layout& layout) {
     return nullptr;
 }
 
-BlockFunction byte_table_function([[maybe_unused]] const Layout& layout) {
+BlockFunction byte_table_function(const Layout& layout) {
+    constexpr WordKind KIND = WordKind::bytes;
+    if (layout.codes == Codes::e8p) return multiply_words<Codes::e8p, KIND, COLUMNS, Addend::none>;
     if constexpr (CODES_AS_WORDS) {
-        constexpr WordKind KIND = WordKind::bytes;
         switch (layout.codes) {
             case Codes::bits1: return without_addend<Codes::bits1, KIND>(layout);
             case Codes::bits2: return without_addend<Codes::bits2, KIND>(layout);

@@ -3,8 +3,8 @@
 // and less is lost: of a group's largest |x| 2^-15 at most, and of a table's largest value 2^-13,
 // where bfloat16 loses up to 2^-9 of every |x|. Sums of 32 columns are exact in 32 bits, in any order.
 //
-// Tables that bfloat16 would round (nf4) are multiplied so on every processor, whole-number codes where it does not
-// multiply bfloat16.
+// Tables that bfloat16 would round (nf4) are multiplied so on every processor, and E8P, whose x was transformed and would
+// be rounded; whole-number codes where it does not multiply bfloat16.
 #pragma once
 
 #include "linear_bytes.h"
@@ -49,6 +49,8 @@ struct WordCodes {
             kind = WordKind::trellis;
         } else if (is_words(codes)) {
             kind = WordKind::wide;  // whose sums stay below 2^31 by the choice of the table's factor
+        } else if (codes == Codes::e8p) {
+            read(weight.table, 16);
         } else if (!CODES_AS_WORDS) {
             return;
         } else if (codes == Codes::int8 || codes == Codes::uint8) {

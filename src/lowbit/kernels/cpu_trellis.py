@@ -20,16 +20,14 @@ numbers and that the definition rounds weights once more. Rows that are looked u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
-from lowbit.kernels.native_kernel import NativeKernel
-from lowbit.kernels.packed_linear import COLUMNS, ROWS, Description, NativeWeight, trellis_codes
+from lowbit.kernels.packed_linear import COLUMNS, ROWS, Description, trellis_codes
 from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.transformed_kernel import TransformedKernel, TransformedWeight
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
@@ -40,17 +38,8 @@ _CHUNKS = 8  # of a tile's bits
 _FACTORS = {"3inst": 2.0**-11, "mcg": 2.0**-11, "mul1": 0.00676727294921875 / 15}
 
 
-@dataclass(frozen=True)
-class TrellisWeight(PackedWeight):
-    """A PackedWeight with the tiles as native code multiplies them, and the transforms on both sides."""
-
-    tiles: NativeWeight = field(kw_only=True, repr=False)
-    before: Rotator = field(kw_only=True, repr=False)
-    after: Rotator = field(kw_only=True, repr=False)
-
-
-class CpuTrellis(NativeKernel):
-    """See the module docstring. What is rounded is a part of what is lost of x."""
+class CpuTrellis(TransformedKernel):
+    """See the module docstring."""
 
     name = "cpu_trellis"
     layout = 1
@@ -94,7 +83,7 @@ class CpuTrellis(NativeKernel):
         divisor = Rotation.hadamard(BLOCK).divisor
         before = Rotation(BLOCK, before=buffers["inputs"].float().flatten(), divisor=divisor)
         after = Rotation(BLOCK, after=buffers["outputs"].float().flatten(), divisor=divisor)
-        return TrellisWeight(
+        return TransformedWeight(
             self,
             scheme,
             shape,
@@ -109,15 +98,6 @@ class CpuTrellis(NativeKernel):
         """The weight again."""
         scales = (packed.buffers["outputs"], packed.buffers["inputs"])
         return QuantizedTensor(packed.scheme, packed.shape, _codes(packed), scales, origin=packed.origin)
-
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """float32 (tokens, in) -> float32 (tokens, out)."""
-        assert isinstance(packed, TrellisWeight), "packed by this kernel"
-        packed_linear.check_columns(x, packed)
-        turned = packed.before.rotated(x, torch.float32)
-        out = packed_linear.linear(turned, packed.tiles, out)
-        packed.after.in_place(out)
-        return out
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""

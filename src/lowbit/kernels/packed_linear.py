@@ -40,7 +40,7 @@ LARGEST_VALUE = 4095  # of a table of whole numbers (csrc/linear_words.h)
 # The numbers of csrc/linear_tiles.h and csrc/linear_layout.h.
 CODES = {"bits1": 1, "bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
 CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "e5m2": 11, "e4m3fnuz": 12, "e5m2fnuz": 13, "words4": 14}
-CODES["row_vectors"] = 40
+CODES |= {"halves3": 18, "row_vectors": 40}
 DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
 SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL, SCALES_E4M3 = range(6)
 SCALES_NIBBLES, SCALES_ODD_NIBBLES = 6, 7
@@ -61,7 +61,7 @@ _PLANES = {
     5: ((4, 0), (1, 4)),
     6: ((4, 0), (2, 4)),
 }
-_PLANES |= {7: ((4, 0), (2, 4), (1, 6)), 14: _PLANES[4]}
+_PLANES |= {7: ((4, 0), (2, 4), (1, 6)), 14: _PLANES[4], 18: _PLANES[3]}
 
 
 def planes(codes: int) -> tuple[tuple[int, int], ...]:
@@ -100,6 +100,7 @@ GRIDS = {
     23: Grid(11, 8, True),
     24: Grid(8, 4),
     25: Grid(9, 4),
+    26: Grid(8, 8),
 }
 CODES |= {
     "grid2_256": 20,
@@ -108,6 +109,7 @@ CODES |= {
     "grid1_2048": 23,
     "grid3_256": 24,
     "grid3_512": 25,
+    "e8p": 26,
 }
 
 
@@ -156,6 +158,8 @@ class Description(ctypes.Structure):
         ("input_group", ctypes.c_int32),
         ("quantizer", ctypes.c_void_p),
         ("row_vectors", ctypes.c_void_p),
+        ("outlier_starts", ctypes.c_void_p),
+        ("outliers", ctypes.c_void_p),
     )
 
     @staticmethod
@@ -216,7 +220,7 @@ class Description(ctypes.Structure):
             return GRIDS[self.codes].tile_size
         if (layout := vectors_of(self.codes)) is not None:
             return ROWS * layout.row_bytes(COLUMNS)
-        bits = {**dict.fromkeys(range(8, 14), 8), 14: 4, 17: 16}.get(self.codes, self.codes)
+        bits = {**dict.fromkeys(range(8, 14), 8), 14: 4, 17: 16, 18: 3}.get(self.codes, self.codes)
         if self.codes >= TRELLISES:
             bits = self.codes % 16
         return ROWS * COLUMNS * bits // 8

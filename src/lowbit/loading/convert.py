@@ -32,6 +32,7 @@ from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule,
 from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
+from lowbit.tokenization import check_vocabulary, load_tokenizer
 
 VERSION = 1  # of what a journal depends on beside its key: raised when what is written changes
 MOST_LINES = 20  # of modules that changed, for people; the certificate has all
@@ -66,14 +67,19 @@ def convert(
     requantize: str | None = None,
     force: bool = False,
     strict: bool = False,
+    tokenizer: CheckpointHeader | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress | None = None,
 ) -> Conversion:
     """Write the checkpoint in format ``form`` to the folder ``out``. ``dtype``: bf16, f16 or f32.
 
     ``requantize``: a method for what the format cannot hold, "" for its usual one; None: that is refused.
+    ``tokenizer``: the checkpoint whose tokenizer goes with it, if not its own.
     """
     source = SourceModel(header, strict=strict)
+    if tokenizer is not None:
+        check_vocabulary(load_tokenizer(tokenizer), source.config.vocab_size)
+        source.tokenizer = tokenizer
     if form == "gguf":
         require_gguf()
         source = source.for_gguf()
@@ -103,6 +109,7 @@ def convert(
             "--format": form,
             "--dtype": dtype or "auto",
             "--requantize": work.method or "no",
+            "--tokenizer": "its own" if tokenizer is None else tokenizer.root.name,
             "lowbit": f"{_version()}, {VERSION}",
         }
         if isinstance(work.writer, GgufWriter):
@@ -138,6 +145,7 @@ def convert(
             nbytes=nbytes + sum(part.nbytes for part in source.parts if isinstance(part, SourceVector)),
             tensors=4 * len(source.parts),
             dtype=work.dtype,
+            tokenizer=tokenizer,
             force=force,
             shard_bytes=shard_bytes,
             journal=journal,
