@@ -32,7 +32,7 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.settled import settled
 from lowbit.layers.linear import Linear
 from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 
 LIKE = 1.12  # sizes that are compared
@@ -122,6 +122,21 @@ def sinq_tiles(bits: int, group: int) -> Callable[[tuple[int, int]], Sample]:
         scales = (*weight.scheme.scales, *weight.scheme.scales)
         scheme = replace(weight.scheme, blocks=((1, group), (group, 1)), scales=scales)
         return Sample(replace(weight, scheme=scheme, scales=(weight.scales[0], second)), None)
+
+    return made
+
+
+def with_outliers(share: float) -> Callable[[tuple[int, int]], Sample]:
+    """3-bit codes with scales and zero points of 16 columns, and so many outliers (SpQR)."""
+
+    def made(shape: tuple[int, int]) -> Sample:
+        weight, half = coded("uint3", 16, zero="float")(shape).weight, number_format("f16")
+        generator = torch.Generator().manual_seed(2)
+        at = (torch.rand(shape, generator=generator) < share).nonzero()
+        values = torch.randn(len(at), generator=generator).half()
+        outliers = Outliers.of(at[:, 0], at[:, 1], values, shape[0])
+        scheme = replace(weight.scheme, outliers=half, outlier_share=len(at) / (shape[0] * shape[1]))
+        return Sample(replace(weight, scheme=scheme, outliers=outliers), None)
 
     return made
 
@@ -216,6 +231,7 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     "nf4 g64 f32": coded("nf4", 64, "f32"),
     "nf4 g64 float zero (SINQ)": coded("nf4", 64, zero="float"),
     "fp4 g64 f32 (bitsandbytes)": coded("fp4_bnb", 64, "f32"),
+    **{f"spqr, {share:g} % outliers": with_outliers(share / 100) for share in (0, 1, 5)},
     "mxfp4": coded("e2m1", 32, "e8m0"),
     "mxfp6 e2m3": coded("e2m3", 32, "e8m0"),
     "mxfp6 e3m2": coded("e3m2", 32, "e8m0"),

@@ -37,6 +37,10 @@ struct lowbit_weight {
     std::int32_t input_group;  // of InputKind::scaled: columns of x that share a scale; 16, or a multiple of 32
     const struct lowbit_quantizer* quantizer;  // of InputKind::scaled
     const lowbit_row_vectors* row_vectors;     // of such codes
+    // Of halves3: (blocks * tiles + 1,), where each tile's outliers begin among all; and these, 16 * column + row of the
+    // tile in the low half, float16 in the high one.
+    const std::int32_t* outlier_starts;
+    const std::uint32_t* outliers;
 };
 
 namespace lowbit {
@@ -72,6 +76,8 @@ struct RowVectors {
     std::int64_t tile_bytes() const { return COLUMNS * pieces() * (main_bytes() + second_bytes()); }
     std::int64_t book_tiles(std::int64_t tiles) const { return (tiles - outlier_tiles) / books; }
     std::int64_t numbers() const { return static_cast<std::int64_t>(centroids + residual) * stride(); }  // of a book
+    std::int64_t table_bytes() const { return books * numbers() * static_cast<std::int64_t>(sizeof(std::int16_t)); }
+    std::int64_t indices(std::int64_t tiles) const { return tiles * COLUMNS * pieces() * (residual != 0 ? 2 : 1); }
 
     int length, books, centroids, residual, outlier_tiles;
 };

@@ -11,19 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit.kernels import packed_linear
+from lowbit.kernels import packed_linear, unpacking
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.native_kernel import NativeKernel
-from lowbit.kernels.packed_linear import (
-    ADDEND_NONE,
-    COLUMNS,
-    DENSE_CODES,
-    INPUT_BFLOAT,
-    SCALES_NONE,
-    Description,
-    NativeWeight,
-    Parts,
-)
+from lowbit.kernels.packed_linear import COLUMNS, DENSE_CODES, Description, NativeWeight, Parts
 from lowbit.kernels.reference import rows_at_once
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
@@ -66,17 +57,13 @@ class CpuDense(NativeKernel):
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The matrix again, in the type it was packed as."""
         assert isinstance(packed, NativeWeight), "packed by this kernel"
-        matrix = packed_linear.unpack(packed).codes
+        matrix = unpacking.unpack(packed).codes
         return QuantizedTensor(packed.scheme, packed.shape, matrix, origin=packed.origin)
 
 
 def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     """The native description of a dense matrix, its columns padded to whole tiles."""
-    padded = -(-shape[1] // COLUMNS) * COLUMNS
-    codes = DENSE_CODES[scheme.weight.name]
-    return Description(
-        None, None, shape[0], padded, codes, COLUMNS, SCALES_NONE, ADDEND_NONE, INPUT_BFLOAT, 1.0
-    )
+    return Description.plain(shape, DENSE_CODES[scheme.weight.name], group=COLUMNS)
 
 
 def _holds_bfloats(matrix: Tensor) -> bool:

@@ -29,19 +29,17 @@ import torch
 from torch import Tensor
 
 from lowbit.kernels import packed_linear
-from lowbit.kernels.cpu_trellis import TransformedKernel, TransformedWeight
 from lowbit.kernels.grid_codes import low_and_high_bytes
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import (
-    ADDEND_NONE,
     CODES,
     COLUMNS,
-    INPUT_BFLOAT,
     ROWS,
     SCALES_F32,
     Description,
 )
 from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.transformed_kernel import TransformedKernel, TransformedWeight
 from lowbit.numerics.hadamard import hadamard_factors, hadamard_head
 from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p
 from lowbit.numerics.number_formats import number_format
@@ -66,7 +64,7 @@ class CpuLattice(TransformedKernel):
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
-        if reason := packed_linear.unfit(scheme, shape, device):
+        if reason := super().refuses(scheme, shape, device):
             return reason
         if scheme.weight.lattice is None:
             return "weights are no vectors of a lattice"
@@ -99,12 +97,10 @@ class CpuLattice(TransformedKernel):
         self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
     ) -> PackedWeight:
         """The weight around its buffers."""
-        if reason := self.refuses(scheme, shape, torch.device("cpu")):
-            raise ValueError(f"{origin}: {reason}")
-        for name, wanted in (("outputs", (shape[0], 1)), ("inputs", (1, shape[1]))):
-            found = buffers.get(name)
-            if found is None or found.dtype is not torch.float32 or found.shape != wanted:
-                raise ValueError(f"{origin}: no {name} of float32 {list(wanted)}")
+        self.check(scheme, shape, origin)
+        single = torch.float32
+        wanted = {"outputs": ((shape[0], 1), single), "inputs": ((1, shape[1]), single)}
+        packed_linear.check_buffers(buffers, wanted, origin)
         own, books = {name: buffers[name] for name in ("data", "table")}, _layout(scheme).books
         if books > 1:
             own["column_order"] = torch.arange(shape[1]).repeat(books)
@@ -123,8 +119,8 @@ class CpuLattice(TransformedKernel):
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
-        self.check_rows(packed, ids)
-        return self.unpack(packed).dequantize()[ids.long()]
+        wanted = packed_linear.check_rows(ids, packed)
+        return self.unpack(packed).dequantize()[wanted]
 
 
 def _layout(scheme: Scheme) -> LatticeLayout:
@@ -135,9 +131,8 @@ def _layout(scheme: Scheme) -> LatticeLayout:
 
 def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     """The native description of the tiles."""
-    wide, group = _layout(scheme).books * shape[1], shape[1]
-    codes = CODES["e8p"]
-    return Description(None, None, shape[0], wide, codes, group, SCALES_F32, ADDEND_NONE, INPUT_BFLOAT, 1.0)
+    wide = (shape[0], _layout(scheme).books * shape[1])
+    return Description.plain(wide, CODES["e8p"], SCALES_F32, group=shape[1])
 
 
 def _transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:

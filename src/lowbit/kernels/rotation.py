@@ -14,9 +14,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
-from lowbit.kernels.step_plan import Operation
+from lowbit.kernels.step_plan import Operation, native_operation, no_memory
 from lowbit.numerics.rotation import Rotation
 
 
@@ -34,16 +33,9 @@ class _Description(ctypes.Structure):
 
 @cache
 def _operation() -> Operation | None:
-    library = native.library()
-    if library is None:
-        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, number, number, number, pointer, number)
-    return Operation(library, "rotate", arguments, _no_memory)
-
-
-def _no_memory(_: int) -> Exception:
-    return MemoryError("no memory to rotate inputs")
+    return native_operation("rotate", arguments, no_memory("to rotate inputs"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,6 +75,7 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         zeros=None if weight.zeros is None else cut(weight.zeros, 0),
         offsets=tuple(cut(o, i) for i, o in enumerate(weight.offsets)),
         column_order=None if order is None else order[start:stop],
+        outliers=None if weight.outliers is None else weight.outliers.cut(start, stop),
     )
 
 
