@@ -9,7 +9,7 @@ Both transforms are float32 (``rotation``); between them is a product with u, wh
 and where its count is odd a quarter is subtracted, else added. With the signs of all 3/2 turned round, a
 vector's count is even whatever its sum; the first number's sign is turned where a quarter is subtracted. Four
 times a number is one of 12 whole ones, and the transformed x becomes whole numbers of 16 bits with a scale
-for each 32 columns (csrc/linear_words.h): sums of 32 columns are exact, and x loses a hundredth of what
+for each 32 columns (csrc/linear_words.h): sums of 32 columns are exact, and x loses a fiftieth of what
 bfloat16 would cost it.
 
 Where there are two codes for a vector, those of the second book are columns behind the first's, under a scale
@@ -167,7 +167,7 @@ def _codes_of_signs() -> Tensor:
 
 @cache
 def _table() -> Tensor:
-    """uint8: 16 numbers v twice in bfloat16, twice as 4 v + 15 in 16 bits; 256 words, low bytes first."""
+    """uint8: 16 numbers v twice in bfloat16, twice as words 4 v + 15; low and high bytes of 256 vectors."""
     size, sign, shift = torch.arange(4) * 2 + 1, torch.tensor([1, -1]), torch.tensor([1, -1])
     turned = torch.where(torch.arange(4) == 1, -1, 1)
     numbers = 2 * size * turned * sign[:, None] + shift[:, None, None]
