@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def test_source_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["convert", str(GPTQ), "--format", "dense", "--out", str(GPTQ), "--force"]) == 7
     assert "is what is being read" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in GPTQ.iterdir()} == before
+
+
+def test_files_may_not_be_so_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a disk of format FAT: nothing is kept, and the way out is said."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        status = main(["convert", str(GPTQ), "--format", "dense", "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err
+    assert status != 0 and "E0300" in told and "no file may be so large there" in told
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_tokenizer_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

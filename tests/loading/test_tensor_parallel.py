@@ -244,6 +244,10 @@ def test_quantized_at_load(ranks: Ranks, case: str, tmp_path: Path) -> None:
 # ---- each layer by itself ------------------------------------------------------------------------------
 
 
+EXPERTS_ONLINE = {  # whose rows depend on each other
+    "experts, a scale for a step's inputs": {"torchao_config": "fp8dq-per_tensor"},
+    "experts, outliers": {"quantization": "bitsandbytes:type=int8"},
+}
 WATCHED: dict[str, Callable[[Path], Path]] = {
     "fp8 blocks, two heads and one": lambda folder: fp8_blocks(folder, 3),
     "fp8 blocks, heads end inside groups": lambda folder: fp8_blocks(folder, 6),
@@ -265,6 +269,7 @@ WATCHED: dict[str, Callable[[Path], Path]] = {
         )
     },
     **dict.fromkeys(ONLINE, llama),
+    **dict.fromkeys(EXPERTS_ONLINE, lambda folder: experts_float(folder, "Qwen3Moe")),
 }
 
 
@@ -275,7 +280,8 @@ def test_layers_give_what_they_give_in_one_process(
 ) -> None:
     """From the same inputs. A code that tips changes what comes after it (by 0.03 of a logit in blocks of
     128), and no limit on logits would tell that from a scale of the wrong columns."""
-    options = {"quantization": Asked(**ONLINE[case])} if case in ONLINE else {}
+    online = {**ONLINE, **EXPERTS_ONLINE}
+    options = {"quantization": Asked(**online[case])} if case in online else {}
     job = Job(WATCHED[case](tmp_path / "m"), PROMPTS, reference, options, watched=True)
     both, whole = ranks.run(job), layers_of(job)
     assert both[0].summed

@@ -54,6 +54,7 @@ class Conversion:
     rounding: float = 0.0
     notes: list[str] = field(default_factory=list)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)  # of these modules an outer scale, nothing else
     method: str = ""  # of requantizing
     resumed: int = 0  # shards, or tensors of a GGUF file, that an earlier run had finished
 
@@ -96,6 +97,7 @@ def convert(
             for name, one in named.items()
             if "largest_error" in one
         }
+        done.rounded = [name for name, one in named.items() if "rounded" in one]
         modules = {name: {k: v for k, v in one.items() if k != "name"} for name, one in named.items()}
         paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         files = files_of(paths)
@@ -196,18 +198,32 @@ class Work:
             planned = self.planned[module.target.name]
             if planned.decision is None and not planned.scheme.is_dense:
                 made = as_written(self.source.read(module, data), planned.scheme)
-                try:
-                    type(self.writer)(self.writer.schemes).write(
-                        made.target, made.weight, made.bias, made.input
-                    )
-                except LowbitError as error:
-                    if error.code != "E0450":
-                        raise
+                if self._holds(made):
+                    continue
+                near = self._nearest(made)
+                if near is not None and self._holds(near):
+                    self.planned[module.target.name] = replace(planned, nearest=True)
+                else:
                     refused.append(module)
         for module in refused:
             self.planned[module.target.name] = self.anew.planned(module, all_anew=True)
         if refused:
             self.writer = type(self.writer)(self._schemes())
+
+    def _holds(self, made: ReadModule) -> bool:
+        """Whether the format can say the module's numbers."""
+        try:
+            type(self.writer)(self.writer.schemes).write(made.target, made.weight, made.bias, made.input)
+        except LowbitError as error:
+            if error.code != "E0450":
+                raise
+            return False
+        return True
+
+    def _nearest(self, made: ReadModule) -> ReadModule | None:
+        """The module with outer scales that the format has, where only they are in the way."""
+        found = self.writer.nearest(made.weight, made.input)
+        return None if found is None else replace(made, weight=found[0], input=found[1])
 
     def _plan_dense(self, dtype: str | None) -> None:
         told = dtype or _widest([exact_dtype(module.scheme) for module in self.source.modules])
@@ -254,6 +270,8 @@ class Work:
             after = Numbers(made.weight)
         else:
             made = as_written(read, planned.scheme)
+            if planned.nearest:
+                made = self._nearest(made) or made
             multiplier = None  # stays beside the weight, or is refused by the writer
             after = Numbers(made.weight)
         found = compare(Numbers(read.weight, multiplier), after)
@@ -265,8 +283,8 @@ class Work:
             "sha256": found.result,
             "beside": beside(made, planned.scheme, rounded),
         }
-        if not found.equal:
-            if planned.decision is None and not rounded:
+        if not found.equal or planned.nearest:
+            if planned.decision is None and not planned.nearest and not rounded:
                 raise LowbitError(
                     "E0707",
                     f"{module.target.name}: its numbers changed on the way to {self.form}, by "
@@ -277,6 +295,8 @@ class Work:
                 "largest_error": found.largest,
                 "largest_relative_error": found.relative,
             }
+            if planned.nearest:
+                told["rounded"] = "outer scale"
         return replace(made, told=told)
 
     def vector(self, part: SourceVector, data: TensorData) -> Tensor:
@@ -359,7 +379,9 @@ def summary(done: Conversion) -> list[str]:
         if done.rounding:
             exact = f"{done.dtype}: largest relative rounding {100 * done.rounding:.2g} %"
     elif done.errors:
-        exact = f"{len(done.errors)} modules requantized by {done.method}"
+        anew, near = len(done.errors) - len(done.rounded), len(done.rounded)
+        exact = f"{anew} modules requantized by {done.method}" if anew else ""
+        exact += ", " * bool(anew and near) + (f"{near} with rounded outer scales" if near else "")
     lines = [f"{done.out}: {done.form}, {done.modules} modules, {thousands(done.nbytes)} bytes ({exact})"]
     if done.resumed:
         pieces = "tensors" if done.form == "gguf" else "shards"

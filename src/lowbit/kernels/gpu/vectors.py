@@ -110,7 +110,7 @@ class GpuVectors(GpuKernel):
         """The same indices, one codebook's behind another's."""
         layout, codebooks = _layout(weight.scheme), weight.codebooks
         assert codebooks is not None, "a format with vectors has them"
-        codes = weight.codes.to(device).unflatten(-1, (-1, layout.books, layout.index_bytes))
+        codes = weight.codes.to(device, copy=True).unflatten(-1, (-1, layout.books, layout.index_bytes))
         planes = codes.permute(2, 0, 1, 3).contiguous()
         buffers = {
             "indices": (planes if layout.index_bytes == 1 else planes.view(torch.int16)).squeeze(-1),
