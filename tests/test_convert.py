@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 
 from formats.helpers import FIXTURES
+from lowbit.checkpoint import open_checkpoint
 from lowbit.cli import main
+from lowbit.tokenization import load_tokenizer
 
 GPTQ = FIXTURES / "gptq" / "w4_sym"
 
@@ -47,3 +50,43 @@ def test_source_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["convert", str(GPTQ), "--format", "dense", "--out", str(GPTQ), "--force"]) == 7
     assert "is what is being read" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in GPTQ.iterdir()} == before
+
+
+def test_files_may_not_be_so_large(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a disk of format FAT: nothing is kept, and the way out is said."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        status = main(["convert", str(GPTQ), "--format", "dense", "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err
+    assert status != 0 and "E0300" in told and "no file may be so large there" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_tokenizer_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--tokenizer``, as the error of a model without one says, into a file and into a folder."""
+    original = FIXTURES / "gguf_families" / "qwen3.gguf"
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    for folder in (whole, bare):
+        assert main(["convert", str(original), "--format", "dense", "--out", str(folder)]) == 0
+    for path in bare.glob("*token*"):
+        path.unlink()
+    words = ["convert", str(bare), "--format", "gguf", "--out", str(tmp_path / "out.gguf")]
+    assert main(words) != 0
+    assert "pass --tokenizer" in capsys.readouterr().err
+    assert main([*words, "--tokenizer", str(whole)]) == 0
+    words = ["convert", str(bare), "--format", "dense", "--out", str(tmp_path / "folder")]
+    assert main([*words, "--tokenizer", str(original)]) == 0
+    wanted = load_tokenizer(open_checkpoint(str(original)))
+    for result in (tmp_path / "out.gguf", tmp_path / "folder"):
+        found = load_tokenizer(open_checkpoint(str(result)))
+        assert found.encode("the hour and  an ant\n") == wanted.encode("the hour and  an ant\n")
+
+
+def test_a_tokenizer_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", str(GPTQ), "--format", "dense", "--out", str(tmp_path / "out")]
+    assert main([*words, "--tokenizer", "smollm2"]) != 0
+    assert "belongs to another model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

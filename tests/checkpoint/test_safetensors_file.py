@@ -109,6 +109,33 @@ def test_missing_shard_counts_its_tensors(tmp_path: Path) -> None:
     assert caught.value.code == "E0207"
 
 
+@pytest.mark.parametrize(
+    "names", [["output.safetensors"], ["output-00001-of-00002", "output-00002-of-00002"]]
+)
+def test_an_index_left_over_from_another_copy(names: list[str], tmp_path: Path) -> None:
+    """ExLlama's tools write files of their own names and copy the original's index."""
+    folder = write_folder(tmp_path / "b", shards=len(names))
+    shards = sorted(folder.glob("*.safetensors"))
+    for shard, name in zip(shards, names, strict=True):
+        shard.rename(folder / f"{name.removesuffix('.safetensors')}.safetensors")
+    index = folder / "model.safetensors.index.json"
+    values = {"weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors"}}
+    index.write_text(json.dumps(values))
+    header = read_folder_header(folder)
+    assert header.tensors.keys() == read_folder_header(write_folder(tmp_path / "a")).tensors.keys()
+
+
+def test_an_index_whose_files_are_still_to_come(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "b", shards=3)
+    for name in ("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"):
+        (folder / name).unlink()
+    last = folder / "model-00003-of-00003.safetensors"
+    last.rename(folder / "output-00003-of-00003.safetensors")
+    with pytest.raises(LowbitError, match="model-00001-of-00003.safetensors is missing") as caught:
+        read_folder_header(folder)
+    assert caught.value.code == "E0207"
+
+
 def test_index_that_leads_outside(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "b", shards=2)
     index = folder / "model.safetensors.index.json"

@@ -96,6 +96,8 @@ def spoilt_index(folder: Path, kind: str) -> None:
         )
     elif kind == "unlisted":
         del weight_map["model.norm.weight"]
+    elif kind == "left over":
+        index["weight_map"] = {"model.norm.weight": "model-00001-of-00009.safetensors"}
     elif kind == "shape":
         index["weight_map"] = ["no", "object"]
     (folder / INDEX).write_text("{" if kind == "json" else json.dumps(index))
@@ -107,6 +109,7 @@ def spoilt_index(folder: Path, kind: str) -> None:
         ("nowhere", "that no shard holds, in model-00002-of-00003.safetensors: 1, first"),
         ("elsewhere", "that another shard holds: 1, first 'model.norm.weight'"),
         ("unlisted", "that are not in model.safetensors.index.json: 1, first 'model.norm.weight'"),
+        ("left over", "names no file that is there; it was left over"),
         ("shape", "must map tensor names to file names"),
         ("json", "is no valid JSON"),
     ],

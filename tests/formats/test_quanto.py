@@ -14,6 +14,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
 from lowbit.loading import plan_model
+from lowbit.loading.source_modules import SourceModel
 
 CASES = fixture_cases("quanto")
 NAME = "model.layers.0.self_attn.k_proj"
@@ -154,3 +155,10 @@ def test_scales_of_activations_without_a_map(tmp_path: Path) -> None:
     folder = changed("int8", tmp_path, {f"{NAME}.input_scale": torch.tensor(0.5)}, said=None)
     with pytest.raises(LowbitError, match="is not 1: activations are quantized"):
         read(folder, NAME, (16, 64))
+
+
+def test_output_scales_are_none_of_the_cache() -> None:
+    """Every layer has one, 1 where nothing was calibrated; elsewhere K's and V's would be the cache's."""
+    header = header_of(case("int4_zeros"))
+    assert any(name.endswith("k_proj.output_scale") for name in header.tensors)
+    assert not SourceModel(header, strict=True).has_kv_scales

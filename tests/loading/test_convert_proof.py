@@ -26,7 +26,7 @@ from lowbit.cli import main
 from lowbit.doctor import examine
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
-from lowbit.formats.compressed_tensors_writer import CompressedTensorsWriter
+from lowbit.formats.compressed_tensors_writer import CompressedTensorsWriter, reciprocal
 from lowbit.loading.convert import Conversion, convert, summary
 from lowbit.loading.opened import Opened
 from lowbit.loading.quantizing import Quantizing, _Module
@@ -257,6 +257,8 @@ REQUANTIZED = [
     ("gptq/w4_asym_actorder", "compressed-tensors", "", ""),  # holds it as it is
     ("awq/gemm", "fp8", "", "fp8"),
     ("modelopt/nvfp4_awq", "compressed-tensors", "", "rtn"),
+    ("modelopt/nvfp4_experts", "compressed-tensors", "", "rtn"),  # of which an outer scale is rounded
+    ("torchao/int4_plain", "gptq", "", "rtn bits=4 symmetric=False"),  # it has offsets
 ]
 
 
@@ -292,6 +294,27 @@ def test_requantized(name: str, form: str, method: str, key: str, tmp_path: Path
                 assert 0 < entry["largest_relative_error"] <= 1
     changed = [line for line in summary(done) if "largest error" in line]
     assert len(changed) == len(done.errors) and bool(changed) == bool(key)
+
+
+def test_an_outer_scale_is_rounded_and_nothing_else(tmp_path: Path) -> None:
+    """ModelOpt's outer scales are any float32, compressed-tensors' are reciprocals."""
+    header = open_checkpoint(str(FIXTURES / "modelopt" / "nvfp4_experts"))
+    done = convert(header, "compressed-tensors", tmp_path / "out", requantize="")
+    assert done.rounded and set(done.rounded) == set(done.errors)
+    assert f"({len(done.rounded)} with rounded outer scales)" in summary(done)[0]
+    before, after = SourceModel(header), SourceModel(open_checkpoint(str(tmp_path / "out")), strict=True)
+    assert [module.scheme for module in after.modules] == [module.scheme for module in before.modules]
+    assert all(relative <= 2.0**-22 for _, relative in done.errors.values())
+    modules = certificate_of(tmp_path / "out")["modules"]
+    assert [name for name, one in modules.items() if "rounded" in one] == done.rounded
+
+
+def test_every_rounded_outer_scale_can_be_said() -> None:
+    scales = torch.exp2(torch.rand(20_000, generator=torch.Generator().manual_seed(2)) * 40 - 30)
+    wanted = 1.0 / (1.0 / scales)
+    module = StoredModule("m", "m", (1, 1))
+    for scale in wanted.split(1):
+        assert torch.equal(1.0 / reciprocal(scale, "compressed-tensors", module), scale)
 
 
 def test_one_gguf_file(tmp_path: Path) -> None:

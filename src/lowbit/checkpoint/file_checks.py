@@ -9,8 +9,10 @@ import os
 import stat
 from pathlib import Path
 
+from lowbit.checkpoint.header import TensorEntry
 from lowbit.errors import LowbitError, thousands
 
+_PIECE = 4 << 20
 _LFS_MARK = b"version https://git-lfs"
 
 
@@ -56,3 +58,17 @@ def truncated(path: Path, size: int, needed: int) -> LowbitError:
         f"{path.name} is {thousands(size)} bytes but its header needs {thousands(needed)}: incomplete "
         "download. Fetch it again (lowbit pull <repo>)",
     )
+
+
+def same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two stored tensors are the same: dtype, shape and every byte; read up to where they differ."""
+    if (one.dtype, one.shape, one.nbytes) != (other.dtype, other.shape, other.nbytes):
+        return False
+    with open(one.file, "rb") as first, open(other.file, "rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        for at in range(0, one.nbytes, _PIECE):
+            count = min(_PIECE, one.nbytes - at)
+            if first.read(count) != second.read(count):
+                return False
+    return True

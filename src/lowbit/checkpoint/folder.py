@@ -6,6 +6,7 @@ as data). A folder in Mistral's own layout is read through ``mistral_folder``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ from lowbit.errors import LowbitError, printable
 MAX_SHARDS = 10_000
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
+_PART = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<ending>\.\w+)")
 
 
 def read_folder_header(folder: Path) -> CheckpointHeader:
@@ -86,12 +88,28 @@ def _weight_files(folder: Path, config: dict[str, object]) -> tuple[str, list[st
 
 def _one_copy(folder: Path, whole: str, index: str, pattern: str) -> tuple[str, list[str]] | None:
     listed = read_json(folder, index)
-    if listed is not None:
+    if listed is not None and not is_left_over(folder, index, listed, pattern):
         return index, _shards_of(folder, index, listed)
     if (folder / whole).exists():
         return "", [whole]
     names = own_weights(path.name for path in folder.glob(pattern))
     return ("", names) if names else None
+
+
+def is_left_over(folder: Path, where: str, index: dict[str, object], pattern: str) -> bool:
+    """Whether the index is another copy's: no file it names is there, and others are, all parts of them.
+
+    Tools that write files of their own names (ExLlama's output.safetensors) copy the original's index.
+    """
+    there = set(own_weights(path.name for path in folder.glob(pattern)))
+    if not there or there & set(_weight_map(where, index).values()):
+        return False
+    parts = [match for name in there if (match := _PART.fullmatch(name))]
+    return all(
+        f"{part['stem']}{number:0{len(part['count'])}}-of-{part['count']}{part['ending']}" in there
+        for part in parts
+        for number in range(1, min(int(part["count"]), MAX_SHARDS) + 1)
+    )
 
 
 def own_weights(names: Iterable[str]) -> list[str]:

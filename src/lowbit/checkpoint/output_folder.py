@@ -139,6 +139,12 @@ def explained(out: Path) -> Iterator[None]:
                 f"{printable(out)}: the disk is full; nothing was kept. Free some space, or name a place on "
                 "another disk",
             ) from None
+        if error.errno == errno.EFBIG:
+            raise LowbitError(
+                "E0300",
+                f"{printable(out)} cannot be written: no file may be so large there (a disk of format FAT, "
+                "or a limit: ulimit -f). Name a place on another disk, or raise the limit",
+            ) from None
         where = f" ({printable(os.fsdecode(error.filename))})" if error.filename else ""
         raise LowbitError(
             "E0300", f"{printable(out)} cannot be written: {error.strerror or error}{where}"

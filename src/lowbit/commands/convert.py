@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             requantize=arguments.requantize,
             force=arguments.force,
             strict=settings.strict,
+            tokenizer=None if settings.tokenizer is None else open_checkpoint(settings.tokenizer),
             on_progress=on_progress,
         )
     if arguments.json:

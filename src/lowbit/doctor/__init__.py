@@ -70,7 +70,7 @@ def examine(
     named = correction.applied(header)
     packing = packing_of(named, seen.form)
     checks = {} if packing is None else packing.checks()
-    heads = Heads(named, seen.config is not None and seen.config.tied_head)
+    heads = Heads(named, seen.tied)
     scan(named, checks | heads.checks(), seen.limits, report, on_progress)
     if packing is not None and report.whole:
         packing.judge(report, correction)

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from lowbit.checkpoint.documents import read_json
-from lowbit.checkpoint.folder import own_weights, read_folder_header
+from lowbit.checkpoint.folder import is_left_over, own_weights, read_folder_header
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.mistral_folder import has_mistral_names
 from lowbit.checkpoint.output_folder import MARK
@@ -106,7 +106,17 @@ def _weight_map(folder: Path, report: Report, correction: Correction) -> dict[st
         return None
     found = index.get("weight_map")
     if isinstance(found, dict) and found and all(isinstance(name, str) for name in found.values()):
-        return found
+        if not is_left_over(folder, INDEX, index, "*.safetensors"):
+            return found
+        report.add(
+            "D004",
+            f"{INDEX} names no file that is there; it was left over from another copy of the model, and the "
+            "files themselves were read",
+            file=INDEX,
+            fix=_ANEW,
+        )
+        correction.index = True
+        return None
     report.add("D004", f"{INDEX}: weight_map must map tensor names to file names", file=INDEX, fix=_ANEW)
     correction.index = True
     return None

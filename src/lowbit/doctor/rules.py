@@ -125,15 +125,16 @@ RULES: dict[str, Rule] = {
         "tie_word_embeddings is set to true, if config.json does not have the key",
     ),
     "D115": Rule(
-        "error",
+        "warning",
         "tied, but with a head of its own",
-        "The config says the embedding serves as output head, and a different lm_head is stored.",
+        "The config says the embedding serves as output head, and a different lm_head is stored; lowbit uses "
+        "the one that is stored, other programs may not.",
     ),
     "D116": Rule(
-        "error",
+        "warning",
         "the tied head is stored again",
-        "The config says the embedding serves as output head, and a copy of it is stored as lm_head; lowbit "
-        "loads no model with a tensor it does not use.",
+        "The config says the embedding serves as output head, and a copy of it is stored as lm_head, which "
+        "nobody needs.",
         "the copy is left out",
     ),
     "D117": Rule(

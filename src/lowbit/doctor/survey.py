@@ -25,7 +25,7 @@ from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.weight_loader import NOT_SHARED
 from lowbit.loading.names import Names, Placed
 from lowbit.models.config import ModelConfig
-from lowbit.models.registry import Family, family_of
+from lowbit.models.registry import Family, family_of, has_plain_head
 from lowbit.numerics.cache_format import KvDtype
 
 
@@ -43,10 +43,12 @@ class DoctorNotes(Notes):
 
 @dataclass
 class Survey:
-    """``limits``: tensor -> (lowest, highest) code it may hold. None, or empty: nothing could be told."""
+    """``limits``: tensor -> (lowest, highest) code it may hold; ``tied``: whether the config says that the
+    embedding serves as head, and a plain head is there too. None, or empty: nothing could be told."""
 
     form: CheckpointFormat | None = None
     config: ModelConfig | None = None
+    tied: bool = False
     limits: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -66,20 +68,20 @@ def survey(header: CheckpointHeader, report: Report, correction: Correction) -> 
     try:
         family = family_of(header)
         found.config = family.config_of(header)
+        found.tied = has_plain_head(header) and family.read_config(header).tied_head
     except LowbitError as error:
         report.add_error(error)
         return found
     if not report.whole:
         return found  # what is missing would be listed twice
-    tied = found.config.tied_head
-    check_head(header, tied, report, correction)
+    check_head(header, found.config.tied_head, report, correction)
     surveyor = Surveyor(header, family, form, found.config, report)
     try:
         family.build(found.config, surveyor)
     except LowbitError as error:
         report.add_error(error)
         return found
-    if tied and header.container != "gguf":
+    if found.config.tied_head and header.container != "gguf":
         # A stored copy of the tied head is a rule of its own (D115, D116).
         surveyor.names.used.update(name for name in header.tensors if name.startswith("lm_head."))
     try:

@@ -15,7 +15,9 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.quality import Quality, read_quality
 from lowbit.engine.cuda_graphs import Progress, bucket_sizes
 from lowbit.engine.engine import Engine
-from lowbit.engine.ranks import Ranks, SharedModel, device_of, set_threads
+from lowbit.engine.rank_process import device_of, set_threads
+from lowbit.engine.ranks import Ranks
+from lowbit.engine.shared_model import SharedModel
 from lowbit.engine.speculation import Speculation
 from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels import native

@@ -57,6 +57,21 @@ class CompressedTensorsWriter(CheckpointWriter):
             return None
         return _refuses_weight(scheme, shape) or _refuses_input(scheme)
 
+    @classmethod
+    def nearest(
+        cls, weight: QuantizedTensor, input: InputRule | None
+    ) -> tuple[QuantizedTensor, InputRule | None] | None:
+        """With outer scales that are a float32's reciprocal: a unit or two in the last place away."""
+        if len(weight.scales) != 2:
+            return None
+
+        def rounded(scale: Tensor) -> Tensor:
+            return 1.0 / (1.0 / scale.float())
+
+        if input is not None and input.static_scale is not None:
+            input = replace(input, static_scale=rounded(input.static_scale))
+        return replace(weight, scales=(weight.scales[0], rounded(weight.scales[1]))), input
+
     def _pack(
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:

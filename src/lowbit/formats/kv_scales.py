@@ -28,7 +28,10 @@ _K = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "attn.k_scale", "qkv_p
 _V = ("v_scale", "v_proj.v_scale", "v_proj.output_scale", "attn.v_scale", "qkv_proj.v_scale")
 _BOTH = ("kv_scale", "attn.kv_scale")
 # Queries and softmax weights are not quantized here: their scales have no use.
-_UNUSED = ("q_scale", "q_proj.output_scale", "prob_output_scale", "attn.q_scale", "attn.prob_scale")
+_UNUSED = (
+    *("q_scale", "q_proj.q_scale", "q_proj.output_scale", "attn.q_scale"),
+    *("prob_scale", "prob_output_scale", "attn.prob_scale"),
+)
 _REFUSED = ("k_zero_point", "v_zero_point", "k_proj.k_bias", "v_proj.v_bias")
 
 
@@ -56,6 +59,8 @@ class KvScales:
             )
         for suffix in _UNUSED:
             names.find(f"{attention}.{suffix}")
+        if names.find(f"{attention}.k_proj.weight._scale") is not None:
+            return None, None  # quanto's: every layer has an output_scale, 1 where nothing was calibrated
         both = names.find(*(f"{attention}.{suffix}" for suffix in _BOTH))
         k = names.find(*(f"{attention}.{suffix}" for suffix in _K)) or both
         v = names.find(*(f"{attention}.{suffix}" for suffix in _V)) or both

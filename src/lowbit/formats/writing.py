@@ -63,6 +63,13 @@ class CheckpointWriter:
             return "it is an embedding"
         return None
 
+    @classmethod
+    def nearest(
+        cls, weight: QuantizedTensor, input: InputRule | None
+    ) -> tuple[QuantizedTensor, InputRule | None] | None:
+        """The same but for outer scales rounded to what the format can say; None: that is no help here."""
+        return None
+
     def write(
         self,
         module: StoredModule,

@@ -32,6 +32,7 @@ from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule,
 from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
+from lowbit.tokenization import check_vocabulary, load_tokenizer
 
 VERSION = 1  # of what a journal depends on beside its key: raised when what is written changes
 MOST_LINES = 20  # of modules that changed, for people; the certificate has all
@@ -53,6 +54,7 @@ class Conversion:
     rounding: float = 0.0
     notes: list[str] = field(default_factory=list)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)  # of these modules an outer scale, nothing else
     method: str = ""  # of requantizing
     resumed: int = 0  # shards, or tensors of a GGUF file, that an earlier run had finished
 
@@ -66,14 +68,19 @@ def convert(
     requantize: str | None = None,
     force: bool = False,
     strict: bool = False,
+    tokenizer: CheckpointHeader | None = None,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Progress | None = None,
 ) -> Conversion:
     """Write the checkpoint in format ``form`` to the folder ``out``. ``dtype``: bf16, f16 or f32.
 
     ``requantize``: a method for what the format cannot hold, "" for its usual one; None: that is refused.
+    ``tokenizer``: the checkpoint whose tokenizer goes with it, if not its own.
     """
     source = SourceModel(header, strict=strict)
+    if tokenizer is not None:
+        check_vocabulary(load_tokenizer(tokenizer), source.config.vocab_size)
+        source.tokenizer = tokenizer
     if form == "gguf":
         require_gguf()
         source = source.for_gguf()
@@ -90,6 +97,7 @@ def convert(
             for name, one in named.items()
             if "largest_error" in one
         }
+        done.rounded = [name for name, one in named.items() if "rounded" in one]
         modules = {name: {k: v for k, v in one.items() if k != "name"} for name, one in named.items()}
         paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
         files = files_of(paths)
@@ -103,6 +111,7 @@ def convert(
             "--format": form,
             "--dtype": dtype or "auto",
             "--requantize": work.method or "no",
+            "--tokenizer": "its own" if tokenizer is None else tokenizer.root.name,
             "lowbit": f"{_version()}, {VERSION}",
         }
         if isinstance(work.writer, GgufWriter):
@@ -138,6 +147,7 @@ def convert(
             nbytes=nbytes + sum(part.nbytes for part in source.parts if isinstance(part, SourceVector)),
             tensors=4 * len(source.parts),
             dtype=work.dtype,
+            tokenizer=tokenizer,
             force=force,
             shard_bytes=shard_bytes,
             journal=journal,
@@ -188,18 +198,32 @@ class Work:
             planned = self.planned[module.target.name]
             if planned.decision is None and not planned.scheme.is_dense:
                 made = as_written(self.source.read(module, data), planned.scheme)
-                try:
-                    type(self.writer)(self.writer.schemes).write(
-                        made.target, made.weight, made.bias, made.input
-                    )
-                except LowbitError as error:
-                    if error.code != "E0450":
-                        raise
+                if self._holds(made):
+                    continue
+                near = self._nearest(made)
+                if near is not None and self._holds(near):
+                    self.planned[module.target.name] = replace(planned, nearest=True)
+                else:
                     refused.append(module)
         for module in refused:
             self.planned[module.target.name] = self.anew.planned(module, all_anew=True)
         if refused:
             self.writer = type(self.writer)(self._schemes())
+
+    def _holds(self, made: ReadModule) -> bool:
+        """Whether the format can say the module's numbers."""
+        try:
+            type(self.writer)(self.writer.schemes).write(made.target, made.weight, made.bias, made.input)
+        except LowbitError as error:
+            if error.code != "E0450":
+                raise
+            return False
+        return True
+
+    def _nearest(self, made: ReadModule) -> ReadModule | None:
+        """The module with outer scales that the format has, where only they are in the way."""
+        found = self.writer.nearest(made.weight, made.input)
+        return None if found is None else replace(made, weight=found[0], input=found[1])
 
     def _plan_dense(self, dtype: str | None) -> None:
         told = dtype or _widest([exact_dtype(module.scheme) for module in self.source.modules])
@@ -246,6 +270,8 @@ class Work:
             after = Numbers(made.weight)
         else:
             made = as_written(read, planned.scheme)
+            if planned.nearest:
+                made = self._nearest(made) or made
             multiplier = None  # stays beside the weight, or is refused by the writer
             after = Numbers(made.weight)
         found = compare(Numbers(read.weight, multiplier), after)
@@ -257,8 +283,8 @@ class Work:
             "sha256": found.result,
             "beside": beside(made, planned.scheme, rounded),
         }
-        if not found.equal:
-            if planned.decision is None and not rounded:
+        if not found.equal or planned.nearest:
+            if planned.decision is None and not planned.nearest and not rounded:
                 raise LowbitError(
                     "E0707",
                     f"{module.target.name}: its numbers changed on the way to {self.form}, by "
@@ -269,6 +295,8 @@ class Work:
                 "largest_error": found.largest,
                 "largest_relative_error": found.relative,
             }
+            if planned.nearest:
+                told["rounded"] = "outer scale"
         return replace(made, told=told)
 
     def vector(self, part: SourceVector, data: TensorData) -> Tensor:
@@ -351,7 +379,9 @@ def summary(done: Conversion) -> list[str]:
         if done.rounding:
             exact = f"{done.dtype}: largest relative rounding {100 * done.rounding:.2g} %"
     elif done.errors:
-        exact = f"{len(done.errors)} modules requantized by {done.method}"
+        anew, near = len(done.errors) - len(done.rounded), len(done.rounded)
+        exact = f"{anew} modules requantized by {done.method}" if anew else ""
+        exact += ", " * bool(anew and near) + (f"{near} with rounded outer scales" if near else "")
     lines = [f"{done.out}: {done.form}, {done.modules} modules, {thousands(done.nbytes)} bytes ({exact})"]
     if done.resumed:
         pieces = "tensors" if done.form == "gguf" else "shards"

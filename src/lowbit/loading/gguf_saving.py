@@ -194,7 +194,7 @@ def _metadata(source: SourceModel, entries: list[_Entry]) -> dict[str, object]:
         "general.file_type": file_types.get(common, 1024),  # 1024: to be guessed from the tensors
         "general.quantization_version": 2,
         **gguf_metadata(source.header, source.family.name, config),
-        **tokenizer_metadata(source.header, config.vocab_size),
+        **tokenizer_metadata(source.tokenizer, config.vocab_size),
     }
 
 

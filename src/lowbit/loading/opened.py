@@ -16,7 +16,7 @@ from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.loading.kernel_choice import KernelChoice
 from lowbit.loading.online import is_float
 from lowbit.models.config import ModelConfig
-from lowbit.models.registry import Family, family_of
+from lowbit.models.registry import Family, family_of, has_plain_head
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.quantize.recipe import Asked, Recipe
 
@@ -45,7 +45,15 @@ class Opened:
             recipe = asked.recipe()
         elif asked.flag:
             check_quantization(form, asked)
-        return cls(header, family, form, family.config_of(header), recipe, strict, notes)
+        config = family.config_of(header)
+        if not config.tied_head and has_plain_head(header) and family.read_config(header).tied_head:
+            notes.contradiction(
+                "E0214",
+                f"{header.root.name}: the config says that the embedding serves as head, and another head is "
+                "stored (lm_head.weight); using that one. Set tie_word_embeddings to false, or to use the "
+                "embedding remove the tensor",
+            )
+        return cls(header, family, form, config, recipe, strict, notes)
 
     @property
     def described(self) -> str:

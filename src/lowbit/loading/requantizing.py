@@ -24,15 +24,15 @@ from lowbit.numerics.scheme import Scheme, dense
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.specification import MethodSpec, parse_method
 
-# {bits}: those of most of the source's integers.
+# {bits}: those of most of the source's integers; {symmetric}: whether most modules have no zero points.
 _USUAL = {
     "awq": "rtn:bits=4",
     "bitsandbytes": "nf4",
     "blockwise_int8": "blockwise_int8",
-    "compressed-tensors": "rtn:bits={bits},symmetric=true",
+    "compressed-tensors": "rtn:bits={bits},symmetric={symmetric}",
     "fp8": "fp8:weights=block",
     "gguf": "gguf",
-    "gptq": "rtn:bits={bits},symmetric=true",
+    "gptq": "rtn:bits={bits},symmetric={symmetric}",
     "hqq": "hqq",
     "mlx": "rtn:bits=4",
     "modelopt": "nvfp4",
@@ -45,10 +45,12 @@ _USUAL = {
 
 @dataclass(frozen=True)
 class Planned:
-    """``scheme``: as written. ``decision``: how it is quantized anew; None: its numbers stay."""
+    """``scheme``: as written. ``decision``: how it is quantized anew; None: its numbers stay, or
+    (``nearest``) are those next to them that the format has: an outer scale is rounded."""
 
     scheme: Scheme
     decision: Decision | None = None
+    nearest: bool = False
 
 
 class Requantizing:
@@ -107,7 +109,11 @@ def method_for(source: SourceModel, form: str, method: str) -> MethodSpec:
         if module.scheme.weight.is_integer and module.scheme.weight.bits in (2, 3, 4, 8)
     )
     usual = bits.most_common(1)[0][0] if bits else 4
-    spec = parse_method(method or _USUAL[form].format(bits=usual), "--requantize")
+    schemes = [module.scheme for module in source.modules if not module.scheme.is_dense]
+    asymmetric = sum(scheme.offset or scheme.zero != "none" for scheme in schemes)
+    symmetric = "false" if 2 * asymmetric > len(schemes) else "true"
+    told = method or _USUAL[form].format(bits=usual, symmetric=symmetric)
+    spec = parse_method(told, "--requantize")
     if spec.entry.calibrated or spec.name == "auto":
         raise LowbitError(
             "E0405",

@@ -45,6 +45,13 @@ _QUANTIZATION_FILES = frozenset(
     )
 )
 _DOCUMENTS = frozenset((".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm"))
+_OF_TOKENIZER = frozenset(
+    (
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+        *("added_tokens.json", "vocab.json", "merges.txt", "tekken.json"),
+        *("chat_template.jinja", "chat_template.json"),
+    )
+)
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _DOCUMENT_BYTES = 256 << 20
 _SAMPLE = 4096
@@ -73,6 +80,7 @@ def save_checkpoint(
     nbytes: int,
     tensors: int = 0,
     dtype: str | None = None,
+    tokenizer: CheckpointHeader | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     journal: Journal | None = None,
@@ -82,7 +90,8 @@ def save_checkpoint(
 
     ``config``: config.json without its quantization. ``nbytes``: about what the weights will take; the disk
     is asked for it before anything is written. ``tensors``: about how many there are. ``dtype`` (bf16, f16,
-    f32): what config.json says the plain numbers are; None leaves what it says. ``force``: replace ``out``.
+    f32): what config.json says the plain numbers are; None leaves what it says. ``tokenizer``: whose is
+    copied, if not the source's. ``force``: replace ``out``.
     ``check``: called with the complete folder, before it gets its name, and what is told of each part.
     """
     with output_folder(out, force=force, source=source.root, journal=journal) as folder:
@@ -116,7 +125,7 @@ def save_checkpoint(
                 shards.finish()
         finally:
             shards.close()
-        documents = _documents(source, config)
+        documents = _documents(source, config, tokenizer)
         found = writer.quantization_config()
         for name in () if found is None else writer.config_files:
             documents[name] = _text(writer.file_config(name))
@@ -181,8 +190,19 @@ def written_config(config: Json, quantization: Json, dtype: str | None) -> Json:
     return made | quantization
 
 
-def _documents(source: CheckpointHeader, config: Json) -> dict[str, bytes]:
-    """The small files beside the weights; no code, no other weights, no quantization of the source's."""
+def _documents(
+    source: CheckpointHeader, config: Json, tokenizer: CheckpointHeader | None = None
+) -> dict[str, bytes]:
+    """The small files beside the weights; no code, no other weights, no quantization of the source's.
+
+    ``tokenizer``: the checkpoint those of the tokenizer are taken from, the source if None.
+    """
+    if tokenizer is not None:
+        own = {} if source.container == "gguf" else _documents(source, config)
+        others = _documents(tokenizer, config)
+        return {name: text for name, text in own.items() if name not in _OF_TOKENIZER} | {
+            name: text for name, text in others.items() if name in _OF_TOKENIZER
+        }
     if source.container == "gguf":
         length = config.get("max_position_embeddings")
         texts = tokenizer_documents(source, length if isinstance(length, int) else 1 << 20)

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.file_checks import same_bytes
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig
@@ -43,12 +44,13 @@ class Family:
     beside: tuple[str, ...] = field(default=())
 
     def config_of(self, header: CheckpointHeader) -> ModelConfig:
-        """What ``read_config`` reads; a head that is stored quantized is the head, whatever else is said.
+        """What ``read_config`` reads; a head that is stored is the head, whatever else is said.
 
-        Tools that quantize the head of a tied model leave ``tie_word_embeddings`` as it was (ExLlamaV3).
+        Tools that quantize the head of a tied model leave ``tie_word_embeddings`` as it was (ExLlamaV3), and
+        others store a copy of the embedding, which needs no room of its own.
         """
         config = self.read_config(header)
-        if config.tied_head and header.container != "gguf" and has_quantized_head(header):
+        if config.tied_head and header.container != "gguf" and has_own_head(header):
             return replace(config, tied_head=False)
         return config
 
@@ -174,10 +176,34 @@ def supported_architectures() -> list[str]:
     return sorted(MODULES)
 
 
-def has_quantized_head(header: CheckpointHeader) -> bool:
-    """Whether there are tensors of a head, and its weight is none of them."""
-    heads = {name.rpartition(".")[2] for name in header.tensors if re.fullmatch(r"(.+\.)?lm_head\.\w+", name)}
-    return bool(heads - {"bias"}) and "weight" not in heads
+_HEAD = re.compile(r"(?:.+\.)?lm_head\.(.+)")
+_EMBEDDING = re.compile(r"(?:(?:model|language_model|text_model)\.)*embed_tokens\.(.+)")
+HEAD_COPY = r"(?:.+\.)?lm_head\.(?!bias$).+"  # of a tied model: nobody needs it
+
+
+def has_own_head(header: CheckpointHeader) -> bool:
+    """Whether there are tensors of a head, and they are not those of the embedding once more."""
+    heads, embedding = _of_module(header, _HEAD), _of_module(header, _EMBEDDING)
+    if not heads.keys() - {"bias"}:
+        return False
+    if "weight" not in heads:
+        return True
+    if not embedding:  # under another name: what the config says counts
+        return False
+    if heads.keys() != embedding.keys():
+        return True
+    return not all(same_bytes(entry, embedding[suffix]) for suffix, entry in heads.items())
+
+
+def has_plain_head(header: CheckpointHeader) -> bool:
+    """Whether there is a head, and nothing of it is quantized."""
+    return "weight" in (found := _of_module(header, _HEAD)) and not found.keys() - {"weight", "bias"}
+
+
+def _of_module(header: CheckpointHeader, pattern: re.Pattern[str]) -> dict[str, TensorEntry]:
+    """What of a module is stored, by what follows its name."""
+    matches = ((pattern.fullmatch(name), entry) for name, entry in header.tensors.items())
+    return {match[1]: entry for match, entry in matches if match}
 
 
 def family_of(header: CheckpointHeader) -> Family:

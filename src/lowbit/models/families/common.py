@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowbit.models.config_keys import ConfigKeys
 
 UNUSED = (
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",  # a buffer old exports kept
+    r"(?:.+\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)",  # buffers old exports kept
     r"blk\.\d+\.attn_rot_embd\.weight",
     r"rope_factors_(long|short)\.weight",  # one of the two is used
 )

@@ -13,6 +13,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.models.config import ModelConfig, MoeConfig, base_config, widened
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.deepseek import DeepseekConfig, build
+from lowbit.models.families.common import UNUSED
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 from lowbit.models.rope_scaling import rope_keys
@@ -132,5 +133,4 @@ def _softmax_scale(head_dim: int, factor: float, mscale_all_dim: float) -> float
     return head_dim**-0.5 * mscale * mscale
 
 
-UNUSED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # a buffer old exports kept
 DEEPSEEK = Family("deepseek", read_config, build, GGUF_NAMES, False, UNUSED, prediction_layers=True)

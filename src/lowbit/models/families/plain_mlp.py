@@ -197,13 +197,11 @@ _PHI = aliases(
     {"model.norm": "model.final_layernorm"},
 )
 _MASKS = r"(?:transformer\.)?(?:gpt_neox\.layers|h)\.\d+\.(?:attn|attention)\.(?:masked_)?bias"
-_ROTARY = r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq"
-_UNUSED = (*UNUSED, r"lm_head\.weight")  # a copy of the embedding, where the two are tied
 
-STARCODER2 = Family("starcoder2", _starcoder2, build, GGUF_NAMES, False, _UNUSED, _STARCODER2)
+STARCODER2 = Family("starcoder2", _starcoder2, build, GGUF_NAMES, False, UNUSED, _STARCODER2)
 PHI = Family("phi", _phi, build, GGUF_NAMES, False, UNUSED, _PHI)
-FALCON = Family("falcon", _falcon, build, FALCON_GGUF_NAMES, False, _UNUSED, _FALCON, grouped_qkv=True)
+FALCON = Family("falcon", _falcon, build, FALCON_GGUF_NAMES, False, UNUSED, _FALCON, grouped_qkv=True)
 GPT_NEOX = Family(
-    "gpt_neox", _gpt_neox, build, GGUF_NAMES, False, (*UNUSED, _MASKS, _ROTARY), _GPT_NEOX, grouped_qkv=True
+    "gpt_neox", _gpt_neox, build, GGUF_NAMES, False, (*UNUSED, _MASKS), _GPT_NEOX, grouped_qkv=True
 )
-GPT2 = Family("gpt2", _gpt2, build, GGUF_NAMES, False, (*_UNUSED, _MASKS), _GPT2, transposed=True)
+GPT2 = Family("gpt2", _gpt2, build, GGUF_NAMES, False, (*UNUSED, _MASKS), _GPT2, transposed=True)

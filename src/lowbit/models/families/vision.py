@@ -21,8 +21,6 @@ from lowbit.models.registry import Family
 
 Json = dict[str, object]
 
-_TIED_HEAD = r"(?:language_model\.)?lm_head\.weight"  # a copy of the embedding, where the two are tied
-
 # How names of tensors begin that belong to vision (or audio) and its connection to the text.
 BESIDE = (
     r"(?:model\.)?(?:vision|visual|audio)(?:_tower|_model|_encoder|_embed_tokens)?\.",
@@ -113,7 +111,7 @@ def text_family(header: CheckpointHeader) -> Family:
     def read_config(header: CheckpointHeader) -> ModelConfig:
         return _as_stacked(family.read_config(text_header(header)), header)
 
-    return replace(family, read_config=read_config, beside=BESIDE, unused=(*family.unused, _TIED_HEAD))
+    return replace(family, read_config=read_config, beside=BESIDE)
 
 
 def _as_stacked(config: ModelConfig, header: CheckpointHeader) -> ModelConfig:
