@@ -19,6 +19,7 @@ from results_page import FOLDER, PAGE, update
 FORMATS = (
     *("bf16", "int4 g128", "awq g128", "gptq act-order", "q4_k", "q6_k", "nf4", "mxfp4", "int8 channel"),
     *("fp8 channel", "w8a8", "fp8 row x row", "fp8 block x group"),
+    *("exl3 4 bits", "aqlm 1x16 g8", "aqlm 2x8 g8", "vptq v8 k65536+256"),
 )
 
 

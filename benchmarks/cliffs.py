@@ -16,7 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from linear_formats import Sample, codebook_weight, matrix, row_codebook_weight, trellis_weight
+from linear_formats import (
+    Sample,
+    codebook_weight,
+    lattice_weight,
+    matrix,
+    row_codebook_weight,
+    trellis_weight,
+)
 from torch import Tensor
 
 from lowbit.errors import LowbitError
@@ -25,7 +32,7 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.settled import settled
 from lowbit.layers.linear import Linear
 from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 
 LIKE = 1.12  # sizes that are compared
@@ -119,6 +126,21 @@ def sinq_tiles(bits: int, group: int) -> Callable[[tuple[int, int]], Sample]:
     return made
 
 
+def with_outliers(share: float) -> Callable[[tuple[int, int]], Sample]:
+    """3-bit codes with scales and zero points of 16 columns, and so many outliers (SpQR)."""
+
+    def made(shape: tuple[int, int]) -> Sample:
+        weight, half = coded("uint3", 16, zero="float")(shape).weight, number_format("f16")
+        generator = torch.Generator().manual_seed(2)
+        at = (torch.rand(shape, generator=generator) < share).nonzero()
+        values = torch.randn(len(at), generator=generator).half()
+        outliers = Outliers.of(at[:, 0], at[:, 1], values, shape[0])
+        scheme = replace(weight.scheme, outliers=half, outlier_share=len(at) / (shape[0] * shape[1]))
+        return Sample(replace(weight, scheme=scheme, outliers=outliers), None)
+
+    return made
+
+
 _HALVES = {"q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,), "tq1_0": (52,), "tq2_0": (64,)}
 _HALVES |= {"iq1_m": (), "mxfp4": (), "nvfp4": ()}
 _HALVES |= dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2))
@@ -146,12 +168,13 @@ def blocks(name: str) -> Callable[[tuple[int, int]], Sample]:
     return made
 
 
-def plain(name: str) -> Callable[[tuple[int, int]], Sample]:
-    """A dense matrix."""
+def plain(name: str, *, bfloats: bool = False) -> Callable[[tuple[int, int]], Sample]:
+    """A dense matrix. ``bfloats``: of bfloat16 numbers, as a float16 file made from a bfloat16 model has."""
 
     def made(shape: tuple[int, int]) -> Sample:
         scheme = dense(name)
-        values = matrix(shape).to(scheme.weight.dtype)
+        numbers = matrix(shape)
+        values = (numbers if bfloats else numbers.float() * 1.1).to(scheme.weight.dtype)
         return Sample(QuantizedTensor(scheme, shape, values, origin="benchmark"), None)
 
     return made
@@ -172,6 +195,11 @@ def trellis(bits: int, book: str) -> Callable[[tuple[int, int]], Sample]:
     return lambda shape: Sample(trellis_weight(shape, bits, book), None)
 
 
+def lattice(divisor: float = 0.0) -> Callable[[tuple[int, int]], Sample]:
+    """Random codes of a lattice's vectors."""
+    return lambda shape: Sample(lattice_weight(shape, divisor), None)
+
+
 def _inputs(name: str, columns: int, scale: str = "f32") -> ActivationScheme:
     return ActivationScheme(number_format(name), (1, columns), scale=number_format(scale))
 
@@ -183,6 +211,7 @@ _GGUF = (
 )
 FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     **{name: plain(name) for name in ("bf16", "f16", "f32")},
+    "f16 of bf16 numbers": plain("f16", bfloats=True),
     **{f"int{bits} g64": coded(f"int{bits}", 64) for bits in range(1, 9)},
     **{f"uint{bits} g64 zero": coded(f"uint{bits}", 64, zero="integer") for bits in range(1, 9)},
     **{f"uint{bits} g64 float zero (HQQ)": coded(f"uint{bits}", 64, zero="float") for bits in range(1, 9)},
@@ -202,6 +231,7 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     "nf4 g64 f32": coded("nf4", 64, "f32"),
     "nf4 g64 float zero (SINQ)": coded("nf4", 64, zero="float"),
     "fp4 g64 f32 (bitsandbytes)": coded("fp4_bnb", 64, "f32"),
+    **{f"spqr, {share:g} % outliers": with_outliers(share / 100) for share in (0, 1, 5)},
     "mxfp4": coded("e2m1", 32, "e8m0"),
     "mxfp6 e2m3": coded("e2m3", 32, "e8m0"),
     "mxfp6 e3m2": coded("e3m2", 32, "e8m0"),
@@ -228,6 +258,8 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     **{f"exl3 {bits} bits": trellis(bits, "mcg") for bits in range(1, 9)},
     "exl3 4 bits 3inst": trellis(4, "3inst"),
     "exl3 4 bits mul1": trellis(4, "mul1"),
+    "quip# 2 bits": lattice(),
+    "quip# 4 bits": lattice(3.45),
     "w8a8": coded("int8", 0, "f32", inputs=_inputs("int8", 0)),
     **{f"gguf {name}": blocks(name) for name in _GGUF},
 }

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.numerics.hadamard import hadamard_factors
+from lowbit.numerics.lattice import LatticeLayout
 from lowbit.numerics.number_formats import (
     RowVectorLayout,
     VectorLayout,
@@ -148,6 +150,16 @@ def trellis(bits: int, book: str) -> Callable[[Tensor], Sample]:
     return made
 
 
+def lattice(divisor: float = 0.0) -> Callable[[Tensor], Sample]:
+    """Random codes of a lattice (QuIP#), whatever the matrix; all are valid."""
+
+    def made(values: Tensor) -> Sample:
+        rows, columns = values.shape
+        return Sample(lattice_weight((rows, columns), divisor), None)
+
+    return made
+
+
 def row_codebook_weight(
     shape: tuple[int, int], length: int, centroids: int, residual: int = 0
 ) -> QuantizedTensor:
@@ -193,6 +205,21 @@ def trellis_weight(shape: tuple[int, int], bits: int, book: str) -> QuantizedTen
     )
 
 
+def lattice_weight(shape: tuple[int, int], divisor: float = 0.0) -> QuantizedTensor:
+    """Random codes; LowbitError where there are no Hadamard matrices of the sizes."""
+    generator = torch.Generator().manual_seed(1)
+    layout, single, (rows, columns) = LatticeLayout(divisor), number_format("f32"), shape
+    if rows % 16 or columns % 64 or hadamard_factors(rows) is None or hadamard_factors(columns) is None:
+        raise LowbitError(
+            "E0702", f"{rows} x {columns} has no Hadamard matrices or no whole tiles of 16 x 64"
+        )
+    outputs = torch.rand(rows, 1, generator=generator) / (rows * columns) ** 0.5
+    inputs = torch.randint(2, (1, columns), generator=generator) * 2.0 - 1
+    codes = torch.randint(256, (rows, columns * layout.books // 4), generator=generator)
+    scheme = Scheme(number_format(layout.name), ((1, 0), (0, 1)), (single, single))
+    return QuantizedTensor(scheme, shape, codes.to(torch.uint8), (outputs, inputs), origin="benchmark")
+
+
 FORMATS: dict[str, Callable[[Tensor], Sample]] = {
     "bf16": _plain("bf16"),
     "f16": _plain("f16"),
@@ -219,6 +246,8 @@ FORMATS: dict[str, Callable[[Tensor], Sample]] = {
     "exl3 4 bits": trellis(4, "mcg"),
     "exl3 3 bits": trellis(3, "mcg"),
     "exl3 4 bits mul1": trellis(4, "mul1"),
+    "quip# 2 bits": lattice(),
+    "quip# 4 bits": lattice(3.45),
     "fp8 channel": _method("fp8:activation=none"),
     "fp8 block": _method("fp8:weights=block,activation=none"),
     "w8a8": _method("w8a8_int8"),

@@ -184,6 +184,17 @@ def test_generate(say: Say) -> None:
     assert Echo.made[2].calls[0][0] == "user|hi"
 
 
+def test_a_prompt_that_does_not_fit_is_a_wish_not_a_fault(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(*arguments: object) -> Iterator[TokenEvent]:
+        raise LowbitError("prompt_too_long", "prompt is 9 tokens and max_tokens 99: 108 > context 100")
+        yield
+
+    monkeypatch.setattr(Echo, "stream", stream)
+    status, _, err = say(["generate", "--prompt", "x"])
+    line = "lowbit: error[E0112]: prompt is 9 tokens and max_tokens 99: 108 > context 100\n"
+    assert (status, err) == (2, line)
+
+
 def test_generate_json(say: Say) -> None:
     record = json.loads(say(["generate", "--prompt", "äbc", "--json"])[1])
     assert record.pop("tokens_per_second") >= 0

@@ -313,6 +313,26 @@ def test_each_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert parser_of(name).description == COMMANDS[name]
 
 
+@pytest.mark.parametrize(
+    "words,told",
+    [
+        (["quantize", "m"], "unknown command 'quantize'; use: lowbit serve MODEL --quantization METHOD"),
+        (["doctor"], "unknown command 'doctor'; use: lowbit check MODEL"),
+        (
+            ["convert", "m", "--quantization", "int4"],
+            "lowbit convert has no option --quantization. See: lowbit",
+        ),
+        (
+            ["serve", "--tool-call-parser", "hermes"],
+            "--tool-call-parser: answers are text as the model writes",
+        ),
+    ],
+)
+def test_what_is_elsewhere(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_help_of_serve_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--help"]) == 0
     text = capsys.readouterr().out

@@ -245,4 +245,7 @@ def test_how_ranks_share_a_model(
     assert "2 ranks share the model" in words
     for line in ("rows 32 | 32: self_attn.q_proj", "columns 32 | 16 in groups of 16: mlp.down_proj"):
         assert line in words
-    assert "columns 24 | 24: mlp.down_proj" in words
+    assert "columns 24 | 24: mlp.down_proj" in words and "inputs are quantized" not in words
+    modules[4].scheme.activation = ActivationScheme(number_format("int8"), (1, 0))
+    assert main(["inspect", "org/m", "--tp-size", "2", "--device", "cpu"]) == 0
+    assert "inputs are quantized, from sums" in " ".join(capsys.readouterr().out.split())

@@ -23,6 +23,9 @@ from lowbit.settings import (
 # A legal text for every field and the value it means; a new field without a row fails the test below.
 EXAMPLES: dict[str, tuple[str, object]] = {
     "model": ("/models/a b", "/models/a b"),
+    "sampling_defaults": ("openai", "openai"),
+    "preferred_sampling_params": ('{"temperature": 0.2}', '{"temperature": 0.2}'),
+    "incremental_streaming_output": ("1", True),
     "revision": ("v1.0", "v1.0"),
     "strict": ("true", True),
     "quantization_param_path": ("scales.json", "scales.json"),

@@ -35,6 +35,17 @@ COMMANDS = {
     "explain": "Explain an error code: lowbit explain E0203.",
 }
 
+# What others call a command, or somebody may look for -> what does it here.
+_SYNONYMS = {
+    "quantize": "serve MODEL --quantization METHOD --save-quantized DIR, or convert",
+    "doctor": "check MODEL",
+    "run": "chat MODEL, or generate MODEL --prompt TEXT",
+    "download": "pull MODEL",
+    "list": "models",
+    "info": "inspect MODEL",
+    "launch_server": "serve MODEL",
+}
+
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 EXIT_PIPE_CLOSED = 141  # 128 + SIGPIPE: `lowbit models | head -1`
 
@@ -103,7 +114,8 @@ def _run(words: list[str]) -> int:
         return 0
     name, rest = words[0], [*words[1:], *leading]
     if name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS) or f". Commands: {', '.join(COMMANDS)}"
+        hint = f"; use: lowbit {_SYNONYMS[name]}" if name in _SYNONYMS else did_you_mean(name, COMMANDS)
+        hint = hint or f". Commands: {', '.join(COMMANDS)}"
         raise LowbitError("E0101", f"unknown command {printable(repr(name))}{hint}")
     module = importlib.import_module(f"lowbit.commands.{name}")
     arguments = parse(name, rest)

@@ -91,6 +91,12 @@ CATALOGUE: dict[str, Entry] = {
         "--api-key-file names a file with nothing but blank lines and comments; the server would be open.",
         "Put one key on each line.",
     ),
+    "E0112": Entry(
+        "a prompt that does not fit",
+        "The prompt, and --max-tokens where it is given, are longer together than a sequence may be: the "
+        "model's context, --context-length, or the KV cache.",
+        "Shorten the prompt, lower --max-tokens, or raise --context-length as far as the model allows.",
+    ),
     "E0201": Entry(
         "no such model",
         "The name is neither a folder, a GGUF file, a hub id nor 'smollm2', or a folder lacks the "

@@ -62,7 +62,7 @@ class LLM:
     ) -> None:
         from lowbit.checkpoint import open_checkpoint
         from lowbit.engine.load import load_engine
-        from lowbit.tokenization import load_chat_template, load_generation_config, load_tokenizer
+        from lowbit.tokenization import load_chat_template, load_tokenizer, sampling_defaults
 
         self.settings = model if isinstance(model, Settings) else Settings(model=model, **options)  # type: ignore[arg-type]
         self._engine = load_engine(self.settings, on_progress)
@@ -73,7 +73,10 @@ class LLM:
         self.chat_template: ChatTemplate | None = load_chat_template(
             header, self.tokenizer, self.settings.chat_template
         )
-        self.default_sampling = SamplingParams(**load_generation_config(header).sampling())  # type: ignore[arg-type]
+        defaults = sampling_defaults(
+            header, self.settings.sampling_defaults, self.settings.preferred_sampling_params
+        )
+        self.default_sampling = SamplingParams(**defaults)  # type: ignore[arg-type]
         self._numbers = itertools.count()
 
     def __enter__(self) -> LLM:

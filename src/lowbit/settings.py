@@ -288,6 +288,17 @@ class Settings:
     )  # fmt: skip
     random_seed: int | None = option(None, "Seed of requests that bring none.", "engine")
 
+    sampling_defaults: str = option(
+        "model", "How requests that do not say it are sampled. model: as its generation_config.json says, "
+        "else as OpenAI does (GGUF files say nothing); openai: temperature 1, nothing cut.", "engine",
+        choices=("model", "openai"),
+    )  # fmt: skip
+    preferred_sampling_params: str | None = option(
+        None, "JSON object with temperature, top_p, top_k, min_p or repetition_penalty for requests that do "
+        "not say it, before what --sampling-defaults gives: '{\"temperature\": 0.2, \"top_p\": 0.9}'.",
+        "engine", aliases=("--override-generation-config",),
+    )  # fmt: skip
+
     host: str = option("127.0.0.1", "Address to listen on.", "server")
     port: int = option(30000, "Port to listen on.", "server", minimum=1, maximum=65535)
     api_key: str | None = option(None, "Key that requests must bring as a bearer token.", "server")
@@ -300,6 +311,10 @@ class Settings:
     allowed_hosts: str = option(
         "", "Extra Host header values to accept, comma-separated; '*' accepts any.", "server"
     )
+    incremental_streaming_output: bool = option(
+        False, "Streams of /generate carry the new text alone, not all the text so far.", "server",
+        aliases=("--stream-output",),
+    )  # fmt: skip
     log_level: str = option(
         "info", "How much to log.", "server", choices=("debug", "info", "warning", "error")
     )

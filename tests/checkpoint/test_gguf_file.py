@@ -16,7 +16,7 @@ from checkpoint.tiny import METADATA, gguf_tensors, write_gguf_file
 from gguf_writing import GgufTensor, write_gguf
 from lowbit.checkpoint.gguf_file import read_gguf_header
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, thousands
 
 
 def written_by_gguf(path: Path) -> dict[str, object]:
@@ -166,6 +166,24 @@ def test_what_is_no_model(tmp_path: Path, content: bytes, code: str, words: str)
     with pytest.raises(LowbitError) as caught:
         read_gguf_header(path)
     assert caught.value.code == code and words in caught.value.message and "x.gguf" in caught.value.message
+
+
+def test_a_file_of_a_folder_names_the_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(100))
+    with pytest.raises(LowbitError, match=rf"^error.E0220.: model.safetensors: .* in: {tmp_path}$"):
+        read_gguf_header(path)
+
+
+def test_a_truncated_file_says_how_long_it_should_be(tmp_path: Path) -> None:
+    path = write_gguf_file(tmp_path / "x.gguf")
+    whole = path.stat().st_size
+    needed = max(tensor.start + tensor.nbytes for tensor in read_gguf_header(path).tensors.values())
+    with open(path, "r+b") as file:
+        file.truncate(whole // 2)
+    with pytest.raises(LowbitError, match="its header needs") as caught:
+        read_gguf_header(path)
+    assert f"needs {thousands(needed)}: " in caught.value.message
 
 
 def test_removed_types_are_refused_by_name(tmp_path: Path) -> None:

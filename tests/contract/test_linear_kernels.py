@@ -31,12 +31,15 @@ from lowbit.kernels import (
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.cpu_dense import CpuDense
+from lowbit.kernels.cpu_lattice import CpuLattice
 from lowbit.kernels.cpu_row_vectors import CpuRowVectors, RowVectorsWeight
-from lowbit.kernels.cpu_trellis import CpuTrellis, TrellisWeight
+from lowbit.kernels.cpu_trellis import CpuTrellis
 from lowbit.kernels.cpu_vectors import CpuVectors
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
+from lowbit.kernels.transformed_kernel import TransformedWeight
 from lowbit.layers.linear import Linear
+from lowbit.numerics.lattice import LatticeLayout
 from lowbit.numerics.number_formats import (
     NumberFormat,
     RowVectorLayout,
@@ -44,7 +47,7 @@ from lowbit.numerics.number_formats import (
     trellis_format,
     vector_format,
 )
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from lowbit.numerics.trellis import BLOCK, MULTIPLIERS
@@ -271,6 +274,31 @@ def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> Quanti
     return QuantizedTensor(scheme, shape, codes.to(torch.uint8), (outputs, inputs), origin="test")
 
 
+def lattice(divisor: float = 0.0, shape: tuple[int, int] = (64, 128)) -> QuantizedTensor:
+    """Random codes (QuIP#), the first and the last among them."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    layout, single, (out, columns) = LatticeLayout(divisor), number_format("f32"), shape
+    books = [torch.randint(1 << 16, (out, columns // 8), generator=generator) for _ in range(layout.books)]
+    books[-1][0, 0], books[-1][0, 1] = 0, 65535
+    outputs = torch.randn(out, 1, generator=generator) * 0.3 / (out * columns) ** 0.5
+    inputs = torch.randn(1, columns, generator=generator) * 0.2
+    scheme = Scheme(number_format(layout.name), ((1, 0), (0, 1)), (single, single))
+    return QuantizedTensor(scheme, shape, layout.codes(books), (outputs, inputs), origin="test")
+
+
+def rounded_of_lattice(
+    weight: QuantizedTensor, packed: TransformedWeight, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x is rounded between the transforms, of which the native ones are tested by themselves."""
+    layout = weight.scheme.weight.lattice
+    assert layout is not None and takes(packed.tiles.description, INPUT_WORDS)
+    turned, numbers = packed.before.rotated(x, torch.float32), layout.vectors(weight.codes).double()
+    seen = in_words(turned, 32767)
+    back = packed.after.rotation(torch.eye(weight.shape[0])).double()
+    largest = (seen.abs() @ numbers.abs().T).norm(dim=1, keepdim=True)
+    return seen @ numbers.T @ back, largest * weight.scales[0].flatten().double().abs()
+
+
 def trellis_numbers(weight: QuantizedTensor) -> torch.Tensor:
     """float64 (out, in): what the kernel multiplies between the transforms, from the windows themselves."""
     layout = weight.scheme.weight.trellis
@@ -298,6 +326,32 @@ def whole_number(book: str, code: torch.Tensor) -> torch.Tensor:
     bits = (product.unsqueeze(-1) >> torch.tensor([0, 16]) & 0x8FFF) ^ 0x3B60
     halves = bits.to(torch.uint16).view(torch.float16).double()
     return (halves.sum(-1) * 2**11 + 0.5).floor() / 2**11
+
+
+def with_outliers(
+    shape: tuple[int, int] = (37, 256), share: float = 0.02, order: bool = False
+) -> QuantizedTensor:
+    """Codes of which float16 arithmetic makes weights, some subnormal, and outliers, the first and the last
+    weight's among them (SpQR)."""
+    generator = torch.Generator().manual_seed(8)
+    weight = canonical("uint3", 16, zero=True, order=order, shape=shape)
+    assert weight.zeros is not None
+    zeros = (weight.zeros.float() * 1.1717 - 0.37).half()
+    scales = weight.scales[0] * torch.where(weight.zeros % 3 == 0, 2.0**-10, 1.0).half()
+    chosen = torch.rand(shape, generator=generator) < share
+    chosen.view(-1)[:: max(1, chosen.numel() - 1)] = share > 0
+    rows, columns = chosen.nonzero().unbind(1)
+    values = (torch.randn(len(rows), generator=generator) * 0.3).half()
+    half = number_format("f16")
+    return replace(
+        weight,
+        scheme=replace(
+            weight.scheme, zero="float", outliers=half, outlier_share=len(rows) / (shape[0] * shape[1])
+        ),
+        scales=(scales,),
+        zeros=zeros,
+        outliers=Outliers.of(rows, columns, values, shape[0]),
+    )
 
 
 def crooked() -> QuantizedTensor:
@@ -431,7 +485,17 @@ WEIGHTS = {
     "trellis 6 3inst": lambda: trellis(6, "3inst", (128, 128)),
     "trellis 7 mcg": lambda: trellis(7, "mcg"),
     "trellis 8 mul1": lambda: trellis(8, "mul1"),
+    "lattice (QuIP#)": lattice,
+    "lattice, heads of 12 and 20": lambda: lattice(shape=(80, 192)),
+    "lattice, many blocks": lambda: lattice(shape=(640, 448)),
+    "lattice, two codes": lambda: lattice(3.45, (48, 64)),
+    "lattice, two codes, many blocks": lambda: lattice(2.0, (224, 512)),
     "trellis 4 mcg, many blocks": lambda: trellis(4, "mcg", (640, 384)),
+    "uint3 g16 outliers (SpQR)": with_outliers,
+    "uint3 g16 outliers act-order": lambda: with_outliers((50, 336), 0.1, order=True),
+    "uint3 g16, outliers nowhere": lambda: with_outliers(share=0.0),
+    "uint3 g16, outliers everywhere": lambda: with_outliers((37, 80), 1.0),
+    "uint3 g16 outliers, many blocks": lambda: with_outliers((700, 288)),
     "dense bf16": lambda: dense_weight("bf16", (37, 83)),
     "dense bf16, many blocks": lambda: dense_weight("bf16", (700, 600)),
     "dense f16": lambda: dense_weight("f16", (19, 96)),
@@ -490,7 +554,11 @@ def seen_by(packed: PackedWeight, x: torch.Tensor) -> torch.Tensor:
         turned = x if order is None else x[:, order]
         seen = in_words(turned, 16383 if wide else 32767)
         return seen if order is None else torch.empty_like(seen).index_copy_(1, order, seen)
-    exact = packed.scheme.weight.name in ("f16", "f32") or packed.kernel.computes == "f32 copy"
+    exact = (
+        packed.scheme.weight.name in ("f16", "f32")
+        or packed.scheme.outliers is not None
+        or packed.kernel.computes == "f32 copy"
+    )
     return x.double() if exact else x.bfloat16().double()
 
 
@@ -516,7 +584,9 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
     """float64: the product of what the kernel multiplies, and what its error is measured by."""
     if isinstance(packed, RowVectorsWeight):
         return rounded_of_row_vectors(weight, x)
-    if isinstance(packed, TrellisWeight):
+    if isinstance(packed, TransformedWeight) and weight.scheme.weight.lattice is not None:
+        return rounded_of_lattice(weight, packed, x)
+    if isinstance(packed, TransformedWeight):
         outputs, inputs = (scale.flatten() for scale in weight.scales)
         numbers = trellis_numbers(weight)
         turn = Rotation.hadamard(BLOCK)
@@ -633,18 +703,30 @@ WORDS += ["int4 g8", "int6 g16", "int7 g64", "uint3 g128 zero", "e2m1 g32 e8m0 (
 WORDS += ["gguf q4_k", "gguf iq4_nl", "gguf iq2_xs", "gguf iq3_s", "gguf iq1_s", "fp4 g128 bf16"]
 
 
+def losses(weight: QuantizedTensor, packed: PackedWeight, spike: float = 1.0) -> tuple[float, float]:
+    """Beside the float64 product of what is stored: the rounding of the weight and of x together, and what
+    x in bfloat16 would cost alone. ``spike``: some of x's columns are so many times larger."""
+    exact = weight.dequantize().nan_to_num().double()
+    x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(3))
+    x[:, ::32] *= spike
+    wanted = x.double() @ exact.T
+    products = packed.kernel.linear(x, packed).double(), x.bfloat16().double() @ exact.T
+    found, rounded = (float((product - wanted).norm() / wanted.norm()) for product in products)
+    return found, rounded
+
+
+def of_normal_numbers(weight: QuantizedTensor) -> QuantizedTensor:
+    """The same indices of other codebooks."""
+    assert weight.codebooks is not None
+    numbers = torch.randn(weight.codebooks.shape, generator=torch.Generator().manual_seed(6))
+    return replace(weight, codebooks=numbers.half())
+
+
 @needs_native
 @pytest.mark.parametrize("spike", [1.0, 300.0])
 @pytest.mark.parametrize("name", WORDS)
 def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> None:
-    """Beside the float64 product of what is stored: the table's rounding and x's together."""
-    weight, packed = packed_for_words(name)
-    exact = normal_form(weight).double()
-    x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(3))
-    x[:, ::32] *= spike
-    wanted = x.double() @ exact.T
-    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
-    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    found, rounded = losses(*packed_for_words(name), spike)
     assert found < rounded / 8, (found, rounded)
     assert found < 2e-4
 
@@ -653,39 +735,132 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 @pytest.mark.parametrize(("books", "bits"), [(1, 16), (2, 8), (1, 12)])
 @pytest.mark.parametrize("spike", [1.0, 300.0])
 def test_codebooks_of_any_numbers_lose_less_than_bfloat_inputs(books: int, bits: int, spike: float) -> None:
-    """Beside the product of what is stored: the rounding of the codebooks and of x together."""
-    weight = vectors(books, bits, 8)
-    assert weight.codebooks is not None
-    generator = torch.Generator().manual_seed(6)
-    numbers = torch.randn(weight.codebooks.shape, generator=generator).half()
-    weight = replace(weight, codebooks=numbers)
+    weight = of_normal_numbers(vectors(books, bits, 8))
     packed = CpuVectors().pack(weight, CPU)
-    exact = weight.dequantize().double()
-    x = torch.randn(64, 256, generator=generator)
-    x[:, ::32] *= spike
-    wanted = x.double() @ exact.T
-    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
-    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    found, rounded = losses(weight, packed, spike)
     assert found < rounded / (8 if books == 1 else 6), (found, rounded)
-    rows = packed.kernel.rows(packed, torch.arange(37))
+    rows, exact = packed.kernel.rows(packed, torch.arange(37)), weight.dequantize().double()
     half = float(packed.buffers["factor"]) / 2 * books * weight.scales[0].double().abs()
     assert ((rows - exact).abs() <= 1.001 * half).all()
     assert (half / exact.norm(dim=1, keepdim=True) * 256**0.5 < 3e-4 * books).all(), "of a weight"
 
 
 @needs_native
-@pytest.mark.parametrize("rows", [37, 400])
-def test_sums_of_the_largest_codebooks_stay_whole(rows: int) -> None:
+@pytest.mark.parametrize(("length", "centroids", "residual"), [(8, 65536, 0), (8, 4096, 256), (12, 256, 0)])
+@pytest.mark.parametrize("spike", [1.0, 300.0])
+def test_vectors_of_rows_of_any_numbers_lose_less_than_bfloat_inputs(
+    length: int, centroids: int, residual: int, spike: float
+) -> None:
+    weight = of_normal_numbers(
+        row_vectors(length, centroids, residual, shape=(96, 262), outliers=6, scale="f16", order=True)
+    )
+    packed = CpuRowVectors().pack(weight, CPU)
+    found, rounded = losses(weight, packed, spike)
+    assert found < rounded / 4, (found, rounded)
+    rows, exact = packed.kernel.rows(packed, torch.arange(96)), weight.dequantize().double()
+    factors, order = packed.buffers["factors"].double(), weight.column_order
+    terms = 2 if residual else 1
+    half = torch.cat((factors[:1].expand(6), factors[1:].expand(256) * terms)) / 2
+    half = torch.empty_like(half).index_copy_(0, order, half * weight.scales[0][0].abs().double())
+    assert ((rows - exact).abs() <= 1.001 * half + 1e-7).all()
+    assert factors[1] < 7e-4 * terms, "of numbers of deviation 1"
+
+
+@needs_native
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("book", MULTIPLIERS)
+def test_trellises_lose_less_than_bfloat_inputs(book: str, bits: int) -> None:
+    """Of every code book with every number of bits."""
+    weight = trellis(bits, book, (256, 256))
+    found, rounded = losses(weight, CpuTrellis().pack(weight, CPU))
+    assert found < rounded / 4, (found, rounded)
+    assert found < 4e-4
+
+
+LARGEST = {
+    "codebooks": lambda: vectors(3, 8, 8),
+    "codebooks, many blocks": lambda: vectors(3, 8, 8, shape=(400, 256)),
+    **{
+        f"codebooks of {length} rows": (lambda length=length: largest_outliers(length))
+        for length in (4, 8, 16)
+    },
+}
+
+
+def largest_outliers(length: int) -> QuantizedTensor:
+    """Vectors of rows."""
+    weight = row_vectors(length, 256, 256, shape=(32, 96), books=2, outliers=32)
+    layout = weight.scheme.weight.vectors
+    assert isinstance(layout, RowVectorLayout)
+    weight.codes[:, : layout.outlier_bytes].view(torch.float16).fill_(3.33)
+    return weight
+
+
+@needs_native
+@pytest.mark.parametrize("name", LARGEST)
+def test_sums_of_the_largest_codebooks_stay_whole(name: str) -> None:
     """Every number of every codebook at its largest, and x too: no sum wraps around."""
-    weight = vectors(3, 8, 8, shape=(rows, 256))
+    weight = LARGEST[name]()
     assert weight.codebooks is not None
     for sign in (1.0, -1.0):
         extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
-        packed = CpuVectors().pack(extreme, CPU)
+        packed = choose(weight.scheme, weight.shape, CPU).kernel.pack(extreme, CPU)
         for tokens in (1, 9):
-            x = torch.full((tokens, 256), 3.3)
+            x = torch.full((tokens, weight.shape[1]), 3.3)
             wanted = x @ extreme.dequantize().T
             assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
+
+
+@needs_native
+def test_sums_of_the_largest_numbers_of_a_trellis_stay_whole() -> None:
+    """All windows alike and the largest there is, x alike too: no sum wraps around."""
+    for book in MULTIPLIERS:
+        every = whole_number(book, torch.arange(1 << 16))
+        # Of 8 bits a stream repeats every 2 weights, of 16 bits, so that half of the windows are the largest.
+        for code in (int(every.argmax()), int(every.argmin())):
+            weight = trellis(8, book, (128, 128))
+            pieces = torch.tensor([code & 255, code >> 8], dtype=torch.uint8)
+            weight = replace(weight, codes=pieces.repeat(128, weight.codes.shape[1] // 2))
+            packed = CpuTrellis().pack(weight, CPU)
+            assert isinstance(packed, TransformedWeight)
+            numbers = trellis_numbers(weight)
+            for tokens in (1, 9):
+                x = torch.full((tokens, 128), 3.3)
+                found = packed_linear.linear(x, packed.tiles)
+                wanted = x.double() @ numbers.T
+                assert ((found - wanted).abs() <= 1e-6 * wanted.abs().max()).all()
+
+
+@needs_native
+@pytest.mark.parametrize("book", MULTIPLIERS)
+def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
+    """Every window of 16 bits, as rows of the tiles have them: exactly the definition's."""
+    layout = trellis_format(8, book).trellis
+    assert layout is not None
+    weight = trellis(8, book, (256, 256))
+    ones = replace(weight, scales=tuple(torch.ones_like(scale) for scale in weight.scales))
+    packed = CpuTrellis().pack(ones, CPU)
+    assert isinstance(packed, TransformedWeight)
+    numbers = packed_linear.rows(packed.tiles, torch.arange(256))
+    turn = Rotation.hadamard(BLOCK)
+    turned = turn(turn(numbers).T.contiguous()).T
+    assert (turned - ones.dequantize()).abs().max() <= 2.0**-10 * turned.abs().max()
+    off = (numbers - trellis_numbers(weight)).abs()
+    assert off.max() <= 2.0**-9 + 2.0**-11 and off.norm() / numbers.norm() < 3e-4
+    assert torch.equal(numbers, numbers.half().float())
+
+
+@needs_native
+def test_every_code_of_a_lattice_is_its_vector() -> None:
+    """All 65,536 of them as the tiles' rows have them, and as they are multiplied."""
+    codes = torch.arange(1 << 16).view(-1, 64)
+    weight = replace(lattice(shape=(1024, 512)), codes=LatticeLayout().codes([codes]))
+    packed = CpuLattice().pack(weight, CPU)
+    assert isinstance(packed, TransformedWeight)
+    numbers = LatticeLayout().vectors(weight.codes)
+    assert torch.equal(packed_linear.rows(packed.tiles, torch.arange(1024)), numbers)
+    for tokens in (512, 1):
+        assert torch.equal(packed_linear.linear(torch.eye(512)[:tokens], packed.tiles), numbers.T[:tokens])
 
 
 @needs_native
@@ -705,73 +880,121 @@ def test_products_of_codebooks_made_first_have_the_same_bits(
             assert torch.equal(layer.gated(x[:tokens], "silu"), gated_activation(whole[:tokens], "silu"))
 
 
+def kept(weight: QuantizedTensor) -> tuple[PackedWeight, Callable[..., PackedWeight]]:
+    """A packed weight, and how it comes back from buffers some of which changed, or (None) are not there."""
+    packed = choose(weight.scheme, weight.shape, CPU).kernel.pack(weight, CPU)
+
+    def restore(**changed: torch.Tensor | None) -> PackedWeight:
+        buffers = {name: buffer for name, buffer in (packed.buffers | changed).items() if buffer is not None}
+        return packed.kernel.restore(packed.scheme, packed.shape, buffers, "test")
+
+    return packed, restore
+
+
+def small_row_vectors() -> QuantizedTensor:
+    return row_vectors(8, 300, 20, shape=(16, 40), scale="f16")
+
+
 @needs_native
-def test_an_index_past_a_codebook_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("weight", "place", "words"),
+    [
+        (vectors(1, 12, 8), 32 + 1, "of a codebook of 4096 vectors"),
+        (small_row_vectors(), 1, "index .* of a codebook of 300"),
+        (small_row_vectors(), 128, "index 255 of a codebook of 20 vectors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_index_past_a_codebook_is_refused(weight: QuantizedTensor, place: int, words: str) -> None:
     """Kept packed weights that were damaged: nothing is read outside the table."""
-    packed = CpuVectors().pack(vectors(1, 12, 8), CPU)
+    packed, restore = kept(weight)
     data = packed.buffers["data"].clone()
-    data[32 + 1] = 0xFF
-    with pytest.raises(ValueError, match="of a codebook of 4096 vectors"):
-        packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | {"data": data}, "test")
-    without = {key: buffer for key, buffer in packed.buffers.items() if key != "factor"}
-    with pytest.raises(ValueError, match="no factor"):
-        packed.kernel.restore(packed.scheme, packed.shape, without, "test")
+    data[place] = 0xFF
+    with pytest.raises(ValueError, match=words):
+        restore(data=data)
 
 
 @needs_native
-@pytest.mark.parametrize(("length", "centroids", "residual"), [(8, 65536, 0), (8, 4096, 256), (12, 256, 0)])
-@pytest.mark.parametrize("spike", [1.0, 300.0])
-def test_vectors_of_rows_of_any_numbers_lose_less_than_bfloat_inputs(
-    length: int, centroids: int, residual: int, spike: float
+@pytest.mark.parametrize(
+    "name",
+    ["codebooks 1x16 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg", "lattice (QuIP#)"],
+)
+def test_buffers_that_are_short_or_not_there_are_refused(name: str) -> None:
+    packed, restore = kept(WEIGHTS[name]())
+    for part, buffer in packed.buffers.items():
+        with pytest.raises(ValueError, match=f"^test: .*({part}|packed bytes)"):
+            restore(**{part: buffer.flatten()[:-1]})
+        if part not in ("data", "table"):
+            with pytest.raises(ValueError, match=f"^test: {part} is no "):
+                restore(**{part: None})
+
+
+@needs_native
+def test_columns_of_vectors_of_rows_that_x_does_not_have_are_refused() -> None:
+    """Nothing is read outside of x."""
+    packed, restore = kept(small_row_vectors())
+    for change in (1, -1):
+        with pytest.raises(ValueError, match="no order of 40 columns"):
+            restore(inputs=packed.buffers["inputs"] + change)
+    padding = packed.buffers["inputs"].clone()
+    padding[-1] = 0
+    with pytest.raises(ValueError, match="columns that pad tiles"):
+        restore(inputs=padding)
+    with pytest.raises(ValueError, match="41 columns of 40"):
+        layout = RowVectorLayout(8, 300, 20, books=2, width=20)
+        scheme = replace(packed.scheme, weight=number_format(layout.name))
+        packed.kernel.restore(scheme, (16, 41), packed.buffers, "test")
+
+
+def of(name: str, *blocks: tuple[int, int], scale: str = "f16") -> Scheme:
+    """A scheme of codebooks or of a trellis with such scales."""
+    return Scheme(number_format(name), blocks, (number_format(scale),) * len(blocks))
+
+
+TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "columns", "words"),
+    [
+        (CpuRowVectors(), of("rvq8_256_f16"), 64, None),
+        (CpuRowVectors(), of("rvq2_256_f16"), 64, "vectors of 2 rows"),
+        (CpuRowVectors(), of("rvq24_256_f16"), 64, "vectors of 24 rows"),
+        (CpuRowVectors(), of("rvq8_65537_f16"), 64, "codebooks of 65537 vectors"),
+        (CpuRowVectors(), of("rvq8_2+70000_f16"), 64, "codebooks of 70000 vectors"),
+        (CpuRowVectors(), of("rvq8_256_f16", (1, 0)), 64, "one scale for all rows"),
+        (CpuRowVectors(), of("vq1x8_8", (1, 0)), 64, "no vectors of rows"),
+        (CpuVectors(), of("vq1x8_8", (1, 0)), 64, None),
+        (CpuVectors(), of("vq1x8_8", (1, 0)), 60, "60 columns are no whole vectors of 8"),
+        (CpuVectors(), of("vq1x8_8", (1, 32)), 64, "needs one scale for a row"),
+        (CpuVectors(), of("vq1x8_8", (1, 0), scale="e4m3"), 64, "scales are e4m3"),
+        (CpuVectors(), of("rvq8_256_f16"), 64, "no vectors of codebooks"),
+        (CpuTrellis(), TRELLIS, 256, None),
+        (CpuTrellis(), TRELLIS, 192, "whole blocks"),
+        (CpuTrellis(), of("int4", (1, 32)), 256, "no trellis"),
+        (CpuTrellis(), of(TRELLIS.weight.name, (1, 0)), 256, "each row and each column"),
+        (CpuLattice(), LATTICE, 256, None),
+        (CpuLattice(), LATTICE, 96, "whole tiles"),
+        (CpuLattice(), LATTICE, 704, "order 704"),
+        (CpuLattice(), of("int4", (1, 32)), 256, "no vectors of a lattice"),
+        (CpuLattice(), of(LATTICE.weight.name, (1, 0), scale="f32"), 256, "each row and each column"),
+    ],
+    ids=str,
+)
+def test_kernels_of_codebooks_and_trellises_say_why_they_refuse(
+    kernel: LinearKernel, scheme: Scheme, columns: int, words: str | None
 ) -> None:
-    """Beside the product of what is stored: the rounding of codebooks, outliers and x together."""
-    weight = row_vectors(length, centroids, residual, shape=(96, 262), outliers=6, scale="f16", order=True)
-    assert weight.codebooks is not None
-    generator = torch.Generator().manual_seed(6)
-    weight = replace(weight, codebooks=torch.randn(weight.codebooks.shape, generator=generator).half())
-    packed = CpuRowVectors().pack(weight, CPU)
-    exact = weight.dequantize().double()
-    x = torch.randn(64, 262, generator=generator)
-    x[:, ::32] *= spike
-    wanted = x.double() @ exact.T
-    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
-    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
-    assert found < rounded / 4, (found, rounded)
-    rows = packed.kernel.rows(packed, torch.arange(96))
-    factors, order = packed.buffers["factors"].double(), weight.column_order
-    terms = 2 if residual else 1
-    half = torch.cat((factors[:1].expand(6), factors[1:].expand(256) * terms)) / 2
-    half = torch.empty_like(half).index_copy_(0, order, half * weight.scales[0][0].abs().double())
-    assert ((rows - exact).abs() <= 1.001 * half + 1e-7).all()
-    assert factors[1] < 7e-4 * terms, "of numbers of deviation 1"
+    reason = kernel.refuses(scheme, (128, columns), CPU)
+    assert reason is None if words is None else reason is not None and words in reason
 
 
-@needs_native
-@pytest.mark.parametrize("length", [4, 8, 16])
-def test_sums_of_the_largest_vectors_of_rows_stay_whole(length: int) -> None:
-    """Every number at its largest, and x too: no sum wraps around."""
-    weight = row_vectors(length, 256, 256, shape=(32, 96), books=2, outliers=32)
-    assert weight.codebooks is not None
-    layout = weight.scheme.weight.vectors
-    assert isinstance(layout, RowVectorLayout)
-    weight.codes[:, : layout.outlier_bytes].view(torch.float16).fill_(3.33)
-    for sign in (1.0, -1.0):
-        extreme = replace(weight, codebooks=torch.full_like(weight.codebooks, 7.77 * sign))
-        packed = CpuRowVectors().pack(extreme, CPU)
-        for tokens in (1, 9):
-            x = torch.full((tokens, 96), 3.3)
-            wanted = x @ extreme.dequantize().T
-            assert ((packed.kernel.linear(x, packed) - wanted).abs() <= 2e-4 * wanted.abs()).all()
-
-
-@needs_native
-def test_faults_of_vectors_of_rows_end_their_own_row() -> None:
-    weight = WEIGHTS["codebooks of 8 rows, outliers"]()
-    packed = CpuRowVectors().pack(weight, CPU)
-    x = torch.randn(9, 166, generator=torch.Generator().manual_seed(4))
+def ends_its_own_row(packed: PackedWeight, columns: tuple[int, ...]) -> None:
+    """A number of x that is none, in one of these columns."""
+    x = torch.randn(9, packed.shape[1], generator=torch.Generator().manual_seed(4))
     clean = packed.kernel.linear(x, packed)
     for fault in (float("nan"), float("inf"), float("-inf")):
-        for column in (0, 100):
+        for column in columns:
             bad = x.clone()
             bad[3, column] = fault
             found = packed.kernel.linear(bad, packed)
@@ -780,135 +1003,87 @@ def test_faults_of_vectors_of_rows_end_their_own_row() -> None:
 
 
 @needs_native
-def test_damaged_vectors_of_rows_are_refused() -> None:
-    """Kept packed weights that were damaged: nothing is read outside the table, or of x."""
-    weight = row_vectors(8, 300, 20, shape=(16, 40), scale="f16")
-    packed = CpuRowVectors().pack(weight, CPU)
-
-    def restored(**changed: torch.Tensor) -> None:
-        packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | changed, "test")
-
-    for place, words in (
-        (1, "index .* of a codebook of 300"),
-        (128, "index 255 of a codebook of 20 vectors"),
-    ):
-        data = packed.buffers["data"].clone()
-        data[place] = 0xFF
-        with pytest.raises(ValueError, match=words):
-            restored(data=data)
-    for change in (1, -1):
-        with pytest.raises(ValueError, match="no order of 40 columns"):
-            restored(inputs=packed.buffers["inputs"] + change)
-    for name, buffer in packed.buffers.items():
-        with pytest.raises(ValueError, match=name):
-            restored(**{name: buffer[:-1]})
-    with pytest.raises(ValueError, match="41 columns of 40"):
-        layout = RowVectorLayout(8, 300, 20, books=2, width=20)
-        scheme = replace(packed.scheme, weight=number_format(layout.name))
-        packed.kernel.restore(scheme, (16, 41), packed.buffers, "test")
-
-
-@needs_native
 @pytest.mark.parametrize(
-    ("scheme", "words"),
-    [
-        (Scheme(number_format("rvq8_256_f16")), None),
-        (Scheme(number_format("rvq2_256_f16")), "vectors of 2 rows"),
-        (Scheme(number_format("rvq24_256_f16")), "vectors of 24 rows"),
-        (Scheme(number_format("rvq8_65537_f16")), "codebooks of 65537 vectors"),
-        (Scheme(number_format("rvq8_2+70000_f16")), "codebooks of 70000 vectors"),
-        (Scheme(number_format("rvq8_256_f16"), ((1, 0),), (number_format("f16"),)), "one scale for all rows"),
-        (Scheme(number_format("vq1x8_8"), ((1, 0),), (number_format("f16"),)), "no vectors of rows"),
-    ],
-    ids=str,
+    "name", ["codebooks 2x8 of 8 (AQLM)", "codebooks of 8 rows, outliers", "trellis 4 mcg", "lattice (QuIP#)"]
 )
-def test_vectors_of_rows_say_why_they_refuse(scheme: Scheme, words: str | None) -> None:
-    reason = CpuRowVectors().refuses(scheme, (32, 64), CPU)
-    assert reason is None if words is None else reason is not None and words in reason
+def test_faults_of_inputs_of_codebooks_and_trellises_end_their_own_row(name: str) -> None:
+    ends_its_own_row(kept(WEIGHTS[name]())[0], (0, 100))
 
 
 @needs_native
-@pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("book", MULTIPLIERS)
-def test_trellises_lose_less_than_bfloat_inputs(book: str, bits: int) -> None:
-    """Beside the product of the definition, of every code book with every number of bits."""
-    weight = trellis(bits, book, (256, 256))
-    packed = CpuTrellis().pack(weight, CPU)
-    exact = weight.dequantize().double()
-    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
-    wanted = x.double() @ exact.T
-    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
-    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
-    assert found < rounded / 4, (found, rounded)
-    assert found < 4e-4
+@pytest.mark.parametrize("shape", [(37, 256), (64, 272), (5, 16)])
+def test_weights_with_outliers_meet_x_as_float16_ones(shape: tuple[int, int]) -> None:
+    """Bit by bit as the matrix decoded from them, for any number of tokens."""
+    weight = with_outliers(shape, 0.05)
+    plain = weight.decoded(weight.scheme.decoded)
+    assert plain.scheme == dense("f16") and torch.equal(plain.codes.float(), weight.dequantize())
+    subnormal = (plain.codes != 0) & (plain.codes.abs() < 2.0**-14)
+    assert subnormal.any() or shape == (5, 16)
+    packed, other = CpuBlocks().pack(weight, CPU), CpuDense().pack(plain, CPU)
+    for tokens in (1, 2, 5, 16, 130):
+        x = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(tokens))
+        assert torch.equal(packed.kernel.linear(x, packed), other.kernel.linear(x, other))
+
+
+def test_outliers_are_added_to_rounded_weights() -> None:
+    """One by one in numpy's float16."""
+    weight = with_outliers((4, 32), 0.3)
+    assert weight.zeros is not None and weight.outliers is not None
+    codes, scales, zeros = weight.codes.numpy(), weight.scales[0].numpy(), weight.zeros.numpy()
+    added = {
+        (int(row), int(column)): value
+        for row, column, value in zip(
+            weight.outliers.rows,
+            weight.outliers.columns,
+            weight.outliers.values(number_format("f16")).numpy(),
+            strict=True,
+        )
+    }
+    assert len(added) > 10
+    for row in range(4):
+        for column in range(32):
+            wanted = scales[row, column // 16] * (codes[row, column].astype("f2") - zeros[row, column // 16])
+            if (row, column) in added:
+                wanted += added[row, column]
+            assert wanted.dtype == "f2" and float(weight.dequantize()[row, column]) == float(wanted)
 
 
 @needs_native
-@pytest.mark.parametrize("book", MULTIPLIERS)
-def test_numbers_of_a_trellis_are_float16s(book: str) -> None:
-    """Every window of 16 bits, as rows of the tiles have them: exactly the definition's."""
-    layout = trellis_format(8, book).trellis
-    assert layout is not None
-    weight = trellis(8, book, (256, 256))
-    ones = replace(weight, scales=tuple(torch.ones_like(scale) for scale in weight.scales))
-    packed = CpuTrellis().pack(ones, CPU)
-    assert isinstance(packed, TrellisWeight)
-    numbers = packed_linear.rows(packed.tiles, torch.arange(256))
-    turn = Rotation.hadamard(BLOCK)
-    turned = turn(turn(numbers).T.contiguous()).T
-    assert (turned - ones.dequantize()).abs().max() <= 2.0**-10 * turned.abs().max()
-    off = (numbers - trellis_numbers(weight)).abs()
-    assert off.max() <= 2.0**-9 + 2.0**-11 and off.norm() / numbers.norm() < 3e-4
-    assert torch.equal(numbers, numbers.half().float())
+def test_damaged_outliers_are_refused() -> None:
+    """Kept packed weights that were damaged: nothing is written outside a tile, or read past the end."""
+    packed = CpuBlocks().pack(with_outliers((20, 48), 0.1), CPU)
+    starts, entries = packed.buffers["outlier_starts"], packed.buffers["outliers"]
+
+    def refused(**changed: torch.Tensor) -> str:
+        with pytest.raises(ValueError, match="^test: ") as caught:
+            packed.kernel.restore(packed.scheme, packed.shape, packed.buffers | changed, "test")
+        return str(caught.value)
+
+    falling = starts.clone()
+    falling[1] = falling[2] + 1
+    for damaged in (starts[:-1], starts + 1, starts.long(), falling):
+        assert "no outliers of 4 tiles" in refused(outlier_starts=damaged)
+    assert "no outliers of 4 tiles" in refused(outliers=entries[:-1])
+    for at, place in ((0, 512), (0, 0xFFFF), (-1, 4), (-1, 16 * 16)):  # rows 20 on, columns 48 on
+        outside = entries.clone()
+        outside[at] = place
+        assert "an outlier outside 20 x 48" in refused(outliers=outside)
+    without = {name: buffer for name, buffer in packed.buffers.items() if name != "outliers"}
+    with pytest.raises(ValueError, match="no outliers of 4 tiles"):
+        packed.kernel.restore(packed.scheme, packed.shape, without, "test")
 
 
 @needs_native
-def test_sums_of_the_largest_numbers_of_a_trellis_stay_whole() -> None:
-    """All windows alike and the largest there is, x alike too: no sum wraps around."""
-    for book in MULTIPLIERS:
-        every = whole_number(book, torch.arange(1 << 16))
-        # Of 8 bits a stream repeats every 2 weights, of 16 bits, so that half of the windows are the largest.
-        for code in (int(every.argmax()), int(every.argmin())):
-            weight = trellis(8, book, (128, 128))
-            pieces = torch.tensor([code & 255, code >> 8], dtype=torch.uint8)
-            weight = replace(weight, codes=pieces.repeat(128, weight.codes.shape[1] // 2))
-            packed = CpuTrellis().pack(weight, CPU)
-            assert isinstance(packed, TrellisWeight)
-            numbers = trellis_numbers(weight)
-            for tokens in (1, 9):
-                x = torch.full((tokens, 128), 3.3)
-                found = packed_linear.linear(x, packed.tiles)
-                wanted = x.double() @ numbers.T
-                assert ((found - wanted).abs() <= 1e-6 * wanted.abs().max()).all()
-
-
-@needs_native
-def test_faults_of_trellis_inputs_end_their_own_row() -> None:
-    weight = trellis(4, "mcg")
-    packed = CpuTrellis().pack(weight, CPU)
-    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(4))
-    clean = packed.kernel.linear(x, packed)
-    for fault in (float("nan"), float("inf"), float("-inf")):
-        bad = x.clone()
-        bad[3, 200] = fault
-        found = packed.kernel.linear(bad, packed)
-        rest = [row for row in range(9) if row != 3]
-        assert found[3].isnan().all() and torch.equal(found[rest], clean[rest])
-
-
-@needs_native
-def test_what_a_trellis_kernel_refuses() -> None:
-    kernel, weight = CpuTrellis(), trellis(4, "mcg")
-    assert kernel.refuses(weight.scheme, weight.shape, CPU) is None
-    assert "whole blocks" in str(kernel.refuses(weight.scheme, (128, 192), CPU))
-    assert "no trellis" in str(kernel.refuses(canonical("int4", 32).scheme, (128, 256), CPU))
-    one = replace(weight.scheme, blocks=((1, 0),), scales=weight.scheme.scales[:1])
-    assert "each row and each column" in str(kernel.refuses(one, weight.shape, CPU))
-    packed = kernel.pack(weight, CPU)
-    for missing in ("outputs", "inputs"):
-        rest = {name: buffer for name, buffer in packed.buffers.items() if name != missing}
-        with pytest.raises(ValueError, match=f"no {missing} of float16"):
-            kernel.restore(packed.scheme, packed.shape, rest, "test")
+def test_outliers_beside_other_codes_are_refused() -> None:
+    scheme = with_outliers().scheme
+    for other in (
+        replace(scheme, weight=number_format("uint4")),
+        replace(scheme, blocks=((1, 32),)),
+        replace(scheme, scales=(number_format("bf16"),)),
+        replace(scheme, outliers=number_format("bf16")),
+        replace(scheme, zero="integer"),
+    ):
+        assert "outliers stand beside 3-bit codes" in str(CpuBlocks().refuses(other, (37, 256), CPU))
 
 
 @needs_native
@@ -920,15 +1095,8 @@ def test_what_a_trellis_kernel_refuses() -> None:
     ],
 )
 def test_faults_of_whole_numbers_end_their_own_row(name: str) -> None:
-    weight, packed = packed_for_words(name)
-    x = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(4))
-    clean = packed.kernel.linear(x, packed)
-    for fault in (float("nan"), float("inf"), float("-inf")):
-        bad = x.clone()
-        bad[3, 200] = fault
-        found = packed.kernel.linear(bad, packed)
-        rest = [row for row in range(9) if row != 3]
-        assert found[3].isnan().all() and torch.equal(found[rest], clean[rest])
+    _, packed = packed_for_words(name)
+    ends_its_own_row(packed, (200,))
     assert (packed.kernel.linear(torch.full((1, 256), 1e-40), packed) == 0).all()
 
 
@@ -1036,6 +1204,7 @@ def test_choice_keeps_the_reasons() -> None:
         "cpu_vectors",
         "cpu_row_vectors",
         "cpu_trellis",
+        "cpu_lattice",
         "cpu_dense",
         "cpu_expanded",
     ]
@@ -1077,13 +1246,20 @@ def test_nothing_past_the_end_is_touched(kernel: LinearKernel, name: str) -> Non
         scales=tuple(map(at_guard_page, weight.scales)),
         zeros=None if weight.zeros is None else at_guard_page(weight.zeros),
         row_groups=None if weight.row_groups is None else at_guard_page(weight.row_groups),
+        outliers=None
+        if weight.outliers is None
+        else Outliers(at_guard_page(weight.outliers.starts), at_guard_page(weight.outliers.entries)),
         offsets=tuple(map(at_guard_page, weight.offsets)),
     )
     plain, packed = kernel.pack(weight, CPU), kernel.pack(guarded, CPU)
     assert all(torch.equal(packed.buffers[part], buffer) for part, buffer in plain.buffers.items())
     rows, columns = weight.shape
     buffers = {part: at_guard_page(buffer) for part, buffer in packed.buffers.items()}
-    if isinstance(packed, NativeWeight) and not isinstance(packed, RowVectorsWeight):
+    if (
+        isinstance(packed, NativeWeight)
+        and not isinstance(packed, RowVectorsWeight)
+        and "outliers" not in buffers
+    ):
         packed = moved(packed, buffers, rows)
     else:
         packed = kernel.restore(weight.scheme, weight.shape, buffers, weight.origin)
@@ -1115,6 +1291,8 @@ ODD: dict[str, Callable[[int], QuantizedTensor]] = {
     "codebooks of 8 rows": lambda rows: row_vectors(8, 300, 20, shape=(rows, 40), scale="f16", order=True),
     "codebooks of 6 rows": lambda rows: row_vectors(6, 30, shape=(rows, 45), books=2, outliers=5),
     "codebooks of 16 rows": lambda rows: row_vectors(16, 200, shape=(rows, 33)),
+    "outliers": lambda rows: with_outliers((rows, 80)),
+    "outliers of 16 columns act-order": lambda rows: with_outliers((rows, 16), 0.3, order=True),
     "bf16": lambda rows: dense_weight("bf16", (rows, 31)),
     "f16": lambda rows: dense_weight("f16", (rows, 1)),
     "f32": lambda rows: dense_weight("f32", (rows, 33)),

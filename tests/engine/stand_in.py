@@ -8,6 +8,7 @@ changes the next token.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -54,6 +55,9 @@ class StandIn:
     kernels: frozenset[str] = frozenset()
     quantization = ""
     weight_bytes = 0
+    mapped_bytes = 0
+    others = ()
+    config = SimpleNamespace(hidden_size=0, heads=0, kv_heads=0, head_dim=0, intermediate_size=0, moe=None)
     spans_tokens = False
 
     def __init__(self, says: Callable[[list[int]], int] = next_token) -> None:

@@ -379,7 +379,7 @@ def test_whole_prompts_or_chunks(size: int) -> None:
 
 def test_an_idle_moment_has_memory_for_the_next_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """A little beyond those in use, anew once half of it is used, and before anything else that can wait."""
-    from lowbit.engine import engine as module
+    from lowbit.engine import idle as module
     from lowbit.kernels.attention import LayerCache
 
     asked: list[tuple[int, int]] = []

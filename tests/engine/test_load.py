@@ -36,3 +36,18 @@ def test_a_tokenizer_that_fails_ends_loading_at_once(
     with pytest.raises(LowbitError, match="no usable tokenizer"):
         load_module.load_engine(Settings(model=str(embedded_path), device="cpu"), progress)
     assert modules < 20, "of 211"
+
+
+def test_a_context_beyond_the_models_own(embedded_path: Path) -> None:
+    from lowbit.engine.load import load_engine
+
+    asked = {"model": str(embedded_path), "device": "cpu", "context_length": 8200, "max_total_tokens": 8224}
+    told = "--context-length 8 200 is more than the model's own 8 192"
+    with pytest.raises(LowbitError, match=told) as caught:
+        load_engine(Settings(**asked, strict=True))
+    assert caught.value.code == "E0103"
+    engine = load_engine(Settings(**asked))
+    try:
+        assert engine.ready().details["warning"].startswith(told)
+    finally:
+        engine.close()

@@ -35,6 +35,7 @@ class OnGpu:
     vocab_size = 128256
     config = LLAMA
     kernels: frozenset[str] = frozenset()
+    others = ()
 
     def cache_specs(self) -> list[object]:
         """A page of 2 MiB."""
@@ -138,7 +139,7 @@ def test_a_server_claims_the_memory_of_a_first_prompt(monkeypatch: pytest.Monkey
 def test_scratch_is_claimed_where_it_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_token_bytes", lambda config: 1 << 30)
     monkeypatch.setattr(memory, "_keep_freed", lambda: True)
-    model = SimpleNamespace(device=torch.device("cpu"))
+    model = SimpleNamespace(device=torch.device("cpu"), config=LLAMA)
     assert sum(1 for _ in memory.claim_scratch(model, 512)) * memory._CLAIMED == memory._MOST_SCRATCH
     assert not list(memory.claim_scratch(SimpleNamespace(device=torch.device("cuda")), 512))
     monkeypatch.setattr(memory, "_keep_freed", lambda: False)  # what is freed would go back at once

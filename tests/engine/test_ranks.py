@@ -21,17 +21,9 @@ from engine.stand_in import StandIn
 from forward_helpers import chunk_batch
 from lowbit import LLM, LowbitError, SamplingParams
 from lowbit.engine.memory import pool_pages
-from lowbit.engine.ranks import (
-    RankReady,
-    Ranks,
-    Step,
-    batch_of,
-    check_devices,
-    device_of,
-    numbers_of,
-    packed,
-    step_of,
-)
+from lowbit.engine.rank_messages import RankReady, Step, batch_of, numbers_of, packed, step_of
+from lowbit.engine.rank_process import check_devices, device_of
+from lowbit.engine.ranks import Ranks
 from lowbit.engine.wire import FrameDecoder, encode_frames
 from lowbit.kernels.recurrent import LayerSpec, StateSpec, state_bytes
 from lowbit.settings import Settings

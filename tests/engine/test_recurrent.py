@@ -180,14 +180,14 @@ def test_prompts_are_cut_where_the_kernel_asks(
     monkeypatch.setattr(recurrent, "recurrent_kernels", lambda: [InUnits()])
     model = load_model(open_checkpoint(str(folder)), device="cpu")
     engine = engine_of(model, ForcedModes(check=True), chunked_prefill_size=budget, disable_cuda_graph=True)
-    run, ends = engine._run, []
+    run, ends = engine._launcher._run, []
 
-    def seen(chunks: list[Chunk]) -> Step | None:
+    def seen(chunks: list[Chunk], flying: Step | None) -> Step | None:
         ends.extend((c.sequence.computed + c.count, c.completes) for c in chunks)
         assert sum(chunk.count for chunk in chunks if chunk.count > 1) <= budget
-        return run(chunks)
+        return run(chunks, flying)
 
-    monkeypatch.setattr(engine, "_run", seen)
+    monkeypatch.setattr(engine._launcher, "_run", seen)
     found = answers(engine, given)
     assert [len(tokens) for tokens in found] == [NEW_TOKENS] * len(given)
     cuts = [end % 32 for end, completes in ends if not completes]

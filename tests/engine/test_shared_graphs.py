@@ -58,7 +58,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         monkeypatch.setenv("RANK_ATTENTION", attention)
         monkeypatch.setenv("RANK_CAPTURES", captures)
         monkeypatch.setenv("LOWBIT_TEST_OVERLAP", str(int(overlap)))
-        monkeypatch.setattr("lowbit.engine.ranks.RANK_MODULE", "engine.rank_stand_in")
+        monkeypatch.setattr("lowbit.engine.rank_process.RANK_MODULE", "engine.rank_stand_in")
         rank_stand_in.install(monkeypatch.setattr, rank_stand_in.STARVES_FIRST)
         started.append(LLM(str(folder), tp_size=2, **{"cuda_graph_bs": "1 2 4", **OPTIONS, **options}))
         started[0]._engine.prepare()

@@ -54,14 +54,14 @@ READS = {
     "qoq": "QServe's W4A8, per channel and per group, pickled files too",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing, ComfyUI's too; "
     "a scale for the tensor, for each row or for blocks of 128",
-    "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; decoded to 16 "
-    "bits a weight when loaded",
+    "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; E8P12RVQ3B "
+    "and low rank are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
     "NVFP4; patterns of layers",
-    "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order; decoded to 16 bits a weight "
-    "when loaded",
+    "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order; on a GPU decoded to 16 bits "
+    "a weight when loaded",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "
@@ -85,7 +85,8 @@ def page() -> str:
         "*Verified against*: a tool nobody here wrote saved these files and dequantized them itself; the "
         "values agree to the last bit of the stored scale's type. *Kernels*: what runs the fixtures' "
         "layers on a CPU with AVX2 or AVX-512 (-: there is no fixture); everything runs on `reference` too, "
-        "and `lowbit inspect` says why a layer does not run on another. "
+        "and `lowbit inspect` says why a layer does not run on another. On a GPU `gpu_blocks` runs them, "
+        "`gpu_vectors` (AQLM), `gpu_row_vectors` (VPTQ) and `gpu_trellis` (EXL3), packed there too. "
         "*Writes*: what `lowbit convert --format` writes, exactly or not at all.",
         "",
         "| format | also called | reads | verified against (fixtures) | kernels | writes |",

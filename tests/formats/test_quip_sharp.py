@@ -12,28 +12,37 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract.test_linear_kernels import needs_native
 from formats.helpers import expected, fixture_cases, header_of, last_bit, read, reader_of
 from formats.mutations import Seed
 from forward_helpers import prompt_logits
-from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import StoredModule
-from lowbit.formats.quip_codebooks import _e8, _e8p
+from lowbit.formats.quip_codebooks import _e8
+from lowbit.kernels import native
+from lowbit.kernels.cpu_lattice import CpuLattice
 from lowbit.loading import load_model, plan_model
 from lowbit.loading.convert import convert
 from lowbit.numerics.hadamard import hadamard_factors, times
+from lowbit.numerics.lattice import e8p
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("quip_sharp")]
 LAYER = "model.layers.0."
 QKV, OUT = f"{LAYER}self_attn.qkv_proj", f"{LAYER}self_attn.o_proj"
 UP, GATE, DOWN = (f"{LAYER}mlp.{leaf}_proj" for leaf in ("up", "gate", "down"))
 UPGATE = f"{LAYER}mlp.upgate_proj"
-SHAPES = {QKV: (96, 64), OUT: (64, 64), UP: (192, 64), GATE: (192, 64), DOWN: (64, 192)}
+SHAPES = {QKV: (96, 64), OUT: (64, 64), UPGATE: (384, 64), DOWN: (64, 192)}
+SCHEMES = {"e8p12": "e8p", "e8p12_rvq4": "e8p+e8p/3.6", "e8p12_rvq3_rank": "f16"}
 PROMPT = [[1, 2, 3, 4, 5, 6, 7]]
 
 
 def case(name: str) -> Path:
     return next(folder for folder in fixture_cases("quip_sharp") if folder.name == name)
+
+
+def wanted(folder: Path) -> dict[str, Tensor]:
+    """The tool's values by stored module: up and gate below each other."""
+    values = expected(folder)
+    return values | {UPGATE: torch.cat([values.pop(UP), values.pop(GATE)])} if UP in values else values
 
 
 def digest(values: Tensor) -> str:
@@ -50,7 +59,7 @@ def kronecker(factors: list[Tensor]) -> Tensor:
 def test_tables_are_the_tools() -> None:
     """The tool's own tables, by their hashes."""
     told = json.loads((case("e8p12") / "tables.json").read_text())
-    assert digest(_e8p()) == told.pop("e8p") and digest(_e8()) == told.pop("e8")
+    assert digest(e8p()) == told.pop("e8p") and digest(_e8()) == told.pop("e8")
     assert len(told) == 12
     for order, wanted in told.items():
         factors = hadamard_factors(int(order))
@@ -77,27 +86,26 @@ def test_orders_that_the_tool_has_not(order: int) -> None:
 @pytest.mark.parametrize("folder", CASES)
 def test_the_tools_own_values(folder: Path) -> None:
     """To the last bit of float16, or of float32 sums that cancel: the tool rounds after each transform."""
-    found = expected(folder)
+    found = wanted(folder)
     assert {QKV, DOWN} <= set(found)
     for name, values in found.items():
         weight = read(folder, name, (values.shape[0], values.shape[1])).weight
-        assert weight.scheme.is_dense and weight.codes.dtype == torch.float16
-        apart = (weight.codes.float() - values.float()).abs()
+        assert weight.scheme.weight.name == SCHEMES[folder.name]
+        decoded = weight.dequantize()
+        assert torch.equal(decoded, decoded.half().float())
+        apart = (decoded - values.float()).abs()
         allowed = last_bit(torch.float16, values.float()) + 1e-6 * values.abs().max().float()
         assert (apart <= allowed).all(), name
         assert (apart == 0).float().mean() > 0.98, name
 
 
-def test_gate_and_up_in_any_order() -> None:
-    """They are decoded together; whichever comes first, twice or alone, each gets its own rows."""
-    folder, wanted = case("e8p12"), expected(case("e8p12"))
-    alone = {name: read(folder, name, SHAPES[name]).weight.codes for name in (UP, GATE)}
-    assert not torch.equal(wanted[UP], wanted[GATE])
-    reader = reader_of(folder)
-    with TensorData(header_of(folder)) as data:
-        for name in (GATE, UP, UP, GATE, GATE, UP):
-            found = reader.read(StoredModule(name, name, SHAPES[name]), data).weight.codes
-            assert torch.equal(found, alone[name]) and torch.equal(found, wanted[name]), name
+@pytest.mark.parametrize("folder", CASES)
+def test_some_rows_are_those_of_all(folder: Path) -> None:
+    shape = wanted(folder)[DOWN].shape
+    weight = read(folder, DOWN, (shape[0], shape[1])).weight
+    whole = weight.dequantize()
+    rows = weight.rows(13, 17)
+    assert rows.scheme.is_dense and (rows.dequantize() - whole[13:17]).abs().max() <= 1e-3 * whole.abs().max()
 
 
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +113,7 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = case("e8p12_rvq3_rank")
     shape = (64, 320)
     whole = read(folder, DOWN, shape).weight.codes
-    monkeypatch.setattr("lowbit.formats.quip_sharp._SLICE", 320 * 16)
+    monkeypatch.setattr("lowbit.numerics.lattice._SLICE", 320 * 16)
     apart = read(folder, DOWN, shape).weight.codes
     assert torch.allclose(apart.float(), whole.float(), rtol=2e-3, atol=1e-6)
 
@@ -114,11 +122,32 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_answers_and_the_plan_says_what_it_costs(folder: Path) -> None:
     plan = plan_model(header_of(folder), device="cpu")
     inside = [module for module in plan.modules if ".layers." in module.name]
-    assert {str(module.scheme) for module in inside} == {"f16"}
-    assert all(module.nbytes == 2 * module.shape[0] * module.shape[1] for module in inside)
-    assert "decoded to 16 bits" in reader_of(folder).describe()
-    logits = prompt_logits(load_model(header_of(folder), device="cpu"), PROMPT)[0]
-    assert logits.isfinite().all()
+    packed = native.library() is not None and SCHEMES[folder.name] != "f16"
+    bits = {"e8p12": 2, "e8p12_rvq4": 4}[folder.name] if packed else 16
+    assert {module.scheme.weight.name for module in inside} == {SCHEMES[folder.name]}
+    for module in inside:
+        beside = module.nbytes - bits * module.shape[0] * module.shape[1] // 8
+        scales = 2 * sum(module.shape) if packed else 0  # and what is one number
+        assert scales <= beside <= scales + 32 * packed, module.name
+    assert ("decoded to 16 bits" in reader_of(folder).describe()) == (SCHEMES[folder.name] == "f16")
+    model = load_model(header_of(folder), device="cpu")
+    assert prompt_logits(model, PROMPT)[0].isfinite().all()
+    if packed:
+        assert "cpu_lattice" in model.kernels
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["e8p12", "e8p12_rvq4"])
+def test_packed_it_answers_as_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused layers of Q, K and V and of up and gate, to what bfloat16 inputs lose."""
+    header = header_of(case(name))
+    packed = prompt_logits(load_model(header, device="cpu"), PROMPT)[0]
+    monkeypatch.setattr(CpuLattice, "refuses", lambda *_: "not here")
+    model = load_model(header, device="cpu")
+    assert "cpu_lattice" not in model.kernels
+    decoded = prompt_logits(model, PROMPT)[0]
+    assert (packed - decoded).norm() < 1e-2 * decoded.norm()
+    assert not torch.equal(packed, decoded)
 
 
 def test_the_model_is_that_of_the_tools_weights(tmp_path: Path) -> None:
@@ -138,11 +167,13 @@ def test_the_model_is_that_of_the_tools_weights(tmp_path: Path) -> None:
     assert torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))
 
 
-def test_converted_it_is_plain(tmp_path: Path) -> None:
-    """What is written says nothing of QuIP# any more and gives the same answer."""
+def test_converted_it_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written says nothing of QuIP# any more and gives the answer of decoded weights."""
     folder, out = case("e8p12"), tmp_path / "out"
     assert not convert(header_of(folder), "dense", out).errors
     assert "quip_params" not in json.loads((out / "config.json").read_text())
+    assert {f"{GATE}.weight", f"{UP}.weight"} <= set(header_of(out).tensors)
+    monkeypatch.setattr(CpuLattice, "refuses", lambda *_: "not here")
     a, b = (prompt_logits(load_model(header_of(path), device="cpu"), PROMPT)[0] for path in (folder, out))
     assert torch.equal(a, b)
 
@@ -178,9 +209,8 @@ def test_damaged(change: dict[str, Tensor | None], code: str, tmp_path: Path) ->
     tensors = {key: value for key, value in (seed.tensors | change).items() if value is not None}
     folder = seed.write(tmp_path, seed.config, tensors)
     stem = name.rpartition(".")[0]
-    module = GATE if stem == UPGATE else stem
     with pytest.raises(LowbitError) as caught:
-        read(folder, module, SHAPES[module])
+        read(folder, stem, SHAPES[stem])
     assert caught.value.code == code and stem in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -44,7 +44,20 @@ def compiled(launch: dict, architecture: int) -> dict:
     shared = kernel.metadata.shared
     if shared > MOST_SHARED[architecture]:
         raise ValueError(f"{shared} bytes of shared memory, {MOST_SHARED[architecture]} are there")
-    return {"shared": shared, **_assembled(kernel.asm["ptx"], architecture)}
+    return {"shared": shared, **_used(kernel.asm["cubin"], kernel.asm["ptx"], architecture)}
+
+
+def _used(cubin: bytes, ptx: str, architecture: int) -> dict:
+    """Registers; and spills, where what was assembled has a stack at all."""
+    tool = Path(get_ptxas(architecture).path).with_name("cuobjdump")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        said = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    if found and found[2] == "0":
+        return {"registers": int(found[1]), "spills": 0}
+    return _assembled(ptx, architecture)
 
 
 def _assembled(ptx: str, architecture: int) -> dict:

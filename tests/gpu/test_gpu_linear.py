@@ -32,7 +32,9 @@ BLOCKS, DENSE = GpuBlocks(), GpuDense()
 NARROW = {
     name
     for name in WEIGHTS
-    if re.search(r" g8|x1( |$)|flat g24|whole columns|tiles of|x(24|40|56) blocks|codebooks|trellis", name)
+    if re.search(
+        r" g8|x1( |$)|flat g24|whole columns|tiles of|x(24|40|56) blocks|codebooks|trellis|lattice", name
+    )
 }
 TAKEN = [name for name in WEIGHTS if "dense" not in name and name not in NARROW]
 
@@ -290,7 +292,7 @@ def test_refusals_name_the_reason(device: torch.device) -> None:
         narrow = WEIGHTS[name]()
         reason = BLOCKS.refuses(narrow.scheme, narrow.shape, device)
         wanted = r"needs (groups|rows and blocks) of a multiple of 16 columns, got (8|1|24|40|56)"
-        wanted += r"|the rows of a block lie apart|(r?vq|trellis)[\w+]+ codes have no packed form"
+        wanted += r"|the rows of a block lie apart|(r?vq|trellis|e8p)[\w+/.]* codes have no packed form"
         assert reason is not None and re.fullmatch(wanted, reason)
 
     def reason(**changes: object) -> str:

@@ -1,4 +1,4 @@
-"""Whole models whose linear layers all run on gpu_blocks and gpu_dense, beside the CPU's kernels."""
+"""Whole models whose linear layers all run on kernels in Triton, beside the CPU's kernels."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ def test_int4_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kl, kernels = divergence(FIXTURES / name, monkeypatch)
     assert {"gpu_blocks", "gpu_dense"} <= kernels
     assert not kernels & {"reference", "cpu_blocks", "cpu_dense"}
+    assert kl < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("exl3/3inst_signs", "gpu_trellis"),
+        ("aqlm/2x8_g8", "gpu_vectors"),
+        ("vptq/v6_k64_outliers", "gpu_row_vectors"),
+    ],
+)
+def test_codebooks_stay_packed(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kl, kernels = divergence(FIXTURES / name, monkeypatch)
+    assert kernel in kernels and all(one.startswith("gpu") for one in kernels)
     assert kl < 1e-4
 
 

@@ -79,6 +79,9 @@ INPUTS: dict[str, Input] = {
     "one static scale": lambda expert, columns: static(0, ActivationScheme(E4M3, (0, 0), "static")),
     "static scales": lambda expert, columns: static(expert, ActivationScheme(E4M3, (0, 0), "static")),
     "fp8 per tensor": lambda expert, columns: InputTransform(ActivationScheme(E4M3, (0, 0), limit=448.0)),
+    "outliers of an expert's own rows": lambda expert, columns: InputTransform(
+        ActivationScheme(INT8, (1, 0), outliers=2.5)
+    ),
     "multipliers": lambda expert, columns: InputTransform(multiplier=random(columns, seed=expert).abs()),
     "rotated": lambda expert, columns: InputTransform(rotation=Rotator(Rotation.hadamard(32))),
     "rotated, int8 per token": lambda expert, columns: InputTransform(

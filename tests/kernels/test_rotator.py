@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowbit.kernels.rotation import Rotator
-from lowbit.numerics.rotation import Rotation
+from lowbit.numerics.rotation import Rotation, sylvester
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -33,3 +33,22 @@ def test_bits_are_the_definitions(size: int, wide: bool, rows: int) -> None:
             for i in range(0, width, size)
         ]
         assert torch.equal(wanted, torch.cat(by_blocks, 1)), "each block has its own"
+
+
+@pytest.mark.parametrize("head", [4, 12, 172])
+@pytest.mark.parametrize("size", [1, 8, 16, 64])
+def test_blocks_are_mixed_by_a_head(head: int, size: int) -> None:
+    """The Kronecker product of the head and Hadamard's matrix, between scales; x may be the result."""
+    width, generator = head * size, torch.Generator().manual_seed(head + size)
+    before, after = torch.randn(2, width, generator=generator).unbind()
+    matrix = torch.randint(-1, 2, (head, head), generator=generator).float()
+    rotation = Rotation(size, before.clone(), after.clone(), divisor=3.0, head=matrix)
+    x = torch.randn(5, width + 3, generator=generator)[:, :width]
+    whole = torch.kron(matrix, sylvester(size).float())
+    wanted = ((x * before).double() @ whole.double().T / 3 * after).float()
+    largest = wanted.abs().max()
+    for found in (rotation(x), Rotator(rotation).rotated(x, torch.float32)):
+        assert (found - wanted).abs().max() < 1e-5 * largest
+    Rotator(rotation).in_place(x)
+    assert torch.equal(x, found), "x and the result may be one"
+    assert not rotation.same_as(Rotation(size, before, after, divisor=3.0))

@@ -21,7 +21,7 @@ from forward_helpers import prompt_logits
 from loading.test_online import PROMPT, make
 from lowbit import loading
 from lowbit.checkpoint import open_checkpoint
-from lowbit.engine import engine as engine_module
+from lowbit.engine import idle
 from lowbit.engine.load import load_engine
 from lowbit.engine.memory import pool_pages
 from lowbit.kernels import device_memory
@@ -214,7 +214,7 @@ def test_the_embedded_model_as_a_server_loads_it(
     """With kernels to be timed, whose samples are then cut from the mapped weights."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("LOWBIT_CACHE", raising=False)
-    monkeypatch.setattr(engine_module, "READY_TOKENS", 0)
+    monkeypatch.setattr(idle, "READY_TOKENS", 0)
     settings = Settings(model=str(embedded_path), device="cpu", max_total_tokens=64, packed_cache="on")
     first = load_engine(settings, serving=True)
     assert all(first.idle_step() for _ in first.claim_scratch()) and first.idle_step()
@@ -544,7 +544,7 @@ def test_mapped_weights_are_no_room_for_the_kv_cache(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("lowbit.engine.memory.free_memory", lambda d, mapped: asked.append(mapped) or 1 << 40)
 
     class Mapped:
-        device, context_length, mapped_bytes = cpu, 64, 12345
+        device, context_length, mapped_bytes, others = cpu, 64, 12345, ()
 
         def cache_specs(self) -> list[object]:
             return [type("Spec", (), {"token_bytes": lambda self: 4})()]

@@ -14,8 +14,7 @@ from transformers import LlamaForCausalLM, MixtralForCausalLM
 
 from loading.test_online import make
 from lowbit.checkpoint import open_checkpoint
-from lowbit.engine import engine as engine_module
-from lowbit.engine import speed
+from lowbit.engine import idle, speed
 from lowbit.engine.load import load_engine
 from lowbit.errors import LowbitError
 from lowbit.kernels import timing
@@ -192,7 +191,7 @@ def test_the_engine_times_only_where_asked(
     cache: Path, embedded_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server when nobody waits for it, but before it is ready where the result may refuse the model."""
-    monkeypatch.setattr(engine_module, "READY_TOKENS", 0)
+    monkeypatch.setattr(idle, "READY_TOKENS", 0)
     settings = {"model": str(embedded_path), "device": "cpu", "max_total_tokens": 64}
     assert not load_engine(Settings(**settings)).idle_step()
     assert not cache.exists()
@@ -210,7 +209,7 @@ def test_the_engine_times_only_where_asked(
 def test_a_failure_when_idle_is_a_line_in_the_log(
     cache: Path, embedded_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "READY_TOKENS", 0)
+    monkeypatch.setattr(idle, "READY_TOKENS", 0)
     settings = {"model": str(embedded_path), "device": "cpu", "max_total_tokens": 64}
     engine = load_engine(Settings(**settings))
 

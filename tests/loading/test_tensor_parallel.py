@@ -2,14 +2,16 @@
 ones.
 
 The reference multiplies float32: what differs there is the order of sums, about 1e-7. Native kernels round
-inputs to bfloat16 and codes of inputs may tip, on the last bit of those sums.
+inputs to bfloat16 and codes of inputs may tip, on the last bit of those sums. So layers that are summed are
+also compared one by one, on the inputs that the ranks had.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,18 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from formats.hqq_columns import columns_llama
+from forward_helpers import prompt_logits
+from kernels.test_parallel import together
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.kernels.parallel import Parallel
+from lowbit.layers.experts import Experts
 from lowbit.loading import load_model, plan_model
 from lowbit.loading.loader import Loader
 from lowbit.quantize.recipe import Asked
 from models.family_cases import SIZES, saved
 from models.test_deepseek import SIZES as DEEPSEEK
-from models.test_quantized_experts import FORMATS, made, quantize_experts, write
+from models.test_quantized_experts import FORMATS, fp8_block, made, quantize_experts, write
 from oracles import gptq as gptq_oracle
-from parallel_ranks import Answer, Job, Ranks, answer
+from parallel_ranks import Answer, Job, Ranks, answer, layers_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PROMPTS = [[3, 1, 2, 5, 9, 11, 2, 7, 8, 15, 12, 1, 7, 7, 13, 4, 4, 9], [6, 2, 2], [10] * 40]
@@ -139,6 +144,23 @@ CASES: dict[str, Callable[[Path], Path]] = {
 }
 
 
+def fp8_blocks(folder: Path, heads: int) -> Path:
+    """All projections in blocks of 128 x 128. The inputs of each output projection are three of them, and so
+    many heads."""
+    sizes = {"hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 1}
+    llama(folder, num_attention_heads=heads, num_key_value_heads=heads, **sizes)
+    file, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        stored, _ = fp8_block(tensors.pop(name), 128)
+        stem = name.removesuffix("weight")
+        tensors |= {stem + suffix: tensor.contiguous() for suffix, tensor in stored.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    method = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": method}))
+    return folder
+
+
 def _family(folder: Path, name: str, **more: Any) -> Path:
     saved(name, folder, **{**SIZES, "num_hidden_layers": 2, **more})
     return folder
@@ -172,6 +194,8 @@ STORED = [
     "aqlm/2x8_g8",
     "exl3/mul1",
     "exl3/mcg_padded_tied",
+    "spqr/csr_act_order",
+    "spqr/ptcsr_act_order",
     "awq/gemm",
     "gptq/w4_asym_actorder",
     "gptq/w4_sym",
@@ -196,9 +220,9 @@ def test_files_that_tools_wrote(ranks: Ranks, case: str) -> None:
     check(ranks, Job(FIXTURES / case, PROMPTS))
 
 
-@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "vptq/v8_k256_res16"])
-def test_vectors_of_rows_are_decoded_before_they_are_cut(ranks: Ranks, case: str) -> None:
-    """To 16 bits, on one process they are not; heads of 8 rows end inside vectors of 6."""
+@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "vptq/v8_k256_res16", "quip_sharp/e8p12"])
+def test_what_lies_together_is_decoded_before_it_is_cut(ranks: Ranks, case: str) -> None:
+    """To 16 bits, on one process it is not; heads of 8 rows end inside vectors of 6."""
     check(ranks, Job(FIXTURES / case, PROMPTS, reference=False), 0.01)
 
 
@@ -215,6 +239,91 @@ ONLINE = {
 def test_quantized_at_load(ranks: Ranks, case: str, tmp_path: Path) -> None:
     asked = Asked(**ONLINE[case])
     check(ranks, Job(llama(tmp_path / "m"), PROMPTS, options={"quantization": asked}))
+
+
+# ---- each layer by itself ------------------------------------------------------------------------------
+
+
+EXPERTS_ONLINE = {  # whose rows depend on each other
+    "experts, a scale for a step's inputs": {"torchao_config": "fp8dq-per_tensor"},
+    "experts, outliers": {"quantization": "bitsandbytes:type=int8"},
+}
+WATCHED: dict[str, Callable[[Path], Path]] = {
+    "fp8 blocks, two heads and one": lambda folder: fp8_blocks(folder, 3),
+    "fp8 blocks, heads end inside groups": lambda folder: fp8_blocks(folder, 6),
+    **{
+        name: CASES[name]
+        for name in (
+            *("latent attention", "shared expert with a gate", "Q4_K", "experts, int8 inputs by token"),
+            *("experts, fp8 blocks", "sinks, experts with biases"),
+        )
+    },
+    **{
+        name: lambda _, name=name: FIXTURES / name
+        for name in (
+            *("aqlm/2x8_g8", "bitsandbytes/int8", "bitnet/bitlinear", "compressed_tensors/nvfp4"),
+            *("compressed_tensors/fp8_channel_dynamic", "compressed_tensors/w8a8_static_asym"),
+            *("fp8/experts_block_16", "fp_quant/mxfp4_quest", "fp_quant/nvfp4", "modelopt/nvfp4_awq"),
+            *("modelopt/nvfp4_experts", "qserve/per_channel", "quark/fp8_token", "sglang/w8a8_int8"),
+            *("torchao/float8dq_tensor", "transforms/quip_block_mxfp4", "transforms/random_matrix_fp8"),
+        )
+    },
+    **dict.fromkeys(ONLINE, llama),
+    **dict.fromkeys(EXPERTS_ONLINE, lambda folder: experts_float(folder, "Qwen3Moe")),
+}
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "chosen"])
+@pytest.mark.parametrize("case", WATCHED)
+def test_layers_give_what_they_give_in_one_process(
+    ranks: Ranks, case: str, reference: bool, tmp_path: Path
+) -> None:
+    """From the same inputs. A code that tips changes what comes after it (by 0.03 of a logit in blocks of
+    128), and no limit on logits would tell that from a scale of the wrong columns."""
+    online = {**ONLINE, **EXPERTS_ONLINE}
+    options = {"quantization": Asked(**online[case])} if case in online else {}
+    job = Job(WATCHED[case](tmp_path / "m"), PROMPTS, reference, options, watched=True)
+    both, whole = ranks.run(job), layers_of(job)
+    assert both[0].summed
+    for first, second in zip(both[0].summed, both[1].summed, strict=True):
+        layer, total = whole[first.name], torch.from_numpy(first.result + second.result)
+        if isinstance(layer, Experts):
+            x, chosen, weights, activation, added = first.given
+            added = None if added is None else torch.from_numpy(added + second.given[4])
+            given = [torch.from_numpy(each) for each in (x, chosen, weights)]
+            wanted = layer(*given, activation, added)
+        else:
+            wanted = layer(torch.from_numpy(np.hstack([first.given[0], second.given[0]])))
+        limit = (
+            1e-4 if "aqlm" in case else 3e-6
+        )  # there native code rounds x to 16 bits by each rank's largest
+        assert (total - wanted).abs().max() <= limit * wanted.abs().max(), first.name
+
+
+class Counted(Parallel):
+    """A rank that counts what it asks the others."""
+
+    asked: ClassVar[list[int]] = []  # the rows of each
+
+    def largest(self, x: Tensor) -> Tensor:
+        self.asked += [len(x)] * (self.rank == 0)
+        return super().largest(x)
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["reference", "chosen"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_all_experts_of_a_layer_ask_ranks_once(tokens: int, reference: bool, tmp_path: Path) -> None:
+    """Each token's row once for each of its two experts."""
+    path = CASES["experts, int8 inputs by token"](tmp_path / "m")
+    options: dict[str, Any] = {"device": "cpu", **({"linear_kernel": "reference"} if reference else {})}
+
+    def work(p: Parallel) -> None:
+        model = load_model(open_checkpoint(str(path)), parallel=Counted(p.rank, p.size, p._group), **options)
+        prompt_logits(model, [PROMPTS[0][:tokens]])
+
+    Counted.asked.clear()
+    together(tmp_path, 2, work)
+    assert Counted.asked == [2 * tokens] * 2
 
 
 def test_int8_inputs_in_groups(ranks: Ranks) -> None:

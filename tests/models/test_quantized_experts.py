@@ -166,11 +166,12 @@ def quantize_experts(
     return tensors
 
 
-def fp8_block(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    blocks = weight.unflatten(0, (-1, 32)).unflatten(2, (-1, 32))  # (rows, 32, columns, 32)
+def fp8_block(weight: Tensor, size: int = 32) -> tuple[dict[str, Tensor], Tensor]:
+    blocks = weight.unflatten(0, (-1, size)).unflatten(2, (-1, size))  # (rows, size, columns, size)
     scales = blocks.abs().amax((1, 3)) / 448
-    codes = (weight / scales.repeat_interleave(32, 0).repeat_interleave(32, 1)).to(torch.float8_e4m3fn)
-    values = codes.float() * scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    spread = scales.repeat_interleave(size, 0).repeat_interleave(size, 1)
+    codes = (weight / spread).to(torch.float8_e4m3fn)
+    values = codes.float() * spread
     return {"weight": codes, "weight_scale_inv": scales}, values
 
 

@@ -19,7 +19,7 @@ from lowbit.numerics.cutting import (
     scheme_in_rows,
 )
 from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
 OUT, IN = 24, 96
@@ -40,7 +40,11 @@ def random_weight(scheme: Scheme, out: int = OUT, columns: int = IN, seed: int =
     else:
         high = 2 ** int(scheme.weight.bits)
         codes = torch.randint(0, high, (out, columns), generator=generator, dtype=torch.uint8)
-    levels = range(len(scheme.blocks))
+    levels, outliers = range(len(scheme.blocks)), None
+    if scheme.outliers is not None:
+        at = (torch.rand(out, columns, generator=generator) < 0.1).nonzero()
+        values = torch.randn(len(at), generator=generator).half()
+        outliers = Outliers.of(at[:, 0], at[:, 1], values, out)
     return QuantizedTensor(
         scheme,
         (out, columns),
@@ -51,6 +55,7 @@ def random_weight(scheme: Scheme, out: int = OUT, columns: int = IN, seed: int =
         torch.randperm(columns, generator=generator) if scheme.reordered else None,
         "a weight",
         torch.arange(out) % -(-out // scheme.blocks[-1][0]) if scheme.scattered else None,
+        outliers=outliers,
     )
 
 
@@ -69,6 +74,10 @@ SCHEMES = {
     "act-order": scheme("uint4", (1, 32), zero="integer", reordered=True),
     "whole columns": scheme("uint4", (0, 1), zero="float"),
     "rows apart": scheme("uint4", (8, 1), zero="float", scattered=True),
+    "outliers": scheme("uint3", (1, 16), zero="float", outliers=number_format("f16")),
+    "outliers act-order": scheme(
+        "uint3", (1, 16), zero="float", outliers=number_format("f16"), reordered=True
+    ),
     "groups under rows apart": scheme("uint4", (1, 32), (6, 1), scattered=True),
 }
 
@@ -77,7 +86,8 @@ SCHEMES = {
 def test_columns_are_those_of_the_matrix(name: str) -> None:
     weight = random_weight(SCHEMES[name])
     whole, unit = weight.dequantize(), column_unit(weight.scheme, IN)
-    assert unit == {"two levels": 16, "offsets": 48, "whole columns": 1, "rows apart": 1}.get(
+    narrow = {"two levels": 16, "outliers": 16, "outliers act-order": 16, "whole columns": 1, "rows apart": 1}
+    assert unit == {**narrow, "offsets": 48}.get(
         name, 32 if weight.scheme.blocks[:1] and weight.scheme.blocks[0][1] else 1
     )
     for start, stop in ((0, 48), (48, 96)) if unit == 48 else ((0, 32), (32, 96)):
@@ -120,7 +130,7 @@ def test_rows_apart_are_shared_evenly() -> None:
     assert cut_rows(whole, [(0, 3), (21, 24)]).scheme == whole.scheme
 
 
-@pytest.mark.parametrize("name", ["groups", "rows apart", "groups under rows apart"])
+@pytest.mark.parametrize("name", ["groups", "outliers", "rows apart", "groups under rows apart"])
 def test_picked_rows_may_repeat(name: str) -> None:
     weight = random_weight(SCHEMES[name])
     order = torch.tensor([5, 5, 0])

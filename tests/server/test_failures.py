@@ -213,14 +213,16 @@ def test_loading_says_how_far_it_is() -> None:
     with fake_options({"load_seconds": 1.0}):
         server = ServerThread(settings())
         try:
-            wait_until(lambda: httpx.get(server.url + "/health").json() == {"status": "starting"})
+            wait_until(lambda: httpx.get(server.url + "/livez").json() == {"status": "starting"})
+            assert httpx.get(server.url + "/health").status_code == 503
             seen = set()
             wait_until(lambda: seen.add(message_of(server)) or any("left" in text for text in seen))
             response = complete(server)
             assert error_of(response) == (503, "loading")
             assert int(response.headers["retry-after"]) >= 1
-            assert httpx.get(server.url + "/v1/models").json()["data"][0]["id"] == "tiny"
+            assert error_of(httpx.get(server.url + "/v1/models")) == (503, "loading")
             server.wait_ready()
+            assert httpx.get(server.url + "/health").status_code == 200
             assert is_right(server)
         finally:
             server.stop()
@@ -402,6 +404,7 @@ def test_drain_lets_requests_finish() -> None:
             wait_until(lambda: server.app.draining, 1)
             assert error_of(httpx.get(server.url + "/readyz")) == (503, "draining")
             assert httpx.get(server.url + "/livez").json() == {"status": "draining"}
+            assert httpx.get(server.url + "/health").status_code == 503
             refused = complete(server)
             assert error_of(refused) == (503, "draining")
             assert refused.headers["connection"] == "close"

@@ -15,6 +15,7 @@ import pytest
 
 from lowbit.server import app as app_module
 from lowbit.server.app import ROUTES, api_keys, exposure_warning
+from lowbit.server.elsewhere import NOT_HERE
 from lowbit.server.http import Guard, Route, host_name, is_loopback
 from lowbit.server.limits import Limits
 from server.harness import ServerThread, exchange_raw, quick, serving, settings, wait_until
@@ -46,10 +47,25 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return body["error"]
 
 
+def test_what_is_elsewhere_is_not_here() -> None:
+    assert not {route.path for route in ROUTES} & set(NOT_HERE)
+
+
 def test_unknown_path_and_method(server: ServerThread) -> None:
     response = httpx.get(server.url + "/v2/x")
     assert response.status_code == 404
     assert error_of(response)["message"] == "there is no /v2/x here; the API is under /v1"
+    for path, told in [
+        ("/v1/chat/completion", "; did you mean /v1/chat/completions?"),
+        ("/chat/completions", "; did you mean /v1/chat/completions?"),
+        ("/v1/models/", "; did you mean /v1/models?"),
+        ("/v1/embeddings", ": lowbit generates text and gives no embeddings, scores or classes; "
+         "serve such a model elsewhere"),
+        ("/v1/responses", ": send the conversation to /v1/chat/completions"),
+    ]:  # fmt: skip
+        response = httpx.post(server.url + path, json={"input": "x"})
+        assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
+        assert error_of(response)["message"] == f"there is no {path} here{told}"
     response = httpx.put(server.url + "/v1/completions", content=b"x")
     assert response.status_code == 405
     assert error_of(response)["message"] == "/v1/completions takes POST, not PUT"
@@ -273,7 +289,8 @@ def test_all_routes_ask_for_the_key(locked: ServerThread, route: Route) -> None:
         else:
             assert response.status_code == 401
             assert error_of(response)["code"] == "invalid_api_key"
-            assert error_of(response)["message"] == "invalid API key"
+            told = "invalid API key" if headers else "no API key; send the header 'Authorization: Bearer KEY'"
+            assert error_of(response)["message"] == told
             assert response.headers["www-authenticate"] == "Bearer"
     for key in ("first-key", "second-key", "third-key"):
         response = httpx.request(route.method, locked.url + path, headers={"Authorization": f"Bearer {key}"})

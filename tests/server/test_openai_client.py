@@ -197,7 +197,10 @@ def test_template_options(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_object"}}, "structured output is not supported yet"),
         ({"temperature": 9}, "temperature must be"),
         ({"extra_body": {"cache_salt": "x" * 257}}, "cache_salt is over 256 characters"),
-        ({"max_tokens": 990}, "1 013 > context 1 000; shorten the prompt by 13 tokens or lower max_tokens"),
+        (
+            {"max_tokens": 990},
+            "1 013 > context 1 000; lower max_tokens to 977 or shorten the prompt by 13 tokens",
+        ),
         ({"max_tokens": 640}, "this request needs 42 KV blocks, the server has 40; lower max_tokens to 617"),
     ],
 )
@@ -320,9 +323,17 @@ def test_no_tokens_wanted(client: openai.OpenAI) -> None:
     assert result.usage is not None and result.usage.completion_tokens == 0
 
 
-def test_omitted_max_tokens_is_the_engines_choice(client: openai.OpenAI) -> None:
-    result = client.completions.create(model="tiny", prompt="abc")
-    assert len(result.choices[0].text) == 40
+def test_omitted_max_tokens(client: openai.OpenAI) -> None:
+    """OpenAI's 16 for completions; chat answers to the end, where the engine stops."""
+    for given in ({}, {"max_tokens": None}):
+        result = client.completions.create(model="tiny", prompt="abc", **given)
+        assert (len(result.choices[0].text), result.choices[0].finish_reason) == (16, "length")
+    [choice] = client.completions.create(model="tiny", prompt=[5] * 636).choices  # of a pool of 640
+    assert len(choice.text) == 4
+    [choice] = client.completions.create(model="tiny", prompt="abc", extra_body={"min_tokens": 20}).choices
+    assert len(choice.text) == 20
+    chat = client.chat.completions.create(model="tiny", messages=USER)
+    assert len(chat.choices[0].message.content or "") == 40
 
 
 def test_content_parts(client: openai.OpenAI) -> None:

@@ -250,18 +250,22 @@ def test_what_cannot_finish_is_refused() -> None:
     error = refusal(check_fit, READY, 8000, 512, "messages")
     assert error.message == (
         "prompt is 8 000 tokens and max_tokens 512: 8 512 > context 8 192; "
-        "shorten the prompt by 320 tokens or lower max_tokens"
+        "lower max_tokens to 192 or shorten the prompt by 320 tokens"
+    )
+    error = refusal(check_fit, READY, 37, 10_000, "messages")
+    assert error.message == (
+        "prompt is 37 tokens and max_tokens 10 000: 10 037 > context 8 192; lower max_tokens to 8 155"
     )
     error = refusal(check_fit, READY, 8192, None, "messages")
     assert error.message == (
-        "prompt is 8 192 tokens and at least 1 more: 8 193 > context 8 192; shorten the prompt by 1 tokens"
+        "prompt is 8 192 tokens and at least 1 more: 8 193 > context 8 192; shorten the prompt by 1 token"
     )
     check_fit(SMALL_POOL, 8000, 192, "prompt")
     error = refusal(check_fit, SMALL_POOL, 5440, 4192, "prompt")
     assert error.code == "never_fits"
     assert error.message == (
         "this request needs 602 KV blocks, the server has 512; lower max_tokens to 2 752 "
-        "or restart with a larger --mem-fraction-static"
+        "or restart with a larger --max-total-tokens or --mem-fraction-static"
     )
     assert "shorten the prompt" in refusal(check_fit, SMALL_POOL, 8192, 1, "prompt").message
     assert refusal(check_fit, READY, 0, 1, "prompt").code == "empty_prompt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -17,7 +18,7 @@ from checkpoint.tiny import METADATA, gguf_tensors, write_folder
 from gguf_writing import write_gguf
 from lowbit.checkpoint import CheckpointHeader, open_checkpoint
 from lowbit.errors import LowbitError
-from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
+from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer, sampling_defaults
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
 from lowbit.tokenization.pretokenizers import LLAMA3, PRE_TOKENIZERS
 from tokenization.texts import SPECIALS, varied_texts
@@ -342,3 +343,40 @@ def test_generation_config(tmp_path: Path) -> None:
     config = load_generation_config(open_checkpoint(str(folder)))
     assert config.stop_ids == {7, 9}
     assert config.sampling() == {"temperature": 0.6, "top_k": 50, "top_p": 0.9}
+    (folder / "generation_config.json").write_text('{"temperature": "hot", "top_k": true}')
+    assert load_generation_config(open_checkpoint(str(folder))).sampling() == {}
+
+
+def test_sampling_defaults(tmp_path: Path) -> None:
+    """The checkpoint's, or OpenAI's; under what the command line prefers."""
+    folder = write_folder(tmp_path / "hf")
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 50}')
+    header = open_checkpoint(str(folder))
+    assert sampling_defaults(header, "model", None) == {"temperature": 0.6, "top_k": 50}
+    assert sampling_defaults(header, "openai", None) == {}
+    preferred = '{"temperature": 0, "top_p": 0.9}'
+    assert sampling_defaults(header, "model", preferred) == {"temperature": 0, "top_k": 50, "top_p": 0.9}
+    stored = {"general.sampling.temp": 0.7, "general.sampling.top_k": 20, "general.sampling.top_p": math.nan}
+    gguf = CheckpointHeader(Path("x.gguf"), "gguf", {}, metadata=stored)
+    assert sampling_defaults(gguf, "model", None) == {"temperature": 0.7, "top_k": 20}
+
+
+@pytest.mark.parametrize(
+    "text,told",
+    [
+        ("{temperature: 1}", "is not JSON"),
+        ("[1]", "must be a JSON object, got [1]"),
+        ('{"temperatur": 1}', "unknown key 'temperatur'; did you mean 'temperature'?"),
+        ('{"max_tokens": 1}', "unknown key 'max_tokens'; known are temperature, top_p, top_k, min_p, rep"),
+        ('{"temperature": "1"}', 'temperature must be a number from 0 to 2, got "1"'),
+        ('{"top_k": 1.5}', "top_k must be a whole number from -1 to 2147483647, got 1.5"),
+        ('{"top_p": NaN}', "top_p must be a number from 0 to 1, got NaN"),
+        ('{"min_p": true}', "min_p must be a number from 0 to 1, got true"),
+    ],
+)
+def test_preferred_sampling_that_makes_no_sense(tmp_path: Path, text: str, told: str) -> None:
+    header = open_checkpoint(str(write_folder(tmp_path / "hf")))
+    with pytest.raises(LowbitError) as caught:
+        sampling_defaults(header, "model", text)
+    assert caught.value.code == "E0103"
+    assert caught.value.message.startswith("--preferred-sampling-params") and told in caught.value.message

@@ -264,6 +264,11 @@ def _read_one(path: Path) -> CheckpointHeader:
 def _parse(reader: _Reader) -> CheckpointHeader:
     start = reader.need(4)
     magic = reader.data[start : start + 4]
+    if magic != b"GGUF" and reader.path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+        folder = printable(reader.path.absolute().parent)
+        raise reader.fail(
+            "E0220", f"not a GGUF file; other models are folders, name the one it lies in: {folder}"
+        )
     if magic != b"GGUF":
         raise reader.fail("E0220", f"not a GGUF file (it starts with {magic!r}); is the name right?")
     version = reader.number("I")
@@ -349,7 +354,7 @@ def _place(reader: _Reader, infos: list[_Info], alignment: int) -> dict[str, Ten
     def aligned(place: int) -> int:
         return -(-place // alignment) * alignment
 
-    base = end = aligned(reader.at)
+    base = end = needed = aligned(reader.at)
     tensors: dict[str, TensorEntry] = {}
     for info in infos:
         shown, offset = printable(info.name), end - base
@@ -361,10 +366,11 @@ def _place(reader: _Reader, infos: list[_Info], alignment: int) -> dict[str, Ten
                 f"tensor '{shown}' lies at {thousands(info.offset)} of the data, {thousands(offset)} was "
                 f"expected from the sizes before it and alignment {alignment}; the file is damaged",
             )
-        if end + info.nbytes > reader.size:
-            raise truncated(reader.path, reader.size, end + info.nbytes)
+        needed = end + info.nbytes
         tensors[info.name] = TensorEntry(info.name, reader.path, info.type.name, info.shape, end, info.nbytes)
-        end = aligned(end + info.nbytes)
+        end = aligned(needed)
+    if needed > reader.size:
+        raise truncated(reader.path, reader.size, needed)
     if reader.size > end:
         raise reader.fail(
             "E0221", f"has {thousands(reader.size)} bytes, its tensors end at {thousands(end)}; it is damaged"

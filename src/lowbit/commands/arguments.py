@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NoReturn
 
 from lowbit.commands.sglang_flags import ONLY, REFUSED, WITHOUT_EFFECT
@@ -83,12 +83,14 @@ class _SglangFlag(argparse.Action):
         namespace.without_effect = [*namespace.without_effect, f"{flag} ({WITHOUT_EFFECT[flag][1]})"]
 
 
-def add_options(parser: Parser, owner: type, groups: Iterable[str]) -> None:
-    """The flags of a dataclass of options, one help section a group."""
+def add_options(
+    parser: Parser, owner: type, groups: Iterable[str], only: Container[str] | None = None
+) -> None:
+    """The flags of a dataclass of options, one help section a group; ``only`` these fields, if given."""
     for group in groups:
         section = parser.add_argument_group(GROUPS.get(group, group))
         for name, rule in options_of(owner).items():
-            if rule.group != group:
+            if rule.group != group or (only is not None and name not in only):
                 continue
             kind, _ = type_of(owner, name)
             shape: dict[str, Any] = {"action": _Record, "dest": name, "default": argparse.SUPPRESS}

@@ -18,11 +18,13 @@ import argparse
 import json
 from pathlib import Path
 
-from lowbit.commands.arguments import Parser, add_model, settings_from
+from lowbit.commands.arguments import Parser, add_model, add_options, settings_from
 from lowbit.errors import LowbitError, printable
+from lowbit.settings import Settings
 
 USAGE = "[MODEL] --format FORMAT --out DIR"
-GROUPS: tuple[str, ...] = ("model",)
+GROUPS: tuple[str, ...] = ()
+_OPTIONS = ("model", "revision", "dtype", "load_format", "strict")  # of the group "model": what it heeds
 _DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -40,6 +42,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    add_options(parser, Settings, ("model",), _OPTIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -295,6 +295,11 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
         out.print(f"{settings.tp_size} ranks share the model; shapes, bytes and memory are of the first")
         for cut, kinds in cuts_of(rows).items():
             out.print(escape(printable(f"{cut}: {', '.join(kinds)}", 400)))
+        if any(row.first.scheme.activation is not None for row in rows):
+            out.print(
+                "inputs are quantized, from sums that ranks add in another order than one process: a code "
+                "may be the next one, and answers differ by its rounding"
+            )
     if ignored := ignored_layers(plan):
         out.print(escape(printable(f"not quantized: {', '.join(ignored)}", 400)))
     kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)

@@ -56,8 +56,13 @@ class Speed:
 
 def stream(llm: LLM, prompt: list[int], sampling: SamplingParams, speed: Speed) -> Iterator[TokenEvent]:
     """The events of one answer; an error event is raised."""
-    for event in llm.stream(prompt, sampling):
-        speed.count(event)
-        if event.finish_reason == "error":
-            raise LowbitError("E0704", f"the engine ended the request: {event.error}")
-        yield event
+    try:
+        for event in llm.stream(prompt, sampling):
+            speed.count(event)
+            if event.finish_reason == "error":
+                raise LowbitError("E0704", f"the engine ended the request: {event.error}")
+            yield event
+    except LowbitError as error:
+        if error.code in ("prompt_too_long", "empty_prompt"):  # the engine's names are those of the API
+            raise LowbitError("E0112", error.message) from None
+        raise

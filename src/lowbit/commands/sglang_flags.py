@@ -36,6 +36,9 @@ COMPARED: dict[str, str] = {
     "attention_backend": "auto, triton, flashinfer (installed beside lowbit) and torch_native, which is "
     "reference; fa3 and other kernels are auto",
     "random_seed": "of requests that bring no seed",
+    "sampling_defaults": "the same, for /generate too",
+    "preferred_sampling_params": "the same, for OpenAI's endpoints too",
+    "incremental_streaming_output": "the same; OpenAI's endpoints always stream what is new",
     "speculative_algorithm": "NGRAM, from each sequence's own text, on a CPU too; others are refused by name",
     "speculative_num_draft_tokens": "at most; fewer while they are wrong, and beside other sequences",
     "speculative_ngram_min_match_window_size": "the same; 2 unless set",
@@ -74,7 +77,6 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
         "switch",
         "on a CPU always; on a GPU the last bits of logits may depend on the batch",
     ),
-    "--incremental-streaming-output": ("switch", _ALWAYS),
     "--skip-server-warmup": ("switch", _NEVER),
     "--disable-custom-all-reduce": ("switch", _NEVER),
     "--disable-cuda-graph-padding": ("switch", "padding rows change nothing"),
@@ -168,7 +170,14 @@ _NO_PRIORITY = "requests have no priorities; use --schedule-policy fcfs or lpm"
 _NO_DRAFTS = "there are no draft models or heads; use --speculative-algorithm NGRAM"
 _NO_ADAPTERS = "adapters are not applied at run time; merge them into the weights first"
 
+_NOT_PARSED = (
+    "answers are text as the model writes it, tool calls and reasoning in its own marks; drop it, and parse "
+    "the text in the client"
+)
+
 REFUSED: dict[str, str] = {
+    **dict.fromkeys(("--tool-call-parser", "--reasoning-parser", "--tool-server"), _NOT_PARSED),
+    "--grammar-backend": "requests with grammars or JSON schemas are refused; drop it",
     "--trust-remote-code": "lowbit never runs code from a model, and no flag turns it on; drop it. "
     "The architectures built in: lowbit models",
     "--modelopt-quant": "use --quantization fp8, awq, nvfp4 or mxfp4, which quantize while loading, or "

@@ -1,5 +1,6 @@
 // Paged attention on a CPU: attend over the pages that attention_write.cpp fills. See attention_cache.h for
-// their layout and attention_tiles.h for why results do not depend on what is computed together.
+// their layout and attention_tiles.h for why results do not depend on what is computed together. What is computed,
+// and when, attention_plan.cpp says.
 //
 // Query rows of one K/V head are (token, query head of the group), token after token; a block is up to
 // BLOCK_ROWS of them. A block runs over its segments and merges them as it goes.
@@ -16,70 +17,15 @@
 #include <type_traits>
 #include <vector>
 
-#include "attention_tiles.h"
+#include "attention_plan.h"
+#include "attention_softmax.h"
 #include "lowbit.h"
 #include "operations.h"
-#include "thread_pool.h"
-
-extern "C" {
-// A ragged batch (kernels/forward_batch.py). Row s of page_table starts at page_table + s * table_stride.
-struct lowbit_attention_batch {
-    const std::int32_t* query_lengths;
-    const std::int32_t* context_lengths;
-    const std::int32_t* page_table;
-    std::int64_t table_stride;
-    std::int32_t sequences, tokens;
-};
-}
 
 namespace lowbit {
 namespace {
 
-constexpr int BLOCK_ROWS = 48;  // a multiple of SCORE_ROWS and VALUE_ROWS; 48 rows of scores are 48 KiB
-constexpr int STATE_ROWS = (BLOCK_ROWS + LANES - 1) / LANES * LANES;
-constexpr int SHARED_ROWS = BLOCK_ROWS / 2;  // more rows of a sequence need no others beside them
-constexpr int SHARED_PAGES = 4;              // fewer pages in common are not worth it
-constexpr std::size_t MAX_STORED_FLOATS = std::size_t{1} << 24;  // 64 MiB of unmerged segments
-constexpr std::int64_t ALONE_COST = 150'000;  // less work than waking a thread
 constexpr int DIRECT_ROWS = 2 * SCORE_ROWS;  // so many rows decode narrow pages as they read them
-constexpr int NONE = -1;
-
-struct Block {
-    const std::int32_t* pages;  // the sequence's row of the page table
-    int first_token;            // row of q where the sequence begins
-    int first_position;         // of that token
-    int kv_head;
-    int row_begin, row_end;
-    int segment_begin, segment_end;
-    int stored;  // where Workspace::stored begins for its segments, or NONE
-
-    int rows() const { return row_end - row_begin; }
-    int segments() const { return segment_end - segment_begin; }
-};
-
-// A segment of blocks that have its first `common` pages in common.
-struct Part {
-    int members, count;  // of Workspace::members
-    int segment, common;
-    std::int64_t row;  // where its rows are stored
-};
-
-// What a call plans; kept by the thread that calls, so that nothing is allocated in the end.
-struct Workspace {
-    std::vector<Block> blocks;
-    std::vector<Part> parts;
-    std::vector<int> members;           // numbers of blocks
-    std::vector<std::int64_t> stored;   // by block and segment: its first row in the states below, or NONE
-    std::vector<float> maximum, sum, values;
-    std::vector<std::int64_t> costs;    // of what is to be run next: parts, then blocks
-    std::vector<int> order, ranges;     // the costliest first; range i is ranges[i] .. ranges[i + 1] of them
-    std::vector<int> alike, left, group;  // block of K/V head 0 of sequences that may share pages
-};
-
-Workspace& workspace() {
-    static thread_local Workspace mine;
-    return mine;
-}
 
 // Work of one thread: lives on its stack.
 template <class Key>
@@ -116,317 +62,24 @@ class Attention {
         : cache_(cache),
           keys_(key_store(cache)),
           values_(value_store(cache)),
-          batch_(batch),
+          plan_(cache, batch, q_heads / cache.heads),
           q_(q),
           q_stride_(q_stride),
           q_heads_(q_heads),
           group_(q_heads / cache.heads),
           softmax_(softmax),
           sinks_(sinks),
-          out_(out),
-          work_(workspace()) {}
+          out_(out) {}
 
     Status run() {
-        const Status status = plan_blocks();
+        const Status status = plan_.make();
         if (status != OK) return status;
-        plan_parts();
-        if (!work_.parts.empty()) {
-            for (const Part& part : work_.parts) work_.costs.push_back(cost(part));
-            run_ranges([&](int index, int next) {
-                run_part(work_.parts[static_cast<std::size_t>(index)],
-                         next == NONE ? nullptr : &work_.parts[static_cast<std::size_t>(next)]);
-            });
-        }
-        for (const Block& block : work_.blocks) work_.costs.push_back(cost(block));
-        run_ranges([&](int index, int next) {
-            run_block(work_.blocks[static_cast<std::size_t>(index)],
-                      next == NONE ? nullptr : &work_.blocks[static_cast<std::size_t>(next)]);
-        });
+        plan_.run_parts([&](const Part& part, const Part* next) { run_part(part, next); });
+        plan_.run_blocks([&](const Block& block, const Block* next) { run_block(block, next); });
         return OK;
     }
 
   private:
-    int position(const Block& block, int row) const { return block.first_position + row / group_; }
-    int last_position(const Block& block) const { return position(block, block.row_end - 1); }
-    int first_seen(int position) const {
-        return cache_.window > 0 ? std::max(position - cache_.window + 1, 0) : 0;
-    }
-
-    Status plan_blocks() {
-        work_.blocks.clear();
-        work_.parts.clear();
-        work_.members.clear();
-        work_.stored.clear();
-        work_.alike.clear();
-        work_.costs.clear();
-        std::int64_t token = 0;
-        for (int sequence = 0; sequence < batch_.sequences; ++sequence) {
-            const int queries = batch_.query_lengths[sequence], context = batch_.context_lengths[sequence];
-            if (queries < 0 || context < queries || token + queries > batch_.tokens) return BAD_LENGTHS;
-            Block block{};
-            block.pages = batch_.page_table + sequence * batch_.table_stride;
-            block.first_token = static_cast<int>(token);
-            block.first_position = context - queries;
-            block.stored = NONE;
-            const int used = first_seen(block.first_position) / PAGE_TOKENS;
-            const int count = queries > 0 ? (context + PAGE_TOKENS - 1) / PAGE_TOKENS : 0;
-            if (count > batch_.table_stride) return BAD_LENGTHS;
-            for (int page = used; page < count; ++page) {
-                if (block.pages[page] < 0 || block.pages[page] >= cache_.pages) return BAD_PAGE;
-            }
-            const int rows = queries * group_;
-            if (rows > 0 && rows <= SHARED_ROWS) work_.alike.push_back(static_cast<int>(work_.blocks.size()));
-            for (block.kv_head = 0; block.kv_head < cache_.heads; ++block.kv_head) {
-                for (block.row_begin = 0; block.row_begin < rows; block.row_begin += BLOCK_ROWS) {
-                    block.row_end = std::min(block.row_begin + BLOCK_ROWS, rows);
-                    block.segment_begin = first_seen(position(block, block.row_begin)) / SEGMENT_TOKENS;
-                    block.segment_end = last_position(block) / SEGMENT_TOKENS + 1;
-                    work_.blocks.push_back(block);
-                }
-            }
-            token += queries;
-        }
-        return token == batch_.tokens ? OK : BAD_LENGTHS;
-    }
-
-    Block& block_of(int number) { return work_.blocks[static_cast<std::size_t>(number)]; }
-    const Block& block_of(int number) const { return work_.blocks[static_cast<std::size_t>(number)]; }
-    const Block& member_of(const Part& part, int number) const {
-        return block_of(work_.members[static_cast<std::size_t>(part.members + number)]);
-    }
-
-    void plan_parts() {
-        std::int64_t rows = 0;
-        if (work_.alike.size() > 1) find_shared(rows);
-        const std::size_t few = 4 * static_cast<std::size_t>(thread_count());
-        if (thread_count() > 1 && work_.blocks.size() < few) split_blocks(rows);
-        const auto grow = [](std::vector<float>& numbers, std::size_t size) {
-            if (numbers.size() < size) numbers.resize(size);
-        };
-        if (rows == 0) return;
-        const auto count = static_cast<std::size_t>(rows);
-        grow(work_.maximum, count + LANES);  // merged in sixteens
-        grow(work_.sum, count + LANES);
-        grow(work_.values, count * static_cast<std::size_t>(cache_.v_dim));
-    }
-
-    // Every segment that is not stored yet becomes a part.
-    void split_blocks(std::int64_t& rows) {
-        std::int64_t most = rows;
-        std::size_t segments = 0;
-        for (const Block& block : work_.blocks) {
-            most += std::int64_t{block.rows()} * block.segments();
-            segments += static_cast<std::size_t>(block.segments());
-        }
-        if (segments == work_.blocks.size() || too_many(most)) return;
-        for (int number = 0; number < static_cast<int>(work_.blocks.size()); ++number) {
-            const int end = block_of(number).segment_end;
-            for (int segment = block_of(number).segment_begin; segment < end; ++segment) {
-                if (stored_row(block_of(number), segment) != NONE) continue;
-                const int place = static_cast<int>(work_.members.size());
-                work_.members.push_back(number);
-                add_part({place, 1, segment, SEGMENT_PAGES, rows}, rows);
-            }
-        }
-    }
-
-    bool too_many(std::int64_t rows) const {
-        return static_cast<std::size_t>(rows) * static_cast<std::size_t>(cache_.v_dim) > MAX_STORED_FLOATS;
-    }
-
-    std::int64_t stored_row(const Block& block, int segment) const {
-        if (block.stored == NONE) return NONE;
-        return work_.stored[static_cast<std::size_t>(block.stored + segment - block.segment_begin)];
-    }
-
-    // Its rows are stored from `rows` on, which grows by them.
-    void add_part(const Part& part, std::int64_t& rows) {
-        work_.parts.push_back(part);
-        for (int member = 0; member < part.count; ++member) {
-            Block& block = block_of(work_.members[static_cast<std::size_t>(part.members + member)]);
-            if (block.stored == NONE) {
-                block.stored = static_cast<int>(work_.stored.size());
-                work_.stored.resize(work_.stored.size() + static_cast<std::size_t>(block.segments()), NONE);
-            }
-            work_.stored[static_cast<std::size_t>(block.stored + part.segment - block.segment_begin)] = rows;
-            rows += block.rows();
-        }
-    }
-
-    // Pages of a segment all rows of a block see wholly, from the segment's beginning on; 0 where some do not
-    // see that, NONE past the block's end.
-    int whole_pages(const Block& block, int segment) const {
-        const int base = segment * SEGMENT_TOKENS;
-        const int pages = std::min((block.first_position + 1 - base) / PAGE_TOKENS, SEGMENT_PAGES);
-        if (pages < (cache_.latent ? SEGMENT_PAGES : SHARED_PAGES)) return NONE;
-        return first_seen(last_position(block)) <= base ? pages : 0;
-    }
-
-    // How many pages of a segment two sequences have in common, from its beginning on.
-    int common_pages(int left, int right, int segment) const {
-        const int count =
-            std::min(whole_pages(block_of(left), segment), whole_pages(block_of(right), segment));
-        const std::int32_t *mine = block_of(left).pages + segment * SEGMENT_PAGES,
-                           *other = block_of(right).pages + segment * SEGMENT_PAGES;
-        return static_cast<int>(std::mismatch(mine, mine + std::max(count, 0), other).first - mine);
-    }
-
-    // Parts of the sequences in `alike` that begin a segment with the same pages: first those that share all
-    // of it, then of the others neighbours in the order of their pages. Without a window, whoever shares no
-    // whole segment is not looked at again: pages are shared from the first on.
-    void find_shared(std::int64_t& rows) {
-        int segment = first_seen(last_position(block_of(work_.alike.front()))) / SEGMENT_TOKENS;
-        for (const int number : work_.alike) {
-            segment = std::min(segment, first_seen(last_position(block_of(number))) / SEGMENT_TOKENS);
-        }
-        std::vector<int>&alike = work_.alike, &left = work_.left, &group = work_.group;
-        for (; alike.size() > 1; ++segment) {
-            const auto past = [&](int number) { return whole_pages(block_of(number), segment) == NONE; };
-            alike.erase(std::remove_if(alike.begin(), alike.end(), past), alike.end());
-            const auto pages_before = [&](int one, int other) {
-                const auto end = [&](const Block& block) {
-                    return block.pages + segment * SEGMENT_PAGES + whole_pages(block, segment);
-                };
-                const Block &a = block_of(one), &b = block_of(other);
-                return std::lexicographical_compare(a.pages + segment * SEGMENT_PAGES, end(a),
-                                                    b.pages + segment * SEGMENT_PAGES, end(b));
-            };
-            std::sort(alike.begin(), alike.end(), pages_before);
-            left.clear();
-            std::size_t kept = 0;
-            for (std::size_t begin = 0, end; begin < alike.size(); begin = end) {
-                end = begin + 1;
-                while (end < alike.size() &&
-                       common_pages(alike[end - 1], alike[end], segment) == SEGMENT_PAGES) {
-                    ++end;
-                }
-                if (end == begin + 1) {
-                    left.push_back(alike[begin]);
-                } else {
-                    group.assign(alike.begin() + static_cast<std::ptrdiff_t>(begin),
-                                 alike.begin() + static_cast<std::ptrdiff_t>(end));
-                    if (!share(group, segment, SEGMENT_PAGES, rows)) return;
-                    for (const int number : group) alike[kept++] = number;
-                }
-            }
-            for (std::size_t begin = 0, end; begin < left.size(); begin = end) {
-                int common = SEGMENT_PAGES;
-                group.assign(1, left[begin]);
-                for (end = begin + 1; end < left.size(); ++end) {
-                    const int both = common_pages(left[end - 1], left[end], segment);
-                    if (both < SHARED_PAGES) break;
-                    common = std::min(common, both);
-                    group.push_back(left[end]);
-                }
-                if (group.size() > 1 && !cache_.latent && !share(group, segment, common, rows)) return;
-            }
-            if (cache_.window == 0) {
-                alike.resize(kept);
-            }
-        }
-    }
-
-    // False: no more may be stored.
-    bool share(const std::vector<int>& group, int segment, int common, std::int64_t& rows) {
-        int all_rows = 0;
-        for (const int number : group) all_rows += block_of(number).rows();
-        if (too_many(rows + std::int64_t{all_rows} * cache_.heads)) return false;
-        const int wanted =
-            thread_count() > 1 ? std::min(all_rows / 12, 2 * thread_count() / cache_.heads) : 1;
-        const int chunks = std::max((all_rows + BLOCK_ROWS - 1) / BLOCK_ROWS, wanted);
-        const int chunk_rows = (all_rows + chunks - 1) / chunks;
-        for (int kv_head = 0; kv_head < cache_.heads; ++kv_head) {
-            for (std::size_t begin = 0; begin < group.size();) {
-                Part part{static_cast<int>(work_.members.size()), 0, segment, common, rows};
-                int count = 0;
-                for (; begin < group.size() && count < chunk_rows; ++begin) {
-                    const int more = block_of(group[begin]).rows();
-                    if (count + more > BLOCK_ROWS) break;
-                    work_.members.push_back(group[begin] + kv_head);
-                    count += more;
-                    ++part.count;
-                }
-                add_part(part, rows);
-            }
-        }
-        return true;
-    }
-
-    // Multiplications, with as many more as reading K and V may take the time of.
-    std::int64_t cost(const Block& block, int begin, int end) const {
-        return std::int64_t{block.rows() + 4} * std::max(end - begin, 0) * (cache_.k_dim + cache_.v_dim);
-    }
-    std::int64_t cost(const Part& part) const {
-        std::int64_t sum = 0;
-        for (int member = 0; member < part.count; ++member) {
-            const Block& block = member_of(part, member);
-            const int base = part.segment * SEGMENT_TOKENS;
-            sum += cost(block, std::max(first_seen(position(block, block.row_begin)), base),
-                        std::min(last_position(block) + 1, base + SEGMENT_TOKENS));
-        }
-        return sum;
-    }
-    std::int64_t cost(const Block& block) const {
-        int stored = 0;
-        const int segments = block.stored != NONE ? block.segment_end : block.segment_begin;
-        for (int segment = block.segment_begin; segment < segments; ++segment) {
-            stored += stored_row(block, segment) != NONE ? SEGMENT_TOKENS : 0;
-        }
-        const int end = last_position(block) + 1;
-        const int begin = first_seen(position(block, block.row_begin));
-        const std::int64_t merging = std::int64_t{block.rows()} * block.segments() * cache_.v_dim;
-        return cost(block, begin + stored, end) + merging;
-    }
-
-    // Runs run(index, the index that follows or NONE) for everything in `costs`, which is cleared. A thread
-    // takes ranges: large ones first, and at the end such as leave no thread waiting long.
-    template <class Run>
-    void run_ranges(const Run& run) {
-        std::vector<std::int64_t>& costs = work_.costs;
-        std::vector<int>&order = work_.order, &ranges = work_.ranges;
-        const int count = static_cast<int>(costs.size());
-        std::int64_t left = 0;
-        order.resize(costs.size());
-        for (int index = 0; index < count; ++index) {
-            order[static_cast<std::size_t>(index)] = index;
-            left += costs[static_cast<std::size_t>(index)];
-        }
-        const int threads = left > ALONE_COST ? thread_count() : 1;
-        const auto cost_of = [&](int place) {
-            return costs[static_cast<std::size_t>(order[static_cast<std::size_t>(place)])];
-        };
-        ranges.assign(1, 0);
-        if (threads > 1) {
-            const auto costlier = [&](int a, int b) {
-                const std::int64_t mine = costs[static_cast<std::size_t>(a)],
-                                   other = costs[static_cast<std::size_t>(b)];
-                return mine != other ? mine > other : a < b;
-            };
-            if (!std::is_sorted(order.begin(), order.end(), costlier)) {
-                std::sort(order.begin(), order.end(), costlier);
-            }
-            for (int place = 0; place < count;) {
-                std::int64_t share = left / (4 * threads);
-                do {
-                    left -= cost_of(place);
-                    share -= cost_of(place++);
-                } while (place < count && share >= cost_of(place));
-                ranges.push_back(place);
-            }
-        } else if (count > 0) {
-            ranges.push_back(count);
-        }
-        parallel_for(static_cast<std::int64_t>(ranges.size()) - 1, [&](std::int64_t range) {
-            const int begin = ranges[static_cast<std::size_t>(range)];
-            const int end = ranges[static_cast<std::size_t>(range) + 1];
-            for (int place = begin; place < end; ++place) {
-                const std::size_t here = static_cast<std::size_t>(place);
-                run(order[here], place + 1 < end ? order[here + 1] : NONE);
-            }
-        });
-        costs.clear();
-    }
-
     // Page `number` of the block's sequence, of its K/V head.
     static const std::uint8_t* stored_page(const Store& store, const Block& block, int number) {
         return store.page(block.pages[number], block.kv_head);
@@ -435,8 +88,8 @@ class Attention {
     // The pages of a block's segment, to be fetched.
     Ahead ahead_of(const Store& store, const Block& block, int segment) const {
         Ahead ahead;
-        const int first = first_seen(position(block, block.row_begin)) / PAGE_TOKENS;
-        const int last = last_position(block) / PAGE_TOKENS;
+        const int first = plan_.first_seen(plan_.position(block, block.row_begin)) / PAGE_TOKENS;
+        const int last = plan_.last_position(block) / PAGE_TOKENS;
         for (int page = 0; page < SEGMENT_PAGES; ++page) {
             const int number = std::min(std::max(segment * SEGMENT_PAGES + page, first), last);
             ahead.pages[page] = stored_page(store, block, number);
@@ -522,22 +175,18 @@ class Attention {
         });
     }
 
-    States stored_states(std::int64_t row) const {
-        return {work_.maximum.data() + row, work_.sum.data() + row, work_.values.data() + row * cache_.v_dim};
-    }
-
     void run_part(const Part& part, const Part* next) const {
         Scratch<Key> scratch;
         int rows = 0;
         for (int member = 0; member < part.count; ++member) {
-            const Block& block = member_of(part, member);
+            const Block& block = plan_.member_of(part, member);
             scratch.members[member] = &block;
             prepare_queries(block, rows, scratch);
             rows += block.rows();
         }
         run_segment(scratch.members, part.count, part.segment, part.common,
-                    next == nullptr ? nullptr : &member_of(*next, 0), next == nullptr ? 0 : next->segment,
-                    scratch, stored_states(part.row));
+                    next == nullptr ? nullptr : &plan_.member_of(*next, 0), next == nullptr ? 0 : next->segment,
+                    scratch, plan_.stored_states(part.row));
     }
 
     void run_block(const Block& block, const Block* next) const {
@@ -556,9 +205,9 @@ class Attention {
         }
         std::fill_n(all.sum, block.rows(), 0.0f);
         for (int segment = block.segment_begin; segment < block.segment_end; ++segment) {
-            const std::int64_t row = stored_row(block, segment);
+            const std::int64_t row = plan_.stored_row(block, segment);
             if (row != NONE) {
-                merge_segment(all, stored_states(row), block.rows(), cache_.v_dim);
+                merge_segment(all, plan_.stored_states(row), block.rows(), cache_.v_dim);
                 continue;
             }
             const bool more = segment + 1 < block.segment_end;
@@ -634,7 +283,7 @@ class Attention {
             for_rows(*members[member], [&](int, std::int64_t token, int) {
                 const Block& block = *members[member];
                 const int here = block.first_position + static_cast<int>(token) - block.first_token;
-                first[rows] = std::max(first_seen(here) - base, 0);
+                first[rows] = std::max(plan_.first_seen(here) - base, 0);
                 last[rows] = std::min(here + 1 - base, SEGMENT_TOKENS);
                 states.maximum[rows] = MINUS_INFINITY;
                 states.sum[rows++] = 0.0f;
@@ -769,14 +418,13 @@ class Attention {
 
     const lowbit_attention_cache& cache_;
     const Store keys_, values_;
-    const lowbit_attention_batch& batch_;
+    AttentionPlan plan_;
     const float* q_;
     std::int64_t q_stride_;
     int q_heads_, group_;
     Softmax softmax_;
     const float* sinks_;
     float* out_;
-    Workspace& work_;
 };
 
 }  // namespace

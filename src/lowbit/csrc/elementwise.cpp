@@ -204,15 +204,12 @@ LOWBIT_EXPORT void lowbit_affine(const float* x, std::int64_t x_stride, std::int
     for_rows(rows, width, [&](std::int64_t row) {
         const float* from = x + row * x_stride;
         float* to = out + row * out_stride;
-        const Vector16 of_row = broadcast(factor == nullptr ? 1.0f : factor[row * factor_stride]);
+        const float* const of_row = at_column(factor, row * factor_stride);
         for_vectors(width, [&](int at, int lanes) {
-            Vector16 value = load_some(from + at, lanes);
-            if (column != nullptr) value = multiply(value, load_some(column + at, lanes));
-            if (factor != nullptr) value = multiply(value, of_row);
+            Vector16 value = affine(load_some(from + at, lanes), at_column(column, at), of_row, nullptr, lanes);
             if (number != 1.0f) value = multiply(value, broadcast(number));
             if (divisor != 1.0f) value = divide(value, broadcast(divisor));
-            if (bias != nullptr) value = add(value, load_some(bias + at, lanes));
-            store_some(to + at, value, lanes);
+            store_some(to + at, affine(value, nullptr, nullptr, at_column(bias, at), lanes), lanes);
         });
     });
 }

@@ -234,13 +234,9 @@ class Multiplied {
             }
             if (part.row_scale == nullptr && factor == nullptr && bias == nullptr) continue;
             float* const to = row + part.first;
-            const Vector16 of_row = broadcast(factor == nullptr ? 1.0f : *factor);
             for_vectors(static_cast<int>(part.rows), [&](int at, int lanes) {
-                Vector16 value = load_some(to + at, lanes);
-                if (part.row_scale != nullptr) value = multiply(value, load_some(part.row_scale + at, lanes));
-                if (factor != nullptr) value = multiply(value, of_row);
-                if (bias != nullptr) value = add(value, load_some(bias + part.first + at, lanes));
-                store_some(to + at, value, lanes);
+                const float *const scale = at_column(part.row_scale, at), *const own = at_column(bias, part.first + at);
+                store_some(to + at, affine(load_some(to + at, lanes), scale, factor, own, lanes), lanes);
             });
         }
     }

@@ -202,16 +202,13 @@ void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, Input in
     }
 }
 
-// 16 totals of a token, rows ``row`` on, after what the layer does to them: in the order and with the roundings
-// of elementwise.cpp's affine.
+// 16 totals of a token, rows ``row`` on, after what the layer does to them.
 Vector16 finished(const Prepared& p, Vector16 total, std::int64_t token, std::int64_t row, int lanes) {
     const lowbit_layer_description* const layer = p.product->layer;
     if (p.layout.row_vectors != nullptr) total = add(total, broadcast(p.offsets[token]));
     if (layer == nullptr) return total;
-    if (layer->row_scale != nullptr) total = multiply(total, load_some(layer->row_scale + row, lanes));
-    if (p.has_factors) total = multiply(total, broadcast(p.factors[token]));
-    if (layer->bias != nullptr) total = add(total, load_some(layer->bias + row, lanes));
-    return total;
+    const float* const factor = p.has_factors ? p.factors + token : nullptr;
+    return affine(total, at_column(layer->row_scale, row), factor, at_column(layer->bias, row), lanes);
 }
 
 void run_task(const Prepared& p, std::int64_t task) {
@@ -419,11 +416,7 @@ void multiply(const Product* products, std::int64_t count) {
 
 }  // namespace lowbit
 
-// x (tokens, columns) with x_stride floats from row to row -> out (tokens, weight->rows). Returns 0, or 1
-// where memory ran out.
-LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std::int64_t tokens,
-                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride) {
-    const lowbit::Product product{weight, x, x_stride, columns, nullptr, tokens, out, out_stride};
+static int multiply_one(const lowbit::Product& product) {
     try {
         lowbit::multiply(&product, 1);
     } catch (const std::bad_alloc&) {
@@ -432,29 +425,24 @@ LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std
     return 0;
 }
 
+// x (tokens, columns) with x_stride floats from row to row -> out (tokens, weight->rows). Returns 0, or 1
+// where memory ran out.
+LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std::int64_t tokens,
+                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride) {
+    return multiply_one({weight, x, x_stride, columns, nullptr, tokens, out, out_stride});
+}
+
 // The same of a weight whose groups of rows have scales of their own for x's columns.
 LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, const float* x, std::int64_t tokens,
                                         std::int64_t x_stride, float* out, std::int64_t out_stride) {
-    const lowbit::Product product{weight->weight, x, x_stride, weight->columns, nullptr, tokens, out, out_stride, nullptr, weight};
-    try {
-        lowbit::multiply(&product, 1);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
+    return multiply_one({weight->weight, x, x_stride, weight->columns, nullptr, tokens, out, out_stride, nullptr, weight});
 }
 
 // The same with what a layer does before and behind: out (tokens, weight->rows), half as wide where it is gated.
 // ``columns`` are at most MOST_LAYER_COLUMNS; a gated weight has a multiple of 32 rows.
 LOWBIT_EXPORT int lowbit_layer(const lowbit_layer_description* layer, const float* x, std::int64_t tokens,
                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride) {
-    const lowbit::Product product{layer->weight, x, x_stride, columns, nullptr, tokens, out, out_stride, layer};
-    try {
-        lowbit::multiply(&product, 1);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-    return 0;
+    return multiply_one({layer->weight, x, x_stride, columns, nullptr, tokens, out, out_stride, layer});
 }
 
 // Whether a weight can meet x as ``kind`` (enum InputKind): 1 or 0.

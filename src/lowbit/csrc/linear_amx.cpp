@@ -393,7 +393,10 @@ BlocksFunction exact_tiles(const Layout& layout) {
         case Codes::grid3_512: return multiply_exact<Codes::grid3_512>;
         case Codes::bf16: return multiply_exact<Codes::bf16>;
         case Codes::words4:
+        case Codes::e8p:
+        case Codes::row_vectors:
         case Codes::f16:
+        case Codes::halves3:
         case Codes::f32: return nullptr;
     }
     return nullptr;

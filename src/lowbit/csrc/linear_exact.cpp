@@ -2,6 +2,7 @@
 //
 // A tile is decoded once and multiplied with every token; totals stay in L1.
 
+#include "linear_halves.h"
 #include "linear_kernels.h"
 
 namespace lowbit {
@@ -137,22 +138,34 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
     }
 }
 
-// Floats, or SCALED: whole bytes under scales, which meet x in float32 16 columns at a time.
+// Floats, or SCALED: whole bytes under scales, which meet x in float32 16 columns at a time. Or what becomes floats.
 template <Codes CODES, bool SCALED>
-void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
+void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                           float (*totals)[ROWS]) {
+    constexpr Codes FLOATS = CODES == Codes::halves3 ? Codes::f16 : CODES;
     Walk walk(layout, block);
     const int second = layout.sub == 16 ? 1 : 0;  // the second half's scale
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        const std::uint8_t* const codes = SCALED ? walk.next() : block + tile * tile_bytes(CODES);
+        const std::uint8_t* codes = block + tile * tile_bytes(CODES);
+        if constexpr (SCALED) codes = walk.next();
+        if constexpr (CODES == Codes::halves3) codes = walk.next<CODES, 16, Addend::zero>();
         if (x.tokens >= FETCHING_TOKENS) {
             fetch_ahead<tile_bytes(CODES)>(codes);
             fetch_results(x, tile, layout.tiles);
         }
+        alignas(64) std::uint16_t halves[CODES == Codes::halves3 ? ROWS * COLUMNS : 1];
+        if constexpr (CODES == Codes::halves3) {
+            decode_halves(codes, decoding.table, walk, halves);
+            const std::int64_t number = (block - decoding.weight->data) / layout.block_bytes * layout.tiles + tile;
+            each_outlier(*decoding.weight, number, [&](std::uint32_t place, float outlier) {
+                halves[place] = float_to_half(half_to_float(halves[place]) + outlier);
+            });
+            codes = reinterpret_cast<const std::uint8_t*>(halves);
+        }
         each_constant<2>([&](auto half) __attribute__((always_inline)) {
             constexpr int HALF = decltype(half)::value;
             FloatTile w;
-            decode_floats<CODES>(codes + HALF * tile_bytes(CODES) / 2, w);
+            decode_floats<FLOATS>(codes + HALF * tile_bytes(FLOATS) / 2, w);
             const Sixteen scale = SCALED ? walk.scale[HALF * second] : sixteen_zeros();
             for_tokens(x.tokens, FloatStep<HALF, SCALED>{w, x, tile, scale, totals});
         });
@@ -266,6 +279,7 @@ BlockFunction exact_function(const Layout& layout) {
 #endif
         case Codes::f16: return multiply_float_block<Codes::f16, false>;
         case Codes::f32: return multiply_float_block<Codes::f32, false>;
+        case Codes::halves3: return multiply_float_block<Codes::halves3, false>;
         default: return nullptr;
     }
 }

@@ -5,6 +5,8 @@
 // its numbers the fields of a word of planes: words 0 to 31 (row * 2 + parity) of the lines of planes. Thus the two
 // vectors of a row that a line holds stand where the columns of even and of odd number stood: column j of the first
 // is the tile's column 2 j, column j of the second 2 j + 1, and x is laid out that way (InputShape::numbers).
+//
+// Of ``parity`` grids the bytes behind the indices are lines of signs, in an order of their own (parity_place).
 #pragma once
 
 #include "linear_tiles.h"
@@ -43,23 +45,40 @@ constexpr Field sign_field(const Grid& grid, int row, int column) {
     return field({1, 0, 0}, row, grid_column(grid.numbers, column));
 }
 
+// Where in the word of its row and parity the sign of a vector's number stands, ``second``: of the second line's. The
+// places of operands 2 and 3 and those of 4 and 5 are exchanged, as expand_grid wants them.
+constexpr int parity_place(int number, int second) {
+    return side_of(number) * 8 + operand_of(number) / 2 * 4 + operand_of(number) % 2 + second * 2;
+}
+
+// The sign and above it the vector's own bit.
+inline unsigned parity_bits(const std::uint8_t* signs, int row, int column) {
+    const int number = column % 8, second = column / 16;
+    std::uint16_t word;
+    std::memcpy(&word, signs + (row * 2 + column / 8 % 2) * 2, sizeof word);
+    unsigned odd = 0;
+    for (int i = 0; i < 8; ++i) odd ^= static_cast<unsigned>(word) >> parity_place(i, second) & 1u;
+    return ((static_cast<unsigned>(word) >> parity_place(number, second) & 1u) ^ (number == 0 ? odd : 0u)) | odd << 1;
+}
+
 // The index into the table of (row, column): a number, and above it the last bit.
 inline unsigned read_grid_code(const std::uint8_t* tile, Codes codes, const std::uint8_t* words, int row, int column) {
     const Grid grid = grid_of(codes);
     const int place = grid_place_of(grid, row, column);
     const unsigned index = grid_index(grid, tile, place);
     const unsigned word = words[index] | static_cast<unsigned>(words[(1u << grid.bits) + index]) << 8;
-    const Plane low = plane(grid.planes(), 0);
+    const Plane low = grid.parity ? Plane{2, 0, 0} : plane(grid.planes(), 0);
     const Field f = field(low, 0, column % grid.numbers * 2);
     const unsigned number = word >> f.shift & ((1u << low.width) - 1u);
     const std::uint8_t* const tail = tile + grid_tail(grid);
+    if (grid.parity) return number | parity_bits(tail, row, column) << 2;
     const Field s = sign_field(grid, row, column);
     const bool last = grid.shifted ? bit_at(tail, place) : (tail[s.byte + s.shift / 8] >> (s.shift % 8) & 1) != 0;
     return number | static_cast<unsigned>(last) << sign_plane(grid).shift;
 }
 
 // ``from``: a byte a column: the last bit (of shifted grids the first column's counts), and above it 2 bits of the
-// vector's index, or 3 where it has four numbers, low ones first.
+// vector's index, or 3 where it has four numbers, low ones first. Grids of ``parity`` are packed by kernels/cpu_lattice.py.
 inline void write_grid_codes(std::uint8_t* tile, Codes codes, int row, int columns, const std::uint8_t* from) {
     const Grid grid = grid_of(codes);
     const int share = grid.numbers == 8 ? 2 : 3;
@@ -162,6 +181,21 @@ INLINE void expand_grid(const std::uint8_t* const (&tiles)[TILES], const std::ui
             for (int i = 0; i < 4; ++i) {
                 nibbles[t][i] = chosen_bits(last, of_line[i / 2], shifted(lines[t][i / 2], i % 2 * 2));
             }
+        } else if constexpr (GRID.parity) {
+            const __m512i own = _mm512_loadu_si512(tail), nibble = _mm512_set1_epi8(0x0F);
+            // Both bytes of a word, then both nibbles: two bits are left of the first line's vector, two of the second's.
+            __m512i odd = _mm512_ternarylogic_epi32(own, _mm512_srli_epi16(own, 8), _mm512_slli_epi16(own, 8), 0x96);
+            odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(odd, 4), odd, nibble, 0x28);
+            const __m512i of_line[2] = {_mm512_shuffle_epi8(_mm512_set1_epi32(0x00FFFF00), odd),
+                                        _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_setr_epi32(0, -1, -1, 0)), odd)};
+            // The first numbers' signs: own ^ (of_line & bit)
+            __m512i signs = _mm512_ternarylogic_epi32(own, of_line[0], _mm512_set1_epi16(1), 0x78);
+            signs = _mm512_ternarylogic_epi32(signs, of_line[1], _mm512_set1_epi16(4), 0x78);
+            UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const __m512i words = chosen_bits(last, shifted(signs, i - 2), shifted(lines[t][i / 2], i % 2 * 2));
+                nibbles[t][i] = chosen_bits(_mm512_set1_epi8(static_cast<char>(0x88)), of_line[i / 2], words);
+            }
         } else if constexpr (GRID.numbers == 8) {
             // Operands 0, 1, 4, 5, 2, 3, 6, 7: a line's two stand as far apart as their nibbles.
             const __m512i signs = exchanged(_mm512_loadu_si512(tail), 0x0C, 2);
@@ -180,12 +214,41 @@ INLINE void expand_grid(const std::uint8_t* const (&tiles)[TILES], const std::ui
 
 #else
 
+// Words of numbers of 2 bits become nibbles, two operands a line.
+inline void expand_parity(const std::uint8_t* tile, const std::uint8_t* grid, std::uint8_t* planes) {
+    constexpr int WORDS = ROWS * 2;
+    std::uint16_t numbers[2][WORDS], signs[WORDS], to[4][WORDS];
+    for (int line = 0; line < 2; ++line) {
+        for (int word = 0; word < WORDS; ++word) {
+            const unsigned index = tile[grid_place(line, word)];
+            numbers[line][word] = static_cast<std::uint16_t>(grid[index] | grid[256 + index] << 8);
+        }
+    }
+    std::memcpy(signs, tile + 64, sizeof signs);
+    for (int line = 0; line < 2; ++line) {
+        for (int word = 0; word < WORDS; ++word) {
+            const unsigned own = static_cast<unsigned>(signs[word]) >> line * 2 & 0x3333u;
+            unsigned odd = own ^ own >> 8;
+            odd ^= odd >> 4;
+            odd = (odd ^ odd >> 1) & 1u;
+            const unsigned turned = own ^ odd, bit = odd * 0x8888u;
+            for (int half = 0; half < 2; ++half) {
+                const unsigned n = static_cast<unsigned>(numbers[line][word]) >> half * 4, s = turned >> half * 4;
+                const unsigned nibbles = (n & 0x0303u) | (n & 0x0C0Cu) << 2 | (s & 0x0101u) << 2 | (s & 0x0202u) << 5 | bit;
+                to[line * 2 + half][word] = static_cast<std::uint16_t>(nibbles);
+            }
+        }
+    }
+    std::memcpy(planes, to, sizeof to);
+}
+
 template <Codes CODES>
 inline void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, std::uint8_t* planes) {
     constexpr Grid GRID = grid_of(CODES);
     constexpr int VECTORS = GRID.vectors(), HIGH = GRID.bits - 8;
     constexpr unsigned COUNT = 1u << GRID.bits;
     const std::uint8_t* const tail = tile + grid_tail(GRID);
+    if constexpr (GRID.parity) return expand_parity(tile, grid, planes);
     for (int first = 0; first < VECTORS; first += 64) {
         std::uint64_t high[HIGH + 1] = {};
         for (int bit = 0; bit < HIGH; ++bit) {

@@ -23,15 +23,18 @@ constexpr int TOKEN_STEP = 4;
 constexpr int FETCHING_TOKENS = 8;
 constexpr std::int64_t FETCHED_AHEAD = 1024;  // bytes, and two tiles at least
 // Always inline: GCC 12 drops calls of functions that do nothing but prefetch.
+INLINE void fetch_ahead(const std::uint8_t* tile, std::int64_t bytes) {
+    const std::int64_t ahead = std::max(FETCHED_AHEAD, 2 * bytes);
+    for (std::int64_t line = 0; line <= bytes; line += 64) __builtin_prefetch(tile + ahead + line);
+}
 template <std::int64_t BYTES>
-__attribute__((always_inline)) inline void fetch_ahead(const std::uint8_t* tile) {
-    constexpr std::int64_t AHEAD = std::max(FETCHED_AHEAD, 2 * BYTES);
-    for (std::int64_t line = 0; line <= BYTES; line += 64) __builtin_prefetch(tile + AHEAD + line);
+INLINE void fetch_ahead(const std::uint8_t* tile) {
+    fetch_ahead(tile, BYTES);
 }
 
 // Takes hold of the lines results will be written to, some at each tile: written one by one at the end, each would
 // be waited for.
-__attribute__((always_inline)) inline void fetch_results(const Input& x, std::int64_t tile, std::int64_t tiles) {
+INLINE void fetch_results(const Input& x, std::int64_t tile, std::int64_t tiles) {
     if (x.out == nullptr) return;
     const std::int64_t last = x.tokens * (tile + 1) / tiles;
     for (std::int64_t token = x.tokens * tile / tiles; token < last; ++token) {
@@ -42,10 +45,12 @@ __attribute__((always_inline)) inline void fetch_results(const Input& x, std::in
 // How a weight's codes become numbers.
 struct Decoding {
     explicit Decoding(const lowbit_weight& weight)
-        : table(weight.table),
+        : weight(&weight),
+          table(weight.table),
           bytes(weight),
           words(weight),
           vectors(reinterpret_cast<const std::int16_t*>(weight.table)) {}
+    const lowbit_weight* weight;
     Table table;
     ByteCodes bytes;
     WordCodes words;
@@ -173,5 +178,55 @@ struct PlainWordStep {
         }
     }
 };
+
+// One token times a tile of such numbers.
+INLINE SixteenInts dot_tile(const WordTile& w, const std::int16_t* x) {
+    SixteenInts sum[1] = {ints_set(0)};
+    dot_words<0, COLUMNS, 1>(w, x, COLUMNS, sum);
+    return sum[0];
+}
+
+// Tiles first <= tile < last of a block, of ``bytes`` each from ``at`` on.
+struct Tiles {
+    const std::uint8_t* at;
+    std::int64_t bytes, first, last;
+};
+
+// Adds one token's products with them. dot(tile, x): the sums of one.
+template <class Dot>
+INLINE Sixteen add_tiles(Sixteen total, Tiles tiles, const Input& x, const Dot& dot) {
+    for (std::int64_t tile = tiles.first; tile < tiles.last; ++tile, tiles.at += tiles.bytes) {
+        const SixteenInts sum = dot(tiles.at, x.at<std::int16_t>(tile, 0));
+        total = sixteen_fma(sixteen_set(x.scales[tile]), ints_to_floats(sum), total);
+    }
+    return total;
+}
+
+// The same of more tokens; decode(tile, w) makes the numbers. ``fetched``: bytes of each tile that are asked for before.
+template <class Decode>
+INLINE void multiply_tiles(Tiles tiles, std::int64_t fetched, const Layout& layout, const Input& x, float (*totals)[ROWS],
+                           const Decode& decode) {
+    for (std::int64_t tile = tiles.first; tile < tiles.last; ++tile, tiles.at += tiles.bytes) {
+        if (fetched != 0 && x.tokens >= FETCHING_TOKENS) {
+            fetch_ahead(tiles.at, fetched);
+            fetch_results(x, tile, layout.tiles);
+        }
+        WordTile w;
+        decode(tiles.at, w);
+        for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
+    }
+}
+
+// Indices of a tile that few tokens meet: among scattered reads of a table the processor does not see that they are a
+// stream.
+INLINE void fetch_indices(const std::uint8_t* tile, std::int64_t bytes) {
+    constexpr std::int64_t AHEAD = 2048;
+    for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(tile + AHEAD + line);
+}
+
+// Has a table of ``bytes`` near that was not the last one used: read from end to end, where one by one each line would be
+// waited for. Where a weight has fewer ``indices`` than it has lines, those that are needed come by themselves.
+// linear_vectors.cpp
+void have_near(const std::int16_t* table, std::int64_t bytes, std::int64_t indices);
 
 }  // namespace lowbit

@@ -21,9 +21,10 @@ struct lowbit_row_vectors {
 struct lowbit_weight {
     const std::uint8_t* data;
     // 64 bfloat16 values, for codes of 2 to 7 bits; with a factor, 32 of them (words4: 16-bit numbers, 16 of them
-    // twice) and then 16 floats, what codes of 4 bits are worth exactly; for grids and 7 bits, 16-bit words behind
-    // it (vectors; all 128 values), the low bytes of all and then the high ones. Of codebooks (books, vectors, columns)
-    // 16-bit numbers, 64 at least; those of rows (books, vectors and residual ones, 4, 8 or 16).
+    // twice) and then 16 floats, what codes of 4 bits are worth exactly; of e8p 16 values v twice and then 16-bit
+    // numbers 4 v + 15, alike; for grids and 7 bits, 16-bit words behind it (vectors; all 128 values), the low bytes of
+    // all and then the high ones. Of codebooks (books, vectors, columns) 16-bit numbers, 64 at least; those of rows
+    // (books, vectors and residual ones, 4, 8 or 16).
     const std::uint16_t* table;
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles
@@ -36,6 +37,10 @@ struct lowbit_weight {
     std::int32_t input_group;  // of InputKind::scaled: columns of x that share a scale; 16, or a multiple of 32
     const struct lowbit_quantizer* quantizer;  // of InputKind::scaled
     const lowbit_row_vectors* row_vectors;     // of such codes
+    // Of halves3: (blocks * tiles + 1,), where each tile's outliers begin among all; and these, 16 * column + row of the
+    // tile in the low half, float16 in the high one.
+    const std::int32_t* outlier_starts;
+    const std::uint32_t* outliers;
 };
 
 namespace lowbit {
@@ -71,6 +76,8 @@ struct RowVectors {
     std::int64_t tile_bytes() const { return COLUMNS * pieces() * (main_bytes() + second_bytes()); }
     std::int64_t book_tiles(std::int64_t tiles) const { return (tiles - outlier_tiles) / books; }
     std::int64_t numbers() const { return static_cast<std::int64_t>(centroids + residual) * stride(); }  // of a book
+    std::int64_t table_bytes() const { return books * numbers() * static_cast<std::int64_t>(sizeof(std::int16_t)); }
+    std::int64_t indices(std::int64_t tiles) const { return tiles * COLUMNS * pieces() * (residual != 0 ? 2 : 1); }
 
     int length, books, centroids, residual, outlier_tiles;
 };

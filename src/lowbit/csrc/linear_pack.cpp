@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "linear_halves.h"
 #include "linear_layout.h"
 #include "linear_row_vectors.h"
 #include "linear_trellis.h"
@@ -30,6 +31,7 @@ bool known(const Layout& layout) {
         case Codes::grid1_2048:
         case Codes::grid3_256:
         case Codes::grid3_512: return layout.addend == Addend::none;
+        case Codes::e8p: return layout.addend == Addend::none && layout.sub == COLUMNS;
         case Codes::words4:
         case Codes::bits1:
         case Codes::bits2:
@@ -48,6 +50,7 @@ bool known(const Layout& layout) {
         case Codes::f16:
         case Codes::f32:
         case Codes::row_vectors: return true;
+        case Codes::halves3: return layout.sub == 16 && layout.scales == Scales::f16 && layout.addend == Addend::zero;
     }
     return false;
 }
@@ -97,10 +100,12 @@ float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* t
     }
 }
 
-// One row of the weight in float32: (code [- zero]) * scale [+ offset], as QuantizedTensor.dequantize has it.
+// One row of the weight in float32: (code [- zero]) * scale [+ offset] [+ outlier], as QuantizedTensor.dequantize has it.
 void dequantize_row(const lowbit_weight& weight, const Layout& layout, std::int64_t row, std::int64_t columns, float* out) {
     Walk walk(layout, weight.data + row / ROWS * layout.block_bytes);
     const int lane = static_cast<int>(row % ROWS);
+    const bool halves = layout.codes == Codes::halves3;
+    const auto rounded = [&](float value) { return halves ? half_to_float(float_to_half(value)) : value; };
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next();
         float scale[COLUMNS / LEAST_GROUP][ROWS], addend[COLUMNS / LEAST_GROUP][ROWS];
@@ -112,11 +117,16 @@ void dequantize_row(const lowbit_weight& weight, const Layout& layout, std::int6
         for (int column = 0; column < left; ++column) {
             const int part = column / layout.sub;
             float value = code_value(weight, layout.codes, codes, lane, column);
-            if (layout.addend == Addend::zero) value += addend[part][lane];
-            if (layout.scales != Scales::none) value *= scale[part][lane];
+            if (layout.addend == Addend::zero) value = rounded(value + addend[part][lane]);
+            if (layout.scales != Scales::none) value = rounded(value * scale[part][lane]);
             if (layout.addend == Addend::offset) value += addend[part][lane];
             out[tile * COLUMNS + column] = value;
         }
+        if (!halves) continue;
+        each_outlier(weight, row / ROWS * layout.tiles + tile, [&](std::uint32_t place, float outlier) {
+            float& value = out[tile * COLUMNS + place / ROWS];
+            if (static_cast<int>(place % ROWS) == lane) value = rounded(value + outlier);
+        });
     }
 }
 

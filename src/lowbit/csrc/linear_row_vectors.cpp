@@ -3,19 +3,10 @@
 #include "linear_row_vectors.h"
 
 #include "linear_kernels.h"
+#include "linear_vectors.h"
 
 namespace lowbit {
 namespace {
-
-constexpr std::int64_t AHEAD = 2048;  // bytes of indices
-
-template <int BYTES>
-INLINE std::size_t index_at(const std::uint8_t* indices, int place) {
-    if constexpr (BYTES == 1) return indices[place];
-    std::uint16_t index;
-    std::memcpy(&index, indices + place * 2, sizeof index);
-    return index;
-}
 
 // Codebooks of some columns: of STRIDE numbers a vector; indices have MAIN bytes, those of the residual one SECOND or there
 // is none.
@@ -34,7 +25,7 @@ struct Book {
 template <int STRIDE, int BYTES>
 INLINE __m256i vectors_at(const std::uint8_t* indices, int first, const std::int16_t* table) {
     const auto at = [&](int piece) __attribute__((always_inline)) {
-        return reinterpret_cast<const __m128i*>(table + index_at<BYTES>(indices, first + piece) * STRIDE);
+        return reinterpret_cast<const __m128i*>(table + vector_index<BYTES>(indices, first + piece) * STRIDE);
     };
     if constexpr (STRIDE == 16) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at(0)));
@@ -156,11 +147,11 @@ INLINE void decode_row_vectors(const std::uint8_t* tile, const BOOK& book, const
     for (int column = 0; column < COLUMNS; ++column) {
         for (int piece = 0; piece < BOOK::PIECES; ++piece) {
             const int place = column * BOOK::PIECES + piece;
-            const std::int16_t* const from = book.main + index_at<BOOK::MAIN>(tile, place) * BOOK::STRIDE;
+            const std::int16_t* const from = book.main + vector_index<BOOK::MAIN>(tile, place) * BOOK::STRIDE;
             std::int16_t* const to = w.columns[column] + piece * BOOK::STRIDE;
             std::memcpy(to, from, BOOK::STRIDE * sizeof *to);
             if constexpr (BOOK::SECOND != 0) {
-                const std::size_t added = index_at<BOOK::SECOND>(tile + BOOK::SECOND_PLACE, place);
+                const std::size_t added = vector_index<BOOK::SECOND>(tile + BOOK::SECOND_PLACE, place);
                 const std::int16_t* const more = book.second + added * BOOK::STRIDE;
                 for (int i = 0; i < BOOK::STRIDE; ++i) to[i] = static_cast<std::int16_t>(to[i] + more[i]);
             }
@@ -182,26 +173,10 @@ template <class BOOK>
 INLINE SixteenInts dot_row_vectors_once(const std::uint8_t* tile, const BOOK& book, const Turns& turns, const std::int16_t* x) {
     WordTile w;
     decode_row_vectors(tile, book, turns, w);
-    SixteenInts sum[1] = {ints_set(0)};
-    dot_words<0, COLUMNS, 1>(w, x, COLUMNS, sum);
-    return sum[0];
+    return dot_tile(w, x);
 }
 
 #endif
-
-// Codebooks that were not used last are read from end to end: one by one, each line would be waited for. Where there are
-// fewer indices than lines the lines that are needed come by themselves.
-void have_near(const Layout& layout, const RowVectors& vectors, const std::int16_t* table) {
-    static thread_local const std::int16_t* last = nullptr;
-    constexpr std::int64_t LINE = 64;
-    if (last == table) return;
-    last = table;
-    const std::int64_t bytes = vectors.books * vectors.numbers() * static_cast<std::int64_t>(sizeof *table);
-    const int codebooks = vectors.residual != 0 ? 2 : 1;
-    if (layout.blocks * layout.tiles * COLUMNS * vectors.pieces() * codebooks * LINE < 4 * bytes) return;
-    const auto* const first = reinterpret_cast<const char*>(table);
-    for (std::int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(first + at, 0, 2);
-}
 
 template <int STRIDE, int MAIN, int SECOND>
 Book<STRIDE, MAIN, SECOND> book_of(const RowVectors& vectors, const std::int16_t* table, int number) {
@@ -209,33 +184,39 @@ Book<STRIDE, MAIN, SECOND> book_of(const RowVectors& vectors, const std::int16_t
     return {first, first + static_cast<std::int64_t>(vectors.centroids) * STRIDE};
 }
 
+// with(a book, its tiles) for all books in turn.
+template <int STRIDE, int MAIN, int SECOND, class With>
+INLINE void each_book(const Layout& layout, const RowVectors& vectors, const std::uint8_t* block, const std::int16_t* table,
+                      const With& with) {
+    using Codebooks = Book<STRIDE, MAIN, SECOND>;
+    const std::int64_t count = vectors.book_tiles(layout.tiles), first = vectors.outlier_tiles;
+    Tiles tiles{block + first * RowVectors::WORD_TILE, Codebooks::BYTES, first, first + count};
+    for (int number = 0; number < vectors.books; ++number) {
+        with(book_of<STRIDE, MAIN, SECOND>(vectors, table, number), tiles);
+        tiles = {tiles.at + count * tiles.bytes, tiles.bytes, tiles.last, tiles.last + count};
+    }
+}
+
 template <int STRIDE, int MAIN, int SECOND>
 __attribute__((noinline)) void multiply_once(const Layout& layout, const RowVectors& vectors, const std::uint8_t* block,
                                              const std::int16_t* table, const Input& x, float* totals) {
     using Codebooks = Book<STRIDE, MAIN, SECOND>;
     const Turns turns;
-    const std::uint8_t* at = block;
-    Sixteen total = sixteen_load(totals);
-    const auto add = [&](std::int64_t tile, SixteenInts sum) __attribute__((always_inline)) {
-        total = sixteen_fma(sixteen_set(x.scales[tile]), ints_to_floats(sum), total);
-    };
-    for (std::int64_t tile = 0; tile < vectors.outlier_tiles; ++tile, at += RowVectors::WORD_TILE) {
+    const auto dot_outliers = [](const std::uint8_t* tile, const std::int16_t* columns) __attribute__((always_inline)) {
         WordTile w;
-        load_words(at, w);
-        SixteenInts sum[1] = {ints_set(0)};
-        dot_words<0, COLUMNS, 1>(w, x.at<std::int16_t>(tile, 0), COLUMNS, sum);
-        add(tile, sum[0]);
-    }
-    std::int64_t tile = vectors.outlier_tiles;
-    for (int number = 0; number < vectors.books; ++number) {
-        const Codebooks book = book_of<STRIDE, MAIN, SECOND>(vectors, table, number);
-        const std::int64_t last = tile + vectors.book_tiles(layout.tiles);
-        for (; tile < last; ++tile, at += Codebooks::BYTES) {
-            // Among scattered reads of the table the processor does not see that the indices are a stream.
-            for (std::int64_t line = 0; line < Codebooks::BYTES; line += 64) __builtin_prefetch(at + AHEAD + line);
-            add(tile, dot_row_vectors_once(at, book, turns, x.at<std::int16_t>(tile, 0)));
-        }
-    }
+        load_words(tile, w);
+        return dot_tile(w, columns);
+    };
+    Sixteen total =
+        add_tiles(sixteen_load(totals), {block, RowVectors::WORD_TILE, 0, vectors.outlier_tiles}, x, dot_outliers);
+    each_book<STRIDE, MAIN, SECOND>(layout, vectors, block, table, [&](const Codebooks& book, const Tiles& tiles)
+                                    __attribute__((always_inline)) {
+        const auto dot = [&](const std::uint8_t* tile, const std::int16_t* columns) __attribute__((always_inline)) {
+            fetch_indices(tile, Codebooks::BYTES);
+            return dot_row_vectors_once(tile, book, turns, columns);
+        };
+        total = add_tiles(total, tiles, x, dot);
+    });
     sixteen_store(totals, total);
 }
 
@@ -244,33 +225,22 @@ void multiply_many(const Layout& layout, const RowVectors& vectors, const std::u
                    const Input& x, float (*totals)[ROWS]) {
     using Codebooks = Book<STRIDE, MAIN, SECOND>;
     const Turns turns;
-    const std::uint8_t* at = block;
-    for (std::int64_t tile = 0; tile < vectors.outlier_tiles; ++tile, at += RowVectors::WORD_TILE) {
-        WordTile w;
-        load_words(at, w);
-        for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
-    }
-    std::int64_t tile = vectors.outlier_tiles;
-    for (int number = 0; number < vectors.books; ++number) {
-        const Codebooks book = book_of<STRIDE, MAIN, SECOND>(vectors, table, number);
-        const std::int64_t last = tile + vectors.book_tiles(layout.tiles);
-        for (; tile < last; ++tile, at += Codebooks::BYTES) {
-            if (x.tokens >= FETCHING_TOKENS) {
-                fetch_ahead<Codebooks::BYTES>(at);
-                fetch_results(x, tile, layout.tiles);
-            }
-            WordTile w;
-            decode_row_vectors(at, book, turns, w);
-            for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
-        }
-    }
+    multiply_tiles({block, RowVectors::WORD_TILE, 0, vectors.outlier_tiles}, 0, layout, x, totals,
+                   [](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) { load_words(tile, w); });
+    each_book<STRIDE, MAIN, SECOND>(layout, vectors, block, table, [&](const Codebooks& book, const Tiles& tiles)
+                                    __attribute__((always_inline)) {
+        const auto decode = [&](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) {
+            decode_row_vectors(tile, book, turns, w);
+        };
+        multiply_tiles(tiles, Codebooks::BYTES, layout, x, totals, decode);
+    });
 }
 
 template <int STRIDE, int MAIN, int SECOND>
 void multiply_row_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                           float (*totals)[ROWS]) {
     const RowVectors vectors(*layout.row_vectors);
-    have_near(layout, vectors, decoding.vectors);
+    have_near(decoding.vectors, vectors.table_bytes(), vectors.indices(layout.blocks * layout.tiles));
     if (x.tokens == 1) {
         multiply_once<STRIDE, MAIN, SECOND>(layout, vectors, block, decoding.vectors, x, totals[0]);
     } else {
@@ -326,7 +296,7 @@ void row_of_row_vectors(const lowbit_weight& weight, const Layout& layout, std::
     const int inside = static_cast<int>(row % layout.height), piece = inside / vectors.length;
     const auto index = [&](const std::uint8_t* indices, int bytes, int column) {
         const int place = column * vectors.pieces() + piece;
-        return static_cast<std::int64_t>(bytes == 1 ? index_at<1>(indices, place) : index_at<2>(indices, place));
+        return static_cast<std::int64_t>(bytes == 1 ? vector_index<1>(indices, place) : vector_index<2>(indices, place));
     };
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const bool outliers = tile < vectors.outlier_tiles;

@@ -38,11 +38,13 @@ constexpr int PAIRS = COLUMNS / 2;
 // How codes are stored; whole bytes as in the canonical form (int8: offset binary). Widths below 7 look their value
 // up in a table; planes are low bits first. ``bits7``: a code is worth table[0] + code; AVX-512 looks bytes of 128
 // values up. ``row_vectors``: indices of vectors of several rows (linear_row_vectors.h). ``words4``: as bits4, with a table of whole numbers of 13 bits for values that bfloat16 would round
-// (nf4); see linear_words.h. ``grid…``: an index for 8 or 4 columns of a row; see Grid.
+// (nf4); see linear_words.h. ``grid…``, ``e8p``: an index for 8 or 4 columns of a row; see Grid. ``halves3``: as bits3,
+// but with every step from code to weight rounded to float16, and outliers; see linear_halves.h.
 enum class Codes : std::int32_t {
     bits1 = 1, bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7,
     int8 = 8, uint8 = 9, e4m3 = 10, e5m2 = 11, e4m3fnuz = 12, e5m2fnuz = 13, words4 = 14,
-    bf16 = 16, f16 = 17, grid2_256 = 20, grid2_512 = 21, grid2_1024 = 22, grid1_2048 = 23, grid3_256 = 24, grid3_512 = 25,
+    bf16 = 16, f16 = 17, halves3 = 18, grid2_256 = 20, grid2_512 = 21, grid2_1024 = 22, grid1_2048 = 23, grid3_256 = 24, grid3_512 = 25,
+    e8p = 26,
     f32 = 32, row_vectors = 40
 };
 
@@ -83,7 +85,7 @@ constexpr bool is_words(Codes codes) {
 }
 
 // Codes that meet x in float32.
-constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32; }
+constexpr bool is_float(Codes codes) { return codes == Codes::f16 || codes == Codes::f32 || codes == Codes::halves3; }
 
 constexpr bool is_byte_float(Codes codes) { return codes >= Codes::e4m3 && codes <= Codes::e5m2fnuz; }
 constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Codes::uint8 || is_byte_float(codes); }
@@ -91,15 +93,17 @@ constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Co
 // Codes of several columns at once (GGUF's IQ1 to IQ3): an index of ``bits`` bits says which vector of a table 8
 // columns of a row hold, numbers of 2 bits, or 4 columns, of 3. Beside it stands a bit for each number, its sign; or
 // where ``shifted`` one for each vector. A tile is first made one of bits3 (``numbers`` = 8) or bits5, whose last bit
-// is that bit: linear_grids.h.
+// is that bit: linear_grids.h. Where ``parity`` (QuIP#'s E8P) there are both, in the room of the signs: whether their
+// count is odd is the vector's own bit, and turns the first number's sign. Such a tile is made one of bits4: a number, its
+// sign and the vector's bit.
 struct Grid {
     int bits, numbers;
-    bool shifted;
+    bool shifted, parity = false;
     constexpr int vectors() const { return ROWS * COLUMNS / numbers; }  // of a tile
-    constexpr Codes planes() const { return numbers == 8 ? Codes::bits3 : Codes::bits5; }
+    constexpr Codes planes() const { return parity ? Codes::bits4 : numbers == 8 ? Codes::bits3 : Codes::bits5; }
     constexpr std::int64_t bytes() const { return vectors() / 8 * bits + (shifted ? vectors() / 8 : ROWS * COLUMNS / 8); }
 };
-constexpr bool is_grid(Codes codes) { return codes >= Codes::grid2_256 && codes <= Codes::grid3_512; }
+constexpr bool is_grid(Codes codes) { return codes >= Codes::grid2_256 && codes <= Codes::e8p; }
 constexpr Grid grid_of(Codes codes) {
     switch (codes) {
         case Codes::grid2_256: return {8, 8, false};
@@ -107,6 +111,7 @@ constexpr Grid grid_of(Codes codes) {
         case Codes::grid2_1024: return {10, 8, false};
         case Codes::grid1_2048: return {11, 8, true};
         case Codes::grid3_256: return {8, 4, false};
+        case Codes::e8p: return {8, 8, false, true};
         default: return {9, 4, false};
     }
 }
@@ -125,8 +130,10 @@ constexpr std::int64_t tile_bytes(Codes codes) {
         case Codes::grid2_1024:
         case Codes::grid1_2048:
         case Codes::grid3_256:
-        case Codes::grid3_512: return grid_of(codes).bytes();
+        case Codes::grid3_512:
+        case Codes::e8p: return grid_of(codes).bytes();
         case Codes::words4: return ROWS * COLUMNS / 2;
+        case Codes::halves3: return ROWS * COLUMNS * 3 / 8;
         case Codes::bf16:
         case Codes::f16: return ROWS * COLUMNS * 2;
         case Codes::f32: return ROWS * COLUMNS * 4;
@@ -210,13 +217,15 @@ struct Plane {
 
 constexpr int plane_count(Codes codes) {
     if (codes == Codes::bits7) return 3;
-    return codes == Codes::bits3 || codes == Codes::bits5 || codes == Codes::bits6 ? 2 : 1;
+    const bool two = codes == Codes::bits3 || codes == Codes::halves3 || codes == Codes::bits5 || codes == Codes::bits6;
+    return two ? 2 : 1;
 }
 constexpr Plane plane(Codes codes, int index) {
     switch (codes) {
         case Codes::bits1: return {1, 0, 0};
         case Codes::bits2: return {2, 0, 0};
-        case Codes::bits3: return index == 0 ? Plane{2, 0, 0} : Plane{1, 2, 128};
+        case Codes::bits3:
+        case Codes::halves3: return index == 0 ? Plane{2, 0, 0} : Plane{1, 2, 128};
         case Codes::bits4:
         case Codes::words4: return {4, 0, 0};
         case Codes::bits5: return index == 0 ? Plane{4, 0, 0} : Plane{1, 4, 256};
@@ -369,8 +378,9 @@ struct ByteTables {
                 high[part] = _mm512_loadu_si512(table.behind + 128 + part * 64);
             }
         } else if constexpr (is_grid(CODES)) {
-            // By nibbles. The table has the last bit above all 4 that a number of a grid of fours has in planes.
-            low[0] = table.low;
+            // By nibbles. The table has the last bit above all 4 that a number of a grid of fours has in planes. Of e8p
+            // whole numbers stand behind the others.
+            low[0] = CODES == Codes::e8p ? table.high : table.low;
             if constexpr (grid_of(CODES).numbers == 4) {
                 const __m512i places = _mm512_cvtepu8_epi16(_mm256_setr_epi8(
                     0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22,
@@ -487,6 +497,11 @@ inline Sixteen sixteen_set(float x) { return _mm512_set1_ps(x); }
 inline Sixteen sixteen_f16(const std::uint8_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
+// To float16: to nearest, ties to even.
+inline void sixteen_store_f16(std::uint16_t* to, Sixteen x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Sixteen sixteen_round_f16(Sixteen x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline Sixteen sixteen_bf16(const std::uint8_t* from) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -538,6 +553,12 @@ INLINE void dot_floats(const __m512* w, const float* x, std::int64_t stride, Six
 
 using BfloatTile = __m512i[PAIRS];
 using FloatTile = __m512[16];
+
+template <int COLUMN>
+INLINE Sixteen column_of(const BfloatTile& w) {
+    const __m512i pair = w[COLUMN / 2], upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    return _mm512_castsi512_ps(COLUMN % 2 == 0 ? _mm512_slli_epi32(pair, 16) : _mm512_and_si512(pair, upper));
+}
 
 // Whether one token's tiles are multiplied two at a time. A product waits some six cycles for the one before it, and a
 // tile's sixteen take longer than decoding it; two tiles' in turns fill the wait. Not where parts of a tile are sums of
@@ -646,6 +667,16 @@ inline __m128i eight_shorts(const std::uint8_t* from) { return _mm_loadu_si128(r
 inline Sixteen sixteen_f16(const std::uint8_t* from) {
     return {_mm256_cvtph_ps(eight_shorts(from)), _mm256_cvtph_ps(eight_shorts(from + 16))};
 }
+// To float16: to nearest, ties to even.
+inline void sixteen_store_f16(std::uint16_t* to, Sixteen x) {
+    auto* const eights = reinterpret_cast<__m128i*>(to);
+    _mm_storeu_si128(eights, _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(eights + 1, _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Sixteen sixteen_round_f16(Sixteen x) {
+    const auto round = [](__m256 part) { return _mm256_cvtph_ps(_mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT)); };
+    return {round(x.low), round(x.high)};
+}
 inline __m256 eight_bf16(__m128i shorts) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(shorts), 16));
 }
@@ -697,6 +728,11 @@ struct BfloatTile {
 struct FloatTile {
     alignas(32) float columns[16][ROWS];
 };
+
+template <int COLUMN>
+INLINE Sixteen column_of(const BfloatTile& w) {
+    return sixteen_load(w.columns[COLUMN]);
+}
 
 // The codes of an operand and 8 rows, a byte each: of a row the first pair's even column, the second's, and their odd
 // ones. ``at``: 32 for the second 8 rows.

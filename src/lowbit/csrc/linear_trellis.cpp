@@ -10,7 +10,6 @@ namespace lowbit {
 namespace {
 
 constexpr int CHUNKS = 8;
-constexpr std::int64_t AHEAD = 1024;  // bytes of a stream that are asked for
 
 // The 64 bits before plane END of every chunk hold windows of row c (low half of a lane pair) and of row c + 8. Of 7 and 8
 // bits they hold two columns, of fewer all four.
@@ -284,9 +283,7 @@ template <TrellisBook BOOK, int BITS>
 INLINE SixteenInts dot_trellis_once(const std::uint8_t* tile, const std::int16_t* x) {
     WordTile w;
     decode_trellis<BOOK, BITS>(tile, w);
-    SixteenInts sum[1] = {ints_set(0)};
-    dot_words<0, COLUMNS, 1>(w, x, COLUMNS, sum);
-    return sum[0];
+    return dot_tile(w, x);
 }
 
 INLINE Sixteen by_row(Sixteen lanes) {
@@ -302,34 +299,26 @@ INLINE Sixteen finished(const Layout& layout, Sixteen total) {
     return sixteen_multiply(by_row(total), sixteen_set(layout.factor));
 }
 
-using Decode = void (*)(const std::uint8_t* tile, WordTile& w);
-
-// Totals lie as sums do until a block is through.
-void multiply_many(const Layout& layout, const std::uint8_t* block, Decode decode, const Input& x, float (*totals)[ROWS]) {
+// One function for all: what decodes is called for each tile.
+void multiply_many(const Layout& layout, const std::uint8_t* block, void (*decode)(const std::uint8_t*, WordTile&),
+                   const Input& x, float (*totals)[ROWS]) {
     const std::int64_t bytes = tile_bytes(layout.codes);
-    const std::uint8_t* at = block;
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, at += bytes) {
-        if (x.tokens >= FETCHING_TOKENS) {
-            for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + AHEAD + line);
-            fetch_results(x, tile, layout.tiles);
-        }
-        WordTile w;
-        decode(at, w);
-        for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
-    }
-    for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], finished(layout, sixteen_load(totals[t])));
+    multiply_tiles({block, bytes, 0, layout.tiles}, bytes, layout, x, totals, decode);
 }
 
 template <TrellisBook BOOK, int BITS>
 void multiply_trellis(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x, float (*totals)[ROWS]) {
-    if (x.tokens > 1) return multiply_many(layout, block, decode_trellis<BOOK, BITS>, x, totals);
-    const std::uint8_t* at = block;
-    Sixteen total = sixteen_load(totals[0]);
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, at += 64 * BITS) {
-        const SixteenInts sum = dot_trellis_once<BOOK, BITS>(at, x.at<std::int16_t>(tile, 0));
-        total = sixteen_fma(sixteen_set(x.scales[tile]), ints_to_floats(sum), total);
+    // Totals lie as sums do until a block is through.
+    if (x.tokens == 1) {
+        const Tiles tiles{block, ROWS * COLUMNS / 8 * BITS, 0, layout.tiles};
+        const auto dot = [](const std::uint8_t* tile, const std::int16_t* columns) __attribute__((always_inline)) {
+            return dot_trellis_once<BOOK, BITS>(tile, columns);
+        };
+        const Sixteen total = add_tiles(sixteen_load(totals[0]), tiles, x, dot);
+        return sixteen_store(totals[0], finished(layout, total));
     }
-    sixteen_store(totals[0], finished(layout, total));
+    multiply_many(layout, block, decode_trellis<BOOK, BITS>, x, totals);
+    for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], finished(layout, sixteen_load(totals[t])));
 }
 
 template <TrellisBook BOOK>

@@ -19,14 +19,15 @@ namespace {
 // Numbers of a vector that are loaded at once.
 constexpr int PIECE = 8;
 
-constexpr std::int64_t AHEAD = 2048;  // bytes of indices
-
 struct Codebooks {
     explicit Codebooks(const Layout& layout, const std::int16_t* table_)
         : table(table_),
           books(vectors_of(layout.codes).books),
           numbers(static_cast<std::int64_t>(vectors_of(layout.codes).length) << vectors_of(layout.codes).bits) {}
     std::int64_t bytes() const { return books * numbers * static_cast<std::int64_t>(sizeof *table); }
+    std::int64_t indices(const Layout& layout) const {
+        return layout.blocks * layout.tiles * ROWS * vectors_of(layout.codes).of_row() * books;
+    }
 
     const std::int16_t* table;
     int books;
@@ -187,25 +188,10 @@ template <int BYTES, int LENGTH, int BOOKS>
 INLINE SixteenInts dot_vectors_once(const std::uint8_t* tile, const Codebooks& from, const std::int16_t* x) {
     WordTile w;
     decode_vectors<BYTES, LENGTH>(tile, from, w);
-    SixteenInts sum[1] = {ints_set(0)};
-    dot_words<0, COLUMNS, 1>(w, x, COLUMNS, sum);
-    return sum[0];
+    return dot_tile(w, x);
 }
 
 #endif
-
-// Codebooks that were not used last are read from end to end: one by one, each line would be waited for. Where there are
-// fewer indices than lines the lines that are needed come by themselves.
-void have_near(const Layout& layout, const Codebooks& books) {
-    static thread_local const std::int16_t* last = nullptr;
-    constexpr std::int64_t LINE = 64;
-    if (last == books.table) return;
-    last = books.table;
-    const Vectors vectors = vectors_of(layout.codes);
-    if (layout.blocks * layout.tiles * ROWS * vectors.of_row() * vectors.books * LINE < 4 * books.bytes()) return;
-    const auto* const first = reinterpret_cast<const char*>(books.table);
-    for (std::int64_t at = 0; at < books.bytes(); at += LINE) __builtin_prefetch(first + at, 0, 2);
-}
 
 INLINE Sixteen scales_of(const Layout& layout, const std::uint8_t* block) {
     Sixteen scale = sixteen_zeros();
@@ -220,14 +206,11 @@ template <int BYTES, int LENGTH, int BOOKS>
 __attribute__((noinline)) void multiply_vectors_once(const Layout& layout, const std::uint8_t* block,
                                                      const Codebooks& books, const Input& x, float* totals) {
     const std::int64_t bytes = tile_bytes(layout.codes);
-    const std::uint8_t* at = block + layout.scale_bytes;
-    Sixteen total = sixteen_load(totals);
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, at += bytes) {
-        // Among scattered reads of the table the processor does not see that the indices are a stream.
-        for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + AHEAD + line);
-        const SixteenInts sum = dot_vectors_once<BYTES, LENGTH, BOOKS>(at, books, x.at<std::int16_t>(tile, 0));
-        total = sixteen_fma(sixteen_set(x.scales[tile]), ints_to_floats(sum), total);
-    }
+    const auto dot = [&](const std::uint8_t* tile, const std::int16_t* columns) __attribute__((always_inline)) {
+        fetch_indices(tile, bytes);
+        return dot_vectors_once<BYTES, LENGTH, BOOKS>(tile, books, columns);
+    };
+    const Sixteen total = add_tiles(sixteen_load(totals), {block + layout.scale_bytes, bytes, 0, layout.tiles}, x, dot);
     sixteen_store(totals, sixteen_multiply(total, scales_of(layout, block)));
 }
 
@@ -235,24 +218,18 @@ template <int BYTES, int LENGTH>
 void multiply_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                       float (*totals)[ROWS]) {
     const Codebooks books(layout, decoding.vectors);
-    have_near(layout, books);
+    have_near(books.table, books.bytes(), books.indices(layout));
     if (x.tokens == 1) {
         const auto once = books.books == 1   ? multiply_vectors_once<BYTES, LENGTH, 1>
                           : books.books == 2 ? multiply_vectors_once<BYTES, LENGTH, 2>
                                              : multiply_vectors_once<BYTES, LENGTH, 0>;
         return once(layout, block, books, x, totals[0]);
     }
-    const std::int64_t bytes = tile_bytes(layout.codes);
-    const std::uint8_t* at = block + layout.scale_bytes;
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, at += bytes) {
-        if (x.tokens >= FETCHING_TOKENS) {
-            fetch_ahead<ROWS * COLUMNS / LENGTH * BYTES>(at);
-            fetch_results(x, tile, layout.tiles);
-        }
-        WordTile w;
-        decode_vectors<BYTES, LENGTH>(at, books, w);
-        for_tokens(x.tokens, PlainWordStep{w, x, tile, totals});
-    }
+    const auto decode = [&](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) {
+        decode_vectors<BYTES, LENGTH>(tile, books, w);
+    };
+    const Tiles tiles{block + layout.scale_bytes, tile_bytes(layout.codes), 0, layout.tiles};
+    multiply_tiles(tiles, ROWS * COLUMNS / LENGTH * BYTES, layout, x, totals, decode);
     const Sixteen scale = scales_of(layout, block);
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], sixteen_multiply(sixteen_load(totals[t]), scale));
 }
@@ -459,6 +436,16 @@ BlockFunction by_length(int length) {
 BlockFunction vector_function(const Layout& layout) {
     const Vectors vectors = vectors_of(layout.codes);
     return vectors.index_bytes() == 1 ? by_length<1>(vectors.length) : by_length<2>(vectors.length);
+}
+
+void have_near(const std::int16_t* table, std::int64_t bytes, std::int64_t indices) {
+    static thread_local const std::int16_t* last = nullptr;
+    constexpr std::int64_t LINE = 64;
+    if (last == table) return;
+    last = table;
+    if (indices * LINE < 4 * bytes) return;
+    const auto* const first = reinterpret_cast<const char*>(table);
+    for (std::int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(first + at, 0, 2);
 }
 
 #if defined(__AVX512BF16__)

@@ -55,7 +55,26 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
     constexpr int PARTS = COLUMNS / SUB;
     Walk walk(layout, block);
     Sixteen total = sixteen_load(totals);
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+    std::int64_t tile = 0;
+#if defined(__AVX512BF16__)
+    if constexpr (is_grid(CODES)) {
+        for (constexpr int TURNS = 2; tile + TURNS <= layout.tiles; tile += TURNS) {
+            const std::uint8_t* codes[TURNS];
+            Sixteen scales[TURNS];
+            SixteenInts sums[TURNS];
+            UNROLL
+            for (int i = 0; i < TURNS; ++i) {
+                codes[i] = walk.next<CODES, SUB, ADDEND>();
+                scales[i] = sixteen_multiply(walk.scale[0], sixteen_set(x.scales[tile + i]));
+                sums[i] = ints_set(x.bases[tile + i]);
+            }
+            dot_words_in_turns<CODES>(codes, decoding.table, x.at<std::int16_t>(tile, 0), sums);
+            UNROLL
+            for (int i = 0; i < TURNS; ++i) total = sixteen_fma(scales[i], ints_to_floats(sums[i]), total);
+        }
+    }
+#endif
+    for (; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         const std::int64_t span = tile * PARTS;
         SixteenInts sums[PARTS];
@@ -140,9 +159,10 @@ BlockFunction line_function([[maybe_unused]] const Layout& layout) {
     return nullptr;
 }
 
-BlockFunction byte_table_function([[maybe_unused]] const Layout& layout) {
+BlockFunction byte_table_function(const Layout& layout) {
+    constexpr WordKind KIND = WordKind::bytes;
+    if (layout.codes == Codes::e8p) return multiply_words<Codes::e8p, KIND, COLUMNS, Addend::none>;
     if constexpr (CODES_AS_WORDS) {
-        constexpr WordKind KIND = WordKind::bytes;
         switch (layout.codes) {
             case Codes::bits1: return without_addend<Codes::bits1, KIND>(layout);
             case Codes::bits2: return without_addend<Codes::bits2, KIND>(layout);

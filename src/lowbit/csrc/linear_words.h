@@ -3,8 +3,8 @@
 // and less is lost: of a group's largest |x| 2^-15 at most, and of a table's largest value 2^-13,
 // where bfloat16 loses up to 2^-9 of every |x|. Sums of 32 columns are exact in 32 bits, in any order.
 //
-// Tables that bfloat16 would round (nf4) are multiplied so on every processor, whole-number codes where it does not
-// multiply bfloat16.
+// Tables that bfloat16 would round (nf4) are multiplied so on every processor, and E8P, whose x was transformed and would
+// be rounded; whole-number codes where it does not multiply bfloat16.
 #pragma once
 
 #include "linear_bytes.h"
@@ -49,6 +49,8 @@ struct WordCodes {
             kind = WordKind::trellis;
         } else if (is_words(codes)) {
             kind = WordKind::wide;  // whose sums stay below 2^31 by the choice of the table's factor
+        } else if (codes == Codes::e8p) {
+            read(weight.table, 16);
         } else if (!CODES_AS_WORDS) {
             return;
         } else if (codes == Codes::int8 || codes == Codes::uint8) {
@@ -124,6 +126,31 @@ inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
             sums[t] = _mm512_dpwssd_epi32(sums[t], w[pair], _mm512_set1_epi32(two));
         }
     }
+}
+
+// sums[i] += the products of tile i with one token: tiles that follow each other, each pair of columns multiplied as soon
+// as it is decoded. What grids look up is read once for all tiles, whose products do not wait for one another.
+template <Codes CODES, int TILES>
+INLINE void dot_words_in_turns(const std::uint8_t* const (&tiles)[TILES], const Table& table, const std::int16_t* x,
+                               SixteenInts (&sums)[TILES]) {
+    const ByteTables<CODES> bytes(table);
+    CodeLines<CODES> lines[TILES];
+    read_lines([&](int tile) { return tiles[tile]; }, table, lines);
+    each_constant<PAIRS / 4>([&](auto quad) __attribute__((always_inline)) {
+        constexpr int QUAD = decltype(quad)::value;
+        __m512i w[TILES][4];
+        UNROLL
+        for (int tile = 0; tile < TILES; ++tile) decode_quad<CODES, QUAD>(lines[tile], table, bytes, w[tile]);
+        UNROLL
+        for (int i = 0; i < 4; ++i) {
+            UNROLL
+            for (int tile = 0; tile < TILES; ++tile) {
+                std::int32_t two;
+                std::memcpy(&two, x + tile * COLUMNS + (QUAD * 4 + i) * 2, sizeof two);
+                sums[tile] = _mm512_dpwssd_epi32(sums[tile], w[tile][i], _mm512_set1_epi32(two));
+            }
+        }
+    });
 }
 
 #elif defined(__AVX2__)

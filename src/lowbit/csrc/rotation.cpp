@@ -3,7 +3,8 @@
 // A Hadamard matrix of Sylvester's order 2^n is never multiplied with: the fast Walsh-Hadamard transform adds and
 // subtracts pairs that lie 1, 2, 4, ... size / 2 apart, in this order, and divides by a number, mostly the root of the size. These
 // are the operations of numerics/rotation.py in torch, each rounded once: the bits are the same on every
-// instruction set. Any other matrix is a product in float32, summed over its rows in order by fma.
+// instruction set. Any other matrix is a product in float32, summed over its rows in order by fma; so is the head of
+// Hadamard matrices of orders that are no power of two (numerics/hadamard.py).
 
 #include <cstdint>
 #include <cstring>
@@ -45,8 +46,8 @@ void transform(float* block, std::int64_t size) {
     }
 }
 
-// ``first``: where the block's own signs begin.
-void rotate_by_signs(const lowbit_rotation& rotation, const float* x, std::int64_t first, float* out) {
+// Without what comes after. ``first``: where the block's own signs begin.
+void transform_by_signs(const lowbit_rotation& rotation, const float* x, std::int64_t first, float* out) {
     const std::int64_t size = rotation.size;
     if (rotation.before != nullptr) {
         for (std::int64_t i = 0; i < size; ++i) out[i] = x[i] * rotation.before[first + i];
@@ -55,6 +56,11 @@ void rotate_by_signs(const lowbit_rotation& rotation, const float* x, std::int64
     }
     transform(out, size);
     for (std::int64_t i = 0; i < size; ++i) out[i] = out[i] / rotation.divisor;
+}
+
+void rotate_by_signs(const lowbit_rotation& rotation, const float* x, std::int64_t first, float* out) {
+    const std::int64_t size = rotation.size;
+    transform_by_signs(rotation, x, first, out);
     if (rotation.after != nullptr) {
         for (std::int64_t i = 0; i < size; ++i) out[i] = out[i] * rotation.after[first + i];
     }
@@ -83,10 +89,42 @@ void rotate_by_matrix(const lowbit_rotation& rotation, const float* x, float* ou
     }
 }
 
+// Every block a sum of all blocks. x must not be out.
+void mix_blocks(const lowbit_rotation& rotation, const float* x, float* out) {
+    constexpr int TOGETHER = 4;
+    const std::int64_t size = rotation.size, count = rotation.head;
+    for (std::int64_t at = 0; at < size; at += LANES) {
+        const int lanes = static_cast<int>(std::min<std::int64_t>(LANES, size - at));
+        for (std::int64_t block = 0; block < count; block += TOGETHER) {
+            const float* const from = rotation.matrix + block * count;
+            Vector16 sums[TOGETHER] = {zeros(), zeros(), zeros(), zeros()};
+            for (std::int64_t other = 0; other < count; ++other) {
+                const float* const place = x + other * size + at;
+                const Vector16 values = lanes == LANES ? load(place) : load_some(place, lanes);
+                for (int i = 0; i < TOGETHER; ++i) sums[i] = fma(broadcast(from[i * count + other]), values, sums[i]);
+            }
+            for (int i = 0; i < TOGETHER; ++i) store_some(out + (block + i) * size + at, sums[i], lanes);
+        }
+    }
+}
+
+void rotate_with_head(const lowbit_rotation& rotation, const float* x, float* out) {
+    const std::int64_t size = rotation.size, width = rotation.head * size;
+    thread_local std::vector<float> kept;
+    kept.resize(static_cast<std::size_t>(width));
+    for (std::int64_t first = 0; first < width; first += size) {
+        transform_by_signs(rotation, x + first, rotation.wide ? first : 0, kept.data() + first);
+    }
+    mix_blocks(rotation, kept.data(), out);
+    if (rotation.after == nullptr) return;
+    for (std::int64_t i = 0; i < width; ++i) out[i] = out[i] * rotation.after[rotation.wide ? i : i % size];
+}
+
 }  // namespace
 
 void rotate_row(const lowbit_rotation& rotation, const float* x, std::int64_t width, float* out) {
     const std::int64_t size = rotation.size;
+    if (rotation.head != 0) return rotate_with_head(rotation, x, out);
     if (rotation.matrix == nullptr) {
         for (std::int64_t first = 0; first < width; first += size) {
             rotate_by_signs(rotation, x + first, rotation.wide ? first : 0, out + first);
@@ -113,7 +151,8 @@ LOWBIT_EXPORT int lowbit_rotate(const lowbit_rotation* rotation, const float* x,
     using namespace lowbit;
     try {
         // A row's cost is its width times the additions for each of its numbers.
-        const std::int64_t each = rotation->matrix == nullptr ? 8 : rotation->size;
+        const std::int64_t sums = rotation->head != 0 ? rotation->head : rotation->size;
+        const std::int64_t each = rotation->matrix == nullptr ? 8 : sums;
         for_rows(rows, width * each, [&](std::int64_t row) {
             rotate_row(*rotation, x + row * x_stride, width, out + row * out_stride);
         });

@@ -47,4 +47,16 @@ inline void store_some(float* to, Vector16 x, int lanes) {
     }
 }
 
+// value * scale * factor + bias, in this order and with these roundings; what is null is left out. ``scale`` and ``bias``
+// are those of the lanes, ``factor`` is the row's.
+inline Vector16 affine(Vector16 value, const float* scale, const float* factor, const float* bias, int lanes) {
+    if (scale != nullptr) value = multiply(value, load_some(scale, lanes));
+    if (factor != nullptr) value = multiply(value, broadcast(*factor));
+    if (bias != nullptr) value = add(value, load_some(bias, lanes));
+    return value;
+}
+
+// Column ``column`` of what may be null.
+inline const float* at_column(const float* row, std::int64_t column) { return row == nullptr ? nullptr : row + column; }
+
 }  // namespace lowbit

@@ -4,12 +4,14 @@
 #include <sched.h>
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <condition_variable>
 #include <mutex>
@@ -24,8 +26,15 @@
 namespace lowbit {
 namespace {
 
-constexpr int SPINS_BEFORE_SLEEP = 4000;  // about 50 microseconds of pause instructions
-constexpr int SPINS_BEFORE_YIELD = 1000;
+using Clock = std::chrono::steady_clock;
+
+constexpr int SPINS_BEFORE_YIELD = 1000;  // about 12 microseconds of pause instructions
+constexpr int SPINS_BEFORE_SLEEP = 4000;  // and before the clock is looked at
+// Waking a worker that sleeps costs up to half a millisecond on a virtual machine, so without work it stays awake for
+// longer than what lies between two steps. Not where the scheduler took the processor from it: others want it, and
+// who slept gets it back sooner than who spun.
+constexpr std::chrono::milliseconds AWAKE{2};
+constexpr std::chrono::milliseconds CROWDED{100};
 
 // A wait for another value than ``seen``, which may also end early, and its end.
 #if defined(__linux__)
@@ -51,6 +60,35 @@ void wake_all(std::atomic<std::uint32_t>&) {
     changed.notify_all();
 }
 #endif
+
+// How often the scheduler took the processor from this thread; always another number where that is not known.
+long times_preempted() {
+#if defined(RUSAGE_THREAD)
+    rusage usage{};
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nivcsw;
+#else
+    static thread_local long calls = 0;
+    return ++calls;
+#endif
+}
+
+// Which of a worker's waits may be long.
+class Patience {
+  public:
+    Clock::time_point until() {
+        const auto now = Clock::now();
+        if (const long preempted = times_preempted(); preempted != preempted_) {
+            preempted_ = preempted;
+            crowded_until_ = now + CROWDED;
+        }
+        return now < crowded_until_ ? now : now + AWAKE;
+    }
+
+  private:
+    long preempted_ = 0;
+    Clock::time_point crowded_until_{};
+};
 
 class ThreadPool {
   public:
@@ -126,12 +164,14 @@ class ThreadPool {
         std::uint32_t seen = epoch_.load(std::memory_order_acquire);
         // A worker born between jobs must not wait for one that is already there.
         claim(seen);
+        Patience patience;
         while (!stopping_.load(std::memory_order_acquire)) {
             std::uint32_t epoch = epoch_.load(std::memory_order_acquire);
             for (int spins = 0; epoch == seen && spins < SPINS_BEFORE_SLEEP; ++spins) {
                 spin_pause();
                 epoch = epoch_.load(std::memory_order_acquire);
             }
+            if (epoch == seen) epoch = wait_awake(seen, patience.until());
             if (epoch == seen) {
                 release_tiles();
                 sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -142,6 +182,18 @@ class ThreadPool {
             seen = epoch;
             claim(epoch);
         }
+    }
+
+    // The epoch, once it is another than ``seen`` or time is up.
+    std::uint32_t wait_awake(std::uint32_t seen, Clock::time_point end) const {
+        while (Clock::now() < end) {
+            for (int spins = 0; spins < SPINS_BEFORE_YIELD; ++spins) {
+                spin_pause();
+                const std::uint32_t epoch = epoch_.load(std::memory_order_acquire);
+                if (epoch != seen) return epoch;
+            }
+        }
+        return seen;
     }
 
     void stop() {

@@ -1,8 +1,8 @@
 // A persistent thread pool: parallel_for(tasks, function) runs function(task) for every task in 0..tasks.
 //
 // The caller is worker 0. Tasks are claimed one by one, so which thread runs a task is not fixed: a task's
-// result must not depend on it. Workers spin briefly for the next job, because a decode step issues one
-// every few microseconds, and then sleep on a futex, so that an idle or oversubscribed machine is left alone.
+// result must not depend on it. Workers spin for the next job, which a decode step issues every few microseconds
+// and the next step within a millisecond, and then sleep on a futex; soon, where others want the processor.
 // Where memory runs out in a task, all others still run, and the caller gets the std::bad_alloc.
 #pragma once
 

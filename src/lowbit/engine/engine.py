@@ -1,6 +1,6 @@
 """Engine: requests in, token events out, one scheduler step at a time.
 
-    launch   schedule, forward pass, the choice of tokens; on a GPU all of it is only queued
+    launch   schedule, forward pass, the choice of tokens; on a GPU all of it is only queued (launch.py)
     finish   look at what was chosen: text, stop rules, events (finish.py)
 
 Where launching returns before the device is done (``--disable-overlap-schedule``), step n + 1 is launched
@@ -18,14 +18,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-
-import torch
+from dataclasses import asdict, dataclass
 
 from lowbit.checkpoint.quality import Quality
-from lowbit.engine.choices import Choices, DeviceChoices, DeviceSampler, HostChoices
+from lowbit.engine.choices import DeviceSampler
 from lowbit.engine.cuda_graphs import Progress
+from lowbit.engine.drafting import Drafting, log_drafts, rules_for
 from lowbit.engine.finish import Finisher
+from lowbit.engine.idle import IdleWork
+from lowbit.engine.launch import Launcher
 from lowbit.engine.memory import claim_scratch, pool_pages
 from lowbit.engine.messages import (
     EngineReady,
@@ -36,20 +37,14 @@ from lowbit.engine.messages import (
 )
 from lowbit.engine.page_pool import PagePool
 from lowbit.engine.runner import Runner
-from lowbit.engine.sampler import has_penalties
-from lowbit.engine.scheduler import Chunk, Scheduler
-from lowbit.engine.sequence import Flight, Sequence
-from lowbit.engine.speculation import STEP_TOKENS, Drafter, Speculation, worth
-from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
-from lowbit.errors import LowbitError, printable, thousands
-from lowbit.kernels.device_memory import release_memory
+from lowbit.engine.scheduler import Scheduler
+from lowbit.engine.sequence import Sequence
+from lowbit.engine.step_parts import Step
+from lowbit.errors import LowbitError, printable
 from lowbit.kernels.recurrent import prompt_unit, state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 from lowbit.tokenization.tokenizer import Tokenizer
-
-READY_TOKENS = 4096  # room for so many, or so many bytes of it, is kept ready beyond the pages in use
-READY_BYTES = 256 << 20
 
 _log = logging.getLogger("lowbit")
 
@@ -102,7 +97,7 @@ class Engine:
         self._architecture = architecture
         self._quality = quality
         self._has_states = state_bytes(model.cache_specs()) > 0
-        self._speculation = _speculation(model, settings)
+        speculation = rules_for(model, settings)
         pages = pool_pages(model, settings)
         self._pool = PagePool(pages)
         self._scheduler = Scheduler(
@@ -118,21 +113,30 @@ class Engine:
         self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)
         self._runner = Runner(model, pages, self.context_length, settings)
         on_gpu = model.device.type == "cuda"
-        self._overlaps = self._may_overlap(on_gpu)
+        self._overlaps = self._may_overlap(on_gpu, speculation is not None)
         self._sampler: DeviceSampler | None = None
         if on_gpu or self._overlaps or self._forced.on_device:
             ranks = getattr(model, "ranks", None)
             watch = None if ranks is None else ranks.check
             self._sampler = DeviceSampler(model.vocab_size, model.device, watch)
+        self._drafting: Drafting | None = None
+        if speculation is not None:
+            self._drafting = Drafting(speculation, self._scheduler, at_once=self._sampler is not None)
         self._flying: Step | None = None
         self._sequences: dict[str, Sequence] = {}
         self._finisher = Finisher(self._scheduler, self._sampler, self._sequences, model.vocab_size)
+        self._launcher = Launcher(
+            self._scheduler,
+            self._runner,
+            self._sampler,
+            self._finisher,
+            self._drafting,
+            model.device,
+            self._has_states,
+        )
+        self._idle = IdleWork(self._pool, self._runner, settings.page_size)
         self._news: list[TokenEvent] = []  # events that did not come from a step
-        self._steps = 0
         self._violations = 0
-        self._later: Iterator[None] = iter(())
-        self._ready_pages = 0  # pages from 0 on whose memory is there
-        self._populating: Iterator[None] = iter(())
 
     def prepare(self, progress: Progress | None = None) -> None:
         """What takes time and had better be done before the first request: CUDA graphs."""
@@ -159,12 +163,12 @@ class Engine:
             )
         return not self._has_states
 
-    def _may_overlap(self, on_gpu: bool) -> bool:
+    def _may_overlap(self, on_gpu: bool, drafts: bool) -> bool:
         """Whether a step may be launched before the one before is finished."""
         if self.settings.disable_overlap_schedule or not (on_gpu or self._forced.overlap):
             return False
         reason = ""
-        if self._speculation is not None:
+        if drafts:
             reason = "drafts continue tokens that must be known"
         elif self.model.spans_tokens:
             reason = "this model's inputs share scales between tokens, those of ended sequences included"
@@ -200,8 +204,8 @@ class Engine:
                 f"{self.context_length}; shorten the prompt or lower max_tokens",
             )
         sequence = Sequence.start(request, limit, self._stop_ids, self.tokenizer, self.settings.random_seed)
-        if self._speculation is not None:
-            sequence.drafter = Drafter(sequence.tokens, self._speculation)
+        if self._drafting is not None:
+            self._drafting.follow(sequence)
         self._sequences[request.id] = sequence
         self._scheduler.add(sequence)
 
@@ -217,43 +221,21 @@ class Engine:
 
     def when_idle(self, work: Iterator[None]) -> None:
         """What can wait until nobody waits for an answer; each of its steps takes a moment."""
-        self._later = work
+        self._idle.later = work
 
     def idle_step(self) -> bool:
-        """A moment of what waits until nobody waits for an answer; False: there was none left.
-
-        First memory for the pages that are next: the first use of a page costs a virtual machine as much as a
-        tenth of the prompt in it. Then ``when_idle``'s work, whose failures are logged.
-        """
-        if self._populate():
-            return True
-        try:
-            next(self._later)
-            return True
-        except StopIteration:
-            return False
-        except Exception as error:
-            _log.warning("lowbit: what was left for an idle moment failed: %r", error)
-            return False
-
-    def _populate(self) -> bool:
-        """A moment's work on the memory of the next pages; False: there is enough."""
-        for _ in self._populating:
-            return True
-        pool, first = self._pool, self._ready_pages
-        ahead = min(READY_TOKENS // self.settings.page_size, READY_BYTES // max(self._runner.page_bytes, 1))
-        if first - pool.used > ahead // 2 or first >= pool.total:
-            return False
-        self._ready_pages = min(pool.used + ahead, pool.total)
-        self._populating = self._runner.populate(max(first, pool.used), self._ready_pages)
-        return self._ready_pages > first
+        """A moment of what waits until nobody waits for an answer; False: there was none left."""
+        return self._idle.step()
 
     # ---- steps ---------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenEvent]:
         """One forward pass over the next batch, and what became certain: its events, or the last one's."""
         events, self._news = self._news, []
-        step = self._launch() if self._scheduler.running or self._scheduler.waiting else None
+        step: Step | None = None
+        if self._scheduler.running or self._scheduler.waiting:
+            step, ended = self._launcher.launch(self._flying)
+            self._news += ended
         if self._overlaps:
             step, self._flying = self._flying, step
         if step is not None:
@@ -263,129 +245,21 @@ class Engine:
             raise AssertionError("; ".join(found))
         return events
 
-    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The chunks, those of decoding sequences with what may follow, as far as it is worth its time."""
-        rules = self._speculation
-        decoding = [c.sequence for c in chunks if c.sequence.pending == 1 and c.sequence.output_length > 0]
-        left = len(decoding)
-        if rules is None or not 0 < left < STEP_TOKENS:
-            return chunks
-        room = rules.most if left == 1 else STEP_TOKENS - left
-        sure = worth(left)
-        drafted = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if sequence in decoding:
-                assert sequence.drafter is not None, "every sequence of this engine has one"
-                # The last token it may have needs no draft: nothing is chosen behind it.
-                most = min(rules.most, room // left, sequence.limit - len(sequence.tokens) - 1)
-                if self._sampler is not None and has_penalties(sequence):
-                    most = 0  # all rows are chosen from at once, and each penalty depends on the row before
-                drafts = sequence.drafter.draft(most, sure)
-                drafts = drafts[: self._scheduler.room_for_drafts(chunk, len(drafts))]
-                chunk = replace(chunk, drafts=drafts)
-                left -= 1
-                room -= len(drafts)
-            drafted.append(chunk)
-        return drafted
-
-    def _launch(self) -> Step | None:
-        """Compute the next step, or queue it on the device; None where there is nothing to compute."""
-        chunks = self._with_drafts(self._scheduler.next_chunks())
-        try:
-            return self._run(chunks)
-        except torch.OutOfMemoryError as error:
-            reason = printable(str(error).partition("\n")[0], 200)
-        # Out here nothing of the step is held any more: the error had its frames, and they its tensors.
-        chunks = self._with_less(chunks, reason)
-        try:
-            return self._run(chunks)
-        except torch.OutOfMemoryError as error:
-            reason = printable(str(error).partition("\n")[0], 200)
-        release_memory(self.model.device)
-        self._start_again(chunks[:-1])
-        self._news.append(
-            self._finisher.end(
-                chunks[-1].sequence,
-                "error",
-                "out_of_memory",
-                f"out of memory in a step of {tokens_of(chunks)} tokens, twice: {reason}; try again, or "
-                "start the server with a lower --mem-fraction-static or --max-running-requests",
-            )
-        )
-        return None
-
-    def _with_less(self, chunks: list[Chunk], reason: str) -> list[Chunk]:
-        """After a step that was too large: the next one without the youngest sequence. Steps stay smaller.
-
-        What the step wrote is written again: no sequence has counted it.
-        """
-        release_memory(self.model.device)
-        scheduler = self._scheduler
-        tokens = tokens_of(chunks)
-        for sequence in scheduler.running:
-            scheduler.drop_drafts(sequence)
-        if any(chunk.count > 1 for chunk in chunks) and scheduler.prefill_budget > scheduler.page_size:
-            scheduler.prefill_budget = max(scheduler.prefill_budget // 2, scheduler.page_size)
-        else:
-            scheduler.max_running = max(len(scheduler.running) - 1, 1)
-        self._start_again(chunks)
-        if len(scheduler.running) > 1:
-            scheduler.retract(scheduler.running[-1])
-        _log.warning(
-            "lowbit: out of memory in a step of %d tokens: %s; from now on steps have at most %d prompt "
-            "tokens and %d sequences: start with a lower --mem-fraction-static",
-            tokens,
-            reason,
-            scheduler.prefill_budget,
-            scheduler.max_running,
-        )
-        return scheduler.next_chunks(admit=self._has_states)
-
-    def _start_again(self, chunks: list[Chunk]) -> None:
-        """After a step that failed: states of some layers may have moved on, and nothing leads back."""
-        if self._has_states:
-            for chunk in reversed(chunks):
-                self._scheduler.retract(chunk.sequence)
-
-    def _run(self, chunks: list[Chunk]) -> Step | None:
-        """Compute the chunks. Where this fails nothing has changed but what is in their pages."""
-        if not chunks:
-            return None
-        rows, parts = wanted_rows(chunks)
-        flying = self._flying.choices if self._flying is not None else None
-        chosen = flying.tokens if isinstance(flying, DeviceChoices) else None
-        logits = self._runner.forward(chunks, rows, chosen)
-        choices: Choices
-        if self._sampler is None:
-            choices = HostChoices(logits.cpu())
-        else:
-            choices = self._sampler.choose(logits, [ask for part in parts for ask in asks(part)])
-        self._steps += 1
-        for part in parts:
-            sequence = part.chunk.sequence
-            sequence.flights.append(Flight(part.start, part.known - 1 if part.chooses else -1))
-            sequence.computed += part.chunk.count
-        return Step(parts, choices)
-
     def _force(self) -> None:
         """What the forced modes ask after a step."""
         forced, scheduler = self._forced, self._scheduler
-        if forced.retract_every and self._steps % forced.retract_every == 0 and len(scheduler.running) > 1:
+        if (
+            forced.retract_every
+            and self._launcher.steps % forced.retract_every == 0
+            and len(scheduler.running) > 1
+        ):
             scheduler.retract(scheduler.running[-1])
         if forced.evict_always:
             scheduler.tree.evict(self._pool.total)
 
     def close(self) -> None:
         """Keep what the next run goes on from: the states of delayed scales, where a file was named."""
-        counters = self._finisher.counters
-        if counters.drafts:
-            _log.info(
-                "lowbit: speculation: %s of %s drafts were right, %.1f tokens a step where there were any",
-                thousands(counters.accepted_drafts),
-                thousands(counters.drafts),
-                1 + counters.accepted_drafts / counters.drafted_turns,
-            )
+        log_drafts(self._finisher.counters)
         self.model.states.keep()
         if (ranks := getattr(self.model, "ranks", None)) is not None:
             ranks.close()
@@ -401,7 +275,7 @@ class Engine:
             pages_total=self._pool.total,
             pages_free=self._pool.free,
             pages_cached=self._pool.idle,
-            steps=self._steps,
+            steps=self._launcher.steps,
             captured_steps=self._runner.captured_steps,
             prompt_tokens=counters.prompt_tokens,
             cached_prompt_tokens=counters.cached_tokens,
@@ -443,28 +317,3 @@ class Engine:
             found.append("a request is neither waiting nor running")
         self._violations += bool(found)
         return found
-
-
-def _speculation(model: Model, settings: Settings) -> Speculation | None:
-    """What the settings ask for, where the model's answers do not depend on it."""
-    rules = Speculation.by(settings)
-    if rules is None:
-        return None
-    if state_bytes(model.cache_specs()):
-        raise LowbitError(
-            "E0105",
-            "--speculative-algorithm: this model has recurrent layers, and a wrong draft would change their "
-            "state for good; drop the option",
-        )
-    if model.spans_tokens:
-        raise LowbitError(
-            "E0105",
-            "--speculative-algorithm: this model's inputs share scales between tokens, so wrong drafts would "
-            "change its answers; drop it, or use scales for each token",
-        )
-    if "reference" in model.kernels:
-        _log.warning(
-            "lowbit: speculation: some layers run on the reference kernel, whose last bits depend on how "
-            "many tokens a step has: with drafts, as in a batch, a close call may go the other way"
-        )
-    return rules

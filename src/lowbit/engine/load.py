@@ -15,9 +15,11 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.quality import Quality, read_quality
 from lowbit.engine.cuda_graphs import Progress, bucket_sizes
 from lowbit.engine.engine import Engine
-from lowbit.engine.ranks import Ranks, SharedModel, device_of, set_threads
+from lowbit.engine.rank_process import device_of, set_threads
+from lowbit.engine.ranks import Ranks
+from lowbit.engine.shared_model import SharedModel
 from lowbit.engine.speculation import Speculation
-from lowbit.errors import LowbitError, printable
+from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels import native
 from lowbit.kernels.device_memory import free_memory, total_memory
 from lowbit.kernels.parallel import ALONE, Parallel
@@ -148,6 +150,10 @@ def _engine(
         # the cores from the native ones.
         torch.set_num_threads(1)
     check_vocabulary(tokenizer, model.vocab_size)
+    own, wanted = model.context_length, settings.context_length or 0
+    beyond = f"--context-length {thousands(wanted)} is more than the model's own {thousands(own)}"
+    if wanted > own and settings.strict:
+        raise LowbitError("E0103", f"{beyond}; lower it, or drop --strict")
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
     details = {
@@ -157,6 +163,8 @@ def _engine(
         "quantization": model.quantization,
         "weight bytes": str(model.weight_bytes),
     }
+    if wanted > own:
+        details["warning"] = f"{beyond}: what it says behind that is of no use unless it was trained for it"
     quality = None if asked.flag and is_float(header) else _quality(header)
     if quality is not None:
         details["quality"] = str(quality)

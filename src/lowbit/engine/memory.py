@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from lowbit.errors import LowbitError
 from lowbit.kernels.device_memory import free_memory, total_memory
 from lowbit.kernels.recurrent import state_bytes
 from lowbit.kernels.reference import SLICE_WEIGHTS
+from lowbit.models.config import ModelConfig
 from lowbit.models.model import Model
 from lowbit.settings import CPU_FRACTION, GPU_FRACTION, Settings
 
@@ -100,7 +100,7 @@ def _page_bytes(model: Model, size: int) -> int:
     """Of a page here; on a CPU of all ranks that share the model, as they share the memory."""
     page = max(sum(spec.token_bytes() for spec in model.cache_specs()), 1) * size  # or states alone
     if model.device.type == "cpu":
-        page += sum(other.token_bytes * size for other in getattr(model, "others", ()))
+        page += sum(other.token_bytes * size for other in model.others)
     return page
 
 
@@ -108,12 +108,12 @@ def _state_bytes(model: Model) -> int:
     """Of a sequence here; on a CPU on all ranks that share the model."""
     own = state_bytes(model.cache_specs())
     if model.device.type == "cpu":
-        own += sum(other.state_bytes for other in getattr(model, "others", ()))
+        own += sum(other.state_bytes for other in model.others)
     return own
 
 
 def _cpu_room(model: Model, settings: Settings) -> _Room:
-    free = free_memory(model.device, getattr(model, "mapped_bytes", 0))
+    free = free_memory(model.device, model.mapped_bytes)
     share = int(free * (settings.mem_fraction_static or CPU_FRACTION))
     return _Room(share, free, f"{free / _GIB:.1f} GiB free")
 
@@ -122,7 +122,7 @@ def _gpu_room(model: Model, settings: Settings) -> _Room:
     torch.cuda.empty_cache()  # what loading left behind
     free, total = free_memory(model.device), total_memory(model.device)
     here, states, slots = _page_bytes(model, 1), _state_bytes(model), settings.max_running_requests + 1
-    for other in getattr(model, "others", ()):  # where it is scarcest for the pages of a rank
+    for other in model.others:  # where it is scarcest for the pages of a rank
         left = max(other.free - slots * other.state_bytes, 0)
         free = min(free, left * here // max(other.token_bytes, 1) + slots * states)
     fraction = settings.mem_fraction_static or GPU_FRACTION
@@ -146,9 +146,9 @@ def _step_tokens(model: Model, settings: Settings) -> int:
 def workspace(model: Model, settings: Settings) -> int:
     """Bytes that the largest step may need beside weights and pages, from above."""
     rows = max(settings.max_running_requests, PROMPT_LOGPROB_ROWS)
-    needed = _step_tokens(model, settings) * _token_bytes(getattr(model, "config", None))
+    needed = _step_tokens(model, settings) * _token_bytes(model.config)
     needed += rows * model.vocab_size * _ROW_BYTES
-    if "reference" in getattr(model, "kernels", ()):
+    if "reference" in model.kernels:
         needed += SLICE_WEIGHTS * 16  # codes, float32 weights on their way and as they are multiplied
     return int(needed * _SLACK) + _FIXED
 
@@ -161,7 +161,7 @@ def claim_scratch(model: Model, tokens: int) -> Iterator[None]:
     if model.device.type != "cpu" or not _keep_freed():
         return
     held = []
-    for _ in range(0, min(tokens * _token_bytes(getattr(model, "config", None)), _MOST_SCRATCH), _CLAIMED):
+    for _ in range(0, min(tokens * _token_bytes(model.config), _MOST_SCRATCH), _CLAIMED):
         held.append(torch.empty(_CLAIMED, dtype=torch.uint8).zero_())
         yield
 
@@ -175,10 +175,8 @@ def _keep_freed() -> bool:
     return bool(set_option(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and set_option(_M_TRIM_THRESHOLD, _MOST_KEPT))
 
 
-def _token_bytes(config: Any) -> int:
+def _token_bytes(config: ModelConfig) -> int:
     """Of a token's numbers that are there at once: the residual stream, and the larger half of a block."""
-    if config is None:
-        return 0
     attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim  # q, k, v and what comes out
     if (state := getattr(config, "state", None)) is not None:
         attention = max(attention, 4 * state.width)  # a row, convolved, in heads, and what comes out

@@ -27,7 +27,7 @@ from lowbit.engine.process import set_signals, settings_from, show_log
 from lowbit.errors import EXIT_BUG, EXIT_RESOURCES, LowbitError, printable
 
 if TYPE_CHECKING:
-    from lowbit.engine.ranks import StartRank, Step, StepDone, ToRank
+    from lowbit.engine.rank_messages import StartRank, Step, StepDone, ToRank
     from lowbit.engine.runner import Runner
     from lowbit.kernels.parallel import Parallel
     from lowbit.models.model import Model
@@ -38,7 +38,7 @@ class _Connection:
     """This process's end of the socket pair."""
 
     def __init__(self, sock: socket.socket) -> None:
-        from lowbit.engine.ranks import ToRank
+        from lowbit.engine.rank_messages import ToRank
         from lowbit.engine.wire import FrameDecoder
 
         self._socket = sock
@@ -57,7 +57,7 @@ class _Connection:
 
     def fail(self, code: str, message: str) -> None:
         """The last word."""
-        from lowbit.engine.ranks import RankFailed
+        from lowbit.engine.rank_messages import RankFailed
 
         self.send(RankFailed(code, message))
 
@@ -82,7 +82,7 @@ class _Connection:
 
 def _serve(connection: _Connection) -> None:
     """Until rank 0 closes the socket."""
-    from lowbit.engine.ranks import MEETING_SECONDS, Allocate, RankReady, Regroup, StartRank, Step
+    from lowbit.engine.rank_messages import MEETING_SECONDS, Allocate, RankReady, Regroup, StartRank, Step
     from lowbit.engine.runner import Runner
     from lowbit.kernels.device_memory import free_memory, release_memory
     from lowbit.kernels.recurrent import state_bytes
@@ -124,7 +124,7 @@ def _followed(step: Step, runner: Runner, parallel: Parallel, model: Model) -> S
     import torch
 
     from lowbit.engine.cuda_graphs import where
-    from lowbit.engine.ranks import StepDone, batch_of, first_line, numbers_of
+    from lowbit.engine.rank_messages import StepDone, batch_of, first_line, numbers_of
 
     parallel.begin_step()  # only now: rank 0 goes on where all have launched the step before
     try:
@@ -143,7 +143,8 @@ def _loaded(start: StartRank) -> tuple[Settings, Model, Parallel]:
 
     from lowbit.checkpoint import open_checkpoint
     from lowbit.engine.load import load_part
-    from lowbit.engine.ranks import MEETING_SECONDS, STEP_SECONDS, device_of, set_threads
+    from lowbit.engine.rank_messages import MEETING_SECONDS, STEP_SECONDS
+    from lowbit.engine.rank_process import device_of, set_threads
     from lowbit.kernels.parallel import Parallel
     from lowbit.quantize.recipe import Asked
 

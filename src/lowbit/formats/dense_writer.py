@@ -31,7 +31,7 @@ def exact_dtype(scheme: Scheme) -> str:
     """
     if scheme.is_dense:
         return scheme.weight.name
-    if scheme.weight.trellis is not None:
+    if scheme.weight.trellis is not None or scheme.weight.lattice is not None:
         return "f16"
     powers = all(scale.name == "e8m0" for scale in scheme.scales)
     few = scheme.weight.name in ("gguf_mxfp4", "e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "int4", "int8")

@@ -4,7 +4,7 @@
     SU, SV        F16 [in], [out]            signs, fine-tuned; SV has the weights' scale too
     Wscale        F16, F32 []                another scale, of old files
     codebook_id   I64 []
-    fuse_scales   F16, F32 [parts]           of qkv_proj (q, k, v) and upgate_proj (up, gate)
+    fuse_scales   F16, F32 [parts]           of qkv_proj (q, k, v) and upgate_proj (up, then gate)
     scaleWH       F16, F32 [in]              with rescale_WH: inputs are divided by it
     A, B          F16, F32 [out, rank], [rank, in]   with lora_rank: A B is added to the codes' matrix
 
@@ -12,8 +12,9 @@ With u the matrix of codes, H_n the Hadamard matrix of order n (``numerics.hadam
 
     weight = SV * (H_out (Wscale u + A B) H_in^T) / sqrt(out in) * SU / scaleWH, a part's rows * fuse_scale
 
-Rotated codes have no native form: a weight is decoded when it is loaded and kept in float16, 16 bits a weight
-where the file takes 2 to 4. Sums are made in float32, of plain E8P12 codes exactly, and rounded once.
+Codes of E8P12 and E8P12RVQ4B stay as they are (``numerics.lattice``): inputs are SU / scaleWH, outputs all
+that multiplies rows, over the root. E8P12RVQ3B and matrices with A B are decoded when they are loaded and
+kept in float16. Sums are made in float32, of plain E8P12 codes exactly, and rounded once.
 
 QuIP-for-all's files, which say quant_method QUiP, pad rows and columns and bring their own matrices; they
 are refused.
@@ -22,7 +23,6 @@ are refused.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -36,28 +36,21 @@ from lowbit.formats.dense import DENSE_DTYPES
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_config
 from lowbit.formats.quip_codebooks import CODEBOOKS
-from lowbit.numerics.hadamard import hadamard_factors, times
+from lowbit.numerics.hadamard import hadamard_factors
+from lowbit.numerics.lattice import LatticeLayout, transformed
+from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
 _WHAT = "a QuIP# weight"
-_OF_UPGATE = ("up_proj", "gate_proj")
-_SLICE = 1 << 22  # weights that are transformed at once
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """The matrix a module is all or some rows of. ``parts``: rows of each part with a fuse scale, or none."""
-
-    module: StoredModule
-    parts: tuple[int, ...]
-    rows: slice
+_LARGEST_NUMBER = 2.75  # of a vector
 
 
 class QuipSharp(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "quip_sharp"
+    sign: ClassVar[str] = "Qidxs"
     reference: ClassVar[str] = "quip-sharp"
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
@@ -77,55 +70,60 @@ class QuipSharp(PartlyDense):
         self.rescaled = self._flag(values, "rescale_WH", False)
         divisor = self._number(values, "resid_scale_override", -1, float)
         self.divisor = divisor if divisor > 0 else self.codebook.divisor
-        # Of gate and up, which are decoded together, the one that was not asked for.
-        self._kept: tuple[str, Tensor] | None = None
         require_tensors(header, (".Qidxs",), self.place, self.name)
 
     def describe(self) -> str:
-        """The codebook, and that it is decoded."""
-        return (
-            f"quip_sharp, {self.codebook_name} in {self.place.split(':')[0]}, decoded to 16 bits a weight "
-            "when loaded"
-        )
+        """The codebook, and whether it is decoded."""
+        decoded = ", decoded to 16 bits a weight when loaded" if self._layout is None else ""
+        return f"quip_sharp, {self.codebook_name} in {self.place.split(':')[0]}{decoded}"
 
-    def _is_dense(self, module: StoredModule) -> bool:
-        return self._place_of(module) is None
+    @property
+    def _layout(self) -> LatticeLayout | None:
+        """Of codes that stay as they are."""
+        if self.codebook.second == 8 or self.rank > 0:
+            return None
+        return LatticeLayout(self.divisor if self.codebook.second else 0.0)
 
     def _scheme(self, module: StoredModule) -> Scheme:
-        """Dense float16."""
+        """The codes under scales of rows and columns; dense, float16, where they are decoded."""
         self._tensors(module)
-        return dense("f16")
+        if self._layout is None:
+            return dense("f16")
+        single = number_format("f32")
+        return Scheme(number_format(self._layout.name), ((1, 0), (0, 1)), (single, single))
 
     def _tensors(self, module: StoredModule) -> list[str]:
-        """Everything of the matrix the module is part of; dtypes and shapes of all of it checked."""
-        stored = self._stored(module)
-        found = self._expected(stored)
-        out, columns = stored.module.shape
+        """Everything of the matrix; dtypes and shapes checked."""
+        found = self._expected(module)
+        out, columns = module.shape
         what = f"{_WHAT} of {out} x {columns} with {self.codebook_name}"
         for suffix, (dtypes, shape) in found.items():
-            check_shape(entry_of(self.header, stored.module, suffix, dtypes, what), shape, what)
-        return [stored.module.tensor(suffix) for suffix in found]
+            check_shape(entry_of(self.header, module, suffix, dtypes, what), shape, what)
+        return [module.tensor(suffix) for suffix in found]
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
-        """Decoded."""
-        self._tensors(module)
-        stored = self._stored(module)
-        if self._kept is not None and self._kept[0] == module.stored:
-            weight, self._kept = self._kept[1], None
-        else:
-            whole = self._decoded(stored, data)
-            weight = whole[stored.rows].clone() if len(whole) > module.shape[0] else whole
-            if stored.module is not module:
-                up, gate = whole.chunk(2)
-                up_proj, gate_proj = (f"{module.stored.rpartition('.')[0]}.{leaf}" for leaf in _OF_UPGATE)
-                self._kept = (gate_proj, gate.clone()) if stored.rows.start == 0 else (up_proj, up.clone())
-        origin = f"{self.header.file_of(stored.module.tensor('Qidxs'))}: {module.name}"
-        return QuantizedTensor(dense("f16"), module.shape, weight, origin=origin)
+        """As it is stored, or decoded."""
+        scheme, layout = self._scheme(module), self._layout
+        self._check_codebook(module, data)
+        outputs, inputs = self._outputs(module, data), self._inputs(module, data)
+        # No weight is larger than the sum of all; mostly that is far from too large.
+        largest = float(outputs.abs().max()) * float(inputs.abs().max()) * _LARGEST_NUMBER
+        largest *= (1 + 1 / self.divisor) * module.shape[0] * module.shape[1]
+        origin = f"{self.header.file_of(module.tensor('Qidxs'))}: {module.name}"
+        decoded = None
+        if layout is None or not largest <= torch.finfo(torch.float16).max:
+            decoded = self._decoded(module, data, outputs, inputs)
+        if layout is None:
+            assert decoded is not None, "it has no other form"
+            return QuantizedTensor(scheme, module.shape, decoded, origin=origin)
+        codes = layout.codes(self.codebook.codes(data.tensor(module.tensor("Qidxs"))))
+        scales = (outputs.unsqueeze(1), inputs.unsqueeze(0))
+        return QuantizedTensor(scheme, module.shape, codes, scales, origin=origin)
 
     def _bias(self, module: StoredModule, data: TensorData) -> Tensor | None:
         """Under the scales of its parts, as the weight."""
-        bias, stored = super()._bias(module, data), self._stored(module)
-        return bias.float() * self._fuse_scales(stored, data) if bias is not None and stored.parts else bias
+        bias, parts = super()._bias(module, data), self._parts(module)
+        return bias.float() * self._fuse_scales(module, data) if bias is not None and parts else bias
 
     # ---- config
 
@@ -170,24 +168,12 @@ class QuipSharp(PartlyDense):
 
     # ---- tensors
 
-    def _stored(self, module: StoredModule) -> _Stored:
-        """Where a module lies that is not plain."""
-        stored = self._place_of(module)
-        assert stored is not None, "a plain module is read elsewhere"
-        return stored
-
-    def _place_of(self, module: StoredModule) -> _Stored | None:
-        """Where it lies; None where the module is plain."""
-        (out, columns), tensors = module.shape, self.header.tensors
-        parent, _, leaf = module.stored.rpartition(".")
-        if module.tensor("Qidxs") in tensors:
-            return _Stored(module, self._qkv(out, module) if leaf == "qkv_proj" else (), slice(0, out))
-        fused = f"{parent}.upgate_proj"
-        if leaf not in _OF_UPGATE or f"{fused}.Qidxs" not in tensors:
-            return None
-        start = out * _OF_UPGATE.index(leaf)
-        whole = StoredModule(fused, fused, (2 * out, columns))
-        return _Stored(whole, (out, out), slice(start, start + out))
+    def _parts(self, module: StoredModule) -> tuple[int, ...]:
+        """Rows of each part with a fuse scale, or none."""
+        leaf, rows = module.stored.rpartition(".")[2], module.shape[0]
+        if leaf == "upgate_proj":
+            return (rows // 2, rows // 2)
+        return self._qkv(rows, module) if leaf == "qkv_proj" else ()
 
     def _qkv(self, rows: int, module: StoredModule) -> tuple[int, int, int]:
         """Rows of q, k and v."""
@@ -218,9 +204,9 @@ class QuipSharp(PartlyDense):
             )
         return parts
 
-    def _expected(self, stored: _Stored) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    def _expected(self, module: StoredModule) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         """Suffix -> dtypes and shape of each tensor of the matrix."""
-        module, (out, columns) = stored.module, stored.module.shape
+        (out, columns), parts = module.shape, self._parts(module)
         refuse_stack(module, "QuIP#'s codes")
         codes = module.tensor("Qidxs")
         if out % 16 or columns % 64 or hadamard_factors(out) is None or hadamard_factors(columns) is None:
@@ -238,8 +224,8 @@ class QuipSharp(PartlyDense):
             "Wscale": (floats, ()),
             "codebook_id": (("I64", "I32"), ()),
         }
-        if stored.parts:
-            found["fuse_scales"] = (floats, (len(stored.parts),))
+        if parts:
+            found["fuse_scales"] = (floats, (len(parts),))
         if self.rescaled:
             found["scaleWH"] = (floats, (columns,))
         if self.rank > 0:
@@ -249,54 +235,49 @@ class QuipSharp(PartlyDense):
 
     # ---- numbers
 
-    def _decoded(self, stored: _Stored, data: TensorData) -> Tensor:
-        """Float16 (out, in) of the whole matrix."""
-        module, (out, columns) = stored.module, stored.module.shape
+    def _floats(self, module: StoredModule, suffix: str, data: TensorData) -> Tensor:
+        name = module.tensor(suffix)
+        return finite_scales(self.header, name, data.tensor(name)).float()
 
-        def floats(suffix: str) -> Tensor:
-            name = module.tensor(suffix)
-            return finite_scales(self.header, name, data.tensor(name)).float()
-
-        self._check_codebook(module, data)
-        left, right = hadamard_factors(columns), hadamard_factors(out)
-        assert left is not None and right is not None, "checked before"
-        words, scale = data.tensor(module.tensor("Qidxs")), floats("Wscale")
-        a, b = (floats("A"), floats("B")) if self.rank > 0 else (None, None)
-        inner = torch.empty(out, columns)
-        step = max(16, _SLICE // columns // 16 * 16)
-        for start in range(0, out, step):
-            part = self.codebook.vectors(words[start : start + step], self.divisor)
-            if a is not None and b is not None:
-                part = part * scale + a[start : start + step] @ b
-            inner[start : start + step] = times(left, part, 1)
-        rows = floats("SV") / math.sqrt(out) / math.sqrt(columns)
-        if a is None:
+    def _outputs(self, module: StoredModule, data: TensorData) -> Tensor:
+        """Float32 (out,): what multiplies rows, the roots too."""
+        out, columns = module.shape
+        rows = self._floats(module, "SV", data) / math.sqrt(out) / math.sqrt(columns)
+        scale = self._floats(module, "Wscale", data)
+        if self.rank <= 0:  # of the codes alone where there is A B
             rows = rows * scale
-        if stored.parts:
-            rows = rows * self._fuse_scales(stored, data)
-        inputs = floats("SU")
-        if self.rescaled:
-            inputs = inputs / floats("scaleWH")
-        weight = torch.empty(out, columns, dtype=torch.float16)
-        step = max(1, _SLICE // out)
-        for start in range(0, columns, step):
-            part = inner[:, start : start + step].contiguous()
-            part = times(right, part, part.shape[1])
-            weight[:, start : start + step] = part * rows[:, None] * inputs[start : start + step]
+        return rows * self._fuse_scales(module, data) if self._parts(module) else rows
+
+    def _inputs(self, module: StoredModule, data: TensorData) -> Tensor:
+        """Float32 (in,): what multiplies columns."""
+        inputs = self._floats(module, "SU", data)
+        return inputs / self._floats(module, "scaleWH", data) if self.rescaled else inputs
+
+    def _decoded(self, module: StoredModule, data: TensorData, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """Float16 (out, in)."""
+        words, scale = data.tensor(module.tensor("Qidxs")), self._floats(module, "Wscale", data)
+        a, b = (self._floats(module, name, data) for name in "AB") if self.rank > 0 else (None, None)
+
+        def vectors(rows: slice) -> Tensor:
+            part = self.codebook.vectors(words[rows], self.divisor)
+            return part if a is None or b is None else part * scale + a[rows] @ b
+
+        weight = transformed(vectors, outputs, inputs)
         if not weight.isfinite().all():
+            largest = float(self._floats(module, "SV", data).abs().max())
             raise LowbitError(
                 "E0215",
                 f"{self.header.file_of(module.tensor('SV'))}: {module.stored!r} decodes to numbers beyond "
-                f"float16 (SV up to {float(floats('SV').abs().max()):g}, Wscale {float(scale):g}); the file "
-                "is damaged, download it again",
+                f"float16 (SV up to {largest:g}, Wscale {float(scale):g}); the file is damaged, download it "
+                "again",
             )
         return weight
 
-    def _fuse_scales(self, stored: _Stored, data: TensorData) -> Tensor:
+    def _fuse_scales(self, module: StoredModule, data: TensorData) -> Tensor:
         """Float32 (out,)."""
-        name = stored.module.tensor("fuse_scales")
+        name = module.tensor("fuse_scales")
         scales = finite_scales(self.header, name, data.tensor(name)).float()
-        return scales.repeat_interleave(torch.tensor(stored.parts))
+        return scales.repeat_interleave(torch.tensor(self._parts(module)))
 
     def _check_codebook(self, module: StoredModule, data: TensorData) -> None:
         name = module.tensor("codebook_id")

@@ -17,13 +17,15 @@ difference and product rounded to 16 bits, outliers added in float32 and the sum
     scale = scale of the scales * (code - zero point of the scales)         and the zero point likewise
     weight[r, c] = scale * (code - zero point) + outlier
 
-There is no other layout (bits 3, beta1 and beta2 16). No kernel here runs it: a weight is decoded when it is
-loaded and kept as F16, 16 bits a weight. The tool's converter leaves ``architectures`` of config.json empty:
-whoever converts so names the model's class there.
+There is no other layout (bits 3, beta1 and beta2 16). Scales and zero points are kept as the F16 they are
+worth, so that rows do without each other: 5 bits a weight in place of the file's 4, and 32 an outlier as
+there. The tool's converter leaves ``architectures`` of config.json empty: whoever converts so names the
+model's class there.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -36,12 +38,13 @@ from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_sc
 from lowbit.formats.dense import origin_of
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_config
-from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
+from lowbit.numerics.scheme import Scheme
 
 _NUMBERS = {"bits": 3, "beta1": 16, "beta2": 16}
 _TILE = 16
-_SLICE = 1 << 13  # tiles that are decoded at once
+_SLICE = 1 << 21  # weights that are looked at together
 _WHAT = "an SpQR weight"
 
 
@@ -71,35 +74,59 @@ class Spqr(PartlyDense):
         require_tensors(header, (".dense_weights",), self.place, self.name)
 
     def describe(self) -> str:
-        """That it is decoded."""
-        return f"spqr, 3-bit in {self.place.split(':')[0]}, decoded to 16 bits a weight when loaded"
+        """What a weight and an outlier cost."""
+        kept = "5 bits a weight and 32 an outlier on a CPU, decoded to 16 bits a weight elsewhere"
+        return f"spqr, 3-bit in {self.place.split(':')[0]}, {kept}"
 
     def _scheme(self, module: StoredModule) -> Scheme:
-        """Dense F16."""
-        self._checked(module)
-        return dense("f16")
+        """3-bit codes, F16 scales and zero points of 16 columns, F16 outliers."""
+        _, _, entries, *order = self._checked(module)
+        half, (out, columns) = number_format("f16"), module.shape
+        return Scheme(
+            number_format("uint3"),
+            ((1, _TILE),),
+            (half,),
+            "float",
+            reordered=bool(order),
+            outliers=half,
+            outlier_share=entries.shape[0] / (out * columns),
+        )
 
     def _tensors(self, module: StoredModule) -> list[str]:
         """Everything of the layer."""
         return [entry.name for entry in self._checked(module)]
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
-        """Decoded."""
+        """Codes as they are, scales and zero points made of theirs."""
         words, offsets, entries, *order = self._checked(module)
-        stored = data.tensor(words.name).view(-1, module.shape[1] // _TILE, _TILE)
-        if bool((_shared_bytes(stored) < 0).any()):
-            raise self._damaged(
-                words,
-                "holds tiles whose rows disagree about the tile's scales, or bits that mean nothing; the "
-                "file is damaged, download it again",
-            )
-        weight = finite_scales(self.header, words.name, decode(stored))
-        self._add_outliers(weight, offsets, entries, data)
-        if order:
-            weight = self._placed(weight, order[0], data)
-        return QuantizedTensor(
-            dense("f16"), module.shape, weight, origin=origin_of(self.header, module, "dense_weights")
+        (out, columns), across = module.shape, module.shape[1] // _TILE
+        stored = data.tensor(words.name).view(-1, across, _TILE)
+        codes = torch.empty(out, columns, dtype=torch.uint8)
+        numbers = torch.empty(2, out, across, dtype=torch.float16)
+        step = max(1, _SLICE // columns // _TILE)
+        for start in range(0, len(stored), step):
+            part, rows = stored[start : start + step], slice(start * _TILE, (start + step) * _TILE)
+            if bool((_shared_bytes(part) < 0).any()):
+                raise self._damaged(
+                    words,
+                    "holds tiles whose rows disagree about the tile's scales, or bits that mean nothing; the "
+                    "file is damaged, download it again",
+                )
+            codes[rows], numbers[:, rows] = decode(part)
+        scales, zeros = finite_scales(self.header, words.name, numbers)
+        weight = QuantizedTensor(
+            self._scheme(module),
+            module.shape,
+            codes,
+            (scales,),
+            zeros,
+            origin=origin_of(self.header, module, "dense_weights"),
+            outliers=self._outliers(module, offsets, entries, data),
         )
+        for start in range(0, out, step * _TILE):
+            part = weight.rows(start, min(start + step * _TILE, out)).dequantize()
+            finite_scales(self.header, words.name, part)
+        return replace(weight, column_order=self._order(order[0], data)) if order else weight
 
     def _damaged(self, entry: TensorEntry, what: str) -> LowbitError:
         return LowbitError("E0213", f"{entry.file.name}: tensor {entry.name!r} {what}")
@@ -157,11 +184,11 @@ class Spqr(PartlyDense):
 
     # ---- numbers
 
-    def _add_outliers(
-        self, weight: Tensor, offsets: TensorEntry, entries: TensorEntry, data: TensorData
-    ) -> None:
-        """Into ``weight`` (out, in), in place."""
-        out, columns = weight.shape
+    def _outliers(
+        self, module: StoredModule, offsets: TensorEntry, entries: TensorEntry, data: TensorData
+    ) -> Outliers:
+        """Those that are no filling."""
+        out, columns = module.shape
         first, count = data.tensor(offsets.name).long(), entries.shape[0]
         many = first.diff()
         if int(first[0]) != 0 or int(first[-1]) != count or bool((many < 0).any()):
@@ -188,27 +215,22 @@ class Spqr(PartlyDense):
                 entries,
                 f"holds column {int(places.max())} of {columns}; the file is damaged, download it again",
             )
-        used = values != 0  # the rest fills up the shorter of 16 rows
-        at = (rows * columns + places)[used]
-        if len(at.unique()) != len(at):
+        used = (values != 0).nonzero().flatten()  # the rest fills up the shorter of 16 rows
+        at, order = (rows * columns + places)[used].sort()
+        if bool((at.diff() == 0).any()):
             raise self._damaged(
                 entries, "holds two outliers of one weight; the file is damaged, download it again"
             )
-        flat = weight.view(-1)
-        flat[at] = finite_scales(
-            self.header, entries.name, (flat[at].float() + values[used].float()).to(torch.float16)
-        )
+        return Outliers.of(at // columns, at % columns, values[used[order]], out)
 
-    def _placed(self, weight: Tensor, entry: TensorEntry, data: TensorData) -> Tensor:
-        """Stored column j becomes the input's column ``order[j]``."""
+    def _order(self, entry: TensorEntry, data: TensorData) -> Tensor:
+        """int64 (in,): the input's column of each stored one."""
         order = data.tensor(entry.name).contiguous().view(torch.int16).long() & 0xFFFF
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise self._damaged(
                 entry, f"is no permutation of {len(order)} columns; the file is damaged, download it again"
             )
-        placed = torch.empty_like(weight)
-        placed[:, order] = weight
-        return placed
+        return order
 
 
 def _shared_bytes(words: Tensor) -> Tensor:
@@ -218,20 +240,14 @@ def _shared_bytes(words: Tensor) -> Tensor:
     return torch.where(same, pairs[..., 0], -1)
 
 
-def decode(words: Tensor) -> Tensor:
-    """F16 (16 R, 16 C) of tiles (R, C, 16), without outliers, in the stored order of columns."""
-    rows, across, _ = words.shape
-    weight = torch.empty(rows * _TILE, across * _TILE, dtype=torch.float16)
-    step = max(1, _SLICE // across)
-    for start in range(0, rows, step):
-        part = words[start : start + step]
-        second = _shared_bytes(part).to(torch.uint8).view(torch.float16).unsqueeze(-2)  # (r, C, 1, 4)
-        codes = (part.unsqueeze(-1) >> torch.arange(0, 54, 3) & 7).to(torch.float16)  # (r, C, 16, 18)
-        scale, zero = (second[..., :2] * (codes[..., :2] - second[..., 2:])).split(1, -1)
-        tiles = scale * (codes[..., 2:] - zero)
-        flat = tiles.transpose(1, 2).reshape(-1, across * _TILE)
-        weight[start * _TILE : start * _TILE + len(flat)] = flat
-    return weight
+def decode(words: Tensor) -> tuple[Tensor, Tensor]:
+    """Of tiles (R, C, 16): codes uint8 (16 R, 16 C), and F16 (2, 16 R, C), scales and zero points."""
+    second = _shared_bytes(words).to(torch.uint8).view(torch.float16).unsqueeze(-2)  # (R, C, 1, 4)
+    codes = (words.unsqueeze(-1) >> torch.arange(0, 54, 3) & 7).transpose(1, 2).flatten(0, 1)  # (16 R, C, 18)
+    first = codes[..., :2].unflatten(0, (-1, _TILE)).to(torch.float16)  # (R, 16, C, 2)
+    second = second.transpose(1, 2)  # (R, 1, C, 4)
+    numbers = second[..., :2] * (first - second[..., 2:])
+    return codes[..., 2:].flatten(1).to(torch.uint8), numbers.flatten(0, 1).permute(2, 0, 1)
 
 
 FORMAT = Spqr

@@ -32,16 +32,21 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     from lowbit.kernels.cpu_columns import CpuColumns
     from lowbit.kernels.cpu_dense import CpuDense
     from lowbit.kernels.cpu_dequantized import CpuDequantized, CpuExpanded
+    from lowbit.kernels.cpu_lattice import CpuLattice
     from lowbit.kernels.cpu_row_vectors import CpuRowVectors
     from lowbit.kernels.cpu_trellis import CpuTrellis
     from lowbit.kernels.cpu_vectors import CpuVectors
     from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
+    from lowbit.kernels.gpu.row_vectors import GpuRowVectors
+    from lowbit.kernels.gpu.trellis import GpuTrellis
+    from lowbit.kernels.gpu.vectors import GpuVectors
     from lowbit.kernels.reference import Reference
 
-    codes = CpuBlocks(), CpuColumns(), CpuVectors(), CpuRowVectors(), CpuTrellis()
+    codes = CpuBlocks(), CpuColumns(), CpuVectors(), CpuRowVectors(), CpuTrellis(), CpuLattice()
     floats = CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
-    return (GpuBlocks(), GpuDense(), *codes, *floats, GpuHumming())
+    gpu = GpuBlocks(), GpuTrellis(), GpuVectors(), GpuRowVectors(), GpuDense()
+    return (*gpu, *codes, *floats, GpuHumming())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowbit.kernels import native
 from lowbit.kernels.rotation import Rotator
-from lowbit.kernels.step_plan import Operation
+from lowbit.kernels.step_plan import Operation, no_memory
 from lowbit.numerics.scheme import ActivationScheme
 
 # The numbers of csrc/activation_quant.cpp.
@@ -26,6 +26,7 @@ _FORMATS = {"e4m3": 1, "e5m2": 2, "e2m1": 3, "e2m3": 4, "e3m2": 5}
 _INTEGER = 0
 _SCALES = {"f32": 0, "bf16": 1, "e8m0": 2, "e4m3": 4}
 _E8M0_UP, _E8M0_SPREAD = 3, 5
+_NO_MEMORY = no_memory("to quantize inputs")
 
 
 class _Quantizer(ctypes.Structure):
@@ -74,15 +75,11 @@ def _functions() -> _Functions | None:
     stage.argtypes, stage.restype = arguments, None
     finish.argtypes, finish.restype = (pointer, pointer, long, long, long, pointer, pointer), ctypes.c_int32
     return _Functions(
-        Operation(library, "quantize_input", arguments, _no_memory),
+        Operation(library, "quantize_input", arguments, _NO_MEMORY),
         Operation(library, "update_delayed", (pointer, long)),
         stage,
         finish,
     )
-
-
-def _no_memory(_: int) -> Exception:
-    return MemoryError("no memory to quantize inputs")
 
 
 @dataclass(frozen=True)
@@ -244,7 +241,7 @@ class NativeQuantizer:
         described = ctypes.byref(self.description)
         place = staged.data_ptr(), staged.stride(0)
         if functions.finish(described, *place, rows, width, seen.data_ptr(), factors.data_ptr()):
-            raise _no_memory(1)
+            raise _NO_MEMORY(1)
         return factors
 
 

@@ -23,6 +23,7 @@ Sources: LLM.int8 (Dettmers et al., 2022); OCP Microscaling Formats v1.0; "FP8 F
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -40,6 +41,15 @@ from lowbit.numerics.scheme import ActivationScheme
 
 if TYPE_CHECKING:
     from lowbit.kernels.gpu.activation_quant import GpuQuantizer
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An input that waits for what ranks saw of it. ``seen``: (tokens, 1 or 2), of a row in parts the largest
+    of each part's. ``finish``: called once with those largest, gives what a transform's call gives."""
+
+    seen: Tensor
+    finish: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +80,19 @@ class InputTransform:
                 changed, factor = self.native(x)
                 return changed, self.static_scale if self.is_static else factor
             if self.halves is not None:
-                staged, seen = self.halves.stage(x)
-                return staged, self.halves.finish(staged, self.across.largest(seen))
+                staged = self.stage(x)
+                return staged.finish(self.across.largest(staged.seen))
         return self.in_torch(x)
+
+    def stage(self, x: Tensor) -> Staged:
+        """What a call does before ranks tell each other what they saw, of a transform that asks them."""
+        assert self.asks_ranks and self.scheme is not None, "else a call is all there is"
+        halves = self.halves
+        if halves is not None and x.is_cpu and x.dtype is torch.float32 and x.stride(1) == 1:
+            staged, seen = halves.stage(x)
+            return Staged(seen, lambda seen: (staged, halves.finish(staged, seen)))
+        scheme, ready = self.scheme, self._before_codes(self._rotated(x))
+        return Staged(_seen(ready.float(), scheme), lambda seen: _by_scales(ready, scheme, seen))
 
     def _on_gpu(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.rotation is not None and self.scheme is None and self.multiplier is None:
@@ -133,29 +153,29 @@ class InputTransform:
 
     def in_torch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The definition of what a call does, in torch on any device."""
-        return self._unrotated(x if self.rotation is None else self.rotation.rotation(x))
+        return self._unrotated(self._rotated(x))
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None else self.rotation.rotation(x)
+
+    def _before_codes(self, x: Tensor) -> Tensor:
+        """Of rotated x what is quantized."""
+        if self.multiplier is not None:
+            x = x * self.multiplier
+        return x.bfloat16().float() if self.scheme is not None and self.scheme.input == "bf16" else x
 
     def _unrotated(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What follows the rotation."""
-        scheme = self.scheme
-        if self.multiplier is not None:
-            x = x * self.multiplier
+        scheme, x = self.scheme, self._before_codes(x)
         if scheme is None:
             return x, None
-        if scheme.input == "bf16":
-            x = x.bfloat16().float()
         if scheme.block[1]:
             return _grouped(x, scheme, self.static_scale), None
         if scheme.mode == "static":
             return self._static(x, scheme)
         if scheme.mode == "delayed":
             return self._delayed(x.float(), scheme)
-        seen = self.across.largest(_seen(x.float(), scheme))
-        if scheme.outliers:
-            return _beside_columns(x, scheme, seen)
-        if scheme.block[0] == 0 and scheme.symmetric:
-            return _per_tensor(x.float(), scheme, seen)
-        return _per_token(x.float(), scheme, seen)
+        return _by_scales(x, scheme, self.across.largest(_seen(x.float(), scheme)))
 
     def _static(self, x: Tensor, scheme: ActivationScheme) -> tuple[Tensor, Tensor]:
         assert self.static_scale is not None, "a static scheme comes with its scale"
@@ -227,6 +247,15 @@ def _seen(x: Tensor, scheme: ActivationScheme) -> Tensor:
     if not scheme.outliers:
         return largest
     return torch.cat((largest, torch.where(size >= scheme.outliers, 0.0, size).amax(-1, keepdim=True)), -1)
+
+
+def _by_scales(x: Tensor, scheme: ActivationScheme, seen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x quantized with the scales that follow from what was seen of whole rows."""
+    if scheme.outliers:
+        return _beside_columns(x, scheme, seen)
+    if scheme.block[0] == 0 and scheme.symmetric:
+        return _per_tensor(x.float(), scheme, seen)
+    return _per_token(x.float(), scheme, seen)
 
 
 def _per_token(x: Tensor, scheme: ActivationScheme, seen: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,11 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     """The native description of an expanded scheme, or why there is none."""
     fmt, (out, columns) = scheme.weight, shape[-2:]
     stored = code_kind(fmt)
+    if scheme.outliers is not None:
+        kinds = (fmt.name, *(scale.name for scale in scheme.scales), scheme.outliers.name)
+        if (kinds, scheme.blocks, scheme.zero) != (("uint3", "f16", "f16"), ((1, 16),), "float"):
+            return "outliers stand beside 3-bit codes in groups of 16 with f16 scales and zero points only"
+        stored = "halves3"
     if stored is None:
         return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
     if scheme.zero == "float" and scheme.scales[0].name not in ("f16", "bf16"):
@@ -63,7 +68,8 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
         return f"{fmt.name} codes need groups of 16 or a multiple of {COLUMNS}, got 8"
     step = COLUMNS if group in (0, 8, 16, columns) else group
     padded = -(-columns // step) * step
-    group = padded if group in (0, columns) else group
+    # A single group of 16 stays one: what inputs are quantized in is told by it.
+    group = padded if group == 0 or (group == columns and group != 16) else group
     kind = _inner_level(scheme) if two_level else _SCALE_KINDS[inner]
     assert kind is not None, "two levels have an inner one"
     addend = ADDEND_OFFSET if scheme.offset else ADDEND_ZERO if scheme.zero != "none" else ADDEND_NONE

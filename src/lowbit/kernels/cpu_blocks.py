@@ -17,6 +17,12 @@ Zero points and offsets multiply the sum of what x became, not of x. Then the er
 table[code] - zero, which is the weight, and not table[code], which is larger where a group's weights lie to
 one side of 0. Sums of whole numbers are exact in float32, so they are the same on all processors.
 
+Outliers (SpQR) stand beside codes of which float16 arithmetic makes weights, rounding twice, so that no sum
+of codes can take a scale over. A tile becomes the float16 numbers it stands for, outliers among them, and
+meets x as those do (``cpu_dense``), in float32 and with the same bits. Scales and zero points of 16 columns,
+which the file has as 3 bits under four float16 for 16 rows, take 16 bits each: 5 bits a weight with codes,
+and 32 for each outlier and each tile.
+
 What the tiles have no place for is packed in other words for the same numbers, where these take little
 more: blocks that run over row ends as smaller ones, groups that are no whole tiles as parts of them (FP8 in
 blocks of 40 columns has a scale for each 8), codes of 1, 5 or 6 bits in groups of 8 as those of 2 or 8.
@@ -29,7 +35,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowbit.kernels import packed_linear
+from lowbit.kernels import outlier_tiles, packed_linear, unpacking
 from lowbit.kernels.block_description import describe, has_row_scale, parts_of
 from lowbit.kernels.code_tables import value_table
 from lowbit.kernels.gguf_blocks import expanded
@@ -55,7 +61,7 @@ class CpuBlocks(NativeKernel):
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
-        if reason := packed_linear.unfit(scheme, shape, device):
+        if reason := super().refuses(scheme, shape, device):
             return reason
         if scheme.scattered:
             return "the rows of a block lie apart"
@@ -82,7 +88,7 @@ class CpuBlocks(NativeKernel):
         native = packed_scheme(scheme, shape)
         described = "" if native is None else describe(native, shape)
         assert isinstance(described, Description), "refuses() was asked first"
-        return described.nbytes
+        return described.nbytes + outlier_tiles.nbytes(scheme, shape, described)
 
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Whether the codes are whole numbers, or halves of them."""
@@ -109,6 +115,8 @@ class CpuBlocks(NativeKernel):
         buffers = {"data": packed_linear.pack(description, parts), "table": value_table(scheme.weight)}
         if weight.column_order is not None:
             buffers["column_order"] = weight.column_order.clone()
+        if weight.outliers is not None:
+            buffers |= outlier_tiles.tiled(weight.outliers, description)
         if has_row_scale(scheme):
             buffers["row_scale"] = weight.scales[1].float().flatten().expand(weight.shape[0]).contiguous()
         return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
@@ -121,11 +129,12 @@ class CpuBlocks(NativeKernel):
         described = "no packed layout" if native_scheme is None else describe(native_scheme, shape)
         if isinstance(described, str):
             raise ValueError(f"{origin}: {described}")
-        row_scale, order = buffers.get("row_scale"), buffers.get("column_order")
+        row_scale = buffers.get("row_scale")
         if row_scale is not None and row_scale.numel() != shape[0]:
             raise ValueError(f"{origin}: {row_scale.numel()} scales of {shape[0]} rows")
-        if order is not None and not _is_order(order, shape[1]):
-            raise ValueError(f"{origin}: no order of {shape[1]} columns")
+        packed_linear.check_order(buffers.get("column_order"), shape[1], origin)
+        if scheme.outliers is not None:
+            outlier_tiles.point(described, buffers, shape[1], origin)
         return packed_linear.around(self, described, scheme, shape, buffers, origin)
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
@@ -133,7 +142,7 @@ class CpuBlocks(NativeKernel):
         assert isinstance(packed, NativeWeight), "packed by this kernel"
         scheme = packed_scheme(packed.scheme, packed.shape)
         assert scheme is not None, "it was packed"
-        read = packed_linear.unpack(packed)
+        read = unpacking.unpack(packed)
         assert read.scales is not None, "every scheme here has scales"
         # Blocks of several rows were spread over their rows, exactly.
         scheme = replace(scheme, blocks=tuple((1, columns) for _, columns in scheme.blocks))
@@ -155,6 +164,8 @@ class CpuBlocks(NativeKernel):
         zeros = None if scheme.zero == "none" else addends.pop(0)
         if scheme.zero == "integer":
             zeros = None if zeros is None else zeros.to(torch.uint8)
+        has_outliers = scheme.outliers is not None
+        outliers = outlier_tiles.untiled(packed.description, packed.buffers) if has_outliers else None
         return QuantizedTensor(
             scheme,
             packed.shape,
@@ -164,9 +175,5 @@ class CpuBlocks(NativeKernel):
             tuple(addends),
             packed.buffers.get("column_order"),
             packed.origin,
+            outliers=outliers,
         )
-
-
-def _is_order(order: Tensor, columns: int) -> bool:
-    inside = order.dtype is torch.int64 and order.shape == (columns,)
-    return inside and bool((order >= 0).all()) and bool((order < columns).all())

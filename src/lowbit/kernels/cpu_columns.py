@@ -28,19 +28,17 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
-from lowbit.kernels import native, packed_linear
+from lowbit.kernels import packed_linear
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.native_kernel import NativeKernel
-from lowbit.kernels.packed_linear import COLUMNS, ROWS, SCALES_BF16, SCALES_F16, SCALES_F32, NativeWeight
-from lowbit.kernels.step_plan import Operation
+from lowbit.kernels.packed_linear import COLUMNS, ROWS, SCALE_KINDS, NativeWeight
+from lowbit.kernels.step_plan import Operation, native_operation, no_memory
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 _BLOCKS = CpuBlocks()
-_KINDS = {"f16": SCALES_F16, "bf16": SCALES_BF16, "f32": SCALES_F32}
 _LARGEST_GROWTH = 2.0  # packed bytes to the scheme's own; what is refused runs many times slower
 
 
@@ -57,16 +55,9 @@ class _Description(ctypes.Structure):
 
 @cache
 def _operation() -> Operation | None:
-    library = native.library()
-    if library is None:
-        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, number, number, pointer, number)
-    return Operation(library, "linear_columns", arguments, _no_memory)
-
-
-def _no_memory(_: int) -> Exception:
-    return MemoryError("no memory for a product's input")
+    return native_operation("linear_columns", arguments, no_memory("for a product's input"))
 
 
 @dataclass(frozen=True)
@@ -139,7 +130,7 @@ def _inner(scheme: Scheme) -> Scheme | str:
         return "scales of columns beside offsets or act-order"
     if len(scheme.blocks) > 2 or any(height > 1 for height, _ in scheme.blocks[:-1]):
         return f"{len(scheme.blocks)} levels of blocks of several rows"
-    if scheme.scales[-1].name not in _KINDS:
+    if scheme.scales[-1].name not in SCALE_KINDS:
         return f"columns' scales are {scheme.scales[-1].name}"
     bare = replace(scheme, scattered=False, blocks=scheme.blocks[:-1], scales=scheme.scales[:-1])
     if bare.blocks:
@@ -168,7 +159,7 @@ class CpuColumns(NativeKernel):
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
-        if reason := packed_linear.unfit(scheme, shape, device):
+        if reason := super().refuses(scheme, shape, device):
             return reason
         inner = _inner(scheme)
         if isinstance(inner, str):
@@ -235,19 +226,20 @@ class CpuColumns(NativeKernel):
         packed_shape = (int(rows.first_block[-1]) * ROWS, shape[1])
         codes = _BLOCKS.restore(inner, packed_shape, buffers, origin)
         assert isinstance(codes, NativeWeight), "cpu_blocks packs such"
-        wanted = (len(rows.first_row) - 1, codes.description.columns)
-        for found in numbers:
-            if found.shape != wanted or found.dtype is not scheme.scales[-1].dtype:
-                raise ValueError(f"{origin}: columns' numbers are {found.dtype} {list(found.shape)}")
+        groups, dtype = len(rows.first_row) - 1, scheme.scales[-1].dtype
+        assert dtype is not None, "columns' scales are floats"
+        names = ("column_scale", "column_zero")[: len(numbers)]
+        wanted = dict.fromkeys(names, ((groups, codes.description.columns), dtype))
+        packed_linear.check_buffers(buffers, wanted, origin)
         described = _Description(
             codes.address,
             *(numbers[i].data_ptr() if i < len(numbers) else None for i in range(2)),
             rows.first_row.data_ptr(),
             rows.first_block.data_ptr(),
             None if rows.order is None else rows.order.data_ptr(),
-            wanted[0],
+            groups,
             shape[1],
-            _KINDS[scheme.scales[-1].name],
+            SCALE_KINDS[scheme.scales[-1].name],
             int(rows.first_block.diff().max()),
         )
         return ColumnsWeight(
@@ -276,24 +268,13 @@ class CpuColumns(NativeKernel):
     def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
         """float32 (tokens, in) -> float32 (tokens, out)."""
         assert isinstance(packed, ColumnsWeight), "packed by this kernel"
-        if x.dtype is not torch.float32:
-            x = x.float()
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        (tokens, columns), rows = x.shape, packed.shape[0]
-        if columns != packed.shape[1]:
-            raise LowbitError(
-                "E0703", f"{packed.origin}: input has {columns} columns, weight {packed.shape[1]}"
-            )
-        if out is None:
-            out = torch.empty(tokens, rows)
-        assert out.dtype is torch.float32 and out.stride(1) == 1 and out.shape == (tokens, rows)
+        x, out = packed_linear.operands(x, packed, out)
         run = _operation()
         assert run is not None, "packed by a native kernel"
         run(
             ctypes.addressof(packed.description),
             x.data_ptr(),
-            tokens,
+            len(x),
             x.stride(0),
             out.data_ptr(),
             out.stride(0),
@@ -303,10 +284,7 @@ class CpuColumns(NativeKernel):
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
         assert isinstance(packed, ColumnsWeight), "packed by this kernel"
-        wanted, out = ids.long(), packed.shape[0]
-        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < out:
-            raise LowbitError("E0703", f"{packed.origin}: a row outside 0..{out - 1} was asked for")
-        places = packed.rows.places[wanted]
+        places = packed.rows.places[packed_linear.check_rows(ids, packed)]
         found = packed_linear.rows(packed.codes, places)
         group = torch.searchsorted(packed.rows.first_block.long() * ROWS, places, right=True) - 1
         columns = packed.shape[1]

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbit.kernels import cpu_dense, packed_linear
+from lowbit.kernels import cpu_dense, packed_linear, unpacking
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import NativeWeight, Parts
@@ -79,7 +79,7 @@ class CpuDequantized(NativeKernel):
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The matrix of floats: what is multiplied, the codes are gone."""
         assert isinstance(packed, NativeWeight), "packed by this kernel"
-        matrix = packed_linear.unpack(packed).codes
+        matrix = unpacking.unpack(packed).codes
         return QuantizedTensor(dense(self.floats), packed.shape, matrix, origin=packed.origin)
 
 

@@ -37,16 +37,8 @@ from torch.nn.functional import pad
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.native_kernel import NativeKernel
-from lowbit.kernels.packed_linear import (
-    ADDEND_NONE,
-    CODES,
-    COLUMNS,
-    INPUT_BFLOAT,
-    ROWS,
-    SCALES_NONE,
-    Description,
-    NativeWeight,
-)
+from lowbit.kernels.packed_linear import CODES, COLUMNS, ROWS, Description, NativeWeight
+from lowbit.kernels.whole_numbers import LARGEST_SUM, LARGEST_WORD, factor_from, in_words
 from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -54,7 +46,6 @@ from lowbit.numerics.scheme import Scheme
 _LEAST, _MOST = 3, ROWS  # rows of a vector: of fewer, most of a register would be empty
 _MOST_VECTORS = 1 << 16
 _LEAST_TABLE = 64  # numbers that the native code reads of any table
-_LARGEST_X, _LARGEST_WORD = (1 << 14) - 1, (1 << 15) - 1
 _SLICE = 1 << 22  # weights that are looked at together
 
 
@@ -174,7 +165,7 @@ class CpuRowVectors(NativeKernel):
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
-        if reason := packed_linear.unfit(scheme, shape, device):
+        if reason := super().refuses(scheme, shape, device):
             return reason
         layout = scheme.weight.vectors
         if not isinstance(layout, RowVectorLayout):
@@ -206,13 +197,13 @@ class CpuRowVectors(NativeKernel):
         table = torch.zeros(sizes.table_shape, dtype=torch.int16)
         for book, numbers in enumerate(codebooks):
             factors[1 + book] = _factor(numbers, 2 if layout.residual else 1, *most[1 + book])
-            table[book, :, : layout.length] = _whole(numbers, factors[1 + book])
+            table[book, :, : layout.length] = in_words(numbers, float(factors[1 + book]))
         multiplier = sizes.of_columns(factors)
         if weight.scales:
             multiplier = multiplier * weight.scales[0][0].float()
         order = torch.arange(weight.shape[1]) if weight.column_order is None else weight.column_order
         buffers = {
-            "data": _tiles(weight.codes, _whole(outliers, factors[0]), sizes),
+            "data": _tiles(weight.codes, in_words(outliers, float(factors[0])), sizes),
             "table": pad(table.flatten(), (0, max(0, _LEAST_TABLE - table.numel()))),
             "factors": factors,
             "inputs": sizes.padded_columns(order.to(torch.int32), -1),
@@ -226,26 +217,21 @@ class CpuRowVectors(NativeKernel):
         self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
     ) -> PackedWeight:
         """The weight around its buffers."""
-        if reason := self.refuses(scheme, shape, torch.device("cpu")):
-            raise ValueError(f"{origin}: {reason}")
+        self.check(scheme, shape, origin)
         sizes = _sizes(scheme, shape)
+        padded = ((sizes.padded,), torch.float32)
         wanted = {
-            "data": (sizes.blocks * sizes.block_bytes, torch.uint8),
-            "table": (max(_LEAST_TABLE, math.prod(sizes.table_shape)), torch.int16),
-            "factors": (1 + sizes.layout.books, torch.float32),
-            "inputs": (sizes.padded, torch.int32),
-            "multiplier": (sizes.padded, torch.float32),
+            "data": ((sizes.blocks * sizes.block_bytes,), torch.uint8),
+            "table": ((max(_LEAST_TABLE, math.prod(sizes.table_shape)),), torch.int16),
+            "factors": ((1 + sizes.layout.books,), torch.float32),
+            "inputs": ((sizes.padded,), torch.int32),
+            "multiplier": padded,
         }
-        if scheme.offset:
-            wanted["offset"] = (sizes.padded, torch.float32)
-        for name, (count, dtype) in wanted.items():
-            found = buffers.get(name)
-            if found is None or found.shape != (count,) or found.dtype is not dtype:
-                raise ValueError(f"{origin}: {name} is no {dtype} of {count}")
-        inputs = buffers["inputs"].long()
-        columns = sizes.own_columns(inputs).sort().values
-        if int((inputs != -1).sum()) != shape[1] or not torch.equal(columns, torch.arange(shape[1])):
-            raise ValueError(f"{origin}: no order of {shape[1]} columns")
+        packed_linear.check_buffers(buffers, wanted | ({"offset": padded} if scheme.offset else {}), origin)
+        columns = sizes.own_columns(inputs := buffers["inputs"].long())
+        packed_linear.check_order(columns, shape[1], origin)
+        if not torch.equal(inputs, sizes.padded_columns(columns, -1)):
+            raise ValueError(f"{origin}: columns that pad tiles are taken from x")
         layout, offset = sizes.layout, buffers.get("offset")
         described = _Description(
             buffers["inputs"].data_ptr(),
@@ -253,19 +239,9 @@ class CpuRowVectors(NativeKernel):
             None if offset is None else offset.data_ptr(),
             *(layout.length, layout.books, layout.centroids, layout.residual, sizes.outlier_tiles),
         )
-        description = Description(
-            buffers["data"].data_ptr(),
-            buffers["table"].data_ptr(),
-            shape[0],
-            sizes.padded,
-            CODES["row_vectors"],
-            sizes.padded,
-            SCALES_NONE,
-            ADDEND_NONE,
-            INPUT_BFLOAT,
-            1.0,
-            row_vectors=ctypes.addressof(described),
-        )
+        description = Description.plain((shape[0], sizes.padded), CODES["row_vectors"])
+        description.data, description.table = buffers["data"].data_ptr(), buffers["table"].data_ptr()
+        description.row_vectors = ctypes.addressof(described)
         packed = RowVectorsWeight(
             self,
             scheme,
@@ -325,19 +301,10 @@ def _factor(numbers: Tensor, terms: int, largest_sum: float, largest: float) -> 
     A row's 32 columns times x of 15 bits fit int32; numbers and weights fit int16.
     """
     half = terms / 2  # each is rounded
-    room = (2**31 - 1) / _LARGEST_X - COLUMNS * half
+    room = LARGEST_SUM - COLUMNS * half
     own = max(largest, float(numbers.abs().max()))
-    least = 1.00001 * max(largest_sum / room, own / (_LARGEST_WORD - half))  # sums were float32
-    if not least:
-        return 1.0
-    power = 2.0 ** math.ceil(math.log2(least))
-    exact = numbers.double() / power
-    return power if torch.equal(exact.round(), exact) else float(torch.tensor(least))
-
-
-def _whole(numbers: Tensor, factor: Tensor) -> Tensor:
-    """int16."""
-    return (numbers.double() / factor.double()).round().short()
+    least = 1.00001 * max(largest_sum / room, own / (LARGEST_WORD - half))  # sums were float32
+    return factor_from(least, numbers)
 
 
 def _tiles(codes: Tensor, outliers: Tensor, sizes: _Sizes) -> Tensor:

@@ -20,26 +20,14 @@ numbers and that the definition rounds weights once more. Rows that are looked u
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
-from lowbit.kernels.native_kernel import NativeKernel
-from lowbit.kernels.packed_linear import (
-    ADDEND_NONE,
-    COLUMNS,
-    INPUT_BFLOAT,
-    ROWS,
-    SCALES_NONE,
-    Description,
-    NativeWeight,
-    trellis_codes,
-)
+from lowbit.kernels.packed_linear import COLUMNS, ROWS, Description, trellis_codes
 from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.transformed_kernel import TransformedKernel, TransformedWeight
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
@@ -50,24 +38,15 @@ _CHUNKS = 8  # of a tile's bits
 _FACTORS = {"3inst": 2.0**-11, "mcg": 2.0**-11, "mul1": 0.00676727294921875 / 15}
 
 
-@dataclass(frozen=True)
-class TrellisWeight(PackedWeight):
-    """A PackedWeight with the tiles as native code multiplies them, and the transforms on both sides."""
-
-    tiles: NativeWeight = field(kw_only=True, repr=False)
-    before: Rotator = field(kw_only=True, repr=False)
-    after: Rotator = field(kw_only=True, repr=False)
-
-
-class CpuTrellis(NativeKernel):
-    """See the module docstring. What is rounded is a part of what is lost of x."""
+class CpuTrellis(TransformedKernel):
+    """See the module docstring."""
 
     name = "cpu_trellis"
     layout = 1
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
-        if reason := packed_linear.unfit(scheme, shape, device):
+        if reason := super().refuses(scheme, shape, device):
             return reason
         if scheme.weight.trellis is None:
             return "weights are no trellis"
@@ -95,18 +74,16 @@ class CpuTrellis(NativeKernel):
         self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
     ) -> PackedWeight:
         """The weight around its buffers."""
-        if reason := self.refuses(scheme, shape, torch.device("cpu")):
-            raise ValueError(f"{origin}: {reason}")
-        for name, wanted in (("outputs", (shape[0], 1)), ("inputs", (1, shape[1]))):
-            found = buffers.get(name)
-            if found is None or found.dtype is not torch.float16 or found.shape != wanted:
-                raise ValueError(f"{origin}: no {name} of float16 {list(wanted)}")
+        self.check(scheme, shape, origin)
+        half = torch.float16
+        wanted = {"outputs": ((shape[0], 1), half), "inputs": ((1, shape[1]), half)}
+        packed_linear.check_buffers(buffers, wanted, origin)
         own = {name: buffers[name] for name in ("data", "table")}
         tiles = packed_linear.around(self, _describe(scheme, shape), scheme, shape, own, origin)
         divisor = Rotation.hadamard(BLOCK).divisor
         before = Rotation(BLOCK, before=buffers["inputs"].float().flatten(), divisor=divisor)
         after = Rotation(BLOCK, after=buffers["outputs"].float().flatten(), divisor=divisor)
-        return TrellisWeight(
+        return TransformedWeight(
             self,
             scheme,
             shape,
@@ -122,23 +99,9 @@ class CpuTrellis(NativeKernel):
         scales = (packed.buffers["outputs"], packed.buffers["inputs"])
         return QuantizedTensor(packed.scheme, packed.shape, _codes(packed), scales, origin=packed.origin)
 
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """float32 (tokens, in) -> float32 (tokens, out)."""
-        assert isinstance(packed, TrellisWeight), "packed by this kernel"
-        if x.shape[1] != packed.shape[1]:
-            raise LowbitError(
-                "E0703", f"{packed.origin}: input has {x.shape[1]} columns, weight {packed.shape[1]}"
-            )
-        turned = packed.before.rotated(x, torch.float32)
-        out = packed_linear.linear(turned, packed.tiles, out)
-        packed.after.in_place(out)
-        return out
-
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
-        rows, wanted = packed.shape[0], ids.long()
-        if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < rows:
-            raise LowbitError("E0703", f"{packed.origin}: a row outside 0..{rows - 1} was asked for")
+        wanted = packed_linear.check_rows(ids, packed)
         whole, found = self.unpack(packed), torch.empty(len(wanted), packed.shape[1])
         for block in (wanted // BLOCK).unique().tolist():
             here = wanted // BLOCK == block
@@ -151,11 +114,7 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     """The native description of the tiles."""
     trellis = scheme.weight.trellis
     assert trellis is not None, "refuses() was asked first"
-    factor, columns = _FACTORS[trellis.book], shape[1]
-    codes = trellis_codes(trellis)
-    return Description(
-        None, None, shape[0], columns, codes, columns, SCALES_NONE, ADDEND_NONE, INPUT_BFLOAT, factor
-    )
+    return Description.plain(shape, trellis_codes(trellis), factor=_FACTORS[trellis.book])
 
 
 def _packed(weight: QuantizedTensor) -> Tensor:

@@ -23,25 +23,20 @@ from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import (
-    ADDEND_NONE,
     COLUMNS,
-    INPUT_BFLOAT,
     MOST_BOOKS,
     ROWS,
     SCALE_DTYPES,
-    SCALES_BF16,
-    SCALES_F16,
-    SCALES_F32,
+    SCALE_KINDS,
     VECTOR_LENGTHS,
     Description,
     NativeWeight,
 )
+from lowbit.kernels.whole_numbers import LARGEST_SUM, LARGEST_WORD, factor_from, in_words
 from lowbit.numerics.number_formats import VectorLayout
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
-_SCALE_KINDS = {"f16": SCALES_F16, "bf16": SCALES_BF16, "f32": SCALES_F32}
-_LARGEST_X, _LARGEST_WORD = (1 << 14) - 1, (1 << 15) - 1
 _LANES = 4  # rows 4 l + j of a tile stand at j * 4 + l
 
 
@@ -53,7 +48,7 @@ class CpuVectors(NativeKernel):
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
-        if reason := packed_linear.unfit(scheme, shape, device):
+        if reason := super().refuses(scheme, shape, device):
             return reason
         layout = scheme.weight.vectors
         if not isinstance(layout, VectorLayout):
@@ -65,7 +60,7 @@ class CpuVectors(NativeKernel):
         plain = scheme.zero == "none" and not scheme.offset and not scheme.flattened
         if not plain or len(scheme.blocks) != 1 or scheme.blocks[0] not in ((1, 0), (0, 0)):
             return "needs one scale for a row, or for all, and nothing that is added"
-        if scheme.scales[0].name not in _SCALE_KINDS:
+        if scheme.scales[0].name not in SCALE_KINDS:
             return f"scales are {scheme.scales[0].name}"
         return None
 
@@ -94,12 +89,11 @@ class CpuVectors(NativeKernel):
         self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
     ) -> PackedWeight:
         """The weight around its buffers."""
-        if reason := self.refuses(scheme, shape, torch.device("cpu")):
-            raise ValueError(f"{origin}: {reason}")
-        described, factor = _describe(scheme, shape), buffers.get("factor")
-        if factor is None or factor.dtype is not torch.float32 or factor.numel() != 1:
-            raise ValueError(f"{origin}: no factor of the codebooks")
-        described.factor = float(factor)
+        self.check(scheme, shape, origin)
+        packed_linear.check_buffers(buffers, {"factor": ((), torch.float32)}, origin)
+        packed_linear.check_order(buffers.get("column_order"), shape[1], origin)
+        described = _describe(scheme, shape)
+        described.factor = float(buffers["factor"])
         packed = packed_linear.around(self, described, scheme, shape, buffers, origin)
         layout = scheme.weight.vectors
         assert isinstance(layout, VectorLayout), "it was not refused"
@@ -107,9 +101,6 @@ class CpuVectors(NativeKernel):
             most = int(layout.indices(_codes(packed)).max())
             if most >= 1 << layout.bits:
                 raise ValueError(f"{origin}: index {most} of a codebook of {1 << layout.bits} vectors")
-        order = buffers.get("column_order")
-        if order is not None and not torch.equal(order.sort().values, torch.arange(shape[1])):
-            raise ValueError(f"{origin}: no order of {shape[1]} columns")
         return packed
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
@@ -140,25 +131,19 @@ def whole_numbers(codebooks: Tensor) -> tuple[Tensor, float]:
     largest = books.abs().amax((1, 2)).sum()
     # Each number is rounded: half of one more for every codebook.
     half = len(books) / 2
-    room = (2**31 - 1) / _LARGEST_X / COLUMNS - half
-    least = max(float(sizes) / books.shape[-1] / room, float(largest) / (_LARGEST_WORD - half))
-    if not least:
-        return torch.zeros(books.shape, dtype=torch.int16), 1.0
+    room = LARGEST_SUM / COLUMNS - half
+    least = max(float(sizes) / books.shape[-1] / room, float(largest) / (LARGEST_WORD - half))
     # A float32, and not one below the least.
     factor = float(torch.nextafter(torch.tensor(least, dtype=torch.float32), torch.tensor(math.inf)))
-    power = 2.0 ** math.ceil(math.log2(factor))
-    exact = torch.equal((books / power).round() * power, books)
-    factor = power if exact else factor
-    return (books / factor).round().short(), factor
+    factor = factor_from(factor if least else 0.0, books)
+    return in_words(books, factor), factor
 
 
 def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     """The native description, columns padded to whole tiles."""
     layout = scheme.weight.vectors
     assert isinstance(layout, VectorLayout), "refuses() was asked first"
-    padded = -(-shape[1] // COLUMNS) * COLUMNS
-    codes, kind = packed_linear.vector_codes(layout), _SCALE_KINDS[scheme.scales[0].name]
-    return Description(None, None, shape[0], padded, codes, padded, kind, ADDEND_NONE, INPUT_BFLOAT, 1.0)
+    return Description.plain(shape, packed_linear.vector_codes(layout), SCALE_KINDS[scheme.scales[0].name])
 
 
 def _tiles(codes: Tensor, scale: Tensor, layout: VectorLayout) -> Tensor:

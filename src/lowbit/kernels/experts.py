@@ -325,8 +325,7 @@ def _shared_input(layers: Sequence[Layer]) -> InputTransform | None:
             found = found or transform
             if not transform.same_as(found):
                 return None
-    by_rows = found is not None and found.native is not None and found.native.factors != "one"
-    return found if by_rows else None
+    return found if found is not None and found.native is not None and found.native.by_rows else None
 
 
 def _input(transform: InputTransform | None, order: Tensor | None) -> _Input:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.kernels import native
-from lowbit.kernels.step_plan import Operation
+from lowbit.kernels.step_plan import Operation, native_operation
 
 LANES = 16
 
@@ -42,8 +41,7 @@ class _Job(ctypes.Structure):
 
 @cache
 def _native() -> Operation | None:
-    library = native.library()
-    return None if library is None else Operation(library, "multiply_heads", (ctypes.c_void_p,))
+    return native_operation("multiply_heads", (ctypes.c_void_p,))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,15 @@ class NativeKernel:
         """Never."""
         return False
 
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None: what every native kernel of quantized weights says."""
+        return packed_linear.unfit(scheme, shape, device)
+
+    def check(self, scheme: Scheme, shape: tuple[int, ...], origin: str) -> None:
+        """ValueError where it refuses such a weight: of packed ones that were kept."""
+        if reason := self.refuses(scheme, shape, torch.device("cpu")):
+            raise ValueError(f"{origin}: {reason}")
+
     def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
         """float32 (tokens, in) -> float32 (tokens, out)."""
         return packed_linear.linear(x, packed, out)

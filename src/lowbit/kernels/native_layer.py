@@ -13,13 +13,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbit.errors import LowbitError
-from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import activation_number
 from lowbit.kernels.linear_kernel import PackedWeight
-from lowbit.kernels.packed_linear import NativeWeight
-from lowbit.kernels.step_plan import Operation
+from lowbit.kernels.packed_linear import NativeWeight, check_columns
+from lowbit.kernels.step_plan import Operation, native_operation, no_memory
 
 MOST_COLUMNS = 1 << 15  # of x where a layer changes it: MOST_LAYER_COLUMNS of csrc/linear.cpp
 
@@ -36,17 +34,9 @@ class LayerDescription(ctypes.Structure):
 
 @cache
 def _operation() -> Operation | None:
-    library = native.library()
-    if library is None:
-        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    return Operation(
-        library, "layer", (pointer, pointer, number, number, number, pointer, number), _no_memory
-    )
-
-
-def _no_memory(_: int) -> Exception:
-    return MemoryError("no memory for a product's input")
+    arguments = (pointer, pointer, number, number, number, pointer, number)
+    return native_operation("layer", arguments, no_memory("for a product's input"))
 
 
 @dataclass(frozen=True)
@@ -101,10 +91,7 @@ class NativeLayer:
     def __call__(self, x: Tensor, out: Tensor | None = None, activation: str | None = None) -> Tensor:
         """x float32 (tokens, in) -> (tokens, out); with an activation activation(gate) * up, half as wide."""
         tokens, columns = x.shape
-        if columns != self.weight.columns:
-            raise LowbitError(
-                "E0703", f"{self.weight.origin}: input has {columns} columns, weight {self.weight.columns}"
-            )
+        check_columns(x, self.weight)
         width: int = self.weight.shape[0]
         number = -1
         if activation is not None:

@@ -15,7 +15,7 @@ planes of 2 + 1, 4 + 1, 4 + 2 and 4 + 2 + 1 bits.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -40,11 +40,12 @@ LARGEST_VALUE = 4095  # of a table of whole numbers (csrc/linear_words.h)
 # The numbers of csrc/linear_tiles.h and csrc/linear_layout.h.
 CODES = {"bits1": 1, "bits2": 2, "bits3": 3, "bits4": 4, "bits5": 5, "bits6": 6, "bits7": 7}
 CODES |= {"int8": 8, "uint8": 9, "e4m3": 10, "e5m2": 11, "e4m3fnuz": 12, "e5m2fnuz": 13, "words4": 14}
-CODES["row_vectors"] = 40
+CODES |= {"halves3": 18, "row_vectors": 40}
 DENSE_CODES = {"bf16": 16, "f16": 17, "f32": 32}
 SCALES_NONE, SCALES_F16, SCALES_BF16, SCALES_F32, SCALES_TWO_LEVEL, SCALES_E4M3 = range(6)
 SCALES_NIBBLES, SCALES_ODD_NIBBLES = 6, 7
 ADDEND_NONE, ADDEND_OFFSET, ADDEND_ZERO = range(3)
+SCALE_KINDS = {"f16": SCALES_F16, "bf16": SCALES_BF16, "f32": SCALES_F32}  # by the number format's name
 SCALE_DTYPES = {
     SCALES_F16: torch.float16,
     SCALES_BF16: torch.bfloat16,
@@ -60,7 +61,12 @@ _PLANES = {
     5: ((4, 0), (1, 4)),
     6: ((4, 0), (2, 4)),
 }
-_PLANES |= {7: ((4, 0), (2, 4), (1, 6)), 14: _PLANES[4]}
+_PLANES |= {7: ((4, 0), (2, 4), (1, 6)), 14: _PLANES[4], 18: _PLANES[3]}
+
+
+def planes(codes: int) -> tuple[tuple[int, int], ...]:
+    """Bits of each plane of such codes, and their place in the code."""
+    return _PLANES[codes]
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,7 @@ GRIDS = {
     23: Grid(11, 8, True),
     24: Grid(8, 4),
     25: Grid(9, 4),
+    26: Grid(8, 8),
 }
 CODES |= {
     "grid2_256": 20,
@@ -102,6 +109,7 @@ CODES |= {
     "grid1_2048": 23,
     "grid3_256": 24,
     "grid3_512": 25,
+    "e8p": 26,
 }
 
 
@@ -150,7 +158,24 @@ class Description(ctypes.Structure):
         ("input_group", ctypes.c_int32),
         ("quantizer", ctypes.c_void_p),
         ("row_vectors", ctypes.c_void_p),
+        ("outlier_starts", ctypes.c_void_p),
+        ("outliers", ctypes.c_void_p),
     )
+
+    @staticmethod
+    def plain(
+        shape: tuple[int, ...],
+        codes: int,
+        scales: int = SCALES_NONE,
+        group: int | None = None,
+        factor: float = 1.0,
+    ) -> Description:
+        """Of codes to which nothing is added, in whole tiles; columns share a scale but for ``group``."""
+        padded = -(-shape[1] // COLUMNS) * COLUMNS
+        group = padded if group is None else group
+        return Description(
+            None, None, shape[0], padded, codes, group, scales, ADDEND_NONE, INPUT_BFLOAT, factor
+        )
 
     @property
     def scale_size(self) -> int:
@@ -195,7 +220,7 @@ class Description(ctypes.Structure):
             return GRIDS[self.codes].tile_size
         if (layout := vectors_of(self.codes)) is not None:
             return ROWS * layout.row_bytes(COLUMNS)
-        bits = {**dict.fromkeys(range(8, 14), 8), 14: 4, 17: 16}.get(self.codes, self.codes)
+        bits = {**dict.fromkeys(range(8, 14), 8), 14: 4, 17: 16, 18: 3}.get(self.codes, self.codes)
         if self.codes >= TRELLISES:
             bits = self.codes % 16
         return ROWS * COLUMNS * bits // 8
@@ -388,24 +413,66 @@ def around(
     )
 
 
+def check_buffers(
+    buffers: dict[str, Tensor], wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], origin: str
+) -> None:
+    """ValueError where one of ``wanted`` is not there in this shape and type."""
+    for name, (shape, dtype) in wanted.items():
+        found = buffers.get(name)
+        if found is None or found.shape != shape or found.dtype is not dtype:
+            raise ValueError(f"{origin}: {name} is no {dtype} of {list(shape)}")
+
+
+def check_order(order: Tensor | None, columns: int, origin: str) -> None:
+    """ValueError where there is an order and it is none of so many columns."""
+    if order is None:
+        return
+    if order.dtype is not torch.int64 or not torch.equal(order.sort().values, torch.arange(columns)):
+        raise ValueError(f"{origin}: no order of {columns} columns")
+
+
+def check_columns(x: Tensor, packed: PackedWeight) -> None:
+    """LowbitError where x is not as wide as the weight."""
+    if x.shape[1] != packed.shape[1]:
+        raise LowbitError(
+            "E0703", f"{packed.origin}: input has {x.shape[1]} columns, weight {packed.shape[1]}"
+        )
+
+
+def check_rows(ids: Tensor, packed: PackedWeight) -> Tensor:
+    """``ids`` as int64; LowbitError where the weight has no such row."""
+    wanted = ids.long()
+    if len(wanted) and not 0 <= int(wanted.min()) <= int(wanted.max()) < packed.shape[0]:
+        raise _no_row(packed)
+    return wanted
+
+
+def _no_row(packed: PackedWeight) -> LowbitError:
+    return LowbitError("E0703", f"{packed.origin}: a row outside 0..{packed.shape[0] - 1} was asked for")
+
+
+def operands(x: Tensor, packed: PackedWeight, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x (tokens, in) and a result (tokens, out) as native code has them: float32, rows without gaps."""
+    check_columns(x, packed)
+    if x.dtype is not torch.float32:
+        x = x.float()
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    shape = (len(x), packed.shape[0])
+    if out is None:
+        out = torch.empty(shape)
+    assert out.dtype is torch.float32 and out.stride(1) == 1 and out.shape == shape
+    return x, out
+
+
 def linear(x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
     """x float32 (tokens, in) -> float32 (tokens, out)."""
     assert isinstance(packed, NativeWeight), "packed by a native kernel"
     order = packed.buffers.get("column_order")
     if order is not None:
         x = gather_columns(x, order)
-    if x.dtype is not torch.float32:
-        x = x.float()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    tokens, columns = x.shape
-    if columns != packed.columns:
-        raise LowbitError("E0703", f"{packed.origin}: input has {columns} columns, weight {packed.columns}")
-    rows = packed.description.rows
-    if out is None:
-        out = torch.empty(tokens, rows)
-    assert out.dtype is torch.float32 and out.stride(1) == 1 and out.shape == (tokens, rows)
-    loaded = functions()
+    x, out = operands(x, packed, out)
+    (tokens, columns), loaded = x.shape, functions()
     assert loaded is not None, "packed by a native kernel"
     loaded.linear(packed.address, x.data_ptr(), tokens, x.stride(0), columns, out.data_ptr(), out.stride(0))
     row_scale = packed.buffers.get("row_scale")
@@ -433,124 +500,5 @@ def rows(packed: PackedWeight, ids: Tensor) -> Tensor:
             out.data_ptr(),
         )
     except LowbitError:
-        raise LowbitError(
-            "E0703", f"{packed.origin}: a row outside 0..{packed.shape[0] - 1} was asked for"
-        ) from None
+        raise _no_row(packed) from None
     return out
-
-
-@dataclass(frozen=True)
-class Unpacked:
-    """``Parts`` read back from packed bytes; padding rows and columns cut off."""
-
-    codes: Tensor  # uint8 (rows, columns), offset binary, of a grid as in ``Parts``; or the dense matrix
-    scales: Tensor | None
-    addends: Tensor | None
-    outer_scales: Tensor | None
-    outer_addends: Tensor | None
-
-
-def unpack(packed: NativeWeight) -> Unpacked:
-    """The inverse of ``pack``, in torch."""
-    d, columns = packed.description, packed.columns
-    blocks = packed.buffers["data"].view(-(-d.rows // ROWS), -1)
-    supers = d.columns // SUPER if d.super_size else 1
-    per_super = blocks.view(len(blocks), supers, -1)  # (blocks, supers, bytes)
-    outer, body = per_super[..., : d.super_size], per_super[..., d.super_size :]
-    units = body.reshape(len(blocks), d.columns // d.unit, -1)  # (blocks, units, bytes)
-    headers = d.unit // d.group
-    header_size = headers * (d.scale_size + d.addend_size)
-    head = units[..., :header_size].unflatten(-1, (headers, -1)) if header_size else None
-    scale_dtype = torch.uint8 if d.nibbles else torch.int8 if d.super_size else SCALE_DTYPES.get(d.scales)
-    addend_dtype = torch.float16 if d.addend == ADDEND_ZERO else scale_dtype
-
-    def sixteen(area: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-        """(blocks, ..., 16 numbers) -> (rows, groups)."""
-        if area is None or area.shape[-1] == 0 or dtype is None:
-            return None
-        numbers = area.contiguous().view(dtype).flatten(1, -2)  # (blocks, groups, 16)
-        if dtype is torch.uint8:
-            numbers = torch.cat((numbers & 15, numbers >> 4), -1)
-        return numbers.transpose(1, 2).reshape(-1, numbers.shape[1])[: d.rows].contiguous()
-
-    f16 = torch.float16
-    return Unpacked(
-        _unpack_codes(units[..., header_size:], d)[: d.rows, :columns].contiguous(),
-        sixteen(None if head is None else head[..., : d.scale_size], scale_dtype),
-        sixteen(None if head is None else head[..., d.scale_size :], addend_dtype),
-        sixteen(outer[..., :32], f16) if d.super_size else None,
-        sixteen(outer[..., 32:], f16) if d.super_size == 64 else None,
-    )
-
-
-def _columns(width: int) -> list[int]:
-    """Where each column of a tile stands among the fields of ``width`` bits: line by line, low bits first."""
-    per_byte = 8 // width
-    places = []
-    for column in range(COLUMNS):
-        pair = column // 2
-        operand, side = pair // 4 * 2 + pair % 2, pair // 2 % 2
-        field = operand % per_byte + per_byte * side
-        places.append((operand // per_byte * 2 * per_byte + field) * 2 + column % 2)
-    return places
-
-
-def _bits(numbers: Tensor) -> Tensor:
-    """uint8 (..., n) -> (..., 8 n), low bits first."""
-    return (numbers.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten(-2)
-
-
-def _grid_bytes(tiles: Tensor, grid: Grid) -> Tensor:
-    """uint8 (tiles, bytes) -> (tiles, rows, columns), each as ``Parts`` has it."""
-    places = torch.empty(ROWS, grid.vectors // ROWS, dtype=torch.long)
-    for line in range(grid.vectors // 32):
-        for word in range(32):
-            place = line // 2 * 64 + word // 8 * 16 + line % 2 * 8 + word % 8
-            places[word // 2, line * 2 + word % 2] = place
-    index = tiles[:, : grid.vectors].int()
-    tail = grid.vectors // 8 * grid.bits
-    for bit in range(8, grid.bits):
-        plane = grid.vectors // 8 * bit
-        index |= _bits(tiles[:, plane : plane + grid.vectors // 8]).int() << bit
-    shares = torch.arange(grid.numbers) * grid.share
-    own = (index[:, places].unsqueeze(-1) >> shares & (1 << grid.share) - 1).flatten(-2)
-    if grid.shifted:
-        last = _bits(tiles[:, tail:])[:, places].repeat_interleave(grid.numbers, -1)
-    else:
-        words = tiles[:, tail:].contiguous().view(torch.int16).int().view(-1, ROWS, 2)
-        fields = words.unsqueeze(-1) >> torch.arange(16) & 1  # (tiles, rows, parity, fields)
-        mixed = fields.transpose(-1, -2).flatten(-2)[..., _columns(1)]
-        turns = torch.arange(COLUMNS).view(-1, grid.numbers, 2).transpose(1, 2).flatten()
-        last = mixed[..., turns]
-    return (own << 1 | last).to(torch.uint8)
-
-
-def _unpack_codes(area: Tensor, d: Description) -> Tensor:
-    """uint8 (blocks, units, bytes) -> (rows, columns)."""
-    tiles = area.reshape(-1, d.tile_size)
-    blocks = -(-d.rows // ROWS)
-    if d.codes == DENSE_CODES["bf16"]:
-        cells = tiles.contiguous().view(torch.bfloat16).view(-1, COLUMNS // 2, ROWS, 2)
-        codes = cells.permute(0, 2, 1, 3).reshape(-1, ROWS, COLUMNS)
-    elif d.codes in GRIDS:
-        codes = _grid_bytes(tiles, GRIDS[d.codes])
-    elif CODES["int8"] <= d.codes <= CODES["e5m2fnuz"]:
-        # (tiles, operands, rows / 4, sides, rows % 4, parity) -> (tiles, rows, operands, sides, parity)
-        cells = tiles.reshape(-1, COLUMNS // 4, ROWS // 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5)
-        codes = cells.reshape(-1, ROWS, COLUMNS)[..., _columns(8)]
-    elif d.codes in (DENSE_CODES["f16"], DENSE_CODES["f32"]):
-        dtype = torch.float16 if d.codes == DENSE_CODES["f16"] else torch.float32
-        codes = tiles.contiguous().view(dtype).view(-1, COLUMNS, ROWS).transpose(1, 2)
-    else:
-        codes = torch.zeros(len(tiles), ROWS, COLUMNS, dtype=torch.uint8)
-        offset = 0
-        for width, shift in _PLANES[d.codes]:
-            size = ROWS * COLUMNS * width // 8
-            words = tiles[:, offset : offset + size].contiguous().view(torch.int16).int()
-            words = words.view(-1, size // 64, ROWS, 2)  # (tiles, lines, rows, parity)
-            fields = torch.arange(0, 16, width)
-            planes = words.unsqueeze(-1) >> fields & (1 << width) - 1  # (tiles, lines, rows, parity, fields)
-            ordered = planes.permute(0, 2, 1, 4, 3).reshape(-1, ROWS, COLUMNS)[..., _columns(width)]
-            codes |= (ordered << shift).to(torch.uint8)
-            offset += size
-    return codes.reshape(blocks, -1, ROWS, COLUMNS).transpose(1, 2).reshape(blocks * ROWS, -1)

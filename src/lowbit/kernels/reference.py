@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.bit_packing import pack_bits, unpack_bits
-from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 SLICE_WEIGHTS = 1 << 24  # weights dequantized at once: 64 MiB of float32
@@ -70,6 +70,8 @@ class Reference:
             buffers["row_groups"] = weight.row_groups
         if weight.codebooks is not None:
             buffers["codebooks"] = weight.codebooks
+        if weight.outliers is not None:
+            buffers |= {"outlier_starts": weight.outliers.starts, "outliers": weight.outliers.entries}
         # Detached from the mapped file: its pages must not be needed once loading is over.
         owned = {name: buffer.to(device, copy=True).contiguous() for name, buffer in buffers.items()}
         return self.restore(weight.scheme, weight.shape, owned, weight.origin)
@@ -106,6 +108,7 @@ class Reference:
             packed.origin,
             buffers.get("row_groups"),
             buffers.get("codebooks"),
+            Outliers(buffers["outlier_starts"], buffers["outliers"]) if "outliers" in buffers else None,
         )
 
     @staticmethod
@@ -139,6 +142,8 @@ class Reference:
 def rows_at_once(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """Rows of a slice to dequantize: whole blocks of every scale level, at least one."""
     rows, columns = shape
+    if scheme.weight.lattice is not None:
+        return rows  # of some all have to be decoded
     whole = max(scheme.heights) or 1
     if scheme.flattened:
         block = scheme.blocks[0][1]

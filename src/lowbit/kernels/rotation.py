@@ -14,9 +14,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
-from lowbit.kernels.step_plan import Operation
+from lowbit.kernels.step_plan import Operation, native_operation, no_memory
 from lowbit.numerics.rotation import Rotation
 
 
@@ -28,21 +27,15 @@ class _Description(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("divisor", ctypes.c_float),
         ("wide", ctypes.c_int32),
+        ("head", ctypes.c_int32),
     )
 
 
 @cache
 def _operation() -> Operation | None:
-    library = native.library()
-    if library is None:
-        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, number, number, number, pointer, number)
-    return Operation(library, "rotate", arguments, _no_memory)
-
-
-def _no_memory(_: int) -> Exception:
-    return MemoryError("no memory to rotate inputs")
+    return native_operation("rotate", arguments, no_memory("to rotate inputs"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +47,13 @@ class Rotator:
     @cached_property
     def native(self) -> _Description | None:
         """For the native code; None where it cannot have it."""
-        tensors = (self.rotation.before, self.rotation.after, self.rotation.matrix)
+        rotation, head = self.rotation, self.rotation.head
+        tensors = (rotation.before, rotation.after, rotation.matrix if head is None else head)
         if _operation() is None or not all(t is None or (t.is_cpu and t.is_contiguous()) for t in tensors):
             return None
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        return _Description(*addresses, self.rotation.size, self.rotation.divisor, self.rotation.wide)
+        blocks = 0 if head is None else len(head)
+        return _Description(*addresses, rotation.size, rotation.divisor, rotation.wide, blocks)
 
     def in_place(self, x: Tensor) -> None:
         """x (rows, width), or heads (rows, heads, head_dim), which lie together: each row is rotated."""
@@ -96,7 +91,7 @@ class Rotator:
 
     def _on_gpu(self, x: Tensor, out: Tensor) -> bool:
         """Whether Triton rotated x into ``out``."""
-        if not runtime.runs_on(x.device):
+        if self.rotation.head is not None or not runtime.runs_on(x.device):
             return False
         from lowbit.kernels.gpu import rotation as gpu
 

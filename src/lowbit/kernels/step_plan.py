@@ -86,6 +86,17 @@ class Operation:
             _current.recorder.note(self, arguments)
 
 
+def native_operation(name: str, arguments: tuple[type, ...], fault: Fault | None = None) -> Operation | None:
+    """The native library's operation, or None where there is no library."""
+    library = native.library()
+    return None if library is None else Operation(library, name, arguments, fault)
+
+
+def no_memory(purpose: str) -> Fault:
+    """For operations that fail for this reason alone: "no memory for a product's input"."""
+    return lambda _: MemoryError(f"no memory {purpose}")
+
+
 def _number(library: ctypes.CDLL, name: str, arguments: int) -> int:
     library.lowbit_operation.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
     library.lowbit_operation.restype = ctypes.c_int32

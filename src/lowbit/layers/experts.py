@@ -10,13 +10,16 @@ launches (``kernels.experts``); others one by one, with the same result.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowbit.kernels.activation_quant import Staged
 from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.experts import together
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.kernels.step_plan import refuse
 from lowbit.layers.linear import Linear
@@ -53,6 +56,7 @@ class Experts:
         self.gate_up = gate_up
         self.down = down
         self.grouped = together(gate_up, down)  # or why there is no such thing
+        self._asks_once = bool(down) and _asks_once(down)
 
     def __call__(
         self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
@@ -62,13 +66,13 @@ class Experts:
         ``added`` (tokens, hidden) comes on top: the rank's part of it, where there are several. The result
         has x's dtype or is float32.
         """
-        if self.parallel.size == 1:
-            return self._mixed(x, chosen, weights, activation, added)
-        return self.parallel.sum(self._mixed(x, chosen, weights, activation, added))
+        mixed = self.partial(x, chosen, weights, activation, added)
+        return mixed if self.parallel.size == 1 else self.parallel.sum(mixed)
 
-    def _mixed(
-        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None
+    def partial(
+        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
     ) -> Tensor:
+        """What this rank adds to the layer's result; in one process the result."""
         if not isinstance(self.grouped, str):
             return self.grouped(x, chosen, weights, activation, added)
         refuse(f"{self.name}: {self.grouped}")
@@ -77,32 +81,75 @@ class Experts:
 
     def one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
         """The sum from each expert's own layers, float32."""
-        if chosen.shape[0] == 1:
-            return self._one_token(x, chosen, weights, activation)
         out = torch.zeros(x.shape, device=x.device)
-        # Pairs (token, slot) sorted by expert; stable, so tokens stay in order within an expert.
-        experts, order = chosen.flatten().sort(stable=True)
-        tokens = order // chosen.shape[1]
-        per_expert = torch.bincount(experts, minlength=len(self.gate_up)).tolist()
-        factors = weights.flatten()[order].unsqueeze(1)
-        start = 0
-        for expert, count in enumerate(per_expert):
-            if count:
-                rows = tokens[start : start + count]
-                y = self.down[expert](gated_activation(self.gate_up[expert](x[rows]), activation))
-                out.index_add_(0, rows, y * factors[start : start + count])
-                start += count
+        runs = _runs(chosen, weights, len(self.gate_up))
+        inner = (gated_activation(self.gate_up[run.expert](run.of(x)), activation) for run in runs)
+        for run, y in zip(runs, self._down(runs, inner), strict=True):
+            run.add(y, out)
         return out
 
-    def _one_token(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
-        """The same sum without sorting and gathering."""
-        out = torch.zeros(x.shape, device=x.device)
-        for expert, weight in sorted(zip(chosen[0].tolist(), weights[0].tolist(), strict=True)):
-            y = self.down[expert](gated_activation(self.gate_up[expert](x), activation))
-            out += y.float() * weight
-        return out
+    def _down(self, runs: list[_Run], inner: Iterator[Tensor]) -> Iterator[Tensor]:
+        """What each expert makes of its rows; ranks tell each other once what they saw of all of them."""
+        layers = [self.down[run.expert] for run in runs]
+        if not self._asks_once:
+            yield from (layer(rows) for layer, rows in zip(layers, inner, strict=True))
+            return
+        staged = [_staged(layer, rows) for layer, rows in zip(layers, inner, strict=True)]
+        seen = self.parallel.largest(torch.cat([each.seen for each in staged]))
+        parts = seen.split([len(each.seen) for each in staged])
+        for layer, each, part in zip(layers, staged, parts, strict=True):
+            yield layer.of_input(*each.finish(part))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return sum(linear.nbytes for linear in (*self.gate_up, *self.down))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The tokens of one expert. ``rows``: int64 (tokens,); None: the only one there is."""
+
+    expert: int
+    rows: Tensor | None
+    factors: Tensor | float  # (tokens, 1)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their rows of x."""
+        return x if self.rows is None else x[self.rows]
+
+    def add(self, y: Tensor, out: Tensor) -> None:
+        """Add their results, weighted, to those of all tokens."""
+        if self.rows is None:
+            out += y.float() * self.factors
+        else:
+            out.index_add_(0, self.rows, y * self.factors)
+
+
+def _runs(chosen: Tensor, weights: Tensor, experts: int) -> list[_Run]:
+    """Ascending by expert, those that are chosen."""
+    if len(chosen) == 1:  # no sorting and gathering
+        pairs = sorted(zip(chosen[0].tolist(), weights[0].tolist(), strict=True))
+        return [_Run(expert, None, weight) for expert, weight in pairs]
+    # Pairs (token, slot) sorted by expert; stable, so tokens stay in order within an expert.
+    in_order, order = chosen.flatten().sort(stable=True)
+    counts = torch.bincount(in_order, minlength=experts).tolist()
+    tokens, factors = order // chosen.shape[1], weights.flatten()[order].unsqueeze(1)
+    split = zip(tokens.split(counts), factors.split(counts), strict=True)
+    return [_Run(expert, *of_it) for expert, of_it in enumerate(split) if len(of_it[0])]
+
+
+def _staged(down: Linear, x: Tensor) -> Staged:
+    assert down.inputs is not None and down.inputs[0] is not None, "it asks ranks"
+    return down.inputs[0].stage(x)
+
+
+def _asks_once(down: list[Linear]) -> bool:
+    """Whether all experts find scales from whole rows that lie on several ranks, in the same way. On a GPU
+    a transform that asks is a launch less by itself."""
+    inputs = [layer.inputs[0] if layer.inputs and len(layer.weights) == 1 else None for layer in down]
+    if not all(transform is not None and transform.asks_ranks for transform in inputs):
+        return False
+    device = next(iter(down[0].weights[0].buffers.values())).device
+    alike = len({transform.scheme for transform in inputs if transform is not None}) == 1
+    return alike and not runtime.runs_on(device)

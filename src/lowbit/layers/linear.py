@@ -108,8 +108,18 @@ class Linear:
         out = None if x.dtype is torch.float32 else x.new_empty(x.shape[0], self._rows, dtype=torch.float32)
         return self._product(x, out)
 
+    def of_input(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        """The product with x as the layer's only transform makes it, and the factor that it gives."""
+        [transform] = self.inputs or [None]
+        y = x.new_empty(x.shape[0], self._rows)
+        self._parts(x, [transform], y, {id(transform): (x, factor)})
+        return self._rotated(self._finished(y))
+
     def _product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        y = self._unrotated(x, out)
+        return self._rotated(self._unrotated(x, out))
+
+    def _rotated(self, y: Tensor) -> Tensor:
+        """In place."""
         start = 0
         for weight, rotator in zip(self.weights, self.outputs or (), strict=False):
             if rotator is not None:
@@ -125,13 +135,17 @@ class Linear:
             y = self.weights[0].kernel.linear(x, self.weights[0], out)
         else:
             y = x.new_empty(x.shape[0], self._rows) if out is None else out
-            self._parts(x, self.inputs or [None] * len(self.weights), y)
+            self._parts(x, self.inputs or [None] * len(self.weights), y, {id(None): (x, None)})
+        assert out is None or self.order is None, (
+            "no layer with an order of its own writes in another's place"
+        )
+        return self._finished(y)
+
+    def _finished(self, y: Tensor) -> Tensor:
+        """The sums with a bias, in the model's order."""
         if self.bias is not None:
             affine(y, bias=self.bias, out=y)
-        if self.order is None:
-            return y
-        assert out is None, "no layer with an order of its own writes into another's place"
-        return gather_columns(y, self.order)
+        return y if self.order is None else gather_columns(y, self.order)
 
     def in_float32(self, x: Tensor) -> Tensor:
         """x (tokens, in) -> float32 (tokens, out): the sums as they are, not rounded to x's dtype."""
@@ -161,9 +175,15 @@ class Linear:
             for weight, transform in zip(self.weights, self.inputs or [None] * len(self.weights), strict=True)
         ]
 
-    def _parts(self, x: Tensor, inputs: list[InputTransform | None], y: Tensor) -> None:
-        """Every weight into its own columns of y; each distinct transform of x runs once."""
-        done: dict[int, tuple[Tensor, Tensor | None]] = {id(None): (x, None)}
+    def _parts(
+        self,
+        x: Tensor,
+        inputs: list[InputTransform | None],
+        y: Tensor,
+        done: dict[int, tuple[Tensor, Tensor | None]],
+    ) -> None:
+        """Every weight into its own columns of y; each distinct transform of x runs once, those ``done`` (by
+        id: what they gave) never."""
         start = 0
         for weight, transform, whole in zip(self.weights, inputs, self._wholes, strict=True):
             part = y[:, start : start + weight.shape[0]]

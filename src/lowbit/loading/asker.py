@@ -120,7 +120,7 @@ class Asker:
         return self.with_inputs(place, self.stored_scheme(place) if decision is None else decision.scheme)
 
     def stored_scheme(self, place: Placed) -> Scheme:
-        """What a module's reader gives; vectors of several rows are decoded before ranks cut them."""
+        """What a module's reader gives; vectors of several rows and lattices decoded where ranks cut."""
         scheme = self.form.scheme_of(place.module)
         return self.as_run(scheme) if self.parallel.size > 1 and scheme.weight.is_tall else scheme
 
@@ -193,8 +193,8 @@ class Asker:
         return f"{said}, inputs gathered ({why})"
 
     def _stays_in_order(self, place: Placed) -> bool:
-        """Heads in groups whose rows share scales: outputs are put in order instead (``Linear``)."""
-        return place.groups > 0 and not self.stored_scheme(place).rows_move
+        """Rows that would move and share scales, or more: outputs are put in order instead (``Linear``)."""
+        return (place.groups > 0 or place.swapped) and not self.stored_scheme(place).rows_move
 
     def placed_stack(self, part: Part, stacked: int) -> list[Placed]:
         """The one module, or each of those stacked under one name."""
@@ -283,8 +283,8 @@ class Asker:
     def as_run(self, scheme: Scheme) -> Scheme:
         """Dense weights follow ``--dtype``; quantized ones are what they are. Inputs are the layer's.
 
-        Codebooks and trellises for which there is no kernel here are decoded when they are loaded, to their
-        scales' type or that of their numbers.
+        Codebooks, trellises, lattices and outliers for which there is no kernel here are decoded when they
+        are loaded (``Scheme.decoded``).
         """
         scheme = scheme.weight_alone
         if not self._runs_coded(scheme):
@@ -294,18 +294,18 @@ class Asker:
         return replace(scheme, weight=number_format(_DTYPES[str(self.target.dense_dtype)[6:]]))
 
     def _runs_coded(self, scheme: Scheme) -> bool:
-        """Whether codebooks or a trellis, if that is what it has, can stay."""
-        vectors = scheme.weight.vectors
-        if vectors is None and scheme.weight.trellis is None:
+        """Whether codebooks, a trellis, a lattice or outliers, if that is what it has, can stay."""
+        coded, vectors = scheme.weight, scheme.weight.vectors
+        if all(part is None for part in (vectors, coded.trellis, coded.lattice, scheme.outliers)):
             return True
+        if self.parallel.size > 1 and coded.is_tall:  # heads and columns of a rank may end inside them
+            return False
         shape = (16, BLOCK)
         if isinstance(vectors, RowVectorLayout):
-            if self.parallel.size > 1:  # heads and columns of a rank may end inside them
-                return False
             shape = (16, vectors.columns or 32 * vectors.length)
         elif vectors is not None:
             shape = (16, 32 * vectors.length)
-        else:
+        elif coded.trellis is not None:
             shape = (scheme.rows_together, BLOCK)
         return choose(scheme, shape, self.device).kernel.name != "reference"
 

@@ -56,7 +56,8 @@ _STACKS = {
 
 @dataclass(frozen=True)
 class Placed:
-    """A part and where it is stored. ``interleaved``: gate and up rows come in turn.
+    """A part and where it is stored. ``interleaved``: gate and up rows come in turn; ``swapped``: up rows
+    come first.
 
     ``groups``, ``group_rows``: as of ``Part``; of Q, K and V in one module a group is some query heads with
     their K and V head. ``rows``: (first row, cut) of each run of rows that ranks share, none: all are here.
@@ -67,6 +68,7 @@ class Placed:
     module: StoredModule
     rotary_heads: int = 0
     interleaved: bool = False
+    swapped: bool = False
     groups: int = 0
     group_rows: tuple[int, ...] = ()
     rows: tuple[tuple[int, Cut], ...] = ()
@@ -124,7 +126,12 @@ class Names:
         """Where the parts of layer ``name`` are stored: each by itself, or all in one fused module."""
         stems = [self._stem(part.name) for part in parts]
         if len(parts) > 1 and not all(stem in self.modules for stem in stems):
-            fused = self._stem(name, missing_ok=True)
+            fused, swapped = self._stem(name, missing_ok=True), False
+            if fused not in self.modules and name.endswith(".gate_up_proj"):
+                fused, swapped = (
+                    self._stem(name.replace("gate_up_proj", "upgate_proj"), missing_ok=True),
+                    True,
+                )
             if fused in self.modules:
                 if self.in_gguf and self.family.gguf_rotates_pairs and parts[0].rotary_heads:
                     raise LowbitError(
@@ -149,7 +156,7 @@ class Names:
                             part, module, groups=kv_heads, group_rows=(heads // kv_heads * head, head, head)
                         )
                     ]
-                return [Placed(part, module)]
+                return [Placed(part, module, swapped=swapped)]
         rotates = self.header.rotary_pairs or (self.in_gguf and self.family.gguf_rotates_pairs)
         return [
             Placed(
@@ -341,6 +348,8 @@ def row_order(place: Placed, header: CheckpointHeader) -> Tensor | None:
     rows, heads = place.part.shape[0], place.rotary_heads
     if place.interleaved:
         return torch.arange(rows).view(rows // 2, 2).T.reshape(rows)
+    if place.swapped:
+        return torch.arange(rows).roll(rows // 2)
     if place.groups:
         by_group = torch.arange(rows).view(place.groups, -1)
         return torch.cat([part.flatten() for part in by_group.split(place.group_rows, 1)])

@@ -236,7 +236,8 @@ class Planner(Asker):
         run = self.as_run(part.scheme)
         if run.is_dense and not part.scheme.is_dense:
             return kernel.nbytes(run, shape)
-        if made or part.scheme.is_dense:  # codebooks are stored in less than the matrix decoded from them
+        # Codebooks are stored in less than the matrix decoded from them, scales beside outliers in less.
+        if made or part.scheme.is_dense or part.scheme.outliers is not None:
             return round(shape[0] * shape[1] * part.scheme.bits_per_weight(shape) / 8)
         return self.stored_nbytes(part.place) * shape[0] * shape[1] // (whole[0] * whole[1])
 

@@ -112,7 +112,8 @@ class _Unpacked:
 
 def _timed_rows(kernel: LinearKernel, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> int:
     """So many rows as suffice, or all where the kernel would not take those, or blocks be left with a few."""
-    rows = shape[-2] if scheme.scattered else sample_rows(shape)
+    whole = scheme.scattered or scheme.weight.lattice is not None
+    rows = shape[-2] if whole else sample_rows(shape)
     return rows if kernel.refuses(scheme, (rows, shape[-1]), device) is None else shape[-2]
 
 

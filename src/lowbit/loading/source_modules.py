@@ -102,7 +102,7 @@ class SourceModule:
             rows = part.shape[0]
             module = StoredModule(part.name, part.name, part.shape)
             share = self.nbytes * rows // self.place.part.shape[0]
-            place = replace(self.place, part=part, rotary_heads=0, groups=0, interleaved=False)
+            place = replace(self.place, part=part, rotary_heads=0, groups=0, interleaved=False, swapped=False)
             made = SourceModule(module, place, self.scheme, share, rows=order[start : start + rows])
             found.append(made)
             start += rows
@@ -254,8 +254,8 @@ class SourceModel:
         """One stored module, the rows of each head as checkpoints have them."""
         stored = self.form.read(place.module, data)
         weight, bias = stored.weight, stored.bias
-        if weight.scheme.weight.is_tall:
-            weight = weight.decoded(weight.scheme.decoded)
+        if weight.scheme.written != weight.scheme:
+            weight = weight.decoded(weight.scheme.written)
         reordered = self.header.container == "gguf" or self.header.rotary_pairs
         reordered = reordered and not place.part.groups  # which lie alike in files of both kinds
         order = row_order(place, self.header) if reordered else None
@@ -298,9 +298,8 @@ class _Walk(Asker):
         self.has_kv_scales = False
 
     def stored_scheme(self, place: Placed) -> Scheme:
-        """Vectors of several rows are written as the floats that readers of them give."""
-        scheme = self.form.scheme_of(place.module)
-        return scheme.decoded if scheme.weight.is_tall else scheme
+        """Vectors of rows, lattices and outliers are written as the floats that readers of them give."""
+        return self.form.scheme_of(place.module).written
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """A Linear without weights."""
@@ -379,7 +378,7 @@ class _Walk(Asker):
             made = [replace(made[0], parts=tuple(parts))]
         if self.in_gguf:
             made = self._as_in_folders(name, made, parts, fused)
-        elif any(place.module.dotted for place in places):
+        elif any(place.module.dotted or place.swapped for place in places):
             made = made[0].apart(self.header) if fused else made
             made = [replace(one, target=self._target(one.place)) for one in made]
         elif self.family.transposed and ".layers." in name:  # packed ones lie as (out, in), plain ones do not

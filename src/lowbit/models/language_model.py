@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,7 @@ class LanguageModel(ABC, Generic[BlockT]):
         self.quantization = ""
         self.weight_bytes = 0
         self.mapped_bytes = 0
+        self.others: Sequence[Any] = ()
         self.spans_tokens = False
         self.states = ActivationStates()
         self.parallel = loader.parallel

@@ -30,6 +30,7 @@ def column_unit(scheme: Scheme, columns: int) -> int:
     unit = 1 if scheme.weight.block is None else scheme.weight.block.weights
     unit = unit if scheme.weight.vectors is None else scheme.weight.vectors.column_unit(columns)
     unit = unit if scheme.weight.trellis is None else BLOCK
+    unit = unit if scheme.weight.lattice is None else columns
     for _, width in scheme.blocks:
         unit = math.lcm(unit, width or 1)
     if scheme.activation is not None:
@@ -74,6 +75,7 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         zeros=None if weight.zeros is None else cut(weight.zeros, 0),
         offsets=tuple(cut(o, i) for i, o in enumerate(weight.offsets)),
         column_order=None if order is None else order[start:stop],
+        outliers=None if weight.outliers is None else weight.outliers.cut(start, stop),
     )
 
 

@@ -47,6 +47,13 @@ def hadamard_factors(order: int) -> list[Tensor] | None:
     return ([_head(head)] if head > 1 else []) + [_sylvester(one) for one in powers]
 
 
+def hadamard_head(order: int) -> Tensor | None:
+    """Float32, the first of them: what is left where powers of two are divided out; None where nothing is."""
+    factors = hadamard_factors(order)
+    assert factors is not None, "callers look first"
+    return None if not factors or len(factors[0]) & (len(factors[0]) - 1) == 0 else factors[0]
+
+
 def times(factors: list[Tensor], x: Tensor, trailing: int) -> Tensor:
     """The product's matrix times float32 x: along the axis of its order, ``trailing`` numbers behind it.
 

@@ -5,7 +5,8 @@ value; integer formats are *offset binary* (value = code - 2^(bits-1)) when sign
 that "unsigned with a zero point of 2^(bits-1) everywhere" and "signed without a zero point" share codes.
 A block format (GGUF) has no scalar table: its bytes decode a block at a time through a ``BlockLayout``. Nor
 has a format of codebooks, whose codes are indices of vectors of several weights: of a row (``VectorLayout``),
-of a column (``RowVectorLayout``); or one of trellises, whose weights share their bits (``TrellisLayout``).
+of a column (``RowVectorLayout``); or one of trellises, whose weights share their bits (``TrellisLayout``), or
+of a lattice's vectors between transforms (``LatticeLayout``).
 
 Sources: OCP Microscaling Formats v1.0 (e2m1, e2m3, e3m2, e8m0), "FP8 Formats for Deep Learning"
 (Micikevicius et al., 2022: e4m3, e5m2), QLoRA (Dettmers et al., 2023: nf4).
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.numerics.lattice import LatticeLayout
 from lowbit.numerics.trellis import MULTIPLIERS, TrellisLayout
 
 
@@ -202,8 +204,8 @@ class RowVectorLayout:
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """``bits`` a weight; ``values[code]`` a code's worth, NaN for none; or a ``block``, ``vectors`` or a
-    ``trellis``."""
+    """``bits`` a weight; ``values[code]`` a code's worth, NaN for none; or a ``block``, ``vectors``, a
+    ``trellis`` or a ``lattice``."""
 
     name: str
     bits: float
@@ -212,16 +214,17 @@ class NumberFormat:
     block: BlockLayout | None = field(default=None, repr=False, compare=False)
     vectors: VectorLayout | RowVectorLayout | None = field(default=None, repr=False, compare=False)
     trellis: TrellisLayout | None = field(default=None, repr=False, compare=False)
+    lattice: LatticeLayout | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_tall(self) -> bool:
-        """Whether several rows are stored together."""
-        return self.vectors is not None and self.vectors.height > 1
+        """Whether several rows are stored together, which nothing cuts: they are decoded before."""
+        return self.lattice is not None or (self.vectors is not None and self.vectors.height > 1)
 
     @property
     def in_bytes(self) -> bool:
         """Whether codes are kept as a row's bytes, which mean several columns together."""
-        return self.block is not None or self.vectors is not None or self.trellis is not None
+        return any(layout is not None for layout in (self.block, self.vectors, self.trellis, self.lattice))
 
     @property
     def is_integer(self) -> bool:
@@ -324,6 +327,7 @@ def vector_format(books: int, bits: int, length: int) -> NumberFormat:
     return number_format(f"vq{books}x{bits}_{length}")
 
 
+_LATTICE = re.compile(r"e8p(\+e8p/(?P<divisor>[0-9.e+-]+))?")
 _TRELLIS = re.compile(rf"trellis([1-8])_({'|'.join(MULTIPLIERS)})")
 
 
@@ -334,7 +338,10 @@ def trellis_format(bits: int, book: str) -> NumberFormat:
 
 def number_format(name: str) -> NumberFormat:
     """The format called ``name``; GGUF's block formats are ``gguf_q4_0`` and so on, codebooks ``vq2x8_8`` or,
-    of vectors of rows, ``rvq8_65536+256_f16``, trellises ``trellis4_mcg``."""
+    of vectors of rows, ``rvq8_65536+256_f16``, trellises ``trellis4_mcg``, lattices ``e8p``."""
+    if name not in NUMBER_FORMATS and (points := _LATTICE.fullmatch(name)):
+        lattice = LatticeLayout(float(points["divisor"] or 0))
+        NUMBER_FORMATS[name] = NumberFormat(name, lattice.bits, lattice=lattice)
     if name not in NUMBER_FORMATS and (coded := _TRELLIS.fullmatch(name)):
         trellis = TrellisLayout(int(coded[1]), coded[2])
         NUMBER_FORMATS[name] = NumberFormat(name, trellis.bits, trellis=trellis)

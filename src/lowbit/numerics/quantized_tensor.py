@@ -7,7 +7,8 @@ Everything a format reader produces means
 with ``g`` the inner block that holds (r, c), ``h`` an outer block, and ``c`` counted in stored column
 order. ``dequantize`` *is* this line in float32; every kernel is tested against it. Where a format has
 codebooks, the value is a number of the vector that the code names, or the sum of several. What a trellis
-means, with a scale for each row and each column, ``numerics.trellis`` says.
+or a lattice means, with a scale for each row and each column, ``numerics.trellis`` and ``numerics.lattice``
+say. Outliers are added to single weights; each step is then rounded to their format.
 """
 
 from __future__ import annotations
@@ -19,10 +20,61 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.scheme import Scheme
 
 _DECODED_AT_ONCE = 1 << 22  # weights
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """What is added to single weights: a sparse matrix, row by row (CSR).
+
+    ``starts``: int32 (out + 1,), where each row's begin. ``entries``: int32 (count,), the stored column in
+    the low half, the number's bits in the high one.
+    """
+
+    starts: Tensor
+    entries: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, columns: Tensor, values: Tensor, out: int) -> Outliers:
+        """From int64 (count,) places in ascending rows and (count,) numbers of 16 bits."""
+        entries = torch.stack((columns.to(torch.uint16).view(torch.int16), values.view(torch.int16)), -1)
+        counts = torch.bincount(rows, minlength=out)
+        return cls(_starts(counts), entries.view(torch.int32).flatten())
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 (count,)."""
+        return torch.arange(len(self.starts) - 1).repeat_interleave(self.starts.diff())
+
+    @property
+    def columns(self) -> Tensor:
+        """int64 (count,)."""
+        return self.entries.long() & 0xFFFF
+
+    def values(self, fmt: NumberFormat) -> Tensor:
+        """(count,) in a format of 16 bits."""
+        dtype = fmt.dtype
+        assert dtype is not None and dtype.itemsize == 2, "an entry's half is a number"
+        return self.entries.contiguous().view(torch.int16).view(-1, 2)[:, 1].contiguous().view(dtype)
+
+    def picked(self, order: Tensor) -> Outliers:
+        """Row i of the result is row ``order[i]``."""
+        starts = _starts(self.starts.diff()[order])
+        moved = (self.starts[:-1][order] - starts[:-1]).repeat_interleave(starts.diff())
+        return Outliers(starts, self.entries[torch.arange(len(moved)) + moved])
+
+    def cut(self, start: int, stop: int) -> Outliers:
+        """Of stored columns ``start:stop``."""
+        inside = (self.columns >= start) & (self.columns < stop)
+        counts = torch.bincount(self.rows[inside], minlength=len(self.starts) - 1)
+        return Outliers(_starts(counts), self.entries[inside] - start)
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
 
 
 @dataclass(frozen=True)
@@ -37,7 +89,8 @@ class QuantizedTensor:
     ``column_order``: int64 (in,): stored column j multiplies input ``column_order[j]``.
     ``codebooks``: float (books, vectors, length), of formats with ``vectors``. ``origin``: "file: module",
     for messages. ``row_groups``: int64 (out,), of a scattered scheme: which row of ``scales[i]`` a row has at
-    every level whose blocks have several; those are (..., groups, columns).
+    every level whose blocks have several; those are (..., groups, columns). ``outliers``: of a scheme that
+    has them, and only of matrices.
     """
 
     scheme: Scheme
@@ -50,6 +103,7 @@ class QuantizedTensor:
     origin: str = ""
     row_groups: Tensor | None = None
     codebooks: Tensor | None = None
+    outliers: Outliers | None = None
 
     def dequantize(self) -> Tensor:
         """float32 (..., out, in), columns in the input's order. The definition of every scheme."""
@@ -67,21 +121,33 @@ class QuantizedTensor:
         if layout is not None:
             blocks = self.codes.unflatten(-1, (-1, layout.bytes))  # (..., out, blocks, bytes)
             return layout.decode(blocks).flatten(-2)  # (..., out, in)
-        vectors, trellis = self.scheme.weight.vectors, self.scheme.weight.trellis
-        if trellis is not None:
-            return trellis.decode(self.codes, *self.scales)
+        vectors, together = (
+            self.scheme.weight.vectors,
+            self.scheme.weight.trellis or self.scheme.weight.lattice,
+        )
+        if together is not None:
+            return together.decode(self.codes, *self.scales)
         if vectors is not None:
             assert self.codebooks is not None, "a format with vectors has them"
             values = vectors.decode(self.codes, self.codebooks)[..., : self.shape[-2], :]
         else:
             values = self.scheme.weight.table(self.codes.device)[self.codes.long()]
         if self.zeros is not None:
-            values = values - self._spread(self.zeros, 0)
+            values = self._rounded(values - self._spread(self.zeros, 0))
         if self.scales:
-            values = values * reduce(torch.mul, (self._spread(s, i) for i, s in enumerate(self.scales)))
+            scales = reduce(torch.mul, (self._spread(s, i) for i, s in enumerate(self.scales)))
+            values = self._rounded(values * scales)
         if self.offsets:
             values = values + reduce(torch.mul, (self._spread(o, i) for i, o in enumerate(self.offsets)))
+        if self.outliers is not None and self.scheme.outliers is not None:
+            at = self.outliers.rows, self.outliers.columns
+            values[at] = self._rounded(values[at] + self.outliers.values(self.scheme.outliers).float())
         return values
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        """To the outliers' format, where there is one."""
+        outliers = self.scheme.outliers
+        return values if outliers is None else values.to(outliers.dtype).float()
 
     def _spread(self, per_block: Tensor, level: int) -> Tensor:
         """float32 (..., out, in): each block's number repeated over the weights it covers."""
@@ -100,6 +166,9 @@ class QuantizedTensor:
     def decoded(self, scheme: Scheme) -> QuantizedTensor:
         """The matrix of floats that the dense ``scheme`` says, some rows at a time."""
         rows, columns = self.shape
+        if self.scheme.weight.lattice is not None:
+            matrix = self.dequantize().to(scheme.weight.dtype)
+            return QuantizedTensor(scheme, self.shape, matrix, origin=self.origin)
         matrix = torch.empty(rows, columns, dtype=scheme.weight.dtype)
         height = max(self.scheme.heights)
         step = max(1, _DECODED_AT_ONCE // columns // height) * height
@@ -120,9 +189,17 @@ class QuantizedTensor:
         """Output rows ``start:stop``; they must begin on a block border of every level.
 
         They must end on one too, unless ``ragged``: the last block of the result may then be short. Some rows
-        of a trellis's blocks come as plain floats.
+        of a trellis's blocks, or of a lattice's transforms, come as plain floats.
         """
-        out, together = self.shape[-2], self.scheme.rows_together
+        out, together, lattice = self.shape[-2], self.scheme.rows_together, self.scheme.weight.lattice
+        if lattice is not None:
+            if (start, stop) == (0, out):
+                return self
+            outputs, inputs = self.scales
+            matrix = lattice.some_rows(self.codes, outputs, inputs, start, stop)
+            return QuantizedTensor(
+                Scheme(number_format("f32")), tuple(matrix.shape), matrix, origin=self.origin
+            )
         if self.scheme.weight.trellis is not None and (start % together or stop % together):
             first, last = start // together * together, -(-stop // together) * together
             matrix = self.rows(first, last).dequantize()[start - first : stop - first]
@@ -150,6 +227,7 @@ class QuantizedTensor:
             zeros=zeros,
             offsets=offsets,
             row_groups=None if self.row_groups is None else self.row_groups[start:stop],
+            outliers=None if self.outliers is None else self.outliers.picked(torch.arange(start, stop)),
         )
 
     def _cut_rows(self, per_block: Tensor, level: int, start: int, stop: int, ragged: bool) -> Tensor:
@@ -184,6 +262,7 @@ class QuantizedTensor:
             zeros=None if self.zeros is None else pick(self.zeros, 0),
             offsets=tuple(pick(o, i) for i, o in enumerate(self.offsets)),
             row_groups=None if self.row_groups is None else self.row_groups[order],
+            outliers=None if self.outliers is None else self.outliers.picked(order),
         )
 
     def expand(self) -> QuantizedTensor:
@@ -286,7 +365,16 @@ def _joined(parts: list[QuantizedTensor], scheme: Scheme, scale_axis: int) -> Qu
         ),
         origin=", ".join(part.origin for part in parts),
         row_groups=_joined_groups(parts) if scheme.scattered else None,
+        outliers=None if scheme.outliers is None else _joined_outliers(parts),
     )
+
+
+def _joined_outliers(parts: list[QuantizedTensor]) -> Outliers:
+    """Each part's below those of the parts before it."""
+    found = [part.outliers for part in parts if part.outliers is not None]
+    assert len(found) == len(parts), "their schemes have outliers"
+    counts = torch.cat([outliers.starts.diff() for outliers in found])
+    return Outliers(_starts(counts), torch.cat([outliers.entries for outliers in found]))
 
 
 def _joined_groups(parts: list[QuantizedTensor]) -> Tensor:

@@ -4,7 +4,8 @@
 
 R is mostly a Hadamard matrix of Sylvester's order (H1 = 1, H2n = [[Hn, Hn], [Hn, -Hn]]) over the root of its
 size, with rows or columns times random signs. Then it is never multiplied with: the fast Walsh-Hadamard
-transform takes log2(size) additions a number. Any other matrix is a product in float32.
+transform takes log2(size) additions a number. Any other matrix is a product in float32; of Hadamard
+matrices of orders that are no power of two (``hadamard``) only the head is one.
 
 Every step of the transform is an addition, a subtraction, a product or a quotient rounded once, in one order:
 what ``__call__`` computes has the same bits everywhere, csrc/rotation.cpp included. A product with a matrix
@@ -28,7 +29,8 @@ class Rotation:
     """x * before, its Hadamard transform over ``divisor``, * after; or, if there is a ``matrix``, x @ that.
 
     ``before``, ``after``: float32 (size,), or (width of x,) of their own for each block; None for ones.
-    ``matrix``: float32 (size, size).
+    ``matrix``: float32 (size, size). ``head``: float32 (blocks, blocks): before ``after`` block i becomes the
+    sum of head[i, j] times block j; there are no more blocks.
     """
 
     size: int
@@ -36,6 +38,7 @@ class Rotation:
     after: Tensor | None = None
     matrix: Tensor | None = None
     divisor: float = 1.0
+    head: Tensor | None = None
 
     @staticmethod
     def hadamard(size: int) -> Rotation:
@@ -72,6 +75,8 @@ class Rotation:
             blocks = torch.stack((a + b, a - b), -2).flatten(-3)
             apart *= 2
         blocks = blocks / self.divisor
+        if self.head is not None:
+            blocks = self.head @ blocks
         if self.after is not None:
             blocks = blocks * self.after.unflatten(0, (-1, self.size))
         return blocks.flatten(-2)
@@ -84,15 +89,17 @@ class Rotation:
     @property
     def transposed(self) -> Rotation:
         """By the transposed matrix: of an orthogonal one the way back."""
+        assert self.head is None, "nobody turns it round"
         matrix = None if self.matrix is None else self.matrix.T.contiguous()
         return Rotation(self.size, self.after, self.before, matrix, self.divisor)
 
     def to(self, device: torch.device) -> Rotation:
         """The same on a device."""
-        before, after, matrix = (
-            None if tensor is None else tensor.to(device) for tensor in (self.before, self.after, self.matrix)
+        before, after, matrix, head = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (self.before, self.after, self.matrix, self.head)
         )
-        return Rotation(self.size, before, after, matrix, self.divisor)
+        return Rotation(self.size, before, after, matrix, self.divisor, head)
 
     def same_as(self, other: Rotation) -> bool:
         """Whether both do the same to every x."""
@@ -102,6 +109,7 @@ class Rotation:
                 (self.before, other.before),
                 (self.after, other.after),
                 (self.matrix, other.matrix),
+                (self.head, other.head),
             )
         )
 

@@ -123,7 +123,10 @@ class Scheme:
     another order than the input's (GPTQ act-order). ``scattered``: the rows of a block of several do not lie
     beside one another, ``QuantizedTensor.row_groups`` says which they are (HQQ's axis 0); there may be fewer
     of them than its height. A dense weight has no scales: ``bf16``. ``rotation``: of the layer's input,
-    before ``activation``; ``output_rotation``: of its result, bias included.
+    before ``activation``; ``output_rotation``: of its result, bias included. ``outliers``: some weights have
+    a number of their own in this format that is added to what codes and scales give, and every difference,
+    product and sum of the equation is rounded to the format (SpQR). ``outlier_share``: how many weights have
+    one; it tells sizes and nothing else, so that schemes that differ in it alone are equal.
     """
 
     weight: NumberFormat
@@ -137,11 +140,15 @@ class Scheme:
     rotation: RotationScheme | None = None
     output_rotation: RotationScheme | None = None
     scattered: bool = False
+    outliers: NumberFormat | None = None
+    outlier_share: float = field(default=0.0, compare=False)
 
     def __post_init__(self) -> None:
         assert len(self.blocks) == len(self.scales), "one block for each scale level"
         tall = any(rows > 1 for rows, _ in self.blocks)
         assert not self.scattered or (tall and not self.flattened), "scattered rows are those of blocks"
+        alone = len(self.scales) == 1 and not self.offset
+        assert self.outliers is None or alone, "outliers stand beside one level of scales"
 
     @property
     def is_dense(self) -> bool:
@@ -165,25 +172,37 @@ class Scheme:
     @property
     def rows_move(self) -> bool:
         """Whether rows can change places: no two share a scale by where they lie that not all share."""
-        if self.flattened or self.rows_together > 1:
+        if self.flattened or self.rows_together != 1:
             return False
         return self.scattered or all(rows <= 1 for rows, _ in self.blocks)
 
     @property
     def rows_together(self) -> int:
-        """So many neighbouring rows mean something together only, beside what shares a scale."""
+        """So many neighbouring rows mean something together only, beside what shares a scale; 0: all."""
         vectors = self.weight.vectors
+        if self.weight.lattice is not None:
+            return 0
         if self.weight.trellis is not None:
             return BLOCK
         return 1 if vectors is None else vectors.height
 
     @property
     def decoded(self) -> Scheme:
-        """Codebooks and trellises as a matrix of their numbers' or scales' type; anything else as it is."""
+        """Codebooks, trellises and outliers as a matrix of their numbers' or scales' type, lattices as
+        float16, anything else as it is."""
         vectors = self.weight.vectors
+        if self.outliers is not None:
+            return dense(self.outliers.name)
+        if self.weight.lattice is not None:
+            return dense("f16")
         if vectors is None and self.weight.trellis is None:
             return self
         return dense(vectors.dtype if isinstance(vectors, RowVectorLayout) else self.scales[0].name)
+
+    @property
+    def written(self) -> Scheme:
+        """What files are written of it: no writer has vectors of rows or outliers."""
+        return self.decoded if self.weight.is_tall or self.outliers is not None else self
 
     @property
     def heights(self) -> tuple[int, ...]:
@@ -219,6 +238,8 @@ class Scheme:
         if self.zero != "none":
             width = self.weight.bits if self.zero == "integer" else self.scales[0].bits
             bits += width * share(0)
+        if self.outliers is not None:  # each with its column, and where those of a row begin
+            bits += (16 + self.outliers.bits) * self.outlier_share + 32 * (out + 1) / (out * columns)
         return bits
 
     def __str__(self) -> str:
@@ -229,6 +250,7 @@ class Scheme:
             words.append("asym" if self.zero == "integer" else "float-zero")
         words += ["offset"] * self.offset + ["flat"] * self.flattened
         words += ["act-order"] * self.reordered + ["scattered"] * self.scattered
+        words += [] if self.outliers is None else [f"outliers {self.outliers.name}"]
         if self.rotated:
             words.append(f"({self.rotated})")
         if self.activation is not None:

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import msgspec
 
+from lowbit.server.health import state
 from lowbit.server.http import Exchange
 
 if TYPE_CHECKING:
@@ -29,18 +30,19 @@ _SECRETS = ("api_key", "api_key_file")
 
 
 def _card(app: App) -> dict[str, object]:
-    ready = app.client.ready
+    """The model's entry; 503 until it is served: clients wait for the list before they send requests."""
+    ready = app.client.require_ready()
     return {
         "id": app.model_name,
         "object": "model",
         "created": 0,
         "owned_by": "lowbit",
         "root": app.settings.model,
-        "max_model_len": ready.context_length if ready else None,
-        "architecture": ready.architecture if ready else None,
-        "quantization": ready.quantization if ready else None,
-        "weight_bytes": ready.weight_bytes if ready else None,
-        "quality": msgspec.to_builtins(ready.quality) if ready else None,
+        "max_model_len": ready.context_length,
+        "architecture": ready.architecture,
+        "quantization": ready.quantization,
+        "weight_bytes": ready.weight_bytes,
+        "quality": msgspec.to_builtins(ready.quality),
     }
 
 
@@ -83,7 +85,7 @@ async def server_info(app: App, exchange: Exchange) -> None:
         {
             **settings,
             "version": version(),
-            "state": "draining" if app.draining else app.client.state,
+            "state": state(app),
             "api_keys": len(app.guard.keys),
             "max_total_num_tokens": ready.pool_tokens if ready else None,
             "engine": msgspec.structs.asdict(ready) if ready else None,

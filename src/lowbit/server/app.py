@@ -27,7 +27,7 @@ import uvloop
 
 from lowbit.engine.messages import EngineProgress, EngineReady, SamplingParams
 from lowbit.errors import LowbitError, printable
-from lowbit.server import admin, chat, completions, health, tokens
+from lowbit.server import admin, chat, completions, health, native, tokens
 from lowbit.server.api_error import ApiError, ClientGoneError, to_api_error
 from lowbit.server.connection import connection_limit, http_server, listen
 from lowbit.server.engine_client import EngineClient
@@ -45,16 +45,18 @@ _CANCEL_SECONDS = 2.0  # for handlers to tell their clients that the server stop
 ROUTES = (
     Route("POST", "/v1/chat/completions", chat.chat_completions, access="key"),
     Route("POST", "/v1/completions", completions.completions, access="key"),
+    Route("POST", "/generate", native.generate, access="key"),
     Route("GET", "/v1/models", admin.models, access="key"),
     Route("GET", "/v1/models/*", admin.model, access="key"),
-    Route("POST", "/tokenize", tokens.tokenize, access="key"),
-    Route("POST", "/detokenize", tokens.detokenize, access="key"),
-    Route("GET", "/get_model_info", admin.model_info, access="key"),
-    Route("GET", "/get_server_info", admin.server_info, access="key"),
+    *(Route("POST", path, tokens.tokenize, access="key") for path in ("/tokenize", "/v1/tokenize")),
+    *(Route("POST", path, tokens.detokenize, access="key") for path in ("/detokenize", "/v1/detokenize")),
+    # SGLang's newer and older names
+    *(Route("GET", path, admin.model_info, access="key") for path in ("/model_info", "/get_model_info")),
+    *(Route("GET", path, admin.server_info, access="key") for path in ("/server_info", "/get_server_info")),
     Route("POST", "/flush_cache", admin.flush_cache, access="admin"),
     Route("GET", "/health_generate", health.generate, access="key"),
     Route("GET", "/health", health.health, access="public", while_draining=True),
-    Route("GET", "/livez", health.health, access="public", while_draining=True),
+    Route("GET", "/livez", health.live, access="public", while_draining=True),
     Route("GET", "/readyz", health.ready, access="public", while_draining=True),
     Route("GET", "/metrics", admin.metrics, access="key", while_draining=True),
     *(Route("GET", path, admin.static_file, access="public") for path in admin.STATIC_FILES),

@@ -153,7 +153,7 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
     check_fit(ready, len(ids), max_tokens, "messages")
     identity = app.new_id("chatcmpl")
     salt = salt_of(exchange, request.cache_salt)
-    generation = Generation.plan(identity, [tuple(ids)], app.seeded(sampling), request.n, salt)
+    generation = Generation.plan(identity, [tuple(ids)], [app.seeded(sampling)], request.n, salt)
     names = TokenNames(app.text.tokenizer, request.return_tokens_as_token_ids)
     envelope: dict[str, object] = {"id": identity, "created": created(), "model": app.model_name}
     if request.stream:

@@ -20,6 +20,7 @@ from lowbit.server.generation import (
     finite,
     relay,
     salt_of,
+    with_room,
 )
 from lowbit.server.http import Exchange
 from lowbit.server.protocol import CompletionRequest, StreamOptions
@@ -27,6 +28,8 @@ from lowbit.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lowbit.server.app import App
+
+DEFAULT_TOKENS = 16  # OpenAI's max_tokens of a completion that has none
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, add_special: bool = True) -> list[int]:
@@ -65,7 +68,9 @@ async def completions(app: App, exchange: Exchange) -> None:
         check_fit(ready, len(prompt), request.max_tokens, "prompt")
     identity = app.new_id("cmpl")
     salt = salt_of(exchange, request.cache_salt)
-    generation = Generation.plan(identity, prompts, app.seeded(sampling), request.n, salt)
+    sampling = app.seeded(sampling)
+    samplings = [with_room(sampling, ready, len(prompt), DEFAULT_TOKENS) for prompt in prompts]
+    generation = Generation.plan(identity, prompts, samplings, request.n, salt)
     printer = _Printer(request, TokenNames(tokenizer, request.return_tokens_as_token_ids), texts)
     envelope: dict[str, object] = {
         "id": identity,

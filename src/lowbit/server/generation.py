@@ -37,10 +37,11 @@ class Output:
 
     prompt: tuple[int, ...]
     text: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     cached_tokens: int = 0
-    completion_tokens: int = 0
+    counted_tokens: int = 0  # by the engine, at the end
     accepted_drafts: int = 0
     rejected_drafts: int = 0
     finish_reason: str | None = None
@@ -52,17 +53,22 @@ class Output:
     def add(self, event: TokenEvent) -> None:
         """Take in news."""
         self.text.append(event.text)
+        self.tokens += event.tokens
         self.logprobs += event.logprobs
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
         self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
-        self.completion_tokens += len(event.tokens)
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
             self.matched_stop = event.matched_stop
             self.accepted_drafts = event.accepted_drafts
             self.rejected_drafts = event.rejected_drafts
-            self.completion_tokens = max(self.completion_tokens, event.completion_tokens)
+            self.counted_tokens = event.completion_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens written so far."""
+        return max(len(self.tokens), self.counted_tokens)
 
 
 @dataclass
@@ -78,13 +84,14 @@ class Generation:
         cls,
         identity: str,
         prompts: Sequence[tuple[int, ...]],
-        sampling: SamplingParams,
+        samplings: Sequence[SamplingParams],
         n: int,
         cache_salt: str,
     ) -> Generation:
-        """A sequence for each choice of each prompt."""
+        """A sequence for each choice of each prompt, which has its sampling."""
         requests = []
         for index in range(len(prompts) * n):
+            sampling = samplings[index // n]
             seed = seed_of_choice(sampling.seed, index % n)
             requests.append(
                 Request(
@@ -132,28 +139,42 @@ def salt_of(exchange: Exchange, wanted: str) -> str:
     return hashlib.sha256(f"{exchange.cache_salt}\0{wanted}".encode()).hexdigest()
 
 
-def check_fit(ready: EngineReady, prompt: int, max_tokens: int | None, param: str) -> None:
-    """Admit only what can finish: within the context, and within the KV pool when alone there."""
+def with_room(sampling: SamplingParams, ready: EngineReady, prompt: int, default: int) -> SamplingParams:
+    """With ``default`` for max_tokens where the request has none: as much of it as fits behind the prompt."""
+    if sampling.max_tokens is not None:
+        return sampling
+    room = min(ready.context_length, ready.pool_tokens // ready.page_size * ready.page_size) - prompt
+    wanted = min(max(default, sampling.min_tokens), room)
+    return msgspec.structs.replace(sampling, max_tokens=wanted)
+
+
+def check_fit(
+    ready: EngineReady, prompt: int, max_tokens: int | None, param: str, name: str = "max_tokens"
+) -> None:
+    """Admit only what can finish: within the context, and within the KV pool when alone there. ``name``: what
+    the request calls ``max_tokens``."""
     if prompt == 0:
         raise bad_request("empty_prompt", "the prompt has no tokens", param)
     total = prompt + (1 if max_tokens is None else max_tokens)
     context, page = ready.context_length, ready.page_size
     if total > context:
-        wish = "at least 1 more" if max_tokens is None else f"max_tokens {thousands(max_tokens)}"
+        wish = "at least 1 more" if max_tokens is None else f"{name} {thousands(max_tokens)}"
         sizes = f"{thousands(total)} > context {thousands(context)}"
         text = f"prompt is {thousands(prompt)} tokens and {wish}: {sizes}"
-        way_out = f"shorten the prompt by {thousands(total - context)} tokens"
-        if max_tokens is not None and prompt < context:
-            way_out += " or lower max_tokens"
+        over, room = total - context, context - prompt
+        ways = [f"lower {name} to {thousands(room)}"] if max_tokens is not None and room > 0 else []
+        if over < prompt:
+            ways.append(f"shorten the prompt by {thousands(over)} token{'s' * (over > 1)}")
+        way_out = " or ".join(ways)
         raise bad_request("prompt_too_long", f"{text}; {way_out}", param)
     blocks, have = -(-total // page), ready.pool_tokens // page
     if blocks > have:
         room = have * page - prompt
-        lower = f"lower max_tokens to {thousands(room)}" if room > 0 else "shorten the prompt"
+        lower = f"lower {name} to {thousands(room)}" if room > 0 else "shorten the prompt"
         raise bad_request(
             "never_fits",
             f"this request needs {thousands(blocks)} KV blocks, the server has {thousands(have)}; "
-            f"{lower} or restart with a larger --mem-fraction-static",
+            f"{lower} or restart with a larger --max-total-tokens or --mem-fraction-static",
             param,
         )
 
@@ -179,10 +200,11 @@ async def relay(
     generation: Generation,
     exchange: Exchange,
     chunk: Chunk,
-    envelope: dict[str, object],
+    envelope: dict[str, object] | None,
     options: StreamOptions,
 ) -> None:
-    """Send server-sent events: ``envelope`` with the choice that ``chunk`` makes of each event, if any."""
+    """Send server-sent events: ``envelope`` with the choice that ``chunk`` makes of each event, if any; what
+    ``chunk`` makes alone where there is no envelope."""
     stream = client.open(generation.requests)
     try:
         async with exchange.cancelled_if_client_leaves():
@@ -197,7 +219,7 @@ async def _relay(
     generation: Generation,
     exchange: Exchange,
     chunk: Chunk,
-    envelope: dict[str, object],
+    envelope: dict[str, object] | None,
     options: StreamOptions,
     ping_seconds: float,
 ) -> None:
@@ -214,7 +236,9 @@ async def _relay(
                 failure = error
                 break
             choice = chunk(index, event, output)
-            if choice is not None:
+            if choice is not None and envelope is None:
+                parts.append(sse(choice))
+            elif choice is not None and envelope is not None:
                 if options.continuous_usage_stats:
                     with_usage["usage"] = generation.usage()  # type: ignore[assignment]
                 parts.append(sse({**envelope, "choices": [choice], **with_usage}))
@@ -230,7 +254,9 @@ async def _relay(
         if parts or now() - last_sent >= ping_seconds:
             await exchange.send_part(b"".join(parts) or PING, stream.watch_overflow)
             last_sent = now()
-    last = [sse({**envelope, "choices": [], "usage": generation.usage()})] if options.include_usage else []
+    last: list[bytes] = []
+    if options.include_usage and envelope is not None:
+        last = [sse({**envelope, "choices": [], "usage": generation.usage()})]
     await exchange.finish_stream(b"".join([*last, DONE]))
 
 

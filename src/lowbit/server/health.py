@@ -1,7 +1,8 @@
 """Is it alive, is it ready, does it generate?
 
-/health, /livez     the process answers (200 also while the model loads)
-/readyz             requests are served: 200, else 503 with the reason
+/livez              the process answers: 200, also while the model loads
+/health             200 when the model is served, else 503, as with SGLang; the state either way
+/readyz             requests are answered: 200, else 503 with the reason
 /health_generate    one real token came out of the engine
 """
 
@@ -19,9 +20,20 @@ if TYPE_CHECKING:
     from lowbit.server.app import App
 
 
-async def health(app: App, exchange: Exchange) -> None:
+def state(app: App) -> str:
+    """What the server is doing, in a word."""
+    return "draining" if app.draining else app.client.state
+
+
+async def live(app: App, exchange: Exchange) -> None:
     """The process is alive; what it is doing is said, not judged."""
-    await exchange.send_json({"status": "draining" if app.draining else app.client.state})
+    await exchange.send_json({"status": state(app)})
+
+
+async def health(app: App, exchange: Exchange) -> None:
+    """Scripts for SGLang and vLLM wait for a 200 here before they send requests."""
+    now = state(app)
+    await exchange.send_json({"status": now}, 200 if now == "ready" else 503)
 
 
 async def ready(app: App, exchange: Exchange) -> None:
@@ -41,7 +53,7 @@ async def generate(app: App, exchange: Exchange) -> None:
     prompt = (tokenizer.bos_id if tokenizer.bos_id is not None else 0,)
     sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     # A salt of its own: the probe must compute, not read the prefix cache.
-    generation = Generation.plan(app.new_id("health"), [prompt], sampling, 1, app.new_id("health"))
+    generation = Generation.plan(app.new_id("health"), [prompt], [sampling], 1, app.new_id("health"))
     stream = app.client.open(generation.requests)
     try:
         async with asyncio.timeout(app.limits.health_seconds):

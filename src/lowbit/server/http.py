@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from lowbit.server.api_error import ApiError, ClientGoneError
+from lowbit.server.elsewhere import what_instead
 from lowbit.server.limits import Limits, MiB
 from lowbit.server.strict_json import Document, parse
 
@@ -66,6 +67,7 @@ class Route:
 def find_route(routes: Iterable[Route], method: str, path: str) -> Route:
     """The route of a request; 404 or 405 in OpenAI's shape. HEAD goes where GET goes."""
     wanted = "GET" if method == "HEAD" else method
+    routes = list(routes)
     allowed = [route for route in routes if route.matches(path)]
     for route in allowed:
         if route.method == wanted:
@@ -73,7 +75,7 @@ def find_route(routes: Iterable[Route], method: str, path: str) -> Route:
     if allowed:
         methods = ", ".join(route.method for route in allowed)
         raise ApiError(405, "method_not_allowed", f"{path} takes {methods}, not {method}")
-    raise ApiError(404, "not_found", f"there is no {path} here; the API is under /v1")
+    raise ApiError(404, "not_found", what_instead(path, [route.path for route in routes]))
 
 
 class QueuedBytes:
@@ -307,7 +309,10 @@ class Guard:
                 403, "admin_closed", f"{route.path} is closed: start the server with --api-key-file"
             )
         if self.keys:
-            exchange.cache_salt = self._check_key(exchange.headers.get("authorization", ""))
+            if "authorization" not in exchange.headers:
+                text = "no API key; send the header 'Authorization: Bearer KEY'"
+                raise ApiError(401, "invalid_api_key", text)
+            exchange.cache_salt = self._check_key(exchange.headers["authorization"])
 
     def _check_host(self, exchange: Exchange) -> None:
         host = exchange.headers.get("host", "")

@@ -65,7 +65,7 @@ IGNORED = frozenset(
         *("prompt_cache_retention", "prediction", "verbosity", "reasoning_effort", "include_reasoning"),
         *("separate_reasoning", "stream_reasoning", "spaces_between_special_tokens", "priority"),
         *("request_id", "rid", "custom_labels", "parallel_tool_calls", "data_parallel_rank"),
-        *("bootstrap_host", "bootstrap_port", "bootstrap_room"),
+        *("bootstrap_host", "bootstrap_port", "bootstrap_room", "stream_interval", "log_metrics"),
     }
 )
 _GRAMMARS = {
@@ -107,6 +107,10 @@ UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "return_hidden_states": ((False,), "hidden states are not returned"),
     "return_token_ids": ((False,), "use 'return_tokens_as_token_ids' with 'logprobs'"),
     "kv_transfer_params": ((), "KV transfer is not supported"),
+    "input_embeds": ((), "prompts are text or token ids"),
+    **dict.fromkeys(("image_data", "video_data", "audio_data"), ((), "this server reads text only")),
+    "token_ids_logprob": ((), "use 'top_logprobs_num'"),
+    "custom_params": ((), "logit processors are not supported"),
 } | dict.fromkeys(_GRAMMARS, ((), "grammars and structured output are not supported yet"))
 
 
@@ -118,12 +122,9 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_obfuscation: bool = False  # OpenAI pads chunks against traffic analysis; nothing to hide here
 
 
-class GenerationFields(msgspec.Struct, kw_only=True):
-    """What chat and completions share. None: the model's default."""
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """How to choose tokens. None: the model's default."""
 
-    model: str | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     n: int = 1
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -142,6 +143,14 @@ class GenerationFields(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     no_stop_trim: bool = False  # SGLang's name of include_stop_str_in_output
+
+
+class GenerationFields(SamplingFields, kw_only=True):
+    """What chat and completions share."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool = False
     cache_salt: str = ""
 
@@ -167,6 +176,32 @@ class CompletionRequest(GenerationFields, kw_only=True):
     echo: bool = False
     logprobs: int | None = None
     add_special_tokens: bool = True
+
+
+_NATIVE_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+
+
+class NativeSampling(SamplingFields, kw_only=True, rename=_NATIVE_NAMES):
+    """``sampling_params`` of /generate: SGLang has other names for three of them."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    seed: int | None = None
+
+
+class GenerateRequest(msgspec.Struct, kw_only=True):
+    """POST /generate, SGLang's own endpoint. What may be a list has a value for each prompt then."""
+
+    text: str | list[str] | None = None
+    input_ids: list[Any] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] = {}
+    stream: bool = False
+    return_logprob: bool = False
+    logprob_start_len: int = -1  # -1: none of the prompt
+    top_logprobs_num: int = 0
+    return_text_in_logprobs: bool = False
+    rid: str | list[str] | None = None
+    cache_salt: str = ""
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -195,6 +230,11 @@ Schema = TypeVar("Schema", bound=msgspec.Struct)
 _NUMBERS_OF: dict[type, dict[str, Range]] = {
     ChatRequest: _CHAT_NUMBERS,
     CompletionRequest: _COMPLETION_NUMBERS,
+    NativeSampling: {_NATIVE_NAMES.get(name, name): bounds for name, bounds in NUMBERS.items()},
+    GenerateRequest: {
+        "logprob_start_len": Range(-1, _MAX_COUNT, whole=True),
+        "top_logprobs_num": Range(0, MAX_LOGPROBS, whole=True),
+    },
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lowbit.engine.messages import SamplingParams
 from lowbit.errors import printable, thousands
 from lowbit.server.api_error import bad_request
-from lowbit.server.protocol import ChatRequest, GenerationFields, Range, check_number, shown
+from lowbit.server.protocol import ChatRequest, Range, SamplingFields, check_number, shown
 from lowbit.server.strict_json import MAX_DEPTH, depth_exceeds
 from lowbit.tokenization.generation_config import RECOMMENDED
 
@@ -77,27 +77,27 @@ def token_ids(ids: list[Any], vocab_size: int, param: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def prompts(prompt: str | list[Any], vocab_size: int) -> list[str | tuple[int, ...]]:
+def prompts(prompt: str | list[Any], vocab_size: int, param: str = "prompt") -> list[str | tuple[int, ...]]:
     """``prompt`` in its four forms: text, ids, list of texts, list of ids."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise bad_request("empty_prompt", "prompt is an empty list", "prompt")
+        raise bad_request("empty_prompt", f"{param} is an empty list", param)
     if type(prompt[0]) is int:
-        return [token_ids(prompt, vocab_size, "prompt")]
+        return [token_ids(prompt, vocab_size, param)]
     if len(prompt) > MAX_PROMPTS:
         raise bad_request(
-            "too_many_prompts", f"{thousands(len(prompt))} prompts; limit {thousands(MAX_PROMPTS)}", "prompt"
+            "too_many_prompts", f"{thousands(len(prompt))} prompts; limit {thousands(MAX_PROMPTS)}", param
         )
     result: list[str | tuple[int, ...]] = []
     for index, item in enumerate(prompt):
         if isinstance(item, str) and isinstance(prompt[0], str):
             result.append(item)
         elif isinstance(item, list) and isinstance(prompt[0], list):
-            result.append(token_ids(item, vocab_size, f"prompt[{index}]"))
+            result.append(token_ids(item, vocab_size, f"{param}[{index}]"))
         else:
             raise bad_request(
-                "invalid_type", "prompt must be a string, a list of strings, ids, or lists of ids", "prompt"
+                "invalid_type", f"{param} must be a string, a list of strings, ids, or lists of ids", param
             )
     return result
 
@@ -132,7 +132,7 @@ def tool_list(request: ChatRequest) -> list[dict[str, Any]] | None:
 
 
 def sampling_params(
-    fields: GenerationFields,
+    fields: SamplingFields,
     defaults: dict[str, float],
     vocab_size: int,
     *,

@@ -18,7 +18,7 @@ from typing import TypeVar
 from lowbit.checkpoint import open_checkpoint
 from lowbit.server.api_error import ApiError, bad_request
 from lowbit.settings import Settings
-from lowbit.tokenization import load_chat_template, load_generation_config, load_tokenizer
+from lowbit.tokenization import load_chat_template, load_tokenizer, sampling_defaults
 from lowbit.tokenization.tokenizer import ChatTemplate, Tokenizer
 
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ NO_TEMPLATE = "this model has no chat template; use /v1/completions or start wit
 @dataclass(frozen=True)
 class TextModel:
     """``root``: the resolved file or folder, what the engine loads. ``template``: None where the model has
-    none. ``defaults``: the sampling fields its generation_config sets."""
+    none. ``defaults``: the sampling fields of requests that do not set them."""
 
     root: str
     tokenizer: Tokenizer
@@ -46,7 +46,8 @@ class TextModel:
         )
         tokenizer = load_tokenizer(header, settings.tokenizer)
         template = load_chat_template(header, tokenizer, settings.chat_template)
-        return cls(str(header.root), tokenizer, template, load_generation_config(header).sampling())
+        defaults = sampling_defaults(header, settings.sampling_defaults, settings.preferred_sampling_params)
+        return cls(str(header.root), tokenizer, template, defaults)
 
     def require_template(self) -> ChatTemplate:
         """The chat template, or 400."""

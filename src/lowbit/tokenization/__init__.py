@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
-from lowbit.tokenization.generation_config import GenerationConfig, load_generation_config
+from lowbit.tokenization.generation_config import GenerationConfig, load_generation_config, sampling_defaults
 from lowbit.tokenization.tokenizer import ChatTemplate, Tokenizer
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "load_chat_template",
     "load_generation_config",
     "load_tokenizer",
+    "sampling_defaults",
 ]
 
 

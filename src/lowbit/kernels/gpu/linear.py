@@ -37,15 +37,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowbit.errors import LowbitError
 from lowbit.kernels.gpu import runtime, tuned_sizes, weight_layout
+from lowbit.kernels.gpu.gpu_kernel import (
+    SPLIT_COLUMNS,
+    GpuKernel,
+    add,
+    checked,
+    multiprocessors,
+    output,
+    unfit,
+)
 from lowbit.kernels.gpu.programs import Cut, Shape, Tokens, cut, cuts
 from lowbit.kernels.gpu.tuned_sizes import Sizes
 from lowbit.kernels.gpu.weight_layout import Layout
@@ -55,7 +62,6 @@ from lowbit.numerics.scheme import Scheme
 
 MANY_TOKENS = 512  # from here on by dequantized slices
 _WORKSPACE = 32 << 20  # bytes
-_SPLIT_COLUMNS = 512  # a split has at least as many
 
 
 @dataclass(frozen=True)
@@ -99,39 +105,21 @@ class GpuWeight(PackedWeight):
     constants: Mapping[str, Any] = field(kw_only=True, repr=False)
 
 
-class GpuBlocks:
-    """See the module docstring."""
+class GpuBlocks(GpuKernel):
+    """See the module docstring. Tables are rounded to x's type, and weights that many tokens meet."""
 
     name = "gpu_blocks"
-    computes = "as stored"
-    layout = 1
-    steady = False
-    runs = "quantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """GPUs, and whatever else Triton kernels run on."""
-        return device.type == "cuda" or runtime.runs_on(device)
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the scheme cannot run here, or None."""
-        if reason := runtime.refuses(device):
+        if reason := unfit(scheme, shape, device):
             return reason
-        if scheme.activation is not None:
-            return f"the scheme quantizes its input ({scheme.activation})"
         layout = weight_layout.layout_of(scheme, shape)
         return layout if isinstance(layout, str) else None
-
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never, but to x's type as every kernel here does: tables, and weights that many tokens meet."""
-        return False
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of planes, scales, zero points and offsets."""
         return weight_layout.nbytes(scheme, shape)
-
-    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
-        """Never: x stays a float."""
-        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Codes in planes, scales as they are."""
@@ -165,11 +153,8 @@ class GpuBlocks:
     def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
         assert isinstance(packed, GpuWeight), "packed by this kernel"
-        tokens, rows = x.shape[0], packed.shape[0]
-        x = _checked(x, packed)
-        if out is None:
-            out = x.new_empty(tokens, rows)
-        assert out.shape == (tokens, rows) and out.stride(1) == 1, "rows of the output lie whole"
+        tokens = x.shape[0]
+        x, out = checked(x, packed), output(x, packed, out)
         if x.dtype is torch.float32 and _rounds_floats(x.device):
             x = x.bfloat16()
         order = packed.buffers.get("column_order")
@@ -200,24 +185,10 @@ def _rounds_floats(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
-def _checked(x: Tensor, packed: PackedWeight) -> Tensor:
-    if x.shape[1] != packed.shape[1]:
-        raise LowbitError(
-            "E0703", f"{packed.origin}: input has {x.shape[1]} columns, weight {packed.shape[1]}"
-        )
-    return x
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    """SMs of a GPU; the interpreter runs programs one after the other, and has few for its own sake."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def _shape(layout: Layout) -> Shape:
     columns = layout.tile * layout.fields
     rows, _ = layout.shape
-    return Shape(rows, layout.runs, columns * layout.bits // 8, columns, max(_SPLIT_COLUMNS // columns, 1))
+    return Shape(rows, layout.runs, columns * layout.bits // 8, columns, max(SPLIT_COLUMNS // columns, 1))
 
 
 def _sizes(packed: GpuWeight, x: Tensor, blocks: Blocks) -> tuple[Sizes, int]:
@@ -233,7 +204,7 @@ def _sizes(packed: GpuWeight, x: Tensor, blocks: Blocks) -> tuple[Sizes, int]:
             blocks.heights,
             blocks.programs,
             blocks.num_stages,
-            _multiprocessors(x.device),
+            multiprocessors(x.device),
         )
         measured = _of(one, blocks)
     each = -(-layout.runs // measured.splits)
@@ -278,7 +249,7 @@ def _one_token(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
         STAGES=sizes.stages,
     )
     if sizes.splits > 1:
-        _add(parts, out)
+        add(parts, out)
 
 
 def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
@@ -309,17 +280,7 @@ def _by_tiles(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
         EXACT=chosen.exact,
     )
     if sizes.splits > 1:
-        _add(parts, out)
-
-
-def _add(parts: Tensor, out: Tensor) -> None:
-    """The sums of all splits, float32 (splits, tokens, rows), into ``out``."""
-    from lowbit.kernels.gpu.products import add_splits
-
-    splits, tokens, rows = parts.shape
-    runtime.launch(
-        add_splits, (-(-rows // 512), tokens), parts, out, tokens, rows, out.stride(0), splits, BLOCK=512
-    )
+        add(parts, out)
 
 
 def _by_slices(x: Tensor, packed: GpuWeight, out: Tensor) -> None:
@@ -365,7 +326,7 @@ def _dequantize(
     )
 
 
-class GpuDense:
+class GpuDense(GpuKernel):
     """gpu_dense: f32, f16 and bf16 weights as they are, times x by cuBLAS.
 
     Where x has another type both become the wider one (f32 for f16 beside bf16), the weight in slices of 64
@@ -373,14 +334,7 @@ class GpuDense:
     """
 
     name = "gpu_dense"
-    computes = "as stored"
-    layout = 1
-    steady = False
     runs = "unquantized"
-
-    def serves(self, device: torch.device) -> bool:
-        """GPUs, and whatever else Triton kernels run on."""
-        return device.type == "cuda" or runtime.runs_on(device)
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None; it needs no Triton."""
@@ -390,17 +344,9 @@ class GpuDense:
             return "weights are quantized"
         return "stacked experts" if len(shape) != 2 else None
 
-    def rounds(self, scheme: Scheme) -> bool:
-        """Never."""
-        return False
-
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of the matrix."""
         return shape[0] * shape[1] * int(scheme.weight.bits) // 8
-
-    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
-        """Never: nothing here multiplies whole numbers."""
-        return False
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The matrix itself, detached from a mapped file."""
@@ -426,7 +372,7 @@ class GpuDense:
         matrix, rows = packed.buffers["matrix"], packed.shape[0]
         if out is None:
             out = x.new_empty(x.shape[0], rows)
-        wide = _checked(x, packed).to(torch.promote_types(x.dtype, matrix.dtype))
+        wide = checked(x, packed).to(torch.promote_types(x.dtype, matrix.dtype))
         if matrix.dtype is torch.bfloat16 and x.dtype is torch.float32 and _rounds_floats(x.device):
             wide = wide.bfloat16().float()
         step = rows if wide.dtype is matrix.dtype else max(_WORKSPACE // (packed.shape[1] * wide.itemsize), 1)

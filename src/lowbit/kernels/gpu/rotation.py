@@ -64,7 +64,7 @@ def _signs(table, N: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):  #
 
 
 @triton.jit
-def _by_signs(x, signs, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+def by_signs(x, signs, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     """x @ signs in float32. ``HALF``: "bf16" or "fp16", which hold x exactly; "": neither does."""
     total = tl.zeros(x.shape, tl.float32)
     if HALF == "fp16":
@@ -86,7 +86,8 @@ def _from_the_left(signs, x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _over(total, divisor):  # type: ignore[no-untyped-def]
+def over(total, divisor):  # type: ignore[no-untyped-def]
+    """total / divisor, rounded as the definition rounds it."""
     return tl.div_rn(total, tl.full(total.shape, divisor, tl.float32))
 
 
@@ -97,7 +98,7 @@ def turned(  # type: ignore[no-untyped-def]
     after,
     table,
     divisor,
-    HALF: tl.constexpr,  # what holds values times ``before`` (``_by_signs``)
+    HALF: tl.constexpr,  # what holds values times ``before`` (``by_signs``)
     SIZE: tl.constexpr,
     N: tl.constexpr,  # SIZE, at least 16
     STRIDE: tl.constexpr,
@@ -106,7 +107,7 @@ def turned(  # type: ignore[no-untyped-def]
     place = tl.arange(0, N) % SIZE
     if before is not None:
         values = values.to(tl.float32) * tl.load(before + place)[None, :]
-    total = _over(_by_signs(values, _signs(table, N, SIZE, STRIDE), HALF), divisor)
+    total = over(by_signs(values, _signs(table, N, SIZE, STRIDE), HALF), divisor)
     if after is not None:
         total *= tl.load(after + place)[None, :]
     return total
@@ -128,8 +129,8 @@ def turned_in_two(  # type: ignore[no-untyped-def]
     """float32 (A, B), rotated between two Hadamard matrices."""
     if before is not None:
         values = values.to(tl.float32) * tl.load(before + place)
-    inner = _by_signs(values, _signs(table, B, B, STRIDE), HALF)
-    total = _over(_from_the_left(_signs(table, A, A, STRIDE), inner), divisor)
+    inner = by_signs(values, _signs(table, B, B, STRIDE), HALF)
+    total = over(_from_the_left(_signs(table, A, A, STRIDE), inner), divisor)
     if after is not None:
         total *= tl.load(after + place)
     return total
@@ -214,7 +215,7 @@ def hadamard_across(  # type: ignore[no-untyped-def]
     place = tl.arange(0, A)[:, None] * B + tl.program_id(1) * N + tl.arange(0, N)[None, :]
     row = (unit // each).to(tl.int64)
     column = unit % each * (A * B) + place
-    total = _over(_from_the_left(_signs(table, A, A, STRIDE), tl.load(x + row * x_row + column)), divisor)
+    total = over(_from_the_left(_signs(table, A, A, STRIDE), tl.load(x + row * x_row + column)), divisor)
     if after is not None:
         total *= tl.load(after + place)
     tl.store(out + row * out_row + column, cast(total, out.dtype.element_ty))

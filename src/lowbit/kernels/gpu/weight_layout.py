@@ -242,6 +242,8 @@ def layout_of(scheme: Scheme, shape: tuple[int, ...]) -> Layout | str:
         return "weights are not quantized"
     if scheme.scattered:
         return "the rows of a block lie apart"
+    if scheme.outliers is not None:
+        return "some weights have outliers"
     source = _source(replace(scheme, activation=None, reordered=False))
     scheme, (out, columns) = source.scheme, shape
     fmt = scheme.weight

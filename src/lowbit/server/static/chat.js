@@ -114,6 +114,10 @@ get("clear").addEventListener("click", () => {
   conversation.length = 0;
   get("conversation").replaceChildren();
 });
-fetch("/v1/models", { headers: headers() })
-  .then((response) => response.json())
-  .then((list) => { get("model").textContent = list.data?.[0].id ?? ""; });
+async function showModel() {
+  const response = await fetch("/v1/models", { headers: headers() });
+  const { data } = await response.json();
+  get("model").textContent = data?.[0].id ?? (response.status === 503 ? "is loading" : "");
+  if (response.status === 503) setTimeout(showModel, 1000);
+}
+showModel();

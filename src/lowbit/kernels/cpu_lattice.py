@@ -1,0 +1,220 @@
+"""cpu_lattice: vectors of the lattice E8 (QuIP#) as files hold them, 16 bits for eight weights.
+
+With u the vectors and H_n the Hadamard matrix of order n (``numerics.lattice``):
+
+    y = outputs * (H_out (u (H_in^T (inputs * x))))
+
+Both transforms are float32 (``rotation``); between them is a product with u, whose tiles are those of a grid
+(csrc/linear_grids.h): a byte says which of 256 vectors of 1/2, 3/2 and 5/2 it is, another has their signs,
+and where its count is odd a quarter is subtracted, else added. With the signs of all 3/2 turned round, a
+vector's count is even whatever its sum; the first number's sign is turned where a quarter is subtracted. Four
+times a number is one of 12 whole ones, and the transformed x becomes whole numbers of 16 bits with a scale
+for each 32 columns (csrc/linear_words.h): sums of 32 columns are exact, and x loses a hundredth of what
+bfloat16 would cost it.
+
+Where there are two codes for a vector, those of the second book are columns behind the first's, under a scale
+of their own: x lies there twice.
+
+    buffers   data           tiles of 16 rows by 32 columns, each book's behind 16 float32 scales
+              table          16 numbers, and the words of 256 vectors; every weight has the same
+              outputs        float32 (out, 1)
+              inputs         float32 (1, in)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels import packed_linear
+from lowbit.kernels.grid_codes import low_and_high_bytes
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.kernels.packed_linear import (
+    CODES,
+    COLUMNS,
+    ROWS,
+    SCALES_F32,
+    Description,
+)
+from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.transformed_kernel import TransformedKernel, TransformedWeight
+from lowbit.numerics.hadamard import hadamard_factors, hadamard_head
+from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.rotation import Rotation
+from lowbit.numerics.scheme import Scheme
+
+_UNIT = 2 * COLUMNS  # columns that files have together
+_HEAD = ROWS * 4  # bytes of scales
+_INDICES = ROWS * COLUMNS // LENGTH  # bytes of a tile, and as many of signs
+# Where a vector's signs stand in the word of its row (``parity_place`` of csrc/linear_grids.h).
+_SIGN_PLACES = (0, 1, 8, 9, 4, 5, 12, 13)
+# Where its numbers of 2 bits stand in the word of the table.
+_NUMBER_PLACES = (0, 2, 8, 10, 4, 6, 12, 14)
+
+
+class CpuLattice(TransformedKernel):
+    """See the module docstring."""
+
+    name = "cpu_lattice"
+    layout = 1
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None."""
+        if reason := super().refuses(scheme, shape, device):
+            return reason
+        if scheme.weight.lattice is None:
+            return "weights are no vectors of a lattice"
+        single = number_format("f32")
+        if scheme != Scheme(scheme.weight, ((1, 0), (0, 1)), (single, single)):
+            return "needs a float32 scale for each row and each column, and nothing that is added"
+        if shape[0] % ROWS or shape[1] % _UNIT:
+            return f"is no whole tiles of {ROWS} x {_UNIT}"
+        for size in shape:
+            if hadamard_factors(size) is None:
+                return f"there is no Hadamard matrix of order {size}"
+        return None
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of tiles and scales."""
+        return _describe(scheme, shape).nbytes + 4 * (shape[0] + shape[1])
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """The same bits, in tiles of 16 rows by 32 columns."""
+        outputs, inputs = weight.scales
+        buffers = {
+            "data": _packed(weight),
+            "table": _table(),
+            "outputs": outputs.clone(),
+            "inputs": inputs.clone(),
+        }
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        self.check(scheme, shape, origin)
+        single = torch.float32
+        wanted = {"outputs": ((shape[0], 1), single), "inputs": ((1, shape[1]), single)}
+        packed_linear.check_buffers(buffers, wanted, origin)
+        own, books = {name: buffers[name] for name in ("data", "table")}, _layout(scheme).books
+        if books > 1:
+            own["column_order"] = torch.arange(shape[1]).repeat(books)
+        wide = (shape[0], books * shape[1])
+        tiles = packed_linear.around(self, _describe(scheme, shape), scheme, wide, own, origin)
+        before = _transform(shape[1], before=buffers["inputs"].flatten())
+        after = _transform(shape[0], after=buffers["outputs"].flatten())
+        return TransformedWeight(
+            self, scheme, shape, buffers, origin, tiles=tiles, before=Rotator(before), after=Rotator(after)
+        )
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again."""
+        scales = (packed.buffers["outputs"], packed.buffers["inputs"])
+        return QuantizedTensor(packed.scheme, packed.shape, _codes(packed), scales, origin=packed.origin)
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in)."""
+        wanted = packed_linear.check_rows(ids, packed)
+        return self.unpack(packed).dequantize()[wanted]
+
+
+def _layout(scheme: Scheme) -> LatticeLayout:
+    layout = scheme.weight.lattice
+    assert layout is not None, "refuses() was asked first"
+    return layout
+
+
+def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
+    """The native description of the tiles."""
+    wide = (shape[0], _layout(scheme).books * shape[1])
+    return Description.plain(wide, CODES["e8p"], SCALES_F32, group=shape[1])
+
+
+def _transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:
+    """By the transposed Hadamard matrix of x that is scaled before, by the matrix itself of what is after."""
+    head = hadamard_head(order)
+    if head is None:
+        return Rotation(order, before, after)
+    turned = (head if before is None else head.T).contiguous()
+    return Rotation(order // len(head), before, after, head=turned)
+
+
+@cache
+def _parted() -> tuple[Tensor, Tensor]:
+    """Of each code of 16 bits: which number each of its eight is, int64 (65536, 8), 0 to 2; and its bits of
+    signs as tiles have them, int32 (65536,), the first number's lowest."""
+    vectors = (e8p() * 4).int()  # 2 size * sign +- 1
+    number = torch.div(vectors.abs(), 4, rounding_mode="floor")
+    subtracted = vectors[:, 0] % 4 == 1  # sizes are odd
+    signs = (vectors < 0) ^ (number == 1)
+    signs[:, 0] ^= subtracted
+    return number.long(), (signs.int() << torch.arange(8, dtype=torch.int32)).sum(1, dtype=torch.int32)
+
+
+@cache
+def _codes_of_signs() -> Tensor:
+    """int32 (65536,): the code of each byte of signs, by the high byte."""
+    found, signs = torch.zeros(1 << 16, dtype=torch.int32), _parted()[1]
+    code = torch.arange(1 << 16)
+    found[(code & 0xFF00) | signs] = code.int()
+    return found
+
+
+@cache
+def _table() -> Tensor:
+    """uint8: 16 numbers v twice in bfloat16, twice as 4 v + 15 in 16 bits; 256 words, low bytes first."""
+    size, sign, shift = torch.arange(4) * 2 + 1, torch.tensor([1, -1]), torch.tensor([1, -1])
+    turned = torch.where(torch.arange(4) == 1, -1, 1)
+    numbers = 2 * size * turned * sign[:, None] + shift[:, None, None]
+    floats, whole = (numbers / 4.0).flatten().bfloat16(), (numbers + 15).flatten().short()
+    values = (part.repeat(2).view(torch.uint8) for part in (floats, whole))
+    words = (_parted()[0][::256] << torch.tensor(_NUMBER_PLACES)).sum(1)
+    return torch.cat((*values, low_and_high_bytes(words)))
+
+
+@cache
+def _sign_words() -> Tensor:
+    """int32 (256,): a vector's signs in the word of its row."""
+    byte = torch.arange(256)
+    bits = byte.unsqueeze(1) >> torch.arange(8) & 1
+    return (bits << torch.tensor(_SIGN_PLACES)).sum(1).int()
+
+
+def _packed(weight: QuantizedTensor) -> Tensor:
+    """uint8: blocks of 16 rows."""
+    layout, (rows, columns) = _layout(weight.scheme), weight.shape
+    words = layout.words(weight.codes)  # (rows, books, vectors)
+    tiles = columns // COLUMNS
+    data = torch.zeros(rows // ROWS, layout.books, _HEAD + tiles * 2 * _INDICES, dtype=torch.uint8)
+    scales = torch.tensor([1.0, 1 / layout.divisor] if layout.divisor else [1.0])
+    data[..., :_HEAD] = scales.view(-1, 1).repeat(1, ROWS).view(torch.uint8)
+    # (blocks, row / 4, row % 4, books, tiles, lines, parity)
+    parted = words.view(-1, 4, 4, layout.books, tiles, 2, 2)
+    indices = (parted >> 8).to(torch.uint8).permute(0, 3, 4, 1, 5, 2, 6).flatten(3)
+    lines = _sign_words()[_parted()[1][parted]]
+    signs = (lines[..., 0, :] | lines[..., 1, :] << 2).to(torch.int16)
+    signs = signs.permute(0, 3, 4, 1, 2, 5).flatten(3).contiguous().view(torch.uint8)
+    data[..., _HEAD:] = torch.cat((indices, signs), -1).flatten(2)
+    return data.flatten()
+
+
+def _codes(packed: PackedWeight) -> Tensor:
+    """uint8 (out, bytes): the inverse of ``_packed``."""
+    layout, (rows, columns) = _layout(packed.scheme), packed.shape
+    tiles = columns // COLUMNS
+    body = packed.buffers["data"].view(rows // ROWS, layout.books, -1)[..., _HEAD:]
+    body = body.unflatten(-1, (tiles, 2 * _INDICES))
+    # (blocks, books, tiles, row / 4, lines, row % 4, parity) -> rows, books, vectors
+    indices = body[..., :_INDICES].unflatten(-1, (4, 2, 4, 2)).permute(0, 3, 5, 1, 2, 4, 6)
+    words = body[..., _INDICES:].contiguous().view(torch.int16).int().unflatten(-1, (4, 4, 2))
+    of_line = torch.stack((words, words >> 2), 5)  # (blocks, books, tiles, row / 4, row % 4, lines, parity)
+    bits = of_line.unsqueeze(-1) >> torch.tensor(_SIGN_PLACES, dtype=torch.int32) & 1
+    signs = (bits << torch.arange(8, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    found = _codes_of_signs()[indices.int() << 8 | signs.permute(0, 3, 4, 1, 2, 5, 6)]
+    books = found.reshape(rows, layout.books, -1)
+    return layout.codes(list(books.unbind(1)))

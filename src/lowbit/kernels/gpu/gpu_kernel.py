@@ -1,0 +1,117 @@
+"""GpuKernel: what linear kernels in Triton say alike; see ``LinearKernel``. And what their hosts share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import LowbitError
+from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu.programs import Cut, Shape, Tokens, cut
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.scheme import Scheme
+
+SPLIT_COLUMNS = 512  # a split of the columns has at least as many
+
+
+class GpuKernel:
+    """A kernel of this base has a name, and says what it refuses, how it packs and how it multiplies."""
+
+    computes = "as stored"
+    layout = 1
+    steady = False
+    runs = "quantized"
+
+    def serves(self, device: torch.device) -> bool:
+        """GPUs, and whatever else Triton kernels run on."""
+        return device.type == "cuda" or runtime.runs_on(device)
+
+    def rounds(self, scheme: Scheme) -> bool:
+        """Never, but to x's type as every kernel here does."""
+        return False
+
+    def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
+        """Never: x stays a float."""
+        return False
+
+
+def unfit(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+    """Why no kernel of quantized weights can run it here, whatever its codes are; or None."""
+    if reason := runtime.refuses(device):
+        return reason
+    if scheme.activation is not None:
+        return f"the scheme quantizes its input ({scheme.activation})"
+    if len(shape) != 2:
+        return "stacked experts"
+    return "weights are not quantized" if scheme.is_dense else None
+
+
+def checked(x: Tensor, packed: PackedWeight) -> Tensor:
+    """x, or E0703 where it has another width than the weight."""
+    if x.shape[1] != packed.shape[1]:
+        raise LowbitError(
+            "E0703", f"{packed.origin}: input has {x.shape[1]} columns, weight {packed.shape[1]}"
+        )
+    return x
+
+
+def output(x: Tensor, packed: PackedWeight, out: Tensor | None) -> Tensor:
+    """Where a product goes: ``out``, or memory of x's type."""
+    size = (x.shape[0], packed.shape[0])
+    if out is None:
+        return x.new_empty(size)
+    assert out.shape == size and out.stride(1) == 1, "rows of the output lie whole"
+    return out
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How up to ``tokens`` are multiplied: ``BM`` of them times one of ``heights`` of rows a program.
+
+    ``programs``: of the highest, that an SM holds at one time.
+    """
+
+    tokens: int
+    BM: int
+    heights: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+# Of x in float16 with scales (``half_inputs``). There are two float32 sums, of a run and of all: with more
+# than 64 rows beside 128 tokens they would not fit in registers. One token: 16 or 32 numbers a thread.
+HALF_BLOCKS = (
+    Blocks(1, 1, (64, 32, 16), 4, 3, 2),
+    Blocks(16, 16, (64, 32), 4, 3, 2),
+    Blocks(32, 32, (64, 32), 4, 3, 2),
+    Blocks(64, 64, (64,), 4, 3, 2),
+    Blocks(1 << 31, 128, (64,), 8, 2, 2),
+)
+
+
+def half_blocks(shape: Shape, tokens: int, device: torch.device) -> tuple[Blocks, Cut]:
+    """The row of ``HALF_BLOCKS`` for so many tokens, and how rows and columns are cut."""
+    chosen = next(one for one in HALF_BLOCKS if tokens <= one.tokens)
+    count = Tokens.of(tokens, chosen.BM)
+    processors = multiprocessors(device)
+    return chosen, cut(shape, count, chosen.heights, chosen.programs, chosen.num_stages, processors)
+
+
+def add(parts: Tensor, out: Tensor) -> None:
+    """The sums of all splits, float32 (splits, tokens, rows), into ``out``."""
+    from lowbit.kernels.gpu.products import add_splits
+
+    splits, tokens, rows = parts.shape
+    runtime.launch(
+        add_splits, (-(-rows // 512), tokens), parts, out, tokens, rows, out.stride(0), splits, BLOCK=512
+    )
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; the interpreter runs programs one after the other, and has few for its own sake."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

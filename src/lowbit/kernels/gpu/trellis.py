@@ -1,0 +1,189 @@
+"""gpu_trellis: trellises (EXL3) on NVIDIA GPUs as files hold them, K bits a weight.
+
+With T the numbers of the trellis and H blocks of Hadamard's matrix of 128 over the root of 128:
+
+    y = outputs * (H (T^T (H (inputs * x))))
+
+Three launches: x is turned and becomes float16 with a scale for each 128 columns (``half_inputs``); T's
+numbers, float16's own, are made tile by tile and multiplied, on CUDA cores for one token and on tensor cores
+for more, with float32 sums (``trellis_products``); the sums of all splits are added and turned. Beside the
+definition a product differs by x's float16, 2^-12, and by the last rounding of weights to float16, which is
+not made. Rows that are looked up are the definition's but for the order of their sums, which may change a
+float16's last bit.
+
+Making a number costs about ten instructions of an SM's 128 lanes, which in the time that an H100's memory
+brings a number of 4 bits do four: one token is expected to wait for computing, not for memory. Up to 128
+tokens meet a tile decoded once. **None of it has run on a GPU**: it is proven in Triton's interpreter,
+and compiled.
+
+    buffers   words     int32 (out / 16, in / 128, 8 K, 8)
+              outputs   float16 (out, 1)
+              inputs    float16 (1, in)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu.gpu_kernel import (
+    SPLIT_COLUMNS,
+    GpuKernel,
+    checked,
+    half_blocks,
+    output,
+    unfit,
+)
+from lowbit.kernels.gpu.programs import Shape
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.trellis import BLOCK, TILE, TrellisLayout
+
+_TURNED = 16  # blocks that a program turns
+_DIVISOR = math.sqrt(BLOCK)
+
+
+class GpuTrellis(GpuKernel):
+    """See the module docstring."""
+
+    name = "gpu_trellis"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None."""
+        if reason := unfit(scheme, shape, device):
+            return reason
+        if scheme.weight.trellis is None:
+            return "weights are no trellis"
+        half = number_format("f16")
+        if scheme != Scheme(scheme.weight, ((1, 0), (0, 1)), (half, half)):
+            return "needs a float16 scale for each row and each column, and nothing that is added"
+        return "is no whole blocks of 128 x 128" if any(size % BLOCK for size in shape) else None
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of words and scales."""
+        return shape[0] * shape[1] * _layout(scheme).bits // 8 + 2 * (shape[0] + shape[1])
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """The same bits, words of eight tiles beside each other."""
+        tiles = _layout(weight.scheme).tiles(weight.codes.to(device)).view(torch.int32)
+        words = tiles.unflatten(0, (-1, BLOCK // TILE)).permute(2, 0, 3, 1).contiguous()
+        outputs, inputs = (scale.to(device, copy=True).contiguous() for scale in weight.scales)
+        buffers = {"words": words, "outputs": outputs, "inputs": inputs}
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        rows, columns = shape
+        wanted = {
+            "words": (torch.int32, (rows // TILE, columns // BLOCK, 8 * _layout(scheme).bits, 8)),
+            "outputs": (torch.float16, (rows, 1)),
+            "inputs": (torch.float16, (1, columns)),
+        }
+        for name, (dtype, size) in wanted.items():
+            found = buffers.get(name)
+            if found is None or found.dtype is not dtype or found.shape != size:
+                raise ValueError(f"{origin}: no {name} of {dtype} {list(size)}")
+        return PackedWeight(self, scheme, shape, buffers, origin)
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again."""
+        tiles = packed.buffers["words"].permute(1, 3, 0, 2).flatten(0, 1).contiguous()
+        codes = _layout(packed.scheme).codes(tiles.view(torch.int16))
+        scales = (packed.buffers["outputs"], packed.buffers["inputs"])
+        return QuantizedTensor(packed.scheme, packed.shape, codes, scales, origin=packed.origin)
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+        x, out = checked(x, packed), output(x, packed, out)
+        if len(x):
+            _multiply(x if x.stride(1) == 1 else x.contiguous(), packed, out)
+        return out
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""
+        out = torch.empty(len(ids), packed.shape[1], device=ids.device)
+        if len(ids):
+            _look_up(packed, ids.contiguous(), out)
+        return out
+
+
+def _layout(scheme: Scheme) -> TrellisLayout:
+    trellis = scheme.weight.trellis
+    assert trellis is not None, "refuses() was asked first"
+    return trellis
+
+
+def _multiply(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
+    from lowbit.kernels.gpu.half_inputs import turned_halves, turned_sums
+    from lowbit.kernels.gpu.rotation import table
+    from lowbit.kernels.gpu.trellis_products import trellis_tile, trellis_vector
+
+    (tokens, columns), rows = x.shape, packed.shape[0]
+    layout, words, signs = _layout(packed.scheme), packed.buffers["words"], table(x.device)
+    blocks = columns // BLOCK
+    turned = torch.empty(tokens, columns, dtype=torch.float16, device=x.device)
+    scale = torch.empty(tokens, blocks, device=x.device)
+    runtime.launch(
+        turned_halves,
+        (-(-tokens * blocks // _TURNED),),
+        *(x, x.stride(0), turned, scale, packed.buffers["inputs"], signs, tokens, blocks, _DIVISOR),
+        M=_TURNED,
+    )
+    shape = Shape(rows, blocks, BLOCK * layout.bits // 8, BLOCK, SPLIT_COLUMNS // BLOCK)
+    chosen, one = half_blocks(shape, tokens, x.device)
+    parts = torch.empty(one.splits, tokens, rows, device=x.device)
+    book: dict[str, Any] = {"BITS": layout.bits, "BOOK": layout.book, "BN": one.height}
+    if tokens == 1:
+        runtime.launch(
+            trellis_vector,
+            (rows // one.height, one.splits),
+            *(turned, scale, parts, words, rows, blocks, one.each),
+            num_warps=chosen.num_warps,
+            STAGES=chosen.num_stages,
+            **book,
+        )
+    else:
+        runtime.launch(
+            trellis_tile,
+            (rows // one.height * -(-tokens // chosen.BM), one.splits),
+            *(turned, scale, parts, words, tokens, rows, blocks, one.each),
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+            BM=chosen.BM,
+            **book,
+        )
+    runtime.launch(
+        turned_sums,
+        (-(-tokens * (rows // BLOCK) // _TURNED),),
+        *(parts, out, out.stride(0), packed.buffers["outputs"], signs),
+        *(tokens, rows // BLOCK, one.splits, _DIVISOR),
+        M=_TURNED,
+    )
+
+
+def _look_up(packed: PackedWeight, ids: Tensor, out: Tensor) -> None:
+    """Rows of the definition: H T^T and the outputs' scales, then H again and the inputs', as float16."""
+    from lowbit.kernels.gpu.rotation import rotate, table
+    from lowbit.kernels.gpu.trellis_products import trellis_row
+    from lowbit.numerics.rotation import Rotation
+
+    layout, (rows, columns) = _layout(packed.scheme), packed.shape
+    runtime.launch(
+        trellis_row,
+        (len(ids), columns // BLOCK),
+        *(out, ids, packed.buffers["words"], table(ids.device), rows, columns // BLOCK, _DIVISOR),
+        BITS=layout.bits,
+        BOOK=layout.book,
+    )
+    rotate(Rotation.hadamard(BLOCK), out, out, True)
+    out *= packed.buffers["inputs"].float()
+    out *= packed.buffers["outputs"].float().index_select(0, ids.clamp(0, rows - 1))
+    out.copy_(out.half())

@@ -1,0 +1,285 @@
+"""gpu_vectors: codebooks (AQLM) on NVIDIA GPUs as files hold them: indices of vectors of columns.
+
+Three launches: x becomes float16 with a scale for each 128 columns (``half_inputs``), in the order that the
+weight's columns have; the codebooks' vectors are gathered, added up and multiplied, on CUDA cores for one
+token and on tensor cores for more, with float32 sums that the rows' scales meet (``vector_products``); where
+columns are split, the splits are added. For one token nothing is rounded but x. For more, sums of vectors are
+float16, 2^-12 of each, after a power of two that lets them fit; numbers of one float16 codebook stay exact.
+
+Codebooks of 65,536 vectors (1 MiB) stay in the L2 cache, from which each vector of 8 columns is 16 bytes:
+eight times what its index takes from memory, so a few tokens of such a weight wait for the L2 cache, with
+loads of three steps in flight. Small ones (4 KiB for 256 vectors) stay in the L1 cache. Loads that run ahead
+of their step pass it by, so for a few tokens those have none, and other warps hide what a step waits for.
+**None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
+
+    buffers   indices        uint8, or int16 for more than 8 bits: (books, out, in / length)
+              codebooks      (books, 2^bits, length), as in the file
+              scale          (out, 1), or (1, 1)
+              column_order   int64 (in,), where there is one
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu.gpu_kernel import (
+    SPLIT_COLUMNS,
+    GpuKernel,
+    add,
+    checked,
+    half_blocks,
+    output,
+    unfit,
+)
+from lowbit.kernels.gpu.programs import Shape
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.number_formats import VectorLayout
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+STEP = 64  # columns of a program's step
+BLOCK = 128  # columns that share a scale of x
+_LENGTHS = (4, 8, 16, 32, 64)
+_MOST_BITS, _MOST_BOOKS = 16, 8
+_SCALED = 16  # blocks of x that a program scales
+_IN_L1 = 64 << 10  # bytes of codebooks
+_FEW = 16  # tokens
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What the kernels of ``vector_products`` read of a weight; ``order``, ``multiplier``: of its inputs."""
+
+    indices: Tensor
+    second: Tensor | None
+    codebooks: Tensor
+    row_scale: Tensor | None
+    order: Tensor | None
+    multiplier: Tensor | None
+    rows: int
+    height: int
+    width: int
+    blocks: int
+    book_steps: int
+    factor: float
+    run_bytes: int  # of a row in a step
+    constants: dict[str, int | bool]
+
+
+@dataclass(frozen=True)
+class VectorsWeight(PackedWeight):
+    """A weight of ``GpuVectors``."""
+
+    codes: Codes = field(kw_only=True, repr=False)
+
+
+class GpuVectors(GpuKernel):
+    """See the module docstring."""
+
+    name = "gpu_vectors"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None."""
+        if reason := unfit(scheme, shape, device):
+            return reason
+        layout = scheme.weight.vectors
+        if not isinstance(layout, VectorLayout):
+            return "weights are no vectors of codebooks"
+        if layout.length not in _LENGTHS or layout.bits > _MOST_BITS or layout.books > _MOST_BOOKS:
+            return f"{layout.books} codebooks of {layout.bits} bits and vectors of {layout.length}"
+        if shape[1] % layout.length:
+            return f"{shape[1]} columns are no whole vectors of {layout.length}"
+        plain = scheme.zero == "none" and not scheme.offset and not scheme.flattened
+        if not plain or len(scheme.blocks) != 1 or scheme.blocks[0] not in ((1, 0), (0, 0)):
+            return "needs one scale for a row, or for all, and nothing that is added"
+        if scheme.scales[0].name not in ("f16", "bf16", "f32"):
+            return f"scales are {scheme.scales[0].name}"
+        return None
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of indices and scales."""
+        rows = shape[0] if scheme.blocks[0][0] else 1
+        return shape[0] * _layout(scheme).row_bytes(shape[1]) + rows * int(scheme.scales[0].bits) // 8
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """The same indices, one codebook's behind another's."""
+        layout, codebooks = _layout(weight.scheme), weight.codebooks
+        assert codebooks is not None, "a format with vectors has them"
+        codes = weight.codes.to(device, copy=True).unflatten(-1, (-1, layout.books, layout.index_bytes))
+        planes = codes.permute(2, 0, 1, 3).contiguous()
+        buffers = {
+            "indices": (planes if layout.index_bytes == 1 else planes.view(torch.int16)).squeeze(-1),
+            "codebooks": codebooks.to(device, copy=True).contiguous(),
+            "scale": weight.scales[0].to(device, copy=True).contiguous(),
+        }
+        if weight.column_order is not None:
+            buffers["column_order"] = weight.column_order.to(device, copy=True)
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        layout, (rows, columns) = _layout(scheme), shape
+        scales = rows if scheme.blocks[0][0] else 1
+        index_type = torch.uint8 if layout.index_bytes == 1 else torch.int16
+        check_buffer(buffers, "indices", (layout.books, rows, columns // layout.length), origin, index_type)
+        check_buffer(buffers, "codebooks", (layout.books, 1 << layout.bits, layout.length), origin)
+        check_buffer(buffers, "scale", (scales, 1), origin)
+        order = buffers.get("column_order")
+        if order is not None:
+            check_buffer(buffers, "column_order", (columns,), origin, torch.int64)
+            if not torch.equal(order.sort().values, torch.arange(columns, device=order.device)):
+                raise ValueError(f"{origin}: no order of {columns} columns")
+        blocks, books = -(-columns // BLOCK), buffers["codebooks"]
+        codes = Codes(
+            indices=buffers["indices"],
+            second=None,
+            codebooks=books,
+            row_scale=buffers["scale"],
+            order=None if order is None else padded(order.int(), blocks * BLOCK, -1),
+            multiplier=None,
+            rows=rows,
+            height=rows,
+            width=columns // layout.length,
+            blocks=blocks,
+            book_steps=1,
+            factor=factor_of(float(books.float().abs().amax((1, 2)).sum())),
+            run_bytes=layout.row_bytes(STEP),
+            constants={
+                "BOOKS": layout.books,
+                "MOST": (1 << layout.bits) - 1,
+                "SECOND": 0,
+                "LENGTH": layout.length,
+                "L": layout.length,
+                "TALL": False,
+                "ONE_SCALE": scales == 1,
+            },
+        )
+        return VectorsWeight(self, scheme, shape, buffers, origin, codes=codes)
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again."""
+        layout = _layout(packed.scheme)
+        indices = packed.buffers["indices"].permute(1, 2, 0).contiguous()
+        codes = indices.view(torch.uint8).reshape(packed.shape[0], -1)
+        return QuantizedTensor(
+            packed.scheme,
+            packed.shape,
+            codes[:, : layout.row_bytes(packed.shape[1])],
+            (packed.buffers["scale"],),
+            column_order=packed.buffers.get("column_order"),
+            origin=packed.origin,
+            codebooks=packed.buffers["codebooks"],
+        )
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+        assert isinstance(packed, VectorsWeight), "packed by this kernel"
+        x, out = checked(x, packed), output(x, packed, out)
+        if len(x):
+            multiply(x if x.stride(1) == 1 else x.contiguous(), packed.codes, out)
+        return out
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""
+        picked = ids.long().clamp(0, packed.shape[0] - 1)
+        books, scale = packed.buffers["codebooks"].float(), packed.buffers["scale"].float()
+        total = torch.zeros(len(ids), packed.shape[1], device=ids.device)
+        for book, indices in zip(books, packed.buffers["indices"], strict=True):
+            index = indices.index_select(0, picked).int() & len(book) - 1
+            total += book[index.long()].flatten(-2)
+        total *= scale if len(scale) == 1 else scale.index_select(0, picked)
+        order = packed.buffers.get("column_order")
+        return total if order is None else torch.empty_like(total).index_copy_(1, order, total)
+
+
+def _layout(scheme: Scheme) -> VectorLayout:
+    layout = scheme.weight.vectors
+    assert isinstance(layout, VectorLayout), "refuses() was asked first"
+    return layout
+
+
+def check_buffer(
+    buffers: dict[str, Tensor],
+    name: str,
+    size: tuple[int, ...],
+    origin: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """ValueError where a buffer is not there, or of another size or type; None: any float's."""
+    found = buffers.get(name)
+    fits = found is not None and found.shape == size
+    if found is None or not fits or (found.dtype is not dtype if dtype else not found.is_floating_point()):
+        raise ValueError(f"{origin}: no {name} of {dtype or 'floats'} {list(size)}")
+
+
+def padded(numbers: Tensor, size: int, filler: float) -> Tensor:
+    """(n,) -> (size,), ``filler`` behind."""
+    return torch.nn.functional.pad(numbers, (0, size - len(numbers)), value=filler)
+
+
+def factor_of(largest: float) -> float:
+    """The power of two that brings the largest number to 2^14 … 2^15, which float16 holds."""
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** min(max(15 - math.frexp(largest)[1], -100), 100)
+
+
+def multiply(x: Tensor, codes: Codes, out: Tensor, more: Tensor | None = None) -> None:
+    """out (tokens, rows) = x (tokens, inputs) @ weight.T, + ``more`` float32 (tokens, rows)."""
+    from lowbit.kernels.gpu.half_inputs import scaled_halves
+    from lowbit.kernels.gpu.vector_products import coded_tile, coded_vector
+
+    (tokens, inputs), rows, blocks = x.shape, codes.rows, codes.blocks
+    seen = torch.empty(tokens, blocks * BLOCK, dtype=torch.float16, device=x.device)
+    scale = torch.empty(tokens, blocks, device=x.device)
+    runtime.launch(
+        scaled_halves,
+        (-(-tokens * blocks // _SCALED),),
+        *(x, x.stride(0), seen, scale, codes.order, codes.multiplier, tokens, inputs, blocks),
+        M=_SCALED,
+    )
+    # Rows as the programs have them: of vectors that run down, padded to powers of two.
+    length, whole = codes.constants["LENGTH"], codes.constants["L"]
+    own = codes.height * whole if codes.constants["TALL"] else rows
+    steps = blocks * (BLOCK // STEP)
+    shape = Shape(own, steps, codes.run_bytes * length // whole, STEP, SPLIT_COLUMNS // STEP)
+    chosen, one = half_blocks(shape, tokens, x.device)
+    cached = codes.codebooks.nbytes <= _IN_L1 and tokens <= _FEW
+    stages = 1 if cached else chosen.num_stages
+    splits = one.splits + (more is not None)
+    parts = out if splits == 1 else torch.empty(splits, tokens, rows, device=x.device)
+    if more is not None:
+        parts[-1] = more
+    ends = (codes.height, codes.width, steps, one.each, codes.book_steps)
+    pointers = (codes.indices, codes.second, codes.codebooks, codes.row_scale)
+    if tokens == 1:
+        runtime.launch(
+            coded_vector,
+            (-(-own // one.height), one.splits),
+            *(seen, scale, parts, *pointers, rows, *ends),
+            num_warps=chosen.num_warps,
+            **codes.constants,
+            BN=one.height,
+            STAGES=stages,
+        )
+    else:
+        runtime.launch(
+            coded_tile,
+            (-(-own // one.height) * -(-tokens // chosen.BM), one.splits),
+            *(seen, scale, parts, *pointers, tokens, rows, parts.stride(-2), *ends),
+            *(codes.factor, 1 / codes.factor),
+            num_warps=chosen.num_warps,
+            num_stages=stages,
+            **codes.constants,
+            BM=chosen.BM,
+            BN=one.height,
+        )
+    if splits > 1:
+        add(parts, out)
