@@ -18,7 +18,6 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.loading import ModelPlan, plan_model
 
-DECODED = ("spqr", "quip_sharp")  # to 16 bits a weight when loaded
 SOME_LAYOUTS, SOME_MODELS = ("gptq-order", "fp8-block", "exl3"), ("qwen2.5-0.5b",)
 PAIRS = [(name, layout) for name in MODELS for layout in LAYOUTS]
 FEW = [(name, layout) for name, layout in PAIRS if layout in SOME_LAYOUTS or name in SOME_MODELS]
@@ -56,9 +55,6 @@ def check(name: str, layout: str, folder: Path) -> None:
     planned, found, how = plan(folder, name, layout), model(name), LAYOUTS[layout]
     quantized = [module for module in planned.modules if not module.scheme.is_dense]
     assert not any(module.kernel == "reference" for module in planned.modules)
-    if layout in DECODED:
-        assert not quantized
-        return
     wanted = [name for name in used(found) if not how.skipped(name)]
     if layout == "exl3":  # what 128 does not divide is decoded
         wanted = [name for name in wanted if not any(size % 128 for size in found.linears[name])]
@@ -170,7 +166,7 @@ def test_a_quantized_head(name: str, layout: str, tmp_path: Path) -> None:
 # ---- parts that were left alone
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("fbgemm", *DECODED)])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "fbgemm"])
 def test_parts_that_were_left_alone(layout: str, tmp_path: Path) -> None:
     """K stays plain between Q and V, up beside gate: what the model fuses is of two kinds."""
     alone = ("model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj")
