@@ -993,7 +993,7 @@ TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
         (CpuLattice(), of("int4", (1, 32)), 256, "no vectors of a lattice"),
         (CpuLattice(), of(LATTICE.weight.name, (1, 0), scale="f32"), 256, "each row and each column"),
     ],
-    ids=str,
+    ids=lambda value: str(getattr(value, "name", value)),
 )
 def test_kernels_of_codebooks_and_trellises_say_why_they_refuse(
     kernel: LinearKernel, scheme: Scheme, columns: int, words: str | None
