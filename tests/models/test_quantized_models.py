@@ -142,6 +142,7 @@ def test_logits_on_the_chosen_kernels(case: str) -> None:
         for module in plan.modules
         if module.kernel != "reference"
         and module.scheme.weight.name not in exact
+        and module.scheme.outliers is None  # meets x as f16 does
         and not multiplies_codes(module.scheme, module.shape)
     )
     difference, _ = distance(FIXTURES / case, rounded)
