@@ -106,8 +106,8 @@ class CpuLattice(TransformedKernel):
             own["column_order"] = torch.arange(shape[1]).repeat(books)
         wide = (shape[0], books * shape[1])
         tiles = packed_linear.around(self, _describe(scheme, shape), scheme, wide, own, origin)
-        before = _transform(shape[1], before=buffers["inputs"].flatten())
-        after = _transform(shape[0], after=buffers["outputs"].flatten())
+        before = transform(shape[1], before=buffers["inputs"].flatten())
+        after = transform(shape[0], after=buffers["outputs"].flatten())
         return TransformedWeight(
             self, scheme, shape, buffers, origin, tiles=tiles, before=Rotator(before), after=Rotator(after)
         )
@@ -135,7 +135,7 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     return Description.plain(wide, CODES["e8p"], SCALES_F32, group=shape[1])
 
 
-def _transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:
+def transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:
     """By the transposed Hadamard matrix of x that is scaled before, by the matrix itself of what is after."""
     head = hadamard_head(order)
     if head is None:
