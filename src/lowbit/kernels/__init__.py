@@ -37,6 +37,7 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     from lowbit.kernels.cpu_trellis import CpuTrellis
     from lowbit.kernels.cpu_vectors import CpuVectors
     from lowbit.kernels.gpu.humming import GpuHumming
+    from lowbit.kernels.gpu.lattice import GpuLattice
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
     from lowbit.kernels.gpu.row_vectors import GpuRowVectors
     from lowbit.kernels.gpu.trellis import GpuTrellis
@@ -45,7 +46,7 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
 
     codes = CpuBlocks(), CpuColumns(), CpuVectors(), CpuRowVectors(), CpuTrellis(), CpuLattice()
     floats = CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
-    gpu = GpuBlocks(), GpuTrellis(), GpuVectors(), GpuRowVectors(), GpuDense()
+    gpu = GpuBlocks(), GpuTrellis(), GpuVectors(), GpuRowVectors(), GpuLattice(), GpuDense()
     return (*gpu, *codes, *floats, GpuHumming())
 
 

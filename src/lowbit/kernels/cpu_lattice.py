@@ -115,7 +115,7 @@ class CpuLattice(TransformedKernel):
 
     def transforms(self, inputs: Tensor, outputs: Tensor) -> tuple[Rotation, Rotation]:
         """By Hadamard's matrices of the widths of x and of y."""
-        return _transform(len(inputs), before=inputs), _transform(len(outputs), after=outputs)
+        return transform(len(inputs), before=inputs), transform(len(outputs), after=outputs)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
@@ -129,7 +129,7 @@ def _layout(scheme: Scheme) -> LatticeLayout:
     return layout
 
 
-def _transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:
+def transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:
     """By the transposed Hadamard matrix of x that is scaled before, by the matrix itself of what is after."""
     head = hadamard_head(order)
     if head is None:

@@ -46,6 +46,8 @@ def unfit(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str |
         return f"the scheme quantizes its input ({scheme.activation})"
     if len(shape) != 2:
         return "stacked experts"
+    if scheme.outliers is not None:
+        return "some weights have outliers"
     return "weights are not quantized" if scheme.is_dense else None
 
 

@@ -1,0 +1,163 @@
+"""gpu_lattice: vectors of the lattice E8 (QuIP#) on NVIDIA GPUs as files hold them, 2 bits a weight or 4.
+
+    y = outputs * (H_out (u (H_in^T (inputs * x))))
+
+The transforms are ``Rotator``'s, float32: in Triton where an order is a power of two, in torch where it has
+a head. u is made by the launches of ``gpu_vectors``: a codebook has all 65,536 vectors in float16, which
+holds those of one code exactly, and of second codes the vectors over their divisor, rounded to it. One such
+table serves all weights of a device, 1 MiB a book that stays in the L2 cache. Rows are not looked up here.
+**None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
+
+    buffers   indices   int16 (books, out, in / 8)
+              outputs   float32 (out, 1)
+              inputs    float32 (1, in)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.cpu_lattice import transform
+from lowbit.kernels.gpu.gpu_kernel import GpuKernel, checked, output, unfit
+from lowbit.kernels.gpu.vectors import BLOCK, STEP, Codes, check_buffer, factor_of, multiply
+from lowbit.kernels.linear_kernel import PackedWeight, Use
+from lowbit.kernels.rotation import Rotator
+from lowbit.numerics.hadamard import hadamard_factors
+from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class LatticeWeight(PackedWeight):
+    """A weight of ``GpuLattice``."""
+
+    codes: Codes = field(kw_only=True, repr=False)
+    before: Rotator = field(kw_only=True, repr=False)
+    after: Rotator = field(kw_only=True, repr=False)
+
+
+class GpuLattice(GpuKernel):
+    """See the module docstring."""
+
+    name = "gpu_lattice"
+    looks_up = False
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None."""
+        if reason := unfit(scheme, shape, device):
+            return reason
+        if scheme.weight.lattice is None:
+            return "weights are no vectors of a lattice"
+        single = number_format("f32")
+        if scheme != Scheme(scheme.weight, ((1, 0), (0, 1)), (single, single)):
+            return "needs a float32 scale for each row and each column, and nothing that is added"
+        if shape[1] % LENGTH:
+            return f"{shape[1]} columns are no whole vectors of {LENGTH}"
+        for size in shape:
+            if hadamard_factors(size) is None:
+                return f"there is no Hadamard matrix of order {size}"
+        return None
+
+    def unfit(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device, use: Use) -> str | None:
+        """Lookups."""
+        return "a row is made of all rows' codes" if use.lookup else None
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of codes and scales."""
+        return shape[0] * shape[1] * _layout(scheme).bits // 8 + 4 * (shape[0] + shape[1])
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """The same codes, the second ones behind the first."""
+        words = _layout(weight.scheme).words(weight.codes).transpose(0, 1).to(torch.int16)
+        outputs, inputs = (scale.to(device, copy=True).contiguous() for scale in weight.scales)
+        buffers = {"indices": words.contiguous().to(device), "outputs": outputs, "inputs": inputs}
+        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        layout, (rows, columns) = _layout(scheme), shape
+        check_buffer(buffers, "indices", (layout.books, rows, columns // LENGTH), origin, torch.int16)
+        check_buffer(buffers, "outputs", (rows, 1), origin, torch.float32)
+        check_buffer(buffers, "inputs", (1, columns), origin, torch.float32)
+        device = buffers["indices"].device
+        codes = Codes(
+            indices=buffers["indices"],
+            second=None,
+            codebooks=_codebooks(layout.divisor, device),
+            row_scale=None,
+            order=None,
+            multiplier=None,
+            rows=rows,
+            height=rows,
+            width=columns // LENGTH,
+            blocks=-(-columns // BLOCK),
+            book_steps=1,
+            factor=factor_of(2 * float(e8p().abs().max())),
+            run_bytes=STEP * layout.bits // 8,
+            constants={
+                "BOOKS": layout.books,
+                "MOST": 65535,
+                "SECOND": 0,
+                "LENGTH": LENGTH,
+                "L": LENGTH,
+                "TALL": False,
+                "ONE_SCALE": False,
+            },
+        )
+        before = transform(columns, before=buffers["inputs"].flatten())
+        after = transform(rows, after=buffers["outputs"].flatten())
+        return LatticeWeight(
+            self,
+            scheme,
+            shape,
+            buffers,
+            origin,
+            codes=codes,
+            before=Rotator(before.to(device)),
+            after=Rotator(after.to(device)),
+        )
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again."""
+        words = [book.int() & 0xFFFF for book in packed.buffers["indices"]]
+        scales = (packed.buffers["outputs"], packed.buffers["inputs"])
+        codes = _layout(packed.scheme).codes(words)
+        return QuantizedTensor(packed.scheme, packed.shape, codes, scales, origin=packed.origin)
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+        assert isinstance(packed, LatticeWeight), "packed by this kernel"
+        x, out = checked(x, packed), output(x, packed, out)
+        if len(x):
+            turned = packed.before.rotated(x, torch.float32)
+            sums = torch.empty(out.shape, device=x.device)
+            multiply(turned, packed.codes, sums)
+            packed.after.in_place(sums)
+            out.copy_(sums)
+        return out
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """Never: ``looks_up`` says so."""
+        raise NotImplementedError(f"{packed.origin}: {self.name} looks up no rows")
+
+
+def _layout(scheme: Scheme) -> LatticeLayout:
+    layout = scheme.weight.lattice
+    assert layout is not None, "refuses() was asked first"
+    return layout
+
+
+@cache
+def _codebooks(divisor: float, device: torch.device) -> Tensor:
+    """float16 (books, 65536, 8)."""
+    vectors = e8p().to(device)
+    books = [vectors, vectors / divisor] if divisor else [vectors]
+    return torch.stack(books).half()
