@@ -24,7 +24,14 @@ from lowbit.settings import Settings
 
 USAGE = "[MODEL] --format FORMAT --out DIR"
 GROUPS: tuple[str, ...] = ()
-_OPTIONS = ("model", "revision", "dtype", "load_format", "strict")  # of the group "model": what it heeds
+_OPTIONS = (
+    "model",
+    "revision",
+    "tokenizer",
+    "dtype",
+    "load_format",
+    "strict",
+)  # of the group "model": heeded
 _DTYPES = {"auto": None, "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
