@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,46 @@ _RECORD = os.environ.get("LOWBIT_TEST_RECORD_LAUNCHES")
 def device() -> torch.device:
     """The device that kernels are tested on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _language_once() -> Iterator[None]:
+    """Triton's interpreter patches its language once a launch, as it needs to.
+
+    It does so again at every call of a ``triton.jit`` function inside a kernel, hundreds of attributes each
+    time, and restores none of them before the launch ends. The first patch says it all.
+    """
+    if not runtime.INTERPRETED or runtime.missing():
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    scope_type = getattr(interpreter, "_LangPatchScope", None)
+    if patch is None or scope_type is None:
+        yield  # another Triton: only slower
+        return
+    patched: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        seen = {id(value) for value in function.__globals__.values() if value in (language, language.core)}
+        if seen and seen <= patched:
+            return scope_type()
+        new, scope = seen - patched, patch(function)
+        restore = scope.restore
+        patched.update(new)
+
+        def restore_and_forget() -> None:
+            restore()
+            patched.difference_update(new)
+
+        scope.restore = restore_and_forget
+        return scope
+
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @pytest.fixture(autouse=True)
