@@ -33,8 +33,8 @@ from lowbit.kernels.grid_codes import low_and_high_bytes
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import CODES, COLUMNS, ROWS, SCALES_F32, Description
 from lowbit.kernels.transformed_kernel import TransformedKernel
-from lowbit.numerics.hadamard import hadamard_factors, hadamard_head
-from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p
+from lowbit.numerics.hadamard import hadamard_factors
+from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p, transform
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
@@ -127,15 +127,6 @@ def _layout(scheme: Scheme) -> LatticeLayout:
     layout = scheme.weight.lattice
     assert layout is not None, "refuses() was asked first"
     return layout
-
-
-def transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:
-    """By the transposed Hadamard matrix of x that is scaled before, by the matrix itself of what is after."""
-    head = hadamard_head(order)
-    if head is None:
-        return Rotation(order, before, after)
-    turned = (head if before is None else head.T).contiguous()
-    return Rotation(order // len(head), before, after, head=turned)
 
 
 @cache

@@ -24,7 +24,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lowbit.numerics.hadamard import hadamard_factors, times
+from lowbit.numerics.hadamard import hadamard_factors, hadamard_head, times
+from lowbit.numerics.rotation import Rotation
 
 LENGTH = 8  # columns of a vector
 # Where the 3/2 are, the first number the highest bit.
@@ -114,6 +115,15 @@ def transformed(vectors: Callable[[slice], Tensor], outputs: Tensor, inputs: Ten
         part = times(right, part, part.shape[1])
         weight[:, start : start + step] = part * outputs[:, None] * inputs[start : start + step]
     return weight
+
+
+def transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:
+    """By the transposed Hadamard matrix of x that is scaled before, by the matrix itself of what is after."""
+    head = hadamard_head(order)
+    if head is None:
+        return Rotation(order, before, after)
+    turned = (head if before is None else head.T).contiguous()
+    return Rotation(order // len(head), before, after, head=turned)
 
 
 def _factors(order: int) -> list[Tensor]:

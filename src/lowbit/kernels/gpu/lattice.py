@@ -21,13 +21,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbit.kernels.cpu_lattice import transform
 from lowbit.kernels.gpu.gpu_kernel import GpuKernel, checked, output, unfit
 from lowbit.kernels.gpu.vectors import BLOCK, STEP, Codes, check_buffer, factor_of, multiply
 from lowbit.kernels.linear_kernel import PackedWeight, Use
 from lowbit.kernels.rotation import Rotator
 from lowbit.numerics.hadamard import hadamard_factors
-from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p
+from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p, transform
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
