@@ -864,6 +864,19 @@ def test_every_code_of_a_lattice_is_its_vector() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("divisor", [0.0, 3.45])
+def test_lattices_lose_less_than_bfloat_inputs(divisor: float) -> None:
+    """Beside the product of the definition, most of it what float16 rounds there."""
+    weight = lattice(divisor, (192, 256))
+    exact, packed = weight.dequantize().double(), CpuLattice().pack(weight, CPU)
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    wanted = x.double() @ exact.T
+    found = float((packed.kernel.linear(x, packed).double() - wanted).norm() / wanted.norm())
+    rounded = float((x.bfloat16().double() @ exact.T - wanted).norm() / wanted.norm())
+    assert found < rounded / 4, (found, rounded)
+
+
+@needs_native
 @pytest.mark.parametrize(
     ("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)]
 )
@@ -980,7 +993,7 @@ TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
         (CpuLattice(), of("int4", (1, 32)), 256, "no vectors of a lattice"),
         (CpuLattice(), of(LATTICE.weight.name, (1, 0), scale="f32"), 256, "each row and each column"),
     ],
-    ids=str,
+    ids=lambda value: str(getattr(value, "name", value)),
 )
 def test_kernels_of_codebooks_and_trellises_say_why_they_refuse(
     kernel: LinearKernel, scheme: Scheme, columns: int, words: str | None

@@ -124,8 +124,8 @@ def _hqq(out: int, columns: int) -> Entries:
 
 def _quanto(out: int, columns: int) -> Entries:
     group = 128
-    while columns * out % group:
-        group //= 2
+    while columns % group and group > 32:
+        group -= 32
     rows = out * columns // group
     return {
         "weight._data._data": ("U8", (_up(rows, 2), group)),

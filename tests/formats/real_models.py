@@ -156,68 +156,79 @@ def _seeing_gemma(prefix: str) -> Model:
     return Model(whole, text.linears, {**text.plain, tower: ("BF16", (1152, 1152))})
 
 
-def _deepseek(layers: int = 2) -> Model:
-    """DeepSeek-V3 with a dense layer, one of 4 experts and the prediction layer behind them."""
-    hidden, heads, q_rank, kv_rank, rotary, nope, value = 7168, 128, 1536, 512, 64, 128, 128
+def _deepseek(
+    hidden: int, heads: int, q_rank: int, dense: int, width: int, shared: int, vocab: int, last: bool = True
+) -> Model:
+    """DeepSeek's latent attention, a dense layer, one of 4 experts of ``width``, and with ``last`` the
+    prediction layer behind them. ``shared``: the width of the MLP beside the experts."""
+    layers, kv_rank, rotary, nope, value = 2, 512, 64, 128, 128
     linears: dict[str, tuple[int, int]] = {}
-    plain: Entries = {"model.embed_tokens.weight": ("BF16", (129280, hidden))}
-    for number in range(layers + 1):
+    plain: Entries = {"model.embed_tokens.weight": ("BF16", (vocab, hidden))}
+    for number in range(layers + last):
         at = f"model.layers.{number}."
+        queries = heads * (nope + rotary)
+        linears |= (
+            {f"{at}self_attn.q_a_proj": (q_rank, hidden), f"{at}self_attn.q_b_proj": (queries, q_rank)}
+            if q_rank
+            else {f"{at}self_attn.q_proj": (queries, hidden)}
+        )
         linears |= {
-            f"{at}self_attn.q_a_proj": (q_rank, hidden),
-            f"{at}self_attn.q_b_proj": (heads * (nope + rotary), q_rank),
             f"{at}self_attn.kv_a_proj_with_mqa": (kv_rank + rotary, hidden),
             f"{at}self_attn.kv_b_proj": (heads * (nope + value), kv_rank),
             f"{at}self_attn.o_proj": (hidden, heads * value),
         }
-        mlps = {"mlp": 18432}
+        mlps = {"mlp": dense}
         if number:
-            mlps = {"mlp.shared_experts": 2048} | {f"mlp.experts.{n}": 2048 for n in range(4)}
+            mlps = {"mlp.shared_experts": shared} | {f"mlp.experts.{n}": width for n in range(4)}
             plain[f"{at}mlp.gate.weight"] = ("BF16", (4, hidden))
-            plain[f"{at}mlp.gate.e_score_correction_bias"] = ("F32", (4,))
-        for name, width in mlps.items():
-            linears |= {f"{at}{name}.{leaf}_proj": (width, hidden) for leaf in ("gate", "up")}
-            linears[f"{at}{name}.down_proj"] = (hidden, width)
+            if last:
+                plain[f"{at}mlp.gate.e_score_correction_bias"] = ("F32", (4,))
+        for name, inner in mlps.items():
+            linears |= {f"{at}{name}.{leaf}_proj": (inner, hidden) for leaf in ("gate", "up")}
+            linears[f"{at}{name}.down_proj"] = (hidden, inner)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             plain[f"{at}{norm}.weight"] = ("BF16", (hidden,))
-        plain[f"{at}self_attn.q_a_layernorm.weight"] = ("BF16", (q_rank,))
+        if q_rank:
+            plain[f"{at}self_attn.q_a_layernorm.weight"] = ("BF16", (q_rank,))
         plain[f"{at}self_attn.kv_a_layernorm.weight"] = ("BF16", (kv_rank,))
-    last = f"model.layers.{layers}."
-    plain |= {f"{last}{name}.weight": ("BF16", (hidden,)) for name in ("enorm", "hnorm", "shared_head.norm")}
-    plain[f"{last}eh_proj.weight"] = ("BF16", (hidden, 2 * hidden))
-    plain[f"{last}embed_tokens.weight"] = ("BF16", (129280, hidden))
-    plain[f"{last}shared_head.head.weight"] = ("BF16", (129280, hidden))
-    plain |= {"model.norm.weight": ("BF16", (hidden,)), "lm_head.weight": ("BF16", (129280, hidden))}
+    if last:
+        at = f"model.layers.{layers}."
+        norms = ("enorm", "hnorm", "shared_head.norm")
+        plain |= {f"{at}{name}.weight": ("BF16", (hidden,)) for name in norms}
+        plain[f"{at}eh_proj.weight"] = ("BF16", (hidden, 2 * hidden))
+        plain[f"{at}embed_tokens.weight"] = ("BF16", (vocab, hidden))
+        plain[f"{at}shared_head.head.weight"] = ("BF16", (vocab, hidden))
+    plain |= {"model.norm.weight": ("BF16", (hidden,)), "lm_head.weight": ("BF16", (vocab, hidden))}
     config = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM" if last else "DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v3" if last else "deepseek_v2",
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
         "hidden_size": hidden,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
+        "intermediate_size": dense,
+        "moe_intermediate_size": width,
         "num_hidden_layers": layers,
-        "num_nextn_predict_layers": 1,
+        **({"num_nextn_predict_layers": 1} if last else {}),
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
-        "q_lora_rank": q_rank,
+        "q_lora_rank": q_rank or None,
         "kv_lora_rank": kv_rank,
         "qk_nope_head_dim": nope,
         "qk_rope_head_dim": rotary,
         "v_head_dim": value,
         "n_routed_experts": 4,
-        "n_shared_experts": 1,
+        "n_shared_experts": shared // width,
         "num_experts_per_tok": 2,
-        "n_group": 2,
+        "n_group": 2 if last else 1,
         "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc" if last else "greedy",
+        "scoring_func": "sigmoid" if last else "softmax",
         "norm_topk_prob": True,
         "routed_scaling_factor": 2.5,
         "first_k_dense_replace": 1,
         "moe_layer_freq": 1,
         "ep_size": 1,
         "hidden_act": "silu",
-        "vocab_size": 129280,
+        "vocab_size": vocab,
         "max_position_embeddings": 163840,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000,
@@ -273,7 +284,8 @@ MODELS: dict[str, Callable[[], Model]] = {
         decoder_sparse_step=1,
         mlp_only_layers=[],
     ),
-    "deepseek-v3": _deepseek,
+    "deepseek-v3": lambda: _deepseek(7168, 128, 1536, 18432, 2048, 2048, 129280),
+    "deepseek-v2-lite": lambda: _deepseek(2048, 16, 0, 10944, 1408, 2816, 102400, last=False),
 }
 _W123 = {".gate": ".w1", ".up": ".w3", ".down": ".w2"}
 

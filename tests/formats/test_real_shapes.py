@@ -36,6 +36,8 @@ NAME = "model.layers.0.mlp.down_proj"
 CPU = torch.device("cpu")
 # Qwen2.5-0.5B's K and down, DeepSeek-V3's kv_a (4.5 blocks of 128 rows).
 SMALL = [(128, 896), (576, 7168)]
+# DeepSeek-V2-Lite's down: 85.5 groups of 128, which not every tool can make.
+RAGGED, WHOLE = (64, 10944), ("awq", "awq-gemv", "quark-int4")
 LARGE = [(896, 4864), (1152, 6912), (768, 2048)]  # Qwen2.5-0.5B, Gemma 3 1B, Qwen3-30B-A3B
 LLAMA = (4096, 14336)  # Llama 3 8B
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -308,6 +310,11 @@ def check_layout(layout: str, shape: tuple[int, int], folder: Path) -> None:
 @pytest.mark.parametrize("layout", DEFINITIONS)
 def test_a_layer(layout: str, shape: tuple[int, int], tmp_path: Path) -> None:
     check_layout(layout, shape, tmp_path)
+
+
+@pytest.mark.parametrize("layout", [name for name in DEFINITIONS if name not in WHOLE])
+def test_a_layer_with_half_a_group(layout: str, tmp_path: Path) -> None:
+    check_layout(layout, RAGGED, tmp_path)
 
 
 @pytest.mark.slow

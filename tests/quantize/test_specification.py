@@ -161,8 +161,8 @@ def test_the_same_numerics_have_the_same_key() -> None:
     ("text", "says"),
     [
         ("fp9", r"unknown quantization method 'fp9'; did you mean 'fp\d'\? Known: fp8, "),
-        ("", "unknown quantization method '' Known: "),
-        ("zzzzzz", "unknown quantization method 'zzzzzz' Known: "),
+        ("", "unknown quantization method ''. Known: "),
+        ("zzzzzz", "unknown quantization method 'zzzzzz'. Known: "),
         ("fp8:weight=row", "fp8 has no option 'weight'; it has: weights, activation, "),
         ("nvfp4:group_size=16", "nvfp4 has no option 'group_size'; it has: none"),
         ("fp8:weights=row", "fp8:weights must be channel, tensor, block, got 'row'"),

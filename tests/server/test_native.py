@@ -44,15 +44,16 @@ def streamed(server: ServerThread, **body: Any) -> list[Any]:
 
 
 def test_one_prompt(server: ServerThread) -> None:
-    got = generate(server, text="abc", sampling_params={"max_new_tokens": 5, "temperature": 0}, rid="mine")
-    text = answer(PROMPT, 5)
+    asked = {"max_new_tokens": 5, "temperature": 0}
+    got = generate(server, text="abcdefgh", sampling_params=asked, rid="mine")
+    text = answer([BOS, *b"abcdefgh"], 5)
     assert (got["text"], got["output_ids"]) == (text, [ord(letter) for letter in text])
     meta = got["meta_info"]
     assert meta.pop("e2e_latency") > 0
     assert meta == {
         "id": "mine",
         "finish_reason": {"type": "length", "length": 5},
-        "prompt_tokens": 4,
+        "prompt_tokens": 9,
         "completion_tokens": 5,
         "cached_tokens": 2,
     }

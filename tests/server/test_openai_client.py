@@ -116,6 +116,13 @@ def test_n_choices_differ_by_seed(client: openai.OpenAI) -> None:
     assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (len(RENDERED), 40)
 
 
+def test_many_choices_are_more_than_run_at_once(client: openai.OpenAI) -> None:
+    result = client.chat.completions.create(model="tiny", messages=USER, max_tokens=1, n=128, seed=0)
+    assert [choice.index for choice in result.choices] == list(range(128))
+    with pytest.raises(openai.BadRequestError, match="17 prompts with n 128 are 2 176 choices; limit 2 048"):
+        client.completions.create(model="tiny", prompt=["x"] * 17, n=128)
+
+
 def test_stop(client: openai.OpenAI) -> None:
     text = answer(RENDERED, 20)
     result = client.chat.completions.create(model="tiny", messages=USER, max_tokens=20, stop=["?", text[4:6]])

@@ -57,8 +57,8 @@ def refusal(call: Any, *arguments: Any, **fields: Any) -> ApiError:
         ('"repetition_penalty": 0', "repetition_penalty must be a finite number between 0.01 and 10; got 0"),
         ('"presence_penalty": 3', "presence_penalty must be a finite number between -2 and 2; got 3"),
         ('"frequency_penalty": -3', "frequency_penalty must be a finite number between -2 and 2; got -3"),
-        ('"n": 9', "n must be a whole number between 1 and 8; got 9"),
-        ('"n": 1.5', "n must be a whole number between 1 and 8; got 1.5"),
+        ('"n": 129', "n must be a whole number between 1 and 128; got 129"),
+        ('"n": 1.5', "n must be a whole number between 1 and 128; got 1.5"),
         ('"max_tokens": 0', "max_tokens must be a whole number between 1 and 2 147 483 647; got 0"),
         ('"top_logprobs": 21', "top_logprobs must be a whole number between 0 and 20; got 21"),
         (

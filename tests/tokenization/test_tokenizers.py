@@ -366,7 +366,7 @@ def test_sampling_defaults(tmp_path: Path) -> None:
     [
         ("{temperature: 1}", "is not JSON"),
         ("[1]", "must be a JSON object, got [1]"),
-        ('{"temperatur": 1}', "unknown key 'temperatur'; did you mean 'temperature'?"),
+        ('{"temp": 1}', "unknown key 'temp'; did you mean 'temperature'?"),
         ('{"max_tokens": 1}', "unknown key 'max_tokens'; known are temperature, top_p, top_k, min_p, rep"),
         ('{"temperature": "1"}', 'temperature must be a number from 0 to 2, got "1"'),
         ('{"top_k": 1.5}', "top_k must be a whole number from -1 to 2147483647, got 1.5"),

@@ -164,7 +164,7 @@ def _engine(
         "weight bytes": str(model.weight_bytes),
     }
     if wanted > own:
-        details["warning"] = f"{beyond}: what it says behind that is of no use unless it was trained for it"
+        details["warning"] = f"{beyond}: behind that it talks nonsense unless trained for it"
     quality = None if asked.flag and is_float(header) else _quality(header)
     if quality is not None:
         details["quality"] = str(quality)

@@ -9,7 +9,7 @@ Both transforms are float32 (``rotation``); between them is a product with u, wh
 and where its count is odd a quarter is subtracted, else added. With the signs of all 3/2 turned round, a
 vector's count is even whatever its sum; the first number's sign is turned where a quarter is subtracted. Four
 times a number is one of 12 whole ones, and the transformed x becomes whole numbers of 16 bits with a scale
-for each 32 columns (csrc/linear_words.h): sums of 32 columns are exact, and x loses a hundredth of what
+for each 32 columns (csrc/linear_words.h): sums of 32 columns are exact, and x loses a fiftieth of what
 bfloat16 would cost it.
 
 Where there are two codes for a vector, those of the second book are columns behind the first's, under a scale
@@ -31,18 +31,10 @@ from torch import Tensor
 from lowbit.kernels import packed_linear
 from lowbit.kernels.grid_codes import low_and_high_bytes
 from lowbit.kernels.linear_kernel import PackedWeight
-from lowbit.kernels.packed_linear import (
-    CODES,
-    COLUMNS,
-    ROWS,
-    SCALES_F32,
-    Description,
-)
-from lowbit.kernels.rotation import Rotator
-from lowbit.kernels.transformed_kernel import TransformedKernel, TransformedWeight
+from lowbit.kernels.packed_linear import CODES, COLUMNS, ROWS, SCALES_F32, Description
+from lowbit.kernels.transformed_kernel import TransformedKernel
 from lowbit.numerics.hadamard import hadamard_factors, hadamard_head
 from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p
-from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
@@ -61,6 +53,7 @@ class CpuLattice(TransformedKernel):
 
     name = "cpu_lattice"
     layout = 1
+    scale = "f32"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -68,9 +61,8 @@ class CpuLattice(TransformedKernel):
             return reason
         if scheme.weight.lattice is None:
             return "weights are no vectors of a lattice"
-        single = number_format("f32")
-        if scheme != Scheme(scheme.weight, ((1, 0), (0, 1)), (single, single)):
-            return "needs a float32 scale for each row and each column, and nothing that is added"
+        if reason := self.unscaled(scheme):
+            return reason
         if shape[0] % ROWS or shape[1] % _UNIT:
             return f"is no whole tiles of {ROWS} x {_UNIT}"
         for size in shape:
@@ -78,44 +70,52 @@ class CpuLattice(TransformedKernel):
                 return f"there is no Hadamard matrix of order {size}"
         return None
 
-    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
-        """Bytes of tiles and scales."""
-        return _describe(scheme, shape).nbytes + 4 * (shape[0] + shape[1])
+    def describe(self, scheme: Scheme, shape: tuple[int, ...]) -> Description:
+        """The native description of the tiles."""
+        wide = (shape[0], _layout(scheme).books * shape[1])
+        return Description.plain(wide, CODES["e8p"], SCALES_F32, group=shape[1])
 
-    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
-        """The same bits, in tiles of 16 rows by 32 columns."""
-        outputs, inputs = weight.scales
-        buffers = {
-            "data": _packed(weight),
-            "table": _table(),
-            "outputs": outputs.clone(),
-            "inputs": inputs.clone(),
-        }
-        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+    def table(self) -> Tensor:
+        """16 numbers, and the words of 256 vectors."""
+        return _table()
 
-    def restore(
-        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
-    ) -> PackedWeight:
-        """The weight around its buffers."""
-        self.check(scheme, shape, origin)
-        single = torch.float32
-        wanted = {"outputs": ((shape[0], 1), single), "inputs": ((1, shape[1]), single)}
-        packed_linear.check_buffers(buffers, wanted, origin)
-        own, books = {name: buffers[name] for name in ("data", "table")}, _layout(scheme).books
-        if books > 1:
-            own["column_order"] = torch.arange(shape[1]).repeat(books)
-        wide = (shape[0], books * shape[1])
-        tiles = packed_linear.around(self, _describe(scheme, shape), scheme, wide, own, origin)
-        before = transform(shape[1], before=buffers["inputs"].flatten())
-        after = transform(shape[0], after=buffers["outputs"].flatten())
-        return TransformedWeight(
-            self, scheme, shape, buffers, origin, tiles=tiles, before=Rotator(before), after=Rotator(after)
-        )
+    def tiled(self, weight: QuantizedTensor) -> Tensor:
+        """uint8: blocks of 16 rows of tiles of 32 columns."""
+        layout, (rows, columns) = _layout(weight.scheme), weight.shape
+        words = layout.words(weight.codes)  # (rows, books, vectors)
+        tiles = columns // COLUMNS
+        data = torch.zeros(rows // ROWS, layout.books, _HEAD + tiles * 2 * _INDICES, dtype=torch.uint8)
+        scales = torch.tensor([1.0, 1 / layout.divisor] if layout.divisor else [1.0])
+        data[..., :_HEAD] = scales.view(-1, 1).repeat(1, ROWS).view(torch.uint8)
+        # (blocks, row / 4, row % 4, books, tiles, lines, parity)
+        parted = words.view(-1, 4, 4, layout.books, tiles, 2, 2)
+        indices = (parted >> 8).to(torch.uint8).permute(0, 3, 4, 1, 5, 2, 6).flatten(3)
+        lines = _sign_words()[_parted()[1][parted]]
+        signs = (lines[..., 0, :] | lines[..., 1, :] << 2).to(torch.int16)
+        signs = signs.permute(0, 3, 4, 1, 2, 5).flatten(3).contiguous().view(torch.uint8)
+        data[..., _HEAD:] = torch.cat((indices, signs), -1).flatten(2)
+        return data.flatten()
 
-    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
-        """The weight again."""
-        scales = (packed.buffers["outputs"], packed.buffers["inputs"])
-        return QuantizedTensor(packed.scheme, packed.shape, _codes(packed), scales, origin=packed.origin)
+    def untiled(self, packed: PackedWeight) -> Tensor:
+        """uint8 (out, bytes): the inverse of ``tiled``."""
+        layout, (rows, columns) = _layout(packed.scheme), packed.shape
+        tiles = columns // COLUMNS
+        body = packed.buffers["data"].view(rows // ROWS, layout.books, -1)[..., _HEAD:]
+        body = body.unflatten(-1, (tiles, 2 * _INDICES))
+        # (blocks, books, tiles, row / 4, lines, row % 4, parity) -> rows, books, vectors
+        indices = body[..., :_INDICES].unflatten(-1, (4, 2, 4, 2)).permute(0, 3, 5, 1, 2, 4, 6)
+        words = body[..., _INDICES:].contiguous().view(torch.int16).int().unflatten(-1, (4, 4, 2))
+        # (blocks, books, tiles, row / 4, row % 4, lines, parity)
+        of_line = torch.stack((words, words >> 2), 5)
+        bits = of_line.unsqueeze(-1) >> torch.tensor(_SIGN_PLACES, dtype=torch.int32) & 1
+        signs = (bits << torch.arange(8, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+        found = _codes_of_signs()[indices.int() << 8 | signs.permute(0, 3, 4, 1, 2, 5, 6)]
+        books = found.reshape(rows, layout.books, -1)
+        return layout.codes(list(books.unbind(1)))
+
+    def transforms(self, inputs: Tensor, outputs: Tensor) -> tuple[Rotation, Rotation]:
+        """By Hadamard's matrices of the widths of x and of y."""
+        return transform(len(inputs), before=inputs), transform(len(outputs), after=outputs)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
@@ -127,12 +127,6 @@ def _layout(scheme: Scheme) -> LatticeLayout:
     layout = scheme.weight.lattice
     assert layout is not None, "refuses() was asked first"
     return layout
-
-
-def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
-    """The native description of the tiles."""
-    wide = (shape[0], _layout(scheme).books * shape[1])
-    return Description.plain(wide, CODES["e8p"], SCALES_F32, group=shape[1])
 
 
 def transform(order: int, before: Tensor | None = None, after: Tensor | None = None) -> Rotation:
@@ -167,7 +161,7 @@ def _codes_of_signs() -> Tensor:
 
 @cache
 def _table() -> Tensor:
-    """uint8: 16 numbers v twice in bfloat16, twice as 4 v + 15 in 16 bits; 256 words, low bytes first."""
+    """uint8: 16 numbers v twice in bfloat16, twice as words 4 v + 15; low and high bytes of 256 vectors."""
     size, sign, shift = torch.arange(4) * 2 + 1, torch.tensor([1, -1]), torch.tensor([1, -1])
     turned = torch.where(torch.arange(4) == 1, -1, 1)
     numbers = 2 * size * turned * sign[:, None] + shift[:, None, None]
@@ -183,38 +177,3 @@ def _sign_words() -> Tensor:
     byte = torch.arange(256)
     bits = byte.unsqueeze(1) >> torch.arange(8) & 1
     return (bits << torch.tensor(_SIGN_PLACES)).sum(1).int()
-
-
-def _packed(weight: QuantizedTensor) -> Tensor:
-    """uint8: blocks of 16 rows."""
-    layout, (rows, columns) = _layout(weight.scheme), weight.shape
-    words = layout.words(weight.codes)  # (rows, books, vectors)
-    tiles = columns // COLUMNS
-    data = torch.zeros(rows // ROWS, layout.books, _HEAD + tiles * 2 * _INDICES, dtype=torch.uint8)
-    scales = torch.tensor([1.0, 1 / layout.divisor] if layout.divisor else [1.0])
-    data[..., :_HEAD] = scales.view(-1, 1).repeat(1, ROWS).view(torch.uint8)
-    # (blocks, row / 4, row % 4, books, tiles, lines, parity)
-    parted = words.view(-1, 4, 4, layout.books, tiles, 2, 2)
-    indices = (parted >> 8).to(torch.uint8).permute(0, 3, 4, 1, 5, 2, 6).flatten(3)
-    lines = _sign_words()[_parted()[1][parted]]
-    signs = (lines[..., 0, :] | lines[..., 1, :] << 2).to(torch.int16)
-    signs = signs.permute(0, 3, 4, 1, 2, 5).flatten(3).contiguous().view(torch.uint8)
-    data[..., _HEAD:] = torch.cat((indices, signs), -1).flatten(2)
-    return data.flatten()
-
-
-def _codes(packed: PackedWeight) -> Tensor:
-    """uint8 (out, bytes): the inverse of ``_packed``."""
-    layout, (rows, columns) = _layout(packed.scheme), packed.shape
-    tiles = columns // COLUMNS
-    body = packed.buffers["data"].view(rows // ROWS, layout.books, -1)[..., _HEAD:]
-    body = body.unflatten(-1, (tiles, 2 * _INDICES))
-    # (blocks, books, tiles, row / 4, lines, row % 4, parity) -> rows, books, vectors
-    indices = body[..., :_INDICES].unflatten(-1, (4, 2, 4, 2)).permute(0, 3, 5, 1, 2, 4, 6)
-    words = body[..., _INDICES:].contiguous().view(torch.int16).int().unflatten(-1, (4, 4, 2))
-    of_line = torch.stack((words, words >> 2), 5)  # (blocks, books, tiles, row / 4, row % 4, lines, parity)
-    bits = of_line.unsqueeze(-1) >> torch.tensor(_SIGN_PLACES, dtype=torch.int32) & 1
-    signs = (bits << torch.arange(8, dtype=torch.int32)).sum(-1, dtype=torch.int32)
-    found = _codes_of_signs()[indices.int() << 8 | signs.permute(0, 3, 4, 1, 2, 5, 6)]
-    books = found.reshape(rows, layout.books, -1)
-    return layout.codes(list(books.unbind(1)))

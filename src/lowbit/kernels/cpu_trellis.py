@@ -26,9 +26,7 @@ from torch import Tensor
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import COLUMNS, ROWS, Description, trellis_codes
-from lowbit.kernels.rotation import Rotator
-from lowbit.kernels.transformed_kernel import TransformedKernel, TransformedWeight
-from lowbit.numerics.number_formats import number_format
+from lowbit.kernels.transformed_kernel import TransformedKernel
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
@@ -43,6 +41,7 @@ class CpuTrellis(TransformedKernel):
 
     name = "cpu_trellis"
     layout = 1
+    scale = "f16"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -50,54 +49,44 @@ class CpuTrellis(TransformedKernel):
             return reason
         if scheme.weight.trellis is None:
             return "weights are no trellis"
-        half = number_format("f16")
-        if scheme != Scheme(scheme.weight, ((1, 0), (0, 1)), (half, half)):
-            return "needs a float16 scale for each row and each column, and nothing that is added"
+        if reason := self.unscaled(scheme):
+            return reason
         return "is no whole blocks of 128 x 128" if any(size % BLOCK for size in shape) else None
 
-    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
-        """Bytes of tiles and scales."""
-        return _describe(scheme, shape).nbytes + 2 * (shape[0] + shape[1])
+    def describe(self, scheme: Scheme, shape: tuple[int, ...]) -> Description:
+        """The native description of the tiles."""
+        trellis = scheme.weight.trellis
+        assert trellis is not None, "refuses() was asked first"
+        return Description.plain(shape, trellis_codes(trellis), factor=_FACTORS[trellis.book])
 
-    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
-        """The same bits, in tiles of 16 rows by 32 columns."""
-        outputs, inputs = weight.scales
-        buffers = {
-            "data": _packed(weight),
-            "table": torch.zeros(64, dtype=torch.int16),
-            "outputs": outputs.clone(),
-            "inputs": inputs.clone(),
-        }
-        return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
+    def tiled(self, weight: QuantizedTensor) -> Tensor:
+        """uint8: blocks of 16 rows of tiles of 32 columns.
 
-    def restore(
-        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
-    ) -> PackedWeight:
-        """The weight around its buffers."""
-        self.check(scheme, shape, origin)
-        half = torch.float16
-        wanted = {"outputs": ((shape[0], 1), half), "inputs": ((1, shape[1]), half)}
-        packed_linear.check_buffers(buffers, wanted, origin)
-        own = {name: buffers[name] for name in ("data", "table")}
-        tiles = packed_linear.around(self, _describe(scheme, shape), scheme, shape, own, origin)
+        Of a file's tile every 4 bytes are turned round, so that its bits lie from the highest of each byte;
+        byte n of all 8 chunks is then a plane.
+        """
+        trellis = weight.scheme.weight.trellis
+        assert trellis is not None, "refuses() was asked first"
+        tiles = trellis.tiles(weight.codes).view(torch.uint8)  # (in / 16, out / 16, bytes)
+        bits = tiles.unflatten(-1, (-1, 4)).flip(-1).flatten(-2)
+        planes = bits.unflatten(-1, (_CHUNKS, -1)).transpose(-1, -2)
+        return planes.transpose(0, 1).reshape(-1).clone()
+
+    def untiled(self, packed: PackedWeight) -> Tensor:
+        """uint8 (out, bytes): the inverse of ``tiled``."""
+        trellis, (rows, columns) = packed.scheme.weight.trellis, packed.shape
+        assert trellis is not None, "it was packed"
+        planes = packed.buffers["data"].view(rows // TILE, columns // TILE, -1, _CHUNKS)
+        bits = planes.transpose(0, 1).transpose(-1, -2).flatten(-2)
+        tiles = bits.unflatten(-1, (-1, 4)).flip(-1).flatten(-2).contiguous()
+        return trellis.codes(tiles.view(torch.int16))
+
+    def transforms(self, inputs: Tensor, outputs: Tensor) -> tuple[Rotation, Rotation]:
+        """By Hadamard's matrix of each 128."""
         divisor = Rotation.hadamard(BLOCK).divisor
-        before = Rotation(BLOCK, before=buffers["inputs"].float().flatten(), divisor=divisor)
-        after = Rotation(BLOCK, after=buffers["outputs"].float().flatten(), divisor=divisor)
-        return TransformedWeight(
-            self,
-            scheme,
-            shape,
-            buffers,
-            origin,
-            tiles=tiles,
-            before=Rotator(before),
-            after=Rotator(after),
+        return Rotation(BLOCK, before=inputs, divisor=divisor), Rotation(
+            BLOCK, after=outputs, divisor=divisor
         )
-
-    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
-        """The weight again."""
-        scales = (packed.buffers["outputs"], packed.buffers["inputs"])
-        return QuantizedTensor(packed.scheme, packed.shape, _codes(packed), scales, origin=packed.origin)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""
@@ -108,36 +97,6 @@ class CpuTrellis(TransformedKernel):
             matrix = whole.rows(block * BLOCK, (block + 1) * BLOCK).dequantize()
             found[here] = matrix[wanted[here] % BLOCK]
         return found
-
-
-def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
-    """The native description of the tiles."""
-    trellis = scheme.weight.trellis
-    assert trellis is not None, "refuses() was asked first"
-    return Description.plain(shape, trellis_codes(trellis), factor=_FACTORS[trellis.book])
-
-
-def _packed(weight: QuantizedTensor) -> Tensor:
-    """uint8: blocks of 16 rows of tiles of 32 columns.
-
-    Of a file's tile every 4 bytes are turned round, so that its bits lie from the highest of each byte; byte
-    n of all 8 chunks is then a plane.
-    """
-    trellis = weight.scheme.weight.trellis
-    assert trellis is not None, "refuses() was asked first"
-    tiles = trellis.tiles(weight.codes).view(torch.uint8)  # (in / 16, out / 16, bytes)
-    planes = tiles.unflatten(-1, (-1, 4)).flip(-1).flatten(-2).unflatten(-1, (_CHUNKS, -1)).transpose(-1, -2)
-    return planes.transpose(0, 1).reshape(-1).clone()
-
-
-def _codes(packed: PackedWeight) -> Tensor:
-    """uint8 (out, bytes): the inverse of ``_packed``."""
-    trellis, (rows, columns) = packed.scheme.weight.trellis, packed.shape
-    assert trellis is not None, "it was packed"
-    planes = packed.buffers["data"].view(rows // TILE, columns // TILE, -1, _CHUNKS)
-    bits = planes.transpose(0, 1).transpose(-1, -2).flatten(-2)
-    tiles = bits.unflatten(-1, (-1, 4)).flip(-1).flatten(-2).contiguous()
-    return trellis.codes(tiles.view(torch.int16))
 
 
 assert ROWS == TILE and COLUMNS == 2 * TILE, "a tile is two of a file's"

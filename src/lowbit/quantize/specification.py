@@ -258,7 +258,7 @@ def _value(value: object, choice: Choice, what: str, where: str) -> Value:
 def _nearest(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return hint if isinstance(known, tuple) else f"{hint} Known: {', '.join(known)}"
+    return hint if isinstance(known, tuple) else f"{hint or '.'} Known: {', '.join(known)}"
 
 
 def _wrong(where: str, what: str) -> LowbitError:

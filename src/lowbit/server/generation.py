@@ -21,7 +21,7 @@ from lowbit.server.api_error import ApiError, bad_request, from_event
 from lowbit.server.engine_client import EngineClient, Stream
 from lowbit.server.http import Exchange, now
 from lowbit.server.protocol import StreamOptions
-from lowbit.server.request_values import seed_of_choice
+from lowbit.server.request_values import MAX_PROMPTS, seed_of_choice
 from lowbit.tokenization.tokenizer import Tokenizer
 
 _ENCODER = msgspec.json.Encoder()
@@ -89,6 +89,9 @@ class Generation:
         cache_salt: str,
     ) -> Generation:
         """A sequence for each choice of each prompt, which has its sampling."""
+        if len(prompts) * n > MAX_PROMPTS:
+            text = f"{thousands(len(prompts))} prompts with n {n} are {thousands(len(prompts) * n)} choices"
+            raise bad_request("too_many_choices", f"{text}; limit {thousands(MAX_PROMPTS)}", "n")
         requests = []
         for index in range(len(prompts) * n):
             sampling = samplings[index // n]

@@ -25,7 +25,7 @@ from lowbit.errors import printable
 from lowbit.server.api_error import bad_request
 from lowbit.server.strict_json import Document
 
-MAX_CHOICES = 8
+MAX_CHOICES = 128  # OpenAI's; of all prompts together request_values.MAX_PROMPTS
 MAX_MESSAGES = 2048
 MAX_LOGPROBS = 20
 _MAX_COUNT = 2**31 - 1

@@ -250,7 +250,7 @@ class JinjaTemplate:
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
             raise LowbitError(
                 "E0253",
-                f"{place}: chat_template is no valid Jinja: {printable(error)}. Start with "
+                f"{place}: chat_template is no valid Jinja: {printable(error).rstrip('.')}. Start with "
                 "--chat-template <file> to use your own",
             ) from None
         # Special texts, longest first, so that a longer one is never cut by a shorter.

@@ -66,7 +66,7 @@ def _preferred(text: str) -> dict[str, float]:
         raise LowbitError("E0103", f"{flag} must be a JSON object, got {printable(text)}")
     for name, value in given.items():
         if name not in _RANGES:
-            near = difflib.get_close_matches(name, RECOMMENDED, 1)
+            near = difflib.get_close_matches(name, RECOMMENDED, 1, 0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(RECOMMENDED)}"
             raise LowbitError("E0103", f"{flag}: unknown key {printable(name)!r}; {hint}")
         low, high = _RANGES[name]

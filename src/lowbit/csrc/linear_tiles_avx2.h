@@ -1,0 +1,247 @@
+// The tiles of the linear kernels in AVX2 registers, decoded to floats; included by linear_tiles.h.
+#pragma once
+
+#include "linear_tiles.h"
+
+namespace lowbit {
+
+// Integer tables are lines: their values need no lookup.
+struct Table {
+    alignas(32) float values[64];
+    alignas(32) std::uint8_t low[32], high[32];  // bytes of the first 16 entries, twice
+    bool line = true;
+    const std::uint8_t* behind;  // vectors of grids: the low bytes of all, then the high ones
+    explicit Table(const std::uint16_t* from) : behind(reinterpret_cast<const std::uint8_t*>(from + 64)) {
+        for (int i = 0; i < 64; ++i) values[i] = bfloat_to_float(from[i]);
+        for (int i = 0; i < 32; ++i) {
+            low[i] = static_cast<std::uint8_t>(from[i % 16]);
+            high[i] = static_cast<std::uint8_t>(from[i % 16] >> 8);
+        }
+        // Short tables repeat: the first four codes tell a line from nf4-like tables, the widths do the rest.
+        for (int i = 1; i < 4; ++i) line = line && values[i] == values[0] + static_cast<float>(i);
+    }
+};
+
+template <Codes CODES>
+inline void expand_grid(const std::uint8_t* tile, const std::uint8_t* grid, std::uint8_t* planes);
+
+struct Sixteen {
+    __m256 low, high;
+};
+inline Sixteen sixteen_zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Sixteen sixteen_load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+inline void sixteen_store(float* to, Sixteen x) {
+    _mm256_storeu_ps(to, x.low);
+    _mm256_storeu_ps(to + 8, x.high);
+}
+inline void sixteen_store_some(float* to, Sixteen x, int count) {
+    float all[ROWS];
+    sixteen_store(all, x);
+    std::memcpy(to, all, static_cast<std::size_t>(count) * sizeof(float));
+}
+inline Sixteen sixteen_fma(Sixteen a, Sixteen b, Sixteen c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Sixteen sixteen_multiply(Sixteen a, Sixteen b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+inline Sixteen sixteen_add(Sixteen a, Sixteen b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline Sixteen sixteen_set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline __m128i eight_shorts(const std::uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
+inline Sixteen sixteen_f16(const std::uint8_t* from) {
+    return {_mm256_cvtph_ps(eight_shorts(from)), _mm256_cvtph_ps(eight_shorts(from + 16))};
+}
+// To float16: to nearest, ties to even.
+inline void sixteen_store_f16(std::uint16_t* to, Sixteen x) {
+    auto* const eights = reinterpret_cast<__m128i*>(to);
+    _mm_storeu_si128(eights, _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(eights + 1, _mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT));
+}
+inline Sixteen sixteen_round_f16(Sixteen x) {
+    const auto round = [](__m256 part) { return _mm256_cvtph_ps(_mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT)); };
+    return {round(x.low), round(x.high)};
+}
+inline __m256 eight_bf16(__m128i shorts) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(shorts), 16));
+}
+inline Sixteen sixteen_bf16(const std::uint8_t* from) {
+    return {eight_bf16(eight_shorts(from)), eight_bf16(eight_shorts(from + 16))};
+}
+inline __m256 eight_int8(const std::uint8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Sixteen sixteen_int8(const std::uint8_t* from) { return {eight_int8(from), eight_int8(from + 8)}; }
+// FP8 in 32-bit lanes -> floats, subnormals included.
+template <Codes CODES>
+inline __m256 eight_byte_floats(__m256i codes) {
+    const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi32(0x7f));
+    const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)), 24);
+    __m256i special;  // bits beside those of the value, which are an infinity's or a NaN's then
+    if constexpr (CODES == Codes::e4m3) {
+        special = _mm256_and_si256(_mm256_cmpeq_epi32(low, _mm256_set1_epi32(0x7f)), _mm256_set1_epi32(0x7fc00000));
+    } else if constexpr (CODES == Codes::e5m2) {
+        const __m256i nan = _mm256_and_si256(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7c)), _mm256_set1_epi32(0x400000));
+        const __m256i top = _mm256_and_si256(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7b)), _mm256_set1_epi32(0x7f800000));
+        special = _mm256_or_si256(nan, top);
+    } else {
+        special = _mm256_and_si256(_mm256_cmpeq_epi32(codes, _mm256_set1_epi32(0x80)), _mm256_set1_epi32(0x7fc00000));
+    }
+    const __m256i placed = _mm256_slli_epi32(low, magnitude_shift(CODES));
+    __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(placed), _mm256_set1_ps(magnitude_factor(CODES)));
+    // 1.0 … 1.75 times 2^16: their mantissa would make an infinity a NaN.
+    if constexpr (CODES == Codes::e5m2) {
+        value = _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7b))), value);
+    }
+    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(_mm256_castps_si256(value), sign), special));
+}
+inline __m256 eight_e4m3(__m256i codes) { return eight_byte_floats<Codes::e4m3>(codes); }
+// Sixteen whole numbers of 4 bits: the low halves of 8 bytes, then the high ones.
+inline Sixteen sixteen_nibbles(const std::uint8_t* from) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), mask = _mm_set1_epi8(15);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, mask))),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask)))};
+}
+inline Sixteen sixteen_e4m3(const std::uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {eight_e4m3(_mm256_cvtepu8_epi32(bytes)), eight_e4m3(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
+struct BfloatTile {
+    alignas(32) float columns[COLUMNS][ROWS];
+};
+struct FloatTile {
+    alignas(32) float columns[16][ROWS];
+};
+
+template <int COLUMN>
+INLINE Sixteen column_of(const BfloatTile& w) {
+    return sixteen_load(w.columns[COLUMN]);
+}
+
+// The codes of an operand and 8 rows, a byte each: of a row the first pair's even column, the second's, and their odd
+// ones. ``at``: 32 for the second 8 rows.
+template <Codes CODES, int OPERAND>
+INLINE __m256i operand_codes(const std::uint8_t* tile, int at) {
+    if constexpr (is_byte(CODES)) {
+        const __m256i order =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15));
+        const auto* const from = reinterpret_cast<const __m256i*>(tile + OPERAND * 64 + at);
+        return _mm256_shuffle_epi8(_mm256_loadu_si256(from), order);
+    }
+    __m256i code = _mm256_setzero_si256();
+    each_constant<plane_count(CODES)>([&](auto index) __attribute__((always_inline)) {
+        constexpr Plane p = plane(CODES, decltype(index)::value);
+        constexpr Field f = field(p, 0, pair_of(OPERAND, 0) * 2);
+        const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte + at));
+        const __m256i mask = _mm256_set1_epi8(static_cast<char>(((1 << p.width) - 1) << p.shift));
+        __m256i placed = words;
+        if constexpr (f.shift > p.shift) placed = _mm256_srli_epi16(words, f.shift - p.shift);
+        if constexpr (f.shift < p.shift) placed = _mm256_slli_epi16(words, p.shift - f.shift);
+        code = _mm256_or_si256(code, _mm256_and_si256(placed, mask));
+    });
+    return code;
+}
+
+// What byte BYTE of every lane stands for.
+template <Codes CODES, int BYTE>
+INLINE __m256 byte_values(__m256i codes, const Table& table) {
+    __m256i code = codes;
+    if constexpr (BYTE < 3) code = _mm256_and_si256(_mm256_srli_epi32(codes, BYTE * 8), _mm256_set1_epi32(0xff));
+    if constexpr (BYTE == 3) code = _mm256_srli_epi32(codes, 24);
+    if constexpr (is_byte_float(CODES)) {
+        return eight_byte_floats<CODES>(code);
+    } else if constexpr (is_byte(CODES)) {
+        return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(CODES == Codes::int8 ? 128 : 0)));
+    } else {
+        if (CODES == Codes::bits7 || table.line) {
+            return _mm256_add_ps(_mm256_cvtepi32_ps(code), _mm256_set1_ps(table.values[0]));
+        }
+        if constexpr (plane_count(CODES) > 1) return _mm256_i32gather_ps(table.values, code, 4);
+        // Both bytes of a bfloat16; an index of 0x80 and more gives 0.
+        const __m256i index = _mm256_or_si256(code, _mm256_set1_epi32(static_cast<int>(0x80808000u)));
+        const __m256i low = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table.low)), index);
+        const __m256i high = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table.high)), index);
+        return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(low, 16), _mm256_slli_epi32(high, 24)));
+    }
+}
+
+// Into memory, and so one function for all that multiply such codes.
+template <Codes CODES>
+__attribute__((noinline)) void decode(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
+    if constexpr (is_grid(CODES)) {
+        alignas(32) std::uint8_t planes[tile_bytes(grid_of(CODES).planes())];
+        expand_grid<CODES>(tile, table.behind, planes);
+        decode<grid_of(CODES).planes()>(planes, table, w);
+    } else if constexpr (CODES == Codes::bf16) {  // a 32-bit lane holds a row's even and odd column
+        for (int pair = 0; pair < PAIRS; ++pair) {
+            for (int half = 0; half < 2; ++half) {
+                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + pair * 64 + half * 32));
+                const __m256i odd = _mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
+                _mm256_store_ps(&w.columns[pair * 2][half * 8], _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)));
+                _mm256_store_ps(&w.columns[pair * 2 + 1][half * 8], _mm256_castsi256_ps(odd));
+            }
+        }
+    } else {
+        each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+            constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
+            for (int half = 0; half < 2; ++half) {
+                const __m256i codes = operand_codes<CODES, OPERAND>(tile, half * 32);
+                _mm256_store_ps(&w.columns[FIRST][half * 8], byte_values<CODES, 0>(codes, table));
+                _mm256_store_ps(&w.columns[SECOND][half * 8], byte_values<CODES, 1>(codes, table));
+                _mm256_store_ps(&w.columns[FIRST + 1][half * 8], byte_values<CODES, 2>(codes, table));
+                _mm256_store_ps(&w.columns[SECOND + 1][half * 8], byte_values<CODES, 3>(codes, table));
+            }
+        });
+    }
+}
+
+template <Codes CODES>
+INLINE void decode_floats(const std::uint8_t* tile, FloatTile& w) {
+    UNROLL
+    for (int column = 0; column < 16; ++column) {
+        if constexpr (CODES == Codes::int8) {
+            const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
+            const __m256i rows = _mm256_broadcastsi128_si256(
+                _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));
+            for (int half = 0; half < 2; ++half) {
+                const std::uint8_t* const from = tile + operand_of(pair) * 64 + half * 32;
+                const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+                const __m256i codes = _mm256_sub_epi32(_mm256_shuffle_epi8(line, rows), _mm256_set1_epi32(128));
+                _mm256_store_ps(&w.columns[column][half * 8], _mm256_cvtepi32_ps(codes));
+            }
+        } else if constexpr (CODES == Codes::f32) {
+            std::memcpy(w.columns[column], tile + column * 64, 64);
+        } else {
+            sixteen_store(w.columns[column], sixteen_f16(tile + column * 32));
+        }
+    }
+}
+
+template <int FIRST, int COUNT, int TOKENS>
+inline void dot(const BfloatTile& w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
+    for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
+    for (int column = FIRST; column < FIRST + COUNT; ++column) {
+        const Sixteen values = sixteen_load(w.columns[column]);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sums[t] = sixteen_fma(values, sixteen_set(bfloat_to_float(x[t * stride + column])), sums[t]);
+        }
+    }
+}
+
+template <int TOKENS>
+INLINE void dot_floats(const FloatTile& w, const float* x, std::int64_t stride, Sixteen* sums) {
+    for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
+    UNROLL
+    for (int column = 0; column < 16; ++column) {
+        const Sixteen values = sixteen_load(w.columns[column]);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + column]), sums[t]);
+        }
+    }
+}
+
+}  // namespace lowbit
