@@ -354,7 +354,8 @@ def _place(reader: _Reader, infos: list[_Info], alignment: int) -> dict[str, Ten
     def aligned(place: int) -> int:
         return -(-place // alignment) * alignment
 
-    base = end = needed = aligned(reader.at)
+    base = end = aligned(reader.at)
+    needed = reader.at
     tensors: dict[str, TensorEntry] = {}
     for info in infos:
         shown, offset = printable(info.name), end - base

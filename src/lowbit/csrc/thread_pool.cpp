@@ -30,9 +30,9 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int SPINS_BEFORE_YIELD = 1000;  // about 12 microseconds of pause instructions
 constexpr int SPINS_BEFORE_SLEEP = 4000;  // and before the clock is looked at
-// Waking a worker that sleeps costs up to half a millisecond on a virtual machine, so without work it stays awake for
-// longer than what lies between two steps. Not where the scheduler took the processor from it: others want it, and
-// who slept gets it back sooner than who spun.
+// Waking a worker that sleeps costs up to half a millisecond where other programs run meanwhile, so without work it
+// stays awake for longer than what lies between two steps. Not where the scheduler took the processor from it: others
+// want it, and who slept gets it back sooner than who spun.
 constexpr std::chrono::milliseconds AWAKE{2};
 constexpr std::chrono::milliseconds CROWDED{100};
 
