@@ -59,8 +59,11 @@ serve: install
 	@exec $(BIN)/lowbit serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_FLAGS)
 
 # A worker a core; a file's tests stay together, they share what is costly to set up. tests/conftest.py has the order.
+# One worker more than there are cores: many tests wait for another process.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+
 test: install
-	@$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 # Under 90 seconds: without the tests that start a server or compare with another library over long texts.
 test-quick: install

@@ -33,7 +33,8 @@ NARROW = {
     name
     for name in WEIGHTS
     if re.search(
-        r" g8|x1( |$)|flat g24|whole columns|tiles of|x(24|40|56) blocks|codebooks|trellis|lattice|outliers", name
+        r" g8|x1( |$)|flat g24|whole columns|tiles of|x(24|40|56) blocks|codebooks|trellis|lattice|outliers",
+        name,
     )
 }
 TAKEN = [name for name in WEIGHTS if "dense" not in name and name not in NARROW]
