@@ -58,8 +58,8 @@ serve: install
 	@echo "    -d '{\"model\": \"default\", \"temperature\": 0, \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}'"
 	@exec $(BIN)/lowbit serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_FLAGS)
 
-# A worker a core; a file's tests stay together, they share what is costly to set up. tests/conftest.py has the order.
-# One worker more than there are cores: many tests wait for another process.
+# One worker more than there are cores, as many tests wait for another process; a file's tests stay together, they share
+# what is costly to set up. tests/conftest.py has the order.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 test: install
