@@ -28,7 +28,7 @@ from numerics.test_block_layouts import random_blocks, tensor_of
 from sparse_memory import sparse_zeros
 
 BLOCKS, DENSE = GpuBlocks(), GpuDense()
-# Refused: groups of 8, of one column, blocks over row ends that 16 does not divide, kernels' own kinds of codes.
+# Refused: groups of 8, of one column, blocks over row ends that 16 does not divide, codes of other kernels.
 NARROW = {
     name
     for name in WEIGHTS
