@@ -10,16 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from contract.test_linear_kernels import canonical, row_vectors
-from lowbit.errors import LowbitError
+from gpu.coded_products import error, inputs, no_tokens_and_no_rows
 from lowbit.kernels import choose
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.programs import Cut
 from lowbit.kernels.gpu.row_vectors import GpuRowVectors
 from lowbit.numerics.number_formats import RowVectorLayout, number_format
-from lowbit.numerics.quantized_tensor import QuantizedTensor
 
 KERNEL = GpuRowVectors()
 KINDS = {
@@ -35,24 +33,6 @@ KINDS = {
     "16 rows f32": lambda: row_vectors(16, 100, 1000, "f32", (70, 96)),
     "3 rows": lambda: row_vectors(3, 32, 32, shape=(20, 64), scale="f16"),
 }
-
-
-def inputs(tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    x = torch.randn(tokens, columns + 16, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-    return x[:, :columns]
-
-
-def error(weight: QuantizedTensor, x: Tensor, device: torch.device) -> float:
-    """The largest error of a product, in |x| @ |w|; float32, and beside what is not its own."""
-    packed = KERNEL.pack(weight, device)
-    wide = torch.full((len(x), weight.shape[0] + 3), torch.nan, device=device)
-    out = wide[:, : weight.shape[0]]
-    assert KERNEL.linear(x.to(device), packed, out) is out
-    assert wide[:, weight.shape[0] :].isnan().all(), "what lies beside the output is not its"
-    assert not out.isnan().any(), "poison was left"
-    exact = weight.dequantize().double()
-    norms = x.double().norm(dim=1)[:, None] * exact.norm(dim=1)
-    return float(((out.cpu().double() - x.double() @ exact.T).abs() / norms).max())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -74,7 +54,7 @@ def test_unpack_restore_and_rows(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_few_tokens(name: str, tokens: int, device: torch.device) -> None:
     weight = KINDS[name]()
-    assert error(weight, inputs(tokens, weight.shape[1]), device) < 2**-12
+    assert error(KERNEL, weight, inputs(tokens, weight.shape[1]), device) < 2**-12
 
 
 @pytest.mark.slow
@@ -82,23 +62,23 @@ def test_a_few_tokens(name: str, tokens: int, device: torch.device) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_any_number_of_tokens(name: str, tokens: int, device: torch.device) -> None:
     weight = KINDS[name]()
-    assert error(weight, inputs(tokens, weight.shape[1]), device) < 2**-12
+    assert error(KERNEL, weight, inputs(tokens, weight.shape[1]), device) < 2**-12
 
 
 @pytest.mark.parametrize("tokens", [17, 130])
 def test_more_tokens(tokens: int, device: torch.device) -> None:
-    assert error(KINDS["6 rows, outliers, 3 books"](), inputs(tokens, 216), device) < 2**-12
+    assert error(KERNEL, KINDS["6 rows, outliers, 3 books"](), inputs(tokens, 216), device) < 2**-12
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_one_codebook_of_float16_is_exact(tokens: int, device: torch.device) -> None:
-    assert error(KINDS["8 rows, 65536"](), inputs(tokens, 200), device) < 1e-6
+    assert error(KERNEL, KINDS["8 rows, 65536"](), inputs(tokens, 200), device) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_types_of_x(dtype: torch.dtype, device: torch.device) -> None:
     weight = KINDS["6 rows, outliers, 3 books"]()
-    assert error(weight, inputs(2, 216, dtype), device) < 2**-12
+    assert error(KERNEL, weight, inputs(2, 216, dtype), device) < 2**-12
     assert KERNEL.linear(inputs(2, 216, dtype).to(device), KERNEL.pack(weight, device)).dtype is dtype
 
 
@@ -109,15 +89,11 @@ def test_heights_and_splits(
     monkeypatch.setattr("lowbit.kernels.gpu.gpu_kernel.cut", lambda *_: Cut(height, 3, 2))
     for name in ("6 rows, outliers, 3 books", "16 rows f32"):
         weight = KINDS[name]()
-        assert error(weight, inputs(tokens, weight.shape[1]), device) < 2**-12
+        assert error(KERNEL, weight, inputs(tokens, weight.shape[1]), device) < 2**-12
 
 
 def test_no_tokens_and_no_rows(device: torch.device) -> None:
-    packed = KERNEL.pack(KINDS["3 rows"](), device)
-    assert KERNEL.linear(torch.empty(0, 64, device=device), packed).shape == (0, 20)
-    assert KERNEL.rows(packed, torch.empty(0, dtype=torch.int64, device=device)).shape == (0, 64)
-    with pytest.raises(LowbitError, match="63 columns, weight 64"):
-        KERNEL.linear(torch.ones(1, 63, device=device), packed)
+    no_tokens_and_no_rows(KERNEL, KINDS["3 rows"](), device)
 
 
 def test_refusals_and_damage(device: torch.device) -> None:

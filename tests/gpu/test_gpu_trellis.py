@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from contract.test_linear_kernels import canonical, trellis
+from gpu.coded_products import error, inputs
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose
 from lowbit.kernels.gpu import runtime
@@ -20,30 +20,11 @@ from lowbit.kernels.gpu.linear import GpuBlocks
 from lowbit.kernels.gpu.programs import Cut
 from lowbit.kernels.gpu.trellis import GpuTrellis
 from lowbit.numerics.number_formats import number_format
-from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme
 from lowbit.numerics.trellis import MULTIPLIERS
 
 KERNEL = GpuTrellis()
 KINDS = [(bits, "mcg") for bits in range(1, 9)] + [(2, "3inst"), (4, "mul1")]
-
-
-def inputs(tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    x = torch.randn(tokens, columns + 16, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-    return x[:, :columns]
-
-
-def error(weight: QuantizedTensor, x: Tensor, device: torch.device) -> float:
-    """The largest error of a product, in |x| |w| of its row; float32, and beside what is not its own."""
-    packed = KERNEL.pack(weight, device)
-    wide = torch.full((len(x), weight.shape[0] + 3), torch.nan, device=device)
-    out = wide[:, : weight.shape[0]]
-    assert KERNEL.linear(x.to(device), packed, out) is out
-    assert wide[:, weight.shape[0] :].isnan().all(), "what lies beside the output is not its"
-    assert not out.isnan().any(), "poison was left"
-    exact = weight.dequantize().double()
-    norms = x.double().norm(dim=1)[:, None] * exact.norm(dim=1)
-    return float(((out.cpu().double() - x.double() @ exact.T).abs() / norms).max())
 
 
 @pytest.mark.parametrize(("bits", "book"), KINDS)
@@ -64,7 +45,7 @@ def test_unpack_restore_and_rows(bits: int, book: str, device: torch.device) -> 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(("bits", "book"), KINDS)
 def test_a_few_tokens(bits: int, book: str, tokens: int, device: torch.device) -> None:
-    assert error(trellis(bits, book, (128, 128)), inputs(tokens, 128), device) < 2**-12
+    assert error(KERNEL, trellis(bits, book, (128, 128)), inputs(tokens, 128), device) < 2**-12
 
 
 @pytest.mark.slow
@@ -72,18 +53,18 @@ def test_a_few_tokens(bits: int, book: str, tokens: int, device: torch.device) -
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("tokens", [1, 2, 17, 64, 65, 130])
 def test_any_number_of_tokens(tokens: int, bits: int, book: str, device: torch.device) -> None:
-    assert error(trellis(bits, book, (256, 384)), inputs(tokens, 384), device) < 2**-12
+    assert error(KERNEL, trellis(bits, book, (256, 384)), inputs(tokens, 384), device) < 2**-12
 
 
 @pytest.mark.parametrize("tokens", [17, 64, 130])
 def test_more_tokens(tokens: int, device: torch.device) -> None:
-    assert error(trellis(3, "mcg", (128, 128)), inputs(tokens, 128), device) < 2**-12
+    assert error(KERNEL, trellis(3, "mcg", (128, 128)), inputs(tokens, 128), device) < 2**-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_other_types_of_x(tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    assert error(trellis(4, "mcg"), inputs(tokens, 256, dtype), device) < 2**-12
+    assert error(KERNEL, trellis(4, "mcg"), inputs(tokens, 256, dtype), device) < 2**-12
     packed = KERNEL.pack(trellis(4, "mcg"), device)
     assert KERNEL.linear(inputs(tokens, 256, dtype).to(device), packed).dtype is dtype
 
@@ -93,9 +74,9 @@ def test_inputs_beyond_float16(tokens: int, device: torch.device) -> None:
     """Some columns of a token a million times the others, and all of it past float16's largest number."""
     x = inputs(tokens, 256).clone()
     x[:, 5] *= 1e6
-    assert error(trellis(4, "mcg"), x, device) < 2**-12
-    assert error(trellis(4, "mcg"), x * 1e20, device) < 2**-12
-    assert error(trellis(4, "mcg"), x * 1e-20, device) < 2**-12
+    assert error(KERNEL, trellis(4, "mcg"), x, device) < 2**-12
+    assert error(KERNEL, trellis(4, "mcg"), x * 1e20, device) < 2**-12
+    assert error(KERNEL, trellis(4, "mcg"), x * 1e-20, device) < 2**-12
 
 
 @pytest.mark.filterwarnings("ignore:invalid value|All-NaN:RuntimeWarning")
@@ -116,7 +97,7 @@ def test_heights_and_splits(
 ) -> None:
     monkeypatch.setattr("lowbit.kernels.gpu.gpu_kernel.cut", lambda *_: Cut(height, 2, 2))
     weight = trellis(4, "mcg", (128, 384))
-    assert error(weight, inputs(tokens, 384), device) < 2**-12
+    assert error(KERNEL, weight, inputs(tokens, 384), device) < 2**-12
     packed, x = KERNEL.pack(weight, device), inputs(tokens, 384).to(device)
     assert torch.equal(KERNEL.linear(x, packed), KERNEL.linear(x, packed))
 

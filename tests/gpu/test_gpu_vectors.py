@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contract.test_linear_kernels import canonical, vectors
-from lowbit.errors import LowbitError
+from gpu.coded_products import inputs, no_tokens_and_no_rows, product
 from lowbit.kernels import LinearKernel, choose
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.programs import Cut
@@ -33,22 +33,11 @@ KINDS = {
 }
 
 
-def inputs(tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    x = torch.randn(tokens, columns + 16, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-    return x[:, :columns]
-
-
 def error(kernel: LinearKernel, weight: QuantizedTensor, x: Tensor, device: torch.device) -> float:
-    """The largest error of a product, in |x| @ |w|; float32, and beside what is not its own."""
-    packed = kernel.pack(weight, device)
-    wide = torch.full((len(x), weight.shape[0] + 3), torch.nan, device=device)
-    out = wide[:, : weight.shape[0]]
-    assert kernel.linear(x.to(device), packed, out) is out
-    assert wide[:, weight.shape[0] :].isnan().all(), "what lies beside the output is not its"
-    assert not out.isnan().any(), "poison was left"
+    """The largest error of a product, in |x| @ |w|."""
     exact = weight.dequantize().double()
     scale = (x.double().abs() @ exact.abs().T).clamp(min=1e-30)
-    return float(((out.cpu().double() - x.double() @ exact.T).abs() / scale).max())
+    return float(((product(kernel, weight, x, device) - x.double() @ exact.T).abs() / scale).max())
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -127,11 +116,7 @@ def test_an_index_past_a_codebook_reads_no_other_memory(device: torch.device) ->
 
 
 def test_no_tokens_and_no_rows(device: torch.device) -> None:
-    packed = KERNEL.pack(KINDS["1x5 g32"](), device)
-    assert KERNEL.linear(torch.empty(0, 96, device=device), packed).shape == (0, 37)
-    assert KERNEL.rows(packed, torch.empty(0, dtype=torch.int64, device=device)).shape == (0, 96)
-    with pytest.raises(LowbitError, match="95 columns, weight 96"):
-        KERNEL.linear(torch.ones(1, 95, device=device), packed)
+    no_tokens_and_no_rows(KERNEL, KINDS["1x5 g32"](), device)
 
 
 def test_refusals_and_damage(device: torch.device) -> None:

@@ -208,7 +208,7 @@ class Layouts:
         if layout == "packed":
             return self._is_padded(module, entry, shape, args)
         if layout == "marlin":
-            self._check_marlin(module, shape, args)
+            self._check_marlin(module, args)
             return False
         per_row = {"int": columns, "float": columns, "fp4": columns // 2, "fp6": columns * 3 // 4}[layout]
         exact = columns % {"fp4": 2, "fp6": 4}.get(layout, 1) == 0
@@ -235,7 +235,7 @@ class Layouts:
             return self._own_shape(module, zeros)[:1] == (padded_words,)
         return self.config.version < (0, 17)
 
-    def _check_marlin(self, module: StoredModule, shape: tuple[int, ...], args: Args) -> None:
+    def _check_marlin(self, module: StoredModule, args: Args) -> None:
         out, columns = module.shape
         what = f"marlin-24 {args} with {thousands(columns)} input columns"
         if columns % 32 or out % 64:

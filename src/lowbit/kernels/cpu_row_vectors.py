@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowbit.kernels import packed_linear
+from lowbit.kernels import packed_linear, row_vector_rules
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import CODES, COLUMNS, ROWS, Description, NativeWeight
@@ -43,8 +43,7 @@ from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
-_LEAST, _MOST = 3, ROWS  # rows of a vector: of fewer, most of a register would be empty
-_MOST_VECTORS = 1 << 16
+_LENGTHS = range(3, ROWS + 1)  # rows of a vector: of fewer, most of a register would be empty
 _LEAST_TABLE = 64  # numbers that the native code reads of any table
 _SLICE = 1 << 22  # weights that are looked at together
 
@@ -167,18 +166,7 @@ class CpuRowVectors(NativeKernel):
         """Why the weight cannot run here, or None."""
         if reason := super().refuses(scheme, shape, device):
             return reason
-        layout = scheme.weight.vectors
-        if not isinstance(layout, RowVectorLayout):
-            return "weights are no vectors of rows"
-        if not _LEAST <= layout.length <= _MOST:
-            return f"vectors of {layout.length} rows"
-        if max(layout.centroids, layout.residual) > _MOST_VECTORS:
-            return f"codebooks of {max(layout.centroids, layout.residual)} vectors"
-        if layout.columns not in (0, shape[1]):
-            return f"{shape[1]} columns of {layout.columns}"
-        if scheme.zero != "none" or scheme.flattened or scheme.blocks not in ((), ((0, 1),)):
-            return "needs nothing, or one scale for all rows of a column"
-        return None
+        return row_vector_rules.unfit(scheme, shape[1], _LENGTHS)
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of indices and outliers, and of the columns' numbers."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lowbit.kernels import row_vector_rules
 from lowbit.kernels.gpu.gpu_kernel import GpuKernel, checked, output, unfit
 from lowbit.kernels.gpu.vectors import BLOCK, STEP, Codes, check_buffer, factor_of, multiply
 from lowbit.kernels.linear_kernel import PackedWeight
@@ -33,8 +34,7 @@ from lowbit.numerics.number_formats import RowVectorLayout
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
-_LEAST, _MOST = 2, 16  # rows of a vector
-_MOST_VECTORS = 1 << 16
+_LENGTHS = range(2, 17)  # rows of a vector
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,7 @@ class GpuRowVectors(GpuKernel):
         """Why the weight cannot run here, or None."""
         if reason := unfit(scheme, shape, device):
             return reason
-        layout = scheme.weight.vectors
-        if not isinstance(layout, RowVectorLayout):
-            return "weights are no vectors of rows"
-        if not _LEAST <= layout.length <= _MOST:
-            return f"vectors of {layout.length} rows"
-        if max(layout.centroids, layout.residual) > _MOST_VECTORS:
-            return f"codebooks of {max(layout.centroids, layout.residual)} vectors"
-        if layout.columns not in (0, shape[1]):
-            return f"{shape[1]} columns of {layout.columns}"
-        if scheme.zero != "none" or scheme.flattened or scheme.blocks not in ((), ((0, 1),)):
-            return "needs nothing, or one scale for all rows of a column"
-        return None
+        return row_vector_rules.unfit(scheme, shape[1], _LENGTHS)
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of indices and outliers, and of the columns' numbers."""
