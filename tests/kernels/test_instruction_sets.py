@@ -22,6 +22,7 @@ NATIVE = [
     *("kernels/test_encode.py", "kernels/test_step_plan.py", "quantize/test_gguf_blocks.py"),
     *("contract/test_int8_inputs.py", "contract/test_scaled_inputs.py", "kernels/test_experts.py"),
     *("kernels/test_row_peaks.py", "kernels/test_native_layer.py", "kernels/test_cpu_columns.py"),
+    "kernels/test_screened_head.py",
 ]
 # What runs on torch where there is no library.
 SCALAR = [
