@@ -132,7 +132,7 @@ def _by_rows(  # type: ignore[no-untyped-def]
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _multiply(  # type: ignore[no-untyped-def]
     x,  # (tokens, columns) codes
     w,  # (width, columns) codes, or (2 * width, columns): the gate's rows, then its partners'
@@ -275,7 +275,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         tl.store(out + place, cast(y, out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _finish(  # type: ignore[no-untyped-def]
     parts,  # (SPLITS, tokens, rows of w): whole numbers or floats
     x_scale,

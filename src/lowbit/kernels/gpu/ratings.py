@@ -21,7 +21,7 @@ from lowbit.kernels.gpu.sampling import NOTHING, Survey, id_of, number_of, packe
 _MOST_CANDIDATES = 1 << 14
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _best_of_chunks(  # type: ignore[no-untyped-def]
     logits,
     logits_row,
@@ -44,7 +44,7 @@ def _best_of_chunks(  # type: ignore[no-untyped-def]
         left = tl.where(left == top, NOTHING, left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _rate(  # type: ignore[no-untyped-def]
     logits,
     logits_row,

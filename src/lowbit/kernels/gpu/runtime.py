@@ -28,7 +28,7 @@ class Launch:
     """What a launch means to the compiler: enough to compile the same kernel for another device.
 
     ``types``: Triton's spelling of each argument's type by its name ("*bf16", "i32" …), "D" behind it where
-    the address or number is a multiple of 16; ``constants``: by name.
+    the address or number is a multiple of 16; ``constants``: by name. Equal ones are one compilation.
     """
 
     module: str
@@ -107,9 +107,13 @@ def _described(
     num_stages: int,
 ) -> Launch:
     function = kernel.fn
+    plain = (kernel.kwargs["do_not_specialize"] if INTERPRETED else kernel.do_not_specialize) or ()
     types, fixed = [], dict(constants)
     for name, value in zip(kernel.arg_names, arguments, strict=False):
-        if value is None or (isinstance(value, int) and value == 1):
+        if name in plain:
+            assert value is not None, f"{name} is a number"
+            types.append((name, _type_of(value).removesuffix("D")))
+        elif value is None or (isinstance(value, int) and value == 1):
             fixed[name] = value  # Triton compiles these in
         else:
             types.append((name, _type_of(value)))
