@@ -21,9 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from lowbit.kernels import device_memory
+from lowbit.kernels import device_memory, head_products
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.runtime import Launch
+from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.step_plan import Operation
 
 _aten = torch.ops.aten
 _WAITING = {
@@ -144,7 +146,12 @@ class StandIn:
             patch.setattr(torch.cuda, "stream", self._on_a_stream)
             patch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self._mode)
             patch.setattr(torch.cuda, "set_sync_debug_mode", self._set_mode)
-            patch.setattr(device_memory, "upload", self._no_upload(device_memory.upload))
+            patch.setattr(
+                device_memory, "upload", self._not_in_captures("numbers of the host", device_memory.upload)
+            )
+            patch.setattr(Operation, "__call__", self._not_in_captures("native code", Operation.__call__))
+            patch.setattr(head_products, "_native", lambda: None)
+            patch.setattr(Rotator, "_native", lambda *_: False)
             yield self
 
     def _set_mode(self, mode: int | str) -> None:
@@ -192,10 +199,10 @@ class StandIn:
 
         return launched
 
-    def _no_upload(self, upload: Callable[..., Any]) -> Callable[..., Any]:
-        def uploaded(*arguments: Any) -> Any:
+    def _not_in_captures(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
             if self._current:
-                raise RuntimeError("uploads numbers of the host")
-            return upload(*arguments)
+                raise RuntimeError(f"{what} inside a capture")
+            return function(*arguments)
 
-        return uploaded
+        return called

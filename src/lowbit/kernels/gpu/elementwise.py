@@ -249,9 +249,10 @@ def _place(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignor
 
 
 def _tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of ``_place``'s tiles over a matrix, and their shape."""
+    """The grid of ``_place``'s tiles over a matrix, and their shape: one for all numbers of rows, as each is
+    a kernel to compile."""
     block = min(triton.next_power_of_2(width), TILE)
-    together = min(TILE // block, triton.next_power_of_2(rows))
+    together = TILE // block
     return (triton.cdiv(rows, together), triton.cdiv(width, block)), {"ROWS": together, "BLOCK": block}
 
 
