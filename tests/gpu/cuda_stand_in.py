@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from lowbit.kernels import device_memory, head_products
+from lowbit.kernels import head_products
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.runtime import Launch
 from lowbit.kernels.rotation import Rotator
@@ -146,9 +146,8 @@ class StandIn:
             patch.setattr(torch.cuda, "stream", self._on_a_stream)
             patch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self._mode)
             patch.setattr(torch.cuda, "set_sync_debug_mode", self._set_mode)
-            patch.setattr(
-                device_memory, "upload", self._not_in_captures("numbers of the host", device_memory.upload)
-            )
+            host = self._not_in_captures("numbers of the host", torch.from_numpy)
+            patch.setattr(torch, "from_numpy", host)
             patch.setattr(Operation, "__call__", self._not_in_captures("native code", Operation.__call__))
             patch.setattr(head_products, "_native", lambda: None)
             patch.setattr(Rotator, "_native", lambda *_: False)

@@ -165,8 +165,8 @@ def test_tokens_are_those_of_the_host(device: torch.device) -> None:
 
 
 def test_no_request_waits_for_a_kernel_to_be_compiled(device: torch.device, tmp_path: Path) -> None:
-    """What a warm-up launched is all that prompts of other lengths, alone and beside others, and every kind of
-    sampling ask for; and it leaves nothing behind."""
+    """What a warm-up launched is all that prompts of other lengths, alone and beside others, and every kind
+    of sampling ask for; and it leaves nothing behind."""
     tiny.write_folder(tmp_path)
     model = load_model(open_checkpoint(str(tmp_path)), device=device.type, dtype="bfloat16")
     settings = Settings(
