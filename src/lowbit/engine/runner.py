@@ -32,16 +32,16 @@ from lowbit.settings import Settings
 
 _log = logging.getLogger("lowbit")
 
-# A Triton kernel is compiled, for a second or more, when it is first launched with a tile of its size, which no
-# request should wait for. Tokens of a prompt that meet all of them: of linear layers, of attention where a
-# query group has one head to many, and of attention to prompts among other sequences.
+# A Triton kernel is compiled, for a second or more, when it is first launched with tiles of a size, which no
+# request should wait for. Tokens of prompts that meet all of them: of linear layers, of attention where a
+# group has one query head to many, and of attention to prompts among other sequences.
 WARM_TOKENS = (1, 3, 5, 9, 17, 33, 65, 129, 512)
 WARM_LONGEST = (1, 17, 33, 65)
 WARM_SEQUENCES = (2, 17, 65, 257)
 
 
 def warm_sizes(largest: int, sequences: int) -> list[tuple[int, int]]:
-    """(tokens, sequences) of the steps that launch all that steps of up to so many tokens and sequences do."""
+    """(tokens, sequences) of steps that launch all that steps of up to so many tokens and sequences do."""
     alone = [(tokens, 1) for tokens in sorted({*WARM_TOKENS, largest}) if tokens <= largest]
     beside = [
         (longest + count - 1, count)
@@ -152,7 +152,7 @@ class Runner:
                 progress(done + 1, len(planned), "kernels")
 
     def _nobodys(self, tokens: int, sequences: int, context: int) -> ForwardBatch:
-        """A batch that writes nowhere and looks back at nothing, though kernels hear of ``context`` tokens."""
+        """A batch that writes nowhere and looks back at nothing; kernels hear of ``context`` tokens."""
 
         def filled(count: int, value: int) -> Tensor:
             return torch.full((count,), value, dtype=torch.int32, device=self._model.device)

@@ -522,8 +522,9 @@ def _by_library(
         number = -1 if activation is None else activation_number(activation)
         _add_parts(whole_product(x.codes, weight.codes)[None], x, 0, weight, bias, None, out, number)
         return True
-    both_wide = x.codes.dtype is torch.float8_e5m2 and weight.codes.dtype is torch.float8_e5m2
-    fits = out.dtype is torch.bfloat16 and out.is_contiguous() and activation is None and not both_wide
+    # The product with scales of rows takes e5m2 on the left alone.
+    narrow = weight.codes.dtype is torch.float8_e4m3fn
+    fits = out.dtype is torch.bfloat16 and out.is_contiguous() and activation is None and narrow
     if not fits or not fp8_dots(device) or (bias is not None and narrow_bias is None):
         return False
     scaled_product(x, weight, narrow_bias, out)

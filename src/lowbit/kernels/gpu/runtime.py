@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.errors import LowbitError, printable
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _state = {"interpreting": False}
@@ -57,6 +59,31 @@ def refuses(device: torch.device) -> str | None:
     if runs_on(device):
         return None
     return missing() if device.type == "cuda" else f"needs an NVIDIA GPU, got {device.type}"
+
+
+@cache
+def check(device: torch.device) -> None:
+    """E0412 where Triton is installed and cannot compile or run a kernel on this device: no other would run.
+
+    What it needs for that no package brings: a C compiler, Python's headers, a folder to write to.
+    """
+    if missing():
+        return
+    from lowbit.kernels.gpu.language import one
+
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    try:
+        launch(one, (1,), out)
+        said = "" if int(out) == 1 else "a kernel that writes 1 did not"
+    except Exception as error:  # the compiler's, the driver's and the system's are of many kinds
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        said = f"{type(error).__name__}: {lines[0] if lines else 'nothing said'}"
+    if said:
+        raise LowbitError(
+            "E0412",
+            f"--device {device.type}: Triton cannot run kernels here: {printable(said, 300)}; it needs a C "
+            "compiler and Python's headers (apt-get install gcc python3-dev), or use --device cpu",
+        )
 
 
 @contextmanager
