@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from forward_helpers import differences, prompt_logits
+from gguf_blocks import F16_FIELDS, random_blocks
+from gguf_blocks import NAMES as TYPES
 from gguf_writing import GgufTensor, write_gguf
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
 from lowbit.numerics.number_formats import number_format
 from models.family_cases import check_stored_logits
-from numerics.test_block_layouts import F16_FIELDS, dequantized, random_blocks
-from numerics.test_block_layouts import NAMES as TYPES
+from numerics.test_block_layouts import dequantized
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "gguf_families"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.gguf"))

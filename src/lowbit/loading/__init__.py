@@ -17,7 +17,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.kernels.attention import CacheSpec, choose_attention
-from lowbit.kernels.gpu import tuned_sizes
+from lowbit.kernels.gpu import runtime, tuned_sizes
 from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.loading import choice
 from lowbit.loading.kernel_choice import KernelChoice, KernelRules, Timings
@@ -86,6 +86,8 @@ def load_model(
     kernels = KernelChoice(KernelRules.parse(linear_kernel), timings)
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels, parallel)
+    if target.device.type == "cuda":
+        runtime.check(target.device)
     tuned_sizes.look_in(cache_directory() / "tuned")
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
