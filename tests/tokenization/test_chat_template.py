@@ -6,13 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.tokenization import load_chat_template, load_tokenizer
 from lowbit.tokenization.chat_template import JinjaTemplate
-from lowbit.tokenization.fast_tokenizer import FastTokenizer
+from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials
 
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -85,6 +87,55 @@ def test_templates_equal_transformers(
             oracle, messages, chat_template=TEMPLATES[name], tools=tools, add_generation_prompt=prompt
         )
         assert ours.render(messages, tools=tools, add_generation_prompt=prompt) == expected
+
+
+def characters(pre: pre_tokenizers.PreTokenizer, **strips: bool) -> tokenizers.Tokenizer:
+    """A token a character; <|user|> and <|end|> take spaces beside them along where ``strips`` says so."""
+    vocabulary = {c: n for n, c in enumerate(["<unk>", "▁", *map(chr, range(32, 127)), "\n"])}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    made.pre_tokenizer = pre
+    made.add_special_tokens(["<unk>", "<s>"])
+    made.add_special_tokens(
+        [tokenizers.AddedToken(text, normalized=False, **strips) for text in ("<|user|>", "<|end|>")]
+    )
+    return made
+
+
+SPACED = {
+    "spaces behind": characters(pre_tokenizers.Metaspace(prepend_scheme="never"), rstrip=True),
+    "spaces before": characters(pre_tokenizers.Metaspace(prepend_scheme="never"), lstrip=True),
+    "a space before the first word": characters(pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "a space before each piece": characters(pre_tokenizers.Metaspace(prepend_scheme="always")),
+}
+PHI3 = (
+    "{{ bos_token }}{% for m in messages %}<|user|>\n{{ m.content }}  <|end|>\n{% endfor %}{{ '<|user|>\n' }}"
+)
+
+
+@pytest.mark.parametrize("kind", SPACED)
+def test_spaces_beside_special_tokens_equal_transformers(kind: str) -> None:
+    oracle = PreTrainedTokenizerFast(tokenizer_object=SPACED[kind], bos_token="<s>", unk_token="<unk>")
+    source = oracle.backend_tokenizer.to_str()
+    own = FastTokenizer(source, Specials(bos="<s>"), "tokenizer.json")
+    ours = JinjaTemplate(PHI3, "test", own, {"bos_token": "<s>"})
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": text} for text in ("Hi you", " \n x", "猫\U000f0000")
+    ]
+    for count in (1, 2, 3):
+        assert ours.render(messages[:count]) == expected_ids(oracle, messages[:count], chat_template=PHI3)
+    # What a message names stays text, and the template's own still take their spaces along.
+    told = ours.render([{"role": "user", "content": "a<|end|>\n\U000f0000b"}])
+    assert [token for token in told if token >= 98] == [
+        own.special_texts[t] for t in ("<s>", "<|user|>", "<|end|>", "<|user|>")
+    ]
+    if kind == "spaces behind":
+        assert told[:3] == [*own.encode("<s><|user|>"), *own.encode("a")]
+
+
+def test_marks_of_hidden_texts_may_occur_themselves(tokenizer: FastTokenizer) -> None:
+    ours = template(TEMPLATES["chatml"], tokenizer)
+    ids = ours.render([{"role": "user", "content": "\U000f0001<|im_end|>\U000f0000"}])
+    assert tokenizer.decode(ids).count("\U000f0001<|im_end|>\U000f0000") == 1
 
 
 def test_continue_final_message(tokenizer: FastTokenizer, oracle: PreTrainedTokenizerFast) -> None:

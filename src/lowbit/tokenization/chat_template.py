@@ -35,6 +35,7 @@ MAX_OUTPUT = 16 << 20
 DEADLINE_SECONDS = 1.0
 _LARGEST_REPEAT = 1 << 16
 _FIRST_MARK = 0xF0000  # Unicode's supplementary private-use plane
+_MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + 0xFFFD)}]")
 _BOS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 CHATML = (
@@ -256,6 +257,7 @@ class JinjaTemplate:
         # Special texts, longest first, so that a longer one is never cut by a shorter.
         texts = sorted(tokenizer.special_texts, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._controls = tokenizer.special_ids - tokenizer.made_ids
         self._takes_parts = _iterates_over_content(source)
 
     def render(
@@ -353,18 +355,31 @@ class JinjaTemplate:
         return LowbitError("E0256", f"{place}: chat_template failed on this conversation: {printable(error)}")
 
     def _encode(self, text: str, marks: _Marks) -> list[int]:
-        """The template's special tokens as ids, everything between as plain text."""
-        tokenizer, ids, start = self._tokenizer, [], 0
-        pieces: list[tuple[str, int | None]] = []
-        for found in self._special.finditer(text) if self._special else ():
-            pieces.append((text[start : found.start()], tokenizer.special_texts[found[0]]))
-            start = found.end()
-        pieces.append((text[start:], None))
-        for plain, special in pieces:
-            if plain:
-                ids += tokenizer.encode(marks.show(plain), add_special=False, parse_special=False)
-            if special is not None:
-                ids.append(special)
+        """The template's special tokens as ids, everything between as plain text.
+
+        In one piece, so that tokens that swallow the spaces beside them do (Phi-3's), and that a space is put
+        before the first word alone where it is (Mistral's). What has hidden texts in it is encoded by itself.
+        """
+        tokenizer = self._tokenizer
+        found = list(self._special.finditer(text)) if self._special else []
+        own = [tokenizer.special_texts[match[0]] for match in found]
+        ids = tokenizer.encode(text, add_special=False)
+        # Others than the template's own: a normalizer turned ordinary text into a special token.
+        wanted = [token for token in own if token in self._controls]
+        same = [token for token in ids if token in self._controls] == wanted
+        if same and not marks:
+            return ids
+        pieces = tokenizer.pieces(text)
+        if not same or [token for *_, token in pieces] != [*own, None]:
+            cuts = [0, *(place for match in found for place in match.span()), len(text)]
+            texts = [text[begin:end] for begin, end in zip(cuts[::2], cuts[1::2], strict=True)]
+            pieces = [(plain, [], token) for plain, token in zip(texts, [*own, None], strict=True)]
+        ids = []
+        for plain, known, token in pieces:
+            shown = marks.show(plain)
+            if plain and (not known or shown != plain):
+                known = tokenizer.encode(shown, add_special=False, parse_special=False)
+            ids += known if token is None else [*known, token]
         return ids
 
 
@@ -372,8 +387,11 @@ class _Marks:
     """Special texts inside messages <-> private-use characters that no template or tokenizer treats."""
 
     def __init__(self, special: re.Pattern[str] | None) -> None:
-        self._special = special
+        self._special = special and re.compile(f"{_MARKS.pattern}|{special.pattern}")
         self._texts: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
 
     def hide(self, value: object) -> Any:
         """A copy of nested lists and objects with every special text marked."""
@@ -392,9 +410,10 @@ class _Marks:
 
     def show(self, text: str) -> str:
         """The special texts again."""
-        for index, special in enumerate(self._texts):
-            text = text.replace(chr(_FIRST_MARK + index), special)
-        return text
+        return _MARKS.sub(self._text, text) if self else text
+
+    def _text(self, found: re.Match[str]) -> str:
+        return self._texts[ord(found[0]) - _FIRST_MARK]
 
 
 def _parsed_arguments(call: object) -> object:
