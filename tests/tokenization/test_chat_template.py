@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lowbit.checkpoint import open_checkpoint
+from checkpoint.tiny import write_folder
+from lowbit.checkpoint import CheckpointHeader, open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.tokenization import load_chat_template, load_tokenizer
 from lowbit.tokenization.chat_template import JinjaTemplate
@@ -174,6 +176,60 @@ def test_openai_content_parts(tokenizer: FastTokenizer) -> None:
     assert tokenizer.decode(template(walks, tokenizer).render([{"role": "user", "content": parts}])) == (
         "[Hello ][world]"
     )
+
+
+IDEFICS = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}:{% for line in m['content'] %}"
+    "{% if line['type'] == 'text' %}{{ line['text'] }}{% elif line['type'] == 'image' %}<image>{% endif %}"
+    "{% endfor %}{{ '\n' }}{% endfor %}"
+)
+ASKS = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}({{ part.text }}){% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_texts_for_templates_that_take_parts_only(tokenizer: FastTokenizer) -> None:
+    """As of models that also see pictures: a text is a list of one part, and not lost."""
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Well"},
+    ]
+    ours = template(IDEFICS, tokenizer)
+    assert tokenizer.decode(ours.render(messages)) == "User:Hello\nAssistant:Well\n"
+    continued = ours.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert tokenizer.decode(continued) == "User:Hello\nAssistant:Well"
+    assert tokenizer.decode(template(ASKS, tokenizer).render(messages)) == "HelloWell"
+
+
+def test_a_template_for_requests_with_tools(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+    """Command-R and Hermes have two; with the other one, tools would be left out without a word."""
+    listed = [
+        {"name": "default", "template": "{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}: {{ messages[0].content }}"},
+    ]
+    folder = write_folder(tmp_path / "hf")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    metadata = {
+        f"tokenizer.chat_template{s}": t["template"] for s, t in zip(("", ".tool_use"), listed, strict=True)
+    }
+    for header in (
+        open_checkpoint(str(folder)),
+        CheckpointHeader(Path("x.gguf"), "gguf", {}, metadata=metadata),
+    ):
+        ours = load_chat_template(header, tokenizer)
+        assert ours is not None
+        messages: list[dict[str, object]] = [{"role": "user", "content": "hey"}]
+        assert tokenizer.decode(ours.render(messages, tools=TOOLS)) == "add: hey"
+        assert tokenizer.decode(ours.render(messages)) == "hey"
+
+
+def test_the_template_of_a_processor(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+    folder = write_folder(tmp_path / "hf")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": IDEFICS}))
+    ours = load_chat_template(open_checkpoint(str(folder)), tokenizer)
+    assert ours is not None and ours.source == IDEFICS
 
 
 HOSTILE = {
