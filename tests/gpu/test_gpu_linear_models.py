@@ -59,6 +59,8 @@ def test_int4_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ("vptq/v6_k64_outliers", "gpu_row_vectors"),
         ("quip_sharp/e8p12", "gpu_lattice"),
         ("spqr/ptcsr_act_order", "gpu_halves"),
+        ("hqq/4_g16_axis0", "gpu_columns"),
+        ("sinq/4_tiles", "gpu_columns"),
     ],
 )
 def test_codes_stay_packed(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
