@@ -85,8 +85,8 @@ def page() -> str:
         "values agree to the last bit of the stored scale's type. *Kernels*: what runs the fixtures' "
         "layers on a CPU with AVX2 or AVX-512 (-: there is no fixture); everything runs on `reference` too, "
         "and `lowbit inspect` says why a layer does not run on another. On a GPU `gpu_blocks` runs them, "
-        "`gpu_vectors` (AQLM), `gpu_row_vectors` (VPTQ), `gpu_trellis` (EXL3), `gpu_lattice` (QuIP#), `gpu_halves` "
-        "(SpQR) and `gpu_columns` (scales of columns: HQQ, SINQ), packed there too. "
+        "`gpu_vectors` (AQLM), `gpu_row_vectors` (VPTQ), `gpu_trellis` (EXL3), `gpu_lattice` (QuIP#), "
+        "`gpu_halves` (SpQR) and `gpu_columns` (scales of columns: HQQ, SINQ), packed there too. "
         "*Writes*: what `lowbit convert --format` writes, exactly or not at all.",
         "",
         "| format | also called | reads | verified against (fixtures) | kernels | writes |",
