@@ -56,6 +56,7 @@ def test_int4_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("exl3/3inst_signs", "gpu_trellis"),
         ("aqlm/2x8_g8", "gpu_vectors"),
+        ("aqlm/1x12_g4x2", "gpu_vectors"),
         ("vptq/v6_k64_outliers", "gpu_row_vectors"),
         ("quip_sharp/e8p12", "gpu_lattice"),
         ("spqr/ptcsr_act_order", "gpu_halves"),
