@@ -304,7 +304,7 @@ class Asker:
         if isinstance(vectors, RowVectorLayout):
             shape = (16, vectors.columns or 32 * vectors.length)
         elif vectors is not None:
-            shape = (16, 32 * vectors.length)
+            shape = (16 * vectors.height, 32 * vectors.length)
         elif coded.trellis is not None:
             shape = (scheme.rows_together, BLOCK)
         return choose(scheme, shape, self.device).kernel.name != "reference"
