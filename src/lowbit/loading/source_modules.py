@@ -333,9 +333,9 @@ class _Walk(Asker):
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """A meta tensor of that shape."""
         places = self.placed_stack(part, stacked)
-        if self.in_gguf and part.name.endswith(".k_b_proj"):
+        if part.name.endswith(".k_b_proj"):
             self._heads = places
-        elif self.in_gguf and part.name.endswith(".v_b_proj"):
+        elif part.name.endswith(".v_b_proj"):
             self._note_latent(self._heads, places)
         else:
             for place in places:

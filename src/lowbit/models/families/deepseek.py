@@ -148,4 +148,9 @@ def _softmax_scale(head_dim: int, factor: float, mscale_all_dim: float) -> float
     return head_dim**-0.5 * mscale * mscale
 
 
-DEEPSEEK = Family("deepseek", read_config, build, GGUF_NAMES, False, UNUSED, prediction_layers=True)
+# mlx-lm cuts kv_b_proj by heads as GGUF does, K's half transposed, and names both halves by what they do.
+_MLX_HALVES = ((r"\.k_b_proj$", ".embed_q"), (r"\.v_b_proj$", ".unembed_out"))
+
+DEEPSEEK = Family(
+    "deepseek", read_config, build, GGUF_NAMES, False, UNUSED, aliases=_MLX_HALVES, prediction_layers=True
+)
