@@ -99,11 +99,13 @@ def check(path: Path, device: torch.device) -> None:
 
 
 def near(logits: Tensor, path: Path, batch: ForwardBatch) -> None:
-    """Logits of a batch on a GPU are a CPU's but for rounding: a wrong kernel's have nothing in common."""
+    """Logits of a batch on a GPU are a CPU's but for rounding, which may send a token to another expert; a
+    wrong kernel's have nothing in common with them."""
     on_cpu = load_model(open_checkpoint(str(path)), device="cpu", dtype="float32")
     wanted = on_cpu.forward(batch, allocate(on_cpu, PAGES))
-    p, q = wanted.log_softmax(-1), logits.log_softmax(-1)
-    assert float((p.exp() * (p - q)).sum(-1).mean()) < 0.02
+    both = [values - values.mean(1, keepdim=True) for values in (logits, wanted)]
+    alike = torch.nn.functional.cosine_similarity(*both)
+    assert alike.median() > 0.98, alike
 
 
 SCHEMES = [
