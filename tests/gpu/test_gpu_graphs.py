@@ -26,7 +26,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 PAGES, CONTEXT = 8, 64
 slow = pytest.mark.slow
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.timeout(300)]
 
 
 def numbers_of(caches: list[LayerMemory]) -> list[Tensor]:
@@ -119,7 +119,11 @@ SCHEMES = [
         "exl3/3inst_signs",
         "aqlm/2x8_g8",
         "vptq/v6_k64_outliers",
+        "aqlm/1x12_g4x2",
         "quip_sharp/e8p12",
+        "spqr/ptcsr_act_order",
+        "hqq/4_column",
+        "bitsandbytes/nf4",
         "transforms/quip_w4a16",
         "transforms/spinquant_w8a8",
         "fp_quant/nvfp4",

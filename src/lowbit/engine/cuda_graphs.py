@@ -80,9 +80,7 @@ class CudaRecorder:
         current, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(current)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # it does not see all that waits; capturing does
+            warnings.simplefilter("ignore")  # it does not see all that waits; capturing does
             torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(self._stream):
