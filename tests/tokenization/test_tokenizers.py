@@ -350,6 +350,17 @@ def test_bos_where_a_file_does_not_say(name: str, more: dict[str, object], adds:
     assert ours.adds_bos is adds and (ours.encode("a")[0] == 256) is adds
 
 
+def test_what_ends_a_turn_of_gpt_oss() -> None:
+    """Not <|end|>, which stands behind its thoughts, too."""
+    ends = ["<|return|>", "<|end|>", "<|call|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", *ends]
+    known: dict[str, object] = {"tokenizer.ggml.eos_token_id": 257}
+    known |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 256 + [3] * 4}
+    assert letters("gpt-4o", **known).stop_ids == {257, 259}
+    phi = known | {"tokenizer.ggml.tokens": [*tokens[:-3], "<|x|>", "<|end|>", "<|y|>"]}
+    assert letters("gpt-4o", **phi).stop_ids == {257, 258}
+
+
 def test_letters_that_look_like_bytes() -> None:
     """DeepSeek's vocabularies add "ö" and others, the stand-ins of bytes that UTF-8 never has."""
     tokens = [*sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"ö"}), "ö", "<s>"]

@@ -21,10 +21,10 @@ END_OF_TURN = frozenset(
     {
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
         *("<|eom_id|>", "<EOT>", "_<EOT>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|call|>"),
-        *("<｜end▁of▁sentence｜>", "<|eot|>", "<turn|>", "[EOT]", "[EOS]", "<|user|>", "<|observation|>"),
+        *("<｜end▁of▁sentence｜>", "<|eot|>", "<turn|>", "[EOT]", "[EOS]", "<end_of_utterance>"),
     }
-    - {"<|user|>", "<|observation|>"}
 )
+_HARMONY = frozenset({"<|return|>", "<|call|>"})
 _KEEP_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})  # of Phi-3's special tokens
 
 
@@ -112,7 +112,10 @@ class _Vocabulary:
             for token, kind in zip(self.tokens, self.types, strict=True)
             if kind in (_CONTROL, _USER_DEFINED) and token in END_OF_TURN
         }
-        return frozenset(self.ids[token] for token in named | by_text if token is not None)
+        found = named | by_text
+        if found >= _HARMONY:  # gpt-oss ends each message of a turn with it, its thoughts first
+            found -= {"<|end|>"}
+        return frozenset(self.ids[token] for token in found if token is not None)
 
 
 @dataclass(frozen=True)
