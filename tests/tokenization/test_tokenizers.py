@@ -393,6 +393,31 @@ def test_spaces_behind_special_tokens_of_phi_3() -> None:
     assert other.encode("<|user|>\na", add_special=False) == [2, 5, 4]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "count", "name"),
+    [
+        ("qwen2", 257, "qwen2"),
+        ("falcon", 257, "falcon"),
+        ("llama", 32256, "deepseek-coder"),
+        ("llama", 257, "gpt-2"),
+    ],
+    ids=["qwen2", "falcon", "deepseek-coder", "gpt-2"],
+)
+def test_pre_tokenizers_of_files_without_a_name(architecture: str, count: int, name: str) -> None:
+    """Those of early 2024 name none; Qwen1.5's digits are still tokens of their own."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", *(f"<{n}>" for n in range(257, count))]
+    told: dict[str, object] = {
+        "general.architecture": architecture,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [3] + [5] * (count - 257),
+    }
+    cuts = [
+        letters(pre, **told)._tokenizer.pre_tokenizer.pre_tokenize_str("It's 1234, DON'T\n(x1)")
+        for pre in ("default", name)
+    ]
+    assert cuts[0] == cuts[1]
+
+
 # As llama.cpp cuts them.
 PIECES = {
     "kormo": ["Don", "'t", " Pay", " ", "1", "2", "3", "4", "!\n"],

@@ -65,7 +65,9 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
 
 
 def _tensors_of(path: Path, metadata: dict[str, object]) -> dict[str, TensorEntry]:
-    found, told = read_safetensors_header(path) if path.suffix == ".safetensors" else read_pickled_header(path)
+    found, told = (
+        read_safetensors_header(path) if path.suffix == ".safetensors" else read_pickled_header(path)
+    )
     metadata.update(told)
     return found
 
