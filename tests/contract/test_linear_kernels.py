@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gguf_blocks import NAMES, random_blocks, tensor_of
 from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
 from lowbit.kernels import (
@@ -51,7 +52,6 @@ from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from lowbit.numerics.trellis import BLOCK, MULTIPLIERS
-from numerics.test_block_layouts import NAMES, random_blocks, tensor_of
 from sparse_memory import far_apart, sparse_zeros
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -15,6 +15,9 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
 from lowbit.loading import load_model
+
+pytest.importorskip("gguf")
+
 from models.test_gguf_families import HIDDEN, LLAMA, MATRICES, NORMS, moderate_blocks
 
 pytestmark = [

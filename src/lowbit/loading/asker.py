@@ -201,7 +201,10 @@ class Asker:
         [place] = self.names.place(part.name, [part])
         if not stacked:
             return [self._taken(place)]
-        modules = [replace(place.module, expert=n, experts=stacked) for n in range(stacked)]
+        dotted = not self.names.in_gguf and place.module.tensor("weight") in self.header.tensors
+        modules = [
+            replace(place.module, expert=n, experts=stacked, dotted=dotted) for n in range(stacked)
+        ]
         return [self._taken(replace(place, module=module)) for module in modules]
 
     def has(self, name: str) -> bool:

@@ -76,7 +76,7 @@ def _row(number, LENGTH: tl.constexpr, L: tl.constexpr, TALL: tl.constexpr):  # 
     return number, number >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def coded_vector(  # type: ignore[no-untyped-def]
     x,  # float16 (steps * 64,)
     scale,  # float32 (steps / 2,)
@@ -128,7 +128,7 @@ def coded_vector(  # type: ignore[no-untyped-def]
     tl.store(out + tl.program_id(1) * rows + row, cast(sums, out.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "each"])
 def coded_tile(  # type: ignore[no-untyped-def]
     x,  # float16 (tokens, steps * 64)
     scale,  # float32 (tokens, steps / 2)
