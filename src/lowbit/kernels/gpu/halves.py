@@ -223,7 +223,7 @@ def _multiply_outliers(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
     runtime.launch(
         outlier_sums,
         (-(-rows // height), -(-tokens // together)),
-        *(x if tokens == 1 else x.T.contiguous(), out, packed.buffers.get("column_order")),
+        *(x.T.contiguous(), out, packed.buffers.get("column_order")),
         *(packed.buffers[name] for name in ("outlier_starts", "outliers", "outlier_rests")),
         *(tokens, rows),
         R=height,
