@@ -62,7 +62,13 @@ TILES = "Int4TilePackedTo4dTensor"
 _READ = (INT8, FLOAT8, INT4, INTX, TILES)
 _FLOATS = tuple(DENSE_DTYPES)
 _FLOAT8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
+_OLD = (
+    "is of a torchao whose files later versions do not load either; quantize the original model with torchao "
+    "0.15 or newer, or at load (--torchao-config)"
+)
 _REFUSED = {
+    "AffineQuantizedTensor": _OLD,
+    "LinearActivationQuantizedTensor": _OLD,
     "Int4PlainInt32Tensor": "is packed for XPU and NPU kernels; quantize the original model with "
     "Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with --torchao-config int4wo-128",
     "MXTensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or quantize "
