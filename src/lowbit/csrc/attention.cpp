@@ -27,6 +27,59 @@ namespace {
 
 constexpr int DIRECT_ROWS = 2 * SCORE_ROWS;  // so many rows decode narrow pages as they read them
 
+// A segment while it is computed, for the rows of a block, or of several that have its first `common` pages in common.
+class Segment {
+  public:
+    Segment(const Block* const* members, int count, int number, int common)
+        : members(members), count(count), number(number), common(common) {}
+
+    const Block* const* const members;
+    const int count, number, common;
+    int rows = 0;                              // of all members
+    int first[BLOCK_ROWS], last[BLOCK_ROWS];   // row r sees its tokens first[r] <= t < last[r]
+    int begin = 0, end = 0;                    // rows that see any
+    int page_begin = 0, page_end = 0;          // what is read of the first member's pages, for all rows
+
+    const Block& leader() const { return *members[0]; }
+    int pages_of(int row) const { return (last[row] + PAGE_TOKENS - 1) / PAGE_TOKENS; }
+
+    // The next row sees these; what lies outside the segment is cut off.
+    void add_row(int first_seen, int past_seen) {
+        const int base = number * SEGMENT_TOKENS;
+        first[rows] = std::max(first_seen - base, 0);
+        last[rows++] = std::min(past_seen - base, SEGMENT_TOKENS);
+    }
+
+    // Of one block both ends ascend with the row; of several, all see the common pages.
+    void find_ends() {
+        begin = 0, end = rows;
+        while (begin < end && last[begin] <= 0) ++begin;
+        while (begin < end && first[end - 1] >= SEGMENT_TOKENS) --end;
+        if (begin >= end) return;
+        page_begin = first[begin] / PAGE_TOKENS;
+        page_end = count == 1 ? pages_of(end - 1) : common;
+    }
+
+    // Calls each(member, its rows' begin and end).
+    template <class Each>
+    void for_members(const Each& each) const {
+        for (int member = 0, row = 0; member < count; ++member) {
+            const int past = row + members[member]->rows();
+            each(*members[member], row, past);
+            row = past;
+        }
+    }
+
+    // The same for members that have pages alone.
+    template <class Each>
+    void alone(const Each& each) const {
+        if (count == 1 || common >= SEGMENT_PAGES) return;
+        for_members([&](const Block& block, int row, int past) {
+            if (pages_of(past - 1) > common) each(block, row, past);
+        });
+    }
+};
+
 // Work of one thread: lives on its stack.
 template <class Key>
 struct alignas(64) Scratch {
@@ -184,7 +237,7 @@ class Attention {
             prepare_queries(block, rows, scratch);
             rows += block.rows();
         }
-        run_segment(scratch.members, part.count, part.segment, part.common,
+        run_segment({scratch.members, part.count, part.segment, part.common},
                     next == nullptr ? nullptr : &plan_.member_of(*next, 0), next == nullptr ? 0 : next->segment,
                     scratch, plan_.stored_states(part.row));
     }
@@ -213,7 +266,7 @@ class Attention {
             const bool more = segment + 1 < block.segment_end;
             const Block* const then = more ? &block : next;
             const bool first = segment == block.segment_begin;
-            run_segment(members, 1, segment, SEGMENT_PAGES, then,
+            run_segment({members, 1, segment, SEGMENT_PAGES}, then,
                         more ? segment + 1 : next == nullptr ? 0 : next->segment_begin, scratch,
                         first ? all : one);
             if (!first) merge_segment(all, one, block.rows(), cache_.v_dim);
@@ -229,192 +282,161 @@ class Attention {
         return out_ + (token * q_heads_ + head) * cache_.v_dim;
     }
 
-    // Scores of rows begin <= row < end, which see tokens first[row] <= token < last[row] of the segment,
-    // with its pages page_begin <= page < page_end.
-    template <class Element>
-    void score_rows(const Element* const* keys, const Scales& scales, int page_begin, int page_end, int begin,
-                    int end, const int* first, const int* last, Scratch<Key>& scratch,
-                    const Ahead& ahead) const {
-        const int together = pages_at_once(std::min(end - begin, SCORE_ROWS));
-        const int words = query_words<Key>(cache_.k_dim);
-        const Ahead nothing{};
-        int from = begin, to = begin;
-        for (int page = page_begin; page < page_end; page += together) {
-            const int count = std::min(together, page_end - page);
-            while (from < end && last[from] <= page * PAGE_TOKENS) ++from;  // rows before these pages
-            while (to < end && first[to] < (page + count) * PAGE_TOKENS) ++to;
-            for (int row = from; row < to; row += SCORE_ROWS) {
-                const bool fetch = row == from && ahead.lines > 0;
-                const auto score = fetch || IS_CODE<Element> ? score_pages<Element, true>
-                                                             : score_pages<Element, IS_CODE<Element>>;
-                score({scratch.queries + row * words, scratch.query_sums + row * MAX_GROUPS},
-                      std::min(SCORE_ROWS, to - row), keys + page, count, cache_.k_dim, scales,
-                      scratch.scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, fetch ? ahead : nothing,
-                      page);
-            }
-        }
-    }
-
-    // Dimensions dim_begin <= d < dim_end of these rows' weighted values, of pages that have `width`.
-    template <class Element>
-    void weigh_rows(const Element* const* values, int width, int dim_begin, int dim_end, const float* weights,
-                    int begin, int end, const int* first, const int* last, float* out, const float* starts,
-                    const Ahead& ahead) const {
-        const Ahead nothing{};
-        for (int row = begin; row < end; row += VALUE_ROWS) {
-            const bool fetch = row == begin && ahead.lines > 0;
-            const auto weigh = fetch || IS_CODE<Element> ? value_block<Element, true>
-                                                         : value_block<Element, IS_CODE<Element>>;
-            weigh(weights + row * SEGMENT_TOKENS, std::min(VALUE_ROWS, end - row), values, width,
-                  values_.format, first + row, last + row, dim_begin, dim_end, out + row * cache_.v_dim,
-                  cache_.v_dim, starts == nullptr ? nullptr : starts + row, fetch ? ahead : nothing);
-        }
-    }
-
-    // Softmax states and weighted values of the members' rows over one segment, of which they have the first
-    // `common` pages in common; sum 0 where a row sees none. `next`: the block that reads segment
-    // next_segment after this, or null.
-    void run_segment(const Block* const* members, int count, int segment, int common, const Block* next,
-                     int next_segment, Scratch<Key>& scratch, const States& states) const {
-        int first[BLOCK_ROWS], last[BLOCK_ROWS];  // tokens of the segment each row sees
-        const int base = segment * SEGMENT_TOKENS;
-        int rows = 0;
-        for (int member = 0; member < count; ++member) {
-            for_rows(*members[member], [&](int, std::int64_t token, int) {
-                const Block& block = *members[member];
-                const int here = block.first_position + static_cast<int>(token) - block.first_token;
-                first[rows] = std::max(plan_.first_seen(here) - base, 0);
-                last[rows] = std::min(here + 1 - base, SEGMENT_TOKENS);
-                states.maximum[rows] = MINUS_INFINITY;
-                states.sum[rows++] = 0.0f;
-            });
-        }
-        // Rows that see any: of one block both ends ascend with the row; of several, all see the common
-        // pages.
-        int begin = 0, end = rows;
-        while (begin < end && last[begin] <= 0) ++begin;
-        while (begin < end && first[end - 1] >= SEGMENT_TOKENS) --end;
-        if (begin >= end) return;
-        const auto pages_of = [&](int row) { return (last[row] + PAGE_TOKENS - 1) / PAGE_TOKENS; };
-        const int page_begin = first[begin] / PAGE_TOKENS;
-        const int page_end = count == 1 ? pages_of(end - 1) : common;
-        const Block& leader = *members[0];
-        // Calls each(block, its rows) for the pages that a member has alone.
-        const auto alone = [&](const auto& each) {
-            int row = 0;
-            for (int member = 0; count > 1 && common < SEGMENT_PAGES && member < count; ++member) {
-                const int past = row + members[member]->rows();
-                if (pages_of(past - 1) > common) each(*members[member], row, past);
-                row = past;
-            }
-        };
-
-        const Ahead nothing{}, own_values = cache_.latent ? nothing : ahead_of(values_, leader, segment);
-        const Ahead next_keys = next == nullptr ? nothing : ahead_of(keys_, *next, next_segment);
-        const Ahead& after_keys = cache_.latent ? next_keys : own_values;
-        const bool direct = end - begin <= DIRECT_ROWS && !cache_.latent;
+    // Softmax states and weighted values of the rows over one segment; sum 0 where a row sees none of it. `next`: the
+    // block that reads segment next_segment after this, or null.
+    void run_segment(Segment segment, const Block* next, int next_segment, Scratch<Key>& scratch,
+                     const States& states) const {
+        find_rows(segment, states);
+        if (segment.begin >= segment.end) return;
+        const bool direct = segment.end - segment.begin <= DIRECT_ROWS && !cache_.latent;
+        const Ahead next_keys = next == nullptr ? Ahead{} : ahead_of(keys_, *next, next_segment);
         const Key* keys[SEGMENT_PAGES];
+        if (cache_.latent) {
+            score_keys(segment, direct, next_keys, scratch, keys);
+        } else {
+            score_keys(segment, direct, ahead_of(values_, segment.leader(), segment.number), scratch, keys);
+        }
+        take_softmax(segment, scratch, states);
+        if (cache_.latent) {
+            if constexpr (std::is_same_v<Key, Value>) weigh_latent(segment, keys, scratch, states.values);
+        } else {
+            weigh_values(segment, direct, next_keys, scratch, states.values);
+        }
+    }
+
+    // What the rows see of their segment.
+    void find_rows(Segment& segment, const States& states) const {
+        segment.for_members([&](const Block& block, int, int) {
+            for_rows(block, [&](int, std::int64_t token, int) {
+                const int here = block.first_position + static_cast<int>(token) - block.first_token;
+                segment.add_row(plan_.first_seen(here), here + 1);
+            });
+        });
+        std::fill_n(states.maximum, segment.rows, MINUS_INFINITY);
+        std::fill_n(states.sum, segment.rows, 0.0f);
+        segment.find_ends();
+    }
+
+    // Scores. `keys`: the pages that were read for all rows, as operands (of narrow pages read directly: nothing).
+    void score_keys(const Segment& segment, bool direct, const Ahead& ahead, Scratch<Key>& scratch,
+                    const Key** keys) const {
         as_elements<Key>(keys_, direct, [&](auto element) {
             using Element = decltype(element);
             const Element* pages[SEGMENT_PAGES];
             Scales scales;
             const bool read = !keys_.widened() || IS_CODE<Element>;  // or widened: fetched before
-            const auto score = [&](const Block& block, int from, int to, int row, int past,
-                                   const Ahead& ahead) {
-                operands<true>(block, segment, from, to, pages, ahead);
-                find_scales(keys_, block, segment, from, to, scales);
-                score_rows(pages, scales, from, to, row, past, first, last, scratch, read ? ahead : nothing);
+            const auto score = [&](const Block& block, int from, int to, int row, int past, const Ahead& then) {
+                operands<true>(block, segment.number, from, to, pages, then);
+                find_scales(keys_, block, segment.number, from, to, scales);
+                score_rows<Element>({scratch.queries, scratch.query_sums}, {row, past, segment.first, segment.last},
+                                    pages, from, to, cache_.k_dim, scales, scratch.scores, read ? then : Ahead{});
             };
-            score(leader, page_begin, page_end, begin, end, after_keys);
-            if constexpr (std::is_same_v<Element, Key>) std::copy_n(pages, SEGMENT_PAGES, keys);
-            alone([&](const Block& block, int row, int past) {
-                score(block, common, pages_of(past - 1), row, past, nothing);
+            score(segment.leader(), segment.page_begin, segment.page_end, segment.begin, segment.end, ahead);
+            if constexpr (std::is_same_v<Element, Key>) {
+                std::copy(pages + segment.page_begin, pages + segment.page_end, keys + segment.page_begin);
+            }
+            segment.alone([&](const Block& block, int row, int past) {
+                score(block, segment.common, segment.pages_of(past - 1), row, past, Ahead{});
             });
         });
+    }
 
-        const Store& weighed = cache_.latent ? keys_ : values_;
-        constexpr bool ROUNDED = BFLOAT_PRODUCTS<Value>;
-        constexpr Weights MULTIPLIED = ROUNDED ? Weights::PAIRS : Weights::FLOATS;
-        const auto softmax = weighed.group == 0 ? softmax_segment<MULTIPLIED, ROUNDED>
-                                                : softmax_segment<Weights::FLOATS, ROUNDED>;
-        for (int row = begin; row < end; ++row) {
-            softmax(scratch.scores + row * SEGMENT_TOKENS, first[row], last[row], softmax_,
+    // Scores become weights, or what weights_of() makes them of.
+    void take_softmax(const Segment& segment, Scratch<Key>& scratch, const States& states) const {
+        const auto softmax = weighed().group == 0 ? softmax_segment<MULTIPLIED, ROUNDED>
+                                                  : softmax_segment<Weights::FLOATS, ROUNDED>;
+        for (int row = segment.begin; row < segment.end; ++row) {
+            softmax(scratch.scores + row * SEGMENT_TOKENS, segment.first[row], segment.last[row], softmax_,
                     states.maximum[row], states.sum[row]);
         }
-        const int group = weighed.group > 0 ? weighed.group : cache_.v_dim;
-        const auto fold = [&](int dimension, int row_begin, int row_end, float* folded) {
-            Scales stored;
-            TokenScales& scales = scratch.scales;
-            for (int member = 0, row = 0; member < count; ++member) {
-                const int past = row + members[member]->rows();
-                const int from = std::max(row, row_begin), to = std::min(past, row_end);
-                row = past;
-                if (from >= to) continue;
-                const int page_from = first[from] / PAGE_TOKENS, page_to = pages_of(to - 1);
-                find_scales(weighed, *members[member], segment, page_from, page_to, stored);
-                scales.load(stored, page_from, page_to, dimension);
-                const auto fold_row =
-                    stored.lows ? fold_scales<MULTIPLIED, true> : fold_scales<MULTIPLIED, false>;
-                for (int which = from; which < to; ++which) {
-                    const int at = which * SEGMENT_TOKENS;
-                    scratch.starts[which] =
-                        fold_row(scratch.scores + at, first[which], last[which], scales, folded + at);
-                }
-            }
-        };
-        if (weighed.group == 0) std::fill(scratch.starts + begin, scratch.starts + end, 0.0f);
-        if (weighed.group > 0 && group >= cache_.v_dim) fold(0, begin, end, scratch.scores);
-        // What rows weigh the values of a group of dimensions with.
-        const auto weights_of = [&](int dimension, int row_begin, int row_end) -> const float* {
-            if (group >= cache_.v_dim) return scratch.scores;
-            fold(dimension, row_begin, row_end, scratch.folded);
-            return scratch.folded;
-        };
-
-        if (!cache_.latent) {
-            as_elements<Value>(values_, direct, [&](auto element) {
-                using Element = decltype(element);
-                const Element* pages[SEGMENT_PAGES];
-                int whole_first[BLOCK_ROWS], whole_last[BLOCK_ROWS];
-                const int whole = page_end * PAGE_TOKENS;
-                for (int row = begin; row < end; ++row) whole_last[row] = std::min(last[row], whole);
-                const bool read = !values_.widened() || IS_CODE<Element>;
-                operands<false>(leader, segment, page_begin, page_end, pages, next_keys);
-                for (int from = 0; from < cache_.v_dim; from += group) {
-                    const int to = std::min(from + group, cache_.v_dim);
-                    weigh_rows(pages, cache_.v_dim, from, to, weights_of(from, begin, end), begin, end,
-                               first, whole_last, states.values, scratch.starts, read ? next_keys : nothing);
-                }
-                alone([&](const Block& block, int row, int past) {
-                    operands<false>(block, segment, common, pages_of(past - 1), pages, nothing);
-                    std::fill(whole_first + row, whole_first + past, whole);
-                    for (int from = 0; from < cache_.v_dim; from += group) {
-                        const int to = std::min(from + group, cache_.v_dim);
-                        weigh_rows(pages, cache_.v_dim, from, to, weights_of(from, row, past), row, past,
-                                   whole_first, last, states.values, nullptr, nothing);
-                    }
-                });
-            });
-            return;
-        }
-        if constexpr (std::is_same_v<Key, Value>) {
-            const Value* values[SEGMENT_PAGES];
-            for (int from = 0; from < cache_.v_dim; from += group) {
-                const int to = std::min(from + group, cache_.v_dim);
-                const float* const weights = weights_of(from, begin, end);
-                for (int dimension = from; dimension < to; dimension += STRIP) {
-                    const int width = std::min(STRIP, to - dimension);
-                    for (int page = page_begin; page < page_end; ++page) {
-                        Key* turned = scratch.turned + page * PAGE_TOKENS * width;
-                        turn_keys(keys[page] + dimension * PAGE_TOKENS, width, turned);
-                        values[page] = turned;
-                    }
-                    weigh_rows(values, width, 0, width, weights, begin, end, first, last,
-                               states.values + dimension, scratch.starts, nothing);
-                }
-            }
+        if (weighed().group == 0) {
+            std::fill(scratch.starts + segment.begin, scratch.starts + segment.end, 0.0f);
+        } else if (one_group()) {
+            fold(segment, 0, segment.begin, segment.end, scratch.scores, scratch);
         }
     }
+
+    // folded <- weights times the scales that values have from `dimension` on, of rows begin <= row < end; their starts.
+    void fold(const Segment& segment, int dimension, int begin, int end, float* folded,
+              Scratch<Key>& scratch) const {
+        Scales stored;
+        segment.for_members([&](const Block& block, int row, int past) {
+            const int from = std::max(row, begin), to = std::min(past, end);
+            if (from >= to) return;
+            const int page_from = segment.first[from] / PAGE_TOKENS, page_to = segment.pages_of(to - 1);
+            find_scales(weighed(), block, segment.number, page_from, page_to, stored);
+            scratch.scales.load(stored, page_from, page_to, dimension);
+            const auto fold_row = stored.lows ? fold_scales<MULTIPLIED, true> : fold_scales<MULTIPLIED, false>;
+            for (int which = from; which < to; ++which) {
+                const int at = which * SEGMENT_TOKENS;
+                scratch.starts[which] = fold_row(scratch.scores + at, segment.first[which], segment.last[which],
+                                                 scratch.scales, folded + at);
+            }
+        });
+    }
+
+    // Calls each(begin, end, what rows weigh these dimensions with): those of a group of scales.
+    template <class Each>
+    void for_groups(const Segment& segment, int row_begin, int row_end, Scratch<Key>& scratch,
+                    const Each& each) const {
+        if (one_group()) return each(0, cache_.v_dim, scratch.scores);
+        for (int begin = 0; begin < cache_.v_dim; begin += weighed().group) {
+            fold(segment, begin, row_begin, row_end, scratch.folded, scratch);
+            each(begin, std::min(begin + weighed().group, cache_.v_dim), scratch.folded);
+        }
+    }
+
+    void weigh_values(const Segment& segment, bool direct, const Ahead& ahead, Scratch<Key>& scratch,
+                      float* out) const {
+        as_elements<Value>(values_, direct, [&](auto element) {
+            using Element = decltype(element);
+            const Element* pages[SEGMENT_PAGES];
+            const bool read = !values_.widened() || IS_CODE<Element>;
+            const auto weigh = [&](const Rows& rows, const float* starts, const Ahead& then) {
+                for_groups(segment, rows.begin, rows.end, scratch, [&](int begin, int end, const float* weights) {
+                    weigh_rows<Element>(weights, rows, pages, cache_.v_dim, values_.format, begin, end, out,
+                                        cache_.v_dim, starts, read ? then : Ahead{});
+                });
+            };
+            // The pages that are read for all rows end here, what members have alone begins here.
+            const int whole = segment.page_end * PAGE_TOKENS;
+            int cut[BLOCK_ROWS];
+            for (int row = segment.begin; row < segment.end; ++row) cut[row] = std::min(segment.last[row], whole);
+            operands<false>(segment.leader(), segment.number, segment.page_begin, segment.page_end, pages, ahead);
+            weigh({segment.begin, segment.end, segment.first, cut}, scratch.starts, ahead);
+            segment.alone([&](const Block& block, int row, int past) {
+                operands<false>(block, segment.number, segment.common, segment.pages_of(past - 1), pages, Ahead{});
+                std::fill(cut + row, cut + past, whole);
+                weigh({row, past, cut, segment.last}, nullptr, Ahead{});
+            });
+        });
+    }
+
+    // The values are the first dimensions of `keys`.
+    void weigh_latent(const Segment& segment, const Key* const* keys, Scratch<Key>& scratch, float* out) const {
+        const Rows rows{segment.begin, segment.end, segment.first, segment.last};
+        const Value* values[SEGMENT_PAGES];
+        for_groups(segment, rows.begin, rows.end, scratch, [&](int begin, int end, const float* weights) {
+            for (int dimension = begin; dimension < end; dimension += STRIP) {
+                const int width = std::min(STRIP, end - dimension);
+                for (int page = segment.page_begin; page < segment.page_end; ++page) {
+                    Key* const turned = scratch.turned + page * PAGE_TOKENS * width;
+                    turn_keys(keys[page] + dimension * PAGE_TOKENS, width, turned);
+                    values[page] = turned;
+                }
+                weigh_rows<Value>(weights, rows, values, width, values_.format, 0, width, out + dimension,
+                                  cache_.v_dim, scratch.starts, Ahead{});
+            }
+        });
+    }
+
+    // Where the values lie.
+    const Store& weighed() const { return cache_.latent ? keys_ : values_; }
+    // Whether all dimensions of a value share its scale, or have none.
+    bool one_group() const { return weighed().group == 0 || weighed().group >= cache_.v_dim; }
+
+    static constexpr bool ROUNDED = BFLOAT_PRODUCTS<Value>;
+    static constexpr Weights MULTIPLIED = ROUNDED ? Weights::PAIRS : Weights::FLOATS;
 
     const lowbit_attention_cache& cache_;
     const Store keys_, values_;

@@ -1,5 +1,5 @@
-// The inner loops of paged attention: scores of a page of keys, a segment's weighted values; between them its softmax
-// (attention_softmax.h).
+// What paged attention multiplies: queries with a segment's keys (attention_scores.cpp) and what softmax makes of their
+// scores (attention_softmax.h) with its values (attention_values.cpp).
 //
 // Keys and values are operands of bfloat16 or float (attention_cache.h). A line of bfloat16 keys is a pair of
 // dimensions of 16 tokens, the operand of vdpbf16ps that yields 16 scores for a broadcast query pair; a line
@@ -46,16 +46,6 @@ constexpr int vectors_at_once(int) { return VALUE_VECTORS; }
 #endif
 constexpr int STRIP = VALUE_VECTORS * LANES;  // dimensions of a latent segment that are turned at once
 
-// A pair of dimensions of 16 keys.
-inline void load_keys(const Bfloat* page, int pair, Vector16& even, Vector16& odd) {
-    even = lower_bfloats(page + 2 * LANES * pair);
-    odd = upper_bfloats(page + 2 * LANES * pair);
-}
-inline void load_keys(const float* page, int pair, Vector16& even, Vector16& odd) {
-    even = load(page + 2 * LANES * pair);
-    odd = load(page + 2 * LANES * pair + LANES);
-}
-
 // The keys of `width` dimensions of a page (a multiple of 16) in V's layout: no bit changes.
 #if defined(__AVX2__)  // NEON: attention_neon.h
 inline void turn_keys(const Bfloat* keys, int width, Bfloat* values) {
@@ -99,20 +89,6 @@ inline void turn_keys(const float* keys, int width, float* values) {
 }
 #endif
 
-// Sixteen dimensions of token pair `pair`.
-inline Vector16 first_values(const Bfloat* page, int v_dim, int pair, int dimension) {
-    return lower_bfloats(page + 2 * (pair * v_dim + dimension));
-}
-inline Vector16 second_values(const Bfloat* page, int v_dim, int pair, int dimension) {
-    return upper_bfloats(page + 2 * (pair * v_dim + dimension));
-}
-inline Vector16 first_values(const float* page, int v_dim, int pair, int dimension) {
-    return load(page + 2 * pair * v_dim + dimension);
-}
-inline Vector16 second_values(const float* page, int v_dim, int pair, int dimension) {
-    return load(page + (2 * pair + 1) * v_dim + dimension);
-}
-
 // Whether vdpbf16ps multiplies: on AVX-512 beside a bfloat16 cache. Queries and softmax weights are then
 // rounded to bfloat16 and lie as pairs in 32-bit words; sums stay float32. Otherwise all is float32.
 #if defined(__AVX512BF16__)
@@ -125,6 +101,13 @@ template <class Element>
 constexpr bool IS_CODE = false;
 template <class Element>
 constexpr bool BFLOAT_PRODUCTS = false;
+#endif
+
+// What pages are read as.
+#if defined(__AVX512BF16__)
+#define LOWBIT_ATTENTION_ELEMENTS(each) each(float) each(Bfloat) each(Code4) each(Code8)
+#else
+#define LOWBIT_ATTENTION_ELEMENTS(each) each(float) each(Bfloat)
 #endif
 
 template <class Element>
@@ -211,377 +194,25 @@ __attribute__((always_inline)) inline void each_sum(Vector16 (&sums)[ROWS][VECTO
     }
 }
 
-// scores[row][page * 16 + token] = query . key for ROWS rows and PAGES pages. Rows of scores are
-// SEGMENT_TOKENS apart. `place`: of the first page in `scales` and, for FETCH, in `ahead`.
-template <class Element, int ROWS, int PAGES, bool FETCH>
-inline void score_tile(const Queries& queries, const Element* const* pages, int k_dim, const Scales& scales,
-                       float* scores, const Ahead& ahead, int place) {
-    constexpr int LINES = sizeof(Element) / sizeof(Bfloat);  // of 64 bytes a pair of dimensions has
-    const int words = query_words<Element>(k_dim), group = scales.group > 0 ? scales.group : k_dim;
-    const std::uint8_t* fetched[PAGES];
-    for (int page = 0; page < PAGES; ++page) fetched[page] = FETCH ? ahead.pages[place + page] : nullptr;
-    Vector16 sums[ROWS][PAGES];
-    const auto add_pairs = [&](int begin, int end) __attribute__((always_inline)) {
-#if defined(__AVX512BF16__)
-        const auto add = [&](int page, int row, int pair, __m512i keys) __attribute__((always_inline)) {
-            int word;
-            std::memcpy(&word, queries.words + row * words + pair, sizeof word);
-            sums[row][page].lanes =
-                _mm512_dpbf16_ps(sums[row][page].lanes, reinterpret_cast<__m512bh>(keys),
-                                 reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)));
-        };
-        if constexpr (IS_CODE<Element>) {
-            const QuadDecoder<Element, true> decoder(code_table(scales.format));
-            for (int quad = begin / 2; quad < end / 2; ++quad) {
-                if (quad < ahead.lines) {
-#pragma GCC unroll 8
-                    for (int page = 0; page < PAGES; ++page) fetch_line(fetched[page] + quad * CACHE_LINE);
-                }
-#pragma GCC unroll 8
-                for (int page = 0; page < PAGES; ++page) {
-                    __m512i first, second;
-                    decoder.decode(reinterpret_cast<const std::uint8_t*>(pages[page]) + quad * decoder.BYTES,
-                                   first, second);
-#pragma GCC unroll 8
-                    for (int row = 0; row < ROWS; ++row) {
-                        add(page, row, 2 * quad, first);
-                        add(page, row, 2 * quad + 1, second);
-                    }
-                }
-            }
-            return;
-        }
-#endif
-        for (int pair = begin; pair < end; ++pair) {
-            if (FETCH && LINES * pair + LINES <= ahead.lines) {
-#pragma GCC unroll 8
-                for (int page = 0; page < PAGES; ++page) {
-                    const std::uint8_t* from = fetched[page] + LINES * pair * CACHE_LINE;
-                    for (int line = 0; line < LINES; ++line) fetch_line(from + line * CACHE_LINE);
-                }
-            }
-#if defined(__AVX512BF16__)
-            if constexpr (BFLOAT_PRODUCTS<Element>) {
-                __m512i keys[PAGES];
-#pragma GCC unroll 8
-                for (int page = 0; page < PAGES; ++page) {
-                    keys[page] = _mm512_loadu_si512(pages[page] + 2 * LANES * pair);
-                }
-#pragma GCC unroll 8
-                for (int row = 0; row < ROWS; ++row) {
-#pragma GCC unroll 8
-                    for (int page = 0; page < PAGES; ++page) add(page, row, pair, keys[page]);
-                }
-                continue;
-            }
-#endif
-            if constexpr (!IS_CODE<Element>) {
-#pragma GCC unroll 8
-                for (int page = 0; page < PAGES; ++page) {
-                    Vector16 even, odd;
-                    load_keys(pages[page], pair, even, odd);
-#pragma GCC unroll 8
-                    for (int row = 0; row < ROWS; ++row) {
-                        const float* query = queries.words + row * words + 2 * pair;
-                        sums[row][page] =
-                            fma(odd, broadcast(query[1]), fma(even, broadcast(query[0]), sums[row][page]));
-                    }
-                }
-            }
-        }
-    };
-    if (IS_CODE<Element>) {  // what no quad fetches
-        for (int page = 0; page < PAGES; ++page) ahead.fetch_from(place + page, k_dim / 4);
-    }
-    for (int begin = 0; begin < k_dim; begin += group) {
-        each_sum(sums, [](int, int) { return zeros(); });
-        add_pairs(begin / 2, std::min(begin + group, k_dim) / 2);
-        if (scales.group == 0) {
-            each_sum(sums, [&](int row, int page) {
-                store(scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS, sums[row][page]);
-                return sums[row][page];
-            });
-            return;
-        }
-        Vector16 scale[PAGES], low[PAGES];
-#pragma GCC unroll 8
-        for (int page = 0; page < PAGES; ++page) {
-            const Bfloat* const mine = scales.of(place + page, begin);
-            scale[page] = load_bfloats(mine);
-            low[page] = scales.lows ? load_bfloats(mine + PAGE_TOKENS) : zeros();
-        }
-        each_sum(sums, [&](int row, int page) {
-            float* const here = scores + row * SEGMENT_TOKENS + page * PAGE_TOKENS;
-            Vector16 total = begin == 0 ? zeros() : load(here);
-            if (scales.lows) {
-                total = fma(low[page], broadcast(queries.sums[row * MAX_GROUPS + begin / group]), total);
-            }
-            store(here, fma(scale[page], sums[row][page], total));
-            return sums[row][page];
-        });
-    }
-}
-
-// The same for `count` pages, PAGES of them at once and then the rest.
-template <class Element, bool FETCH, int ROWS, int PAGES = pages_at_once(ROWS)>
-inline void score_all(const Queries& queries, const Element* const* pages, int count, int k_dim,
-                      const Scales& scales, float* scores, const Ahead& ahead, int place) {
-    int page = 0;
-    for (; page + PAGES <= count; page += PAGES) {
-        score_tile<Element, ROWS, PAGES, FETCH>(queries, pages + page, k_dim, scales,
-                                                scores + page * PAGE_TOKENS, ahead, place + page);
-    }
-    if constexpr (PAGES > 1) {
-        if (page < count) {
-            score_all<Element, FETCH, ROWS, PAGES / 2>(queries, pages + page, count - page, k_dim, scales,
-                                                       scores + page * PAGE_TOKENS, ahead, place + page);
-        }
-    }
-}
-
-// The same for 1 <= rows <= ROWS rows.
-template <class Element, bool FETCH, int ROWS = SCORE_ROWS>
-inline void score_pages(const Queries& queries, int rows, const Element* const* pages, int count, int k_dim,
-                        const Scales& scales, float* scores, const Ahead& ahead, int place) {
-    if constexpr (ROWS > 1) {
-        if (rows < ROWS) {
-            score_pages<Element, FETCH, ROWS - 1>(queries, rows, pages, count, k_dim, scales, scores, ahead,
-                                                  place);
-            return;
-        }
-    }
-    score_all<Element, FETCH, ROWS>(queries, pages, count, k_dim, scales, scores, ahead, place);
-}
-
-// What ROWS rows see of a segment: tokens first[row] <= t < last[row], all of them begin <= t < end.
-struct Seen {
+// Rows begin <= row < end of a block. Each sees tokens first[row] <= t < last[row] of the segment.
+struct Rows {
+    int begin, end;
     const int* first;
     const int* last;
-    int lowest, begin, end, highest;
 };
 
-template <int ROWS>
-inline Seen seen_together(const int* first, const int* last) {
-    Seen seen{first, last, first[0], first[0], last[0], last[0]};
-    for (int row = 1; row < ROWS; ++row) {
-        seen.lowest = std::min(seen.lowest, first[row]);
-        seen.begin = std::max(seen.begin, first[row]);
-        seen.end = std::min(seen.end, last[row]);
-        seen.highest = std::max(seen.highest, last[row]);
-    }
-    return seen;
-}
+// scores[row][token] = query . key for what these rows see of pages page_begin <= page < page_end, and unseen tokens
+// beside it; rows of scores are SEGMENT_TOKENS apart. Queries lie as prepare_query() and sum_query() leave them,
+// `queries` and `scores` being row 0's. The first rows fetch `ahead`.
+template <class Element>
+void score_rows(const Queries& queries, const Rows& rows, const Element* const* pages, int page_begin, int page_end,
+                int k_dim, const Scales& scales, float* scores, const Ahead& ahead);
 
-// out[row][dimension ...] (+)= weight * value over what each of ROWS rows sees, in ascending order of tokens,
-// for VECTORS * 16 dimensions; from start[row] on, or where that is null from what is there. Rows of weights
-// are SEGMENT_TOKENS apart, rows of out `stride`.
-template <class Element, int ROWS, int VECTORS, bool FETCH>
-inline void value_tile(const float* weights, const Element* const* pages, int v_dim, const Seen& seen,
-                       int dimension, float* out, int stride, const float* start, const Ahead& ahead) {
-    Vector16 sums[ROWS][VECTORS];
-    each_sum(sums, [&](int row, int vector) {
-        if (start != nullptr) return broadcast(start[row]);
-        return load(out + row * stride + dimension + vector * LANES);
-    });
-    const auto add_token = [&](int token, auto all_see) __attribute__((always_inline)) {
-        const Element* page = pages[token / PAGE_TOKENS];
-        const int pair = token % PAGE_TOKENS / 2;
-        if (FETCH && (sizeof(Element) > sizeof(Bfloat) || token % 2 == 0)) {
-            const int row = sizeof(Element) > sizeof(Bfloat) ? token % PAGE_TOKENS : pair;
-            ahead.fetch<VECTORS>(token / PAGE_TOKENS, (row * v_dim + dimension) / LANES);
-        }
-        Vector16 values[VECTORS];
-#pragma GCC unroll 8
-        for (int vector = 0; vector < VECTORS; ++vector) {
-            const int at = dimension + vector * LANES;
-            values[vector] =
-                token % 2 == 0 ? first_values(page, v_dim, pair, at) : second_values(page, v_dim, pair, at);
-        }
-#pragma GCC unroll 8
-        for (int row = 0; row < ROWS; ++row) {
-            if (!all_see && (token < seen.first[row] || token >= seen.last[row])) continue;
-            const Vector16 weight = broadcast(weights[row * SEGMENT_TOKENS + token]);
-#pragma GCC unroll 8
-            for (int vector = 0; vector < VECTORS; ++vector) {
-                sums[row][vector] = fma(weight, values[vector], sums[row][vector]);
-            }
-        }
-    };
-    int token = seen.lowest;
-    const auto up_to = [&](int end) {
-        for (; token < end; ++token) add_token(token, std::false_type{});
-    };
-    up_to(std::min((seen.begin + 1) / 2 * 2, seen.highest));
-    for (; token + 1 < seen.end; token += 2) {
-        add_token(token, std::true_type{});
-        add_token(token + 1, std::true_type{});
-    }
-    up_to(seen.highest);
-    each_sum(sums, [&](int row, int vector) {
-        store(out + row * stride + dimension + vector * LANES, sums[row][vector]);
-        return sums[row][vector];
-    });
-}
-
-#if defined(__AVX512BF16__)
-// The same for pairs of bfloat16: two tokens an instruction. Where a row sees one token of a pair the other
-// is cleared: its weight is 0, but 0 times what an unused slot holds might be NaN.
-template <class Element, int ROWS, int VECTORS, bool FETCH>
-inline void value_pairs(const float* weights, const Element* const* pages, int v_dim, Format format,
-                        const Seen& seen, int dimension, float* out, int stride, const float* start,
-                        const Ahead& ahead) {
-    constexpr int PAGE_PAIRS = PAGE_TOKENS / 2;
-    Vector16 sums[ROWS][VECTORS];
-    each_sum(sums, [&](int row, int vector) {
-        if (start != nullptr) return broadcast(start[row]);
-        return load(out + row * stride + dimension + vector * LANES);
-    });
-    const auto weight_of = [&](int row, int pair) __attribute__((always_inline)) {
-        int word;
-        const float* from = weights + row * SEGMENT_TOKENS + pair / LANES * 2 * LANES + pair % LANES;
-        std::memcpy(&word, from, sizeof word);
-        return reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
-    };
-    const auto add = [&](int row, int vector, __m512i values,
-                         __m512bh weight) __attribute__((always_inline)) {
-        sums[row][vector].lanes =
-            _mm512_dpbf16_ps(sums[row][vector].lanes, reinterpret_cast<__m512bh>(values), weight);
-    };
-    // Calls with(get), get(pair, vector) being a line of values.
-    const auto with_lines = [&](const auto& with) __attribute__((always_inline)) {
-        if constexpr (IS_CODE<Element>) {
-            const QuadDecoder<Element, false> decoder(code_table(format));
-            with([&](int pair, int vector) __attribute__((always_inline)) {
-                const int quad = pair % PAGE_PAIRS / 2 * (v_dim / LANES) + dimension / LANES + vector;
-                const auto* page = reinterpret_cast<const std::uint8_t*>(pages[pair / PAGE_PAIRS]);
-                __m512i first, second;
-                decoder.decode(page + quad * decoder.BYTES, first, second);
-                return pair % 2 == 0 ? first : second;
-            });
-        } else {
-            with([&](int pair, int vector) __attribute__((always_inline)) {
-                return _mm512_loadu_si512(pages[pair / PAGE_PAIRS] +
-                                          2 * (pair % PAGE_PAIRS * v_dim + dimension + vector * LANES));
-            });
-        }
-    };
-    int pair = seen.lowest / 2;
-    const auto up_to = [&](int end) __attribute__((always_inline)) {
-        if (pair >= end) return;
-        with_lines([&](const auto& line) __attribute__((always_inline)) {
-            for (; pair < end; ++pair) {
-#pragma GCC unroll 8
-                for (int vector = 0; vector < VECTORS; ++vector) {
-                    const __m512i values = line(pair, vector);
-#pragma GCC unroll 8
-                    for (int row = 0; row < ROWS; ++row) {
-                        const auto sees =
-                            [&](int token) { return token >= seen.first[row] && token < seen.last[row]; };
-                        const unsigned even = sees(2 * pair) ? 0xFFFFu : 0u;
-                        const unsigned tokens = even | (sees(2 * pair + 1) ? ~0xFFFFu : 0u);
-                        if (tokens == 0) continue;
-                        const __m512i kept = _mm512_set1_epi32(static_cast<int>(tokens));
-                        add(row, vector, _mm512_and_si512(values, kept), weight_of(row, pair));
-                    }
-                }
-            }
-        });
-    };
-    const int end = (seen.highest + 1) / 2;
-    if constexpr (IS_CODE<Element>) {
-        constexpr int PAGE_QUADS = PAGE_PAIRS / 2;
-        up_to(std::min((seen.begin + 3) / 4 * 2, end));
-        const QuadDecoder<Element, false> decoder(code_table(format));
-        const int across = v_dim / LANES, last_fetched = ahead.lines / VECTORS * VECTORS;
-        for (; pair + 2 <= seen.end / 2; pair += 2) {
-            const int page = pair / PAGE_PAIRS;
-            const int quad = pair % PAGE_PAIRS / 2 * across + dimension / LANES;
-            const auto* from = reinterpret_cast<const std::uint8_t*>(pages[page]) + quad * decoder.BYTES;
-            ahead.fetch<VECTORS>(page, quad);
-            if (quad == 0) ahead.fetch_from(page, std::min(last_fetched, PAGE_QUADS * across));
-#pragma GCC unroll 8
-            for (int vector = 0; vector < VECTORS; ++vector) {
-                __m512i first, second;
-                decoder.decode(from + vector * decoder.BYTES, first, second);
-#pragma GCC unroll 8
-                for (int row = 0; row < ROWS; ++row) {
-                    add(row, vector, first, weight_of(row, pair));
-                    add(row, vector, second, weight_of(row, pair + 1));
-                }
-            }
-        }
-    } else {
-        up_to(std::min((seen.begin + 1) / 2, end));
-        while (pair < seen.end / 2) {
-            const int page = pair / PAGE_PAIRS, page_end = std::min(seen.end / 2, (page + 1) * PAGE_PAIRS);
-            const Bfloat* from = pages[page] + 2 * (pair % PAGE_PAIRS * v_dim + dimension);
-            const float* weight = weights + pair / LANES * 2 * LANES + pair % LANES;
-            for (; pair < page_end; ++pair, ++weight, from += 2 * v_dim) {
-                if (FETCH) ahead.fetch<VECTORS>(page, (pair % PAGE_PAIRS * v_dim + dimension) / LANES);
-                __m512i values[VECTORS];
-#pragma GCC unroll 8
-                for (int vector = 0; vector < VECTORS; ++vector) {
-                    values[vector] = _mm512_loadu_si512(from + 2 * vector * LANES);
-                }
-#pragma GCC unroll 8
-                for (int row = 0; row < ROWS; ++row) {
-                    int word;
-                    std::memcpy(&word, weight + row * SEGMENT_TOKENS, sizeof word);
-                    const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(word));
-#pragma GCC unroll 8
-                    for (int vector = 0; vector < VECTORS; ++vector) add(row, vector, values[vector], both);
-                }
-            }
-        }
-    }
-    up_to(end);
-    each_sum(sums, [&](int row, int vector) {
-        store(out + row * stride + dimension + vector * LANES, sums[row][vector]);
-        return sums[row][vector];
-    });
-}
-#endif
-
-// Dimensions begin <= d < end of pages that have v_dim.
-template <class Element, bool FETCH, int ROWS, int VECTORS = vectors_at_once(ROWS)>
-inline void value_rows(const float* weights, const Element* const* pages, int v_dim, Format format,
-                       const Seen& seen, int begin, int end, float* out, int stride, const float* start,
-                       const Ahead& ahead) {
-    for (; begin + VECTORS * LANES <= end; begin += VECTORS * LANES) {
-#if defined(__AVX512BF16__)
-        if constexpr (BFLOAT_PRODUCTS<Element>) {
-            value_pairs<Element, ROWS, VECTORS, FETCH>(weights, pages, v_dim, format, seen, begin, out,
-                                                       stride, start, ahead);
-            continue;
-        }
-#endif
-        if constexpr (!IS_CODE<Element>) {
-            value_tile<Element, ROWS, VECTORS, FETCH>(weights, pages, v_dim, seen, begin, out, stride, start,
-                                                      ahead);
-        }
-    }
-    if constexpr (VECTORS > 1) {
-        if (begin < end) {
-            value_rows<Element, FETCH, ROWS, VECTORS / 2>(weights, pages, v_dim, format, seen, begin, end,
-                                                          out, stride, start, ahead);
-        }
-    }
-}
-
-// Tokens first[row] <= t < last[row] for each of 1 <= rows <= ROWS rows.
-template <class Element, bool FETCH, int ROWS = VALUE_ROWS>
-inline void value_block(const float* weights, int rows, const Element* const* pages, int v_dim, Format format,
-                        const int* first, const int* last, int begin, int end, float* out, int stride,
-                        const float* start, const Ahead& ahead) {
-    if constexpr (ROWS > 1) {
-        if (rows < ROWS) {
-            value_block<Element, FETCH, ROWS - 1>(weights, rows, pages, v_dim, format, first, last, begin,
-                                                  end, out, stride, start, ahead);
-            return;
-        }
-    }
-    value_rows<Element, FETCH, ROWS>(weights, pages, v_dim, format, seen_together<ROWS>(first, last), begin,
-                                     end, out, stride, start, ahead);
-}
+// out[row][d] (+)= weight * value over the tokens that a row sees, for dimensions dim_begin <= d < dim_end of pages that
+// have v_dim; from start[row] on, or where `start` is null from what is there. Rows of weights are SEGMENT_TOKENS apart,
+// rows of out `stride`; all four are row 0's. The first rows fetch `ahead`.
+template <class Element>
+void weigh_rows(const float* weights, const Rows& rows, const Element* const* pages, int v_dim, Format format,
+                int dim_begin, int dim_end, float* out, int stride, const float* start, const Ahead& ahead);
 
 }  // namespace lowbit

@@ -2,11 +2,11 @@
 
 ``packing_format`` says whose tensors they are: GPTQ's with v1 zeros (``auto_round:auto_gptq``), GPTQ's with
 plain zeros (``auto_round``, ``auto_round:gptqmodel`` …), AWQ's (``auto_round:auto_awq``), those of
-compressed-tensors (``auto_round:llm_compressor``: NVFP4, MXFP4, MXFP8) or FP8's (``auto_round:fp8`` in blocks,
+compressed-tensors (``auto_round:llm_compressor``: NVFP4, MXFP4, MXFP8) or FP8's (``auto_round:fp8``: blocks,
 ``auto_round:fp8_static``: a scale a row, one for inputs). ``extra_config`` gives modules other bits or leaves
-them alone (bits >= 16): an exact name first, then regular expressions. MX inputs are rounded as AutoRound's own
-layers do: an exponent is that of the largest |x|, never one more. Rotated exports, MLX layouts, and NVFP4 with
-e5m3 scales are refused.
+them alone (bits >= 16): an exact name first, then regular expressions. MX inputs are rounded as AutoRound's
+own layers do: an exponent is that of the largest |x|, never one more. Rotated exports, MLX layouts, and NVFP4
+with e5m3 scales are refused.
 """
 
 from __future__ import annotations
@@ -185,8 +185,10 @@ _FLOATS = {
 def _own_inputs(scheme: Scheme) -> Scheme:
     """compressed-tensors counts a largest |x| near a power of two as that power, AutoRound does not."""
     inputs = scheme.activation
-    return scheme if inputs is None or not inputs.round_up else replace(
-        scheme, activation=replace(inputs, round_up=0.0)
+    return (
+        scheme
+        if inputs is None or not inputs.round_up
+        else replace(scheme, activation=replace(inputs, round_up=0.0))
     )
 
 

@@ -68,7 +68,7 @@ class Requantizing:
         return Online(Recipe.of(self.spec), names, facts_of(source.config))
 
     def choose_one_group(self, planned: list[Planned]) -> bool:
-        """Where each module has the group that fits its columns: from now on all have the smallest of them."""
+        """Where each module has the group that fits its columns: all get the smallest of them."""
         sizes = {one.scheme.blocks[0][1] for one in planned if one.decision is not None and one.scheme.blocks}
         sizes.discard(0)
         if self.spec.options.get("group_size", 0) is not None or len(sizes) < 2:

@@ -18,6 +18,8 @@ from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 from lowbit.models.rope_scaling import rope_keys
 
+_SOFTMAX, _SIGMOID = 1, 2  # GGUF's expert_gating_func
+
 
 def read_config(header: CheckpointHeader) -> DeepseekConfig:
     """From config.json or GGUF metadata."""
@@ -91,7 +93,7 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
     scaling = base.rope_scaling
     if scaling.kind == "yarn" and mscale:
         scaling = replace(scaling, mscale=mscale, mscale_all_dim=mscale)
-    sigmoid, groups = keys.size("expert_gating_func", 1) == 2, keys.size("expert_group_count", 1)
+    sigmoid, groups = _is_sigmoid(keys, header), keys.size("expert_group_count", 1)
     inner = keys.size("expert_feed_forward_length")
     return widened(
         DeepseekConfig,
@@ -119,6 +121,19 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
             shared_size=keys.count("expert_shared_count") * inner,
         ),
     )
+
+
+def _is_sigmoid(keys: ConfigKeys, header: CheckpointHeader) -> bool:
+    """Of a GGUF file. Converters leave the key out where the config does: then sigmoid goes with corrections."""
+    corrected = any(name.endswith("exp_probs_b.bias") for name in header.tensors)
+    gating = keys.size("expert_gating_func", _SIGMOID if corrected else _SOFTMAX)
+    if gating not in (_SOFTMAX, _SIGMOID) or (corrected and gating == _SOFTMAX):
+        raise LowbitError(
+            "E0242",
+            f"{keys.place}: expert_gating_func {gating} {'with' if corrected else 'without'} corrections is not "
+            "supported; supported: sigmoid (2) and, without exp_probs_b, softmax (1)",
+        )
+    return gating == _SIGMOID
 
 
 def _routing(sigmoid: bool, groups: int) -> str:
