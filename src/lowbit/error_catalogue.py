@@ -252,8 +252,8 @@ CATALOGUE: dict[str, Entry] = {
     "E0230": Entry(
         "pickled weights of another kind",
         "lowbit reads PyTorch's pickled state dicts (pytorch_model.bin) as data: tensors that lie one after "
-        "another under their names. TorchScript archives, whole training checkpoints, a tool's own objects "
-        "and transposed views are more than that.",
+        "another under their names, and torchao's objects and HQQ's layers (qmodel.pt), which are made of "
+        "tensors. TorchScript archives, whole training checkpoints and transposed views are more than that.",
         "Use the repository's .safetensors files, or re-save with safetensors.torch.save_file.",
     ),
     "E0231": Entry(
