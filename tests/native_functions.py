@@ -1,5 +1,5 @@
-"""A plugin of pytest: which functions of the native library a run looked up, one a line, in the file that the variable
-NATIVE_FUNCTIONS names (kernels/test_instruction_sets.py)."""
+"""A plugin of pytest: which functions of the native library a run looked up, one a line, in the file that
+the variable NATIVE_FUNCTIONS names (kernels/test_instruction_sets.py)."""
 
 from __future__ import annotations
 
