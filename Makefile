@@ -9,6 +9,7 @@ TORCH_FLAGS ?=
 PYTEST_FLAGS ?=
 SERVE_FLAGS ?=
 BENCH_FLAGS ?=
+CHECK_FLAGS ?=
 REPORT_FLAGS ?=
 
 VENV := .venv
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 NATIVE := $(wildcard CMakeLists.txt) $(shell find src/lowbit/csrc cmake -type f 2>/dev/null)
 
-.PHONY: install environment serve test test-quick test-all test-gpu bench-gpu gpu-compile cross-check lint format docs formats-report bench bench-cpu clean
+.PHONY: install environment serve test test-quick test-all test-gpu check-gpu bench-gpu gpu-compile cross-check lint format docs formats-report bench bench-cpu clean
 .DEFAULT_GOAL := install
 
 # Nothing that is built needs torch or the other dependencies: the compiler works while they are fetched and
@@ -73,16 +74,25 @@ test-all: install
 	@$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
 
 # On an NVIDIA GPU where there is one, else in Triton's interpreter. GPU_PYTHON=python3 takes a Python that has
-# torch with CUDA, Triton and pytest already, and installs nothing; so does bench-gpu.
+# torch with CUDA, Triton, pytest-xdist and what lowbit depends on already, and installs nothing; so do check-gpu and
+# bench-gpu.
 ifdef GPU_PYTHON
-test-gpu bench-gpu: export PYTHONPATH := src:$(PYTHONPATH)
+test-gpu check-gpu bench-gpu: export PYTHONPATH := src:$(PYTHONPATH)
 else
 GPU_PYTHON := $(BIN)/python
-test-gpu bench-gpu: install
+test-gpu check-gpu bench-gpu: install
 endif
 
+# On a GPU nearly all of the time is that of compiling some two thousand kernels: a process a core, up to 14.
+GPU_WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 14 ? n : 14)))
+
 test-gpu:
-	@$(GPU_PYTHON) -m pytest -m "" -p no:cacheprovider --ignore=tests/gpu/test_compiles.py tests/gpu $(PYTEST_FLAGS)
+	@$(GPU_PYTHON) -m pytest -m "" -p no:cacheprovider --numprocesses=$(GPU_WORKERS) --dist=worksteal \
+	    --ignore=tests/gpu/test_compiles.py tests/gpu $(PYTEST_FLAGS)
+
+# Does it work on this GPU, and how fast, in less than 5 minutes; CHECK_FLAGS: --seconds, --only, --into.
+check-gpu:
+	@$(GPU_PYTHON) benchmarks/check_gpu.py $(CHECK_FLAGS)
 
 # Kernels and steps on the GPU, into docs/results.md.
 bench-gpu:

@@ -1,6 +1,6 @@
 """How much of a step on a GPU is its kernels? One captured step, beside the sum of what runs in it.
 
-    python benchmarks/gpu_step.py                        # a random 8B model of 4-bit weights, made here
+    python benchmarks/gpu_step.py [--made 1b]            # a random 8B model of 4-bit weights, made here
     python benchmarks/gpu_step.py --model DIR --step 1x1024 32x512 1x2048p
 
 ``32x512``: 32 sequences that decode one token each at contexts of 512; ``1x2048p``: one prompt. *Step*: the
@@ -89,13 +89,14 @@ def main() -> None:
     """A table a step, then JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--model", help="a checkpoint; without one a random 8B Llama of 4-bit weights")
+    parser.add_argument("--made", default="8b", choices=list(made_models.SIZES), help="of a random model")
     parser.add_argument("--step", nargs="*", default=["1x128", "1x4096", "8x1024", "32x1024", "1x2048p"])
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; benchmarks/step.py is for CPUs")
     bandwidth = cuda_bounds().memory
-    name = options.model or str(made_models.random_four_bit("8b"))
+    name = options.model or str(made_models.random_four_bit(options.made))
     model = load_model(open_checkpoint(name), device="cuda")
     console, steps = Console(), {}
     for text in options.step:
@@ -116,7 +117,7 @@ def main() -> None:
         "isa": "cuda",
         "threads": 0,
         "command": "python benchmarks/gpu_step.py",
-        "model": options.model or "random 8B, int4 g128",
+        "model": options.model or f"random {options.made.upper()}, int4 g128",
         "weight_bytes": model.weight_bytes,
         "memory_gb_per_s": bandwidth,
         "torch": torch.__version__,

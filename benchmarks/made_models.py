@@ -103,6 +103,7 @@ def _write_one_billion(out: Path) -> None:
 
 
 SIZES = {  # hidden, layers, inner, heads, heads of K and V
+    "1b": (2048, 16, 8192, 32, 8),
     "8b": (4096, 32, 14336, 32, 8),
     "tiny": (256, 2, 512, 4, 2),
 }

@@ -390,9 +390,11 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0412": Entry(
         "no such device",
-        "--device cuda, but PyTorch finds no usable NVIDIA GPU: none is there, the driver is too old, or the "
-        "installed PyTorch is a CPU build.",
-        "Use --device cpu, or install a CUDA build of PyTorch and check that nvidia-smi lists the GPU.",
+        "--device cuda, but PyTorch finds no usable NVIDIA GPU: none is there, the driver is too old, the "
+        "installed PyTorch is a CPU build, or the GPU is older than compute capability 8.0 (A100, RTX 30). "
+        "Or Triton, which compiles kernels on this machine when they are first used, cannot.",
+        "Use --device cpu, or install a CUDA build of PyTorch and check that nvidia-smi lists the GPU. "
+        "Triton needs a C compiler, Python's headers (gcc, python3-dev) and a home folder it can write to.",
     ),
     "E0413": Entry(
         "a quantization slower than bf16",

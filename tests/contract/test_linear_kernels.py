@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gguf_blocks import NAMES, random_blocks, tensor_of
 from guard_page import at_guard_page, rows_at_guard_page
 from lowbit.errors import LowbitError
 from lowbit.kernels import (
@@ -51,7 +52,6 @@ from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from lowbit.numerics.trellis import BLOCK, MULTIPLIERS
-from numerics.test_block_layouts import NAMES, random_blocks, tensor_of
 from sparse_memory import far_apart, sparse_zeros
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -195,18 +195,19 @@ def vectors(
     shape: tuple[int, int] = (37, 256),
     rows: int = 1,
     order: bool = False,
+    height: int = 1,
 ) -> QuantizedTensor:
     """Indices of codebooks' vectors, first and last among them (AQLM); 16 bits hold their numbers exactly."""
     generator = torch.Generator().manual_seed(books + bits + length)
-    fmt, (out, columns) = vector_format(books, bits, length), shape
+    fmt, (out, columns) = vector_format(books, bits, length, height), (shape[0] // height, shape[1])
     assert fmt.vectors is not None
     indices = torch.randint(1 << bits, (out, columns // length, books), generator=generator)
     indices[0], indices[-1] = (1 << bits) - 1, 0
     codes = indices.to(torch.uint8 if bits <= 8 else torch.int16).view(torch.uint8).flatten(1)
     scales = torch.randn(out if rows else 1, 1, generator=generator) * 0.02
-    codebooks = torch.randint(-150, 151, (books, 1 << bits, length), generator=generator) / 16
+    codebooks = torch.randint(-150, 151, (books, 1 << bits, height * length), generator=generator) / 16
     return QuantizedTensor(
-        Scheme(fmt, ((rows, 0),), (number_format(scale),), reordered=order),
+        Scheme(fmt, ((rows * height, 0),), (number_format(scale),), reordered=order),
         shape,
         codes,
         (scales.to(number_format(scale).dtype),),
@@ -458,6 +459,7 @@ WEIGHTS = {
     "codebooks 2x16 of 16": lambda: vectors(2, 16, 16, shape=(37, 96)),
     "codebooks 1x5 of 8, one scale": lambda: vectors(1, 5, 8, rows=0),
     "codebooks 4x8 of 32": lambda: vectors(4, 8, 32),
+    "codebooks 2x8 of 3 rows of 8": lambda: vectors(2, 8, 8, shape=(36, 104), height=3),
     "codebooks 1x1 of 8 act-order": lambda: vectors(1, 1, 8, order=True),
     "codebooks 1x12 of 32, many blocks": lambda: vectors(1, 12, 32, shape=(700, 288)),
     "codebooks 2x8 of 16, many blocks": lambda: vectors(2, 8, 16, shape=(700, 288)),
@@ -981,6 +983,7 @@ TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
         (CpuVectors(), of("vq1x8_8", (1, 0)), 64, None),
         (CpuVectors(), of("vq1x8_8", (1, 0)), 60, "60 columns are no whole vectors of 8"),
         (CpuVectors(), of("vq1x8_8", (1, 32)), 64, "needs one scale for a row"),
+        (CpuVectors(), of("vq1x8_2x8", (2, 0)), 64, "vectors of 2 rows"),
         (CpuVectors(), of("vq1x8_8", (1, 0), scale="e4m3"), 64, "scales are e4m3"),
         (CpuVectors(), of("rvq8_256_f16"), 64, "no vectors of codebooks"),
         (CpuTrellis(), TRELLIS, 256, None),

@@ -25,7 +25,8 @@ IN_TESTS = {
     "mxfp4": "transformers (unpacking and logits)",
 }
 READS = {
-    "aqlm": "any codebooks; vectors of more than one row are decoded to 16 bits a weight when loaded",
+    "aqlm": "any codebooks; on a CPU vectors of more than one row are decoded to 16 bits a weight when "
+    "loaded",
     "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config)",
     "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too",
     "bitnet": "transformers' packed 2 bits (bitlinear, autobitlinear), unpacked, and online; int8 inputs a "
@@ -60,8 +61,7 @@ READS = {
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
     "NVFP4; patterns of layers",
-    "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order; on a GPU decoded to 16 bits "
-    "a weight when loaded",
+    "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
     "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
     "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "
@@ -86,8 +86,8 @@ def page() -> str:
         "values agree to the last bit of the stored scale's type. *Kernels*: what runs the fixtures' "
         "layers on a CPU with AVX2 or AVX-512 (-: there is no fixture); everything runs on `reference` too, "
         "and `lowbit inspect` says why a layer does not run on another. On a GPU `gpu_blocks` runs them, "
-        "`gpu_vectors` (AQLM), `gpu_row_vectors` (VPTQ), `gpu_trellis` (EXL3) and `gpu_lattice` (QuIP#), "
-        "packed there too. "
+        "`gpu_vectors` (AQLM), `gpu_row_vectors` (VPTQ), `gpu_trellis` (EXL3), `gpu_lattice` (QuIP#), "
+        "`gpu_halves` (SpQR) and `gpu_columns` (scales of columns: HQQ, SINQ), packed there too. "
         "*Writes*: what `lowbit convert --format` writes, exactly or not at all.",
         "",
         "| format | also called | reads | verified against (fixtures) | kernels | writes |",

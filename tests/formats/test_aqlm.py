@@ -33,7 +33,7 @@ def test_the_tools_own_values(folder: Path) -> None:
     """The tool rounds sum and product: one codebook is equal once rounded, several within two last bits."""
     for name, values in expected(folder).items():
         found = read(folder, name, (values.shape[0], values.shape[1])).weight
-        assert found.scheme.is_dense == (folder.name == "1x12_g4x2")
+        assert found.scheme.weight.vectors is not None
         rounded = found.dequantize().to(values.dtype)
         if folder.name.startswith("1x"):
             assert torch.equal(rounded, values), name
@@ -53,6 +53,24 @@ def test_codebooks_stay_packed() -> None:
     tensors = load_file(case("2x8_g8") / "model.safetensors")
     stored = tensors[f"{DOWN}.codes"].view(torch.uint8).int()  # (out, in / g, M)
     assert torch.equal(layout.indices(weight.codes), stored)
+
+
+def test_vectors_of_several_rows_stay_packed_as_well() -> None:
+    """An index and a scale for two rows, whose vectors have four numbers for each."""
+    weight = read(case("1x12_g4x2"), DOWN, SHAPE).weight
+    layout = weight.scheme.weight.vectors
+    assert layout == VectorLayout(books=1, bits=12, length=4, height=2) and layout.name == "vq1x12_2x4"
+    assert weight.scheme.heights == (2, 2) and weight.scheme.weight.is_tall
+    assert weight.codes.shape == (16, 32) and weight.nbytes == 16 * 32 + 16 * 2
+    assert weight.codebooks is not None
+    tensors = load_file(case("1x12_g4x2") / "model.safetensors")
+    codes, books = tensors[f"{DOWN}.codes"], tensors[f"{DOWN}.codebooks"]
+    index, scale = int(codes[3, 5, 0]) & 0xFFF, float(tensors[f"{DOWN}.scales"][3])
+    assert torch.equal(weight.dequantize()[6:8, 20:24], books[0, index].float() * scale)
+    part = weight.rows(6, 8)
+    assert torch.equal(part.dequantize(), weight.dequantize()[6:8])
+    with pytest.raises(LowbitError, match=r"rows 5:8 cut a"):
+        weight.rows(5, 8)
 
 
 @pytest.mark.parametrize("bits", [9, 12, 15])
@@ -99,12 +117,14 @@ def test_a_model_answers_and_the_plan_says_what_it_costs(
         assert (others - logits).abs().max() < 0.02 * logits.abs().max()
 
 
-def test_converted_it_is_plain(tmp_path: Path) -> None:
-    """Float32 holds every sum and product."""
-    folder, out = case("2x8_g8"), tmp_path / "out"
+@pytest.mark.parametrize(("name", "dtype"), [("2x8_g8", torch.float32), ("1x12_g4x2", torch.float16)])
+def test_converted_it_is_plain(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Float32 holds every sum and product; vectors of rows are written as they are decoded."""
+    folder, out = case(name), tmp_path / "out"
     assert not convert(header_of(folder), "dense", out).errors
     written = load_file(out / "model.safetensors")[f"{DOWN}.weight"]
-    assert torch.equal(written, read(folder, DOWN, SHAPE).weight.dequantize())
+    assert written.dtype is dtype
+    assert torch.equal(written, read(folder, DOWN, SHAPE).weight.dequantize().to(dtype))
     assert prompt_logits(load_model(header_of(out), device="cpu"), [[1, 2, 3, 4, 5]])[0].isfinite().all()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from gguf_blocks import NAMES, random_blocks
 from gguf_writing import GgufTensor, write_gguf
 from lowbit.checkpoint.gguf_file import read_gguf_header
 from lowbit.checkpoint.header import CheckpointHeader
@@ -18,7 +19,7 @@ from lowbit.formats import Notes, StoredLinear, StoredModule, detect
 from lowbit.formats.gguf import FORMAT
 from lowbit.layers.linear import Part
 from lowbit.loading.names import Placed, row_order
-from numerics.test_block_layouts import NAMES, dequantized, random_blocks
+from numerics.test_block_layouts import dequantized
 
 
 def converters_rows(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -24,13 +24,14 @@ from formats.real_layouts import LAYOUTS, config_of
 from formats.real_models import Model
 from formats.test_exl2 import layer as exl2_layer
 from formats.test_exl3 import layer as exl3_layer
+from gguf_blocks import random_blocks, tensor_of
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats import StoredLinear, StoredModule
 from lowbit.kernels import choose
 from lowbit.kernels.reference import Reference
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
-from numerics.test_block_layouts import dequantized, random_blocks, tensor_of
+from numerics.test_block_layouts import dequantized
 
 NAME = "model.layers.0.mlp.down_proj"
 CPU = torch.device("cpu")

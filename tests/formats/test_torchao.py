@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def case(name: str) -> Path:
 
 def shape_of(folder: Path) -> tuple[int, int]:
     """The shape of the module NAME."""
-    return (64, 64) if folder.name == "float8dq_tensor" else SHAPE
+    return {"float8dq_tensor": (64, 64), "int4_tiles": (24, 32)}.get(folder.name, SHAPE)
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
@@ -60,6 +61,7 @@ def test_what_the_cases_cover() -> None:
         "float8dq_row": "e4m3 1xall f32 (input e4m3 1xall dynamic bf16)",
         "float8dq_tensor": "e4m3 allxall f32 (input e4m3 allxall dynamic bf16)",
         "int4_plain": "int4 1x32 bf16 offset",
+        "int4_tiles": "bf16",
         "intx4_g32_asym": "uint4 1xall bf16 asym",
     }
 
@@ -108,6 +110,57 @@ def test_logits_are_those_of_the_tools_weights(tmp_path: Path) -> None:
     assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
 
 
+def test_tensors_that_transformers_renamed(tmp_path: Path) -> None:
+    """Gemma 3's are language_model.model.… in the file, model.language_model.… in the metadata."""
+    with safe_open(case("int8dq") / "model.safetensors", "pt") as file:
+        texts = {
+            name.replace("model.", "model.language_model.", 1): text for name, text in file.metadata().items()
+        }
+        tensors = {f"language_model.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    config = json.loads((case("int8dq") / "config.json").read_text())["quantization_config"]
+    folder = write_folder(tmp_path, tensors, config, texts)
+    found = read(folder, f"language_model.{NAME}", SHAPE).weight
+    wanted = read(case("int8dq"), NAME, SHAPE).weight
+    assert found.scheme == wanted.scheme and torch.equal(found.dequantize(), wanted.dequantize())
+
+
+TILED = "model.layers.0.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(("inner", "columns"), [(2, 64), (4, 1024), (8, 1152)])
+def test_tiles_of_every_depth(inner: int, columns: int, tmp_path: Path) -> None:
+    """Against the layout written out: a word has 2 columns of each of 4 pairs of one row."""
+    out, padded = 11, -(-columns // 1024) * 1024 if inner > 2 else columns
+    codes = torch.randint(0, 16, (16, padded), generator=torch.Generator().manual_seed(3))
+    words = torch.zeros(2, padded // (16 * inner), 32, inner // 2, dtype=torch.int64)
+    for n, k, lane, w in torch.cartesian_prod(*(torch.arange(size) for size in words.shape)).tolist():
+        column = 16 * inner * k + 32 * w + 2 * (lane % 4)
+        columns_of_word = [column + step for step in (0, 8, 16, 24, 1, 9, 17, 25)]
+        nibbles = codes[8 * n + lane // 4, columns_of_word].tolist()
+        words[n, k, lane, w] = sum(code << 4 * nibble for nibble, code in enumerate(nibbles))
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    both = torch.rand(padded // 32, 16, 2).bfloat16() + 0.5
+    data = {"block_size": [1, 32], "shape": [out, columns]}
+    texts = {f"{TILED}.weight": json.dumps({"_type": "Int4TilePackedTo4dTensor", "_data": data})}
+    tensors = {f"{TILED}._weight_qdata": words, f"{TILED}._weight_scale_and_zero": both}
+    folder = write_folder(tmp_path, tensors, {"quant_method": "torchao"}, texts)
+    scale, zero = (part.T.repeat_interleave(32, 1).float() for part in both.unbind(-1))
+    wanted = ((codes - 8) * scale + zero)[:out, :columns]
+    assert torch.equal(read(folder, TILED, (out, columns)).weight.dequantize(), wanted)
+
+
+def test_tiles_of_another_size(tmp_path: Path) -> None:
+    with safe_open(case("int4_tiles") / "model.safetensors", "pt") as file:
+        texts, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for part, said in (("qdata", "I32 [2, 8, 32, 4]"), ("scale_and_zero", "BF16 [32, 16, 2]")):
+        name = f"{TILED}._weight_{part}"
+        changed = tensors | {name: tensors[name][:-1]}
+        folder = write_folder(tmp_path / part, changed, {"quant_method": "torchao"}, texts)
+        with pytest.raises(LowbitError, match=re.escape(said)) as caught:
+            read(folder, TILED, (12, 32))
+        assert caught.value.code == "E0213"
+
+
 # ---- metadata and parts that are wrong
 
 
@@ -150,7 +203,7 @@ WRONG = [
     ("int8wo", {"_type": "Evil"}, "E0218", "class 'Evil' are not read"),
     ("int8wo", {"_type": "MXTensor"}, "E0218", "prototype"),
     ("int8wo", {"_type": "NVFP4Tensor"}, "E0218", "prototype"),
-    ("int8wo", {"_type": "Int4TilePackedTo4dTensor"}, "E0218", "int4_packing_format=PLAIN"),
+    ("int8wo", {"_type": "Int4PlainInt32Tensor"}, "E0218", "int4_packing_format=PLAIN"),
     ("int8wo", {"_type": "Int4PlainInt32Tensor"}, "E0218", "XPU"),
     ("int8wo", kwargs("os.system"), "E0213", "act_quant_kwargs must be"),
     ("int8dq", kwargs(I8, granularity=ROW, mapping_type=ASYM), "E0218", "asymmetric"),
@@ -260,15 +313,6 @@ def test_stacks_of_experts_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(LowbitError, match="stack of experts"):
         reader_of(tmp_path)
-
-
-def test_pickled_checkpoints_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "torchao"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    with pytest.raises(LowbitError) as caught:
-        open_checkpoint(str(tmp_path))
-    assert caught.value.code == "E0230" and "--torchao-config" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["int8dq", "float8dq_row", "int4_plain", "intx4_g32_asym"])

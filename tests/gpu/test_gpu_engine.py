@@ -18,7 +18,9 @@ from lowbit.engine.choices import Ask, DeviceSampler, HostChoices
 from lowbit.engine.cuda_graphs import CudaRecorder, Recorder
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.messages import Request, SamplingParams
+from lowbit.engine.runner import warm_sizes
 from lowbit.engine.sequence import Sequence
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.recurrent import LayerState
 from lowbit.loading import load_model
 from lowbit.settings import Settings
@@ -160,3 +162,39 @@ def test_tokens_are_those_of_the_host(device: torch.device) -> None:
             chosen.tokens.append(token)
             if chosen.counts is not None:
                 chosen.counts[token] += 1
+
+
+def test_no_request_waits_for_a_kernel_to_be_compiled(device: torch.device, tmp_path: Path) -> None:
+    """What a warm-up launched is all that prompts of other lengths, alone and beside others, and every kind
+    of sampling ask for; and it leaves nothing behind."""
+    tiny.write_folder(tmp_path)
+    model = load_model(open_checkpoint(str(tmp_path)), device=device.type, dtype="bfloat16")
+    settings = Settings(
+        device=device.type, max_total_tokens=320, max_running_requests=3, disable_cuda_graph=True
+    )
+    engine = Engine(model, ByteTokenizer(), settings, forced=ForcedModes(on_device=True, check=True))
+    runner, sampler = engine._runner, engine._sampler
+    assert sampler is not None
+    caches = [buffer for cache in runner._paged for buffer in cache.buffers.values()]
+    with runtime.recording() as warm:
+        sampler.warm_up()
+        runner.warm_up(warm_sizes(64, 3))
+    assert all(not buffer.any() for buffer in caches)
+    draw = random.Random(3)
+    with runtime.recording() as served:
+        for number, lengths in enumerate([(1,), (16,), (20,), (29, 4), (40, 1, 7)]):
+            for index, length in enumerate(lengths):
+                prompt = tuple(draw.randrange(model.vocab_size) for _ in range(length))
+                sampling = SamplingParams(
+                    temperature=index * 0.5,
+                    top_p=0.9,
+                    frequency_penalty=number % 2 * 0.3,
+                    logprobs=number or None,
+                    max_tokens=2,
+                    ignore_eos=True,
+                )
+                engine.submit(Request(id=f"{number} {index}", prompt=prompt, sampling=sampling))
+            while engine.has_work():
+                assert all(event.finish_reason != "error" for event in engine.step())
+    late = [f"{one.function} {dict(one.types)} {dict(one.constants)}" for one in set(served) - set(warm)]
+    assert not late, "\n".join(late)

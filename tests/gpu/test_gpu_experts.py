@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from contract.test_linear_kernels import canonical, dense_weight
+from gguf_blocks import random_blocks, tensor_of
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.gpu.expert_rows import mix, most_blocks, sort_pairs
 from lowbit.kernels.gpu.experts import GpuGroupedExperts, _unlike
@@ -22,7 +23,6 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme
-from numerics.test_block_layouts import random_blocks, tensor_of
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from contract.test_linear_kernels import WEIGHTS, canonical, dense_weight, float_zero, normal_form
+from gguf_blocks import random_blocks, tensor_of
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose
 from lowbit.kernels.gpu import runtime
@@ -24,7 +25,6 @@ from lowbit.kernels.gpu.programs import Cut
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
-from numerics.test_block_layouts import random_blocks, tensor_of
 from sparse_memory import sparse_zeros
 
 BLOCKS, DENSE = GpuBlocks(), GpuDense()

@@ -15,6 +15,9 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
 from lowbit.loading import load_model
+
+pytest.importorskip("gguf")
+
 from models.test_gguf_families import HIDDEN, LLAMA, MATRICES, NORMS, moderate_blocks
 
 pytestmark = [
@@ -56,11 +59,15 @@ def test_int4_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("exl3/3inst_signs", "gpu_trellis"),
         ("aqlm/2x8_g8", "gpu_vectors"),
+        ("aqlm/1x12_g4x2", "gpu_vectors"),
         ("vptq/v6_k64_outliers", "gpu_row_vectors"),
         ("quip_sharp/e8p12", "gpu_lattice"),
+        ("spqr/ptcsr_act_order", "gpu_halves"),
+        ("hqq/4_g16_axis0", "gpu_columns"),
+        ("sinq/4_tiles", "gpu_columns"),
     ],
 )
-def test_codebooks_stay_packed(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_stay_packed(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kl, kernels = divergence(FIXTURES / name, monkeypatch)
     assert kernel in kernels and all(one.startswith("gpu") for one in kernels)
     assert kl < 1e-4

@@ -30,6 +30,9 @@ KINDS = {
     "1x5 g32": lambda: vectors(1, 5, 32, "f32", (37, 96)),
     "8x4 g4": lambda: vectors(8, 4, 4, "f16", (5, 68)),
     "1x12 g64": lambda: vectors(1, 12, 64, "bf16", (70, 192)),
+    "1x12 g2x4": lambda: vectors(1, 12, 4, shape=(38, 136), height=2),
+    "2x8 g3x8, one scale": lambda: vectors(2, 8, 8, "bf16", (39, 200), rows=0, height=3),
+    "3x9 g16x2 act-order": lambda: vectors(3, 9, 2, "f16", (80, 70), order=True, height=16),
 }
 
 
@@ -128,8 +131,16 @@ def test_refusals_and_damage(device: torch.device) -> None:
     )
     odd = replace(scheme, weight=vector_format(1, 8, 12))
     assert KERNEL.refuses(odd, (37, 240), device) == "1 codebooks of 8 bits and vectors of 12"
-    assert "no whole vectors of 16" in str(KERNEL.refuses(scheme, (37, 264), device))
-    assert "one scale for a row" in str(KERNEL.refuses(replace(scheme, blocks=((1, 64),)), (37, 256), device))
+    assert "no whole vectors of 1 x 16" in str(KERNEL.refuses(scheme, (37, 264), device))
+    tall = replace(scheme, weight=vector_format(1, 8, 8, 4), blocks=((4, 0),))
+    assert KERNEL.refuses(tall, (40, 80), device) is None
+    assert KERNEL.refuses(tall, (38, 80), device) == "38 x 80 are no whole vectors of 4 x 8"
+    taller = replace(tall, weight=vector_format(1, 8, 8, 17))
+    assert KERNEL.refuses(taller, (34, 80), device) == "vectors of 17 rows"
+    by_rows = replace(tall, blocks=((1, 0),))
+    assert "one scale for a vector's rows" in str(KERNEL.refuses(by_rows, (40, 80), device))
+    grouped = replace(scheme, blocks=((1, 64),))
+    assert "one scale for a vector's rows" in str(KERNEL.refuses(grouped, (37, 256), device))
     coarse = replace(scheme, scales=(number_format("e8m0"),))
     assert KERNEL.refuses(coarse, weight.shape, device) == "scales are e8m0"
     packed = KERNEL.pack(weight, device)

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lowbit.errors import LowbitError
+from lowbit.kernels.device_memory import gpu_fault, has_gpu
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.language import dot
 
@@ -25,10 +27,12 @@ def _product(x, y, out, columns, BLOCK: tl.constexpr):  # type: ignore[no-untype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn])
 def test_dot_multiplies_values_of_every_type(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype is torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no tensor cores for it")
     generator = torch.Generator().manual_seed(1)
-    x, y = (torch.randn(16, 64, generator=generator).to(dtype).to(device) for _ in range(2))
-    out = torch.full((16, 16), torch.nan, device=device)
-    runtime.launch(_product, (1,), x, y, out, 64, BLOCK=16)
+    x, y = (torch.randn(32, 64, generator=generator).to(dtype).to(device) for _ in range(2))
+    out = torch.full((32, 32), torch.nan, device=device)
+    runtime.launch(_product, (1,), x, y, out, 64, BLOCK=32)  # what products of 8-bit numbers need at least
     torch.testing.assert_close(out, x.float() @ y.float().T, rtol=1e-5, atol=1e-4)
 
 
@@ -47,3 +51,27 @@ def test_a_recorded_launch_says_what_the_compiler_needs(device: torch.device) ->
     (launch,) = launches
     assert dict(launch.types) == {"x": "*bf16D", "y": "*bf16D", "out": "*fp32D", "columns": "i32D"}
     assert (launch.function, launch.constants, launch.num_warps) == ("_product", (("BLOCK", 16),), 8)
+
+
+def test_triton_that_cannot_compile_is_an_error_of_one_line(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.check(device)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC\nmore")
+
+    monkeypatch.setattr(runtime, "launch", fails)
+    with pytest.raises(LowbitError, match="RuntimeError: Failed to find C compiler") as caught:
+        runtime.check.__wrapped__(device)
+    assert caught.value.code == "E0412" and "\n" not in caught.value.message
+
+
+def test_a_gpu_that_is_too_old_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert has_gpu() and gpu_fault() == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert not has_gpu()
+    assert gpu_fault() == "Tesla T4 has compute capability 7.5, kernels need 8.0"

@@ -145,7 +145,7 @@ def test_mlx_names_no_method(copied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "code", "said"), [("qmodel.pt", "E0230", "pickled weights"), ("params.json", "E0201", "Hug")]
+    ("file", "code", "said"), [("qmodel.pt", "E0230", "weight files"), ("params.json", "E0201", "Hug")]
 )
 def test_layouts_of_other_tools(file: str, code: str, said: str, tmp_path: Path) -> None:
     if file != "params.json":

@@ -21,6 +21,7 @@ from lowbit.errors import LowbitError
 from lowbit.loading import Calibration, load_model, plan_model
 from lowbit.loading.convert import convert
 from lowbit.quantize.recipe import Asked
+from lowbit.tokenization import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -248,3 +249,22 @@ def test_calibration_of_what_folders_keep_apart_is_refused(tmp_path: Path) -> No
         load_model(
             open_checkpoint(str(source)), device="cpu", quantization=f"gptq:{OPTIONS}", save=tmp_path / "out"
         )
+
+
+@pytest.mark.parametrize("method", ["gguf:type=q8_0", "int8"])
+def test_another_tokenizer_is_saved_with_it(method: str, tmp_path: Path) -> None:
+    """``--tokenizer`` beside ``--save-quantized``; a GGUF file cannot be without one."""
+    original = FIXTURES / "gguf_more_families" / "gpt_neox.gguf"
+    convert(open_checkpoint(str(original)), "dense", tmp_path / "bare")
+    for path in (tmp_path / "bare").glob("*token*"):
+        path.unlink()
+    load_model(
+        open_checkpoint(str(tmp_path / "bare")),
+        device="cpu",
+        quantization=method,
+        save=tmp_path / ("out.gguf" if method.startswith("gguf") else "out"),
+        calibration=Calibration(tokenizer=str(original)),
+    )
+    [saved] = tmp_path.glob("out*")
+    found, wanted = (load_tokenizer(open_checkpoint(str(path))) for path in (saved, original))
+    assert found.encode("the hour and an ant") == wanted.encode("the hour and an ant")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.loading import plan_model
+from lowbit.models.registry import family_of
 from models.family_cases import SIZES, check_logits
 
 GEMMA = {"head_dim": 32, "sliding_window": 32, "query_pre_attn_scalar": 48}
@@ -60,6 +61,15 @@ CASES = {
     "Qwen3": {"head_dim": 32},
     "Gemma2": GEMMA,
     "Gemma3": {**GEMMA, "num_hidden_layers": 7},
+    "Gemma2 with biases": GEMMA | {"attention_bias": True, "hidden_activation": "gelu"},
+    "Gemma3 scaled, in layers with a window too": GEMMA
+    | {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {**YARN, "rope_theta": 100.0, "factor": 2.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0},
+        },
+    },
     "Phi3": {"sliding_window": None},
     "Phi3 with a window": {"sliding_window": 50},
     "Phi3 longrope": {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
@@ -87,6 +97,13 @@ CASES = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
         "decoder_sparse_step": 2,
+    },
+    "Qwen3Moe with windows in all layers": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "use_sliding_window": True,
+        "sliding_window": 30,
     },
     "Qwen2Moe": {
         "num_experts": 6,
@@ -125,6 +142,13 @@ CASES = {
             "full_attention": YARN,
         },
     },
+    "Olmo3 scaled in layers with a window": {
+        "sliding_window": 30,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0},
+            "full_attention": ROPE,
+        },
+    },
     "Olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
     "Olmoe renormalized": {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True},
     "StableLm": {},
@@ -141,6 +165,12 @@ CASES = {
     "Cohere normed heads": {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.25},
     "Cohere2": {"sliding_window": 30},
     "GptOss": {"head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 30},
+    "GptOss without biases": {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention_bias": False,
+    },
 }
 
 
@@ -153,7 +183,9 @@ def make_config(case: str) -> transformers.PreTrainedConfig:
     """The tiny config of a case."""
     name = case.split()[0]
     config_class = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
-    return config_class(**copy.deepcopy(SIZES | CASES[case]))  # transformers writes into what it is given
+    return config_class(
+        **copy.deepcopy(SIZES | CASES.get(case, {}))
+    )  # transformers writes into what it is given
 
 
 def make_checkpoint(case: str, folder: Path) -> transformers.PreTrainedModel:
@@ -191,6 +223,25 @@ WRONG = [
     ("Olmoe", {"clip_qkv": 8.0}, "clip_qkv 8 is not supported"),
     ("SmolLM3", {"no_rope_layers": [1, 1]}, "'no_rope_layers' must be a list of 4 times 0 or 1"),
     ("Cohere", {"logit_scale": 0}, "logits times 0"),
+    ("GptOss", {"swiglu_alpha": 1.5}, "swiglu_alpha 1.5 is not supported; only 1.702 is"),
+    ("GptOss", {"swiglu_limit": 5.0}, "swiglu_limit 5 is not supported; only 7 is"),
+    ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention true is not supported"),
+    ("Gemma3", {"layer_types": ["full_attention"]}, "'layer_types' lists 1 layers and the model has 7"),
+    (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["chunked_attention"] * 4},
+        "a layer of type 'chunked_attention' is not supported",
+    ),
+    (
+        "Olmo3",
+        {
+            "rope_parameters": {
+                "sliding_attention": ROPE,
+                "full_attention": ROPE | {"partial_rotary_factor": 0.5},
+            }
+        },
+        "partial_rotary_factor 1 in layers with a window and 0.5 in the others",
+    ),
     ("Cohere2", {"sliding_window": "wide"}, "'sliding_window' must be a whole number"),
     ("StableLm", {"layer_norm_eps": 0}, "norm epsilon 0"),
     ("StableLm", {"use_parallel_residual": "yes"}, "'use_parallel_residual' must be true or false"),
@@ -210,6 +261,51 @@ def test_configs_that_cannot_be(case: str, changes: dict, message: str, tmp_path
     assert "\n" not in str(caught.value)
 
 
+def rewrite(folder: Path, values: dict[str, object], without: tuple[str, ...] = ()) -> None:
+    """config.json with other values and without some keys."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in without}))
+
+
+LEFT_OUT = {
+    "Gemma2": ("hidden_activation", "attn_logit_softcapping", "final_logit_softcapping"),
+    "Gemma3": ("hidden_activation", "tie_word_embeddings"),
+    "Mixtral": ("rope_parameters",),
+    "Cohere": ("rope_parameters", "tie_word_embeddings", "logit_scale"),
+    "BitNet": ("rope_parameters", "hidden_act"),
+    "Mistral": ("sliding_window",),
+    "Qwen2 with windows, tied": ("sliding_window",),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_a_config_leaves_out_is_what_its_class_takes(case: str, tmp_path: Path) -> None:
+    make_config(case).save_pretrained(tmp_path)
+    rewrite(tmp_path, {"architectures": [f"{case.split()[0]}ForCausalLM"]}, LEFT_OUT[case])
+    left_out = transformers.AutoConfig.from_pretrained(tmp_path)
+    save_file({"unused": torch.ones(1)}, tmp_path / "model.safetensors")
+    header = open_checkpoint(str(tmp_path))
+    found = family_of(header).config_of(header)
+    left_out.save_pretrained(tmp_path)
+    rewrite(tmp_path, {"architectures": [f"{case.split()[0]}ForCausalLM"]})
+    header = open_checkpoint(str(tmp_path))
+    assert found == family_of(header).config_of(header)
+
+
+def test_a_recipe_added_to_a_newer_config(tmp_path: Path) -> None:
+    """rope_scaling beside rope_parameters, as who follows a model card writes it."""
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    config = make_config("Qwen3")
+    config.rope_parameters = rope
+    getattr(transformers, "Qwen3ForCausalLM")(config).save_pretrained(tmp_path)  # noqa: B009
+    recipe = {key: value for key, value in YARN.items() if key != "rope_type"} | {"type": "yarn"}
+    rewrite(tmp_path, {"rope_scaling": recipe})
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert oracle.config.rope_parameters["rope_type"] == "yarn"
+    check_logits(tmp_path, oracle)
+
+
 WINDOWS = {
     "Mistral": [40] * 4,
     "Mistral without a window": [0] * 4,
@@ -220,6 +316,7 @@ WINDOWS = {
     "Phi3": [0] * 4,
     "Phi3 with a window": [50] * 4,
     "GptOss": [30, 0, 30, 0],
+    "Qwen3Moe with windows in all layers": [30] * 4,
     "Qwen2Moe": [0] * 4,
     "Qwen2Moe renormalized, windows": [30, 0, 30, 0],
     "Olmo2": [0] * 4,

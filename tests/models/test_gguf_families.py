@@ -13,14 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from forward_helpers import differences, prompt_logits
+from gguf_blocks import F16_FIELDS, random_blocks
+from gguf_blocks import NAMES as TYPES
 from gguf_writing import GgufTensor, write_gguf
 from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
 from lowbit.numerics.number_formats import number_format
 from models.family_cases import check_stored_logits
-from numerics.test_block_layouts import F16_FIELDS, dequantized, random_blocks
-from numerics.test_block_layouts import NAMES as TYPES
+from numerics.test_block_layouts import dequantized
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "gguf_families"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.gguf"))
@@ -41,6 +43,50 @@ def test_logits(name: str) -> None:
 def test_on_torch_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
     check_stored_logits(FOLDER, name, 1e-3)
+
+
+def with_metadata(name: str, path: Path, **changes: int | None) -> Path:
+    """A copy of the fixture with other metadata under its architecture; None: without the key."""
+    reader = gguf.GGUFReader(FOLDER / f"{name}.gguf")
+    arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, arch)
+    named = {f"{arch}.{key.replace('__', '.')}": value for key, value in changes.items()}
+    assert set(named) <= set(reader.fields), "nothing to change"
+    for field in reader.fields.values():
+        value = named.get(field.name, field.contents())
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture" and value is not None:
+            inner = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, value, field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_sigmoid_goes_with_corrections(tmp_path: Path) -> None:
+    """The converter leaves the key out where config.json has no ``scoring_func``, as transformers writes it."""
+    told = load_model(open_checkpoint(str(FOLDER / "deepseek3.gguf")), device="cpu", dtype="float32")
+    bare = with_metadata("deepseek3", tmp_path / "bare.gguf", expert_gating_func=None)
+    assumed = load_model(open_checkpoint(str(bare)), device="cpu", dtype="float32")
+    [wanted], [logits] = (prompt_logits(model, [[3, 1, 4, 1, 5]]) for model in (told, assumed))
+    assert torch.equal(logits, wanted)
+    softmax = with_metadata("deepseek3", tmp_path / "softmax.gguf", expert_gating_func=1)
+    with pytest.raises(LowbitError, match="expert_gating_func 1 with corrections"):
+        load_model(open_checkpoint(str(softmax)), device="cpu")
+
+
+def test_no_window_is_zero_in_phi4(tmp_path: Path) -> None:
+    """More tokens than Phi-3's window: all of them are seen."""
+    tokens = list(range(2, 26))
+    windowed = load_model(open_checkpoint(str(FOLDER / "phi3.gguf")), device="cpu", dtype="float32")
+    path = with_metadata("phi3", tmp_path / "phi4.gguf", attention__sliding_window=0)
+    model = load_model(open_checkpoint(str(path)), device="cpu", dtype="float32")
+    [near], [logits] = (prompt_logits(each, [tokens]) for each in (windowed, model))
+    window = max(spec.window for spec in windowed.cache_specs())
+    assert torch.equal(logits[:window], near[:window]) and not torch.equal(logits[-1], near[-1])
 
 
 def test_plan_counts_experts() -> None:

@@ -193,6 +193,17 @@ def test_negative_means_never_calibrated(plain: Path, tmp_path: Path) -> None:
     assert [spec.dtype.k.dynamic for spec in model.cache_specs()] == [True, False]
 
 
+@pytest.mark.parametrize("cache", ["f32", "fp8_e4m3"])
+def test_scales_of_heads_give_way_to_those_of_tokens(cache: str, plain: Path, tmp_path: Path) -> None:
+    """llm-compressor's ``attn_head``; its tensors are bfloat16 (heads, 1, 1)."""
+    heads = {name: torch.full((2, 1, 1), 0.01).bfloat16() for name in scales("k_scale", "v_scale")}
+    given = loaded(with_tensors(plain, tmp_path, heads), cache)
+    plan = plan_model(open_checkpoint(str(tmp_path)), device="cpu", kv_cache_dtype=cache)
+    assert plan.cache_specs == given.cache_specs()
+    [logits], [wanted] = (prompt_logits(model, [TOKENS]) for model in (given, loaded(plain, cache)))
+    assert torch.equal(logits, wanted)
+
+
 def test_scales_are_for_e4m3_alone(plain: Path, tmp_path: Path) -> None:
     header = open_checkpoint(str(with_tensors(plain, tmp_path, scales("k_scale", "v_scale"))))
     model = load_model(header, device="cpu", kv_cache_dtype="fp8_e4m3", k_cache_dtype="int8")

@@ -153,6 +153,7 @@ def test_sizes_are_what_is_stored() -> None:
 def test_names_are_the_whole_format() -> None:
     assert number_format("vq1x16_8").vectors == VectorLayout(1, 16, 8)
     assert number_format("vq1x16_8") == vector_format(1, 16, 8)
+    assert number_format("vq1x12_2x4") == vector_format(1, 12, 4, 2) != vector_format(1, 12, 4)
     for layout, _, _ in ROWS_TOGETHER:
         assert number_format(layout.name).vectors == layout
     assert RowVectorLayout(8, 65536, 256, "bf16").name == "rvq8_65536+256_bf16"
@@ -166,6 +167,7 @@ def test_names_are_the_whole_format() -> None:
         "vq1x17_8",
         "vq1x8",
         "vq1x8_0",
+        "vq1x8_1x8",
     ):
         with pytest.raises(LowbitError, match="unknown number format"):
             number_format(name)

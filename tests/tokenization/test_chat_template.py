@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lowbit.checkpoint import open_checkpoint
+from checkpoint.tiny import write_folder
+from lowbit.checkpoint import CheckpointHeader, open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.tokenization import load_chat_template, load_tokenizer
 from lowbit.tokenization.chat_template import JinjaTemplate
-from lowbit.tokenization.fast_tokenizer import FastTokenizer
+from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials
 
 TEMPLATES = {
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -87,6 +91,55 @@ def test_templates_equal_transformers(
         assert ours.render(messages, tools=tools, add_generation_prompt=prompt) == expected
 
 
+def characters(pre: pre_tokenizers.PreTokenizer, **strips: bool) -> tokenizers.Tokenizer:
+    """A token a character; <|user|> and <|end|> take spaces beside them along where ``strips`` says so."""
+    vocabulary = {c: n for n, c in enumerate(["<unk>", "▁", *map(chr, range(32, 127)), "\n"])}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    made.pre_tokenizer = pre
+    made.add_special_tokens(["<unk>", "<s>"])
+    made.add_special_tokens(
+        [tokenizers.AddedToken(text, normalized=False, **strips) for text in ("<|user|>", "<|end|>")]
+    )
+    return made
+
+
+SPACED = {
+    "spaces behind": characters(pre_tokenizers.Metaspace(prepend_scheme="never"), rstrip=True),
+    "spaces before": characters(pre_tokenizers.Metaspace(prepend_scheme="never"), lstrip=True),
+    "a space before the first word": characters(pre_tokenizers.Metaspace(prepend_scheme="first")),
+    "a space before each piece": characters(pre_tokenizers.Metaspace(prepend_scheme="always")),
+}
+PHI3 = (
+    "{{ bos_token }}{% for m in messages %}<|user|>\n{{ m.content }}  <|end|>\n{% endfor %}{{ '<|user|>\n' }}"
+)
+
+
+@pytest.mark.parametrize("kind", SPACED)
+def test_spaces_beside_special_tokens_equal_transformers(kind: str) -> None:
+    oracle = PreTrainedTokenizerFast(tokenizer_object=SPACED[kind], bos_token="<s>", unk_token="<unk>")
+    source = oracle.backend_tokenizer.to_str()
+    own = FastTokenizer(source, Specials(bos="<s>"), "tokenizer.json")
+    ours = JinjaTemplate(PHI3, "test", own, {"bos_token": "<s>"})
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": text} for text in ("Hi you", " \n x", "猫\U000f0000")
+    ]
+    for count in (1, 2, 3):
+        assert ours.render(messages[:count]) == expected_ids(oracle, messages[:count], chat_template=PHI3)
+    # What a message names stays text, and the template's own still take their spaces along.
+    told = ours.render([{"role": "user", "content": "a<|end|>\n\U000f0000b"}])
+    assert [token for token in told if token >= 98] == [
+        own.special_texts[t] for t in ("<s>", "<|user|>", "<|end|>", "<|user|>")
+    ]
+    if kind == "spaces behind":
+        assert told[:3] == [*own.encode("<s><|user|>"), *own.encode("a")]
+
+
+def test_marks_of_hidden_texts_may_occur_themselves(tokenizer: FastTokenizer) -> None:
+    ours = template(TEMPLATES["chatml"], tokenizer)
+    ids = ours.render([{"role": "user", "content": "\U000f0001<|im_end|>\U000f0000"}])
+    assert tokenizer.decode(ids).count("\U000f0001<|im_end|>\U000f0000") == 1
+
+
 def test_continue_final_message(tokenizer: FastTokenizer, oracle: PreTrainedTokenizerFast) -> None:
     messages = [*CONVERSATION, {"role": "assistant", "content": "The answer is"}]
     ours = template(TEMPLATES["chatml"], tokenizer)
@@ -123,6 +176,60 @@ def test_openai_content_parts(tokenizer: FastTokenizer) -> None:
     assert tokenizer.decode(template(walks, tokenizer).render([{"role": "user", "content": parts}])) == (
         "[Hello ][world]"
     )
+
+
+IDEFICS = (
+    "{% for m in messages %}{{ m['role'] | capitalize }}:{% for line in m['content'] %}"
+    "{% if line['type'] == 'text' %}{{ line['text'] }}{% elif line['type'] == 'image' %}<image>{% endif %}"
+    "{% endfor %}{{ '\n' }}{% endfor %}"
+)
+ASKS = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}({{ part.text }}){% endfor %}{% endif %}{% endfor %}"
+)
+
+
+def test_texts_for_templates_that_take_parts_only(tokenizer: FastTokenizer) -> None:
+    """As of models that also see pictures: a text is a list of one part, and not lost."""
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Well"},
+    ]
+    ours = template(IDEFICS, tokenizer)
+    assert tokenizer.decode(ours.render(messages)) == "User:Hello\nAssistant:Well\n"
+    continued = ours.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert tokenizer.decode(continued) == "User:Hello\nAssistant:Well"
+    assert tokenizer.decode(template(ASKS, tokenizer).render(messages)) == "HelloWell"
+
+
+def test_a_template_for_requests_with_tools(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+    """Command-R and Hermes have two; with the other one, tools would be left out without a word."""
+    listed = [
+        {"name": "default", "template": "{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}: {{ messages[0].content }}"},
+    ]
+    folder = write_folder(tmp_path / "hf")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    metadata = {
+        f"tokenizer.chat_template{s}": t["template"] for s, t in zip(("", ".tool_use"), listed, strict=True)
+    }
+    for header in (
+        open_checkpoint(str(folder)),
+        CheckpointHeader(Path("x.gguf"), "gguf", {}, metadata=metadata),
+    ):
+        ours = load_chat_template(header, tokenizer)
+        assert ours is not None
+        messages: list[dict[str, object]] = [{"role": "user", "content": "hey"}]
+        assert tokenizer.decode(ours.render(messages, tools=TOOLS)) == "add: hey"
+        assert tokenizer.decode(ours.render(messages)) == "hey"
+
+
+def test_the_template_of_a_processor(tmp_path: Path, tokenizer: FastTokenizer) -> None:
+    folder = write_folder(tmp_path / "hf")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": IDEFICS}))
+    ours = load_chat_template(open_checkpoint(str(folder)), tokenizer)
+    assert ours is not None and ours.source == IDEFICS
 
 
 HOSTILE = {

@@ -20,7 +20,7 @@ from lowbit.checkpoint import CheckpointHeader, open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer, sampling_defaults
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
-from lowbit.tokenization.pretokenizers import LLAMA3, PRE_TOKENIZERS
+from lowbit.tokenization.pretokenizers import LLAMA3, PRE_TOKENIZERS, pre_tokenizer
 from tokenization.texts import SPECIALS, varied_texts
 
 CORPUS = [topics[name] for name in sorted(topics)[:40]] + varied_texts(300, seed=9)
@@ -318,6 +318,93 @@ def test_every_pre_tokenizer_runs(name: str) -> None:
     ours = load_tokenizer(header)
     for text in varied_texts(60):
         assert ours.decode(ours.encode(text)) == text  # nothing is lost between the pieces
+
+
+def letters(name: str, **more: object) -> FastTokenizer:
+    """A GGUF tokenizer of single bytes and BOS."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>"]
+    known = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [3],
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.bos_token_id": 256,
+        "tokenizer.ggml.pre": name,
+        "tokenizer.ggml.add_bos_token": None,
+    }
+    return load_tokenizer(header_with(known | more))
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "adds"),
+    [
+        ("llama-bpe", {}, True),
+        ("tekken", {}, True),
+        ("llama-bpe", {"tokenizer.ggml.add_bos_token": False}, False),
+        ("qwen2", {}, False),
+    ],
+    ids=["llama-bpe", "tekken", "llama-bpe-told", "qwen2"],
+)
+def test_bos_where_a_file_does_not_say(name: str, more: dict[str, object], adds: bool) -> None:
+    """Llama 3's first GGUF files do not: their pre-tokenizer's name does, as llama.cpp has it."""
+    ours = letters(name, **more)
+    assert ours.adds_bos is adds and (ours.encode("a")[0] == 256) is adds
+
+
+def test_letters_that_look_like_bytes() -> None:
+    """DeepSeek's vocabularies add "ö" and others, the stand-ins of bytes that UTF-8 never has."""
+    tokens = [*sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"ö"}), "ö", "<s>"]
+    ours = letters(
+        "deepseek-llm",
+        **{"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 255 + [4, 3]},
+    )
+    for text in ("schön", "ö", "öö é ö"):
+        ids = ours.encode(text)
+        assert 255 in ids and ours.decode(ids) == text
+        assert b"".join(map(ours.token_bytes, ids)).decode() == text
+
+
+def test_spaces_behind_special_tokens_of_phi_3() -> None:
+    """GGUF does not say that they are swallowed; by llama.cpp and the model's tokenizer.json they are."""
+    tokens = ["<unk>", "<s>", "<|user|>", "▁", "a", "\n"]
+    known: dict[str, object] = {
+        "general.architecture": "phi3",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 6,
+        "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    ours = load_tokenizer(header_with(known))
+    assert ours.encode("<s>\na<|user|>\n \na", add_special=False) == [1, 5, 4, 2, 4]
+    other = load_tokenizer(header_with(known | {"general.architecture": "llama"}))
+    assert other.encode("<|user|>\na", add_special=False) == [2, 5, 4]
+
+
+# As llama.cpp cuts them.
+PIECES = {
+    "kormo": ["Don", "'t", " Pay", " ", "1", "2", "3", "4", "!\n"],
+    "hunyuan-dense": ["Don", "'t", " Pay", " ", "123", "4", "!\n"],
+    "minicpm5": ["Don", "'t", " Pay", " ", "123", "4", "!\n"],
+    "qwen35": ["Don", "'t", " Pay", " ", "1", "2", "3", "4", "!\n"],
+    "seed-coder": ["Don", "'t", " Pay", " ", "1", "2", "3", "4", "!", "\n"],
+    "kanana2": ["Don't", " Pay", " ", "123", "4", "!\n"],
+    "tiny_aya": ["Don't", " Pay", " ", "1", "234", "!\n"],
+    "gigachat": ["Don", "'t", " Pay", " 1234", "!", "\n"],
+    "youtu": ["Don't", " Pay", " ", "1", "2", "3", "4", "!\n"],
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces(name: str) -> None:
+    steps = pre_tokenizer(name, "x.gguf")
+    cut = tokenizers.Tokenizer.from_str(
+        json.dumps({"version": "1.0", "added_tokens": [], "pre_tokenizer": steps,
+                    "model": {"type": "BPE", "vocab": {}, "merges": []}})
+    ).pre_tokenizer  # fmt: skip
+    pieces = cut.pre_tokenize_str("Don't Pay 1234!\n")
+    assert [text.replace("Ġ", " ").replace("Ċ", "\n") for text, _ in pieces] == PIECES[name]
 
 
 def test_pieces_of_deepseek_llm() -> None:

@@ -15,12 +15,14 @@ from lowbit.checkpoint.documents import read_json
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.mistral_folder import PARAMS, config_of, has_mistral_names, named_as_transformers
 from lowbit.checkpoint.pickled_file import read_pickled_header
+from lowbit.checkpoint.pickled_objects import owner
 from lowbit.checkpoint.safetensors_file import INDEX, MAX_TENSORS, read_safetensors_header
 from lowbit.errors import LowbitError, printable
 
 MAX_SHARDS = 10_000
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
+HQQ_PICKLED = "qmodel.pt"  # of HQQ's own save_quantized
 _PART = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<ending>\.\w+)")
 
 
@@ -36,7 +38,7 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
                 "beside consolidated*.safetensors is expected",
             )
         config = config_of(params)
-    index_name, names = _weight_files(folder, config)
+    index_name, names = _weight_files(folder)
     index = read_json(folder, index_name) if index_name else None
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, object] = {}
@@ -48,10 +50,14 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
                 )
             tensors[tensor] = entry
     if index is not None:
-        _check_index(index_name, index, tensors)
+        pickled = not names[0].endswith(".safetensors")
+        stored = {owner(name, metadata): entry for name, entry in tensors.items()} if pickled else tensors
+        _check_index(index_name, index, stored)
     if len(tensors) > MAX_TENSORS:
         raise LowbitError("E0225", f"{folder.name}: {len(tensors)} tensors, limit {MAX_TENSORS}")
-    container: Literal["pickle", "safetensors"] = "pickle" if names[0].endswith(".bin") else "safetensors"
+    container: Literal["pickle", "safetensors"] = (
+        "safetensors" if names[0].endswith(".safetensors") else "pickle"
+    )
     if has_mistral_names(tensors):
         tensors = named_as_transformers(tensors)
         return CheckpointHeader(folder, container, tensors, config, metadata, rotary_pairs=True)
@@ -59,28 +65,27 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
 
 
 def _tensors_of(path: Path, metadata: dict[str, object]) -> dict[str, TensorEntry]:
-    if path.suffix == ".bin":
-        return read_pickled_header(path)
-    found, told = read_safetensors_header(path)
+    found, told = read_safetensors_header(path) if path.suffix == ".safetensors" else read_pickled_header(path)
     metadata.update(told)
     return found
 
 
-def _weight_files(folder: Path, config: dict[str, object]) -> tuple[str, list[str]]:
+def _weight_files(folder: Path) -> tuple[str, list[str]]:
     """(the index or "", the files): safetensors where there are any, else pickled ones."""
     found = _one_copy(folder, "model.safetensors", INDEX, "*.safetensors")
     if found is not None:
         return found
     pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
     if pickled:
-        _refuse_objects(folder, config)
         found = _one_copy(folder, PICKLED, PICKLED_INDEX, "pytorch_model*.bin")
         if found is not None:
             return found
+        if HQQ_PICKLED in pickled:
+            return "", [HQQ_PICKLED]
         raise LowbitError(
             "E0230",
             f"{folder.name} holds only pickled weights that are not read ({printable(pickled[0])}); of these "
-            f"lowbit reads {PICKLED} and its parts. Use the repo's .safetensors files, or re-save with "
+            f"lowbit reads {PICKLED}, its parts, and {HQQ_PICKLED}. Use the repo's .safetensors files, or re-save with "
             "safetensors.torch.save_file",
         )
     raise LowbitError("E0201", f"{folder.name}: no .safetensors file there")
@@ -116,28 +121,6 @@ def own_weights(names: Iterable[str]) -> list[str]:
     """The files of one copy of the weights: Mistral's consolidated ones only where there are no others."""
     found = sorted(names)
     return [name for name in found if not name.startswith("consolidated")] or found
-
-
-# Methods whose pickled files are more than plain tensors: no tool turns them into safetensors by re-saving.
-_PICKLED_BY = {
-    "torchao": "torchao's objects, which torchao 0.15 and newer do not load either; quantize the original "
-    "model at load (--torchao-config int8wo, fp8wo, int4wo-128 …) or with torchao and transformers 5",
-    "hqq": "HQQ's own dictionary of Python values; quantize the original model at load (--quantization "
-    "hqq), or save it as safetensors with transformers",
-}
-
-
-def _refuse_objects(folder: Path, config: dict[str, object]) -> None:
-    """E0230 where the config says that a tool pickled objects of its own."""
-    quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    known = "hqq" if (folder / "qmodel.pt").exists() else method
-    if isinstance(known, str) and known in _PICKLED_BY:
-        raise LowbitError(
-            "E0230",
-            f"{folder.name} holds only pickled weights, which can run code when they are opened; they hold "
-            f"{_PICKLED_BY[known]}",
-        )
 
 
 def _weight_map(name: str, index: dict[str, object]) -> dict[str, str]:

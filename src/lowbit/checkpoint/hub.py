@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit.checkpoint.folder import own_weights
+from lowbit.checkpoint.folder import HQQ_PICKLED, own_weights
 from lowbit.errors import LowbitError, printable
 
 Progress = Callable[[int, int, str], None]
@@ -193,6 +193,7 @@ def needed_files(reference: Reference, names: list[str]) -> list[str]:
     weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if not weights:
         pickled = [name for name in names if fnmatch.fnmatchcase(name, "pytorch_model*.bin")]
+        pickled = pickled or [name for name in names if name == HQQ_PICKLED]
         ggufs = [name for name in names if name.endswith(".gguf")]
         if len(ggufs) == 1:
             return ggufs

@@ -5,6 +5,9 @@ they ask for (``collections.OrderedDict``, ``torch._utils._rebuild_tensor_v2``, 
 are tables here, and what is in neither is E0231. A tensor becomes a ``PickledTensor``, which says where it
 lies; dictionaries, lists, tuples, texts and numbers become Python's own. Attributes that are set on a
 dictionary (``_metadata``) are dropped.
+
+torchao pickles tensor subclasses. Whatever a name under ``torchao.`` is called with, or is given as
+attributes, becomes a ``PickledObject``: the name and these values, nothing else (``pickled_objects``).
 Source: Python's ``pickletools`` documentation of the protocol, PyTorch's ``torch/serialization.py``.
 """
 
@@ -54,10 +57,20 @@ DTYPES = {
 _ORDERED_DICT = "collections.OrderedDict"
 _TENSOR, _TYPED_TENSOR = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 _PARAMETER, _SIZE = "torch._utils._rebuild_parameter", "torch.Size"
+# A subclass that wraps tensors: _rebuild_from_type_v2(_rebuild_wrapper_subclass, its class, …, attributes).
+_SUBCLASS, _WRAPPER = "torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_wrapper_subclass"
+_PLACES = ("torch.device", "torch.serialization._get_layout")  # where and how a wrapper lies: it has no data
+_OBJECTS = "torchao."
+_GETATTR = ("builtins.getattr", "__builtin__.getattr")  # how Python 3.11 pickles members of an enum
 _STORAGES = {f"torch.{name}": name for name in DTYPES if name.endswith("Storage")}
 _STORAGES["torch.storage.UntypedStorage"] = "UntypedStorage"
 _TYPES = {f"torch.{name}": dtype for name, dtype in DTYPES.items() if not name.endswith("Storage")}
-ALLOWED = frozenset({_ORDERED_DICT, _TENSOR, _TYPED_TENSOR, _PARAMETER, _SIZE, *_STORAGES, *_TYPES})
+# Widths of codes that no storage has: torchao names them as what its codes are worth.
+_FEW_BITS = {f"torch.{kind}{bits}" for kind in ("int", "uint") for bits in range(1, 8)}
+ALLOWED = frozenset(
+    {_ORDERED_DICT, _TENSOR, _TYPED_TENSOR, _PARAMETER, _SIZE, *_STORAGES, *_TYPES}
+    | {_SUBCLASS, _WRAPPER, *_PLACES, *_GETATTR, *_FEW_BITS}
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,15 @@ class PickledTensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+@dataclass
+class PickledObject:
+    """One of torchao's: the ``kind`` that would be made, of which values, with which attributes."""
+
+    kind: str  # the class's own name, without its module
+    values: tuple[object, ...]
+    attributes: dict[object, object]
 
 
 class _Mark:
@@ -209,7 +231,7 @@ class _Machine:
 
     def name(self, module: str, attribute: str) -> None:
         full = f"{module}.{attribute}"
-        if full not in ALLOWED:
+        if full not in ALLOWED and not full.startswith(_OBJECTS):
             raise self.refused(f"asks for {printable(repr(full))}")
         self.push(Name(full))
 
@@ -247,8 +269,18 @@ class _Machine:
                 if not isinstance(kind, Name) or kind.full not in _TYPES:
                     raise self.refused("has a tensor of no known dtype")
                 self.push(self.tensor(arguments, _TYPES[kind.full]))
-            case "torch._utils._rebuild_parameter" if arguments and isinstance(arguments[0], PickledTensor):
+            case "torch._utils._rebuild_parameter" if arguments and isinstance(
+                arguments[0], PickledTensor | PickledObject
+            ):
                 self.push(arguments[0])
+            case "torch._tensor._rebuild_from_type_v2" if len(arguments) == 4:
+                self.push(self.subclass(arguments))
+            case "torch.device" | "torch.serialization._get_layout":
+                self.push(None)
+            case "builtins.getattr" | "__builtin__.getattr" if _is_object(arguments[:1]):
+                self.push(self.object_of(arguments[0], arguments[1:]))
+            case _ if _is_object((function,)):
+                self.push(self.object_of(function, arguments))
             case "torch.Size" if len(arguments) == 1 and isinstance(arguments[0], tuple):
                 self.push(arguments[0])
             case _:
@@ -265,10 +297,36 @@ class _Machine:
             raise self.damaged("a tensor has other strides than dimensions")
         return PickledTensor(storage, dtype or storage.dtype, offset, shape, strides)  # type: ignore[arg-type]
 
+    def object_of(self, name: object, values: tuple[object, ...]) -> PickledObject:
+        assert isinstance(name, Name), "the caller looked"
+        return PickledObject(name.full.rpartition(".")[2], values, {})
+
+    def new_object(self) -> None:
+        values, kind = self.pop(), self.pop()
+        if not _is_object((kind,)) or not isinstance(values, tuple):
+            raise self.refused("makes an object")
+        self.push(self.object_of(kind, values))
+
+    def subclass(self, arguments: tuple[object, ...]) -> PickledObject:
+        """What wraps tensors, which are among its attributes."""
+        rebuild, kind, _, state = arguments
+        wraps = isinstance(rebuild, Name) and rebuild.full == _WRAPPER
+        if not wraps or not _is_object((kind,)) or not isinstance(state, dict):
+            raise self.refused("has a tensor of a class of its own")
+        return PickledObject(self.object_of(kind, ()).kind, (), state)
+
     def build(self) -> None:
-        self.pop()  # attributes of what is below: _metadata
-        if not isinstance(self.top(), dict):
-            raise self.refused(f"sets attributes of a {type(self.top()).__name__}")
+        state, target = self.pop(), self.top()
+        if isinstance(target, PickledObject):
+            if not isinstance(state, dict):
+                raise self.refused(f"sets attributes of a {target.kind} that are no dictionary")
+            target.attributes.update(state)
+        elif not isinstance(target, dict):  # a dictionary's are _metadata
+            raise self.refused(f"sets attributes of a {type(target).__name__}")
+
+
+def _is_object(names: tuple[object, ...]) -> bool:
+    return all(isinstance(name, Name) and name.full.startswith(_OBJECTS) for name in names) and bool(names)
 
 
 def _whole(value: object) -> bool:
@@ -332,5 +390,6 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     0x93: lambda m: m.stack_global(),
     ord("Q"): lambda m: m.persistent(),
     ord("R"): lambda m: m.reduce(),
+    0x81: lambda m: m.new_object(),
     ord("b"): lambda m: m.build(),
 }

@@ -21,6 +21,7 @@ from typing import BinaryIO
 from lowbit.checkpoint.file_checks import check_regular_file, refuse_impostors, truncated
 from lowbit.checkpoint.header import TensorEntry
 from lowbit.checkpoint.pickle_stream import MAX_BYTES, PickledTensor, Storage, read_pickle
+from lowbit.checkpoint.pickled_objects import flatten
 from lowbit.checkpoint.safetensors_file import DTYPE_BITS, MAX_NAME, MAX_TENSORS
 from lowbit.errors import LowbitError, printable, thousands
 
@@ -30,8 +31,8 @@ _MAX_DIRECTORY = 128 << 20
 _RESAVE = "use the repo's .safetensors files, or re-save with safetensors.torch.save_file"
 
 
-def read_pickled_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one file."""
+def read_pickled_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, object]]:
+    """The tensors of one file, and what it says of those that are parts of others (``pickled_objects``)."""
     check_regular_file(path, "weight file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -46,7 +47,8 @@ def read_pickled_header(path: Path) -> dict[str, TensorEntry]:
                     f"weight files; {_RESAVE}",
                 )  # fmt: skip
             found, places = _read_legacy(file, path, size)
-    return _entries(path, _state_dict(path, found), places)
+    tensors, texts = flatten(_state_dict(path, found))
+    return _entries(path, tensors, places), texts
 
 
 # ---- what the pickle says
@@ -152,7 +154,7 @@ def _read_legacy(file: BinaryIO, path: Path, size: int) -> tuple[object, dict[st
         raise LowbitError("E0232", f"{path.name}: its storages are not listed; the file is damaged")
     elements = {
         tensor.storage.key: tensor.storage
-        for tensor in _state_dict(path, found).values()
+        for tensor in flatten(_state_dict(path, found))[0].values()
         if isinstance(tensor, PickledTensor)
     }
     places: dict[str, tuple[int, int]] = {}

@@ -217,6 +217,26 @@ class DeviceSampler:
         self._note(tokens, choosing)
         return DeviceChoices(tokens, results, [ask.row for ask in rated], self._watch)
 
+    def warm_up(self) -> None:
+        """Launch once whatever a step may ask, so that no request waits for a kernel to be compiled."""
+        logits = torch.zeros(1, self._vocabulary, device=self._device)
+        asked = [np.array([value], dtype=np.float64) for value in (1.0, 2, 0.9, 0.1, 0.5)]
+        heat, top_k, *rest = upload(asked, self._device)
+        row, target = upload([np.array([value], dtype=np.int32) for value in (0, -1)], self._device)
+        slot = self._lists.open((0,), ())
+        changes = Changes()
+        changes.add(0, {0: 1.0}, slot, (1.1, 0.1, 0.1))
+        for sums in (False, True):
+            survey = self._kernels.survey(logits, sums=sums, draws=False)
+            drawn = self._kernels.survey(logits, sums=sums, draws=True)
+            tokens = self._kernels.sample_rows(logits, heat.float(), top_k.int(), *rest, drawn)
+        for alternatives in (0, 1):
+            self._kernels.log_probabilities(logits, survey, row, target, tokens, alternatives)
+        with self._lists.applied(changes, logits):
+            pass
+        self._lists.note(tokens, [0], [slot])
+        self._lists.free(slot)
+
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended."""
         slot = self._slots.pop(sequence, None)

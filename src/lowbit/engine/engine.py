@@ -139,8 +139,11 @@ class Engine:
         self._violations = 0
 
     def prepare(self, progress: Progress | None = None) -> None:
-        """What takes time and had better be done before the first request: CUDA graphs."""
-        self._runner.prepare(progress)
+        """What takes time and had better be done before the first request: a GPU's kernels and graphs."""
+        if self._sampler is not None and self.model.device.type == "cuda":
+            self._sampler.warm_up()
+        largest = min(self._prefill_budget(self._pool.total), self.context_length)
+        self._runner.prepare(largest, progress)
 
     def claim_scratch(self) -> Iterator[None]:
         """Get from the system, a moment's work a step, the memory that a first long prompt computes in."""

@@ -17,6 +17,7 @@ from lowbit.engine.rank_messages import FromRank, RankFailed, RankReady, StartRa
 from lowbit.engine.wire import FrameDecoder, encode_frames
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
+from lowbit.kernels.device_memory import has_gpu
 from lowbit.settings import Settings
 
 LAST_WORD_SECONDS = 3.0  # for a rank that ends to be seen ending
@@ -83,7 +84,7 @@ def said_of(status: int) -> str:
 
 def device_of(settings: Settings, rank: int) -> torch.device:
     """Where a rank computes."""
-    on_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    on_gpu = settings.device == "cuda" or (settings.device == "auto" and has_gpu())
     return torch.device("cuda", rank) if on_gpu else torch.device("cpu")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from lowbit.engine.cuda_graphs import (
@@ -20,14 +21,35 @@ from lowbit.engine.cuda_graphs import (
 from lowbit.engine.host_batch import HostBatch
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
+from lowbit.errors import printable
 from lowbit.kernels import native
 from lowbit.kernels.attention import LayerCache
+from lowbit.kernels.device_memory import release_memory
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.recurrent import LayerMemory, allocate_layer, state_bytes
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 
 _log = logging.getLogger("lowbit")
+
+# A Triton kernel is compiled, for a second or more, when it is first launched with tiles of a size, which no
+# request should wait for. Tokens of prompts that meet all of them: of linear layers, of attention where a
+# group has one query head to many, and of attention to prompts among other sequences.
+WARM_TOKENS = (1, 3, 5, 9, 17, 33, 65, 129, 512)
+WARM_LONGEST = (1, 17, 33, 65)
+WARM_SEQUENCES = (2, 17, 65, 257)
+
+
+def warm_sizes(largest: int, sequences: int) -> list[tuple[int, int]]:
+    """(tokens, sequences) of steps that launch all that steps of up to so many tokens and sequences do."""
+    alone = [(tokens, 1) for tokens in sorted({*WARM_TOKENS, largest}) if tokens <= largest]
+    beside = [
+        (longest + count - 1, count)
+        for count in WARM_SEQUENCES
+        for longest in WARM_LONGEST
+        if count <= sequences and longest < largest
+    ]
+    return alone + beside
 
 
 class Runner:
@@ -40,6 +62,8 @@ class Runner:
     def __init__(self, model: Model, pages: int, context: int, settings: Settings) -> None:
         self._model = model
         self._page_size = settings.page_size
+        self._context = context
+        self._most_sequences = settings.max_running_requests
         slots, backend = settings.max_running_requests, settings.attention_backend
         specs = model.cache_specs()
         self._has_states = state_bytes(specs) > 0
@@ -97,10 +121,58 @@ class Runner:
         if isinstance(self._capture, GraphedSteps):
             self._capture.graphs.clear()
 
-    def prepare(self, progress: Progress | None = None) -> None:
-        """Capture what can be before there are any requests."""
+    def prepare(self, largest: int, progress: Progress | None = None) -> None:
+        """What can be done before there are any requests: on a GPU kernels are compiled, by steps of up to
+        ``largest`` prompt tokens and one of that size, which also shows whether there is memory for it; and
+        graphs captured."""
+        if self._model.device.type == "cuda":
+            self.warm_up(warm_sizes(largest, self._most_sequences), progress)
         if isinstance(self._capture, GraphedSteps):
             self._capture.capture_all(progress)
+
+    def warm_up(self, sizes: Iterable[tuple[int, int]], progress: Progress | None = None) -> None:
+        """Steps of so many tokens of so many sequences, the first of which has what the others leave; they
+        are nobody's: nothing is stored. Nothing is done where that would not be so."""
+        if len(self._model.states) or not all(cache.kernel.takes_padding for cache in self._paged):
+            return
+        planned = list(sizes)
+        for done, (tokens, sequences) in enumerate(planned):
+            try:
+                for context in (tokens, self._context):  # of few keys and of many
+                    self._run(self._nobodys(tokens, sequences, context))
+            except torch.OutOfMemoryError as error:
+                release_memory(self._model.device)
+                _log.warning(
+                    "lowbit: no memory for a step of %d tokens (%s); such prompts will be cut: start with a "
+                    "lower --mem-fraction-static or --chunked-prefill-size",
+                    tokens,
+                    printable(str(error).partition("\n")[0], 200),
+                )
+            if progress is not None:
+                progress(done + 1, len(planned), "kernels")
+
+    def _nobodys(self, tokens: int, sequences: int, context: int) -> ForwardBatch:
+        """A batch that writes nowhere and looks back at nothing; kernels hear of ``context`` tokens."""
+
+        def filled(count: int, value: int) -> Tensor:
+            return torch.full((count,), value, dtype=torch.int32, device=self._model.device)
+
+        lengths = filled(sequences, 1)
+        longest = tokens - sequences + 1
+        lengths[:1] = longest
+        return ForwardBatch(
+            tokens=filled(tokens, 0),
+            positions=filled(tokens, 0),
+            write_slots=filled(tokens, -1),
+            query_lengths=lengths,
+            context_lengths=filled(sequences, 0),
+            page_table=filled(sequences, 0)[:, None],
+            sample_rows=filled(sequences, tokens - 1).long(),
+            page_size=self._page_size,
+            max_query=longest,
+            max_context=max(context, longest),
+            state_slots=filled(sequences, -1) if self._has_states else None,
+        )
 
     @property
     def _paged(self) -> list[LayerCache]:

@@ -6,9 +6,9 @@
 
     weight[o R + i, g C + j] = scales[R] * sum over m of codebooks[m, codes[R, C, m], i, j]
 
-Vectors of one row (o = 1) stay as they are: indices, with each module's own codebooks. Taller ones are
-decoded when they are loaded and kept in the codebooks' type, 16 bits a weight: sum and product are made in
-float32 and rounded once (the tool rounds each, so a last bit may differ).
+They stay as they are: indices, with each module's own codebooks. Where no kernel has such (vectors of several
+rows on a CPU) they are decoded when they are loaded and kept in the scales' type, 16 bits a weight: sum and
+product are made in float32 and rounded once (the tool rounds each, so a last bit may differ).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
@@ -27,7 +26,7 @@ from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format, vector_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.scheme import Scheme
 
 _NUMBERS = {"in_group_size": 8, "out_group_size": 1, "num_codebooks": 1, "nbits_per_codebook": 16}
 _WHAT = "an AQLM weight"
@@ -58,26 +57,25 @@ class Aqlm(PartlyDense):
         require_tensors(header, (".codebooks",), self.place, self.name)
 
     def describe(self) -> str:
-        """Codebooks and bits; and that it is decoded, where it is."""
+        """Codebooks and bits; and where it is decoded."""
         books, bits = self.told["num_codebooks"], self.told["nbits_per_codebook"]
         groups = f"groups of {self.told['out_group_size']}x{self.told['in_group_size']}"
-        decoded = "" if self._by_rows else ", decoded to 16 bits a weight when loaded"
+        decoded = ", decoded to 16 bits a weight on a CPU" if self.told["out_group_size"] > 1 else ""
         return f"aqlm, {books}x{bits}, {groups} in {self.place.split(':')[0]}{decoded}"
 
     def _scheme(self, module: StoredModule) -> Scheme:
-        """Vectors of codebooks under a scale a row; or dense, in the codebooks' type."""
-        books, scales = self._entries(module)
-        if not self._by_rows:
-            return dense(DENSE_DTYPES[books.dtype])
-        sizes = (self.told[key] for key in ("num_codebooks", "nbits_per_codebook", "in_group_size"))
-        return Scheme(vector_format(*sizes), ((1, 0),), (number_format(DENSE_DTYPES[scales.dtype]),))
+        """Vectors of codebooks under a scale for their rows."""
+        scales, told = self._scales(module), self.told
+        height = told["out_group_size"]
+        fmt = vector_format(told["num_codebooks"], told["nbits_per_codebook"], told["in_group_size"], height)
+        return Scheme(fmt, ((height, 0),), (number_format(DENSE_DTYPES[scales.dtype]),))
 
     def _tensors(self, module: StoredModule) -> list[str]:
         """Codes, codebooks and scales."""
         return [module.tensor(suffix) for suffix in ("codes", "codebooks", "scales")]
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
-        """As it is stored, or decoded, a slice of rows at a time."""
+        """As it is stored."""
         scheme = self._scheme(module)
         books = finite_scales(
             self.header, module.tensor("codebooks"), data.tensor(module.tensor("codebooks"))
@@ -85,8 +83,6 @@ class Aqlm(PartlyDense):
         scales = finite_scales(self.header, module.tensor("scales"), data.tensor(module.tensor("scales")))
         codes = data.tensor(module.tensor("codes"))
         origin = origin_of(self.header, module, "codes")
-        if not self._by_rows:
-            return QuantizedTensor(scheme, module.shape, decode(codes, books, scales), origin=origin)
         bits = self.told["nbits_per_codebook"]
         if bits not in (8, 16):  # those above the middle are stored as negative numbers
             codes = codes & (1 << bits) - 1
@@ -96,16 +92,11 @@ class Aqlm(PartlyDense):
             codes.view(torch.uint8).flatten(1),
             (scales.flatten(1),),
             origin=origin,
-            codebooks=books.squeeze(2),
+            codebooks=books.flatten(2),
         )
 
-    @property
-    def _by_rows(self) -> bool:
-        """Whether a vector lies in one row."""
-        return self.told["out_group_size"] == 1
-
-    def _entries(self, module: StoredModule) -> tuple[TensorEntry, TensorEntry]:
-        """The codebooks and scales; dtypes and shapes of all three checked."""
+    def _scales(self, module: StoredModule) -> TensorEntry:
+        """Of the scales; dtypes and shapes of all three tensors checked."""
         refuse_stack(module, "AQLM's codes")
         (out, columns), told = module.shape, self.told
         rows, width = told["out_group_size"], told["in_group_size"]
@@ -123,24 +114,7 @@ class Aqlm(PartlyDense):
         check_shape(codes, (out // rows, columns // width, books), what)
         scales = entry_of(self.header, module, "scales", tuple(DENSE_DTYPES), what)
         check_shape(scales, (out // rows, 1, 1, 1), what)
-        return entry, scales
-
-
-def decode(codes: Tensor, books: Tensor, scales: Tensor) -> Tensor:
-    """(out, in) in the codebooks' type; codes (R, C, M), books (M, 2^b, o, g), scales (R, 1, 1, 1)."""
-    rows, groups, count = codes.shape
-    size, high, width = books.shape[1:]
-    weight = torch.empty(rows * high, groups * width, dtype=books.dtype)
-    step = max(1, (1 << 22) // max(1, groups * width * high))
-    for start in range(0, rows, step):
-        part = codes[start : start + step].long() & (size - 1)
-        total = books[0].float()[part[..., 0]]  # (rows, groups, o, g)
-        for number in range(1, count):
-            total += books[number].float()[part[..., number]]
-        total *= scales[start : start + step].float()
-        flat = total.transpose(1, 2).reshape(-1, groups * width)
-        weight[start * high : start * high + len(flat)] = flat.to(books.dtype)
-    return weight
+        return scales
 
 
 FORMAT = Aqlm

@@ -32,8 +32,11 @@ weight, and multiplied as one in float32 (``cpu_expanded``).
 
 The number of bits and the packing are the data's; where 8, 6 and 5 bits, or views as floats, look alike, the
 config (of the layer's tag: ``self_attn.q_proj``) tells them apart, and ``nbits`` must agree. Refused:
-quantized scales or zero points (never in safetensors), meta-data offloading is ignored. HQQ's own
-``qmodel.pt`` is a pickle: the folder is refused before it comes here.
+quantized scales or zero points (never in safetensors), meta-data offloading is ignored.
+
+HQQ's own ``qmodel.pt`` is a pickled dictionary of the layers' states, read as data by
+``checkpoint.pickled_objects``: the same tensors, and the numbers as Python values. Beside it config.json says
+nothing of the quantization.
 """
 
 from __future__ import annotations
@@ -45,13 +48,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lowbit.checkpoint.documents import parse_json
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredModule, entry_of, finite_scales, require_tensors
 from lowbit.formats.dense import DENSE_DTYPES, origin_of
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
-from lowbit.formats.quantization_config import claimed_config
+from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config, says_method
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -62,6 +66,7 @@ META = (
     *("compute_dtype", "quant_scale", "quant_zero", "offload_meta", "encoded_state_dict"),
     *("stores_quant_config", "channel_wise", "optimize", "round_zero"),
 )
+_NUMBERS = ("nbits", "group_size", "axis", "shape", "quant_scale", "quant_zero")
 PACKINGS = {8: "8bit_u8", 6: "8bit_u8", 5: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
 BITS = tuple(PACKINGS)
 _WHAT = "an HQQ weight"
@@ -91,15 +96,23 @@ class Hqq(PartlyDense):
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
-        found = claimed_config(header)
-        self.place = found.place
-        self.rules = _rules(found.values, found.place)
+        found = quantization_config(header)
+        self.place = "qmodel.pt" if found is None else found.place
+        self.rules = {} if found is None else _rules(found.values, found.place)
         require_tensors(header, (".W_q",), self.place, self.name)
 
+    @classmethod
+    def claims(cls, header: CheckpointHeader) -> str | None:
+        """quant_method hqq; or the tensors of HQQ's own file, beside which there is no config."""
+        if header.container == "pickle":
+            return claimed_by_tensors(header, ".W_q", cls.name)
+        return says_method(header, cls.name)
+
     def describe(self) -> str:
-        """Bits and groups, as the config has them."""
+        """Bits and groups, as the config has them, or each layer."""
+        rules = list(self.rules.values()) or [self._said(name) for name in self.header.metadata]
         told = {
-            f"{rule.get('nbits')}-bit {_group_words(rule.get('group_size'))}" for rule in self.rules.values()
+            f"{rule.get('nbits')}-bit {_group_words(rule.get('group_size'))}" for rule in rules if rule
         }
         return f"hqq, {' and '.join(sorted(told)) or 'unknown bits'} in {self.place.split(':')[0]}"
 
@@ -179,48 +192,64 @@ class Hqq(PartlyDense):
         )
 
     def _rule(self, module: StoredModule) -> dict[str, object]:
-        """The config's parameters for the module: its tag's, or those of all."""
-        return self.rules.get(linear_tag(module.stored), self.rules.get("", {}))
+        """The config's parameters for the module: its tag's, or those of all; in HQQ's own file its own."""
+        told = self.rules.get(linear_tag(module.stored), self.rules.get("", {}))
+        return told | self._said(module.stored)
+
+    def _said(self, module: str) -> dict[str, object]:
+        """What HQQ's own file has beside the module's tensors (``checkpoint.pickled_objects``)."""
+        text = self.header.metadata.get(module)
+        if self.header.container != "pickle" or not isinstance(text, str):
+            return {}
+        found = parse_json(text.encode(), f"{self.header.root.name}: {printable(repr(module))}")
+        said = found.get("hqq") if isinstance(found, dict) else None
+        return said if isinstance(said, dict) else {}
 
     # ---- numbers
 
     def _check_state(self, module: StoredModule, layout: Layout, data: TensorData) -> None:
         """What the layer says of itself must be what its tensors are."""
+        file, told = self.header.file_of(module.tensor("W_q")), self._numbers_beside(module, data)
         wanted = {"group_size": [layout.size], "shape": list(module.shape)}
         if layout.groups > 1:
             wanted["axis"] = [layout.axis]
         for suffix, values in wanted.items():
-            name = module.tensor(suffix)
-            entry = self.header.tensors.get(name)
-            if entry is None:
-                continue
-            told = _numbers(entry, data)
-            if told != values:
+            if told.get(suffix, values) != values:
                 code = "E0210" if suffix == "shape" else "E0213"
                 raise LowbitError(
                     code,
-                    f"{entry.file.name}: tensor {name!r} says {told}, {values} is what the other tensors "
-                    "and the model's config ask for; the file is damaged, or config and weights are from "
-                    "different models",
+                    f"{file}: {module.tensor(suffix)!r} says {told[suffix]}, {values} is what the other "
+                    "tensors and the model's config ask for; the file is damaged, or config and weights are "
+                    "from different models",
                 )
-        name = module.tensor("nbits")
-        if (entry := self.header.tensors.get(name)) is not None:
-            told = [round(value + 0.08) for value in _numbers(entry, data)]  # 1.58 bits are kept as 2
-            if told != [layout.bits]:
-                raise LowbitError(
-                    "E0213",
-                    f"{entry.file.name}: tensor {name!r} says {_numbers(entry, data)} bits, {self.place} "
-                    f"and the packing {layout.bits}; correct the config",
-                )
+        bits = told.get("nbits", [layout.bits])
+        if [round(value + 0.08) for value in bits] != [layout.bits]:  # 1.58 bits are kept as 2
+            raise LowbitError(
+                "E0213",
+                f"{file}: {module.tensor('nbits')!r} says {bits} bits, {self.place} and the packing "
+                f"{layout.bits}; correct the config",
+            )
         for suffix in ("quant_scale", "quant_zero"):
-            name = module.tensor(suffix)
-            entry = self.header.tensors.get(name)
-            if entry is not None and any(_numbers(entry, data)):
+            if any(told.get(suffix, [])):
                 raise LowbitError(
                     "E0218",
-                    f"{entry.file.name}: {name!r} is set: quantized scales and zero points are not read; "
-                    "quantize the original model again, hqq 0.2 and newer leave them in floats",
+                    f"{file}: {module.tensor(suffix)!r} is set: quantized scales and zero points are not "
+                    "read; quantize the original model again, hqq 0.2 and newer leave them in floats",
                 )
+
+    def _numbers_beside(self, module: StoredModule, data: TensorData) -> dict[str, list[float]]:
+        """What the layer's state says in numbers: tensors, or Python values in HQQ's own file."""
+        found: dict[str, list[float]] = {}
+        for suffix, said in self._said(module.stored).items():
+            values = said if isinstance(said, list) else [said]
+            numbers = [float(value) for value in values if isinstance(value, int | float)]
+            if len(numbers) == len(values):
+                found[suffix] = numbers
+        for suffix in _NUMBERS:
+            entry = self.header.tensors.get(module.tensor(suffix))
+            if entry is not None:
+                found[suffix] = _numbers(entry, data)
+        return found
 
     def _per_block(self, module: StoredModule, layout: Layout, suffix: str, data: TensorData) -> Tensor:
         """Scales or zero points in the order of the scheme's blocks."""

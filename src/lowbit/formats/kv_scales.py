@@ -8,11 +8,13 @@ They come with the checkpoint, under the spelling of whichever tool calibrated t
 
 where the outer key is the tensor-parallel rank, the inner one the layer, and the value one scale for K and V
 or ``{"k": 0.02, "v": 0.03}``. One scale of the two stands for both; a negative one means there is none. A
-layer without scales gets each token's own (numerics/cache_format.py), never 1.
+layer without scales gets each token's own (numerics/cache_format.py), never 1; so does one with a scale for
+each head, (heads, 1, 1) of compressed-tensors' ``attn_head``: a cache has one for all heads, or the finer ones.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +24,8 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats.quantization_config import quantization_config
+
+_log = logging.getLogger("lowbit")
 
 # After the attention's name; the first that is there counts.
 _K = ("k_scale", "k_proj.k_scale", "k_proj.output_scale", "attn.k_scale", "qkv_proj.k_scale")
@@ -47,6 +51,7 @@ class KvScales:
     def __init__(self, header: CheckpointHeader, table: dict[int, tuple[float, float]] | None = None) -> None:
         self.header = header
         self.table = table
+        self._said_heads = False
 
     def find(self, names: Finder, attention: str) -> tuple[str | None, str | None]:
         """The tensors of K's and V's scale of one layer, marked as used."""
@@ -64,7 +69,16 @@ class KvScales:
         both = names.find(*(f"{attention}.{suffix}" for suffix in _BOTH))
         k = names.find(*(f"{attention}.{suffix}" for suffix in _K)) or both
         v = names.find(*(f"{attention}.{suffix}" for suffix in _V)) or both
+        if any(name is not None and self._is_of_heads(name) for name in (k, v)):
+            if not self._said_heads:
+                self._said_heads = True
+                _log.warning("lowbit: the checkpoint has KV scales for each head; each token's own are used")
+            return None, None
         return k or v, v or k
+
+    def _is_of_heads(self, name: str) -> bool:
+        shape = self.header.tensors[name].shape
+        return len(shape) == 3 and shape[1:] == (1, 1)
 
     def of_layer(
         self, names: Finder, attention: str, layer: int, data: TensorData

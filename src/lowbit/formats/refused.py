@@ -76,8 +76,10 @@ def refuse(header: CheckpointHeader) -> NoReturn:
 
 def refused_by_tensors(header: CheckpointHeader) -> tuple[str, str] | None:
     """(method, the tensor that shows it) of a checkpoint whose config says nothing."""
+    # HQQ's own file has no config beside it; safetensors with these tensors have lost theirs.
+    suffixes = _SUFFIXES | ({".W_q": "hqq"} if header.container == "pickle" else {})
     for name in header.tensors:
-        for suffix, method in _SUFFIXES.items():
+        for suffix, method in suffixes.items():
             if name.endswith(suffix):
                 return method, f"by tensor {printable(repr(name))}"
     return None

@@ -75,7 +75,7 @@ class Spqr(PartlyDense):
 
     def describe(self) -> str:
         """What a weight and an outlier cost."""
-        kept = "5 bits a weight and 32 an outlier on a CPU, decoded to 16 bits a weight elsewhere"
+        kept = "5 bits a weight and 32 an outlier on a CPU, 48 on a GPU"
         return f"spqr, 3-bit in {self.place.split(':')[0]}, {kept}"
 
     def _scheme(self, module: StoredModule) -> Scheme:

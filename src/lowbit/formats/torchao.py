@@ -11,20 +11,25 @@ parsed as JSON, and nothing is made by name.
     Float8Tensor               qdata F8 (out, in), scale F32    q * scale
     Int4Tensor                 qdata I8 (out, in / 2)           q * scale + zero_point
                                scale, zero_point (groups, out): transposed
+    Int4TilePackedTo4dTensor   qdata I32 (N / 8, K / 16 T, 32, T / 2), T of 2, 4, 8    (q - 8) * scale + zero
+                               scale_and_zero BF16 (K / group, N, 2)
     IntxUnpackedToInt8Tensor   qdata I8 (out, in), 1-8 bits     (q - zero_point) * scale
     any                        act_pre_scale (in,)              x is multiplied by it first
 
 Int4Tensor's even column is the *low* nibble, both in two's complement; its zero point is in weight units: an
-offset. What a block covers is ``block_size``. A float8 block of nothing but zeros has scale 0 and NaN for
+offset. The tiles are those of PyTorch's tinygemm kernels (``_convert_weight_to_int4pack`` on an NVIDIA GPU):
+N and K are out and in, filled up to 8 and 1024; word [n, k, t, w] has of row 8 n + t // 4, in nibbles 0 to 7,
+columns c, c + 8, c + 16, c + 24, c + 1, c + 9, c + 17, c + 25 where c = 16 T k + 32 w + 2 (t % 4). What a block
+covers is ``block_size``. A float8 block of nothing but zeros has scale 0 and NaN for
 codes, 0 divided by 0; it is read as the zeros it was made of. Inputs: ``act_quant_kwargs`` asks for torchao's
 own rule (``numerics.torchao_inputs``), one scale a token or, PerTensor, one for all tokens of a step.
 
-Refused, each with what to do: Int4TilePackedTo4dTensor (codes in the order of a CUDA kernel's tiles, which
-only a GPU can make or check), Int4PlainInt32Tensor (XPU, NPU), MXTensor and NVFP4Tensor (prototypes; ModelOpt
+Refused, each with what to do: Int4PlainInt32Tensor (XPU, NPU), MXTensor and NVFP4Tensor (prototypes; ModelOpt
 and compressed-tensors store the same numbers), static, asymmetric and reduced-range inputs, int4 weights with
 float8 inputs, and stacks of experts. torchao 0.14, the first with safetensors, named every tensor
-``X.weight:<part>``, plain ones too: refused. Pickled checkpoints (``pytorch_model.bin``, all before) are
-never opened: the folder is refused before it comes here.
+``X.weight:<part>``, plain ones too: refused. Of pickled checkpoints (``pytorch_model.bin``)
+``checkpoint.pickled_objects`` makes the same tensors and texts; the classes of torchao before 0.13 are refused.
+transformers may rename tensors as it saves them (Gemma 3's ``language_model.model``), and never the texts.
 """
 
 from __future__ import annotations
@@ -42,6 +47,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import InputRule, Notes, StoredModule, finite_scales
 from lowbit.formats.dense import DENSE_DTYPES
+from lowbit.formats.matching import spellings
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
@@ -52,13 +58,11 @@ from lowbit.numerics.torchao_inputs import PER_ROW, PER_TENSOR, float8_inputs, i
 Json = dict[str, object]
 
 INT8, FLOAT8, INT4, INTX = "Int8Tensor", "Float8Tensor", "Int4Tensor", "IntxUnpackedToInt8Tensor"
-_READ = (INT8, FLOAT8, INT4, INTX)
+TILES = "Int4TilePackedTo4dTensor"
+_READ = (INT8, FLOAT8, INT4, INTX, TILES)
 _FLOATS = tuple(DENSE_DTYPES)
 _FLOAT8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 _REFUSED = {
-    "Int4TilePackedTo4dTensor": "holds its codes in the order of a CUDA kernel's tiles; quantize the "
-    "original model with Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with "
-    "--torchao-config int4wo-128",
     "Int4PlainInt32Tensor": "is packed for XPU and NPU kernels; quantize the original model with "
     "Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with --torchao-config int4wo-128",
     "MXTensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or quantize "
@@ -66,7 +70,10 @@ _REFUSED = {
     "NVFP4Tensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or "
     "quantize the original model at load (--quantization nvfp4)",
 }
-_PARTS = ("qdata", "scale", "zero_point", "act_pre_scale", "act_quant_scale", "act_quant_zero_point")
+_PARTS = (
+    *("qdata", "scale", "zero_point", "scale_and_zero", "act_pre_scale"),
+    *("act_quant_scale", "act_quant_zero_point"),
+)
 
 
 @dataclass(frozen=True)
@@ -206,6 +213,9 @@ class Torchao(PartlyDense):
         grid = (out // rows, columns // group)
         if stored.kind == INT4:
             return self._int4(module, stored, rows, group, grid)
+        if stored.kind == TILES:
+            self._check_tiles(module, stored, rows, group)
+            return Scheme(number_format("int4"), ((1, group),), (number_format("bf16"),), offset=True)
         kinds = {"F8_E4M3", "F8_E5M2"} if stored.kind == FLOAT8 else {"I8"}
         codes = self._part(module, stored, "qdata", tuple(sorted(kinds)), module.shape)
         scale = self._part(module, stored, "scale", _FLOATS, grid)
@@ -239,6 +249,21 @@ class Torchao(PartlyDense):
         self._part(module, stored, "zero_point", (scale.dtype,), grid[::-1])
         scales = (number_format(DENSE_DTYPES[scale.dtype]),)
         return Scheme(number_format("int4"), ((1, group),), scales, offset=True)
+
+    def _check_tiles(self, module: StoredModule, stored: Stored, rows: int, group: int) -> None:
+        """Tiles of the right number; how far the columns were filled up, qdata says."""
+        if rows != 1:
+            raise stored.wrong("block_size", "[1, group]")
+        out, columns = module.shape
+        tiles = -(-out // 8)
+        entry = self.header.tensors.get(self._name(module, "qdata"))
+        shape = entry.shape if entry is not None and len(entry.shape) == 4 else (0, 0, 0, 4)
+        half = shape[3] if shape[3] in (1, 2, 4) else 4  # of the tiles of 16 columns in a word's row
+        padded = shape[1] * 32 * half
+        if not columns <= padded < columns + 1024 or padded % group:
+            padded = -(-columns // 1024) * 1024
+        self._part(module, stored, "qdata", ("I32",), (tiles, padded // (32 * half), 32, half))
+        self._part(module, stored, "scale_and_zero", ("BF16",), (padded // group, 8 * tiles, 2))
 
     def _intx(self, module: StoredModule, stored: Stored, scheme: Scheme, grid: tuple[int, int]) -> Scheme:
         target = _dtype(stored.data.get("target_dtype"))
@@ -289,6 +314,8 @@ class Torchao(PartlyDense):
         """The parts as codes, scales and zero points or offsets."""
         stored, scheme = self._stored(module), self._scheme(module)
         qdata, scale_name = self._name(module, "qdata"), self._name(module, "scale")
+        if stored.kind == TILES:
+            return self._tiles(module, scheme, data)
         raw = data.tensor(qdata).view(torch.uint8)
         scale = finite_scales(self.header, scale_name, data.tensor(scale_name))
         origin = f"{self.header.file_of(qdata)}: {module.name}"
@@ -322,6 +349,17 @@ class Torchao(PartlyDense):
         scheme = replace(scheme, weight=number_format(f"uint{bits}"), zero="integer")
         return QuantizedTensor(scheme, module.shape, codes, (scale,), zeros, origin=origin)
 
+    def _tiles(self, module: StoredModule, scheme: Scheme, data: TensorData) -> QuantizedTensor:
+        """Codes out of their tiles, and without the rows and columns that fill them up."""
+        out, columns = module.shape
+        groups = columns // scheme.blocks[0][1]
+        qdata, name = self._name(module, "qdata"), self._name(module, "scale_and_zero")
+        both = finite_scales(self.header, name, data.tensor(name))[:groups, :out]
+        scale, zero = (part.T.contiguous() for part in both.unbind(-1))
+        codes = _out_of_tiles(data.tensor(qdata))[:out, :columns].contiguous()
+        origin = f"{self.header.file_of(qdata)}: {module.name}"
+        return QuantizedTensor(scheme, module.shape, codes, (scale,), None, (zero,), origin=origin)
+
     def _narrowed(self, name: str, stored: Stored, raw: Tensor, bits: int) -> Tensor:
         """Two's complement bytes of ``bits``-bit numbers as offset binary."""
         codes = raw ^ 0x80
@@ -336,6 +374,15 @@ class Torchao(PartlyDense):
                 f"target_dtype of {stored.place} has {-half} to {half - 1}. The file is damaged",
             )
         return codes - (128 - half)
+
+
+def _out_of_tiles(words: Tensor) -> Tensor:
+    """int32 (n, k, 32, w) -> uint8 (8 n, 32 w k) codes, in offset binary already."""
+    n, k, _, w = words.shape
+    lanes = words.view(n, k, 8, 4, w)  # row, pair of columns
+    nibbles = torch.stack([(lanes >> 4 * nibble & 15).to(torch.uint8) for nibble in range(8)], -1)
+    pairs = nibbles.view(n, k, 8, 4, w, 2, 4)  # second column of the pair, which 8 columns of 32
+    return pairs.permute(0, 2, 1, 4, 6, 3, 5).reshape(8 * n, 32 * w * k)
 
 
 def _without_zero_over_zero(codes: Tensor, scale: Tensor) -> Tensor:
@@ -368,8 +415,16 @@ def _described(header: CheckpointHeader) -> dict[str, Stored]:
                 f"{place}: tensors of class {printable(repr(kind))} are not read; known are "
                 + ", ".join(_READ),
             )
-        found[name] = Stored(kind, data, place)
+        found[_where_stored(header, name)] = Stored(kind, data, place)
     return found
+
+
+def _where_stored(header: CheckpointHeader, name: str) -> str:
+    """The parameter under the name its parts have."""
+    stem = name.removesuffix(".weight")
+    names = (f"{other}._weight_qdata" for other in spellings(stem))
+    part = next((part for part in names if part in header.tensors), None)
+    return name if part is None or stem == name else f"{part.removesuffix('._weight_qdata')}.weight"
 
 
 def _asked(values: Json) -> str:

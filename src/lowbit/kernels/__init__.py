@@ -36,6 +36,8 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
     from lowbit.kernels.cpu_row_vectors import CpuRowVectors
     from lowbit.kernels.cpu_trellis import CpuTrellis
     from lowbit.kernels.cpu_vectors import CpuVectors
+    from lowbit.kernels.gpu.columns import GpuColumns
+    from lowbit.kernels.gpu.halves import GpuHalves
     from lowbit.kernels.gpu.humming import GpuHumming
     from lowbit.kernels.gpu.lattice import GpuLattice
     from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
@@ -46,8 +48,8 @@ def linear_kernels() -> tuple[LinearKernel, ...]:
 
     codes = CpuBlocks(), CpuColumns(), CpuVectors(), CpuRowVectors(), CpuTrellis(), CpuLattice()
     floats = CpuDense(), CpuExpanded(), Reference(), CpuDequantized()
-    gpu = GpuBlocks(), GpuTrellis(), GpuVectors(), GpuRowVectors(), GpuLattice(), GpuDense()
-    return (*gpu, *codes, *floats, GpuHumming())
+    gpu = GpuBlocks(), GpuColumns(), GpuHalves(), GpuTrellis(), GpuVectors(), GpuRowVectors()
+    return (*gpu, GpuLattice(), GpuDense(), *codes, *floats, GpuHumming())
 
 
 @dataclass(frozen=True)

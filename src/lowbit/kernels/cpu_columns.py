@@ -22,19 +22,18 @@ Bytes are the scheme's, but that rows of a group are filled up: 16 and more cost
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from lowbit.kernels import packed_linear
+from lowbit.kernels import column_rules, packed_linear
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.native_kernel import NativeKernel
 from lowbit.kernels.packed_linear import COLUMNS, ROWS, SCALE_KINDS, NativeWeight
 from lowbit.kernels.step_plan import Operation, native_operation, no_memory
-from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
@@ -71,20 +70,8 @@ class _Rows:
     @staticmethod
     def of(scheme: Scheme, rows: int, groups: int, row_groups: Tensor | None) -> _Rows:
         """ValueError where they cannot be."""
-        height = scheme.blocks[-1][0] or rows
-        order = None
-        if not scheme.scattered:
-            if groups != -(-rows // height):
-                raise ValueError(f"{groups} groups of {rows} rows, {height} each")
-            counts = torch.full((groups,), height)
-            counts[-1] = rows - (groups - 1) * height
-        elif row_groups is None or row_groups.shape != (rows,):
-            raise ValueError(f"no groups of {rows} rows")
-        else:
-            if int(row_groups.min()) < 0 or int(row_groups.max()) >= groups:
-                raise ValueError(f"rows of other than {groups} groups")
-            counts = torch.bincount(row_groups.long(), minlength=groups)
-            order = row_groups.long().argsort(stable=True).to(torch.int32)
+        counts, order = column_rules.rows_of_groups(scheme, rows, groups, row_groups)
+        order = None if order is None else order.to(torch.int32)
         return _Rows(_ends(counts), _ends((counts + ROWS - 1) // ROWS), order)
 
     @property
@@ -122,28 +109,6 @@ class ColumnsWeight(PackedWeight):
     description: _Description = field(kw_only=True, repr=False)
 
 
-def _inner(scheme: Scheme) -> Scheme | str:
-    """The scheme of the codes without the columns' scales, or why there is none."""
-    if not scheme.scales_columns:
-        return "no scale is that of a column of several rows"
-    if scheme.offset or scheme.reordered:
-        return "scales of columns beside offsets or act-order"
-    if len(scheme.blocks) > 2 or any(height > 1 for height, _ in scheme.blocks[:-1]):
-        return f"{len(scheme.blocks)} levels of blocks of several rows"
-    if scheme.scales[-1].name not in SCALE_KINDS:
-        return f"columns' scales are {scheme.scales[-1].name}"
-    bare = replace(scheme, scattered=False, blocks=scheme.blocks[:-1], scales=scheme.scales[:-1])
-    if bare.blocks:
-        return bare
-    # A scale of 1 for each row, which the layout asks for.
-    return replace(bare, blocks=((1, 0),), scales=(number_format("f16"),), zero="none")
-
-
-def _column_zeros(scheme: Scheme) -> bool:
-    """Whether zero points are the columns', too."""
-    return scheme.zero != "none" and len(scheme.blocks) == 1
-
-
 def _packed_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
     """(rows, columns) of the packed codes, where groups are full."""
     rows, height = shape[0], scheme.blocks[-1][0] or shape[0]
@@ -161,7 +126,7 @@ class CpuColumns(NativeKernel):
         """Why the scheme cannot run here, or None."""
         if reason := super().refuses(scheme, shape, device):
             return reason
-        inner = _inner(scheme)
+        inner = column_rules.inner(scheme)
         if isinstance(inner, str):
             return inner
         if reason := _BLOCKS.refuses(inner, _packed_shape(scheme, shape), device):
@@ -176,49 +141,35 @@ class CpuColumns(NativeKernel):
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of the tiles, and of the columns' scales and zero points."""
-        inner = _inner(scheme)
+        inner = column_rules.inner(scheme)
         assert not isinstance(inner, str), "refuses() was asked first"
         groups = -(-shape[0] // (scheme.blocks[-1][0] or shape[0]))
-        numbers = groups * -(-shape[1] // COLUMNS) * COLUMNS * (1 + _column_zeros(scheme))
+        numbers = groups * -(-shape[1] // COLUMNS) * COLUMNS * (1 + column_rules.has_zeros(scheme))
         return (
             _BLOCKS.nbytes(inner, _packed_shape(scheme, shape)) + numbers * int(scheme.scales[-1].bits) // 8
         )
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """Rows group by group, codes in cpu_blocks' layout, the columns' numbers beside them."""
-        scheme, inner = weight.scheme, _inner(weight.scheme)
-        assert not isinstance(inner, str), "refuses() was asked first"
-        column_scale = weight.scales[-1]
-        rows = _Rows.of(scheme, weight.shape[0], len(column_scale), weight.row_groups)
-        single = len(weight.scales) == 1
-        codes = replace(
-            weight,
-            scheme=inner,
-            scales=(torch.ones(weight.shape[0], 1, dtype=torch.float16),) if single else weight.scales[:-1],
-            zeros=None if single else weight.zeros,
-            row_groups=None,
-        ).permute_rows(rows.packed)
-        packed = _BLOCKS.pack(codes, device)
+        scheme, numbers = weight.scheme, column_rules.numbers(weight)
+        rows = _Rows.of(scheme, weight.shape[0], len(numbers["column_scale"]), weight.row_groups)
+        packed = _BLOCKS.pack(column_rules.inner_weight(weight).permute_rows(rows.packed), device)
         assert isinstance(packed, NativeWeight), "cpu_blocks packs such"
         padding = (0, packed.description.columns - weight.shape[1])
-        buffers = packed.buffers | {"column_scale": torch.nn.functional.pad(column_scale, padding)}
-        if _column_zeros(scheme):
-            assert weight.zeros is not None, "its scheme has zero points"
-            zeros = weight.zeros.to(column_scale.dtype)
-            buffers["column_zero"] = torch.nn.functional.pad(zeros, padding)
-        if weight.row_groups is not None:
-            buffers["row_groups"] = weight.row_groups.to(torch.int32)
-        buffers = {name: buffer.contiguous() for name, buffer in buffers.items()}
+        for name in {"column_scale", "column_zero"} & numbers.keys():
+            numbers[name] = torch.nn.functional.pad(numbers[name], padding)
+        buffers = {name: buffer.contiguous() for name, buffer in (packed.buffers | numbers).items()}
         return self.restore(scheme, weight.shape, buffers, weight.origin)
 
     def restore(
         self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
     ) -> PackedWeight:
         """The weight around its buffers."""
-        inner = _inner(scheme)
+        inner = column_rules.inner(scheme)
         if isinstance(inner, str):
             raise ValueError(f"{origin}: {inner}")
-        numbers = [buffers["column_scale"]] + ([buffers["column_zero"]] if _column_zeros(scheme) else [])
+        names = ("column_scale",) + ("column_zero",) * column_rules.has_zeros(scheme)
+        numbers = [buffers[name] for name in names]
         try:
             rows = _Rows.of(scheme, shape[0], len(numbers[0]), buffers.get("row_groups"))
         except ValueError as error:
@@ -228,7 +179,6 @@ class CpuColumns(NativeKernel):
         assert isinstance(codes, NativeWeight), "cpu_blocks packs such"
         groups, dtype = len(rows.first_row) - 1, scheme.scales[-1].dtype
         assert dtype is not None, "columns' scales are floats"
-        names = ("column_scale", "column_zero")[: len(numbers)]
         wanted = dict.fromkeys(names, ((groups, codes.description.columns), dtype))
         packed_linear.check_buffers(buffers, wanted, origin)
         described = _Description(
@@ -249,21 +199,8 @@ class CpuColumns(NativeKernel):
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The weight again."""
         assert isinstance(packed, ColumnsWeight), "packed by this kernel"
-        columns, buffers, scheme = packed.shape[1], packed.buffers, packed.scheme
         codes = _BLOCKS.unpack(packed.codes).permute_rows(packed.rows.places)
-        zeros = codes.zeros
-        if "column_zero" in buffers:
-            zeros = buffers["column_zero"][:, :columns]
-            zeros = zeros.to(torch.uint8) if scheme.zero == "integer" else zeros
-        inner = scheme.blocks[:-1] and codes.scheme.blocks  # groups may have been cut
-        groups = buffers.get("row_groups")
-        return replace(
-            codes,
-            scheme=replace(scheme, blocks=(*inner, scheme.blocks[-1])),
-            scales=(*(codes.scales if inner else ()), buffers["column_scale"][:, :columns]),
-            zeros=zeros,
-            row_groups=None if groups is None else groups.long(),
-        )
+        return column_rules.outer_weight(codes, packed.scheme, packed.buffers)
 
     def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
         """float32 (tokens, in) -> float32 (tokens, out)."""

@@ -55,6 +55,8 @@ class CpuVectors(NativeKernel):
             return "weights are no vectors of codebooks"
         if layout.length not in VECTOR_LENGTHS or layout.books > MOST_BOOKS:
             return f"{layout.books} codebooks of vectors of {layout.length}"
+        if layout.height > 1:
+            return f"vectors of {layout.height} rows"
         if shape[1] % layout.length:
             return f"{shape[1]} columns are no whole vectors of {layout.length}"
         plain = scheme.zero == "none" and not scheme.offset and not scheme.flattened

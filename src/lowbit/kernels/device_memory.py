@@ -9,6 +9,23 @@ import torch
 from torch import Tensor
 
 _GIB = 1 << 30
+_LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 on tensor cores, and asynchronous copies
+
+
+def gpu_fault() -> str:
+    """Why no GPU of this machine can be used; "" where the first one can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    found = torch.cuda.get_device_capability()
+    if found >= _LEAST_CAPABILITY:
+        return ""
+    has, needed = (".".join(map(str, one)) for one in (found, _LEAST_CAPABILITY))
+    return f"{torch.cuda.get_device_name()} has compute capability {has}, kernels need {needed}"
+
+
+def has_gpu() -> bool:
+    """Whether ``--device auto`` is a GPU."""
+    return not gpu_fault()
 
 
 def free_memory(device: torch.device, mapped: int = 0) -> int:

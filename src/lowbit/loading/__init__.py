@@ -17,7 +17,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.kernels.attention import CacheSpec, choose_attention
-from lowbit.kernels.gpu import tuned_sizes
+from lowbit.kernels.gpu import runtime, tuned_sizes
 from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.loading import choice
 from lowbit.loading.kernel_choice import KernelChoice, KernelRules, Timings
@@ -86,23 +86,13 @@ def load_model(
     kernels = KernelChoice(KernelRules.parse(linear_kernel), timings)
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
     target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels, parallel)
+    if target.device.type == "cuda":
+        runtime.check(target.device)
     tuned_sizes.look_in(cache_directory() / "tuned")
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
     choice.say(asked)
     opened = Opened.of(header, asked, strict)
-    if opened.recipe is None and save is not None:
-        raise LowbitError(
-            "E0405", "--save-quantized needs a float model and --quantization, --torchao-config or a recipe"
-        )
-    if calibration is not None and calibration.file and not (opened.recipe and opened.recipe.calibrated):
-        raise LowbitError("E0405", "--calibration-data is for methods that calibrate: gptq, awq, marlin")
-    if opened.recipe is not None and (save is not None or opened.recipe.calibrated):
-        if parallel.size > 1:
-            raise LowbitError(
-                "E0105",
-                "--tp-size: methods that calibrate, and --save-quantized, run in one process: quantize with "
-                "--save-quantized FOLDER and without --tp-size first, then serve FOLDER",
-            )
+    if _is_written_first(opened, save, calibration, parallel):
         from lowbit.loading.quantizing import quantized_checkpoint  # imports half of lowbit
 
         made = quantized_checkpoint(opened, save=save, calibration=calibration, on_progress=on_progress)
@@ -121,30 +111,57 @@ def load_model(
             linear_kernel=linear_kernel,
             timings=timings,
         )
-        model.quantization = opened.described
-        return model
-    assert packed_cache is None or parallel.size == 1, "a file holds a whole model"
+    else:
+        model = _packed_model(opened, target, kv_scales_path, packed_cache, samples, on_progress)
+    model.quantization = opened.described
+    return model
+
+
+def _is_written_first(
+    opened: Opened, save: Path | None, calibration: Calibration | None, parallel: Parallel
+) -> bool:
+    """Whether a quantized checkpoint is made, to be loaded afterwards; what cannot be made is refused."""
+    recipe = opened.recipe
+    if recipe is None and save is not None:
+        raise LowbitError(
+            "E0405", "--save-quantized needs a float model and --quantization, --torchao-config or a recipe"
+        )
+    if calibration is not None and calibration.file and not (recipe and recipe.calibrated):
+        raise LowbitError("E0405", "--calibration-data is for methods that calibrate: gptq, awq, marlin")
+    if recipe is None or (save is None and not recipe.calibrated):
+        return False
+    if parallel.size > 1:
+        raise LowbitError(
+            "E0105",
+            "--tp-size: methods that calibrate, and --save-quantized, run in one process: quantize with "
+            "--save-quantized FOLDER and without --tp-size first, then serve FOLDER",
+        )
+    return True
+
+
+def _packed_model(
+    opened: Opened,
+    target: Target,
+    kv_scales_path: str | None,
+    packed_cache: PackedCache | None,
+    samples: Samples | None,
+    on_progress: Progress | None,
+) -> Model:
+    """Read or taken from ``packed_cache``, which then keeps what had to be packed."""
+    assert packed_cache is None or target.parallel.size == 1, "a file holds a whole model"
     file = None if packed_cache is None else packed_cache.file_of(opened, target)
     found = None if file is None else file.read()
     kept, notes = found or (None if file is None else {}, {})
     for code, message in notes.items():
         opened.notes.contradiction(code, message)
     began = time.monotonic()
-    with TensorData(header) as data:
+    with TensorData(opened.header) as data:
         scales = opened.kv_scales(kv_scales_path)
         loader = Loader(opened, target, data, scales, on_progress, samples, kept)
         model = opened.family.build(opened.config, loader)
         loader.refuse_leftovers()
     target.kernels.finish()
-    if beside := loader.names.other_parts():
-        _log.info("lowbit: %d tensors beside the language model are not used: text only", len(beside))
-    if loader.online is not None:
-        loader.online.say_kept()
-    if target.int8_inputs and not loader.int8_layers:
-        _log.warning(
-            "lowbit: --activation-quantization int8: no layer here has weights and a kernel that can meet "
-            "int8 inputs; all inputs stay as they are"
-        )
+    _say_what_stayed(loader)
     _check_caches(model)
     if file is not None and (found is None or loader.outdated):
         file.store(loader.made, opened.notes.said)
@@ -152,7 +169,6 @@ def load_model(
         text = "lowbit: loading took %.0f s; --packed-cache on keeps what was made of the weights (%.1f GiB)"
         _log.info(text + " for the next start", seconds, loader.packed_bytes / (1 << 30))
     model.kernels = frozenset(loader.kernels)
-    model.quantization = opened.described
     model.weight_bytes = loader.packed_bytes
     model.mapped_bytes = loader.mapped_bytes
     model.spans_tokens = loader.spans_tokens
@@ -160,6 +176,19 @@ def load_model(
     if opened.recipe is not None and (states := opened.recipe.delayed_states) is not None:
         model.states.resume(states)
     return model
+
+
+def _say_what_stayed(loader: Loader) -> None:
+    """Of what was there or asked for: tensors unused, layers not quantized, inputs not rounded."""
+    if beside := loader.names.other_parts():
+        _log.info("lowbit: %d tensors beside the language model are not used: text only", len(beside))
+    if loader.online is not None:
+        loader.online.say_kept()
+    if loader.target.int8_inputs and not loader.int8_layers:
+        _log.warning(
+            "lowbit: --activation-quantization int8: no layer here has weights and a kernel that can meet "
+            "int8 inputs; all inputs stay as they are"
+        )
 
 
 def plan_model(

@@ -201,7 +201,10 @@ class Asker:
         [place] = self.names.place(part.name, [part])
         if not stacked:
             return [self._taken(place)]
-        modules = [replace(place.module, expert=n, experts=stacked) for n in range(stacked)]
+        dotted = not self.names.in_gguf and place.module.tensor("weight") in self.header.tensors
+        modules = [
+            replace(place.module, expert=n, experts=stacked, dotted=dotted) for n in range(stacked)
+        ]
         return [self._taken(replace(place, module=module)) for module in modules]
 
     def has(self, name: str) -> bool:
@@ -304,7 +307,7 @@ class Asker:
         if isinstance(vectors, RowVectorLayout):
             shape = (16, vectors.columns or 32 * vectors.length)
         elif vectors is not None:
-            shape = (16, 32 * vectors.length)
+            shape = (16 * vectors.height, 32 * vectors.length)
         elif coded.trellis is not None:
             shape = (scheme.rows_together, BLOCK)
         return choose(scheme, shape, self.device).kernel.name != "reference"

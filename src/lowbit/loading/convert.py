@@ -32,7 +32,6 @@ from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule,
 from lowbit.models.config_keys import architecture_of
 from lowbit.models.gguf_metadata import SEEING
 from lowbit.numerics.scheme import Scheme, dense
-from lowbit.tokenization import check_vocabulary, load_tokenizer
 
 VERSION = 1  # of what a journal depends on beside its key: raised when what is written changes
 MOST_LINES = 20  # of modules that changed, for people; the certificate has all
@@ -79,8 +78,7 @@ def convert(
     """
     source = SourceModel(header, strict=strict)
     if tokenizer is not None:
-        check_vocabulary(load_tokenizer(tokenizer), source.config.vocab_size)
-        source.tokenizer = tokenizer
+        source.take_tokenizer(tokenizer)
     if form == "gguf":
         require_gguf()
         source = source.for_gguf()

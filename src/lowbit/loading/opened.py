@@ -12,6 +12,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
 from lowbit.formats import CheckpointFormat, Notes, detect
 from lowbit.formats.kv_scales import KvScales, read_scales_file, wants_fp8_cache
+from lowbit.kernels.device_memory import gpu_fault, has_gpu
 from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.loading.kernel_choice import KernelChoice
 from lowbit.loading.online import is_float
@@ -113,9 +114,9 @@ class Target:
         ``parallel``: the rank that it is for; each has a GPU of its own.
         """
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise LowbitError("E0412", "--device cuda: torch sees no CUDA device here; use --device cpu")
+            device = "cuda" if has_gpu() else "cpu"
+        if device == "cuda" and (fault := gpu_fault()):
+            raise LowbitError("E0412", f"--device cuda: {fault}; use --device cpu")
         on_cpu = device == "cpu"
         wanted = None if dtype == "auto" else getattr(torch, dtype)
         exact = dtype == "float32" or (dtype == "auto" and _is_float32(header))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.embedded import cache_directory
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.journal import Journal
@@ -187,6 +188,7 @@ class Quantizing:
                 writer,
                 nbytes=planned_nbytes(schemes) + vectors,
                 tensors=6 * len(self.modules) + len(self.source.parts),
+                tokenizer=self._others_tokenizer(),
                 force=force,
                 shard_bytes=shard_bytes,
                 # Calibration starts at the first block again: what it gives comes in one run or not at all.
@@ -203,7 +205,11 @@ class Quantizing:
             "--quantization": "; ".join(spec.key for spec in self.recipe.methods),
             "recipe": digest.hexdigest(),
             "format": f"{writer.name}, {VERSION}",
+            "--tokenizer": "its own" if (other := self._others_tokenizer()) is None else other.root.name,
         }
+
+    def _others_tokenizer(self) -> CheckpointHeader | None:
+        return None if self.source.tokenizer is self.source.header else self.source.tokenizer
 
     def _write_gguf(
         self, out: Path, writer: CheckpointWriter, force: bool, on_progress: Progress | None
@@ -334,6 +340,8 @@ def quantized_checkpoint(
     assert opened.recipe is not None, "something was asked for"
     work = Quantizing(opened, opened.recipe, calibration or Calibration())
     if save is not None:
+        if work.calibration.tokenizer is not None:
+            work.source.take_tokenizer(open_checkpoint(work.calibration.tokenizer))
         made = work.write(save, on_progress=on_progress)
         _log.info("lowbit: saved as %s", made)
         return made

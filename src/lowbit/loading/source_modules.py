@@ -43,6 +43,7 @@ from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme, dense
 from lowbit.quantize.recipe import Asked
+from lowbit.tokenization import check_vocabulary, load_tokenizer
 
 _FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}
 # StableLM's checkpoints have a vector for each head, its GGUF files all of them in one tensor.
@@ -193,6 +194,11 @@ class SourceModel:
                     found[part.stored.removesuffix(".weight")] = dense(_FLOATS[entry.dtype])
         return found
 
+    def take_tokenizer(self, other: CheckpointHeader) -> None:
+        """Let that of another checkpoint go with the model, whose vocabulary must have room for it."""
+        check_vocabulary(load_tokenizer(other), self.config.vocab_size)
+        self.tokenizer = other
+
     def for_gguf(self) -> SourceModel:
         """The same with what GGUF files of the family keep apart as modules of their own."""
         fused, made = fused_in_gguf(self.family.name), copy.copy(self)
@@ -327,9 +333,9 @@ class _Walk(Asker):
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """A meta tensor of that shape."""
         places = self.placed_stack(part, stacked)
-        if self.in_gguf and part.name.endswith(".k_b_proj"):
+        if part.name.endswith(".k_b_proj"):
             self._heads = places
-        elif self.in_gguf and part.name.endswith(".v_b_proj"):
+        elif part.name.endswith(".v_b_proj"):
             self._note_latent(self._heads, places)
         else:
             for place in places:

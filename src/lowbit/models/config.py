@@ -113,7 +113,8 @@ class ModelConfig:
     unrotated: frozenset[int] = frozenset()  # layers without a rotary embedding
     norm_offset: float = 0.0  # added to every norm weight (Gemma in safetensors stores weight - 1)
     windows: tuple[int, ...] = ()  # tokens each layer sees, 0 = all; empty = all layers see all
-    local_rope_theta: float | None = None  # another base for the layers with a window
+    local_rope_theta: float | None = None  # another base for the layers with a window, and another scaling
+    local_rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     attention_scale: float | None = None  # None: head_dim ** -0.5
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
@@ -124,7 +125,8 @@ class ModelConfig:
     moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
-        divisors = len(self.rope_scaling.divisors)
+        scalings = (self.rope_scaling, self.local_rope_scaling)
+        divisors = max(len(scaling.divisors) for scaling in scalings)
         checks = (
             (divisors in (0, self.rotary_dim // 2), f"{divisors} rope factors"),
             (self.heads % self.kv_heads == 0, f"{self.heads} heads over {self.kv_heads} K/V heads"),

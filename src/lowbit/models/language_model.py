@@ -26,7 +26,7 @@ from lowbit.kernels.recurrent import LayerMemory, LayerSpec
 from lowbit.layers.cuts import Cut, cut_evenly, cut_heads
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.norm import Norm
-from lowbit.layers.rotary import RopeScaling, rotary_frequencies
+from lowbit.layers.rotary import rotary_frequencies
 from lowbit.layers.weight_loader import WeightLoader
 from lowbit.models.config import ModelConfig
 
@@ -178,5 +178,7 @@ def rotary_tables(config: ModelConfig, loader: WeightLoader) -> tuple[RotaryTabl
     table = RotaryTable.build(frequencies, config.context_length, magnitude, loader.device)
     if config.local_rope_theta is None:
         return table, table
-    local, _ = rotary_frequencies(config.rotary_dim, config.local_rope_theta, RopeScaling())
-    return table, RotaryTable.build(local, config.context_length, 1.0, loader.device)
+    local, magnitude = rotary_frequencies(
+        config.rotary_dim, config.local_rope_theta, config.local_rope_scaling
+    )
+    return table, RotaryTable.build(local, config.context_length, magnitude, loader.device)

@@ -15,19 +15,39 @@ from lowbit.models.config_keys import ConfigKeys
 
 def rope_keys(keys: ConfigKeys, layer_type: str = "full_attention") -> ConfigKeys:
     """The rope section: transformers >= 5 writes rope_parameters (nested by layer type where layers
-    differ), older versions rope_scaling beside rope_theta."""
+    differ), older versions rope_scaling beside rope_theta.
+
+    Where both are there, as after a recipe's rope_scaling was added to a newer file, rope_scaling counts, for
+    layers that see all tokens where they differ.
+    """
     section = keys.section("rope_parameters")
-    nested = section.get(layer_type)
-    if isinstance(nested, dict):
-        section = nested
-    return ConfigKeys(section or keys.section("rope_scaling"), f"{keys.place}: rope")
+    if is_nested(section):
+        nested = section.get(layer_type)
+        section = nested if isinstance(nested, dict) else {}
+        if layer_type != "full_attention":
+            return ConfigKeys(section, f"{keys.place}: rope")
+    return ConfigKeys(section | _old_section(keys), f"{keys.place}: rope")
+
+
+def is_nested(section: dict[str, object]) -> bool:
+    """Whether rope_parameters have a section for each type of layer."""
+    return any(isinstance(value, dict) for value in section.values())
+
+
+def _old_section(keys: ConfigKeys) -> dict[str, object]:
+    """``rope_scaling``, its kind under the newer name."""
+    section = dict(keys.section("rope_scaling"))
+    if "type" in section:
+        section.setdefault("rope_type", section.pop("type"))
+    return section
 
 
 def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeScaling:
     """The rope scaling a config.json asks for; an unknown kind is refused by name."""
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     original = "original_max_position_embeddings"
-    trained = rope.size(original, keys.size(original, context))
+    nested = is_nested(keys.section("rope_parameters"))
+    trained = rope.size(original, context) if nested else keys.size(original, rope.size(original, context))
     match kind:
         # Dynamic NTK leaves the frequencies alone up to the trained context, which is all lowbit serves.
         case "default" | "dynamic":
@@ -38,7 +58,7 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
             return RopeScaling(
                 "llama3",
                 rope.number("factor"),
-                rope.size(original),
+                trained,
                 rope.number("low_freq_factor"),
                 rope.number("high_freq_factor"),
             )
@@ -61,6 +81,21 @@ def scaling_from_json(rope: ConfigKeys, keys: ConfigKeys, context: int) -> RopeS
         f"{rope.place}: rope type {printable(repr(kind))} is not supported; "
         "supported: default, linear, dynamic, llama3, yarn, longrope",
     )
+
+
+def local_rope(keys: ConfigKeys, context: int, theta: float) -> tuple[float, RopeScaling]:
+    """The base and the scaling of layers with a window; ``theta``: where config.json does not say."""
+    if not is_nested(keys.section("rope_parameters")):  # what there is, is of layers that see all tokens
+        return theta, RopeScaling()
+    local = rope_keys(keys, "sliding_attention")
+    part, everywhere = (one.number("partial_rotary_factor", 1.0) for one in (local, rope_keys(keys)))
+    if part != everywhere:
+        raise LowbitError(
+            "E0242",
+            f"{local.place}: partial_rotary_factor {part:g} in layers with a window and {everywhere:g} in "
+            "the others is not supported; only the same in all is",
+        )
+    return local.number("rope_theta", theta), scaling_from_json(local, keys, context)
 
 
 def _longrope(rope: ConfigKeys, context: int, trained: int) -> RopeScaling:

@@ -4,9 +4,9 @@ One table, indexed by readers, kernels, quantizers and tests alike. A scalar for
 value; integer formats are *offset binary* (value = code - 2^(bits-1)) when signed and plain when not, so
 that "unsigned with a zero point of 2^(bits-1) everywhere" and "signed without a zero point" share codes.
 A block format (GGUF) has no scalar table: its bytes decode a block at a time through a ``BlockLayout``. Nor
-has a format of codebooks, whose codes are indices of vectors of several weights: of a row (``VectorLayout``),
-of a column (``RowVectorLayout``); or one of trellises, whose weights share their bits (``TrellisLayout``), or
-of a lattice's vectors between transforms (``LatticeLayout``).
+has a format of codebooks, whose codes are indices of vectors of several weights: of a row or some
+(``VectorLayout``), of a column (``RowVectorLayout``); or one of trellises, whose weights share their bits
+(``TrellisLayout``), or of a lattice's vectors between transforms (``LatticeLayout``).
 
 Sources: OCP Microscaling Formats v1.0 (e2m1, e2m3, e3m2, e8m0), "FP8 Formats for Deep Learning"
 (Micikevicius et al., 2022: e4m3, e5m2), QLoRA (Dettmers et al., 2023: nf4).
@@ -58,21 +58,23 @@ class Expanded:
 
 @dataclass(frozen=True)
 class VectorLayout:
-    """Indices of vectors of ``length`` neighbouring columns in ``books`` codebooks of 2^``bits`` each:
-    a weight is the sum of what they say.
+    """Indices of vectors of ``length`` neighbouring columns, in each of ``height`` rows, in ``books``
+    codebooks of 2^``bits`` each: a weight is the sum of what they say.
 
-    A row is stored as bytes: vector by vector an index into each codebook, of one byte, or of two, low byte
-    first, where ``bits`` are more than 8.
+    ``height`` rows are stored as bytes: vector by vector an index into each codebook, of one byte, or of two,
+    low byte first, where ``bits`` are more than 8. A vector's numbers lie row by row.
     """
 
     books: int
     bits: int
     length: int
+    height: int = 1
 
     @property
-    def height(self) -> int:
-        """Rows that are stored together."""
-        return 1
+    def name(self) -> str:
+        """Of the number format: "vq2x8_8", or "vq1x12_4x2" with vectors of 4 rows."""
+        rows = f"{self.height}x" if self.height > 1 else ""
+        return f"vq{self.books}x{self.bits}_{rows}{self.length}"
 
     @property
     def index_bytes(self) -> int:
@@ -84,7 +86,7 @@ class VectorLayout:
         return self.length
 
     def row_bytes(self, columns: int) -> int:
-        """Of a row of indices."""
+        """Of ``height`` rows."""
         return columns // self.length * self.books * self.index_bytes
 
     def indices(self, codes: Tensor) -> Tensor:
@@ -93,11 +95,14 @@ class VectorLayout:
         return wide[..., 0] if self.index_bytes == 1 else wide[..., 0] | wide[..., 1] << 8
 
     def decode(self, codes: Tensor, codebooks: Tensor) -> Tensor:
-        """uint8 (..., bytes), (books, 2^bits, length) -> float32 (..., columns), codebook by codebook."""
+        """uint8 (..., out / height, bytes), (books, 2^bits, height * length) -> float32 (..., out, in),
+        codebook by codebook."""
         indices = self.indices(codes)
         total = codebooks[0].float()[indices[..., 0]]
         for book in range(1, self.books):
             total += codebooks[book].float()[indices[..., book]]
+        if self.height > 1:
+            total = total.unflatten(-1, (self.height, self.length)).transpose(-3, -2).flatten(-4, -3)
         return total.flatten(-2)
 
 
@@ -315,16 +320,18 @@ def _build() -> dict[str, NumberFormat]:
 NUMBER_FORMATS: dict[str, NumberFormat] = _build()
 
 
-_VECTORS = re.compile(r"vq([1-9]\d{0,3})x([1-9]|1[0-6])_([1-9]\d{0,3})")
+_VECTORS = re.compile(
+    r"vq(?P<books>[1-9]\d{0,3})x(?P<bits>[1-9]|1[0-6])_((?P<height>[2-9]|[1-9]\d{1,3})x)?(?P<length>[1-9]\d{0,3})"
+)
 _ROW_VECTORS = re.compile(
     r"rvq(?P<length>[1-9]\d{0,3})_(?P<centroids>[1-9]\d{0,6})(\+(?P<residual>[1-9]\d{0,6}))?"
     r"_(?P<dtype>f16|bf16|f32)(_(?P<books>[1-9]\d{0,4})x(?P<width>[1-9]\d{0,6}))?(_out(?P<outliers>[1-9]\d{0,6}))?"
 )
 
 
-def vector_format(books: int, bits: int, length: int) -> NumberFormat:
-    """Sums of ``books`` vectors of ``length`` columns, each one of 2^``bits``: "vq2x8_8"."""
-    return number_format(f"vq{books}x{bits}_{length}")
+def vector_format(books: int, bits: int, length: int, height: int = 1) -> NumberFormat:
+    """Sums of ``books`` vectors of ``height`` rows by ``length`` columns, each one of 2^``bits``."""
+    return number_format(VectorLayout(books, bits, length, height).name)
 
 
 _LATTICE = re.compile(r"e8p(\+e8p/(?P<divisor>[0-9.e+-]+))?")
@@ -346,8 +353,8 @@ def number_format(name: str) -> NumberFormat:
         trellis = TrellisLayout(int(coded[1]), coded[2])
         NUMBER_FORMATS[name] = NumberFormat(name, trellis.bits, trellis=trellis)
     if name not in NUMBER_FORMATS and (found := _VECTORS.fullmatch(name)):
-        layout = VectorLayout(*map(int, found.groups()))
-        bits = 8 * layout.books * layout.index_bytes / layout.length  # as they are stored
+        layout = VectorLayout(**{key: int(value or 1) for key, value in found.groupdict().items()})
+        bits = 8 * layout.books * layout.index_bytes / (layout.length * layout.height)  # as they are stored
         NUMBER_FORMATS[name] = NumberFormat(name, bits, vectors=layout)
     if name not in NUMBER_FORMATS and (found := _ROW_VECTORS.fullmatch(name)):
         said = {key: value for key, value in found.groupdict().items() if value is not None}

@@ -42,7 +42,9 @@ def load_chat_template(
     from lowbit.tokenization.chat_template import JinjaTemplate, find_template
 
     found = find_template(header, override_file)
-    return None if found is None else JinjaTemplate(found.source, found.place, tokenizer, found.variables)
+    if found is None:
+        return None
+    return JinjaTemplate(found.source, found.place, tokenizer, found.variables, found.with_tools)
 
 
 def check_vocabulary(tokenizer: Tokenizer, embedding_rows: int) -> None:

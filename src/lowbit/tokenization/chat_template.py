@@ -35,6 +35,7 @@ MAX_OUTPUT = 16 << 20
 DEADLINE_SECONDS = 1.0
 _LARGEST_REPEAT = 1 << 16
 _FIRST_MARK = 0xF0000  # Unicode's supplementary private-use plane
+_MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + 0xFFFD)}]")
 _BOS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 CHATML = (
@@ -46,11 +47,13 @@ CHATML = (
 
 @dataclass(frozen=True)
 class FoundTemplate:
-    """``variables``: special tokens' texts, which templates print."""
+    """``variables``: special tokens' texts, which templates print; ``with_tools``: the template of requests
+    that have tools, where there is one of their own."""
 
     source: str
     place: str
     variables: dict[str, str] = field(default_factory=dict)
+    with_tools: str | None = None
 
 
 def find_template(header: CheckpointHeader, override: str | None = None) -> FoundTemplate | None:
@@ -76,16 +79,23 @@ def find_template(header: CheckpointHeader, override: str | None = None) -> Foun
             )
         return FoundTemplate(source, path.name, variables)
     if header.container == "gguf":
-        stored = header.metadata.get("tokenizer.chat_template")
-        return FoundTemplate(stored, header.root.name, variables) if isinstance(stored, str) else None
-    source = read_text(header, "chat_template.jinja")
-    if source is not None:
-        return FoundTemplate(source, "chat_template.jinja", variables)
-    stored = config.get("chat_template")
-    if isinstance(stored, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
-        stored = named.get("default", next(iter(named.values()), None))
-    return FoundTemplate(stored, "tokenizer_config.json", variables) if isinstance(stored, str) else None
+        stored, place = header.metadata.get("tokenizer.chat_template"), header.root.name
+        with_tools = header.metadata.get("tokenizer.chat_template.tool_use")
+    else:
+        stored, place = read_text(header, "chat_template.jinja"), "chat_template.jinja"
+        with_tools = None
+    if stored is None and header.container != "gguf":
+        stored, place = config.get("chat_template"), "tokenizer_config.json"
+        if isinstance(stored, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
+            with_tools = named.get("tool_use")
+            stored = named.get("default", next(iter(named.values()), None))
+    if stored is None and header.container != "gguf":  # of models that see pictures, too
+        place = "chat_template.json"
+        stored = (read_json(header, place) or {}).get("chat_template")
+    if not isinstance(stored, str):
+        return None
+    return FoundTemplate(stored, place, variables, with_tools if isinstance(with_tools, str) else None)
 
 
 def _gguf_specials(header: CheckpointHeader) -> dict[str, str]:
@@ -223,20 +233,43 @@ class _ExpiredError(Exception):
     """Thrown into a template's thread when its time is up."""
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """``takes_parts``: contents may be lists of parts; ``takes_text``: and texts."""
+
+    code: jinja2.Template
+    takes_parts: bool
+    takes_text: bool
+
+
 class JinjaTemplate:
     """See ``tokenizer.ChatTemplate``."""
 
     def __init__(
-        self, source: str, place: str, tokenizer: FastTokenizer, variables: Mapping[str, str]
+        self,
+        source: str,
+        place: str,
+        tokenizer: FastTokenizer,
+        variables: Mapping[str, str],
+        with_tools: str | None = None,
     ) -> None:
-        if len(source) > MAX_SOURCE:
-            raise LowbitError(
-                "E0253", f"{place}: chat_template of {len(source)} characters, limit {MAX_SOURCE}"
-            )
         self.source = source
         self._place = place
         self._tokenizer = tokenizer
         self._variables = dict(variables)
+        self._template = self._compiled(source)
+        self._with_tools = self._template if with_tools is None else self._compiled(with_tools)
+        # Special texts, longest first, so that a longer one is never cut by a shorter.
+        texts = sorted(tokenizer.special_texts, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._controls = tokenizer.special_ids - tokenizer.made_ids
+
+    def _compiled(self, source: str) -> _Compiled:
+        place = self._place
+        if len(source) > MAX_SOURCE:
+            raise LowbitError(
+                "E0253", f"{place}: chat_template of {len(source)} characters, limit {MAX_SOURCE}"
+            )
         environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
         )
@@ -246,17 +279,13 @@ class JinjaTemplate:
         environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
         environment.globals.pop("lipsum", None)
         try:
-            self._template = environment.from_string(source)
+            return _Compiled(environment.from_string(source), *_takes(source))
         except (jinja2.TemplateError, RecursionError, ValueError) as error:
             raise LowbitError(
                 "E0253",
                 f"{place}: chat_template is no valid Jinja: {printable(error).rstrip('.')}. Start with "
                 "--chat-template <file> to use your own",
             ) from None
-        # Special texts, longest first, so that a longer one is never cut by a shorter.
-        texts = sorted(tokenizer.special_texts, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
-        self._takes_parts = _iterates_over_content(source)
 
     def render(
         self,
@@ -269,14 +298,15 @@ class JinjaTemplate:
     ) -> list[int]:
         """Token ids of the conversation."""
         marks = _Marks(self._special)
-        prepared = [self._prepare(message, marks) for message in messages]
+        template = self._with_tools if tools else self._template
+        prepared = [self._prepare(message, marks, template) for message in messages]
         final = None
         if continue_final_message:
             if add_generation_prompt or not messages:
                 raise LowbitError(
                     "E0256", "continue_final_message needs a last message and add_generation_prompt false"
                 )
-            final = prepared[-1].get("content")
+            final = _last_text(prepared[-1].get("content"))
             if not isinstance(final, str):
                 raise LowbitError("E0256", "continue_final_message: the last message has no text to continue")
         context = {
@@ -287,16 +317,18 @@ class JinjaTemplate:
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        text = self._run(context)
+        text = self._run(template.code, context)
         if isinstance(final, str):
             text = _cut_after(text, final)
         return self._encode(text, marks)
 
-    def _prepare(self, message: dict[str, object], marks: _Marks) -> dict[str, object]:
-        """A copy with parts flattened, arguments parsed and special texts hidden."""
+    def _prepare(self, message: dict[str, object], marks: _Marks, template: _Compiled) -> dict[str, object]:
+        """A copy with contents in the form the template takes, arguments parsed and special texts hidden."""
         prepared = {key: value for key, value in message.items() if value is not None or key == "content"}
         content = prepared.get("content")
-        if isinstance(content, list) and not self._takes_parts:
+        if isinstance(content, str) and not template.takes_text:
+            prepared["content"] = [{"type": "text", "text": content}]
+        if isinstance(content, list) and not template.takes_parts:
             prepared["content"] = "".join(
                 str(part.get("text", "")) for part in content if isinstance(part, dict)
             )
@@ -307,7 +339,7 @@ class JinjaTemplate:
         assert isinstance(hidden, dict), "a message stays an object"
         return hidden
 
-    def _run(self, context: dict[str, object]) -> str:
+    def _run(self, template: jinja2.Template, context: dict[str, object]) -> str:
         """Render in a thread of its own, which is thrown out when its time is up."""
         result: list[str] = []
         failure: list[BaseException] = []
@@ -315,7 +347,7 @@ class JinjaTemplate:
         def work() -> None:
             try:
                 length, pieces = 0, []
-                for piece in self._template.generate(**context):
+                for piece in template.generate(**context):
                     length += len(piece)
                     if length > MAX_OUTPUT:
                         raise _TooLarge(f"more than {MAX_OUTPUT} characters of output")
@@ -353,18 +385,31 @@ class JinjaTemplate:
         return LowbitError("E0256", f"{place}: chat_template failed on this conversation: {printable(error)}")
 
     def _encode(self, text: str, marks: _Marks) -> list[int]:
-        """The template's special tokens as ids, everything between as plain text."""
-        tokenizer, ids, start = self._tokenizer, [], 0
-        pieces: list[tuple[str, int | None]] = []
-        for found in self._special.finditer(text) if self._special else ():
-            pieces.append((text[start : found.start()], tokenizer.special_texts[found[0]]))
-            start = found.end()
-        pieces.append((text[start:], None))
-        for plain, special in pieces:
-            if plain:
-                ids += tokenizer.encode(marks.show(plain), add_special=False, parse_special=False)
-            if special is not None:
-                ids.append(special)
+        """The template's special tokens as ids, everything between as plain text.
+
+        In one piece, so that tokens that swallow the spaces beside them do (Phi-3's), and that a space is put
+        before the first word alone where it is (Mistral's). What has hidden texts in it is encoded by itself.
+        """
+        tokenizer = self._tokenizer
+        found = list(self._special.finditer(text)) if self._special else []
+        own = [tokenizer.special_texts[match[0]] for match in found]
+        ids = tokenizer.encode(text, add_special=False)
+        # Others than the template's own: a normalizer turned ordinary text into a special token.
+        wanted = [token for token in own if token in self._controls]
+        same = [token for token in ids if token in self._controls] == wanted
+        if same and not marks:
+            return ids
+        pieces = tokenizer.pieces(text)
+        if not same or [token for *_, token in pieces] != [*own, None]:
+            cuts = [0, *(place for match in found for place in match.span()), len(text)]
+            texts = [text[begin:end] for begin, end in zip(cuts[::2], cuts[1::2], strict=True)]
+            pieces = [(plain, [], token) for plain, token in zip(texts, [*own, None], strict=True)]
+        ids = []
+        for plain, known, token in pieces:
+            shown = marks.show(plain)
+            if plain and (not known or shown != plain):
+                known = tokenizer.encode(shown, add_special=False, parse_special=False)
+            ids += known if token is None else [*known, token]
         return ids
 
 
@@ -372,8 +417,11 @@ class _Marks:
     """Special texts inside messages <-> private-use characters that no template or tokenizer treats."""
 
     def __init__(self, special: re.Pattern[str] | None) -> None:
-        self._special = special
+        self._special = special and re.compile(f"{_MARKS.pattern}|{special.pattern}")
         self._texts: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
 
     def hide(self, value: object) -> Any:
         """A copy of nested lists and objects with every special text marked."""
@@ -392,9 +440,10 @@ class _Marks:
 
     def show(self, text: str) -> str:
         """The special texts again."""
-        for index, special in enumerate(self._texts):
-            text = text.replace(chr(_FIRST_MARK + index), special)
-        return text
+        return _MARKS.sub(self._text, text) if self else text
+
+    def _text(self, found: re.Match[str]) -> str:
+        return self._texts[ord(found[0]) - _FIRST_MARK]
 
 
 def _parsed_arguments(call: object) -> object:
@@ -426,6 +475,20 @@ def _cut_after(text: str, final: str) -> str:
     return text[: place + len(final)]
 
 
-def _iterates_over_content(source: str) -> bool:
-    """Whether the template itself walks over content parts: ``for part in message['content']``."""
-    return re.search(r"for\s+\w+\s+in\s+\w+(\[['\"]content['\"]\]|\.content)", source) is not None
+def _last_text(content: object) -> object:
+    """The text of a message, the last part's where it has parts."""
+    if not isinstance(content, list):
+        return content
+    return next(
+        (part["text"] for part in reversed(content) if isinstance(part, dict) and "text" in part), None
+    )
+
+
+_WALKS_PARTS = re.compile(r"for\s+\w+\s+in\s+\w+(\[['\"]content['\"]\]|\.content)")
+_ASKS_WHICH = re.compile(r"\bcontent(['\"]\])?\s+is\s+(not\s+)?(string|iterable|sequence|mapping)\b")
+
+
+def _takes(source: str) -> tuple[bool, bool]:
+    """Whether a template walks over the parts of contents, and whether it takes plain texts, too."""
+    parts = _WALKS_PARTS.search(source) is not None
+    return parts, not parts or _ASKS_WHICH.search(source) is not None

@@ -7,13 +7,16 @@ objects: one that parses them, and one, built when first asked for, that does no
 from __future__ import annotations
 
 import json
+import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import tokenizers
 
 from lowbit.errors import LowbitError, printable
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 MAX_ID = 1 << 24
 MAX_ADDED = 1_000_000
 
@@ -55,6 +58,22 @@ class FastTokenizer:
             else specials.adds_bos and self.bos_id is not None
         )
         self._byte_level = _is_byte_level(self._tokenizer)
+        # Added tokens that the library takes for stand-ins of bytes: DeepSeek's "ö" is the letter itself.
+        self._literal = frozenset(
+            number
+            for number, token in self._added.items()
+            if self._byte_level
+            and number not in self.special_ids
+            and not token.isascii()
+            and all(c in _byte_of() for c in token)
+        )
+        # Special tokens that a text is turned into without naming them: of unknown characters, and of bytes.
+        unknown = self._id(getattr(self._tokenizer.model, "unk_token", None))
+        self.made_ids = frozenset(
+            number
+            for number in self.special_ids
+            if number == unknown or _BYTE_TOKEN.fullmatch(self._added[number])
+        )
         self.special_texts = {self._added[number]: number for number in self.special_ids}
 
     def _id(self, token: str | None) -> int | None:
@@ -64,16 +83,7 @@ class FastTokenizer:
         """Ids of ``text``; the BOS that is added is not added before one that is there."""
         tokenizer = self._tokenizer if parse_special else self._without_specials()
         by_library = add_special and self._forced_bos is None and self._forced_eos is None
-        try:
-            # The batch call lets go of the interpreter lock: a long text must not stop the event loop.
-            (encoded,) = tokenizer.encode_batch_fast([text], add_special_tokens=by_library)
-            ids: list[int] = encoded.ids
-        except BaseException as error:  # the library panics on some hostile files, past Exception
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                raise
-            raise LowbitError(
-                "E0255", f"{self._place}: the tokenizer failed on this text: {printable(error)}"
-            ) from None
+        ids: list[int] = self._one(tokenizer.encode_batch_fast, text, by_library).ids
         if add_special and not by_library:
             if self._forced_bos and self.bos_id is not None:
                 ids = [self.bos_id, *ids]
@@ -82,6 +92,33 @@ class FastTokenizer:
         if add_special and self.adds_bos and len(ids) > 1 and ids[0] == ids[1] == self.bos_id:
             ids = ids[1:]  # the text itself began with it
         return ids
+
+    def pieces(self, text: str) -> list[tuple[str, list[int], int | None]]:
+        """``text`` cut at the special tokens written in it, which take spaces beside them along: what stands
+        before one, its ids, and the token; None at the end."""
+        encoded = self._one(self._tokenizer.encode_batch, text, False)
+        found: list[tuple[str, list[int], int | None]] = []
+        place = start = 0
+        for index, (token, (begin, end)) in enumerate(zip(encoded.ids, encoded.offsets, strict=True)):
+            if token in self.special_ids and text[begin:end].strip() == self._added[token].strip():
+                found.append((text[place:begin], encoded.ids[start:index], token))
+                place, start = end, index + 1
+        return [*found, (text[place:], encoded.ids[start:], None)]
+
+    def _one(
+        self, encode_batch: Callable[..., list[tokenizers.Encoding]], text: str, add_special: bool
+    ) -> tokenizers.Encoding:
+        """By the batch call, which lets go of the interpreter lock: a long text must not stop the event
+        loop."""
+        try:
+            (encoded,) = encode_batch([text], add_special_tokens=add_special)
+        except BaseException as error:  # the library panics on some hostile files, past Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise LowbitError(
+                "E0255", f"{self._place}: the tokenizer failed on this text: {printable(error)}"
+            ) from None
+        return encoded
 
     def _without_specials(self) -> tokenizers.Tokenizer:
         with self._lock:
@@ -92,6 +129,16 @@ class FastTokenizer:
 
     def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
         """The text of ``ids``."""
+        if not self._literal:
+            return self._decode(ids, skip_special)
+        pieces, start = [], 0
+        for place, token in enumerate(ids):
+            if token in self._literal:
+                pieces += [self._decode(ids[start:place], skip_special), self._added[token]]
+                start = place + 1
+        return "".join([*pieces, self._decode(ids[start:], skip_special)])
+
+    def _decode(self, ids: list[int], skip_special: bool) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special)
         return text
 
@@ -111,7 +158,7 @@ class FastTokenizer:
         if self._byte_level:
             table = _byte_of()
             return bytes(table[c] for c in text) if all(c in table for c in text) else text.encode()
-        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        if _BYTE_TOKEN.fullmatch(text):
             return bytes([int(text[3:5], 16)])
         return text.replace("▁", " ").encode()
 

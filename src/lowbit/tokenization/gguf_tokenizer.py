@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials
-from lowbit.tokenization.pretokenizers import IGNORES_MERGES, pre_tokenizer
+from lowbit.tokenization.pretokenizers import ADDS_BOS, IGNORES_MERGES, pre_tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 
@@ -25,6 +25,7 @@ END_OF_TURN = frozenset(
     }
     - {"<|user|>", "<|observation|>"}
 )
+_KEEP_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})  # of Phi-3's special tokens
 
 
 class _Vocabulary:
@@ -84,6 +85,8 @@ class _Vocabulary:
     def added_tokens(self) -> list[dict[str, object]]:
         """Control and user-defined tokens, which are found in text before anything else."""
         specials = {self.special(name) for name in ("bos", "eos", "unknown", "padding")}
+        # GGUF does not say that special tokens of Phi-3 swallow the spaces behind them.
+        strips = self.metadata.get("general.architecture") == "phi3" and self.text("model") == "llama"
         listed = []
         for number, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True)):
             control = kind == _CONTROL or (kind == _UNKNOWN and token in specials)
@@ -94,7 +97,7 @@ class _Vocabulary:
                         "content": token,
                         "single_word": False,
                         "lstrip": False,
-                        "rstrip": False,
+                        "rstrip": strips and token not in _KEEP_SPACES,
                         "normalized": False,
                         "special": control,
                     }
@@ -157,7 +160,7 @@ def gguf_source(header: CheckpointHeader) -> GgufSource:
         )
     adds_bos = vocabulary.flag("add_bos_token")
     if adds_bos is None:
-        adds_bos = model == "llama"
+        adds_bos = model == "llama" or (model == "gpt2" and vocabulary.text("pre") in ADDS_BOS)
     specials = Specials(
         bos=vocabulary.special("bos"),
         eos=vocabulary.special("eos"),

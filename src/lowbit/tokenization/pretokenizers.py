@@ -14,6 +14,10 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_TAIL}"
 QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_TAIL}"
+QWEN35 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED_TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
@@ -36,15 +40,31 @@ _TABLE: dict[tuple[str, ...], tuple[str, ...]] = {
     (
         *("default", "gpt-2", "gpt2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt"),
         *("jina-v1-en", "jina-v2-code", "olmo", "jais", "trillion", "granite-docling", "mellum", "a.x-4.0"),
-        *("roberta-bpe", "exaone4", "modern-bert"),
+        *("roberta-bpe", "exaone4", "modern-bert", "gigachat"),
     ): (GPT2,),
-    (*("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),): (DIGITS, GPT2),
+    (*("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),): (
+        DIGITS,
+        GPT2,
+    ),
     (
-        *("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "chatglm-bpe", "glm4", "falcon3"),
-        *("pixtral", "midm-2.0", "lfm2", "falcon-h1"),
+        *("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "dbrx", "chatglm-bpe", "glm4", "glm5", "falcon3"),
+        *("pixtral", "midm-2.0", "lfm2", "falcon-h1", "jina-v5-nano"),
     ): (LLAMA3,),
-    ("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez", "solar-open", "hunyuan-dense"): (QWEN2,),
-    ("gpt-4o", "llama4", "gpt-oss", "kormo"): (GPT4O,),
+    (
+        *("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez", "solar-open", "kormo", "f2llmv2"),
+        "grok-2",
+    ): (QWEN2,),
+    ("qwen35",): (QWEN35,),
+    ("bailingmoe", "bailingmoe2", "llada-moe"): (QWEN2.replace(r"\s*[\r\n]+", r"\s*[\r\n]"),),
+    ("seed-coder",): (QWEN2.replace(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}\r\n]+"),),
+    ("minicpm5",): (r"\p{N}{1,3}", QWEN2.replace(r"|\p{N}|", r"|\p{N}+|")),
+    ("gpt-4o", "llama4", "gpt-oss", "kanana2", "minimax-m2", "talkie"): (GPT4O,),
+    ("tiny_aya", "cohere2moe"): (r"\d{1,3}(?=(?:\d{3})*\b)", GPT4O),
+    ("youtu",): (
+        r"[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f"
+        r"\ufe30-\ufe4f]+|[\u3105-\u312f]+|[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        GPT4O.replace(r"\p{N}{1,3}", r"\p{N}"),
+    ),
     ("tekken",): (TEKKEN,),
     ("falcon",): (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, r"[0-9][0-9][0-9]"),
     ("deepseek-llm",): (
@@ -56,7 +76,7 @@ _TABLE: dict[tuple[str, ...], tuple[str, ...]] = {
         r"\p{N}+",
     ),
     ("deepseek-coder",): (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, DIGITS),
-    ("deepseek-v3", "deepseek3-llm", "hunyuan-v1-moe"): (
+    ("deepseek-v3", "deepseek3-llm", "hunyuan-v1-moe", "hunyuan-dense", "joyai-llm", "hy_v4"): (
         r"\p{N}{1,3}",
         r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
         _DEEPSEEK_V3_WORDS,
@@ -66,8 +86,15 @@ _TABLE: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 PRE_TOKENIZERS = {name: patterns for names, patterns in _TABLE.items() for name in names}
 
-# Vocabularies whose whole-word entries win over merges (Llama 3's tiktoken origin).
-IGNORES_MERGES = frozenset({"llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3", "pixtral", "tekken"})
+# Those of Llama 3's and Tekken's kind, whose files put BOS before a text where they do not say whether.
+ADDS_BOS = frozenset(
+    {
+        *("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        *("jina-v5-nano", "tekken"),
+    }
+)
+# Vocabularies whose whole-word entries win over merges (of tiktoken's origin).
+IGNORES_MERGES = ADDS_BOS | {"smaug-bpe", "glm4", "glm5", "youtu", "minicpm5"}
 
 
 def pre_tokenizer(name: str, file: str) -> dict[str, object]:

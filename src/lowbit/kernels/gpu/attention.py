@@ -215,7 +215,7 @@ def _launch(
     shape: dict[str, object] = {
         "GROUP": q.shape[1] // spec.heads,
         "M": blocks.rows,
-        "TILES": one.tiles,
+        "ALIKE": one.tiles > 0,
         "SEQUENCES": _block_of_sequences(sequences),
         "SINKS": parameters.sinks is not None,
     }
@@ -239,6 +239,7 @@ def _launch(
         q.stride(1),
         batch.page_table.stride(0),
         sequences,
+        one.tiles,
         one.least,
         one.most,
         spec.window,
@@ -264,12 +265,13 @@ def _launch(
             parameters.sinks,
             out,
             sequences,
+            one.tiles,
             one.least,
             one.most,
             splits,
             num_warps=4,
             num_stages=1,
-            SPLITS=max(_power_of_two(splits), 16),
+            SPLITS=MOST_SPLITS,  # whatever there are: one kernel to compile
             BLOCK=16,
             V_DIM=spec.v_dim,
             V_BLOCK=_power_of_two(spec.v_dim),

@@ -493,7 +493,7 @@ def rule(  # type: ignore[no-untyped-def]
     tl.store(place, state, mask=inside & (slot >= 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def finish(  # type: ignore[no-untyped-def]
     made,  # float32 (tokens, heads * v_dim)
     mixed,

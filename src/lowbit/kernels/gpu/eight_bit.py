@@ -132,7 +132,7 @@ def _by_rows(  # type: ignore[no-untyped-def]
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _multiply(  # type: ignore[no-untyped-def]
     x,  # (tokens, columns) codes
     w,  # (width, columns) codes, or (2 * width, columns): the gate's rows, then its partners'
@@ -275,7 +275,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         tl.store(out + place, cast(y, out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _finish(  # type: ignore[no-untyped-def]
     parts,  # (SPLITS, tokens, rows of w): whole numbers or floats
     x_scale,
@@ -522,8 +522,9 @@ def _by_library(
         number = -1 if activation is None else activation_number(activation)
         _add_parts(whole_product(x.codes, weight.codes)[None], x, 0, weight, bias, None, out, number)
         return True
-    both_wide = x.codes.dtype is torch.float8_e5m2 and weight.codes.dtype is torch.float8_e5m2
-    fits = out.dtype is torch.bfloat16 and out.is_contiguous() and activation is None and not both_wide
+    # The product with scales of rows takes e5m2 on the left alone.
+    narrow = weight.codes.dtype is torch.float8_e4m3fn
+    fits = out.dtype is torch.bfloat16 and out.is_contiguous() and activation is None and narrow
     if not fits or not fp8_dots(device) or (bias is not None and narrow_bias is None):
         return False
     scaled_product(x, weight, narrow_bias, out)

@@ -56,7 +56,7 @@ def activate(gate, up, NUMBER: tl.constexpr):  # type: ignore[no-untyped-def]
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm(  # type: ignore[no-untyped-def]
     x,
     x_row,
@@ -249,13 +249,14 @@ def _place(rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignor
 
 
 def _tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of ``_place``'s tiles over a matrix, and their shape."""
+    """The grid of ``_place``'s tiles over a matrix, and their shape: one for all numbers of rows, as each is
+    a kernel to compile."""
     block = min(triton.next_power_of_2(width), TILE)
-    together = min(TILE // block, triton.next_power_of_2(rows))
+    together = TILE // block
     return (triton.cdiv(rows, together), triton.cdiv(width, block)), {"ROWS": together, "BLOCK": block}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add(x, x_row, total, total_row, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column, inside = _place(rows, width, ROWS, BLOCK)
     into = total + row * total_row + column
@@ -273,7 +274,7 @@ def add(x: Tensor, total: Tensor) -> Tensor:
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _affine(  # type: ignore[no-untyped-def]
     x,
     x_row,
@@ -345,7 +346,7 @@ def affine(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _softcap(x, x_row, rows, width, cap, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column, inside = _place(rows, width, ROWS, BLOCK)
     place = x + row * x_row + column
@@ -361,7 +362,7 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gather(  # type: ignore[no-untyped-def]
     x,
     x_row,
@@ -404,7 +405,7 @@ def _gathered(x: Tensor, places: Tensor, shape: tuple[int, int], of_rows: bool) 
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _activation(  # type: ignore[no-untyped-def]
     x,
     x_row,
@@ -461,7 +462,7 @@ def _launch_activation(x: Tensor, out: Tensor, activation: str, gated: bool) -> 
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sigmoid_gate(x, x_row, gate, gate_row, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, column, inside = _place(rows, width, ROWS, BLOCK)
     place = x + row * x_row + column

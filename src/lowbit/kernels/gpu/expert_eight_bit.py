@@ -83,7 +83,7 @@ def _done(  # type: ignore[no-untyped-def]
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_stride", "blocks", "pairs"])
 def _multiply(  # type: ignore[no-untyped-def]
     x,  # (rows, columns) codes
     factor,  # float32 (rows,), where X_GROUP is 0

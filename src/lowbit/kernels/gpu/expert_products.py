@@ -125,7 +125,7 @@ def _finish(  # type: ignore[no-untyped-def]
     tl.store(out + at, cast(total, out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["group_stride", "blocks", "pairs"])
 def _packed(  # type: ignore[no-untyped-def]
     x,
     factor,
@@ -289,7 +289,7 @@ def _packed(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "pairs"])
 def _dense(  # type: ignore[no-untyped-def]
     x,
     factor,

@@ -47,7 +47,7 @@ def most_blocks(pairs: int, experts: int, block_m: int) -> int:
     return (pairs + min(pairs, experts) * (block_m - 1)) // block_m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "blocks"])
 def _sort(  # type: ignore[no-untyped-def]
     chosen,
     rows,

@@ -95,12 +95,19 @@ HALF_BLOCKS = (
 )
 
 
-def half_blocks(shape: Shape, tokens: int, device: torch.device) -> tuple[Blocks, Cut]:
-    """The row of ``HALF_BLOCKS`` for so many tokens, and how rows and columns are cut."""
+def half_blocks(
+    shape: Shape, tokens: int, device: torch.device, tallest: int = 1 << 31
+) -> tuple[Blocks, Cut]:
+    """The row of ``HALF_BLOCKS`` for so many tokens, and how rows and columns are cut.
+
+    ``tallest``: rows of a program at most, a power of two.
+    """
     chosen = next(one for one in HALF_BLOCKS if tokens <= one.tokens)
     count = Tokens.of(tokens, chosen.BM)
+    heights = tuple(height for height in chosen.heights if height <= tallest) or (tallest,)
+    programs = chosen.programs * chosen.heights[0] // heights[0]
     processors = multiprocessors(device)
-    return chosen, cut(shape, count, chosen.heights, chosen.programs, chosen.num_stages, processors)
+    return chosen, cut(shape, count, heights, programs, chosen.num_stages, processors)
 
 
 def add(parts: Tensor, out: Tensor) -> None:

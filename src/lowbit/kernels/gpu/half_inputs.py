@@ -28,7 +28,7 @@ def halves(values):  # type: ignore[no-untyped-def]
     return cast(values * inverse[:, None], tl.float16), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def scaled_halves(  # type: ignore[no-untyped-def]
     x,  # (tokens, inputs)
     x_row,
@@ -58,7 +58,7 @@ def scaled_halves(  # type: ignore[no-untyped-def]
     tl.store(scale + unit, worth, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def turned_halves(  # type: ignore[no-untyped-def]
     x,  # (tokens, columns)
     x_row,
@@ -87,7 +87,7 @@ def turned_halves(  # type: ignore[no-untyped-def]
     tl.store(scale + unit, worth, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def turned_sums(  # type: ignore[no-untyped-def]
     parts,  # float32 (splits, tokens, rows)
     out,  # (tokens, rows)

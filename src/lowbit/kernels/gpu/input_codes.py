@@ -198,7 +198,7 @@ def find_ends(  # type: ignore[no-untyped-def]
     tl.store(ends + 2 * row + 1, most)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize(  # type: ignore[no-untyped-def]
     x,  # (rows, columns)
     multiplier,  # float32 (columns,) or None

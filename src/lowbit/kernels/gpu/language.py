@@ -11,6 +11,12 @@ INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
 
 @triton.jit
+def one(out):  # type: ignore[no-untyped-def]
+    """1 into int32 ``out``: ``runtime.check``."""
+    tl.store(out, 1)
+
+
+@triton.jit
 def dot(a, b, total):  # type: ignore[no-untyped-def]
     """total + a @ b with float32 sums; a and b have one type, float32 is multiplied as such (no TF32).
 

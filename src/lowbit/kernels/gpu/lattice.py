@@ -107,6 +107,7 @@ class GpuLattice(GpuKernel):
                 "SECOND": 0,
                 "LENGTH": LENGTH,
                 "L": LENGTH,
+                "ROWS": 1,
                 "TALL": False,
                 "ONE_SCALE": False,
             },

@@ -72,7 +72,7 @@ def find(  # type: ignore[no-untyped-def]
             tl.store(marks + column, tl.full((BLOCK,), 1, tl.int8), mask=outlier)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def quantize(  # type: ignore[no-untyped-def]
     x,
     peaks,

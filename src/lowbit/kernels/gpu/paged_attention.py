@@ -28,29 +28,31 @@ def _place(  # type: ignore[no-untyped-def]
     program,
     query_lengths,
     sequences,
+    tiles,
     GROUP: tl.constexpr,
     M: tl.constexpr,
-    TILES: tl.constexpr,
+    ALIKE: tl.constexpr,
     SEQUENCES: tl.constexpr,
 ):
     """A program's sequence, its tile there, and the batch's row of the sequence's first query.
 
-    TILES: tiles every sequence gets; 0: what it needs. Then tiles are numbered as if sequence s began
-    with tile (query rows before it) // M + s, which leaves none too few and at most one too many for each.
+    ALIKE: every sequence gets as many as ``tiles``, else what it needs. Then tiles are numbered as if
+    sequence s began with tile (query rows before it) // M + s, which leaves none too few and at most one too
+    many for each. A number, not a constant: it follows from the length of a prompt.
     """
     number = tl.arange(0, SEQUENCES)
-    if TILES > 0:
-        sequence = program // TILES
-        tile = program % TILES
+    if ALIKE:
+        sequence = program // tiles
+        tile = program % tiles
         lengths = tl.load(query_lengths + number, number < sequence, 0)
         first = tl.sum(lengths, 0)
     else:
         lengths = tl.load(query_lengths + number, number < sequences, 0)
         firsts = tl.cumsum(lengths, 0) - lengths
-        tiles = firsts * GROUP // M + number
-        sequence = tl.sum(((tiles <= program) & (number < sequences)).to(tl.int32), 0) - 1
+        begins = firsts * GROUP // M + number
+        sequence = tl.sum(((begins <= program) & (number < sequences)).to(tl.int32), 0) - 1
         first = tl.sum(tl.where(number == sequence, firsts, 0), 0)
-        tile = program - tl.sum(tl.where(number == sequence, tiles, 0), 0)
+        tile = program - tl.sum(tl.where(number == sequence, begins, 0), 0)
     return sequence, tile, first
 
 
@@ -83,7 +85,7 @@ def _inverse(total):  # type: ignore[no-untyped-def]
     return tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
 
 
-@triton.jit(do_not_specialize=["sequences", "table_row", "least", "most", "window"])
+@triton.jit(do_not_specialize=["sequences", "tiles", "table_row", "least", "most", "window"])
 def attend(  # type: ignore[no-untyped-def]
     q,
     k,
@@ -102,6 +104,7 @@ def attend(  # type: ignore[no-untyped-def]
     q_head,
     table_row,
     sequences,
+    tiles,
     least,
     most,
     window,
@@ -110,7 +113,7 @@ def attend(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
-    TILES: tl.constexpr,
+    ALIKE: tl.constexpr,
     SEQUENCES: tl.constexpr,
     SPLIT: tl.constexpr,
     INTERIOR: tl.constexpr,
@@ -147,7 +150,7 @@ def attend(  # type: ignore[no-untyped-def]
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
-    sequence, tile, first = _place(program, query_lengths, sequences, GROUP, M, TILES, SEQUENCES)
+    sequence, tile, first = _place(program, query_lengths, sequences, tiles, GROUP, M, ALIKE, SEQUENCES)
     queries = tl.load(query_lengths + sequence)
     if (tile * M >= queries * GROUP) | (queries < least) | (queries > most):
         return
@@ -249,7 +252,7 @@ def attend(  # type: ignore[no-untyped-def]
             _put(place, sum1 * inverse[:, None], present, V0, V1, V_DIM)
 
 
-@triton.jit(do_not_specialize=["sequences", "least", "most", "splits"])
+@triton.jit(do_not_specialize=["sequences", "tiles", "least", "most", "splits"])
 def merge(  # type: ignore[no-untyped-def]
     sums,
     peaks,
@@ -258,12 +261,13 @@ def merge(  # type: ignore[no-untyped-def]
     sinks,
     out,
     sequences,
+    tiles,
     least,
     most,
     splits,
     GROUP: tl.constexpr,
     M: tl.constexpr,
-    TILES: tl.constexpr,
+    ALIKE: tl.constexpr,
     SEQUENCES: tl.constexpr,
     SINKS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -277,7 +281,7 @@ def merge(  # type: ignore[no-untyped-def]
     """
     program, head = tl.program_id(0), tl.program_id(1)
     kv_heads = tl.num_programs(1)
-    sequence, tile, first = _place(program, query_lengths, sequences, GROUP, M, TILES, SEQUENCES)
+    sequence, tile, first = _place(program, query_lengths, sequences, tiles, GROUP, M, ALIKE, SEQUENCES)
     queries = tl.load(query_lengths + sequence)
     row = tile * M + tl.program_id(2)
     if (row >= queries * GROUP) | (queries < least) | (queries > most):

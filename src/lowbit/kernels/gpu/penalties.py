@@ -26,7 +26,7 @@ _COUNT = tl.constexpr(PROMPT - 1)
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["longest"])
 def adjust(  # type: ignore[no-untyped-def]
     logits,
     logits_row,

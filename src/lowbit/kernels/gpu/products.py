@@ -14,7 +14,7 @@ from lowbit.kernels.gpu.language import cast, dot
 from lowbit.kernels.gpu.weight_tiles import load_run, run_values, scale_of, weight_tile, zero_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs_each"])
 def vector_product(  # type: ignore[no-untyped-def]
     x,
     out,
@@ -75,7 +75,7 @@ def vector_product(  # type: ignore[no-untyped-def]
     tl.store(out + (tl.program_id(1) * rows + row), sums, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "runs_each"])
 def tile_product(  # type: ignore[no-untyped-def]
     x,
     out,
@@ -177,7 +177,7 @@ def tile_product(  # type: ignore[no-untyped-def]
     tl.store(out + at, cast(tl.trans(total), out.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "splits"])
 def add_splits(  # type: ignore[no-untyped-def]
     parts, out, tokens, rows, out_stride, splits, BLOCK: tl.constexpr
 ):
@@ -190,7 +190,7 @@ def add_splits(  # type: ignore[no-untyped-def]
     tl.store(out + (token * out_stride + row), cast(total, out.dtype.element_ty), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "count"])
 def dequantize(  # type: ignore[no-untyped-def]
     out,
     ids,

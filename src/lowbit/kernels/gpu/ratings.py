@@ -19,9 +19,10 @@ from lowbit.kernels.gpu.sampling import NOTHING, Survey, id_of, number_of, packe
 # Candidates of a row that one program holds, 64 registers a thread of 16 warps: 20 alternatives and a million
 # tokens, or 200 and 150,000.
 _MOST_CANDIDATES = 1 << 14
+_USUAL = 20  # alternatives, the most that OpenAI's API has: fewer are not another kernel to compile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _best_of_chunks(  # type: ignore[no-untyped-def]
     logits,
     logits_row,
@@ -44,7 +45,7 @@ def _best_of_chunks(  # type: ignore[no-untyped-def]
         left = tl.where(left == top, NOTHING, left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def _rate(  # type: ignore[no-untyped-def]
     logits,
     logits_row,
@@ -103,7 +104,8 @@ def log_probabilities(
     best, candidates = None, 0
     if number and not many:
         best = torch.empty(asked, chunks, number, dtype=torch.int64, device=device)
-        candidates = triton.next_power_of_2(chunks * number)
+        usual = chunks * max(number, _USUAL)
+        candidates = triton.next_power_of_2(usual if usual <= _MOST_CANDIDATES else chunks * number)
         runtime.launch(
             _best_of_chunks,
             (asked, chunks),

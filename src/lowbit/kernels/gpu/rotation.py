@@ -136,7 +136,7 @@ def turned_in_two(  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def hadamard(  # type: ignore[no-untyped-def]
     x,  # (rows, width)
     x_row,
@@ -221,7 +221,7 @@ def hadamard_across(  # type: ignore[no-untyped-def]
     tl.store(out + row * out_row + column, cast(total, out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def product(  # type: ignore[no-untyped-def]
     x,
     x_row,

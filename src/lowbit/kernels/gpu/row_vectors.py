@@ -178,6 +178,7 @@ class GpuRowVectors(GpuKernel):
                 "SECOND": layout.residual,
                 "LENGTH": layout.length,
                 "L": sizes.stride,
+                "ROWS": 1,
                 "TALL": True,
                 "ONE_SCALE": False,
             },

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.errors import LowbitError, printable
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 _state = {"interpreting": False}
@@ -28,7 +30,7 @@ class Launch:
     """What a launch means to the compiler: enough to compile the same kernel for another device.
 
     ``types``: Triton's spelling of each argument's type by its name ("*bf16", "i32" …), "D" behind it where
-    the address or number is a multiple of 16; ``constants``: by name.
+    the address or number is a multiple of 16; ``constants``: by name. Equal ones are one compilation.
     """
 
     module: str
@@ -57,6 +59,31 @@ def refuses(device: torch.device) -> str | None:
     if runs_on(device):
         return None
     return missing() if device.type == "cuda" else f"needs an NVIDIA GPU, got {device.type}"
+
+
+@cache
+def check(device: torch.device) -> None:
+    """E0412 where Triton is installed and cannot compile or run a kernel on this device: no other would run.
+
+    What it needs for that no package brings: a C compiler, Python's headers, a folder to write to.
+    """
+    if missing():
+        return
+    from lowbit.kernels.gpu.language import one
+
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    try:
+        launch(one, (1,), out)
+        said = "" if int(out) == 1 else "a kernel that writes 1 did not"
+    except Exception as error:  # the compiler's, the driver's and the system's are of many kinds
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        said = f"{type(error).__name__}: {lines[0] if lines else 'nothing said'}"
+    if said:
+        raise LowbitError(
+            "E0412",
+            f"--device {device.type}: Triton cannot run kernels here: {printable(said, 300)}; it needs a C "
+            "compiler and Python's headers (apt-get install gcc python3-dev), or use --device cpu",
+        )
 
 
 @contextmanager
@@ -107,9 +134,13 @@ def _described(
     num_stages: int,
 ) -> Launch:
     function = kernel.fn
+    plain = (kernel.kwargs["do_not_specialize"] if INTERPRETED else kernel.do_not_specialize) or ()
     types, fixed = [], dict(constants)
     for name, value in zip(kernel.arg_names, arguments, strict=False):
-        if value is None or (isinstance(value, int) and value == 1):
+        if name in plain:
+            assert value is not None, f"{name} is a number"
+            types.append((name, _type_of(value).removesuffix("D")))
+        elif value is None or (isinstance(value, int) and value == 1):
             fixed[name] = value  # Triton compiles these in
         else:
             types.append((name, _type_of(value)))

@@ -86,7 +86,7 @@ def numbers(words, at, before, held, after, FIELD: tl.constexpr, BITS: tl.conste
     return _number(code, BOOK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def trellis_vector(  # type: ignore[no-untyped-def]
     x,  # float16 (columns,), turned
     scale,  # float32 (blocks,)
@@ -120,7 +120,7 @@ def trellis_vector(  # type: ignore[no-untyped-def]
     tl.store(out + tl.program_id(1) * rows + row, tl.sum(total, 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "each"])
 def trellis_tile(  # type: ignore[no-untyped-def]
     x,  # float16 (tokens, columns), turned
     scale,  # float32 (tokens, blocks)

@@ -2,9 +2,9 @@
 
 Vectors are gathered whole, up to 16 bytes a thread and load, from codebooks in global memory that the L1 or
 the L2 cache holds. One decoder gives (H, V, L) float32 numbers of a step of 64 stored columns, by an index
-for each of H and V. Where vectors run along rows (AQLM), H are rows and V * L columns, in their order; where
-they run down columns (VPTQ, TALL), H * L are rows and V columns. L is a power of two, of which a vector has
-the first ``LENGTH``.
+for each of H and V. Where vectors run along rows (AQLM), H are rows and V * L columns, in their order; ROWS
+rows share an index, whose vector has L numbers for each. Where they run down columns (VPTQ, TALL), H * L are
+rows and V columns. L is a power of two, of which a vector has the first ``LENGTH``.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ STEP = 64  # columns
 
 
 @triton.jit
-def _vectors(indices, codebooks, first, at, inside, L: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _vectors(  # type: ignore[no-untyped-def]
+    indices, codebooks, first, at, inside, rows, L: tl.constexpr, ROWS: tl.constexpr, MOST: tl.constexpr
+):
     """float32 (H, V, L): the vectors that indices (H, V) at ``at`` name, of those from ``first`` on."""
     index = tl.load(indices + at, mask=inside, other=0).to(tl.int32) & 0xFFFF
     index = tl.minimum(index, MOST)  # a damaged file reads a wrong vector, not other memory
-    place = (first + index)[:, :, None] * L + tl.arange(0, L)[None, None, :]
+    vector = first + index
+    if ROWS > 1:
+        vector = vector * ROWS + (rows % ROWS).to(tl.int32)[:, None]
+    place = vector[:, :, None] * L + tl.arange(0, L)[None, None, :]
     return tl.load(codebooks + place).to(tl.float32)
 
 
 @triton.jit
 def numbers(  # type: ignore[no-untyped-def]
-    indices,  # uint8 or int16 (BOOKS, height, width); TALL: (height, width)
+    indices,  # uint8 or int16 (BOOKS, rows / ROWS, width); TALL: (height, width)
     second,  # TALL: those of the residual codebook, where there is one
-    codebooks,  # (BOOKS, MOST + 1, L); TALL: (books, MOST + 1 + SECOND, L)
+    codebooks,  # (BOOKS, MOST + 1, ROWS * L); TALL: (books, MOST + 1 + SECOND, L)
     rows,  # int64 (H,), inside the weight
     step,
     height,
@@ -40,23 +45,25 @@ def numbers(  # type: ignore[no-untyped-def]
     MOST: tl.constexpr,  # the last index
     SECOND: tl.constexpr,  # vectors of the residual codebook, 0 for none
     L: tl.constexpr,
+    ROWS: tl.constexpr,
     TALL: tl.constexpr,
 ):
     """float32 (H, V, L): the weights of a step, less the rows' scale."""
     V: tl.constexpr = 64 if TALL else 64 // L
     column = step * V + tl.arange(0, V)[None, :]
     inside = column < width
-    at = rows[:, None] * width + column
+    held = rows if ROWS == 1 else rows // ROWS
+    at = held[:, None] * width + column
     first = 0
     if TALL:
         first = (step // book_steps) * (MOST + 1 + SECOND)
-    total = _vectors(indices, codebooks, first, at, inside, L, MOST)
+    total = _vectors(indices, codebooks, first, at, inside, rows, L, ROWS, MOST)
     if TALL and SECOND > 0:
-        total += _vectors(second, codebooks, first + MOST + 1, at, inside, L, SECOND - 1)
+        total += _vectors(second, codebooks, first + MOST + 1, at, inside, rows, L, ROWS, SECOND - 1)
     if not TALL:
         for book in tl.static_range(1, BOOKS):
-            at = (rows + book * height)[:, None] * width + column
-            total += _vectors(indices, codebooks, book * (MOST + 1), at, inside, L, MOST)
+            at = (held + book * height)[:, None] * width + column
+            total += _vectors(indices, codebooks, book * (MOST + 1), at, inside, rows, L, ROWS, MOST)
     return total
 
 
@@ -68,7 +75,7 @@ def _row(number, LENGTH: tl.constexpr, L: tl.constexpr, TALL: tl.constexpr):  # 
     return number, number >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def coded_vector(  # type: ignore[no-untyped-def]
     x,  # float16 (steps * 64,)
     scale,  # float32 (steps / 2,)
@@ -88,6 +95,7 @@ def coded_vector(  # type: ignore[no-untyped-def]
     SECOND: tl.constexpr,
     LENGTH: tl.constexpr,
     L: tl.constexpr,
+    ROWS: tl.constexpr,
     TALL: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     BN: tl.constexpr,
@@ -96,7 +104,7 @@ def coded_vector(  # type: ignore[no-untyped-def]
     """One token times BN rows over ``each`` steps, on CUDA cores. Grid: (blocks of rows, splits)."""
     H: tl.constexpr = BN // L if TALL else BN
     V: tl.constexpr = 64 if TALL else 64 // L
-    held = tl.minimum(tl.program_id(0) * H + tl.arange(0, H), height - 1).to(tl.int64)
+    held = tl.minimum(tl.program_id(0) * H + tl.arange(0, H), height * ROWS - 1).to(tl.int64)
     first = tl.program_id(1) * each
     total = tl.zeros((H, V, L), tl.float32)
     for step in tl.range(first, tl.minimum(first + each, steps), num_stages=STAGES):
@@ -106,18 +114,20 @@ def coded_vector(  # type: ignore[no-untyped-def]
             seen = tl.load(x + step * 64 + tl.arange(0, V)[:, None] * L + tl.arange(0, L)[None, :])[None]
         worth = tl.load(scale + step // 2)
         weights = numbers(
-            indices, second, codebooks, held, step, height, width, book_steps, BOOKS, MOST, SECOND, L, TALL
-        )
+            indices, second, codebooks, held, step, height, width, book_steps, BOOKS, MOST, SECOND,
+            L, ROWS, TALL,
+        )  # fmt: skip
         total += weights * (seen.to(tl.float32) * worth)
     sums = tl.reshape(tl.sum(total, 1), (BN,)) if TALL else tl.sum(tl.sum(total, 2), 1)
     row, is_one = _row(tl.program_id(0) * BN + tl.arange(0, BN), LENGTH, L, TALL)
     kept = is_one & (row < rows)
     if row_scale is not None:
-        sums *= tl.load(row_scale + (row * 0 if ONE_SCALE else row), mask=kept, other=0.0).to(tl.float32)
+        scale_row = row * 0 if ONE_SCALE else row // ROWS
+        sums *= tl.load(row_scale + scale_row, mask=kept, other=0.0).to(tl.float32)
     tl.store(out + tl.program_id(1) * rows + row, cast(sums, out.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "each"])
 def coded_tile(  # type: ignore[no-untyped-def]
     x,  # float16 (tokens, steps * 64)
     scale,  # float32 (tokens, steps / 2)
@@ -141,6 +151,7 @@ def coded_tile(  # type: ignore[no-untyped-def]
     SECOND: tl.constexpr,
     LENGTH: tl.constexpr,
     L: tl.constexpr,
+    ROWS: tl.constexpr,
     TALL: tl.constexpr,
     ONE_SCALE: tl.constexpr,
     BM: tl.constexpr,
@@ -155,15 +166,16 @@ def coded_tile(  # type: ignore[no-untyped-def]
     token = (tl.program_id(0) % token_blocks) * BM + tl.arange(0, BM)
     block = tl.program_id(0) // token_blocks
     there = token < tokens
-    held = tl.minimum(block * H + tl.arange(0, H), height - 1).to(tl.int64)
+    held = tl.minimum(block * H + tl.arange(0, H), height * ROWS - 1).to(tl.int64)
     first = tl.program_id(1) * each
     x_rows = x + token.to(tl.int64)[:, None] * (steps * 64)
     total = tl.zeros((BN, BM), tl.float32)
     for step in range(first, tl.minimum(first + each, steps)):
         seen = tl.load(x_rows + (step * 64 + tl.arange(0, 64))[None, :], mask=there[:, None], other=0.0)
         weights = numbers(
-            indices, second, codebooks, held, step, height, width, book_steps, BOOKS, MOST, SECOND, L, TALL
-        )
+            indices, second, codebooks, held, step, height, width, book_steps, BOOKS, MOST, SECOND,
+            L, ROWS, TALL,
+        )  # fmt: skip
         if TALL:
             weights = tl.permute(weights, (0, 2, 1))
         weights = cast(tl.reshape(weights, (BN, 64)) * factor, tl.float16)
@@ -173,7 +185,8 @@ def coded_tile(  # type: ignore[no-untyped-def]
     row, is_one = _row(block * BN + tl.arange(0, BN), LENGTH, L, TALL)
     kept = is_one & (row < rows)
     if row_scale is not None:
-        worth = tl.load(row_scale + (row * 0 if ONE_SCALE else row), mask=kept, other=0.0).to(tl.float32)
+        scale_row = row * 0 if ONE_SCALE else row // ROWS
+        worth = tl.load(row_scale + scale_row, mask=kept, other=0.0).to(tl.float32)
         total *= worth[:, None]
     place = (tl.program_id(1) * tokens + token).to(tl.int64)[:, None] * out_row + row[None, :]
     tl.store(out + place, cast(tl.trans(total), out.dtype.element_ty), mask=there[:, None] & kept[None, :])

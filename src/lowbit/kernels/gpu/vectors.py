@@ -1,4 +1,5 @@
-"""gpu_vectors: codebooks (AQLM) on NVIDIA GPUs as files hold them: indices of vectors of columns.
+"""gpu_vectors: codebooks (AQLM) on NVIDIA GPUs as files hold them: indices of vectors of columns, or of as
+many columns in each of some rows, which share an index and a scale.
 
 Three launches: x becomes float16 with a scale for each 128 columns (``half_inputs``), in the order that the
 weight's columns have; the codebooks' vectors are gathered, added up and multiplied, on CUDA cores for one
@@ -12,9 +13,9 @@ loads of three steps in flight. Small ones (4 KiB for 256 vectors) stay in the L
 of their step pass it by, so for a few tokens those have none, and other warps hide what a step waits for.
 **None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
 
-    buffers   indices        uint8, or int16 for more than 8 bits: (books, out, in / length)
-              codebooks      (books, 2^bits, length), as in the file
-              scale          (out, 1), or (1, 1)
+    buffers   indices        uint8, or int16 for more than 8 bits: (books, out / height, in / length)
+              codebooks      (books, 2^bits, height * length), as in the file
+              scale          (out / height, 1), or (1, 1)
               column_order   int64 (in,), where there is one
 """
 
@@ -44,8 +45,8 @@ from lowbit.numerics.scheme import Scheme
 
 STEP = 64  # columns of a program's step
 BLOCK = 128  # columns that share a scale of x
-_LENGTHS = (4, 8, 16, 32, 64)
-_MOST_BITS, _MOST_BOOKS = 16, 8
+_LENGTHS = (2, 4, 8, 16, 32, 64)
+_MOST_BITS, _MOST_BOOKS, _MOST_ROWS = 16, 8, 16
 _SCALED = 16  # blocks of x that a program scales
 _IN_L1 = 64 << 10  # bytes of codebooks
 _FEW = 16  # tokens
@@ -92,19 +93,23 @@ class GpuVectors(GpuKernel):
             return "weights are no vectors of codebooks"
         if layout.length not in _LENGTHS or layout.bits > _MOST_BITS or layout.books > _MOST_BOOKS:
             return f"{layout.books} codebooks of {layout.bits} bits and vectors of {layout.length}"
-        if shape[1] % layout.length:
-            return f"{shape[1]} columns are no whole vectors of {layout.length}"
+        if layout.height > _MOST_ROWS:
+            return f"vectors of {layout.height} rows"
+        if shape[0] % layout.height or shape[1] % layout.length:
+            return f"{shape[0]} x {shape[1]} are no whole vectors of {layout.height} x {layout.length}"
         plain = scheme.zero == "none" and not scheme.offset and not scheme.flattened
-        if not plain or len(scheme.blocks) != 1 or scheme.blocks[0] not in ((1, 0), (0, 0)):
-            return "needs one scale for a row, or for all, and nothing that is added"
+        if not plain or len(scheme.blocks) != 1 or scheme.blocks[0] not in ((layout.height, 0), (0, 0)):
+            return "needs one scale for a vector's rows, or for all, and nothing that is added"
         if scheme.scales[0].name not in ("f16", "bf16", "f32"):
             return f"scales are {scheme.scales[0].name}"
         return None
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of indices and scales."""
-        rows = shape[0] if scheme.blocks[0][0] else 1
-        return shape[0] * _layout(scheme).row_bytes(shape[1]) + rows * int(scheme.scales[0].bits) // 8
+        layout = _layout(scheme)
+        height = shape[0] // layout.height
+        scales = height if scheme.blocks[0][0] else 1
+        return height * layout.row_bytes(shape[1]) + scales * int(scheme.scales[0].bits) // 8
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The same indices, one codebook's behind another's."""
@@ -126,10 +131,11 @@ class GpuVectors(GpuKernel):
     ) -> PackedWeight:
         """The weight around its buffers."""
         layout, (rows, columns) = _layout(scheme), shape
-        scales = rows if scheme.blocks[0][0] else 1
+        height, numbers = rows // layout.height, layout.height * layout.length
+        scales = height if scheme.blocks[0][0] else 1
         index_type = torch.uint8 if layout.index_bytes == 1 else torch.int16
-        check_buffer(buffers, "indices", (layout.books, rows, columns // layout.length), origin, index_type)
-        check_buffer(buffers, "codebooks", (layout.books, 1 << layout.bits, layout.length), origin)
+        check_buffer(buffers, "indices", (layout.books, height, columns // layout.length), origin, index_type)
+        check_buffer(buffers, "codebooks", (layout.books, 1 << layout.bits, numbers), origin)
         check_buffer(buffers, "scale", (scales, 1), origin)
         order = buffers.get("column_order")
         if order is not None:
@@ -145,18 +151,19 @@ class GpuVectors(GpuKernel):
             order=None if order is None else padded(order.int(), blocks * BLOCK, -1),
             multiplier=None,
             rows=rows,
-            height=rows,
+            height=height,
             width=columns // layout.length,
             blocks=blocks,
             book_steps=1,
             factor=factor_of(float(books.float().abs().amax((1, 2)).sum())),
-            run_bytes=layout.row_bytes(STEP),
+            run_bytes=max(layout.row_bytes(STEP) // layout.height, 1),
             constants={
                 "BOOKS": layout.books,
                 "MOST": (1 << layout.bits) - 1,
                 "SECOND": 0,
                 "LENGTH": layout.length,
                 "L": layout.length,
+                "ROWS": layout.height,
                 "TALL": False,
                 "ONE_SCALE": scales == 1,
             },
@@ -167,7 +174,7 @@ class GpuVectors(GpuKernel):
         """The weight again."""
         layout = _layout(packed.scheme)
         indices = packed.buffers["indices"].permute(1, 2, 0).contiguous()
-        codes = indices.view(torch.uint8).reshape(packed.shape[0], -1)
+        codes = indices.view(torch.uint8).reshape(len(indices), -1)
         return QuantizedTensor(
             packed.scheme,
             packed.shape,
@@ -188,12 +195,14 @@ class GpuVectors(GpuKernel):
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""
-        picked = ids.long().clamp(0, packed.shape[0] - 1)
+        layout, picked = _layout(packed.scheme), ids.long().clamp(0, packed.shape[0] - 1)
+        place, picked = picked % layout.height, picked // layout.height
         books, scale = packed.buffers["codebooks"].float(), packed.buffers["scale"].float()
         total = torch.zeros(len(ids), packed.shape[1], device=ids.device)
         for book, indices in zip(books, packed.buffers["indices"], strict=True):
             index = indices.index_select(0, picked).int() & len(book) - 1
-            total += book[index.long()].flatten(-2)
+            vectors = book.unflatten(1, (layout.height, layout.length))
+            total += vectors[index.long(), place.unsqueeze(1)].flatten(-2)
         total *= scale if len(scale) == 1 else scale.index_select(0, picked)
         order = packed.buffers.get("column_order")
         return total if order is None else torch.empty_like(total).index_copy_(1, order, total)

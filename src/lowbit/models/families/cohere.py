@@ -17,9 +17,9 @@ from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 
 
-def _cohere(header: CheckpointHeader) -> ModelConfig:
+def _cohere(header: CheckpointHeader, theta: float = 500000.0) -> ModelConfig:
     config = replace(
-        base_config(header, tied=True),
+        base_config(header, theta=theta, tied=True),
         layer_norm=True,
         norm_names=NormNames(mlp=""),
         parallel=True,
@@ -36,7 +36,7 @@ def _cohere(header: CheckpointHeader) -> ModelConfig:
 
 
 def _cohere2(header: CheckpointHeader) -> ModelConfig:
-    config, period, types = _cohere(header), 4, None
+    config, period, types = _cohere(header, 10000.0), 4, None
     if header.container == "gguf":
         window = gguf_keys(header).size("attention.sliding_window")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lowbit.errors import LowbitError, printable
 from lowbit.models.config_keys import ConfigKeys
 
 UNUSED = (
@@ -11,24 +12,46 @@ UNUSED = (
 )
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_types(types: object, layers: int, known: tuple[str, ...] = (FULL, SLIDING)) -> list[str]:
+    """What config.json's ``layer_types`` list, each of the kinds that are ``known``."""
+    if not isinstance(types, list) or len(types) != layers:
+        count = len(types) if isinstance(types, list) else "no"
+        raise LowbitError(
+            "E0216",
+            f"config.json: key 'layer_types' lists {count} layers and the model has {layers}; take the "
+            "config of the original model",
+        )
+    for kind in types:
+        if kind not in known:
+            raise LowbitError(
+                "E0242",
+                f"config.json: a layer of type {printable(repr(kind))} is not supported; supported: "
+                f"{', '.join(known)}",
+            )
+    return types
+
+
 def windows_by_types(types: object, window: int, layers: int, period: int = 1) -> tuple[int, ...]:
     """Each layer's window from its type; without types, every ``period``-th layer sees all tokens."""
-    if not (isinstance(types, list) and len(types) == layers):
-        types = ["full_attention" if n % period == period - 1 else "sliding_attention" for n in range(layers)]
-    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    if types is None:
+        types = [FULL if n % period == period - 1 else SLIDING for n in range(layers)]
+    return tuple(window if kind == SLIDING else 0 for kind in layer_types(types, layers))
 
 
 _FIRST_WINDOW = 28  # layer of Qwen's, where the config does not say: as transformers has it
 
 
-def windows_of(keys: ConfigKeys, layers: int, everywhere: bool = False) -> tuple[int, ...]:
-    """Each layer's window from ``layer_types``, or as the family's older configs imply it."""
-    if not keys.has("sliding_window"):
+def windows_of(keys: ConfigKeys, layers: int, everywhere: bool = False, absent: int = 0) -> tuple[int, ...]:
+    """Each layer's window from ``layer_types``, or as the family's older configs imply it; ``absent``: the
+    window where config.json has no such key."""
+    window = keys.count("sliding_window", 0) if "sliding_window" in keys.values else absent
+    if not window:
         return ()
-    window = keys.size("sliding_window")
-    types = keys.values.get("layer_types")
-    if isinstance(types, list) and len(types) == layers:
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    if keys.has("layer_types"):
+        return windows_by_types(keys.values["layer_types"], window, layers)
     if everywhere:
         return (window,) * layers
     first = keys.count("max_window_layers", _FIRST_WINDOW)

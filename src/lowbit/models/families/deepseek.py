@@ -18,6 +18,8 @@ from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 from lowbit.models.rope_scaling import rope_keys
 
+_SOFTMAX, _SIGMOID = 1, 2  # GGUF's expert_gating_func
+
 
 def read_config(header: CheckpointHeader) -> DeepseekConfig:
     """From config.json or GGUF metadata."""
@@ -91,7 +93,7 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
     scaling = base.rope_scaling
     if scaling.kind == "yarn" and mscale:
         scaling = replace(scaling, mscale=mscale, mscale_all_dim=mscale)
-    sigmoid, groups = keys.size("expert_gating_func", 1) == 2, keys.size("expert_group_count", 1)
+    sigmoid, groups = _is_sigmoid(keys, header), keys.size("expert_group_count", 1)
     inner = keys.size("expert_feed_forward_length")
     return widened(
         DeepseekConfig,
@@ -121,6 +123,19 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
     )
 
 
+def _is_sigmoid(keys: ConfigKeys, header: CheckpointHeader) -> bool:
+    """Of a GGUF file. Converters leave the key out where the config does: then sigmoid goes with corrections."""
+    corrected = any(name.endswith("exp_probs_b.bias") for name in header.tensors)
+    gating = keys.size("expert_gating_func", _SIGMOID if corrected else _SOFTMAX)
+    if gating not in (_SOFTMAX, _SIGMOID) or (corrected and gating == _SOFTMAX):
+        raise LowbitError(
+            "E0242",
+            f"{keys.place}: expert_gating_func {gating} {'with' if corrected else 'without'} corrections is not "
+            "supported; supported: sigmoid (2) and, without exp_probs_b, softmax (1)",
+        )
+    return gating == _SIGMOID
+
+
 def _routing(sigmoid: bool, groups: int) -> str:
     if sigmoid:
         return "group_sigmoid"
@@ -133,4 +148,9 @@ def _softmax_scale(head_dim: int, factor: float, mscale_all_dim: float) -> float
     return head_dim**-0.5 * mscale * mscale
 
 
-DEEPSEEK = Family("deepseek", read_config, build, GGUF_NAMES, False, UNUSED, prediction_layers=True)
+# mlx-lm cuts kv_b_proj by heads as GGUF does, K's half transposed, and names both halves by what they do.
+_MLX_HALVES = ((r"\.k_b_proj$", ".embed_q"), (r"\.v_b_proj$", ".unembed_out"))
+
+DEEPSEEK = Family(
+    "deepseek", read_config, build, GGUF_NAMES, False, UNUSED, aliases=_MLX_HALVES, prediction_layers=True
+)

@@ -6,47 +6,65 @@ import math
 from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, NormNames, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED, windows_by_types
+from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import GEMMA_GGUF_NAMES
 from lowbit.models.registry import Family
-from lowbit.models.rope_scaling import rope_keys
+from lowbit.models.rope_scaling import local_rope
 
 NORMS = NormNames(
     "input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
 )
+_CAPS: dict[str, object] = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
-def _gemma(header: CheckpointHeader, period: int) -> ModelConfig:
-    """Gemma 2 and 3; every ``period``-th layer sees all tokens, the others a window."""
-    config = base_config(header)
+def _gemma(header: CheckpointHeader, period: int, theta: float = 10000.0) -> ModelConfig:
+    """Gemma 2 and 3; every ``period``-th layer sees all tokens, the others a window.
+
+    ``theta``: the rotary base where config.json says none.
+    """
+    config, activation = base_config(respelled(header, head_dim=256), theta=theta), "gelu_pytorch_tanh"
     config = replace(config, norm_names=NORMS, tied_head=True, embedding_scale=math.sqrt(config.hidden_size))
     if header.container == "gguf":
         keys = gguf_keys(header)
         # GGUF says nothing of the query scale: 1/sqrt(head_dim) but for Gemma 2 27B and Gemma 3 27B.
         scale = (config.hidden_size / config.heads) ** -0.5 if config.layers in (46, 62) else None
-        names = ("attn_logit_softcapping", "final_logit_softcapping", "attention.sliding_window")
-        activation = "gelu_pytorch_tanh"
+        window = keys.size("attention.sliding_window", 4096)
     else:
         keys = json_keys(header)
-        scale = keys.number("query_pre_attn_scalar", config.head_dim) ** -0.5
-        names = ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")
-        activation = config.activation
-        config = replace(config, norm_offset=1.0, tied_head=keys.flag("tie_word_embeddings", True))
-    window = keys.size(names[2], 4096)
+        if keys.flag("use_bidirectional_attention", False):
+            raise LowbitError(
+                "E0242",
+                f"{keys.place}: use_bidirectional_attention true is not supported: tokens see those before "
+                "them only",
+            )
+        scale = keys.number("query_pre_attn_scalar", 256.0) ** -0.5
+        window = keys.size("sliding_window", 4096)
+        activation, bias = keys.text("hidden_activation", activation), keys.flag("attention_bias", False)
+        config = replace(
+            config,
+            norm_offset=1.0,
+            tied_head=keys.flag("tie_word_embeddings", True),
+            qkv_bias=bias,
+            output_bias=bias,
+        )
     return replace(
         config,
         activation=activation,
         attention_scale=scale,
-        attention_softcap=keys.number(names[0], 0.0),
-        logit_softcap=keys.number(names[1], 0.0),
+        attention_softcap=keys.number("attn_logit_softcapping", 0.0),
+        logit_softcap=keys.number("final_logit_softcapping", 0.0),
         windows=windows_by_types(keys.values.get("layer_types"), window, config.layers, period),
     )
 
 
 def _gemma2(header: CheckpointHeader) -> ModelConfig:
+    if header.container != "gguf":  # null, unlike no key, means that logits are not capped
+        header = replace(header, config=_CAPS | header.config)
     return _gemma(header, period=2)
 
 
@@ -57,13 +75,13 @@ def _gemma3(header: CheckpointHeader) -> ModelConfig:
     else:
         keys = json_keys(header)
         period = keys.size("sliding_window_pattern", keys.size("_sliding_window_pattern", 6))
-        local = rope_keys(keys, "sliding_attention")
-        local_theta = keys.number("rope_local_base_freq", local.number("rope_theta", 10000.0))
-    config = _gemma(header, period)
-    theta = 1e6 if header.container == "gguf" and "gemma3.rope.freq_base" not in header.metadata else 0
-    return replace(
-        config, qk_norm="head", local_rope_theta=local_theta, rope_theta=theta or config.rope_theta
-    )
+        local_theta = keys.number("rope_local_base_freq", 10000.0)
+    config = replace(_gemma(header, period, theta=1e6), qk_norm="head")
+    if header.container == "gguf":
+        theta = 1e6 if "gemma3.rope.freq_base" not in header.metadata else config.rope_theta
+        return replace(config, local_rope_theta=local_theta, rope_theta=theta)
+    local_theta, scaling = local_rope(keys, config.context_length, local_theta)
+    return replace(config, local_rope_theta=local_theta, local_rope_scaling=scaling)
 
 
 GEMMA2 = Family("gemma2", _gemma2, build, GEMMA_GGUF_NAMES, False, UNUSED)

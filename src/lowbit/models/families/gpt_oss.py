@@ -9,7 +9,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, MoeConfig, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED
+from lowbit.models.families.common import UNUSED, windows_by_types
 from lowbit.models.gguf_names import POST_NORM_GGUF_NAMES
 from lowbit.models.registry import Family
 
@@ -20,7 +20,7 @@ def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
         keys = gguf_keys(header)
         count, used = keys.size("expert_count"), keys.size("expert_used_count")
         inner, window = keys.size("expert_feed_forward_length"), keys.size("attention.sliding_window")
-        types: object = None
+        types, bias = None, True
         # GGUF does not say that the bounds of gpt-oss' YaRN are not rounded.
         config = replace(config, rope_scaling=replace(config.rope_scaling, truncate=False))
     else:
@@ -29,18 +29,17 @@ def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
         used = keys.size("num_experts_per_tok", keys.size("experts_per_token", 4))
         inner, window = config.intermediate_size, keys.size("sliding_window", 128)
         types = keys.values.get("layer_types")
-        limit = keys.number("swiglu_limit", 7.0)
-        if limit != 7.0:
-            raise LowbitError("E0242", f"{keys.place}: swiglu_limit {limit} is not supported; only 7 is")
-    if not (isinstance(types, list) and len(types) == config.layers):
-        types = ["sliding_attention" if n % 2 == 0 else "full_attention" for n in range(config.layers)]
+        for key, only in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+            if (told := keys.number(key, only)) != only:
+                raise LowbitError("E0242", f"{keys.place}: {key} {told:g} is not supported; only {only:g} is")
+        bias = keys.flag("attention_bias", True)
     return replace(
         config,
-        qkv_bias=True,
-        output_bias=True,
+        qkv_bias=bias,
+        output_bias=bias,
         sinks=True,
         activation="swiglu_clamped",
-        windows=tuple(window if kind == "sliding_attention" else 0 for kind in types),
+        windows=windows_by_types(types, window, config.layers, period=2),
         moe=MoeConfig(
             count,
             used,

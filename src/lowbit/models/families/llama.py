@@ -24,11 +24,11 @@ def _llama(header: CheckpointHeader) -> ModelConfig:
 
 def _mistral(header: CheckpointHeader) -> ModelConfig:
     config, keys = base_config(header), json_keys(header)
-    return replace(config, windows=windows_of(keys, config.layers, everywhere=True))
+    return replace(config, windows=windows_of(keys, config.layers, everywhere=True, absent=4096))
 
 
 def _mixtral(header: CheckpointHeader) -> ModelConfig:
-    config = base_config(header)
+    config = base_config(header, theta=1e6)
     if header.container == "gguf":
         keys = gguf_keys(header)
         count, used = keys.size("expert_count"), keys.size("expert_used_count")

@@ -20,7 +20,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, NormNames, base_config
 from lowbit.models.config_keys import ConfigKeys, architecture_of, gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED
+from lowbit.models.families.common import SLIDING, UNUSED, layer_types
 from lowbit.models.families.spelling import aliases, respelled
 from lowbit.models.gguf_names import BITNET_GGUF_NAMES, GEMMA_GGUF_NAMES, GGUF_NAMES
 from lowbit.models.registry import Family
@@ -95,7 +95,7 @@ def _exaone4(header: CheckpointHeader) -> ModelConfig:
     in_gguf = header.container == "gguf"
     keys = gguf_keys(header) if in_gguf else json_keys(header)
     key = "attention.sliding_window" if in_gguf else "sliding_window"
-    window = keys.size(key) if keys.values.get(key) else 0
+    window = keys.count(key) if key in keys.values else 0 if in_gguf else 4096
     windows: tuple[int, ...] = ()
     if window:
         local = _local_layers(keys, config.layers)
@@ -106,9 +106,11 @@ def _exaone4(header: CheckpointHeader) -> ModelConfig:
 
 def _local_layers(keys: ConfigKeys, layers: int) -> list[bool]:
     """Which layers have a window: as the config lists them, or by a pattern that repeats."""
-    types = keys.values.get("layer_types", keys.values.get("attention.sliding_window_pattern"))
-    if isinstance(types, list) and len(types) == layers:
-        return [kind in ("sliding_attention", True) for kind in types]
+    if keys.has("layer_types"):
+        return [kind == SLIDING for kind in layer_types(keys.values["layer_types"], layers)]
+    inside = keys.values.get("attention.sliding_window_pattern")  # of GGUF
+    if isinstance(inside, list) and len(inside) == layers:
+        return [kind is True for kind in inside]
     pattern = keys.values.get("sliding_window_pattern", 4)
     if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
         return [pattern[n % len(pattern)] == "L" and n + 1 < layers for n in range(layers)]
@@ -117,7 +119,7 @@ def _local_layers(keys: ConfigKeys, layers: int) -> list[bool]:
 
 
 def _bitnet(header: CheckpointHeader) -> ModelConfig:
-    config = replace(base_config(header), sub_norms=True)
+    config = replace(base_config(header, theta=500000.0), sub_norms=True)
     if header.container == "gguf":
         # No key tells the activation: the first models (24 and 26 layers) have silu, Microsoft's relu2.
         return replace(config, activation="silu" if config.layers in (24, 26) else "relu2")

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
+from lowbit.layers.rotary import RopeScaling
 from lowbit.models.config import ModelConfig, MoeConfig, NormNames, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED, windows_by_types
 from lowbit.models.gguf_names import GEMMA_GGUF_NAMES, GGUF_NAMES
 from lowbit.models.registry import Family
-from lowbit.models.rope_scaling import rope_keys
+from lowbit.models.rope_scaling import local_rope
 
 _NORMS = NormNames("", "", "post_attention_layernorm", "post_feedforward_layernorm")
 
@@ -41,12 +42,13 @@ def _biased(header: CheckpointHeader, theta: float) -> ModelConfig:
 
 
 def _windowed(header: CheckpointHeader, config: ModelConfig) -> ModelConfig:
-    """Every fourth layer sees all tokens, the others a window and no rope scaling."""
+    """Every fourth layer sees all tokens, the others a window."""
     if header.container == "gguf":
         keys = gguf_keys(header)
         if not keys.has("attention.sliding_window"):
             return config
-        window, local = keys.size("attention.sliding_window"), keys.optional("rope.freq_base_swa")
+        window, scaling = keys.size("attention.sliding_window"), RopeScaling()
+        theta = keys.number("rope.freq_base_swa", config.rope_theta)
         types: object = None
         pattern = keys.values.get("attention.sliding_window_pattern")
         if isinstance(pattern, list):
@@ -54,12 +56,13 @@ def _windowed(header: CheckpointHeader, config: ModelConfig) -> ModelConfig:
     else:
         keys = json_keys(header)
         window = keys.size("sliding_window", 4096)
-        local = rope_keys(keys, "sliding_attention").optional("rope_theta")
+        theta, scaling = local_rope(keys, config.context_length, config.rope_theta)
         types = keys.values.get("layer_types")
     return replace(
         config,
         windows=windows_by_types(types, window, config.layers, period=4),
-        local_rope_theta=local or config.rope_theta,
+        local_rope_theta=theta,
+        local_rope_scaling=scaling,
     )
 
 

@@ -1,4 +1,4 @@
-"""Phi-3 (Abdin et al., 2024)."""
+"""Phi-3 (Abdin et al., 2024) and Phi-4, which has no window (0 in GGUF files, null in config.json)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _phi3(header: CheckpointHeader) -> ModelConfig:
     config = base_config(header)
     keys = gguf_keys(header) if header.container == "gguf" else json_keys(header)
     name = "attention.sliding_window" if header.container == "gguf" else "sliding_window"
-    window = keys.size(name) if keys.has(name) else 0
+    window = keys.count(name, 0)
     windows = (window,) * config.layers if 0 < window < config.context_length else ()
     return replace(config, windows=windows)
 

@@ -9,7 +9,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, MoeConfig, base_config
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED, windows_by_types, windows_of
+from lowbit.models.families.common import FULL, SLIDING, UNUSED, windows_by_types, windows_of
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 
@@ -19,8 +19,7 @@ def _qwen2(header: CheckpointHeader) -> ModelConfig:
     if header.container == "gguf":
         return config
     keys = json_keys(header)
-    windows = windows_of(keys, config.layers) if keys.flag("use_sliding_window", False) else ()
-    return replace(config, qkv_bias=True, windows=windows)
+    return replace(config, qkv_bias=True, windows=_windows(keys, config.layers))
 
 
 def _qwen3(header: CheckpointHeader) -> ModelConfig:
@@ -29,8 +28,13 @@ def _qwen3(header: CheckpointHeader) -> ModelConfig:
         return replace(config, qk_norm="head")
     keys = json_keys(header)
     bias = keys.flag("attention_bias", False)
-    windows = windows_of(keys, config.layers) if keys.flag("use_sliding_window", False) else ()
+    windows = _windows(keys, config.layers)
     return replace(config, qkv_bias=bias, output_bias=bias, qk_norm="head", windows=windows)
+
+
+def _windows(keys: ConfigKeys, layers: int, everywhere: bool = False) -> tuple[int, ...]:
+    used = keys.flag("use_sliding_window", False)
+    return windows_of(keys, layers, everywhere, absent=4096) if used else ()
 
 
 def _qwen3_moe(header: CheckpointHeader) -> ModelConfig:
@@ -45,6 +49,7 @@ def _qwen3_moe(header: CheckpointHeader) -> ModelConfig:
         used, inner = keys.size("num_experts_per_tok"), keys.size("moe_intermediate_size")
         renormalize = keys.flag("norm_topk_prob", False)
         layers = sparse_layers(keys, config.layers)
+        config = replace(config, windows=_windows(keys, config.layers, everywhere=True))
     moe = MoeConfig(count, used, inner, frozenset(layers), renormalize=renormalize)
     return replace(config, moe=moe)
 
@@ -84,9 +89,9 @@ def _moe_windows(keys: ConfigKeys, layers: int) -> tuple[int, ...]:
     """Without ``layer_types``, of the first ``max_window_layers`` every other one."""
     if not keys.flag("use_sliding_window", False):
         return ()
-    first = keys.size("max_window_layers", 28)
-    kinds = ["sliding_attention" if n % 2 == 0 and n < first else "full_attention" for n in range(layers)]
-    return windows_by_types(keys.values.get("layer_types", kinds), keys.size("sliding_window", 4096), layers)
+    first, listed = keys.count("max_window_layers", 28), keys.values.get("layer_types")
+    kinds = [SLIDING if n % 2 == 0 and n < first else FULL for n in range(layers)]
+    return windows_by_types(kinds if listed is None else listed, keys.size("sliding_window", 4096), layers)
 
 
 def sparse_layers(keys: ConfigKeys, layers: int) -> list[int]:

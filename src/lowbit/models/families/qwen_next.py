@@ -8,7 +8,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.kernels.recurrent import StateSpec
 from lowbit.models.config import ModelConfig, MoeConfig, base_config, widened
 from lowbit.models.config_keys import ConfigKeys, gguf_keys, json_keys
-from lowbit.models.families.common import UNUSED
+from lowbit.models.families.common import FULL, UNUSED, layer_types
 from lowbit.models.families.qwen import sparse_layers
 from lowbit.models.gguf_names import QWEN_NEXT_GGUF_NAMES
 from lowbit.models.qwen_next import QwenNextConfig, build
@@ -123,20 +123,8 @@ def _recurrent(keys: ConfigKeys, layers: int) -> frozenset[int]:
     types = keys.values.get("layer_types")
     if types is None:
         return _every(keys.size("full_attention_interval", 4), layers)
-    if not isinstance(types, list) or len(types) != layers:
-        count = len(types) if isinstance(types, list) else "no"
-        raise LowbitError(
-            "E0216",
-            f"{keys.place}: key 'layer_types' lists {count} layers and the model has {layers}; {_TAKE}",
-        )
-    strange = next((t for t in types if t not in ("linear_attention", "full_attention")), None)
-    if strange is not None:
-        raise LowbitError(
-            "E0242",
-            f"{keys.place}: a layer of type {printable(repr(strange))} is not supported; supported: "
-            "linear_attention, full_attention",
-        )
-    return frozenset(n for n, kind in enumerate(types) if kind == "linear_attention")
+    kinds = layer_types(types, layers, ("linear_attention", FULL))
+    return frozenset(n for n, kind in enumerate(kinds) if kind != FULL)
 
 
 def _every(interval: int, layers: int) -> frozenset[int]:

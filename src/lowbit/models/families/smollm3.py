@@ -9,7 +9,7 @@ from lowbit.errors import LowbitError
 from lowbit.models.config import ModelConfig, base_config
 from lowbit.models.config_keys import json_keys
 from lowbit.models.decoder import build
-from lowbit.models.families.common import UNUSED, windows_by_types
+from lowbit.models.families.common import FULL, SLIDING, UNUSED, windows_by_types
 from lowbit.models.gguf_names import GGUF_NAMES
 from lowbit.models.registry import Family
 
@@ -41,9 +41,10 @@ def _smollm3(header: CheckpointHeader) -> ModelConfig:
     )
     if not keys.flag("use_sliding_window", False) or not keys.has("sliding_window"):
         return config
-    types = ["full_attention" if rotates else "sliding_attention" for rotates in rotated[: config.layers]]
-    listed = keys.values.get("layer_types", types)
-    return replace(config, windows=windows_by_types(listed, keys.size("sliding_window"), config.layers))
+    types = keys.values.get("layer_types")
+    if types is None:
+        types = [FULL if rotates else SLIDING for rotates in rotated[: config.layers]]
+    return replace(config, windows=windows_by_types(types, keys.size("sliding_window"), config.layers))
 
 
 SMOLLM3 = Family("smollm3", _smollm3, build, GGUF_NAMES, True, UNUSED)

@@ -1,0 +1,252 @@
+"""gpu_halves: 3-bit codes of which float16 arithmetic makes weights, and outliers (SpQR), on NVIDIA GPUs.
+
+Weights are float16's numbers, so x becomes float16 with a scale for each 128 columns (``half_inputs``), and
+products are those of codebooks: on CUDA cores for one token, on tensor cores for more, with float32 sums
+(``half_products``). Two roundings stand between a code and its weight, so that no sum of codes can take the
+scale over: decoding costs a rounding and a product more a weight than in ``gpu_blocks``.
+
+    y = W x + D x,  D = what the outliers add to W: each, and what rounding its sum with a weight changes
+
+D is sparse and its product a launch of its own: rows' entries are read as they lie, and for several tokens
+what they name of x lies together, token beside token, in a copy of x that is turned. Its sums are added as
+those of a split. An outlier costs an instruction or three a token on CUDA cores where a weight costs a part
+of a tensor core's: of many tokens 1 % of outliers are reckoned to take a third of the time.
+**None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
+
+    buffers   plane2, plane1     uint8, codes as ``weight_layout`` has them, in runs of 64 columns
+              scale0, zeros      float16 (out, in / 16)
+              outlier_starts     int32 (out + 1,)
+              outliers           int32 (outliers,), row by row: stored column, above it the float16 number
+              outlier_rests      float16 (outliers,)
+              column_order       int64 (in,), where there is one
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lowbit.kernels.gpu import runtime, weight_layout
+from lowbit.kernels.gpu.gpu_kernel import (
+    SPLIT_COLUMNS,
+    GpuKernel,
+    add,
+    checked,
+    half_blocks,
+    output,
+    unfit,
+)
+from lowbit.kernels.gpu.programs import Shape
+from lowbit.kernels.gpu.vectors import BLOCK, check_buffer, padded
+from lowbit.kernels.gpu.weight_layout import Layout
+from lowbit.kernels.linear_kernel import PackedWeight
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
+from lowbit.numerics.scheme import Scheme
+
+_RUN, _TILE = 64, 16  # columns
+_RUN_BYTES = _RUN * 3 // 8 + _RUN // _TILE * 4
+_SCALED = 16  # blocks of x that a program scales
+_ENTRY_BYTES = 6
+
+
+@dataclass(frozen=True)
+class HalvesWeight(PackedWeight):
+    """A weight of ``GpuHalves``. ``order``: int32, as ``scaled_halves`` reads it."""
+
+    order: Tensor | None = field(kw_only=True, repr=False)
+
+
+class GpuHalves(GpuKernel):
+    """See the module docstring."""
+
+    name = "gpu_halves"
+
+    def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
+        """Why the weight cannot run here, or None."""
+        if reason := unfit(replace(scheme, outliers=None), shape, device):
+            return reason
+        if scheme.outliers is None:
+            return "no weight has an outlier"
+        half = number_format("f16")
+        codes = number_format("uint3")
+        if replace(scheme, reordered=False) != Scheme(codes, ((1, _TILE),), (half,), "float", outliers=half):
+            return "needs 3-bit codes, and f16 scales and zero points of 16 columns"
+        return f"{shape[1]} columns are more than outliers can name" if shape[1] > 1 << 16 else None
+
+    def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Bytes of codes, scales, zero points and outliers."""
+        count = round(scheme.outlier_share * shape[0] * shape[1])
+        own = weight_layout.nbytes(replace(scheme, outliers=None), shape)
+        return own + 4 * (shape[0] + 1) + _ENTRY_BYTES * count
+
+    def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
+        """Codes in planes, outliers as they are."""
+        outliers = weight.outliers
+        assert outliers is not None, "its scheme has them"
+        bare = replace(weight, scheme=replace(weight.scheme, outliers=None), outliers=None)
+        own = {
+            "outlier_starts": outliers.starts,
+            "outliers": outliers.entries,
+            "outlier_rests": _rests(weight, outliers),
+        }
+        there = {name: buffer.to(device, copy=True).contiguous() for name, buffer in own.items()}
+        return self.restore(
+            weight.scheme, weight.shape, weight_layout.pack(bare, device) | there, weight.origin
+        )
+
+    def restore(
+        self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
+    ) -> PackedWeight:
+        """The weight around its buffers."""
+        (rows, columns), layout = shape, _layout(scheme, shape)
+        if fault := weight_layout.fault(layout, buffers):
+            raise ValueError(f"{origin}: {fault}")
+        check_buffer(buffers, "outlier_starts", (rows + 1,), origin, torch.int32)
+        starts = buffers["outlier_starts"]
+        count = int(starts[-1])
+        check_buffer(buffers, "outliers", (count,), origin, torch.int32)
+        check_buffer(buffers, "outlier_rests", (count,), origin, torch.float16)
+        if int(starts[0]) != 0 or bool((starts.diff() < 0).any()):
+            raise ValueError(f"{origin}: no outliers of {rows} rows")
+        if count and int((buffers["outliers"] & 0xFFFF).max()) >= columns:
+            raise ValueError(f"{origin}: an outlier outside {rows} x {columns}")
+        order = buffers.get("column_order")
+        blocks = -(-columns // BLOCK)
+        return HalvesWeight(
+            self,
+            scheme,
+            shape,
+            buffers,
+            origin,
+            order=None if order is None else padded(order.int(), blocks * BLOCK, -1),
+        )
+
+    def unpack(self, packed: PackedWeight) -> QuantizedTensor:
+        """The weight again."""
+        scheme, shape, buffers = packed.scheme, packed.shape, packed.buffers
+        bare = replace(scheme, outliers=None)
+        weight = weight_layout.unpack(_layout(scheme, shape), bare, shape, buffers, packed.origin)
+        outliers = Outliers(buffers["outlier_starts"], buffers["outliers"])
+        return replace(weight, scheme=scheme, outliers=outliers)
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+        assert isinstance(packed, HalvesWeight), "packed by this kernel"
+        x, out = checked(x, packed), output(x, packed, out)
+        if len(x):
+            _multiply(x if x.stride(1) == 1 else x.contiguous(), packed, out)
+        return out
+
+    def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
+        """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""
+        out = torch.empty(len(ids), packed.shape[1], device=ids.device)
+        if len(ids):
+            _look_up(packed, ids.contiguous(), out)
+        return out
+
+
+def _layout(scheme: Scheme, shape: tuple[int, ...]) -> Layout:
+    layout = weight_layout.layout_of(replace(scheme, outliers=None), shape)
+    assert isinstance(layout, Layout) and layout.tile == _TILE, "refuses() was asked first"
+    return layout
+
+
+def _codes(packed: PackedWeight) -> tuple[Tensor, ...]:
+    return tuple(packed.buffers[name] for name in ("plane2", "plane1", "zeros", "scale0"))
+
+
+def _rests(weight: QuantizedTensor, outliers: Outliers) -> Tensor:
+    """float16 (count,): what the sum of each outlier and its weight changes by when it is rounded."""
+    rows, columns = outliers.rows, outliers.columns
+    assert weight.zeros is not None, "its scheme has zero points"
+    code = weight.codes[rows, columns].float()
+    zero, scale = (of[rows, columns // _TILE].float() for of in (weight.zeros, weight.scales[0]))
+    exact = ((code - zero).half().float() * scale).half().double()
+    exact += outliers.values(number_format("f16")).double()
+    return (exact.float().half().double() - exact).half()
+
+
+def _multiply(x: Tensor, packed: HalvesWeight, out: Tensor) -> None:
+    from lowbit.kernels.gpu.half_inputs import scaled_halves
+    from lowbit.kernels.gpu.half_products import half_tile, half_vector
+
+    (tokens, columns), rows = x.shape, packed.shape[0]
+    blocks, runs = -(-columns // BLOCK), -(-columns // _RUN)
+    seen = torch.empty(tokens, blocks * BLOCK, dtype=torch.float16, device=x.device)
+    scale = torch.empty(tokens, blocks, device=x.device)
+    runtime.launch(
+        scaled_halves,
+        (-(-tokens * blocks // _SCALED),),
+        *(x, x.stride(0), seen, scale, packed.order, None, tokens, columns, blocks),
+        M=_SCALED,
+    )
+    shape = Shape(rows, runs, _RUN_BYTES, _RUN, SPLIT_COLUMNS // _RUN)
+    chosen, one = half_blocks(shape, tokens, x.device)
+    outliers = len(packed.buffers["outliers"]) > 0
+    splits = one.splits + outliers
+    parts = out if splits == 1 else torch.empty(splits, tokens, rows, device=x.device)
+    if outliers:
+        _multiply_outliers(x, packed, parts[-1])
+    if tokens == 1:
+        runtime.launch(
+            half_vector,
+            (-(-rows // one.height), one.splits),
+            *(seen, scale, parts, *_codes(packed), rows, columns, runs, one.each),
+            num_warps=chosen.num_warps,
+            BN=one.height,
+            STAGES=chosen.num_stages,
+        )
+    else:
+        runtime.launch(
+            half_tile,
+            (-(-rows // one.height) * -(-tokens // chosen.BM), one.splits),
+            *(seen, scale, parts, *_codes(packed)),
+            *(tokens, rows, columns, blocks, parts.stride(-2), runs, one.each),
+            num_warps=chosen.num_warps,
+            num_stages=chosen.num_stages,
+            BM=chosen.BM,
+            BN=one.height,
+        )
+    if splits > 1:
+        add(parts, out)
+
+
+def _multiply_outliers(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
+    """out: float32 (tokens, rows)."""
+    from lowbit.kernels.gpu.half_products import outlier_sums
+
+    tokens, rows = len(x), packed.shape[0]
+    height, entries, together = (16, 64, 1) if tokens == 1 else (8, 16, 16)
+    runtime.launch(
+        outlier_sums,
+        (-(-rows // height), -(-tokens // together)),
+        *(x if tokens == 1 else x.T.contiguous(), out, packed.buffers.get("column_order")),
+        *(packed.buffers[name] for name in ("outlier_starts", "outliers", "outlier_rests")),
+        *(tokens, rows),
+        R=height,
+        K=entries,
+        M=together,
+    )
+
+
+def _look_up(packed: PackedWeight, ids: Tensor, out: Tensor) -> None:
+    from lowbit.kernels.gpu.half_products import half_rows, outlier_rows
+
+    (rows, columns), buffers = packed.shape, packed.buffers
+    order = buffers.get("column_order")
+    runtime.launch(
+        half_rows,
+        (-(-len(ids) // _TILE), -(-columns // _RUN)),
+        *(out, ids, order, *_codes(packed), len(ids), rows, columns),
+        BN=_TILE,
+    )
+    if len(buffers["outliers"]):
+        runtime.launch(
+            outlier_rows,
+            (len(ids),),
+            *(out, ids, order, buffers["outlier_starts"], buffers["outliers"], rows, columns),
+            K=128,
+        )

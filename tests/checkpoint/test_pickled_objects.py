@@ -1,0 +1,146 @@
+"""Files of torchao's and HQQ's own objects, read as data, against the tools' own values."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from formats.helpers import FIXTURES, read, reader_of
+from forward_helpers import prompt_logits
+from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.folder import HQQ_PICKLED, PICKLED
+from lowbit.checkpoint.hub import Reference, needed_files
+from lowbit.checkpoint.pickled_file import read_pickled_header
+from lowbit.errors import LowbitError
+from lowbit.loading import load_model, plan_model
+
+HQQ, TORCHAO = CASES = [FIXTURES / "pickled" / name for name in ("hqq", "torchao")]
+
+
+def expected(case: Path) -> dict[str, Tensor]:
+    """What the tool made of the weights, by module; beside the folder, whose only weights are pickled."""
+    return {
+        name.removesuffix(".weight"): values
+        for name, values in load_file(case.with_suffix(".safetensors")).items()
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
+def test_the_tools_own_values(case: Path) -> None:
+    values = expected(case)
+    assert len(values) == 3
+    for name, wanted in values.items():
+        found = read(case, name, (wanted.shape[0], wanted.shape[1]), strict=True).weight
+        assert not found.scheme.is_dense and torch.equal(found.dequantize(), wanted), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
+def test_every_tensor_has_a_use(case: Path) -> None:
+    header = open_checkpoint(str(case))
+    assert header.container == "pickle"
+    planned = plan_model(header, strict=True)
+    assert sum(not module.scheme.is_dense for module in planned.modules) == 3
+    logits = prompt_logits(load_model(header, device="cpu"), [[3, 1, 15, 7]])[0]
+    assert bool(logits.isfinite().all())
+
+
+def test_what_the_cases_cover() -> None:
+    found = {
+        str(read(case, name, (values.shape[0], values.shape[1])).weight.scheme)
+        for case in CASES
+        for name, values in expected(case).items()
+    }
+    assert found == {
+        "int8 1xall f32 (input int8 1xall dynamic bf16)",
+        "e4m3 1xall f32 (input e4m3 1xall dynamic bf16)",
+        "int3 1x16 bf16",
+        "uint6 1x16 f16 float-zero",
+        "uint4 1x32 f16 float-zero",
+        "uint3 1x16 f16 float-zero",
+    }
+
+
+def test_description() -> None:
+    hqq, torchao = (reader_of(case).describe() for case in CASES)
+    assert hqq == "hqq, 3-bit group 16 and 4-bit group 32 and 6-bit group 16 in qmodel.pt"
+    assert torchao.startswith("torchao, Float8Tensor and Int8Tensor and IntxUnpackedToInt8Tensor")
+
+
+def test_shards_of_objects_and_their_index(tmp_path: Path) -> None:
+    """The index names the parameter, not the parts it was taken apart into."""
+    folder = Path(shutil.copytree(TORCHAO, tmp_path / "torchao"))
+    shard = folder / "pytorch_model-00001-of-00001.bin"
+    (folder / PICKLED).rename(shard)
+    tensors, texts = read_pickled_header(shard)
+    names = {name for name in tensors if "._weight" not in name} | set(texts)
+    index = {"weight_map": dict.fromkeys(names, shard.name)}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert plan_model(open_checkpoint(str(folder)), strict=True).format == "torchao"
+
+
+def test_the_hub_has_hqqs_file() -> None:
+    names = ["config.json", "README.md", HQQ_PICKLED]
+    assert needed_files(Reference("a/b"), names) == ["config.json", HQQ_PICKLED]
+
+
+class Recipe:
+    """Of a module that pretends to be torchao's."""
+
+    __module__ = "torchao.evil"
+
+    def __init__(self, values: object) -> None:
+        self.values = values
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Recipe, (self.values,), {"deep": self.values})
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pickle looks up when it writes."""
+    for name in ("torchao", "torchao.evil"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(Recipe=Recipe))
+
+
+def test_objects_of_endless_lists_stay_small(imported: None, tmp_path: Path) -> None:
+    """Thirty lists of a hundred references to the one before."""
+    deep: object = 0
+    for _ in range(30):
+        deep = [deep] * 100
+    path = tmp_path / PICKLED
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", pickle.dumps({"a.weight": Recipe(deep)}, 2))
+    tensors, texts = read_pickled_header(path)
+    assert not tensors and len(str(texts["a.weight"])) < 100_000
+
+
+@pytest.mark.parametrize("name", ["torch.nn.Linear", "os.system", "torchaoevil.Tensor", "builtins.eval"])
+def test_only_torchaos_names_are_taken_as_objects(name: str, tmp_path: Path) -> None:
+    module, _, leaf = name.rpartition(".")
+    path = tmp_path / PICKLED
+    with zipfile.ZipFile(path, "w") as archive:
+        stream = b"\x80\x02}X\x01\0\0\0ac" + f"{module}\n{leaf}\n".encode() + b")\x81s."
+        archive.writestr("m/data.pkl", stream)
+    with pytest.raises(LowbitError, match="asks for") as caught:
+        read_pickled_header(path)
+    assert caught.value.code == "E0231"
+
+
+def test_getattr_is_for_members_of_torchaos_enums(tmp_path: Path) -> None:
+    path = tmp_path / PICKLED
+    stream = b"\x80\x02}X\x01\0\0\0ac__builtin__\ngetattr\nctorch\nSize\nX\x01\0\0\0b\x86Rs."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", stream)
+    with pytest.raises(LowbitError, match="calls __builtin__.getattr") as caught:
+        read_pickled_header(path)
+    assert caught.value.code == "E0231"
