@@ -1180,6 +1180,8 @@ def test_native_kernels_take_what_they_should() -> None:
         (canonical("e4m3", 20, "f32", shape=(16, 80), block_rows=16), "multiple of 8 columns, got 20"),
         (canonical("int4", 40, "f32", shape=(48, 320), block_rows=48), "with a scale for each 8 columns"),
         (canonical("int7", 8, shape=(16, 64)), "int7 codes need groups of 16 or a multiple of 32, got 8"),
+        (canonical("e4m3", 32, zero=True), "e4m3 codes with zero points or offsets"),
+        (canonical("e5m2", 16, offset=True), "e5m2 codes with zero points or offsets"),
         (canonical("int4", 0, shape=(16, 40)), None),
         (canonical("e8m0", 64), "not exact in bfloat16"),
         (crooked(), "not exact in bfloat16 or have no packed form"),
