@@ -252,8 +252,8 @@ CATALOGUE: dict[str, Entry] = {
     "E0230": Entry(
         "pickled weights of another kind",
         "lowbit reads PyTorch's pickled state dicts (pytorch_model.bin) as data: tensors that lie one after "
-        "another under their names. TorchScript archives, whole training checkpoints, a tool's own objects "
-        "and transposed views are more than that.",
+        "another under their names, and torchao's objects and HQQ's layers (qmodel.pt), which are made of "
+        "tensors. TorchScript archives, whole training checkpoints and transposed views are more than that.",
         "Use the repository's .safetensors files, or re-save with safetensors.torch.save_file.",
     ),
     "E0231": Entry(
@@ -413,6 +413,12 @@ CATALOGUE: dict[str, Entry] = {
         "device; the message has its reason.",
         "lowbit inspect MODEL shows which kernels would run each layer. Give the layer another one, "
         "pattern=auto before or instead of the rule, or drop --linear-kernel.",
+    ),
+    "E0415": Entry(
+        "an output head without a screen",
+        "--lm-head-screen on asks for a screen of the output head, and this head can have none; the message "
+        "says why: it is quantized, shared by ranks, not on native kernels, or does more than multiply.",
+        "Use --lm-head-screen auto, which leaves out what cannot be.",
     ),
     "E0420": Entry(
         "no attention kernel",

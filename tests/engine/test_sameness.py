@@ -40,8 +40,10 @@ class Recorder:
         self._forward = engine._runner.forward
         engine._runner.forward = self._watched  # type: ignore[method-assign]
 
-    def _watched(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None) -> Tensor:
-        logits = self._forward(chunks, rows, chosen)
+    def _watched(
+        self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None, *, greedy: bool = False
+    ) -> Tensor:
+        logits = self._forward(chunks, rows, chosen, greedy=greedy)
         self.largest_batch = max(self.largest_batch, len(chunks))
         places = [
             (position, chunk.sequence.tokens[position])

@@ -27,7 +27,8 @@ IN_TESTS = {
 READS = {
     "aqlm": "any codebooks; on a CPU vectors of more than one row are decoded to 16 bits a weight when "
     "loaded",
-    "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config)",
+    "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config); FP8 "
+    "in blocks and static, NVFP4, MXFP4, MXFP8",
     "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too",
     "bitnet": "transformers' packed 2 bits (bitlinear, autobitlinear), unpacked, and online; int8 inputs a "
     "token",
@@ -46,7 +47,8 @@ READS = {
     "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
     "gguf": "every block type, mixed types, split files",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin, dynamic rules",
-    "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats",
+    "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats; HQQ's own "
+    "qmodel.pt",
     "metal": "transformers' MLX layout: affine 2, 4, 8 bits",
     "mlx": "affine 1-6 and 8 bits, groups of 32, 64, 128; mxfp4, mxfp8, nvfp4; rules of modules, embeddings, "
     "stacked experts",
@@ -55,15 +57,16 @@ READS = {
     "qoq": "QServe's W4A8, per channel and per group, pickled files too",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing, ComfyUI's too; "
     "a scale for the tensor, for each row or for blocks of 128",
-    "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; E8P12RVQ3B "
-    "and low rank are decoded to 16 bits a weight when loaded",
+    "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; low rank, and "
+    "on a CPU E8P12RVQ3B, are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
     "NVFP4; patterns of layers",
     "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
-    "torchao": "safetensors of torchao 0.15 and newer: Int8Tensor, Float8Tensor (inputs a row or tensor), "
-    "Int4Tensor (plain), IntxUnpackedToInt8Tensor",
+    "torchao": "safetensors of torchao 0.15 and newer, pickled files of the same classes: Int8Tensor, "
+    "Float8Tensor (inputs a row or tensor), Int4Tensor (plain), Int4TilePackedTo4dTensor, "
+    "IntxUnpackedToInt8Tensor",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "
     "packed, others are decoded to 16 bits a weight when loaded",
     "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks, told by config.json or hf_quant_config.json",

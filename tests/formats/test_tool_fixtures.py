@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from formats.helpers import expected, fixture_cases, last_bit, read, reader_of
+from formats.helpers import FIXTURES, expected, fixture_cases, last_bit, read, reader_of
 from lowbit.formats import StoredModule
 
 CASES = [
@@ -38,3 +39,22 @@ def test_the_tools_own_values(folder: Path) -> None:
             group = shape[1] // offset.shape[1]
             step = step + last_bit(values.dtype, offset.float()).repeat_interleave(group, 1) / 2
         assert ((mine - values.float()).abs() <= step).all(), f"{name}: {found.scheme}"
+
+
+def test_auto_rounds_own_inputs() -> None:
+    """MX: an exponent is that of the largest |x|, where compressed-tensors may count it as the next."""
+    name = "model.layers.0.mlp.down_proj"
+    own, other = (
+        read(FIXTURES / folder, name, (64, columns)).weight.scheme
+        for folder, columns in (("auto_round/mxfp4", 96), ("compressed_tensors/mxfp4", 64))
+    )
+    assert own.activation is not None and other.activation is not None
+    assert own.activation == replace(other.activation, round_up=0.0) and other.activation.round_up > 0
+    assert reader_of(FIXTURES / "auto_round/mxfp4").scheme_of(StoredModule(name, name, (64, 96))) == own
+
+
+def test_auto_rounds_static_fp8() -> None:
+    module, shape = "model.layers.0.mlp.down_proj", (32, 96)
+    found = read(FIXTURES / "auto_round/fp8_static", module, shape, strict=True)
+    assert str(found.weight.scheme) == "e4m3 1xall bf16 (input e4m3 allxall static)"
+    assert found.input is not None and found.input.static_scale is not None

@@ -256,6 +256,9 @@ REQUANTIZED = [
     ("gptq/w4_asym_actorder", "hqq", "", "hqq bits=4 group_size=64"),
     ("gptq/w4_asym_actorder", "compressed-tensors", "", ""),  # holds it as it is
     ("awq/gemm", "fp8", "", "fp8"),
+    # Rows of 64 and 96 columns: the groups of 32 that both have.
+    ("gptq/w3_asym", "awq", "", "rtn bits=4 group_size=32"),
+    ("gptq/w4_ragged", "awq", "", "rtn bits=4 group_size=32"),  # one module's last group is short
     ("modelopt/nvfp4_awq", "compressed-tensors", "", "rtn"),
     ("modelopt/nvfp4_experts", "compressed-tensors", "", "rtn"),  # of which an outer scale is rounded
     ("torchao/int4_plain", "gptq", "", "rtn bits=4 symmetric=False"),  # it has offsets

@@ -156,7 +156,7 @@ def test_layouts_of_other_tools(file: str, code: str, said: str, tmp_path: Path)
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("packing", ["mlx", "auto_round:fp8_static"])
+@pytest.mark.parametrize("packing", ["mlx", "auto_round:fake"])
 def test_packings_of_auto_round_that_are_not_read(packing: str, tmp_path: Path) -> None:
     written = {"quant_method": "auto-round", "bits": 8, "group_size": 64, "packing_format": packing}
     folder = write_folder(tmp_path, {"model.embed_tokens.weight": torch.ones(2, 2)}, written)

@@ -25,6 +25,7 @@ from lowbit.kernels.head_products import HeadMatrices
 from lowbit.kernels.reference import Reference
 from lowbit.layers.rotary import rotary_frequencies
 from lowbit.loading import load_model, plan_model
+from lowbit.loading.source_modules import SourceModel
 from lowbit.models.families.deepseek import read_config
 from lowbit.models.model import Model
 from models.family_cases import check_logits
@@ -338,6 +339,52 @@ def test_fp8_blocks_as_published(case: str, tmp_path: Path, monkeypatch: pytest.
     with torch.no_grad():
         expected = oracle(torch.tensor([prompt])).logits[0]
     assert differences(logits, expected).max() <= 1e-3
+
+
+def in_mlx_groups(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """(what mlx-lm stores of (heads, out, in) in 4 bits and groups of 32, what that is worth)."""
+    groups = weight.unflatten(-1, (-1, 32))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scales = (high - low) / 15
+    codes = ((groups - low[..., None]) / scales[..., None]).round().clamp(0, 15)
+    worth = (codes * scales[..., None] + low[..., None]).flatten(-2)
+    eights = codes.flatten(-2).long().unflatten(-1, (-1, 8))
+    words = (eights << 4 * torch.arange(8)).sum(-1).to(torch.uint32)
+    return {"weight": words, "scales": scales, "biases": low}, worth
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_halves_of_kv_b_as_mlx_lm_has_them(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """embed_q (heads, rank, nope) and unembed_out (heads, v, rank): plain, or in groups."""
+    sizes = {"q_lora_rank": 32, "n_group": 4, "topk_group": 2, "kv_lora_rank": 64, "qk_nope_head_dim": 32}
+    monkeypatch.setitem(CASES, "DeepseekV3 halves", sizes)
+    model = make_checkpoint("DeepseekV3 halves", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(3):
+        name = f"model.layers.{layer}.self_attn"
+        k, v = tensors.pop(f"{name}.kv_b_proj.weight").unflatten(0, (4, -1)).split((32, 20), 1)
+        halves = {"embed_q": k.transpose(1, 2), "unembed_out": v}
+        for half, weight in halves.items():
+            stored, worth = in_mlx_groups(weight) if packed else ({"weight": weight}, weight)
+            tensors |= {f"{name}.{half}.{part}": x.contiguous() for part, x in stored.items()}
+            halves[half] = worth
+        whole = torch.cat([halves["embed_q"].transpose(1, 2), halves["unembed_out"]], 1).flatten(0, 1)
+        with torch.no_grad():
+            model.get_submodule(f"{name}.kv_b_proj").weight.copy_(whole)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "mlx"})
+    if packed:
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization"] = {"group_size": 32, "bits": 4}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    check_logits(tmp_path, model, lengths=(3, 20))
+    source = SourceModel(open_checkpoint(str(tmp_path)))
+    wholes = [one for one in source.modules if one.target.name.endswith("kv_b_proj")]
+    assert len(wholes) == 3 and all(one.latent is not None for one in wholes)
+    with TensorData(source.header) as data:
+        written = source.read(wholes[2], data).weight.dequantize()
+    assert torch.equal(written, model.get_submodule("model.layers.2.self_attn.kv_b_proj").weight)
 
 
 def test_older_gguf_files_keep_the_matrix_whole(tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
 
 
 def _tensors_of(path: Path, metadata: dict[str, object]) -> dict[str, TensorEntry]:
-    found, told = read_safetensors_header(path) if path.suffix == ".safetensors" else read_pickled_header(path)
+    read = read_safetensors_header if path.suffix == ".safetensors" else read_pickled_header
+    found, told = read(path)
     metadata.update(told)
     return found
 
@@ -85,8 +86,8 @@ def _weight_files(folder: Path) -> tuple[str, list[str]]:
         raise LowbitError(
             "E0230",
             f"{folder.name} holds only pickled weights that are not read ({printable(pickled[0])}); of these "
-            f"lowbit reads {PICKLED}, its parts, and {HQQ_PICKLED}. Use the repo's .safetensors files, or re-save with "
-            "safetensors.torch.save_file",
+            f"lowbit reads {PICKLED}, its parts, and {HQQ_PICKLED}. Use the repo's .safetensors files, or "
+            "re-save with safetensors.torch.save_file",
         )
     raise LowbitError("E0201", f"{folder.name}: no .safetensors file there")
 

@@ -1,10 +1,12 @@
 """AutoRound checkpoints (Cheng et al., 2023): the tensors of other formats under a config of its own.
 
 ``packing_format`` says whose tensors they are: GPTQ's with v1 zeros (``auto_round:auto_gptq``), GPTQ's with
-plain zeros (``auto_round``, ``auto_round:gptqmodel`` …), AWQ's (``auto_round:auto_awq``) or those of
-compressed-tensors (``auto_round:llm_compressor``: NVFP4, MXFP4, MXFP8). ``extra_config`` gives modules other
-bits or leaves them alone (bits >= 16): an exact name first, then regular expressions. Rotated exports, FP8
-and MLX layouts, and NVFP4 with e5m3 scales are refused.
+plain zeros (``auto_round``, ``auto_round:gptqmodel`` …), AWQ's (``auto_round:auto_awq``), those of
+compressed-tensors (``auto_round:llm_compressor``: NVFP4, MXFP4, MXFP8) or FP8's (``auto_round:fp8``: blocks,
+``auto_round:fp8_static``: a scale a row, one for inputs). ``extra_config`` gives modules other bits or leaves
+them alone (bits >= 16): an exact name first, then regular expressions. MX inputs are rounded as AutoRound's
+own layers do: an exponent is that of the largest |x|, never one more. Rotated exports, MLX layouts, and NVFP4
+with e5m3 scales are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredLinear, StoredModule, require_tensors
 from lowbit.formats.awq import AwqRule, awq_scheme, awq_tensors, read_awq
 from lowbit.formats.compressed_tensors import CompressedTensors
+from lowbit.formats.fp8 import Fp8
 from lowbit.formats.gptq import (
     GptqRule,
     check_bits,
@@ -43,6 +46,7 @@ _V2 = (
     "auto_round:gptqmodel:triton",
 )
 _AWQ = ("auto_round:auto_awq", "auto_awq", "awq", "auto_round:awq")
+_FP8 = ("auto_round:fp8", "auto_round:fp8_static")
 _BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
@@ -67,8 +71,13 @@ class AutoRound(PartlyDense):
         kernels = ("awq", "awq_marlin") if self.packing in _AWQ else ("gptq", "gptq_marlin")
         if self.packing == "auto_round:llm_compressor":
             kernels = ("compressed-tensors", "compressed_tensors")
+        if self.packing in _FP8:
+            kernels = ("fp8",)
         self.aliases = ("auto_round", "inc", *kernels)
-        self.inner: CompressedTensors | None = None
+        self.inner: CompressedTensors | Fp8 | None = None
+        if self.packing in _FP8:
+            self.inner = Fp8(_as_fp8(header, self.values, self.place), notes)
+            return
         if self.packing == "auto_round:llm_compressor":
             self.inner = CompressedTensors(_as_compressed_tensors(header, self.values, self.place), notes)
             return
@@ -101,7 +110,7 @@ class AutoRound(PartlyDense):
 
     def scheme_of(self, module: StoredModule) -> Scheme:
         """As the packing format's own reader."""
-        return super().scheme_of(module) if self.inner is None else self.inner.scheme_of(module)
+        return super().scheme_of(module) if self.inner is None else _own_inputs(self.inner.scheme_of(module))
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """As the packing format's own reader."""
@@ -109,7 +118,11 @@ class AutoRound(PartlyDense):
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """As the packing format's own reader."""
-        return super().read(module, data) if self.inner is None else self.inner.read(module, data)
+        if self.inner is None:
+            return super().read(module, data)
+        found = self.inner.read(module, data)
+        weight = replace(found.weight, scheme=_own_inputs(found.weight.scheme))
+        return replace(found, weight=weight)
 
     def _scheme(self, module: StoredModule) -> Scheme:
         rule = self.rule_of(module)
@@ -167,6 +180,31 @@ _FLOATS = {
     "mx_fp4": ("mxfp4-pack-quantized", "group"),
     "mx_fp8": ("mxfp8-quantized", "group"),
 }
+
+
+def _own_inputs(scheme: Scheme) -> Scheme:
+    """compressed-tensors counts a largest |x| near a power of two as that power, AutoRound does not."""
+    inputs = scheme.activation
+    return (
+        scheme
+        if inputs is None or not inputs.round_up
+        else replace(scheme, activation=replace(inputs, round_up=0.0))
+    )
+
+
+def _as_fp8(header: CheckpointHeader, values: dict[str, object], place: str) -> CheckpointHeader:
+    """The checkpoint under the config FineGrainedFP8 would have written for the same tensors."""
+    if values.get("fmt", "e4m3") != "e4m3" or values.get("act_bits", 8) != 8:
+        raise LowbitError(
+            "E0218",
+            f"{place}: FP8 as {printable(repr(values.get('fmt')))} with inputs of "
+            f"{printable(repr(values.get('act_bits')))} bits is not read; e4m3 with inputs of 8 is",
+        )
+    written: dict[str, object] = {"quant_method": "fp8"}
+    written["activation_scheme"] = "dynamic" if values.get("act_dynamic") is not False else "static"
+    if values.get("weight_block_size") is not None:
+        written["weight_block_size"] = values["weight_block_size"]
+    return replace(header, config={**header.config, "quantization_config": written})
 
 
 def _as_compressed_tensors(

@@ -128,6 +128,7 @@ class AwqWriter(CheckpointWriter):
     name = "awq"
     writes = "gemm, 4 bits"
     config_files = ("quant_config.json",)
+    one_group = True
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)

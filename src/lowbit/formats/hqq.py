@@ -111,9 +111,7 @@ class Hqq(PartlyDense):
     def describe(self) -> str:
         """Bits and groups, as the config has them, or each layer."""
         rules = list(self.rules.values()) or [self._said(name) for name in self.header.metadata]
-        told = {
-            f"{rule.get('nbits')}-bit {_group_words(rule.get('group_size'))}" for rule in rules if rule
-        }
+        told = {f"{rule.get('nbits')}-bit {_group_words(rule.get('group_size'))}" for rule in rules if rule}
         return f"hqq, {' and '.join(sorted(told)) or 'unknown bits'} in {self.place.split(':')[0]}"
 
     def _scheme(self, module: StoredModule) -> Scheme:

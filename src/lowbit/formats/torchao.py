@@ -17,18 +17,18 @@ parsed as JSON, and nothing is made by name.
     any                        act_pre_scale (in,)              x is multiplied by it first
 
 Int4Tensor's even column is the *low* nibble, both in two's complement; its zero point is in weight units: an
-offset. The tiles are those of PyTorch's tinygemm kernels (``_convert_weight_to_int4pack`` on an NVIDIA GPU):
-N and K are out and in, filled up to 8 and 1024; word [n, k, t, w] has of row 8 n + t // 4, in nibbles 0 to 7,
-columns c, c + 8, c + 16, c + 24, c + 1, c + 9, c + 17, c + 25 where c = 16 T k + 32 w + 2 (t % 4). What a block
-covers is ``block_size``. A float8 block of nothing but zeros has scale 0 and NaN for
-codes, 0 divided by 0; it is read as the zeros it was made of. Inputs: ``act_quant_kwargs`` asks for torchao's
-own rule (``numerics.torchao_inputs``), one scale a token or, PerTensor, one for all tokens of a step.
+offset. The tiles are those of PyTorch's tinygemm kernels (``_convert_weight_to_int4pack``, NVIDIA's): N and K
+are out and in, filled up to 8 and 1024; word [n, k, t, w] has of row 8 n + t // 4, in nibbles 0 to 7, columns
+c, c + 8, c + 16, c + 24, c + 1, c + 9, c + 17, c + 25 where c = 16 T k + 32 w + 2 (t % 4). What a block
+covers is ``block_size``. A float8 block of nothing but zeros has scale 0 and NaN for codes, 0 divided by 0;
+it is read as the zeros it was made of. Inputs: ``act_quant_kwargs`` asks for torchao's own rule
+(``numerics.torchao_inputs``), one scale a token or, PerTensor, one for all tokens of a step.
 
 Refused, each with what to do: Int4PlainInt32Tensor (XPU, NPU), MXTensor and NVFP4Tensor (prototypes; ModelOpt
 and compressed-tensors store the same numbers), static, asymmetric and reduced-range inputs, int4 weights with
 float8 inputs, and stacks of experts. torchao 0.14, the first with safetensors, named every tensor
 ``X.weight:<part>``, plain ones too: refused. Of pickled checkpoints (``pytorch_model.bin``)
-``checkpoint.pickled_objects`` makes the same tensors and texts; the classes of torchao before 0.13 are refused.
+``checkpoint.pickled_objects`` makes the same tensors and texts; older classes are refused.
 transformers may rename tensors as it saves them (Gemma 3's ``language_model.model``), and never the texts.
 """
 
@@ -62,7 +62,13 @@ TILES = "Int4TilePackedTo4dTensor"
 _READ = (INT8, FLOAT8, INT4, INTX, TILES)
 _FLOATS = tuple(DENSE_DTYPES)
 _FLOAT8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
+_OLD = (
+    "is of a torchao whose files later versions do not load either; quantize the original model with torchao "
+    "0.15 or newer, or at load (--torchao-config)"
+)
 _REFUSED = {
+    "AffineQuantizedTensor": _OLD,
+    "LinearActivationQuantizedTensor": _OLD,
     "Int4PlainInt32Tensor": "is packed for XPU and NPU kernels; quantize the original model with "
     "Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with --torchao-config int4wo-128",
     "MXTensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or quantize "

@@ -31,7 +31,8 @@ class CheckpointWriter:
     ``schemes``: of every module that will be written, by its stored name, plain ones included: what the
     config says, and what concerns the whole checkpoint (GPTQ's v1 or v2), follows from them. ``stacks``:
     whether slices of stacked experts can be written; ``embeddings``: whether the tools read a quantized one;
-    ``multiplies``: whether it has a place for a vector that inputs are multiplied by.
+    ``multiplies``: whether it has a place for a vector that inputs are multiplied by; ``one_group``: whether
+    all modules have groups of the same size.
     """
 
     name: ClassVar[str]
@@ -39,6 +40,7 @@ class CheckpointWriter:
     stacks: ClassVar[bool] = False
     embeddings: ClassVar[bool] = False
     multiplies: ClassVar[bool] = False
+    one_group: ClassVar[bool] = False
     described: ClassVar[int] = 0  # bytes a module takes in a file's header, beside four tensors' names
     # Files the format has beside config.json; ``file_config`` says what goes into them.
     config_files: ClassVar[tuple[str, ...]] = ()

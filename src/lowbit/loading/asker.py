@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.formats.compressed_tensors_transforms import Transforms
+from lowbit.formats.dense import VECTOR_DTYPES
 from lowbit.kernels import choose
 from lowbit.kernels.rotation import Rotator
 from lowbit.layers.cuts import Cut, cut_evenly
@@ -202,9 +203,7 @@ class Asker:
         if not stacked:
             return [self._taken(place)]
         dotted = not self.names.in_gguf and place.module.tensor("weight") in self.header.tensors
-        modules = [
-            replace(place.module, expert=n, experts=stacked, dotted=dotted) for n in range(stacked)
-        ]
+        modules = [replace(place.module, expert=n, experts=stacked, dotted=dotted) for n in range(stacked)]
         return [self._taken(replace(place, module=module)) for module in modules]
 
     def has(self, name: str) -> bool:
@@ -255,7 +254,7 @@ class Asker:
         stored = self.names.tensor(name)
         self.names.take([stored])
         entry = self.header.tensors[stored]
-        if entry.shape != shape or entry.dtype not in ("F32", "F16", "BF16"):
+        if entry.shape != shape or entry.dtype not in VECTOR_DTYPES:
             wanted = " x ".join(map(str, shape))
             raise LowbitError(
                 "E0210",

@@ -184,8 +184,14 @@ class Work:
             self.writer = kind(self._schemes())
             self.writer.quantization_config()
         except LowbitError:  # what is held exactly and what is made do not go together: one group size, say
-            self.planned = {one.target.name: self.anew.planned(one, all_anew=True) for one in source.modules}
-            self.writer = kind(self._schemes())
+            self._plan_anew(kind, self.anew)
+
+    def _plan_anew(self, kind: type[CheckpointWriter], anew: Requantizing) -> None:
+        """Every module by the method; in one group size, where the format has no other."""
+        self.planned = {one.target.name: anew.planned(one, all_anew=True) for one in self.source.modules}
+        if kind.one_group and anew.choose_one_group(list(self.planned.values())):
+            self.planned = {one.target.name: anew.planned(one, all_anew=True) for one in self.source.modules}
+        self.writer = kind(self._schemes())
 
     def settle(self, data: TensorData) -> None:
         """Plan anew what only the data show not to fit: an outer scale, a multiplied input."""
@@ -206,7 +212,10 @@ class Work:
         for module in refused:
             self.planned[module.target.name] = self.anew.planned(module, all_anew=True)
         if refused:
-            self.writer = type(self.writer)(self._schemes())
+            try:
+                self.writer = type(self.writer)(self._schemes())
+            except LowbitError:
+                self._plan_anew(type(self.writer), self.anew)
 
     def _holds(self, made: ReadModule) -> bool:
         """Whether the format can say the module's numbers."""

@@ -59,9 +59,23 @@ class Requantizing:
     def __init__(self, source: SourceModel, kind: type[CheckpointWriter], method: str) -> None:
         self.source, self.kind = source, kind
         self.spec = method_for(source, kind.name, method)
-        names = Names(source.header, source.family, source.config.layers, source.form.unused)
-        self.online = Online(Recipe.of(self.spec), names, facts_of(source.config))
+        self.online = self._online()
         self.from_floats = all(module.scheme.is_dense for module in source.modules)
+
+    def _online(self) -> Online:
+        source = self.source
+        names = Names(source.header, source.family, source.config.layers, source.form.unused)
+        return Online(Recipe.of(self.spec), names, facts_of(source.config))
+
+    def choose_one_group(self, planned: list[Planned]) -> bool:
+        """Where each module has the group that fits its columns: all get the smallest of them."""
+        sizes = {one.scheme.blocks[0][1] for one in planned if one.decision is not None and one.scheme.blocks}
+        sizes.discard(0)
+        if self.spec.options.get("group_size", 0) is not None or len(sizes) < 2:
+            return False
+        self.spec = replace(self.spec, options={**self.spec.options, "group_size": min(sizes)})
+        self.online = self._online()
+        return True
 
     def planned(self, module: SourceModule, *, all_anew: bool = False) -> Planned:
         """Exact, by the method, or plain."""
