@@ -18,8 +18,7 @@ from lowbit.doctor.rules import Report
 from lowbit.errors import LowbitError
 from lowbit.formats import CheckpointFormat, Notes, StoredModule, detect
 from lowbit.formats.compressed_tensors_transforms import Transforms
-from lowbit.formats.dense import Dense
-from lowbit.formats.dense import VECTOR_DTYPES
+from lowbit.formats.dense import VECTOR_DTYPES, Dense
 from lowbit.formats.kv_scales import KvScales
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part

@@ -1,7 +1,7 @@
 """Plain checkpoints: every weight an f32, f16 or bf16 matrix (out, in) called ``<module>.weight``.
 
-F64 is read as the nearest f32, the widest that layers compute in. FP8 without a scale anywhere in the checkpoint is
-what a cast of the whole model leaves (``model.to(torch.float8_e4m3fn)``): its numbers are the weights.
+F64 is read as the nearest f32, the widest that layers compute in. FP8 without a scale anywhere is what a cast
+of the whole model leaves (``model.to(torch.float8_e4m3fn)``): its numbers are the weights.
 Other formats use ``read_dense`` and its fellows for the modules they leave unquantized. Stacked experts are
 (experts, out, in). Where the family says so ``in`` comes before ``out``, in stacks and in single matrices.
 """
