@@ -238,7 +238,17 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     native.set_threads(options.threads)
     shapes = GPU_SHAPES if on_gpu else SHAPES
-    results = [run(shape, options.repeats, options.caches, device) for shape in shapes]
+    results: list[dict[str, object]] = []
+    failed: list[str] = []
+    for shape in shapes:
+        try:
+            results.append(run(shape, options.repeats, options.caches, device))
+        except Exception as error:
+            if not on_gpu:
+                raise
+            # A GPU is lent for a while: the other shapes' figures are worth having.
+            failed.append(f"{shape.name}: {type(error).__name__}: {error}")
+            print(f"failed: {failed[-1]}", flush=True)
     print(
         json.dumps(
             {
@@ -252,6 +262,7 @@ def main() -> None:
                 "threads": options.threads,
                 "torch": torch.__version__,
                 "results": results,
+                "failed": failed,
             }
         )
     )

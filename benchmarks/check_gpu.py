@@ -2,8 +2,8 @@
 
 Parts run in the order of what they tell, each in a process of its own and for so long at most; those that
 find no time any more are named. What a part found is a JSON line in --into as soon as it ends, and all that
-it printed lies beside it, so that a machine that goes away has lost one part at most. A part that fails
-stops none but the first. Exit code: how many failed.
+it printed stands in log.txt there, so that a machine that goes away has lost one part at most. A part that
+fails stops none but the first. Exit code: how many failed.
 
     python benchmarks/check_gpu.py --seconds 280 --into build/gpu-check
     python benchmarks/check_gpu.py --only kernels linear --seconds 600
@@ -23,10 +23,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 LEAST = 10  # seconds without which a part is not begun
-TAIL = 25  # lines of a failed part that its JSON line has
+TAIL = 25  # lines of a part that its JSON line has, where it ended with no JSON; and of failed tests
 
 ENVIRONMENT = """
 import json, platform, shutil, subprocess, sys, sysconfig, pathlib
@@ -56,8 +57,17 @@ class Part:
 
 def tests(*words: str, workers: int) -> tuple[str, ...]:
     """Tests in so many processes: most of their time is that of compiling kernels."""
-    options = ("-p", "no:cacheprovider", "-rfE", "--tb=short", "--ignore=tests/gpu/test_compiles.py")
+    options = ("-s", "-p", "no:cacheprovider", "-p", "check_gpu", "--tb=short", "--timeout=300")
     return ("-m", "pytest", *options, "-n", str(workers), "--dist=worksteal", *words)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    """As a plugin of those tests: what fails is said at once, in a line, as the process may not come to its
+    end."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = str(crash.message if crash else report.longrepr).partition("\n")[0]
+        print(f"\nFAILED {report.nodeid}: {said}", flush=True)
 
 
 def parts() -> list[Part]:
@@ -68,10 +78,10 @@ def parts() -> list[Part]:
     linear = ("--shapes", "8B out", "--tokens", "1", "16", "256", "4096", "--repeats", "3", "--formats")
     return [
         Part("environment", ("-c", ENVIRONMENT), 60),
-        Part("engine", tests(*engine, "-m", "", workers=min(workers, 4)), 90),
-        Part("graphs", tests("tests/gpu/test_gpu_graphs.py", "-m", "", workers=workers), 100),
+        Part("engine", tests(*engine, "-m", "", workers=min(workers, 4)), 100),
+        Part("graphs", tests("tests/gpu/test_gpu_graphs.py", "-m", "", workers=workers), 80),
         Part("step-1b", ("benchmarks/gpu_step.py", "--made", "1b", *steps), 60),
-        Part("kernels", tests("tests/gpu", workers=workers), 240),
+        Part("kernels", tests("tests/gpu", "--ignore=tests/gpu/test_gpu_graphs.py", workers=workers), 240),
         Part("step-8b", ("benchmarks/gpu_step.py", *steps), 120),
         Part(
             "linear",
@@ -84,10 +94,13 @@ def parts() -> list[Part]:
 
 def run(part: Part, seconds: float, folder: Path) -> dict[str, object]:
     """What came of a part: "ok", "failed" or "out of time", its last JSON line, else its last lines."""
-    path, began = folder / f"{part.name}.log", time.monotonic()
-    source = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path, began = folder / "log.txt", time.monotonic()
+    folders = (ROOT / "src", ROOT / "benchmarks", os.environ.get("PYTHONPATH"))
+    source = os.pathsep.join(str(folder) for folder in folders if folder)
     environment = {**os.environ, "PYTHONPATH": source, "PYTHONUNBUFFERED": "1"}
-    with path.open("w") as log:
+    with path.open("a") as log:
+        print(f"== {part.name}", file=log, flush=True)
+        start = log.tell()
         child = subprocess.Popen(
             [sys.executable, *part.words],
             cwd=ROOT,
@@ -104,12 +117,13 @@ def run(part: Part, seconds: float, folder: Path) -> dict[str, object]:
             said = "out of time"
             os.killpg(child.pid, signal.SIGKILL)  # and the processes it started
             child.wait()
-    lines = path.read_text(errors="replace").splitlines()
+    lines = path.read_bytes()[start:].decode(errors="replace").splitlines()
     found: dict[str, object] = {"part": part.name, "is": said, "seconds": round(time.monotonic() - began, 1)}
     try:
         found["found"] = json.loads(lines[-1])
     except (IndexError, ValueError):
-        found["said"] = lines[-TAIL:]
+        failed = [line for line in lines if line.startswith("FAILED")]
+        found["said"] = [*failed[:TAIL], *lines[-TAIL:]]
     return found
 
 
@@ -122,6 +136,7 @@ def main() -> int:
     parser.add_argument("--into", type=Path, default=ROOT / "build" / "gpu-check", help="a folder")
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
+    (options.into / "log.txt").unlink(missing_ok=True)
     limit, failed = time.monotonic() + options.seconds, 0
     with (options.into / "results.jsonl").open("w") as results:
         for part in parts():

@@ -383,6 +383,13 @@ def main() -> None:
                 refusals[f"{format}, {shape}"] = error.message
                 print(f"{shape:13} {format:15} not there: {error.message}")
                 continue
+            except (Exception, SystemExit) as error:
+                if device.type == "cpu":
+                    raise
+                # A GPU is lent for a while: the other formats' figures are worth having.
+                refusals[f"{format}, {shape}"] = f"failed: {type(error).__name__}: {error}"
+                print(f"{shape:13} {format:15} failed: {type(error).__name__}: {error}", flush=True)
+                continue
             show(found)
             rows += found
     where = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()

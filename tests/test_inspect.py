@@ -64,6 +64,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
         parameters=5 * 64 * 48,
         context_length=512,
         weight_bytes=12 * KIB,
+        screen_bytes=0,
+        no_screen="",
         kv_bytes_per_token=256,
         state_bytes=0,
         modules=[
@@ -101,6 +103,7 @@ def test_words(planned: list[dict[str, object]], capsys: pytest.CaptureFixture[s
             "quantization": Asked(),
             "strict": False,
             "linear_kernel": "auto",
+            "lm_head_screen": "auto",
             "timings": "kept",
             "threads": None,
             "tp_size": 1,

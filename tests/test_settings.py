@@ -38,6 +38,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "quantization": ("int4", "int4"),
     "load_format": ("gguf", "gguf"),
     "schedule_policy": ("lpm", "lpm"),
+    "lm_head_screen": ("off", "off"),
     "packed_cache": ("on", "on"),
     "packed_cache_gb": ("12.5", 12.5),
     "speculative_algorithm": ("ngram", "NGRAM"),

@@ -414,6 +414,12 @@ CATALOGUE: dict[str, Entry] = {
         "lowbit inspect MODEL shows which kernels would run each layer. Give the layer another one, "
         "pattern=auto before or instead of the rule, or drop --linear-kernel.",
     ),
+    "E0415": Entry(
+        "an output head without a screen",
+        "--lm-head-screen on asks for a screen of the output head, and this head can have none; the message "
+        "says why: it is quantized, shared by ranks, not on native kernels, or does more than multiply.",
+        "Use --lm-head-screen auto, which leaves out what cannot be.",
+    ),
     "E0420": Entry(
         "no attention kernel",
         "Every attention kernel refused the model's KV cache, or the one that --attention-backend names did; "

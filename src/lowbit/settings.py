@@ -159,6 +159,14 @@ class Settings:
     save_quantized: str | None = option(
         None, "Folder (gguf: file) to leave the quantized checkpoint in, to be loaded without flags.", "model"
     )
+    lm_head_screen: str = option(
+        "auto", "An int8 copy beside an output head of 16 or 32 bits a weight, on a CPU: steps whose "
+        "sequences are all greedy read it, and of the head itself only what may hold the largest logit. The "
+        "tokens are the same; each of the head's weights takes 8.5 bits more. auto: where the head is a "
+        "tenth or more of what a step reads.",
+        "model",
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
     packed_cache: str = option(
         "off", "Keep what was made of the weights, quantized and packed for this CPU, and map it at the next "
         "start: off; on, in lowbit's cache folder; or a folder. It is as large as the model in memory.",

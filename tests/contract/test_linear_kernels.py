@@ -275,12 +275,13 @@ def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> Quanti
     return QuantizedTensor(scheme, shape, codes.to(torch.uint8), (outputs, inputs), origin="test")
 
 
-def lattice(divisor: float = 0.0, shape: tuple[int, int] = (64, 128)) -> QuantizedTensor:
+def lattice(divisor: float = 0.0, shape: tuple[int, int] = (64, 128), second: int = 16) -> QuantizedTensor:
     """Random codes (QuIP#), the first and the last among them."""
     generator = torch.Generator().manual_seed(sum(shape))
-    layout, single, (out, columns) = LatticeLayout(divisor), number_format("f32"), shape
-    books = [torch.randint(1 << 16, (out, columns // 8), generator=generator) for _ in range(layout.books)]
-    books[-1][0, 0], books[-1][0, 1] = 0, 65535
+    layout, single, (out, columns) = LatticeLayout(divisor, second), number_format("f32"), shape
+    sizes = (1 << 16, 1 << second)[: layout.books]
+    books = [torch.randint(size, (out, columns // 8), generator=generator) for size in sizes]
+    books[-1][0, 0], books[-1][0, 1] = 0, sizes[-1] - 1
     outputs = torch.randn(out, 1, generator=generator) * 0.3 / (out * columns) ** 0.5
     inputs = torch.randn(1, columns, generator=generator) * 0.2
     scheme = Scheme(number_format(layout.name), ((1, 0), (0, 1)), (single, single))
@@ -991,6 +992,7 @@ TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
         (CpuTrellis(), of("int4", (1, 32)), 256, "no trellis"),
         (CpuTrellis(), of(TRELLIS.weight.name, (1, 0)), 256, "each row and each column"),
         (CpuLattice(), LATTICE, 256, None),
+        (CpuLattice(), replace(LATTICE, weight=number_format("e8p+e8/2.04")), 256, "codes of 8 bits"),
         (CpuLattice(), LATTICE, 96, "whole tiles"),
         (CpuLattice(), LATTICE, 704, "order 704"),
         (CpuLattice(), of("int4", (1, 32)), 256, "no vectors of a lattice"),
@@ -1178,6 +1180,8 @@ def test_native_kernels_take_what_they_should() -> None:
         (canonical("e4m3", 20, "f32", shape=(16, 80), block_rows=16), "multiple of 8 columns, got 20"),
         (canonical("int4", 40, "f32", shape=(48, 320), block_rows=48), "with a scale for each 8 columns"),
         (canonical("int7", 8, shape=(16, 64)), "int7 codes need groups of 16 or a multiple of 32, got 8"),
+        (canonical("e4m3", 32, zero=True), "e4m3 codes with zero points or offsets"),
+        (canonical("e5m2", 16, offset=True), "e5m2 codes with zero points or offsets"),
         (canonical("int4", 0, shape=(16, 40)), None),
         (canonical("e8m0", 64), "not exact in bfloat16"),
         (crooked(), "not exact in bfloat16 or have no packed form"),

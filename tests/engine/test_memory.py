@@ -158,8 +158,10 @@ class Small:
         self._forward = engine._runner.forward
         engine._runner.forward = self._limited  # type: ignore[method-assign]
 
-    def _limited(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None) -> Tensor:
-        logits = self._forward(chunks, rows, chosen)
+    def _limited(
+        self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None, *, greedy: bool = False
+    ) -> Tensor:
+        logits = self._forward(chunks, rows, chosen, greedy=greedy)
         if self._too_large(chunks):
             self.failures += 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nAnd more.")

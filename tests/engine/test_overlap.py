@@ -52,9 +52,11 @@ class Watched:
         self._forward = engine._runner.forward
         engine._runner.forward = self._watch  # type: ignore[method-assign]
 
-    def _watch(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None) -> Tensor:
+    def _watch(
+        self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None, *, greedy: bool = False
+    ) -> Tensor:
         self.ahead += sum(chunk.source >= 0 for chunk in chunks)
-        return self._forward(chunks, rows, chosen)
+        return self._forward(chunks, rows, chosen, greedy=greedy)
 
 
 def answers(engine: Engine, requests: list[Request]) -> dict[str, tuple[object, ...]]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import msgspec
 import pytest
 import torch
@@ -29,7 +28,7 @@ from lowbit.kernels.recurrent import LayerSpec, StateSpec, state_bytes
 from lowbit.settings import Settings
 from models.family_cases import SIZES, saved
 from models.test_qwen_next import make_checkpoint
-from server.harness import alive, wait_until
+from server.harness import alive, http, wait_until
 from server.test_end_to_end import Served
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2)
@@ -255,7 +254,7 @@ def test_a_server_starts_again_when_a_rank_dies(
         wait_until(served.ready, 120)
 
         def answer() -> str:
-            given = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)
+            given = http.post(f"{served.url}/v1/completions", json=body, timeout=60)
             assert given.status_code == 200, given.text
             return str(given.json()["choices"][0]["text"])
 

@@ -201,7 +201,9 @@ class Watched:
         self._forward = engine._runner.forward
         engine._runner.forward = self._watch  # type: ignore[method-assign]
 
-    def _watch(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None) -> object:
+    def _watch(
+        self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None, *, greedy: bool = False
+    ) -> object:
         decoding = [chunk for chunk in chunks if chunk.sequence.output_length]
         self.drafts |= {chunk.drafts for chunk in chunks}
         for chunk in chunks:
@@ -209,7 +211,7 @@ class Watched:
             assert not chunk.drafts or end < chunk.sequence.limit, "nothing is chosen behind the limit"
         if any(chunk.drafts for chunk in chunks):
             self.drafted.append((len(decoding), sum(len(chunk.tokens) for chunk in decoding)))
-        return self._forward(chunks, rows, chosen)
+        return self._forward(chunks, rows, chosen, greedy=greedy)
 
     def step(self) -> None:
         engine = self.engine

@@ -57,8 +57,8 @@ READS = {
     "qoq": "QServe's W4A8, per channel and per group, pickled files too",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing, ComfyUI's too; "
     "a scale for the tensor, for each row or for blocks of 128",
-    "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; E8P12RVQ3B "
-    "and low rank are decoded to 16 bits a weight when loaded",
+    "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; low rank, and "
+    "on a CPU E8P12RVQ3B, are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "

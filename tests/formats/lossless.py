@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from formats.helpers import FIXTURES
-from lowbit.checkpoint import open_checkpoint
+from formats.writing_cases import source_of
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats.gguf_writer import GgufWriter
@@ -27,16 +27,9 @@ TARGETS = sorted(set(all_writers()) - {"dense"})
 @cache
 def models() -> dict[Path, SourceModel]:
     """Every fixture that is a whole quantized model."""
-    found = {}
     folders = [path.parent for path in sorted(FIXTURES.glob("*/*/about.json"))]
-    for path in folders + sorted((FIXTURES / "gguf_families").glob("*.gguf")):
-        try:
-            model = SourceModel(open_checkpoint(str(path)))
-        except LowbitError:
-            continue
-        if any(not module.scheme.is_dense for module in model.modules):
-            found[path] = model
-    return found
+    paths = folders + sorted((FIXTURES / "gguf_families").glob("*.gguf"))
+    return {path: source for path in paths if (source := source_of(path)) is not None}
 
 
 def refused(source: SourceModel, form: str) -> LowbitError | None:

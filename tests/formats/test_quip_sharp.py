@@ -17,13 +17,12 @@ from formats.helpers import expected, fixture_cases, header_of, last_bit, read, 
 from formats.mutations import Seed
 from forward_helpers import prompt_logits
 from lowbit.errors import LowbitError
-from lowbit.formats.quip_codebooks import _e8
 from lowbit.kernels import native
 from lowbit.kernels.cpu_lattice import CpuLattice
 from lowbit.loading import load_model, plan_model
 from lowbit.loading.convert import convert
 from lowbit.numerics.hadamard import hadamard_factors, times
-from lowbit.numerics.lattice import e8p
+from lowbit.numerics.lattice import e8, e8p
 
 CASES = [pytest.param(folder, id=folder.name) for folder in fixture_cases("quip_sharp")]
 LAYER = "model.layers.0."
@@ -59,7 +58,7 @@ def kronecker(factors: list[Tensor]) -> Tensor:
 def test_tables_are_the_tools() -> None:
     """The tool's own tables, by their hashes."""
     told = json.loads((case("e8p12") / "tables.json").read_text())
-    assert digest(e8p()) == told.pop("e8p") and digest(_e8()) == told.pop("e8")
+    assert digest(e8p()) == told.pop("e8p") and digest(e8()) == told.pop("e8")
     assert len(told) == 12
     for order, wanted in told.items():
         factors = hadamard_factors(int(order))
@@ -106,6 +105,25 @@ def test_some_rows_are_those_of_all(folder: Path) -> None:
     whole = weight.dequantize()
     rows = weight.rows(13, 17)
     assert rows.scheme.is_dense and (rows.dequantize() - whole[13:17]).abs().max() <= 1e-3 * whole.abs().max()
+
+
+def test_second_codes_of_8_bits_stay_packed(tmp_path: Path) -> None:
+    """Without A B; with an A of zeros the weight is decoded, and the same but for where Wscale is rounded."""
+    seed = Seed.of(case("e8p12_rvq3_rank"))
+    zeros = {key: torch.zeros_like(one) for key, one in seed.tensors.items() if key.endswith(".A")}
+    (tmp_path / "decoded").mkdir()
+    decoded = seed.write(tmp_path / "decoded", seed.config, seed.tensors | zeros)
+    told = seed.config["quip_params"] | {"lora_rank": 0}
+    bare = {key: one for key, one in seed.tensors.items() if not key.endswith((".A", ".B"))}
+    (tmp_path / "packed").mkdir()
+    packed = seed.write(tmp_path / "packed", {**seed.config, "quip_params": told}, bare)
+    assert "decoded to 16 bits a weight on a CPU" in reader_of(packed).describe()
+    weight = read(packed, DOWN, (64, 320)).weight
+    assert weight.scheme.weight.name == "e8p+e8/2.04" and weight.codes.shape == (64, 320 * 3 // 8)
+    found, other = weight.dequantize(), read(decoded, DOWN, (64, 320)).weight.dequantize()
+    assert torch.allclose(found, other, rtol=2e-3, atol=1e-6)
+    logits = [prompt_logits(load_model(header_of(one), device="cpu"), PROMPT)[0] for one in (packed, decoded)]
+    assert (logits[0] - logits[1]).abs().max() < 1e-2 * logits[1].abs().max()
 
 
 def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

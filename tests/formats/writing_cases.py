@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -136,18 +137,24 @@ def _same_input(a: InputRule | None, b: InputRule | None) -> None:
         assert one is None or torch.equal(one.float().reshape(-1), other.float().reshape(-1)), name
 
 
+@cache
+def source_of(path: Path) -> SourceModel | None:
+    """A fixture's folder or file; None: not a whole model with quantized weights. Opened once a process."""
+    try:
+        source = SourceModel(open_checkpoint(str(path)))
+    except LowbitError:
+        return None
+    return source if any(not module.scheme.is_dense for module in source.modules) else None
+
+
 def fixtures_it_takes(kind: type[CheckpointWriter], *groups: str) -> list[Path]:
     """Fixture folders, whole models, of which the writer refuses no module."""
     found = []
     for path in sorted(about for group in groups for about in FIXTURES.glob(f"{group}/*/about.json")):
-        try:
-            source = SourceModel(open_checkpoint(str(path.parent)))
-        except LowbitError:
-            continue
-        refusals = [
-            m for m in source.modules if kind.refuses_to_write(m.scheme, m.target.shape) or m.target.expert
-        ]
-        if not refusals and any(not m.scheme.is_dense for m in source.modules):
+        source = source_of(path.parent)
+        if source is not None and not any(
+            kind.refuses_to_write(m.scheme, m.target.shape) or m.target.expert for m in source.modules
+        ):
             found.append(path.parent)
     return found
 

@@ -21,6 +21,7 @@ KERNEL = GpuLattice()
 KINDS = {
     "powers of two": lambda: lattice(shape=(64, 128)),
     "two codes": lambda: lattice(3.45, (64, 256)),
+    "a second code of 8 bits": lambda: lattice(2.04, (64, 192), second=8),
     "heads of 12 and 20": lambda: lattice(shape=(80, 192)),
 }
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,9 +36,11 @@ FLAGS = [
 FLAGS += [f"-m{name}" for name in ("avx2", "fma", "f16c", "bmi2")]
 FLAGS += [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni", "bf16", "vbmi")]
 
-# What linear layers need of the sources; the others are two fifths of the compiler's time. step_plan's table
-# names functions of those: its references are made weak, and are null in this library.
+# What the layers of linear_results.py need of the sources; the others are most of the compiler's time, those of
+# layouts that it has none of included. References to their functions are made weak: null in this library.
 LINEAR = ["activation_quant", "amx_tiles", "linear*", "rotation", "step_plan", "thread_pool"]
+OTHER_LAYOUTS = {"linear_row_vectors", "linear_trellis"}
+WEAK = {"linear", "linear_pack", "linear_words", "step_plan"}
 OBJCOPY = shutil.which("objcopy")
 
 pytestmark = [
@@ -47,8 +50,8 @@ pytestmark = [
 ]
 
 
-def compile_library(folder: Path, name: str, sources: list[Path], weak: str = "") -> Path:
-    """folder/name, made from sources unless it is there; what the source weak refers to may be missing."""
+def compile_library(folder: Path, name: str, sources: list[Path], weak: Collection[str] = ()) -> Path:
+    """folder/name, made from sources unless it is there; what the sources weak refer to may be missing."""
     file = folder / name
     if file.is_file():
         return file
@@ -61,7 +64,7 @@ def compile_library(folder: Path, name: str, sources: list[Path], weak: str = ""
         command = [str(COMPILER), *FLAGS, level, f"-I{SOURCES}", "-c", str(source), "-o", str(to)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        if source.stem == weak:
+        if source.stem in weak:
             subprocess.run([str(OBJCOPY), "--weaken", str(to)], check=True)
         return str(to)
 
@@ -100,7 +103,8 @@ def linear_library_folder(request: pytest.FixtureRequest) -> Path:
     if OBJCOPY is None:
         return request.getfixturevalue("library_folder")
     sources = sorted(source for name in LINEAR for source in SOURCES.glob(f"{name}.cpp"))
-    return compile_library(kept(request, sources), "liblowbit_amx_emulated.so", sources, "step_plan").parent
+    sources = [source for source in sources if source.stem not in OTHER_LAYOUTS]
+    return compile_library(kept(request, sources), "liblowbit_amx_emulated.so", sources, WEAK).parent
 
 
 def dot(file: Path, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

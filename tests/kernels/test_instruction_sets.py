@@ -6,6 +6,7 @@ And, marked slow, in a build with AddressSanitizer and UndefinedBehaviorSanitize
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ NATIVE = [
     *("kernels/test_encode.py", "kernels/test_step_plan.py", "quantize/test_gguf_blocks.py"),
     *("contract/test_int8_inputs.py", "contract/test_scaled_inputs.py", "kernels/test_experts.py"),
     *("kernels/test_row_peaks.py", "kernels/test_native_layer.py", "kernels/test_cpu_columns.py"),
+    *("kernels/test_cpu_dense.py", "kernels/test_rotator.py", "kernels/test_recurrent.py"),
+    *("kernels/test_activation_state.py", "kernels/test_probes.py", "kernels/test_screened_head.py"),
 ]
 # What runs on torch where there is no library.
 SCALAR = [
@@ -43,10 +46,10 @@ def test_kernels_under(isa: str) -> None:
     run_tests(SCALAR if isa == "scalar" else NATIVE, {"LOWBIT_ISA": isa})
 
 
-def run_tests(files: list[str], environment: dict[str, str]) -> None:
+def run_tests(files: list[str], environment: dict[str, str], *options: str) -> None:
     """Without the kernels of torch, which no library changes; torch on one thread, more would only wait."""
     command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-k", "not reference"]
-    command += [str(TESTS / file) for file in files]
+    command += [*options, *(str(TESTS / file) for file in files)]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True
     )
@@ -64,7 +67,10 @@ def tool(name: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_nothing_for_the_sanitizers_to_report(tmp_path: Path) -> None:
-    """The instruction set in use, built anew; a report ends the process and so fails the test."""
+    """The instruction set in use, built anew; a report ends the process and so fails the test.
+
+    And so does a function of the library that none of the files calls.
+    """
     isa, source = native.isa(), TESTS.parent
     if isa == "scalar" or not (source / "CMakeLists.txt").is_file():
         pytest.skip("no native code here")
@@ -82,6 +88,7 @@ def test_nothing_for_the_sanitizers_to_report(tmp_path: Path) -> None:
     for command in (configure, build):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    looked_up = tmp_path / "functions"
     run_tests(
         NATIVE,
         {
@@ -90,5 +97,16 @@ def test_nothing_for_the_sanitizers_to_report(tmp_path: Path) -> None:
             "LD_PRELOAD": " ".join(runtime),
             "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
             "UBSAN_OPTIONS": "print_stacktrace=1",
+            "NATIVE_FUNCTIONS": str(looked_up),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
         },
+        *("-p", "native_functions"),
     )
+    exported = exported_functions(source / "src/lowbit/csrc")
+    assert len(exported) > 40 and exported - set(looked_up.read_text().split()) == set()
+
+
+def exported_functions(folder: Path) -> set[str]:
+    """Of the C ABI."""
+    sources = "".join(file.read_text() for file in folder.glob("*.cpp"))
+    return set(re.findall(r"LOWBIT_EXPORT[\w:\s*]*?\b(lowbit_\w+)\(", sources))

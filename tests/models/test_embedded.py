@@ -32,7 +32,7 @@ def english_prompts() -> list[list[int]]:
     return [tokens[i * LENGTH : (i + 1) * LENGTH] for i in range(PROMPTS)]
 
 
-@pytest.mark.parametrize("prompts", [4, pytest.param(PROMPTS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prompts", [2, pytest.param(PROMPTS, marks=pytest.mark.slow)])
 def test_kl_to_the_float_model(prompts: int, model: Model, embedded_path: Path) -> None:
     """Mean KL(transformers fp32 || lowbit) <= 0.0005; the promise is 0.002."""
     oracle = AutoModelForCausalLM.from_pretrained(
@@ -59,7 +59,7 @@ def test_kl_of_int8_inputs(model: Model) -> None:
     last = {module.name for module in plan.modules if module.name.startswith("model.layers.29.")}
     assert len(last) == 7 and exact == last
     divergences = []
-    for prompt in english_prompts()[:3]:
+    for prompt in english_prompts()[:2]:
         expected, found = (torch.log_softmax(prompt_logits(m, [prompt])[0], -1) for m in (model, rounded))
         assert not torch.equal(expected, found)
         divergences.append((expected.exp() * (expected - found)).sum(-1))

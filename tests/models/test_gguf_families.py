@@ -67,7 +67,7 @@ def with_metadata(name: str, path: Path, **changes: int | None) -> Path:
 
 
 def test_sigmoid_goes_with_corrections(tmp_path: Path) -> None:
-    """The converter leaves the key out where config.json has no ``scoring_func``, as transformers writes it."""
+    """The converter leaves the key out where config.json has no ``scoring_func``, as of transformers."""
     told = load_model(open_checkpoint(str(FOLDER / "deepseek3.gguf")), device="cpu", dtype="float32")
     bare = with_metadata("deepseek3", tmp_path / "bare.gguf", expert_gating_func=None)
     assumed = load_model(open_checkpoint(str(bare)), device="cpu", dtype="float32")

@@ -13,17 +13,19 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import concatenate
 
 
-@pytest.mark.parametrize("divisor", [0.0, 3.45, 1e-05])
-def test_names_and_sizes(divisor: float) -> None:
-    weight = lattice(divisor, (48, 128))
-    layout = LatticeLayout(divisor)
+@pytest.mark.parametrize(
+    ("divisor", "second", "bits"), [(0.0, 16, 2), (3.45, 16, 4), (1e-05, 16, 4), (2.04, 8, 3)]
+)
+def test_names_and_sizes(divisor: float, second: int, bits: int) -> None:
+    weight = lattice(divisor, (48, 128), second)
+    layout = LatticeLayout(divisor, second)
+    assert layout.bits == bits and weight.codes.shape == (48, 16 * bits)
     assert number_format(layout.name).lattice == layout
     assert weight.nbytes == 48 * 128 * layout.bits // 8 + 4 * (48 + 128)
     words = layout.words(weight.codes)
-    assert words.shape == (48, layout.books, 16) and torch.equal(
-        layout.codes(list(words.unbind(1))), weight.codes
-    )
-    for name in ("e8p+e8p", "e8p+e8p/", "e8p2"):
+    assert [part.shape for part in words] == [(48, 16)] * layout.books
+    assert torch.equal(layout.codes(words), weight.codes)
+    for name in ("e8p+e8p", "e8p+e8p/", "e8p2", "e8p+e8", "e8/2.04"):
         with pytest.raises(LowbitError, match="unknown number format"):
             number_format(name)
 

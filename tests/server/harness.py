@@ -28,6 +28,9 @@ from server.fake_text import load_fake_text
 
 HERE = Path(__file__).parent
 FAKE_ENGINE = [sys.executable, str(HERE / "fake_engine.py")]
+# httpx.get and its like read all certificates each time, 25 ms of a core that servers wait for; as there, no
+# connection is kept.
+http = httpx.Client(verify=False, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 QUICK = Limits(tick_seconds=0.05, stop_seconds=2.0, linger_seconds=0.3)
 
 
@@ -84,7 +87,7 @@ class ServerThread:
 
     def wait_ready(self) -> ServerThread:
         """Until requests are served."""
-        wait_until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200)
+        wait_until(lambda: http.get(f"{self.url}/readyz").status_code == 200)
         return self
 
     def engine_pid(self) -> int:
@@ -209,7 +212,7 @@ class ServerProcess:
 
     def wait_ready(self) -> ServerProcess:
         """Until requests are served."""
-        wait_until(lambda: httpx.get(f"{self.url}/readyz").status_code == 200)
+        wait_until(lambda: http.get(f"{self.url}/readyz").status_code == 200)
         return self
 
     def finish(self, seconds: float = 10) -> tuple[int, str]:

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
-from server.harness import alive, wait_until
+from server.harness import alive, http, wait_until
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
 TEXT = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the lazy"
@@ -40,7 +39,7 @@ class Served:
     def ready(self) -> bool:
         """Whether it serves; fails when it has ended."""
         assert self.process.poll() is None, self.errors.read_text()
-        return httpx.get(self.url + "/readyz").status_code == 200
+        return http.get(self.url + "/readyz").status_code == 200
 
     def engine(self) -> int:
         """The engine's process id."""
@@ -50,7 +49,7 @@ class Served:
 
     def info(self) -> dict[str, Any]:
         """What the server says about itself."""
-        return httpx.get(self.url + "/get_server_info").json()
+        return http.get(self.url + "/get_server_info").json()
 
 
 def command_line(pid: str) -> str:
@@ -88,7 +87,7 @@ def test_chat_knows_paris(served: Served, client: openai.OpenAI) -> None:
     assert "Paris" in (choice.message.content or "")
     assert "<|im_end|>" not in (choice.message.content or "")
     assert choice.finish_reason == "stop"  # by the model's own end token
-    assert httpx.get(served.url + "/health_generate").status_code == 200
+    assert http.get(served.url + "/health_generate").status_code == 200
 
 
 def test_stream_equals_the_whole_answer(client: openai.OpenAI) -> None:
@@ -118,15 +117,15 @@ def test_prompt_logprobs_are_the_same_over_a_prefix_hit(served: Served, client: 
         assert first is None and all(value is not None and value <= 0 for value in rest)
         return rest
 
-    assert httpx.post(served.url + "/flush_cache").status_code == 200
+    assert http.post(served.url + "/flush_cache").status_code == 200
     cold, warm = score(), score()
     assert cold == warm
     assert sum(cold[-8:]) > sum(cold[:8])  # the sentence's repetition is easier to foresee
 
 
 def test_token_ids_and_text_agree(served: Served, client: openai.OpenAI) -> None:
-    ids = httpx.post(served.url + "/tokenize", json={"prompt": TEXT}).json()["tokens"]
-    assert httpx.post(served.url + "/detokenize", json={"tokens": ids}).json()["text"] == TEXT
+    ids = http.post(served.url + "/tokenize", json={"prompt": TEXT}).json()["tokens"]
+    assert http.post(served.url + "/detokenize", json={"tokens": ids}).json()["text"] == TEXT
     answers = [
         client.completions.create(model="smollm2", prompt=prompt, temperature=0, max_tokens=8)
         for prompt in (TEXT, ids)
@@ -156,7 +155,7 @@ def test_answers_do_not_depend_on_company(client: openai.OpenAI) -> None:
 def test_bad_requests_do_not_disturb(served: Served, client: openai.OpenAI) -> None:
     for fields in ({"temperature": "NaN"}, {"max_token": 5}, {"messages": []}, {"max_tokens": 10**6}):
         body = {"messages": QUESTION, **fields}
-        response = httpx.post(served.url + "/v1/chat/completions", json=body)
+        response = http.post(served.url + "/v1/chat/completions", json=body)
         assert response.status_code == 400 and response.json()["error"]["message"]
     assert "Paris" in greedy_chat(client)
 
@@ -165,11 +164,11 @@ def test_enormous_prompt_stalls_nobody(served: Served) -> None:
     """Tokenizing four million characters takes seconds, but not on the event loop."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         body = {"prompt": "hello world " * 350_000, "max_tokens": 1}
-        refused = pool.submit(httpx.post, served.url + "/v1/completions", json=body, timeout=30)
+        refused = pool.submit(http.post, served.url + "/v1/completions", json=body, timeout=30)
         slowest = 0.0
         while not refused.done():
             began = time.monotonic()
-            assert httpx.get(served.url + "/health").status_code == 200
+            assert http.get(served.url + "/health").status_code == 200
             slowest = max(slowest, time.monotonic() - began)
     assert refused.result().json()["error"]["code"] in ("prompt_too_long", "text_timeout")
     assert slowest < 0.7
@@ -195,10 +194,10 @@ def test_http_process_holds_no_torch(served: Served) -> None:
 
 
 def test_the_card_says_what_is_served(served: Served) -> None:
-    card = httpx.get(served.url + "/v1/models").json()["data"][0]
+    card = http.get(served.url + "/v1/models").json()["data"][0]
     assert (card["architecture"], card["quantization"]) == ("llama", "gguf, Q4_1, Q8_0")
     assert 90e6 < card["weight_bytes"] < 110e6 and card["quality"] is None
-    lines = httpx.get(served.url + "/metrics").text.splitlines()
+    lines = http.get(served.url + "/metrics").text.splitlines()
     [line] = [line for line in lines if line.startswith("lowbit_weight_bytes ")]
     assert float(line.split()[1]) == card["weight_bytes"]
 

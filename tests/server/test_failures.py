@@ -24,6 +24,7 @@ from server.harness import (
     alive,
     exchange_raw,
     fake_options,
+    http,
     quick,
     serving,
     settings,
@@ -35,7 +36,7 @@ LONG = {"prompt": "x", "max_tokens": 600}
 
 def complete(server: ServerThread, prompt: str = "x", **fields: Any) -> httpx.Response:
     body = {"prompt": prompt, "max_tokens": 5, **fields}
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=20)
+    return http.post(f"{server.url}/v1/completions", json=body, timeout=20)
 
 
 def error_of(response: httpx.Response) -> tuple[int, str]:
@@ -94,10 +95,10 @@ def test_killed_engine_with_requests_in_flight() -> None:
 def test_a_request_that_ends_the_engine(command: str) -> None:
     with serving() as server:
         assert error_of(complete(server, command)) == (503, "engine_restarting")
-        assert httpx.get(server.url + "/livez").status_code == 200
-        wait_until(lambda: httpx.get(server.url + "/readyz").status_code == 200)
+        assert http.get(server.url + "/livez").status_code == 200
+        wait_until(lambda: http.get(server.url + "/readyz").status_code == 200)
         assert is_right(server)
-        text = httpx.get(server.url + "/metrics").text
+        text = http.get(server.url + "/metrics").text
         assert "lowbit_engine_restarts_total 1.0" in text
 
 
@@ -109,7 +110,7 @@ def test_while_restarting_requests_get_503() -> None:
         response = complete(server)
         assert error_of(response) == (503, "engine_restarting")
         assert response.headers["retry-after"] == "2"
-        assert error_of(httpx.get(server.url + "/readyz")) == (503, "engine_restarting")
+        assert error_of(http.get(server.url + "/readyz")) == (503, "engine_restarting")
         wait_until(lambda: recovered(server, pid))
         assert is_right(server)
 
@@ -143,8 +144,8 @@ def test_hung_engine_is_dumped_then_killed(capfd: pytest.CaptureFixture[str]) ->
         pid = server.engine_pid()
         hung = pool.submit(complete, server, "HANG")
         wait_until(lambda: server.app.client.hung)
-        assert error_of(httpx.get(server.url + "/readyz")) == (503, "engine_hung")
-        assert httpx.get(server.url + "/livez").status_code == 200
+        assert error_of(http.get(server.url + "/readyz")) == (503, "engine_hung")
+        assert http.get(server.url + "/livez").status_code == 200
         assert error_of(hung.result()) == (503, "engine_restarting")
         wait_until(lambda: recovered(server, pid))
         assert is_right(server)
@@ -213,16 +214,16 @@ def test_loading_says_how_far_it_is() -> None:
     with fake_options({"load_seconds": 1.0}):
         server = ServerThread(settings())
         try:
-            wait_until(lambda: httpx.get(server.url + "/livez").json() == {"status": "starting"})
-            assert httpx.get(server.url + "/health").status_code == 503
+            wait_until(lambda: http.get(server.url + "/livez").json() == {"status": "starting"})
+            assert http.get(server.url + "/health").status_code == 503
             seen = set()
             wait_until(lambda: seen.add(message_of(server)) or any("left" in text for text in seen))
             response = complete(server)
             assert error_of(response) == (503, "loading")
             assert int(response.headers["retry-after"]) >= 1
-            assert error_of(httpx.get(server.url + "/v1/models")) == (503, "loading")
+            assert error_of(http.get(server.url + "/v1/models")) == (503, "loading")
             server.wait_ready()
-            assert httpx.get(server.url + "/health").status_code == 200
+            assert http.get(server.url + "/health").status_code == 200
             assert is_right(server)
         finally:
             server.stop()
@@ -230,7 +231,7 @@ def test_loading_says_how_far_it_is() -> None:
 
 
 def message_of(server: ServerThread) -> str:
-    return httpx.get(server.url + "/readyz").json()["error"]["message"]
+    return http.get(server.url + "/readyz").json()["error"]["message"]
 
 
 # --- clients ------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def test_client_that_does_not_read_is_given_up(limits: engine_client.Limits) -> 
         )
         wait_until(lambda: server.app.active == 1)
         server.assert_idle()
-        text = httpx.get(server.url + "/metrics").text
+        text = http.get(server.url + "/metrics").text
         assert 'lowbit_requests_total{path="/v1/completions",status="200"} 1.0' in text
         client.close()
         assert server.app.client.counters.finished == 0  # given up, not run to the end
@@ -375,14 +376,14 @@ def test_prompts_being_computed_are_not_queued() -> None:
 
 def test_health_generate_fails_when_nothing_comes() -> None:
     with serving(quick(health_seconds=0.3), fake={"step_seconds": 1.0}) as server:
-        assert error_of(httpx.get(server.url + "/health_generate")) == (503, "health_timeout")
+        assert error_of(http.get(server.url + "/health_generate")) == (503, "health_timeout")
         server.assert_idle()
 
 
 def test_idle_accounting_check_is_counted() -> None:
     with serving(fake={"violate": True}) as server:
         wait_until(lambda: server.app.client.status.invariant_violations >= 1)
-        metrics = httpx.get(server.url + "/metrics").text
+        metrics = http.get(server.url + "/metrics").text
         [line] = [
             line for line in metrics.splitlines() if line.startswith("lowbit_invariant_violations_total")
         ]
@@ -402,9 +403,9 @@ def test_drain_lets_requests_finish() -> None:
             wait_until(lambda: server.app.active == 2)
             server.signal()
             wait_until(lambda: server.app.draining, 1)
-            assert error_of(httpx.get(server.url + "/readyz")) == (503, "draining")
-            assert httpx.get(server.url + "/livez").json() == {"status": "draining"}
-            assert httpx.get(server.url + "/health").status_code == 503
+            assert error_of(http.get(server.url + "/readyz")) == (503, "draining")
+            assert http.get(server.url + "/livez").json() == {"status": "draining"}
+            assert http.get(server.url + "/health").status_code == 503
             refused = complete(server)
             assert error_of(refused) == (503, "draining")
             assert refused.headers["connection"] == "close"

@@ -18,7 +18,7 @@ from lowbit.server.app import ROUTES, api_keys, exposure_warning
 from lowbit.server.elsewhere import NOT_HERE
 from lowbit.server.http import Guard, Route, host_name, is_loopback
 from lowbit.server.limits import Limits
-from server.harness import ServerThread, exchange_raw, quick, serving, settings, wait_until
+from server.harness import ServerThread, exchange_raw, http, quick, serving, settings, wait_until
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
@@ -33,7 +33,7 @@ def server() -> Iterator[ServerThread]:
 
 
 def post(server: ServerThread, path: str = "/v1/chat/completions", **arguments: Any) -> httpx.Response:
-    return httpx.post(server.url + path, timeout=10, **arguments)
+    return http.post(server.url + path, timeout=10, **arguments)
 
 
 def head(path: str = "/v1/chat/completions", *lines: str, method: str = "POST") -> bytes:
@@ -52,7 +52,7 @@ def test_what_is_elsewhere_is_not_here() -> None:
 
 
 def test_unknown_path_and_method(server: ServerThread) -> None:
-    response = httpx.get(server.url + "/v2/x")
+    response = http.get(server.url + "/v2/x")
     assert response.status_code == 404
     assert error_of(response)["message"] == "there is no /v2/x here; the API is under /v1"
     for path, told in [
@@ -63,13 +63,13 @@ def test_unknown_path_and_method(server: ServerThread) -> None:
          "serve such a model elsewhere"),
         ("/v1/responses", ": send the conversation to /v1/chat/completions"),
     ]:  # fmt: skip
-        response = httpx.post(server.url + path, json={"input": "x"})
+        response = http.post(server.url + path, json={"input": "x"})
         assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
         assert error_of(response)["message"] == f"there is no {path} here{told}"
-    response = httpx.put(server.url + "/v1/completions", content=b"x")
+    response = http.put(server.url + "/v1/completions", content=b"x")
     assert response.status_code == 405
     assert error_of(response)["message"] == "/v1/completions takes POST, not PUT"
-    assert httpx.head(server.url + "/health").status_code == 200
+    assert http.head(server.url + "/health").status_code == 200
 
 
 def test_body_too_large_is_refused_before_it_is_sent(server: ServerThread) -> None:
@@ -205,7 +205,7 @@ def test_connections_beyond_the_limit_are_refused() -> None:
         wait_until(lambda: open_now() <= 5)
         for client in held:
             client.close()
-        wait_until(lambda: httpx.get(small.url + "/health").status_code == 200)
+        wait_until(lambda: http.get(small.url + "/health").status_code == 200)
 
 
 def closed(client: socket.socket) -> bool:
@@ -220,10 +220,10 @@ def closed(client: socket.socket) -> bool:
 
 def test_request_id(server: ServerThread) -> None:
     for wish in ("abc-DEF_1.2", "x" * 64):
-        answer = httpx.get(server.url + "/health", headers={"X-Request-Id": wish})
+        answer = http.get(server.url + "/health", headers={"X-Request-Id": wish})
         assert answer.headers["x-request-id"] == wish
     for wish in ("x" * 65, "a b", "a/b", ""):
-        answer = httpx.get(server.url + "/nowhere", headers={"X-Request-Id": wish})
+        answer = http.get(server.url + "/nowhere", headers={"X-Request-Id": wish})
         assert len(answer.headers["x-request-id"]) == 32
 
 
@@ -231,12 +231,12 @@ def test_request_id(server: ServerThread) -> None:
     "host", ["localhost", "LOCALHOST:99", "127.0.0.1:1", "[::1]:8", "10.0.0.7", "localhost."]
 )
 def test_hosts_that_are_served(server: ServerThread, host: str) -> None:
-    assert httpx.get(server.url + "/health", headers={"Host": host}).status_code == 200
+    assert http.get(server.url + "/health", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "", "127.0.0.1.evil.example"])
 def test_hosts_that_are_not(server: ServerThread, host: str) -> None:
-    response = httpx.get(server.url + "/health", headers={"Host": host})
+    response = http.get(server.url + "/health", headers={"Host": host})
     assert response.status_code in (400, 421)
     assert error_of(response)["code"] in ("host_not_allowed", "invalid_http")
 
@@ -251,12 +251,12 @@ def test_other_origins_may_not_post(server: ServerThread) -> None:
 
 
 def test_static_page(server: ServerThread) -> None:
-    page = httpx.get(server.url + "/")
+    page = http.get(server.url + "/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     for name in ("/chat.js", "/chat.css"):
         assert name in page.text
-        assert httpx.get(server.url + name).status_code == 200
+        assert http.get(server.url + name).status_code == 200
     assert "<script>" not in page.text and "style=" not in page.text  # the policy forbids inline code
 
 
@@ -283,7 +283,7 @@ def test_every_route_says_who_may_use_it() -> None:
 def test_all_routes_ask_for_the_key(locked: ServerThread, route: Route) -> None:
     path = route.path.replace("*", "tiny")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}):
-        response = httpx.request(route.method, locked.url + path, headers=headers)
+        response = http.request(route.method, locked.url + path, headers=headers)
         if route.access == "public":
             assert response.status_code == 200
         else:
@@ -293,7 +293,7 @@ def test_all_routes_ask_for_the_key(locked: ServerThread, route: Route) -> None:
             assert error_of(response)["message"] == told
             assert response.headers["www-authenticate"] == "Bearer"
     for key in ("first-key", "second-key", "third-key"):
-        response = httpx.request(route.method, locked.url + path, headers={"Authorization": f"Bearer {key}"})
+        response = http.request(route.method, locked.url + path, headers={"Authorization": f"Bearer {key}"})
         assert response.status_code in (200, 400)  # 400: it got to the (empty) body
 
 
@@ -304,7 +304,7 @@ def test_keys_have_salts_of_their_own() -> None:
 
 
 def test_key_makes_any_host_name_good(locked: ServerThread) -> None:
-    assert httpx.get(locked.url + "/health", headers={"Host": "box.example"}).status_code == 200
+    assert http.get(locked.url + "/health", headers={"Host": "box.example"}).status_code == 200
 
 
 def test_key_file_errors(tmp_path: Path) -> None:
@@ -335,11 +335,11 @@ def test_open_to_the_world() -> None:
 
 def test_admin_is_closed_on_open_hosts_without_keys() -> None:
     with serving(host="0.0.0.0") as wide:
-        response = httpx.post(wide.url + "/flush_cache")
+        response = http.post(wide.url + "/flush_cache")
         assert response.status_code == 403
         assert error_of(response)["code"] == "admin_closed"
     with serving() as narrow:
-        assert httpx.post(narrow.url + "/flush_cache").status_code == 200
+        assert http.post(narrow.url + "/flush_cache").status_code == 200
         wait_until(lambda: narrow.app.client.status.preemptions == 1)  # the fake counts flushes there
 
 

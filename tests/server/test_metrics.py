@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.harness import ServerThread, fake_options, quick, serving, settings, wait_until
+from server.harness import ServerThread, fake_options, http, quick, serving, settings, wait_until
 
 
 def scrape(server: ServerThread) -> dict[str, float]:
     """Sample (with labels but le) -> value."""
     values = {}
-    for family in text_string_to_metric_families(httpx.get(server.url + "/metrics").text):
+    for family in text_string_to_metric_families(http.get(server.url + "/metrics").text):
         for sample in family.samples:
             labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
             values[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
@@ -23,9 +22,9 @@ def test_numbers() -> None:
         before = scrape(server)
         assert before["lowbit_ready"] == 1
         body = {"prompt": "twelve bytes", "max_tokens": 10}  # 13 tokens with the BOS
-        assert httpx.post(server.url + "/v1/completions", json=body).status_code == 200
-        assert httpx.post(server.url + "/v1/completions", json={"prompt": 5}).status_code == 400
-        httpx.get(server.url + "/some/scanner/path")
+        assert http.post(server.url + "/v1/completions", json=body).status_code == 200
+        assert http.post(server.url + "/v1/completions", json={"prompt": 5}).status_code == 400
+        http.get(server.url + "/some/scanner/path")
         wait_until(lambda: server.app.client.status.generated_tokens == 10)
         after = scrape(server)
     assert after["lowbit_requests_total{path=/v1/completions,status=200}"] == 1
@@ -60,7 +59,7 @@ def test_what_is_served() -> None:
     """The scheme and the size; quality only where it was measured."""
     with serving(quick()) as server:
         plain = scrape(server)
-        card = httpx.get(server.url + "/v1/models").json()["data"][0]
+        card = http.get(server.url + "/v1/models").json()["data"][0]
     labels = 'architecture=FakeForCausalLM,model=tiny,quantization=int4 "1x128"\\n'
     assert plain[f"lowbit_model_info{{{labels}}}"] == 1
     assert plain["lowbit_weight_bytes"] == 12345678901
@@ -68,8 +67,8 @@ def test_what_is_served() -> None:
     assert {name: card[name] for name in SERVED} == SERVED and card["quality"] is None
     with serving(quick(), fake={"quality": QUALITY}) as server:
         measured = scrape(server)
-        cards = [httpx.get(server.url + path).json() for path in ("/v1/models/tiny", "/get_model_info")]
-        info = httpx.get(server.url + "/get_server_info").json()
+        cards = [http.get(server.url + path).json() for path in ("/v1/models/tiny", "/get_model_info")]
+        info = http.get(server.url + "/get_server_info").json()
     assert info["engine"]["quality"] == QUALITY
     against = '{against=bf16 "original"}'
     assert measured["lowbit_quality_mean_kl" + against] == 0.0125
@@ -83,7 +82,7 @@ def test_before_the_model_is_loaded_nothing_is_said_of_it() -> None:
         server = ServerThread(settings(), quick())
         try:
             values = scrape(server)
-            card = httpx.get(server.url + "/v1/models")
+            card = http.get(server.url + "/v1/models")
         finally:
             server.stop()
     assert values["lowbit_ready"] == 0
@@ -93,7 +92,7 @@ def test_before_the_model_is_loaded_nothing_is_said_of_it() -> None:
 
 def test_running_and_waiting() -> None:
     with serving(quick(), fake={"step_seconds": 0.02}) as server:
-        with httpx.stream(
+        with http.stream(
             "POST",
             server.url + "/v1/completions",
             json={"prompt": "x", "max_tokens": 500, "n": 8, "stream": True},

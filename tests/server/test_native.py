@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-import httpx
 import pytest
 
 from server.fake_text import BOS, answer
-from server.harness import ServerThread, serving
+from server.harness import ServerThread, http, serving
 
 PROMPT = [BOS, *b"abc"]
 
@@ -23,20 +22,20 @@ def server() -> Iterator[ServerThread]:
 
 
 def generate(server: ServerThread, **body: Any) -> Any:
-    response = httpx.post(server.url + "/generate", json=body, timeout=10)
+    response = http.post(server.url + "/generate", json=body, timeout=10)
     assert response.status_code == 200, response.text
     return response.json()
 
 
 def refused(server: ServerThread, **body: Any) -> tuple[str, str]:
-    response = httpx.post(server.url + "/generate", json=body, timeout=10)
+    response = http.post(server.url + "/generate", json=body, timeout=10)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     return error["code"], error["message"]
 
 
 def streamed(server: ServerThread, **body: Any) -> list[Any]:
-    response = httpx.post(server.url + "/generate", json={**body, "stream": True}, timeout=10)
+    response = http.post(server.url + "/generate", json={**body, "stream": True}, timeout=10)
     assert response.headers["content-type"].startswith("text/event-stream")
     *events, end = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
     assert end == "[DONE]"

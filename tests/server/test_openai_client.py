@@ -7,12 +7,11 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from server.fake_text import BOS, answer
-from server.harness import ServerThread, serving
+from server.harness import ServerThread, http, serving
 
 USER = [{"role": "user", "content": "hello"}]
 RENDERED = [BOS, *b"user: hello\nassistant:"]
@@ -351,7 +350,7 @@ def test_content_parts(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
 def test_text_the_tokenizer_refuses(server: ServerThread, path: str) -> None:
-    response = httpx.post(server.url + path, json={"prompt": "BADTEXT"})
+    response = http.post(server.url + path, json={"prompt": "BADTEXT"})
     assert response.status_code == 400
     assert response.json()["error"] == {
         "message": "the tokenizer failed on this text",
@@ -382,7 +381,7 @@ def test_errors_of_a_stream_before_its_first_token_are_statuses(client: openai.O
 
 def test_tokenize_and_back(server: ServerThread) -> None:
     def post(path: str, body: dict[str, Any]) -> Any:
-        return httpx.post(server.url + path, json=body).json()
+        return http.post(server.url + path, json=body).json()
 
     assert post("/tokenize", {"prompt": "é<end>"}) == {
         "count": 4,
@@ -399,19 +398,19 @@ def test_tokenize_and_back(server: ServerThread) -> None:
 
 
 def test_info(server: ServerThread) -> None:
-    info = httpx.get(server.url + "/get_model_info").json()
+    info = http.get(server.url + "/get_model_info").json()
     assert info["is_generation"] is True
     assert (info["model_path"], info["context_length"], info["kernel"]) == ("tiny", 1000, "none")
     assert info["preferred_sampling_params"] == {"temperature": 0.5, "top_k": 7}
-    info = httpx.get(server.url + "/get_server_info").json()
+    info = http.get(server.url + "/get_server_info").json()
     assert info["state"] == "ready" and info["max_total_num_tokens"] == 640
     assert "api_key" not in info and "api_key_file" not in info
 
 
 def test_health(server: ServerThread) -> None:
-    assert httpx.get(server.url + "/health").json() == {"status": "ready"}
-    assert httpx.get(server.url + "/livez").status_code == 200
-    assert httpx.get(server.url + "/health_generate").json() == {"status": "ok", "completion_tokens": 1}
+    assert http.get(server.url + "/health").json() == {"status": "ready"}
+    assert http.get(server.url + "/livez").status_code == 200
+    assert http.get(server.url + "/health_generate").json() == {"status": "ok", "completion_tokens": 1}
     server.assert_idle()
 
 
@@ -437,7 +436,7 @@ def test_many_clients_at_once(server: ServerThread) -> None:
 
 def test_model_without_a_template() -> None:
     with serving(model="no-template") as running:
-        response = httpx.post(f"{running.url}/v1/chat/completions", json={"messages": USER})
+        response = http.post(f"{running.url}/v1/chat/completions", json={"messages": USER})
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "no_chat_template"
         assert response.json()["error"]["message"] == (

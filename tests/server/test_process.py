@@ -18,11 +18,11 @@ import pytest
 from lowbit.errors import LowbitError
 from lowbit.server.connection import connection_limit, listen
 from server.fake_text import BOS, answer
-from server.harness import ServerProcess, alive, wait_until
+from server.harness import ServerProcess, alive, http, wait_until
 
 
 def complete(url: str, count: int) -> httpx.Response:
-    return httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": count}, timeout=20)
+    return http.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": count}, timeout=20)
 
 
 def test_sigterm_while_busy() -> None:
@@ -30,7 +30,7 @@ def test_sigterm_while_busy() -> None:
     [engine] = server.children()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(complete, server.url, 50)
-        wait_until(lambda: httpx.get(server.url + "/get_server_info").json()["sequences_held"] == 1)
+        wait_until(lambda: http.get(server.url + "/get_server_info").json()["sequences_held"] == 1)
         server.process.send_signal(signal.SIGTERM)
         assert future.result().json()["choices"][0]["text"] == answer([BOS, *b"x"], 50)
     status, errors = server.finish()
@@ -43,10 +43,10 @@ def test_sigint_twice_ends_at_once() -> None:
     [engine] = server.children()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         future = pool.submit(complete, server.url, 600)
-        wait_until(lambda: httpx.get(server.url + "/get_server_info").json()["sequences_held"] == 1)
+        wait_until(lambda: http.get(server.url + "/get_server_info").json()["sequences_held"] == 1)
         began = time.monotonic()
         server.process.send_signal(signal.SIGINT)
-        wait_until(lambda: httpx.get(server.url + "/readyz").status_code == 503)
+        wait_until(lambda: http.get(server.url + "/readyz").status_code == 503)
         server.process.send_signal(signal.SIGINT)
         status, _ = server.finish()
         assert time.monotonic() - began < 3
@@ -136,8 +136,8 @@ def test_closed_stderr_does_not_stop_serving() -> None:
 def test_log_lines_are_json_without_prompts() -> None:
     server = ServerProcess(log_level="info").wait_ready()
     secret = "my secret\nprompt"
-    httpx.post(f"{server.url}/v1/completions", json={"prompt": secret, "max_tokens": 3})
-    httpx.get(server.url + "/nowhere/%0a%1b[31m", headers={"X-Request-Id": "my-id"})
+    http.post(f"{server.url}/v1/completions", json={"prompt": secret, "max_tokens": 3})
+    http.get(server.url + "/nowhere/%0a%1b[31m", headers={"X-Request-Id": "my-id"})
     server.process.terminate()
     _, errors = server.finish()
     lines = [json.loads(line) for line in errors.splitlines()]
@@ -162,14 +162,14 @@ def test_few_file_descriptors() -> None:
     )
     assert process.stdout is not None
     url = json.loads(process.stdout.readline())["url"]
-    wait_until(lambda: httpx.get(url + "/readyz").status_code == 200)
+    wait_until(lambda: http.get(url + "/readyz").status_code == 200)
     port = int(url.rpartition(":")[2])
     held = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
     time.sleep(0.2)
     assert process.poll() is None
     for client in held:
         client.close()
-    wait_until(lambda: httpx.get(url + "/health").status_code == 200)
+    wait_until(lambda: http.get(url + "/health").status_code == 200)
     assert complete(url, 3).status_code == 200
     process.terminate()
     assert process.wait(10) == 0

@@ -350,6 +350,17 @@ def test_bos_where_a_file_does_not_say(name: str, more: dict[str, object], adds:
     assert ours.adds_bos is adds and (ours.encode("a")[0] == 256) is adds
 
 
+def test_what_ends_a_turn_of_gpt_oss() -> None:
+    """Not <|end|>, which stands behind its thoughts, too."""
+    ends = ["<|return|>", "<|end|>", "<|call|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", *ends]
+    known: dict[str, object] = {"tokenizer.ggml.eos_token_id": 257}
+    known |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": [1] * 256 + [3] * 4}
+    assert letters("gpt-4o", **known).stop_ids == {257, 259}
+    phi = known | {"tokenizer.ggml.tokens": [*tokens[:-3], "<|x|>", "<|end|>", "<|y|>"]}
+    assert letters("gpt-4o", **phi).stop_ids == {257, 258}
+
+
 def test_letters_that_look_like_bytes() -> None:
     """DeepSeek's vocabularies add "ö" and others, the stand-ins of bytes that UTF-8 never has."""
     tokens = [*sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {"ö"}), "ö", "<s>"]
@@ -380,6 +391,31 @@ def test_spaces_behind_special_tokens_of_phi_3() -> None:
     assert ours.encode("<s>\na<|user|>\n \na", add_special=False) == [1, 5, 4, 2, 4]
     other = load_tokenizer(header_with(known | {"general.architecture": "llama"}))
     assert other.encode("<|user|>\na", add_special=False) == [2, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count", "name"),
+    [
+        ("qwen2", 257, "qwen2"),
+        ("falcon", 257, "falcon"),
+        ("llama", 32256, "deepseek-coder"),
+        ("llama", 257, "gpt-2"),
+    ],
+    ids=["qwen2", "falcon", "deepseek-coder", "gpt-2"],
+)
+def test_pre_tokenizers_of_files_without_a_name(architecture: str, count: int, name: str) -> None:
+    """Those of early 2024 name none; Qwen1.5's digits are still tokens of their own."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<s>", *(f"<{n}>" for n in range(257, count))]
+    told: dict[str, object] = {
+        "general.architecture": architecture,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [3] + [5] * (count - 257),
+    }
+    cuts = [
+        letters(pre, **told)._tokenizer.pre_tokenizer.pre_tokenize_str("It's 1234, DON'T\n(x1)")
+        for pre in ("default", name)
+    ]
+    assert cuts[0] == cuts[1]
 
 
 # As llama.cpp cuts them.

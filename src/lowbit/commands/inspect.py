@@ -199,6 +199,8 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
         "parameters": plan.parameters,
         "context_length": plan.context_length,
         "weight_bytes": plan.weight_bytes,
+        "lm_head_screen_bytes": plan.screen_bytes,
+        "no_lm_head_screen_because": plan.no_screen or None,
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "tokens": tokens,
         "kv_bytes": kv_bytes,
@@ -302,6 +304,12 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
             )
     if ignored := ignored_layers(plan):
         out.print(escape(printable(f"not quantized: {', '.join(ignored)}", 400)))
+    if plan.screen_bytes:
+        out.print(
+            f"screen of the output head, for greedy tokens: {binary_size(plan.screen_bytes)} of the weights"
+        )
+    elif settings.lm_head_screen != "off":
+        out.print(escape(printable(f"no screen of the output head: {plan.no_screen}", 400)))
     kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)
     if plan.state_bytes:
         states = plan.state_bytes * (settings.max_running_requests + 1)

@@ -32,21 +32,25 @@ struct Prepared {
         shape.span = summed_columns(layout);
         shape.element = is_float(layout.codes) ? 4 : 2;
         shape.numbers = is_grid(layout.codes) ? grid_of(layout.codes).numbers : 0;
-        const auto kind = static_cast<InputKind>(from.weight->input);
+        choose_kernel(static_cast<InputKind>(from.weight->input));
+        token_tiles = (from.tokens + TOKEN_TILE - 1) / TOKEN_TILE;
+        const lowbit_layer_description* const layer = from.layer;
+        gated = layer != nullptr && layer->activation >= 0;
+        blocks = gated ? layout.blocks / 2 : layout.blocks;
+        has_factors = layer != nullptr && (layer->static_factor != nullptr || layer->factors != 0);
+        product_size = from.by_columns == nullptr ? (product_bytes(layout, from.tokens) + 63) / 64 * 64 : 0;
+    }
+
+    // The kernel, and what it makes of x that comes as ``kind``.
+    void choose_kernel(InputKind kind) {
         if (kind == InputKind::bfloat || is_words(layout.codes)) function = word_function(layout, decoding.words);
         if (kind == InputKind::scaled && scaled_function(layout) != nullptr) {
-            shape.times = codes_per_unit(*from.weight->quantizer);
+            shape.times = codes_per_unit(*product->weight->quantizer);
             if (shape.times != 0.0f) function = word_function(layout, decoding.words);
             if (function == nullptr) shape.times = 0.0f;
         }
         if (function != nullptr) {
-            shape.kind = InputKind::words;
-            shape.span = layout.sub;
-            shape.scaled_sums = layout.addend == Addend::offset;
-            shape.largest = largest_word(decoding.words.kind);
-            shape.base = decoding.words.base;
-            shape.factor = decoding.words.factor;
-            scaled = true;
+            take_words();
         } else if (kind == InputKind::floats && float_function(layout) != nullptr) {
             function = float_function(layout);
             shape.element = 4;
@@ -56,30 +60,36 @@ struct Prepared {
             shape.span = layout.sub;
             scaled = true;
         } else if (kind != InputKind::bfloat && kind != InputKind::floats && meets_bytes(layout, decoding.bytes)) {
-            // Whole numbers that come as such are summed over wide groups; a factor needs a scale to go into.
-            const bool wide = layout.unit == from.weight->group && layout.unit >= 2 * COLUMNS &&
-                              layout.unit % BYTE_COLUMNS == 0 && layout.unit <= LARGEST_GROUP &&
-                              layout.super_bytes == 0 && decoding.bytes.factor == 1.0f;
-            const bool grouped = kind == InputKind::groups || !wide;
-            tiles = byte_tiles(layout, decoding.bytes, grouped);
-            function = byte_function(layout, decoding.bytes, grouped);
-            shape.kind = kind;
-            shape.element = 1;
-            shape.span = grouped ? layout.sub : layout.unit;
-            shape.scaled_sums = layout.addend == Addend::offset;
-            shape.base = decoding.bytes.base + byte_base_shift(layout.codes, decoding.bytes);
-            shape.factor = decoding.bytes.factor;
-            scaled = grouped;
+            take_bytes(kind);
         } else {
             tiles = exact_tiles(layout);
             function = exact_function(layout);
         }
-        token_tiles = (from.tokens + TOKEN_TILE - 1) / TOKEN_TILE;
-        const lowbit_layer_description* const layer = from.layer;
-        gated = layer != nullptr && layer->activation >= 0;
-        blocks = gated ? layout.blocks / 2 : layout.blocks;
-        has_factors = layer != nullptr && (layer->static_factor != nullptr || layer->factors != 0);
-        product_size = from.by_columns == nullptr ? (product_bytes(layout, from.tokens) + 63) / 64 * 64 : 0;
+    }
+    void take_words() {
+        shape.kind = InputKind::words;
+        shape.span = layout.sub;
+        shape.scaled_sums = layout.addend == Addend::offset;
+        shape.largest = largest_word(decoding.words.kind);
+        shape.base = decoding.words.base;
+        shape.factor = decoding.words.factor;
+        scaled = true;
+    }
+    void take_bytes(InputKind kind) {
+        // Whole numbers that come as such are summed over wide groups; a factor needs a scale to go into.
+        const bool wide = layout.unit == product->weight->group && layout.unit >= 2 * COLUMNS &&
+                          layout.unit % BYTE_COLUMNS == 0 && layout.unit <= LARGEST_GROUP &&
+                          layout.super_bytes == 0 && decoding.bytes.factor == 1.0f;
+        const bool grouped = kind == InputKind::groups || !wide;
+        tiles = byte_tiles(layout, decoding.bytes, grouped);
+        function = byte_function(layout, decoding.bytes, grouped);
+        shape.kind = kind;
+        shape.element = 1;
+        shape.span = grouped ? layout.sub : layout.unit;
+        shape.scaled_sums = layout.addend == Addend::offset;
+        shape.base = decoding.bytes.base + byte_base_shift(layout.codes, decoding.bytes);
+        shape.factor = decoding.bytes.factor;
+        scaled = grouped;
     }
 
     const float* row(std::int64_t token) const {
@@ -339,76 +349,101 @@ const Prepared& holder(const std::vector<Prepared>& all, std::int64_t index) {
     return all[low];
 }
 
-}  // namespace
+// The products of a call: their inputs are laid out first, then tasks of all of them run together.
+struct Call {
+    std::vector<Prepared> all;
+    std::vector<std::uint8_t> workspace;
+    std::vector<float> factors;
+    std::int64_t bytes = 0;   // of inputs and looked-up products
+    std::int64_t groups = 0;  // of LAID_TOGETHER tokens
+    std::int64_t units = 0;   // blocks times token tiles
+    std::int64_t tokens = 0, tasks = 0;
 
-void multiply(const Product* products, std::int64_t count) {
-    // A calling thread's own, grown and kept.
-    static thread_local std::vector<Prepared> all;
-    static thread_local std::vector<std::uint8_t> workspace;
-    static thread_local std::vector<float> factors;
-    all.clear();
-    std::int64_t bytes = 0, made = 0, groups = 0, units = 0, tokens = 0;
-    for (std::int64_t i = 0; i < count; ++i) {
-        if (products[i].tokens == 0) continue;
-        if (products[i].by_columns != nullptr) {
-            multiply_columns(products[i]);
-            continue;
+    // What each product needs; those with scales of columns are multiplied here, by themselves.
+    void prepare(const Product* products, std::int64_t count) {
+        all.clear();
+        bytes = groups = units = tokens = tasks = 0;
+        std::int64_t made = 0;
+        for (std::int64_t i = 0; i < count; ++i) {
+            if (products[i].tokens == 0) continue;
+            if (products[i].by_columns != nullptr) {
+                multiply_columns(products[i]);
+                continue;
+            }
+            Prepared& p = all.emplace_back(products[i]);
+            // A mixture's experts are many: what is beyond, multiplies.
+            if (made + p.product_size > MOST_PRODUCTS) p.product_size = 0;
+            made += p.product_size;
+            p.first_tokens = groups;
+            groups += (p.product->tokens + LAID_TOGETHER - 1) / LAID_TOGETHER;
+            units += p.blocks * p.token_tiles;
+            tokens += p.product->tokens;
+            bytes += (p.bytes() + 63) / 64 * 64 + p.product_size;
         }
-        Prepared& p = all.emplace_back(products[i]);
-        // A mixture's experts are many: what is beyond, multiplies.
-        if (made + p.product_size > MOST_PRODUCTS) p.product_size = 0;
-        made += p.product_size;
-        p.first_tokens = groups;
-        groups += (p.product->tokens + LAID_TOGETHER - 1) / LAID_TOGETHER;
-        units += p.blocks * p.token_tiles;
-        tokens += p.product->tokens;
-        bytes += (p.bytes() + 63) / 64 * 64 + p.product_size;
     }
-    if (all.empty()) return;
-    auto* at = aligned(workspace, bytes);
-    if (factors.size() < static_cast<std::size_t>(2 * tokens)) factors.resize(static_cast<std::size_t>(2 * tokens));
-    float* factor = factors.data();
-    // Enough tasks to share evenly, each long enough to be worth claiming.
-    std::int64_t together = std::max<std::int64_t>(1, units / (8 * thread_count()));
-    if (together > BLOCKS_TOGETHER) together -= together % BLOCKS_TOGETHER;
-    std::int64_t tasks = 0;
-    for (Prepared& p : all) {
-        p.at = at;
-        at += (p.bytes() + 63) / 64 * 64;
-        p.products = at;
-        at += p.product_size;
-        p.factors = factor;
-        p.offsets = factor + p.product->tokens;
-        factor += 2 * p.product->tokens;
-        p.chunk = std::min(together, p.blocks);
-        if (p.product_size != 0) p.chunk = (p.chunk + LOOKED_UP_TOGETHER - 1) / LOOKED_UP_TOGETHER * LOOKED_UP_TOGETHER;
-        p.chunks = (p.blocks + p.chunk - 1) / p.chunk;
-        p.first_task = tasks;
-        tasks += p.chunks * p.token_tiles;
+
+    // Where each has its input, and which tasks are its own: enough to share evenly, each long enough to be worth
+    // claiming.
+    void place() {
+        auto* at = aligned(workspace, bytes);
+        if (factors.size() < static_cast<std::size_t>(2 * tokens)) factors.resize(static_cast<std::size_t>(2 * tokens));
+        float* factor = factors.data();
+        std::int64_t together = std::max<std::int64_t>(1, units / (8 * thread_count()));
+        if (together > BLOCKS_TOGETHER) together -= together % BLOCKS_TOGETHER;
+        for (Prepared& p : all) {
+            p.at = at;
+            at += (p.bytes() + 63) / 64 * 64;
+            p.products = at;
+            at += p.product_size;
+            p.factors = factor;
+            p.offsets = factor + p.product->tokens;
+            factor += 2 * p.product->tokens;
+            p.chunk = std::min(together, p.blocks);
+            if (p.product_size != 0) p.chunk = (p.chunk + LOOKED_UP_TOGETHER - 1) / LOOKED_UP_TOGETHER * LOOKED_UP_TOGETHER;
+            p.chunks = (p.blocks + p.chunk - 1) / p.chunk;
+            p.first_task = tasks;
+            tasks += p.chunks * p.token_tiles;
+        }
     }
-    if (tokens < LAID_TOGETHER) {
-        for (const Prepared& p : all) lay_out_tokens(p, 0, p.product->tokens);
-    } else {
-        const std::vector<Prepared>& shared = all;  // thread_local: tasks must see the caller's
-        parallel_for(groups, [&](std::int64_t task) {
-            const Prepared& p = holder<&Prepared::first_tokens>(shared, task);
+
+    void lay_out() const {
+        if (tokens < LAID_TOGETHER) {
+            for (const Prepared& p : all) lay_out_tokens(p, 0, p.product->tokens);
+            return;
+        }
+        parallel_for(groups, [this](std::int64_t task) {
+            const Prepared& p = holder<&Prepared::first_tokens>(all, task);
             const std::int64_t first = (task - p.first_tokens) * LAID_TOGETHER;
             lay_out_tokens(p, first, std::min(p.product->tokens, first + LAID_TOGETHER));
         });
     }
-    const std::vector<Prepared>& shared = all;
-    for (const Prepared& p : shared) {
-        if (p.product_size == 0) continue;
-        const std::int64_t pieces = std::min<std::int64_t>(p.layout.tiles, thread_count() > 1 ? 2 * thread_count() : 1);
-        const InputPlaces places = p.places(0);
-        const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
-        parallel_for(pieces, [&](std::int64_t piece) {
-            make_products(p.layout, p.decoding, input, p.layout.tiles * piece / pieces,
-                          p.layout.tiles * (piece + 1) / pieces, p.products);
-        });
+
+    // Those that rows look up, where they do.
+    void make_products() const {
+        for (const Prepared& p : all) {
+            if (p.product_size == 0) continue;
+            const std::int64_t pieces = std::min<std::int64_t>(p.layout.tiles, thread_count() > 1 ? 2 * thread_count() : 1);
+            const InputPlaces places = p.places(0);
+            const Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
+            parallel_for(pieces, [&](std::int64_t piece) {
+                lowbit::make_products(p.layout, p.decoding, input, p.layout.tiles * piece / pieces,
+                                      p.layout.tiles * (piece + 1) / pieces, p.products);
+            });
+        }
     }
-    parallel_ranges(tasks, [&](std::int64_t task) {
-        const Prepared& p = holder<&Prepared::first_task>(shared, task);
+};
+
+}  // namespace
+
+void multiply(const Product* products, std::int64_t count) {
+    static thread_local Call call;  // a calling thread's own, grown and kept: tasks must see it by reference
+    call.prepare(products, count);
+    if (call.all.empty()) return;
+    call.place();
+    call.lay_out();
+    call.make_products();
+    parallel_ranges(call.tasks, [&call = call](std::int64_t task) {
+        const Prepared& p = holder<&Prepared::first_task>(call.all, task);
         run_task(p, task - p.first_task);
     });
     release_tiles();

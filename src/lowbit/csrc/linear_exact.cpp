@@ -59,6 +59,12 @@ struct TileStep {
     }
 };
 
+template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED>
+TILE_FUNCTION void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile,
+                                 float (*totals)[ROWS]) {
+    for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED, X_SCALED>{w, walk, x, tile, totals});
+}
+
 // 16 columns, the HALF-th of a tile's.
 template <int HALF, bool SCALED>
 struct FloatStep {
@@ -134,7 +140,7 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
             fetch_results(x, tile, layout.tiles);
         }
         decode<CODES>(codes, decoding.table, w);
-        for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED, X_SCALED>{w, walk, x, tile, totals});
+        multiply_tile<SUB, ADDEND, SCALED, X_SCALED>(w, walk, x, tile, totals);
     }
 }
 
@@ -265,10 +271,10 @@ BlockFunction exact_function(const Layout& layout) {
         case Codes::bits7: return by_sub<Codes::bits7>(layout);
         case Codes::int8: return whole_bytes<Codes::int8>(layout);
         case Codes::uint8: return whole_bytes<Codes::uint8>(layout);
-        case Codes::e4m3: return by_sub<Codes::e4m3>(layout);
-        case Codes::e5m2: return by_sub<Codes::e5m2>(layout);
-        case Codes::e4m3fnuz: return by_sub<Codes::e4m3fnuz>(layout);
-        case Codes::e5m2fnuz: return by_sub<Codes::e5m2fnuz>(layout);
+        case Codes::e4m3: return without_addend<Codes::e4m3>(layout);
+        case Codes::e5m2: return without_addend<Codes::e5m2>(layout);
+        case Codes::e4m3fnuz: return without_addend<Codes::e4m3fnuz>(layout);
+        case Codes::e5m2fnuz: return without_addend<Codes::e5m2fnuz>(layout);
         case Codes::grid2_256: return without_addend<Codes::grid2_256>(layout);
         case Codes::grid2_512: return without_addend<Codes::grid2_512>(layout);
         case Codes::grid2_1024: return without_addend<Codes::grid2_1024>(layout);

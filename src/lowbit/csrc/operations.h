@@ -72,6 +72,19 @@ struct lowbit_layer_description {
     std::int32_t activation;            // enum Activation, -1: none
 };
 
+// What kernels/screened_head.py describes; screened_head.cpp. It changes from step to step.
+struct lowbit_screened_head {
+    const lowbit_layer_description* head;  // a weight and perhaps a bias
+    const lowbit_weight* screen;           // which makes int8 of its input, in groups of 32
+    const float* deviation;                // (rows,): no less than |head - screen|
+    const float* norm;                     // (rows,): no less than |head| and |screen|
+    float largest_norm, largest_bias;      // of all rows
+    float scale, cap;                      // what all logits are multiplied with, then capped at; 0: not capped
+    std::int32_t rounds;                   // whether the head rounds its input to bfloat16
+    std::int32_t rest;                     // so many steps without the screen
+    std::int64_t screened, blocks, whole;  // steps so far with the screen, blocks read in them; steps without
+};
+
 // What kernels/cpu_columns.py describes: rows in groups, of which each has its own scale for every column. ``weight``
 // holds them group by group, each filled up to whole blocks of 16 rows.
 struct lowbit_column_weight {
@@ -179,6 +192,9 @@ LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, cons
                                         std::int64_t x_stride, float* out, std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_layer(const lowbit_layer_description* layer, const float* x, std::int64_t tokens,
                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride);
+LOWBIT_EXPORT int lowbit_screened_logits(lowbit_screened_head* head, const float* x, std::int64_t tokens,
+                                         std::int64_t x_stride, std::int64_t columns, float* out,
+                                         std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_linear_rows(const lowbit_weight* weight, std::int64_t columns, const void* ids,
                                      std::int32_t wide, std::int64_t count, const float* row_scale,
                                      const std::int64_t* column_order, float* out);
@@ -217,6 +233,7 @@ LOWBIT_EXPORT void lowbit_sigmoid_gate(float* x, std::int64_t x_stride, const fl
     X(linear)                \
     X(linear_columns)        \
     X(layer)                 \
+    X(screened_logits)       \
     X(linear_rows)           \
     X(route_tokens)          \
     X(mix_experts)           \

@@ -18,7 +18,7 @@ from lowbit.doctor.rules import Report
 from lowbit.errors import LowbitError
 from lowbit.formats import CheckpointFormat, Notes, StoredModule, detect
 from lowbit.formats.compressed_tensors_transforms import Transforms
-from lowbit.formats.dense import Dense
+from lowbit.formats.dense import VECTOR_DTYPES, Dense
 from lowbit.formats.kv_scales import KvScales
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
@@ -154,7 +154,7 @@ class Surveyor:
         stored = self.names.tensor(name)
         self._take(stored)
         entry = self.header.tensors.get(stored)
-        if entry is not None and (entry.shape != shape or entry.dtype not in ("F32", "F16", "BF16")):
+        if entry is not None and (entry.shape != shape or entry.dtype not in VECTOR_DTYPES):
             wanted = " x ".join(map(str, shape))
             self.report.add(
                 "D103",

@@ -23,6 +23,7 @@ model the first one decides, and each captures and replays its own graph of a si
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -78,7 +79,9 @@ class CudaRecorder:
     def _run_checked(self, step: Callable[[], None]) -> None:
         current, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
         self._stream.wait_stream(current)
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it does not see all that waits; capturing does
+            torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(self._stream):
                 step()

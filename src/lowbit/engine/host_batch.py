@@ -33,9 +33,10 @@ class HostBatch:
     page_size: int
     state_slots: np.ndarray | None
     sources: np.ndarray
+    greedy: bool
 
     @classmethod
-    def of(cls, chunks: list[Chunk], page_size: int, *, states: bool) -> HostBatch:
+    def of(cls, chunks: list[Chunk], page_size: int, *, states: bool, greedy: bool = False) -> HostBatch:
         """``states``: whether recurrent layers keep a state of each sequence."""
         parts = [chunk.tokens for chunk in chunks]
         counts = [len(part) for part in parts]
@@ -76,6 +77,7 @@ class HostBatch:
             page_size=page_size,
             state_slots=_numbers([chunk.sequence.slot for chunk in chunks]) if states else None,
             sources=np.array(sources, dtype=np.int32).reshape(-1, 2),
+            greedy=greedy,
         )
 
     def to(self, device: torch.device, rows: list[int], chosen: Tensor | None = None) -> ForwardBatch:
@@ -113,6 +115,7 @@ class HostBatch:
             max_context=int(self.context_lengths.max()),
             host_lengths=(self.query_lengths, self.context_lengths),
             state_slots=None if self.state_slots is None else there[7],
+            greedy=self.greedy,
         )
 
 

@@ -11,6 +11,7 @@ from lowbit.engine.drafting import Drafting
 from lowbit.engine.finish import Finisher
 from lowbit.engine.messages import TokenEvent
 from lowbit.engine.runner import Runner
+from lowbit.engine.sampler import wants_peak_only
 from lowbit.engine.scheduler import Chunk, Scheduler
 from lowbit.engine.sequence import Flight
 from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
@@ -109,7 +110,8 @@ class Launcher:
         rows, parts = wanted_rows(chunks)
         known = flying.choices if flying is not None else None
         chosen = known.tokens if isinstance(known, DeviceChoices) else None
-        logits = self._runner.forward(chunks, rows, chosen)
+        greedy = self._sampler is None and all(wants_peak_only(chunk.sequence) for chunk in chunks)
+        logits = self._runner.forward(chunks, rows, chosen, greedy=greedy)
         choices: Choices
         if self._sampler is None:
             choices = HostChoices(logits.cpu())

@@ -67,6 +67,7 @@ class Runner:
         slots, backend = settings.max_running_requests, settings.attention_backend
         specs = model.cache_specs()
         self._has_states = state_bytes(specs) > 0
+        self._is_screened = getattr(model, "screened", None) is not None
         self._caches: list[LayerMemory] = [
             allocate_layer(spec, pages, slots, settings.page_size, model.device, backend) for spec in specs
         ]
@@ -193,13 +194,17 @@ class Runner:
         """Steps that were replayed."""
         return self._capture.replayed if self._capture else 0
 
-    def forward(self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None = None) -> Tensor:
+    def forward(
+        self, chunks: list[Chunk], rows: list[int], chosen: Tensor | None = None, *, greedy: bool = False
+    ) -> Tensor:
         """float32 (len(rows), vocabulary): the logits of token rows ``rows`` of the batch; the next call may
         overwrite them.
 
         ``chosen``: int64, the tokens that the step in flight chooses, where chunks compute any of them.
+        ``greedy``: see ``ForwardBatch``.
         """
-        host = HostBatch.of(chunks, self._page_size, states=self._has_states)
+        greedy = greedy and self._is_screened
+        host = HostBatch.of(chunks, self._page_size, states=self._has_states, greedy=greedy)
         # A decode step: the newest token of every sequence, with drafts or none, and all rows wanted.
         decodes = all(c.count == 1 for c in chunks) and rows == list(range(len(host.tokens)))
         if decodes and isinstance(self._capture, StepCapture) and not len(host.sources):

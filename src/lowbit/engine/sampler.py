@@ -33,6 +33,12 @@ def _is_plain_greedy(sequence: Sequence) -> bool:
     )
 
 
+def wants_peak_only(sequence: Sequence) -> bool:
+    """Whether nothing is asked of its logits but the largest, this time and after it has said more."""
+    rated = sequence.sampling.logprobs is not None or sequence.wants_prompt_logprobs
+    return not rated and _is_plain_greedy(sequence)
+
+
 def has_penalties(sequence: Sequence) -> bool:
     """Whether its logits depend on what it has said."""
     sampling = sequence.sampling

@@ -58,7 +58,9 @@ class StaticBatch:
             self._used = rows
         return self.view(size, size, page_size, max_context)
 
-    def view(self, sequences: int, tokens: int, page_size: int, max_context: int) -> ForwardBatch:
+    def view(
+        self, sequences: int, tokens: int, page_size: int, max_context: int, greedy: bool = False
+    ) -> ForwardBatch:
         """The static tensors of a step of so many sequences and tokens."""
         return ForwardBatch(
             tokens=self._rows["tokens"][:tokens],
@@ -73,4 +75,5 @@ class StaticBatch:
             # The most that any step of this size has: a kernel must not rely on this one's own.
             max_query=tokens - sequences + 1,
             max_context=max_context,
+            greedy=greedy,
         )

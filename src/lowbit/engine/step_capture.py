@@ -1,10 +1,11 @@
 """Captured decode steps: one plan a batch size, recorded when that size is first met.
 
 A decode step has the newest token of every sequence, and drafts of what may follow where there are any, and
-wants all their logits. Its size is (sequences, tokens): how many tokens each sequence has is read when a plan
-runs. Inputs are copied into static tensors, of which a plan reads as many rows as its size says: there are no
-padding rows, so nothing but real tokens ever enters an activation's scale. The page table has a fixed width;
-where the tables no longer hold a batch they grow to twice their size, and plans are recorded anew.
+wants all their logits, or only the largest (``ForwardBatch.greedy``), which is a plan of its own. Its size
+is (sequences, tokens): how many tokens each sequence has is read when a plan runs. Inputs are copied into
+static tensors, of which a plan reads as many rows as its size says: there are no padding rows, so nothing but
+real tokens ever enters an activation's scale. The page table has a fixed width; where the tables no longer
+hold a batch they grow to twice their size, and plans are recorded anew.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class StepCapture:
         self._forward = forward
         self._limit = plans
         self._arena = Arena(arena_bytes)
-        self._plans: OrderedDict[Size, StepPlan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Size, bool], StepPlan] = OrderedDict()
         self._inputs = StaticBatch((8, 16, 64), _CPU)
         self._too_large = 0  # tokens from which on a step needs more memory than plans may take
         self.refusal = ""  # why no step of this model can be captured
@@ -50,16 +51,16 @@ class StepCapture:
     @property
     def sizes(self) -> list[Size]:
         """Sizes with a plan, the least recently used first."""
-        return list(self._plans)
+        return [size for size, _ in self._plans]
 
     def replay(self, batch: HostBatch | ForwardBatch) -> Tensor | None:
         """The logits of a decode step, which the next one overwrites; None where it has no plan (yet)."""
         size = (batch.query_lengths.shape[0], batch.tokens.shape[0])
-        plan = self._plans.get(size)
+        plan = self._plans.get((size, batch.greedy))
         if plan is None or not self._fits(*size, batch.page_table.shape[1]):
             return None
         self._inputs.fill(batch)
-        self._plans.move_to_end(size)
+        self._plans.move_to_end((size, batch.greedy))
         self.replayed += 1
         return plan.run()
 
@@ -73,7 +74,8 @@ class StepCapture:
             return self._forward(batch)
         self._grow(*size, batch.page_table.shape[1])
         self._inputs.fill(batch)
-        static = self._inputs.view(*size, batch.page_size, self._inputs.limits[2] * batch.page_size)
+        context = self._inputs.limits[2] * batch.page_size
+        static = self._inputs.view(*size, batch.page_size, context, batch.greedy)
         return self._record(size, static)
 
     def _fits(self, *needed: int) -> bool:
@@ -92,7 +94,7 @@ class StepCapture:
         recorder = Recorder(self._arena)
         logits, plan = recorder.record(lambda: self._forward(static))
         if plan is not None:
-            self._plans[size] = plan
+            self._plans[size, static.greedy] = plan
             if len(self._plans) > self._limit:
                 self._plans.popitem(last=False)
         elif self._arena.full:

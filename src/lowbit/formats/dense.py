@@ -1,5 +1,8 @@
 """Plain checkpoints: every weight an f32, f16 or bf16 matrix (out, in) called ``<module>.weight``.
 
+F64 is read as the nearest f32, the widest that layers compute in. FP8 without a scale anywhere is what a cast
+of the whole model leaves (``model.to(torch.float8_e4m3fn)``): its numbers are the weights.
+
 Other formats use ``read_dense`` and its fellows for the modules they leave unquantized. Stacked experts are
 (experts, out, in). Where the family says so ``in`` comes before ``out``, in stacks and in single matrices.
 """
@@ -8,14 +11,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import Notes, StoredLinear, StoredModule
+from lowbit.formats import Notes, StoredLinear, StoredModule, check_shape
 from lowbit.formats.quantization_config import quantization_config
 from lowbit.formats.refused import refused_by_tensors
+from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme, dense
 
@@ -35,6 +40,9 @@ _QUANTIZED = {
 SCALED_8BIT = ("F8_E4M3", "F8_E5M2", "I8")
 _8BIT_SCALES = (".weight_scale", ".weight_scale_inv")
 DENSE_DTYPES = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+_PLAIN = {**DENSE_DTYPES, "F64": "f32"}
+_CAST = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
+VECTOR_DTYPES = (*_PLAIN, *_CAST)  # what norms and biases may be: no scale goes with them
 
 
 def scaled_8bit(header: CheckpointHeader) -> str | None:
@@ -60,7 +68,7 @@ def scaled_8bit(header: CheckpointHeader) -> str | None:
 def is_dense(header: CheckpointHeader, module: StoredModule) -> bool:
     """Whether the module's ``weight`` is there and a plain matrix of floats."""
     entry = header.tensors.get(module.tensor("weight"))
-    return entry is not None and entry.dtype in DENSE_DTYPES
+    return entry is not None and entry.dtype in _PLAIN
 
 
 def dense_scheme(header: CheckpointHeader, module: StoredModule) -> Scheme:
@@ -76,13 +84,13 @@ def dense_scheme(header: CheckpointHeader, module: StoredModule) -> Scheme:
             f"{entry.file.name}: tensor {name!r} is {list(entry.shape)} but the config asks for "
             f"{list(expected)}; config and weights are from different models",
         )
-    if entry.dtype not in DENSE_DTYPES:
+    if entry.dtype not in _PLAIN:
         raise LowbitError(
             "E0219",
             f"{entry.file.name}: tensor {name!r} is {entry.dtype}, a plain weight is F32, F16 or BF16; "
             "config.json does not say how it is quantized",
         )
-    return dense(DENSE_DTYPES[entry.dtype])
+    return dense(_PLAIN[entry.dtype])
 
 
 def stacked_shape(module: StoredModule) -> tuple[int, ...]:
@@ -109,13 +117,17 @@ def read_bias(header: CheckpointHeader, module: StoredModule, data: TensorData) 
     if entry is None:
         return None
     expected = (module.shape[0],) if module.expert is None else (module.experts, module.shape[0])
-    if entry.shape != expected or entry.dtype not in DENSE_DTYPES:
+    if entry.shape != expected or entry.dtype not in _PLAIN:
         raise LowbitError(
             "E0210",
             f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, a bias of "
             f"{list(expected)} floats was expected",
         )
-    return of_expert(module, data.tensor(name))
+    return _floats(of_expert(module, data.tensor(name)))
+
+
+def _floats(stored: Tensor) -> Tensor:
+    return stored.float() if stored.dtype is torch.float64 else stored
 
 
 def of_expert(module: StoredModule, stored: Tensor) -> Tensor:
@@ -126,7 +138,7 @@ def of_expert(module: StoredModule, stored: Tensor) -> Tensor:
 def read_dense(header: CheckpointHeader, module: StoredModule, data: TensorData) -> StoredLinear:
     """A plain weight in canonical form: ``codes`` is the mapped matrix itself."""
     scheme = dense_scheme(header, module)
-    weight = of_expert(module, data.tensor(module.tensor("weight")))
+    weight = _floats(of_expert(module, data.tensor(module.tensor("weight"))))
     if module.transposed:
         weight = weight.T
     quantized = QuantizedTensor(scheme, module.shape, weight, origin=origin_of(header, module))
@@ -156,6 +168,7 @@ class Dense:
                     f"{header.file_of(name)}: tensor {name!r} is part of a {method} weight but config.json "
                     "names no quantization; restore the quantization config that belongs to these weights",
                 )
+        self._may_be_cast = not any("scale" in name.lower() for name in header.tensors)
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
@@ -168,7 +181,11 @@ class Dense:
 
     def scheme_of(self, module: StoredModule) -> Scheme:
         """The stored dtype."""
-        return dense_scheme(self.header, module)
+        entry = self.header.tensors.get(module.tensor("weight"))
+        if entry is None or entry.dtype not in _CAST or not self._may_be_cast or module.transposed:
+            return dense_scheme(self.header, module)
+        check_shape(entry, stacked_shape(module), "a weight")
+        return Scheme(number_format(_CAST[entry.dtype]), ((0, 0),), (number_format("f32"),))
 
     def tensors_of(self, module: StoredModule) -> list[str]:
         """Weight and bias."""
@@ -176,7 +193,13 @@ class Dense:
 
     def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
         """The mapped matrix."""
-        return read_dense(self.header, module, data)
+        scheme = self.scheme_of(module)
+        if scheme.is_dense:
+            return read_dense(self.header, module, data)
+        codes = of_expert(module, data.tensor(module.tensor("weight"))).view(torch.uint8)
+        ones, origin = (torch.ones(1, 1),), origin_of(self.header, module)
+        weight = QuantizedTensor(scheme, module.shape, codes, ones, origin=origin)
+        return StoredLinear(weight, read_bias(self.header, module, data))
 
     def describe(self) -> str:
         """Not quantized."""

@@ -9,7 +9,7 @@ They come with the checkpoint, under the spelling of whichever tool calibrated t
 where the outer key is the tensor-parallel rank, the inner one the layer, and the value one scale for K and V
 or ``{"k": 0.02, "v": 0.03}``. One scale of the two stands for both; a negative one means there is none. A
 layer without scales gets each token's own (numerics/cache_format.py), never 1; so does one with a scale for
-each head, (heads, 1, 1) of compressed-tensors' ``attn_head``: a cache has one for all heads, or the finer ones.
+each head, (heads, 1, 1) of compressed-tensors' ``attn_head``: a cache has one for all heads, or finer ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""How QuIP# packs its codes, and E8's codebook; what those of E8P mean is in ``numerics.lattice``.
-
-E8 (8 bits): the 241 points of the lattice E8 whose squares sum up to 2 at most, whole numbers before halves,
-each in rising order; then 2 and -2 on one axis, the last without -2.
+"""How QuIP# packs its codes; what they mean is in ``numerics.lattice``.
 
 Source: Tseng et al., 2024 (QuIP#), section 4 and appendix C.
 """
@@ -10,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from lowbit.numerics.lattice import e8p
+from lowbit.numerics.lattice import LatticeLayout
 
 
 @dataclass(frozen=True)
@@ -33,17 +29,19 @@ class Codebook:
 
     def vectors(self, words: Tensor, divisor: float) -> Tensor:
         """Float32 (rows, columns) of int64 (rows, columns / 64 * words); rows: a multiple of 16."""
-        first, rest = self._parted(words)
-        found = e8p()[_e8p_codes(first)].flatten(1)
-        if self.second:
-            more = _e8_vectors(rest) if self.second == 8 else e8p()[_e8p_codes(rest)].flatten(1)
-            found += more / divisor
-        return found
+        layout = self.layout(divisor)
+        return layout.vectors(layout.codes(self.codes(words)))
+
+    def layout(self, divisor: float) -> LatticeLayout:
+        """Of the codes, the second ones over ``divisor``."""
+        return LatticeLayout(divisor, self.second) if self.second else LatticeLayout()
 
     def codes(self, words: Tensor) -> list[Tensor]:
-        """Int32 (rows, columns / 8) of E8P's codes, once or twice."""
-        assert self.second != 8, "the second is E8's"
-        return [_e8p_codes(part) for part in self._parted(words) if part.numel()]
+        """Int32 (rows, columns / 8), once or twice."""
+        first, rest = self._parted(words)
+        if not self.second:
+            return [_e8p_codes(first)]
+        return [_e8p_codes(first), _e8_codes(rest) if self.second == 8 else _e8p_codes(rest)]
 
     def _parted(self, words: Tensor) -> tuple[Tensor, Tensor]:
         columns = words.shape[1] // self.words * 64
@@ -70,9 +68,9 @@ def _e8p_codes(words: Tensor) -> Tensor:
     return codes.view(rows // 2, columns // 16, 2, 2).permute(0, 3, 1, 2).reshape(rows, -1)
 
 
-def _e8_vectors(words: Tensor) -> Tensor:
+def _e8_codes(words: Tensor) -> Tensor:
     """A word holds eight codes of neighbouring vectors, the first lowest."""
-    return _e8()[words.view(torch.uint8).int()].view(words.shape[0], -1)
+    return words.view(torch.uint8).int().view(words.shape[0], -1)
 
 
 @cache
@@ -80,13 +78,3 @@ def _spread() -> Tensor:
     """Int32 (256,): bits i and 4 + i of a byte as the two lowest of byte i."""
     byte = torch.arange(256, dtype=torch.int32)
     return torch.stack([(byte >> i & 1 | (byte >> 4 + i & 1) << 1) << 8 * i for i in range(4)]).sum(0).int()
-
-
-@cache
-def _e8() -> Tensor:
-    """Float32 (256, 8)."""
-    whole = torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=8)))
-    halves = torch.tensor(list(product((-0.5, 0.5), repeat=8)))
-    points = torch.cat((whole, halves))
-    points = points[(points.sum(1) % 2 == 0) & (points.square().sum(1) <= 2)]
-    return torch.cat((points, 2 * torch.eye(8), -2 * torch.eye(8)[:7]))

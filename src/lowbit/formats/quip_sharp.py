@@ -12,9 +12,9 @@ With u the matrix of codes, H_n the Hadamard matrix of order n (``numerics.hadam
 
     weight = SV * (H_out (Wscale u + A B) H_in^T) / sqrt(out in) * SU / scaleWH, a part's rows * fuse_scale
 
-Codes of E8P12 and E8P12RVQ4B stay as they are (``numerics.lattice``): inputs are SU / scaleWH, outputs all
-that multiplies rows, over the root. E8P12RVQ3B and matrices with A B are decoded when they are loaded and
-kept in float16. Sums are made in float32, of plain E8P12 codes exactly, and rounded once.
+Codes stay as they are (``numerics.lattice``): inputs are SU / scaleWH, outputs all that multiplies rows, over
+the root. E8P12RVQ3B's on a CPU and matrices with A B are decoded when they are loaded and kept in float16.
+Sums are made in float32, of plain E8P12 codes exactly, and rounded once.
 
 QuIP-for-all's files, which say quant_method QUiP, pad rows and columns and bring their own matrices; they
 are refused.
@@ -74,15 +74,15 @@ class QuipSharp(PartlyDense):
 
     def describe(self) -> str:
         """The codebook, and whether it is decoded."""
-        decoded = ", decoded to 16 bits a weight when loaded" if self._layout is None else ""
+        decoded = ", decoded to 16 bits a weight on a CPU" if self.codebook.second == 8 else ""
+        if self._layout is None:
+            decoded = ", decoded to 16 bits a weight when loaded"
         return f"quip_sharp, {self.codebook_name} in {self.place.split(':')[0]}{decoded}"
 
     @property
     def _layout(self) -> LatticeLayout | None:
         """Of codes that stay as they are."""
-        if self.codebook.second == 8 or self.rank > 0:
-            return None
-        return LatticeLayout(self.divisor if self.codebook.second else 0.0)
+        return None if self.rank > 0 else self.codebook.layout(self.divisor)
 
     def _scheme(self, module: StoredModule) -> Scheme:
         """The codes under scales of rows and columns; dense, float16, where they are decoded."""

@@ -36,6 +36,8 @@ _SCALE_KINDS = {
     "e8m0": SCALES_BF16,  # powers of two are exact in bf16
     "e4m3": SCALES_E4M3,
 }
+_BYTE_FLOATS = ("e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz")
+_IN_EIGHTS = (*_BYTE_FLOATS, "bits2", "bits3", "bits4", "int8", "uint8")  # have a form in groups of 8 columns
 
 
 def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
@@ -49,6 +51,8 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
         stored = "halves3"
     if stored is None:
         return f"{fmt.name} codes are not exact in bfloat16 or have no packed form"
+    if stored in _BYTE_FLOATS and (scheme.offset or scheme.zero != "none"):
+        return f"{fmt.name} codes with zero points or offsets"
     if scheme.zero == "float" and scheme.scales[0].name not in ("f16", "bf16"):
         return f"float zero points with {scheme.scales[0].name} scales"
     if scheme.zero == "float" and scheme.scales[0].name == "bf16" and not bool((fmt.table() == 0).any()):
@@ -64,7 +68,7 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     group = scheme.blocks[0][1]
     if group % COLUMNS and group not in (8, 16, columns):
         return f"needs groups of a multiple of 8 columns, got {group}"
-    if group == 8 and group != columns and (two_level or not _in_eights(stored, scheme)):
+    if group == 8 and group != columns and (two_level or stored not in _IN_EIGHTS):
         return f"{fmt.name} codes need groups of 16 or a multiple of {COLUMNS}, got 8"
     step = COLUMNS if group in (0, 8, 16, columns) else group
     padded = -(-columns // step) * step
@@ -76,13 +80,6 @@ def describe(scheme: Scheme, shape: tuple[int, ...]) -> Description | str:
     return Description(
         None, None, out, padded, CODES[stored], group, kind, addend, INPUT_BFLOAT, factor_of(fmt)
     )
-
-
-def _in_eights(stored: str, scheme: Scheme) -> bool:
-    """Whether codes so stored have a form in groups of 8 columns."""
-    if stored in ("e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz"):
-        return scheme.zero == "none" and not scheme.offset
-    return stored in ("bits2", "bits3", "bits4", "int8", "uint8")
 
 
 def _inner_level(scheme: Scheme) -> int | None:

@@ -61,6 +61,8 @@ class CpuLattice(TransformedKernel):
             return reason
         if scheme.weight.lattice is None:
             return "weights are no vectors of a lattice"
+        if scheme.weight.lattice.second == 8:
+            return "second codes of 8 bits"
         if reason := self.unscaled(scheme):
             return reason
         if shape[0] % ROWS or shape[1] % _UNIT:
@@ -82,7 +84,7 @@ class CpuLattice(TransformedKernel):
     def tiled(self, weight: QuantizedTensor) -> Tensor:
         """uint8: blocks of 16 rows of tiles of 32 columns."""
         layout, (rows, columns) = _layout(weight.scheme), weight.shape
-        words = layout.words(weight.codes)  # (rows, books, vectors)
+        words = torch.stack(layout.words(weight.codes), 1)  # (rows, books, vectors)
         tiles = columns // COLUMNS
         data = torch.zeros(rows // ROWS, layout.books, _HEAD + tiles * 2 * _INDICES, dtype=torch.uint8)
         scales = torch.tensor([1.0, 1 / layout.divisor] if layout.divisor else [1.0])

@@ -24,6 +24,8 @@ class ForwardBatch:
     ``sample_rows``: int64 (rows,): the token rows whose logits are wanted.
     ``state_slots``: (sequences,), where recurrent layers keep each sequence's state; None: no layer has any.
     A sequence whose context is its query begins here, with a state of zeros.
+    ``greedy``: of each row of logits only the first of the largest is asked for, and whether any is NaN: what
+    is certainly smaller may be minus infinity.
     ``max_query`` and ``max_context`` repeat the maxima, so that nobody asks the device for them;
     ``host_lengths`` query_lengths and context_lengths, int32, of a step that is not to be recorded.
     """
@@ -40,6 +42,7 @@ class ForwardBatch:
     max_context: int
     host_lengths: tuple[np.ndarray, np.ndarray] | None = None
     state_slots: Tensor | None = None
+    greedy: bool = False
 
     def to(self, device: torch.device) -> ForwardBatch:
         """The same batch with its tensors there."""

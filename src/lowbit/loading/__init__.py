@@ -69,6 +69,7 @@ def load_model(
     calibration: Calibration | None = None,
     packed_cache: PackedCache | None = None,
     linear_kernel: str = "auto",
+    lm_head_screen: str = "off",
     timings: Timings = "unused",
     parallel: Parallel = ALONE,
 ) -> Model:
@@ -80,8 +81,8 @@ def load_model(
     are errors. ``kv_scales_path``: a file with scales of the fp8 KV cache, instead of the checkpoint's own.
     ``samples``: gets some rows of each kind of layer, to time. ``save``: the folder the quantized checkpoint
     is left in; ``calibration``: the text calibrated methods look at. ``packed_cache``: where packed weights
-    are kept. ``linear_kernel``: ``--linear-kernel``; ``timings``: whether those on disk may decide for auto.
-    ``parallel``: the rank whose part is loaded; every rank loads at the same time.
+    are kept. ``linear_kernel``, ``lm_head_screen``: as the flags; ``timings``: whether those on
+    disk may decide for auto. ``parallel``: the rank whose part is loaded; every rank loads at the same time.
     """
     kernels = KernelChoice(KernelRules.parse(linear_kernel), timings)
     kv_dtypes = (kv_cache_dtype, k_cache_dtype, v_cache_dtype)
@@ -109,10 +110,13 @@ def load_model(
             samples=samples,
             packed_cache=packed_cache,
             linear_kernel=linear_kernel,
+            lm_head_screen=lm_head_screen,
             timings=timings,
         )
     else:
-        model = _packed_model(opened, target, kv_scales_path, packed_cache, samples, on_progress)
+        model = _packed_model(
+            opened, target, kv_scales_path, packed_cache, samples, on_progress, lm_head_screen
+        )
     model.quantization = opened.described
     return model
 
@@ -146,10 +150,11 @@ def _packed_model(
     packed_cache: PackedCache | None,
     samples: Samples | None,
     on_progress: Progress | None,
+    lm_head_screen: str,
 ) -> Model:
     """Read or taken from ``packed_cache``, which then keeps what had to be packed."""
     assert packed_cache is None or target.parallel.size == 1, "a file holds a whole model"
-    file = None if packed_cache is None else packed_cache.file_of(opened, target)
+    file = None if packed_cache is None else packed_cache.file_of(opened, target, lm_head_screen)
     found = None if file is None else file.read()
     kept, notes = found or (None if file is None else {}, {})
     for code, message in notes.items():
@@ -160,6 +165,7 @@ def _packed_model(
         loader = Loader(opened, target, data, scales, on_progress, samples, kept)
         model = opened.family.build(opened.config, loader)
         loader.refuse_leftovers()
+    loader.screen(model, lm_head_screen)
     target.kernels.finish()
     _say_what_stayed(loader)
     _check_caches(model)
@@ -204,6 +210,7 @@ def plan_model(
     strict: bool = False,
     kv_scales_path: str | None = None,
     linear_kernel: str = "auto",
+    lm_head_screen: str = "off",
     timings: Timings = "unused",
     threads: int | None = None,
     tp_size: int = 1,
@@ -217,7 +224,7 @@ def plan_model(
     parallel = Parallel(0, tp_size)
     target = Target.resolve(header, device, dtype, *kv_dtypes, activation_quantization, kernels, parallel)
     asked = _resolved(header, quantization, target, strict, kv_scales_path)
-    plan = _planned(header, asked, target, strict, kv_scales_path, estimate)
+    plan = _planned(header, asked, target, strict, kv_scales_path, estimate, lm_head_screen)
     kernels.finish()
     return plan
 
@@ -243,6 +250,7 @@ def _planned(
     strict: bool,
     kv_scales_path: str | None,
     estimate: bool = True,
+    lm_head_screen: str = "off",
 ) -> ModelPlan:
     """``estimate``: whether errors are."""
     opened = Opened.of(header, asked, strict)
@@ -251,6 +259,8 @@ def _planned(
         model = opened.family.build(opened.config, planner)
     planner.refuse_leftovers()
     _check_caches(model)
+    weight_bytes = sum(module.nbytes for module in planner.modules)
+    screen_bytes, no_screen = planner.screen(opened.config, lm_head_screen)
     return ModelPlan(
         architecture=opened.config.architecture,
         format=opened.form.name,
@@ -260,7 +270,9 @@ def _planned(
         cache_specs=model.cache_specs(),
         device=planner.device.type,
         choice=asked.chosen,
-        peak_bytes=planner.peak_bytes,
+        peak_bytes=max(planner.peak_bytes, weight_bytes + 2 * screen_bytes),
+        screen_bytes=screen_bytes,
+        no_screen=no_screen,
     )
 
 

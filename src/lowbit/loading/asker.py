@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.formats.compressed_tensors_transforms import Transforms
+from lowbit.formats.dense import VECTOR_DTYPES
 from lowbit.kernels import choose
 from lowbit.kernels.rotation import Rotator
 from lowbit.layers.cuts import Cut, cut_evenly
@@ -253,7 +254,7 @@ class Asker:
         stored = self.names.tensor(name)
         self.names.take([stored])
         entry = self.header.tensors[stored]
-        if entry.shape != shape or entry.dtype not in ("F32", "F16", "BF16"):
+        if entry.shape != shape or entry.dtype not in VECTOR_DTYPES:
             wanted = " x ".join(map(str, shape))
             raise LowbitError(
                 "E0210",

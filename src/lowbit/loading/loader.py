@@ -27,6 +27,7 @@ from lowbit.kernels.timing import COPY
 from lowbit.layers.cuts import Cut
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Columns, Embedding, Linear, Part
+from lowbit.loading import head_screen
 from lowbit.loading.asker import Asker
 from lowbit.loading.kernel_choice import Wanted
 from lowbit.loading.names import Placed, StoredRows, row_order
@@ -34,6 +35,8 @@ from lowbit.loading.opened import Opened, Target
 from lowbit.loading.packed_cache import Kept
 from lowbit.loading.samples import Samples, sample_of, with_inputs
 from lowbit.loading.self_check import check_packed
+from lowbit.models.language_model import LanguageModel
+from lowbit.models.model import Model
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.cutting import cut_columns, cut_rows, pick_rows
 from lowbit.numerics.int8_inputs import INT8_GROUPS
@@ -91,6 +94,7 @@ class Loader(Asker):
         self.mapped_bytes = 0  # of the packed ones, those that came so
         self.made: dict[str, Kept] = {}  # every module, as it could be kept
         self._rotators: dict[int, Rotator] = {}  # by the id of the reader's rotation, which it keeps
+        self._expert_bytes = 0
         self.outdated = False  # whether kept modules had to be packed for another kernel
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
@@ -99,10 +103,11 @@ class Loader(Asker):
 
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """Read and pack one expert after another."""
-        gate_up, down = [], []
+        gate_up, down, before = [], [], self.packed_bytes
         for number, (first, last) in enumerate(self.placed_experts(name, spec)):
             gate_up.append(self._linear(f"{name}.{number}.gate_up_proj", first))
             down.append(self._linear(f"{name}.{number}.down_proj", last, summed=False))
+        self._expert_bytes += self.packed_bytes - before
         return Experts(name, gate_up, down, self.parallel)
 
     def embedding(self, part: Part) -> Embedding:
@@ -123,6 +128,30 @@ class Loader(Asker):
         self._note(weight, packed, transform, self.wanted_kernel(places[0]))
         self.int8_layers += _rounds_in_groups(transform)
         return Embedding(packed, self.parallel, part.rows, settled(packed, transform))
+
+    def screen(self, model: Model, wanted: str) -> None:
+        """Give the model's output head a screen where ``--lm-head-screen`` says so; after all else."""
+        assert isinstance(model, LanguageModel), "all families are"
+        head, config = model.head.weights[0], model.config
+        lookup = 0 if config.tied_head else model.embedding.weight.nbytes
+        weights = head_screen.Weights(head.nbytes, lookup, self._expert_bytes, self.packed_bytes)
+        options = (config, head.scheme, head.kernel.name, weights, self.device, self.parallel.size)
+        if head_screen.refuses(wanted, *options) is None:
+            model.screened = head_screen.screened(model.head, config, self._screen, wanted)
+
+    def _screen(self, name: str, make: Callable[[], PackedWeight | None]) -> PackedWeight | None:
+        """As it was made before, or now."""
+        kept = None if self._kept is None else self._kept.get(name)
+        if kept is None:
+            made = make()
+            if made is None:
+                return None
+            kept = Kept([made], [None])
+        else:
+            self.mapped_bytes += kept.weights[0].nbytes
+        self._remember(name, kept)
+        self.packed_bytes += kept.weights[0].nbytes
+        return kept.weights[0]
 
     def matrices(self, part: Part, stacked: int = 0) -> Tensor:
         """The dequantized matrix itself, or (stacked, out, in) of them."""

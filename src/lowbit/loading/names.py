@@ -173,7 +173,7 @@ class Names:
         """A plain matrix inside the blocks lies as (in, out) where the family's layers are GPT-2's Conv1D."""
         turned = self.family.transposed and not self.in_gguf and ".layers." in name
         entry = self.header.tensors.get(f"{stem}.weight") if turned else None
-        plain = entry is not None and entry.dtype in ("F32", "F16", "BF16")
+        plain = entry is not None and entry.dtype in ("F64", "F32", "F16", "BF16")
         return StoredModule(name, stem, shape, transposed=plain)
 
     def expert(self, name: str, spec: ExpertsSpec, number: int) -> tuple[list[Placed], list[Placed]]:

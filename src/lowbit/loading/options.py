@@ -19,6 +19,7 @@ class ModelOptions(TypedDict):
     strict: bool
     kv_scales_path: str | None
     linear_kernel: str
+    lm_head_screen: str
 
 
 def model_options(settings: Settings) -> ModelOptions:
@@ -33,4 +34,5 @@ def model_options(settings: Settings) -> ModelOptions:
         "strict": settings.strict,
         "kv_scales_path": settings.quantization_param_path,
         "linear_kernel": settings.linear_kernel,
+        "lm_head_screen": settings.lm_head_screen,
     }

@@ -94,12 +94,12 @@ class PackedCache:
         folder = cache_directory() / "packed" if where == "on" else Path(where).expanduser()
         return cls(folder, int(gigabytes * _GIB))
 
-    def file_of(self, opened: Opened, target: Target) -> PackedFile | None:
+    def file_of(self, opened: Opened, target: Target, head_screen: str = "off") -> PackedFile | None:
         """The file of this model as it is asked for; None where nothing may be kept."""
         if target.device.type != "cpu":
             return None
         try:
-            identity = Identity.of(opened, target)
+            identity = Identity.of(opened, target, head_screen)
         except OSError as error:
             _log.info("lowbit: packed weights are not kept: %s", error)
             return None
@@ -114,7 +114,7 @@ class Identity:
     others: dict[str, object]
 
     @classmethod
-    def of(cls, opened: Opened, target: Target) -> Identity:
+    def of(cls, opened: Opened, target: Target, head_screen: str) -> Identity:
         """As things are now; OSError where a file cannot be looked at."""
         header, recipe = opened.header, opened.recipe
         files = set(_files_of(header))
@@ -137,6 +137,7 @@ class Identity:
             "recipe": None if recipe is None else _sum(repr((recipe.rules, recipe.default))),
             "strict": opened.strict,
             "linear_kernel": repr(target.kernels.rules),
+            "lm_head_screen": head_screen,
             "isa": native.isa(),
             "kernels": {kernel.name: kernel.layout for kernel in linear_kernels()},
             "code": _sum(_code()),

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats.kv_scales import KvScales
-from lowbit.kernels import LinearKernel, Loser, choose
+from lowbit.kernels import LinearKernel, Loser, choose, screened_head
 from lowbit.kernels.recurrent import LayerSpec, state_bytes
 from lowbit.kernels.timing import COPY
 from lowbit.layers.experts import Experts, ExpertsSpec
 from lowbit.layers.linear import Embedding, Linear, Part
+from lowbit.loading import head_screen
 from lowbit.loading.asker import Asker
 from lowbit.loading.kernel_choice import Wanted
 from lowbit.loading.names import Placed, StoredRows
@@ -79,11 +80,13 @@ class ModelPlan:
     device: str
     choice: str  # what --quantization auto chose and why, or ""
     peak_bytes: int  # of memory while loading, about: all packed weights and the largest module unpacked
+    screen_bytes: int = 0  # of the output head's screen
+    no_screen: str = ""  # why there is none
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all planned modules."""
-        return sum(module.nbytes for module in self.modules)
+        """Bytes of all planned modules and of the head's screen."""
+        return sum(module.nbytes for module in self.modules) + self.screen_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -118,6 +121,7 @@ class Planner(Asker):
         self.modules: list[ModulePlan] = []
         self._kv_scales = kv_scales
         self.largest_module = 0
+        self._expert_bytes = 0
 
     def linear(self, name: str, parts: list[Part]) -> Linear:
         """A Linear without weights."""
@@ -126,9 +130,11 @@ class Planner(Asker):
 
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """Experts without weights."""
+        first = len(self.modules)
         for expert in self.placed_experts(name, spec):
             for places in expert:
                 self._plan_layer(places)
+        self._expert_bytes += sum(module.nbytes for module in self.modules[first:])
         return Experts(name, [], [])
 
     def embedding(self, part: Part) -> Embedding:
@@ -156,6 +162,18 @@ class Planner(Asker):
         """As when loading, but that values are not read: a scale marked as never calibrated counts."""
         known = any(self._kv_scales.find(self.names, attention)) or self._kv_scales.table is not None
         return self.cache_dtype.with_static_scales() if known else self.cache_dtype
+
+    def screen(self, config: ModelConfig, wanted: str) -> tuple[int, str]:
+        """Bytes of the output head's screen, or 0 and why there is none; after all else."""
+        named = {module.name: module for module in self.modules}
+        embedding = named["model.embed_tokens"]
+        head = embedding if config.tied_head else named["lm_head"]
+        lookup = 0 if config.tied_head else embedding.nbytes
+        total = sum(module.nbytes for module in self.modules)
+        weights = head_screen.Weights(head.nbytes, lookup, self._expert_bytes, total)
+        options = (self.as_run(head.scheme), head.kernel, weights, self.device, self.parallel.size)
+        reason = head_screen.refuses(wanted, config, *options)
+        return (screened_head.nbytes(head.shape), "") if reason is None else (0, reason)
 
     @property
     def peak_bytes(self) -> int:

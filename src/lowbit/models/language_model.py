@@ -23,6 +23,7 @@ from lowbit.kernels.elementwise import RotaryTable, add, affine, gather_rows, so
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.parallel import Parallel
 from lowbit.kernels.recurrent import LayerMemory, LayerSpec
+from lowbit.kernels.screened_head import ScreenedHead
 from lowbit.layers.cuts import Cut, cut_evenly, cut_heads
 from lowbit.layers.linear import Embedding, Linear, Part
 from lowbit.layers.norm import Norm
@@ -95,6 +96,7 @@ class LanguageModel(ABC, Generic[BlockT]):
         self.blocks = [block(layer) for layer in range(config.layers)]
         self.final_norm = norm_of(config, loader, "model.norm")
         self.head = self._head(loader, vocabulary)
+        self.screened: ScreenedHead | None = None
         self.head_scale: Tensor | None = None  # float32 (vocabulary,), on the logits
         if config.norm_head:
             scale = 1 / loader.row_norms(Part("lm_head", matrix))
@@ -135,7 +137,11 @@ class LanguageModel(ABC, Generic[BlockT]):
         hidden = self.enter(0, residual)
         for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
             hidden = self.forward_block(layer, hidden, residual, cache, batch)
-        logits = self.head.in_float32(gather_rows(hidden, batch.sample_rows))
+        rows = gather_rows(hidden, batch.sample_rows)
+        if batch.greedy and self.screened is not None:
+            logits = self.screened(rows)
+        else:
+            logits = self.head.in_float32(rows)
         if config.logit_scale != 1.0 or self.head_scale is not None:
             logits = affine(logits, column=self.head_scale, number=config.logit_scale, out=logits)
         if config.logit_softcap:

@@ -9,6 +9,10 @@ of odd halves (1/2, 3/2, 5/2) whose squares sum up to 10 at most, in rising orde
 even count is set if an odd sum's last number counts as negative; so one bit is spare and says the quarter:
 bit 0 is what makes the byte's parity even, and where it had to be turned a quarter is subtracted, else added.
 
+A second code may have 8 bits instead, and stand for a vector of E8's own: one of the 241 points whose squares
+sum up to 2 at most, whole numbers before halves, each in rising order; then 2 and -2 on one axis, the last
+without -2.
+
 Products with H are made in float32, of vectors of one code exactly, and a weight is rounded to float16, once.
 
 Source: Tseng et al., 2024 (QuIP#), section 4 and appendix C.
@@ -40,16 +44,22 @@ _SLICE = 1 << 22  # weights that are transformed at once
 class LatticeLayout:
     """A code for every eight columns; with a ``divisor`` a second one, whose vector is divided by it.
 
-    The codes of a weight (out, in) are uint8 (out, ``books`` in / 4): the first codes of a row, the second
-    ones, the low byte of each first. All rows and all columns mean something together only.
+    The codes of a weight (out, in) are uint8 (out, bytes): the first codes of a row, of 16 bits, then the
+    second ones, of ``second`` (16 or 8), the low byte of each first. All rows and all columns mean something
+    together only.
     """
 
     divisor: float = 0.0
+    second: int = 16
+
+    def __post_init__(self) -> None:
+        assert self.second in ((8, 16) if self.divisor else (16,)), "a second code has a divisor"
 
     @property
     def name(self) -> str:
-        """Of the number format: "e8p", "e8p+e8p/3.45"."""
-        return f"e8p+e8p/{self.divisor!r}" if self.divisor else "e8p"
+        """Of the number format: "e8p", "e8p+e8p/3.45", "e8p+e8/2.04"."""
+        book = "e8p" if self.second == 16 else "e8"
+        return f"e8p+{book}/{self.divisor!r}" if self.divisor else "e8p"
 
     @property
     def books(self) -> int:
@@ -59,23 +69,33 @@ class LatticeLayout:
     @property
     def bits(self) -> int:
         """Of a weight."""
-        return 2 * self.books
+        return (16 + self.second * (self.books - 1)) // LENGTH
 
     def codes(self, books: list[Tensor]) -> Tensor:
-        """Of each book the codes of 16 bits, (out, in / 8) -> uint8 (out, bytes)."""
-        words = torch.cat(books, 1)
-        return torch.stack((words & 255, words >> 8), -1).to(torch.uint8).flatten(1)
+        """Of each book the codes, (out, in / 8) -> uint8 (out, bytes)."""
+        parts = [torch.stack((words & 255, words >> 8), -1).flatten(1) for words in books]
+        if self.second == 8:
+            parts[1] = books[1]
+        return torch.cat(parts, 1).to(torch.uint8)
 
-    def words(self, codes: Tensor) -> Tensor:
-        """uint8 (out, bytes) -> int32 (out, books, in / 8): the codes of 16 bits."""
-        pairs = codes.int().unflatten(-1, (self.books, -1, 2))
-        return pairs[..., 0] | pairs[..., 1] << 8
+    def words(self, codes: Tensor) -> list[Tensor]:
+        """uint8 (out, bytes) -> of each book int32 (out, in / 8)."""
+        first = codes.shape[1] * 2 // self.bits  # bytes of the first codes
+        parts = (codes[:, :first].int(), codes[:, first:].int())[: self.books]
+        sizes = (16, self.second)
+        return [
+            part if size == 8 else part[:, ::2] | part[:, 1::2] << 8
+            for part, size in zip(parts, sizes, strict=False)
+        ]
 
     def vectors(self, codes: Tensor) -> Tensor:
         """uint8 (out, bytes) -> float32 (out, in): u."""
         words = self.words(codes)
-        found = e8p()[words[:, 0]].flatten(1)
-        return found + e8p()[words[:, 1]].flatten(1) / self.divisor if self.divisor else found
+        found = e8p()[words[0]].flatten(1)
+        if not self.divisor:
+            return found
+        second = e8p() if self.second == 16 else e8()
+        return found + second[words[1]].flatten(1) / self.divisor
 
     def decode(self, codes: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
         """float32 (out, in), float16's numbers; ``outputs`` (out, 1), ``inputs`` (1, in)."""
@@ -144,3 +164,13 @@ def e8p() -> Tensor:
     bits = torch.stack([(low ^ parity) >> bit & 1 for bit in _SIGN_BITS], 1)
     quarters = 2 * sizes[:, None] * (1 - 2 * bits) + (1 - 2 * parity)[:, None]
     return (quarters / 4.0).view(-1, 8)
+
+
+@cache
+def e8() -> Tensor:
+    """Float32 (256, 8): the vector of each code of 8 bits."""
+    whole = torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=8)))
+    halves = torch.tensor(list(product((-0.5, 0.5), repeat=8)))
+    points = torch.cat((whole, halves))
+    points = points[(points.sum(1) % 2 == 0) & (points.square().sum(1) <= 2)]
+    return torch.cat((points, 2 * torch.eye(8), -2 * torch.eye(8)[:7]))

@@ -334,7 +334,7 @@ def vector_format(books: int, bits: int, length: int, height: int = 1) -> Number
     return number_format(VectorLayout(books, bits, length, height).name)
 
 
-_LATTICE = re.compile(r"e8p(\+e8p/(?P<divisor>[0-9.e+-]+))?")
+_LATTICE = re.compile(r"e8p(\+(?P<book>e8p?)/(?P<divisor>[0-9.e+-]+))?")
 _TRELLIS = re.compile(rf"trellis([1-8])_({'|'.join(MULTIPLIERS)})")
 
 
@@ -347,7 +347,7 @@ def number_format(name: str) -> NumberFormat:
     """The format called ``name``; GGUF's block formats are ``gguf_q4_0`` and so on, codebooks ``vq2x8_8`` or,
     of vectors of rows, ``rvq8_65536+256_f16``, trellises ``trellis4_mcg``, lattices ``e8p``."""
     if name not in NUMBER_FORMATS and (points := _LATTICE.fullmatch(name)):
-        lattice = LatticeLayout(float(points["divisor"] or 0))
+        lattice = LatticeLayout(float(points["divisor"] or 0), 8 if points["book"] == "e8" else 16)
         NUMBER_FORMATS[name] = NumberFormat(name, lattice.bits, lattice=lattice)
     if name not in NUMBER_FORMATS and (coded := _TRELLIS.fullmatch(name)):
         trellis = TrellisLayout(int(coded[1]), coded[2])

@@ -21,10 +21,22 @@ END_OF_TURN = frozenset(
     {
         *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
         *("<|eom_id|>", "<EOT>", "_<EOT>", "<|END_OF_TURN_TOKEN|>", "<|return|>", "<|call|>"),
-        *("<｜end▁of▁sentence｜>", "<|eot|>", "<turn|>", "[EOT]", "[EOS]", "<|user|>", "<|observation|>"),
+        *("<｜end▁of▁sentence｜>", "<|eot|>", "<turn|>", "[EOT]", "[EOS]", "<end_of_utterance>"),
     }
-    - {"<|user|>", "<|observation|>"}
 )
+# Pre-tokenizers of models (architecture, and tokens where it has several) with GGUF files before May 2024.
+_UNNAMED: dict[tuple[object, int | None], str] = {
+    ("llama", 128256): "llama-bpe",  # Llama 3
+    ("llama", 32256): "deepseek-coder",
+    ("llama", 102400): "deepseek-llm",
+    ("qwen2", None): "qwen2",
+    ("qwen2moe", None): "qwen2",
+    ("falcon", None): "falcon",
+    ("starcoder2", None): "starcoder",
+    ("command-r", None): "command-r",
+    ("stablelm", 100352): "stablelm2",
+}
+_HARMONY = frozenset({"<|return|>", "<|call|>"})
 _KEEP_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})  # of Phi-3's special tokens
 
 
@@ -70,6 +82,13 @@ class _Vocabulary:
             )
         return self.tokens[number]
 
+    def pre(self) -> str:
+        """The pre-tokenizer's name; what the model's kind implies in files from before there were names."""
+        name, kind = self.text("pre", "default"), self.metadata.get("general.architecture")
+        if name != "default":
+            return name
+        return _UNNAMED.get((kind, len(self.tokens))) or _UNNAMED.get((kind, None), name)
+
     def scores(self) -> list[float]:
         values = self._get("scores")
         if not isinstance(values, list) or len(values) != len(self.tokens):
@@ -112,7 +131,10 @@ class _Vocabulary:
             for token, kind in zip(self.tokens, self.types, strict=True)
             if kind in (_CONTROL, _USER_DEFINED) and token in END_OF_TURN
         }
-        return frozenset(self.ids[token] for token in named | by_text if token is not None)
+        found = named | by_text
+        if found >= _HARMONY:  # gpt-oss ends each message of a turn with it, its thoughts first
+            found -= {"<|end|>"}
+        return frozenset(self.ids[token] for token in found if token is not None)
 
 
 @dataclass(frozen=True)
@@ -160,7 +182,7 @@ def gguf_source(header: CheckpointHeader) -> GgufSource:
         )
     adds_bos = vocabulary.flag("add_bos_token")
     if adds_bos is None:
-        adds_bos = model == "llama" or (model == "gpt2" and vocabulary.text("pre") in ADDS_BOS)
+        adds_bos = model == "llama" or (model == "gpt2" and vocabulary.pre() in ADDS_BOS)
     specials = Specials(
         bos=vocabulary.special("bos"),
         eos=vocabulary.special("eos"),
@@ -178,7 +200,7 @@ def _document(vocabulary: _Vocabulary, **parts: object) -> dict[str, object]:
 
 
 def _byte_level(vocabulary: _Vocabulary) -> dict[str, object]:
-    name = vocabulary.text("pre", "default")
+    name = vocabulary.pre()
     return _document(
         vocabulary,
         pre_tokenizer=pre_tokenizer(name, vocabulary.file),

@@ -17,7 +17,7 @@ from lowbit.kernels.gpu.language import cast, dot
 from lowbit.kernels.gpu.weight_tiles import load_run, run_values, scale_of, weight_tile, zero_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["runs_each"])
 def column_vector(  # type: ignore[no-untyped-def]
     x,  # (columns,)
     out,  # (splits, rows)
@@ -90,7 +90,7 @@ def column_vector(  # type: ignore[no-untyped-def]
     tl.store(out + (tl.program_id(1) * rows + row), sums, mask=row >= 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "runs_each"])
 def column_tile(  # type: ignore[no-untyped-def]
     x,  # float16 (tokens, blocks * 128)
     worth,  # float32 (tokens, blocks)

@@ -116,7 +116,7 @@ def add(parts: Tensor, out: Tensor) -> None:
 
     splits, tokens, rows = parts.shape
     runtime.launch(
-        add_splits, (-(-rows // 512), tokens), parts, out, tokens, rows, out.stride(0), splits, BLOCK=512
+        add_splits, (tokens, -(-rows // 512)), parts, out, tokens, rows, out.stride(0), splits, BLOCK=512
     )
 
 

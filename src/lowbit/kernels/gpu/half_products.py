@@ -32,7 +32,7 @@ def _weights(low, middle, zeros, scales, rows, run, columns, FIELD: tl.constexpr
     return cast(cast(values, tl.float16).to(tl.float32) * scale[:, None], tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["each"])
 def half_vector(  # type: ignore[no-untyped-def]
     x,  # float16 (blocks * 128,)
     worth,  # float32 (blocks,)
@@ -64,7 +64,7 @@ def half_vector(  # type: ignore[no-untyped-def]
     tl.store(out + tl.program_id(1) * rows + row, sums, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "each"])
 def half_tile(  # type: ignore[no-untyped-def]
     x,  # float16 (tokens, blocks * 128)
     worth,  # float32 (tokens, blocks)
@@ -111,7 +111,7 @@ def half_tile(  # type: ignore[no-untyped-def]
     tl.store(out + place, cast(tl.trans(total), out.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def half_rows(  # type: ignore[no-untyped-def]
     out,  # float32 (count, columns)
     ids,

@@ -194,7 +194,8 @@ def _multiply(x: Tensor, packed: HalvesWeight, out: Tensor) -> None:
         runtime.launch(
             half_vector,
             (-(-rows // one.height), one.splits),
-            *(seen, scale, parts, *_codes(packed), rows, columns, runs, one.each),
+            *(seen, scale, parts, *_codes(packed)),
+            *(rows, columns, runs, one.each),
             num_warps=chosen.num_warps,
             BN=one.height,
             STAGES=chosen.num_stages,
@@ -223,7 +224,7 @@ def _multiply_outliers(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
     runtime.launch(
         outlier_sums,
         (-(-rows // height), -(-tokens // together)),
-        *(x if tokens == 1 else x.T.contiguous(), out, packed.buffers.get("column_order")),
+        *(x.T.contiguous(), out, packed.buffers.get("column_order")),
         *(packed.buffers[name] for name in ("outlier_starts", "outliers", "outlier_rests")),
         *(tokens, rows),
         R=height,
@@ -240,7 +241,8 @@ def _look_up(packed: PackedWeight, ids: Tensor, out: Tensor) -> None:
     runtime.launch(
         half_rows,
         (-(-len(ids) // _TILE), -(-columns // _RUN)),
-        *(out, ids, order, *_codes(packed), len(ids), rows, columns),
+        *(out, ids, order, *_codes(packed)),
+        *(len(ids), rows, columns),
         BN=_TILE,
     )
     if len(buffers["outliers"]):

@@ -1,4 +1,4 @@
-"""gpu_lattice: vectors of the lattice E8 (QuIP#) on NVIDIA GPUs as files hold them, 2 bits a weight or 4.
+"""gpu_lattice: vectors of the lattice E8 (QuIP#) on NVIDIA GPUs as files hold them, 2 to 4 bits a weight.
 
     y = outputs * (H_out (u (H_in^T (inputs * x))))
 
@@ -8,7 +8,8 @@ holds those of one code exactly, and of second codes the vectors over their divi
 table serves all weights of a device, 1 MiB a book that stays in the L2 cache. Rows are not looked up here.
 **None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
 
-    buffers   indices   int16 (books, out, in / 8)
+    buffers   indices   int16 (books of 16 bits, out, in / 8)
+              second    uint8 (out, in / 8), where second codes have 8 bits
               outputs   float32 (out, 1)
               inputs    float32 (1, in)
 """
@@ -26,7 +27,7 @@ from lowbit.kernels.gpu.vectors import BLOCK, STEP, Codes, check_buffer, factor_
 from lowbit.kernels.linear_kernel import PackedWeight, Use
 from lowbit.kernels.rotation import Rotator
 from lowbit.numerics.hadamard import hadamard_factors
-from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p, transform
+from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8, e8p, transform
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
@@ -73,9 +74,13 @@ class GpuLattice(GpuKernel):
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The same codes, the second ones behind the first."""
-        words = _layout(weight.scheme).words(weight.codes).transpose(0, 1).to(torch.int16)
+        layout = _layout(weight.scheme)
+        words, wide = layout.words(weight.codes), _wide_books(layout)
         outputs, inputs = (scale.to(device, copy=True).contiguous() for scale in weight.scales)
-        buffers = {"indices": words.contiguous().to(device), "outputs": outputs, "inputs": inputs}
+        indices = torch.stack(words[:wide]).to(torch.int16)
+        buffers = {"indices": indices.to(device), "outputs": outputs, "inputs": inputs}
+        for narrow in words[wide:]:
+            buffers["second"] = narrow.to(torch.uint8).to(device)
         return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
 
     def restore(
@@ -83,28 +88,31 @@ class GpuLattice(GpuKernel):
     ) -> PackedWeight:
         """The weight around its buffers."""
         layout, (rows, columns) = _layout(scheme), shape
-        check_buffer(buffers, "indices", (layout.books, rows, columns // LENGTH), origin, torch.int16)
+        wide, vectors = _wide_books(layout), columns // LENGTH
+        check_buffer(buffers, "indices", (wide, rows, vectors), origin, torch.int16)
+        if wide < layout.books:
+            check_buffer(buffers, "second", (rows, vectors), origin, torch.uint8)
         check_buffer(buffers, "outputs", (rows, 1), origin, torch.float32)
         check_buffer(buffers, "inputs", (1, columns), origin, torch.float32)
         device = buffers["indices"].device
         codes = Codes(
             indices=buffers["indices"],
-            second=None,
-            codebooks=_codebooks(layout.divisor, device),
+            second=buffers.get("second"),
+            codebooks=_codebooks(layout, device),
             row_scale=None,
             order=None,
             multiplier=None,
             rows=rows,
             height=rows,
-            width=columns // LENGTH,
+            width=vectors,
             blocks=-(-columns // BLOCK),
             book_steps=1,
             factor=factor_of(2 * float(e8p().abs().max())),
             run_bytes=STEP * layout.bits // 8,
             constants={
-                "BOOKS": layout.books,
+                "BOOKS": wide,
                 "MOST": 65535,
-                "SECOND": 0,
+                "SECOND": 256 if wide < layout.books else 0,
                 "LENGTH": LENGTH,
                 "L": LENGTH,
                 "ROWS": 1,
@@ -128,6 +136,8 @@ class GpuLattice(GpuKernel):
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
         """The weight again."""
         words = [book.int() & 0xFFFF for book in packed.buffers["indices"]]
+        if "second" in packed.buffers:
+            words.append(packed.buffers["second"].int())
         scales = (packed.buffers["outputs"], packed.buffers["inputs"])
         codes = _layout(packed.scheme).codes(words)
         return QuantizedTensor(packed.scheme, packed.shape, codes, scales, origin=packed.origin)
@@ -155,9 +165,15 @@ def _layout(scheme: Scheme) -> LatticeLayout:
     return layout
 
 
+def _wide_books(layout: LatticeLayout) -> int:
+    """Of codes of 16 bits."""
+    return 1 if layout.second == 8 else layout.books
+
+
 @cache
-def _codebooks(divisor: float, device: torch.device) -> Tensor:
-    """float16 (books, 65536, 8)."""
-    vectors = e8p().to(device)
-    books = [vectors, vectors / divisor] if divisor else [vectors]
-    return torch.stack(books).half()
+def _codebooks(layout: LatticeLayout, device: torch.device) -> Tensor:
+    """float16 (vectors of all books, 8)."""
+    books = [e8p()]
+    if layout.divisor:
+        books.append((e8() if layout.second == 8 else e8p()) / layout.divisor)
+    return torch.cat(books).to(device).half()

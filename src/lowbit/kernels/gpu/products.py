@@ -181,9 +181,9 @@ def tile_product(  # type: ignore[no-untyped-def]
 def add_splits(  # type: ignore[no-untyped-def]
     parts, out, tokens, rows, out_stride, splits, BLOCK: tl.constexpr
 ):
-    """parts: float32 (splits, tokens, rows), added in their order. Grid: (blocks of rows, tokens)."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.program_id(1).to(tl.int64)
+    """parts: float32 (splits, tokens, rows), added in their order. Grid: (tokens, blocks of rows)."""
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
         total += tl.load(parts + ((split * tokens + token) * rows + row), mask=row < rows, other=0.0)

@@ -34,8 +34,8 @@ def _vectors(  # type: ignore[no-untyped-def]
 @triton.jit
 def numbers(  # type: ignore[no-untyped-def]
     indices,  # uint8 or int16 (BOOKS, rows / ROWS, width); TALL: (height, width)
-    second,  # TALL: those of the residual codebook, where there is one
-    codebooks,  # (BOOKS, MOST + 1, ROWS * L); TALL: (books, MOST + 1 + SECOND, L)
+    second,  # those of the residual codebook, where there is one (rows / ROWS or height, width)
+    codebooks,  # (BOOKS, MOST + 1, ROWS * L), then (SECOND, ROWS * L); TALL: (books, MOST + 1 + SECOND, L)
     rows,  # int64 (H,), inside the weight
     step,
     height,
@@ -58,8 +58,9 @@ def numbers(  # type: ignore[no-untyped-def]
     if TALL:
         first = (step // book_steps) * (MOST + 1 + SECOND)
     total = _vectors(indices, codebooks, first, at, inside, rows, L, ROWS, MOST)
-    if TALL and SECOND > 0:
-        total += _vectors(second, codebooks, first + MOST + 1, at, inside, rows, L, ROWS, SECOND - 1)
+    if SECOND > 0:
+        behind: tl.constexpr = (MOST + 1) * (1 if TALL else BOOKS)
+        total += _vectors(second, codebooks, first + behind, at, inside, rows, L, ROWS, SECOND - 1)
     if not TALL:
         for book in tl.static_range(1, BOOKS):
             at = (held + book * height)[:, None] * width + column

@@ -124,14 +124,14 @@ def _from_gguf(base: ModelConfig, keys: ConfigKeys, header: CheckpointHeader) ->
 
 
 def _is_sigmoid(keys: ConfigKeys, header: CheckpointHeader) -> bool:
-    """Of a GGUF file. Converters leave the key out where the config does: then sigmoid goes with corrections."""
+    """Of a GGUF file. Converters leave the key out where the config does: corrections mean sigmoid then."""
     corrected = any(name.endswith("exp_probs_b.bias") for name in header.tensors)
     gating = keys.size("expert_gating_func", _SIGMOID if corrected else _SOFTMAX)
     if gating not in (_SOFTMAX, _SIGMOID) or (corrected and gating == _SOFTMAX):
         raise LowbitError(
             "E0242",
-            f"{keys.place}: expert_gating_func {gating} {'with' if corrected else 'without'} corrections is not "
-            "supported; supported: sigmoid (2) and, without exp_probs_b, softmax (1)",
+            f"{keys.place}: expert_gating_func {gating} {'with' if corrected else 'without'} corrections is "
+            "not supported; supported: sigmoid (2) and, without exp_probs_b, softmax (1)",
         )
     return gating == _SIGMOID
 
