@@ -2,8 +2,8 @@
 
 Parts run in the order of what they tell, each in a process of its own and for so long at most; those that
 find no time any more are named. What a part found is a JSON line in --into as soon as it ends, and all that
-it printed lies beside it, so that a machine that goes away has lost one part at most. A part that fails
-stops none but the first. Exit code: how many failed.
+it printed stands in log.txt there, so that a machine that goes away has lost one part at most. A part that
+fails stops none but the first. Exit code: how many failed.
 
     python benchmarks/check_gpu.py --seconds 280 --into build/gpu-check
     python benchmarks/check_gpu.py --only kernels linear --seconds 600
@@ -94,11 +94,13 @@ def parts() -> list[Part]:
 
 def run(part: Part, seconds: float, folder: Path) -> dict[str, object]:
     """What came of a part: "ok", "failed" or "out of time", its last JSON line, else its last lines."""
-    path, began = folder / f"{part.name}.log", time.monotonic()
+    path, began = folder / "log.txt", time.monotonic()
     folders = (ROOT / "src", ROOT / "benchmarks", os.environ.get("PYTHONPATH"))
     source = os.pathsep.join(str(folder) for folder in folders if folder)
     environment = {**os.environ, "PYTHONPATH": source, "PYTHONUNBUFFERED": "1"}
-    with path.open("w") as log:
+    with path.open("a") as log:
+        print(f"== {part.name}", file=log, flush=True)
+        start = log.tell()
         child = subprocess.Popen(
             [sys.executable, *part.words],
             cwd=ROOT,
@@ -115,7 +117,7 @@ def run(part: Part, seconds: float, folder: Path) -> dict[str, object]:
             said = "out of time"
             os.killpg(child.pid, signal.SIGKILL)  # and the processes it started
             child.wait()
-    lines = path.read_text(errors="replace").splitlines()
+    lines = path.read_bytes()[start:].decode(errors="replace").splitlines()
     found: dict[str, object] = {"part": part.name, "is": said, "seconds": round(time.monotonic() - began, 1)}
     try:
         found["found"] = json.loads(lines[-1])
@@ -134,6 +136,7 @@ def main() -> int:
     parser.add_argument("--into", type=Path, default=ROOT / "build" / "gpu-check", help="a folder")
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
+    (options.into / "log.txt").unlink(missing_ok=True)
     limit, failed = time.monotonic() + options.seconds, 0
     with (options.into / "results.jsonl").open("w") as results:
         for part in parts():

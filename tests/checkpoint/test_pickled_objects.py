@@ -12,10 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from formats.helpers import FIXTURES, read, reader_of
+from formats.helpers import FIXTURES, expected, read, reader_of
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.folder import HQQ_PICKLED, PICKLED
@@ -25,14 +23,6 @@ from lowbit.errors import LowbitError
 from lowbit.loading import load_model, plan_model
 
 HQQ, TORCHAO = CASES = [FIXTURES / "pickled" / name for name in ("hqq", "torchao")]
-
-
-def expected(case: Path) -> dict[str, Tensor]:
-    """What the tool made of the weights, by module; beside the folder, whose only weights are pickled."""
-    return {
-        name.removesuffix(".weight"): values
-        for name, values in load_file(case.with_suffix(".safetensors")).items()
-    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)

@@ -1158,7 +1158,8 @@ def test_native_kernels_take_what_they_should() -> None:
     if native.library() is None:
         pytest.skip("no native library")
     fast = {p.values[1] for p in PAIRS if p.values[0].name.startswith("cpu_")}
-    assert set(WEIGHTS) == fast
+    # GPUs alone keep vectors of several rows.
+    assert set(WEIGHTS) - fast == {"codebooks 2x8 of 3 rows of 8"}
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,12 @@ def fixture_cases(name: str) -> list[Path]:
 
 
 def expected(folder: Path) -> dict[str, Tensor]:
-    """What the tool itself dequantized the fixture to, by module name."""
-    found = load_file(folder / "expected.safetensors")
+    """What the tool itself dequantized the fixture to, by module name.
+
+    It lies beside a folder of pickles, where it would be taken for the weights.
+    """
+    beside = folder.with_suffix(".safetensors")
+    found = load_file(beside if beside.exists() else folder / "expected.safetensors")
     return {name.removesuffix(".weight"): tensor for name, tensor in found.items()}
 
 

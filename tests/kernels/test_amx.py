@@ -36,8 +36,8 @@ FLAGS = [
 FLAGS += [f"-m{name}" for name in ("avx2", "fma", "f16c", "bmi2")]
 FLAGS += [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni", "bf16", "vbmi")]
 
-# What the layers of linear_results.py need of the sources; the others, layouts that are not there among them,
-# are most of the compiler's time. References to their functions are made weak, and are null in this library.
+# What the layers of linear_results.py need of the sources; the others, also of layouts that it has none of,
+# are most of the compiler's time. References to their functions are made weak: null in this library.
 LINEAR = ["activation_quant", "amx_tiles", "linear*", "rotation", "step_plan", "thread_pool"]
 OTHER_LAYOUTS = {"linear_row_vectors", "linear_trellis"}
 WEAK = {"linear", "linear_pack", "linear_words", "step_plan"}

@@ -56,6 +56,21 @@ def test_a_plan_computes_what_the_step_did_from_new_inputs() -> None:
         assert torch.equal(plan.run(), expected) and not torch.equal(expected, first)
 
 
+def test_a_profile_runs_the_plan_and_times_its_operations() -> None:
+    weight, x = random(24, seed=1), random(5, 24)
+
+    def step() -> Tensor:
+        return softcap(rms_norm(x, weight, 1e-5), 0.3)
+
+    _, plan = recorder().record(step)
+    assert plan is not None
+    x.copy_(random(5, 24, seed=7))
+    found = plan.profile(2)
+    assert torch.equal(plan.result, step())
+    assert [operation for operation, _, _ in found] == list(plan.operations)
+    assert all(len(words) == len(operation.floats) and 0 < s < 1 for operation, words, s in found)
+
+
 def test_a_failing_operation_is_its_own_error() -> None:
     table = RotaryTable.build(torch.tensor([1.0, 0.1]), 8, 1.0, torch.device("cpu"))
     q, k, positions = random(2, 2, 4), random(2, 1, 4), torch.tensor([3, 7], dtype=torch.int32)

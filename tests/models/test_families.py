@@ -274,6 +274,7 @@ LEFT_OUT = {
     "Mixtral": ("rope_parameters",),
     "Cohere": ("rope_parameters", "tie_word_embeddings", "logit_scale"),
     "BitNet": ("rope_parameters", "hidden_act"),
+    "GptOss": ("rope_parameters",),
     "Mistral": ("sliding_window",),
     "Qwen2 with windows, tied": ("sliding_window",),
 }

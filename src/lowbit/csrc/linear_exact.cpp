@@ -59,16 +59,9 @@ struct TileStep {
     }
 };
 
-// All tokens times a tile. Without AVX-512 tiles lie in memory, and this is one function for whatever codes they were:
-// inlined for each it was half of what this file takes to compile.
-#if defined(__AVX512BF16__)
-#define LOWBIT_TILE_FUNCTION INLINE
-#else
-#define LOWBIT_TILE_FUNCTION __attribute__((noinline))
-#endif
 template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED>
-LOWBIT_TILE_FUNCTION void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile,
-                                        float (*totals)[ROWS]) {
+TILE_FUNCTION void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile,
+                                 float (*totals)[ROWS]) {
     for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED, X_SCALED>{w, walk, x, tile, totals});
 }
 

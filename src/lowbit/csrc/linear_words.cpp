@@ -48,6 +48,12 @@ struct WordStep {
     }
 };
 
+template <WordKind KIND, int SUB, Addend ADDEND>
+TILE_FUNCTION void multiply_tile(const WordTile& w, const Walk& walk, const Input& x, std::int64_t tile,
+                                 float (*totals)[ROWS]) {
+    for_tokens(x.tokens, WordStep<KIND, SUB, ADDEND>{w, walk, x, tile, totals});
+}
+
 // One token: its total stays in registers, and nothing that is decoded goes through memory.
 template <Codes CODES, WordKind KIND, int SUB, Addend ADDEND>
 __attribute__((noinline)) void multiply_words_once(const Layout& layout, const std::uint8_t* block,
@@ -106,7 +112,7 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
             fetch_results(x, tile, layout.tiles);
         }
         decode_words<CODES, KIND>(codes, decoding.table, decoding.words, w);
-        for_tokens(x.tokens, WordStep<KIND, SUB, ADDEND>{w, walk, x, tile, totals});
+        multiply_tile<KIND, SUB, ADDEND>(w, walk, x, tile, totals);
     }
 }
 

@@ -68,7 +68,9 @@ class AutoRound(PartlyDense):
                 "E0212", f"{self.place}.packing_format must be a string, found {printable(repr(packing))}"
             )
         self.packing = packing.lower()
-        kernels = ("awq", "awq_marlin") if self.packing in _AWQ else ("gptq", "gptq_marlin")
+        kernels: tuple[str, ...] = ("gptq", "gptq_marlin")
+        if self.packing in _AWQ:
+            kernels = ("awq", "awq_marlin")
         if self.packing == "auto_round:llm_compressor":
             kernels = ("compressed-tensors", "compressed_tensors")
         if self.packing in _FP8:

@@ -2,6 +2,7 @@
 
 F64 is read as the nearest f32, the widest that layers compute in. FP8 without a scale anywhere is what a cast
 of the whole model leaves (``model.to(torch.float8_e4m3fn)``): its numbers are the weights.
+
 Other formats use ``read_dense`` and its fellows for the modules they leave unquantized. Stacked experts are
 (experts, out, in). Where the family says so ``in`` comes before ``out``, in stacks and in single matrices.
 """

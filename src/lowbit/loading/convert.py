@@ -57,6 +57,27 @@ class Conversion:
     method: str = ""  # of requantizing
     resumed: int = 0  # shards, or tensors of a GGUF file, that an earlier run had finished
 
+    def prove(self, path: Path, source: SourceModel, told: Mapping[str, Json], lost: Collection[str]) -> None:
+        """Read back what was written under ``path``, compare it, and leave a certificate.
+
+        ``told``: what was said of each module while it was written; ``lost``: notes on what was left out.
+        """
+        named = {str(one["name"]): one for one in told.values() if one}
+        prove(path, self.form, source, named)
+        self.errors = {
+            name: (float(str(one["largest_error"])), float(str(one["largest_relative_error"])))
+            for name, one in named.items()
+            if "largest_error" in one
+        }
+        self.rounded = [name for name, one in named.items() if "rounded" in one]
+        modules = {name: {k: v for k, v in one.items() if k != "name"} for name, one in named.items()}
+        paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = files_of(paths)
+        self.nbytes = sum(file.stat().st_size for file in paths)
+        notes = [*self.notes, *lost]
+        text = certificate(source, self.form, self.dtype, files, modules, _version(), notes)
+        write_certificate(path, text)
+
 
 def convert(
     header: CheckpointHeader,
@@ -86,32 +107,19 @@ def convert(
     with TensorData(header) as data:
         work.settle(data)
     done = Conversion(out, form, work.dtype, len(source.modules), notes=work.notes(), method=work.method)
+    depends_on = {
+        "source": digest_of(header),
+        "--format": form,
+        "--dtype": dtype or "auto",
+        "--requantize": work.method or "no",
+        "--tokenizer": "its own" if tokenizer is None else tokenizer.root.name,
+        "lowbit": f"{_version()}, {VERSION}",
+    }
 
     def check(path: Path, told: Mapping[str, Json], lost: Collection[str] = ()) -> None:
-        named = {str(one["name"]): one for one in told.values() if one}
-        prove(path, form, source, named)
-        done.errors = {
-            name: (float(str(one["largest_error"])), float(str(one["largest_relative_error"])))
-            for name, one in named.items()
-            if "largest_error" in one
-        }
-        done.rounded = [name for name, one in named.items() if "rounded" in one]
-        modules = {name: {k: v for k, v in one.items() if k != "name"} for name, one in named.items()}
-        paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-        files = files_of(paths)
-        done.nbytes = sum(file.stat().st_size for file in paths)
-        text = certificate(source, form, work.dtype, files, modules, _version(), [*done.notes, *lost])
-        write_certificate(path, text)
+        done.prove(path, source, told, lost)
 
     with TensorData(header) as data:
-        key = {
-            "source": digest_of(header),
-            "--format": form,
-            "--dtype": dtype or "auto",
-            "--requantize": work.method or "no",
-            "--tokenizer": "its own" if tokenizer is None else tokenizer.root.name,
-            "lowbit": f"{_version()}, {VERSION}",
-        }
         if isinstance(work.writer, GgufWriter):
             saved = save_gguf(
                 out,
@@ -119,7 +127,7 @@ def convert(
                 work.writer.schemes,
                 lambda module: work.read(module, data),
                 data,
-                depends_on=key,
+                depends_on=depends_on,
                 force=force,
                 on_progress=on_progress,
                 check=check,
@@ -127,10 +135,7 @@ def convert(
             done.notes += saved.notes
             done.resumed = saved.resumed
             return done
-        journal = Journal(key | {"shard size": str(shard_bytes)})
-        nbytes = planned_nbytes(
-            (work.planned[one.target.name].scheme, one.target.shape) for one in source.modules
-        )
+        journal = Journal(depends_on | {"shard size": str(shard_bytes)})
 
         def parts(known: Collection[str]) -> Iterator[Part]:
             done.resumed = len(journal.lines)
@@ -142,7 +147,7 @@ def convert(
             source.hf_config(data),
             parts,
             work.writer,
-            nbytes=nbytes + sum(part.nbytes for part in source.parts if isinstance(part, SourceVector)),
+            nbytes=work.planned_nbytes(),
             tensors=4 * len(source.parts),
             dtype=work.dtype,
             tokenizer=tokenizer,
@@ -262,6 +267,12 @@ class Work:
     def method(self) -> str:
         """Of requantizing, complete."""
         return "" if self.anew is None else self.anew.spec.key
+
+    def planned_nbytes(self) -> int:
+        """Bytes of all modules and vectors, about."""
+        modules = ((self.planned[one.target.name].scheme, one.target.shape) for one in self.source.modules)
+        vectors = sum(part.nbytes for part in self.source.parts if isinstance(part, SourceVector))
+        return planned_nbytes(modules) + vectors
 
     def read(self, module: SourceModule, data: TensorData) -> ReadModule:
         """The module as it is written, and on record how its numbers compare with the source's."""

@@ -10,12 +10,26 @@ from lowbit.models.config import ModelConfig, MoeConfig, base_config
 from lowbit.models.config_keys import gguf_keys, json_keys
 from lowbit.models.decoder import build
 from lowbit.models.families.common import UNUSED, windows_by_types
+from lowbit.models.families.spelling import respelled
 from lowbit.models.gguf_names import POST_NORM_GGUF_NAMES
 from lowbit.models.registry import Family
 
+# What a config.json that says nothing of rotary embeddings means.
+_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 150000.0,
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
 
 def _gpt_oss(header: CheckpointHeader) -> ModelConfig:
-    config = base_config(header)
+    if not header.config.get("rope_scaling"):
+        header = respelled(header, rope_parameters=_ROPE)
+    config = base_config(header, theta=150000.0)
     if header.container == "gguf":
         keys = gguf_keys(header)
         count, used = keys.size("expert_count"), keys.size("expert_used_count")
