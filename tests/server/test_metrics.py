@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.harness import ServerThread, fake_options, http, quick, serving, settings, wait_until
@@ -92,7 +93,7 @@ def test_before_the_model_is_loaded_nothing_is_said_of_it() -> None:
 
 def test_running_and_waiting() -> None:
     with serving(quick(), fake={"step_seconds": 0.02}) as server:
-        with http.stream(
+        with httpx.stream(
             "POST",
             server.url + "/v1/completions",
             json={"prompt": "x", "max_tokens": 500, "n": 8, "stream": True},
