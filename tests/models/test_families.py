@@ -183,9 +183,8 @@ def make_config(case: str) -> transformers.PreTrainedConfig:
     """The tiny config of a case."""
     name = case.split()[0]
     config_class = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
-    return config_class(
-        **copy.deepcopy(SIZES | CASES.get(case, {}))
-    )  # transformers writes into what it is given
+    # A copy: transformers writes into what it is given.
+    return config_class(**copy.deepcopy(SIZES | CASES.get(case, {})))
 
 
 def make_checkpoint(case: str, folder: Path) -> transformers.PreTrainedModel:
