@@ -131,6 +131,7 @@ def test_what_a_rank_cannot_load_is_said_once(folder: Path, tmp_path: Path) -> N
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_devices(Settings(tp_size=2))
     check_devices(Settings(tp_size=3, device="cpu"))

@@ -124,7 +124,7 @@ def test_a_name_wins_over_timings() -> None:
     assert reasons(choice)["cpu_blocks"] == "10.0x as fast with 1 token"
     assert named(E5M2, SHAPE, CPU, "cpu_blocks") == "needs groups of a multiple of 8 columns, got 4"
     assert named(NF4, SHAPE, torch.device("cuda"), "cpu_dequantized") == "runs on a CPU, the device is cuda"
-    known = "known: auto, gpu_blocks, gpu_trellis, gpu_vectors"
+    known = "known: auto, gpu_blocks, gpu_columns, gpu_halves"
     with pytest.raises(LowbitError, match=f"no kernel 'marlin'; {known}") as caught:
         named(NF4, SHAPE, CPU, "marlin")
     assert caught.value.code == "E0103"

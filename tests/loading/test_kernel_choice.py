@@ -104,7 +104,7 @@ def test_rules() -> None:
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        ("marlin", "E0103", "there is no kernel 'marlin'; known: auto, gpu_blocks, gpu_trellis, gpu_vectors"),
+        ("marlin", "E0103", "there is no kernel 'marlin'; known: auto, gpu_blocks, gpu_columns, gpu_halves"),
         ("down_proj=", "E0103", "there is no kernel ''"),
         ("", "E0103", "there is no kernel ''"),
         ("=reference", "E0404", "a pattern of modules is empty"),

@@ -43,6 +43,7 @@ def test_gpus_compute_in_the_checkpoints_own_type(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     found = Target.resolve(header(tmp_path, config, stored), "auto", asked, "auto")
     assert found.device.type == "cuda" and found.activation_dtype is activation
     assert (found.cache_dtype.k.name, found.cache_dtype.v.name) == (cache, cache)

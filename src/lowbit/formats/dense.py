@@ -66,9 +66,10 @@ def scaled_8bit(header: CheckpointHeader) -> str | None:
 
 
 def is_dense(header: CheckpointHeader, module: StoredModule) -> bool:
-    """Whether the module's ``weight`` is there and a plain matrix of floats."""
+    """Whether the module's ``weight`` is there and a plain matrix of floats, as checkpoints that quantize
+    others have them: F64 where codes should be is none of a tool's."""
     entry = header.tensors.get(module.tensor("weight"))
-    return entry is not None and entry.dtype in _PLAIN
+    return entry is not None and entry.dtype in DENSE_DTYPES
 
 
 def dense_scheme(header: CheckpointHeader, module: StoredModule) -> Scheme:
