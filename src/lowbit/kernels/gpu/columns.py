@@ -28,9 +28,7 @@ from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
     GpuKernel,
     add,
-    checked,
     half_blocks,
-    output,
     unfit,
 )
 from lowbit.kernels.gpu.linear import GpuBlocks, GpuWeight
@@ -144,13 +142,10 @@ class GpuColumns(GpuKernel):
         assert isinstance(packed, ColumnsWeight), "packed by this kernel"
         return column_rules.outer_weight(_BLOCKS.unpack(packed.codes), packed.scheme, packed.buffers)
 
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+    def multiply(self, x: Tensor, packed: PackedWeight, out: Tensor) -> None:
+        """x, whose rows lie whole, into ``out``."""
         assert isinstance(packed, ColumnsWeight), "packed by this kernel"
-        x, out = checked(x, packed), output(x, packed, out)
-        if len(x):
-            _multiply(x if x.stride(1) == 1 else x.contiguous(), packed, out)
-        return out
+        _multiply(x, packed, out)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""

@@ -18,7 +18,8 @@ SPLIT_COLUMNS = 512  # a split of the columns has at least as many
 
 
 class GpuKernel:
-    """A kernel of this base has a name, and says what it refuses, how it packs and how it multiplies."""
+    """A kernel of this base has a name, and says what it refuses, how it packs and how it multiplies
+    (``multiply``, or all of ``linear``)."""
 
     computes = "as stored"
     layout = 1
@@ -36,6 +37,17 @@ class GpuKernel:
     def takes_int8(self, scheme: Scheme, shape: tuple[int, ...]) -> bool:
         """Never: x stays a float."""
         return False
+
+    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+        x, out = checked(x, packed), output(x, packed, out)
+        if len(x):
+            self.multiply(x if x.stride(1) == 1 else x.contiguous(), packed, out)
+        return out
+
+    def multiply(self, x: Tensor, packed: PackedWeight, out: Tensor) -> None:
+        """x, whose rows lie whole, into ``out``."""
+        raise NotImplementedError
 
 
 def unfit(scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:

@@ -22,7 +22,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lowbit.kernels.gpu.gpu_kernel import GpuKernel, checked, output, unfit
+from lowbit.kernels.gpu.gpu_kernel import GpuKernel, unfit
 from lowbit.kernels.gpu.vectors import BLOCK, STEP, Codes, check_buffer, factor_of, multiply
 from lowbit.kernels.linear_kernel import PackedWeight, Use
 from lowbit.kernels.rotation import Rotator
@@ -142,17 +142,14 @@ class GpuLattice(GpuKernel):
         codes = _layout(packed.scheme).codes(words)
         return QuantizedTensor(packed.scheme, packed.shape, codes, scales, origin=packed.origin)
 
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+    def multiply(self, x: Tensor, packed: PackedWeight, out: Tensor) -> None:
+        """x, whose rows lie whole, into ``out``."""
         assert isinstance(packed, LatticeWeight), "packed by this kernel"
-        x, out = checked(x, packed), output(x, packed, out)
-        if len(x):
-            turned = packed.before.rotated(x, torch.float32)
-            sums = torch.empty(out.shape, device=x.device)
-            multiply(turned, packed.codes, sums)
-            packed.after.in_place(sums)
-            out.copy_(sums)
-        return out
+        turned = packed.before.rotated(x, torch.float32)
+        sums = torch.empty(out.shape, device=x.device)
+        multiply(turned, packed.codes, sums)
+        packed.after.in_place(sums)
+        out.copy_(sums)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """Never: ``looks_up`` says so."""

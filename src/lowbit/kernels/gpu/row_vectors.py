@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.kernels import row_vector_rules
-from lowbit.kernels.gpu.gpu_kernel import GpuKernel, checked, output, unfit
+from lowbit.kernels.gpu.gpu_kernel import GpuKernel, unfit
 from lowbit.kernels.gpu.vectors import BLOCK, STEP, Codes, check_buffer, factor_of, multiply
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.number_formats import RowVectorLayout
@@ -213,13 +213,10 @@ class GpuRowVectors(GpuKernel):
             codebooks=buffers["codebooks"][..., : layout.length],
         )
 
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+    def multiply(self, x: Tensor, packed: PackedWeight, out: Tensor) -> None:
+        """x, whose rows lie whole, into ``out``."""
         assert isinstance(packed, RowVectorsWeight), "packed by this kernel"
-        x, out = checked(x, packed), output(x, packed, out)
-        if len(x):
-            multiply(x if x.stride(1) == 1 else x.contiguous(), packed.codes, out, _more(x, packed))
-        return out
+        multiply(x, packed.codes, out, _more(x, packed))
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""

@@ -33,9 +33,7 @@ from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
     GpuKernel,
-    checked,
     half_blocks,
-    output,
     unfit,
 )
 from lowbit.kernels.gpu.programs import Shape
@@ -100,12 +98,9 @@ class GpuTrellis(GpuKernel):
         scales = (packed.buffers["outputs"], packed.buffers["inputs"])
         return QuantizedTensor(packed.scheme, packed.shape, codes, scales, origin=packed.origin)
 
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
-        x, out = checked(x, packed), output(x, packed, out)
-        if len(x):
-            _multiply(x if x.stride(1) == 1 else x.contiguous(), packed, out)
-        return out
+    def multiply(self, x: Tensor, packed: PackedWeight, out: Tensor) -> None:
+        """x, whose rows lie whole, into ``out``."""
+        _multiply(x, packed, out)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""

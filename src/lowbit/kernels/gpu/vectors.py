@@ -32,9 +32,7 @@ from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
     GpuKernel,
     add,
-    checked,
     half_blocks,
-    output,
     unfit,
 )
 from lowbit.kernels.gpu.programs import Shape
@@ -185,13 +183,10 @@ class GpuVectors(GpuKernel):
             codebooks=packed.buffers["codebooks"],
         )
 
-    def linear(self, x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor:
-        """x (tokens, in) of float32, bfloat16 or float16 -> (tokens, out) of x's type, or ``out``'s."""
+    def multiply(self, x: Tensor, packed: PackedWeight, out: Tensor) -> None:
+        """x, whose rows lie whole, into ``out``."""
         assert isinstance(packed, VectorsWeight), "packed by this kernel"
-        x, out = checked(x, packed), output(x, packed, out)
-        if len(x):
-            multiply(x if x.stride(1) == 1 else x.contiguous(), packed.codes, out)
-        return out
+        multiply(x, packed.codes, out)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""
