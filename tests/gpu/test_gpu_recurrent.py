@@ -10,18 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from forward_helpers import chunk_batch, prompt_logits
+from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
-from lowbit.kernels import recurrent
-from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.gpu import recurrent as gpu
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.recurrent import CHUNK, CHUNK_KEYS, TOKENS, GpuDelta
-from lowbit.kernels.recurrent import DeltaParameters, LayerState, StateSpec
+from lowbit.kernels.recurrent import StateSpec
 from lowbit.kernels.recurrent_cpu import sigmoid_gate
 from lowbit.kernels.recurrent_reference import ReferenceDelta
 from lowbit.loading import load_model
 from models.test_qwen_next import make_checkpoint, prompts, worst
+from recurrent_layers import SLOTS, Layer, batch_of, poisoned
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SPECS = {
@@ -29,49 +28,13 @@ SPECS = {
     "wide keys, two taps": StateSpec(k_heads=1, heads=2, k_dim=80, v_dim=16, taps=2),
     "a head, no past": StateSpec(k_heads=1, heads=1, k_dim=16, v_dim=20, taps=1),
 }
-SLOTS = 5
 
 
-class Layer:
-    """Random weights and states of a spec, the same for a seed."""
-
-    def __init__(self, spec: StateSpec, device: torch.device) -> None:
-        self.spec, self.device = spec, device
-        self.random = torch.Generator().manual_seed(3)
-        self.weights = DeltaParameters(
-            self.normal(spec.taps, spec.channels),
-            -self.normal(spec.heads).exp(),
-            self.normal(spec.heads) * 4,
-            self.normal(spec.v_dim),
-            1e-6,
-        )
-        self.inputs = self.normal(SLOTS + 1, spec.taps - 1, spec.channels)
-        self.matrices = self.normal(SLOTS + 1, spec.heads, spec.k_dim, spec.v_dim)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.random).to(self.device)
-
-    def rows(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Of a layer's input, in rows that end with NaN."""
-        wide = torch.full((count, self.spec.width + 5), torch.nan, dtype=dtype, device=self.device)
-        return wide[:, : self.spec.width].copy_(self.normal(count, self.spec.width))
-
-    def state(self, kernel: recurrent.RecurrentKernel) -> LayerState:
-        return LayerState(self.spec, kernel, self.inputs.clone(), self.matrices.clone())
-
-
-def batch_of(parts: list[tuple[int, int, int]], device: torch.device) -> ForwardBatch:
-    """(new tokens, tokens before them, slot) of each sequence."""
-    rows = [([0] * new, before, [0] * 16) for new, before, _ in parts]
-    return chunk_batch(rows, state_slots=[slot for *_, slot in parts]).to(device)
-
-
-def poisoned(state: LayerState, parts: list[tuple[int, int, int]]) -> None:
-    """NaN in slots whose sequences begin."""
-    for _, before, slot in parts:
-        if not before:
-            state.inputs[slot] = torch.nan
-            state.matrices[slot] = torch.nan
+def mixed_rows(layer: Layer, count: int, dtype: torch.dtype) -> Tensor:
+    """Of a layer's input, in rows that end with NaN."""
+    width = layer.spec.width
+    wide = torch.full((count, width + 5), torch.nan, dtype=dtype, device=layer.device)
+    return wide[:, :width].copy_(layer.normal(count, width))
 
 
 STEPS = {
@@ -91,7 +54,7 @@ STEPS = {
 def test_outputs_and_states(case: str, name: str, dtype: torch.dtype, device: torch.device) -> None:
     layer, parts = Layer(SPECS[name], device), STEPS[case]
     batch = batch_of(parts, device)
-    mixed = layer.rows(len(batch.tokens), dtype)
+    mixed = mixed_rows(layer, len(batch.tokens), dtype)
     ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
     poisoned(ours, parts)
     poisoned(theirs, parts)
@@ -132,7 +95,7 @@ def test_whole_chunks(name: str, dtype: torch.dtype, poison: None, device: torch
     spec = SPECS.get(name, StateSpec(k_heads=1, heads=2, k_dim=12, v_dim=36, taps=3))
     layer, parts = Layer(spec, device), WHOLE[name]
     batch = batch_of(parts, device)
-    mixed = layer.rows(len(batch.tokens), dtype)
+    mixed = mixed_rows(layer, len(batch.tokens), dtype)
     ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
     poisoned(ours, parts)
     poisoned(theirs, parts)
@@ -152,7 +115,7 @@ def test_chunks_whose_tokens_depend_on_each_other(decays: str, device: torch.dev
     forgotten at once, e^-30000 of it left, takes no digit from the decays of the tokens behind."""
     layer = Layer(StateSpec(k_heads=1, heads=2, k_dim=16, v_dim=16, taps=1), device)
     spec = layer.spec
-    mixed = layer.rows(2 * CHUNK, F32)
+    mixed = mixed_rows(layer, 2 * CHUNK, F32)
     mixed[:, : 2 * spec.k_dim] = mixed[0, : 2 * spec.k_dim] + mixed[:, : 2 * spec.k_dim] / 100
     mixed[:, -2 * spec.heads : -spec.heads] = 9.0  # beta: nearly 1
     mixed[:, -spec.heads :] = -7.0
@@ -170,7 +133,7 @@ def test_chunks_whose_tokens_depend_on_each_other(decays: str, device: torch.dev
 
 def test_cuts_between_chunks_and_company_change_no_bit(device: torch.device) -> None:
     layer = Layer(SPECS["a head, no past"], device)
-    mixed, other = layer.rows(2 * CHUNK + 3, F32), layer.rows(CHUNK + 2, F32)
+    mixed, other = mixed_rows(layer, 2 * CHUNK + 3, F32), mixed_rows(layer, CHUNK + 2, F32)
     whole = layer.state(GpuDelta())
     wanted = GpuDelta().run(mixed, whole, batch_of([(len(mixed), 0, 1)], device), layer.weights)
     state, found, at = layer.state(GpuDelta()), [], 0
@@ -190,7 +153,7 @@ def test_padding_moves_nothing(device: torch.device) -> None:
     padded = [*parts, (1, 0, -1), (1, 0, -1)]
     alone, batch = batch_of(parts, device), batch_of(padded, device)
     batch.context_lengths[3:] = 0
-    mixed = layer.rows(len(padded), BF16)
+    mixed = mixed_rows(layer, len(padded), BF16)
     plain, filled = layer.state(GpuDelta()), layer.state(GpuDelta())
     wanted = GpuDelta().run(mixed[:3], plain, alone, layer.weights)
     out = GpuDelta().run(mixed, filled, batch, layer.weights)
@@ -204,7 +167,7 @@ def test_padding_moves_nothing(device: torch.device) -> None:
 @pytest.mark.parametrize("cuts", [[1, 1, 1, 10], [TOKENS, 5], [12, 1], [9, 4]])
 def test_chunks_and_company_change_no_bit(cuts: list[int], device: torch.device) -> None:
     layer = Layer(SPECS["odd heads"], device)
-    mixed, other = layer.rows(sum(cuts), F32), layer.rows(3 * len(cuts), F32)
+    mixed, other = mixed_rows(layer, sum(cuts), F32), mixed_rows(layer, 3 * len(cuts), F32)
     whole = layer.state(GpuDelta())
     wanted = GpuDelta().run(mixed, whole, batch_of([(len(mixed), 0, 1)], device), layer.weights)
     state, found, at = layer.state(GpuDelta()), [], 0
@@ -226,7 +189,7 @@ def test_many_sequences(device: torch.device, monkeypatch: pytest.MonkeyPatch) -
     layer.inputs, layer.matrices = layer.normal(10, 2, spec.channels), layer.normal(10, 1, 4, 4)
     parts = [(count, 2 * (slot % 3), slot) for slot, count in enumerate(lengths)]
     batch = batch_of(parts, device)
-    mixed = layer.rows(sum(lengths), F32)
+    mixed = mixed_rows(layer, sum(lengths), F32)
     ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
     out = GpuDelta().run(mixed, ours, batch, layer.weights)
     wanted = ReferenceDelta().by_rule(mixed, theirs, batch, layer.weights, False)
@@ -251,7 +214,7 @@ def test_launches_of_a_step(k_dim: int, longest: int, wanted: list[str], device:
     layer.inputs, layer.matrices = (x.repeat(2, *[1] * (x.dim() - 1)) for x in (layer.inputs, layer.matrices))
     parts = [(count, 2 * slot, slot) for slot, count in enumerate(counts)]
     batch = replace(batch_of(parts, device), max_query=longest)
-    mixed = layer.rows(len(batch.tokens), BF16)
+    mixed = mixed_rows(layer, len(batch.tokens), BF16)
     ours, theirs = layer.state(GpuDelta()), layer.state(ReferenceDelta())
     with runtime.recording() as launches:
         out = GpuDelta().run(mixed, ours, batch, layer.weights)
