@@ -18,7 +18,9 @@ from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.folder import HQQ_PICKLED, PICKLED
 from lowbit.checkpoint.hub import Reference, needed_files
+from lowbit.checkpoint.pickle_stream import PickledObject, PickledTensor, Storage
 from lowbit.checkpoint.pickled_file import read_pickled_header
+from lowbit.checkpoint.pickled_objects import flatten
 from lowbit.errors import LowbitError
 from lowbit.loading import load_model, plan_model
 
@@ -112,6 +114,31 @@ def test_objects_of_endless_lists_stay_small(imported: None, tmp_path: Path) -> 
         archive.writestr("m/data.pkl", pickle.dumps({"a.weight": Recipe(deep)}, 2))
     tensors, texts = read_pickled_header(path)
     assert not tensors and len(str(texts["a.weight"])) < 100_000
+
+
+def packed(path: Path, stream: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", stream)
+    return path
+
+
+@pytest.mark.parametrize(
+    "values",
+    [b"}X\x01\0\0\0k]q\x01h\x01as", b"}X\x01\0\0\0k" + b"]" * 3000 + b"a" * 2999 + b"s"],
+    ids=["a list that holds itself", "3000 lists in each other"],
+)
+def test_objects_of_any_depth_stay_small(values: bytes, tmp_path: Path) -> None:
+    start = b"\x80\x02}X\x08\0\0\0a.weightctorchao.x\nY\n)\x81"
+    tensors, texts = read_pickled_header(packed(tmp_path / PICKLED, start + values + b"bs."))
+    assert not tensors and len(str(texts["a.weight"])) < 200
+
+
+def test_a_part_never_takes_another_tensors_place() -> None:
+    storage = Storage("0", "F32", 4)
+    tensor = PickledTensor(storage, "F32", 0, (4,), (1,))
+    found = {"a._weight_scale": tensor, "a.weight": PickledObject("Y", (), {"scale": tensor})}
+    with pytest.raises(ValueError, match="'a._weight_scale' is there twice"):
+        flatten(found)
 
 
 @pytest.mark.parametrize("name", ["torch.nn.Linear", "os.system", "torchaoevil.Tensor", "builtins.eval"])

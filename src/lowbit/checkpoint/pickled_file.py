@@ -47,11 +47,18 @@ def read_pickled_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, o
                     f"weight files; {_RESAVE}",
                 )  # fmt: skip
             found, places = _read_legacy(file, path, size)
-    tensors, texts = flatten(_state_dict(path, found))
+    tensors, texts = _flattened(path, found)
     return _entries(path, tensors, places), texts
 
 
 # ---- what the pickle says
+
+
+def _flattened(path: Path, found: object) -> tuple[dict[object, object], dict[str, object]]:
+    try:
+        return flatten(_state_dict(path, found))
+    except ValueError as error:
+        raise LowbitError("E0232", f"{path.name}: tensor {printable(error)}; the file is damaged") from None
 
 
 def _state_dict(path: Path, found: object) -> dict[object, object]:
@@ -154,7 +161,7 @@ def _read_legacy(file: BinaryIO, path: Path, size: int) -> tuple[object, dict[st
         raise LowbitError("E0232", f"{path.name}: its storages are not listed; the file is damaged")
     elements = {
         tensor.storage.key: tensor.storage
-        for tensor in flatten(_state_dict(path, found))[0].values()
+        for tensor in _flattened(path, found)[0].values()
         if isinstance(tensor, PickledTensor)
     }
     places: dict[str, tuple[int, int]] = {}

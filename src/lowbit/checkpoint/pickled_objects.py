@@ -13,32 +13,41 @@ Values become JSON: an object {"_type": class, "_data": attributes}, a member of
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from lowbit.checkpoint.pickle_stream import Name, PickledObject, PickledTensor
 
 # Enums of torchao that are pickled by number.
 _MEMBERS = {"MappingType": {1: "SYMMETRIC", 2: "SYMMETRIC_NO_CLIPPING_ERR", 3: "ASYMMETRIC"}}
 _LARGEST = 4096  # values of one object; a pickle may refer to the same list again and again
+_DEEPEST = 16  # of them in each other; a list may hold itself
 
 
 def flatten(found: dict[object, object]) -> tuple[dict[object, object], dict[str, object]]:
-    """(tensors, texts of __metadata__): nothing that is a plain tensor, or unknown, changes."""
+    """(tensors, texts of __metadata__): nothing that is a plain tensor, or unknown, changes.
+
+    ValueError where two of the file's values would have one name.
+    """
     tensors: dict[object, object] = {}
     texts: dict[str, object] = {}
+    made: Mapping[object, object]
     by_hqq = any(isinstance(value, dict) and "W_q" in value for value in found.values())
     for name, value in found.items():
         if isinstance(value, PickledObject) and isinstance(name, str):
             parts, rest = _parts(value.attributes)
             stem, _, leaf = name.rpartition(".")
-            tensors |= {f"{stem}._{leaf}_{part}": tensor for part, tensor in parts.items()}
+            made = {f"{stem}._{leaf}_{part}": tensor for part, tensor in parts.items()}
             texts[name] = json.dumps({"_type": value.kind, "_data": rest})
         elif by_hqq and isinstance(value, dict) and isinstance(name, str):
             parts, rest = _parts(_beneath(value))
-            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            made = {f"{name}.{part}": tensor for part, tensor in parts.items()}
             if rest:
                 texts[name] = json.dumps({"hqq": rest})
         else:
-            tensors[name] = value
+            made = {name: value}
+        if twice := tensors.keys() & made.keys():
+            raise ValueError(f"{next(iter(twice))!r} is there twice")
+        tensors |= made
     return tensors, texts
 
 
@@ -62,27 +71,27 @@ def _parts(values: dict[object, object]) -> tuple[dict[str, PickledTensor], dict
     rest, left = {}, _LARGEST
     for key, value in values.items():
         if str(key) not in parts:
-            rest[str(key)], left = _plain(value, left)
+            rest[str(key)], left = _plain(value, left, _DEEPEST)
     return parts, rest
 
 
-def _plain(value: object, left: int) -> tuple[object, int]:
+def _plain(value: object, left: int, depth: int) -> tuple[object, int]:
     """(the value as JSON has it, how many more there may be); what JSON has not is named by its type."""
     left -= 1
     if value is None or isinstance(value, bool | int | float | str):
         return value, left
-    if left <= 0:
+    if left <= 0 or depth <= 0:
         return "…", left
     if isinstance(value, list | tuple):
         made = []
         for one in value[:left]:
-            plain, left = _plain(one, left)
+            plain, left = _plain(one, left, depth - 1)
             made.append(plain)
         return made, left
     if isinstance(value, dict):
         found: dict[str, object] = {}
         for key, one in list(value.items())[:left]:
-            found[str(key)], left = _plain(one, left)
+            found[str(key)], left = _plain(one, left, depth - 1)
         return found, left
     if isinstance(value, Name):
         short = value.full.removeprefix("torch.")
@@ -95,6 +104,6 @@ def _plain(value: object, left: int) -> tuple[object, int]:
             inner = names.get(member, member) if isinstance(member, int) else member
         else:
             inner = value.attributes
-        plain, left = _plain(inner, left)
+        plain, left = _plain(inner, left, depth - 1)
         return {"_type": value.kind, "_data": plain}, left
     return type(value).__name__, left
