@@ -203,7 +203,8 @@ def _as_fp8(header: CheckpointHeader, values: dict[str, object], place: str) -> 
             f"{printable(repr(values.get('act_bits')))} bits is not read; e4m3 with inputs of 8 is",
         )
     written: dict[str, object] = {"quant_method": "fp8"}
-    written["activation_scheme"] = "dynamic" if values.get("act_dynamic") is not False else "static"
+    static = values.get("packing_format") == "auto_round:fp8_static"  # where nothing else is said
+    written["activation_scheme"] = "static" if values.get("act_dynamic", not static) is False else "dynamic"
     if values.get("weight_block_size") is not None:
         written["weight_block_size"] = values["weight_block_size"]
     return replace(header, config={**header.config, "quantization_config": written})
