@@ -56,7 +56,9 @@ def test_logprobs_and_echo(llm: LLM) -> None:
 
 def test_errors_are_lines(llm: LLM) -> None:
     with pytest.raises(LowbitError, match="context") as caught:
-        llm.generate([[5] * 5000], GREEDY)
+        llm.generate([[5, 6], [5] * 5000], GREEDY)
     assert caught.value.code == "prompt_too_long"
+    llm._engine.step()
+    assert not llm._engine.has_work(), "who was asked beside it goes on with nobody waiting"
     with pytest.raises(LowbitError, match="no model 'smolm'"):
         LLM("smolm")

@@ -100,12 +100,17 @@ class LLM:
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         listed = [prompts] if single else prompts
         completions: dict[str, Completion] = {}
-        for prompt in listed:
-            completions[self._submit(prompt, sampling)] = Completion()  # type: ignore[arg-type]
-        while self._engine.has_work():
-            for event in self._engine.step():
-                if event.id in completions:
-                    completions[event.id].take(event)
+        try:
+            for prompt in listed:
+                completions[self._submit(prompt, sampling)] = Completion()  # type: ignore[arg-type]
+            while self._engine.has_work():
+                for event in self._engine.step():
+                    if event.id in completions:
+                        completions[event.id].take(event)
+        except BaseException:  # the others would run beside whatever is asked next
+            for name in completions:
+                self._engine.cancel(name)
+            raise
         return list(completions.values())
 
     def chat(self, messages: list[dict[str, object]], sampling: SamplingParams | None = None) -> Completion:

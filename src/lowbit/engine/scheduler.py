@@ -242,6 +242,10 @@ class Scheduler:
         kept = self.tree.insert(sequence.request.cache_salt, sequence.tokens, sequence.pages[:whole])
         sequence.pages[:whole] = kept
 
+    def forget_prefix(self, sequence: Sequence) -> None:
+        """Share nothing any more of what begins as the sequence does: which of it went wrong is not known."""
+        self.tree.forget(sequence.request.cache_salt, sequence.tokens)
+
     def remove(self, sequence: Sequence) -> None:
         """A sequence that has ended, wherever it is."""
         if sequence in self.running:
