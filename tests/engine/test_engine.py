@@ -145,6 +145,24 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert again[0].cached_tokens == 0
 
 
+def test_a_full_cache_is_not_searched_for_every_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One eviction frees a share of the pool, and no more."""
+    engine = make_engine(max_total_tokens=16 * 256)
+    for listed in range(14):
+        run(engine, make_request([4 + listed] * 320, 1))
+    pool, tree = engine._pool, engine._scheduler.tree
+    assert pool.free < 4
+    evict, freed = tree.evict, []
+
+    def counted(count: int) -> int:
+        freed.append(evict(count))
+        return freed[-1]
+
+    monkeypatch.setattr(tree, "evict", counted)
+    run(engine, make_request([61] * 10, 100, ignore_eos=True))
+    assert freed == [4, 4] and pool.free + pool.idle == pool.total
+
+
 def test_answers_become_prefixes() -> None:
     engine = make_engine()
     prompt = list(range(4, 24))

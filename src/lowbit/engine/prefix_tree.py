@@ -100,7 +100,9 @@ class PrefixTree:
                 self._pool.uncache(page)
 
     def evict(self, count: int) -> int:
-        """Free at least ``count`` idle pages if there are so many; how many were freed."""
+        """Free ``count`` idle pages, or all where there are fewer; how many were freed."""
+        if not self._pool.idle:
+            return 0
         heap = [(node.used, index, node) for index, node in enumerate(self._leaves()) if self._is_idle(node)]
         heapq.heapify(heap)
         freed, serial = 0, len(heap)

@@ -26,6 +26,7 @@ from lowbit.engine.sequence import Sequence
 
 PATIENCE = 16  # later arrivals that may be admitted before a sequence under lpm
 LPM_WINDOW = 128  # waiting sequences lpm looks at; those behind them wait their turn
+EVICTED_SHARE = 64  # of the pool's pages one eviction frees one in so many: it looks through the whole tree
 PROMPT_LOGPROB_ROWS = 128  # rows of logits a prompt with log-probabilities may ask for at once
 
 
@@ -197,7 +198,7 @@ class Scheduler:
         needed = self._pages_for(sequence.computed + count) - len(sequence.pages)
         victims: list[Sequence] = []
         while needed > self.pool.free:
-            if self.tree.evict(needed - self.pool.free):
+            if self.tree.evict(max(needed - self.pool.free, self.pool.total // EVICTED_SHARE)):
                 continue
             victim = self.running[-1]
             self.retract(victim)
