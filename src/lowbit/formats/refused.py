@@ -23,7 +23,6 @@ REFUSED: dict[str, str] = {
     "bitblas": _PRIVATE,
     "gptq_bitblas": _PRIVATE,
     "nvfp4": "stores swizzled scales; use the ModelOpt or compressed-tensors version",
-    "fouroversix": "is NVFP4 under other names; use the ModelOpt or compressed-tensors version",
     "petit_nvfp4": _PRIVATE,
     "modelslim": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
     "humming": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
@@ -47,6 +46,7 @@ _SUFFIXES = {
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
     "._data": "quanto",
+    ".quantized_weight_values": "fouroversix",
 }
 
 
