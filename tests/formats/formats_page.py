@@ -56,6 +56,8 @@ READS = {
     "modelopt": "FP8, NVFP4, MXFP8, MXFP4, int4 AWQ, int8 SmoothQuant, mixed",
     "mxfp4": "gpt-oss' stacked experts",
     "qoq": "QServe's W4A8, per channel and per group, pickled files too",
+    "paroquant": "int4 as AWQ packs it, under Givens rotations of pairs of inputs; GPTQModel's files and the method's "
+    "own, experts that share a rotation",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing, ComfyUI's too; "
     "a scale for the tensor, for each row or for blocks of 128",
     "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; low rank, and "

@@ -29,7 +29,6 @@ REFUSED: dict[str, str] = {
     "quip": "is QuIP-for-all's, whose padded codes are not decoded here; use a GPTQ, AWQ or GGUF version",
     "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
     "or GGUF version",
-    "paroquant": "rotates pairs of inputs by learned angles, which is not built in; use a GPTQ version",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
     "experts_int8": _ONLINE,
