@@ -45,8 +45,9 @@ def test_on_torch_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_stored_logits(FOLDER, name, 1e-3)
 
 
-def with_metadata(name: str, path: Path, **changes: int | None) -> Path:
-    """A copy of the fixture with other metadata under its architecture; None: without the key."""
+def with_metadata(name: str, path: Path, *, flat: bool = False, **changes: int | None) -> Path:
+    """A copy of the fixture with other metadata under its architecture; None: without the key. ``flat``: what
+    has one row is a vector."""
     reader = gguf.GGUFReader(FOLDER / f"{name}.gguf")
     arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(path, arch)
@@ -58,7 +59,8 @@ def with_metadata(name: str, path: Path, **changes: int | None) -> Path:
             inner = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(field.name, value, field.types[0], inner)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        data = tensor.data.reshape(-1) if flat and tensor.data.shape[0] == 1 else tensor.data
+        writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -76,6 +78,20 @@ def test_sigmoid_goes_with_corrections(tmp_path: Path) -> None:
     softmax = with_metadata("deepseek3", tmp_path / "softmax.gguf", expert_gating_func=1)
     with pytest.raises(LowbitError, match="expert_gating_func 1 with corrections"):
         load_model(open_checkpoint(str(softmax)), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["qwen2moe", "qwen3next"])
+def test_matrices_of_one_row_are_vectors_after_llama_quantize(name: str, tmp_path: Path) -> None:
+    """It writes the shared experts' gate, (1, in), as (in,)."""
+    flat = with_metadata(name, tmp_path / "flat.gguf", flat=True)
+    kept, forgot = (open_checkpoint(str(path)) for path in (FOLDER / f"{name}.gguf", flat))
+    gate = "blk.0.ffn_gate_inp_shexp.weight"
+    assert kept.tensors[gate].shape == (1, *forgot.tensors[gate].shape)
+    [[wanted], [logits]] = (
+        prompt_logits(load_model(header, device="cpu", dtype="float32"), [[3, 1, 4, 1, 5]])
+        for header in (kept, forgot)
+    )
+    assert torch.equal(logits, wanted)
 
 
 def test_no_window_is_zero_in_phi4(tmp_path: Path) -> None:
