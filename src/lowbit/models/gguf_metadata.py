@@ -17,6 +17,7 @@ from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.models.config import ModelConfig, MoeConfig
 from lowbit.models.config_keys import architecture_of, json_keys
 from lowbit.models.deepseek import DeepseekConfig
+from lowbit.models.families.vision import text_header
 from lowbit.models.rope_scaling import rope_keys
 
 # Family -> general.architecture. All of Llama's relatives are "llama"; OLMo 3 is OLMo 2 with windows.
@@ -24,6 +25,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
     "mixtral": "llama",
+    "ministral3": "mistral3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
@@ -58,8 +60,9 @@ ARCHITECTURES = {
     "deepseek": "deepseek2",
     "bitnet": "bitnet",
 }
-# Language models whose positions have three parts where they see pictures: class -> architecture.
+# Language models that have an architecture of their own where they see pictures: class -> architecture.
 SEEING = {
+    "Mistral3ForConditionalGeneration": "mistral3",
     "Qwen2VLForConditionalGeneration": "qwen2vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2vl",
     "Qwen3VLForConditionalGeneration": "qwen3vl",
@@ -125,6 +128,8 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
     values |= _rope(header, config)
     if arch in SEEING.values():
         values |= _seeing(header)
+    if family == "ministral3":
+        values |= _growing_queries(header)
     return {f"{arch}.{key}": value for key, value in values.items()}
 
 
@@ -192,6 +197,18 @@ def _seeing(header: CheckpointHeader) -> dict[str, object]:
     vision = header.config.get("vision_config")
     deep = vision.get("deepstack_visual_indexes") if isinstance(vision, dict) else None
     return values | ({"n_deepstack_layers": len(deep)} if isinstance(deep, list) else {})
+
+
+def _growing_queries(header: CheckpointHeader) -> dict[str, object]:
+    """Of Ministral 3: what its queries grow by, and the whole context, of which the parsed config has a part."""
+    keys = json_keys(text_header(header) if "text_config" in header.config else header)
+    rope = rope_keys(keys)
+    values: dict[str, object] = {"context_length": keys.size("max_position_embeddings")}
+    if rope.has("llama_4_scaling_beta"):
+        values["attention.temperature_scale"] = rope.number("llama_4_scaling_beta")
+    if rope.number("mscale_all_dim", 0.0):
+        values["rope.scaling.yarn_log_multiplier"] = rope.number("mscale_all_dim")
+    return values
 
 
 def _latent(config: ModelConfig) -> dict[str, object]:

@@ -60,6 +60,8 @@ MODULES = {
     "LlamaForCausalLM": ("families.llama", "LLAMA"),
     "llama": ("families.llama", "LLAMA"),
     "MistralForCausalLM": ("families.llama", "MISTRAL"),
+    "Ministral3ForCausalLM": ("families.llama", "MINISTRAL3"),
+    "mistral3": ("families.llama", "MINISTRAL3"),
     "MixtralForCausalLM": ("families.llama", "MIXTRAL"),
     "Qwen2ForCausalLM": ("families.qwen", "QWEN2"),
     "Qwen3ForCausalLM": ("families.qwen", "QWEN3"),
