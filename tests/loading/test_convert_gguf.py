@@ -50,6 +50,12 @@ OTHERWISE = {
     "glm4moe": {"glm4moe.block_count", "glm4moe.nextn_predict_layers"},  # without those that predict
     "falcon_7b": {"falcon.context_length"},  # 2048 to the converter, whatever config.json says
     "falcon_40b": {"falcon.context_length"},
+    # Those of layers it does not have, and a list for a number that is the same in all of them.
+    "granite4": {
+        *(f"granite.ssm.{key}" for key in ("conv_kernel", "state_size", "group_count", "inner_size")),
+        *("granite.ssm.time_step_rank", "granite.attention.head_count_kv", "granite.rope.scaling.finetuned"),
+        *("granite.expert_count", "granite.expert_used_count", "granite.expert_shared_feed_forward_length"),
+    },
 }
 
 

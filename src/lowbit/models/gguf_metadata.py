@@ -166,6 +166,8 @@ def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
             }
             if config.attention_scale is not None:
                 values["attention.scale"] = config.attention_scale
+            if family == "granite" and len(config.unrotated) == config.layers:
+                values["rope.scaling.finetuned"] = False  # turns all rotation off
             return values
         case "cohere" | "cohere2":
             return {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
