@@ -202,7 +202,7 @@ def _seeing(header: CheckpointHeader) -> dict[str, object]:
 
 
 def _growing_queries(header: CheckpointHeader) -> dict[str, object]:
-    """Of Ministral 3: what its queries grow by, and the whole context, of which the parsed config has a part."""
+    """Of Ministral 3: what its queries grow by, and the whole context; the parsed config has a part of it."""
     keys = json_keys(text_header(header) if "text_config" in header.config else header)
     rope = rope_keys(keys)
     values: dict[str, object] = {"context_length": keys.size("max_position_embeddings")}

@@ -240,6 +240,8 @@ def _glm(header: CheckpointHeader, config: ModelConfig) -> Json:
 
 
 def _glm4(header: CheckpointHeader, config: ModelConfig) -> Json:
+    if not config.rotates_neighbours:
+        raise _unsayable(header, "the rows of Q and K are halves of heads, as of models that also see")
     return _glm(header, config) | _class("glm4", "Glm4ForCausalLM")
 
 

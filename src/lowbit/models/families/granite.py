@@ -1,7 +1,7 @@
-"""Granite 3 and 4 (IBM, 2024, 2025), dense and with experts: Llama's and Mixtral's blocks with four multipliers.
+"""Granite 3 and 4 (IBM, 2024, 2025), dense and with experts: Llama's and Mixtral's blocks, four multipliers.
 
-Granite 4's class has layers of Mamba-2 too. Models of it without any (Micro, 1B, 350M) are Granite 3, whose MLP
-is called shared_mlp, as what stands beside experts is.
+Granite 4's class has layers of Mamba-2 too. Models of it without any (Micro, 1B, 350M) are Granite 3, whose
+MLP is called shared_mlp, as what stands beside experts is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Llama (Touvron et al., 2023; Grattafiori et al., 2024), Mistral and Mixtral (Jiang et al., 2023, 2024).
 
-Ministral 3 (Mistral AI, 2025) multiplies queries by 1 + beta log(1 + position // original context), which is 1
-up to the context YaRN was told of. That is all the context it has here: attention knows no such factor.
+Ministral 3 (Mistral AI, 2025) multiplies queries by 1 + beta log(1 + position // original context), which is
+1 up to the context YaRN was told of. That is all the context it has here: attention knows no such factor.
 """
 
 from __future__ import annotations
