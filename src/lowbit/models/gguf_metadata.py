@@ -6,6 +6,7 @@ no key for.
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 import torch
@@ -73,6 +74,12 @@ _WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss
 _PATTERNED = ("olmo3", "exaone4")
 # Windows that GGUF files of the family have no key for: left out, and told.
 UNSAID_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
+# Architectures that llama.cpp loads with a head of their own only: a tied one is written twice.
+WITH_OWN_HEAD = frozenset(
+    {
+        *("baichuan", "gptneox", "internlm2", "olmo2", "olmoe", "gpt-oss", "phi2", "qwen2moe", "stablelm"),
+    }
+)
 # Families whose norms GGUF holds with 1 added.
 SHIFTED_NORMS = ("gemma2", "gemma3")
 
@@ -243,7 +250,13 @@ def _rope(header: CheckpointHeader, config: ModelConfig) -> dict[str, object]:
                 "rope.scaling.yarn_beta_slow": scaling.beta_slow,
             }
             factor = scaling.attention_factor
-            return found if factor is None else found | {"rope.scaling.yarn_attn_factor": factor}
+            if factor is None:
+                return found
+            # llama.cpp multiplies YaRN's own factor by the second and does not read the first.
+            return found | {
+                "rope.scaling.yarn_attn_factor": factor,
+                "rope.scaling.attn_factor": factor / (0.1 * math.log(scaling.factor) + 1),
+            }
         case "divisors" | "table" if scaling.attention_factor is not None:
             return {
                 "rope.scaling.attn_factor": scaling.attention_factor,
@@ -272,6 +285,7 @@ def lost(before: ModelConfig, after: ModelConfig) -> list[str]:
     """The fields of a config that its GGUF file does not bring back, rope scaling aside."""
     # A bias is where its tensor is, and a scale of 1/sqrt(head_dim) need not be said.
     spelled = {"architecture", "rope_scaling", "qkv_bias", "output_bias", "mlp_bias", "moe", "norm_offset"}
+    spelled |= {"tied_head"} if after.architecture in WITH_OWN_HEAD and before.tied_head else set()
     spelled |= {"attention_scale"} if _alike(_scale(before), _scale(after)) else set()
     found = [
         field.name
@@ -281,6 +295,8 @@ def lost(before: ModelConfig, after: ModelConfig) -> list[str]:
     ]
     if not _alike(_magnitude(before), _magnitude(after)):
         found.append("rope_scaling.mscale beside mscale_all_dim")
+    if before.rope_scaling.kind == "yarn" and before.rope_scaling.truncate != after.rope_scaling.truncate:
+        found.append(f"rope_scaling.truncate {before.rope_scaling.truncate}")
     return found + _lost_of_experts(before.moe, after.moe)
 
 
