@@ -171,7 +171,8 @@ class Loader(Asker):
     def vector(self, name: str, *shape: int) -> Tensor:
         """A float32 copy of a small tensor."""
         stored = self.check_vector(name, *shape)
-        return self.data.tensor(stored).to(device=self.device, dtype=torch.float32, copy=True)
+        tensor = self.data.tensor(stored).view(shape)
+        return tensor.to(device=self.device, dtype=torch.float32, copy=True)
 
     def row_norms(self, part: Part) -> Tensor:
         """Of the matrix as stored, some rows at a time."""
