@@ -255,6 +255,25 @@ def test_yarn_in_the_words_of_llama_cpp(tmp_path: Path) -> None:
         convert(open_checkpoint(str(tmp_path / "b")), "gguf", tmp_path / "b.gguf")
 
 
+def test_both_chat_templates_there_and_back(tmp_path: Path) -> None:
+    """That of requests with tools is a file of its own in folders, and a key of its own in GGUF files."""
+    saved("Qwen2", tmp_path / "a", **SIZES)
+    making_tokenizer(tmp_path / "a")
+    tools = "additional_chat_templates/tool_use.jinja"
+    texts = {"chat_template.jinja": "{{ messages }}", tools: "{{ tools }}"}
+    (tmp_path / "a" / tools).parent.mkdir()
+    for name, text in texts.items():
+        (tmp_path / "a" / name).write_text(text)
+    convert(open_checkpoint(str(tmp_path / "a")), "gguf", tmp_path / "a.gguf")
+    told = fields(tmp_path / "a.gguf")
+    assert told["tokenizer.chat_template"] == "{{ messages }}"
+    assert told["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    assert told["tokenizer.chat_templates"] == ["tool_use"]
+    for source, out in (("a", "b"), ("a.gguf", "c")):
+        convert(open_checkpoint(str(tmp_path / source)), "dense", tmp_path / out)
+        assert {name: (tmp_path / out / name).read_text() for name in texts} == texts
+
+
 def fused(name: str, groups: dict[str, tuple[str, ...]], out: Path) -> None:
     """A converter's file with some modules of each block one below another, as other converters have them."""
     [path] = FIXTURES.glob(f"gguf*families/{name}.gguf")
