@@ -41,7 +41,7 @@ ROUNDED = MORE / "bitnet.gguf"  # whose weights the converter rounds to -1, 0 an
 MORE_FAMILIES = sorted(path.stem for path in MORE.glob("*.gguf") if path != ROUNDED)
 # What the converter derives otherwise: names, counts and its own version; the vocabularies' pre-tokenizer.
 OWN = (
-    *("general.name", "general.size_label", "general.file_type", "general.finetune", "general.basename"),
+    *("general.name", "general.file_type", "general.finetune", "general.basename"),
     *("general.version", "tokenizer.ggml.scores", "tokenizer.ggml.pre"),
 )
 # Keys that the converter writes otherwise, and why.
