@@ -315,6 +315,7 @@ def test_messages() -> None:
             "role": "assistant",
             "content": None,
             "refusal": None,
+            "provider_specific_fields": {"matched_stop": None},
             "tool_calls": [
                 {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
             ],

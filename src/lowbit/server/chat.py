@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 _ROLES = {"system", "user", "assistant", "tool", "developer"}
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
-# What the openai client writes when an answer is sent back as history, and SDKs' cache hints.
+# What clients write when an answer is sent back as history, and SDKs' cache hints.
 _MESSAGE_IGNORED = {"refusal", "audio", "annotations", "function_call", "cache_control", "id", "prefix"}
+_MESSAGE_IGNORED |= {"parsed", "provider_specific_fields", "reasoning_details", "thinking_blocks"}
 
 
 def template_messages(
