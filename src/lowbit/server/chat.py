@@ -162,9 +162,10 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
         options = app.stream_options(request)
 
         def chunk(index: int, event: TokenEvent, output: Output) -> dict[str, object] | None:
-            return _chunk(index, event, output, names if request.logprobs else None)
+            return _chunk(index, event, output, names if request.logprobs else None, request.return_token_ids)
 
-        await relay(app.client, generation, exchange, chunk, envelope, options)
+        first = {"prompt_token_ids": ids} if request.return_token_ids else None
+        await relay(app.client, generation, exchange, chunk, envelope, options, first)
         return
     await collect(app.client, generation, exchange)
     choices = [
@@ -174,15 +175,18 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
             "logprobs": _logprobs(output.logprobs, names) if request.logprobs else None,
             "finish_reason": output.finish_reason,
             "matched_stop": output.matched_stop,
+            **({"token_ids": output.tokens} if request.return_token_ids else {}),
         }
         for index, output in enumerate(generation.outputs)
     ]
+    if request.return_token_ids:
+        envelope["prompt_token_ids"] = ids
     envelope |= {"object": "chat.completion", "choices": choices, "usage": generation.usage()}
     await exchange.send_json(envelope)
 
 
 def _chunk(
-    index: int, event: TokenEvent, output: Output, names: TokenNames | None
+    index: int, event: TokenEvent, output: Output, names: TokenNames | None, with_ids: bool
 ) -> dict[str, object] | None:
     """A choice of a chunk; None where there is nothing to tell (half a character is waiting)."""
     delta: dict[str, object] = {}
@@ -191,8 +195,8 @@ def _chunk(
         delta = {"role": "assistant", "content": event.text}
     elif event.text:
         delta = {"content": event.text}
-    shows_logprobs = names is not None and bool(event.logprobs)
-    if not delta and event.finish_reason is None and not shows_logprobs:
+    shows_tokens = (names is not None and bool(event.logprobs)) or (with_ids and bool(event.tokens))
+    if not delta and event.finish_reason is None and not shows_tokens:
         return None
     choice: dict[str, object] = {
         "index": index,
@@ -202,6 +206,8 @@ def _chunk(
     }
     if event.finish_reason is not None:
         choice["matched_stop"] = event.matched_stop
+    if with_ids:
+        choice["token_ids"] = list(event.tokens)
     return choice
 
 

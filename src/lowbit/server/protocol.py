@@ -98,6 +98,7 @@ class GenerationFields(SamplingFields, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False  # the prompt's and the answer's, as vLLM has them
     cache_salt: str = ""
 
 
