@@ -164,7 +164,7 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
         def chunk(index: int, event: TokenEvent, output: Output) -> dict[str, object] | None:
             return _chunk(index, event, output, names if request.logprobs else None, request.return_token_ids)
 
-        first = {"prompt_token_ids": ids} if request.return_token_ids else None
+        first: dict[str, object] = {"prompt_token_ids": ids} if request.return_token_ids else {}
         await relay(app.client, generation, exchange, chunk, envelope, options, first)
         return
     await collect(app.client, generation, exchange)
