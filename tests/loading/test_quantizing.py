@@ -165,9 +165,7 @@ def test_a_method_that_no_layer_can_have_saves_nothing(method: str, tmp_path: Pa
 
 def test_requantizing_what_no_layer_can_have(tmp_path: Path) -> None:
     make(tmp_path / "float", hidden_size=72, intermediate_size=104, num_attention_heads=4)
-    with pytest.raises(
-        LowbitError, match=r"--requantize hqq quantizes no layer of float \(.* 72\)"
-    ) as caught:
+    with pytest.raises(LowbitError, match=r"requantize hqq quantizes no layer .*q_proj.*72") as caught:
         convert(open_checkpoint(str(tmp_path / "float")), "hqq", tmp_path / "hqq", requantize="hqq")
     assert caught.value.code == "E0403" and not list(tmp_path.glob("hqq*"))
 
@@ -201,10 +199,9 @@ def test_stacked_experts_are_saved_one_by_one(method: str, tmp_path: Path) -> No
         assert torch.equal(prompt_logits(first, [PROMPT])[0], prompt_logits(served, [PROMPT])[0])
     schemes = {module.name: module.scheme for module in plan_model(loaded).modules}
     experts = {name: scheme.is_dense for name, scheme in schemes.items() if ".experts." in name}
-    leaves = [
-        f"model.layers.0.mlp.experts.{n}.{leaf}_proj" for n in range(3) for leaf in ("gate", "up", "down")
-    ]
-    assert [name for name, dense in experts.items() if not dense] == leaves
+    leaves = [f"0.mlp.experts.{n}.{leaf}_proj" for n in range(3) for leaf in ("gate", "up", "down")]
+    quantized = [name.removeprefix("model.layers.") for name, plain in experts.items() if not plain]
+    assert quantized == leaves
     assert "model.layers.1.block_sparse_moe.input_linear.weight" in loaded.tensors, "kept as it was"
 
 
