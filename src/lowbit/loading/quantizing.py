@@ -353,7 +353,7 @@ def _digest_weights(digest: hashlib._Hash, header: CheckpointHeader) -> None:
     without reading them whole."""
     for name in sorted(header.tensors):
         entry = header.tensors[name]
-        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        digest.update(f"{name} {entry.dtype} {entry.shape}{entry.axes or ''}".encode())
         with entry.file.open("rb") as file:
             for at in (0, max(entry.nbytes // 2 - _SAMPLE // 2, 0), max(entry.nbytes - _SAMPLE, 0)):
                 file.seek(entry.start + at)
