@@ -221,6 +221,8 @@ class Planner(Asker):
         if place.rows and place.picked_rows is None:
             runs = StoredRows.of(place, self.header).runs if self._stays_in_order(place) else place.runs
             scheme = parted_scheme(scheme, place.part.shape, runs)
+        elif place.rows and scheme.weight.is_tall:
+            scheme = scheme.decoded
         if place.columns is not None:
             scheme = replace(scheme, reordered=False)
         return _Part(place, scheme, decision, self.wanted_kernel(place))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK
 
 
@@ -82,24 +82,36 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
 def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> QuantizedTensor:
     """The rows of each (start, stop), one run below another.
 
-    A trellis whose blocks do not end there is decoded.
+    Where blocks of a trellis, or vectors of several rows, do not end there, they are decoded.
     """
-    if weight.scheme.weight.trellis is not None:
+    if weight.scheme.rows_together > 1:
         scheme = parted_scheme(weight.scheme, (weight.shape[-2], weight.shape[-1]), runs)
-        parts = [weight.rows(start, stop) for start, stop in runs]
-        shape = (sum(part.shape[0] for part in parts), weight.shape[-1])
+        shape = (sum(stop - start for start, stop in runs), weight.shape[-1])
         if scheme.is_dense:
-            matrix = torch.cat([part.dequantize().to(scheme.weight.dtype) for part in parts])
+            matrix = torch.cat([_floats(weight, *run).to(scheme.weight.dtype) for run in runs])
             return QuantizedTensor(scheme, shape, matrix, origin=weight.origin)
-        codes = torch.cat([part.codes for part in parts])
-        outputs = torch.cat([part.scales[0] for part in parts])
-        return replace(weight, shape=shape, codes=codes, scales=(outputs, weight.scales[1]))
+        if weight.scheme.weight.trellis is not None:
+            parts = [weight.rows(start, stop) for start, stop in runs]
+            codes = torch.cat([part.codes for part in parts])
+            outputs = torch.cat([part.scales[0] for part in parts])
+            return replace(weight, shape=shape, codes=codes, scales=(outputs, weight.scales[1]))
+        if weight.scheme.whole_columns:
+            parts = [weight.rows(start, stop, ragged=True) for start, stop in runs]
+            codes = torch.cat([part.codes for part in parts])
+            return replace(weight, shape=shape, codes=codes)
     if len(runs) > 1 and weight.scheme.whole_columns:
         return pick_rows(weight, torch.cat([torch.arange(start, stop) for start, stop in runs]))
     finer = _parted_at(weight, [border for run in runs for border in run])
     joined = concatenate([finer.rows(start, stop, ragged=True) for start, stop in runs])
     assert joined is not None, "runs of one weight are alike, and end on its blocks' borders"
     return joined
+
+
+def _floats(weight: QuantizedTensor, start: int, stop: int) -> Tensor:
+    """float32 (stop - start, in), of rows that may begin or end inside what lies together."""
+    together = weight.scheme.rows_together
+    first, last = start // together * together, min(-(-stop // together) * together, weight.shape[-2])
+    return weight.rows(first, last).dequantize()[start - first : stop - first]
 
 
 def pick_rows(weight: QuantizedTensor, order: Tensor) -> QuantizedTensor:
@@ -176,9 +188,12 @@ def in_rows(weight: QuantizedTensor) -> QuantizedTensor:
 
 def parted_scheme(scheme: Scheme, shape: tuple[int, int], runs: Sequence[tuple[int, int]]) -> Scheme:
     """The scheme of ``cut_rows``'s result."""
-    if scheme.weight.trellis is not None:
-        whole = not any(border % scheme.rows_together for run in runs for border in run)
-        return scheme if whole else dense("f16")
+    if (together := scheme.rows_together) > 1:
+        inside = [border for run in runs for border in run if border % together]
+        if inside not in ([], [shape[0]]) or (inside and runs[-1][1] != shape[0]):
+            return scheme.decoded
+        if scheme.whole_columns or scheme.weight.trellis is not None:
+            return scheme
     empty = torch.empty(0)
     bare = QuantizedTensor(scheme, shape, empty)
     finer = _parted_at(bare, [border for run in runs for border in run]).scheme
