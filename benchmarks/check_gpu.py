@@ -81,7 +81,7 @@ def parts() -> list[Part]:
         Part("environment", ("-c", ENVIRONMENT), 60),
         Part("engine", tests(*engine, "-m", "", workers=min(workers, 4)), 100),
         Part("graphs", tests("tests/gpu/test_gpu_graphs.py", "-m", "", workers=workers), 80),
-        Part("serve", ("benchmarks/gpu_serve.py",), 90),
+        Part("serve", ("benchmarks/gpu_serve.py",), 120),
         Part("step-1b", ("benchmarks/gpu_step.py", "--made", "1b", *steps), 60),
         Part("kernels", tests("tests/gpu", "--ignore=tests/gpu/test_gpu_graphs.py", workers=workers), 240),
         Part("step-8b", ("benchmarks/gpu_step.py", *steps), 120),

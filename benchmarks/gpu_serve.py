@@ -35,6 +35,8 @@ from lowbit.checkpoint.embedded import MODEL_NAME, PACKAGE, VERSION, cache_direc
 NEEDED = ("uvicorn", "httptools", "tokenizers", "jinja2", "prometheus_client")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 SEEDS = range(12)  # of the prompts that are asked at once
+# Some have to wait, and are cut; and few sizes of tiles have to be compiled before the server is ready.
+FEW = ("--max-total-tokens", "16384", "--max-running-requests", "8", "--chunked-prefill-size", "256")
 
 
 class Server:
@@ -170,7 +172,7 @@ def main() -> None:
         print(json.dumps({"benchmark": "gpu_serve", "left out": f"this Python has no {', '.join(missing)}"}))
         return
     model, knows = (options.model, False) if options.model else a_model()
-    flags = [*shlex.split(options.flags), "--max-total-tokens", "16384"]
+    flags = [*FEW, *shlex.split(options.flags)]
     found: dict[str, object] = {"benchmark": "gpu_serve", "model": model, "device": options.device}
     with tempfile.TemporaryDirectory(prefix="lowbit-serve-") as folder:
         server = Server(model, options.device, flags, Path(folder) / "device.log")
