@@ -256,6 +256,18 @@ def test_quantized_at_load(ranks: Ranks, case: str, tmp_path: Path) -> None:
     check(ranks, Job(llama(tmp_path / "m"), PROMPTS, options={"quantization": asked}))
 
 
+def test_blocks_that_run_over_row_ends(ranks: Ranks, tmp_path: Path) -> None:
+    """The 224 columns of down projections are no whole blocks of 64: ranks have smaller ones."""
+    sizes = {"hidden_size": 192, "intermediate_size": 224, "num_attention_heads": 4}
+    path = llama(tmp_path / "m", **sizes)
+    for reference in (True, False):
+        options = {"quantization": Asked("nf4")}
+        check(ranks, Job(path, PROMPTS, reference, options), 1e-5 if reference else 0.01)
+    plan = plan_model(open_checkpoint(str(path)), quantization="nf4", tp_size=2)
+    cuts = {module.name.rpartition(".")[2]: (module.cut, str(module.scheme)) for module in plan.modules}
+    assert cuts["down_proj"] == ("columns 128 | 96 in groups of 32", "nf4 1x32 f32")
+
+
 # ---- each layer by itself ------------------------------------------------------------------------------
 
 

@@ -23,10 +23,16 @@ from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK
 
 
+_LEAST_IN_ROWS = 16  # columns that share a scale once blocks end with rows: fewer cost more than they are worth
+
+
 def column_unit(scheme: Scheme, columns: int) -> int:
-    """So many neighbouring stored columns cannot be parted; all of them where blocks run over row ends."""
+    """So many neighbouring stored columns cannot be parted; where blocks run over row ends, those of the
+    smaller ones that do not (``in_rows``), or all where these would be tiny."""
     if scheme.flattened:
-        return columns
+        scheme = scheme_in_rows(scheme, columns)
+        if min(width for _, width in scheme.blocks) < _LEAST_IN_ROWS:
+            return columns
     unit = 1 if scheme.weight.block is None else scheme.weight.block.weights
     unit = unit if scheme.weight.vectors is None else scheme.weight.vectors.column_unit(columns)
     unit = unit if scheme.weight.trellis is None else BLOCK
@@ -54,6 +60,9 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         raise LowbitError(
             "E0702", f"{weight.origin}: columns {start}:{stop} cut a group of {unit} columns in two"
         )
+    if (start, stop) == (0, columns):
+        return weight
+    weight = in_rows(weight)
     layout, coded = weight.scheme.weight.block, weight.scheme.weight.vectors or weight.scheme.weight.trellis
     codes = weight.codes[..., start:stop]
     if coded is not None:
