@@ -22,8 +22,7 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK
 
-
-_LEAST_IN_ROWS = 16  # columns that share a scale once blocks end with rows: fewer cost more than they are worth
+_LEAST_IN_ROWS = 16  # columns that share a scale once blocks end with rows: fewer are not worth it
 
 
 def column_unit(scheme: Scheme, columns: int) -> int:
