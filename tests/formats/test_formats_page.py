@@ -35,7 +35,7 @@ def test_fixtures_say_who_made_them() -> None:
     later = {"torchao", "hqq", "pickled", "qserve", "sinq", "eetq"}
     codebooks = {"aqlm", "vptq", "exl3", "spqr", "quip_sharp"}
     others = {"mlx", "metal", "quark", "quanto", "bitnet"}
-    rotated = {"transforms", "fp_quant"}
+    rotated = {"transforms", "fp_quant", "paroquant"}
     families = {"gguf_families", "gguf_more_families"}
     for limit, folders in (
         (

@@ -55,6 +55,7 @@ SAVED = {
     "blockwise_int8": "blockwise_int8",
     "mxfp8": "compressed-tensors",
     "mxfp4": "compressed-tensors",
+    "nvfp4": "compressed-tensors",
     "nf4": "bitsandbytes",
     "fp4:double_quant=true": "bitsandbytes",
     "bitsandbytes:type=int8": "bitsandbytes",
@@ -149,6 +150,19 @@ def test_calibrated_methods_run_once(
     assert "was quantized before" in caplog.text
     assert torch.equal(prompt_logits(first, [PROMPT])[0], prompt_logits(second, [PROMPT])[0])
     assert first.quantization == f"{method}, quantized at load"
+
+
+def test_awq_with_groups_as_wide_as_some_rows(tmp_path: Path) -> None:
+    """128 columns are one group by default, and 96 have groups of 32: AWQ's files cannot hold both."""
+    make(tmp_path / "float", hidden_size=128, intermediate_size=96)
+    with_tokenizer(tmp_path / "float")
+    header, out = open_checkpoint(str(tmp_path / "float")), tmp_path / "saved"
+    load_model(header, device="cpu", quantization=f"awq:{OPTIONS}", save=out)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    with pytest.raises(LowbitError, match="one scale for its 128 columns, other modules have groups of 32"):
+        convert(open_checkpoint(str(out)), "awq", tmp_path / "awq")
+    assert not list(tmp_path.glob("awq*"))
 
 
 def test_other_text_options_or_weights_are_another_result(tmp_path: Path, own_cache: Path) -> None:

@@ -62,6 +62,9 @@ def test_unknown_path_and_method(server: ServerThread) -> None:
         ("/v1/embeddings", ": lowbit generates text and gives no embeddings, scores or classes; "
          "serve such a model elsewhere"),
         ("/v1/responses", ": send the conversation to /v1/chat/completions"),
+        ("/v1/responses/resp_1/cancel", ": send the conversation to /v1/chat/completions"),
+        ("/v1/messages/count_tokens", ": use /tokenize"),
+        ("/load", ": use /get_server_info or /metrics"),
     ]:  # fmt: skip
         response = http.post(server.url + path, json={"input": "x"})
         assert (response.status_code, error_of(response)["code"]) == (404, "not_found")

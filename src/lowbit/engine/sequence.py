@@ -102,7 +102,7 @@ class Sequence:
 
     @property
     def sound(self) -> int:
-        """Tokens whose K and V are computed and known to be finite."""
+        """Tokens whose K and V are computed, in steps that somebody has looked at."""
         return min(self.computed, self.flights[0].start) if self.flights else self.computed
 
     @property

@@ -23,14 +23,12 @@ REFUSED: dict[str, str] = {
     "bitblas": _PRIVATE,
     "gptq_bitblas": _PRIVATE,
     "nvfp4": "stores swizzled scales; use the ModelOpt or compressed-tensors version",
-    "fouroversix": "is NVFP4 under other names; use the ModelOpt or compressed-tensors version",
     "petit_nvfp4": _PRIVATE,
     "modelslim": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
     "humming": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
     "quip": "is QuIP-for-all's, whose padded codes are not decoded here; use a GPTQ, AWQ or GGUF version",
     "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
     "or GGUF version",
-    "paroquant": "rotates pairs of inputs by learned angles, which is not built in; use a GPTQ version",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
     "experts_int8": _ONLINE,
@@ -47,6 +45,7 @@ _SUFFIXES = {
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
     "._data": "quanto",
+    ".quantized_weight_values": "fouroversix",
 }
 
 

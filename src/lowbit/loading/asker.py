@@ -264,7 +264,9 @@ class Asker:
         stored = self.names.tensor(name)
         self.names.take([stored])
         entry = self.header.tensors[stored]
-        if entry.shape != shape or entry.dtype not in VECTOR_DTYPES:
+        in_gguf = self.header.container == "gguf"
+        fits = entry.is_matrix_of(shape) if in_gguf else entry.shape == shape
+        if not fits or entry.dtype not in VECTOR_DTYPES:
             wanted = " x ".join(map(str, shape))
             raise LowbitError(
                 "E0210",

@@ -39,6 +39,7 @@ from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule,
 from lowbit.models.gguf_metadata import (
     SHIFTED_NORMS,
     UNSAID_WINDOWS,
+    WITH_OWN_HEAD,
     architecture_for,
     gguf_metadata,
     lost,
@@ -71,6 +72,7 @@ class _Entry:
     suffix: str = "weight"
     vector: SourceVector | None = None
     made: Tensor | None = None
+    also: str = ""  # what it is to a reader beside its module
 
     @property
     def bytes_shape(self) -> tuple[int, ...]:
@@ -219,6 +221,7 @@ class _Plan:
 
     def entries(self) -> list[_Entry]:
         found: list[_Entry] = []
+        family = self.source.family.name
         stacks: dict[str, list[SourceModule]] = {}
         for part in self.source.parts:
             if isinstance(part, SourceVector):
@@ -231,6 +234,9 @@ class _Plan:
                 stacks.setdefault(f"{expert[1]}.{expert[3]}", []).append(part)
         for canonical, modules in stacks.items():
             found += self._stack(canonical, modules)
+        if self.source.config.tied_head and architecture_for(family, self.source.header) in WITH_OWN_HEAD:
+            embedding = next(entry for entry in found if entry.name == "token_embd.weight")
+            found.append(replace(embedding, name="output.weight", also="lm_head"))
         made = rope_tensors(self.source.header, self.source.config)
         return [_Entry(n, "F32", tuple(t.shape), made=t.float()) for n, t in made.items()] + found
 
@@ -318,6 +324,11 @@ class _Contents:
             tensor = self._vector(entry.vector)
         elif len(entry.modules) == 1 and len(entry.shape) < 3:
             tensor = self._tensors(entry.modules[0])[entry.suffix]
+            if entry.also:
+                told = self.told.get(entry.modules[0].target.name)
+                if told is not None:
+                    self.told[entry.also] = {**told, "name": entry.also}
+                    self._untold.append(entry.also)
         else:
             parts = [self._tensors(module)[entry.suffix] for module in entry.modules]
             tensor = torch.cat(parts) if entry.suffix == "scale" else torch.stack(parts)

@@ -146,10 +146,11 @@ class Quantizing:
                 try:
                     made = kind(schemes)
                     made.quantization_config()  # what cannot be said of the whole is found out here
+                    reason = self._misfit(made)
+                    if reason is None:
+                        return made
                 except LowbitError as error:
                     reason = error.message
-                else:
-                    return made
             reasons.append(f"{form}: {reason}")
         raise LowbitError(
             "E0450",
@@ -164,6 +165,12 @@ class Quantizing:
         if module.target.expert is not None:
             reason = reason or kind.refuses_module(module.target)
         return None if reason is None else f"{module.target.name}: {reason}"
+
+    def _misfit(self, writer: CheckpointWriter) -> str | None:
+        for module in self.modules:
+            if (reason := writer.misfit(module.target)) is not None:
+                return f"{module.target.name}: {reason}"
+        return None
 
     def write(
         self,
@@ -322,7 +329,7 @@ def _digest_weights(digest: hashlib._Hash, header: CheckpointHeader) -> None:
     without reading them whole."""
     for name in sorted(header.tensors):
         entry = header.tensors[name]
-        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        digest.update(f"{name} {entry.dtype} {entry.shape}{entry.axes or ''}".encode())
         with entry.file.open("rb") as file:
             for at in (0, max(entry.nbytes // 2 - _SAMPLE // 2, 0), max(entry.nbytes - _SAMPLE, 0)):
                 file.seek(entry.start + at)

@@ -23,7 +23,8 @@ from lowbit.server.generation import (
     salt_of,
 )
 from lowbit.server.http import Exchange
-from lowbit.server.protocol import ChatRequest, StreamOptions, TokenizeRequest
+from lowbit.server.protocol import ChatRequest, TokenizeRequest
+from lowbit.server.text import RESERVED_VARIABLES
 
 if TYPE_CHECKING:
     from lowbit.server.app import App
@@ -32,7 +33,6 @@ _ROLES = {"system", "user", "assistant", "tool", "developer"}
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
 # What the openai client writes when an answer is sent back as history, and SDKs' cache hints.
 _MESSAGE_IGNORED = {"refusal", "audio", "annotations", "function_call", "cache_control", "id", "prefix"}
-_RESERVED_VARIABLES = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 
 
 def template_messages(
@@ -109,14 +109,14 @@ async def render(
     """Token ids of the conversation."""
     template = app.text.require_template()
     variables = request.chat_template_kwargs
-    for name in variables.keys() & _RESERVED_VARIABLES:
+    for name in variables.keys() & RESERVED_VARIABLES:
         text = f"chat_template_kwargs may not set '{name}'"
         raise bad_request("invalid_request", text, "chat_template_kwargs")
     if request.continue_final_message and messages and messages[-1].get("role") != "assistant":
         text = "continue_final_message needs a last message of role 'assistant'"
         raise bad_request("invalid_request", text, "continue_final_message")
     prepared = template_messages(messages, knows_developer="developer" in template.source)
-    tools = request_values.tool_list(request) if isinstance(request, ChatRequest) else request.tools or None
+    tools = request_values.tool_list(request)
 
     def work() -> list[int]:
         return template.render(
@@ -124,7 +124,7 @@ async def render(
             tools=tools,
             add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
             continue_final_message=request.continue_final_message,
-            variables=dict(variables) or None,
+            variables={**app.text.variables, **variables} or None,
         )
 
     seconds = app.limits.template_seconds + app.limits.tokenize_seconds
@@ -158,7 +158,7 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
     envelope: dict[str, object] = {"id": identity, "created": created(), "model": app.model_name}
     if request.stream:
         envelope["object"] = "chat.completion.chunk"
-        options = request.stream_options or StreamOptions()
+        options = app.stream_options(request)
 
         def chunk(index: int, event: TokenEvent, output: Output) -> dict[str, object] | None:
             return _chunk(index, event, output, names if request.logprobs else None)

@@ -23,7 +23,7 @@ from lowbit.server.generation import (
     with_room,
 )
 from lowbit.server.http import Exchange
-from lowbit.server.protocol import CompletionRequest, StreamOptions
+from lowbit.server.protocol import CompletionRequest
 from lowbit.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ async def completions(app: App, exchange: Exchange) -> None:
         "model": app.model_name,
     }
     if request.stream:
-        options = request.stream_options or StreamOptions()
+        options = app.stream_options(request)
         await relay(app.client, generation, exchange, printer.chunk, envelope, options)
         return
     await collect(app.client, generation, exchange)
