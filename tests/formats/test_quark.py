@@ -113,6 +113,23 @@ def test_static_inputs() -> None:
     assert stored.input is not None and float(stored.input.static_scale) > 0
 
 
+@pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
+def test_dynamic_int8_inputs(qscheme: str, tmp_path: Path) -> None:
+    """What the tool's fake quantizer gave: 127.5 for the largest |x|, and x times the scale's inverse."""
+    inputs = {"dtype": "int8", "qscheme": qscheme, "ch_axis": 1, "symmetric": True, "is_dynamic": True}
+    folder = changed("int8_g32", tmp_path, {(*RULE, "input_tensors"): inputs})
+    scheme = read(folder, NAME, SHAPE).weight.scheme.activation
+    x = torch.tensor(INT8_ROWS)
+    values, factor = InputTransform(scheme)(x)
+    assert factor is not None and torch.equal(factor.flatten(), x.abs().amax(1) / 127.5)
+    assert values.tolist() == INT8_CODES
+
+
+# Rows of x, and the codes that Quark 0.13 gives them.
+INT8_ROWS = [[-1.0, 0.5, 0.3, 0.0], [2.71875, -0.7, 2.0, -2.5], [-2.718817, 1.25, -0.01, 0.6], [-0.81, 0.8, 0.81, -0.4], [-3.3, -3.29, 3.28, 0.1]]
+INT8_CODES = [[-127.0, 64.0, 38.0, 0.0], [127.0, -33.0, 94.0, -117.0], [-127.0, 59.0, 0.0, 28.0], [-128.0, 126.0, 127.0, -63.0], [-128.0, -127.0, 127.0, 4.0]]
+
+
 @pytest.mark.parametrize(
     ("mode", "powers"),
     # The largest |x| of a block of 32, and the power of two its scale is.

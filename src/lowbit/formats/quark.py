@@ -426,6 +426,8 @@ class Quark(PartlyDense):
             )
         token = spec.qscheme == "per_tensor" or (spec.qscheme == "per_channel" and spec.axis == 1)
         if spec.dynamic and token:
+            if code == "int8" and symmetric:  # the largest |x| is half of the range: -127.5 is a tie
+                return ActivationScheme(fmt, (1, 0), limit=127.5, reciprocal=True)
             return ActivationScheme(fmt, (1, 0), symmetric=symmetric)
         raise LowbitError(
             "E0218",
