@@ -61,7 +61,9 @@ def test_every_tensor_has_a_use(folder: Path, caplog: pytest.LogCaptureFixture) 
     assert "inputs too" in caplog.text
 
 
-def built(folder: Path, shape: tuple[int, int], tiled: bool, config: dict | None = None) -> tuple[Path, Tensor]:
+def built(
+    folder: Path, shape: tuple[int, int], tiled: bool, config: dict | None = None
+) -> tuple[Path, Tensor]:
     """A module, padded where it is tiled, and its scales in rows."""
     rows, columns = (128, 64) if tiled else shape
     random = torch.Generator().manual_seed(4)
