@@ -34,8 +34,8 @@ def test_fixtures_say_who_made_them() -> None:
     made = {"quantize", "gguf_blocks"}  # what quantizers are held against; the rest are checkpoints to read
     later = {"torchao", "hqq", "pickled", "qserve", "sinq", "eetq"}
     codebooks = {"aqlm", "vptq", "exl3", "spqr", "quip_sharp"}
-    others = {"mlx", "metal", "quark", "quanto", "bitnet"}
-    rotated = {"transforms", "fp_quant"}
+    others = {"mlx", "metal", "quark", "quanto"}
+    rotated = {"transforms", "fp_quant", "bitnet", "fouroversix"}
     families = {"gguf_families", "gguf_more_families"}
     for limit, folders in (
         (
