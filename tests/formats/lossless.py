@@ -44,7 +44,7 @@ def refused(source: SourceModel, form: str) -> LowbitError | None:
             if form != "gguf":
                 source.hf_config(data)
                 work.writer.quantization_config()
-            for module in source.modules:
+            for module in work.source.modules:
                 made = work.read(module, data)
                 work.writer.write(made.target, made.weight, made.bias, made.input)
     except LowbitError as error:

@@ -34,8 +34,9 @@ def test_fixtures_say_who_made_them() -> None:
     made = {"quantize", "gguf_blocks"}  # what quantizers are held against; the rest are checkpoints to read
     later = {"torchao", "hqq", "pickled", "qserve", "sinq", "eetq", "gguf_layers"}
     codebooks = {"aqlm", "vptq", "exl3", "spqr", "quip_sharp"}
-    others = {"mlx", "metal", "quark", "quanto", "bitnet"}
+    others = {"mlx", "metal", "quark", "quanto"}
     rotated = {"transforms", "fp_quant", "paroquant"}
+    small = {"bitnet", "fouroversix"}
     families = {"gguf_families", "gguf_more_families"}
     for limit, folders in (
         (
@@ -43,7 +44,7 @@ def test_fixtures_say_who_made_them() -> None:
             [
                 folder
                 for folder in FIXTURES.iterdir()
-                if folder.name not in made | later | codebooks | others | rotated | families
+                if folder.name not in made | later | codebooks | others | rotated | small | families
             ],
         ),
         (4_000_000, [FIXTURES / name for name in families]),
@@ -52,6 +53,7 @@ def test_fixtures_say_who_made_them() -> None:
         (2_000_000, [FIXTURES / name for name in codebooks]),
         (2_000_000, [FIXTURES / name for name in others]),
         (2_000_000, [FIXTURES / name for name in rotated]),
+        (500_000, [FIXTURES / name for name in small]),
     ):
         files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files if path.suffix != ".pyc") <= limit

@@ -96,6 +96,20 @@ def test_static_inputs(tmp_path: Path) -> None:
         read(folder, NAME, SHAPE)
 
 
+def test_mistrals_names(tmp_path: Path) -> None:
+    """What its folders call the scales is met under transformers' names of modules too."""
+    tensors = {
+        f"{NAME}.weight": codes(),
+        f"{NAME}.qscale_weight": torch.tensor(0.5),
+        f"{NAME}.qscale_act": torch.tensor(0.25),
+    }
+    folder = write_folder(tmp_path, tensors, config(activation_scheme="static"))
+    found = read(folder, NAME, SHAPE)
+    assert torch.equal(found.weight.dequantize(), codes().float() * 0.5)
+    assert found.input is not None and float(found.input.static_scale) == 0.25
+    assert set(reader_of(folder).tensors_of(StoredModule(NAME, NAME, SHAPE))) == set(tensors)
+
+
 def test_fbgemm_bounds_its_scales(tmp_path: Path) -> None:
     tensors = {f"{NAME}.weight": codes(), f"{NAME}.weight_scale": torch.rand(70, 1)}
     written = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}

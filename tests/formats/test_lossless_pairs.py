@@ -10,7 +10,7 @@ import pytest
 from formats.lossless import TARGETS, models, pairs
 from lowbit.checkpoint.hashes import CERTIFICATE
 from lowbit.errors import LowbitError
-from lowbit.loading.convert import convert
+from lowbit.loading.convert import Work, convert
 
 TOKENS = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"]}  # the fixtures have none
 ALL = sorted({(source.form.name, form) for source in models().values() for form in TARGETS})
@@ -39,7 +39,7 @@ def test_pair(name: str, form: str, tmp_path: Path) -> None:
     place = out.with_name(f"{out.name}.{CERTIFICATE}") if form == "gguf" else out / CERTIFICATE
     told = json.loads(place.read_text())
     assert told["exact"] and told["result"]["format"] == form
-    written = source.for_gguf() if form == "gguf" else source
+    written = source.for_gguf() if form == "gguf" else Work(source, form, None, None).source
     assert set(told["modules"]) == {module.place.part.name for module in written.modules}
 
 

@@ -113,6 +113,35 @@ def test_static_inputs() -> None:
     assert stored.input is not None and float(stored.input.static_scale) > 0
 
 
+@pytest.mark.parametrize("qscheme", ["per_channel", "per_tensor"])
+def test_dynamic_int8_inputs(qscheme: str, tmp_path: Path) -> None:
+    """What the tool's fake quantizer gave: 127.5 for the largest |x|, and x times the scale's inverse."""
+    inputs = {"dtype": "int8", "qscheme": qscheme, "ch_axis": 1, "symmetric": True, "is_dynamic": True}
+    folder = changed("int8_g32", tmp_path, {(*RULE, "input_tensors"): inputs})
+    scheme = read(folder, NAME, SHAPE).weight.scheme.activation
+    x = torch.tensor(INT8_ROWS)
+    values, factor = InputTransform(scheme)(x)
+    assert factor is not None and torch.equal(factor.flatten(), x.abs().amax(1) / 127.5)
+    assert values.tolist() == INT8_CODES
+
+
+# Rows of x, and the codes that Quark 0.13 gives them.
+INT8_ROWS = [
+    [-1.0, 0.5, 0.3, 0.0],
+    [2.71875, -0.7, 2.0, -2.5],
+    [-2.718817, 1.25, -0.01, 0.6],
+    [-0.81, 0.8, 0.81, -0.4],
+    [-3.3, -3.29, 3.28, 0.1],
+]
+INT8_CODES = [
+    [-127.0, 64.0, 38.0, 0.0],
+    [127.0, -33.0, 94.0, -117.0],
+    [-127.0, 59.0, 0.0, 28.0],
+    [-128.0, 126.0, 127.0, -63.0],
+    [-128.0, -127.0, 127.0, 4.0],
+]
+
+
 @pytest.mark.parametrize(
     ("mode", "powers"),
     # The largest |x| of a block of 32, and the power of two its scale is.
@@ -173,8 +202,11 @@ def test_other_rotations(tmp_path: Path) -> None:
     x, name = torch.linspace(-1, 1, 64).unsqueeze(0), f"{NAME}.input_rotation"
     plain = read(case("int4_rotated"), NAME, SHAPE).input.rotation(x)
 
-    def rotated(folder: str, tensors: dict[str, torch.Tensor | None], config: dict | None = None) -> StoredLinear:
-        return read(changed("int4_rotated", tmp_path / folder, config or {}, tensors), NAME, SHAPE, strict=True)
+    def rotated(
+        out: str, tensors: dict[str, torch.Tensor | None], config: dict | None = None
+    ) -> StoredLinear:
+        folder = changed("int4_rotated", tmp_path / out, config, tensors)
+        return read(folder, NAME, SHAPE, strict=True)
 
     signs = stored[name]
     shared = rotated("shared", {name: None, "model.shared_input_rotation_64": signs})
@@ -257,7 +289,7 @@ ONLINE = (*OTHER, "algo_config", 0, "online_config")
         ("fp8_kv", (*OTHER, "algo_config"), [{"name": "rotation", "r3": True}], "E0218", "rotates K"),
         ("int8_g32", (*OTHER, "algo_config"), [{"name": "rotation", "r4": True}], "E0209", "rotates inputs"),
         ("int4_rotated", (*ONLINE, "online_rotation_layers"), 3, "E0212", "must be a list of module names"),
-        ("int4_rotated", (*ONLINE, "online_rotation_layers"), ["*o_proj"], "E0209", "no file contains 'model"),
+        ("int4_rotated", (*ONLINE, "online_rotation_layers"), ["*o_proj"], "E0209", "no file contains"),
         ("int8_g32", (*OTHER, "layer_quant_config"), [1], "E0212", "must be an object, found list"),
         ("int8_g32", (*OTHER, "exclude"), [3], "E0212", "must be a list of module names"),
         ("int8_g32", (*OTHER, "export", "pack_method"), "x", "E0212", "pack_method must be reorder or order"),

@@ -130,7 +130,11 @@ def test_missing_and_leftover_tensors_are_named(tmp_path: Path) -> None:
 def test_known_unused_tensor_is_accepted(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     file = tmp_path / "model.safetensors"
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.rotary_emb.original_inv_freq": torch.ones(8),  # SINQ saves all buffers of transformers 5
+        "model.rotary_emb.full_attention_original_inv_freq": torch.ones(8),
+    }
     save_file({**load_file(file), **extra}, file)
     assert plan_model(open_checkpoint(str(tmp_path))).architecture == "LlamaForCausalLM"
 

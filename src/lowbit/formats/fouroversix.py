@@ -1,4 +1,4 @@
-"""Four Over Six (Cook et al., 2025): NVFP4 whose blocks reach up to 4 or 6, whichever loses less; MXFP4, NVINT4.
+"""Four Over Six (Cook et al., 2025): NVFP4 whose blocks reach to 4 or 6, what loses less; MXFP4, NVINT4.
 
     quantized_weight_values         U8 [out, in / 2], low nibble: the even column
     quantized_weight_scale_factors  F8_E4M3 [out * in / 16]; mxfp4: F8_E8M0 [out * in / 32]
@@ -6,14 +6,14 @@
     quantized_weight_metadata       I64 [6]: out, in, both as padded, 1 (packed), whether scales are tiled
 
 weight = code * scale * amax / (largest code * largest scale). These two follow from ``weight_scale_rule`` or
-``scale_rule``: 6 and 256 where blocks choose (mse, mae, abs_max), 6 and 448 for static_6, 4 and 448 for static_4;
-nvint4's codes are two's complement, up to 7. mxfp4 is code * scale. Rows are padded to 128, columns to four
-scales. Tiled scales are the tensor cores' order: [rows / 128, columns / 4, 32, 4, 4] of row r % 32, r / 32 and
-column. ``module_config_overrides`` speaks for a module alone, and inherits nothing.
+``scale_rule``: 6 and 256 where blocks choose (mse, mae, abs_max), 6 and 448 for static_6, 4 and 448 for
+static_4; nvint4's codes are two's complement, up to 7. mxfp4 is code * scale. Rows are padded to 128,
+columns to four scales. Tiled scales are the tensor cores' order: [rows / 128, columns / 4, 32, 4, 4] of row
+r % 32, r / 32 and column. ``module_config_overrides`` speaks for a module alone, and inherits nothing.
 
 The tool quantizes inputs too, under one scale for all tokens, block by block by the same choice. That is not
-done: inputs stay as they are, which is nearer to the model that was quantized, and a warning says so. Refused by
-name: if4 (a scale's sign chooses the kind of code), nvfp6, kept master weights, stacked experts.
+done: inputs stay as they are, which is nearer to the model that was quantized, and a warning says so.
+Refused by name: if4 (a scale's sign chooses the kind of code), nvfp6, kept master weights, stacked experts.
 Sources: fouroversix 1.0.5, transformers' FourOverSixConfig.
 """
 
@@ -46,7 +46,8 @@ _KINDS = {
     "mxfp4": ("e2m1", 32, "e8m0", "F8_E8M0"),
 }
 # rule -> largest code times largest scale
-_LARGEST = {rule: 6.0 * 256 for rule in ("mse", "mae", "abs_max")} | {"static_6": 6.0 * 448, "static_4": 4.0 * 448}
+_LARGEST = dict.fromkeys(("mse", "mae", "abs_max"), 6.0 * 256)
+_LARGEST |= {"static_6": 6.0 * 448, "static_4": 4.0 * 448}
 _TILE = 128  # rows; and of columns four scales
 _WHAT = "Four Over Six"
 _OWN = tuple(f"quantized_weight_{name}" for name in ("values", "scale_factors", "amax", "metadata"))
@@ -73,8 +74,8 @@ class FourOverSix(PartlyDense):
         }
         require_tensors(header, (f".{self.sign}",), self.place, self.name)
         _log.warning(
-            "lowbit: %s quantizes inputs too, under one scale for all tokens of a step; they are left as they "
-            "are, which is nearer to the original model",
+            "lowbit: %s quantizes inputs too, under one scale for all tokens of a step; they are left as "
+            "they are, which is nearer to the original model",
             self.place,
         )
 
@@ -114,9 +115,7 @@ class FourOverSix(PartlyDense):
         code, width, scale, _ = _KINDS[self._of(module)[0]]
         if scale == "e8m0":
             return Scheme(number_format(code), ((1, width),), (number_format(scale),))
-        return Scheme(
-            number_format(code), ((1, width), (0, 0)), (number_format(scale), number_format("f32"))
-        )
+        return Scheme(number_format(code), ((1, width), (0, 0)), (number_format(scale), number_format("f32")))
 
     def _tensors(self, module: StoredModule) -> list[str]:
         return [name for one in _OWN if (name := module.tensor(one)) in self.header.tensors]

@@ -19,9 +19,10 @@ What inputs are quantized to follows from ``quant_algo``, of the module or the b
 ``quantized_layers`` where algorithms are mixed. The config is hf_quant_config.json or, since 2025,
 config.json. MX scales of inputs round up, so that nothing saturates. NVFP4 without input_scale leaves inputs
 as they are. So does MXFP4, with a warning: the tool writes that word for weights alone (gpt-oss) and for
-inputs in MXFP4 too, and no other; TensorRT-LLM's W4A16_MXFP4 and W4A8_MXFP4_MXFP8 say which. Where config and tensors disagree on the kind, or plain weights lie beside scales, the tensors
-win, with a warning; another group_size than the tensors' is an error. Without quant_algo, beside a quantized
-KV cache, only the cache was quantized. Refused by name: NVFP4_SVD (a low-rank branch), NVFP4_AFFINE caches.
+inputs in MXFP4 too, and no other; TensorRT-LLM's W4A16_MXFP4 and W4A8_MXFP4_MXFP8 say which. Where config
+and tensors disagree on the kind, or plain weights lie beside scales, the tensors win, with a warning;
+another group_size than the tensors' is an error. Without quant_algo, beside a quantized KV cache, only the
+cache was quantized. Refused by name: NVFP4_SVD (a low-rank branch), NVFP4_AFFINE caches.
 """
 
 from __future__ import annotations
@@ -160,8 +161,8 @@ class ModelOpt(PartlyDense):
         self.layers = {name: self._said(layer) for name, layer in layers.items()}
         if any(said.algorithm == "MXFP4" for said in (self.said, *self.layers.values())):
             _log.warning(
-                "lowbit: %s says MXFP4, which does not tell whether inputs are quantized too; they are left as "
-                "they are (W4A16_MXFP4 there says so)",
+                "lowbit: %s says MXFP4, which does not tell whether inputs are quantized too; they are left "
+                "as they are (W4A16_MXFP4 there says so)",
                 self.place,
             )
         keys = ("exclude_modules", "ignore")
@@ -378,9 +379,7 @@ class ModelOpt(PartlyDense):
         if inputs == "nvfp4" and has_scale:
             return ActivationScheme(number_format("e2m1"), (1, 16), scale=number_format("e4m3"))
         if inputs == "mxfp8":
-            return ActivationScheme(
-                number_format("e4m3"), (1, 32), limit=448.0, scale=number_format("e8m0")
-            )
+            return ActivationScheme(number_format("e4m3"), (1, 32), limit=448.0, scale=number_format("e8m0"))
         if inputs in ("e4m3", "e4m3 per token", "int8"):
             code, limit = ("int8", 127.0) if inputs == "int8" else ("e4m3", 448.0)
             if has_scale and inputs != "e4m3 per token":

@@ -21,13 +21,13 @@ else in their own. fp4 has the even column in the low nibble, fp6 is a little-en
 Inputs are quantized with ``input_scale`` (and ``input_zero_point``) where they are static; a scale a token
 where they are dynamic, per token or per tensor; a power of two for 32 columns in MX formats, rounded as
 ``scale_calculation_mode`` says; under ``input_scale_2`` in NVFP4. ``output_tensors`` are read for the KV
-cache only. Quark's "custom" configs call themselves awq (tensors ``qweight``, ``scales``, ``qzeros``) or fp8,
-and have ``export``. Rotated inputs (R4, online R1) have their matrix beside the weight, plain ones too:
-``input_rotation`` I8 [n, n] of 1 and -1, over the root of n, or floats as they are; or one for all of a size,
-``shared_input_rotation_<n>``. x is multiplied by ``input_prescale`` [in] before, where that is there, and
-then, n columns at a time, by the matrix. Refused by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2, int3 and e5m3 scales,
-float zero points, int4 of fp8 (two stages of codes), quantized biases, softmax and other outputs, a rotated
-K cache.
+cache only. Quark's "custom" configs call themselves awq (tensors ``qweight``, ``scales``, ``qzeros``) or
+fp8, and have ``export``. Rotated inputs (R4, online R1) have their matrix beside the weight, plain ones too:
+``input_rotation`` I8 [n, n] of 1 and -1, over the root of n, or floats as they are; or one for all of a
+size, ``shared_input_rotation_<n>``. x is multiplied by ``input_prescale`` [in] before, where that is there,
+and then, n columns at a time, by the matrix. Refused by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2,
+int3 and e5m3 scales, float zero points, int4 of fp8 (two stages of codes), quantized biases, softmax and
+other outputs, a rotated K cache.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Quark(PartlyDense):
         if self.config.rotates and not (own or self._shared):
             raise LowbitError(
                 "E0209",
-                f"{header.root.name}: {self.place}.algo_config rotates inputs at run time but no file contains "
-                "a matrix ('input_rotation'); export it again with a Quark that writes them",
+                f"{header.root.name}: {self.place}.algo_config rotates inputs at run time but no file "
+                "contains a matrix ('input_rotation'); export it again with a Quark that writes them",
             )
         if not self.config.fake:
             scales = self.suffixes.get("weight_scale", "weight_scale")
@@ -154,7 +154,8 @@ class Quark(PartlyDense):
         if entry is None:
             return None
         size = entry.shape[0] if entry.shape else 0
-        if entry.dtype not in ("I8", "F64", *DENSE_DTYPES) or entry.shape != (size, size) or not size or columns % size:
+        square = entry.shape == (size, size) and size > 0
+        if entry.dtype not in ("I8", "F64", *DENSE_DTYPES) or not square or columns % size:
             raise LowbitError(
                 "E0213",
                 f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}; a rotation of "
@@ -426,6 +427,8 @@ class Quark(PartlyDense):
             )
         token = spec.qscheme == "per_tensor" or (spec.qscheme == "per_channel" and spec.axis == 1)
         if spec.dynamic and token:
+            if code == "int8" and symmetric:  # the largest |x| is half of the range: -127.5 is a tie
+                return ActivationScheme(fmt, (1, 0), limit=127.5, reciprocal=True)
             return ActivationScheme(fmt, (1, 0), symmetric=symmetric)
         raise LowbitError(
             "E0218",
@@ -460,8 +463,8 @@ class Quark(PartlyDense):
             if scale is not None and rotation.matrix is not None:
                 raise LowbitError(
                     "E0218",
-                    f"{matrix.file.name}: tensor {name!r} multiplies inputs before {matrix.name!r}, which is no "
-                    "Hadamard matrix of a power of two; that is not supported; export without a prescale",
+                    f"{matrix.file.name}: tensor {name!r} multiplies inputs before {matrix.name!r}, which is "
+                    "no Hadamard matrix of a power of two; that is not supported; export without a prescale",
                 )
             if scale is not None:
                 repeats = len(scale) // rotation.size

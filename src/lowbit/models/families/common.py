@@ -6,7 +6,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.models.config_keys import ConfigKeys
 
 UNUSED = (
-    r"(?:.+\.)?rotary_emb\.(?:inv_freq|cos_cached|sin_cached)",  # buffers old exports kept
+    r"(?:.+\.)?rotary_emb\.(?:\w*inv_freq|cos_cached|sin_cached)",  # buffers that some exports keep
     r"blk\.\d+\.attn_rot_embd\.weight",
     r"rope_factors_(long|short)\.weight",  # one of the two is used
 )
