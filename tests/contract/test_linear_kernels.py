@@ -1068,7 +1068,7 @@ def test_weights_with_outliers_meet_x_as_float16_ones(shape: tuple[int, int]) ->
 
 @needs_native
 def test_every_zero_point_is_subtracted_as_float16_does() -> None:
-    """All finite ones from each of 8 codes, under scales of all mantissas: as the matrix decoded from them."""
+    """All finite ones from each of 8 codes, under scales of all mantissas: as the matrix made of them."""
     shape = (992, 1024)
     weight = with_outliers(shape, 0.0)
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)

@@ -12,14 +12,13 @@ times a number is one of 12 whole ones, and the transformed x becomes whole numb
 for each 32 columns (csrc/linear_words.h): sums of 32 columns are exact, and x loses a fiftieth of what
 bfloat16 would cost it.
 
-Where there are two codes for a vector, the second one's numbers count as b of the first one's a. What divides them
-is such a fraction, of 69 and 20 as QuIP# has it, and a times the one plus b times the other is a whole number
-of 12 bits: a tile of each book lies behind the other, and their numbers are added before x meets them. Of a divisor that
-is no small fraction the second book's numbers are columns behind the first's, under a scale of their own: x lies there
-twice.
+Where there are two codes for a vector, the second one's numbers count as b of the first one's a, QuIP#'s over
+3.45 as 20 of 69; a times the one plus b times the other is a whole number of 12 bits. A tile of each book
+lies behind the other, and their numbers are added before x meets them. Of a divisor that is no small fraction the
+second book's numbers are columns behind the first's, under a scale of their own: x lies there twice.
 
-    buffers   data           tiles of 16 rows by 32 columns, two for two books; where x lies twice all of a book's
-                             behind 16 float32 scales, and so are those of one book
+    buffers   data           tiles of 16 rows by 32 columns, two in turns where numbers are added; else all of
+                             a book's behind 16 float32 scales
               table          16 numbers, of two books of each, and the words of 256 vectors
               outputs        float32 (out, 1)
               inputs         float32 (1, in)
@@ -93,7 +92,7 @@ class CpuLattice(TransformedKernel):
 
     def tiled(self, weight: QuantizedTensor) -> Tensor:
         """uint8: blocks of 16 rows of tiles of 32 columns."""
-        layout, (rows, columns) = _layout(weight.scheme), weight.shape
+        layout, columns = _layout(weight.scheme), weight.shape[1]
         words = torch.stack(layout.words(weight.codes), 1)  # (rows, books, vectors)
         tiles = columns // COLUMNS
         # (blocks, row / 4, row % 4, books, tiles, lines, parity)
@@ -167,8 +166,8 @@ def _codes_of_signs() -> Tensor:
 
 
 def _shares(divisor: float) -> tuple[int, int] | None:
-    """a and b: a second book's numbers over ``divisor`` are b for each a of the first's, as float32 sees it; None
-    where there are none so small that the numbers' sums fit."""
+    """a and b: numbers over ``divisor`` count as b of the first book's a, as float32 sees it; None where none
+    are so small that sums fit."""
     if not divisor:
         return None
     share = Fraction(1 / divisor).limit_denominator(LARGEST_OF_PAIR)
