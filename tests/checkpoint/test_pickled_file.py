@@ -132,7 +132,7 @@ class Gadget:
         (lambda trace: {"a": torch.ones(2), "b": Gadget(trace)}, "E0231", "asks for|calls"),
         (lambda trace: Gadget(trace), "E0231", "asks for|calls"),
         (lambda trace: {"a": {1, 2}}, "E0231", "opcode|asks for"),
-        (lambda trace: {"a": torch.randn(4, 6).T}, "E0230", r"strides \[1, 6\]"),
+        (lambda trace: {"a": torch.randn(4, 6)[:, ::2]}, "E0230", r"strides \[6, 2\], which leave gaps"),
         (lambda trace: {"a": torch.ones(1).expand(9)}, "E0230", r"strides \[0\]"),
         (lambda trace: {"a": torch.ones(2, 2).to_sparse()}, "E0231", "_rebuild_sparse_tensor"),
         (lambda trace: {"a": torch.ones(2), "b": "text"}, "E0230", "'?b'? is a str"),

@@ -52,3 +52,24 @@ def test_blocks_are_mixed_by_a_head(head: int, size: int) -> None:
     Rotator(rotation).in_place(x)
     assert torch.equal(x, found), "x and the result may be one"
     assert not rotation.same_as(Rotation(size, before, after, divisor=3.0))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_pairs_have_the_definitions_bits(steps: int) -> None:
+    """Of an odd and an even number of steps, in place and beside x."""
+    size, blocks = 22, 3
+    generator = torch.Generator().manual_seed(steps)
+    pairs = torch.stack([torch.randperm(size, generator=generator) for _ in range(steps * blocks)])
+    angles = torch.randn(steps, blocks, size // 2, generator=generator)
+    scales = torch.randn(size * blocks, generator=generator)
+    x = torch.randn(5, size * blocks + 3, generator=generator)[:, : size * blocks]
+    for before in (scales, None):
+        rotation = Rotation.givens(size, pairs.view(steps, blocks, -1, 2), angles, before)
+        wanted = rotation(x)
+        rotator = Rotator(rotation)
+        assert rotator.native is not None
+        assert torch.equal(rotator.rotated(x, torch.float32), wanted)
+        assert torch.equal(Rotator(rotation.transposed).rotated(x, torch.float32), rotation.transposed(x))
+        turned = x.clone()
+        rotator.in_place(turned)
+        assert torch.equal(turned, wanted)

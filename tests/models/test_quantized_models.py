@@ -28,10 +28,10 @@ from lowbit.models.registry import family_of
 from lowbit.numerics.scheme import Scheme
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-# Their activations are rotated, so their matrices alone are not the model: formats/test_fp_quant.py and
-# formats/test_compressed_tensors_transforms.py hold them to their tools' own logits. quip_sharp's layers are
+# Their activations are rotated, so their matrices alone are not the model: formats/test_fp_quant.py,
+# test_paroquant.py and test_compressed_tensors_transforms.py hold them to their tools' own logits. quip_sharp's are
 # stored fused: formats/test_quip_sharp.py takes them apart.
-ELSEWHERE = ("fp_quant", "transforms", "quip_sharp")
+ELSEWHERE = ("fp_quant", "paroquant", "transforms", "quip_sharp")
 CASES = sorted(
     str(path.parent.relative_to(FIXTURES))
     for path in FIXTURES.glob("*/*/config.json")

@@ -17,6 +17,7 @@ from lowbit.checkpoint.mistral_folder import PARAMS, config_of, has_mistral_name
 from lowbit.checkpoint.pickled_file import read_pickled_header
 from lowbit.checkpoint.pickled_objects import owner
 from lowbit.checkpoint.safetensors_file import INDEX, MAX_TENSORS, read_safetensors_header
+from lowbit.checkpoint.wrapped_names import without_wrappers
 from lowbit.errors import LowbitError, printable
 
 MAX_SHARDS = 10_000
@@ -58,6 +59,7 @@ def read_folder_header(folder: Path) -> CheckpointHeader:
     container: Literal["pickle", "safetensors"] = (
         "safetensors" if names[0].endswith(".safetensors") else "pickle"
     )
+    tensors, metadata = without_wrappers(tensors, metadata)
     if has_mistral_names(tensors):
         tensors = named_as_transformers(tensors)
         return CheckpointHeader(folder, container, tensors, config, metadata, rotary_pairs=True)

@@ -18,7 +18,8 @@ class TensorEntry:
 
     ``dtype`` is the container's own name: ``BF16``, ``F8_E4M3``, ``I32`` … for safetensors and pickles,
     ``Q4_1``, ``F32`` … for GGUF. ``shape`` is row-major, (out, in) for a matrix in both containers
-    (GGUF's reversed dims are turned round), in elements, not bytes.
+    (GGUF's reversed dims are turned round), in elements, not bytes. ``axes``: those of a transposed matrix in
+    the order they lie in the file, the outermost first; None where that is their own.
     """
 
     name: str
@@ -27,6 +28,14 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    axes: tuple[int, ...] | None = None
+
+    def is_matrix_of(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape may have been written as this one.
+
+        ggml forgets rows where there is one: llama-quantize writes a (1, in) gate as (in,).
+        """
+        return self.shape in {shape[start:] for start in range(len(shape)) if set(shape[:start]) <= {1}}
 
 
 @dataclass(frozen=True)

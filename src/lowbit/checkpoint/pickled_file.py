@@ -7,7 +7,8 @@
 
 ``pickle_stream`` reads the pickles. Every place is checked against the size of the very file that was
 opened: entries may not overlap, a storage has the bytes its elements need, a tensor lies inside its storage.
-A tensor that is a view with strides of its own (a transpose that was saved) is refused. No torch.
+A tensor that was saved transposed says so (``TensorEntry.axes``); one with gaps between its numbers is refused.
+No torch.
 """
 
 from __future__ import annotations
@@ -92,22 +93,28 @@ def _entries(
                 "E0230",
                 f"{path.name}: {shown!r} is a {type(tensor).__name__}, not a tensor; {_RESAVE}",
             )
-        start, nbytes = _place(path, shown, tensor, places)
-        entries[name] = TensorEntry(name, path, tensor.dtype, tensor.shape, start, nbytes)
+        start, nbytes, axes = _place(path, shown, tensor, places)
+        entries[name] = TensorEntry(name, path, tensor.dtype, tensor.shape, start, nbytes, axes)
     return entries
 
 
 def _place(
     path: Path, shown: str, tensor: PickledTensor, places: dict[str, tuple[int, int]]
-) -> tuple[int, int]:
-    """(start, bytes) of a tensor in the file."""
+) -> tuple[int, int, tuple[int, ...] | None]:
+    """(start, bytes) of a tensor in the file, and its axes as they lie there."""
+    # Axes of one element lie anywhere: they stay where they are.
+    ones = [size == 1 or 0 in tensor.shape for size in tensor.shape]
+    long = [axis for axis, one in enumerate(ones) if not one]
+    by_stride = iter(sorted(long, key=lambda axis: -tensor.strides[axis]))
+    axes = tuple(axis if one else next(by_stride) for axis, one in enumerate(ones))
     expected = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
-        if size != 1 and stride != expected and 0 not in tensor.shape:
+    for axis in reversed(axes):
+        size, stride = tensor.shape[axis], tensor.strides[axis]
+        if not ones[axis] and stride != expected:
             raise LowbitError(
                 "E0230",
                 f"{path.name}: tensor {shown!r} of {list(tensor.shape)} was saved as a view with strides "
-                f"{list(tensor.strides)}; re-save it with tensor.contiguous()",
+                f"{list(tensor.strides)}, which leave gaps; re-save it with tensor.contiguous()",
             )
         expected *= size
     item = DTYPE_BITS[tensor.dtype] // 8
@@ -119,7 +126,7 @@ def _place(
             f"{path.name}: tensor {shown!r} needs bytes {thousands(begin)} to {thousands(begin + nbytes)} of "
             f"a storage of {thousands(held)}; the file is damaged",
         )
-    return base + begin, nbytes
+    return base + begin, nbytes, None if axes == tuple(range(len(axes))) else axes
 
 
 def _storage(path: Path, storage: Storage, places: dict[str, tuple[int, int]]) -> tuple[int, int]:

@@ -58,7 +58,12 @@ class TensorData:
         self._maps.clear()
 
     def raw(self, name: str) -> Tensor:
-        """uint8 (nbytes,): the stored bytes of a tensor, not copied."""
+        """uint8 (nbytes,): the stored bytes of a tensor, not copied, but of one that lies transposed."""
+        if self._entry(name).axes is not None:
+            return self.tensor(name).view(-1).view(torch.uint8)
+        return self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
         entry = self._entry(name)
         mapped = self._map(entry.file)
         end = entry.start + entry.nbytes
@@ -68,7 +73,7 @@ class TensorData:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in its logical shape; GGUF blocks as uint8 (..., out, row bytes)."""
-        entry, raw = self._entry(name), self.raw(name)
+        entry, raw = self._entry(name), self._stored(name)
         if self.header.container == "gguf" and entry.dtype not in DTYPES:
             kind = GGUF_TYPES_BY_NAME[entry.dtype]
             return raw.view(*entry.shape[:-1], entry.shape[-1] // kind.weights * kind.bytes)
@@ -79,7 +84,11 @@ class TensorData:
             )
         if raw.storage_offset() % dtype.itemsize:
             raw = raw.clone()  # a view needs an aligned address
-        return raw.view(dtype).view(entry.shape)
+        if entry.axes is None:
+            return raw.view(dtype).view(entry.shape)
+        lying = raw.view(dtype).view([entry.shape[axis] for axis in entry.axes])
+        back = sorted(range(len(entry.axes)), key=entry.axes.__getitem__)
+        return lying.permute(back).contiguous()
 
     def _entry(self, name: str) -> TensorEntry:
         entry = self.header.tensors.get(name)

@@ -15,15 +15,20 @@ struct lowbit_delta_batch;
 
 // What kernels/rotation.py describes: x in blocks of ``size`` columns, each times a matrix. Either x * before, the
 // Hadamard transform over ``divisor``, * after; or x @ matrix; or, with a ``head``, block i becomes the sum of matrix[i, j]
-// times block j between the transform and ``after``. rotation.cpp
+// times block j between the transform and ``after``; or, with ``steps``, column c of the whole row becomes x[c] * cosines[c]
+// + x[partners[c]] * sines[c] in each of them, between ``before`` and ``after``, which have its width. rotation.cpp
 struct lowbit_rotation {
     const float* before;  // (size,), or (width,) where ``wide``, or null
     const float* after;   // alike
     const float* matrix;  // (size, size) row-major, or (head, head), or null
+    const std::int32_t* partners;  // (steps, width), or null; so are:
+    const float* cosines;
+    const float* sines;
     std::int64_t size;    // without a matrix a power of two
     float divisor;
     std::int32_t wide;    // each block has its own before and after
     std::int32_t head;    // so many blocks are all there are, a multiple of 4; or 0
+    std::int32_t steps;
 };
 
 // What kernels/activation_native.py describes; field for field its ctypes struct.

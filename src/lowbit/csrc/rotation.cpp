@@ -1,14 +1,15 @@
-// Rotations of activations (QuIP, QuaRot, SpinQuant, FP-Quant): a row in blocks, each times one square matrix.
+// Rotations of activations (QuIP, QuaRot, SpinQuant, FP-Quant, ParoQuant): a row in blocks, each times a square matrix.
 //
 // A Hadamard matrix of Sylvester's order 2^n is never multiplied with: the fast Walsh-Hadamard transform adds and
 // subtracts pairs that lie 1, 2, 4, ... size / 2 apart, in this order, and divides by a number, mostly the root of the size. These
 // are the operations of numerics/rotation.py in torch, each rounded once: the bits are the same on every
 // instruction set. Any other matrix is a product in float32, summed over its rows in order by fma; so is the head of
-// Hadamard matrices of orders that are no power of two (numerics/hadamard.py).
+// Hadamard matrices of orders that are no power of two (numerics/hadamard.py). Steps of Givens rotations are as in torch.
 
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "rotation.h"
@@ -120,10 +121,30 @@ void rotate_with_head(const lowbit_rotation& rotation, const float* x, float* ou
     for (std::int64_t i = 0; i < width; ++i) out[i] = out[i] * rotation.after[rotation.wide ? i : i % size];
 }
 
+// Givens rotations of pairs of columns. x may be out.
+void rotate_by_pairs(const lowbit_rotation& rotation, const float* x, std::int64_t width, float* out) {
+    thread_local std::vector<float> kept;
+    kept.resize(static_cast<std::size_t>(width));
+    // Steps go from one of the two to the other, so that the last one ends in out.
+    float* from = rotation.steps % 2 == 0 ? out : kept.data();
+    float* to = rotation.steps % 2 == 0 ? kept.data() : out;
+    for (std::int64_t i = 0; i < width; ++i) from[i] = rotation.before == nullptr ? x[i] : x[i] * rotation.before[i];
+    for (std::int64_t step = 0; step < rotation.steps; ++step) {
+        const std::int32_t* const partners = rotation.partners + step * width;
+        const float* const cosines = rotation.cosines + step * width;
+        const float* const sines = rotation.sines + step * width;
+        for (std::int64_t i = 0; i < width; ++i) to[i] = from[i] * cosines[i] + from[partners[i]] * sines[i];
+        std::swap(from, to);
+    }
+    if (rotation.after == nullptr) return;
+    for (std::int64_t i = 0; i < width; ++i) out[i] = out[i] * rotation.after[i];
+}
+
 }  // namespace
 
 void rotate_row(const lowbit_rotation& rotation, const float* x, std::int64_t width, float* out) {
     const std::int64_t size = rotation.size;
+    if (rotation.steps != 0) return rotate_by_pairs(rotation, x, width, out);
     if (rotation.head != 0) return rotate_with_head(rotation, x, out);
     if (rotation.matrix == nullptr) {
         for (std::int64_t first = 0; first < width; first += size) {
@@ -152,7 +173,7 @@ LOWBIT_EXPORT int lowbit_rotate(const lowbit_rotation* rotation, const float* x,
     try {
         // A row's cost is its width times the additions for each of its numbers.
         const std::int64_t sums = rotation->head != 0 ? rotation->head : rotation->size;
-        const std::int64_t each = rotation->matrix == nullptr ? 8 : sums;
+        const std::int64_t each = rotation->steps != 0 ? 2 * rotation->steps : rotation->matrix == nullptr ? 8 : sums;
         for_rows(rows, width * each, [&](std::int64_t row) {
             rotate_row(*rotation, x + row * x_stride, width, out + row * out_stride);
         });

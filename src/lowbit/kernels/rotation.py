@@ -23,11 +23,12 @@ class _Description(ctypes.Structure):
     """lowbit_rotation."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("before", "after", "matrix")),
+        *((name, ctypes.c_void_p) for name in ("before", "after", "matrix", "partners", "cosines", "sines")),
         ("size", ctypes.c_int64),
         ("divisor", ctypes.c_float),
         ("wide", ctypes.c_int32),
         ("head", ctypes.c_int32),
+        ("steps", ctypes.c_int32),
     )
 
 
@@ -48,12 +49,16 @@ class Rotator:
     def native(self) -> _Description | None:
         """For the native code; None where it cannot have it."""
         rotation, head = self.rotation, self.rotation.head
-        tensors = (rotation.before, rotation.after, rotation.matrix if head is None else head)
+        tensors = (
+            *(rotation.before, rotation.after, rotation.matrix if head is None else head),
+            *(rotation.partners, rotation.cosines, rotation.sines),
+        )
         if _operation() is None or not all(t is None or (t.is_cpu and t.is_contiguous()) for t in tensors):
             return None
         addresses = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
         blocks = 0 if head is None else len(head)
-        return _Description(*addresses, rotation.size, rotation.divisor, rotation.wide, blocks)
+        steps = 0 if rotation.partners is None else len(rotation.partners)
+        return _Description(*addresses, rotation.size, rotation.divisor, rotation.wide, blocks, steps)
 
     def in_place(self, x: Tensor) -> None:
         """x (rows, width), or heads (rows, heads, head_dim), which lie together: each row is rotated."""

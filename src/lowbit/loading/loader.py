@@ -93,7 +93,7 @@ class Loader(Asker):
         self._kept = kept
         self.mapped_bytes = 0  # of the packed ones, those that came so
         self.made: dict[str, Kept] = {}  # every module, as it could be kept
-        self._rotators: dict[int, Rotator] = {}  # by the id of the reader's rotation, which it keeps
+        self._rotators: dict[int, tuple[Rotation, Rotator]] = {}  # by the id of the reader's, which is kept
         self._expert_bytes = 0
         self.outdated = False  # whether kept modules had to be packed for another kernel
 
@@ -171,7 +171,8 @@ class Loader(Asker):
     def vector(self, name: str, *shape: int) -> Tensor:
         """A float32 copy of a small tensor."""
         stored = self.check_vector(name, *shape)
-        return self.data.tensor(stored).to(device=self.device, dtype=torch.float32, copy=True)
+        tensor = self.data.tensor(stored).view(shape)
+        return tensor.to(device=self.device, dtype=torch.float32, copy=True)
 
     def row_norms(self, part: Part) -> Tensor:
         """Of the matrix as stored, some rows at a time."""
@@ -210,8 +211,8 @@ class Loader(Asker):
         if rotation is None:
             return None
         if id(rotation) not in self._rotators:
-            self._rotators[id(rotation)] = Rotator(rotation.to(self.device))
-        return self._rotators[id(rotation)]
+            self._rotators[id(rotation)] = rotation, Rotator(rotation.to(self.device))
+        return self._rotators[id(rotation)][1]
 
     def kv_dtype(self, attention: str, layer: int) -> KvDtype:
         """e4m3 with the layer's scales where they are known; each token's own otherwise."""
@@ -341,7 +342,7 @@ class Loader(Asker):
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
-        if self.parallel.size > 1 and weight.scheme.weight.is_tall:
+        if self._is_uncut(weight.scheme):
             weight = self._cast(weight)
         if stored.output is not None and row_order(place, self.header) is not None:
             raise LowbitError(
@@ -370,6 +371,8 @@ class Loader(Asker):
             bias = bias if self.parallel.rank == 0 else None  # it is summed
             if rule is not None and rule.multiplier is not None:
                 rule = replace(rule, multiplier=rule.multiplier[columns])
+            if rule is not None and rule.rotation is not None:
+                rule = replace(rule, rotation=rule.rotation.columns(place.columns.start, place.columns.stop))
         transform = self._transform(weight.scheme, rule)
         if transform is not None and place.columns is not None and transform.sees_whole_rows:
             transform = replace(transform, across=self.parallel)
@@ -439,6 +442,8 @@ def _rows_here(
             bias = torch.cat([bias[start:stop] for start, stop in runs])
         return cut_rows(weight, runs), bias
     picked = place.wanted_rows if order is None else order[place.wanted_rows]
+    if weight.scheme.weight.is_tall:
+        weight = weight.decoded(weight.scheme.decoded)
     return pick_rows(weight, picked), None if bias is None else bias[picked]
 
 

@@ -361,14 +361,10 @@ def _described(kept: Kept, writer: _Writer) -> dict[str, object]:
     }
 
 
-_TENSORS = ("before", "after", "matrix")
-
-
 def _rotation(rotator: Rotator, writer: _Writer) -> dict[str, object]:
     """Many layers share one: its tensors are written once."""
     rotation = rotator.rotation
-    tensors = {name: getattr(rotation, name) for name in _TENSORS}
-    places = {n: writer.place_once(tensor) for n, tensor in tensors.items() if tensor is not None}
+    places = {name: writer.place_once(tensor) for name, tensor in rotation.tensors.items()}
     return {"size": rotation.size, "divisor": rotation.divisor, "tensors": places}
 
 
@@ -443,9 +439,10 @@ def _read(path: Path, key: str) -> tuple[dict[str, Kept], dict[str, str]]:
         key = json.dumps(values)
         if key not in rotators:
             size, tensors = values["size"], {name: tensor(place) for name, place in values["tensors"].items()}
-            if any(t.shape != ((size, size) if name == "matrix" else (size,)) for name, t in tensors.items()):
+            rotation = Rotation(size, divisor=values["divisor"], **tensors)
+            if not rotation.is_whole:
                 raise ValueError("a rotation is of another size than it says")
-            rotators[key] = Rotator(Rotation(size, divisor=values["divisor"], **tensors))
+            rotators[key] = Rotator(rotation)
         return rotators[key]
 
     def transform(values: dict[str, Any]) -> InputTransform:

@@ -212,7 +212,7 @@ class GpuQuantizer:
         if self.transform.rotation is None:
             return False
         turn = self.transform.rotation.rotation
-        if turn.matrix is not None or not all(
+        if turn.matrix is not None or turn.partners is not None or not all(
             t is None or t.is_contiguous() for t in (turn.before, turn.after)
         ):
             return False

@@ -271,6 +271,7 @@ def takes(rotation: Rotation, x: Tensor, out: Tensor) -> bool:
     tensors = (rotation.before, rotation.after, rotation.matrix)
     return (
         (rotation.matrix is not None or rotation.size <= LARGEST)
+        and rotation.partners is None
         and not rotation.wide
         and all(t is None or t.is_contiguous() for t in tensors)
         and all(t.dim() == 2 and t.stride(1) == 1 and t.dtype in _TYPES for t in (x, out))
