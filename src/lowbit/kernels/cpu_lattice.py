@@ -14,8 +14,9 @@ bfloat16 would cost it.
 
 Where there are two codes for a vector, the second one's numbers count as b of the first one's a, QuIP#'s over
 3.45 as 20 of 69; a times the one plus b times the other is a whole number of 12 bits. A tile of each book
-lies behind the other, and their numbers are added before x meets them. Of a divisor that is no small fraction the
-second book's numbers are columns behind the first's, under a scale of their own: x lies there twice.
+lies behind the other, and their numbers are added before x meets them. Of a divisor that is no small
+fraction the second book's numbers are columns behind the first's, under a scale of their own: x lies there
+twice.
 
     buffers   data           tiles of 16 rows by 32 columns, two in turns where numbers are added; else all of
                              a book's behind 16 float32 scales
