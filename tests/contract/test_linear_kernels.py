@@ -493,6 +493,7 @@ WEIGHTS = {
     "lattice, many blocks": lambda: lattice(shape=(640, 448)),
     "lattice, two codes": lambda: lattice(3.45, (48, 64)),
     "lattice, two codes, many blocks": lambda: lattice(2.0, (224, 512)),
+    "lattice, two codes, no small fraction": lambda: lattice(3.14159, (48, 64)),
     "trellis 4 mcg, many blocks": lambda: trellis(4, "mcg", (640, 384)),
     "uint3 g16 outliers (SpQR)": with_outliers,
     "uint3 g16 outliers act-order": lambda: with_outliers((50, 336), 0.1, order=True),
@@ -867,6 +868,28 @@ def test_every_code_of_a_lattice_is_its_vector() -> None:
 
 
 @needs_native
+@pytest.mark.parametrize(("divisor", "books"), [(3.45, (69, 20)), (0.9, (9, 10)), (3.14159, None)])
+def test_two_codes_of_a_lattice_are_one_number(divisor: float, books: tuple[int, int] | None) -> None:
+    """Every code beside another one; x lies there once, but for divisors that are no small fractions."""
+    first = torch.arange(1 << 16).view(-1, 64)
+    layout, weight = LatticeLayout(divisor), lattice(divisor, (1024, 512))
+    weight = replace(weight, codes=layout.codes([first, first.flip(1) ^ 0x5A3C]))
+    packed = CpuLattice().pack(weight, CPU)
+    assert isinstance(packed, TransformedWeight)
+    assert packed.tiles.description.columns == (1024 if books is None else 512)
+    assert torch.equal(packed.kernel.unpack(packed).codes, weight.codes)
+    if books is None:
+        return
+    single, (a, b) = LatticeLayout(), books
+    one, other = (single.vectors(single.codes([words])) for words in layout.words(weight.codes))
+    numbers = (a * 4 * one + b * 4 * other) * torch.tensor(1 / (4 * a))
+    assert torch.allclose(numbers, layout.vectors(weight.codes), rtol=0, atol=2.0**-20)
+    assert torch.equal(packed_linear.rows(packed.tiles, torch.arange(1024)), numbers)
+    for tokens in (512, 1):
+        assert torch.equal(packed_linear.linear(torch.eye(512)[:tokens], packed.tiles), numbers.T[:tokens])
+
+
+@needs_native
 @pytest.mark.parametrize("divisor", [0.0, 3.45])
 def test_lattices_lose_less_than_bfloat_inputs(divisor: float) -> None:
     """Beside the product of the definition, most of it what float16 rounds there."""
@@ -1045,7 +1068,7 @@ def test_weights_with_outliers_meet_x_as_float16_ones(shape: tuple[int, int]) ->
 
 @needs_native
 def test_every_zero_point_is_subtracted_as_float16_does() -> None:
-    """All finite ones from each of 8 codes, under scales of all mantissas: as the matrix decoded from them."""
+    """All finite ones from each of 8 codes, under scales of all mantissas: as the matrix made of them."""
     shape = (992, 1024)
     weight = with_outliers(shape, 0.0)
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)

@@ -390,6 +390,29 @@ void trellises(TrellisBook book, int bits) {
     multiply(weight, COLUMNS_IN, name);
 }
 
+// Two codes of a lattice's vectors: any.
+void lattice_pairs() {
+    constexpr std::int64_t COLUMNS_IN = 160;
+    std::vector<std::uint16_t> table(64 + 256);  // behind the numbers of both books the vectors, of any
+    for (int i = 0; i < 32; ++i) {
+        const auto number = static_cast<std::uint16_t>(static_cast<int>(random_bits() % 2047) - 1023);
+        const int at = i / 16 * 32 + i % 16;
+        table[static_cast<std::size_t>(at)] = table[static_cast<std::size_t>(at + 16)] = number;
+    }
+    for (std::size_t i = 64; i < table.size(); ++i) table[i] = static_cast<std::uint16_t>(random_bits());
+    lowbit_weight weight{};
+    weight.factor = 0x1p-8f;
+    weight.table = table.data();
+    weight.rows = ROWS_OUT;
+    weight.columns = COLUMNS_IN;
+    weight.codes = static_cast<std::int32_t>(Codes::e8p_pair);
+    weight.group = COLUMNS_IN;
+    const Layout layout(weight);
+    const Octets data = octets(layout.blocks * layout.block_bytes, 256);
+    weight.data = data.data();
+    multiply(weight, COLUMNS_IN, "linear lattice pairs");
+}
+
 void all_linear() {
     for (const Codes codes : {Codes::bits1, Codes::bits2, Codes::bits3, Codes::bits4, Codes::bits5, Codes::bits6, Codes::bits7,
                               Codes::int8, Codes::uint8}) {
@@ -430,6 +453,7 @@ void all_linear() {
     row_vectors(6, 5, 20, 0, 0, false);
     row_vectors(16, 1, 500, 20, 0, true);
     for (int bits = 1; bits <= 8; ++bits) trellises(static_cast<TrellisBook>(bits % 3), bits);
+    lattice_pairs();
 }
 
 // Two sequences, of 300 and 5 keys, of which the last 3 and 2 ask.

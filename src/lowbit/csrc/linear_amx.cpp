@@ -394,6 +394,7 @@ BlocksFunction exact_tiles(const Layout& layout) {
         case Codes::bf16: return multiply_exact<Codes::bf16>;
         case Codes::words4:
         case Codes::e8p:
+        case Codes::e8p_pair:
         case Codes::row_vectors:
         case Codes::f16:
         case Codes::halves3:

@@ -22,9 +22,9 @@ struct lowbit_weight {
     const std::uint8_t* data;
     // 64 bfloat16 values, for codes of 2 to 7 bits; with a factor, 32 of them (words4: 16-bit numbers, 16 of them
     // twice) and then 16 floats, what codes of 4 bits are worth exactly; of e8p 16 values v twice and then 16-bit
-    // numbers 4 v + 15, alike; for grids and 7 bits, 16-bit words behind it (vectors; all 128 values), the low bytes of
-    // all and then the high ones. Of codebooks (books, vectors, columns) 16-bit numbers, 64 at least; those of rows
-    // (books, vectors and residual ones, 4, 8 or 16).
+    // numbers 4 v + 15, alike, of e8p_pair 16-bit numbers of each book; for grids and 7 bits, 16-bit words behind it
+    // (vectors; all 128 values), the low bytes of all and then the high ones. Of codebooks (books, vectors, columns)
+    // 16-bit numbers, 64 at least; those of rows (books, vectors and residual ones, 4, 8 or 16).
     const std::uint16_t* table;
     std::int64_t rows;
     std::int64_t columns;  // padded to whole tiles

@@ -32,6 +32,7 @@ bool known(const Layout& layout) {
         case Codes::grid3_256:
         case Codes::grid3_512: return layout.addend == Addend::none;
         case Codes::e8p: return layout.addend == Addend::none && layout.sub == COLUMNS;
+        case Codes::e8p_pair: return layout.addend == Addend::none && layout.scales == Scales::none;
         case Codes::words4:
         case Codes::bits1:
         case Codes::bits2:
@@ -64,15 +65,21 @@ float code_value(const lowbit_weight& weight, Codes codes, const std::uint8_t* t
         const Trellis trellis = trellis_of(codes);
         return trellis_number(trellis.book, trellis_window(trellis.bits, tile, row, column));
     }
+    const auto* const words = reinterpret_cast<const std::uint8_t*>(weight.table + 64);
+    if (codes == Codes::e8p_pair) {
+        int sum = 0;
+        for (int book = 0; book < 2; ++book) {
+            const unsigned code = read_grid_code(tile + book * tile_bytes(Codes::e8p), Codes::e8p, words, row, column);
+            sum += static_cast<std::int16_t>(weight.table[book * 32 + static_cast<int>(code)]);
+        }
+        return static_cast<float>(sum) * weight.factor;
+    }
     if (weight.factor != 1.0f) {
         float value;
         std::memcpy(&value, reinterpret_cast<const float*>(weight.table + 32) + read_code(tile, codes, row, column), sizeof value);
         return value;
     }
-    if (is_grid(codes)) {
-        const auto* const words = reinterpret_cast<const std::uint8_t*>(weight.table + 64);
-        return bfloat_to_float(weight.table[read_grid_code(tile, codes, words, row, column)]);
-    }
+    if (is_grid(codes)) return bfloat_to_float(weight.table[read_grid_code(tile, codes, words, row, column)]);
     switch (codes) {
         case Codes::bits7: return bfloat_to_float(weight.table[0]) + static_cast<float>(read_code(tile, codes, row, column));
         case Codes::int8: return byte_value<Codes::int8>(tile[byte_place(row, column)]);

@@ -45,7 +45,7 @@ enum class Codes : std::int32_t {
     bits1 = 1, bits2 = 2, bits3 = 3, bits4 = 4, bits5 = 5, bits6 = 6, bits7 = 7,
     int8 = 8, uint8 = 9, e4m3 = 10, e5m2 = 11, e4m3fnuz = 12, e5m2fnuz = 13, words4 = 14,
     bf16 = 16, f16 = 17, halves3 = 18, grid2_256 = 20, grid2_512 = 21, grid2_1024 = 22, grid1_2048 = 23, grid3_256 = 24, grid3_512 = 25,
-    e8p = 26,
+    e8p = 26, e8p_pair = 27,
     f32 = 32, row_vectors = 40
 };
 
@@ -96,15 +96,18 @@ constexpr bool is_byte(Codes codes) { return codes == Codes::int8 || codes == Co
 // where ``shifted`` one for each vector. A tile is first made one of bits3 (``numbers`` = 8) or bits5, whose last bit
 // is that bit: linear_grids.h. Where ``parity`` (QuIP#'s E8P) there are both, in the room of the signs: whether their
 // count is odd is the vector's own bit, and turns the first number's sign. Such a tile is made one of bits4: a number, its
-// sign and the vector's bit.
+// sign and the vector's bit. ``books``: tiles that stand for one together, a number of each added up.
 struct Grid {
     int bits, numbers;
     bool shifted, parity = false;
+    int books = 1;
     constexpr int vectors() const { return ROWS * COLUMNS / numbers; }  // of a tile
     constexpr Codes planes() const { return parity ? Codes::bits4 : numbers == 8 ? Codes::bits3 : Codes::bits5; }
-    constexpr std::int64_t bytes() const { return vectors() / 8 * bits + (shifted ? vectors() / 8 : ROWS * COLUMNS / 8); }
+    constexpr std::int64_t bytes() const {
+        return books * (vectors() / 8 * bits + (shifted ? vectors() / 8 : ROWS * COLUMNS / 8));
+    }
 };
-constexpr bool is_grid(Codes codes) { return codes >= Codes::grid2_256 && codes <= Codes::e8p; }
+constexpr bool is_grid(Codes codes) { return codes >= Codes::grid2_256 && codes <= Codes::e8p_pair; }
 constexpr Grid grid_of(Codes codes) {
     switch (codes) {
         case Codes::grid2_256: return {8, 8, false};
@@ -113,6 +116,7 @@ constexpr Grid grid_of(Codes codes) {
         case Codes::grid1_2048: return {11, 8, true};
         case Codes::grid3_256: return {8, 4, false};
         case Codes::e8p: return {8, 8, false, true};
+        case Codes::e8p_pair: return {8, 8, false, true, 2};
         default: return {9, 4, false};
     }
 }
@@ -132,7 +136,8 @@ constexpr std::int64_t tile_bytes(Codes codes) {
         case Codes::grid1_2048:
         case Codes::grid3_256:
         case Codes::grid3_512:
-        case Codes::e8p: return grid_of(codes).bytes();
+        case Codes::e8p:
+        case Codes::e8p_pair: return grid_of(codes).bytes();
         case Codes::words4: return ROWS * COLUMNS / 2;
         case Codes::halves3: return ROWS * COLUMNS * 3 / 8;
         case Codes::bf16:

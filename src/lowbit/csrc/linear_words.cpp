@@ -116,6 +116,101 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
     }
 }
 
+// E8P in two codes: a tile of each book's, whose numbers are added.
+constexpr std::int64_t BOOK_BYTES = tile_bytes(Codes::e8p);
+
+#if defined(__AVX512BF16__)
+
+struct PairTables {
+    explicit PairTables(const Decoding& decoding) : table(decoding.table) {}
+    const Table& table;  // each book's numbers
+};
+
+// each(number of the pair of columns, its operand).
+template <class Each>
+INLINE void each_pair(const std::uint8_t* tile, const PairTables& tables, const Each& each) {
+    const std::uint8_t* const books[] = {tile, tile + BOOK_BYTES};
+    __m512i nibbles[2][OPERANDS / 2];
+    expand_grid<Codes::e8p>(books, tables.table.behind, nibbles);
+    each_constant<PAIRS>([&](auto pair) __attribute__((always_inline)) {
+        constexpr int OPERAND = operand_of(decltype(pair)::value), LINE = OPERAND / 4 * 2 + OPERAND % 2;
+        constexpr int RIGHT = OPERAND % 4 / 2 * 4 + side_of(decltype(pair)::value) * 8;
+        const __m512i first = _mm512_permutexvar_epi16(shifted(nibbles[0][LINE], RIGHT), tables.table.low);
+        const __m512i second = _mm512_permutexvar_epi16(shifted(nibbles[1][LINE], RIGHT), tables.table.high);
+        each(pair, _mm512_add_epi16(first, second));
+    });
+}
+
+INLINE void decode_pairs(const std::uint8_t* tile, const PairTables& tables, WordTile& w) {
+    each_pair(tile, tables, [&](auto pair, __m512i both) __attribute__((always_inline)) { w[decltype(pair)::value] = both; });
+}
+
+INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& tables, const std::int16_t* x) {
+    __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    each_pair(tile, tables, [&](auto pair, __m512i both) __attribute__((always_inline)) {
+        constexpr int PAIR = decltype(pair)::value;
+        std::int32_t two;
+        std::memcpy(&two, x + PAIR * 2, sizeof two);
+        sums[PAIR % 2] = _mm512_dpwssd_epi32(sums[PAIR % 2], both, _mm512_set1_epi32(two));
+    });
+    return _mm512_add_epi32(sums[0], sums[1]);
+}
+
+#else
+
+struct PairTables {
+    explicit PairTables(const Decoding& decoding)
+        : table(decoding.table), first(decoding.words), second(decoding.weight->table + 32) {}
+    const Table& table;
+    const WordCodes& first;
+    WordCodes second;
+};
+
+INLINE void decode_pairs(const std::uint8_t* tile, const PairTables& tables, WordTile& w) {
+    alignas(64) std::uint8_t nibbles[tile_bytes(Codes::bits4)];
+    WordTile more;
+    expand_grid<Codes::e8p>(tile, tables.table.behind, nibbles);
+    decode_words<Codes::bits4, WordKind::wide>(nibbles, tables.table, tables.first, w);
+    expand_grid<Codes::e8p>(tile + BOOK_BYTES, tables.table.behind, nibbles);
+    decode_words<Codes::bits4, WordKind::wide>(nibbles, tables.table, tables.second, more);
+#if defined(__AVX2__)
+    for (int pair = 0; pair < PAIRS; ++pair) {
+        w[pair].low = _mm256_add_epi16(w[pair].low, more[pair].low);
+        w[pair].high = _mm256_add_epi16(w[pair].high, more[pair].high);
+    }
+#else
+    for (int column = 0; column < COLUMNS; ++column) {
+        std::int16_t *const to = w.columns[column], *const from = more.columns[column];
+        for (int row = 0; row < ROWS; ++row) to[row] = static_cast<std::int16_t>(to[row] + from[row]);
+    }
+#endif
+}
+
+INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& tables, const std::int16_t* x) {
+    WordTile w;
+    decode_pairs(tile, tables, w);
+    return dot_tile(w, x);
+}
+
+#endif
+
+void multiply_pairs(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                    float (*totals)[ROWS]) {
+    const PairTables tables(decoding);
+    const Tiles tiles{block, 2 * BOOK_BYTES, 0, layout.tiles};
+    if (x.tokens == 1) {
+        const auto dot = [&](const std::uint8_t* tile, const std::int16_t* columns) __attribute__((always_inline)) {
+            return dot_pairs_once(tile, tables, columns);
+        };
+        sixteen_store(totals[0], add_tiles(sixteen_load(totals[0]), tiles, x, dot));
+    } else {
+        multiply_tiles(tiles, tiles.bytes, layout, x, totals,
+                       [&](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) { decode_pairs(tile, tables, w); });
+    }
+    const Sixteen factor = sixteen_set(layout.factor);
+    for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], sixteen_multiply(sixteen_load(totals[t]), factor));
+}
+
 template <Codes CODES, WordKind KIND>
 BlockFunction without_addend(const Layout& layout) {
     if (layout.addend != Addend::none || layout.sub == LEAST_GROUP) return nullptr;
@@ -202,13 +297,15 @@ BlockFunction wide_function(const Layout& layout) {
 
 BlockFunction word_function(const Layout& layout, const WordCodes& codes) {
     if (layout.codes == Codes::row_vectors) return row_vector_function(layout);
-    if (layout.scales == Scales::none && codes.kind != WordKind::trellis) return nullptr;
+    const bool unscaled = codes.kind == WordKind::trellis || codes.kind == WordKind::pairs;
+    if (layout.scales == Scales::none && !unscaled) return nullptr;
     switch (codes.kind) {
         case WordKind::none: return nullptr;
         case WordKind::line: return line_function(layout);
         case WordKind::bytes: return byte_table_function(layout);
         case WordKind::wide: return wide_function(layout);
         case WordKind::trellis: return trellis_function(layout);
+        case WordKind::pairs: return multiply_pairs;
     }
     return nullptr;
 }

@@ -20,8 +20,8 @@ constexpr bool CODES_AS_WORDS = true;
 constexpr int LARGEST_VALUE = (1 << 12) - 1;  // of a table
 
 // line: a code is worth base + code. bytes: base + a byte that is looked up. wide: 16 numbers of 13 bits. trellis: numbers
-// of 14 bits.
-enum class WordKind { none, line, bytes, wide, trellis };
+// of 14 bits. pairs: numbers of two tables, added.
+enum class WordKind { none, line, bytes, wide, trellis, pairs };
 
 // The largest |x|.
 constexpr int largest_word(WordKind kind) {
@@ -29,6 +29,8 @@ constexpr int largest_word(WordKind kind) {
 }
 constexpr int LARGEST_OF_TRELLIS = 2 * 2047 * 2;  // in units of 2^-11: two halves just below 2
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::trellis)) * LARGEST_OF_TRELLIS * COLUMNS < std::int64_t{1} << 31);
+constexpr int LARGEST_OF_PAIR = (1 << 11) - 1;
+static_assert(static_cast<std::int64_t>(largest_word(WordKind::pairs)) * LARGEST_OF_PAIR * COLUMNS < std::int64_t{1} << 31);
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::wide)) * LARGEST_VALUE * COLUMNS < std::int64_t{1} << 31);
 // A sum of unsigned bytes and base * sum(x), which starts it.
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::line)) * (255 + 256) * COLUMNS < std::int64_t{1} << 31);
@@ -44,7 +46,10 @@ struct WordCodes {
         const auto codes = static_cast<Codes>(weight.codes);
         if (codes == Codes::words4) {
             kind = WordKind::wide;
-            for (int i = 0; i < 64; ++i) put(i, weight.table[i % 16]);
+            put_words(weight.table);
+        } else if (codes == Codes::e8p_pair) {
+            kind = WordKind::pairs;
+            put_words(weight.table);
         } else if (is_trellis(codes)) {
             kind = WordKind::trellis;
         } else if (is_words(codes)) {
@@ -63,7 +68,13 @@ struct WordCodes {
         }
     }
 
+    // Of 16 words.
+    explicit WordCodes(const std::uint16_t* words) { put_words(words); }
+
   private:
+    void put_words(const std::uint16_t* words) {
+        for (int i = 0; i < 64; ++i) put(i, words[i % 16]);
+    }
     void put(int i, int value) {
         low[i] = static_cast<std::uint8_t>(value);
         high[i] = static_cast<std::uint8_t>(value >> 8);

@@ -12,17 +12,22 @@ times a number is one of 12 whole ones, and the transformed x becomes whole numb
 for each 32 columns (csrc/linear_words.h): sums of 32 columns are exact, and x loses a fiftieth of what
 bfloat16 would cost it.
 
-Where there are two codes for a vector, those of the second book are columns behind the first's, under a scale
-of their own: x lies there twice.
+Where there are two codes for a vector, the second one's numbers count as b of the first one's a, QuIP#'s over
+3.45 as 20 of 69; a times the one plus b times the other is a whole number of 12 bits. A tile of each book
+lies behind the other, and their numbers are added before x meets them. Of a divisor that is no small
+fraction the second book's numbers are columns behind the first's, under a scale of their own: x lies there
+twice.
 
-    buffers   data           tiles of 16 rows by 32 columns, each book's behind 16 float32 scales
-              table          16 numbers, and the words of 256 vectors; every weight has the same
+    buffers   data           tiles of 16 rows by 32 columns, two in turns where numbers are added; else all of
+                             a book's behind 16 float32 scales
+              table          16 numbers, of two books of each, and the words of 256 vectors
               outputs        float32 (out, 1)
               inputs         float32 (1, in)
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import cache
 
 import torch
@@ -42,6 +47,8 @@ from lowbit.numerics.scheme import Scheme
 _UNIT = 2 * COLUMNS  # columns that files have together
 _HEAD = ROWS * 4  # bytes of scales
 _INDICES = ROWS * COLUMNS // LENGTH  # bytes of a tile, and as many of signs
+LARGEST_NUMBER = 11  # four times the largest of a vector's numbers
+LARGEST_OF_PAIR = 2047  # of two, in csrc/linear_words.h
 # Where a vector's signs stand in the word of its row (``parity_place`` of csrc/linear_grids.h).
 _SIGN_PLACES = (0, 1, 8, 9, 4, 5, 12, 13)
 # Where its numbers of 2 bits stand in the word of the table.
@@ -52,7 +59,7 @@ class CpuLattice(TransformedKernel):
     """See the module docstring."""
 
     name = "cpu_lattice"
-    layout = 1
+    layout = 2
     scale = "f32"
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
@@ -74,36 +81,43 @@ class CpuLattice(TransformedKernel):
 
     def describe(self, scheme: Scheme, shape: tuple[int, ...]) -> Description:
         """The native description of the tiles."""
-        wide = (shape[0], _layout(scheme).books * shape[1])
+        layout = _layout(scheme)
+        if shares := _shares(layout.divisor):
+            return Description.plain(shape, CODES["e8p_pair"], factor=1 / (4 * shares[0]))
+        wide = (shape[0], layout.books * shape[1])
         return Description.plain(wide, CODES["e8p"], SCALES_F32, group=shape[1])
 
-    def table(self) -> Tensor:
-        """16 numbers, and the words of 256 vectors."""
-        return _table()
+    def table(self, scheme: Scheme) -> Tensor:
+        """16 numbers, of two books of each, and the words of 256 vectors."""
+        return _table(_shares(_layout(scheme).divisor))
 
     def tiled(self, weight: QuantizedTensor) -> Tensor:
         """uint8: blocks of 16 rows of tiles of 32 columns."""
-        layout, (rows, columns) = _layout(weight.scheme), weight.shape
+        layout, columns = _layout(weight.scheme), weight.shape[1]
         words = torch.stack(layout.words(weight.codes), 1)  # (rows, books, vectors)
         tiles = columns // COLUMNS
-        data = torch.zeros(rows // ROWS, layout.books, _HEAD + tiles * 2 * _INDICES, dtype=torch.uint8)
-        scales = torch.tensor([1.0, 1 / layout.divisor] if layout.divisor else [1.0])
-        data[..., :_HEAD] = scales.view(-1, 1).repeat(1, ROWS).view(torch.uint8)
         # (blocks, row / 4, row % 4, books, tiles, lines, parity)
         parted = words.view(-1, 4, 4, layout.books, tiles, 2, 2)
         indices = (parted >> 8).to(torch.uint8).permute(0, 3, 4, 1, 5, 2, 6).flatten(3)
         lines = _sign_words()[_parted()[1][parted]]
         signs = (lines[..., 0, :] | lines[..., 1, :] << 2).to(torch.int16)
         signs = signs.permute(0, 3, 4, 1, 2, 5).flatten(3).contiguous().view(torch.uint8)
-        data[..., _HEAD:] = torch.cat((indices, signs), -1).flatten(2)
-        return data.flatten()
+        body = torch.cat((indices, signs), -1)  # (blocks, books, tiles, bytes)
+        if _shares(layout.divisor):
+            return body.transpose(1, 2).flatten()
+        scales = torch.tensor([1.0, 1 / layout.divisor] if layout.divisor else [1.0])
+        heads = scales.view(-1, 1).repeat(1, ROWS).view(torch.uint8).expand(len(body), -1, -1)
+        return torch.cat((heads, body.flatten(2)), -1).flatten()
 
     def untiled(self, packed: PackedWeight) -> Tensor:
         """uint8 (out, bytes): the inverse of ``tiled``."""
         layout, (rows, columns) = _layout(packed.scheme), packed.shape
         tiles = columns // COLUMNS
-        body = packed.buffers["data"].view(rows // ROWS, layout.books, -1)[..., _HEAD:]
-        body = body.unflatten(-1, (tiles, 2 * _INDICES))
+        data, blocks = packed.buffers["data"], rows // ROWS
+        if _shares(layout.divisor):
+            body = data.view(blocks, tiles, layout.books, 2 * _INDICES).transpose(1, 2)
+        else:
+            body = data.view(blocks, layout.books, -1)[..., _HEAD:].unflatten(-1, (tiles, 2 * _INDICES))
         # (blocks, books, tiles, row / 4, lines, row % 4, parity) -> rows, books, vectors
         indices = body[..., :_INDICES].unflatten(-1, (4, 2, 4, 2)).permute(0, 3, 5, 1, 2, 4, 6)
         words = body[..., _INDICES:].contiguous().view(torch.int16).int().unflatten(-1, (4, 4, 2))
@@ -152,13 +166,28 @@ def _codes_of_signs() -> Tensor:
     return found
 
 
+def _shares(divisor: float) -> tuple[int, int] | None:
+    """a and b: numbers over ``divisor`` count as b of the first book's a, as float32 sees it; None where none
+    are so small that sums fit."""
+    if not divisor:
+        return None
+    share = Fraction(1 / divisor).limit_denominator(LARGEST_OF_PAIR)
+    whole = LARGEST_NUMBER * (share.numerator + share.denominator) <= LARGEST_OF_PAIR
+    return share.as_integer_ratio()[::-1] if whole and abs(share * divisor - 1) < 2.0**-24 else None
+
+
 @cache
-def _table() -> Tensor:
-    """uint8: 16 numbers v twice in bfloat16, twice as words 4 v + 15; low and high bytes of 256 vectors."""
+def _table(shares: tuple[int, int] | None) -> Tensor:
+    """uint8: 16 numbers v twice in bfloat16, twice as words 4 v + 15; low and high bytes of 256 vectors.
+
+    With ``shares`` of each book words of so many times 4 v.
+    """
     size, sign, shift = torch.arange(4) * 2 + 1, torch.tensor([1, -1]), torch.tensor([1, -1])
     turned = torch.where(torch.arange(4) == 1, -1, 1)
-    numbers = 2 * size * turned * sign[:, None] + shift[:, None, None]
-    floats, whole = (numbers / 4.0).flatten().bfloat16(), (numbers + 15).flatten().short()
+    numbers = (2 * size * turned * sign[:, None] + shift[:, None, None]).flatten()
+    floats, whole = (numbers / 4.0).bfloat16(), (numbers + 15).short()
+    if shares:
+        floats, whole = ((numbers * share).short() for share in shares)
     values = (part.repeat(2).view(torch.uint8) for part in (floats, whole))
     words = (_parted()[0][::256] << torch.tensor(_NUMBER_PLACES)).sum(1)
     return torch.cat((*values, low_and_high_bytes(words)))

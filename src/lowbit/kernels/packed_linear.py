@@ -76,6 +76,7 @@ class Grid:
     bits: int
     numbers: int
     shifted: bool = False
+    books: int = 1
 
     @property
     def vectors(self) -> int:
@@ -90,7 +91,7 @@ class Grid:
     @property
     def tile_size(self) -> int:
         """Bytes of a tile's codes."""
-        return self.vectors // 8 * (self.bits + (1 if self.shifted else self.numbers))
+        return self.books * self.vectors // 8 * (self.bits + (1 if self.shifted else self.numbers))
 
 
 GRIDS = {
@@ -101,6 +102,7 @@ GRIDS = {
     24: Grid(8, 4),
     25: Grid(9, 4),
     26: Grid(8, 8),
+    27: Grid(8, 8, books=2),
 }
 CODES |= {
     "grid2_256": 20,
@@ -110,6 +112,7 @@ CODES |= {
     "grid3_256": 24,
     "grid3_512": 25,
     "e8p": 26,
+    "e8p_pair": 27,
 }
 
 

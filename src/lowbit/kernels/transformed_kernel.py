@@ -58,8 +58,8 @@ class TransformedKernel(NativeKernel, ABC):
     def transforms(self, inputs: Tensor, outputs: Tensor) -> tuple[Rotation, Rotation]:
         """Before the tiles and behind them; float32 (in,) and (out,)."""
 
-    def table(self) -> Tensor:
-        """What numbers are looked up in, the same for every weight: nothing, but every weight has one."""
+    def table(self, scheme: Scheme) -> Tensor:
+        """What numbers are looked up in, the same for all of a scheme: nothing, but every weight has one."""
         return torch.zeros(64, dtype=torch.int16)
 
     def unscaled(self, scheme: Scheme) -> str | None:
@@ -76,7 +76,7 @@ class TransformedKernel(NativeKernel, ABC):
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The same bits, in tiles of 16 rows by 32 columns."""
         outputs, inputs = (scale.clone() for scale in weight.scales)
-        data, table = self.tiled(weight), self.table()
+        data, table = self.tiled(weight), self.table(weight.scheme)
         buffers = {"data": data, "table": table, "outputs": outputs, "inputs": inputs}
         return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
 
