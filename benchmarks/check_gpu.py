@@ -8,8 +8,9 @@ fails stops none but the first. Exit code: how many failed.
     python benchmarks/check_gpu.py --seconds 280 --into build/gpu-check
     python benchmarks/check_gpu.py --only kernels linear --seconds 600
 
-Needs torch with CUDA, Triton with a C compiler and Python's headers, what lowbit depends on but for the
-server's packages, and pytest with pytest-timeout and pytest-xdist; no network and no native library.
+Needs torch with CUDA, Triton with a C compiler and Python's headers, what lowbit depends on (without the
+server's packages the part "serve" is left out), and pytest with pytest-timeout and pytest-xdist; no network
+and no native library.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def parts() -> list[Part]:
         Part("environment", ("-c", ENVIRONMENT), 60),
         Part("engine", tests(*engine, "-m", "", workers=min(workers, 4)), 100),
         Part("graphs", tests("tests/gpu/test_gpu_graphs.py", "-m", "", workers=workers), 80),
+        Part("serve", ("benchmarks/gpu_serve.py",), 120),
         Part("step-1b", ("benchmarks/gpu_step.py", "--made", "1b", *steps), 60),
         Part("kernels", tests("tests/gpu", "--ignore=tests/gpu/test_gpu_graphs.py", workers=workers), 240),
         Part("step-8b", ("benchmarks/gpu_step.py", *steps), 120),

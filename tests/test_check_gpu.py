@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmark_modules import benchmark_module
+from benchmark_modules import FOLDER, benchmark_module
 
 check_gpu = benchmark_module("check_gpu")
 HANGS = "import subprocess, sys, time; print('begun', flush=True); subprocess.run(['sleep', '60'])"
@@ -54,3 +56,24 @@ def test_parts_that_find_no_time_are_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "argv", ["check_gpu.py", "--into", str(tmp_path), "--seconds", "1"])
     assert check_gpu.main() == 0
     assert json.loads((tmp_path / "results.jsonl").read_text()) == {"part": "engine", "is": "not begun"}
+
+
+def test_the_real_server_is_among_the_first_parts() -> None:
+    names = [part.name for part in check_gpu.parts()]
+    assert names.index("serve") < names.index("step-1b")
+
+
+@pytest.mark.slow
+def test_a_server_is_asked_and_compared(tmp_path: Path) -> None:
+    """On a CPU both are one, and agree to the last bit; a random model where none is cached."""
+    folders = (FOLDER.parent / "src", FOLDER, *sys.path)
+    environment = {
+        **os.environ,
+        "LOWBIT_CACHE": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
+    }
+    words = [str(FOLDER / "gpu_serve.py"), "--device", "cpu", "--tokens", "4"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tokens"] == 48 and found["largest_difference"] == 0 and found["captured_steps"] > 0

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from lowbit.cli import COMMANDS, main, parser_of
-from lowbit.commands.sglang_flags import COMPARED, ONLY, REFUSED, WITHOUT_EFFECT
+from lowbit.commands.arguments import Parser, parse_arguments
+from lowbit.commands.other_flags import OTHER_FLAGS
+from lowbit.commands.sglang_flags import (
+    COMPARED,
+    ONLY,
+    REFUSED,
+    REFUSED_PREFIXES,
+    WITHOUT_EFFECT,
+    refusal,
+)
 from lowbit.engine.messages import EngineReady
 from lowbit.error_catalogue import CATALOGUE
 from lowbit.errors import LowbitError
@@ -169,6 +180,64 @@ def test_refused_flags_say_what_instead(flag: str, capsys: pytest.CaptureFixture
     for words in ([flag], [flag, "x"], [f"{flag}=x"], ["m", flag]):
         assert main(["serve", *words]) == 2
         assert capsys.readouterr().err == f"lowbit: error[E0105]: {flag}: {REFUSED[flag]}\n"
+
+
+def test_every_flag_of_sglang_is_taken_or_refused_by_name() -> None:
+    """With what follows it; none is unknown, and none leaves its value behind as the model's name."""
+    listed = (Path(__file__).parent / "sglang_flags.txt").read_text().splitlines()[1:]
+    parser, unlike = parser_of("serve"), []
+    for flag, shape in map(str.split, listed):
+        words = [[flag, *(SHAPES | {"toggle": []})[shape]]]
+        words += [[f"--no-{flag[2:]}"]] if shape == "toggle" else []
+        for line in words:
+            try:
+                taken = vars(parse_arguments(parser, line))
+                if taken["MODEL"] is not None or not (taken["given"] or taken["without_effect"]):
+                    unlike.append((line, taken))
+            except LowbitError as error:
+                if error.code not in ("E0105", "E0106") or not error.message.startswith(line[0]):
+                    unlike.append((line, error.message))
+    assert len(listed) > 540 and not unlike
+
+
+def error_of(parser: Parser, words: list[str]) -> str:
+    with pytest.raises(LowbitError) as caught:
+        parse_arguments(parser, words)
+    return str(caught.value)
+
+
+def test_what_begins_like_a_refused_flag_is_refused() -> None:
+    """One that is no option or flag without effect; of the switch's other half too."""
+    server, chat = parser_of("serve"), parser_of("chat")
+    for start in REFUSED_PREFIXES:
+        for flag in (f"{start}zz", f"--no-{start[2:]}zz"):
+            assert error_of(server, [flag, "x"]) == f"error[E0105]: {flag}: {refusal(start + 'zz')}"
+        assert "unknown option" in error_of(chat, [f"{start}zz"]), "only a server takes a server's flags"
+
+
+def test_flags_of_vllm_and_llama_cpp_lead_to_lowbits() -> None:
+    parser = parser_of("serve")
+    for flag, told in OTHER_FLAGS.items():
+        for words in ([flag], [flag, "8"], [f"{flag}=8"], ["m", "--port", "81", flag, "8"]):
+            assert error_of(parser, words) == f"error[E0102]: unknown option {flag}; {told}"
+
+
+def test_the_flags_that_others_flags_lead_to_exist() -> None:
+    own = set(parser_of("serve")._option_string_actions)
+    advice = [*OTHER_FLAGS.values(), *REFUSED.values(), *REFUSED_PREFIXES.values()]
+    advice += [why for _, why in (*WITHOUT_EFFECT.values(), *ONLY.values())]
+    told = {flag for text in advice for flag in re.findall(r"--[a-z-]+", text)}
+    assert told <= own and len(told) > 30
+    assert not own & set(OTHER_FLAGS)
+    assert not any(refusal(flag) for flag in OTHER_FLAGS), "what SGLang has too is refused by its name"
+
+
+def test_a_commands_own_flag_is_not_anothers(capsys: pytest.CaptureFixture[str]) -> None:
+    """generate has --temperature; pull has no engine to say anything of."""
+    words = ["--temperature", "0.5", "--prompt", "x"]
+    assert parse_arguments(parser_of("generate"), words).given["temperature"] == ("--temperature", "0.5")
+    assert main(["pull", "--max-num-seqs", "8"]) == 2
+    assert capsys.readouterr().err.startswith("lowbit: error[E0102]: unknown option --max-num-seqs")
 
 
 REFUSED_VALUES = [

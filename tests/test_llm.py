@@ -43,6 +43,19 @@ def test_stream_is_the_whole_and_can_be_left(llm: LLM) -> None:
     assert not llm._engine.has_work() and llm._engine.check() == []
 
 
+def test_answers_asked_for_inside_each_other(llm: LLM) -> None:
+    """The events of one loop are not lost in another's."""
+    texts = ["In the beginning", "Once upon a time"]
+    whole = [llm.generate(text, GREEDY)[0].text for text in texts]
+    shown, inner = ["", ""], []
+    for place, events in enumerate(zip(*(llm.stream(text, GREEDY) for text in texts), strict=True)):
+        if place == 3:
+            inner = llm.generate(texts, GREEDY)
+        shown = [text + event.text for text, event in zip(shown, events, strict=True)]
+    assert shown == whole == [one.text for one in inner]
+    assert not llm._engine.has_work() and not llm._events
+
+
 def test_logprobs_and_echo(llm: LLM) -> None:
     (scored,) = llm.generate("Hello world", SamplingParams(max_tokens=0, prompt_logprobs=1))
     assert scored.tokens == [] and scored.prompt_logprobs is not None
@@ -56,7 +69,8 @@ def test_logprobs_and_echo(llm: LLM) -> None:
 
 def test_errors_are_lines(llm: LLM) -> None:
     with pytest.raises(LowbitError, match="context") as caught:
-        llm.generate([[5] * 5000], GREEDY)
+        llm.generate([[5, 6], [5] * 5000], GREEDY)
     assert caught.value.code == "prompt_too_long"
+    assert not llm._engine.has_work(), "who was asked beside it goes on with nobody waiting"
     with pytest.raises(LowbitError, match="no model 'smolm'"):
         LLM("smolm")

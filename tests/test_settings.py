@@ -83,6 +83,8 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "request_timeout": ("30", 30.0),
     "drain_timeout": ("0", 0.0),
     "allowed_hosts": ("a.example,b.example", "a.example,b.example"),
+    "stream_response_default_include_usage": ("1", True),
+    "default_chat_template_kwargs": ('{"enable_thinking": false}', '{"enable_thinking": false}'),
     "log_level": ("debug", "debug"),
     "json_errors": ("on", True),
     "debug": ("yes", True),

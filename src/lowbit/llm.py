@@ -9,7 +9,7 @@ print(llm.chat([{"role": "user", "content": "Hello!"}]).text)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -78,6 +78,7 @@ class LLM:
         )
         self.default_sampling = SamplingParams(**defaults)  # type: ignore[arg-type]
         self._numbers = itertools.count()
+        self._events: dict[str, list[TokenEvent]] = {}  # of requests that have not ended, not yet given out
 
     def __enter__(self) -> LLM:
         return self
@@ -100,12 +101,13 @@ class LLM:
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         listed = [prompts] if single else prompts
         completions: dict[str, Completion] = {}
-        for prompt in listed:
-            completions[self._submit(prompt, sampling)] = Completion()  # type: ignore[arg-type]
-        while self._engine.has_work():
-            for event in self._engine.step():
-                if event.id in completions:
-                    completions[event.id].take(event)
+        try:
+            for prompt in listed:
+                completions[self._submit(prompt, sampling)] = Completion()  # type: ignore[arg-type]
+            for event in self._follow(list(completions)):
+                completions[event.id].take(event)
+        finally:
+            self._leave(completions)
         return list(completions.values())
 
     def chat(self, messages: list[dict[str, object]], sampling: SamplingParams | None = None) -> Completion:
@@ -119,17 +121,37 @@ class LLM:
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Iterator[TokenEvent]:
         """The events of one prompt as they come; leaving the loop early cancels it."""
         name = self._submit(prompt, sampling)
-        ended = False
         try:
-            while self._engine.has_work():
-                for event in self._engine.step():
-                    if event.id == name:
-                        ended = ended or event.finish_reason is not None
-                        yield event
+            yield from self._follow([name])
         finally:
-            if not ended:
-                self._engine.cancel(name)
-                self._engine.step()
+            self._leave([name])
+
+    def _follow(self, names: list[str]) -> Iterator[TokenEvent]:
+        """The events of these requests until all have ended. Those of others, whose loops stand still
+        meanwhile, wait for them."""
+        going = names
+        while going := [name for name in going if name in self._events]:
+            for name in going:
+                while self._events.get(name):
+                    event = self._events[name].pop(0)
+                    if event.finish_reason is not None:
+                        del self._events[name]
+                    yield event
+            if not any(map(self._events.get, going)):
+                self._step()
+
+    def _step(self) -> None:
+        for event in self._engine.step():
+            if event.id in self._events:
+                self._events[event.id].append(event)
+
+    def _leave(self, names: Iterable[str]) -> None:
+        """Cancel those that have not ended: nobody waits for them."""
+        left = [name for name in names if self._events.pop(name, None) is not None]
+        for name in left:
+            self._engine.cancel(name)
+        if left:
+            self._step()
 
     def _submit(self, prompt: Prompt, sampling: SamplingParams | None) -> str:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -139,4 +161,5 @@ class LLM:
         if echo:
             params = msgspec.structs.replace(params, max_tokens=None)
         self._engine.submit(Request(id=name, prompt=tuple(tokens), sampling=params, echo_only=echo))
+        self._events[name] = []
         return name

@@ -41,16 +41,26 @@ _POLICIES_REFUSED = (
     ("lof", "the lengths of answers are not known beforehand; use fcfs"),
     ("priority", "requests have no priorities here; use fcfs"),
     ("routing-key", "there is one engine and no router; use lpm"),
+    ("hrrn", "the lengths of answers are not known beforehand; use fcfs"),
+    ("shortest-prefill-first", "long prompts would wait for ever; use fcfs"),
 )
 _DRAFTS_REFUSED = tuple(
     (name, "there are no draft models or heads here; use NGRAM, which drafts from the sequence's own text")
-    for name in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK")
+    for name in ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE", "DFLASH", "DSPARK", "UNO", "FROZEN_KV_MTP")
 )
 
 # Backends of SGLang's that lowbit has not: they compute the same, so that its own choice serves.
 _ATTENTION_SYNONYMS = (
-    *(("torch_native", "reference"), ("fa3", "auto"), ("fa4", "auto"), ("flashmla", "auto")),
-    *(("cutlass_mla", "auto"), ("trtllm_mla", "auto"), ("trtllm_mha", "auto"), ("intel_amx", "auto")),
+    ("torch_native", "reference"),
+    *dict.fromkeys(
+        (
+            *("fa3", "fa4", "flashmla", "cutlass_mla", "trtllm_mla", "trtllm_mha", "intel_amx", "hpc_ops"),
+            *("flex_attention", "dsa", "nsa", "qsa", "dsv4", "compressed", "cutedsl_mla", "tokenspeed_mla"),
+            *("dual_chunk_flash_attn", "llada2_cfg_flashinfer", "minicpm_flashattn", "minicpm_flashinfer"),
+            *("aiter", "wave", "ascend", "intel_xpu"),
+        ),
+        "auto",
+    ).items(),
 )
 
 Flags = Mapping[str, tuple[str, str | bool]]  # field -> the flag as written and its text, True for a switch
@@ -66,6 +76,21 @@ GROUPS = {  # in the order help and docs list them
 CPU_FRACTION, GPU_FRACTION = 0.4, 0.85  # what mem_fraction_static is on each
 
 _CACHE_TYPES = ("auto", "bf16", "fp16", "f32", "fp8_e4m3", "fp8_e5m2", "int8", "int4")
+_CACHES_REFUSED = tuple(
+    (name, "there is no such cache; use int4, int8 or fp8_e4m3")
+    for name in (
+        "nvfp4",
+        "mxfp8",
+        "fp4_e2m1",
+        "fp4_mx_block16",
+        "q8_0",
+        "q4_0",
+        "q4_1",
+        "q5_0",
+        "q5_1",
+        "iq4_nl",
+    )
+)
 _CACHE_SYNONYMS = (
     *(("bfloat16", "bf16"), ("float16", "fp16"), ("half", "fp16"), ("f16", "fp16")),
     *(("float32", "f32"), ("float", "f32"), ("fp32", "f32")),
@@ -204,15 +229,15 @@ class Settings:
         "auto", "Type of the KV cache; auto: what the checkpoint was calibrated for, else bf16, or f32 for "
         "f32 models. fp8 takes the checkpoint's scales; without them, and for int8 and int4, every token "
         "and head has its own.", "engine",
-        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS,
+        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS, refused=_CACHES_REFUSED,
     )  # fmt: skip
     k_cache_dtype: str = option(
         "auto", "Type of K in the KV cache; auto: as --kv-cache-dtype.", "engine",
-        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS,
+        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS, refused=_CACHES_REFUSED,
     )  # fmt: skip
     v_cache_dtype: str = option(
         "auto", "Type of V in the KV cache; auto: as --kv-cache-dtype.", "engine",
-        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS,
+        choices=_CACHE_TYPES, synonyms=_CACHE_SYNONYMS, refused=_CACHES_REFUSED,
     )  # fmt: skip
     page_size: int = option(16, "Tokens in a KV page.", "engine", choices=("16",))
     mem_fraction_static: float | None = option(
@@ -241,15 +266,18 @@ class Settings:
     )  # fmt: skip
     disable_radix_cache: bool = option(False, "Do not reuse the KV cache of shared prefixes.", "engine")
     disable_cuda_graph: bool = option(
-        False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine"
-    )
+        False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine",
+        aliases=("--disable-decode-cuda-graph",),
+    )  # fmt: skip
     cuda_graph_bs: str = option(
         "", "Sequences of the steps that get a CUDA graph, 1 2 4 8 …; others are padded to the next of them. "
         "Default: 1, 2, 4, 8, 16, 24 … up to --cuda-graph-max-bs.", "engine", many=True, metavar="N [N ...]",
+        aliases=("--cuda-graph-bs-decode",),
     )  # fmt: skip
     cuda_graph_max_bs: int | None = option(
         None, "Most sequences of a step with a CUDA graph; larger ones run eagerly. Default: "
         "--max-running-requests, but at most 256.", "engine", minimum=1,
+        aliases=("--cuda-graph-max-bs-decode",),
     )  # fmt: skip
     disable_overlap_schedule: bool = option(
         False, "On a GPU, finish each step before the next is prepared.", "engine"
@@ -322,6 +350,14 @@ class Settings:
     incremental_streaming_output: bool = option(
         False, "Streams of /generate carry the new text alone, not all the text so far.", "server",
         aliases=("--stream-output",),
+    )  # fmt: skip
+    stream_response_default_include_usage: bool = option(
+        False, "Streams end with a chunk of usage also where the request does not ask for it.", "server",
+        aliases=("--enable-force-include-usage",),
+    )  # fmt: skip
+    default_chat_template_kwargs: str | None = option(
+        None, "JSON object of variables for the chat template, where a request's chat_template_kwargs do not "
+        "say them: '{\"enable_thinking\": false}'.", "server",
     )  # fmt: skip
     log_level: str = option(
         "info", "How much to log.", "server", choices=("debug", "info", "warning", "error")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lowbit.commands.sglang_flags import COMPARED, ONLY, REFUSED, WITHOUT_EFFECT
+from lowbit.commands.sglang_flags import COMPARED, ONLY, REFUSED, REFUSED_PREFIXES, WITHOUT_EFFECT
 from lowbit.quantize.specification import METHODS, TORCHAO, Choice
 from lowbit.settings import GROUPS, Settings, default_of, flag_of, range_text, type_of, variable_of
 
@@ -25,7 +25,7 @@ _SGLANG = """\
 `python -m lowbit.launch_server` and `lowbit serve` take the names above and, so that a launch line written
 for SGLang works unchanged, these flags. *Accepted*: an option of lowbit; every other option above that SGLang
 has too means the same. *Without effect*: accepted with a note. *Only*: the one value is accepted. *Refused*:
-an error that says what to do instead.
+an error that says what to do instead; `…` stands for all that begin so.
 
 | SGLang's flag | Here | Meaning, reason, or what instead |
 | --- | --- | --- |
@@ -126,6 +126,7 @@ def sglang_section() -> str:
     rows += _grouped("without effect", {flag: reason for flag, (_, reason) in WITHOUT_EFFECT.items()})
     rows += _grouped("only", {flag: f"`{only}`: {why}" for flag, (only, why) in ONLY.items()})
     rows += _grouped("refused", REFUSED)
+    rows += _grouped("refused", {f"{start}…": reason for start, reason in REFUSED_PREFIXES.items()})
     return _SGLANG + "\n".join(rows) + "\n"
 
 

@@ -1043,6 +1043,22 @@ def test_weights_with_outliers_meet_x_as_float16_ones(shape: tuple[int, int]) ->
         assert torch.equal(packed.kernel.linear(x, packed), other.kernel.linear(x, other))
 
 
+@needs_native
+def test_every_zero_point_is_subtracted_as_float16_does() -> None:
+    """All finite ones from each of 8 codes, under scales of all mantissas: as the matrix decoded from them."""
+    shape = (992, 1024)
+    weight = with_outliers(shape, 0.0)
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    zeros = every[every.isfinite()].view(992, 64)
+    scales = every[0x1000:0x3C00].repeat(6)[: zeros.numel()].view(992, 64)  # 2^-11 to 1
+    codes = (torch.arange(shape[1]) % 8).to(torch.uint8).repeat(shape[0], 1)
+    weight = replace(weight, codes=codes, scales=(scales,), zeros=zeros)
+    plain = weight.decoded(weight.scheme.decoded)
+    x = torch.randn(2, shape[1], generator=torch.Generator().manual_seed(1))
+    packed, other = CpuBlocks().pack(weight, CPU), CpuDense().pack(plain, CPU)
+    assert torch.equal(packed.kernel.linear(x, packed), other.kernel.linear(x, other))
+
+
 def test_outliers_are_added_to_rounded_weights() -> None:
     """One by one in numpy's float16."""
     weight = with_outliers((4, 32), 0.3)

@@ -94,3 +94,23 @@ def test_half_a_character_waits(tokenizer: FastTokenizer) -> None:
     assert pieces[: len(ids) - 1] == [""] * (len(ids) - 1) and pieces[len(ids) - 1] == "𓀀"
     cut, _ = run(tokenizer, ids[:-1])
     assert "".join(cut) == tokenizer.decode(ids[:-1])  # the end shows what there is
+
+
+def test_a_stop_string_that_does_not_count_yet(tokenizer: FastTokenizer) -> None:
+    """It is text like any other, also where it is held back as the beginning of a longer one."""
+    ids = tokenizer.encode("abcabcd")
+    for least in range(len(ids) + 1):
+        detokenizer = IncrementalDetokenizer(tokenizer, SamplingParams(stop=("ab", "abcd")))
+        text, matched = "", None
+        for place, token in enumerate(ids):
+            if matched is None:
+                fresh, matched = detokenizer.add([token], stops=place >= least)
+                text += fresh
+        text += detokenizer.finish() if matched is None else ""
+        before = tokenizer.decode(ids[:least])
+        counts = [end for end in (2, 5, 7) if end > len(before)]
+        assert "abcabcd".startswith(text) and (matched is not None) == bool(counts)
+        if counts:
+            assert text == {2: "", 5: "abc", 7: "abc"}[counts[0]]
+        else:
+            assert text == "abcabcd"

@@ -145,6 +145,24 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert again[0].cached_tokens == 0
 
 
+def test_a_full_cache_is_not_searched_for_every_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One eviction frees a share of the pool, and no more."""
+    engine = make_engine(max_total_tokens=16 * 256)
+    for listed in range(14):
+        run(engine, make_request([4 + listed] * 320, 1))
+    pool, tree = engine._pool, engine._scheduler.tree
+    assert pool.free < 4
+    evict, freed = tree.evict, []
+
+    def counted(count: int) -> int:
+        freed.append(evict(count))
+        return freed[-1]
+
+    monkeypatch.setattr(tree, "evict", counted)
+    run(engine, make_request([61] * 10, 100, ignore_eos=True))
+    assert freed == [4, 4] and pool.free + pool.idle == pool.total
+
+
 def test_answers_become_prefixes() -> None:
     engine = make_engine()
     prompt = list(range(4, 24))
@@ -407,3 +425,24 @@ def test_an_idle_moment_has_memory_for_the_next_pages(monkeypatch: pytest.Monkey
     used = engine._pool.used
     assert asked == [(10, used + 10)] * layers and used >= 6
     assert engine.pool_tokens // 16 > used + 10
+
+
+@pytest.mark.parametrize("chunk", [0, 48])
+def test_one_prompt_of_many_requests_is_computed_once(chunk: int) -> None:
+    """As those of n choices are, and a common beginning; other salts and others' pages do not wait."""
+    engine = make_engine(ForcedModes(chunk=chunk), max_total_tokens=2000, max_running_requests=12)
+    prompt = list(range(4, 60)) * 2
+    common, tails = [9] * 64, [[tail] * 20 for tail in (20, 30, 40)]
+    requests = [make_request(prompt, 6, ignore_eos=True) for _ in range(6)]
+    requests += [make_request(common + tail, 6, ignore_eos=True) for tail in tails]
+    answers = run(engine, *requests)
+    for request, events in zip(requests, answers, strict=True):
+        assert tokens_of(events) == continuation(list(request.prompt), 6, stops=False)
+    cached = [events[0].cached_tokens for events in answers]
+    # In chunks some join a page before the end: a step's wait would cost as much.
+    missing = [whole - found for whole, found in zip([0, *[96] * 5, 0, 64, 64], cached, strict=True)]
+    assert not any(missing) if not chunk else max(missing) <= 16
+    assert engine.status().prompt_tokens == 112 + 16 * 5 + 84 + 20 * 2 + sum(missing)
+    salted = make_engine(max_total_tokens=2000)
+    run(salted, *(make_request(prompt, 1, cache_salt=str(n)) for n in range(3)))
+    assert salted.status().steps == 1

@@ -10,6 +10,8 @@ import pytest
 
 from lowbit.errors import LowbitError
 from lowbit.settings import Settings
+from models.family_cases import saved
+from models.test_plain_mlp_families import GPT2
 
 
 def test_a_tokenizer_that_fails_ends_loading_at_once(
@@ -51,3 +53,15 @@ def test_a_context_beyond_the_models_own(embedded_path: Path) -> None:
         assert engine.ready().details["warning"].startswith(told)
     finally:
         engine.close()
+
+
+def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:
+    """The first longer sequence would ask for a row outside the table, and end the engine."""
+    from lowbit.engine.load import load_engine
+
+    saved("GPT2", tmp_path, **GPT2)
+    own = GPT2["n_positions"]
+    told = f"--context-length {own + 1} is more than the model's own {own}, and it has no vectors for later"
+    with pytest.raises(LowbitError, match=told) as caught:
+        load_engine(Settings(model=str(tmp_path), device="cpu", context_length=own + 1))
+    assert caught.value.code == "E0103"

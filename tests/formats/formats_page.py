@@ -44,6 +44,7 @@ READS = {
     "not divide are decoded to 16 bits a weight when loaded",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
     "experts",
+    "fouroversix": "NVFP4, NVINT4, MXFP4 of every rule, tiled scales; inputs are left as they are",
     "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
     "gguf": "every block type, mixed types, split files",
     "gguf-layers": "GGUF's Q1_0, Q2_0, Q4_0, Q8_0, Q4_K, Q5_K and Q6_K in safetensors, as GPTQModel writes them; "
@@ -66,7 +67,7 @@ READS = {
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
-    "NVFP4; patterns of layers",
+    "NVFP4; patterns of layers; inputs rotated at run time (R4, online R1)",
     "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
     "torchao": "safetensors of torchao 0.15 and newer, pickled files of the same classes: Int8Tensor, "
     "Float8Tensor (inputs a row or tensor), Int4Tensor (plain), Int4TilePackedTo4dTensor, "

@@ -147,25 +147,31 @@ def test_whole_mixtures(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert differences(logits, wanted).max() <= 1e-3
 
 
-@pytest.mark.parametrize(("algorithm", "largest"), [("MXFP8", 448), ("MXFP4", 6)])
-def test_scales_of_mx_inputs_round_up(algorithm: str, largest: int, tmp_path: Path) -> None:
-    """2^ceil(log2(amax / largest)), as the tool quantizes to MX; OCP's scale would saturate 460 and 7.5."""
-    weight = PACKED if algorithm == "MXFP4" else CODES
+@pytest.mark.parametrize("algorithm", ["MXFP8", "W4A8_MXFP4_MXFP8"])
+def test_scales_of_mx_inputs_round_up(algorithm: str, tmp_path: Path) -> None:
+    """2^ceil(log2(amax / 448)), as the tool quantizes to MX; OCP's scale would saturate 460."""
+    weight = CODES if algorithm == "MXFP8" else PACKED
     folder = made(tmp_path, algorithm, {"weight": weight, "weight_scale": POWERS})
     activation = read(folder, NAME, SHAPE).weight.scheme.activation
-    amax = np.float32([largest * 1.03, largest, largest * 0.3, largest * 40, 0, 2e-38, 9, 1.25, 7.5])
+    amax = np.float32([448 * 1.03, 448, 448 * 0.3, 448 * 40, 0, 2e-38, 9, 1.25, 7.5])
     x = torch.from_numpy(np.linspace(-1, 0.97, 32, dtype=np.float32) * amax[:, None]).reshape(1, -1)
     quantized, factor = InputTransform(activation)(x)
-    exponent = np.ceil(np.log2(np.maximum(amax, np.float32(2.0**-126)) / np.float64(largest)))
+    exponent = np.ceil(np.log2(np.maximum(amax, np.float32(2.0**-126)) / np.float64(448)))
     scale = np.exp2(np.maximum(exponent, -127)).astype(np.float32)[:, None]
     steps = x.view(9, 32).numpy() / scale
-    if algorithm == "MXFP8":
-        codes = torch.from_numpy(steps).to(E4M3).float().numpy()
-    else:
-        positive = mx.E2M1[:8]
-        codes = np.sign(steps) * positive[np.abs(np.abs(steps)[..., None] - positive).argmin(-1)]
+    codes = torch.from_numpy(steps).to(E4M3).float().numpy()
     assert factor is None and np.array_equal(quantized.view(9, 32).numpy(), codes * scale)
-    assert np.abs(steps).max() <= largest
+    assert np.abs(steps).max() <= 448
+
+
+@pytest.mark.parametrize("algorithm", ["mxfp4", "W4A16_MXFP4"])
+def test_mxfp4_leaves_inputs_as_they_are(
+    algorithm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tool writes "mxfp4" for weights alone and for inputs too; gpt-oss' weights are alone."""
+    folder = made(tmp_path, algorithm, {"weight": PACKED, "weight_scale": POWERS})
+    assert read(folder, NAME, SHAPE, strict=True).weight.scheme.activation is None
+    assert ("left as they are" in caplog.text) == (algorithm == "mxfp4")
 
 
 E4M3 = torch.float8_e4m3fn

@@ -41,7 +41,8 @@ CASES = [
     (nvfp4(16, NVFP4), SCALE, "NVFP4"),
     (nvfp4(16, None), None, "W4A16_NVFP4"),
     (nvfp4(32, STATIC), SCALE, "W4A8_NVFP4_FP8"),
-    (scheme("e2m1", (1, 32), scales="e8m0", activation=MX["e2m1"]), None, "MXFP4"),
+    (scheme("e2m1", (1, 32), scales="e8m0"), None, "W4A16_MXFP4"),
+    (scheme("e2m1", (1, 32), scales="e8m0", activation=MX["e4m3"]), None, "W4A8_MXFP4_MXFP8"),
     (scheme("e2m1", (1, 32), scales="e8m0", activation=STATIC), SCALE, "W4A8_MXFP4_FP8"),
     (scheme("e4m3", (1, 32), scales="e8m0", activation=MX["e4m3"]), None, "MXFP8"),
     (scheme("e4m3", (0, 0), scales="f32", activation=STATIC), SCALE, "FP8"),
@@ -135,6 +136,7 @@ REFUSED = [
     (ModelOptWriter, scheme("int4", (1, 32), activation=STATIC), "no algorithm"),
     (ModelOptWriter, scheme("e4m3", (1, 0)), "no algorithm"),
     (ModelOptWriter, nvfp4(16, MX["e2m1"]), "no algorithm"),
+    (ModelOptWriter, scheme("e2m1", (1, 32), scales="e8m0", activation=MX["e2m1"]), "no algorithm"),
     (Mxfp4Writer, scheme("e2m1", (1, 32), scales="e8m0", activation=MX["e2m1"]), "inputs"),
     (Mxfp4Writer, scheme("e4m3", (1, 32), scales="e8m0"), "e2m1"),
 ]

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from formats.helpers import check_values, fixture_cases, header_of, read, reader_of
 from formats.mutations import Seed, with_leaf
 from lowbit.checkpoint import open_checkpoint
+from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import StoredModule
+from lowbit.formats import StoredLinear, StoredModule
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.loading import plan_model
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.scheme import RotationScheme, Scheme
 
 CASES = fixture_cases("quark")
 NAME = "model.layers.0.self_attn.k_proj"
@@ -47,6 +51,7 @@ def test_what_the_cases_cover() -> None:
         "int4_g32": "int4 1x32 bf16",
         "int4_g32_order": "int4 1x32 f16",
         "int4_channel": "int4 1xall bf16",
+        "int4_rotated": "int4 1x32 bf16 (input rotated by hadamard 64)",
         "uint4_g32": "uint4 1x32 bf16 asym",
         "uint4_channel": "uint4 1xall bf16 asym",
         "mxfp4": "e2m1 1x32 e8m0 (input e2m1 1x32 dynamic e8m0)",
@@ -72,6 +77,16 @@ def test_patterns_of_layers() -> None:
     assert str(read(case("uint4_g32"), module, (64, 64)).weight.scheme) == "uint4 1xall bf16 asym"
     module = "model.layers.0.mlp.down_proj"
     assert str(read(case("uint4_g32"), module, (64, 32)).weight.scheme) == "int8 1xall bf16"
+
+
+def test_what_is_only_cast_is_plain(tmp_path: Path) -> None:
+    """Quark's bfloat16 spec; it writes a scale of 1 beside the weight."""
+    values = torch.randn(SHAPE).bfloat16()
+    tensors = {f"{NAME}.weight": values, f"{NAME}.weight_zero_point": None}
+    own = {"*k_proj": {"weight": {"dtype": "bfloat16", "qscheme": None}, "input_tensors": None}}
+    folder = changed("int8_g32", tmp_path, {(*OTHER, "layer_quant_config"): own}, tensors)
+    found = read(folder, NAME, SHAPE, strict=True).weight
+    assert found.scheme.is_dense and torch.equal(found.codes, values)
 
 
 def test_description() -> None:
@@ -127,6 +142,78 @@ def test_even_is_what_the_tool_does() -> None:
     assert found == [1.75, 1.875, 1.9375, 1.9375] and _round_up(None, "e2m1") == 1.75
 
 
+# ---- rotated inputs
+
+DOWN, DOWN_SHAPE = "model.layers.0.mlp.down_proj", (64, 96)
+
+
+@pytest.mark.parametrize(("name", "shape"), [(NAME, SHAPE), (DOWN, DOWN_SHAPE)], ids=["64", "12x8"])
+def test_rotated_inputs(name: str, shape: tuple[int, int]) -> None:
+    """What the tool's own layer gives; 96 columns are rotated by a matrix that is not symmetric."""
+    folder = case("int4_rotated")
+    found = read(folder, name, shape, strict=True)
+    assert found.input is not None and found.weight.scheme.rotation == RotationScheme("hadamard", shape[1])
+    rotated = found.input.rotation(torch.linspace(-1, 1, shape[1]).unsqueeze(0))
+    wanted = load_file(folder / "outputs.safetensors")[name]
+    assert (rotated @ found.weight.dequantize().T - wanted).abs().max() < 1e-5
+
+
+def test_rotations_are_shared() -> None:
+    """So that Q, K and V are one product of x rotated once."""
+    same = [f"model.layers.0.self_attn.{letter}_proj" for letter in "kv"]
+    reader = reader_of(case("int4_rotated"))
+    with TensorData(header_of(case("int4_rotated"))) as data:
+        first, second = (reader.read(StoredModule(name, name, SHAPE), data).input for name in same)
+    assert first is not None and second is not None and first.rotation is second.rotation
+
+
+def test_other_rotations(tmp_path: Path) -> None:
+    """One matrix for all of a size, a multiplier before it, matrices of floats, plain weights."""
+    stored = load_file(case("int4_rotated") / "model.safetensors")
+    x, name = torch.linspace(-1, 1, 64).unsqueeze(0), f"{NAME}.input_rotation"
+    plain = read(case("int4_rotated"), NAME, SHAPE).input.rotation(x)
+
+    def rotated(folder: str, tensors: dict[str, torch.Tensor | None], config: dict | None = None) -> StoredLinear:
+        return read(changed("int4_rotated", tmp_path / folder, config or {}, tensors), NAME, SHAPE, strict=True)
+
+    signs = stored[name]
+    shared = rotated("shared", {name: None, "model.shared_input_rotation_64": signs})
+    assert torch.equal(shared.input.rotation(x), plain)
+    scale = torch.linspace(0.5, 2, 64)
+    scaled = rotated("scaled", {f"{NAME}.input_prescale": scale, name: signs[:32, :32].contiguous()})
+    wanted = (x * scale).view(2, 32) @ signs[:32, :32].float() / 32**0.5
+    assert (scaled.input.rotation(x).view(2, 32) - wanted).abs().max() < 1e-5
+    assert scaled.weight.scheme.rotation == RotationScheme("hadamard", 32)
+    matrix = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0].contiguous()
+    learned = rotated("learned", {name: matrix})
+    assert (learned.input.rotation(x).view(4, 16) - x.view(4, 16) @ matrix.float()).abs().max() < 1e-6
+    assert learned.weight.scheme.rotation == RotationScheme("orthogonal", 16)
+    left = {f"{NAME}.{suffix}": None for suffix in ("weight_scale", "weight_zero_point")}
+    values = torch.randn(SHAPE)
+    dense = rotated("plain", {**left, f"{NAME}.weight": values}, {(*OTHER, "exclude"): [NAME]})
+    assert dense.weight.scheme == Scheme(number_format("f32"), rotation=RotationScheme("hadamard", 64))
+    assert torch.equal(dense.weight.dequantize(), values) and torch.equal(dense.input.rotation(x), plain)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "code", "words"),
+    [
+        ({"input_rotation": torch.ones(48, 48, dtype=torch.int8)}, "E0213", "an n that divides"),
+        ({"input_rotation": torch.ones(64, 32, dtype=torch.int8)}, "E0213", "an n that divides"),
+        ({"input_rotation": torch.ones(64, 64, dtype=torch.int32)}, "E0213", "is I32"),
+        ({"input_rotation": torch.full((64, 64), float("nan"))}, "E0215", "NaN"),
+        ({"input_prescale": torch.ones(32)}, "E0213", "input_prescale"),
+        ({"input_rotation": torch.eye(64), "input_prescale": torch.ones(64)}, "E0218", "no Hadamard matrix"),
+    ],
+    ids=["48", "flat", "int32", "nan", "prescale", "learned-prescale"],
+)
+def test_wrong_rotations(tensors: dict, code: str, words: str, tmp_path: Path) -> None:
+    folder = changed("int4_rotated", tmp_path, {}, {f"{NAME}.{name}": one for name, one in tensors.items()})
+    with pytest.raises(LowbitError, match=words) as raised:
+        read(folder, NAME, SHAPE)
+    assert raised.value.code == code
+
+
 # ---- what is wrong
 
 
@@ -142,6 +229,7 @@ def changed(name: str, out: Path, leaves: dict | None = None, tensors: dict | No
 
 WEIGHT, INPUT = (*RULE, "weight"), (*RULE, "input_tensors")
 OTHER = ("quantization_config",)
+ONLINE = (*OTHER, "algo_config", 0, "online_config")
 
 
 @pytest.mark.parametrize(
@@ -165,7 +253,11 @@ OTHER = ("quantization_config",)
         ("int8_g32", (*RULE, "bias"), {}, "E0218", "quantizes biases"),
         ("int8_g32", (*RULE, "output_tensors"), {}, "E0218", "quantizes outputs"),
         ("int8_g32", (*OTHER, "softmax_quant_spec"), {}, "E0218", "softmax"),
-        ("int8_g32", (*OTHER, "algo_config"), [{"name": "rotation", "r3": True}], "E0218", "rotates"),
+        ("int8_g32", (*OTHER, "algo_config"), [{"name": "rotation", "r3": True}], None, ""),
+        ("fp8_kv", (*OTHER, "algo_config"), [{"name": "rotation", "r3": True}], "E0218", "rotates K"),
+        ("int8_g32", (*OTHER, "algo_config"), [{"name": "rotation", "r4": True}], "E0209", "rotates inputs"),
+        ("int4_rotated", (*ONLINE, "online_rotation_layers"), 3, "E0212", "must be a list of module names"),
+        ("int4_rotated", (*ONLINE, "online_rotation_layers"), ["*o_proj"], "E0209", "no file contains 'model"),
         ("int8_g32", (*OTHER, "layer_quant_config"), [1], "E0212", "must be an object, found list"),
         ("int8_g32", (*OTHER, "exclude"), [3], "E0212", "must be a list of module names"),
         ("int8_g32", (*OTHER, "export", "pack_method"), "x", "E0212", "pack_method must be reorder or order"),

@@ -164,11 +164,33 @@ def test_tokens_are_those_of_the_host(device: torch.device) -> None:
                 chosen.counts[token] += 1
 
 
-def test_no_request_waits_for_a_kernel_to_be_compiled(device: torch.device, tmp_path: Path) -> None:
+DELAYED = "fp8:activation=delayed,history=4"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "largest", "asked"),
+    [
+        pytest.param(None, 64, [(1,), (16,), (20,), (29, 4), (40, 1, 7)], id="stored"),
+        pytest.param(DELAYED, 9, [(1,), (6,)], marks=pytest.mark.slow, id="delayed scales"),
+    ],
+)
+def test_no_request_waits_for_a_kernel_to_be_compiled(
+    quantization: str | None,
+    largest: int,
+    asked: list[tuple[int, ...]],
+    device: torch.device,
+    tmp_path: Path,
+) -> None:
     """What a warm-up launched is all that prompts of other lengths, alone and beside others, and every kind
     of sampling ask for; and it leaves nothing behind."""
     tiny.write_folder(tmp_path)
-    model = load_model(open_checkpoint(str(tmp_path)), device=device.type, dtype="bfloat16")
+    options = {"device": device.type, "dtype": "bfloat16", "quantization": quantization}
+    model = load_model(open_checkpoint(str(tmp_path)), **options)
+    assert (len(model.states) > 0) == (quantization is not None)
+    for _, state in model.states:  # as of a server that goes on from a file
+        state.scale.fill_(3.0)
+        state.amax_history[2] = 7.0
+    states = model.states.state_dict()
     settings = Settings(
         device=device.type, max_total_tokens=320, max_running_requests=3, disable_cuda_graph=True
     )
@@ -178,11 +200,13 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(device: torch.device, tmp_
     caches = [buffer for cache in runner._paged for buffer in cache.buffers.values()]
     with runtime.recording() as warm:
         sampler.warm_up()
-        runner.warm_up(warm_sizes(64, 3))
-    assert all(not buffer.any() for buffer in caches)
+        runner.warm_up(warm_sizes(largest, max(map(len, asked))))
+    assert warm and all(not buffer.any() for buffer in caches)
+    for name, buffer in model.states.state_dict().items():
+        assert torch.equal(buffer, states[name])
     draw = random.Random(3)
     with runtime.recording() as served:
-        for number, lengths in enumerate([(1,), (16,), (20,), (29, 4), (40, 1, 7)]):
+        for number, lengths in enumerate(asked):
             for index, length in enumerate(lengths):
                 prompt = tuple(draw.randrange(model.vocab_size) for _ in range(length))
                 sampling = SamplingParams(

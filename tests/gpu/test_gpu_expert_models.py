@@ -10,6 +10,8 @@ from torch import Tensor
 
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
+from lowbit.kernels import native
+from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.experts import GpuGroupedExperts
 from lowbit.layers.experts import Experts
 from lowbit.layers.mlp import MixtureOfExperts
@@ -68,3 +70,33 @@ def test_gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = moe.made("GptOss")
     tensors = moe.gpt_oss_one_by_one(model, *moe.GPT_OSS["gptqmodel"])
     assert differences(moe.write(tmp_path, model, tensors, None), model, monkeypatch).max() <= 1e-3
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+def test_trellises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """EXL3's experts: gate, up and down each a trellis of random bits, beside the CPU's kernel."""
+    monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"hidden_size": 128, "num_hidden_layers": 1})
+    monkeypatch.setattr(moe, "INNER", 128)
+    model, draw = moe.made("Qwen3Moe"), torch.Generator().manual_seed(3)
+
+    def scales() -> Tensor:
+        return torch.randn(128, generator=draw).half() * 0.3
+
+    def trellis(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        words = torch.randint(-(1 << 15), 1 << 15, (8, 8, 48), generator=draw).short()
+        multiplier = torch.tensor(0xCBAC1FED, dtype=torch.uint32).view(torch.int32)
+        return {"trellis": words, "suh": scales(), "svh": scales(), "mcg": multiplier}, weight
+
+    config = {"quant_method": "exl3", "version": "1.4.1", "bits": 3.0, "head_bits": 16}
+    folder = moe.write(tmp_path, model, moe.quantize_experts(model, trellis), config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Experts, "one_by_one", one_by_one)
+        loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
+        assert "gpu_trellis" in loaded.kernels
+        [found] = prompt_logits(loaded, [TOKENS])
+    with monkeypatch.context() as patch:
+        patch.setitem(runtime._state, "interpreting", False)
+        loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
+        assert "cpu_trellis" in loaded.kernels
+        [wanted] = prompt_logits(loaded, [TOKENS])
+    assert (found - wanted).abs().max() <= 2e-3 * wanted.abs().max()

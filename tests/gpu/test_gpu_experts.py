@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.test_linear_kernels import canonical, dense_weight
+from contract.test_linear_kernels import canonical, dense_weight, trellis, vectors
 from gguf_blocks import random_blocks, tensor_of
+from lowbit.kernels import choose
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.gpu.expert_rows import mix, most_blocks, sort_pairs
 from lowbit.kernels.gpu.experts import GpuGroupedExperts, _unlike
-from lowbit.kernels.gpu.linear import GpuBlocks, GpuDense
+from lowbit.kernels.gpu.linear import GpuBlocks
 from lowbit.kernels.reference import Reference
 from lowbit.kernels.rotation import Rotator
 from lowbit.layers.experts import Experts
@@ -100,6 +101,14 @@ WEIGHTS: dict[str, Callable[[Shape], QuantizedTensor]] = {
     "e2m1 g32 e8m0 (MXFP4)": lambda shape: canonical("e2m1", 32, "e8m0", shape=shape),
     "nf4": lambda shape: canonical("nf4", 32, "f32", shape=shape),
 }
+BLOCK = 128
+CODED: dict[str, Callable[[Shape], QuantizedTensor]] = {
+    "trellis of 4 bits": lambda shape: trellis(4, "mcg", shape),
+    "trellis of 3 bits": lambda shape: trellis(3, "mul1", shape),
+    "vectors": lambda shape: vectors(1, 12, 8, shape=shape),
+    "vectors of two books, one scale": lambda shape: vectors(2, 8, 8, "bf16", shape, rows=0),
+    "vectors of two rows": lambda shape: vectors(1, 8, 4, shape=shape, height=2),
+}
 INT8, E4M3, E2M1 = (number_format(name) for name in ("int8", "e4m3", "e2m1"))
 Input = Callable[[int, int], InputTransform | None]
 
@@ -151,9 +160,9 @@ def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
 
     def roll(tensor: Tensor) -> Tensor:
         plain = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
-        return plain.roll(expert, 0).view(tensor.dtype)
+        return plain.roll(expert, 0 if len(plain) > 1 else -1).view(tensor.dtype)
 
-    order = weight.column_order
+    order, books = weight.column_order, weight.codebooks
     return replace(
         weight,
         codes=roll(weight.codes),
@@ -161,6 +170,7 @@ def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
         zeros=None if weight.zeros is None else roll(weight.zeros),
         offsets=tuple(roll(offset) for offset in weight.offsets),
         column_order=None if order is None else order.roll(expert),
+        codebooks=None if books is None else books.roll(expert, 1),
     )
 
 
@@ -192,7 +202,7 @@ def linear(
         return Linear(
             name, [Reference().pack(weight, torch.device("cpu")) for weight in weights], bias, inputs
         )
-    packed = [(GpuDense() if w.scheme.is_dense else GpuBlocks()).pack(w, device) for w in weights]
+    packed = [choose(w.scheme, w.shape, device).kernel.pack(w, device) for w in weights]
     bias = None if bias is None else bias.to(device)
     known = {id(transform): moved(transform, device) for transform in inputs}
     return Linear(name, packed, bias, [known[id(transform)] for transform in inputs])
@@ -256,6 +266,34 @@ def check(
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_scheme(name: str, device: torch.device) -> None:
     check(make(device, WEIGHTS[name]), 3, device, torch.bfloat16, within=0.015)
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codes_stay_packed(name: str, device: torch.device) -> None:
+    """Gate and up are weights of their own, as codebooks and scales of columns are; x becomes float16."""
+    pair = make(device, [CODED[name]] * 2, hidden=2 * BLOCK, inner=BLOCK)
+    check(pair, 3, device, within=1e-3, again=True)
+    chosen = torch.tensor([[0, 3]] * 9 + [[3, 1]])  # several blocks of one expert's, and one that none chose
+    check(pair, 10, device, torch.bfloat16, within=0.02, chosen=chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 40, 150])
+@pytest.mark.parametrize("name", CODED)
+def test_codes_of_any_number_of_tokens(name: str, tokens: int, device: torch.device) -> None:
+    pair = make(device, [CODED[name]] * 2, bias=True, hidden=2 * BLOCK, inner=BLOCK)
+    check(pair, tokens, device, within=1e-3)
+    check(pair, tokens, device, torch.bfloat16, within=0.02)
+
+
+def test_experts_that_are_none_touch_no_memory(device: torch.device) -> None:
+    """A router gone wrong (NaN) may name any: their pairs are nobody's, and what others get stays."""
+    pair = make(device, [CODED["trellis of 4 bits"]] * 2, hidden=BLOCK, inner=BLOCK)
+    x, weights = random(2, BLOCK).to(device), torch.ones(2, K, device=device)
+    chosen = torch.tensor([[1, 2], [-7, 1 << 40]], device=device)
+    found = pair.grouped(x, chosen, weights, "silu")
+    alone = pair.grouped(x[:1], chosen[:1], weights[:1], "silu")
+    torch.testing.assert_close(found[:1], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -183,3 +183,20 @@ def test_states_that_do_not_fit_are_refused_whole(tmp_path: Path) -> None:
         states.load(tmp_path / "nowhere")
     for name, tensor in before.items():
         assert torch.equal(states.state_dict()[name], tensor)
+
+
+def test_steps_that_are_nobodys_leave_states_as_they_were() -> None:
+    scheme = ActivationScheme(number_format("e4m3"), (0, 0), "delayed", limit=448.0, delay=Delay(4))
+    states = ActivationStates()
+    state = states.add("layer", scheme, CPU)
+    state.note(torch.tensor([3.0]))
+    states.update()
+    state.note(torch.tensor([2.0]))  # of the step in progress
+    before = states.state_dict()
+    with pytest.raises(MemoryError), states.kept_as_they_are():
+        state.note(torch.tensor([1e6]))
+        states.update()
+        assert not torch.equal(state.scale, before["layer.scale"])
+        raise MemoryError
+    assert all(torch.equal(buffer, before[name]) for name, buffer in states.state_dict().items())
+    assert next(iter(states))[1] is state

@@ -41,7 +41,7 @@ ROUNDED = MORE / "bitnet.gguf"  # whose weights the converter rounds to -1, 0 an
 MORE_FAMILIES = sorted(path.stem for path in MORE.glob("*.gguf") if path != ROUNDED)
 # What the converter derives otherwise: names, counts and its own version; the vocabularies' pre-tokenizer.
 OWN = (
-    *("general.name", "general.size_label", "general.file_type", "general.finetune", "general.basename"),
+    *("general.name", "general.file_type", "general.finetune", "general.basename"),
     *("general.version", "tokenizer.ggml.scores", "tokenizer.ggml.pre"),
 )
 # Keys that the converter writes otherwise, and why.
@@ -50,6 +50,12 @@ OTHERWISE = {
     "glm4moe": {"glm4moe.block_count", "glm4moe.nextn_predict_layers"},  # without those that predict
     "falcon_7b": {"falcon.context_length"},  # 2048 to the converter, whatever config.json says
     "falcon_40b": {"falcon.context_length"},
+    # Those of layers it does not have, and a list for a number that is the same in all of them.
+    "granite4": {
+        *(f"granite.ssm.{key}" for key in ("conv_kernel", "state_size", "group_count", "inner_size")),
+        *("granite.ssm.time_step_rank", "granite.attention.head_count_kv", "granite.rope.scaling.finetuned"),
+        *("granite.expert_count", "granite.expert_used_count", "granite.expert_shared_feed_forward_length"),
+    },
 }
 
 
@@ -180,6 +186,7 @@ SAVED: dict[str, dict[str, object]] = {
     "GraniteMoeShared": SIZES
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
     "Olmo2 with biases": SIZES | {"attention_bias": True},
+    "Olmo2 with a tied head": SIZES | {"tie_word_embeddings": True},
     "Olmo3": SIZES | {"sliding_window": 20},
     "SmolLM3 with biases": SIZES | {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN},
     "StableLm": SIZES | {"use_parallel_residual": True, "use_qkv_bias": True},
@@ -218,6 +225,9 @@ def test_as_transformers_saves_it(case: str, tmp_path: Path) -> None:
     making_tokenizer(tmp_path / "a")
     convert(open_checkpoint(str(tmp_path / "a")), "gguf", tmp_path / "a.gguf")
     check_logits(tmp_path / "a.gguf", oracle)
+    if "tied" in case:  # llama.cpp loads OLMo 2 with a head only
+        values = values_of(tmp_path / "a.gguf")
+        assert np.array_equal(values["output.weight"], values["token_embd.weight"])
     convert(open_checkpoint(str(tmp_path / "a.gguf")), "dense", tmp_path / "b")
     again, told = AutoModelForCausalLM.from_pretrained(
         tmp_path / "b", dtype=torch.float32, output_loading_info=True
@@ -227,6 +237,41 @@ def test_as_transformers_saves_it(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         wanted, found = oracle(tokens).logits, again(tokens).logits
     assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+def test_yarn_in_the_words_of_llama_cpp(tmp_path: Path) -> None:
+    """It multiplies its own factor by ``attn_factor``; bounds that are not rounded have no key."""
+    yarn = YARN | {"attention_factor": 1.25}
+    saved("Qwen2", tmp_path / "a", **SIZES | {"rope_parameters": yarn})
+    making_tokenizer(tmp_path / "a")
+    convert(open_checkpoint(str(tmp_path / "a")), "gguf", tmp_path / "a.gguf")
+    told = fields(tmp_path / "a.gguf")
+    assert told["qwen2.rope.scaling.yarn_attn_factor"] == 1.25
+    own = 0.1 * np.log(4) + 1
+    assert told["qwen2.rope.scaling.attn_factor"] * own == pytest.approx(1.25, rel=1e-6)
+    saved("Qwen2", tmp_path / "b", **SIZES | {"rope_parameters": yarn | {"truncate": False}})
+    making_tokenizer(tmp_path / "b")
+    with pytest.raises(LowbitError, match="cannot say its rope_scaling.truncate False"):
+        convert(open_checkpoint(str(tmp_path / "b")), "gguf", tmp_path / "b.gguf")
+
+
+def test_both_chat_templates_there_and_back(tmp_path: Path) -> None:
+    """That of requests with tools is a file of its own in folders, and a key of its own in GGUF files."""
+    saved("Qwen2", tmp_path / "a", **SIZES)
+    making_tokenizer(tmp_path / "a")
+    tools = "additional_chat_templates/tool_use.jinja"
+    texts = {"chat_template.jinja": "{{ messages }}", tools: "{{ tools }}"}
+    (tmp_path / "a" / tools).parent.mkdir()
+    for name, text in texts.items():
+        (tmp_path / "a" / name).write_text(text)
+    convert(open_checkpoint(str(tmp_path / "a")), "gguf", tmp_path / "a.gguf")
+    told = fields(tmp_path / "a.gguf")
+    assert told["tokenizer.chat_template"] == "{{ messages }}"
+    assert told["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    assert told["tokenizer.chat_templates"] == ["tool_use"]
+    for source, out in (("a", "b"), ("a.gguf", "c")):
+        convert(open_checkpoint(str(tmp_path / source)), "dense", tmp_path / out)
+        assert {name: (tmp_path / out / name).read_text() for name in texts} == texts
 
 
 def fused(name: str, groups: dict[str, tuple[str, ...]], out: Path) -> None:

@@ -191,6 +191,9 @@ def test_logits_are_those_of_one_process(ranks: Ranks, case: str, tmp_path: Path
 
 STORED = [
     "aqlm/1x8_g8",
+    "aqlm/1x12_g4x2",
+    "vptq/v4_k128_plain",
+    "vptq/v8_k256_res16",
     "aqlm/2x8_g8",
     "exl3/mul1",
     "exl3/mcg_padded_tied",
@@ -220,10 +223,22 @@ def test_files_that_tools_wrote(ranks: Ranks, case: str) -> None:
     check(ranks, Job(FIXTURES / case, PROMPTS))
 
 
-@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "vptq/v8_k256_res16", "quip_sharp/e8p12"])
+@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "quip_sharp/e8p12"])
 def test_what_lies_together_is_decoded_before_it_is_cut(ranks: Ranks, case: str) -> None:
-    """To 16 bits, on one process it is not; heads of 8 rows end inside vectors of 6."""
-    check(ranks, Job(FIXTURES / case, PROMPTS, reference=False), 0.01)
+    """To 16 bits, on one process it is not."""
+    _, both = check(ranks, Job(FIXTURES / case, PROMPTS, reference=False), 0.01)
+    assert both[0].kernels == {"cpu_dense"}
+
+
+@pytest.mark.parametrize("case", ["vptq/v4_k128_plain", "vptq/v8_k256_res16"])
+def test_vectors_of_rows_are_cut_between_them(ranks: Ranks, case: str) -> None:
+    """Where down projections have act-order, no row before them moves: their inputs are gathered."""
+    one, both = check(ranks, Job(FIXTURES / case, PROMPTS, reference=False), 1e-3)
+    assert "cpu_row_vectors" in one.kernels and both[0].kernels == one.kernels
+    plan = plan_model(open_checkpoint(str(FIXTURES / case)), tp_size=2)
+    cuts = {module.name.rpartition(".")[2]: module.cut for module in plan.modules}
+    assert cuts["gate_proj"].startswith("rows") and "order" not in cuts["gate_proj"]
+    assert cuts["down_proj"].endswith("inputs gathered (act-order)") == ("v8" in case)
 
 
 ONLINE = {
@@ -239,6 +254,18 @@ ONLINE = {
 def test_quantized_at_load(ranks: Ranks, case: str, tmp_path: Path) -> None:
     asked = Asked(**ONLINE[case])
     check(ranks, Job(llama(tmp_path / "m"), PROMPTS, options={"quantization": asked}))
+
+
+def test_blocks_that_run_over_row_ends(ranks: Ranks, tmp_path: Path) -> None:
+    """The 224 columns of down projections are no whole blocks of 64: ranks have smaller ones."""
+    sizes = {"hidden_size": 192, "intermediate_size": 224, "num_attention_heads": 4}
+    path = llama(tmp_path / "m", **sizes)
+    for reference in (True, False):
+        options = {"quantization": Asked("nf4")}
+        check(ranks, Job(path, PROMPTS, reference, options), 1e-5 if reference else 0.01)
+    plan = plan_model(open_checkpoint(str(path)), quantization="nf4", tp_size=2)
+    cuts = {module.name.rpartition(".")[2]: (module.cut, str(module.scheme)) for module in plan.modules}
+    assert cuts["down_proj"] == ("columns 128 | 96 in groups of 32", "nf4 1x32 f32")
 
 
 # ---- each layer by itself ------------------------------------------------------------------------------

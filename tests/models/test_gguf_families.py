@@ -20,6 +20,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
+from lowbit.loading.convert import convert
 from lowbit.numerics.number_formats import number_format
 from models.family_cases import check_stored_logits
 from numerics.test_block_layouts import dequantized
@@ -45,8 +46,11 @@ def test_on_torch_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_stored_logits(FOLDER, name, 1e-3)
 
 
-def with_metadata(name: str, path: Path, **changes: int | None) -> Path:
-    """A copy of the fixture with other metadata under its architecture; None: without the key."""
+def with_metadata(
+    name: str, path: Path, *, flat: bool = False, halves: bool = False, **changes: int | None
+) -> Path:
+    """A copy of the fixture with other metadata under its architecture; None: without the key. ``flat``: what
+    has one row is a vector. ``halves``: GLM-4 as files of GLM-4.1V have it, its neighbours in halves."""
     reader = gguf.GGUFReader(FOLDER / f"{name}.gguf")
     arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(path, arch)
@@ -58,7 +62,13 @@ def with_metadata(name: str, path: Path, **changes: int | None) -> Path:
             inner = field.types[1] if len(field.types) > 1 else None
             writer.add_key_value(field.name, value, field.types[0], inner)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        data = tensor.data.reshape(-1) if flat and tensor.data.shape[0] == 1 else tensor.data
+        if halves and ("attn_q." in tensor.name or "attn_k." in tensor.name):
+            order = [*range(0, 8, 2), *range(1, 8, 2), *range(8, 16)]  # half of 16 rotate
+            data = data.reshape(-1, 16, data.shape[-1])[:, order].reshape(data.shape)
+        writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
+    if halves:
+        writer.add_rope_dimension_sections([2, 1, 1, 0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -76,6 +86,31 @@ def test_sigmoid_goes_with_corrections(tmp_path: Path) -> None:
     softmax = with_metadata("deepseek3", tmp_path / "softmax.gguf", expert_gating_func=1)
     with pytest.raises(LowbitError, match="expert_gating_func 1 with corrections"):
         load_model(open_checkpoint(str(softmax)), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["qwen2moe", "qwen3next"])
+def test_matrices_of_one_row_are_vectors_after_llama_quantize(name: str, tmp_path: Path) -> None:
+    """It writes the shared experts' gate, (1, in), as (in,)."""
+    flat = with_metadata(name, tmp_path / "flat.gguf", flat=True)
+    kept, forgot = (open_checkpoint(str(path)) for path in (FOLDER / f"{name}.gguf", flat))
+    gate = "blk.0.ffn_gate_inp_shexp.weight"
+    assert kept.tensors[gate].shape == (1, *forgot.tensors[gate].shape)
+    [[wanted], [logits]] = (
+        prompt_logits(load_model(header, device="cpu", dtype="float32"), [[3, 1, 4, 1, 5]])
+        for header in (kept, forgot)
+    )
+    assert torch.equal(logits, wanted)
+
+
+def test_glm4_that_sees_turns_halves(tmp_path: Path) -> None:
+    """ggml turns positions of several parts by halves only; the converter moves the rows."""
+    seeing = open_checkpoint(str(with_metadata("glm4", tmp_path / "glm4v.gguf", halves=True)))
+    plain = open_checkpoint(str(FOLDER / "glm4.gguf"))
+    models = [load_model(header, device="cpu", dtype="float32") for header in (plain, seeing)]
+    [[wanted], [logits]] = (prompt_logits(model, [list(range(2, 26))]) for model in models)
+    assert torch.allclose(logits, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    with pytest.raises(LowbitError, match="halves of heads"):
+        convert(seeing, "dense", tmp_path / "folder")
 
 
 def test_no_window_is_zero_in_phi4(tmp_path: Path) -> None:

@@ -39,6 +39,21 @@ SIGLIP = {
 }
 LLAVA_VISION = {"vision_config": {"model_type": "siglip_vision_model", **SIGLIP}, "image_token_index": 130}
 MIXTURE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "head_dim": 16}
+PIXTRAL = {
+    "model_type": "pixtral",
+    **{key: SIGLIP[key] for key in SIGLIP if key != "hidden_size"},
+    "hidden_size": 32,
+    "head_dim": 16,
+}
+GROWING = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 CASES: dict[str, dict[str, Any]] = {
     "Qwen2VL": {
         "text_config": {"rope_parameters": MROPE},
@@ -61,12 +76,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "Mistral3": {
         "text_config": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
-        "vision_config": {
-            "model_type": "pixtral",
-            **{key: SIGLIP[key] for key in SIGLIP if key != "hidden_size"},
-            "hidden_size": 32,
-            "head_dim": 16,
-        },
+        "vision_config": PIXTRAL,
+        "image_token_index": 130,
+        "tie_word_embeddings": False,
+    },
+    "Mistral3 with Ministral3": {
+        "text_config": {"model_type": "ministral3", "head_dim": 32, "rope_parameters": GROWING},
+        "vision_config": PIXTRAL,
         "image_token_index": 130,
         "tie_word_embeddings": False,
     },

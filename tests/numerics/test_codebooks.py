@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit.errors import LowbitError
-from lowbit.numerics.cutting import column_unit, cut_columns, cut_rows, row_unit
+from lowbit.numerics.cutting import column_unit, cut_columns, cut_rows, parted_scheme, row_unit
 from lowbit.numerics.number_formats import RowVectorLayout, VectorLayout, number_format, vector_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme, dense
@@ -135,6 +135,26 @@ def test_vectors_of_rows_stay_whole(layout: RowVectorLayout, out: int, columns: 
     decoded = weight.decoded(weight.scheme.decoded)
     assert decoded.scheme == dense("f16") and torch.equal(decoded.codes, whole.half())
     assert weight.nbytes == weight.codes.numel() + 4 * columns
+
+
+@pytest.mark.parametrize(("layout", "out", "columns"), ROWS_TOGETHER, ids=str)
+def test_rows_are_cut_between_vectors_and_decoded_where_they_end_inside(
+    layout: RowVectorLayout, out: int, columns: int
+) -> None:
+    weight, _ = row_weight(layout, out, columns)
+    whole, length = weight.dequantize(), layout.length
+    for runs in ([(length, out)], [(0, length), (length, out)], [(length, 2 * length), (0, length)]):
+        part = cut_rows(weight, runs)
+        assert part.scheme == weight.scheme == parted_scheme(weight.scheme, (out, columns), runs)
+        assert torch.equal(part.dequantize(), torch.cat([whole[start:stop] for start, stop in runs]))
+    for runs in ([(1, length)], [(0, length + 1)], [(length, out), (0, length)], [(0, 1), (2, out)]):
+        part = cut_rows(weight, runs)
+        assert part.scheme == parted_scheme(weight.scheme, (out, columns), runs)
+        wanted = torch.cat([whole[start:stop] for start, stop in runs])
+        if part.scheme.is_dense:
+            wanted = wanted.half().float()
+        assert part.scheme.is_dense == any(start % length or stop % length for start, stop in runs)
+        assert torch.equal(part.dequantize(), wanted)
 
 
 def test_columns_of_one_codebook_can_be_cut() -> None:

@@ -118,6 +118,18 @@ def test_rows_of_blocks_that_run_over_row_ends() -> None:
         cut_columns(weight, 0, 20)
 
 
+@pytest.mark.parametrize(("columns", "unit"), [(96, 32), (80, 16), (72, 72)], ids=str)
+def test_columns_of_blocks_that_run_over_row_ends(columns: int, unit: int) -> None:
+    """They are those of smaller blocks, unless these were of 8 columns."""
+    flat = scheme("nf4", (1, 64), flattened=True)
+    weight = random_weight(flat, columns=columns)
+    assert column_unit(flat, columns) == unit
+    for start in range(0, columns, unit):
+        part = cut_columns(weight, start, start + unit)
+        assert torch.equal(part.dequantize(), weight.dequantize()[:, start : start + unit])
+        assert part.scheme == (flat if unit == columns else scheme_in_rows(flat, columns))
+
+
 def test_rows_apart_are_shared_evenly() -> None:
     """Two ranks have half of each block's rows, and its numbers; a plan counts them so."""
     weight = random_weight(SCHEMES["rows apart"])

@@ -14,6 +14,9 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.quantize.method import Method, Module, build_method
 from lowbit.quantize.specification import (
+    _ELSEWHERE,
+    _NOTHING,
+    _OF_CHECKPOINTS,
     METHODS,
     TORCHAO,
     MethodSpec,
@@ -157,12 +160,24 @@ def test_the_same_numerics_have_the_same_key() -> None:
     )
 
 
+def test_names_of_other_engines_lead_to_methods() -> None:
+    assert set(_ELSEWHERE.values()) <= set(METHODS)
+    assert not set(METHODS) & {*_ELSEWHERE, *_OF_CHECKPOINTS, *_NOTHING}
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("fp9", r"unknown quantization method 'fp9'; did you mean 'fp\d'\? Known: fp8, "),
         ("", "unknown quantization method ''. Known: "),
         ("zzzzzz", "unknown quantization method 'zzzzzz'. Known: "),
+        ("modelopt_fp4", "'modelopt_fp4' is another engine's name; use nvfp4"),
+        ("auto-round", "'auto-round' is another engine's name; use gptq"),
+        (
+            "compressed-tensors",
+            "'compressed-tensors' names checkpoints, which say themselves what they are; ",
+        ),
+        ("none", "'none' is no method; drop it, and the model stays as it is stored"),
         ("fp8:weight=row", "fp8 has no option 'weight'; it has: weights, activation, "),
         ("nvfp4:group_size=16", "nvfp4 has no option 'group_size'; it has: none"),
         ("fp8:weights=row", "fp8:weights must be channel, tensor, block, got 'row'"),

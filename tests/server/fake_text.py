@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from lowbit.errors import LowbitError
-from lowbit.server.text import TextModel
+from lowbit.server.text import TextModel, template_variables
 from lowbit.settings import Settings
 
 BOS, END = 256, 257
@@ -96,7 +96,9 @@ def load_fake_text(settings: Settings, on_progress: object = None) -> TextModel:
         return TextModel("/fake", tokenizer, None)
     if settings.model == "missing":
         raise LowbitError("E0201", "there is no model 'missing'")
-    return TextModel("/fake", tokenizer, LineTemplate(tokenizer), defaults={"temperature": 0.5, "top_k": 7})
+    variables = template_variables(settings.default_chat_template_kwargs)
+    defaults = {"temperature": 0.5, "top_k": 7}
+    return TextModel("/fake", tokenizer, LineTemplate(tokenizer), defaults, variables)
 
 
 def answer(prompt: list[int] | tuple[int, ...], count: int, seed: int = 0) -> str:

@@ -92,16 +92,19 @@ def test_before_the_model_is_loaded_nothing_is_said_of_it() -> None:
 
 
 def test_running_and_waiting() -> None:
-    with serving(quick(), fake={"step_seconds": 0.02}) as server:
+    """The sequences would take 120 s: what is seen here is not their end, however slow this machine is."""
+    with serving(quick(), fake={"step_seconds": 0.1}) as server:
         with httpx.stream(
             "POST",
             server.url + "/v1/completions",
-            json={"prompt": "x", "max_tokens": 500, "n": 8, "stream": True},
+            json={"prompt": "x", "max_tokens": 600, "n": 8, "stream": True},
+            timeout=60,
         ) as response:
+            assert response.status_code == 200
             lines = response.iter_lines()  # kept: its end would close the response
             next(lines)
-            wait_until(lambda: server.app.client.status.running == 4)
+            wait_until(lambda: server.app.client.status.running == 4, 60)
             values = scrape(server)
             assert values["lowbit_running_requests"] == 4
             assert values["lowbit_kv_pages{state=used}"] == 4
-        wait_until(lambda: scrape(server)["lowbit_running_requests"] == 0, 2)
+        wait_until(lambda: scrape(server)["lowbit_running_requests"] == 0, 60)

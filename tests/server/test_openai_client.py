@@ -10,6 +10,8 @@ from typing import Any
 import openai
 import pytest
 
+from lowbit.errors import LowbitError
+from lowbit.server.text import template_variables
 from server.fake_text import BOS, answer
 from server.harness import ServerThread, http, serving
 
@@ -392,9 +394,111 @@ def test_tokenize_and_back(server: ServerThread) -> None:
     assert post("/tokenize", {"messages": USER})["tokens"] == RENDERED
     assert post("/detokenize", {"tokens": [256, 0xC3, 0xA9]})["text"] == "<bos>é"
     assert post("/detokenize", {"tokens": [256, 98], "skip_special_tokens": True})["prompt"] == "b"
+    several = post("/tokenize", {"prompt": ["é", ""], "add_special_tokens": False, "return_token_strs": True})
+    assert (several["count"], several["tokens"]) == ([2, 0], [[0xC3, 0xA9], []])
+    assert several["token_strs"] == [["bytes:\\xc3", "bytes:\\xa9"], []]
+    assert post("/tokenize", {"prompt": "a", "return_token_strs": True})["token_strs"] == ["<bos>", "a"]
+    assert post("/tokenize", {"prompt": []}) == {"count": [], "max_model_len": 1000, "tokens": []}
+    tool = {"type": "function", "function": {"name": "f"}}
+    shown, hidden = (
+        post("/tokenize", {"messages": USER, "tools": [tool], "tool_choice": choice})["tokens"]
+        for choice in ("auto", "none")
+    )
+    assert len(shown) > len(hidden) and hidden == RENDERED, "as the chat endpoint has it"
+    assert post("/detokenize", {"tokens": [[97], [], [98, 99]]})["text"] == ["a", "", "bc"]
+    assert post("/detokenize", {"tokens": []})["text"] == ""
+    mixed = post("/detokenize", {"tokens": [97, [98]]})["error"]
+    assert mixed["message"] == "tokens must be ids, or lists of ids"
     assert "give either" in post("/tokenize", {})["error"]["message"]
     assert "258 is no token id" in post("/detokenize", {"tokens": [258]})["error"]["message"]
     assert "tokens[0] must be int" in post("/detokenize", {"tokens": ["x"]})["error"]["message"]
+
+
+def test_tokenizer_info(server: ServerThread) -> None:
+    info = http.get(server.url + "/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"], info["add_bos_token"]) == ("<bos>", "<end>", True)
+    assert (info["chat_template"], info["model_max_length"]) == ("lines", 1000)
+    with serving(model="no-template") as running:
+        assert http.get(running.url + "/tokenizer_info").json()["chat_template"] is None
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_token_ids(server: ServerThread, client: openai.OpenAI, echo: bool) -> None:
+    """As vLLM has them: the prompt's once, and each token of the answer in exactly one chunk."""
+    ids: Any = {"return_token_ids": True}
+    asked: Any = {"model": "tiny", "prompt": ["ab", "c"], "max_tokens": 7, "echo": echo, "extra_body": ids}
+    whole = client.completions.create(**asked, n=2)
+    prompts = [[BOS, 97, 98]] * 2 + [[BOS, 99]] * 2
+    got: Any = [choice.model_extra for choice in whole.choices]
+    assert [one["prompt_token_ids"] for one in got] == prompts
+    assert [bytes(one["token_ids"]).decode() for one in got] == [choice.text[-7:] for choice in whole.choices]
+    told: dict[int, list[list[int]]] = {}
+    streamed: dict[int, list[int]] = {}
+    for chunk in client.completions.create(**asked, n=2, stream=True):
+        [choice] = chunk.choices
+        extra: Any = choice.model_extra
+        streamed.setdefault(choice.index, []).extend(extra["token_ids"])
+        if "prompt_token_ids" in extra:
+            told.setdefault(choice.index, []).append(extra["prompt_token_ids"])
+    assert [streamed[index] for index in range(4)] == [one["token_ids"] for one in got]
+    assert [told[index] for index in range(4)] == [[prompt] for prompt in prompts]
+    plain = client.completions.create(model="tiny", prompt="x", max_tokens=1).choices[0]
+    assert not {"token_ids", "prompt_token_ids"} & (plain.model_extra or {}).keys()
+
+
+def test_token_ids_of_chats(client: openai.OpenAI) -> None:
+    asked: Any = {
+        "model": "tiny",
+        "messages": USER,
+        "max_tokens": 7,
+        "extra_body": {"return_token_ids": True},
+    }
+    whole: Any = client.chat.completions.create(**asked)
+    assert whole.model_extra["prompt_token_ids"] == RENDERED
+    tokens = whole.choices[0].model_extra["token_ids"]
+    assert bytes(tokens).decode() == whole.choices[0].message.content
+    chunks: Any = list(client.chat.completions.create(**asked, stream=True))
+    assert [chunk.model_extra.get("prompt_token_ids") for chunk in chunks] == [RENDERED] + [None] * (
+        len(chunks) - 1
+    )
+    assert [token for chunk in chunks for token in chunk.choices[0].model_extra["token_ids"]] == tokens
+
+
+def test_template_variables_of_the_server() -> None:
+    given = '{"enable_thinking": false, "style": "short"}'
+    with serving(default_chat_template_kwargs=given) as running:
+        ids = [
+            http.post(f"{running.url}/tokenize", json={"messages": USER, "chat_template_kwargs": own}).json()
+            for own in ({}, {"style": "long"})
+        ]
+    for answered, style in zip(ids, ("short", "long"), strict=True):
+        shown = bytes(answered["tokens"][1:]).decode()
+        assert shown == f"enable_thinking=False\nstyle={style}\nuser: hello\nassistant:"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "is not JSON"), ("[1]", "must be a JSON object"), ('{"messages": 1}', "may not set 'messages'")],
+)
+def test_template_variables_that_make_no_sense(text: str, told: str) -> None:
+    with pytest.raises(LowbitError) as caught:
+        template_variables(text)
+    assert caught.value.code == "E0103" and told in caught.value.message
+
+
+def test_usage_of_streams_that_do_not_ask() -> None:
+    body: dict[str, Any] = {"prompt": "x", "max_tokens": 3, "stream": True}
+    with serving(stream_response_default_include_usage=True) as running:
+        texts = [
+            http.post(f"{running.url}/v1/completions", json={**body, "stream_options": options}).text
+            for options in (None, {"include_usage": False}, {"continuous_usage_stats": True})
+        ]
+    for text in texts:
+        *_, last, done, end = text.split("\n\n")
+        assert '"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":3' in last
+        assert (done, end) == ("data: [DONE]", "")
+    assert texts[0].count('"usage":null') == texts[1].count('"usage":null') >= 1
+    assert '"usage":null' not in texts[2]
 
 
 def test_info(server: ServerThread) -> None:

@@ -13,7 +13,7 @@ from lowbit.server.api_error import ApiError, from_event, to_api_error
 from lowbit.server.chat import template_messages
 from lowbit.server.completions import encode_prompt
 from lowbit.server.generation import check_fit
-from lowbit.server.protocol import ChatRequest, CompletionRequest, read
+from lowbit.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, NativeSampling, read
 from lowbit.server.request_values import (
     logit_biases,
     prompts,
@@ -106,6 +106,43 @@ def test_ignored_and_harmless_fields() -> None:
         fields[name] = harmless[0] if harmless else None
     fields |= {"functions": [], "tools": None, "best_of": 1, "response_format": {"type": "text"}}
     assert chat(**fields).messages == HELLO
+
+
+# What clients of SGLang 0.5.23 and vLLM 0.33 send when they write out every default that is not null.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 2**30, "min_p": 0.0, "repetition_penalty": 1.0, "n": 1}
+SAMPLING |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "ignore_eos": False, "no_stop_trim": False}
+SAMPLING |= {"skip_special_tokens": True, "spaces_between_special_tokens": True}
+SILENT = ("hidden_states", "routed_experts", "prompt_token_ids", "sampling_mask", "flat_raw_top_logprobs")
+SILENT += ("flat_raw_output_top_logprobs", "cached_tokens_details", "spec_tokens_details", "token_ids")
+SILENT += ("meta_info", "input_ids_in_sglext", "output_ids_in_sglext", "token_offsets", "weight_versions")
+SILENT += ("bytes", "entropy", "indexer_topk")
+OFF = {f"return_{name}": False for name in SILENT}
+OFF |= {"routed_experts_start_len": 0, "routed_experts_prompt_start": 0, "use_audio_in_video": False}
+OFF |= {"return_flat_raw_top_logprobs_b64": True}
+CHAT_DEFAULTS = {"tool_choice": "auto", "parallel_tool_calls": True, "separate_reasoning": True}
+CHAT_DEFAULTS |= {"stream_reasoning": True, "include_reasoning": True, "use_beam_search": False}
+CHAT_DEFAULTS |= {"length_penalty": 1.0, "bad_words": [], "echo": False, "add_special_tokens": False}
+CHAT_DEFAULTS |= {"priority": 0, "request_id": "r", "mm_payload": "tensors", "top_logprobs": 0}
+NATIVE_DEFAULTS = {"background": False, "require_reasoning": False, "no_logs": False, "log_metrics": True}
+# llama.cpp's
+LLAMA_DEFAULTS = {"cache_prompt": True, "id_slot": -1, "n_predict": -1, "repeat_penalty": 1.0, "mirostat": 0}
+LLAMA_DEFAULTS |= {"typical_p": 1.0, "dynatemp_range": 0.0, "xtc_probability": 0.0, "dry_multiplier": 0.0}
+LLAMA_DEFAULTS |= {"n_probs": 0, "repeat_last_n": 64, "timings_per_token": False, "n_keep": 0}
+
+
+def test_defaults_of_other_servers_ask_for_nothing() -> None:
+    chat(**SAMPLING, **OFF, **CHAT_DEFAULTS, **LLAMA_DEFAULTS)
+    completion(**SAMPLING, **OFF, best_of=1, length_penalty=1.0, use_beam_search=False, max_tokens=16)
+    native = {"text": "x", **OFF, **NATIVE_DEFAULTS}
+    del native["return_token_ids"]  # /generate always answers with ids
+    read(parse(json.dumps(native).encode()), GenerateRequest)
+    sampling = {**SAMPLING, "max_new_tokens": 128, "min_new_tokens": 0}
+    read(parse(json.dumps(sampling).encode()), NativeSampling)
+
+
+def test_best_of_as_many_as_are_asked_for_is_no_choice() -> None:
+    assert completion(n=3, best_of=3).n == 3
+    assert refusal(completion, n=2, best_of=3).param == refusal(completion, best_of=2).param == "best_of"
 
 
 @pytest.mark.parametrize("name", sorted(protocol.UNSUPPORTED))
@@ -279,6 +316,7 @@ def test_messages() -> None:
             "role": "assistant",
             "content": None,
             "refusal": None,
+            "provider_specific_fields": {"matched_stop": None},
             "tool_calls": [
                 {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
             ],

@@ -30,6 +30,13 @@ class TensorEntry:
     nbytes: int
     axes: tuple[int, ...] | None = None
 
+    def is_matrix_of(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape may have been written as this one.
+
+        ggml forgets rows where there is one: llama-quantize writes a (1, in) gate as (in,).
+        """
+        return self.shape in {shape[start:] for start in range(len(shape)) if set(shape[:start]) <= {1}}
+
 
 @dataclass(frozen=True)
 class CheckpointHeader:

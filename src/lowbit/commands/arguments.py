@@ -12,7 +12,8 @@ import sys
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, NoReturn
 
-from lowbit.commands.sglang_flags import ONLY, REFUSED, WITHOUT_EFFECT
+from lowbit.commands.other_flags import what_instead
+from lowbit.commands.sglang_flags import ONLY, WITHOUT_EFFECT, refusal
 from lowbit.errors import LowbitError, printable
 from lowbit.settings import (
     GROUPS,
@@ -63,7 +64,7 @@ class _Record(argparse.Action):
 
 
 class _SglangFlag(argparse.Action):
-    """A flag of ``sglang_flags``: noted, checked to have its only value, or refused."""
+    """A flag of ``sglang_flags``: noted, or checked to have its only value."""
 
     def __call__(
         self,
@@ -73,8 +74,6 @@ class _SglangFlag(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         flag = option_string or ""
-        if flag in REFUSED:
-            raise LowbitError("E0105", f"{flag}: {REFUSED[flag]}")
         if flag in ONLY:
             only, why = ONLY[flag]
             if values != only:
@@ -121,7 +120,7 @@ def _help(owner: type, name: str) -> str:
 
 
 def add_sglang_flags(parser: Parser) -> None:
-    """SGLang's flags that lowbit does not need; hidden from help."""
+    """SGLang's flags that lowbit does not need; hidden from help. ``parse_arguments`` refuses the others."""
     shapes: dict[str, dict[str, Any]] = {"switch": {"nargs": 0}, "value": {}, "values": {"nargs": "+"}}
     hidden: dict[str, Any] = {
         "action": _SglangFlag,
@@ -133,8 +132,7 @@ def add_sglang_flags(parser: Parser) -> None:
         parser.add_argument(flag, **hidden, **shapes[arity])
     for flag in ONLY:
         parser.add_argument(flag, **hidden)
-    for flag in REFUSED:  # with a value or without: it is refused before anybody looks
-        parser.add_argument(flag, nargs="*", **hidden)
+    parser.set_defaults(takes_sglang_flags=True)
 
 
 def add_model(parser: Parser) -> None:
@@ -143,7 +141,10 @@ def add_model(parser: Parser) -> None:
 
 
 def parse_arguments(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """The words as a namespace; an option nobody knows is an error with the nearest name."""
+    """The words as a namespace; an option nobody knows is an error with the nearest name, one that another
+    server knows an error with lowbit's."""
+    for word in words:
+        _refuse_elsewhere(parser, word.split("=", 1)[0])
     arguments, unknown = parser.parse_known_args(words)
     manual = f"See: {parser.prog} --help"
     flag = next((word.split("=", 1)[0] for word in unknown if word.startswith("-") and word != "-"), None)
@@ -159,6 +160,16 @@ def parse_arguments(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
             "E0104", f"unexpected argument {printable(repr(unknown[0]))}. See: {parser.prog} --help"
         )
     return arguments
+
+
+def _refuse_elsewhere(parser: Parser, flag: str) -> None:
+    """E0105 or E0102 for a flag of SGLang, vLLM or llama.cpp: before argparse, which takes -hf for -h."""
+    if not flag.startswith("-") or flag in parser._option_string_actions:
+        return
+    if parser.get_default("takes_sglang_flags") and (why := refusal(flag)):
+        raise LowbitError("E0105", f"{flag}: {why}")
+    if "--context-length" in parser._option_string_actions and (instead := what_instead(flag)):
+        raise LowbitError("E0102", f"unknown option {flag}; {instead}")
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:

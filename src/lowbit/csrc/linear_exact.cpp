@@ -144,37 +144,61 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
     }
 }
 
-// Floats, or SCALED: whole bytes under scales, which meet x in float32 16 columns at a time. Or what becomes floats.
 template <Codes CODES, bool SCALED>
-void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+INLINE void multiply_float_tile(const std::uint8_t* codes, const Sixteen* scales, const Input& x, std::int64_t tile,
+                                float (*totals)[ROWS]) {
+    each_constant<2>([&](auto half) __attribute__((always_inline)) {
+        constexpr int HALF = decltype(half)::value;
+        FloatTile w;
+        decode_floats<CODES>(codes + HALF * tile_bytes(CODES) / 2, w);
+        const Sixteen scale = SCALED ? scales[HALF] : sixteen_zeros();
+        for_tokens(x.tokens, FloatStep<HALF, SCALED>{w, x, tile, scale, totals});
+    });
+}
+
+// Floats, or SCALED: whole bytes under scales, which meet x in float32 16 columns at a time.
+template <Codes CODES, bool SCALED>
+void multiply_float_block(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                           float (*totals)[ROWS]) {
-    constexpr Codes FLOATS = CODES == Codes::halves3 ? Codes::f16 : CODES;
     Walk walk(layout, block);
     const int second = layout.sub == 16 ? 1 : 0;  // the second half's scale
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* codes = block + tile * tile_bytes(CODES);
         if constexpr (SCALED) codes = walk.next();
-        if constexpr (CODES == Codes::halves3) codes = walk.next<CODES, 16, Addend::zero>();
         if (x.tokens >= FETCHING_TOKENS) {
             fetch_ahead<tile_bytes(CODES)>(codes);
             fetch_results(x, tile, layout.tiles);
         }
-        alignas(64) std::uint16_t halves[CODES == Codes::halves3 ? ROWS * COLUMNS : 1];
-        if constexpr (CODES == Codes::halves3) {
-            decode_halves(codes, decoding.table, walk, halves);
-            const std::int64_t number = (block - decoding.weight->data) / layout.block_bytes * layout.tiles + tile;
-            each_outlier(*decoding.weight, number, [&](std::uint32_t place, float outlier) {
-                halves[place] = float_to_half(half_to_float(halves[place]) + outlier);
+        const Sixteen scales[2] = {walk.scale[0], walk.scale[second]};
+        multiply_float_tile<CODES, SCALED>(codes, scales, x, tile, totals);
+    }
+}
+
+// What becomes floats, tile by tile in memory. A tile is multiplied when the next one is made: outliers are put into it one
+// by one, and what was just written is not yet to be had in whole registers.
+void multiply_halves(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
+                     float (*totals)[ROWS]) {
+    constexpr Codes CODES = Codes::halves3;
+    alignas(64) std::uint16_t halves[2][ROWS * COLUMNS];
+    const std::int64_t number = (block - decoding.weight->data) / layout.block_bytes * layout.tiles;
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile <= layout.tiles; ++tile) {
+        if (tile < layout.tiles) {
+            const std::uint8_t* const codes = walk.next<CODES, 16, Addend::zero>();
+            if (x.tokens >= FETCHING_TOKENS) {
+                fetch_ahead<tile_bytes(CODES)>(codes);
+                fetch_results(x, tile, layout.tiles);
+            }
+            std::uint16_t* const to = halves[tile % 2];
+            decode_halves(codes, decoding.table, walk, to);
+            each_outlier(*decoding.weight, number + tile, [&](std::uint32_t place, float outlier) {
+                to[place] = float_to_half(half_to_float(to[place]) + outlier);
             });
-            codes = reinterpret_cast<const std::uint8_t*>(halves);
         }
-        each_constant<2>([&](auto half) __attribute__((always_inline)) {
-            constexpr int HALF = decltype(half)::value;
-            FloatTile w;
-            decode_floats<FLOATS>(codes + HALF * tile_bytes(FLOATS) / 2, w);
-            const Sixteen scale = SCALED ? walk.scale[HALF * second] : sixteen_zeros();
-            for_tokens(x.tokens, FloatStep<HALF, SCALED>{w, x, tile, scale, totals});
-        });
+        if (tile > 0) {
+            const auto* const made = reinterpret_cast<const std::uint8_t*>(halves[(tile + 1) % 2]);
+            multiply_float_tile<Codes::f16, false>(made, nullptr, x, tile - 1, totals);
+        }
     }
 }
 
@@ -285,7 +309,7 @@ BlockFunction exact_function(const Layout& layout) {
 #endif
         case Codes::f16: return multiply_float_block<Codes::f16, false>;
         case Codes::f32: return multiply_float_block<Codes::f32, false>;
-        case Codes::halves3: return multiply_float_block<Codes::halves3, false>;
+        case Codes::halves3: return multiply_halves;
         default: return nullptr;
     }
 }

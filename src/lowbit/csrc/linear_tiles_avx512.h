@@ -37,6 +37,12 @@ const ByteTable& byte_table() {
     return table;
 }
 
+// Where each byte comes from.
+struct BytePlaces {
+    alignas(64) std::uint8_t bytes[64];
+    __m512i load() const { return _mm512_load_si512(bytes); }
+};
+
 // A lookup in 256 bytes.
 inline __m512i look_up(__m512i codes, __mmask64 upper, const __m512i (&table)[4]) {
     return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[0], codes, table[1]),

@@ -27,21 +27,16 @@ constexpr int trellis_pair(int half, int q, int further) { return half * 8 + fur
 
 #if defined(__AVX512BF16__)
 
-struct ByteOrder {
-    alignas(64) std::uint8_t bytes[64];
-    __m512i load() const { return _mm512_load_si512(bytes); }
-};
-
 // Byte k of chunk c is that of the k-th plane from the last of eight.
-constexpr ByteOrder straight_order() {
-    ByteOrder order{};
+constexpr BytePlaces straight_order() {
+    BytePlaces order{};
     for (int i = 0; i < 64; ++i) order.bytes[i] = static_cast<std::uint8_t>((7 - i % 8) * CHUNKS + i / 8);
     return order;
 }
 // The same where fewer planes stand before: those of the chunk before take their place, which stand last. 64 on: in the
 // last eight planes.
-constexpr ByteOrder wrapped_order(int bits, int half, int end) {
-    ByteOrder order{};
+constexpr BytePlaces wrapped_order(int bits, int half, int end) {
+    BytePlaces order{};
     for (int i = 0; i < 64; ++i) {
         int plane = end - 1 - i % 8, chunk = i / 8;
         if (plane < 0) plane += 4 * bits, chunk = (chunk + CHUNKS - 1) % CHUNKS;
@@ -51,9 +46,9 @@ constexpr ByteOrder wrapped_order(int bits, int half, int end) {
     }
     return order;
 }
-constexpr ByteOrder STRAIGHT = straight_order();
+constexpr BytePlaces STRAIGHT = straight_order();
 template <int BITS, int HALF, int END>
-constexpr ByteOrder WRAPPED = wrapped_order(BITS, HALF, END);
+constexpr BytePlaces WRAPPED = wrapped_order(BITS, HALF, END);
 
 // 64 bits of every chunk that end with plane END.
 template <int BITS, int HALF, int END>

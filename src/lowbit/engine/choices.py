@@ -273,7 +273,7 @@ class DeviceSampler:
             sequence, sampling = ask.sequence, ask.sequence.sampling
             biases = dict(sampling.logit_bias)
             if ask.position - sequence.prompt_length < sampling.min_tokens:
-                biases |= {token: -math.inf for token in sequence.stop_ids if token < self._vocabulary}
+                biases |= {token: -math.inf for token in sequence.stop_ids if 0 <= token < self._vocabulary}
             if has_penalties(sequence):
                 numbers = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
                 changes.add(ask.row, biases, self._slot(sequence), numbers)

@@ -14,27 +14,35 @@ _LONGEST_CHARACTER = 8  # tokens a character may be split over before U+FFFD is 
 
 
 class IncrementalDetokenizer:
-    """The text of one sequence's output."""
+    """The text of one sequence's output. ``prompt``: what it follows: a decoder that strips a text's first
+    space must not strip the output's."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, sampling: SamplingParams, prompt: tuple[int, ...] | list[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = sampling.skip_special_tokens
         self._stop = tuple(text for text in sampling.stop if text)
         self._include_stop = sampling.include_stop_str_in_output
         self._longest_stop = max(map(len, self._stop), default=0)
-        self._window: list[int] = []  # tokens from ``a`` on
-        self._read = 0  # b - a: window tokens whose text was taken
+        self._window = list(prompt[-_LONGEST_CHARACTER:])  # tokens from ``a`` on
+        if self._window and self._decode(self._window).endswith("�"):
+            self._window = []  # the output's first bytes are no end of the prompt's last character
+        self._read = len(self._window)  # b - a: window tokens whose text was taken
         self._held = ""  # text that may still become a stop string
 
-    def add(self, tokens: list[int] | tuple[int, ...]) -> tuple[str, str | None]:
-        """(text that became certain, the stop string that was matched). After a match nothing follows."""
+    def add(self, tokens: list[int] | tuple[int, ...], *, stops: bool = True) -> tuple[str, str | None]:
+        """(text that became certain, the stop string that was matched). After a match nothing follows.
+
+        ``stops``: whether one that these tokens complete counts; else it is text like any other.
+        """
         emitted = ""
         for token in tokens:
             self._window.append(token)
             fresh = self._take(final=False)
             if not fresh:
                 continue
-            text, matched = self._filter(fresh)
+            text, matched = self._filter(fresh, stops)
             emitted += text
             if matched is not None:
                 return emitted, matched
@@ -42,7 +50,7 @@ class IncrementalDetokenizer:
 
     def finish(self) -> str:
         """What was held back, once no token follows."""
-        text, matched = self._filter(self._take(final=True))
+        text, matched = self._filter(self._take(final=True), True)
         if matched is None:
             text += self._held
             self._held = ""
@@ -67,13 +75,15 @@ class IncrementalDetokenizer:
             self._read = len(self._window)
         return fresh
 
-    def _filter(self, fresh: str) -> tuple[str, str | None]:
-        """Release what cannot be part of a stop string; cut at the first one found."""
+    def _filter(self, fresh: str, stops: bool) -> tuple[str, str | None]:
+        """Release what cannot be part of a stop string; cut at the first one found, where it counts."""
         if not self._stop:
             return fresh, None
-        text = self._held + fresh
-        found = [(place, stop) for stop in self._stop if (place := text.find(stop)) >= 0]
-        if found:
+        text, held = self._held + fresh, len(self._held)
+        # What was complete in the text held back did not count.
+        places = ((text.find(stop, max(held - len(stop) + 1, 0)), stop) for stop in self._stop)
+        found = [(place, stop) for place, stop in places if place >= 0]
+        if found and stops:
             # The one that is complete first; of those, the one that begins first.
             place, stop = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self._held = ""

@@ -20,6 +20,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+import msgspec
+
 from lowbit.checkpoint.quality import Quality
 from lowbit.engine.choices import DeviceSampler
 from lowbit.engine.cuda_graphs import Progress
@@ -37,6 +39,7 @@ from lowbit.engine.messages import (
 )
 from lowbit.engine.page_pool import PagePool
 from lowbit.engine.runner import Runner
+from lowbit.engine.sampler import checked
 from lowbit.engine.scheduler import Scheduler
 from lowbit.engine.sequence import Sequence
 from lowbit.engine.step_parts import Step
@@ -183,7 +186,8 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Accept a request; one that can never run is a LowbitError whose code is the API's."""
-        length, sampling = len(request.prompt), request.sampling
+        sampling = checked(request.sampling, self.model.vocab_size)
+        request, length = msgspec.structs.replace(request, sampling=sampling), len(request.prompt)
         if request.id in self._sequences:
             raise LowbitError("duplicate_id", f"request {printable(request.id)!r} is already running")
         if length == 0:

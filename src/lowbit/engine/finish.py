@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from lowbit.engine.choices import Choices, DeviceSampler
@@ -9,6 +10,9 @@ from lowbit.engine.messages import FinishReason, TokenEvent
 from lowbit.engine.scheduler import Chunk, Scheduler
 from lowbit.engine.sequence import Sequence
 from lowbit.engine.step_parts import Part, Step, Turn, targets
+from lowbit.errors import printable
+
+_log = logging.getLogger("lowbit")
 
 
 @dataclass
@@ -21,6 +25,14 @@ class Counters:
     drafts: int = 0
     accepted_drafts: int = 0
     drafted_turns: int = 0  # a sequence's parts of steps that had drafts
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Why a token is a sequence's last."""
+
+    reason: FinishReason
+    matched: str | int | None = None
 
 
 class Finisher:
@@ -127,7 +139,22 @@ class Finisher:
         chunk.sequence.drafts += len(chunk.drafts)
 
     def _append(self, turn: Turn, choices: Choices) -> TokenEvent | None:
-        """Add the next token; the last event where it ends the sequence."""
+        """Add the next token; the last event where it ends the sequence. What fails here is of this sequence
+        alone: its sampling, its text."""
+        sequence = turn.sequence
+        try:
+            ending = self._say(turn, choices)
+        except Exception as error:
+            _log.exception("lowbit: request %s: its next token failed", printable(sequence.id))
+            kind = type(error).__name__
+            text = f"the next token failed ({kind}, see the log); request stopped, others unaffected"
+            return self.end(sequence, "error", "internal", text, turn=turn)
+        return (
+            None if ending is None else self.end(sequence, ending.reason, turn=turn, matched=ending.matched)
+        )
+
+    def _say(self, turn: Turn, choices: Choices) -> _Ending | None:
+        """Choose the next token, add it and its text; why it is the last, or None."""
         sequence = turn.sequence
         token = choices.token(turn.row, sequence)
         sampling = sequence.sampling
@@ -144,14 +171,14 @@ class Finisher:
         early = sequence.output_length < sampling.min_tokens
         if token in sequence.stop_ids and not early:
             turn.text += sequence.detokenizer.finish()
-            return self.end(sequence, "stop", turn=turn, matched=token)
-        text, matched = sequence.detokenizer.add([token])
+            return _Ending("stop", token)
+        text, matched = sequence.detokenizer.add([token], stops=not early)
         turn.text += text
-        if matched is not None and not early:
-            return self.end(sequence, "stop", turn=turn, matched=matched)
+        if matched is not None:
+            return _Ending("stop", matched)
         if len(sequence.tokens) >= sequence.limit:
             turn.text += sequence.detokenizer.finish()
-            return self.end(sequence, "length", turn=turn)
+            return _Ending("length")
         return None
 
     def _event(
@@ -201,6 +228,8 @@ class Finisher:
         if reason == "error":
             # Nothing it computed may be shared: its pages hold what went wrong.
             sequence.computed = 0
+        if code == "model_numerical_error":
+            self._scheduler.forget_prefix(sequence)  # nor what earlier chunks have put into the tree
         self._scheduler.remove(sequence)
         if self._sampler is not None:
             self._sampler.forget(sequence)

@@ -133,6 +133,7 @@ def _engine(
     from lowbit.models.config_keys import architecture_of
     from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer
 
+    beyond = _beyond_context(settings, header)
     samples = Samples() if speed.wanted(settings.kernel_timings, serving) else None
     with ThreadPoolExecutor(1) as beside:  # while weights are packed, mostly in native code
         tokenizer_read = beside.submit(load_tokenizer, header, settings.tokenizer)
@@ -150,10 +151,6 @@ def _engine(
         # the cores from the native ones.
         torch.set_num_threads(1)
     check_vocabulary(tokenizer, model.vocab_size)
-    own, wanted = model.context_length, settings.context_length or 0
-    beyond = f"--context-length {thousands(wanted)} is more than the model's own {thousands(own)}"
-    if wanted > own and settings.strict:
-        raise LowbitError("E0103", f"{beyond}; lower it, or drop --strict")
     stop_ids = load_generation_config(header).stop_ids
     linear = ", ".join(sorted(model.kernels))
     details = {
@@ -163,8 +160,8 @@ def _engine(
         "quantization": model.quantization,
         "weight bytes": str(model.weight_bytes),
     }
-    if wanted > own:
-        details["warning"] = f"{beyond}: behind that it talks nonsense unless trained for it"
+    if beyond:
+        details["warning"] = beyond
     quality = None if asked.flag and is_float(header) else _quality(header)
     if quality is not None:
         details["quality"] = str(quality)
@@ -190,6 +187,22 @@ def _engine(
             for _ in steps:
                 pass
     return engine
+
+
+def _beyond_context(settings: Settings, header: CheckpointHeader) -> str:
+    """What to say of a --context-length that is more than the model's own; E0103 where it cannot be."""
+    from lowbit.models.registry import family_of
+
+    config, wanted = family_of(header).config_of(header), settings.context_length or 0
+    if wanted <= config.context_length:
+        return ""
+    own = thousands(config.context_length)
+    beyond = f"--context-length {thousands(wanted)} is more than the model's own {own}"
+    if config.learned_positions:
+        raise LowbitError("E0103", f"{beyond}, and it has no vectors for later positions; lower it")
+    if settings.strict:
+        raise LowbitError("E0103", f"{beyond}; lower it, or drop --strict")
+    return f"{beyond}: behind that it talks nonsense unless trained for it"
 
 
 def _too_large(model: str, error: torch.OutOfMemoryError) -> LowbitError:

@@ -77,10 +77,10 @@ class PagePool:
         self._cached[page] = True
 
     def uncache(self, page: int) -> None:
-        """The tree lets go of an idle page."""
-        assert self.is_idle(page), "only idle pages are evicted"
+        """The tree lets go of a page; an idle one is free then."""
+        assert self._cached[page], "it is in the tree"
+        self._idle -= self.is_idle(page)
         self._cached[page] = False
-        self._idle -= 1
         self.release([page])
 
     def check(self, tables: list[list[int]], tree_pages: list[int]) -> list[str]:

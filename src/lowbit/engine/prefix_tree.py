@@ -36,7 +36,10 @@ class PrefixTree:
 
     def match(self, salt: str, tokens: Sequence[int], most: int) -> list[int]:
         """Pages of the longest cached prefix of ``tokens``, at most ``most`` pages; held for the caller."""
-        node, matched = self._walk(salt, self._keys(tokens, most))
+        root = self._roots.get(salt)
+        if root is None:
+            return []
+        node, matched = self._walk(root, self._keys(tokens, most))
         pages: list[int] = []
         while node.parent is not None:
             pages[:0] = node.pages
@@ -65,7 +68,9 @@ class PrefixTree:
         """
         keys = self._keys(tokens, len(pages))
         assert len(keys) == len(pages), "whole pages only"
-        node, matched = self._walk(salt, keys)
+        if not keys:
+            return []  # and no root for a salt that nothing is cached under
+        node, matched = self._walk(self._roots.setdefault(salt, _Node(None)), keys)
         kept: list[int] = []
         path = node
         while path.parent is not None:
@@ -82,8 +87,22 @@ class PrefixTree:
                 self._pool.cache(page)
         return kept + pages[matched:]
 
+    def forget(self, salt: str, tokens: Sequence[int]) -> None:
+        """Take out every page that begins as ``tokens`` do, and all that goes on from there; who holds one
+        keeps it."""
+        root, key = self._roots.get(salt), tuple(tokens[: self._page_size])
+        if root is None or key not in root.children:
+            return
+        top = root.children[key]
+        self._detach(top, root)
+        for node in self._below(top):
+            for page in node.pages:
+                self._pool.uncache(page)
+
     def evict(self, count: int) -> int:
-        """Free at least ``count`` idle pages if there are so many; how many were freed."""
+        """Free ``count`` idle pages, or all where there are fewer; how many were freed."""
+        if not self._pool.idle:
+            return 0
         heap = [(node.used, index, node) for index, node in enumerate(self._leaves()) if self._is_idle(node)]
         heapq.heapify(heap)
         freed, serial = 0, len(heap)
@@ -112,11 +131,10 @@ class PrefixTree:
         count = min(len(tokens) // size, most)
         return [tuple(tokens[i * size : (i + 1) * size]) for i in range(count)]
 
-    def _walk(self, salt: str, keys: list[PageTokens]) -> tuple[_Node, int]:
+    def _walk(self, root: _Node, keys: list[PageTokens]) -> tuple[_Node, int]:
         """The node where the longest equal path ends, split there if need be, and its length in pages."""
         self._clock += 1
-        node = self._roots.setdefault(salt, _Node(None))
-        matched = 0
+        node, matched = root, 0
         while matched < len(keys):
             child = node.children.get(keys[matched])
             if child is None:
@@ -156,12 +174,17 @@ class PrefixTree:
             self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
 
     def _nodes(self) -> Iterator[_Node]:
-        stack = list(self._roots.values())
+        for root in self._roots.values():
+            for top in root.children.values():
+                yield from self._below(top)
+
+    def _below(self, top: _Node) -> Iterator[_Node]:
+        """The node, and all nodes under it."""
+        stack = [top]
         while stack:
             node = stack.pop()
             stack += node.children.values()
-            if node.parent is not None:
-                yield node
+            yield node
 
     def _leaves(self) -> Iterator[_Node]:
         return (node for node in self._nodes() if not node.children)

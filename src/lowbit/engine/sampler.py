@@ -7,14 +7,54 @@ and the token's position: the same request draws the same numbers in any batch a
 
 from __future__ import annotations
 
+import math
+
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.engine.messages import TokenLogprob
+from lowbit.engine.messages import SamplingParams, TokenLogprob
 from lowbit.engine.sequence import Sequence
+from lowbit.errors import LowbitError
 
 _CANDIDATES = 1024  # top-p rarely needs more; then no whole vocabulary is sorted
+_LEAST_TEMPERATURE = 1e-6  # with less a float32 quotient may overflow, and nothing but the likeliest is drawn
+_BOUNDS = {
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-3, 1e3),
+    "presence_penalty": (-math.inf, math.inf),
+    "frequency_penalty": (-math.inf, math.inf),
+    "max_tokens": (0, math.inf),
+    "min_tokens": (0, math.inf),
+    "logprobs": (0, math.inf),
+    "prompt_logprobs": (0, math.inf),
+}
+
+
+def checked(sampling: SamplingParams, vocabulary: int) -> SamplingParams:
+    """As it is followed: a temperature next to 0 is 0, a single stop string is one, not its letters. What no
+    sampler can follow is a LowbitError."""
+    for name, (low, high) in _BOUNDS.items():
+        value = getattr(sampling, name)
+        if value is not None and not (math.isfinite(value) and low <= value <= high):
+            range_ = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+            raise LowbitError("invalid_number", f"{name} must be finite and {range_}, got {value}")
+    for token, bias in sampling.logit_bias.items():
+        if not 0 <= token < vocabulary:
+            raise LowbitError(
+                "invalid_token", f"logit_bias: token id {token} is outside the vocabulary of {vocabulary}"
+            )
+        if not math.isfinite(bias):
+            raise LowbitError("invalid_number", f"logit_bias of token {token} must be finite, got {bias}")
+    changes: dict[str, object] = {}
+    if isinstance(sampling.stop, str):
+        changes["stop"] = (sampling.stop,)
+    if 0 < sampling.temperature < _LEAST_TEMPERATURE:
+        changes["temperature"] = 0.0
+    return msgspec.structs.replace(sampling, **changes) if changes else sampling
 
 
 def sample(logits: Tensor, sequence: Sequence, likeliest: int) -> int:
@@ -49,7 +89,7 @@ def _sample_row(row: Tensor, sequence: Sequence) -> int:
     sampling = sequence.sampling
     logits = row.cpu().clone()
     if sequence.output_length < sampling.min_tokens and sequence.stop_ids:
-        logits[[token for token in sequence.stop_ids if token < len(logits)]] = -torch.inf
+        logits[[token for token in sequence.stop_ids if 0 <= token < len(logits)]] = -torch.inf
     for token, bias in sampling.logit_bias.items():
         logits[token] += bias
     if has_penalties(sequence):

@@ -26,6 +26,8 @@ from lowbit.engine.sequence import Sequence
 
 PATIENCE = 16  # later arrivals that may be admitted before a sequence under lpm
 LPM_WINDOW = 128  # waiting sequences lpm looks at; those behind them wait their turn
+AWAITED_PAGES = 2  # that a running prompt is about to share are worth a step's wait; a step costs about one
+EVICTED_SHARE = 64  # of the pool's pages one eviction frees one in so many: it looks through the whole tree
 PROMPT_LOGPROB_ROWS = 128  # rows of logits a prompt with log-probabilities may ask for at once
 
 
@@ -138,6 +140,9 @@ class Scheduler:
             if self._may_share(sequence):
                 most = self._most_shared(sequence)
                 matched = self.tree.match(sequence.request.cache_salt, sequence.tokens, most)
+                if self._soon_shared(sequence, most) - len(matched) >= AWAITED_PAGES:
+                    self.pool.release(matched)
+                    return  # as n choices of one prompt do: it is computed once
             needed = self._pages_for(len(sequence.tokens)) - len(matched)
             if needed > self.pool.free + self.pool.idle:
                 self.pool.release(matched)
@@ -155,6 +160,22 @@ class Scheduler:
             assert not victims, "room was counted before"
             chunks[sequence] = Chunk(sequence, count)
             budget -= count
+
+    def _soon_shared(self, sequence: Sequence, most: int) -> int:
+        """Pages it could take, ``most`` at most, once prompts that are being computed are in the cache."""
+        size, shared = self.page_size, 0
+        for other in self.running:
+            prompt = other.request.prompt
+            if other.sound < len(prompt) and other.request.cache_salt == sequence.request.cache_salt:
+                pages, same = min(len(prompt) // size, most), 0
+                while same < pages and self._equal_page(same, prompt, sequence.tokens):
+                    same += 1
+                shared = max(shared, same)
+        return shared
+
+    def _equal_page(self, page: int, prompt: tuple[int, ...], tokens: list[int]) -> bool:
+        part = slice(page * self.page_size, (page + 1) * self.page_size)
+        return prompt[part] == tuple(tokens[part])
 
     def _next_waiting(self) -> Sequence:
         """Whose turn it is by the policy. One that does not fit yet keeps its turn: nobody slips past it."""
@@ -197,7 +218,7 @@ class Scheduler:
         needed = self._pages_for(sequence.computed + count) - len(sequence.pages)
         victims: list[Sequence] = []
         while needed > self.pool.free:
-            if self.tree.evict(needed - self.pool.free):
+            if self.tree.evict(max(needed - self.pool.free, self.pool.total // EVICTED_SHARE)):
                 continue
             victim = self.running[-1]
             self.retract(victim)
@@ -241,6 +262,10 @@ class Scheduler:
         whole = min(sequence.sound, len(sequence.tokens)) // self.page_size
         kept = self.tree.insert(sequence.request.cache_salt, sequence.tokens, sequence.pages[:whole])
         sequence.pages[:whole] = kept
+
+    def forget_prefix(self, sequence: Sequence) -> None:
+        """Share nothing any more of what begins as the sequence does: which of it went wrong is not known."""
+        self.tree.forget(sequence.request.cache_salt, sequence.tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence that has ended, wherever it is."""

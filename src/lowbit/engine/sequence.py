@@ -64,7 +64,7 @@ class Sequence:
             request,
             limit,
             frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else stop_ids),
-            IncrementalDetokenizer(tokenizer, sampling),
+            IncrementalDetokenizer(tokenizer, sampling, request.prompt),
             list(request.prompt),
             secrets.randbits(63) if own is None else own & (1 << 63) - 1,
         )
@@ -102,7 +102,7 @@ class Sequence:
 
     @property
     def sound(self) -> int:
-        """Tokens whose K and V are computed and known to be finite."""
+        """Tokens whose K and V are computed, in steps that somebody has looked at."""
         return min(self.computed, self.flights[0].start) if self.flights else self.computed
 
     @property

@@ -42,9 +42,9 @@ _METHODS = ("fp8", "fbgemm_fp8", "mxfp8", "fp8_e4m3")
 CODES = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz", "F8_E5M2FNUZ": "e5m2fnuz"}
 SCALES = {"F32": "f32", "BF16": "bf16", "F16": "f16", "F8_E8M0": "e8m0", "U8": "e8m0"}
 _PACKED_FP4 = ("I8", "U8", "F4")
-_WEIGHT_SCALES = ("weight_scale_inv", "weight_scale", "weight_scales_inv", "scale")
+_WEIGHT_SCALES = ("weight_scale_inv", "weight_scale", "weight_scales_inv", "scale", "qscale_weight")
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj)")
-_INPUT_SCALES = ("input_scale", "activation_scale", "act_scale")
+_INPUT_SCALES = ("input_scale", "activation_scale", "act_scale", "qscale_act")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Gguf:
         if entry is None:
             raise LowbitError("E0209", f"{self.header.root.name}: no file contains {name!r}")
         expected = _stacked(module, module.shape)
-        if entry.shape != expected:
+        if not entry.is_matrix_of(expected):
             raise LowbitError(
                 "E0210",
                 f"{entry.file.name}: tensor {name!r} is {list(entry.shape)} but the metadata ask for "
@@ -83,7 +83,7 @@ class Gguf:
         name = f"{module.stored}.weight"
         scheme = self.scheme_of(module)
         origin = f"{self.header.file_of(name)}: {module.name}"
-        codes = of_expert(module, data.tensor(name))
+        codes = of_expert(module, data.tensor(name).view(*_stacked(module, module.shape)[:-1], -1))
         stored = QuantizedTensor(scheme, module.shape, codes, origin=origin)
         outer = self._outer_scale(module)
         if outer is not None:
@@ -97,13 +97,13 @@ class Gguf:
         if entry is None:
             return None
         expected = _stacked(module, module.shape[:1])
-        if entry.shape != expected or entry.dtype not in DENSE_DTYPES:
+        if not entry.is_matrix_of(expected) or entry.dtype not in DENSE_DTYPES:
             raise LowbitError(
                 "E0210",
                 f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}, a bias of "
                 f"{list(expected)} floats was expected",
             )
-        return of_expert(module, data.tensor(name))
+        return of_expert(module, data.tensor(name).view(expected))
 
     def _is_nvfp4(self, module: StoredModule) -> bool:
         entry = self.header.tensors.get(f"{module.stored}.weight")

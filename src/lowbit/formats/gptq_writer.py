@@ -154,15 +154,16 @@ class AwqWriter(CheckpointWriter):
             return f"{shape[0]} rows or {shape[1]} columns are no whole words or groups"
         return None
 
+    def misfit(self, module: StoredModule) -> str | None:
+        """AutoAWQ has whole groups only."""
+        scheme, columns = self.schemes[module.stored], module.shape[1]
+        if scheme.is_dense or not self.group or scheme.blocks[0][1] or columns == self.group:
+            return None
+        return f"it has one scale for its {columns} columns, other modules have groups of {self.group}"
+
     def _pack(
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:
-        columns = module.shape[1]
-        if (
-            self.group and not weight.scheme.blocks[0][1] and columns != self.group
-        ):  # AutoAWQ: whole groups only
-            why = f"it has one scale for its {columns} columns, other modules have groups of {self.group}"
-            raise cannot(self.name, module, why)
         zeros = torch.full_like(weight.scales[0], 8) if weight.zeros is None else weight.zeros
         return {
             "qweight": _gemm_words(weight.codes),

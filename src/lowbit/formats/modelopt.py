@@ -18,13 +18,15 @@ call their scales ``<weight>_weight_scale``.
 What inputs are quantized to follows from ``quant_algo``, of the module or the block of experts above it in
 ``quantized_layers`` where algorithms are mixed. The config is hf_quant_config.json or, since 2025,
 config.json. MX scales of inputs round up, so that nothing saturates. NVFP4 without input_scale leaves inputs
-as they are. Where config and tensors disagree on the kind, or plain weights lie beside scales, the tensors
+as they are. So does MXFP4, with a warning: the tool writes that word for weights alone (gpt-oss) and for
+inputs in MXFP4 too, and no other; TensorRT-LLM's W4A16_MXFP4 and W4A8_MXFP4_MXFP8 say which. Where config and tensors disagree on the kind, or plain weights lie beside scales, the tensors
 win, with a warning; another group_size than the tensors' is an error. Without quant_algo, beside a quantized
 KV cache, only the cache was quantized. Refused by name: NVFP4_SVD (a low-rank branch), NVFP4_AFFINE caches.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -52,6 +54,8 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
+_log = logging.getLogger("lowbit")
+
 _FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _SCALES = {**_FLOATS, "F8_E4M3": "e4m3", "F8_E8M0": "e8m0", "U8": "e8m0"}
 # (the weight's dtype, what its scales are) -> the kind, and its code.
@@ -69,7 +73,7 @@ _GROUPS: dict[str, tuple[int, ...]] = {"nvfp4": (16, 32), "mxfp4": (32,), "mxfp8
 
 class _Algorithm(NamedTuple):
     """``kind`` of its weights; ``inputs``: e4m3 or int8 (static where there is input_scale, else dynamic per
-    token), e4m3 per token, nvfp4, mxfp4, mxfp8, or nothing."""
+    token), e4m3 per token, nvfp4, mxfp8, or nothing."""
 
     kind: str
     inputs: str
@@ -85,7 +89,9 @@ _ALGORITHMS = {
     "W4A16_NVFP4": _Algorithm("nvfp4", ""),
     "W4A8_NVFP4_FP8": _Algorithm("nvfp4", "e4m3"),
     "W4A8_MXFP4_FP8": _Algorithm("mxfp4", "e4m3"),
-    "MXFP4": _Algorithm("mxfp4", "mxfp4"),
+    "MXFP4": _Algorithm("mxfp4", ""),
+    "W4A16_MXFP4": _Algorithm("mxfp4", ""),
+    "W4A8_MXFP4_MXFP8": _Algorithm("mxfp4", "mxfp8"),
     "MXFP8": _Algorithm("mxfp8", "mxfp8"),
     "W4A16_AWQ": _Algorithm("int4", ""),
     "W4A8_AWQ": _Algorithm("int4", "e4m3"),
@@ -152,6 +158,12 @@ class ModelOpt(PartlyDense):
         if not isinstance(layers, dict):
             raise LowbitError("E0212", f"{self.place}.quantized_layers must be an object")
         self.layers = {name: self._said(layer) for name, layer in layers.items()}
+        if any(said.algorithm == "MXFP4" for said in (self.said, *self.layers.values())):
+            _log.warning(
+                "lowbit: %s says MXFP4, which does not tell whether inputs are quantized too; they are left as "
+                "they are (W4A16_MXFP4 there says so)",
+                self.place,
+            )
         keys = ("exclude_modules", "ignore")
         self.excluded = tuple(name for key in keys for name in strings(values.get(key), key, self.place))
         if any("AFFINE" in str(name).upper() for name in cache):
@@ -365,9 +377,10 @@ class ModelOpt(PartlyDense):
         inputs = self._inputs(module, stored, has_scale)
         if inputs == "nvfp4" and has_scale:
             return ActivationScheme(number_format("e2m1"), (1, 16), scale=number_format("e4m3"))
-        if inputs in ("mxfp4", "mxfp8"):
-            code, limit = ("e2m1", 6.0) if inputs == "mxfp4" else ("e4m3", 448.0)
-            return ActivationScheme(number_format(code), (1, 32), limit=limit, scale=number_format("e8m0"))
+        if inputs == "mxfp8":
+            return ActivationScheme(
+                number_format("e4m3"), (1, 32), limit=448.0, scale=number_format("e8m0")
+            )
         if inputs in ("e4m3", "e4m3 per token", "int8"):
             code, limit = ("int8", 127.0) if inputs == "int8" else ("e4m3", 448.0)
             if has_scale and inputs != "e4m3 per token":

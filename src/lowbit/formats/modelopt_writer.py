@@ -3,7 +3,8 @@
     codes  scales                          inputs                             quant_algo
     e2m1   e4m3 for 16 under one float32   nvfp4; as they are                 NVFP4; W4A16_NVFP4
     e2m1   the same for 32                 e4m3                               W4A8_NVFP4_FP8
-    e2m1   e8m0 for 32                     mxfp4; e4m3                        MXFP4; W4A8_MXFP4_FP8
+    e2m1   e8m0 for 32                     as they are; e4m3                  W4A16_MXFP4; W4A8_MXFP4_FP8
+    e2m1   the same                        mxfp8                              W4A8_MXFP4_MXFP8
     e4m3   e8m0 for 32                     mxfp8                              MXFP8
     e4m3   one; a row; 128 x 128           e4m3; a token's; as they are       FP8; FP8_PER_CHANNEL…; FP8_PB_WO
     int4   groups of a row                 as they are                        W4A16_AWQ
@@ -43,14 +44,16 @@ def _inputs(code: str, block: tuple[int, int], limit: float = 0.0, scale: str = 
 
 _STATIC = _inputs("e4m3", (0, 0), 448.0)
 _TOKEN = _inputs("e4m3", (1, 0), 448.0)
+_MX = _inputs("e4m3", (1, 32), 448.0, "e8m0")
 # (kind of weight, what its inputs may be) of each algorithm.
 _ALGORITHMS: dict[str, tuple[str, tuple[ActivationScheme | None, ...]]] = {
     "NVFP4": ("nvfp4", (_inputs("e2m1", (1, 16), scale="e4m3"),)),
     "W4A16_NVFP4": ("nvfp4", (None,)),
     "W4A8_NVFP4_FP8": ("nvfp4", (_STATIC, _TOKEN)),
-    "MXFP4": ("mxfp4", (_inputs("e2m1", (1, 32), 6.0, "e8m0"),)),
+    "W4A16_MXFP4": ("mxfp4", (None,)),
+    "W4A8_MXFP4_MXFP8": ("mxfp4", (_MX,)),
     "W4A8_MXFP4_FP8": ("mxfp4", (_STATIC, _TOKEN)),
-    "MXFP8": ("mxfp8", (_inputs("e4m3", (1, 32), 448.0, "e8m0"),)),
+    "MXFP8": ("mxfp8", (_MX,)),
     "FP8": ("fp8 tensor", (_STATIC, _TOKEN)),
     "FP8_PER_CHANNEL_PER_TOKEN": ("fp8 channel", (_TOKEN,)),
     "FP8_PB_WO": ("fp8 block", (None,)),  # or one scale, of a matrix that is less than a block

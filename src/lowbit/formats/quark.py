@@ -22,14 +22,18 @@ Inputs are quantized with ``input_scale`` (and ``input_zero_point``) where they 
 where they are dynamic, per token or per tensor; a power of two for 32 columns in MX formats, rounded as
 ``scale_calculation_mode`` says; under ``input_scale_2`` in NVFP4. ``output_tensors`` are read for the KV
 cache only. Quark's "custom" configs call themselves awq (tensors ``qweight``, ``scales``, ``qzeros``) or fp8,
-and have ``export``. Refused by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2, int3 and e5m3 scales,
-float zero points, int4 of fp8 (two stages of codes), quantized biases, softmax and other outputs, rotations
-at run time.
+and have ``export``. Rotated inputs (R4, online R1) have their matrix beside the weight, plain ones too:
+``input_rotation`` I8 [n, n] of 1 and -1, over the root of n, or floats as they are; or one for all of a size,
+``shared_input_rotation_<n>``. x is multiplied by ``input_prescale`` [in] before, where that is there, and
+then, n columns at a time, by the matrix. Refused by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2, int3 and e5m3 scales,
+float zero points, int4 of fp8 (two stages of codes), quantized biases, softmax and other outputs, a rotated
+K cache.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -47,16 +51,18 @@ from lowbit.formats import (
     finite_scales,
     require_tensors,
 )
-from lowbit.formats.dense import DENSE_DTYPES, is_dense, origin_of
+from lowbit.formats.dense import DENSE_DTYPES, dense_scheme, is_dense, origin_of, read_dense
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config, quantization_config
 from lowbit.formats.quark_scheme import FLOATS, INTEGERS, MANTISSA, QuarkConfig, Rule, Spec
 from lowbit.numerics.bit_packing import unpack_bits, unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import ActivationScheme, Scheme
+from lowbit.numerics.rotation import Rotation
+from lowbit.numerics.scheme import ActivationScheme, RotationScheme, Scheme
 
 _EXTRA = ("weight_zero_point", "weight_scale_2", "input_scale", "input_zero_point", "input_scale_2")
+_SHARED = "shared_input_rotation_"
 _WHAT = "Quark"
 
 
@@ -72,6 +78,18 @@ class Quark(PartlyDense):
         found = claimed_config(header)
         self.config = QuarkConfig(found.place, found.values, found.method.lower())
         self.place, self.suffixes = found.place, self.config.suffixes
+        # One object for each matrix, so that Q, K and V share what is done to x.
+        self._rotations: dict[bytes, Rotation] = {}
+        self._shared = {
+            name.rpartition("_")[2]: name for name in header.tensors if f".{_SHARED}" in f".{name}"
+        }
+        own = any(name.endswith(".input_rotation") for name in header.tensors)
+        if self.config.rotates and not (own or self._shared):
+            raise LowbitError(
+                "E0209",
+                f"{header.root.name}: {self.place}.algo_config rotates inputs at run time but no file contains "
+                "a matrix ('input_rotation'); export it again with a Quark that writes them",
+            )
         if not self.config.fake:
             scales = self.suffixes.get("weight_scale", "weight_scale")
             require_tensors(header, (f".{scales}",), self.place, self.name)
@@ -95,23 +113,62 @@ class Quark(PartlyDense):
         return f"quark, {' and '.join(told) or 'nothing'} in {self.place.split(':')[0]}"
 
     def _is_dense(self, module: StoredModule) -> bool:
-        return is_dense(self.header, module)
+        return is_dense(self.header, module) and self._matrix(module) is None
 
     def _scheme(self, module: StoredModule) -> Scheme:
         """From the config; dtypes and shapes must agree."""
-        return self._stored(module)[0]
+        matrix = self._matrix(module)
+        scheme = self._stored(module)[0] if not is_dense(self.header, module) else None
+        if matrix is None:
+            assert scheme is not None, "a plain weight has no reader but with a rotation"
+            return scheme
+        kind = "hadamard" if matrix.dtype == "I8" else "orthogonal"
+        rotation = RotationScheme(kind, matrix.shape[0])
+        return replace(scheme or dense_scheme(self.header, module), rotation=rotation)
 
     def _tensors(self, module: StoredModule) -> list[str]:
-        return [self._tensor(module, "weight")]
+        plain = is_dense(self.header, module)
+        return [module.tensor("weight") if plain else self._tensor(module, "weight")]
 
     def _beside(self, module: StoredModule) -> list[str]:
-        """Scales and zero points of the weight and of its inputs."""
+        """Scales and zero points of the weight and of its inputs, and what rotates these."""
         names = [self._tensor(module, suffix) for suffix in (*_EXTRA, "weight_scale")]
+        if (matrix := self._matrix(module)) is not None:
+            names += [matrix.name, module.tensor("input_prescale")]
         return [name for name in names if name in self.header.tensors]
+
+    def _matrix(self, module: StoredModule) -> TensorEntry | None:
+        """The matrix that rotates the module's inputs; None where they stay as they are."""
+        columns = module.shape[1]
+        name = module.tensor("input_rotation")
+        entry = self.header.tensors.get(name)
+        if entry is None and self.config.is_listed(module, self.config.rotated):
+            sizes = [size for size in self._shared if size.isdecimal() and not columns % (int(size) or 1)]
+            if not sizes:
+                raise LowbitError(
+                    "E0209", f"{self.header.root.name}: no file contains {name!r}, which rotates its inputs"
+                )
+            # Where several divide the inputs, a matrix for all of them is the one that was meant.
+            name = self._shared[max(sizes, key=int)]
+            entry = self.header.tensors[name]
+        if entry is None:
+            return None
+        size = entry.shape[0] if entry.shape else 0
+        if entry.dtype not in ("I8", "F64", *DENSE_DTYPES) or entry.shape != (size, size) or not size or columns % size:
+            raise LowbitError(
+                "E0213",
+                f"{entry.file.name}: tensor {name!r} is {entry.dtype} {list(entry.shape)}; a rotation of "
+                f"{columns} inputs is I8 or floats [n, n] with an n that divides them",
+            )
+        return entry
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked and upright, scales as stored."""
-        scheme, rule = self._stored(module)
+        if is_dense(self.header, module):
+            self._check_plain(module)
+            plain = read_dense(self.header, module, data).weight
+            return replace(plain, scheme=self._scheme(module))
+        scheme, rule = self._scheme(module), self._stored(module)[1]
         spec, (out, columns) = rule.weight, module.shape
         assert spec is not None, "_stored looked"
         name = self._tensor(module, "weight")
@@ -378,6 +435,43 @@ class Quark(PartlyDense):
         )
 
     def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        """What rotates inputs, and what their scales are."""
+        rule = None if is_dense(self.header, module) else self._quantized_input(module, data)
+        matrix = self._matrix(module)
+        if matrix is None:
+            return rule
+        return replace(rule or InputRule(), rotation=self._rotation(module, matrix, data))
+
+    def _rotation(self, module: StoredModule, matrix: TensorEntry, data: TensorData) -> Rotation:
+        """x @ the matrix, of x times ``input_prescale`` where there is one."""
+        stored = finite_scales(self.header, matrix.name, data.tensor(matrix.name))
+        divisor = math.sqrt(len(stored)) if matrix.dtype == "I8" else 1.0
+        name = module.tensor("input_prescale")
+        entry = self.header.tensors.get(name)
+        scale = None
+        if entry is not None:
+            self._entry(module, "input_prescale", tuple(DENSE_DTYPES), _WHAT)
+            check_shape(entry, (module.shape[1],), _WHAT)
+            scale = finite_scales(self.header, name, data.tensor(name)).float()
+        parts = [stored] if scale is None else [stored, scale]
+        key = b"".join(part.contiguous().numpy().tobytes() for part in parts)
+        if key not in self._rotations:
+            rotation = Rotation.of(stored, divisor)
+            if scale is not None and rotation.matrix is not None:
+                raise LowbitError(
+                    "E0218",
+                    f"{matrix.file.name}: tensor {name!r} multiplies inputs before {matrix.name!r}, which is no "
+                    "Hadamard matrix of a power of two; that is not supported; export without a prescale",
+                )
+            if scale is not None:
+                repeats = len(scale) // rotation.size
+                before = scale if rotation.before is None else scale * rotation.before.repeat(repeats)
+                after = None if rotation.after is None else rotation.after.repeat(repeats)
+                rotation = replace(rotation, before=before, after=after)
+            self._rotations[key] = rotation
+        return self._rotations[key]
+
+    def _quantized_input(self, module: StoredModule, data: TensorData) -> InputRule | None:
         """The one scale of static inputs, or the outer one of NVFP4's."""
         scheme, rule = self._stored(module)
         activation = scheme.activation

@@ -73,6 +73,8 @@ class QuarkConfig:
     def __init__(self, place: str, values: dict[str, object], method: str) -> None:
         self.place = place
         self.suffixes: dict[str, str] = {}
+        self.rotates = False  # whether any input is at run time
+        self.rotated: tuple[str, ...] = ()  # patterns of modules whose inputs are
         if method != "quark":
             values = self._undressed(values, method)
         self._refuse_unknown(values)
@@ -140,11 +142,21 @@ class QuarkConfig:
         algorithms = values.get("algo_config") or []
         for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
             told = algorithm if isinstance(algorithm, dict) else {}
-            rotates = told.get("name") == "rotation"
-            if rotates and any(told.get(key) for key in ("r3", "r4", "online_r1_rotation")):
-                raise self._unsupported("algo_config", "rotates activations at run time")
+            if told.get("name") == "rotation":
+                self._rotations(told, bool(values.get("kv_cache_quant_config")))
             if told.get("name") in ("svdquant", "svd_quant"):
                 raise self._unsupported("algo_config", "keeps a low-rank branch beside each weight")
+
+    def _rotations(self, told: dict[str, object], cache: bool) -> None:
+        """Which inputs are rotated at run time; R3 turns Q and K alike, and is gone from their products."""
+        if told.get("r3") and cache:
+            raise self._unsupported("algo_config", "rotates K before it quantizes it for the cache (r3)")
+        self.rotates = any(told.get(key) for key in ("r4", "online_r1_rotation"))
+        online = told.get("online_config")
+        names = online.get("online_rotation_layers") if isinstance(online, dict) else None
+        self.rotated = strings(names, "online_rotation_layers", f"{self.place}.algo_config.online_config")
+        if told.get("r4"):
+            self.rotated += ("*.down_proj",)
 
     def _unsupported(self, key: str, why: str) -> LowbitError:
         return LowbitError(
@@ -187,6 +199,8 @@ class QuarkConfig:
         if not isinstance(values, dict):
             raise LowbitError("E0212", f"{where} must be an object, found {type(values).__name__}")
         dtype, qscheme = values.get("dtype"), values.get("qscheme")
+        if dtype in ("bfloat16", "float16", "float32"):  # Quark's word for what it only casts
+            return None, False
         if dtype not in (*INTEGERS, *FLOATS):
             raise LowbitError(
                 "E0218",
@@ -257,14 +271,15 @@ class QuarkConfig:
 
     def rule_of(self, module: StoredModule) -> Rule:
         """What it says of a module."""
-        if self._is_listed(module, self.excluded):
+        if self.is_listed(module, self.excluded):
             return Rule()
         for pattern, rule in self.layers.items():
-            if self._is_listed(module, (pattern,)):
+            if self.is_listed(module, (pattern,)):
                 return rule
         return self.linears[0] if self.linears else self.every
 
-    def _is_listed(self, module: StoredModule, patterns: tuple[str, ...]) -> bool:
+    def is_listed(self, module: StoredModule, patterns: tuple[str, ...]) -> bool:
+        """Whether a pattern names it."""
         return any(matches(pattern, module.stored, _pattern) for pattern in patterns)
 
 

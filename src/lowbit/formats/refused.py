@@ -30,7 +30,6 @@ REFUSED: dict[str, str] = {
     "bitblas": _PRIVATE,
     "gptq_bitblas": _PRIVATE,
     "nvfp4": "stores swizzled scales; use the ModelOpt or compressed-tensors version",
-    "fouroversix": "is NVFP4 under other names; use the ModelOpt or compressed-tensors version",
     "petit_nvfp4": _PRIVATE,
     "modelslim": _VENDOR,
     "humming": _VENDOR,
@@ -85,6 +84,7 @@ _SUFFIXES = {
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
     "._data": "quanto",
+    ".quantized_weight_values": "fouroversix",
 }
 
 

@@ -65,6 +65,10 @@ class CheckpointWriter:
             return "it is an embedding"
         return None
 
+    def misfit(self, module: StoredModule) -> str | None:
+        """Why a module that its scheme does not refuse cannot stand among the others; None: it can."""
+        return None
+
     @classmethod
     def nearest(
         cls, weight: QuantizedTensor, input: InputRule | None

@@ -20,6 +20,7 @@ Source: "FP8 Formats for Deep Learning" (Micikevicius et al., 2022), as in Trans
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -133,6 +134,17 @@ class ActivationStates:
     def _update_in_torch(self) -> None:
         for state in self._states.values():
             state.update()
+
+    @contextmanager
+    def kept_as_they_are(self) -> Iterator[None]:
+        """What steps inside this block make of the states is undone behind it, in place."""
+        buffers = [each for state in self._states.values() for each in (state.scale, state.amax_history)]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of all buffers: ``<layer>.scale`` and ``<layer>.amax_history``."""

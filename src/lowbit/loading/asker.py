@@ -81,7 +81,10 @@ class Asker:
         if self.parallel.size == 1:
             return None
         ups, [down] = self.names.place(name, into), self.names.place(out_of.name, [out_of])
-        return self._following(self._inner_ranges(ups, [down]), ups, down)
+        cut = self._inner_ranges(ups, [down])
+        if not all(self.scheme_at(up).rows_move for up in ups):
+            return cut  # with act-order the second's inputs are gathered
+        return self._following(cut, ups, down)
 
     def _inner_ranges(self, ups: list[Placed], downs: list[Placed]) -> Cut:
         size = downs[0].part.shape[1]
@@ -100,10 +103,11 @@ class Asker:
 
     def _following(self, cut: Cut, ups: list[Placed], down: Placed) -> Cut:
         """With act-order a rank has columns as they are stored, and what comes before gives them in that
-        order."""
+        order: vectors of several rows are decoded for it."""
         if not self.scheme_at(down).reordered:
             return cut
-        fixed = next((up for up in ups if not self.scheme_at(up).rows_move), None)
+        schemes = [(up, self.scheme_at(up)) for up in ups]
+        fixed = next((up for up, one in schemes if not one.rows_move and not one.weight.is_tall), None)
         if fixed is not None:
             raise self._cannot(
                 f"{down.part.name} has act-order and the rows of {fixed.part.name} ({self.scheme_at(fixed)}) "
@@ -121,9 +125,15 @@ class Asker:
         return self.with_inputs(place, self.stored_scheme(place) if decision is None else decision.scheme)
 
     def stored_scheme(self, place: Placed) -> Scheme:
-        """What a module's reader gives; vectors of several rows and lattices decoded where ranks cut."""
+        """What a module's reader gives; decoded where ranks cut what nothing can."""
         scheme = self.form.scheme_of(place.module)
-        return self.as_run(scheme) if self.parallel.size > 1 and scheme.weight.is_tall else scheme
+        return self.as_run(scheme) if self._is_uncut(scheme) else scheme
+
+    def _is_uncut(self, scheme: Scheme) -> bool:
+        """Whether ranks would have to cut what all columns have together: lattices, codebooks of columns."""
+        vectors = scheme.weight.vectors
+        parted = isinstance(vectors, RowVectorLayout) and vectors.width > 0
+        return self.parallel.size > 1 and (parted or scheme.weight.lattice is not None)
 
     def _cut(self, places: list[Placed], parts: list[Part]) -> list[Placed]:
         """What is here of the parts."""
@@ -254,7 +264,9 @@ class Asker:
         stored = self.names.tensor(name)
         self.names.take([stored])
         entry = self.header.tensors[stored]
-        if entry.shape != shape or entry.dtype not in VECTOR_DTYPES:
+        in_gguf = self.header.container == "gguf"
+        fits = entry.is_matrix_of(shape) if in_gguf else entry.shape == shape
+        if not fits or entry.dtype not in VECTOR_DTYPES:
             wanted = " x ".join(map(str, shape))
             raise LowbitError(
                 "E0210",
@@ -300,7 +312,7 @@ class Asker:
         coded, vectors = scheme.weight, scheme.weight.vectors
         if all(part is None for part in (vectors, coded.trellis, coded.lattice, scheme.outliers)):
             return True
-        if self.parallel.size > 1 and coded.is_tall:  # heads and columns of a rank may end inside them
+        if self._is_uncut(scheme):
             return False
         shape = (16, BLOCK)
         if isinstance(vectors, RowVectorLayout):

@@ -23,7 +23,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, thousands
 from lowbit.formats.dense_writer import DenseWriter, exact_dtype
 from lowbit.formats.gguf_writer import GgufWriter
-from lowbit.formats.writing import CheckpointWriter, writer_of
+from lowbit.formats.writing import CheckpointWriter, cannot, writer_of
 from lowbit.loading.gguf_saving import require_gguf, save_gguf
 from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
@@ -104,6 +104,7 @@ def convert(
         require_gguf()
         source = source.for_gguf()
     work = Work(source, form, dtype, requantize)
+    source = work.source
     with TensorData(header) as data:
         work.settle(data)
     done = Conversion(out, form, work.dtype, len(source.modules), notes=work.notes(), method=work.method)
@@ -170,6 +171,9 @@ class Work:
         self.anew: Requantizing | None = None
         self.writer: CheckpointWriter
         kind = writer_of(form)
+        quantized = [one for one in source.modules if requantize is not None or not one.scheme.is_dense]
+        if not kind.stacks and any(one.target.expert is not None for one in quantized):
+            self.source = source = source.unstacked()
         if requantize is not None and not issubclass(kind, DenseWriter):
             self.anew = Requantizing(source, kind, requantize)
         if issubclass(kind, DenseWriter):
@@ -182,11 +186,11 @@ class Work:
         self._refuse(dtype)
         if self.anew is None:
             self.planned = {one.target.name: exact(kind, one) for one in source.modules}
-            self.writer = kind(self._schemes())
+            self.writer = self._writer(kind)
             return
         self.planned = {one.target.name: self.anew.planned(one) for one in source.modules}
         try:
-            self.writer = kind(self._schemes())
+            self.writer = kind(self._schemes())  # a misfit is made anew in ``settle``
             self.writer.quantization_config()
         except LowbitError:  # what is held exactly and what is made do not go together: one group size, say
             self._plan_anew(kind, self.anew)
@@ -196,12 +200,22 @@ class Work:
         self.planned = {one.target.name: anew.planned(one, all_anew=True) for one in self.source.modules}
         if kind.one_group and anew.choose_one_group(list(self.planned.values())):
             self.planned = {one.target.name: anew.planned(one, all_anew=True) for one in self.source.modules}
-        self.writer = kind(self._schemes())
+        self.writer = self._writer(kind)
+
+    def _writer(self, kind: type[CheckpointWriter]) -> CheckpointWriter:
+        """The format's writer of all modules as they are planned; E0450 for one that has no place in it."""
+        made = kind(self._schemes())
+        for module in self.source.modules:
+            if (reason := made.misfit(module.target)) is not None:
+                raise cannot(made.name, module.target, reason)
+        return made
 
     def settle(self, data: TensorData) -> None:
         """Plan anew what only the data show not to fit: an outer scale, a multiplied input."""
         if self.anew is None:
             return
+        if not isinstance(self.writer, GgufWriter) and not self.writer.quantized():
+            self.anew.refuse_nothing()
         refused = []
         for module in self.source.modules:
             planned = self.planned[module.target.name]
@@ -218,12 +232,14 @@ class Work:
             self.planned[module.target.name] = self.anew.planned(module, all_anew=True)
         if refused:
             try:
-                self.writer = type(self.writer)(self._schemes())
+                self.writer = self._writer(type(self.writer))
             except LowbitError:
                 self._plan_anew(type(self.writer), self.anew)
 
     def _holds(self, made: ReadModule) -> bool:
-        """Whether the format can say the module's numbers."""
+        """Whether the format can say the module's numbers, beside the others."""
+        if self.writer.misfit(made.target) is not None:
+            return False
         try:
             type(self.writer)(self.writer.schemes).write(made.target, made.weight, made.bias, made.input)
         except LowbitError as error:

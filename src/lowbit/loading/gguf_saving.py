@@ -39,6 +39,7 @@ from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule,
 from lowbit.models.gguf_metadata import (
     SHIFTED_NORMS,
     UNSAID_WINDOWS,
+    WITH_OWN_HEAD,
     architecture_for,
     gguf_metadata,
     lost,
@@ -71,6 +72,7 @@ class _Entry:
     suffix: str = "weight"
     vector: SourceVector | None = None
     made: Tensor | None = None
+    also: str = ""  # what it is to a reader beside its module
 
     @property
     def bytes_shape(self) -> tuple[int, ...]:
@@ -176,6 +178,7 @@ def _head(source: SourceModel, entries: list[_Entry]) -> bytes:
         for entry in entries:
             kind = gguf.GGMLQuantizationType[entry.type]
             made.add_tensor_info(entry.name, entry.bytes_shape, np.dtype(np.uint8), entry.nbytes, kind)
+        made.add_size_label(gguf.size_label(*made.get_total_parameter_count()))
         made.write_header_to_file()
         made.write_kv_data_to_file()
         made.write_ti_data_to_file()
@@ -187,6 +190,8 @@ def _metadata(source: SourceModel, entries: list[_Entry]) -> dict[str, object]:
     config, types = source.config, [entry.type for entry in entries if len(entry.shape) > 1]
     common = max(set(types), key=types.count)
     file_types = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+    file_types |= {"Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30}
+    file_types |= {"TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39}
     name = source.header.config.get("_name_or_path") or source.header.root.name.removesuffix(".gguf")
     return {
         "general.type": "model",
@@ -219,6 +224,7 @@ class _Plan:
 
     def entries(self) -> list[_Entry]:
         found: list[_Entry] = []
+        family = self.source.family.name
         stacks: dict[str, list[SourceModule]] = {}
         for part in self.source.parts:
             if isinstance(part, SourceVector):
@@ -231,6 +237,9 @@ class _Plan:
                 stacks.setdefault(f"{expert[1]}.{expert[3]}", []).append(part)
         for canonical, modules in stacks.items():
             found += self._stack(canonical, modules)
+        if self.source.config.tied_head and architecture_for(family, self.source.header) in WITH_OWN_HEAD:
+            embedding = next(entry for entry in found if entry.name == "token_embd.weight")
+            found.append(replace(embedding, name="output.weight", also="lm_head"))
         made = rope_tensors(self.source.header, self.source.config)
         return [_Entry(n, "F32", tuple(t.shape), made=t.float()) for n, t in made.items()] + found
 
@@ -318,6 +327,11 @@ class _Contents:
             tensor = self._vector(entry.vector)
         elif len(entry.modules) == 1 and len(entry.shape) < 3:
             tensor = self._tensors(entry.modules[0])[entry.suffix]
+            if entry.also:
+                told = self.told.get(entry.modules[0].target.name)
+                if told is not None:
+                    self.told[entry.also] = {**told, "name": entry.also}
+                    self._untold.append(entry.also)
         else:
             parts = [self._tensors(module)[entry.suffix] for module in entry.modules]
             tensor = torch.cat(parts) if entry.suffix == "scale" else torch.stack(parts)

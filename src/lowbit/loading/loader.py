@@ -171,7 +171,8 @@ class Loader(Asker):
     def vector(self, name: str, *shape: int) -> Tensor:
         """A float32 copy of a small tensor."""
         stored = self.check_vector(name, *shape)
-        return self.data.tensor(stored).to(device=self.device, dtype=torch.float32, copy=True)
+        tensor = self.data.tensor(stored).view(shape)
+        return tensor.to(device=self.device, dtype=torch.float32, copy=True)
 
     def row_norms(self, part: Part) -> Tensor:
         """Of the matrix as stored, some rows at a time."""
@@ -341,7 +342,7 @@ class Loader(Asker):
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
-        if self.parallel.size > 1 and weight.scheme.weight.is_tall:
+        if self._is_uncut(weight.scheme):
             weight = self._cast(weight)
         if stored.output is not None and row_order(place, self.header) is not None:
             raise LowbitError(
@@ -441,6 +442,8 @@ def _rows_here(
             bias = torch.cat([bias[start:stop] for start, stop in runs])
         return cut_rows(weight, runs), bias
     picked = place.wanted_rows if order is None else order[place.wanted_rows]
+    if weight.scheme.weight.is_tall:
+        weight = weight.decoded(weight.scheme.decoded)
     return pick_rows(weight, picked), None if bias is None else bias[picked]
 
 

@@ -13,6 +13,10 @@ from lowbit.errors import LowbitError, printable
 
 MAX_SIZE = 1 << 24  # no published model has a dimension, vocabulary or context near it
 
+# GGUF keys that may list a number for each layer (Granite 4's do); where all are one, it is the model's.
+_OF_LAYERS = {"attention.head_count", "attention.head_count_kv", "feed_forward_length"}
+_OF_LAYERS |= {"expert_feed_forward_length"}
+
 
 class ConfigKeys:
     """Typed access to a dictionary of config keys; every refusal names file and key."""
@@ -109,4 +113,8 @@ def gguf_keys(header: CheckpointHeader) -> ConfigKeys:
     name = architecture_of(header)
     prefix = f"{name}."
     values = {k.removeprefix(prefix): v for k, v in header.metadata.items() if k.startswith(prefix)}
+    for key in _OF_LAYERS & values.keys():
+        listed = values[key]
+        if isinstance(listed, list) and listed and listed.count(listed[0]) == len(listed):
+            values[key] = listed[0]
     return ConfigKeys(values, f"{header.root.name}: {name}")

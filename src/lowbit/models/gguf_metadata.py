@@ -6,6 +6,7 @@ no key for.
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 
 import torch
@@ -17,6 +18,7 @@ from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.models.config import ModelConfig, MoeConfig
 from lowbit.models.config_keys import architecture_of, json_keys
 from lowbit.models.deepseek import DeepseekConfig
+from lowbit.models.families.vision import text_header
 from lowbit.models.rope_scaling import rope_keys
 
 # Family -> general.architecture. All of Llama's relatives are "llama"; OLMo 3 is OLMo 2 with windows.
@@ -24,6 +26,7 @@ ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
     "mixtral": "llama",
+    "ministral3": "mistral3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
@@ -58,8 +61,9 @@ ARCHITECTURES = {
     "deepseek": "deepseek2",
     "bitnet": "bitnet",
 }
-# Language models whose positions have three parts where they see pictures: class -> architecture.
+# Language models that have an architecture of their own where they see pictures: class -> architecture.
 SEEING = {
+    "Mistral3ForConditionalGeneration": "mistral3",
     "Qwen2VLForConditionalGeneration": "qwen2vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2vl",
     "Qwen3VLForConditionalGeneration": "qwen3vl",
@@ -70,6 +74,12 @@ _WINDOWED = ("gemma2", "gemma3", "phi3", "cohere2", "olmo3", "exaone4", "gpt_oss
 _PATTERNED = ("olmo3", "exaone4")
 # Windows that GGUF files of the family have no key for: left out, and told.
 UNSAID_WINDOWS = ("mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "starcoder2", "smollm3")
+# Architectures that llama.cpp loads with a head of their own only: a tied one is written twice.
+WITH_OWN_HEAD = frozenset(
+    {
+        *("baichuan", "gptneox", "internlm2", "olmo2", "olmoe", "gpt-oss", "phi2", "qwen2moe", "stablelm"),
+    }
+)
 # Families whose norms GGUF holds with 1 added.
 SHIFTED_NORMS = ("gemma2", "gemma3")
 
@@ -125,6 +135,8 @@ def gguf_metadata(header: CheckpointHeader, family: str, config: ModelConfig) ->
     values |= _rope(header, config)
     if arch in SEEING.values():
         values |= _seeing(header)
+    if family == "ministral3":
+        values |= _growing_queries(header)
     return {f"{arch}.{key}": value for key, value in values.items()}
 
 
@@ -161,6 +173,8 @@ def _of_family(family: str, config: ModelConfig) -> dict[str, object]:
             }
             if config.attention_scale is not None:
                 values["attention.scale"] = config.attention_scale
+            if family == "granite" and len(config.unrotated) == config.layers:
+                values["rope.scaling.finetuned"] = False  # turns all rotation off
             return values
         case "cohere" | "cohere2":
             return {"logit_scale": config.logit_scale, "rope.scaling.type": "none"}
@@ -194,6 +208,18 @@ def _seeing(header: CheckpointHeader) -> dict[str, object]:
     return values | ({"n_deepstack_layers": len(deep)} if isinstance(deep, list) else {})
 
 
+def _growing_queries(header: CheckpointHeader) -> dict[str, object]:
+    """Of Ministral 3: what its queries grow by, and the whole context; the parsed config has a part of it."""
+    keys = json_keys(text_header(header) if "text_config" in header.config else header)
+    rope = rope_keys(keys)
+    values: dict[str, object] = {"context_length": keys.size("max_position_embeddings")}
+    if rope.has("llama_4_scaling_beta"):
+        values["attention.temperature_scale"] = rope.number("llama_4_scaling_beta")
+    if rope.number("mscale_all_dim", 0.0):
+        values["rope.scaling.yarn_log_multiplier"] = rope.number("mscale_all_dim")
+    return values
+
+
 def _latent(config: ModelConfig) -> dict[str, object]:
     """Of the absorbed form, in which heads share one latent row; ``mla`` is of the heads themselves."""
     assert isinstance(config, DeepseekConfig), "the family's"
@@ -224,7 +250,13 @@ def _rope(header: CheckpointHeader, config: ModelConfig) -> dict[str, object]:
                 "rope.scaling.yarn_beta_slow": scaling.beta_slow,
             }
             factor = scaling.attention_factor
-            return found if factor is None else found | {"rope.scaling.yarn_attn_factor": factor}
+            if factor is None:
+                return found
+            # llama.cpp multiplies YaRN's own factor by the second and does not read the first.
+            return found | {
+                "rope.scaling.yarn_attn_factor": factor,
+                "rope.scaling.attn_factor": factor / (0.1 * math.log(scaling.factor) + 1),
+            }
         case "divisors" | "table" if scaling.attention_factor is not None:
             return {
                 "rope.scaling.attn_factor": scaling.attention_factor,
@@ -253,6 +285,7 @@ def lost(before: ModelConfig, after: ModelConfig) -> list[str]:
     """The fields of a config that its GGUF file does not bring back, rope scaling aside."""
     # A bias is where its tensor is, and a scale of 1/sqrt(head_dim) need not be said.
     spelled = {"architecture", "rope_scaling", "qkv_bias", "output_bias", "mlp_bias", "moe", "norm_offset"}
+    spelled |= {"tied_head"} if after.architecture in WITH_OWN_HEAD and before.tied_head else set()
     spelled |= {"attention_scale"} if _alike(_scale(before), _scale(after)) else set()
     found = [
         field.name
@@ -262,6 +295,8 @@ def lost(before: ModelConfig, after: ModelConfig) -> list[str]:
     ]
     if not _alike(_magnitude(before), _magnitude(after)):
         found.append("rope_scaling.mscale beside mscale_all_dim")
+    if before.rope_scaling.kind == "yarn" and before.rope_scaling.truncate != after.rope_scaling.truncate:
+        found.append(f"rope_scaling.truncate {before.rope_scaling.truncate}")
     return found + _lost_of_experts(before.moe, after.moe)
 
 

@@ -20,7 +20,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.layers.rotary import RopeScaling, rotary_frequencies
 from lowbit.models.config import ModelConfig
-from lowbit.models.config_keys import architecture_of
+from lowbit.models.config_keys import architecture_of, gguf_keys
 from lowbit.models.hf_families import FAMILIES, WITHOUT, Json, shortest
 
 ReadTensor = Callable[[str], Tensor]
@@ -92,6 +92,9 @@ def _rope_scaling(header: CheckpointHeader, config: ModelConfig, read: ReadTenso
             if scaling.mscale_all_dim:  # 0.1 times it is in the file, as float32
                 mscale = float(f"{10 * shortest(0.1 * scaling.mscale_all_dim):.7g}")
                 found |= {"mscale": mscale, "mscale_all_dim": mscale}
+            growth = gguf_keys(header).optional("attention.temperature_scale")  # of Ministral 3's queries
+            if growth:
+                found["llama_4_scaling_beta"] = shortest(growth)
             if not scaling.truncate:
                 found["truncate"] = False
             factor = scaling.attention_factor

@@ -70,6 +70,15 @@ def _llama(header: CheckpointHeader, config: ModelConfig) -> Json:
     return _class("llama", "LlamaForCausalLM") | {"mlp_bias": config.mlp_bias}
 
 
+def _ministral3(header: CheckpointHeader, config: ModelConfig) -> Json:
+    """Mistral Small 3 has no key of Ministral's: it is Mistral without a window."""
+    keys, values = gguf_keys(header), _class("mistral", "MistralForCausalLM")
+    if keys.has("attention.temperature_scale"):
+        values = _class("ministral3", "Ministral3ForCausalLM")
+    # The whole context, of which the parsed config may have a part.
+    return values | {"max_position_embeddings": keys.size("context_length"), "sliding_window": None}
+
+
 def _mixtral(header: CheckpointHeader, config: ModelConfig) -> Json:
     moe = _moe(config)
     experts: Json = {"num_local_experts": moe.experts, "num_experts_per_tok": moe.per_token}
@@ -231,6 +240,8 @@ def _glm(header: CheckpointHeader, config: ModelConfig) -> Json:
 
 
 def _glm4(header: CheckpointHeader, config: ModelConfig) -> Json:
+    if not config.rotates_neighbours:
+        raise _unsayable(header, "the rows of Q and K are halves of heads, as of models that also see")
     return _glm(header, config) | _class("glm4", "Glm4ForCausalLM")
 
 
@@ -359,6 +370,7 @@ def _gpt_oss(header: CheckpointHeader, config: ModelConfig) -> Json:
 FAMILIES: dict[str, Callable[[CheckpointHeader, ModelConfig], Json]] = {
     "llama": _llama,
     "mixtral": _mixtral,
+    "mistral3": _ministral3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3_moe,

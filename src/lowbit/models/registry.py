@@ -60,6 +60,8 @@ MODULES = {
     "LlamaForCausalLM": ("families.llama", "LLAMA"),
     "llama": ("families.llama", "LLAMA"),
     "MistralForCausalLM": ("families.llama", "MISTRAL"),
+    "Ministral3ForCausalLM": ("families.llama", "MINISTRAL3"),
+    "mistral3": ("families.llama", "MINISTRAL3"),
     "MixtralForCausalLM": ("families.llama", "MIXTRAL"),
     "Qwen2ForCausalLM": ("families.qwen", "QWEN2"),
     "Qwen3ForCausalLM": ("families.qwen", "QWEN3"),
@@ -82,6 +84,7 @@ MODULES = {
     "GraniteMoeForCausalLM": ("families.granite", "GRANITE_MOE"),
     "GraniteMoeSharedForCausalLM": ("families.granite", "GRANITE_MOE"),
     "granitemoe": ("families.granite", "GRANITE_MOE"),
+    "GraniteMoeHybridForCausalLM": ("families.granite", "hybrid_family"),
     "Olmo2ForCausalLM": ("families.olmo", "OLMO2"),
     "Olmo3ForCausalLM": ("families.olmo", "OLMO3"),
     "olmo2": ("families.olmo", "OLMO2"),
@@ -150,7 +153,7 @@ MODULES |= {
     "qwen3vl": ("families.qwen", "QWEN3"),
     "qwen3vlmoe": ("families.qwen", "QWEN3_MOE"),
 }
-_MAMBA = "most layers are Mamba-2; of recurrent layers lowbit has gated delta networks (Qwen3-Next)"
+MAMBA = "most layers are Mamba-2; of recurrent layers lowbit has gated delta networks (Qwen3-Next)"
 _ALIBI = "it tells positions by ALiBi, which lowbit's attention does not have"
 _LLAMA4 = "its chunked attention and temperatures by position are not there"
 _MINICPM3 = "latent attention is there for DeepSeek only; the other MiniCPM models are served"
@@ -166,8 +169,7 @@ REFUSED = {
     "bloom": _ALIBI,
     "MPTForCausalLM": _ALIBI,
     "mpt": _ALIBI,
-    "GraniteMoeHybridForCausalLM": _MAMBA,
-    "granitehybrid": _MAMBA,
+    "granitehybrid": MAMBA,
 }
 
 

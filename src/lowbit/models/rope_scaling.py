@@ -124,11 +124,12 @@ def scaling_from_gguf(keys: ConfigKeys, header: CheckpointHeader) -> RopeScaling
             attention_factor=keys.optional("rope.scaling.attn_factor"),
             tensor=f"rope_factors_{'long' if long else 'short'}.weight",
         )
-    kind = keys.text("rope.scaling.type", "none")
+    kind = keys.text("rope.scaling.type", "linear")
+    if kind == "linear":  # a factor alone means it too, which files of 2023 call scale_linear; 0 is none
+        factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
+        return RopeScaling("linear", factor) if factor not in (0, 1) else RopeScaling()
     if kind == "none":
         return RopeScaling()
-    if kind == "linear":
-        return RopeScaling("linear", keys.number("rope.scaling.factor"))
     if kind == "yarn":
         return RopeScaling(
             "yarn",

@@ -19,14 +19,19 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK
+
+_LEAST_IN_ROWS = 16  # columns that share a scale once blocks end with rows: fewer are not worth it
 
 
 def column_unit(scheme: Scheme, columns: int) -> int:
-    """So many neighbouring stored columns cannot be parted; all of them where blocks run over row ends."""
+    """So many neighbouring stored columns cannot be parted; where blocks run over row ends, those of the
+    smaller ones that do not (``in_rows``), or all where these would be tiny."""
     if scheme.flattened:
-        return columns
+        scheme = scheme_in_rows(scheme, columns)
+        if min(width for _, width in scheme.blocks) < _LEAST_IN_ROWS:
+            return columns
     unit = 1 if scheme.weight.block is None else scheme.weight.block.weights
     unit = unit if scheme.weight.vectors is None else scheme.weight.vectors.column_unit(columns)
     unit = unit if scheme.weight.trellis is None else BLOCK
@@ -54,6 +59,9 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         raise LowbitError(
             "E0702", f"{weight.origin}: columns {start}:{stop} cut a group of {unit} columns in two"
         )
+    if (start, stop) == (0, columns):
+        return weight
+    weight = in_rows(weight)
     layout, coded = weight.scheme.weight.block, weight.scheme.weight.vectors or weight.scheme.weight.trellis
     codes = weight.codes[..., start:stop]
     if coded is not None:
@@ -82,24 +90,36 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
 def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> QuantizedTensor:
     """The rows of each (start, stop), one run below another.
 
-    A trellis whose blocks do not end there is decoded.
+    Where blocks of a trellis, or vectors of several rows, do not end there, they are decoded.
     """
-    if weight.scheme.weight.trellis is not None:
+    if weight.scheme.rows_together > 1:
         scheme = parted_scheme(weight.scheme, (weight.shape[-2], weight.shape[-1]), runs)
-        parts = [weight.rows(start, stop) for start, stop in runs]
-        shape = (sum(part.shape[0] for part in parts), weight.shape[-1])
+        shape = (sum(stop - start for start, stop in runs), weight.shape[-1])
         if scheme.is_dense:
-            matrix = torch.cat([part.dequantize().to(scheme.weight.dtype) for part in parts])
+            matrix = torch.cat([_floats(weight, *run).to(scheme.weight.dtype) for run in runs])
             return QuantizedTensor(scheme, shape, matrix, origin=weight.origin)
-        codes = torch.cat([part.codes for part in parts])
-        outputs = torch.cat([part.scales[0] for part in parts])
-        return replace(weight, shape=shape, codes=codes, scales=(outputs, weight.scales[1]))
+        if weight.scheme.weight.trellis is not None:
+            parts = [weight.rows(start, stop) for start, stop in runs]
+            codes = torch.cat([part.codes for part in parts])
+            outputs = torch.cat([part.scales[0] for part in parts])
+            return replace(weight, shape=shape, codes=codes, scales=(outputs, weight.scales[1]))
+        if weight.scheme.whole_columns:
+            parts = [weight.rows(start, stop, ragged=True) for start, stop in runs]
+            codes = torch.cat([part.codes for part in parts])
+            return replace(weight, shape=shape, codes=codes)
     if len(runs) > 1 and weight.scheme.whole_columns:
         return pick_rows(weight, torch.cat([torch.arange(start, stop) for start, stop in runs]))
     finer = _parted_at(weight, [border for run in runs for border in run])
     joined = concatenate([finer.rows(start, stop, ragged=True) for start, stop in runs])
     assert joined is not None, "runs of one weight are alike, and end on its blocks' borders"
     return joined
+
+
+def _floats(weight: QuantizedTensor, start: int, stop: int) -> Tensor:
+    """float32 (stop - start, in), of rows that may begin or end inside what lies together."""
+    together = weight.scheme.rows_together
+    first, last = start // together * together, min(-(-stop // together) * together, weight.shape[-2])
+    return weight.rows(first, last).dequantize()[start - first : stop - first]
 
 
 def pick_rows(weight: QuantizedTensor, order: Tensor) -> QuantizedTensor:
@@ -176,9 +196,12 @@ def in_rows(weight: QuantizedTensor) -> QuantizedTensor:
 
 def parted_scheme(scheme: Scheme, shape: tuple[int, int], runs: Sequence[tuple[int, int]]) -> Scheme:
     """The scheme of ``cut_rows``'s result."""
-    if scheme.weight.trellis is not None:
-        whole = not any(border % scheme.rows_together for run in runs for border in run)
-        return scheme if whole else dense("f16")
+    if (together := scheme.rows_together) > 1:
+        inside = [border for run in runs for border in run if border % together]
+        if inside not in ([], [shape[0]]) or (inside and runs[-1][1] != shape[0]):
+            return scheme.decoded
+        if scheme.whole_columns or scheme.weight.trellis is not None:
+            return scheme
     empty = torch.empty(0)
     bare = QuantizedTensor(scheme, shape, empty)
     finer = _parted_at(bare, [border for run in runs for border in run]).scheme

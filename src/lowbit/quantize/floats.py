@@ -6,10 +6,10 @@
                   DeepSeek-V3, 2024); inputs in groups of 128
     mxfp8, mxfp4  one power of two for 32 columns, exponents rounded as compressed-tensors 0.20 does
     nvfp4         e4m3 scales for 16 columns under one float32 of the tensor, max|w| / (6 * 448), as
-                  ModelOpt 0.47
+                  ModelOpt 0.47, but the nearest that is the reciprocal of a float32
 
-Block, mx and nvfp4 weights are the tools' own bit by bit, except that e2m1 numbers that round to -0 get the
-code of +0, which is worth the same.
+Block, mx and nvfp4 weights are the tools' own bit by bit (nvfp4's up to the last bit of that scale), except
+that e2m1 numbers that round to -0 get the code of +0, which is worth the same.
 
 Inputs of fp8: a scale a token, one for all tokens of a step, groups of 128 columns, static from a file,
 delayed (NVIDIA's Transformer Engine, DelayedScaling), or not quantized.
@@ -217,11 +217,12 @@ class Nvfp4:
         return Scheme(number_format("e2m1"), ((1, 16), (0, 0)), scales)
 
     def quantize(self, weight: Tensor, module: Module, origin: str) -> Quantized:
-        """scale2 = max|w| / (6 * 448); scale = e4m3(max|block| / (6 * scale2)), at least 2^-9."""
+        """scale2 = 1 / (6 * 448 / max|w|); scale = e4m3(max|block| / (6 * scale2)), at least 2^-9."""
         scheme = self.scheme_of(module)
         amax = max(float(rows.abs().max()) for rows in slices(weight))
         smallest = torch.finfo(torch.float32).smallest_normal
-        outer = torch.tensor(max(amax / (6 * _LIMIT), smallest) if amax else 1.0)
+        # The reciprocal of a float32: compressed-tensors stores that one, ModelOpt the scale itself.
+        outer = torch.tensor(max(amax / (6 * _LIMIT), smallest) if amax else 1.0).reciprocal().reciprocal()
 
         def encode(rows: Tensor) -> Coded:
             inner = (largest(rows, 16) / (6 * outer)).clamp(2.0**-9, _LIMIT).to(torch.float8_e4m3fn)

@@ -176,6 +176,18 @@ _TORCHAO = {
 }
 METHODS |= {name: Entry("torchao", text, family="torchao") for name, text in _TORCHAO.items()}
 TORCHAO = tuple(_TORCHAO)
+# What SGLang and vLLM call a method, or take for a float model, and lowbit's word for it.
+_ELSEWHERE = {
+    **dict.fromkeys(("modelopt", "modelopt_fp8", "ptpc_fp8", "fbgemm_fp8", "fp8_per_tensor"), "fp8"),
+    **dict.fromkeys(("modelopt_fp4", "nvfp4_online", "petit_nvfp4"), "nvfp4"),
+    **dict.fromkeys(("quark_mxfp4", "mxfp_w4a8"), "mxfp4"),
+    **dict.fromkeys(("experts_int8", "int8_per_channel", "mlx_q8"), "int8"),
+    **dict.fromkeys(("moe_wna16", "w4afp8", "quark_int4fp8_moe", "mlx_q4"), "int4"),
+    **dict.fromkeys(("auto-round", "auto_round", "inc"), "gptq"),
+}
+# These only name what a checkpoint is, and it says so itself.
+_OF_CHECKPOINTS = ("compressed-tensors", "auto-round-int8", "quark", "modelslim", "modelopt_mixed", "torchao")
+_NOTHING = ("none", "unquant")
 KEEP = ("keep", "bf16", "f16", "f32")  # what a recipe may say instead of a method: float, as stored or cast
 
 
@@ -215,6 +227,15 @@ def parse_method(text: str, flag: str = "--quantization") -> MethodSpec:
 
 def method_spec(name: str, given: Mapping[str, object], where: str) -> MethodSpec:
     """A method from its name and options, as a flag or a recipe gives them."""
+    if name in _ELSEWHERE:
+        raise _wrong(where, f"{name!r} is another engine's name; use {_ELSEWHERE[name]}")
+    if name in _OF_CHECKPOINTS:
+        text = (
+            "names checkpoints, which say themselves what they are; drop it, or name a method for a float one"
+        )
+        raise _wrong(where, f"{name!r} {text}")
+    if name in _NOTHING:
+        raise _wrong(where, f"{name!r} is no method; drop it, and the model stays as it is stored")
     if name not in METHODS:
         raise _wrong(where, f"unknown quantization method {printable(repr(name))}{_nearest(name, METHODS)}")
     entry = METHODS[name]

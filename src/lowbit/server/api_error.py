@@ -33,6 +33,7 @@ _STATUS_BY_CODE = {
     "never_fits": 400,
     "empty_prompt": 400,
     "invalid_token": 400,
+    "invalid_number": 400,
 }
 
 

@@ -36,6 +36,7 @@ from lowbit.server.http import Exchange, Guard, QueuedBytes, Receive, Route, Sco
 from lowbit.server.limits import Limits
 from lowbit.server.logs import configure, log
 from lowbit.server.metrics import Metrics
+from lowbit.server.protocol import GenerationFields, StreamOptions
 from lowbit.server.text import Result, TextModel, Workers, served_name
 from lowbit.settings import Settings
 
@@ -50,6 +51,7 @@ ROUTES = (
     Route("GET", "/v1/models/*", admin.model, access="key"),
     *(Route("POST", path, tokens.tokenize, access="key") for path in ("/tokenize", "/v1/tokenize")),
     *(Route("POST", path, tokens.detokenize, access="key") for path in ("/detokenize", "/v1/detokenize")),
+    Route("GET", "/tokenizer_info", tokens.tokenizer_info, access="key"),
     # SGLang's newer and older names
     *(Route("GET", path, admin.model_info, access="key") for path in ("/model_info", "/get_model_info")),
     *(Route("GET", path, admin.server_info, access="key") for path in ("/server_info", "/get_server_info")),
@@ -118,6 +120,12 @@ class App:
         if sampling.seed is None and self.settings.random_seed is not None:
             return msgspec.structs.replace(sampling, seed=self.settings.random_seed)
         return sampling
+
+    def stream_options(self, request: GenerationFields) -> StreamOptions:
+        """What the request says of its stream, with usage where the server always gives it."""
+        options = request.stream_options or StreamOptions()
+        always = self.settings.stream_response_default_include_usage
+        return msgspec.structs.replace(options, include_usage=options.include_usage or always)
 
     def new_id(self, prefix: str) -> str:
         """An id no other request has."""

@@ -23,16 +23,17 @@ from lowbit.server.generation import (
     salt_of,
 )
 from lowbit.server.http import Exchange
-from lowbit.server.protocol import ChatRequest, StreamOptions, TokenizeRequest
+from lowbit.server.protocol import ChatRequest, TokenizeRequest
+from lowbit.server.text import RESERVED_VARIABLES
 
 if TYPE_CHECKING:
     from lowbit.server.app import App
 
 _ROLES = {"system", "user", "assistant", "tool", "developer"}
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
-# What the openai client writes when an answer is sent back as history, and SDKs' cache hints.
+# What clients write when an answer is sent back as history, and SDKs' cache hints.
 _MESSAGE_IGNORED = {"refusal", "audio", "annotations", "function_call", "cache_control", "id", "prefix"}
-_RESERVED_VARIABLES = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
+_MESSAGE_IGNORED |= {"parsed", "provider_specific_fields", "reasoning_details", "thinking_blocks"}
 
 
 def template_messages(
@@ -109,14 +110,14 @@ async def render(
     """Token ids of the conversation."""
     template = app.text.require_template()
     variables = request.chat_template_kwargs
-    for name in variables.keys() & _RESERVED_VARIABLES:
+    for name in variables.keys() & RESERVED_VARIABLES:
         text = f"chat_template_kwargs may not set '{name}'"
         raise bad_request("invalid_request", text, "chat_template_kwargs")
     if request.continue_final_message and messages and messages[-1].get("role") != "assistant":
         text = "continue_final_message needs a last message of role 'assistant'"
         raise bad_request("invalid_request", text, "continue_final_message")
     prepared = template_messages(messages, knows_developer="developer" in template.source)
-    tools = request_values.tool_list(request) if isinstance(request, ChatRequest) else request.tools or None
+    tools = request_values.tool_list(request)
 
     def work() -> list[int]:
         return template.render(
@@ -124,7 +125,7 @@ async def render(
             tools=tools,
             add_generation_prompt=request.add_generation_prompt and not request.continue_final_message,
             continue_final_message=request.continue_final_message,
-            variables=dict(variables) or None,
+            variables={**app.text.variables, **variables} or None,
         )
 
     seconds = app.limits.template_seconds + app.limits.tokenize_seconds
@@ -158,12 +159,13 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
     envelope: dict[str, object] = {"id": identity, "created": created(), "model": app.model_name}
     if request.stream:
         envelope["object"] = "chat.completion.chunk"
-        options = request.stream_options or StreamOptions()
+        options = app.stream_options(request)
 
         def chunk(index: int, event: TokenEvent, output: Output) -> dict[str, object] | None:
-            return _chunk(index, event, output, names if request.logprobs else None)
+            return _chunk(index, event, output, names if request.logprobs else None, request.return_token_ids)
 
-        await relay(app.client, generation, exchange, chunk, envelope, options)
+        first: dict[str, object] = {"prompt_token_ids": ids} if request.return_token_ids else {}
+        await relay(app.client, generation, exchange, chunk, envelope, options, first)
         return
     await collect(app.client, generation, exchange)
     choices = [
@@ -173,15 +175,18 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
             "logprobs": _logprobs(output.logprobs, names) if request.logprobs else None,
             "finish_reason": output.finish_reason,
             "matched_stop": output.matched_stop,
+            **({"token_ids": output.tokens} if request.return_token_ids else {}),
         }
         for index, output in enumerate(generation.outputs)
     ]
+    if request.return_token_ids:
+        envelope["prompt_token_ids"] = ids
     envelope |= {"object": "chat.completion", "choices": choices, "usage": generation.usage()}
     await exchange.send_json(envelope)
 
 
 def _chunk(
-    index: int, event: TokenEvent, output: Output, names: TokenNames | None
+    index: int, event: TokenEvent, output: Output, names: TokenNames | None, with_ids: bool
 ) -> dict[str, object] | None:
     """A choice of a chunk; None where there is nothing to tell (half a character is waiting)."""
     delta: dict[str, object] = {}
@@ -190,8 +195,8 @@ def _chunk(
         delta = {"role": "assistant", "content": event.text}
     elif event.text:
         delta = {"content": event.text}
-    shows_logprobs = names is not None and bool(event.logprobs)
-    if not delta and event.finish_reason is None and not shows_logprobs:
+    shows_tokens = (names is not None and bool(event.logprobs)) or (with_ids and bool(event.tokens))
+    if not delta and event.finish_reason is None and not shows_tokens:
         return None
     choice: dict[str, object] = {
         "index": index,
@@ -201,6 +206,8 @@ def _chunk(
     }
     if event.finish_reason is not None:
         choice["matched_stop"] = event.matched_stop
+    if with_ids:
+        choice["token_ids"] = list(event.tokens)
     return choice
 
 

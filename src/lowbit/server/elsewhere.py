@@ -28,15 +28,22 @@ NOT_HERE: dict[str, str] = {
         _NO_MEDIA,
     ),
     **dict.fromkeys(("/v1/responses", "/v1/messages"), "send the conversation to /v1/chat/completions"),
+    "/v1/messages/count_tokens": "use /tokenize",
     **dict.fromkeys(("/api/chat", "/v1/assistants", "/v1/threads"), "use /v1/chat/completions"),
     **dict.fromkeys(("/api/generate", "/completion", "/infill", "/invocations"), "use /v1/completions"),
     **dict.fromkeys(("/api/tags", "/api/show"), "use /v1/models"),
-    **dict.fromkeys(("/props", "/slots", "/get_load", "/v1/loads"), "use /get_server_info or /metrics"),
+    **dict.fromkeys(
+        ("/props", "/slots", "/load", "/get_load", "/v1/loads"), "use /get_server_info or /metrics"
+    ),
+    "/ready": "use /readyz",
+    "/reset_prefix_cache": "use /flush_cache",
+    "/apply-template": "use /tokenize with 'messages', and /detokenize",
     **dict.fromkeys(("/v1/files", "/v1/batches"), "send the requests themselves; as many run at once as fit"),
     **dict.fromkeys(("/v1/fine_tuning/jobs", "/start_profile", "/stop_profile"), "lowbit has no such thing"),
     **dict.fromkeys(
         (
             *("/update_weights_from_disk", "/update_weights_from_tensor", "/load_lora_adapter"),
+            *("/update_weights_from_distributed", "/update_weights_from_ipc", "/lora-adapters"),
             *("/unload_lora_adapter", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
             *("/release_memory_occupation", "/resume_memory_occupation", "/sleep", "/wake_up"),
         ),
@@ -55,8 +62,11 @@ NOT_HERE: dict[str, str] = {
 
 def what_instead(path: str, served: Iterable[str]) -> str:
     """What to say of ``path``, which is none of ``served``: one line with the way out."""
-    if reason := NOT_HERE.get(path.rstrip("/")):
-        return f"there is no {path} here: {reason}"
+    part = path.rstrip("/")
+    while part:  # also of what lies under one of them: /v1/responses/ID
+        if reason := NOT_HERE.get(part):
+            return f"there is no {path} here: {reason}"
+        part = part.rpartition("/")[0]
     # Cut: comparing takes the product of the lengths.
     names = [known.removesuffix("/*") for known in served if len(known) > 1]
     close = difflib.get_close_matches(path[:64], names, 1, 0.75)

@@ -3,7 +3,7 @@
 Every field of a body is in exactly one of four places:
 
     a struct below     honoured; type by msgspec, numbers by NUMBERS
-    IGNORED            known to OpenAI, SGLang or vLLM, without effect on the answer here
+    IGNORED            known to other servers, without effect on the answer here (``other_fields``)
     UNSUPPORTED        known, but ignoring it would change what the client asked for: 400 unless harmless
     nowhere            400 ``unknown_field`` with the nearest name
 
@@ -23,6 +23,7 @@ import msgspec
 
 from lowbit.errors import printable
 from lowbit.server.api_error import bad_request
+from lowbit.server.other_fields import IGNORED, UNSUPPORTED
 from lowbit.server.strict_json import Document
 
 MAX_CHOICES = 128  # OpenAI's; of all prompts together request_values.MAX_PROMPTS
@@ -57,61 +58,6 @@ NUMBERS: dict[str, Range] = {
 }
 _COMPLETION_NUMBERS = {**NUMBERS, "logprobs": Range(0, MAX_LOGPROBS, whole=True)}
 _CHAT_NUMBERS = {**NUMBERS, "max_tokens": Range(1, _MAX_COUNT, whole=True)}
-
-# Accepted and without effect on the answer: bookkeeping, hints about speed, choices with one possible value.
-IGNORED = frozenset(
-    {
-        *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
-        *("prompt_cache_retention", "prediction", "verbosity", "reasoning_effort", "include_reasoning"),
-        *("separate_reasoning", "stream_reasoning", "spaces_between_special_tokens", "priority"),
-        *("request_id", "rid", "custom_labels", "parallel_tool_calls", "data_parallel_rank"),
-        *("bootstrap_host", "bootstrap_port", "bootstrap_room", "stream_interval", "log_metrics"),
-    }
-)
-_GRAMMARS = {
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
-    *("json_schema", "regex", "ebnf", "structural_tag", "grammar"),
-}
-
-# field -> (values that ask for nothing, why the others are refused). Empty lists and objects ask for nothing.
-UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
-    "response_format": (
-        ({"type": "text"},),
-        "structured output is not supported yet; ask for JSON in the prompt and check the answer",
-    ),
-    "best_of": ((1,), "best_of is not offered; use n and choose yourself"),
-    "suffix": (("",), "inserting text before a suffix is not supported"),
-    "modalities": ((["text"],), "this server answers with text only"),
-    "audio": ((), "this server answers with text only"),
-    "functions": ((), "'functions' is the old name; use 'tools'"),
-    "function_call": (("none", "auto"), "'function_call' is the old name; use 'tool_choice'"),
-    "web_search_options": ((), "there is no web search here"),
-    "chat_template": (
-        (),
-        "a chat template never comes from a request; start the server with --chat-template",
-    ),
-    "echo": ((False,), "the messages are not repeated; you have them"),
-    "add_special_tokens": ((False,), "the chat template decides about special tokens"),
-    "documents": ((), "documents are not supported; put their text into the messages"),
-    "prompt_logprobs": ((), "use 'echo' with 'logprobs' of /v1/completions"),
-    "truncate_prompt_tokens": ((), "prompts are not truncated; shorten the prompt"),
-    "allowed_token_ids": ((), "use 'logit_bias' instead"),
-    "bad_words": ((), "use 'logit_bias' instead"),
-    "length_penalty": ((1,), "beam search is not supported"),
-    "use_beam_search": ((False,), "beam search is not supported"),
-    "stop_regex": ((), "use 'stop' with plain strings"),
-    "lora_path": ((), "LoRA adapters are not supported"),
-    "session_params": ((), "sessions are not supported; send the whole conversation"),
-    "logits_processors": ((), "logits processors are not supported"),
-    "custom_logit_processor": ((), "logit processors are not supported"),
-    "return_hidden_states": ((False,), "hidden states are not returned"),
-    "return_token_ids": ((False,), "use 'return_tokens_as_token_ids' with 'logprobs'"),
-    "kv_transfer_params": ((), "KV transfer is not supported"),
-    "input_embeds": ((), "prompts are text or token ids"),
-    **dict.fromkeys(("image_data", "video_data", "audio_data"), ((), "this server reads text only")),
-    "token_ids_logprob": ((), "use 'top_logprobs_num'"),
-    "custom_params": ((), "logit processors are not supported"),
-} | dict.fromkeys(_GRAMMARS, ((), "grammars and structured output are not supported yet"))
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -152,6 +98,7 @@ class GenerationFields(SamplingFields, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False  # the prompt's and the answer's, as vLLM has them
     cache_salt: str = ""
 
 
@@ -196,21 +143,23 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     input_ids: list[Any] | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any]] = {}
     stream: bool = False
-    return_logprob: bool = False
-    logprob_start_len: int = -1  # -1: none of the prompt
-    top_logprobs_num: int = 0
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: Any = -1  # a number or a list of them; -1: none of the prompt
+    top_logprobs_num: Any = 0
     return_text_in_logprobs: bool = False
     rid: str | list[str] | None = None
     cache_salt: str = ""
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
-    """POST /tokenize: a prompt, or messages to put through the chat template."""
+    """POST /tokenize: a prompt or several, or messages to put through the chat template."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: str | list[str] | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] = []
+    tool_choice: Any = None
+    return_token_strs: bool = False
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -218,9 +167,9 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
-    """POST /detokenize."""
+    """POST /detokenize: the ids of a text, or lists of several texts' ids."""
 
-    tokens: list[int]
+    tokens: list[int | list[int]]
     model: str | None = None
     skip_special_tokens: bool = False
 
@@ -231,10 +180,10 @@ _NUMBERS_OF: dict[type, dict[str, Range]] = {
     ChatRequest: _CHAT_NUMBERS,
     CompletionRequest: _COMPLETION_NUMBERS,
     NativeSampling: {_NATIVE_NAMES.get(name, name): bounds for name, bounds in NUMBERS.items()},
-    GenerateRequest: {
-        "logprob_start_len": Range(-1, _MAX_COUNT, whole=True),
-        "top_logprobs_num": Range(0, MAX_LOGPROBS, whole=True),
-    },
+}
+LOGPROB_NUMBERS = {  # of a GenerateRequest, or of each of its prompts
+    "logprob_start_len": Range(-1, _MAX_COUNT, whole=True),
+    "top_logprobs_num": Range(0, MAX_LOGPROBS, whole=True),
 }
 
 
@@ -244,6 +193,8 @@ def read(document: Document, schema: type[Schema]) -> Schema:
         raise bad_request("invalid_request", "the body must be a JSON object")
     fields = {name: value for name, value in document.value.items() if value is not None}
     known = {field.encode_name for field in msgspec.structs.fields(schema)}
+    if fields.get("best_of") == fields.get("n", 1):  # as many as are asked for: nothing to choose between
+        fields.pop("best_of", None)
     for name in fields.keys() - known:
         _refuse_or_ignore(name, fields, known)
     for name, bounds in _NUMBERS_OF.get(schema, {}).items():

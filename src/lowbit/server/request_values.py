@@ -13,7 +13,14 @@ from typing import Any
 from lowbit.engine.messages import SamplingParams
 from lowbit.errors import printable, thousands
 from lowbit.server.api_error import bad_request
-from lowbit.server.protocol import ChatRequest, Range, SamplingFields, check_number, shown
+from lowbit.server.protocol import (
+    ChatRequest,
+    Range,
+    SamplingFields,
+    TokenizeRequest,
+    check_number,
+    shown,
+)
 from lowbit.server.strict_json import MAX_DEPTH, depth_exceeds
 from lowbit.tokenization.generation_config import RECOMMENDED
 
@@ -102,7 +109,7 @@ def prompts(prompt: str | list[Any], vocab_size: int, param: str = "prompt") -> 
     return result
 
 
-def tool_list(request: ChatRequest) -> list[dict[str, Any]] | None:
+def tool_list(request: ChatRequest | TokenizeRequest) -> list[dict[str, Any]] | None:
     """The tools the template shows the model; None when there are none or tool_choice is "none"."""
     if request.tool_choice not in (None, "none", "auto"):
         raise bad_request(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import queue
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lowbit.checkpoint import open_checkpoint
+from lowbit.errors import LowbitError, printable
 from lowbit.server.api_error import ApiError, bad_request
 from lowbit.settings import Settings
 from lowbit.tokenization import load_chat_template, load_tokenizer, sampling_defaults
@@ -25,18 +27,21 @@ Result = TypeVar("Result")
 Progress = Callable[[int, int, str], None]
 
 
+RESERVED_VARIABLES = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 NO_TEMPLATE = "this model has no chat template; use /v1/completions or start with --chat-template chatml"
 
 
 @dataclass(frozen=True)
 class TextModel:
     """``root``: the resolved file or folder, what the engine loads. ``template``: None where the model has
-    none. ``defaults``: the sampling fields of requests that do not set them."""
+    none. ``defaults``: the sampling fields of requests that do not set them. ``variables``: likewise those of
+    the template."""
 
     root: str
     tokenizer: Tokenizer
     template: ChatTemplate | None
     defaults: dict[str, float] = field(default_factory=dict)
+    variables: dict[str, object] = field(default_factory=dict)
 
     @classmethod
     def load(cls, settings: Settings, on_progress: Progress | None = None) -> TextModel:
@@ -47,13 +52,28 @@ class TextModel:
         tokenizer = load_tokenizer(header, settings.tokenizer)
         template = load_chat_template(header, tokenizer, settings.chat_template)
         defaults = sampling_defaults(header, settings.sampling_defaults, settings.preferred_sampling_params)
-        return cls(str(header.root), tokenizer, template, defaults)
+        variables = template_variables(settings.default_chat_template_kwargs)
+        return cls(str(header.root), tokenizer, template, defaults, variables)
 
     def require_template(self) -> ChatTemplate:
         """The chat template, or 400."""
         if self.template is None:
             raise bad_request("no_chat_template", NO_TEMPLATE, "messages")
         return self.template
+
+
+def template_variables(text: str | None) -> dict[str, object]:
+    """``--default-chat-template-kwargs``; E0103 where it is no JSON object."""
+    flag = "--default-chat-template-kwargs"
+    try:
+        given = json.loads(text or "{}")
+    except ValueError as error:
+        raise LowbitError("E0103", f"{flag} is not JSON: {printable(error)}") from None
+    if not isinstance(given, dict):
+        raise LowbitError("E0103", f"{flag} must be a JSON object, got {printable(text)}")
+    if reserved := sorted(given.keys() & RESERVED_VARIABLES):
+        raise LowbitError("E0103", f"{flag} may not set {reserved[0]!r}: requests do")
+    return given
 
 
 def served_name(settings: Settings) -> str:

@@ -61,6 +61,8 @@ class Stack:
     order: Tensor | None
     split: bool
 
+    gates = True  # an activation may be part of the launch
+
     @property
     def most_rows(self) -> int:
         """Rows of a block at most: steps of codes below 4 bits have many tiles, each in registers."""

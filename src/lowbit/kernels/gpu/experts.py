@@ -8,7 +8,8 @@ An input that all experts quantize alike is quantized once, before it is handed 
 multipliers are an expert's own, every pair of token and expert is quantized by itself. A rotation that all
 have comes before, in a launch. Where inputs and weights are codes of 8 bits, 8-bit tensor cores multiply them
 (``expert_eight_bit``). Other codes are multiplied in bfloat16, which holds them exactly, and scales meet
-float32 sums.
+float32 sums. Trellises and codebooks meet x in float16, and have more launches (``TrellisStack``,
+``VectorsStack``).
 
 Graphs, speed and memory have not been seen on a GPU: the kernels are proven in Triton's interpreter, and
 compiled for compute capabilities 8.0 and 9.0.
@@ -31,9 +32,12 @@ from lowbit.kernels.gpu.expert_eight_bit import stacked
 from lowbit.kernels.gpu.expert_products import Rows, Stack, block_rows, multiply
 from lowbit.kernels.gpu.expert_rows import SortedPairs, mix, sort_pairs
 from lowbit.kernels.gpu.layer import meet, operand
+from lowbit.kernels.gpu.trellis import TrellisStack
+from lowbit.kernels.gpu.vectors import VectorsStack
 from lowbit.kernels.gpu.weight_layout import Layout, layout_of
 from lowbit.kernels.rotation import Rotator, same
 
+_CODED = ("gpu_trellis", "gpu_vectors")  # whose codes meet x as float16
 MOST_BETWEEN = 1 << 28  # numbers of pairs that are kept between the products; more tokens go in turns
 
 
@@ -156,7 +160,7 @@ class _Part:
     ``eight_bit``: the weight for 8-bit codes of x, where both can be.
     """
 
-    stack: Stack
+    stack: Stack | TrellisStack | VectorsStack
     bias: Tensor | None
     input: _Input | None
     first: int
@@ -165,7 +169,9 @@ class _Part:
     @property
     def tile(self) -> int:
         """See ``_Input``: an order of columns mixes their groups."""
-        return 0 if self.stack.layout is None or self.stack.order is not None else self.stack.layout.tile
+        if not isinstance(self.stack, Stack) or self.stack.layout is None or self.stack.order is not None:
+            return 0
+        return self.stack.layout.tile
 
     def rows(self, x: Tensor, divisor: int, chosen: Tensor) -> Rows:
         """What the product is given of x."""
@@ -190,15 +196,20 @@ class _Matrix:
         """(pairs, rows), or gated (pairs, rows / 2)."""
         pairs = len(chosen)
         given: dict[tuple[int, int, bool], Rows] = {}
-        fused = activation is not None and len(self.parts) == 1
+        fused = activation is not None and len(self.parts) == 1 and self.parts[0].stack.gates
         width = self.rows // 2 if fused else self.rows
         out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
         for part in self.parts:
+            own = out if fused else out[:, part.first : part.first + part.stack.shape[0]]
+            if not isinstance(part.stack, Stack):
+                part.stack.multiply(x, divisor, chosen, sorted_, own)
+                if part.bias is not None:
+                    own += part.bias.index_select(0, chosen)
+                continue
             eight, within = part.eight_bit, activation if fused else None
             key = (id(part.input), part.tile, eight is not None)
             if key not in given:
                 given[key] = part.rows(x, divisor, chosen)
-            own = out if fused else out[:, part.first : part.first + part.stack.shape[0]]
             if eight is not None:
                 expert_eight_bit.multiply(eight, given[key], sorted_, part.bias, within, own)
             else:
@@ -264,8 +275,10 @@ def _refusal(layers: Sequence[Layer]) -> str:
         if not layer.weights:
             return f"{layer.name} holds no packed weight"
         for weight in layer.weights:
-            if weight.kernel.name not in ("gpu_blocks", "gpu_dense"):
+            if weight.kernel.name not in ("gpu_blocks", "gpu_dense", *_CODED):
                 return f"{layer.name} runs on the kernel {weight.kernel.name}"
+            if weight.kernel.name in _CODED and (layer.inputs or "column_order" in weight.buffers):
+                return f"{layer.name} has codes whose inputs are changed or in another order"
         if layer.outputs is not None:
             return f"{layer.name} rotates its outputs"
         if len(layer.weights) != len(first.weights):
@@ -317,7 +330,7 @@ def _matrix(layers: Sequence[Layer]) -> _Matrix:
         last = first + weight.shape[0]
         bias = None if biases is None else biases[:, first:last].contiguous()
         stack = _stack(layers, number)
-        codes = stack.buffers.get("codes")
+        codes = stack.buffers.get("codes") if isinstance(stack, Stack) else None
         eight = None if codes is None or known is None else known.eight_bit(layers, number, codes)
         parts.append(_Part(stack, bias, known, first, eight))
         first = last
@@ -362,11 +375,11 @@ def _input(transforms: list[InputTransform | None]) -> _Input | None:
     return _Input(stacked, False, rotation)
 
 
-def _stack(layers: Sequence[Layer], number: int) -> Stack:
+def _stack(layers: Sequence[Layer], number: int) -> Stack | TrellisStack | VectorsStack:
     """One buffer of each kind for all experts, one kind after another, so that little is there twice."""
     first = layers[0].weights[number]
     layout: Layout | None = None
-    if not first.scheme.is_dense:
+    if not first.scheme.is_dense and first.kernel.name not in _CODED:
         found = layout_of(first.scheme, first.shape)
         assert isinstance(found, Layout), "its kernel packed it"
         layout = found
@@ -380,8 +393,12 @@ def _stack(layers: Sequence[Layer], number: int) -> Stack:
             weight = layer.weights[number]
             views = weight.buffers | {name: buffers[name][expert]}
             layer.weights[number] = weight.kernel.restore(weight.scheme, weight.shape, views, weight.origin)
+    rows, columns = first.shape
+    if first.kernel.name == "gpu_trellis":
+        return TrellisStack.of(first.scheme, (rows, columns), buffers)
+    if first.kernel.name == "gpu_vectors":
+        return VectorsStack.of([layer.weights[number] for layer in layers], buffers)
     order = buffers.pop("column_order", None)
     table = buffers.get("table")
     split = table is not None and bool((table != table.bfloat16().float()).any())
-    rows, columns = first.shape
     return Stack((rows, columns), layout, buffers, order, split)

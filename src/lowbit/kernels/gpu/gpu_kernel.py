@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.programs import Cut, Shape, Tokens, cut
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.scheme import Scheme
+
+if TYPE_CHECKING:
+    from lowbit.kernels.gpu.expert_rows import SortedPairs
 
 SPLIT_COLUMNS = 512  # a split of the columns has at least as many
 
@@ -120,6 +124,18 @@ def half_blocks(
     programs = chosen.programs * chosen.heights[0] // heights[0]
     processors = multiprocessors(device)
     return chosen, cut(shape, count, heights, programs, chosen.num_stages, processors)
+
+
+def expert_blocks(sorted_: SortedPairs, rows: int, steps: int, device: torch.device) -> tuple[Blocks, Cut]:
+    """The same of all experts at once (``expert_rows``), each with whole columns of ``steps`` steps.
+
+    Heights are halved while there is less than a program for each place; there are as many blocks of pairs as
+    the host knows.
+    """
+    chosen = next(one for one in HALF_BLOCKS[1:] if sorted_.block_m <= one.BM)
+    places = chosen.programs * multiprocessors(device)
+    fits = (height for height in chosen.heights if sorted_.blocks * (rows // height) >= places)
+    return chosen, Cut(next(fits, chosen.heights[-1]), 1, steps)
 
 
 def add(parts: Tensor, out: Tensor) -> None:

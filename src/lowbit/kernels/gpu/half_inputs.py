@@ -58,27 +58,43 @@ def scaled_halves(  # type: ignore[no-untyped-def]
     tl.store(scale + unit, worth, mask=inside)
 
 
+@triton.jit
+def _of_expert(numbers, chosen, token, inside, experts, width):  # type: ignore[no-untyped-def]
+    """Where each token's expert, of those in (experts, width), has its numbers, (M, 1): never outside."""
+    if chosen is not None:
+        expert = tl.load(chosen + token, mask=inside, other=0).to(tl.int64)
+        numbers += (tl.minimum(tl.maximum(expert, 0), experts - 1) * width)[:, None]
+    return numbers
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def turned_halves(  # type: ignore[no-untyped-def]
-    x,  # (tokens, columns)
+    x,  # (tokens / SAME, columns)
     x_row,
     out,  # float16 (tokens, columns), a block's columns in the order of a trellis
     scale,  # float32 (tokens, blocks)
-    inputs,  # float16 (columns,)
+    inputs,  # float16 (columns,), or (experts, columns)
     table,  # int8 (128, 128)
+    chosen,  # int64 (tokens,): the expert of each, or None
     tokens,
     blocks,
+    experts,
     divisor,
+    SAME: tl.constexpr,
     M: tl.constexpr,
 ):
-    """x * inputs, turned by Hadamard's matrix of 128. Grid: (groups of M blocks of any token,)."""
+    """x * inputs, turned by Hadamard's matrix of 128. Grid: (groups of M blocks of any token,).
+
+    With experts a token is one of ``SAME`` pairs of a row of x.
+    """
     unit = tl.program_id(0) * M + tl.arange(0, M)
     token = (unit // blocks).to(tl.int64)
     inside = token < tokens
     place = tl.arange(0, 128)
     at = (unit % blocks * 128)[:, None] + place[None, :]
-    values = tl.load(x + token[:, None] * x_row + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    values *= tl.load(inputs + at).to(tl.float32)
+    own = (token // SAME)[:, None] * x_row
+    values = tl.load(x + own + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    values *= tl.load(_of_expert(inputs, chosen, token, inside, experts, blocks * 128) + at).to(tl.float32)
     field, q, k = place // 32, place % 32 // 8, place % 8
     column = 16 * k + 2 * q + field % 2 + 8 * (field // 2)
     signs = tl.load(table + place[:, None] * 128 + column[None, :])
@@ -92,10 +108,12 @@ def turned_sums(  # type: ignore[no-untyped-def]
     parts,  # float32 (splits, tokens, rows)
     out,  # (tokens, rows)
     out_row,
-    outputs,  # float16 (rows,)
+    outputs,  # float16 (rows,), or (experts, rows)
     table,
+    chosen,  # int64 (tokens,): the expert of each, or None
     tokens,
     blocks,
+    experts,
     splits,
     divisor,
     M: tl.constexpr,
@@ -111,5 +129,6 @@ def turned_sums(  # type: ignore[no-untyped-def]
         row = (split * tokens + token)[:, None] * (blocks * 128)
         total += tl.load(parts + row + at, mask=inside, other=0.0)
     signs = tl.load(table + place[:, None] * 128 + place[None, :])
-    total = over(by_signs(total, signs, ""), divisor) * tl.load(outputs + at).to(tl.float32)
+    own = _of_expert(outputs, chosen, token, token < tokens, experts, blocks * 128) + at
+    total = over(by_signs(total, signs, ""), divisor) * tl.load(own).to(tl.float32)
     tl.store(out + token[:, None] * out_row + at, cast(total, out.dtype.element_ty), mask=inside)

@@ -16,6 +16,8 @@ brings a number of 4 bits do four: one token is expected to wait for computing, 
 tokens meet a tile decoded once. **None of it has run on a GPU**: it is proven in Triton's interpreter,
 and compiled.
 
+Experts of a mixture meet their trellises in the same three launches, whatever they are (``TrellisStack``).
+
     buffers   words     int32 (out / 16, in / 128, 8 K, 8)
               outputs   float16 (out, 1)
               inputs    float16 (1, in)
@@ -24,7 +26,8 @@ and compiled.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,16 +35,21 @@ from torch import Tensor
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
+    Blocks,
     GpuKernel,
+    expert_blocks,
     half_blocks,
     unfit,
 )
-from lowbit.kernels.gpu.programs import Shape
+from lowbit.kernels.gpu.programs import Cut, Shape
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK, TILE, TrellisLayout
+
+if TYPE_CHECKING:
+    from lowbit.kernels.gpu.expert_rows import SortedPairs
 
 _TURNED = 16  # blocks that a program turns
 _DIVISOR = math.sqrt(BLOCK)
@@ -117,25 +125,15 @@ def _layout(scheme: Scheme) -> TrellisLayout:
 
 
 def _multiply(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
-    from lowbit.kernels.gpu.half_inputs import turned_halves, turned_sums
-    from lowbit.kernels.gpu.rotation import table
-    from lowbit.kernels.gpu.trellis_products import trellis_tile, trellis_vector
+    from lowbit.kernels.gpu.trellis_products import trellis_vector
 
-    (tokens, columns), rows = x.shape, packed.shape[0]
-    layout, words, signs = _layout(packed.scheme), packed.buffers["words"], table(x.device)
+    (tokens, columns), rows, layout = x.shape, packed.shape[0], _layout(packed.scheme)
+    words, inputs, outputs = (packed.buffers[name] for name in ("words", "inputs", "outputs"))
     blocks = columns // BLOCK
-    turned = torch.empty(tokens, columns, dtype=torch.float16, device=x.device)
-    scale = torch.empty(tokens, blocks, device=x.device)
-    runtime.launch(
-        turned_halves,
-        (-(-tokens * blocks // _TURNED),),
-        *(x, x.stride(0), turned, scale, packed.buffers["inputs"], signs, tokens, blocks, _DIVISOR),
-        M=_TURNED,
-    )
+    turned, scale = _turned(x, inputs)
     shape = Shape(rows, blocks, BLOCK * layout.bits // 8, BLOCK, SPLIT_COLUMNS // BLOCK)
     chosen, one = half_blocks(shape, tokens, x.device)
     parts = torch.empty(one.splits, tokens, rows, device=x.device)
-    book: dict[str, Any] = {"BITS": layout.bits, "BOOK": layout.book, "BN": one.height}
     if tokens == 1:
         runtime.launch(
             trellis_vector,
@@ -143,25 +141,115 @@ def _multiply(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
             *(turned, scale, parts, words, rows, blocks, one.each),
             num_warps=chosen.num_warps,
             STAGES=chosen.num_stages,
-            **book,
+            BITS=layout.bits,
+            BOOK=layout.book,
+            BN=one.height,
         )
     else:
-        runtime.launch(
-            trellis_tile,
-            (rows // one.height * -(-tokens // chosen.BM), one.splits),
-            *(turned, scale, parts, words, tokens, rows, blocks, one.each),
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            BM=chosen.BM,
-            **book,
-        )
+        _tiles(turned, scale, words, layout, parts, chosen, one)
+    _turn_sums(parts, outputs, out)
+
+
+def _turned(x: Tensor, inputs: Tensor, chosen: Tensor | None = None, same: int = 1) -> tuple[Tensor, Tensor]:
+    """x * inputs, turned: float16 (tokens, columns) and what 128 columns of it are worth.
+
+    ``chosen``: int64 (tokens,), the expert of each, of which ``same`` have one row of x.
+    """
+    from lowbit.kernels.gpu.half_inputs import turned_halves
+    from lowbit.kernels.gpu.rotation import table
+
+    tokens, columns = len(x) if chosen is None else len(chosen), x.shape[1]
+    blocks = columns // BLOCK
+    turned = torch.empty(tokens, columns, dtype=torch.float16, device=x.device)
+    scale = torch.empty(tokens, blocks, device=x.device)
+    runtime.launch(
+        turned_halves,
+        (-(-tokens * blocks // _TURNED),),
+        *(x, x.stride(0), turned, scale, inputs, table(x.device), chosen),
+        *(tokens, blocks, 1 if chosen is None else len(inputs), _DIVISOR),
+        SAME=same,
+        M=_TURNED,
+    )
+    return turned, scale
+
+
+def _tiles(
+    turned: Tensor,
+    scale: Tensor,
+    words: Tensor,
+    layout: TrellisLayout,
+    parts: Tensor,
+    chosen: Blocks,
+    one: Cut,
+    sorted_: SortedPairs | None = None,
+) -> None:
+    """What is turned by T^T, into ``parts`` float32 (splits, tokens, rows)."""
+    from lowbit.kernels.gpu.trellis_products import trellis_tile
+
+    tokens, rows = parts.shape[1:]
+    token_blocks = -(-tokens // chosen.BM) if sorted_ is None else sorted_.blocks
+    experts = (None, None) if sorted_ is None else (sorted_.rows, sorted_.experts)
+    runtime.launch(
+        trellis_tile,
+        (rows // one.height * token_blocks, one.splits),
+        *(turned, scale, parts, words, *experts),
+        *(tokens, token_blocks, rows, turned.shape[1] // BLOCK, one.each),
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        BITS=layout.bits,
+        BOOK=layout.book,
+        BM=chosen.BM,
+        BN=one.height,
+    )
+
+
+def _turn_sums(parts: Tensor, outputs: Tensor, out: Tensor, chosen: Tensor | None = None) -> None:
+    """The sums of all splits, turned, * outputs; ``chosen``: of the expert of each token."""
+    from lowbit.kernels.gpu.half_inputs import turned_sums
+    from lowbit.kernels.gpu.rotation import table
+
+    splits, tokens, rows = parts.shape
     runtime.launch(
         turned_sums,
         (-(-tokens * (rows // BLOCK) // _TURNED),),
-        *(parts, out, out.stride(0), packed.buffers["outputs"], signs),
-        *(tokens, rows // BLOCK, one.splits, _DIVISOR),
+        *(parts, out, out.stride(0), outputs, table(out.device), chosen),
+        *(tokens, rows // BLOCK, 1 if chosen is None else len(outputs), splits, _DIVISOR),
         M=_TURNED,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class TrellisStack:
+    """One trellis of every expert: buffers as of a weight, (experts, ...)."""
+
+    shape: tuple[int, int]
+    layout: TrellisLayout
+    words: Tensor
+    inputs: Tensor
+    outputs: Tensor
+
+    most_rows = 128
+    gates = False  # an activation is a launch of its own
+
+    @staticmethod
+    def of(scheme: Scheme, shape: tuple[int, int], buffers: dict[str, Tensor]) -> TrellisStack:
+        """Around the stacked buffers."""
+        return TrellisStack(
+            shape, _layout(scheme), *(buffers[name] for name in ("words", "inputs", "outputs"))
+        )
+
+    def multiply(self, x: Tensor, divisor: int, chosen: Tensor, sorted_: SortedPairs, out: Tensor) -> None:
+        """out (pairs, rows): row ``pair // divisor`` of x by the matrix of its expert.
+
+        ``chosen``: int64 (pairs,), which ``sorted_`` has in order. Columns are not split: the experts are
+        many.
+        """
+        rows, columns = self.shape
+        turned, scale = _turned(x, self.inputs, chosen, divisor)
+        parts = torch.empty(1, len(chosen), rows, device=x.device)
+        blocks, cut = expert_blocks(sorted_, rows, columns // BLOCK, x.device)
+        _tiles(turned, scale, self.words, self.layout, parts, blocks, cut, sorted_)
+        _turn_sums(parts, self.outputs, out, chosen)
 
 
 def _look_up(packed: PackedWeight, ids: Tensor, out: Tensor) -> None:

@@ -120,13 +120,16 @@ def trellis_vector(  # type: ignore[no-untyped-def]
     tl.store(out + tl.program_id(1) * rows + row, tl.sum(total, 1))
 
 
-@triton.jit(do_not_specialize=["tokens", "each"])
+@triton.jit(do_not_specialize=["tokens", "token_blocks", "each"])
 def trellis_tile(  # type: ignore[no-untyped-def]
     x,  # float16 (tokens, columns), turned
     scale,  # float32 (tokens, blocks)
     out,  # float32 (splits, tokens, rows)
-    words,
+    words,  # of every expert, where there are experts
+    token_rows,  # int32 (token_blocks * BM,): ``expert_rows``, or None
+    experts,  # int32 (token_blocks,), or None
     tokens,
+    token_blocks,
     rows,
     blocks,
     each,
@@ -137,10 +140,17 @@ def trellis_tile(  # type: ignore[no-untyped-def]
 ):
     """BM tokens times BN rows of T over ``each`` blocks of 128 columns, on tensor cores.
 
-    Grid: (blocks of tokens * rows / BN, splits): programs that share weights follow each other.
+    Grid: (token_blocks * rows / BN, splits): programs that share weights follow each other. With experts a
+    token is a pair of token and expert, and those of a block have one expert, or none.
     """
-    token_blocks = tl.cdiv(tokens, BM)
-    token = (tl.program_id(0) % token_blocks) * BM + tl.arange(0, BM)
+    token_block = tl.program_id(0) % token_blocks
+    token = token_block * BM + tl.arange(0, BM)
+    if experts is not None:
+        expert = tl.load(experts + token_block).to(tl.int64)
+        if expert < 0:
+            return
+        words += expert * (rows // 16) * blocks * (64 * BITS)
+        token = tl.load(token_rows + token)
     row = (tl.program_id(0) // token_blocks) * BN + tl.arange(0, BN)
     there = token < tokens
     at, before, after = places(row.to(tl.int64), blocks, BITS)

@@ -128,7 +128,7 @@ def coded_vector(  # type: ignore[no-untyped-def]
     tl.store(out + tl.program_id(1) * rows + row, cast(sums, out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["tokens", "each"])
+@triton.jit(do_not_specialize=["tokens", "token_blocks", "each"])
 def coded_tile(  # type: ignore[no-untyped-def]
     x,  # float16 (tokens, steps * 64)
     scale,  # float32 (tokens, steps / 2)
@@ -137,7 +137,10 @@ def coded_tile(  # type: ignore[no-untyped-def]
     second,
     codebooks,
     row_scale,
+    token_rows,  # int32 (token_blocks * BM,): ``expert_rows``, or None
+    experts,  # int32 (token_blocks,), or None: then there are indices, codebooks and scales of every expert
     tokens,
+    token_blocks,
     rows,
     out_row,
     height,
@@ -147,6 +150,7 @@ def coded_tile(  # type: ignore[no-untyped-def]
     book_steps,
     factor,  # a power of two: times it the weights are float16's
     inverse,
+    SAME: tl.constexpr,
     BOOKS: tl.constexpr,
     MOST: tl.constexpr,
     SECOND: tl.constexpr,
@@ -160,16 +164,28 @@ def coded_tile(  # type: ignore[no-untyped-def]
 ):
     """BM tokens times BN rows over ``each`` steps, on tensor cores.
 
-    Grid: (blocks of tokens * blocks of rows, splits): programs that share weights follow each other.
+    Grid: (token_blocks * blocks of rows, splits): programs that share weights follow each other. With experts
+    a token is a pair of token and expert, ``SAME`` of which have a row of x, and those of a block have one
+    expert, or none.
     """
     H: tl.constexpr = BN // L if TALL else BN
-    token_blocks = tl.cdiv(tokens, BM)
-    token = (tl.program_id(0) % token_blocks) * BM + tl.arange(0, BM)
+    token_block = tl.program_id(0) % token_blocks
+    token = token_block * BM + tl.arange(0, BM)
+    if experts is not None:
+        tl.static_assert(SECOND == 0 and not TALL)
+        expert = tl.load(experts + token_block).to(tl.int64)
+        if expert < 0:
+            return
+        indices += expert * BOOKS * height * width
+        codebooks += expert * BOOKS * (MOST + 1) * ROWS * L
+        row_scale += expert * (1 if ONE_SCALE else height)
+        token = tl.load(token_rows + token)
     block = tl.program_id(0) // token_blocks
     there = token < tokens
     held = tl.minimum(block * H + tl.arange(0, H), height * ROWS - 1).to(tl.int64)
     first = tl.program_id(1) * each
-    x_rows = x + token.to(tl.int64)[:, None] * (steps * 64)
+    seen_row = (token // SAME).to(tl.int64)
+    x_rows = x + seen_row[:, None] * (steps * 64)
     total = tl.zeros((BN, BM), tl.float32)
     for step in range(first, tl.minimum(first + each, steps)):
         seen = tl.load(x_rows + (step * 64 + tl.arange(0, 64))[None, :], mask=there[:, None], other=0.0)
@@ -181,7 +197,7 @@ def coded_tile(  # type: ignore[no-untyped-def]
             weights = tl.permute(weights, (0, 2, 1))
         weights = cast(tl.reshape(weights, (BN, 64)) * factor, tl.float16)
         part = dot(weights, tl.trans(seen), tl.zeros((BN, BM), tl.float32))
-        worth = tl.load(scale + token.to(tl.int64) * (steps // 2) + step // 2, mask=there, other=0.0)
+        worth = tl.load(scale + seen_row * (steps // 2) + step // 2, mask=there, other=0.0)
         total += part * (worth * inverse)[None, :]
     row, is_one = _row(block * BN + tl.arange(0, BN), LENGTH, L, TALL)
     kept = is_one & (row < rows)

@@ -22,7 +22,9 @@ of their step pass it by, so for a few tokens those have none, and other warps h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,16 +32,21 @@ from torch import Tensor
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
+    Blocks,
     GpuKernel,
     add,
+    expert_blocks,
     half_blocks,
     unfit,
 )
-from lowbit.kernels.gpu.programs import Shape
+from lowbit.kernels.gpu.programs import Cut, Shape
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.number_formats import VectorLayout
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
+
+if TYPE_CHECKING:
+    from lowbit.kernels.gpu.expert_rows import SortedPairs
 
 STEP = 64  # columns of a program's step
 BLOCK = 128  # columns that share a scale of x
@@ -237,10 +244,42 @@ def factor_of(largest: float) -> float:
 
 def multiply(x: Tensor, codes: Codes, out: Tensor, more: Tensor | None = None) -> None:
     """out (tokens, rows) = x (tokens, inputs) @ weight.T, + ``more`` float32 (tokens, rows)."""
-    from lowbit.kernels.gpu.half_inputs import scaled_halves
-    from lowbit.kernels.gpu.vector_products import coded_tile, coded_vector
+    from lowbit.kernels.gpu.vector_products import coded_vector
 
-    (tokens, inputs), rows, blocks = x.shape, codes.rows, codes.blocks
+    tokens, rows, blocks = len(x), codes.rows, codes.blocks
+    seen, scale = _scaled(x, codes)
+    # Rows as the programs have them: of vectors that run down, padded to powers of two.
+    length, whole = codes.constants["LENGTH"], codes.constants["L"]
+    own = codes.height * whole if codes.constants["TALL"] else rows
+    steps = blocks * (BLOCK // STEP)
+    shape = Shape(own, steps, codes.run_bytes * length // whole, STEP, SPLIT_COLUMNS // STEP)
+    chosen, one = half_blocks(shape, tokens, x.device)
+    stages = _stages(codes, tokens, chosen)
+    splits = one.splits + (more is not None)
+    parts = out if splits == 1 else torch.empty(splits, tokens, rows, device=x.device)
+    if more is not None:
+        parts[-1] = more
+    if tokens == 1:
+        runtime.launch(
+            coded_vector,
+            (-(-own // one.height), one.splits),
+            *(seen, scale, parts, *_pointers(codes), rows, *_ends(codes, one)),
+            num_warps=chosen.num_warps,
+            **codes.constants,
+            BN=one.height,
+            STAGES=stages,
+        )
+    else:
+        _tiles(seen, scale, codes, own, parts, tokens, chosen, one)
+    if splits > 1:
+        add(parts, out)
+
+
+def _scaled(x: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+    """float16 (tokens, blocks * 128), and what 128 columns of it are worth."""
+    from lowbit.kernels.gpu.half_inputs import scaled_halves
+
+    (tokens, inputs), blocks = x.shape, codes.blocks
     seen = torch.empty(tokens, blocks * BLOCK, dtype=torch.float16, device=x.device)
     scale = torch.empty(tokens, blocks, device=x.device)
     runtime.launch(
@@ -249,41 +288,88 @@ def multiply(x: Tensor, codes: Codes, out: Tensor, more: Tensor | None = None) -
         *(x, x.stride(0), seen, scale, codes.order, codes.multiplier, tokens, inputs, blocks),
         M=_SCALED,
     )
-    # Rows as the programs have them: of vectors that run down, padded to powers of two.
-    length, whole = codes.constants["LENGTH"], codes.constants["L"]
-    own = codes.height * whole if codes.constants["TALL"] else rows
-    steps = blocks * (BLOCK // STEP)
-    shape = Shape(own, steps, codes.run_bytes * length // whole, STEP, SPLIT_COLUMNS // STEP)
-    chosen, one = half_blocks(shape, tokens, x.device)
+    return seen, scale
+
+
+def _stages(codes: Codes, tokens: int, chosen: Blocks) -> int:
+    """Of loads: one where codebooks are in the L1 cache."""
     cached = codes.codebooks.nbytes <= _IN_L1 and tokens <= _FEW
-    stages = 1 if cached else chosen.num_stages
-    splits = one.splits + (more is not None)
-    parts = out if splits == 1 else torch.empty(splits, tokens, rows, device=x.device)
-    if more is not None:
-        parts[-1] = more
-    ends = (codes.height, codes.width, steps, one.each, codes.book_steps)
-    pointers = (codes.indices, codes.second, codes.codebooks, codes.row_scale)
-    if tokens == 1:
-        runtime.launch(
-            coded_vector,
-            (-(-own // one.height), one.splits),
-            *(seen, scale, parts, *pointers, rows, *ends),
-            num_warps=chosen.num_warps,
-            **codes.constants,
-            BN=one.height,
-            STAGES=stages,
+    return 1 if cached else chosen.num_stages
+
+
+def _pointers(codes: Codes) -> tuple[Tensor | None, ...]:
+    return codes.indices, codes.second, codes.codebooks, codes.row_scale
+
+
+def _ends(codes: Codes, one: Cut) -> tuple[int, ...]:
+    """Sizes, and how columns are cut."""
+    return codes.height, codes.width, codes.blocks * (BLOCK // STEP), one.each, codes.book_steps
+
+
+def _tiles(
+    seen: Tensor,
+    scale: Tensor,
+    codes: Codes,
+    own: int,
+    parts: Tensor,
+    tokens: int,
+    chosen: Blocks,
+    one: Cut,
+    sorted_: SortedPairs | None = None,
+    same: int = 1,
+) -> None:
+    """Products into ``parts`` (..., tokens, rows), of ``own`` rows as programs have them; ``same`` pairs of
+    experts have one row of x."""
+    from lowbit.kernels.gpu.vector_products import coded_tile
+
+    token_blocks = -(-tokens // chosen.BM) if sorted_ is None else sorted_.blocks
+    experts = (None, None) if sorted_ is None else (sorted_.rows, sorted_.experts)
+    runtime.launch(
+        coded_tile,
+        (-(-own // one.height) * token_blocks, one.splits),
+        *(seen, scale, parts, *_pointers(codes), *experts),
+        *(tokens, token_blocks, codes.rows, parts.stride(-2), *_ends(codes, one)),
+        *(codes.factor, 1 / codes.factor),
+        num_warps=chosen.num_warps,
+        num_stages=_stages(codes, tokens, chosen),
+        SAME=same,
+        **codes.constants,
+        BM=chosen.BM,
+        BN=one.height,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class VectorsStack:
+    """One weight of every expert: indices, codebooks and scales of ``codes`` are (experts, ...)."""
+
+    shape: tuple[int, int]
+    codes: Codes
+
+    most_rows = 128
+    gates = False  # an activation is a launch of its own
+
+    @staticmethod
+    def of(weights: Sequence[PackedWeight], buffers: dict[str, Tensor]) -> VectorsStack:
+        """Of weights without an order of columns, around their stacked buffers."""
+        known = [weight.codes for weight in weights if isinstance(weight, VectorsWeight)]
+        codes = replace(
+            known[0],
+            indices=buffers["indices"],
+            codebooks=buffers["codebooks"],
+            row_scale=buffers["scale"],
+            factor=min(one.factor for one in known),  # of the largest numbers
         )
-    else:
-        runtime.launch(
-            coded_tile,
-            (-(-own // one.height) * -(-tokens // chosen.BM), one.splits),
-            *(seen, scale, parts, *pointers, tokens, rows, parts.stride(-2), *ends),
-            *(codes.factor, 1 / codes.factor),
-            num_warps=chosen.num_warps,
-            num_stages=stages,
-            **codes.constants,
-            BM=chosen.BM,
-            BN=one.height,
-        )
-    if splits > 1:
-        add(parts, out)
+        rows, columns = weights[0].shape
+        return VectorsStack((rows, columns), codes)
+
+    def multiply(self, x: Tensor, divisor: int, chosen: Tensor, sorted_: SortedPairs, out: Tensor) -> None:
+        """out (pairs, rows): row ``pair // divisor`` of x by the matrix of its expert.
+
+        ``chosen``: int64 (pairs,), which ``sorted_`` has in order. Columns are not split: the experts are
+        many.
+        """
+        rows = self.shape[0]
+        seen, scale = _scaled(x, self.codes)
+        blocks, cut = expert_blocks(sorted_, rows, self.codes.blocks * (BLOCK // STEP), x.device)
+        _tiles(seen, scale, self.codes, rows, out, len(chosen), blocks, cut, sorted_, divisor)

@@ -30,7 +30,15 @@ def _glm(header: CheckpointHeader) -> ModelConfig:
 
 
 def _glm4(header: CheckpointHeader) -> ModelConfig:
-    return replace(_glm(header), norm_names=_NORMS)
+    """GGUF files of models that see have the rows of Q and K as halves (``in_halves``)."""
+    config = replace(_glm(header), norm_names=_NORMS)
+    return replace(config, rotates_neighbours=False) if in_halves(header) else config
+
+
+def in_halves(header: CheckpointHeader) -> bool:
+    """Whether it is a GGUF file whose positions have parts: ggml turns those by halves of a head only."""
+    told = header.container == "gguf" and gguf_keys(header).values.get("rope.dimension_sections")
+    return isinstance(told, list) and len(told) > 1 and told[0] not in (0, None) and told[1] not in (0, None)
 
 
 def _glm4_moe(header: CheckpointHeader) -> ModelConfig:

@@ -14,7 +14,7 @@ from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 from lowbit.models.config import ModelConfig
 from lowbit.models.families.gemma import GEMMA2, GEMMA3
-from lowbit.models.families.llama import LLAMA, MISTRAL, MIXTRAL
+from lowbit.models.families.llama import LLAMA, MINISTRAL3, MISTRAL, MIXTRAL
 from lowbit.models.families.phi import PHI3
 from lowbit.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from lowbit.models.registry import Family
@@ -46,6 +46,7 @@ _DEFAULTS: dict[str, Json] = {
     "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "llama": _sizes(4096, 11008, 32, 32, 32, 2048, 32000),
     "mistral": _sizes(4096, 14336, 32, 32, 8, 131072, 32000) | {"sliding_window": 4096},
+    "ministral3": _sizes(4096, 14336, 34, 32, 8, 262144, 131072) | {"head_dim": 128, "rms_norm_eps": 1e-5},
     "qwen2": _sizes(4096, 22016, 32, 32, 32, 32768, 151936),
     "gemma3_text": _sizes(2304, 9216, 26, 8, 4, 131072, 262208)
     | {
@@ -60,6 +61,7 @@ _DEFAULTS: dict[str, Json] = {
 _FAMILIES = {
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "ministral3": MINISTRAL3,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
     "qwen2_vl": QWEN2,
