@@ -175,7 +175,8 @@ class Rotation:
 
     def to(self, device: torch.device) -> Rotation:
         """The same on a device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)  # type: ignore[arg-type]  # fields of tensors alone
 
     def same_as(self, other: Rotation) -> bool:
         """Whether both do the same to every x."""
