@@ -135,11 +135,12 @@ def test_pages_that_are_forgotten_stay_with_who_holds_them() -> None:
 @pytest.mark.parametrize("length", [5, 40])
 def test_salts_that_nothing_is_cached_under_take_no_memory(length: int) -> None:
     engine = make_engine(max_total_tokens=160)
+    roots = engine._scheduler.tree._roots
     for number in range(20):
         run(engine, make_request([4 + number] * length, 2, cache_salt=str(number)))
-    assert len(engine._scheduler.tree._roots) <= 5
+    assert len(roots) <= 5
     engine.flush_cache()
-    assert not engine._scheduler.tree._roots
+    assert not roots and engine._scheduler.tree._roots is roots, "all are gone through for each that goes"
 
 
 @pytest.mark.parametrize("include", [False, True])

@@ -23,6 +23,7 @@ class _Node:
     pages: list[int] = field(default_factory=list)
     children: dict[PageTokens, _Node] = field(default_factory=dict)
     used: int = 0  # the clock when it was last looked up
+    salt: str = ""  # of a root
 
 
 class PrefixTree:
@@ -70,7 +71,7 @@ class PrefixTree:
         assert len(keys) == len(pages), "whole pages only"
         if not keys:
             return []  # and no root for a salt that nothing is cached under
-        node, matched = self._walk(self._roots.setdefault(salt, _Node(None)), keys)
+        node, matched = self._walk(self._roots.setdefault(salt, _Node(None, salt=salt)), keys)
         kept: list[int] = []
         path = node
         while path.parent is not None:
@@ -94,7 +95,7 @@ class PrefixTree:
         if root is None or key not in root.children:
             return
         top = root.children[key]
-        self._detach(top, root)
+        self._detach(root, key)
         for node in self._below(top):
             for page in node.pages:
                 self._pool.uncache(page)
@@ -108,6 +109,7 @@ class PrefixTree:
         freed, serial = 0, len(heap)
         while heap and freed < count:
             _, _, node = heapq.heappop(heap)
+            first = node.keys[0]
             # From the end of the edge: its first pages are shared by more and stay longer.
             while node.pages and freed < count and self._pool.is_idle(node.pages[-1]):
                 self._pool.uncache(node.pages.pop())
@@ -116,7 +118,7 @@ class PrefixTree:
             parent = node.parent
             if node.pages or parent is None:
                 continue
-            self._detach(node, parent)
+            self._detach(parent, first)
             if parent.parent is not None and not parent.children and self._is_idle(parent):
                 heapq.heappush(heap, (parent.used, serial, parent))
                 serial += 1
@@ -165,13 +167,11 @@ class PrefixTree:
         """Whether its last page can go: who uses a page uses all before it too."""
         return bool(node.pages) and self._pool.is_idle(node.pages[-1])
 
-    def _detach(self, node: _Node, parent: _Node) -> None:
-        for key, child in parent.children.items():
-            if child is node:
-                del parent.children[key]
-                break
+    def _detach(self, parent: _Node, key: PageTokens) -> None:
+        """Take out a child, and a root that has none left."""
+        del parent.children[key]
         if parent.parent is None and not parent.children:
-            self._roots = {salt: root for salt, root in self._roots.items() if root is not parent}
+            del self._roots[parent.salt]
 
     def _nodes(self) -> Iterator[_Node]:
         for root in self._roots.values():
