@@ -37,6 +37,7 @@ def refused(source: SourceModel, form: str) -> LowbitError | None:
     try:
         source = source.for_gguf() if form == "gguf" else source
         work = Work(source, form, None, None)
+        source = work.source  # experts of stacks as modules of their own, for some formats
         if isinstance(work.writer, GgufWriter):
             architecture_for(source.family.name, source.header)
             _Plan(source, work.writer.schemes).entries()

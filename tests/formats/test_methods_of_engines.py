@@ -1,7 +1,7 @@
 """Every method that another engine lists is read, or refused by name with what to do.
 
-The lists are vLLM's QUANTIZATION_METHODS (of 0.5 to this year's), SGLang's, Aphrodite's, TGI's and LMDeploy's, and
-GPTQModel's table of methods and formats.
+The lists are vLLM's QUANTIZATION_METHODS (of 0.5 to this year's), SGLang's, Aphrodite's, TGI's and
+LMDeploy's, and GPTQModel's table of methods and formats.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ from lowbit.errors import LowbitError
 from lowbit.formats import all_formats
 from lowbit.formats.refused import REFUSED
 
-VLLM = """aqlm auto-round auto_awq auto_gptq awq awq_marlin bitblas bitsandbytes compressed-tensors cpu_awq cpu_gptq
-deepgemm_fp8 deepseek_v4_fp8 deepspeedfp experts_int8 fbgemm_fp8 fp8 fp8_per_block fp8_per_channel fp8_per_tensor
-fp_quant gguf gpt_oss_mxfp4 gptq gptq_bitblas gptq_marlin gptq_marlin_24 hqq humming inc int8_per_channel_weight_only
-ipex marlin modelopt modelopt_fp4 modelopt_mixed modelopt_mxfp8 moe_wna16 mxfp4 mxfp8 neuron_quant nvfp4_per_token
-online petit_nvfp4 ptpc_fp8 qqq quark rtn squeezellm torchao tpu_int8"""
-SGLANG = """auto-round auto-round-int8 awq awq_marlin bitsandbytes blockwise_int8 compressed-tensors fbgemm_fp8 fp8
-gguf gptq gptq_marlin humming marlin mlx_q4 mlx_q8 modelopt modelopt_fp4 modelopt_fp8 modelopt_mixed modelslim
-moe_wna16 mxfp4 mxfp8 mxfp_w4a8 nvfp4_online petit_nvfp4 qoq quark quark_int4fp8_moe quark_mxfp4 unquant w4afp8
-w8a8_fp8 w8a8_int8"""
-OTHERS = """quant_llm smooth_quant turbomind bitsandbytes-nf4 bitsandbytes-fp4 eetq exl2 exl3 higgs paroquant quanto
-quip sinq spqr vptq bitnet metal fouroversix"""  # Aphrodite, LMDeploy, TGI, transformers
+VLLM = """
+aqlm auto-round auto_awq auto_gptq awq awq_marlin bitblas bitsandbytes compressed-tensors cpu_awq
+cpu_gptq deepgemm_fp8 deepseek_v4_fp8 deepspeedfp experts_int8 fbgemm_fp8 fp8 fp8_per_block
+fp8_per_channel fp8_per_tensor fp_quant gguf gpt_oss_mxfp4 gptq gptq_bitblas gptq_marlin
+gptq_marlin_24 hqq humming inc int8_per_channel_weight_only ipex marlin modelopt modelopt_fp4
+modelopt_mixed modelopt_mxfp8 moe_wna16 mxfp4 mxfp8 neuron_quant nvfp4_per_token online petit_nvfp4
+ptpc_fp8 qqq quark rtn squeezellm torchao tpu_int8
+"""
+SGLANG = """
+auto-round auto-round-int8 awq awq_marlin bitsandbytes blockwise_int8 compressed-tensors fbgemm_fp8
+fp8 gguf gptq gptq_marlin humming marlin mlx_q4 mlx_q8 modelopt modelopt_fp4 modelopt_fp8
+modelopt_mixed modelslim moe_wna16 mxfp4 mxfp8 mxfp_w4a8 nvfp4_online petit_nvfp4 qoq quark
+quark_int4fp8_moe quark_mxfp4 unquant w4afp8 w8a8_fp8 w8a8_int8
+"""
+OTHERS = """
+quant_llm smooth_quant turbomind bitsandbytes-nf4 bitsandbytes-fp4 eetq exl2 exl3 higgs paroquant
+quanto quip sinq spqr vptq bitnet metal fouroversix
+"""  # Aphrodite, LMDeploy, TGI, transformers
 NAMES = sorted({*VLLM.split(), *SGLANG.split(), *OTHERS.split()})
 # GPTQModel's METHOD and FORMAT: what its checkpoints say.
 GPTQMODEL = {

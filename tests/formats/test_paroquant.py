@@ -61,7 +61,8 @@ def test_every_pair_turns_by_its_angle() -> None:
     wanted = (x * scales).double()
     for step in range(2):
         for block in range(2):
-            for (i, j), angle in zip(pairs[step, block] + 4 * block, angles[step, block].double(), strict=True):
+            places = pairs[step, block] + 4 * block
+            for (i, j), angle in zip(places, angles[step, block].double(), strict=True):
                 a, b = wanted[:, i].clone(), wanted[:, j].clone()
                 wanted[:, i] = a * angle.cos() + b * angle.sin()
                 wanted[:, j] = b * angle.cos() - a * angle.sin()

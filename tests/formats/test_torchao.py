@@ -212,7 +212,7 @@ WRONG = [
     ("int8wo", {"_type": "AffineQuantizedTensor"}, "E0218", "torchao 0.15 or newer"),
     ("int8wo", {"_type": "Int4PlainInt32Tensor"}, "E0218", "XPU"),
     ("int8wo", kwargs("os.system"), "E0213", "act_quant_kwargs must be"),
-    ("int8dq", kwargs(I8, granularity=TENSOR, mapping_type=ASYM), "E0218", "asymmetric int8 inputs are computed per row"),
+    ("int8dq", kwargs(I8, granularity=TENSOR, mapping_type=ASYM), "E0218", "are computed per row"),
     ("int8dq", kwargs(I8, granularity=ROW, mapping_type=NO_CLIPPING), "E0218", "without clipping errors"),
     ("int8dq", kwargs(I8, granularity=ROW, mapping_type=SYM, reduce_range=True), "E0218", "reduced-range"),
     ("int8dq", kwargs(I8, granularity=GROUP, mapping_type=SYM), "E0218", "PerGroup"),
@@ -247,14 +247,15 @@ def test_inputs_with_zero_points(tmp_path: Path) -> None:
         ).weight.scheme,
     ]
     assert str(schemes[0]) == "uint4 1x16 bf16 asym (input int8 1xall dynamic asym)"
-    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3)) + torch.tensor([[0], [9], [-9], [1], [0]])
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+    x += torch.tensor([[0], [9], [-9], [1], [0]])
     x[4] = 0.0
     low, high = x.amin(1, True).clamp(max=0), x.amax(1, True).clamp(min=0)
     scale = ((high - low) / 255.0).clamp(min=torch.finfo(torch.float32).smallest_normal)
     zero = (-128 - (low / scale).round()).clamp(-128, 127)
     wanted = (((x * (1.0 / scale)).round() + zero).clamp(-128, 127) - zero) * scale
-    for scheme in schemes:
-        codes, factor = InputTransform(scheme.activation)(x)
+    for found in schemes:
+        codes, factor = InputTransform(found.activation)(x)
         assert factor is not None and torch.allclose(codes * factor, wanted, rtol=0, atol=1e-6)
 
 

@@ -29,8 +29,8 @@ from lowbit.numerics.scheme import Scheme
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # Their activations are rotated, so their matrices alone are not the model: formats/test_fp_quant.py,
-# test_paroquant.py and test_compressed_tensors_transforms.py hold them to their tools' own logits. quip_sharp's are
-# stored fused: formats/test_quip_sharp.py takes them apart.
+# test_paroquant.py and test_compressed_tensors_transforms.py hold them to their tools' logits. quip_sharp's
+# are stored fused: formats/test_quip_sharp.py takes them apart.
 ELSEWHERE = ("fp_quant", "paroquant", "transforms", "quip_sharp")
 CASES = sorted(
     str(path.parent.relative_to(FIXTURES))

@@ -7,8 +7,8 @@
 
 ``pickle_stream`` reads the pickles. Every place is checked against the size of the very file that was
 opened: entries may not overlap, a storage has the bytes its elements need, a tensor lies inside its storage.
-A tensor that was saved transposed says so (``TensorEntry.axes``); one with gaps between its numbers is refused.
-No torch.
+A tensor that was saved transposed says so (``TensorEntry.axes``); one with gaps between its numbers is
+refused. No torch.
 """
 
 from __future__ import annotations

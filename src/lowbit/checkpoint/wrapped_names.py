@@ -21,7 +21,7 @@ _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 def without_wrappers(
     tensors: dict[str, TensorEntry], texts: dict[str, object]
 ) -> tuple[dict[str, TensorEntry], dict[str, object]]:
-    """Tensors, and the texts of __metadata__ that lie under tensors' names, by the names of the bare model."""
+    """Tensors, and the texts of __metadata__ under tensors' names, by the names of the bare model."""
     prefix = _prefix([_unwrapped(name) for name in tensors])
     renamed: dict[str, TensorEntry] = {}
     for stored, entry in tensors.items():

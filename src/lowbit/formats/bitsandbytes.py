@@ -21,8 +21,8 @@ int8: ``weight`` I8 [out, in], ``SCB`` F32 [out] (a row's largest |w|): weight *
 it: at most 2 units of the last bit apart in float32, 1 in float16 (where 4 of 100,000 values differ at all).
 ``llm_int8_threshold``: columns of the input with a number of at least that size are not rounded.
 
-GPTQModel writes the same under names of its own: ``weight_absmax``, ``weight_quant_state`` and so on, of which
-type the config's ``format`` says, and ``weight_scb``; it rounds every column.
+GPTQModel writes the same under names of its own: ``weight_absmax``, ``weight_quant_state`` and so on, of
+which type the config's ``format`` says, and ``weight_scb``; it rounds every column.
 
 Which modules are quantized the tensors say, not ``llm_int8_skip_modules``. Plain floats under these keys were
 to be quantized at load; they are read plain, with a warning. Refused: column-tiled int8 (``weight_format``

@@ -2,9 +2,10 @@
 
     qweight  U8 [out, row bytes]   the blocks of a row one after another, of one type; bias float [out]
 
-``bits`` and ``format`` of the config name the type: 4 and q_k_m are Q4_K, as are q_k and q_k_s; 8 and q_0 are Q8_0;
-``dynamic`` may name another for some modules. Rows are padded with zeros to whole blocks: such a weight's blocks
-are taken apart. Q2_0 has 64 weights a block here, a float16 d and codes of which 1 stands for zero:
+``bits`` and ``format`` of the config name the type: 4 and q_k_m are Q4_K, as are q_k and q_k_s; 8 and q_0
+are Q8_0; ``dynamic`` may name another for some modules. Rows are padded with zeros to whole blocks: such a
+weight's blocks are taken apart. Q2_0 has 64 weights a block here, a float16 d and codes of which 1 stands
+for zero:
 
     weight = (code - 1) * d      byte 2 + j holds codes 4j … 4j + 3, the lowest bits first
 """
@@ -124,8 +125,8 @@ def _block(kind: str) -> tuple[int, int]:
 
 
 def _cut(stored: QuantizedTensor, columns: int) -> QuantizedTensor:
-    """The first columns, with one scale for each of the smallest groups: the product of float16's 11 bits and a
-    whole number's 8 is exact."""
+    """The first columns, with one scale for each of the smallest groups: the product of float16's 11 bits and
+    a whole number's 8 is exact."""
     parts = stored.expand()
     (_, width), groups = parts.scheme.blocks[0], parts.scales[0].shape[1]
     needed = -(-columns // width)
@@ -170,8 +171,8 @@ def _type_of(values: dict[str, object], place: str) -> str:
     if key not in _TYPES:
         raise LowbitError(
             "E0212",
-            f"{place}: bits {printable(repr(bits))} and format {printable(repr(named))} name no type of GGUF's "
-            f"that is written so; known: {', '.join(_TYPES)}",
+            f"{place}: bits {printable(repr(bits))} and format {printable(repr(named))} name no type of "
+            f"GGUF's that is written so; known: {', '.join(_TYPES)}",
         )
     return _TYPES[key]
 

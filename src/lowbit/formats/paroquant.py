@@ -1,5 +1,5 @@
-"""ParoQuant checkpoints (Liang et al., 2025) as the method's own tool and GPTQModel write them: AWQ's int4 under
-rotations of pairs of inputs.
+"""ParoQuant checkpoints (Liang et al., 2025) as the method's own tool and GPTQModel write them: AWQ's int4
+under rotations of pairs of inputs.
 
     qweight  I32 [in, out / 8]   qzeros I32 [groups, out / 8]   scales [groups, out]    as ``awq`` packs gemm
     channel_scales  float [1, in] or [in]
@@ -10,9 +10,9 @@ rotations of pairs of inputs.
     x[i], x[j] = x[i] cos + x[j] sin, x[j] cos - x[i] sin
     y = x (code - zero)^T * scale
 
-Groups of pairs are the weight's own. The own tool's mixtures of experts have one rotation for all experts of a
-layer: ``experts.gate_up_weight_theta`` and ``experts.down_weight_theta``, and so on. GPUs round x to its type
-after every step, and their sines are approximate; here all of it is float32.
+Groups of pairs are the weight's own. The own tool's mixtures of experts have one rotation for all experts of
+a layer: ``experts.gate_up_weight_theta`` and ``experts.down_weight_theta``, and so on. GPUs round x to its
+type after every step, and their sines are approximate; here all of it is float32.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class ParoQuant(PartlyDense):
         if columns % group or group % 2:
             raise LowbitError(
                 "E0212",
-                f"{self.place}.group_size is {self.rule.group_size}, and {module.name} has {columns} inputs: they "
-                "are no whole groups of pairs",
+                f"{self.place}.group_size is {self.rule.group_size}, and {module.name} has {columns} inputs: "
+                "they are no whole groups of pairs",
             )
         shapes = {
             "theta": (self.steps, columns // 2),
@@ -143,8 +143,8 @@ class ParoQuant(PartlyDense):
                 f"{self.header.file_of(names['pairs'])}: tensor {names['pairs']!r} does not pair all {group} "
                 f"columns of group {wrong[1]} in rotation {wrong[0]}; the file is damaged",
             )
-        plain = bool((scales == 1).all())
-        return Rotation.givens(group, pairs, angles.view(shape), None if plain else scales.flatten().contiguous())
+        before = None if bool((scales == 1).all()) else scales.flatten().contiguous()
+        return Rotation.givens(group, pairs, angles.view(shape), before)
 
     @staticmethod
     def _first_wrong(pairs: Tensor, whole: Tensor) -> list[int]:

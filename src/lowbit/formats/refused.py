@@ -23,7 +23,6 @@ def _written(method: str) -> str:
     return f"is how another engine runs {method} checkpoints; config.json should say quant_method {method}"
 
 
-
 REFUSED: dict[str, str] = {
     "gemma": _LATER,
     "qqq": _PRIVATE,
@@ -36,9 +35,10 @@ REFUSED: dict[str, str] = {
     "turbomind": _VENDOR,
     "mxfp_w4a8": _VENDOR,
     "gptq_marlin_24": "is sparse Marlin under GPTQ's names; use the compressed-tensors version (marlin-24)",
-    "squeezellm": "stores a table of values for each row beside sparse ones, which are not decoded; use a GPTQ, AWQ "
-    "or GGUF version",
-    "smooth_quant": "is LMDeploy's W8A8, whose layout has not been verified; use a compressed-tensors W8A8 version",
+    "squeezellm": "stores a table of values for each row beside sparse ones, which are not decoded; use a "
+    "GPTQ, AWQ or GGUF version",
+    "smooth_quant": "is LMDeploy's W8A8, whose layout has not been verified; use a compressed-tensors W8A8 "
+    "version",
     "smoothquant": "says nothing of how weights are stored; use a compressed-tensors W8A8 version",
     "bitnet_bitblas": _PRIVATE,
     "auto_gptq": _written("gptq"),
@@ -50,7 +50,7 @@ REFUSED: dict[str, str] = {
     "cpu_awq": _written("awq"),
     "awq_triton": _written("awq"),
     "llm-awq": _written("awq"),
-    "moe_wna16": "is how another engine runs mixtures in gptq or awq checkpoints; config.json should say which",
+    "moe_wna16": "is how another engine runs mixtures of gptq or awq; config.json should say which",
     "hqq_marlin": _written("hqq"),
     "ptpc_fp8": _written("fp8"),
     "deepgemm_fp8": _written("fp8"),

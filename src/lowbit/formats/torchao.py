@@ -303,8 +303,8 @@ class Torchao(PartlyDense):
         mapping = mapping.get("_data") if isinstance(mapping, dict) else mapping
         if mapping not in ("SYMMETRIC", "ASYMMETRIC") or kwargs.get("reduce_range"):
             raise stored.refuse(
-                "int8 inputs that are reduced-range, or without clipping errors, are not computed; use a version "
-                "with symmetric or asymmetric ones"
+                "int8 inputs that are reduced-range, or without clipping errors, are not computed; use a "
+                "version with symmetric or asymmetric ones"
             )
         block = _granularity(stored, kwargs)
         if mapping == "SYMMETRIC":

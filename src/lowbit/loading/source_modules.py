@@ -231,8 +231,10 @@ class SourceModel:
         made = copy.copy(self)
         made.parts = []
         for part in self.parts:
-            stacked = isinstance(part, SourceModule) and part.target.expert is not None
-            made.parts += part.unstacked(self.header) if stacked else [part]
+            if isinstance(part, SourceModule) and part.target.expert is not None:
+                made.parts += part.unstacked(self.header)
+            else:
+                made.parts.append(part)
         return made
 
     def _of_heads(self, norm: str) -> list[SourceVector]:

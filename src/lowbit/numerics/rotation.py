@@ -30,8 +30,8 @@ TENSORS = ("before", "after", "matrix", "head", "partners", "cosines", "sines")
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """x * before, its Hadamard transform over ``divisor``, * after; or, if there is a ``matrix``, x @ that; or,
-    if there are ``partners``, Givens rotations of pairs of columns instead of the transform.
+    """x * before, its Hadamard transform over ``divisor``, * after; or, if there is a ``matrix``, x @ that;
+    or, if there are ``partners``, Givens rotations of pairs of columns instead of the transform.
 
     ``before``, ``after``: float32 (size,), or (width of x,) of their own for each block; None for ones.
     ``matrix``: float32 (size, size). ``head``: float32 (blocks, blocks): before ``after`` block i becomes the
@@ -76,7 +76,7 @@ class Rotation:
     def givens(size: int, pairs: Tensor, angles: Tensor, before: Tensor | None = None) -> Rotation:
         """Of pairs (steps, blocks, size / 2, 2) of columns of a block, each column in one pair of a step, and
         float32 angles (steps, blocks, size / 2): x[i] cos + x[j] sin, x[j] cos - x[i] sin."""
-        steps, blocks = pairs.shape[:2]
+        blocks = pairs.shape[1]
         pairs = pairs.long() + torch.arange(blocks).view(-1, 1, 1) * size
         flat = pairs.flatten(1)  # (steps, width)
         partners = torch.empty_like(flat).scatter_(1, flat, pairs.flip(-1).flatten(1))
@@ -125,9 +125,7 @@ class Rotation:
 
         before, after, cosines, sines = map(cut, (self.before, self.after, self.cosines, self.sines))
         partners = None if self.partners is None else (self.partners[:, start:stop] - start).contiguous()
-        return replace(
-            self, before=before, after=after, partners=partners, cosines=cosines, sines=sines
-        )
+        return replace(self, before=before, after=after, partners=partners, cosines=cosines, sines=sines)
 
     @property
     def wide(self) -> bool:
@@ -177,7 +175,8 @@ class Rotation:
 
     def to(self, device: torch.device) -> Rotation:
         """The same on a device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return replace(self, **moved)  # type: ignore[arg-type]  # fields of tensors alone
 
     def same_as(self, other: Rotation) -> bool:
         """Whether both do the same to every x."""

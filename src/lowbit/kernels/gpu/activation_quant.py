@@ -212,8 +212,10 @@ class GpuQuantizer:
         if self.transform.rotation is None:
             return False
         turn = self.transform.rotation.rotation
-        if turn.matrix is not None or turn.partners is not None or not all(
-            t is None or t.is_contiguous() for t in (turn.before, turn.after)
+        if (
+            turn.matrix is not None
+            or turn.partners is not None
+            or not all(t is None or t.is_contiguous() for t in (turn.before, turn.after))
         ):
             return False
         if self.rule == "grouped":
