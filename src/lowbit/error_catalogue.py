@@ -333,7 +333,8 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "E0302": Entry(
         "the output is there already",
-        "What a command is to write has the name of something that exists; nothing is ever overwritten.",
+        "What a command is to write has the name of something that exists, other than an empty folder; nothing "
+        "is ever overwritten.",
         "Name another place, or remove what is there. A name that ends in .partial is left from a run that "
         "was broken off.",
     ),
@@ -364,7 +365,8 @@ CATALOGUE: dict[str, Entry] = {
     "E0403": Entry(
         "a layer cannot have this quantization",
         "The method does not fit a layer's shape (a group size that does not divide its columns, say), and "
-        "--strict was given: otherwise such layers stay as they are, with a line in the log.",
+        "--strict was given: otherwise such layers stay as they are, with a line in the log. Or it fits none "
+        "of the model's layers, and the result was to be saved.",
         "Use another group size or method for these layers, name them in --quantization-ignore, or drop "
         "--strict.",
     ),

@@ -306,6 +306,10 @@ def test_pickled_weights_are_fetched_where_there_are_no_others() -> None:
 
     pickled = ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
     pickled += ["pytorch_model.bin.index.json", "training_args.bin", "optimizer.pt"]
+    seeing = ["m-Q8_0.gguf", "mmproj-m-Q8_0.gguf"]
+    assert needed_files(Reference("org/x"), seeing) == ["m-Q8_0.gguf"]
+    assert needed_files(Reference("org/x", "Q8_0"), seeing) == ["m-Q8_0.gguf"]
+    assert needed_files(Reference("org/x", seeing[1]), seeing) == ["mmproj-m-Q8_0.gguf"]
     needed = needed_files(Reference("org/x"), pickled)
     assert set(pickled) - set(needed) == {"training_args.bin", "optimizer.pt"}
     needed = needed_files(Reference("org/x"), [*pickled, "model.safetensors"])

@@ -113,6 +113,20 @@ def test_nothing_is_left_after_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_folder_is_room(tmp_path: Path) -> None:
+    """As mkdir leaves one; what appears in it meanwhile stays."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with output_folder(out) as folder:
+        (folder / "config.json").write_text("new")
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(LowbitError, match="appeared meanwhile"), output_folder(other) as folder:
+        (other / "mine").write_text("x")
+    assert [path.name for path in other.iterdir()] == ["mine"]
+
+
 def test_what_is_there_stays(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -133,6 +147,7 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert (out / "config.json").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["out"]
     other = tmp_path / "photos"
     other.mkdir()
+    (other / "one.jpg").write_text("mine")
     with pytest.raises(LowbitError, match="is no checkpoint"), output_folder(other, force=True):
         pass
 

@@ -110,3 +110,13 @@ def test_a_file_that_shrank_meanwhile_is_an_error(tmp_path: Path) -> None:
     with TensorData(header) as data, pytest.raises(LowbitError) as caught:
         data.tensor(last.name)
     assert caught.value.code == "E0203"
+
+
+def test_what_sees_pictures_beside_a_model(tmp_path: Path) -> None:
+    """llama.cpp keeps it in a file of its own, which is never the model."""
+    write_gguf_file(tmp_path / "m-Q8_0.gguf")
+    write_gguf_file(tmp_path / "mmproj-m-Q8_0.gguf")
+    assert open_checkpoint(str(tmp_path)).root.name == "m-Q8_0.gguf"
+    write_gguf_file(tmp_path / "m-Q4_0.gguf")
+    with pytest.raises(LowbitError, match="holds 3 GGUF files; name one of"):
+        open_checkpoint(str(tmp_path))

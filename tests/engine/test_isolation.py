@@ -48,6 +48,14 @@ def test_a_temperature_next_to_nothing_is_greedy(temperature: float) -> None:
     assert tokens_of(events) == continuation([5, 6], 6)
 
 
+def test_a_stop_string_by_itself_is_one() -> None:
+    engine = make_engine()
+    free = "".join(chr(48 + token) for token in continuation([20, 21, 22], 20, stops=False))
+    options = {"stop": free[3:6], "skip_special_tokens": False, "ignore_eos": True}
+    (events,) = run(engine, make_request([20, 21, 22], 20, **options))
+    assert "".join(event.text for event in events) == free[:3] and events[-1].matched_stop == free[3:6]
+
+
 @pytest.mark.parametrize("what", ["text", "token"])
 def test_a_token_that_fails_ends_its_own_request(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine()

@@ -51,6 +51,28 @@ def shape_of(folder: Path) -> tuple[int, int]:
 # ---- the tool's files
 
 
+@pytest.mark.parametrize("name", ["nf4_double", "fp4_double_odd", "int8"])
+def test_gptqmodels_names(name: str, tmp_path: Path) -> None:
+    """The same tensors as GPTQModel calls them; the type of 4 bits stands in the config alone."""
+    folder, tensors = case(name), {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        stem, mark, part = key.partition(".weight.")
+        renamed = f"{stem}.weight_{part.partition('.')[0]}" if mark else key.replace(".SCB", ".weight_scb")
+        if not key.endswith(".weight_format"):
+            tensors[renamed] = tensor
+    config = {"quant_method": "bitsandbytes", "bits": 4, "format": name.partition("_")[0]}
+    other = write_folder(tmp_path / "m", tensors, config)
+    shape = shape_of(folder)
+    found, wanted = read(other, NAME, shape, strict=True).weight, read(folder, NAME, shape).weight
+    assert torch.equal(found.dequantize(), wanted.dequantize())
+    assert found.scheme.weight_alone == wanted.scheme.weight_alone
+    if name == "int8":
+        assert found.scheme.activation is not None and not found.scheme.activation.outliers
+    module = StoredModule(NAME, NAME, shape)
+    asked = set(reader_of(other).tensors_of(module))
+    assert asked == {key for key in tensors if key.startswith(NAME)}
+
+
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_the_tools_own_values(folder: Path) -> None:
     """Equal in float32; int8 to 2 last bits, as the tool multiplies code and row first."""

@@ -21,6 +21,7 @@ from lowbit.doctor import examine
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredLinear, StoredModule
 from lowbit.formats.torchao_writer import TorchaoWriter as Writer
+from lowbit.kernels.activation_quant import InputTransform
 from lowbit.loading import load_model, plan_model
 from lowbit.loading.saving import NamedTensor, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule
@@ -63,6 +64,7 @@ def test_what_the_cases_cover() -> None:
         "int4_plain": "int4 1x32 bf16 offset",
         "int4_tiles": "bf16",
         "intx4_g32_asym": "uint4 1xall bf16 asym",
+        "8da4w": "uint4 1x16 bf16 asym (input int8 1xall dynamic asym)",
     }
 
 
@@ -194,6 +196,8 @@ F8, I8 = "QuantizeTensorToFloat8Kwargs", "QuantizeTensorToInt8Kwargs"
 E4M3 = dtype("float8_e4m3fn")
 SYM = {"_type": "MappingType", "_data": "SYMMETRIC"}
 ASYM = {"_type": "MappingType", "_data": "ASYMMETRIC"}
+NO_CLIPPING = {"_type": "MappingType", "_data": "SYMMETRIC_NO_CLIPPING_ERR"}
+TENSOR = {"_type": "PerTensor", "_data": {}}
 WRONG = [
     ("int8wo", {"block_size": [1, 33]}, "E0213", "two divisors of"),
     ("int8wo", {"block_size": None}, "E0213", "two divisors of"),
@@ -208,7 +212,8 @@ WRONG = [
     ("int8wo", {"_type": "AffineQuantizedTensor"}, "E0218", "torchao 0.15 or newer"),
     ("int8wo", {"_type": "Int4PlainInt32Tensor"}, "E0218", "XPU"),
     ("int8wo", kwargs("os.system"), "E0213", "act_quant_kwargs must be"),
-    ("int8dq", kwargs(I8, granularity=ROW, mapping_type=ASYM), "E0218", "asymmetric"),
+    ("int8dq", kwargs(I8, granularity=TENSOR, mapping_type=ASYM), "E0218", "asymmetric int8 inputs are computed per row"),
+    ("int8dq", kwargs(I8, granularity=ROW, mapping_type=NO_CLIPPING), "E0218", "without clipping errors"),
     ("int8dq", kwargs(I8, granularity=ROW, mapping_type=SYM, reduce_range=True), "E0218", "reduced-range"),
     ("int8dq", kwargs(I8, granularity=GROUP, mapping_type=SYM), "E0218", "PerGroup"),
     ("float8wo", {"block_size": [32, 32]}, "E0213", "stores"),
@@ -221,7 +226,7 @@ WRONG = [
     ("int4_plain", {"block_size": [2, 32]}, "E0213", "[1, group]"),
     ("intx4_g32_asym", {"target_dtype": dtype("int9")}, "E0213", "torch.int1 to torch.int8"),
     ("intx4_g32_asym", {"target_dtype": dtype("int2")}, "E0213", "has -2 to 1"),
-    ("intx4_g32_asym", {"activation_quantization": "int8_asym_per_token"}, "E0218", "8da4w"),
+    ("intx4_g32_asym", {"activation_quantization": "int8_sym"}, "E0213", "null or int8_asym_per_token"),
 ]  # fmt: skip
 
 
@@ -231,6 +236,26 @@ def test_wrong_attributes(name: str, change: dict, code: str, words: str, tmp_pa
         read(changed(case(name), tmp_path, dict(change)), NAME, SHAPE)
     message = str(caught.value)
     assert caught.value.code == code and words in message and "\n" not in message
+
+
+def test_inputs_with_zero_points(tmp_path: Path) -> None:
+    """8da4w, and Int8Tensor that asks for them, as torchao computes them in float32."""
+    schemes = [
+        read(case("8da4w"), NAME, SHAPE).weight.scheme,
+        read(
+            changed(case("int8dq"), tmp_path, kwargs(I8, granularity=ROW, mapping_type=ASYM)), NAME, SHAPE
+        ).weight.scheme,
+    ]
+    assert str(schemes[0]) == "uint4 1x16 bf16 asym (input int8 1xall dynamic asym)"
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(3)) + torch.tensor([[0], [9], [-9], [1], [0]])
+    x[4] = 0.0
+    low, high = x.amin(1, True).clamp(max=0), x.amax(1, True).clamp(min=0)
+    scale = ((high - low) / 255.0).clamp(min=torch.finfo(torch.float32).smallest_normal)
+    zero = (-128 - (low / scale).round()).clamp(-128, 127)
+    wanted = (((x * (1.0 / scale)).round() + zero).clamp(-128, 127) - zero) * scale
+    for scheme in schemes:
+        codes, factor = InputTransform(scheme.activation)(x)
+        assert factor is not None and torch.allclose(codes * factor, wanted, rtol=0, atol=1e-6)
 
 
 def test_damaged_parts(tmp_path: Path) -> None:

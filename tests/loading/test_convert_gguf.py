@@ -41,7 +41,7 @@ ROUNDED = MORE / "bitnet.gguf"  # whose weights the converter rounds to -1, 0 an
 MORE_FAMILIES = sorted(path.stem for path in MORE.glob("*.gguf") if path != ROUNDED)
 # What the converter derives otherwise: names, counts and its own version; the vocabularies' pre-tokenizer.
 OWN = (
-    *("general.name", "general.size_label", "general.file_type", "general.finetune", "general.basename"),
+    *("general.name", "general.file_type", "general.finetune", "general.basename"),
     *("general.version", "tokenizer.ggml.scores", "tokenizer.ggml.pre"),
 )
 # Keys that the converter writes otherwise, and why.
@@ -253,6 +253,25 @@ def test_yarn_in_the_words_of_llama_cpp(tmp_path: Path) -> None:
     making_tokenizer(tmp_path / "b")
     with pytest.raises(LowbitError, match="cannot say its rope_scaling.truncate False"):
         convert(open_checkpoint(str(tmp_path / "b")), "gguf", tmp_path / "b.gguf")
+
+
+def test_both_chat_templates_there_and_back(tmp_path: Path) -> None:
+    """That of requests with tools is a file of its own in folders, and a key of its own in GGUF files."""
+    saved("Qwen2", tmp_path / "a", **SIZES)
+    making_tokenizer(tmp_path / "a")
+    tools = "additional_chat_templates/tool_use.jinja"
+    texts = {"chat_template.jinja": "{{ messages }}", tools: "{{ tools }}"}
+    (tmp_path / "a" / tools).parent.mkdir()
+    for name, text in texts.items():
+        (tmp_path / "a" / name).write_text(text)
+    convert(open_checkpoint(str(tmp_path / "a")), "gguf", tmp_path / "a.gguf")
+    told = fields(tmp_path / "a.gguf")
+    assert told["tokenizer.chat_template"] == "{{ messages }}"
+    assert told["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+    assert told["tokenizer.chat_templates"] == ["tool_use"]
+    for source, out in (("a", "b"), ("a.gguf", "c")):
+        convert(open_checkpoint(str(tmp_path / source)), "dense", tmp_path / out)
+        assert {name: (tmp_path / out / name).read_text() for name in texts} == texts
 
 
 def fused(name: str, groups: dict[str, tuple[str, ...]], out: Path) -> None:

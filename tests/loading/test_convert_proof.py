@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from formats.helpers import FIXTURES
+from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.hashes import CERTIFICATE
 from lowbit.checkpoint.journal import JOURNAL, FileJournal
@@ -27,6 +28,7 @@ from lowbit.doctor import examine
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
 from lowbit.formats.compressed_tensors_writer import CompressedTensorsWriter, reciprocal
+from lowbit.loading import load_model
 from lowbit.loading.convert import Conversion, convert, summary
 from lowbit.loading.opened import Opened
 from lowbit.loading.quantizing import Quantizing, _Module
@@ -244,6 +246,17 @@ def test_full_disk_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.Mo
     assert caught.value.code == "E0511"
     done = convert(open_checkpoint(str(GPTQ)), "compressed-tensors", tmp_path / "out", shard_bytes=SHARD)
     assert done.resumed > 0
+
+
+def test_experts_of_stacks_are_converted_one_by_one(tmp_path: Path) -> None:
+    """gpt-oss' MXFP4, gate and up in turn, in a format without stacks: the same logits."""
+    header = open_checkpoint(str(FIXTURES / "mxfp4" / "gpt_oss"))
+    convert(header, "compressed-tensors", tmp_path / "out")
+    result = open_checkpoint(str(tmp_path / "out"))
+    assert "model.layers.0.mlp.experts.1.up_proj.weight_packed" in result.tensors
+    models = (load_model(one, device="cpu", strict=True) for one in (header, result))
+    before, after = (prompt_logits(model, [[3, 5, 7, 9]])[0] for model in models)
+    assert torch.equal(before, after)
 
 
 REQUANTIZED = [

@@ -26,6 +26,8 @@ from lowbit.loading import load_model, plan_model
 from lowbit.quantize.method import Module, build_method
 from lowbit.quantize.recipe import Asked, Recipe
 from lowbit.quantize.specification import parse_method
+from models.family_cases import SIZES as FAMILY_SIZES
+from models.family_cases import saved
 
 SIZES = {
     "hidden_size": 128,
@@ -221,6 +223,15 @@ def test_a_quantized_checkpoint_refuses_every_flag(tmp_path: Path) -> None:
         with pytest.raises(LowbitError, match="already quantized .fp8") as caught:
             load_model(open_checkpoint(str(tmp_path)), quantization=asked)
         assert caught.value.code == "E0401" and f"drop {asked.flag.split()[0]}," in caught.value.message
+
+
+def test_gguf_mixes_know_gate_and_up_of_shared_experts(tmp_path: Path) -> None:
+    """Granite keeps them in one matrix, GGUF apart: it has no name for the whole."""
+    granite = {"num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 64}
+    saved("GraniteMoeShared", tmp_path, **FAMILY_SIZES | granite)
+    plan = plan_model(open_checkpoint(str(tmp_path)), quantization="gguf:type=q8_0")
+    schemes = {module.name: str(module.scheme) for module in plan.modules}
+    assert schemes["model.layers.0.mlp.shared_experts.gate_up_proj"] == "q8_0"
 
 
 def test_inspect_estimates_the_error_from_the_weights(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from lowbit.loading import Calibration, load_model, plan_model
 from lowbit.loading.convert import convert
 from lowbit.quantize.recipe import Asked
 from lowbit.tokenization import load_tokenizer
+from models.family_cases import SIZES, saved
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +153,23 @@ def test_calibrated_methods_run_once(
     assert first.quantization == f"{method}, quantized at load"
 
 
+@pytest.mark.parametrize("method", [f"gptq:bits=3,{OPTIONS}", "hqq", "int4wo-32", "mxfp4"])
+def test_a_method_that_no_layer_can_have_saves_nothing(method: str, tmp_path: Path) -> None:
+    make(tmp_path / "float", hidden_size=72, intermediate_size=104, num_attention_heads=4)
+    with_tokenizer(tmp_path / "float")
+    header, out = open_checkpoint(str(tmp_path / "float")), tmp_path / "saved"
+    with pytest.raises(LowbitError, match=r"quantizes no layer of float .*q_proj: .*; choose") as caught:
+        load_model(header, device="cpu", quantization=method, save=out)
+    assert caught.value.code == "E0403" and not list(tmp_path.glob("saved*"))
+
+
+def test_requantizing_what_no_layer_can_have(tmp_path: Path) -> None:
+    make(tmp_path / "float", hidden_size=72, intermediate_size=104, num_attention_heads=4)
+    with pytest.raises(LowbitError, match=r"requantize hqq quantizes no layer .*q_proj.*72") as caught:
+        convert(open_checkpoint(str(tmp_path / "float")), "hqq", tmp_path / "hqq", requantize="hqq")
+    assert caught.value.code == "E0403" and not list(tmp_path.glob("hqq*"))
+
+
 def test_awq_with_groups_as_wide_as_some_rows(tmp_path: Path) -> None:
     """128 columns are one group by default, and 96 have groups of 32: AWQ's files cannot hold both."""
     make(tmp_path / "float", hidden_size=128, intermediate_size=96)
@@ -163,6 +181,28 @@ def test_awq_with_groups_as_wide_as_some_rows(tmp_path: Path) -> None:
     with pytest.raises(LowbitError, match="one scale for its 128 columns, other modules have groups of 32"):
         convert(open_checkpoint(str(out)), "awq", tmp_path / "awq")
     assert not list(tmp_path.glob("awq*"))
+
+
+@pytest.mark.parametrize("method", ["int4:group_size=32", "nf4", f"gptq:group_size=32,{OPTIONS}"])
+def test_stacked_experts_are_saved_one_by_one(method: str, tmp_path: Path) -> None:
+    """Granite's lie in stacks of gate above up, which no quantized format has."""
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 2, "vocab_size": 96}
+    saved("GraniteMoe", tmp_path / "float", **SIZES | sizes).bfloat16().save_pretrained(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    header, out = open_checkpoint(str(tmp_path / "float")), tmp_path / "saved"
+    first = load_model(header, device="cpu", quantization=Asked(method, ignore="layers.1.mlp"), save=out)
+    loaded = open_checkpoint(str(out))
+    second = load_model(loaded, device="cpu", strict=True)
+    assert torch.equal(prompt_logits(first, [PROMPT])[0], prompt_logits(second, [PROMPT])[0])
+    if not method.startswith("gptq"):
+        served = load_model(header, device="cpu", quantization=Asked(method, ignore="layers.1.mlp"))
+        assert torch.equal(prompt_logits(first, [PROMPT])[0], prompt_logits(served, [PROMPT])[0])
+    schemes = {module.name: module.scheme for module in plan_model(loaded).modules}
+    experts = {name: scheme.is_dense for name, scheme in schemes.items() if ".experts." in name}
+    leaves = [f"0.mlp.experts.{n}.{leaf}_proj" for n in range(3) for leaf in ("gate", "up", "down")]
+    quantized = [name.removeprefix("model.layers.") for name, plain in experts.items() if not plain]
+    assert quantized == leaves
+    assert "model.layers.1.block_sparse_moe.input_linear.weight" in loaded.tensors, "kept as it was"
 
 
 def test_other_text_options_or_weights_are_another_result(tmp_path: Path, own_cache: Path) -> None:

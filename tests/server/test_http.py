@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -73,6 +74,17 @@ def test_unknown_path_and_method(server: ServerThread) -> None:
     assert response.status_code == 405
     assert error_of(response)["message"] == "/v1/completions takes POST, not PUT"
     assert http.head(server.url + "/health").status_code == 200
+
+
+def test_compressed_bodies_are_refused_by_name(server: ServerThread) -> None:
+    body = gzip.compress(b'{"prompt": "x", "max_tokens": 1}')
+    response = http.post(server.url + "/v1/completions", content=body, headers={"content-encoding": "gzip"})
+    error = error_of(response)
+    assert (response.status_code, error["code"]) == (415, "unsupported_encoding")
+    assert error["message"] == "the body is encoded as 'gzip'; send it plain"
+    plain = {"content-encoding": "identity"}
+    whole = http.post(server.url + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=plain)
+    assert whole.status_code == 200
 
 
 def test_body_too_large_is_refused_before_it_is_sent(server: ServerThread) -> None:

@@ -108,6 +108,26 @@ def test_log_probabilities(server: ServerThread) -> None:
     assert [entry[1] for entry in meta["input_token_logprobs"]] == [98, 99]
 
 
+def test_logprobs_of_each_prompt(server: ServerThread) -> None:
+    wishes: dict[str, Any] = {"logprob_start_len": [-1, 2, 0.0], "top_logprobs_num": [0, 1, 0]}
+    asked = {"text": ["ab", "cd", "ef"], "sampling_params": {"max_new_tokens": 1, "n": 2}, **wishes}
+    metas = [one["meta_info"] for one in generate(server, **asked, return_logprob=[False, True, True])]
+    assert metas[0].keys() == metas[1].keys() and "output_token_logprobs" not in metas[0]
+    assert [entry[1] for entry in metas[2]["input_token_logprobs"]] == [100]
+    assert len(metas[3]["output_top_logprobs"]) == 1
+    assert [entry[1] for entry in metas[4]["input_token_logprobs"]] == [BOS, 101, 102]
+    assert "output_top_logprobs" not in metas[5]
+    for wrong, told in (
+        ({"logprob_start_len": [0]}, "logprob_start_len is a list of 1 for 3 prompts; give one, or one each"),
+        (
+            {"top_logprobs_num": [0, 21, 0]},
+            "top_logprobs_num must be a whole number between 0 and 20; got 21",
+        ),
+        ({"return_logprob": [True]}, "return_logprob is a list of 1 for 3 prompts; give one, or one each"),
+    ):
+        assert refused(server, **{**asked, **wrong})[1] == told
+
+
 def test_stream_holds_all_the_text_so_far(server: ServerThread) -> None:
     events = streamed(server, text="abc", sampling_params={"max_new_tokens": 9})
     texts = [event["text"] for event in events]

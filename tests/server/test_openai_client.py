@@ -422,6 +422,48 @@ def test_tokenizer_info(server: ServerThread) -> None:
         assert http.get(running.url + "/tokenizer_info").json()["chat_template"] is None
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_token_ids(server: ServerThread, client: openai.OpenAI, echo: bool) -> None:
+    """As vLLM has them: the prompt's once, and each token of the answer in exactly one chunk."""
+    ids: Any = {"return_token_ids": True}
+    asked: Any = {"model": "tiny", "prompt": ["ab", "c"], "max_tokens": 7, "echo": echo, "extra_body": ids}
+    whole = client.completions.create(**asked, n=2)
+    prompts = [[BOS, 97, 98]] * 2 + [[BOS, 99]] * 2
+    got: Any = [choice.model_extra for choice in whole.choices]
+    assert [one["prompt_token_ids"] for one in got] == prompts
+    assert [bytes(one["token_ids"]).decode() for one in got] == [choice.text[-7:] for choice in whole.choices]
+    told: dict[int, list[list[int]]] = {}
+    streamed: dict[int, list[int]] = {}
+    for chunk in client.completions.create(**asked, n=2, stream=True):
+        [choice] = chunk.choices
+        extra: Any = choice.model_extra
+        streamed.setdefault(choice.index, []).extend(extra["token_ids"])
+        if "prompt_token_ids" in extra:
+            told.setdefault(choice.index, []).append(extra["prompt_token_ids"])
+    assert [streamed[index] for index in range(4)] == [one["token_ids"] for one in got]
+    assert [told[index] for index in range(4)] == [[prompt] for prompt in prompts]
+    plain = client.completions.create(model="tiny", prompt="x", max_tokens=1).choices[0]
+    assert not {"token_ids", "prompt_token_ids"} & (plain.model_extra or {}).keys()
+
+
+def test_token_ids_of_chats(client: openai.OpenAI) -> None:
+    asked: Any = {
+        "model": "tiny",
+        "messages": USER,
+        "max_tokens": 7,
+        "extra_body": {"return_token_ids": True},
+    }
+    whole: Any = client.chat.completions.create(**asked)
+    assert whole.model_extra["prompt_token_ids"] == RENDERED
+    tokens = whole.choices[0].model_extra["token_ids"]
+    assert bytes(tokens).decode() == whole.choices[0].message.content
+    chunks: Any = list(client.chat.completions.create(**asked, stream=True))
+    assert [chunk.model_extra.get("prompt_token_ids") for chunk in chunks] == [RENDERED] + [None] * (
+        len(chunks) - 1
+    )
+    assert [token for chunk in chunks for token in chunk.choices[0].model_extra["token_ids"]] == tokens
+
+
 def test_template_variables_of_the_server() -> None:
     given = '{"enable_thinking": false, "style": "short"}'
     with serving(default_chat_template_kwargs=given) as running:

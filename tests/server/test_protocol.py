@@ -134,6 +134,7 @@ def test_defaults_of_other_servers_ask_for_nothing() -> None:
     chat(**SAMPLING, **OFF, **CHAT_DEFAULTS, **LLAMA_DEFAULTS)
     completion(**SAMPLING, **OFF, best_of=1, length_penalty=1.0, use_beam_search=False, max_tokens=16)
     native = {"text": "x", **OFF, **NATIVE_DEFAULTS}
+    del native["return_token_ids"]  # /generate always answers with ids
     read(parse(json.dumps(native).encode()), GenerateRequest)
     sampling = {**SAMPLING, "max_new_tokens": 128, "min_new_tokens": 0}
     read(parse(json.dumps(sampling).encode()), NativeSampling)
@@ -315,6 +316,7 @@ def test_messages() -> None:
             "role": "assistant",
             "content": None,
             "refusal": None,
+            "provider_specific_fields": {"matched_stop": None},
             "tool_calls": [
                 {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
             ],

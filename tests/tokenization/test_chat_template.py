@@ -15,7 +15,7 @@ from checkpoint.tiny import write_folder
 from lowbit.checkpoint import CheckpointHeader, open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.tokenization import load_chat_template, load_tokenizer
-from lowbit.tokenization.chat_template import JinjaTemplate
+from lowbit.tokenization.chat_template import TOOL_TEMPLATE, JinjaTemplate
 from lowbit.tokenization.fast_tokenizer import FastTokenizer, Specials
 
 TEMPLATES = {
@@ -210,11 +210,17 @@ def test_a_template_for_requests_with_tools(tmp_path: Path, tokenizer: FastToken
     ]
     folder = write_folder(tmp_path / "hf")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    # As transformers saves them since 4.52.
+    newer = write_folder(tmp_path / "newer")
+    (newer / "additional_chat_templates").mkdir()
+    for entry, name in zip(listed, ("chat_template.jinja", TOOL_TEMPLATE), strict=True):
+        (newer / name).write_text(entry["template"])
     metadata = {
         f"tokenizer.chat_template{s}": t["template"] for s, t in zip(("", ".tool_use"), listed, strict=True)
     }
     for header in (
         open_checkpoint(str(folder)),
+        open_checkpoint(str(newer)),
         CheckpointHeader(Path("x.gguf"), "gguf", {}, metadata=metadata),
     ):
         ours = load_chat_template(header, tokenizer)

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from checkpoint.tiny import METADATA, gguf_tensors, write_folder
 from gguf_writing import write_gguf
 from lowbit.checkpoint import CheckpointHeader, open_checkpoint
+from lowbit.engine.detokenizer import IncrementalDetokenizer
+from lowbit.engine.messages import SamplingParams
 from lowbit.errors import LowbitError
 from lowbit.tokenization import check_vocabulary, load_generation_config, load_tokenizer, sampling_defaults
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
@@ -230,6 +232,39 @@ def test_gguf_sentencepiece_on_varied_strings(kind: str, model: str, tmp_path: P
 
 
 # ---- What is refused ------------------------------------------------------------------------------------
+
+
+def bytes_and_a_word() -> FastTokenizer:
+    """<unk>, <s>, the 256 bytes, and " the"."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    known: dict[str, object] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", *bytes_, "▁the"],
+        "tokenizer.ggml.scores": [0.0] * 259,
+        "tokenizer.ggml.token_type": [2, 3, *[6] * 256, 1],
+    }
+    return load_tokenizer(header_with(known))
+
+
+def test_bytes_that_are_no_text_leave_others_alone() -> None:
+    """In a row of byte tokens, as ggml has it; the library makes U+FFFD of all of them."""
+    spm = bytes_and_a_word()
+    the, row = 258, [2 + byte for byte in b"a\xc3\n\xc3\xa9\xff!"]
+    assert spm.decode([the, *row, the]) == "thea\ufffd\né\ufffd! the"
+    assert spm.decode([1, the, *row], skip_special=False) == "<s> thea\ufffd\né\ufffd!"
+    detokenizer = IncrementalDetokenizer(spm, SamplingParams())
+    pieces = [detokenizer.add([token])[0] for token in (the, *row, the)]
+    assert "".join(pieces) + detokenizer.finish() == "thea\ufffd\né\ufffd! the"
+
+
+@pytest.mark.parametrize("prompt", [[258], [2 + 0x41], [1]], ids=["word", "letter", "start"])
+def test_a_space_before_the_first_word_of_the_output(prompt: list[int]) -> None:
+    """It is the text's first, and left out, only where the prompt has no text."""
+    spm = bytes_and_a_word()
+    detokenizer = IncrementalDetokenizer(spm, SamplingParams(), prompt)
+    text = "".join(detokenizer.add([token])[0] for token in (258, 258)) + detokenizer.finish()
+    assert text == ("the the" if prompt == [1] else " the the")
+    assert spm.decode(prompt) + text == spm.decode([*prompt, 258, 258])
 
 
 def header_with(metadata: dict[str, object]) -> CheckpointHeader:

@@ -46,6 +46,21 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SPLIT_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
+_SEES = "the part of a model that takes in pictures or sound (mmproj); name the file of the model itself"
+# What files of other types, or in their place of these architectures, are.
+_NO_MODELS = {
+    "mmproj": _SEES,
+    "clip": _SEES,
+    "adapter": "a LoRA adapter, not a model; merge it into its model first (llama-export-lora)",
+    "imatrix": "an importance matrix for llama-quantize, not a model; name the file of the model itself",
+    "controlvector": "a control vector, not a model; name the file of the model itself",
+}
+
+
+def holds_model(name: str) -> bool:
+    """Whether a GGUF file of that name may be a model's: the part that sees pictures lies beside it."""
+    return not re.search(r"(?:^|[-_.])mmproj(?:[-_.]|$)", Path(name).name, re.I)
+
 
 class _Reader:
     """A cursor over the mapped file that never reads, or allocates for, what is not there."""
@@ -288,10 +303,11 @@ def _parse(reader: _Reader) -> CheckpointHeader:
             raise reader.fail("E0221", f"metadata key '{printable(key)}' is there twice")
         metadata[key] = reader.value(reader.number("I"), printable(key))
     kind = metadata.get("general.type", "model")
+    if metadata.get("general.architecture") in _NO_MODELS:  # from before there were types
+        kind = metadata["general.architecture"]
     if kind != "model":
-        raise reader.fail(
-            "E0220", f"general.type is {printable(kind)!r}; lowbit serves files of type 'model'"
-        )
+        told = f"general.type is {printable(kind)!r}; lowbit serves files of type 'model'"
+        raise reader.fail("E0220", _NO_MODELS.get(str(kind), told))
     infos = [_tensor_info(reader) for _ in range(tensor_count)]
     tensors = _place(reader, infos, _alignment(reader, metadata))
     return CheckpointHeader(reader.path, "gguf", tensors, metadata=metadata)

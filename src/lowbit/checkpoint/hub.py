@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowbit.checkpoint.folder import HQQ_PICKLED, own_weights
+from lowbit.checkpoint.gguf_file import holds_model
 from lowbit.errors import LowbitError, printable
 
 Progress = Callable[[int, int, str], None]
@@ -21,7 +22,8 @@ _REFERENCE = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?::(
 _SMALL_FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
-    *("chat_template.jinja", "chat_template.json", "model.safetensors.index.json"),
+    *("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "chat_template.json"),
+    "model.safetensors.index.json",
     "model.safetensors.index.json.meta.json",
     *("pytorch_model.bin.index.json", "params.json", "tekken.json"),
     *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
@@ -194,7 +196,7 @@ def needed_files(reference: Reference, names: list[str]) -> list[str]:
     if not weights:
         pickled = [name for name in names if fnmatch.fnmatchcase(name, "pytorch_model*.bin")]
         pickled = pickled or [name for name in names if name == HQQ_PICKLED]
-        ggufs = [name for name in names if name.endswith(".gguf")]
+        ggufs = [name for name in names if name.endswith(".gguf") and holds_model(name)]
         if len(ggufs) == 1:
             return ggufs
         if pickled and not ggufs:
@@ -225,7 +227,7 @@ def _gguf_files(reference: Reference, names: list[str]) -> list[str]:
         pattern = re.compile(
             rf"(?<![A-Za-z0-9]){re.escape(wanted.removesuffix('.gguf'))}(?![A-Za-z0-9_])", re.I
         )
-        found = [name for name in ggufs if pattern.search(Path(name).name)]
+        found = [name for name in ggufs if pattern.search(Path(name).name) and holds_model(name)]
     stems = {re.sub(r"-\d{5}-of-\d{5}\.gguf$", "", name) for name in found}
     if len(stems) != 1:
         listed = ", ".join(printable(name) for name in sorted(ggufs)[:12]) or "none"

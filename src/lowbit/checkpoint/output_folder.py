@@ -99,8 +99,8 @@ def _may_succeed(error: BaseException) -> bool:
 
 
 def check_output(out: Path, *, force: bool, source: Path | None) -> None:
-    """E0302 where ``out`` may not be written."""
-    if not os.path.lexists(out):
+    """E0302 where ``out`` may not be written; in a folder's place an empty one may lie."""
+    if not os.path.lexists(out) or (out.suffix != ".gguf" and _is_empty_folder(out)):
         return
     if not force:
         raise LowbitError(
@@ -113,6 +113,10 @@ def check_output(out: Path, *, force: bool, source: Path | None) -> None:
         raise LowbitError(
             "E0302", f"{printable(out)} is no checkpoint; --force replaces nothing else. Name another place"
         )
+
+
+def _is_empty_folder(out: Path) -> bool:
+    return out.is_dir() and not out.is_symlink() and not any(out.iterdir())
 
 
 def check_room(out: Path, needed: int) -> None:
@@ -225,7 +229,7 @@ def _give_name(partial: Path, out: Path, force: bool) -> None:
     aside = out.with_name(f"{out.name}.replaced-{os.getpid()}")
     if force and os.path.lexists(out):
         os.rename(out, aside)
-    elif os.path.lexists(out):
+    elif os.path.lexists(out) and not _is_empty_folder(out):
         raise LowbitError("E0302", f"{printable(out)} appeared meanwhile; nothing was overwritten")
     try:
         os.rename(partial, out)

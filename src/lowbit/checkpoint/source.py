@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lowbit.checkpoint import hub
 from lowbit.checkpoint.folder import read_folder_header
-from lowbit.checkpoint.gguf_file import read_gguf_header
+from lowbit.checkpoint.gguf_file import holds_model, read_gguf_header
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError, printable
 
@@ -99,7 +99,8 @@ def _read_folder(path: Path, load_format: str) -> CheckpointHeader:
     complete = described and (any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")))
     if not ggufs or (complete and load_format != "gguf"):
         return read_folder_header(path)
-    models = [file for file in ggufs if "-of-" not in file.name or "-00001-of-" in file.name]
+    models = [file for file in ggufs if holds_model(file.name)] or ggufs
+    models = [file for file in models if "-of-" not in file.name or "-00001-of-" in file.name]
     if len(models) != 1:
         listed = ", ".join(printable(file.name) for file in ggufs[:8])
         raise LowbitError("E0201", f"{path.name} holds {len(ggufs)} GGUF files; name one of: {listed}")

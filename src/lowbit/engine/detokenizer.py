@@ -14,16 +14,21 @@ _LONGEST_CHARACTER = 8  # tokens a character may be split over before U+FFFD is 
 
 
 class IncrementalDetokenizer:
-    """The text of one sequence's output."""
+    """The text of one sequence's output. ``prompt``: what it follows: a decoder that strips a text's first
+    space must not strip the output's."""
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, sampling: SamplingParams, prompt: tuple[int, ...] | list[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = sampling.skip_special_tokens
         self._stop = tuple(text for text in sampling.stop if text)
         self._include_stop = sampling.include_stop_str_in_output
         self._longest_stop = max(map(len, self._stop), default=0)
-        self._window: list[int] = []  # tokens from ``a`` on
-        self._read = 0  # b - a: window tokens whose text was taken
+        self._window = list(prompt[-_LONGEST_CHARACTER:])  # tokens from ``a`` on
+        if self._window and self._decode(self._window).endswith("�"):
+            self._window = []  # the output's first bytes are no end of the prompt's last character
+        self._read = len(self._window)  # b - a: window tokens whose text was taken
         self._held = ""  # text that may still become a stop string
 
     def add(self, tokens: list[int] | tuple[int, ...], *, stops: bool = True) -> tuple[str, str | None]:

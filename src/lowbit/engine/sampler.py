@@ -35,7 +35,8 @@ _BOUNDS = {
 
 
 def checked(sampling: SamplingParams, vocabulary: int) -> SamplingParams:
-    """As it is followed: a temperature next to 0 is 0. What no sampler can follow is a LowbitError."""
+    """As it is followed: a temperature next to 0 is 0, a single stop string is one, not its letters. What no
+    sampler can follow is a LowbitError."""
     for name, (low, high) in _BOUNDS.items():
         value = getattr(sampling, name)
         if value is not None and not (math.isfinite(value) and low <= value <= high):
@@ -48,9 +49,12 @@ def checked(sampling: SamplingParams, vocabulary: int) -> SamplingParams:
             )
         if not math.isfinite(bias):
             raise LowbitError("invalid_number", f"logit_bias of token {token} must be finite, got {bias}")
+    changes: dict[str, object] = {}
+    if isinstance(sampling.stop, str):
+        changes["stop"] = (sampling.stop,)
     if 0 < sampling.temperature < _LEAST_TEMPERATURE:
-        return msgspec.structs.replace(sampling, temperature=0.0)
-    return sampling
+        changes["temperature"] = 0.0
+    return msgspec.structs.replace(sampling, **changes) if changes else sampling
 
 
 def sample(logits: Tensor, sequence: Sequence, likeliest: int) -> int:

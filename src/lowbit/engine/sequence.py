@@ -64,7 +64,7 @@ class Sequence:
             request,
             limit,
             frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else stop_ids),
-            IncrementalDetokenizer(tokenizer, sampling),
+            IncrementalDetokenizer(tokenizer, sampling, request.prompt),
             list(request.prompt),
             secrets.randbits(63) if own is None else own & (1 << 63) - 1,
         )

@@ -21,6 +21,9 @@ int8: ``weight`` I8 [out, in], ``SCB`` F32 [out] (a row's largest |w|): weight *
 it: at most 2 units of the last bit apart in float32, 1 in float16 (where 4 of 100,000 values differ at all).
 ``llm_int8_threshold``: columns of the input with a number of at least that size are not rounded.
 
+GPTQModel writes the same under names of its own: ``weight_absmax``, ``weight_quant_state`` and so on, of which
+type the config's ``format`` says, and ``weight_scb``; it rounds every column.
+
 Which modules are quantized the tensors say, not ``llm_int8_skip_modules``. Plain floats under these keys were
 to be quantized at load; they are read plain, with a warning. Refused: column-tiled int8 (``weight_format``
 other than 0, before 0.42), other code tables (af4, int4), packed stacks of experts (the tool leaves stacks in
@@ -50,6 +53,7 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 _STATE = ".quant_state.bitsandbytes__"
+_GPTQMODELS = (".weight_quant_state", ".weight_scb")
 FOUR_BIT_KINDS = {"nf4": "nf4", "fp4": "fp4_bnb"}
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
@@ -66,7 +70,8 @@ class BitsAndBytes(PartlyDense):
         self.header, self.notes = header, notes
         found = claimed_config(header)
         self.values, self.place = found.values, found.place
-        threshold = self.values.get("llm_int8_threshold", 6.0)
+        self.by_gptqmodel = any(name.endswith(_GPTQMODELS) for name in header.tensors)
+        threshold = 0.0 if self.by_gptqmodel else self.values.get("llm_int8_threshold", 6.0)
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold < 1e6:
             raise LowbitError(
                 "E0212",
@@ -75,8 +80,8 @@ class BitsAndBytes(PartlyDense):
             )
         self.threshold = float(threshold)
         self.states = _states(header)
-        self.kinds = {name.rpartition("__")[2] for name in self.states.values()}
-        self.kinds |= {"int8" for name in header.tensors if name.endswith(".SCB")}
+        self.kinds = {self._kind_of_state(name) for name in self.states.values()}
+        self.kinds |= {"int8" for name in header.tensors if name.endswith((".SCB", ".weight_scb"))}
         self._compare(_kind_in_config(self.values, self.place))
 
     def _compare(self, said: str | None) -> None:
@@ -128,10 +133,10 @@ class BitsAndBytes(PartlyDense):
         """The weight and everything its state is made of."""
         tensors, weight = self.header.tensors, module.tensor("weight")
         if self._kind(module) == "int8":
-            own = [module.tensor("SCB"), module.tensor("weight_format")]
+            own = [self._scb(module), module.tensor("weight_format")]
         else:
             parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-            own = [*(f"{weight}.{part}" for part in parts), self.states[weight]]
+            own = [*(f"{weight}{self._joint}{part}" for part in parts), self.states[weight]]
         return [weight, *(name for name in own if name in tensors)]
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
@@ -153,7 +158,7 @@ class BitsAndBytes(PartlyDense):
                 )
             return "dense"
         if state is not None:
-            kind = state.rpartition("__")[2]
+            kind = self._kind_of_state(state)
             if kind not in FOUR_BIT_KINDS:
                 raise LowbitError(
                     "E0218",
@@ -161,7 +166,7 @@ class BitsAndBytes(PartlyDense):
                     f"{printable(kind)}; the 4-bit types that are read are {' and '.join(FOUR_BIT_KINDS)}",
                 )
             return kind
-        if module.tensor("SCB") in tensors:
+        if self._scb(module) in tensors:
             return "int8"
         if f"{name}.absmax" in tensors or (weight is not None and weight.dtype == "U8"):
             raise LowbitError(
@@ -172,6 +177,17 @@ class BitsAndBytes(PartlyDense):
         if odd:
             entry_of(self.header, module, "SCB", ("F32",), "the row scales of an int8 bitsandbytes weight")
         return "dense"
+
+    @property
+    def _joint(self) -> str:
+        """What stands between a weight's name and that of a part."""
+        return "_" if self.by_gptqmodel else "."
+
+    def _scb(self, module: StoredModule) -> str:
+        return module.tensor("weight_scb" if self.by_gptqmodel else "SCB")
+
+    def _kind_of_state(self, name: str) -> str:
+        return str(self.values.get("format")) if self.by_gptqmodel else name.rpartition("__")[2]
 
     # ---- 4 bits
 
@@ -204,7 +220,8 @@ class BitsAndBytes(PartlyDense):
         return weight
 
     def _part(self, module: StoredModule, part: str, dtypes: tuple[str, ...]) -> TensorEntry:
-        return entry_of(self.header, module, f"weight.{part}", dtypes, "a 4-bit bitsandbytes weight")
+        named = f"weight{self._joint}{part}"
+        return entry_of(self.header, module, named, dtypes, "a 4-bit bitsandbytes weight")
 
     def _four_bit(self, module: StoredModule, data: TensorData, kind: str) -> QuantizedTensor:
         state = self.header.tensors[self.states[module.tensor("weight")]]
@@ -279,7 +296,8 @@ class BitsAndBytes(PartlyDense):
         what = "an int8 bitsandbytes weight"
         weight = entry_of(self.header, module, "weight", ("I8",), what)
         check_shape(weight, module.shape, what)
-        scb = entry_of(self.header, module, "SCB", ("F32", "F16", "BF16"), what)
+        suffix = self._scb(module).removeprefix(f"{module.stored}.")
+        scb = entry_of(self.header, module, suffix, ("F32", "F16", "BF16"), what)
         check_shape(scb, module.shape[:1], what)
         layout = self.header.tensors.get(module.tensor("weight_format"))
         if layout is not None and data.raw(layout.name).any():
@@ -320,7 +338,7 @@ def _states(header: CheckpointHeader) -> dict[str, str]:
     """Weight name -> name of the tensor that holds its state."""
     states: dict[str, str] = {}
     for name in header.tensors:
-        weight, mark, _ = name.partition(_STATE)
+        weight, mark, _ = name.partition("_quant_state" if name.endswith(_GPTQMODELS[0]) else _STATE)
         if mark and states.setdefault(weight, name) != name:
             raise LowbitError(
                 "E0213",

@@ -78,7 +78,7 @@ class Gptq(PartlyDense):
         self.config = found
         self.marlin = _is_marlin(found)
         self.rule = _base_rule(found)
-        self.dynamic = _dynamic(found)
+        self.dynamic = dynamic_rules(found)
         for key in ("adapter", "lora"):
             if found.values.get(key):
                 raise LowbitError(
@@ -201,7 +201,7 @@ def _base_rule(found: QuantizationConfig) -> GptqRule:
     )
 
 
-def _dynamic(found: QuantizationConfig) -> list[tuple[str, dict[str, object]]]:
+def dynamic_rules(found: QuantizationConfig) -> list[tuple[str, dict[str, object]]]:
     """GPTQModel's patterns, in order; those of modules left alone are dropped: their tensors say so."""
     table = found.values.get("dynamic") or {}
     if not isinstance(table, dict):

@@ -16,6 +16,13 @@ _PRIVATE = "stores one GPU kernel's private layout; use the GPTQ, AWQ or FP8 ver
 _ONLINE = (
     "is a way of quantizing at load, not a form of checkpoint; remove quantization_config from config.json"
 )
+_VENDOR = "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version"
+
+
+def _written(method: str) -> str:
+    return f"is how another engine runs {method} checkpoints; config.json should say quant_method {method}"
+
+
 
 REFUSED: dict[str, str] = {
     "gemma": _LATER,
@@ -24,8 +31,32 @@ REFUSED: dict[str, str] = {
     "gptq_bitblas": _PRIVATE,
     "nvfp4": "stores swizzled scales; use the ModelOpt or compressed-tensors version",
     "petit_nvfp4": _PRIVATE,
-    "modelslim": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
-    "humming": "is a vendor's layout; use the original model or a GPTQ, AWQ or GGUF version",
+    "modelslim": _VENDOR,
+    "humming": _VENDOR,
+    "turbomind": _VENDOR,
+    "mxfp_w4a8": _VENDOR,
+    "gptq_marlin_24": "is sparse Marlin under GPTQ's names; use the compressed-tensors version (marlin-24)",
+    "squeezellm": "stores a table of values for each row beside sparse ones, which are not decoded; use a GPTQ, AWQ "
+    "or GGUF version",
+    "smooth_quant": "is LMDeploy's W8A8, whose layout has not been verified; use a compressed-tensors W8A8 version",
+    "smoothquant": "says nothing of how weights are stored; use a compressed-tensors W8A8 version",
+    "bitnet_bitblas": _PRIVATE,
+    "auto_gptq": _written("gptq"),
+    "gptq_v2": _written("gptq"),
+    "cpu_gptq": _written("gptq"),
+    "exllama": _written("gptq"),
+    "exllamav2": _written("gptq"),
+    "auto_awq": _written("awq"),
+    "cpu_awq": _written("awq"),
+    "awq_triton": _written("awq"),
+    "llm-awq": _written("awq"),
+    "moe_wna16": "is how another engine runs mixtures in gptq or awq checkpoints; config.json should say which",
+    "hqq_marlin": _written("hqq"),
+    "ptpc_fp8": _written("fp8"),
+    "deepgemm_fp8": _written("fp8"),
+    "deepseek_v4_fp8": _written("fp8"),
+    "auto-round-int8": _written("auto-round"),
+    "autoround": _written("auto-round"),
     "quip": "is QuIP-for-all's, whose padded codes are not decoded here; use a GPTQ, AWQ or GGUF version",
     "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
     "or GGUF version",
@@ -34,6 +65,14 @@ REFUSED: dict[str, str] = {
     "experts_int8": _ONLINE,
     "ipex": _ONLINE,
     "neuron_quant": _ONLINE,
+    **dict.fromkeys(
+        (
+            *("rtn", "quant_llm", "online", "unquant", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel"),
+            *("int8_per_channel_weight_only", "nvfp4_per_token", "nvfp4_online", "quark_int4fp8_moe"),
+            *("quark_mxfp4", "mlx_q4", "mlx_q8"),
+        ),
+        _ONLINE,
+    ),
 }
 # A method that no config names, by the tensors only it writes (quanto is read by them).
 _SUFFIXES = {

@@ -25,7 +25,7 @@ it is read as the zeros it was made of. Inputs: ``act_quant_kwargs`` asks for to
 (``numerics.torchao_inputs``), one scale a token or, PerTensor, one for all tokens of a step.
 
 Refused, each with what to do: Int4PlainInt32Tensor (XPU, NPU), MXTensor and NVFP4Tensor (prototypes; ModelOpt
-and compressed-tensors store the same numbers), static, asymmetric and reduced-range inputs, int4 weights with
+and compressed-tensors store the same numbers), static and reduced-range inputs, int4 weights with
 float8 inputs, and stacks of experts. torchao 0.14, the first with safetensors, named every tensor
 ``X.weight:<part>``, plain ones too: refused. Of pickled checkpoints (``pytorch_model.bin``)
 ``checkpoint.pickled_objects`` makes the same tensors and texts; older classes are refused.
@@ -53,7 +53,13 @@ from lowbit.formats.quantization_config import claimed_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
-from lowbit.numerics.torchao_inputs import PER_ROW, PER_TENSOR, float8_inputs, int8_inputs
+from lowbit.numerics.torchao_inputs import (
+    PER_ROW,
+    PER_TENSOR,
+    float8_inputs,
+    int8_inputs,
+    int8_inputs_with_zeros,
+)
 
 Json = dict[str, object]
 
@@ -275,12 +281,13 @@ class Torchao(PartlyDense):
         target = _dtype(stored.data.get("target_dtype"))
         if target not in {f"int{bits}" for bits in range(1, 9)}:
             raise stored.wrong("target_dtype", "torch.int1 to torch.int8")
-        if stored.data.get("activation_quantization") is not None:
-            raise stored.refuse(
-                "asymmetric int8 inputs (8da4w) are not computed; use an IntxWeightOnlyConfig version"
-            )
+        inputs = stored.data.get("activation_quantization")
+        inputs = inputs.get("_data") if isinstance(inputs, dict) else inputs  # pickled: a member of an enum
+        if inputs not in (None, "int8_asym_per_token", "INT8_ASYM_PER_TOKEN"):
+            raise stored.wrong("activation_quantization", "null or int8_asym_per_token")
         self._part(module, stored, "zero_point", ("I8",), grid)
-        return replace(scheme, weight=number_format(f"u{target}"), zero="integer")
+        activation = None if inputs is None else int8_inputs_with_zeros()
+        return replace(scheme, weight=number_format(f"u{target}"), zero="integer", activation=activation)
 
     # ---- inputs
 
@@ -293,12 +300,18 @@ class Torchao(PartlyDense):
         if kwargs is None:
             return None
         mapping = kwargs.get("mapping_type")
-        symmetric = isinstance(mapping, dict) and mapping.get("_data") == "SYMMETRIC"
-        if not symmetric or kwargs.get("reduce_range"):
+        mapping = mapping.get("_data") if isinstance(mapping, dict) else mapping
+        if mapping not in ("SYMMETRIC", "ASYMMETRIC") or kwargs.get("reduce_range"):
             raise stored.refuse(
-                "asymmetric or reduced-range int8 inputs are not computed; use a version with symmetric ones"
+                "int8 inputs that are reduced-range, or without clipping errors, are not computed; use a version "
+                "with symmetric or asymmetric ones"
             )
-        return int8_inputs(_granularity(stored, kwargs))
+        block = _granularity(stored, kwargs)
+        if mapping == "SYMMETRIC":
+            return int8_inputs(block)
+        if block != PER_ROW:
+            raise stored.refuse("asymmetric int8 inputs are computed per row; use a version with PerRow")
+        return int8_inputs_with_zeros()
 
     def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
         name = self._name(module, "act_pre_scale")

@@ -24,12 +24,18 @@ from lowbit.formats.torchao import FLOAT8, INT4, INT8, INTX
 from lowbit.formats.writing import CheckpointWriter
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
-from lowbit.numerics.torchao_inputs import PER_ROW, PER_TENSOR, float8_inputs, int8_inputs
+from lowbit.numerics.torchao_inputs import (
+    PER_ROW,
+    PER_TENSOR,
+    float8_inputs,
+    int8_inputs,
+    int8_inputs_with_zeros,
+)
 
 Json = dict[str, object]
 
 _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-_INT8_INPUTS = {block: int8_inputs(block) for block in (PER_ROW, PER_TENSOR)}
+_INT8_INPUTS = (None, int8_inputs(PER_ROW), int8_inputs(PER_TENSOR), int8_inputs_with_zeros())
 
 
 class TorchaoWriter(CheckpointWriter):
@@ -59,8 +65,8 @@ class TorchaoWriter(CheckpointWriter):
             return f"none of its tensors holds {scheme}"
         if kind == INT4 and (scheme.scales[0].name not in _TORCH or rows != 1 or not columns or shape[1] % 2):
             return f"int4 has groups of a row and an even number of columns, not {scheme}"
-        if kind == INTX and (scheme.scales[0].name not in _TORCH or scheme.activation is not None):
-            return f"integers have plain scales and inputs, not {scheme}"
+        if kind == INTX and scheme.scales[0].name not in _TORCH:
+            return f"integers have plain scales, not {scheme}"
         return None
 
     def metadata(self) -> dict[str, str]:
@@ -84,7 +90,8 @@ class TorchaoWriter(CheckpointWriter):
             data["dtype"] = _torch_dtype(self.dtype)
         if kind == INTX:
             bits = int(scheme.weight.bits)
-            data |= {"target_dtype": _torch_dtype(f"int{bits}"), "activation_quantization": None}
+            inputs = None if scheme.activation is None else "int8_asym_per_token"
+            data |= {"target_dtype": _torch_dtype(f"int{bits}"), "activation_quantization": inputs}
         if kind == INT8:
             data |= {"act_quant_kwargs": _int8_kwargs(scheme.activation), "reduce_range": False}
         if kind == FLOAT8:
@@ -144,10 +151,10 @@ def _kind(scheme: Scheme) -> str | None:
     if scheme.offset:
         return INT4 if codes.name == "int4" and zero == "none" and inputs is None else None
     if codes.name == "int8" and zero == "none" and single:
-        return INT8 if inputs is None or inputs in _INT8_INPUTS.values() else None
+        return INT8 if inputs in _INT8_INPUTS else None
     if codes.name == "e4m3" and zero == "none" and single:
         return FLOAT8 if inputs is None or _is_float8(inputs) else None
-    if not codes.is_integer or codes.bits < 2 or inputs is not None:
+    if not codes.is_integer or codes.bits < 2 or inputs not in (None, int8_inputs_with_zeros()):
         return None
     signed = codes.name.startswith("int")
     return INTX if (signed and zero == "none") or (not signed and zero == "integer") else None
@@ -175,7 +182,7 @@ def _int8_kwargs(inputs: ActivationScheme | None) -> Json | None:
         return None
     data: Json = {
         "granularity": _granularity(inputs.block),
-        "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"},
+        "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC" if inputs.symmetric else "ASYMMETRIC"},
         "reduce_range": False,
     }
     return {"_type": "QuantizeTensorToInt8Kwargs", "_data": data}
@@ -209,8 +216,10 @@ def _config(scheme: Scheme) -> Json:
         name = f"int{int(scheme.weight.bits)}"
         mapping = {"_type": "MappingType", "_data": "SYMMETRIC" if scheme.zero == "none" else "ASYMMETRIC"}
         axis = own if columns else {"_type": "PerAxis", "_version": 1, "_data": {"axis": 0}}
-        data = {"weight_dtype": _torch_dtype(name), "granularity": axis, "mapping_type": mapping}
-        return {"_type": "IntxWeightOnlyConfig", "_version": 2, "_data": data}
+        dtype, of = _torch_dtype(name), "" if inputs is None else "weight_"
+        data = {"weight_dtype": dtype, f"{of}granularity": axis, f"{of}mapping_type": mapping}
+        only = "IntxWeightOnlyConfig" if inputs is None else "Int8DynamicActivationIntxWeightConfig"
+        return {"_type": only, "_version": 2, "_data": data}
     if inputs is None:
         if kind == INT8:
             return {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"granularity": own}}
@@ -221,7 +230,10 @@ def _config(scheme: Scheme) -> Json:
         if kind == INT8
         else "Float8DynamicActivationFloat8WeightConfig"
     )
-    return {"_type": name, "_version": 2, "_data": {"granularity": both}}
+    data = {"granularity": both}
+    if not inputs.symmetric:
+        data["act_mapping_type"] = {"_type": "MappingType", "_data": "ASYMMETRIC"}
+    return {"_type": name, "_version": 2, "_data": data}
 
 
 WRITERS = (TorchaoWriter,)

@@ -104,6 +104,7 @@ def convert(
         require_gguf()
         source = source.for_gguf()
     work = Work(source, form, dtype, requantize)
+    source = work.source
     with TensorData(header) as data:
         work.settle(data)
     done = Conversion(out, form, work.dtype, len(source.modules), notes=work.notes(), method=work.method)
@@ -170,6 +171,9 @@ class Work:
         self.anew: Requantizing | None = None
         self.writer: CheckpointWriter
         kind = writer_of(form)
+        quantized = [one for one in source.modules if requantize is not None or not one.scheme.is_dense]
+        if not kind.stacks and any(one.target.expert is not None for one in quantized):
+            self.source = source = source.unstacked()
         if requantize is not None and not issubclass(kind, DenseWriter):
             self.anew = Requantizing(source, kind, requantize)
         if issubclass(kind, DenseWriter):
@@ -210,6 +214,8 @@ class Work:
         """Plan anew what only the data show not to fit: an outer scale, a multiplied input."""
         if self.anew is None:
             return
+        if not isinstance(self.writer, GgufWriter) and not self.writer.quantized():
+            self.anew.refuse_nothing()
         refused = []
         for module in self.source.modules:
             planned = self.planned[module.target.name]

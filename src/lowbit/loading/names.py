@@ -288,8 +288,12 @@ class Names:
         return placed or [*names, *(f"language_model.{name}" for name in names)]
 
     def gguf_name(self, canonical: str) -> str:
-        """What GGUF calls a module, whatever this checkpoint is; "" where it has no name for it."""
-        return self._gguf_stem(canonical) or ""
+        """What GGUF calls a module, whatever this checkpoint is; "" where it has no name for it.
+
+        Where GGUF keeps gate and up apart, that of up: the two have the same type in every mix.
+        """
+        up = canonical.replace("gate_up_proj", "up_proj")
+        return self._gguf_stem(canonical) or self._gguf_stem(up) or ""
 
     def _gguf_stem(self, canonical: str) -> str | None:
         number = re.search(r"\.(\d+)\.", canonical)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -102,6 +103,18 @@ class Online:
         if made.weight.scheme != decision.scheme:
             made = replace(made, weight=replace(made.weight, scheme=decision.scheme))
         return made
+
+    def refuse_nothing(self, decisions: Iterable[Decision], what: str, model: str) -> None:
+        """E0403 where ``what`` quantizes no module of ``model`` at all: there is nothing to save."""
+        told = ""
+        for decision in decisions:
+            if decision.method is not None:
+                return
+            if not told and decision.module.role in ("linear", "expert"):
+                told = f"{decision.module.name}: {decision.reason}"
+        raise LowbitError(
+            "E0403", f"{what} quantizes no layer of {model} ({told}); choose another method or group size"
+        )
 
     def note(self, decision: Decision) -> None:
         """Count what stays plain, for the log."""

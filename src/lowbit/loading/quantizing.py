@@ -95,7 +95,28 @@ class Quantizing:
         self.calibrated: MethodSpec | None = calibrated[0] if calibrated else None
         if self._forms() == ("gguf",):
             self.source = self.source.for_gguf()
-        self.modules = [module for part in self.source.modules for module in self._planned(part)]
+        self.modules = [module for part in self._sources() for module in self._planned(part)]
+
+    def _sources(self) -> list[SourceModule]:
+        """What there is to write. In a layer of which an expert of a stack is quantized, all of them become
+        modules of their own, as in llm-compressor's checkpoints: but for GGUF the formats have no stacks."""
+        modules = self.source.modules
+        if self._forms() == ("gguf",):
+            return modules
+        decided = [self.online.decide(part.place, part.scheme) for part in modules]
+        apart = {
+            part.place.part.name.rpartition(".experts.")[0]
+            for part, decision in zip(modules, decided, strict=True)
+            if part.target.expert is not None and decision.method is not None
+        }
+        found = []
+        for part, decision in zip(modules, decided, strict=True):
+            layer = part.place.part.name.rpartition(".experts.")[0]
+            if part.target.expert is None or layer not in apart or self._is_calibrated(decision):
+                found.append(part)
+            else:
+                found += part.unstacked(self.source.header)
+        return found
 
     def _planned(self, part: SourceModule) -> list[_Module]:
         decision = self.online.decide(part.place, part.scheme)
@@ -136,6 +157,9 @@ class Quantizing:
         """The first format that can hold every module exactly."""
         schemes = {module.target.stored: module.scheme for module in self.modules} | self.source.beside
         methods, wanted = self.recipe.methods, self._forms()
+        decisions = [one.decision for one in self.modules if one.decision is not None]
+        if wanted != ("gguf",) and len(decisions) == len(self.modules):  # none is calibrated
+            self.online.refuse_nothing(decisions, self.recipe.described, self.source.header.root.name)
         if any(spec.options.get("weights") == "channel" for spec in methods):
             wanted = wanted[-1:]  # every tool reads it there; fbgemm_fp8, only transformers on a GPU
         reasons = []

@@ -101,6 +101,13 @@ class Requantizing:
             )
         return Planned(decision.scheme, decision)
 
+    def refuse_nothing(self) -> None:
+        """E0403: no module was quantized, nor can be."""
+        stored = ((one, one.scheme if one.scheme.is_dense else dense("f32")) for one in self.source.modules)
+        decisions = (self.online.decide(one.place, scheme) for one, scheme in stored)
+        what = f"--requantize {self.spec.text}"
+        self.online.refuse_nothing(decisions, what, self.source.header.root.name)
+
     def made(self, read: ReadModule, decision: Decision) -> ReadModule:
         """The module quantized anew, from its floats times what its input is multiplied by."""
         multiplier = None if read.input is None else read.input.multiplier

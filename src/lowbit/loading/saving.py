@@ -29,6 +29,7 @@ from lowbit.checkpoint.tensor_data import DTYPES
 from lowbit.formats.writing import CheckpointWriter
 from lowbit.loading.source_modules import ReadModule
 from lowbit.numerics.scheme import Scheme
+from lowbit.tokenization.chat_template import TOOL_TEMPLATE
 from lowbit.tokenization.exported import tokenizer_documents
 
 Progress = Callable[[int, int, str], None]
@@ -49,7 +50,7 @@ _OF_TOKENIZER = frozenset(
     (
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
         *("added_tokens.json", "vocab.json", "merges.txt", "tekken.json"),
-        *("chat_template.jinja", "chat_template.json"),
+        *("chat_template.jinja", "chat_template.json", TOOL_TEMPLATE),
     )
 )
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -130,6 +131,7 @@ def save_checkpoint(
         for name in () if found is None else writer.config_files:
             documents[name] = _text(writer.file_config(name))
         for name, text in documents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, text)
         said: Json = {}
         said.update(dict.fromkeys(() if found is None else writer.config_keys, found))
@@ -208,13 +210,13 @@ def _documents(
         texts = tokenizer_documents(source, length if isinstance(length, int) else 1 << 20)
         return {name: text.encode() for name, text in texts.items()}
     found = {}
-    for path in sorted(source.root.iterdir()):
+    for path in [*sorted(source.root.iterdir()), source.root / TOOL_TEMPLATE]:
         wanted = path.suffix in _DOCUMENTS or path.name.upper().startswith(_LICENCES)
         skipped = path.name == "config.json" or path.name in _QUANTIZATION_FILES
         if not wanted or skipped or path.name.endswith(".index.json") or not path.is_file():
             continue
         if check_regular_file(path) <= _DOCUMENT_BYTES:
-            found[path.name] = path.read_bytes()
+            found[str(path.relative_to(source.root))] = path.read_bytes()
     return found
 
 

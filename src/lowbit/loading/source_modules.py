@@ -109,6 +109,13 @@ class SourceModule:
             start += rows
         return found
 
+    def unstacked(self, header: CheckpointHeader) -> list[SourceModule]:
+        """An expert of a stack as modules of its own under their canonical names, gate and up apart."""
+        if len(self.parts) > 1:
+            return self.apart(header)
+        name = self.place.part.name
+        return [replace(self, target=StoredModule(name, name, self.target.shape))]
+
 
 @dataclass(frozen=True)
 class SourceVector:
@@ -217,6 +224,15 @@ class SourceModel:
                 made.parts += part.apart(self.header)
             else:
                 made.parts.append(part)
+        return made
+
+    def unstacked(self) -> SourceModel:
+        """The same with the experts of stacks as modules of their own, for formats that have no stacks."""
+        made = copy.copy(self)
+        made.parts = []
+        for part in self.parts:
+            stacked = isinstance(part, SourceModule) and part.target.expert is not None
+            made.parts += part.unstacked(self.header) if stacked else [part]
         return made
 
     def _of_heads(self, norm: str) -> list[SourceVector]:

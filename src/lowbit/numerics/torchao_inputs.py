@@ -5,6 +5,9 @@ Everything is computed in bfloat16, as torchao's tensors are: the largest |x|, t
     int8     scale max|x| / 127.5, at least 2^-23; codes x * (1 / scale) in -128 … 127
     float8   scale max|x| / 448; codes x / scale, saturating
 
+Asymmetric int8 inputs (8da4w) are the exception: torchao computes their scale, (max - min) / 255, in the model's
+type, here it is float32, as it is for a float32 model. The zero point is -128 - min / scale, rounded.
+
 One scale a token (PerRow), or one for all of a step's tokens (PerTensor): then, and only then, a token's
 result depends on its neighbours, as it does in torchao.
 """
@@ -44,3 +47,8 @@ def float8_inputs(block: tuple[int, int] = PER_ROW, upper_bound: float = 0.0) ->
         upper_bound=upper_bound,
         input="bf16",
     )
+
+
+def int8_inputs_with_zeros() -> ActivationScheme:
+    """Asymmetric int8 inputs, one scale and zero point a token."""
+    return ActivationScheme(number_format("int8"), PER_ROW, symmetric=False)

@@ -8,8 +8,8 @@
     nvfp4         e4m3 scales for 16 columns under one float32 of the tensor, max|w| / (6 * 448), as
                   ModelOpt 0.47, but the nearest that is the reciprocal of a float32
 
-Block, mx and nvfp4 weights are the tools' own bit by bit (nvfp4's up to the last bit of that scale), except that
-e2m1 numbers that round to -0 get the code of +0, which is worth the same.
+Block, mx and nvfp4 weights are the tools' own bit by bit (nvfp4's up to the last bit of that scale), except
+that e2m1 numbers that round to -0 get the code of +0, which is worth the same.
 
 Inputs of fp8: a scale a token, one for all tokens of a step, groups of 128 columns, static from a file,
 delayed (NVIDIA's Transformer Engine, DelayedScaling), or not quantized.

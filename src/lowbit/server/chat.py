@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 _ROLES = {"system", "user", "assistant", "tool", "developer"}
 _MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"}
-# What the openai client writes when an answer is sent back as history, and SDKs' cache hints.
+# What clients write when an answer is sent back as history, and SDKs' cache hints.
 _MESSAGE_IGNORED = {"refusal", "audio", "annotations", "function_call", "cache_control", "id", "prefix"}
+_MESSAGE_IGNORED |= {"parsed", "provider_specific_fields", "reasoning_details", "thinking_blocks"}
 
 
 def template_messages(
@@ -161,9 +162,10 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
         options = app.stream_options(request)
 
         def chunk(index: int, event: TokenEvent, output: Output) -> dict[str, object] | None:
-            return _chunk(index, event, output, names if request.logprobs else None)
+            return _chunk(index, event, output, names if request.logprobs else None, request.return_token_ids)
 
-        await relay(app.client, generation, exchange, chunk, envelope, options)
+        first: dict[str, object] = {"prompt_token_ids": ids} if request.return_token_ids else {}
+        await relay(app.client, generation, exchange, chunk, envelope, options, first)
         return
     await collect(app.client, generation, exchange)
     choices = [
@@ -173,15 +175,18 @@ async def chat_completions(app: App, exchange: Exchange) -> None:
             "logprobs": _logprobs(output.logprobs, names) if request.logprobs else None,
             "finish_reason": output.finish_reason,
             "matched_stop": output.matched_stop,
+            **({"token_ids": output.tokens} if request.return_token_ids else {}),
         }
         for index, output in enumerate(generation.outputs)
     ]
+    if request.return_token_ids:
+        envelope["prompt_token_ids"] = ids
     envelope |= {"object": "chat.completion", "choices": choices, "usage": generation.usage()}
     await exchange.send_json(envelope)
 
 
 def _chunk(
-    index: int, event: TokenEvent, output: Output, names: TokenNames | None
+    index: int, event: TokenEvent, output: Output, names: TokenNames | None, with_ids: bool
 ) -> dict[str, object] | None:
     """A choice of a chunk; None where there is nothing to tell (half a character is waiting)."""
     delta: dict[str, object] = {}
@@ -190,8 +195,8 @@ def _chunk(
         delta = {"role": "assistant", "content": event.text}
     elif event.text:
         delta = {"content": event.text}
-    shows_logprobs = names is not None and bool(event.logprobs)
-    if not delta and event.finish_reason is None and not shows_logprobs:
+    shows_tokens = (names is not None and bool(event.logprobs)) or (with_ids and bool(event.tokens))
+    if not delta and event.finish_reason is None and not shows_tokens:
         return None
     choice: dict[str, object] = {
         "index": index,
@@ -201,6 +206,8 @@ def _chunk(
     }
     if event.finish_reason is not None:
         choice["matched_stop"] = event.matched_stop
+    if with_ids:
+        choice["token_ids"] = list(event.tokens)
     return choice
 
 

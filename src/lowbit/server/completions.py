@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowbit.engine.messages import TokenEvent, TokenLogprob
@@ -126,31 +127,43 @@ class _Printer:
             else None,
             "finish_reason": output.finish_reason,
             "matched_stop": output.matched_stop,
+            **self._ids(output.tokens, output.prompt),
         }
 
     def chunk(self, index: int, event: TokenEvent, output: Output) -> dict[str, object] | None:
         """A piece of a choice; None where there is nothing to tell."""
-        if self._request.echo and not output.begun:
+        tokens, first = list(event.tokens), not output.begun
+        if self._request.echo and first:
             if self._waits_for_prompt(event, output):
                 return None
+            tokens = output.tokens
             text = self._texts[index // self._request.n] + "".join(output.text)
             entries: list[TokenLogprob | None] = [*(output.prompt_logprobs or ()), *output.logprobs]
         else:
             text, entries = event.text, list(event.logprobs)
-        output.begun = True
         if self._request.logprobs is None:
             entries = []
-        if not text and not entries and event.finish_reason is None:
+        shows_tokens = bool(entries) or (self._request.return_token_ids and bool(tokens))
+        if not text and not shows_tokens and event.finish_reason is None:
             return None
+        output.begun = True
         choice: dict[str, object] = {
             "index": index,
             "text": text,
             "logprobs": self._logprobs(entries, output, index) if entries else None,
             "finish_reason": event.finish_reason,
+            **self._ids(tokens, output.prompt if first else None),
         }
         if event.finish_reason is not None:
             choice["matched_stop"] = event.matched_stop
         return choice
+
+    def _ids(self, tokens: Sequence[int], prompt: Sequence[int] | None) -> dict[str, object]:
+        """``return_token_ids``: of the answer, and of the prompt where it is told."""
+        if not self._request.return_token_ids:
+            return {}
+        told = {} if prompt is None else {"prompt_token_ids": list(prompt)}
+        return {"token_ids": list(tokens), **told}
 
     def _waits_for_prompt(self, event: TokenEvent, output: Output) -> bool:
         """Whether the prompt's log-probabilities are wanted and still to come."""

@@ -205,13 +205,15 @@ async def relay(
     chunk: Chunk,
     envelope: dict[str, object] | None,
     options: StreamOptions,
+    first: dict[str, object] | None = None,
 ) -> None:
     """Send server-sent events: ``envelope`` with the choice that ``chunk`` makes of each event, if any; what
-    ``chunk`` makes alone where there is no envelope."""
+    ``chunk`` makes alone where there is no envelope. ``first``: what the first of them holds besides."""
     stream = client.open(generation.requests)
     try:
         async with exchange.cancelled_if_client_leaves():
-            await _relay(stream, generation, exchange, chunk, envelope, options, client.limits.ping_seconds)
+            ping = client.limits.ping_seconds
+            await _relay(stream, generation, exchange, chunk, envelope, options, ping, first or {})
     finally:
         stream.close()
         _account(exchange, generation)
@@ -225,6 +227,7 @@ async def _relay(
     envelope: dict[str, object] | None,
     options: StreamOptions,
     ping_seconds: float,
+    first: dict[str, object],
 ) -> None:
     with_usage = {"usage": None} if options.include_usage else {}
     started = False
@@ -244,7 +247,8 @@ async def _relay(
             elif choice is not None and envelope is not None:
                 if options.continuous_usage_stats:
                     with_usage["usage"] = generation.usage()  # type: ignore[assignment]
-                parts.append(sse({**envelope, "choices": [choice], **with_usage}))
+                parts.append(sse({**envelope, "choices": [choice], **with_usage, **first}))
+                first = {}
         if failure is not None and not started:
             raise failure  # nothing sent yet: an ordinary error answer
         if not started:

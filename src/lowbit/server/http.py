@@ -136,7 +136,10 @@ class Exchange:
         return parse(body) if len(body) < _INLINE_JSON_BYTES else await asyncio.to_thread(parse, body)
 
     async def read_body(self) -> bytes:
-        """The body, refused before it is buffered if it is too large."""
+        """The body, refused before it is buffered if it is too large or compressed."""
+        if (encoding := self.headers.get("content-encoding", "identity").strip().lower()) != "identity":
+            text = f"the body is encoded as '{encoding}'; send it plain"
+            raise ApiError(415, "unsupported_encoding", text, close=True)
         declared = self.headers.get("content-length", "")
         if declared.isdigit():
             self._refuse_above_limit(int(declared))

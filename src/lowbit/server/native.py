@@ -29,7 +29,13 @@ from lowbit.server.generation import (
     with_room,
 )
 from lowbit.server.http import Exchange, now
-from lowbit.server.protocol import GenerateRequest, NativeSampling, StreamOptions
+from lowbit.server.protocol import (
+    LOGPROB_NUMBERS,
+    GenerateRequest,
+    NativeSampling,
+    StreamOptions,
+    check_number,
+)
 from lowbit.server.strict_json import Document
 
 if TYPE_CHECKING:
@@ -49,6 +55,7 @@ async def generate(app: App, exchange: Exchange) -> None:
     asked: str | list[Any] = request.text if request.text is not None else request.input_ids or []
     given = request_values.prompts(asked, ready.vocab_size, param)
     fields = _sampling_fields(request, len(given))
+    wishes = _logprob_wishes(request, len(given))
     tokenizer = app.text.tokenizer
     prompts = await app.text_work(
         app.limits.tokenize_seconds,
@@ -56,7 +63,9 @@ async def generate(app: App, exchange: Exchange) -> None:
         lambda: [tuple(encode_prompt(tokenizer, p)) if isinstance(p, str) else p for p in given],
         param,
     )
-    samplings = [app.seeded(_sampling(app, request, each, ready)) for each in fields]
+    samplings = [
+        app.seeded(_sampling(app, each, wish, ready)) for each, wish in zip(fields, wishes, strict=True)
+    ]
     for prompt, sampling in zip(prompts, samplings, strict=True):
         check_fit(ready, len(prompt), sampling.max_tokens, param, "max_new_tokens")
     samplings = [
@@ -67,7 +76,8 @@ async def generate(app: App, exchange: Exchange) -> None:
     salt = salt_of(exchange, request.cache_salt)
     generation = Generation.plan(app.new_id("generate"), prompts, samplings, fields[0].n, salt)
     incremental = app.settings.incremental_streaming_output and request.stream
-    printer = _Printer(request, generation, TokenNames(tokenizer, False), several, incremental, now())
+    names = TokenNames(tokenizer, False)
+    printer = _Printer(request, generation, wishes, names, several, incremental, now())
     if request.stream:
         await relay(app.client, generation, exchange, printer.chunk, None, StreamOptions())
         return
@@ -79,10 +89,7 @@ async def generate(app: App, exchange: Exchange) -> None:
 def _sampling_fields(request: GenerateRequest, prompts: int) -> list[NativeSampling]:
     """``sampling_params`` of each prompt, checked."""
     given = request.sampling_params
-    listed = given if isinstance(given, list) else [given] * prompts
-    if len(listed) != prompts:
-        text = f"sampling_params is a list of {len(listed)} for {prompts} prompts; give one, or one each"
-        raise bad_request("invalid_request", text, "sampling_params")
+    listed = _listed("sampling_params", given, prompts)
     # One reading where all have the same.
     read = {id(each): protocol.read(Document(each, None), NativeSampling) for each in listed}
     fields = [read[id(each)] for each in listed]
@@ -91,17 +98,42 @@ def _sampling_fields(request: GenerateRequest, prompts: int) -> list[NativeSampl
     return fields
 
 
-def _sampling(
-    app: App, request: GenerateRequest, fields: NativeSampling, ready: EngineReady
-) -> SamplingParams:
-    alternatives = request.top_logprobs_num if request.return_logprob else None
+@dataclass(frozen=True)
+class _LogprobWish:
+    """What log-probabilities a prompt's answer shall have: any, of the prompt from where on, alternatives."""
+
+    any: bool
+    start: int  # -1: none of the prompt
+    top: int
+
+
+def _logprob_wishes(request: GenerateRequest, prompts: int) -> list[_LogprobWish]:
+    """Of each prompt."""
+    columns = [_listed("return_logprob", request.return_logprob, prompts)]
+    for name, bounds in LOGPROB_NUMBERS.items():
+        listed = _listed(name, getattr(request, name), prompts)
+        columns.append([check_number(name, number, bounds) for number in listed])
+    return [_LogprobWish(*row) for row in zip(*columns, strict=True)]
+
+
+def _listed(name: str, value: Any, prompts: int) -> list[Any]:
+    """A value for each prompt."""
+    listed = value if isinstance(value, list) else [value] * prompts
+    if len(listed) != prompts:
+        text = f"{name} is a list of {len(listed)} for {prompts} prompts; give one, or one each"
+        raise bad_request("invalid_request", text, name)
+    return listed
+
+
+def _sampling(app: App, fields: NativeSampling, wish: _LogprobWish, ready: EngineReady) -> SamplingParams:
+    alternatives = wish.top if wish.any else None
     return request_values.sampling_params(
         fields,
         app.text.defaults,
         ready.vocab_size,
         max_tokens=fields.max_tokens,
         logprobs=alternatives,
-        prompt_logprobs=alternatives if request.logprob_start_len >= 0 else None,
+        prompt_logprobs=alternatives if wish.start >= 0 else None,
     )
 
 
@@ -111,6 +143,7 @@ class _Printer:
 
     request: GenerateRequest
     generation: Generation
+    wishes: list[_LogprobWish]  # of each prompt
     names: TokenNames
     several: bool
     incremental: bool
@@ -143,13 +176,14 @@ class _Printer:
         }
         if output.finish_reason is not None:
             meta["e2e_latency"] = now() - self.began
-        if self.request.return_logprob:
-            start = self.request.logprob_start_len
+        wish = self.wishes[index // self.generation.n]
+        if wish.any:
+            start = wish.start
             entries = list(output.prompt_logprobs or ())[start:] if start >= 0 else []
             shown = [self._entry(output.prompt[start + at], entry) for at, entry in enumerate(entries)]
             meta["input_token_logprobs"] = shown
             meta["output_token_logprobs"] = [self._entry(entry.token, entry) for entry in output.logprobs]
-            if self.request.top_logprobs_num:
+            if wish.top:
                 meta["input_top_logprobs"] = [self._top(entry) for entry in entries]
                 meta["output_top_logprobs"] = [self._top(entry) for entry in output.logprobs]
         return meta

@@ -35,7 +35,7 @@ _GRAMMARS = {
 _NO_PROCESSORS = "logit processors are not supported"
 _NOT_PARSED = "answers are not parsed; look for the model's own marks in the text"
 _TEXT_ONLY = "this server reads text only"
-_NO_IDS = "use 'return_tokens_as_token_ids' with 'logprobs'"
+_IDS = "use 'return_token_ids'"
 _NO_SAMPLER = "there is no such sampler; use temperature, top_p, top_k and min_p"
 _BEAM = "beam search is not supported"
 _USAGE = "'usage' says how many tokens came from the cache or were guessed"
@@ -105,11 +105,10 @@ UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "return_entropy": ((False,), "use 'top_logprobs_num'"),
     "return_bytes": ((False,), "answers are text"),
     "return_prompt_text": ((False,), "the prompt is not repeated; use 'echo' of /v1/completions"),
-    "return_prompt_token_ids": ((False,), "the prompt is not repeated; /tokenize gives its ids"),
-    "return_input_ids_in_sglext": ((False,), "the prompt is not repeated; /tokenize gives its ids"),
-    "return_output_ids_in_sglext": ((False,), _NO_IDS),
-    "return_token_ids": ((False,), _NO_IDS),
-    "return_tokens": ((False,), _NO_IDS),
+    "return_prompt_token_ids": ((False,), _IDS),
+    "return_input_ids_in_sglext": ((False,), _IDS),
+    "return_output_ids_in_sglext": ((False,), _IDS),
+    "return_tokens": ((False,), _IDS),
     "return_token_offsets": ((False,), "'logprobs' of /v1/completions has 'text_offset'"),
     "return_weight_versions": ((False,), "weights do not change while serving"),
     "return_mm_kwargs": ((False,), _TEXT_ONLY),

@@ -98,6 +98,7 @@ class GenerationFields(SamplingFields, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False  # the prompt's and the answer's, as vLLM has them
     cache_salt: str = ""
 
 
@@ -142,9 +143,9 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     input_ids: list[Any] | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any]] = {}
     stream: bool = False
-    return_logprob: bool = False
-    logprob_start_len: int = -1  # -1: none of the prompt
-    top_logprobs_num: int = 0
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: Any = -1  # a number or a list of them; -1: none of the prompt
+    top_logprobs_num: Any = 0
     return_text_in_logprobs: bool = False
     rid: str | list[str] | None = None
     cache_salt: str = ""
@@ -179,10 +180,10 @@ _NUMBERS_OF: dict[type, dict[str, Range]] = {
     ChatRequest: _CHAT_NUMBERS,
     CompletionRequest: _COMPLETION_NUMBERS,
     NativeSampling: {_NATIVE_NAMES.get(name, name): bounds for name, bounds in NUMBERS.items()},
-    GenerateRequest: {
-        "logprob_start_len": Range(-1, _MAX_COUNT, whole=True),
-        "top_logprobs_num": Range(0, MAX_LOGPROBS, whole=True),
-    },
+}
+LOGPROB_NUMBERS = {  # of a GenerateRequest, or of each of its prompts
+    "logprob_start_len": Range(-1, _MAX_COUNT, whole=True),
+    "top_logprobs_num": Range(0, MAX_LOGPROBS, whole=True),
 }
 
 

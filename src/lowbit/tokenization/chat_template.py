@@ -38,6 +38,8 @@ _FIRST_MARK = 0xF0000  # Unicode's supplementary private-use plane
 _MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_FIRST_MARK + 0xFFFD)}]")
 _BOS_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
+# Where transformers keeps what older folders have as a list of templates in tokenizer_config.json.
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
     "'<|im_end|>' + '\n' }}{% endfor %}"
@@ -83,12 +85,12 @@ def find_template(header: CheckpointHeader, override: str | None = None) -> Foun
         with_tools = header.metadata.get("tokenizer.chat_template.tool_use")
     else:
         stored, place = read_text(header, "chat_template.jinja"), "chat_template.jinja"
-        with_tools = None
+        with_tools = read_text(header, TOOL_TEMPLATE)
     if stored is None and header.container != "gguf":
         stored, place = config.get("chat_template"), "tokenizer_config.json"
         if isinstance(stored, list):  # several, by name
             named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
-            with_tools = named.get("tool_use")
+            with_tools = named.get("tool_use") if with_tools is None else with_tools
             stored = named.get("default", next(iter(named.values()), None))
     if stored is None and header.container != "gguf":  # of models that see pictures, too
         place = "chat_template.json"

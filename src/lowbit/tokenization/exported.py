@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.tokenization.chat_template import TOOL_TEMPLATE
 from lowbit.tokenization.gguf_tokenizer import GgufSource, gguf_source
 
 _SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
@@ -41,6 +42,9 @@ def tokenizer_documents(header: CheckpointHeader, context_length: int) -> dict[s
     template = header.metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
         documents["chat_template.jinja"] = template
+    with_tools = header.metadata.get("tokenizer.chat_template.tool_use")
+    if isinstance(with_tools, str):
+        documents[TOOL_TEMPLATE] = with_tools
     return documents
 
 

@@ -58,6 +58,9 @@ class FastTokenizer:
             else specials.adds_bos and self.bos_id is not None
         )
         self._byte_level = _is_byte_level(self._tokenizer)
+        decoder = str(self._tokenizer.decoder)
+        self._byte_fallback = "ByteFallback" in decoder and not self._byte_level
+        self._strips_space = 'Strip(content=" ", start=1' in decoder
         # Added tokens that the library takes for stand-ins of bytes: DeepSeek's "ö" is the letter itself.
         self._literal = frozenset(
             number
@@ -140,7 +143,14 @@ class FastTokenizer:
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=skip_special)
-        return text
+        # The library gives up all of a row of byte tokens for one byte that is no UTF-8.
+        return self._from_bytes(ids, skip_special) if self._byte_fallback and "�" in text else text
+
+    def _from_bytes(self, ids: list[int], skip_special: bool) -> str:
+        """As the library's decoder, but what is no UTF-8 leaves the bytes beside it alone."""
+        kept = (token for token in ids if not (skip_special and token in self.special_ids))
+        text = b"".join(map(self.token_bytes, kept)).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self._strips_space else text
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for."""

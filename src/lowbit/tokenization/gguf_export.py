@@ -13,7 +13,8 @@ from pathlib import Path
 from lowbit.checkpoint.documents import read_json
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.errors import LowbitError
-from lowbit.tokenization import load_chat_template, load_tokenizer
+from lowbit.tokenization import load_tokenizer
+from lowbit.tokenization.chat_template import find_template
 from lowbit.tokenization.fast_tokenizer import FastTokenizer
 from lowbit.tokenization.gguf_tokenizer import gguf_tokenizer
 from lowbit.tokenization.pretokenizers import DIGITS, GPT2, IGNORES_MERGES, PRE_TOKENIZERS
@@ -41,9 +42,12 @@ def tokenizer_metadata(header: CheckpointHeader, rows: int) -> Json:
         raise _unsaid(header, "only tokenizer.json with a BPE model can be written")
     common = _tokens(header, whole, model, rows)
     common |= _specials(header, tokenizer, common["tokenizer.ggml.tokens"])
-    template = load_chat_template(header, tokenizer)
+    template = find_template(header)
     if template is not None:
         common["tokenizer.chat_template"] = template.source
+        if template.with_tools is not None:
+            common["tokenizer.chat_templates"] = ["tool_use"]
+            common["tokenizer.chat_template.tool_use"] = template.with_tools
     for candidate in _candidates(whole, model, common):
         metadata = common | candidate
         if _reads_the_same(header, tokenizer, metadata):
