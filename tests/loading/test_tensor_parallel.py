@@ -291,7 +291,8 @@ WATCHED: dict[str, Callable[[Path], Path]] = {
             *("aqlm/2x8_g8", "bitsandbytes/int8", "bitnet/bitlinear", "compressed_tensors/nvfp4"),
             *("compressed_tensors/fp8_channel_dynamic", "compressed_tensors/w8a8_static_asym"),
             *("fp8/experts_block_16", "fp_quant/mxfp4_quest", "fp_quant/nvfp4", "modelopt/nvfp4_awq"),
-            *("modelopt/nvfp4_experts", "paroquant/g16", "qserve/per_channel", "quark/fp8_token", "sglang/w8a8_int8"),
+            *("modelopt/nvfp4_experts", "paroquant/g16", "qserve/per_channel", "quark/fp8_token"),
+            "sglang/w8a8_int8",
             *("torchao/float8dq_tensor", "transforms/quip_block_mxfp4", "transforms/random_matrix_fp8"),
         )
     },
