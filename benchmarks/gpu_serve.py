@@ -109,7 +109,7 @@ def a_model() -> tuple[str, bool]:
 
         words = {f"w{number}": number for number in range(32000)}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer.save(str(folder / "tokenizer.json"))
     return str(folder), False
 
