@@ -179,6 +179,15 @@ def test_order_without_desc_act(tmp_path: Path, caplog: pytest.LogCaptureFixture
     refuse_strictly(tmp_path)
 
 
+def test_inputs_that_another_engine_would_quantize(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors, weight = make()
+    folder = write_folder(tmp_path, tensors, config(activation="w4afp8"))
+    stored = read(folder, NAME, (64, 96), strict=True)
+    assert np.array_equal(stored.weight.dequantize().numpy(), weight)
+    assert stored.weight.scheme.activation is None
+    assert "activation asks for inputs that are quantized too; they are left as they are" in caplog.text
+
+
 def test_missing_g_idx(tmp_path: Path) -> None:
     tensors, wanted = make()
     del tensors[f"{NAME}.g_idx"]

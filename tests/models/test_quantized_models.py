@@ -29,13 +29,13 @@ from lowbit.numerics.scheme import Scheme
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # Their activations are rotated, so their matrices alone are not the model: formats/test_fp_quant.py,
-# test_paroquant.py and test_compressed_tensors_transforms.py hold them to their tools' logits. quip_sharp's
-# are stored fused: formats/test_quip_sharp.py takes them apart.
-ELSEWHERE = ("fp_quant", "paroquant", "transforms", "quip_sharp")
+# test_paroquant.py, test_quark.py and test_compressed_tensors_transforms.py hold them to their tools' logits.
+# quip_sharp's are stored fused: formats/test_quip_sharp.py takes them apart.
+ELSEWHERE = {"fp_quant", "paroquant", "transforms", "quip_sharp", "quark/int4_rotated"}
 CASES = sorted(
-    str(path.parent.relative_to(FIXTURES))
+    name
     for path in FIXTURES.glob("*/*/config.json")
-    if path.parts[-3] not in ELSEWHERE
+    if not {name := str(path.parent.relative_to(FIXTURES)), path.parts[-3]} & ELSEWHERE
     and json.loads(path.read_text()).get("architectures") == ["LlamaForCausalLM"]
 )
 TOKENS = [3, 17, 22, 5, 30, 11, 2, 31, 8, 21, 12, 1, 7, 7, 19, 28, 4, 9]

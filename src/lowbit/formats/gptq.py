@@ -18,6 +18,7 @@ tensor-core tiles. Stacked experts, adapters and other pack dtypes than int32 ar
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -38,6 +39,8 @@ from lowbit.numerics.bit_packing import unpack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
+
+_log = logging.getLogger("lowbit")
 
 SCALE_DTYPES = {"F16": "f16", "BF16": "bf16", "F32": "f32"}
 # What GPTQModel adds to whole words of v1 zero points; for 3 bits, before 7.0, a number for each of 3 words.
@@ -84,6 +87,11 @@ class Gptq(PartlyDense):
                 raise LowbitError(
                     "E0218", f"{found.place}.{key}: adapters inside a checkpoint are not applied"
                 )
+        if found.values.get("activation"):  # GPTQModel's W4A-FP8 and NVFP4, chosen when it runs the model
+            _log.warning(
+                "lowbit: %s.activation asks for inputs that are quantized too; they are left as they are",
+                found.place,
+            )
         require_tensors(header, (".qweight", ".B"), found.place, self.name)
 
     @classmethod
