@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import weakref
 from collections import Counter
@@ -209,10 +210,10 @@ def test_every_kind_of_fold_takes_place(
     } <= folded
 
 
-def test_hessians_are_those_of_transformers_behind_quantized_blocks(
+def test_hessians_are_those_of_transformers_behind_quantized_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Block 0 sees the float model, block 1 what the quantized block 0 gives; sequences of any length."""
+    """Each Linear sees what the quantized ones before it give; sequences of any length."""
     oracle = make_checkpoint("Llama", tmp_path)
     seen: dict[str, Tensor] = {}
     real = block_module.gptq
@@ -235,18 +236,23 @@ def test_hessians_are_those_of_transformers_behind_quantized_blocks(
         return hook
 
     fused = {"q_proj": "qkv_proj", "o_proj": "o_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
-    for layer in range(2):
+    stages = ({"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"})
+    for layer, stage in itertools.product(range(2), stages):
+        linears = {
+            name: linear
+            for name, linear in oracle.model.layers[layer].named_modules()
+            if name.rpartition(".")[2] in stage
+        }
         hooks = []
-        for name, linear in oracle.model.layers[layer].named_modules():
+        for name, linear in linears.items():
             stem, _, leaf = name.rpartition(".")
             if leaf in fused:
                 hooks.append(linear.register_forward_pre_hook(watch(f"{layer}.{stem}.{fused[leaf]}")))
         with torch.no_grad():
             for sequence in sequences:
                 oracle(torch.tensor([sequence]))
-            for name, linear in oracle.model.layers[layer].named_modules():
-                if isinstance(linear, torch.nn.Linear):
-                    linear.weight.copy_(found[f"model.layers.{layer}.{name}"].dequantize())
+            for name, linear in linears.items():
+                linear.weight.copy_(found[f"model.layers.{layer}.{name}"].dequantize())
         for hook in hooks:
             hook.remove()
     assert seen.keys() == expected.keys() and len(seen) == 8

@@ -33,7 +33,7 @@ def naive(
     diagonal = np.diag(hessian).copy()
     dead = diagonal == 0
     hessian[dead, dead] = diagonal[~dead].mean()
-    hessian += 0.01 * diagonal[~dead].mean() * np.eye(columns)
+    hessian += 0.05 * diagonal[~dead].mean() * np.eye(columns)
     order = np.argsort(-diagonal, kind="stable") if act else np.arange(columns)
     top, group = 2**bits - 1, columns if group == -1 else group
 

@@ -3,9 +3,11 @@
     residual ─▶ block with float weights, inputs of each Linear watched ─▶ quantize ─▶ block again ─▶ residual
 
 Every block's inputs come from the quantized blocks before it, so that errors are not added up blindly (GPTQ:
-Frantar et al., 2022, section 4). In memory are one block of float32 weights, the residual stream of all
-sequences, and what is remembered of the inputs: never the whole model. Weights are read from the mapped
-checkpoint when their block's turn comes (``HeldLinear``) and dropped after it.
+Frantar et al., 2022, section 4); for GPTQ also every Linear's from the quantized ones before it in its block
+(``true_sequential`` in files), which then runs once for each of four stages. In memory are one block of
+float32 weights, the residual stream of all sequences, and what is remembered of the inputs: never the whole
+model. Weights are read from the mapped checkpoint when their block's turn comes (``HeldLinear``) and dropped
+after it.
 
 The result is a stream, for a writer of checkpoints or for ``quantized_model``: modules quantized, and vectors
 that took over a scale, under the model's canonical names; whatever is not in it stays as it is.
@@ -308,24 +310,33 @@ class _Walk:
 
     def _block(self, layer: int, chunks: list[_Chunk]) -> Iterator[Calibrated]:
         block = self.model.blocks[layer]
-        linears = _linears(block)
+        stages = _linears(block)
+        linears = [linear for stage in stages for linear in stage]
         for linear in linears:
-            held = linear.load()
-            held.keep = self._stays_float(block, linear)
-            if not held.keep or self.options.method == "awq":
-                held.statistics = statistics_for(self.options, held.weight.shape[1])
-        self._forward(layer, chunks, advance=False)
-        for found in quantize_block(_float_block(self.model, layer, linears), self.options):
-            if isinstance(found, ChangedVector) and found.name.endswith(".weight"):
-                found = replace(found, tensor=found.tensor - self.model.config.norm_offset)
-            yield found
+            linear.load().keep = self._stays_float(block, linear)
+        for together in stages if self.options.method == "gptq" else [linears]:
+            yield from self._stage(layer, linears, together, chunks)
         if layer + 1 < len(self.model.blocks):
-            for linear in linears:
-                assert linear.held is not None, "dropped below"
-                linear.held.statistics = None
             self._forward(layer, chunks, advance=True)
         for linear in linears:
             linear.drop()
+
+    def _stage(
+        self, layer: int, linears: list[HeldLinear], together: list[HeldLinear], chunks: list[_Chunk]
+    ) -> Iterator[Calibrated]:
+        """Watch some of a block's Linears at work, then quantize them."""
+        whole = _float_block(self.model, layer, linears)
+        watched = {linear.name: whole.linears[linear.name] for linear in together}
+        for held in watched.values():
+            if not held.keep or self.options.method == "awq":
+                held.statistics = statistics_for(self.options, held.weight.shape[1])
+        self._forward(layer, chunks, advance=False)
+        for found in quantize_block(replace(whole, linears=watched), self.options):
+            if isinstance(found, ChangedVector) and found.name.endswith(".weight"):
+                found = replace(found, tensor=found.tensor - self.model.config.norm_offset)
+            yield found
+        for held in watched.values():
+            held.statistics = None
 
     def _stays_float(self, block: Block, linear: HeldLinear) -> bool:
         """Routers, a shared expert's gate, what the recipe keeps: all modules that run as one, or none."""
@@ -356,23 +367,27 @@ class _Walk:
         return choose_attention(spec, self.model.device).allocate(spec, pages, PAGE_SIZE, self.model.device)
 
 
-def _linears(block: Block) -> list[HeldLinear]:
-    """The block's Linears in the order they run."""
-    found: list[Linear] = [block.qkv, block.output]
+def _linears(block: Block) -> list[list[HeldLinear]]:
+    """The block's Linears in the order they run; those of a list see nothing of each other's outputs."""
     mlp = block.mlp
+    up: list[Linear]
+    down: list[Linear]
     if isinstance(mlp, MixtureOfExperts):
-        found += [mlp.router, *mlp.experts.gate_up, *mlp.experts.down]
+        up, down = [mlp.router, *mlp.experts.gate_up], [*mlp.experts.down]
         if mlp.shared is not None:
-            found += [mlp.shared.gate_up, mlp.shared.down]
+            up.append(mlp.shared.gate_up)
+            down.append(mlp.shared.down)
         if mlp.shared_gate is not None:
-            found.append(mlp.shared_gate)
+            up.append(mlp.shared_gate)
     elif isinstance(mlp, PlainMlp):
-        found += [mlp.up, mlp.down]
+        up, down = [mlp.up], [mlp.down]
     else:
-        found += [mlp.gate_up, mlp.down]
-    held = [linear for linear in found if isinstance(linear, HeldLinear)]
-    assert len(held) == len(found), "the loader holds every Linear"
-    return held
+        up, down = [mlp.gate_up], [mlp.down]
+    stages: list[list[HeldLinear]] = []
+    for found in ([block.qkv], [block.output], up, down):
+        stages.append([linear for linear in found if isinstance(linear, HeldLinear)])
+        assert len(stages[-1]) == len(found), "the loader holds every Linear"
+    return stages
 
 
 def _float_block(model: Decoder, layer: int, linears: list[HeldLinear]) -> FloatBlock:

@@ -63,7 +63,7 @@ class CalibrationOptions:
     symmetric: bool = True
     act_order: bool = True
     static_groups: bool = True
-    damp: float = 0.01
+    damp: float = 0.05
     block: int = 128
     scale_steps: int = 20
     clip_steps: int = 10

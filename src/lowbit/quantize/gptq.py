@@ -14,7 +14,8 @@ Choices that matter
   from anywhere, and the result has a ``column_order`` (g_idx in a file); with them only the order of work
   changes, which costs nothing at run time.
 - An input that is always zero says nothing about its column: it is rounded to nearest, not set to zero.
-- The diagonal is raised by ``damp`` times its mean; ten times as much for as long as the factorization fails.
+- The diagonal is raised by ``damp`` times its mean, so that a few inputs a column are not taken at their
+  word; ten times as much for as long as the factorization fails.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def gptq(
     symmetric: bool = True,
     act_order: bool = False,
     static_groups: bool = False,
-    damp: float = 0.01,
+    damp: float = 0.05,
     block: int = 128,
     origin: str = "",
 ) -> QuantizedTensor:
