@@ -4,10 +4,10 @@
 
 Every block's inputs come from the quantized blocks before it, so that errors are not added up blindly (GPTQ:
 Frantar et al., 2022, section 4); for GPTQ also every Linear's from the quantized ones before it in its block
-(``true_sequential`` in files), which then runs once for each of four stages. In memory are one block of
-float32 weights, the residual stream of all sequences, and what is remembered of the inputs: never the whole
-model. Weights are read from the mapped checkpoint when their block's turn comes (``HeldLinear``) and dropped
-after it.
+(``true_sequential`` in files), which then runs once for each of four stages, as far as that. In memory are
+one block of float32 weights, the residual stream of all sequences, and what is remembered of the inputs: never
+the whole model. Weights are read from the mapped checkpoint when their block's turn comes (``HeldLinear``) and
+dropped after it.
 
 The result is a stream, for a writer of checkpoints or for ``quantized_model``: modules quantized, and vectors
 that took over a scale, under the model's canonical names; whatever is not in it stays as it is.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,11 +130,18 @@ def _check_tokens(sequences: Sequence[list[int]], config: ModelConfig) -> None:
             )
 
 
+class _SeenEnough(Exception):  # noqa: N818 - a signal
+    """What comes behind in this block needs no computing."""
+
+
 class HeldLinear(Linear):
     """A Linear's place in the model: it has weights between ``load`` and ``drop`` only.
 
-    ``modules``: the names and rows of what it is made of. Inputs are watched while there are statistics.
+    ``modules``: the names and rows of what it is made of. Inputs are watched while there are statistics;
+    ``is_last``: nothing else is.
     """
+
+    is_last = False
 
     def __init__(
         self,
@@ -161,6 +169,8 @@ class HeldLinear(Linear):
         assert self.held is not None, f"{self.name} runs outside its block's turn"
         if self.held.statistics is not None:
             self.held.statistics.add(x)
+            if self.is_last:
+                raise _SeenEnough
         return functional.linear(x, self.held.weight, self.held.bias)
 
 
@@ -330,6 +340,7 @@ class _Walk:
         for held in watched.values():
             if not held.keep or self.options.method == "awq":
                 held.statistics = statistics_for(self.options, held.weight.shape[1])
+        together[0].is_last = len(together) == 1  # experts have no last one
         self._forward(layer, chunks, advance=False)
         for found in quantize_block(replace(whole, linears=watched), self.options):
             if isinstance(found, ChangedVector) and found.name.endswith(".weight"):
@@ -360,7 +371,10 @@ class _Walk:
         cache = self._cache(layer, max(int(chunk.batch.page_table.numel()) for chunk in chunks))
         for chunk in chunks:
             residual = chunk.residual if advance else chunk.residual.clone()
-            self.model.forward_block(layer, self.model.enter(layer, residual), residual, cache, chunk.batch)
+            with suppress(_SeenEnough):
+                self.model.forward_block(
+                    layer, self.model.enter(layer, residual), residual, cache, chunk.batch
+                )
 
     def _cache(self, layer: int, pages: int) -> LayerCache:
         spec = self.model.cache_specs()[layer]
