@@ -5,9 +5,9 @@
 Every block's inputs come from the quantized blocks before it, so that errors are not added up blindly (GPTQ:
 Frantar et al., 2022, section 4); for GPTQ also every Linear's from the quantized ones before it in its block
 (``true_sequential`` in files), which then runs once for each of four stages, as far as that. In memory are
-one block of float32 weights, the residual stream of all sequences, and what is remembered of the inputs: never
-the whole model. Weights are read from the mapped checkpoint when their block's turn comes (``HeldLinear``) and
-dropped after it.
+one block of float32 weights, the residual stream of all sequences, and what is remembered of the inputs:
+never the whole model. Weights are read from the mapped checkpoint when their block's turn comes
+(``HeldLinear``) and dropped after it.
 
 The result is a stream, for a writer of checkpoints or for ``quantized_model``: modules quantized, and vectors
 that took over a scale, under the model's canonical names; whatever is not in it stays as it is.
