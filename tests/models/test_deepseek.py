@@ -288,6 +288,9 @@ def test_an_input_multiplier_is_folded_into_kv_b(tmp_path: Path) -> None:
         expected = oracle(torch.tensor([prompt])).logits[0]
     worst = differences(logits, expected).max()
     assert worst <= 1e-4
+    absorbed = [one for one in plan_model(open_checkpoint(str(tmp_path))).modules if "kv_b" in one.name]
+    assert absorbed and all(one.scheme.activation is None for one in absorbed)
+    assert {one.computes for one in absorbed} == {"as stored, inputs not quantized"}
 
 
 BLOCK = 48  # ragged at the edge of most matrices

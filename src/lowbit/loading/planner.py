@@ -236,14 +236,16 @@ class Planner(Asker):
         return scheme, shape
 
     def _plan_unpacked(self, place: Placed) -> None:
+        """What attention folds into others: float32, and nothing quantizes what it multiplies."""
         rows, columns = place.part.shape
         scheme = self.form.scheme_of(place.module)
+        quantizes = scheme.activation is not None
         self._add(
             place,
-            scheme,
+            replace(scheme, activation=None),
             None,
             kernel="unpacked",
-            computes="as stored",
+            computes="as stored, inputs not quantized" if quantizes else "as stored",
             refusals=(),
             nbytes=4 * rows * columns,
         )
