@@ -81,11 +81,15 @@ class Server:
         except OSError as error:
             raise SystemExit(f"{path}: {error}\n{self.said()}") from None
 
-    def metric(self, name: str) -> float:
-        """A number of /metrics."""
-        with urllib.request.urlopen(self.url + "/metrics", timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+    def counted(self, name: str) -> float:
+        """A counter of /metrics, which follow the engine some time behind: 0 only if it is that for 10 s."""
+        found, end = 0.0, time.monotonic() + 10
+        while not found and time.monotonic() < end:
+            with urllib.request.urlopen(self.url + "/metrics", timeout=30) as answer:
+                lines = answer.read().decode().splitlines()
+            found = sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+            time.sleep(0.2)
+        return found
 
     def stop(self) -> None:
         """By SIGTERM, as it is stopped wherever it runs."""
@@ -178,7 +182,7 @@ def main() -> None:
         server = Server(model, options.device, flags, Path(folder) / "device.log")
         try:
             answers = written(server, options.tokens)
-            found |= {"ready_s": server.seconds, "captured_steps": server.metric("lowbit_captured_steps")}
+            found |= {"ready_s": server.seconds, "captured_steps": server.counted("lowbit_captured_steps")}
             if knows:
                 asked = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 16}
                 said = server.ask("/v1/chat/completions", asked)["choices"][0]["message"]["content"]

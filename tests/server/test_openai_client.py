@@ -478,7 +478,13 @@ def test_template_variables_of_the_server() -> None:
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "is not JSON"), ("[1]", "must be a JSON object"), ('{"messages": 1}', "may not set 'messages'")],
+    [
+        ("{", "is not JSON"),
+        ("[" * 5000 + "]" * 5000, "is not JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"messages": 1}', "may not set 'messages'"),
+    ],
+    ids=["text", "deep", "list", "reserved"],
 )
 def test_template_variables_that_make_no_sense(text: str, told: str) -> None:
     with pytest.raises(LowbitError) as caught:

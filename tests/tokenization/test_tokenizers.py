@@ -523,6 +523,7 @@ def test_sampling_defaults(tmp_path: Path) -> None:
     "text,told",
     [
         ("{temperature: 1}", "is not JSON"),
+        pytest.param('{"a":' * 5000 + "1" + "}" * 5000, "is not JSON", id="deep"),
         ("[1]", "must be a JSON object, got [1]"),
         ('{"temp": 1}', "unknown key 'temp'; did you mean 'temperature'?"),
         ('{"max_tokens": 1}', "unknown key 'max_tokens'; known are temperature, top_p, top_k, min_p, rep"),

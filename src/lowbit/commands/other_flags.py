@@ -6,13 +6,11 @@ together, vLLM's --gpu-memory-utilization of another share). Names from vLLM 0.3
 
 from __future__ import annotations
 
-_TEXT_ONLY = "lowbit reads and writes text only; drop it"
+from lowbit.commands.sglang_flags import CONFIG_SAYS, NO_ADAPTERS, NO_GRAMMARS, TEXT_ONLY
+
 _PARALLEL = "a model is shared by --tp-size alone, on one machine; drop it"
 _NOT_PARSED = "answers are text as the model writes it; drop it, and parse tool calls in the client"
-_ADAPTERS = "adapters are not applied at run time; merge them into the weights first"
-_GRAMMARS = "requests with grammars or JSON schemas are refused; drop it"
 _MEMORY_ONLY = "the KV cache lies in memory only; enlarge it with --mem-fraction-static or --max-total-tokens"
-_CONFIG = "a model is what its config says; edit config.json in a copy of the folder"
 _DRAFTS = "there are no draft models; use --speculative-algorithm NGRAM"
 _LOGS = "prompts are never logged, see --log-level; drop it"
 _SAMPLING = "use --preferred-sampling-params, a JSON object, or the fields of a request"
@@ -50,9 +48,13 @@ OTHER_FLAGS: dict[str, str] = {
     **_say("parts become what the template expects; drop it", "--chat-template-content-format"),
     **_say("templates are always rendered; drop it", "--jinja --no-jinja"),
     **_say(
-        _CONFIG, "--hf-overrides --hf-config-path --rope-scaling --rope-theta --rope-scale --rope-freq-base"
+        CONFIG_SAYS,
+        "--hf-overrides --hf-config-path --rope-scaling --rope-theta --rope-scale",
     ),
-    **_say(_CONFIG, "--rope-freq-scale --yarn-orig-ctx --yarn-ext-factor --override-kv --config-format"),
+    **_say(
+        CONFIG_SAYS,
+        "--rope-freq-base --rope-freq-scale --yarn-orig-ctx --yarn-ext-factor --override-kv --config-format",
+    ),
     **_use("--revision", "--code-revision --tokenizer-revision"),
     **_say("set HF_TOKEN", "--hf-token -hft"),
     **_say("set HF_HUB_OFFLINE=1", "--offline"),
@@ -122,8 +124,8 @@ OTHER_FLAGS: dict[str, str] = {
     **_say(_SAMPLERS, "--xtc-probability --dynatemp-range --repeat-last-n"),
     **_say("requests say max_tokens; drop it", "-n --predict --n-predict"),
     **_say("requests may have up to 20; drop it", "--max-logprobs"),
-    **_say(_GRAMMARS, "--grammar --grammar-file -j --json-schema -jf --json-schema-file"),
-    **_say(_GRAMMARS, "--guided-decoding-backend --structured-outputs-config"),
+    **_say(NO_GRAMMARS, "--grammar --grammar-file -j --json-schema -jf --json-schema-file"),
+    **_say(NO_GRAMMARS, "--guided-decoding-backend --structured-outputs-config"),
     **_say(_DRAFTS, "-md --model-draft -hfd --hf-repo-draft --spec-model --spec-method"),
     **_use("--speculative-num-draft-tokens", "--num-speculative-tokens --spec-tokens --draft --draft-max"),
     **_use("--speculative-config", "-sc"),
@@ -131,9 +133,9 @@ OTHER_FLAGS: dict[str, str] = {
     **_say(_NOT_PARSED, "--enable-auto-tool-choice --tool-parser-plugin --reasoning-parser-plugin --tools"),
     **_say(_NOT_PARSED, "--reasoning-format --reasoning-budget -rea --reasoning --reasoning-config"),
     **_say("use --default-chat-template-kwargs", "--reasoning-effort"),
-    **_say(_ADAPTERS, "--max-cpu-loras --lora --control-vector"),
-    **_say(_TEXT_ONLY, "--mmproj -mm --mmproj-url --allowed-local-media-path"),
-    **_say(_TEXT_ONLY, "--interleave-mm-strings --media-io-kwargs --skip-mm-profiling --media-path"),
+    **_say(NO_ADAPTERS, "--max-cpu-loras --lora --control-vector"),
+    **_say(TEXT_ONLY, "--mmproj -mm --mmproj-url --allowed-local-media-path"),
+    **_say(TEXT_ONLY, "--interleave-mm-strings --media-io-kwargs --skip-mm-profiling --media-path"),
     **_use("--drain-timeout", "--shutdown-timeout"),
     **_use("--request-timeout", "-to --timeout"),
     **_use("--log-level debug", "-v --verbose --log-verbose"),

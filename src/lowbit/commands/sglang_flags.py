@@ -257,6 +257,11 @@ ONLY: dict[str, tuple[str, str]] = {
     "--disaggregation-mode": ("null", _ONE_PROCESS),
 }  # fmt: skip
 
+# Said of other servers' flags too (``other_flags``).
+TEXT_ONLY = "lowbit reads and writes text only; drop it"
+NO_ADAPTERS = "adapters are not applied at run time; merge them into the weights first"
+NO_GRAMMARS = "requests with grammars or JSON schemas are refused; drop it"
+CONFIG_SAYS = "a model is what its config says; edit config.json in a copy of the folder"
 _EXPORTED = "export the model with ModelOpt and serve the exported folder"
 _MEMORY_ONLY = (
     "the KV cache lies in memory only; enlarge it with --mem-fraction-static, --max-total-tokens or "
@@ -265,7 +270,6 @@ _MEMORY_ONLY = (
 _STAYS = "memory is given back only when the server ends; start another server instead"
 _NO_PRIORITY = "requests have no priorities; use --schedule-policy fcfs or lpm"
 _NO_DRAFTS = "there are no draft models or heads; use --speculative-algorithm NGRAM"
-_NO_ADAPTERS = "adapters are not applied at run time; merge them into the weights first"
 
 _PLAIN_FILES = "weights come from files: use a folder, a GGUF file or a hub id"
 
@@ -281,7 +285,7 @@ _NOT_PARSED = (
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("--tool-call-parser", "--reasoning-parser", "--tool-server"), _NOT_PARSED),
-    "--grammar-backend": "requests with grammars or JSON schemas are refused; drop it",
+    "--grammar-backend": NO_GRAMMARS,
     "--trust-remote-code": "lowbit never runs code from a model, and no flag turns it on; drop it. "
     "The architectures built in: lowbit models",
     "--modelopt-quant": "use --quantization fp8, awq, nvfp4 or mxfp4, which quantize while loading, or "
@@ -290,7 +294,7 @@ REFUSED: dict[str, str] = {
     "--modelopt-checkpoint-save-path": _EXPORTED,
     "--modelopt-export-path": _EXPORTED,
     "--rl-quant-profile": "weights are not replaced while serving; use --quantization",
-    "--json-model-override-args": "a model is what its config says; edit config.json in a copy of the folder",
+    "--json-model-override-args": CONFIG_SAYS,
     "--is-embedding": "lowbit generates text only",
     "--skip-tokenizer-init": "text needs the tokenizer; /v1/completions takes token ids as prompts anyway",
     "--prefill-only-disable-kv-cache": "lowbit generates text, which needs the KV cache; drop it",
@@ -334,7 +338,7 @@ REFUSED_PREFIXES: dict[str, str] = {
         "--speculative- --spec-trace- --decoupled-spec- --enable-multi-layer-eagle --enable-draft-weights-",
     ),
     **_beginning(
-        _NO_ADAPTERS,
+        NO_ADAPTERS,
         "--enable-lora --lora- --max-lora --max-loaded-loras --experts-shared-outer-loras --uno-lora-",
     ),
     **_beginning(
@@ -343,7 +347,7 @@ REFUSED_PREFIXES: dict[str, str] = {
         "--optimistic-prefill-",
     ),
     **_beginning(
-        "lowbit reads and writes text only; drop it",
+        TEXT_ONLY,
         "--encoder- --language-only --enable-adaptive-dispatch-to-encoder --mm- --enable-mm- "
         "--enable-multimodal --limit-mm- --trust-mm- --allowed-media- --media-url- --image-processor- "
         "--disable-fast-image-processor --enable-prefix-mm-cache --enable-broadcast-mm- --asr- "
@@ -396,7 +400,7 @@ REFUSED_PREFIXES: dict[str, str] = {
         "--enable-return- --return- --enable-watermark --watermark-",
     ),
     **_beginning(_NOT_PARSED, "--enable-strict-thinking"),
-    **_beginning("requests with grammars or JSON schemas are refused; drop it", "--constrained-json-"),
+    **_beginning(NO_GRAMMARS, "--constrained-json-"),
     **_beginning("sessions are not kept; send the whole conversation", "--enable-streaming-session"),
     **_beginning("diffusion models are not served; drop it", "--dllm-"),
     **_beginning("there are no MLX kernels here; use --device cpu", "--mlx-"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import queue
 import threading
 from collections.abc import Callable
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from lowbit.checkpoint import open_checkpoint
-from lowbit.errors import LowbitError, printable
+from lowbit.errors import LowbitError
 from lowbit.server.api_error import ApiError, bad_request
 from lowbit.settings import Settings
 from lowbit.tokenization import load_chat_template, load_tokenizer, sampling_defaults
+from lowbit.tokenization.generation_config import object_of
 from lowbit.tokenization.tokenizer import ChatTemplate, Tokenizer
 
 Result = TypeVar("Result")
@@ -65,12 +65,7 @@ class TextModel:
 def template_variables(text: str | None) -> dict[str, object]:
     """``--default-chat-template-kwargs``; E0103 where it is no JSON object."""
     flag = "--default-chat-template-kwargs"
-    try:
-        given = json.loads(text or "{}")
-    except ValueError as error:
-        raise LowbitError("E0103", f"{flag} is not JSON: {printable(error)}") from None
-    if not isinstance(given, dict):
-        raise LowbitError("E0103", f"{flag} must be a JSON object, got {printable(text)}")
+    given = object_of(flag, text or "{}")
     if reserved := sorted(given.keys() & RESERVED_VARIABLES):
         raise LowbitError("E0103", f"{flag} may not set {reserved[0]!r}: requests do")
     return given

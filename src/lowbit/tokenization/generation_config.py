@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 from lowbit.checkpoint.documents import read_json
 from lowbit.checkpoint.header import CheckpointHeader
@@ -56,14 +57,20 @@ def sampling_defaults(header: CheckpointHeader, source: str, preferred: str | No
     return found if preferred is None else found | _preferred(preferred)
 
 
-def _preferred(text: str) -> dict[str, float]:
-    flag = "--preferred-sampling-params"
+def object_of(flag: str, text: str) -> dict[str, Any]:
+    """The JSON object that is a flag's value; E0103 where it is none."""
     try:
         given = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LowbitError("E0103", f"{flag} is not JSON: {printable(error)}") from None
     if not isinstance(given, dict):
         raise LowbitError("E0103", f"{flag} must be a JSON object, got {printable(text)}")
+    return given
+
+
+def _preferred(text: str) -> dict[str, float]:
+    flag = "--preferred-sampling-params"
+    given: dict[str, Any] = object_of(flag, text)
     for name, value in given.items():
         if name not in _RANGES:
             near = difflib.get_close_matches(name, RECOMMENDED, 1, 0.5)
