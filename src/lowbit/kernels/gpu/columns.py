@@ -29,6 +29,7 @@ from lowbit.kernels.gpu.gpu_kernel import (
     GpuKernel,
     add,
     half_blocks,
+    halves_of,
     unfit,
 )
 from lowbit.kernels.gpu.linear import GpuBlocks, GpuWeight
@@ -41,7 +42,6 @@ from lowbit.numerics.scheme import Scheme
 _BLOCKS = GpuBlocks()
 _UNITS = (64, 32, 16)  # rows of a program, at most
 _MOST_FILLING = 1.25  # rows of all units to the weight's, beyond which smaller ones are tried
-_SCALED = 16  # blocks of x that a program scales
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,6 @@ def _inner(scheme: Scheme) -> Scheme:
 
 def _multiply(x: Tensor, packed: ColumnsWeight, out: Tensor) -> None:
     from lowbit.kernels.gpu.column_products import column_tile, column_vector
-    from lowbit.kernels.gpu.half_inputs import scaled_halves
 
     (tokens, columns), rows, groups = x.shape, packed.shape[0], packed.groups
     layout, codes = packed.codes.layout, (*packed.numbers, *packed.codes.pointers)
@@ -190,14 +189,7 @@ def _multiply(x: Tensor, packed: ColumnsWeight, out: Tensor) -> None:
         )
     else:
         blocks = -(-columns // BLOCK)
-        seen = torch.empty(tokens, blocks * BLOCK, dtype=torch.float16, device=x.device)
-        scale = torch.empty(tokens, blocks, device=x.device)
-        runtime.launch(
-            scaled_halves,
-            (-(-tokens * blocks // _SCALED),),
-            *(x, x.stride(0), seen, scale, None, None, tokens, columns, blocks),
-            M=_SCALED,
-        )
+        seen, scale = halves_of(x, blocks)
         runtime.launch(
             column_tile,
             (programs * -(-tokens // chosen.BM), one.splits),

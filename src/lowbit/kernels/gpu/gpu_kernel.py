@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lowbit.kernels.gpu.expert_rows import SortedPairs
 
 SPLIT_COLUMNS = 512  # a split of the columns has at least as many
+_SCALED = 16  # blocks of x that a program of ``halves_of`` scales
 
 
 class GpuKernel:
@@ -124,6 +125,27 @@ def half_blocks(
     programs = chosen.programs * chosen.heights[0] // heights[0]
     processors = multiprocessors(device)
     return chosen, cut(shape, count, heights, programs, chosen.num_stages, processors)
+
+
+def halves_of(
+    x: Tensor, blocks: int, order: Tensor | None = None, multiplier: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x in float16 (tokens, blocks * 128), and what 128 columns of it are worth: float32 (tokens, blocks).
+
+    ``order``, ``multiplier``: as ``scaled_halves`` reads them.
+    """
+    from lowbit.kernels.gpu.half_inputs import BLOCK, scaled_halves
+
+    tokens, columns = x.shape
+    halves = torch.empty(tokens, blocks * BLOCK, dtype=torch.float16, device=x.device)
+    scale = torch.empty(tokens, blocks, device=x.device)
+    runtime.launch(
+        scaled_halves,
+        (-(-tokens * blocks // _SCALED),),
+        *(x, x.stride(0), halves, scale, order, multiplier, tokens, columns, blocks),
+        M=_SCALED,
+    )
+    return halves, scale
 
 
 def expert_blocks(sorted_: SortedPairs, rows: int, steps: int, device: torch.device) -> tuple[Blocks, Cut]:

@@ -34,6 +34,7 @@ from lowbit.kernels.gpu.gpu_kernel import (
     GpuKernel,
     add,
     half_blocks,
+    halves_of,
     unfit,
 )
 from lowbit.kernels.gpu.programs import Shape
@@ -46,7 +47,6 @@ from lowbit.numerics.scheme import Scheme
 
 _RUN, _TILE = 64, 16  # columns
 _RUN_BYTES = _RUN * 3 // 8 + _RUN // _TILE * 4
-_SCALED = 16  # blocks of x that a program scales
 _ENTRY_BYTES = 6
 
 
@@ -165,19 +165,11 @@ def _rests(weight: QuantizedTensor, outliers: Outliers) -> Tensor:
 
 
 def _multiply(x: Tensor, packed: HalvesWeight, out: Tensor) -> None:
-    from lowbit.kernels.gpu.half_inputs import scaled_halves
     from lowbit.kernels.gpu.half_products import half_tile, half_vector
 
     (tokens, columns), rows = x.shape, packed.shape[0]
     blocks, runs = -(-columns // BLOCK), -(-columns // _RUN)
-    seen = torch.empty(tokens, blocks * BLOCK, dtype=torch.float16, device=x.device)
-    scale = torch.empty(tokens, blocks, device=x.device)
-    runtime.launch(
-        scaled_halves,
-        (-(-tokens * blocks // _SCALED),),
-        *(x, x.stride(0), seen, scale, packed.order, None, tokens, columns, blocks),
-        M=_SCALED,
-    )
+    seen, scale = halves_of(x, blocks, packed.order)
     shape = Shape(rows, runs, _RUN_BYTES, _RUN, SPLIT_COLUMNS // _RUN)
     chosen, one = half_blocks(shape, tokens, x.device)
     outliers = len(packed.buffers["outliers"]) > 0

@@ -37,6 +37,7 @@ from lowbit.kernels.gpu.gpu_kernel import (
     add,
     expert_blocks,
     half_blocks,
+    halves_of,
     unfit,
 )
 from lowbit.kernels.gpu.programs import Cut, Shape
@@ -52,7 +53,6 @@ STEP = 64  # columns of a program's step
 BLOCK = 128  # columns that share a scale of x
 _LENGTHS = (2, 4, 8, 16, 32, 64)
 _MOST_BITS, _MOST_BOOKS, _MOST_ROWS = 16, 8, 16
-_SCALED = 16  # blocks of x that a program scales
 _IN_L1 = 64 << 10  # bytes of codebooks
 _FEW = 16  # tokens
 
@@ -247,7 +247,7 @@ def multiply(x: Tensor, codes: Codes, out: Tensor, more: Tensor | None = None) -
     from lowbit.kernels.gpu.vector_products import coded_vector
 
     tokens, rows, blocks = len(x), codes.rows, codes.blocks
-    seen, scale = _scaled(x, codes)
+    seen, scale = halves_of(x, codes.blocks, codes.order, codes.multiplier)
     # Rows as the programs have them: of vectors that run down, padded to powers of two.
     length, whole = codes.constants["LENGTH"], codes.constants["L"]
     own = codes.height * whole if codes.constants["TALL"] else rows
@@ -273,22 +273,6 @@ def multiply(x: Tensor, codes: Codes, out: Tensor, more: Tensor | None = None) -
         _tiles(seen, scale, codes, own, parts, tokens, chosen, one)
     if splits > 1:
         add(parts, out)
-
-
-def _scaled(x: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
-    """float16 (tokens, blocks * 128), and what 128 columns of it are worth."""
-    from lowbit.kernels.gpu.half_inputs import scaled_halves
-
-    (tokens, inputs), blocks = x.shape, codes.blocks
-    seen = torch.empty(tokens, blocks * BLOCK, dtype=torch.float16, device=x.device)
-    scale = torch.empty(tokens, blocks, device=x.device)
-    runtime.launch(
-        scaled_halves,
-        (-(-tokens * blocks // _SCALED),),
-        *(x, x.stride(0), seen, scale, codes.order, codes.multiplier, tokens, inputs, blocks),
-        M=_SCALED,
-    )
-    return seen, scale
 
 
 def _stages(codes: Codes, tokens: int, chosen: Blocks) -> int:
@@ -370,6 +354,6 @@ class VectorsStack:
         many.
         """
         rows = self.shape[0]
-        seen, scale = _scaled(x, self.codes)
+        seen, scale = halves_of(x, self.codes.blocks, self.codes.order, self.codes.multiplier)
         blocks, cut = expert_blocks(sorted_, rows, self.codes.blocks * (BLOCK // STEP), x.device)
         _tiles(seen, scale, self.codes, rows, out, len(chosen), blocks, cut, sorted_, divisor)
