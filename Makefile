@@ -60,11 +60,13 @@ serve: install
 	@exec $(BIN)/lowbit serve $(MODEL) --host 127.0.0.1 --port $(PORT) $(SERVE_FLAGS)
 
 # One worker more than there are cores, as many tests wait for another process; a file's tests stay together, they share
-# what is costly to set up. tests/conftest.py has the order.
+# what is costly to set up. tests/conftest.py has the order. A worker that crashes ends the run: xdist, which would start
+# another, then waits for ever for what the first had left (loadfile).
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 test: install
-	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder \
+		--max-worker-restart=0 $(PYTEST_FLAGS)
 
 # Under 90 seconds: without the tests that start a server or compare with another library over long texts.
 test-quick: install

@@ -57,6 +57,29 @@ def test_pairs_lie_expert_by_expert_in_whole_blocks(
     assert sorted_.rows[: used * 16].tolist() == wanted_rows
 
 
+FOREIGN = [-7, 7, 1 << 31, (1 << 32) + 2, 1 << 40]  # of 7 experts; in 32 bits some would be experts
+
+
+@pytest.mark.parametrize("number", FOREIGN)
+def test_pairs_of_no_expert_are_placed_nowhere(
+    number: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = torch.tensor([[0, 3], [number, 3], [number, number]], device=device)
+    monkeypatch.setattr(torch, "empty", lambda *size, **of: torch.full(size, -99, **of))
+    sorted_ = sort_pairs(chosen, 7, 16)
+    assert sorted_.experts.tolist() == [0, 3] + [-1] * (sorted_.blocks - 2)
+    assert sorted_.rows[:32].tolist() == [0] + [6] * 15 + [1, 3] + [6] * 14
+
+
+@pytest.mark.parametrize("number", FOREIGN)
+def test_a_token_of_no_expert_takes_its_own_pairs(number: int, device: torch.device) -> None:
+    y = torch.arange(8.0, device=device).view(4, 2)
+    chosen, weights = torch.tensor([[number, 1], [number, number]], device=device), torch.ones(2, 2)
+    out = torch.full((2, 2), 99.0, device=device)
+    mix(y, chosen, weights.to(device), None, out)
+    assert out.tolist() == [[0 + 2, 1 + 3], [4 + 6, 5 + 7]]
+
+
 def test_the_bound_on_blocks_is_reached_and_holds() -> None:
     assert most_blocks(8, 128, 16) == 8
     for pairs in range(1, 70):
@@ -288,7 +311,7 @@ def test_codes_of_any_number_of_tokens(name: str, tokens: int, device: torch.dev
 
 def test_experts_that_are_none_touch_no_memory(device: torch.device) -> None:
     """A router gone wrong (NaN) may name any: their pairs are nobody's, and what others get stays."""
-    pair = make(device, [CODED["trellis of 4 bits"]] * 2, hidden=BLOCK, inner=BLOCK)
+    pair = make(device, [CODED["trellis of 4 bits"]] * 2, bias=True, hidden=BLOCK, inner=BLOCK)
     x, weights = random(2, BLOCK).to(device), torch.ones(2, K, device=device)
     chosen = torch.tensor([[1, 2], [-7, 1 << 40]], device=device)
     found = pair.grouped(x, chosen, weights, "silu")

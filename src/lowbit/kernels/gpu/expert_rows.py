@@ -66,9 +66,9 @@ def _sort(  # type: ignore[no-untyped-def]
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, pairs, SCAN):
         at = start + offsets
-        found = tl.load(chosen + at, mask=at < pairs, other=experts).to(tl.int32)
-        found = tl.where((found >= 0) & (found < experts), found, experts)
-        counts += tl.histogram(found, BINS)
+        found = tl.load(chosen + at, mask=at < pairs, other=experts)
+        # In int64, as below: 1 << 40 would be expert 0 here, whose row for it nobody writes.
+        counts += tl.histogram(tl.where((found >= 0) & (found < experts), found, experts).to(tl.int32), BINS)
     needed = (counts + BLOCK_M - 1) // BLOCK_M
     first_block = tl.sum(tl.where(bins < expert, needed, 0), 0)
     own_count = tl.sum(tl.where(bins == expert, counts, 0), 0)
@@ -133,7 +133,9 @@ def _mix(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden
     slot = tl.arange(0, SLOTS)
-    numbers = tl.load(chosen + token * K + slot, mask=slot < K, other=0).to(tl.int32)
+    numbers = tl.load(chosen + token * K + slot, mask=slot < K, other=0)
+    # Keys stay positive numbers of 32 bits, so that their remainder is a slot, whatever expert a router names.
+    numbers = tl.minimum(tl.maximum(numbers, 0), 0xFFFFFF).to(tl.int32)
     keys = tl.where(slot < K, numbers * SLOTS + slot, 0x7FFFFFFF)
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in range(K):

@@ -138,16 +138,21 @@ class _Input:
         return stacked(known, codes) if len(known) == len(found) else None
 
 
+def _chosen(of_experts: Tensor, chosen: Tensor) -> Tensor:
+    """Those of each pair's expert; of the nearest where a router gone wrong names one that is none."""
+    return of_experts.index_select(0, chosen.clamp(0, len(of_experts) - 1))
+
+
 def _of_pairs(transform: InputTransform, chosen: Tensor) -> InputTransform:
     """Each pair's own multiplier and scales, from those of all experts."""
     grouped = transform.scheme is not None and transform.scheme.block[1] > 0
 
     def own(numbers: Tensor | None) -> Tensor | None:
-        return None if numbers is None else numbers[chosen].view(len(chosen), 1, *[1] * grouped)
+        return None if numbers is None else _chosen(numbers, chosen).view(len(chosen), 1, *[1] * grouped)
 
     return replace(
         transform,
-        multiplier=None if transform.multiplier is None else transform.multiplier[chosen],
+        multiplier=None if transform.multiplier is None else _chosen(transform.multiplier, chosen),
         static_scale=own(transform.static_scale),
         static_zero=own(transform.static_zero),
     )
@@ -204,7 +209,7 @@ class _Matrix:
             if not isinstance(part.stack, Stack):
                 part.stack.multiply(x, divisor, chosen, sorted_, own)
                 if part.bias is not None:
-                    own += part.bias.index_select(0, chosen)
+                    own += _chosen(part.bias, chosen)
                 continue
             eight, within = part.eight_bit, activation if fused else None
             key = (id(part.input), part.tile, eight is not None)
