@@ -111,10 +111,11 @@ def test_logits_are_those_of_one_process(ranks: Ranks, case: str, tmp_path: Path
     check(ranks, Job(path, PROMPTS, reference=False), 0.05 if case in ROUNDED else 0.01)
 
 
-@pytest.mark.parametrize("method", ["fp8", "int8:group_size=32"])
-def test_quantized_at_load(ranks: Ranks, method: str, tmp_path: Path) -> None:
+# Codes of fp8 inputs may tip, as the order of sums is each processor's.
+@pytest.mark.parametrize(("method", "limit"), [("fp8", 0.02), ("int8:group_size=32", 1e-5)])
+def test_quantized_at_load(ranks: Ranks, method: str, limit: float, tmp_path: Path) -> None:
     path = made(tmp_path, **SIZES | THREE)
-    check(ranks, Job(path, PROMPTS, options={"quantization": Asked(method)}))
+    check(ranks, Job(path, PROMPTS, options={"quantization": Asked(method)}), limit)
 
 
 def test_runs_have_the_same_bits(ranks: Ranks, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ struct Prepared {
     // The kernel, and what it makes of x that comes as ``kind``.
     void choose_kernel(InputKind kind) {
         if (kind == InputKind::bfloat || is_words(layout.codes)) function = word_function(layout, decoding.words);
-        if (kind == InputKind::scaled && scaled_function(layout) != nullptr) {
+        if (kind == InputKind::scaled && takes_scaled(layout)) {
             shape.times = codes_per_unit(*product->weight->quantizer);
             if (shape.times != 0.0f) function = word_function(layout, decoding.words);
             if (function == nullptr) shape.times = 0.0f;
@@ -54,7 +54,8 @@ struct Prepared {
         } else if (kind == InputKind::floats && float_function(layout) != nullptr) {
             function = float_function(layout);
             shape.element = 4;
-        } else if (kind == InputKind::scaled && scaled_function(layout) != nullptr) {
+        } else if (kind == InputKind::scaled && takes_scaled(layout)) {
+            tiles = scaled_tiles(layout);
             function = scaled_function(layout);
             shape.kind = kind;
             shape.span = layout.sub;
@@ -491,7 +492,7 @@ LOWBIT_EXPORT int lowbit_linear_takes(const lowbit_weight* weight, std::int32_t 
     }
     if (static_cast<InputKind>(kind) == InputKind::scaled) {
         const bool groups = weight->input_group == 16 ? layout.sub == 16 : weight->input_group > 0 && weight->input_group % COLUMNS == 0;
-        return groups && scaled_function(layout) != nullptr;
+        return groups && takes_scaled(layout);
     }
     const ByteCodes codes(*weight);
     const bool moved = MOVES_SIGNS && byte_base_shift(layout.codes, codes) != 0;

@@ -43,7 +43,7 @@ struct Scratch {
 struct Order {
     Order(const Layout& layout, bool bytes_, bool grouped) : bytes(bytes_), halves(layout.sub == 16) {
         const std::int64_t line = bytes ? BYTE_COLUMNS : COLUMNS;
-        narrow = bytes ? grouped : summed_columns(layout) <= COLUMNS && layout.scales != Scales::none;
+        narrow = grouped || (!bytes && summed_columns(layout) <= COLUMNS && layout.scales != Scales::none);
         parts = narrow ? static_cast<int>(line / layout.sub) : 1;
         lines = (layout.tiles * COLUMNS + line - 1) / line;
         tiles_of_line = static_cast<int>(line / COLUMNS);
@@ -126,8 +126,8 @@ inline Sixteen product_of(const float* product, std::int32_t base) {
 }
 
 // Up to 16 tokens from ``token`` on times the Bs of a block, each product scaled while the next one is formed.
-// ALL: there are 16, and their totals stay in registers.
-template <bool BYTES, int PARTS, Addend ADDEND, bool ALL>
+// ALL: there are 16, and their totals stay in registers. X_SCALED: x has scales, as bytes always do.
+template <bool BYTES, int PARTS, Addend ADDEND, bool ALL, bool X_SCALED>
 void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, const Input& x, int token,
                      float (*totals)[ROWS]) {
     constexpr int SPANS = PARTS == 4 ? 2 : 1;  // of x's scale
@@ -162,13 +162,13 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
         const std::int64_t at = span * x.tokens + token;
         const float* const x_sums = x.sums + at;
         const std::int32_t* const bases = x.bases + at;
-        const float* const x_scales = BYTES ? x.scales + span / SPANS * x.tokens + token : nullptr;
+        const float* const x_scales = X_SCALED ? x.scales + span / SPANS * x.tokens + token : nullptr;
         const Sixteen w_scale = sixteen_load(scratch.scales[block][slot]);
         const Sixteen addend = sixteen_load(scratch.addends[block][slot]);
         each([&](int t) INLINED {
             Sixteen sum = product_of<BYTES>(product[t], BYTES ? bases[t] : 0);
             if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x_sums[t]), sum);
-            const Sixteen by = BYTES ? sixteen_multiply(w_scale, sixteen_set(x_scales[t])) : w_scale;
+            const Sixteen by = X_SCALED ? sixteen_multiply(w_scale, sixteen_set(x_scales[t])) : w_scale;
             held[t] = sixteen_fma(by, sum, held[t]);
             if constexpr (ADDEND == Addend::offset) held[t] = sixteen_fma(addend, sixteen_set(x_sums[t]), held[t]);
         });
@@ -190,15 +190,18 @@ using Narrow = void (*)(const Chunk&, const Scratch&, int block, const Input&, i
 template <bool BYTES, int PARTS, bool ALL>
 Narrow narrow_by_addend(Addend addend) {
     switch (addend) {
-        case Addend::none: return multiply_narrow<BYTES, PARTS, Addend::none, ALL>;
-        case Addend::offset: return multiply_narrow<BYTES, PARTS, Addend::offset, ALL>;
-        case Addend::zero: return multiply_narrow<BYTES, PARTS, Addend::zero, ALL>;
+        case Addend::none: return multiply_narrow<BYTES, PARTS, Addend::none, ALL, BYTES>;
+        case Addend::offset: return multiply_narrow<BYTES, PARTS, Addend::offset, ALL, BYTES>;
+        case Addend::zero: return multiply_narrow<BYTES, PARTS, Addend::zero, ALL, BYTES>;
     }
     return nullptr;
 }
 
 template <bool ALL>
-Narrow narrow_function(const Order& order, Addend addend) {
+Narrow narrow_function(const Order& order, Addend addend, bool x_scaled) {
+    if (x_scaled && !order.bytes) {
+        return order.halves ? multiply_narrow<false, 2, Addend::none, ALL, true> : multiply_narrow<false, 1, Addend::none, ALL, true>;
+    }
     if (!order.bytes) return order.halves ? narrow_by_addend<false, 2, ALL>(addend) : narrow_by_addend<false, 1, ALL>(addend);
     return order.halves ? narrow_by_addend<true, 4, ALL>(addend) : narrow_by_addend<true, 2, ALL>(addend);
 }
@@ -318,7 +321,9 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
     const auto walk = [&](int block) { return Walk(layout, first + std::min(block, blocks - 1) * layout.block_bytes); };
     Walk walks[BLOCKS_TOGETHER] = {walk(0), walk(1), walk(2), walk(3)};
     const std::uint8_t* panels[BLOCKS_TOGETHER] = {};
-    const Narrow narrow = narrow_function<true>(order, layout.addend), rest = narrow_function<false>(order, layout.addend);
+    const bool x_scaled = x.scales != nullptr;
+    const Narrow narrow = narrow_function<true>(order, layout.addend, x_scaled),
+                 rest = narrow_function<false>(order, layout.addend, x_scaled);
     const Wide wide = order.bytes ? wide_function<true>(layout.addend) : wide_function<false>(layout.addend);
     const std::int64_t lines = (!few ? SLOTS : std::max(2, SLOTS_OF_FEW / blocks)) / order.parts;
     for (std::int64_t line = 0; line < order.lines; line += lines) {
@@ -348,10 +353,10 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
     }
 }
 
-template <Codes CODES>
+template <Codes CODES, bool X_SCALED = false>
 void multiply_exact(const Layout& layout, const std::uint8_t* first, int blocks, const Decoding& decoding, const Input& x,
                     float (*totals)[TOKEN_TILE][ROWS]) {
-    const Order order(layout, false, false);
+    const Order order(layout, false, X_SCALED);
     multiply_blocks(CODES == Codes::bf16 ? nullptr : fill_bfloats<CODES>, order, layout, first, blocks, decoding, x, totals);
 }
 
@@ -401,6 +406,18 @@ BlocksFunction exact_tiles(const Layout& layout) {
         case Codes::f32: return nullptr;
     }
     return nullptr;
+}
+
+BlocksFunction scaled_tiles(const Layout& layout) {
+    if (layout.addend != Addend::none || layout.scales == Scales::none || layout.sub == LEAST_GROUP) return nullptr;
+    switch (layout.codes) {
+        case Codes::bits4: return multiply_exact<Codes::bits4, true>;
+        case Codes::bits6: return multiply_exact<Codes::bits6, true>;
+        case Codes::int8: return multiply_exact<Codes::int8, true>;
+        case Codes::e4m3: return multiply_exact<Codes::e4m3, true>;
+        case Codes::e5m2: return multiply_exact<Codes::e5m2, true>;
+        default: return nullptr;
+    }
 }
 
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped) {

@@ -80,7 +80,7 @@ BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool g
 inline BlockFunction byte_function(const Layout&, const ByteCodes&, bool) { return nullptr; }
 #endif
 
-// x as InputKind::scaled. Null where there is none for the codes, or under AMX. linear_exact.cpp
+// x as InputKind::scaled. Null where there is none for the codes; AMX has scaled_tiles instead. linear_exact.cpp
 BlockFunction scaled_function(const Layout& layout);
 
 // x as InputKind::words. Null where there is none. linear_words.cpp
@@ -129,6 +129,8 @@ constexpr int BLOCKS_TOGETHER = 4;  // a register of sums each
 // For codes that are bfloat16 numbers; else null. linear_amx.cpp
 BlocksFunction exact_tiles(const Layout& layout);
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped);
+// x as InputKind::scaled.
+BlocksFunction scaled_tiles(const Layout& layout);
 
 // Columns whose sum of products is scaled at once.
 inline std::int64_t summed_columns(const Layout& layout) {
@@ -140,9 +142,14 @@ inline std::int64_t summed_columns(const Layout& layout) {
 constexpr int BLOCKS_TOGETHER = 1;
 inline BlocksFunction exact_tiles(const Layout&) { return nullptr; }
 inline BlocksFunction byte_tiles(const Layout&, const ByteCodes&, bool) { return nullptr; }
+inline BlocksFunction scaled_tiles(const Layout&) { return nullptr; }
 inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
 
 #endif
+
+inline bool takes_scaled(const Layout& layout) {
+    return scaled_tiles(layout) != nullptr || scaled_function(layout) != nullptr;
+}
 
 // step<TOKENS>(token) for all tokens, TOKEN_STEP at a time and the rest in halves. Steps are inlined, so that the
 // tile they share stays in registers: through memory two tokens take twice as long.
