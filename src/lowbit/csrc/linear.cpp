@@ -55,7 +55,7 @@ struct Prepared {
             function = float_function(layout);
             shape.element = 4;
         } else if (kind == InputKind::scaled && takes_scaled(layout)) {
-            tiles = scaled_tiles(layout);
+            tiles = scaled_tiles(layout, product->tokens);
             function = scaled_function(layout);
             shape.kind = kind;
             shape.span = layout.sub;
@@ -63,7 +63,7 @@ struct Prepared {
         } else if (kind != InputKind::bfloat && kind != InputKind::floats && meets_bytes(layout, decoding.bytes)) {
             take_bytes(kind);
         } else {
-            tiles = exact_tiles(layout);
+            tiles = exact_tiles(layout, product->tokens);
             function = exact_function(layout);
         }
     }
@@ -82,7 +82,7 @@ struct Prepared {
                           layout.unit % BYTE_COLUMNS == 0 && layout.unit <= LARGEST_GROUP &&
                           layout.super_bytes == 0 && decoding.bytes.factor == 1.0f;
         const bool grouped = kind == InputKind::groups || !wide;
-        tiles = byte_tiles(layout, decoding.bytes, grouped);
+        tiles = byte_tiles(layout, decoding.bytes, grouped, product->tokens);
         function = byte_function(layout, decoding.bytes, grouped);
         shape.kind = kind;
         shape.element = 1;

@@ -11,7 +11,7 @@
 // 16 tokens meet them. B is read from L1 and A from L2 once for four blocks; where each product is scaled, the
 // totals of 16 tokens stay in registers meanwhile. By the measured costs of the instructions (16 cycles a
 // product, 8 a load, 16 a store) the scaling of groups of 32 takes 24 to 32 cycles a product.
-#include "linear_kernels.h"
+#include "linear_amx.h"
 
 #if defined(LOWBIT_AMX)
 
@@ -313,6 +313,7 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
         }
         return;
     }
+    const FlushSubnormals flush;
     configure_tiles(std::min(TILE_ROWS, x.tokens));
     if (scratch.parts != order.parts) {
         std::memset(scratch.panels, 0, sizeof scratch.panels);
@@ -374,8 +375,9 @@ BlocksFunction bytes_by_group(bool grouped) {
 
 }  // namespace
 
-BlocksFunction exact_tiles(const Layout& layout) {
+BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens) {
     if (layout.sub == LEAST_GROUP) return nullptr;
+    if (tokens == 1) return exact_once(layout);
     switch (layout.codes) {
         case Codes::bits1: return multiply_exact<Codes::bits1>;
         case Codes::bits2: return multiply_exact<Codes::bits2>;
@@ -408,8 +410,9 @@ BlocksFunction exact_tiles(const Layout& layout) {
     return nullptr;
 }
 
-BlocksFunction scaled_tiles(const Layout& layout) {
+BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens) {
     if (layout.addend != Addend::none || layout.scales == Scales::none || layout.sub == LEAST_GROUP) return nullptr;
+    if (tokens == 1) return scaled_once(layout);
     switch (layout.codes) {
         case Codes::bits4: return multiply_exact<Codes::bits4, true>;
         case Codes::bits6: return multiply_exact<Codes::bits6, true>;
@@ -420,7 +423,8 @@ BlocksFunction scaled_tiles(const Layout& layout) {
     }
 }
 
-BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped) {
+BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens) {
+    if (tokens == 1) return nullptr;
     switch (layout.codes) {
         case Codes::bits1: return bytes_by_group<Codes::bits1>(grouped);
         case Codes::bits2: return bytes_by_group<Codes::bits2>(grouped);

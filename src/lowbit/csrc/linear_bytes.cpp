@@ -1,8 +1,6 @@
-// Products with x as int8 numbers; see linear_bytes.h. AMX has byte_tiles instead.
+// Products with x as int8 numbers; see linear_bytes.h. AMX has byte_tiles for more than one token.
 
 #include "linear_kernels.h"
-
-#if !defined(LOWBIT_AMX)
 
 namespace lowbit {
 namespace {
@@ -151,4 +149,3 @@ BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool g
 
 }  // namespace lowbit
 
-#endif

@@ -74,11 +74,7 @@ inline bool meets_bytes(const Layout& layout, const ByteCodes& codes) {
 
 // x as whole numbers: int8 with a scale for each 32 columns, or, ``grouped`` false, sums over whole groups of the
 // weight; for codes that meets_bytes accepts. linear_bytes.cpp
-#if !defined(LOWBIT_AMX)
 BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool grouped);
-#else
-inline BlockFunction byte_function(const Layout&, const ByteCodes&, bool) { return nullptr; }
-#endif
 
 // x as InputKind::scaled. Null where there is none for the codes; AMX has scaled_tiles instead. linear_exact.cpp
 BlockFunction scaled_function(const Layout& layout);
@@ -126,11 +122,12 @@ using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int bl
 
 constexpr int BLOCKS_TOGETHER = 4;  // a register of sums each
 
-// For codes that are bfloat16 numbers; else null. linear_amx.cpp
-BlocksFunction exact_tiles(const Layout& layout);
-BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped);
+// For so many tokens and codes that are bfloat16 numbers; else null. linear_amx.cpp
+BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens);
+// Null for one token, which byte_function has.
+BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens);
 // x as InputKind::scaled.
-BlocksFunction scaled_tiles(const Layout& layout);
+BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens);
 
 // Columns whose sum of products is scaled at once.
 inline std::int64_t summed_columns(const Layout& layout) {
@@ -140,15 +137,15 @@ inline std::int64_t summed_columns(const Layout& layout) {
 #else
 
 constexpr int BLOCKS_TOGETHER = 1;
-inline BlocksFunction exact_tiles(const Layout&) { return nullptr; }
-inline BlocksFunction byte_tiles(const Layout&, const ByteCodes&, bool) { return nullptr; }
-inline BlocksFunction scaled_tiles(const Layout&) { return nullptr; }
+inline BlocksFunction exact_tiles(const Layout&, std::int64_t) { return nullptr; }
+inline BlocksFunction byte_tiles(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
+inline BlocksFunction scaled_tiles(const Layout&, std::int64_t) { return nullptr; }
 inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
 
 #endif
 
 inline bool takes_scaled(const Layout& layout) {
-    return scaled_tiles(layout) != nullptr || scaled_function(layout) != nullptr;
+    return scaled_tiles(layout, 1) != nullptr || scaled_function(layout) != nullptr;
 }
 
 // step<TOKENS>(token) for all tokens, TOKEN_STEP at a time and the rest in halves. Steps are inlined, so that the
