@@ -27,6 +27,7 @@ namespace {
 constexpr int SLOTS = 8;  // Bs of a block decoded at a time
 constexpr int SLOTS_OF_FEW = 4;  // of all blocks, for 16 tokens and fewer: the processor then does both at once
 constexpr int SLOT_BYTES = TILE_ROWS * TILE_LINE;
+constexpr int PREFETCH_TOKENS = 32;
 constexpr int PREFETCH = 4096;  // bytes ahead of what is decoded: 13 % of the bandwidth on the machine measured
 
 static_assert(TOKEN_TILE % TILE_ROWS == 0);
@@ -61,28 +62,28 @@ struct Order {
 };
 
 // Decodes ``tiles`` tiles of block ``block``.
-using Fill = void (*)(Walk&, const Decoding&, const Order&, int tiles, const Layout&, Scratch&, int block);
+using Fill = void (*)(Walk&, const Decoding&, const Order&, int tiles, Scratch&, int block);
 
-inline const std::uint8_t* next_tile(Walk& walk, const Order& order, int tile, const Layout& layout, Scratch& scratch,
-                                     int block) {
-    const std::uint8_t* const codes = walk.next();
-    for (std::int64_t at = 0; at < tile_bytes(layout.codes); at += 64) {
+template <Codes CODES, int SUB, Addend ADDEND>
+INLINE const std::uint8_t* next_tile(Walk& walk, const Order& order, int tile, Scratch& scratch, int block) {
+    const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
+    for (std::int64_t at = 0; at < tile_bytes(CODES); at += 64) {
         _mm_prefetch(reinterpret_cast<const char*>(codes) + PREFETCH + at, _MM_HINT_T0);
     }
-    for (int half = 0; half < (order.halves ? 2 : 1); ++half) {
+    UNROLL
+    for (int half = 0; half < COLUMNS / SUB; ++half) {
         const int slot = order.slot(tile, half);
         sixteen_store(scratch.scales[block][slot], walk.scale[half]);
-        if (layout.addend != Addend::none) sixteen_store(scratch.addends[block][slot], walk.addend[half]);
+        if constexpr (ADDEND != Addend::none) sixteen_store(scratch.addends[block][slot], walk.addend[half]);
     }
     return codes;
 }
 
-template <Codes CODES>
-void fill_bfloats(Walk& walk, const Decoding& decoding, const Order& order, int tiles, const Layout& layout,
-                  Scratch& scratch, int block) {
+template <Codes CODES, int SUB, Addend ADDEND>
+void fill_bfloats(Walk& walk, const Decoding& decoding, const Order& order, int tiles, Scratch& scratch, int block) {
     for (int tile = 0; tile < tiles; ++tile) {
         BfloatTile w;
-        decode<CODES>(next_tile(walk, order, tile, layout, scratch, block), decoding.table, w);
+        decode<CODES>(next_tile<CODES, SUB, ADDEND>(walk, order, tile, scratch, block), decoding.table, w);
         std::uint8_t* const to[2] = {scratch.panels[block][order.slot(tile, 0)],
                                      scratch.panels[block][order.slot(tile, 1)]};
         UNROLL
@@ -92,12 +93,11 @@ void fill_bfloats(Walk& walk, const Decoding& decoding, const Order& order, int 
     }
 }
 
-template <Codes CODES, bool LOOKED_UP>
-void fill_bytes(Walk& walk, const Decoding& decoding, const Order& order, int tiles, const Layout& layout,
-                Scratch& scratch, int block) {
+template <Codes CODES, bool LOOKED_UP, int SUB, Addend ADDEND>
+void fill_bytes(Walk& walk, const Decoding& decoding, const Order& order, int tiles, Scratch& scratch, int block) {
     for (int tile = 0; tile < tiles; ++tile) {
         ByteTile w;
-        decode_bytes<CODES, LOOKED_UP>(next_tile(walk, order, tile, layout, scratch, block), decoding.bytes, w);
+        decode_bytes<CODES, LOOKED_UP>(next_tile<CODES, SUB, ADDEND>(walk, order, tile, scratch, block), decoding.bytes, w);
         const int place = tile % 2 * OPERANDS * TILE_LINE;
         std::uint8_t* const to[2] = {scratch.panels[block][order.slot(tile, 0)] + place,
                                      scratch.panels[block][order.slot(tile, 1)] + place};
@@ -106,6 +106,27 @@ void fill_bytes(Walk& walk, const Decoding& decoding, const Order& order, int ti
             _mm512_store_si512(to[operand / (OPERANDS / 2)] + operand * TILE_LINE, w[operand]);
         }
     }
+}
+
+// The Fill for a layout: of(sub, addend).
+template <bool ADDENDS, typename Of>
+Fill fill_for(const Layout& layout, const Of& of) {
+    const auto by_sub = [&](auto addend) {
+        return layout.sub == COLUMNS / 2 ? of(std::integral_constant<int, COLUMNS / 2>(), addend)
+                                         : of(std::integral_constant<int, COLUMNS>(), addend);
+    };
+    if constexpr (ADDENDS) {
+        if (layout.addend == Addend::offset) return by_sub(std::integral_constant<Addend, Addend::offset>());
+        if (layout.addend == Addend::zero) return by_sub(std::integral_constant<Addend, Addend::zero>());
+    }
+    return by_sub(std::integral_constant<Addend, Addend::none>());
+}
+
+// Whether such codes may have offsets or zero points.
+constexpr bool has_addends(Codes codes) {
+    return codes == Codes::bits1 || codes == Codes::bits2 || codes == Codes::bits3 || codes == Codes::bits4 ||
+           codes == Codes::bits5 || codes == Codes::bits6 || codes == Codes::bits7 || codes == Codes::int8 ||
+           codes == Codes::uint8;
 }
 
 // Some lines of columns.
@@ -119,91 +140,19 @@ inline const std::uint8_t* line_of(const Input& x, std::int64_t line, int token)
     return x.values + (line * x.tokens + token) * TILE_LINE;
 }
 
+template <bool BYTES, int C, int A, int B>
+inline void tile_dot() {
+    if constexpr (BYTES) {
+        tile_dot_bytes<C, A, B>();
+    } else {
+        tile_dot_bfloats<C, A, B>();
+    }
+}
+
 template <bool BYTES>
 inline Sixteen product_of(const float* product, std::int32_t base) {
     if constexpr (BYTES) return ints_to_floats(_mm512_add_epi32(_mm512_load_si512(product), ints_set(base)));
     return sixteen_load(product);
-}
-
-// Up to 16 tokens from ``token`` on times the Bs of a block, each product scaled while the next one is formed.
-// ALL: there are 16, and their totals stay in registers. X_SCALED: x has scales, as bytes always do.
-template <bool BYTES, int PARTS, Addend ADDEND, bool ALL, bool X_SCALED>
-void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, const Input& x, int token,
-                     float (*totals)[ROWS]) {
-    constexpr int SPANS = PARTS == 4 ? 2 : 1;  // of x's scale
-    alignas(64) float products[2][TILE_ROWS][ROWS];
-    const int tokens = ALL ? TILE_ROWS : x.tokens - token;
-    const auto each = [&](auto&& body) INLINED {
-        if constexpr (ALL) {
-            UNROLL
-            for (int t = 0; t < TILE_ROWS; ++t) body(t);
-        } else {
-            for (int t = 0; t < tokens; ++t) body(t);
-        }
-    };
-    Sixteen held[TILE_ROWS];
-    each([&](int t) INLINED { held[t] = sixteen_load(totals[t]); });
-
-    const auto multiply = [&](auto parity, int slot) INLINED {
-        constexpr int C = decltype(parity)::value, A = PARTS == 1 ? 4 + C : 4, B = 6 + C;
-        if (slot % PARTS == 0) tile_load<A>(line_of(x, chunk.line + slot / PARTS, token), TILE_LINE);
-        tile_load<B>(scratch.panels[block][slot], TILE_LINE);
-        tile_zero<C>();
-        if constexpr (BYTES) {
-            tile_dot_bytes<C, A, B>();
-        } else {
-            tile_dot_bfloats<C, A, B>();
-        }
-        tile_store<C>(products[C], TILE_LINE);
-    };
-    const auto scale = [&](int slot) INLINED {
-        const float(*const product)[ROWS] = products[slot % 2];
-        const std::int64_t span = chunk.span + slot;
-        const std::int64_t at = span * x.tokens + token;
-        const float* const x_sums = x.sums + at;
-        const std::int32_t* const bases = x.bases + at;
-        const float* const x_scales = X_SCALED ? x.scales + span / SPANS * x.tokens + token : nullptr;
-        const Sixteen w_scale = sixteen_load(scratch.scales[block][slot]);
-        const Sixteen addend = sixteen_load(scratch.addends[block][slot]);
-        each([&](int t) INLINED {
-            Sixteen sum = product_of<BYTES>(product[t], BYTES ? bases[t] : 0);
-            if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x_sums[t]), sum);
-            const Sixteen by = X_SCALED ? sixteen_multiply(w_scale, sixteen_set(x_scales[t])) : w_scale;
-            held[t] = sixteen_fma(by, sum, held[t]);
-            if constexpr (ADDEND == Addend::offset) held[t] = sixteen_fma(addend, sixteen_set(x_sums[t]), held[t]);
-        });
-    };
-    const std::integral_constant<int, 0> even;
-    const std::integral_constant<int, 1> odd;
-    for (int slot = 0; slot < chunk.slots; slot += 2) {
-        multiply(even, slot);
-        if (slot > 0) scale(slot - 1);
-        if (slot + 1 < chunk.slots) multiply(odd, slot + 1);
-        scale(slot);
-    }
-    if (chunk.slots % 2 == 0) scale(chunk.slots - 1);
-    each([&](int t) INLINED { sixteen_store(totals[t], held[t]); });
-}
-
-using Narrow = void (*)(const Chunk&, const Scratch&, int block, const Input&, int token, float (*totals)[ROWS]);
-
-template <bool BYTES, int PARTS, bool ALL>
-Narrow narrow_by_addend(Addend addend) {
-    switch (addend) {
-        case Addend::none: return multiply_narrow<BYTES, PARTS, Addend::none, ALL, BYTES>;
-        case Addend::offset: return multiply_narrow<BYTES, PARTS, Addend::offset, ALL, BYTES>;
-        case Addend::zero: return multiply_narrow<BYTES, PARTS, Addend::zero, ALL, BYTES>;
-    }
-    return nullptr;
-}
-
-template <bool ALL>
-Narrow narrow_function(const Order& order, Addend addend, bool x_scaled) {
-    if (x_scaled && !order.bytes) {
-        return order.halves ? multiply_narrow<false, 2, Addend::none, ALL, true> : multiply_narrow<false, 1, Addend::none, ALL, true>;
-    }
-    if (!order.bytes) return order.halves ? narrow_by_addend<false, 2, ALL>(addend) : narrow_by_addend<false, 1, ALL>(addend);
-    return order.halves ? narrow_by_addend<true, 4, ALL>(addend) : narrow_by_addend<true, 2, ALL>(addend);
 }
 
 template <typename Each>
@@ -214,78 +163,231 @@ inline void for_blocks(int blocks, Each&& each) {
     if (blocks > 3) each(std::integral_constant<int, 3>());
 }
 
-// All tokens times the Bs of some blocks, a C for each block; scaled where a group ends. Sums of a group that goes
-// on wait in memory, or in their tiles where there is one tile of tokens only.
+// Adds the scaled products of tokens ``token`` on with the B in ``slot``: total(t, add) is given what adds to token t's.
+template <bool BYTES, int PARTS, Addend ADDEND, bool X_SCALED, typename Each, typename Total>
+INLINE void scale_products(const Chunk& chunk, const Scratch& scratch, int block, int slot, const Input& x, int token,
+                           const float (*products)[ROWS], const Each& each, const Total& total) {
+    constexpr int SPANS = PARTS == 4 ? 2 : 1;  // of x's scale
+    const std::int64_t span = chunk.span + slot;
+    const std::int64_t at = span * x.tokens + token;
+    const float* const x_sums = x.sums + at;
+    const std::int32_t* const bases = x.bases + at;
+    const float* const x_scales = X_SCALED ? x.scales + span / SPANS * x.tokens + token : nullptr;
+    const Sixteen w_scale = sixteen_load(scratch.scales[block][slot]);
+    const Sixteen addend = sixteen_load(scratch.addends[block][slot]);
+    each([&](int t) INLINED {
+        Sixteen sum = product_of<BYTES>(products[t], BYTES ? bases[t] : 0);
+        if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x_sums[t]), sum);
+        const Sixteen by = X_SCALED ? sixteen_multiply(w_scale, sixteen_set(x_scales[t])) : w_scale;
+        total(t, [&](Sixteen held) INLINED {
+            held = sixteen_fma(by, sum, held);
+            if constexpr (ADDEND == Addend::offset) held = sixteen_fma(addend, sixteen_set(x_sums[t]), held);
+            return held;
+        });
+    });
+}
+
+// multiply(parity, slot) for all slots, and while the next product is formed scale(slot).
+template <typename Multiply, typename Scale>
+INLINE void for_slots(int slots, const Multiply& multiply, const Scale& scale) {
+    const std::integral_constant<int, 0> even;
+    const std::integral_constant<int, 1> odd;
+    for (int slot = 0; slot < slots; slot += 2) {
+        multiply(even, slot);
+        if (slot > 0) scale(slot - 1);
+        if (slot + 1 < slots) multiply(odd, slot + 1);
+        scale(slot);
+    }
+    if (slots % 2 == 0) scale(slots - 1);
+}
+
+// 16 tokens from ``token`` on times the Bs of a block; their totals stay in registers. X_SCALED: x has scales, as bytes
+// always do.
+template <bool BYTES, int PARTS, Addend ADDEND, bool X_SCALED>
+void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, const Input& x, int token,
+                     float (*totals)[ROWS]) {
+    alignas(64) float products[2][TILE_ROWS][ROWS];
+    const auto each = [&](auto&& body) INLINED {
+        UNROLL
+        for (int t = 0; t < TILE_ROWS; ++t) body(t);
+    };
+    Sixteen held[TILE_ROWS];
+    each([&](int t) INLINED { held[t] = sixteen_load(totals[t]); });
+    const auto multiply = [&](auto parity, int slot) INLINED {
+        constexpr int C = decltype(parity)::value, A = PARTS == 1 ? 4 + C : 4, B = 6 + C;
+        if (slot % PARTS == 0) tile_load<A>(line_of(x, chunk.line + slot / PARTS, token), TILE_LINE);
+        tile_load<B>(scratch.panels[block][slot], TILE_LINE);
+        tile_zero<C>();
+        tile_dot<BYTES, C, A, B>();
+        tile_store<C>(products[C], TILE_LINE);
+    };
+    const auto scale = [&](int slot) INLINED {
+        scale_products<BYTES, PARTS, ADDEND, X_SCALED>(chunk, scratch, block, slot, x, token, products[slot % 2], each,
+                                                       [&](int t, auto&& add) INLINED { held[t] = add(held[t]); });
+    };
+    for_slots(chunk.slots, multiply, scale);
+    each([&](int t) INLINED { sixteen_store(totals[t], held[t]); });
+}
+
+// Fewer than 16 tokens from ``token`` on times the Bs of some blocks: A is loaded once for all of them. Totals, which are
+// few, wait in memory.
+template <bool BYTES, int PARTS, Addend ADDEND, bool X_SCALED>
+void multiply_narrow_rest(const Chunk& chunk, const Scratch& scratch, int blocks, const Input& x, int token,
+                          float (*totals)[TOKEN_TILE][ROWS]) {
+    alignas(64) float products[2][BLOCKS_TOGETHER][TILE_ROWS][ROWS];
+    const int tokens = x.tokens - token;
+    const auto each = [&](auto&& body) INLINED {
+        for (int t = 0; t < tokens; ++t) body(t);
+    };
+    const auto multiply = [&](auto parity, int slot) INLINED {
+        constexpr int PARITY = decltype(parity)::value, A = PARTS == 1 ? 4 + PARITY : 4;
+        if (slot % PARTS == 0) tile_load<A>(line_of(x, chunk.line + slot / PARTS, token), TILE_LINE);
+        for_blocks(blocks, [&](auto block) INLINED {
+            constexpr int C = decltype(block)::value, B = 6 + C % 2;
+            tile_load<B>(scratch.panels[C][slot], TILE_LINE);
+            tile_zero<C>();
+            tile_dot<BYTES, C, A, B>();
+            tile_store<C>(products[PARITY][C], TILE_LINE);
+        });
+    };
+    const auto scale = [&](int slot) INLINED {
+        for (int block = 0; block < blocks; ++block) {
+            float(*const own)[ROWS] = totals[block] + token;
+            scale_products<BYTES, PARTS, ADDEND, X_SCALED>(
+                chunk, scratch, block, slot, x, token, products[slot % 2][block], each,
+                [&](int t, auto&& add) INLINED { sixteen_store(own[t], add(sixteen_load(own[t]))); });
+        }
+    };
+    for_slots(chunk.slots, multiply, scale);
+}
+
+struct Narrow {
+    void (*whole)(const Chunk&, const Scratch&, int block, const Input&, int token, float (*totals)[ROWS]);
+    void (*rest)(const Chunk&, const Scratch&, int blocks, const Input&, int token, float (*totals)[TOKEN_TILE][ROWS]);
+};
+
+template <bool BYTES, int PARTS, Addend ADDEND, bool X_SCALED>
+Narrow narrow() {
+    return {multiply_narrow<BYTES, PARTS, ADDEND, X_SCALED>, multiply_narrow_rest<BYTES, PARTS, ADDEND, X_SCALED>};
+}
+
+template <bool BYTES, int PARTS>
+Narrow narrow_by_addend(Addend addend) {
+    switch (addend) {
+        case Addend::none: return narrow<BYTES, PARTS, Addend::none, BYTES>();
+        case Addend::offset: return narrow<BYTES, PARTS, Addend::offset, BYTES>();
+        case Addend::zero: return narrow<BYTES, PARTS, Addend::zero, BYTES>();
+    }
+    return {};
+}
+
+Narrow narrow_functions(const Order& order, Addend addend, bool x_scaled) {
+    if (order.bytes) return order.halves ? narrow_by_addend<true, 4>(addend) : narrow_by_addend<true, 2>(addend);
+    if (x_scaled) return order.halves ? narrow<false, 2, Addend::none, true>() : narrow<false, 1, Addend::none, true>();
+    return order.halves ? narrow_by_addend<false, 2>(addend) : narrow_by_addend<false, 1>(addend);
+}
+
+// TILES times 16 tokens from ``token`` on times the Bs of up to 4 / TILES blocks from ``first`` on, a C for each; scaled
+// where a group ends. Sums of a group that goes on wait in memory, or, ``stays``, in their tiles.
+template <bool BYTES, Addend ADDEND, int TILES>
+void multiply_wide_tiles(const Chunk& chunk, const Order& order, Scratch& scratch, const std::uint8_t* const* panels,
+                         int first, int blocks, const Input& x, bool scaled, float (*totals)[TOKEN_TILE][ROWS], int token,
+                         bool stays) {
+    constexpr int MOST = BLOCKS_TOGETHER / TILES;
+    std::int64_t group = chunk.line / order.lines_of_group, left = order.lines_of_group - chunk.line % order.lines_of_group;
+    // body(C, block, where its tokens' products are)
+    const auto each_sum = [&](auto&& body) INLINED {
+        for_blocks(std::min(blocks, MOST), [&](auto block) INLINED {
+            constexpr int BLOCK = decltype(block)::value;
+            if constexpr (BLOCK < MOST) {
+                each_constant<TILES>([&](auto tile) INLINED {
+                    constexpr int C = decltype(tile)::value * MOST + BLOCK;
+                    body(std::integral_constant<int, C>(), scratch.products[first + BLOCK][token + TILE_ROWS * tile]);
+                });
+            }
+        });
+    };
+    each_sum([&](auto sum, float* product) INLINED {
+        constexpr int C = decltype(sum)::value;
+        if (left == order.lines_of_group) {
+            tile_zero<C>();
+        } else if (!stays) {
+            tile_load<C>(product, TILE_LINE);
+        }
+    });
+    const auto scale = [&](int slot) INLINED {
+        const int tokens = std::min(TILES * TILE_ROWS, x.tokens - token);
+        const std::int64_t at = group * x.tokens + token;
+        for (int block = first; block < first + blocks; ++block) {
+            const Sixteen w_scale = sixteen_load(scratch.scales[block][slot]);
+            const Sixteen addend = sixteen_load(scratch.addends[block][slot]);
+            for (int t = 0; t < tokens; ++t) {
+                Sixteen sum = product_of<BYTES>(scratch.products[block][token + t], BYTES ? x.bases[at + t] : 0);
+                float* const to = totals[block][token + t];
+                Sixteen total = sixteen_load(to);
+                if (!scaled) {
+                    total = sixteen_add(total, sum);
+                } else {
+                    if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x.sums[at + t]), sum);
+                    total = sixteen_fma(w_scale, sum, total);
+                    if constexpr (ADDEND == Addend::offset) {
+                        total = sixteen_fma(addend, sixteen_set(x.sums[at + t]), total);
+                    }
+                }
+                sixteen_store(to, total);
+            }
+        }
+    };
+    const auto multiply = [&](auto parity, int slot) INLINED {
+        constexpr int A = 4 + decltype(parity)::value;  // of the one tile of tokens
+        const auto product = [&](auto tile, auto block) INLINED {
+            constexpr int BLOCK = decltype(block)::value, TILE = decltype(tile)::value;
+            if constexpr (BLOCK < MOST) {
+                constexpr int C = TILE * MOST + BLOCK, B = 6 + BLOCK % 2, OF = TILES == 1 ? A : 4 + TILE;
+                if constexpr (TILE == 0) tile_load<B>(panels[first + BLOCK] + slot * SLOT_BYTES, TILE_LINE);
+                tile_dot<BYTES, C, OF, B>();
+            }
+        };
+        each_constant<TILES>([&](auto tile) INLINED {
+            constexpr int TILE = decltype(tile)::value;
+            tile_load<TILES == 1 ? A : 4 + TILE>(line_of(x, chunk.line + slot, token + TILE_ROWS * TILE), TILE_LINE);
+            for_blocks(std::min(blocks, MOST), [&](auto block) INLINED { product(tile, block); });
+        });
+        if (--left > 0) return;
+        each_sum([&](auto sum, float* product_of_sum) INLINED {
+            constexpr int C = decltype(sum)::value;
+            tile_store<C>(product_of_sum, TILE_LINE);
+            tile_zero<C>();
+        });
+        scale(slot);
+        left = order.lines_of_group;
+        ++group;
+    };
+    int slot = 0;
+    for (; slot + 2 <= chunk.slots; slot += 2) {
+        multiply(std::integral_constant<int, 0>(), slot);
+        multiply(std::integral_constant<int, 1>(), slot + 1);
+    }
+    if (slot < chunk.slots) multiply(std::integral_constant<int, 0>(), slot);
+    if (stays || left == order.lines_of_group) return;
+    each_sum([&](auto sum, float* product) INLINED { tile_store<decltype(sum)::value>(product, TILE_LINE); });
+}
+
+// All tokens times the Bs of some blocks. 32 tokens and two blocks load one tile for each product; 16 tokens and four
+// blocks, five for four.
 template <bool BYTES, Addend ADDEND>
 void multiply_wide(const Chunk& chunk, const Order& order, Scratch& scratch, const std::uint8_t* const* panels,
                    int blocks, const Input& x, bool scaled, float (*totals)[TOKEN_TILE][ROWS]) {
     const bool stays = x.tokens <= TILE_ROWS;
-    for (int token = 0; token < x.tokens; token += TILE_ROWS) {
-        std::int64_t group = chunk.line / order.lines_of_group, left = order.lines_of_group - chunk.line % order.lines_of_group;
-        for_blocks(blocks, [&](auto block) INLINED {
-            constexpr int C = decltype(block)::value;
-            if (left == order.lines_of_group) {
-                tile_zero<C>();
-            } else if (!stays) {
-                tile_load<C>(scratch.products[C][token], TILE_LINE);
-            }
-        });
-        const auto scale = [&](int slot) INLINED {
-            const int tokens = std::min(TILE_ROWS, x.tokens - token);
-            const std::int64_t at = group * x.tokens + token;
-            for (int block = 0; block < blocks; ++block) {
-                const Sixteen w_scale = sixteen_load(scratch.scales[block][slot]);
-                const Sixteen addend = sixteen_load(scratch.addends[block][slot]);
-                for (int t = 0; t < tokens; ++t) {
-                    Sixteen sum = product_of<BYTES>(scratch.products[block][token + t], BYTES ? x.bases[at + t] : 0);
-                    float* const to = totals[block][token + t];
-                    Sixteen total = sixteen_load(to);
-                    if (!scaled) {
-                        total = sixteen_add(total, sum);
-                    } else {
-                        if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x.sums[at + t]), sum);
-                        total = sixteen_fma(w_scale, sum, total);
-                        if constexpr (ADDEND == Addend::offset) {
-                            total = sixteen_fma(addend, sixteen_set(x.sums[at + t]), total);
-                        }
-                    }
-                    sixteen_store(to, total);
-                }
-            }
-        };
-        const auto multiply = [&](auto parity, int slot) INLINED {
-            constexpr int A = 4 + decltype(parity)::value;
-            tile_load<A>(line_of(x, chunk.line + slot, token), TILE_LINE);
-            for_blocks(blocks, [&](auto block) INLINED {
-                constexpr int C = decltype(block)::value, B = 6 + C % 2;
-                tile_load<B>(panels[C] + slot * SLOT_BYTES, TILE_LINE);
-                if constexpr (BYTES) {
-                    tile_dot_bytes<C, A, B>();
-                } else {
-                    tile_dot_bfloats<C, A, B>();
-                }
-            });
-            if (--left > 0) return;
-            for_blocks(blocks, [&](auto block) INLINED {
-                constexpr int C = decltype(block)::value;
-                tile_store<C>(scratch.products[C][token], TILE_LINE);
-                tile_zero<C>();
-            });
-            scale(slot);
-            left = order.lines_of_group;
-            ++group;
-        };
-        int slot = 0;
-        for (; slot + 2 <= chunk.slots; slot += 2) {
-            multiply(std::integral_constant<int, 0>(), slot);
-            multiply(std::integral_constant<int, 1>(), slot + 1);
+    int token = 0;
+    for (; x.tokens - token > TILE_ROWS; token += 2 * TILE_ROWS) {
+        for (int first = 0; first < blocks; first += 2) {
+            multiply_wide_tiles<BYTES, ADDEND, 2>(chunk, order, scratch, panels, first, std::min(2, blocks - first), x,
+                                                  scaled, totals, token, false);
         }
-        if (slot < chunk.slots) multiply(std::integral_constant<int, 0>(), slot);
-        if (stays || left == order.lines_of_group) continue;
-        for_blocks(blocks, [&](auto block) INLINED {
-            constexpr int C = decltype(block)::value;
-            tile_store<C>(scratch.products[C][token], TILE_LINE);
-        });
+    }
+    if (token < x.tokens) {
+        multiply_wide_tiles<BYTES, ADDEND, 1>(chunk, order, scratch, panels, 0, blocks, x, scaled, totals, token, stays);
     }
 }
 
@@ -307,7 +409,7 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
                      const Decoding& decoding, const Input& x, float (*totals)[TOKEN_TILE][ROWS]) {
     static thread_local Scratch scratch;
     const bool few = x.tokens <= TILE_ROWS;
-    if (few && order.narrow && blocks > 1) {  // one stream of weights, rather than four
+    if (x.tokens == TILE_ROWS && order.narrow && blocks > 1) {  // one stream of weights, rather than four
         for (int block = 0; block < blocks; ++block) {
             multiply_blocks(fill, order, layout, first + block * layout.block_bytes, 1, decoding, x, totals + block);
         }
@@ -323,8 +425,7 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
     Walk walks[BLOCKS_TOGETHER] = {walk(0), walk(1), walk(2), walk(3)};
     const std::uint8_t* panels[BLOCKS_TOGETHER] = {};
     const bool x_scaled = x.scales != nullptr;
-    const Narrow narrow = narrow_function<true>(order, layout.addend, x_scaled),
-                 rest = narrow_function<false>(order, layout.addend, x_scaled);
+    const Narrow narrow = narrow_functions(order, layout.addend, x_scaled);
     const Wide wide = order.bytes ? wide_function<true>(layout.addend) : wide_function<false>(layout.addend);
     const std::int64_t lines = (!few ? SLOTS : std::max(2, SLOTS_OF_FEW / blocks)) / order.parts;
     for (std::int64_t line = 0; line < order.lines; line += lines) {
@@ -334,10 +435,11 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
         for (int block = 0; block < blocks; ++block) {
             panels[block] = scratch.panels[block][0];
             if (fill != nullptr) {
-                fill(walks[block], decoding, order, tiles, layout, scratch, block);
+                fill(walks[block], decoding, order, tiles, scratch, block);
                 continue;
             }
             panels[block] = first + block * layout.block_bytes + line * SLOT_BYTES;
+            if (x.tokens > PREFETCH_TOKENS) continue;
             for (std::int64_t at = 0; at < chunk.slots * SLOT_BYTES; at += 64) {
                 _mm_prefetch(reinterpret_cast<const char*>(panels[block]) + PREFETCH + at, _MM_HINT_T0);
             }
@@ -347,8 +449,12 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
             continue;
         }
         for (int token = 0; token < x.tokens; token += TILE_ROWS) {
+            if (token + TILE_ROWS > x.tokens) {
+                narrow.rest(chunk, scratch, blocks, x, token, totals);
+                continue;
+            }
             for (int block = 0; block < blocks; ++block) {
-                (token + TILE_ROWS <= x.tokens ? narrow : rest)(chunk, scratch, block, x, token, totals[block] + token);
+                narrow.whole(chunk, scratch, block, x, token, totals[block] + token);
             }
         }
     }
@@ -358,14 +464,23 @@ template <Codes CODES, bool X_SCALED = false>
 void multiply_exact(const Layout& layout, const std::uint8_t* first, int blocks, const Decoding& decoding, const Input& x,
                     float (*totals)[TOKEN_TILE][ROWS]) {
     const Order order(layout, false, X_SCALED);
-    multiply_blocks(CODES == Codes::bf16 ? nullptr : fill_bfloats<CODES>, order, layout, first, blocks, decoding, x, totals);
+    Fill fill = nullptr;
+    if constexpr (CODES != Codes::bf16) {
+        fill = fill_for<has_addends(CODES)>(layout, [](auto sub, auto addend) -> Fill {
+            return fill_bfloats<CODES, decltype(sub)::value, decltype(addend)::value>;
+        });
+    }
+    multiply_blocks(fill, order, layout, first, blocks, decoding, x, totals);
 }
 
 template <Codes CODES, bool LOOKED_UP, bool GROUPED>
 void multiply_bytes(const Layout& layout, const std::uint8_t* first, int blocks, const Decoding& decoding, const Input& x,
                     float (*totals)[TOKEN_TILE][ROWS]) {
     const Order order(layout, true, GROUPED);
-    multiply_blocks(fill_bytes<CODES, LOOKED_UP>, order, layout, first, blocks, decoding, x, totals);
+    const Fill fill = fill_for<true>(layout, [](auto sub, auto addend) -> Fill {
+        return fill_bytes<CODES, LOOKED_UP, decltype(sub)::value, decltype(addend)::value>;
+    });
+    multiply_blocks(fill, order, layout, first, blocks, decoding, x, totals);
 }
 
 template <Codes CODES, bool LOOKED_UP = false>
