@@ -63,7 +63,9 @@ __attribute__((noinline)) void multiply_block(const Layout& layout, const std::u
         if constexpr (ADDEND == Addend::offset) total = sixteen_fma(walk.addend[part], x_sum, total);
     };
     const auto next = [&]() __attribute__((always_inline)) {
-        return walk.template next<CODES, COLUMNS / PARTS, ADDEND>();
+        const std::uint8_t* const codes = walk.template next<CODES, COLUMNS / PARTS, ADDEND>();
+        fetch_lines<tile_bytes(CODES) + TILE_LINE>(codes + FETCHED_BYTES_AHEAD);  // with its scales
+        return codes;
     };
     Sixteen sums[PARTS];
     if constexpr (SUM != Sum::group) {
