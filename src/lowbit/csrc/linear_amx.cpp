@@ -413,7 +413,7 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
         }
         return;
     }
-    const FlushSubnormals flush;
+    const FlushSubnormals flush(false);
     configure_tiles(std::min(TILE_ROWS, x.tokens));
     if (scratch.parts != order.parts) {
         std::memset(scratch.panels, 0, sizeof scratch.panels);

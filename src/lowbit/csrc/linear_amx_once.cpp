@@ -99,7 +99,7 @@ void multiply_once(const Layout& layout, const std::uint8_t* first, int blocks, 
         const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.values + 2 * column));
         sixteen_store(values.data() + column, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
     }
-    const FlushSubnormals flush;
+    const FlushSubnormals flush(CODES == Codes::bf16);
     for (int block = 0; block < blocks; ++block) {
         multiply_block<CODES, SUM, ADDEND, SCALED, X_SCALED>(layout, first + block * layout.block_bytes, decoding, x,
                                                              values.data(), totals[block][0]);
