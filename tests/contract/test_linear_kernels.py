@@ -1192,6 +1192,19 @@ def test_a_row_does_not_depend_on_its_company(kernel: LinearKernel, name: str) -
         native.set_threads(2)
 
 
+@needs_native
+def test_a_row_of_subnormal_weights_does_not_depend_on_its_company() -> None:
+    """Some products of bfloat16 take subnormal numbers as zeros and others do not: one kernel does the same."""
+    values = torch.tensor([[2.0**-130, 1e-3], [2.0**-126, 0.5]]).repeat(9, 40)[:17].bfloat16()
+    packed = choose(dense("bf16"), (17, 80), CPU).kernel.pack(
+        QuantizedTensor(dense("bf16"), (17, 80), values, origin="test"), CPU
+    )
+    x = torch.tensor([[2.0**125, 1.0], [2.0**-130, 2.0**-20], [1.0, 1.0]]).repeat(7, 40)
+    together = packed.kernel.linear(x, packed)
+    for row in range(3):
+        assert torch.equal(packed.kernel.linear(x[row : row + 1], packed)[0], together[row])
+
+
 def test_native_kernels_take_what_they_should() -> None:
     """A kernel that refuses everything would pass the rest of this file."""
     if native.library() is None:
