@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx_tiles.h"
 #include "attention_plan.h"
 #include "attention_softmax.h"
 #include "lowbit.h"
@@ -25,7 +26,9 @@
 namespace lowbit {
 namespace {
 
-constexpr int DIRECT_ROWS = 2 * SCORE_ROWS;  // so many rows decode narrow pages as they read them
+// So many rows decode narrow pages as they read them: tiles read them once for all rows.
+constexpr int DIRECT_ROWS = TILED<Bfloat> ? BLOCK_ROWS : 2 * SCORE_ROWS;
+constexpr int PADDED_ROWS = BLOCK_ROWS + ROWS_OF_TILE - 1;
 
 // A segment while it is computed, for the rows of a block, or of several that have its first `common` pages in common.
 class Segment {
@@ -84,10 +87,10 @@ class Segment {
 template <class Key>
 struct alignas(64) Scratch {
     float queries[BLOCK_ROWS * MAX_K_DIM];
-    float scores[BLOCK_ROWS * SEGMENT_TOKENS];
+    float scores[PADDED_ROWS * SEGMENT_TOKENS];
     // No multiple of 4 KiB may lie between `scores` and `folded`: stores there would hold up loads here.
     float query_sums[BLOCK_ROWS * MAX_GROUPS], starts[BLOCK_ROWS];
-    float folded[BLOCK_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups
+    float folded[PADDED_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups
     TokenScales scales;
     float values[BLOCK_ROWS * MAX_V_DIM], next_values[BLOCK_ROWS * MAX_V_DIM];
     float maximum[STATE_ROWS], sum[STATE_ROWS], next_maximum[STATE_ROWS], next_sum[STATE_ROWS];
@@ -129,6 +132,7 @@ class Attention {
         if (status != OK) return status;
         plan_.run_parts([&](const Part& part, const Part* next) { run_part(part, next); });
         plan_.run_blocks([&](const Block& block, const Block* next) { run_block(block, next); });
+        release_tiles();
         return OK;
     }
 
@@ -350,9 +354,25 @@ class Attention {
                     states.maximum[row], states.sum[row]);
         }
         if (weighed().group == 0) {
+            for (int row = segment.begin; row < segment.end; ++row) {
+                clear_unseen(segment, row, scratch.scores + row * SEGMENT_TOKENS);
+            }
             std::fill(scratch.starts + segment.begin, scratch.starts + segment.end, 0.0f);
         } else if (one_group()) {
             fold(segment, 0, segment.begin, segment.end, scratch.scores, scratch);
+        }
+    }
+
+    // Tiles weigh what any of their rows sees: the row's weights are zeros there too.
+    void clear_unseen([[maybe_unused]] const Segment& segment, [[maybe_unused]] int row,
+                      [[maybe_unused]] float* weights) const {
+        if constexpr (TILED<Value>) {
+            constexpr int PAIR = 2 * LANES;  // tokens, whose weights lie in half as many words
+            const int begin = segment.first[row] / PAIR, end = (segment.last[row] + PAIR - 1) / PAIR;
+            const int past = segment.count == 1 ? (segment.page_end + 1) / 2 : SEGMENT_TOKENS / PAIR;
+            for (int pair = segment.page_begin / 2; pair < past; ++pair) {
+                if (pair < begin || pair >= end) store(weights + pair * PAIR, zeros());
+            }
         }
     }
 
@@ -371,6 +391,7 @@ class Attention {
                 const int at = which * SEGMENT_TOKENS;
                 scratch.starts[which] = fold_row(scratch.scores + at, segment.first[which], segment.last[which],
                                                  scratch.scales, folded + at);
+                clear_unseen(segment, which, folded + at);
             }
         });
     }

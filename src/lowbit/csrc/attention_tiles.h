@@ -103,15 +103,31 @@ template <class Element>
 constexpr bool BFLOAT_PRODUCTS = false;
 #endif
 
-// What pages are read as.
-#if defined(__AVX512BF16__)
+// What pages are read as: elements whose products vectors form, and those of AMX tiles (attention_amx.cpp).
+#if defined(LOWBIT_AMX)
+#define LOWBIT_ATTENTION_ELEMENTS(each) each(float)
+#define LOWBIT_TILED_ELEMENTS(each) each(Bfloat) each(Code4) each(Code8)
+#elif defined(__AVX512BF16__)
 #define LOWBIT_ATTENTION_ELEMENTS(each) each(float) each(Bfloat) each(Code4) each(Code8)
 #else
 #define LOWBIT_ATTENTION_ELEMENTS(each) each(float) each(Bfloat)
 #endif
 
+#if defined(LOWBIT_AMX)
+template <class Element>
+constexpr bool TILED = BFLOAT_PRODUCTS<Element>;
+constexpr int SUMMED_PAGES = 2;          // pages of values that a product sums: they are not taken apart
+constexpr int ROWS_OF_TILE = 16;         // rows are read and written in sixteens, also past a block's end
+constexpr int QUERY_LINE = CACHE_LINE / 4;  // words: a row of queries has zeros to the end of its last line
+#else
+template <class Element>
+constexpr bool TILED = false;
+constexpr int SUMMED_PAGES = 1, ROWS_OF_TILE = 1, QUERY_LINE = 1;
+#endif
+
 template <class Element>
 constexpr int query_words(int k_dim) {  // 32-bit words a row
+    if (TILED<Element>) return (k_dim / 2 + QUERY_LINE - 1) / QUERY_LINE * QUERY_LINE;
     return BFLOAT_PRODUCTS<Element> ? k_dim / 2 : k_dim;
 }
 
@@ -124,6 +140,7 @@ inline void prepare_query(const float* query, int k_dim, float* prepared) {
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(prepared + dimension / 2),
                                 reinterpret_cast<__m256i>(rounded));
         }
+        std::fill(prepared + k_dim / 2, prepared + query_words<Element>(k_dim), 0.0f);
         return;
     }
 #endif
@@ -162,6 +179,9 @@ struct Ahead {
     }
     __attribute__((always_inline)) void fetch_from(int page, int begin) const {
         for (int line = begin; line < lines; ++line) fetch_line(pages[page] + line * CACHE_LINE);
+    }
+    __attribute__((always_inline)) void fetch_range(int page, int begin, int end) const {
+        for (int line = begin; line < std::min(end, lines); ++line) fetch_line(pages[page] + line * CACHE_LINE);
     }
 };
 

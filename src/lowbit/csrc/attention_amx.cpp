@@ -1,0 +1,382 @@
+// Attention's products on AMX tiles: scores and weighted values of bfloat16 and of narrow pages (attention_tiles.h).
+//
+// Rows of queries, and of softmax weights, lie as A reads them. B is 32 dimensions of a page's keys, which a page of
+// bfloat16 holds as they are; or 32 tokens of 16 dimensions of values, a line a pair of tokens: two pages' lines,
+// copied together, because a tile has one stride. Narrow pages are decoded on the way.
+//
+// The order of sums is the instruction's: of up to 32 columns the even ones and the odd ones in a chain each, both
+// added, then added to C. Which columns meet in a product is fixed by their places, dimensions of a group of scales or
+// tokens of two pages, and a row of C knows nothing of the others: few rows and many take the same products, only
+// tiles of fewer rows.
+//
+// A row may meet tokens that it does not see, of an even run of pages or of what its tile's other rows see. Their
+// weight is 0, and their values must then be finite: what no row of a tile sees becomes 0, and where a value that only
+// some see is not finite, each row is computed by itself. A product of 0 changes no sum but the sign of a zero, which
+// what is stored has lost.
+#include "attention_tiles.h"
+
+#if defined(LOWBIT_AMX)
+
+#include <cstring>
+#include <utility>
+
+#include "amx_tiles.h"
+
+#define INLINED __attribute__((always_inline))  // of lambdas, which would become functions where called twice
+
+namespace lowbit {
+namespace {
+
+constexpr int DEPTH = 2 * TILE_ROWS;  // dimensions or tokens that a product sums
+constexpr int PAGE_PAIRS = PAGE_TOKENS / 2;
+constexpr int MAX_GROUPS_OF_ROWS = 3;  // that share a B: C has four tiles
+constexpr long ROW_BYTES = SEGMENT_TOKENS * static_cast<long>(sizeof(float));
+static_assert(TILE_ROWS == LANES && TILE_LINE == CACHE_LINE && ROWS_OF_TILE == TILE_ROWS);
+
+constexpr int at_once(int groups) { return groups == 1 ? 4 : groups == 2 ? 2 : 1; }  // Bs that share an A
+
+struct alignas(64) Tile {
+    Bfloat lines[TILE_ROWS][2 * LANES];
+};
+struct alignas(64) Sums {
+    float rows[TILE_ROWS][LANES];
+};
+
+// Calls each(0), each(1) …, numbers that a tile's name may be made of.
+template <int... NUMBERS, class Each>
+INLINED inline void unrolled(std::integer_sequence<int, NUMBERS...>, const Each& each) {
+    (each(std::integral_constant<int, NUMBERS>{}), ...);
+}
+template <int COUNT, class Each>
+INLINED inline void unrolled(const Each& each) {
+    unrolled(std::make_integer_sequence<int, COUNT>{}, each);
+}
+
+// C <- C + A B for GROUPS tiles of rows and COUNT Bs: those of group g and B b in tile g * COUNT + b.
+template <int GROUPS, int COUNT, class LoadB>
+INLINED inline void multiply(const float* a, long stride, const LoadB& load_b) {
+    static_assert(GROUPS * COUNT <= 4 && (GROUPS <= 2 || COUNT == 1));
+    const auto load_a = [&](auto group) INLINED {
+        constexpr int TILE = 4 + group % 2;
+        tile_load<TILE>(reinterpret_cast<const char*>(a) + group * TILE_ROWS * stride, stride);
+    };
+    if constexpr (COUNT > 1) unrolled<GROUPS>(load_a);
+    unrolled<COUNT>([&](auto which) INLINED {
+        constexpr int B = 6 + which % 2;
+        load_b(which, std::integral_constant<int, B>{});
+        unrolled<GROUPS>([&](auto group) INLINED {
+            if constexpr (COUNT == 1) load_a(group);
+            tile_dot_bfloats<group * COUNT + which, 4 + group % 2, B>();
+        });
+    });
+}
+
+// What a product sums of the dimensions: those of a group of scales that lie in one line of A.
+struct Part {
+    int line;        // of A
+    int begin, end;  // rows of B; the others are zeros
+    int dimension;   // where the group begins
+    bool first, last;  // of the group
+};
+
+struct Parts {
+    int count = 0;
+    Part parts[MAX_K_DIM / DEPTH + MAX_GROUPS];
+
+    Parts(int k_dim, int group) {
+        for (int begin = 0; begin < k_dim; begin += group) {
+            const int end = std::min(begin + group, k_dim);
+            for (int line = begin / DEPTH; line * DEPTH < end; ++line) {
+                const int from = std::max(begin - line * DEPTH, 0), to = std::min(end - line * DEPTH, DEPTH);
+                parts[count++] = {line, from / 2, to / 2, begin, line == begin / DEPTH, (line + 1) * DEPTH >= end};
+            }
+        }
+    }
+};
+
+// B of a page's keys, as it lies or made in `made`.
+template <class Element>
+INLINED inline const void* keys_of(const Element* page, const Part& part, Format format, Tile& made) {
+    const bool whole = part.begin == 0 && part.end == TILE_ROWS;
+    if constexpr (!IS_CODE<Element>) {
+        const Element* const lies = page + part.line * TILE_ROWS * 2 * LANES;
+        if (whole) return lies;
+        for (int row = part.begin; row < part.end; ++row) {
+            _mm512_store_si512(made.lines[row], _mm512_loadu_si512(lies + row * 2 * LANES));
+        }
+    } else {
+        const QuadDecoder<Element, true> decoder(code_table(format));
+        const auto* from = reinterpret_cast<const std::uint8_t*>(page) + part.line * TILE_ROWS / 2 * decoder.BYTES;
+        for (int row = part.begin; row < part.end; row += 2) {
+            __m512i first, second;
+            decoder.decode(from + row / 2 * decoder.BYTES, first, second);
+            _mm512_store_si512(made.lines[row], first);
+            _mm512_store_si512(made.lines[row + 1], second);
+        }
+    }
+    if (!whole) {
+        for (int row = 0; row < TILE_ROWS; ++row) {
+            if (row < part.begin || row >= part.end) _mm512_store_si512(made.lines[row], _mm512_setzero_si512());
+        }
+    }
+    return &made;
+}
+
+// What all of a call's products of queries and keys have in common.
+struct Scoring {
+    const Parts& parts;
+    const Scales& scales;
+    const Queries& queries;
+    const Ahead& ahead;
+    int words;  // of a row of queries
+    int fetched;  // lines a part
+    int end;  // of the rows
+    float* scores;
+};
+
+// Scores of GROUPS tiles of rows from `row` on with PAGES pages from `page` on.
+template <class Element, int GROUPS, int PAGES>
+void score_tiles(const Scoring& all, const Element* const* pages, int row, int page) {
+    Tile made[2][PAGES];
+    const Scales& scales = all.scales;
+    for (int number = 0; number < all.parts.count; ++number) {
+        const Part& part = all.parts.parts[number];
+        if (part.first) unrolled<GROUPS * PAGES>([](auto tile) INLINED { tile_zero<tile>(); });
+        const float* const a = all.queries.words + row * all.words + part.line * TILE_LINE / 4;
+        multiply<GROUPS, PAGES>(a, all.words * 4L, [&](auto which, auto tile) INLINED {
+            const int here = page + which;
+            all.ahead.fetch_range(here, number * all.fetched, (number + 1) * all.fetched);
+            tile_load<tile>(keys_of(pages[here], part, scales.format, made[number % 2][which]), TILE_LINE);
+        });
+        if (!part.last) continue;
+        if (scales.group == 0) {
+            unrolled<GROUPS * PAGES>([&](auto tile) INLINED {
+                constexpr int GROUP = tile / PAGES, WHICH = tile % PAGES;
+                float* const to = all.scores + (row + GROUP * TILE_ROWS) * SEGMENT_TOKENS;
+                tile_store<tile>(to + (page + WHICH) * PAGE_TOKENS, ROW_BYTES);
+            });
+            return;
+        }
+        unrolled<GROUPS * PAGES>([&](auto tile) INLINED {
+            constexpr int GROUP = tile / PAGES, WHICH = tile % PAGES;
+            Sums products;
+            tile_store<tile>(products.rows, TILE_LINE);
+            const Bfloat* const mine = scales.of(page + WHICH, part.dimension);
+            const Vector16 scale = load_bfloats(mine), low = scales.lows ? load_bfloats(mine + PAGE_TOKENS) : zeros();
+            const int begin = row + GROUP * TILE_ROWS, end = std::min(begin + TILE_ROWS, all.end);
+            for (int which = begin; which < end; ++which) {
+                float* const to = all.scores + which * SEGMENT_TOKENS + (page + WHICH) * PAGE_TOKENS;
+                Vector16 total = part.dimension == 0 ? zeros() : load(to);
+                if (scales.lows) {
+                    const float sum = all.queries.sums[which * MAX_GROUPS + part.dimension / scales.group];
+                    total = fma(low, broadcast(sum), total);
+                }
+                store(to, fma(scale, load(products.rows[which - begin]), total));
+            }
+        });
+    }
+}
+
+// The same for `count` pages.
+template <class Element, int GROUPS, int PAGES = at_once(GROUPS)>
+void score_pages(const Scoring& all, const Element* const* pages, int row, int page, int count) {
+    for (; count >= PAGES; page += PAGES, count -= PAGES) score_tiles<Element, GROUPS, PAGES>(all, pages, row, page);
+    if constexpr (PAGES > 1) {
+        if (count > 0) score_pages<Element, GROUPS, PAGES / 2>(all, pages, row, page, count);
+    }
+}
+
+// What all of a call's products of weights and values have in common.
+struct Weighing {
+    const float* weights;
+    const int *first, *last;  // that rows see
+    int v_dim;
+    Format format;
+    float* out;
+    int stride;
+    const float* start;
+    const Ahead& ahead;
+    int dim_begin, dim_end;
+};
+
+// Pairs of a page's tokens, STRIPS times 16 dimensions, as half of each of STRIPS Bs.
+template <class Element, int STRIPS>
+INLINED inline void copy_values(const Element* page, const Weighing& all, int dimension, Tile* to, int half,
+                                const Ahead& ahead, int number, int fetch_begin, int fetch_lines) {
+    for (int pair = 0; pair < PAGE_PAIRS; pair += IS_CODE<Element> ? 2 : 1) {
+        const int row = half * PAGE_PAIRS + pair;
+        ahead.fetch_range(number, fetch_begin, fetch_begin + fetch_lines);
+        fetch_begin += fetch_lines;
+        if constexpr (!IS_CODE<Element>) {
+            const Element* const from = page + 2 * (pair * all.v_dim + dimension);
+#pragma GCC unroll 4
+            for (int strip = 0; strip < STRIPS; ++strip) {
+                _mm512_store_si512(to[strip].lines[row], _mm512_loadu_si512(from + 2 * strip * LANES));
+            }
+        } else {
+            const QuadDecoder<Element, false> decoder(code_table(all.format));
+            const int quad = (pair / 2 * all.v_dim + dimension) / LANES;
+            const auto* from = reinterpret_cast<const std::uint8_t*>(page) + quad * decoder.BYTES;
+#pragma GCC unroll 4
+            for (int strip = 0; strip < STRIPS; ++strip) {
+                __m512i even, odd;
+                decoder.decode(from + strip * decoder.BYTES, even, odd);
+                _mm512_store_si512(to[strip].lines[row], even);
+                _mm512_store_si512(to[strip].lines[row + 1], odd);
+            }
+        }
+    }
+}
+
+// Tokens begin <= t < end stay, the others become 0.
+void keep_tokens(Tile* tiles, int count, int begin, int end) {
+    for (int row = 0; row < TILE_ROWS; ++row) {
+        const auto seen = [&](int token) { return token >= begin && token < end; };
+        if (seen(2 * row) && seen(2 * row + 1)) continue;
+        const unsigned kept = (seen(2 * row) ? 0xFFFFu : 0u) | (seen(2 * row + 1) ? ~0xFFFFu : 0u);
+        const __m512i mask = _mm512_set1_epi32(static_cast<int>(kept));
+        for (int which = 0; which < count; ++which) {
+            Bfloat* const line = tiles[which].lines[row];
+            _mm512_store_si512(line, _mm512_and_si512(_mm512_load_si512(line), mask));
+        }
+    }
+}
+
+bool finite(const Tile* tiles, int count) {
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    __mmask32 not_finite = 0;
+    for (int which = 0; which < count; ++which) {
+        for (const auto& line : tiles[which].lines) {
+            const __m512i here = _mm512_and_si512(_mm512_load_si512(line), exponent);
+            not_finite |= _mm512_cmpeq_epi16_mask(here, exponent);
+        }
+    }
+    return not_finite == 0;
+}
+
+// Weighted values of rows begin <= row < end, GROUPS tiles of them, and STRIPS times 16 dimensions. False: not done,
+// because a value that only some of the rows see is not finite.
+template <class Element, int GROUPS, int STRIPS>
+bool weigh_tiles(const Weighing& all, const Element* const* pages, int begin, int end, int dimension) {
+    int lowest = SEGMENT_TOKENS, all_begin = 0, all_end = SEGMENT_TOKENS, highest = 0;
+    bool from_zero = all.start != nullptr;
+    for (int row = begin; row < end; ++row) {
+        lowest = std::min(lowest, all.first[row]), all_begin = std::max(all_begin, all.first[row]);
+        highest = std::max(highest, all.last[row]), all_end = std::min(all_end, all.last[row]);
+        from_zero = from_zero && all.start[row] == 0.0f;
+    }
+    const auto for_rows = [&](int tile, const auto& each) INLINED {  // of a C: its row, where its sums are
+        const int first = begin + tile / STRIPS * TILE_ROWS, past = std::min(first + TILE_ROWS, end);
+        for (int row = first; row < past; ++row) {
+            each(row, row - first, all.out + row * all.stride + dimension + tile % STRIPS * LANES);
+        }
+    };
+    unrolled<GROUPS * STRIPS>([&](auto tile) INLINED {
+        if (from_zero) return tile_zero<tile>();
+        Sums sums;
+        for_rows(tile, [&](int row, int here, const float* out) INLINED {
+            store(sums.rows[here], all.start != nullptr ? broadcast(all.start[row]) : load(out));
+        });
+        tile_load<tile>(sums.rows, TILE_LINE);
+    });
+    Tile made[2][STRIPS];
+    // Lines to be fetched are shared out over the strips, and then over a page's pairs.
+    const int strips = (all.dim_end - all.dim_begin + STRIPS * LANES - 1) / (STRIPS * LANES);
+    constexpr int STEPS = IS_CODE<Element> ? PAGE_PAIRS / 2 : PAGE_PAIRS;
+    const int fetched = (all.ahead.lines + strips * STEPS - 1) / (strips * STEPS);
+    const int fetch_begin = (dimension - all.dim_begin) / (STRIPS * LANES) * fetched * STEPS;
+    for (int token = lowest / DEPTH * DEPTH; token < highest; token += DEPTH) {
+        Tile* const tiles = made[token / DEPTH % 2];
+        for (int half = 0; half < 2; ++half) {
+            const int page = token / PAGE_TOKENS + half;
+            if (page * PAGE_TOKENS < highest && (page + 1) * PAGE_TOKENS > lowest) {
+                copy_values<Element, STRIPS>(pages[page], all, dimension, tiles, half, all.ahead, page, fetch_begin,
+                                             fetched);
+            } else {
+                for (int which = 0; which < STRIPS; ++which) {
+                    std::memset(tiles[which].lines[half * PAGE_PAIRS], 0, sizeof(Tile) / 2);
+                }
+            }
+        }
+        if (token < lowest || token + DEPTH > highest) keep_tokens(tiles, STRIPS, lowest - token, highest - token);
+        const bool alike = (token >= all_begin || lowest == all_begin) && (token + DEPTH <= all_end || all_end == highest);
+        if (!alike && !finite(tiles, STRIPS)) return false;
+        multiply<GROUPS, STRIPS>(all.weights + begin * SEGMENT_TOKENS + token, ROW_BYTES,
+                                 [&](auto which, auto tile) INLINED { tile_load<tile>(&tiles[which], TILE_LINE); });
+    }
+    unrolled<GROUPS * STRIPS>([&](auto tile) INLINED {
+        Sums sums;
+        tile_store<tile>(sums.rows, TILE_LINE);
+        for_rows(tile, [&](int, int here, float* out) INLINED { store(out, add(load(sums.rows[here]), zeros())); });
+    });
+    return true;
+}
+
+// The same for all dimensions.
+template <class Element, int GROUPS, int STRIPS = at_once(GROUPS)>
+void weigh_strips(const Weighing& all, const Element* const* pages, int begin, int end, int dimension) {
+    for (; dimension + STRIPS * LANES <= all.dim_end; dimension += STRIPS * LANES) {
+        const int rows = std::min(end - begin, TILE_ROWS);
+        configure_tiles(rows);
+        if (weigh_tiles<Element, GROUPS, STRIPS>(all, pages, begin, end, dimension)) continue;
+        configure_tiles(1);
+        for (int row = begin; row < end; ++row) {
+            weigh_tiles<Element, 1, STRIPS>(all, pages, row, row + 1, dimension);
+        }
+    }
+    if constexpr (STRIPS > 1) {
+        if (dimension < all.dim_end) {
+            weigh_strips<Element, GROUPS, STRIPS / 2>(all, pages, begin, end, dimension);
+        }
+    }
+}
+
+// Calls each(tiles that so many rows fill, as a constant).
+template <class Each>
+INLINED inline void for_groups(int rows, const Each& each) {
+    if (rows <= TILE_ROWS) return each(std::integral_constant<int, 1>{});
+    if (rows <= 2 * TILE_ROWS) return each(std::integral_constant<int, 2>{});
+    each(std::integral_constant<int, MAX_GROUPS_OF_ROWS>{});
+}
+
+}  // namespace
+
+template <class Element>
+void score_rows(const Queries& queries, const Rows& rows, const Element* const* pages, int page_begin, int page_end,
+                int k_dim, const Scales& scales, float* scores, const Ahead& ahead) {
+    const Parts parts(k_dim, scales.group > 0 ? scales.group : k_dim);
+    const Scoring all{parts, scales, queries, ahead, query_words<Element>(k_dim),
+                      (ahead.lines + parts.count - 1) / parts.count, rows.end, scores};
+    const bool one_tile = rows.end - rows.begin <= TILE_ROWS;  // of as many rows as there are
+    configure_tiles(std::min(rows.end - rows.begin, TILE_ROWS));
+    int from = rows.begin, to = one_tile ? rows.end : rows.begin;
+    for (int page = page_begin; page < page_end;) {
+        if (!one_tile) {
+            while (from < rows.end && rows.last[from] <= page * PAGE_TOKENS) ++from;  // rows before these pages
+            while (to < rows.end && rows.first[to] < (page + 1) * PAGE_TOKENS) ++to;
+        }
+        const int count = one_tile ? page_end - page : 1;
+        for_groups(to - from, [&](auto groups) { score_pages<Element, groups>(all, pages, from, page, count); });
+        page += count;
+    }
+}
+
+template <class Element>
+void weigh_rows(const float* weights, const Rows& rows, const Element* const* pages, int v_dim, Format format,
+                int dim_begin, int dim_end, float* out, int stride, const float* start, const Ahead& ahead) {
+    const Weighing all{weights, rows.first, rows.last, v_dim, format, out, stride, start, ahead, dim_begin, dim_end};
+    for_groups(rows.end - rows.begin, [&](auto groups) {
+        weigh_strips<Element, groups>(all, pages, rows.begin, rows.end, dim_begin);
+    });
+}
+
+#define LOWBIT_INSTANTIATE(Element)                                                                                  \
+    template void score_rows(const Queries&, const Rows&, const Element* const*, int, int, int, const Scales&,       \
+                             float*, const Ahead&);                                                                  \
+    template void weigh_rows(const float*, const Rows&, const Element* const*, int, Format, int, int, float*, int, \
+                             const float*, const Ahead&);
+LOWBIT_TILED_ELEMENTS(LOWBIT_INSTANTIATE)
+
+}  // namespace lowbit
+
+#endif
