@@ -26,8 +26,13 @@
 namespace lowbit {
 namespace {
 
-// So many rows decode narrow pages as they read them: tiles read them once for all rows.
-constexpr int DIRECT_ROWS = TILED<Bfloat> ? BLOCK_ROWS : 2 * SCORE_ROWS;
+// More rows of a block go by slices, whose scores stay in L1 until they are weights.
+#ifndef SLICE
+#define SLICE 16
+#endif
+constexpr int SLICE_ROWS = TILED<Bfloat> ? SLICE : BLOCK_ROWS;
+// So many rows decode narrow pages as they read them.
+constexpr int DIRECT_ROWS = TILED<Bfloat> ? SLICE_ROWS : 2 * SCORE_ROWS;
 constexpr int PADDED_ROWS = BLOCK_ROWS + ROWS_OF_TILE - 1;
 
 // A segment while it is computed, for the rows of a block, or of several that have its first `common` pages in common.
@@ -294,6 +299,11 @@ class Attention {
         if (segment.begin >= segment.end) return;
         const bool direct = segment.end - segment.begin <= DIRECT_ROWS && !cache_.latent;
         const Ahead next_keys = next == nullptr ? Ahead{} : ahead_of(keys_, *next, next_segment);
+        if constexpr (TILED<Key> && TILED<Value>) {
+            if (segment.count == 1 && segment.end - segment.begin > SLICE_ROWS && !cache_.latent) {
+                return run_slices(segment, next_keys, scratch, states);
+            }
+        }
         const Key* keys[SEGMENT_PAGES];
         if (cache_.latent) {
             score_keys(segment, direct, next_keys, scratch, keys);
@@ -305,6 +315,38 @@ class Attention {
             if constexpr (std::is_same_v<Key, Value>) weigh_latent(segment, keys, scratch, states.values);
         } else {
             weigh_values(segment, direct, next_keys, scratch, states.values);
+        }
+    }
+
+    // The same for a block of many rows, SLICE_ROWS at a time.
+    void run_slices(const Segment& segment, const Ahead& next_keys, Scratch<Key>& scratch, const States& states) const {
+        const Block& block = segment.leader();
+        const Key* keys[SEGMENT_PAGES];
+        const Value* values[SEGMENT_PAGES];
+        Scales scales;
+        Ahead ahead = ahead_of(values_, block, segment.number), then = next_keys;
+        operands<true>(block, segment.number, segment.page_begin, segment.page_end, keys, ahead);
+        operands<false>(block, segment.number, segment.page_begin, segment.page_end, values, then);
+        find_scales(keys_, block, segment.number, segment.page_begin, segment.page_end, scales);
+        if (keys_.widened()) ahead = Ahead{};
+        if (values_.widened()) then = Ahead{};
+        const int words = query_words<Key>(cache_.k_dim);
+        for (int begin = segment.begin; begin < segment.end; begin += SLICE_ROWS) {
+            Segment slice(segment.members, 1, segment.number, segment.common);
+            slice.rows = std::min(SLICE_ROWS, segment.end - begin);
+            std::copy_n(segment.first + begin, slice.rows, slice.first);
+            std::copy_n(segment.last + begin, slice.rows, slice.last);
+            slice.find_ends();
+            const Rows rows{slice.begin, slice.end, slice.first, slice.last};
+            const States sums{states.maximum + begin, states.sum + begin, states.values + begin * cache_.v_dim};
+            score_rows<Key>({scratch.queries + begin * words, scratch.query_sums + begin * MAX_GROUPS}, rows, keys,
+                            slice.page_begin, slice.page_end, cache_.k_dim, scales, scratch.scores, ahead);
+            take_softmax(slice, scratch, sums);
+            for_groups(slice, rows.begin, rows.end, scratch, [&](int from, int to, const float* weights) {
+                weigh_rows<Value>(weights, rows, values, cache_.v_dim, values_.format, from, to, sums.values,
+                                  cache_.v_dim, scratch.starts, then);
+            });
+            ahead = then = Ahead{};
         }
     }
 

@@ -285,8 +285,8 @@ bool weigh_tiles(const Weighing& all, const Element* const* pages, int begin, in
     constexpr int STEPS = IS_CODE<Element> ? PAGE_PAIRS / 2 : PAGE_PAIRS;
     const int fetched = (all.ahead.lines + strips * STEPS - 1) / (strips * STEPS);
     const int fetch_begin = (dimension - all.dim_begin) / (STRIPS * LANES) * fetched * STEPS;
-    for (int token = lowest / DEPTH * DEPTH; token < highest; token += DEPTH) {
-        Tile* const tiles = made[token / DEPTH % 2];
+    // False: they are not finite.
+    const auto make = [&](int token, Tile* tiles) INLINED {
         for (int half = 0; half < 2; ++half) {
             const int page = token / PAGE_TOKENS + half;
             if (page * PAGE_TOKENS < highest && (page + 1) * PAGE_TOKENS > lowest) {
@@ -300,7 +300,15 @@ bool weigh_tiles(const Weighing& all, const Element* const* pages, int begin, in
         }
         if (token < lowest || token + DEPTH > highest) keep_tokens(tiles, STRIPS, lowest - token, highest - token);
         const bool alike = (token >= all_begin || lowest == all_begin) && (token + DEPTH <= all_end || all_end == highest);
-        if (!alike && !finite(tiles, STRIPS)) return false;
+        return alike || finite(tiles, STRIPS);
+    };
+    // One ahead: a tile does not load what is still on its way to the cache.
+    const auto tiles_of = [&](int token) { return made[token / DEPTH % 2]; };
+    int token = lowest / DEPTH * DEPTH;
+    if (!make(token, tiles_of(token))) return false;
+    for (; token < highest; token += DEPTH) {
+        if (token + DEPTH < highest && !make(token + DEPTH, tiles_of(token + DEPTH))) return false;
+        const Tile* const tiles = tiles_of(token);
         multiply<GROUPS, STRIPS>(all.weights + begin * SEGMENT_TOKENS + token, ROW_BYTES,
                                  [&](auto which, auto tile) INLINED { tile_load<tile>(&tiles[which], TILE_LINE); });
     }
