@@ -26,13 +26,8 @@
 namespace lowbit {
 namespace {
 
-// More rows of a block go by slices, whose scores stay in L1 until they are weights.
-#ifndef SLICE
-#define SLICE 16
-#endif
-constexpr int SLICE_ROWS = TILED<Bfloat> ? SLICE : BLOCK_ROWS;
-// So many rows decode narrow pages as they read them.
-constexpr int DIRECT_ROWS = TILED<Bfloat> ? SLICE_ROWS : 2 * SCORE_ROWS;
+// So many rows decode narrow pages as they read them; tiles always do.
+constexpr int DIRECT_ROWS = TILED<Bfloat> ? BLOCK_ROWS : 2 * SCORE_ROWS;
 constexpr int PADDED_ROWS = BLOCK_ROWS + ROWS_OF_TILE - 1;
 
 // A segment while it is computed, for the rows of a block, or of several that have its first `common` pages in common.
@@ -95,7 +90,7 @@ struct alignas(64) Scratch {
     float scores[PADDED_ROWS * SEGMENT_TOKENS];
     // No multiple of 4 KiB may lie between `scores` and `folded`: stores there would hold up loads here.
     float query_sums[BLOCK_ROWS * MAX_GROUPS], starts[BLOCK_ROWS];
-    float folded[PADDED_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups
+    float folded[PADDED_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups, or for tiles
     TokenScales scales;
     float values[BLOCK_ROWS * MAX_V_DIM], next_values[BLOCK_ROWS * MAX_V_DIM];
     float maximum[STATE_ROWS], sum[STATE_ROWS], next_maximum[STATE_ROWS], next_sum[STATE_ROWS];
@@ -299,11 +294,6 @@ class Attention {
         if (segment.begin >= segment.end) return;
         const bool direct = segment.end - segment.begin <= DIRECT_ROWS && !cache_.latent;
         const Ahead next_keys = next == nullptr ? Ahead{} : ahead_of(keys_, *next, next_segment);
-        if constexpr (TILED<Key> && TILED<Value>) {
-            if (segment.count == 1 && segment.end - segment.begin > SLICE_ROWS && !cache_.latent) {
-                return run_slices(segment, next_keys, scratch, states);
-            }
-        }
         const Key* keys[SEGMENT_PAGES];
         if (cache_.latent) {
             score_keys(segment, direct, next_keys, scratch, keys);
@@ -315,38 +305,6 @@ class Attention {
             if constexpr (std::is_same_v<Key, Value>) weigh_latent(segment, keys, scratch, states.values);
         } else {
             weigh_values(segment, direct, next_keys, scratch, states.values);
-        }
-    }
-
-    // The same for a block of many rows, SLICE_ROWS at a time.
-    void run_slices(const Segment& segment, const Ahead& next_keys, Scratch<Key>& scratch, const States& states) const {
-        const Block& block = segment.leader();
-        const Key* keys[SEGMENT_PAGES];
-        const Value* values[SEGMENT_PAGES];
-        Scales scales;
-        Ahead ahead = ahead_of(values_, block, segment.number), then = next_keys;
-        operands<true>(block, segment.number, segment.page_begin, segment.page_end, keys, ahead);
-        operands<false>(block, segment.number, segment.page_begin, segment.page_end, values, then);
-        find_scales(keys_, block, segment.number, segment.page_begin, segment.page_end, scales);
-        if (keys_.widened()) ahead = Ahead{};
-        if (values_.widened()) then = Ahead{};
-        const int words = query_words<Key>(cache_.k_dim);
-        for (int begin = segment.begin; begin < segment.end; begin += SLICE_ROWS) {
-            Segment slice(segment.members, 1, segment.number, segment.common);
-            slice.rows = std::min(SLICE_ROWS, segment.end - begin);
-            std::copy_n(segment.first + begin, slice.rows, slice.first);
-            std::copy_n(segment.last + begin, slice.rows, slice.last);
-            slice.find_ends();
-            const Rows rows{slice.begin, slice.end, slice.first, slice.last};
-            const States sums{states.maximum + begin, states.sum + begin, states.values + begin * cache_.v_dim};
-            score_rows<Key>({scratch.queries + begin * words, scratch.query_sums + begin * MAX_GROUPS}, rows, keys,
-                            slice.page_begin, slice.page_end, cache_.k_dim, scales, scratch.scores, ahead);
-            take_softmax(slice, scratch, sums);
-            for_groups(slice, rows.begin, rows.end, scratch, [&](int from, int to, const float* weights) {
-                weigh_rows<Value>(weights, rows, values, cache_.v_dim, values_.format, from, to, sums.values,
-                                  cache_.v_dim, scratch.starts, then);
-            });
-            ahead = then = Ahead{};
         }
     }
 
@@ -392,16 +350,16 @@ class Attention {
         const auto softmax = weighed().group == 0 ? softmax_segment<MULTIPLIED, ROUNDED>
                                                   : softmax_segment<Weights::FLOATS, ROUNDED>;
         for (int row = segment.begin; row < segment.end; ++row) {
-            softmax(scratch.scores + row * SEGMENT_TOKENS, segment.first[row], segment.last[row], softmax_,
-                    states.maximum[row], states.sum[row]);
+            softmax(scratch.scores + row * SEGMENT_TOKENS, weights(scratch) + row * WEIGHTS_ROW<Value>,
+                    segment.first[row], segment.last[row], softmax_, states.maximum[row], states.sum[row]);
         }
         if (weighed().group == 0) {
             for (int row = segment.begin; row < segment.end; ++row) {
-                clear_unseen(segment, row, scratch.scores + row * SEGMENT_TOKENS);
+                clear_unseen(segment, row, weights(scratch) + row * WEIGHTS_ROW<Value>);
             }
             std::fill(scratch.starts + segment.begin, scratch.starts + segment.end, 0.0f);
         } else if (one_group()) {
-            fold(segment, 0, segment.begin, segment.end, scratch.scores, scratch);
+            fold(segment, 0, segment.begin, segment.end, weights(scratch), scratch);
         }
     }
 
@@ -409,11 +367,11 @@ class Attention {
     void clear_unseen([[maybe_unused]] const Segment& segment, [[maybe_unused]] int row,
                       [[maybe_unused]] float* weights) const {
         if constexpr (TILED<Value>) {
-            constexpr int PAIR = 2 * LANES;  // tokens, whose weights lie in half as many words
-            const int begin = segment.first[row] / PAIR, end = (segment.last[row] + PAIR - 1) / PAIR;
-            const int past = segment.count == 1 ? (segment.page_end + 1) / 2 : SEGMENT_TOKENS / PAIR;
-            for (int pair = segment.page_begin / 2; pair < past; ++pair) {
-                if (pair < begin || pair >= end) store(weights + pair * PAIR, zeros());
+            constexpr int TOKENS = 2 * LANES;  // of a line
+            const int begin = segment.first[row] / TOKENS, end = (segment.last[row] + TOKENS - 1) / TOKENS;
+            const int past = segment.count == 1 ? (segment.page_end + 1) / 2 : SEGMENT_TOKENS / TOKENS;
+            for (int line = segment.page_begin / 2; line < past; ++line) {
+                if (line < begin || line >= end) store(weights + line * PAIRS_LINE, zeros());
             }
         }
     }
@@ -430,10 +388,10 @@ class Attention {
             scratch.scales.load(stored, page_from, page_to, dimension);
             const auto fold_row = stored.lows ? fold_scales<MULTIPLIED, true> : fold_scales<MULTIPLIED, false>;
             for (int which = from; which < to; ++which) {
-                const int at = which * SEGMENT_TOKENS;
-                scratch.starts[which] = fold_row(scratch.scores + at, segment.first[which], segment.last[which],
-                                                 scratch.scales, folded + at);
-                clear_unseen(segment, which, folded + at);
+                float* const to = folded + which * WEIGHTS_ROW<Value>;
+                scratch.starts[which] = fold_row(scratch.scores + which * SEGMENT_TOKENS, segment.first[which],
+                                                 segment.last[which], scratch.scales, to);
+                clear_unseen(segment, which, to);
             }
         });
     }
@@ -442,7 +400,7 @@ class Attention {
     template <class Each>
     void for_groups(const Segment& segment, int row_begin, int row_end, Scratch<Key>& scratch,
                     const Each& each) const {
-        if (one_group()) return each(0, cache_.v_dim, scratch.scores);
+        if (one_group()) return each(0, cache_.v_dim, weights(scratch));
         for (int begin = 0; begin < cache_.v_dim; begin += weighed().group) {
             fold(segment, begin, row_begin, row_end, scratch.folded, scratch);
             each(begin, std::min(begin + weighed().group, cache_.v_dim), scratch.folded);
@@ -493,6 +451,8 @@ class Attention {
         });
     }
 
+    // Where weights are when there is one of each token: in the place of the scores, or for tiles in rows of their own.
+    static float* weights(Scratch<Key>& scratch) { return TILED<Value> ? scratch.folded : scratch.scores; }
     // Where the values lie.
     const Store& weighed() const { return cache_.latent ? keys_ : values_; }
     // Whether all dimensions of a value share its scale, or have none.

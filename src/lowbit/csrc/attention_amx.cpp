@@ -29,6 +29,7 @@ namespace {
 
 constexpr int DEPTH = 2 * TILE_ROWS;  // dimensions or tokens that a product sums
 constexpr int PAGE_PAIRS = PAGE_TOKENS / 2;
+constexpr int FEW_PAGES = 4;           // for these it is not worth while to bring queries into another order
 constexpr int MAX_GROUPS_OF_ROWS = 3;  // that share a B: C has four tiles
 constexpr long ROW_BYTES = SEGMENT_TOKENS * static_cast<long>(sizeof(float));
 static_assert(TILE_ROWS == LANES && TILE_LINE == CACHE_LINE && ROWS_OF_TILE == TILE_ROWS);
@@ -71,6 +72,22 @@ INLINED inline void multiply(const float* a, long stride, const LoadB& load_b) {
     });
 }
 
+// Tiles of so many rows or of more: what a configuration costs is more than what those read and write.
+void configure_rows(int rows) {
+    rows = std::min(rows, TILE_ROWS);
+    if (configured_tiles() < rows) configure_tiles(rows);
+}
+
+// Whether the pages that are read next are fetched. Wider ones are long enough for the hardware's prefetcher.
+template <class Element>
+constexpr bool FETCHES = std::is_same_v<Element, Code4>;
+
+template <class Element>
+const CodeTable* table_of([[maybe_unused]] Format format) {
+    if constexpr (IS_CODE<Element>) return &code_table(format);
+    return nullptr;
+}
+
 // What a product sums of the dimensions: those of a group of scales that lie in one line of A.
 struct Part {
     int line;        // of A
@@ -94,9 +111,10 @@ struct Parts {
     }
 };
 
-// B of a page's keys, as it lies or made in `made`.
+// B of the keys of page `number`, as it lies or made in `made`.
 template <class Element>
-INLINED inline const void* keys_of(const Element* page, const Part& part, Format format, Tile& made) {
+INLINED inline const void* keys_of(const Element* page, const Part& part, const CodeTable* table, const Ahead& ahead,
+                                   int number, Tile& made) {
     const bool whole = part.begin == 0 && part.end == TILE_ROWS;
     if constexpr (!IS_CODE<Element>) {
         const Element* const lies = page + part.line * TILE_ROWS * 2 * LANES;
@@ -105,10 +123,11 @@ INLINED inline const void* keys_of(const Element* page, const Part& part, Format
             _mm512_store_si512(made.lines[row], _mm512_loadu_si512(lies + row * 2 * LANES));
         }
     } else {
-        const QuadDecoder<Element, true> decoder(code_table(format));
+        const QuadDecoder<Element, true> decoder(*table);
         const auto* from = reinterpret_cast<const std::uint8_t*>(page) + part.line * TILE_ROWS / 2 * decoder.BYTES;
         for (int row = part.begin; row < part.end; row += 2) {
             __m512i first, second;
+            if (FETCHES<Element>) ahead.fetch<1>(number, (part.line * TILE_ROWS + row) / 2);
             decoder.decode(from + row / 2 * decoder.BYTES, first, second);
             _mm512_store_si512(made.lines[row], first);
             _mm512_store_si512(made.lines[row + 1], second);
@@ -127,63 +146,131 @@ struct Scoring {
     const Parts& parts;
     const Scales& scales;
     const Queries& queries;
+    const CodeTable* table;  // of narrow pages
     const Ahead& ahead;
     int words;  // of a row of queries
-    int fetched;  // lines a part
-    int end;  // of the rows
+    int end;    // of the rows
+    int quads;  // of a narrow page
     float* scores;
 };
 
-// Scores of GROUPS tiles of rows from `row` on with PAGES pages from `page` on.
-template <class Element, int GROUPS, int PAGES>
-void score_tiles(const Scoring& all, const Element* const* pages, int row, int page) {
-    Tile made[2][PAGES];
+// Where to a page's products with a part go, which is the last of its group: rows of `products`, `count` of them.
+INLINED inline void scale_products(const Scoring& all, const Part& part, const Sums& products, int from, int row,
+                                   int count, int page) {
     const Scales& scales = all.scales;
-    for (int number = 0; number < all.parts.count; ++number) {
-        const Part& part = all.parts.parts[number];
-        if (part.first) unrolled<GROUPS * PAGES>([](auto tile) INLINED { tile_zero<tile>(); });
-        const float* const a = all.queries.words + row * all.words + part.line * TILE_LINE / 4;
-        multiply<GROUPS, PAGES>(a, all.words * 4L, [&](auto which, auto tile) INLINED {
-            const int here = page + which;
-            all.ahead.fetch_range(here, number * all.fetched, (number + 1) * all.fetched);
-            tile_load<tile>(keys_of(pages[here], part, scales.format, made[number % 2][which]), TILE_LINE);
-        });
-        if (!part.last) continue;
-        if (scales.group == 0) {
-            unrolled<GROUPS * PAGES>([&](auto tile) INLINED {
-                constexpr int GROUP = tile / PAGES, WHICH = tile % PAGES;
-                float* const to = all.scores + (row + GROUP * TILE_ROWS) * SEGMENT_TOKENS;
-                tile_store<tile>(to + (page + WHICH) * PAGE_TOKENS, ROW_BYTES);
-            });
-            return;
+    const Bfloat* const mine = scales.of(page, part.dimension);
+    const Vector16 scale = load_bfloats(mine), low = scales.lows ? load_bfloats(mine + PAGE_TOKENS) : zeros();
+    for (int which = 0; which < count; ++which) {
+        float* const to = all.scores + (row + which) * SEGMENT_TOKENS + page * PAGE_TOKENS;
+        Vector16 total = part.dimension == 0 ? zeros() : load(to);
+        if (scales.lows) {
+            const float sum = all.queries.sums[(row + which) * MAX_GROUPS + part.dimension / scales.group];
+            total = fma(low, broadcast(sum), total);
         }
-        unrolled<GROUPS * PAGES>([&](auto tile) INLINED {
-            constexpr int GROUP = tile / PAGES, WHICH = tile % PAGES;
-            Sums products;
-            tile_store<tile>(products.rows, TILE_LINE);
-            const Bfloat* const mine = scales.of(page + WHICH, part.dimension);
-            const Vector16 scale = load_bfloats(mine), low = scales.lows ? load_bfloats(mine + PAGE_TOKENS) : zeros();
-            const int begin = row + GROUP * TILE_ROWS, end = std::min(begin + TILE_ROWS, all.end);
-            for (int which = begin; which < end; ++which) {
-                float* const to = all.scores + which * SEGMENT_TOKENS + (page + WHICH) * PAGE_TOKENS;
-                Vector16 total = part.dimension == 0 ? zeros() : load(to);
-                if (scales.lows) {
-                    const float sum = all.queries.sums[which * MAX_GROUPS + part.dimension / scales.group];
-                    total = fma(low, broadcast(sum), total);
-                }
-                store(to, fma(scale, load(products.rows[which - begin]), total));
-            }
-        });
+        store(to, fma(scale, load(products.rows[from + which]), total));
     }
 }
 
-// The same for `count` pages.
+// Calls multiply(number of a part, pages' Bs, the first of PAGES pages) for all parts of `count` pages, a multiple of
+// PAGES. What is made is made one ahead: a tile does not load what is still on its way to the cache.
+template <class Element, int PAGES, class Multiply>
+INLINED inline void for_parts(const Scoring& all, const Parts& parts, const Element* const* pages, int page, int count,
+                              const Multiply& multiply) {
+    Tile made[2][PAGES];
+    const void* tiles[2][PAGES];
+    const auto make = [&](int number, int first, int place) INLINED {
+        for (int which = 0; which < PAGES; ++which) {
+            const int here = first + which;
+            tiles[place][which] = keys_of(pages[here], parts.parts[number], all.table, all.ahead, here, made[place][which]);
+            if (FETCHES<Element> && number == 0) all.ahead.fetch_from(here, all.quads);  // what no quad fetches
+        }
+    };
+    make(0, page, 0);
+    for (int number = 0, place = 0, past = page + count; page < past; place ^= 1) {
+        const bool last = number + 1 == parts.count;
+        const int next = last ? 0 : number + 1, next_page = last ? page + PAGES : page;
+        if (next_page < past) make(next, next_page, place ^ 1);
+        multiply(number, tiles[place], page);
+        number = next, page = next_page;
+    }
+}
+
+// Scores of GROUPS tiles of rows from `row` on with `count` pages from `page` on, a multiple of PAGES.
+template <class Element, int GROUPS, int PAGES>
+void score_tiles(const Scoring& all, const Element* const* pages, int row, int page, int count) {
+    const auto multiply_part = [&](int number, const void* const* tiles, int first) INLINED {
+        const Part& part = all.parts.parts[number];
+        if (part.first) unrolled<GROUPS * PAGES>([](auto tile) INLINED { tile_zero<tile>(); });
+        const float* const a = all.queries.words + row * all.words + part.line * QUERY_LINE;
+        multiply<GROUPS, PAGES>(a, all.words * 4L,
+                                [&](auto which, auto tile) INLINED { tile_load<tile>(tiles[which], TILE_LINE); });
+        if (!part.last) return;
+        unrolled<GROUPS * PAGES>([&](auto tile) INLINED {
+            constexpr int GROUP = tile / PAGES, WHICH = tile % PAGES;
+            const int begin = row + GROUP * TILE_ROWS;
+            if (all.scales.group == 0) {
+                tile_store<tile>(all.scores + begin * SEGMENT_TOKENS + (first + WHICH) * PAGE_TOKENS, ROW_BYTES);
+                return;
+            }
+            Sums products;
+            tile_store<tile>(products.rows, TILE_LINE);
+            scale_products(all, part, products, 0, begin, std::min(TILE_ROWS, all.end - begin), first + WHICH);
+        });
+    };
+    for_parts<Element, PAGES>(all, all.parts, pages, page, count, multiply_part);
+}
+
+// The same for any count of pages.
 template <class Element, int GROUPS, int PAGES = at_once(GROUPS)>
 void score_pages(const Scoring& all, const Element* const* pages, int row, int page, int count) {
-    for (; count >= PAGES; page += PAGES, count -= PAGES) score_tiles<Element, GROUPS, PAGES>(all, pages, row, page);
+    const int whole = count / PAGES * PAGES;
+    if (whole > 0) score_tiles<Element, GROUPS, PAGES>(all, pages, row, page, whole);
     if constexpr (PAGES > 1) {
-        if (count > 0) score_pages<Element, GROUPS, PAGES / 2>(all, pages, row, page, count);
+        if (whole < count) score_pages<Element, GROUPS, PAGES / 2>(all, pages, row, page + whole, count - whole);
     }
+}
+
+// Two groups of scales a line, and up to eight rows: A has each row twice, with zeros for one group's dimensions and for
+// the other's, so that one product yields both groups' sums.
+template <class Element, int PAGES = 4>
+void score_halves(const Scoring& all, const Parts& lines, const float* twice, const Element* const* pages, int row,
+                  int page, int count) {
+    const int rows = all.end - row;
+    const int whole = count / PAGES * PAGES;
+    const auto multiply_line = [&](int line, const void* const* tiles, int first) INLINED {
+        unrolled<PAGES>([](auto tile) INLINED { tile_zero<tile>(); });
+        multiply<1, PAGES>(twice + line * TILE_ROWS * QUERY_LINE, TILE_LINE,
+                           [&](auto which, auto tile) INLINED { tile_load<tile>(tiles[which], TILE_LINE); });
+        unrolled<PAGES>([&](auto tile) INLINED {
+            Sums products;
+            tile_store<tile>(products.rows, TILE_LINE);
+            for (int half = 0; half < 2; ++half) {
+                scale_products(all, all.parts.parts[2 * line + half], products, half * rows, row, rows, first + tile);
+            }
+        });
+    };
+    if (whole > 0) for_parts<Element, PAGES>(all, lines, pages, page, whole, multiply_line);
+    if constexpr (PAGES > 1) {
+        if (whole < count) {
+            score_halves<Element, PAGES / 2>(all, lines, twice, pages, row, page + whole, count - whole);
+        }
+    }
+}
+
+template <class Element>
+void score_few(const Scoring& all, int k_dim, const Element* const* pages, int row, int page, int count) {
+    alignas(64) float twice[MAX_K_DIM / DEPTH * TILE_ROWS * QUERY_LINE];
+    const int rows = all.end - row;
+    for (int line = 0; line < k_dim / DEPTH; ++line) {
+        float* const to = twice + line * TILE_ROWS * QUERY_LINE;
+        for (int which = 0; which < rows; ++which) {
+            const __m512i words = _mm512_loadu_si512(all.queries.words + (row + which) * all.words + line * QUERY_LINE);
+            _mm512_store_si512(to + which * QUERY_LINE, _mm512_maskz_mov_epi32(0x00FF, words));
+            _mm512_store_si512(to + (rows + which) * QUERY_LINE, _mm512_maskz_mov_epi32(0xFF00, words));
+        }
+    }
+    configure_rows(2 * rows);
+    score_halves<Element>(all, Parts(k_dim, k_dim), twice, pages, row, page, count);
 }
 
 // What all of a call's products of weights and values have in common.
@@ -191,22 +278,20 @@ struct Weighing {
     const float* weights;
     const int *first, *last;  // that rows see
     int v_dim;
-    Format format;
+    const CodeTable* table;  // of narrow pages
     float* out;
     int stride;
     const float* start;
     const Ahead& ahead;
-    int dim_begin, dim_end;
+    int dim_end;
 };
 
 // Pairs of a page's tokens, STRIPS times 16 dimensions, as half of each of STRIPS Bs.
 template <class Element, int STRIPS>
-INLINED inline void copy_values(const Element* page, const Weighing& all, int dimension, Tile* to, int half,
-                                const Ahead& ahead, int number, int fetch_begin, int fetch_lines) {
+INLINED inline void copy_values(const Element* page, int number, const Weighing& all, int dimension, Tile* to) {
+    const int half = number % SUMMED_PAGES;
     for (int pair = 0; pair < PAGE_PAIRS; pair += IS_CODE<Element> ? 2 : 1) {
         const int row = half * PAGE_PAIRS + pair;
-        ahead.fetch_range(number, fetch_begin, fetch_begin + fetch_lines);
-        fetch_begin += fetch_lines;
         if constexpr (!IS_CODE<Element>) {
             const Element* const from = page + 2 * (pair * all.v_dim + dimension);
 #pragma GCC unroll 4
@@ -214,9 +299,14 @@ INLINED inline void copy_values(const Element* page, const Weighing& all, int di
                 _mm512_store_si512(to[strip].lines[row], _mm512_loadu_si512(from + 2 * strip * LANES));
             }
         } else {
-            const QuadDecoder<Element, false> decoder(code_table(all.format));
+            const QuadDecoder<Element, false> decoder(*all.table);
             const int quad = (pair / 2 * all.v_dim + dimension) / LANES;
             const auto* from = reinterpret_cast<const std::uint8_t*>(page) + quad * decoder.BYTES;
+            if (FETCHES<Element>) all.ahead.template fetch<STRIPS>(number, quad);
+            if (FETCHES<Element> && quad == 0) {  // what no quads fetch
+                const int fetched = all.ahead.lines / STRIPS * STRIPS;
+                all.ahead.fetch_from(number, std::min(fetched, PAGE_PAIRS / 2 * all.v_dim / LANES));
+            }
 #pragma GCC unroll 4
             for (int strip = 0; strip < STRIPS; ++strip) {
                 __m512i even, odd;
@@ -280,18 +370,12 @@ bool weigh_tiles(const Weighing& all, const Element* const* pages, int begin, in
         tile_load<tile>(sums.rows, TILE_LINE);
     });
     Tile made[2][STRIPS];
-    // Lines to be fetched are shared out over the strips, and then over a page's pairs.
-    const int strips = (all.dim_end - all.dim_begin + STRIPS * LANES - 1) / (STRIPS * LANES);
-    constexpr int STEPS = IS_CODE<Element> ? PAGE_PAIRS / 2 : PAGE_PAIRS;
-    const int fetched = (all.ahead.lines + strips * STEPS - 1) / (strips * STEPS);
-    const int fetch_begin = (dimension - all.dim_begin) / (STRIPS * LANES) * fetched * STEPS;
     // False: they are not finite.
     const auto make = [&](int token, Tile* tiles) INLINED {
         for (int half = 0; half < 2; ++half) {
             const int page = token / PAGE_TOKENS + half;
             if (page * PAGE_TOKENS < highest && (page + 1) * PAGE_TOKENS > lowest) {
-                copy_values<Element, STRIPS>(pages[page], all, dimension, tiles, half, all.ahead, page, fetch_begin,
-                                             fetched);
+                copy_values<Element, STRIPS>(pages[page], page, all, dimension, tiles);
             } else {
                 for (int which = 0; which < STRIPS; ++which) {
                     std::memset(tiles[which].lines[half * PAGE_PAIRS], 0, sizeof(Tile) / 2);
@@ -309,7 +393,8 @@ bool weigh_tiles(const Weighing& all, const Element* const* pages, int begin, in
     for (; token < highest; token += DEPTH) {
         if (token + DEPTH < highest && !make(token + DEPTH, tiles_of(token + DEPTH))) return false;
         const Tile* const tiles = tiles_of(token);
-        multiply<GROUPS, STRIPS>(all.weights + begin * SEGMENT_TOKENS + token, ROW_BYTES,
+        multiply<GROUPS, STRIPS>(all.weights + begin * WEIGHTS_ROW<Element> + token / 2,
+                                 WEIGHTS_ROW<Element> * 4L,
                                  [&](auto which, auto tile) INLINED { tile_load<tile>(&tiles[which], TILE_LINE); });
     }
     unrolled<GROUPS * STRIPS>([&](auto tile) INLINED {
@@ -324,10 +409,7 @@ bool weigh_tiles(const Weighing& all, const Element* const* pages, int begin, in
 template <class Element, int GROUPS, int STRIPS = at_once(GROUPS)>
 void weigh_strips(const Weighing& all, const Element* const* pages, int begin, int end, int dimension) {
     for (; dimension + STRIPS * LANES <= all.dim_end; dimension += STRIPS * LANES) {
-        const int rows = std::min(end - begin, TILE_ROWS);
-        configure_tiles(rows);
         if (weigh_tiles<Element, GROUPS, STRIPS>(all, pages, begin, end, dimension)) continue;
-        configure_tiles(1);
         for (int row = begin; row < end; ++row) {
             weigh_tiles<Element, 1, STRIPS>(all, pages, row, row + 1, dimension);
         }
@@ -353,10 +435,13 @@ template <class Element>
 void score_rows(const Queries& queries, const Rows& rows, const Element* const* pages, int page_begin, int page_end,
                 int k_dim, const Scales& scales, float* scores, const Ahead& ahead) {
     const Parts parts(k_dim, scales.group > 0 ? scales.group : k_dim);
-    const Scoring all{parts, scales, queries, ahead, query_words<Element>(k_dim),
-                      (ahead.lines + parts.count - 1) / parts.count, rows.end, scores};
+    const Scoring all{parts, scales, queries, table_of<Element>(scales.format), ahead, query_words<Element>(k_dim), rows.end, k_dim / 4, scores};
+    const bool few = 2 * (rows.end - rows.begin) <= TILE_ROWS && page_end - page_begin > FEW_PAGES;
+    if (few && scales.group == DEPTH / 2 && k_dim % DEPTH == 0) {
+        return score_few<Element>(all, k_dim, pages, rows.begin, page_begin, page_end - page_begin);
+    }
     const bool one_tile = rows.end - rows.begin <= TILE_ROWS;  // of as many rows as there are
-    configure_tiles(std::min(rows.end - rows.begin, TILE_ROWS));
+    configure_rows(rows.end - rows.begin);
     int from = rows.begin, to = one_tile ? rows.end : rows.begin;
     for (int page = page_begin; page < page_end;) {
         if (!one_tile) {
@@ -372,7 +457,8 @@ void score_rows(const Queries& queries, const Rows& rows, const Element* const* 
 template <class Element>
 void weigh_rows(const float* weights, const Rows& rows, const Element* const* pages, int v_dim, Format format,
                 int dim_begin, int dim_end, float* out, int stride, const float* start, const Ahead& ahead) {
-    const Weighing all{weights, rows.first, rows.last, v_dim, format, out, stride, start, ahead, dim_begin, dim_end};
+    const Weighing all{weights, rows.first, rows.last, v_dim, table_of<Element>(format), out, stride, start, ahead, dim_end};
+    configure_rows(rows.end - rows.begin);
     for_groups(rows.end - rows.begin, [&](auto groups) {
         weigh_strips<Element, groups>(all, pages, rows.begin, rows.end, dim_begin);
     });

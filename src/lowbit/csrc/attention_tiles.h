@@ -119,10 +119,12 @@ constexpr bool TILED = BFLOAT_PRODUCTS<Element>;
 constexpr int SUMMED_PAGES = 2;          // pages of values that a product sums: they are not taken apart
 constexpr int ROWS_OF_TILE = 16;         // rows are read and written in sixteens, also past a block's end
 constexpr int QUERY_LINE = CACHE_LINE / 4;  // words: a row of queries has zeros to the end of its last line
+constexpr int PAIRS_LINE = LANES;           // words of 32 tokens' weights: rows that stay in L1
 #else
 template <class Element>
 constexpr bool TILED = false;
 constexpr int SUMMED_PAGES = 1, ROWS_OF_TILE = 1, QUERY_LINE = 1;
+constexpr int PAIRS_LINE = 2 * LANES;  // in the place of their scores
 #endif
 
 template <class Element>
@@ -130,6 +132,9 @@ constexpr int query_words(int k_dim) {  // 32-bit words a row
     if (TILED<Element>) return (k_dim / 2 + QUERY_LINE - 1) / QUERY_LINE * QUERY_LINE;
     return BFLOAT_PRODUCTS<Element> ? k_dim / 2 : k_dim;
 }
+
+template <class Element>
+constexpr int WEIGHTS_ROW = TILED<Element> ? SEGMENT_TOKENS / 2 : SEGMENT_TOKENS;  // words from row to row
 
 template <class Element>
 inline void prepare_query(const float* query, int k_dim, float* prepared) {
@@ -179,9 +184,6 @@ struct Ahead {
     }
     __attribute__((always_inline)) void fetch_from(int page, int begin) const {
         for (int line = begin; line < lines; ++line) fetch_line(pages[page] + line * CACHE_LINE);
-    }
-    __attribute__((always_inline)) void fetch_range(int page, int begin, int end) const {
-        for (int line = begin; line < std::min(end, lines); ++line) fetch_line(pages[page] + line * CACHE_LINE);
     }
 };
 
