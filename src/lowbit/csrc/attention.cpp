@@ -90,7 +90,7 @@ struct alignas(64) Scratch {
     float scores[PADDED_ROWS * SEGMENT_TOKENS];
     // No multiple of 4 KiB may lie between `scores` and `folded`: stores there would hold up loads here.
     float query_sums[BLOCK_ROWS * MAX_GROUPS], starts[BLOCK_ROWS];
-    float folded[PADDED_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups, or for tiles
+    float folded[BLOCK_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups, or for tiles
     TokenScales scales;
     float values[BLOCK_ROWS * MAX_V_DIM], next_values[BLOCK_ROWS * MAX_V_DIM];
     float maximum[STATE_ROWS], sum[STATE_ROWS], next_maximum[STATE_ROWS], next_sum[STATE_ROWS];
@@ -132,7 +132,6 @@ class Attention {
         if (status != OK) return status;
         plan_.run_parts([&](const Part& part, const Part* next) { run_part(part, next); });
         plan_.run_blocks([&](const Block& block, const Block* next) { run_block(block, next); });
-        release_tiles();
         return OK;
     }
 
@@ -483,6 +482,10 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
                                           float softcap, const float* sinks, float* out) {
     using lowbit::Attention, lowbit::Bfloat;
     const lowbit::Softmax softmax{scale, softcap};
+    // Before this thread returns, also where memory runs out.
+    const struct Released {
+        ~Released() { lowbit::release_tiles(); }
+    } released;
     const bool keys = lowbit::key_store(*cache).multiplied_as_float();
     const bool values = cache->latent ? keys : lowbit::value_store(*cache).multiplied_as_float();
     try {

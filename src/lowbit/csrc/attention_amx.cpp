@@ -1,18 +1,20 @@
 // Attention's products on AMX tiles: scores and weighted values of bfloat16 and of narrow pages (attention_tiles.h).
 //
 // Rows of queries, and of softmax weights, lie as A reads them. B is 32 dimensions of a page's keys, which a page of
-// bfloat16 holds as they are; or 32 tokens of 16 dimensions of values, a line a pair of tokens: two pages' lines,
-// copied together, because a tile has one stride. Narrow pages are decoded on the way.
+// bfloat16 holds as they are; or 32 tokens of 16 dimensions of values, a line a pair of tokens: two pages' lines, which
+// are copied together because a tile has one stride. Narrow pages are decoded on the way.
 //
 // The order of sums is the instruction's: of up to 32 columns the even ones and the odd ones in a chain each, both
 // added, then added to C. Which columns meet in a product is fixed by their places, dimensions of a group of scales or
-// tokens of two pages, and a row of C knows nothing of the others: few rows and many take the same products, only
-// tiles of fewer rows.
+// tokens of two pages, and a row of C knows nothing of the others. One row and many take the same products.
 //
-// A row may meet tokens that it does not see, of an even run of pages or of what its tile's other rows see. Their
-// weight is 0, and their values must then be finite: what no row of a tile sees becomes 0, and where a value that only
-// some see is not finite, each row is computed by itself. A product of 0 changes no sum but the sign of a zero, which
-// what is stored has lost.
+// A product's 32 tokens may be such as a row does not see, before its window or after itself. Their weights are 0, and
+// their values must then be finite: what no row of a call sees becomes 0, and where a value that only some of them see
+// is not finite, each row is computed by itself. Products that are 0 change no sum but the sign of a zero, and a sum
+// that is a zero is stored as +0.
+//
+// Nothing is fetched ahead but where pages have 4 bits a number: wider ones are streams to the hardware's prefetcher,
+// and were read up to a fifth faster without the instructions (Emerald Rapids).
 #include "attention_tiles.h"
 
 #if defined(LOWBIT_AMX)
@@ -72,13 +74,13 @@ INLINED inline void multiply(const float* a, long stride, const LoadB& load_b) {
     });
 }
 
-// Tiles of so many rows or of more: what a configuration costs is more than what those read and write.
+// Tiles of so many rows or of more: to configure costs more than to read and write these.
 void configure_rows(int rows) {
     rows = std::min(rows, TILE_ROWS);
     if (configured_tiles() < rows) configure_tiles(rows);
 }
 
-// Whether the pages that are read next are fetched. Wider ones are long enough for the hardware's prefetcher.
+// Whether the pages that are read next are fetched.
 template <class Element>
 constexpr bool FETCHES = std::is_same_v<Element, Code4>;
 
@@ -90,9 +92,9 @@ const CodeTable* table_of([[maybe_unused]] Format format) {
 
 // What a product sums of the dimensions: those of a group of scales that lie in one line of A.
 struct Part {
-    int line;        // of A
-    int begin, end;  // rows of B; the others are zeros
-    int dimension;   // where the group begins
+    int line;          // of A
+    int begin, end;    // rows of B; the others are zeros
+    int dimension;     // where the group begins
     bool first, last;  // of the group
 };
 
@@ -154,7 +156,7 @@ struct Scoring {
     float* scores;
 };
 
-// Where to a page's products with a part go, which is the last of its group: rows of `products`, `count` of them.
+// A page's products with a group, `count` rows of them, go to the scores of rows from `row` on, times their scales.
 INLINED inline void scale_products(const Scoring& all, const Part& part, const Sums& products, int from, int row,
                                    int count, int page) {
     const Scales& scales = all.scales;
@@ -181,7 +183,8 @@ INLINED inline void for_parts(const Scoring& all, const Parts& parts, const Elem
     const auto make = [&](int number, int first, int place) INLINED {
         for (int which = 0; which < PAGES; ++which) {
             const int here = first + which;
-            tiles[place][which] = keys_of(pages[here], parts.parts[number], all.table, all.ahead, here, made[place][which]);
+            Tile& tile = made[place][which];
+            tiles[place][which] = keys_of(pages[here], parts.parts[number], all.table, all.ahead, here, tile);
             if (FETCHES<Element> && number == 0) all.ahead.fetch_from(here, all.quads);  // what no quad fetches
         }
     };
@@ -230,8 +233,8 @@ void score_pages(const Scoring& all, const Element* const* pages, int row, int p
     }
 }
 
-// Two groups of scales a line, and up to eight rows: A has each row twice, with zeros for one group's dimensions and for
-// the other's, so that one product yields both groups' sums.
+// Two groups of scales a line, and up to eight rows: A has each row twice, with zeros for one group's dimensions and
+// for the other's, so that one product yields both groups' sums.
 template <class Element, int PAGES = 4>
 void score_halves(const Scoring& all, const Parts& lines, const float* twice, const Element* const* pages, int row,
                   int page, int count) {
@@ -383,8 +386,9 @@ bool weigh_tiles(const Weighing& all, const Element* const* pages, int begin, in
             }
         }
         if (token < lowest || token + DEPTH > highest) keep_tokens(tiles, STRIPS, lowest - token, highest - token);
-        const bool alike = (token >= all_begin || lowest == all_begin) && (token + DEPTH <= all_end || all_end == highest);
-        return alike || finite(tiles, STRIPS);
+        const bool all_see = (token >= all_begin || lowest == all_begin) &&
+                             (token + DEPTH <= all_end || all_end == highest);  // or none does
+        return all_see || finite(tiles, STRIPS);
     };
     // One ahead: a tile does not load what is still on its way to the cache.
     const auto tiles_of = [&](int token) { return made[token / DEPTH % 2]; };
@@ -435,7 +439,8 @@ template <class Element>
 void score_rows(const Queries& queries, const Rows& rows, const Element* const* pages, int page_begin, int page_end,
                 int k_dim, const Scales& scales, float* scores, const Ahead& ahead) {
     const Parts parts(k_dim, scales.group > 0 ? scales.group : k_dim);
-    const Scoring all{parts, scales, queries, table_of<Element>(scales.format), ahead, query_words<Element>(k_dim), rows.end, k_dim / 4, scores};
+    const CodeTable* const table = table_of<Element>(scales.format);
+    const Scoring all{parts, scales, queries, table, ahead, query_words<Element>(k_dim), rows.end, k_dim / 4, scores};
     const bool few = 2 * (rows.end - rows.begin) <= TILE_ROWS && page_end - page_begin > FEW_PAGES;
     if (few && scales.group == DEPTH / 2 && k_dim % DEPTH == 0) {
         return score_few<Element>(all, k_dim, pages, rows.begin, page_begin, page_end - page_begin);
@@ -457,7 +462,8 @@ void score_rows(const Queries& queries, const Rows& rows, const Element* const* 
 template <class Element>
 void weigh_rows(const float* weights, const Rows& rows, const Element* const* pages, int v_dim, Format format,
                 int dim_begin, int dim_end, float* out, int stride, const float* start, const Ahead& ahead) {
-    const Weighing all{weights, rows.first, rows.last, v_dim, table_of<Element>(format), out, stride, start, ahead, dim_end};
+    const CodeTable* const table = table_of<Element>(format);
+    const Weighing all{weights, rows.first, rows.last, v_dim, table, out, stride, start, ahead, dim_end};
     configure_rows(rows.end - rows.begin);
     for_groups(rows.end - rows.begin, [&](auto groups) {
         weigh_strips<Element, groups>(all, pages, rows.begin, rows.end, dim_begin);

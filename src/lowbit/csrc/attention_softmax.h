@@ -48,12 +48,12 @@ inline Lanes seen_lanes(int first, int last, int vector) {
 // What weights are: pairs of bfloat16, token t in half-word t % 32 of a line, lines PAIRS_LINE words apart; or floats.
 enum class Weights { PAIRS, FLOATS };
 
-// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum), floats in their place,
-// pairs in `pairs`, which may be that place. Unseen tokens of a vector (of two, where they are pairs) get 0. ROUNDED:
-// they become bfloat16 in the end.
+// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum), floats in their
+// place, pairs in `pairs`, which may be that place. Unseen tokens of a vector (of two, where they are pairs) get 0.
+// ROUNDED: they become bfloat16 in the end.
 template <Weights WEIGHTS, bool ROUNDED>
-inline void softmax_segment(float* scores, [[maybe_unused]] float* pairs, int first, int last, const Softmax& softmax, float& maximum_score,
-                            float& sum) {
+inline void softmax_segment(float* scores, [[maybe_unused]] float* pairs, int first, int last, const Softmax& softmax,
+                            float& maximum_score, float& sum) {
     const int begin = first / LANES, end = (last + LANES - 1) / LANES;
     const auto seen = [&](int vector) { return seen_lanes(first, last, vector); };
     float factor = softmax.scale * LOG2_E;
@@ -87,7 +87,8 @@ inline void softmax_segment(float* scores, [[maybe_unused]] float* pairs, int fi
         for (int vector = begin / 2 * 2; vector < end; vector += 2) {
             const bool whole = vector >= whole_begin && vector + 2 <= whole_end;
             const Lanes all = lane_range(0, LANES);
-            const __m512bh weights = pair_weights(scores + vector * LANES, pairs + vector / 2 * PAIRS_LINE, factors, top,
+            float* const line = pairs + vector / 2 * PAIRS_LINE;
+            const __m512bh weights = pair_weights(scores + vector * LANES, line, factors, top,
                                                   whole ? all : seen(vector),
                                                   whole ? all : seen(vector + 1));
             total = _mm512_dpbf16_ps(total, weights, ones);  // of the rounded weights: they add up to one
