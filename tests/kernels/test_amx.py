@@ -1,4 +1,4 @@
-"""The AMX kernels with emulated tiles: each instruction, then whole linear layers.
+"""The AMX kernels with emulated tiles: each instruction, then whole linear layers, then attention.
 
 The library is compiled here, from the sources as they are, and kept in pytest's cache until they change. That
 the real one consists of tile instructions is read from its machine code; it runs only where a CPU has them.
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernels.linear_results import results
+from kernels import attention_results, linear_results
 from lowbit.kernels import native
 
 TESTS = Path(__file__).parents[1]
@@ -40,6 +40,7 @@ FLAGS += [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "vnni", "bf16", 
 # are most of the compiler's time. References to their functions are made weak: null in this library.
 LINEAR = ["activation_quant", "amx_tiles", "linear*", "rotation", "step_plan", "thread_pool"]
 OTHER_LAYOUTS = {"linear_row_vectors", "linear_trellis"}
+ATTENTION = ["amx_tiles", "attention*", "step_plan", "thread_pool"]  # the same for attention_results.py
 WEAK = {"linear", "linear_pack", "linear_words", "step_plan"}
 OBJCOPY = shutil.which("objcopy")
 
@@ -104,6 +105,15 @@ def linear_library_folder(request: pytest.FixtureRequest) -> Path:
         return request.getfixturevalue("library_folder")
     sources = sorted(source for name in LINEAR for source in SOURCES.glob(f"{name}.cpp"))
     sources = [source for source in sources if source.stem not in OTHER_LAYOUTS]
+    return compile_library(kept(request, sources), "liblowbit_amx_emulated.so", sources, WEAK).parent
+
+
+@pytest.fixture(scope="module")
+def attention_library_folder(request: pytest.FixtureRequest) -> Path:
+    """The same of attention alone."""
+    if OBJCOPY is None:
+        return request.getfixturevalue("library_folder")
+    sources = sorted(source for name in ATTENTION for source in SOURCES.glob(f"{name}.cpp"))
     return compile_library(kept(request, sources), "liblowbit_amx_emulated.so", sources, WEAK).parent
 
 
@@ -225,7 +235,7 @@ def test_results_of_other_libraries(linear_library_folder: Path, tmp_path: Path)
     done = run_emulated(linear_library_folder, str(Path(__file__).with_name("linear_results.py")), str(file))
     assert done.returncode == 0, done.stderr
     with np.load(file) as emulated:
-        for name, expected in results().items():
+        for name, expected in linear_results.results().items():
             assert np.isfinite(expected).all() and expected.any(), name
             # Groups of 96 are no whole lines of 64 bytes: AMX scales every 32 columns there.
             exact = name.startswith("groups") or (name.startswith("codes") and "g96" not in name)
@@ -233,6 +243,24 @@ def test_results_of_other_libraries(linear_library_folder: Path, tmp_path: Path)
                 assert np.array_equal(emulated[name], expected), name
             else:
                 assert np.allclose(emulated[name], expected, rtol=1e-4, atol=1e-3), name
+
+
+@pytest.mark.timeout(600)
+def test_attention_of_other_libraries(attention_library_folder: Path, tmp_path: Path) -> None:
+    """On a CPU with AMX the bits of its tiles; AVX-512 sums in another order."""
+    if native.isa() not in ("amx", "avx512"):
+        pytest.skip("compares with the AMX or the AVX-512 library")
+    file = tmp_path / "results.npz"
+    script = Path(attention_results.__file__)
+    done = run_emulated(attention_library_folder, str(script), str(file))
+    assert done.returncode == 0, done.stderr
+    with np.load(file) as emulated:
+        for name, expected in attention_results.results().items():
+            assert np.isfinite(expected).all() and expected.any(), name
+            if native.isa() == "amx":
+                assert np.array_equal(emulated[name], expected), name
+            else:
+                assert np.allclose(emulated[name], expected, rtol=2**-7, atol=2**-7), name
 
 
 def test_the_real_library_has_tile_instructions() -> None:

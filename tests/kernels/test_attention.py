@@ -424,6 +424,57 @@ def test_later_tokens_do_not_reach_back() -> None:
         assert found[0][283:].isnan().all()
 
 
+NOT_FINITE: dict[str, tuple[CacheSpec, int]] = {
+    "llama": (spec_of(2, 64), 3),
+    "as many rows as tokens": (spec_of(1, 128), 1),
+    "k 32, v 80, more rows a token than a tile has": (spec_of(1, 32, 80), 20),
+    "window": (spec_of(1, 64, window=37), 3),
+    "f32": (spec_of(1, 64, dtype=F32), 2),
+    "e5m2 alike for all": (spec_of(2, 64, dtype=KvDtype.of("fp8_e5m2")), 2),
+    "latent": (latent_of(96, 48), 5),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_a_value_that_is_no_number_is_only_for_those_who_see_it(case: str) -> None:
+    """Infinities and NaN in V beside tokens that do not see them: each row has the bits it has alone."""
+    spec, group = NOT_FINITE[case]
+    (q, k, v), mate = draw(spec, group, [330, 40])
+    clean = simulate(spec, [(q, k, v), mate], whole([(q, k, v), mate]), plain(spec))
+    k, v = k.clone(), v.clone()
+    wrong = k if spec.kind == "latent" else v
+    for token, number in ((67, torch.inf), (70, -torch.inf), (270, torch.nan)):
+        wrong[token, :, 1 if number > 0 else 40] = number
+    if spec.kind == "latent":
+        v = k[..., : spec.v_dim]
+    sequences = [(q, k, v), mate]
+    together = simulate(spec, sequences, whole(sequences), plain(spec))
+    for first in (0, 60, 71, 256, 269, 300):
+        steps: list[Step] = [[(0, 0, first)]] if first else []
+        steps += [[(0, token, token + 1)] for token in range(first, first + 12)] + [
+            [(0, first + 12, 330), (1, 0, 40)]
+        ]
+        apart = simulate(spec, sequences, steps, plain(spec), seed=first)
+        for mine, other in zip(apart, together, strict=True):
+            assert mine.isnan().equal(other.isnan())
+            assert_equal_bits([mine.nan_to_num(7)], [other.nan_to_num(7)])
+    assert_equal_bits([together[1]], [clean[1]])
+    assert_equal_bits([together[0][:67]], [clean[0][:67]])
+    assert not together[0].isfinite().all()
+
+
+def test_a_zero_has_one_sign_in_any_company() -> None:
+    """A sum too small for a number becomes -0, to which tokens that a row does not see may add +0."""
+    spec = spec_of(1, 64)
+    q, k, v = draw(spec, 1, [90])[0]
+    q, v = torch.zeros_like(q), torch.zeros_like(v)  # all weights are 1
+    v[0], v[32] = 1.5 * 2.0**-126, -1.75 * 2.0**-126
+    sequences = [(q, k, v)]
+    together = simulate(spec, sequences, whole(sequences), plain(spec))
+    steps: list[Step] = [[(0, token, token + 1)] for token in range(90)]
+    assert_equal_bits(simulate(spec, sequences, steps, plain(spec)), together)
+
+
 def test_reads_views_of_a_fused_output() -> None:
     spec, group, tokens = spec_of(2, 32), 3, 50
     fused = torch.randn(tokens, 2 * (group + 2), 32, generator=torch.Generator().manual_seed(6))

@@ -42,6 +42,8 @@ void configure_tiles(int rows) {
     configured_rows = rows;
 }
 
+int configured_tiles() { return configured_rows; }
+
 void release_tiles() {
     if (configured_rows == 0) return;
     unload_config();

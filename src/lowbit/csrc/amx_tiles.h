@@ -16,6 +16,7 @@ constexpr int TILE_LINE = 64;  // bytes of a row
 // C and A get ``rows`` rows (1 to 16). All tiles are cleared where the shape changes. What is configured is
 // remembered: nothing else may configure or release tiles.
 void configure_tiles(int rows);
+int configured_tiles();  // the rows, or 0
 
 // Before a thread waits or returns to its caller: what tiles hold would be saved with the thread, and a child
 // process has none.

@@ -17,6 +17,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx_tiles.h"
 #include "attention_plan.h"
 #include "attention_softmax.h"
 #include "lowbit.h"
@@ -25,7 +26,9 @@
 namespace lowbit {
 namespace {
 
-constexpr int DIRECT_ROWS = 2 * SCORE_ROWS;  // so many rows decode narrow pages as they read them
+// So many rows decode narrow pages as they read them; tiles always do.
+constexpr int DIRECT_ROWS = TILED<Bfloat> ? BLOCK_ROWS : 2 * SCORE_ROWS;
+constexpr int PADDED_ROWS = BLOCK_ROWS + ROWS_OF_TILE - 1;
 
 // A segment while it is computed, for the rows of a block, or of several that have its first `common` pages in common.
 class Segment {
@@ -84,10 +87,10 @@ class Segment {
 template <class Key>
 struct alignas(64) Scratch {
     float queries[BLOCK_ROWS * MAX_K_DIM];
-    float scores[BLOCK_ROWS * SEGMENT_TOKENS];
+    float scores[PADDED_ROWS * SEGMENT_TOKENS];
     // No multiple of 4 KiB may lie between `scores` and `folded`: stores there would hold up loads here.
     float query_sums[BLOCK_ROWS * MAX_GROUPS], starts[BLOCK_ROWS];
-    float folded[BLOCK_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups
+    float folded[BLOCK_ROWS * SEGMENT_TOKENS];  // weights for values that have scales in groups, or for tiles
     TokenScales scales;
     float values[BLOCK_ROWS * MAX_V_DIM], next_values[BLOCK_ROWS * MAX_V_DIM];
     float maximum[STATE_ROWS], sum[STATE_ROWS], next_maximum[STATE_ROWS], next_sum[STATE_ROWS];
@@ -346,13 +349,29 @@ class Attention {
         const auto softmax = weighed().group == 0 ? softmax_segment<MULTIPLIED, ROUNDED>
                                                   : softmax_segment<Weights::FLOATS, ROUNDED>;
         for (int row = segment.begin; row < segment.end; ++row) {
-            softmax(scratch.scores + row * SEGMENT_TOKENS, segment.first[row], segment.last[row], softmax_,
-                    states.maximum[row], states.sum[row]);
+            softmax(scratch.scores + row * SEGMENT_TOKENS, weights(scratch) + row * WEIGHTS_ROW<Value>,
+                    segment.first[row], segment.last[row], softmax_, states.maximum[row], states.sum[row]);
         }
         if (weighed().group == 0) {
+            for (int row = segment.begin; row < segment.end; ++row) {
+                clear_unseen(segment, row, weights(scratch) + row * WEIGHTS_ROW<Value>);
+            }
             std::fill(scratch.starts + segment.begin, scratch.starts + segment.end, 0.0f);
         } else if (one_group()) {
-            fold(segment, 0, segment.begin, segment.end, scratch.scores, scratch);
+            fold(segment, 0, segment.begin, segment.end, weights(scratch), scratch);
+        }
+    }
+
+    // Tiles weigh what any of their rows sees: the row's weights are zeros there too.
+    void clear_unseen([[maybe_unused]] const Segment& segment, [[maybe_unused]] int row,
+                      [[maybe_unused]] float* weights) const {
+        if constexpr (TILED<Value>) {
+            constexpr int TOKENS = 2 * LANES;  // of a line
+            const int begin = segment.first[row] / TOKENS, end = (segment.last[row] + TOKENS - 1) / TOKENS;
+            const int past = segment.count == 1 ? (segment.page_end + 1) / 2 : SEGMENT_TOKENS / TOKENS;
+            for (int line = segment.page_begin / 2; line < past; ++line) {
+                if (line < begin || line >= end) store(weights + line * PAIRS_LINE, zeros());
+            }
         }
     }
 
@@ -368,9 +387,10 @@ class Attention {
             scratch.scales.load(stored, page_from, page_to, dimension);
             const auto fold_row = stored.lows ? fold_scales<MULTIPLIED, true> : fold_scales<MULTIPLIED, false>;
             for (int which = from; which < to; ++which) {
-                const int at = which * SEGMENT_TOKENS;
-                scratch.starts[which] = fold_row(scratch.scores + at, segment.first[which], segment.last[which],
-                                                 scratch.scales, folded + at);
+                float* const to = folded + which * WEIGHTS_ROW<Value>;
+                scratch.starts[which] = fold_row(scratch.scores + which * SEGMENT_TOKENS, segment.first[which],
+                                                 segment.last[which], scratch.scales, to);
+                clear_unseen(segment, which, to);
             }
         });
     }
@@ -379,7 +399,7 @@ class Attention {
     template <class Each>
     void for_groups(const Segment& segment, int row_begin, int row_end, Scratch<Key>& scratch,
                     const Each& each) const {
-        if (one_group()) return each(0, cache_.v_dim, scratch.scores);
+        if (one_group()) return each(0, cache_.v_dim, weights(scratch));
         for (int begin = 0; begin < cache_.v_dim; begin += weighed().group) {
             fold(segment, begin, row_begin, row_end, scratch.folded, scratch);
             each(begin, std::min(begin + weighed().group, cache_.v_dim), scratch.folded);
@@ -430,6 +450,8 @@ class Attention {
         });
     }
 
+    // Where weights are when there is one of each token: in the place of the scores, or for tiles in rows of their own.
+    static float* weights(Scratch<Key>& scratch) { return TILED<Value> ? scratch.folded : scratch.scores; }
     // Where the values lie.
     const Store& weighed() const { return cache_.latent ? keys_ : values_; }
     // Whether all dimensions of a value share its scale, or have none.
@@ -460,6 +482,10 @@ LOWBIT_EXPORT int lowbit_attention_attend(const lowbit_attention_cache* cache,
                                           float softcap, const float* sinks, float* out) {
     using lowbit::Attention, lowbit::Bfloat;
     const lowbit::Softmax softmax{scale, softcap};
+    // Before this thread returns, also where memory runs out.
+    const struct Released {
+        ~Released() { lowbit::release_tiles(); }
+    } released;
     const bool keys = lowbit::key_store(*cache).multiplied_as_float();
     const bool values = cache->latent ? keys : lowbit::value_store(*cache).multiplied_as_float();
     try {

@@ -177,7 +177,7 @@ void AttentionPlan::find_shared(std::int64_t& rows) {
             for (end = begin + 1; end < left.size(); ++end) {
                 const int both = common_pages(left[end - 1], left[end], segment);
                 if (both < SHARED_PAGES) break;
-                common = std::min(common, both);
+                common = std::min(common, both / SUMMED_PAGES * SUMMED_PAGES);
                 group.push_back(left[end]);
             }
             if (group.size() > 1 && !cache_.latent && !share(group, segment, common, rows)) return;

@@ -8,7 +8,7 @@ namespace lowbit {
 namespace {
 
 // A pair of dimensions of 16 keys.
-void load_keys(const Bfloat* page, int pair, Vector16& even, Vector16& odd) {
+[[maybe_unused]] void load_keys(const Bfloat* page, int pair, Vector16& even, Vector16& odd) {
     even = lower_bfloats(page + 2 * LANES * pair);
     odd = upper_bfloats(page + 2 * LANES * pair);
 }

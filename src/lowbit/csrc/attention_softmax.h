@@ -26,14 +26,15 @@ __attribute__((always_inline)) inline __m512 weights_of(__m512 x, Lanes seen) {
     return _mm512_maskz_scalef_ps(seen, sum, x);  // times 2^floor(x)
 }
 
-// Weights of 32 tokens, 2^(score * factor - top), as pairs of bfloat16 in the place of the first 16 scores.
-inline __m512bh pair_weights(float* scores, __m512 factor, __m512 top, Lanes low_seen, Lanes high_seen) {
+// Weights of 32 tokens, 2^(score * factor - top), as pairs of bfloat16.
+inline __m512bh pair_weights(const float* scores, float* pairs, __m512 factor, __m512 top, Lanes low_seen,
+                             Lanes high_seen) {
     const auto weights = [&](const float* from, Lanes seen) {
         return weights_of(_mm512_fmsub_ps(load(from).lanes, factor, top), seen);
     };
     const __m512 low = weights(scores, low_seen), high = weights(scores + LANES, high_seen);
     const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-    _mm512_storeu_si512(scores, reinterpret_cast<__m512i>(rounded));
+    _mm512_storeu_si512(pairs, reinterpret_cast<__m512i>(rounded));
     return rounded;
 }
 #endif
@@ -44,15 +45,15 @@ inline Lanes seen_lanes(int first, int last, int vector) {
     return lane_range(std::min(from, LANES), std::max(to, 0));
 }
 
-// What weights are, in the place of the scores: pairs of bfloat16, token t in half-word t % 32 from the place
-// of token t / 32 on, or floats.
+// What weights are: pairs of bfloat16, token t in half-word t % 32 of a line, lines PAIRS_LINE words apart; or floats.
 enum class Weights { PAIRS, FLOATS };
 
-// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum). Unseen
-// tokens of a vector (of two, where they are pairs) get 0. ROUNDED: they become bfloat16 in the end.
+// Scores of tokens first <= t < last (of one row, one segment) become weights 2^(score - maximum), floats in their
+// place, pairs in `pairs`, which may be that place. Unseen tokens of a vector (of two, where they are pairs) get 0.
+// ROUNDED: they become bfloat16 in the end.
 template <Weights WEIGHTS, bool ROUNDED>
-inline void softmax_segment(float* scores, int first, int last, const Softmax& softmax, float& maximum_score,
-                            float& sum) {
+inline void softmax_segment(float* scores, [[maybe_unused]] float* pairs, int first, int last, const Softmax& softmax,
+                            float& maximum_score, float& sum) {
     const int begin = first / LANES, end = (last + LANES - 1) / LANES;
     const auto seen = [&](int vector) { return seen_lanes(first, last, vector); };
     float factor = softmax.scale * LOG2_E;
@@ -86,7 +87,8 @@ inline void softmax_segment(float* scores, int first, int last, const Softmax& s
         for (int vector = begin / 2 * 2; vector < end; vector += 2) {
             const bool whole = vector >= whole_begin && vector + 2 <= whole_end;
             const Lanes all = lane_range(0, LANES);
-            const __m512bh weights = pair_weights(scores + vector * LANES, factors, top,
+            float* const line = pairs + vector / 2 * PAIRS_LINE;
+            const __m512bh weights = pair_weights(scores + vector * LANES, line, factors, top,
                                                   whole ? all : seen(vector),
                                                   whole ? all : seen(vector + 1));
             total = _mm512_dpbf16_ps(total, weights, ones);  // of the rounded weights: they add up to one
@@ -153,7 +155,7 @@ inline float fold_scales(const float* weights, int first, int last, const TokenS
 #if defined(__AVX512BF16__)
         if constexpr (FOLDED == Weights::PAIRS) {
             const auto rounded = _mm512_cvtne2ps_pbh(upper.lanes, lower.lanes);
-            _mm512_storeu_si512(folded + vector * LANES, reinterpret_cast<__m512i>(rounded));
+            _mm512_storeu_si512(folded + vector / 2 * PAIRS_LINE, reinterpret_cast<__m512i>(rounded));
             return;
         }
 #endif

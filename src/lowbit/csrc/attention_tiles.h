@@ -17,6 +17,9 @@
 // alone or in a block of rows; segments are merged in ascending order. So chunks, threads, batch mates and
 // page numbers cannot show. What a row may not see never enters a sum, not even multiplied by zero: unused
 // slots may hold NaN.
+//
+// The AMX library has tiles multiply what elsewhere is vdpbf16ps's (attention_amx.cpp): another order of sums, but one
+// for all rows again, and the same functions are called for it.
 #pragma once
 
 #include <algorithm>
@@ -103,17 +106,38 @@ template <class Element>
 constexpr bool BFLOAT_PRODUCTS = false;
 #endif
 
-// What pages are read as.
-#if defined(__AVX512BF16__)
+// What pages are read as: elements whose products vectors form, and those of AMX tiles (attention_amx.cpp).
+#if defined(LOWBIT_AMX)
+#define LOWBIT_ATTENTION_ELEMENTS(each) each(float)
+#define LOWBIT_TILED_ELEMENTS(each) each(Bfloat) each(Code4) each(Code8)
+#elif defined(__AVX512BF16__)
 #define LOWBIT_ATTENTION_ELEMENTS(each) each(float) each(Bfloat) each(Code4) each(Code8)
 #else
 #define LOWBIT_ATTENTION_ELEMENTS(each) each(float) each(Bfloat)
 #endif
 
+#if defined(LOWBIT_AMX)
+template <class Element>
+constexpr bool TILED = BFLOAT_PRODUCTS<Element>;
+constexpr int SUMMED_PAGES = 2;             // pages of values that a product sums: they are not taken apart
+constexpr int ROWS_OF_TILE = 16;            // rows are read and written in sixteens, also past a block's end
+constexpr int QUERY_LINE = CACHE_LINE / 4;  // words: a row of queries has zeros to the end of its last line
+constexpr int PAIRS_LINE = LANES;           // words of 32 tokens' weights: rows that stay in L1
+#else
+template <class Element>
+constexpr bool TILED = false;
+constexpr int SUMMED_PAGES = 1, ROWS_OF_TILE = 1, QUERY_LINE = 1;
+constexpr int PAIRS_LINE = 2 * LANES;  // in the place of their scores
+#endif
+
 template <class Element>
 constexpr int query_words(int k_dim) {  // 32-bit words a row
+    if (TILED<Element>) return (k_dim / 2 + QUERY_LINE - 1) / QUERY_LINE * QUERY_LINE;
     return BFLOAT_PRODUCTS<Element> ? k_dim / 2 : k_dim;
 }
+
+template <class Element>
+constexpr int WEIGHTS_ROW = TILED<Element> ? SEGMENT_TOKENS / 2 : SEGMENT_TOKENS;  // words from row to row
 
 template <class Element>
 inline void prepare_query(const float* query, int k_dim, float* prepared) {
@@ -124,6 +148,7 @@ inline void prepare_query(const float* query, int k_dim, float* prepared) {
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(prepared + dimension / 2),
                                 reinterpret_cast<__m256i>(rounded));
         }
+        std::fill(prepared + k_dim / 2, prepared + query_words<Element>(k_dim), 0.0f);
         return;
     }
 #endif
@@ -208,9 +233,9 @@ template <class Element>
 void score_rows(const Queries& queries, const Rows& rows, const Element* const* pages, int page_begin, int page_end,
                 int k_dim, const Scales& scales, float* scores, const Ahead& ahead);
 
-// out[row][d] (+)= weight * value over the tokens that a row sees, for dimensions dim_begin <= d < dim_end of pages that
-// have v_dim; from start[row] on, or where `start` is null from what is there. Rows of weights are SEGMENT_TOKENS apart,
-// rows of out `stride`; all four are row 0's. The first rows fetch `ahead`.
+// out[row][d] (+)= weight * value over the tokens that a row sees, for dimensions dim_begin <= d < dim_end of pages of
+// v_dim; from start[row] on, or where `start` is null from what is there. Rows of weights are WEIGHTS_ROW apart,
+// rows of out `stride`; all four are row 0's. Tiles fetch nothing but beside Code4. The first rows fetch `ahead`.
 template <class Element>
 void weigh_rows(const float* weights, const Rows& rows, const Element* const* pages, int v_dim, Format format,
                 int dim_begin, int dim_end, float* out, int stride, const float* start, const Ahead& ahead);

@@ -10,10 +10,10 @@ namespace lowbit {
 namespace {
 
 // Sixteen dimensions of token pair `pair`.
-Vector16 first_values(const Bfloat* page, int v_dim, int pair, int dimension) {
+[[maybe_unused]] Vector16 first_values(const Bfloat* page, int v_dim, int pair, int dimension) {
     return lower_bfloats(page + 2 * (pair * v_dim + dimension));
 }
-Vector16 second_values(const Bfloat* page, int v_dim, int pair, int dimension) {
+[[maybe_unused]] Vector16 second_values(const Bfloat* page, int v_dim, int pair, int dimension) {
     return upper_bfloats(page + 2 * (pair * v_dim + dimension));
 }
 Vector16 first_values(const float* page, int v_dim, int pair, int dimension) {

@@ -14,7 +14,8 @@ first v_dim numbers of its key, and is turned into v's layout when it is read.
 
 On AVX-512 queries are rounded to bfloat16 and multiplied in pairs, unless K is float32 or float16, and
 softmax weights, times the values' scales, likewise with V (mean KL 0.0001 on the embedded model, two thirds
-of it from a bfloat16 cache alone); sums, and all else, are float32. Keys are processed in segments of 256
+of it from a bfloat16 cache alone); sums, and all else, are float32. AMX multiplies the same numbers on tiles,
+where narrow pages are decoded alike for few rows and many. Keys are processed in segments of 256
 tokens at fixed positions, merged in ascending order, so a token's result is bit-equal whatever the batch, the
 chunks, the page numbers and the number of threads (FlashAttention-2: Dao, 2023; segments over threads as in
 Flash-Decoding: Dao et al., 2023). Where sequences of a batch begin a segment with the same pages, as they do
