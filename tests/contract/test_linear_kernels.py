@@ -1194,7 +1194,7 @@ def test_a_row_does_not_depend_on_its_company(kernel: LinearKernel, name: str) -
 
 @needs_native
 def test_a_row_of_subnormal_weights_does_not_depend_on_its_company() -> None:
-    """Some products of bfloat16 take subnormal numbers as zeros and others do not: one kernel does the same."""
+    """Some products of bfloat16 take subnormal numbers as zeros, others do not; no kernel does both."""
     values = torch.tensor([[2.0**-130, 1e-3], [2.0**-126, 0.5]]).repeat(9, 40)[:17].bfloat16()
     packed = choose(dense("bf16"), (17, 80), CPU).kernel.pack(
         QuantizedTensor(dense("bf16"), (17, 80), values, origin="test"), CPU

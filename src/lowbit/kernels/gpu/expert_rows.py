@@ -134,7 +134,7 @@ def _mix(  # type: ignore[no-untyped-def]
     inside = columns < hidden
     slot = tl.arange(0, SLOTS)
     numbers = tl.load(chosen + token * K + slot, mask=slot < K, other=0)
-    # Keys stay positive numbers of 32 bits, so that their remainder is a slot, whatever expert a router names.
+    # Keys stay positive numbers of 32 bits: their remainder is a slot, whatever expert a router names.
     numbers = tl.minimum(tl.maximum(numbers, 0), 0xFFFFFF).to(tl.int32)
     keys = tl.where(slot < K, numbers * SLOTS + slot, 0x7FFFFFFF)
     total = tl.zeros((BLOCK,), tl.float32)
