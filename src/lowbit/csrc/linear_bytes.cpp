@@ -5,6 +5,16 @@
 namespace lowbit {
 namespace {
 
+// Where there are tiles for more than one token, the others need not be compiled.
+template <typename Step>
+INLINE void each_token([[maybe_unused]] int tokens, Step&& step) {
+#if defined(LOWBIT_AMX)
+    step.template operator()<1>(0);
+#else
+    for_tokens(tokens, step);
+#endif
+}
+
 template <Codes CODES, bool LOOKED_UP, int SUB, Addend ADDEND>
 struct GroupStep {
     const ByteTile& w;
@@ -55,7 +65,7 @@ void multiply_groups(const Layout& layout, const std::uint8_t* block, const Deco
             fetch_results(x, tile, layout.tiles);
         }
         decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
-        for_tokens(x.tokens, GroupStep<CODES, LOOKED_UP, SUB, ADDEND>{w, walk, x, tile, totals});
+        each_token(x.tokens, GroupStep<CODES, LOOKED_UP, SUB, ADDEND>{w, walk, x, tile, totals});
     }
 }
 
@@ -100,7 +110,7 @@ void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decodi
             fetch_results(x, tile, layout.tiles);
         }
         decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
-        for_tokens(x.tokens, WideStep<CODES, LOOKED_UP>{w, x, tile, sums});
+        each_token(x.tokens, WideStep<CODES, LOOKED_UP>{w, x, tile, sums});
         if ((tile + 1) % per_group != 0) continue;
         for (int t = 0; t < x.tokens; ++t) {
             Sixteen sum = ints_to_floats(ints_load(sums[t]));
