@@ -11,9 +11,9 @@
 // them. Where sums go on, 32 tokens and two blocks share their tiles, so that each product loads one. Where each product
 // is scaled, the totals of 16 tokens stay in registers meanwhile.
 //
-// On an Intel Xeon (Emerald Rapids) whose core nobody shares a product takes 16 cycles, a load 9, and a product that is
+// On an Intel Xeon (Emerald Rapids) at its best a product takes 16 cycles, a load 9, and a product that is
 // stored 29, as nothing is multiplied while a tile is stored; a scaled product of 16 tokens takes some 65 in all. Where
-// another thread has the core's other half, tile instructions wait for each other: 40, 31, 38 and 120 cycles.
+// another thread seems to have the core's other half, they wait for each other: 40, 31, 38 and 120 cycles.
 #include "linear_amx.h"
 
 #if defined(LOWBIT_AMX)
