@@ -120,24 +120,6 @@ Fill fill_for(const Layout& layout, const Of& of) {
     return by_sub(std::integral_constant<Addend, Addend::none>());
 }
 
-// Whether such codes may have offsets or zero points.
-constexpr bool has_addends(Codes codes) {
-    return codes == Codes::bits1 || codes == Codes::bits2 || codes == Codes::bits3 || codes == Codes::bits4 ||
-           codes == Codes::bits5 || codes == Codes::bits6 || codes == Codes::bits7 || codes == Codes::int8 ||
-           codes == Codes::uint8;
-}
-
-// Some lines of columns.
-struct Chunk {
-    std::int64_t line;  // the first
-    std::int64_t span;  // the first of the spans of sums, one for each B
-    int slots;
-};
-
-inline const std::uint8_t* line_of(const Input& x, std::int64_t line, int token) {
-    return x.values + (line * x.tokens + token) * TILE_LINE;
-}
-
 template <bool BYTES, int C, int A, int B>
 inline void tile_dot() {
     if constexpr (BYTES) {
@@ -491,49 +473,14 @@ BlocksFunction bytes_by_group(bool grouped) {
 BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens) {
     if (layout.sub == LEAST_GROUP) return nullptr;
     if (tokens == 1) return exact_once(layout);
-    switch (layout.codes) {
-        case Codes::bits1: return multiply_exact<Codes::bits1>;
-        case Codes::bits2: return multiply_exact<Codes::bits2>;
-        case Codes::bits3: return multiply_exact<Codes::bits3>;
-        case Codes::bits4: return multiply_exact<Codes::bits4>;
-        case Codes::bits5: return multiply_exact<Codes::bits5>;
-        case Codes::bits6: return multiply_exact<Codes::bits6>;
-        case Codes::bits7: return multiply_exact<Codes::bits7>;
-        case Codes::int8: return multiply_exact<Codes::int8>;
-        case Codes::uint8: return multiply_exact<Codes::uint8>;
-        case Codes::e4m3: return multiply_exact<Codes::e4m3>;
-        case Codes::e5m2: return multiply_exact<Codes::e5m2>;
-        case Codes::e4m3fnuz: return multiply_exact<Codes::e4m3fnuz>;
-        case Codes::e5m2fnuz: return multiply_exact<Codes::e5m2fnuz>;
-        case Codes::grid2_256: return multiply_exact<Codes::grid2_256>;
-        case Codes::grid2_512: return multiply_exact<Codes::grid2_512>;
-        case Codes::grid2_1024: return multiply_exact<Codes::grid2_1024>;
-        case Codes::grid1_2048: return multiply_exact<Codes::grid1_2048>;
-        case Codes::grid3_256: return multiply_exact<Codes::grid3_256>;
-        case Codes::grid3_512: return multiply_exact<Codes::grid3_512>;
-        case Codes::bf16: return multiply_exact<Codes::bf16>;
-        case Codes::words4:
-        case Codes::e8p:
-        case Codes::e8p_pair:
-        case Codes::row_vectors:
-        case Codes::f16:
-        case Codes::halves3:
-        case Codes::f32: return nullptr;
-    }
-    return nullptr;
+    return of_exact_codes(layout.codes, [](auto codes) -> BlocksFunction { return multiply_exact<decltype(codes)::value>; });
 }
 
 BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens) {
     if (layout.addend != Addend::none || layout.scales == Scales::none || layout.sub == LEAST_GROUP) return nullptr;
     if (tokens == 1) return scaled_once(layout);
-    switch (layout.codes) {
-        case Codes::bits4: return multiply_exact<Codes::bits4, true>;
-        case Codes::bits6: return multiply_exact<Codes::bits6, true>;
-        case Codes::int8: return multiply_exact<Codes::int8, true>;
-        case Codes::e4m3: return multiply_exact<Codes::e4m3, true>;
-        case Codes::e5m2: return multiply_exact<Codes::e5m2, true>;
-        default: return nullptr;
-    }
+    return of_scaled_codes(layout.codes,
+                           [](auto codes) -> BlocksFunction { return multiply_exact<decltype(codes)::value, true>; });
 }
 
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens) {

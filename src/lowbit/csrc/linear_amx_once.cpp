@@ -122,54 +122,27 @@ BlocksFunction by_addend(const Layout& layout) {
     return nullptr;
 }
 
-template <Codes CODES>
-BlocksFunction without_addend(const Layout& layout) {
-    return layout.addend == Addend::none ? by_sum<CODES, Addend::none>(layout) : nullptr;
-}
-
-template <Codes CODES>
-BlocksFunction with_scaled_x(const Layout& layout) {
-    return layout.sub == COLUMNS / 2 ? multiply_once<CODES, Sum::half, Addend::none, true, true>
-                                     : multiply_once<CODES, Sum::tile, Addend::none, true, true>;
-}
-
 }  // namespace
 
 BlocksFunction exact_once(const Layout& layout) {
-    switch (layout.codes) {
-        case Codes::bits1: return by_addend<Codes::bits1>(layout);
-        case Codes::bits2: return by_addend<Codes::bits2>(layout);
-        case Codes::bits3: return by_addend<Codes::bits3>(layout);
-        case Codes::bits4: return by_addend<Codes::bits4>(layout);
-        case Codes::bits5: return by_addend<Codes::bits5>(layout);
-        case Codes::bits6: return by_addend<Codes::bits6>(layout);
-        case Codes::bits7: return by_addend<Codes::bits7>(layout);
-        case Codes::int8: return by_addend<Codes::int8>(layout);
-        case Codes::uint8: return by_addend<Codes::uint8>(layout);
-        case Codes::e4m3: return without_addend<Codes::e4m3>(layout);
-        case Codes::e5m2: return without_addend<Codes::e5m2>(layout);
-        case Codes::e4m3fnuz: return without_addend<Codes::e4m3fnuz>(layout);
-        case Codes::e5m2fnuz: return without_addend<Codes::e5m2fnuz>(layout);
-        case Codes::grid2_256: return without_addend<Codes::grid2_256>(layout);
-        case Codes::grid2_512: return without_addend<Codes::grid2_512>(layout);
-        case Codes::grid2_1024: return without_addend<Codes::grid2_1024>(layout);
-        case Codes::grid1_2048: return without_addend<Codes::grid1_2048>(layout);
-        case Codes::grid3_256: return without_addend<Codes::grid3_256>(layout);
-        case Codes::grid3_512: return without_addend<Codes::grid3_512>(layout);
-        case Codes::bf16: return multiply_once<Codes::bf16, Sum::group, Addend::none, false>;
-        default: return nullptr;
-    }
+    return of_exact_codes(layout.codes, [&](auto codes) -> BlocksFunction {
+        constexpr Codes CODES = decltype(codes)::value;
+        if constexpr (CODES == Codes::bf16) {
+            return multiply_once<CODES, Sum::group, Addend::none, false>;
+        } else if constexpr (has_addends(CODES)) {
+            return by_addend<CODES>(layout);
+        } else {
+            return layout.addend == Addend::none ? by_sum<CODES, Addend::none>(layout) : nullptr;
+        }
+    });
 }
 
 BlocksFunction scaled_once(const Layout& layout) {
-    switch (layout.codes) {
-        case Codes::bits4: return with_scaled_x<Codes::bits4>(layout);
-        case Codes::bits6: return with_scaled_x<Codes::bits6>(layout);
-        case Codes::int8: return with_scaled_x<Codes::int8>(layout);
-        case Codes::e4m3: return with_scaled_x<Codes::e4m3>(layout);
-        case Codes::e5m2: return with_scaled_x<Codes::e5m2>(layout);
-        default: return nullptr;
-    }
+    return of_scaled_codes(layout.codes, [&](auto codes) -> BlocksFunction {
+        constexpr Codes CODES = decltype(codes)::value;
+        return layout.sub == COLUMNS / 2 ? multiply_once<CODES, Sum::half, Addend::none, true, true>
+                                         : multiply_once<CODES, Sum::tile, Addend::none, true, true>;
+    });
 }
 
 }  // namespace lowbit
