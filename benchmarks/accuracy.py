@@ -48,8 +48,10 @@ from lowbit.loading import load_model
 
 BEGIN, END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 RIVAL_FILES = {"llama.cpp": ["q4_1", "q4_0"], "openvino": ["gguf-q4_1", "int4-g64"], "vllm": ["w4a16"]}
+EXACT = "--exact-prompts"  # what all processors but those with AMX do anyway
 SETTINGS: dict[str, dict[str, str]] = {  # of lowbit; the first is what it does unless asked
     "": {},
+    EXACT: {},
     "--activation-quantization int8": {"activation_quantization": "int8"},
     "--kv-cache-dtype int8": {"kv_cache_dtype": "int8"},
     "--activation-quantization int8 --kv-cache-dtype int8": {
@@ -139,7 +141,7 @@ def own_rows(reference: Reference) -> list[Row]:
         path = gguf_file(EMBEDDED, kind)
         for flags, settings in SETTINGS.items() if kind == "q4_1" else [("", {})]:
             model = load_model(open_checkpoint(str(path)), device="cpu", **settings)  # type: ignore[arg-type]
-            found = reference.divergence(partial(originals.prompt_logits, model))
+            found = reference.divergence(partial(originals.prompt_logits, model, exact=flags == EXACT))
             rows.append(Row("lowbit", kind, model_bytes(path), flags, found))
     return rows
 

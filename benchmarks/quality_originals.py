@@ -28,6 +28,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.formats.dense_writer import DenseWriter
 from lowbit.kernels.attention import PAGE_SIZE
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.prompt_rows import rounding
 from lowbit.kernels.recurrent import allocate_layer
 from lowbit.loading import load_model
 from lowbit.loading.convert import convert
@@ -124,8 +125,9 @@ def english_prompts(positions: int, source: str = SOURCE) -> list[list[int]]:
     return [tokens[number * LENGTH : (number + 1) * LENGTH] for number in range(count)]
 
 
-def prompt_logits(model: Model, prompt: list[int]) -> Tensor:
-    """float32 (tokens, vocabulary): the logits of every position of one prompt."""
+def prompt_logits(model: Model, prompt: list[int], *, exact: bool = True) -> Tensor:
+    """float32 (tokens, vocabulary): the logits of every position of one prompt. ``exact``: from weights as
+    they are stored, as after --exact-prompts; else as prompts are served."""
     count, pages = len(prompt), -(-len(prompt) // PAGE_SIZE)
     every = torch.arange(count, dtype=torch.int32)
     batch = ForwardBatch(
@@ -140,6 +142,7 @@ def prompt_logits(model: Model, prompt: list[int]) -> Tensor:
         max_query=count,
         max_context=count,
         state_slots=torch.zeros(1, dtype=torch.int32),
+        prompt_row=0 if not exact and rounding(model.device) else None,
     )
     caches = [allocate_layer(spec, pages, 1, PAGE_SIZE, model.device) for spec in model.cache_specs()]
     return model.forward(batch, caches)

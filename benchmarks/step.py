@@ -29,6 +29,7 @@ from lowbit.kernels.experts import ExpertsDescription
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.native_layer import LayerDescription
 from lowbit.kernels.packed_linear import Description
+from lowbit.kernels.prompt_rows import rounding
 from lowbit.kernels.recurrent import allocate_layer
 from lowbit.kernels.step_plan import Arena, Recorder, StepPlan
 from lowbit.loading import load_model
@@ -58,6 +59,7 @@ def batch_of(sequences: int, context: int, queries: int, vocabulary: int) -> For
         max_query=queries,
         max_context=context,
         state_slots=torch.arange(sequences, dtype=torch.int32),
+        prompt_row=0 if queries > 1 and rounding(torch.device("cpu")) else None,
     )
 
 

@@ -39,6 +39,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "load_format": ("gguf", "gguf"),
     "schedule_policy": ("lpm", "lpm"),
     "lm_head_screen": ("off", "off"),
+    "exact_prompts": ("true", True),
     "packed_cache": ("on", "on"),
     "packed_cache_gb": ("12.5", 12.5),
     "speculative_algorithm": ("ngram", "NGRAM"),

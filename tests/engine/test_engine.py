@@ -23,14 +23,19 @@ MODES: dict[str, dict[str, bool]] = {
     "plain": {},
     "on device": {"on_device": True},
     "overlap": {"overlap": True},
+    "prompts apart": {},
 }
 _mode: dict[str, bool] = {}
 
 
 @pytest.fixture(autouse=True, params=MODES)
-def mode(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test here runs with tokens chosen on the device and with steps that overlap, too."""
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Every test here runs with tokens chosen on the device and with steps that overlap, too; and as where
+    kernels round weights for prompts."""
     _mode.update(MODES[request.param])
+    if request.param == "prompts apart":
+        for module in ("engine", "runner"):
+            monkeypatch.setattr(f"lowbit.engine.{module}.rounds_prompts", lambda *_: True)
     yield request.param
     _mode.clear()
 

@@ -241,6 +241,8 @@ def test_results_of_other_libraries(linear_library_folder: Path, tmp_path: Path)
             exact = name.startswith("groups") or (name.startswith("codes") and "g96" not in name)
             if exact or native.isa() == "amx":
                 assert np.array_equal(emulated[name], expected), name
+            elif name.startswith("prompts"):  # for them AMX rounds weights
+                assert np.allclose(emulated[name], expected, rtol=2**-7, atol=2**-8 * expected.max()), name
             else:
                 assert np.allclose(emulated[name], expected, rtol=1e-4, atol=1e-3), name
 

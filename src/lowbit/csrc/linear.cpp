@@ -33,7 +33,7 @@ struct Prepared {
         shape.element = is_float(layout.codes) ? 4 : 2;
         shape.numbers = is_grid(layout.codes) ? grid_of(layout.codes).numbers : 0;
         choose_kernel(static_cast<InputKind>(from.weight->input));
-        token_tiles = (from.tokens + TOKEN_TILE - 1) / TOKEN_TILE;
+        token_tiles = (from.tokens + tile_tokens - 1) / tile_tokens;
         const lowbit_layer_description* const layer = from.layer;
         gated = layer != nullptr && layer->activation >= 0;
         blocks = gated ? layout.blocks / 2 : layout.blocks;
@@ -43,6 +43,8 @@ struct Prepared {
 
     // The kernel, and what it makes of x that comes as ``kind``.
     void choose_kernel(InputKind kind) {
+        if (product->prompts && kind == InputKind::bfloat) round = round_function(layout, decoding.words);
+        if (round != nullptr) return take_panels();
         if (kind == InputKind::bfloat || is_words(layout.codes)) function = word_function(layout, decoding.words);
         if (kind == InputKind::scaled && takes_scaled(layout)) {
             shape.times = codes_per_unit(*product->weight->quantizer);
@@ -62,10 +64,19 @@ struct Prepared {
             scaled = true;
         } else if (kind != InputKind::bfloat && kind != InputKind::floats && meets_bytes(layout, decoding.bytes)) {
             take_bytes(kind);
+        } else if (round = code_function(layout, product->tokens); round != nullptr && product->by_columns == nullptr) {
+            scaled_after = true;
+            take_panels();
         } else {
+            round = nullptr;
             tiles = exact_tiles(layout, product->tokens);
             function = exact_function(layout);
         }
+    }
+    void take_panels() {
+        tile_tokens = ROUNDED_TOKENS / 2;     // a tile's lines lie one behind another, and in other sets of the cache
+        shape.span = layout.tiles * COLUMNS;  // no sum is asked for
+        shape.element = 2;
     }
     void take_words() {
         shape.kind = InputKind::words;
@@ -98,7 +109,7 @@ struct Prepared {
         return product->x + from * product->x_stride;
     }
     int tokens_of(std::int64_t tile) const {
-        return static_cast<int>(std::min<std::int64_t>(TOKEN_TILE, product->tokens - tile * TOKEN_TILE));
+        return static_cast<int>(std::min<std::int64_t>(tile_tokens, product->tokens - tile * tile_tokens));
     }
     std::int64_t bytes() const { return bytes(product->tokens); }
     std::int64_t bytes(std::int64_t tokens) const {
@@ -107,7 +118,7 @@ struct Prepared {
     }
     // Where token tile ``tile`` lies.
     InputPlaces places(std::int64_t tile) const {
-        return places(at, product->tokens, tile * TOKEN_TILE, tokens_of(tile));
+        return places(at, product->tokens, tile * tile_tokens, tokens_of(tile));
     }
     // ``count`` tokens of ``tokens`` that lie at ``start``: values, sums, bases, scales, faults.
     InputPlaces places(std::uint8_t* start, std::int64_t tokens, std::int64_t first, int count) const {
@@ -126,6 +137,9 @@ struct Prepared {
     Decoding decoding;
     BlocksFunction tiles = nullptr;  // if not, ``function``
     BlockFunction function = nullptr;
+    RoundFunction round = nullptr;   // if not, these
+    bool scaled_after = false;       // of codes alone
+    int tile_tokens = TOKEN_TILE;    // of which x is laid out together
     InputShape shape;
     bool scaled = false;
     bool gated = false;        // blocks are a gate's, as many more its partners
@@ -172,8 +186,8 @@ void lay_out_tokens(const Prepared& p, std::int64_t first, std::int64_t last) {
         scales.resize(static_cast<std::size_t>((p.shape.columns + weight.input_group - 1) / weight.input_group));
     }
     for (std::int64_t token = first; token < last; ++token) {
-        const std::int64_t tile = token / TOKEN_TILE;
-        const int place = static_cast<int>(token - tile * TOKEN_TILE);
+        const std::int64_t tile = token / p.tile_tokens;
+        const int place = static_cast<int>(token - tile * p.tile_tokens);
         const float* row = changed_row(p, token, staged);
         if (weight.row_vectors != nullptr) {
             taken.resize(static_cast<std::size_t>(p.shape.columns));
@@ -222,29 +236,33 @@ Vector16 finished(const Prepared& p, Vector16 total, std::int64_t token, std::in
     return affine(total, at_column(layer->row_scale, row), factor, at_column(layer->bias, row), lanes);
 }
 
+// Writes what a block's totals of a token become. ``partner``: those of a gate's other half.
+void write_result(const Prepared& p, std::int64_t token, std::int64_t block, Vector16 total, Vector16 partner) {
+    const std::int64_t rows = p.product->weight->rows / (p.gated ? 2 : 1), row = block * p.layout.height;
+    const int lanes = static_cast<int>(std::min<std::int64_t>(p.layout.height, rows - row));
+    Vector16 value = finished(p, total, token, row, lanes);
+    if (p.gated) {
+        const auto activation = static_cast<Activation>(p.product->layer->activation);
+        value = lowbit::gated(value, finished(p, partner, token, rows + row, lanes), activation);
+    }
+    store_some(p.product->out + token * p.product->out_stride + row, value, lanes);
+}
+
 void run_task(const Prepared& p, std::int64_t task) {
     const std::int64_t tile = task / p.chunks;
     const InputPlaces places = p.places(tile);
     Input input{places.values, places.sums, places.scales, places.bases, places.tokens};
     input.out_stride = p.product->out_stride;
-    const std::int64_t rows = p.product->weight->rows / (p.gated ? 2 : 1), height = p.layout.height;
     const std::int64_t last = std::min(p.blocks, (task % p.chunks + 1) * p.chunk);
     alignas(64) Totals totals, partners;
     const auto write = [&](std::int64_t block, int i) {
-        const int lanes = static_cast<int>(std::min<std::int64_t>(height, rows - block * height));
         for (int t = 0; t < input.tokens; ++t) {
-            const std::int64_t token = tile * TOKEN_TILE + t;
             const bool faulty = p.shape.whole() && places.faulty[t];  // whole numbers cannot say it
-            const auto result = [&](const Totals& of, std::int64_t row) {
+            const auto total = [&](const Totals& of) {
                 const float nan = std::numeric_limits<float>::quiet_NaN();
-                return finished(p, faulty ? broadcast(nan) : load(of[place_of(p, input, i) + t]), token, row, lanes);
+                return faulty ? broadcast(nan) : load(of[place_of(p, input, i) + t]);
             };
-            Vector16 value = result(totals, block * height);
-            if (p.gated) {
-                const auto activation = static_cast<Activation>(p.product->layer->activation);
-                value = lowbit::gated(value, result(partners, rows + block * height), activation);
-            }
-            store_some(p.product->out + token * p.product->out_stride + block * height, value, lanes);
+            write_result(p, tile * TOKEN_TILE + t, block, total(totals), p.gated ? total(partners) : zeros());
         }
     };
     // A gate's rows and its partners' are two streams of weights: as much of one as there is room for, then of the
@@ -256,7 +274,7 @@ void run_task(const Prepared& p, std::int64_t task) {
     for (std::int64_t block = task % p.chunks * p.chunk; block < last; block += blocks) {
         blocks = static_cast<int>(std::min(together, last - block));
         if (p.gated) multiply_blocks(p, p.blocks + block, blocks, input, nullptr, partners);
-        float* const out = p.product->out + tile * TOKEN_TILE * p.product->out_stride + block * height;
+        float* const out = p.product->out + tile * TOKEN_TILE * p.product->out_stride + block * p.layout.height;
         multiply_blocks(p, block, blocks, input, out, totals);
         for (int i = 0; i < blocks; ++i) write(block + i, i);
     }
@@ -273,6 +291,67 @@ std::uint8_t* aligned(std::vector<std::uint8_t>& memory, std::int64_t bytes) {
 }
 
 constexpr std::int64_t CACHED_INPUT = 768 << 10;  // bytes of x and of what is made of it, in a core's own cache
+
+#if defined(LOWBIT_AMX)
+
+constexpr std::int64_t PANEL_LINE = ROWS * COLUMNS * 2;   // bytes: 16 rows of 32 columns as bfloat16
+constexpr std::int64_t PANELS = 1 << 20;                  // bytes of the blocks of a task, in a core's own cache
+
+// Blocks of a task that rounds them for all tokens: two share what is loaded of x, and more where x comes from further
+// away, but for every thread some tasks.
+std::int64_t rounded_blocks(const Prepared& p) {
+    const std::int64_t halves = p.gated ? 2 : 1, least = 2 / halves;
+    const std::int64_t most = std::max(least, PANELS / (p.layout.tiles * PANEL_LINE * halves));
+    const std::int64_t wanted = p.bytes() > CACHED_INPUT ? 8 / halves : least;
+    const std::int64_t fair = std::max(least, p.blocks / (4 * thread_count()));
+    return std::min({most, wanted, fair}) / least * least;
+}
+
+// A task of a product with prompts' tokens: some blocks, and all tokens.
+void run_rounded(const Prepared& p, std::int64_t task) {
+    static thread_local std::vector<std::uint8_t> memory;
+    const std::int64_t first = task * p.chunk, last = std::min(p.blocks, first + p.chunk), tokens = p.product->tokens;
+    const std::int64_t lines = p.layout.tiles, panel = lines * PANEL_LINE, halves = p.gated ? 2 : 1;
+    const auto block_at = [&](std::int64_t i) {
+        const std::int64_t block = first + i / halves + i % halves * p.blocks;
+        return p.product->weight->data + block * p.layout.block_bytes;
+    };
+    const bool as_they_lie = p.layout.codes == Codes::bf16;
+    std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : (last - first) * halves * panel);
+    for (std::int64_t i = 0; i < (last - first) * halves && !as_they_lie; ++i) {
+        p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
+    }
+    alignas(64) float totals[2][ROUNDED_TOKENS][ROWS];
+    for (std::int64_t token = 0; token < tokens; token += ROUNDED_TOKENS) {
+        const int count = static_cast<int>(std::min<std::int64_t>(ROUNDED_TOKENS, tokens - token));
+        RoundedInput x{};
+        for (int i = 0; i * p.tile_tokens < count; ++i) {
+            const InputPlaces places = p.places(token / p.tile_tokens + i);
+            x.tiles[i] = places.values;
+            x.line_bytes[i] = places.tokens * COLUMNS * 2;
+        }
+        for (std::int64_t i = 0; i < (last - first) * halves; i += 2) {
+            const int together = static_cast<int>(std::min<std::int64_t>(2, (last - first) * halves - i));
+            const std::uint8_t* of[2] = {panels + i * panel, panels + (i + 1) * panel};
+            for (int k = 0; k < together && as_they_lie; ++k) of[k] = block_at(i + k);
+            multiply_rounded(of, together, x, count, lines, totals);
+            for (int k = 0; k < together && p.scaled_after; ++k) scale_sums(p.layout, block_at(i + k), count, totals[k]);
+            for (int t = 0; t < count; ++t) {
+                const Vector16 one = load(totals[0][t]), other = load(totals[1][t]);
+                write_result(p, token + t, first + i / halves, one, other);
+                if (!p.gated && together > 1) write_result(p, token + t, first + i + 1, other, other);
+            }
+        }
+    }
+}
+
+#else
+
+std::int64_t rounded_blocks(const Prepared&) { return 1; }
+void run_rounded(const Prepared&, std::int64_t) {}
+
+#endif
+
 constexpr std::int64_t FEWEST_BLOCKS = 4;         // that x is laid out for, where a group has them
 
 // A task of a weight with scales of columns: some blocks of a group times some tokens, whose x is laid out for them
@@ -399,11 +478,11 @@ struct Call {
             p.factors = factor;
             p.offsets = factor + p.product->tokens;
             factor += 2 * p.product->tokens;
-            p.chunk = std::min(together, p.blocks);
+            p.chunk = p.round != nullptr ? rounded_blocks(p) : std::min(together, p.blocks);
             if (p.product_size != 0) p.chunk = (p.chunk + LOOKED_UP_TOGETHER - 1) / LOOKED_UP_TOGETHER * LOOKED_UP_TOGETHER;
             p.chunks = (p.blocks + p.chunk - 1) / p.chunk;
             p.first_task = tasks;
-            tasks += p.chunks * p.token_tiles;
+            tasks += p.chunks * (p.round != nullptr ? 1 : p.token_tiles);
         }
     }
 
@@ -445,40 +524,51 @@ void multiply(const Product* products, std::int64_t count) {
     call.make_products();
     parallel_ranges(call.tasks, [&call = call](std::int64_t task) {
         const Prepared& p = holder<&Prepared::first_task>(call.all, task);
-        run_task(p, task - p.first_task);
+        (p.round != nullptr ? run_rounded : run_task)(p, task - p.first_task);
     });
     release_tiles();
 }
 
 }  // namespace lowbit
 
-static int multiply_one(const lowbit::Product& product) {
+// Rows from ``prompts`` on are prompts'.
+static int multiply_one(lowbit::Product product, std::int64_t prompts) {
+    lowbit::Product products[2] = {product, product};
+    prompts = std::min(prompts, product.tokens);
+    products[0].tokens = prompts;
+    products[1].tokens -= prompts;
+    products[1].x += prompts * product.x_stride;
+    products[1].out += prompts * product.out_stride;
+    products[1].prompts = true;
     try {
-        lowbit::multiply(&product, 1);
+        lowbit::multiply(products, 2);
     } catch (const std::bad_alloc&) {
         return 1;
     }
     return 0;
 }
 
-// x (tokens, columns) with x_stride floats from row to row -> out (tokens, weight->rows). Returns 0, or 1
-// where memory ran out.
+// x (tokens, columns) with x_stride floats from row to row -> out (tokens, weight->rows). Rows from ``prompts`` on are of
+// prompts' tokens, for which AMX may round the weight to bfloat16. Returns 0, or 1 where memory ran out.
 LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std::int64_t tokens,
-                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride) {
-    return multiply_one({weight, x, x_stride, columns, nullptr, tokens, out, out_stride});
+                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride,
+                                std::int64_t prompts) {
+    return multiply_one({weight, x, x_stride, columns, nullptr, tokens, out, out_stride}, prompts);
 }
 
 // The same of a weight whose groups of rows have scales of their own for x's columns.
 LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, const float* x, std::int64_t tokens,
                                         std::int64_t x_stride, float* out, std::int64_t out_stride) {
-    return multiply_one({weight->weight, x, x_stride, weight->columns, nullptr, tokens, out, out_stride, nullptr, weight});
+    return multiply_one({weight->weight, x, x_stride, weight->columns, nullptr, tokens, out, out_stride, nullptr, weight},
+                        tokens);
 }
 
-// The same with what a layer does before and behind: out (tokens, weight->rows), half as wide where it is gated.
-// ``columns`` are at most MOST_LAYER_COLUMNS; a gated weight has a multiple of 32 rows.
+// The same as lowbit_linear with what a layer does before and behind: out (tokens, weight->rows), half as wide where it is
+// gated. ``columns`` are at most MOST_LAYER_COLUMNS; a gated weight has a multiple of 32 rows.
 LOWBIT_EXPORT int lowbit_layer(const lowbit_layer_description* layer, const float* x, std::int64_t tokens,
-                               std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride) {
-    return multiply_one({layer->weight, x, x_stride, columns, nullptr, tokens, out, out_stride, layer});
+                               std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride,
+                               std::int64_t prompts) {
+    return multiply_one({layer->weight, x, x_stride, columns, nullptr, tokens, out, out_stride, layer}, prompts);
 }
 
 // Whether a weight can meet x as ``kind`` (enum InputKind): 1 or 0.

@@ -53,8 +53,8 @@ inline const std::uint8_t* line_of(const Input& x, std::int64_t line, int token)
 }
 
 // with(codes) of what tiles multiply as bfloat16 numbers; else null.
-template <typename With>
-BlocksFunction of_exact_codes(Codes codes, const With& with) {
+template <typename Function = BlocksFunction, typename With>
+Function of_exact_codes(Codes codes, const With& with) {
     switch (codes) {
         case Codes::bits1: return with(std::integral_constant<Codes, Codes::bits1>());
         case Codes::bits2: return with(std::integral_constant<Codes, Codes::bits2>());

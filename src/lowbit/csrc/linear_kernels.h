@@ -118,9 +118,14 @@ inline void look_up_products(const Layout&, const std::uint8_t*, int, const Inpu
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,
                                 float (*totals)[TOKEN_TILE][ROWS]);
 
+// Makes a block's rows bfloat16 numbers, scales and offsets in them (linear_rounded.h).
+using RoundFunction = void (*)(const Layout& layout, const std::uint8_t* block, const Decoding&, std::uint8_t* panel);
+constexpr int ROUNDED_TOKENS = 32;  // that meet such blocks together
+
 #if defined(LOWBIT_AMX)
 
 constexpr int BLOCKS_TOGETHER = 4;  // a register of sums each
+constexpr std::int64_t LEAST_OF_PANELS = 64;  // tokens for which a block's codes are laid out once
 
 // For so many tokens and codes that are bfloat16 numbers; else null. linear_amx.cpp
 BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens);
@@ -128,6 +133,23 @@ BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens);
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens);
 // x as InputKind::scaled.
 BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens);
+
+// Null where rounding saves nothing, or the codes have none. linear_amx_rounded.cpp
+RoundFunction round_function(const Layout& layout, const WordCodes& codes);
+
+// For so many tokens, where sums go on to the end of a row: its codes, as exact_tiles multiplies them, with the same bits.
+// scale_sums then makes the totals of some tokens what they are worth. linear_amx_rounded.cpp
+RoundFunction code_function(const Layout& layout, std::int64_t tokens);
+void scale_sums(const Layout& layout, const std::uint8_t* block, int tokens, float (*totals)[ROWS]);
+
+// Their x: two tiles of up to 16 tokens, the bytes from a line of 32 columns to the next.
+struct RoundedInput {
+    const std::uint8_t* tiles[2];
+    std::int64_t line_bytes[2];
+};
+// totals[block][token] = up to 2 blocks of rounded rows times x.
+void multiply_rounded(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
+                      float (*totals)[ROUNDED_TOKENS][ROWS]);
 
 // Columns whose sum of products is scaled at once.
 inline std::int64_t summed_columns(const Layout& layout) {
@@ -137,6 +159,8 @@ inline std::int64_t summed_columns(const Layout& layout) {
 #else
 
 constexpr int BLOCKS_TOGETHER = 1;
+inline RoundFunction round_function(const Layout&, const WordCodes&) { return nullptr; }
+inline RoundFunction code_function(const Layout&, std::int64_t) { return nullptr; }
 inline BlocksFunction exact_tiles(const Layout&, std::int64_t) { return nullptr; }
 inline BlocksFunction byte_tiles(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline BlocksFunction scaled_tiles(const Layout&, std::int64_t) { return nullptr; }

@@ -3,6 +3,7 @@
 #include "linear_row_vectors.h"
 
 #include "linear_kernels.h"
+#include "linear_rounded.h"
 #include "linear_vectors.h"
 
 namespace lowbit {
@@ -252,6 +253,51 @@ void multiply_row_vectors(const Layout& layout, const std::uint8_t* block, const
     }
 }
 
+#if defined(__AVX512BF16__)
+
+template <int STRIDE, int MAIN, int SECOND>
+void round_row_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    using Codebooks = Book<STRIDE, MAIN, SECOND>;
+    const RowVectors vectors(*layout.row_vectors);
+    have_near(decoding.vectors, vectors.table_bytes(), vectors.indices(layout.blocks * layout.tiles));
+    alignas(64) std::int32_t lanes[ROWS];
+    for (int row = 0; row < ROWS; ++row) lanes[row] = row < layout.height ? vectors.lane(row) : 0;
+    const __m512i order = _mm512_load_si512(lanes);
+    const auto in_rows = [&](__m512i both) __attribute__((always_inline)) { return _mm512_permutexvar_epi32(order, both); };
+    const Turns turns;
+    const Sixteen one = sixteen_set(1.0f);
+    PanelWriter writer(panel);
+    WordTile w;
+    for (std::int64_t tile = 0; tile < vectors.outlier_tiles; ++tile) {
+        load_words(block + tile * RowVectors::WORD_TILE, w);
+        writer.put_words(w, one, in_rows);
+    }
+    each_book<STRIDE, MAIN, SECOND>(layout, vectors, block, decoding.vectors, [&](const Codebooks& book, const Tiles& tiles)
+                                    __attribute__((always_inline)) {
+        for (std::int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+            const std::uint8_t* const indices = tiles.at + (tile - tiles.first) * tiles.bytes;
+            fetch_indices(indices, Codebooks::BYTES);
+            decode_row_vectors(indices, book, turns, w);
+            writer.put_words(w, one, in_rows);
+        }
+    });
+}
+
+template <int STRIDE, int MAIN>
+RoundFunction rounded_by_second(int bytes) {
+    return bytes == 0   ? round_row_vectors<STRIDE, MAIN, 0>
+           : bytes == 1 ? round_row_vectors<STRIDE, MAIN, 1>
+                        : round_row_vectors<STRIDE, MAIN, 2>;
+}
+
+template <int STRIDE>
+RoundFunction rounded_by_bytes(const RowVectors& vectors) {
+    const int second = vectors.second_bytes();
+    return vectors.main_bytes() == 1 ? rounded_by_second<STRIDE, 1>(second) : rounded_by_second<STRIDE, 2>(second);
+}
+
+#endif
+
 template <int STRIDE, int MAIN>
 BlockFunction by_second(int bytes) {
     return bytes == 0   ? multiply_row_vectors<STRIDE, MAIN, 0>
@@ -275,6 +321,19 @@ BlockFunction row_vector_function(const Layout& layout) {
         default: return by_bytes<16>(vectors);
     }
 }
+
+#if defined(__AVX512BF16__)
+
+RoundFunction rounded_row_vectors(const Layout& layout) {
+    const RowVectors vectors(*layout.row_vectors);
+    switch (vectors.stride()) {
+        case 4: return rounded_by_bytes<4>(vectors);
+        case 8: return rounded_by_bytes<8>(vectors);
+        default: return rounded_by_bytes<16>(vectors);
+    }
+}
+
+#endif
 
 float take_columns(const lowbit_row_vectors& weight, const float* row, std::int64_t columns, float* out) {
     Sixteen held = sixteen_zeros();

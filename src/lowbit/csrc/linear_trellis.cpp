@@ -5,6 +5,7 @@
 #include "linear_trellis.h"
 
 #include "linear_kernels.h"
+#include "linear_rounded.h"
 
 namespace lowbit {
 namespace {
@@ -316,6 +317,50 @@ void multiply_trellis(const Layout& layout, const std::uint8_t* block, const Dec
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], finished(layout, sixteen_load(totals[t])));
 }
 
+#if defined(__AVX512BF16__)
+
+using TrellisDecoder = void (*)(const std::uint8_t*, WordTile&);
+
+template <TrellisBook BOOK>
+TrellisDecoder decoder_of_bits(int bits) {
+    switch (bits) {
+        case 1: return decode_trellis<BOOK, 1>;
+        case 2: return decode_trellis<BOOK, 2>;
+        case 3: return decode_trellis<BOOK, 3>;
+        case 4: return decode_trellis<BOOK, 4>;
+        case 5: return decode_trellis<BOOK, 5>;
+        case 6: return decode_trellis<BOOK, 6>;
+        case 7: return decode_trellis<BOOK, 7>;
+        default: return decode_trellis<BOOK, 8>;
+    }
+}
+
+TrellisDecoder decoder_of(const Trellis& trellis) {
+    switch (trellis.book) {
+        case TrellisBook::first: return decoder_of_bits<TrellisBook::first>(trellis.bits);
+        case TrellisBook::mcg: return decoder_of_bits<TrellisBook::mcg>(trellis.bits);
+        case TrellisBook::mul1: return decoder_of_bits<TrellisBook::mul1>(trellis.bits);
+    }
+    return nullptr;
+}
+
+void round_trellis(const Layout& layout, const std::uint8_t* block, const Decoding&, std::uint8_t* panel) {
+    const TrellisDecoder decode = decoder_of(trellis_of(layout.codes));
+    const std::int64_t bytes = tile_bytes(layout.codes);
+    const Sixteen factor = sixteen_set(layout.factor);
+    const auto in_rows = [](__m512i both) __attribute__((always_inline)) {
+        return _mm512_castps_si512(by_row(_mm512_castsi512_ps(both)));
+    };
+    PanelWriter writer(panel);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        WordTile w;
+        decode(block + tile * bytes, w);
+        writer.put_words(w, factor, in_rows);
+    }
+}
+
+#endif
+
 template <TrellisBook BOOK>
 BlockFunction by_bits(int bits) {
     switch (bits) {
@@ -332,6 +377,10 @@ BlockFunction by_bits(int bits) {
 }
 
 }  // namespace
+
+#if defined(__AVX512BF16__)
+RoundFunction rounded_trellis(const Layout&) { return round_trellis; }
+#endif
 
 BlockFunction trellis_function(const Layout& layout) {
     const Trellis trellis = trellis_of(layout.codes);

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "linear_kernels.h"
+#include "linear_rounded.h"
 
 namespace lowbit {
 namespace {
@@ -236,6 +237,32 @@ void multiply_vectors(const Layout& layout, const std::uint8_t* block, const Dec
 
 #if defined(__AVX512BF16__)
 
+template <int BYTES, int LENGTH>
+void round_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    const Codebooks books(layout, decoding.vectors);
+    have_near(books.table, books.bytes(), books.indices(layout));
+    const std::int64_t bytes = tile_bytes(layout.codes);
+    const Sixteen scale = scales_of(layout, block);
+    PanelWriter writer(panel);
+    block += layout.scale_bytes;
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, block += bytes) {
+        fetch_indices(block, bytes);
+        WordTile w;
+        decode_vectors<BYTES, LENGTH>(block, books, w);
+        writer.put_words(w, scale);
+    }
+}
+
+template <int BYTES>
+RoundFunction rounded_by_length(int length) {
+    switch (length) {
+        case 8: return round_vectors<BYTES, 8>;
+        case 16: return round_vectors<BYTES, 16>;
+        case 32: return round_vectors<BYTES, 32>;
+        default: return nullptr;
+    }
+}
+
 // Whole products of 256 vectors with some columns of one token, as four planes of bytes: what 64 rows look up at once.
 constexpr int VECTORS_OF_BYTE = 256;
 constexpr int PRODUCT_BYTES = VECTORS_OF_BYTE * 4;
@@ -437,6 +464,15 @@ BlockFunction vector_function(const Layout& layout) {
     const Vectors vectors = vectors_of(layout.codes);
     return vectors.index_bytes() == 1 ? by_length<1>(vectors.length) : by_length<2>(vectors.length);
 }
+
+#if defined(__AVX512BF16__)
+
+RoundFunction rounded_vectors(const Layout& layout) {
+    const Vectors vectors = vectors_of(layout.codes);
+    return vectors.index_bytes() == 1 ? rounded_by_length<1>(vectors.length) : rounded_by_length<2>(vectors.length);
+}
+
+#endif
 
 void have_near(const std::int16_t* table, std::int64_t bytes, std::int64_t indices) {
     static thread_local const std::int16_t* last = nullptr;

@@ -192,11 +192,13 @@ LOWBIT_EXPORT void lowbit_gather_columns(const float* x, std::int64_t x_stride, 
                                          std::int32_t width, const std::int64_t* order, float* out,
                                          std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_linear(const lowbit_weight* weight, const float* x, std::int64_t tokens,
-                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride);
+                                std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride,
+                                std::int64_t prompts);
 LOWBIT_EXPORT int lowbit_linear_columns(const lowbit_column_weight* weight, const float* x, std::int64_t tokens,
                                         std::int64_t x_stride, float* out, std::int64_t out_stride);
 LOWBIT_EXPORT int lowbit_layer(const lowbit_layer_description* layer, const float* x, std::int64_t tokens,
-                               std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride);
+                               std::int64_t x_stride, std::int64_t columns, float* out, std::int64_t out_stride,
+                               std::int64_t prompts);
 LOWBIT_EXPORT int lowbit_screened_logits(lowbit_screened_head* head, const float* x, std::int64_t tokens,
                                          std::int64_t x_stride, std::int64_t columns, float* out,
                                          std::int64_t out_stride);

@@ -38,6 +38,7 @@ from lowbit.engine.messages import (
     TokenEvent,
 )
 from lowbit.engine.page_pool import PagePool
+from lowbit.engine.prompts import rounds_prompts
 from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import checked
 from lowbit.engine.scheduler import Scheduler
@@ -111,6 +112,7 @@ class Engine:
             share_prefixes=self._may_share(),
             policy=settings.schedule_policy,
             unit=prompt_unit(model.cache_specs(), model.device),
+            prompts_apart=rounds_prompts(settings, model),
         )
         self.pool_tokens = pages * settings.page_size
         self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)

@@ -34,10 +34,20 @@ class HostBatch:
     state_slots: np.ndarray | None
     sources: np.ndarray
     greedy: bool
+    prompt_row: int | None
 
     @classmethod
-    def of(cls, chunks: list[Chunk], page_size: int, *, states: bool, greedy: bool = False) -> HostBatch:
-        """``states``: whether recurrent layers keep a state of each sequence."""
+    def of(
+        cls,
+        chunks: list[Chunk],
+        page_size: int,
+        *,
+        states: bool,
+        greedy: bool = False,
+        prompts_apart: bool = False,
+    ) -> HostBatch:
+        """``states``: whether recurrent layers keep a state of each sequence. ``prompts_apart``: whether
+        prompts' chunks stand behind all others, and are to be told from them."""
         parts = [chunk.tokens for chunk in chunks]
         counts = [len(part) for part in parts]
         starts = [chunk.sequence.computed for chunk in chunks]
@@ -78,6 +88,7 @@ class HostBatch:
             state_slots=_numbers([chunk.sequence.slot for chunk in chunks]) if states else None,
             sources=np.array(sources, dtype=np.int32).reshape(-1, 2),
             greedy=greedy,
+            prompt_row=_prompt_row(chunks, counts) if prompts_apart else None,
         )
 
     def to(self, device: torch.device, rows: list[int], chosen: Tensor | None = None) -> ForwardBatch:
@@ -116,7 +127,14 @@ class HostBatch:
             host_lengths=(self.query_lengths, self.context_lengths),
             state_slots=None if self.state_slots is None else there[7],
             greedy=self.greedy,
+            prompt_row=self.prompt_row,
         )
+
+
+def _prompt_row(chunks: list[Chunk], counts: list[int]) -> int | None:
+    """The first row of a prompt's token."""
+    generated = sum(count for chunk, count in zip(chunks, counts, strict=True) if not chunk.of_prompt)
+    return None if generated == sum(counts) else generated
 
 
 def _numbers(values: list[int]) -> np.ndarray:

@@ -54,6 +54,7 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     lengths: tuple[list[int], list[int]] | None = None
     graph: tuple[int, int] | None = None
     capture: bool = False
+    prompt_row: int | None = None
 
 
 class StepDone(msgspec.Struct, frozen=True, tag="done"):
@@ -103,7 +104,16 @@ def step_of(batch: ForwardBatch, graph: Size | None = None, capture: bool = Fals
     if batch.host_lengths is not None:
         queries, contexts = batch.host_lengths
         lengths = queries.tolist(), contexts.tolist()
-    return Step(shapes, batch.page_size, batch.max_query, batch.max_context, lengths, graph, capture)
+    return Step(
+        shapes,
+        batch.page_size,
+        batch.max_query,
+        batch.max_context,
+        lengths,
+        graph,
+        capture,
+        batch.prompt_row,
+    )
 
 
 def packed(step: Step, batch: ForwardBatch) -> Tensor:
@@ -130,6 +140,7 @@ def batch_of(step: Step, sent: Tensor) -> ForwardBatch:
         max_query=step.max_query,
         max_context=step.max_context,
         host_lengths=lengths,
+        prompt_row=step.prompt_row,
     )
 
 

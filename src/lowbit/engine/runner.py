@@ -19,6 +19,7 @@ from lowbit.engine.cuda_graphs import (
     recorder_for,
 )
 from lowbit.engine.host_batch import HostBatch
+from lowbit.engine.prompts import rounds_prompts
 from lowbit.engine.scheduler import Chunk
 from lowbit.engine.step_capture import StepCapture
 from lowbit.errors import printable
@@ -68,6 +69,7 @@ class Runner:
         slots, backend = settings.max_running_requests, settings.attention_backend
         specs = model.cache_specs()
         self._has_states = state_bytes(specs) > 0
+        self._prompts_apart = rounds_prompts(settings, model)
         self._is_screened = getattr(model, "screened", None) is not None
         self._caches: list[LayerMemory] = [
             allocate_layer(spec, pages, slots, settings.page_size, model.device, backend) for spec in specs
@@ -210,9 +212,16 @@ class Runner:
         ``greedy``: see ``ForwardBatch``.
         """
         greedy = greedy and self._is_screened
-        host = HostBatch.of(chunks, self._page_size, states=self._has_states, greedy=greedy)
+        host = HostBatch.of(
+            chunks,
+            self._page_size,
+            states=self._has_states,
+            greedy=greedy,
+            prompts_apart=self._prompts_apart,
+        )
         # A decode step: the newest token of every sequence, with drafts or none, and all rows wanted.
         decodes = all(c.count == 1 for c in chunks) and rows == list(range(len(host.tokens)))
+        decodes = decodes and host.prompt_row is None
         if decodes and isinstance(self._capture, StepCapture) and not len(host.sources):
             logits = self._capture.replay(host)
             if logits is not None:

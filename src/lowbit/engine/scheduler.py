@@ -54,6 +54,11 @@ class Chunk:
         return sequence.flights[-1].row if sequence.computed == len(sequence.tokens) else -1
 
     @property
+    def of_prompt(self) -> bool:
+        """Whether it is part of the prompt; else its tokens were generated."""
+        return self.sequence.computed < self.sequence.prompt_length
+
+    @property
     def completes(self) -> bool:
         """Whether all tokens of the sequence are computed then."""
         return self.sequence.computed + self.count == self.sequence.length
@@ -72,8 +77,12 @@ class Scheduler:
         share_prefixes: bool,
         policy: str = "fcfs",
         unit: int = 1,
+        prompts_apart: bool = False,
     ) -> None:
-        """``unit``: prompts are cut at its multiples only, where a step may have as many tokens."""
+        """``unit``: prompts are cut at its multiples only, where a step may have as many tokens.
+        ``prompts_apart``: in a step prompts come last, and a chunk has either tokens of a prompt or generated
+        ones.
+        """
         self.pool = pool
         self.tree = PrefixTree(pool, page_size)
         self.page_size = page_size
@@ -81,6 +90,7 @@ class Scheduler:
         self.prefill_budget = prefill_budget
         self.share_prefixes = share_prefixes
         self._unit = unit
+        self._prompts_apart = prompts_apart
         self._longest_first = policy == "lpm" and share_prefixes
         self.waiting: deque[Sequence] = deque()
         self._slots = list(range(max_running))  # free ones, of recurrent layers' states
@@ -113,6 +123,8 @@ class Scheduler:
                 budget -= count
         if admit and not retracted:
             self._admit(budget, chunks)
+        if self._prompts_apart:
+            return sorted(chunks.values(), key=lambda chunk: chunk.of_prompt)
         return list(chunks.values())
 
     def _wanted(self, sequence: Sequence, budget: int) -> int:
@@ -122,6 +134,8 @@ class Scheduler:
         if sequence.pending == 1:
             return 1
         count = min(sequence.pending, budget)
+        if self._prompts_apart and sequence.computed < sequence.prompt_length:
+            count = min(count, sequence.prompt_length - sequence.computed)
         if sequence.wants_prompt_logprobs:
             count = min(count, PROMPT_LOGPROB_ROWS)
         if count < sequence.pending and self._unit <= self.prefill_budget:

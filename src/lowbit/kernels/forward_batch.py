@@ -26,6 +26,7 @@ class ForwardBatch:
     A sequence whose context is its query begins here, with a state of zeros.
     ``greedy``: of each row of logits only the first of the largest is asked for, and whether any is NaN: what
     is certainly smaller may be minus infinity.
+    ``prompt_row``: from which row on tokens are prompts' (``prompt_rows``); None: none is, or it matters not.
     ``max_query`` and ``max_context`` repeat the maxima, so that nobody asks the device for them;
     ``host_lengths`` query_lengths and context_lengths, int32, of a step that is not to be recorded.
     """
@@ -43,6 +44,7 @@ class ForwardBatch:
     host_lengths: tuple[np.ndarray, np.ndarray] | None = None
     state_slots: Tensor | None = None
     greedy: bool = False
+    prompt_row: int | None = None
 
     def to(self, device: torch.device) -> ForwardBatch:
         """The same batch with its tensors there."""

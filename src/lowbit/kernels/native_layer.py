@@ -17,6 +17,7 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import activation_number
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import NativeWeight, check_columns
+from lowbit.kernels.prompt_rows import first_prompt_row
 from lowbit.kernels.step_plan import Operation, native_operation, no_memory
 
 MOST_COLUMNS = 1 << 15  # of x where a layer changes it: MOST_LAYER_COLUMNS of csrc/linear.cpp
@@ -35,7 +36,7 @@ class LayerDescription(ctypes.Structure):
 @cache
 def _operation() -> Operation | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    arguments = (pointer, pointer, number, number, number, pointer, number)
+    arguments = (pointer, pointer, number, number, number, pointer, number, number)
     return native_operation("layer", arguments, no_memory("for a product's input"))
 
 
@@ -115,5 +116,6 @@ class NativeLayer:
             columns,
             out.data_ptr(),
             out.stride(0),
+            first_prompt_row(tokens),
         )
         return out

@@ -27,6 +27,7 @@ from lowbit.kernels import native
 from lowbit.kernels.activation_native import NativeQuantizer
 from lowbit.kernels.elementwise import affine, gather_columns
 from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
+from lowbit.kernels.prompt_rows import first_prompt_row
 from lowbit.kernels.step_plan import Operation
 from lowbit.numerics.number_formats import VectorLayout
 from lowbit.numerics.scheme import Scheme
@@ -283,7 +284,7 @@ def functions() -> _Functions | None:
     library.lowbit_linear_pack.argtypes = (pointer, number, *(pointer,) * 6)
     library.lowbit_linear_pack.restype = None
     library.lowbit_linear_takes.argtypes = (pointer, ctypes.c_int32)
-    multiply = (pointer, pointer, number, number, number, pointer, number)
+    multiply = (pointer, pointer, number, number, number, pointer, number, number)
     look_up = (pointer, number, pointer, ctypes.c_int32, number, *(pointer,) * 3)
     return _Functions(
         library.lowbit_linear_bytes,
@@ -477,7 +478,10 @@ def linear(x: Tensor, packed: PackedWeight, out: Tensor | None = None) -> Tensor
     x, out = operands(x, packed, out)
     (tokens, columns), loaded = x.shape, functions()
     assert loaded is not None, "packed by a native kernel"
-    loaded.linear(packed.address, x.data_ptr(), tokens, x.stride(0), columns, out.data_ptr(), out.stride(0))
+    prompts = first_prompt_row(tokens)
+    loaded.linear(
+        packed.address, x.data_ptr(), tokens, x.stride(0), columns, out.data_ptr(), out.stride(0), prompts
+    )
     row_scale = packed.buffers.get("row_scale")
     return out if row_scale is None else affine(out, column=row_scale, out=out)
 

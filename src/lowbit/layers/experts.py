@@ -21,6 +21,7 @@ from lowbit.kernels.elementwise import gated_activation
 from lowbit.kernels.experts import together
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.parallel import ALONE, Parallel
+from lowbit.kernels.prompt_rows import as_stored
 from lowbit.kernels.step_plan import refuse
 from lowbit.layers.linear import Linear
 
@@ -81,6 +82,10 @@ class Experts:
 
     def one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
         """The sum from each expert's own layers, float32."""
+        with as_stored():
+            return self._one_by_one(x, chosen, weights, activation)
+
+    def _one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
         out = torch.zeros(x.shape, device=x.device)
         runs = _runs(chosen, weights, len(self.gate_up))
         inner = (gated_activation(self.gate_up[run.expert](run.of(x)), activation) for run in runs)

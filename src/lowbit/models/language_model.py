@@ -22,6 +22,7 @@ from lowbit.kernels.activation_state import ActivationStates
 from lowbit.kernels.elementwise import RotaryTable, add, affine, gather_rows, softcap
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.parallel import Parallel
+from lowbit.kernels.prompt_rows import prompt_rows
 from lowbit.kernels.recurrent import LayerMemory, LayerSpec
 from lowbit.kernels.screened_head import ScreenedHead
 from lowbit.layers.cuts import Cut, cut_evenly, cut_heads
@@ -135,8 +136,9 @@ class LanguageModel(ABC, Generic[BlockT]):
         config = self.config
         residual = self.embed(batch)
         hidden = self.enter(0, residual)
-        for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
-            hidden = self.forward_block(layer, hidden, residual, cache, batch)
+        with prompt_rows(batch.prompt_row, len(batch.tokens)):
+            for layer, cache in zip(range(len(self.blocks)), caches, strict=True):
+                hidden = self.forward_block(layer, hidden, residual, cache, batch)
         rows = gather_rows(hidden, batch.sample_rows)
         if batch.greedy and self.screened is not None:
             logits = self.screened(rows)

@@ -1,0 +1,12 @@
+"""Whether prompts' tokens may meet weights that are rounded for them (``kernels.prompt_rows``)."""
+
+from __future__ import annotations
+
+from lowbit.kernels.prompt_rows import rounding
+from lowbit.models.model import Model
+from lowbit.settings import Settings
+
+
+def rounds_prompts(settings: Settings, model: Model) -> bool:
+    """What the settings say, where there are kernels that do."""
+    return not settings.exact_prompts and rounding(model.device)

@@ -1,0 +1,121 @@
+"""Prompts' tokens, for which kernels may round weights: which rows these are, and what they then give."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmark_modules import benchmark_module
+from lowbit.kernels import choose, native
+from lowbit.kernels.prompt_rows import as_stored, first_prompt_row, prompt_rows, rounding
+from lowbit.layers.linear import Linear
+
+COLUMNS, TOKENS = 1024, 77
+FORMATS = benchmark_module("linear_formats")
+# Of the products' size: two roundings of 2^-9 each, spread as in a random walk.
+LEAST_OFF, MOST_OFF = 2e-4, 4e-3
+# All their numbers are bfloat16's, or sums go on to the end of a row.
+EXACT = {"bf16", "f16", "int8 channel", "fp8 channel", "mxfp4"}
+OWN_INPUTS = {"w8a8", "fp8 row x row"}  # inputs are codes, or each row of weights has one scale
+
+
+def test_rows_before_the_first_are_none() -> None:
+    assert first_prompt_row(5) == 5
+    with prompt_rows(2, 5):
+        assert first_prompt_row(5) == 2
+        with as_stored():
+            assert first_prompt_row(3) == 3
+        assert first_prompt_row(5) == 2
+        with pytest.raises(AssertionError, match="as_stored"):
+            first_prompt_row(4)
+        seen: list[int] = []
+        other = threading.Thread(target=lambda: seen.append(first_prompt_row(5)))
+        other.start()
+        other.join()
+        assert seen == [5], "a step's rows are its thread's"
+    with pytest.raises(ValueError, match="lost"), prompt_rows(0, 5):
+        raise ValueError("lost")
+    assert first_prompt_row(5) == 5
+
+
+@cache
+def layer(name: str) -> Linear:
+    rows = 288 if name.startswith("vptq") else 272  # 17 blocks, or 18
+    rows = 256 if name.startswith(("exl3", "quip")) else rows
+    sample = FORMATS.FORMATS[name](FORMATS.matrix((rows, COLUMNS)))
+    kernel = choose(sample.weight.scheme, sample.weight.shape, torch.device("cpu")).kernel
+    return Linear(name, [kernel.pack(sample.weight, torch.device("cpu"))], None, [sample.transform])
+
+
+def inputs() -> Tensor:
+    return torch.randn(TOKENS, COLUMNS, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("name", FORMATS.FORMATS)
+def test_a_row_has_its_bits_in_any_company(name: str) -> None:
+    """A prompt's row alone and among others, beside rows that are none, with one thread and with two."""
+    linear, x = layer(name), inputs()
+    stored = linear(x)
+    with prompt_rows(0, TOKENS):
+        rounded = linear(x)
+    off = float((rounded - stored).norm() / stored.norm())
+    changes = rounding(torch.device("cpu")) and name not in EXACT | OWN_INPUTS
+    assert (LEAST_OFF < off < MOST_OFF) if changes else off == 0, off
+    before = native.threads() if native.library() is not None else 1
+    try:
+        for threads in (1, 2):
+            if native.library() is not None:
+                native.set_threads(threads)
+            for count in (1, 2, 15, 16, 17, 33, 63, 64):
+                with prompt_rows(0, count):
+                    assert torch.equal(linear(x[:count]), rounded[:count]), (threads, count)
+            for first in (1, 20, TOKENS - 1):
+                with prompt_rows(first, TOKENS):
+                    mixed = linear(x)
+                assert torch.equal(mixed[:first], stored[:first]), (threads, first)
+                assert torch.equal(mixed[first:], rounded[first:]), (threads, first)
+    finally:
+        if native.library() is not None:
+            native.set_threads(before)
+
+
+@pytest.mark.parametrize("name", ["int4 g32", "q4_1", "q6_k", "nf4", "vptq v12 k65536", "exl3 3 bits"])
+def test_a_gate_is_that_of_its_rows(name: str) -> None:
+    linear, x = layer(name), inputs()
+    with prompt_rows(9, TOKENS):
+        both, gated = linear(x), linear.gated(x, "silu")
+    gate, up = both.chunk(2, dim=1)
+    assert torch.allclose(gated, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not rounding(torch.device("cpu")), reason="no kernel rounds here")
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        *((name, 2e-5) for name in ("int4 g32", "awq g128", "q4_1", "q4_k", "int3 g64", "fp8 block")),
+        ("nf4", 5e-4),
+    ],
+)
+def test_weights_are_rounded_to_the_nearest_bfloat16(name: str, most: float) -> None:
+    """A last bit of float32 turns the rounding of a few; nf4's values are whole numbers of 13 bits before."""
+    linear, x = layer(name), inputs()
+    [weight] = linear.weights
+    rows = weight.kernel.rows(weight, torch.arange(weight.shape[0], dtype=torch.int32)).bfloat16().double()
+    with prompt_rows(0, TOKENS):
+        found = linear(x)
+    seen = x.bfloat16().double()
+    error = (found - seen @ rows.T).abs() / (seen.abs() @ rows.abs().T)
+    assert error.max() < most, error.max()
+
+
+def test_results_that_are_no_numbers_go_through() -> None:
+    linear, x = layer("int4 g32"), inputs()
+    x[3, 5], x[40, 7] = float("nan"), float("inf")
+    with prompt_rows(0, TOKENS):
+        found = linear(x)
+    assert found[3].isnan().all() and not found[40].isfinite().any()
+    assert found[[0, 2, 4, 39, 41, 76]].isfinite().all()
