@@ -1,6 +1,7 @@
 // Writing to the KV cache: what is stored of a token depends on that token alone (attention_cache.h).
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "attention_cache.h"
 #include "lowbit.h"
@@ -160,11 +161,17 @@ void write_codes(const Store& to, std::uint8_t* page, int offset, const std::uin
     (nibbles ? write_codes<KEYS, true> : write_codes<KEYS, false>)(to, page, offset, codes);
 }
 
+void round_row(const float* row, int dim, Bfloat* to) {
+    for (int dimension = 0; dimension < dim; ++dimension) to[dimension] = to_bfloat(row[dimension]);
+}
+
 void write_key(const Store& to, std::uint8_t* page, int offset, const float* key) {
     if (to.format == Format::BF16) {
-        auto* const pairs = reinterpret_cast<Bfloat*>(page);
-        for (int dimension = 0; dimension < to.dim; ++dimension)
-            pairs[2 * (dimension / 2 * PAGE_TOKENS + offset) + dimension % 2] = to_bfloat(key[dimension]);
+        alignas(64) Bfloat rounded[MAX_K_DIM];
+        round_row(key, to.dim, rounded);
+        page += offset * 2 * sizeof(Bfloat);
+        for (int dimension = 0; dimension < to.dim; dimension += 2)
+            std::memcpy(page + dimension * PAGE_TOKENS * sizeof(Bfloat), rounded + dimension, 2 * sizeof(Bfloat));
     } else if (to.format == Format::F32) {
         for (int dimension = 0; dimension < to.dim; ++dimension)
             reinterpret_cast<float*>(page)[dimension * PAGE_TOKENS + offset] = key[dimension];
@@ -179,11 +186,21 @@ void write_key(const Store& to, std::uint8_t* page, int offset, const float* key
     }
 }
 
+// Two tokens' of a page in bfloat16, the first at an even place.
+void write_values(const Store& to, std::uint8_t* page, int offset, const float* first, const float* second) {
+    Bfloat* const pairs = reinterpret_cast<Bfloat*>(page) + offset * to.dim;
+    for (int dimension = 0; dimension < to.dim; ++dimension) {
+        pairs[2 * dimension] = to_bfloat(first[dimension]);
+        pairs[2 * dimension + 1] = to_bfloat(second[dimension]);
+    }
+}
+
 void write_value(const Store& to, std::uint8_t* page, int offset, const float* value) {
     if (to.format == Format::BF16) {
+        alignas(64) Bfloat rounded[MAX_V_DIM];
+        round_row(value, to.dim, rounded);
         Bfloat* const pairs = reinterpret_cast<Bfloat*>(page) + offset / 2 * 2 * to.dim + offset % 2;
-        for (int dimension = 0; dimension < to.dim; ++dimension)
-            pairs[2 * dimension] = to_bfloat(value[dimension]);
+        for (int dimension = 0; dimension < to.dim; ++dimension) pairs[2 * dimension] = rounded[dimension];
     } else if (to.format == Format::F32) {
         std::copy_n(value, to.dim, reinterpret_cast<float*>(page) + offset * to.dim);
     } else if (to.format == Format::F16) {
@@ -226,6 +243,7 @@ LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, co
         const int first = static_cast<int>(task / parts) * TOGETHER, end = std::min(first + TOGETHER, tokens);
         const int first_head = static_cast<int>(task % parts);
         for (int head = first_head; head < first_head + heads; ++head) {
+            bool written = false;  // its value, with that of the token before
             for (int token = first; token < end; ++token) {
                 const int page = slots[token] / PAGE_TOKENS, offset = slots[token] % PAGE_TOKENS;
                 if (token + 1 < end && slots[token + 1] / PAGE_TOKENS != page) {
@@ -235,7 +253,16 @@ LOWBIT_EXPORT int lowbit_attention_write(const lowbit_attention_cache* cache, co
                 }
                 write_key(keys, keys.page(page, head), offset, k + token * k_stride + head * keys.dim);
                 if (cache->latent) continue;
-                write_value(values, values.page(page, head), offset, v + token * v_stride + head * values.dim);
+                if (std::exchange(written, false)) continue;
+                std::uint8_t* const to = values.page(page, head);
+                const float* const value = v + token * v_stride + head * values.dim;
+                const bool pairs = values.format == Format::BF16 && offset % 2 == 0;
+                if (pairs && token + 1 < end && slots[token + 1] == slots[token] + 1) {
+                    write_values(values, to, offset, value, value + v_stride);
+                    written = true;
+                    continue;
+                }
+                write_value(values, to, offset, value);
             }
         }
     });

@@ -102,12 +102,20 @@ struct Prepared {
         shape.base = decoding.bytes.base + byte_base_shift(layout.codes, decoding.bytes);
         shape.factor = decoding.bytes.factor;
         scaled = grouped;
+        if (product->by_columns == nullptr) {
+            round = byte_code_function(layout, decoding.bytes, grouped, product->tokens);
+        }
+        if (round != nullptr) {
+            scaled_after = true;
+            tile_tokens = ROUNDED_TOKENS / 2;
+        }
     }
 
     const float* row(std::int64_t token) const {
         const std::int64_t from = product->x_rows == nullptr ? token : product->x_rows[token];
         return product->x + from * product->x_stride;
     }
+    std::int64_t lines() const { return shape.value_bytes() / (COLUMNS * 2); }  // of x, as tiles load it
     int tokens_of(std::int64_t tile) const {
         return static_cast<int>(std::min<std::int64_t>(tile_tokens, product->tokens - tile * tile_tokens));
     }
@@ -294,14 +302,14 @@ constexpr std::int64_t CACHED_INPUT = 768 << 10;  // bytes of x and of what is m
 
 #if defined(LOWBIT_AMX)
 
-constexpr std::int64_t PANEL_LINE = ROWS * COLUMNS * 2;   // bytes: 16 rows of 32 columns as bfloat16
-constexpr std::int64_t PANELS = 1 << 20;                  // bytes of the blocks of a task, in a core's own cache
+constexpr std::int64_t PANEL_LINE = ROWS * COLUMNS * 2;  // bytes: 16 rows of 32 columns as bfloat16, or 64 bytes
+constexpr std::int64_t PANELS = 1 << 20;                 // bytes of the blocks of a task, in a core's own cache
 
 // Blocks of a task that rounds them for all tokens: two share what is loaded of x, and more where x comes from further
 // away, but for every thread some tasks.
 std::int64_t rounded_blocks(const Prepared& p) {
     const std::int64_t halves = p.gated ? 2 : 1, least = 2 / halves;
-    const std::int64_t most = std::max(least, PANELS / (p.layout.tiles * PANEL_LINE * halves));
+    const std::int64_t most = std::max(least, PANELS / (p.lines() * PANEL_LINE * halves));
     const std::int64_t wanted = p.bytes() > CACHED_INPUT ? 8 / halves : least;
     const std::int64_t fair = std::max(least, p.blocks / (4 * thread_count()));
     return std::min({most, wanted, fair}) / least * least;
@@ -311,7 +319,7 @@ std::int64_t rounded_blocks(const Prepared& p) {
 void run_rounded(const Prepared& p, std::int64_t task) {
     static thread_local std::vector<std::uint8_t> memory;
     const std::int64_t first = task * p.chunk, last = std::min(p.blocks, first + p.chunk), tokens = p.product->tokens;
-    const std::int64_t lines = p.layout.tiles, panel = lines * PANEL_LINE, halves = p.gated ? 2 : 1;
+    const std::int64_t lines = p.lines(), panel = lines * PANEL_LINE, halves = p.gated ? 2 : 1;
     const auto block_at = [&](std::int64_t i) {
         const std::int64_t block = first + i / halves + i % halves * p.blocks;
         return p.product->weight->data + block * p.layout.block_bytes;
@@ -321,23 +329,32 @@ void run_rounded(const Prepared& p, std::int64_t task) {
     for (std::int64_t i = 0; i < (last - first) * halves && !as_they_lie; ++i) {
         p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
     }
+    const bool bytes = p.shape.whole();
     alignas(64) float totals[2][ROUNDED_TOKENS][ROWS];
     for (std::int64_t token = 0; token < tokens; token += ROUNDED_TOKENS) {
         const int count = static_cast<int>(std::min<std::int64_t>(ROUNDED_TOKENS, tokens - token));
         RoundedInput x{};
+        Input input[2];
         for (int i = 0; i * p.tile_tokens < count; ++i) {
             const InputPlaces places = p.places(token / p.tile_tokens + i);
             x.tiles[i] = places.values;
-            x.line_bytes[i] = places.tokens * COLUMNS * 2;
+            x.line_bytes[i] = places.tokens * PANEL_LINE / ROWS;
+            input[i] = {places.values, places.sums, places.scales, places.bases, places.tokens};
         }
         for (std::int64_t i = 0; i < (last - first) * halves; i += 2) {
             const int together = static_cast<int>(std::min<std::int64_t>(2, (last - first) * halves - i));
             const std::uint8_t* of[2] = {panels + i * panel, panels + (i + 1) * panel};
             for (int k = 0; k < together && as_they_lie; ++k) of[k] = block_at(i + k);
-            multiply_rounded(of, together, x, count, lines, totals);
-            for (int k = 0; k < together && p.scaled_after; ++k) scale_sums(p.layout, block_at(i + k), count, totals[k]);
+            multiply_rounded(of, together, bytes, x, count, lines, totals);
+            for (int tile = 0; tile < 2 && p.scaled_after && input[tile].tokens != 0; ++tile) {
+                for (int k = 0; k < together; ++k) {
+                    scale_sums(p.layout, block_at(i + k), bytes, input[tile], totals[k] + tile * p.tile_tokens);
+                }
+            }
             for (int t = 0; t < count; ++t) {
-                const Vector16 one = load(totals[0][t]), other = load(totals[1][t]);
+                const bool faulty = bytes && p.places((token + t) / p.tile_tokens).faulty[t % p.tile_tokens];
+                const Vector16 nan = broadcast(std::numeric_limits<float>::quiet_NaN());
+                const Vector16 one = faulty ? nan : load(totals[0][t]), other = faulty ? nan : load(totals[1][t]);
                 write_result(p, token + t, first + i / halves, one, other);
                 if (!p.gated && together > 1) write_result(p, token + t, first + i + 1, other, other);
             }

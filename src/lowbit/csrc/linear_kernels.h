@@ -134,22 +134,24 @@ BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool gro
 // x as InputKind::scaled.
 BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens);
 
-// Null where rounding saves nothing, or the codes have none. linear_amx_rounded.cpp
+// Null where rounding saves nothing, or the codes have none. linear_amx_panels.cpp
 RoundFunction round_function(const Layout& layout, const WordCodes& codes);
 
 // For so many tokens, where sums go on to the end of a row: its codes, as exact_tiles multiplies them, with the same bits.
-// scale_sums then makes the totals of some tokens what they are worth. linear_amx_rounded.cpp
+// scale_sums then makes the totals of some tokens what they are worth. linear_amx_panels.cpp
 RoundFunction code_function(const Layout& layout, std::int64_t tokens);
-void scale_sums(const Layout& layout, const std::uint8_t* block, int tokens, float (*totals)[ROWS]);
+// The same of bytes, with those of byte_tiles.
+RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens);
+void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]);
 
-// Their x: two tiles of up to 16 tokens, the bytes from a line of 32 columns to the next.
+// Their x: two tiles of up to 16 tokens, the bytes from a line of 32 columns, or 64 bytes, to the next.
 struct RoundedInput {
     const std::uint8_t* tiles[2];
     std::int64_t line_bytes[2];
 };
-// totals[block][token] = up to 2 blocks of rounded rows times x.
-void multiply_rounded(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
-                      float (*totals)[ROUNDED_TOKENS][ROWS]);
+// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers.
+void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
+                      std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]);
 
 // Columns whose sum of products is scaled at once.
 inline std::int64_t summed_columns(const Layout& layout) {
@@ -161,6 +163,7 @@ inline std::int64_t summed_columns(const Layout& layout) {
 constexpr int BLOCKS_TOGETHER = 1;
 inline RoundFunction round_function(const Layout&, const WordCodes&) { return nullptr; }
 inline RoundFunction code_function(const Layout&, std::int64_t) { return nullptr; }
+inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline BlocksFunction exact_tiles(const Layout&, std::int64_t) { return nullptr; }
 inline BlocksFunction byte_tiles(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline BlocksFunction scaled_tiles(const Layout&, std::int64_t) { return nullptr; }

@@ -1,4 +1,4 @@
-// A block's rows as bfloat16 numbers, scales and offsets in them, for prompts' tokens (linear_amx_rounded.cpp): operands
+// A block's rows as bfloat16 numbers, scales and offsets in them, for prompts' tokens (linear_amx_panels.cpp): operands
 // of AMX tiles, one for each 32 columns.
 #pragma once
 

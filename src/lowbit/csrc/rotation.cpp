@@ -21,9 +21,9 @@
 namespace lowbit {
 namespace {
 
-// Pairs less than a vector apart.
+// Of a block smaller than a vector.
 void transform_near(float* block, std::int64_t size) {
-    for (std::int64_t apart = 1; apart < std::min<std::int64_t>(size, LANES); apart *= 2) {
+    for (std::int64_t apart = 1; apart < size; apart *= 2) {
         for (std::int64_t first = 0; first < size; first += 2 * apart) {
             for (std::int64_t i = first; i < first + apart; ++i) {
                 const float a = block[i], b = block[i + apart];
@@ -34,9 +34,38 @@ void transform_near(float* block, std::int64_t size) {
     }
 }
 
+// Pairs less than COUNT vectors apart, of as many: from register to register.
+template <int COUNT>
+void transform_vectors(float* block) {
+    Vector16 x[COUNT];
+    UNROLL
+    for (int i = 0; i < COUNT; ++i) {
+        x[i] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(block + i * LANES)))));
+    }
+    UNROLL
+    for (int apart = 1; apart < COUNT; apart *= 2) {
+        UNROLL
+        for (int i = 0; i < COUNT; ++i) {
+            if (i & apart) continue;
+            const Vector16 a = x[i], b = x[i + apart];
+            x[i] = add(a, b);
+            x[i + apart] = subtract(a, b);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < COUNT; ++i) store(block + i * LANES, x[i]);
+}
+
 void transform(float* block, std::int64_t size) {
-    transform_near(block, size);
-    for (std::int64_t apart = LANES; apart < size; apart *= 2) {
+    constexpr std::int64_t MOST = 8 * LANES;
+    if (size < LANES) return transform_near(block, size);
+    for (std::int64_t first = 0; first < size; first += MOST) {
+        if (size == LANES) transform_vectors<1>(block);
+        else if (size == 2 * LANES) transform_vectors<2>(block);
+        else if (size == 4 * LANES) transform_vectors<4>(block);
+        else transform_vectors<8>(block + first);
+    }
+    for (std::int64_t apart = MOST; apart < size; apart *= 2) {
         for (std::int64_t first = 0; first < size; first += 2 * apart) {
             for (std::int64_t i = first; i < first + apart; i += LANES) {
                 const Vector16 a = load(block + i), b = load(block + i + apart);

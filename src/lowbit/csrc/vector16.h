@@ -109,6 +109,17 @@ inline Vector16 load_bfloats(const std::uint16_t* from) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
 }
 
+// Of every two lanes ``APART``, the first becomes their sum, the second their difference.
+template <int APART>
+inline Vector16 butterfly(Vector16 x) {
+    __m512 other;
+    if constexpr (APART == 1) other = _mm512_permute_ps(x.lanes, 0xB1);
+    if constexpr (APART == 2) other = _mm512_permute_ps(x.lanes, 0x4E);
+    if constexpr (APART == 4) other = _mm512_shuffle_f32x4(x.lanes, x.lanes, 0xB1);
+    if constexpr (APART == 8) other = _mm512_shuffle_f32x4(x.lanes, x.lanes, 0x4E);
+    constexpr __mmask16 SECOND = APART == 1 ? 0xAAAA : APART == 2 ? 0xCCCC : APART == 4 ? 0xF0F0 : 0xFF00;
+    return {_mm512_mask_sub_ps(_mm512_add_ps(x.lanes, other), SECOND, other, x.lanes)};
+}
 inline float first_lane(Vector16 x) { return _mm512_cvtss_f32(x.lanes); }
 
 inline float reduce_add(Vector16 x) {
@@ -266,6 +277,19 @@ inline Vector16 load_bfloats(const std::uint16_t* from) {
     return {half(from), half(from + 8)};
 }
 
+template <int APART>
+inline Vector16 butterfly(Vector16 x) {
+    if constexpr (APART == 8) return {_mm256_add_ps(x.low, x.high), _mm256_sub_ps(x.low, x.high)};
+    const auto half = [](__m256 lanes) {
+        __m256 other;
+        if constexpr (APART == 1) other = _mm256_permute_ps(lanes, 0xB1);
+        if constexpr (APART == 2) other = _mm256_permute_ps(lanes, 0x4E);
+        if constexpr (APART == 4) other = _mm256_permute2f128_ps(lanes, lanes, 0x01);
+        constexpr int SECOND = APART == 1 ? 0xAA : APART == 2 ? 0xCC : 0xF0;
+        return _mm256_blend_ps(_mm256_add_ps(lanes, other), _mm256_sub_ps(other, lanes), SECOND);
+    };
+    return {half(x.low), half(x.high)};
+}
 inline float first_lane(Vector16 x) { return _mm256_cvtss_f32(x.low); }
 
 inline float reduce_add(Vector16 x) {

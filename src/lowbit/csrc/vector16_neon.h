@@ -44,6 +44,21 @@ inline Vector16 add(Vector16 x, Vector16 y) {
 inline Vector16 subtract(Vector16 x, Vector16 y) {
     return each_quarter([](float32x4_t p, float32x4_t q) { return vsubq_f32(p, q); }, x, y);
 }
+template <int APART>
+inline Vector16 butterfly(Vector16 x) {
+    const auto sum = [](float32x4_t p, float32x4_t q) { return vaddq_f32(p, q); };
+    const auto difference = [](float32x4_t p, float32x4_t q) { return vsubq_f32(p, q); };
+    if constexpr (APART == 8) return {sum(x.a, x.c), sum(x.b, x.d), difference(x.a, x.c), difference(x.b, x.d)};
+    if constexpr (APART == 4) return {sum(x.a, x.b), difference(x.a, x.b), sum(x.c, x.d), difference(x.c, x.d)};
+    const std::uint32_t second[4] = {0, APART == 1 ? ~0u : 0, APART == 1 ? 0 : ~0u, ~0u};
+    const uint32x4_t is_second = vld1q_u32(second);
+    return each_quarter(
+        [&](float32x4_t lanes) {
+            const float32x4_t other = APART == 1 ? vrev64q_f32(lanes) : vextq_f32(lanes, lanes, 2);
+            return vbslq_f32(is_second, difference(other, lanes), sum(lanes, other));
+        },
+        x);
+}
 inline Vector16 multiply(Vector16 x, Vector16 y) {
     return each_quarter([](float32x4_t p, float32x4_t q) { return vmulq_f32(p, q); }, x, y);
 }

@@ -3,7 +3,7 @@
 A token's bits must not depend on who else is in its step. So what may differ for speed's sake hangs on what
 the token is, part of a prompt or generated, and never on how many there are. On processors with AMX a layer
 with a scale for every few columns takes up to twice as long for many tokens where its sums are scaled one by
-one (csrc/linear_amx_rounded.cpp).
+one (csrc/linear_amx_panels.cpp).
 
 A step says which rows they are (``ForwardBatch.prompt_row``) while its blocks run. Layers that are given
 other rows than the step's, an expert's tokens for one, run inside ``as_stored``.

@@ -49,6 +49,21 @@ void lay_codes(const Layout& layout, const std::uint8_t* block, const Decoding& 
     }
 }
 
+// The same as bytes, 64 columns a line.
+template <Codes CODES, bool LOOKED_UP>
+void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, panel += OPERANDS * TILE_LINE) {
+        const std::uint8_t* const codes = walk.next();
+        fetch_lines<tile_bytes(CODES)>(codes + FETCHED_BYTES_AHEAD);
+        ByteTile w;
+        decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
+        UNROLL
+        for (int operand = 0; operand < OPERANDS; ++operand) _mm512_store_si512(panel + operand * TILE_LINE, w[operand]);
+    }
+    if (layout.tiles % 2 != 0) std::memset(panel, 0, OPERANDS * TILE_LINE);  // what x has there is anything
+}
+
 // Of float16 numbers, of which next(tile) says where those of a tile are.
 template <class Next>
 INLINE void round_halves(std::int64_t tiles, std::uint8_t* panel, const Next& next) {
@@ -94,7 +109,7 @@ RoundFunction by_addend(Addend addend) {
 }
 
 // Up to 2 tiles of 16 tokens times up to 2 blocks: each product loads one tile.
-template <int TILES, int BLOCKS>
+template <bool BYTES, int TILES, int BLOCKS>
 void multiply_tiles_of(const std::uint8_t* const* panels, const RoundedInput& x, std::int64_t lines,
                        float (*totals)[ROUNDED_TOKENS][ROWS]) {
     each_constant<TILES * BLOCKS>([](auto sum) INLINED { tile_zero<decltype(sum)::value>(); });
@@ -105,7 +120,9 @@ void multiply_tiles_of(const std::uint8_t* const* panels, const RoundedInput& x,
             each_constant<BLOCKS>([&](auto block) INLINED {
                 constexpr int BLOCK = decltype(block)::value;
                 if constexpr (TILE == 0) tile_load<6 + BLOCK>(panels[BLOCK] + line * PANEL_TILE, TILE_LINE);
-                tile_dot_bfloats<TILE * BLOCKS + BLOCK, 4 + TILE, 6 + BLOCK>();
+                constexpr int C = TILE * BLOCKS + BLOCK;
+                if constexpr (BYTES) tile_dot_bytes<C, 4 + TILE, 6 + BLOCK>();
+                else tile_dot_bfloats<C, 4 + TILE, 6 + BLOCK>();
             });
         });
     }
@@ -142,23 +159,44 @@ RoundFunction code_function(const Layout& layout, std::int64_t tokens) {
     });
 }
 
-void scale_sums(const Layout& layout, const std::uint8_t* block, int tokens, float (*totals)[ROWS]) {
-    const FlushSubnormals flush(false);
-    if (layout.scales == Scales::none) return;
-    Walk walk(layout, block);
-    walk.next();
-    for (int t = 0; t < tokens; ++t) {
-        sixteen_store(totals[t], sixteen_fma(walk.scale[0], sixteen_load(totals[t]), sixteen_zeros()));
+RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens) {
+    if (tokens < LEAST_OF_PANELS || grouped || layout.unit != layout.tiles * COLUMNS) return nullptr;
+    switch (layout.codes) {
+        case Codes::bits4: return codes.looked_up ? lay_bytes<Codes::bits4, true> : lay_bytes<Codes::bits4, false>;
+        case Codes::int8: return lay_bytes<Codes::int8, false>;
+        case Codes::uint8: return lay_bytes<Codes::uint8, false>;
+        default: return nullptr;
     }
 }
 
-void multiply_rounded(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
-                      float (*totals)[ROUNDED_TOKENS][ROWS]) {
-    configure_tiles(std::min(TILE_ROWS, tokens));
-    if (tokens > TILE_ROWS) {
-        return blocks > 1 ? multiply_tiles_of<2, 2>(panels, x, lines, totals) : multiply_tiles_of<2, 1>(panels, x, lines, totals);
+void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]) {
+    if (layout.scales == Scales::none) return;
+    const FlushSubnormals flush(false);
+    Walk walk(layout, block);
+    walk.next();
+    for (int t = 0; t < x.tokens; ++t) {
+        Sixteen sum = sixteen_load(totals[t]);
+        if (bytes) sum = ints_to_floats(_mm512_add_epi32(_mm512_castps_si512(sum), ints_set(x.bases[t])));
+        if (layout.addend == Addend::zero) sum = sixteen_fma(walk.addend[0], sixteen_set(x.sums[t]), sum);
+        Sixteen total = sixteen_fma(walk.scale[0], sum, sixteen_zeros());
+        if (layout.addend == Addend::offset) total = sixteen_fma(walk.addend[0], sixteen_set(x.sums[t]), total);
+        sixteen_store(totals[t], total);
     }
-    return blocks > 1 ? multiply_tiles_of<1, 2>(panels, x, lines, totals) : multiply_tiles_of<1, 1>(panels, x, lines, totals);
+}
+
+template <bool BYTES>
+static void multiply_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens,
+                            std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+    const bool both = tokens > TILE_ROWS;
+    const auto multiply = blocks > 1 ? (both ? multiply_tiles_of<BYTES, 2, 2> : multiply_tiles_of<BYTES, 1, 2>)
+                                     : (both ? multiply_tiles_of<BYTES, 2, 1> : multiply_tiles_of<BYTES, 1, 1>);
+    multiply(panels, x, lines, totals);
+}
+
+void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
+                      std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+    configure_tiles(std::min(TILE_ROWS, tokens));
+    (bytes ? multiply_panels<true> : multiply_panels<false>)(panels, blocks, x, tokens, lines, totals);
 }
 
 }  // namespace lowbit
