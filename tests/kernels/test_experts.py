@@ -20,6 +20,7 @@ from lowbit.kernels.activation_state import ActivationState
 from lowbit.kernels.cpu_columns import ColumnsWeight
 from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.kernels.prompt_rows import prompt_rows, rounding
 from lowbit.kernels.reference import Reference
 from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.step_plan import Arena, Recorder
@@ -269,6 +270,33 @@ def test_a_token_does_not_see_its_neighbours(given: str) -> None:
     assert found[8].isnan().all()
     others = torch.arange(70) != 8
     assert torch.equal(found[others], whole[others])
+
+
+@pytest.mark.parametrize("name", ["int4 g32", "codebooks", "int8 channel"])
+def test_prompts_tokens_have_their_bits_in_any_company(name: str) -> None:
+    """Where weights are rounded for them, tokens before them still meet what is stored."""
+    experts, (x, chosen, weights) = make(WEIGHTS[name]), draw(70)
+    assert isinstance(experts.grouped, GroupedExperts)
+
+    def mixed(first: int | None, rows: slice = slice(None)) -> Tensor:
+        with prompt_rows(first, len(x[rows])):
+            return experts(x[rows], chosen[rows], weights[rows], "silu")
+
+    stored, rounded = mixed(None), mixed(0)
+    off = float((rounded - stored).norm() / stored.norm())
+    changes = rounding(CPU) and name != "int8 channel"
+    assert (2e-4 < off < 1e-2) if changes else off == 0, off
+    for first in (1, 33, 69):
+        both = mixed(first)
+        assert torch.equal(both[:first], stored[:first]) and torch.equal(both[first:], rounded[first:])
+        assert torch.equal(mixed(0, slice(first, first + 1))[0], rounded[first])
+
+
+def test_an_expert_of_few_tokens_is_never_rounded() -> None:
+    experts = make(WEIGHTS["int4 g32"]).grouped
+    assert isinstance(experts, GroupedExperts)
+    few = replace(experts, count=512)
+    assert experts._meet_many_tokens(K) and not few._meet_many_tokens(8)
 
 
 def test_what_is_added_comes_last() -> None:

@@ -201,6 +201,7 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
         "weight_bytes": plan.weight_bytes,
         "lm_head_screen_bytes": plan.screen_bytes,
         "no_lm_head_screen_because": plan.no_screen or None,
+        "rounds_weights_for_prompts": _rounds_prompts(settings, plan),
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "tokens": tokens,
         "kv_bytes": kv_bytes,
@@ -227,6 +228,14 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
             for module in plan.modules
         ],
     }
+
+
+def _rounds_prompts(settings: Settings, plan: ModelPlan) -> bool:
+    import torch
+
+    from lowbit.engine.prompts import rounds_prompts
+
+    return rounds_prompts(settings, torch.device(plan.device))
 
 
 def ignored_layers(plan: ModelPlan) -> list[str]:
@@ -310,6 +319,11 @@ def show(settings: Settings, plan: ModelPlan, tokens: int) -> None:
         )
     elif settings.lm_head_screen != "off":
         out.print(escape(printable(f"no screen of the output head: {plan.no_screen}", 400)))
+    if _rounds_prompts(settings, plan):
+        out.print(
+            "prompts: weights with a scale for every few columns are rounded to bfloat16 for them, unless "
+            "--exact-prompts"
+        )
     kv_bytes, each = plan.kv_bytes_per_token * tokens, binary_size(plan.kv_bytes_per_token)
     if plan.state_bytes:
         states = plan.state_bytes * (settings.max_running_requests + 1)

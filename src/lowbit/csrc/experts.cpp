@@ -196,26 +196,19 @@ void quantize_shared(const lowbit_expert_matrices& matrices, std::int64_t count,
 // The product of one matrix of the experts ``active`` with their pairs, all of which lie from ``first`` on.
 class Multiplied {
   public:
-    // Throws std::bad_alloc.
+    // Pairs of tokens from ``prompts`` on are prompts'. Throws std::bad_alloc.
     Multiplied(const lowbit_expert_matrices& matrices, const Rows& from, std::int64_t first, std::int64_t pairs,
-               Workspace& own, float* out)
+               std::int64_t prompts, Workspace& own, float* out)
         : matrices_(matrices), from_(from), own_(own), first_(first), pairs_(pairs) {
         if (!matrices.shared && matrices.most_inputs > 0) prepare();
         own.products.clear();
         for (const std::int32_t expert : own.active) {
             const std::int64_t start = own.starts[static_cast<std::size_t>(expert)] - first;
             const std::int64_t end = own.starts[static_cast<std::size_t>(expert) + 1] - first;
-            for (int i = matrices.first_part[expert]; i < matrices.first_part[expert + 1]; ++i) {
-                const lowbit_expert_part& part = matrices.parts[i];
-                const bool prepared = !matrices.shared && part.input >= 0;
-                const float* const x = prepared ? input_of(part.input, start)
-                                       : from.rows == nullptr ? from.x + start * from.stride
-                                                              : from.x;
-                const std::int32_t* const rows = prepared || from.rows == nullptr ? nullptr : from.rows + start;
-                own.products.push_back({part.weight, x, prepared ? matrices.columns : from.stride, matrices.columns,
-                                        rows, end - start, out + start * matrices.rows + part.first, matrices.rows,
-                                        nullptr, part.by_columns});
-            }
+            const std::int32_t* const tokens = own.tokens.data() + first;  // of an expert's pairs they ascend
+            const std::int64_t middle = std::lower_bound(tokens + start, tokens + end, prompts) - tokens;
+            add_products(expert, start, middle, false, out);
+            add_products(expert, middle, end, true, out);
         }
         multiply(own.products.data(), static_cast<std::int64_t>(own.products.size()));
     }
@@ -242,6 +235,21 @@ class Multiplied {
     }
 
   private:
+    // Of the pairs start <= pair < end.
+    void add_products(int expert, std::int64_t start, std::int64_t end, bool prompts, float* out) {
+        if (start == end) return;
+        for (int i = matrices_.first_part[expert]; i < matrices_.first_part[expert + 1]; ++i) {
+            const lowbit_expert_part& part = matrices_.parts[i];
+            const bool prepared = !matrices_.shared && part.input >= 0;
+            const float* const x = prepared                   ? input_of(part.input, start)
+                                   : from_.rows == nullptr ? from_.x + start * from_.stride
+                                                           : from_.x;
+            const std::int32_t* const rows = prepared || from_.rows == nullptr ? nullptr : from_.rows + start;
+            own_.products.push_back({part.weight, x, prepared ? matrices_.columns : from_.stride, matrices_.columns, rows,
+                                     end - start, out + start * matrices_.rows + part.first, matrices_.rows, nullptr,
+                                     part.by_columns, prompts});
+        }
+    }
     static bool has_factors(const lowbit_expert_input& input) {
         return input.static_factor != nullptr || input.factors != 0;
     }
@@ -309,6 +317,7 @@ class Multiplied {
 
 struct Mixed {
     const std::int64_t tokens;
+    const std::int64_t prompts;  // from which of them on they are prompts'
     const std::int32_t k;
     const float* added;
     const std::int64_t added_stride;
@@ -357,7 +366,7 @@ void run_pairs(const lowbit_experts& experts, const Rows& x, std::int64_t first,
     const std::int32_t* const numbers = own.experts.data() + first;
     {
         const Multiplied product(experts.gate_up, {x.x, x.stride, own.tokens.data() + first, x.factors}, first, pairs,
-                                 own, gate_up);
+                                 mixed.prompts, own, gate_up);
         for_rows(pairs, 2 * width, [&](std::int64_t pair) {
             float* const row = gate_up + pair * experts.gate_up.rows;
             product.finish(pair, numbers[pair], row);
@@ -366,7 +375,7 @@ void run_pairs(const lowbit_experts& experts, const Rows& x, std::int64_t first,
     }
     Rows rows{inner, width, nullptr, nullptr};
     if (experts.down.shared) quantize_shared(experts.down, pairs, rows, own.between);
-    const Multiplied product(experts.down, rows, first, pairs, own, down);
+    const Multiplied product(experts.down, rows, first, pairs, mixed.prompts, own, down);
     for_rows(mixed.tokens, mixed.k * hidden, [&](std::int64_t token) {
         const std::int32_t* const places = own.places.data() + token * mixed.k;
         float* const to = mixed.out + token * mixed.out_stride;
@@ -423,13 +432,14 @@ LOWBIT_EXPORT void lowbit_route_tokens(const lowbit_routing* routing, const floa
 }
 
 // x (tokens, hidden), chosen and weights (tokens, k), added (tokens, hidden) or null -> out (tokens, hidden).
+// Tokens from ``prompts`` on are prompts', for which AMX may round the weights to bfloat16.
 // 0, 1 where memory ran out, or 2 where an expert that does not exist was chosen: then nothing is written.
 LOWBIT_EXPORT int lowbit_mix_experts(const lowbit_experts* experts, const float* x, std::int64_t x_stride,
                                      std::int64_t tokens, const std::int64_t* chosen, const float* weights,
                                      std::int32_t k, const float* added, std::int64_t added_stride, float* out,
-                                     std::int64_t out_stride) {
+                                     std::int64_t out_stride, std::int64_t prompts) {
     static thread_local lowbit::Workspace own;
-    const lowbit::Mixed mixed{tokens, k, added, added_stride, out, out_stride};
+    const lowbit::Mixed mixed{tokens, prompts, k, added, added_stride, out, out_stride};
     try {
         if (!lowbit::sort_pairs(*experts, chosen, weights, mixed, own)) return 2;
         lowbit::run(*experts, x, x_stride, mixed, own);

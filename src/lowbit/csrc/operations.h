@@ -144,7 +144,7 @@ LOWBIT_EXPORT void lowbit_route_tokens(const lowbit_routing* routing, const floa
 LOWBIT_EXPORT int lowbit_mix_experts(const lowbit_experts* experts, const float* x, std::int64_t x_stride,
                                      std::int64_t tokens, const std::int64_t* chosen, const float* weights,
                                      std::int32_t k, const float* added, std::int64_t added_stride, float* out,
-                                     std::int64_t out_stride);
+                                     std::int64_t out_stride, std::int64_t prompts);
 LOWBIT_EXPORT void lowbit_multiply_heads(const lowbit_head_products* job);
 
 LOWBIT_EXPORT int lowbit_quantize_input(const lowbit_quantizer* quantizer, const float* x, std::int64_t x_stride,

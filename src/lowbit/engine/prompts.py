@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from lowbit.kernels.prompt_rows import rounding
-from lowbit.models.model import Model
 from lowbit.settings import Settings
 
 
-def rounds_prompts(settings: Settings, model: Model) -> bool:
+def rounds_prompts(settings: Settings, device: torch.device) -> bool:
     """What the settings say, where there are kernels that do."""
-    return not settings.exact_prompts and rounding(model.device)
+    return not settings.exact_prompts and rounding(device)

@@ -25,8 +25,12 @@ from lowbit.kernels.elementwise import activation_number
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import NativeWeight
+from lowbit.kernels.prompt_rows import first_prompt_row
 from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.step_plan import Operation
+
+PROMPT_TOKENS = 512  # of a step, as --chunked-prefill-size is unless set
+LEAST_EACH = 64  # tokens of an expert for which rounding its weights (``prompt_rows``) pays
 
 # The numbers of csrc/experts.cpp.
 RULES = ("softmax_top_k", "top_k_softmax", "group_softmax", "group_sigmoid")
@@ -94,7 +98,7 @@ def _functions() -> _Functions | None:
         return None
     route = (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER)
     rows = (_POINTER, _LONG)
-    mix = (_POINTER, *rows, _LONG, _POINTER, _POINTER, _INT, *rows, *rows)
+    mix = (_POINTER, *rows, _LONG, _POINTER, _POINTER, _INT, *rows, *rows, _LONG)
     return _Functions(
         Operation(library, "route_tokens", route), Operation(library, "mix_experts", mix, _fault)
     )
@@ -238,8 +242,13 @@ class GroupedExperts:
             0 if added is None else added.stride(0),
             out.data_ptr(),
             hidden,
+            first_prompt_row(tokens) if self._meet_many_tokens(k) else tokens,
         )
         return out
+
+    def _meet_many_tokens(self, k: int) -> bool:
+        """Whether an expert meets enough of a long prompt's tokens."""
+        return PROMPT_TOKENS * k >= LEAST_EACH * self.count
 
 
 def _matrices(layers: Sequence[Layer]) -> tuple[_Matrices, tuple[object, ...]] | str:
