@@ -29,6 +29,7 @@ from torch import Tensor
 from lowbit.errors import LowbitError
 from lowbit.kernels import PackedWeight, choose, timing
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.prompt_rows import prompt_rows
 from lowbit.kernels.settled import settled
 from lowbit.layers.linear import Linear
 from lowbit.numerics.number_formats import number_format
@@ -36,6 +37,9 @@ from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 
 LIKE = 1.12  # sizes that are compared
+PROMPT = (
+    128  # tokens from which on they are a prompt's: some kernels then round weights (kernels.prompt_rows)
+)
 DEVICE = torch.device("cpu")
 
 
@@ -289,15 +293,21 @@ def measured(name: str, shape: tuple[int, int], tokens: list[int], repeats: int)
         x = torch.randn(count, shape[1], generator=torch.Generator().manual_seed(5))
         used = layers if count == 1 else layers[:1]
         times = []
-        for _ in range(repeats + 1):
-            began = time.thread_time()
-            for layer in used:
-                layer(x)
-            times.append((time.thread_time() - began) / len(used))
+        with prompt_rows(first_prompt(count), count):
+            for _ in range(repeats + 1):
+                began = time.thread_time()
+                for layer in used:
+                    layer(x)
+                times.append((time.thread_time() - began) / len(used))
         seconds[count] = min(times[1:])
     bits = packed.nbytes * 8 / (shape[0] * shape[1])
     whole = sample.transform is not None and sample.transform.gives_int8
     return Cliff(name, kernel.name, bits, shape[0] * shape[1], whole, seconds)
+
+
+def first_prompt(tokens: int) -> int | None:
+    """So many tokens of a step are one prompt's, fewer are of sequences that decode."""
+    return 0 if tokens >= PROMPT else None
 
 
 def ratio(cliff: Cliff, all_of_them: list[Cliff], tokens: int) -> float:

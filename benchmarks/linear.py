@@ -6,7 +6,8 @@ Before a format is timed its product is compared with the dequantized float32 we
 bfloat16, as the kernels have them, or quantized as the scheme says), and fewer tokens must give the same
 bits as many. Then copies of the weight, together more than twice the largest cache, are multiplied one after
 another, as the layers of a model are, so that every weight comes from memory (beyond 16 tokens fewer do); on
-native kernels the calls are one recorded step, without Python between them. torch's F.linear in bfloat16 gets
+native kernels the calls are one recorded step, without Python between them. 128 tokens and more are timed as
+a prompt's, for which some kernels round weights. torch's F.linear in bfloat16 gets
 copies of its own and takes turns with the kernel.
 
 *Bound*: what the same run's probes say this machine could do: the longer of reading the packed weight with
@@ -44,6 +45,7 @@ from lowbit.checkpoint.embedded import cache_directory
 from lowbit.errors import LowbitError
 from lowbit.kernels import PackedWeight, choose, native, probes, timing
 from lowbit.kernels.gpu import tuned_sizes
+from lowbit.kernels.prompt_rows import prompt_rows
 from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.layers.linear import Linear
 
@@ -237,8 +239,9 @@ class Bench:
         """All layers once: a recorded step where every call is native."""
 
         def step() -> Tensor:
-            for layer in layers:
-                y = layer(x)
+            with prompt_rows(cliffs.first_prompt(len(x)), len(x)):
+                for layer in layers:
+                    y = layer(x)
             return y
 
         if self.device.type == "cpu" and native.library() is not None:

@@ -15,6 +15,11 @@
 namespace lowbit {
 namespace {
 
+// Whether such codes may have a scale for each LEAST_GROUP columns (linear_exact.cpp).
+constexpr bool in_least_groups(Codes codes) {
+    return codes == Codes::bits2 || codes == Codes::bits3 || codes == Codes::bits4 || is_byte(codes);
+}
+
 template <Codes CODES, int SUB, Addend ADDEND>
 void round_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
     const FlushSubnormals flush(false);
@@ -142,11 +147,14 @@ RoundFunction round_function(const Layout& layout, const WordCodes& words) {
     if (layout.codes == Codes::halves3) return round_spqr;
     if (words.kind != WordKind::none) return rounded_words(layout, words);
     const bool whole = summed_columns(layout) == layout.tiles * COLUMNS;  // a scale for each row: sums go on anyway
-    if (layout.scales == Scales::none || layout.sub == LEAST_GROUP || whole) return nullptr;
+    if (layout.scales == Scales::none || whole) return nullptr;
     return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
         constexpr Codes CODES = decltype(codes)::value;
         if constexpr (CODES == Codes::bf16) return nullptr;
-        else return layout.sub == COLUMNS ? by_addend<CODES, COLUMNS>(layout.addend) : by_addend<CODES, COLUMNS / 2>(layout.addend);
+        else if (layout.sub == COLUMNS) return by_addend<CODES, COLUMNS>(layout.addend);
+        else if (layout.sub == COLUMNS / 2) return by_addend<CODES, COLUMNS / 2>(layout.addend);
+        else if constexpr (in_least_groups(CODES)) return by_addend<CODES, LEAST_GROUP>(layout.addend);
+        else return nullptr;
     });
 }
 
