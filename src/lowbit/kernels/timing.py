@@ -3,16 +3,17 @@
 A kind is a kernel, a scheme and a shape. Of each, some rows of a real layer (``LayerSample``) are multiplied
 with 1, 32 and 256 tokens and so are as many rows of bf16: on the best dense kernel, in turns, so that both
 meet the same neighbours, and by torch's own product (x in bfloat16 already), with as many threads, after
-them. The fastest of a few turns counts: what else runs on the machine only adds time; and the faster of the
-two bf16s is what a kind is compared with. With one token the time is that of reading the weight, and a weight
-that is still in a cache from the turn before would tell nothing: the caches are swept in between. What runs
-first then would also wake the other threads and meet cold code: something small runs before it, and each side
-is first in every other turn. What seems slower than bf16 gets a second look.
+them. 256 are timed as a prompt's tokens (``prompt_rows``). The fastest of a few turns counts: what else runs
+on the machine only adds time; and the faster of the two bf16s is what a kind is compared with. With one token
+the time is that of reading the weight, and a weight that is still in a cache from the turn before would tell
+nothing: the caches are swept in between. What runs first then would also wake the other threads and meet cold
+code: something small runs before it, and each side is first in every other turn. What seems slower than bf16
+gets a second look.
 
 The work is bounded: so much time for each kind, and large numbers of tokens are left out where they would
 take longer. The table is one JSON file for all models of a machine, and a second start only reads:
 
-    {"version": 2, "machines": {"AMD EPYC | avx512 | 2 threads | torch 2.13 | lowbit 0.1.0": {
+    {"version": 3, "machines": {"AMD EPYC | avx512 | 2 threads | torch 2.13 | lowbit 0.1.0": {
         "cpu_blocks | int4 1x128 f16 | 576 x 576": {"1": [2.1e-05, 4.4e-05, 5e-05], "32": [1e-4, 1e-4]}}}}
 
 Each entry is the seconds of the kind, of our bf16 and of torch's, which is left out where it would take long
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowbit.kernels import choose, native
+from lowbit.kernels.prompt_rows import prompt_rows
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import dense
 
@@ -44,7 +46,7 @@ TOKENS = (1, 32, 256)
 SAMPLE_WEIGHTS = 1 << 21  # of a layer: 4 MiB in bf16, more than a core's own cache
 COPY = "cpu_dequantized"  # runs what cpu_dense does: our bf16's time is its own
 SLOWER = 0.9  # a ratio below is slower; between this and 1 the difference may be the machine's neighbours
-_VERSION = 2
+_VERSION = 3
 _TURNS = 7  # at most, the first not counted
 _TORCH_TURNS = 4
 _SECONDS_EACH, _SECONDS_AT_MOST = 0.09, 2.25  # of a first look
@@ -424,9 +426,11 @@ class _Bench:
         return torch.linspace(-1, 1, tokens * columns, device=self._device).view(tokens, columns).to(dtype)
 
     def _seconds(self, run: Callable[[Tensor], Tensor], x: Tensor) -> float:
+        tokens = len(x)
         self._wait()
         began = self._clock()
-        run(x)
+        with prompt_rows(0 if tokens == TOKENS[-1] else None, tokens):
+            run(x)
         self._wait()
         return max(self._clock() - began, 1e-9)
 
