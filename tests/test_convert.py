@@ -28,6 +28,30 @@ def test_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
+    ("name", "form", "words"),
+    [
+        ("hqq/4_g32", "hqq", "transformers 4 with the hqq package loads it"),
+        ("sglang/w8a8_int8", "w8a8_int8", "w8a8_int8 is SGLang's; transformers does not know it"),
+        ("sglang/w8a8_fp8", "w8a8_fp8", "The same numbers for transformers: --format compressed-tensors"),
+        ("sglang/blockwise_int8", "blockwise_int8", "takes the codes for weights, without their scales"),
+        ("modelopt/fp8", "modelopt", "For transformers: --format compressed-tensors"),
+    ],
+)
+def test_says_which_tool_misreads_it(
+    name: str, form: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the terminal, in --json and in the certificate."""
+    out = tmp_path / "out"
+    command = ["convert", str(FIXTURES / name), "--format", form, "--out", str(out)]
+    assert main(command) == 0
+    assert words in capsys.readouterr().out
+    assert main([*command, "--force", "--json"]) == 0
+    [note] = json.loads(capsys.readouterr().out)["notes"]
+    assert words in note
+    assert json.loads((out / "lowbit-conversion.json").read_text())["notes"] == [note]
+
+
+@pytest.mark.parametrize(
     ("words", "code", "status"),
     [
         (["--out", "x"], "E0104", 2),

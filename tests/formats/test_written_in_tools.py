@@ -23,8 +23,9 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats.gptq_writer import AwqWriter, GptqWriter
+from lowbit.formats.hqq_writer import HqqWriter
 from lowbit.formats.mlx_writer import MlxWriter
-from lowbit.formats.writing import CheckpointWriter
+from lowbit.formats.writing import CheckpointWriter, all_writers, writer_of
 from lowbit.loading.convert import convert
 from lowbit.loading.source_modules import SourceModel
 
@@ -106,6 +107,64 @@ def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
     # Some tools compute in 16 bits, or quantize inputs as the scheme says.
     assert (found - wanted).abs().max() <= 0.06 * wanted.abs().max()
     assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
+
+
+def test_int8_with_inputs_in_compressed_tensors(tmp_path: Path) -> None:
+    """w8a8_int8 for transformers: its codes and scales, beside compressed-tensors' rule of inputs."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    header = open_checkpoint(str(FIXTURES / "sglang" / "w8a8_int8"))
+    convert(header, "compressed-tensors", tmp_path / "written", requantize="")
+    convert(header, "dense", tmp_path / "dense")
+    found, wanted = logits(tmp_path / "written"), logits(tmp_path / "dense")
+    assert not torch.equal(found, wanted), "inputs are rounded to int8"
+    assert (found - wanted).abs().max() <= 0.06 * wanted.abs().max()
+    assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
+
+
+@pytest.mark.parametrize("name", names(HqqWriter, "hqq"), ids=lambda name: name.replace("/", "-"))
+def test_hqq_in_transformers_4(name: str, tmp_path: Path) -> None:
+    """HqqHfQuantizer of transformers 4 makes HQQLinears of the written tensors: the plain model's logits."""
+    import transformers
+
+    if not transformers.__version__.startswith("4."):
+        pytest.skip("transformers 5 does not load HQQ; version 4's unpacked wheel on PYTHONPATH is enough")
+    pytest.importorskip("hqq", reason="hqq is not installed")
+    header = open_checkpoint(str(FIXTURES / name))
+    convert(header, "hqq", tmp_path / "written")
+    convert(header, "dense", tmp_path / "dense")
+    assert torch.equal(logits(tmp_path / "written"), logits(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize("form", sorted(set(all_writers()) - {"gguf", "mxfp4"}))
+def test_what_transformers_misreads_is_said(form: str, tmp_path: Path) -> None:
+    """A folder that it opens without all of its tensors is one of a format whose writer says so.
+
+    And the other way: where a newer transformers reads the format, ``misread`` and the page must go.
+    """
+    import transformers
+
+    if form == "hqq":
+        pytest.importorskip("hqq", reason="hqq, without which transformers refuses the folder, is not there")
+        if transformers.__version__.startswith("4."):
+            pytest.skip("transformers 4 loads HQQ")
+    kind = writer_of(form)
+    folders = {"dense": "gptq"} | dict.fromkeys(("w8a8_int8", "w8a8_fp8", "blockwise_int8"), "sglang")
+    fixtures = names(kind, folders.get(form, form.replace("-", "_")))
+    assert fixtures
+    misread = []
+    for name in fixtures[:4]:
+        out = tmp_path / name.replace("/", "-")
+        try:
+            convert(open_checkpoint(str(FIXTURES / name)), form, out)
+        except LowbitError:
+            continue  # one scale for another width than the groups'
+        try:
+            _, told = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        except (ImportError, ValueError, RuntimeError, AttributeError):
+            continue  # it says itself that it cannot
+        if told["missing_keys"] or told["unexpected_keys"]:
+            misread.append(name)
+    assert bool(misread) == bool(kind.misread), (misread, kind.misread)
 
 
 @pytest.mark.parametrize("name", ["nf4_conv1d", "nf4_conv1d_storage_bf16"])

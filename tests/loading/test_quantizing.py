@@ -18,6 +18,7 @@ from loading.test_online import PROMPT
 from loading.test_online import make as make_float32
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
+from lowbit.formats.writing import writer_of
 from lowbit.loading import Calibration, load_model, plan_model
 from lowbit.loading.convert import convert
 from lowbit.quantize.recipe import Asked
@@ -63,11 +64,15 @@ SAVED = {
     "rtn": "compressed-tensors",
     "int8:symmetric=true": "compressed-tensors",
     "int3:group_size=64": "compressed-tensors",
+    "hqq": "hqq",
 }
 
 
 @pytest.mark.parametrize("method", SAVED)
-def test_what_is_saved_is_what_was_served(method: str, tmp_path: Path) -> None:
+def test_what_is_saved_is_what_was_served(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what another tool makes of the folder without an error is said."""
     make(tmp_path / "float")
     header = open_checkpoint(str(tmp_path / "float"))
     served = load_model(header, device="cpu", quantization=method)
@@ -75,6 +80,9 @@ def test_what_is_saved_is_what_was_served(method: str, tmp_path: Path) -> None:
     first = load_model(header, device="cpu", quantization=method, save=out)
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == SAVED[method]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    misread = writer_of(SAVED[method]).misread
+    assert said == ([f"lowbit: {misread}"] if misread else [])
     loaded = load_model(open_checkpoint(str(out)), device="cpu", strict=True)
     logits = [prompt_logits(model, [PROMPT])[0] for model in (served, first, loaded)]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[2])

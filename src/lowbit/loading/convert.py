@@ -23,7 +23,7 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, thousands
 from lowbit.formats.dense_writer import DenseWriter, exact_dtype
 from lowbit.formats.gguf_writer import GgufWriter
-from lowbit.formats.writing import CheckpointWriter, cannot, writer_of
+from lowbit.formats.writing import CheckpointWriter, cannot, largest_code, writer_of
 from lowbit.loading.gguf_saving import require_gguf, save_gguf
 from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
@@ -339,16 +339,23 @@ class Work:
         return self.writer.narrowed(tensor) if isinstance(self.writer, DenseWriter) else tensor
 
     def notes(self) -> list[str]:
-        """What does not survive."""
-        notes = []
+        """What does not survive, and what a person must know who loads the result elsewhere."""
+        notes = [self.writer.misread] if self.writer.misread else []
         gone = {
             str(module.scheme.activation)
             for module in self.source.modules
-            if module.scheme.activation
-            and self.planned[module.target.name].scheme.activation != module.scheme.activation
+            if module.scheme.activation and self.planned[module.target.name].scheme.activation is None
         }
         if gone:
             notes.append(f"inputs are no longer quantized (they were: {'; '.join(sorted(gone))})")
+        limits = {
+            (largest_code(one.scheme.activation), largest_code(one.inputs))
+            for one in self.planned.values()
+            if one.inputs is not None and one.scheme.activation is not None
+        }
+        for now, before in sorted(limits):
+            rule = f"their largest |x| becomes {now:g}, not {before:g}"
+            notes.append(f"inputs are quantized by the rule of {self.form}: {rule}")
         latent = [
             module
             for module in self.source.modules

@@ -33,7 +33,11 @@ from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, 
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.calibrated import options_of
-from lowbit.quantize.calibration import CalibratedModule, Calibration, calibration_sequences
+from lowbit.quantize.calibration import (
+    CalibratedModule,
+    Calibration,
+    calibration_sequences,
+)
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.specification import TORCHAO, MethodSpec
 from lowbit.tokenization import load_tokenizer
@@ -375,6 +379,8 @@ def quantized_checkpoint(
             work.source.take_tokenizer(open_checkpoint(work.calibration.tokenizer))
         made = work.write(save, on_progress=on_progress)
         _log.info("lowbit: saved as %s", made)
+        if misread := work.writer().misread:
+            _log.warning("lowbit: %s", misread)
         return made
     folder = cache_directory() / "quantized" / work.key()
     if folder.exists():
