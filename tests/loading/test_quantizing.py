@@ -281,6 +281,33 @@ def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
     assert (got - expected).norm() / expected.norm() < 0.01
 
 
+@pytest.mark.parametrize(("order", "bits"), [("true", 4), ("false", 8)])
+def test_gptq_says_how_it_was_run(order: str, bits: int, tmp_path: Path) -> None:
+    """In AutoGPTQ's place and GPTQModel's; columns lie as the inputs do, so that no tool looks for g_idx."""
+    make(tmp_path / "float", LlamaForCausalLM)
+    with_tokenizer(tmp_path / "float")
+    method = f"gptq:{OPTIONS},group_size=32,act_order={order},bits={bits}"
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization=method, save=tmp_path / "saved")
+
+    def said(folder: Path) -> dict:
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert json.loads((folder / "quantize_config.json").read_text()) == config
+        return config
+
+    config = said(tmp_path / "saved")
+    assert config["static_groups"] is True and config["desc_act"] is False
+    assert config["meta"] == {
+        "static_groups": True,
+        "act_order": order == "true",
+        "damp_percent": 0.05,
+        "act_group_aware": False,
+    }
+    convert(open_checkpoint(str(tmp_path / "saved")), "gptq", tmp_path / "again")
+    again = said(tmp_path / "again")
+    assert again["static_groups"] is True and again["meta"]["static_groups"] is True
+
+
 @pytest.mark.parametrize("method", ["rtn:group_size=32", f"gptq:{OPTIONS},group_size=32"])
 def test_gguf_files_whose_folders_have_other_rows(method: str, tmp_path: Path) -> None:
     """GPT-NeoX: a head's Q, K and V in turn in folders, all Q first in GGUF files; the same model of both."""

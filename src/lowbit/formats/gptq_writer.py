@@ -45,7 +45,12 @@ def _refuses_integers(scheme: Scheme, shape: tuple[int, int], widths: tuple[int,
 
 
 class GptqWriter(CheckpointWriter):
-    """``zeros``: "v1" or "v2"; None: v1 where every module is symmetric, else v2."""
+    """``zeros``: "v1" or "v2"; None: v1 where every module is symmetric, else v2.
+
+    ``made``: how GPTQ was run, as far as that is known: ``static_groups``, ``act_order``, ``damp_percent``.
+    The config's ``desc_act`` says something else: that columns lie in an order of their own, which
+    ``static_groups`` never need; with it tools look for g_idx and take slower kernels.
+    """
 
     name = "gptq"
     writes = "2, 3, 4, 8 bits; v1, with zero points v2; act-order; dynamic rules"
@@ -55,6 +60,7 @@ class GptqWriter(CheckpointWriter):
         super().__init__(schemes)
         symmetric = all(scheme.zero == "none" for scheme in self.quantized().values())
         self.zeros = zeros or ("v1" if symmetric else "v2")
+        self.made: Json = {}
 
     @classmethod
     def refuses_to_write(cls, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -108,8 +114,10 @@ class GptqWriter(CheckpointWriter):
             "pack_dtype": "int32",
             "lm_head": any(name.endswith("lm_head") for name in rules),
             "true_sequential": True,
-            "static_groups": False,
+            "static_groups": self.made.get("static_groups") is True,  # AutoGPTQ's place; meta is GPTQModel's
         }
+        if self.made:  # act_group_aware: GPTQModel's own order, which it takes to be used unless told
+            found["meta"] = {**self.made, "act_group_aware": False}
         return found | ({"dynamic": dynamic} if dynamic else {})
 
 

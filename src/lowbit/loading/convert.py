@@ -23,6 +23,8 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, thousands
 from lowbit.formats.dense_writer import DenseWriter, exact_dtype
 from lowbit.formats.gguf_writer import GgufWriter
+from lowbit.formats.gptq import Gptq
+from lowbit.formats.gptq_writer import GptqWriter
 from lowbit.formats.writing import CheckpointWriter, cannot, largest_code, writer_of
 from lowbit.loading.gguf_saving import require_gguf, save_gguf
 from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
@@ -187,6 +189,9 @@ class Work:
         if self.anew is None:
             self.planned = {one.target.name: exact(kind, one) for one in source.modules}
             self.writer = self._writer(kind)
+            static = isinstance(source.form, Gptq) and source.form.rule.static_groups
+            if static and isinstance(self.writer, GptqWriter):
+                self.writer.made = {"static_groups": True}
             return
         self.planned = {one.target.name: self.anew.planned(one) for one in source.modules}
         try:

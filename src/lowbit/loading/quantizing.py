@@ -23,6 +23,7 @@ from lowbit.checkpoint.safetensors_writer import SHARD_BYTES
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
+from lowbit.formats.gptq_writer import GptqWriter
 from lowbit.formats.writing import CheckpointWriter, writer_of
 from lowbit.loading.calibrate import Calibrated, calibrate
 from lowbit.loading.gguf_saving import save_gguf
@@ -36,6 +37,7 @@ from lowbit.quantize.calibrated import options_of
 from lowbit.quantize.calibration import (
     CalibratedModule,
     Calibration,
+    CalibrationOptions,
     calibration_sequences,
 )
 from lowbit.quantize.recipe import Recipe
@@ -176,6 +178,8 @@ class Quantizing:
                     made.quantization_config()  # what cannot be said of the whole is found out here
                     reason = self._misfit(made)
                     if reason is None:
+                        if isinstance(made, GptqWriter) and self.calibrated is not None:
+                            made.made = _how_made(options_of(self.calibrated))
                         return made
                 except LowbitError as error:
                     reason = error.message
@@ -350,6 +354,15 @@ class Quantizing:
             digest.update(repr(self._sequences(self.calibrated)).encode())
         _digest_weights(digest, self.source.header)
         return digest.hexdigest()[:32]
+
+
+def _how_made(options: CalibrationOptions) -> dict[str, object]:
+    """What a GPTQ checkpoint's config says of how GPTQ was run."""
+    return {
+        "static_groups": options.static_groups,
+        "act_order": options.act_order,
+        "damp_percent": options.damp,
+    }
 
 
 def _digest_weights(digest: hashlib._Hash, header: CheckpointHeader) -> None:
