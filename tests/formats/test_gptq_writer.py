@@ -63,6 +63,16 @@ def test_every_rule_in_one_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(found.dequantize(), stored.weight.dequantize()), name
 
 
+def test_what_transformers_does_not_heed_is_said() -> None:
+    """Rules of modules, and a quantized head."""
+    four, eight, plain = GPTQ[2], GPTQ[3], Scheme(number_format("bf16"))
+    up, gate = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate"
+    assert GptqWriter({up: four, "lm_head": plain}).warning() == ""
+    assert "the quantized head" in GptqWriter({up: four, "lm_head": four}).warning()
+    for schemes in ({up: four, gate: plain}, {up: four, "model.layers.1.mlp.up_proj": eight}):
+        assert "modules with a rule of their own" in GptqWriter(schemes).warning()
+
+
 @pytest.mark.parametrize("zeros", ["v1", "v2"])
 def test_against_numpy(zeros: str, tmp_path: Path) -> None:
     """The words themselves, by the oracle that reads the tools' files."""

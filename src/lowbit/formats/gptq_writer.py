@@ -96,6 +96,18 @@ class GptqWriter(CheckpointWriter):
             "g_idx": group_of,
         }
 
+    def warning(self) -> str:
+        """transformers has one rule for all Linears of the blocks, and none for the head."""
+        config = self.quantization_config()
+        if "dynamic" not in config and not config["lm_head"]:
+            return ""
+        where = "modules with a rule of their own" if "dynamic" in config else "the quantized head"
+        return (
+            f"GPTQModel reads it. transformers does not heed {where} and opens the folder all the same: "
+            "after a warning it computes with random weights there, or it stops. For transformers: "
+            "--format compressed-tensors"
+        )
+
     def quantization_config(self) -> dict[str, object]:
         """GPTQModel's config: the most frequent rule, and what differs."""
         rules = {name: _rule(scheme) for name, scheme in self.quantized().items()}

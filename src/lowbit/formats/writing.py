@@ -52,9 +52,7 @@ class CheckpointWriter:
     # Files the format has beside config.json; ``file_config`` says what goes into them.
     config_files: ClassVar[tuple[str, ...]] = ()
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)  # where config.json says it
-    # Which tool opens such a folder without an error and computes with other numbers, and what to do; a
-    # person is told it when one is written. "": none is known.
-    misread: ClassVar[str] = ""
+    misread: ClassVar[str] = ""  # what ``warning`` says of every checkpoint of the format
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         self.schemes = dict(schemes)
@@ -114,6 +112,11 @@ class CheckpointWriter:
         if bias is not None:
             found["bias"] = bias
         return {module.tensor(suffix): tensor.contiguous() for suffix, tensor in found.items()}
+
+    def warning(self) -> str:
+        """Which tool opens the folder without an error and computes with other numbers, and what to do: a
+        person is told it who writes one. "": none is known."""
+        return self.misread
 
     def metadata(self) -> dict[str, str]:
         """What every shard's ``__metadata__`` says."""

@@ -345,7 +345,8 @@ class Work:
 
     def notes(self) -> list[str]:
         """What does not survive, and what a person must know who loads the result elsewhere."""
-        notes = [self.writer.misread] if self.writer.misread else []
+        warning = self.writer.warning()
+        notes = [warning] if warning else []
         gone = {
             str(module.scheme.activation)
             for module in self.source.modules

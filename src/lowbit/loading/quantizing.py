@@ -392,8 +392,8 @@ def quantized_checkpoint(
             work.source.take_tokenizer(open_checkpoint(work.calibration.tokenizer))
         made = work.write(save, on_progress=on_progress)
         _log.info("lowbit: saved as %s", made)
-        if misread := work.writer().misread:
-            _log.warning("lowbit: %s", misread)
+        if warning := work.writer().warning():
+            _log.warning("lowbit: %s", warning)
         return made
     folder = cache_directory() / "quantized" / work.key()
     if folder.exists():
