@@ -26,6 +26,7 @@ from lowbit.formats.gptq_writer import AwqWriter, GptqWriter
 from lowbit.formats.hqq_writer import HqqWriter
 from lowbit.formats.mlx_writer import MlxWriter
 from lowbit.formats.writing import CheckpointWriter, all_writers, writer_of
+from lowbit.loading import load_model
 from lowbit.loading.convert import convert
 from lowbit.loading.source_modules import SourceModel
 
@@ -243,6 +244,29 @@ def test_gptq_and_awq_in_gptqmodel(form: str, name: str, tmp_path: Path) -> None
             continue
         bias = 0 if layer.bias is None else layer.bias[:, None]
         assert torch.equal(layer(torch.eye(exact.shape[1], dtype=torch.float16)).T, exact.half() + bias), stem
+
+
+def test_calibrated_gptq_in_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lowbit's GPTQ made: GPTQModel takes the words on how it was run, and the weights."""
+    tool = pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    from loading.test_quantizing import OPTIONS, make, with_tokenizer
+
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    header, out = open_checkpoint(str(tmp_path / "float")), tmp_path / "out"
+    load_model(header, device="cpu", quantization=f"gptq:{OPTIONS},group_size=32", save=out)
+    model = tool.GPTQModel.load(str(out), device="cpu", backend=tool.BACKEND.TORCH, dtype=torch.float16)
+    config = model.quantize_config
+    assert config.static_groups is True and config.desc_act is False and config.act_group_aware is False
+    assert config.damp_percent == 0.05
+    source = SourceModel(open_checkpoint(str(out)), strict=True)
+    with TensorData(source.header) as data:
+        for module in source.modules:
+            if not module.scheme.is_dense:
+                exact = source.read(module, data).weight.dequantize()
+                layer = model.model.get_submodule(module.target.stored)
+                assert torch.equal(layer.dequantize_weight().T, exact.half()), module.target.name
 
 
 @pytest.mark.parametrize(

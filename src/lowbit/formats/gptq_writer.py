@@ -105,7 +105,7 @@ class GptqWriter(CheckpointWriter):
         return (
             f"GPTQModel reads it. transformers does not heed {where} and opens the folder all the same: "
             "after a warning it computes with random weights there, or it stops. For transformers: "
-            "--format compressed-tensors"
+            "--format compressed-tensors, where no module has zero points, or dense"
         )
 
     def quantization_config(self) -> dict[str, object]:
