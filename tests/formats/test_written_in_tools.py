@@ -29,6 +29,7 @@ from lowbit.formats.writing import CheckpointWriter, all_writers, writer_of
 from lowbit.loading import load_model
 from lowbit.loading.convert import convert
 from lowbit.loading.source_modules import SourceModel
+from lowbit.quantize.recipe import Asked
 
 pytestmark = pytest.mark.slow
 
@@ -244,6 +245,26 @@ def test_gptq_and_awq_in_gptqmodel(form: str, name: str, tmp_path: Path) -> None
             continue
         bias = 0 if layer.bias is None else layer.bias[:, None]
         assert torch.equal(layer(torch.eye(exact.shape[1], dtype=torch.float16)).T, exact.half() + bias), stem
+
+
+def test_gptq_with_plain_kinds_of_layers(tmp_path: Path) -> None:
+    """Left alone in every block: transformers and GPTQModel each have their own word for it."""
+    tool = pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    pytest.importorskip("optimum", reason="optimum, through which transformers reads gptq, is not installed")
+    from loading.test_quantizing import OPTIONS, make, with_tokenizer
+
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    header, out = open_checkpoint(str(tmp_path / "float")), tmp_path / "out"
+    asked = Asked(f"gptq:{OPTIONS},group_size=32", ignore="down_proj,o_proj")
+    load_model(header, device="cpu", quantization=asked, save=out)
+    convert(open_checkpoint(str(out)), "dense", tmp_path / "dense")
+    wanted, found = logits(tmp_path / "dense"), logits(out)
+    assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
+    model = tool.GPTQModel.load(str(out), device="cpu", backend=tool.BACKEND.TORCH, dtype=torch.float16)
+    kinds = {name: type(layer).__name__ for name, layer in model.model.named_modules()}
+    assert {kinds[f"model.layers.{n}.mlp.down_proj"] for n in (0, 1)} == {"Linear"}
+    assert "Torch" in kinds["model.layers.1.mlp.up_proj"]
 
 
 def test_calibrated_gptq_in_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

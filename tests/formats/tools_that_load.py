@@ -123,8 +123,9 @@ def loaded() -> list[str]:
         'Of a method it does not know it logs "Unknown quantization type" and skips the quantization '
         "(quantizers/auto.py, `supports_quant_method`); HQQ it knows, but nothing there makes HQQLinears of "
         "W_q and scales (quantizers/quantizer_hqq.py has no `get_load_operations`): its load report has them "
-        "as UNEXPECTED and the weights as MISSING, newly initialized. Its GPTQ takes every Linear of a "
-        "block, by one rule.",
+        "as UNEXPECTED and the weights as MISSING, newly initialized. Its GPTQ has one rule for all "
+        "Linears that it converts: those of the blocks, or the kinds in `modules_in_block_to_quantize`, "
+        "which is written where whole kinds are plain.",
         "",
         "| format | what is said |",
         "| --- | --- |",
