@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,30 @@ def test_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "E0302" in capsys.readouterr().err
     assert main([*words, "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dtype"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "words"),
+    [
+        ("hqq/4_g32", "hqq", "transformers 4 with the hqq package loads it"),
+        ("sglang/w8a8_int8", "w8a8_int8", "w8a8_int8 is SGLang's; transformers does not know it"),
+        ("sglang/w8a8_fp8", "w8a8_fp8", "The same numbers for transformers: --format compressed-tensors"),
+        ("sglang/blockwise_int8", "blockwise_int8", "takes the codes for weights, without their scales"),
+        ("modelopt/fp8", "modelopt", "For transformers: --format compressed-tensors"),
+    ],
+)
+def test_says_which_tool_misreads_it(
+    name: str, form: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the terminal, in --json and in the certificate."""
+    out = tmp_path / "out"
+    command = ["convert", str(FIXTURES / name), "--format", form, "--out", str(out)]
+    assert main(command) == 0
+    assert words in capsys.readouterr().out
+    assert main([*command, "--force", "--json"]) == 0
+    [note] = json.loads(capsys.readouterr().out)["notes"]
+    assert words in note
+    assert json.loads((out / "lowbit-conversion.json").read_text())["notes"] == [note]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +88,34 @@ def test_files_may_not_be_so_large(tmp_path: Path, capsys: pytest.CaptureFixture
     told = capsys.readouterr().err
     assert status != 0 and "E0300" in told and "no file may be so large there" in told
     assert not list(tmp_path.iterdir())
+
+
+def test_what_people_and_tools_expect_beside_the_weights(tmp_path: Path) -> None:
+    """Model card, licences, generation config, templates, preprocessors: byte for byte. No code, no weights,
+    nothing of the source's quantization."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors", "quantize_config.json"):
+        shutil.copy(GPTQ / name, source)
+    copied = {
+        *("README.md", "LICENSE", "LICENSE.Apache-2.0", "Notice.txt", "USE_POLICY.md"),
+        *("generation_config.json", "tokenizer_config.json"),
+        *("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "preprocessor_config.json"),
+        *("processor_config.json", "video_preprocessor_config.json"),
+    }
+    left = {
+        *("modeling_own.py", "LICENSE.py", "README.ipynb", "licenses.tar", "training_args.bin", "notice.pt"),
+        *("pytorch_model.bin.index.json", "quant_config.json", ".gitattributes", "figures/README.md"),
+    }
+    for name in copied | left:
+        (source / name).parent.mkdir(exist_ok=True)
+        text = "{}" if name.endswith(".json") else f"{name} \N{COPYRIGHT SIGN}\r\n"
+        (source / name).write_bytes(text.encode())
+    assert main(["convert", str(source), "--format", "compressed-tensors", "--out", str(out)]) == 0
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == copied | {"config.json", "model.safetensors", "lowbit-conversion.json"}
+    for name in copied:
+        assert (out / name).read_bytes() == (source / name).read_bytes(), name
 
 
 def test_another_tokenizer_goes_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from formats.conversions import conversions
 from formats.lossless import section
+from formats.tools_that_load import loaded
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats import all_formats, detect
@@ -114,7 +115,7 @@ def page() -> str:
             writers[fmt.name].writes if fmt.name in writers else "-",
         )
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *section(), "", *conversions()]
+    lines += ["", *loaded(), "", *section(), "", *conversions()]
     lines += ["", "## Recognised and refused", "", "| method | why, and what to do |", "| --- | --- |"]
     lines += [f"| `{method}` | {why} |" for method, why in sorted(REFUSED.items())]
     lines += [

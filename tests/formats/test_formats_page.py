@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from formats.formats_page import FIXTURES, READS, cases, page
+from formats.tools_that_load import LOADED, warnings
 from lowbit.formats import all_formats
+from lowbit.formats.writing import all_writers
 from lowbit.kernels import native
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +23,16 @@ def test_page_is_up_to_date() -> None:
 
 def test_every_format_has_a_row() -> None:
     assert {fmt.name for fmt in all_formats()} == set(READS)
+
+
+def test_every_written_format_was_loaded_by_a_tool() -> None:
+    """And each row names a test that is there."""
+    assert {row.form for row in LOADED} == set(all_writers())
+    for row in LOADED:
+        file, _, name = row.test.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), row
+    assert {name for name, writer in all_writers().items() if writer.misread} | {"gptq"} == set(warnings())
+    assert all(warnings().values())
 
 
 def test_fixtures_say_who_made_them() -> None:

@@ -63,6 +63,36 @@ def test_every_rule_in_one_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(found.dequantize(), stored.weight.dequantize()), name
 
 
+def test_what_transformers_does_not_heed_is_said() -> None:
+    """Rules of modules, and a quantized head."""
+    four, eight, plain = GPTQ[2], GPTQ[3], Scheme(number_format("bf16"))
+    up, gate = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate"
+    assert GptqWriter({up: four, "lm_head": plain}).warning() == ""
+    assert "the quantized head" in GptqWriter({up: four, "lm_head": four}).warning()
+    other, expert = "model.layers.1.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"
+    for schemes in ({up: four, other: plain}, {up: four, other: eight}, {expert: four, gate: plain}):
+        writer = GptqWriter(schemes)
+        assert "modules with a rule of their own" in writer.warning()
+        assert "modules_in_block_to_quantize" not in writer.quantization_config()
+
+
+def test_kinds_that_are_plain_in_every_block_are_said_for_transformers() -> None:
+    four, plain = GPTQ[2], Scheme(number_format("bf16"))
+    leaves = {"self_attn.q_proj": four, "self_attn.o_proj": plain, "mlp.up_proj": four, "mlp.gate": plain}
+    names = {f"model.layers.{n}.{leaf}": made for n in (0, 11) for leaf, made in leaves.items()}
+    writer = GptqWriter(names | {"lm_head": plain})
+    config = writer.quantization_config()
+    assert config["modules_in_block_to_quantize"] == [["self_attn.q_proj", "mlp.up_proj"]]
+    assert set(config["dynamic"]) == {
+        f"-:^model\\.layers\\.{n}\\.{leaf}$" for n in (0, 11) for leaf in (r"self_attn\.o_proj", r"mlp\.gate")
+    }
+    assert writer.warning() == ""
+    assert (
+        "modules_in_block_to_quantize"
+        not in GptqWriter({"model.layers.0.mlp.up_proj": four}).quantization_config()
+    )
+
+
 @pytest.mark.parametrize("zeros", ["v1", "v2"])
 def test_against_numpy(zeros: str, tmp_path: Path) -> None:
     """The words themselves, by the oracle that reads the tools' files."""

@@ -26,6 +26,7 @@ from lowbit.kernels import choose, native
 from lowbit.kernels.cpu_blocks import CpuBlocks
 from lowbit.kernels.reference import Reference
 from lowbit.loading import load_model, plan_model
+from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 from quantize.helpers import quantized
@@ -474,6 +475,21 @@ def test_one_way_for_a_kind_of_layer() -> None:
     with pytest.raises(LowbitError, match="one way for all of a kind") as caught:
         Writer({"model.layers.0.mlp.up_proj": four, "model.layers.1.mlp.up_proj": three})
     assert caught.value.code == "E0450"
+
+
+def test_no_quantized_module_is_skipped_for_a_word_in_its_name() -> None:
+    """transformers 4 skips each module whose name contains one of skip_modules, and drops its tensors."""
+    four, plain = float_zero("uint4", (1, 32)), Scheme(number_format("bf16"))
+    names = {
+        "model.layers.0.mlp.gate_proj": four,
+        "model.layers.1.mlp.gate": plain,  # a router: mlp.gate is in mlp.gate_proj
+        "model.layers.1.self_attn.o_proj": plain,
+        "lm_head": plain,
+    }
+    skipped = Writer(names).quantization_config()["skip_modules"]
+    assert skipped == ["model.layers.1.mlp.gate", "self_attn.o_proj", "lm_head"]
+    for name, made in names.items():
+        assert any(word in name for word in skipped) == made.is_dense
 
 
 @pytest.mark.slow

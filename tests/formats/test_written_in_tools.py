@@ -23,10 +23,13 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats.gptq_writer import AwqWriter, GptqWriter
+from lowbit.formats.hqq_writer import HqqWriter
 from lowbit.formats.mlx_writer import MlxWriter
-from lowbit.formats.writing import CheckpointWriter
+from lowbit.formats.writing import CheckpointWriter, all_writers, writer_of
+from lowbit.loading import load_model
 from lowbit.loading.convert import convert
 from lowbit.loading.source_modules import SourceModel
+from lowbit.quantize.recipe import Asked
 
 pytestmark = pytest.mark.slow
 
@@ -108,6 +111,66 @@ def test_logits(name: str, form: str, package: str, tmp_path: Path) -> None:
     assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
 
 
+def test_int8_with_inputs_in_compressed_tensors(tmp_path: Path) -> None:
+    """w8a8_int8 for transformers: its codes and scales, beside compressed-tensors' rule of inputs."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    header = open_checkpoint(str(FIXTURES / "sglang" / "w8a8_int8"))
+    convert(header, "compressed-tensors", tmp_path / "written", requantize="")
+    convert(header, "dense", tmp_path / "dense")
+    found, wanted = logits(tmp_path / "written"), logits(tmp_path / "dense")
+    assert not torch.equal(found, wanted), "inputs are rounded to int8"
+    assert (found - wanted).abs().max() <= 0.06 * wanted.abs().max()
+    assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
+
+
+@pytest.mark.parametrize("name", names(HqqWriter, "hqq"), ids=lambda name: name.replace("/", "-"))
+def test_hqq_in_transformers_4(name: str, tmp_path: Path) -> None:
+    """HqqHfQuantizer of transformers 4 makes HQQLinears of the written tensors: the plain model's logits."""
+    import transformers
+
+    if not transformers.__version__.startswith("4."):
+        pytest.skip("transformers 5 does not load HQQ; version 4's unpacked wheel on PYTHONPATH is enough")
+    pytest.importorskip("hqq", reason="hqq is not installed")
+    header = open_checkpoint(str(FIXTURES / name))
+    convert(header, "hqq", tmp_path / "written")
+    convert(header, "dense", tmp_path / "dense")
+    assert torch.equal(logits(tmp_path / "written"), logits(tmp_path / "dense"))
+
+
+@pytest.mark.parametrize("form", sorted(set(all_writers()) - {"gguf", "mxfp4"}))
+def test_what_transformers_misreads_is_said(form: str, tmp_path: Path) -> None:
+    """A folder that it opens without all of its tensors is one of a format whose writer says so.
+
+    And the other way: where a newer transformers reads the format, what is said must go.
+    """
+    import transformers
+
+    if form == "hqq":
+        pytest.importorskip("hqq", reason="hqq, without which transformers refuses the folder, is not there")
+        if transformers.__version__.startswith("4."):
+            pytest.skip("transformers 4 loads HQQ")
+    kind = writer_of(form)
+    folders = {"dense": "gptq"} | dict.fromkeys(("w8a8_int8", "w8a8_fp8", "blockwise_int8"), "sglang")
+    fixtures = names(kind, folders.get(form, form.replace("-", "_")))
+    assert fixtures
+    misread = []
+    for name in fixtures:
+        out = tmp_path / name.replace("/", "-")
+        try:
+            notes = convert(open_checkpoint(str(FIXTURES / name)), form, out).notes
+        except LowbitError:
+            continue  # one scale for another width than the groups'
+        said = any("opens the folder all the same" in note for note in notes)
+        try:
+            _, told = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        except (ImportError, ValueError, RuntimeError, AttributeError):
+            continue  # it says itself that it cannot
+        wrong = bool(told["missing_keys"] or told["unexpected_keys"])
+        assert wrong == said, f"{name}: {'misread' if wrong else 'read well'}, {notes}"
+        misread += [name] if wrong else []
+    assert misread or not kind.misread
+
+
 @pytest.mark.parametrize("name", ["nf4_conv1d", "nf4_conv1d_storage_bf16"])
 def test_gpt2_in_bitsandbytes(name: str, tmp_path: Path) -> None:
     """GPT-2's layers, turned before they are packed: transformers' logits of its own file, in bfloat16."""
@@ -182,6 +245,49 @@ def test_gptq_and_awq_in_gptqmodel(form: str, name: str, tmp_path: Path) -> None
             continue
         bias = 0 if layer.bias is None else layer.bias[:, None]
         assert torch.equal(layer(torch.eye(exact.shape[1], dtype=torch.float16)).T, exact.half() + bias), stem
+
+
+def test_gptq_with_plain_kinds_of_layers(tmp_path: Path) -> None:
+    """Left alone in every block: transformers and GPTQModel each have their own word for it."""
+    tool = pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    pytest.importorskip("optimum", reason="optimum, through which transformers reads gptq, is not installed")
+    from loading.test_quantizing import OPTIONS, make, with_tokenizer
+
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    header, out = open_checkpoint(str(tmp_path / "float")), tmp_path / "out"
+    asked = Asked(f"gptq:{OPTIONS},group_size=32", ignore="down_proj,o_proj")
+    load_model(header, device="cpu", quantization=asked, save=out)
+    convert(open_checkpoint(str(out)), "dense", tmp_path / "dense")
+    wanted, found = logits(tmp_path / "dense"), logits(out)
+    assert torch.nn.functional.cosine_similarity(found, wanted, -1).min() > 0.995
+    model = tool.GPTQModel.load(str(out), device="cpu", backend=tool.BACKEND.TORCH, dtype=torch.float16)
+    kinds = {name: type(layer).__name__ for name, layer in model.model.named_modules()}
+    assert {kinds[f"model.layers.{n}.mlp.down_proj"] for n in (0, 1)} == {"Linear"}
+    assert "Torch" in kinds["model.layers.1.mlp.up_proj"]
+
+
+def test_calibrated_gptq_in_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lowbit's GPTQ made: GPTQModel takes the words on how it was run, and the weights."""
+    tool = pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    from loading.test_quantizing import OPTIONS, make, with_tokenizer
+
+    monkeypatch.setenv("LOWBIT_CACHE", str(tmp_path / "cache"))
+    make(tmp_path / "float")
+    with_tokenizer(tmp_path / "float")
+    header, out = open_checkpoint(str(tmp_path / "float")), tmp_path / "out"
+    load_model(header, device="cpu", quantization=f"gptq:{OPTIONS},group_size=32", save=out)
+    model = tool.GPTQModel.load(str(out), device="cpu", backend=tool.BACKEND.TORCH, dtype=torch.float16)
+    config = model.quantize_config
+    assert config.static_groups is True and config.desc_act is False and config.act_group_aware is False
+    assert config.damp_percent == 0.05
+    source = SourceModel(open_checkpoint(str(out)), strict=True)
+    with TensorData(source.header) as data:
+        for module in source.modules:
+            if not module.scheme.is_dense:
+                exact = source.read(module, data).weight.dequantize()
+                layer = model.model.get_submodule(module.target.stored)
+                assert torch.equal(layer.dequantize_weight().T, exact.half()), module.target.name
 
 
 @pytest.mark.parametrize(

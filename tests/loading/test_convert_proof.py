@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -18,6 +19,7 @@ import torch
 
 from formats.helpers import FIXTURES
 from forward_helpers import prompt_logits
+from loading.test_online import make as make_float32
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.hashes import CERTIFICATE
 from lowbit.checkpoint.journal import JOURNAL, FileJournal
@@ -323,6 +325,54 @@ def test_an_outer_scale_is_rounded_and_nothing_else(tmp_path: Path) -> None:
     assert all(relative <= 2.0**-22 for _, relative in done.errors.values())
     modules = certificate_of(tmp_path / "out")["modules"]
     assert [name for name, one in modules.items() if "rounded" in one] == done.rounded
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "limit"),
+    [
+        ("sglang/w8a8_int8", "compressed-tensors", 127.5),
+        ("compressed_tensors/w8a8_dynamic", "w8a8_int8", 127.0),
+    ],
+)
+def test_a_rule_of_inputs_that_a_format_does_not_have(
+    name: str, form: str, limit: float, tmp_path: Path
+) -> None:
+    """The weights stay, inputs are rounded by the format's own rule, and that is said."""
+    header = open_checkpoint(str(FIXTURES / name))
+    with pytest.raises(LowbitError, match=r"inputs (cannot be said to be|are always) int8 1xall dynamic"):
+        convert(header, form, tmp_path / "out")
+    done = convert(header, form, tmp_path / "out", requantize="")
+    told = [note for note in done.notes if "by the rule of" in note]
+    assert told == [
+        f"inputs are quantized by the rule of {form}: their largest |x| becomes {limit:g}, not "
+        f"{254.5 - limit:g}"
+    ]
+    assert not done.errors and "every number as it was" in summary(done)[0]
+    before, after = SourceModel(header), SourceModel(open_checkpoint(str(tmp_path / "out")), strict=True)
+    assert after.form.name == form
+    with TensorData(before.header) as old, TensorData(after.header) as new:
+        for one, other in zip(before.modules, after.modules, strict=True):
+            a, b = before.read(one, old).weight, after.read(other, new).weight
+            assert torch.equal(a.dequantize(), b.dequantize())
+            if one.scheme.activation is not None:
+                assert other.scheme.activation == replace(one.scheme.activation, limit=limit)
+
+
+def test_a_method_whose_rule_of_inputs_a_format_does_not_have(tmp_path: Path) -> None:
+    """w8a8_int8 in compressed-tensors: the method's codes and scales."""
+    make_float32(tmp_path / "float")
+    header = open_checkpoint(str(tmp_path / "float"))
+    convert(header, "w8a8_int8", tmp_path / "sglang", requantize="")
+    done = convert(header, "compressed-tensors", tmp_path / "out", requantize="w8a8_int8")
+    assert any("becomes 127.5, not 127" in note for note in done.notes)
+    wanted, found = (
+        SourceModel(open_checkpoint(str(tmp_path / name)), strict=True) for name in ("sglang", "out")
+    )
+    with TensorData(wanted.header) as old, TensorData(found.header) as new:
+        for one, other in zip(wanted.modules, found.modules, strict=True):
+            a, b = wanted.read(one, old).weight, found.read(other, new).weight
+            assert torch.equal(a.codes, b.codes)
+    assert any(module.scheme.activation is not None for module in found.modules)
 
 
 def test_every_rounded_outer_scale_can_be_said() -> None:

@@ -18,6 +18,7 @@ from loading.test_online import PROMPT
 from loading.test_online import make as make_float32
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
+from lowbit.formats.writing import writer_of
 from lowbit.loading import Calibration, load_model, plan_model
 from lowbit.loading.convert import convert
 from lowbit.quantize.recipe import Asked
@@ -63,11 +64,15 @@ SAVED = {
     "rtn": "compressed-tensors",
     "int8:symmetric=true": "compressed-tensors",
     "int3:group_size=64": "compressed-tensors",
+    "hqq": "hqq",
 }
 
 
 @pytest.mark.parametrize("method", SAVED)
-def test_what_is_saved_is_what_was_served(method: str, tmp_path: Path) -> None:
+def test_what_is_saved_is_what_was_served(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what another tool makes of the folder without an error is said."""
     make(tmp_path / "float")
     header = open_checkpoint(str(tmp_path / "float"))
     served = load_model(header, device="cpu", quantization=method)
@@ -75,6 +80,9 @@ def test_what_is_saved_is_what_was_served(method: str, tmp_path: Path) -> None:
     first = load_model(header, device="cpu", quantization=method, save=out)
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == SAVED[method]
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    misread = writer_of(SAVED[method]).misread
+    assert said == ([f"lowbit: {misread}"] if misread else [])
     loaded = load_model(open_checkpoint(str(out)), device="cpu", strict=True)
     logits = [prompt_logits(model, [PROMPT])[0] for model in (served, first, loaded)]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[2])
@@ -271,6 +279,33 @@ def test_transformers_loads_what_is_saved(tmp_path: Path) -> None:
         expected = theirs.float()(torch.tensor([PROMPT])).logits[0]
     got = prompt_logits(mine, [PROMPT])[0]
     assert (got - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.parametrize(("order", "bits"), [("true", 4), ("false", 8)])
+def test_gptq_says_how_it_was_run(order: str, bits: int, tmp_path: Path) -> None:
+    """In AutoGPTQ's place and GPTQModel's; columns lie as the inputs do, so that no tool looks for g_idx."""
+    make(tmp_path / "float", LlamaForCausalLM)
+    with_tokenizer(tmp_path / "float")
+    method = f"gptq:{OPTIONS},group_size=32,act_order={order},bits={bits}"
+    header = open_checkpoint(str(tmp_path / "float"))
+    load_model(header, device="cpu", quantization=method, save=tmp_path / "saved")
+
+    def said(folder: Path) -> dict:
+        config = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert json.loads((folder / "quantize_config.json").read_text()) == config
+        return config
+
+    config = said(tmp_path / "saved")
+    assert config["static_groups"] is True and config["desc_act"] is False
+    assert config["meta"] == {
+        "static_groups": True,
+        "act_order": order == "true",
+        "damp_percent": 0.05,
+        "act_group_aware": False,
+    }
+    convert(open_checkpoint(str(tmp_path / "saved")), "gptq", tmp_path / "again")
+    again = said(tmp_path / "again")
+    assert again["static_groups"] is True and again["meta"]["static_groups"] is True
 
 
 @pytest.mark.parametrize("method", ["rtn:group_size=32", f"gptq:{OPTIONS},group_size=32"])

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import InputRule, StoredModule
-from lowbit.formats.writing import EMBEDDINGS, CheckpointWriter, cannot, grouped_rows
+from lowbit.formats.writing import (
+    EMBEDDINGS,
+    CheckpointWriter,
+    cannot,
+    grouped_rows,
+    largest_code,
+    with_limit,
+)
 from lowbit.numerics.bit_packing import pack_bits, pack_words
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -71,6 +78,11 @@ class CompressedTensorsWriter(CheckpointWriter):
         if input is not None and input.static_scale is not None:
             input = replace(input, static_scale=rounded(input.static_scale))
         return replace(weight, scales=(weight.scales[0], rounded(weight.scales[1]))), input
+
+    @classmethod
+    def nearest_inputs(cls, scheme: Scheme) -> Scheme | None:
+        """int8 whose largest |x| becomes half the range of codes, 127.5, where others have 127."""
+        return with_limit(scheme, 127.5)
 
     def _pack(
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
@@ -199,7 +211,7 @@ def _refuses_input(scheme: Scheme) -> str | None:
         args = None
     expected = None if args is None else _activation(args, activation)
     if expected != activation:
-        return f"inputs cannot be said to be {activation} (limit {activation.limit:g})"
+        return f"inputs cannot be said to be {activation}, the largest |x| {largest_code(activation):g}"
     if activation.scale.name == "e4m3" and scheme.blocks != _NVFP4:
         return "inputs under NVFP4's scales need NVFP4 weights"
     return None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
-from lowbit.formats.writing import CheckpointWriter, cannot
+from lowbit.formats.writing import NOT_IN_TRANSFORMERS, CheckpointWriter, cannot, with_limit
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
@@ -154,6 +154,11 @@ class W8a8Int8Writer(_OneWay):
 
     name = "w8a8_int8"
     writes = "int8 per channel"
+    misread = (
+        f"w8a8_int8 is SGLang's; {NOT_IN_TRANSFORMERS}. What transformers reads is compressed-tensors: "
+        "--format compressed-tensors --requantize keeps the weights and rounds inputs by its rule, "
+        "--quantization w8a8_int8:activation=none leaves inputs alone"
+    )
     code: ClassVar[str] = "int8"
     limit: ClassVar[float] = 127.0
     scale_name: ClassVar[str] = "weight_scale"
@@ -177,6 +182,11 @@ class W8a8Int8Writer(_OneWay):
             return f"inputs are always {wanted} (limit {cls.limit:g}), here {scheme.activation}"
         return None
 
+    @classmethod
+    def nearest_inputs(cls, scheme: Scheme) -> Scheme | None:
+        """int8 whose largest |x| becomes 127, where compressed-tensors and torchao have 127.5."""
+        return with_limit(scheme, cls.limit)
+
     def _pack(
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:
@@ -198,6 +208,10 @@ class W8a8Fp8Writer(W8a8Int8Writer):
 
     name = "w8a8_fp8"
     writes = "e4m3 per channel"
+    misread = (
+        f"w8a8_fp8 is SGLang's; {NOT_IN_TRANSFORMERS}. The same numbers for transformers: "
+        "--format compressed-tensors"
+    )
     code = "e4m3"
     limit = 448.0
 
@@ -207,6 +221,10 @@ class BlockwiseInt8Writer(W8a8Int8Writer):
 
     name = "blockwise_int8"
     writes = "int8 in blocks"
+    misread = (
+        f"blockwise_int8 is SGLang's; {NOT_IN_TRANSFORMERS}. For transformers: --format compressed-tensors "
+        "--requantize, or --format dense"
+    )
     scale_name = "weight_scale_inv"
     blocks = True
 

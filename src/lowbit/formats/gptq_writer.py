@@ -3,7 +3,8 @@
 GPTQ: 2, 3, 4 and 8 bits. A checkpoint of symmetric modules is v1, which every tool reads. One with zero
 points is v2: v1 stores zero - 1, and where a zero point is 0, as it is wherever a group's weights are all
 positive, its tools disagree on what follows. Modules that differ from most have their own rule under
-``dynamic``; those left alone are excluded there. AWQ: 4 bits, ``gemm``, one group size.
+``dynamic``; those left alone are excluded there, and for transformers, where they are whole kinds of layers,
+by ``modules_in_block_to_quantize``. AWQ: 4 bits, ``gemm``, one group size.
 """
 
 from __future__ import annotations
@@ -45,7 +46,12 @@ def _refuses_integers(scheme: Scheme, shape: tuple[int, int], widths: tuple[int,
 
 
 class GptqWriter(CheckpointWriter):
-    """``zeros``: "v1" or "v2"; None: v1 where every module is symmetric, else v2."""
+    """``zeros``: "v1" or "v2"; None: v1 where every module is symmetric, else v2.
+
+    ``made``: how GPTQ was run, as far as that is known: ``static_groups``, ``act_order``, ``damp_percent``.
+    The config's ``desc_act`` says something else: that columns lie in an order of their own, which
+    ``static_groups`` never need; with it tools look for g_idx and take slower kernels.
+    """
 
     name = "gptq"
     writes = "2, 3, 4, 8 bits; v1, with zero points v2; act-order; dynamic rules"
@@ -55,6 +61,7 @@ class GptqWriter(CheckpointWriter):
         super().__init__(schemes)
         symmetric = all(scheme.zero == "none" for scheme in self.quantized().values())
         self.zeros = zeros or ("v1" if symmetric else "v2")
+        self.made: Json = {}
 
     @classmethod
     def refuses_to_write(cls, scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -90,6 +97,19 @@ class GptqWriter(CheckpointWriter):
             "g_idx": group_of,
         }
 
+    def warning(self) -> str:
+        """transformers has one rule for all Linears of the blocks, and none for the head."""
+        config = self.quantization_config()
+        rules = "dynamic" in config and "modules_in_block_to_quantize" not in config
+        if not rules and not config["lm_head"]:
+            return ""
+        where = "modules with a rule of their own" if rules else "the quantized head"
+        return (
+            f"GPTQModel reads it. transformers does not heed {where} and opens the folder all the same: "
+            "after a warning it computes with random weights there, or it stops. For transformers: "
+            "--format compressed-tensors, where no module has zero points, or dense"
+        )
+
     def quantization_config(self) -> dict[str, object]:
         """GPTQModel's config: the most frequent rule, and what differs."""
         rules = {name: _rule(scheme) for name, scheme in self.quantized().items()}
@@ -108,9 +128,27 @@ class GptqWriter(CheckpointWriter):
             "pack_dtype": "int32",
             "lm_head": any(name.endswith("lm_head") for name in rules),
             "true_sequential": True,
-            "static_groups": False,
+            "static_groups": self.made.get("static_groups") is True,  # AutoGPTQ's place; meta is GPTQModel's
         }
-        return found | ({"dynamic": dynamic} if dynamic else {})
+        if self.made:  # act_group_aware: GPTQModel's own order, which it takes to be used unless told
+            found["meta"] = {**self.made, "act_group_aware": False}
+        if dynamic:
+            found["dynamic"] = dynamic
+            kinds = _kinds(list(rules), inside)
+            if kinds and len(dynamic) == len(inside):
+                found["modules_in_block_to_quantize"] = [kinds]  # what transformers heeds instead
+        return found
+
+
+def _kinds(quantized: list[str], plain: list[str]) -> list[str]:
+    """The quantized modules of every block by their names in it (``mlp.up_proj``), where these tell them from
+    the plain ones; else none, and none where experts have names of their own."""
+    names = [name for name in quantized if not name.endswith("lm_head")]
+    kinds = [re.sub(r"^.*?\.\d+\.", "", name) for name in names]
+    if any(kind == name or ".experts." in f".{kind}" for kind, name in zip(kinds, names, strict=True)):
+        return []
+    kinds = list(dict.fromkeys(kinds))
+    return [] if any(name.endswith(kind) for name in plain for kind in kinds) else kinds
 
 
 def _rule(scheme: Scheme) -> Json:

@@ -37,6 +37,11 @@ class HqqWriter(CheckpointWriter):
     name = "hqq"
     described = 4096  # twenty small tensors a layer
     writes = "1-6 and 8 bits with float zero points, groups of a row or of a column, as axis 0 has them"
+    misread = (
+        "transformers 4 with the hqq package loads it. transformers 5 has no code for HQQ's tensors and "
+        "opens the folder all the same: after a warning its layers have random weights. The same numbers "
+        "for transformers 5: --format dense"
+    )
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         super().__init__(schemes)
@@ -110,7 +115,12 @@ class HqqWriter(CheckpointWriter):
         """transformers' HqqConfig: the same words for all layers, or for each kind its own."""
         quantized = {tag: _rule(scheme) for tag, scheme in self.tags.items() if not scheme.is_dense}
         different = list({str(rule): rule for rule in quantized.values()}.values())
-        skipped = [linear_tag(name) for name in self.left_alone()]
+        names = list(self.quantized())
+        # transformers skips every module with one of these words in its name: mlp.gate is in mlp.gate_proj.
+        skipped = [
+            name if any(linear_tag(name) in other for other in names) else linear_tag(name)
+            for name in self.left_alone()
+        ]
         return {
             "quant_method": "hqq",
             "quant_config": different[0] if len(different) == 1 else dict(quantized),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import InputRule, StoredModule
-from lowbit.formats.writing import CheckpointWriter, cannot
+from lowbit.formats.writing import NOT_IN_TRANSFORMERS, CheckpointWriter, cannot
 from lowbit.numerics.bit_packing import pack_bits
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -68,6 +68,10 @@ class ModelOptWriter(CheckpointWriter):
 
     name = "modelopt"
     writes = "NVFP4, MXFP4, MXFP8, FP8 (tensor, channel, block), int4 AWQ, int8; mixed"
+    misread = (
+        f"modelopt is for SGLang, vLLM and NVIDIA's engines; {NOT_IN_TRANSFORMERS}, or stops where they are "
+        "packed. For transformers: --format compressed-tensors, where that holds the same numbers, or dense"
+    )
     config_files = ("hf_quant_config.json",)
     multiplies = True
 

@@ -7,6 +7,7 @@ the business of quantizers. The writers live in modules called ``<format>_writer
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,8 +21,14 @@ from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.scheme import ActivationScheme, Scheme
 
+# What transformers does with a quant_method it does not know: it logs a warning and loads what has the names
+# and shapes of a plain model (quantizers/auto.py, supports_quant_method).
+NOT_IN_TRANSFORMERS = (
+    "transformers does not know it and opens the folder all the same: after a warning it takes the codes for "
+    "weights, without their scales"
+)
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "tok_embeddings")
 
 
@@ -45,6 +52,7 @@ class CheckpointWriter:
     # Files the format has beside config.json; ``file_config`` says what goes into them.
     config_files: ClassVar[tuple[str, ...]] = ()
     config_keys: ClassVar[tuple[str, ...]] = ("quantization_config",)  # where config.json says it
+    misread: ClassVar[str] = ""  # what ``warning`` says of every checkpoint of the format
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
         self.schemes = dict(schemes)
@@ -76,6 +84,12 @@ class CheckpointWriter:
         """The same but for outer scales rounded to what the format can say; None: that is no help here."""
         return None
 
+    @classmethod
+    def nearest_inputs(cls, scheme: Scheme) -> Scheme | None:
+        """The same but for the rule by which inputs are quantized, as near as the format can say it; None:
+        there is no such rule, or it is no help."""
+        return None
+
     def write(
         self,
         module: StoredModule,
@@ -98,6 +112,11 @@ class CheckpointWriter:
         if bias is not None:
             found["bias"] = bias
         return {module.tensor(suffix): tensor.contiguous() for suffix, tensor in found.items()}
+
+    def warning(self) -> str:
+        """Which tool opens the folder without an error and computes with other numbers, and what to do: a
+        person is told it who writes one. "": none is known."""
+        return self.misread
 
     def metadata(self) -> dict[str, str]:
         """What every shard's ``__metadata__`` says."""
@@ -140,6 +159,19 @@ class CheckpointWriter:
         plain = [name for name, scheme in self.schemes.items() if scheme.is_dense]
         found = [name for name in plain if name.rpartition(".")[2] not in EMBEDDINGS]
         return found if any(name.endswith("lm_head") for name in self.schemes) else [*found, "lm_head"]
+
+
+def largest_code(activation: ActivationScheme) -> float:
+    """What the largest |x| of a block becomes."""
+    return activation.limit or max(filter(math.isfinite, activation.number_format.values or (0.0,)))
+
+
+def with_limit(scheme: Scheme, limit: float) -> Scheme | None:
+    """The same with another ``limit`` of int8 inputs that are quantized when they come; None: it has none."""
+    inputs = scheme.activation
+    if inputs is None or inputs.number_format.name != "int8" or inputs.mode != "dynamic":
+        return None
+    return replace(scheme, activation=replace(inputs, limit=limit))
 
 
 def cannot(form: str, module: StoredModule, reason: str) -> LowbitError:

@@ -23,7 +23,9 @@ from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, thousands
 from lowbit.formats.dense_writer import DenseWriter, exact_dtype
 from lowbit.formats.gguf_writer import GgufWriter
-from lowbit.formats.writing import CheckpointWriter, cannot, writer_of
+from lowbit.formats.gptq import Gptq
+from lowbit.formats.gptq_writer import GptqWriter
+from lowbit.formats.writing import CheckpointWriter, cannot, largest_code, writer_of
 from lowbit.loading.gguf_saving import require_gguf, save_gguf
 from lowbit.loading.proof import Numbers, beside, certificate, compare, files_of, prove, write_certificate
 from lowbit.loading.requantizing import Planned, Requantizing, as_written, exact
@@ -187,6 +189,9 @@ class Work:
         if self.anew is None:
             self.planned = {one.target.name: exact(kind, one) for one in source.modules}
             self.writer = self._writer(kind)
+            static = isinstance(source.form, Gptq) and source.form.rule.static_groups
+            if static and isinstance(self.writer, GptqWriter):
+                self.writer.made = {"static_groups": True}
             return
         self.planned = {one.target.name: self.anew.planned(one) for one in source.modules}
         try:
@@ -339,16 +344,24 @@ class Work:
         return self.writer.narrowed(tensor) if isinstance(self.writer, DenseWriter) else tensor
 
     def notes(self) -> list[str]:
-        """What does not survive."""
-        notes = []
+        """What does not survive, and what a person must know who loads the result elsewhere."""
+        warning = self.writer.warning()
+        notes = [warning] if warning else []
         gone = {
             str(module.scheme.activation)
             for module in self.source.modules
-            if module.scheme.activation
-            and self.planned[module.target.name].scheme.activation != module.scheme.activation
+            if module.scheme.activation and self.planned[module.target.name].scheme.activation is None
         }
         if gone:
             notes.append(f"inputs are no longer quantized (they were: {'; '.join(sorted(gone))})")
+        limits = {
+            (largest_code(one.scheme.activation), largest_code(one.inputs))
+            for one in self.planned.values()
+            if one.inputs is not None and one.scheme.activation is not None
+        }
+        for now, before in sorted(limits):
+            rule = f"their largest |x| becomes {now:g}, not {before:g}"
+            notes.append(f"inputs are quantized by the rule of {self.form}: {rule}")
         latent = [
             module
             for module in self.source.modules

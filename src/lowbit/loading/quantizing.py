@@ -23,6 +23,7 @@ from lowbit.checkpoint.safetensors_writer import SHARD_BYTES
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import InputRule, StoredModule
+from lowbit.formats.gptq_writer import GptqWriter
 from lowbit.formats.writing import CheckpointWriter, writer_of
 from lowbit.loading.calibrate import Calibrated, calibrate
 from lowbit.loading.gguf_saving import save_gguf
@@ -33,7 +34,12 @@ from lowbit.loading.saving import NamedTensor, Part, digest_of, planned_nbytes, 
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule, SourceVector
 from lowbit.numerics.scheme import Scheme
 from lowbit.quantize.calibrated import options_of
-from lowbit.quantize.calibration import CalibratedModule, Calibration, calibration_sequences
+from lowbit.quantize.calibration import (
+    CalibratedModule,
+    Calibration,
+    CalibrationOptions,
+    calibration_sequences,
+)
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.specification import TORCHAO, MethodSpec
 from lowbit.tokenization import load_tokenizer
@@ -172,6 +178,8 @@ class Quantizing:
                     made.quantization_config()  # what cannot be said of the whole is found out here
                     reason = self._misfit(made)
                     if reason is None:
+                        if isinstance(made, GptqWriter) and self.calibrated is not None:
+                            made.made = _how_made(options_of(self.calibrated))
                         return made
                 except LowbitError as error:
                     reason = error.message
@@ -348,6 +356,15 @@ class Quantizing:
         return digest.hexdigest()[:32]
 
 
+def _how_made(options: CalibrationOptions) -> dict[str, object]:
+    """What a GPTQ checkpoint's config says of how GPTQ was run."""
+    return {
+        "static_groups": options.static_groups,
+        "act_order": options.act_order,
+        "damp_percent": options.damp,
+    }
+
+
 def _digest_weights(digest: hashlib._Hash, header: CheckpointHeader) -> None:
     """Every tensor's name, type, shape, and its first, middle and last bytes: enough to tell models apart
     without reading them whole."""
@@ -375,6 +392,8 @@ def quantized_checkpoint(
             work.source.take_tokenizer(open_checkpoint(work.calibration.tokenizer))
         made = work.write(save, on_progress=on_progress)
         _log.info("lowbit: saved as %s", made)
+        if warning := work.writer().warning():
+            _log.warning("lowbit: %s", warning)
         return made
     folder = cache_directory() / "quantized" / work.key()
     if folder.exists():

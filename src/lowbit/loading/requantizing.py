@@ -20,7 +20,7 @@ from lowbit.loading.online import Decision, Online, facts_of
 from lowbit.loading.proof import Numbers
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
 from lowbit.quantize.recipe import Recipe
 from lowbit.quantize.specification import MethodSpec, parse_method
 
@@ -46,11 +46,13 @@ _USUAL = {
 @dataclass(frozen=True)
 class Planned:
     """``scheme``: as written. ``decision``: how it is quantized anew; None: its numbers stay, or
-    (``nearest``) are those next to them that the format has: an outer scale is rounded."""
+    (``nearest``) are those next to them that the format has: an outer scale is rounded. ``inputs``: how the
+    module's inputs were quantized, where the format has only a rule near that one."""
 
     scheme: Scheme
     decision: Decision | None = None
     nearest: bool = False
+    inputs: ActivationScheme | None = None
 
 
 class Requantizing:
@@ -86,6 +88,9 @@ class Requantizing:
             held = scheme if self.kind is GgufWriter else spelled_out(scheme)
             if refusal(self.kind, module, held) is None:
                 return Planned(held)
+            near = self.kind.nearest_inputs(held)
+            if near is not None and refusal(self.kind, module, near) is None:
+                return Planned(near, inputs=held.activation)
         reason = self.kind.refuses_module(module.target)
         if reason is not None and module.target.expert is not None:
             raise cannot(self.kind.name, module.target, reason)
@@ -94,6 +99,9 @@ class Requantizing:
         if reason is not None or decision.method is None:
             return Planned(plain(scheme))
         if (reason := self.kind.refuses_to_write(decision.scheme, module.target.shape)) is not None:
+            near = self.kind.nearest_inputs(decision.scheme)
+            if near is not None and self.kind.refuses_to_write(near, module.target.shape) is None:
+                return Planned(near, replace(decision, scheme=near), inputs=decision.scheme.activation)
             raise LowbitError(
                 "E0450",
                 f"--requantize {self.spec.text}: {module.target.name} becomes {decision.scheme}, which "
@@ -165,4 +173,7 @@ def exact(kind: type[CheckpointWriter], module: SourceModule) -> Planned:
 
 def as_written(read: ReadModule, scheme: Scheme) -> ReadModule:
     """The module in the scheme it is planned in, its numbers as they are."""
-    return replace(read, weight=respelled(read.weight, scheme))
+    weight = respelled(read.weight, scheme)
+    if scheme.activation is not None and weight.scheme.activation != scheme.activation:
+        weight = replace(weight, scheme=replace(weight.scheme, activation=scheme.activation))
+    return replace(read, weight=weight)

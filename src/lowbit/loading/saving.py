@@ -3,6 +3,7 @@
     model.safetensors | model-00001-of-….safetensors and its index
     config.json                with the format's quantization_config, written last
     tokenizer, generation config, chat template      copied; from GGUF built from its metadata
+    README.md, LICENSE, NOTICE, preprocessor files   copied
 
 One module is in memory at a time. The folder appears complete or not at all (``output_folder``); with a
 ``Journal`` a run that was broken off goes on after its last finished shard.
@@ -53,7 +54,15 @@ _OF_TOKENIZER = frozenset(
         *("chat_template.jinja", "chat_template.json", TOOL_TEMPLATE),
     )
 )
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+# What people read, by the beginnings of its names; some have endings of no kind (LICENSE.Apache-2.0).
+_FOR_PEOPLE = ("README", "MODEL_CARD", "LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+_NEVER = frozenset(
+    (
+        *(".py", ".pyc", ".ipynb", ".sh", ".so", ".dll", ".exe"),  # code
+        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".onnx", ".msgpack", ".gguf"),
+        *(".npz", ".tar", ".gz", ".zip"),
+    )
+)
 _DOCUMENT_BYTES = 256 << 20
 _SAMPLE = 4096
 
@@ -211,8 +220,9 @@ def _documents(
         return {name: text.encode() for name, text in texts.items()}
     found = {}
     for path in [*sorted(source.root.iterdir()), source.root / TOOL_TEMPLATE]:
-        wanted = path.suffix in _DOCUMENTS or path.name.upper().startswith(_LICENCES)
+        wanted = path.suffix in _DOCUMENTS or path.name.upper().startswith(_FOR_PEOPLE)
         skipped = path.name == "config.json" or path.name in _QUANTIZATION_FILES
+        skipped = skipped or path.suffix.lower() in _NEVER
         if not wanted or skipped or path.name.endswith(".index.json") or not path.is_file():
             continue
         if check_regular_file(path) <= _DOCUMENT_BYTES:
