@@ -121,7 +121,7 @@ def main(path: str, architectures: list[int]) -> int:
         if architecture >= FP8_DOTS or not dict(launch["constants"]).get("FP8_DOT")
     ]
     failed = 0
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
         for said in pool.imap_unordered(said_of, tasks, chunksize=4):
             failed += "error" in said
             print(json.dumps(said), flush=True)
