@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 ARCHITECTURES = [80, 90, 100, 120]
 MOST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 EVERY_LAUNCH = 90  # the last architecture that all are compiled for
-SOME = 8  # of a kernel's launches, for later ones
+SOME = 4  # of a kernel's launches, for later ones
 FP8_DOTS = 89  # the first architecture with tensor cores for 8-bit floats
 
 

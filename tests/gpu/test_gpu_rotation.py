@@ -213,14 +213,16 @@ def check_givens(rotation: Rotation, rows: int, dtypes: tuple, device: torch.dev
         assert around(found).isnan().all()
 
 
+PAIRS = [
+    *((2, 70, 3, 1), (6, 3, 3, 2), (32, 5, 17, 3), (128, 3, 1, 8), (128, 2, 35, 8)),
+    *((160, 2, 17, 2), (1024, 2, 18, 2), (4096, 1, 2, 1), (8192, 1, 17, 1)),
+]
+
+
 @pytest.mark.parametrize(
-    ("size", "blocks", "rows", "steps"),
-    [
-        *((2, 70, 3, 1), (6, 3, 3, 2), (32, 5, 17, 3), (128, 3, 1, 8), (128, 2, 35, 8)),
-        *((160, 2, 17, 2), (1024, 2, 18, 2), (4096, 1, 2, 1), (8192, 1, 17, 1)),
-    ],
+    ("size", "blocks", "rows", "steps", "dtype"),
+    [*((*shape, BF16) for shape in PAIRS), *((128, 2, 35, 8, dtype) for dtype in (F16, F32))],
 )
-@pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_pairs_of_columns(
     size: int, blocks: int, rows: int, steps: int, dtype: torch.dtype, device: torch.device
 ) -> None:
