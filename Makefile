@@ -102,7 +102,7 @@ bench-gpu:
 
 # Every launch of those tests, compiled for Ampere and Hopper; needs no GPU.
 gpu-compile: install
-	@$(BIN)/python -m pytest -m "" tests/gpu/test_compiles.py $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "" -rP tests/gpu/test_compiles.py $(PYTEST_FLAGS)
 
 # The ARM libraries, compiled and run by an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
 cross-check: install

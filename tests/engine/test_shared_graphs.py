@@ -17,6 +17,7 @@ from engine.test_ranks import folder, ranks_of, save_letters
 from lowbit import LLM, LowbitError, SamplingParams
 from lowbit.engine.choices import wait_for
 from lowbit.kernels import parallel
+from lowbit.kernels.forward_batch import ForwardBatch
 from models.test_qwen_next import make_checkpoint
 
 __all__ = ["folder"]
@@ -61,8 +62,8 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         monkeypatch.setattr("lowbit.engine.rank_process.RANK_MODULE", "engine.rank_stand_in")
         rank_stand_in.install(monkeypatch.setattr, rank_stand_in.STARVES_FIRST)
         started.append(LLM(str(folder), tp_size=2, **{"cuda_graph_bs": "1 2 4", **OPTIONS, **options}))
-        started[0]._engine.prepare()
-        return started[0]
+        started[-1]._engine.prepare()
+        return started[-1]
 
     threads = torch.get_num_threads()
     yield make
@@ -143,6 +144,41 @@ def test_states_move_on_once_where_a_capture_fails_late(
     assert answers(llm, FREE) == wanted
     assert "no memory for a CUDA graph of" in caplog.text and ranks_of(llm)._groups == 1
     assert replays(llm) > 0
+
+
+def test_steps_that_are_nobodys_leave_states_of_delayed_scales(
+    start: Start, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All ranks put theirs back: one that did not would round its inputs by other scales. One of the steps
+    finds no memory on the other rank, whose states have noted half of it."""
+    delayed = {"quantization": "fp8:activation=delayed,history=4", "disable_cuda_graph": True}
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, logprobs=4, ignore_eos=True)
+    fresh = start("padded", **delayed)
+    wanted = fresh.generate(FREE[0], sampling)
+    runner, ranks, states = fresh._engine._runner, ranks_of(fresh), fresh._engine.model.states
+    served = states.state_dict()
+    with fresh._engine.model.kept_states():  # type: ignore[attr-defined]
+        runner._launch_all([(3, 1)], None)
+        moved = states.state_dict()
+    assert any(not torch.equal(served[name], moved[name]) for name in served), "by these steps, too"
+    assert all(torch.equal(served[name], back) for name, back in states.state_dict().items())
+    fresh.close()
+
+    warmed = start("padded", **delayed)
+    runner, ranks = warmed._engine._runner, ranks_of(warmed)
+    nobodys = runner._nobodys
+
+    def starving(tokens: int, sequences: int, context: int) -> ForwardBatch:
+        batch = nobodys(tokens, sequences, context)
+        batch.tokens.fill_(rank_stand_in.STARVES_OTHERS)
+        return batch
+
+    runner._nobodys = starving  # type: ignore[method-assign]
+    runner.warm_up([(5, 1), (9, 1), (3, 2)])
+    assert "no memory for a step of 9 tokens" in caplog.text and ranks._groups == 1
+    found = warmed.generate(FREE[0], sampling)
+    assert [one.tokens for one in found] == [one.tokens for one in wanted]
+    assert [one.logprobs for one in found] == [one.logprobs for one in wanted], "to the last bit"
 
 
 def test_steps_before_the_one_that_failed_stay_whole() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def test_every_pair_turns_by_its_angle() -> None:
     assert torch.allclose(back, x * scales**2, atol=1e-5)
     assert rotation.is_whole and rotation.same_as(Rotation.givens(4, pairs, angles, scales))
     assert not rotation.same_as(Rotation.givens(4, pairs, angles + 0.1, scales))
+    assert rotation.partners is not None
+    assert not replace(rotation, partners=rotation.partners.flip(1)).is_whole, "pairs of two blocks"
 
 
 def test_experts_share_a_rotation(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from lowbit.kernels.gpu import runtime
 
 _RECORD = os.environ.get("LOWBIT_TEST_RECORD_LAUNCHES")
+_written: set[runtime.Launch] = set()
 
 
 @pytest.fixture
@@ -77,6 +78,13 @@ def _triton() -> Iterator[None]:
             return
         with runtime.recording() as launches:
             yield
-        with open(_RECORD, "a") as file:
-            own = {launch for launch in launches if launch.module.startswith("lowbit.")}
-            file.writelines(json.dumps(asdict(launch)) + "\n" for launch in own)
+        _write(_RECORD, launches)
+
+
+def _write(path: str, launches: list[runtime.Launch]) -> None:
+    """Those of lowbit's kernels that this process has not written yet, behind what other processes write."""
+    new = {launch for launch in launches if launch.module.startswith("lowbit.")} - _written
+    _written.update(new)
+    lines = "".join(json.dumps(asdict(launch)) + "\n" for launch in new).encode()
+    with open(path, "ab", buffering=0) as file:
+        assert file.write(lines) == len(lines), "one write, so that no line is torn"

@@ -124,6 +124,7 @@ SCHEMES = [
         "spqr/ptcsr_act_order",
         "hqq/4_column",
         "bitsandbytes/nf4",
+        "paroquant/g32",
         "transforms/quip_w4a16",
         "transforms/spinquant_w8a8",
         "fp_quant/nvfp4",

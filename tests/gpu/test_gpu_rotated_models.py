@@ -18,7 +18,10 @@ pytestmark = [
 
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("transforms/quip_w4a16", 2e-3), ("transforms/spinquant_w8a8", 2e-3), ("fp_quant/nvfp4", 6e-3)],
+    [
+        *(("transforms/quip_w4a16", 2e-3), ("transforms/spinquant_w8a8", 2e-3), ("fp_quant/nvfp4", 6e-3)),
+        ("paroquant/g32", 2e-3),
+    ],
 )
 def test_rotated_checkpoints(name: str, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs, outputs and heads are rotated in kernels, with another order of float32 sums; groups under an
@@ -29,7 +32,7 @@ def test_rotated_checkpoints(name: str, limit: float, monkeypatch: pytest.Monkey
         runtime._recorded.extend(launches)
     ran = {launch.function for launch in launches}
     inside = [dict(launch.constants)["SIZE"] for launch in launches if launch.function == "quantize"]
-    assert "hadamard" in ran or any(inside)
+    assert ("givens" if name.startswith("paroquant") else "hadamard") in ran or any(inside)
     assert name != "transforms/spinquant_w8a8" or "quantize" in ran
     assert "gpu_blocks" in kernels and not kernels & {"reference", "cpu_blocks", "cpu_dense"}
     assert kl < limit, kl

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.gpu import rotation as gpu
 from lowbit.kernels.gpu import runtime
@@ -181,11 +182,88 @@ def test_heads_of_a_fused_projection(device: torch.device) -> None:
     assert torch.allclose(rows[:, 3 * 32 : 5 * 32].float(), wanted, rtol=2**-8, atol=1e-6)
 
 
+def givens(size: int, blocks: int, steps: int, scaled: bool = True) -> Rotation:
+    """Steps of pairs, every block's and step's own."""
+    generator = torch.Generator().manual_seed(size + steps)
+    pairs = torch.stack([torch.randperm(size, generator=generator) for _ in range(steps * blocks)])
+    angles = torch.randn(steps, blocks, size // 2, generator=generator)
+    scales = torch.randn(size * blocks, generator=generator) if scaled else None
+    return Rotation.givens(size, pairs.view(steps, blocks, -1, 2), angles, scales)
+
+
+def check_givens(rotation: Rotation, rows: int, dtypes: tuple, device: torch.device) -> None:
+    """The definition's bits in the interpreter; on a GPU two roundings of each step may be one."""
+    assert rotation.partners is not None
+    values = random(rows, rotation.partners.shape[1], seed=rows)
+    x = held(values, dtypes[0], device)
+    kept = x.clone()
+    wanted = rotation(x.cpu().float())
+    own, out = rotation.to(device), held(torch.full_like(values, torch.nan), dtypes[1], device)
+    assert gpu.takes(own, x, out)
+    gpu.rotate(own, x, out, True)
+    assert torch.equal(x, kept)
+    Rotator(own).in_place(x)
+    for found, dtype in ((out, dtypes[1]), (x, dtypes[0])):
+        rounded = wanted.to(dtype).float()
+        if runtime.INTERPRETED:
+            assert torch.equal(found.cpu().float(), rounded)
+        else:
+            error = len(rotation.partners) * 2.0**-22 * wanted.abs().max()
+            assert ((found.cpu().float() - wanted).abs() <= error + wanted.abs() * ROUNDING[dtype]).all()
+        assert around(found).isnan().all()
+
+
+PAIRS = [
+    *((2, 70, 3, 1), (6, 3, 3, 2), (32, 5, 17, 3), (128, 3, 1, 8), (128, 2, 35, 8)),
+    *((160, 2, 17, 2), (1024, 2, 18, 2), (4096, 1, 2, 1), (8192, 1, 17, 1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks", "rows", "steps", "dtype"),
+    [*((*shape, BF16) for shape in PAIRS), *((128, 2, 35, 8, dtype) for dtype in (F16, F32))],
+)
+def test_pairs_of_columns(
+    size: int, blocks: int, rows: int, steps: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Blocks smaller than a program, the last one not full, and of sizes that are no power of two."""
+    rotation = givens(size, blocks, steps)
+    check_givens(rotation, rows, (dtype, F32), device)
+    check_givens(replace(rotation.transposed, before=None), min(rows, 3), (dtype, dtype), device)
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+def test_pairs_have_the_native_codes_bits(device: torch.device) -> None:
+    if not runtime.INTERPRETED:
+        pytest.skip("on a GPU two roundings may be one")
+    rotator, x = Rotator(givens(128, 3, 8)), random(5, 384)
+    out = torch.empty_like(x)
+    assert rotator._native(x, out)
+    with runtime.recording() as launches:
+        found = rotator.rotated(x.to(device), F32)
+    keep(launches)
+    assert [launch.function for launch in launches] == ["givens"]
+    assert torch.equal(found.cpu(), out)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_numbers_that_are_not_finite_stay_in_their_pairs(device: torch.device) -> None:
+    """Nothing of a neighbour in the same program is multiplied, not even by zero."""
+    rotation = givens(32, 4, 3, scaled=False)
+    x = random(3, 128)
+    x[0, 1], x[2, 40] = torch.nan, torch.inf
+    found = Rotator(rotation.to(device)).rotated(x.to(device), F32).cpu()
+    assert torch.equal(found.isfinite(), rotation(x).isfinite())
+    assert found.isfinite()[:, 64:].all() and not found.isfinite().all()
+
+
 def test_what_is_too_large_runs_in_torch(device: torch.device) -> None:
     rotation = Rotation.hadamard(2 * gpu.LARGEST).to(device)
     x = random(1, rotation.size).to(device)
     assert not gpu.takes(rotation, x, x)
     assert torch.equal(Rotator(rotation).rotated(x, F32), rotation(x))
+    pairs = givens(16384, 1, 1).to(device)
+    assert not gpu.takes(pairs, x[:, :16384], x[:, :16384])
 
 
 SCHEMES = {
@@ -210,6 +288,20 @@ CASES = [
     ("nvfp4", 48, 16, True),
     ("fp8 in groups", 256, 128, True),
 ]
+
+
+@pytest.mark.parametrize("name", ["int8 a token", "mxfp4"])
+def test_quantizing_follows_pairs(name: str, device: torch.device) -> None:
+    """In a launch of its own."""
+    transform = InputTransform(SCHEMES[name], rotation=Rotator(givens(32, 4, 2).to(device)))
+    x = random(5, 128).to(device, BF16)
+    with runtime.recording() as launches:
+        made, _ = transform(x)
+    keep(launches)
+    assert [launch.function for launch in launches] == ["givens", "quantize"]
+    assert transform.rotation is not None
+    wanted, _ = replace(transform, rotation=None).in_torch(transform.rotation.rotated(x, F32))
+    assert torch.equal(made, wanted.to(BF16))
 
 
 @pytest.mark.parametrize(("name", "columns", "size", "fused"), CASES)

@@ -3,6 +3,7 @@ it.
 
     StartRank ──▶ meet the others, load this rank's part ──▶ RankReady, or RankFailed and exit
     Allocate  ──▶ make the KV caches (``Runner``)        ──▶ RankReady
+    KeepStates ─▶ remember the states of delayed scales, or put them back
     Step      ──▶ the same step as rank 0, whose tokens come over the group ──▶ StepDone; logits are of no use
     Regroup   ──▶ leave the group, meet in a new one     ──▶ RankReady
 
@@ -20,6 +21,7 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,7 +84,15 @@ class _Connection:
 
 def _serve(connection: _Connection) -> None:
     """Until rank 0 closes the socket."""
-    from lowbit.engine.rank_messages import MEETING_SECONDS, Allocate, RankReady, Regroup, StartRank, Step
+    from lowbit.engine.rank_messages import (
+        MEETING_SECONDS,
+        Allocate,
+        KeepStates,
+        RankReady,
+        Regroup,
+        StartRank,
+        Step,
+    )
     from lowbit.engine.runner import Runner
     from lowbit.kernels.device_memory import free_memory, release_memory
     from lowbit.kernels.recurrent import state_bytes
@@ -95,6 +105,7 @@ def _serve(connection: _Connection) -> None:
     specs = model.cache_specs()
     token_bytes, each = sum(spec.token_bytes() for spec in specs), state_bytes(specs)
     runner: Runner | None = None
+    kept = ExitStack()
 
     def ready() -> RankReady:
         return RankReady(token_bytes, each, free_memory(model.device), model.weight_bytes)
@@ -109,6 +120,11 @@ def _serve(connection: _Connection) -> None:
         elif isinstance(message, Allocate):
             runner = Runner(model, message.pages, message.context, settings)
             connection.send(ready())
+        elif isinstance(message, KeepStates):
+            if message.begin:
+                kept.enter_context(model.states.kept_as_they_are())
+            else:
+                kept.close()
         elif isinstance(message, Regroup):
             parallel.leave()
             if runner is not None:

@@ -1,6 +1,6 @@
 """What rank 0 (``ranks``) and the others (``rank``) tell each other, and a batch on its way between them.
 
-rank 0 ──▶ StartRank, Allocate, Step, Regroup     over a socket, framed as ``wire`` does
+rank 0 ──▶ StartRank, Allocate, KeepStates, Step, Regroup     over a socket, framed as ``wire`` does
 others ──▶ RankReady, StepDone, RankFailed
 a batch's index tensors: one int32 tensor over the group, whose shapes its Step has
 """
@@ -37,6 +37,13 @@ class Allocate(msgspec.Struct, frozen=True, tag="allocate"):
 
     pages: int
     context: int
+
+
+class KeepStates(msgspec.Struct, frozen=True, tag="keep"):
+    """``begin``: remember the states of delayed scales; else put back what they were, for the steps between
+    are nobody's. Not answered: it is taken between the steps that it stands between."""
+
+    begin: bool
 
 
 class Step(msgspec.Struct, frozen=True, tag="step"):
@@ -87,7 +94,7 @@ class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
     message: str
 
 
-ToRank = StartRank | Allocate | Step | Regroup
+ToRank = StartRank | Allocate | KeepStates | Step | Regroup
 FromRank = RankReady | RankFailed | StepDone
 
 

@@ -65,7 +65,6 @@ class Runner:
         self._page_size = settings.page_size
         self._context = context
         self._most_sequences = settings.max_running_requests
-        self._tp_size = settings.tp_size
         slots, backend = settings.max_running_requests, settings.attention_backend
         specs = model.cache_specs()
         self._has_states = state_bytes(specs) > 0
@@ -136,12 +135,11 @@ class Runner:
 
     def warm_up(self, sizes: Iterable[tuple[int, int]], progress: Progress | None = None) -> None:
         """Steps of so many tokens of so many sequences, the first of which has what the others leave; they
-        are nobody's: nothing is stored, and states of delayed scales are afterwards what they were. Nothing
-        is done where that would not be so."""
-        shared = len(self._model.states) > 0 and self._tp_size > 1  # other ranks have states, too
-        if shared or not all(cache.kernel.takes_padding for cache in self._paged):
+        are nobody's: nothing is stored, and states of delayed scales are afterwards what they were, on all
+        ranks. Nothing is done where that would not be so."""
+        if not all(cache.kernel.takes_padding for cache in self._paged):
             return
-        with self._model.states.kept_as_they_are():
+        with getattr(self._model, "kept_states", self._model.states.kept_as_they_are)():
             self._launch_all(list(sizes), progress)
 
     def _launch_all(self, planned: list[tuple[int, int]], progress: Progress | None) -> None:

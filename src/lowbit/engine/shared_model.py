@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from lowbit.engine.cuda_graphs import Graphs, Size, StepGraphs
-from lowbit.engine.rank_messages import RankReady, packed, step_of
+from lowbit.engine.rank_messages import KeepStates, RankReady, packed, step_of
 from lowbit.engine.ranks import Ranks
 from lowbit.errors import LowbitError
 from lowbit.kernels.forward_batch import ForwardBatch
@@ -45,6 +46,17 @@ class SharedModel:
         """This rank's graphs as those of all ranks."""
         self._graphs.append(own)
         return SharedGraphs(own, self)
+
+    @contextmanager
+    def kept_states(self) -> Iterator[None]:
+        """What steps inside this block make of delayed scales is undone behind it, on every rank."""
+        if not len(self._model.states):
+            yield
+            return
+        self.ranks.send(KeepStates(begin=True))
+        with self._model.states.kept_as_they_are():
+            yield
+        self.ranks.send(KeepStates(begin=False))
 
     def forward(self, batch: ForwardBatch, caches: Sequence[LayerMemory]) -> Tensor:
         """As one model's."""

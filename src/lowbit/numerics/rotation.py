@@ -160,12 +160,14 @@ class Rotation:
 
     @property
     def is_whole(self) -> bool:
-        """Whether its tensors have the shapes that belong together, and every partner is a column."""
+        """Whether its tensors have the shapes that belong together, and partners are columns of one block."""
         tensors = self.tensors
         matrix, partners = tensors.pop("matrix", None), tensors.get("partners")
         steps, width = (1, self.size) if partners is None else partners.shape
-        if partners is not None and (not 0 <= int(partners.min()) <= int(partners.max()) < width):
-            return False
+        if partners is not None:
+            blocks = torch.arange(width) // self.size
+            if width % self.size or not bool((partners.cpu() // self.size == blocks).all()):
+                return False
         shapes = {"before": (width,), "after": (width,), "head": None}
         return (
             (matrix is None or matrix.shape == (self.size, self.size))

@@ -12,8 +12,8 @@ have whole blocks: Hadamard matrices of 16 to 128 columns before groups of colum
 all columns of a row, 256 to 8,192, before one scale a token.
 
 Where columns of a row lie on several ranks these tell each other once what a scale depends on, between two
-launches: its largest |x|, or of zero points how far it reaches below and above 0. LLM.int8 is torch's there:
-which columns hold outliers hangs on what other ranks saw of their rows, and would be one launch more.
+launches: its largest |x|, or of zero points how far it reaches below and above 0. LLM.int8 takes a launch
+more there: which columns hold outliers hangs on what other ranks saw of their rows.
 
 Two kinds of results: x' and its factor as ``InputTransform`` gives them, or codes and scales for 8-bit
 products (``layer``). Codes cannot all say NaN, so there the scale of a row or group that holds one is NaN:
@@ -139,8 +139,6 @@ class GpuQuantizer:
             if scheme.mode == "dynamic":
                 rule = "asymmetric" if not scheme.symmetric else "token" if scheme.block[0] else "tensor"
                 rule = "outliers" if scheme.outliers else rule
-            if transform.asks_ranks and rule == "outliers":
-                return None
         scale, zero = (
             None if tensor is None else tensor.float().reshape(1)
             for tensor in (transform.static_scale, transform.static_zero if rule == "static" else None)
@@ -317,7 +315,7 @@ class GpuQuantizer:
         assert self.transform.scheme is not None, "a rule with a threshold"
         threshold = self.transform.scheme.outliers
         return outlier_columns.quantized(
-            x, out, self.numbers, self.constants, threshold, raw=raw, whole=whole
+            x, out, self.numbers, self.constants, threshold, self.transform.across, raw=raw, whole=whole
         )
 
     def _groups(self, x: Tensor, out: Tensor, scales: Tensor | None) -> None:

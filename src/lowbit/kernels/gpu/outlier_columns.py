@@ -10,6 +10,10 @@ product reads nothing but them. How many there are only the device knows. The pr
 from the whole numbers' sum with the listed columns, 32 at a time, in x's own type, in which int8 codes are
 exact: x is multiplied as it is, where the definition divides it by the token's scale and multiplies that
 again. None of it has run on a GPU yet.
+
+Where columns of a row lie on several ranks, a row may not be finite because of what another rank has of it.
+There ``see`` takes the place of ``find``, the ranks tell each other what it saw, and ``mark`` does the rest:
+a launch more, and columns are listed and multiplied where they lie.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import Tensor
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.input_codes import code_steps, code_value, columns_of, scale_of, size_of
 from lowbit.kernels.gpu.language import cast, dot
+from lowbit.kernels.parallel import Parallel
 
 _MOST_BLOCK = 4096  # columns of a row that are read at a time; the second reading comes from the cache
 TOGETHER = tl.constexpr(32)  # outlier columns of one step of a product
@@ -42,6 +47,36 @@ class Outliers:
 
 
 @triton.jit
+def _peaks_of(  # type: ignore[no-untyped-def]
+    x, columns, threshold, BF16: tl.constexpr, BLOCK: tl.constexpr
+):
+    """int32 bits of a row's largest |x|, and of the largest below the threshold; NaN is larger than all."""
+    top = tl.zeros((BLOCK,), tl.int32)
+    inner = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = columns_of(x, None, column, columns, BF16)
+        top = tl.maximum(top, size_of(value))
+        inner = tl.maximum(inner, tl.where(tl.abs(value) >= threshold, 0, size_of(value)))
+    return tl.max(top, 0), tl.max(inner, 0)
+
+
+@triton.jit
+def _take_row(  # type: ignore[no-untyped-def]
+    x, top, inner, peaks, marks, columns, threshold, BF16: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A row's peak, and the columns that it makes outliers. ``top``, ``inner``: ``_peaks_of`` its whole."""
+    finite = top < 0x7F800000
+    tl.store(peaks, inner | tl.where(finite, 0, -0x80000000))
+    if finite & (top.to(tl.float32, bitcast=True) >= threshold):
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            value = columns_of(x, None, column, columns, BF16)
+            outlier = (column < columns) & (tl.abs(value) >= threshold)
+            tl.store(marks + column, tl.full((BLOCK,), 1, tl.int8), mask=outlier)
+
+
+@triton.jit
 def find(  # type: ignore[no-untyped-def]
     x,
     peaks,  # int32 (rows,): bits of the largest |x| below the threshold, with a sign if the row is not finite
@@ -54,22 +89,43 @@ def find(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
-    top = tl.zeros((BLOCK,), tl.int32)
-    inner = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        value = columns_of(x, None, column, columns, BF16)
-        top = tl.maximum(top, size_of(value))
-        far = tl.abs(value)
-        inner = tl.maximum(inner, tl.where(far >= threshold, 0, size_of(value)))  # NaN is the largest
-    finite = tl.max(top, 0) < 0x7F800000
-    tl.store(peaks + row, tl.max(inner, 0) | tl.where(finite, 0, -0x80000000))
-    if finite & (tl.max(top, 0).to(tl.float32, bitcast=True) >= threshold):
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            value = columns_of(x, None, column, columns, BF16)
-            outlier = (column < columns) & (tl.abs(value) >= threshold)
-            tl.store(marks + column, tl.full((BLOCK,), 1, tl.int8), mask=outlier)
+    top, inner = _peaks_of(x, columns, threshold, BF16, BLOCK)
+    _take_row(x, top, inner, peaks + row, marks, columns, threshold, BF16, BLOCK)
+
+
+@triton.jit
+def see(  # type: ignore[no-untyped-def]
+    x,
+    seen,  # float32 (rows, 2): the largest |x|, and the largest below the threshold
+    columns,
+    stride,
+    threshold,
+    BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What one rank sees of each row."""
+    row = tl.program_id(0).to(tl.int64)
+    top, inner = _peaks_of(x + row * stride, columns, threshold, BF16, BLOCK)
+    tl.store(seen + 2 * row, top.to(tl.float32, bitcast=True))
+    tl.store(seen + 2 * row + 1, inner.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def mark(  # type: ignore[no-untyped-def]
+    x,
+    seen,  # of all ranks
+    peaks,  # as of ``find``
+    marks,
+    columns,
+    stride,
+    threshold,
+    BF16: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What follows on one rank from what all of them saw."""
+    row = tl.program_id(0).to(tl.int64)
+    top, inner = size_of(tl.load(seen + 2 * row)), size_of(tl.load(seen + 2 * row + 1))
+    _take_row(x + row * stride, top, inner, peaks + row, marks, columns, threshold, BF16, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -158,20 +214,20 @@ def add_columns(  # type: ignore[no-untyped-def]
     return y
 
 
-def _found(x: Tensor, threshold: float, bf16: bool) -> tuple[Tensor, Tensor]:
-    """Of x (rows, columns): ``find``'s peaks and marks."""
+def _found(x: Tensor, threshold: float, bf16: bool, across: Parallel) -> tuple[Tensor, Tensor]:
+    """Of x (rows, columns), some of whose columns are here: ``find``'s peaks and marks."""
     rows, columns = x.shape
     peaks = torch.empty(rows, dtype=torch.int32, device=x.device)
     marks = torch.zeros(columns, dtype=torch.int8, device=x.device)
     block, warps = _block(columns)
-    runtime.launch(
-        find,
-        (rows,),
-        *(x, peaks, marks, columns, x.stride(0), threshold),
-        num_warps=warps,
-        BF16=bf16,
-        BLOCK=block,
-    )
+    lies = (columns, x.stride(0), threshold)
+    if across.size == 1:
+        runtime.launch(find, (rows,), x, peaks, marks, *lies, num_warps=warps, BF16=bf16, BLOCK=block)
+        return peaks, marks
+    seen = torch.empty(rows, 2, dtype=torch.float32, device=x.device)
+    runtime.launch(see, (rows,), x, seen, *lies, num_warps=warps, BF16=bf16, BLOCK=block)
+    seen = across.largest(seen)
+    runtime.launch(mark, (rows,), x, seen, peaks, marks, *lies, num_warps=warps, BF16=bf16, BLOCK=block)
     return peaks, marks
 
 
@@ -181,14 +237,15 @@ def quantized(
     numbers: dict[str, float],
     constants: dict[str, bool],
     threshold: float,
+    across: Parallel,
     *,
     raw: bool = False,
     whole: bool = False,
 ) -> tuple[Tensor, Outliers]:
     """Into ``out`` codes, or what ``InputTransform`` gives (``whole``: of x with its scales); float32 (rows,)
-    scales, and the columns that are not rounded."""
+    scales, and the columns that are not rounded. ``across``: the ranks that x's columns lie on."""
     rows, columns = x.shape
-    peaks, marks = _found(x, threshold, constants["BF16"])
+    peaks, marks = _found(x, threshold, constants["BF16"], across)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     listed = torch.empty(columns, dtype=torch.int32, device=x.device)
     count = torch.empty(1, dtype=torch.int32, device=x.device)

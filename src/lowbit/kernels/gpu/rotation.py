@@ -16,8 +16,9 @@ programs for every multiprocessor to have many: more rows would wait for the mat
 registers. With two factors a block is a program, of a warp for each 1,024 numbers; across blocks a program
 has 64 columns of each of 64. Where codes are made of what was rotated, ``input_codes`` rotates a program's
 numbers by the functions of this module. Other matrices are read in steps of 32 rows. A number costs at most
-2 * 128 operations for each of three parts, which tensor cores do while memory moves it. **None of it has run
-on a GPU yet**: it is proven in Triton's interpreter, and compiled.
+2 * 128 operations for each of three parts, which tensor cores do while memory moves it. Givens rotations are
+no products (``givens``). **None of it has run on a GPU yet**: it is proven in Triton's interpreter, and
+compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.kernels.gpu import runtime
+from lowbit.kernels.gpu import givens, runtime
 from lowbit.kernels.gpu.language import cast, dot
 from lowbit.numerics.rotation import Rotation, sylvester
 
@@ -268,13 +269,15 @@ def table(device: torch.device) -> Tensor:
 
 def takes(rotation: Rotation, x: Tensor, out: Tensor) -> bool:
     """Whether these kernels have it: rows (rows, width) whose numbers lie one behind another."""
+    if not all(t.dim() == 2 and t.stride(1) == 1 and t.dtype in _TYPES for t in (x, out)):
+        return False
+    if rotation.partners is not None:
+        return givens.takes(rotation)
     tensors = (rotation.before, rotation.after, rotation.matrix)
     return (
         (rotation.matrix is not None or rotation.size <= LARGEST)
-        and rotation.partners is None
         and not rotation.wide
         and all(t is None or t.is_contiguous() for t in tensors)
-        and all(t.dim() == 2 and t.stride(1) == 1 and t.dtype in _TYPES for t in (x, out))
     )
 
 
@@ -284,6 +287,9 @@ def rotate(rotation: Rotation, x: Tensor, out: Tensor, signs: bool) -> None:
     size = rotation.size
     assert width % size == 0, f"blocks of {size} columns do not fill {width}"
     if not x.numel():
+        return
+    if rotation.partners is not None:
+        givens.rotate(rotation, x, out)
         return
     if rotation.matrix is not None:
         _multiply(rotation.matrix, x, out)
