@@ -71,7 +71,8 @@ READS = {
     "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
     "torchao": "safetensors of torchao 0.15 and newer, pickled files of the same classes: Int8Tensor, "
     "Float8Tensor (inputs a row or tensor), Int4Tensor (plain), Int4TilePackedTo4dTensor, "
-    "IntxUnpackedToInt8Tensor; int8 inputs with zero points (8da4w) too",
+    "IntxUnpackedToInt8Tensor, MXTensor (fp4, fp6, fp8) and NVFP4Tensor, scales in tiles or rows; int8 "
+    "inputs with zero points (8da4w), MX and calibrated NVFP4 inputs",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "
     "packed, others are decoded to 16 bits a weight when loaded",
     "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks, told by config.json or hf_quant_config.json",
