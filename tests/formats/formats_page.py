@@ -62,6 +62,8 @@ READS = {
     "method's own, experts that share a rotation",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing, ComfyUI's too; "
     "a scale for the tensor, for each row or for blocks of 128",
+    "qqq": "4 bits per channel and in groups of 128, int8 inputs, as GPTQModel and QQQ's own tool save them; "
+    "dynamic rules",
     "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; low rank, and "
     "on a CPU E8P12RVQ3B, are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",

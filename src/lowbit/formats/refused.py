@@ -25,7 +25,6 @@ def _written(method: str) -> str:
 
 REFUSED: dict[str, str] = {
     "gemma": _LATER,
-    "qqq": _PRIVATE,
     "bitblas": _PRIVATE,
     "gptq_bitblas": _PRIVATE,
     "nvfp4": "stores swizzled scales; use the ModelOpt or compressed-tensors version",
@@ -83,6 +82,7 @@ _SUFFIXES = {
     ".dense_weights": "spqr",
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
+    ".s_channel": "qqq",
     "._data": "quanto",
     ".quantized_weight_values": "fouroversix",
 }
