@@ -34,8 +34,6 @@ REFUSED: dict[str, str] = {
     "turbomind": _VENDOR,
     "mxfp_w4a8": _VENDOR,
     "gptq_marlin_24": "is sparse Marlin under GPTQ's names; use the compressed-tensors version (marlin-24)",
-    "squeezellm": "stores a table of values for each row beside sparse ones, which are not decoded; use a "
-    "GPTQ, AWQ or GGUF version",
     "smooth_quant": "is LMDeploy's W8A8, whose layout has not been verified; use a compressed-tensors W8A8 "
     "version",
     "smoothquant": "says nothing of how weights are stored; use a compressed-tensors W8A8 version",
@@ -83,6 +81,7 @@ _SUFFIXES = {
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
     ".s_channel": "qqq",
+    ".lookup_table": "squeezellm",
     "._data": "quanto",
     ".quantized_weight_values": "fouroversix",
 }
