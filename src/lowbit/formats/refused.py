@@ -33,7 +33,6 @@ REFUSED: dict[str, str] = {
     "humming": _VENDOR,
     "turbomind": _VENDOR,
     "mxfp_w4a8": _VENDOR,
-    "gptq_marlin_24": "is sparse Marlin under GPTQ's names; use the compressed-tensors version (marlin-24)",
     "smooth_quant": "is LMDeploy's W8A8, whose layout has not been verified; use a compressed-tensors W8A8 "
     "version",
     "smoothquant": "says nothing of how weights are stored; use a compressed-tensors W8A8 version",
