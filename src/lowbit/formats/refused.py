@@ -13,6 +13,10 @@ from lowbit.formats.quantization_config import quantization_config
 
 _LATER = "is not read yet; use a GPTQ, AWQ, FP8, compressed-tensors, bitsandbytes or GGUF version"
 _PRIVATE = "stores one GPU kernel's private layout; use the GPTQ, AWQ or FP8 version it was made from"
+_BITBLAS = (
+    "stores what a compiler laid out for one GPU (BitBLAS); use the GPTQ version it was made from, or "
+    "re-export it with GPTQModel as format gptq"
+)
 _ONLINE = (
     "is a way of quantizing at load, not a form of checkpoint; remove quantization_config from config.json"
 )
@@ -25,9 +29,10 @@ def _written(method: str) -> str:
 
 REFUSED: dict[str, str] = {
     "gemma": _LATER,
-    "bitblas": _PRIVATE,
-    "gptq_bitblas": _PRIVATE,
-    "nvfp4": "stores swizzled scales; use the ModelOpt or compressed-tensors version",
+    "bitblas": _BITBLAS,
+    "gptq_bitblas": _BITBLAS,
+    "nvfp4": "is transformers' way of quantizing at load, which it does not save; remove quantization_config "
+    "from config.json and serve with --quantization nvfp4, or use a ModelOpt or compressed-tensors version",
     "petit_nvfp4": _PRIVATE,
     "modelslim": _VENDOR,
     "humming": _VENDOR,
@@ -36,7 +41,8 @@ REFUSED: dict[str, str] = {
     "smooth_quant": "is LMDeploy's W8A8, whose layout has not been verified; use a compressed-tensors W8A8 "
     "version",
     "smoothquant": "says nothing of how weights are stored; use a compressed-tensors W8A8 version",
-    "bitnet_bitblas": _PRIVATE,
+    "bitnet_bitblas": "stores what a compiler laid out for one GPU (BitBLAS); use the bitnet version it was "
+    "made from",
     "auto_gptq": _written("gptq"),
     "gptq_v2": _written("gptq"),
     "cpu_gptq": _written("gptq"),
@@ -54,8 +60,9 @@ REFUSED: dict[str, str] = {
     "auto-round-int8": _written("auto-round"),
     "autoround": _written("auto-round"),
     "quip": "is QuIP-for-all's, whose padded codes are not decoded here; use a GPTQ, AWQ or GGUF version",
-    "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
-    "or GGUF version",
+    "higgs": "stores codes in FLUTE's order, one for each kernel template (tune_metadata), which is not "
+    "turned back here; use a GPTQ, AWQ or GGUF version, or quantize the original model at load "
+    "(--quantization)",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
     "experts_int8": _ONLINE,
