@@ -24,13 +24,13 @@ from lowbit.checkpoint.pickled_objects import flatten
 from lowbit.errors import LowbitError
 from lowbit.loading import load_model, plan_model
 
-HQQ, TORCHAO = CASES = [FIXTURES / "pickled" / name for name in ("hqq", "torchao")]
+HQQ, TORCHAO, MX = CASES = [FIXTURES / "pickled" / name for name in ("hqq", "torchao", "torchao_mx")]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
 def test_the_tools_own_values(case: Path) -> None:
     values = expected(case)
-    assert len(values) == 3
+    assert len(values) == 2 + (case != MX)
     for name, wanted in values.items():
         found = read(case, name, (wanted.shape[0], wanted.shape[1]), strict=True).weight
         assert not found.scheme.is_dense and torch.equal(found.dequantize(), wanted), name
@@ -41,7 +41,7 @@ def test_every_tensor_has_a_use(case: Path) -> None:
     header = open_checkpoint(str(case))
     assert header.container == "pickle"
     planned = plan_model(header, strict=True)
-    assert sum(not module.scheme.is_dense for module in planned.modules) == 3
+    assert sum(not module.scheme.is_dense for module in planned.modules) == len(expected(case))
     logits = prompt_logits(load_model(header, device="cpu"), [[3, 1, 15, 7]])[0]
     assert bool(logits.isfinite().all())
 
@@ -56,6 +56,8 @@ def test_what_the_cases_cover() -> None:
         "int8 1xall f32 (input int8 1xall dynamic bf16)",
         "e4m3 1xall f32 (input e4m3 1xall dynamic bf16)",
         "int3 1x16 bf16",
+        "e2m1 1x16 e4m3 allxall f32",
+        "e2m3 1x32 e8m0 (input e2m3 1x32 dynamic e8m0)",
         "uint6 1x16 f16 float-zero",
         "uint4 1x32 f16 float-zero",
         "uint3 1x16 f16 float-zero",
@@ -63,9 +65,10 @@ def test_what_the_cases_cover() -> None:
 
 
 def test_description() -> None:
-    hqq, torchao = (reader_of(case).describe() for case in CASES)
+    hqq, torchao, mx = (reader_of(case).describe() for case in CASES)
     assert hqq == "hqq, 3-bit group 16 and 4-bit group 32 and 6-bit group 16 in qmodel.pt"
     assert torchao.startswith("torchao, Float8Tensor and Int8Tensor and IntxUnpackedToInt8Tensor")
+    assert mx.startswith("torchao, MXTensor and NVFP4Tensor (")
 
 
 def test_shards_of_objects_and_their_index(tmp_path: Path) -> None:

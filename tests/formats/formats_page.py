@@ -50,7 +50,8 @@ READS = {
     "gguf": "every block type, mixed types, split files",
     "gguf-layers": "GGUF's Q1_0, Q2_0, Q4_0, Q8_0, Q4_K, Q5_K and Q6_K in safetensors, as GPTQModel writes "
     "them; dynamic rules",
-    "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin, dynamic rules",
+    "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin and sparse "
+    "Marlin (marlin_24), dynamic rules",
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats; HQQ's own "
     "qmodel.pt",
     "metal": "transformers' MLX layout: affine 2, 4, 8 bits",
@@ -63,6 +64,8 @@ READS = {
     "method's own, experts that share a rotation",
     "scaled-8bit": "FP8 and int8 weights beside their scales where config.json says nothing, ComfyUI's too; "
     "a scale for the tensor, for each row or for blocks of 128",
+    "qqq": "4 bits per channel and in groups of 128, int8 inputs, as GPTQModel and QQQ's own tool save them; "
+    "dynamic rules",
     "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; low rank, and "
     "on a CPU E8P12RVQ3B, are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
@@ -72,7 +75,10 @@ READS = {
     "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
     "torchao": "safetensors of torchao 0.15 and newer, pickled files of the same classes: Int8Tensor, "
     "Float8Tensor (inputs a row or tensor), Int4Tensor (plain), Int4TilePackedTo4dTensor, "
-    "IntxUnpackedToInt8Tensor; int8 inputs with zero points (8da4w) too",
+    "IntxUnpackedToInt8Tensor, MXTensor (fp4, fp6, fp8) and NVFP4Tensor, scales in tiles or rows; int8 "
+    "inputs with zero points (8da4w), MX and calibrated NVFP4 inputs",
+    "squeezellm": "3 and 4 bits with a table for each row, sparse outliers, rows kept whole, the tool's "
+    "sq-*.pt too; decoded to 16 bits a weight when loaded",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "
     "packed, others are decoded to 16 bits a weight when loaded",
     "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks, told by config.json or hf_quant_config.json",

@@ -232,6 +232,14 @@ def _marlin24(out: int, columns: int) -> Entries:
     }
 
 
+def _qqq(out: int, columns: int) -> Entries:
+    return {
+        "B": ("I32", (columns // 16, out * 2)),
+        "s_channel": ("F32", (1, out)),
+        "s_group": ("F16", (columns // 128, out)),
+    }
+
+
 def _of_tensor(*scales: str) -> Callable[[int, int], Entries]:
     def of(out: int, columns: int) -> Entries:
         return {"weight": ("F8_E4M3", (out, columns))} | dict.fromkeys(scales, ("F32", ()))
@@ -478,6 +486,18 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
     "ct-marlin24": Layout(_marlin24, lambda _: _ct({"group_size": 128}, "marlin-24"), dtype="F16"),
+    "qqq": Layout(
+        _qqq,
+        lambda _: {
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": False,
+            "sym": True,
+            "quant_method": "qqq",
+            "wbits": 4,
+        },
+        dtype="F16",
+    ),
     "fp8-block": Layout(
         _fp8_blocks(),
         lambda _: {**_FP8, "modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"]},

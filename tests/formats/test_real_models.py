@@ -25,7 +25,7 @@ FEW = [(name, layout) for name, layout in PAIRS if layout in SOME_LAYOUTS or nam
 IMPOSSIBLE = {
     *((name, "quip_sharp") for name in ("qwen2.5-0.5b", "qwen3-4b", "phi3-mini", "deepseek-v2-lite")),
     # 10944 columns are 85.5 groups of 128.
-    *(("deepseek-v2-lite", layout) for layout in ("awq", "awq-old", "quark-int4")),
+    *(("deepseek-v2-lite", layout) for layout in ("awq", "awq-old", "quark-int4", "qqq")),
 }
 
 

@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 # Qwen2.5-0.5B's K and down, DeepSeek-V3's kv_a (4.5 blocks of 128 rows).
 SMALL = [(128, 896), (576, 7168)]
 # DeepSeek-V2-Lite's down: 85.5 groups of 128, which not every tool can make.
-RAGGED, WHOLE = (64, 10944), ("awq", "awq-gemv", "quark-int4")
+RAGGED, WHOLE = (64, 10944), ("awq", "awq-gemv", "quark-int4", "qqq")
 LARGE = [(896, 4864), (1152, 6912), (768, 2048)]  # Qwen2.5-0.5B, Gemma 3 1B, Qwen3-30B-A3B
 LLAMA = (4096, 14336)  # Llama 3 8B
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -234,7 +234,19 @@ def int8_rows(t: dict[str, np.ndarray], rows: np.ndarray, shape: tuple[int, int]
     return t["weight"][rows].astype(float) * t["weight_scale"][rows]
 
 
+def qqq(t: dict[str, np.ndarray], rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A word has of one row four columns of 16, and the same of the row eight below."""
+    r, c = rows[:, None], np.arange(shape[1])
+    words = t["B"].view(np.uint32)[c // 16, r // 64 * 128 + r % 8 * 16 + c % 16 // 4 * 4 + r % 64 // 16]
+    nibble = np.array([0, 4, 1, 5, 2, 6, 3, 7])[r % 16 // 8 * 4 + c % 4]
+    codes = (words >> (4 * nibble).astype(np.uint32) & 15).astype(float) - 8
+    inner = t["s_group"][:, rows // 64 * 64 + rows % 8 * 8 + rows % 64 // 8].T
+    outer = t["s_channel"][0, rows // 32 * 32 + rows % 8 // 2 * 8 + rows % 32 // 8 * 2 + rows % 2]
+    return codes * np.repeat(inner, 128, 1) * outer[:, None]
+
+
 DEFINITIONS: dict[str, Definition] = {
+    "qqq": qqq,
     "gptq-order": gptq(4),
     "gptq-8bit": gptq(8),
     "awq": awq,

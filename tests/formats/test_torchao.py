@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -25,9 +26,17 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.loading import load_model, plan_model
 from lowbit.loading.saving import NamedTensor, save_checkpoint
 from lowbit.loading.source_modules import ReadModule, SourceModel, SourceModule
+from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
-from lowbit.numerics.torchao_inputs import PER_ROW, PER_TENSOR, float8_inputs, int8_inputs
+from lowbit.numerics.torchao_inputs import (
+    MX_MODES,
+    PER_ROW,
+    PER_TENSOR,
+    float8_inputs,
+    int8_inputs,
+    mx_inputs,
+)
 from lowbit.quantize.method import Module
 from lowbit.quantize.specification import TORCHAO
 from quantize.helpers import quantized, scheme_of
@@ -65,6 +74,15 @@ def test_what_the_cases_cover() -> None:
         "int4_tiles": "bf16",
         "intx4_g32_asym": "uint4 1xall bf16 asym",
         "8da4w": "uint4 1x16 bf16 asym (input int8 1xall dynamic asym)",
+        "mxfp4": "e2m1 1x32 e8m0 (input e2m1 1x32 dynamic e8m0)",
+        "mxfp6_e2m3": "e2m3 1x32 e8m0 (input e2m3 1x32 dynamic e8m0)",
+        "mxfp6_e3m2": "e3m2 1x16 e8m0 (input e3m2 1x16 dynamic e8m0)",
+        "mxfp8": "e4m3 1x32 e8m0 (input e4m3 1x32 dynamic e8m0)",
+        "mxfp8_e5m2": "e5m2 1x32 e8m0 (input e5m2 1x32 dynamic e8m0)",
+        "nvfp4_plain": "e2m1 1x16 e4m3",
+        "nvfp4dq": "e2m1 1x16 e4m3 allxall f32",
+        "nvfp4dq_static": "e2m1 1x16 e4m3 allxall f32 (input e2m1 1x16 dynamic e4m3)",
+        "nvfp4wo": "e2m1 1x16 e4m3 allxall f32",
     }
 
 
@@ -92,11 +110,12 @@ def test_description() -> None:
     )
 
 
-def test_logits_are_those_of_the_tools_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["int8wo", "nvfp4_plain"])
+def test_logits_are_those_of_the_tools_weights(name: str, tmp_path: Path) -> None:
     """transformers in float32 on what torchao dequantized; here the checkpoint itself."""
     import transformers
 
-    folder = case("int8wo")
+    folder = case(name)
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
     config.dtype = "float32"
@@ -108,8 +127,10 @@ def test_logits_are_those_of_the_tools_weights(tmp_path: Path) -> None:
     with torch.no_grad():
         theirs = model(torch.tensor([tokens])).logits[0]
     ours = prompt_logits(load_model(open_checkpoint(str(folder)), device="cpu"), [tokens])[0]
-    assert torch.allclose(ours, theirs, atol=0.03 * float(theirs.abs().max())), (ours - theirs).abs().max()
-    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+    near = 0.03 * float(theirs.abs().max())
+    assert torch.allclose(ours, theirs, atol=near), (ours - theirs).abs().max()
+    chosen = theirs.gather(1, ours.argmax(-1, keepdim=True))[:, 0]  # two may be as good as equal
+    assert bool((chosen >= theirs.amax(-1) - near).all())
 
 
 def test_tensors_that_transformers_renamed(tmp_path: Path) -> None:
@@ -193,7 +214,10 @@ def kwargs(kind: str, **data: object) -> dict:
 GROUP = {"_type": "PerGroup", "_data": {}}
 ROW = {"_type": "PerRow", "_data": {"dim": -1}}
 F8, I8 = "QuantizeTensorToFloat8Kwargs", "QuantizeTensorToInt8Kwargs"
-E4M3 = dtype("float8_e4m3fn")
+MXK, NVK = "QuantizeTensorToMXKwargs", "QuantizeTensorToNVFP4Kwargs"
+E4M3, E2M1 = dtype("float8_e4m3fn"), dtype("float4_e2m1fn_x2")
+PLAIN = {"act_quant_kwargs": None}
+FLOOR = {"_type": "ScaleCalculationMode", "_data": "FLOOR"}
 SYM = {"_type": "MappingType", "_data": "SYMMETRIC"}
 ASYM = {"_type": "MappingType", "_data": "ASYMMETRIC"}
 NO_CLIPPING = {"_type": "MappingType", "_data": "SYMMETRIC_NO_CLIPPING_ERR"}
@@ -205,8 +229,24 @@ WRONG = [
     ("int8wo", {"block_size": [1, 16]}, "E0213", "with block_size [1, 16] stores"),
     ("int8wo", {"_type": "Int4Tensor"}, "E0213", "a Int4Tensor of"),
     ("int8wo", {"_type": "Evil"}, "E0218", "class 'Evil' are not read"),
-    ("int8wo", {"_type": "MXTensor"}, "E0218", "prototype"),
-    ("int8wo", {"_type": "NVFP4Tensor"}, "E0218", "prototype"),
+    ("int8wo", {"_type": "MXTensor"}, "E0213", "elem_dtype must be one of float8_e4m3fn"),
+    ("int8wo", {"_type": "NVFP4Tensor"}, "E0213", "block_size must be a divisor of 32"),
+    ("nvfp4wo", {"block_size": 32}, "E0213", "block_size must be 16"),
+    ("nvfp4wo", {"is_swizzled_scales": None}, "E0213", "is_swizzled_scales must be true or false"),
+    ("nvfp4wo", {"is_swizzled_scales": False}, "E0213", "stores F8_E4M3 [32, 2]"),
+    ("nvfp4_plain", {"is_swizzled_scales": True}, "E0213", "stores F8_E4M3 [32, 16]"),
+    ("nvfp4wo", {"_type": "MXTensor", "elem_dtype": E2M1}, "E0213", "stores F8_E8M0 [32, 16]"),
+    ("mxfp4", {"_type": "NVFP4Tensor", "block_size": 16, **PLAIN}, "E0213", "stores F8_E4M3 [32, 16]"),
+    ("mxfp8", {"elem_dtype": dtype("float8_e5m2")}, "E0213", "stores F8_E5M2 [32, 32]"),
+    ("mxfp6_e2m3", {"elem_dtype": E2M1}, "E0213", "stores U8 [32, 16]"),
+    ("mxfp6_e2m3", {"elem_dtype": "fp6_e4m1"}, "E0213", "elem_dtype must be one of"),
+    ("mxfp8", {"block_size": [1, 32]}, "E0213", "block_size must be a divisor of 32"),
+    ("mxfp8", kwargs(MXK, elem_dtype=E4M3, block_size=32), "E0213", "scaling_mode of floor, even"),
+    ("mxfp8", kwargs(MXK, elem_dtype=E4M3, scaling_mode=FLOOR), "E0213", "a block_size and"),
+    ("mxfp8", kwargs(MXK, elem_dtype="fp5", block_size=32, scaling_mode=FLOOR), "E0213", "elem_dtype of"),
+    ("mxfp8", kwargs(F8), "E0213", "null or QuantizeTensorToMXKwargs"),
+    ("nvfp4dq", kwargs(NVK, block_size=16), "E0213", "use_dynamic_per_tensor_scale true or false"),
+    ("nvfp4dq", kwargs(NVK, block_size=8, use_dynamic_per_tensor_scale=True), "E0213", "block_size 16"),
     ("int8wo", {"_type": "AffineQuantizedTensor"}, "E0218", "torchao 0.15 or newer"),
     ("int8wo", {"_type": "Int4PlainInt32Tensor"}, "E0218", "int4_packing_format=PLAIN"),
     ("int8wo", {"_type": "AffineQuantizedTensor"}, "E0218", "torchao 0.15 or newer"),
@@ -236,6 +276,100 @@ def test_wrong_attributes(name: str, change: dict, code: str, words: str, tmp_pa
         read(changed(case(name), tmp_path, dict(change)), NAME, SHAPE)
     message = str(caught.value)
     assert caught.value.code == code and words in message and "\n" not in message
+
+
+def test_inputs_that_need_all_tokens_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    assert read(case("nvfp4dq"), NAME, SHAPE).input is None
+    assert "one scale for all tokens of a step; they are left as they are" in caplog.text
+
+
+def test_outer_scales_of_inputs(tmp_path: Path) -> None:
+    """A calibrated one, or none."""
+    folder = case("nvfp4dq_static")
+    stored = load_file(folder / "model.safetensors")[f"{NAME}._weight_act_per_tensor_scale"]
+    found = read(folder, NAME, SHAPE).input
+    assert found is not None and torch.equal(found.static_scale, stored) and float(stored) > 0
+    asked = kwargs(NVK, block_size=16, use_dynamic_per_tensor_scale=False)
+    without = read(changed(case("nvfp4_plain"), tmp_path / "a", asked), NAME, SHAPE)
+    assert without.input is None and without.weight.scheme.activation is not None
+    wrongs = (None, torch.ones(2), torch.ones(()).bfloat16(), torch.tensor(float("nan")))
+    for number, wrong in enumerate(wrongs):
+        with pytest.raises(LowbitError):
+            read(changed(folder, tmp_path / str(number), act_per_tensor_scale=wrong), NAME, SHAPE)
+
+
+MX_ELEMENTS = {"e4m3": 448.0, "e5m2": 57344.0, "e2m3": 7.5, "e3m2": 28.0, "e2m1": 6.0}
+
+
+@pytest.mark.parametrize("code", MX_ELEMENTS)
+@pytest.mark.parametrize("mode", MX_MODES)
+def test_mx_inputs_by_hand(code: str, mode: str) -> None:
+    """Largest |x| of 32 columns around each border of a mode; scales by their definitions."""
+    largest, digits = MX_ELEMENTS[code], {"e4m3": 3, "e5m2": 2, "e2m3": 3, "e3m2": 2, "e2m1": 1}[code]
+    sizes = torch.tensor([1.0, 1 + 2.0**-7, 1.5, 1.75, 1.8125, 1.875, 1.9375, 1.96875, 2 - 2.0**-7, 2.0])
+    sizes = torch.cat((sizes, sizes * 2.0**-20, sizes * 2.0**9)).tolist()
+    x = torch.rand(len(sizes), 32, generator=torch.Generator().manual_seed(3)) - 0.5
+    x = x * torch.tensor(sizes)[:, None]
+    x[:, 5] = torch.tensor(sizes)
+    found, factor = InputTransform(mx_inputs(number_format(code), 32, mode))(x)
+    assert factor is None
+    table = number_format(code).table()
+    table = table[table.isfinite()]
+    for row, size in enumerate(sizes):
+        power, top = math.floor(math.log2(size)), math.floor(math.log2(largest))
+        mantissa = size / 2.0**power
+        exponent = power - top
+        if mode == "even":
+            exponent += mantissa >= 2 - 2.0 ** -(digits + 1)
+        elif mode == "ceil":
+            exponent += mantissa > 1
+        elif mode == "rceil":
+            exponent = math.ceil(math.log2(size / largest))
+        scale = 2.0**exponent
+        distance = (found[row, :, None] / scale - table).abs().amin(1)
+        assert bool((distance == 0).all()), "not a code times the scale"
+        nearest = (x[row, :, None] / scale - table).abs().amin(1)
+        assert torch.allclose((found[row] - x[row]).abs() / scale, nearest, rtol=0, atol=1e-6), (code, mode)
+
+
+def test_codes_of_six_bits(tmp_path: Path) -> None:
+    codes = torch.zeros(32, 32, dtype=torch.uint8)
+    codes[3, 7] = 64
+    with pytest.raises(LowbitError, match="has a byte of 64; codes of 6 bits are below 64") as caught:
+        read(changed(case("mxfp6_e2m3"), tmp_path, qdata=codes), NAME, SHAPE)
+    assert caught.value.code == "E0213"
+
+
+def test_scales_that_are_not_numbers(tmp_path: Path) -> None:
+    """In a tile's padding they are nothing."""
+    stored = load_file(case("mxfp8") / "model.safetensors")[f"{NAME}._weight_scale"].view(torch.uint8)
+    for place, code in (((0, 0), "E0215"), ((0, 1), "")):  # column 0 of row 0, column 1 of one that there is
+        scale = stored.clone()
+        scale[place] = 255
+        folder = changed(case("mxfp8"), tmp_path / str(place[1]), scale=scale.view(torch.float8_e8m0fnu))
+        if code:
+            with pytest.raises(LowbitError) as caught:
+                read(folder, NAME, SHAPE)
+            assert caught.value.code == code
+        else:
+            read(folder, NAME, SHAPE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", MX_ELEMENTS)
+@pytest.mark.parametrize("mode", MX_MODES)
+def test_mx_inputs_are_the_tools(code: str, mode: str) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+    named = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e2m1": torch.float4_e2m1fn_x2}
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x = x * torch.logspace(-3, 3, 64)[:, None].bfloat16()
+    x[0] = 0
+    tool = MXTensor.to_mx(x, named.get(code, f"fp6_{code}"), 32, scaling_mode=ScaleCalculationMode(mode))
+    found, _ = InputTransform(mx_inputs(number_format(code), 32, mode))(x.float())
+    assert torch.equal(found, tool.dequantize(torch.float32))
 
 
 def test_inputs_with_zero_points(tmp_path: Path) -> None:
@@ -272,6 +406,7 @@ def test_damaged_parts(tmp_path: Path) -> None:
             ("zero_point", torch.zeros(32, dtype=torch.int8), "E0213"),
             ("act_quant_scale", torch.ones(1), "E0218"),
             ("act_pre_scale", torch.ones(31), "E0213"),
+            ("zero_point", None, "E0209"),
         ]
     ):
         folder = changed(case("int8wo"), tmp_path / str(number), None, **{part: tensor})
@@ -343,7 +478,19 @@ def test_stacks_of_experts_are_refused(tmp_path: Path) -> None:
         reader_of(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["int8dq", "float8dq_row", "int4_plain", "intx4_g32_asym"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int8dq",
+        "float8dq_row",
+        "int4_plain",
+        "intx4_g32_asym",
+        "nvfp4dq_static",
+        "nvfp4_plain",
+        "mxfp4",
+        "mxfp8",
+    ],
+)
 def test_seeded_metadata(name: str, tmp_path: Path) -> None:
     """Every leaf of one weight's description made wrong: refused, or the same weights."""
     seed = Seed.of(case(name))
@@ -423,10 +570,11 @@ def test_fixtures(folder: Path, tmp_path: Path) -> None:
     convert_and_compare(folder, "torchao", tmp_path / "out")
 
 
-def test_takes_every_fixture() -> None:
-    assert {folder.name for folder in fixtures_it_takes(Writer, "torchao")} == {
-        folder.name for folder in CASES
-    }
+WRITTEN = [folder for folder in CASES if not folder.name.startswith(("mx", "nvfp4"))]
+
+
+def test_takes_every_fixture_but_small_floats() -> None:
+    assert fixtures_it_takes(Writer, "torchao") == WRITTEN
 
 
 def test_shards_each_describe_their_own(tmp_path: Path) -> None:
@@ -463,7 +611,7 @@ def test_refusals(made: Scheme, reason: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", WRITTEN, ids=lambda path: path.name)
 def test_the_tool_loads_them(folder: Path, tmp_path: Path) -> None:
     """transformers and torchao load what is written and dequantize it to the same weights."""
     pytest.importorskip("torchao", reason="torchao is not installed")

@@ -6,6 +6,7 @@ as data). A folder in Mistral's own layout is read through ``mistral_folder``.
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_SHARDS = 10_000
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = f"{PICKLED}.index.json"
 HQQ_PICKLED = "qmodel.pt"  # of HQQ's own save_quantized
+SQUEEZED = "sq-*.pt"  # of SqueezeLLM's pack.py, by the names of its published models
 _PART = re.compile(r"(?P<stem>.+-)\d{5}-of-(?P<count>\d{5})(?P<ending>\.\w+)")
 
 
@@ -85,6 +87,9 @@ def _weight_files(folder: Path) -> tuple[str, list[str]]:
             return found
         if HQQ_PICKLED in pickled:
             return "", [HQQ_PICKLED]
+        squeezed = [name for name in pickled if fnmatch.fnmatchcase(name, SQUEEZED)]
+        if len(squeezed) == 1:
+            return "", squeezed
         raise LowbitError(
             "E0230",
             f"{folder.name} holds only pickled weights that are not read ({printable(pickled[0])}); of these "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowbit.checkpoint.folder import HQQ_PICKLED, own_weights
+from lowbit.checkpoint.folder import HQQ_PICKLED, SQUEEZED, own_weights
 from lowbit.checkpoint.gguf_file import holds_model
 from lowbit.errors import LowbitError, printable
 
@@ -196,6 +196,8 @@ def needed_files(reference: Reference, names: list[str]) -> list[str]:
     if not weights:
         pickled = [name for name in names if fnmatch.fnmatchcase(name, "pytorch_model*.bin")]
         pickled = pickled or [name for name in names if name == HQQ_PICKLED]
+        squeezed = [name for name in names if fnmatch.fnmatchcase(name, SQUEEZED)]
+        pickled = pickled or (squeezed if len(squeezed) == 1 else [])
         ggufs = [name for name in names if name.endswith(".gguf") and holds_model(name)]
         if len(ggufs) == 1:
             return ggufs

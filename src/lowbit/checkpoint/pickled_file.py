@@ -88,6 +88,8 @@ def _entries(
             raise LowbitError("E0232", f"{path.name}: {shown!r} is no usable name of a tensor")
         if name.endswith("_extra_state") and not isinstance(tensor, PickledTensor):
             continue
+        if name.startswith("sparse_threshold.") and isinstance(tensor, int):
+            continue  # SqueezeLLM's counts of outliers
         if not isinstance(tensor, PickledTensor):
             raise LowbitError(
                 "E0230",

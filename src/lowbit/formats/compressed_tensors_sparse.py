@@ -67,10 +67,15 @@ def unpack_marlin24(packed: Tensor, meta: Tensor, bits: int, shape: tuple[int, i
 def unpack_marlin24_scales(packed: Tensor, group: int, columns: int) -> Tensor:
     """(out, groups) from ``scale_packed`` (groups, out)."""
     if group and group < columns // 2:
-        shuffled = packed.reshape(-1, 8)
-        packed = torch.empty_like(shuffled).index_copy_(1, torch.tensor(_SCALE_ORDER), shuffled)
-        packed = packed.view(-1, shuffled.numel() // (columns // group))
+        packed = unshuffle_marlin24_scales(packed)
     return packed.T.contiguous()
+
+
+def unshuffle_marlin24_scales(packed: Tensor) -> Tensor:
+    """(groups, out) in the kernel's order -> in the rows'."""
+    shuffled = packed.reshape(-1, 8)
+    order = torch.tensor(_SCALE_ORDER)
+    return torch.empty_like(shuffled).index_copy_(1, order, shuffled).view(packed.shape)
 
 
 @cache

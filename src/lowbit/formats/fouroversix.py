@@ -7,9 +7,9 @@
 
 weight = code * scale * amax / (largest code * largest scale). These two follow from ``weight_scale_rule`` or
 ``scale_rule``: 6 and 256 where blocks choose (mse, mae, abs_max), 6 and 448 for static_6, 4 and 448 for
-static_4; nvint4's codes are two's complement, up to 7. mxfp4 is code * scale. Rows are padded to 128,
-columns to four scales. Tiled scales are the tensor cores' order: [rows / 128, columns / 4, 32, 4, 4] of row
-r % 32, r / 32 and column. ``module_config_overrides`` speaks for a module alone, and inherits nothing.
+static_4; nvint4's codes are two's complement, up to 7. mxfp4 is code * scale. Rows are padded to 128, columns
+to four scales. Tiled scales lie as ``tiled_scales`` says. ``module_config_overrides`` speaks for a module
+alone, and inherits nothing.
 
 The tool quantizes inputs too, under one scale for all tokens, block by block by the same choice. That is not
 done: inputs stay as they are, which is nearer to the model that was quantized, and a warning says so.
@@ -23,7 +23,6 @@ import logging
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader
 from lowbit.checkpoint.tensor_data import TensorData
@@ -32,6 +31,7 @@ from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_sc
 from lowbit.formats.dense import origin_of
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import claimed_config
+from lowbit.formats.tiled_scales import in_rows
 from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
@@ -151,7 +151,7 @@ class FourOverSix(PartlyDense):
         name = module.tensor("quantized_weight_scale_factors")
         scales = data.tensor(name)
         flat = scales.view(torch.uint8)
-        grid = _in_rows(flat, rows, columns // width) if tiled else flat.view(rows, columns // width)
+        grid = in_rows(flat, rows, columns // width) if tiled else flat.view(rows, columns // width)
         inner = grid[: module.shape[0], : module.shape[1] // width].contiguous().view(scales.dtype)
         found = [finite_scales(self.header, name, inner)]
         if kind != "mxfp4":
@@ -180,12 +180,6 @@ class FourOverSix(PartlyDense):
                 f"{[*module.shape, *padded, 1]} and 0 or, of whole tiles, 1; it describes other tensors",
             )
         return tiled
-
-
-def _in_rows(tiled: Tensor, rows: int, columns: int) -> Tensor:
-    """uint8 [rows, columns] of scales in the tensor cores' order."""
-    tiles = tiled.view(rows // _TILE, columns // 4, 32, 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)
 
 
 FORMAT = FourOverSix

@@ -13,7 +13,8 @@ v1 files (``checkpoint_format: gptq``) store zero - 1, v2 files and planar ones 
 proves which: every field is 2^(bits-1) - 1 or 2^(bits-1). In an asymmetric v1 file a zero of 0 wraps:
 GPTQModel adds 1 to the whole word, so a borrow reaches the neighbours; other writers wrap each field.
 Act-order (``g_idx`` not i // group_size) becomes a column order. Marlin files hold the same codes in
-tensor-core tiles. Stacked experts, adapters and other pack dtypes than int32 are refused.
+tensor-core tiles (``marlin``; ``marlin_24`` where two of four columns are kept). Stacked experts, adapters
+and other pack dtypes than int32 are refused.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from lowbit.errors import LowbitError, printable
 from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
 from lowbit.formats.dense import origin_of
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
+from lowbit.formats.marlin_24 import marlin_24_scheme, marlin_24_tensors, read_marlin_24
 from lowbit.formats.matching import matches, regex
 from lowbit.formats.partly_dense import PartlyDense, refuse_stack
 from lowbit.formats.quantization_config import QuantizationConfig, claimed_config, says_method
@@ -71,7 +73,7 @@ class Gptq(PartlyDense):
     """See the module docstring."""
 
     name: ClassVar[str] = "gptq"
-    aliases = ("gptq_marlin", "marlin", "gptq_bitblas", "exllama")
+    aliases = ("gptq_marlin", "gptq_marlin_24", "marlin", "gptq_bitblas", "exllama")
     reference: ClassVar[str] = "gptqmodel"
     unused: ClassVar[tuple[str, ...]] = (r".*\.workspace",)
 
@@ -79,7 +81,7 @@ class Gptq(PartlyDense):
         self.header, self.notes = header, notes
         found = claimed_config(header)
         self.config = found
-        self.marlin = _is_marlin(found)
+        self.marlin = _marlin_of(found)
         self.rule = _base_rule(found)
         self.dynamic = dynamic_rules(found)
         for key in ("adapter", "lora"):
@@ -92,12 +94,12 @@ class Gptq(PartlyDense):
                 "lowbit: %s.activation asks for inputs that are quantized too; they are left as they are",
                 found.place,
             )
-        require_tensors(header, (".qweight", ".B"), found.place, self.name)
+        require_tensors(header, (".qweight", ".B", ".B_24"), found.place, self.name)
 
     @classmethod
     def claims(cls, header: CheckpointHeader) -> str | None:
         """quant_method gptq (or its Marlin form), or quantize_config.json."""
-        return says_method(header, "gptq", "marlin", "gptq_marlin")
+        return says_method(header, "gptq", "marlin", "gptq_marlin", "gptq_marlin_24")
 
     def describe(self) -> str:
         """Bits and group, as the config gives them."""
@@ -111,18 +113,29 @@ class Gptq(PartlyDense):
                 return _overridden(self.rule, values, self.config.place)
         return self.rule
 
+    def _sparse(self, module: StoredModule) -> tuple[int, int]:
+        """(bits, columns of a group) of sparse Marlin."""
+        rule = self.rule_of(module)
+        return rule.bits, rule.columns(module.shape[1])
+
     def _scheme(self, module: StoredModule) -> Scheme:
         """From shapes and config; whether zeros and order are trivial only the data say."""
+        if self.marlin == "marlin_24":
+            return marlin_24_scheme(self.header, module, *self._sparse(module))
         if self.marlin:
             return marlin_scheme(self.header, module)
         return gptq_scheme(self.header, module, self.rule_of(module))
 
     def _tensors(self, module: StoredModule) -> list[str]:
         """qweight, qzeros, scales and g_idx."""
+        if self.marlin == "marlin_24":
+            return marlin_24_tensors(module)
         return marlin_tensors(self.header, module) if self.marlin else gptq_tensors(self.header, module)
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
         """Codes unpacked, zeros decoded, columns in group order."""
+        if self.marlin == "marlin_24":
+            return read_marlin_24(self.header, module, data, *self._sparse(module))
         if self.marlin:
             return read_marlin(self.header, module, data)
         return read_gptq(self.header, module, data, self.rule_of(module), self.notes)
@@ -133,13 +146,17 @@ class Gptq(PartlyDense):
 
 def plain_beside_packed(header: CheckpointHeader, module: StoredModule) -> bool:
     """Whether a module of GPTQ's or AWQ's files is plain; one that has neither tensor lacks its codes."""
-    packed = any(module.tensor(suffix) in header.tensors for suffix in ("qweight", "B"))
+    packed = any(module.tensor(suffix) in header.tensors for suffix in ("qweight", "B", "B_24"))
     return not packed and module.tensor("weight") in header.tensors
 
 
-def _is_marlin(found: QuantizationConfig) -> bool:
+def _marlin_of(found: QuantizationConfig) -> str:
+    """ "marlin", "marlin_24" or ""."""
     written = str(found.values.get("checkpoint_format") or found.values.get("format") or "").lower()
-    return found.method == "marlin" or written == "marlin" or found.values.get("is_marlin_format") is True
+    if found.method.lower() == "gptq_marlin_24" or written == "marlin_24":
+        return "marlin_24"
+    told = found.method == "marlin" or written == "marlin" or found.values.get("is_marlin_format") is True
+    return "marlin" if told else ""
 
 
 def read_number(values: dict[str, object], place: str, *keys: str) -> int:
@@ -178,7 +195,7 @@ def check_bits(bits: int, allowed: tuple[int, ...], place: str) -> int:
 def _base_rule(found: QuantizationConfig) -> GptqRule:
     values, place = found.values, found.place
     written = str(values.get("checkpoint_format") or values.get("format") or "gptq").lower()
-    if written not in ("gptq", "gptq_v2", "gptq_p", "marlin"):
+    if written not in ("gptq", "gptq_v2", "gptq_p", "marlin", "marlin_24"):
         raise LowbitError(
             "E0218", f"{place}: GPTQ format {printable(repr(written))} is not read; re-export it as 'gptq'"
         )

@@ -28,27 +28,43 @@ _TILE = 16
 _SCALE_DTYPES = {"F16": "f16", "BF16": "bf16"}
 
 
-def _code_order() -> Tensor:
-    """int64 (1024,): which code of four tiles stands at each place."""
+def code_order(rows: int, interleaved: tuple[int, ...]) -> Tensor:
+    """int64 (1024,): which code of four tiles stands at each place.
+
+    ``rows``: how many of a lane's four lie next to each other; ``interleaved``: which of 8 codes is where in
+    a word.
+    """
     order: list[int] = []
     for lane in range(32):
-        column = lane // 4
-        first: list[int] = []
-        for block in (0, 1):
-            low, high = 2 * (lane % 4), 2 * (lane % 4 + 4)
-            first += [16 * row + column + 8 * block for row in (low, low + 1, high, high + 1)]
+        start, column = lane % 4 * rows, lane // 4
+        found = [start + step % rows + step // rows * 8 for step in range(4)]
+        first = [16 * row + column + 8 * block for block in (0, 1) for row in found]
         for tile in range(4):
             order += [place + 256 * tile for place in first]
-    return torch.tensor(order).view(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].flatten()
+    return torch.tensor(order).view(-1, 8)[:, list(interleaved)].flatten()
 
 
-def _scale_order(grouped: bool) -> Tensor:
+def codes_in_rows(words: Tensor, order: Tensor, shape: tuple[int, int]) -> Tensor:
+    """I32 [in / 16, out * 2] -> uint8 codes (out, in)."""
+    out, columns = shape
+    fields = unpack_words(words, 4, out * _TILE)  # (in / 16, out * 16)
+    blocks = torch.empty_like(fields).view(-1, order.numel())
+    blocks[:, order] = fields.reshape(-1, order.numel())
+    tiles = blocks.view(columns // _TILE, out // _TILE, _TILE, _TILE)
+    return tiles.permute(1, 3, 0, 2).reshape(out, columns)
+
+
+def scales_in_rows(stored: Tensor, grouped: bool) -> Tensor:
+    """[groups, out] in the kernel's order -> (out, groups)."""
+    order = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
     if grouped:
-        return torch.tensor([i + 8 * j for i in range(8) for j in range(8)])
-    return torch.tensor([2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)])
+        order = [i + 8 * j for i in range(8) for j in range(8)]
+    scales = torch.empty_like(stored).view(-1, len(order))
+    scales[:, order] = stored.reshape(-1, len(order))
+    return scales.view(stored.shape).T.contiguous()
 
 
-_CODE_ORDER = _code_order()
+_CODE_ORDER = code_order(2, (0, 2, 4, 6, 1, 3, 5, 7))
 
 
 def _names(header: CheckpointHeader, module: StoredModule) -> tuple[str, str]:
@@ -90,20 +106,12 @@ def marlin_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:
 def read_marlin(header: CheckpointHeader, module: StoredModule, data: TensorData) -> QuantizedTensor:
     """The codes and scales in plain order."""
     packed, scale = _entries(header, module)
-    out, columns = module.shape
-    fields = unpack_words(data.tensor(packed.name), 4, out * _TILE)  # (in / 16, out * 16)
-    blocks = torch.empty_like(fields).view(-1, _CODE_ORDER.numel())
-    blocks[:, _CODE_ORDER] = fields.reshape(-1, _CODE_ORDER.numel())
-    tiles = blocks.view(columns // _TILE, out // _TILE, _TILE, _TILE)
-    codes = tiles.permute(1, 3, 0, 2).reshape(out, columns)
-    order = _scale_order(scale.shape[0] > 1)
+    codes = codes_in_rows(data.tensor(packed.name), _CODE_ORDER, module.shape)
     stored = finite_scales(header, scale.name, data.tensor(scale.name))
-    scales = torch.empty_like(stored).view(-1, order.numel())
-    scales[:, order] = stored.reshape(-1, order.numel())
     return QuantizedTensor(
         marlin_scheme(header, module),
         module.shape,
         codes.contiguous(),
-        (scales.view(scale.shape).T.contiguous(),),
+        (scales_in_rows(stored, scale.shape[0] > 1),),
         origin=origin_of(header, module, _names(header, module)[0]),
     )

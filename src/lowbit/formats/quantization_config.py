@@ -47,8 +47,10 @@ def quantization_config(header: CheckpointHeader) -> QuantizationConfig | None:
     ):
         values = read_json(header, name)
         if values is not None:
-            # QServe's own file of that name says wbits, AutoAWQ's w_bit.
-            method = "qoq" if method == "awq" and "wbits" in values else method
+            # QServe's and SqueezeLLM's own files of that name say wbits, AutoAWQ's w_bit.
+            if method == "awq" and "wbits" in values:
+                tables = any(tensor.endswith(".lookup_table") for tensor in header.tensors)
+                method = "squeezellm" if tables else "qoq"
             return _checked(values, name, "w4afp8" if _is_w4afp8(values) else method)
     if isinstance(config.get("quantization"), dict):
         return _checked(config["quantization"], "config.json: quantization", "mlx")

@@ -13,6 +13,10 @@ from lowbit.formats.quantization_config import quantization_config
 
 _LATER = "is not read yet; use a GPTQ, AWQ, FP8, compressed-tensors, bitsandbytes or GGUF version"
 _PRIVATE = "stores one GPU kernel's private layout; use the GPTQ, AWQ or FP8 version it was made from"
+_BITBLAS = (
+    "stores what a compiler laid out for one GPU (BitBLAS); use the GPTQ version it was made from, or "
+    "re-export it with GPTQModel as format gptq"
+)
 _ONLINE = (
     "is a way of quantizing at load, not a form of checkpoint; remove quantization_config from config.json"
 )
@@ -25,22 +29,20 @@ def _written(method: str) -> str:
 
 REFUSED: dict[str, str] = {
     "gemma": _LATER,
-    "qqq": _PRIVATE,
-    "bitblas": _PRIVATE,
-    "gptq_bitblas": _PRIVATE,
-    "nvfp4": "stores swizzled scales; use the ModelOpt or compressed-tensors version",
+    "bitblas": _BITBLAS,
+    "gptq_bitblas": _BITBLAS,
+    "nvfp4": "is transformers' way of quantizing at load, which it does not save; remove quantization_config "
+    "from config.json and serve with --quantization nvfp4, or use a ModelOpt or compressed-tensors version",
     "petit_nvfp4": _PRIVATE,
     "modelslim": _VENDOR,
     "humming": _VENDOR,
     "turbomind": _VENDOR,
     "mxfp_w4a8": _VENDOR,
-    "gptq_marlin_24": "is sparse Marlin under GPTQ's names; use the compressed-tensors version (marlin-24)",
-    "squeezellm": "stores a table of values for each row beside sparse ones, which are not decoded; use a "
-    "GPTQ, AWQ or GGUF version",
     "smooth_quant": "is LMDeploy's W8A8, whose layout has not been verified; use a compressed-tensors W8A8 "
     "version",
     "smoothquant": "says nothing of how weights are stored; use a compressed-tensors W8A8 version",
-    "bitnet_bitblas": _PRIVATE,
+    "bitnet_bitblas": "stores what a compiler laid out for one GPU (BitBLAS); use the bitnet version it was "
+    "made from",
     "auto_gptq": _written("gptq"),
     "gptq_v2": _written("gptq"),
     "cpu_gptq": _written("gptq"),
@@ -58,8 +60,9 @@ REFUSED: dict[str, str] = {
     "auto-round-int8": _written("auto-round"),
     "autoround": _written("auto-round"),
     "quip": "is QuIP-for-all's, whose padded codes are not decoded here; use a GPTQ, AWQ or GGUF version",
-    "higgs": "stores codes in FLUTE's order, which depends on the GPU they were packed for; use a GPTQ, AWQ "
-    "or GGUF version",
+    "higgs": "stores codes in FLUTE's order, one for each kernel template (tune_metadata), which is not "
+    "turned back here; use a GPTQ, AWQ or GGUF version, or quantize the original model at load "
+    "(--quantization)",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
     "experts_int8": _ONLINE,
@@ -83,6 +86,8 @@ _SUFFIXES = {
     ".dense_weights": "spqr",
     ".centroids.weight": "vptq",
     ".s1_scales": "qoq",
+    ".s_channel": "qqq",
+    ".lookup_table": "squeezellm",
     "._data": "quanto",
     ".quantized_weight_values": "fouroversix",
 }

@@ -14,109 +14,82 @@ parsed as JSON, and nothing is made by name.
     Int4TilePackedTo4dTensor   qdata I32 (N / 8, K / 16 T, 32, T / 2), T of 2, 4, 8    (q - 8) * scale + zero
                                scale_and_zero BF16 (K / group, N, 2)
     IntxUnpackedToInt8Tensor   qdata I8 (out, in), 1-8 bits     (q - zero_point) * scale
+    MXTensor                   qdata F8 or, fp6, U8 (out, in); fp4: U8 (out, in / 2)    q * scale
+                               scale F8_E8M0 (out, in / block)
+    NVFP4Tensor                qdata U8 (out, in / 2), scale F8_E4M3 (out, in / 16)
+                               per_tensor_scale F32 () or none    q * scale * per_tensor_scale
     any                        act_pre_scale (in,)              x is multiplied by it first
 
 Int4Tensor's even column is the *low* nibble, both in two's complement; its zero point is in weight units: an
 offset. The tiles are those of PyTorch's tinygemm kernels (``_convert_weight_to_int4pack``, NVIDIA's): N and K
 are out and in, filled up to 8 and 1024; word [n, k, t, w] has of row 8 n + t // 4, in nibbles 0 to 7, columns
-c, c + 8, c + 16, c + 24, c + 1, c + 9, c + 17, c + 25 where c = 16 T k + 32 w + 2 (t % 4). What a block
-covers is ``block_size``. A float8 block of nothing but zeros has scale 0 and NaN for codes, 0 divided by 0;
-it is read as the zeros it was made of. Inputs: ``act_quant_kwargs`` asks for torchao's own rule
-(``numerics.torchao_inputs``), one scale a token or, PerTensor, one for all tokens of a step.
+c, c + 8, c + 16, c + 24, c + 1, c + 9, c + 17, c + 25 where c = 16 T k + 32 w + 2 (t % 4). fp4 has the even
+column in the low nibble; a code of fp6 is a byte. ``is_swizzled_scales``: scales of MXTensor and NVFP4Tensor
+lie as ``tiled_scales`` says, in a matrix of 32 rows and 16 columns for each tile. What a block covers is
+``block_size``. A float8 block of nothing but zeros has scale 0 and NaN for codes, 0 divided by 0; it is read
+as the zeros it was made of. Inputs: ``act_quant_kwargs`` asks for torchao's own rule
+(``numerics.torchao_inputs``), one scale a token or, PerTensor, one for all tokens of a step; MXTensor's
+inputs are of its own kind, block by block. NVFP4Tensor's are under ``act_per_tensor_scale``, or one scale for
+all tokens of a step: then they stay as they are, which is nearer to the original, and a warning says so.
 
-Refused, each with what to do: Int4PlainInt32Tensor (XPU, NPU), MXTensor and NVFP4Tensor (prototypes; ModelOpt
-and compressed-tensors store the same numbers), static and reduced-range inputs, int4 weights with
-float8 inputs, and stacks of experts. torchao 0.14, the first with safetensors, named every tensor
-``X.weight:<part>``, plain ones too: refused. Of pickled checkpoints (``pytorch_model.bin``)
-``checkpoint.pickled_objects`` makes the same tensors and texts; older classes are refused.
-transformers may rename tensors as it saves them (Gemma 3's ``language_model.model``), and never the texts.
+Refused, each with what to do: Int4PlainInt32Tensor (XPU, NPU), static int8 and reduced-range inputs, int4
+weights with float8 inputs, and stacks of experts. torchao 0.14, the first with safetensors, named every
+tensor ``X.weight:<part>``, plain ones too: refused. Of pickled checkpoints (``pytorch_model.bin``)
+``checkpoint.pickled_objects`` makes the same tensors and texts; older classes are refused. transformers may
+rename tensors as it saves them (Gemma 3's ``language_model.model``), and never the texts.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.documents import parse_json
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
 from lowbit.formats import InputRule, Notes, StoredModule, finite_scales
 from lowbit.formats.dense import DENSE_DTYPES
-from lowbit.formats.matching import spellings
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_config
+from lowbit.formats.tiled_scales import in_rows, tiles_of
+from lowbit.formats.torchao_described import (
+    FLOAT8,
+    INT4,
+    INT8,
+    MX,
+    NVFP4,
+    READ,
+    REFUSED,
+    TILES,
+    Stored,
+    asked_for,
+    described,
+    dtype_of,
+    float8_inputs_of,
+    int8_inputs_of,
+    mx_inputs_of,
+    needs_all_tokens,
+    nvfp4_inputs_of,
+)
+from lowbit.numerics.bit_packing import unpack_bits
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import ActivationScheme, Scheme
-from lowbit.numerics.torchao_inputs import (
-    PER_ROW,
-    PER_TENSOR,
-    float8_inputs,
-    int8_inputs,
-    int8_inputs_with_zeros,
-)
+from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.torchao_inputs import int8_inputs_with_zeros
 
-Json = dict[str, object]
+_log = logging.getLogger("lowbit")
 
-INT8, FLOAT8, INT4, INTX = "Int8Tensor", "Float8Tensor", "Int4Tensor", "IntxUnpackedToInt8Tensor"
-TILES = "Int4TilePackedTo4dTensor"
-_READ = (INT8, FLOAT8, INT4, INTX, TILES)
 _FLOATS = tuple(DENSE_DTYPES)
 _FLOAT8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
-_OLD = (
-    "is of a torchao whose files later versions do not load either; quantize the original model with torchao "
-    "0.15 or newer, or at load (--torchao-config)"
-)
-_REFUSED = {
-    "AffineQuantizedTensor": _OLD,
-    "LinearActivationQuantizedTensor": _OLD,
-    "Int4PlainInt32Tensor": "is packed for XPU and NPU kernels; quantize the original model with "
-    "Int4WeightOnlyConfig(int4_packing_format=PLAIN), or at load with --torchao-config int4wo-128",
-    "MXTensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or quantize "
-    "the original model at load (--quantization mxfp4, mxfp8)",
-    "NVFP4Tensor": "is a prototype of torchao's; use the ModelOpt or compressed-tensors version, or "
-    "quantize the original model at load (--quantization nvfp4)",
-}
 _PARTS = (
     *("qdata", "scale", "zero_point", "scale_and_zero", "act_pre_scale"),
-    *("act_quant_scale", "act_quant_zero_point"),
+    *("act_quant_scale", "act_quant_zero_point", "per_tensor_scale", "act_per_tensor_scale"),
 )
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor subclass as the metadata describe it. ``place``: file and parameter, for messages."""
-
-    kind: str
-    data: Json
-    place: str
-
-    def refuse(self, what: str) -> LowbitError:
-        """E0218: a variant that is not read."""
-        return LowbitError("E0218", f"{self.place}: {what}")
-
-    def wrong(self, key: str, expected: str) -> LowbitError:
-        """E0213: an attribute that cannot be."""
-        found = printable(repr(self.data.get(key)))
-        return LowbitError(
-            "E0213",
-            f"{self.place}: {self.kind}'s {key} must be {expected}, found {found}; the file is damaged or "
-            "was made by a faulty tool",
-        )
-
-    def block(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of a block, checked to divide the weight."""
-        found = self.data.get("block_size")
-        rows_columns = found if isinstance(found, list) and len(found) == 2 else [0, 0]
-        sizes = [size for size in rows_columns if isinstance(size, int) and not isinstance(size, bool)]
-        if len(sizes) != 2 or any(size < 1 or whole % size for size, whole in zip(sizes, shape, strict=True)):
-            raise self.wrong("block_size", f"two divisors of {list(shape)}")
-        return sizes[0], sizes[1]
 
 
 class Torchao(PartlyDense):
@@ -128,7 +101,7 @@ class Torchao(PartlyDense):
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header = header
         found = claimed_config(header)
-        self.place, self.asked = found.place, _asked(found.values)
+        self.place, self.asked = found.place, asked_for(found.values)
         old = next((name for name in header.tensors if ":" in name), None)
         if old is not None:
             raise LowbitError(
@@ -137,7 +110,7 @@ class Torchao(PartlyDense):
                 "files no later version reads; quantize the original model with torchao 0.15 or newer, or "
                 "at load (--torchao-config)",
             )
-        self.stored = _described(header)
+        self.stored = described(header)
         if not self.stored:
             raise LowbitError(
                 "E0213",
@@ -151,6 +124,13 @@ class Torchao(PartlyDense):
                 raise stored.refuse(
                     "a stack of experts is not read; use a version with a module for each expert"
                 )
+
+        if any(needs_all_tokens(stored) for stored in self.stored.values()):
+            _log.warning(
+                "lowbit: %s: NVFP4Tensor quantizes inputs under one scale for all tokens of a step; they are "
+                "left as they are, which is nearer to the original model",
+                self.place,
+            )
 
     def describe(self) -> str:
         """The classes that are there."""
@@ -193,9 +173,7 @@ class Torchao(PartlyDense):
         name = self._name(module, part)
         entry = self.header.tensors.get(name)
         if entry is None:
-            raise LowbitError(
-                "E0209", f"{self.header.root.name}: no file contains {name!r}, a part of {stored.place}"
-            )
+            raise self._missing(name, stored)
         if entry.dtype not in dtypes or entry.shape != shape:
             raise LowbitError(
                 "E0213",
@@ -206,13 +184,17 @@ class Torchao(PartlyDense):
             )
         return entry
 
+    def _missing(self, name: str, stored: Stored) -> LowbitError:
+        text = f"{self.header.root.name}: no file contains {printable(repr(name))}, a part of {stored.place}"
+        return LowbitError("E0209", text)
+
     # ---- schemes
 
     def _scheme(self, module: StoredModule) -> Scheme:
         """From the metadata, and the parts' dtypes and shapes."""
         stored = self._stored(module)
-        if stored.kind not in _READ:
-            raise stored.refuse(f"{stored.kind} {_REFUSED[stored.kind]}")
+        if stored.kind not in READ:
+            raise stored.refuse(f"{stored.kind} {REFUSED[stored.kind]}")
         out, columns = module.shape
         told = stored.data.get("shape", [out, columns])
         if told != [out, columns]:
@@ -221,6 +203,11 @@ class Torchao(PartlyDense):
                 f"{stored.place} is {printable(repr(told))} but the config asks for {[out, columns]}; "
                 "config and weights are from different models",
             )
+        for part in stored.parts:
+            if (name := self._name(module, part)) not in self.header.tensors:
+                raise self._missing(name, stored)
+        if stored.kind in (MX, NVFP4):
+            return self._small_floats(module, stored)
         rows, group = stored.block(module.shape)
         grid = (out // rows, columns // group)
         if stored.kind == INT4:
@@ -237,12 +224,16 @@ class Torchao(PartlyDense):
             number_format("int8"), (whole,), (number_format(DENSE_DTYPES[scale.dtype]),), activation=None
         )
         if stored.kind == FLOAT8:
-            inputs = _float8_inputs(stored)
+            inputs = float8_inputs_of(stored)
             return replace(scheme, weight=number_format(_FLOAT8[codes.dtype]), activation=inputs)
         if stored.kind == INT8:
             if self._name(module, "zero_point") in self.header.tensors:
                 self._part(module, stored, "zero_point", ("I8",), grid)
-            return replace(scheme, activation=self._int8_inputs(module, stored))
+            if self._name(module, "act_quant_scale") in self.header.tensors:
+                raise stored.refuse(
+                    "static int8 inputs are not read; use an Int8DynamicActivationInt8WeightConfig version"
+                )
+            return replace(scheme, activation=int8_inputs_of(stored))
         return self._intx(module, stored, scheme, grid)
 
     def _int4(
@@ -251,7 +242,7 @@ class Torchao(PartlyDense):
         out, columns = module.shape
         if rows != 1 or columns % 2:
             raise stored.wrong("block_size", "[1, group], the columns even")
-        if _dtype(stored.data.get("activation_dtype")) not in ("", "bfloat16"):
+        if dtype_of(stored.data.get("activation_dtype")) not in ("", "bfloat16"):
             raise stored.refuse(
                 "int4 weights with float8 inputs are not read; quantize the original model with "
                 "Int4WeightOnlyConfig, or at load with --torchao-config int4wo-128"
@@ -278,7 +269,7 @@ class Torchao(PartlyDense):
         self._part(module, stored, "scale_and_zero", ("BF16",), (padded // group, 8 * tiles, 2))
 
     def _intx(self, module: StoredModule, stored: Stored, scheme: Scheme, grid: tuple[int, int]) -> Scheme:
-        target = _dtype(stored.data.get("target_dtype"))
+        target = dtype_of(stored.data.get("target_dtype"))
         if target not in {f"int{bits}" for bits in range(1, 9)}:
             raise stored.wrong("target_dtype", "torch.int1 to torch.int8")
         inputs = stored.data.get("activation_quantization")
@@ -289,31 +280,33 @@ class Torchao(PartlyDense):
         activation = None if inputs is None else int8_inputs_with_zeros()
         return replace(scheme, weight=number_format(f"u{target}"), zero="integer", activation=activation)
 
+    def _small_floats(self, module: StoredModule, stored: Stored) -> Scheme:
+        """MXTensor and NVFP4Tensor."""
+        out, columns = module.shape
+        (code, dtype, packed), group = stored.element, stored.group(columns)
+        if columns % packed:
+            raise stored.wrong("elem_dtype", f"one of a byte for each of {columns} columns")
+        self._part(module, stored, "qdata", (dtype,), (out, columns // packed))
+        across = columns // group
+        tiles = tiles_of(out, across)
+        grid = (32 * tiles[0], 16 * tiles[1]) if stored.tiled else (out, across)
+        scale, kind = ("e8m0", "F8_E8M0") if stored.kind == MX else ("e4m3", "F8_E4M3")
+        self._part(module, stored, "scale", (kind,), grid)
+        scheme = Scheme(number_format(code), ((1, group),), (number_format(scale),))
+        if stored.kind == MX:
+            return replace(scheme, activation=mx_inputs_of(stored))
+        if self._name(module, "per_tensor_scale") in self.header.tensors:
+            self._part(module, stored, "per_tensor_scale", ("F32",), ())
+            scales = (*scheme.scales, number_format("f32"))
+            scheme = replace(scheme, blocks=((1, group), (0, 0)), scales=scales)
+        return replace(scheme, activation=nvfp4_inputs_of(stored))
+
     # ---- inputs
 
-    def _int8_inputs(self, module: StoredModule, stored: Stored) -> ActivationScheme | None:
-        if self._name(module, "act_quant_scale") in self.header.tensors:
-            raise stored.refuse(
-                "static int8 inputs are not read; use an Int8DynamicActivationInt8WeightConfig version"
-            )
-        kwargs = _kwargs(stored, "QuantizeTensorToInt8Kwargs")
-        if kwargs is None:
-            return None
-        mapping = kwargs.get("mapping_type")
-        mapping = mapping.get("_data") if isinstance(mapping, dict) else mapping
-        if mapping not in ("SYMMETRIC", "ASYMMETRIC") or kwargs.get("reduce_range"):
-            raise stored.refuse(
-                "int8 inputs that are reduced-range, or without clipping errors, are not computed; use a "
-                "version with symmetric or asymmetric ones"
-            )
-        block = _granularity(stored, kwargs)
-        if mapping == "SYMMETRIC":
-            return int8_inputs(block)
-        if block != PER_ROW:
-            raise stored.refuse("asymmetric int8 inputs are computed per row; use a version with PerRow")
-        return int8_inputs_with_zeros()
-
     def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        stored = self._stored(module)
+        if stored.kind == NVFP4:
+            return self._outer_scale(module, stored, data)
         name = self._name(module, "act_pre_scale")
         entry = self.header.tensors.get(name)
         if entry is None:
@@ -327,6 +320,14 @@ class Torchao(PartlyDense):
             )
         return InputRule(finite_scales(self.header, name, data.tensor(name)).float().reshape(columns))
 
+    def _outer_scale(self, module: StoredModule, stored: Stored, data: TensorData) -> InputRule | None:
+        """What NVFP4Tensor's inputs are under besides their blocks' scales."""
+        name = self._name(module, "act_per_tensor_scale")
+        if name not in self.header.tensors or self._scheme(module).activation is None:
+            return None
+        self._part(module, stored, "act_per_tensor_scale", ("F32",), ())
+        return InputRule(static_scale=finite_scales(self.header, name, data.tensor(name)))
+
     # ---- numbers
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
@@ -335,6 +336,8 @@ class Torchao(PartlyDense):
         qdata, scale_name = self._name(module, "qdata"), self._name(module, "scale")
         if stored.kind == TILES:
             return self._tiles(module, scheme, data)
+        if stored.kind in (MX, NVFP4):
+            return self._of_small_floats(module, stored, scheme, data)
         raw = data.tensor(qdata).view(torch.uint8)
         scale = finite_scales(self.header, scale_name, data.tensor(scale_name))
         origin = f"{self.header.file_of(qdata)}: {module.name}"
@@ -379,6 +382,33 @@ class Torchao(PartlyDense):
         origin = f"{self.header.file_of(qdata)}: {module.name}"
         return QuantizedTensor(scheme, module.shape, codes, (scale,), None, (zero,), origin=origin)
 
+    def _of_small_floats(
+        self, module: StoredModule, stored: Stored, scheme: Scheme, data: TensorData
+    ) -> QuantizedTensor:
+        """MXTensor and NVFP4Tensor: codes unpacked, scales in rows."""
+        out, columns = module.shape
+        qdata, name = self._name(module, "qdata"), self._name(module, "scale")
+        codes = data.tensor(qdata).view(torch.uint8)
+        if stored.element[2] == 2:
+            codes = unpack_bits(codes, 4, columns)
+        bits = int(scheme.weight.bits)
+        if bits == 6 and int(codes.max()) >= 1 << bits:
+            raise LowbitError(
+                "E0213",
+                f"{self.header.file_of(qdata)}: tensor {qdata!r} has a byte of {int(codes.max())}; codes of "
+                f"{bits} bits are below {1 << bits}. The file is damaged",
+            )
+        scale = data.tensor(name)
+        if stored.tiled:
+            straight = in_rows(scale.view(torch.uint8), out, columns // scheme.blocks[0][1])
+            scale = straight.contiguous().view(scale.dtype)
+        scales = [finite_scales(self.header, name, scale)]
+        if len(scheme.scales) == 2:
+            name = self._name(module, "per_tensor_scale")
+            scales.append(finite_scales(self.header, name, data.tensor(name)).reshape(1, 1))
+        origin = f"{self.header.file_of(qdata)}: {module.name}"
+        return QuantizedTensor(scheme, module.shape, codes, tuple(scales), origin=origin)
+
     def _narrowed(self, name: str, stored: Stored, raw: Tensor, bits: int) -> Tensor:
         """Two's complement bytes of ``bits``-bit numbers as offset binary."""
         codes = raw ^ 0x80
@@ -411,97 +441,6 @@ def _without_zero_over_zero(codes: Tensor, scale: Tensor) -> Tensor:
         return codes
     rows, columns = (whole // part for whole, part in zip(codes.shape, empty.shape, strict=True))
     return codes.masked_fill(empty.repeat_interleave(rows, 0).repeat_interleave(columns, 1), 0)
-
-
-def _described(header: CheckpointHeader) -> dict[str, Stored]:
-    """Parameter name -> what it was, of all the metadata's tensor subclasses."""
-    found: dict[str, Stored] = {}
-    for name, text in header.metadata.items():
-        if not isinstance(text, str) or "." not in name or not text.startswith("{"):
-            continue
-        place = f"{header.root.name}: __metadata__ of {printable(repr(name))}"
-        said = parse_json(text.encode(), place)
-        assert isinstance(said, dict), "it starts as an object"
-        kind = said.get("_type")
-        if kind == "Tensor":
-            continue
-        data = said.get("_data")
-        if not isinstance(data, dict) or not isinstance(kind, str):
-            raise LowbitError("E0213", f"{place} has no _type or no _data; the file is damaged")
-        if kind not in _READ and kind not in _REFUSED:
-            raise LowbitError(
-                "E0218",
-                f"{place}: tensors of class {printable(repr(kind))} are not read; known are "
-                + ", ".join(_READ),
-            )
-        found[_where_stored(header, name)] = Stored(kind, data, place)
-    return found
-
-
-def _where_stored(header: CheckpointHeader, name: str) -> str:
-    """The parameter under the name its parts have."""
-    stem = name.removesuffix(".weight")
-    names = (f"{other}._weight_qdata" for other in spellings(stem))
-    part = next((part for part in names if part in header.tensors), None)
-    return name if part is None or stem == name else f"{part.removesuffix('._weight_qdata')}.weight"
-
-
-def _asked(values: Json) -> str:
-    """The name of torchao's config, for people."""
-    asked = values.get("quant_type")
-    if isinstance(asked, dict):
-        asked = asked.get("default")
-    if isinstance(asked, dict):
-        asked = asked.get("_type")
-    return printable(asked) if isinstance(asked, str) else ""
-
-
-def _dtype(value: object) -> str:
-    """``{"_type": "torch.dtype", "_data": "int4"}`` -> int4; "" for null."""
-    if isinstance(value, dict) and value.get("_type") == "torch.dtype":
-        value = value.get("_data")
-    return "" if value is None else str(value).removeprefix("torch.")
-
-
-def _kwargs(stored: Stored, kind: str) -> Json | None:
-    """The attributes of ``act_quant_kwargs``; None: inputs stay as they are."""
-    found = stored.data.get("act_quant_kwargs")
-    if found is None:
-        return None
-    inner = found.get("_data") if isinstance(found, dict) and found.get("_type") == kind else None
-    if not isinstance(inner, dict):
-        raise stored.wrong("act_quant_kwargs", f"null or {kind}")
-    return inner
-
-
-def _granularity(stored: Stored, kwargs: Json) -> tuple[int, int]:
-    found = kwargs.get("granularity")
-    kind = found.get("_type") if isinstance(found, dict) else None
-    more = found.get("_data") if isinstance(found, dict) else None
-    if kind == "PerTensor":
-        return PER_TENSOR
-    if kind == "PerRow" and (not isinstance(more, dict) or more.get("dim", -1) == -1):
-        return PER_ROW
-    raise stored.refuse(
-        f"inputs with {printable(repr(kind))} scales are not computed; PerRow and PerTensor are"
-    )
-
-
-def _float8_inputs(stored: Stored) -> ActivationScheme | None:
-    kwargs = _kwargs(stored, "QuantizeTensorToFloat8Kwargs")
-    if kwargs is None:
-        return None
-    dtype, upper = _dtype(kwargs.get("float8_dtype")), kwargs.get("hp_value_ub")
-    if dtype != "float8_e4m3fn" or kwargs.get("hp_value_lb") is not None:
-        raise stored.refuse(
-            f"inputs as {printable(dtype)}, or with a lower bound for their scales, are not computed; use a "
-            "version with plain e4m3 inputs"
-        )
-    if upper is not None and (
-        isinstance(upper, bool) or not isinstance(upper, int | float) or not 0 < upper < math.inf
-    ):
-        raise stored.wrong("act_quant_kwargs", "with null or a positive number as hp_value_ub")
-    return float8_inputs(_granularity(stored, kwargs), float(upper or 0.0))
 
 
 FORMAT = Torchao

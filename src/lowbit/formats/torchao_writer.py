@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import InputRule, StoredModule
-from lowbit.formats.torchao import FLOAT8, INT4, INT8, INTX
+from lowbit.formats.torchao_described import FLOAT8, INT4, INT8, INTX
 from lowbit.formats.writing import CheckpointWriter
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
