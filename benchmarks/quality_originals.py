@@ -142,7 +142,7 @@ def prompt_logits(model: Model, prompt: list[int], *, exact: bool = True) -> Ten
         max_query=count,
         max_context=count,
         state_slots=torch.zeros(1, dtype=torch.int32),
-        prompt_row=0 if not exact and rounding(model.device) else None,
+        prompt_row=0 if not exact and rounding(model.device.type) else None,
     )
     caches = [allocate_layer(spec, pages, 1, PAGE_SIZE, model.device) for spec in model.cache_specs()]
     return model.forward(batch, caches)

@@ -59,7 +59,7 @@ def batch_of(sequences: int, context: int, queries: int, vocabulary: int) -> For
         max_query=queries,
         max_context=context,
         state_slots=torch.arange(sequences, dtype=torch.int32),
-        prompt_row=0 if queries > 1 and rounding(torch.device("cpu")) else None,
+        prompt_row=0 if queries > 1 and rounding("cpu") else None,
     )
 
 

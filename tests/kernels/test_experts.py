@@ -284,7 +284,7 @@ def test_prompts_tokens_have_their_bits_in_any_company(name: str) -> None:
 
     stored, rounded = mixed(None), mixed(0)
     off = float((rounded - stored).norm() / stored.norm())
-    changes = rounding(CPU) and name != "int8 channel"
+    changes = rounding("cpu") and name != "int8 channel"
     assert (2e-4 < off < 1e-2) if changes else off == 0, off
     for first in (1, 33, 69):
         both = mixed(first)

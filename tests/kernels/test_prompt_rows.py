@@ -63,7 +63,7 @@ def test_a_row_has_its_bits_in_any_company(name: str) -> None:
     with prompt_rows(0, TOKENS):
         rounded = linear(x)
     off = float((rounded - stored).norm() / stored.norm())
-    changes = rounding(torch.device("cpu")) and name not in EXACT | OWN_INPUTS
+    changes = rounding("cpu") and name not in EXACT | OWN_INPUTS
     assert (LEAST_OFF < off < MOST_OFF) if changes else off == 0, off
     before = native.threads() if native.library() is not None else 1
     try:
@@ -92,7 +92,7 @@ def test_a_gate_is_that_of_its_rows(name: str) -> None:
     assert torch.allclose(gated, torch.nn.functional.silu(gate) * up, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not rounding(torch.device("cpu")), reason="no kernel rounds here")
+@pytest.mark.skipif(not rounding("cpu"), reason="no kernel rounds here")
 @pytest.mark.parametrize(
     ("name", "most"),
     [

@@ -231,11 +231,9 @@ def as_json(settings: Settings, plan: ModelPlan, tokens: int) -> dict[str, objec
 
 
 def _rounds_prompts(settings: Settings, plan: ModelPlan) -> bool:
-    import torch
-
     from lowbit.engine.prompts import rounds_prompts
 
-    return rounds_prompts(settings, torch.device(plan.device))
+    return rounds_prompts(settings, plan.device)
 
 
 def ignored_layers(plan: ModelPlan) -> list[str]:

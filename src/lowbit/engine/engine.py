@@ -112,7 +112,7 @@ class Engine:
             share_prefixes=self._may_share(),
             policy=settings.schedule_policy,
             unit=prompt_unit(model.cache_specs(), model.device),
-            prompts_apart=rounds_prompts(settings, model.device),
+            prompts_apart=rounds_prompts(settings, model.device.type),
         )
         self.pool_tokens = pages * settings.page_size
         self.context_length = min(settings.context_length or model.context_length, self.pool_tokens)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from lowbit.kernels.prompt_rows import rounding
 from lowbit.settings import Settings
 
 
-def rounds_prompts(settings: Settings, device: torch.device) -> bool:
+def rounds_prompts(settings: Settings, device: str) -> bool:
     """What the settings say, where there are kernels that do."""
     return not settings.exact_prompts and rounding(device)

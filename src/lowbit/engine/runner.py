@@ -68,7 +68,7 @@ class Runner:
         slots, backend = settings.max_running_requests, settings.attention_backend
         specs = model.cache_specs()
         self._has_states = state_bytes(specs) > 0
-        self._prompts_apart = rounds_prompts(settings, model.device)
+        self._prompts_apart = rounds_prompts(settings, model.device.type)
         self._is_screened = getattr(model, "screened", None) is not None
         self._caches: list[LayerMemory] = [
             allocate_layer(spec, pages, slots, settings.page_size, model.device, backend) for spec in specs

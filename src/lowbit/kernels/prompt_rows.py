@@ -15,8 +15,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import torch
-
 from lowbit.kernels import native
 
 
@@ -30,9 +28,9 @@ class _Step(threading.local):
 _step = _Step()
 
 
-def rounding(device: torch.device) -> bool:
-    """Whether any kernel there rounds weights for prompts."""
-    return device.type == "cpu" and native.isa() in ("amx", "amx_emulated") and native.library() is not None
+def rounding(device: str) -> bool:
+    """Whether any kernel on such a device ("cpu", "cuda") rounds weights for prompts."""
+    return device == "cpu" and native.isa() in ("amx", "amx_emulated") and native.library() is not None
 
 
 @contextmanager
