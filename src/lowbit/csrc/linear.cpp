@@ -43,7 +43,10 @@ struct Prepared {
 
     // The kernel, and what it makes of x that comes as ``kind``.
     void choose_kernel(InputKind kind) {
-        if (product->prompts && kind == InputKind::bfloat) round = round_function(layout, decoding.words);
+        if (product->prompts && kind == InputKind::bfloat) {
+            round = round_function(layout, decoding.words);
+            if (round == nullptr && !CODES_HAVE_TILES) take_codes();
+        }
         if (round != nullptr) return take_panels();
         if (kind == InputKind::bfloat || is_words(layout.codes)) function = word_function(layout, decoding.words);
         if (kind == InputKind::scaled && takes_scaled(layout)) {
@@ -52,6 +55,7 @@ struct Prepared {
             if (function == nullptr) shape.times = 0.0f;
         }
         if (function != nullptr) {
+            tiles = word_tiles(layout, decoding.words, product->tokens);
             take_words();
         } else if (kind == InputKind::floats && float_function(layout) != nullptr) {
             function = float_function(layout);
@@ -64,14 +68,16 @@ struct Prepared {
             scaled = true;
         } else if (kind != InputKind::bfloat && kind != InputKind::floats && meets_bytes(layout, decoding.bytes)) {
             take_bytes(kind);
-        } else if (round = code_function(layout, product->tokens); round != nullptr && product->by_columns == nullptr) {
-            scaled_after = true;
-            take_panels();
         } else {
-            round = nullptr;
+            if (CODES_HAVE_TILES && product->tokens >= LEAST_OF_PANELS && product->by_columns == nullptr) take_codes();
+            if (round != nullptr) return take_panels();
             tiles = exact_tiles(layout, product->tokens);
             function = exact_function(layout);
         }
+    }
+    void take_codes() {
+        round = code_function(layout);
+        scaled_after = round != nullptr;
     }
     void take_panels() {
         tile_tokens = ROUNDED_TOKENS / 2;     // a tile's lines lie one behind another, and in other sets of the cache
@@ -231,6 +237,7 @@ void multiply_blocks(const Prepared& p, std::int64_t first, int blocks, Input in
         p.function(p.layout, at + i * p.layout.block_bytes, p.decoding, input, own);
     }
     if (p.tiles != nullptr) {
+        input.out = out;
         p.tiles(p.layout, at, blocks, p.decoding, input, reinterpret_cast<float(*)[TOKEN_TILE][ROWS]>(totals));
     }
 }
@@ -300,19 +307,25 @@ std::uint8_t* aligned(std::vector<std::uint8_t>& memory, std::int64_t bytes) {
 
 constexpr std::int64_t CACHED_INPUT = 768 << 10;  // bytes of x and of what is made of it, in a core's own cache
 
-#if defined(LOWBIT_AMX)
-
 constexpr std::int64_t PANEL_LINE = ROWS * COLUMNS * 2;  // bytes: 16 rows of 32 columns as bfloat16, or 64 bytes
 constexpr std::int64_t PANELS = 1 << 20;                 // bytes of the blocks of a task, in a core's own cache
 
 // Blocks of a task that rounds them for all tokens: two share what is loaded of x, and more where x comes from further
-// away, but for every thread some tasks.
+// away, but for every thread some tasks, and as many as for the others.
 std::int64_t rounded_blocks(const Prepared& p) {
-    const std::int64_t halves = p.gated ? 2 : 1, least = 2 / halves;
+    const std::int64_t halves = p.gated ? 2 : 1, least = 2 / halves, threads = thread_count();
     const std::int64_t most = std::max(least, PANELS / (p.lines() * PANEL_LINE * halves));
     const std::int64_t wanted = p.bytes() > CACHED_INPUT ? 8 / halves : least;
-    const std::int64_t fair = std::max(least, p.blocks / (4 * thread_count()));
-    return std::min({most, wanted, fair}) / least * least;
+    const std::int64_t fair = std::max(least, p.blocks / (3 * threads));
+    std::int64_t chosen = least, fewest = std::numeric_limits<std::int64_t>::max();
+    for (std::int64_t blocks = least; blocks <= std::min({most, wanted, fair}); blocks += least) {
+        const std::int64_t tasks = (p.blocks + blocks - 1) / blocks;
+        const std::int64_t of_thread = (tasks + threads - 1) / threads * blocks;
+        if (of_thread > fewest) continue;
+        chosen = blocks;
+        fewest = of_thread;
+    }
+    return chosen;
 }
 
 // A task of a product with prompts' tokens: some blocks, and all tokens.
@@ -361,13 +374,6 @@ void run_rounded(const Prepared& p, std::int64_t task) {
         }
     }
 }
-
-#else
-
-std::int64_t rounded_blocks(const Prepared&) { return 1; }
-void run_rounded(const Prepared&, std::int64_t) {}
-
-#endif
 
 constexpr std::int64_t FEWEST_BLOCKS = 4;         // that x is laid out for, where a group has them
 

@@ -473,7 +473,7 @@ BlocksFunction bytes_by_group(bool grouped) {
 BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens) {
     if (layout.sub == LEAST_GROUP) return nullptr;
     if (tokens == 1) return exact_once(layout);
-    return of_exact_codes(layout.codes, [](auto codes) -> BlocksFunction { return multiply_exact<decltype(codes)::value>; });
+    return of_exact_codes<BlocksFunction>(layout.codes, [](auto codes) -> BlocksFunction { return multiply_exact<decltype(codes)::value>; });
 }
 
 BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens) {

@@ -34,13 +34,6 @@ INLINE void fetch_lines(const std::uint8_t* from) {
     for (std::int64_t at = 0; at < BYTES; at += TILE_LINE) _mm_prefetch(reinterpret_cast<const char*>(from) + at, _MM_HINT_T0);
 }
 
-// Whether such codes may have offsets or zero points.
-constexpr bool has_addends(Codes codes) {
-    return codes == Codes::bits1 || codes == Codes::bits2 || codes == Codes::bits3 || codes == Codes::bits4 ||
-           codes == Codes::bits5 || codes == Codes::bits6 || codes == Codes::bits7 || codes == Codes::int8 ||
-           codes == Codes::uint8;
-}
-
 // Some lines of columns.
 struct Chunk {
     std::int64_t line;  // the first
@@ -52,35 +45,7 @@ inline const std::uint8_t* line_of(const Input& x, std::int64_t line, int token)
     return x.values + (line * x.tokens + token) * TILE_LINE;
 }
 
-// with(codes) of what tiles multiply as bfloat16 numbers; else null.
-template <typename Function = BlocksFunction, typename With>
-Function of_exact_codes(Codes codes, const With& with) {
-    switch (codes) {
-        case Codes::bits1: return with(std::integral_constant<Codes, Codes::bits1>());
-        case Codes::bits2: return with(std::integral_constant<Codes, Codes::bits2>());
-        case Codes::bits3: return with(std::integral_constant<Codes, Codes::bits3>());
-        case Codes::bits4: return with(std::integral_constant<Codes, Codes::bits4>());
-        case Codes::bits5: return with(std::integral_constant<Codes, Codes::bits5>());
-        case Codes::bits6: return with(std::integral_constant<Codes, Codes::bits6>());
-        case Codes::bits7: return with(std::integral_constant<Codes, Codes::bits7>());
-        case Codes::int8: return with(std::integral_constant<Codes, Codes::int8>());
-        case Codes::uint8: return with(std::integral_constant<Codes, Codes::uint8>());
-        case Codes::e4m3: return with(std::integral_constant<Codes, Codes::e4m3>());
-        case Codes::e5m2: return with(std::integral_constant<Codes, Codes::e5m2>());
-        case Codes::e4m3fnuz: return with(std::integral_constant<Codes, Codes::e4m3fnuz>());
-        case Codes::e5m2fnuz: return with(std::integral_constant<Codes, Codes::e5m2fnuz>());
-        case Codes::grid2_256: return with(std::integral_constant<Codes, Codes::grid2_256>());
-        case Codes::grid2_512: return with(std::integral_constant<Codes, Codes::grid2_512>());
-        case Codes::grid2_1024: return with(std::integral_constant<Codes, Codes::grid2_1024>());
-        case Codes::grid1_2048: return with(std::integral_constant<Codes, Codes::grid1_2048>());
-        case Codes::grid3_256: return with(std::integral_constant<Codes, Codes::grid3_256>());
-        case Codes::grid3_512: return with(std::integral_constant<Codes, Codes::grid3_512>());
-        case Codes::bf16: return with(std::integral_constant<Codes, Codes::bf16>());
-        default: return nullptr;
-    }
-}
-
-// The same of what meets x that has scales of its own.
+// with(codes) of what meets x that has scales of its own; else null.
 template <typename With>
 BlocksFunction of_scaled_codes(Codes codes, const With& with) {
     switch (codes) {

@@ -125,7 +125,7 @@ BlocksFunction by_addend(const Layout& layout) {
 }  // namespace
 
 BlocksFunction exact_once(const Layout& layout) {
-    return of_exact_codes(layout.codes, [&](auto codes) -> BlocksFunction {
+    return of_exact_codes<BlocksFunction>(layout.codes, [&](auto codes) -> BlocksFunction {
         constexpr Codes CODES = decltype(codes)::value;
         if constexpr (CODES == Codes::bf16) {
             return multiply_once<CODES, Sum::group, Addend::none, false>;

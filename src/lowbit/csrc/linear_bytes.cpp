@@ -43,12 +43,9 @@ struct GroupStep {
         const float* const x_scales = x.scales + tile * x.tokens + token;
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-            Sixteen total = sixteen_load(totals[token + t]);
-            Sixteen sum = ints_to_floats(sums[t]);
-            if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(walk.addend[HALF], sixteen_set(x_sums[t]), sum);
-            total = sixteen_fma(sixteen_multiply(walk.scale[HALF], sixteen_set(x_scales[t])), sum, total);
-            if constexpr (ADDEND == Addend::offset) total = sixteen_fma(walk.addend[HALF], sixteen_set(x_sums[t]), total);
-            sixteen_store(totals[token + t], total);
+            const Sixteen total = sixteen_load(totals[token + t]);
+            const float x_sum = ADDEND == Addend::none ? 0.0f : x_sums[t];
+            sixteen_store(totals[token + t], add_scaled<ADDEND>(total, sums[t], walk, HALF, x_scales[t], x_sum));
         }
     }
 };
@@ -111,15 +108,7 @@ void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decodi
         }
         decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
         each_token(x.tokens, WideStep<CODES, LOOKED_UP>{w, x, tile, sums});
-        if ((tile + 1) % per_group != 0) continue;
-        for (int t = 0; t < x.tokens; ++t) {
-            Sixteen sum = ints_to_floats(ints_load(sums[t]));
-            const Sixteen x_sum = sixteen_set(x.sums[group * x.tokens + t]);
-            if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(walk.addend[0], x_sum, sum);
-            Sixteen total = sixteen_fma(walk.scale[0], sum, sixteen_load(totals[t]));
-            if constexpr (ADDEND == Addend::offset) total = sixteen_fma(walk.addend[0], x_sum, total);
-            sixteen_store(totals[t], total);
-        }
+        if ((tile + 1) % per_group == 0) add_group<ADDEND>(walk, x, group, sums, totals);
     }
 }
 

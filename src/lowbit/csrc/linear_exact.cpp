@@ -8,21 +8,6 @@
 namespace lowbit {
 namespace {
 
-template <Addend ADDEND, bool SCALED>
-inline Sixteen accumulate(Sixteen total, Sixteen sum, Sixteen scale, Sixteen addend, float x_sum) {
-    if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x_sum), sum);
-    total = SCALED ? sixteen_fma(scale, sum, total) : sixteen_add(total, sum);
-    if constexpr (ADDEND == Addend::offset) total = sixteen_fma(addend, sixteen_set(x_sum), total);
-    return total;
-}
-
-// The weight's scale, or its product with x's.
-template <bool X_SCALED>
-INLINE Sixteen scale_of(Sixteen weight, const float* x_scale) {
-    if constexpr (X_SCALED) return sixteen_multiply(weight, sixteen_set(*x_scale));
-    return weight;
-}
-
 template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKENS>
 INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
                           float (*totals)[ROWS]) {

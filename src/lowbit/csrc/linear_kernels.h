@@ -23,9 +23,11 @@ constexpr int TOKEN_STEP = 4;
 constexpr int FETCHING_TOKENS = 8;
 constexpr std::int64_t FETCHED_AHEAD = 1024;  // bytes, and two tiles at least
 // Always inline: GCC 12 drops calls of functions that do nothing but prefetch.
+INLINE void fetch_tile(const std::uint8_t* from, std::int64_t bytes) {
+    for (std::int64_t line = 0; line <= bytes; line += 64) __builtin_prefetch(from + line);
+}
 INLINE void fetch_ahead(const std::uint8_t* tile, std::int64_t bytes) {
-    const std::int64_t ahead = std::max(FETCHED_AHEAD, 2 * bytes);
-    for (std::int64_t line = 0; line <= bytes; line += 64) __builtin_prefetch(tile + ahead + line);
+    fetch_tile(tile + std::max(FETCHED_AHEAD, 2 * bytes), bytes);
 }
 template <std::int64_t BYTES>
 INLINE void fetch_ahead(const std::uint8_t* tile) {
@@ -114,19 +116,81 @@ inline void make_products(const Layout&, const Decoding&, const Input&, std::int
 inline void look_up_products(const Layout&, const std::uint8_t*, int, const Input&, const std::uint8_t*, float (*)[ROWS]) {}
 #endif
 
-// The same for up to BLOCKS_TOGETHER blocks that follow each other, on AMX tiles; totals[block][token].
+// The same for up to BLOCKS_TOGETHER blocks that follow each other: on AMX tiles, or two in turns under AVX-512
+// (linear_pairs.cpp); totals[block][token].
 using BlocksFunction = void (*)(const Layout&, const std::uint8_t* first, int blocks, const Decoding&, const Input&,
                                 float (*totals)[TOKEN_TILE][ROWS]);
 
 // Makes a block's rows bfloat16 numbers, scales and offsets in them (linear_rounded.h).
 using RoundFunction = void (*)(const Layout& layout, const std::uint8_t* block, const Decoding&, std::uint8_t* panel);
-constexpr int ROUNDED_TOKENS = 32;  // that meet such blocks together
+constexpr int ROUNDED_TOKENS = 32;            // that meet such blocks together
+#if defined(LOWBIT_AMX)
+constexpr bool CODES_HAVE_TILES = true;  // sums of codes go on to the end of a row on tiles, for all tokens
+#else
+constexpr bool CODES_HAVE_TILES = false;
+#endif
+constexpr std::int64_t LEAST_OF_PANELS = 64;  // tokens for which AMX lays codes out once, with the same bits
+
+// What panels are multiplied with: two tiles of up to 16 tokens, the bytes from a line of 32 columns, or 64 bytes, to the
+// next.
+struct RoundedInput {
+    const std::uint8_t* tiles[2];
+    std::int64_t line_bytes[2];
+};
+
+#if defined(__AVX512BF16__)
+
+// Whether such codes may have offsets or zero points.
+constexpr bool has_addends(Codes codes) {
+    return codes == Codes::bits1 || codes == Codes::bits2 || codes == Codes::bits3 || codes == Codes::bits4 ||
+           codes == Codes::bits5 || codes == Codes::bits6 || codes == Codes::bits7 || codes == Codes::int8 ||
+           codes == Codes::uint8;
+}
+
+// with(codes) that are bfloat16 numbers; else null.
+template <typename Function, typename With>
+Function of_exact_codes(Codes codes, const With& with) {
+    switch (codes) {
+        case Codes::bits1: return with(std::integral_constant<Codes, Codes::bits1>());
+        case Codes::bits2: return with(std::integral_constant<Codes, Codes::bits2>());
+        case Codes::bits3: return with(std::integral_constant<Codes, Codes::bits3>());
+        case Codes::bits4: return with(std::integral_constant<Codes, Codes::bits4>());
+        case Codes::bits5: return with(std::integral_constant<Codes, Codes::bits5>());
+        case Codes::bits6: return with(std::integral_constant<Codes, Codes::bits6>());
+        case Codes::bits7: return with(std::integral_constant<Codes, Codes::bits7>());
+        case Codes::int8: return with(std::integral_constant<Codes, Codes::int8>());
+        case Codes::uint8: return with(std::integral_constant<Codes, Codes::uint8>());
+        case Codes::e4m3: return with(std::integral_constant<Codes, Codes::e4m3>());
+        case Codes::e5m2: return with(std::integral_constant<Codes, Codes::e5m2>());
+        case Codes::e4m3fnuz: return with(std::integral_constant<Codes, Codes::e4m3fnuz>());
+        case Codes::e5m2fnuz: return with(std::integral_constant<Codes, Codes::e5m2fnuz>());
+        case Codes::grid2_256: return with(std::integral_constant<Codes, Codes::grid2_256>());
+        case Codes::grid2_512: return with(std::integral_constant<Codes, Codes::grid2_512>());
+        case Codes::grid2_1024: return with(std::integral_constant<Codes, Codes::grid2_1024>());
+        case Codes::grid1_2048: return with(std::integral_constant<Codes, Codes::grid1_2048>());
+        case Codes::grid3_256: return with(std::integral_constant<Codes, Codes::grid3_256>());
+        case Codes::grid3_512: return with(std::integral_constant<Codes, Codes::grid3_512>());
+        case Codes::bf16: return with(std::integral_constant<Codes, Codes::bf16>());
+        default: return nullptr;
+    }
+}
+
+// Null where rounding saves nothing, or the codes have none. linear_panels.cpp
+RoundFunction round_function(const Layout& layout, const WordCodes& codes);
+// A row's codes alone, where its sums go on to its end; AMX then has the bits of exact_tiles.
+RoundFunction code_function(const Layout& layout);
+// Makes the totals of some tokens with such codes what they are worth.
+void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]);
+
+// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers, with AMX.
+void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
+                      std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]);
+
+#endif
 
 #if defined(LOWBIT_AMX)
 
 constexpr int BLOCKS_TOGETHER = 4;  // a register of sums each
-constexpr std::int64_t LEAST_OF_PANELS = 64;  // tokens for which a block's codes are laid out once
-
 // For so many tokens and codes that are bfloat16 numbers; else null. linear_amx.cpp
 BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens);
 // Null for one token, which byte_function has.
@@ -134,46 +198,49 @@ BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool gro
 // x as InputKind::scaled.
 BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens);
 
-// Null where rounding saves nothing, or the codes have none. linear_amx_panels.cpp
-RoundFunction round_function(const Layout& layout, const WordCodes& codes);
-
-// For so many tokens, where sums go on to the end of a row: its codes, as exact_tiles multiplies them, with the same bits.
-// scale_sums then makes the totals of some tokens what they are worth. linear_amx_panels.cpp
-RoundFunction code_function(const Layout& layout, std::int64_t tokens);
-// The same of bytes, with those of byte_tiles.
+// Codes that byte_tiles multiplies, laid out once for so many tokens, with its bits. linear_amx_panels.cpp
 RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens);
-void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]);
-
-// Their x: two tiles of up to 16 tokens, the bytes from a line of 32 columns, or 64 bytes, to the next.
-struct RoundedInput {
-    const std::uint8_t* tiles[2];
-    std::int64_t line_bytes[2];
-};
-// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers.
-void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
-                      std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]);
 
 // Columns whose sum of products is scaled at once.
 inline std::int64_t summed_columns(const Layout& layout) {
     return layout.sub < COLUMNS || layout.scales == Scales::none ? layout.sub : layout.unit;
 }
 
+inline BlocksFunction word_tiles(const Layout&, const WordCodes&, std::int64_t) { return nullptr; }
+inline bool takes_scaled(const Layout& layout) { return scaled_tiles(layout, 1) != nullptr; }
+
+#else
+
+#if !defined(__AVX512BF16__)
+inline RoundFunction round_function(const Layout&, const WordCodes&) { return nullptr; }
+inline RoundFunction code_function(const Layout&) { return nullptr; }
+inline void scale_sums(const Layout&, const std::uint8_t*, bool, const Input&, float (*)[ROWS]) {}
+inline void multiply_rounded(const std::uint8_t* const*, int, bool, const RoundedInput&, int, std::int64_t, float (*)[ROUNDED_TOKENS][ROWS]) {}
+#endif
+inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
+inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
+inline bool takes_scaled(const Layout& layout) { return scaled_function(layout) != nullptr; }
+
+#if defined(__AVX512BF16__)
+
+// Each with the bits of the function for one block, for so many tokens; null where those do as well. linear_pairs.cpp
+constexpr int BLOCKS_TOGETHER = 2;
+BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens);
+BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens);
+BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens);
+BlocksFunction word_tiles(const Layout& layout, const WordCodes& codes, std::int64_t tokens);
+
 #else
 
 constexpr int BLOCKS_TOGETHER = 1;
-inline RoundFunction round_function(const Layout&, const WordCodes&) { return nullptr; }
-inline RoundFunction code_function(const Layout&, std::int64_t) { return nullptr; }
-inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline BlocksFunction exact_tiles(const Layout&, std::int64_t) { return nullptr; }
 inline BlocksFunction byte_tiles(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline BlocksFunction scaled_tiles(const Layout&, std::int64_t) { return nullptr; }
-inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
+inline BlocksFunction word_tiles(const Layout&, const WordCodes&, std::int64_t) { return nullptr; }
 
 #endif
 
-inline bool takes_scaled(const Layout& layout) {
-    return scaled_tiles(layout, 1) != nullptr || scaled_function(layout) != nullptr;
-}
+#endif
 
 // step<TOKENS>(token) for all tokens, TOKEN_STEP at a time and the rest in halves. Steps are inlined, so that the
 // tile they share stays in registers: through memory two tokens take twice as long.
@@ -186,6 +253,39 @@ INLINE void for_tokens(int tokens, Step&& step) {
     }
     if (token + 2 <= tokens) step.template operator()<2>(token), token += 2;
     if (token < tokens) step.template operator()<1>(token);
+}
+
+// A sum of products on top of a total.
+template <Addend ADDEND, bool SCALED>
+INLINE Sixteen accumulate(Sixteen total, Sixteen sum, Sixteen scale, Sixteen addend, float x_sum) {
+    if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(addend, sixteen_set(x_sum), sum);
+    total = SCALED ? sixteen_fma(scale, sum, total) : sixteen_add(total, sum);
+    if constexpr (ADDEND == Addend::offset) total = sixteen_fma(addend, sixteen_set(x_sum), total);
+    return total;
+}
+
+// The weight's scale, or its product with x's.
+template <bool X_SCALED>
+INLINE Sixteen scale_of(Sixteen weight, const float* x_scale) {
+    if constexpr (X_SCALED) return sixteen_multiply(weight, sixteen_set(*x_scale));
+    return weight;
+}
+
+// A sum of whole numbers, scaled, on top of a total. ``x_sum``: of x's whole numbers, or, for offsets, of x.
+template <Addend ADDEND>
+INLINE Sixteen add_scaled(Sixteen total, SixteenInts whole, const Walk& walk, int part, float x_scale, float x_sum) {
+    return accumulate<ADDEND, true>(total, ints_to_floats(whole), scale_of<true>(walk.scale[part], &x_scale),
+                                    walk.addend[part], x_sum);
+}
+
+// Sums of whole numbers of a group's columns on top of totals; x has no scales.
+template <Addend ADDEND>
+INLINE void add_group(const Walk& walk, const Input& x, std::int64_t group, const std::int32_t (*sums)[ROWS], float (*totals)[ROWS]) {
+    for (int t = 0; t < x.tokens; ++t) {
+        const Sixteen sum = ints_to_floats(ints_load(sums[t])), total = sixteen_load(totals[t]);
+        const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[group * x.tokens + t];
+        sixteen_store(totals[t], accumulate<ADDEND, true>(total, sum, walk.scale[0], walk.addend[0], x_sum));
+    }
 }
 
 // What multiplies all tokens with a decoded tile. Only AVX-512 has registers for one; elsewhere it lies in memory, and this

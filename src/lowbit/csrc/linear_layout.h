@@ -171,7 +171,11 @@ class Walk {
     // would put what the loop keeps in registers into memory, for every tile.
     template <Codes CODES, int SUB, Addend ADDEND>
     INLINE const std::uint8_t* next() {
-        return step(tile_bytes(CODES), [&](const std::uint8_t* at) __attribute__((always_inline)) {
+        return next<SUB, ADDEND>(tile_bytes(CODES));
+    }
+    template <int SUB, Addend ADDEND>
+    INLINE const std::uint8_t* next(std::int64_t bytes) {
+        return step(bytes, [&](const std::uint8_t* at) __attribute__((always_inline)) {
             by_kind(layout_.scales, [&](auto kind) __attribute__((always_inline)) {
                 each_constant<COLUMNS / SUB>([&](auto header) __attribute__((always_inline)) {
                     at = read_header<decltype(kind)::value, ADDEND>(at, header);

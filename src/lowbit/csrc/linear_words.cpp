@@ -6,16 +6,6 @@
 namespace lowbit {
 namespace {
 
-// A sum of whole numbers, scaled, on top of a total. ``x_sum``: of x's whole numbers, or, for offsets, of x.
-template <Addend ADDEND>
-INLINE Sixteen add_scaled(Sixteen total, SixteenInts whole, const Walk& walk, int part, float x_scale, float x_sum) {
-    Sixteen sum = ints_to_floats(whole);
-    if constexpr (ADDEND == Addend::zero) sum = sixteen_fma(walk.addend[part], sixteen_set(x_sum), sum);
-    total = sixteen_fma(sixteen_multiply(walk.scale[part], sixteen_set(x_scale)), sum, total);
-    if constexpr (ADDEND == Addend::offset) total = sixteen_fma(walk.addend[part], sixteen_set(x_sum), total);
-    return total;
-}
-
 template <WordKind KIND, int SUB, Addend ADDEND>
 struct WordStep {
     const WordTile& w;

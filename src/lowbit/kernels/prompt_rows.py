@@ -30,7 +30,7 @@ _step = _Step()
 
 def rounding(device: str) -> bool:
     """Whether any kernel on such a device ("cpu", "cuda") rounds weights for prompts."""
-    return device == "cpu" and native.isa() in ("amx", "amx_emulated") and native.library() is not None
+    return device == "cpu" and native.isa() in ("amx", "amx_emulated", "avx512") and native.library() is not None
 
 
 @contextmanager

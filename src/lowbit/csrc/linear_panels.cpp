@@ -1,0 +1,150 @@
+// Prompts' tokens, whose weights are made bfloat16 numbers once for all of a step: panels, a block's rows one behind another.
+//
+// A scale for some columns ends a sum. With AMX a product that is stored and scaled takes two to four times as long as one
+// that is added to a tile (linear_amx.cpp), with AVX-512 every 16 products of a token take two or three instructions of the
+// same units, and a total's way to memory and back. So a block's rows become bfloat16 numbers, scale and offset in them, and
+// sums go on to the end of the row. That rounds a weight by 2^-9 of it at most, as x is. Weights with one scale a row
+// keep their codes, and their sums are scaled at the end. A token that is generated meets the weights as they are, because
+// one by one the rounding would cost more than it saves: whose a row is decides, never how many there are.
+#include "linear_rounded.h"
+
+#include "linear_halves.h"
+
+#if defined(__AVX512BF16__)
+
+namespace lowbit {
+namespace {
+
+constexpr int OPERAND_BYTES = 64;
+// How far ahead of what is rounded weights are asked for.
+constexpr std::int64_t ROUNDED_AHEAD = 4096;
+
+// Whether such codes may have a scale for each LEAST_GROUP columns (linear_exact.cpp).
+constexpr bool in_least_groups(Codes codes) {
+    return codes == Codes::bits2 || codes == Codes::bits3 || codes == Codes::bits4 || is_byte(codes);
+}
+
+template <Codes CODES, int SUB, Addend ADDEND>
+void round_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    Walk walk(layout, block);
+    PanelWriter writer(panel);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
+        fetch_tile(codes + ROUNDED_AHEAD, tile_bytes(CODES));
+        BfloatTile w;
+        decode<CODES>(codes, decoding.table, w);
+        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
+            constexpr int PAIR = decltype(number)::value, PART = PAIR * (COLUMNS / SUB) / PAIRS;
+            const Sixteen scale = walk.scale[PART], addend = walk.addend[PART];
+            even = weight_of<ADDEND>(_mm512_castsi512_ps(_mm512_slli_epi32(w[PAIR], 16)), scale, addend);
+            odd = weight_of<ADDEND>(_mm512_castsi512_ps(_mm512_and_si512(w[PAIR], upper)), scale, addend);
+        });
+    }
+}
+
+// The codes alone, which are bfloat16 numbers.
+template <Codes CODES>
+void lay_codes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, panel += PANEL_TILE) {
+        const std::uint8_t* const codes = walk.next<CODES, COLUMNS, Addend::none>();
+        fetch_tile(codes + ROUNDED_AHEAD, tile_bytes(CODES));
+        BfloatTile w;
+        decode<CODES>(codes, decoding.table, w);
+        UNROLL
+        for (int pair = 0; pair < PAIRS; ++pair) _mm512_store_si512(panel + pair * OPERAND_BYTES, w[pair]);
+    }
+}
+
+// Of float16 numbers, of which next(tile) says where those of a tile are.
+template <class Next>
+INLINE void round_halves(std::int64_t tiles, std::uint8_t* panel, const Next& next) {
+    PanelWriter writer(panel);
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+        const std::uint16_t* const halves = next(tile);
+        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
+            const auto* const at = reinterpret_cast<const std::uint8_t*>(halves + decltype(number)::value * 2 * ROWS);
+            even = sixteen_f16(at);
+            odd = sixteen_f16(at + 2 * ROWS);
+        });
+    }
+}
+
+void round_plain_halves(const Layout& layout, const std::uint8_t* block, const Decoding&, std::uint8_t* panel) {
+    round_halves(layout.tiles, panel, [&](std::int64_t tile) __attribute__((always_inline)) {
+        return reinterpret_cast<const std::uint16_t*>(block + tile * tile_bytes(Codes::f16));
+    });
+}
+
+void round_spqr(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    Walk walk(layout, block);
+    alignas(64) std::uint16_t halves[ROWS * COLUMNS];
+    const lowbit_weight& weight = *decoding.weight;
+    const std::int64_t first = (block - weight.data) / layout.block_bytes * layout.tiles;
+    round_halves(layout.tiles, panel, [&](std::int64_t tile) __attribute__((always_inline)) {
+        const std::uint8_t* const codes = walk.next<Codes::halves3, COLUMNS / 2, Addend::zero>();
+        decode_halves(codes, decoding.table, walk, halves);
+        each_outlier(weight, first + tile, [&](std::uint32_t place, float outlier) {
+            halves[place] = float_to_half(half_to_float(halves[place]) + outlier);
+        });
+        return halves;
+    });
+}
+
+template <Codes CODES, int SUB>
+RoundFunction by_addend(Addend addend) {
+    if constexpr (has_addends(CODES)) {
+        if (addend == Addend::offset) return round_block<CODES, SUB, Addend::offset>;
+        if (addend == Addend::zero) return round_block<CODES, SUB, Addend::zero>;
+    }
+    return addend == Addend::none ? round_block<CODES, SUB, Addend::none> : nullptr;
+}
+
+// Whether a row's sums have one scale, or none.
+bool sums_go_on(const Layout& layout) {
+    return layout.scales == Scales::none || (layout.sub == COLUMNS && layout.unit == layout.tiles * COLUMNS);
+}
+
+}  // namespace
+
+RoundFunction round_function(const Layout& layout, const WordCodes& words) {
+    if (layout.codes == Codes::f16) return layout.scales == Scales::none ? round_plain_halves : nullptr;
+    if (layout.codes == Codes::halves3) return round_spqr;
+    if (words.kind != WordKind::none) return rounded_words(layout, words);
+    if (layout.scales == Scales::none || sums_go_on(layout)) return nullptr;
+    return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
+        constexpr Codes CODES = decltype(codes)::value;
+        if constexpr (CODES == Codes::bf16) return nullptr;
+        else if (layout.sub == COLUMNS) return by_addend<CODES, COLUMNS>(layout.addend);
+        else if (layout.sub == COLUMNS / 2) return by_addend<CODES, COLUMNS / 2>(layout.addend);
+        else if constexpr (in_least_groups(CODES)) return by_addend<CODES, LEAST_GROUP>(layout.addend);
+        else return nullptr;
+    });
+}
+
+RoundFunction code_function(const Layout& layout) {
+    if (!sums_go_on(layout) || layout.addend != Addend::none) return nullptr;
+    return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
+        constexpr Codes CODES = decltype(codes)::value;
+        return CODES != Codes::bf16 || layout.scales == Scales::none ? lay_codes<CODES> : nullptr;
+    });
+}
+
+void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]) {
+    if (layout.scales == Scales::none) return;
+    Walk walk(layout, block);
+    walk.next();
+    for (int t = 0; t < x.tokens; ++t) {
+        Sixteen sum = sixteen_load(totals[t]);
+        if (bytes) sum = ints_to_floats(_mm512_add_epi32(_mm512_castps_si512(sum), ints_set(x.bases[t])));
+        if (layout.addend == Addend::zero) sum = sixteen_fma(walk.addend[0], sixteen_set(x.sums[t]), sum);
+        Sixteen total = sixteen_fma(walk.scale[0], sum, sixteen_zeros());
+        if (layout.addend == Addend::offset) total = sixteen_fma(walk.addend[0], sixteen_set(x.sums[t]), total);
+        sixteen_store(totals[t], total);
+    }
+}
+
+}  // namespace lowbit
+
+#endif
