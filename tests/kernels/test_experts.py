@@ -285,7 +285,8 @@ def test_prompts_tokens_have_their_bits_in_any_company(name: str) -> None:
     stored, rounded = mixed(None), mixed(0)
     off = float((rounded - stored).norm() / stored.norm())
     changes = rounding("cpu") and name != "int8 channel"
-    assert (2e-4 < off < 1e-2) if changes else off == 0, off
+    reordered = 1e-6 if native.isa() == "avx512" else 0.0  # sums go on to the end of a row
+    assert (2e-4 < off < 1e-2) if changes else off <= reordered, off
     for first in (1, 33, 69):
         both = mixed(first)
         assert torch.equal(both[:first], stored[:first]) and torch.equal(both[first:], rounded[first:])

@@ -18,7 +18,8 @@ COLUMNS, TOKENS = 1024, 77
 FORMATS = benchmark_module("linear_formats")
 # Of the products' size: two roundings of 2^-9 each, spread as in a random walk.
 LEAST_OFF, MOST_OFF = 2e-4, 4e-3
-# All their numbers are bfloat16's, or sums go on to the end of a row.
+# All their numbers are bfloat16's, or sums go on to the end of a row: with AVX-512 in another order.
+REORDERED = 1e-6 if native.isa() == "avx512" else 0.0
 EXACT = {"bf16", "f16", "int8 channel", "fp8 channel", "mxfp4"}
 OWN_INPUTS = {"w8a8", "fp8 row x row"}  # inputs are codes, or each row of weights has one scale
 
@@ -64,7 +65,7 @@ def test_a_row_has_its_bits_in_any_company(name: str) -> None:
         rounded = linear(x)
     off = float((rounded - stored).norm() / stored.norm())
     changes = rounding("cpu") and name not in EXACT | OWN_INPUTS
-    assert (LEAST_OFF < off < MOST_OFF) if changes else off == 0, off
+    assert (LEAST_OFF < off < MOST_OFF) if changes else off <= REORDERED, off
     before = native.threads() if native.library() is not None else 1
     try:
         for threads in (1, 2):

@@ -205,7 +205,7 @@ def test_the_budget(count: int, seconds: float, clock: Clock, tmp_path: Path) ->
 
 def entry(*seconds: object) -> dict[str, object]:
     kind = "cpu_blocks | int4 1x32 f16 | 64 x 32"
-    return {"version": 3, "machines": {"here": {kind: dict(zip(("1", "32", "256"), seconds, strict=False))}}}
+    return {"version": 4, "machines": {"here": {kind: dict(zip(("1", "32", "256"), seconds, strict=False))}}}
 
 
 GARBAGE = [
@@ -216,7 +216,7 @@ GARBAGE = [
     "null",
     "[" * 100_000,
     json.dumps({"version": 1, "machines": entry([1, 1])["machines"]}),
-    json.dumps({"version": 3, "machines": {"here": {"cpu_blocks | int4 1x32 f16 | 64 x 32": 5}}}),
+    json.dumps({"version": 4, "machines": {"here": {"cpu_blocks | int4 1x32 f16 | 64 x 32": 5}}}),
     json.dumps(entry([1.0, 1.0, 0.0])),
     json.dumps(entry([1.0, 1.0, 1.0, 1.0])),
     json.dumps(entry([1.0, None])),
@@ -226,7 +226,7 @@ GARBAGE = [
     json.dumps(entry([1.0])),
     json.dumps(entry([float("nan"), 1.0])),
     json.dumps(entry([-1.0, 1.0])),
-    json.dumps({"version": 3, "machines": {"here": {"cpu_blocks | int4 1x32 f16 | 64 x 32": {"2": [1, 1]}}}}),
+    json.dumps({"version": 4, "machines": {"here": {"cpu_blocks | int4 1x32 f16 | 64 x 32": {"2": [1, 1]}}}}),
 ]
 
 

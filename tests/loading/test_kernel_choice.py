@@ -236,7 +236,7 @@ def test_the_table_decides(
     assert kernels_of(folder, timings="kept", threads=63)["down_proj"] == "cpu_blocks", "another machine's"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 3, "machines": {"here": 5}}', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 4, "machines": {"here": 5}}', "\x00"])
 def test_a_damaged_table_counts_for_nothing(text: str, folder: Path, cache: Path) -> None:
     cache.parent.mkdir()
     cache.write_text(text)

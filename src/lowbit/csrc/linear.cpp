@@ -121,7 +121,9 @@ struct Prepared {
         const std::int64_t from = product->x_rows == nullptr ? token : product->x_rows[token];
         return product->x + from * product->x_stride;
     }
-    std::int64_t lines() const { return shape.value_bytes() / (COLUMNS * 2); }  // of x, as tiles load it
+    // Of x as panels meet it: lines of a token, and their bytes.
+    std::int64_t line_bytes() const { return shape.whole() ? BYTE_COLUMNS : COLUMNS * shape.element; }
+    std::int64_t lines() const { return shape.value_bytes() / line_bytes(); }
     int tokens_of(std::int64_t tile) const {
         return static_cast<int>(std::min<std::int64_t>(tile_tokens, product->tokens - tile * tile_tokens));
     }
@@ -307,14 +309,19 @@ std::uint8_t* aligned(std::vector<std::uint8_t>& memory, std::int64_t bytes) {
 
 constexpr std::int64_t CACHED_INPUT = 768 << 10;  // bytes of x and of what is made of it, in a core's own cache
 
-constexpr std::int64_t PANEL_LINE = ROWS * COLUMNS * 2;  // bytes: 16 rows of 32 columns as bfloat16, or 64 bytes
+constexpr std::int64_t PANEL_LINE = ROWS * COLUMNS * 2;  // bytes: 16 rows of 32 columns as bfloat16, or of 64 bytes
 constexpr std::int64_t PANELS = 1 << 20;                 // bytes of the blocks of a task, in a core's own cache
+
+// Of one block.
+std::int64_t panel_bytes(const Prepared& p) {
+    return (p.lines() * p.line_bytes() * ROWS + PANEL_LINE - 1) / PANEL_LINE * PANEL_LINE;
+}
 
 // Blocks of a task that rounds them for all tokens: two share what is loaded of x, and more where x comes from further
 // away, but for every thread some tasks, and as many as for the others.
 std::int64_t rounded_blocks(const Prepared& p) {
     const std::int64_t halves = p.gated ? 2 : 1, least = 2 / halves, threads = thread_count();
-    const std::int64_t most = std::max(least, PANELS / (p.lines() * PANEL_LINE * halves));
+    const std::int64_t most = std::max(least, PANELS / (panel_bytes(p) * halves));
     const std::int64_t wanted = p.bytes() > CACHED_INPUT ? 8 / halves : least;
     const std::int64_t fair = std::max(least, p.blocks / (3 * threads));
     std::int64_t chosen = least, fewest = std::numeric_limits<std::int64_t>::max();
@@ -332,7 +339,7 @@ std::int64_t rounded_blocks(const Prepared& p) {
 void run_rounded(const Prepared& p, std::int64_t task) {
     static thread_local std::vector<std::uint8_t> memory;
     const std::int64_t first = task * p.chunk, last = std::min(p.blocks, first + p.chunk), tokens = p.product->tokens;
-    const std::int64_t lines = p.lines(), panel = lines * PANEL_LINE, halves = p.gated ? 2 : 1;
+    const std::int64_t lines = p.lines(), panel = panel_bytes(p), halves = p.gated ? 2 : 1;
     const auto block_at = [&](std::int64_t i) {
         const std::int64_t block = first + i / halves + i % halves * p.blocks;
         return p.product->weight->data + block * p.layout.block_bytes;
@@ -351,7 +358,7 @@ void run_rounded(const Prepared& p, std::int64_t task) {
         for (int i = 0; i * p.tile_tokens < count; ++i) {
             const InputPlaces places = p.places(token / p.tile_tokens + i);
             x.tiles[i] = places.values;
-            x.line_bytes[i] = places.tokens * PANEL_LINE / ROWS;
+            x.line_bytes[i] = places.tokens * p.line_bytes();
             input[i] = {places.values, places.sums, places.scales, places.bases, places.tokens};
         }
         for (std::int64_t i = 0; i < (last - first) * halves; i += 2) {

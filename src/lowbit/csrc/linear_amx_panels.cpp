@@ -1,4 +1,4 @@
-// Panels (linear_panels.cpp) on AMX tiles, and codes that are laid out once where sums go on to the end of a row anyway.
+// Panels (linear_panels.cpp) on AMX tiles.
 #include "linear_amx.h"
 #include "linear_rounded.h"
 
@@ -8,21 +8,6 @@
 
 namespace lowbit {
 namespace {
-
-// The same as bytes, 64 columns a line.
-template <Codes CODES, bool LOOKED_UP>
-void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    Walk walk(layout, block);
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, panel += OPERANDS * TILE_LINE) {
-        const std::uint8_t* const codes = walk.next();
-        fetch_lines<tile_bytes(CODES)>(codes + FETCHED_BYTES_AHEAD);
-        ByteTile w;
-        decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
-        UNROLL
-        for (int operand = 0; operand < OPERANDS; ++operand) _mm512_store_si512(panel + operand * TILE_LINE, w[operand]);
-    }
-    if (layout.tiles % 2 != 0) std::memset(panel, 0, OPERANDS * TILE_LINE);  // what x has there is anything
-}
 
 // Up to 2 tiles of 16 tokens times up to 2 blocks: each product loads one tile.
 template <bool BYTES, int TILES, int BLOCKS>
@@ -52,16 +37,6 @@ void multiply_tiles_of(const std::uint8_t* const* panels, const RoundedInput& x,
 }
 
 }  // namespace
-
-RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens) {
-    if (tokens < LEAST_OF_PANELS || grouped || layout.unit != layout.tiles * COLUMNS) return nullptr;
-    switch (layout.codes) {
-        case Codes::bits4: return codes.looked_up ? lay_bytes<Codes::bits4, true> : lay_bytes<Codes::bits4, false>;
-        case Codes::int8: return lay_bytes<Codes::int8, false>;
-        case Codes::uint8: return lay_bytes<Codes::uint8, false>;
-        default: return nullptr;
-    }
-}
 
 template <bool BYTES>
 static void multiply_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens,

@@ -129,7 +129,7 @@ constexpr bool CODES_HAVE_TILES = true;  // sums of codes go on to the end of a 
 #else
 constexpr bool CODES_HAVE_TILES = false;
 #endif
-constexpr std::int64_t LEAST_OF_PANELS = 64;  // tokens for which AMX lays codes out once, with the same bits
+constexpr std::int64_t LEAST_OF_PANELS = 64;  // tokens for which codes are laid out once where bits are the same
 
 // What panels are multiplied with: two tiles of up to 16 tokens, the bytes from a line of 32 columns, or 64 bytes, to the
 // next.
@@ -179,10 +179,12 @@ Function of_exact_codes(Codes codes, const With& with) {
 RoundFunction round_function(const Layout& layout, const WordCodes& codes);
 // A row's codes alone, where its sums go on to its end; AMX then has the bits of exact_tiles.
 RoundFunction code_function(const Layout& layout);
+// Bytes that x meets as whole numbers, for so many tokens, with the bits of byte_function.
+RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens);
 // Makes the totals of some tokens with such codes what they are worth.
 void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]);
 
-// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers, with AMX.
+// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers.
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
                       std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]);
 
@@ -198,9 +200,6 @@ BlocksFunction byte_tiles(const Layout& layout, const ByteCodes& codes, bool gro
 // x as InputKind::scaled.
 BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens);
 
-// Codes that byte_tiles multiplies, laid out once for so many tokens, with its bits. linear_amx_panels.cpp
-RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens);
-
 // Columns whose sum of products is scaled at once.
 inline std::int64_t summed_columns(const Layout& layout) {
     return layout.sub < COLUMNS || layout.scales == Scales::none ? layout.sub : layout.unit;
@@ -214,10 +213,10 @@ inline bool takes_scaled(const Layout& layout) { return scaled_tiles(layout, 1) 
 #if !defined(__AVX512BF16__)
 inline RoundFunction round_function(const Layout&, const WordCodes&) { return nullptr; }
 inline RoundFunction code_function(const Layout&) { return nullptr; }
+inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline void scale_sums(const Layout&, const std::uint8_t*, bool, const Input&, float (*)[ROWS]) {}
 inline void multiply_rounded(const std::uint8_t* const*, int, bool, const RoundedInput&, int, std::int64_t, float (*)[ROUNDED_TOKENS][ROWS]) {}
 #endif
-inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
 inline bool takes_scaled(const Layout& layout) { return scaled_function(layout) != nullptr; }
 

@@ -204,53 +204,6 @@ void multiply_pair(const Layout& layout, const std::uint8_t* first, int blocks, 
     }
 }
 
-// Some tokens times a tile of each block, on top of sums that go on.
-struct WideStep {
-    const std::uint8_t* const (&w)[2];
-    const Input& x;
-    std::int64_t tile;
-    std::int32_t (*sums)[TOKEN_TILE][ROWS];
-
-    template <int TOKENS>
-    INLINE void operator()(int token) const {
-        SixteenInts held[2][TOKENS];
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            for (int block = 0; block < 2; ++block) held[block][t] = ints_load(sums[block][token + t]);
-        }
-        dot_both<Bytes, OPERANDS, TOKENS>(w, x.values + (tile * x.tokens + token) * COLUMNS, COLUMNS, held);
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            for (int block = 0; block < 2; ++block) ints_store(sums[block][token + t], held[block][t]);
-        }
-    }
-};
-
-template <Addend ADDEND>
-void multiply_wide_pair(const Layout& layout, const std::uint8_t* first, int blocks, const Decoding& decoding, const Input& x,
-                        BlockTotals totals) {
-    if (blocks != 2 || x.tokens < PAIRED_TOKENS) {
-        return multiply_alone(byte_function(layout, decoding.bytes, false), layout, first, blocks, decoding, x, totals);
-    }
-    Walk walks[2] = {{layout, first}, {layout, first + layout.block_bytes}};
-    TilePair<OPERANDS> pair(layout, first, Bytes::decoder(layout, decoding), decoding, x);
-    const std::int64_t per_group = layout.unit / COLUMNS;
-    alignas(64) std::int32_t sums[2][TOKEN_TILE][ROWS];
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        const std::int64_t group = tile / per_group;
-        if (tile % per_group == 0) {
-            for (int t = 0; t < x.tokens; ++t) {
-                const SixteenInts base = ints_set(x.bases[group * x.tokens + t]);
-                for (int block = 0; block < 2; ++block) ints_store(sums[block][t], base);
-            }
-        }
-        pair.next<COLUMNS, ADDEND>(walks, tile);
-        for_tokens(x.tokens, WideStep{pair.at, x, tile, sums});
-        if ((tile + 1) % per_group != 0) continue;
-        for (int block = 0; block < 2; ++block) add_group<ADDEND>(walks[block], x, group, sums[block], totals[block]);
-    }
-}
-
 // Decoders.
 
 template <Codes CODES>
@@ -317,6 +270,7 @@ BlocksFunction by_sub(const Layout& layout) {
 }
 
 // Some tokens times the panels of two blocks, or of one twice.
+template <class Kind>
 struct PanelStep {
     const std::uint8_t* const (&panels)[2];
     const std::uint8_t* x;
@@ -325,32 +279,39 @@ struct PanelStep {
 
     template <int TOKENS>
     INLINE void operator()(int token) const {
-        Sixteen sums[2][TOKENS];
-        UNROLL
-        for (int t = 0; t < TOKENS; ++t) sums[0][t] = sums[1][t] = sixteen_zeros();
+        constexpr int STRIDE = Kind::OPERANDS_OF_TILE * 4;
+        typename Kind::Sum sums[2][TOKENS];
+        std::memset(sums, 0, sizeof sums);
         const std::uint8_t* w[2] = {panels[0], panels[1]};
-        const std::uint8_t* at = x + token * OPERAND_BYTES;
+        const std::uint8_t* at = x + token * STRIDE;
         for (std::int64_t line = 0; line < lines; ++line, at += line_bytes) {
-            dot_both<Bfloats<false, false>, PAIRS, TOKENS>(w, at, OPERAND_BYTES, sums);
-            for (int block = 0; block < 2; ++block) w[block] += PAIRS * OPERAND_BYTES;
+            dot_both<Kind, Kind::OPERANDS_OF_TILE, TOKENS>(w, at, STRIDE, sums);
+            for (int block = 0; block < 2; ++block) w[block] += Kind::OPERANDS_OF_TILE * OPERAND_BYTES;
         }
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-            for (int block = 0; block < 2; ++block) sixteen_store(totals[block][token + t], sums[block][t]);
+            for (int block = 0; block < 2; ++block) std::memcpy(totals[block][token + t], &sums[block][t], sizeof sums[block][t]);
         }
     }
 };
 
-}  // namespace
-
-void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool, const RoundedInput& x, int tokens, std::int64_t lines,
-                      float (*totals)[ROUNDED_TOKENS][ROWS]) {
+template <class Kind>
+void multiply_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
+                     float (*totals)[ROUNDED_TOKENS][ROWS]) {
     const std::uint8_t* const both[2] = {panels[0], panels[blocks - 1]};
     for (int first = 0; first < tokens; first += ROUNDED_TOKENS / 2) {
         const int tile = first / (ROUNDED_TOKENS / 2);
         float(*const to[2])[ROWS] = {totals[0] + first, totals[blocks - 1] + first};
-        for_tokens(std::min(tokens - first, ROUNDED_TOKENS / 2), PanelStep{both, x.tiles[tile], x.line_bytes[tile], lines, to});
+        for_tokens(std::min(tokens - first, ROUNDED_TOKENS / 2),
+                   PanelStep<Kind>{both, x.tiles[tile], x.line_bytes[tile], lines, to});
     }
+}
+
+}  // namespace
+
+void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
+                      std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+    (bytes ? multiply_panels<Bytes> : multiply_panels<Bfloats<false, false>>)(panels, blocks, x, tokens, lines, totals);
 }
 
 BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens) {
@@ -367,13 +328,7 @@ BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens) {
 
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes&, bool grouped, std::int64_t tokens) {
     if (tokens < PAIRED_TOKENS) return nullptr;
-    if (grouped) return by_sub<Bytes>(layout);
-    switch (layout.addend) {
-        case Addend::none: return multiply_wide_pair<Addend::none>;
-        case Addend::offset: return multiply_wide_pair<Addend::offset>;
-        case Addend::zero: return multiply_wide_pair<Addend::zero>;
-    }
-    return nullptr;
+    return grouped ? by_sub<Bytes>(layout) : nullptr;  // where sums go on, more of them in memory cost what they save
 }
 
 BlocksFunction word_tiles(const Layout& layout, const WordCodes& codes, std::int64_t tokens) {

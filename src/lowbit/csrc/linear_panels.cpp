@@ -57,6 +57,21 @@ void lay_codes(const Layout& layout, const std::uint8_t* block, const Decoding& 
     }
 }
 
+// The same as bytes; a last odd tile has zeros behind it.
+template <Codes CODES, bool LOOKED_UP>
+void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, panel += OPERANDS * OPERAND_BYTES) {
+        const std::uint8_t* const codes = walk.next();
+        fetch_tile(codes + ROUNDED_AHEAD, tile_bytes(CODES));
+        ByteTile w;
+        decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
+        UNROLL
+        for (int operand = 0; operand < OPERANDS; ++operand) _mm512_store_si512(panel + operand * OPERAND_BYTES, w[operand]);
+    }
+    if (layout.tiles % 2 != 0) std::memset(panel, 0, OPERANDS * OPERAND_BYTES);  // AMX: what x has there is anything
+}
+
 // Of float16 numbers, of which next(tile) says where those of a tile are.
 template <class Next>
 INLINE void round_halves(std::int64_t tiles, std::uint8_t* panel, const Next& next) {
@@ -129,6 +144,16 @@ RoundFunction code_function(const Layout& layout) {
         constexpr Codes CODES = decltype(codes)::value;
         return CODES != Codes::bf16 || layout.scales == Scales::none ? lay_codes<CODES> : nullptr;
     });
+}
+
+RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens) {
+    if (tokens < LEAST_OF_PANELS || grouped || layout.unit != layout.tiles * COLUMNS) return nullptr;
+    switch (layout.codes) {
+        case Codes::bits4: return codes.looked_up ? lay_bytes<Codes::bits4, true> : lay_bytes<Codes::bits4, false>;
+        case Codes::int8: return lay_bytes<Codes::int8, false>;
+        case Codes::uint8: return lay_bytes<Codes::uint8, false>;
+        default: return nullptr;
+    }
 }
 
 void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]) {

@@ -1,9 +1,9 @@
 """Which rows of a step are prompts' tokens: for these alone a kernel may round weights to bfloat16.
 
 A token's bits must not depend on who else is in its step. So what may differ for speed's sake hangs on what
-the token is, part of a prompt or generated, and never on how many there are. On processors with AMX a layer
-with a scale for every few columns takes up to twice as long for many tokens where its sums are scaled one by
-one (csrc/linear_amx_panels.cpp).
+the token is, part of a prompt or generated, and never on how many there are. On processors with AMX or
+AVX-512 a layer with a scale for every few columns takes up to twice as long for many tokens where its sums
+are scaled one by one (csrc/linear_panels.cpp).
 
 A step says which rows they are (``ForwardBatch.prompt_row``) while its blocks run. Layers that are given
 other rows than the step's, an expert's tokens for one, run inside ``as_stored``.
@@ -26,11 +26,12 @@ class _Step(threading.local):
 
 
 _step = _Step()
+_ROUNDING = ("amx", "amx_emulated", "avx512")
 
 
 def rounding(device: str) -> bool:
     """Whether any kernel on such a device ("cpu", "cuda") rounds weights for prompts."""
-    return device == "cpu" and native.isa() in ("amx", "amx_emulated", "avx512") and native.library() is not None
+    return device == "cpu" and native.isa() in _ROUNDING and native.library() is not None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ gets a second look.
 The work is bounded: so much time for each kind, and large numbers of tokens are left out where they would
 take longer. The table is one JSON file for all models of a machine, and a second start only reads:
 
-    {"version": 3, "machines": {"AMD EPYC | avx512 | 2 threads | torch 2.13 | lowbit 0.1.0": {
+    {"version": 4, "machines": {"AMD EPYC | avx512 | 2 threads | torch 2.13 | lowbit 0.1.0": {
         "cpu_blocks | int4 1x128 f16 | 576 x 576": {"1": [2.1e-05, 4.4e-05, 5e-05], "32": [1e-4, 1e-4]}}}}
 
 Each entry is the seconds of the kind, of our bf16 and of torch's, which is left out where it would take long
@@ -46,7 +46,7 @@ TOKENS = (1, 32, 256)
 SAMPLE_WEIGHTS = 1 << 21  # of a layer: 4 MiB in bf16, more than a core's own cache
 COPY = "cpu_dequantized"  # runs what cpu_dense does: our bf16's time is its own
 SLOWER = 0.9  # a ratio below is slower; between this and 1 the difference may be the machine's neighbours
-_VERSION = 3
+_VERSION = 4
 _TURNS = 7  # at most, the first not counted
 _TORCH_TURNS = 4
 _SECONDS_EACH, _SECONDS_AT_MOST = 0.09, 2.25  # of a first look
