@@ -338,8 +338,9 @@ def _cliffs(options: argparse.Namespace) -> None:
     shape = SHAPES[options.shapes[0] if len(options.shapes) == 1 else "1B qkv"]
     tokens = options.tokens or [1, 8, 32, 512]
     rows = cliffs.run(options.formats, shape, tokens, options.repeats)
-    told = {"benchmark": "cliffs", "commit": commit(), "cpu": cpu_name(), "machine": machine_kind(),
-            "isa": native.isa(), "shape": shape, "rows": rows}  # fmt: skip
+    command = " ".join(["python", "benchmarks/linear.py", *sys.argv[1:]])
+    told = {"benchmark": "cliffs", "commit": commit(), "command": command, "cpu": cpu_name(), "threads": 1,
+            "machine": machine_kind(), "isa": native.isa(), "shape": shape, "rows": rows}  # fmt: skip
     print(json.dumps(told))
 
 

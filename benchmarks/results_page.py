@@ -21,6 +21,7 @@ BEGIN, END = "<!-- cpu speed: begin -->", "<!-- cpu speed: end -->"
 GPU_BEGIN, GPU_END = "<!-- gpu speed: begin -->", "<!-- gpu speed: end -->"
 
 Record = dict[str, Any]
+CLIFF = 1.5  # times as long as the fastest format of its size
 _FOLDERS = re.compile(r"(?<![\w.…])/(?:[\w.+-]+/)+")  # of one machine, and nobody else's business
 
 
@@ -97,9 +98,11 @@ def _kept(folder: Path, gpu: bool) -> list[tuple[Path, dict[str, Record]]]:
 
 def _machine(place: Path, records: dict[str, Record]) -> list[str]:
     first = next(iter(records.values()))
-    where = "" if first["isa"] == "cuda" else f", {first['isa']}, {first['threads']} threads"
+    threads = max(record.get("threads", 1) for record in records.values())
+    where = "" if first["isa"] == "cuda" else f", {first['isa']}, {threads} threads"
     lines = [f"### {first['machine']}{where}", ""]
-    kinds = {"serving": _serving, "linear": _linear, "attention": _attention, "gpu_step": _gpu_step}
+    kinds = {"serving": _serving, "linear": _linear, "attention": _attention, "cliffs": _cliffs}
+    kinds["gpu_step"] = _gpu_step
     for record in records.values():
         write = kinds[record["benchmark"]]
         lines += [f"`{record['command']}` at {record['commit']}:", "", *write(record), ""]
@@ -174,6 +177,24 @@ def _attention(record: Record) -> list[str]:
             for row in record["results"]
         ),
     )
+
+
+def _cliffs(record: Record) -> list[str]:
+    """Formats that take longer than CLIFF times the fastest of their size; the others are counted."""
+    rows, counts = record["rows"], list(record["rows"][0]["ratios"])
+    heads = {count: f"{count} token{'s' * (count != '1')}" for count in counts}
+    within = [f"{sum(row['ratios'][each] <= CLIFF for row in rows)} with {heads[each]}" for each in counts]
+    lines = [
+        f"Of {len(rows)} formats and group sizes, each beside those of its size: within {CLIFF} times the",
+        f"time of the fastest are {', '.join(within)}. The others:",
+        "",
+    ]
+    cells = [
+        [row["format"], f"{row['bits']:.2f}", *(f"{row['ratios'][count]:.2f}" for count in counts)]
+        for row in rows
+        if max(row["ratios"].values()) > CLIFF
+    ]
+    return lines + _table(["time beside the fastest", "bits", *heads.values()], cells)
 
 
 def _gpu_step(record: Record) -> list[str]:

@@ -302,6 +302,23 @@ def test_linear_rows_are_added_up_over_a_model(tmp_path: Path) -> None:
     assert "| q4_0 | 75% · 2.0 |" in page.section(tmp_path / "results")
 
 
+def test_of_the_cliffs_only_the_far_formats_have_a_line(tmp_path: Path) -> None:
+    rows = [
+        {"format": name, "kernel": "k", "bits": bits, "seconds": {"1": 1.0}, "ratios": {"1": one, "32": many}}
+        for name, bits, one, many in (
+            ("near", 4.0, 1.0, 1.5),
+            ("far", 4.01, 2.25, 1.0),
+            ("wide", 16, 1.0, 1.6),
+        )
+    ]
+    record = {**serving_record("One", 1.0), "benchmark": "cliffs", "threads": 1, "rows": rows}
+    page.store("cliffs", record, tmp_path / "results")
+    text = page.section(tmp_path / "results")
+    assert "Of 3 formats" in text and "2 with 1 token, 2 with 32 tokens" in text
+    assert "| far | 4.01 | 2.25 | 1.00 |" in text and "| wide | 16.00 | 1.00 | 1.60 |" in text
+    assert "| near" not in text
+
+
 def test_the_plot_has_a_panel_a_shape(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     numbers = {"kernel": "k", "nbytes": 1, "spread_us": 0.0, "gb_per_s": 1.0, "tflops": 1.0, "bound_us": 1.0}
