@@ -53,7 +53,8 @@ READS = {
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin and sparse "
     "Marlin (marlin_24), dynamic rules",
     "higgs": "2, 3 and 4 bits, grids of single numbers and of pairs, in the order of every FLUTE template, "
-    "files from before transformers 4.50 too; inputs rotated by block Hadamard matrices",
+    "files from before transformers 4.50 too; inputs rotated by block Hadamard matrices; on a GPU decoded to "
+    "16 bits a weight when loaded",
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats; HQQ's own "
     "qmodel.pt",
     "metal": "transformers' MLX layout: affine 2, 4, 8 bits",
