@@ -1,5 +1,5 @@
-"""cpu_vectors: formats of codebooks (AQLM, HIGGS) as files hold them: indices of vectors of columns. A scale is
-a row's, or of 32, 64 … columns of one.
+"""cpu_vectors: formats of codebooks (AQLM, HIGGS) as files hold them: indices of vectors of columns. A scale
+is a row's, or of 32, 64 … columns of one.
 
 The codebooks become whole numbers of 16 bits over one factor, and x whole numbers of 15 with a scale for each
 32 columns (csrc/linear_vectors.h): products and their sums over 32 columns are exact in 32 bits, what follows
