@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,7 +23,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.doctor import examine
 from lowbit.errors import LowbitError
-from lowbit.formats import StoredLinear, StoredModule
+from lowbit.formats import Notes, StoredLinear, StoredModule, detect
 from lowbit.formats.torchao_writer import TorchaoWriter as Writer
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.loading import load_model, plan_model
@@ -474,8 +477,88 @@ def test_stacks_of_experts_are_refused(tmp_path: Path) -> None:
     write_folder(
         tmp_path, tensors, {"quant_method": "torchao"}, {"model.layers.0.mlp.experts.gate_up_proj": text}
     )
-    with pytest.raises(LowbitError, match="stack of experts"):
+    with pytest.raises(LowbitError, match="stack of experts as Float8Tensor .* or with MXTensor") as caught:
         reader_of(tmp_path)
+    assert caught.value.code == "E0218"
+
+
+EXPERTS = fixture_cases("torchao_experts")
+
+
+def expert(folder: Path, leaf: str, number: int, **changed: Any) -> QuantizedTensor:
+    """One of a stack of two."""
+    shape = {"gate_up_proj": (128, 128), "down_proj": (128, 64)}[leaf]
+    name = f"model.layers.0.mlp.experts.{leaf}"
+    module = StoredModule(f"experts.{number}", name, shape, expert=number, experts=2)
+    header = header_of(folder)
+    with TensorData(header) as data:
+        return detect(header)(header, Notes(True)).read(replace(module, **changed), data).weight
+
+
+@pytest.mark.parametrize("folder", EXPERTS, ids=lambda path: path.name)
+def test_the_tools_own_experts(folder: Path) -> None:
+    """Every fourth row of each; the scales of each are tiles of their own."""
+    for name, stack in load_file(folder / "expected.safetensors").items():
+        for number, values in enumerate(stack):
+            weight = expert(folder, name.rpartition(".")[2], number)
+            assert torch.equal(weight.dequantize()[::4], values), (name, number)
+    schemes = {
+        "mxfp4": "e2m1 1x32 e8m0 (input e2m1 1x32 dynamic e8m0)",
+        "nvfp4": "e2m1 1x16 e4m3 allxall f32",  # inputs under one scale for all tokens stay as they are
+    }
+    plan = plan_model(header_of(folder), device="cpu")
+    experts = [module for module in plan.modules if ".experts." in module.name]
+    assert len(experts) == 4 and {str(module.scheme) for module in experts} == {schemes[folder.name]}
+
+
+def test_a_mixture_of_the_tools_experts() -> None:
+    """Logits beside transformers' with the experts' numbers as they are read."""
+    [folder] = [folder for folder in EXPERTS if folder.name == "nvfp4"]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    config.dtype = torch.float32
+    wanted = transformers.Qwen3MoeForCausalLM(config).eval()
+    with TensorData(header_of(folder)) as data, torch.no_grad():
+        for name, parameter in wanted.named_parameters():
+            leaf = name.rpartition(".")[2]
+            if ".experts." in name:
+                parameter.copy_(torch.stack([expert(folder, leaf, i).dequantize() for i in range(2)]))
+            else:
+                parameter.copy_(data.tensor(name).float())
+        tokens = [3, 7, 1, 15, 0, 9, 9, 2]
+        logits = wanted(torch.tensor([tokens])).logits[0]
+    model = load_model(header_of(folder), device="cpu", kv_cache_dtype="f32", linear_kernel="reference")
+    found = prompt_logits(model, [tokens])[0]
+    assert (found - logits).abs().max() <= 1e-2 * logits.abs().max()
+
+
+def test_experts_that_cannot_be(tmp_path: Path) -> None:
+    [folder] = [folder for folder in EXPERTS if folder.name == "nvfp4"]
+    with pytest.raises(LowbitError, match=r"lies as \(experts, in, out\)") as caught:
+        expert(folder, "down_proj", 0, transposed=True)
+    assert caught.value.code == "E0218"
+    with pytest.raises(LowbitError, match=r"stores .* \[3, 128, 32\]") as caught:
+        expert(folder, "down_proj", 0, experts=3)
+    assert caught.value.code == "E0213"
+    seed = Seed.of(folder)
+    name = "model.layers.0.mlp.experts._down_proj_per_tensor_scale"
+    changed = seed.write(tmp_path, seed.config, seed.tensors | {name: torch.ones(2)})
+    with pytest.raises(LowbitError, match=r"\[2, 1, 1\]") as caught:
+        expert(changed, "down_proj", 0)
+    assert caught.value.code == "E0213"
+    one = seed.write(tmp_path / "one", seed.config, seed.tensors | {name: torch.tensor(2.0)})
+    doubled = seed.tensors[name].flatten()[1] / 2
+    assert torch.allclose(
+        expert(one, "down_proj", 1).dequantize() * doubled, expert(folder, "down_proj", 1).dequantize()
+    )
+    few = {
+        "model.layers.0.mlp.experts._down_proj_qdata": torch.zeros(2, 64, 32, dtype=torch.uint8),
+        name: torch.tensor(1.0),
+    }
+    short = seed.write(tmp_path / "short", seed.config, seed.tensors | few)
+    with pytest.raises(LowbitError, match="false for experts of 64 rows, no whole tiles") as caught:
+        expert(short, "down_proj", 0, shape=(64, 64))
+    assert caught.value.code == "E0213"
 
 
 @pytest.mark.parametrize(
