@@ -44,7 +44,7 @@ def test_fixtures_say_who_made_them() -> None:
         size = sum(path.stat().st_size for path in folder.iterdir())
         assert size <= 200_000, f"{folder} is {size} bytes"
     made = {"quantize", "gguf_blocks"}  # what quantizers are held against; the rest are checkpoints to read
-    last = {"torchao", "qqq", "squeezellm"}
+    last = {"torchao", "torchao_experts", "qqq", "squeezellm"}
     later = {"hqq", "pickled", "qserve", "sinq", "eetq", "gguf_layers"}
     grids = {"higgs"}
     codebooks = {"aqlm", "vptq", "exl3", "spqr", "quip_sharp"}
