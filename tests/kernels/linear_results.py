@@ -41,7 +41,6 @@ def weights() -> dict[str, QuantizedTensor]:
         "uint8 g128 zero, last group short": ragged("uint8", 128, 192),
         "codebooks 1x8 of 2 g64": vectors(1, 8, 2, group=64),
         "codebooks 1x6 of 4 bf16 g32": vectors(1, 6, 4, "bf16", (37, 288), group=32),
-        "codebooks 2x8 of 8": vectors(2, 8, 8),
     }
 
 
