@@ -184,9 +184,9 @@ def plain(name: str, *, bfloats: bool = False) -> Callable[[tuple[int, int]], Sa
     return made
 
 
-def vectors(books: int, bits: int, length: int) -> Callable[[tuple[int, int]], Sample]:
-    """Random indices of codebooks' vectors."""
-    return lambda shape: Sample(codebook_weight(shape, books, bits, length), None)
+def vectors(books: int, bits: int, length: int, group: int = 0) -> Callable[[tuple[int, int]], Sample]:
+    """Random indices of codebooks' vectors, under scales of ``group`` columns or of rows."""
+    return lambda shape: Sample(codebook_weight(shape, books, bits, length, group), None)
 
 
 def row_vectors(length: int, centroids: int, residual: int = 0) -> Callable[[tuple[int, int]], Sample]:
@@ -254,6 +254,9 @@ FORMATS: dict[str, Callable[[tuple[int, int]], Sample]] = {
     "aqlm 1x16 g16": vectors(1, 16, 16),
     "aqlm 2x8 g8": vectors(2, 8, 8),
     "aqlm 1x8 g8": vectors(1, 8, 8),
+    "higgs 4 bits": vectors(1, 8, 2, 256),
+    "higgs 3 bits": vectors(1, 6, 2, 256),
+    "higgs 2 bits": vectors(1, 8, 4, 256),
     "vptq v8 k65536": row_vectors(8, 65536),
     "vptq v8 k65536+256": row_vectors(8, 65536, 256),
     "vptq v8 k256": row_vectors(8, 256),

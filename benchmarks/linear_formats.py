@@ -101,18 +101,21 @@ def _act_order(text: str) -> Callable[[Tensor], Sample]:
     return made
 
 
-def vectors(books: int, bits: int, length: int) -> Callable[[Tensor], Sample]:
-    """Random indices of codebooks of normal numbers (AQLM), whatever the matrix."""
+def vectors(books: int, bits: int, length: int, group: int = 0) -> Callable[[Tensor], Sample]:
+    """Random indices of codebooks of normal numbers (AQLM, HIGGS), whatever the matrix."""
 
     def made(values: Tensor) -> Sample:
         rows, columns = values.shape
-        return Sample(codebook_weight((rows, columns), books, bits, length), None)
+        return Sample(codebook_weight((rows, columns), books, bits, length, group), None)
 
     return made
 
 
-def codebook_weight(shape: tuple[int, int], books: int, bits: int, length: int) -> QuantizedTensor:
-    """Random indices, codebooks of normal numbers and a scale of a power of two for each row."""
+def codebook_weight(
+    shape: tuple[int, int], books: int, bits: int, length: int, group: int = 0
+) -> QuantizedTensor:
+    """Random indices, codebooks of normal numbers and a scale of a power of two for each row, or for each
+    ``group`` columns of one."""
     generator = torch.Generator().manual_seed(1)
     fmt, (rows, columns) = vector_format(books, bits, length), shape
     assert isinstance(fmt.vectors, VectorLayout)
@@ -120,11 +123,12 @@ def codebook_weight(shape: tuple[int, int], books: int, bits: int, length: int) 
     codes = torch.randint(256, (rows, fmt.vectors.row_bytes(columns)), generator=generator)
     last = fmt.vectors.index_bytes
     codes[:, last - 1 :: last] %= top
+    groups = columns // group if group else 1
     return QuantizedTensor(
-        Scheme(fmt, ((1, 0),), (number_format("f16"),)),
+        Scheme(fmt, ((1, group),), (number_format("f16"),)),
         shape,
         codes.to(torch.uint8),
-        (torch.exp2(torch.randint(-8, -5, (rows, 1), generator=generator).float()).half(),),
+        (torch.exp2(torch.randint(-8, -5, (rows, groups), generator=generator).float()).half(),),
         origin="benchmark",
         codebooks=torch.randn(books, 1 << bits, length, generator=generator).half(),
     )
@@ -239,6 +243,9 @@ FORMATS: dict[str, Callable[[Tensor], Sample]] = {
     "mxfp4": _method("mxfp4"),
     "aqlm 1x16 g8": vectors(1, 16, 8),
     "aqlm 2x8 g8": vectors(2, 8, 8),
+    "higgs 4 bits": vectors(1, 8, 2, 256),
+    "higgs 3 bits": vectors(1, 6, 2, 256),
+    "higgs 2 bits": vectors(1, 8, 4, 256),
     "vptq v8 k65536": row_vectors(8, 65536),
     "vptq v8 k65536+256": row_vectors(8, 65536, 256),
     "vptq v16 k65536+65536": row_vectors(16, 65536, 65536),

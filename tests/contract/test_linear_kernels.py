@@ -196,18 +196,21 @@ def vectors(
     rows: int = 1,
     order: bool = False,
     height: int = 1,
+    group: int = 0,
 ) -> QuantizedTensor:
-    """Indices of codebooks' vectors, first and last among them (AQLM); 16 bits hold their numbers exactly."""
+    """Indices of codebooks' vectors, first and last among them (AQLM); 16 bits hold their numbers exactly.
+
+    ``group``: columns of a row that share a scale (HIGGS), 0: all."""
     generator = torch.Generator().manual_seed(books + bits + length)
     fmt, (out, columns) = vector_format(books, bits, length, height), (shape[0] // height, shape[1])
     assert fmt.vectors is not None
     indices = torch.randint(1 << bits, (out, columns // length, books), generator=generator)
     indices[0], indices[-1] = (1 << bits) - 1, 0
     codes = indices.to(torch.uint8 if bits <= 8 else torch.int16).view(torch.uint8).flatten(1)
-    scales = torch.randn(out if rows else 1, 1, generator=generator) * 0.02
+    scales = torch.randn(out if rows else 1, columns // group if group else 1, generator=generator) * 0.02
     codebooks = torch.randint(-150, 151, (books, 1 << bits, height * length), generator=generator) / 16
     return QuantizedTensor(
-        Scheme(fmt, ((rows * height, 0),), (number_format(scale),), reordered=order),
+        Scheme(fmt, ((rows * height, group),), (number_format(scale),), reordered=order),
         shape,
         codes,
         (scales.to(number_format(scale).dtype),),
@@ -465,6 +468,16 @@ WEIGHTS = {
     "codebooks 1x12 of 32, many blocks": lambda: vectors(1, 12, 32, shape=(700, 288)),
     "codebooks 2x8 of 16, many blocks": lambda: vectors(2, 8, 16, shape=(700, 288)),
     "codebooks 2x8 of 8 f32, many blocks": lambda: vectors(2, 8, 8, "f32", (410, 264)),
+    "codebooks 1x8 of 2 g64 (HIGGS)": lambda: vectors(1, 8, 2, group=64),
+    "codebooks 1x6 of 2 g128 bf16": lambda: vectors(1, 6, 2, "bf16", group=128),
+    "codebooks 1x8 of 4 g32 f32": lambda: vectors(1, 8, 4, "f32", (53, 160), group=32),
+    "codebooks 1x7 of 2, 86 columns": lambda: vectors(1, 7, 2, shape=(37, 86)),
+    "codebooks 1x3 of 4, one scale": lambda: vectors(1, 3, 4, rows=0),
+    "codebooks 1x8 of 2 g96 act-order": lambda: vectors(1, 8, 2, shape=(37, 288), group=96, order=True),
+    "codebooks 1x8 of 2 g64, many blocks": lambda: vectors(1, 8, 2, shape=(700, 320), group=64),
+    "codebooks 1x8 of 4, many blocks": lambda: vectors(1, 8, 4, shape=(700, 288)),
+    "codebooks 2x8 of 8 g64, many blocks": lambda: vectors(2, 8, 8, shape=(700, 320), group=64),
+    "codebooks 1x16 of 16 g32": lambda: vectors(1, 16, 16, shape=(37, 96), group=32),
     "codebooks of 8 rows (VPTQ)": lambda: row_vectors(8, 65536, 256, "bf16", scale="bf16", order=True),
     "codebooks of 8 rows, 83 columns": lambda: row_vectors(8, 256, shape=(37, 83), scale="f16"),
     "codebooks of 8 rows, both of two bytes": lambda: row_vectors(8, 4096, 257),
@@ -736,17 +749,23 @@ def test_whole_numbers_lose_less_than_bfloat_inputs(name: str, spike: float) -> 
 
 
 @needs_native
-@pytest.mark.parametrize(("books", "bits"), [(1, 16), (2, 8), (1, 12)])
+@pytest.mark.parametrize(
+    ("books", "bits", "length"), [(1, 16, 8), (2, 8, 8), (1, 12, 8), (1, 8, 2), (1, 8, 4), (1, 6, 2)]
+)
 @pytest.mark.parametrize("spike", [1.0, 300.0])
-def test_codebooks_of_any_numbers_lose_less_than_bfloat_inputs(books: int, bits: int, spike: float) -> None:
-    weight = of_normal_numbers(vectors(books, bits, 8))
+def test_codebooks_of_any_numbers_lose_less_than_bfloat_inputs(
+    books: int, bits: int, length: int, spike: float
+) -> None:
+    weight = of_normal_numbers(vectors(books, bits, length))
     packed = CpuVectors().pack(weight, CPU)
     found, rounded = losses(weight, packed, spike)
-    assert found < rounded / (8 if books == 1 else 6), (found, rounded)
+    single = books == 1 and length == 8
+    assert found < rounded / (8 if single else 6), (found, rounded)
     rows, exact = packed.kernel.rows(packed, torch.arange(37)), weight.dequantize().double()
     half = float(packed.buffers["factor"]) / 2 * books * weight.scales[0].double().abs()
     assert ((rows - exact).abs() <= 1.001 * half).all()
-    assert (half / exact.norm(dim=1, keepdim=True) * 256**0.5 < 3e-4 * books).all(), "of a weight"
+    limit = 3e-4 * books if length == 8 else 4e-4
+    assert (half / exact.norm(dim=1, keepdim=True) * 256**0.5 < limit).all(), "of a weight"
 
 
 @needs_native
@@ -904,7 +923,8 @@ def test_lattices_lose_less_than_bfloat_inputs(divisor: float) -> None:
 
 @needs_native
 @pytest.mark.parametrize(
-    ("books", "bits", "length", "rows"), [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800)]
+    ("books", "bits", "length", "rows"),
+    [(1, 8, 8, 410), (2, 8, 8, 1088), (4, 6, 32, 800), (1, 8, 2, 800), (1, 6, 2, 410), (1, 8, 4, 800)],
 )
 def test_products_of_codebooks_made_first_have_the_same_bits(
     books: int, bits: int, length: int, rows: int
@@ -1006,7 +1026,13 @@ TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
         (CpuRowVectors(), of("vq1x8_8", (1, 0)), 64, "no vectors of rows"),
         (CpuVectors(), of("vq1x8_8", (1, 0)), 64, None),
         (CpuVectors(), of("vq1x8_8", (1, 0)), 60, "60 columns are no whole vectors of 8"),
-        (CpuVectors(), of("vq1x8_8", (1, 32)), 64, "needs one scale for a row"),
+        (CpuVectors(), of("vq1x8_8", (1, 32)), 64, None),
+        (CpuVectors(), of("vq1x8_8", (1, 48)), 96, "needs one scale for a row, for 32 n columns of it"),
+        (CpuVectors(), of("vq1x8_8", (0, 32)), 64, "needs one scale for a row"),
+        (CpuVectors(), of("vq1x8_8", (1, 64)), 96, "96 columns are no whole groups of 64"),
+        (CpuVectors(), of("vq1x8_2", (1, 64)), 64, None),
+        (CpuVectors(), of("vq2x8_2", (1, 0)), 64, "2 codebooks of 8 bits and vectors of 2"),
+        (CpuVectors(), of("vq1x9_4", (1, 0)), 64, "1 codebooks of 9 bits and vectors of 4"),
         (CpuVectors(), of("vq1x8_2x8", (2, 0)), 64, "vectors of 2 rows"),
         (CpuVectors(), of("vq1x8_8", (1, 0), scale="e4m3"), 64, "scales are e4m3"),
         (CpuVectors(), of("rvq8_256_f16"), 64, "no vectors of codebooks"),

@@ -52,6 +52,9 @@ READS = {
     "them; dynamic rules",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin and sparse "
     "Marlin (marlin_24), dynamic rules",
+    "higgs": "2, 3 and 4 bits, grids of single numbers and of pairs, in the order of every FLUTE template, "
+    "files from before transformers 4.50 too; inputs rotated by block Hadamard matrices; on a GPU decoded to "
+    "16 bits a weight when loaded",
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats; HQQ's own "
     "qmodel.pt",
     "metal": "transformers' MLX layout: affine 2, 4, 8 bits",
@@ -75,8 +78,8 @@ READS = {
     "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
     "torchao": "safetensors of torchao 0.15 and newer, pickled files of the same classes: Int8Tensor, "
     "Float8Tensor (inputs a row or tensor), Int4Tensor (plain), Int4TilePackedTo4dTensor, "
-    "IntxUnpackedToInt8Tensor, MXTensor (fp4, fp6, fp8) and NVFP4Tensor, scales in tiles or rows; int8 "
-    "inputs with zero points (8da4w), MX and calibrated NVFP4 inputs",
+    "IntxUnpackedToInt8Tensor, MXTensor (fp4, fp6, fp8) and NVFP4Tensor, scales in tiles or rows, and "
+    "stacks of experts as these two; int8 inputs with zero points (8da4w), MX and calibrated NVFP4 inputs",
     "squeezellm": "3 and 4 bits with a table for each row, sparse outliers, rows kept whole, the tool's "
     "sq-*.pt too; decoded to 16 bits a weight when loaded",
     "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "

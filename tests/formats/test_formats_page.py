@@ -44,8 +44,9 @@ def test_fixtures_say_who_made_them() -> None:
         size = sum(path.stat().st_size for path in folder.iterdir())
         assert size <= 200_000, f"{folder} is {size} bytes"
     made = {"quantize", "gguf_blocks"}  # what quantizers are held against; the rest are checkpoints to read
-    last = {"torchao", "qqq", "squeezellm"}
+    last = {"torchao", "torchao_experts", "qqq", "squeezellm"}
     later = {"hqq", "pickled", "qserve", "sinq", "eetq", "gguf_layers"}
+    grids = {"higgs"}
     codebooks = {"aqlm", "vptq", "exl3", "spqr", "quip_sharp"}
     others = {"mlx", "metal", "quark", "quanto"}
     rotated = {"transforms", "fp_quant", "paroquant"}
@@ -57,7 +58,8 @@ def test_fixtures_say_who_made_them() -> None:
             [
                 folder
                 for folder in FIXTURES.iterdir()
-                if folder.name not in made | later | last | codebooks | others | rotated | small | families
+                if folder.name
+                not in made | later | last | codebooks | grids | others | rotated | small | families
             ],
         ),
         (4_000_000, [FIXTURES / name for name in families]),
@@ -65,6 +67,7 @@ def test_fixtures_say_who_made_them() -> None:
         (2_000_000, [FIXTURES / name for name in later]),
         (2_000_000, [FIXTURES / name for name in last]),
         (2_000_000, [FIXTURES / name for name in codebooks]),
+        (1_500_000, [FIXTURES / name for name in grids]),
         (2_000_000, [FIXTURES / name for name in others]),
         (2_000_000, [FIXTURES / name for name in rotated]),
         (500_000, [FIXTURES / name for name in small]),

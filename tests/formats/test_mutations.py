@@ -34,6 +34,8 @@ UNSEEN = (
     ),
     (r"transform_config.*'(inverse|ignore)'", "a matrix and its transpose, and layers they fit, look alike"),
     (r"forward_method|forward_hadamard_matrix", "nothing stored depends on how inputs are scaled and turned"),
+    (r"hadamard_size", "nothing stored depends on how many inputs are turned together"),
+    (r"tune_metadata.*template_id", "every order has the same codes, in other rows"),
     (r"resid_scale_override", "nothing stored depends on what the second code is divided by"),
     (r"activation_scheme|act_dynamic|activation_scale_ub|scale_fmt", "a rule for inputs only"),
     (r"llm_int8_threshold", "a rule for inputs only"),

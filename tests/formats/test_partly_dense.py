@@ -15,6 +15,7 @@ PACKED = {
     "exl2": "q_weight",
     "exl3": "trellis",
     "gptq": "qweight",
+    "higgs": "tables2",
     "hqq": "W_q",
     "qserve": "qweight",
     "quip_sharp": "Qidxs",

@@ -282,31 +282,38 @@ void linear(const Case& c) {
 }
 
 // Sums of codebooks' vectors: a block's scales, then indices of any tile.
-void vectors(int books, int bits, int length, Scales scales) {
+void vectors(int books, int bits, int length, Scales scales, int group = 160) {
     constexpr std::int64_t COLUMNS_IN = 160;
-    const int shift = length == 8 ? 0 : length == 16 ? 1 : 2;
-    std::vector<std::uint16_t> table(static_cast<std::size_t>(books * length) << bits);
+    int shift = 0;
+    while (2 << shift < length) ++shift;
+    // Of 2 or 4 numbers 256 vectors, and their bytes plane by plane.
+    const bool is_short = length < 8;
+    std::vector<std::uint16_t> table(is_short ? static_cast<std::size_t>(length) * 512 : static_cast<std::size_t>(books * length) << bits);
     for (std::uint16_t& number : table) number = static_cast<std::uint16_t>(static_cast<int>(random_bits() % 2001) - 1000);
+    auto* const octets_of_table = reinterpret_cast<std::uint8_t*>(table.data());
+    for (int i = 0; is_short && i < 512 * length; ++i) {
+        octets_of_table[512 * length + i % (2 * length) * 256 + i / (2 * length)] = octets_of_table[i];
+    }
     lowbit_weight weight{};
     weight.factor = 0x1p-9f;
     weight.table = table.data();
     weight.rows = ROWS_OUT;
     weight.columns = COLUMNS_IN;
     weight.codes = VECTORS | books << 8 | bits << 3 | shift;
-    weight.group = COLUMNS_IN;
+    weight.group = group;
     weight.scales = static_cast<std::int32_t>(scales);
     const Layout layout(weight);
     Octets data;
-    for (std::int64_t block = 0; block < layout.blocks; ++block) {
+    for (std::int64_t unit = 0; unit < layout.blocks * COLUMNS_IN / group; ++unit) {
         const Octets own = scale_bytes(ROWS, scales, 0.01f);
-        Octets indices = octets(layout.tiles * tile_bytes(layout.codes), 256);
+        Octets indices = octets(group / COLUMNS * tile_bytes(layout.codes), 256);
         for (std::size_t i = 1; bits > 8 && i < indices.size(); i += 2) indices[i] = static_cast<std::uint8_t>(indices[i] & ((1 << (bits - 8)) - 1));
         data.insert(data.end(), own.begin(), own.end());
         data.insert(data.end(), indices.begin(), indices.end());
     }
     weight.data = data.data();
     char name[96];
-    std::snprintf(name, sizeof name, "linear vectors %dx%d of %d scales %d", books, bits, length, weight.scales);
+    std::snprintf(name, sizeof name, "linear vectors %dx%d of %d scales %d of %d", books, bits, length, weight.scales, group);
     if (find(static_cast<LinearBytes*>(nullptr), "lowbit_linear_bytes")(&weight) != static_cast<std::int64_t>(data.size())) {
         std::fprintf(stderr, "%s: no kernel\n", name);
         std::exit(1);
@@ -448,6 +455,8 @@ void all_linear() {
     vectors(2, 8, 8, Scales::bf16);
     vectors(3, 12, 16, Scales::f32);
     vectors(4, 8, 32, Scales::f16);
+    vectors(1, 8, 2, Scales::f16, 32);
+    vectors(1, 8, 4, Scales::bf16);
     row_vectors(8, 1, 300, 0, 0, true);
     row_vectors(8, 2, 256, 256, 1, false);
     row_vectors(4, 1, 100, 300, 3, true);

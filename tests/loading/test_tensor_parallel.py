@@ -201,6 +201,7 @@ STORED = [
     "vptq/v4_k128_plain",
     "vptq/v8_k256_res16",
     "aqlm/2x8_g8",
+    "higgs/p2_2bit",
     "exl3/mul1",
     "exl3/mcg_padded_tied",
     "spqr/csr_act_order",

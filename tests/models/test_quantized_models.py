@@ -29,9 +29,10 @@ from lowbit.numerics.scheme import Scheme
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 # Their activations are rotated, so their matrices alone are not the model: formats/test_fp_quant.py,
-# test_paroquant.py, test_quark.py and test_compressed_tensors_transforms.py hold them to their tools' logits.
+# test_higgs.py, test_paroquant.py, test_quark.py and test_compressed_tensors_transforms.py hold them to their
+# tools' logits.
 # quip_sharp's are stored fused: formats/test_quip_sharp.py takes them apart.
-ELSEWHERE = {"fp_quant", "paroquant", "transforms", "quip_sharp", "quark/int4_rotated"}
+ELSEWHERE = {"fp_quant", "higgs", "paroquant", "transforms", "quip_sharp", "quark/int4_rotated"}
 CASES = sorted(
     name
     for path in FIXTURES.glob("*/*/config.json")

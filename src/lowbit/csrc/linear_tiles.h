@@ -49,7 +49,7 @@ enum class Codes : std::int32_t {
     f32 = 32, row_vectors = 40
 };
 
-// Indices of vectors of codebooks: a vector is ``length`` columns of a row (8, 16 or 32), a weight the sum of what each of
+// Indices of vectors of codebooks: a vector is ``length`` columns of a row (2 to 32), a weight the sum of what each of
 // ``books`` codebooks of 2^bits vectors says; linear_vectors.h. Such codes are numbers of a form of their own.
 constexpr std::int32_t VECTORS = 1 << 16;
 struct Vectors {
@@ -61,7 +61,7 @@ struct Vectors {
 constexpr bool is_vectors(Codes codes) { return static_cast<std::int32_t>(codes) >= VECTORS; }
 constexpr Vectors vectors_of(Codes codes) {
     const std::int32_t number = static_cast<std::int32_t>(codes);
-    return {number >> 8 & 255, number >> 3 & 31, 8 << (number & 7)};
+    return {number >> 8 & 255, number >> 3 & 31, 2 << (number & 7)};
 }
 
 // Trellises of 1 to 8 bits a weight, whose numbers a code book makes of 16 bits of a stream; linear_trellis.h.

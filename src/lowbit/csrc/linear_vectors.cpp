@@ -13,6 +13,7 @@
 
 #include "linear_kernels.h"
 #include "linear_rounded.h"
+#include "linear_short_vectors.h"
 
 namespace lowbit {
 namespace {
@@ -194,6 +195,24 @@ INLINE SixteenInts dot_vectors_once(const std::uint8_t* tile, const Codebooks& f
 
 #endif
 
+// A tile of vectors of any length.
+template <int BYTES, int LENGTH>
+INLINE void decode_any(const std::uint8_t* tile, const Codebooks& from, WordTile& w) {
+    if constexpr (LENGTH < PIECE) decode_short<LENGTH>(tile, from.table, w);
+    else decode_vectors<BYTES, LENGTH>(tile, from, w);
+}
+
+template <int BYTES, int LENGTH, int BOOKS>
+INLINE SixteenInts dot_any_once(const std::uint8_t* tile, const Codebooks& from, const std::int16_t* x) {
+    if constexpr (LENGTH < PIECE) {
+        WordTile w;
+        decode_short<LENGTH>(tile, from.table, w);
+        return dot_tile(w, x);
+    } else {
+        return dot_vectors_once<BYTES, LENGTH, BOOKS>(tile, from, x);
+    }
+}
+
 INLINE Sixteen scales_of(const Layout& layout, const std::uint8_t* block) {
     Sixteen scale = sixteen_zeros();
     by_kind(layout.scales, [&](auto kind) __attribute__((always_inline)) {
@@ -203,16 +222,27 @@ INLINE Sixteen scales_of(const Layout& layout, const std::uint8_t* block) {
     return sixteen_multiply(scale, sixteen_set(layout.factor));
 }
 
+// with(tiles, scales) for all tiles that share scales, which stand before them.
+template <class With>
+INLINE void each_group(const Layout& layout, const std::uint8_t* block, const With& with) {
+    const std::int64_t count = layout.unit / COLUMNS, bytes = tile_bytes(layout.codes);
+    for (std::int64_t first = 0; first < layout.tiles; first += count, block += layout.unit_bytes) {
+        with(Tiles{block + layout.scale_bytes, bytes, first, first + count}, scales_of(layout, block));
+    }
+}
+
 template <int BYTES, int LENGTH, int BOOKS>
 __attribute__((noinline)) void multiply_vectors_once(const Layout& layout, const std::uint8_t* block,
                                                      const Codebooks& books, const Input& x, float* totals) {
-    const std::int64_t bytes = tile_bytes(layout.codes);
     const auto dot = [&](const std::uint8_t* tile, const std::int16_t* columns) __attribute__((always_inline)) {
-        fetch_indices(tile, bytes);
-        return dot_vectors_once<BYTES, LENGTH, BOOKS>(tile, books, columns);
+        fetch_indices(tile, vectors_of(layout.codes).bytes());
+        return dot_any_once<BYTES, LENGTH, BOOKS>(tile, books, columns);
     };
-    const Sixteen total = add_tiles(sixteen_load(totals), {block + layout.scale_bytes, bytes, 0, layout.tiles}, x, dot);
-    sixteen_store(totals, sixteen_multiply(total, scales_of(layout, block)));
+    Sixteen total = sixteen_load(totals);
+    each_group(layout, block, [&](const Tiles& tiles, Sixteen scale) __attribute__((always_inline)) {
+        total = sixteen_fma(scale, add_tiles(sixteen_zeros(), tiles, x, dot), total);
+    });
+    sixteen_store(totals, total);
 }
 
 template <int BYTES, int LENGTH>
@@ -227,12 +257,16 @@ void multiply_vectors(const Layout& layout, const std::uint8_t* block, const Dec
         return once(layout, block, books, x, totals[0]);
     }
     const auto decode = [&](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) {
-        decode_vectors<BYTES, LENGTH>(tile, books, w);
+        decode_any<BYTES, LENGTH>(tile, books, w);
     };
-    const Tiles tiles{block + layout.scale_bytes, tile_bytes(layout.codes), 0, layout.tiles};
-    multiply_tiles(tiles, ROWS * COLUMNS / LENGTH * BYTES, layout, x, totals, decode);
-    const Sixteen scale = scales_of(layout, block);
-    for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], sixteen_multiply(sixteen_load(totals[t]), scale));
+    float sums[TOKEN_TILE][ROWS];
+    each_group(layout, block, [&](const Tiles& tiles, Sixteen scale) {
+        std::memset(sums, 0, static_cast<std::size_t>(x.tokens) * sizeof sums[0]);
+        multiply_tiles(tiles, ROWS * COLUMNS / LENGTH * BYTES, layout, x, sums, decode);
+        for (int t = 0; t < x.tokens; ++t) {
+            sixteen_store(totals[t], sixteen_fma(scale, sixteen_load(sums[t]), sixteen_load(totals[t])));
+        }
+    });
 }
 
 #if defined(__AVX512BF16__)
@@ -241,20 +275,24 @@ template <int BYTES, int LENGTH>
 void round_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
     const Codebooks books(layout, decoding.vectors);
     have_near(books.table, books.bytes(), books.indices(layout));
-    const std::int64_t bytes = tile_bytes(layout.codes);
-    const Sixteen scale = scales_of(layout, block);
     PanelWriter writer(panel);
-    block += layout.scale_bytes;
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, block += bytes) {
-        fetch_indices(block, bytes);
-        WordTile w;
-        decode_vectors<BYTES, LENGTH>(block, books, w);
-        writer.put_words(w, scale);
-    }
+    each_group(layout, block, [&](const Tiles& tiles, Sixteen scale) {
+        const std::uint8_t* at = tiles.at;
+        for (std::int64_t tile = tiles.first; tile < tiles.last; ++tile, at += tiles.bytes) {
+            fetch_indices(at, tiles.bytes);
+            WordTile w;
+            decode_any<BYTES, LENGTH>(at, books, w);
+            writer.put_words(w, scale);
+        }
+    });
 }
 
 template <int BYTES>
 RoundFunction rounded_by_length(int length) {
+    if constexpr (BYTES == 1) {
+        if (length == 2) return round_vectors<1, 2>;
+        if (length == 4) return round_vectors<1, 4>;
+    }
     switch (length) {
         case 8: return round_vectors<BYTES, 8>;
         case 16: return round_vectors<BYTES, 16>;
@@ -450,6 +488,10 @@ __attribute__((noinline)) void look_up_tiles(const Layout& layout, const std::ui
 
 template <int BYTES>
 BlockFunction by_length(int length) {
+    if constexpr (BYTES == 1) {
+        if (length == 2) return multiply_vectors<1, 2>;
+        if (length == 4) return multiply_vectors<1, 4>;
+    }
     switch (length) {
         case 8: return multiply_vectors<BYTES, 8>;
         case 16: return multiply_vectors<BYTES, 16>;
@@ -489,7 +531,8 @@ void have_near(const std::int16_t* table, std::int64_t bytes, std::int64_t indic
 std::int64_t product_bytes(const Layout& layout, std::int64_t tokens) {
     if (!is_vectors(layout.codes) || tokens > MOST_LOOKED_UP || layout.blocks < LEAST_LOOKED_UP) return 0;
     const Vectors vectors = vectors_of(layout.codes);
-    if (vectors.index_bytes() != 1) return 0;
+    if (vectors.index_bytes() != 1 || vectors.length < PIECE) return 0;  // short ones are faster looked up themselves
+    if (layout.unit / COLUMNS != layout.tiles) return 0;                 // sums go on to the end of a row
     return tokens * layout.tiles * vectors.books * vectors.of_row() * PRODUCT_BYTES;
 }
 

@@ -1,8 +1,11 @@
-// Tiles of indices into codebooks of vectors (AQLM, QuIP#).
+// Tiles of indices into codebooks of vectors (AQLM, HIGGS).
 //
 // A tile holds, codebook by codebook and vector by vector of a row, the indices of its 16 rows, one or two bytes each:
 // rows 0, 4, 8, 12, then 1, 5, 9, 13 and so on. What 8 columns of four rows hold then fills a register that turns into
-// operands of 16 rows by 2 columns within its 128-bit lanes. Behind a block's 16 scales its tiles follow each other.
+// operands of 16 rows by 2 columns within its 128-bit lanes. Tiles that share 16 scales follow them.
+//
+// Vectors of 2 or 4 columns are numbered by one byte, in one codebook. It has 256, zeros where there are fewer, and behind
+// them stand the numbers' bytes once more: the first bytes of all vectors' first columns, the second ones, and so on.
 //
 // The table's numbers are whole, of 16 bits: a codebook's over a factor that all share, chosen so that no sum of the
 // codebooks' numbers passes 16 bits and no sum of 32 columns, times x of 15 bits, passes 32 (kernels/cpu_vectors.py).

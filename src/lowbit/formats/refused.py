@@ -60,9 +60,6 @@ REFUSED: dict[str, str] = {
     "auto-round-int8": _written("auto-round"),
     "autoround": _written("auto-round"),
     "quip": "is QuIP-for-all's, whose padded codes are not decoded here; use a GPTQ, AWQ or GGUF version",
-    "higgs": "stores codes in FLUTE's order, one for each kernel template (tune_metadata), which is not "
-    "turned back here; use a GPTQ, AWQ or GGUF version, or quantize the original model at load "
-    "(--quantization)",
     "deepspeedfp": _ONLINE,
     "tpu_int8": _ONLINE,
     "experts_int8": _ONLINE,

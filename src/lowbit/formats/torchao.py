@@ -32,11 +32,16 @@ as the zeros it was made of. Inputs: ``act_quant_kwargs`` asks for torchao's own
 inputs are of its own kind, block by block. NVFP4Tensor's are under ``act_per_tensor_scale``, or one scale for
 all tokens of a step: then they stay as they are, which is nearer to the original, and a warning says so.
 
+A stack of experts, parameter ``X.experts.gate_up_proj``, is ``X.experts._gate_up_proj_<part>``, every part
+with the experts along its first axis; per_tensor_scale may be F32 (experts, 1, 1). Tiles of scales are each
+expert's own: torchao makes them of 128 n rows only.
+
 Refused, each with what to do: Int4PlainInt32Tensor (XPU, NPU), static int8 and reduced-range inputs, int4
-weights with float8 inputs, and stacks of experts. torchao 0.14, the first with safetensors, named every
-tensor ``X.weight:<part>``, plain ones too: refused. Of pickled checkpoints (``pytorch_model.bin``)
-``checkpoint.pickled_objects`` makes the same tensors and texts; older classes are refused. transformers may
-rename tensors as it saves them (Gemma 3's ``language_model.model``), and never the texts.
+weights with float8 inputs, and stacks of other classes than MXTensor and NVFP4Tensor. torchao 0.14, the first
+with safetensors, named every tensor ``X.weight:<part>``, plain ones too: refused. Of pickled checkpoints
+(``pytorch_model.bin``) ``checkpoint.pickled_objects`` makes the same tensors and texts; older classes are
+refused. transformers may rename tensors as it saves them (Gemma 3's ``language_model.model``), and never the
+texts.
 """
 
 from __future__ import annotations
@@ -120,9 +125,10 @@ class Torchao(PartlyDense):
                 "original ones",
             )
         for name, stored in self.stored.items():
-            if not name.endswith(".weight"):
+            if not name.endswith(".weight") and stored.kind not in (MX, NVFP4):
                 raise stored.refuse(
-                    "a stack of experts is not read; use a version with a module for each expert"
+                    f"a stack of experts as {stored.kind} is not read; use a version with a module for each "
+                    "expert, or with MXTensor or NVFP4Tensor"
                 )
 
         if any(needs_all_tokens(stored) for stored in self.stored.values()):
@@ -164,13 +170,17 @@ class Torchao(PartlyDense):
 
     def _name(self, module: StoredModule, part: str) -> str:
         """The stored name of a part."""
-        return module.tensor(f"_weight_{part}")
+        if module.expert is None:
+            return module.tensor(f"_weight_{part}")
+        place, _, leaf = module.stored.rpartition(".")
+        return f"{place}._{leaf}_{part}"
 
     def _part(
         self, module: StoredModule, stored: Stored, part: str, dtypes: tuple[str, ...], shape: tuple[int, ...]
     ) -> TensorEntry:
-        """A part that must be there, of one of these dtypes and of this shape."""
+        """A part that must be there, of one of these dtypes and of this shape, in a stack of each expert."""
         name = self._name(module, part)
+        shape = shape if module.expert is None else (module.experts, *shape)
         entry = self.header.tensors.get(name)
         if entry is None:
             raise self._missing(name, stored)
@@ -289,14 +299,24 @@ class Torchao(PartlyDense):
         self._part(module, stored, "qdata", (dtype,), (out, columns // packed))
         across = columns // group
         tiles = tiles_of(out, across)
+        if module.expert is not None and module.transposed:
+            raise stored.refuse(
+                f"{module.name} lies as (experts, in, out), which torchao cuts into blocks of outputs; use a "
+                "version with a module for each expert"
+            )
+        if module.expert is not None and stored.tiled and out % 128:
+            raise stored.wrong("is_swizzled_scales", f"false for experts of {out} rows, no whole tiles")
         grid = (32 * tiles[0], 16 * tiles[1]) if stored.tiled else (out, across)
         scale, kind = ("e8m0", "F8_E8M0") if stored.kind == MX else ("e4m3", "F8_E4M3")
         self._part(module, stored, "scale", (kind,), grid)
         scheme = Scheme(number_format(code), ((1, group),), (number_format(scale),))
         if stored.kind == MX:
             return replace(scheme, activation=mx_inputs_of(stored))
-        if self._name(module, "per_tensor_scale") in self.header.tensors:
-            self._part(module, stored, "per_tensor_scale", ("F32",), ())
+        entry = self.header.tensors.get(self._name(module, "per_tensor_scale"))
+        if entry is not None:
+            if entry.dtype != "F32" or entry.shape != ():  # one for all experts
+                shape = () if module.expert is None else (1, 1)
+                self._part(module, stored, "per_tensor_scale", ("F32",), shape)
             scales = (*scheme.scales, number_format("f32"))
             scheme = replace(scheme, blocks=((1, group), (0, 0)), scales=scales)
         return replace(scheme, activation=nvfp4_inputs_of(stored))
@@ -388,7 +408,7 @@ class Torchao(PartlyDense):
         """MXTensor and NVFP4Tensor: codes unpacked, scales in rows."""
         out, columns = module.shape
         qdata, name = self._name(module, "qdata"), self._name(module, "scale")
-        codes = data.tensor(qdata).view(torch.uint8)
+        codes = self._own(module, data, qdata).view(torch.uint8)
         if stored.element[2] == 2:
             codes = unpack_bits(codes, 4, columns)
         bits = int(scheme.weight.bits)
@@ -398,16 +418,21 @@ class Torchao(PartlyDense):
                 f"{self.header.file_of(qdata)}: tensor {qdata!r} has a byte of {int(codes.max())}; codes of "
                 f"{bits} bits are below {1 << bits}. The file is damaged",
             )
-        scale = data.tensor(name)
+        scale = self._own(module, data, name)
         if stored.tiled:
             straight = in_rows(scale.view(torch.uint8), out, columns // scheme.blocks[0][1])
             scale = straight.contiguous().view(scale.dtype)
         scales = [finite_scales(self.header, name, scale)]
         if len(scheme.scales) == 2:
             name = self._name(module, "per_tensor_scale")
-            scales.append(finite_scales(self.header, name, data.tensor(name)).reshape(1, 1))
+            outer = finite_scales(self.header, name, data.tensor(name))
+            scales.append((outer if outer.ndim == 0 else outer[module.expert]).reshape(1, 1))
         origin = f"{self.header.file_of(qdata)}: {module.name}"
         return QuantizedTensor(scheme, module.shape, codes, tuple(scales), origin=origin)
+
+    def _own(self, module: StoredModule, data: TensorData, name: str) -> Tensor:
+        """The tensor, or what a stack has of the module."""
+        return data.tensor(name) if module.expert is None else data.tensor(name)[module.expert]
 
     def _narrowed(self, name: str, stored: Stored, raw: Tensor, bits: int) -> Tensor:
         """Two's complement bytes of ``bits``-bit numbers as offset binary."""

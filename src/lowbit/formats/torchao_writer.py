@@ -5,6 +5,14 @@
     e4m3, f32 scales                             Float8Tensor; inputs plain or by torchao's float8 rule
     int4 with offsets, a row's groups            Int4Tensor
     2- to 8-bit integers, zero points or none    IntxUnpackedToInt8Tensor, a byte a code
+    fp4, fp6, fp8 under e8m0 scales of groups    MXTensor; inputs plain or by its own rule
+    e2m1 under e4m3 scales of 16, or these       NVFP4Tensor; inputs plain or its own, under one static scale
+    under one f32 scale
+
+Scales of the last two lie in rows, which the tool puts in tiles itself. It has no name for MX weights whose
+inputs stay plain; the config then names the rule for both, and each weight's own attributes, which the tool
+goes by, say that only it is quantized. transformers 5.23 loads no NVFP4Tensor with a static scale for inputs,
+the tool's own neither; torchao does.
 
 Modules of different kinds are asked for one by one, by torchao's FqnToConfig. A weight without a column of
 inputs to quantize is plain; ``tensor_names`` lists the quantized ones, in every shard, as the tool wants it.
@@ -20,21 +28,27 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import InputRule, StoredModule
-from lowbit.formats.torchao_described import FLOAT8, INT4, INT8, INTX
-from lowbit.formats.writing import CheckpointWriter
+from lowbit.formats.torchao_described import ELEMENTS, FLOAT8, INT4, INT8, INTX, MX, NVFP4
+from lowbit.formats.writing import CheckpointWriter, cannot
+from lowbit.numerics.bit_packing import pack_bits
+from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 from lowbit.numerics.torchao_inputs import (
+    MX_MODES,
     PER_ROW,
     PER_TENSOR,
     float8_inputs,
     int8_inputs,
     int8_inputs_with_zeros,
+    mx_inputs,
 )
 
 Json = dict[str, object]
 
 _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_CODES = {code: (name, packed) for name, (code, _, packed) in ELEMENTS.items()}
+_NVFP4_INPUTS = ActivationScheme(number_format("e2m1"), (1, 16), scale=number_format("e4m3"))
 _INT8_INPUTS = (None, int8_inputs(PER_ROW), int8_inputs(PER_TENSOR), int8_inputs_with_zeros())
 
 
@@ -42,7 +56,10 @@ class TorchaoWriter(CheckpointWriter):
     """``dtype``: what the tool dequantizes to, that of most plain matrices."""
 
     name = "torchao"
-    writes = "int8, float8 (weights alone; inputs a row or tensor), int4 with offsets, 2-8 bit integers"
+    writes = (
+        "int8, float8 (weights alone; inputs a row or tensor), int4 with offsets, 2-8 bit integers; MX (fp4, "
+        "fp6, fp8) and NVFP4, inputs too"
+    )
     described = 800
 
     def __init__(self, schemes: Mapping[str, Scheme]) -> None:
@@ -55,7 +72,8 @@ class TorchaoWriter(CheckpointWriter):
         """Codes, blocks, scales and inputs, in this order."""
         if scheme.is_dense:
             return None
-        if scheme.reordered or scheme.flattened or len(scheme.blocks) != 1:
+        outer = len(scheme.blocks) == 2 and _kind(scheme) == NVFP4
+        if scheme.reordered or scheme.flattened or not (len(scheme.blocks) == 1 or outer):
             return f"it has one level of scales in blocks, columns in their order; this is {scheme}"
         rows, columns = scheme.blocks[0]
         if shape[0] % (rows or 1) or shape[1] % (columns or 1):
@@ -65,6 +83,8 @@ class TorchaoWriter(CheckpointWriter):
             return f"none of its tensors holds {scheme}"
         if kind == INT4 and (scheme.scales[0].name not in _TORCH or rows != 1 or not columns or shape[1] % 2):
             return f"int4 has groups of a row and an even number of columns, not {scheme}"
+        if kind in (MX, NVFP4) and shape[1] % _CODES[scheme.weight.name][1]:
+            return f"a byte has codes of two columns, not of one of {shape[1]}"
         if kind == INTX and scheme.scales[0].name not in _TORCH:
             return f"integers have plain scales, not {scheme}"
         return None
@@ -81,6 +101,8 @@ class TorchaoWriter(CheckpointWriter):
             return {}
         kind = _kind(scheme)
         assert kind is not None, "refuses_to_write() was asked first"
+        if kind in (MX, NVFP4):
+            return {module.tensor("weight"): self._of_small_floats(kind, scheme)}
         rows, columns = scheme.blocks[0]
         data: Json = {"block_size": [rows or module.shape[0], columns or module.shape[1]]}
         parts = ["qdata", "scale"] + ["zero_point"] * (kind != FLOAT8)
@@ -101,10 +123,35 @@ class TorchaoWriter(CheckpointWriter):
         text = json.dumps({"_type": kind, "_data": data, "_tensor_data_names": parts})
         return {module.tensor("weight"): text}
 
+    def _of_small_floats(self, kind: str, scheme: Scheme) -> str:
+        """What MXTensor and NVFP4Tensor say of themselves."""
+        data: Json = {"block_size": scheme.blocks[0][1], "orig_dtype": _torch_dtype(self.dtype)}
+        data |= {"is_swizzled_scales": False, "act_quant_kwargs": _small_kwargs(kind, scheme.activation)}
+        parts = ["qdata", "scale"]
+        if kind == MX:
+            data |= {"elem_dtype": _element(scheme.weight.name), "kernel_preference": _AUTO}
+        else:
+            data["use_triton_kernel"] = False
+            parts += ["per_tensor_scale"] * (len(scheme.scales) == 2)
+            parts += ["act_per_tensor_scale"] * (scheme.activation is not None)
+        return json.dumps({"_type": kind, "_data": data, "_tensor_data_names": parts})
+
     def _pack(
         self, module: StoredModule, weight: QuantizedTensor, input: InputRule | None
     ) -> dict[str, Tensor]:
         kind, codes, scale = _kind(weight.scheme), weight.codes, weight.scales[0]
+        if kind in (MX, NVFP4):
+            name = weight.scheme.weight.name
+            dtype = number_format(name).dtype
+            codes = pack_bits(codes, 4) if _CODES[name][1] == 2 else codes
+            found = {"_weight_qdata": codes if dtype is None else codes.view(dtype), "_weight_scale": scale}
+            if len(weight.scales) == 2:
+                found["_weight_per_tensor_scale"] = weight.scales[1].float().reshape(())
+            if kind == NVFP4 and weight.scheme.activation is not None:
+                if input is None or input.static_scale is None:
+                    raise cannot(self.name, module, "its inputs have no scale of the whole tensor")
+                found["_weight_act_per_tensor_scale"] = input.static_scale.float().reshape(())
+            return found
         if kind == INT4:
             nibbles = codes ^ 8  # offset binary to two's complement
             packed = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(torch.int8)
@@ -147,6 +194,9 @@ _MM_CONFIG: Json = {
 def _kind(scheme: Scheme) -> str | None:
     """The class that holds such a weight with such inputs, or None."""
     codes, inputs, zero = scheme.weight, scheme.activation, scheme.zero
+    small = _small_kind(scheme)
+    if small is not None:
+        return small
     single = scheme.scales[0].name == "f32"
     if scheme.offset:
         return INT4 if codes.name == "int4" and zero == "none" and inputs is None else None
@@ -158,6 +208,48 @@ def _kind(scheme: Scheme) -> str | None:
         return None
     signed = codes.name.startswith("int")
     return INTX if (signed and zero == "none") or (not signed and zero == "integer") else None
+
+
+def _small_kind(scheme: Scheme) -> str | None:
+    """MXTensor or NVFP4Tensor, or None."""
+    rows, columns = scheme.blocks[0]
+    plain = scheme.zero == "none" and not scheme.offset and rows == 1 and columns
+    if not plain or scheme.weight.name not in _CODES:
+        return None
+    scales = [scale.name for scale in scheme.scales]
+    if scales == ["e8m0"]:
+        return MX if scheme.activation is None or _mode(scheme.activation) else None
+    outer = scales == ["e4m3"] or (scales == ["e4m3", "f32"] and scheme.blocks[1] == (0, 0))
+    if scheme.weight.name != "e2m1" or columns != 16 or not outer:
+        return None
+    return NVFP4 if scheme.activation in (None, _NVFP4_INPUTS) else None
+
+
+def _mode(inputs: ActivationScheme) -> str | None:
+    """How MXTensor calls the way its scales are found; None where it has none."""
+    fmt, block = inputs.number_format, inputs.block[1]
+    if fmt.name not in _CODES or not block:
+        return None
+    return next((mode for mode in MX_MODES if mx_inputs(fmt, block, mode) == inputs), None)
+
+
+def _element(code: str) -> Json | str:
+    """torchao's word for it: a dtype where PyTorch has one."""
+    name = _CODES[code][0]
+    return name if name.startswith("fp6") else _torch_dtype(name)
+
+
+def _small_kwargs(kind: str, inputs: ActivationScheme | None) -> Json | None:
+    if inputs is None:
+        return None
+    if kind == NVFP4:
+        data: Json = {"block_size": 16, "is_swizzled_scales": False, "use_triton_kernel": False}
+        data["use_dynamic_per_tensor_scale"] = False
+        return {"_type": "QuantizeTensorToNVFP4Kwargs", "_data": data}
+    data = {"elem_dtype": _element(inputs.number_format.name), "block_size": inputs.block[1]}
+    data["scaling_mode"] = {"_type": "ScaleCalculationMode", "_data": str(_mode(inputs)).upper()}
+    data |= {"kernel_preference": _AUTO, "is_swizzled_scales": False}
+    return {"_type": "QuantizeTensorToMXKwargs", "_data": data}
 
 
 def _is_float8(inputs: ActivationScheme) -> bool:
@@ -210,6 +302,19 @@ def _config(scheme: Scheme) -> Json:
         own = {"_type": "PerGroup", "_version": 1, "_data": {"group_size": columns}}
     elif rows:
         own = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
+    if kind == NVFP4 and inputs is None:
+        data: Json = {"use_dynamic_per_tensor_scale": len(scheme.scales) == 2}
+        return {"_type": "NVFP4WeightOnlyConfig", "_version": 1, "_data": data}
+    if kind == NVFP4:
+        data = {"use_triton_kernel": False, "use_dynamic_per_tensor_scale": False, "step": "convert"}
+        return {"_type": "NVFP4DynamicActivationNVFP4WeightConfig", "_version": 1, "_data": data}
+    if kind == MX:
+        element = _element(scheme.weight.name)
+        mode = (None if inputs is None else _mode(inputs)) or "rceil"
+        data = {"block_size": columns, "activation_dtype": element, "weight_dtype": element}
+        data["kernel_preference"] = _AUTO
+        data["scaling_mode"] = {"_type": "ScaleCalculationMode", "_data": mode.upper()}
+        return {"_type": "MXDynamicActivationMXWeightConfig", "_version": 1, "_data": data}
     if kind == INT4:
         return {"_type": "Int4WeightOnlyConfig", "_version": 2, "_data": {"group_size": columns}}
     if kind == INTX:

@@ -1,12 +1,13 @@
-"""cpu_vectors: formats of codebooks (AQLM) as files hold them: indices of vectors of columns, a scale a row.
+"""cpu_vectors: formats of codebooks (AQLM, HIGGS) as files hold them: indices of vectors of columns. A scale
+is a row's, or of 32, 64 … columns of one.
 
 The codebooks become whole numbers of 16 bits over one factor, and x whole numbers of 15 with a scale for each
 32 columns (csrc/linear_vectors.h): products and their sums over 32 columns are exact in 32 bits, what follows
 is float32. The factor is the least with which no sum can pass 32 bits, or the power of two above it where
 that makes every number exact (lattices). A weight is then off by at most half of it for each codebook: of
-normal numbers about 2^-13 of their deviation for one codebook, 2^-12 for two. With x's own rounding that is
-less than an eighth, or a sixth, of what bfloat16 costs the inputs of other formats, and a third for four
-codebooks, the most there may be. Rows that are looked up have the same numbers.
+normal numbers about 2^-13 of their deviation for one codebook, 2^-12 for two, or for one of vectors of 2 or
+4. With x's own rounding that is less than an eighth, or a sixth, of what bfloat16 costs the inputs of other
+formats, and a third for four codebooks, the most there may be. Rows that are looked up have the same numbers.
 
 Codebooks are a weight's own: parts of a layer that have each their own are not fused, and x is laid out anew
 for each.
@@ -28,6 +29,8 @@ from lowbit.kernels.packed_linear import (
     ROWS,
     SCALE_DTYPES,
     SCALE_KINDS,
+    SHORT_LENGTHS,
+    SHORT_VECTORS,
     VECTOR_LENGTHS,
     Description,
     NativeWeight,
@@ -44,7 +47,7 @@ class CpuVectors(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_vectors"
-    layout = 1
+    layout = 2
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -55,13 +58,18 @@ class CpuVectors(NativeKernel):
             return "weights are no vectors of codebooks"
         if layout.length not in VECTOR_LENGTHS or layout.books > MOST_BOOKS:
             return f"{layout.books} codebooks of vectors of {layout.length}"
+        if layout.length in SHORT_LENGTHS and (layout.books > 1 or layout.bits > 8):
+            return f"{layout.books} codebooks of {layout.bits} bits and vectors of {layout.length}"
         if layout.height > 1:
             return f"vectors of {layout.height} rows"
         if shape[1] % layout.length:
             return f"{shape[1]} columns are no whole vectors of {layout.length}"
         plain = scheme.zero == "none" and not scheme.offset and not scheme.flattened
-        if not plain or len(scheme.blocks) != 1 or scheme.blocks[0] not in ((1, 0), (0, 0)):
-            return "needs one scale for a row, or for all, and nothing that is added"
+        height, group = scheme.blocks[0] if len(scheme.blocks) == 1 else (0, 1)
+        if not plain or height > 1 or group % COLUMNS or (group and not height):
+            return f"needs one scale for a row, for {COLUMNS} n columns of it, or for all, and nothing added"
+        if group and shape[1] % group:
+            return f"{shape[1]} columns are no whole groups of {group}"
         if scheme.scales[0].name not in SCALE_KINDS:
             return f"scales are {scheme.scales[0].name}"
         return None
@@ -74,12 +82,15 @@ class CpuVectors(NativeKernel):
         """Indices in tiles behind each block's scales; the codebooks as whole numbers."""
         layout, codebooks = weight.scheme.weight.vectors, weight.codebooks
         assert isinstance(layout, VectorLayout) and codebooks is not None, "refuses() was asked first"
+        described = _describe(weight.scheme, weight.shape)
         words, factor = whole_numbers(codebooks)
-        table = torch.zeros(_describe(weight.scheme, weight.shape).table_size // 2, dtype=torch.int16)
+        table = torch.zeros(described.table_size // 2, dtype=torch.int16)
         table[: words.numel()] = words.flatten()
-        scale = weight.scales[0].expand(weight.shape[0], 1)
+        if layout.length in SHORT_LENGTHS:
+            numbers, planes = table.chunk(2)
+            planes.copy_(numbers.view(torch.uint8).view(SHORT_VECTORS, -1).T.flatten().view(torch.int16))
         buffers = {
-            "data": _tiles(weight.codes, scale, layout),
+            "data": _tiles(weight.codes, weight.scales[0].expand(weight.shape[0], -1), layout, described),
             "table": table,
             "factor": torch.tensor(factor, dtype=torch.float32),
         }
@@ -145,49 +156,55 @@ def _describe(scheme: Scheme, shape: tuple[int, ...]) -> Description:
     """The native description, columns padded to whole tiles."""
     layout = scheme.weight.vectors
     assert isinstance(layout, VectorLayout), "refuses() was asked first"
-    return Description.plain(shape, packed_linear.vector_codes(layout), SCALE_KINDS[scheme.scales[0].name])
+    codes, scales = packed_linear.vector_codes(layout), SCALE_KINDS[scheme.scales[0].name]
+    return Description.plain(shape, codes, scales, scheme.blocks[0][1] or None)
 
 
-def _tiles(codes: Tensor, scale: Tensor, layout: VectorLayout) -> Tensor:
-    """uint8: blocks of 16 scales and tiles. ``codes`` (rows, bytes), ``scale`` (rows, 1)."""
-    rows, columns = len(codes), codes.shape[1] // layout.row_bytes(layout.length) * layout.length
-    blocks, tiles = -(-rows // ROWS), -(-columns // COLUMNS)
-    head = ROWS * scale.element_size()
+def _tiles(codes: Tensor, scales: Tensor, layout: VectorLayout, described: Description) -> Tensor:
+    """uint8: blocks of groups of 16 scales and tiles. ``codes`` (rows, bytes), ``scales`` (rows, groups)."""
+    rows, groups = scales.shape
+    blocks, tiles = -(-rows // ROWS), described.unit // COLUMNS  # of a group
+    head = ROWS * scales.element_size()
     size = ROWS * layout.row_bytes(COLUMNS)
-    data = torch.zeros(blocks, head + tiles * size, dtype=torch.uint8)
-    scales = torch.zeros(blocks * ROWS, dtype=scale.dtype)
-    scales[:rows] = scale.flatten()
-    data[:, :head] = scales.view(torch.uint8).view(blocks, head)
-    padded = torch.zeros(blocks * ROWS, layout.row_bytes(tiles * COLUMNS), dtype=torch.uint8)
+    data = torch.zeros(blocks, groups, head + tiles * size, dtype=torch.uint8)
+    padded_scales = torch.zeros(blocks * ROWS, groups, dtype=scales.dtype)
+    padded_scales[:rows] = scales
+    in_blocks = padded_scales.view(blocks, ROWS, groups).transpose(1, 2).contiguous()
+    data[:, :, :head] = in_blocks.view(torch.uint8)
+    padded = torch.zeros(blocks * ROWS, layout.row_bytes(described.columns), dtype=torch.uint8)
     padded[:rows, : codes.shape[1]] = codes
-    # (blocks, lanes, j, tiles, vectors, books, bytes) -> (blocks, tiles, books, vectors, j, lanes, bytes)
-    parted = padded.view(blocks, _LANES, ROWS // _LANES, tiles, COLUMNS // layout.length, layout.books, -1)
-    data[:, head:] = parted.permute(0, 3, 5, 4, 2, 1, 6).reshape(blocks, -1)
+    # (blocks, lanes, j, groups, tiles, vectors, books, bytes)
+    # -> (blocks, groups, tiles, books, vectors, j, lanes, bytes)
+    parted = padded.view(
+        *(blocks, _LANES, ROWS // _LANES, groups, tiles, COLUMNS // layout.length, layout.books, -1)
+    )
+    data[:, :, head:] = parted.permute(0, 3, 4, 6, 5, 2, 1, 7).reshape(blocks, groups, -1)
     return data.flatten()
+
+
+def _groups(packed: NativeWeight) -> Tensor:
+    """uint8 (blocks, groups, bytes) of the packed weight."""
+    described = packed.description
+    return packed.buffers["data"].view(-(-described.rows // ROWS), described.columns // described.unit, -1)
 
 
 def _codes(packed: NativeWeight) -> Tensor:
     """uint8 (rows, bytes): the inverse of ``_tiles``."""
     described, layout = packed.description, packed.scheme.weight.vectors
     assert isinstance(layout, VectorLayout), "it was packed"
-    blocks, tiles = -(-described.rows // ROWS), described.columns // COLUMNS
-    data = packed.buffers["data"].view(blocks, -1)[:, described.scale_size :]
+    data = _groups(packed)[:, :, described.scale_size :]
+    blocks, groups = data.shape[:2]
     shape = (
-        blocks,
-        tiles,
-        layout.books,
-        COLUMNS // layout.length,
-        ROWS // _LANES,
-        _LANES,
-        layout.index_bytes,
+        *(blocks, groups, described.unit // COLUMNS, layout.books),
+        *(COLUMNS // layout.length, ROWS // _LANES, _LANES, layout.index_bytes),
     )
-    rows = data.reshape(shape).permute(0, 5, 4, 1, 3, 2, 6).reshape(blocks * ROWS, -1)
+    rows = data.reshape(shape).permute(0, 6, 5, 1, 2, 4, 3, 7).reshape(blocks * ROWS, -1)
     return rows[: described.rows, : layout.row_bytes(packed.columns)].contiguous()
 
 
 def _scales(packed: NativeWeight) -> Tensor:
-    """(rows, 1), or the one of all."""
+    """(rows, groups), or the one of all."""
     described = packed.description
-    data = packed.buffers["data"].view(-(-described.rows // ROWS), -1)[:, : described.scale_size]
-    scale = data.contiguous().view(SCALE_DTYPES[described.scales]).view(-1, 1)
-    return scale[: 1 if packed.scheme.blocks[0][0] == 0 else described.rows]
+    stored = _groups(packed)[:, :, : described.scale_size].contiguous()
+    scales = stored.view(SCALE_DTYPES[described.scales]).transpose(1, 2).flatten(0, 1)
+    return scales[: 1 if packed.scheme.blocks[0][0] == 0 else described.rows].contiguous()

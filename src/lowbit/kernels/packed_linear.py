@@ -117,9 +117,11 @@ CODES |= {
 }
 
 
-# Codes of codebooks say what they are: VECTORS + books, bits and log2(length / 8) (csrc/linear_vectors.h).
+# Codes of codebooks say what they are: VECTORS + books, bits and log2(length / 2) (csrc/linear_vectors.h).
 VECTORS = 1 << 16
-VECTOR_LENGTHS = (8, 16, 32)
+VECTOR_LENGTHS = (2, 4, 8, 16, 32)
+SHORT_LENGTHS = (2, 4)  # of one codebook of SHORT_VECTORS, whose bytes lie behind it plane by plane
+SHORT_VECTORS = 256
 MOST_BOOKS = 4  # of more, the whole numbers would be too coarse
 
 
@@ -196,6 +198,8 @@ class Description(ctypes.Structure):
     def table_size(self) -> int:
         """Bytes of the table, and of the words behind it."""
         if (layout := vectors_of(self.codes)) is not None:
+            if layout.length in SHORT_LENGTHS:
+                return 2 * 2 * SHORT_VECTORS * layout.length
             return 2 * max(64, layout.books * (layout.length << layout.bits))
         words = 128 if self.codes == CODES["bits7"] else 0
         return TABLE_BYTES + 2 * (1 << GRIDS[self.codes].bits if self.codes in GRIDS else words)

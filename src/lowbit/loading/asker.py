@@ -318,7 +318,8 @@ class Asker:
         if isinstance(vectors, RowVectorLayout):
             shape = (16, vectors.columns or 32 * vectors.length)
         elif vectors is not None:
-            shape = (16 * vectors.height, 32 * vectors.length)
+            groups = (width or 1 for _, width in scheme.blocks)
+            shape = (16 * vectors.height, math.lcm(32 * vectors.length, *groups))
         elif coded.trellis is not None:
             shape = (scheme.rows_together, BLOCK)
         return choose(scheme, shape, self.device).kernel.name != "reference"

@@ -45,6 +45,8 @@ _STACKED = re.compile(
     r"|.+\.block_sparse_moe\.(?:input|output)_linear\.weight)"
     r"(?:_\w+|\.(?:weight|scales|biases|bias|global_scale))?$"
 )
+# torchao's parts of one: ``experts._down_proj_qdata``.
+_STACKED_PARTS = re.compile(r"(.+\.experts)\._(gate_up_proj|gate_proj|up_proj|down_proj)_qdata$")
 # Other names of stacked projections; GraniteMoE's are modules and end in .weight.
 _STACKS = {
     "gate_up_proj": ("w13", "input_linear.weight"),
@@ -119,6 +121,8 @@ class Names:
         self.in_gguf = header.container == "gguf"
         self.modules = {name.rpartition(".")[0] for name in header.tensors}
         self.stacks = {match[1] for name in header.tensors if (match := _STACKED.match(name))}
+        parts = map(_STACKED_PARTS.match, header.tensors)
+        self.stacks |= {f"{match[1]}.{match[2]}" for match in parts if match}
         found = (prefix for prefix in _PREFIXES if f"{prefix}embed_tokens" in self.modules)
         self.prefix = "model." if self.in_gguf else next(found, "model.")
 
