@@ -229,11 +229,30 @@ def test_files_that_tools_wrote(ranks: Ranks, case: str) -> None:
     check(ranks, Job(FIXTURES / case, PROMPTS))
 
 
-@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "quip_sharp/e8p12"])
-def test_what_lies_together_is_decoded_before_it_is_cut(ranks: Ranks, case: str) -> None:
-    """To 16 bits, on one process it is not."""
-    _, both = check(ranks, Job(FIXTURES / case, PROMPTS, reference=False), 0.01)
-    assert both[0].kernels == {"cpu_dense"}
+@pytest.mark.parametrize("case", ["quip_sharp/e8p12", "quip_sharp/e8p12_rvq4"])
+def test_codes_of_lattices_are_shared(ranks: Ranks, case: str) -> None:
+    """Between the transforms: ranks gather products, and no sum has another order than in one process."""
+    one, both = shared(ranks, Job(FIXTURES / case, PROMPTS, reference=False))
+    assert all(torch.equal(*pair) for pair in zip(one.logits, both[0].logits, strict=True))
+    assert both[0].kernels == one.kernels and "cpu_lattice" in one.kernels
+    # What multiplies columns is on both, and so are tables; 16 bits a weight would be four times as much.
+    assert sum(rank.weight_bytes for rank in both) <= 1.3 * one.weight_bytes
+    # Weights in one process were rounded to float16.
+    check(ranks, Job(FIXTURES / case, PROMPTS), 1e-3)
+
+
+def test_codebooks_of_columns_are_cut_between_them(ranks: Ranks) -> None:
+    """Two of 28 columns behind 8 outliers: a rank has one, and the first of them the outliers."""
+    path = FIXTURES / "vptq" / "v6_k64_outliers"
+    one, both = check(ranks, Job(path, PROMPTS, reference=False), 1e-3)
+    assert both[0].kernels == one.kernels and "cpu_row_vectors" in one.kernels
+    assert sum(rank.weight_bytes for rank in both) <= 1.3 * one.weight_bytes, "up's codebooks are on both"
+    check(ranks, Job(path, PROMPTS))
+    plan = plan_model(open_checkpoint(str(path)), tp_size=2)
+    planned = {module.name.rpartition(".")[2]: module for module in plan.modules}
+    assert planned["down_proj"].cut == "columns 36 | 28 with their codebooks, inputs gathered (act-order)"
+    assert str(planned["down_proj"].scheme) == "rvq6_64_f16_1x28_out8 allx1 f16 offset"
+    assert planned["up_proj"].cut.startswith("rows 3") and planned["up_proj"].shape[1] == 32
 
 
 @pytest.mark.parametrize("case", ["vptq/v4_k128_plain", "vptq/v8_k256_res16"])

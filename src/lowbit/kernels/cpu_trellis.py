@@ -81,12 +81,13 @@ class CpuTrellis(TransformedKernel):
         tiles = bits.unflatten(-1, (-1, 4)).flip(-1).flatten(-2).contiguous()
         return trellis.codes(tiles.view(torch.int16))
 
-    def transforms(self, inputs: Tensor, outputs: Tensor) -> tuple[Rotation, Rotation]:
-        """By Hadamard's matrix of each 128."""
-        divisor = Rotation.hadamard(BLOCK).divisor
-        return Rotation(BLOCK, before=inputs, divisor=divisor), Rotation(
-            BLOCK, after=outputs, divisor=divisor
-        )
+    def before(self, inputs: Tensor) -> Rotation:
+        """Hadamard's matrix of each 128."""
+        return Rotation(BLOCK, before=inputs, divisor=Rotation.hadamard(BLOCK).divisor)
+
+    def after(self, outputs: Tensor) -> Rotation:
+        """Hadamard's matrix of each 128."""
+        return Rotation(BLOCK, after=outputs, divisor=Rotation.hadamard(BLOCK).divisor)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""

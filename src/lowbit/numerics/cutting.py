@@ -4,7 +4,7 @@ its value.
 A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks, or
 where its rows lie apart kept for those that are left. A
 column cut falls on the borders of ``column_unit``: what shares a scale, or an input's scale, stays
-together. Tensors are cut as views, so that of a mapped file only the part is read.
+together; or on those of ``column_borders``, where columns have codebooks of their own. Tensors are cut as views, so that of a mapped file only the part is read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK
@@ -45,6 +46,18 @@ def column_unit(scheme: Scheme, columns: int) -> int:
     return unit
 
 
+def column_borders(scheme: Scheme, columns: int, ranks: int) -> list[int] | None:
+    """Where a weight is cut whose stored columns have codebooks or numbers of their own; None for others,
+    and where there are too few columns for all ranks."""
+    layout = _parted(scheme)
+    return None if layout is None or layout.columns != columns else layout.borders(ranks)
+
+
+def _parted(scheme: Scheme) -> RowVectorLayout | None:
+    layout = scheme.weight.vectors
+    return layout if isinstance(layout, RowVectorLayout) and layout.width else None
+
+
 def row_unit(scheme: Scheme) -> int:
     """A cut between so many rows parts no block, nor one of a rotation of them."""
     rotation, heights = scheme.output_rotation, () if scheme.scattered else scheme.heights
@@ -54,7 +67,9 @@ def row_unit(scheme: Scheme) -> int:
 def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     """Stored columns ``start:stop``. ``column_order`` then holds the inputs they multiply, of the whole."""
     columns = weight.shape[-1]
-    unit = column_unit(weight.scheme.weight_alone, columns)
+    unit, parted = column_unit(weight.scheme.weight_alone, columns), _parted(weight.scheme)
+    if parted is not None and parted.part(start, stop) is not None:
+        unit = 1
     if start % unit or (stop % unit and stop != columns):
         raise LowbitError(
             "E0702", f"{weight.origin}: columns {start}:{stop} cut a group of {unit} columns in two"
@@ -63,8 +78,12 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         return weight
     weight = in_rows(weight)
     layout, coded = weight.scheme.weight.block, weight.scheme.weight.vectors or weight.scheme.weight.trellis
-    codes = weight.codes[..., start:stop]
-    if coded is not None:
+    codes, codebooks = weight.codes[..., start:stop], weight.codebooks
+    if parted is not None:
+        books, _ = parted.books_of(start, stop)
+        assert codebooks is not None, "a format with vectors has them"
+        codes, codebooks = parted.cut(weight.codes, start, stop), codebooks[books.start : books.stop]
+    elif coded is not None:
         codes = weight.codes[..., coded.row_bytes(start) : coded.row_bytes(stop)]
     if layout is not None:
         first, last = start // layout.weights, -(-stop // layout.weights)
@@ -77,14 +96,23 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
     order = weight.column_order
     return replace(
         weight,
+        scheme=columns_scheme(weight.scheme, columns, start, stop),
         shape=(*weight.shape[:-1], stop - start),
         codes=codes,
+        codebooks=codebooks,
         scales=tuple(cut(s, i) for i, s in enumerate(weight.scales)),
         zeros=None if weight.zeros is None else cut(weight.zeros, 0),
         offsets=tuple(cut(o, i) for i, o in enumerate(weight.offsets)),
         column_order=None if order is None else order[start:stop],
         outliers=None if weight.outliers is None else weight.outliers.cut(start, stop),
     )
+
+
+def columns_scheme(scheme: Scheme, columns: int, start: int, stop: int) -> Scheme:
+    """The scheme of ``cut_columns``'s result."""
+    scheme, parted = scheme_in_rows(scheme, columns), _parted(scheme)
+    part = None if parted is None else parted.part(start, stop)
+    return scheme if part is None else replace(scheme, weight=number_format(part.name))
 
 
 def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> QuantizedTensor:

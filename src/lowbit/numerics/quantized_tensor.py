@@ -192,7 +192,7 @@ class QuantizedTensor:
         of a trellis's blocks, or of a lattice's transforms, come as plain floats.
         """
         out, together, lattice = self.shape[-2], self.scheme.rows_together, self.scheme.weight.lattice
-        if lattice is not None:
+        if lattice is not None and not together:
             if (start, stop) == (0, out):
                 return self
             outputs, inputs = self.scales

@@ -181,7 +181,7 @@ class Scheme:
         """So many neighbouring rows mean something together only, beside what shares a scale; 0: all."""
         vectors = self.weight.vectors
         if self.weight.lattice is not None:
-            return 0
+            return 0 if len(self.scales) == 2 else 1
         if self.weight.trellis is not None:
             return BLOCK
         return 1 if vectors is None else vectors.height

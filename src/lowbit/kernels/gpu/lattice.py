@@ -6,11 +6,12 @@ The transforms are ``Rotator``'s, float32: in Triton where an order is a power o
 a head. u is made by the launches of ``gpu_vectors``: a codebook has all 65,536 vectors in float16, which
 holds those of one code exactly, and of second codes the vectors over their divisor, rounded to it. One such
 table serves all weights of a device, 1 MiB a book that stays in the L2 cache. Rows are not looked up here.
+Ranks have some of u's rows each, and no ``outputs``: they gather their products before the second transform.
 **None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
 
     buffers   indices   int16 (books of 16 bits, out, in / 8)
               second    uint8 (out, in / 8), where second codes have 8 bits
-              outputs   float32 (out, 1)
+              outputs   float32 (out, 1), where y is transformed
               inputs    float32 (1, in)
 """
 
@@ -33,13 +34,16 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 
+_SCALES = ("inputs", "outputs")
+
+
 @dataclass(frozen=True)
 class LatticeWeight(PackedWeight):
     """A weight of ``GpuLattice``."""
 
     codes: Codes = field(kw_only=True, repr=False)
     before: Rotator = field(kw_only=True, repr=False)
-    after: Rotator = field(kw_only=True, repr=False)
+    after: Rotator | None = field(kw_only=True, repr=False)
 
 
 class GpuLattice(GpuKernel):
@@ -55,11 +59,12 @@ class GpuLattice(GpuKernel):
         if scheme.weight.lattice is None:
             return "weights are no vectors of a lattice"
         single = number_format("f32")
-        if scheme != Scheme(scheme.weight, ((1, 0), (0, 1)), (single, single)):
+        shared = scheme == Scheme(scheme.weight, ((0, 1),), (single,))
+        if not shared and scheme != Scheme(scheme.weight, ((1, 0), (0, 1)), (single, single)):
             return "needs a float32 scale for each row and each column, and nothing that is added"
         if shape[1] % LENGTH:
             return f"{shape[1]} columns are no whole vectors of {LENGTH}"
-        for size in shape:
+        for size in shape[shared:]:
             if hadamard_factors(size) is None:
                 return f"there is no Hadamard matrix of order {size}"
         return None
@@ -70,15 +75,17 @@ class GpuLattice(GpuKernel):
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of codes and scales."""
-        return shape[0] * shape[1] * _layout(scheme).bits // 8 + 4 * (shape[0] + shape[1])
+        return shape[0] * shape[1] * _layout(scheme).bits // 8 + 4 * sum(
+            shape if len(scheme.scales) == 2 else shape[1:]
+        )
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The same codes, the second ones behind the first."""
         layout = _layout(weight.scheme)
         words, wide = layout.words(weight.codes), _wide_books(layout)
-        outputs, inputs = (scale.to(device, copy=True).contiguous() for scale in weight.scales)
-        indices = torch.stack(words[:wide]).to(torch.int16)
-        buffers = {"indices": indices.to(device), "outputs": outputs, "inputs": inputs}
+        buffers = {"indices": torch.stack(words[:wide]).to(torch.int16).to(device)}
+        for name, scale in zip(_SCALES, weight.scales[::-1], strict=False):
+            buffers[name] = scale.to(device, copy=True).contiguous()
         for narrow in words[wide:]:
             buffers["second"] = narrow.to(torch.uint8).to(device)
         return self.restore(weight.scheme, weight.shape, buffers, weight.origin)
@@ -92,8 +99,11 @@ class GpuLattice(GpuKernel):
         check_buffer(buffers, "indices", (wide, rows, vectors), origin, torch.int16)
         if wide < layout.books:
             check_buffer(buffers, "second", (rows, vectors), origin, torch.uint8)
-        check_buffer(buffers, "outputs", (rows, 1), origin, torch.float32)
         check_buffer(buffers, "inputs", (1, columns), origin, torch.float32)
+        after = None
+        if len(scheme.scales) == 2:
+            check_buffer(buffers, "outputs", (rows, 1), origin, torch.float32)
+            after = transform(rows, after=buffers["outputs"].flatten())
         device = buffers["indices"].device
         codes = Codes(
             indices=buffers["indices"],
@@ -121,7 +131,6 @@ class GpuLattice(GpuKernel):
             },
         )
         before = transform(columns, before=buffers["inputs"].flatten())
-        after = transform(rows, after=buffers["outputs"].flatten())
         return LatticeWeight(
             self,
             scheme,
@@ -130,7 +139,7 @@ class GpuLattice(GpuKernel):
             origin,
             codes=codes,
             before=Rotator(before.to(device)),
-            after=Rotator(after.to(device)),
+            after=None if after is None else Rotator(after.to(device)),
         )
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
@@ -138,7 +147,7 @@ class GpuLattice(GpuKernel):
         words = [book.int() & 0xFFFF for book in packed.buffers["indices"]]
         if "second" in packed.buffers:
             words.append(packed.buffers["second"].int())
-        scales = (packed.buffers["outputs"], packed.buffers["inputs"])
+        scales = tuple(packed.buffers[name] for name in _SCALES[: len(packed.scheme.scales)][::-1])
         codes = _layout(packed.scheme).codes(words)
         return QuantizedTensor(packed.scheme, packed.shape, codes, scales, origin=packed.origin)
 
@@ -148,7 +157,8 @@ class GpuLattice(GpuKernel):
         turned = packed.before.rotated(x, torch.float32)
         sums = torch.empty(out.shape, device=x.device)
         multiply(turned, packed.codes, sums)
-        packed.after.in_place(sums)
+        if packed.after is not None:
+            packed.after.in_place(sums)
         out.copy_(sums)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
