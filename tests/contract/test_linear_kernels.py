@@ -288,6 +288,13 @@ def lattice(divisor: float = 0.0, shape: tuple[int, int] = (64, 128), second: in
     return QuantizedTensor(scheme, shape, layout.codes(books), (outputs, inputs), origin="test")
 
 
+def rank_of_lattice(weight: QuantizedTensor) -> QuantizedTensor:
+    """What one of two ranks has: the codes of half of the rows, under the scales of columns alone."""
+    scheme = replace(weight.scheme, blocks=((0, 1),), scales=weight.scheme.scales[1:])
+    half = replace(weight, scheme=scheme, scales=weight.scales[1:])
+    return half.rows(weight.shape[0] // 2, weight.shape[0])
+
+
 def rounded_of_lattice(
     weight: QuantizedTensor, packed: TransformedWeight, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,6 +303,8 @@ def rounded_of_lattice(
     assert layout is not None and takes(packed.tiles.description, INPUT_WORDS)
     turned, numbers = packed.before.rotated(x, torch.float32), layout.vectors(weight.codes).double()
     seen = in_words(turned, 32767)
+    if packed.after is None:
+        return seen @ numbers.T, seen.abs() @ numbers.abs().T
     back = packed.after.rotation(torch.eye(weight.shape[0])).double()
     largest = (seen.abs() @ numbers.abs().T).norm(dim=1, keepdim=True)
     return seen @ numbers.T @ back, largest * weight.scales[0].flatten().double().abs()
@@ -491,6 +500,8 @@ WEIGHTS = {
     "lattice (QuIP#)": lattice,
     "lattice, heads of 12 and 20": lambda: lattice(shape=(80, 192)),
     "lattice, many blocks": lambda: lattice(shape=(640, 448)),
+    "lattice, a rank's rows": lambda: rank_of_lattice(lattice(shape=(192, 256))),
+    "lattice, two codes, a rank's rows": lambda: rank_of_lattice(lattice(3.45, (96, 448))),
     "lattice, two codes": lambda: lattice(3.45, (48, 64)),
     "lattice, two codes, many blocks": lambda: lattice(2.0, (224, 512)),
     "lattice, two codes, no small fraction": lambda: lattice(3.14159, (48, 64)),
@@ -1016,6 +1027,7 @@ TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
         (CpuTrellis(), of(TRELLIS.weight.name, (1, 0)), 256, "each row and each column"),
         (CpuLattice(), LATTICE, 256, None),
         (CpuLattice(), replace(LATTICE, weight=number_format("e8p+e8/2.04")), 256, "codes of 8 bits"),
+        (CpuLattice(), replace(LATTICE, blocks=((0, 1),), scales=LATTICE.scales[1:]), 256, None),
         (CpuLattice(), LATTICE, 96, "whole tiles"),
         (CpuLattice(), LATTICE, 704, "order 704"),
         (CpuLattice(), of("int4", (1, 32)), 256, "no vectors of a lattice"),

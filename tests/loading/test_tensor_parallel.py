@@ -32,7 +32,7 @@ from lowbit.loading.loader import Loader
 from lowbit.quantize.recipe import Asked
 from models.family_cases import SIZES, saved
 from models.test_deepseek import SIZES as DEEPSEEK
-from models.test_quantized_experts import FORMATS, fp8_block, made, quantize_experts, write
+from models.test_quantized_experts import FORMATS, fp8_block, made, per_expert, quantize_experts, write
 from models.test_qwen_next import make_checkpoint
 from oracles import gptq as gptq_oracle
 from parallel_ranks import Answer, Job, Ranks, answer, layers_of
@@ -252,7 +252,7 @@ def test_codebooks_of_columns_are_cut_between_them(ranks: Ranks) -> None:
     planned = {module.name.rpartition(".")[2]: module for module in plan.modules}
     assert planned["down_proj"].cut == "columns 36 | 28 with their codebooks, inputs gathered (act-order)"
     assert str(planned["down_proj"].scheme) == "rvq6_64_f16_1x28_out8 allx1 f16 offset"
-    assert planned["up_proj"].cut.startswith("rows 3") and planned["up_proj"].shape[1] == 32
+    assert planned["up_proj"].cut == "rows 48 | 16", "between vectors of 6 and tiles of 16"
 
 
 @pytest.mark.parametrize("case", ["vptq/v4_k128_plain", "vptq/v8_k256_res16"])
@@ -291,6 +291,97 @@ def test_blocks_that_run_over_row_ends(ranks: Ranks, tmp_path: Path) -> None:
     plan = plan_model(open_checkpoint(str(path)), quantization="nf4", tp_size=2)
     cuts = {module.name.rpartition(".")[2]: (module.cut, str(module.scheme)) for module in plan.modules}
     assert cuts["down_proj"] == ("columns 128 | 96 in groups of 32", "nf4 1x32 f32")
+
+
+def random_vptq(rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Vectors of 8 rows, of 16 and of 8 others: 7 bits a vector."""
+    words = torch.randint(-(2**31), 2**31, (1, rows // 8, -(-columns * 7 // 32)), generator=generator)
+    return {
+        "centroids.weight": torch.randn(1, 16 * 8, generator=generator).half() * 0.2,
+        "res_centroids.weight": torch.randn(1, 8 * 8, generator=generator).half() * 0.1,
+        "indices": words.int(),
+        "perm": torch.randperm(columns, generator=generator).to(torch.int16),
+        "weight_scale": torch.rand(columns, generator=generator).half() + 0.5,
+        "weight_bias": torch.randn(columns, generator=generator).half() * 0.02,
+    }
+
+
+def random_quip(rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+    signs = (torch.randint(2, (size,), generator=generator) * 2 - 1 for size in (columns, rows))
+    return {
+        "Qidxs": torch.randint(-(2**62), 2**62, (rows, columns * 2 // 64), generator=generator),
+        **dict(zip(("SU", "SV"), (sign.half() * 0.5 for sign in signs), strict=True)),
+        "Wscale": torch.tensor(0.3),
+        "codebook_id": torch.tensor(7),
+    }
+
+
+VPTQ_RULE = {
+    "vector_lens": [-1, 8],
+    "num_centroids": [-1, 16],
+    "num_res_centroids": [-1, 8],
+    "group_num": 1,
+    "group_size": 64,
+    "enable_norm": True,
+    "enable_perm": True,
+}
+RANDOM: dict[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
+    "vptq": (
+        random_vptq,
+        {
+            "quant_method": "vptq",
+            "shared_layer_config": dict.fromkeys(("gate_proj", "up_proj", "down_proj"), VPTQ_RULE),
+        },
+    ),
+    "quip_sharp": (random_quip, {"codebook": "E8P12", "codebook_version": 1, "codesz": 8}),
+}
+
+
+def random_experts(folder: Path, fmt: str) -> Path:
+    """Qwen3-MoE whose experts are random codes of a format; the rest is float."""
+    make, config = RANDOM[fmt]
+    model, generator = made("Qwen3Moe"), torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, matrix in per_expert(model).items():
+        if ".experts." in name:
+            stored = make(*matrix.shape, generator)
+            tensors |= {f"{name.removesuffix('.weight')}.{suffix}": each for suffix, each in stored.items()}
+        else:
+            tensors[name] = matrix
+    path = write(folder, model, tensors, None)
+    said = json.loads((path / "config.json").read_text())
+    said["quip_params" if fmt == "quip_sharp" else "quantization_config"] = config
+    (path / "config.json").write_text(json.dumps(said))
+    return path
+
+
+@pytest.mark.parametrize("fmt", RANDOM)
+def test_ranks_have_whole_experts_where_a_share_of_each_would_be_decoded(
+    ranks: Ranks, fmt: str, tmp_path: Path
+) -> None:
+    """Four experts: a rank has two, and of each token's those that are its own."""
+    path = random_experts(tmp_path, fmt)
+    for reference in (True, False):
+        one, both = check(ranks, Job(path, PROMPTS, reference), 1e-5 if reference else 1e-2)
+        assert both[0].kernels == one.kernels and both[0].kernels == both[1].kernels
+    check(ranks, Job(path, [[5]], reference=False), 1e-2)
+    assert {"vptq": "cpu_row_vectors", "quip_sharp": "cpu_lattice"}[fmt] in one.kernels
+    header = open_checkpoint(str(path))
+    plan, whole = plan_model(header, tp_size=2), plan_model(header)
+    assert plan.parameters == whole.parameters
+    there = [module.nbytes > 0 for module in plan.modules if ".experts." in module.name]
+    assert there == ([True] * 6 + [False] * 6) * 2
+    assert [module.cut for module in plan.modules if module.nbytes == 0] == ["on another rank"] * 12
+
+
+def test_more_ranks_than_whole_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.test_quantized_experts.EXPERTS", 3)
+    header = open_checkpoint(str(random_experts(tmp_path, "vptq")))
+    with pytest.raises(
+        LowbitError, match="whole on a rank, and there are 3; use --tp-size 3 or less"
+    ) as caught:
+        plan_model(header, tp_size=4)
+    assert caught.value.code == "E0431"
 
 
 # ---- each layer by itself ------------------------------------------------------------------------------
@@ -372,6 +463,24 @@ class Counted(Parallel):
     def largest(self, x: Tensor) -> Tensor:
         self.asked += [len(x)] * (self.rank == 0)
         return super().largest(x)
+
+
+@pytest.mark.parametrize("case", EXPERTS_ONLINE)
+def test_experts_whose_rows_depend_on_each_other_ask_nobody(case: str, tmp_path: Path) -> None:
+    """Ranks have whole ones; attention's output projections ask once each."""
+    path = experts_float(tmp_path / "m", "Qwen3Moe")
+    options: dict[str, Any] = {"device": "cpu", "quantization": Asked(**EXPERTS_ONLINE[case])}
+
+    def work(p: Parallel) -> None:
+        model = load_model(open_checkpoint(str(path)), parallel=Counted(p.rank, p.size, p._group), **options)
+        prompt_logits(model, [PROMPTS[0][:9]])
+
+    Counted.asked.clear()
+    together(tmp_path, 2, work)
+    assert Counted.asked == [9] * 2
+    plan = plan_model(open_checkpoint(str(path)), tp_size=2, quantization=options["quantization"])
+    cuts = [module.cut for module in plan.modules if ".experts.3." in module.name]
+    assert cuts == ["on another rank"] * 6
 
 
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "chosen"])

@@ -27,7 +27,6 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
 
-
 _SCALES = ("inputs", "outputs")
 
 

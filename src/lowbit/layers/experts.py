@@ -90,9 +90,7 @@ class Experts:
         mixed = self.one_by_one(x, chosen, weights, activation)
         return mixed if added is None else mixed + added
 
-    def _whole_ones(
-        self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, here: range
-    ) -> Tensor:
+    def _whole_ones(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, here: range) -> Tensor:
         """What the experts give that are here: each pair of a token and one of them is a row, in ascending
         order of the experts."""
         experts, order = chosen.flatten().sort(stable=True)

@@ -68,7 +68,7 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """Of a weight of whose rows, which are to be transformed together, each rank has some: ``widths`` of them.
+    """Of a weight of whose rows, which are to be transformed together, each rank has ``widths``.
 
     ``after``: the transform. ``picked``: int64, the outputs that are wanted here, in this order; None: all.
     """

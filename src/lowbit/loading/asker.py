@@ -73,25 +73,31 @@ class Asker:
             whole = cut_evenly(self.parallel, spec.count)
             if whole is None:
                 raise self._cannot(
-                    f"experts like those of {name} ({self.scheme_at(downs[0])}) are whole on a rank, and there "
-                    f"are {spec.count}; use --tp-size {spec.count}" + " or less" * (spec.count > 1)
+                    f"experts like those of {name} ({self.scheme_at(downs[0])}) are whole on a rank, and "
+                    f"there are {spec.count}; use --tp-size {spec.count}" + " or less" * (spec.count > 1)
                 )
             here = range(whole.start, whole.stop)
             return [
-                ([replace(up, elsewhere=n not in here) for up in ups], [replace(down, elsewhere=n not in here)])
-                for n, (ups, [down]) in enumerate(experts)
+                (
+                    [replace(up, elsewhere=n not in here) for up in first],
+                    [replace(last, elsewhere=n not in here)],
+                )
+                for n, (first, [last]) in enumerate(experts)
             ]
         cut = self._inner_ranges(ups, downs)
         return [self._cut_expert(ups, down, cut) for ups, [down] in experts]
 
     def _stay_whole(self, ups: list[Placed], downs: list[Placed]) -> bool:
-        """Whether ranks have whole experts, each other ones: a share of every expert would have to be decoded,
-        or be asked for once an expert, or there is none for each rank."""
+        """Whether ranks have whole experts, each other ones: a share of every expert would have to be
+        decoded, or be asked for once an expert, or there is none for each rank."""
         schemes = [self.scheme_at(place) for place in (*ups, *downs)]
         if any(scheme.weight.lattice is not None for scheme in schemes):
             return True
         size = downs[0].part.shape[1]
         for down in (self.scheme_at(place) for place in downs):
+            asked = down.activation
+            if asked is not None and asked.mode == "dynamic" and asked.depends_on_batch:
+                return True
             if column_borders(down, size, self.parallel.size) is not None:
                 return True
             if down.reordered and not all(self.scheme_at(up).rows_move for up in ups):

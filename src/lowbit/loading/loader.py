@@ -37,10 +37,10 @@ from lowbit.loading.samples import Samples, sample_of, with_inputs
 from lowbit.loading.self_check import check_packed
 from lowbit.models.language_model import LanguageModel
 from lowbit.models.model import Model
+from lowbit.numerics import lattice
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.cutting import cut_columns, cut_rows, pick_rows
 from lowbit.numerics.int8_inputs import INT8_GROUPS
-from lowbit.numerics.lattice import transform
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
@@ -110,6 +110,8 @@ class Loader(Asker):
         for number, (first, last) in enumerate(experts):
             if last[0].elsewhere:
                 for place in (*first, *last):
+                    if self.online is not None and (decision := self.decide(place)) is not None:
+                        self.online.note(decision)
                     self._report(place, "loading")
                 continue
             here.append(number)
@@ -414,7 +416,7 @@ class Loader(Asker):
             wanted = place.wanted_rows if order is None else order[place.wanted_rows]
             bias = None if bias is None else bias[wanted]
             wanted = wanted.to(self.device)
-        after = Rotator(transform(len(outputs), after=outputs.flatten()).to(self.device))
+        after = Rotator(lattice.transform(len(outputs), after=outputs.flatten()).to(self.device))
         return part, bias, Gathered(self.parallel, cut.widths, after, wanted)
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:

@@ -2,9 +2,9 @@
 its value.
 
 A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks, or
-where its rows lie apart kept for those that are left. A
-column cut falls on the borders of ``column_unit``: what shares a scale, or an input's scale, stays
-together; or on those of ``column_borders``, where columns have codebooks of their own. Tensors are cut as views, so that of a mapped file only the part is read.
+where its rows lie apart kept for those that are left. A column cut falls on the borders of ``column_unit``:
+what shares a scale, or an input's scale, stays together; or on those of ``column_borders``, where columns
+have codebooks of their own. Tensors are cut as views, so that of a mapped file only the part is read.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
-
 _SCALES = ("inputs", "outputs")
 
 
