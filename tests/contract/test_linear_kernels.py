@@ -51,7 +51,7 @@ from lowbit.numerics.number_formats import (
 from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
-from lowbit.numerics.trellis import BLOCK, MULTIPLIERS
+from lowbit.numerics.trellis import BLOCK, MULTIPLIERS, TrellisLayout
 from sparse_memory import far_apart, sparse_zeros
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -262,11 +262,13 @@ def row_vectors(
     )
 
 
-def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> QuantizedTensor:
-    """Random bits (EXL3); of the first tile all ones, which every window of is the same."""
+def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256), skip: int = 0) -> QuantizedTensor:
+    """Random bits (EXL3); of the first tile all ones, which every window of is the same. Of a shape that is
+    not whole blocks codes and scales are, and where some rows of the first are another's."""
     generator = torch.Generator().manual_seed(bits + len(book))
-    fmt, half, (out, columns) = trellis_format(bits, book), number_format("f16"), shape
+    fmt, half = number_format(TrellisLayout(bits, book, skip).name), number_format("f16")
     assert fmt.trellis is not None
+    out, columns = fmt.trellis.whole(shape)
     codes = torch.randint(256, (out, fmt.trellis.row_bytes(columns)), generator=generator)
     codes[:16, : 2 * bits] = 255
     outputs = (torch.randn(out, 1, generator=generator) * 0.3).half()
@@ -325,7 +327,7 @@ def trellis_numbers(weight: QuantizedTensor) -> torch.Tensor:
         window = stream[..., torch.arange(end - 16, end) % stream.shape[-1]]
         code = (window.long() << torch.arange(15, -1, -1)).sum(-1)
         whole[..., row, column] = whole_number(layout.book, code)
-    return whole.permute(1, 2, 0, 3).reshape(weight.shape)
+    return whole.permute(1, 2, 0, 3).reshape(layout.whole(weight.shape))
 
 
 def whole_number(book: str, code: torch.Tensor) -> torch.Tensor:
@@ -497,6 +499,9 @@ WEIGHTS = {
     "trellis 6 3inst": lambda: trellis(6, "3inst", (128, 128)),
     "trellis 7 mcg": lambda: trellis(7, "mcg"),
     "trellis 8 mul1": lambda: trellis(8, "mul1"),
+    "trellis 5 mcg, no whole blocks": lambda: trellis(5, "mcg", (200, 300)),
+    "trellis 2 mul1, fewer than a block": lambda: trellis(2, "mul1", (20, 31)),
+    "trellis 3 3inst, a rank's rows": lambda: trellis(3, "3inst", (100, 128), skip=60),
     "lattice (QuIP#)": lattice,
     "lattice, heads of 12 and 20": lambda: lattice(shape=(80, 192)),
     "lattice, many blocks": lambda: lattice(shape=(640, 448)),
@@ -603,13 +608,15 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
         return rounded_of_lattice(weight, packed, x)
     if isinstance(packed, TransformedWeight):
         outputs, inputs = (scale.flatten() for scale in weight.scales)
-        numbers = trellis_numbers(weight)
-        turn = Rotation.hadamard(BLOCK)
+        numbers, layout = trellis_numbers(weight), weight.scheme.weight.trellis
+        assert layout is not None
+        turn, own = Rotation.hadamard(BLOCK), slice(layout.skip, layout.skip + weight.shape[0])
+        x = torch.nn.functional.pad(x, (0, numbers.shape[1] - x.shape[1]))
         seen = in_words(turn(x * inputs.float()), 8191)
         whole = (seen @ numbers.T).unflatten(1, (-1, BLOCK)) @ turn(torch.eye(BLOCK)).double()
         largest = (seen.abs() @ numbers.abs().T).unflatten(1, (-1, BLOCK)).norm(dim=-1, keepdim=True)
         scale = largest.expand(whole.shape).flatten(1) * outputs.double().abs()
-        return whole.flatten(1) * outputs.double(), scale
+        return (whole.flatten(1) * outputs.double())[:, own], scale[:, own]
     if not isinstance(packed, ColumnsWeight):
         exact = normal_form(weight).double() if packed.kernel.name == "reference" else multiplied(weight)
         seen = seen_by(packed, x)
@@ -1022,7 +1029,7 @@ TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
         (CpuVectors(), of("vq1x8_8", (1, 0), scale="e4m3"), 64, "scales are e4m3"),
         (CpuVectors(), of("rvq8_256_f16"), 64, "no vectors of codebooks"),
         (CpuTrellis(), TRELLIS, 256, None),
-        (CpuTrellis(), TRELLIS, 192, "whole blocks"),
+        (CpuTrellis(), TRELLIS, 192, None),
         (CpuTrellis(), of("int4", (1, 32)), 256, "no trellis"),
         (CpuTrellis(), of(TRELLIS.weight.name, (1, 0)), 256, "each row and each column"),
         (CpuLattice(), LATTICE, 256, None),

@@ -73,19 +73,21 @@ def test_gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(native.library() is None, reason="the native library was not built")
-def test_trellises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 128), (160, 96)])
+def test_trellises(hidden: int, inner: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """EXL3's experts: gate, up and down each a trellis of random bits, beside the CPU's kernel."""
-    monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"hidden_size": 128, "num_hidden_layers": 1})
-    monkeypatch.setattr(moe, "INNER", 128)
+    monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"hidden_size": hidden, "num_hidden_layers": 1})
+    monkeypatch.setattr(moe, "INNER", inner)
     model, draw = moe.made("Qwen3Moe"), torch.Generator().manual_seed(3)
 
-    def scales() -> Tensor:
-        return torch.randn(128, generator=draw).half() * 0.3
+    def scales(size: int) -> Tensor:
+        return torch.randn(size, generator=draw).half() * 0.3
 
     def trellis(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        words = torch.randint(-(1 << 15), 1 << 15, (8, 8, 48), generator=draw).short()
+        out, columns = (-(-size // 128) * 128 for size in weight.shape)
+        words = torch.randint(-(1 << 15), 1 << 15, (columns // 16, out // 16, 48), generator=draw).short()
         multiplier = torch.tensor(0xCBAC1FED, dtype=torch.uint32).view(torch.int32)
-        return {"trellis": words, "suh": scales(), "svh": scales(), "mcg": multiplier}, weight
+        return {"trellis": words, "suh": scales(columns), "svh": scales(out), "mcg": multiplier}, weight
 
     config = {"quant_method": "exl3", "version": "1.4.1", "bits": 3.0, "head_bits": 16}
     folder = moe.write(tmp_path, model, moe.quantize_experts(model, trellis), config)

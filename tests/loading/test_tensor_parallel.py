@@ -316,6 +316,45 @@ def random_quip(rows: int, columns: int, generator: torch.Generator) -> dict[str
     }
 
 
+def random_trellis(rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """3 bits a weight, in whole blocks of 128."""
+    blocks = [-(-size // 128) * 128 for size in (columns, rows)]
+    suh, svh = (torch.randn(size, generator=generator).half() * 0.3 for size in blocks)
+    words = torch.randint(-(2**15), 2**15, (blocks[0] // 16, blocks[1] // 16, 48), generator=generator)
+    flag = torch.tensor(0xCBAC1FED, dtype=torch.uint32).view(torch.int32)
+    return {"trellis": words.short(), "suh": suh, "svh": svh, "mcg": flag}
+
+
+def test_trellises_are_cut_inside_blocks(ranks: Ranks, tmp_path: Path) -> None:
+    """Sizes that 128 does not divide; the block that rows of two ranks lie in is on both."""
+    path = llama(
+        tmp_path, hidden_size=192, intermediate_size=320, num_attention_heads=6, num_key_value_heads=2
+    )
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if "_proj" in name or "lm_head" in name:
+            stored = random_trellis(*tensor.shape, generator)
+            tensors |= {f"{name.removesuffix('.weight')}.{suffix}": each for suffix, each in stored.items()}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((path / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "exl3", "version": "1.4.1", "bits": 3.0, "head_bits": 3}
+    (path / "config.json").write_text(json.dumps(said))
+    for reference in (True, False):
+        one, both = check(ranks, Job(path, PROMPTS, reference), 2e-3)
+        assert (both[0].kernels == one.kernels and reference) or "cpu_trellis" in one.kernels
+    plan = plan_model(open_checkpoint(str(path)), tp_size=2)
+    planned = {module.name.rpartition(".")[2]: module for module in plan.modules}
+    assert all(module.scheme.weight.trellis for name, module in planned.items() if name != "embed_tokens")
+    assert planned["q_proj"].cut == "rows 96 | 96" and planned["lm_head"].cut == "rows 128 | 3"
+    assert (
+        planned["o_proj"].cut
+        == "columns 128 | 64 in groups of 128, inputs gathered (heads end inside groups)"
+    )
+    assert planned["down_proj"].cut == "columns 256 | 64 in groups of 128"
+
+
 VPTQ_RULE = {
     "vector_lens": [-1, 8],
     "num_centroids": [-1, 16],

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowbit.kernels import packed_linear
 from lowbit.kernels.linear_kernel import PackedWeight
@@ -32,11 +33,15 @@ _SCALES = ("inputs", "outputs")
 
 @dataclass(frozen=True)
 class TransformedWeight(PackedWeight):
-    """A PackedWeight with the tiles as native code multiplies them, and the transforms on both sides."""
+    """A PackedWeight with the tiles as native code multiplies them, and the transforms on both sides.
+
+    ``skip``: rows of the tiles before the weight's own, where it is part of them.
+    """
 
     tiles: NativeWeight = field(kw_only=True, repr=False)
     before: Rotator = field(kw_only=True, repr=False)
     after: Rotator | None = field(kw_only=True, repr=False)
+    skip: int = field(default=0, kw_only=True)
 
 
 class TransformedKernel(NativeKernel, ABC):
@@ -66,6 +71,10 @@ class TransformedKernel(NativeKernel, ABC):
     def after(self, outputs: Tensor) -> Rotation:
         """What is done to the product; ``outputs``: float32 (out,)."""
 
+    def whole(self, scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(out, in) of the tiles, which may be more than the weight's."""
+        return shape[0], shape[1]
+
     def table(self, scheme: Scheme) -> Tensor:
         """What numbers are looked up in, the same for all of a scheme: nothing, but every weight has one."""
         return torch.zeros(64, dtype=torch.int16)
@@ -79,7 +88,8 @@ class TransformedKernel(NativeKernel, ABC):
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of tiles and scales."""
-        scaled = sum(shape) if len(scheme.scales) == 2 else shape[1]
+        whole = self.whole(scheme, shape)
+        scaled = sum(whole) if len(scheme.scales) == 2 else whole[1]
         return self.describe(scheme, shape).nbytes + int(number_format(self.scale).bits) // 8 * scaled
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
@@ -95,13 +105,15 @@ class TransformedKernel(NativeKernel, ABC):
         self.check(scheme, shape, origin)
         dtype = scheme.scales[0].dtype
         assert dtype is not None, "scales are floats"
-        wanted = {"inputs": ((1, shape[1]), dtype), "outputs": ((shape[0], 1), dtype)}
+        rows, columns = self.whole(scheme, shape)
+        wanted = {"inputs": ((1, columns), dtype), "outputs": ((rows, 1), dtype)}
         scales = _SCALES[: len(scheme.scales)]
         packed_linear.check_buffers(buffers, {name: wanted[name] for name in scales}, origin)
-        described, own = self.describe(scheme, shape), {name: buffers[name] for name in ("data", "table")}
-        if described.columns != shape[1]:  # x lies there several times
-            own["column_order"] = torch.arange(shape[1]).repeat(described.columns // shape[1])
-        wide = (shape[0], described.columns)
+        described = self.describe(scheme, shape)
+        own = {name: buffers[name] for name in ("data", "table")}
+        if described.columns != columns:  # x lies there several times
+            own["column_order"] = torch.arange(columns).repeat(described.columns // columns)
+        wide = (rows, described.columns)
         inputs, *outputs = (buffers[name].float().flatten() for name in scales)
         after = [Rotator(self.after(each)) for each in outputs]
         return TransformedWeight(
@@ -113,6 +125,7 @@ class TransformedKernel(NativeKernel, ABC):
             tiles=packed_linear.around(self, described, scheme, wide, own, origin),
             before=Rotator(self.before(inputs)),
             after=after[0] if after else None,
+            skip=0 if scheme.weight.trellis is None else scheme.weight.trellis.skip,
         )
 
     def unpack(self, packed: PackedWeight) -> QuantizedTensor:
@@ -126,8 +139,13 @@ class TransformedKernel(NativeKernel, ABC):
         """float32 (tokens, in) -> float32 (tokens, out)."""
         assert isinstance(packed, TransformedWeight), "packed by this kernel"
         packed_linear.check_columns(x, packed)
-        turned = packed.before.rotated(x, torch.float32)
-        out = packed_linear.linear(turned, packed.tiles, out)
+        rows, columns = self.whole(packed.scheme, packed.shape)
+        padded = x if columns == x.shape[1] else pad(x, (0, columns - x.shape[1]))
+        whole = out if rows == packed.shape[0] else None
+        whole = packed_linear.linear(packed.before.rotated(padded, torch.float32), packed.tiles, whole)
         if packed.after is not None:
-            packed.after.in_place(out)
-        return out
+            packed.after.in_place(whole)
+        if rows == packed.shape[0]:
+            return whole
+        own = whole[:, packed.skip : packed.skip + packed.shape[0]]
+        return own.contiguous() if out is None else out.copy_(own)

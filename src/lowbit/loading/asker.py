@@ -195,6 +195,8 @@ class Asker:
         stuck, vectors = False, scheme.weight.vectors
         if scheme.weight.lattice is not None:
             stuck = rows < TILE_ROWS * self.parallel.size or not self._runs_coded(scheme.weight_alone)
+        elif scheme.weight.trellis is not None:
+            stuck = columns <= BLOCK * (self.parallel.size - 1)
         elif isinstance(vectors, RowVectorLayout) and vectors.width:
             stuck = column_borders(scheme, columns, self.parallel.size) is None
         return self.as_run(scheme.decoded) if stuck else scheme

@@ -89,9 +89,14 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         first, last = start // layout.weights, -(-stop // layout.weights)
         codes = weight.codes[..., first * layout.bytes : last * layout.bytes]
 
+    if stop == columns and weight.scheme.weight.trellis is not None:
+        end = weight.scheme.weight.trellis.blocks(stop)
+    else:
+        end = stop
+
     def cut(per_block: Tensor, level: int) -> Tensor:
         width = weight.scheme.blocks[level][1]
-        return per_block[..., start // width : -(-stop // width)] if width else per_block
+        return per_block[..., start // width : -(-end // width)] if width else per_block
 
     order = weight.column_order
     return replace(
@@ -118,7 +123,8 @@ def columns_scheme(scheme: Scheme, columns: int, start: int, stop: int) -> Schem
 def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> QuantizedTensor:
     """The rows of each (start, stop), one run below another.
 
-    Where blocks of a trellis, or vectors of several rows, do not end there, they are decoded.
+    Where vectors of several rows do not end there, they are decoded; so are several runs where blocks of a
+    trellis do not. Of one run a trellis has the blocks that it lies in.
     """
     if weight.scheme.rows_together > 1:
         scheme = parted_scheme(weight.scheme, (weight.shape[-2], weight.shape[-1]), runs)
@@ -128,6 +134,8 @@ def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> Quanti
             return QuantizedTensor(scheme, shape, matrix, origin=weight.origin)
         if weight.scheme.weight.trellis is not None:
             parts = [weight.rows(start, stop) for start, stop in runs]
+            if len(runs) == 1:
+                return parts[0]
             codes = torch.cat([part.codes for part in parts])
             outputs = torch.cat([part.scales[0] for part in parts])
             return replace(weight, shape=shape, codes=codes, scales=(outputs, weight.scales[1]))
@@ -224,11 +232,17 @@ def in_rows(weight: QuantizedTensor) -> QuantizedTensor:
 
 def parted_scheme(scheme: Scheme, shape: tuple[int, int], runs: Sequence[tuple[int, int]]) -> Scheme:
     """The scheme of ``cut_rows``'s result."""
+    trellis = scheme.weight.trellis
+    if trellis is not None and len(runs) == 1:
+        skip = (trellis.skip + runs[0][0]) % BLOCK
+        return replace(scheme, weight=number_format(replace(trellis, skip=skip).name))
+    if trellis is not None and trellis.skip:
+        return scheme.decoded
     if (together := scheme.rows_together) > 1:
         inside = [border for run in runs for border in run if border % together]
         if inside not in ([], [shape[0]]) or (inside and runs[-1][1] != shape[0]):
             return scheme.decoded
-        if scheme.whole_columns or scheme.weight.trellis is not None:
+        if scheme.whole_columns or trellis is not None:
             return scheme
     empty = torch.empty(0)
     bare = QuantizedTensor(scheme, shape, empty)

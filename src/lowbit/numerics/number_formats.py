@@ -380,7 +380,7 @@ def vector_format(books: int, bits: int, length: int, height: int = 1) -> Number
 
 
 _LATTICE = re.compile(r"e8p(\+(?P<book>e8p?)/(?P<divisor>[0-9.e+-]+))?")
-_TRELLIS = re.compile(rf"trellis([1-8])_({'|'.join(MULTIPLIERS)})")
+_TRELLIS = re.compile(rf"trellis([1-8])_({'|'.join(MULTIPLIERS)})(?:_from([1-9]\d?|1[01]\d|12[0-7]))?")
 
 
 def trellis_format(bits: int, book: str) -> NumberFormat:
@@ -395,7 +395,7 @@ def number_format(name: str) -> NumberFormat:
         lattice = LatticeLayout(float(points["divisor"] or 0), 8 if points["book"] == "e8" else 16)
         NUMBER_FORMATS[name] = NumberFormat(name, lattice.bits, lattice=lattice)
     if name not in NUMBER_FORMATS and (coded := _TRELLIS.fullmatch(name)):
-        trellis = TrellisLayout(int(coded[1]), coded[2])
+        trellis = TrellisLayout(int(coded[1]), coded[2], int(coded[3] or 0))
         NUMBER_FORMATS[name] = NumberFormat(name, trellis.bits, trellis=trellis)
     if name not in NUMBER_FORMATS and (found := _VECTORS.fullmatch(name)):
         layout = VectorLayout(**{key: int(value or 1) for key, value in found.groupdict().items()})
