@@ -92,7 +92,11 @@ class Experts:
 
     def _whole_ones(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, here: range) -> Tensor:
         """What the experts give that are here: each pair of a token and one of them is a row, in ascending
-        order of the experts."""
+        order of the experts. Grouped on a GPU all pairs stay, those of others as of none, so that the host
+        need not know which they are."""
+        if not isinstance(self.grouped, str) and runtime.runs_on(x.device):
+            own = torch.where((chosen >= here.start) & (chosen < here.stop), chosen - here.start, -1)
+            return self.grouped(x, own, weights, activation)
         experts, order = chosen.flatten().sort(stable=True)
         order = order[(experts >= here.start) & (experts < here.stop)]
         tokens, factors = order // chosen.shape[1], weights.flatten()[order]

@@ -17,14 +17,24 @@ Ranks have some of u's rows each, and no ``outputs``: they gather their products
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lowbit.kernels.gpu.gpu_kernel import GpuKernel, unfit
-from lowbit.kernels.gpu.vectors import BLOCK, STEP, Codes, check_buffer, factor_of, multiply
+from lowbit.kernels.gpu.gpu_kernel import GpuKernel, halves_of, unfit
+from lowbit.kernels.gpu.vectors import (
+    BLOCK,
+    STEP,
+    Codes,
+    check_buffer,
+    factor_of,
+    multiply,
+    multiply_experts,
+)
 from lowbit.kernels.linear_kernel import PackedWeight, Use
 from lowbit.kernels.rotation import Rotator
 from lowbit.numerics.hadamard import hadamard_factors
@@ -32,6 +42,9 @@ from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8, e8p, transform
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
+
+if TYPE_CHECKING:
+    from lowbit.kernels.gpu.expert_rows import SortedPairs
 
 _SCALES = ("inputs", "outputs")
 
@@ -163,6 +176,54 @@ class GpuLattice(GpuKernel):
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """Never: ``looks_up`` says so."""
         raise NotImplementedError(f"{packed.origin}: {self.name} looks up no rows")
+
+
+@dataclass(frozen=True, eq=False)
+class LatticeStack:
+    """One weight of every expert: the indices of ``codes`` are (experts, ...), ``inputs`` float32
+    (experts, in), ``outputs`` (experts, out). All have one codebook, and one transform but for these scales.
+    """
+
+    shape: tuple[int, int]
+    codes: Codes
+    inputs: Tensor
+    outputs: Tensor
+    before: Rotator
+    after: Rotator
+
+    most_rows = 128
+    gates = False  # an activation is a launch of its own
+
+    @staticmethod
+    def of(weights: Sequence[PackedWeight], buffers: dict[str, Tensor]) -> LatticeStack:
+        """Around the stacked buffers."""
+        first, (rows, columns) = weights[0], weights[0].shape
+        assert isinstance(first, LatticeWeight), "packed by this kernel"
+        codes = replace(first.codes, indices=buffers["indices"], second=buffers.get("second"))
+        device = codes.indices.device
+        return LatticeStack(
+            (rows, columns),
+            codes,
+            buffers["inputs"].flatten(1),
+            buffers["outputs"].flatten(1),
+            Rotator(transform(columns, before=torch.ones(columns)).to(device)),
+            Rotator(transform(rows).to(device)),
+        )
+
+    def multiply(self, x: Tensor, divisor: int, chosen: Tensor, sorted_: SortedPairs, out: Tensor) -> None:
+        """out (pairs, rows): row ``pair // divisor`` of x by the matrix of its expert.
+
+        ``chosen``: int64 (pairs,), which ``sorted_`` has in order. Columns are not split: the experts are
+        many.
+        """
+        own = chosen.clamp(0, len(self.inputs) - 1)
+        x = x if divisor == 1 else x.repeat_interleave(divisor, 0)
+        turned = self.before.rotated(x.float() * self.inputs.index_select(0, own), torch.float32)
+        seen, scale = halves_of(turned, self.codes.blocks)
+        sums = torch.empty(out.shape, device=out.device)
+        multiply_experts(seen, scale, self.codes, self.shape[0], sorted_, sums)
+        self.after.in_place(sums)
+        out.copy_(sums.mul_(self.outputs.index_select(0, own)))
 
 
 def _layout(scheme: Scheme) -> LatticeLayout:
