@@ -319,8 +319,7 @@ def test_codes_of_any_number_of_tokens(name: str, tokens: int, device: torch.dev
 
 @pytest.mark.parametrize("name", ["vectors down columns", "lattice"])
 def test_a_rank_has_whole_experts(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of four: what others have adds nothing, whatever lies where their results would, and nobody asks how
-    many pairs there are."""
+    """Two of four: what others have adds nothing, whatever lies where their results would be."""
     pair = make(device, [CODED[name]] * 2, hidden=2 * BLOCK, inner=BLOCK)
     here = range(1, 3)
     some = Experts("some", pair.grouped.gate_up[1:3], pair.grouped.down[1:3], here=here)

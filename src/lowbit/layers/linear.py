@@ -249,7 +249,11 @@ class Linear:
 
     @property
     def _rows(self) -> int:
-        return sum(weight.shape[0] for weight in self.weights)
+        """Outputs."""
+        if self.gathered is None:
+            return sum(weight.shape[0] for weight in self.weights)
+        pairs = zip(self.weights, self.gathered, strict=True)
+        return sum(weight.shape[0] if each is None else each.size for weight, each in pairs)
 
     @property
     def nbytes(self) -> int:

@@ -8,8 +8,7 @@ An input that all experts quantize alike is quantized once, before it is handed 
 multipliers are an expert's own, every pair of token and expert is quantized by itself. A rotation that all
 have comes before, in a launch. Where inputs and weights are codes of 8 bits, 8-bit tensor cores multiply them
 (``expert_eight_bit``). Other codes are multiplied in bfloat16, which holds them exactly, and scales meet
-float32 sums. Trellises and codebooks meet x in float16, and have more launches (``TrellisStack``,
-``VectorsStack``).
+float32 sums. Trellises, codebooks and lattices meet x in float16, and have more launches (``CodedStack``).
 
 Graphs, speed and memory have not been seen on a GPU: the kernels are proven in Triton's interpreter, and
 compiled for compute capabilities 8.0 and 9.0.
