@@ -410,7 +410,12 @@ def test_ranks_have_whole_experts_where_a_share_of_each_would_be_decoded(
     assert plan.parameters == whole.parameters
     there = [module.nbytes > 0 for module in plan.modules if ".experts." in module.name]
     assert there == ([True] * 6 + [False] * 6) * 2
-    assert [module.cut for module in plan.modules if module.nbytes == 0] == ["on another rank"] * 12
+    why = {
+        "vptq": "rows that cannot follow act-order",
+        "quip_sharp": "a share of each would be gathered expert by expert",
+    }
+    said = {module.cut for module in plan.modules if ".experts." in module.name}
+    assert said == {f"whole, experts 2 | 2 ({why[fmt]})"}
 
 
 def test_more_ranks_than_whole_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,7 +524,8 @@ def test_experts_whose_rows_depend_on_each_other_ask_nobody(case: str, tmp_path:
     assert Counted.asked == [9] * 2
     plan = plan_model(open_checkpoint(str(path)), tp_size=2, quantization=options["quantization"])
     cuts = [module.cut for module in plan.modules if ".experts.3." in module.name]
-    assert cuts == ["on another rank"] * 6
+    why = "a share of each would ask the other ranks expert by expert"
+    assert cuts == [f"whole, experts 2 | 2 ({why})"] * 6
 
 
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "chosen"])

@@ -69,42 +69,41 @@ class Asker:
         if self.parallel.size == 1:
             return experts
         ups, downs = [up for ups, _ in experts for up in ups], [down for _, [down] in experts]
-        if self._stay_whole(ups, downs):
+        if why := self._why_whole(ups, downs):
             whole = cut_evenly(self.parallel, spec.count)
             if whole is None:
                 raise self._cannot(
                     f"experts like those of {name} ({self.scheme_at(downs[0])}) are whole on a rank, and "
                     f"there are {spec.count}; use --tp-size {spec.count}" + " or less" * (spec.count > 1)
                 )
-            here = range(whole.start, whole.stop)
+            here, said = range(whole.start, whole.stop), f"whole, experts {whole} ({why})"
+
+            def told(place: Placed, number: int) -> Placed:
+                return replace(place, elsewhere=number not in here, whole=said)
+
             return [
-                (
-                    [replace(up, elsewhere=n not in here) for up in first],
-                    [replace(last, elsewhere=n not in here)],
-                )
-                for n, (first, [last]) in enumerate(experts)
+                ([told(up, n) for up in first], [told(last, n)]) for n, (first, [last]) in enumerate(experts)
             ]
         cut = self._inner_ranges(ups, downs)
         return [self._cut_expert(ups, down, cut) for ups, [down] in experts]
 
-    def _stay_whole(self, ups: list[Placed], downs: list[Placed]) -> bool:
-        """Whether ranks have whole experts, each other ones: a share of every expert would have to be
-        decoded, or be asked for once an expert, or there is none for each rank."""
+    def _why_whole(self, ups: list[Placed], downs: list[Placed]) -> str:
+        """Why ranks have whole experts, each other ones; "" where each has a share of every expert."""
         schemes = [self.scheme_at(place) for place in (*ups, *downs)]
         if any(scheme.weight.lattice is not None for scheme in schemes):
-            return True
+            return "a share of each would be gathered expert by expert"
         size = downs[0].part.shape[1]
         for down in (self.scheme_at(place) for place in downs):
             asked = down.activation
             if asked is not None and asked.mode == "dynamic" and asked.depends_on_batch:
-                return True
+                return "a share of each would ask the other ranks expert by expert"
             if column_borders(down, size, self.parallel.size) is not None:
-                return True
+                return "codebooks of columns"
             if down.reordered and not all(self.scheme_at(up).rows_move for up in ups):
-                return True
+                return "rows that cannot follow act-order"
             if cut_evenly(self.parallel, size, column_unit(down, size)) is None:
-                return True
-        return False
+                return "fewer groups of columns than ranks"
+        return ""
 
     def _cut_expert(self, ups: list[Placed], down: Placed, cut: Cut) -> tuple[list[Placed], list[Placed]]:
         cut, inner = self._following(cut, ups, down), down.part.shape[1]
@@ -260,8 +259,8 @@ class Asker:
 
     def cut_of(self, place: Placed) -> str:
         """In words how the ranks share a module; "" where each has all of it."""
-        if place.elsewhere:
-            return "on another rank"
+        if place.whole:
+            return place.whole
         if place.product is not None:
             gathered = "products" if place.inputs is None else "inputs and products"
             return f"codes of rows {place.product}, {gathered} gathered"

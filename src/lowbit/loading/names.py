@@ -63,7 +63,8 @@ class Placed:
     their K and V head. ``rows``: (first row, cut) of each run of rows that ranks share, none: all are here.
     ``columns``: which stored columns are here; ``inputs``: where the layer's inputs are, if not just there.
     ``product``: which stored rows are multiplied here, whose products ranks gather to transform them; of the
-    results ``rows`` are wanted. ``elsewhere``: another rank has all of it (an expert).
+    results ``rows`` are wanted. ``whole``: in words, how ranks share experts that are not cut; ``elsewhere``:
+    another rank has this one.
     """
 
     part: Part
@@ -77,6 +78,7 @@ class Placed:
     columns: Cut | None = None
     inputs: Cut | None = None
     product: Cut | None = None
+    whole: str = ""
     elsewhere: bool = False
 
     @property
