@@ -148,8 +148,8 @@ def test_logits_on_the_chosen_kernels(case: str) -> None:
     )
     difference, _ = distance(FIXTURES / case, rounded)
     if case == "exl3/3inst_signs":
-        # One of its positions is a close call: bfloat16 inputs alone move it by 5e-2, and noise of 2^-13 in the
-        # inputs of each layer by 4e-3, ten times as far as the others.
+        # One of its positions is a close call: bfloat16 inputs alone move it by 5e-2, and noise of 2^-13 in
+        # the inputs of each layer by 4e-3, ten times as far as the others.
         assert difference.median() <= 2e-3
         assert difference.sort().values[-2] <= 5e-3
     check(FIXTURES / case, difference, 5e-2 if case == "exl3/3inst_signs" else 1e-2)
