@@ -293,14 +293,17 @@ def test_blocks_that_run_over_row_ends(ranks: Ranks, tmp_path: Path) -> None:
     assert cuts["down_proj"] == ("columns 128 | 96 in groups of 32", "nf4 1x32 f32")
 
 
-def random_vptq(rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Vectors of 8 rows, of 16 and of 8 others: 7 bits a vector."""
-    words = torch.randint(-(2**31), 2**31, (1, rows // 8, -(-columns * 7 // 32)), generator=generator)
+def random_vptq(
+    rows: int, columns: int, generator: torch.Generator, books: int = 1, ordered: bool = True
+) -> dict[str, Tensor]:
+    """Vectors of 8 rows, of 16 and of 8 others: 7 bits a vector. ``ordered``: with act-order."""
+    size = (books, rows // 8, -(-columns // books * 7 // 32))
+    order = {"perm": torch.randperm(columns, generator=generator).to(torch.int16)}
     return {
-        "centroids.weight": torch.randn(1, 16 * 8, generator=generator).half() * 0.2,
-        "res_centroids.weight": torch.randn(1, 8 * 8, generator=generator).half() * 0.1,
-        "indices": words.int(),
-        "perm": torch.randperm(columns, generator=generator).to(torch.int16),
+        "centroids.weight": torch.randn(books, 16 * 8, generator=generator).half() * 0.2,
+        "res_centroids.weight": torch.randn(books, 8 * 8, generator=generator).half() * 0.1,
+        "indices": torch.randint(-(2**31), 2**31, size, generator=generator).int(),
+        **(order if ordered else {}),
         "weight_scale": torch.rand(columns, generator=generator).half() + 0.5,
         "weight_bias": torch.randn(columns, generator=generator).half() * 0.02,
     }
@@ -374,6 +377,38 @@ RANDOM: dict[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
     ),
     "quip_sharp": (random_quip, {"codebook": "E8P12", "codebook_version": 1, "codesz": 8}),
 }
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(("books", "wanted"), [(2, "columns 48 | 48"), (3, "columns 64 | 32")])
+def test_codebooks_with_and_without_act_order(
+    ranks: Ranks, books: int, wanted: str, ordered: bool, tmp_path: Path
+) -> None:
+    """Without it rows before a down projection are cut as its codebooks end: nothing is gathered."""
+    path, generator = llama(tmp_path), torch.Generator().manual_seed(4)
+    tensors, rules = {}, {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if ".mlp." in name:
+            rows, columns = tensor.shape
+            parts = books if "down_proj" in name else 1
+            stored = random_vptq(rows, columns, generator, parts, ordered)
+            tensors |= {f"{name.removesuffix('.weight')}.{suffix}": each for suffix, each in stored.items()}
+            sizes = {"group_num": parts, "group_size": columns // parts, "enable_perm": ordered}
+            rules[name.split(".")[-2]] = VPTQ_RULE | sizes
+        else:
+            tensors[name] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((path / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "vptq", "shared_layer_config": rules}
+    (path / "config.json").write_text(json.dumps(said))
+    for reference in (True, False):
+        one, both = check(ranks, Job(path, PROMPTS, reference), 1e-5 if reference else 2e-3)
+        assert both[0].kernels == one.kernels
+    plan = plan_model(open_checkpoint(str(path)), tp_size=2)
+    cuts = {module.name.rpartition(".")[2]: module.cut for module in plan.modules}
+    gathered = ", inputs gathered (act-order)" if ordered else ""
+    assert cuts["down_proj"] == f"{wanted} with their codebooks{gathered}"
+    assert ordered or cuts["up_proj"] == wanted.replace("columns", "rows")
 
 
 def random_experts(folder: Path, fmt: str) -> Path:
