@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from forward_helpers import prompt_logits
+from loading.test_tensor_parallel import random_experts
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
@@ -100,5 +101,24 @@ def test_trellises(hidden: int, inner: int, tmp_path: Path, monkeypatch: pytest.
         patch.setitem(runtime._state, "interpreting", False)
         loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
         assert "cpu_trellis" in loaded.kernels
+        [wanted] = prompt_logits(loaded, [TOKENS])
+    assert (found - wanted).abs().max() <= 2e-3 * wanted.abs().max()
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+@pytest.mark.parametrize("fmt", ["vptq", "quip_sharp"])
+def test_codebooks_and_lattices(fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random codes of VPTQ, each expert in an order of its own, and of QuIP#, beside the CPU's kernels."""
+    monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"num_hidden_layers": 1})
+    folder = random_experts(tmp_path, fmt)
+    with monkeypatch.context() as patch:
+        patch.setattr(Experts, "one_by_one", one_by_one)
+        loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
+        assert {"vptq": "gpu_row_vectors", "quip_sharp": "gpu_lattice"}[fmt] in loaded.kernels
+        [found] = prompt_logits(loaded, [TOKENS])
+    with monkeypatch.context() as patch:
+        patch.setitem(runtime._state, "interpreting", False)
+        loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
+        assert not any(name.startswith("gpu") for name in loaded.kernels)
         [wanted] = prompt_logits(loaded, [TOKENS])
     assert (found - wanted).abs().max() <= 2e-3 * wanted.abs().max()
