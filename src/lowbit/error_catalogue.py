@@ -439,7 +439,8 @@ CATALOGUE: dict[str, Entry] = {
         "a layer that so many ranks cannot share",
         "A layer that --tp-size cuts in columns is cut where its groups of columns end (group scales, "
         "blocks of GGUF, scales of the input), and there are fewer groups than ranks; or its rows cannot "
-        "follow act-order, or a rotation of its outputs spans them.",
+        "follow act-order, or a rotation of its outputs spans them. Experts that no cut leaves exact are "
+        "whole on a rank, and there are fewer than ranks.",
         "Use a smaller --tp-size; lowbit inspect MODEL --tp-size N says how every kind of layer is cut.",
     ),
     "E0433": Entry(

@@ -51,7 +51,7 @@ from lowbit.numerics.number_formats import (
 from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, Scheme, dense
-from lowbit.numerics.trellis import BLOCK, MULTIPLIERS
+from lowbit.numerics.trellis import BLOCK, MULTIPLIERS, TrellisLayout
 from sparse_memory import far_apart, sparse_zeros
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -265,11 +265,13 @@ def row_vectors(
     )
 
 
-def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256)) -> QuantizedTensor:
-    """Random bits (EXL3); of the first tile all ones, which every window of is the same."""
+def trellis(bits: int, book: str, shape: tuple[int, int] = (128, 256), skip: int = 0) -> QuantizedTensor:
+    """Random bits (EXL3); of the first tile all ones, which every window of is the same. Of a shape that is
+    not whole blocks codes and scales are, and where some rows of the first are another's."""
     generator = torch.Generator().manual_seed(bits + len(book))
-    fmt, half, (out, columns) = trellis_format(bits, book), number_format("f16"), shape
+    fmt, half = number_format(TrellisLayout(bits, book, skip).name), number_format("f16")
     assert fmt.trellis is not None
+    out, columns = fmt.trellis.whole(shape)
     codes = torch.randint(256, (out, fmt.trellis.row_bytes(columns)), generator=generator)
     codes[:16, : 2 * bits] = 255
     outputs = (torch.randn(out, 1, generator=generator) * 0.3).half()
@@ -291,6 +293,13 @@ def lattice(divisor: float = 0.0, shape: tuple[int, int] = (64, 128), second: in
     return QuantizedTensor(scheme, shape, layout.codes(books), (outputs, inputs), origin="test")
 
 
+def rank_of_lattice(weight: QuantizedTensor) -> QuantizedTensor:
+    """What one of two ranks has: the codes of half of the rows, under the scales of columns alone."""
+    scheme = replace(weight.scheme, blocks=((0, 1),), scales=weight.scheme.scales[1:])
+    half = replace(weight, scheme=scheme, scales=weight.scales[1:])
+    return half.rows(weight.shape[0] // 2, weight.shape[0])
+
+
 def rounded_of_lattice(
     weight: QuantizedTensor, packed: TransformedWeight, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,6 +308,8 @@ def rounded_of_lattice(
     assert layout is not None and takes(packed.tiles.description, INPUT_WORDS)
     turned, numbers = packed.before.rotated(x, torch.float32), layout.vectors(weight.codes).double()
     seen = in_words(turned, 32767)
+    if packed.after is None:
+        return seen @ numbers.T, seen.abs() @ numbers.abs().T
     back = packed.after.rotation(torch.eye(weight.shape[0])).double()
     largest = (seen.abs() @ numbers.abs().T).norm(dim=1, keepdim=True)
     return seen @ numbers.T @ back, largest * weight.scales[0].flatten().double().abs()
@@ -319,7 +330,7 @@ def trellis_numbers(weight: QuantizedTensor) -> torch.Tensor:
         window = stream[..., torch.arange(end - 16, end) % stream.shape[-1]]
         code = (window.long() << torch.arange(15, -1, -1)).sum(-1)
         whole[..., row, column] = whole_number(layout.book, code)
-    return whole.permute(1, 2, 0, 3).reshape(weight.shape)
+    return whole.permute(1, 2, 0, 3).reshape(layout.whole(weight.shape))
 
 
 def whole_number(book: str, code: torch.Tensor) -> torch.Tensor:
@@ -501,9 +512,14 @@ WEIGHTS = {
     "trellis 6 3inst": lambda: trellis(6, "3inst", (128, 128)),
     "trellis 7 mcg": lambda: trellis(7, "mcg"),
     "trellis 8 mul1": lambda: trellis(8, "mul1"),
+    "trellis 5 mcg, no whole blocks": lambda: trellis(5, "mcg", (200, 300)),
+    "trellis 2 mul1, fewer than a block": lambda: trellis(2, "mul1", (20, 31)),
+    "trellis 3 3inst, a rank's rows": lambda: trellis(3, "3inst", (100, 128), skip=60),
     "lattice (QuIP#)": lattice,
     "lattice, heads of 12 and 20": lambda: lattice(shape=(80, 192)),
     "lattice, many blocks": lambda: lattice(shape=(640, 448)),
+    "lattice, a rank's rows": lambda: rank_of_lattice(lattice(shape=(192, 256))),
+    "lattice, two codes, a rank's rows": lambda: rank_of_lattice(lattice(3.45, (96, 448))),
     "lattice, two codes": lambda: lattice(3.45, (48, 64)),
     "lattice, two codes, many blocks": lambda: lattice(2.0, (224, 512)),
     "lattice, two codes, no small fraction": lambda: lattice(3.14159, (48, 64)),
@@ -605,13 +621,15 @@ def rounded(weight: QuantizedTensor, packed: PackedWeight, x: torch.Tensor) -> t
         return rounded_of_lattice(weight, packed, x)
     if isinstance(packed, TransformedWeight):
         outputs, inputs = (scale.flatten() for scale in weight.scales)
-        numbers = trellis_numbers(weight)
-        turn = Rotation.hadamard(BLOCK)
+        numbers, layout = trellis_numbers(weight), weight.scheme.weight.trellis
+        assert layout is not None
+        turn, own = Rotation.hadamard(BLOCK), slice(layout.skip, layout.skip + weight.shape[0])
+        x = torch.nn.functional.pad(x, (0, numbers.shape[1] - x.shape[1]))
         seen = in_words(turn(x * inputs.float()), 8191)
         whole = (seen @ numbers.T).unflatten(1, (-1, BLOCK)) @ turn(torch.eye(BLOCK)).double()
         largest = (seen.abs() @ numbers.abs().T).unflatten(1, (-1, BLOCK)).norm(dim=-1, keepdim=True)
         scale = largest.expand(whole.shape).flatten(1) * outputs.double().abs()
-        return whole.flatten(1) * outputs.double(), scale
+        return (whole.flatten(1) * outputs.double())[:, own], scale[:, own]
     if not isinstance(packed, ColumnsWeight):
         exact = normal_form(weight).double() if packed.kernel.name == "reference" else multiplied(weight)
         seen = seen_by(packed, x)
@@ -1037,11 +1055,12 @@ TRELLIS, LATTICE = trellis(4, "mcg").scheme, lattice().scheme
         (CpuVectors(), of("vq1x8_8", (1, 0), scale="e4m3"), 64, "scales are e4m3"),
         (CpuVectors(), of("rvq8_256_f16"), 64, "no vectors of codebooks"),
         (CpuTrellis(), TRELLIS, 256, None),
-        (CpuTrellis(), TRELLIS, 192, "whole blocks"),
+        (CpuTrellis(), TRELLIS, 192, None),
         (CpuTrellis(), of("int4", (1, 32)), 256, "no trellis"),
         (CpuTrellis(), of(TRELLIS.weight.name, (1, 0)), 256, "each row and each column"),
         (CpuLattice(), LATTICE, 256, None),
         (CpuLattice(), replace(LATTICE, weight=number_format("e8p+e8/2.04")), 256, "codes of 8 bits"),
+        (CpuLattice(), replace(LATTICE, blocks=((0, 1),), scales=LATTICE.scales[1:]), 256, None),
         (CpuLattice(), LATTICE, 96, "whole tiles"),
         (CpuLattice(), LATTICE, 704, "order 704"),
         (CpuLattice(), of("int4", (1, 32)), 256, "no vectors of a lattice"),

@@ -41,8 +41,7 @@ READS = {
     "dense": "f32, f16, bf16",
     "eetq": "int8 per channel, taken out of its GEMM's layout",
     "exl2": "2-6 and 8 bits in one matrix, at the room of its widest group",
-    "exl3": "1-8 bits a weight, all three code books, quantized heads of tied models; sizes that 128 does "
-    "not divide are decoded to 16 bits a weight when loaded",
+    "exl3": "1-8 bits a weight, all three code books, quantized heads of tied models; all sizes",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
     "experts",
     "fouroversix": "NVFP4, NVINT4, MXFP4 of every rule, tiled scales; inputs are left as they are",

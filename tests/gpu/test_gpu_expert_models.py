@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from forward_helpers import prompt_logits
+from loading.test_tensor_parallel import random_experts
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
@@ -73,19 +74,21 @@ def test_gpt_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(native.library() is None, reason="the native library was not built")
-def test_trellises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("hidden", "inner"), [(128, 128), (160, 96)])
+def test_trellises(hidden: int, inner: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """EXL3's experts: gate, up and down each a trellis of random bits, beside the CPU's kernel."""
-    monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"hidden_size": 128, "num_hidden_layers": 1})
-    monkeypatch.setattr(moe, "INNER", 128)
+    monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"hidden_size": hidden, "num_hidden_layers": 1})
+    monkeypatch.setattr(moe, "INNER", inner)
     model, draw = moe.made("Qwen3Moe"), torch.Generator().manual_seed(3)
 
-    def scales() -> Tensor:
-        return torch.randn(128, generator=draw).half() * 0.3
+    def scales(size: int) -> Tensor:
+        return torch.randn(size, generator=draw).half() * 0.3
 
     def trellis(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        words = torch.randint(-(1 << 15), 1 << 15, (8, 8, 48), generator=draw).short()
+        out, columns = (-(-size // 128) * 128 for size in weight.shape)
+        words = torch.randint(-(1 << 15), 1 << 15, (columns // 16, out // 16, 48), generator=draw).short()
         multiplier = torch.tensor(0xCBAC1FED, dtype=torch.uint32).view(torch.int32)
-        return {"trellis": words, "suh": scales(), "svh": scales(), "mcg": multiplier}, weight
+        return {"trellis": words, "suh": scales(columns), "svh": scales(out), "mcg": multiplier}, weight
 
     config = {"quant_method": "exl3", "version": "1.4.1", "bits": 3.0, "head_bits": 16}
     folder = moe.write(tmp_path, model, moe.quantize_experts(model, trellis), config)
@@ -98,5 +101,24 @@ def test_trellises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setitem(runtime._state, "interpreting", False)
         loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
         assert "cpu_trellis" in loaded.kernels
+        [wanted] = prompt_logits(loaded, [TOKENS])
+    assert (found - wanted).abs().max() <= 2e-3 * wanted.abs().max()
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+@pytest.mark.parametrize("fmt", ["vptq", "quip_sharp"])
+def test_codebooks_and_lattices(fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random codes of VPTQ, each expert in an order of its own, and of QuIP#, beside the CPU's kernels."""
+    monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"num_hidden_layers": 1})
+    folder = random_experts(tmp_path, fmt)
+    with monkeypatch.context() as patch:
+        patch.setattr(Experts, "one_by_one", one_by_one)
+        loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
+        assert {"vptq": "gpu_row_vectors", "quip_sharp": "gpu_lattice"}[fmt] in loaded.kernels
+        [found] = prompt_logits(loaded, [TOKENS])
+    with monkeypatch.context() as patch:
+        patch.setitem(runtime._state, "interpreting", False)
+        loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
+        assert not any(name.startswith("gpu") for name in loaded.kernels)
         [wanted] = prompt_logits(loaded, [TOKENS])
     assert (found - wanted).abs().max() <= 2e-3 * wanted.abs().max()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from contract.test_linear_kernels import canonical, dense_weight, trellis, vectors
+from contract.test_linear_kernels import canonical, dense_weight, lattice, row_vectors, trellis, vectors
 from gguf_blocks import random_blocks, tensor_of
 from lowbit.kernels import choose
 from lowbit.kernels.activation_quant import InputTransform
@@ -131,6 +132,12 @@ CODED: dict[str, Callable[[Shape], QuantizedTensor]] = {
     "vectors": lambda shape: vectors(1, 12, 8, shape=shape),
     "vectors of two books, one scale": lambda shape: vectors(2, 8, 8, "bf16", shape, rows=0),
     "vectors of two rows": lambda shape: vectors(1, 8, 4, shape=shape, height=2),
+    "vectors down columns": lambda shape: row_vectors(6, 256, shape=shape),
+    "vectors down columns, act-order": lambda shape: row_vectors(
+        8, 300, 20, "bf16", shape, books=2, scale="f16", order=True
+    ),
+    "lattice": lambda shape: lattice(shape=shape),
+    "lattice, two codes": lambda shape: lattice(2.04, shape, second=8),
 }
 INT8, E4M3, E2M1 = (number_format(name) for name in ("int8", "e4m3", "e2m1"))
 Input = Callable[[int, int], InputTransform | None]
@@ -308,6 +315,28 @@ def test_codes_of_any_number_of_tokens(name: str, tokens: int, device: torch.dev
     pair = make(device, [CODED[name]] * 2, bias=True, hidden=2 * BLOCK, inner=BLOCK)
     check(pair, tokens, device, within=1e-3)
     check(pair, tokens, device, torch.bfloat16, within=0.02)
+
+
+@pytest.mark.parametrize("name", ["vectors down columns", "lattice"])
+def test_a_rank_has_whole_experts(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four: what others have adds nothing, whatever lies where their results would be."""
+    pair = make(device, [CODED[name]] * 2, hidden=2 * BLOCK, inner=BLOCK)
+    here = range(1, 3)
+    some = Experts("some", pair.grouped.gate_up[1:3], pair.grouped.down[1:3], here=here)
+    x, added = random(5, 2 * BLOCK, seed=1), random(5, 2 * BLOCK, seed=2)
+    weights, chosen = random(5, K, seed=3).softmax(-1), torch.tensor([[1, 3], [0, 3], [2, 1], [2, 0], [3, 1]])
+    own = (chosen >= 1) & (chosen < 3)
+    wanted = pair.oracle.one_by_one(x, chosen, weights * own, "silu") + added
+    empty = torch.empty
+
+    def poisoned(*size: Any, **of: Any) -> Tensor:
+        made = empty(*size, **of)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    given = (each.to(device) for each in (x, chosen, weights))
+    found = some(*given, "silu", added.to(device)).cpu()
+    assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
 def test_experts_that_are_none_touch_no_memory(device: torch.device) -> None:

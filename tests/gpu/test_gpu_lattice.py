@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from contract.test_linear_kernels import canonical, lattice
+from contract.test_linear_kernels import canonical, lattice, rank_of_lattice
 from lowbit.errors import LowbitError
 from lowbit.kernels import Use, choose
 from lowbit.kernels.gpu.lattice import GpuLattice
@@ -23,6 +23,7 @@ KINDS = {
     "two codes": lambda: lattice(3.45, (64, 256)),
     "a second code of 8 bits": lambda: lattice(2.04, (64, 192), second=8),
     "heads of 12 and 20": lambda: lattice(shape=(80, 192)),
+    "a rank's rows": lambda: rank_of_lattice(lattice(3.45, (96, 128))),
 }
 
 

@@ -57,7 +57,8 @@ def test_int4_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "kernel"),
     [
-        ("exl3/3inst_signs", "gpu_trellis"),
+        ("exl3/mul1", "gpu_trellis"),
+        ("exl3/mcg_padded_tied", "gpu_trellis"),
         ("aqlm/2x8_g8", "gpu_vectors"),
         ("aqlm/1x12_g4x2", "gpu_vectors"),
         ("vptq/v6_k64_outliers", "gpu_row_vectors"),

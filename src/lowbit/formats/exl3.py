@@ -9,8 +9,8 @@
 What they mean is in ``numerics.trellis``: inputs are suh, outputs svh, and a layer without mcg and mul1 has
 the first code book.
 
-Weights stay as they are. Sizes that 128 does not divide are padded up to it; what is behind the layer's own
-is not read, and such a weight is decoded when it is loaded and kept in float16. The head has its own matrix
+Weights stay as they are. Sizes that 128 does not divide are padded up to it, and so are the codes and scales
+of what is read; what is behind the layer's own has no effect. The head has its own matrix
 even where the config ties it to the embedding. The tool runs on GPUs only; its packing and reconstructing
 kernels, compiled for a CPU, made the fixtures.
 """
@@ -32,7 +32,7 @@ from lowbit.formats.partly_dense import refuse_stack
 from lowbit.formats.quantization_config import claimed_by_tensors
 from lowbit.numerics.number_formats import number_format, trellis_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme, dense
+from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK, MULTIPLIERS, decoded
 
 _WHAT = "an EXL3 weight"
@@ -53,10 +53,8 @@ class Exl3(ExLlama):
         return claimed_by_tensors(header, ".trellis", cls.name)
 
     def _scheme(self, module: StoredModule) -> Scheme:
-        """The trellis under scales of rows and columns; dense, float16, where it is padded."""
+        """The trellis under scales of rows and columns."""
         bits = self._checked(module)
-        if _is_padded(module):
-            return dense("f16")
         half = number_format("f16")
         return Scheme(trellis_format(bits, self._book(module)), ((1, 0), (0, 1)), (half, half))
 
@@ -67,29 +65,23 @@ class Exl3(ExLlama):
         return [module.tensor(name) for name in names]
 
     def _weight(self, module: StoredModule, data: TensorData) -> QuantizedTensor:
-        """As it is stored, or decoded, a slice of outputs at a time."""
+        """As it is stored."""
         scheme, book = self._scheme(module), self._book(module)
         self._check_number(module, book, data)
         trellis = data.tensor(module.tensor("trellis"))
         inputs, outputs = (self._signs_and_scales(module, name, data) for name in ("su", "sv"))
         origin = origin_of(self.header, module, "trellis")
-        layout = scheme.weight.trellis
+        layout, (out, columns) = scheme.weight.trellis, module.shape
+        assert layout is not None, "its scheme says so"
         # No weight is larger than the sum of its block's; mostly that is far from too large.
         largest = float(inputs.abs().max()) * float(outputs.abs().max()) * _LARGEST_NUMBER * BLOCK
-        if layout is not None and largest <= torch.finfo(torch.float16).max:
-            scales = (outputs.half().unsqueeze(1), inputs.half().unsqueeze(0))
-            return QuantizedTensor(scheme, module.shape, layout.codes(trellis), scales, origin=origin)
-        columns = module.shape[1]
-        weight = torch.empty(module.shape, dtype=torch.float16)
-        for start, part in decoded(trellis, book, inputs, outputs):
-            here = weight[start : start + len(part)]
-            here[:] = part[: len(here), :columns]
-        if not weight.isfinite().all():
-            raise LowbitError(
-                "E0215", f"{origin}: its scales give weights that float16 cannot hold; the file is damaged"
-            )
-        if layout is None:
-            return QuantizedTensor(scheme, module.shape, weight, origin=origin)
+        if not largest <= torch.finfo(torch.float16).max:
+            for start, part in decoded(trellis, book, inputs, outputs):
+                if not part[: max(0, out - start), :columns].half().isfinite().all():
+                    raise LowbitError(
+                        "E0215",
+                        f"{origin}: its scales give weights that float16 cannot hold; the file is damaged",
+                    )
         scales = (outputs.half().unsqueeze(1), inputs.half().unsqueeze(0))
         return QuantizedTensor(scheme, module.shape, layout.codes(trellis), scales, origin=origin)
 
@@ -168,10 +160,6 @@ class Exl3(ExLlama):
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-def _is_padded(module: StoredModule) -> bool:
-    return any(size % BLOCK for size in module.shape)
 
 
 FORMAT = Exl3

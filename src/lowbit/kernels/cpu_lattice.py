@@ -18,10 +18,13 @@ lies behind the other, and their numbers are added before x meets them. Of a div
 fraction the second book's numbers are columns behind the first's, under a scale of their own: x lies there
 twice.
 
+Ranks have some of u's rows each, and a weight without ``outputs``: what all of them give is gathered and
+transformed then (``layers.linear.Gathered``). Its bits are those of one process.
+
     buffers   data           tiles of 16 rows by 32 columns, two in turns where numbers are added; else all of
                              a book's behind 16 float32 scales
               table          16 numbers, of two books of each, and the words of 256 vectors
-              outputs        float32 (out, 1)
+              outputs        float32 (out, 1), where y is transformed
               inputs         float32 (1, in)
 """
 
@@ -40,6 +43,7 @@ from lowbit.kernels.packed_linear import CODES, COLUMNS, ROWS, SCALES_F32, Descr
 from lowbit.kernels.transformed_kernel import TransformedKernel
 from lowbit.numerics.hadamard import hadamard_factors
 from lowbit.numerics.lattice import LENGTH, LatticeLayout, e8p, transform
+from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import Scheme
@@ -70,11 +74,13 @@ class CpuLattice(TransformedKernel):
             return "weights are no vectors of a lattice"
         if scheme.weight.lattice.second == 8:
             return "second codes of 8 bits"
-        if reason := self.unscaled(scheme):
+        single = number_format(self.scale)
+        shared = scheme == Scheme(scheme.weight, ((0, 1),), (single,))
+        if not shared and (reason := self.unscaled(scheme)):
             return reason
         if shape[0] % ROWS or shape[1] % _UNIT:
             return f"is no whole tiles of {ROWS} x {_UNIT}"
-        for size in shape:
+        for size in shape[shared:]:
             if hadamard_factors(size) is None:
                 return f"there is no Hadamard matrix of order {size}"
         return None
@@ -129,9 +135,13 @@ class CpuLattice(TransformedKernel):
         books = found.reshape(rows, layout.books, -1)
         return layout.codes(list(books.unbind(1)))
 
-    def transforms(self, inputs: Tensor, outputs: Tensor) -> tuple[Rotation, Rotation]:
-        """By Hadamard's matrices of the widths of x and of y."""
-        return transform(len(inputs), before=inputs), transform(len(outputs), after=outputs)
+    def before(self, inputs: Tensor) -> Rotation:
+        """The Hadamard matrix of x's width, transposed."""
+        return transform(len(inputs), before=inputs)
+
+    def after(self, outputs: Tensor) -> Rotation:
+        """The Hadamard matrix of y's width."""
+        return transform(len(outputs), after=outputs)
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in)."""

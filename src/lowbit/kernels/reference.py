@@ -142,7 +142,7 @@ class Reference:
 def rows_at_once(scheme: Scheme, shape: tuple[int, ...]) -> int:
     """Rows of a slice to dequantize: whole blocks of every scale level, at least one."""
     rows, columns = shape
-    if scheme.weight.lattice is not None:
+    if not scheme.rows_together:
         return rows  # of some all have to be decoded
     whole = max(scheme.heights) or 1
     if scheme.flattened:

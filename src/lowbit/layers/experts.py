@@ -46,14 +46,21 @@ class ExpertsSpec:
 class Experts:
     """``gate_up[e]``: (2 * intermediate, hidden), gate rows first; ``down[e]``: (hidden, intermediate).
 
-    Of several ranks (``parallel``) each has some of the intermediate entries of every expert.
+    Of several ranks (``parallel``) each has some of the intermediate entries of every expert, or whole ones:
+    those whose numbers are ``here``.
     """
 
     def __init__(
-        self, name: str, gate_up: list[Linear], down: list[Linear], parallel: Parallel = ALONE
+        self,
+        name: str,
+        gate_up: list[Linear],
+        down: list[Linear],
+        parallel: Parallel = ALONE,
+        here: range | None = None,
     ) -> None:
         self.name = name
         self.parallel = parallel
+        self.here = here
         self.gate_up = gate_up
         self.down = down
         self.grouped = together(gate_up, down)  # or why there is no such thing
@@ -74,11 +81,44 @@ class Experts:
         self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str, added: Tensor | None = None
     ) -> Tensor:
         """What this rank adds to the layer's result; in one process the result."""
+        if self.here is not None:
+            return self._whole_ones(x, chosen, weights, activation, added, self.here)
         if not isinstance(self.grouped, str):
             return self.grouped(x, chosen, weights, activation, added)
         refuse(f"{self.name}: {self.grouped}")
         mixed = self.one_by_one(x, chosen, weights, activation)
         return mixed if added is None else mixed + added
+
+    def _whole_ones(
+        self,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        activation: str,
+        added: Tensor | None,
+        here: range,
+    ) -> Tensor:
+        """What the experts give that are here: each pair of a token and one of them is a row, in ascending
+        order of the experts. Grouped on a GPU all pairs stay, those of others as of none, so that the host
+        need not know which they are."""
+        if not isinstance(self.grouped, str) and runtime.runs_on(x.device):
+            own = torch.where((chosen >= here.start) & (chosen < here.stop), chosen - here.start, -1)
+            return self.grouped(x, own, weights, activation, added)
+        experts, order = chosen.flatten().sort(stable=True)
+        order = order[(experts >= here.start) & (experts < here.stop)]
+        tokens, factors = order // chosen.shape[1], weights.flatten()[order]
+        chosen = chosen.flatten()[order].unsqueeze(1) - here.start
+        out = torch.zeros(x.shape, device=x.device) if added is None else added.float()
+        if not len(order):
+            return out
+        rows, factors = x[tokens], factors.unsqueeze(1)
+        with as_stored():  # rows of prompts do not come last here
+            if isinstance(self.grouped, str):
+                refuse(f"{self.name}: {self.grouped}")
+                mixed = self._one_by_one(rows, chosen, factors, activation)
+            else:
+                mixed = self.grouped(rows, chosen, factors, activation)
+        return out.index_add(0, tokens, mixed.float())
 
     def one_by_one(self, x: Tensor, chosen: Tensor, weights: Tensor, activation: str) -> Tensor:
         """The sum from each expert's own layers, float32."""

@@ -1,7 +1,8 @@
 """Linear: y = Q(x) @ W.T + bias for a weight in any packed form, fused from parts where they are alike.
 
 Among several ranks (``kernels.parallel``) a layer may hold some of its rows, and gives those outputs, or
-some of its columns, and gives the sum of all ranks' products.
+some of its columns, and gives the sum of all ranks' products; or some rows of a matrix that stands between
+two transforms, whose products the ranks gather, and gives all outputs or those that are wanted here.
 """
 
 from __future__ import annotations
@@ -49,19 +50,44 @@ class Part:
 class Columns:
     """Of a layer cut in columns: whom its products are summed with, and where its inputs are.
 
-    ``picked``: int64, this rank's columns among those of all ranks, which have ``widths`` of them each;
-    None: the rank's inputs are its columns.
+    ``widths``: the inputs of all ranks, which are gathered; none: the rank's inputs are its columns.
+    ``picked``: int64, this rank's columns among those of all ranks; None: all. ``sums``: not so where every
+    rank has the whole result.
     """
 
     parallel: Parallel
     widths: tuple[int, ...] = ()
     picked: Tensor | None = None
+    sums: bool = True
 
     def inputs(self, x: Tensor) -> Tensor:
         """x (tokens, the rank's inputs) -> (tokens, the rank's columns)."""
-        return (
-            x if self.picked is None else gather_columns(self.parallel.columns(x, self.widths), self.picked)
-        )
+        whole = self.parallel.columns(x, self.widths) if self.widths else x
+        return whole if self.picked is None else gather_columns(whole, self.picked)
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Of a weight of whose rows, which are to be transformed together, each rank has ``widths``.
+
+    ``after``: the transform. ``picked``: int64, the outputs that are wanted here, in this order; None: all.
+    """
+
+    parallel: Parallel
+    widths: tuple[int, ...]
+    after: Rotator
+    picked: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """How many outputs are wanted."""
+        return sum(self.widths) if self.picked is None else len(self.picked)
+
+    def __call__(self, part: Tensor) -> Tensor:
+        """float32 (tokens, rows here) -> (tokens, size)."""
+        whole = self.parallel.columns(part, self.widths)
+        self.after.in_place(whole)
+        return whole if self.picked is None else gather_columns(whole, self.picked)
 
 
 class Linear:
@@ -70,7 +96,7 @@ class Linear:
     ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object. ``order``:
     int64 (out,), where each output lies among the rows, if these could not be moved; the bias is as they are.
     ``columns``: of a layer that is cut in columns. ``outputs[i]``: what ``weights[i]``'s results are rotated
-    by, bias included.
+    by, bias included. ``gathered[i]``: of a weight some of whose rows each rank has.
     """
 
     def __init__(
@@ -82,6 +108,7 @@ class Linear:
         order: Tensor | None = None,
         columns: Columns | None = None,
         outputs: list[Rotator | None] | None = None,
+        gathered: list[Gathered | None] | None = None,
     ) -> None:
         self.name = name
         self.weights = weights
@@ -90,12 +117,16 @@ class Linear:
         self.order = order
         self.columns = columns
         self.outputs = outputs if outputs and any(outputs) else None
+        self.gathered = gathered if gathered and any(gathered) else None
         assert self.outputs is None or order is None, "what is rotated lies in the model's order"
+        assert self.gathered is None or self.inputs is self.outputs is None, "nothing else is done around it"
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x (tokens, in) -> (tokens, out)."""
         if self.columns is None:
             return self._product(x, out)
+        if not self.columns.sums:
+            return self._product(self.columns.inputs(x), out)
         assert out is None, "no layer that is summed writes into another's place"
         return self.columns.parallel.sum(self.partial(x)).to(x.dtype)
 
@@ -104,6 +135,9 @@ class Linear:
         if self.columns is None:
             return self._product(x)
         x = self.columns.inputs(x)
+        if not self.columns.sums:  # the first rank adds it
+            whole = self._product(x)
+            return whole if self.columns.parallel.rank == 0 else torch.zeros_like(whole)
         # Sums of bfloat16 parts would be rounded twice.
         out = None if x.dtype is torch.float32 else x.new_empty(x.shape[0], self._rows, dtype=torch.float32)
         return self._product(x, out)
@@ -131,6 +165,9 @@ class Linear:
         whole = self._whole
         if whole is not None and whole.takes(x, out):
             return whole(x, out)
+        if self.gathered is not None:
+            y = self._through_ranks(x)
+            return self._finished(y if out is None else out.copy_(y))
         if len(self.weights) == 1 and self.inputs is None:
             y = self.weights[0].kernel.linear(x, self.weights[0], out)
         else:
@@ -163,7 +200,7 @@ class Linear:
     @cached_property
     def _whole(self) -> WholeLayer | None:
         """The layer in one call, where it is one weight whose kernel does all around it too."""
-        if len(self.weights) != 1 or self.order is not None:
+        if len(self.weights) != 1 or self.order is not None or self.gathered is not None:
             return None
         return whole_layer(self.weights[0], self.inputs[0] if self.inputs else None, self.bias)
 
@@ -174,6 +211,16 @@ class Linear:
             part_layer(weight, transform)
             for weight, transform in zip(self.weights, self.inputs or [None] * len(self.weights), strict=True)
         ]
+
+    def _through_ranks(self, x: Tensor) -> Tensor:
+        """Every weight's product, those that are gathered as all ranks have them."""
+        parts = []
+        for weight, gathered in zip(self.weights, self.gathered or (), strict=True):
+            # Sums of bfloat16 parts would be rounded twice.
+            part = x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+            part = weight.kernel.linear(x, weight, part)
+            parts.append(part if gathered is None else gathered(part))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
 
     def _parts(
         self,
@@ -202,7 +249,11 @@ class Linear:
 
     @property
     def _rows(self) -> int:
-        return sum(weight.shape[0] for weight in self.weights)
+        """Outputs."""
+        if self.gathered is None:
+            return sum(weight.shape[0] for weight in self.weights)
+        pairs = zip(self.weights, self.gathered, strict=True)
+        return sum(weight.shape[0] if each is None else each.size for weight, each in pairs)
 
     @property
     def nbytes(self) -> int:

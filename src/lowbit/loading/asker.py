@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from lowbit.loading.names import Names, Placed
 from lowbit.loading.online import Decision, Online, facts_of, role_of
 from lowbit.loading.opened import Opened, Target
 from lowbit.models.registry import HEAD_COPY
-from lowbit.numerics.cutting import column_unit, row_unit
+from lowbit.numerics.cutting import column_borders, column_unit, row_unit
 from lowbit.numerics.int8_inputs import INT8_GROUPS
+from lowbit.numerics.lattice import TILE_ROWS
 from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK
@@ -67,8 +68,42 @@ class Asker:
         experts = [self.placed_expert(name, spec, number) for number in range(spec.count)]
         if self.parallel.size == 1:
             return experts
-        cut = self._inner_ranges([up for ups, _ in experts for up in ups], [down for _, [down] in experts])
+        ups, downs = [up for ups, _ in experts for up in ups], [down for _, [down] in experts]
+        if why := self._why_whole(ups, downs):
+            whole = cut_evenly(self.parallel, spec.count)
+            if whole is None:
+                raise self._cannot(
+                    f"experts like those of {name} ({self.scheme_at(downs[0])}) are whole on a rank, and "
+                    f"there are {spec.count}; use --tp-size {spec.count}" + " or less" * (spec.count > 1)
+                )
+            here, said = range(whole.start, whole.stop), f"whole, experts {whole} ({why})"
+
+            def told(place: Placed, number: int) -> Placed:
+                return replace(place, elsewhere=number not in here, whole=said)
+
+            return [
+                ([told(up, n) for up in first], [told(last, n)]) for n, (first, [last]) in enumerate(experts)
+            ]
+        cut = self._inner_ranges(ups, downs)
         return [self._cut_expert(ups, down, cut) for ups, [down] in experts]
+
+    def _why_whole(self, ups: list[Placed], downs: list[Placed]) -> str:
+        """Why ranks have whole experts, each other ones; "" where each has a share of every expert."""
+        schemes = [self.scheme_at(place) for place in (*ups, *downs)]
+        if any(scheme.weight.lattice is not None for scheme in schemes):
+            return "a share of each would be gathered expert by expert"
+        size = downs[0].part.shape[1]
+        for down in (self.scheme_at(place) for place in downs):
+            asked = down.activation
+            if asked is not None and asked.mode == "dynamic" and asked.depends_on_batch:
+                return "a share of each would ask the other ranks expert by expert"
+            if column_borders(down, size, self.parallel.size) is not None:
+                return "codebooks of columns"
+            if down.reordered and not all(self.scheme_at(up).rows_move for up in ups):
+                return "rows that cannot follow act-order"
+            if cut_evenly(self.parallel, size, column_unit(down, size)) is None:
+                return "fewer groups of columns than ranks"
+        return ""
 
     def _cut_expert(self, ups: list[Placed], down: Placed, cut: Cut) -> tuple[list[Placed], list[Placed]]:
         cut, inner = self._following(cut, ups, down), down.part.shape[1]
@@ -81,6 +116,8 @@ class Asker:
         if self.parallel.size == 1:
             return None
         ups, [down] = self.names.place(name, into), self.names.place(out_of.name, [out_of])
+        if all(self._product_of(place) for place in (*ups, down)):
+            return None  # what is gathered before is all that comes after
         cut = self._inner_ranges(ups, [down])
         if not all(self.scheme_at(up).rows_move for up in ups):
             return cut  # with act-order the second's inputs are gathered
@@ -88,8 +125,15 @@ class Asker:
 
     def _inner_ranges(self, ups: list[Placed], downs: list[Placed]) -> Cut:
         size = downs[0].part.shape[1]
-        unit = math.lcm(*(column_unit(self.scheme_at(down), size) for down in downs))
-        low = math.lcm(unit, *(row_unit(self.scheme_at(up)) for up in ups))
+        own, schemes = self._own_columns(downs[0]), [self.scheme_at(up) for up in ups]
+        if own is not None and (
+            not self.scheme_at(downs[0]).reordered or all(scheme.rows_move for scheme in schemes)
+        ):
+            together = math.lcm(*map(row_unit, schemes))
+            if all(start % together == 0 for start, _ in own.ranges):
+                return own
+        unit = math.lcm(*(self._column_unit(down) for down in downs))
+        low = math.lcm(unit, *map(row_unit, schemes))
         for handy in (64, 32, 16):  # rows and columns of which kernels make tiles
             step = math.lcm(low, handy)
             units = -(-size // step)
@@ -100,6 +144,24 @@ class Asker:
         if cut is None:
             raise self._too_few(downs[0], unit)
         return cut
+
+    def _own_columns(self, place: Placed) -> Cut | None:
+        """Which columns ranks have of a module whose columns have codebooks of their own."""
+        borders = column_borders(self.scheme_at(place), place.part.shape[1], self.parallel.size)
+        return None if borders is None else Cut(self.parallel.rank, tuple(pairwise(borders)))
+
+    def _column_unit(self, place: Placed) -> int:
+        """So many inputs of a module stay together; 1 where they are gathered, whatever they are."""
+        if self._product_of(place) is not None or self._own_columns(place) is not None:
+            return 1
+        return column_unit(self.scheme_at(place), place.part.shape[1])
+
+    def _product_of(self, place: Placed) -> Cut | None:
+        """Which rows of a lattice's codes a rank multiplies; None of others, and in one process."""
+        scheme = self.scheme_at(place)
+        if self.parallel.size == 1 or scheme.weight.lattice is None:
+            return None
+        return cut_evenly(self.parallel, place.part.shape[0], TILE_ROWS)
 
     def _following(self, cut: Cut, ups: list[Placed], down: Placed) -> Cut:
         """With act-order a rank has columns as they are stored, and what comes before gives them in that
@@ -126,14 +188,17 @@ class Asker:
 
     def stored_scheme(self, place: Placed) -> Scheme:
         """What a module's reader gives; decoded where ranks cut what nothing can."""
-        scheme = self.form.scheme_of(place.module)
-        return self.as_run(scheme) if self._is_uncut(scheme) else scheme
-
-    def _is_uncut(self, scheme: Scheme) -> bool:
-        """Whether ranks would have to cut what all columns have together: lattices, codebooks of columns."""
-        vectors = scheme.weight.vectors
-        parted = isinstance(vectors, RowVectorLayout) and vectors.width > 0
-        return self.parallel.size > 1 and (parted or scheme.weight.lattice is not None)
+        scheme, (rows, columns) = self.form.scheme_of(place.module), place.part.shape
+        if self.parallel.size == 1:
+            return scheme
+        stuck, vectors = False, scheme.weight.vectors
+        if scheme.weight.lattice is not None:
+            stuck = rows < TILE_ROWS * self.parallel.size or not self._runs_coded(scheme.weight_alone)
+        elif scheme.weight.trellis is not None:
+            stuck = columns <= BLOCK * (self.parallel.size - 1)
+        elif isinstance(vectors, RowVectorLayout) and vectors.width:
+            stuck = column_borders(scheme, columns, self.parallel.size) is None
+        return self.as_run(scheme.decoded) if stuck else scheme
 
     def _cut(self, places: list[Placed], parts: list[Part]) -> list[Placed]:
         """What is here of the parts."""
@@ -149,6 +214,7 @@ class Asker:
                 self._cut_columns(place, part.columns) if part.columns else place
                 for place, part in zip(cut, parts, strict=True)
             ]
+        cut = [replace(place, product=self._product_of(place)) for place in cut]
         for place in cut:
             if place.rows and (rotation := self.scheme_at(place).output_rotation) is not None:
                 inside = [start for run in place.runs for start in run if start % rotation.size]
@@ -164,6 +230,11 @@ class Asker:
         scheme, columns = self.scheme_at(place), place.part.shape[1]
         if inputs.order is not None:
             return replace(place, columns=inputs)
+        if self._product_of(place) is not None:
+            return replace(place, inputs=inputs)
+        if (parted := self._own_columns(place)) is not None:
+            same = not scheme.reordered and parted.ranges == inputs.ranges
+            return replace(place, columns=parted, inputs=None if same else inputs)
         unit = column_unit(scheme, columns)
         inside = [start for start, _ in inputs.ranges if start % unit]
         if not scheme.reordered and not inside:
@@ -188,6 +259,11 @@ class Asker:
 
     def cut_of(self, place: Placed) -> str:
         """In words how the ranks share a module; "" where each has all of it."""
+        if place.whole:
+            return place.whole
+        if place.product is not None:
+            gathered = "products" if place.inputs is None else "inputs and products"
+            return f"codes of rows {place.product}, {gathered} gathered"
         if place.rows:
             order = "" if place.picked_rows is None else ", in the order of the next layer's columns"
             if self._stays_in_order(place):
@@ -196,15 +272,20 @@ class Asker:
         if place.columns is None:
             return "" if self.parallel.size == 1 else "whole on every rank"
         scheme = self.scheme_at(place)
-        unit = column_unit(scheme, place.part.shape[1])
+        parted = self._own_columns(place) is not None
+        unit = self._column_unit(place)
         said = f"columns {place.columns}" + (f" in groups of {unit}" if unit > 1 else "")
+        said += " with their codebooks" * parted
         if place.inputs is None:
             return said + (", in stored order (act-order)" if scheme.reordered else "")
-        why = "act-order" if scheme.reordered else "heads end inside groups"
+        why = "codebooks end elsewhere" if parted else "heads end inside groups"
+        why = "act-order" if scheme.reordered else why
         return f"{said}, inputs gathered ({why})"
 
     def _stays_in_order(self, place: Placed) -> bool:
         """Rows that would move and share scales, or more: outputs are put in order instead (``Linear``)."""
+        if place.product is not None:
+            return False  # what is gathered is
         return (place.groups > 0 or place.swapped) and not self.stored_scheme(place).rows_move
 
     def placed_stack(self, part: Part, stacked: int) -> list[Placed]:
@@ -312,8 +393,6 @@ class Asker:
         coded, vectors = scheme.weight, scheme.weight.vectors
         if all(part is None for part in (vectors, coded.trellis, coded.lattice, scheme.outliers)):
             return True
-        if self._is_uncut(scheme):
-            return False
         shape = (16, BLOCK)
         if isinstance(vectors, RowVectorLayout):
             shape = (16, vectors.columns or 32 * vectors.length)

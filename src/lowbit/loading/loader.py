@@ -26,7 +26,7 @@ from lowbit.kernels.settled import settled
 from lowbit.kernels.timing import COPY
 from lowbit.layers.cuts import Cut
 from lowbit.layers.experts import Experts, ExpertsSpec
-from lowbit.layers.linear import Columns, Embedding, Linear, Part
+from lowbit.layers.linear import Columns, Embedding, Gathered, Linear, Part
 from lowbit.loading import head_screen
 from lowbit.loading.asker import Asker
 from lowbit.loading.kernel_choice import Wanted
@@ -37,6 +37,7 @@ from lowbit.loading.samples import Samples, sample_of, with_inputs
 from lowbit.loading.self_check import check_packed
 from lowbit.models.language_model import LanguageModel
 from lowbit.models.model import Model
+from lowbit.numerics import lattice
 from lowbit.numerics.cache_format import KvDtype
 from lowbit.numerics.cutting import cut_columns, cut_rows, pick_rows
 from lowbit.numerics.int8_inputs import INT8_GROUPS
@@ -58,10 +59,11 @@ class ReadPart:
     wanted: Wanted
     picked: Tensor | None = None  # of a layer cut in columns: which of all ranks' inputs they multiply
     output: Rotator | None = None  # of its results
-    rows: int = field(init=False)
+    gathered: Gathered | None = None
+    rows: int = field(init=False)  # of its results
 
     def __post_init__(self) -> None:
-        self.rows = self.weight.shape[-2]
+        self.rows = self.weight.shape[-2] if self.gathered is None else self.gathered.size
 
 
 class Loader(Asker):
@@ -104,11 +106,20 @@ class Loader(Asker):
     def experts(self, name: str, spec: ExpertsSpec) -> Experts:
         """Read and pack one expert after another."""
         gate_up, down, before = [], [], self.packed_bytes
-        for number, (first, last) in enumerate(self.placed_experts(name, spec)):
+        experts, here = self.placed_experts(name, spec), []
+        for number, (first, last) in enumerate(experts):
+            if last[0].elsewhere:
+                for place in (*first, *last):
+                    if self.online is not None and (decision := self.decide(place)) is not None:
+                        self.online.note(decision)
+                    self._report(place, "loading")
+                continue
+            here.append(number)
             gate_up.append(self._linear(f"{name}.{number}.gate_up_proj", first))
             down.append(self._linear(f"{name}.{number}.down_proj", last, summed=False))
         self._expert_bytes += self.packed_bytes - before
-        return Experts(name, gate_up, down, self.parallel)
+        whole = None if len(here) == len(experts) else range(here[0], here[-1] + 1)
+        return Experts(name, gate_up, down, self.parallel, whole)
 
     def embedding(self, part: Part) -> Embedding:
         """Read and pack the embedding matrix; a tied head's inputs are the head's."""
@@ -221,9 +232,11 @@ class Loader(Asker):
 
     def _linear(self, name: str, places: list[Placed], summed: bool = True) -> Linear:
         """``summed``: over the ranks, where the layer is cut in columns."""
-        kept, picked = self._taken_from_cache(name, places), None
+        kept = self._taken_from_cache(name, places)
+        picked: Tensor | None = None
+        gathered: list[Gathered | None] = []
         if kept is None:
-            kept, picked = self._packed(places)
+            kept, picked, gathered = self._packed(places)
         else:
             for weight, transform, wanted in self._whose(kept, places):
                 self._note(None, weight, transform, wanted)
@@ -245,8 +258,11 @@ class Loader(Asker):
         if places[0].columns is not None and summed:
             widths = () if places[0].inputs is None else places[0].inputs.widths
             columns = Columns(self.parallel, widths, None if picked is None else picked.to(self.device))
+        elif places[0].product is not None:
+            widths = () if places[0].inputs is None else places[0].inputs.widths
+            columns = Columns(self.parallel, widths, sums=False)
         order = None if order is None else order.to(self.device)
-        return Linear(name, kept.weights, kept.bias, inputs, order, columns, kept.outputs)
+        return Linear(name, kept.weights, kept.bias, inputs, order, columns, kept.outputs, gathered)
 
     def _order_of_outputs(self, places: list[Placed]) -> Tensor | None:
         """int64 (out,): where each output lies, where rows could not be moved."""
@@ -255,25 +271,28 @@ class Loader(Asker):
         orders, start = [], 0
         for place in places:
             stays = self._stays_in_order(place)
-            order = StoredRows.of(place, self.header).places if stays else torch.arange(place.shape[0])
+            order = StoredRows.of(place, self.header).places if stays else torch.arange(place.outputs)
             orders.append(start + order)
-            start += place.shape[0]
+            start += place.outputs
         return torch.cat(orders)
 
-    def _packed(self, places: list[Placed]) -> tuple[Kept, Tensor | None]:
-        """The parts read, neighbours fused where they allow it, and packed; the inputs that are picked."""
+    def _packed(self, places: list[Placed]) -> tuple[Kept, Tensor | None, list[Gathered | None]]:
+        """The parts read, neighbours fused where they allow it, and packed; the inputs that are picked, and
+        whose products are gathered."""
         read = [self._read(place) for place in places]
         picked = read[0].picked
         bias = self._bias(read)
         weights: list[PackedWeight] = []
         inputs: list[InputTransform | None] = []
         outputs: list[Rotator | None] = []
+        gathered = [part.gathered for part in read]  # none of these is fused
         for weight, transform, wanted, output in _fused(read):
             weights.append(self._pack(weight, transform, wanted))
             inputs.append(transform)
             outputs.append(output)
             self._note(weight, weights[-1], transform, wanted)
-        return Kept(weights, inputs, bias, outputs), picked
+        assert not any(gathered) or len(gathered) == len(weights), "the others' codes are their own, too"
+        return Kept(weights, inputs, bias, outputs), picked, gathered if any(gathered) else []
 
     def _note(
         self,
@@ -342,15 +361,16 @@ class Loader(Asker):
     def _read(self, place: Placed, as_stored: bool = False) -> ReadPart:
         stored = self.form.read(place.module, self.data)
         weight, bias, rule = stored.weight, stored.bias, stored.input
-        if self._is_uncut(weight.scheme):
-            weight = self._cast(weight)
+        if (known := self.stored_scheme(place)).is_dense and weight.scheme.weight.in_bytes:
+            weight = weight.decoded(known)  # ranks cut what nothing can
         if stored.output is not None and row_order(place, self.header) is not None:
             raise LowbitError(
                 "E0218",
                 f"{weight.origin}: its outputs are rotated and stored in another order than the model's, "
                 "which lowbit does not do. Use a quantization of the same model without transforms",
             )
-        order = None if self._stays_in_order(place) else row_order(place, self.header)
+        moves = place.product is None and not self._stays_in_order(place)
+        order = row_order(place, self.header) if moves else None
         decision = None if self.online is None or as_stored else self.decide(place)
         if order is not None and (decision is not None or not place.rows):
             weight, bias, order = weight.permute_rows(order), None if bias is None else bias[order], None
@@ -361,8 +381,10 @@ class Loader(Asker):
             rule = None if made.static_scale is None else InputRule(static_scale=made.static_scale)
         if (rule is None or rule.only_rotates) and not as_stored:
             weight = replace(weight, scheme=self.with_inputs(place, weight.scheme))
-        picked = None
-        if place.rows:
+        picked = gathered = None
+        if place.product is not None:
+            weight, bias, gathered = self._shared_product(place, weight, bias)
+        elif place.rows:
             runs = StoredRows.of(place, self.header).runs if self._stays_in_order(place) else place.runs
             weight, bias = _rows_here(place, weight, bias, order, runs)
         if place.columns is not None:
@@ -379,7 +401,23 @@ class Loader(Asker):
         weight = self._cast(weight)
         self._report(place, "loading" if self.online is None else "quantizing")
         output = self._rotator(stored.output)
-        return ReadPart(weight, bias, transform, self.wanted_kernel(place), picked, output)
+        return ReadPart(weight, bias, transform, self.wanted_kernel(place), picked, output, gathered)
+
+    def _shared_product(
+        self, place: Placed, weight: QuantizedTensor, bias: Tensor | None
+    ) -> tuple[QuantizedTensor, Tensor | None, Gathered]:
+        """Of a lattice some rows of its codes, and what becomes of their products."""
+        assert place.product is not None, "callers look first"
+        cut, (outputs, inputs) = place.product, weight.scales
+        half = replace(weight.scheme, blocks=weight.scheme.blocks[1:], scales=weight.scheme.scales[1:])
+        part = replace(weight, scheme=half, scales=(inputs,)).rows(cut.start, cut.stop)
+        order, wanted = row_order(place, self.header), None
+        if place.rows or order is not None:
+            wanted = place.wanted_rows if order is None else order[place.wanted_rows]
+            bias = None if bias is None else bias[wanted]
+            wanted = wanted.to(self.device)
+        after = Rotator(lattice.transform(len(outputs), after=outputs.flatten()).to(self.device))
+        return part, bias, Gathered(self.parallel, cut.widths, after, wanted)
 
     def _transform(self, scheme: Scheme, rule: InputRule | None) -> InputTransform | None:
         if scheme.activation is None and rule is None:

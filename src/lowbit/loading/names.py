@@ -64,6 +64,9 @@ class Placed:
     ``groups``, ``group_rows``: as of ``Part``; of Q, K and V in one module a group is some query heads with
     their K and V head. ``rows``: (first row, cut) of each run of rows that ranks share, none: all are here.
     ``columns``: which stored columns are here; ``inputs``: where the layer's inputs are, if not just there.
+    ``product``: which stored rows are multiplied here, whose products ranks gather to transform them; of the
+    results ``rows`` are wanted. ``whole``: in words, how ranks share experts that are not cut; ``elsewhere``:
+    another rank has this one.
     """
 
     part: Part
@@ -76,13 +79,20 @@ class Placed:
     rows: tuple[tuple[int, Cut], ...] = ()
     columns: Cut | None = None
     inputs: Cut | None = None
+    product: Cut | None = None
+    whole: str = ""
+    elsewhere: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of what is here."""
-        rows, columns = self.part.shape
-        here = sum(cut.size for _, cut in self.rows)
-        return here or rows, columns if self.columns is None else self.columns.size
+        columns = self.part.shape[1] if self.columns is None else self.columns.size
+        return self.outputs if self.product is None else self.product.size, columns
+
+    @property
+    def outputs(self) -> int:
+        """How many of its results are wanted here."""
+        return sum(cut.size for _, cut in self.rows) or self.part.shape[0]
 
     @property
     def runs(self) -> list[tuple[int, int]]:

@@ -25,7 +25,7 @@ from lowbit.loading.online import SAMPLE_ROWS, Decision, estimated_error
 from lowbit.loading.opened import Opened, Target
 from lowbit.models.config import ModelConfig
 from lowbit.numerics.cache_format import KvDtype
-from lowbit.numerics.cutting import parted_scheme, scheme_in_rows
+from lowbit.numerics.cutting import columns_scheme, parted_scheme
 from lowbit.numerics.scheme import Scheme
 
 _WORK = 160 << 20  # slices of float32 and what the allocator keeps of them
@@ -218,13 +218,16 @@ class Planner(Asker):
         decision = self.decide(place)
         scheme = self.stored_scheme(place) if decision is None else decision.scheme
         scheme = self.with_inputs(place, scheme)
-        if place.rows and place.picked_rows is None:
+        if place.product is not None:
+            scheme = replace(scheme, blocks=scheme.blocks[1:], scales=scheme.scales[1:])
+        elif place.rows and place.picked_rows is None:
             runs = StoredRows.of(place, self.header).runs if self._stays_in_order(place) else place.runs
             scheme = parted_scheme(scheme, place.part.shape, runs)
         elif place.rows and scheme.weight.is_tall:
             scheme = scheme.decoded
         if place.columns is not None:
-            scheme = replace(scheme_in_rows(scheme, place.part.shape[1]), reordered=False)
+            scheme = columns_scheme(scheme, place.part.shape[1], place.columns.start, place.columns.stop)
+            scheme = replace(scheme, reordered=False)
         return _Part(place, scheme, decision, self.wanted_kernel(place))
 
     def _as_packed(self, parts: list[_Part]) -> tuple[Scheme, tuple[int, int]]:
@@ -251,6 +254,8 @@ class Planner(Asker):
         )
 
     def _nbytes(self, part: _Part, kernel: LinearKernel) -> int:
+        if part.place.elsewhere:
+            return 0
         shape, whole = part.place.shape, part.place.part.shape
         if kernel.name == COPY:
             return kernel.nbytes(part.scheme, shape)

@@ -2,9 +2,9 @@
 its value.
 
 A row cut may fall inside a block of rows: the block's numbers are then repeated over smaller blocks, or
-where its rows lie apart kept for those that are left. A
-column cut falls on the borders of ``column_unit``: what shares a scale, or an input's scale, stays
-together. Tensors are cut as views, so that of a mapped file only the part is read.
+where its rows lie apart kept for those that are left. A column cut falls on the borders of ``column_unit``:
+what shares a scale, or an input's scale, stays together; or on those of ``column_borders``, where columns
+have codebooks of their own. Tensors are cut as views, so that of a mapped file only the part is read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.numerics.number_formats import RowVectorLayout, number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor, concatenate
 from lowbit.numerics.scheme import Scheme
 from lowbit.numerics.trellis import BLOCK
@@ -45,6 +46,18 @@ def column_unit(scheme: Scheme, columns: int) -> int:
     return unit
 
 
+def column_borders(scheme: Scheme, columns: int, ranks: int) -> list[int] | None:
+    """Where a weight is cut whose stored columns have codebooks or numbers of their own; None for others,
+    and where there are too few columns for all ranks."""
+    layout = _parted(scheme)
+    return None if layout is None or layout.columns != columns else layout.borders(ranks)
+
+
+def _parted(scheme: Scheme) -> RowVectorLayout | None:
+    layout = scheme.weight.vectors
+    return layout if isinstance(layout, RowVectorLayout) and layout.width else None
+
+
 def row_unit(scheme: Scheme) -> int:
     """A cut between so many rows parts no block, nor one of a rotation of them."""
     rotation, heights = scheme.output_rotation, () if scheme.scattered else scheme.heights
@@ -54,7 +67,9 @@ def row_unit(scheme: Scheme) -> int:
 def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     """Stored columns ``start:stop``. ``column_order`` then holds the inputs they multiply, of the whole."""
     columns = weight.shape[-1]
-    unit = column_unit(weight.scheme.weight_alone, columns)
+    unit, parted = column_unit(weight.scheme.weight_alone, columns), _parted(weight.scheme)
+    if parted is not None and parted.part(start, stop) is not None:
+        unit = 1
     if start % unit or (stop % unit and stop != columns):
         raise LowbitError(
             "E0702", f"{weight.origin}: columns {start}:{stop} cut a group of {unit} columns in two"
@@ -63,22 +78,33 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
         return weight
     weight = in_rows(weight)
     layout, coded = weight.scheme.weight.block, weight.scheme.weight.vectors or weight.scheme.weight.trellis
-    codes = weight.codes[..., start:stop]
-    if coded is not None:
+    codes, codebooks = weight.codes[..., start:stop], weight.codebooks
+    if parted is not None:
+        books, _ = parted.books_of(start, stop)
+        assert codebooks is not None, "a format with vectors has them"
+        codes, codebooks = parted.cut(weight.codes, start, stop), codebooks[books.start : books.stop]
+    elif coded is not None:
         codes = weight.codes[..., coded.row_bytes(start) : coded.row_bytes(stop)]
     if layout is not None:
         first, last = start // layout.weights, -(-stop // layout.weights)
         codes = weight.codes[..., first * layout.bytes : last * layout.bytes]
 
+    if stop == columns and weight.scheme.weight.trellis is not None:
+        end = weight.scheme.weight.trellis.blocks(stop)
+    else:
+        end = stop
+
     def cut(per_block: Tensor, level: int) -> Tensor:
         width = weight.scheme.blocks[level][1]
-        return per_block[..., start // width : -(-stop // width)] if width else per_block
+        return per_block[..., start // width : -(-end // width)] if width else per_block
 
     order = weight.column_order
     return replace(
         weight,
+        scheme=columns_scheme(weight.scheme, columns, start, stop),
         shape=(*weight.shape[:-1], stop - start),
         codes=codes,
+        codebooks=codebooks,
         scales=tuple(cut(s, i) for i, s in enumerate(weight.scales)),
         zeros=None if weight.zeros is None else cut(weight.zeros, 0),
         offsets=tuple(cut(o, i) for i, o in enumerate(weight.offsets)),
@@ -87,10 +113,18 @@ def cut_columns(weight: QuantizedTensor, start: int, stop: int) -> QuantizedTens
     )
 
 
+def columns_scheme(scheme: Scheme, columns: int, start: int, stop: int) -> Scheme:
+    """The scheme of ``cut_columns``'s result."""
+    scheme, parted = scheme_in_rows(scheme, columns), _parted(scheme)
+    part = None if parted is None else parted.part(start, stop)
+    return scheme if part is None else replace(scheme, weight=number_format(part.name))
+
+
 def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> QuantizedTensor:
     """The rows of each (start, stop), one run below another.
 
-    Where blocks of a trellis, or vectors of several rows, do not end there, they are decoded.
+    Where vectors of several rows do not end there, they are decoded; so are several runs where blocks of a
+    trellis do not. Of one run a trellis has the blocks that it lies in.
     """
     if weight.scheme.rows_together > 1:
         scheme = parted_scheme(weight.scheme, (weight.shape[-2], weight.shape[-1]), runs)
@@ -100,6 +134,8 @@ def cut_rows(weight: QuantizedTensor, runs: Sequence[tuple[int, int]]) -> Quanti
             return QuantizedTensor(scheme, shape, matrix, origin=weight.origin)
         if weight.scheme.weight.trellis is not None:
             parts = [weight.rows(start, stop) for start, stop in runs]
+            if len(runs) == 1:
+                return parts[0]
             codes = torch.cat([part.codes for part in parts])
             outputs = torch.cat([part.scales[0] for part in parts])
             return replace(weight, shape=shape, codes=codes, scales=(outputs, weight.scales[1]))
@@ -196,11 +232,17 @@ def in_rows(weight: QuantizedTensor) -> QuantizedTensor:
 
 def parted_scheme(scheme: Scheme, shape: tuple[int, int], runs: Sequence[tuple[int, int]]) -> Scheme:
     """The scheme of ``cut_rows``'s result."""
+    trellis = scheme.weight.trellis
+    if trellis is not None and len(runs) == 1:
+        skip = (trellis.skip + runs[0][0]) % BLOCK
+        return replace(scheme, weight=number_format(replace(trellis, skip=skip).name))
+    if trellis is not None and trellis.skip:
+        return scheme.decoded
     if (together := scheme.rows_together) > 1:
         inside = [border for run in runs for border in run if border % together]
         if inside not in ([], [shape[0]]) or (inside and runs[-1][1] != shape[0]):
             return scheme.decoded
-        if scheme.whole_columns or scheme.weight.trellis is not None:
+        if scheme.whole_columns or trellis is not None:
             return scheme
     empty = torch.empty(0)
     bare = QuantizedTensor(scheme, shape, empty)

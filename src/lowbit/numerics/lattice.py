@@ -9,6 +9,9 @@ of odd halves (1/2, 3/2, 5/2) whose squares sum up to 10 at most, in rising orde
 even count is set if an odd sum's last number counts as negative; so one bit is spare and says the quarter:
 bit 0 is what makes the byte's parity even, and where it had to be turned a quarter is subtracted, else added.
 
+Ranks share the rows of u, whose products they gather before the second transform: what one of them has is a
+weight with the scales of columns alone, some rows of u H_in^T diag(inputs), and its numbers are not rounded.
+
 A second code may have 8 bits instead, and stand for a vector of E8's own: one of the 241 points whose squares
 sum up to 2 at most, whole numbers before halves, each in rising order; then 2 and -2 on one axis, the last
 without -2.
@@ -32,6 +35,7 @@ from lowbit.numerics.hadamard import hadamard_factors, hadamard_head, times
 from lowbit.numerics.rotation import Rotation
 
 LENGTH = 8  # columns of a vector
+TILE_ROWS = 16  # that files have together
 # Where the 3/2 are, the first number the highest bit.
 _TWELVES = bytes.fromhex(
     "8F 4F 2F 1F EC EA E6 E9 E5 E3 DC DA D6 D9 D5 D3 BC BA B6 B9 B5 73 7C 7A 76 79 75 37 CE"
@@ -46,7 +50,7 @@ class LatticeLayout:
 
     The codes of a weight (out, in) are uint8 (out, bytes): the first codes of a row, of 16 bits, then the
     second ones, of ``second`` (16 or 8), the low byte of each first. All rows and all columns mean something
-    together only.
+    together only; without the scales of rows, and so without their transform, all columns.
     """
 
     divisor: float = 0.0
@@ -97,11 +101,15 @@ class LatticeLayout:
         second = e8p() if self.second == 16 else e8()
         return found + second[words[1]].flatten(1) / self.divisor
 
-    def decode(self, codes: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-        """float32 (out, in), float16's numbers; ``outputs`` (out, 1), ``inputs`` (1, in)."""
-        return transformed(
-            lambda rows: self.vectors(codes[rows]), outputs.flatten(), inputs.flatten()
-        ).float()
+    def decode(self, codes: Tensor, *scales: Tensor) -> Tensor:
+        """float32 (out, in), float16's numbers; ``scales``: of outputs (out, 1) and of inputs (1, in).
+
+        Of inputs alone: rows that are not transformed, in float32.
+        """
+        *first, inputs = (scale.flatten() for scale in scales)
+        if not first:
+            return times(_factors(len(inputs)), self.vectors(codes), 1) * inputs
+        return transformed(lambda rows: self.vectors(codes[rows]), first[0], inputs).float()
 
     def some_rows(self, codes: Tensor, outputs: Tensor, inputs: Tensor, start: int, stop: int) -> Tensor:
         """The same of a few rows, whose sums are made in another order."""

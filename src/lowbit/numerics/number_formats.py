@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -166,12 +167,56 @@ class RowVectorLayout:
         return 8 * self.row_bytes(columns) / (columns * self.length)
 
     def column_unit(self, columns: int) -> int:
-        """So many neighbouring columns stay together."""
+        """So many neighbouring columns stay together, but for what ``part`` has."""
         return columns if self.width else 1
+
+    def books_of(self, start: int, stop: int) -> tuple[range, int]:
+        """Which codebooks stored columns ``start:stop`` have, and how many columns there are of each: whole
+        ones, or some of one. No books where neither is so."""
+        first, last = max(start - self.outliers, 0), stop - self.outliers
+        width = self.width or last
+        books = range(first // width, -(-last // width))
+        if len(books) == 1:
+            return books, last - first
+        return (range(0), 0) if first % width or last % width else (books, width)
+
+    def part(self, start: int, stop: int) -> RowVectorLayout | None:
+        """Of stored columns ``start:stop`` alone; None where ``books_of`` has no books."""
+        books, width = self.books_of(start, stop)
+        outliers = max(0, min(stop, self.outliers) - start)
+        parted = outliers > 0 or len(books) > 1
+        return replace(self, books=len(books), width=width * parted, outliers=outliers) if books else None
+
+    def borders(self, ranks: int) -> list[int] | None:
+        """Where stored columns are cut for so many ranks: whole codebooks, one more for the first ranks where
+        they do not divide, or where there are fewer than ranks some columns of one for each. The first rank
+        has the outliers. None where there are too few columns."""
+        each, more = divmod(ranks, self.books)
+        if not each:
+            each, more = divmod(self.books, ranks)
+            ends = [(rank * each + min(rank, more)) * self.width for rank in range(1, ranks + 1)]
+        else:
+            ends = []
+            for book in range(self.books):
+                sharers = each + (book < more)
+                unit = 32 if self.width >= 32 * sharers else 1  # of which kernels make tiles
+                units = self.width // unit
+                ends += [book * self.width + units * n // sharers * unit for n in range(1, sharers)]
+                ends.append((book + 1) * self.width)
+        borders = [0, *(self.outliers + end for end in ends)]
+        return borders if all(a < b for a, b in pairwise([self.outliers, *borders[1:]])) else None
 
     def row_bytes(self, columns: int) -> int:
         """Of ``length`` rows."""
         return self.outlier_bytes + (columns - self.outliers) * sum(self.index_bytes)
+
+    def cut(self, codes: Tensor, start: int, stop: int) -> Tensor:
+        """uint8 (vectors, bytes) of all columns -> of stored columns ``start:stop``."""
+        numbers, index = self.outlier_bytes, sum(self.index_bytes)
+        of_outlier = numbers // self.outliers if self.outliers else 0
+        kept = slice(min(start, self.outliers) * of_outlier, min(stop, self.outliers) * of_outlier)
+        first, last = (numbers + max(at - self.outliers, 0) * index for at in (start, stop))
+        return torch.cat((codes[:, kept], codes[:, first:last]), 1) if self.outliers else codes[:, first:last]
 
     def indices(self, codes: Tensor) -> tuple[Tensor, Tensor | None]:
         """uint8 (vectors, bytes) -> int32 (vectors, columns without outliers): both codebooks' indices."""
@@ -335,7 +380,7 @@ def vector_format(books: int, bits: int, length: int, height: int = 1) -> Number
 
 
 _LATTICE = re.compile(r"e8p(\+(?P<book>e8p?)/(?P<divisor>[0-9.e+-]+))?")
-_TRELLIS = re.compile(rf"trellis([1-8])_({'|'.join(MULTIPLIERS)})")
+_TRELLIS = re.compile(rf"trellis([1-8])_({'|'.join(MULTIPLIERS)})(?:_from([1-9]\d?|1[01]\d|12[0-7]))?")
 
 
 def trellis_format(bits: int, book: str) -> NumberFormat:
@@ -350,7 +395,7 @@ def number_format(name: str) -> NumberFormat:
         lattice = LatticeLayout(float(points["divisor"] or 0), 8 if points["book"] == "e8" else 16)
         NUMBER_FORMATS[name] = NumberFormat(name, lattice.bits, lattice=lattice)
     if name not in NUMBER_FORMATS and (coded := _TRELLIS.fullmatch(name)):
-        trellis = TrellisLayout(int(coded[1]), coded[2])
+        trellis = TrellisLayout(int(coded[1]), coded[2], int(coded[3] or 0))
         NUMBER_FORMATS[name] = NumberFormat(name, trellis.bits, trellis=trellis)
     if name not in NUMBER_FORMATS and (found := _VECTORS.fullmatch(name)):
         layout = VectorLayout(**{key: int(value or 1) for key, value in found.groupdict().items()})

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.numerics.lattice import LatticeLayout
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.trellis import BLOCK, TrellisLayout
 
 _DECODED_AT_ONCE = 1 << 22  # weights
 
@@ -126,7 +128,8 @@ class QuantizedTensor:
             self.scheme.weight.trellis or self.scheme.weight.lattice,
         )
         if together is not None:
-            return together.decode(self.codes, *self.scales)
+            skip = 0 if isinstance(together, LatticeLayout) else together.skip
+            return together.decode(self.codes, *self.scales)[skip : skip + self.shape[0], : self.shape[1]]
         if vectors is not None:
             assert self.codebooks is not None, "a format with vectors has them"
             values = vectors.decode(self.codes, self.codebooks)[..., : self.shape[-2], :]
@@ -188,11 +191,11 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int, *, ragged: bool = False) -> QuantizedTensor:
         """Output rows ``start:stop``; they must begin on a block border of every level.
 
-        They must end on one too, unless ``ragged``: the last block of the result may then be short. Some rows
-        of a trellis's blocks, or of a lattice's transforms, come as plain floats.
+        They must end on one too, unless ``ragged``: the last block of the result may then be short. Those of
+        a trellis may begin and end anywhere. Some rows of a lattice's transforms come as plain floats.
         """
         out, together, lattice = self.shape[-2], self.scheme.rows_together, self.scheme.weight.lattice
-        if lattice is not None:
+        if lattice is not None and not together:
             if (start, stop) == (0, out):
                 return self
             outputs, inputs = self.scales
@@ -200,11 +203,8 @@ class QuantizedTensor:
             return QuantizedTensor(
                 Scheme(number_format("f32")), tuple(matrix.shape), matrix, origin=self.origin
             )
-        if self.scheme.weight.trellis is not None and (start % together or stop % together):
-            first, last = start // together * together, -(-stop // together) * together
-            matrix = self.rows(first, last).dequantize()[start - first : stop - first]
-            shape = (stop - start, self.shape[-1])
-            return QuantizedTensor(Scheme(number_format("f32")), shape, matrix, origin=self.origin)
+        if self.scheme.weight.trellis is not None:
+            return self._rows_of_trellis(self.scheme.weight.trellis, start, stop)
         if self.scheme.flattened and len(self.shape) == 2:
             columns, block = self.shape[-1], self.scheme.blocks[0][1]
             if (start * columns) % block:
@@ -228,6 +228,21 @@ class QuantizedTensor:
             offsets=offsets,
             row_groups=None if self.row_groups is None else self.row_groups[start:stop],
             outliers=None if self.outliers is None else self.outliers.picked(torch.arange(start, stop)),
+        )
+
+    def _rows_of_trellis(self, layout: TrellisLayout, start: int, stop: int) -> QuantizedTensor:
+        """In the blocks that they lie in."""
+        assert 0 <= start < stop <= self.shape[0], "rows() needs a non-empty range inside the matrix"
+        first, skip = divmod(layout.skip + start, BLOCK)
+        blocks = slice(first * BLOCK, layout.blocks(layout.skip + stop))
+        outputs, inputs = self.scales
+        fmt = number_format(replace(layout, skip=skip).name)
+        return replace(
+            self,
+            scheme=replace(self.scheme, weight=fmt),
+            shape=(stop - start, self.shape[1]),
+            codes=self.codes[blocks],
+            scales=(outputs[blocks], inputs),
         )
 
     def _cut_rows(self, per_block: Tensor, level: int, start: int, stop: int, ragged: bool) -> Tensor:

@@ -181,7 +181,7 @@ class Scheme:
         """So many neighbouring rows mean something together only, beside what shares a scale; 0: all."""
         vectors = self.weight.vectors
         if self.weight.lattice is not None:
-            return 0
+            return 0 if len(self.scales) == 2 else 1
         if self.weight.trellis is not None:
             return BLOCK
         return 1 if vectors is None else vectors.height
@@ -231,6 +231,12 @@ class Scheme:
             return -(-out // (rows or out)) * -(-columns // (width or columns)) / (out * columns)
 
         bits, vectors = float(self.weight.bits), self.weight.vectors
+        if self.weight.trellis is not None:  # whole blocks, and their scales
+            whole = self.weight.trellis.whole(shape)
+            bits *= math.prod(whole)
+            for scale, size in zip(self.scales, whole, strict=True):
+                bits += scale.bits * size
+            return bits / (out * columns)
         if vectors is not None:  # whole ones, also at the end
             bits = 8 * vectors.row_bytes(columns) * -(-out // vectors.height) / (out * columns)
         for level, scale in enumerate(self.scales):

@@ -34,14 +34,32 @@ class TrellisLayout:
     The codes of a weight (out, in) are uint8 (out, 2 ``bits`` in / 16): a tile's bytes cut into 16 pieces,
     one for each of its rows, so that rows and columns of whole tiles are slices. Piece r does not mean
     row r.
+
+    Where 128 does not divide out or in, codes and scales are those of whole blocks, and the weight is the
+    first rows and columns of what they mean; or the rows from ``skip`` on, which is less than 128.
     """
 
     bits: int
     book: str
+    skip: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the number format: "trellis4_mcg", "trellis4_mcg_from64"."""
+        return f"trellis{self.bits}_{self.book}" + (f"_from{self.skip}" if self.skip else "")
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(out, in) of the blocks that a weight of ``shape`` lies in."""
+        return self.blocks(shape[-2] + self.skip), self.blocks(shape[-1])
+
+    @staticmethod
+    def blocks(size: int) -> int:
+        """``size``, or the next multiple of 128."""
+        return -(-size // BLOCK) * BLOCK
 
     def row_bytes(self, columns: int) -> int:
-        """Of the pieces of a row of tiles."""
-        return columns // TILE * 2 * self.bits
+        """Of the pieces of a row of tiles; columns up to the end of a block."""
+        return self.blocks(columns) // TILE * 2 * self.bits
 
     def codes(self, trellis: Tensor) -> Tensor:
         """Tiles as EXL3 stores them, int16 (in / 16, out / 16, 16 bits) -> uint8 (out, bytes)."""
@@ -54,7 +72,7 @@ class TrellisLayout:
         return parted.permute(2, 0, 1, 3).flatten(2).contiguous().view(torch.int16)
 
     def decode(self, codes: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-        """float32 (out, in), float16's numbers; ``outputs`` (out, 1), ``inputs`` (1, in)."""
+        """float32 (out, in) of whole blocks, float16's numbers; ``outputs`` (out, 1), ``inputs`` (1, in)."""
         found = torch.empty(len(codes), inputs.shape[-1])
         trellis = self.tiles(codes)
         for start, part in decoded(trellis, self.book, inputs.flatten().float(), outputs.flatten().float()):

@@ -141,7 +141,8 @@ def _mix(  # type: ignore[no-untyped-def]
     for _ in range(K):
         least = tl.min(keys, 0)
         pair = token * K + least % SLOTS
-        row = tl.load(y + pair * hidden + columns, mask=inside, other=0.0).to(tl.float32)
+        here = inside & (tl.load(chosen + pair) != -1)
+        row = tl.load(y + pair * hidden + columns, mask=here, other=0.0).to(tl.float32)
         total += row * tl.load(weights + pair)
         keys = tl.where(keys == least, 0x7FFFFFFF, keys)
     if ADDED:
@@ -152,7 +153,8 @@ def _mix(  # type: ignore[no-untyped-def]
 def mix(y: Tensor, chosen: Tensor, weights: Tensor, added: Tensor | None, out: Tensor) -> None:
     """out (tokens, hidden): of the pairs' results y (tokens * k, hidden), weights float32 (tokens, k).
 
-    A token's experts are added in ascending order, ``added`` (tokens, hidden) last, in float32.
+    A token's experts are added in ascending order, ``added`` (tokens, hidden) last, in float32. Of expert -1,
+    which another rank has, nothing is added.
     """
     (tokens, k), hidden = chosen.shape, y.shape[1]
     assert y.is_contiguous() and out.is_contiguous() and out.shape == (tokens, hidden)

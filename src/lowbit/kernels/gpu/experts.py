@@ -8,8 +8,7 @@ An input that all experts quantize alike is quantized once, before it is handed 
 multipliers are an expert's own, every pair of token and expert is quantized by itself. A rotation that all
 have comes before, in a launch. Where inputs and weights are codes of 8 bits, 8-bit tensor cores multiply them
 (``expert_eight_bit``). Other codes are multiplied in bfloat16, which holds them exactly, and scales meet
-float32 sums. Trellises and codebooks meet x in float16, and have more launches (``TrellisStack``,
-``VectorsStack``).
+float32 sums. Trellises, codebooks and lattices meet x in float16, and have more launches (``CodedStack``).
 
 Graphs, speed and memory have not been seen on a GPU: the kernels are proven in Triton's interpreter, and
 compiled for compute capabilities 8.0 and 9.0.
@@ -31,13 +30,16 @@ from lowbit.kernels.gpu.eight_bit import EightBitWeight
 from lowbit.kernels.gpu.expert_eight_bit import stacked
 from lowbit.kernels.gpu.expert_products import Rows, Stack, block_rows, multiply
 from lowbit.kernels.gpu.expert_rows import SortedPairs, mix, sort_pairs
+from lowbit.kernels.gpu.lattice import LatticeStack
 from lowbit.kernels.gpu.layer import meet, operand
+from lowbit.kernels.gpu.row_vectors import RowVectorsStack
 from lowbit.kernels.gpu.trellis import TrellisStack
 from lowbit.kernels.gpu.vectors import VectorsStack
 from lowbit.kernels.gpu.weight_layout import Layout, layout_of
 from lowbit.kernels.rotation import Rotator, same
 
-_CODED = ("gpu_trellis", "gpu_vectors")  # whose codes meet x as float16
+_CODED = ("gpu_trellis", "gpu_vectors", "gpu_row_vectors", "gpu_lattice")  # whose codes meet x as float16
+CodedStack = TrellisStack | VectorsStack | RowVectorsStack | LatticeStack
 MOST_BETWEEN = 1 << 28  # numbers of pairs that are kept between the products; more tokens go in turns
 
 
@@ -165,7 +167,7 @@ class _Part:
     ``eight_bit``: the weight for 8-bit codes of x, where both can be.
     """
 
-    stack: Stack | TrellisStack | VectorsStack
+    stack: Stack | CodedStack
     bias: Tensor | None
     input: _Input | None
     first: int
@@ -282,8 +284,11 @@ def _refusal(layers: Sequence[Layer]) -> str:
         for weight in layer.weights:
             if weight.kernel.name not in ("gpu_blocks", "gpu_dense", *_CODED):
                 return f"{layer.name} runs on the kernel {weight.kernel.name}"
-            if weight.kernel.name in _CODED and (layer.inputs or "column_order" in weight.buffers):
+            ordered = "column_order" in weight.buffers and weight.kernel.name != "gpu_row_vectors"
+            if weight.kernel.name in _CODED and (layer.inputs or ordered):
                 return f"{layer.name} has codes whose inputs are changed or in another order"
+            if weight.kernel.name == "gpu_row_vectors" and "outliers" in weight.buffers:
+                return f"{layer.name} has columns that are kept number by number"
         if layer.outputs is not None:
             return f"{layer.name} rotates its outputs"
         if len(layer.weights) != len(first.weights):
@@ -380,7 +385,7 @@ def _input(transforms: list[InputTransform | None]) -> _Input | None:
     return _Input(stacked, False, rotation)
 
 
-def _stack(layers: Sequence[Layer], number: int) -> Stack | TrellisStack | VectorsStack:
+def _stack(layers: Sequence[Layer], number: int) -> Stack | CodedStack:
     """One buffer of each kind for all experts, one kind after another, so that little is there twice."""
     first = layers[0].weights[number]
     layout: Layout | None = None
@@ -401,8 +406,14 @@ def _stack(layers: Sequence[Layer], number: int) -> Stack | TrellisStack | Vecto
     rows, columns = first.shape
     if first.kernel.name == "gpu_trellis":
         return TrellisStack.of(first.scheme, (rows, columns), buffers)
-    if first.kernel.name == "gpu_vectors":
-        return VectorsStack.of([layer.weights[number] for layer in layers], buffers)
+    weights = [layer.weights[number] for layer in layers]
+    match first.kernel.name:
+        case "gpu_vectors":
+            return VectorsStack.of(weights, buffers)
+        case "gpu_row_vectors":
+            return RowVectorsStack.of(weights, buffers)
+        case "gpu_lattice":
+            return LatticeStack.of(weights, buffers)
     order = buffers.pop("column_order", None)
     table = buffers.get("table")
     split = table is not None and bool((table != table.bfloat16().float()).any())

@@ -128,21 +128,30 @@ def half_blocks(
 
 
 def halves_of(
-    x: Tensor, blocks: int, order: Tensor | None = None, multiplier: Tensor | None = None
+    x: Tensor,
+    blocks: int,
+    order: Tensor | None = None,
+    multiplier: Tensor | None = None,
+    chosen: Tensor | None = None,
+    same: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """x in float16 (tokens, blocks * 128), and what 128 columns of it are worth: float32 (tokens, blocks).
 
-    ``order``, ``multiplier``: as ``scaled_halves`` reads them.
+    ``order``, ``multiplier``: as ``scaled_halves`` reads them. ``chosen``: int64 (tokens,), the expert of
+    each, of which ``same`` have one row of x; order and multiplier are then (experts, blocks * 128).
     """
     from lowbit.kernels.gpu.half_inputs import BLOCK, scaled_halves
 
-    tokens, columns = x.shape
+    tokens, columns = len(x) if chosen is None else len(chosen), x.shape[1]
+    of_experts = next((each for each in (order, multiplier) if each is not None), None)
+    experts = 1 if chosen is None or of_experts is None else len(of_experts)
     halves = torch.empty(tokens, blocks * BLOCK, dtype=torch.float16, device=x.device)
     scale = torch.empty(tokens, blocks, device=x.device)
     runtime.launch(
         scaled_halves,
         (-(-tokens * blocks // _SCALED),),
-        *(x, x.stride(0), halves, scale, order, multiplier, tokens, columns, blocks),
+        *(x, x.stride(0), halves, scale, order, multiplier, chosen, tokens, columns, blocks, experts),
+        SAME=same,
         M=_SCALED,
     )
     return halves, scale

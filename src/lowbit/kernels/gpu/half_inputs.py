@@ -28,36 +28,6 @@ def halves(values):  # type: ignore[no-untyped-def]
     return cast(values * inverse[:, None], tl.float16), scale
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def scaled_halves(  # type: ignore[no-untyped-def]
-    x,  # (tokens, inputs)
-    x_row,
-    out,  # float16 (tokens, blocks * 128)
-    scale,  # float32 (tokens, blocks)
-    order,  # int32 (blocks * 128,): the input of each column, -1 for none; None: they are the inputs
-    multiplier,  # float32 (blocks * 128,), or None
-    tokens,
-    inputs,
-    blocks,
-    M: tl.constexpr,
-):
-    """x's columns as a weight has them, 0 where it has none. Grid: (groups of M blocks of any token,)."""
-    unit = tl.program_id(0) * M + tl.arange(0, M)
-    token = (unit // blocks).to(tl.int64)
-    inside = token < tokens
-    at = (unit % blocks * 128)[:, None] + tl.arange(0, 128)[None, :]
-    column = at
-    if order is not None:
-        column = tl.load(order + at)
-    there = inside[:, None] & (column >= 0) & (column < inputs)
-    values = tl.load(x + token[:, None] * x_row + column, mask=there, other=0.0).to(tl.float32)
-    if multiplier is not None:
-        values *= tl.load(multiplier + at)
-    numbers, worth = halves(values)
-    tl.store(out + token[:, None] * (blocks * 128) + at, numbers, mask=inside[:, None])
-    tl.store(scale + unit, worth, mask=inside)
-
-
 @triton.jit
 def _of_expert(numbers, chosen, token, inside, experts, width):  # type: ignore[no-untyped-def]
     """Where each token's expert, of those in (experts, width), has its numbers, (M, 1): never outside."""
@@ -65,6 +35,43 @@ def _of_expert(numbers, chosen, token, inside, experts, width):  # type: ignore[
         expert = tl.load(chosen + token, mask=inside, other=0).to(tl.int64)
         numbers += (tl.minimum(tl.maximum(expert, 0), experts - 1) * width)[:, None]
     return numbers
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def scaled_halves(  # type: ignore[no-untyped-def]
+    x,  # (tokens / SAME, inputs)
+    x_row,
+    out,  # float16 (tokens, blocks * 128)
+    scale,  # float32 (tokens, blocks)
+    order,  # int32 (blocks * 128,): the input of each column, -1 for none; None: they are the inputs
+    multiplier,  # float32 (blocks * 128,), or None
+    chosen,  # int64 (tokens,), the expert of each: order and multiplier are then (experts, …); or None
+    tokens,
+    inputs,
+    blocks,
+    experts,
+    SAME: tl.constexpr,
+    M: tl.constexpr,
+):
+    """x's columns as a weight has them, 0 where it has none. Grid: (groups of M blocks of any token,).
+
+    With experts a token is one of ``SAME`` pairs of a row of x.
+    """
+    unit = tl.program_id(0) * M + tl.arange(0, M)
+    token = (unit // blocks).to(tl.int64)
+    inside = token < tokens
+    at = (unit % blocks * 128)[:, None] + tl.arange(0, 128)[None, :]
+    column = at
+    if order is not None:
+        column = tl.load(_of_expert(order, chosen, token, inside, experts, blocks * 128) + at)
+    there = inside[:, None] & (column >= 0) & (column < inputs)
+    row = (token // SAME)[:, None] * x_row
+    values = tl.load(x + row + column, mask=there, other=0.0).to(tl.float32)
+    if multiplier is not None:
+        values *= tl.load(_of_expert(multiplier, chosen, token, inside, experts, blocks * 128) + at)
+    numbers, worth = halves(values)
+    tl.store(out + token[:, None] * (blocks * 128) + at, numbers, mask=inside[:, None])
+    tl.store(scale + unit, worth, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -20,19 +20,32 @@ interpreter, and compiled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lowbit.kernels import row_vector_rules
-from lowbit.kernels.gpu.gpu_kernel import GpuKernel, unfit
-from lowbit.kernels.gpu.vectors import BLOCK, STEP, Codes, check_buffer, factor_of, multiply
+from lowbit.kernels.gpu.gpu_kernel import GpuKernel, halves_of, unfit
+from lowbit.kernels.gpu.vectors import (
+    BLOCK,
+    STEP,
+    Codes,
+    check_buffer,
+    factor_of,
+    multiply,
+    multiply_experts,
+)
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.numerics.number_formats import RowVectorLayout
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
+
+if TYPE_CHECKING:
+    from lowbit.kernels.gpu.expert_rows import SortedPairs
 
 _LENGTHS = range(2, 17)  # rows of a vector
 
@@ -241,6 +254,59 @@ class GpuRowVectors(GpuKernel):
             values += buffers["offset"].float()
         order = buffers.get("column_order")
         return values if order is None else torch.empty_like(values).index_copy_(1, order, values)
+
+
+@dataclass(frozen=True, eq=False)
+class RowVectorsStack:
+    """One weight of every expert: indices, codebooks, order and multiplier of ``codes`` are (experts, ...),
+    and ``offset`` float32 (experts, in), by inputs. Outliers there are none."""
+
+    shape: tuple[int, int]
+    codes: Codes
+    offset: Tensor | None
+
+    most_rows = 128
+    gates = False  # an activation is a launch of its own
+
+    @staticmethod
+    def of(weights: Sequence[PackedWeight], buffers: dict[str, Tensor]) -> RowVectorsStack:
+        """Around the stacked buffers of weights without outliers."""
+        known = [weight for weight in weights if isinstance(weight, RowVectorsWeight)]
+        rows, columns = weights[0].shape
+
+        def stacked(found: list[Tensor | None]) -> Tensor | None:
+            there = [each for each in found if each is not None]
+            return torch.stack(there) if there else None
+
+        codes = replace(
+            known[0].codes,
+            indices=buffers["indices"],
+            second=buffers.get("second"),
+            codebooks=buffers["codebooks"],
+            order=stacked([weight.codes.order for weight in known]),
+            multiplier=stacked([weight.codes.multiplier for weight in known]),
+            factor=min(weight.codes.factor for weight in known),  # of the largest numbers
+        )
+        return RowVectorsStack((rows, columns), codes, stacked([weight.apart.offset for weight in known]))
+
+    def multiply(self, x: Tensor, divisor: int, chosen: Tensor, sorted_: SortedPairs, out: Tensor) -> None:
+        """out (pairs, rows): row ``pair // divisor`` of x by the matrix of its expert.
+
+        ``chosen``: int64 (pairs,), which ``sorted_`` has in order. Columns are not split: the experts are
+        many.
+        """
+        codes, experts = self.codes, len(self.codes.codebooks)
+        seen, scale = halves_of(x, codes.blocks, codes.order, codes.multiplier, chosen, divisor)
+        own = codes.height * int(codes.constants["L"])
+        if self.offset is None:
+            multiply_experts(seen, scale, codes, own, sorted_, out, 1, experts)
+            return
+        sums = torch.empty(out.shape, device=out.device)
+        multiply_experts(seen, scale, codes, own, sorted_, sums, 1, experts)
+        # The same number for all rows of a pair.
+        added = x.float() @ self.offset.T  # (pairs / divisor, experts)
+        own_expert = chosen.clamp(0, experts - 1).view(len(x), divisor)
+        out.copy_(sums.add_(added.gather(1, own_expert).view(-1, 1)))
 
 
 def _sizes(scheme: Scheme, shape: tuple[int, ...]) -> _Sizes:

@@ -16,6 +16,9 @@ brings a number of 4 bits do four: one token is expected to wait for computing, 
 tokens meet a tile decoded once. **None of it has run on a GPU**: it is proven in Triton's interpreter,
 and compiled.
 
+Of sizes that 128 does not divide whole blocks are multiplied: x is copied with zeros behind it, and of the
+results those that are the weight's own.
+
 Experts of a mixture meet their trellises in the same three launches, whatever they are (``TrellisStack``).
 
     buffers   words     int32 (out / 16, in / 128, 8 K, 8)
@@ -26,11 +29,13 @@ Experts of a mixture meet their trellises in the same three launches, whatever t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.gpu.gpu_kernel import (
@@ -69,11 +74,12 @@ class GpuTrellis(GpuKernel):
         half = number_format("f16")
         if scheme != Scheme(scheme.weight, ((1, 0), (0, 1)), (half, half)):
             return "needs a float16 scale for each row and each column, and nothing that is added"
-        return "is no whole blocks of 128 x 128" if any(size % BLOCK for size in shape) else None
+        return None
 
     def nbytes(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Bytes of words and scales."""
-        return shape[0] * shape[1] * _layout(scheme).bits // 8 + 2 * (shape[0] + shape[1])
+        rows, columns = _layout(scheme).whole(shape)
+        return rows * columns * _layout(scheme).bits // 8 + 2 * (rows + columns)
 
     def pack(self, weight: QuantizedTensor, device: torch.device) -> PackedWeight:
         """The same bits, words of eight tiles beside each other."""
@@ -87,7 +93,7 @@ class GpuTrellis(GpuKernel):
         self, scheme: Scheme, shape: tuple[int, ...], buffers: dict[str, Tensor], origin: str
     ) -> PackedWeight:
         """The weight around its buffers."""
-        rows, columns = shape
+        rows, columns = _layout(scheme).whole(shape)
         wanted = {
             "words": (torch.int32, (rows // TILE, columns // BLOCK, 8 * _layout(scheme).bits, 8)),
             "outputs": (torch.float16, (rows, 1)),
@@ -108,14 +114,16 @@ class GpuTrellis(GpuKernel):
 
     def multiply(self, x: Tensor, packed: PackedWeight, out: Tensor) -> None:
         """x, whose rows lie whole, into ``out``."""
-        _multiply(x, packed, out)
+        layout = _layout(packed.scheme)
+        _in_blocks(layout, packed.shape, x, out, lambda x, out: _multiply(x, packed, out))
 
     def rows(self, packed: PackedWeight, ids: Tensor) -> Tensor:
         """float32 (len(ids), in); ids outside the weight are not told, as that would wait for the GPU."""
-        out = torch.empty(len(ids), packed.shape[1], device=ids.device)
+        layout, (rows, columns) = _layout(packed.scheme), packed.shape
+        out = torch.empty(len(ids), layout.blocks(columns), device=ids.device)
         if len(ids):
-            _look_up(packed, ids.contiguous(), out)
-        return out
+            _look_up(packed, (ids.clamp(0, rows - 1) + layout.skip).contiguous(), out)
+        return out[:, :columns]
 
 
 def _layout(scheme: Scheme) -> TrellisLayout:
@@ -124,10 +132,27 @@ def _layout(scheme: Scheme) -> TrellisLayout:
     return trellis
 
 
+def _in_blocks(
+    layout: TrellisLayout,
+    shape: tuple[int, ...],
+    x: Tensor,
+    out: Tensor,
+    multiply: Callable[[Tensor, Tensor], None],
+) -> None:
+    """``multiply`` x and results of whole blocks, of which a weight of ``shape`` may be a part."""
+    rows, columns = layout.whole(shape)
+    if columns != shape[1]:
+        x = pad(x, (0, columns - shape[1]))
+    whole = out if rows == shape[0] else out.new_empty(len(out), rows)
+    multiply(x, whole)
+    if whole is not out:
+        out.copy_(whole[:, layout.skip : layout.skip + shape[0]])
+
+
 def _multiply(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
     from lowbit.kernels.gpu.trellis_products import trellis_vector
 
-    (tokens, columns), rows, layout = x.shape, packed.shape[0], _layout(packed.scheme)
+    (tokens, columns), rows, layout = x.shape, out.shape[1], _layout(packed.scheme)
     words, inputs, outputs = (packed.buffers[name] for name in ("words", "inputs", "outputs"))
     blocks = columns // BLOCK
     turned, scale = _turned(x, inputs)
@@ -244,12 +269,16 @@ class TrellisStack:
         ``chosen``: int64 (pairs,), which ``sorted_`` has in order. Columns are not split: the experts are
         many.
         """
-        rows, columns = self.shape
-        turned, scale = _turned(x, self.inputs, chosen, divisor)
-        parts = torch.empty(1, len(chosen), rows, device=x.device)
-        blocks, cut = expert_blocks(sorted_, rows, columns // BLOCK, x.device)
-        _tiles(turned, scale, self.words, self.layout, parts, blocks, cut, sorted_)
-        _turn_sums(parts, self.outputs, out, chosen)
+
+        def multiply(x: Tensor, out: Tensor) -> None:
+            rows, columns = out.shape[1], x.shape[1]
+            turned, scale = _turned(x, self.inputs, chosen, divisor)
+            parts = torch.empty(1, len(chosen), rows, device=x.device)
+            blocks, cut = expert_blocks(sorted_, rows, columns // BLOCK, x.device)
+            _tiles(turned, scale, self.words, self.layout, parts, blocks, cut, sorted_)
+            _turn_sums(parts, self.outputs, out, chosen)
+
+        _in_blocks(self.layout, self.shape, x, out, multiply)
 
 
 def _look_up(packed: PackedWeight, ids: Tensor, out: Tensor) -> None:
@@ -258,7 +287,8 @@ def _look_up(packed: PackedWeight, ids: Tensor, out: Tensor) -> None:
     from lowbit.kernels.gpu.trellis_products import trellis_row
     from lowbit.numerics.rotation import Rotation
 
-    layout, (rows, columns) = _layout(packed.scheme), packed.shape
+    layout = _layout(packed.scheme)
+    rows, columns = layout.whole(packed.shape)
     runtime.launch(
         trellis_row,
         (len(ids), columns // BLOCK),

@@ -148,6 +148,7 @@ def coded_tile(  # type: ignore[no-untyped-def]
     steps,
     each,
     book_steps,
+    books,  # numbers of an expert's codebooks; 0 where all have the same
     factor,  # a power of two: times it the weights are float16's
     inverse,
     SAME: tl.constexpr,
@@ -172,13 +173,15 @@ def coded_tile(  # type: ignore[no-untyped-def]
     token_block = tl.program_id(0) % token_blocks
     token = token_block * BM + tl.arange(0, BM)
     if experts is not None:
-        tl.static_assert(SECOND == 0 and not TALL)
         expert = tl.load(experts + token_block).to(tl.int64)
         if expert < 0:
             return
         indices += expert * BOOKS * height * width
-        codebooks += expert * BOOKS * (MOST + 1) * ROWS * L
-        row_scale += expert * (1 if ONE_SCALE else height)
+        codebooks += expert * books
+        if SECOND > 0:
+            second += expert * height * width
+        if row_scale is not None:
+            row_scale += expert * (1 if ONE_SCALE else height)
         token = tl.load(token_rows + token)
     block = tl.program_id(0) // token_blocks
     there = token < tokens

@@ -301,9 +301,10 @@ def _tiles(
     one: Cut,
     sorted_: SortedPairs | None = None,
     same: int = 1,
+    books: int = 0,
 ) -> None:
     """Products into ``parts`` (..., tokens, rows), of ``own`` rows as programs have them; ``same`` pairs of
-    experts have one row of x."""
+    experts have one row of x, and each expert ``books`` numbers of codebooks of its own."""
     from lowbit.kernels.gpu.vector_products import coded_tile
 
     token_blocks = -(-tokens // chosen.BM) if sorted_ is None else sorted_.blocks
@@ -313,7 +314,7 @@ def _tiles(
         (-(-own // one.height) * token_blocks, one.splits),
         *(seen, scale, parts, *_pointers(codes), *experts),
         *(tokens, token_blocks, codes.rows, parts.stride(-2), *_ends(codes, one)),
-        *(codes.factor, 1 / codes.factor),
+        *(books, codes.factor, 1 / codes.factor),
         num_warps=chosen.num_warps,
         num_stages=_stages(codes, tokens, chosen),
         SAME=same,
@@ -355,5 +356,23 @@ class VectorsStack:
         """
         rows = self.shape[0]
         seen, scale = halves_of(x, self.codes.blocks, self.codes.order, self.codes.multiplier)
-        blocks, cut = expert_blocks(sorted_, rows, self.codes.blocks * (BLOCK // STEP), x.device)
-        _tiles(seen, scale, self.codes, rows, out, len(chosen), blocks, cut, sorted_, divisor)
+        multiply_experts(seen, scale, self.codes, rows, sorted_, out, divisor, len(self.codes.codebooks))
+
+
+def multiply_experts(
+    seen: Tensor,
+    scale: Tensor,
+    codes: Codes,
+    own: int,
+    sorted_: SortedPairs,
+    out: Tensor,
+    same: int = 1,
+    experts: int = 0,
+) -> None:
+    """out (pairs, rows): each row of x in float16 by its expert's weight; ``same`` pairs have one.
+
+    ``own``: rows as programs have them. ``experts``: that have codebooks of their own; 0: all have the same.
+    """
+    blocks, cut = expert_blocks(sorted_, own, codes.blocks * (BLOCK // STEP), out.device)
+    books = codes.codebooks.numel() // experts if experts else 0
+    _tiles(seen, scale, codes, own, out, len(out), blocks, cut, sorted_, same, books)
