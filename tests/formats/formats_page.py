@@ -70,8 +70,9 @@ READS = {
     "on a CPU E8P12RVQ3B, are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
-    "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
-    "NVFP4; patterns of layers; inputs rotated at run time (R4, online R1)",
+    "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), int4 of fp8, MXFP4, MXFP6, "
+    "two-stage NVFP4; int4 and int8 inputs in groups; patterns of layers; inputs rotated at run time (R4, "
+    "online R1)",
     "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
     "torchao": "safetensors of torchao 0.15 and newer, pickled files of the same classes: Int8Tensor, "
     "Float8Tensor (inputs a row or tensor), Int4Tensor (plain), Int4TilePackedTo4dTensor, "
