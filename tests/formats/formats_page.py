@@ -80,7 +80,8 @@ READS = {
     "inputs with zero points (8da4w), MX and calibrated NVFP4 inputs",
     "squeezellm": "3 and 4 bits with a table for each row, sparse outliers, rows kept whole, the tool's "
     "sq-*.pt too; decoded to 16 bits a weight when loaded",
-    "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "
+    "vptq": "residual codebooks, outliers, groups, permuted and scaled columns, GPTQModel's files too; "
+    "vectors of 3 to 16 rows stay "
     "packed, others are decoded to 16 bits a weight when loaded",
     "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks, told by config.json or hf_quant_config.json",
     "w8a8_fp8": "e4m3 per channel",
