@@ -51,7 +51,7 @@ READS = {
     "gguf-layers": "GGUF's Q1_0, Q2_0, Q4_0, Q8_0, Q4_K, Q5_K and Q6_K in safetensors, as GPTQModel writes "
     "them; dynamic rules",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin and sparse "
-    "Marlin (marlin_24), dynamic rules",
+    "Marlin (marlin_24), dynamic rules, quantized embeddings",
     "hqq": "1-6 and 8 bits with float zero points, axis 1 and 0, any group, views as floats; HQQ's own "
     "qmodel.pt",
     "metal": "transformers' MLX layout: affine 2, 4, 8 bits",
