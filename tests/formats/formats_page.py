@@ -44,7 +44,7 @@ READS = {
     "exl3": "1-8 bits a weight, all three code books, quantized heads of tied models; sizes that 128 does "
     "not divide are decoded to 16 bits a weight when loaded",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
-    "experts",
+    "experts; GPTQModel's, whose inputs stay as they are",
     "fouroversix": "NVFP4, NVINT4, MXFP4 of every rule, tiled scales; inputs are left as they are",
     "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
     "gguf": "every block type, mixed types, split files",
