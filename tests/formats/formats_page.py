@@ -43,14 +43,14 @@ READS = {
     "exl2": "2-6 and 8 bits in one matrix, at the room of its widest group",
     "exl3": "1-8 bits a weight, all three code books, quantized heads of tied models; all sizes",
     "fp8": "per tensor, per channel, blocks with ragged edges; e4m3, e5m2, fnuz, ue8m0; fbgemm, MXFP8, fp4 "
-    "experts",
+    "experts; GPTQModel's, whose inputs stay as they are",
     "fouroversix": "NVFP4, NVINT4, MXFP4 of every rule, tiled scales; inputs are left as they are",
     "fp_quant": "MXFP4 and NVFP4 under a block Hadamard transform, packed and pseudo-quantized",
     "gguf": "every block type, mixed types, split files",
     "gguf-layers": "GGUF's Q1_0, Q2_0, Q4_0, Q8_0, Q4_K, Q5_K and Q6_K in safetensors, as GPTQModel writes "
     "them; dynamic rules",
     "gptq": "2, 3, 4, 8 bits, v1 and v2 zeros, act-order, planar (also 5-7 bits), Marlin and sparse "
-    "Marlin (marlin_24), dynamic rules",
+    "Marlin (marlin_24), dynamic rules, quantized embeddings",
     "higgs": "2, 3 and 4 bits, grids of single numbers and of pairs, in the order of every FLUTE template, "
     "files from before transformers 4.50 too; inputs rotated by block Hadamard matrices; on a GPU decoded to "
     "16 bits a weight when loaded",
@@ -72,8 +72,9 @@ READS = {
     "on a CPU E8P12RVQ3B, are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
     "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
-    "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), MXFP4, MXFP6, two-stage "
-    "NVFP4; patterns of layers; inputs rotated at run time (R4, online R1)",
+    "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), int4 of fp8, MXFP4, MXFP6, "
+    "two-stage NVFP4; int4 and int8 inputs in groups; patterns of layers; inputs rotated at run time (R4, "
+    "online R1)",
     "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
     "torchao": "safetensors of torchao 0.15 and newer, pickled files of the same classes: Int8Tensor, "
     "Float8Tensor (inputs a row or tensor), Int4Tensor (plain), Int4TilePackedTo4dTensor, "
@@ -81,7 +82,8 @@ READS = {
     "stacks of experts as these two; int8 inputs with zero points (8da4w), MX and calibrated NVFP4 inputs",
     "squeezellm": "3 and 4 bits with a table for each row, sparse outliers, rows kept whole, the tool's "
     "sq-*.pt too; decoded to 16 bits a weight when loaded",
-    "vptq": "residual codebooks, outliers, groups, permuted and scaled columns; vectors of 3 to 16 rows stay "
+    "vptq": "residual codebooks, outliers, groups, permuted and scaled columns, GPTQModel's files too; "
+    "vectors of 3 to 16 rows stay "
     "packed, others are decoded to 16 bits a weight when loaded",
     "w4afp8": "int4 experts with FP8 inputs beside FP8 blocks, told by config.json or hf_quant_config.json",
     "w8a8_fp8": "e4m3 per channel",

@@ -68,7 +68,7 @@ def test_fixtures_say_who_made_them() -> None:
         (2_000_000, [FIXTURES / name for name in last]),
         (2_000_000, [FIXTURES / name for name in codebooks]),
         (1_500_000, [FIXTURES / name for name in grids]),
-        (2_000_000, [FIXTURES / name for name in others]),
+        (2_500_000, [FIXTURES / name for name in others]),
         (2_000_000, [FIXTURES / name for name in rotated]),
         (500_000, [FIXTURES / name for name in small]),
     ):

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from formats.helpers import header_of, read, reader_of, write_folder
+from formats.helpers import FIXTURES, header_of, read, reader_of, write_folder
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
+from lowbit.kernels.activation_quant import InputTransform
+from lowbit.numerics.number_formats import number_format
+from lowbit.numerics.scheme import ActivationScheme
 
 NAME = "model.layers.0.mlp.up_proj"
 SHAPE = (70, 100)
@@ -108,6 +112,25 @@ def test_mistrals_names(tmp_path: Path) -> None:
     assert torch.equal(found.weight.dequantize(), codes().float() * 0.5)
     assert found.input is not None and float(found.input.static_scale) == 0.25
     assert set(reader_of(folder).tensors_of(StoredModule(NAME, NAME, SHAPE))) == set(tensors)
+
+
+def test_gptqmodels_inputs_are_left_as_they_are() -> None:
+    """Its layers multiply dequantized weights by x; nothing in the config says so."""
+    folder, name = FIXTURES / "fp8/gptqmodel_row", "model.layers.0.self_attn.k_proj"
+    found = read(folder, name, (32, 64), strict=True)
+    assert str(found.weight.scheme) == "e4m3 1xall f32" and found.input is None
+    x = torch.linspace(-1, 1, 64).unsqueeze(0)
+    wanted = load_file(folder / "outputs.safetensors")[name]
+    assert (x @ found.weight.dequantize().T - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    rounded = InputTransform(ActivationScheme(number_format("e4m3"), (1, 0)))(x)
+    assert rounded[1] is not None
+    far = (rounded[0] * rounded[1]) @ found.weight.dequantize().T - wanted
+    assert far.abs().max() > 1e-3 * wanted.abs().max()
+    assert reader_of(folder).describe() == "fp8, per tensor or channel, plain inputs in config.json"
+    assert (
+        reader_of(FIXTURES / "fp8/gptqmodel_block").scheme_of(StoredModule(name, name, (32, 64))).activation
+        is None
+    )
 
 
 def test_fbgemm_bounds_its_scales(tmp_path: Path) -> None:

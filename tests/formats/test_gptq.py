@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from formats.helpers import read, reader_of, write_folder
+from formats.helpers import FIXTURES, header_of, read, reader_of, write_folder
+from formats.mutations import Seed
+from forward_helpers import differences, prompt_logits
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
+from lowbit.loading import load_model
 from oracles import gptq as oracle
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -319,3 +322,36 @@ def test_zero_and_negative_scales_are_legal(tmp_path: Path) -> None:
     tensors = damaged("scales", bad_scale(0.0))
     found = read(write_folder(tmp_path, tensors, config()), NAME, (64, 96)).weight.dequantize()
     assert (found[3, 32:64] == 0).all()
+
+
+EMBEDDING = "model.embed_tokens"
+
+
+def test_an_embedding_has_groups_of_words(tmp_path: Path) -> None:
+    """Of GPTQModel's own file: as its values say, and a model answers as with them unquantized."""
+    folder = FIXTURES / "gptq/embedding"
+    found = read(folder, EMBEDDING, (80, 64), strict=True).weight
+    assert str(found.scheme) == "int8 32x1 f16" and found.scales[0].shape == (3, 64)  # the last of 16 words
+    assert reader_of(folder).scheme_of(StoredModule(EMBEDDING, EMBEDDING, (80, 64))) == found.scheme
+    seed = Seed.of(folder)
+    tensors = {name: tensor for name, tensor in seed.tensors.items() if not name.startswith(EMBEDDING)}
+    plain = seed.write(tmp_path, seed.config, tensors | {f"{EMBEDDING}.weight": found.dequantize()})
+    tokens = [[0, 31, 32, 33, 63, 64, 79]]
+    reference = {"device": "cpu", "dtype": "float32", "linear_kernel": "reference"}
+    wanted = prompt_logits(load_model(header_of(plain), **reference), tokens)[0]
+    assert torch.equal(prompt_logits(load_model(header_of(folder), **reference), tokens)[0], wanted)
+    assert (
+        differences(prompt_logits(load_model(header_of(folder), device="cpu"), tokens)[0], wanted).max()
+        < 0.05
+    )
+
+
+def test_an_embedding_whose_words_are_in_another_order(tmp_path: Path) -> None:
+    seed = Seed.of(FIXTURES / "gptq/embedding")
+    order = seed.tensors[f"{EMBEDDING}.g_idx"].flip(0).sort().values.roll(1)
+    config = seed.config | {"quantization_config": seed.config["quantization_config"] | {"desc_act": True}}
+    config["quantization_config"]["dynamic"][EMBEDDING]["desc_act"] = True
+    folder = seed.write(tmp_path, config, seed.tensors | {f"{EMBEDDING}.g_idx": order})
+    with pytest.raises(LowbitError, match="quantized in another order") as raised:
+        read(folder, EMBEDDING, (80, 64))
+    assert raised.value.code == "E0218"

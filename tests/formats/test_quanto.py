@@ -46,6 +46,7 @@ def test_what_the_cases_cover() -> None:
         "int4_g96": "uint4 1x96 f16 offset",
         "int2_g96": "uint2 1x96 bf16 offset",
         "int4_zeros": "uint4 1xall bf16 asym",
+        "int8_one_row": "int8 1xall f16",
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from formats.helpers import check_values, fixture_cases, header_of, read, reader_of
+from formats.helpers import check_values, expected, fixture_cases, header_of, read, reader_of
 from formats.mutations import Seed, with_leaf
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
@@ -33,7 +33,12 @@ def case(name: str) -> Path:
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_the_tools_own_values(folder: Path) -> None:
-    check_values(folder)
+    if folder.name != "int4_fp8":
+        check_values(folder)
+        return
+    for name, values in expected(folder).items():  # code * scale * scale, which is scale * scale * code here
+        mine = read(folder, name, (values.shape[0], values.shape[1]), strict=True).weight.dequantize()
+        assert ((mine - values).abs() <= 2.0**-23 * values.abs()).all() and values.any()
 
 
 def test_what_the_cases_cover() -> None:
@@ -51,6 +56,9 @@ def test_what_the_cases_cover() -> None:
         "int4_g32": "int4 1x32 bf16",
         "int4_g32_order": "int4 1x32 f16",
         "int4_channel": "int4 1xall bf16",
+        "int4_fp8": "int4 1xall f32 allxall f32 (input e4m3 1xall dynamic)",
+        "int4_inputs": "int4 1x32 bf16 (input int4 1x32 dynamic)",
+        "patterns": "uint4 1x32 f32 asym",
         "int4_rotated": "int4 1x32 bf16 (input rotated by hadamard 64)",
         "uint4_g32": "uint4 1x32 bf16 asym",
         "uint4_channel": "uint4 1xall bf16 asym",
@@ -70,6 +78,66 @@ def test_every_tensor_has_a_use(folder: Path) -> None:
     plan = plan_model(header_of(folder), device="cpu").modules
     kernels = {module.kernel for module in plan if not module.scheme.is_dense}
     assert kernels == {"reference" if native.library() is None else "cpu_blocks"}
+
+
+def test_of_several_patterns_that_which_fits() -> None:
+    """config.json has patterns by name; of down_proj's two only static inputs tell one from the other."""
+    assert [*header_of(case("patterns")).config["quantization_config"]["layer_quant_config"]] == [
+        "*down_proj",
+        "*k_proj",
+        "*mlp*",
+        "*self_attn*",
+    ]
+    module = "model.layers.0.mlp.down_proj"
+    found = read(case("patterns"), module, (64, 32), strict=True)
+    assert str(found.weight.scheme) == "e4m3 allxall f32 (input e4m3 allxall static)"
+    assert found.input is not None and found.input.static_scale is not None
+
+
+PATTERNS = ("quantization_config", "layer_quant_config")
+
+
+def test_two_patterns_that_fit_alike(tmp_path: Path) -> None:
+    """Nothing tells which was meant: said, and an error where that is asked for."""
+    seed = Seed.of(case("patterns"))
+    layers = copy.deepcopy(seed.config)["quantization_config"]["layer_quant_config"]
+    layers["*down_proj"]["input_tensors"] = layers["*mlp*"]["input_tensors"] | {"is_dynamic": True}
+    layers["*mlp*"]["input_tensors"] = None
+    tensors = {key: value for key, value in seed.tensors.items() if not key.endswith("input_scale")}
+    folder = seed.write(tmp_path, with_leaf(seed.config, PATTERNS, layers), tensors)
+    module = "model.layers.0.mlp.down_proj"
+    assert str(read(folder, module, (64, 32)).weight.scheme).endswith("(input e4m3 1xall dynamic)")
+    with pytest.raises(LowbitError, match=r"two rules .* '\*down_proj' and '\*mlp\*'") as raised:
+        read(folder, module, (64, 32), strict=True)
+    assert raised.value.code == "E0214"
+
+
+def test_patterns_of_which_none_fits(tmp_path: Path) -> None:
+    seed = Seed.of(case("patterns"))
+    tensors = {key: value for key, value in seed.tensors.items() if not key.endswith("down_proj.input_scale")}
+    layers = copy.deepcopy(seed.config)["quantization_config"]["layer_quant_config"]
+    layers["*down_proj"]["weight"]["dtype"] = "int8"
+    folder = seed.write(tmp_path, with_leaf(seed.config, PATTERNS, layers), tensors)
+    with pytest.raises(LowbitError, match="stores I8") as raised:
+        read(folder, "model.layers.0.mlp.down_proj", (64, 32))
+    assert raised.value.code == "E0213"
+    layers["*down_proj"] = layers["*mlp*"] | {"input_tensors": None}
+    layers["*down_proj"]["weight"]["dtype"] = "fp8_e5m2"
+    folder = seed.write(tmp_path / "second", with_leaf(seed.config, PATTERNS, layers), tensors)
+    with pytest.raises(LowbitError) as raised:
+        read(folder, "model.layers.0.mlp.down_proj", (64, 32))
+    assert raised.value.code == "E0213" and "\n" not in str(raised.value)
+
+
+def test_groups_of_int4_inputs_are_quarks_own() -> None:
+    """The largest |x| of a group is 7.5 codes, a tie where it is negative, by x times 1 / scale."""
+    scheme = reader_of(case("int4_inputs")).scheme_of(StoredModule(NAME, NAME, SHAPE)).activation
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(4))
+    groups = x.unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 7.5
+    wanted = ((groups * (1 / scale)).round().clamp(-8, 7) * scale).flatten(-2)
+    assert (wanted != (groups / scale).round().clamp(-8, 7).mul(scale).flatten(-2)).any()
+    assert torch.equal(InputTransform(scheme)(x)[0], wanted)
 
 
 def test_patterns_of_layers() -> None:

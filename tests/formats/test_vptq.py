@@ -38,6 +38,56 @@ def test_the_tools_own_values(folder: Path) -> None:
         assert found.scheme.weight.vectors is not None, "but it stays packed"
 
 
+def test_gptqmodels_sizes_are_counted() -> None:
+    """One rule for all modules: groups and outliers follow from a module's columns."""
+    found = {
+        (folder, name.rpartition(".")[2]): str(
+            read(case(folder), name, SHAPE if name == DOWN else (32, 32)).weight.scheme
+        )
+        for folder in ("gptqmodel_outliers", "gptqmodel_groups")
+        for name in (DOWN, "model.layers.0.self_attn.k_proj")
+    }
+    assert found == {
+        ("gptqmodel_outliers", "down_proj"): "rvq6_32+8_bf16_2x28_out8 allx1 bf16 offset act-order",
+        ("gptqmodel_outliers", "k_proj"): "rvq6_32+8_bf16_2x14_out4 allx1 bf16 offset act-order",
+        ("gptqmodel_groups", "down_proj"): "rvq8_32+4_bf16_4x16",
+        ("gptqmodel_groups", "k_proj"): "rvq8_32+4_bf16_2x16",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"npercent": "5"}, "E0212", "npercent must be a number from 0 to 100, found '5'"),
+        ({"npercent": 101}, "E0212", "npercent must be a number"),
+        ({"group_size": 28}, "E0212", "one of them -1, found 28 and 2"),
+        ({"group_num": 0}, "E0212", "found -1 and 0"),
+        ({"group_num": "2"}, "E0212", "found -1 and '2'"),
+        ({"group_num": 3}, "E0213", "of 32 x 64 by config.json"),
+        ({"npercent": 20}, "E0213", "of 32 x 64 by config.json"),
+        ({"norm_dim": 1}, "E0218", "scales of rows are not read"),
+        ({"vector_lens": None}, "E0212", "vector_lens"),
+    ],
+)
+def test_gptqmodels_sizes_that_cannot_be(change: dict, code: str, words: str, tmp_path: Path) -> None:
+    seed = Seed.of(case("gptqmodel_outliers"))
+    config = copy.deepcopy(seed.config)
+    config["quantization_config"] |= change
+    with pytest.raises(LowbitError, match=words) as raised:
+        read(seed.write(tmp_path, config, seed.tensors), DOWN, SHAPE)
+    assert raised.value.code == code and "\n" not in str(raised.value)
+
+
+def test_an_index_below_zero(tmp_path: Path) -> None:
+    seed = Seed.of(case("gptqmodel_outliers"))
+    tensors = dict(seed.tensors)
+    tensors[f"{DOWN}.outlier_indices"] = tensors[f"{DOWN}.outlier_indices"].clone()
+    tensors[f"{DOWN}.outlier_indices"][0, 1, 2] = -1
+    with pytest.raises(LowbitError, match="holds index -1 of a codebook of 16") as raised:
+        read(seed.write(tmp_path, seed.config, tensors), DOWN, SHAPE)
+    assert raised.value.code == "E0213"
+
+
 def test_indices_stay_packed() -> None:
     """What the file holds, an index in whole bytes; outliers as numbers."""
     weight = read(case("v8_k256_res16"), DOWN, SHAPE).weight

@@ -12,6 +12,8 @@ constexpr int TOKEN_TILE = 128;
 #else
 constexpr int TOKEN_TILE = 64;    // tokens whose totals fit in L1
 #endif
+constexpr int MOST_TOKENS = 128;  // of any library's TOKEN_TILE: AMX takes objects that are compiled for AVX-512
+static_assert(TOKEN_TILE <= MOST_TOKENS);
 #if defined(__AVX512BF16__)
 constexpr int TOKEN_STEP = 8;     // tokens whose sums fit in registers beside a tile
 #else

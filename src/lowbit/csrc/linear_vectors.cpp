@@ -259,7 +259,7 @@ void multiply_vectors(const Layout& layout, const std::uint8_t* block, const Dec
     const auto decode = [&](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) {
         decode_any<BYTES, LENGTH>(tile, books, w);
     };
-    float sums[TOKEN_TILE][ROWS];
+    float sums[MOST_TOKENS][ROWS];
     each_group(layout, block, [&](const Tiles& tiles, Sixteen scale) {
         std::memset(sums, 0, static_cast<std::size_t>(x.tokens) * sizeof sums[0]);
         multiply_tiles(tiles, ROWS * COLUMNS / LENGTH * BYTES, layout, x, sums, decode);

@@ -9,11 +9,14 @@ multiplies. Blocks at the edges are short. Scales may be BF16, F16 or powers of 
 A module whose weight is a plain matrix was left alone, whatever lies beside it: transformers writes a
 scale beside matrices it could not tile. fp4 experts of newer DeepSeek models (two e2m1 codes a byte, even
 column low, a scale for 32 columns) are told by their dtype. Stacked experts keep their scales stacked too,
-and transformers stacks the scales of experts it saves one by one. GPTQModel's scales divide.
+and transformers stacks the scales of experts it saves one by one.
 
 Inputs: dynamic per token, or per group of columns beside blocks; static per tensor. ue8m0 configs round input
 scales up to powers of two; fbgemm bounds them. Per-tensor dynamic scales are taken per token here, so that a
 result does not depend on batch mates.
+
+GPTQModel's scales divide, and inputs are left as they are, as its own layers leave them (but on a GPU, where
+those of one scale for the tensor round a batch's inputs under one more).
 Sources: DeepSeek-V3 (2024), transformers' FineGrainedFP8, AutoFP8, fbgemm_gpu.
 """
 
@@ -127,7 +130,7 @@ class Fp8(PartlyDense):
     def describe(self) -> str:
         """The block and how inputs are scaled."""
         block = f"blocks {self.block[0]}x{self.block[1]}" if self.block else "per tensor or channel"
-        inputs = "static" if self.static else "dynamic"
+        inputs = "plain" if self.divides else "static" if self.static else "dynamic"
         return f"{self.method}, {block}, {inputs} inputs in {self.place.split(':')[0]}"
 
     def _is_dense(self, module: StoredModule) -> bool:
@@ -274,7 +277,9 @@ class Fp8(PartlyDense):
             f"channel [{module.shape[0]}, 1], per tensor one number ({self.place})",
         )
 
-    def _activation(self, block: tuple[int, int], packed: bool) -> ActivationScheme:
+    def _activation(self, block: tuple[int, int], packed: bool) -> ActivationScheme | None:
+        if self.divides:
+            return None
         e4m3, scale = number_format("e4m3"), number_format("e8m0" if self.ue8m0 else "f32")
         if self.static:
             return ActivationScheme(e4m3, (0, 0), "static")

@@ -13,8 +13,9 @@ v1 files (``checkpoint_format: gptq``) store zero - 1, v2 files and planar ones 
 proves which: every field is 2^(bits-1) - 1 or 2^(bits-1). In an asymmetric v1 file a zero of 0 wraps:
 GPTQModel adds 1 to the whole word, so a borrow reaches the neighbours; other writers wrap each field.
 Act-order (``g_idx`` not i // group_size) becomes a column order. Marlin files hold the same codes in
-tensor-core tiles (``marlin``; ``marlin_24`` where two of four columns are kept). Stacked experts, adapters
-and other pack dtypes than int32 are refused.
+tensor-core tiles (``marlin``; ``marlin_24`` where two of four columns are kept). An embedding that GPTQModel
+quantized lies the other way: the vocabulary is what a Linear's inputs are, a group of ``group_size`` words
+has a scale for each column. Stacked experts, adapters and other pack dtypes than int32 are refused.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ class Gptq(PartlyDense):
             return marlin_24_scheme(self.header, module, *self._sparse(module))
         if self.marlin:
             return marlin_scheme(self.header, module)
+        if (turned := _turned(self.header, module)) is not None:
+            return _upright(gptq_scheme(self.header, turned, self.rule_of(module)), module, self.config.place)
         return gptq_scheme(self.header, module, self.rule_of(module))
 
     def _tensors(self, module: StoredModule) -> list[str]:
@@ -138,10 +141,40 @@ class Gptq(PartlyDense):
             return read_marlin_24(self.header, module, data, *self._sparse(module))
         if self.marlin:
             return read_marlin(self.header, module, data)
+        if (turned := _turned(self.header, module)) is not None:
+            found = read_gptq(self.header, turned, data, self.rule_of(module), self.notes)
+            return QuantizedTensor(
+                _upright(found.scheme, module, self.config.place),
+                module.shape,
+                found.codes.T.contiguous(),
+                tuple(scales.T.contiguous() for scales in found.scales),
+                None if found.zeros is None else found.zeros.T.contiguous(),
+                origin=found.origin,
+            )
         return read_gptq(self.header, module, data, self.rule_of(module), self.notes)
 
     def _is_dense(self, module: StoredModule) -> bool:
         return plain_beside_packed(self.header, module)
+
+
+def _turned(header: CheckpointHeader, module: StoredModule) -> StoredModule | None:
+    """An embedding as the Linear it is packed like, with the vocabulary for its inputs; None of any other."""
+    rows, columns = module.shape
+    entry = header.tensors.get(module.tensor("qweight"))
+    if entry is None or module.expert is not None or len(entry.shape) != 2:
+        return None
+    return replace(module, shape=(columns, rows)) if entry.shape[1] == columns != rows else None
+
+
+def _upright(scheme: Scheme, module: StoredModule, place: str) -> Scheme:
+    """The scheme of an embedding from that of its transpose."""
+    if scheme.reordered:
+        raise LowbitError(
+            "E0218",
+            f"{place}: the vocabulary of {module.stored!r} is quantized in another order (desc_act), which "
+            "is not read; quantize its embedding without",
+        )
+    return replace(scheme, blocks=tuple((columns, rows) for rows, columns in scheme.blocks))
 
 
 def plain_beside_packed(header: CheckpointHeader, module: StoredModule) -> bool:

@@ -1,6 +1,7 @@
 """optimum-quanto checkpoints: every QLinear's weight taken apart into ``weight._data`` and its fellows.
 
-    qint8, qfloat8…   weight._data        I8, F8_E4M3, F8_E5M2, F8_E4M3FNUZ [out, in]; weight._scale [out, 1]
+    qint8, qfloat8…   weight._data        I8, F8_E4M3, F8_E5M2, F8_E4M3FNUZ [out, in]; weight._scale [out, 1],
+                                          of one row []
     qint4, qint2      weight._data._data  U8, codes in slabs; weight._scale, weight._shift [n / g, 1]
 
     qint8, qfloat8    weight = data * scale
@@ -215,7 +216,8 @@ class Quanto(PartlyDense):
         if data.dtype != "U8":
             entry_of(self.header, module, data.name.removeprefix(f"{module.stored}."), tuple(_BYTES), _WHAT)
             check_shape(data, (out, columns), f"{_WHAT} with 8 bits")
-            check_shape(scale, (out, 1), f"{_WHAT} with 8 bits")
+            if out != 1 or scale.shape:  # one row has one number
+                check_shape(scale, (out, 1), f"{_WHAT} with 8 bits")
             self._compare(module, _BYTES[data.dtype], data)
             return Layout(_BYTES[data.dtype], DENSE_DTYPES[scale.dtype])
         shift = entry_of(

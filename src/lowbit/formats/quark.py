@@ -12,11 +12,14 @@ What a module is follows from the first that speaks: ``exclude``, a pattern of `
       per_group         I32 [in, out / 8]                 [in / g, out]                I32 [in / g, out / 8]
     fp4                 U8 [out, in / 2]                  U8 (e8m0) or float [out, in / g]
       two stages        the same                          F8_E4M3 [out, in / 16], and weight_scale_2 []
+    integers of fp8     as the integers'                  [], and weight_scale_2,      weight_zero_point_2,
+                                                          like the integers'           like theirs
     fp6_e2m3, fp6_e3m2  U8 [out, in * 3 / 4]              the same as fp4's first
 
 Eight 4-bit codes lie in a word in the order 0 2 4 6 1 3 5 7 where ``export.pack_method`` says "reorder",
 else in their own. fp4 has the even column in the low nibble, fp6 is a little-endian bit stream. weight =
-(code - zero) * weight_scale (* weight_scale_2); signed codes are two's complement.
+(code - zero) * weight_scale (* weight_scale_2); signed codes are two's complement. Of integers of fp8 both
+scales are multiplied first, which may cost the last bit of float32.
 
 Inputs are quantized with ``input_scale`` (and ``input_zero_point``) where they are static; a scale a token
 where they are dynamic, per token or per tensor; a power of two for 32 columns in MX formats, rounded as
@@ -26,13 +29,13 @@ fp8, and have ``export``. Rotated inputs (R4, online R1) have their matrix besid
 ``input_rotation`` I8 [n, n] of 1 and -1, over the root of n, or floats as they are; or one for all of a
 size, ``shared_input_rotation_<n>``. x is multiplied by ``input_prescale`` [in] before, where that is there,
 and then, n columns at a time, by the matrix. Refused by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2,
-int3 and e5m3 scales, float zero points, int4 of fp8 (two stages of codes), quantized biases, softmax and
-other outputs, a rotated K cache.
+int3 and e5m3 scales, float zero points, quantized biases, softmax and other outputs, a rotated K cache.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import ClassVar
 
@@ -41,7 +44,7 @@ from torch import Tensor
 
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.errors import LowbitError
+from lowbit.errors import LowbitError, printable
 from lowbit.formats import (
     InputRule,
     Notes,
@@ -61,7 +64,14 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.rotation import Rotation
 from lowbit.numerics.scheme import ActivationScheme, RotationScheme, Scheme
 
-_EXTRA = ("weight_zero_point", "weight_scale_2", "input_scale", "input_zero_point", "input_scale_2")
+_EXTRA = (
+    "weight_zero_point",
+    "weight_scale_2",
+    "weight_zero_point_2",
+    "input_scale",
+    "input_zero_point",
+    "input_scale_2",
+)
 _SHARED = "shared_input_rotation_"
 _WHAT = "Quark"
 
@@ -175,14 +185,14 @@ class Quark(PartlyDense):
         name = self._tensor(module, "weight")
         stored = data.tensor(name)
         turned = spec.qscheme == "per_group" and spec.dtype in INTEGERS
-        scales = [self._scale(module, scheme, turned, data)]
-        if rule.weight_outer:
-            scales.append(self._one(module, "weight_scale_2", data).reshape(1, 1))
+        scales = [self._scale(module, scheme, turned, _inner(rule), data)]
+        if (outer := _outer(rule)) is not None:
+            scales.append(self._one(module, outer, data).reshape(1, 1))
         zeros = None
         if spec.dtype in INTEGERS:
             codes = self._integers(stored, spec, columns if not turned else out)
             codes = codes.T.contiguous() if turned else codes
-            zeros = self._zeros(module, scheme, spec, turned, data)
+            zeros = self._zeros(module, scheme, rule, turned, data)
         elif spec.dtype.startswith("fp8"):
             codes = finite_scales(self.header, name, stored).view(torch.uint8)
         else:
@@ -224,20 +234,52 @@ class Quark(PartlyDense):
         """The scheme and the rule, after dtypes and shapes were checked."""
         name = self._tensor(module, "weight")
         entry = self._entry(module, "weight", ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", *DENSE_DTYPES), _WHAT)
-        rule = self.config.rule_of(module)
-        spec = rule.weight
-        if spec is None:
-            raise LowbitError(
-                "E0213",
-                f"{entry.file.name}: tensor {name!r} is {entry.dtype}, but {self.place} does not say how "
-                f"{module.stored!r} is quantized; correct the quantization config",
-            )
         if module.expert is not None:
             raise LowbitError(
                 "E0218",
                 f"{entry.file.name}: {module.stored!r} is a stack of experts, which is not read from Quark "
                 "checkpoints; use a version with a module for each expert",
             )
+        rules = self.config.rules_of(module)
+        fitting: dict[str, tuple[Scheme, Rule]] = {}
+        refusal: LowbitError | None = None
+        for pattern, rule in rules.items():
+            if rule.weight is None:
+                refusal = refusal or LowbitError(
+                    "E0213",
+                    f"{entry.file.name}: tensor {name!r} is {entry.dtype}, but {self.place} does not say how "
+                    f"{module.stored!r} is quantized; correct the quantization config",
+                )
+                continue
+            try:
+                scheme = self._scheme_by(module, rule, rule.weight, entry)
+            except LowbitError as error:
+                refusal = refusal or error
+                continue
+            static = scheme.activation is not None and scheme.activation.mode == "static"
+            if len(rules) == 1 or static == (self._tensor(module, "input_scale") in self.header.tensors):
+                fitting[pattern] = scheme, rule
+        if not fitting:
+            raise refusal or LowbitError("E0213", self._unfit(module, entry, rules))
+        if len(fitting) > 1:
+            first, second = list(fitting)[:2]
+            self.notes.contradiction(
+                "E0214",
+                f"{entry.file.name}: {module.stored!r} has two rules in {self.place}, "
+                f"{printable(repr(first))} and {printable(repr(second))}, and the tensors fit both; reading "
+                "it by the first",
+            )
+        return next(iter(fitting.values()))
+
+    def _unfit(self, module: StoredModule, entry: TensorEntry, rules: Iterable[str]) -> str:
+        said = " and ".join(printable(repr(pattern)) for pattern in rules)
+        return (
+            f"{entry.file.name}: {module.stored!r} has the rules {said} in {self.place}, and its "
+            "input_scale, there or not, fits none; correct the quantization config"
+        )
+
+    def _scheme_by(self, module: StoredModule, rule: Rule, spec: Spec, entry: TensorEntry) -> Scheme:
+        """The scheme of one rule; E0213 where dtypes or shapes are not what it stores."""
         dtype, shape = self._packed(module, spec)
         what = f"{_WHAT} with {spec.dtype} {spec.qscheme}"
         self._entry(module, "weight", (dtype,), what)
@@ -246,24 +288,23 @@ class Quark(PartlyDense):
         scale = self._scale_entry(module, rule, what)
         if math.prod(scale.shape) != 1 or math.prod(grid) != 1:
             check_shape(scale, grid, what)
-        symmetric = self._check_zeros(module, spec, grid, what)
+        symmetric = self._check_zeros(module, rule, grid, what)
         kind = "e8m0" if spec.e8m0 else {"F8_E4M3": "e4m3", **DENSE_DTYPES}[scale.dtype]
         code = spec.code
         if spec.dtype in INTEGERS and not symmetric:
             code = f"uint{INTEGERS[spec.dtype][1]}"
         blocks, scales = [block], [number_format(kind)]
-        if rule.weight_outer:
-            self._entry(module, "weight_scale_2", tuple(DENSE_DTYPES), what)
+        if (outer := _outer(rule)) is not None:
+            self._entry(module, outer, tuple(DENSE_DTYPES), what)
             blocks.append((0, 0))
             scales.append(number_format("f32"))
-        scheme = Scheme(
+        return Scheme(
             number_format(code),
             tuple(blocks),
             tuple(scales),
             "none" if symmetric else "integer",
             activation=self._activation(module, rule),
         )
-        return scheme, rule
 
     def _packed(self, module: StoredModule, spec: Spec) -> tuple[str, tuple[int, int]]:
         """(dtype, shape) of the stored codes."""
@@ -312,11 +353,13 @@ class Quark(PartlyDense):
         dtypes = (
             ("F8_E4M3",) if rule.weight_outer else ("U8", "F8_E8M0") if spec.e8m0 else tuple(DENSE_DTYPES)
         )
-        return self._entry(module, "weight_scale", dtypes, what)
+        return self._entry(module, _inner(rule), dtypes, what)
 
-    def _check_zeros(self, module: StoredModule, spec: Spec, grid: tuple[int, ...], what: str) -> bool:
+    def _check_zeros(self, module: StoredModule, rule: Rule, grid: tuple[int, ...], what: str) -> bool:
         """Whether there are no zero points to mind; those that are there have the right shape."""
-        name = self._tensor(module, "weight_zero_point")
+        spec = rule.weight
+        assert spec is not None, "the caller looked"
+        name = self._tensor(module, _zero(rule))
         if name not in self.header.tensors:
             if spec.dtype in INTEGERS and not (spec.symmetric and INTEGERS[spec.dtype][2]):
                 raise LowbitError(
@@ -330,7 +373,7 @@ class Quark(PartlyDense):
                 "no zero points; the packing does not match the quantization config",
             )
         dtype, bits, signed = INTEGERS[spec.dtype]
-        entry = self._entry(module, "weight_zero_point", (dtype, "I32"), what)
+        entry = self._entry(module, _zero(rule), (dtype, "I32"), what)
         shape = (*grid[:-1], -(-grid[-1] // 8)) if bits == 4 and grid else grid
         if math.prod(entry.shape) != 1 or math.prod(shape) != 1:
             check_shape(entry, shape, what)
@@ -345,9 +388,11 @@ class Quark(PartlyDense):
             return unpack_words(stored, 4, count, order=self.config.order) ^ (8 * signed)
         return stored.view(torch.uint8) ^ (0x80 * signed)
 
-    def _scale(self, module: StoredModule, scheme: Scheme, turned: bool, data: TensorData) -> Tensor:
+    def _scale(
+        self, module: StoredModule, scheme: Scheme, turned: bool, suffix: str, data: TensorData
+    ) -> Tensor:
         """The inner scales as (rows of blocks, columns of blocks)."""
-        name = self._tensor(module, "weight_scale")
+        name = self._tensor(module, suffix)
         stored = data.tensor(name)
         if scheme.scales[0].name == "e8m0":
             stored = stored.view(torch.float8_e8m0fnu)
@@ -355,16 +400,17 @@ class Quark(PartlyDense):
         return finite_scales(self.header, name, stored.reshape(_blocks(scheme, module.shape)))
 
     def _zeros(
-        self, module: StoredModule, scheme: Scheme, spec: Spec, turned: bool, data: TensorData
+        self, module: StoredModule, scheme: Scheme, rule: Rule, turned: bool, data: TensorData
     ) -> Tensor | None:
         """uint8 zero points as (rows of blocks, columns of blocks), of signed codes plus half their range.
 
         None where they are all 0, as they must be beside symmetric codes.
         """
-        name = self._tensor(module, "weight_zero_point")
+        spec, name = rule.weight, self._tensor(module, _zero(rule))
         entry = self.header.tensors.get(name)
         if entry is None:
             return None
+        assert spec is not None, "the caller looked"
         _, bits, signed = INTEGERS[spec.dtype]
         stored, (rows, columns) = data.tensor(name), _blocks(scheme, module.shape)
         if bits == 4 and entry.shape:
@@ -414,6 +460,10 @@ class Quark(PartlyDense):
         integer = spec.dtype in INTEGERS
         code = "int8" if spec.dtype == "uint8" else spec.code
         fmt, symmetric = number_format(code), spec.symmetric and spec.dtype not in ("uint8", "uint4")
+        grouped = spec.qscheme == "per_group" and spec.dynamic and symmetric and spec.axis in (1, -1)
+        if integer and grouped:  # the largest |x| is half of the range
+            limit = 2.0 ** (fmt.bits - 1) - 0.5
+            return ActivationScheme(fmt, (1, spec.group), limit=limit, reciprocal=True)
         if spec.dtype in ("int4", "uint4", "fp8_e5m2") or (integer and spec.qscheme == "per_group"):
             raise LowbitError(
                 "E0218",
@@ -500,6 +550,22 @@ class Quark(PartlyDense):
                 f"damaged",
             )
         return InputRule(static_scale=scale, static_zero=zero)
+
+
+def _inner(rule: Rule) -> str:
+    """What the scales of a weight's codes are called: they are the second where the codes are of codes."""
+    return "weight_scale_2" if rule.progressive else "weight_scale"
+
+
+def _zero(rule: Rule) -> str:
+    return "weight_zero_point_2" if rule.progressive else "weight_zero_point"
+
+
+def _outer(rule: Rule) -> str | None:
+    """What the scale of scales or of all codes is called; None where there is none."""
+    if rule.progressive:
+        return "weight_scale"
+    return "weight_scale_2" if rule.weight_outer else None
 
 
 def _round_up(mode: str | None, code: str) -> float:

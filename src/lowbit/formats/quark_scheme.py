@@ -1,8 +1,9 @@
 """What a Quark config says of a module: the specs of its weight and its inputs.
 
 The first that speaks decides: ``exclude``, a pattern of ``layer_quant_config``, ``layer_type_quant_config``
-of Linears, ``global_quant_config``. "Custom" configs, which call themselves awq or fp8, are read as what
-Quark's own would say.
+of Linears, ``global_quant_config``. Of several patterns of one module Quark quantizes by the first, too, but
+config.json has them sorted by name: which was the first is lost, and the tensors must tell. "Custom" configs,
+which call themselves awq or fp8, are read as what Quark's own would say.
 """
 
 from __future__ import annotations
@@ -59,10 +60,14 @@ class Spec:
 
 @dataclass(frozen=True)
 class Rule:
-    """What a config says of a module; ``outer``: the fp4 scales are e4m3, under one more."""
+    """What a config says of a module; ``outer``: the fp4 scales are e4m3, under one more.
+
+    ``progressive``: the weight's integers are codes of FP8 numbers that have a scale of their own.
+    """
 
     weight: Spec | None = None
     weight_outer: bool = False
+    progressive: bool = False
     inputs: Spec | None = None
     inputs_outer: bool = False
 
@@ -176,11 +181,20 @@ class QuarkConfig:
             raise self._unsupported(name, "quantizes biases")
         if values.get("output_tensors") is not None and name not in self.cache:
             raise self._unsupported(name, "quantizes outputs (of other layers than those of the KV cache)")
-        weight, outer = self._spec(values.get("weight"), f"{where}: weight")
+        weight, outer, progressive = self._weight_spec(values.get("weight"), f"{where}: weight")
         inputs, inputs_outer = self._spec(values.get("input_tensors"), f"{where}: input_tensors")
         if weight is not None and weight.dynamic:
             raise LowbitError("E0212", f"{where}: weight is_dynamic: weights in a file are not")
-        return Rule(weight, outer, inputs, inputs_outer)
+        return Rule(weight, outer, progressive, inputs, inputs_outer)
+
+    def _weight_spec(self, values: object, where: str) -> tuple[Spec | None, bool, bool]:
+        """(spec, scales under one more, codes of codes): of integers that stand for FP8 numbers theirs."""
+        if isinstance(values, list) and len(values) == 2 and all(isinstance(one, dict) for one in values):
+            first, second = (self._spec(stage, where)[0] for stage in values)
+            numbers = first is not None and first.dtype.startswith("fp8") and first.qscheme == "per_tensor"
+            if numbers and second is not None and second.dtype in INTEGERS:
+                return second, False, True
+        return *self._spec(values, where), False
 
     def _spec(self, values: object, where: str) -> tuple[Spec | None, bool]:
         """A QTensorConfig; of two stages the first, and True."""
@@ -193,7 +207,8 @@ class QuarkConfig:
                 raise LowbitError(
                     "E0218",
                     f"{where} has {len(values)} stages of {[stage and stage.dtype for stage in stages]}; "
-                    "only fp4 under fp8_e4m3 scales is supported; use another Quark scheme",
+                    "only fp4 under fp8_e4m3 scales and integers of per-tensor fp8 are supported; use "
+                    "another Quark scheme",
                 )
             return stages[0], True
         if not isinstance(values, dict):
@@ -270,13 +285,18 @@ class QuarkConfig:
         return sizes[0], sizes[1]
 
     def rule_of(self, module: StoredModule) -> Rule:
-        """What it says of a module."""
+        """What it says of a module, where it says several things the first."""
+        return next(iter(self.rules_of(module).values()))
+
+    def rules_of(self, module: StoredModule) -> dict[str, Rule]:
+        """All that it says of a module, by pattern, without repetitions; one rule at least."""
         if self.is_listed(module, self.excluded):
-            return Rule()
+            return {"exclude": Rule()}
+        found: dict[str, Rule] = {}
         for pattern, rule in self.layers.items():
-            if self.is_listed(module, (pattern,)):
-                return rule
-        return self.linears[0] if self.linears else self.every
+            if self.is_listed(module, (pattern,)) and rule not in found.values():
+                found[pattern] = rule
+        return found or {"global_quant_config": self.linears[0] if self.linears else self.every}
 
     def is_listed(self, module: StoredModule, patterns: tuple[str, ...]) -> bool:
         """Whether a pattern names it."""

@@ -14,13 +14,18 @@ each codebook. With u the matrix in the input's order of columns,
     weight[r, c] = u[r, c] * weight_scale[c] + weight_bias[c]
 
 The sizes are the config's (``config_for_layers``, else ``shared_layer_config`` by the module's last name) and
-must agree with the tensors. Indices stay indices, with each module's own codebooks; outliers, a few columns,
-become their numbers. What no kernel runs so is decoded when it is loaded and kept in the codebooks' type, 16
-bits a weight: sums are made in float32 and rounded once.
+must agree with the tensors. GPTQModel says them once for all modules and leaves what depends on a module's
+columns to be counted: ``npercent`` outliers in a hundred, rounded up, the rest in groups of ``group_size`` or
+in ``group_num`` groups; its outliers' indices and ``perm`` are I32.
+
+Indices stay indices, with each module's own codebooks; outliers, a few columns, become their numbers. What no
+kernel runs so is decoded when it is loaded and kept in the codebooks' type, 16 bits a weight: sums are made
+in float32 and rounded once.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -88,6 +93,7 @@ class Vptq(PartlyDense):
         self.header = header
         found = claimed_config(header)
         self.place = found.place
+        self.common = found.values if "vector_lens" in found.values else None
         self.rules: dict[str, dict[str, object]] = {}
         for key in ("shared_layer_config", "config_for_layers"):
             layers = found.values.get(key) or {}
@@ -148,6 +154,8 @@ class Vptq(PartlyDense):
     def _rule(self, module: StoredModule) -> _Rule:
         names = (module.stored, module.stored.rpartition(".")[2])
         found = next((self.rules[name] for name in names if name in self.rules), None)
+        if found is None and self.common is not None:
+            found = self._counted(module, self.common)
         if found is None:
             raise LowbitError("E0212", f"{self.place} has no sizes for {module.stored!r} (config_for_layers)")
 
@@ -187,6 +195,41 @@ class Vptq(PartlyDense):
             scaled=found.get("enable_norm", True) is True,
         )
 
+    def _counted(self, module: StoredModule, said: dict[str, object]) -> dict[str, object]:
+        """GPTQModel's sizes for all modules, of this one: its groups and outliers as the tool counts them."""
+        share, columns, where = (
+            said.get("npercent", 0.0),
+            module.shape[1],
+            f"{self.place}: of {module.stored!r}",
+        )
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 100:
+            raise LowbitError(
+                "E0212", f"{where} npercent must be a number from 0 to 100, found {printable(repr(share))}"
+            )
+        size, books = said.get("group_size", -1), said.get("group_num", -1)
+        if type(size) is not int or type(books) is not int or -1 not in (size, books) or 0 in (size, books):
+            raise LowbitError(
+                "E0212",
+                f"{where} group_size and group_num must be -1 or positive, one of them -1, found "
+                f"{printable(repr(size))} and {printable(repr(books))}",
+            )
+        if said.get("enable_norm") is True and said.get("norm_dim", 0) != 0:
+            raise LowbitError(
+                "E0218",
+                f"{where} norm_dim is {printable(repr(said.get('norm_dim')))}: scales of rows are not read; "
+                "quantize it with norm_dim 0",
+            )
+        outliers = math.ceil(share / 100 * columns)
+        rest = columns - outliers
+        if books > 0:
+            outliers += rest % books if share else 0
+            size = -(-(columns - outliers) // books)
+        elif size > 0:
+            books = -(-rest // size)
+        else:
+            size, books = rest, 1
+        return said | {"group_size": size, "group_num": books, "outlier_size": outliers}
+
     def _checked(self, module: StoredModule) -> tuple[TensorEntry, _Rule]:
         """The main codebook and the sizes; dtypes and shapes of all tensors checked."""
         refuse_stack(module, "VPTQ's codes")
@@ -215,9 +258,9 @@ class Vptq(PartlyDense):
                 "outlier_centroids.weight", (books.dtype,), (1, rule.outlier_centroids * rule.outlier_vector)
             )
             rows = -(-out // rule.outlier_vector)
-            check("outlier_indices", ("I16", "U16"), (1, rows, rule.outliers))
+            check("outlier_indices", ("I16", "U16", "I32"), (1, rows, rule.outliers))
         if rule.permuted:
-            check("perm", ("I16", "U16", "I64"), (columns,))
+            check("perm", ("I16", "U16", "I32", "I64"), (columns,))
         for suffix in ("weight_scale", "weight_bias") if rule.scaled else ():
             check(suffix, floats, (columns,))
         return books, rule
@@ -229,8 +272,9 @@ class Vptq(PartlyDense):
         return finite_scales(self.header, name, data.tensor(name))
 
     def _numbers(self, module: StoredModule, suffix: str, data: TensorData) -> Tensor:
-        """int64: what 16-bit numbers say without a sign."""
-        return data.tensor(module.tensor(suffix)).long() & 0xFFFF
+        """int64: what numbers say, of 16 bits without a sign."""
+        stored = data.tensor(module.tensor(suffix))
+        return stored.long() & 0xFFFF if stored.itemsize == 2 else stored.long()
 
     def _codebooks(self, module: StoredModule, rule: _Rule, data: TensorData) -> Tensor:
         """(books, centroids and residual ones, vector)."""
@@ -273,12 +317,13 @@ class Vptq(PartlyDense):
         return vectors.transpose(1, 2).reshape(-1, rule.outliers)
 
     def _check(self, module: StoredModule, index: Tensor, count: int, suffix: str) -> None:
-        if int(index.max()) >= count:
+        low, high = int(index.min()), int(index.max())
+        if high >= count or low < 0:
             name = module.tensor(suffix)
             raise LowbitError(
                 "E0213",
-                f"{self.header.file_of(name)}: tensor {name!r} holds index {int(index.max())} of a codebook "
-                f"of {count}; the file is damaged, or its sizes in {self.place} are wrong",
+                f"{self.header.file_of(name)}: tensor {name!r} holds index {low if low < 0 else high} of "
+                f"a codebook of {count}; the file is damaged, or its sizes in {self.place} are wrong",
             )
 
     def _order(self, module: StoredModule, data: TensorData) -> Tensor:

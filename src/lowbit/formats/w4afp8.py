@@ -71,7 +71,7 @@ class W4AFp8(Fp8):
             "" if own is None or leaf is None else f"{module.stored[: own.start('leaf')]}{leaf}.input_scale"
         )
 
-    def _activation(self, block: tuple[int, int], packed: bool) -> ActivationScheme:
+    def _activation(self, block: tuple[int, int], packed: bool) -> ActivationScheme | None:
         if packed:
             return ActivationScheme(number_format("e4m3"), (0, 0), "static")
         return super()._activation(block, packed)
