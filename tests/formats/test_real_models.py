@@ -56,8 +56,6 @@ def check(name: str, layout: str, folder: Path) -> None:
     quantized = [module for module in planned.modules if not module.scheme.is_dense]
     assert not any(module.kernel == "reference" for module in planned.modules)
     wanted = [name for name in used(found) if not how.skipped(name)]
-    if layout == "exl3":  # what 128 does not divide is decoded
-        wanted = [name for name in wanted if not any(size % 128 for size in found.linears[name])]
     heads = 1 + any(key.endswith("lm_head.weight") for key in found.plain) if how.embedding else 0
     assert len(quantized) == len(wanted) + heads
 

@@ -109,10 +109,11 @@ def quantizes_inputs(folder: Path) -> bool:
 
 def check(folder: Path, difference: Tensor, limit: float) -> None:
     # Rounding an input to a code may tip either way on the last bit of float32, and tips others after it: at
-    # a position here and there.
+    # a position here and there, and by more the fewer codes there are.
     if quantizes_inputs(folder):
-        assert difference.median() <= 1e-4, f"median {difference.median():.2e}"
-        assert difference.max() <= 0.15, f"{difference.max():.2e}"
+        typical, most = (1e-3, 0.3) if folder.name == "int4_inputs" else (1e-4, 0.15)
+        assert difference.median() <= typical, f"median {difference.median():.2e}"
+        assert difference.max() <= most, f"{difference.max():.2e}"
     else:
         assert difference.max() <= limit, f"{difference.max():.2e}"
 
@@ -130,8 +131,9 @@ def test_logits_on_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
     difference, kernels = distance(FIXTURES / case)
     assert kernels == {"reference"}
-    # No kernel takes codebooks then: they are decoded to 16 bits.
-    check(FIXTURES / case, difference, 4e-3 if case.startswith(("aqlm/", "vptq/")) else 1e-3)
+    # No kernel takes codebooks then: they are decoded to 16 bits, GPTQModel's of VPTQ to bfloat16.
+    codebooks = 4e-2 if case.startswith("vptq/gptqmodel") else 4e-3
+    check(FIXTURES / case, difference, codebooks if case.startswith(("aqlm/", "vptq/")) else 1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -145,6 +147,7 @@ def test_logits_on_the_chosen_kernels(case: str) -> None:
         and module.scheme.weight.name not in exact
         and module.scheme.outliers is None  # meets x as f16 does
         and module.scheme.weight.trellis is None  # x loses a fifth of what bfloat16 would cost it
+        and module.kernel != "cpu_row_vectors"  # likewise
         and not multiplies_codes(module.scheme, module.shape)
     )
     difference, _ = distance(FIXTURES / case, rounded)
@@ -153,7 +156,10 @@ def test_logits_on_the_chosen_kernels(case: str) -> None:
         # the inputs of each layer by 4e-3, ten times as far as the others.
         assert difference.median() <= 2e-3
         assert difference.sort().values[-2] <= 5e-3
-    check(FIXTURES / case, difference, 5e-2 if case == "exl3/3inst_signs" else 1e-2)
+    if case == "vptq/gptqmodel_outliers":
+        assert difference.median() <= 1e-3  # one position is beyond 1e-2, half of what bfloat16 weights make
+    limits = {"exl3/3inst_signs": 5e-2, "vptq/gptqmodel_outliers": 2e-2}
+    check(FIXTURES / case, difference, limits.get(case, 1e-2))
 
 
 def test_experts_whose_scales_are_stacked() -> None:
