@@ -54,13 +54,12 @@ template <Codes CODES, bool LOOKED_UP, int SUB, Addend ADDEND>
 void multiply_groups(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                      float (*totals)[ROWS]) {
     Walk walk(layout, block);
+    const Ahead ahead(x.tokens);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         ByteTile w;
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
-        if (x.tokens >= FETCHING_TOKENS) {
-            fetch_ahead<tile_bytes(CODES)>(codes);
-            fetch_results(x, tile, layout.tiles);
-        }
+        ahead.fetch(codes, tile_bytes(CODES));
+        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
         decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
         each_token(x.tokens, GroupStep<CODES, LOOKED_UP, SUB, ADDEND>{w, walk, x, tile, totals});
     }
@@ -93,6 +92,7 @@ template <Codes CODES, bool LOOKED_UP, Addend ADDEND>
 void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, const Input& x,
                    float (*totals)[ROWS]) {
     Walk walk(layout, block);
+    const Ahead ahead(x.tokens);
     const std::int64_t per_group = layout.unit / COLUMNS;
     alignas(64) std::int32_t sums[TOKEN_TILE][ROWS];
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
@@ -102,10 +102,8 @@ void multiply_wide(const Layout& layout, const std::uint8_t* block, const Decodi
         }
         ByteTile w;
         const std::uint8_t* const codes = walk.next<CODES, COLUMNS, ADDEND>();
-        if (x.tokens >= FETCHING_TOKENS) {
-            fetch_ahead<tile_bytes(CODES)>(codes);
-            fetch_results(x, tile, layout.tiles);
-        }
+        ahead.fetch(codes, tile_bytes(CODES));
+        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
         decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
         each_token(x.tokens, WideStep<CODES, LOOKED_UP>{w, x, tile, sums});
         if ((tile + 1) % per_group == 0) add_group<ADDEND>(walk, x, group, sums, totals);

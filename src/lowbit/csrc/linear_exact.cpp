@@ -76,12 +76,14 @@ __attribute__((noinline)) void multiply_block_once(const Layout& layout, const s
                                                    const Decoding& decoding, const Input& x, float* totals) {
     constexpr int PARTS = COLUMNS / SUB;
     Walk walk(layout, block);
+    const Ahead ahead(1);
     Sixteen total = sixteen_load(totals);
     const auto add_tiles = [&](std::int64_t tile, auto count) __attribute__((always_inline)) {
         constexpr int TILES = decltype(count)::value;
         Sixteen scales[TILES][PARTS], addends[TILES][PARTS], sums[TILES][PARTS];
         const auto next = [&](int i) __attribute__((always_inline)) {
             const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
+            ahead.fetch(codes, tile_bytes(CODES));
             UNROLL
             for (int part = 0; part < PARTS; ++part) {
                 if constexpr (SCALED) scales[i][part] = walk.scale[part];
@@ -117,13 +119,12 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
         return;
     }
     Walk walk(layout, block);
+    const Ahead ahead(x.tokens);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         BfloatTile w;
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
-        if (x.tokens >= FETCHING_TOKENS) {
-            fetch_ahead<tile_bytes(CODES)>(codes);
-            fetch_results(x, tile, layout.tiles);
-        }
+        ahead.fetch(codes, tile_bytes(CODES));
+        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
         decode<CODES>(codes, decoding.table, w);
         multiply_tile<SUB, ADDEND, SCALED, X_SCALED>(w, walk, x, tile, totals);
     }

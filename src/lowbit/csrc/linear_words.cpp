@@ -51,6 +51,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
                                                    const Decoding& decoding, const Input& x, float* totals) {
     constexpr int PARTS = COLUMNS / SUB;
     Walk walk(layout, block);
+    const Ahead ahead(1);
     Sixteen total = sixteen_load(totals);
     std::int64_t tile = 0;
 #if defined(__AVX512BF16__)
@@ -62,6 +63,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
             UNROLL
             for (int i = 0; i < TURNS; ++i) {
                 codes[i] = walk.next<CODES, SUB, ADDEND>();
+                ahead.fetch(codes[i], tile_bytes(CODES));
                 scales[i] = sixteen_multiply(walk.scale[0], sixteen_set(x.scales[tile + i]));
                 sums[i] = ints_set(x.bases[tile + i]);
             }
@@ -73,6 +75,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
 #endif
     for (; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
+        ahead.fetch(codes, tile_bytes(CODES));
         const std::int64_t span = tile * PARTS;
         SixteenInts sums[PARTS];
         UNROLL
@@ -95,13 +98,12 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
         return;
     }
     Walk walk(layout, block);
+    const Ahead ahead(x.tokens);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         WordTile w;
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
-        if (x.tokens >= FETCHING_TOKENS) {
-            fetch_ahead<tile_bytes(CODES)>(codes);
-            fetch_results(x, tile, layout.tiles);
-        }
+        ahead.fetch(codes, tile_bytes(CODES));
+        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
         decode_words<CODES, KIND>(codes, decoding.table, decoding.words, w);
         multiply_tile<KIND, SUB, ADDEND>(w, walk, x, tile, totals);
     }
