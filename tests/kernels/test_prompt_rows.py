@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmark_modules import benchmark_module
 from lowbit.kernels import choose, native
 from lowbit.kernels.prompt_rows import as_stored, first_prompt_row, prompt_rows, rounding
+from lowbit.kernels.settled import settled
 from lowbit.layers.linear import Linear
 
 COLUMNS, TOKENS = 1024, 77
@@ -82,6 +83,22 @@ def test_a_row_has_its_bits_in_any_company(name: str) -> None:
     finally:
         if native.library() is not None:
             native.set_threads(before)
+
+
+@pytest.mark.parametrize("columns", [96, 1024, 1056])  # 3, 32 and 33 tiles
+@pytest.mark.parametrize("name", ["w8a8", "fp8 row x row", "int4 g32", "nf4"])
+def test_generated_rows_have_their_bits_beside_few_and_many(name: str, columns: int) -> None:
+    """Inputs that a kernel quantizes too: with 16 tokens and 64 other routines run, and one row is no number."""
+    sample = FORMATS.FORMATS[name](FORMATS.matrix((272, columns)))
+    kernel = choose(sample.weight.scheme, sample.weight.shape, torch.device("cpu")).kernel
+    weight = kernel.pack(sample.weight, torch.device("cpu"))
+    linear = Linear(name, [weight], None, [settled(weight, sample.transform)])
+    x = torch.randn(150, columns, generator=torch.Generator().manual_seed(5))
+    x[70, 3] = float("nan")
+    whole = linear(x)
+    assert whole[70].isnan().all() and whole[[69, 71]].isfinite().all()
+    for count in (1, 2, 15, 16, 17, 33, 63, 64, 65):
+        assert torch.equal(linear(x[:count]), whole[:count]), count
 
 
 @pytest.mark.parametrize("name", ["int4 g32", "q4_1", "q6_k", "nf4", "vptq v12 k65536", "exl3 3 bits"])

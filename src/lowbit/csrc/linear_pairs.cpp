@@ -24,11 +24,10 @@ using Decode = void (*)(const std::uint8_t* tile, const Decoding&, std::uint8_t*
 // What is multiplied. Sum: 16 rows' sums of products. An operand meets four bytes of a token's x.
 
 // Numbers of bfloat16. A null ``decoder``: the weight's tiles are operands as they lie.
-template <bool SCALED_, bool X_SCALED>
+template <bool SCALED, bool X_SCALED>
 struct Bfloats {
     using Sum = Sixteen;
     static constexpr int OPERANDS_OF_TILE = PAIRS;
-    static constexpr bool SCALED = SCALED_;
 
     static INLINE Sum start(const Input&, std::int64_t) { return sixteen_zeros(); }
     static INLINE Sum dot(Sum sum, __m512i w, __m512i x) {
@@ -50,7 +49,6 @@ template <bool BASED>
 struct Words {
     using Sum = SixteenInts;
     static constexpr int OPERANDS_OF_TILE = PAIRS;
-    static constexpr bool SCALED = true;
 
     static INLINE Sum start(const Input& x, std::int64_t span) { return ints_set(BASED ? x.bases[span] : 0); }
     static INLINE Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpwssd_epi32(sum, w, x); }
@@ -66,7 +64,6 @@ struct Words {
 struct Bytes {
     using Sum = SixteenInts;
     static constexpr int OPERANDS_OF_TILE = OPERANDS;
-    static constexpr bool SCALED = true;
 
     static INLINE Sum start(const Input& x, std::int64_t span) { return ints_set(x.bases[span]); }
     static INLINE Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
