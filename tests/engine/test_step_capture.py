@@ -285,6 +285,72 @@ def test_steps_with_drafts(scheme: str, tmp_path: Path) -> None:
     assert len({tokens for sequences, tokens in capture.sizes if sequences == 3}) > 2
 
 
+def chunks_of_prompts(model: Model, through: Callable[[Forward], Forward], cut: int = 12) -> list[Tensor]:
+    """Logits of steps of which each has a chunk of a prompt, most of one size, and before it the newest token
+    of every sequence whose prompt is done."""
+    draw = random.Random(5)
+    lengths = [5 * cut, 4 * cut + 7, 4 * cut + 1, 6 * cut, 3]
+    pages = [list(range(20 * s, 20 * s + 20)) for s in range(len(lengths))]
+    draw.shuffle(pages)
+    caches = allocate(model, 20 * len(lengths))
+
+    def plain(batch: ForwardBatch) -> Tensor:
+        return model.forward(batch, caches)
+
+    forward, found = through(plain), []
+    slots = list(range(len(lengths))) if state_bytes(model.cache_specs()) else None
+    context = [0] * len(lengths)
+    for sequence, length in enumerate(lengths):
+        while context[sequence] < length:
+            answers = draw.sample(range(sequence), min(sequence, 1))
+            count = min(cut, length - context[sequence])
+            rows = [([draw.randrange(model.vocab_size)], context[s], pages[s]) for s in answers]
+            prompt = [draw.randrange(model.vocab_size) for _ in range(count)]
+            rows.append((prompt, context[sequence], pages[sequence]))
+            numbers = [*answers, sequence]
+            batch = chunk_batch(rows, False, None if slots is None else numbers)
+            found.append(forward(replace(batch, prompt_row=len(answers))).clone())
+            for s, (new, _, _) in zip(numbers, rows, strict=True):
+                context[s] += len(new)
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["plain", "int8 per token", "delayed"])
+def test_prompts_of_a_size_are_captured_when_it_comes_again(scheme: str, tmp_path: Path) -> None:
+    """The logits of eager steps, at other contexts and pages; sizes that come once have no plan."""
+    eager, captured = (quantize_inputs(tiny_llama(tmp_path), SCHEMES[scheme]) for _ in range(2))
+    expected = chunks_of_prompts(eager, lambda plain: plain)
+    captures: list[StepCapture] = []
+
+    def through(plain: Forward) -> Forward:
+        captures.append(StepCapture(plain))
+        return captures[0].run_prompts
+
+    found = chunks_of_prompts(captured, through)
+    assert all(map(torch.equal, found, expected)) and len(found) == len(expected) == 22
+    for name, tensor in eager.states.state_dict().items():
+        assert torch.equal(captured.states.state_dict()[name], tensor), name
+    # 12 tokens alone 5 times, behind an answer 4 + 4 + 6 times; of each two are no replays. 7, 1 and 3 come once.
+    assert captures[0].replayed == 3 + 14 - 2 and captures[0].sizes == [] and not captures[0].prompt_refusal
+
+
+def test_what_cannot_be_captured_of_prompts_leaves_decoding_alone(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path)
+    caches = allocate(model, 8)
+
+    def forward(batch: ForwardBatch) -> Tensor:
+        logits = model.forward(batch, caches)
+        return logits if len(batch.tokens) == 1 else logits + 0.0
+
+    capture = StepCapture(forward)
+    prompt = chunk_batch([(list(range(9)), 0, [0])], False)
+    found = [capture.run_prompts(prompt) for _ in range(3)]
+    assert torch.equal(found[0], found[2]) and "aten.add" in capture.prompt_refusal
+    for _ in range(2):
+        capture.run(chunk_batch([([9], 9, [0])]))
+    assert not capture.refusal and capture.replayed == 1
+
+
 def test_few_plans_and_little_memory(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path)
     expected = decode(model, lambda plain: plain)

@@ -227,6 +227,8 @@ class Runner:
         batch = host.to(self._model.device, rows, chosen)
         if decodes and self._capture is not None:
             return self._capture.run(batch)
+        if isinstance(self._capture, StepCapture):
+            return self._capture.run_prompts(batch)
         return self._run(batch)
 
     def _run(self, batch: ForwardBatch) -> Tensor:

@@ -1,10 +1,11 @@
-"""StaticBatch: a decode step's inputs at fixed addresses, for steps that are recorded once and replayed."""
+"""StaticBatch: a step's inputs at fixed addresses, for steps that are recorded once and replayed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit.engine.host_batch import HostBatch
 from lowbit.kernels.forward_batch import ForwardBatch
@@ -34,6 +35,7 @@ class StaticBatch:
         }
         self._page_table = torch.zeros(sequences, pages, dtype=torch.int32, device=device)
         self._sample_rows = torch.arange(tokens, device=device)
+        self._picked = torch.zeros(tokens, dtype=torch.int64, device=device)
         # On a CPU written as arrays of the same memory, which takes a fifth of a tensor's time.
         on_cpu = device.type == "cpu"
         self._written: dict[str, Any] = {n: t.numpy() if on_cpu else t for n, t in self._rows.items()}
@@ -41,14 +43,20 @@ class StaticBatch:
         self._used = 0  # rows that hold no padding
 
     def fill(self, batch: HostBatch | ForwardBatch) -> None:
-        """Copy a decode batch in."""
+        """Copy a batch in."""
         for name, rows in self._written.items():
             given = getattr(batch, name)
             if given is not None:  # models without states have no slots
                 rows[: given.shape[0]] = given
         sequences, pages = batch.page_table.shape
         self._written_pages[:sequences, :pages] = batch.page_table
+        if isinstance(batch, ForwardBatch):
+            self._picked[: len(batch.sample_rows)] = batch.sample_rows
         self._used = max(self._used, batch.tokens.shape[0])
+
+    def picked(self, rows: int) -> Tensor:
+        """``sample_rows`` of the batch that was copied in, where those are not all rows."""
+        return self._picked[:rows]
 
     def pad(self, rows: int, size: int, page_size: int, max_context: int) -> ForwardBatch:
         """``size`` sequences of one token, of which the first ``rows`` have been filled in."""

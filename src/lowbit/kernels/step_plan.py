@@ -35,9 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
+from lowbit.kernels.host_memory import zeros
 
 _ALIGNMENT = 64  # bytes: a cache line
-_CHUNK = 1 << 20  # bytes an arena grows by, at least
+_CHUNK = 1 << 20  # bytes an arena begins with, at least
+_LARGE_CHUNK = 1 << 24  # and grows by: prompts' tensors have a row of some KB a token, in huge pages
 
 Fault = Callable[[int], Exception]
 
@@ -160,13 +162,13 @@ class Arena:
                     self._free[place] = (address + size, free - size)
                 self._live[address] = size
                 return address
-        grown = max(size, _CHUNK)
+        grown = max(size, _LARGE_CHUNK if self._chunks else _CHUNK)
+        if self.nbytes + grown > self._limit:
+            grown = max(size, _CHUNK)
         if self.nbytes + grown > self._limit:
             self.full = True
             return None
-        raw = torch.empty(grown + _ALIGNMENT, dtype=torch.uint8)
-        offset = -raw.data_ptr() % _ALIGNMENT
-        chunk = raw[offset : offset + grown]
+        chunk = zeros((grown,), torch.uint8)  # at a page's border
         self._chunks.append(chunk)
         self._free = sorted([*self._free, (chunk.data_ptr(), grown)])
         return self._take(size)
