@@ -330,7 +330,7 @@ def test_prompts_of_a_size_are_captured_when_it_comes_again(scheme: str, tmp_pat
     assert all(map(torch.equal, found, expected)) and len(found) == len(expected) == 22
     for name, tensor in eager.states.state_dict().items():
         assert torch.equal(captured.states.state_dict()[name], tensor), name
-    # 12 tokens alone 5 times, behind an answer 4 + 4 + 6 times; of each two are no replays. 7, 1 and 3 come once.
+    # 12 tokens alone 5 times, behind an answer 4 + 4 + 6 times; of each two are no replays. Others come once.
     assert captures[0].replayed == 3 + 14 - 2 and captures[0].sizes == [] and not captures[0].prompt_refusal
 
 

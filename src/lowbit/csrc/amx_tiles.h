@@ -44,6 +44,14 @@ template <int TILE>
 inline void tile_load(const void* from, long stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
 }
+// The same of what is read once: it takes no room in the first cache.
+template <int TILE>
+inline void tile_load_once(const void* from, long stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
+}
+// Between tile instructions: where somebody else has the core's other half, a third of their time is saved by it (Emerald
+// Rapids; docs/performance.md), and nothing lost where not.
+inline void tile_pause() { asm volatile("nop; nop; nop; nop; nop; nop; nop; nop"); }
 template <int TILE>
 inline void tile_store(void* to, long stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(TILE) : "memory");
@@ -82,6 +90,11 @@ template <int TILE>
 inline void tile_load(const void* from, long stride) {
     emulated::load(TILE, from, stride);
 }
+template <int TILE>
+inline void tile_load_once(const void* from, long stride) {
+    emulated::load(TILE, from, stride);
+}
+inline void tile_pause() {}
 template <int TILE>
 inline void tile_store(void* to, long stride) {
     emulated::store(TILE, to, stride);

@@ -311,6 +311,7 @@ constexpr std::int64_t CACHED_INPUT = 768 << 10;  // bytes of x and of what is m
 
 constexpr std::int64_t PANEL_LINE = ROWS * COLUMNS * 2;  // bytes: 16 rows of 32 columns as bfloat16, or of 64 bytes
 constexpr std::int64_t PANELS = 1 << 20;                 // bytes of the blocks of a task, in a core's own cache
+constexpr std::int64_t TOKENS_OF_PIECES = 512;           // whose sums wait for the next columns
 
 // Of one block.
 std::int64_t panel_bytes(const Prepared& p) {
@@ -335,48 +336,95 @@ std::int64_t rounded_blocks(const Prepared& p) {
     return chosen;
 }
 
-// A task of a product with prompts' tokens: some blocks, and all tokens.
+// Writes what the totals of some tokens and of two blocks that follow each other become, or those of a gate and its partner.
+void write_rounded(const Prepared& p, std::int64_t token, int tokens, std::int64_t block, bool both,
+                   const float (*totals)[ROUNDED_TOKENS][ROWS], bool bytes) {
+    const lowbit_layer_description* const layer = p.product->layer;
+    const std::int64_t row = block * p.layout.height, stride = p.product->out_stride;
+    const bool plain = layer == nullptr || (layer->row_scale == nullptr && layer->bias == nullptr && !p.has_factors);
+    const bool whole = row + (p.gated || !both ? 1 : 2) * ROWS <= p.product->weight->rows / (p.gated ? 2 : 1);
+    const bool silu = p.gated && static_cast<Activation>(layer->activation) == Activation::SILU;
+    if (plain && whole && !bytes && p.layout.row_vectors == nullptr && (silu || !p.gated)) {  // most layers
+        float* out = p.product->out + token * stride + row;
+        if (silu) {
+            for (int t = 0; t < tokens; ++t) {
+                store(out + t * stride, gated(load(totals[0][t]), load(totals[1][t]), Activation::SILU));
+            }
+            return;
+        }
+        for (int t = 0; t < tokens; ++t, out += stride) {
+            store(out, load(totals[0][t]));
+            if (both) store(out + ROWS, load(totals[1][t]));
+        }
+        return;
+    }
+    for (int t = 0; t < tokens; ++t) {
+        const bool faulty = bytes && p.places((token + t) / p.tile_tokens).faulty[t % p.tile_tokens];
+        const Vector16 nan = broadcast(std::numeric_limits<float>::quiet_NaN());
+        const Vector16 one = faulty ? nan : load(totals[0][t]), other = faulty ? nan : load(totals[1][t]);
+        write_result(p, token + t, block, one, other);
+        if (!p.gated && both) write_result(p, token + t, block + 1, other, other);
+    }
+}
+
+// A task of a product with prompts' tokens: some blocks, and all tokens. What tokens meet at a time are panels of two
+// blocks that a core's first cache holds, and for all blocks the x that its second does.
 void run_rounded(const Prepared& p, std::int64_t task) {
-    static thread_local std::vector<std::uint8_t> memory;
+    static thread_local std::vector<std::uint8_t> memory, waiting;
     const std::int64_t first = task * p.chunk, last = std::min(p.blocks, first + p.chunk), tokens = p.product->tokens;
     const std::int64_t lines = p.lines(), panel = panel_bytes(p), halves = p.gated ? 2 : 1;
+    const std::int64_t blocks = (last - first) * halves;
     const auto block_at = [&](std::int64_t i) {
         const std::int64_t block = first + i / halves + i % halves * p.blocks;
         return p.product->weight->data + block * p.layout.block_bytes;
     };
-    const bool as_they_lie = p.layout.codes == Codes::bf16;
-    std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : (last - first) * halves * panel);
-    for (std::int64_t i = 0; i < (last - first) * halves && !as_they_lie; ++i) {
-        p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
-    }
-    const bool bytes = p.shape.whole();
-    alignas(64) float totals[2][ROUNDED_TOKENS][ROWS];
-    for (std::int64_t token = 0; token < tokens; token += ROUNDED_TOKENS) {
+    const bool as_they_lie = p.layout.codes == Codes::bf16, bytes = p.shape.whole();
+    std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : blocks * panel);
+    for (std::int64_t i = 0; i < blocks && !as_they_lie; ++i) p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
+    const std::int64_t pieces = (lines + MOST_PANEL_LINES - 1) / MOST_PANEL_LINES;
+    const std::int64_t piece_lines = (lines + pieces - 1) / pieces;
+    const std::int64_t together = pieces > 1 ? std::min(tokens, TOKENS_OF_PIECES) : tokens;
+    using Sums = float[2][ROUNDED_TOKENS][ROWS];
+    const std::int64_t tiles = (together + ROUNDED_TOKENS - 1) / ROUNDED_TOKENS;
+    const std::int64_t sums_bytes = pieces > 1 ? (blocks + 1) / 2 * tiles * static_cast<std::int64_t>(sizeof(Sums)) : 0;
+    auto* const sums = reinterpret_cast<Sums*>(aligned(waiting, sums_bytes));
+    alignas(64) Sums own;
+    const auto multiply = [&](std::int64_t line, std::int64_t last_line, std::int64_t i, std::int64_t token, std::int64_t base) {
         const int count = static_cast<int>(std::min<std::int64_t>(ROUNDED_TOKENS, tokens - token));
         RoundedInput x{};
         Input input[2];
-        for (int i = 0; i * p.tile_tokens < count; ++i) {
-            const InputPlaces places = p.places(token / p.tile_tokens + i);
-            x.tiles[i] = places.values;
-            x.line_bytes[i] = places.tokens * p.line_bytes();
-            input[i] = {places.values, places.sums, places.scales, places.bases, places.tokens};
+        for (int tile = 0; tile * p.tile_tokens < count; ++tile) {
+            const InputPlaces places = p.places(token / p.tile_tokens + tile);
+            x.line_bytes[tile] = places.tokens * p.line_bytes();
+            x.tiles[tile] = places.values + line * x.line_bytes[tile];
+            input[tile] = {places.values, places.sums, places.scales, places.bases, places.tokens};
         }
-        for (std::int64_t i = 0; i < (last - first) * halves; i += 2) {
-            const int together = static_cast<int>(std::min<std::int64_t>(2, (last - first) * halves - i));
-            const std::uint8_t* of[2] = {panels + i * panel, panels + (i + 1) * panel};
-            for (int k = 0; k < together && as_they_lie; ++k) of[k] = block_at(i + k);
-            multiply_rounded(of, together, bytes, x, count, lines, totals);
-            for (int tile = 0; tile < 2 && p.scaled_after && input[tile].tokens != 0; ++tile) {
-                for (int k = 0; k < together; ++k) {
-                    scale_sums(p.layout, block_at(i + k), bytes, input[tile], totals[k] + tile * p.tile_tokens);
-                }
+        const int pair = static_cast<int>(std::min<std::int64_t>(2, blocks - i));
+        const std::uint8_t* of[2] = {panels + i * panel, panels + (i + 1) * panel};
+        for (int k = 0; k < pair && as_they_lie; ++k) of[k] = block_at(i + k);
+        for (const std::uint8_t*& at : of) at += line * PANEL_LINE;
+        Sums& totals = pieces > 1 ? sums[i / 2 * tiles + (token - base) / ROUNDED_TOKENS] : own;
+        multiply_rounded(of, pair, bytes, x, count, last_line - line, line > 0, totals);
+        if (last_line < lines) return;
+        for (int tile = 0; tile < 2 && p.scaled_after && input[tile].tokens != 0; ++tile) {
+            for (int k = 0; k < pair; ++k) {
+                scale_sums(p.layout, block_at(i + k), bytes, input[tile], totals[k] + tile * p.tile_tokens);
             }
-            for (int t = 0; t < count; ++t) {
-                const bool faulty = bytes && p.places((token + t) / p.tile_tokens).faulty[t % p.tile_tokens];
-                const Vector16 nan = broadcast(std::numeric_limits<float>::quiet_NaN());
-                const Vector16 one = faulty ? nan : load(totals[0][t]), other = faulty ? nan : load(totals[1][t]);
-                write_result(p, token + t, first + i / halves, one, other);
-                if (!p.gated && together > 1) write_result(p, token + t, first + i + 1, other, other);
+        }
+        write_rounded(p, token, count, first + i / halves, pair > 1, totals, bytes);
+    };
+    for (std::int64_t base = 0; base < tokens; base += together) {
+        const std::int64_t end = std::min(tokens, base + together);
+        for (std::int64_t line = 0; line < lines; line += piece_lines) {
+            const std::int64_t last_line = std::min(lines, line + piece_lines);
+            if (p.bytes() <= CACHED_INPUT || pieces > 1) {
+                for (std::int64_t i = 0; i < blocks; i += 2) {
+                    for (std::int64_t token = base; token < end; token += ROUNDED_TOKENS) multiply(line, last_line, i, token, base);
+                }
+                continue;
+            }
+            for (std::int64_t token = base; token < end; token += ROUNDED_TOKENS) {
+                for (std::int64_t i = 0; i < blocks; i += 2) multiply(line, last_line, i, token, base);
             }
         }
     }

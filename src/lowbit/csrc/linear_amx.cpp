@@ -37,6 +37,7 @@ struct Scratch {
     alignas(64) std::uint8_t panels[BLOCKS_TOGETHER][SLOTS][SLOT_BYTES];
     float scales[BLOCKS_TOGETHER][SLOTS][ROWS], addends[BLOCKS_TOGETHER][SLOTS][ROWS];
     float products[BLOCKS_TOGETHER][TOKEN_TILE][ROWS];  // or int32
+    bool asked;  // the weight was asked for by the products before
     int parts;  // which rows of the panels were written before: the others are zeros
 };
 
@@ -67,7 +68,7 @@ using Fill = void (*)(Walk&, const Decoding&, const Order&, int tiles, Scratch&,
 template <Codes CODES, int SUB, Addend ADDEND>
 INLINE const std::uint8_t* next_tile(Walk& walk, const Order& order, int tile, Scratch& scratch, int block) {
     const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
-    fetch_lines<tile_bytes(CODES)>(codes + FETCHED_BYTES_AHEAD);
+    if (!scratch.asked) fetch_lines<tile_bytes(CODES)>(codes + FETCHED_BYTES_AHEAD);
     UNROLL
     for (int half = 0; half < COLUMNS / SUB; ++half) {
         const int slot = order.slot(tile, half);
@@ -167,6 +168,55 @@ INLINE void scale_products(const Chunk& chunk, const Scratch& scratch, int block
     });
 }
 
+// begin(parity, slot) a product and end(parity) it for all slots, one begun before the last is ended; scale(slot) meanwhile.
+template <typename Begin, typename End, typename Scale>
+INLINE void for_slots_in_turns(int slots, const Begin& begin, const End& end, const Scale& scale) {
+    const std::integral_constant<int, 0> even;
+    const std::integral_constant<int, 1> odd;
+    begin(even, 0);
+    for (int slot = 0; slot < slots; slot += 2) {
+        const bool second = slot + 1 < slots;
+        if (second) begin(odd, slot + 1);
+        end(even);
+        if (slot > 0) scale(slot - 1);
+        if (slot + 2 < slots) begin(even, slot + 2);
+        if (second) end(odd);
+        scale(slot);
+    }
+    if (slots % 2 == 0) scale(slots - 1);
+}
+
+// 16 tokens from ``token`` on times the Bs of a block; their totals stay in registers. X_SCALED: x has scales, as bytes
+// always do. ``asked``: what will be decoded next, or null.
+template <bool BYTES, int PARTS, Addend ADDEND, bool X_SCALED>
+void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, const Input& x, int token,
+                     const std::uint8_t* asked, float (*totals)[ROWS]) {
+    alignas(64) float products[2][TILE_ROWS][ROWS];
+    const auto each = [&](auto&& body) INLINED {
+        UNROLL
+        for (int t = 0; t < TILE_ROWS; ++t) body(t);
+    };
+    Sixteen held[TILE_ROWS];
+    each([&](int t) INLINED { held[t] = sixteen_load(totals[t]); });
+    const auto begin = [&](auto parity, int slot) INLINED {
+        constexpr int C = decltype(parity)::value, A = PARTS == 1 ? 4 + C : 4, B = 6 + C;
+        if (slot % PARTS == 0) tile_load<A>(line_of(x, chunk.line + slot / PARTS, token), TILE_LINE);
+        tile_load<B>(scratch.panels[block][slot], TILE_LINE);
+        tile_zero<C>();
+        tile_dot<BYTES, C, A, B>();
+        if (asked == nullptr) return;
+        const std::uint8_t* const lines = asked + slot * chunk.asked_lines * TILE_LINE;
+        for (std::int64_t line = 0; line < chunk.asked_lines; ++line) _mm_prefetch(reinterpret_cast<const char*>(lines) + line * TILE_LINE, _MM_HINT_T0);
+    };
+    const auto end = [&](auto parity) INLINED { tile_store<decltype(parity)::value>(products[decltype(parity)::value], TILE_LINE); };
+    const auto scale = [&](int slot) INLINED {
+        scale_products<BYTES, PARTS, ADDEND, X_SCALED>(chunk, scratch, block, slot, x, token, products[slot % 2], each,
+                                                       [&](int t, auto&& add) INLINED { held[t] = add(held[t]); });
+    };
+    for_slots_in_turns(chunk.slots, begin, end, scale);
+    each([&](int t) INLINED { sixteen_store(totals[t], held[t]); });
+}
+
 // multiply(parity, slot) for all slots, and while the next product is formed scale(slot).
 template <typename Multiply, typename Scale>
 INLINE void for_slots(int slots, const Multiply& multiply, const Scale& scale) {
@@ -179,34 +229,6 @@ INLINE void for_slots(int slots, const Multiply& multiply, const Scale& scale) {
         scale(slot);
     }
     if (slots % 2 == 0) scale(slots - 1);
-}
-
-// 16 tokens from ``token`` on times the Bs of a block; their totals stay in registers. X_SCALED: x has scales, as bytes
-// always do.
-template <bool BYTES, int PARTS, Addend ADDEND, bool X_SCALED>
-void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, const Input& x, int token,
-                     float (*totals)[ROWS]) {
-    alignas(64) float products[2][TILE_ROWS][ROWS];
-    const auto each = [&](auto&& body) INLINED {
-        UNROLL
-        for (int t = 0; t < TILE_ROWS; ++t) body(t);
-    };
-    Sixteen held[TILE_ROWS];
-    each([&](int t) INLINED { held[t] = sixteen_load(totals[t]); });
-    const auto multiply = [&](auto parity, int slot) INLINED {
-        constexpr int C = decltype(parity)::value, A = PARTS == 1 ? 4 + C : 4, B = 6 + C;
-        if (slot % PARTS == 0) tile_load<A>(line_of(x, chunk.line + slot / PARTS, token), TILE_LINE);
-        tile_load<B>(scratch.panels[block][slot], TILE_LINE);
-        tile_zero<C>();
-        tile_dot<BYTES, C, A, B>();
-        tile_store<C>(products[C], TILE_LINE);
-    };
-    const auto scale = [&](int slot) INLINED {
-        scale_products<BYTES, PARTS, ADDEND, X_SCALED>(chunk, scratch, block, slot, x, token, products[slot % 2], each,
-                                                       [&](int t, auto&& add) INLINED { held[t] = add(held[t]); });
-    };
-    for_slots(chunk.slots, multiply, scale);
-    each([&](int t) INLINED { sixteen_store(totals[t], held[t]); });
 }
 
 // Fewer than 16 tokens from ``token`` on times the Bs of some blocks: A is loaded once for all of them. Totals, which are
@@ -242,7 +264,8 @@ void multiply_narrow_rest(const Chunk& chunk, const Scratch& scratch, int blocks
 }
 
 struct Narrow {
-    void (*whole)(const Chunk&, const Scratch&, int block, const Input&, int token, float (*totals)[ROWS]);
+    void (*whole)(const Chunk&, const Scratch&, int block, const Input&, int token, const std::uint8_t* asked,
+                  float (*totals)[ROWS]);
     void (*rest)(const Chunk&, const Scratch&, int blocks, const Input&, int token, float (*totals)[TOKEN_TILE][ROWS]);
 };
 
@@ -411,10 +434,17 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
     for (std::int64_t line = 0; line < order.lines; line += lines) {
         const std::int64_t tile = line * order.tiles_of_line;
         const auto tiles = static_cast<int>(std::min(lines * order.tiles_of_line, layout.tiles - tile));
-        const Chunk chunk{line, line * order.parts, order.slot(tiles - 1, 1) + 1};
+        Chunk chunk{line, line * order.parts, order.slot(tiles - 1, 1) + 1};
+        // What follows, of this block or of the one that far behind, is asked for while 16 tokens are multiplied.
+        const std::int64_t next = tile + tiles, beyond = next < layout.tiles ? 0 : blocks * layout.block_bytes - layout.block_bytes;
+        const std::int64_t wanted = std::min(lines * order.tiles_of_line, next < layout.tiles ? layout.tiles - next : layout.tiles);
+        const std::int64_t of_tile = layout.block_bytes / layout.tiles + 1;
+        chunk.asked_lines = (wanted * of_tile / chunk.slots + TILE_LINE - 1) / TILE_LINE;
+        const bool asks = fill != nullptr && order.narrow && x.tokens >= TILE_ROWS;
         for (int block = 0; block < blocks; ++block) {
             panels[block] = scratch.panels[block][0];
             if (fill != nullptr) {
+                scratch.asked = line > 0 && order.narrow && x.tokens >= TILE_ROWS;
                 fill(walks[block], decoding, order, tiles, scratch, block);
                 continue;
             }
@@ -434,7 +464,8 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
                 continue;
             }
             for (int block = 0; block < blocks; ++block) {
-                narrow.whole(chunk, scratch, block, x, token, totals[block] + token);
+                const std::uint8_t* const asked = first + block * layout.block_bytes + beyond + next * layout.block_bytes / layout.tiles;
+                narrow.whole(chunk, scratch, block, x, token, asks && token == 0 ? asked : nullptr, totals[block] + token);
             }
         }
     }

@@ -39,6 +39,7 @@ struct Chunk {
     std::int64_t line;  // the first
     std::int64_t span;  // the first of the spans of sums, one for each B
     int slots;
+    std::int64_t asked_lines = 0;  // of the weight that follows, which each B's products ask for
 };
 
 inline const std::uint8_t* line_of(const Input& x, std::int64_t line, int token) {

@@ -9,48 +9,61 @@
 namespace lowbit {
 namespace {
 
-// Up to 2 tiles of 16 tokens times up to 2 blocks: each product loads one tile.
+// Up to 2 tiles of 16 tokens times up to 2 blocks: each product loads one tile. Panels stay in the first cache, which x
+// passes by.
 template <bool BYTES, int TILES, int BLOCKS>
-void multiply_tiles_of(const std::uint8_t* const* panels, const RoundedInput& x, std::int64_t lines,
+void multiply_tiles_of(const std::uint8_t* const* panels, const RoundedInput& x, std::int64_t lines, bool goes_on,
                        float (*totals)[ROUNDED_TOKENS][ROWS]) {
-    each_constant<TILES * BLOCKS>([](auto sum) INLINED { tile_zero<decltype(sum)::value>(); });
-    for (std::int64_t line = 0; line < lines; ++line) {
+    const auto each_sum = [&](auto&& body) INLINED {
         each_constant<TILES>([&](auto tile) INLINED {
             constexpr int TILE = decltype(tile)::value;
-            tile_load<4 + TILE>(x.tiles[TILE] + line * x.line_bytes[TILE], TILE_LINE);
             each_constant<BLOCKS>([&](auto block) INLINED {
                 constexpr int BLOCK = decltype(block)::value;
-                if constexpr (TILE == 0) tile_load<6 + BLOCK>(panels[BLOCK] + line * PANEL_TILE, TILE_LINE);
-                constexpr int C = TILE * BLOCKS + BLOCK;
-                if constexpr (BYTES) tile_dot_bytes<C, 4 + TILE, 6 + BLOCK>();
-                else tile_dot_bfloats<C, 4 + TILE, 6 + BLOCK>();
+                body(std::integral_constant<int, TILE * BLOCKS + BLOCK>(), totals[BLOCK][TILE * TILE_ROWS]);
             });
         });
-    }
-    each_constant<TILES>([&](auto tile) INLINED {
-        constexpr int TILE = decltype(tile)::value;
+    };
+    each_sum([&](auto sum, float* total) INLINED {
+        if (goes_on) tile_load<decltype(sum)::value>(total, TILE_LINE);
+        else tile_zero<decltype(sum)::value>();
+    });
+    for (std::int64_t line = 0; line < lines; ++line) {
+        tile_load_once<4>(x.tiles[0] + line * x.line_bytes[0], TILE_LINE);
+        tile_pause();
         each_constant<BLOCKS>([&](auto block) INLINED {
             constexpr int BLOCK = decltype(block)::value;
-            tile_store<TILE * BLOCKS + BLOCK>(totals[BLOCK][TILE * TILE_ROWS], TILE_LINE);
+            tile_load<6 + BLOCK>(panels[BLOCK] + line * PANEL_TILE, TILE_LINE);
+            tile_pause();
         });
-    });
+        if constexpr (TILES > 1) {
+            tile_load_once<5>(x.tiles[1] + line * x.line_bytes[1], TILE_LINE);
+            tile_pause();
+        }
+        each_sum([&](auto sum, float*) INLINED {
+            constexpr int C = decltype(sum)::value, A = 4 + C / BLOCKS, B = 6 + C % BLOCKS;
+            if constexpr (BYTES) tile_dot_bytes<C, A, B>();
+            else tile_dot_bfloats<C, A, B>();
+            tile_pause();
+        });
+    }
+    each_sum([&](auto sum, float* total) INLINED { tile_store<decltype(sum)::value>(total, TILE_LINE); });
 }
 
 }  // namespace
 
 template <bool BYTES>
 static void multiply_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens,
-                            std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+                            std::int64_t lines, bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]) {
     const bool both = tokens > TILE_ROWS;
     const auto multiply = blocks > 1 ? (both ? multiply_tiles_of<BYTES, 2, 2> : multiply_tiles_of<BYTES, 1, 2>)
                                      : (both ? multiply_tiles_of<BYTES, 2, 1> : multiply_tiles_of<BYTES, 1, 1>);
-    multiply(panels, x, lines, totals);
+    multiply(panels, x, lines, goes_on, totals);
 }
 
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
-                      std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+                      std::int64_t lines, bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]) {
     configure_tiles(std::min(TILE_ROWS, tokens));
-    (bytes ? multiply_panels<true> : multiply_panels<false>)(panels, blocks, x, tokens, lines, totals);
+    (bytes ? multiply_panels<true> : multiply_panels<false>)(panels, blocks, x, tokens, lines, goes_on, totals);
 }
 
 }  // namespace lowbit

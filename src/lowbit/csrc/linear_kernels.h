@@ -5,6 +5,8 @@
 #include <cpuid.h>
 #endif
 
+#include <limits>
+
 #include "linear_input.h"
 
 namespace lowbit {
@@ -161,8 +163,10 @@ using RoundFunction = void (*)(const Layout& layout, const std::uint8_t* block, 
 constexpr int ROUNDED_TOKENS = 32;            // that meet such blocks together
 #if defined(LOWBIT_AMX)
 constexpr bool CODES_HAVE_TILES = true;  // sums of codes go on to the end of a row on tiles, for all tokens
+constexpr std::int64_t MOST_PANEL_LINES = 20;  // of two blocks that all tokens meet: 40 of the 48 KB of the first cache
 #else
 constexpr bool CODES_HAVE_TILES = false;
+constexpr std::int64_t MOST_PANEL_LINES = std::numeric_limits<std::int64_t>::max();
 #endif
 constexpr std::int64_t LEAST_OF_PANELS = 64;  // tokens for which codes are laid out once where bits are the same
 
@@ -219,9 +223,9 @@ RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, b
 // Makes the totals of some tokens with such codes what they are worth.
 void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]);
 
-// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers.
+// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers. ``goes_on``: from what totals hold.
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
-                      std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]);
+                      std::int64_t lines, bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]);
 
 #endif
 
@@ -250,7 +254,8 @@ inline RoundFunction round_function(const Layout&, const WordCodes&) { return nu
 inline RoundFunction code_function(const Layout&) { return nullptr; }
 inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline void scale_sums(const Layout&, const std::uint8_t*, bool, const Input&, float (*)[ROWS]) {}
-inline void multiply_rounded(const std::uint8_t* const*, int, bool, const RoundedInput&, int, std::int64_t, float (*)[ROUNDED_TOKENS][ROWS]) {}
+inline void multiply_rounded(const std::uint8_t* const*, int, bool, const RoundedInput&, int, std::int64_t, bool,
+                             float (*)[ROUNDED_TOKENS][ROWS]) {}
 #endif
 inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
 inline bool takes_scaled(const Layout& layout) { return scaled_function(layout) != nullptr; }

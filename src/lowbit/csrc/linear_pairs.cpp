@@ -272,6 +272,7 @@ struct PanelStep {
     const std::uint8_t* const (&panels)[2];
     const std::uint8_t* x;
     std::int64_t line_bytes, lines;
+    bool goes_on;
     float (*const (&totals)[2])[ROWS];
 
     template <int TOKENS>
@@ -279,6 +280,12 @@ struct PanelStep {
         constexpr int STRIDE = Kind::OPERANDS_OF_TILE * 4;
         typename Kind::Sum sums[2][TOKENS];
         std::memset(sums, 0, sizeof sums);
+        if (goes_on) {
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t) {
+                for (int block = 0; block < 2; ++block) std::memcpy(&sums[block][t], totals[block][token + t], sizeof sums[block][t]);
+            }
+        }
         const std::uint8_t* w[2] = {panels[0], panels[1]};
         const std::uint8_t* at = x + token * STRIDE;
         for (std::int64_t line = 0; line < lines; ++line, at += line_bytes) {
@@ -294,21 +301,21 @@ struct PanelStep {
 
 template <class Kind>
 void multiply_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
-                     float (*totals)[ROUNDED_TOKENS][ROWS]) {
+                     bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]) {
     const std::uint8_t* const both[2] = {panels[0], panels[blocks - 1]};
     for (int first = 0; first < tokens; first += ROUNDED_TOKENS / 2) {
         const int tile = first / (ROUNDED_TOKENS / 2);
         float(*const to[2])[ROWS] = {totals[0] + first, totals[blocks - 1] + first};
         for_tokens(std::min(tokens - first, ROUNDED_TOKENS / 2),
-                   PanelStep<Kind>{both, x.tiles[tile], x.line_bytes[tile], lines, to});
+                   PanelStep<Kind>{both, x.tiles[tile], x.line_bytes[tile], lines, goes_on, to});
     }
 }
 
 }  // namespace
 
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
-                      std::int64_t lines, float (*totals)[ROUNDED_TOKENS][ROWS]) {
-    (bytes ? multiply_panels<Bytes> : multiply_panels<Bfloats<false, false>>)(panels, blocks, x, tokens, lines, totals);
+                      std::int64_t lines, bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+    (bytes ? multiply_panels<Bytes> : multiply_panels<Bfloats<false, false>>)(panels, blocks, x, tokens, lines, goes_on, totals);
 }
 
 BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens) {
