@@ -62,6 +62,7 @@ INLINED inline void multiply(const float* a, long stride, const LoadB& load_b) {
     const auto load_a = [&](auto group) INLINED {
         constexpr int TILE = 4 + group % 2;
         tile_load<TILE>(reinterpret_cast<const char*>(a) + group * TILE_ROWS * stride, stride);
+        tile_pause();
     };
     if constexpr (COUNT > 1) unrolled<GROUPS>(load_a);
     unrolled<COUNT>([&](auto which) INLINED {
@@ -70,6 +71,7 @@ INLINED inline void multiply(const float* a, long stride, const LoadB& load_b) {
         unrolled<GROUPS>([&](auto group) INLINED {
             if constexpr (COUNT == 1) load_a(group);
             tile_dot_bfloats<group * COUNT + which, 4 + group % 2, B>();
+            tile_pause();
         });
     });
 }

@@ -336,27 +336,17 @@ std::int64_t rounded_blocks(const Prepared& p) {
     return chosen;
 }
 
-// Writes what the totals of some tokens and of two blocks that follow each other become, or those of a gate and its partner.
-void write_rounded(const Prepared& p, std::int64_t token, int tokens, std::int64_t block, bool both,
-                   const float (*totals)[ROUNDED_TOKENS][ROWS], bool bytes) {
+// What the totals of some tokens and of two blocks that follow each other become, or those of a gate and its partner: most
+// layers' may be written later, others are written here.
+Unwritten write_rounded(const Prepared& p, std::int64_t token, int tokens, std::int64_t block, bool both,
+                        const float (*totals)[ROUNDED_TOKENS][ROWS], bool bytes) {
     const lowbit_layer_description* const layer = p.product->layer;
     const std::int64_t row = block * p.layout.height, stride = p.product->out_stride;
     const bool plain = layer == nullptr || (layer->row_scale == nullptr && layer->bias == nullptr && !p.has_factors);
     const bool whole = row + (p.gated || !both ? 1 : 2) * ROWS <= p.product->weight->rows / (p.gated ? 2 : 1);
     const bool silu = p.gated && static_cast<Activation>(layer->activation) == Activation::SILU;
-    if (plain && whole && !bytes && p.layout.row_vectors == nullptr && (silu || !p.gated)) {  // most layers
-        float* out = p.product->out + token * stride + row;
-        if (silu) {
-            for (int t = 0; t < tokens; ++t) {
-                store(out + t * stride, gated(load(totals[0][t]), load(totals[1][t]), Activation::SILU));
-            }
-            return;
-        }
-        for (int t = 0; t < tokens; ++t, out += stride) {
-            store(out, load(totals[0][t]));
-            if (both) store(out + ROWS, load(totals[1][t]));
-        }
-        return;
+    if (plain && whole && !bytes && p.layout.row_vectors == nullptr && (silu || !p.gated)) {
+        return {totals, p.product->out + token * stride + row, stride, tokens, silu, both && !p.gated};
     }
     for (int t = 0; t < tokens; ++t) {
         const bool faulty = bytes && p.places((token + t) / p.tile_tokens).faulty[t % p.tile_tokens];
@@ -365,6 +355,7 @@ void write_rounded(const Prepared& p, std::int64_t token, int tokens, std::int64
         write_result(p, token + t, block, one, other);
         if (!p.gated && both) write_result(p, token + t, block + 1, other, other);
     }
+    return {};
 }
 
 // A task of a product with prompts' tokens: some blocks, and all tokens. What tokens meet at a time are panels of two
@@ -388,7 +379,9 @@ void run_rounded(const Prepared& p, std::int64_t task) {
     const std::int64_t tiles = (together + ROUNDED_TOKENS - 1) / ROUNDED_TOKENS;
     const std::int64_t sums_bytes = pieces > 1 ? (blocks + 1) / 2 * tiles * static_cast<std::int64_t>(sizeof(Sums)) : 0;
     auto* const sums = reinterpret_cast<Sums*>(aligned(waiting, sums_bytes));
-    alignas(64) Sums own;
+    alignas(64) Sums own[2];
+    int turn = 0;
+    Unwritten unwritten;
     const auto multiply = [&](std::int64_t line, std::int64_t last_line, std::int64_t i, std::int64_t token, std::int64_t base) {
         const int count = static_cast<int>(std::min<std::int64_t>(ROUNDED_TOKENS, tokens - token));
         RoundedInput x{};
@@ -403,15 +396,15 @@ void run_rounded(const Prepared& p, std::int64_t task) {
         const std::uint8_t* of[2] = {panels + i * panel, panels + (i + 1) * panel};
         for (int k = 0; k < pair && as_they_lie; ++k) of[k] = block_at(i + k);
         for (const std::uint8_t*& at : of) at += line * PANEL_LINE;
-        Sums& totals = pieces > 1 ? sums[i / 2 * tiles + (token - base) / ROUNDED_TOKENS] : own;
-        multiply_rounded(of, pair, bytes, x, count, last_line - line, line > 0, totals);
+        Sums& totals = pieces > 1 ? sums[i / 2 * tiles + (token - base) / ROUNDED_TOKENS] : own[turn ^= 1];
+        multiply_rounded(of, pair, bytes, x, count, last_line - line, line > 0, unwritten, totals);
         if (last_line < lines) return;
         for (int tile = 0; tile < 2 && p.scaled_after && input[tile].tokens != 0; ++tile) {
             for (int k = 0; k < pair; ++k) {
                 scale_sums(p.layout, block_at(i + k), bytes, input[tile], totals[k] + tile * p.tile_tokens);
             }
         }
-        write_rounded(p, token, count, first + i / halves, pair > 1, totals, bytes);
+        unwritten = write_rounded(p, token, count, first + i / halves, pair > 1, totals, bytes);
     };
     for (std::int64_t base = 0; base < tokens; base += together) {
         const std::int64_t end = std::min(tokens, base + together);
@@ -428,6 +421,7 @@ void run_rounded(const Prepared& p, std::int64_t task) {
             }
         }
     }
+    unwritten.write_all();
 }
 
 constexpr std::int64_t FEWEST_BLOCKS = 4;         // that x is laid out for, where a group has them

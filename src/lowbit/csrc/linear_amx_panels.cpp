@@ -10,10 +10,10 @@ namespace lowbit {
 namespace {
 
 // Up to 2 tiles of 16 tokens times up to 2 blocks: each product loads one tile. Panels stay in the first cache, which x
-// passes by.
+// passes by. Between products some of what is unwritten is written: those units are idle.
 template <bool BYTES, int TILES, int BLOCKS>
 void multiply_tiles_of(const std::uint8_t* const* panels, const RoundedInput& x, std::int64_t lines, bool goes_on,
-                       float (*totals)[ROUNDED_TOKENS][ROWS]) {
+                       Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
     const auto each_sum = [&](auto&& body) INLINED {
         each_constant<TILES>([&](auto tile) INLINED {
             constexpr int TILE = decltype(tile)::value;
@@ -43,9 +43,11 @@ void multiply_tiles_of(const std::uint8_t* const* panels, const RoundedInput& x,
             constexpr int C = decltype(sum)::value, A = 4 + C / BLOCKS, B = 6 + C % BLOCKS;
             if constexpr (BYTES) tile_dot_bytes<C, A, B>();
             else tile_dot_bfloats<C, A, B>();
-            tile_pause();
+            if (unwritten.left > 0) unwritten.write_one();
+            else tile_pause();
         });
     }
+    unwritten.write_all();
     each_sum([&](auto sum, float* total) INLINED { tile_store<decltype(sum)::value>(total, TILE_LINE); });
 }
 
@@ -53,17 +55,18 @@ void multiply_tiles_of(const std::uint8_t* const* panels, const RoundedInput& x,
 
 template <bool BYTES>
 static void multiply_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens,
-                            std::int64_t lines, bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+                            std::int64_t lines, bool goes_on, Unwritten& unwritten,
+                            float (*totals)[ROUNDED_TOKENS][ROWS]) {
     const bool both = tokens > TILE_ROWS;
     const auto multiply = blocks > 1 ? (both ? multiply_tiles_of<BYTES, 2, 2> : multiply_tiles_of<BYTES, 1, 2>)
                                      : (both ? multiply_tiles_of<BYTES, 2, 1> : multiply_tiles_of<BYTES, 1, 1>);
-    multiply(panels, x, lines, goes_on, totals);
+    multiply(panels, x, lines, goes_on, unwritten, totals);
 }
 
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
-                      std::int64_t lines, bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+                      std::int64_t lines, bool goes_on, Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
     configure_tiles(std::min(TILE_ROWS, tokens));
-    (bytes ? multiply_panels<true> : multiply_panels<false>)(panels, blocks, x, tokens, lines, goes_on, totals);
+    (bytes ? multiply_panels<true> : multiply_panels<false>)(panels, blocks, x, tokens, lines, goes_on, unwritten, totals);
 }
 
 }  // namespace lowbit

@@ -7,6 +7,7 @@
 
 #include <limits>
 
+#include "activations.h"
 #include "linear_input.h"
 
 namespace lowbit {
@@ -177,6 +178,27 @@ struct RoundedInput {
     std::int64_t line_bytes[2];
 };
 
+// Totals of some tokens that have still to be written: of two blocks, one or both, or a gate's and its partner's.
+struct Unwritten {
+    const float (*totals)[ROUNDED_TOKENS][ROWS] = nullptr;
+    float* out = nullptr;
+    std::int64_t stride = 0;
+    int left = 0;  // tokens
+    bool gated = false, both = false;
+
+    INLINE void write_one() {
+        const Vector16 one = load(totals[0][0]), other = load(totals[1][0]);
+        store(out, gated ? lowbit::gated(one, other, Activation::SILU) : one);
+        if (both) store(out + ROWS, other);
+        totals = reinterpret_cast<const float(*)[ROUNDED_TOKENS][ROWS]>(totals[0][1]);
+        out += stride;
+        --left;
+    }
+    void write_all() {
+        while (left > 0) write_one();
+    }
+};
+
 #if defined(__AVX512BF16__)
 
 // Whether such codes may have offsets or zero points.
@@ -223,9 +245,10 @@ RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, b
 // Makes the totals of some tokens with such codes what they are worth.
 void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, const Input& x, float (*totals)[ROWS]);
 
-// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers. ``goes_on``: from what totals hold.
+// totals[block][token] = up to 2 blocks of rounded rows times x; of ``bytes`` whole numbers. ``goes_on``: from what totals
+// hold. What is ``unwritten`` of others is written meanwhile.
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
-                      std::int64_t lines, bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]);
+                      std::int64_t lines, bool goes_on, Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]);
 
 #endif
 
@@ -255,7 +278,7 @@ inline RoundFunction code_function(const Layout&) { return nullptr; }
 inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline void scale_sums(const Layout&, const std::uint8_t*, bool, const Input&, float (*)[ROWS]) {}
 inline void multiply_rounded(const std::uint8_t* const*, int, bool, const RoundedInput&, int, std::int64_t, bool,
-                             float (*)[ROUNDED_TOKENS][ROWS]) {}
+                             Unwritten&, float (*)[ROUNDED_TOKENS][ROWS]) {}
 #endif
 inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
 inline bool takes_scaled(const Layout& layout) { return scaled_function(layout) != nullptr; }

@@ -314,7 +314,8 @@ void multiply_panels(const std::uint8_t* const* panels, int blocks, const Rounde
 }  // namespace
 
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
-                      std::int64_t lines, bool goes_on, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+                      std::int64_t lines, bool goes_on, Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+    unwritten.write_all();
     (bytes ? multiply_panels<Bytes> : multiply_panels<Bfloats<false, false>>)(panels, blocks, x, tokens, lines, goes_on, totals);
 }
 
