@@ -102,6 +102,32 @@ def test_generated_rows_have_their_bits_beside_few_and_many(name: str, columns: 
         assert torch.equal(linear(x[:count]), whole[:count]), count
 
 
+@pytest.mark.skipif(native.library() is None, reason="torch's rows depend on their number")
+@pytest.mark.parametrize("rows", [288, 282])  # the last block whole, and not
+@pytest.mark.parametrize("name", ["w8a8", "int4 g32", "int8 channel", "fp8 channel", "bf16", "q4_k"])
+def test_more_than_512_tokens_and_more_columns_than_a_cache_holds(name: str, rows: int) -> None:
+    """Sums that wait for the next columns, and the last tokens by themselves; biases, and gates."""
+    columns, tokens = 1536, 530
+    sample = FORMATS.FORMATS[name](FORMATS.matrix((rows, columns)))
+    kernel = choose(sample.weight.scheme, sample.weight.shape, torch.device("cpu")).kernel
+    weight = kernel.pack(sample.weight, torch.device("cpu"))
+    transforms = [settled(weight, sample.transform)]
+    linear = Linear(name, [weight], None, transforms)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(6))
+    with prompt_rows(0, tokens):
+        whole = linear(x)
+    for first, count in ((0, 1), (0, 33), (0, 512), (0, 513), (512, 18), (529, 1)):
+        with prompt_rows(0, count):
+            assert torch.equal(linear(x[first : first + count]), whole[first : first + count]), (first, count)
+    bias = torch.arange(float(rows))
+    with prompt_rows(0, tokens):
+        assert torch.equal(Linear(name, [weight], bias, transforms)(x), whole + bias)
+        if rows % 32 == 0:
+            gate, up = whole.chunk(2, dim=1)
+            expected = torch.nn.functional.silu(gate) * up
+            assert torch.allclose(linear.gated(x, "silu"), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["int4 g32", "q4_1", "q6_k", "nf4", "vptq v12 k65536", "exl3 3 bits"])
 def test_a_gate_is_that_of_its_rows(name: str) -> None:
     linear, x = layer(name), inputs()

@@ -372,7 +372,7 @@ void run_rounded(const Prepared& p, std::int64_t task) {
     const bool as_they_lie = p.layout.codes == Codes::bf16, bytes = p.shape.whole();
     std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : blocks * panel);
     for (std::int64_t i = 0; i < blocks && !as_they_lie; ++i) p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
-    const std::int64_t pieces = (lines + MOST_PANEL_LINES - 1) / MOST_PANEL_LINES;
+    const std::int64_t pieces = (lines - 1) / MOST_PANEL_LINES + 1;
     const std::int64_t piece_lines = (lines + pieces - 1) / pieces;
     const std::int64_t together = pieces > 1 ? std::min(tokens, TOKENS_OF_PIECES) : tokens;
     using Sums = float[2][ROUNDED_TOKENS][ROWS];
