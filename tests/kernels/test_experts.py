@@ -415,6 +415,17 @@ def test_many_tokens_go_a_few_experts_at_a_time() -> None:
     check(experts, tokens, chosen=torch.full((tokens, K), 3))
 
 
+@pytest.mark.parametrize("name", ["trellis, some rows", "lattice, x twice"])
+def test_many_tokens_between_transforms_too(name: str) -> None:
+    _, hidden, inner = TRANSFORMED[name]
+    tokens = 6000
+    assert tokens * K * (4 * inner + 2 * hidden) > 1 << 23
+    experts = transformed(name, "int8 per token", bias=True)
+    found = check(experts, tokens)
+    x, chosen, weights = draw(tokens, hidden=hidden)
+    assert torch.equal(experts(x[-5:], chosen[-5:], weights[-5:], "silu"), found[-5:])
+
+
 @pytest.mark.parametrize("name", ["int4 g32", "trellis, some rows", "lattice, x twice"])
 def test_a_plan_chooses_anew(name: str) -> None:
     given = "static scales"

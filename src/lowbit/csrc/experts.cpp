@@ -141,7 +141,7 @@ void route(const lowbit_routing& routing, const float* logits, float* scratch, s
     for (int i = 0; i < k; ++i) weights[i] *= routing.scale;
 }
 
-constexpr std::int64_t EACH_ROTATED = 8;  // what rotating a number costs, in numbers that are copied; as in rotation.cpp
+constexpr std::int64_t EACH_ROTATED = 8;  // what rotating a number costs, in numbers copied; as in rotation.cpp
 constexpr std::int64_t FLOATS_TOGETHER = 1 << 23;  // between the products of the experts that run together
 
 // Rows quantized for all experts.
@@ -311,7 +311,8 @@ class Multiplied {
         });
         float* const factors = factors_of(number, start);
         if (input.quantizer != nullptr) {
-            if (lowbit_quantize_input(input.quantizer, gathered, stride, count, columns, gathered, stride, factors) != 0) {
+            if (lowbit_quantize_input(input.quantizer, gathered, stride, count, columns, gathered, stride,
+                                      factors) != 0) {
                 throw std::bad_alloc();
             }
             if (input.factors == 2) std::fill_n(factors, count, factors[0]);

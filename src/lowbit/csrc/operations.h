@@ -121,8 +121,8 @@ struct lowbit_expert_part {
     const lowbit_weight* weight;
     const lowbit_column_weight* by_columns;  // the weight with scales of its columns, or null
     const float* row_scale;   // (rows,), or null
-    const lowbit_rotation* rotation;  // of the weight's ``whole`` rows, of which this part is those from ``skip`` on; or null
-    const std::int64_t* places;       // (rows,), where: which of the matrix' rows each of them is; null: in order
+    const lowbit_rotation* rotation;  // of the weight's ``whole`` rows; the part is those from ``skip`` on; or null
+    const std::int64_t* places;       // (rows,), which of the matrix' rows each of them is; null: they lie in order
     std::int64_t first, rows;
     std::int64_t input;       // which of the expert's inputs it meets, -1: rows as they are
     std::int64_t skip, whole;
