@@ -10,7 +10,8 @@ scale over: decoding costs a rounding and a product more a weight than in ``gpu_
 D is sparse and its product a launch of its own: rows' entries are read as they lie, and for several tokens
 what they name of x lies together, token beside token, in a copy of x that is turned. Its sums are added as
 those of a split. An outlier costs an instruction or three a token on CUDA cores where a weight costs a part
-of a tensor core's: of many tokens 1 % of outliers are reckoned to take a third of the time.
+of a tensor core's: of many tokens 1 % of outliers are reckoned to take a third of the time. A mixture's
+experts have these two launches together (``HalvesStack``).
 **None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
 
     buffers   plane2, plane1     uint8, codes as ``weight_layout`` has them, in runs of 64 columns
