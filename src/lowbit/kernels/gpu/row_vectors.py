@@ -7,9 +7,9 @@ gives the same number for all rows of a token:
 
 Vectors are gathered and multiplied as ``gpu_vectors`` does it, with which the launches are shared; the few
 outliers, columns that are kept number by number, and the second sum are products of torch's in float32, added
-with the splits; those of a mixture's experts are multiplied as plain matrices of experts are. A book's columns
-are padded to whole blocks of 128, a vector's rows to a power of two (of 12 rows a quarter of the numbers is
-made in vain). **None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
+with the splits; those of a mixture's experts are multiplied as plain matrices of experts are. A book's
+columns are padded to whole blocks of 128, a vector's rows to a power of two (of 12 rows a quarter of the
+numbers is made in vain). **None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
 
     buffers   indices, second   uint8, or int16 for more than 256 vectors: (vectors of rows, padded columns)
               codebooks         (books, centroids + residual, 2, 4, 8 or 16), in the file's type
