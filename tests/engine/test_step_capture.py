@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from checkpoint import tiny
+from contract.test_linear_kernels import trellis
 from engine.stand_in import ByteTokenizer
 from formats.hqq_columns import columns_llama
 from forward_helpers import PAGE, allocate, chunk_batch
@@ -26,6 +27,7 @@ from lowbit.engine.messages import Request, SamplingParams, TokenEvent
 from lowbit.engine.step_capture import StepCapture
 from lowbit.kernels import native
 from lowbit.kernels.activation_quant import InputTransform
+from lowbit.kernels.cpu_trellis import CpuTrellis
 from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.packed_linear import NativeWeight
@@ -430,6 +432,27 @@ def test_experts_that_quantize_their_inputs(scheme: str, tmp_path: Path) -> None
             for linear in (*experts.gate_up, *experts.down):
                 state = None if asked.delay is None else model.states.add(linear.name, asked, model.device)
                 linear.inputs = [InputTransform(asked, state=state)] * len(linear.weights)
+            experts.grouped = GroupedExperts.of(experts.gate_up, experts.down)
+        return model
+
+    capture = check(make)
+    assert not capture.refusal and capture.replayed == 30 - len(capture.sizes)
+
+
+def test_experts_between_transforms(tmp_path: Path) -> None:
+    """Trellises: of blocks of 128 that are transformed most rows and columns are none of the layer's."""
+    make_checkpoint("Mixtral", tmp_path)
+
+    def make() -> Model:
+        model = load_model(open_checkpoint(str(tmp_path)), device="cpu")
+        assert isinstance(model, Decoder)
+        for block in model.blocks:
+            assert isinstance(block.mlp, MixtureOfExperts)
+            experts = block.mlp.experts
+            for linear in (*experts.gate_up, *experts.down):
+                [weight] = linear.weights
+                rows, columns = weight.shape
+                linear.weights = [CpuTrellis().pack(trellis(3, "mcg", (rows, columns)), model.device)]
             experts.grouped = GroupedExperts.of(experts.gate_up, experts.down)
         return model
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from forward_helpers import prompt_logits
-from loading.test_tensor_parallel import random_experts
+from loading.test_tensor_parallel import RANDOM, VPTQ_RULE, random_experts, random_vptq
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
@@ -22,6 +23,7 @@ from models import test_quantized_experts as moe
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the cache of the test helpers is on a CPU")
 
 TOKENS = moe.TOKENS[:4]
+SPQR = Path(__file__).parents[1] / "fixtures" / "spqr"
 
 
 def one_by_one(*_: object) -> Tensor:
@@ -106,15 +108,54 @@ def test_trellises(hidden: int, inner: int, tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(native.library() is None, reason="the native library was not built")
-@pytest.mark.parametrize("fmt", ["vptq", "quip_sharp"])
+@pytest.mark.parametrize("fmt", ["vptq", "vptq_outliers", "quip_sharp"])
 def test_codebooks_and_lattices(fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random codes of VPTQ, each expert in an order of its own, and of QuIP#, beside the CPU's kernels."""
     monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"num_hidden_layers": 1})
-    folder = random_experts(tmp_path, fmt)
+    sizes = {"vector_lens": [4, 8], "num_centroids": [16, 16], "outlier_size": 8, "group_size": 56}
+    rules = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), VPTQ_RULE | sizes)
+    config = {"quant_method": "vptq", "shared_layer_config": rules}
+    monkeypatch.setitem(RANDOM, "vptq_outliers", (vptq_with_outliers, config))
+    kernel = "gpu_lattice" if fmt == "quip_sharp" else "gpu_row_vectors"
+    beside_the_cpu(random_experts(tmp_path, fmt), kernel, monkeypatch)
+
+
+def vptq_with_outliers(rows: int, columns: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """8 columns of vectors of their own, of 4 rows."""
+    stored = random_vptq(rows, columns, generator)
+    return stored | {
+        "indices": random_vptq(rows, columns - 8, generator)["indices"],
+        "outlier_centroids.weight": torch.randn(1, 16 * 4, generator=generator).half(),
+        "outlier_indices": torch.randint(16, (1, rows // 4, 8), generator=generator).to(torch.int16),
+    }
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native library was not built")
+def test_spqr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that the tool saved as experts, with more outliers or less, beside the CPU's kernels."""
+    monkeypatch.setattr(moe, "SIZES", moe.SIZES | {"num_hidden_layers": 1})
+    monkeypatch.setattr(moe, "INNER", 96)
+    saved = [load_file(SPQR / name / "model.safetensors") for name in ("csr_act_order", "ptcsr_act_order")]
+    tensors = moe.per_expert(model := moe.made("Qwen3Moe"))
+    for name in [name for name in tensors if ".experts." in name]:
+        del tensors[name]
+        expert, layer = int(name.split(".")[-3]), name.split(".")[-2]
+        if expert > 1:
+            layer = {"gate_proj": "up_proj", "up_proj": "gate_proj"}.get(layer, layer)
+        for suffix in ("dense_weights", "row_offsets", "col_vals", "in_perm"):
+            stored = f"model.layers.0.mlp.{layer}.{suffix}"
+            tensors[name.replace("weight", suffix)] = saved[expert % 2].get(stored, saved[0][stored]).clone()
+    folder = moe.write(
+        tmp_path, model, tensors, {"quant_method": "spqr", "bits": 3, "beta1": 16, "beta2": 16}
+    )
+    beside_the_cpu(folder, "gpu_halves", monkeypatch)
+
+
+def beside_the_cpu(folder: Path, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Experts, "one_by_one", one_by_one)
         loaded = load_model(open_checkpoint(str(folder)), device="cpu", dtype="float32")
-        assert {"vptq": "gpu_row_vectors", "quip_sharp": "gpu_lattice"}[fmt] in loaded.kernels
+        assert kernel in loaded.kernels
         [found] = prompt_logits(loaded, [TOKENS])
     with monkeypatch.context() as patch:
         patch.setitem(runtime._state, "interpreting", False)

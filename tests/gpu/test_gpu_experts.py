@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.test_linear_kernels import canonical, dense_weight, lattice, row_vectors, trellis, vectors
+from contract.test_linear_kernels import (
+    canonical,
+    dense_weight,
+    lattice,
+    row_vectors,
+    trellis,
+    vectors,
+    with_outliers,
+)
 from gguf_blocks import random_blocks, tensor_of
 from lowbit.kernels import choose
 from lowbit.kernels.activation_quant import InputTransform
@@ -136,8 +144,15 @@ CODED: dict[str, Callable[[Shape], QuantizedTensor]] = {
     "vectors down columns, act-order": lambda shape: row_vectors(
         8, 300, 20, "bf16", shape, books=2, scale="f16", order=True
     ),
+    "vectors down columns, outliers": lambda shape: row_vectors(6, 256, shape=shape, outliers=8),
+    "vectors down columns, outliers, act-order": lambda shape: row_vectors(
+        5, 256, 16, "bf16", shape, books=2, outliers=12, scale="f16", order=True
+    ),
     "lattice": lambda shape: lattice(shape=shape),
     "lattice, two codes": lambda shape: lattice(2.04, shape, second=8),
+    "halves": lambda shape: with_outliers(shape),
+    "halves, act-order": lambda shape: with_outliers(shape, order=True),
+    "halves without outliers": lambda shape: with_outliers(shape, 0.0),
 }
 INT8, E4M3, E2M1 = (number_format(name) for name in ("int8", "e4m3", "e2m1"))
 Input = Callable[[int, int], InputTransform | None]
@@ -192,7 +207,10 @@ def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
         plain = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
         return plain.roll(expert, 0 if len(plain) > 1 else -1).view(tensor.dtype)
 
-    order, books = weight.column_order, weight.codebooks
+    order, books, outliers = weight.column_order, weight.codebooks, weight.outliers
+    if outliers is not None:  # of one expert none, of others unlike many
+        outliers = outliers.picked(torch.arange(weight.shape[0]).roll(expert))
+        outliers = outliers.cut(0, (weight.shape[1] + expert) * (expert % 4 != 1) >> expert % 4 // 2)
     return replace(
         weight,
         codes=roll(weight.codes),
@@ -201,6 +219,7 @@ def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
         offsets=tuple(roll(offset) for offset in weight.offsets),
         column_order=None if order is None else order.roll(expert),
         codebooks=None if books is None else books.roll(expert, 1),
+        outliers=outliers,
     )
 
 
@@ -309,6 +328,7 @@ def test_codes_stay_packed(name: str, device: torch.device) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("tokens", [1, 40, 150])
 @pytest.mark.parametrize("name", CODED)
 def test_codes_of_any_number_of_tokens(name: str, tokens: int, device: torch.device) -> None:
@@ -317,7 +337,7 @@ def test_codes_of_any_number_of_tokens(name: str, tokens: int, device: torch.dev
     check(pair, tokens, device, torch.bfloat16, within=0.02)
 
 
-@pytest.mark.parametrize("name", ["vectors down columns", "lattice"])
+@pytest.mark.parametrize("name", ["vectors down columns", "lattice", "halves"])
 def test_a_rank_has_whole_experts(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of four: what others have adds nothing, whatever lies where their results would be."""
     pair = make(device, [CODED[name]] * 2, hidden=2 * BLOCK, inner=BLOCK)
@@ -339,9 +359,12 @@ def test_a_rank_has_whole_experts(name: str, device: torch.device, monkeypatch: 
     assert (found - wanted).abs().max() <= 1e-3 * wanted.abs().max()
 
 
-def test_experts_that_are_none_touch_no_memory(device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "name", ["trellis of 4 bits", "halves, act-order", "vectors down columns, outliers, act-order"]
+)
+def test_experts_that_are_none_touch_no_memory(name: str, device: torch.device) -> None:
     """A router gone wrong (NaN) may name any: their pairs are nobody's, and what others get stays."""
-    pair = make(device, [CODED["trellis of 4 bits"]] * 2, bias=True, hidden=BLOCK, inner=BLOCK)
+    pair = make(device, [CODED[name]] * 2, bias=True, hidden=BLOCK, inner=BLOCK)
     x, weights = random(2, BLOCK).to(device), torch.ones(2, K, device=device)
     chosen = torch.tensor([[1, 2], [-7, 1 << 40]], device=device)
     found = pair.grouped(x, chosen, weights, "silu")

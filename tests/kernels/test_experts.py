@@ -12,18 +12,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.test_linear_kernels import by_columns, canonical, dense_weight, row_vectors, vectors
+from contract.test_linear_kernels import (
+    by_columns,
+    canonical,
+    dense_weight,
+    lattice,
+    rank_of_lattice,
+    row_vectors,
+    trellis,
+    vectors,
+)
 from lowbit.errors import LowbitError
 from lowbit.kernels import choose, native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationState
 from lowbit.kernels.cpu_columns import ColumnsWeight
+from lowbit.kernels.cpu_lattice import CpuLattice
 from lowbit.kernels.experts import GroupedExperts
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.prompt_rows import prompt_rows, rounding
 from lowbit.kernels.reference import Reference
 from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.step_plan import Arena, Recorder
+from lowbit.kernels.transformed_kernel import TransformedWeight
 from lowbit.layers.experts import Experts
 from lowbit.layers.linear import Linear
 from lowbit.numerics.number_formats import number_format
@@ -58,6 +69,15 @@ WEIGHTS: dict[str, Weight] = {
     "codebooks of 12 rows": lambda shape: row_vectors(12, 256, 16, shape=shape, scale="f16", order=True),
     "bf16": lambda shape: dense_weight("bf16", shape),
     "f32": lambda shape: dense_weight("f32", shape),
+}
+# Between two transforms, of sizes that fill their blocks and of others, whose results lie apart before.
+TRANSFORMED: dict[str, tuple[Weight, int, int]] = {  # hidden, inner
+    "trellis": (lambda shape: trellis(4, "mcg", shape), 128, 256),
+    "trellis, padded": (lambda shape: trellis(3, "3inst", shape), HIDDEN, INNER),
+    "trellis, some rows": (lambda shape: trellis(2, "mul1", shape, skip=72), HIDDEN, INNER),
+    "lattice": (lambda shape: lattice(shape=shape), 128, 192),
+    "lattice, two codes": (lambda shape: lattice(3.45, shape), 128, 192),
+    "lattice, x twice": (lambda shape: lattice(3.14159, shape), 192, 64),
 }
 INT8, E4M3, E2M1 = (number_format(name) for name in ("int8", "e4m3", "e2m1"))
 DELAYED = ActivationScheme(E4M3, (0, 0), "delayed", limit=448.0, delay=Delay(4, 1))
@@ -113,7 +133,10 @@ def turned(weight: QuantizedTensor, expert: int) -> QuantizedTensor:
     return replace(
         weight,
         codes=roll(weight.codes),
-        scales=tuple(roll(scale) if len(scale) == weight.shape[0] else scale for scale in weight.scales),
+        scales=tuple(
+            roll(scale) if len(scale) == weight.shape[0] else scale.roll(expert, -1)
+            for scale in weight.scales
+        ),
         column_order=None if order is None else order.roll(expert),
     )
 
@@ -122,29 +145,36 @@ def linear(
     name: str, weights: list[QuantizedTensor], inputs: list[InputTransform | None], bias: Tensor | None
 ) -> Linear:
     packed = [choose(weight.scheme, weight.shape, CPU).kernel.pack(weight, CPU) for weight in weights]
-    assert all(isinstance(weight, (NativeWeight, ColumnsWeight)) for weight in packed)
+    assert all(isinstance(weight, (NativeWeight, ColumnsWeight, TransformedWeight)) for weight in packed)
     return Linear(name, packed, bias, inputs)
 
 
-def make(weight: Weight, given: Input = INPUTS["as they are"], bias: bool = False, parts: int = 1) -> Experts:
+def make(
+    weight: Weight,
+    given: Input = INPUTS["as they are"],
+    bias: bool = False,
+    parts: int = 1,
+    hidden: int = HIDDEN,
+    inner: int = INNER,
+) -> Experts:
     """``parts``: 2 leaves gate and up apart."""
     gate_up, down = [], []
     for expert in range(EXPERTS):
         halves = [
-            turned(weight((2 * INNER // parts, HIDDEN)), expert + EXPERTS * part) for part in range(parts)
+            turned(weight((2 * inner // parts, hidden)), expert + EXPERTS * part) for part in range(parts)
         ]
-        first = [given(expert, HIDDEN)] * parts
-        biases = (random(2 * INNER, seed=expert), random(HIDDEN, seed=90 + expert)) if bias else (None, None)
+        first = [given(expert, hidden)] * parts
+        biases = (random(2 * inner, seed=expert), random(hidden, seed=90 + expert)) if bias else (None, None)
         gate_up.append(linear(f"{expert}.gate_up", halves, first, biases[0]))
-        last = turned(weight((HIDDEN, INNER)), expert)
-        down.append(linear(f"{expert}.down", [last], [given(expert, INNER)], biases[1]))
+        last = turned(weight((hidden, inner)), expert)
+        down.append(linear(f"{expert}.down", [last], [given(expert, inner)], biases[1]))
     experts = Experts("experts", gate_up, down)
     assert isinstance(experts.grouped, GroupedExperts), experts.grouped
     return experts
 
 
-def draw(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    x = random(tokens, HIDDEN, seed=seed + tokens)
+def draw(tokens: int, seed: int = 0, hidden: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor]:
+    x = random(tokens, hidden, seed=seed + tokens)
     chosen = random(tokens, EXPERTS, seed=seed + tokens + 1).argsort(-1)[:, :K].contiguous()
     return x, chosen, random(tokens, K, seed=seed + 2).softmax(-1)
 
@@ -157,7 +187,7 @@ def states(experts: Experts) -> list[Tensor]:
 
 
 def check(experts: Experts, tokens: int, activation: str = "silu", chosen: Tensor | None = None) -> Tensor:
-    x, drawn, weights = draw(tokens)
+    x, drawn, weights = draw(tokens, hidden=experts.down[0].weights[0].shape[0])
     chosen = drawn if chosen is None else chosen
     before = [state.clone() for state in states(experts)]
     found = experts(x, chosen, weights, activation)
@@ -190,6 +220,58 @@ def test_scales_of_columns(height: int) -> None:
         assert experts.down[0].weights[0].kernel.name == "cpu_columns"
         for tokens in TOKENS:
             check(experts, tokens)
+
+
+def transformed(name: str, given: str = "as they are", bias: bool = False, parts: int = 2) -> Experts:
+    weight, hidden, inner = TRANSFORMED[name]
+    return make(weight, INPUTS[given], bias, parts, hidden, inner)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_weights_between_transforms(name: str) -> None:
+    """Each expert's gate, up and down have transforms of their own; also with inputs quantized before."""
+    for given, parts in (("as they are", 2), ("as they are", 1), ("int8 per token", 2), ("multipliers", 2)):
+        experts = transformed(name, given, bias=parts == 2, parts=parts)
+        assert isinstance(experts.down[0].weights[0], TransformedWeight)
+        for tokens in TOKENS:
+            check(experts, tokens)
+
+
+def test_outputs_in_another_order() -> None:
+    """Of a weight whose rows could not be moved, up before gate for one; a bias is as the rows lie."""
+    for name, parts in (("trellis", 1), ("trellis, some rows", 1), ("lattice", 2)):
+        experts = transformed(name, bias=True, parts=parts)
+        for layer in (*experts.gate_up, *experts.down[1:]):
+            rows = sum(weight.shape[0] for weight in layer.weights)
+            layer.order = random(rows, seed=rows).argsort()
+        ordered = Experts("experts", experts.gate_up, experts.down)
+        assert isinstance(ordered.grouped, GroupedExperts)
+        for tokens in TOKENS:
+            check(ordered, tokens)
+
+
+def test_experts_with_and_without_transforms() -> None:
+    """Parts of one expert, and experts, in different packings."""
+    experts = transformed("trellis, padded", "int8 per token", bias=True)
+    plain = make(WEIGHTS["int4 g32"], INPUTS["int8 per token"], bias=True, parts=2)
+    for expert in (2, 5):
+        experts.down[expert] = plain.down[expert]
+        experts.gate_up[expert].weights[1] = plain.gate_up[expert].weights[1]
+    mixed = Experts("experts", experts.gate_up, experts.down)
+    for tokens in TOKENS:
+        check(mixed, tokens)
+
+
+def test_transforms_that_ranks_share_run_one_by_one() -> None:
+    experts = transformed("lattice")
+    part = CpuLattice().pack(rank_of_lattice(lattice(shape=(256, 192))), CPU)
+    experts.down[1] = Linear("1.down", [part], None)
+    mixed = Experts("experts", experts.gate_up, experts.down)
+    assert mixed.grouped == "ranks gather the products of 1.down"
+    native_ones = make(WEIGHTS["int4 g32"])
+    native_ones.down[2].order = torch.arange(HIDDEN).flip(0)
+    mixed = Experts("experts", native_ones.gate_up, native_ones.down)
+    assert mixed.grouped == "2.down has outputs in another order"
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -255,9 +337,18 @@ def test_all_tokens_on_the_same_experts(given: str) -> None:
 
 @pytest.mark.parametrize("given", ["as they are", "int8 per token", "fp8 in groups", "static scales"])
 def test_a_token_does_not_see_its_neighbours(given: str) -> None:
-    experts = make(WEIGHTS["int8 channel"], INPUTS[given])
-    x, chosen, weights = draw(70)
-    added = random(70, HIDDEN, seed=5)
+    alone(make(WEIGHTS["int8 channel"], INPUTS[given]))
+
+
+@pytest.mark.parametrize("name", ["trellis, some rows", "lattice, two codes"])
+def test_a_token_does_not_see_its_neighbours_between_transforms(name: str) -> None:
+    alone(transformed(name))
+
+
+def alone(experts: Experts) -> None:
+    hidden = experts.down[0].weights[0].shape[0]
+    x, chosen, weights = draw(70, hidden=hidden)
+    added = random(70, hidden, seed=5)
     whole = experts(x, chosen, weights, "silu", added)
     for first, end in ((0, 1), (69, 70), (3, 20), (20, 70)):
         rows = slice(first, end)
@@ -272,10 +363,13 @@ def test_a_token_does_not_see_its_neighbours(given: str) -> None:
     assert torch.equal(found[others], whole[others])
 
 
-@pytest.mark.parametrize("name", ["int4 g32", "codebooks", "int8 channel"])
+@pytest.mark.parametrize(
+    "name", ["int4 g32", "codebooks", "int8 channel", "trellis", "trellis, padded", "lattice, two codes"]
+)
 def test_prompts_tokens_have_their_bits_in_any_company(name: str) -> None:
     """Where weights are rounded for them, tokens before them still meet what is stored."""
-    experts, (x, chosen, weights) = make(WEIGHTS[name]), draw(70)
+    experts = transformed(name) if name in TRANSFORMED else make(WEIGHTS[name])
+    x, chosen, weights = draw(70, hidden=experts.down[0].weights[0].shape[0])
     assert isinstance(experts.grouped, GroupedExperts)
 
     def mixed(first: int | None, rows: slice = slice(None)) -> Tensor:
@@ -321,12 +415,27 @@ def test_many_tokens_go_a_few_experts_at_a_time() -> None:
     check(experts, tokens, chosen=torch.full((tokens, K), 3))
 
 
-def test_a_plan_chooses_anew() -> None:
-    experts, (x, chosen, weights) = make(WEIGHTS["int4 g32"], INPUTS["static scales"]), draw(5)
+@pytest.mark.parametrize("name", ["trellis, some rows", "lattice, x twice"])
+def test_many_tokens_between_transforms_too(name: str) -> None:
+    _, hidden, inner = TRANSFORMED[name]
+    tokens = 6000
+    assert tokens * K * (4 * inner + 2 * hidden) > 1 << 23
+    experts = transformed(name, "int8 per token", bias=True)
+    found = check(experts, tokens)
+    x, chosen, weights = draw(tokens, hidden=hidden)
+    assert torch.equal(experts(x[-5:], chosen[-5:], weights[-5:], "silu"), found[-5:])
+
+
+@pytest.mark.parametrize("name", ["int4 g32", "trellis, some rows", "lattice, x twice"])
+def test_a_plan_chooses_anew(name: str) -> None:
+    given = "static scales"
+    experts = transformed(name, given) if name in TRANSFORMED else make(WEIGHTS[name], INPUTS[given])
+    hidden = experts.down[0].weights[0].shape[0]
+    x, chosen, weights = draw(5, hidden=hidden)
     _, plan = Recorder(Arena(1 << 22)).record(lambda: experts(x, chosen, weights, "silu"))
     assert plan is not None
     for seed in (10, 20):
-        for ours, drawn in zip((x, chosen, weights), draw(5, seed), strict=True):
+        for ours, drawn in zip((x, chosen, weights), draw(5, seed, hidden), strict=True):
             ours.copy_(drawn)
         assert torch.equal(plan.run(), experts.one_by_one(x, chosen, weights, "silu"))
     chosen[3, 1] = EXPERTS

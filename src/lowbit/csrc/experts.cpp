@@ -3,7 +3,8 @@
 // The pairs (token, expert) of a batch are sorted by expert, and all experts' products run as one list of tasks:
 // gate and up, the activation, down. Many pairs go a few experts at a time, so that what lies between the products
 // stays small. A token's result is the sum over its experts in ascending order of their numbers; every row of it
-// is computed as it would be alone.
+// is computed as it would be alone. Weights whose products stand between two rotations (trellises, lattices) have the
+// rows of all pairs rotated together, before and behind.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,6 +16,7 @@
 #include "linear_products.h"
 #include "lowbit.h"
 #include "operations.h"
+#include "rotation.h"
 #include "row_tasks.h"
 #include "thread_pool.h"
 #include "vector16.h"
@@ -139,6 +141,7 @@ void route(const lowbit_routing& routing, const float* logits, float* scratch, s
     for (int i = 0; i < k; ++i) weights[i] *= routing.scale;
 }
 
+constexpr std::int64_t EACH_ROTATED = 8;  // what rotating a number costs, in numbers copied; as in rotation.cpp
 constexpr std::int64_t FLOATS_TOGETHER = 1 << 23;  // between the products of the experts that run together
 
 // Rows quantized for all experts.
@@ -154,6 +157,7 @@ struct Workspace {
     std::vector<std::int64_t> starts, next;  // (experts + 1,)
     std::vector<float> gate_up, inner, down;
     std::vector<float> staged, input, factors;  // rows as one expert's inputs want them
+    std::vector<float> apart;                   // products that are rotated before a matrix has them
     Shared x, between;
     std::vector<Product> products;
     std::vector<std::int32_t> active;  // experts with pairs
@@ -201,6 +205,7 @@ class Multiplied {
                std::int64_t prompts, Workspace& own, float* out)
         : matrices_(matrices), from_(from), own_(own), first_(first), pairs_(pairs) {
         if (!matrices.shared && matrices.most_inputs > 0) prepare();
+        if (matrices.most_apart > 0) grown(own.apart, pairs * matrices.most_apart);
         own.products.clear();
         for (const std::int32_t expert : own.active) {
             const std::int64_t start = own.starts[static_cast<std::size_t>(expert)] - first;
@@ -211,6 +216,7 @@ class Multiplied {
             add_products(expert, middle, end, true, out);
         }
         multiply(own.products.data(), static_cast<std::int64_t>(own.products.size()));
+        if (matrices.most_parts > 0) rotate_results(out);
     }
 
     // Scales and biases of a pair's row of the product, in the order a layer by itself applies them.
@@ -222,8 +228,7 @@ class Multiplied {
             if (matrices_.shared) {
                 if (from_.factors != nullptr) factor = from_.factors + from_.of(pair);
             } else if (part.input >= 0) {
-                const lowbit_expert_input& input = matrices_.inputs[matrices_.first_input[expert] + part.input];
-                if (has_factors(input)) factor = factors_of(part.input, pair);
+                if (has_factors(input_at(expert, part.input))) factor = factors_of(part.input, pair);
             }
             if (part.row_scale == nullptr && factor == nullptr && bias == nullptr) continue;
             float* const to = row + part.first;
@@ -245,16 +250,26 @@ class Multiplied {
                                    : from_.rows == nullptr ? from_.x + start * from_.stride
                                                            : from_.x;
             const std::int32_t* const rows = prepared || from_.rows == nullptr ? nullptr : from_.rows + start;
-            own_.products.push_back({part.weight, x, prepared ? matrices_.columns : from_.stride, matrices_.columns, rows,
-                                     end - start, out + start * matrices_.rows + part.first, matrices_.rows, nullptr,
-                                     part.by_columns, prompts});
+            const std::int64_t stride = prepared ? matrices_.most_columns : from_.stride;
+            const std::int64_t columns = prepared ? input_at(expert, part.input).columns : matrices_.columns;
+            const std::int64_t to_stride = part.apart >= 0 ? matrices_.most_apart : matrices_.rows;
+            own_.products.push_back({part.weight, x, stride, columns, rows, end - start, result_of(part, start, out),
+                                     to_stride, nullptr, part.by_columns, prompts});
         }
     }
     static bool has_factors(const lowbit_expert_input& input) {
         return input.static_factor != nullptr || input.factors != 0;
     }
+    const lowbit_expert_input& input_at(int expert, std::int64_t input) const {
+        return matrices_.inputs[matrices_.first_input[expert] + input];
+    }
     float* input_of(std::int64_t input, std::int64_t pair) const {
-        return own_.input.data() + (input * pairs_ + pair) * matrices_.columns;
+        return own_.input.data() + (input * pairs_ + pair) * matrices_.most_columns;
+    }
+    // Where a part's product of a pair is written.
+    float* result_of(const lowbit_expert_part& part, std::int64_t pair, float* out) const {
+        if (part.apart >= 0) return own_.apart.data() + pair * matrices_.most_apart + part.apart;
+        return out + pair * matrices_.rows + part.first;
     }
     float* factors_of(std::int64_t input, std::int64_t pair) const {
         return own_.factors.data() + input * pairs_ + pair;
@@ -262,10 +277,10 @@ class Multiplied {
 
     // Every expert's rows as its own inputs want them.
     void prepare() {
-        const std::int64_t columns = matrices_.columns, most = matrices_.most_inputs;
-        grown(own_.input, most * pairs_ * columns);
+        const std::int64_t most = matrices_.most_inputs;
+        grown(own_.input, most * pairs_ * matrices_.most_columns);
         grown(own_.factors, most * pairs_);
-        grown(own_.staged, pairs_ * columns);
+        grown(own_.staged, pairs_ * matrices_.most_columns);
         const auto of_expert = [&](std::int64_t index) {
             const int expert = own_.active[static_cast<std::size_t>(index)];
             const std::int64_t start = own_.starts[static_cast<std::size_t>(expert)] - first_;
@@ -281,32 +296,79 @@ class Multiplied {
         } else {  // shares the rows of each instead
             for (std::int64_t index = 0; index < experts; ++index) of_expert(index);
         }
+        if (matrices_.most_parts > 0) rotate_inputs();
     }
 
+    // Gathered and quantized, and unless they are rotated then in the weight's order.
     void prepare(const lowbit_expert_input& input, std::int64_t number, std::int64_t start, std::int64_t count) {
-        const std::int64_t columns = matrices_.columns;
+        const std::int64_t columns = matrices_.columns, stride = matrices_.most_columns;
+        const bool ordered = input.column_order != nullptr && input.rotation == nullptr;
         float* const to = input_of(number, start);
-        float* const gathered = input.column_order == nullptr ? to : own_.staged.data() + start * columns;
+        float* const gathered = ordered ? own_.staged.data() + start * stride : to;
         for_rows(count, columns, [&](std::int64_t i) {
-            std::memcpy(gathered + i * columns, from_.x + from_.of(start + i) * from_.stride,
+            std::memcpy(gathered + i * stride, from_.x + from_.of(start + i) * from_.stride,
                         static_cast<std::size_t>(columns) * sizeof(float));
         });
         float* const factors = factors_of(number, start);
         if (input.quantizer != nullptr) {
-            if (lowbit_quantize_input(input.quantizer, gathered, columns, count, columns, gathered, columns,
+            if (lowbit_quantize_input(input.quantizer, gathered, stride, count, columns, gathered, stride,
                                       factors) != 0) {
                 throw std::bad_alloc();
             }
             if (input.factors == 2) std::fill_n(factors, count, factors[0]);
         }
         if (input.static_factor != nullptr) std::fill_n(factors, count, *input.static_factor);
-        if (input.column_order != nullptr) {
+        if (ordered) {
             for_rows(count, columns, [&](std::int64_t i) {
                 for (std::int64_t column = 0; column < columns; ++column) {
-                    to[i * columns + column] = gathered[i * columns + input.column_order[column]];
+                    to[i * stride + column] = gathered[i * stride + input.column_order[column]];
                 }
             });
         }
+    }
+
+    // Each row of each input that is, in place: few pairs share the threads, too.
+    void rotate_inputs() {
+        const std::int64_t most = matrices_.most_inputs;
+        for_rows(pairs_ * most, matrices_.most_columns * EACH_ROTATED, [&](std::int64_t index) {
+            const std::int64_t pair = index / most, number = index % most;
+            const int expert = own_.experts[static_cast<std::size_t>(first_ + pair)];
+            if (matrices_.first_input[expert] + number >= matrices_.first_input[expert + 1]) return;
+            const lowbit_expert_input& input = input_at(expert, number);
+            if (input.rotation == nullptr) return;
+            float* const row = input_of(number, pair);
+            std::fill(row + matrices_.columns, row + input.rotated, 0.0f);
+            rotate_row(*input.rotation, row, input.rotated, row);
+            if (input.column_order == nullptr) return;
+            static thread_local std::vector<float> kept;
+            kept.assign(row, row + input.rotated);
+            for (std::int64_t column = 0; column < input.columns; ++column) {
+                row[column] = kept[static_cast<std::size_t>(input.column_order[column])];
+            }
+        });
+    }
+
+    // Each part's product that is, and from where it lies apart into its matrix.
+    void rotate_results(float* out) const {
+        const std::int64_t most = matrices_.most_parts, width = std::max(matrices_.rows, matrices_.most_apart);
+        for_rows(pairs_ * most, width / most * EACH_ROTATED, [&](std::int64_t index) {
+            const std::int64_t pair = index / most;
+            const int expert = own_.experts[static_cast<std::size_t>(first_ + pair)];
+            const std::int64_t number = matrices_.first_part[expert] + index % most;
+            if (number >= matrices_.first_part[expert + 1]) return;
+            const lowbit_expert_part& part = matrices_.parts[number];
+            if (part.rotation == nullptr) return;
+            float* const whole = result_of(part, pair, out);
+            rotate_row(*part.rotation, whole, part.whole, whole);
+            if (part.apart < 0) return;
+            const float* const own = whole + part.skip;
+            float* const to = out + pair * matrices_.rows;
+            if (part.places == nullptr) {
+                std::copy(own, own + part.rows, to + part.first);
+            } else {
+                for (std::int64_t row = 0; row < part.rows; ++row) to[part.places[row]] = own[row];
+            }
+        });
     }
 
     const lowbit_expert_matrices& matrices_;
@@ -400,8 +462,8 @@ void run_pairs(const lowbit_experts& experts, const Rows& x, std::int64_t first,
 void run(const lowbit_experts& experts, const float* x, std::int64_t x_stride, const Mixed& mixed, Workspace& own) {
     Rows rows{x, x_stride, nullptr, nullptr};
     if (experts.gate_up.shared) quantize_shared(experts.gate_up, mixed.tokens, rows, own.x);
-    const std::int64_t floats =
-        experts.gate_up.rows + experts.gate_up.columns + 2 * experts.down.columns + experts.down.rows;
+    const std::int64_t floats = experts.gate_up.rows + experts.gate_up.columns + experts.gate_up.most_apart +
+                                2 * experts.down.columns + experts.down.rows + experts.down.most_apart;
     const std::int64_t most = std::max<std::int64_t>(1, FLOATS_TOGETHER / floats);
     for (std::int32_t expert = 0; expert < experts.count;) {
         const std::int64_t first = own.starts[static_cast<std::size_t>(expert)];

@@ -109,7 +109,10 @@ struct lowbit_column_weight {
 struct lowbit_expert_input {
     const lowbit_quantizer* quantizer;  // or null
     const float* static_factor;         // one number, or null
-    const std::int64_t* column_order;   // (columns,), after quantizing; or null
+    const std::int64_t* column_order;   // (columns,), after everything else; or null
+    const lowbit_rotation* rotation;    // after quantizing; or null
+    std::int64_t rotated;               // columns of it: the row's, and zeros behind them
+    std::int64_t columns;               // that the weight meets
     std::int32_t factors;               // the quantizer's: 0 none, 1 one a row, 2 one in all
 };
 
@@ -118,8 +121,12 @@ struct lowbit_expert_part {
     const lowbit_weight* weight;
     const lowbit_column_weight* by_columns;  // the weight with scales of its columns, or null
     const float* row_scale;   // (rows,), or null
+    const lowbit_rotation* rotation;  // of the weight's ``whole`` rows; the part is those from ``skip`` on; or null
+    const std::int64_t* places;       // (rows,), which of the matrix' rows each of them is; null: they lie in order
     std::int64_t first, rows;
     std::int64_t input;       // which of the expert's inputs it meets, -1: rows as they are
+    std::int64_t skip, whole;
+    std::int64_t apart;       // where the whole rows lie among those that no matrix has; -1: they are the part's own
 };
 
 // One of the two matrices (rows, columns) of all experts.
@@ -130,7 +137,10 @@ struct lowbit_expert_matrices {
     const std::int32_t* first_input;
     const float* const* biases;      // (experts,) of (rows,), or nulls
     std::int64_t rows, columns;
+    std::int64_t most_columns;       // of an input while it is changed
+    std::int64_t most_apart;         // rows of one expert that do not lie in the matrix
     std::int32_t most_inputs;        // of one expert
+    std::int32_t most_parts;         // of one expert, where any is rotated; else 0
     std::int32_t shared;             // all meet inputs[0], which treats every row by itself
 };
 

@@ -1,15 +1,16 @@
 """Mixtures of experts: routing, and a batch's experts in one call, native (csrc/experts.cpp) or on a GPU.
 
 The code knows an expert as two matrices of one or more packed weights each, with what happens to the rows
-before (``InputTransform``, a column order) and after (row scales, biases). A token's result has the bits that
-its experts give one by one (``layers.experts``), whoever else is in the batch.
+before (``InputTransform``, a rotation, a column order) and after (a rotation, row scales, biases). Rotations
+are the weights' own (``transformed_kernel``). A token's result has the bits that its experts give one by one
+(``layers.experts``), whoever else is in the batch.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from typing import Protocol
@@ -28,6 +29,7 @@ from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.prompt_rows import first_prompt_row
 from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.step_plan import Operation
+from lowbit.kernels.transformed_kernel import TransformedWeight
 
 PROMPT_TOKENS = 512  # of a step, as --chunked-prefill-size is unless set
 LEAST_EACH = 64  # tokens of an expert for which rounding its weights (``prompt_rows``) pays
@@ -36,6 +38,7 @@ LEAST_EACH = 64  # tokens of an expert for which rounding its weights (``prompt_
 RULES = ("softmax_top_k", "top_k_softmax", "group_softmax", "group_sigmoid")
 _FACTORS = {"": 0, "row": 1, "one": 2}
 
+_NATIVE = (NativeWeight, ColumnsWeight, TransformedWeight)
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
@@ -53,7 +56,9 @@ class _Input(ctypes.Structure):
     """lowbit_expert_input."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("quantizer", "static_factor", "column_order")),
+        *((name, _POINTER) for name in ("quantizer", "static_factor", "column_order", "rotation")),
+        ("rotated", _LONG),
+        ("columns", _LONG),
         ("factors", _INT),
     )
 
@@ -62,8 +67,8 @@ class _Part(ctypes.Structure):
     """lowbit_expert_part."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("weight", "by_columns", "row_scale")),
-        *((name, _LONG) for name in ("first", "rows", "input")),
+        *((name, _POINTER) for name in ("weight", "by_columns", "row_scale", "rotation", "places")),
+        *((name, _LONG) for name in ("first", "rows", "input", "skip", "whole", "apart")),
     )
 
 
@@ -72,10 +77,8 @@ class _Matrices(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("parts", "first_part", "inputs", "first_input", "biases")),
-        ("rows", _LONG),
-        ("columns", _LONG),
-        ("most_inputs", _INT),
-        ("shared", _INT),
+        *((name, _LONG) for name in ("rows", "columns", "most_columns", "most_apart")),
+        *((name, _INT) for name in ("most_inputs", "most_parts", "shared")),
     )
 
 
@@ -162,7 +165,12 @@ class Layer(Protocol):
     weights: list[PackedWeight]
     bias: Tensor | None
     inputs: list[InputTransform | None] | None
+    order: Tensor | None
     outputs: list[Rotator | None] | None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether ranks tell each other its products."""
 
 
 class Mixture(Protocol):
@@ -178,7 +186,7 @@ def together(gate_up: Sequence[Layer], down: Sequence[Layer]) -> Mixture | str:
     """What runs these experts in one call, or why they must run one by one."""
     weights = [weight for layer in gate_up for weight in layer.weights]
     first = next((buffer for weight in weights for buffer in weight.buffers.values()), None)
-    native_ones = any(isinstance(weight, (NativeWeight, ColumnsWeight)) for weight in weights)
+    native_ones = any(isinstance(weight, _NATIVE) for weight in weights)
     if first is not None and not native_ones and runtime.runs_on(first.device):
         from lowbit.kernels.gpu.experts import GpuGroupedExperts
 
@@ -251,53 +259,121 @@ class GroupedExperts:
         return PROMPT_TOKENS * k >= LEAST_EACH * self.count
 
 
+@dataclass
+class _Described:
+    """What the experts' layers come to, layer by layer; ``kept``: tensors that it points at."""
+
+    parts: list[_Part] = field(default_factory=list)
+    inputs: list[_Input] = field(default_factory=list)
+    first_part: list[int] = field(default_factory=lambda: [0])
+    first_input: list[int] = field(default_factory=lambda: [0])
+    biases: list[Tensor | None] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    most_apart: int = 0
+
+    def add(self, layer: Layer, shared: bool) -> None:
+        """``shared``: all experts' rows are quantized together, as the first input says."""
+        known: list[tuple[InputTransform | None, Tensor | None, Rotator | None]] = []
+        row = apart = 0
+        places = _places(layer)
+        for weight, transform in zip(layer.weights, layer.inputs or [None] * len(layer.weights), strict=True):
+            turned = weight if isinstance(weight, TransformedWeight) else None
+            inner = weight if turned is None else turned.tiles
+            order, scale = inner.buffers.get("column_order"), inner.buffers.get("row_scale")
+            before = None if turned is None else turned.before
+            place = 0 if shared else -1
+            if not shared and any(each is not None for each in (transform, order, before)):
+                given = (transform, order, before)
+                place = next((i for i, one in enumerate(known) if _same_objects(one, given)), len(known))
+                if place == len(known):
+                    known.append(given)
+                    self.inputs.append(_input(weight, transform))
+            whole, skip = inner.shape[0], 0 if turned is None else turned.skip
+            moves = turned is not None and (whole != weight.shape[0] or places is not None)
+            self.parts.append(
+                _Part(
+                    _codes(weight).address,
+                    ctypes.addressof(weight.description) if isinstance(weight, ColumnsWeight) else None,
+                    None if scale is None else scale.data_ptr(),
+                    None if turned is None else _native(turned.after),
+                    None if places is None else places[row:].data_ptr(),
+                    *(row, weight.shape[0], place, skip, whole, apart if moves else -1),
+                )
+            )
+            row += weight.shape[0]
+            apart += whole * moves
+        self.kept += [] if places is None else [places]
+        self.first_part.append(len(self.parts))
+        self.first_input.append(len(self.inputs))
+        self.most_apart = max(self.most_apart, apart)
+        bias = layer.bias
+        # One by one it is added before the rows are put in order.
+        self.biases.append(bias if bias is None or layer.order is None else bias[layer.order])
+
+
 def _matrices(layers: Sequence[Layer]) -> tuple[_Matrices, tuple[object, ...]] | str:
     """One matrix of every expert with what it points at, or why that cannot be."""
     for layer in layers:
         if reason := _refusal(layer):
             return reason
-    shared = _shared_input(layers)
-    parts: list[_Part] = []
-    inputs: list[_Input] = [] if shared is None else [_input(shared, None)]
-    first_part, first_input = [0], [0]
     shape = _shape(layers[0])
     for layer in layers:
         if _shape(layer) != shape:
             return f"{layer.name} is {_shape(layer)}, {layers[0].name} is {shape}"
-        known: list[tuple[InputTransform | None, Tensor | None]] = []
-        row = 0
-        for weight, transform in zip(layer.weights, layer.inputs or [None] * len(layer.weights), strict=True):
-            assert isinstance(weight, (NativeWeight, ColumnsWeight)), "nothing was refused"
-            by_columns = ctypes.addressof(weight.description) if isinstance(weight, ColumnsWeight) else None
-            codes = weight.codes if isinstance(weight, ColumnsWeight) else weight
-            order, scale = weight.buffers.get("column_order"), weight.buffers.get("row_scale")
-            place = 0 if shared is not None else -1
-            if shared is None and (transform is not None or order is not None):
-                place = next(
-                    (i for i, (t, o) in enumerate(known) if t is transform and o is order), len(known)
-                )
-                if place == len(known):
-                    known.append((transform, order))
-                    inputs.append(_input(transform, order))
-            scale_address = None if scale is None else scale.data_ptr()
-            numbers = (row, weight.shape[0], place)
-            parts.append(_Part(codes.address, by_columns, scale_address, *numbers))
-            row += weight.shape[0]
-        first_part.append(len(parts))
-        first_input.append(len(inputs))
+    shared, found = _shared_input(layers), _Described()
+    if shared is not None:
+        found.inputs.append(_input(layers[0].weights[0], shared))
+    for layer in layers:
+        found.add(layer, shared is not None)
     arrays = (
-        (_Part * len(parts))(*parts),
-        (_INT * len(first_part))(*first_part),
-        (_Input * max(len(inputs), 1))(*inputs),
-        (_INT * len(first_input))(*first_input),
-        (_POINTER * len(layers))(
-            *(None if layer.bias is None else layer.bias.data_ptr() for layer in layers)
-        ),
+        (_Part * len(found.parts))(*found.parts),
+        (_INT * len(found.first_part))(*found.first_part),
+        (_Input * max(len(found.inputs), 1))(*found.inputs),
+        (_INT * len(found.first_input))(*found.first_input),
+        (_POINTER * len(layers))(*(None if bias is None else bias.data_ptr() for bias in found.biases)),
     )
-    most = max(after - before for before, after in pairwise(first_input))
-    described = _Matrices(*(ctypes.addressof(array) for array in arrays), *shape, most, shared is not None)
-    used = tuple((tuple(layer.weights), layer.bias, layer.inputs) for layer in layers)
-    return described, (*arrays, used)
+    most_inputs, most_parts = (
+        max(after - before for before, after in pairwise(firsts))
+        for firsts in (found.first_input, found.first_part)
+    )
+    rotates = any(part.rotation for part in found.parts)
+    described = _Matrices(
+        *(ctypes.addressof(array) for array in arrays),
+        *shape,
+        max([shape[1], *(max(each.rotated, each.columns) for each in found.inputs)]),
+        found.most_apart,
+        most_inputs,
+        most_parts if rotates else 0,
+        shared is not None,
+    )
+    used = tuple((tuple(layer.weights), layer.inputs) for layer in layers)
+    return described, (*arrays, found.biases, found.kept, used)
+
+
+def _places(layer: Layer) -> Tensor | None:
+    """int64 (rows,): which output of the layer each row is; None where they lie in order."""
+    if layer.order is None:
+        return None
+    return torch.empty_like(layer.order).scatter_(0, layer.order, torch.arange(len(layer.order)))
+
+
+def _codes(weight: PackedWeight) -> NativeWeight:
+    """What native code multiplies with."""
+    assert isinstance(weight, _NATIVE), "nothing was refused"
+    if isinstance(weight, TransformedWeight):
+        return weight.tiles
+    return weight.codes if isinstance(weight, ColumnsWeight) else weight
+
+
+def _native(rotator: Rotator | None) -> int | None:
+    if rotator is None:
+        return None
+    assert rotator.native is not None, "nothing was refused"
+    return ctypes.addressof(rotator.native)
+
+
+def _same_objects(some: tuple[object, ...], others: tuple[object, ...]) -> bool:
+    return all(one is other for one, other in zip(some, others, strict=True))
 
 
 def _shape(layer: Layer) -> tuple[int, int]:
@@ -309,8 +385,13 @@ def _refusal(layer: Layer) -> str:
     if not layer.weights:
         return f"{layer.name} holds no packed weight"
     for weight in layer.weights:
-        if not isinstance(weight, (NativeWeight, ColumnsWeight)):
+        if not isinstance(weight, _NATIVE):
             return f"{layer.name} runs on the kernel {weight.kernel.name}"
+        if isinstance(weight, TransformedWeight):
+            if weight.after is None or layer.gathers:
+                return f"ranks gather the products of {layer.name}"
+        elif layer.order is not None:
+            return f"{layer.name} has outputs in another order"
         if weight.shape[1] != layer.weights[0].shape[1]:
             return f"{layer.name} has parts of {weight.shape[1]} and {layer.weights[0].shape[1]} columns"
     for transform in layer.inputs or ():
@@ -329,7 +410,8 @@ def _shared_input(layers: Sequence[Layer]) -> InputTransform | None:
     found: InputTransform | None = None
     for layer in layers:
         for weight, transform in zip(layer.weights, layer.inputs or [None] * len(layer.weights), strict=True):
-            if transform is None or "column_order" in weight.buffers:
+            turned = isinstance(weight, TransformedWeight)  # which has transforms of its own after that
+            if transform is None or turned or "column_order" in weight.buffers:
                 return None
             found = found or transform
             if not transform.same_as(found):
@@ -337,16 +419,22 @@ def _shared_input(layers: Sequence[Layer]) -> InputTransform | None:
     return found if found is not None and found.native is not None and found.native.by_rows else None
 
 
-def _input(transform: InputTransform | None, order: Tensor | None) -> _Input:
-    if transform is None:
-        return _Input(None, None, None if order is None else order.data_ptr(), 0)
-    quantizer = transform.native
-    assert quantizer is not None, "nothing was refused"
+def _input(weight: PackedWeight, transform: InputTransform | None) -> _Input:
+    met, rotated, rotation = weight, weight.shape[1], None
+    if isinstance(weight, TransformedWeight):
+        met, rotated, rotation = weight.tiles, weight.rotated, _native(weight.before)
+    order = met.buffers.get("column_order")
+    quantizer = None if transform is None else transform.native
+    assert quantizer is not None or transform is None, "nothing was refused"
+    static = None
+    if quantizer is not None and transform is not None and transform.is_static:
+        static = quantizer.buffers.static_scale
     return _Input(
-        ctypes.addressof(quantizer.description),
-        quantizer.buffers.static_scale.data_ptr()
-        if transform.is_static and quantizer.buffers.static_scale is not None
-        else None,
+        None if quantizer is None else ctypes.addressof(quantizer.description),
+        None if static is None else static.data_ptr(),
         None if order is None else order.data_ptr(),
-        _FACTORS[quantizer.factors],
+        rotation,
+        rotated,
+        met.shape[1],
+        0 if quantizer is None else _FACTORS[quantizer.factors],
     )

@@ -43,6 +43,11 @@ class TransformedWeight(PackedWeight):
     after: Rotator | None = field(kw_only=True, repr=False)
     skip: int = field(default=0, kw_only=True)
 
+    @property
+    def rotated(self) -> int:
+        """Columns that are transformed: x's and zeros behind them."""
+        return int(self.buffers["inputs"].shape[1])
+
 
 class TransformedKernel(NativeKernel, ABC):
     """Its weights are ``TransformedWeight``. What is rounded is a part of what is lost of x."""

@@ -256,6 +256,11 @@ class Linear:
         return sum(weight.shape[0] if each is None else each.size for weight, each in pairs)
 
     @property
+    def gathers(self) -> bool:
+        """Whether ranks tell each other its products."""
+        return self.gathered is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return sum(weight.nbytes for weight in self.weights)

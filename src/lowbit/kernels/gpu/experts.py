@@ -8,7 +8,8 @@ An input that all experts quantize alike is quantized once, before it is handed 
 multipliers are an expert's own, every pair of token and expert is quantized by itself. A rotation that all
 have comes before, in a launch. Where inputs and weights are codes of 8 bits, 8-bit tensor cores multiply them
 (``expert_eight_bit``). Other codes are multiplied in bfloat16, which holds them exactly, and scales meet
-float32 sums. Trellises, codebooks and lattices meet x in float16, and have more launches (``CodedStack``).
+float32 sums. Trellises, codebooks, lattices and SpQR's codes meet x in float16, and have more launches
+(``CodedStack``).
 
 Graphs, speed and memory have not been seen on a GPU: the kernels are proven in Triton's interpreter, and
 compiled for compute capabilities 8.0 and 9.0.
@@ -30,6 +31,7 @@ from lowbit.kernels.gpu.eight_bit import EightBitWeight
 from lowbit.kernels.gpu.expert_eight_bit import stacked
 from lowbit.kernels.gpu.expert_products import Rows, Stack, block_rows, multiply
 from lowbit.kernels.gpu.expert_rows import SortedPairs, mix, sort_pairs
+from lowbit.kernels.gpu.halves import HalvesStack
 from lowbit.kernels.gpu.lattice import LatticeStack
 from lowbit.kernels.gpu.layer import meet, operand
 from lowbit.kernels.gpu.row_vectors import RowVectorsStack
@@ -38,8 +40,10 @@ from lowbit.kernels.gpu.vectors import VectorsStack
 from lowbit.kernels.gpu.weight_layout import Layout, layout_of
 from lowbit.kernels.rotation import Rotator, same
 
-_CODED = ("gpu_trellis", "gpu_vectors", "gpu_row_vectors", "gpu_lattice")  # whose codes meet x as float16
-CodedStack = TrellisStack | VectorsStack | RowVectorsStack | LatticeStack
+# Whose codes meet x as float16.
+_CODED = ("gpu_trellis", "gpu_vectors", "gpu_row_vectors", "gpu_lattice", "gpu_halves")
+_ORDERED = ("gpu_row_vectors", "gpu_halves")  # of these in an order of each expert's own
+CodedStack = TrellisStack | VectorsStack | RowVectorsStack | LatticeStack | HalvesStack
 MOST_BETWEEN = 1 << 28  # numbers of pairs that are kept between the products; more tokens go in turns
 
 
@@ -284,11 +288,9 @@ def _refusal(layers: Sequence[Layer]) -> str:
         for weight in layer.weights:
             if weight.kernel.name not in ("gpu_blocks", "gpu_dense", *_CODED):
                 return f"{layer.name} runs on the kernel {weight.kernel.name}"
-            ordered = "column_order" in weight.buffers and weight.kernel.name != "gpu_row_vectors"
+            ordered = "column_order" in weight.buffers and weight.kernel.name not in _ORDERED
             if weight.kernel.name in _CODED and (layer.inputs or ordered):
                 return f"{layer.name} has codes whose inputs are changed or in another order"
-            if weight.kernel.name == "gpu_row_vectors" and "outliers" in weight.buffers:
-                return f"{layer.name} has columns that are kept number by number"
         if layer.outputs is not None:
             return f"{layer.name} rotates its outputs"
         if len(layer.weights) != len(first.weights):
@@ -396,13 +398,19 @@ def _stack(layers: Sequence[Layer], number: int) -> Stack | CodedStack:
     buffers: dict[str, Tensor] = {}
     for name in first.buffers:
         own = [layer.weights[number].buffers[name] for layer in layers]
-        plain = torch.uint8 if own[0].itemsize == 1 else own[0].dtype  # not every float8 type can be stacked
-        buffers[name] = torch.stack([buffer.view(plain) for buffer in own]).view(own[0].dtype)
+        if first.kernel.name == "gpu_halves" and name in HalvesStack.of_any_length:
+            buffers[name] = torch.cat(own)
+            views = buffers[name].split([len(buffer) for buffer in own])
+        else:
+            # Not every float8 type can be stacked.
+            plain = torch.uint8 if own[0].itemsize == 1 else own[0].dtype
+            buffers[name] = torch.stack([buffer.view(plain) for buffer in own]).view(own[0].dtype)
+            views = buffers[name].unbind()
         del own
-        for expert, layer in enumerate(layers):
+        for layer, view in zip(layers, views, strict=True):
             weight = layer.weights[number]
-            views = weight.buffers | {name: buffers[name][expert]}
-            layer.weights[number] = weight.kernel.restore(weight.scheme, weight.shape, views, weight.origin)
+            there = weight.buffers | {name: view}
+            layer.weights[number] = weight.kernel.restore(weight.scheme, weight.shape, there, weight.origin)
     rows, columns = first.shape
     if first.kernel.name == "gpu_trellis":
         return TrellisStack.of(first.scheme, (rows, columns), buffers)
@@ -414,6 +422,8 @@ def _stack(layers: Sequence[Layer], number: int) -> Stack | CodedStack:
             return RowVectorsStack.of(weights, buffers)
         case "gpu_lattice":
             return LatticeStack.of(weights, buffers)
+        case "gpu_halves":
+            return HalvesStack.of(weights, buffers)
     order = buffers.pop("column_order", None)
     table = buffers.get("table")
     split = table is not None and bool((table != table.bfloat16().float()).any())

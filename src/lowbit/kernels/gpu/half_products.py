@@ -64,36 +64,55 @@ def half_vector(  # type: ignore[no-untyped-def]
     tl.store(out + tl.program_id(1) * rows + row, sums, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["tokens", "each"])
+@triton.jit(do_not_specialize=["tokens", "token_blocks", "each"])
 def half_tile(  # type: ignore[no-untyped-def]
-    x,  # float16 (tokens, blocks * 128)
-    worth,  # float32 (tokens, blocks)
+    x,  # float16 (tokens / SAME, blocks * 128)
+    worth,  # float32 (tokens / SAME, blocks)
     out,  # (splits, tokens, rows)
     plane2,
     plane1,
     zeros,
     scales,
+    token_rows,  # int32 (token_blocks * BM,): ``expert_rows``, or None
+    experts,  # int32 (token_blocks,), or None: then there are codes and scales of every expert
     tokens,
+    token_blocks,
     rows,
     columns,
     blocks,
     out_row,
     runs,
     each,
+    size2,  # bytes of an expert's planes, and numbers of its scales
+    size1,
+    size0,
+    SAME: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """BM tokens times BN rows over ``each`` runs, on tensor cores.
 
-    Grid: (blocks of tokens * blocks of rows, splits): programs that share weights follow each other.
+    Grid: (token_blocks * blocks of rows, splits): programs that share weights follow each other. With experts
+    a token is a pair of token and expert, ``SAME`` of which have a row of x, and those of a block have one
+    expert, or none.
     """
-    token_blocks = tl.cdiv(tokens, BM)
-    token = (tl.program_id(0) % token_blocks) * BM + tl.arange(0, BM)
+    token_block = tl.program_id(0) % token_blocks
+    token = token_block * BM + tl.arange(0, BM)
     row = (tl.program_id(0) // token_blocks) * BN + tl.arange(0, BN)
+    if experts is not None:
+        expert = tl.load(experts + token_block).to(tl.int64)
+        if expert < 0:
+            return
+        plane2 += expert * size2
+        plane1 += expert * size1
+        zeros += expert * size0
+        scales += expert * size0
+        token = tl.load(token_rows + token)
     there = token < tokens
     inside = tl.minimum(row, rows - 1).to(tl.int64)
     first = tl.program_id(1) * each
-    x_rows = x + token.to(tl.int64)[:, None] * (blocks * 128)
+    seen_row = (token // SAME).to(tl.int64)
+    x_rows = x + seen_row[:, None] * (blocks * 128)
     total = tl.zeros((BN, BM), tl.float32)
     for run in range(first, tl.minimum(first + each, runs)):
         low, middle, _ = load_run(None, plane2, plane1, None, inside, run, columns, 3, TILE, FIELDS)
@@ -104,7 +123,7 @@ def half_tile(  # type: ignore[no-untyped-def]
             part = dot(
                 _weights(low, middle, zeros, scales, inside, run, columns, field), tl.trans(seen), part
             )
-        scale = tl.load(worth + token.to(tl.int64) * blocks + run // 2, mask=there, other=0.0)
+        scale = tl.load(worth + seen_row * blocks + run // 2, mask=there, other=0.0)
         total += part * scale[None, :]
     place = (tl.program_id(1) * tokens + token).to(tl.int64)[:, None] * out_row + row[None, :]
     kept = there[:, None] & (row < rows)[None, :]
@@ -151,23 +170,46 @@ def _outlier(entry):  # type: ignore[no-untyped-def]
     return entry & 0xFFFF, number
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "seen_tokens"])
 def outlier_sums(  # type: ignore[no-untyped-def]
-    x,  # (inputs, tokens)
+    x,  # (inputs, seen_tokens)
     out,  # float32 (tokens, rows)
     order,  # int64 (columns,): the input of each, or None
     starts,  # int32 (rows + 1,)
     entries,  # int32 (outliers,)
     rests,  # float16 (outliers,): what rounding the sum with the weight adds
+    first_entries,  # int64 (experts,): where each's begin, order and starts are (experts, ...); or None
+    token_rows,  # int32: ``expert_rows``; None: tokens lie in order
+    experts,  # of every BM tokens in this order
     tokens,
+    seen_tokens,
     rows,
+    columns,
+    count,  # of experts
+    SAME: tl.constexpr,
+    BM: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
     M: tl.constexpr,
 ):
-    """Outliers times x, K of each of R rows at a time and M tokens. Grid: (blocks of rows, of tokens)."""
+    """Outliers times x, K of each of R rows at a time and M tokens. Grid: (blocks of rows, of tokens).
+
+    With experts a token is a pair of token and expert, ``SAME`` of which have a column of x.
+    """
     row = tl.program_id(0) * R + tl.arange(0, R)
     token = tl.program_id(1) * M + tl.arange(0, M)
+    if first_entries is not None:
+        expert = tl.load(experts + tl.program_id(1) * M // BM).to(tl.int64)
+        if (expert < 0) | (expert >= count):
+            return
+        own = tl.load(first_entries + expert)
+        entries += own
+        rests += own
+        starts += expert * (rows + 1)
+        if order is not None:
+            order += expert * columns
+        if token_rows is not None:
+            token = tl.load(token_rows + token)
     inside, there = row < rows, token < tokens
     first = tl.load(starts + row, mask=inside, other=0)
     last = tl.load(starts + row + 1, mask=inside, other=0)
@@ -180,7 +222,7 @@ def outlier_sums(  # type: ignore[no-untyped-def]
         column = column.to(tl.int64)
         if order is not None:
             column = tl.load(order + column, mask=held, other=0)
-        place = column[:, :, None] * tokens + token[None, None, :]
+        place = column[:, :, None] * seen_tokens + (token // SAME)[None, None, :]
         seen = tl.load(x + place, mask=held[:, :, None] & there[None, None, :], other=0.0).to(tl.float32)
         total += tl.sum(number[:, :, None] * seen, 1)
     place = token.to(tl.int64)[None, :] * rows + row[:, None]

@@ -10,7 +10,8 @@ scale over: decoding costs a rounding and a product more a weight than in ``gpu_
 D is sparse and its product a launch of its own: rows' entries are read as they lie, and for several tokens
 what they name of x lies together, token beside token, in a copy of x that is turned. Its sums are added as
 those of a split. An outlier costs an instruction or three a token on CUDA cores where a weight costs a part
-of a tensor core's: of many tokens 1 % of outliers are reckoned to take a third of the time.
+of a tensor core's: of many tokens 1 % of outliers are reckoned to take a third of the time. A mixture's
+experts have these two launches together (``HalvesStack``).
 **None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
 
     buffers   plane2, plane1     uint8, codes as ``weight_layout`` has them, in runs of 64 columns
@@ -23,7 +24,10 @@ of a tensor core's: of many tokens 1 % of outliers are reckoned to take a third 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,13 +35,15 @@ from torch import Tensor
 from lowbit.kernels.gpu import runtime, weight_layout
 from lowbit.kernels.gpu.gpu_kernel import (
     SPLIT_COLUMNS,
+    Blocks,
     GpuKernel,
     add,
+    expert_blocks,
     half_blocks,
     halves_of,
     unfit,
 )
-from lowbit.kernels.gpu.programs import Shape
+from lowbit.kernels.gpu.programs import Cut, Shape
 from lowbit.kernels.gpu.vectors import BLOCK, check_buffer, padded
 from lowbit.kernels.gpu.weight_layout import Layout
 from lowbit.kernels.linear_kernel import PackedWeight
@@ -45,9 +51,14 @@ from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import Outliers, QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
+if TYPE_CHECKING:
+    from lowbit.kernels.gpu.expert_rows import SortedPairs
+
 _RUN, _TILE = 64, 16  # columns
 _RUN_BYTES = _RUN * 3 // 8 + _RUN // _TILE * 4
 _ENTRY_BYTES = 6
+_OUTLIERS = ("outlier_starts", "outliers", "outlier_rests")
+_ALONE, _TOGETHER = (16, 64, 1), (8, 16, 16)  # rows, outliers of each and tokens that are summed at a time
 
 
 @dataclass(frozen=True)
@@ -143,14 +154,83 @@ class GpuHalves(GpuKernel):
         return out
 
 
+@dataclass(frozen=True, eq=False)
+class HalvesStack:
+    """One weight of every expert: ``buffers`` are (experts, ...), but the outliers, which lie one expert's
+    behind another's from ``first_entries``, int64 (experts,), on. ``order``: int32 (experts, padded in)."""
+
+    shape: tuple[int, int]
+    buffers: dict[str, Tensor]
+    first_entries: Tensor
+    order: Tensor | None
+
+    most_rows = 128
+    gates = False  # an activation is a launch of its own
+    of_any_length = ("outliers", "outlier_rests")
+
+    @staticmethod
+    def of(weights: Sequence[PackedWeight], buffers: dict[str, Tensor]) -> HalvesStack:
+        """Around the stacked buffers."""
+        known = [weight for weight in weights if isinstance(weight, HalvesWeight)]
+        counts = [len(weight.buffers["outliers"]) for weight in known]
+        orders = [weight.order for weight in known if weight.order is not None]
+        rows, columns = known[0].shape
+        firsts = torch.tensor(list(accumulate(counts[:-1], initial=0)), device=buffers["plane2"].device)
+        return HalvesStack((rows, columns), buffers, firsts, torch.stack(orders) if orders else None)
+
+    def multiply(self, x: Tensor, divisor: int, chosen: Tensor, sorted_: SortedPairs, out: Tensor) -> None:
+        """out (pairs, rows): row ``pair // divisor`` of x by the matrix of its expert.
+
+        ``chosen``: int64 (pairs,), which ``sorted_`` has in order. Columns are not split: the experts are
+        many. Outliers' sums are added to the product's.
+        """
+        (rows, columns), pairs = self.shape, len(out)
+        blocks, runs = -(-columns // BLOCK), -(-columns // _RUN)
+        given = (None, 1) if self.order is None else (chosen, divisor)  # else a row of x is every expert's
+        seen, scale = halves_of(x, blocks, self.order, None, *given)
+        outliers = len(self.buffers["outliers"]) > 0
+        parts = torch.empty(1 + outliers, pairs, rows, device=x.device) if outliers else out
+        own, cut = expert_blocks(sorted_, rows, runs, x.device)
+        same = divisor if self.order is None else 1
+        _tiles(seen, scale, (rows, columns), _codes(self.buffers), parts, pairs, own, cut, sorted_, same)
+        if outliers:
+            self._multiply_outliers(x, divisor, chosen, sorted_, parts[-1])
+            add(parts, out)
+
+    def _multiply_outliers(
+        self, x: Tensor, divisor: int, chosen: Tensor, sorted_: SortedPairs, out: Tensor
+    ) -> None:
+        """out: float32 (pairs, rows). Few pairs are taken by themselves: most blocks would hold one."""
+        from lowbit.kernels.gpu.half_products import outlier_sums
+
+        (rows, columns), experts = self.shape, len(self.first_entries)
+        few = len(chosen) <= 2 * experts
+        height, entries, together = _ALONE if few else _TOGETHER
+        places = len(chosen) if few else len(sorted_.rows) // together
+        runtime.launch(
+            outlier_sums,
+            (-(-rows // height), places),
+            *(x.T.contiguous(), out, self.buffers.get("column_order")),
+            *(self.buffers[name] for name in _OUTLIERS),
+            self.first_entries,
+            *((None, chosen) if few else (sorted_.rows, sorted_.experts)),
+            *(len(chosen), len(x), rows, columns, experts),
+            SAME=divisor,
+            BM=1 if few else sorted_.block_m,
+            R=height,
+            K=entries,
+            M=together,
+        )
+
+
 def _layout(scheme: Scheme, shape: tuple[int, ...]) -> Layout:
     layout = weight_layout.layout_of(replace(scheme, outliers=None), shape)
     assert isinstance(layout, Layout) and layout.tile == _TILE, "refuses() was asked first"
     return layout
 
 
-def _codes(packed: PackedWeight) -> tuple[Tensor, ...]:
-    return tuple(packed.buffers[name] for name in ("plane2", "plane1", "zeros", "scale0"))
+def _codes(buffers: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(buffers[name] for name in ("plane2", "plane1", "zeros", "scale0"))
 
 
 def _rests(weight: QuantizedTensor, outliers: Outliers) -> Tensor:
@@ -165,7 +245,7 @@ def _rests(weight: QuantizedTensor, outliers: Outliers) -> Tensor:
 
 
 def _multiply(x: Tensor, packed: HalvesWeight, out: Tensor) -> None:
-    from lowbit.kernels.gpu.half_products import half_tile, half_vector
+    from lowbit.kernels.gpu.half_products import half_vector
 
     (tokens, columns), rows = x.shape, packed.shape[0]
     blocks, runs = -(-columns // BLOCK), -(-columns // _RUN)
@@ -181,39 +261,67 @@ def _multiply(x: Tensor, packed: HalvesWeight, out: Tensor) -> None:
         runtime.launch(
             half_vector,
             (-(-rows // one.height), one.splits),
-            *(seen, scale, parts, *_codes(packed)),
+            *(seen, scale, parts, *_codes(packed.buffers)),
             *(rows, columns, runs, one.each),
             num_warps=chosen.num_warps,
             BN=one.height,
             STAGES=chosen.num_stages,
         )
     else:
-        runtime.launch(
-            half_tile,
-            (-(-rows // one.height) * -(-tokens // chosen.BM), one.splits),
-            *(seen, scale, parts, *_codes(packed)),
-            *(tokens, rows, columns, blocks, parts.stride(-2), runs, one.each),
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            BM=chosen.BM,
-            BN=one.height,
-        )
+        _tiles(seen, scale, (rows, columns), _codes(packed.buffers), parts, tokens, chosen, one)
     if splits > 1:
         add(parts, out)
+
+
+def _tiles(
+    seen: Tensor,
+    scale: Tensor,
+    shape: tuple[int, int],
+    codes: tuple[Tensor, ...],
+    parts: Tensor,
+    tokens: int,
+    chosen: Blocks,
+    one: Cut,
+    sorted_: SortedPairs | None = None,
+    same: int = 1,
+) -> None:
+    """Products into ``parts`` (..., tokens, rows); ``same`` pairs of experts have one row of x, and ``codes``
+    are then (experts, ...)."""
+    from lowbit.kernels.gpu.half_products import half_tile
+
+    rows, columns = shape
+    token_blocks = -(-tokens // chosen.BM) if sorted_ is None else sorted_.blocks
+    low, middle, zeros, _ = (codes[i][0] if sorted_ is not None else codes[i] for i in range(4))
+    runtime.launch(
+        half_tile,
+        (token_blocks * -(-rows // one.height), one.splits),
+        *(seen, scale, parts, *codes),
+        *((None, None) if sorted_ is None else (sorted_.rows, sorted_.experts)),
+        *(tokens, token_blocks, rows, columns, -(-columns // BLOCK), parts.stride(-2)),
+        *(-(-columns // _RUN), one.each, low.numel(), middle.numel(), zeros.numel()),
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+        SAME=same,
+        BM=chosen.BM,
+        BN=one.height,
+    )
 
 
 def _multiply_outliers(x: Tensor, packed: PackedWeight, out: Tensor) -> None:
     """out: float32 (tokens, rows)."""
     from lowbit.kernels.gpu.half_products import outlier_sums
 
-    tokens, rows = len(x), packed.shape[0]
-    height, entries, together = (16, 64, 1) if tokens == 1 else (8, 16, 16)
+    tokens, (rows, columns) = len(x), packed.shape
+    height, entries, together = _ALONE if tokens == 1 else _TOGETHER
     runtime.launch(
         outlier_sums,
         (-(-rows // height), -(-tokens // together)),
         *(x.T.contiguous(), out, packed.buffers.get("column_order")),
-        *(packed.buffers[name] for name in ("outlier_starts", "outliers", "outlier_rests")),
-        *(tokens, rows),
+        *(packed.buffers[name] for name in _OUTLIERS),
+        *(None, None, None),
+        *(tokens, tokens, rows, columns, 0),
+        SAME=1,
+        BM=1,
         R=height,
         K=entries,
         M=together,
@@ -228,7 +336,7 @@ def _look_up(packed: PackedWeight, ids: Tensor, out: Tensor) -> None:
     runtime.launch(
         half_rows,
         (-(-len(ids) // _TILE), -(-columns // _RUN)),
-        *(out, ids, order, *_codes(packed)),
+        *(out, ids, order, *_codes(buffers)),
         *(len(ids), rows, columns),
         BN=_TILE,
     )

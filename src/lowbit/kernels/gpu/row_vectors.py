@@ -7,9 +7,9 @@ gives the same number for all rows of a token:
 
 Vectors are gathered and multiplied as ``gpu_vectors`` does it, with which the launches are shared; the few
 outliers, columns that are kept number by number, and the second sum are products of torch's in float32, added
-with the splits. A book's columns are padded to whole blocks of 128, a vector's rows to a power of two (of 12
-rows a quarter of the numbers is made in vain). **None of it has run on a GPU**: it is proven in Triton's
-interpreter, and compiled.
+with the splits; those of a mixture's experts are multiplied as plain matrices of experts are. A book's
+columns are padded to whole blocks of 128, a vector's rows to a power of two (of 12 rows a quarter of the
+numbers is made in vain). **None of it has run on a GPU**: it is proven in Triton's interpreter, and compiled.
 
     buffers   indices, second   uint8, or int16 for more than 256 vectors: (vectors of rows, padded columns)
               codebooks         (books, centroids + residual, 2, 4, 8 or 16), in the file's type
@@ -259,18 +259,19 @@ class GpuRowVectors(GpuKernel):
 @dataclass(frozen=True, eq=False)
 class RowVectorsStack:
     """One weight of every expert: indices, codebooks, order and multiplier of ``codes`` are (experts, ...),
-    and ``offset`` float32 (experts, in), by inputs. Outliers there are none."""
+    and of ``apart`` all is. ``outliers``: (experts, rows of whole vectors, outliers), where there are any."""
 
     shape: tuple[int, int]
     codes: Codes
-    offset: Tensor | None
+    apart: _Apart
+    outliers: Tensor | None
 
     most_rows = 128
     gates = False  # an activation is a launch of its own
 
     @staticmethod
     def of(weights: Sequence[PackedWeight], buffers: dict[str, Tensor]) -> RowVectorsStack:
-        """Around the stacked buffers of weights without outliers."""
+        """Around the stacked buffers."""
         known = [weight for weight in weights if isinstance(weight, RowVectorsWeight)]
         rows, columns = weights[0].shape
 
@@ -287,7 +288,13 @@ class RowVectorsStack:
             multiplier=stacked([weight.codes.multiplier for weight in known]),
             factor=min(weight.codes.factor for weight in known),  # of the largest numbers
         )
-        return RowVectorsStack((rows, columns), codes, stacked([weight.apart.offset for weight in known]))
+        parts = [weight.apart for weight in known]
+        apart = _Apart(
+            stacked([part.inputs for part in parts]),
+            stacked([part.multiplier for part in parts]),
+            stacked([part.offset for part in parts]),
+        )
+        return RowVectorsStack((rows, columns), codes, apart, buffers.get("outliers"))
 
     def multiply(self, x: Tensor, divisor: int, chosen: Tensor, sorted_: SortedPairs, out: Tensor) -> None:
         """out (pairs, rows): row ``pair // divisor`` of x by the matrix of its expert.
@@ -298,15 +305,39 @@ class RowVectorsStack:
         codes, experts = self.codes, len(self.codes.codebooks)
         seen, scale = halves_of(x, codes.blocks, codes.order, codes.multiplier, chosen, divisor)
         own = codes.height * int(codes.constants["L"])
-        if self.offset is None:
+        if self.apart.offset is None and self.outliers is None:
             multiply_experts(seen, scale, codes, own, sorted_, out, 1, experts)
             return
         sums = torch.empty(out.shape, device=out.device)
         multiply_experts(seen, scale, codes, own, sorted_, sums, 1, experts)
-        # The same number for all rows of a pair.
-        added = x.float() @ self.offset.T  # (pairs / divisor, experts)
-        own_expert = chosen.clamp(0, experts - 1).view(len(x), divisor)
-        out.copy_(sums.add_(added.gather(1, own_expert).view(-1, 1)))
+        own_expert = chosen.clamp(0, experts - 1)
+        if self.outliers is not None:
+            sums.add_(self._of_outliers(x, divisor, own_expert, sorted_, self.outliers))
+        if self.apart.offset is not None:
+            # The same number for all rows of a pair.
+            added = x.float() @ self.apart.offset.T  # (pairs / divisor, experts)
+            sums.add_(added.gather(1, own_expert.view(len(x), divisor)).view(-1, 1))
+        out.copy_(sums)
+
+    def _of_outliers(
+        self, x: Tensor, divisor: int, own_expert: Tensor, sorted_: SortedPairs, outliers: Tensor
+    ) -> Tensor:
+        """float32 (pairs, rows): a plain matrix of few columns, those of each expert, in a launch more."""
+        from lowbit.kernels.gpu.expert_products import FLOAT_BLOCKS, Rows, Stack, multiply
+        from lowbit.kernels.gpu.expert_rows import sort_pairs
+
+        experts, height, count = outliers.shape
+        assert self.apart.inputs is not None, "outliers have inputs"
+        seen = (x if divisor == 1 else x.repeat_interleave(divisor, 0)).float()
+        seen = seen.gather(1, self.apart.inputs.index_select(0, own_expert))
+        if self.apart.multiplier is not None:
+            seen *= self.apart.multiplier.index_select(0, own_expert)
+        if sorted_.block_m not in FLOAT_BLOCKS:  # taller ones are those of 16-bit x
+            sorted_ = sort_pairs(own_expert, experts, max(FLOAT_BLOCKS))
+        found = torch.empty(len(seen), height, device=x.device)
+        stack = Stack((height, count), None, {"matrix": outliers}, None, False)
+        multiply(stack, Rows(seen, 1), sorted_, None, None, found)
+        return found[:, : self.shape[0]]
 
 
 def _sizes(scheme: Scheme, shape: tuple[int, ...]) -> _Sizes:
