@@ -48,11 +48,11 @@ struct Order {
         narrow = grouped || (!bytes && summed_columns(layout) <= COLUMNS && layout.scales != Scales::none);
         parts = narrow ? static_cast<int>(line / layout.sub) : 1;
         lines = (layout.tiles * COLUMNS + line - 1) / line;
-        tiles_of_line = static_cast<int>(line / COLUMNS);
+        tiles_of_line = static_cast<int>(line / COLUMNS);  // 1 or 2
         lines_of_group = narrow ? 1 : layout.scales == Scales::none ? lines : layout.unit / line;
     }
     // Where a half tile is decoded to.
-    int slot(int tile, int half) const { return (tile * 2 + half) * parts / (2 * tiles_of_line); }
+    int slot(int tile, int half) const { return (tile * 2 + half) * parts >> tiles_of_line; }
 
     bool bytes;
     bool halves;  // scales for 16 columns
