@@ -71,7 +71,8 @@ READS = {
     "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; low rank, and "
     "on a CPU E8P12RVQ3B, are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
-    "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
+    "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; inputs and "
+    "outputs of 8 bits, but no LayerNorm's",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), int4 of fp8, MXFP4, MXFP6, "
     "two-stage NVFP4; int4 and int8 inputs in groups; patterns of layers; inputs rotated at run time (R4, "
     "online R1)",

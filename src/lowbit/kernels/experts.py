@@ -26,7 +26,7 @@ from lowbit.kernels.gpu import runtime
 from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.prompt_rows import first_prompt_row
-from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.rounded_output import OutputTransform
 from lowbit.kernels.step_plan import Operation
 
 PROMPT_TOKENS = 512  # of a step, as --chunked-prefill-size is unless set
@@ -162,7 +162,7 @@ class Layer(Protocol):
     weights: list[PackedWeight]
     bias: Tensor | None
     inputs: list[InputTransform | None] | None
-    outputs: list[Rotator | None] | None
+    outputs: list[OutputTransform | None] | None
 
 
 class Mixture(Protocol):
@@ -317,7 +317,7 @@ def _refusal(layer: Layer) -> str:
         if transform is not None and transform.native is None:
             return f"the inputs of {layer.name} are quantized in torch"
     if layer.outputs is not None:
-        return f"{layer.name} rotates its outputs"
+        return f"{layer.name} changes its outputs"
     bias = layer.bias
     if bias is not None and not (bias.is_cpu and bias.dtype is torch.float32 and bias.is_contiguous()):
         return f"the bias of {layer.name} is {bias.dtype}"

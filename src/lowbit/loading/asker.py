@@ -216,6 +216,11 @@ class Asker:
             ]
         cut = [replace(place, product=self._product_of(place)) for place in cut]
         for place in cut:
+            if place.columns is not None and self.scheme_at(place).output is not None:
+                raise self._cannot(
+                    f"the outputs of {place.part.name} are rounded, of which each rank would have a part of "
+                    "the sum; use --tp-size 1"
+                )
             if place.rows and (rotation := self.scheme_at(place).output_rotation) is not None:
                 inside = [start for run in place.runs for start in run if start % rotation.size]
                 if inside or place.picked_rows is not None:

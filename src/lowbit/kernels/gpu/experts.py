@@ -290,7 +290,7 @@ def _refusal(layers: Sequence[Layer]) -> str:
             if weight.kernel.name == "gpu_row_vectors" and "outliers" in weight.buffers:
                 return f"{layer.name} has columns that are kept number by number"
         if layer.outputs is not None:
-            return f"{layer.name} rotates its outputs"
+            return f"{layer.name} changes its outputs"
         if len(layer.weights) != len(first.weights):
             return f"{layer.name} has {len(layer.weights)} parts, {first.name} has {len(first.weights)}"
         for weight, other in zip(layer.weights, first.weights, strict=True):
