@@ -29,6 +29,7 @@ class Hub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.broken = False
+        self.lost: set[str] = set()  # files that are listed and not given
         self.asked: list[str] = []
         self.ranges: list[tuple[str, int]] = []  # (file, bytes sent)
         self.ignores_ranges = False
@@ -64,6 +65,8 @@ class Hub:
                     return self._api("/".join(parts[2:4]), parts[4:], head)
                 repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
                 content = hub.repos.get(repo, {}).get(name)
+                if name in hub.lost:
+                    return self._answer(500, b"", head)
                 if content is None or revision not in (COMMIT, "main"):
                     return self._answer(404, b"", head, X_Error_Code="EntryNotFound")
                 etag = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -116,6 +119,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         return {path.name: path.read_bytes() for path in source.iterdir()}
 
     useless = {"README.md": b"# hi", "pytorch_model.bin": b"pickle", "original/consolidated.pth": b"x"}
+    useless |= {"README.png": b"picture", "original/LICENSE": b"x", "LICENSE.Apache-2.0": b"terms"}
     made.repos["org/single"] = files(write_folder(folder / "a")) | useless
     made.repos["org/sharded"] = files(write_folder(folder / "b", shards=3)) | useless
     gguf = write_gguf_file(folder / "m.gguf").read_bytes()
@@ -187,7 +191,9 @@ def test_only_what_is_needed_at_one_commit(hub: Hub, repo: str, tmp_path: Path) 
     assert found["revision"] == COMMIT
     files = [path for path in hub.asked if "/resolve/" in path]
     assert files and all(f"/resolve/{COMMIT}/" in path for path in files)
-    assert not any(name in path for path in files for name in ("README", ".bin", ".pth"))
+    assert not any(name in path for path in files for name in ("png", ".bin", ".pth", "original"))
+    for name, text in (("README.md", "# hi"), ("LICENSE.Apache-2.0", "terms")):
+        assert (Path(found["root"]) / name).read_text() == text, "they go with a copy of the model"
     # A second start, without a network, from the cache.
     again = open_in_process(hub, tmp_path, f"org/{repo}", HF_HUB_OFFLINE="1")
     assert again.get("tensors") == 12 and again["revision"] == COMMIT, again
@@ -299,6 +305,26 @@ def test_server_error_and_no_server(hub: Hub, tmp_path: Path) -> None:
     open_in_process(hub, tmp_path, "org/single")
     cached = open_in_process(hub, tmp_path, "org/single", HF_ENDPOINT="http://127.0.0.1:9")
     assert cached.get("tensors") == 12, cached
+
+
+def test_texts_beside_the_weights(hub: Hub, tmp_path: Path) -> None:
+    """Small ones of a folder's root; one that does not come is no reason not to serve."""
+    from lowbit.checkpoint.hub import texts_beside
+
+    wanted = ["COPYING", "LICENSE-MODEL.txt", "MODEL_CARD.md", "NOTICE", "Readme.md", "USE_POLICY.md"]
+    wanted = sorted([*wanted, "preprocessor_config.json"])
+    others = ["README.py", "LICENSE.pdf", "docs/README.md", "config.json", "img.png", "training_args.bin"]
+    assert texts_beside(dict.fromkeys([*wanted, *others], 1000)) == wanted
+    assert texts_beside(dict.fromkeys(wanted, 2 << 20)) == []
+    hub.lost.add("README.md")
+    try:
+        found = open_in_process(hub, tmp_path, "org/single")
+    finally:
+        hub.lost.clear()
+    assert found.get("tensors") == 12, found
+    assert not (Path(found["root"]) / "README.md").exists()
+    open_in_process(hub, tmp_path, "org/single")
+    assert (Path(found["root"]) / "README.md").exists(), "the next start asks again"
 
 
 def test_pickled_weights_are_fetched_where_there_are_no_others() -> None:

@@ -232,6 +232,8 @@ def test_a_head_divided_by_its_norms(tmp_path: Path) -> None:
         "bitsandbytes/int8",
         "transforms/quip_w4a16",
         "transforms/spinquant_w8a8",
+        "quanto/int8_inputs",
+        "awq/starcoder2",
         "quip_sharp/e8p12",
         "quip_sharp/e8p12_rvq4",
     ],

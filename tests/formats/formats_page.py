@@ -30,7 +30,7 @@ READS = {
     "loaded",
     "auto-round": "2-8 bits in GPTQ packing (v1, v2), 4 bits in AWQ packing, mixed bits (extra_config); FP8 "
     "in blocks and static, NVFP4, MXFP4, MXFP8",
-    "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too",
+    "awq": "gemm, gemv, gemv_fast, Marlin; 4 bits, in gemm 2, 3 and 8 too; inputs behind scaled activations",
     "bitnet": "transformers' packed 2 bits (bitlinear, autobitlinear), unpacked, and online; int8 inputs a "
     "token",
     "bitsandbytes": "nf4, fp4, double quantization, any storage dtype; LLM.int8 with outlier columns",
@@ -71,10 +71,11 @@ READS = {
     "quip_sharp": "E8P12, E8P12RVQ3B and E8P12RVQ4B, fused layers, low rank, rescaled inputs; low rank, and "
     "on a CPU E8P12RVQ3B, are decoded to 16 bits a weight when loaded",
     "sinq": "1-6 and 8 bits, scales of rows (8-bit ones too) and columns, tiles, nf4",
-    "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; weights only",
+    "quanto": "qint8, qfloat8 (e4m3, e5m2), qint4, qint2 with float shifts or zero points; inputs and "
+    "outputs of 8 bits, but no LayerNorm's",
     "quark": "fp8 (static, a token), int8, uint8, int4, uint4 (both packings), int4 of fp8, MXFP4, MXFP6, "
     "two-stage NVFP4; int4 and int8 inputs in groups; patterns of layers; inputs rotated at run time (R4, "
-    "online R1)",
+    "online R1); of models calibrated for attention in FP8 all but that",
     "spqr": "3 bits, scales of scales, outliers (by row or 16 rows), act-order",
     "torchao": "safetensors of torchao 0.15 and newer, pickled files of the same classes: Int8Tensor, "
     "Float8Tensor (inputs a row or tensor), Int4Tensor (plain), Int4TilePackedTo4dTensor, "

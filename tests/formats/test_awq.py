@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from formats.helpers import read, reader_of, write_folder
+from formats.helpers import FIXTURES, header_of, read, reader_of, write_folder
+from formats.mutations import Seed
+from forward_helpers import prompt_logits
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
+from lowbit.loading import load_model
 from oracles import gptq as oracle
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -167,3 +171,61 @@ def test_damaged_tensors(name: str, value: Tensor | None, code: str, tmp_path: P
     with pytest.raises(LowbitError) as caught:
         read(folder, NAME, SHAPE)
     assert caught.value.code == code and name in str(caught.value), caught.value
+
+
+# ---- scaled activations, in a tied model of which AutoAWQ kept the head
+
+
+SCALED = FIXTURES / "awq" / "starcoder2"
+ACT = "model.layers.0.mlp.act.scales"
+DOWN = "model.layers.0.mlp.c_proj"
+
+
+def test_the_tools_own_logits() -> None:
+    """The second Linear's input is divided by what stands beside the activation."""
+    wanted = load_file(SCALED / "outputs.safetensors")["logits"]
+    model = load_model(
+        header_of(SCALED), device="cpu", kv_cache_dtype="f32", linear_kernel="reference", dtype="float32"
+    )
+    tokens = [[1, 5, 9, 3, 7, 2, 0, 14, 8, 8, 4]]
+    assert (prompt_logits(model, tokens)[0] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    found = prompt_logits(load_model(header_of(SCALED), device="cpu", kv_cache_dtype="f32"), tokens)[0]
+    assert (found - wanted).abs().max() <= 0.03 * wanted.abs().max()
+    assert "model.embed_tokens.weight" not in header_of(SCALED).tensors, "the head is the embedding"
+
+
+@pytest.mark.parametrize("leaf", ["c_proj", "dense_4h_to_h", "down_proj"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_which_layers_follow_a_scaled_activation(leaf: str, packed: bool, tmp_path: Path) -> None:
+    """StarCoder2's, Falcon's and GPT-NeoX's, packed or kept plain; elsewhere it belongs to nothing."""
+    name, scales = f"transformer.h.0.mlp.{leaf}", torch.rand(256).half() + 0.5
+    tensors, wanted = make("gemm")
+    tensors = {
+        key.replace(NAME, name if packed else f"{name}_other"): value for key, value in tensors.items()
+    }
+    tensors |= {"transformer.h.0.mlp.act.scales": scales}
+    tensors |= {} if packed else {f"{name}.weight": torch.from_numpy(wanted).half()}
+    folder = write_folder(tmp_path, tensors, config())
+    found = read(folder, name, SHAPE)
+    after = leaf != "down_proj"
+    assert found.weight.scheme.is_dense != packed and (found.input is not None) == after
+    used = reader_of(folder).tensors_of(StoredModule(name, name, SHAPE))
+    assert ("transformer.h.0.mlp.act.scales" in used) == after
+    if after:
+        assert torch.equal(found.input.multiplier, 1.0 / scales.float())
+
+
+@pytest.mark.parametrize(
+    ("scales", "code", "words"),
+    [
+        (torch.ones(64).half(), "E0213", r"\[96\]"),
+        (torch.full((96,), torch.inf).half(), "E0215", "infinite"),
+        (torch.zeros(96).half(), "E0215", "inputs are divided by it"),
+    ],
+)
+def test_damaged_scales_of_activations(scales: Tensor, code: str, words: str, tmp_path: Path) -> None:
+    seed = Seed.of(SCALED)
+    folder = seed.write(tmp_path, seed.config, seed.tensors | {ACT: scales})
+    with pytest.raises(LowbitError, match=words) as caught:
+        read(folder, DOWN, (64, 96))
+    assert caught.value.code == code and ACT in str(caught.value) and "\n" not in str(caught.value)

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from formats.helpers import check_values, fixture_cases, header_of, read, reader_of
 from formats.mutations import Seed
+from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.formats import StoredModule
 from lowbit.formats.bitnet import rounded
 from lowbit.kernels.activation_quant import InputTransform
-from lowbit.loading import plan_model
+from lowbit.loading import load_model, plan_model
 
 CASES = fixture_cases("bitnet")
 NAME = "model.layers.0.self_attn.q_proj"
@@ -39,7 +41,33 @@ def test_what_the_cases_cover() -> None:
         "autobitlinear": f"ternary allxall bf16 {INPUT}",
         "unpacked": f"ternary allxall bf16 {INPUT}",
         "online": f"ternary allxall bf16 {INPUT}",
+        "biases": f"ternary allxall f32 {INPUT}",
     }
+
+
+def test_the_tools_own_logits() -> None:
+    """AutoBitLinear multiplies biases with its scale, too."""
+    wanted = load_file(case("biases") / "outputs.safetensors")["logits"]
+    tokens = [[1, 5, 9, 3, 7, 2, 0, 14, 8, 8, 4]]
+    for options in ({"linear_kernel": "reference", "dtype": "float32"}, {}):
+        model = load_model(header_of(case("biases")), device="cpu", kv_cache_dtype="f32", **options)
+        assert (prompt_logits(model, tokens)[0] - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_heads_tied_to_the_embedding(tmp_path: Path) -> None:
+    """transformers rounds such a head at run time unless the list has it."""
+    seed = Seed.of(case("online"))
+    plain = {name: tensor for name, tensor in seed.tensors.items() if name != "lm_head.weight"}
+    for number, kept in enumerate((None, ["head"], ["gate_proj"])):
+        config = copy.deepcopy(seed.config) | {"tie_word_embeddings": True}
+        config["quantization_config"]["modules_to_not_convert"] = kept
+        header = open_checkpoint(str(seed.write(tmp_path / str(number), config, plain)))
+        if kept != ["gate_proj"]:
+            assert plan_model(header, device="cpu").modules
+            continue
+        with pytest.raises(LowbitError, match="leaves out lm_head, which is tied") as raised:
+            plan_model(header, device="cpu")
+        assert raised.value.code == "E0218"
 
 
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)

@@ -50,6 +50,8 @@ def test_a_pattern_for_a_part_does_not_catch_its_neighbour() -> None:
         (module_prefix, "lm_head", "lm_head", True),
         (module_prefix, "q_proj", Q, True),
         (module_prefix, "mlp.gate", GATE, False),
+        (module_prefix, "head", "lm_head", True),
+        (module_prefix, "p_proj", "model.layers.3.mlp.up_proj", True),
         (module_prefix, "model.layers.*.self_attn", Q, True),
         (regex_or_exact, "re:.*self_attn", Q, True),
         (regex_or_exact, "re:self_attn", Q, False),

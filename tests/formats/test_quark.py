@@ -47,6 +47,7 @@ def test_what_the_cases_cover() -> None:
         "fp8_static": "e4m3 allxall bf16 (input e4m3 allxall static)",
         "fp8_token": "e4m3 1xall bf16 (input e4m3 1xall dynamic)",
         "fp8_kv": "e4m3 allxall bf16 (input e4m3 allxall static)",
+        "fp8_attention": "e4m3 allxall bf16 (input e4m3 allxall static)",
         "fp8_custom": "e4m3 allxall bf16 (input e4m3 allxall static)",
         "awq_custom": "uint4 1x32 bf16 asym",
         "int8_static": "int8 allxall f32 (input int8 allxall static)",
@@ -73,7 +74,7 @@ def test_what_the_cases_cover() -> None:
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_every_tensor_has_a_use(folder: Path) -> None:
     used = set(reader_of(folder).tensors_of(StoredModule(NAME, NAME, SHAPE)))
-    cache = {f"{NAME}.output_scale"} if folder.name == "fp8_kv" else set()
+    cache = {f"{NAME}.output_scale"} if folder.name in ("fp8_kv", "fp8_attention") else set()
     assert used | cache == {name for name in header_of(folder).tensors if name.startswith(f"{NAME}.")}
     plan = plan_model(header_of(folder), device="cpu").modules
     kernels = {module.kernel for module in plan if not module.scheme.is_dense}
@@ -138,6 +139,21 @@ def test_groups_of_int4_inputs_are_quarks_own() -> None:
     wanted = ((groups * (1 / scale)).round().clamp(-8, 7) * scale).flatten(-2)
     assert (wanted != (groups / scale).round().clamp(-8, 7).mul(scale).flatten(-2)).any()
     assert torch.equal(InputTransform(scheme)(x)[0], wanted)
+
+
+def test_attention_in_fp8_is_left_in_floats(caplog: pytest.LogCaptureFixture) -> None:
+    """Q's outputs and the softmax's: weights and inputs are those of the same model without them."""
+    folder = case("fp8_attention")
+    stored = load_file(folder / "model.safetensors")
+    assert {
+        "model.layers.0.self_attn.prob_output_scale",
+        "model.layers.0.self_attn.q_proj.output_scale",
+    } <= set(stored)
+    schemes = {module.name: module.scheme for module in plan_model(header_of(folder), device="cpu").modules}
+    assert "queries and softmax weights were quantized" in caplog.text
+    assert schemes == {
+        module.name: module.scheme for module in plan_model(header_of(case("fp8_kv")), device="cpu").modules
+    }
 
 
 def test_patterns_of_layers() -> None:
@@ -352,7 +368,6 @@ ONLINE = (*OTHER, "algo_config", 0, "online_config")
         ("int8_g32", (*RULE, "weight"), 3, "E0212", "must be an object"),
         ("int8_g32", (*RULE, "bias"), {}, "E0218", "quantizes biases"),
         ("int8_g32", (*RULE, "output_tensors"), {}, "E0218", "quantizes outputs"),
-        ("int8_g32", (*OTHER, "softmax_quant_spec"), {}, "E0218", "softmax"),
         ("int8_g32", (*OTHER, "algo_config"), [{"name": "rotation", "r3": True}], None, ""),
         ("fp8_kv", (*OTHER, "algo_config"), [{"name": "rotation", "r3": True}], "E0218", "rotates K"),
         ("int8_g32", (*OTHER, "algo_config"), [{"name": "rotation", "r4": True}], "E0209", "rotates inputs"),

@@ -132,7 +132,7 @@ def test_quantized_folders(folder: Path, tmp_path: Path) -> None:
             exact = read.weight.dequantize()
             if read.input is not None and read.input.multiplier is not None:
                 exact = exact * read.input.multiplier.float()
-                multiplied.add(module.target.name)
+                multiplied.add(module.target.stored)
             target = module.target
             stored = found[target.tensor("weight")]
             if target.expert is not None:

@@ -27,6 +27,7 @@ from lowbit.engine.memory import pool_pages
 from lowbit.kernels import device_memory
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.rounded_output import RoundedOutput
 from lowbit.loading import Loader, PackedCache, load_model, packed_cache
 from lowbit.loading.packed_cache import Kept
 from lowbit.loading.samples import Samples
@@ -108,7 +109,10 @@ def module_bits(kept: Kept) -> object:
         for w in kept.weights
     ]
     shared = [[a is b for b in kept.inputs] for a in kept.inputs]
-    outputs = [rotation_bits(rotator) for rotator in kept.outputs]
+    outputs = [
+        transform_bits(output.codes) if isinstance(output, RoundedOutput) else rotation_bits(output)
+        for output in kept.outputs
+    ]
     return weights, [transform_bits(transform) for transform in kept.inputs], shared, bits(kept.bias), outputs
 
 

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: one revision, resolved once, and only the files that are needed.
+"""Models of the Hugging Face hub: one revision, resolved once, what is needed and its card.
 
 Everything goes through ``huggingface_hub`` (its cache, its login, HF_HUB_OFFLINE, HF_ENDPOINT); a
 reference is ``org/name``, or ``org/name:file.gguf`` or ``org/name:Q4_K_M`` for one GGUF file of a repo.
@@ -7,6 +7,7 @@ reference is ``org/name``, or ``org/name:file.gguf`` or ``org/name:Q4_K_M`` for 
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,17 @@ _SMALL_FILES = (
     *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
     *("quanto_qmap.json", "quantization_map.json"),
 )
+# What people read, by the beginnings of its names; some have endings of no kind (LICENSE.Apache-2.0).
+FOR_PEOPLE = ("README", "MODEL_CARD", "LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
+_NO_TEXTS = (
+    *(".py", ".sh", ".ipynb", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"),
+    *(".zip", ".gz", ".bin", ".pt", ".safetensors", ".gguf"),
+)
+# What lowbit needs for nothing itself, but a checkpoint written from this one has beside it.
+_BESIDE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_BESIDE_BYTES = 1 << 20
+
+_log = logging.getLogger("lowbit")
 
 
 @dataclass(frozen=True)
@@ -72,11 +84,17 @@ def fetch(
     commit = info.sha or wanted
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
     names = needed_files(reference, list(sizes))
-    total, done = sum(sizes[name] for name in names), 0
-    for name in names:
+    beside = [] if names[0].endswith(".gguf") else texts_beside(sizes)
+    total, done = sum(sizes[name] for name in (*beside, *names)), 0
+    for name in (*beside, *names):
         if on_progress is not None:
             on_progress(done, total, f"{reference.repo}: {name}")
-        file = download(reference, name, commit)
+        try:
+            file = download(reference, name, commit)
+        except LowbitError as error:
+            if name not in beside:
+                raise
+            _log.warning("lowbit: %s is not there: %s", printable(name), error.message)
         done += sizes[name]
     if on_progress is not None:
         on_progress(total, total, reference.repo)
@@ -217,6 +235,19 @@ def needed_files(reference: Reference, names: list[str]) -> list[str]:
         weights = ["model.safetensors"]
     weights = own_weights(weights)
     return [name for name in _SMALL_FILES if name in names] + sorted(weights)
+
+
+def texts_beside(sizes: dict[str, int]) -> list[str]:
+    """The small texts of a repo that go with a copy of its model: its card, its licence, and the like.
+
+    ``sizes``: file name -> bytes.
+    """
+    found = []
+    for name, size in sizes.items():
+        text = name.upper().startswith(FOR_PEOPLE) and not name.lower().endswith(_NO_TEXTS)
+        if "/" not in name and size <= _BESIDE_BYTES and (text or name in _BESIDE):
+            found.append(name)
+    return sorted(found)
 
 
 def _gguf_files(reference: Reference, names: list[str]) -> list[str]:

@@ -111,7 +111,7 @@ class Surveyor:
         self.header = header
         self.form = form
         self.report = report
-        self.names = Names(header, family, config.layers, form.unused)
+        self.names = Names(header, family, config.layers, form.unused, config.tied_head)
         self.kv_tensors = KvScales(header)
         self.limits: dict[str, tuple[int, int]] = {}
 

@@ -86,12 +86,13 @@ class InputRule:
 @dataclass(frozen=True)
 class StoredLinear:
     """What a reader returns: the weight, its bias (out,), the rule for its input, and what its outputs (bias
-    included) are rotated by."""
+    included) are rotated by, or the scale under which they are rounded to the scheme's ``output``."""
 
     weight: QuantizedTensor
     bias: Tensor | None = None
     input: InputRule | None = None
     output: Rotation | None = None
+    output_scale: Tensor | None = None  # float32 scalar
 
 
 @dataclass

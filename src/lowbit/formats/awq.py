@@ -18,20 +18,32 @@
 weight[o, i] = (code - zero) * scale; for gemv_fast code * scale + stored, an offset. ``marlin`` files are
 read by ``marlin``. GPTQModel's 2, 3 and 8 bits are packed like gemm without the reordering, AutoRound's (2 to
 8 bits, a dense stream) with it, eight codes at a time.
+
+Where an activation stands between two Linears without a gate (StarCoder2, Falcon, GPT-NeoX),
+``mlp.act.scales`` F16 [in] is what the second's input is divided by, packed or plain.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats import (
+    InputRule,
+    Notes,
+    StoredLinear,
+    StoredModule,
+    check_shape,
+    entry_of,
+    finite_scales,
+    require_tensors,
+)
 from lowbit.formats.dense import origin_of
 from lowbit.formats.gptq import SCALE_DTYPES, check_bits, check_group_size, plain_beside_packed, read_number
 from lowbit.formats.marlin import marlin_scheme, marlin_tensors, read_marlin
@@ -43,6 +55,7 @@ from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
 GEMM_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the field of logical column 0, 1, … of a word
+_AFTER_ACTIVATIONS = ("c_proj", "dense_4h_to_h")
 _LAYOUTS = {
     "gemm": "gemm",
     "exllama": "gemm",
@@ -138,6 +151,30 @@ class Awq(PartlyDense):
 
     def _is_dense(self, module: StoredModule) -> bool:
         return plain_beside_packed(self.header, module)
+
+    def _beside(self, module: StoredModule) -> list[str]:
+        """The scales of the activation before it."""
+        entry = self._activation_scales(module)
+        return [] if entry is None else [entry.name]
+
+    def read(self, module: StoredModule, data: TensorData) -> StoredLinear:
+        """As stored, and what its input is divided by."""
+        stored, entry = super().read(module, data), self._activation_scales(module)
+        if entry is None:
+            return stored
+        check_shape(entry, (module.shape[1],), "AWQ behind a scaled activation")
+        scales = finite_scales(self.header, entry.name, data.tensor(entry.name)).float()
+        if not bool(scales.all()):
+            raise LowbitError(
+                "E0215",
+                f"{entry.file.name}: tensor {entry.name!r} holds zeros, and inputs are divided by it; the "
+                "file is damaged, download it again",
+            )
+        return replace(stored, input=InputRule(multiplier=1.0 / scales))
+
+    def _activation_scales(self, module: StoredModule) -> TensorEntry | None:
+        parent, _, leaf = module.stored.rpartition(".")
+        return self.header.tensors.get(f"{parent}.act.scales") if leaf in _AFTER_ACTIVATIONS else None
 
 
 def awq_tensors(header: CheckpointHeader, module: StoredModule) -> list[str]:

@@ -6,11 +6,12 @@
     bias           [out]
 
 ``linear_class`` says what the scale means: "bitlinear" (where nothing is said) divides by it, "autobitlinear"
-multiplies with it; autobitlinear's weights may also be floats of -1, 0 and 1, as transformers keeps them when
-it saves such a model again. ``quantization_mode`` "online" (autobitlinear's only) stores plain floats without
-a scale, which are rounded here as the layer does in each forward pass: with m the mean of |w|,
-clamp(round(w / m), -1, 1) * m, in the weight's own type. Which modules that concerns only the config can
-tell: all Linears but the output head, or but those of ``modules_to_not_convert``.
+multiplies with it, the bias as well; autobitlinear's weights may also be floats of -1, 0 and 1, as
+transformers keeps them when it saves such a model again. ``quantization_mode`` "online" (autobitlinear's
+only) stores plain floats without a scale, which are rounded here as the layer does in each forward pass: with
+m the mean of |w|, clamp(round(w / m), -1, 1) * m, in the weight's own type. Which modules that concerns only
+the config can tell: all Linears but the output head, or but those of ``modules_to_not_convert``. A head tied
+to the embedding that this list leaves out is refused: the head alone would be rounded.
 
 Inputs are int8 with one scale a token, the largest |x| over 127, and at least 1e-5 / 127. (The layer computes
 127 / the largest |x| and multiplies; an input on the border of two codes may fall to the other side.)
@@ -79,6 +80,13 @@ class BitNet(PartlyDense):
                 f"{header.root.name}: {self.place} says quantization_mode online, plain floats that are "
                 "rounded at run time, but there are packed weights or weight scales; it must say offline",
             )
+        tied = header.config.get("tie_word_embeddings") is True and "lm_head.weight" not in header.tensors
+        if self.online and tied and not (self.keeps_head or listed("lm_head", self.kept, module_prefix)):
+            raise LowbitError(
+                "E0218",
+                f"{self.place}.modules_to_not_convert leaves out lm_head, which is tied to the embedding: "
+                "the head alone would be rounded at run time, which is not supported; add lm_head",
+            )
         if not self.online and not scaled:
             raise LowbitError(
                 "E0213",
@@ -128,6 +136,13 @@ class BitNet(PartlyDense):
             (scale.reshape(1, 1),),
             origin=origin_of(self.header, module),
         )
+
+    def _bias(self, module: StoredModule, data: TensorData) -> Tensor | None:
+        """AutoBitLinear adds it before it multiplies with the scale."""
+        bias = super()._bias(module, data)
+        if bias is None or self.online or not self.multiplies:
+            return bias
+        return bias.float() * data.tensor(module.tensor("weight_scale")).float().reshape(())
 
     def _is_dense(self, module: StoredModule) -> bool:
         return not self._is_quantized(module)

@@ -67,10 +67,9 @@ def exact(key: str, name: str) -> bool:
 
 
 def module_prefix(key: str, name: str) -> bool:
-    """transformers >= 5 ``modules_to_not_convert``: a regex matching up to a module border, or a suffix."""
-    if name.endswith(key) and (len(name) == len(key) or name[-len(key) - 1] == "." or key.startswith(".")):
-        return True
-    return compiled(f"(?:{key})(?:(?<=\\.)|(?=\\.|$))").match(name) is not None
+    """transformers >= 5 ``modules_to_not_convert``: a regex matching up to a module border, or a suffix
+    that may begin anywhere (``head`` is of ``lm_head``)."""
+    return name.endswith(key) or compiled(f"(?:{key})(?:(?<=\\.)|(?=\\.|$))").match(name) is not None
 
 
 def regex_or_exact(key: str, name: str) -> bool:

@@ -53,7 +53,8 @@ class PartlyDense(ABC):
             self._check_plain(module)
             return read_dense(self.header, module, data)
         weight = self._weight(module, data)
-        return StoredLinear(weight, self._bias(module, data), self._input(module, data))
+        bias, rule = self._bias(module, data), self._input(module, data)
+        return StoredLinear(weight, bias, rule, output_scale=self._output_scale(module, data))
 
     def _is_dense(self, module: StoredModule) -> bool:
         return module.tensor(self.sign) not in self.header.tensors
@@ -82,6 +83,10 @@ class PartlyDense(ABC):
 
     def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
         """What a quantized module asks of its input."""
+        return None
+
+    def _output_scale(self, module: StoredModule, data: TensorData) -> Tensor | None:
+        """Of the scheme's ``output``."""
         return None
 
 

@@ -14,15 +14,19 @@ byte[r] = code[r] | code[r + R] << 4, of 2 bits code[r] | code[r + R] << 2 | …
 bytes.
 
 ``quanto_qmap.json`` (``quantization_map.json``) has the types of weights and activations, by module;
-transformers' ``quant_method: quanto`` has them once. Everything needed is in the tensors; where they are of
-another type than the map says they win, with a warning. ``input_scale`` and ``output_scale`` are 1 and
-unused unless activations are quantized, which is refused: quanto then rounds what a layer gives, too.
+transformers' ``quant_method: quanto`` has them once. Of weights everything needed is in the tensors; where
+they are of another type than the map says they win, with a warning. ``input_scale`` and ``output_scale`` are
+one number each, 1 and unused unless activations are quantized. If so, x becomes Q(x / input_scale) and what
+the layer gives, bias included, Q(y / output_scale), each to the nearest code of the activations' type and
+times its scale: a model that quanto has loaded rounds all outputs, also those of which its calibration had
+found that nobody needs them rounded. What a LayerNorm gives is rounded, too; that is refused, and so are
+scales without a map, which alone says to what.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,13 +35,21 @@ from torch import Tensor
 from lowbit.checkpoint.header import CheckpointHeader, TensorEntry
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError, printable
-from lowbit.formats import Notes, StoredModule, check_shape, entry_of, finite_scales, require_tensors
+from lowbit.formats import (
+    InputRule,
+    Notes,
+    StoredModule,
+    check_shape,
+    entry_of,
+    finite_scales,
+    require_tensors,
+)
 from lowbit.formats.dense import DENSE_DTYPES, origin_of
 from lowbit.formats.partly_dense import PartlyDense
 from lowbit.formats.quantization_config import claimed_by_tensors, quantization_config
 from lowbit.numerics.number_formats import number_format
 from lowbit.numerics.quantized_tensor import QuantizedTensor
-from lowbit.numerics.scheme import Scheme
+from lowbit.numerics.scheme import ActivationScheme, Scheme
 
 _BYTES = {"I8": "int8", "F8_E4M3": "e4m3", "F8_E5M2": "e5m2", "F8_E4M3FNUZ": "e4m3fnuz"}
 _TYPES = {
@@ -91,11 +103,13 @@ class Quanto(PartlyDense):
         self.place = "" if found is None else found.place
         self.types: dict[str, str] = {}
         self.every = ""
+        self.activations: dict[str, str] = {}
+        self.every_activation = ""
         if found is None:
             return
         if "quant_method" in found.values:
             self.every = self._type(found.values.get("weights", "int8"), "weights", _TRANSFORMERS)
-            self._refuse_activations(found.values.get("activations"), "")
+            self.every_activation = self._activation(found.values.get("activations"), "", _TRANSFORMERS)
         else:
             for name, said in found.values.items():
                 if not isinstance(said, dict):
@@ -105,7 +119,15 @@ class Quanto(PartlyDense):
                         f"{printable(repr(said))}",
                     )
                 self.types[name] = self._type(said.get("weights", "none"), name, {})
-                self._refuse_activations(said.get("activations"), name)
+                self.activations[name] = self._activation(said.get("activations", "none"), name, {})
+                if self.activations[name] and not self.types[name]:
+                    raise LowbitError(
+                        "E0218",
+                        f"{self.place}: {printable(repr(name))} has activations "
+                        f"{printable(repr(said.get('activations')))} and no quantized weights: quanto rounds "
+                        "what such a norm gives, which is not supported; quantize the model again and "
+                        "exclude its norms",
+                    )
         require_tensors(header, _DATA, found.place, self.name)
 
     def _type(self, told: object, name: str, short: dict[str, str]) -> str:
@@ -119,14 +141,19 @@ class Quanto(PartlyDense):
             )
         return _TYPES[known]
 
-    def _refuse_activations(self, told: object, name: str) -> None:
+    def _activation(self, told: object, name: str, short: dict[str, str]) -> str:
+        """The number format that activations are rounded to; "" for none."""
+        words = short or {kind: kind for kind in _TYPES}
+        kinds = {word: _TYPES[kind] for word, kind in words.items() if _TYPES[kind] in _BYTES.values()}
         if told in (None, "none"):
-            return
+            return ""
+        if isinstance(told, str) and told in kinds:
+            return kinds[told]
+        of = f"{printable(repr(name))}: " if name else ""
         raise LowbitError(
-            "E0218",
-            f"{self.place}: {printable(repr(name)) + ': ' if name else ''}activations are "
-            f"{printable(repr(told))}: quanto then rounds the outputs of layers as well, which is not "
-            "supported; use a version with quantized weights only",
+            "E0212",
+            f"{self.place}: {of}activations must be one of {', '.join(kinds)} or none, found "
+            f"{printable(repr(told))}",
         )
 
     @classmethod
@@ -145,8 +172,16 @@ class Quanto(PartlyDense):
         return self._data(module) is None
 
     def _scheme(self, module: StoredModule) -> Scheme:
-        """From dtypes and shapes."""
-        return self._layout(module).scheme(module.shape[1])
+        """From dtypes and shapes; what activations are rounded to from the map."""
+        scheme, kind = self._layout(module).scheme(module.shape[1]), self._activation_of(module)
+        if not kind:
+            return scheme
+        for suffix in _SCALES:
+            entry = entry_of(self.header, module, suffix, tuple(DENSE_DTYPES), f"{_WHAT} with activations")
+            if math.prod(entry.shape) != 1:
+                check_shape(entry, (), f"{_WHAT} with activations")
+        static = ActivationScheme(number_format(kind), (0, 0), "static")
+        return replace(scheme, activation=static, output=static)
 
     def _tensors(self, module: StoredModule) -> list[str]:
         """What the weight was taken apart into."""
@@ -183,7 +218,7 @@ class Quanto(PartlyDense):
         name = module.tensor("weight._scale")
         scale = finite_scales(self.header, name, data.tensor(name)).view(out, -1)
         return QuantizedTensor(
-            layout.scheme(columns),
+            self._scheme(module),
             module.shape,
             codes,
             (scale,),
@@ -191,6 +226,33 @@ class Quanto(PartlyDense):
             offsets,
             origin=origin_of(self.header, module, "weight._scale"),
         )
+
+    def _input(self, module: StoredModule, data: TensorData) -> InputRule | None:
+        """The scale of the layer's inputs."""
+        scale = self._of_activations(module, data, 0)
+        return None if scale is None else InputRule(static_scale=scale)
+
+    def _output_scale(self, module: StoredModule, data: TensorData) -> Tensor | None:
+        """The scale of what the layer gives."""
+        return self._of_activations(module, data, 1)
+
+    def _of_activations(self, module: StoredModule, data: TensorData, which: int) -> Tensor | None:
+        """A number that calibration found; 1 is what quanto starts from."""
+        if not self._activation_of(module):
+            return None
+        name = module.tensor(_SCALES[which])
+        scale = finite_scales(self.header, name, data.tensor(name)).float().reshape(())
+        if float(scale) == 1.0:
+            self.notes.contradiction(
+                "E0214",
+                f"{self.header.file_of(name)}: tensor {name!r} is 1, as before any calibration, and "
+                f"{self.place} says that activations are quantized; rounding to whole numbers, as quanto "
+                "does",
+            )
+        return scale
+
+    def _activation_of(self, module: StoredModule) -> str:
+        return self.activations.get(module.stored, self.every_activation)
 
     def _codes(self, module: StoredModule) -> TensorEntry:
         data = self._data(module)
@@ -272,8 +334,7 @@ class Quanto(PartlyDense):
                 raise LowbitError(
                     "E0218",
                     f"{entry.file.name}: tensor {name!r} {list(entry.shape)} is not 1: activations are "
-                    "quantized, which is not supported for quanto; use a version with quantized weights "
-                    "only",
+                    "quantized, and only a map says to what; restore quanto_qmap.json beside the weights",
                 )
 
     def _zero_points(self, name: str, shift: Tensor, bits: int) -> Tensor:

@@ -24,16 +24,19 @@ scales are multiplied first, which may cost the last bit of float32.
 Inputs are quantized with ``input_scale`` (and ``input_zero_point``) where they are static; a scale a token
 where they are dynamic, per token or per tensor; a power of two for 32 columns in MX formats, rounded as
 ``scale_calculation_mode`` says; under ``input_scale_2`` in NVFP4. ``output_tensors`` are read for the KV
-cache only. Quark's "custom" configs call themselves awq (tensors ``qweight``, ``scales``, ``qzeros``) or
-fp8, and have ``export``. Rotated inputs (R4, online R1) have their matrix beside the weight, plain ones too:
-``input_rotation`` I8 [n, n] of 1 and -1, over the root of n, or floats as they are; or one for all of a
-size, ``shared_input_rotation_<n>``. x is multiplied by ``input_prescale`` [in] before, where that is there,
-and then, n columns at a time, by the matrix. Refused by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2,
-int3 and e5m3 scales, float zero points, quantized biases, softmax and other outputs, a rotated K cache.
+cache. Those of Q and ``softmax_quant_spec`` are for attention in FP8, which is left in floats, with a warning
+(so does Quark with the softmax, but in transformers' eager attention). Quark's "custom" configs call
+themselves awq (tensors ``qweight``, ``scales``, ``qzeros``) or fp8, and have ``export``. Rotated inputs (R4,
+online R1) have their matrix beside the weight, plain ones too: ``input_rotation`` I8 [n, n] of 1 and -1, over
+the root of n, or floats as they are; or one for all of a size, ``shared_input_rotation_<n>``. x is multiplied
+by ``input_prescale`` [in] before, where that is there, and then, n columns at a time, by the matrix. Refused
+by name: the dtypes mx, mx6, mx9, bfp16, int2, uint2, int3 and e5m3 scales, float zero points, quantized
+biases and other outputs, a rotated K cache.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -73,6 +76,7 @@ _EXTRA = (
     "input_scale_2",
 )
 _SHARED = "shared_input_rotation_"
+_log = logging.getLogger("lowbit")
 _WHAT = "Quark"
 
 
@@ -81,13 +85,19 @@ class Quark(PartlyDense):
 
     name: ClassVar[str] = "quark"
     reference: ClassVar[str] = "amd-quark"
-    unused: ClassVar[tuple[str, ...]] = (r".*\.(k|v)_proj\.output_zero_point",)
+    unused: ClassVar[tuple[str, ...]] = (r".*\.(q|k|v)_proj\.output_zero_point",)
 
     def __init__(self, header: CheckpointHeader, notes: Notes) -> None:
         self.header, self.notes = header, notes
         found = claimed_config(header)
         self.config = QuarkConfig(found.place, found.values, found.method.lower())
         self.place, self.suffixes = found.place, self.config.suffixes
+        if self.config.fp8_attention:
+            _log.warning(
+                "lowbit: %s: queries and softmax weights were quantized, too; attention computes with floats "
+                "here, which is nearer to the original model",
+                self.place,
+            )
         # One object for each matrix, so that Q, K and V share what is done to x.
         self._rotations: dict[bytes, Rotation] = {}
         self._shared = {

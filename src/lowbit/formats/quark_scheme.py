@@ -83,6 +83,8 @@ class QuarkConfig:
         if method != "quark":
             values = self._undressed(values, method)
         self._refuse_unknown(values)
+        # Its queries and softmax weights, in 8 bits.
+        self.fp8_attention = values.get("softmax_quant_spec") is not None
         self.cache = tuple(self._object(values, "kv_cache_quant_config"))
         self.every = self._rule(values.get("global_quant_config"), "global_quant_config")
         layers = self._object(values, "layer_quant_config")
@@ -142,8 +144,6 @@ class QuarkConfig:
         }
 
     def _refuse_unknown(self, values: dict[str, object]) -> None:
-        if values.get("softmax_quant_spec") is not None:
-            raise self._unsupported("softmax_quant_spec", "quantizes what attention's softmax gives")
         algorithms = values.get("algo_config") or []
         for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
             told = algorithm if isinstance(algorithm, dict) else {}
@@ -180,7 +180,9 @@ class QuarkConfig:
         if values.get("bias") is not None:
             raise self._unsupported(name, "quantizes biases")
         if values.get("output_tensors") is not None and name not in self.cache:
-            raise self._unsupported(name, "quantizes outputs (of other layers than those of the KV cache)")
+            if not name.endswith("q_proj"):
+                raise self._unsupported(name, "quantizes outputs (of others than Q, K and V)")
+            self.fp8_attention = True
         weight, outer, progressive = self._weight_spec(values.get("weight"), f"{where}: weight")
         inputs, inputs_outer = self._spec(values.get("input_tensors"), f"{where}: input_tensors")
         if weight is not None and weight.dynamic:

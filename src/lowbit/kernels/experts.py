@@ -28,6 +28,7 @@ from lowbit.kernels.linear_kernel import PackedWeight
 from lowbit.kernels.packed_linear import NativeWeight
 from lowbit.kernels.prompt_rows import first_prompt_row
 from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.rounded_output import OutputTransform
 from lowbit.kernels.step_plan import Operation
 from lowbit.kernels.transformed_kernel import TransformedWeight
 
@@ -166,7 +167,7 @@ class Layer(Protocol):
     bias: Tensor | None
     inputs: list[InputTransform | None] | None
     order: Tensor | None
-    outputs: list[Rotator | None] | None
+    outputs: list[OutputTransform | None] | None
 
     @property
     def gathers(self) -> bool:
@@ -398,7 +399,7 @@ def _refusal(layer: Layer) -> str:
         if transform is not None and transform.native is None:
             return f"the inputs of {layer.name} are quantized in torch"
     if layer.outputs is not None:
-        return f"{layer.name} rotates its outputs"
+        return f"{layer.name} changes its outputs"
     bias = layer.bias
     if bias is not None and not (bias.is_cpu and bias.dtype is torch.float32 and bias.is_contiguous()):
         return f"the bias of {layer.name} is {bias.dtype}"

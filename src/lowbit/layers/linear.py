@@ -18,6 +18,7 @@ from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.elementwise import affine, gated_activation, gather_columns
 from lowbit.kernels.parallel import ALONE, Parallel
 from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.rounded_output import OutputTransform
 from lowbit.kernels.whole_layer import WholeLayer, part_layer, whole_layer
 from lowbit.layers.cuts import Cut
 
@@ -95,8 +96,8 @@ class Linear:
 
     ``inputs[i]`` is what ``weights[i]`` wants done to x; weights that share it share the object. ``order``:
     int64 (out,), where each output lies among the rows, if these could not be moved; the bias is as they are.
-    ``columns``: of a layer that is cut in columns. ``outputs[i]``: what ``weights[i]``'s results are rotated
-    by, bias included. ``gathered[i]``: of a weight some of whose rows each rank has.
+    ``columns``: of a layer that is cut in columns. ``outputs[i]``: what is done to ``weights[i]``'s
+    results, bias included. ``gathered[i]``: of a weight some of whose rows each rank has.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Linear:
         inputs: list[InputTransform | None] | None = None,
         order: Tensor | None = None,
         columns: Columns | None = None,
-        outputs: list[Rotator | None] | None = None,
+        outputs: list[OutputTransform | None] | None = None,
         gathered: list[Gathered | None] | None = None,
     ) -> None:
         self.name = name
@@ -118,7 +119,7 @@ class Linear:
         self.columns = columns
         self.outputs = outputs if outputs and any(outputs) else None
         self.gathered = gathered if gathered and any(gathered) else None
-        assert self.outputs is None or order is None, "what is rotated lies in the model's order"
+        assert self.outputs is None or order is None, "what is changed lies in the model's order"
         assert self.gathered is None or self.inputs is self.outputs is None, "nothing else is done around it"
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -147,21 +148,21 @@ class Linear:
         [transform] = self.inputs or [None]
         y = x.new_empty(x.shape[0], self._rows)
         self._parts(x, [transform], y, {id(transform): (x, factor)})
-        return self._rotated(self._finished(y))
+        return self._settled(self._finished(y))
 
     def _product(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return self._rotated(self._unrotated(x, out))
+        return self._settled(self._summed(x, out))
 
-    def _rotated(self, y: Tensor) -> Tensor:
-        """In place."""
+    def _settled(self, y: Tensor) -> Tensor:
+        """Rotated or rounded, in place."""
         start = 0
-        for weight, rotator in zip(self.weights, self.outputs or (), strict=False):
-            if rotator is not None:
-                rotator.in_place(y[:, start : start + weight.shape[0]])
+        for weight, output in zip(self.weights, self.outputs or (), strict=False):
+            if output is not None:
+                output.in_place(y[:, start : start + weight.shape[0]])
             start += weight.shape[0]
         return y
 
-    def _unrotated(self, x: Tensor, out: Tensor | None) -> Tensor:
+    def _summed(self, x: Tensor, out: Tensor | None) -> Tensor:
         whole = self._whole
         if whole is not None and whole.takes(x, out):
             return whole(x, out)

@@ -45,14 +45,15 @@ class Asker:
         self.device = target.device
         self.activation_dtype = target.activation_dtype
         self.cache_dtype = target.cache_dtype
-        self.tied_head = opened.config.tied_head
-        self._last_of_many = f"model.layers.{opened.config.layers - 1}." if opened.config.layers > 1 else None
+        config = opened.config
+        self.tied_head = config.tied_head
+        self._last_of_many = f"model.layers.{config.layers - 1}." if config.layers > 1 else None
         unused = (*opened.form.unused, *((HEAD_COPY,) if self.tied_head else ()))
-        self.names = Names(opened.header, opened.family, opened.config.layers, unused)
+        self.names = Names(opened.header, opened.family, config.layers, unused, config.tied_head)
         self.transforms = Transforms.of(opened.header)
         self.online: Online | None = None
         if opened.recipe is not None:
-            self.online = Online(opened.recipe, self.names, facts_of(opened.config), opened.strict)
+            self.online = Online(opened.recipe, self.names, facts_of(config), opened.strict)
 
     def placed(self, name: str, parts: list[Part]) -> list[Placed]:
         """The parts' stored modules and what is here of them, their tensors marked as used."""
@@ -216,6 +217,11 @@ class Asker:
             ]
         cut = [replace(place, product=self._product_of(place)) for place in cut]
         for place in cut:
+            if place.columns is not None and self.scheme_at(place).output is not None:
+                raise self._cannot(
+                    f"the outputs of {place.part.name} are rounded, of which each rank would have a part of "
+                    "the sum; use --tp-size 1"
+                )
             if place.rows and (rotation := self.scheme_at(place).output_rotation) is not None:
                 inside = [start for run in place.runs for start in run if start % rotation.size]
                 if inside or place.picked_rows is not None:

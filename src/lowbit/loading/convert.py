@@ -354,6 +354,10 @@ class Work:
         }
         if gone:
             notes.append(f"inputs are no longer quantized (they were: {'; '.join(sorted(gone))})")
+        stored = (self.source.form.scheme_of(module.place.module) for module in self.source.modules)
+        rounded = sorted({str(scheme.output) for scheme in stored if scheme.output is not None})
+        if rounded:
+            notes.append(f"outputs are no longer rounded (they were: {'; '.join(rounded)})")
         limits = {
             (largest_code(one.scheme.activation), largest_code(one.inputs))
             for one in self.planned.values()

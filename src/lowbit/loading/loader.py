@@ -16,12 +16,13 @@ from torch import Tensor
 
 from lowbit.checkpoint.tensor_data import TensorData
 from lowbit.errors import LowbitError
-from lowbit.formats import InputRule
+from lowbit.formats import InputRule, StoredLinear
 from lowbit.formats.kv_scales import KvScales
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
-from lowbit.kernels.rotation import Rotator, same
+from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.rounded_output import OutputTransform, RoundedOutput, same_output
 from lowbit.kernels.settled import settled
 from lowbit.kernels.timing import COPY
 from lowbit.layers.cuts import Cut
@@ -58,7 +59,7 @@ class ReadPart:
     transform: InputTransform | None
     wanted: Wanted
     picked: Tensor | None = None  # of a layer cut in columns: which of all ranks' inputs they multiply
-    output: Rotator | None = None  # of its results
+    output: OutputTransform | None = None  # of its results
     gathered: Gathered | None = None
     rows: int = field(init=False)  # of its results
 
@@ -174,6 +175,12 @@ class Loader(Asker):
                 matrix = matrix * read.transform.multiplier  # what x would have been multiplied by
             if read.transform is not None and read.transform.rotation is not None:
                 matrix = read.transform.rotation.rotation.transposed(matrix)  # (x R) W^T is x (W R^T)^T
+            if isinstance(read.output, RoundedOutput):
+                raise LowbitError(
+                    "E0218",
+                    f"{read.weight.origin}: its outputs are rounded, and attention here multiplies with the "
+                    "matrix itself; use a version whose activations are not quantized",
+                )
             if read.output is not None:
                 matrix = read.output.rotation(matrix.T).T.contiguous()
             found.append(matrix)
@@ -284,7 +291,7 @@ class Loader(Asker):
         bias = self._bias(read)
         weights: list[PackedWeight] = []
         inputs: list[InputTransform | None] = []
-        outputs: list[Rotator | None] = []
+        outputs: list[OutputTransform | None] = []
         gathered = [part.gathered for part in read]  # none of these is fused
         for weight, transform, wanted, output in _fused(read):
             weights.append(self._pack(weight, transform, wanted))
@@ -395,12 +402,11 @@ class Loader(Asker):
                 rule = replace(rule, multiplier=rule.multiplier[columns])
             if rule is not None and rule.rotation is not None:
                 rule = replace(rule, rotation=rule.rotation.columns(place.columns.start, place.columns.stop))
-        transform = self._transform(weight.scheme, rule)
+        transform, output = self._transform(weight.scheme, rule), self._output(weight.scheme, stored)
         if transform is not None and place.columns is not None and transform.sees_whole_rows:
             transform = replace(transform, across=self.parallel)
         weight = self._cast(weight)
         self._report(place, "loading" if self.online is None else "quantizing")
-        output = self._rotator(stored.output)
         return ReadPart(weight, bias, transform, self.wanted_kernel(place), picked, output, gathered)
 
     def _shared_product(
@@ -434,6 +440,13 @@ class Loader(Asker):
             owned(rule.static_zero),
             rotation=self._rotator(rule.rotation),
         )
+
+    def _output(self, scheme: Scheme, stored: StoredLinear) -> OutputTransform | None:
+        if scheme.output is None:
+            return self._rotator(stored.output)
+        assert stored.output is None and stored.output_scale is not None, "outputs have their scale"
+        scale = stored.output_scale.to(self.device, torch.float32, copy=True)
+        return RoundedOutput(InputTransform(scheme.output, static_scale=scale))
 
     def _cast(self, weight: QuantizedTensor) -> QuantizedTensor:
         scheme = self.as_run(weight.scheme)
@@ -500,7 +513,7 @@ def _rounds_in_groups(transform: InputTransform | None) -> bool:
 
 def _fused(
     read: list[ReadPart],
-) -> Iterator[tuple[QuantizedTensor, InputTransform | None, Wanted, Rotator | None]]:
+) -> Iterator[tuple[QuantizedTensor, InputTransform | None, Wanted, OutputTransform | None]]:
     """Neighbours that are alike joined, the rest by themselves; ``read`` is emptied on the way.
 
     Transforms that do the same become one object, so that a Linear runs them once.
@@ -517,7 +530,7 @@ def _fused(
             read
             and _alike(transform, read[0].transform)
             and first.wanted.same_as(read[0].wanted)
-            and same(first.output, read[0].output)
+            and same_output(first.output, read[0].output)
         ):
             joined = concatenate([*run, read[0].weight])
             if joined is None:

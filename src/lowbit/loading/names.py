@@ -118,11 +118,20 @@ class Placed:
 
 
 class Names:
-    """The tensors of a checkpoint under the model's names; remembers which were used."""
+    """The tensors of a checkpoint under the model's names; remembers which were used.
+
+    ``tied``: embedding and head are one matrix, which may be stored as either.
+    """
 
     def __init__(
-        self, header: CheckpointHeader, family: Family, layers: int, unused: Iterable[str] = ()
+        self,
+        header: CheckpointHeader,
+        family: Family,
+        layers: int,
+        unused: Iterable[str] = (),
+        tied: bool = False,
     ) -> None:
+        self.tied = tied
         self.header = header
         self.family = family
         self.layers = layers
@@ -287,6 +296,8 @@ class Names:
                 )
             return stem or canonical
         candidates = self._candidates(canonical)
+        if self.tied and canonical == "model.embed_tokens":  # some tools keep the first name of the two
+            candidates += self._candidates("lm_head")
         return next((stem for stem in candidates if stem in self.modules), candidates[0])
 
     def _candidates(self, canonical: str) -> list[str]:

@@ -47,6 +47,7 @@ from lowbit.errors import LowbitError, printable, thousands
 from lowbit.kernels import PackedWeight, linear_kernels, native
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.rotation import Rotator
+from lowbit.kernels.rounded_output import OutputTransform, RoundedOutput
 from lowbit.loading.opened import Opened, Target
 from lowbit.numerics.number_formats import NumberFormat, number_format
 from lowbit.numerics.rotation import Rotation
@@ -70,13 +71,13 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class Kept:
     """One module, packed: ``inputs[i]`` is done to x before ``weights[i]``; without the state of a delay.
 
-    ``outputs[i]``: what the results are rotated by; none at all where no result is.
+    ``outputs[i]``: what the results are rotated by or rounded to; none at all where no result is.
     """
 
     weights: list[PackedWeight]
     inputs: list[InputTransform | None]
     bias: Tensor | None = None
-    outputs: list[Rotator | None] = field(default_factory=list)
+    outputs: list[OutputTransform | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,7 @@ def _described(kept: Kept, writer: _Writer) -> dict[str, object]:
         "inputs": [None if transform is None else numbers[id(transform)] for transform in kept.inputs],
         "transforms": listed,
         "bias": None if kept.bias is None else writer.place(kept.bias),
-        "outputs": [None if one is None else _rotation(one, writer) for one in kept.outputs],
+        "outputs": [None if one is None else _output(one, writer) for one in kept.outputs],
     }
 
 
@@ -366,6 +367,14 @@ def _rotation(rotator: Rotator, writer: _Writer) -> dict[str, object]:
     rotation = rotator.rotation
     places = {name: writer.place_once(tensor) for name, tensor in rotation.tensors.items()}
     return {"size": rotation.size, "divisor": rotation.divisor, "tensors": places}
+
+
+def _output(output: OutputTransform, writer: _Writer) -> dict[str, object]:
+    if isinstance(output, Rotator):
+        return _rotation(output, writer)
+    scale = output.codes.static_scale
+    assert scale is not None, "it is static"
+    return {"rounded": _plain(output.codes.scheme), "scale": writer.place(scale)}
 
 
 _CLASSES = {cls.__name__: cls for cls in (Scheme, ActivationScheme, Delay, RotationScheme)}
@@ -445,6 +454,12 @@ def _read(path: Path, key: str) -> tuple[dict[str, Kept], dict[str, str]]:
             rotators[key] = Rotator(rotation)
         return rotators[key]
 
+    def output(values: dict[str, Any]) -> OutputTransform:
+        if "rounded" not in values:
+            return rotator(values)
+        codes = InputTransform(_value(values["rounded"]), static_scale=tensor(values["scale"]))
+        return RoundedOutput(codes)
+
     def transform(values: dict[str, Any]) -> InputTransform:
         def read(value: Any) -> Any:
             if isinstance(value, dict) and "tensor" in value:
@@ -471,6 +486,6 @@ def _read(path: Path, key: str) -> tuple[dict[str, Kept], dict[str, str]]:
         ]
         inputs = [None if number is None else transforms[number] for number in module["inputs"]]
         bias = None if module["bias"] is None else tensor(module["bias"])
-        outputs = [None if one is None else rotator(one) for one in module["outputs"]]
+        outputs = [None if one is None else output(one) for one in module["outputs"]]
         modules[name] = Kept(weights, inputs, bias, outputs)
     return modules, header["notes"]

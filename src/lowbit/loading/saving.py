@@ -23,6 +23,7 @@ from torch import Tensor
 from lowbit.checkpoint.file_checks import check_regular_file
 from lowbit.checkpoint.hashes import CERTIFICATE
 from lowbit.checkpoint.header import CheckpointHeader
+from lowbit.checkpoint.hub import FOR_PEOPLE
 from lowbit.checkpoint.journal import Journal
 from lowbit.checkpoint.output_folder import check_room, explained, output_folder
 from lowbit.checkpoint.safetensors_writer import SHARD_BYTES, ShardedWriter, write_file
@@ -54,8 +55,6 @@ _OF_TOKENIZER = frozenset(
         *("chat_template.jinja", "chat_template.json", TOOL_TEMPLATE),
     )
 )
-# What people read, by the beginnings of its names; some have endings of no kind (LICENSE.Apache-2.0).
-_FOR_PEOPLE = ("README", "MODEL_CARD", "LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY")
 _NEVER = frozenset(
     (
         *(".py", ".pyc", ".ipynb", ".sh", ".so", ".dll", ".exe"),  # code
@@ -220,7 +219,7 @@ def _documents(
         return {name: text.encode() for name, text in texts.items()}
     found = {}
     for path in [*sorted(source.root.iterdir()), source.root / TOOL_TEMPLATE]:
-        wanted = path.suffix in _DOCUMENTS or path.name.upper().startswith(_FOR_PEOPLE)
+        wanted = path.suffix in _DOCUMENTS or path.name.upper().startswith(FOR_PEOPLE)
         skipped = path.name == "config.json" or path.name in _QUANTIZATION_FILES
         skipped = skipped or path.suffix.lower() in _NEVER
         if not wanted or skipped or path.name.endswith(".index.json") or not path.is_file():

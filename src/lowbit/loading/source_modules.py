@@ -278,6 +278,8 @@ class SourceModel:
         """One stored module, the rows of each head as checkpoints have them."""
         stored = self.form.read(place.module, data)
         weight, bias = stored.weight, stored.bias
+        if weight.scheme.output is not None:
+            weight = replace(weight, scheme=replace(weight.scheme, output=None))
         if weight.scheme.written != weight.scheme:
             weight = weight.decoded(weight.scheme.written)
         reordered = self.header.container == "gguf" or self.header.rotary_pairs

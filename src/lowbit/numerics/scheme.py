@@ -123,9 +123,10 @@ class Scheme:
     another order than the input's (GPTQ act-order). ``scattered``: the rows of a block of several do not lie
     beside one another, ``QuantizedTensor.row_groups`` says which they are (HQQ's axis 0); there may be fewer
     of them than its height. A dense weight has no scales: ``bf16``. ``rotation``: of the layer's input,
-    before ``activation``; ``output_rotation``: of its result, bias included. ``outliers``: some weights have
-    a number of their own in this format that is added to what codes and scales give, and every difference,
-    product and sum of the equation is rounded to the format (SpQR). ``outlier_share``: how many weights have
+    before ``activation``; ``output_rotation``: of its result, bias included. ``output``: what its result is
+    rounded to, bias included, by a static scale (quanto). ``outliers``: some weights have a number of their
+    own in this format that is added to what codes and scales give, and every difference, product and sum of
+    the equation is rounded to the format (SpQR). ``outlier_share``: how many weights have
     one; it tells sizes and nothing else, so that schemes that differ in it alone are equal.
     """
 
@@ -139,6 +140,7 @@ class Scheme:
     activation: ActivationScheme | None = None
     rotation: RotationScheme | None = None
     output_rotation: RotationScheme | None = None
+    output: ActivationScheme | None = None
     scattered: bool = False
     outliers: NumberFormat | None = None
     outlier_share: float = field(default=0.0, compare=False)
@@ -158,9 +160,9 @@ class Scheme:
     @property
     def weight_alone(self) -> Scheme:
         """Without what its layer does to inputs and outputs: what kernels see."""
-        if self.activation is self.rotation is self.output_rotation is None:
+        if self.activation is self.rotation is self.output_rotation is self.output is None:
             return self
-        return replace(self, activation=None, rotation=None, output_rotation=None)
+        return replace(self, activation=None, rotation=None, output_rotation=None, output=None)
 
     @property
     def rotated(self) -> str:
@@ -201,7 +203,9 @@ class Scheme:
 
     @property
     def written(self) -> Scheme:
-        """What files are written of it: no writer has vectors of rows or outliers."""
+        """What files are written of it: no writer has vectors of rows, outliers or rounded outputs."""
+        if self.output is not None:
+            return replace(self, output=None).written
         return self.decoded if self.weight.is_tall or self.outliers is not None else self
 
     @property
@@ -261,6 +265,8 @@ class Scheme:
             words.append(f"({self.rotated})")
         if self.activation is not None:
             words.append(f"(input {self.activation})")
+        if self.output is not None:
+            words.append(f"(output {self.output})")
         return " ".join(words)
 
 

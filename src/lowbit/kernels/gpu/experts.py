@@ -292,7 +292,7 @@ def _refusal(layers: Sequence[Layer]) -> str:
             if weight.kernel.name in _CODED and (layer.inputs or ordered):
                 return f"{layer.name} has codes whose inputs are changed or in another order"
         if layer.outputs is not None:
-            return f"{layer.name} rotates its outputs"
+            return f"{layer.name} changes its outputs"
         if len(layer.weights) != len(first.weights):
             return f"{layer.name} has {len(layer.weights)} parts, {first.name} has {len(first.weights)}"
         for weight, other in zip(layer.weights, first.weights, strict=True):
