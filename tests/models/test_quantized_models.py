@@ -155,20 +155,27 @@ def rounding(plan: ModulePlan, weight: QuantizedTensor) -> Rounding | None:
     return partial(seen_by, packed)
 
 
+def limit_on_the_reference(case: str) -> float:
+    """No kernel takes codebooks then: they are decoded to 16 bits, GPTQModel's of VPTQ to bfloat16."""
+    codebooks = 4e-2 if case.startswith("vptq/gptqmodel") else 4e-3
+    return codebooks if case.startswith(("aqlm/", "vptq/")) else 1e-3
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_on_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.kernels.linear_kernels", lambda: (Reference(),))
     difference, kernels = distance(FIXTURES / case)
     assert kernels == {"reference"}
-    # No kernel takes codebooks then: they are decoded to 16 bits, GPTQModel's of VPTQ to bfloat16.
-    codebooks = 4e-2 if case.startswith("vptq/gptqmodel") else 4e-3
-    check(FIXTURES / case, difference, codebooks if case.startswith(("aqlm/", "vptq/")) else 1e-3)
+    check(FIXTURES / case, difference, limit_on_the_reference(case))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_on_the_chosen_kernels(case: str) -> None:
     plan = plan_model(open_checkpoint(str(FIXTURES / case)), device="cpu")
-    difference, _ = distance(FIXTURES / case, plan.modules)
+    difference, kernels = distance(FIXTURES / case, plan.modules)
+    if kernels == {"reference"}:  # there is no native library
+        check(FIXTURES / case, difference, limit_on_the_reference(case))
+        return
     if case == "exl3/3inst_signs":
         # One of its positions is a close call: bfloat16 inputs alone move it by 5e-2, and noise of 2^-13 in
         # the inputs of each layer by 4e-3, ten times as far as the others.
