@@ -65,14 +65,17 @@ def test_the_real_server_is_among_the_first_parts() -> None:
 
 @pytest.mark.slow
 def test_a_server_is_asked_and_compared(tmp_path: Path) -> None:
-    """On a CPU both are one, and agree to the last bit; a random model where none is cached."""
+    """On a CPU both are one, and agree to the last bit; a random model where none is cached.
+
+    Where a prompt's tokens meet weights as generated ones do: the second server reads them as a prompt.
+    """
     folders = (FOLDER.parent / "src", FOLDER, *sys.path)
     environment = {
         **os.environ,
         "LOWBIT_CACHE": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(map(str, folders)),
     }
-    words = [str(FOLDER / "gpu_serve.py"), "--device", "cpu", "--tokens", "4"]
+    words = [str(FOLDER / "gpu_serve.py"), "--device", "cpu", "--tokens", "4", "--flags=--exact-prompts"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
