@@ -1,7 +1,7 @@
 """Whole tiny models of every format, as the tools saved them: logits against transformers.
 
 The oracle is transformers' model with the dequantized weights (which each format's own test compares with the
-tool). Inputs that a checkpoint wants quantized are quantized in the oracle too, by hooks before each layer.
+tool). Inputs and results that a checkpoint wants quantized are so in the oracle too, by hooks of each layer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from forward_helpers import differences, prompt_logits
 from kernel_inputs import seen_by
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
-from lowbit.formats import Notes, StoredModule, detect
+from lowbit.formats import Notes, StoredLinear, StoredModule, detect
 from lowbit.kernels import linear_kernels
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.cpu_columns import ColumnsWeight
@@ -85,6 +85,8 @@ def oracle(folder: Path, plans: Sequence[ModulePlan] = ()) -> transformers.PreTr
             met = rounding(planned[name], stored.weight) if name in planned else None
             if rule is not None or scheme is not None or met is not None:
                 module.register_forward_pre_hook(quantize_input(scheme, rule, met))
+            if stored.output_scale is not None:
+                module.register_forward_hook(quantize_output(stored))
     return model
 
 
@@ -101,6 +103,18 @@ def quantize_input(scheme: object, rule: object, met: Rounding | None) -> Callab
         values = values if met is None else met(values).float()
         values = values if factor is None else values * factor
         return (values.view(*inputs[0].shape[:-1], -1),)
+
+    return hook
+
+
+def quantize_output(stored: StoredLinear) -> Callable[..., Tensor]:
+    """Give the layer's result the values that it has in 8 bits."""
+    transform = InputTransform(stored.weight.scheme.output, None, stored.output_scale, None)
+
+    def hook(module: torch.nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        values, factor = transform(output.flatten(0, -2).clone())
+        values = values.float() if factor is None else values.float() * factor
+        return values.view(output.shape)
 
     return hook
 
