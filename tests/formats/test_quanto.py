@@ -211,6 +211,8 @@ def test_transformers_words_without_quantized_tensors(tmp_path: Path) -> None:
         ("int8_inputs", "input_scale", None, "E0209", "input_scale"),
         ("int8_inputs", "output_scale", torch.ones(32), "E0213", r"\[32\]"),
         ("int8_inputs", "output_scale", torch.tensor(torch.nan), "E0215", "NaN"),
+        ("int8_inputs", "input_scale", torch.tensor(0.0), "E0215", "is 0, and activations are divided by it"),
+        ("int8_inputs", "output_scale", torch.tensor(-0.5), "E0215", "is -0.5, .* expected more than 0"),
     ],
 )
 def test_wrong_tensors(name: str, suffix: str, tensor: object, code: str, words: str, tmp_path: Path) -> None:

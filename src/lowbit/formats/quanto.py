@@ -242,6 +242,12 @@ class Quanto(PartlyDense):
             return None
         name = module.tensor(_SCALES[which])
         scale = finite_scales(self.header, name, data.tensor(name)).float().reshape(())
+        if float(scale) <= 0.0:
+            raise LowbitError(
+                "E0215",
+                f"{self.header.file_of(name)}: tensor {name!r} is {float(scale):g}, and activations are "
+                "divided by it, expected more than 0; the file is damaged, download it again",
+            )
         if float(scale) == 1.0:
             self.notes.contradiction(
                 "E0214",
