@@ -206,7 +206,7 @@ void multiply_narrow(const Chunk& chunk, const Scratch& scratch, int block, cons
         tile_dot<BYTES, C, A, B>();
         if (asked == nullptr) return;
         const std::uint8_t* const lines = asked + slot * chunk.asked_lines * TILE_LINE;
-        for (std::int64_t line = 0; line < chunk.asked_lines; ++line) _mm_prefetch(reinterpret_cast<const char*>(lines) + line * TILE_LINE, _MM_HINT_T0);
+        for (std::int64_t line = 0; line < chunk.asked_lines; ++line) fetch_lines<TILE_LINE>(lines + line * TILE_LINE);
     };
     const auto end = [&](auto parity) INLINED { tile_store<decltype(parity)::value>(products[decltype(parity)::value], TILE_LINE); };
     const auto scale = [&](int slot) INLINED {
@@ -436,8 +436,10 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
         const auto tiles = static_cast<int>(std::min(lines * order.tiles_of_line, layout.tiles - tile));
         Chunk chunk{line, line * order.parts, order.slot(tiles - 1, 1) + 1};
         // What follows, of this block or of the one that far behind, is asked for while 16 tokens are multiplied.
-        const std::int64_t next = tile + tiles, beyond = next < layout.tiles ? 0 : blocks * layout.block_bytes - layout.block_bytes;
-        const std::int64_t wanted = std::min(lines * order.tiles_of_line, next < layout.tiles ? layout.tiles - next : layout.tiles);
+        const std::int64_t next = tile + tiles;
+        const bool ends = next >= layout.tiles;
+        const std::int64_t beyond = ends ? (blocks - 1) * layout.block_bytes : 0;
+        const std::int64_t wanted = std::min(lines * order.tiles_of_line, ends ? layout.tiles : layout.tiles - next);
         const std::int64_t of_tile = layout.block_bytes / layout.tiles + 1;
         chunk.asked_lines = (wanted * of_tile / chunk.slots + TILE_LINE - 1) / TILE_LINE;
         const bool asks = fill != nullptr && order.narrow && x.tokens >= TILE_ROWS;
@@ -464,7 +466,8 @@ void multiply_blocks(Fill fill, const Order& order, const Layout& layout, const 
                 continue;
             }
             for (int block = 0; block < blocks; ++block) {
-                const std::uint8_t* const asked = first + block * layout.block_bytes + beyond + next * layout.block_bytes / layout.tiles;
+                const std::uint8_t* const asked =
+                    first + block * layout.block_bytes + beyond + next * layout.block_bytes / layout.tiles;
                 narrow.whole(chunk, scratch, block, x, token, asks && token == 0 ? asked : nullptr, totals[block] + token);
             }
         }
