@@ -124,12 +124,16 @@ inline Vector16 from_sign_and_size(Bytes codes) {
 inline Vector16 load_halves(const std::uint8_t* from) {
     return from_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-#if !defined(__AVX512F__)
+#if !defined(__AVX512BF16__)
 // The upper halves of eight numbers and of eight more.
 inline void store_upper_halves(Bfloat* first, Bfloat* second, Vector16 x) {
+#if defined(__AVX512F__)
+    const __m256i lines = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x.lanes), 16));
+#else
     const __m256i words = _mm256_packus_epi32(_mm256_srli_epi32(_mm256_castps_si256(x.low), 16),
                                               _mm256_srli_epi32(_mm256_castps_si256(x.high), 16));
     const __m256i lines = _mm256_permute4x64_epi64(words, 0xd8);
+#endif
     _mm_storeu_si128(reinterpret_cast<__m128i*>(first), _mm256_castsi256_si128(lines));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(second), _mm256_extracti128_si256(lines, 1));
 }

@@ -22,6 +22,12 @@
 
 #include <cstdint>
 
+// AVX-512 as the linear kernels need it, VNNI and VBMI (Intel since Ice Lake, AMD since Zen 4): 32 registers of 64 bytes,
+// products of whole numbers, lookups of bytes. __AVX512BF16__ beside it: products of bfloat16 too.
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define LOWBIT_AVX512
+#endif
+
 // Unrolls the loop that follows: what a variable indexes would not stay in registers.
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll 16")

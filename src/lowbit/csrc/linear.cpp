@@ -30,7 +30,8 @@ struct Prepared {
         shape.tiles = layout.tiles;
         shape.columns = layout.row_vectors == nullptr ? from.columns : layout.tiles * COLUMNS;
         shape.span = summed_columns(layout);
-        shape.element = is_float(layout.codes) ? 4 : 2;
+        shape.rounded = !is_float(layout.codes);
+        shape.element = shape.rounded ? static_cast<int>(sizeof(Bfloat16)) : 4;
         shape.numbers = is_grid(layout.codes) ? grid_of(layout.codes).numbers : 0;
         choose_kernel(static_cast<InputKind>(from.weight->input));
         token_tiles = (from.tokens + tile_tokens - 1) / tile_tokens;
@@ -44,7 +45,7 @@ struct Prepared {
     // The kernel, and what it makes of x that comes as ``kind``.
     void choose_kernel(InputKind kind) {
         if (product->prompts && kind == InputKind::bfloat) {
-            round = round_function(layout, decoding.words);
+            round = round_function(layout, decoding.words, product->layer != nullptr && product->layer->quantizer != nullptr);
             if (round == nullptr && !CODES_HAVE_TILES) take_codes();
         }
         if (round != nullptr) return take_panels();
@@ -60,6 +61,7 @@ struct Prepared {
         } else if (kind == InputKind::floats && float_function(layout) != nullptr) {
             function = float_function(layout);
             shape.element = 4;
+            shape.rounded = false;
         } else if (kind == InputKind::scaled && takes_scaled(layout)) {
             tiles = scaled_tiles(layout, product->tokens);
             function = scaled_function(layout);
@@ -83,9 +85,16 @@ struct Prepared {
         tile_tokens = ROUNDED_TOKENS / 2;     // a tile's lines lie one behind another, and in other sets of the cache
         shape.span = layout.tiles * COLUMNS;  // no sum is asked for
         shape.element = 2;
+        shape.rounded = true;
+        if (!WORD_PANELS) return;
+        shape.kind = InputKind::words;
+        shape.span = WORD_PANEL_COLUMNS;
+        shape.largest = LARGEST_PANEL_INPUT;
+        scaled = true;
     }
     void take_words() {
         shape.kind = InputKind::words;
+        shape.element = 2;
         shape.span = layout.sub;
         shape.scaled_sums = layout.addend == Addend::offset;
         shape.largest = largest_word(decoding.words.kind);
@@ -315,7 +324,8 @@ constexpr std::int64_t TOKENS_OF_PIECES = 512;           // whose sums wait for 
 
 // Of one block.
 std::int64_t panel_bytes(const Prepared& p) {
-    return (p.lines() * p.line_bytes() * ROWS + PANEL_LINE - 1) / PANEL_LINE * PANEL_LINE;
+    const std::int64_t scales = WORD_PANELS && !p.shape.whole() ? p.shape.spans() * ROWS * static_cast<std::int64_t>(sizeof(float)) : 0;
+    return (p.lines() * p.line_bytes() * ROWS + PANEL_LINE - 1) / PANEL_LINE * PANEL_LINE + scales;
 }
 
 // Blocks of a task that rounds them for all tokens: two share what is loaded of x, and more where x comes from further
@@ -369,7 +379,7 @@ void run_rounded(const Prepared& p, std::int64_t task) {
         const std::int64_t block = first + i / halves + i % halves * p.blocks;
         return p.product->weight->data + block * p.layout.block_bytes;
     };
-    const bool as_they_lie = p.layout.codes == Codes::bf16, bytes = p.shape.whole();
+    const bool as_they_lie = p.layout.codes == Codes::bf16 && !WORD_PANELS, bytes = p.shape.whole();
     std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : blocks * panel);
     for (std::int64_t i = 0; i < blocks && !as_they_lie; ++i) p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
     const std::int64_t pieces = (lines - 1) / MOST_PANEL_LINES + 1;
@@ -390,6 +400,8 @@ void run_rounded(const Prepared& p, std::int64_t task) {
             const InputPlaces places = p.places(token / p.tile_tokens + tile);
             x.line_bytes[tile] = places.tokens * p.line_bytes();
             x.tiles[tile] = places.values + line * x.line_bytes[tile];
+            x.scales[tile] = places.scales;
+            x.tokens[tile] = places.tokens;
             input[tile] = {places.values, places.sums, places.scales, places.bases, places.tokens};
         }
         const int pair = static_cast<int>(std::min<std::int64_t>(2, blocks - i));

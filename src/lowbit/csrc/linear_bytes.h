@@ -64,7 +64,7 @@ struct ByteCodes {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 using ByteTile = __m512i[OPERANDS];
 using SixteenInts = __m512i;
@@ -222,7 +222,7 @@ constexpr bool MOVES_SIGNS = true;
 constexpr bool MOVES_SIGNS = false;
 #endif
 inline int byte_base_shift(Codes codes, const ByteCodes& bytes) {
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
     (void)codes, (void)bytes;
     return 0;
 #else

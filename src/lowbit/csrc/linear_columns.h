@@ -64,7 +64,7 @@ struct ScaledTokens {
             for (int t = 0; t < TOKENS; ++t) {
                 alignas(64) float padded[COLUMNS];
                 const float* const from = tile_of(rows.x[token + t], column, rows.shape.columns, padded);
-                std::uint16_t* const values = reinterpret_cast<std::uint16_t*>(to.values) + (at + t) * COLUMNS;
+                Bfloat16* const values = reinterpret_cast<Bfloat16*>(to.values) + (at + t) * COLUMNS;
                 const Sixteen a = store_bfloats(values, sixteen_multiply(sixteen_load(from), low));
                 const Sixteen b = store_bfloats(values + 16, sixteen_multiply(sixteen_load(from + 16), high));
                 if constexpr (ZEROS) held[t] = sixteen_fma(high_zero, b, sixteen_fma(low_zero, a, held[t]));
@@ -133,7 +133,7 @@ void lay_out_scaled(const ColumnRows& rows) {
     static thread_local std::vector<float> staged;
     const std::int64_t width = rows.shape.tiles * COLUMNS;
     if (staged.size() < static_cast<std::size_t>(width)) staged.resize(static_cast<std::size_t>(width));
-    const bool bfloats = rows.shape.kind == InputKind::bfloat && rows.shape.element == 2;
+    const bool bfloats = rows.shape.kind == InputKind::bfloat && rows.shape.rounded;
     InputShape shape = rows.shape;
     shape.columns = width;
     for (int token = 0; token < rows.to.tokens; ++token) {
@@ -143,7 +143,7 @@ void lay_out_scaled(const ColumnRows& rows) {
             const float* const from = tile_of(rows.x[token], column, rows.shape.columns, padded);
             for (int half = 0; half < COLUMNS; half += 16) {
                 Sixteen value = sixteen_multiply(sixteen_load(from + half), read_columns<KIND>(rows.of.scales, column + half));
-                std::uint16_t rounded[16];
+                Bfloat16 rounded[16];
                 if (bfloats) value = store_bfloats(rounded, value);
                 sixteen_store(staged.data() + column + half, value);
                 if (rows.of.zeros == nullptr) continue;
@@ -169,7 +169,7 @@ template <Scales KIND>
 void lay_out_columns(const ColumnRows& rows, bool sums) {
     const InputShape& shape = rows.shape;
     const bool plain = shape.numbers == 0 && (!sums || shape.span == COLUMNS);
-    if (plain && shape.kind == InputKind::bfloat && shape.element == 2) return lay_out_together<ScaledTokens, KIND>(rows, sums);
+    if (plain && shape.kind == InputKind::bfloat && shape.rounded) return lay_out_together<ScaledTokens, KIND>(rows, sums);
     if (shape.kind == InputKind::words && shape.numbers == 0 && shape.span == COLUMNS) {
         return lay_out_together<ScaledWords, KIND>(rows, sums || shape.base != 0);
     }

@@ -12,7 +12,7 @@ template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKE
 INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
                           float (*totals)[ROWS]) {
     Sixteen sums[TOKENS];
-    dot<PART * SUB, SUB, TOKENS>(w, x.at<std::uint16_t>(tile, token), COLUMNS, sums);
+    dot<PART * SUB, SUB, TOKENS>(w, x.at<Bfloat16>(tile, token), COLUMNS, sums);
     const std::int64_t span = (tile * (COLUMNS / SUB) + PART) * x.tokens + token;
     const float* const x_sums = x.sums + span;
     const float* const x_scales = X_SCALED ? x.scales + span : nullptr;
@@ -91,7 +91,7 @@ __attribute__((noinline)) void multiply_block_once(const Layout& layout, const s
             }
             return codes;
         };
-        dot_once<CODES, SUB, TILES>(next, decoding.table, x.at<std::uint16_t>(tile, 0), sums);
+        dot_once<CODES, SUB, TILES>(next, decoding.table, x.at<Bfloat16>(tile, 0), sums);
         UNROLL
         for (int i = 0; i < TILES; ++i) {
             UNROLL

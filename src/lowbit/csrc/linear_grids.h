@@ -102,7 +102,7 @@ inline void write_grid_codes(std::uint8_t* tile, Codes codes, int row, int colum
     }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 // The bits of 64 indices from the eighth on, a mask each.
 using IndexMasks = __mmask64[4];

@@ -13,7 +13,7 @@
 
 namespace lowbit {
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 constexpr BytePlaces bytes_of_words(int second) {
     BytePlaces order{};

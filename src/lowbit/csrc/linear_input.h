@@ -18,9 +18,19 @@ constexpr int BYTE_COLUMNS = COLUMNS;
 constexpr std::int64_t READ_PAST = 0;
 #endif
 
+// Whether prompts' tokens meet panels of whole numbers, with a scale for so many columns, and are such numbers themselves
+// (linear_rounded.h).
+#if defined(LOWBIT_AVX512) && !defined(__AVX512BF16__)
+constexpr bool WORD_PANELS = true;
+#else
+constexpr bool WORD_PANELS = false;
+#endif
+constexpr int WORD_PANEL_COLUMNS = 128;
+constexpr int LARGEST_PANEL_INPUT = (1 << 13) - 1;
+
 // x of some tokens.
 struct Input {
-    // (tile, token, 32): bfloat16, float, int16 or int8 in the order of the operands. Under AMX int8 lies as (two tiles,
+    // (tile, token, 32): bfloat16 (as Bfloat16), float, int16 or int8 in the order of the operands. Under AMX int8 lies as (two tiles,
     // token, 64); whatever fills the second half of a last odd tile meets zeros.
     const std::uint8_t* values = nullptr;
     const float* sums = nullptr;           // (span, token): of the rounded numbers
@@ -42,6 +52,7 @@ struct InputShape {
     std::int64_t tiles = 0, columns = 0;
     std::int64_t span = 32;  // columns of a sum
     int element = 2;         // bytes of a number
+    bool rounded = true;     // to bfloat16, of InputKind::bfloat and floats
     InputKind kind = InputKind::bfloat;
     bool scaled_sums = false;  // of whole numbers: sums of x rather than of its codes
     int largest = 0;           // InputKind::words: what the largest |x| becomes
@@ -52,7 +63,7 @@ struct InputShape {
     // scales are laid out first. 0: scales are made here.
     float times = 0.0f;
 
-    std::int64_t spans() const { return tiles * COLUMNS / span; }
+    std::int64_t spans() const { return (tiles * COLUMNS + span - 1) / span; }
     std::int64_t scales() const { return kind == InputKind::scaled || kind == InputKind::words ? spans() : tiles; }
     bool quantized() const { return kind == InputKind::scaled || times != 0.0f; }
     std::int64_t value_bytes() const {
@@ -78,13 +89,26 @@ using ByteOrder = __m128i;
 inline ByteOrder byte_order() { return _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15); }
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
-inline Sixteen store_bfloats(std::uint16_t* to, Sixteen x) {  // returns what was stored
+#if defined(__AVX512BF16__)
+inline Sixteen store_bfloats(Bfloat16* to, Sixteen x) {  // returns what was stored
     const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), rounded);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
 }
+#else
+inline Sixteen store_bfloats(Bfloat16* to, Sixteen x) {
+    const __m512i bits = _mm512_castps_si512(x), upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i rounded = _mm512_and_si512(_mm512_mask_blend_epi32(nan, nearest, quiet), upper);
+    _mm512_storeu_si512(to, rounded);
+    return _mm512_castsi512_ps(rounded);
+}
+#endif
 inline float sixteen_sum(Sixteen x) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -100,6 +124,12 @@ inline float largest(Sixteen a, Sixteen b) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+// Of each lane what is further from zero, as bits: NaN is furthest. The sign is lost.
+inline Sixteen sixteen_larger(Sixteen a, Sixteen b) {
+    const __m512i size = _mm512_set1_epi32(0x7fffffff);
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), size),
+                                                _mm512_and_si512(_mm512_castps_si512(b), size)));
 }
 // Two vectors of 8 columns, or twice two of 4: their columns in turns.
 inline Sixteen in_grid_order(Sixteen x, int numbers) {
@@ -130,11 +160,10 @@ inline __m256i eight_bfloat_bits(__m256 x) {
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     return _mm256_and_si256(_mm256_blendv_epi8(rounded, quiet, nan), _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
 }
-inline Sixteen store_bfloats(std::uint16_t* to, Sixteen x) {
-    const __m256i low = eight_bfloat_bits(x.low), high = eight_bfloat_bits(x.high);
-    const __m256i both = _mm256_packus_epi32(_mm256_srli_epi32(low, 16), _mm256_srli_epi32(high, 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xD8));
-    return {_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)};
+inline Sixteen store_bfloats(Bfloat16* to, Sixteen x) {
+    const Sixteen rounded{_mm256_castsi256_ps(eight_bfloat_bits(x.low)), _mm256_castsi256_ps(eight_bfloat_bits(x.high))};
+    sixteen_store(to, rounded);
+    return rounded;
 }
 inline float sixteen_sum(Sixteen x) {
     const __m256 eight = _mm256_add_ps(x.low, x.high);
@@ -272,7 +301,7 @@ struct WideSpans {
 template <int SPAN>
 INLINE void lay_out_bfloats(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
     const std::int64_t tokens = to.tokens;
-    auto* values = reinterpret_cast<std::uint16_t*>(to.values) + static_cast<std::int64_t>(token) * COLUMNS;
+    auto* values = reinterpret_cast<Bfloat16*>(to.values) + static_cast<std::int64_t>(token) * COLUMNS;
     float* const sums = to.sums + token;
     WideSpans wide(shape);
     float wide_sum = 0.0f;
@@ -366,6 +395,32 @@ INLINE void lay_out_words(const float* row, const InputShape& shape, const Input
     });
 }
 
+// The same with a scale for each ``shape.span`` columns, several tiles; the last ones may be fewer. No sums.
+[[maybe_unused]] inline void lay_out_wide_words(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
+    const std::int64_t of_span = shape.span / COLUMNS;
+    for (std::int64_t first = 0, span = 0; first < shape.tiles; first += of_span, ++span) {
+        InputShape part = shape;
+        part.tiles = std::min(of_span, shape.tiles - first);
+        part.columns = shape.columns - first * COLUMNS;
+        Sixteen held[2] = {sixteen_zeros(), sixteen_zeros()};
+        each_tile(row + first * COLUMNS, part, [&](std::int64_t, Sixteen a, Sixteen b) __attribute__((always_inline)) {
+            held[0] = sixteen_larger(held[0], a);
+            held[1] = sixteen_larger(held[1], b);
+        });
+        const float most = largest(held[0], held[1]);
+        const bool sound = most <= std::numeric_limits<float>::max();
+        const float scale = sound ? power_of_two_from(most / static_cast<float>(shape.largest)) : most;
+        const Sixteen inverse = sound ? inverse_of(scale) : sixteen_zeros();
+        to.scales[span * to.tokens + token] = sound ? scale : std::numeric_limits<float>::quiet_NaN();
+        auto* const values = reinterpret_cast<std::int16_t*>(to.values) + (first * to.tokens + token) * COLUMNS;
+        each_tile(row + first * COLUMNS, part, [&](std::int64_t tile, Sixteen a, Sixteen b) __attribute__((always_inline)) {
+            std::int16_t* const at = values + tile * to.tokens * COLUMNS;
+            store_words(at, sound ? sixteen_multiply(a, inverse) : inverse);
+            store_words(at + 16, sound ? sixteen_multiply(b, inverse) : inverse);
+        });
+    }
+}
+
 // x as int8. Of InputKind::codes it holds such numbers already: wide sums of them are whole numbers below 2^24 or so,
 // else what float32 makes of them.
 template <int SPAN>
@@ -419,13 +474,14 @@ INLINE void lay_out_bytes(const float* row, const InputShape& shape, const Input
 // One token's row, as ``shape`` wants it.
 inline void lay_out(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
     const bool bfloat = shape.kind == InputKind::bfloat || shape.kind == InputKind::scaled;
-    if (bfloat && shape.element == 4) return lay_out_floats(row, shape, to, token);
+    if (bfloat && !shape.rounded) return lay_out_floats(row, shape, to, token);
     by_span(shape.span, [&](auto span) __attribute__((always_inline)) {
         constexpr int SPAN = decltype(span)::value;
         if (bfloat) {
             lay_out_bfloats<SPAN>(row, shape, to, token);
         } else if (shape.kind == InputKind::words) {
             if constexpr (SPAN != WIDE) lay_out_words<SPAN>(row, shape, to, token);
+            else if constexpr (WORD_PANELS) lay_out_wide_words(row, shape, to, token);
         } else if constexpr (SPAN != LEAST_GROUP) {  // meets_bytes
             lay_out_bytes<SPAN>(row, shape, to, token);
         }

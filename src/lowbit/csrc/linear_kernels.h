@@ -21,7 +21,7 @@ constexpr int TOKEN_TILE = 64;    // tokens whose totals fit in L1
 #endif
 constexpr int MOST_TOKENS = 128;  // of any library's TOKEN_TILE: AMX takes objects that are compiled for AVX-512
 static_assert(TOKEN_TILE <= MOST_TOKENS);
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 constexpr int TOKEN_STEP = 8;     // tokens whose sums fit in registers beside a tile
 #else
 constexpr int TOKEN_STEP = 4;
@@ -51,6 +51,8 @@ inline std::int64_t always_ahead() {
         return (a >> 8 & 15) == 15 && 15 + (a >> 20 & 255) >= 26;
     }();
     return zen5 ? 8192 : 0;
+#elif defined(LOWBIT_AVX512)
+    return 4096;  // an Intel Xeon, whose own fetching reads 11 GB/s of a layer where this reads 14
 #else
     return 0;
 #endif
@@ -89,11 +91,27 @@ struct Decoding {
           table(weight.table),
           bytes(weight),
           words(weight),
-          vectors(reinterpret_cast<const std::int16_t*>(weight.table)) {}
+#if defined(LOWBIT_AVX512)
+          words_of_table(words.looked_up ? words.table(table.behind) : table),
+#endif
+          vectors(reinterpret_cast<const std::int16_t*>(weight.table)) {
+    }
+    // What codes that meet x as words are looked up in.
+    const Table& word_table() const {
+#if defined(LOWBIT_AVX512)
+        return words_of_table;
+#else
+        return table;
+#endif
+    }
+
     const lowbit_weight* weight;
     Table table;
     ByteCodes bytes;
     WordCodes words;
+#if defined(LOWBIT_AVX512)
+    Table words_of_table;
+#endif
     const std::int16_t* vectors;  // of codebooks
 };
 
@@ -134,7 +152,7 @@ BlockFunction trellis_function(const Layout& layout);
 // Few tokens beside many rows of codebooks of 256 vectors: the products of all vectors with all columns are made first,
 // and rows look theirs up. Bits are the same.
 constexpr std::int64_t MOST_PRODUCTS = 16 << 20;  // bytes that are kept for them
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 constexpr std::int64_t MOST_LOOKED_UP = 3;    // tokens
 constexpr std::int64_t LEAST_LOOKED_UP = 24;  // blocks
 constexpr int LOOKED_UP_TOGETHER = 8;         // blocks
@@ -172,10 +190,12 @@ constexpr std::int64_t MOST_PANEL_LINES = std::numeric_limits<std::int64_t>::max
 constexpr std::int64_t LEAST_OF_PANELS = 64;  // tokens for which codes are laid out once where bits are the same
 
 // What panels are multiplied with: two tiles of up to 16 tokens, the bytes from a line of 32 columns, or 64 bytes, to the
-// next.
+// next; of words the tokens' scales for each WORD_PANEL_COLUMNS.
 struct RoundedInput {
     const std::uint8_t* tiles[2];
     std::int64_t line_bytes[2];
+    const float* scales[2];
+    int tokens[2];
 };
 
 // Totals of some tokens that have still to be written: of two blocks, one or both, or a gate's and its partner's.
@@ -199,7 +219,7 @@ struct Unwritten {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 // Whether such codes may have offsets or zero points.
 constexpr bool has_addends(Codes codes) {
@@ -236,8 +256,9 @@ Function of_exact_codes(Codes codes, const With& with) {
     }
 }
 
-// Null where rounding saves nothing, or the codes have none. linear_panels.cpp
-RoundFunction round_function(const Layout& layout, const WordCodes& codes);
+// Null where rounding saves nothing, or the codes have none. ``exact``: nor may it change products of codes, as a layer's are
+// that quantizes its inputs. linear_panels.cpp
+RoundFunction round_function(const Layout& layout, const WordCodes& codes, bool exact);
 // A row's codes alone, where its sums go on to its end; AMX then has the bits of exact_tiles.
 RoundFunction code_function(const Layout& layout);
 // Bytes that x meets as whole numbers, for so many tokens, with the bits of byte_function.
@@ -272,8 +293,8 @@ inline bool takes_scaled(const Layout& layout) { return scaled_tiles(layout, 1) 
 
 #else
 
-#if !defined(__AVX512BF16__)
-inline RoundFunction round_function(const Layout&, const WordCodes&) { return nullptr; }
+#if !defined(LOWBIT_AVX512)
+inline RoundFunction round_function(const Layout&, const WordCodes&, bool) { return nullptr; }
 inline RoundFunction code_function(const Layout&) { return nullptr; }
 inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 inline void scale_sums(const Layout&, const std::uint8_t*, bool, const Input&, float (*)[ROWS]) {}
@@ -283,7 +304,7 @@ inline void multiply_rounded(const std::uint8_t* const*, int, bool, const Rounde
 inline std::int64_t summed_columns(const Layout& layout) { return layout.sub; }
 inline bool takes_scaled(const Layout& layout) { return scaled_function(layout) != nullptr; }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 // Each with the bits of the function for one block, for so many tokens; null where those do as well. linear_pairs.cpp
 constexpr int BLOCKS_TOGETHER = 2;
@@ -352,7 +373,7 @@ INLINE void add_group(const Walk& walk, const Input& x, std::int64_t group, cons
 
 // What multiplies all tokens with a decoded tile. Only AVX-512 has registers for one; elsewhere it lies in memory, and this
 // is one function for whatever codes it was: inlined for each it was half of what those files took to compile.
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 #define TILE_FUNCTION INLINE
 #else
 #define TILE_FUNCTION __attribute__((noinline))

@@ -9,7 +9,7 @@
 
 #include "linear_kernels.h"
 
-#if defined(__AVX512BF16__) && !defined(LOWBIT_AMX)
+#if defined(LOWBIT_AVX512) && !defined(LOWBIT_AMX)
 
 namespace lowbit {
 namespace {
@@ -22,6 +22,8 @@ constexpr int OPERAND_BYTES = 64;
 using Decode = void (*)(const std::uint8_t* tile, const Decoding&, std::uint8_t* to);
 
 // What is multiplied. Sum: 16 rows' sums of products. An operand meets four bytes of a token's x.
+
+#if defined(__AVX512BF16__)
 
 // Numbers of bfloat16. A null ``decoder``: the weight's tiles are operands as they lie.
 template <bool SCALED, bool X_SCALED>
@@ -43,6 +45,8 @@ struct Bfloats {
         return X_SCALED ? scaled_function(layout) : exact_function(layout);
     }
 };
+
+#endif
 
 // Whole numbers of 16 bits. BASED: x's sums times a base start the sums.
 template <bool BASED>
@@ -203,10 +207,12 @@ void multiply_pair(const Layout& layout, const std::uint8_t* first, int blocks, 
 
 // Decoders.
 
-template <Codes CODES>
-void decode_bfloats(const std::uint8_t* tile, const Decoding& decoding, std::uint8_t* to) {
+// Numbers of 16 bits: bfloat16s, or whole ones.
+template <Codes CODES, bool WHOLE>
+void decode_numbers(const std::uint8_t* tile, const Decoding& decoding, std::uint8_t* to) {
     __m512i w[PAIRS];
-    decode<CODES>(tile, decoding.table, w);
+    if constexpr (WHOLE) decode_words<CODES>(tile, decoding.word_table(), w);
+    else decode<CODES>(tile, decoding.table, w);
     UNROLL
     for (int pair = 0; pair < PAIRS; ++pair) _mm512_store_si512(to + pair * OPERAND_BYTES, w[pair]);
 }
@@ -219,18 +225,28 @@ void decode_byte_operands(const std::uint8_t* tile, const Decoding& decoding, st
     for (int operand = 0; operand < OPERANDS; ++operand) _mm512_store_si512(to + operand * OPERAND_BYTES, w[operand]);
 }
 
+#if defined(__AVX512BF16__)
 template <bool SCALED, bool X_SCALED>
 Decode Bfloats<SCALED, X_SCALED>::decoder(const Layout& layout, const Decoding&) {
     return of_exact_codes<Decode>(layout.codes, [](auto codes) -> Decode {
         constexpr Codes CODES = decltype(codes)::value;
-        return CODES == Codes::bf16 ? nullptr : decode_bfloats<CODES>;
+        return CODES == Codes::bf16 ? nullptr : decode_numbers<CODES, false>;
     });
 }
+#endif
 
 template <bool BASED>
-Decode Words<BASED>::decoder(const Layout&, const Decoding&) {
-    // Lookups of 16-bit numbers, whether bfloat16s or whole ones.
-    return decode_bfloats<BASED ? Codes::e8p : Codes::words4>;
+Decode Words<BASED>::decoder(const Layout& layout, const Decoding&) {
+    if constexpr (CODES_AS_WORDS) {
+        const Decode found = of_exact_codes<Decode>(layout.codes, [](auto codes) -> Decode {
+            constexpr Codes CODES = decltype(codes)::value;
+            constexpr bool NUMBERS = CODES == Codes::bf16 || is_byte_float(CODES);
+            if constexpr (NUMBERS) return nullptr;
+            else return decode_numbers<CODES, true>;
+        });
+        if (found != nullptr) return found;
+    }
+    return decode_numbers<BASED ? Codes::e8p : Codes::words4, true>;
 }
 
 Decode Bytes::decoder(const Layout& layout, const Decoding& decoding) {
@@ -311,13 +327,79 @@ void multiply_panels(const std::uint8_t* const* panels, int blocks, const Rounde
     }
 }
 
+#if !defined(__AVX512BF16__)
+
+// The same with up to WORD_PANEL_COLUMNS columns of panels of whole numbers, whose sums are scaled.
+struct WordPanelStep {
+    const std::uint8_t* const (&panels)[2];
+    const std::uint8_t* x;
+    const float* x_scales;
+    std::int64_t line_bytes, lines;
+    bool first;  // of the row
+    float (*const (&totals)[2])[ROWS];
+
+    template <int TOKENS>
+    INLINE void operator()(int token) const {
+        using Kind = Words<false>;
+        constexpr int STRIDE = PAIRS * 4;
+        const std::uint8_t* w[2] = {panels[0] + SCALES, panels[1] + SCALES};
+        const std::uint8_t* at = x + token * STRIDE;
+        Kind::Sum sums[2][TOKENS];
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) sums[0][t] = sums[1][t] = ints_set(0);
+        for (std::int64_t line = 0; line < lines; ++line, at += line_bytes) {
+            dot_both<Kind, PAIRS, TOKENS>(w, at, STRIDE, sums);
+            for (const std::uint8_t*& operands : w) operands += PAIRS * OPERAND_BYTES;
+        }
+        for (int block = 0; block < 2; ++block) {
+            const Sixteen scale = sixteen_load(reinterpret_cast<const float*>(panels[block]));
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t) {
+                float* const to = totals[block][token + t];
+                const Sixteen total = first ? sixteen_zeros() : sixteen_load(to);
+                const Sixteen both = sixteen_multiply(scale, sixteen_set(x_scales[token + t]));
+                sixteen_store(to, sixteen_fma(both, ints_to_floats(sums[block][t]), total));
+            }
+        }
+    }
+    static constexpr int SCALES = ROWS * static_cast<int>(sizeof(float));
+};
+
+// Some columns for all tokens, and then the next: a core's first cache holds their numbers.
+void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
+                          float (*totals)[ROUNDED_TOKENS][ROWS]) {
+    constexpr std::int64_t GROUP = WORD_PANEL_COLUMNS / COLUMNS, OF_TILE = ROUNDED_TOKENS / 2;
+    const std::uint8_t* both[2] = {panels[0], panels[blocks - 1]};
+    alignas(64) float unwanted[ROUNDED_TOKENS][ROWS];
+    for (std::int64_t line = 0; line < lines; line += GROUP) {
+        const std::int64_t count = std::min(GROUP, lines - line);
+        for (int tile = 0; tile * OF_TILE < tokens; ++tile) {
+            const std::int64_t begin = tile * OF_TILE;
+            float(*const to[2])[ROWS] = {totals[0] + begin, blocks > 1 ? totals[1] + begin : unwanted};
+            const float* const scales = x.scales[tile] + line / GROUP * x.tokens[tile];
+            for_tokens(static_cast<int>(std::min(tokens - begin, OF_TILE)),
+                       WordPanelStep{both, x.tiles[tile] + line * x.line_bytes[tile], scales, x.line_bytes[tile], count, line == 0, to});
+        }
+        for (const std::uint8_t*& panel : both) panel += WordPanelStep::SCALES + count * PAIRS * OPERAND_BYTES;
+    }
+}
+
+#endif
+
 }  // namespace
 
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
                       std::int64_t lines, bool goes_on, Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
     unwritten.write_all();
-    (bytes ? multiply_panels<Bytes> : multiply_panels<Bfloats<false, false>>)(panels, blocks, x, tokens, lines, goes_on, totals);
+    if (bytes) return multiply_panels<Bytes>(panels, blocks, x, tokens, lines, goes_on, totals);
+#if defined(__AVX512BF16__)
+    multiply_panels<Bfloats<false, false>>(panels, blocks, x, tokens, lines, goes_on, totals);
+#else
+    multiply_word_panels(panels, blocks, x, tokens, lines, totals);  // which do not go on
+#endif
 }
+
+#if defined(__AVX512BF16__)
 
 BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens) {
     if (tokens < PAIRED_TOKENS || is_float(layout.codes)) return nullptr;
@@ -331,6 +413,13 @@ BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens) {
     return layout.sub == COLUMNS ? multiply_pair<Kind, COLUMNS, Addend::none> : multiply_pair<Kind, COLUMNS / 2, Addend::none>;
 }
 
+#else
+
+BlocksFunction exact_tiles(const Layout&, std::int64_t) { return nullptr; }
+BlocksFunction scaled_tiles(const Layout&, std::int64_t) { return nullptr; }
+
+#endif
+
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes&, bool grouped, std::int64_t tokens) {
     if (tokens < PAIRED_TOKENS) return nullptr;
     return grouped ? by_sub<Bytes>(layout) : nullptr;  // where sums go on, more of them in memory cost what they save
@@ -339,7 +428,9 @@ BlocksFunction byte_tiles(const Layout& layout, const ByteCodes&, bool grouped, 
 BlocksFunction word_tiles(const Layout& layout, const WordCodes& codes, std::int64_t tokens) {
     if (tokens < PAIRED_TOKENS || layout.scales == Scales::none) return nullptr;
     if (layout.codes == Codes::e8p) return multiply_pair<Words<true>, COLUMNS, Addend::none>;
-    return layout.codes == Codes::words4 && codes.kind == WordKind::wide ? by_sub<Words<false>>(layout) : nullptr;
+    if (CODES_AS_WORDS && (codes.kind == WordKind::line || codes.kind == WordKind::bytes)) return by_sub<Words<true>>(layout);
+    const bool table = layout.codes == Codes::words4 || layout.codes == Codes::bits4;
+    return table && codes.kind == WordKind::wide ? by_sub<Words<false>>(layout) : nullptr;
 }
 
 }  // namespace lowbit

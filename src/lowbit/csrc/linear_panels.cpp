@@ -10,7 +10,7 @@
 
 #include "linear_halves.h"
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 namespace lowbit {
 namespace {
@@ -39,6 +39,23 @@ void round_block(const Layout& layout, const std::uint8_t* block, const Decoding
             const Sixteen scale = walk.scale[PART], addend = walk.addend[PART];
             even = weight_of<ADDEND>(_mm512_castsi512_ps(_mm512_slli_epi32(w[PAIR], 16)), scale, addend);
             odd = weight_of<ADDEND>(_mm512_castsi512_ps(_mm512_and_si512(w[PAIR], upper)), scale, addend);
+        });
+    }
+}
+
+// Numbers without scales.
+template <Codes CODES>
+void round_codes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    PanelWriter writer(panel);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const std::uint8_t* const codes = block + tile * tile_bytes(CODES);
+        fetch_tile(codes + ROUNDED_AHEAD, tile_bytes(CODES));
+        BfloatTile w;
+        decode<CODES>(codes, decoding.table, w);
+        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
+            even = _mm512_castsi512_ps(_mm512_slli_epi32(w[decltype(number)::value], 16));
+            odd = _mm512_castsi512_ps(_mm512_and_si512(w[decltype(number)::value], upper));
         });
     }
 }
@@ -123,13 +140,14 @@ bool sums_go_on(const Layout& layout) {
 
 }  // namespace
 
-RoundFunction round_function(const Layout& layout, const WordCodes& words) {
+RoundFunction round_function(const Layout& layout, const WordCodes& words, bool exact) {
     if (layout.codes == Codes::f16) return layout.scales == Scales::none ? round_plain_halves : nullptr;
     if (layout.codes == Codes::halves3) return round_spqr;
-    if (words.kind != WordKind::none) return rounded_words(layout, words);
-    if (layout.scales == Scales::none || sums_go_on(layout)) return nullptr;
+    if (is_words(layout.codes) || layout.codes == Codes::e8p || layout.codes == Codes::e8p_pair) return rounded_words(layout, words);
+    if ((!WORD_PANELS || exact) && sums_go_on(layout)) return nullptr;
     return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
         constexpr Codes CODES = decltype(codes)::value;
+        if (layout.scales == Scales::none) return WORD_PANELS ? round_codes<CODES> : nullptr;
         if constexpr (CODES == Codes::bf16) return nullptr;
         else if (layout.sub == COLUMNS) return by_addend<CODES, COLUMNS>(layout.addend);
         else if (layout.sub == COLUMNS / 2) return by_addend<CODES, COLUMNS / 2>(layout.addend);
@@ -139,7 +157,7 @@ RoundFunction round_function(const Layout& layout, const WordCodes& words) {
 }
 
 RoundFunction code_function(const Layout& layout) {
-    if (!sums_go_on(layout) || layout.addend != Addend::none) return nullptr;
+    if (WORD_PANELS || !sums_go_on(layout) || layout.addend != Addend::none) return nullptr;
     return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
         constexpr Codes CODES = decltype(codes)::value;
         return CODES != Codes::bf16 || layout.scales == Scales::none ? lay_codes<CODES> : nullptr;

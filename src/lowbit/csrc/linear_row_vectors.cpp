@@ -53,7 +53,7 @@ INLINE __m256i column_at(const std::uint8_t* tile, int column, const BOOK& book)
 
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 constexpr int QUADS = COLUMNS / 4;
 
@@ -253,7 +253,7 @@ void multiply_row_vectors(const Layout& layout, const std::uint8_t* block, const
     }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 template <int STRIDE, int MAIN, int SECOND>
 void round_row_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
@@ -322,7 +322,7 @@ BlockFunction row_vector_function(const Layout& layout) {
     }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 RoundFunction rounded_row_vectors(const Layout& layout) {
     const RowVectors vectors(*layout.row_vectors);

@@ -9,7 +9,7 @@ namespace lowbit {
 
 constexpr int SHORT_VECTORS = 256;  // of a codebook
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 // Four vectors of 16 rows, lane after lane: rows j, 4 + j, 8 + j, 12 + j in register j -> each vector's rows in order.
 INLINE void vectors_in_rows(const __m512i (&from)[4], __m512i (&to)[4]) {

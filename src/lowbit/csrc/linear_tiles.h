@@ -275,7 +275,7 @@ inline void write_code(std::uint8_t* tile, Codes codes, int row, int column, uns
 
 }  // namespace lowbit
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 #include "linear_tiles_avx512.h"
 #elif defined(__AVX2__)
 #include "linear_tiles_avx2.h"
@@ -284,7 +284,7 @@ inline void write_code(std::uint8_t* tile, Codes codes, int row, int column, uns
 #endif
 #include "linear_grids.h"
 
-#if !defined(__AVX512BF16__)
+#if !defined(LOWBIT_AVX512)
 
 namespace lowbit {
 
@@ -292,7 +292,7 @@ constexpr bool tiles_in_turns(Codes, int) { return false; }
 
 // One token times a tile: a sum for each SUB columns. ``next(0)`` reads what stands before its codes.
 template <Codes CODES, int SUB, int TILES, class Next>
-INLINE void dot_once(const Next& next, const Table& table, const std::uint16_t* x, Sixteen (*sums)[COLUMNS / SUB]) {
+INLINE void dot_once(const Next& next, const Table& table, const Bfloat16* x, Sixteen (*sums)[COLUMNS / SUB]) {
     static_assert(TILES == 1);
     BfloatTile w;
     decode<CODES>(next(0), table, w);

@@ -219,14 +219,16 @@ INLINE void decode_floats(const std::uint8_t* tile, FloatTile& w) {
     }
 }
 
+using Bfloat16 = float;  // what x's bfloat16 numbers lie as
+
 template <int FIRST, int COUNT, int TOKENS>
-inline void dot(const BfloatTile& w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
+inline void dot(const BfloatTile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
     for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
     for (int column = FIRST; column < FIRST + COUNT; ++column) {
         const Sixteen values = sixteen_load(w.columns[column]);
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-            sums[t] = sixteen_fma(values, sixteen_set(bfloat_to_float(x[t * stride + column])), sums[t]);
+            sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + column]), sums[t]);
         }
     }
 }

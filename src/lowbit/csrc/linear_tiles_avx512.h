@@ -1,4 +1,4 @@
-// The tiles of the linear kernels in registers of AVX-512 with BF16; included by linear_tiles.h.
+// The tiles of the linear kernels in registers of AVX-512; included by linear_tiles.h.
 #pragma once
 
 #include "linear_tiles.h"
@@ -13,6 +13,8 @@ struct Table {
         : low(_mm512_loadu_si512(values)),
           high(_mm512_loadu_si512(values + 32)),
           behind(reinterpret_cast<const std::uint8_t*>(values + 64)) {}
+    Table(const std::uint16_t* values, const std::uint8_t* behind_)
+        : low(_mm512_loadu_si512(values)), high(_mm512_loadu_si512(values + 32)), behind(behind_) {}
 };
 
 template <Codes CODES, int TILES>
@@ -131,6 +133,18 @@ struct ByteTables {
     }
 };
 
+// Codes of 7 bits, a pair and the one two further in the two bytes of a word: those of operand OPERAND + i, and above them
+// bits of others.
+template <int OPERAND, bool IN_ORDER>
+INLINE __m512i seven_bits(const CodeLines<Codes::bits7, IN_ORDER>& tile, int i) {
+    constexpr Plane A = plane(Codes::bits7, 0), B = plane(Codes::bits7, 1), C = plane(Codes::bits7, 2);
+    const int column = pair_of(OPERAND + i, 0) * 2;
+    const Field low = field(A, 0, column), middle = field(B, 0, column), high = field(C, 0, column);
+    const __m512i six = chosen_bits(_mm512_set1_epi8(0x30), shifted(tile.line(middle.byte), middle.shift - B.shift),
+                                    shifted(tile.line(low.byte), low.shift - A.shift));
+    return chosen_bits(_mm512_set1_epi8(0x40), shifted(tile.line(high.byte), high.shift - C.shift), six);
+}
+
 // Four pairs of columns, those of operands 2 QUAD and 2 QUAD + 1: one register of 16 rows x 2 columns for each.
 template <Codes CODES, int QUAD, bool IN_ORDER>
 INLINE void decode_quad(const CodeLines<CODES, IN_ORDER>& tile, const Table& table, const ByteTables<CODES>& bytes, __m512i* w) {
@@ -147,17 +161,10 @@ INLINE void decode_quad(const CodeLines<CODES, IN_ORDER>& tile, const Table& tab
             w[i + 2] = _mm512_unpackhi_epi8(lower, higher);
         }
     } else if constexpr (CODES == Codes::bits7) {
-        // A pair and the one two further at once, in the two bytes of a word: their bfloat16s' low and high bytes.
         const __m512i lower_bytes = _mm512_set1_epi16(0xff);
         UNROLL
         for (int i = 0; i < 2; ++i) {
-            const int column = pair_of(QUAD * 2 + i, 0) * 2;
-            const Plane a = plane(CODES, 0), b = plane(CODES, 1), c = plane(CODES, 2);
-            const Field low = field(a, 0, column), middle = field(b, 0, column), high = field(c, 0, column);
-            // The lookups take the lowest seven bits of a byte.
-            __m512i code = chosen_bits(_mm512_set1_epi8(0x30), shifted(tile.line(middle.byte), middle.shift - b.shift),
-                                       shifted(tile.line(low.byte), low.shift - a.shift));
-            code = chosen_bits(_mm512_set1_epi8(0x40), shifted(tile.line(high.byte), high.shift - c.shift), code);
+            const __m512i code = seven_bits<QUAD * 2>(tile, i);  // the lookups take the lowest seven bits of a byte
             const __m512i lower = _mm512_permutex2var_epi8(bytes.low[0], code, bytes.low[1]);
             const __m512i higher = _mm512_permutex2var_epi8(bytes.high[0], code, bytes.high[1]);
             w[i] = chosen_bits(lower_bytes, lower, _mm512_slli_epi16(higher, 8));
@@ -264,19 +271,50 @@ inline Sixteen sixteen_e4m3(const std::uint8_t* from) {
     return _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(0x1p8f));
 }
 
+// A pair of columns of 16 rows, and the sums of some tokens that it adds to.
+#if defined(__AVX512BF16__)
+
+using Bfloat16 = std::uint16_t;  // what x's bfloat16 numbers lie as
+class PairOfColumns {
+  public:
+    INLINE explicit PairOfColumns(__m512i w) : both_(reinterpret_cast<__m512bh>(w)) {}
+    INLINE Sixteen dot(const Bfloat16* x, Sixteen sum) const {
+        std::int32_t two;
+        std::memcpy(&two, x, sizeof two);
+        return _mm512_dpbf16_ps(sum, both_, reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
+    }
+
+  private:
+    const __m512bh both_;
+};
+
+#else
+
+using Bfloat16 = float;
+class PairOfColumns {
+  public:
+    INLINE explicit PairOfColumns(__m512i w)
+        : even_(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16))),
+          odd_(_mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))) {}
+    INLINE Sixteen dot(const Bfloat16* x, Sixteen sum) const {
+        return _mm512_fmadd_ps(odd_, _mm512_set1_ps(x[1]), _mm512_fmadd_ps(even_, _mm512_set1_ps(x[0]), sum));
+    }
+
+  private:
+    const __m512 even_, odd_;
+};
+
+#endif
+
 // Dot products of columns [FIRST, FIRST + COUNT) with COUNT_TOKENS tokens, each in an accumulator of its own.
 template <int FIRST, int COUNT, int TOKENS>
-INLINE void dot(const __m512i* w, const std::uint16_t* x, std::int64_t stride, Sixteen* sums) {
+INLINE void dot(const __m512i* w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
     for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_setzero_ps();
     UNROLL
     for (int pair = FIRST / 2; pair < (FIRST + COUNT) / 2; ++pair) {
+        const PairOfColumns columns(w[pair]);
         UNROLL
-        for (int t = 0; t < TOKENS; ++t) {
-            std::int32_t two;
-            std::memcpy(&two, x + t * stride + pair * 2, sizeof two);
-            sums[t] = _mm512_dpbf16_ps(sums[t], reinterpret_cast<__m512bh>(w[pair]),
-                                       reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
-        }
+        for (int t = 0; t < TOKENS; ++t) sums[t] = columns.dot(x + t * stride + pair * 2, sums[t]);
     }
 }
 
@@ -318,7 +356,7 @@ constexpr bool decoded_whole(Codes codes, int sub) { return is_byte(codes) || (c
 // One token times TILES tiles that follow each other, each pair of columns multiplied as soon as it is decoded: a sum
 // for each SUB columns. ``next(i)`` reads what stands before the codes of tile i and says where these are.
 template <Codes CODES, int SUB, int TILES, class Next>
-INLINE void dot_once(const Next& next, const Table& table, const std::uint16_t* x, Sixteen (*sums)[COLUMNS / SUB]) {
+INLINE void dot_once(const Next& next, const Table& table, const Bfloat16* x, Sixteen (*sums)[COLUMNS / SUB]) {
     static_assert(TILES == 1 || TILES == 2);
     if constexpr (decoded_whole(CODES, SUB)) {
         __m512i w[PAIRS];
@@ -346,11 +384,9 @@ INLINE void dot_once(const Next& next, const Table& table, const std::uint16_t* 
         for (int i = 0; i < 4; ++i) {
             UNROLL
             for (int tile = 0; tile < TILES; ++tile) {
-                std::int32_t two;
-                std::memcpy(&two, x + tile * COLUMNS + (QUAD * 4 + i) * 2, sizeof two);
-                Sixteen& sum = sums[tile][(QUAD * 4 + i) * 2 / SUB];
-                sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w[tile][i]),
-                                       reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
+                constexpr int FIRST = QUAD * 8;
+                Sixteen& sum = sums[tile][(FIRST + i * 2) / SUB];
+                sum = PairOfColumns(w[tile][i]).dot(x + tile * COLUMNS + FIRST + i * 2, sum);
             }
         }
     });

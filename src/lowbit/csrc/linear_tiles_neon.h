@@ -190,6 +190,8 @@ inline void add_product(Sixteen& sum, Sixteen column, float32x4_t four) {
     sum.d = vfmaq_laneq_f32(sum.d, column.d, four, LANE);
 }
 
+using Bfloat16 = std::uint16_t;  // what x's bfloat16 numbers lie as
+
 inline float32x4_t four_floats(const float* from) { return vld1q_f32(from); }
 inline float32x4_t four_floats(const std::uint16_t* from) {
     return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(from)), 16));

@@ -26,7 +26,7 @@ constexpr int shift_of(int bits, int number) {
 // Pair of columns COLUMNS 2 q (and 2 q + 8, FURTHER) of the first or second half of a tile.
 constexpr int trellis_pair(int half, int q, int further) { return half * 8 + further * 4 + q; }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 // Byte k of chunk c is that of the k-th plane from the last of eight.
 constexpr BytePlaces straight_order() {
@@ -317,7 +317,7 @@ void multiply_trellis(const Layout& layout, const std::uint8_t* block, const Dec
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], finished(layout, sixteen_load(totals[t])));
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 using TrellisDecoder = void (*)(const std::uint8_t*, WordTile&);
 
@@ -378,7 +378,7 @@ BlockFunction by_bits(int bits) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 RoundFunction rounded_trellis(const Layout&) { return round_trellis; }
 #endif
 

@@ -45,7 +45,7 @@ INLINE void each_piece(const std::uint8_t* tile, const std::int16_t* book, const
     });
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 INLINE __m128i bytes_at(const std::uint8_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
 INLINE __m128i piece_at(const std::int16_t* from) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)); }
@@ -269,7 +269,7 @@ void multiply_vectors(const Layout& layout, const std::uint8_t* block, const Dec
     });
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 template <int BYTES, int LENGTH>
 void round_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
@@ -507,7 +507,7 @@ BlockFunction vector_function(const Layout& layout) {
     return vectors.index_bytes() == 1 ? by_length<1>(vectors.length) : by_length<2>(vectors.length);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 RoundFunction rounded_vectors(const Layout& layout) {
     const Vectors vectors = vectors_of(layout.codes);
@@ -526,7 +526,7 @@ void have_near(const std::int16_t* table, std::int64_t bytes, std::int64_t indic
     for (std::int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(first + at, 0, 2);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 std::int64_t product_bytes(const Layout& layout, std::int64_t tokens) {
     if (!is_vectors(layout.codes) || tokens > MOST_LOOKED_UP || layout.blocks < LEAST_LOOKED_UP) return 0;

@@ -53,27 +53,41 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
     Walk walk(layout, block);
     const Ahead ahead(1);
     Sixteen total = sixteen_load(totals);
-    std::int64_t tile = 0;
-#if defined(__AVX512BF16__)
-    if constexpr (is_grid(CODES)) {
-        for (constexpr int TURNS = 2; tile + TURNS <= layout.tiles; tile += TURNS) {
-            const std::uint8_t* codes[TURNS];
-            Sixteen scales[TURNS];
-            SixteenInts sums[TURNS];
+#if defined(LOWBIT_AVX512)
+    const auto add_tiles = [&](std::int64_t tile, auto count) __attribute__((always_inline)) {
+        constexpr int TILES = decltype(count)::value;
+        Sixteen scales[TILES][PARTS], addends[TILES][PARTS];
+        SixteenInts sums[TILES][PARTS];
+        const auto next = [&](int i) __attribute__((always_inline)) {
+            const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
+            ahead.fetch(codes, tile_bytes(CODES));
             UNROLL
-            for (int i = 0; i < TURNS; ++i) {
-                codes[i] = walk.next<CODES, SUB, ADDEND>();
-                ahead.fetch(codes[i], tile_bytes(CODES));
-                scales[i] = sixteen_multiply(walk.scale[0], sixteen_set(x.scales[tile + i]));
-                sums[i] = ints_set(x.bases[tile + i]);
+            for (int part = 0; part < PARTS; ++part) {
+                scales[i][part] = walk.scale[part];
+                if constexpr (ADDEND != Addend::none) addends[i][part] = walk.addend[part];
             }
-            dot_words_in_turns<CODES>(codes, decoding.table, x.at<std::int16_t>(tile, 0), sums);
-            UNROLL
-            for (int i = 0; i < TURNS; ++i) total = sixteen_fma(scales[i], ints_to_floats(sums[i]), total);
+            return codes;
+        };
+        UNROLL
+        for (int i = 0; i < TILES * PARTS; ++i) {
+            sums[i / PARTS][i % PARTS] = ints_set(KIND == WordKind::wide ? 0 : x.bases[tile * PARTS + i]);
         }
+        dot_words_in_turns<CODES, SUB>(next, decoding.word_table(), x.at<std::int16_t>(tile, 0), sums);
+        UNROLL
+        for (int i = 0; i < TILES * PARTS; ++i) {
+            const int own = i / PARTS, part = i % PARTS;
+            const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[tile * PARTS + i];
+            const Sixteen scale = sixteen_multiply(scales[own][part], sixteen_set(x.scales[tile * PARTS + i]));
+            total = accumulate<ADDEND, true>(total, ints_to_floats(sums[own][part]), scale, addends[own][part], x_sum);
+        }
+    };
+    std::int64_t tile = 0;
+    if constexpr (tiles_in_turns(CODES, SUB)) {
+        for (; tile + 2 <= layout.tiles; tile += 2) add_tiles(tile, std::integral_constant<int, 2>{});
     }
-#endif
-    for (; tile < layout.tiles; ++tile) {
+    for (; tile < layout.tiles; ++tile) add_tiles(tile, std::integral_constant<int, 1>{});
+#else
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         ahead.fetch(codes, tile_bytes(CODES));
         const std::int64_t span = tile * PARTS;
@@ -87,6 +101,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
             total = add_scaled<ADDEND>(total, sums[part], walk, part, x.scales[span + part], x_sum);
         }
     }
+#endif
     sixteen_store(totals, total);
 }
 
@@ -104,7 +119,7 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         ahead.fetch(codes, tile_bytes(CODES));
         if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
-        decode_words<CODES, KIND>(codes, decoding.table, decoding.words, w);
+        decode_words<CODES, KIND>(codes, decoding.word_table(), decoding.words, w);
         multiply_tile<KIND, SUB, ADDEND>(w, walk, x, tile, totals);
     }
 }
@@ -112,7 +127,7 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
 // E8P in two codes: a tile of each book's, whose numbers are added.
 constexpr std::int64_t BOOK_BYTES = tile_bytes(Codes::e8p);
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 struct PairTables {
     explicit PairTables(const Decoding& decoding) : table(decoding.table) {}
@@ -286,7 +301,7 @@ BlockFunction wide_function(const Layout& layout) {
     return nullptr;
 }
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 template <Codes CODES, int SUB, Addend ADDEND>
 void round_words(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
@@ -336,7 +351,7 @@ RoundFunction rounded_tables(Addend addend) {
 
 }  // namespace
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 RoundFunction rounded_words(const Layout& layout, const WordCodes& codes) {
     if (codes.kind == WordKind::trellis) return rounded_trellis(layout);

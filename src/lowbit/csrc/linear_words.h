@@ -41,6 +41,7 @@ struct WordCodes {
     int base = 0;
     float factor = 1.0f;
     alignas(64) std::uint8_t low[64], high[64];  // of what is looked up; short tables repeat
+    bool looked_up = false;  // AVX-512: there, and not in the weight's own table
 
     explicit WordCodes(const lowbit_weight& weight) {
         const auto codes = static_cast<Codes>(weight.codes);
@@ -63,10 +64,21 @@ struct WordCodes {
             base = codes == Codes::int8 ? -128 : 0;
         } else if (codes >= Codes::bits1 && codes <= Codes::bits7) {
             read(weight.table, codes == Codes::bits7 ? 1 : 1 << static_cast<int>(codes));
+            looked_up = kind != WordKind::none;
         } else if (is_grid(codes)) {
             read(weight.table, 1 << static_cast<int>(grid_of(codes).planes()));
+            looked_up = kind != WordKind::none;
         }
     }
+
+#if defined(LOWBIT_AVX512)
+    // ``behind``: of the weight's own.
+    Table table(const std::uint8_t* behind) const {
+        alignas(64) std::uint16_t numbers[64];
+        for (int i = 0; i < 64; ++i) numbers[i] = static_cast<std::uint16_t>(low[i] | high[i] << 8);
+        return {numbers, behind};
+    }
+#endif
 
     // Of 16 words.
     explicit WordCodes(const std::uint16_t* words) { put_words(words); }
@@ -87,6 +99,7 @@ struct WordCodes {
         if (line) {
             kind = WordKind::line;
             base = static_cast<int>(values[0]);
+            for (int i = 0; i < 64; ++i) put(i, i % count);
             return;
         }
         for (const float times : {1.0f, 2.0f, 4.0f, 8.0f, 16.0f}) {
@@ -115,14 +128,54 @@ struct WordCodes {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(LOWBIT_AVX512)
 
 // One register of 16 rows x 2 columns for each pair of columns.
 using WordTile = __m512i[PAIRS];
 
+// Whether the codes themselves are the numbers, without a lookup.
+constexpr bool are_words(Codes codes) { return CODES_AS_WORDS && (is_byte(codes) || codes == Codes::bits7); }
+
+struct NoTables {
+    explicit NoTables(const Table&) {}
+};
+template <Codes CODES>
+using WordTables = std::conditional_t<are_words(CODES), NoTables, ByteTables<CODES>>;
+
+// Four pairs of columns as decode_quad has them.
+template <Codes CODES, int QUAD, bool IN_ORDER>
+INLINE void decode_word_quad(const CodeLines<CODES, IN_ORDER>& tile, const Table& table, const WordTables<CODES>& tables, __m512i* w) {
+    if constexpr (!are_words(CODES)) {
+        decode_quad<CODES, QUAD>(tile, table, tables, w);
+    } else {
+        const __m512i zero = _mm512_setzero_si512(), lower = _mm512_set1_epi16(0xff);
+        UNROLL
+        for (int i = 0; i < 2; ++i) {
+            if constexpr (is_byte(CODES)) {
+                const __m512i codes = tile.line((QUAD * 2 + i) * 64);
+                w[i] = _mm512_unpacklo_epi8(codes, zero);
+                w[i + 2] = _mm512_unpackhi_epi8(codes, zero);
+            } else {  // a pair and the one two further, in the two bytes of a word
+                const __m512i codes = _mm512_and_si512(seven_bits<QUAD * 2>(tile, i), _mm512_set1_epi8(0x7f));
+                w[i] = _mm512_and_si512(codes, lower);
+                w[i + 2] = _mm512_srli_epi16(codes, 8);
+            }
+        }
+    }
+}
+
+template <Codes CODES>
+INLINE void decode_words(const std::uint8_t* tile, const Table& table, __m512i* w) {
+    CodeLines<CODES> lines[1];
+    read_lines([&](int) { return tile; }, table, lines);
+    const WordTables<CODES> tables(table);
+    each_constant<PAIRS / 4>([&](auto quad) __attribute__((always_inline)) {
+        decode_word_quad<CODES, decltype(quad)::value>(lines[0], table, tables, w + 4 * decltype(quad)::value);
+    });
+}
 template <Codes CODES, WordKind>
-inline void decode_words(const std::uint8_t* tile, const Table& table, const WordCodes&, WordTile& w) {
-    decode<CODES>(tile, table, w);
+INLINE void decode_words(const std::uint8_t* tile, const Table& table, const WordCodes&, WordTile& w) {
+    decode_words<CODES>(tile, table, w);
 }
 
 // sums[t] += products of columns [FIRST, FIRST + COUNT) with token t.
@@ -139,26 +192,26 @@ inline void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
     }
 }
 
-// sums[i] += the products of tile i with one token: tiles that follow each other, each pair of columns multiplied as soon
-// as it is decoded. What grids look up is read once for all tiles, whose products do not wait for one another.
-template <Codes CODES, int TILES>
-INLINE void dot_words_in_turns(const std::uint8_t* const (&tiles)[TILES], const Table& table, const std::int16_t* x,
-                               SixteenInts (&sums)[TILES]) {
-    const ByteTables<CODES> bytes(table);
-    CodeLines<CODES> lines[TILES];
-    read_lines([&](int tile) { return tiles[tile]; }, table, lines);
+// sums[i] += the products of tile i with one token, as dot_once has them.
+template <Codes CODES, int SUB, int TILES, class Next>
+INLINE void dot_words_in_turns(const Next& next, const Table& table, const std::int16_t* x,
+                               SixteenInts (&sums)[TILES][COLUMNS / SUB]) {
+    const WordTables<CODES> tables(table);
+    CodeLines<CODES, reads_in_order(CODES)> lines[TILES];
+    read_lines(next, table, lines);
     each_constant<PAIRS / 4>([&](auto quad) __attribute__((always_inline)) {
-        constexpr int QUAD = decltype(quad)::value;
+        constexpr int FIRST = decltype(quad)::value * 8;
         __m512i w[TILES][4];
         UNROLL
-        for (int tile = 0; tile < TILES; ++tile) decode_quad<CODES, QUAD>(lines[tile], table, bytes, w[tile]);
+        for (int tile = 0; tile < TILES; ++tile) decode_word_quad<CODES, decltype(quad)::value>(lines[tile], table, tables, w[tile]);
         UNROLL
         for (int i = 0; i < 4; ++i) {
             UNROLL
             for (int tile = 0; tile < TILES; ++tile) {
                 std::int32_t two;
-                std::memcpy(&two, x + tile * COLUMNS + (QUAD * 4 + i) * 2, sizeof two);
-                sums[tile] = _mm512_dpwssd_epi32(sums[tile], w[tile][i], _mm512_set1_epi32(two));
+                std::memcpy(&two, x + tile * COLUMNS + FIRST + i * 2, sizeof two);
+                SixteenInts& sum = sums[tile][(FIRST + i * 2) / SUB];
+                sum = _mm512_dpwssd_epi32(sum, w[tile][i], _mm512_set1_epi32(two));
             }
         }
     });
@@ -284,7 +337,7 @@ INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const W
 #include "linear_words_neon.h"
 #endif
 
-#if defined(__AVX512BF16__) || defined(__ARM_NEON)
+#if defined(__ARM_NEON)
 
 namespace lowbit {
 

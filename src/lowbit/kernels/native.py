@@ -1,7 +1,7 @@
 """The native library: which instruction set this CPU has, and the shared library built for it.
 
-One library for each of ``amx``, ``avx512`` (with VNNI, BF16 and VBMI) and ``avx2`` (with FMA and F16C), on
-ARM for each of ``neon_bf16`` and ``neon`` (ARMv8.2 with dot products), all from the same sources (csrc/),
+One library for each of ``amx``, ``avx512`` (with VNNI, VBMI and BF16), ``avx512_vnni`` (the same without BF16:
+Intel's Xeons from Ice Lake on where they have no AMX) and ``avx2`` (with FMA and F16C), on ARM for each of ``neon_bf16`` and ``neon`` (ARMv8.2 with dot products), all from the same sources (csrc/),
 behind one plain C ABI. The best one the CPU has is loaded on first use; ``LOWBIT_ISA`` names another
 (``scalar``: none, everything runs on torch). Tensors pass as addresses.
 """
@@ -19,16 +19,17 @@ from pathlib import Path
 
 from lowbit.errors import LowbitError
 
-INSTRUCTION_SETS = ("amx", "avx512", "avx2", "neon_bf16", "neon")  # best first
+INSTRUCTION_SETS = ("amx", "avx512", "avx512_vnni", "avx2", "neon_bf16", "neon")  # best first
 _NEEDED_FLAGS = {
     "avx2": {"avx2", "fma", "f16c", "bmi2"},
-    "avx512": {
+    "avx512_vnni": {
         *("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
-        *("avx512_vnni", "avx512_bf16", "avx512vbmi"),
+        *("avx512_vnni", "avx512vbmi"),
     },
     "neon": {"asimddp", "asimdrdm", "atomics"},
     "neon_bf16": {"asimddp", "asimdrdm", "atomics", "bf16"},
 }
+_NEEDED_FLAGS["avx512"] = _NEEDED_FLAGS["avx512_vnni"] | {"avx512_bf16"}
 _NEEDED_FLAGS["amx"] = _NEEDED_FLAGS["avx512"] | {"amx_tile", "amx_bf16", "amx_int8"}
 _NEEDED_FLAGS["amx_emulated"] = _NEEDED_FLAGS["avx512"]  # AMX code with tiles in plain C++, for tests
 # An ARM CPU's features: Linux's name, its place in the auxiliary vector (entry, bit), macOS's name.
