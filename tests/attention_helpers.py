@@ -21,7 +21,12 @@ from oracles.kv_cache import read_back
 CPU = torch.device("cpu")
 BF16, F16, F32 = (KvDtype.of(name) for name in ("bf16", "fp16", "f32"))
 E4M3 = KvDtype(STATIC_E4M3, STATIC_E4M3)
-FLOAT_PRODUCTS = ("avx2", "avx512_vnni", "neon", "neon_bf16")  # they round neither queries nor softmax weights
+FLOAT_PRODUCTS = (
+    "avx2",
+    "avx512_vnni",
+    "neon",
+    "neon_bf16",
+)  # they round neither queries nor softmax weights
 NOWHERE = 2**30  # what undefined entries of a page table hold
 Sequence = tuple[Tensor, Tensor, Tensor]  # q (tokens, heads, k_dim), k, v of every token
 Read = Callable[[np.ndarray, str, str, int], np.ndarray]

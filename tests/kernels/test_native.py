@@ -60,6 +60,28 @@ def test_without_libraries_lowbit_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("missing", "wanted"),
+    [
+        ({"amx_int8"}, "avx512"),
+        ({"amx_tile", "avx512_bf16"}, "avx512_vnni"),  # Intel's Ice Lake, or a machine that hides the rest
+        ({"amx_tile", "avx512_bf16", "avx512vbmi"}, "avx2"),  # Cascade Lake
+        ({"avx512f"}, "avx2"),
+        ({"f16c", "avx512f"}, "scalar"),
+    ],
+)
+def test_x86_takes_what_its_features_allow(
+    missing: set[str], wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for isa in native.INSTRUCTION_SETS:
+        (tmp_path / f"liblowbit_{isa}.so").touch()
+    monkeypatch.setattr(native, "_directories", lambda: [tmp_path])
+    monkeypatch.setattr(native, "cpu_flags", lambda: native._NEEDED_FLAGS["amx"] - missing)
+    monkeypatch.setattr(native, "isa", native.isa.__wrapped__)
+    monkeypatch.delenv("LOWBIT_ISA", raising=False)
+    assert native.isa() == wanted
+
+
+@pytest.mark.parametrize(
     ("features", "wanted"),
     [
         ({"asimddp", "asimdrdm", "atomics", "bf16"}, "neon_bf16"),

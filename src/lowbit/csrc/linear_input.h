@@ -395,8 +395,9 @@ INLINE void lay_out_words(const float* row, const InputShape& shape, const Input
     });
 }
 
+#if defined(LOWBIT_AVX512)
 // The same with a scale for each ``shape.span`` columns, several tiles; the last ones may be fewer. No sums.
-[[maybe_unused]] inline void lay_out_wide_words(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
+inline void lay_out_wide_words(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
     const std::int64_t of_span = shape.span / COLUMNS;
     for (std::int64_t first = 0, span = 0; first < shape.tiles; first += of_span, ++span) {
         InputShape part = shape;
@@ -420,6 +421,7 @@ INLINE void lay_out_words(const float* row, const InputShape& shape, const Input
         });
     }
 }
+#endif
 
 // x as int8. Of InputKind::codes it holds such numbers already: wide sums of them are whole numbers below 2^24 or so,
 // else what float32 makes of them.
@@ -481,7 +483,9 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             lay_out_bfloats<SPAN>(row, shape, to, token);
         } else if (shape.kind == InputKind::words) {
             if constexpr (SPAN != WIDE) lay_out_words<SPAN>(row, shape, to, token);
-            else if constexpr (WORD_PANELS) lay_out_wide_words(row, shape, to, token);
+#if defined(LOWBIT_AVX512)
+            else lay_out_wide_words(row, shape, to, token);
+#endif
         } else if constexpr (SPAN != LEAST_GROUP) {  // meets_bytes
             lay_out_bytes<SPAN>(row, shape, to, token);
         }

@@ -217,6 +217,13 @@ struct Unwritten {
     void write_all() {
         while (left > 0) write_one();
     }
+    // Takes hold of the lines that will be written.
+    void fetch() const {
+        for (int token = 0; token < left; ++token) {
+            __builtin_prefetch(out + token * stride, 1);
+            if (both) __builtin_prefetch(out + token * stride + ROWS, 1);
+        }
+    }
 };
 
 #if defined(LOWBIT_AVX512)

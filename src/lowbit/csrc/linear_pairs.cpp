@@ -55,7 +55,10 @@ struct Words {
     static constexpr int OPERANDS_OF_TILE = PAIRS;
 
     static INLINE Sum start(const Input& x, std::int64_t span) { return ints_set(BASED ? x.bases[span] : 0); }
-    static INLINE Sum dot(Sum sum, __m512i w, __m512i x) { return _mm512_dpwssd_epi32(sum, w, x); }
+    static INLINE Sum dot(Sum sum, __m512i w, __m512i x) {
+        asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));  // GCC 12 copies the sums of its own function at every turn
+        return sum;
+    }
     template <Addend ADDEND>
     static INLINE Sixteen added(Sixteen total, Sum sum, const Walk& walk, int part, const Input& x, std::int64_t span, std::int64_t) {
         return add_scaled<ADDEND>(total, sum, walk, part, x.scales[span], ADDEND == Addend::none ? 0.0f : x.sums[span]);
@@ -365,9 +368,11 @@ struct WordPanelStep {
     static constexpr int SCALES = ROWS * static_cast<int>(sizeof(float));
 };
 
+constexpr int WRITTEN_AT_A_TIME = 4;  // tokens whose results are written between products
+
 // Some columns for all tokens, and then the next: a core's first cache holds their numbers.
 void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
-                          float (*totals)[ROUNDED_TOKENS][ROWS]) {
+                          Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
     constexpr std::int64_t GROUP = WORD_PANEL_COLUMNS / COLUMNS, OF_TILE = ROUNDED_TOKENS / 2;
     const std::uint8_t* both[2] = {panels[0], panels[blocks - 1]};
     alignas(64) float unwanted[ROUNDED_TOKENS][ROWS];
@@ -379,9 +384,11 @@ void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const R
             const float* const scales = x.scales[tile] + line / GROUP * x.tokens[tile];
             for_tokens(static_cast<int>(std::min(tokens - begin, OF_TILE)),
                        WordPanelStep{both, x.tiles[tile] + line * x.line_bytes[tile], scales, x.line_bytes[tile], count, line == 0, to});
+            for (int token = 0; token < WRITTEN_AT_A_TIME && unwritten.left > 0; ++token) unwritten.write_one();
         }
         for (const std::uint8_t*& panel : both) panel += WordPanelStep::SCALES + count * PAIRS * OPERAND_BYTES;
     }
+    unwritten.write_all();
 }
 
 #endif
@@ -390,12 +397,13 @@ void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const R
 
 void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes, const RoundedInput& x, int tokens,
                       std::int64_t lines, bool goes_on, Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
-    unwritten.write_all();
+    if (WORD_PANELS && !bytes) unwritten.fetch();
+    else unwritten.write_all();
     if (bytes) return multiply_panels<Bytes>(panels, blocks, x, tokens, lines, goes_on, totals);
 #if defined(__AVX512BF16__)
     multiply_panels<Bfloats<false, false>>(panels, blocks, x, tokens, lines, goes_on, totals);
 #else
-    multiply_word_panels(panels, blocks, x, tokens, lines, totals);  // which do not go on
+    multiply_word_panels(panels, blocks, x, tokens, lines, unwritten, totals);  // which do not go on
 #endif
 }
 

@@ -1,4 +1,5 @@
-// Prompts' tokens, whose weights are made bfloat16 numbers once for all of a step: panels, a block's rows one behind another.
+// Prompts' tokens, whose weights are made bfloat16 numbers once for all of a step, or without BF16 whole numbers
+// (linear_rounded.h): panels, a block's rows one behind another.
 //
 // A scale for some columns ends a sum. With AMX a product that is stored and scaled takes two to four times as long as one
 // that is added to a tile (linear_amx.cpp), with AVX-512 every 16 products of a token take two or three instructions of the

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
+from lowbit.kernels.host_memory import room
 from lowbit.kernels import native
 from lowbit.kernels.activation_native import NativeQuantizer
 from lowbit.kernels.elementwise import affine, gather_columns
@@ -366,7 +367,7 @@ def pack(description: Description, parts: Parts) -> Tensor:
     """uint8 (bytes,): the packed weight; ``description.data`` then points at it."""
     loaded = functions()
     assert loaded is not None, "refuses() was asked first"
-    data = torch.empty(description.nbytes, dtype=torch.uint8)
+    data = room(description.nbytes)
     assert loaded.size(ctypes.addressof(description)) == data.numel(), "both sides compute the same layout"
 
     def address(tensor: Tensor | None) -> int | None:

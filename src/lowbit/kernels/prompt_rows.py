@@ -1,4 +1,4 @@
-"""Which rows of a step are prompts' tokens: for these alone a kernel may round weights to bfloat16.
+"""Which rows of a step are prompts' tokens: for these alone a kernel may round weights.
 
 A token's bits must not depend on who else is in its step. So what may differ for speed's sake hangs on what
 the token is, part of a prompt or generated, and never on how many there are. On processors with AMX or
