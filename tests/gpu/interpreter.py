@@ -1,8 +1,8 @@
 """Triton's interpreter made faster for tests: what it computes anew at every operation is kept.
 
-A kernel that is interpreted spends nearly all of its time on Python objects that say what type a value has, and
-very little in numpy. What is replaced here are internals of the Triton that constraints.txt pins; another one
-runs as it is, only slower.
+A kernel that is interpreted spends nearly all of its time on Python objects that say what type a value has,
+and very little in numpy. What is replaced here are internals of the Triton that constraints.txt pins; another
+one runs as it is, only slower.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ TRITON = "3.7."  # whose internals these are
 
 
 def hasten(changes: pytest.MonkeyPatch, *, overflows: bool) -> None:
-    """Until ``changes`` are undone. ``overflows``: each sum and product of integers is computed a second time, in
-    64 bits, to see whether it fits.
+    """Until ``changes`` are undone.
+
+    ``overflows``: each sum and product of integers is computed once more, in 64 bits, to see whether it fits.
     """
     import triton
 
@@ -46,10 +47,10 @@ def _patches_once(interpreter: Any, language: Any) -> Any:
     seen_by: dict[Any, set[int]] = {}  # function: the modules of the language that it names
 
     def patch_once(function: Any) -> Any:
-        seen = seen_by.get(function)
-        if seen is None:
-            named = {id(value) for value in function.__globals__.values() if value in (language, language.core)}
-            seen = seen_by[function] = named
+        if function not in seen_by:
+            named = function.__globals__.values()
+            seen_by[function] = {id(value) for value in named if value in (language, language.core)}
+        seen = seen_by[function]
         if seen and seen <= patched:
             return scope_type()
         new, scope = seen - patched, patch(function)
