@@ -20,10 +20,11 @@ if not torch.cuda.is_available():
 from guard_page import poison_new_tensors
 from lowbit.checkpoint.embedded import embedded_model
 
+TESTS = Path(__file__).parent
 # What takes longest (a compiler, whole models, other processes) begins first, so that no worker waits for it
 # at the end. Files of the most tests follow.
 LONGEST = [
-    Path(__file__).parent / name
+    TESTS / name
     for name in (
         *("engine/test_sameness.py", "kernels/test_amx.py", "kernels/test_instruction_sets.py"),
         *("models/test_embedded.py", "server/test_failures.py", "gpu/test_gpu_attention.py", "test_docs.py"),
@@ -35,6 +36,19 @@ LONGEST = [
     )
 ]
 assert all(path.is_file() for path in LONGEST)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of xdist's workers begins to collect at another file.
+
+    All of them collect all files, in which pytest rewrites assertions, which takes longer than anything else
+    then. What one of them has rewritten, and kept (``make test`` sees to that), the others read.
+    """
+    if os.environ.get("PYTEST_XDIST_WORKER") and [Path(name).resolve() for name in config.args] == [TESTS]:
+        worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        files = sorted(TESTS.glob("**/test_*.py"))
+        first = len(files) * worker // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        config.args = [str(path) for path in files[first:] + files[:first]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
