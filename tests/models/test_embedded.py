@@ -32,7 +32,7 @@ def english_prompts() -> list[list[int]]:
     return [tokens[i * LENGTH : (i + 1) * LENGTH] for i in range(PROMPTS)]
 
 
-@pytest.mark.parametrize("prompts", [2, pytest.param(PROMPTS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("prompts", [1, pytest.param(PROMPTS, marks=pytest.mark.slow)])
 def test_kl_to_the_float_model(prompts: int, model: Model, embedded_path: Path) -> None:
     """Mean KL(transformers fp32 || lowbit) <= 0.0005; the promise is 0.002."""
     oracle = AutoModelForCausalLM.from_pretrained(
