@@ -3,9 +3,9 @@
 Prompts of 1 to 700 tokens on the embedded model, each run alone on a fresh engine without a prefix cache,
 then together: random arrivals, up to 32 at once, a pool too small for all of them (retraction and eviction),
 prompts that share prefixes, odd chunk sizes. Every sampled row's logits are hashed with the position and
-token they follow; a single differing bit anywhere makes an unknown hash. 64 prompts are marked slow; 16, one of
-them long, meet all of this too (each case asserts it), and quantized KV caches go through the hardest case
-with 10.
+token they follow; a single differing bit anywhere makes an unknown hash. 64 prompts are marked slow; 16, of
+which one is long, meet all of this too (each case asserts it), and quantized KV caches go through the hardest
+case with 10.
 """
 
 from __future__ import annotations
