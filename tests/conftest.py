@@ -27,12 +27,14 @@ LONGEST = [
     TESTS / name
     for name in (
         *("engine/test_sameness.py", "kernels/test_amx.py", "kernels/test_instruction_sets.py"),
-        *("models/test_embedded.py", "server/test_failures.py", "gpu/test_gpu_attention.py", "test_docs.py"),
-        *("kernels/test_attention.py", "checkpoint/test_safetensors_writer.py", "server/test_end_to_end.py"),
-        *("engine/test_ranks.py", "gpu/test_gpu_recurrent.py", "kernels/test_native.py"),
-        *("engine/test_shared_graphs.py", "models/test_qwen_next_ranks.py", "gpu/test_gpu_engine.py"),
-        "gpu/test_gpu_rotated_models.py",
-        *("gpu/test_gpu_eight_models.py", "gpu/test_gpu_expert_models.py", "gpu/test_gpu_linear_models.py"),
+        *("models/test_embedded.py", "gpu/test_gpu_experts.py", "engine/test_speculation.py"),
+        *("server/test_failures.py", "gpu/test_gpu_attention.py", "test_docs.py", "gpu/test_gpu_engine.py"),
+        *("engine/test_step_capture.py", "kernels/test_attention.py", "gpu/test_gpu_rotation.py"),
+        *("server/test_end_to_end.py", "gpu/test_gpu_recurrent.py", "engine/test_shared_graphs.py"),
+        *("engine/test_ranks.py", "loading/test_quantizing.py", "checkpoint/test_hub.py"),
+        *("gpu/test_gpu_graphs.py", "models/test_qwen_next_ranks.py", "loading/test_convert_proof.py"),
+        *("gpu/test_gpu_expert_models.py", "gpu/test_gpu_linear_models.py", "gpu/test_gpu_rotated_models.py"),
+        *("kernels/test_native.py", "checkpoint/test_safetensors_writer.py"),
     )
 ]
 assert all(path.is_file() for path in LONGEST)
