@@ -29,6 +29,7 @@ def hasten(changes: pytest.MonkeyPatch, *, overflows: bool) -> None:
 
     changes.setattr(interpreter, "_patch_lang", _patches_once(interpreter, language))
     changes.setattr(interpreter, "_get_np_dtype", _numpy_type_of(interpreter._get_np_dtype))
+    changes.setattr(language.core, "_unwrap_if_constexpr", _unwrapped_by(language.core))
     changes.setattr(language.block_type, "__init__", _block_type_of(language.core))
     changes.setattr(language.tensor, "__init__", _tensor_of(language.core))
     if not overflows:
@@ -76,6 +77,17 @@ def _numpy_type_of(original: Any) -> Any:
         return known[of.name]
 
     return numpy_type
+
+
+def _unwrapped_by(core: Any) -> Any:
+    original, constexpr = core._unwrap_if_constexpr, core.constexpr
+    plain = {int, float, bool, str, type(None), core.dtype, core.block_type, core.pointer_type, core.tensor}
+
+    def unwrapped(of: Any) -> Any:
+        kind = type(of)
+        return of if kind in plain else of.value if kind is constexpr else original(of)
+
+    return unwrapped
 
 
 def _block_type_of(core: Any) -> Any:
