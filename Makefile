@@ -61,11 +61,12 @@ serve: install
 
 # One worker more than there are cores, as many tests wait for another process; a file's tests stay together, they share
 # what is costly to set up. tests/conftest.py has the order. A worker that crashes ends the run: xdist, which would start
-# another, then waits for ever for what the first had left (loadfile).
+# another, then waits for ever for what the first had left (loadfile). Bytecode is written, also where the environment
+# says not to: a file's assertions are rewritten once, not by every worker.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 test: install
-	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder \
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder \
 		--max-worker-restart=0 $(PYTEST_FLAGS)
 
 # Under 90 seconds: without the tests that start a server or compare with another library over long texts.

@@ -20,21 +20,37 @@ if not torch.cuda.is_available():
 from guard_page import poison_new_tensors
 from lowbit.checkpoint.embedded import embedded_model
 
+TESTS = Path(__file__).parent
 # What takes longest (a compiler, whole models, other processes) begins first, so that no worker waits for it
 # at the end. Files of the most tests follow.
 LONGEST = [
-    Path(__file__).parent / name
+    TESTS / name
     for name in (
         *("engine/test_sameness.py", "kernels/test_amx.py", "kernels/test_instruction_sets.py"),
-        *("models/test_embedded.py", "server/test_failures.py", "gpu/test_gpu_attention.py", "test_docs.py"),
-        *("kernels/test_attention.py", "checkpoint/test_safetensors_writer.py", "server/test_end_to_end.py"),
-        *("engine/test_ranks.py", "gpu/test_gpu_recurrent.py", "kernels/test_native.py"),
-        *("engine/test_shared_graphs.py", "models/test_qwen_next_ranks.py", "gpu/test_gpu_engine.py"),
-        "gpu/test_gpu_rotated_models.py",
-        *("gpu/test_gpu_eight_models.py", "gpu/test_gpu_expert_models.py", "gpu/test_gpu_linear_models.py"),
+        *("models/test_embedded.py", "gpu/test_gpu_experts.py", "engine/test_speculation.py"),
+        *("server/test_failures.py", "gpu/test_gpu_attention.py", "test_docs.py", "gpu/test_gpu_engine.py"),
+        *("engine/test_step_capture.py", "kernels/test_attention.py", "gpu/test_gpu_rotation.py"),
+        *("server/test_end_to_end.py", "gpu/test_gpu_recurrent.py", "engine/test_shared_graphs.py"),
+        *("engine/test_ranks.py", "loading/test_quantizing.py", "checkpoint/test_hub.py"),
+        *("gpu/test_gpu_graphs.py", "models/test_qwen_next_ranks.py", "loading/test_convert_proof.py"),
+        *("gpu/test_gpu_expert_models.py", "gpu/test_gpu_linear_models.py", "gpu/test_gpu_rotated_models.py"),
+        *("kernels/test_native.py", "checkpoint/test_safetensors_writer.py"),
     )
 ]
 assert all(path.is_file() for path in LONGEST)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of xdist's workers begins to collect at another file.
+
+    All of them collect all files, in which pytest rewrites assertions, which takes longer than anything else
+    then. What one of them has rewritten, and kept (``make test`` sees to that), the others read.
+    """
+    if os.environ.get("PYTEST_XDIST_WORKER") and [Path(name).resolve() for name in config.args] == [TESTS]:
+        worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        files = sorted(TESTS.glob("**/test_*.py"))
+        first = len(files) * worker // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        config.args = [str(path) for path in files[first:] + files[:first]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

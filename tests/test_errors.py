@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lowbit.errors import EXIT_BUG, LowbitError, printable, thousands
 SOURCES = Path(__file__).parents[1] / "src" / "lowbit"
 
 
+@cache
 def raised_codes() -> dict[str, str]:
     """Every code that stands in the sources (catalogue and exit table left out) and where."""
     places: dict[str, str] = {}

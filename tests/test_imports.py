@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -69,8 +70,13 @@ MODULES = {
 }
 
 
-def imports_of(module: str, *, at_import_only: bool = False) -> Iterator[tuple[str, int]]:
+@cache
+def imports_of(module: str, *, at_import_only: bool = False) -> list[tuple[str, int]]:
     """Full dotted names that a module imports, and the line."""
+    return list(_imports_of(module, at_import_only))
+
+
+def _imports_of(module: str, at_import_only: bool) -> Iterator[tuple[str, int]]:
     tree = ast.parse(MODULES[module].read_text())
     pending: list[ast.AST] = [tree]
     while pending:

@@ -535,12 +535,13 @@ WEIGHTS = {
     "dense f16": lambda: dense_weight("f16", (19, 96)),
     "dense f32": lambda: dense_weight("f32", (50, 33)),
 }
+KINDS = {name: (weight.scheme, weight.shape) for name, make in WEIGHTS.items() for weight in [make()]}
 PAIRS = [
     pytest.param(kernel, name, id=f"{kernel.name}-{name}")
     for kernel in linear_kernels()
     if kernel.name != "cpu_dequantized"  # its numbers are others: tests/kernels/test_cpu_dequantized.py
-    for name in WEIGHTS
-    if kernel.refuses((w := WEIGHTS[name]()).scheme, w.shape, CPU) is None
+    for name, (scheme, shape) in KINDS.items()
+    if kernel.refuses(scheme, shape, CPU) is None
 ]
 NATIVE_PAIRS = [pair for pair in PAIRS if "reference" not in str(pair.id)]
 

@@ -300,7 +300,7 @@ MODES = {
 
 @pytest.mark.usefixtures("plain_attention")
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_answers_are_the_same(mode: str, seed: int) -> None:
     requests = mixed_requests(24, seed)
     without = stand_in_engine(False, **MODES[mode])

@@ -10,8 +10,10 @@ import copy
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import safe_open
@@ -59,6 +61,12 @@ class Seed:
         save_file(tensors, folder / "model.safetensors", self.metadata)
         return folder
 
+    @cached_property
+    def weights(self) -> dict[str, tuple[Tensor, str]]:
+        """``weights_of`` the checkpoint as it is."""
+        with TemporaryDirectory() as folder:
+            return weights_of(self.write(Path(folder), self.config, self.tensors))
+
 
 def weights_of(folder: Path) -> dict[str, tuple[Tensor, str]]:
     """Each planned module's dequantized weight and what it asks of its input."""
@@ -83,19 +91,21 @@ def _input(read: StoredLinear) -> str:
     return f"{read.weight.scheme.activation} {[None if p is None else p.tolist() for p in parts]}"
 
 
-def verdict(seed: Seed, folder: Path, config: Config, tensors: dict[str, Tensor]) -> str:
-    """ "refused CODE", "equal", or "silent: module"."""
+def verdict(
+    seed: Seed,
+    folder: Path,
+    config: Config,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+) -> str:
+    """ "refused CODE", "equal", or "silent: module". Without ``metadata`` the seed's own."""
+    mutated = seed if metadata is None else replace(seed, metadata=metadata)
     try:
-        seed.write(folder / "mutated", config, tensors)
-        found = weights_of(folder / "mutated")
+        found = weights_of(mutated.write(folder / "mutated", config, tensors))
     except LowbitError as error:
         assert "\n" not in str(error) and len(str(error)) < 2000, error
         return f"refused {error.code}"
-    original = folder / "original"
-    if not original.exists():
-        seed.write(original, seed.config, seed.tensors)
-    wanted = weights_of(original)
-    for name, (weight, asked) in wanted.items():
+    for name, (weight, asked) in seed.weights.items():
         if name not in found or not torch.equal(found[name][0], weight) or found[name][1] != asked:
             return f"silent: {name}"
     return "equal"

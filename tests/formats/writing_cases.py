@@ -138,13 +138,19 @@ def _same_input(a: InputRule | None, b: InputRule | None) -> None:
 
 
 @cache
-def source_of(path: Path) -> SourceModel | None:
-    """A fixture's folder or file; None: not a whole model with quantized weights. Opened once a process."""
+def whole_model(path: Path) -> SourceModel | None:
+    """A fixture's folder or file; None: not a whole model. Opened once a process."""
     try:
-        source = SourceModel(open_checkpoint(str(path)))
+        return SourceModel(open_checkpoint(str(path)))
     except LowbitError:
         return None
-    return source if any(not module.scheme.is_dense for module in source.modules) else None
+
+
+def source_of(path: Path) -> SourceModel | None:
+    """A fixture's folder or file; None: not a whole model with quantized weights."""
+    source = whole_model(path)
+    quantized = source is not None and any(not module.scheme.is_dense for module in source.modules)
+    return source if quantized else None
 
 
 def fixtures_it_takes(kind: type[CheckpointWriter], *groups: str) -> list[Path]:

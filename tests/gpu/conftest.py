@@ -10,11 +10,11 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import pytest
 import torch
 
+from gpu.interpreter import hasten
 from lowbit.kernels.gpu import runtime
 
 _RECORD = os.environ.get("LOWBIT_TEST_RECORD_LAUNCHES")
@@ -28,42 +28,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _language_once() -> Iterator[None]:
-    """Triton's interpreter patches its language once a launch, as it needs to.
-
-    It does so again at every call of a ``triton.jit`` function inside a kernel, hundreds of attributes each
-    time, and restores none of them before the launch ends. The first patch says it all.
-    """
+def _faster(pytestconfig: pytest.Config) -> Iterator[None]:
+    """``-m ""``, which has the slow tests too, also looks for integers that overflow in kernels."""
     if not runtime.INTERPRETED or runtime.missing():
         yield
         return
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch = getattr(interpreter, "_patch_lang", None)
-    scope_type = getattr(interpreter, "_LangPatchScope", None)
-    if patch is None or scope_type is None:
-        yield  # another Triton: only slower
-        return
-    patched: set[int] = set()
-
-    def patch_once(function: Any) -> Any:
-        seen = {id(value) for value in function.__globals__.values() if value in (language, language.core)}
-        if seen and seen <= patched:
-            return scope_type()
-        new, scope = seen - patched, patch(function)
-        restore = scope.restore
-        patched.update(new)
-
-        def restore_and_forget() -> None:
-            restore()
-            patched.difference_update(new)
-
-        scope.restore = restore_and_forget
-        return scope
-
     with pytest.MonkeyPatch.context() as changes:
-        changes.setattr(interpreter, "_patch_lang", patch_once)
+        hasten(changes, overflows=not pytestconfig.getoption("markexpr"))
         yield
 
 

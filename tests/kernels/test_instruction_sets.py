@@ -29,7 +29,7 @@ NATIVE = [
 # What runs on torch where there is no library.
 SCALAR = [
     *("contract/test_linear_kernels.py", "kernels/test_elementwise.py", "kernels/test_head_products.py"),
-    *("kernels/test_encode.py", "kernels/test_activation_quant.py"),
+    *("kernels/test_encode.py", "kernels/test_activation_quant.py", "models/test_llama.py"),
 ]
 OTHERS = [
     isa
@@ -40,10 +40,15 @@ OTHERS = [
 
 @pytest.mark.skipif(bool(os.environ.get("LOWBIT_ISA")), reason="an instruction set is forced already")
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "options", [("-p", "covering"), pytest.param((), marks=pytest.mark.slow)], ids=["each value", "all"]
+)
 @pytest.mark.parametrize("isa", [*OTHERS, "scalar"])
-def test_kernels_under(isa: str) -> None:
-    """In a process of their own, which fails where it cannot load that library."""
-    run_tests(SCALAR if isa == "scalar" else NATIVE, {"LOWBIT_ISA": isa})
+def test_kernels_under(isa: str, options: tuple[str, ...]) -> None:
+    """In a process of their own, which fails where it cannot load that library. With the slow tests all that
+    the set in use runs, else each value of each parameter of a test."""
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    run_tests(SCALAR if isa == "scalar" else NATIVE, {"LOWBIT_ISA": isa, "PYTHONPATH": path}, *options)
 
 
 def run_tests(files: list[str], environment: dict[str, str], *options: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats.helpers import FIXTURES, expected
+from formats.writing_cases import whole_model
 from forward_helpers import prompt_logits
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
@@ -43,14 +44,8 @@ CHANGED = {
 
 def whole_models() -> list[Path]:
     """Quantized fixtures that are whole models."""
-    found = []
-    for path in sorted(FIXTURES.glob("*/*/about.json")):
-        try:
-            SourceModel(open_checkpoint(str(path.parent)))
-        except LowbitError:
-            continue
-        found.append(path.parent)
-    return found
+    folders = sorted(path.parent for path in FIXTURES.glob("*/*/about.json"))
+    return [folder for folder in folders if whole_model(folder) is not None]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import gguf
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -32,9 +34,14 @@ def english_prompts() -> list[list[int]]:
     return [tokens[i * LENGTH : (i + 1) * LENGTH] for i in range(PROMPTS)]
 
 
-@pytest.mark.parametrize("prompts", [2, pytest.param(PROMPTS, marks=pytest.mark.slow)])
-def test_kl_to_the_float_model(prompts: int, model: Model, embedded_path: Path) -> None:
+@pytest.mark.parametrize("prompts", [1, pytest.param(PROMPTS, marks=pytest.mark.slow)])
+def test_kl_to_the_float_model(
+    prompts: int, model: Model, embedded_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mean KL(transformers fp32 || lowbit) <= 0.0005; the promise is 0.002."""
+    # transformers reads the file twice, and makes the table of names anew for each of its 397 modules.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, name, cache(getattr(gguf, name)))
     oracle = AutoModelForCausalLM.from_pretrained(
         embedded_path.parent, gguf_file=embedded_path.name, dtype=torch.float32
     ).eval()
