@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import resource
 import sys
+import threading
 
 import pytest
 import torch
 
 from lowbit.kernels import host_memory
-from lowbit.kernels.host_memory import PIECE, populate, zeros
+from lowbit.kernels.host_memory import PIECE, WeightRoom, for_weight, populate, zeros
 
 
 def faults() -> int:
@@ -56,3 +57,40 @@ def test_zeros() -> None:
     found = zeros((3, 5), torch.bfloat16)
     assert found.shape == (3, 5) and found.dtype is torch.bfloat16 and not found.any()
     assert zeros((0, 5), torch.float32).shape == (0, 5)
+
+
+def test_weights_of_a_room_lie_one_behind_another() -> None:
+    room = WeightRoom()
+    alone = for_weight(1000)
+    with room.used():
+        first, second = for_weight(1000), for_weight(70)
+        with WeightRoom().used():
+            elsewhere = for_weight(64)
+        third, large = for_weight(1), for_weight(1 << 25)
+    assert second.data_ptr() == first.data_ptr() + 1024 and third.data_ptr() == second.data_ptr() + 128
+    assert first.data_ptr() % 64 == 0 and large.data_ptr() % 64 == 0
+    for weight, nbytes in ((alone, 1000), (first, 1000), (second, 70), (third, 1), (large, 1 << 25)):
+        assert weight.dtype == torch.uint8 and weight.nbytes == nbytes
+        weight.fill_(nbytes % 251)
+    assert all(bool((weight == weight.nbytes % 251).all()) for weight in (alone, first, second, third, large))
+    room_of = first.untyped_storage().data_ptr()
+    assert second.untyped_storage().data_ptr() == room_of
+    assert room_of not in {tensor.untyped_storage().data_ptr() for tensor in (alone, elsewhere, large)}
+    assert for_weight(8).untyped_storage().data_ptr() != room_of, "the room is left"
+
+
+def test_a_full_room_is_followed_by_another() -> None:
+    with WeightRoom().used():
+        taken = [for_weight(10 << 20) for _ in range(4)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in taken}) == 2
+    assert len({tensor.data_ptr() for tensor in taken}) == 4
+
+
+def test_threads_have_rooms_of_their_own() -> None:
+    with WeightRoom().used():
+        mine = for_weight(64).untyped_storage().data_ptr()
+        found: list[int] = []
+        other = threading.Thread(target=lambda: found.append(for_weight(64).untyped_storage().data_ptr()))
+        other.start()
+        other.join()
+    assert found != [mine]

@@ -17,7 +17,8 @@ from lowbit.layers.linear import Linear
 
 COLUMNS, TOKENS = 1024, 77
 FORMATS = benchmark_module("linear_formats")
-# Of the products' size: two roundings of 2^-9 each, spread as in a random walk, or of a 4,095th of the largest of 128.
+# Of the products' size: two roundings of 2^-9 each, spread as in a random walk, or of a 4,094th of the
+# largest of 128 numbers.
 LEAST_OFF, MOST_OFF = 2e-4, 4e-3
 # All their numbers are bfloat16's, or sums go on to the end of a row: with AVX-512 in another order.
 REORDERED = 1e-6 if native.isa() == "avx512" else 0.0
@@ -140,7 +141,7 @@ def test_a_gate_is_that_of_its_rows(name: str) -> None:
 
 
 def in_whole_numbers(matrix: Tensor, largest: int, *, doublings: bool) -> Tensor:
-    """float64: rows as whole numbers up to ``largest`` under a scale for each 128 columns (a power of two)."""
+    """float64: rows as whole numbers up to ``largest``, 128 columns under a scale (a power of two)."""
     groups = matrix.float().unflatten(1, (-1, 128))
     scale = groups.abs().amax(-1, keepdim=True) / largest
     if doublings:
@@ -157,8 +158,10 @@ def in_whole_numbers(matrix: Tensor, largest: int, *, doublings: bool) -> Tensor
     ],
 )
 def test_weights_are_rounded_to_the_nearest(name: str, most: float) -> None:
-    """A last bit of float32 turns the rounding of a few, of whole numbers that of ties, which are many: half of
-    the largest code. nf4's values are whole numbers of 13 bits before."""
+    """A last bit of float32 turns the rounding of a few, of whole numbers that of ties, which are many.
+
+    nf4's values are whole numbers of 13 bits before.
+    """
     linear, x = layer(name), inputs()
     [weight] = linear.weights
     rows = weight.kernel.rows(weight, torch.arange(weight.shape[0], dtype=torch.int32))

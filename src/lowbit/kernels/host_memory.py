@@ -36,35 +36,47 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8).view(dtype).view(shape)
 
 
-class _Room:
-    """Memory that small tensors share, one behind another, so that they lie in huge pages too."""
+class WeightRoom:
+    """Memory that a model's small weights share, one behind another, so that they lie in huge pages too.
+
+    What is read once a step from end to end misses the address cache for every 4 KiB otherwise. A piece is
+    freed with the last weight in it. For one thread.
+    """
 
     def __init__(self) -> None:
-        self.left: Tensor | None = None
-        self.lock = threading.Lock()
+        self._left = torch.empty(0, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> Tensor:
-        """uint8 (nbytes,), at a cache line, not yet written; freed with what shares it."""
+        """uint8 (nbytes,), at a cache line, not there before it is written."""
         wanted = -(-nbytes // _LINE) * _LINE
         if wanted > _SHARED // 2:
             return zeros((nbytes,), torch.uint8)
-        with self.lock:
-            if self.left is None or len(self.left) < wanted:
-                self.left = zeros((_SHARED,), torch.uint8)
-            taken, self.left = self.left[:nbytes], self.left[wanted:]
+        if len(self._left) < wanted:
+            self._left = zeros((_SHARED,), torch.uint8)
+        taken, self._left = self._left[:nbytes], self._left[wanted:]
         return taken
 
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Inside, this thread's ``for_weight`` takes from here."""
+        before, _in_use.room = _in_use.room, self
+        try:
+            yield
+        finally:
+            _in_use.room = before
 
-_room = _Room()
+
+class _InUse(threading.local):
+    room: WeightRoom | None = None
 
 
-def room(nbytes: int) -> Tensor:
-    """uint8 (nbytes,) for a weight: at a cache line, in huge pages, and not there before it is written.
+_in_use = _InUse()
 
-    What is read once a step from end to end misses the address cache for every 4 KiB otherwise. Up to 16 MB it
-    shares memory with its neighbours, and is freed with them.
-    """
-    return _room.take(nbytes)
+
+def for_weight(nbytes: int) -> Tensor:
+    """uint8 (nbytes,), not yet written: of the room in use, or by itself."""
+    room = _in_use.room
+    return torch.empty(nbytes, dtype=torch.uint8) if room is None else room.take(nbytes)
 
 
 def populate(tensor: Tensor) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """The native library: which instruction set this CPU has, and the shared library built for it.
 
-One library for each of ``amx``, ``avx512`` (with VNNI, VBMI and BF16), ``avx512_vnni`` (the same without BF16:
-Intel's Xeons from Ice Lake on where they have no AMX) and ``avx2`` (with FMA and F16C), on ARM for each of ``neon_bf16`` and ``neon`` (ARMv8.2 with dot products), all from the same sources (csrc/),
+One library for each of ``amx``, ``avx512`` (with VNNI, VBMI and BF16), ``avx512_vnni`` (the same without
+BF16: Intel's Xeons from Ice Lake on where they have no AMX) and ``avx2`` (with FMA and F16C), on ARM for each
+of ``neon_bf16`` and ``neon`` (ARMv8.2 with dot products), all from the same sources (csrc/),
 behind one plain C ABI. The best one the CPU has is loaded on first use; ``LOWBIT_ISA`` names another
 (``scalar``: none, everything runs on torch). Tensors pass as addresses.
 """

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import LowbitError
-from lowbit.kernels.host_memory import room
 from lowbit.kernels import native
 from lowbit.kernels.activation_native import NativeQuantizer
 from lowbit.kernels.elementwise import affine, gather_columns
+from lowbit.kernels.host_memory import for_weight
 from lowbit.kernels.linear_kernel import LinearKernel, PackedWeight
 from lowbit.kernels.prompt_rows import first_prompt_row
 from lowbit.kernels.step_plan import Operation
@@ -367,7 +367,7 @@ def pack(description: Description, parts: Parts) -> Tensor:
     """uint8 (bytes,): the packed weight; ``description.data`` then points at it."""
     loaded = functions()
     assert loaded is not None, "refuses() was asked first"
-    data = room(description.nbytes)
+    data = for_weight(description.nbytes)
     assert loaded.size(ctypes.addressof(description)) == data.numel(), "both sides compute the same layout"
 
     def address(tensor: Tensor | None) -> int | None:

@@ -21,6 +21,7 @@ from lowbit.formats.kv_scales import KvScales
 from lowbit.kernels import PackedWeight
 from lowbit.kernels.activation_quant import InputTransform
 from lowbit.kernels.activation_state import ActivationStates
+from lowbit.kernels.host_memory import WeightRoom
 from lowbit.kernels.rotation import Rotator
 from lowbit.kernels.rounded_output import OutputTransform, RoundedOutput, same_output
 from lowbit.kernels.settled import settled
@@ -88,6 +89,7 @@ class Loader(Asker):
         self.done = 0
         self.kernels: set[str] = set()
         self.packed_bytes = 0
+        self.room = WeightRoom()
         self.spans_tokens = False
         self.int8_layers = 0  # whose inputs --activation-quantization rounds
         self.states = ActivationStates()
@@ -466,7 +468,8 @@ class Loader(Asker):
             kernels.measure(sample_of(weight, untimed, transform, self.device), self.device)
         kernel = kernels.of(wanted, scheme, weight.shape, self.device).kernel
         self.kernels.add(kernel.name)
-        packed = kernel.pack(weight, self.device)
+        with self.room.used():
+            packed = kernel.pack(weight, self.device)
         check_packed(weight, packed)
         self.packed_bytes += packed.nbytes
         return packed
