@@ -45,6 +45,7 @@ from lowbit.checkpoint.embedded import cache_directory
 from lowbit.errors import LowbitError
 from lowbit.kernels import PackedWeight, choose, native, probes, timing
 from lowbit.kernels.gpu import tuned_sizes
+from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
 from lowbit.kernels.prompt_rows import prompt_rows
 from lowbit.kernels.step_plan import Arena, Recorder
 from lowbit.layers.linear import Linear
@@ -196,7 +197,8 @@ class Bench:
             expected = expected if factor is None else expected * factor
         else:
             fmt = sample.weight.scheme.weight
-            whole = (fmt.in_bytes and fmt.block is None) or fmt.name in FLOAT_TABLES
+            words = isinstance(packed, NativeWeight) and takes(packed.description, INPUT_WORDS)
+            whole = words or (fmt.in_bytes and fmt.block is None) or fmt.name in FLOAT_TABLES
             rounded = x if whole else x.bfloat16()
             expected = functional.linear(rounded.float(), exact)
         error = float((found.float() - expected).norm() / expected.norm())

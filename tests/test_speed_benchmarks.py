@@ -221,7 +221,7 @@ def test_a_wrong_product_is_not_timed(bench: Any, monkeypatch: pytest.MonkeyPatc
     made = linear_formats.FORMATS["int4 g32"](bench.values)
     weight: QuantizedTensor = made.weight
     packed = linear.choose(weight.scheme, weight.shape, bench.device).kernel.pack(weight, bench.device)
-    assert bench._compare(packed, made, 4) < 1e-5
+    assert bench._compare(packed, made, 4) < 1e-4
     other = replace(weight, codes=weight.codes.flip(0))
     with pytest.raises(SystemExit, match="differs by"):
         bench._compare(packed, replace(made, weight=other), 4)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forward_helpers import prompt_logits
 from gguf_writing import GgufTensor, write_gguf
+from kernel_inputs import ROUNDS_INPUTS
 from lowbit.checkpoint import open_checkpoint
 from lowbit.kernels import native
 from lowbit.kernels.gpu import runtime
@@ -51,7 +52,7 @@ def test_int4_checkpoints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kl, kernels = divergence(FIXTURES / name, monkeypatch)
     assert {"gpu_blocks", "gpu_dense"} <= kernels
     assert not kernels & {"reference", "cpu_blocks", "cpu_dense"}
-    assert kl < 1e-4
+    assert kl < (1e-4 if ROUNDS_INPUTS else 2e-3), "the GPU's x is bfloat16"
 
 
 @pytest.mark.parametrize(

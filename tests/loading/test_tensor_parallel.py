@@ -21,6 +21,7 @@ from torch import Tensor
 
 from formats.hqq_columns import columns_llama
 from forward_helpers import prompt_logits
+from kernel_inputs import ROUNDS_INPUTS
 from kernels.test_parallel import together
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.tensor_data import TensorData
@@ -520,9 +521,8 @@ def test_layers_give_what_they_give_in_one_process(
             wanted = layer(*given, activation, added)
         else:
             wanted = layer(torch.from_numpy(np.hstack([first.given[0], second.given[0]])))
-        limit = (
-            1e-4 if "aqlm" in case else 3e-6
-        )  # there native code rounds x to 16 bits by each rank's largest
+        # Native code rounds x to 16 bits by each rank's largest there, and all of x without bfloat16 products.
+        limit = 1e-4 if "aqlm" in case or not (reference or ROUNDS_INPUTS) else 3e-6
         assert (total - wanted).abs().max() <= limit * wanted.abs().max(), first.name
 
 
