@@ -521,7 +521,7 @@ def test_layers_give_what_they_give_in_one_process(
             wanted = layer(*given, activation, added)
         else:
             wanted = layer(torch.from_numpy(np.hstack([first.given[0], second.given[0]])))
-        # Native code rounds x to 16 bits by each rank's largest there, and all of x without bfloat16 products.
+        # Native code rounds x to 16 bits by each rank's largest there, and without bfloat16 everywhere.
         limit = 1e-4 if "aqlm" in case or not (reference or ROUNDS_INPUTS) else 3e-6
         assert (total - wanted).abs().max() <= limit * wanted.abs().max(), first.name
 
