@@ -156,6 +156,7 @@ def test_wrong_configs(name: str, config: dict, code: str, words: str, tmp_path:
         ("bitlinear", "weight_scale", torch.tensor([torch.nan]), "E0215", "NaN"),
         ("bitlinear", "weight_scale", None, "E0209", "weight_scale"),
         ("unpacked", "weight", torch.full((32, 32), 0.5), "E0213", "1,024 of 1,024"),
+        ("unpacked", "weight_scale", None, "E0209", "weight_scale"),
         ("online", "weight", torch.full((32, 32), torch.inf), "E0215", "infinite"),
     ],
 )

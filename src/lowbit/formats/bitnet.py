@@ -10,7 +10,8 @@ multiplies with it, the bias as well; autobitlinear's weights may also be floats
 transformers keeps them when it saves such a model again. ``quantization_mode`` "online" (autobitlinear's
 only) stores plain floats without a scale, which are rounded here as the layer does in each forward pass: with
 m the mean of |w|, clamp(round(w / m), -1, 1) * m, in the weight's own type. Which modules that concerns only
-the config can tell: all Linears but the output head, or but those of ``modules_to_not_convert``. A head tied
+the config can tell: all Linears but the output head, or but those of ``modules_to_not_convert``; offline one of
+these without a scale is an error. A head tied
 to the embedding that this list leaves out is refused: the head alone would be rounded.
 
 Inputs are int8 with one scale a token, the largest |x| over 127, and at least 1e-5 / 127. (The layer computes
@@ -151,8 +152,8 @@ class BitNet(PartlyDense):
         entry = self.header.tensors.get(module.tensor("weight"))
         if entry is not None and entry.dtype == "U8":
             return True
-        if not self.online:
-            return module.tensor("weight_scale") in self.header.tensors
+        if not self.online and module.tensor("weight_scale") in self.header.tensors:
+            return True
         leaf = module.stored.rpartition(".")[2]
         if leaf == "embed_tokens" or (self.keeps_head and leaf in ("lm_head", "embed_out", "output")):
             return False

@@ -311,7 +311,7 @@ class Torchao(PartlyDense):
         self._part(module, stored, "scale", (kind,), grid)
         scheme = Scheme(number_format(code), ((1, group),), (number_format(scale),))
         if stored.kind == MX:
-            return replace(scheme, activation=mx_inputs_of(stored))
+            return replace(scheme, activation=mx_inputs_of(stored, columns))
         entry = self.header.tensors.get(self._name(module, "per_tensor_scale"))
         if entry is not None:
             if entry.dtype != "F32" or entry.shape != ():  # one for all experts

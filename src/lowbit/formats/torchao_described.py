@@ -224,19 +224,19 @@ def float8_inputs_of(stored: Stored) -> ActivationScheme | None:
     return float8_inputs(_granularity(stored, kwargs), float(upper or 0.0))
 
 
-def mx_inputs_of(stored: Stored) -> ActivationScheme | None:
-    """Of MXTensor."""
+def mx_inputs_of(stored: Stored, columns: int) -> ActivationScheme | None:
+    """Of MXTensor of so many columns, which their blocks divide too."""
     kwargs = _kwargs(stored, "QuantizeTensorToMXKwargs")
     if kwargs is None:
         return None
     element, size = ELEMENTS.get(dtype_of(kwargs.get("elem_dtype"))), kwargs.get("block_size")
     mode = str(_member(kwargs.get("scaling_mode"))).lower()
-    whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
+    whole = isinstance(size, int) and not isinstance(size, bool) and size > 0 and columns % size == 0
     if element is None or not whole or mode not in MX_MODES:
         raise stored.wrong(
             "act_quant_kwargs",
-            f"with an elem_dtype of {', '.join(ELEMENTS)}, a block_size and a scaling_mode of "
-            f"{', '.join(MX_MODES)}",
+            f"with an elem_dtype of {', '.join(ELEMENTS)}, a block_size that divides {columns} and a "
+            f"scaling_mode of {', '.join(MX_MODES)}",
         )
     assert isinstance(size, int), "it is whole"
     return mx_inputs(number_format(element[0]), size, mode)
