@@ -9,10 +9,10 @@
 multiplies with it, the bias as well; autobitlinear's weights may also be floats of -1, 0 and 1, as
 transformers keeps them when it saves such a model again. ``quantization_mode`` "online" (autobitlinear's
 only) stores plain floats without a scale, which are rounded here as the layer does in each forward pass: with
-m the mean of |w|, clamp(round(w / m), -1, 1) * m, in the weight's own type. Which modules that concerns only the
-config can tell: all Linears but the output head, or but those of ``modules_to_not_convert``; offline one of
-these without a scale is an error. A head tied to the embedding that this list leaves out is refused: the head
-alone would be rounded.
+m the mean of |w|, clamp(round(w / m), -1, 1) * m, in the weight's own type. Which modules that concerns only
+the config can tell: all Linears but the output head, or but those of ``modules_to_not_convert``; offline one
+of these without a scale is an error. A head tied to the embedding that this list leaves out is refused: the
+head alone would be rounded.
 
 Inputs are int8 with one scale a token, the largest |x| over 127, and at least 1e-5 / 127. (The layer computes
 127 / the largest |x| and multiplies; an input on the border of two codes may fall to the other side.)
