@@ -67,6 +67,17 @@ def test_without_libraries_lowbit_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "not built" in native.describe() or "none for this CPU (no " in native.describe()
 
 
+@pytest.fixture
+def every_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A library was built for each instruction set, and which one is in use is asked anew."""
+    for isa in native.INSTRUCTION_SETS:
+        (tmp_path / f"liblowbit_{isa}.so").touch()
+    monkeypatch.setattr(native, "_directories", lambda: [tmp_path])
+    monkeypatch.setattr(native, "isa", native.isa.__wrapped__)
+    monkeypatch.delenv("LOWBIT_ISA", raising=False)
+    return monkeypatch
+
+
 @pytest.mark.parametrize(
     ("missing", "wanted"),
     [
@@ -78,14 +89,9 @@ def test_without_libraries_lowbit_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
     ],
 )
 def test_x86_takes_what_its_features_allow(
-    missing: set[str], wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    missing: set[str], wanted: str, every_library: pytest.MonkeyPatch
 ) -> None:
-    for isa in native.INSTRUCTION_SETS:
-        (tmp_path / f"liblowbit_{isa}.so").touch()
-    monkeypatch.setattr(native, "_directories", lambda: [tmp_path])
-    monkeypatch.setattr(native, "cpu_flags", lambda: native._NEEDED_FLAGS["amx"] - missing)
-    monkeypatch.setattr(native, "isa", native.isa.__wrapped__)
-    monkeypatch.delenv("LOWBIT_ISA", raising=False)
+    every_library.setattr(native, "cpu_flags", lambda: native._NEEDED_FLAGS["amx"] - missing)
     assert native.isa() == wanted
 
 
@@ -98,20 +104,15 @@ def test_x86_takes_what_its_features_allow(
     ],
 )
 def test_arm_takes_what_its_features_allow(
-    features: set[str], wanted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    features: set[str], wanted: str, every_library: pytest.MonkeyPatch
 ) -> None:
-    for isa in native.INSTRUCTION_SETS:
-        (tmp_path / f"liblowbit_{isa}.so").touch()
-    monkeypatch.setattr(native, "_directories", lambda: [tmp_path])
-    monkeypatch.setattr(native, "_on_arm", lambda: True)
-    monkeypatch.setattr(native, "_arm_has", features.__contains__)
-    monkeypatch.setattr(native, "cpu_flags", native.cpu_flags.__wrapped__)
-    monkeypatch.setattr(native, "isa", native.isa.__wrapped__)
-    monkeypatch.delenv("LOWBIT_ISA", raising=False)
+    every_library.setattr(native, "_on_arm", lambda: True)
+    every_library.setattr(native, "_arm_has", features.__contains__)
+    every_library.setattr(native, "cpu_flags", native.cpu_flags.__wrapped__)
     assert native.isa() == wanted
     if wanted == "scalar":
         assert "no ARMv8.2 dot products" in native.describe()
-        monkeypatch.setenv("LOWBIT_ISA", "neon")
+        every_library.setenv("LOWBIT_ISA", "neon")
         with pytest.raises(LowbitError, match="this CPU has no asimddp, asimdrdm, atomics"):
             native.isa()
 

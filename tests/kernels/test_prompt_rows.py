@@ -88,6 +88,24 @@ def test_a_row_has_its_bits_in_any_company(name: str) -> None:
             native.set_threads(before)
 
 
+@pytest.mark.skipif(not rounding("cpu"), reason="no kernel rounds here")
+@pytest.mark.parametrize("columns", [32, 96, 160, 576])  # whole numbers have a scale for each 128
+@pytest.mark.parametrize("name", ["int4 g32", "bf16", "nf4"])
+def test_prompts_of_columns_that_end_within_a_scale(name: str, columns: int) -> None:
+    """An odd number of blocks, the last of which is not whole; each row in any company."""
+    sample = FORMATS.FORMATS[name](FORMATS.matrix((278, columns)))
+    kernel = choose(sample.weight.scheme, sample.weight.shape, torch.device("cpu")).kernel
+    linear = Linear(name, [kernel.pack(sample.weight, torch.device("cpu"))], None, [sample.transform])
+    x = torch.randn(70, columns, generator=torch.Generator().manual_seed(7))
+    with prompt_rows(0, 70):
+        found = linear(x)
+    wanted = x @ sample.weight.dequantize().float().T
+    assert (found - wanted).norm() < MOST_OFF * wanted.norm()
+    for count in (1, 15, 33):
+        with prompt_rows(0, count):
+            assert torch.equal(linear(x[:count]), found[:count]), count
+
+
 @pytest.mark.skipif(native.library() is None, reason="torch's rows depend on their number")
 @pytest.mark.parametrize("columns", [96, 1024, 1056])  # 3, 32 and 33 tiles
 @pytest.mark.parametrize("name", ["w8a8", "fp8 row x row", "int4 g32", "nf4"])
