@@ -39,18 +39,26 @@ INLINE void fetch_ahead(const std::uint8_t* tile, std::int64_t bytes) {
     fetch_tile(tile + std::max(FETCHED_AHEAD, 2 * bytes), bytes);
 }
 
+#if defined(__AVX512BF16__)
+constexpr unsigned ZEN5 = 26;
+// Of the processor at hand; 0: it is no AMD's.
+inline unsigned amd_family() {
+    static const unsigned family = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx || d != signature_AMD_edx) return 0u;
+        if (__get_cpuid(1, &a, &b, &c, &d) == 0) return 0u;
+        return (a >> 8 & 15) == 15 ? 15 + (a >> 20 & 255) : a >> 8 & 15;
+    }();
+    return family;
+}
+#endif
+
 // How far ahead tiles are asked for whatever the tokens; 0: only with some of them. AMD Zen 5 by itself loses streams whose
 // lines do not follow one another at one distance (a K-quant's, with scales of scales after every eighth tile, it read at
 // 33 GB/s with two threads, and reads at 55), and others gain a tenth to a fifth; Zen 4 lost a third of int4's speed.
 inline std::int64_t always_ahead() {
 #if defined(__AVX512BF16__)
-    static const bool zen5 = [] {
-        unsigned a = 0, b = 0, c = 0, d = 0;
-        if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx || d != signature_AMD_edx) return false;
-        if (__get_cpuid(1, &a, &b, &c, &d) == 0) return false;
-        return (a >> 8 & 15) == 15 && 15 + (a >> 20 & 255) >= 26;
-    }();
-    return zen5 ? 8192 : 0;
+    return amd_family() >= ZEN5 ? 8192 : 0;
 #elif defined(LOWBIT_AVX512)
     return 4096;  // an Intel Xeon, whose own fetching reads 11 GB/s of a layer where this reads 14
 #else

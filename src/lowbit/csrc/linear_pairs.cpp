@@ -3,7 +3,7 @@
 // A core of AMD Zen 5 starts two products a cycle, and a sum waits six cycles for the product before (of bfloat16): the
 // eight tokens whose sums fit beside a tile in registers leave a third of it idle. Here the tiles of two blocks lie in
 // memory, so that 16 sums are under way, and what is read of x serves both. Where a core starts one product a cycle (Zen 4)
-// eight sums are enough, and reading less is what is left to win.
+// eight sums are enough, and tiles stay in registers: panels alone are taken in pairs there.
 //
 // The order of every sum is that of one block alone (linear_tiles.h), and so are the bits.
 
@@ -15,6 +15,13 @@ namespace lowbit {
 namespace {
 
 constexpr std::int64_t PAIRED_TOKENS = 16;
+bool pairs_are_faster(std::int64_t tokens) {
+#if defined(__AVX512BF16__)
+    if (amd_family() != 0 && amd_family() < ZEN5) return false;
+#endif
+    return tokens >= PAIRED_TOKENS;
+}
+
 constexpr std::int64_t PAIR_AHEAD = 2048;  // bytes that a tile is fetched ahead: a block's are few
 constexpr int OPERAND_BYTES = 64;
 
@@ -410,13 +417,13 @@ void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes,
 #if defined(__AVX512BF16__)
 
 BlocksFunction exact_tiles(const Layout& layout, std::int64_t tokens) {
-    if (tokens < PAIRED_TOKENS || is_float(layout.codes)) return nullptr;
+    if (!pairs_are_faster(tokens) || is_float(layout.codes)) return nullptr;
     if (layout.codes == Codes::bf16) return multiply_pair<Bfloats<false, false>, COLUMNS, Addend::none>;
     return by_sub<Bfloats<true, false>>(layout);
 }
 
 BlocksFunction scaled_tiles(const Layout& layout, std::int64_t tokens) {
-    if (tokens < PAIRED_TOKENS || scaled_function(layout) == nullptr) return nullptr;
+    if (!pairs_are_faster(tokens) || scaled_function(layout) == nullptr) return nullptr;
     using Kind = Bfloats<true, true>;
     return layout.sub == COLUMNS ? multiply_pair<Kind, COLUMNS, Addend::none> : multiply_pair<Kind, COLUMNS / 2, Addend::none>;
 }
@@ -429,12 +436,12 @@ BlocksFunction scaled_tiles(const Layout&, std::int64_t) { return nullptr; }
 #endif
 
 BlocksFunction byte_tiles(const Layout& layout, const ByteCodes&, bool grouped, std::int64_t tokens) {
-    if (tokens < PAIRED_TOKENS) return nullptr;
+    if (!pairs_are_faster(tokens)) return nullptr;
     return grouped ? by_sub<Bytes>(layout) : nullptr;  // where sums go on, more of them in memory cost what they save
 }
 
 BlocksFunction word_tiles(const Layout& layout, const WordCodes& codes, std::int64_t tokens) {
-    if (tokens < PAIRED_TOKENS || layout.scales == Scales::none) return nullptr;
+    if (!pairs_are_faster(tokens) || layout.scales == Scales::none) return nullptr;
     if (layout.codes == Codes::e8p) return multiply_pair<Words<true>, COLUMNS, Addend::none>;
     if (CODES_AS_WORDS && (codes.kind == WordKind::line || codes.kind == WordKind::bytes)) return by_sub<Words<true>>(layout);
     const bool table = layout.codes == Codes::words4 || layout.codes == Codes::bits4;
