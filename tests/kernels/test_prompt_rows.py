@@ -128,7 +128,7 @@ def test_generated_rows_have_their_bits_beside_few_and_many(name: str, columns: 
 @pytest.mark.parametrize("name", ["w8a8", "int4 g32", "int8 channel", "fp8 channel", "bf16", "q4_k"])
 def test_more_than_512_tokens_and_more_columns_than_a_cache_holds(name: str, rows: int) -> None:
     """Sums that wait for the next columns, and the last tokens by themselves; biases, and gates."""
-    columns, tokens = 1536, 530
+    columns, tokens = 2816, 530
     sample = FORMATS.FORMATS[name](FORMATS.matrix((rows, columns)))
     kernel = choose(sample.weight.scheme, sample.weight.shape, torch.device("cpu")).kernel
     weight = kernel.pack(sample.weight, torch.device("cpu"))

@@ -133,6 +133,7 @@ struct Prepared {
     // Of x as panels meet it: lines of a token, and their bytes.
     std::int64_t line_bytes() const { return shape.whole() ? BYTE_COLUMNS : COLUMNS * shape.element; }
     std::int64_t lines() const { return shape.value_bytes() / line_bytes(); }
+    bool word_panels() const { return WORD_PANELS && !shape.whole(); }  // of a product with prompts' tokens
     int tokens_of(std::int64_t tile) const {
         return static_cast<int>(std::min<std::int64_t>(tile_tokens, product->tokens - tile * tile_tokens));
     }
@@ -324,7 +325,7 @@ constexpr std::int64_t TOKENS_OF_PIECES = 512;           // whose sums wait for 
 
 // Of one block.
 std::int64_t panel_bytes(const Prepared& p) {
-    const std::int64_t scales = WORD_PANELS && !p.shape.whole() ? p.shape.spans() * ROWS * static_cast<std::int64_t>(sizeof(float)) : 0;
+    const std::int64_t scales = p.word_panels() ? p.shape.spans() * WORD_PANEL_SCALES : 0;
     return (p.lines() * p.line_bytes() * ROWS + PANEL_LINE - 1) / PANEL_LINE * PANEL_LINE + scales;
 }
 
@@ -383,7 +384,8 @@ void run_rounded(const Prepared& p, std::int64_t task) {
     std::uint8_t* const panels = aligned(memory, as_they_lie ? 0 : blocks * panel);
     for (std::int64_t i = 0; i < blocks && !as_they_lie; ++i) p.round(p.layout, block_at(i), p.decoding, panels + i * panel);
     const std::int64_t pieces = (lines - 1) / MOST_PANEL_LINES + 1;
-    const std::int64_t piece_lines = (lines + pieces - 1) / pieces;
+    // Whole spans of words' scales.
+    const std::int64_t piece_lines = ((lines + pieces - 1) / pieces + WORD_PANEL_LINES - 1) / WORD_PANEL_LINES * WORD_PANEL_LINES;
     const std::int64_t together = pieces > 1 ? std::min(tokens, TOKENS_OF_PIECES) : tokens;
     using Sums = float[2][ROUNDED_TOKENS][ROWS];
     const std::int64_t tiles = (together + ROUNDED_TOKENS - 1) / ROUNDED_TOKENS;
@@ -400,14 +402,15 @@ void run_rounded(const Prepared& p, std::int64_t task) {
             const InputPlaces places = p.places(token / p.tile_tokens + tile);
             x.line_bytes[tile] = places.tokens * p.line_bytes();
             x.tiles[tile] = places.values + line * x.line_bytes[tile];
-            x.scales[tile] = places.scales;
+            x.scales[tile] = p.word_panels() ? places.scales + line / WORD_PANEL_LINES * places.tokens : nullptr;
             x.tokens[tile] = places.tokens;
             input[tile] = {places.values, places.sums, places.scales, places.bases, places.tokens};
         }
         const int pair = static_cast<int>(std::min<std::int64_t>(2, blocks - i));
         const std::uint8_t* of[2] = {panels + i * panel, panels + (i + 1) * panel};
         for (int k = 0; k < pair && as_they_lie; ++k) of[k] = block_at(i + k);
-        for (const std::uint8_t*& at : of) at += line * PANEL_LINE;
+        const std::int64_t before = line * p.line_bytes() * ROWS + (p.word_panels() ? line / WORD_PANEL_LINES * WORD_PANEL_SCALES : 0);
+        for (const std::uint8_t*& at : of) at += before;
         Sums& totals = pieces > 1 ? sums[i / 2 * tiles + (token - base) / ROUNDED_TOKENS] : own[turn ^= 1];
         multiply_rounded(of, pair, bytes, x, count, last_line - line, line > 0, unwritten, totals);
         if (last_line < lines) return;

@@ -193,8 +193,10 @@ constexpr bool CODES_HAVE_TILES = true;  // sums of codes go on to the end of a 
 constexpr std::int64_t MOST_PANEL_LINES = 20;  // of two blocks that all tokens meet: 40 of the 48 KB of the first cache
 #else
 constexpr bool CODES_HAVE_TILES = false;
-constexpr std::int64_t MOST_PANEL_LINES = std::numeric_limits<std::int64_t>::max();
+constexpr std::int64_t MOST_PANEL_LINES = 64;  // of 2,048 columns: with x of 32 tokens a quarter of Zen 4's second-level cache
 #endif
+constexpr std::int64_t WORD_PANEL_LINES = WORD_PANEL_COLUMNS / COLUMNS;
+constexpr std::int64_t WORD_PANEL_SCALES = ROWS * sizeof(float);  // bytes before the lines they belong to
 constexpr std::int64_t LEAST_OF_PANELS = 64;  // tokens for which codes are laid out once where bits are the same
 
 // What panels are multiplied with: two tiles of up to 16 tokens, the bytes from a line of 32 columns, or 64 bytes, to the

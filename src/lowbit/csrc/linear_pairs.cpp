@@ -352,7 +352,7 @@ struct WordPanelStep {
     INLINE void operator()(int token) const {
         using Kind = Words<false>;
         constexpr int STRIDE = PAIRS * 4;
-        const std::uint8_t* w[2] = {panels[0] + SCALES, panels[1] + SCALES};
+        const std::uint8_t* w[2] = {panels[0] + WORD_PANEL_SCALES, panels[1] + WORD_PANEL_SCALES};
         const std::uint8_t* at = x + token * STRIDE;
         Kind::Sum sums[2][TOKENS];
         UNROLL
@@ -372,15 +372,14 @@ struct WordPanelStep {
             }
         }
     }
-    static constexpr int SCALES = ROWS * static_cast<int>(sizeof(float));
 };
 
 constexpr int WRITTEN_AT_A_TIME = 4;  // tokens whose results are written between products
 
 // Some columns for all tokens, and then the next: a core's first cache holds their numbers.
-void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
+void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines, bool goes_on,
                           Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
-    constexpr std::int64_t GROUP = WORD_PANEL_COLUMNS / COLUMNS, OF_TILE = ROUNDED_TOKENS / 2;
+    constexpr std::int64_t GROUP = WORD_PANEL_LINES, OF_TILE = ROUNDED_TOKENS / 2;
     const std::uint8_t* both[2] = {panels[0], panels[blocks - 1]};
     alignas(64) float unwanted[ROUNDED_TOKENS][ROWS];
     for (std::int64_t line = 0; line < lines; line += GROUP) {
@@ -390,10 +389,10 @@ void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const R
             float(*const to[2])[ROWS] = {totals[0] + begin, blocks > 1 ? totals[1] + begin : unwanted};
             const float* const scales = x.scales[tile] + line / GROUP * x.tokens[tile];
             for_tokens(static_cast<int>(std::min(tokens - begin, OF_TILE)),
-                       WordPanelStep{both, x.tiles[tile] + line * x.line_bytes[tile], scales, x.line_bytes[tile], count, line == 0, to});
+                       WordPanelStep{both, x.tiles[tile] + line * x.line_bytes[tile], scales, x.line_bytes[tile], count, !goes_on && line == 0, to});
             for (int token = 0; token < WRITTEN_AT_A_TIME && unwritten.left > 0; ++token) unwritten.write_one();
         }
-        for (const std::uint8_t*& panel : both) panel += WordPanelStep::SCALES + count * PAIRS * OPERAND_BYTES;
+        for (const std::uint8_t*& panel : both) panel += WORD_PANEL_SCALES + count * PAIRS * OPERAND_BYTES;
     }
     unwritten.write_all();
 }
@@ -410,7 +409,7 @@ void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes,
 #if defined(__AVX512BF16__)
     multiply_panels<Bfloats<false, false>>(panels, blocks, x, tokens, lines, goes_on, totals);
 #else
-    multiply_word_panels(panels, blocks, x, tokens, lines, unwritten, totals);  // which do not go on
+    multiply_word_panels(panels, blocks, x, tokens, lines, goes_on, unwritten, totals);
 #endif
 }
 
