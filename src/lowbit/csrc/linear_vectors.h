@@ -5,7 +5,9 @@
 // operands of 16 rows by 2 columns within its 128-bit lanes. Tiles that share 16 scales follow them.
 //
 // Vectors of 2 or 4 columns are numbered by one byte, in one codebook. It has 256, zeros where there are fewer, and behind
-// them stand the numbers' bytes once more: the first bytes of all vectors' first columns, the second ones, and so on.
+// them stand the numbers' bytes once more: the first bytes of all vectors' first columns, the second ones, and so on. Four
+// vectors' indices lie together: of rows 0 to 3 those of the first vector, of the second and so on, then of rows 4 to 7.
+// Their numbers' bytes, looked up for all 64 and interleaved within 128-bit lanes, are operands in order of rows.
 //
 // The table's numbers are whole, of 16 bits: a codebook's over a factor that all share, chosen so that no sum of the
 // codebooks' numbers passes 16 bits and no sum of 32 columns, times x of 15 bits, passes 32 (kernels/cpu_vectors.py).
@@ -16,9 +18,16 @@
 
 namespace lowbit {
 
+constexpr int LONGEST_SHORT = 4;
+constexpr int VECTORS_TOGETHER = 4;  // short ones
+// Among the indices of as many short vectors of 16 rows.
+constexpr int short_place(int row, int vector) { return row / 4 * ROWS + vector * 4 + row % 4; }
+
 // Among the indices of a tile.
 inline int vector_place(const Vectors& vectors, int book, int row, int column) {
-    return (book * vectors.of_row() + column / vectors.length) * ROWS + row % 4 * 4 + row / 4;
+    const int vector = column / vectors.length;
+    if (vectors.length > LONGEST_SHORT) return (book * vectors.of_row() + vector) * ROWS + row % 4 * 4 + row / 4;
+    return vector / VECTORS_TOGETHER * VECTORS_TOGETHER * ROWS + short_place(row, vector % VECTORS_TOGETHER);
 }
 
 template <int BYTES>

@@ -40,14 +40,14 @@ from lowbit.numerics.number_formats import VectorLayout
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
-_LANES = 4  # rows 4 l + j of a tile stand at j * 4 + l
+_LANES = 4  # rows 4 l + j of a tile stand at j * 4 + l; those of four short vectors v at l * 16 + v * 4 + j
 
 
 class CpuVectors(NativeKernel):
     """See the module docstring."""
 
     name = "cpu_vectors"
-    layout = 2
+    layout = 3
 
     def refuses(self, scheme: Scheme, shape: tuple[int, ...], device: torch.device) -> str | None:
         """Why the weight cannot run here, or None."""
@@ -173,13 +173,23 @@ def _tiles(codes: Tensor, scales: Tensor, layout: VectorLayout, described: Descr
     data[:, :, :head] = in_blocks.view(torch.uint8)
     padded = torch.zeros(blocks * ROWS, layout.row_bytes(described.columns), dtype=torch.uint8)
     padded[:rows, : codes.shape[1]] = codes
-    # (blocks, lanes, j, groups, tiles, vectors, books, bytes)
-    # -> (blocks, groups, tiles, books, vectors, j, lanes, bytes)
-    parted = padded.view(
-        *(blocks, _LANES, ROWS // _LANES, groups, tiles, COLUMNS // layout.length, layout.books, -1)
-    )
-    data[:, :, head:] = parted.permute(0, 3, 4, 6, 5, 2, 1, 7).reshape(blocks, groups, -1)
+    parted = padded.view(blocks, _LANES, ROWS // _LANES, groups, tiles, *_vectors_of_row(layout))
+    data[:, :, head:] = parted.permute(_packed_order(layout)).reshape(blocks, groups, -1)
     return data.flatten()
+
+
+def _vectors_of_row(layout: VectorLayout) -> tuple[int, ...]:
+    """A row's indices in a tile: (vectors, in fours if they are short; books; bytes)."""
+    vectors = COLUMNS // layout.length
+    fours = (vectors // 4, 4) if layout.length in SHORT_LENGTHS else (vectors,)
+    return (*fours, layout.books, layout.index_bytes)
+
+
+def _packed_order(layout: VectorLayout) -> tuple[int, ...]:
+    """Of (blocks, lanes, j, groups, tiles, ``_vectors_of_row``): where each packed dimension comes from."""
+    if layout.length in SHORT_LENGTHS:
+        return (0, 3, 4, 7, 5, 1, 6, 2, 8)
+    return (0, 3, 4, 6, 5, 2, 1, 7)
 
 
 def _groups(packed: NativeWeight) -> Tensor:
@@ -194,11 +204,10 @@ def _codes(packed: NativeWeight) -> Tensor:
     assert isinstance(layout, VectorLayout), "it was packed"
     data = _groups(packed)[:, :, described.scale_size :]
     blocks, groups = data.shape[:2]
-    shape = (
-        *(blocks, groups, described.unit // COLUMNS, layout.books),
-        *(COLUMNS // layout.length, ROWS // _LANES, _LANES, layout.index_bytes),
-    )
-    rows = data.reshape(shape).permute(0, 6, 5, 1, 2, 4, 3, 7).reshape(blocks * ROWS, -1)
+    tiles, order = described.unit // COLUMNS, _packed_order(layout)
+    parted = (blocks, _LANES, ROWS // _LANES, groups, tiles, *_vectors_of_row(layout))
+    stored = data.reshape([parted[place] for place in order])
+    rows = stored.permute([order.index(place) for place in range(len(order))]).reshape(blocks * ROWS, -1)
     return rows[: described.rows, : layout.row_bytes(packed.columns)].contiguous()
 
 
