@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from torch import Tensor
@@ -148,6 +149,8 @@ def test_logits_do_not_depend_on_company(
         pytest.skip("the hardest case will do")
     expected, expected_tokens = alone
     chosen, forced, threads = CASES[case]
+    if cache_type == "many" and case.startswith("small pool"):  # 8 of its longer prompts do not fit there
+        chosen = replace(chosen, max_total_tokens=1600)
     tokens: dict[str, list[int]] = {}
     engine = Engine(model, load_tokenizer(open_checkpoint("smollm2")), chosen, forced=forced)
     recorder = Recorder(engine)

@@ -70,6 +70,20 @@ def test_heads_tied_to_the_embedding(tmp_path: Path) -> None:
         assert raised.value.code == "E0218"
 
 
+@pytest.mark.parametrize("name", ["bitlinear", "unpacked", "online"])
+def test_routers(name: str, tmp_path: Path) -> None:
+    """To transformers 5 they are no Linears; a version that had converted one stored its scale."""
+    plain, converted = "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"
+    tensors = {f"{plain}.weight": torch.ones(4, 32)}
+    if name != "online":
+        tensors |= {f"{converted}.weight": torch.zeros(1, 32, dtype=torch.uint8)}
+        tensors |= {f"{converted}.weight_scale": torch.ones(1)}
+    folder = changed(name, tmp_path, tensors)
+    assert read(folder, plain, (4, 32)).weight.scheme.is_dense
+    if name != "online":
+        assert str(read(folder, converted, (4, 32)).weight.scheme) == f"ternary allxall f32 {INPUT}"
+
+
 @pytest.mark.parametrize("folder", CASES, ids=lambda path: path.name)
 def test_every_tensor_has_a_use(folder: Path) -> None:
     used = set(reader_of(folder).tensors_of(StoredModule(NAME, NAME, SHAPE)))

@@ -18,7 +18,7 @@ from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.loading import ModelPlan, plan_model
 
-SOME_LAYOUTS, SOME_MODELS = ("gptq-order", "fp8-block", "exl3"), ("qwen2.5-0.5b",)
+SOME_LAYOUTS, SOME_MODELS = ("gptq-order", "fp8-block", "exl3"), ("qwen2.5-0.5b", "qwen3-30b-a3b")
 PAIRS = [(name, layout) for name in MODELS for layout in LAYOUTS]
 FEW = [(name, layout) for name, layout in PAIRS if layout in SOME_LAYOUTS or name in SOME_MODELS]
 # QuIP# has no Hadamard matrix of a multiple of 19, and stores Q, K and V fused under scales of each.

@@ -40,9 +40,10 @@ def numbers_of(caches: list[LayerMemory]) -> list[Tensor]:
 
 
 def decode(model: Model, rows: list[tuple[int, int, list[int]]]) -> ForwardBatch:
-    """One token of each of (token, tokens before, pages)."""
+    """One token of each of (token, tokens before, pages), as many before as the model's positions allow."""
+    last = model.context_length - 1
     return chunk_batch(
-        [([token % model.vocab_size], before, pages) for token, before, pages in rows],
+        [([token % model.vocab_size], min(before, last), pages) for token, before, pages in rows],
         state_slots=list(range(len(rows))),
     )
 

@@ -11,8 +11,9 @@ transformers keeps them when it saves such a model again. ``quantization_mode`` 
 only) stores plain floats without a scale, which are rounded here as the layer does in each forward pass: with
 m the mean of |w|, clamp(round(w / m), -1, 1) * m, in the weight's own type. Which modules that concerns only
 the config can tell: all Linears but the output head, or but those of ``modules_to_not_convert``; offline one
-of these without a scale is an error. A head tied to the embedding that this list leaves out is refused: the
-head alone would be rounded.
+of these without a scale is an error. A router is no Linear to transformers 5 and plain where it has no scale
+(version 4 converted many). A head tied to the embedding that this list leaves out is refused: the head alone
+would be rounded.
 
 Inputs are int8 with one scale a token, the largest |x| over 127, and at least 1e-5 / 127. (The layer computes
 127 / the largest |x| and multiplies; an input on the border of two codes may fall to the other side.)
@@ -40,6 +41,7 @@ from lowbit.numerics.scheme import ActivationScheme, Scheme
 
 INPUTS = ActivationScheme(number_format("int8"), (1, 0), limit=127.0, floor=1e-5 / 127)
 _SMALLEST_MEAN = 1e-5
+_ROUTERS = ("gate", "router")  # as the models here call them
 _WHAT = "BitNet"
 
 
@@ -154,6 +156,8 @@ class BitNet(PartlyDense):
             return True
         if not self.online and module.tensor("weight_scale") in self.header.tensors:
             return True
+        if module.name.rpartition(".")[2] in _ROUTERS:
+            return False
         leaf = module.stored.rpartition(".")[2]
         if leaf == "embed_tokens" or (self.keeps_head and leaf in ("lm_head", "embed_out", "output")):
             return False
