@@ -160,6 +160,12 @@ class Comparison:
         best, own = self.best_rival(row), self.figures[row].get(OWN)
         return own.median / best[1] if best and own else None
 
+    def close(self) -> None:
+        """End the rivals' processes."""
+        for contestant in self.contestants:
+            if isinstance(contestant.target, RivalTarget):
+                contestant.target.close()
+
     def record(self) -> dict[str, Any]:
         """For the JSON line."""
         return {
@@ -271,6 +277,25 @@ def start_rival(engine: Engine, python: str, model: Path, threads: int, label: s
     """A rival's process with a model; RivalError where it does not come up."""
     options = {"model": str(model), "threads": threads, "prompt_tokens": SHORT_PROMPT}
     return RivalTarget(f"{engine.name} {label}", python, engine.script, options)
+
+
+def rival_contestant(
+    engine: Engine, python: str, model: Path, label: str, threads: int, own: Target, text: list[int]
+) -> Contestant:
+    """A rival's process with a model, ready to compete; RivalError where it does not come up or answer.
+
+    ``text``: tokens that it and ``own`` continue, to count how many they continue alike.
+    """
+    target = start_rival(engine, python, model, threads, label)
+    try:
+        same = agreement(own, target, text)
+    except RivalError:
+        target.close()
+        raise
+    details = {"version": target.version, "first_tokens_alike_of_16": same, **target.details}
+    return Contestant(
+        target.name, target, model_bytes(model), ready_seconds=target.ready_seconds, details=details
+    )
 
 
 def why_absent(engine: Engine) -> str:
