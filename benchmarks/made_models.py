@@ -226,7 +226,7 @@ def _write_act_order(source: Path, out: Path, group: int) -> None:
     generator, grid = torch.Generator().manual_seed(_SEED), IntegerGrid(4, symmetric=True)
     tensors = load_file(source / "model.safetensors")
     orders: dict[str, torch.Tensor] = {}
-    weights: dict[str, QuantizedTensor] = {}
+    made: dict[str, QuantizedTensor] = {}
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         weight, module = tensors.pop(name).float(), name.removesuffix(".weight")
         inputs = fused_name(module)
@@ -234,10 +234,11 @@ def _write_act_order(source: Path, out: Path, group: int) -> None:
             orders[inputs] = torch.randperm(weight.shape[1], generator=generator)
         rounded = round_to_nearest(weight[:, orders[inputs]], grid, group)
         scheme = replace(rounded.scheme, reordered=True)
-        weights[module] = replace(rounded, scheme=scheme, column_order=orders[inputs])
-    writer = GptqWriter({module: weight.scheme for module, weight in weights.items()})
-    for module, weight in weights.items():
-        tensors |= writer.write(StoredModule(module, module, weight.shape), weight)
+        made[module] = replace(rounded, scheme=scheme, column_order=orders[inputs])
+    writer = GptqWriter({module: rounded.scheme for module, rounded in made.items()})
+    for module, rounded in made.items():
+        out_features, in_features = rounded.shape
+        tensors |= writer.write(StoredModule(module, module, (out_features, in_features)), rounded)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for file in source.iterdir():
         if file.suffix != ".safetensors" and file.name != CERTIFICATE:

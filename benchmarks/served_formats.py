@@ -58,6 +58,7 @@ RIVAL = "llama.cpp"
 GROUPS = {"smollm2": 64, "1b": 128}  # of the 4-bit layouts of AWQ and GPTQ: the largest that divides
 GGUF = ("q4_0", "iq4_xs", "q4_1", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
 RIVAL_FORMATS = ("q4_0", "q4_k_m", "q6_k", "q8_0")
+FIRST_TOKENS = 16  # decoded in the uncounted round, in which the rival tries its variants
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def measured(
             except RivalError as error:
                 notes.append(f"{RIVAL} {one.key}: {error}")
         for regime in regimes:
-            comparison.run(regime, prompts, options.repeats, options.decode_tokens)
+            few = min(FIRST_TOKENS, options.decode_tokens)
+            comparison.run(regime, prompts, options.repeats, options.decode_tokens, few)
     finally:
         comparison.close()
     notes += [f"{one.key}: {note}" for note in comparison.notes]

@@ -61,11 +61,22 @@ class FakeEngine:
 
     def __init__(self, rate: float, nbytes: int = 100) -> None:
         self.rate, self.weight_bytes = rate, nbytes
+        self.asked: list[int] = []
 
     def complete(self, prompts: list[list[int]], max_tokens: int) -> list[Any]:
+        self.asked.append(max_tokens)
         times = [(i + 1) / self.rate for i in range(max_tokens)]
         answer = benchmark_module("targets").Answer
         return [answer(max_tokens, "", times, [1] * max_tokens) for _ in prompts]
+
+
+def test_the_uncounted_round_is_a_short_look() -> None:
+    engine = FakeEngine(10.0)
+    made = comparison.Comparison([comparison.Contestant(comparison.OWN, engine, 100)])
+    regimes = benchmark_module("regimes")
+    decode = next(one for one in regimes.rival_regimes([2]) if one.key == "decode")
+    made.run(decode, regimes.Prompts(1000), repeats=2, decode_tokens=8, first_tokens=4)
+    assert engine.asked == [4, 8, 8] and len(made.figures["decode, 1 stream"]["lowbit"].values) == 2
 
 
 def options(**changes: Any) -> argparse.Namespace:
