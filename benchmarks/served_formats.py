@@ -144,7 +144,10 @@ def run(options: argparse.Namespace, wanted: list[Format]) -> None:
             progress.update(task, description=one.key)
             rival = python if one.key in rivals else None
             try:
-                rows.append(measured(one, model, regimes, options, threads, rival, notes))
+                row = measured(one, model, regimes, options, threads, rival, notes)
+                rows.append(row)
+                rates = (f"{name} {figure['median']:,.0f}" for name, figure in row["figures"].items())
+                progress.console.print(f"{one.key}: {', '.join(rates)} tok/s")
             except LowbitError as error:
                 notes.append(f"{one.told}: {error.message}")
             gc.collect()  # its weights are gone before the next one's come
