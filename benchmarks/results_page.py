@@ -208,13 +208,16 @@ def _served_formats(record: Record) -> list[str]:
     far = sum(max(row["beside"].values()) > CLIFF for row in rows)
     lines = [
         "Tokens a second and, behind them, how many times as long that takes as in the fastest format within",
-        f"{100 * (record['within'] - 1):.0f} % of the size of the packed model; only formats that quantize"
-        " inputs to int8 are compared with",
-        f"such. Beyond {CLIFF} times: {far or 'none'} of {len(rows)}.",
+        f"{100 * (record['within'] - 1):.0f} % of the size of its packed layers (embedding and head apart, which",
+        "online methods leave in bfloat16); only formats that quantize inputs to int8 are compared with such.",
+        f"Beyond {CLIFF} times: {far or 'none'} of {len(rows)}.",
         "",
         *_table(
-            [f"{record['model']}, tok/s · times as long", "MB", *names],
-            ([row["told"], f"{row['nbytes'] / 1e6:.1f}", *cells(row)] for row in rows),
+            [f"{record['model']}, tok/s · times as long", "MB", "layers, MB", *names],
+            (
+                [row["told"], *(f"{row[key] / 1e6:.1f}" for key in ("nbytes", "layer_bytes")), *cells(row)]
+                for row in rows
+            ),
         ),
     ]
     beside = [row for row in rows if any("rival" in figure for figure in row["figures"].values())]

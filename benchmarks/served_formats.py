@@ -8,9 +8,11 @@ GGUF files of the embedded model (made_models) and online methods over its bfloa
 engine in this process in the regimes of serving.py: a prompt of 512 tokens, one stream, and some at once.
 Before a format is timed, a greedy prompt must give the same tokens alone and among seven others; the first
 round of each regime is not counted, a figure is the median over --repeats. *Beside*: how many times as long
-as the fastest format whose packed model is within 12 % of its size (cliffs.py has that for one product). A
-format that quantizes inputs to int8, which are multiplied at twice the rate, is compared with all, the others
-not with it. Beyond 1.5 is a cliff.
+as the fastest format whose packed layers are within 12 % of its size (cliffs.py has that for one product);
+not the whole models, since online methods leave embedding and head in bfloat16, which for the embedded model
+is as much as half its layers, and then screen the head's rows by codes of 8 bits. A format that quantizes
+inputs to int8, which are multiplied at twice the rate, is compared with all, the others not with it. Beyond
+1.5 is a cliff.
 
 llama.cpp serves the same GGUF files in turns with lowbit (--rival-formats) where LOWBIT_RIVAL_PYTHON or
 --rival-python names its Python. Models are made once, which takes a minute a GGUF type, and kept. The last
@@ -51,6 +53,8 @@ from targets import EngineTarget, RivalError
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
 from lowbit.kernels import native
+from lowbit.loading import plan_model
+from lowbit.quantize.recipe import Asked
 from lowbit.tokenization import load_tokenizer
 
 Row = dict[str, Any]
@@ -152,7 +156,7 @@ def run(options: argparse.Namespace, wanted: list[Format]) -> None:
                 notes.append(f"{one.told}: {error.message}")
             gc.collect()  # its weights are gone before the next one's come
             progress.advance(task)
-    rows.sort(key=lambda row: row["nbytes"])
+    rows.sort(key=lambda row: row["layer_bytes"])
     for row in rows:
         row["beside"] = {name: beside(row, rows, name) for name in row["figures"]}
     names = [figure_name(regime) for regime in regimes]
@@ -192,7 +196,13 @@ def measured(
     finally:
         comparison.close()
     notes += [f"{one.key}: {note}" for note in comparison.notes]
-    return row_of(one, own.weight_bytes, regimes, comparison)
+    return row_of(one, own.weight_bytes, layer_bytes(model, one.quantization), regimes, comparison)
+
+
+def layer_bytes(model: Path, quantization: str | None) -> int:
+    """Of the packed layers, without embedding and head."""
+    plan = plan_model(open_checkpoint(str(model)), quantization=Asked(quantization))
+    return sum(module.nbytes for module in plan.modules if ".layers." in module.name)
 
 
 def figure_name(regime: Regime) -> str:
@@ -200,7 +210,7 @@ def figure_name(regime: Regime) -> str:
     return regime.name.removeprefix("decode, ").removesuffix(", short")
 
 
-def row_of(one: Format, nbytes: int, regimes: list[Regime], comparison: Comparison) -> Row:
+def row_of(one: Format, nbytes: int, layers: int, regimes: list[Regime], comparison: Comparison) -> Row:
     """What is kept of a format."""
     figures: dict[str, Row] = {}
     for regime in regimes:
@@ -217,6 +227,7 @@ def row_of(one: Format, nbytes: int, regimes: list[Regime], comparison: Comparis
         "format": one.key,
         "told": one.told,
         "nbytes": nbytes,
+        "layer_bytes": layers,
         "int8_inputs": one.int8_inputs,
         "figures": figures,
         **({"rival": rival, "variants": comparison.variants} if rival else {}),
@@ -228,17 +239,23 @@ def beside(row: Row, rows: list[Row], name: str) -> float:
     like = [
         other
         for other in rows
-        if alike(row["nbytes"], other["nbytes"]) and (row["int8_inputs"] or not other["int8_inputs"])
+        if alike(row["layer_bytes"], other["layer_bytes"])
+        and (row["int8_inputs"] or not other["int8_inputs"])
     ]
     fastest: float = max(other["figures"][name]["median"] for other in like)
     return round(fastest / row["figures"][name]["median"], 2)
+
+
+def megabytes(row: Row) -> list[str]:
+    """Packed: all of it, and the layers."""
+    return [f"{row[key] / 1e6:.1f}" for key in ("nbytes", "layer_bytes")]
 
 
 def show(rows: list[Row], names: list[str], title: str) -> None:
     """Rates and, behind each, its time beside the fastest of its size and its ratio to the rival."""
     table = Table(title=f"{title}: tok/s · time beside the fastest of its size · ratio to {RIVAL}")
     table.add_column("format")
-    for column in ("packed MB", *names):
+    for column in ("MB", "layers", *names):
         table.add_column(column, justify="right")
     for row in rows:
         cells = []
@@ -246,7 +263,7 @@ def show(rows: list[Row], names: list[str], title: str) -> None:
             figure = row["figures"][name]
             ratio = f" · {figure['ratio']:.2f}" if figure.get("ratio") else ""
             cells.append(f"{figure['median']:,.0f} · {row['beside'][name]:.2f}{ratio}")
-        table.add_row(row["told"], f"{row['nbytes'] / 1e6:.1f}", *cells)
+        table.add_row(row["told"], *megabytes(row), *cells)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 

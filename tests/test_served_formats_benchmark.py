@@ -29,7 +29,7 @@ served = benchmark_module("served_formats")
 
 def row(name: str, megabytes: float, rate: float, int8_inputs: bool = False) -> dict[str, Any]:
     figures = {"1 stream": {"median": rate, "spread": 2.0}}
-    return {"format": name, "nbytes": megabytes * 1e6, "int8_inputs": int8_inputs, "figures": figures}
+    return {"format": name, "layer_bytes": megabytes * 1e6, "int8_inputs": int8_inputs, "figures": figures}
 
 
 def test_a_format_is_compared_with_those_of_its_size() -> None:
@@ -102,6 +102,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(served, "EngineTarget", engine)
     monkeypatch.setattr(served, "rival_contestant", rival)
     monkeypatch.setattr(served, "model_bytes", lambda path: 100)
+    monkeypatch.setattr(served, "layer_bytes", lambda model, quantization: 2_000_000)
     monkeypatch.setattr(served, "open_checkpoint", lambda path: None)
     monkeypatch.setattr(served, "load_tokenizer", lambda header: argparse.Namespace(encode=lambda text: [1]))
     monkeypatch.setattr(served.Format, "model", lambda self, model: tmp_path)
@@ -120,10 +121,10 @@ def test_a_run_is_kept_and_becomes_tables(capsys: pytest.CaptureFixture[str], tm
     assert found["notes"] == ["nvfp4 (W4A16): not on this machine"]
     page.store("served-formats", found, tmp_path / "results")
     text = page.section(tmp_path / "results")
-    assert "| smollm2, tok/s · times as long | MB | prefill 512 | 1 stream | 2 streams |" in text
+    assert "| smollm2, tok/s · times as long | MB | layers, MB | prefill 512 | 1 stream | 2 streams |" in text
     assert "within\n12 % of" in text and "Beyond 1.5 times: 1 of 2." in text
-    assert "| nf4 (groups of 64) | 0.0 | 12,800 · **2.00** | 25 · **2.00** | 50 · **2.00** |" in text
-    assert "| GGUF q4_0 | 0.0 | 25,600 · 1.00 | 50 · 1.00 | 100 · 1.00 |" in text
+    assert "| nf4 (groups of 64) | 0.0 | 2.0 | 12,800 · **2.00** | 25 · **2.00** | 50 · **2.00** |" in text
+    assert "| GGUF q4_0 | 0.0 | 2.0 | 25,600 · 1.00 | 50 · 1.00 | 100 · 1.00 |" in text
     assert "| the same file in llama.cpp, tok/s · ratio | prefill 512 | 1 stream | 2 streams |" in text
     assert "| GGUF q4_0 | 20,480 · **1.25** | 40 · **1.25** | 80 · **1.25** |" in text
     assert "- nvfp4 (W4A16): not on this machine" in text
