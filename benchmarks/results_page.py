@@ -208,8 +208,8 @@ def _served_formats(record: Record) -> list[str]:
     far = sum(max(row["beside"].values()) > CLIFF for row in rows)
     lines = [
         "Tokens a second and, behind them, how many times as long that takes as in the fastest format within",
-        f"{100 * (record['within'] - 1):.0f} % of the size of its packed layers (embedding and head apart, which",
-        "online methods leave in bfloat16); only formats that quantize inputs to int8 are compared with such.",
+        f"{100 * (record['within'] - 1):.0f} % of the size of its layers (not embedding and head, which",
+        "online methods leave bfloat16); only formats that quantize inputs to int8 are compared with such.",
         f"Beyond {CLIFF} times: {far or 'none'} of {len(rows)}.",
         "",
         *_table(
