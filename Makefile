@@ -135,7 +135,8 @@ bench: install
 	@$(BIN)/python benchmarks/ready.py
 	@$(BIN)/python benchmarks/serving.py
 
-# Kernels, attention and serving beside other engines, into docs/results.md; rivals: see benchmarks/bench_cpu.py.
+# Kernels, attention, serving beside other engines, and every format served, into docs/results.md; rivals: see
+# benchmarks/bench_cpu.py.
 bench-cpu: install
 	@$(BIN)/python benchmarks/bench_cpu.py $(BENCH_FLAGS)
 

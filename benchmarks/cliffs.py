@@ -313,11 +313,14 @@ def first_prompt(tokens: int) -> int | None:
     return 0 if tokens >= PROMPT else None
 
 
+def alike(one: float, other: float) -> bool:
+    """Whether two sizes are compared."""
+    return max(one, other) <= LIKE * min(one, other)
+
+
 def ratio(cliff: Cliff, all_of_them: list[Cliff], tokens: int) -> float:
     """Its time a weight beside the fastest one of its size."""
-    like = [
-        c for c in all_of_them if c.whole == cliff.whole and cliff.bits / LIKE <= c.bits <= cliff.bits * LIKE
-    ]
+    like = [c for c in all_of_them if c.whole == cliff.whole and alike(c.bits, cliff.bits)]
     return cliff.seconds[tokens] / min(c.seconds[tokens] for c in like)
 
 

@@ -97,15 +97,19 @@ class Comparison:
     variants: dict[str, dict[str, str]] = field(default_factory=dict)  # regime -> contestant -> variant
     notes: list[str] = field(default_factory=list)
 
-    def run(self, regime: Regime, prompts: Prompts, repeats: int, decode_tokens: int) -> None:
-        """Fill the regime's rows."""
+    def run(
+        self, regime: Regime, prompts: Prompts, repeats: int, decode_tokens: int, first_tokens: int = 0
+    ) -> None:
+        """Fill the regime's rows; ``first_tokens``: so many are decoded in the uncounted round, 0 as many."""
         same = regime.requests(prompts) if regime.repeated else None
         racing = list(self.contestants)
         for repeat in range(repeats + 1):
             requests = same or regime.requests(prompts)
             first_looks: dict[str, float] = {}
             for contestant in list(racing):
-                ask = _Asker(regime, requests, 1 if regime.one_token else decode_tokens)
+                tokens = first_tokens if first_tokens and not repeat else decode_tokens
+                rest = REST_SECONDS if len(racing) > 1 else 0.0
+                ask = _Asker(regime, requests, 1 if regime.one_token else tokens, rest)
                 try:
                     if repeat == 0:
                         rates, variant = ask.best_variant(contestant.target)
@@ -160,6 +164,12 @@ class Comparison:
         best, own = self.best_rival(row), self.figures[row].get(OWN)
         return own.median / best[1] if best and own else None
 
+    def close(self) -> None:
+        """End the rivals' processes."""
+        for contestant in self.contestants:
+            if isinstance(contestant.target, RivalTarget):
+                contestant.target.close()
+
     def record(self) -> dict[str, Any]:
         """For the JSON line."""
         return {
@@ -213,10 +223,11 @@ class Comparison:
 class _Asker:
     """One regime's requests, sent and rated."""
 
-    def __init__(self, regime: Regime, requests: list[list[int]], tokens: int) -> None:
+    def __init__(self, regime: Regime, requests: list[list[int]], tokens: int, rest: float = 0.0) -> None:
         self._regime = regime
         self._requests = requests
         self._tokens = tokens
+        self._rest = rest  # seconds before the question
 
     def __call__(self, target: Target) -> dict[str, float]:
         if isinstance(target, RivalTarget):
@@ -224,7 +235,7 @@ class _Asker:
         remembers = not isinstance(target, RivalTarget) or target.details["prefix_cache"]
         if self._regime.warm_up is not None and remembers:
             target.complete([self._regime.warm_up(self._requests)], 1)
-        time.sleep(REST_SECONDS)
+        time.sleep(self._rest)
         return self._regime.rates(target.complete(self._requests, self._tokens))
 
     def best_variant(self, target: Target) -> tuple[dict[str, float], str]:
@@ -271,6 +282,25 @@ def start_rival(engine: Engine, python: str, model: Path, threads: int, label: s
     """A rival's process with a model; RivalError where it does not come up."""
     options = {"model": str(model), "threads": threads, "prompt_tokens": SHORT_PROMPT}
     return RivalTarget(f"{engine.name} {label}", python, engine.script, options)
+
+
+def rival_contestant(
+    engine: Engine, python: str, model: Path, label: str, threads: int, own: Target, text: list[int]
+) -> Contestant:
+    """A rival's process with a model, ready to compete; RivalError where it does not come up or answer.
+
+    ``text``: tokens that it and ``own`` continue, to count how many they continue alike.
+    """
+    target = start_rival(engine, python, model, threads, label)
+    try:
+        same = agreement(own, target, text)
+    except RivalError:
+        target.close()
+        raise
+    details = {"version": target.version, "first_tokens_alike_of_16": same, **target.details}
+    return Contestant(
+        target.name, target, model_bytes(model), ready_seconds=target.ready_seconds, details=details
+    )
 
 
 def why_absent(engine: Engine) -> str:

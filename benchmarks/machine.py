@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -35,3 +36,14 @@ def commit() -> str:
     """The commit measured, "-dirty" where files differ from it."""
     words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def run_record(benchmark: str) -> dict[str, object]:
+    """What the JSON line of a run says of it: code, command, machine."""
+    return {
+        "benchmark": benchmark,
+        "commit": commit(),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "cpu": cpu_name(),
+        "machine": machine_kind(),
+    }

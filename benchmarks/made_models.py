@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.checkpoint import open_checkpoint
 from lowbit.checkpoint.embedded import cache_directory
+from lowbit.checkpoint.hashes import CERTIFICATE
+from lowbit.formats import StoredModule
+from lowbit.formats.gptq_writer import GptqWriter
 from lowbit.loading import load_model
 from lowbit.loading.convert import convert
-from lowbit.quantize.recipe import Asked
+from lowbit.numerics.quantized_tensor import QuantizedTensor
+from lowbit.quantize.integer_grid import IntegerGrid, round_to_nearest
+from lowbit.quantize.recipe import Asked, fused_name
 
 EMBEDDED = "smollm2"
 EXPORT_OPENVINO = Path(__file__).parent / "rivals" / "export_openvino.py"
@@ -198,3 +204,45 @@ def four_bit_folder(model: str) -> Path:
         load_model(open_checkpoint(str(float_folder(model))), quantization=asked, save=part)
         part.rename(out)
     return out
+
+
+def act_order_folder(model: str, group: int) -> Path:
+    """The model as a GPTQ folder of 4 bits whose columns are in groups by an order of their own (g_idx).
+
+    GPTQ would find the order, the same for all weights of one input, by calibration, which takes minutes for
+    the larger model; here it is random, and weights are rounded to nearest. It takes the same time to serve.
+    """
+    out = folder() / f"{model}-act-order-g{group}"
+    if not out.exists():
+        part = out.with_name(f"{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        _write_act_order(float_folder(model), part, group)
+        part.rename(out)
+    return out
+
+
+def _write_act_order(source: Path, out: Path, group: int) -> None:
+    generator, grid = torch.Generator().manual_seed(_SEED), IntegerGrid(4, symmetric=True)
+    tensors = load_file(source / "model.safetensors")
+    orders: dict[str, torch.Tensor] = {}
+    made: dict[str, QuantizedTensor] = {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight, module = tensors.pop(name).float(), name.removesuffix(".weight")
+        inputs = fused_name(module)
+        if inputs not in orders:
+            orders[inputs] = torch.randperm(weight.shape[1], generator=generator)
+        rounded = round_to_nearest(weight[:, orders[inputs]], grid, group)
+        scheme = replace(rounded.scheme, reordered=True)
+        made[module] = replace(rounded, scheme=scheme, column_order=orders[inputs])
+    writer = GptqWriter({module: rounded.scheme for module, rounded in made.items()})
+    for module, rounded in made.items():
+        out_features, in_features = rounded.shape
+        tensors |= writer.write(StoredModule(module, module, (out_features, in_features)), rounded)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for file in source.iterdir():
+        if file.suffix != ".safetensors" and file.name != CERTIFICATE:
+            shutil.copy(file, out)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = writer.quantization_config()
+    (out / "config.json").write_text(json.dumps(config))

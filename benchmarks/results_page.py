@@ -102,7 +102,7 @@ def _machine(place: Path, records: dict[str, Record]) -> list[str]:
     where = "" if first["isa"] == "cuda" else f", {first['isa']}, {threads} threads"
     lines = [f"### {first['machine']}{where}", ""]
     kinds = {"serving": _serving, "linear": _linear, "attention": _attention, "cliffs": _cliffs}
-    kinds["gpu_step"] = _gpu_step
+    kinds |= {"gpu_step": _gpu_step, "served formats": _served_formats}
     for record in records.values():
         write = kinds[record["benchmark"]]
         lines += [f"`{record['command']}` at {record['commit']}:", "", *write(record), ""]
@@ -195,6 +195,48 @@ def _cliffs(record: Record) -> list[str]:
         if max(row["ratios"].values()) > CLIFF
     ]
     return lines + _table(["time beside the fastest", "bits", *heads.values()], cells)
+
+
+def _served_formats(record: Record) -> list[str]:
+    """Rates of whole models, each with its time beside the fastest of its size; then those beside a rival."""
+    rows, names = record["rows"], record["names"]
+
+    def cells(row: Record) -> list[str]:
+        times = [(row["figures"][name]["median"], row["beside"][name]) for name in names]
+        return [f"{rate:,.0f} · {_marked(slower, slower > CLIFF)}" for rate, slower in times]
+
+    far = sum(max(row["beside"].values()) > CLIFF for row in rows)
+    lines = [
+        "Tokens a second and, behind them, how many times as long that takes as in the fastest format within",
+        f"{100 * (record['within'] - 1):.0f} % of the size of its layers (not embedding and head, which",
+        "online methods leave bfloat16); only formats that quantize inputs to int8 are compared with such.",
+        f"Beyond {CLIFF} times: {far or 'none'} of {len(rows)}.",
+        "",
+        *_table(
+            [f"{record['model']}, tok/s · times as long", "MB", "layers, MB", *names],
+            (
+                [row["told"], *(f"{row[key] / 1e6:.1f}" for key in ("nbytes", "layer_bytes")), *cells(row)]
+                for row in rows
+            ),
+        ),
+    ]
+    beside = [row for row in rows if any("rival" in figure for figure in row["figures"].values())]
+    if beside:
+        titles = [f"the same file in {record['rival']}, tok/s · ratio", *names]
+        lines += ["", *_table(titles, ([row["told"], *_of_rival(row, names)] for row in beside))]
+    return lines + (["", *(f"- {note}" for note in record["notes"])] if record["notes"] else [])
+
+
+def _of_rival(row: Record, names: list[str]) -> list[str]:
+    figures = [row["figures"][name] for name in names]
+    return [
+        f"{figure['rival']:,.0f} · {_marked(figure['ratio'], True)}" if "rival" in figure else "–"
+        for figure in figures
+    ]
+
+
+def _marked(number: float, strong: bool) -> str:
+    return f"**{number:.2f}**" if strong else f"{number:.2f}"
 
 
 def _gpu_step(record: Record) -> list[str]:

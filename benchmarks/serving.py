@@ -38,13 +38,12 @@ from comparison import (
     Comparison,
     Contestant,
     Engine,
-    agreement,
     model_bytes,
+    rival_contestant,
     rival_pythons,
-    start_rival,
     why_absent,
 )
-from machine import commit, cpu_name, machine_kind
+from machine import cpu_name, run_record
 from regimes import Figure, Prompts, assert_same_alone_and_in_a_batch, measure, rival_regimes
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +51,6 @@ from targets import (
     EngineTarget,
     HttpTarget,
     RivalError,
-    RivalTarget,
     Target,
     import_torch_seconds,
     running_server,
@@ -149,13 +147,9 @@ def ready_figures(seconds: list[float], torch_seconds: float) -> list[Figure]:
 def record(arguments: argparse.Namespace, how: str) -> dict[str, Any]:
     """What every JSON line of this benchmark says."""
     return {
-        "benchmark": "serving",
-        "commit": commit(),
-        "command": " ".join(["python", "benchmarks/serving.py", *sys.argv[1:]]),
+        **run_record("serving"),
         "model": arguments.model,
         "how": how,
-        "cpu": cpu_name(),
-        "machine": machine_kind(),
         "threads": arguments.threads_used,
         "repeats": arguments.repeats,
     }
@@ -199,32 +193,23 @@ def compare(arguments: argparse.Namespace) -> None:
     comparison = Comparison([lowbit])
     text = load_tokenizer(header).encode(TEXT)
     for rival, label, path in rival_models(arguments, header.root, comparison.notes):
-        target: RivalTarget | None = None
+        engine, python = ENGINES[rival[0]], rival[1]
         try:
-            target = start_rival(ENGINES[rival[0]], rival[1], path, arguments.threads_used, label)
-            same = agreement(own, target, text)
+            made = rival_contestant(engine, python, path, label, arguments.threads_used, own, text)
         except RivalError as error:
             comparison.notes.append(f"{rival[0]} {label}: {error}")
-            if target is not None:
-                target.close()
             continue
-        nbytes = model_bytes(path)
-        counts = nbytes <= SAME_SIZE * own_bytes
-        details = {"version": target.version, "first_tokens_alike_of_16": same, **target.details}
-        if native.isa() == "avx2" and "AVX512 = 1" in str(target.details):
-            comparison.notes.append(f"{target.name} is built with AVX-512, lowbit runs on AVX2 only")
-        always = label == kind and rival[0] == "llama.cpp"
-        comparison.contestants.append(
-            Contestant(target.name, target, nbytes, counts, always, target.ready_seconds, details)
-        )
+        made.counts = made.nbytes <= SAME_SIZE * own_bytes
+        made.always = label == kind and rival[0] == "llama.cpp"
+        if native.isa() == "avx2" and "AVX512 = 1" in str(made.details):
+            comparison.notes.append(f"{made.name} is built with AVX-512, lowbit runs on AVX2 only")
+        comparison.contestants.append(made)
     try:
         for regime in regimes:
             if regime.key in chosen:
                 comparison.run(regime, prompts, arguments.repeats, arguments.decode_tokens)
     finally:
-        for contestant in comparison.contestants:
-            if isinstance(contestant.target, RivalTarget):
-                contestant.target.close()
+        comparison.close()
     title = f"{arguments.model} {kind or ''}, {cpu_name()}, {native.isa()}, {arguments.threads_used} threads"
     comparison.show(title)
     readiness = ready_figures(ready, torch_seconds)

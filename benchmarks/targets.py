@@ -101,6 +101,11 @@ class EngineTarget:
         self.sent = 0
         self._idle()
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the packed model."""
+        return self.engine.model.weight_bytes
+
     def _idle(self) -> None:
         """What the server's loop does between requests."""
         while self.engine.idle_step():
