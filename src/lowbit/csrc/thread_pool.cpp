@@ -2,9 +2,9 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <time.h>
 #if defined(__linux__)
 #include <linux/futex.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -31,10 +31,16 @@ using Clock = std::chrono::steady_clock;
 constexpr int SPINS_BEFORE_YIELD = 1000;  // about 12 microseconds of pause instructions
 constexpr int SPINS_BEFORE_SLEEP = 4000;  // and before the clock is looked at
 // Waking a worker that sleeps costs up to half a millisecond where other programs run meanwhile, so without work it
-// stays awake for longer than what lies between two steps. Not where the scheduler took the processor from it: others
-// want it, and who slept gets it back sooner than who spun.
+// stays awake for longer than what lies between two steps. Not where others want the processor: who slept gets it back
+// sooner than who spun. They do where a worker that was awake went without it for a tenth of the time: the kernel's own
+// threads, which run for microseconds, take less.
 constexpr std::chrono::milliseconds AWAKE{2};
 constexpr std::chrono::milliseconds CROWDED{100};
+constexpr std::chrono::milliseconds WATCHED{20};
+constexpr std::chrono::milliseconds LOST{2};
+// A worker that is woken may be put on the processor that wakes it, and the two then take turns there while another one
+// idles. So it leaves the caller's, no more often than this.
+constexpr std::chrono::milliseconds MOVED{5};
 
 // A wait for another value than ``seen``, which may also end early, and its end.
 #if defined(__linux__)
@@ -61,34 +67,54 @@ void wake_all(std::atomic<std::uint32_t>&) {
 }
 #endif
 
-// How often the scheduler took the processor from this thread; always another number where that is not known.
-long times_preempted() {
-#if defined(RUSAGE_THREAD)
-    rusage usage{};
-    getrusage(RUSAGE_THREAD, &usage);
-    return usage.ru_nivcsw;
-#else
-    static thread_local long calls = 0;
-    return ++calls;
-#endif
+std::chrono::nanoseconds processor_time() {
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
 }
 
 // Which of a worker's waits may be long.
 class Patience {
   public:
+    Patience() { watch(Clock::now(), processor_time()); }
+
     Clock::time_point until() {
         const auto now = Clock::now();
-        if (const long preempted = times_preempted(); preempted != preempted_) {
-            preempted_ = preempted;
-            crowded_until_ = now + CROWDED;
-        }
+        const auto used = processor_time();
+        const bool crowded = (now - since_) - (used - used_) > LOST;
+        if (crowded) crowded_until_ = now + CROWDED;
+        if (crowded || now - since_ > WATCHED) watch(now, used);
         return now < crowded_until_ ? now : now + AWAKE;
     }
+    // It slept, which is no loss.
+    void woke() { watch(Clock::now(), processor_time()); }
 
   private:
-    long preempted_ = 0;
-    Clock::time_point crowded_until_{};
+    void watch(Clock::time_point now, std::chrono::nanoseconds used) {
+        since_ = now;
+        used_ = used;
+    }
+
+    Clock::time_point since_{}, crowded_until_{};
+    std::chrono::nanoseconds used_{};
 };
+
+#if defined(__linux__)
+int current_processor() { return sched_getcpu(); }
+
+// Goes on on another processor that this thread may use, if there is one.
+void leave_processor(int processor) {
+    cpu_set_t allowed;
+    if (processor < 0 || processor >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    cpu_set_t others = allowed;
+    CPU_CLR(processor, &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+    sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+int current_processor() { return -1; }
+void leave_processor(int) {}
+#endif
 
 class ThreadPool {
   public:
@@ -116,6 +142,7 @@ class ThreadPool {
         context_.store(context, std::memory_order_relaxed);
         tasks_.store(static_cast<std::uint32_t>(tasks), std::memory_order_relaxed);
         done_.store(0, std::memory_order_relaxed);
+        processor_.store(current_processor(), std::memory_order_relaxed);
         const std::uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
         ticket_.store(static_cast<std::uint64_t>(epoch) << 32 | static_cast<std::uint64_t>(tasks),
                       std::memory_order_release);
@@ -165,6 +192,7 @@ class ThreadPool {
         // A worker born between jobs must not wait for one that is already there.
         claim(seen);
         Patience patience;
+        Clock::time_point moved{};
         while (!stopping_.load(std::memory_order_acquire)) {
             std::uint32_t epoch = epoch_.load(std::memory_order_acquire);
             for (int spins = 0; epoch == seen && spins < SPINS_BEFORE_SLEEP; ++spins) {
@@ -177,9 +205,16 @@ class ThreadPool {
                 sleepers_.fetch_add(1, std::memory_order_seq_cst);
                 if (!stopping_.load(std::memory_order_seq_cst)) wait_for_change(epoch_, seen);
                 sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+                patience.woke();
                 continue;
             }
             seen = epoch;
+            if (const int processor = processor_.load(std::memory_order_relaxed); processor >= 0 && processor == current_processor()) {
+                if (const auto now = Clock::now(); now - moved > MOVED) {
+                    moved = now;
+                    leave_processor(processor);
+                }
+            }
             claim(epoch);
         }
     }
@@ -211,6 +246,7 @@ class ThreadPool {
     std::atomic<int> sleepers_{0};
     alignas(64) std::atomic<std::uint64_t> ticket_{0};  // epoch << 32 | tasks nobody has taken
     alignas(64) std::atomic<std::uint32_t> done_{0};
+    std::atomic<int> processor_{-1};  // the caller's
     std::atomic<std::uint32_t> tasks_{0};
     std::atomic<TaskFunction> function_{nullptr};
     std::atomic<void*> context_{nullptr};
