@@ -81,9 +81,10 @@ class Patience {
     Clock::time_point until() {
         const auto now = Clock::now();
         const auto used = processor_time();
-        const bool crowded = (now - since_) - (used - used_) > LOST;
+        const auto watched = now - since_;
+        const bool crowded = watched - (used - used_) > std::max<Clock::duration>(LOST, watched / 10);
         if (crowded) crowded_until_ = now + CROWDED;
-        if (crowded || now - since_ > WATCHED) watch(now, used);
+        if (crowded || watched > WATCHED) watch(now, used);
         return now < crowded_until_ ? now : now + AWAKE;
     }
     // It slept, which is no loss.
