@@ -32,8 +32,8 @@ constexpr int SPINS_BEFORE_YIELD = 1000;  // about 12 microseconds of pause inst
 constexpr int SPINS_BEFORE_SLEEP = 4000;  // and before the clock is looked at
 // Waking a worker that sleeps costs up to half a millisecond where other programs run meanwhile, so without work it
 // stays awake for longer than what lies between two steps. Not where others want the processor: who slept gets it back
-// sooner than who spun. They do where a worker that was awake went without it for a tenth of the time: the kernel's own
-// threads, which run for microseconds, take less.
+// sooner than who spun. They do where a worker that was awake went without it for a tenth of the time: what only
+// interrupts it, often some ten times a second, takes less.
 constexpr std::chrono::milliseconds AWAKE{2};
 constexpr std::chrono::milliseconds CROWDED{100};
 constexpr std::chrono::milliseconds WATCHED{20};
@@ -210,11 +210,10 @@ class ThreadPool {
                 continue;
             }
             seen = epoch;
-            if (const int processor = processor_.load(std::memory_order_relaxed); processor >= 0 && processor == current_processor()) {
-                if (const auto now = Clock::now(); now - moved > MOVED) {
-                    moved = now;
-                    leave_processor(processor);
-                }
+            const int callers = processor_.load(std::memory_order_relaxed);
+            if (callers >= 0 && callers == current_processor() && Clock::now() - moved > MOVED) {
+                moved = Clock::now();
+                leave_processor(callers);
             }
             claim(epoch);
         }

@@ -40,7 +40,8 @@ from lowbit.numerics.number_formats import VectorLayout
 from lowbit.numerics.quantized_tensor import QuantizedTensor
 from lowbit.numerics.scheme import Scheme
 
-_LANES = 4  # rows 4 l + j of a tile stand at j * 4 + l; those of four short vectors v at l * 16 + v * 4 + j
+_LANES = 4  # rows 4 l + j of a tile stand at j * 4 + l; those of short vectors v at l * 16 + v * 4 + j
+_TOGETHER = 4  # short vectors
 
 
 class CpuVectors(NativeKernel):
@@ -181,7 +182,7 @@ def _tiles(codes: Tensor, scales: Tensor, layout: VectorLayout, described: Descr
 def _vectors_of_row(layout: VectorLayout) -> tuple[int, ...]:
     """A row's indices in a tile: (vectors, in fours if they are short; books; bytes)."""
     vectors = COLUMNS // layout.length
-    fours = (vectors // 4, 4) if layout.length in SHORT_LENGTHS else (vectors,)
+    fours = (vectors // _TOGETHER, _TOGETHER) if layout.length in SHORT_LENGTHS else (vectors,)
     return (*fours, layout.books, layout.index_bytes)
 
 
