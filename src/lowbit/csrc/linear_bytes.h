@@ -196,18 +196,34 @@ inline void dot_bytes(const ByteTile& w, const std::int8_t* x, std::int64_t stri
         }
         return;
     }
-    for (int t = 0; t < TOKENS; ++t) {
+    constexpr bool ORDERED = TOKENS > 2;  // else many products are made first, and wait for their sums in memory
+    UNROLL
+    for (int first = FIRST; first < FIRST + COUNT; first += TOGETHER) {
+        SixteenInts short_sums[TOKENS];  // of 16 bits
         UNROLL
-        for (int first = FIRST; first < FIRST + COUNT; first += TOGETHER) {
-            __m256i low = _mm256_setzero_si256(), high = low;
-            UNROLL
-            for (int operand = first; operand < first + TOGETHER; ++operand) {
-                const __m256i four = four_bytes(x + t * stride + operand * 4);
-                low = _mm256_add_epi16(low, _mm256_maddubs_epi16(w[operand].low, four));
-                high = _mm256_add_epi16(high, _mm256_maddubs_epi16(w[operand].high, four));
+        for (int operand = first; operand < first + TOGETHER; ++operand) {
+            SixteenInts bytes = w[operand];
+            if constexpr (ORDERED) {
+                KEEP_IN_REGISTER(bytes.low);
+                KEEP_IN_REGISTER(bytes.high);
             }
-            sums[t].low = _mm256_add_epi32(sums[t].low, _mm256_madd_epi16(low, ones));
-            sums[t].high = _mm256_add_epi32(sums[t].high, _mm256_madd_epi16(high, ones));
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t) {
+                const __m256i four = four_bytes(x + t * stride + operand * 4);
+                const __m256i low = _mm256_maddubs_epi16(bytes.low, four), high = _mm256_maddubs_epi16(bytes.high, four);
+                SixteenInts& sum = short_sums[t];
+                sum = operand == first ? SixteenInts{low, high}
+                                       : SixteenInts{_mm256_add_epi16(sum.low, low), _mm256_add_epi16(sum.high, high)};
+                if constexpr (ORDERED) {
+                    KEEP_IN_REGISTER(sum.low);
+                    KEEP_IN_REGISTER(sum.high);
+                }
+            }
+        }
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sums[t].low = _mm256_add_epi32(sums[t].low, _mm256_madd_epi16(short_sums[t].low, ones));
+            sums[t].high = _mm256_add_epi32(sums[t].high, _mm256_madd_epi16(short_sums[t].high, ones));
         }
     }
 }
