@@ -20,7 +20,7 @@ constexpr std::int64_t READ_PAST = 0;
 
 // Whether prompts' tokens meet panels of whole numbers, with a scale for so many columns, and are such numbers themselves
 // (linear_rounded.h).
-#if defined(LOWBIT_AVX512) && !defined(__AVX512BF16__)
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
 constexpr bool WORD_PANELS = true;
 #else
 constexpr bool WORD_PANELS = false;
@@ -183,6 +183,12 @@ inline float largest(Sixteen a, Sixteen b) {
     float value;
     std::memcpy(&value, &most, sizeof value);
     return value;
+}
+inline Sixteen sixteen_larger(Sixteen a, Sixteen b) {
+    const __m256i size = _mm256_set1_epi32(0x7fffffff);
+    const auto bits = [&](__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), size); };
+    return {_mm256_castsi256_ps(_mm256_max_epi32(bits(a.low), bits(b.low))),
+            _mm256_castsi256_ps(_mm256_max_epi32(bits(a.high), bits(b.high)))};
 }
 inline Sixteen in_grid_order(Sixteen x, int numbers) {
     if (numbers == 8) {
@@ -395,7 +401,7 @@ INLINE void lay_out_words(const float* row, const InputShape& shape, const Input
     });
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 // The same with a scale for each ``shape.span`` columns, several tiles; the last ones may be fewer. No sums.
 inline void lay_out_wide_words(const float* row, const InputShape& shape, const InputPlaces& to, int token) {
     const std::int64_t of_span = shape.span / COLUMNS;
@@ -483,7 +489,7 @@ inline void lay_out(const float* row, const InputShape& shape, const InputPlaces
             lay_out_bfloats<SPAN>(row, shape, to, token);
         } else if (shape.kind == InputKind::words) {
             if constexpr (SPAN != WIDE) lay_out_words<SPAN>(row, shape, to, token);
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
             else lay_out_wide_words(row, shape, to, token);
 #endif
         } else if constexpr (SPAN != LEAST_GROUP) {  // meets_bytes

@@ -236,7 +236,7 @@ struct Unwritten {
     }
 };
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 // Whether such codes may have offsets or zero points.
 constexpr bool has_addends(Codes codes) {
@@ -310,7 +310,7 @@ inline bool takes_scaled(const Layout& layout) { return scaled_tiles(layout, 1) 
 
 #else
 
-#if !defined(LOWBIT_AVX512)
+#if !defined(__AVX2__)
 inline RoundFunction round_function(const Layout&, const WordCodes&, bool) { return nullptr; }
 inline RoundFunction code_function(const Layout&) { return nullptr; }
 inline RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }

@@ -8,6 +8,7 @@
 // The order of every sum is that of one block alone (linear_tiles.h), and so are the bits.
 
 #include "linear_kernels.h"
+#include "linear_rounded.h"
 
 #if defined(LOWBIT_AVX512) && !defined(LOWBIT_AMX)
 
@@ -361,41 +362,9 @@ struct WordPanelStep {
             dot_both<Kind, PAIRS, TOKENS>(w, at, STRIDE, sums);
             for (const std::uint8_t*& operands : w) operands += PAIRS * OPERAND_BYTES;
         }
-        for (int block = 0; block < 2; ++block) {
-            const Sixteen scale = sixteen_load(reinterpret_cast<const float*>(panels[block]));
-            UNROLL
-            for (int t = 0; t < TOKENS; ++t) {
-                float* const to = totals[block][token + t];
-                const Sixteen total = first ? sixteen_zeros() : sixteen_load(to);
-                const Sixteen both = sixteen_multiply(scale, sixteen_set(x_scales[token + t]));
-                sixteen_store(to, sixteen_fma(both, ints_to_floats(sums[block][t]), total));
-            }
-        }
+        for (int block = 0; block < 2; ++block) add_panel_sums(panels[block], sums[block], x_scales + token, first, totals[block] + token);
     }
 };
-
-constexpr int WRITTEN_AT_A_TIME = 4;  // tokens whose results are written between products
-
-// Some columns for all tokens, and then the next: a core's first cache holds their numbers.
-void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines, bool goes_on,
-                          Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
-    constexpr std::int64_t GROUP = WORD_PANEL_LINES, OF_TILE = ROUNDED_TOKENS / 2;
-    const std::uint8_t* both[2] = {panels[0], panels[blocks - 1]};
-    alignas(64) float unwanted[ROUNDED_TOKENS][ROWS];
-    for (std::int64_t line = 0; line < lines; line += GROUP) {
-        const std::int64_t count = std::min(GROUP, lines - line);
-        for (int tile = 0; tile * OF_TILE < tokens; ++tile) {
-            const std::int64_t begin = tile * OF_TILE;
-            float(*const to[2])[ROWS] = {totals[0] + begin, blocks > 1 ? totals[1] + begin : unwanted};
-            const float* const scales = x.scales[tile] + line / GROUP * x.tokens[tile];
-            for_tokens(static_cast<int>(std::min(tokens - begin, OF_TILE)),
-                       WordPanelStep{both, x.tiles[tile] + line * x.line_bytes[tile], scales, x.line_bytes[tile], count, !goes_on && line == 0, to});
-            for (int token = 0; token < WRITTEN_AT_A_TIME && unwritten.left > 0; ++token) unwritten.write_one();
-        }
-        for (const std::uint8_t*& panel : both) panel += WORD_PANEL_SCALES + count * PAIRS * OPERAND_BYTES;
-    }
-    unwritten.write_all();
-}
 
 #endif
 
@@ -409,7 +378,7 @@ void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool bytes,
 #if defined(__AVX512BF16__)
     multiply_panels<Bfloats<false, false>>(panels, blocks, x, tokens, lines, goes_on, totals);
 #else
-    multiply_word_panels(panels, blocks, x, tokens, lines, goes_on, unwritten, totals);
+    multiply_word_panels<WordPanelStep>(panels, blocks, x, tokens, lines, goes_on, unwritten, totals);
 #endif
 }
 

@@ -11,10 +11,12 @@
 
 #include "linear_halves.h"
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 namespace lowbit {
 namespace {
+
+#if defined(LOWBIT_AVX512)
 
 constexpr int OPERAND_BYTES = 64;
 // How far ahead of what is rounded weights are asked for.
@@ -90,6 +92,90 @@ void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& 
     if (layout.tiles % 2 != 0) std::memset(panel, 0, OPERANDS * OPERAND_BYTES);  // AMX: what x has there is anything
 }
 
+#else
+
+// A tile is decoded to float32 first, whatever its codes, and what scales it has is asked for tile by tile: codes that all tokens
+// of a step share.
+using Decode = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
+
+// Null for codes that are no numbers by themselves.
+Decode decode_function(Codes codes) {
+    return of_exact_codes<Decode>(codes, [](auto constant) -> Decode { return decode<decltype(constant)::value>; });
+}
+
+template <Addend ADDEND>
+void round_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    const Decode decode = decode_function(layout.codes);
+    const int pairs = layout.sub / 2;  // that share a scale
+    Walk walk(layout, block);
+    PanelWriter writer(panel);
+    BfloatTile w;
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        decode(walk.next(), decoding.table, w);
+        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
+            constexpr int PAIR = decltype(number)::value;
+            const Sixteen scale = walk.scale[PAIR / pairs], addend = walk.addend[PAIR / pairs];
+            even = weight_of<ADDEND>(sixteen_load(w.columns[PAIR * 2]), scale, addend);
+            odd = weight_of<ADDEND>(sixteen_load(w.columns[PAIR * 2 + 1]), scale, addend);
+        });
+    }
+}
+
+// Numbers without scales.
+void round_codes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    const Decode decode = decode_function(layout.codes);
+    PanelWriter writer(panel);
+    BfloatTile w;
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        decode(block + tile * tile_bytes(layout.codes), decoding.table, w);
+        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
+            even = sixteen_load(w.columns[decltype(number)::value * 2]);
+            odd = sixteen_load(w.columns[decltype(number)::value * 2 + 1]);
+        });
+    }
+}
+
+// Some tokens times up to WORD_PANEL_COLUMNS columns of two blocks, one after the other.
+struct PanelStep {
+    const std::uint8_t* const (&panels)[2];
+    const std::uint8_t* x;
+    const float* x_scales;
+    std::int64_t line_bytes, lines;
+    bool first;  // of the row
+    float (*const (&totals)[2])[ROWS];
+
+    template <int TOKENS>
+    INLINE void operator()(int token) const {
+        for (int block = 0; block < 2; ++block) {
+            SixteenInts sums[TOKENS];
+            each_constant<TOKENS>([&](auto t) __attribute__((always_inline)) { sums[decltype(t)::value] = ints_set(0); });
+            const std::uint8_t *w = panels[block] + WORD_PANEL_SCALES, *at = x + token * COLUMNS * 2;
+            for (std::int64_t line = 0; line < lines; ++line, w += PANEL_TILE, at += line_bytes) add_line(w, at, sums);
+            add_panel_sums(panels[block], sums, x_scales + token, first, totals[block] + token);
+        }
+    }
+
+  private:
+    // dot_words without loops: over these the sums would stay in memory from line to line.
+    template <int TOKENS>
+    static INLINE void add_line(const std::uint8_t* w, const std::uint8_t* x, SixteenInts (&sums)[TOKENS]) {
+        each_constant<PAIRS>([&](auto pair) __attribute__((always_inline)) {
+            constexpr int PAIR = decltype(pair)::value;
+            SixteenInts both = ints_load(reinterpret_cast<const std::int32_t*>(w + PAIR * 64));
+            KEEP_IN_REGISTER(both.low);
+            KEEP_IN_REGISTER(both.high);
+            each_constant<TOKENS>([&](auto t) __attribute__((always_inline)) {
+                constexpr int TOKEN = decltype(t)::value;
+                add_words(sums[TOKEN], both.low, both.high, two_words(reinterpret_cast<const std::int16_t*>(x) + TOKEN * COLUMNS + PAIR * 2));
+                KEEP_IN_REGISTER(sums[TOKEN].low);
+                KEEP_IN_REGISTER(sums[TOKEN].high);
+            });
+        });
+    }
+};
+
+#endif
+
 // Of float16 numbers, of which next(tile) says where those of a tile are.
 template <class Next>
 INLINE void round_halves(std::int64_t tiles, std::uint8_t* panel, const Next& next) {
@@ -125,6 +211,7 @@ void round_spqr(const Layout& layout, const std::uint8_t* block, const Decoding&
     });
 }
 
+#if defined(LOWBIT_AVX512)
 template <Codes CODES, int SUB>
 RoundFunction by_addend(Addend addend) {
     if constexpr (has_addends(CODES)) {
@@ -133,6 +220,7 @@ RoundFunction by_addend(Addend addend) {
     }
     return addend == Addend::none ? round_block<CODES, SUB, Addend::none> : nullptr;
 }
+#endif
 
 // Whether a row's sums have one scale, or none.
 bool sums_go_on(const Layout& layout) {
@@ -146,6 +234,7 @@ RoundFunction round_function(const Layout& layout, const WordCodes& words, bool 
     if (layout.codes == Codes::halves3) return round_spqr;
     if (is_words(layout.codes) || layout.codes == Codes::e8p || layout.codes == Codes::e8p_pair) return rounded_words(layout, words);
     if ((!WORD_PANELS || exact) && sums_go_on(layout)) return nullptr;
+#if defined(LOWBIT_AVX512)
     return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
         constexpr Codes CODES = decltype(codes)::value;
         if (layout.scales == Scales::none) return WORD_PANELS ? round_codes<CODES> : nullptr;
@@ -155,7 +244,19 @@ RoundFunction round_function(const Layout& layout, const WordCodes& words, bool 
         else if constexpr (in_least_groups(CODES)) return by_addend<CODES, LEAST_GROUP>(layout.addend);
         else return nullptr;
     });
+#else
+    if (decode_function(layout.codes) == nullptr) return nullptr;
+    if (layout.scales == Scales::none) return round_codes;
+    switch (layout.addend) {
+        case Addend::none: return round_block<Addend::none>;
+        case Addend::offset: return round_block<Addend::offset>;
+        case Addend::zero: return round_block<Addend::zero>;
+    }
+    return nullptr;
+#endif
 }
+
+#if defined(LOWBIT_AVX512)
 
 RoundFunction code_function(const Layout& layout) {
     if (WORD_PANELS || !sums_go_on(layout) || layout.addend != Addend::none) return nullptr;
@@ -188,6 +289,20 @@ void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, con
         sixteen_store(totals[t], total);
     }
 }
+
+#else
+
+RoundFunction code_function(const Layout&) { return nullptr; }
+RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
+void scale_sums(const Layout&, const std::uint8_t*, bool, const Input&, float (*)[ROWS]) {}  // of code_function's alone
+
+void multiply_rounded(const std::uint8_t* const* panels, int blocks, bool, const RoundedInput& x, int tokens, std::int64_t lines,
+                      bool goes_on, Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+    unwritten.fetch();
+    multiply_word_panels<PanelStep>(panels, blocks, x, tokens, lines, goes_on, unwritten, totals);
+}
+
+#endif
 
 }  // namespace lowbit
 

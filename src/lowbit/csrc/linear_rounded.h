@@ -6,7 +6,7 @@
 
 #include "linear_kernels.h"
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 namespace lowbit {
 
@@ -43,6 +43,34 @@ class PanelNumbers {
 
 #else
 
+// Quotients of 16 numbers; 0 where the divisor is so small that what it scales is as good as zero.
+INLINE Sixteen quotients(Sixteen of, Sixteen divisor) {
+    const float least = std::numeric_limits<float>::min();
+#if defined(LOWBIT_AVX512)
+    return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(divisor, sixteen_set(least), _CMP_NLT_UQ), of, divisor);
+#else
+    const auto quotient = [&](__m256 part, __m256 by) {
+        return _mm256_and_ps(_mm256_cmp_ps(by, _mm256_set1_ps(least), _CMP_NLT_UQ), _mm256_div_ps(part, by));
+    };
+    return {quotient(of.low, divisor.low), quotient(of.high, divisor.high)};
+#endif
+}
+
+// Two columns of 16 rows as whole numbers, ties to even: a row's two side by side.
+INLINE void store_word_pairs(std::uint8_t* to, Sixteen even, Sixteen odd) {
+#if defined(LOWBIT_AVX512)
+    const __m512i upper = _mm512_slli_epi32(_mm512_cvtps_epi32(odd), 16);
+    _mm512_storeu_si512(to, _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_cvtps_epi32(even), upper));
+#else
+    const auto both = [](__m256 first, __m256 second) {
+        return _mm256_blend_epi16(_mm256_cvtps_epi32(first), _mm256_slli_epi32(_mm256_cvtps_epi32(second), 16), 0xAA);
+    };
+    auto* const halves = reinterpret_cast<__m256i*>(to);
+    _mm256_storeu_si256(halves, both(even.low, odd.low));
+    _mm256_storeu_si256(halves + 1, both(even.high, odd.high));
+#endif
+}
+
 // 128 columns wait as floats until their largest ones are known.
 class PanelNumbers {
   public:
@@ -55,15 +83,13 @@ class PanelNumbers {
 
     template <class Pair>
     INLINE void put(const Pair& pair) {
-        const __m512i size = _mm512_set1_epi32(0x7fffffff);
         float(*const to)[2][ROWS] = waiting_[tiles_];
         each_constant<PAIRS>([&](auto number) __attribute__((always_inline)) {
             Sixteen both[2];
             pair(number, both[0], both[1]);
             for (int i = 0; i < 2; ++i) {
                 sixteen_store(to[decltype(number)::value][i], both[i]);
-                // As bits, of which NaN's are the largest.
-                most_ = _mm512_max_epi32(most_, _mm512_and_si512(_mm512_castps_si512(both[i]), size));
+                most_ = sixteen_larger(most_, both[i]);
             }
         });
         if (++tiles_ == WORD_PANEL_COLUMNS / COLUMNS) write();
@@ -71,33 +97,41 @@ class PanelNumbers {
 
   private:
     void write() {
-        const Sixteen most = _mm512_castsi512_ps(most_), least = sixteen_set(std::numeric_limits<float>::min());
-        const Sixteen scale = _mm512_div_ps(most, sixteen_set(LARGEST_OF_PANEL));
-        const __mmask16 scaled = _mm512_cmp_ps_mask(scale, least, _CMP_NLT_UQ);  // else all are as good as zero
-        const Sixteen inverse = _mm512_maskz_div_ps(scaled, sixteen_set(1.0f), scale);
+        const Sixteen scale = quotients(most_, sixteen_set(LARGEST_OF_PANEL)), inverse = quotients(sixteen_set(1.0f), scale);
         sixteen_store(reinterpret_cast<float*>(at_), scale);
         at_ += sizeof(float) * ROWS;
         for (int tile = 0; tile < tiles_; ++tile, at_ += PANEL_TILE) {
             UNROLL
             for (int pair = 0; pair < PAIRS; ++pair) {
-                const auto whole = [&](int i) __attribute__((always_inline)) {
-                    return _mm512_cvtps_epi32(sixteen_multiply(sixteen_load(waiting_[tile][pair][i]), inverse));
+                const auto scaled = [&](int i) __attribute__((always_inline)) {
+                    return sixteen_multiply(sixteen_load(waiting_[tile][pair][i]), inverse);
                 };
-                const __m512i both = _mm512_mask_blend_epi16(0xAAAAAAAAu, whole(0), _mm512_slli_epi32(whole(1), 16));
-                _mm512_storeu_si512(at_ + pair * 64, both);
+                store_word_pairs(at_ + pair * 64, scaled(0), scaled(1));
             }
         }
         tiles_ = 0;
-        most_ = _mm512_setzero_si512();
+        most_ = sixteen_zeros();
     }
 
     std::uint8_t* at_;
     int tiles_ = 0;
-    __m512i most_ = _mm512_setzero_si512();
+    Sixteen most_ = sixteen_zeros();  // of each row, without its sign; NaN where there is one
     alignas(64) float waiting_[WORD_PANEL_COLUMNS / COLUMNS][PAIRS][2][ROWS];
 };
 
 #endif
+
+// Of 16 rows the number in a lane's lower half and the one in its upper half.
+INLINE void floats_of_words(SixteenInts both, Sixteen& lower, Sixteen& upper) {
+#if defined(LOWBIT_AVX512)
+    lower = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(both, 16), 16));
+    upper = _mm512_cvtepi32_ps(_mm512_srai_epi32(both, 16));
+#else
+    const auto floats = [](__m256i words) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16)); };
+    lower = {floats(_mm256_slli_epi32(both.low, 16)), floats(_mm256_slli_epi32(both.high, 16))};
+    upper = {floats(both.low), floats(both.high)};
+#endif
+}
 
 // The numbers of a panel, tile by tile: put(pair), where pair(number) says those of its even column and of its odd one, in
 // float32.
@@ -105,17 +139,17 @@ class PanelWriter : public PanelNumbers {
   public:
     using PanelNumbers::PanelNumbers;
 
-    // The next tile from whole numbers of 16 bits, each row's times its scale. in_rows(register): its lanes in order of rows.
+    // The next tile from whole numbers of 16 bits, each row's times its scale. in_rows(numbers): their lanes in order of rows.
     template <class OfLane>
-    INLINE void put_words(const __m512i (&w)[PAIRS], Sixteen scale, const OfLane& in_rows) {
+    INLINE void put_words(const WordTile& w, Sixteen scale, const OfLane& in_rows) {
         put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
-            const __m512i both = in_rows(w[decltype(number)::value]);
-            even = sixteen_multiply(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(both, 16), 16)), scale);
-            odd = sixteen_multiply(_mm512_cvtepi32_ps(_mm512_srai_epi32(both, 16)), scale);
+            floats_of_words(in_rows(w[decltype(number)::value]), even, odd);
+            even = sixteen_multiply(even, scale);
+            odd = sixteen_multiply(odd, scale);
         });
     }
-    INLINE void put_words(const __m512i (&w)[PAIRS], Sixteen scale) {
-        put_words(w, scale, [](__m512i both) __attribute__((always_inline)) { return both; });
+    INLINE void put_words(const WordTile& w, Sixteen scale) {
+        put_words(w, scale, [](SixteenInts both) __attribute__((always_inline)) { return both; });
     }
 };
 
@@ -131,6 +165,43 @@ RoundFunction rounded_words(const Layout& layout, const WordCodes& codes);
 RoundFunction rounded_vectors(const Layout& layout);      // linear_vectors.cpp
 RoundFunction rounded_row_vectors(const Layout& layout);  // linear_row_vectors.cpp
 RoundFunction rounded_trellis(const Layout& layout);      // linear_trellis.cpp
+
+constexpr int WRITTEN_AT_A_TIME = 4;  // tokens whose results are written between products
+
+// Panels of whole numbers: some columns for all tokens, and then the next, so that a core's first cache holds their numbers.
+// Step multiplies some tokens with up to WORD_PANEL_COLUMNS columns of two panels.
+template <class Step>
+void multiply_word_panels(const std::uint8_t* const* panels, int blocks, const RoundedInput& x, int tokens, std::int64_t lines,
+                          bool goes_on, Unwritten& unwritten, float (*totals)[ROUNDED_TOKENS][ROWS]) {
+    constexpr std::int64_t GROUP = WORD_PANEL_LINES, OF_TILE = ROUNDED_TOKENS / 2;
+    const std::uint8_t* both[2] = {panels[0], panels[blocks - 1]};
+    alignas(64) float unwanted[ROUNDED_TOKENS][ROWS];
+    for (std::int64_t line = 0; line < lines; line += GROUP) {
+        const std::int64_t count = std::min(GROUP, lines - line);
+        for (int tile = 0; tile * OF_TILE < tokens; ++tile) {
+            const std::int64_t begin = tile * OF_TILE;
+            float(*const to[2])[ROWS] = {totals[0] + begin, blocks > 1 ? totals[1] + begin : unwanted};
+            const float* const scales = x.scales[tile] + line / GROUP * x.tokens[tile];
+            for_tokens(static_cast<int>(std::min(tokens - begin, OF_TILE)),
+                       Step{both, x.tiles[tile] + line * x.line_bytes[tile], scales, x.line_bytes[tile], count, !goes_on && line == 0, to});
+            for (int token = 0; token < WRITTEN_AT_A_TIME && unwritten.left > 0; ++token) unwritten.write_one();
+        }
+        for (const std::uint8_t*& panel : both) panel += WORD_PANEL_SCALES + count * PANEL_TILE;
+    }
+    unwritten.write_all();
+}
+
+// Sums of such columns on top of the totals of some tokens. ``first``: these are the first columns.
+template <int TOKENS>
+INLINE void add_panel_sums(const std::uint8_t* panel, const SixteenInts (&sums)[TOKENS], const float* x_scales, bool first, float (*totals)[ROWS]) {
+    const Sixteen scale = sixteen_load(reinterpret_cast<const float*>(panel));
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) {
+        const Sixteen total = first ? sixteen_zeros() : sixteen_load(totals[t]);
+        const Sixteen both = sixteen_multiply(scale, sixteen_set(x_scales[t]));
+        sixteen_store(totals[t], sixteen_fma(both, ints_to_floats(sums[t]), total));
+    }
+}
 
 }  // namespace lowbit
 

@@ -301,27 +301,24 @@ BlockFunction wide_function(const Layout& layout) {
     return nullptr;
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
-template <Codes CODES, int SUB, Addend ADDEND>
+template <Codes CODES, WordKind KIND, int SUB, Addend ADDEND>
 void round_words(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    const __m512i base = _mm512_set1_epi32(decoding.words.base);
-    const Sixteen factor = sixteen_set(decoding.words.factor);
+    const Sixteen base = sixteen_set(static_cast<float>(decoding.words.base)), factor = sixteen_set(decoding.words.factor);
     Walk walk(layout, block);
     PanelWriter writer(panel);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         WordTile w;
-        decode<CODES>(codes, decoding.table, w);
+        decode_words<CODES, KIND>(codes, decoding.table, decoding.words, w);
         Sixteen scales[COLUMNS / SUB];
         for (int part = 0; part < COLUMNS / SUB; ++part) scales[part] = sixteen_multiply(walk.scale[part], factor);
         writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
             constexpr int PAIR = decltype(number)::value, PART = PAIR * (COLUMNS / SUB) / PAIRS;
-            const auto weight = [&](__m512i whole) __attribute__((always_inline)) {
-                return weight_of<ADDEND>(_mm512_cvtepi32_ps(_mm512_add_epi32(whole, base)), scales[PART], walk.addend[PART]);
-            };
-            even = weight(_mm512_srai_epi32(_mm512_slli_epi32(w[PAIR], 16), 16));
-            odd = weight(_mm512_srai_epi32(w[PAIR], 16));
+            floats_of_words(w[PAIR], even, odd);
+            even = weight_of<ADDEND>(sixteen_add(even, base), scales[PART], walk.addend[PART]);
+            odd = weight_of<ADDEND>(sixteen_add(odd, base), scales[PART], walk.addend[PART]);
         });
     }
 }
@@ -340,9 +337,9 @@ void round_pairs(const Layout& layout, const std::uint8_t* block, const Decoding
 template <int SUB>
 RoundFunction rounded_tables(Addend addend) {
     switch (addend) {
-        case Addend::none: return round_words<Codes::words4, SUB, Addend::none>;
-        case Addend::offset: return round_words<Codes::words4, SUB, Addend::offset>;
-        case Addend::zero: return round_words<Codes::words4, SUB, Addend::zero>;
+        case Addend::none: return round_words<Codes::words4, WordKind::wide, SUB, Addend::none>;
+        case Addend::offset: return round_words<Codes::words4, WordKind::wide, SUB, Addend::offset>;
+        case Addend::zero: return round_words<Codes::words4, WordKind::wide, SUB, Addend::zero>;
     }
     return nullptr;
 }
@@ -351,14 +348,16 @@ RoundFunction rounded_tables(Addend addend) {
 
 }  // namespace
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 RoundFunction rounded_words(const Layout& layout, const WordCodes& codes) {
-    if (codes.kind == WordKind::trellis) return rounded_trellis(layout);
     if (codes.kind == WordKind::pairs) return round_pairs;
+#if defined(LOWBIT_AVX512)
+    if (codes.kind == WordKind::trellis) return rounded_trellis(layout);
     if (layout.codes == Codes::row_vectors) return rounded_row_vectors(layout);
     if (is_vectors(layout.codes)) return rounded_vectors(layout);
-    if (layout.codes == Codes::e8p) return round_words<Codes::e8p, COLUMNS, Addend::none>;
+#endif
+    if (layout.codes == Codes::e8p) return round_words<Codes::e8p, WordKind::bytes, COLUMNS, Addend::none>;
     if (layout.codes != Codes::words4 || layout.sub == LEAST_GROUP || layout.scales == Scales::none) return nullptr;
     return layout.sub == COLUMNS ? rounded_tables<COLUMNS>(layout.addend) : rounded_tables<COLUMNS / 2>(layout.addend);
 }

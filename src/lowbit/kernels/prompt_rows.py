@@ -26,7 +26,7 @@ class _Step(threading.local):
 
 
 _step = _Step()
-_ROUNDING = ("amx", "amx_emulated", "avx512", "avx512_vnni")
+_ROUNDING = ("amx", "amx_emulated", "avx512", "avx512_vnni", "avx2")
 
 
 def rounding(device: str) -> bool:
