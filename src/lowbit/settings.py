@@ -213,8 +213,9 @@ class Settings:
     )  # fmt: skip
     exact_prompts: bool = option(
         False, "Let prompts' tokens meet weights exactly as they are stored, as generated tokens always do. "
-        "Without it processors with AMX or AVX-512 round weights that have a scale for every few columns to "
-        "bfloat16 for them, which computes prompts in half to four fifths of the time.",
+        "Without it weights are rounded for them, to bfloat16 where a scale stands for every few columns "
+        "(AMX, AVX-512 with BF16), to whole numbers of 12 bits (AVX2, other AVX-512): prompts take half to "
+        "nine tenths of the time.",
         "model",
     )  # fmt: skip
     quantization_param_path: str | None = option(
