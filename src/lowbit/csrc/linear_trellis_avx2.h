@@ -39,9 +39,11 @@ INLINE __m256i chunk_bytes(const std::uint8_t* planes) {
 template <int BITS, int NUMBER>
 INLINE void two_windows(const std::uint8_t* planes, __m256i& even, __m256i& odd) {
     constexpr int END = BITS * (NUMBER + 2), PLANES_BEFORE = (END + 7) / 8, BEHIND = PLANES_BEFORE * 8 - END;
-    constexpr int FIRST = std::max(0, PLANES_BEFORE - 4);
+    constexpr int NEEDED = (16 + BITS + BEHIND + 7) / 8;
+    // Where three planes are enough, others begin there, too.
+    constexpr int FIRST = std::max(0, NEEDED > 3 ? PLANES_BEFORE - 4 : (PLANES_BEFORE - 3) / 2 * 2);
     __m256i bits = chunk_bytes<FIRST, PLANES_BEFORE - 1 - FIRST, 0>(planes);
-    if constexpr (PLANES_BEFORE * 8 < 16 + BITS + BEHIND) {  // they begin in the chunk before
+    if constexpr (PLANES_BEFORE < NEEDED) {  // they begin in the chunk before
         const __m256i last = chunk_bytes<4 * BITS - 4, 3, PLANES_BEFORE>(planes);
         bits = _mm256_or_si256(bits, _mm256_permutevar8x32_epi32(last, _mm256_setr_epi32(7, 0, 1, 2, 3, 4, 5, 6)));
     }
@@ -96,13 +98,18 @@ INLINE __m256i two_columns(__m256i even, __m256i odd) {
 // each(number of the pair, its operand) for all pairs of columns.
 template <TrellisBook BOOK, int BITS, class Each>
 INLINE void each_pair(const std::uint8_t* tile, const Each& each) {
-    each_constant<PAIRS>([&](auto pair) __attribute__((always_inline)) {
-        constexpr int PAIR = decltype(pair)::value, NUMBER = PAIR % 4 * 8 + PAIR / 4 % 2 * 2;
-        const std::uint8_t* const planes = tile + PAIR / 8 * 4 * BITS * CHUNKS;
-        __m256i even[2], odd[2];
-        two_windows<BITS, NUMBER>(planes, even[0], odd[0]);
-        two_windows<BITS, NUMBER + 4>(planes, even[1], odd[1]);
-        each(pair, SixteenInts{two_columns<BOOK>(even[0], odd[0]), two_columns<BOOK>(even[1], odd[1])});
+    each_constant<PAIRS / 2>([&](auto number) __attribute__((always_inline)) {
+        constexpr int HALF = decltype(number)::value / 4, Q = decltype(number)::value % 4, PAIR = HALF * 8 + Q;
+        const std::uint8_t* const planes = tile + HALF * 4 * BITS * CHUNKS;
+        __m256i even[4], odd[4];
+        each_constant<4>([&](auto i) __attribute__((always_inline)) {
+            constexpr int I = decltype(i)::value;
+            two_windows<BITS, Q * 8 + I * 2>(planes, even[I], odd[I]);
+        });
+        const SixteenInts first{two_columns<BOOK>(even[0], odd[0]), two_columns<BOOK>(even[2], odd[2])};
+        each(std::integral_constant<int, PAIR>{}, first);
+        const SixteenInts second{two_columns<BOOK>(even[1], odd[1]), two_columns<BOOK>(even[3], odd[3])};
+        each(std::integral_constant<int, PAIR + 4>{}, second);
     });
 }
 
@@ -116,6 +123,8 @@ INLINE SixteenInts dot_trellis_once(const std::uint8_t* tile, const std::int16_t
     SixteenInts sums{_mm256_setzero_si256(), _mm256_setzero_si256()};
     each_pair<BOOK, BITS>(tile, [&](auto pair, SixteenInts both) __attribute__((always_inline)) {
         add_words(sums, both.low, both.high, two_words(x + decltype(pair)::value * 2));
+        KEEP_IN_REGISTER(sums.low);  // else all products are made first, and wait for their sums in memory
+        KEEP_IN_REGISTER(sums.high);
     });
     return sums;
 }
