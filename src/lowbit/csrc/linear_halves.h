@@ -137,9 +137,12 @@ INLINE void decode_halves(const std::uint8_t* tile, const Table&, const Walk& wa
     const auto store = [&](int column, __m256i values) __attribute__((always_inline)) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(to + column * ROWS), values);
     };
+    // Both before the first lookup, which waits for them.
+    const HalvesOfCodes both[2] = {{walk.scale[0], walk.addend[0]}, {walk.scale[1], walk.addend[1]}};
+    asm volatile("" ::: "memory");
     each_constant<2>([&](auto half) __attribute__((always_inline)) {
         constexpr int HALF = decltype(half)::value;
-        const HalvesOfCodes worth(walk.scale[HALF], walk.addend[HALF]);
+        const HalvesOfCodes& worth = both[HALF];
         each_constant<4>([&](auto number) __attribute__((always_inline)) {
             constexpr int OPERAND = HALF * 4 + decltype(number)::value;
             constexpr int COLUMN = 2 * pair_of(OPERAND, 0), FURTHER = 2 * pair_of(OPERAND, 1);
