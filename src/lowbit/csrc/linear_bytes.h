@@ -154,9 +154,6 @@ constexpr int together() {
     return CODES == Codes::bits6 ? 2 : CODES == Codes::bits5 ? 4 : 8;
 }
 
-// At this place a value is in a register, for the compiler that would rather read it again, or make it later.
-#define KEEP_IN_REGISTER(value) asm("" : "+x"(value))
-
 INLINE __m256i four_bytes(const std::int8_t* from) {
     std::int32_t four;
     std::memcpy(&four, from, sizeof four);

@@ -135,9 +135,17 @@ INLINE void multiply_float_tile(const std::uint8_t* codes, const Sixteen* scales
                                 float (*totals)[ROWS]) {
     each_constant<2>([&](auto half) __attribute__((always_inline)) {
         constexpr int HALF = decltype(half)::value;
-        FloatTile w;
-        decode_floats<CODES>(codes + HALF * tile_bytes(CODES) / 2, w);
+        const std::uint8_t* const from = codes + HALF * tile_bytes(CODES) / 2;
         const Sixteen scale = SCALED ? scales[HALF] : sixteen_zeros();
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+        if (x.tokens == 1) {  // from register to register
+            const Sixteen sum = dot_floats_once<CODES>(from, x.at<float>(tile, 0) + HALF * 16);
+            const Sixteen total = sixteen_load(totals[0]);
+            return sixteen_store(totals[0], SCALED ? sixteen_fma(scale, sum, total) : sixteen_add(total, sum));
+        }
+#endif
+        FloatTile w;
+        decode_floats<CODES>(from, w);
         for_tokens(x.tokens, FloatStep<HALF, SCALED>{w, x, tile, scale, totals});
     });
 }

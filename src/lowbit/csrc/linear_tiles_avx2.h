@@ -3,6 +3,9 @@
 
 #include "linear_tiles.h"
 
+// At this place a value is in a register, for the compiler that would rather read it again, or make it later.
+#define KEEP_IN_REGISTER(value) asm("" : "+x"(value))
+
 namespace lowbit {
 
 // Integer tables are lines: their values need no lookup.
@@ -198,25 +201,28 @@ __attribute__((noinline)) void decode(const std::uint8_t* tile, const Table& tab
 }
 
 template <Codes CODES>
+INLINE Sixteen float_column(const std::uint8_t* tile, int column) {
+    if constexpr (CODES == Codes::int8) {
+        const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
+        const __m256i rows = _mm256_broadcastsi128_si256(
+            _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));
+        const auto eight = [&](int half) __attribute__((always_inline)) {
+            const std::uint8_t* const from = tile + operand_of(pair) * 64 + half * 32;
+            const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+            return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_shuffle_epi8(line, rows), _mm256_set1_epi32(128)));
+        };
+        return {eight(0), eight(1)};
+    } else if constexpr (CODES == Codes::f32) {
+        return sixteen_load(reinterpret_cast<const float*>(tile + column * 64));
+    } else {
+        return sixteen_f16(tile + column * 32);
+    }
+}
+
+template <Codes CODES>
 INLINE void decode_floats(const std::uint8_t* tile, FloatTile& w) {
     UNROLL
-    for (int column = 0; column < 16; ++column) {
-        if constexpr (CODES == Codes::int8) {
-            const int pair = column / 2, first = side_of(pair) * 8 + column % 2;  // of four rows in a lane
-            const __m256i rows = _mm256_broadcastsi128_si256(
-                _mm_setr_epi32(first | ~0xff, (first + 2) | ~0xff, (first + 4) | ~0xff, (first + 6) | ~0xff));
-            for (int half = 0; half < 2; ++half) {
-                const std::uint8_t* const from = tile + operand_of(pair) * 64 + half * 32;
-                const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-                const __m256i codes = _mm256_sub_epi32(_mm256_shuffle_epi8(line, rows), _mm256_set1_epi32(128));
-                _mm256_store_ps(&w.columns[column][half * 8], _mm256_cvtepi32_ps(codes));
-            }
-        } else if constexpr (CODES == Codes::f32) {
-            std::memcpy(w.columns[column], tile + column * 64, 64);
-        } else {
-            sixteen_store(w.columns[column], sixteen_f16(tile + column * 32));
-        }
-    }
+    for (int column = 0; column < 16; ++column) sixteen_store(w.columns[column], float_column<CODES>(tile, column));
 }
 
 using Bfloat16 = float;  // what x's bfloat16 numbers lie as
@@ -238,12 +244,25 @@ INLINE void dot_floats(const FloatTile& w, const float* x, std::int64_t stride, 
     for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
     UNROLL
     for (int column = 0; column < 16; ++column) {
-        const Sixteen values = sixteen_load(w.columns[column]);
+        Sixteen values = sixteen_load(w.columns[column]);
+        KEEP_IN_REGISTER(values.low);  // else each token reads them anew, and loads are what is waited for
+        KEEP_IN_REGISTER(values.high);
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
             sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + column]), sums[t]);
         }
     }
+}
+
+// The same of one token, from register to register.
+template <Codes CODES>
+INLINE Sixteen dot_floats_once(const std::uint8_t* tile, const float* x) {
+    Sixteen sum = sixteen_zeros();
+    UNROLL
+    for (int column = 0; column < 16; ++column) {
+        sum = sixteen_fma(float_column<CODES>(tile, column), sixteen_set(x[column]), sum);
+    }
+    return sum;
 }
 
 }  // namespace lowbit

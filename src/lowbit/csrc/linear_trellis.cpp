@@ -7,10 +7,14 @@
 #include "linear_kernels.h"
 #include "linear_rounded.h"
 
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+#include "linear_trellis_avx2.h"
+#endif
+
 namespace lowbit {
 namespace {
 
-constexpr int CHUNKS = 8;
+#if defined(LOWBIT_AVX512) || !defined(__AVX2__)
 
 // The 64 bits before plane END of every chunk hold windows of row c (low half of a lane pair) and of row c + 8. Of 7 and 8
 // bits they hold two columns, of fewer all four.
@@ -25,6 +29,8 @@ constexpr int shift_of(int bits, int number) {
 }
 // Pair of columns COLUMNS 2 q (and 2 q + 8, FURTHER) of the first or second half of a tile.
 constexpr int trellis_pair(int half, int q, int further) { return half * 8 + further * 4 + q; }
+
+#endif
 
 #if defined(LOWBIT_AVX512)
 
@@ -171,39 +177,20 @@ INLINE Sixteen by_row(Sixteen lanes) {
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), lanes);
 }
 
-#else
+#elif !defined(__AVX2__)
 
 // As many lanes as a register has.
-#if defined(__AVX2__)
-constexpr int WIDE_BYTES = 32;
-#else
 constexpr int WIDE_BYTES = 16;
-#endif
 typedef std::uint64_t Quads __attribute__((vector_size(WIDE_BYTES)));
 typedef std::uint32_t Singles __attribute__((vector_size(WIDE_BYTES)));
 constexpr int PARTS = 64 / WIDE_BYTES;
 
 // 64 bits of every chunk from the 8 planes that end with them, the last one lowest.
 INLINE void chunk_bits(const std::uint8_t* planes, std::uint64_t (&bits)[CHUNKS]) {
-#if defined(__AVX2__)
-    const __m128i order = _mm_setr_epi8(8, 0, 9, 1, 10, 2, 11, 3, 12, 4, 13, 5, 14, 6, 15, 7);
-    const auto two = [&](int k) __attribute__((always_inline)) {
-        return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(planes + (6 - 2 * k) * CHUNKS)), order);
-    };
-    const __m128i a = two(0), b = two(1), c = two(2), d = two(3);
-    const __m128i low[2] = {_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b)};
-    const __m128i high[2] = {_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d)};
-    auto* const to = reinterpret_cast<__m128i*>(bits);
-    for (int i = 0; i < 2; ++i) {
-        _mm_storeu_si128(to + 2 * i, _mm_unpacklo_epi32(low[i], high[i]));
-        _mm_storeu_si128(to + 2 * i + 1, _mm_unpackhi_epi32(low[i], high[i]));
-    }
-#else
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         bits[chunk] = 0;
         for (int plane = 0; plane < 8; ++plane) bits[chunk] = bits[chunk] << 8 | planes[plane * CHUNKS + chunk];
     }
-#endif
 }
 
 // Whole numbers of windows.
@@ -228,16 +215,11 @@ INLINE void numbers(const Singles& window, Singles& number) {
 
 // Two columns of 16 lanes.
 INLINE void put_pair(WordTile& w, int pair, int part, const Singles& even, const Singles& odd) {
-#if defined(__AVX2__)
-    const Singles both = (even & 0xFFFFu) | odd << 16;
-    std::memcpy(reinterpret_cast<std::uint8_t*>(&w[pair]) + part * WIDE_BYTES, &both, sizeof both);
-#else
     constexpr int LANES_EACH = WIDE_BYTES / 4;
     for (int lane = 0; lane < LANES_EACH; ++lane) {
         w.columns[pair * 2][part * LANES_EACH + lane] = static_cast<std::int16_t>(even[lane]);
         w.columns[pair * 2 + 1][part * LANES_EACH + lane] = static_cast<std::int16_t>(odd[lane]);
     }
-#endif
 }
 
 template <TrellisBook BOOK, int BITS>

@@ -15,6 +15,8 @@
 
 namespace lowbit {
 
+constexpr int CHUNKS = 8;
+
 struct BookNumbers {
     std::uint32_t times, plus;  // 16 bits times, plus this, is what is cut into halves or bytes
     float factor;               // of the whole numbers
