@@ -205,9 +205,7 @@ INLINE void decode_any(const std::uint8_t* tile, const Codebooks& from, WordTile
 template <int BYTES, int LENGTH, int BOOKS>
 INLINE SixteenInts dot_any_once(const std::uint8_t* tile, const Codebooks& from, const std::int16_t* x) {
     if constexpr (LENGTH < PIECE) {
-        WordTile w;
-        decode_short<LENGTH>(tile, from.table, w);
-        return dot_tile(w, x);
+        return dot_short_once<LENGTH>(tile, from.table, x);
     } else {
         return dot_vectors_once<BYTES, LENGTH, BOOKS>(tile, from, x);
     }
