@@ -47,18 +47,19 @@ INLINE void decode_short(const std::uint8_t* tile, const std::int16_t* table, Wo
 // Indices of eight vectors, taken two by two out of a register: with a load for each, loads are what is waited for.
 template <int LENGTH>
 class EightVectors {
+    using Vector = std::conditional_t<LENGTH == 2, std::int32_t, std::int64_t>;
+
   public:
-    EightVectors(const std::uint8_t* indices, const std::int16_t* table) : table_(table) {
+    EightVectors(const std::uint8_t* indices, const std::int16_t* table) : table_(reinterpret_cast<const Vector*>(table)) {
         std::memcpy(&left_, indices, sizeof left_);
     }
     // What the next 8 / LENGTH hold.
     INLINE __m128i next() {
+        const auto [first, second] = next_two();
         if constexpr (LENGTH == 4) {
-            const auto [first, second] = next_two();
             const __m128i one = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
             return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(one), reinterpret_cast<const __m64*>(second)));
         } else {
-            const auto [first, second] = next_two();
             const auto [third, fourth] = next_two();
             const __m128i two = _mm_insert_epi32(_mm_cvtsi32_si128(pair_at(first)), pair_at(second), 1);
             return _mm_insert_epi32(_mm_insert_epi32(two, pair_at(third), 2), pair_at(fourth), 3);
@@ -66,46 +67,46 @@ class EightVectors {
     }
 
   private:
-    INLINE std::pair<const std::int16_t*, const std::int16_t*> next_two() {
+    INLINE std::pair<const Vector*, const Vector*> next_two() {
         const auto low = static_cast<std::uint32_t>(left_);
         left_ >>= 16;
-        return {table_ + (low & 255) * LENGTH, table_ + (low >> 8 & 255) * LENGTH};
+        return {table_ + (low & 255), table_ + (low >> 8 & 255)};
     }
-    static INLINE std::int32_t pair_at(const std::int16_t* from) {
+    static INLINE std::int32_t pair_at(const Vector* from) {
         std::int32_t pair;
         std::memcpy(&pair, from, sizeof pair);
         return pair;
     }
 
-    const std::int16_t* const table_;
+    const Vector* const table_;
     std::uint64_t left_;
 };
 
 // each(vector, half, words) for each vector of a row and eight rows: the pair of each row; of vectors of 4 columns both
-// pairs of rows 0, 1, 4 and 5, then of 2, 3, 6 and 7.
+// pairs of rows 0, 1, 4 and 5, then of 2, 3, 6 and 7. Vectors and halves are constants.
 template <int LENGTH, class Each>
 INLINE void each_short(const std::uint8_t* tile, const std::int16_t* table, const Each& each) {
-    for (int vector = 0; vector < COLUMNS / LENGTH; vector += 2) {
-        const std::uint8_t* const indices =
-            tile + vector / VECTORS_TOGETHER * VECTORS_TOGETHER * ROWS + short_place(0, vector % VECTORS_TOGETHER);
-        UNROLL
-        for (int half = 0; half < 2; ++half) {
-            EightVectors<LENGTH> first(indices + short_place(half * 8, 0), table), second(indices + short_place(half * 8 + 4, 0), table);
+    each_constant<COLUMNS / LENGTH>([&](auto number) __attribute__((always_inline)) {
+        constexpr int VECTOR = decltype(number)::value / 2 * 2, HALF = decltype(number)::value % 2;
+        const std::uint8_t* const indices = tile + VECTOR / VECTORS_TOGETHER * VECTORS_TOGETHER * ROWS;
+        EightVectors<LENGTH> first(indices + short_place(HALF * 8, VECTOR % VECTORS_TOGETHER), table);
+        EightVectors<LENGTH> second(indices + short_place(HALF * 8 + 4, VECTOR % VECTORS_TOGETHER), table);
+        each_constant<2>([&](auto which) __attribute__((always_inline)) {
+            __m256i words[LENGTH / 2];
             UNROLL
-            for (int i = 0; i < 2; ++i) {
-                __m256i words[LENGTH / 2];
-                UNROLL
-                for (__m256i& both : words) both = _mm256_setr_m128i(first.next(), second.next());
-                each(vector + i, half, words);
+            for (__m256i& both : words) {
+                const __m128i low = first.next(), high = second.next();
+                both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
             }
-        }
-    }
+            each(std::integral_constant<int, VECTOR + decltype(which)::value>{}, std::integral_constant<int, HALF>{}, words);
+        });
+    });
 }
 
 template <int LENGTH>
 INLINE void decode_short(const std::uint8_t* tile, const std::int16_t* table, WordTile& w) {
     each_short<LENGTH>(tile, table, [&](int vector, int half, const __m256i (&words)[LENGTH / 2]) __attribute__((always_inline)) {
-        const auto put = [&](int pair, __m256i rows) { (half == 0 ? w[pair].low : w[pair].high) = rows; };
+        const auto put = [&](int pair, __m256i rows) __attribute__((always_inline)) { (half == 0 ? w[pair].low : w[pair].high) = rows; };
         if constexpr (LENGTH == 2) {
             put(vector, words[0]);
         } else {
