@@ -425,6 +425,8 @@ WEIGHTS = {
     "uint7 g32 bf16 float zero (HQQ)": lambda: float_zero("uint7", 32, "bf16"),
     "e2m1 g32 e8m0 (MXFP4)": lambda: canonical("e2m1", 32, "e8m0"),
     "e2m3 g32 e8m0": lambda: canonical("e2m3", 32, "e8m0"),
+    "e3m2 g32 e8m0 (MXFP6)": lambda: canonical("e3m2", 32, "e8m0"),
+    "e3m2 g16 bf16, 72 columns": lambda: canonical("e3m2", 16, "bf16", shape=(37, 72)),
     "int8 tensor": lambda: canonical("int8", 0, "f32", block_rows=0),
     "int4 16x64 blocks": lambda: canonical("int4", 64, "f32", block_rows=16, shape=(48, 256)),
     "e4m3 blocks": lambda: canonical("e4m3", 128, "f32", block_rows=16, shape=(48, 256)),
@@ -696,7 +698,8 @@ def packed_for_words(name: str) -> tuple[QuantizedTensor, PackedWeight]:
     assert isinstance(packed, NativeWeight)
     if not takes(packed.description, INPUT_WORDS):
         assert not name.startswith("nf4"), "everywhere"
-        assert native.isa() not in ("avx2", "avx512_vnni", "neon")
+        have_words = ("avx2",) if name.startswith("e3m2") else ("avx2", "avx512_vnni", "neon")
+        assert native.isa() not in have_words
         pytest.skip("multiplied in bfloat16 here")
     return weight, packed
 
@@ -704,6 +707,7 @@ def packed_for_words(name: str) -> tuple[QuantizedTensor, PackedWeight]:
 WORDS = ["nf4 g64", "nf4 g16 e4m3", "nf4 g64 float zero (SINQ)", "nf4 g32 f32 offset"]
 WORDS += ["int4 g32", "uint4 g64 bf16 offset", "uint8 g32 zero", "int8 channel f32"]
 WORDS += ["int4 g8", "int6 g16", "int7 g64", "uint3 g128 zero", "e2m1 g32 e8m0 (MXFP4)", "e2m3 g32 e8m0"]
+WORDS += ["e3m2 g16 bf16, 72 columns"]
 WORDS += ["gguf q4_k", "gguf iq4_nl", "gguf iq2_xs", "gguf iq3_s", "gguf iq1_s", "fp4 g128 bf16"]
 
 

@@ -133,6 +133,19 @@ INLINE void decode_row_vectors(const std::uint8_t* tile, const BOOK& book, const
     }
 }
 
+// From register to register; lanes of 128 bits come into order of rows at the end.
+template <class BOOK>
+INLINE SixteenInts dot_row_vectors_once(const std::uint8_t* tile, const BOOK& book, const Turns&, const std::int16_t* x) {
+    __m256i even = _mm256_setzero_si256(), odd = even;  // four rows each of every eight
+    UNROLL
+    for (int column = 0; column < COLUMNS; column += 2) {
+        const __m256i a = column_at(tile, column, book), b = column_at(tile, column + 1, book), two = two_words(x + column);
+        add_words(even, _mm256_unpacklo_epi16(a, b), two);
+        add_words(odd, _mm256_unpackhi_epi16(a, b), two);
+    }
+    return {_mm256_permute2x128_si256(even, odd, 0x20), _mm256_permute2x128_si256(even, odd, 0x31)};
+}
+
 INLINE void load_words(const std::uint8_t* tile, WordTile& w) {
     UNROLL
     for (int i = 0; i < PAIRS; ++i) {
@@ -168,14 +181,14 @@ INLINE void load_words(const std::uint8_t* tile, WordTile& w) {
     }
 }
 
-#endif
-
 template <class BOOK>
 INLINE SixteenInts dot_row_vectors_once(const std::uint8_t* tile, const BOOK& book, const Turns& turns, const std::int16_t* x) {
     WordTile w;
     decode_row_vectors(tile, book, turns, w);
     return dot_tile(w, x);
 }
+
+#endif
 
 #endif
 

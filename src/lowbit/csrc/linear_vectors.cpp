@@ -123,9 +123,7 @@ INLINE SixteenInts dot_vectors_once(const std::uint8_t* tile, const Codebooks& f
     return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
 
-#else
-
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
 
 template <int BYTES, int LENGTH>
 INLINE void decode_vectors(const std::uint8_t* tile, const Codebooks& from, WordTile& w) {
@@ -164,6 +162,45 @@ INLINE void decode_vectors(const std::uint8_t* tile, const Codebooks& from, Word
     });
 }
 
+// sums[4 half + j] += the products of rows 8 half + j and 8 half + 4 + j, in a lane each.
+template <int BYTES, int LENGTH>
+INLINE void add_book(const std::uint8_t* tile, const std::int16_t* book, const std::int16_t* x, __m256i (&sums)[ROWS / 2]) {
+    each_piece<BYTES, LENGTH>(tile, book, [&](const std::uint8_t* indices, const std::int16_t* numbers, int column)
+                              __attribute__((always_inline)) {
+        const auto piece_at = [](const std::int16_t* from) __attribute__((always_inline)) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        };
+        const __m256i eight = _mm256_broadcastsi128_si256(piece_at(x + column));
+        UNROLL
+        for (int i = 0; i < ROWS / 2; ++i) {
+            const auto row = [&](int lane) __attribute__((always_inline)) {
+                return piece_at(numbers + vector_index<BYTES>(indices, i % 4 * 4 + i / 4 * 2 + lane) * LENGTH);
+            };
+            add_words(sums[i], _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(1), 1), eight);
+        }
+    });
+}
+
+// One token multiplies the vectors where they lie, as under AVX-512.
+template <int BYTES, int LENGTH, int BOOKS>
+INLINE SixteenInts dot_vectors_once(const std::uint8_t* tile, const Codebooks& from, const std::int16_t* x) {
+    constexpr int INDICES = ROWS * COLUMNS / LENGTH * BYTES;
+    __m256i s[ROWS / 2];
+    UNROLL
+    for (__m256i& sum : s) sum = _mm256_setzero_si256();
+    add_book<BYTES, LENGTH>(tile, from.table, x, s);
+    if constexpr (BOOKS == 2) add_book<BYTES, LENGTH>(tile + INDICES, from.table + from.numbers, x, s);
+    if constexpr (BOOKS == 0) {
+        for (int book = 1; book < from.books; ++book) {
+            add_book<BYTES, LENGTH>(tile + book * INDICES, from.table + book * from.numbers, x, s);
+        }
+    }
+    const auto four_rows = [](const __m256i* of) __attribute__((always_inline)) {
+        return _mm256_hadd_epi32(_mm256_hadd_epi32(of[0], of[1]), _mm256_hadd_epi32(of[2], of[3]));
+    };
+    return {four_rows(s), four_rows(s + 4)};
+}
+
 #else
 
 template <int BYTES, int LENGTH>
@@ -184,8 +221,6 @@ INLINE void decode_vectors(const std::uint8_t* tile, const Codebooks& from, Word
     }
 }
 
-#endif
-
 template <int BYTES, int LENGTH, int BOOKS>
 INLINE SixteenInts dot_vectors_once(const std::uint8_t* tile, const Codebooks& from, const std::int16_t* x) {
     WordTile w;
@@ -205,9 +240,7 @@ INLINE void decode_any(const std::uint8_t* tile, const Codebooks& from, WordTile
 template <int BYTES, int LENGTH, int BOOKS>
 INLINE SixteenInts dot_any_once(const std::uint8_t* tile, const Codebooks& from, const std::int16_t* x) {
     if constexpr (LENGTH < PIECE) {
-        WordTile w;
-        decode_short<LENGTH>(tile, from.table, w);
-        return dot_tile(w, x);
+        return dot_short_once<LENGTH>(tile, from.table, x);
     } else {
         return dot_vectors_once<BYTES, LENGTH, BOOKS>(tile, from, x);
     }

@@ -291,6 +291,14 @@ BlockFunction byte_table_function(const Layout& layout) {
     return nullptr;
 }
 
+BlockFunction sign_function([[maybe_unused]] const Layout& layout) {
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+    return without_addend<Codes::bits6, WordKind::signs>(layout);
+#else
+    return nullptr;
+#endif
+}
+
 BlockFunction wide_function(const Layout& layout) {
     if (is_vectors(layout.codes)) return vector_function(layout);
     if (layout.sub == LEAST_GROUP) return nullptr;
@@ -373,6 +381,7 @@ BlockFunction word_function(const Layout& layout, const WordCodes& codes) {
         case WordKind::line: return line_function(layout);
         case WordKind::bytes: return byte_table_function(layout);
         case WordKind::wide: return wide_function(layout);
+        case WordKind::signs: return sign_function(layout);
         case WordKind::trellis: return trellis_function(layout);
         case WordKind::pairs: return multiply_pairs;
     }

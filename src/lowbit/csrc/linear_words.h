@@ -20,8 +20,9 @@ constexpr bool CODES_AS_WORDS = true;
 constexpr int LARGEST_VALUE = (1 << 12) - 1;  // of a table
 
 // line: a code is worth base + code. bytes: base + a byte that is looked up. wide: 16 numbers of 13 bits. trellis: numbers
-// of 14 bits. pairs: numbers of two tables, added.
-enum class WordKind { none, line, bytes, wide, trellis, pairs };
+// of 14 bits. pairs: numbers of two tables, added. signs (AVX2): codes of 6 bits, whose last one is a sign; the bit before it
+// chooses one of two tables of 16 numbers, of which the second's are multiplied with a power of two.
+enum class WordKind { none, line, bytes, wide, trellis, pairs, signs };
 
 // The largest |x|.
 constexpr int largest_word(WordKind kind) {
@@ -31,6 +32,8 @@ constexpr int LARGEST_OF_TRELLIS = 2 * 2047 * 2;  // in units of 2^-11: two halv
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::trellis)) * LARGEST_OF_TRELLIS * COLUMNS < std::int64_t{1} << 31);
 constexpr int LARGEST_OF_PAIR = (1 << 11) - 1;
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::pairs)) * LARGEST_OF_PAIR * COLUMNS < std::int64_t{1} << 31);
+constexpr int LARGEST_OF_SIGNS = (1 << 11) - 1;
+static_assert(static_cast<std::int64_t>(largest_word(WordKind::signs)) * LARGEST_OF_SIGNS * COLUMNS < std::int64_t{1} << 31);
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::wide)) * LARGEST_VALUE * COLUMNS < std::int64_t{1} << 31);
 // A sum of unsigned bytes and base * sum(x), which starts it.
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::line)) * (255 + 256) * COLUMNS < std::int64_t{1} << 31);
@@ -41,6 +44,7 @@ struct WordCodes {
     int base = 0;
     float factor = 1.0f;
     alignas(64) std::uint8_t low[64], high[64];  // of what is looked up; short tables repeat
+    int times = 1;           // signs: of the second table
     bool looked_up = false;  // AVX-512: there, and not in the weight's own table
 
     explicit WordCodes(const lowbit_weight& weight) {
@@ -65,6 +69,9 @@ struct WordCodes {
         } else if (codes >= Codes::bits1 && codes <= Codes::bits7) {
             read(weight.table, codes == Codes::bits7 ? 1 : 1 << static_cast<int>(codes));
             looked_up = kind != WordKind::none;
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+            if (codes == Codes::bits6 && kind != WordKind::line) read_signs(weight.table);
+#endif
         } else if (is_grid(codes)) {
             read(weight.table, 1 << static_cast<int>(grid_of(codes).planes()));
             looked_up = kind != WordKind::none;
@@ -91,6 +98,37 @@ struct WordCodes {
         low[i] = static_cast<std::uint8_t>(value);
         high[i] = static_cast<std::uint8_t>(value >> 8);
     }
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+    // Of 64 numbers whose second half is the first one's, negative.
+    void read_signs(const std::uint16_t* bfloats) {
+        for (int i = 0; i < 32; ++i) {
+            if (bfloat_to_float(bfloats[i + 32]) != -bfloat_to_float(bfloats[i])) return;
+        }
+        for (const float whole_times : {1.0f, 2.0f, 4.0f, 8.0f, 16.0f}) {
+            for (int second_times = 1; second_times <= 128; second_times *= 2) {
+                if (!are_signs(bfloats, whole_times, second_times)) continue;
+                kind = WordKind::signs;
+                base = 0;
+                factor = 1.0f / whole_times;
+                times = second_times;
+                for (int i = 0; i < 64; ++i) {
+                    const float value = bfloat_to_float(bfloats[i % 32]) * whole_times;
+                    put(i, static_cast<int>(value) / (i % 32 < 16 ? 1 : times));
+                }
+                return;
+            }
+        }
+    }
+    static bool are_signs(const std::uint16_t* bfloats, float whole_times, int second_times) {
+        for (int i = 0; i < 32; ++i) {
+            const float value = bfloat_to_float(bfloats[i]) * whole_times;
+            const float number = i < 16 ? value : value / static_cast<float>(second_times);
+            const bool fits = std::fabs(number) <= 127.0f && std::fabs(value) <= static_cast<float>(LARGEST_OF_SIGNS);
+            if (!fits || number != std::floor(number)) return false;
+        }
+        return true;
+    }
+#endif
     void read(const std::uint16_t* bfloats, int count) {
         float values[64] = {};
         for (int i = 0; i < count; ++i) values[i] = bfloat_to_float(bfloats[i]);
@@ -235,6 +273,35 @@ INLINE __m256i look_up_bytes(const std::uint8_t* table, __m256i code) {
     return _mm256_blendv_epi8(low, _mm256_blendv_epi8(part(2), part(3), fifth), _mm256_slli_epi16(code, 2));
 }
 
+// ``words`` shifted so that bit FROM becomes bit TO; what others become is of no use.
+template <int FROM, int TO>
+INLINE __m256i bit_moved(__m256i words) {
+    if constexpr (FROM < TO) return _mm256_slli_epi16(words, TO - FROM);
+    if constexpr (FROM > TO) return _mm256_srli_epi16(words, FROM - TO);
+    return words;
+}
+
+// WordKind::signs, as operand_words has them.
+template <int OPERAND>
+INLINE void operand_signs(const std::uint8_t* tile, int at, const WordCodes& codes, __m256i& first, __m256i& second) {
+    constexpr Plane LOWER = plane(Codes::bits6, 0), UPPER = plane(Codes::bits6, 1);
+    constexpr Field FOUR = field(LOWER, 0, pair_of(OPERAND, 0) * 2), TWO = field(UPPER, 0, pair_of(OPERAND, 0) * 2);
+    const auto words_of = [&](Field f) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + f.byte + at)); };
+    const __m256i four = _mm256_and_si256(bit_moved<FOUR.shift, 0>(words_of(FOUR)), _mm256_set1_epi8(15));
+    const __m256i two = words_of(TWO);
+    const __m256i is_second = bit_moved<TWO.shift, 7>(two);  // in a byte's uppermost bit
+    const __m256i sign = _mm256_or_si256(bit_moved<TWO.shift + 1, 7>(two), _mm256_set1_epi8(1));
+    const __m256i size = _mm256_blendv_epi8(look_up_bytes<4>(codes.low, four), look_up_bytes<4>(codes.low + 16, four), is_second);
+    const __m256i number = _mm256_sign_epi8(size, sign);
+    // Products with what each second byte is multiplied with, and with 0 of the others, are 16-bit numbers.
+    const auto multiplied = [&](int by, int shift) {
+        const __m256i one = _mm256_set1_epi16(static_cast<short>(1 << shift)), times = _mm256_set1_epi16(static_cast<short>(by << shift));
+        return _mm256_maddubs_epi16(_mm256_blendv_epi8(one, times, is_second), number);
+    };
+    first = multiplied(codes.times, 0);
+    second = multiplied(codes.times, 8);
+}
+
 // Both pairs of an operand: 8 rows by 2 columns each, as 16-bit numbers. ``at``: 32 for the second 8 rows.
 template <Codes CODES, WordKind KIND, int OPERAND>
 INLINE void operand_words(const std::uint8_t* tile, int at, const WordCodes& codes, __m256i& first, __m256i& second) {
@@ -244,6 +311,8 @@ INLINE void operand_words(const std::uint8_t* tile, int at, const WordCodes& cod
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + OPERAND * 64 + at));
         first = _mm256_unpacklo_epi8(bytes, _mm256_setzero_si256());
         second = _mm256_unpackhi_epi8(bytes, _mm256_setzero_si256());
+    } else if constexpr (KIND == WordKind::signs) {
+        operand_signs<OPERAND>(tile, at, codes, first, second);
     } else if constexpr (KIND == WordKind::line && plane_count(CODES) == 1) {
         const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + FIELD.byte + at));
         const __m256i mask = _mm256_set1_epi16((1 << PLANE.width) - 1);
@@ -289,9 +358,14 @@ INLINE __m256i two_words(const std::int16_t* from) {
     std::memcpy(&two, from, sizeof two);
     return _mm256_set1_epi32(two);
 }
+// Sums are kept in registers: else many products are made first, and wait for their sums in memory.
+INLINE void add_words(__m256i& sum, __m256i words, __m256i x) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(words, x));
+    KEEP_IN_REGISTER(sum);
+}
 INLINE void add_words(SixteenInts& sum, __m256i low, __m256i high, __m256i x) {
-    sum.low = _mm256_add_epi32(sum.low, _mm256_madd_epi16(low, x));
-    sum.high = _mm256_add_epi32(sum.high, _mm256_madd_epi16(high, x));
+    add_words(sum.low, low, x);
+    add_words(sum.high, high, x);
 }
 
 template <int FIRST, int COUNT, int TOKENS>
@@ -304,17 +378,45 @@ INLINE void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
             add_words(sums[t], both.low, both.high, two_words(x + t * stride + pair * 2));
-            KEEP_IN_REGISTER(sums[t].low);  // else many products are made first, and wait for their sums in memory
-            KEEP_IN_REGISTER(sums[t].high);
         }
     }
+}
+
+// dot_words_once of WordKind::wide. The two bytes of a number, interleaved, are words of an operand's four columns row by
+// row, which takes fewer instructions than words in the order of pairs; x comes in theirs.
+template <Codes CODES, int SUB>
+INLINE void dot_wide_once(const std::uint8_t* tile, const WordCodes& codes, const std::int16_t* x, SixteenInts* sums) {
+    const __m256i orders[] = {
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 0, 1, 8, 9, 2, 3, 10, 11)),
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(4, 5, 12, 13, 6, 7, 14, 15, 4, 5, 12, 13, 6, 7, 14, 15))};
+    each_constant<COLUMNS / SUB>([&](auto number) __attribute__((always_inline)) {
+        constexpr int PART = decltype(number)::value;
+        __m256i held[4];  // of eight rows those with even and odd halves of 128-bit lanes, then of the other eight
+        UNROLL
+        for (__m256i& sum : held) sum = _mm256_setzero_si256();
+        each_constant<SUB / 4>([&](auto index) __attribute__((always_inline)) {
+            constexpr int OPERAND = PART * (SUB / 4) + decltype(index)::value;
+            const auto* const eight = reinterpret_cast<const __m128i*>(x + OPERAND / 2 * 8);
+            const __m256i four = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(eight)), orders[OPERAND % 2]);
+            UNROLL
+            for (int half = 0; half < 2; ++half) {
+                const __m256i code = operand_codes<CODES, OPERAND>(tile, half * 32);
+                const __m256i low = look_up_bytes<4>(codes.low, code), high = look_up_bytes<4>(codes.high, code);
+                add_words(held[half * 2], _mm256_unpacklo_epi8(low, high), four);
+                add_words(held[half * 2 + 1], _mm256_unpackhi_epi8(low, high), four);
+            }
+        });
+        sums[PART] = ints_add(sums[PART], {_mm256_hadd_epi32(held[0], held[1]), _mm256_hadd_epi32(held[2], held[3])});
+    });
 }
 
 // A tile that is multiplied with one token only, from register to register. A sum for each SUB columns.
 template <Codes CODES, WordKind KIND, int SUB>
 INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const WordCodes& codes, const std::int16_t* x,
                            SixteenInts* sums) {
-    if constexpr (is_grid(CODES)) {
+    if constexpr (KIND == WordKind::wide) {
+        dot_wide_once<CODES, SUB>(tile, codes, x, sums);
+    } else if constexpr (is_grid(CODES)) {
         constexpr Codes PLANES = grid_of(CODES).planes();
         alignas(32) std::uint8_t planes[tile_bytes(PLANES)];
         expand_grid<CODES>(tile, table.behind, planes);
