@@ -2,6 +2,10 @@
 
 #include "linear_kernels.h"
 #include "linear_rounded.h"
+#if defined(LOWBIT_GRID_VECTORS)
+#include <list>
+#include <mutex>
+#endif
 
 namespace lowbit {
 namespace {
@@ -164,6 +168,28 @@ INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& ta
     return _mm512_add_epi32(sums[0], sums[1]);
 }
 
+#elif defined(LOWBIT_GRID_VECTORS)
+
+struct PairTables {
+    explicit PairTables(const Decoding& decoding)
+        : grid(*decoding.words.grid), times{decoding.words.times, book_share(decoding.weight->table + 32)} {}
+    const GridVectors& grid;
+    const int times[2];
+};
+
+INLINE void decode_pairs(const std::uint8_t* tile, const PairTables& tables, WordTile& w) {
+    decode_grid<Codes::e8p>(tile, tables.grid, tables.times[0], w);
+    decode_grid<Codes::e8p, true>(tile + BOOK_BYTES, tables.grid, tables.times[1], w);
+}
+
+INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& tables, const std::int16_t* x) {
+    SixteenInts sum = ints_set(0);
+    for (int book = 0; book < 2; ++book) {
+        dot_grid_once<Codes::e8p, COLUMNS>(tile + book * BOOK_BYTES, tables.grid, tables.times[book], x, &sum);
+    }
+    return sum;
+}
+
 #else
 
 struct PairTables {
@@ -181,17 +207,10 @@ INLINE void decode_pairs(const std::uint8_t* tile, const PairTables& tables, Wor
     decode_words<Codes::bits4, WordKind::wide>(nibbles, tables.table, tables.first, w);
     expand_grid<Codes::e8p>(tile + BOOK_BYTES, tables.table.behind, nibbles);
     decode_words<Codes::bits4, WordKind::wide>(nibbles, tables.table, tables.second, more);
-#if defined(__AVX2__)
-    for (int pair = 0; pair < PAIRS; ++pair) {
-        w[pair].low = _mm256_add_epi16(w[pair].low, more[pair].low);
-        w[pair].high = _mm256_add_epi16(w[pair].high, more[pair].high);
-    }
-#else
     for (int column = 0; column < COLUMNS; ++column) {
         std::int16_t *const to = w.columns[column], *const from = more.columns[column];
         for (int row = 0; row < ROWS; ++row) to[row] = static_cast<std::int16_t>(to[row] + from[row]);
     }
-#endif
 }
 
 INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& tables, const std::int16_t* x) {
@@ -361,6 +380,47 @@ RoundFunction rounded_words(const Layout& layout, const WordCodes& codes) {
     if (layout.codes == Codes::e8p) return round_words<Codes::e8p, COLUMNS, Addend::none>;
     if (layout.codes != Codes::words4 || layout.sub == LEAST_GROUP || layout.scales == Scales::none) return nullptr;
     return layout.sub == COLUMNS ? rounded_tables<COLUMNS>(layout.addend) : rounded_tables<COLUMNS / 2>(layout.addend);
+}
+
+#endif
+
+#if defined(LOWBIT_GRID_VECTORS)
+
+const GridVectors* grid_vectors(Codes codes, const int (&values)[32], const std::uint8_t* behind) {
+    struct Made {
+        int bits, numbers;
+        std::int8_t values[16];
+        std::uint8_t words[2 * MOST_GRID_VECTORS];
+        GridVectors grid;
+    };
+    static std::mutex mutex;
+    static std::list<Made>& all = *new std::list<Made>;  // some ten for all of a process, needed to its end
+    const Grid grid = grid_of(codes);
+    const int count = 1 << grid.bits, width = grid.numbers == 8 ? 2 : 4, last = 1 << width;
+    const int side = grid.shifted ? 1 : -1;
+    std::int8_t numbers[16] = {};
+    for (int i = 0; i < last; ++i) numbers[i] = static_cast<std::int8_t>((values[i] + side * values[i + last]) / 2);
+    const auto shift = static_cast<std::int8_t>((values[0] - side * values[last]) / 2);
+
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const Made& made : all) {
+        const bool same = made.bits == grid.bits && made.numbers == grid.numbers && made.grid.shift == shift &&
+                          std::memcmp(made.values, numbers, sizeof numbers) == 0;
+        if (same && std::memcmp(made.words, behind, static_cast<std::size_t>(2 * count)) == 0) return &made.grid;
+    }
+    Made& made = all.emplace_back();
+    made.bits = grid.bits;
+    made.numbers = grid.numbers;
+    std::memcpy(made.values, numbers, sizeof numbers);
+    std::memcpy(made.words, behind, static_cast<std::size_t>(2 * count));
+    made.grid.shift = shift;
+    for (int vector = 0; vector < count; ++vector) {
+        std::uint8_t* const to = made.grid.vectors + vector * grid.numbers;
+        for (int i = 0; i < grid.numbers; ++i) {
+            to[i] = static_cast<std::uint8_t>(numbers[behind[i % 2 * count + vector] >> i / 2 * width & (last - 1)]);
+        }
+    }
+    return &made.grid;
 }
 
 #endif

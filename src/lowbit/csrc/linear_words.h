@@ -8,6 +8,10 @@
 #pragma once
 
 #include "linear_bytes.h"
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+#define LOWBIT_GRID_VECTORS
+#include "linear_grids_avx2.h"
+#endif
 
 namespace lowbit {
 
@@ -34,6 +38,13 @@ static_assert(static_cast<std::int64_t>(largest_word(WordKind::pairs)) * LARGEST
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::wide)) * LARGEST_VALUE * COLUMNS < std::int64_t{1} << 31);
 // A sum of unsigned bytes and base * sum(x), which starts it.
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::line)) * (255 + 256) * COLUMNS < std::int64_t{1} << 31);
+
+#if defined(LOWBIT_GRID_VECTORS)
+// As which of 4 v one of two books' numbers count: of 3/4, and of -1/4, which differ in their sign.
+inline int book_share(const std::uint16_t* table) {
+    return (static_cast<std::int16_t>(table[0]) + static_cast<std::int16_t>(table[4])) / 2;
+}
+#endif
 
 // How a weight's codes become whole numbers: (number + base) * factor.
 struct WordCodes {
@@ -69,7 +80,15 @@ struct WordCodes {
             read(weight.table, 1 << static_cast<int>(grid_of(codes).planes()));
             looked_up = kind != WordKind::none;
         }
+#if defined(LOWBIT_GRID_VECTORS)
+        if (is_grid(codes) && (kind == WordKind::bytes || kind == WordKind::pairs)) take_vectors(weight, codes);
+#endif
     }
+
+#if defined(LOWBIT_GRID_VECTORS)
+    const GridVectors* grid = nullptr;  // whose numbers have signs and no base
+    int times = 1;                      // its numbers are what codes are worth
+#endif
 
 #if defined(LOWBIT_AVX512)
     // ``behind``: of the weight's own.
@@ -84,6 +103,16 @@ struct WordCodes {
     explicit WordCodes(const std::uint16_t* words) { put_words(words); }
 
   private:
+#if defined(LOWBIT_GRID_VECTORS)
+    void take_vectors(const lowbit_weight& weight, Codes codes) {
+        int values[32];
+        for (int i = 0; i < 32; ++i) values[i] = static_cast<std::int16_t>(low[i] | high[i] << 8) + base;
+        if (kind == WordKind::pairs) times = book_share(weight.table);
+        for (int& value : values) value /= times;
+        grid = grid_vectors(codes, values, reinterpret_cast<const std::uint8_t*>(weight.table + 64));
+        base = 0;
+    }
+#endif
     void put_words(const std::uint16_t* words) {
         for (int i = 0; i < 64; ++i) put(i, words[i % 16]);
     }
@@ -266,14 +295,24 @@ INLINE void operand_words(const std::uint8_t* tile, int at, const WordCodes& cod
     }
 }
 
+// ``ADDED``: to what w holds.
+template <Codes CODES, bool ADDED = false>
+INLINE void decode_grid(const std::uint8_t* tile, const GridVectors& grid, int times, WordTile& w) {
+    each_grid_operand<CODES>(tile, grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
+        each_constant<2>([&](auto side) __attribute__((always_inline)) {
+            constexpr int SIDE = decltype(side)::value;
+            SixteenInts& to = w[pair_of(decltype(index)::value, SIDE)];
+            const __m256i both[2] = {grid_words<SIDE>(low, times), grid_words<SIDE>(high, times)};
+            to.low = ADDED ? _mm256_add_epi16(to.low, both[0]) : both[0];
+            to.high = ADDED ? _mm256_add_epi16(to.high, both[1]) : both[1];
+        });
+    });
+}
+
 template <Codes CODES, WordKind KIND>
-INLINE void decode_words(const std::uint8_t* tile, const Table& table, const WordCodes& codes, WordTile& w) {
+INLINE void decode_words(const std::uint8_t* tile, [[maybe_unused]] const Table& table, const WordCodes& codes, WordTile& w) {
     if constexpr (is_grid(CODES)) {
-        constexpr Codes PLANES = grid_of(CODES).planes();
-        alignas(32) std::uint8_t planes[tile_bytes(PLANES)];
-        expand_grid<CODES>(tile, table.behind, planes);
-        decode_words<PLANES, KIND>(planes, table, codes, w);
-        return;
+        decode_grid<CODES>(tile, *codes.grid, 1, w);
     } else {
         each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
             constexpr int OPERAND = decltype(index)::value;
@@ -310,15 +349,22 @@ INLINE void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
     }
 }
 
+template <Codes CODES, int SUB>
+INLINE void dot_grid_once(const std::uint8_t* tile, const GridVectors& grid, int times, const std::int16_t* x, SixteenInts* sums) {
+    each_grid_operand<CODES>(tile, grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
+        each_constant<2>([&](auto side) __attribute__((always_inline)) {
+            constexpr int SIDE = decltype(side)::value, COLUMN = 2 * pair_of(decltype(index)::value, SIDE);
+            add_words(sums[COLUMN / SUB], grid_words<SIDE>(low, times), grid_words<SIDE>(high, times), two_words(x + COLUMN));
+        });
+    });
+}
+
 // A tile that is multiplied with one token only, from register to register. A sum for each SUB columns.
 template <Codes CODES, WordKind KIND, int SUB>
-INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const WordCodes& codes, const std::int16_t* x,
-                           SixteenInts* sums) {
+INLINE void dot_words_once(const std::uint8_t* tile, [[maybe_unused]] const Table& table, const WordCodes& codes,
+                           const std::int16_t* x, SixteenInts* sums) {
     if constexpr (is_grid(CODES)) {
-        constexpr Codes PLANES = grid_of(CODES).planes();
-        alignas(32) std::uint8_t planes[tile_bytes(PLANES)];
-        expand_grid<CODES>(tile, table.behind, planes);
-        dot_words_once<PLANES, KIND, SUB>(planes, table, codes, x, sums);
+        dot_grid_once<CODES, SUB>(tile, *codes.grid, 1, x, sums);
     } else each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
         SixteenInts first, second;
