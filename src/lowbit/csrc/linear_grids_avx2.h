@@ -28,20 +28,51 @@ INLINE __m256i spread_bits(const std::uint8_t* from) {
     return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
 }
 
-// The indices of 8 rows' vectors in two lines, 16 each, in the order of words; ``first``: their place in the tile.
+// The indices of a tile. Those of more than 8 bits are made words, in memory: read there as soon as they were written they
+// would take as long again as all else, so it is done a tile ahead.
 template <Codes CODES>
-INLINE void read_indices(const std::uint8_t* tile, int first, std::uint16_t (&indices)[2][16]) {
-    constexpr Grid GRID = grid_of(CODES);
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + first));
-    __m256i high = _mm256_setzero_si256();
-    UNROLL
-    for (int bit = 0; bit < GRID.bits - 8; ++bit) {
-        const __m256i set = spread_bits(tile + GRID.vectors() + (bit * GRID.vectors() + first) / 8);
-        high = _mm256_or_si256(high, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(1 << bit))));
+class GridIndices {
+    static constexpr Grid GRID = grid_of(CODES);
+    static constexpr bool BYTES = GRID.bits == 8;
+
+  public:
+    INLINE void read(const std::uint8_t* tile) {
+        if constexpr (BYTES) return;
+        for (int first = 0; first < GRID.vectors(); first += 32) {
+            const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile + first));
+            __m256i high = _mm256_setzero_si256();
+            UNROLL
+            for (int bit = 0; bit < GRID.bits - 8; ++bit) {
+                const __m256i set = spread_bits(tile + GRID.vectors() + (bit * GRID.vectors() + first) / 8);
+                high = _mm256_or_si256(high, _mm256_and_si256(set, _mm256_set1_epi8(static_cast<char>(1 << bit))));
+            }
+            auto* const to = reinterpret_cast<__m256i*>(words_ + first);
+            _mm256_store_si256(to, _mm256_unpacklo_epi8(low, high));
+            _mm256_store_si256(to + 1, _mm256_unpackhi_epi8(low, high));
+        }
+        asm volatile("" : "+m"(words_));  // else they are taken out of registers, which takes longer
     }
-    _mm256_store_si256(reinterpret_cast<__m256i*>(indices[0]), _mm256_unpacklo_epi8(low, high));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(indices[1]), _mm256_unpackhi_epi8(low, high));
-}
+
+    // Of row word / 2 of 8 its first vector in a line, or its second. ``tile``: that which was read. Out of eight bytes at
+    // once: loads are what there is most of.
+    INLINE std::size_t at(const std::uint8_t* tile, int half, int line, int word) const {
+        constexpr int BITS = BYTES ? 8 : 16, TOGETHER = 64 / BITS;
+        const int first = word / TOGETHER * TOGETHER;
+        std::uint64_t several;
+        if constexpr (BYTES) std::memcpy(&several, tile + grid_place(line, half * 16 + first), sizeof several);
+        else std::memcpy(&several, words_ + line / 2 * 64 + half * 32 + line % 2 * 16 + first, sizeof several);
+        return static_cast<std::size_t>(several >> (word - first) * BITS & ((1u << BITS) - 1));
+    }
+
+  private:
+    alignas(32) std::uint16_t words_[BYTES ? 1 : GRID.vectors()];
+};
+
+template <Codes CODES>
+struct GridTile {
+    const std::uint8_t* codes;
+    const GridIndices<CODES>& indices;
+};
 
 INLINE __m256i both_halves(__m128i low, __m128i high) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
@@ -108,6 +139,7 @@ struct GridBits {
                 added[line] = _mm256_sign_epi8(shift, _mm256_or_si256(of_line[line], one));
             }
         }
+        signs_and_one = _mm256_or_si256(signs, one);
     }
 
     // Numbers as they are in the weight.
@@ -116,45 +148,36 @@ struct GridBits {
         constexpr int OF_LINE = GRID.numbers / 2, LINE = OPERAND / OF_LINE;
         if constexpr (!GRID.shifted) {
             constexpr int PLACE = GRID.parity ? parity_place(pair_of(OPERAND % OF_LINE, 0), LINE) : OPERAND;
-            const __m256i sign = _mm256_or_si256(_mm256_slli_epi16(signs, 7 - PLACE), _mm256_set1_epi8(1));
-            numbers = _mm256_sign_epi8(numbers, sign);
+            // The sign in the uppermost bit, and some bit is set.
+            const __m256i one = _mm256_set1_epi8(1), placed = _mm256_slli_epi16(PLACE == 0 ? signs : signs_and_one, 7 - PLACE);
+            numbers = _mm256_sign_epi8(numbers, PLACE == 0 ? _mm256_or_si256(placed, one) : placed);
         }
         if constexpr (GRID.shifted || GRID.parity) numbers = _mm256_add_epi8(numbers, added[LINE]);
         return numbers;
     }
 
-    __m256i signs, added[2];
+    __m256i signs, signs_and_one, added[2];
 };
 
 // each(operand, numbers of 8 rows, of the other 8).
 template <Codes CODES, class Each>
-INLINE void each_grid_operand(const std::uint8_t* tile, const GridVectors& grid, const Each& each) {
-    constexpr Grid GRID = grid_of(CODES);
-    constexpr int OF_LINE = GRID.numbers / 2;
-    const GridBits<CODES> bits[2] = {{tile, 0, grid}, {tile, 1, grid}};
-    each_constant<OPERANDS / OF_LINE / 2>([&](auto two) __attribute__((always_inline)) {
-        constexpr int FIRST = decltype(two)::value * 64;
-        alignas(32) std::uint16_t indices[2][2][16];
-        if constexpr (GRID.bits > 8) {
-            read_indices<CODES>(tile, FIRST, indices[0]);
-            read_indices<CODES>(tile, FIRST + 32, indices[1]);
+INLINE void each_grid_operand(const GridTile<CODES>& tile, const GridVectors& grid, const Each& each) {
+    constexpr int NUMBERS = grid_of(CODES).numbers, OF_LINE = NUMBERS / 2;
+    const GridBits<CODES> bits[2] = {{tile.codes, 0, grid}, {tile.codes, 1, grid}};
+    each_constant<OPERANDS / OF_LINE>([&](auto line) __attribute__((always_inline)) {
+        constexpr int LINE = decltype(line)::value;
+        __m256i found[2][OF_LINE];
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+            const auto index = [&](int word) __attribute__((always_inline)) {
+                return tile.indices.at(tile.codes, half, LINE, word);
+            };
+            look_up_rows<NUMBERS>(grid, index, found[half]);
         }
-        each_constant<2>([&](auto second) __attribute__((always_inline)) {
-            constexpr int SECOND = decltype(second)::value, LINE = decltype(two)::value * 2 + SECOND;
-            __m256i found[2][OF_LINE];
-            UNROLL
-            for (int half = 0; half < 2; ++half) {
-                const auto index = [&](int word) __attribute__((always_inline)) {
-                    if constexpr (GRID.bits > 8) return static_cast<int>(indices[half][SECOND][word]);
-                    else return static_cast<int>(tile[grid_place(LINE, half * 16 + word)]);
-                };
-                look_up_rows<GRID.numbers>(grid, index, found[half]);
-            }
-            each_constant<OF_LINE>([&](auto number) __attribute__((always_inline)) {
-                constexpr int NUMBER = decltype(number)::value, OPERAND = LINE * OF_LINE + NUMBER;
-                each(std::integral_constant<int, OPERAND>{}, bits[0].template put<OPERAND>(found[0][NUMBER]),
-                     bits[1].template put<OPERAND>(found[1][NUMBER]));
-            });
+        each_constant<OF_LINE>([&](auto number) __attribute__((always_inline)) {
+            constexpr int NUMBER = decltype(number)::value, OPERAND = LINE * OF_LINE + NUMBER;
+            each(std::integral_constant<int, OPERAND>{}, bits[0].template put<OPERAND>(found[0][NUMBER]),
+                 bits[1].template put<OPERAND>(found[1][NUMBER]));
         });
     });
 }

@@ -10,6 +10,43 @@
 namespace lowbit {
 namespace {
 
+// A block's tiles, as decode_words and dot_words_once take them.
+template <Codes CODES>
+struct PlainTiles {
+    PlainTiles(const Walk&, std::int64_t) {}
+    INLINE const std::uint8_t* at(const Walk&, const std::uint8_t* codes) const { return codes; }
+};
+
+#if defined(LOWBIT_GRID_VECTORS)
+
+template <Codes CODES>
+class GridTiles {
+  public:
+    INLINE GridTiles(const Walk& walk, std::int64_t tiles) : left_(tiles) { indices_[left_ % 2].read(walk.following()); }
+
+    // ``codes``: on which the walk stands.
+    INLINE GridTile<CODES> at(const Walk& walk, const std::uint8_t* codes) {
+        const GridIndices<CODES>& own = indices_[left_ % 2];
+        --left_;
+        indices_[left_ % 2].read(left_ > 0 ? walk.following() : codes);
+        return {codes, own};
+    }
+
+  private:
+    std::int64_t left_;
+    GridIndices<CODES> indices_[2];
+};
+
+template <Codes CODES>
+using BlockTiles = std::conditional_t<is_grid(CODES), GridTiles<CODES>, PlainTiles<CODES>>;
+
+#else
+
+template <Codes CODES>
+using BlockTiles = PlainTiles<CODES>;
+
+#endif
+
 template <WordKind KIND, int SUB, Addend ADDEND>
 struct WordStep {
     const WordTile& w;
@@ -91,6 +128,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
     }
     for (; tile < layout.tiles; ++tile) add_tiles(tile, std::integral_constant<int, 1>{});
 #else
+    BlockTiles<CODES> tiles(walk, layout.tiles);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         ahead.fetch(codes, tile_bytes(CODES));
@@ -98,7 +136,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
         SixteenInts sums[PARTS];
         UNROLL
         for (int part = 0; part < PARTS; ++part) sums[part] = ints_set(KIND == WordKind::wide ? 0 : x.bases[span + part]);
-        dot_words_once<CODES, KIND, SUB>(codes, decoding.table, decoding.words, x.at<std::int16_t>(tile, 0), sums);
+        dot_words_once<CODES, KIND, SUB>(tiles.at(walk, codes), decoding.table, decoding.words, x.at<std::int16_t>(tile, 0), sums);
         UNROLL
         for (int part = 0; part < PARTS; ++part) {
             const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + part];
@@ -118,12 +156,13 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
     }
     Walk walk(layout, block);
     const Ahead ahead(x.tokens);
+    BlockTiles<CODES> tiles(walk, layout.tiles);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         WordTile w;
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         ahead.fetch(codes, tile_bytes(CODES));
         if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
-        decode_words<CODES, KIND>(codes, decoding.word_table(), decoding.words, w);
+        decode_words<CODES, KIND>(tiles.at(walk, codes), decoding.word_table(), decoding.words, w);
         multiply_tile<KIND, SUB, ADDEND>(w, walk, x, tile, totals);
     }
 }
@@ -173,19 +212,22 @@ INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& ta
 struct PairTables {
     explicit PairTables(const Decoding& decoding)
         : grid(*decoding.words.grid), times{decoding.words.times, book_share(decoding.weight->table + 32)} {}
+    GridTile<Codes::e8p> book(const std::uint8_t* tile, int number) const { return {tile + number * BOOK_BYTES, indices}; }
+
     const GridVectors& grid;
     const int times[2];
+    const GridIndices<Codes::e8p> indices{};  // bytes, which are not read ahead
 };
 
 INLINE void decode_pairs(const std::uint8_t* tile, const PairTables& tables, WordTile& w) {
-    decode_grid<Codes::e8p>(tile, tables.grid, tables.times[0], w);
-    decode_grid<Codes::e8p, true>(tile + BOOK_BYTES, tables.grid, tables.times[1], w);
+    decode_grid(tables.book(tile, 0), tables.grid, tables.times[0], w);
+    decode_grid<Codes::e8p, true>(tables.book(tile, 1), tables.grid, tables.times[1], w);
 }
 
 INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& tables, const std::int16_t* x) {
     SixteenInts sum = ints_set(0);
     for (int book = 0; book < 2; ++book) {
-        dot_grid_once<Codes::e8p, COLUMNS>(tile + book * BOOK_BYTES, tables.grid, tables.times[book], x, &sum);
+        dot_grid_once<Codes::e8p, COLUMNS>(tables.book(tile, book), tables.grid, tables.times[book], x, &sum);
     }
     return sum;
 }

@@ -295,9 +295,19 @@ INLINE void operand_words(const std::uint8_t* tile, int at, const WordCodes& cod
     }
 }
 
-// ``ADDED``: to what w holds.
+template <Codes CODES, WordKind KIND>
+INLINE void decode_words(const std::uint8_t* tile, const Table&, const WordCodes& codes, WordTile& w) {
+    each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(index)::value;
+        SixteenInts &first = w[pair_of(OPERAND, 0)], &second = w[pair_of(OPERAND, 1)];
+        operand_words<CODES, KIND, OPERAND>(tile, 0, codes, first.low, second.low);
+        operand_words<CODES, KIND, OPERAND>(tile, 32, codes, first.high, second.high);
+    });
+}
+
+// ``times`` a grid's numbers; ``ADDED``: to what w holds.
 template <Codes CODES, bool ADDED = false>
-INLINE void decode_grid(const std::uint8_t* tile, const GridVectors& grid, int times, WordTile& w) {
+INLINE void decode_grid(const GridTile<CODES>& tile, const GridVectors& grid, int times, WordTile& w) {
     each_grid_operand<CODES>(tile, grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
         each_constant<2>([&](auto side) __attribute__((always_inline)) {
             constexpr int SIDE = decltype(side)::value;
@@ -308,19 +318,9 @@ INLINE void decode_grid(const std::uint8_t* tile, const GridVectors& grid, int t
         });
     });
 }
-
-template <Codes CODES, WordKind KIND>
-INLINE void decode_words(const std::uint8_t* tile, [[maybe_unused]] const Table& table, const WordCodes& codes, WordTile& w) {
-    if constexpr (is_grid(CODES)) {
-        decode_grid<CODES>(tile, *codes.grid, 1, w);
-    } else {
-        each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
-            constexpr int OPERAND = decltype(index)::value;
-            SixteenInts &first = w[pair_of(OPERAND, 0)], &second = w[pair_of(OPERAND, 1)];
-            operand_words<CODES, KIND, OPERAND>(tile, 0, codes, first.low, second.low);
-            operand_words<CODES, KIND, OPERAND>(tile, 32, codes, first.high, second.high);
-        });
-    }
+template <Codes CODES, WordKind>
+INLINE void decode_words(const GridTile<CODES>& tile, const Table&, const WordCodes& codes, WordTile& w) {
+    decode_grid(tile, *codes.grid, 1, w);
 }
 
 INLINE __m256i two_words(const std::int16_t* from) {
@@ -349,23 +349,10 @@ INLINE void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
     }
 }
 
-template <Codes CODES, int SUB>
-INLINE void dot_grid_once(const std::uint8_t* tile, const GridVectors& grid, int times, const std::int16_t* x, SixteenInts* sums) {
-    each_grid_operand<CODES>(tile, grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
-        each_constant<2>([&](auto side) __attribute__((always_inline)) {
-            constexpr int SIDE = decltype(side)::value, COLUMN = 2 * pair_of(decltype(index)::value, SIDE);
-            add_words(sums[COLUMN / SUB], grid_words<SIDE>(low, times), grid_words<SIDE>(high, times), two_words(x + COLUMN));
-        });
-    });
-}
-
 // A tile that is multiplied with one token only, from register to register. A sum for each SUB columns.
 template <Codes CODES, WordKind KIND, int SUB>
-INLINE void dot_words_once(const std::uint8_t* tile, [[maybe_unused]] const Table& table, const WordCodes& codes,
-                           const std::int16_t* x, SixteenInts* sums) {
-    if constexpr (is_grid(CODES)) {
-        dot_grid_once<CODES, SUB>(tile, *codes.grid, 1, x, sums);
-    } else each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+INLINE void dot_words_once(const std::uint8_t* tile, const Table&, const WordCodes& codes, const std::int16_t* x, SixteenInts* sums) {
+    each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
         SixteenInts first, second;
         operand_words<CODES, KIND, OPERAND>(tile, 0, codes, first.low, second.low);
@@ -373,6 +360,20 @@ INLINE void dot_words_once(const std::uint8_t* tile, [[maybe_unused]] const Tabl
         add_words(sums[FIRST / SUB], first.low, first.high, two_words(x + FIRST));
         add_words(sums[SECOND / SUB], second.low, second.high, two_words(x + SECOND));
     });
+}
+
+template <Codes CODES, int SUB>
+INLINE void dot_grid_once(const GridTile<CODES>& tile, const GridVectors& grid, int times, const std::int16_t* x, SixteenInts* sums) {
+    each_grid_operand<CODES>(tile, grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
+        each_constant<2>([&](auto side) __attribute__((always_inline)) {
+            constexpr int SIDE = decltype(side)::value, COLUMN = 2 * pair_of(decltype(index)::value, SIDE);
+            add_words(sums[COLUMN / SUB], grid_words<SIDE>(low, times), grid_words<SIDE>(high, times), two_words(x + COLUMN));
+        });
+    });
+}
+template <Codes CODES, WordKind, int SUB>
+INLINE void dot_words_once(const GridTile<CODES>& tile, const Table&, const WordCodes& codes, const std::int16_t* x, SixteenInts* sums) {
+    dot_grid_once<CODES, SUB>(tile, *codes.grid, 1, x, sums);
 }
 
 #endif
