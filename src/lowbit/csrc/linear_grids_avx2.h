@@ -82,7 +82,8 @@ INLINE __m256i both_halves(__m128i low, __m128i high) {
 template <int NUMBERS, class Index>
 INLINE void look_up_rows(const GridVectors& grid, const Index& index, __m256i (&found)[NUMBERS / 2]) {
     const auto row = [&](int i) __attribute__((always_inline)) {
-        const std::uint8_t *const first = grid.vectors + index(2 * i) * NUMBERS, *const second = grid.vectors + index(2 * i + 1) * NUMBERS;
+        const std::uint8_t* const first = grid.vectors + index(2 * i) * NUMBERS;
+        const std::uint8_t* const second = grid.vectors + index(2 * i + 1) * NUMBERS;
         __m128i lower;
         if constexpr (NUMBERS == 8) lower = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
         else {
@@ -159,21 +160,24 @@ struct GridBits {
     __m256i signs, signs_and_one, added[2];
 };
 
+// The operands of 8 rows in a line, signs still to be put on.
+template <Codes CODES>
+INLINE void look_up_half(const GridTile<CODES>& tile, int half, int line, const GridVectors& grid,
+                         __m256i (&found)[grid_of(CODES).numbers / 2]) {
+    const auto index = [&](int word) __attribute__((always_inline)) { return tile.indices.at(tile.codes, half, line, word); };
+    look_up_rows<grid_of(CODES).numbers>(grid, index, found);
+}
+
 // each(operand, numbers of 8 rows, of the other 8).
 template <Codes CODES, class Each>
 INLINE void each_grid_operand(const GridTile<CODES>& tile, const GridVectors& grid, const Each& each) {
-    constexpr int NUMBERS = grid_of(CODES).numbers, OF_LINE = NUMBERS / 2;
+    constexpr int OF_LINE = grid_of(CODES).numbers / 2;
     const GridBits<CODES> bits[2] = {{tile.codes, 0, grid}, {tile.codes, 1, grid}};
     each_constant<OPERANDS / OF_LINE>([&](auto line) __attribute__((always_inline)) {
         constexpr int LINE = decltype(line)::value;
         __m256i found[2][OF_LINE];
         UNROLL
-        for (int half = 0; half < 2; ++half) {
-            const auto index = [&](int word) __attribute__((always_inline)) {
-                return tile.indices.at(tile.codes, half, LINE, word);
-            };
-            look_up_rows<NUMBERS>(grid, index, found[half]);
-        }
+        for (int half = 0; half < 2; ++half) look_up_half(tile, half, LINE, grid, found[half]);
         each_constant<OF_LINE>([&](auto number) __attribute__((always_inline)) {
             constexpr int NUMBER = decltype(number)::value, OPERAND = LINE * OF_LINE + NUMBER;
             each(std::integral_constant<int, OPERAND>{}, bits[0].template put<OPERAND>(found[0][NUMBER]),
@@ -182,9 +186,29 @@ INLINE void each_grid_operand(const GridTile<CODES>& tile, const GridVectors& gr
     });
 }
 
+// Of two books' tiles: each(operand, half, numbers of 8 rows, the other book's).
+template <Codes CODES, class Each>
+INLINE void each_pair_operand(const GridTile<CODES> (&books)[2], const GridVectors& grid, const Each& each) {
+    constexpr int OF_LINE = grid_of(CODES).numbers / 2;
+    each_constant<2>([&](auto half) __attribute__((always_inline)) {
+        constexpr int HALF = decltype(half)::value;
+        const GridBits<CODES> bits[2] = {{books[0].codes, HALF, grid}, {books[1].codes, HALF, grid}};
+        each_constant<OPERANDS / OF_LINE>([&](auto line) __attribute__((always_inline)) {
+            __m256i found[2][OF_LINE];
+            UNROLL
+            for (int book = 0; book < 2; ++book) look_up_half(books[book], HALF, decltype(line)::value, grid, found[book]);
+            each_constant<OF_LINE>([&](auto number) __attribute__((always_inline)) {
+                constexpr int NUMBER = decltype(number)::value, OPERAND = decltype(line)::value * OF_LINE + NUMBER;
+                each(std::integral_constant<int, OPERAND>{}, half, bits[0].template put<OPERAND>(found[0][NUMBER]),
+                     bits[1].template put<OPERAND>(found[1][NUMBER]));
+            });
+        });
+    });
+}
+
 // ``times`` the numbers of an operand's pair as words; of ``side`` 1, of the pair two further.
 template <int SIDE>
-INLINE __m256i grid_words(__m256i numbers, int times) {
+INLINE __m256i grid_words(__m256i numbers, int times = 1) {
     return _mm256_maddubs_epi16(_mm256_set1_epi16(static_cast<short>(SIDE == 0 ? times : times << 8)), numbers);
 }
 

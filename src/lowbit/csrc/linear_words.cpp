@@ -212,24 +212,43 @@ INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& ta
 struct PairTables {
     explicit PairTables(const Decoding& decoding)
         : grid(*decoding.words.grid), times{decoding.words.times, book_share(decoding.weight->table + 32)} {}
-    GridTile<Codes::e8p> book(const std::uint8_t* tile, int number) const { return {tile + number * BOOK_BYTES, indices}; }
-
     const GridVectors& grid;
-    const int times[2];
-    const GridIndices<Codes::e8p> indices{};  // bytes, which are not read ahead
+    const int times[2];  // 186 at most (LARGEST_OF_PAIR / 11), as an unsigned byte
 };
 
+// each(pair of columns, half of the rows, their numbers).
+template <class Each>
+INLINE void each_pair(const std::uint8_t* tile, const PairTables& tables, const Each& each) {
+    const GridIndices<Codes::e8p> bytes{};
+    const GridTile<Codes::e8p> books[] = {{tile, bytes}, {tile + BOOK_BYTES, bytes}};
+    const auto add = [&](auto index, auto half, __m256i one, __m256i other) __attribute__((always_inline)) {
+        each_constant<2>([&](auto side) __attribute__((always_inline)) {
+            constexpr int SIDE = decltype(side)::value, PAIR = pair_of(decltype(index)::value, SIDE);
+            each(std::integral_constant<int, PAIR>{}, half,
+                 _mm256_add_epi16(grid_words<SIDE>(one, tables.times[0]), grid_words<SIDE>(other, tables.times[1])));
+        });
+    };
+    each_pair_operand(books, tables.grid, add);
+}
+
+template <class Half>
+INLINE __m256i& half_of(SixteenInts& sixteen, Half half) {
+    return half == 0 ? sixteen.low : sixteen.high;
+}
+
 INLINE void decode_pairs(const std::uint8_t* tile, const PairTables& tables, WordTile& w) {
-    decode_grid(tables.book(tile, 0), tables.grid, tables.times[0], w);
-    decode_grid<Codes::e8p, true>(tables.book(tile, 1), tables.grid, tables.times[1], w);
+    each_pair(tile, tables, [&](auto pair, auto half, __m256i both) __attribute__((always_inline)) {
+        half_of(w[pair], half) = both;
+    });
 }
 
 INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& tables, const std::int16_t* x) {
-    SixteenInts sum = ints_set(0);
-    for (int book = 0; book < 2; ++book) {
-        dot_grid_once<Codes::e8p, COLUMNS>(tables.book(tile, book), tables.grid, tables.times[book], x, &sum);
-    }
-    return sum;
+    SixteenInts sums = ints_set(0);
+    each_pair(tile, tables, [&](auto pair, auto half, __m256i both) __attribute__((always_inline)) {
+        __m256i& sum = half_of(sums, half);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(both, two_words(x + pair * 2)));
+    });
+    return sums;
 }
 
 #else

@@ -305,22 +305,13 @@ INLINE void decode_words(const std::uint8_t* tile, const Table&, const WordCodes
     });
 }
 
-// ``times`` a grid's numbers; ``ADDED``: to what w holds.
-template <Codes CODES, bool ADDED = false>
-INLINE void decode_grid(const GridTile<CODES>& tile, const GridVectors& grid, int times, WordTile& w) {
-    each_grid_operand<CODES>(tile, grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
-        each_constant<2>([&](auto side) __attribute__((always_inline)) {
-            constexpr int SIDE = decltype(side)::value;
-            SixteenInts& to = w[pair_of(decltype(index)::value, SIDE)];
-            const __m256i both[2] = {grid_words<SIDE>(low, times), grid_words<SIDE>(high, times)};
-            to.low = ADDED ? _mm256_add_epi16(to.low, both[0]) : both[0];
-            to.high = ADDED ? _mm256_add_epi16(to.high, both[1]) : both[1];
-        });
-    });
-}
 template <Codes CODES, WordKind>
 INLINE void decode_words(const GridTile<CODES>& tile, const Table&, const WordCodes& codes, WordTile& w) {
-    decode_grid(tile, *codes.grid, 1, w);
+    each_grid_operand(tile, *codes.grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(index)::value;
+        w[pair_of(OPERAND, 0)] = {grid_words<0>(low), grid_words<0>(high)};
+        w[pair_of(OPERAND, 1)] = {grid_words<1>(low), grid_words<1>(high)};
+    });
 }
 
 INLINE __m256i two_words(const std::int16_t* from) {
@@ -351,7 +342,8 @@ INLINE void dot_words(const WordTile& w, const std::int16_t* x, std::int64_t str
 
 // A tile that is multiplied with one token only, from register to register. A sum for each SUB columns.
 template <Codes CODES, WordKind KIND, int SUB>
-INLINE void dot_words_once(const std::uint8_t* tile, const Table&, const WordCodes& codes, const std::int16_t* x, SixteenInts* sums) {
+INLINE void dot_words_once(const std::uint8_t* tile, const Table&, const WordCodes& codes, const std::int16_t* x,
+                           SixteenInts* sums) {
     each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
         SixteenInts first, second;
@@ -362,18 +354,14 @@ INLINE void dot_words_once(const std::uint8_t* tile, const Table&, const WordCod
     });
 }
 
-template <Codes CODES, int SUB>
-INLINE void dot_grid_once(const GridTile<CODES>& tile, const GridVectors& grid, int times, const std::int16_t* x, SixteenInts* sums) {
-    each_grid_operand<CODES>(tile, grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
-        each_constant<2>([&](auto side) __attribute__((always_inline)) {
-            constexpr int SIDE = decltype(side)::value, COLUMN = 2 * pair_of(decltype(index)::value, SIDE);
-            add_words(sums[COLUMN / SUB], grid_words<SIDE>(low, times), grid_words<SIDE>(high, times), two_words(x + COLUMN));
-        });
-    });
-}
 template <Codes CODES, WordKind, int SUB>
-INLINE void dot_words_once(const GridTile<CODES>& tile, const Table&, const WordCodes& codes, const std::int16_t* x, SixteenInts* sums) {
-    dot_grid_once<CODES, SUB>(tile, *codes.grid, 1, x, sums);
+INLINE void dot_words_once(const GridTile<CODES>& tile, const Table&, const WordCodes& codes, const std::int16_t* x,
+                           SixteenInts* sums) {
+    each_grid_operand(tile, *codes.grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
+        add_words(sums[FIRST / SUB], grid_words<0>(low), grid_words<0>(high), two_words(x + FIRST));
+        add_words(sums[SECOND / SUB], grid_words<1>(low), grid_words<1>(high), two_words(x + SECOND));
+    });
 }
 
 #endif
