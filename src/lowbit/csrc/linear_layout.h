@@ -209,6 +209,12 @@ class Walk {
         });
     }
 
+    // Where the codes of the tile after this one are.
+    INLINE const std::uint8_t* following() const {
+        const std::int64_t outer = super_left_ == 0 ? layout_.super_bytes : 0;
+        return at_ + outer + (unit_left_ == 0 ? layout_.headers * (layout_.scale_bytes + layout_.addend_bytes) : 0);
+    }
+
     Sixteen scale[COLUMNS / LEAST_GROUP];
     Sixteen addend[COLUMNS / LEAST_GROUP];
 

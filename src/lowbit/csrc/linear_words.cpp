@@ -2,9 +2,50 @@
 
 #include "linear_kernels.h"
 #include "linear_rounded.h"
+#if defined(LOWBIT_GRID_VECTORS)
+#include <list>
+#include <mutex>
+#endif
 
 namespace lowbit {
 namespace {
+
+// A block's tiles, as decode_words and dot_words_once take them.
+template <Codes CODES>
+struct PlainTiles {
+    PlainTiles(const Walk&, std::int64_t) {}
+    INLINE const std::uint8_t* at(const Walk&, const std::uint8_t* codes) const { return codes; }
+};
+
+#if defined(LOWBIT_GRID_VECTORS)
+
+template <Codes CODES>
+class GridTiles {
+  public:
+    INLINE GridTiles(const Walk& walk, std::int64_t tiles) : left_(tiles) { indices_[left_ % 2].read(walk.following()); }
+
+    // ``codes``: on which the walk stands.
+    INLINE GridTile<CODES> at(const Walk& walk, const std::uint8_t* codes) {
+        const GridIndices<CODES>& own = indices_[left_ % 2];
+        --left_;
+        indices_[left_ % 2].read(left_ > 0 ? walk.following() : codes);
+        return {codes, own};
+    }
+
+  private:
+    std::int64_t left_;
+    GridIndices<CODES> indices_[2];
+};
+
+template <Codes CODES>
+using BlockTiles = std::conditional_t<is_grid(CODES), GridTiles<CODES>, PlainTiles<CODES>>;
+
+#else
+
+template <Codes CODES>
+using BlockTiles = PlainTiles<CODES>;
+
+#endif
 
 template <WordKind KIND, int SUB, Addend ADDEND>
 struct WordStep {
@@ -87,6 +128,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
     }
     for (; tile < layout.tiles; ++tile) add_tiles(tile, std::integral_constant<int, 1>{});
 #else
+    BlockTiles<CODES> tiles(walk, layout.tiles);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         ahead.fetch(codes, tile_bytes(CODES));
@@ -94,7 +136,7 @@ __attribute__((noinline)) void multiply_words_once(const Layout& layout, const s
         SixteenInts sums[PARTS];
         UNROLL
         for (int part = 0; part < PARTS; ++part) sums[part] = ints_set(KIND == WordKind::wide ? 0 : x.bases[span + part]);
-        dot_words_once<CODES, KIND, SUB>(codes, decoding.table, decoding.words, x.at<std::int16_t>(tile, 0), sums);
+        dot_words_once<CODES, KIND, SUB>(tiles.at(walk, codes), decoding.table, decoding.words, x.at<std::int16_t>(tile, 0), sums);
         UNROLL
         for (int part = 0; part < PARTS; ++part) {
             const float x_sum = ADDEND == Addend::none ? 0.0f : x.sums[span + part];
@@ -114,12 +156,13 @@ void multiply_words(const Layout& layout, const std::uint8_t* block, const Decod
     }
     Walk walk(layout, block);
     const Ahead ahead(x.tokens);
+    BlockTiles<CODES> tiles(walk, layout.tiles);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         WordTile w;
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         ahead.fetch(codes, tile_bytes(CODES));
         if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
-        decode_words<CODES, KIND>(codes, decoding.word_table(), decoding.words, w);
+        decode_words<CODES, KIND>(tiles.at(walk, codes), decoding.word_table(), decoding.words, w);
         multiply_tile<KIND, SUB, ADDEND>(w, walk, x, tile, totals);
     }
 }
@@ -164,6 +207,50 @@ INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& ta
     return _mm512_add_epi32(sums[0], sums[1]);
 }
 
+#elif defined(LOWBIT_GRID_VECTORS)
+
+struct PairTables {
+    explicit PairTables(const Decoding& decoding)
+        : grid(*decoding.words.grid), times{decoding.words.times, book_share(decoding.weight->table + 32)} {}
+    const GridVectors& grid;
+    const int times[2];  // 186 at most (LARGEST_OF_PAIR / 11), as an unsigned byte
+};
+
+// each(pair of columns, half of the rows, their numbers).
+template <class Each>
+INLINE void each_pair(const std::uint8_t* tile, const PairTables& tables, const Each& each) {
+    const GridIndices<Codes::e8p> bytes{};
+    const GridTile<Codes::e8p> books[] = {{tile, bytes}, {tile + BOOK_BYTES, bytes}};
+    const auto add = [&](auto index, auto half, __m256i one, __m256i other) __attribute__((always_inline)) {
+        each_constant<2>([&](auto side) __attribute__((always_inline)) {
+            constexpr int SIDE = decltype(side)::value, PAIR = pair_of(decltype(index)::value, SIDE);
+            each(std::integral_constant<int, PAIR>{}, half,
+                 _mm256_add_epi16(grid_words<SIDE>(one, tables.times[0]), grid_words<SIDE>(other, tables.times[1])));
+        });
+    };
+    each_pair_operand(books, tables.grid, add);
+}
+
+template <class Half>
+INLINE __m256i& half_of(SixteenInts& sixteen, Half half) {
+    return half == 0 ? sixteen.low : sixteen.high;
+}
+
+INLINE void decode_pairs(const std::uint8_t* tile, const PairTables& tables, WordTile& w) {
+    each_pair(tile, tables, [&](auto pair, auto half, __m256i both) __attribute__((always_inline)) {
+        half_of(w[pair], half) = both;
+    });
+}
+
+INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& tables, const std::int16_t* x) {
+    SixteenInts sums = ints_set(0);
+    each_pair(tile, tables, [&](auto pair, auto half, __m256i both) __attribute__((always_inline)) {
+        __m256i& sum = half_of(sums, half);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(both, two_words(x + pair * 2)));
+    });
+    return sums;
+}
+
 #else
 
 struct PairTables {
@@ -181,17 +268,10 @@ INLINE void decode_pairs(const std::uint8_t* tile, const PairTables& tables, Wor
     decode_words<Codes::bits4, WordKind::wide>(nibbles, tables.table, tables.first, w);
     expand_grid<Codes::e8p>(tile + BOOK_BYTES, tables.table.behind, nibbles);
     decode_words<Codes::bits4, WordKind::wide>(nibbles, tables.table, tables.second, more);
-#if defined(__AVX2__)
-    for (int pair = 0; pair < PAIRS; ++pair) {
-        w[pair].low = _mm256_add_epi16(w[pair].low, more[pair].low);
-        w[pair].high = _mm256_add_epi16(w[pair].high, more[pair].high);
-    }
-#else
     for (int column = 0; column < COLUMNS; ++column) {
         std::int16_t *const to = w.columns[column], *const from = more.columns[column];
         for (int row = 0; row < ROWS; ++row) to[row] = static_cast<std::int16_t>(to[row] + from[row]);
     }
-#endif
 }
 
 INLINE SixteenInts dot_pairs_once(const std::uint8_t* tile, const PairTables& tables, const std::int16_t* x) {
@@ -368,6 +448,47 @@ RoundFunction rounded_words(const Layout& layout, const WordCodes& codes) {
     if (layout.codes == Codes::e8p) return round_words<Codes::e8p, WordKind::bytes, COLUMNS, Addend::none>;
     if (layout.codes != Codes::words4 || layout.sub == LEAST_GROUP || layout.scales == Scales::none) return nullptr;
     return layout.sub == COLUMNS ? rounded_tables<COLUMNS>(layout.addend) : rounded_tables<COLUMNS / 2>(layout.addend);
+}
+
+#endif
+
+#if defined(LOWBIT_GRID_VECTORS)
+
+const GridVectors* grid_vectors(Codes codes, const int (&values)[32], const std::uint8_t* behind) {
+    struct Made {
+        int bits, numbers;
+        std::int8_t values[16];
+        std::uint8_t words[2 * MOST_GRID_VECTORS];
+        GridVectors grid;
+    };
+    static std::mutex mutex;
+    static std::list<Made>& all = *new std::list<Made>;  // some ten for all of a process, needed to its end
+    const Grid grid = grid_of(codes);
+    const int count = 1 << grid.bits, width = grid.numbers == 8 ? 2 : 4, last = 1 << width;
+    const int side = grid.shifted ? 1 : -1;
+    std::int8_t numbers[16] = {};
+    for (int i = 0; i < last; ++i) numbers[i] = static_cast<std::int8_t>((values[i] + side * values[i + last]) / 2);
+    const auto shift = static_cast<std::int8_t>((values[0] - side * values[last]) / 2);
+
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (const Made& made : all) {
+        const bool same = made.bits == grid.bits && made.numbers == grid.numbers && made.grid.shift == shift &&
+                          std::memcmp(made.values, numbers, sizeof numbers) == 0;
+        if (same && std::memcmp(made.words, behind, static_cast<std::size_t>(2 * count)) == 0) return &made.grid;
+    }
+    Made& made = all.emplace_back();
+    made.bits = grid.bits;
+    made.numbers = grid.numbers;
+    std::memcpy(made.values, numbers, sizeof numbers);
+    std::memcpy(made.words, behind, static_cast<std::size_t>(2 * count));
+    made.grid.shift = shift;
+    for (int vector = 0; vector < count; ++vector) {
+        std::uint8_t* const to = made.grid.vectors + vector * grid.numbers;
+        for (int i = 0; i < grid.numbers; ++i) {
+            to[i] = static_cast<std::uint8_t>(numbers[behind[i % 2 * count + vector] >> i / 2 * width & (last - 1)]);
+        }
+    }
+    return &made.grid;
 }
 
 #endif

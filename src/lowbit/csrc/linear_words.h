@@ -8,6 +8,10 @@
 #pragma once
 
 #include "linear_bytes.h"
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+#define LOWBIT_GRID_VECTORS
+#include "linear_grids_avx2.h"
+#endif
 
 namespace lowbit {
 
@@ -37,6 +41,13 @@ static_assert(static_cast<std::int64_t>(largest_word(WordKind::signs)) * LARGEST
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::wide)) * LARGEST_VALUE * COLUMNS < std::int64_t{1} << 31);
 // A sum of unsigned bytes and base * sum(x), which starts it.
 static_assert(static_cast<std::int64_t>(largest_word(WordKind::line)) * (255 + 256) * COLUMNS < std::int64_t{1} << 31);
+
+#if defined(LOWBIT_GRID_VECTORS)
+// As which of 4 v one of two books' numbers count: of 3/4, and of -1/4, which differ in their sign.
+inline int book_share(const std::uint16_t* table) {
+    return (static_cast<std::int16_t>(table[0]) + static_cast<std::int16_t>(table[4])) / 2;
+}
+#endif
 
 // How a weight's codes become whole numbers: (number + base) * factor.
 struct WordCodes {
@@ -76,7 +87,15 @@ struct WordCodes {
             read(weight.table, 1 << static_cast<int>(grid_of(codes).planes()));
             looked_up = kind != WordKind::none;
         }
+#if defined(LOWBIT_GRID_VECTORS)
+        if (is_grid(codes) && (kind == WordKind::bytes || kind == WordKind::pairs)) take_vectors(weight, codes);
+#endif
     }
+
+#if defined(LOWBIT_GRID_VECTORS)
+    const GridVectors* grid = nullptr;  // whose numbers have signs and no base
+    int times = 1;                      // its numbers are what codes are worth
+#endif
 
 #if defined(LOWBIT_AVX512)
     // ``behind``: of the weight's own.
@@ -91,6 +110,16 @@ struct WordCodes {
     explicit WordCodes(const std::uint16_t* words) { put_words(words); }
 
   private:
+#if defined(LOWBIT_GRID_VECTORS)
+    void take_vectors(const lowbit_weight& weight, Codes codes) {
+        int values[32];
+        for (int i = 0; i < 32; ++i) values[i] = static_cast<std::int16_t>(low[i] | high[i] << 8) + base;
+        if (kind == WordKind::pairs) times = book_share(weight.table);
+        for (int& value : values) value /= times;
+        grid = grid_vectors(codes, values, reinterpret_cast<const std::uint8_t*>(weight.table + 64));
+        base = 0;
+    }
+#endif
     void put_words(const std::uint16_t* words) {
         for (int i = 0; i < 64; ++i) put(i, words[i % 16]);
     }
@@ -336,21 +365,22 @@ INLINE void operand_words(const std::uint8_t* tile, int at, const WordCodes& cod
 }
 
 template <Codes CODES, WordKind KIND>
-INLINE void decode_words(const std::uint8_t* tile, const Table& table, const WordCodes& codes, WordTile& w) {
-    if constexpr (is_grid(CODES)) {
-        constexpr Codes PLANES = grid_of(CODES).planes();
-        alignas(32) std::uint8_t planes[tile_bytes(PLANES)];
-        expand_grid<CODES>(tile, table.behind, planes);
-        decode_words<PLANES, KIND>(planes, table, codes, w);
-        return;
-    } else {
-        each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
-            constexpr int OPERAND = decltype(index)::value;
-            SixteenInts &first = w[pair_of(OPERAND, 0)], &second = w[pair_of(OPERAND, 1)];
-            operand_words<CODES, KIND, OPERAND>(tile, 0, codes, first.low, second.low);
-            operand_words<CODES, KIND, OPERAND>(tile, 32, codes, first.high, second.high);
-        });
-    }
+INLINE void decode_words(const std::uint8_t* tile, const Table&, const WordCodes& codes, WordTile& w) {
+    each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(index)::value;
+        SixteenInts &first = w[pair_of(OPERAND, 0)], &second = w[pair_of(OPERAND, 1)];
+        operand_words<CODES, KIND, OPERAND>(tile, 0, codes, first.low, second.low);
+        operand_words<CODES, KIND, OPERAND>(tile, 32, codes, first.high, second.high);
+    });
+}
+
+template <Codes CODES, WordKind>
+INLINE void decode_words(const GridTile<CODES>& tile, const Table&, const WordCodes& codes, WordTile& w) {
+    each_grid_operand(tile, *codes.grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(index)::value;
+        w[pair_of(OPERAND, 0)] = {grid_words<0>(low), grid_words<0>(high)};
+        w[pair_of(OPERAND, 1)] = {grid_words<1>(low), grid_words<1>(high)};
+    });
 }
 
 INLINE __m256i two_words(const std::int16_t* from) {
@@ -412,15 +442,10 @@ INLINE void dot_wide_once(const std::uint8_t* tile, const WordCodes& codes, cons
 
 // A tile that is multiplied with one token only, from register to register. A sum for each SUB columns.
 template <Codes CODES, WordKind KIND, int SUB>
-INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const WordCodes& codes, const std::int16_t* x,
+INLINE void dot_words_once(const std::uint8_t* tile, const Table&, const WordCodes& codes, const std::int16_t* x,
                            SixteenInts* sums) {
     if constexpr (KIND == WordKind::wide) {
         dot_wide_once<CODES, SUB>(tile, codes, x, sums);
-    } else if constexpr (is_grid(CODES)) {
-        constexpr Codes PLANES = grid_of(CODES).planes();
-        alignas(32) std::uint8_t planes[tile_bytes(PLANES)];
-        expand_grid<CODES>(tile, table.behind, planes);
-        dot_words_once<PLANES, KIND, SUB>(planes, table, codes, x, sums);
     } else each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
         SixteenInts first, second;
@@ -428,6 +453,16 @@ INLINE void dot_words_once(const std::uint8_t* tile, const Table& table, const W
         operand_words<CODES, KIND, OPERAND>(tile, 32, codes, first.high, second.high);
         add_words(sums[FIRST / SUB], first.low, first.high, two_words(x + FIRST));
         add_words(sums[SECOND / SUB], second.low, second.high, two_words(x + SECOND));
+    });
+}
+
+template <Codes CODES, WordKind, int SUB>
+INLINE void dot_words_once(const GridTile<CODES>& tile, const Table&, const WordCodes& codes, const std::int16_t* x,
+                           SixteenInts* sums) {
+    each_grid_operand(tile, *codes.grid, [&](auto index, __m256i low, __m256i high) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(index)::value, FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
+        add_words(sums[FIRST / SUB], grid_words<0>(low), grid_words<0>(high), two_words(x + FIRST));
+        add_words(sums[SECOND / SUB], grid_words<1>(low), grid_words<1>(high), two_words(x + SECOND));
     });
 }
 
