@@ -130,6 +130,72 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
     }
 }
 
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+
+// One token and 8-bit floats that fit float16.
+template <Codes CODES, int SUB, bool X_SCALED>
+INLINE void multiply_byte_floats_once(const Layout& layout, const std::uint8_t* block, const Input& x,
+                                      FaultyRows<CODES>& rows, float* totals) {
+    constexpr int PARTS = COLUMNS / SUB;
+    Walk walk(layout, block);
+    Sixteen total = sixteen_load(totals);
+    const auto add_tiles = [&](std::int64_t tile, auto count) __attribute__((always_inline)) {
+        constexpr int TILES = decltype(count)::value;
+        HalvesTile w[TILES];
+        Sixteen scales[TILES][PARTS], sums[TILES][PARTS];
+        UNROLL
+        for (int i = 0; i < TILES; ++i) {
+            decode_halves<CODES>(walk.next<CODES, SUB, Addend::none>(), rows, w[i]);
+            UNROLL
+            for (int part = 0; part < PARTS; ++part) scales[i][part] = walk.scale[part];
+        }
+        dot_halves<SUB, TILES>(w, x.at<Bfloat16>(tile, 0), sums);
+        UNROLL
+        for (int i = 0; i < TILES * PARTS; ++i) {
+            const float* const x_scale = X_SCALED ? x.scales + tile * PARTS + i : nullptr;
+            const Sixteen scale = scale_of<X_SCALED>(scales[i / PARTS][i % PARTS], x_scale);
+            total = sixteen_fma(scale, sums[i / PARTS][i % PARTS], total);
+        }
+    };
+    std::int64_t tile = 0;
+    for (; tile + 2 <= layout.tiles; tile += 2) add_tiles(tile, std::integral_constant<int, 2>{});
+    if (tile < layout.tiles) add_tiles(tile, std::integral_constant<int, 1>{});
+    sixteen_store(totals, total);
+}
+
+template <Codes CODES, int SUB, bool X_SCALED>
+void multiply_byte_floats(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
+                          float (*totals)[ROWS]) {
+    FaultyRows<CODES> rows;
+    if (x.tokens == 1) {
+        multiply_byte_floats_once<CODES, SUB, X_SCALED>(layout, block, x, rows, totals[0]);
+    } else {
+        Walk walk(layout, block);
+        const Ahead ahead(x.tokens);
+        for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+            BfloatTile w;
+            const std::uint8_t* const codes = walk.next<CODES, SUB, Addend::none>();
+            ahead.fetch(codes, tile_bytes(CODES));
+            if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
+            decode_halves<CODES>(codes, rows, w);
+            multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
+        }
+    }
+    for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], rows.finished(sixteen_load(totals[t])));
+}
+
+#endif
+
+// Codes under scales alone.
+template <Codes CODES, int SUB, bool X_SCALED = false>
+constexpr BlockFunction scaled_block() {
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+    if constexpr (fits_f16(CODES)) return multiply_byte_floats<CODES, SUB, X_SCALED>;
+    else
+#endif
+    return multiply_block<CODES, SUB, Addend::none, true, X_SCALED>;
+}
+
 template <Codes CODES, bool SCALED>
 INLINE void multiply_float_tile(const std::uint8_t* codes, const Sixteen* scales, const Input& x, std::int64_t tile,
                                 float (*totals)[ROWS]) {
@@ -206,7 +272,7 @@ BlockFunction by_sub(const Layout& layout) {
 template <Codes CODES>
 BlockFunction without_addend(const Layout& layout) {
     if (layout.addend != Addend::none) return nullptr;
-    return layout.sub == 16 ? multiply_block<CODES, 16, Addend::none, true> : multiply_block<CODES, 32, Addend::none, true>;
+    return layout.sub == 16 ? scaled_block<CODES, 16>() : scaled_block<CODES, 32>();
 }
 
 }  // namespace
@@ -219,8 +285,7 @@ BlockFunction float_function(const Layout& layout) {
 #if !defined(LOWBIT_AMX)
 template <Codes CODES>
 static BlockFunction scaled_by_sub(const Layout& layout) {
-    return layout.sub == 16 ? multiply_block<CODES, 16, Addend::none, true, true>
-                            : multiply_block<CODES, 32, Addend::none, true, true>;
+    return layout.sub == 16 ? scaled_block<CODES, 16, true>() : scaled_block<CODES, 32, true>();
 }
 #endif
 
@@ -252,7 +317,7 @@ static BlockFunction whole_bytes([[maybe_unused]] const Layout& layout) {
 
 template <Codes CODES>
 static BlockFunction byte_floats_in_eights(const Layout& layout) {
-    return layout.addend == Addend::none ? multiply_block<CODES, LEAST_GROUP, Addend::none, true> : nullptr;
+    return layout.addend == Addend::none ? scaled_block<CODES, LEAST_GROUP>() : nullptr;
 }
 
 BlockFunction exact_function(const Layout& layout) {
