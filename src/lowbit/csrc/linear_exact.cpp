@@ -134,10 +134,11 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
 
 // One token and 8-bit floats that fit float16.
 template <Codes CODES, int SUB, bool X_SCALED>
-INLINE void multiply_byte_floats_once(const Layout& layout, const std::uint8_t* block, const Input& x,
-                                      FaultyRows<CODES>& rows, float* totals) {
+__attribute__((noinline)) void multiply_byte_floats_once(const Layout& layout, const std::uint8_t* block, const Input& x,
+                                                         float* totals) {
     constexpr int PARTS = COLUMNS / SUB;
     Walk walk(layout, block);
+    FaultyRows<CODES> rows;
     Sixteen total = sixteen_load(totals);
     const auto add_tiles = [&](std::int64_t tile, auto count) __attribute__((always_inline)) {
         constexpr int TILES = decltype(count)::value;
@@ -160,26 +161,23 @@ INLINE void multiply_byte_floats_once(const Layout& layout, const std::uint8_t* 
     std::int64_t tile = 0;
     for (; tile + 2 <= layout.tiles; tile += 2) add_tiles(tile, std::integral_constant<int, 2>{});
     if (tile < layout.tiles) add_tiles(tile, std::integral_constant<int, 1>{});
-    sixteen_store(totals, total);
+    sixteen_store(totals, rows.finished(total));
 }
 
 template <Codes CODES, int SUB, bool X_SCALED>
 void multiply_byte_floats(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                           float (*totals)[ROWS]) {
+    if (x.tokens == 1) return multiply_byte_floats_once<CODES, SUB, X_SCALED>(layout, block, x, totals[0]);
+    Walk walk(layout, block);
     FaultyRows<CODES> rows;
-    if (x.tokens == 1) {
-        multiply_byte_floats_once<CODES, SUB, X_SCALED>(layout, block, x, rows, totals[0]);
-    } else {
-        Walk walk(layout, block);
-        const Ahead ahead(x.tokens);
-        for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-            BfloatTile w;
-            const std::uint8_t* const codes = walk.next<CODES, SUB, Addend::none>();
-            ahead.fetch(codes, tile_bytes(CODES));
-            if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
-            decode_halves<CODES>(codes, rows, w);
-            multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
-        }
+    const Ahead ahead(x.tokens);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        BfloatTile w;
+        const std::uint8_t* const codes = walk.next<CODES, SUB, Addend::none>();
+        ahead.fetch(codes, tile_bytes(CODES));
+        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
+        decode_halves<CODES>(codes, rows, w);
+        multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
     }
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], rows.finished(sixteen_load(totals[t])));
 }
