@@ -8,8 +8,8 @@
 namespace lowbit {
 namespace {
 
-template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKENS>
-INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
+template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKENS, class Tile>
+INLINE void multiply_part(const Tile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
                           float (*totals)[ROWS]) {
     Sixteen sums[TOKENS];
     dot<PART * SUB, SUB, TOKENS>(w, x.at<Bfloat16>(tile, token), COLUMNS, sums);
@@ -31,9 +31,9 @@ INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x,
     }
 }
 
-template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED>
+template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED, class Tile>
 struct TileStep {
-    const BfloatTile& w;
+    const Tile& w;
     const Walk& walk;
     const Input& x;
     std::int64_t tile;
@@ -44,10 +44,10 @@ struct TileStep {
     }
 };
 
-template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED>
-TILE_FUNCTION void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile,
+template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED, class Tile>
+TILE_FUNCTION void multiply_tile(const Tile& w, const Walk& walk, const Input& x, std::int64_t tile,
                                  float (*totals)[ROWS]) {
-    for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED, X_SCALED>{w, walk, x, tile, totals});
+    for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED, X_SCALED, Tile>{w, walk, x, tile, totals});
 }
 
 // 16 columns, the HALF-th of a tile's.
@@ -164,6 +164,9 @@ __attribute__((noinline)) void multiply_byte_floats_once(const Layout& layout, c
     sixteen_store(totals, rows.finished(total));
 }
 
+// Tokens that meet float16, converted for TOKEN_STEP of them; for more it is made floats once.
+constexpr int MOST_OF_HALVES = 8;
+
 template <Codes CODES, int SUB, bool X_SCALED>
 void multiply_byte_floats(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
                           float (*totals)[ROWS]) {
@@ -172,12 +175,18 @@ void multiply_byte_floats(const Layout& layout, const std::uint8_t* block, const
     FaultyRows<CODES> rows;
     const Ahead ahead(x.tokens);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        BfloatTile w;
         const std::uint8_t* const codes = walk.next<CODES, SUB, Addend::none>();
         ahead.fetch(codes, tile_bytes(CODES));
         if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
-        decode_halves<CODES>(codes, rows, w);
-        multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
+        if (x.tokens <= MOST_OF_HALVES) {
+            HalvesTile w;
+            decode_halves<CODES>(codes, rows, w);
+            multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
+        } else {
+            BfloatTile w;
+            decode_halves<CODES>(codes, rows, w);
+            multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
+        }
     }
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], rows.finished(sixteen_load(totals[t])));
 }

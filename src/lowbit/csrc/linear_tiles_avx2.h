@@ -177,12 +177,16 @@ INLINE void each_operand_halves(const std::uint8_t* tile, FaultyRows<CODES>& row
 struct HalvesTile {
     alignas(32) std::uint16_t eights[OPERANDS][2][2][2][8];  // of an operand, half of the rows, parity of columns, pair
 
-    INLINE __m256 column(int column, int half) const {
-        const int pair = column / 2;
-        const std::uint16_t* const eight = eights[operand_of(pair)][half][column % 2][side_of(pair)];
-        return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(eight)));
-    }
 };
+template <int COLUMN>
+INLINE Sixteen column_of(const HalvesTile& w) {
+    constexpr int PAIR = COLUMN / 2;
+    const auto eight = [&](int half) __attribute__((always_inline)) {
+        const std::uint16_t* const from = w.eights[operand_of(PAIR)][half][COLUMN % 2][side_of(PAIR)];
+        return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
+    };
+    return {eight(0), eight(1)};
+}
 
 // Through memory, which the compiler would avoid: conversions that read it leave all else its room.
 template <Codes CODES>
@@ -310,16 +314,18 @@ INLINE void decode_floats(const std::uint8_t* tile, FloatTile& w) {
 
 using Bfloat16 = float;  // what x's bfloat16 numbers lie as
 
-template <int FIRST, int COUNT, int TOKENS>
-inline void dot(const BfloatTile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
+template <int FIRST, int COUNT, int TOKENS, class Tile>
+INLINE void dot(const Tile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
+    UNROLL
     for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
-    for (int column = FIRST; column < FIRST + COUNT; ++column) {
-        const Sixteen values = sixteen_load(w.columns[column]);
+    each_constant<COUNT>([&](auto index) __attribute__((always_inline)) {
+        constexpr int COLUMN = FIRST + decltype(index)::value;
+        const Sixteen values = column_of<COLUMN>(w);
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-            sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + column]), sums[t]);
+            sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + COLUMN]), sums[t]);
         }
-    }
+    });
 }
 
 // One token times TILES tiles that follow each other: a sum for each SUB columns. In turns, as a product waits for the one
@@ -333,9 +339,7 @@ INLINE void dot_halves(const HalvesTile (&w)[TILES], const Bfloat16* x, Sixteen 
         UNROLL
         for (int i = 0; i < TILES; ++i) {
             Sixteen& sum = sums[i][COLUMN / SUB];
-            const __m256 number = _mm256_set1_ps(x[i * COLUMNS + COLUMN]);
-            sum.low = _mm256_fmadd_ps(w[i].column(COLUMN, 0), number, sum.low);
-            sum.high = _mm256_fmadd_ps(w[i].column(COLUMN, 1), number, sum.high);
+            sum = sixteen_fma(column_of<COLUMN>(w[i]), sixteen_set(x[i * COLUMNS + COLUMN]), sum);
         }
     });
 }
