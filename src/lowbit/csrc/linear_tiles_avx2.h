@@ -314,8 +314,20 @@ INLINE void decode_floats(const std::uint8_t* tile, FloatTile& w) {
 
 using Bfloat16 = float;  // what x's bfloat16 numbers lie as
 
-template <int FIRST, int COUNT, int TOKENS, class Tile>
-INLINE void dot(const Tile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
+template <int FIRST, int COUNT, int TOKENS>
+inline void dot(const BfloatTile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
+    for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
+    for (int column = FIRST; column < FIRST + COUNT; ++column) {
+        const Sixteen values = sixteen_load(w.columns[column]);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + column]), sums[t]);
+        }
+    }
+}
+
+template <int FIRST, int COUNT, int TOKENS>
+INLINE void dot(const HalvesTile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
     UNROLL
     for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
     each_constant<COUNT>([&](auto index) __attribute__((always_inline)) {
