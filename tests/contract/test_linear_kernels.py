@@ -1048,6 +1048,29 @@ def test_kernels_of_codebooks_and_trellises_say_why_they_refuse(
     assert reason is None if words is None else reason is not None and words in reason
 
 
+@needs_native
+@pytest.mark.parametrize("group", [0, 32, 16, 8])
+@pytest.mark.parametrize("name", ["e4m3", "e5m2", "e4m3fnuz", "e5m2fnuz"])
+def test_every_8_bit_float_is_exact(name: str, group: int) -> None:
+    """One code in each row, all others zero: no other row sees NaN, and subnormal numbers have all bits."""
+    weight = canonical(name, group, "bf16", shape=(256, 96))  # 3 tiles
+    rows = torch.arange(256)
+    columns = rows * 7 % 96
+    codes = torch.zeros_like(weight.codes)
+    codes[rows, columns] = rows.to(torch.uint8)
+    generator = torch.Generator().manual_seed(group)
+    powers = torch.randint(-9, 9, weight.scales[0].shape, generator=generator).float().exp2()
+    weight = replace(weight, codes=codes, scales=(powers.to(torch.bfloat16),))
+    kernel = CpuBlocks()
+    packed = kernel.pack(weight, CPU)
+    x = torch.randint(-20, 20, (13, 96), generator=generator).float().exp2()
+    exact = weight.dequantize()[rows, columns] * x[:, columns]
+    assert exact.isnan().any() and (exact.isinf().any() or name != "e5m2")
+    for tokens in (1, 2, 8, 9, 13):
+        found = kernel.linear(x[:tokens], packed)
+        torch.testing.assert_close(found, exact[:tokens], rtol=0, atol=0, equal_nan=True)
+
+
 def ends_its_own_row(packed: PackedWeight, columns: tuple[int, ...]) -> None:
     """A number of x that is none, in one of these columns."""
     x = torch.randn(9, packed.shape[1], generator=torch.Generator().manual_seed(4))

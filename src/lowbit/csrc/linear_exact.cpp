@@ -8,8 +8,8 @@
 namespace lowbit {
 namespace {
 
-template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKENS>
-INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
+template <int SUB, int PART, Addend ADDEND, bool SCALED, bool X_SCALED, int TOKENS, class Tile>
+INLINE void multiply_part(const Tile& w, const Walk& walk, const Input& x, std::int64_t tile, int token,
                           float (*totals)[ROWS]) {
     Sixteen sums[TOKENS];
     dot<PART * SUB, SUB, TOKENS>(w, x.at<Bfloat16>(tile, token), COLUMNS, sums);
@@ -31,9 +31,9 @@ INLINE void multiply_part(const BfloatTile& w, const Walk& walk, const Input& x,
     }
 }
 
-template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED>
+template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED, class Tile>
 struct TileStep {
-    const BfloatTile& w;
+    const Tile& w;
     const Walk& walk;
     const Input& x;
     std::int64_t tile;
@@ -44,10 +44,27 @@ struct TileStep {
     }
 };
 
-template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED>
-TILE_FUNCTION void multiply_tile(const BfloatTile& w, const Walk& walk, const Input& x, std::int64_t tile,
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+// As for_tokens, and 6 at a time where there are many: sums of 6, a column and a number of x are 15 of 16 registers.
+template <class Step>
+INLINE void for_float_tokens(int tokens, const Step& step) {
+    int token = 0;
+    for (; tokens - token >= 6 && tokens - token != 8; token += 6) step.template operator()<6>(token);
+    for (; tokens - token >= 4; token += 4) step.template operator()<4>(token);
+    if (tokens - token >= 2) step.template operator()<2>(token), token += 2;
+    if (token < tokens) step.template operator()<1>(token);
+}
+#else
+template <class Step>
+INLINE void for_float_tokens(int tokens, const Step& step) {
+    for_tokens(tokens, step);
+}
+#endif
+
+template <int SUB, Addend ADDEND, bool SCALED, bool X_SCALED, class Tile>
+TILE_FUNCTION void multiply_tile(const Tile& w, const Walk& walk, const Input& x, std::int64_t tile,
                                  float (*totals)[ROWS]) {
-    for_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED, X_SCALED>{w, walk, x, tile, totals});
+    for_float_tokens(x.tokens, TileStep<SUB, ADDEND, SCALED, X_SCALED, Tile>{w, walk, x, tile, totals});
 }
 
 // 16 columns, the HALF-th of a tile's.
@@ -128,6 +145,79 @@ void multiply_block(const Layout& layout, const std::uint8_t* block, const Decod
         decode<CODES>(codes, decoding.table, w);
         multiply_tile<SUB, ADDEND, SCALED, X_SCALED>(w, walk, x, tile, totals);
     }
+}
+
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+
+// One token and 8-bit floats that fit float16.
+template <Codes CODES, int SUB, bool X_SCALED>
+__attribute__((noinline)) void multiply_byte_floats_once(const Layout& layout, const std::uint8_t* block, const Input& x,
+                                                         float* totals) {
+    constexpr int PARTS = COLUMNS / SUB;
+    Walk walk(layout, block);
+    FaultyRows<CODES> rows;
+    Sixteen total = sixteen_load(totals);
+    const auto add_tiles = [&](std::int64_t tile, auto count) __attribute__((always_inline)) {
+        constexpr int TILES = decltype(count)::value;
+        HalvesTile w[TILES];
+        Sixteen scales[TILES][PARTS], sums[TILES][PARTS];
+        UNROLL
+        for (int i = 0; i < TILES; ++i) {
+            decode_halves<CODES>(walk.next<CODES, SUB, Addend::none>(), rows, w[i]);
+            UNROLL
+            for (int part = 0; part < PARTS; ++part) scales[i][part] = walk.scale[part];
+        }
+        dot_halves<SUB, TILES>(w, x.at<Bfloat16>(tile, 0), sums);
+        UNROLL
+        for (int i = 0; i < TILES * PARTS; ++i) {
+            const float* const x_scale = X_SCALED ? x.scales + tile * PARTS + i : nullptr;
+            const Sixteen scale = scale_of<X_SCALED>(scales[i / PARTS][i % PARTS], x_scale);
+            total = sixteen_fma(scale, sums[i / PARTS][i % PARTS], total);
+        }
+    };
+    std::int64_t tile = 0;
+    for (; tile + 2 <= layout.tiles; tile += 2) add_tiles(tile, std::integral_constant<int, 2>{});
+    if (tile < layout.tiles) add_tiles(tile, std::integral_constant<int, 1>{});
+    sixteen_store(totals, rows.finished(total));
+}
+
+// Tokens that meet float16, converted for TOKEN_STEP of them; for more it is made floats once.
+constexpr int MOST_OF_HALVES = 8;
+
+template <Codes CODES, int SUB, bool X_SCALED>
+void multiply_byte_floats(const Layout& layout, const std::uint8_t* block, const Decoding&, const Input& x,
+                          float (*totals)[ROWS]) {
+    if (x.tokens == 1) return multiply_byte_floats_once<CODES, SUB, X_SCALED>(layout, block, x, totals[0]);
+    Walk walk(layout, block);
+    FaultyRows<CODES> rows;
+    const Ahead ahead(x.tokens);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        const std::uint8_t* const codes = walk.next<CODES, SUB, Addend::none>();
+        ahead.fetch(codes, tile_bytes(CODES));
+        if (x.tokens >= FETCHING_TOKENS) fetch_results(x, tile, layout.tiles);
+        if (x.tokens <= MOST_OF_HALVES) {
+            HalvesTile w;
+            decode_halves<CODES>(codes, rows, w);
+            multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
+        } else {
+            BfloatTile w;
+            decode_halves<CODES>(codes, rows, w);
+            multiply_tile<SUB, Addend::none, true, X_SCALED>(w, walk, x, tile, totals);
+        }
+    }
+    for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], rows.finished(sixteen_load(totals[t])));
+}
+
+#endif
+
+// Codes under scales alone.
+template <Codes CODES, int SUB, bool X_SCALED = false>
+constexpr BlockFunction scaled_block() {
+#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
+    if constexpr (fits_f16(CODES)) return multiply_byte_floats<CODES, SUB, X_SCALED>;
+    else
+#endif
+    return multiply_block<CODES, SUB, Addend::none, true, X_SCALED>;
 }
 
 template <Codes CODES, bool SCALED>
@@ -214,7 +304,7 @@ BlockFunction by_sub(const Layout& layout) {
 template <Codes CODES>
 BlockFunction without_addend(const Layout& layout) {
     if (layout.addend != Addend::none) return nullptr;
-    return layout.sub == 16 ? multiply_block<CODES, 16, Addend::none, true> : multiply_block<CODES, 32, Addend::none, true>;
+    return layout.sub == 16 ? scaled_block<CODES, 16>() : scaled_block<CODES, 32>();
 }
 
 }  // namespace
@@ -227,8 +317,7 @@ BlockFunction float_function(const Layout& layout) {
 #if !defined(LOWBIT_AMX)
 template <Codes CODES>
 static BlockFunction scaled_by_sub(const Layout& layout) {
-    return layout.sub == 16 ? multiply_block<CODES, 16, Addend::none, true, true>
-                            : multiply_block<CODES, 32, Addend::none, true, true>;
+    return layout.sub == 16 ? scaled_block<CODES, 16, true>() : scaled_block<CODES, 32, true>();
 }
 #endif
 
@@ -260,7 +349,7 @@ static BlockFunction whole_bytes([[maybe_unused]] const Layout& layout) {
 
 template <Codes CODES>
 static BlockFunction byte_floats_in_eights(const Layout& layout) {
-    return layout.addend == Addend::none ? multiply_block<CODES, LEAST_GROUP, Addend::none, true> : nullptr;
+    return layout.addend == Addend::none ? scaled_block<CODES, LEAST_GROUP>() : nullptr;
 }
 
 BlockFunction exact_function(const Layout& layout) {

@@ -76,39 +76,28 @@ inline __m256 eight_int8(const std::uint8_t* from) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 inline Sixteen sixteen_int8(const std::uint8_t* from) { return {eight_int8(from), eight_int8(from + 8)}; }
-// FP8 in 32-bit lanes -> floats, subnormals included.
-template <Codes CODES>
-inline __m256 eight_byte_floats(__m256i codes) {
-    const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi32(0x7f));
+// e5m2fnuz in 32-bit lanes -> floats, subnormals included.
+inline __m256 eight_e5m2fnuz(__m256i codes) {
+    constexpr Codes CODES = Codes::e5m2fnuz;
+    const __m256i magnitude = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x7f)), magnitude_shift(CODES));
     const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(0x80)), 24);
-    __m256i special;  // bits beside those of the value, which are an infinity's or a NaN's then
-    if constexpr (CODES == Codes::e4m3) {
-        special = _mm256_and_si256(_mm256_cmpeq_epi32(low, _mm256_set1_epi32(0x7f)), _mm256_set1_epi32(0x7fc00000));
-    } else if constexpr (CODES == Codes::e5m2) {
-        const __m256i nan = _mm256_and_si256(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7c)), _mm256_set1_epi32(0x400000));
-        const __m256i top = _mm256_and_si256(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7b)), _mm256_set1_epi32(0x7f800000));
-        special = _mm256_or_si256(nan, top);
-    } else {
-        special = _mm256_and_si256(_mm256_cmpeq_epi32(codes, _mm256_set1_epi32(0x80)), _mm256_set1_epi32(0x7fc00000));
-    }
-    const __m256i placed = _mm256_slli_epi32(low, magnitude_shift(CODES));
-    __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(placed), _mm256_set1_ps(magnitude_factor(CODES)));
-    // 1.0 … 1.75 times 2^16: their mantissa would make an infinity a NaN.
-    if constexpr (CODES == Codes::e5m2) {
-        value = _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(low, _mm256_set1_epi32(0x7b))), value);
-    }
-    return _mm256_castsi256_ps(_mm256_or_si256(_mm256_or_si256(_mm256_castps_si256(value), sign), special));
+    const __m256i faulty = _mm256_cmpeq_epi32(codes, _mm256_set1_epi32(0x80));  // all bits: NaN
+    const __m256 value = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(magnitude_factor(CODES)));
+    return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_or_si256(sign, faulty)));
 }
-inline __m256 eight_e4m3(__m256i codes) { return eight_byte_floats<Codes::e4m3>(codes); }
 // Sixteen whole numbers of 4 bits: the low halves of 8 bytes, then the high ones.
 inline Sixteen sixteen_nibbles(const std::uint8_t* from) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)), mask = _mm_set1_epi8(15);
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(bytes, mask))),
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask)))};
 }
+// Scales: never NaN. Through float16, as 8-bit floats that are weights (below).
 inline Sixteen sixteen_e4m3(const std::uint8_t* from) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return {eight_e4m3(_mm256_cvtepu8_epi32(bytes)), eight_e4m3(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+    const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xBFFF)));
+    const __m256 factor = _mm256_set1_ps(0x1p8f);
+    return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), factor),
+            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)), factor)};
 }
 
 struct BfloatTile {
@@ -121,6 +110,109 @@ struct FloatTile {
 template <int COLUMN>
 INLINE Sixteen column_of(const BfloatTile& w) {
     return sixteen_load(w.columns[COLUMN]);
+}
+
+// 8-bit floats that are float16 numbers but for a power of two: bits only move, and the conversion of float16 takes
+// subnormal numbers at its usual speed, which as operands of float32 products cost some processors 150 cycles. The power
+// is left to the totals. What is NaN becomes a number, and the rows that have one are remembered instead.
+constexpr bool fits_f16(Codes codes) { return is_byte_float(codes) && codes != Codes::e5m2fnuz; }
+constexpr float f16_factor(Codes codes) { return codes == Codes::e4m3 ? 0x1p8f : codes == Codes::e4m3fnuz ? 0x1p7f : 1.0f; }
+
+// Rows that are NaN whatever they are multiplied with: codes of a block as far as it was read, two for a row.
+template <Codes CODES>
+class FaultyRows {
+  public:
+    // Eight rows' pairs of codes, twice.
+    INLINE void look(int half, __m256i codes) {
+        __m256i& seen = seen_[half];
+        if constexpr (CODES == Codes::e4m3) seen = _mm256_max_epu8(seen, _mm256_and_si256(codes, _mm256_set1_epi8(0x7f)));
+        if constexpr (CODES == Codes::e4m3fnuz) seen = _mm256_min_epi8(seen, codes);  // signed: -128
+    }
+    // What totals in units of the codes' float16 numbers are worth.
+    INLINE Sixteen finished(Sixteen total) const {
+        total = sixteen_multiply(total, sixteen_set(f16_factor(CODES)));
+        return {_mm256_or_ps(total.low, faulty(0)), _mm256_or_ps(total.high, faulty(1))};
+    }
+
+  private:
+    // All bits of those among eight rows.
+    INLINE __m256 faulty(int half) const {
+        if constexpr (CODES == Codes::e5m2) return _mm256_setzero_ps();
+        const __m256i nan = _mm256_set1_epi8(static_cast<char>(CODES == Codes::e4m3 ? 0x7f : 0x80));
+        const __m256i found = _mm256_cmpeq_epi8(seen_[half], nan);
+        const __m128i either = _mm_or_si128(_mm256_castsi256_si128(found), _mm256_extracti128_si256(found, 1));
+        const __m256i sound = _mm256_cvtepi16_epi32(_mm_cmpeq_epi16(either, _mm_setzero_si128()));
+        return _mm256_castsi256_ps(_mm256_xor_si256(sound, _mm256_set1_epi32(-1)));
+    }
+
+    __m256i seen_[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+};
+
+// An operand's columns as float16, 8 rows: of each pair the even ones (then the odd ones), the first pair's in the lower half.
+template <Codes CODES, int OPERAND>
+INLINE void operand_halves(const std::uint8_t* tile, int half, FaultyRows<CODES>& rows, __m256i& even, __m256i& odd) {
+    const auto* const from = reinterpret_cast<const __m256i*>(tile + OPERAND * 64 + half * 32);
+    const __m256i codes = _mm256_permute4x64_epi64(_mm256_loadu_si256(from), 0xD8);
+    rows.look(half, codes);
+    if constexpr (CODES == Codes::e5m2) {
+        even = _mm256_slli_epi16(codes, 8);
+        odd = _mm256_and_si256(codes, _mm256_set1_epi16(static_cast<short>(0xff00)));
+    } else {  // 128 times a signed byte is the sign, the sign, and the other bits
+        const __m256i bits = _mm256_set1_epi16(static_cast<short>(0xBFFF));
+        even = _mm256_and_si256(_mm256_maddubs_epi16(_mm256_set1_epi16(0x0080), codes), bits);
+        odd = _mm256_and_si256(_mm256_maddubs_epi16(_mm256_set1_epi16(static_cast<short>(0x8000)), codes), bits);
+    }
+}
+
+// each(operand, half of the rows, even columns, odd columns) as operand_halves has them.
+template <Codes CODES, class Each>
+INLINE void each_operand_halves(const std::uint8_t* tile, FaultyRows<CODES>& rows, const Each& each) {
+    each_constant<OPERANDS>([&](auto operand) __attribute__((always_inline)) {
+        each_constant<2>([&](auto half) __attribute__((always_inline)) {
+            __m256i even, odd;
+            operand_halves<CODES, decltype(operand)::value>(tile, decltype(half)::value, rows, even, odd);
+            each(operand, half, even, odd);
+        });
+    });
+}
+
+// A tile of float16: 8 rows lie together.
+struct HalvesTile {
+    alignas(32) std::uint16_t eights[OPERANDS][2][2][2][8];  // of an operand, half of the rows, parity of columns, pair
+
+};
+template <int COLUMN>
+INLINE Sixteen column_of(const HalvesTile& w) {
+    constexpr int PAIR = COLUMN / 2;
+    const auto eight = [&](int half) __attribute__((always_inline)) {
+        const std::uint16_t* const from = w.eights[operand_of(PAIR)][half][COLUMN % 2][side_of(PAIR)];
+        return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
+    };
+    return {eight(0), eight(1)};
+}
+
+// Through memory, which the compiler would avoid: conversions that read it leave all else its room.
+template <Codes CODES>
+INLINE void decode_halves(const std::uint8_t* tile, FaultyRows<CODES>& rows, HalvesTile& w) {
+    each_operand_halves<CODES>(tile, rows, [&](auto operand, auto half, __m256i even, __m256i odd) __attribute__((always_inline)) {
+        auto* const to = reinterpret_cast<__m256i*>(w.eights[decltype(operand)::value][decltype(half)::value]);
+        _mm256_store_si256(to, even);
+        _mm256_store_si256(to + 1, odd);
+    });
+    asm volatile("" : "+m"(w));
+}
+
+// Floats in units of f16_factor.
+template <Codes CODES>
+__attribute__((noinline)) void decode_halves(const std::uint8_t* tile, FaultyRows<CODES>& rows, BfloatTile& w) {
+    each_operand_halves<CODES>(tile, rows, [&](auto operand, auto half, __m256i even, __m256i odd) __attribute__((always_inline)) {
+        constexpr int OPERAND = decltype(operand)::value, ROW = decltype(half)::value * 8;
+        constexpr int FIRST = 2 * pair_of(OPERAND, 0), SECOND = 2 * pair_of(OPERAND, 1);
+        _mm256_store_ps(&w.columns[FIRST][ROW], _mm256_cvtph_ps(_mm256_castsi256_si128(even)));
+        _mm256_store_ps(&w.columns[SECOND][ROW], _mm256_cvtph_ps(_mm256_extracti128_si256(even, 1)));
+        _mm256_store_ps(&w.columns[FIRST + 1][ROW], _mm256_cvtph_ps(_mm256_castsi256_si128(odd)));
+        _mm256_store_ps(&w.columns[SECOND + 1][ROW], _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)));
+    });
 }
 
 // The codes of an operand and 8 rows, a byte each: of a row the first pair's even column, the second's, and their odd
@@ -153,8 +245,9 @@ INLINE __m256 byte_values(__m256i codes, const Table& table) {
     __m256i code = codes;
     if constexpr (BYTE < 3) code = _mm256_and_si256(_mm256_srli_epi32(codes, BYTE * 8), _mm256_set1_epi32(0xff));
     if constexpr (BYTE == 3) code = _mm256_srli_epi32(codes, 24);
-    if constexpr (is_byte_float(CODES)) {
-        return eight_byte_floats<CODES>(code);
+    static_assert(!fits_f16(CODES));
+    if constexpr (CODES == Codes::e5m2fnuz) {
+        return eight_e5m2fnuz(code);
     } else if constexpr (is_byte(CODES)) {
         return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(CODES == Codes::int8 ? 128 : 0)));
     } else {
@@ -237,6 +330,36 @@ inline void dot(const BfloatTile& w, const Bfloat16* x, std::int64_t stride, Six
             sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + column]), sums[t]);
         }
     }
+}
+
+template <int FIRST, int COUNT, int TOKENS>
+INLINE void dot(const HalvesTile& w, const Bfloat16* x, std::int64_t stride, Sixteen* sums) {
+    UNROLL
+    for (int t = 0; t < TOKENS; ++t) sums[t] = sixteen_zeros();
+    each_constant<COUNT>([&](auto index) __attribute__((always_inline)) {
+        constexpr int COLUMN = FIRST + decltype(index)::value;
+        const Sixteen values = column_of<COLUMN>(w);
+        UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+            sums[t] = sixteen_fma(values, sixteen_set(x[t * stride + COLUMN]), sums[t]);
+        }
+    });
+}
+
+// One token times TILES tiles that follow each other: a sum for each SUB columns. In turns, as a product waits for the one
+// before.
+template <int SUB, int TILES>
+INLINE void dot_halves(const HalvesTile (&w)[TILES], const Bfloat16* x, Sixteen (&sums)[TILES][COLUMNS / SUB]) {
+    UNROLL
+    for (int i = 0; i < TILES * (COLUMNS / SUB); ++i) sums[i / (COLUMNS / SUB)][i % (COLUMNS / SUB)] = sixteen_zeros();
+    each_constant<COLUMNS>([&](auto index) __attribute__((always_inline)) {
+        constexpr int COLUMN = decltype(index)::value;
+        UNROLL
+        for (int i = 0; i < TILES; ++i) {
+            Sixteen& sum = sums[i][COLUMN / SUB];
+            sum = sixteen_fma(column_of<COLUMN>(w[i]), sixteen_set(x[i * COLUMNS + COLUMN]), sum);
+        }
+    });
 }
 
 template <int TOKENS>
