@@ -181,7 +181,7 @@ __attribute__((noinline)) void multiply_byte_floats_once(const Layout& layout, c
     sixteen_store(totals, rows.finished(total));
 }
 
-// Tokens that meet float16, converted for TOKEN_STEP of them; for more it is made floats once.
+// So many tokens meet float16, which is converted for each few of them; for more it is made floats once.
 constexpr int MOST_OF_HALVES = 8;
 
 template <Codes CODES, int SUB, bool X_SCALED>

@@ -98,9 +98,20 @@ void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& 
 // of a step share.
 using Decode = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
 
+template <Codes CODES>
+void decode_numbers(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
+    if constexpr (fits_f16(CODES)) {
+        FaultyRows<CODES> rows;
+        decode_halves(tile, rows, w);
+        for (float(&column)[ROWS] : w.columns) sixteen_store(column, rows.finished(sixteen_load(column)));
+    } else {
+        decode<CODES>(tile, table, w);
+    }
+}
+
 // Null for codes that are no numbers by themselves.
 Decode decode_function(Codes codes) {
-    return of_exact_codes<Decode>(codes, [](auto constant) -> Decode { return decode<decltype(constant)::value>; });
+    return of_exact_codes<Decode>(codes, [](auto constant) -> Decode { return decode_numbers<decltype(constant)::value>; });
 }
 
 template <Addend ADDEND>

@@ -266,7 +266,7 @@ void multiply_row_vectors(const Layout& layout, const std::uint8_t* block, const
     }
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 template <int STRIDE, int MAIN, int SECOND>
 void round_row_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
@@ -275,8 +275,19 @@ void round_row_vectors(const Layout& layout, const std::uint8_t* block, const De
     have_near(decoding.vectors, vectors.table_bytes(), vectors.indices(layout.blocks * layout.tiles));
     alignas(64) std::int32_t lanes[ROWS];
     for (int row = 0; row < ROWS; ++row) lanes[row] = row < layout.height ? vectors.lane(row) : 0;
+#if defined(LOWBIT_AVX512)
     const __m512i order = _mm512_load_si512(lanes);
     const auto in_rows = [&](__m512i both) __attribute__((always_inline)) { return _mm512_permutexvar_epi32(order, both); };
+#else
+    const bool ordered = vectors.length == STRIDE;
+    const auto in_rows = [&](SixteenInts both) __attribute__((always_inline)) {
+        if (ordered) return both;
+        alignas(32) std::int32_t from[ROWS], to[ROWS];
+        ints_store(from, both);
+        for (int row = 0; row < ROWS; ++row) to[row] = from[lanes[row]];
+        return ints_load(to);
+    };
+#endif
     const Turns turns;
     const Sixteen one = sixteen_set(1.0f);
     PanelWriter writer(panel);
@@ -335,7 +346,7 @@ BlockFunction row_vector_function(const Layout& layout) {
     }
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 RoundFunction rounded_row_vectors(const Layout& layout) {
     const RowVectors vectors(*layout.row_vectors);

@@ -179,8 +179,8 @@ INLINE void each_operand_halves(const std::uint8_t* tile, FaultyRows<CODES>& row
 // A tile of float16: 8 rows lie together.
 struct HalvesTile {
     alignas(32) std::uint16_t eights[OPERANDS][2][2][2][8];  // of an operand, half of the rows, parity of columns, pair
-
 };
+
 template <int COLUMN>
 INLINE Sixteen column_of(const HalvesTile& w) {
     constexpr int PAIR = COLUMN / 2;

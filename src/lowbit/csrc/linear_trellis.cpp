@@ -299,7 +299,7 @@ void multiply_trellis(const Layout& layout, const std::uint8_t* block, const Dec
     for (int t = 0; t < x.tokens; ++t) sixteen_store(totals[t], finished(layout, sixteen_load(totals[t])));
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 using TrellisDecoder = void (*)(const std::uint8_t*, WordTile&);
 
@@ -330,8 +330,12 @@ void round_trellis(const Layout& layout, const std::uint8_t* block, const Decodi
     const TrellisDecoder decode = decoder_of(trellis_of(layout.codes));
     const std::int64_t bytes = tile_bytes(layout.codes);
     const Sixteen factor = sixteen_set(layout.factor);
-    const auto in_rows = [](__m512i both) __attribute__((always_inline)) {
+    const auto in_rows = [](SixteenInts both) __attribute__((always_inline)) {
+#if defined(LOWBIT_AVX512)
         return _mm512_castps_si512(by_row(_mm512_castsi512_ps(both)));
+#else
+        return both;
+#endif
     };
     PanelWriter writer(panel);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
@@ -360,7 +364,7 @@ BlockFunction by_bits(int bits) {
 
 }  // namespace
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 RoundFunction rounded_trellis(const Layout&) { return round_trellis; }
 #endif
 

@@ -302,7 +302,7 @@ void multiply_vectors(const Layout& layout, const std::uint8_t* block, const Dec
     });
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 template <int BYTES, int LENGTH>
 void round_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
@@ -333,6 +333,10 @@ RoundFunction rounded_by_length(int length) {
         default: return nullptr;
     }
 }
+
+#endif
+
+#if defined(LOWBIT_AVX512)
 
 // Whole products of 256 vectors with some columns of one token, as four planes of bytes: what 64 rows look up at once.
 constexpr int VECTORS_OF_BYTE = 256;
@@ -540,7 +544,7 @@ BlockFunction vector_function(const Layout& layout) {
     return vectors.index_bytes() == 1 ? by_length<1>(vectors.length) : by_length<2>(vectors.length);
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX2__)
 
 RoundFunction rounded_vectors(const Layout& layout) {
     const Vectors vectors = vectors_of(layout.codes);

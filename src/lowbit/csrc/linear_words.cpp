@@ -440,11 +440,9 @@ RoundFunction rounded_tables(Addend addend) {
 
 RoundFunction rounded_words(const Layout& layout, const WordCodes& codes) {
     if (codes.kind == WordKind::pairs) return round_pairs;
-#if defined(LOWBIT_AVX512)
     if (codes.kind == WordKind::trellis) return rounded_trellis(layout);
     if (layout.codes == Codes::row_vectors) return rounded_row_vectors(layout);
     if (is_vectors(layout.codes)) return rounded_vectors(layout);
-#endif
     if (layout.codes == Codes::e8p) return round_words<Codes::e8p, WordKind::bytes, COLUMNS, Addend::none>;
     if (layout.codes != Codes::words4 || layout.sub == LEAST_GROUP || layout.scales == Scales::none) return nullptr;
     return layout.sub == COLUMNS ? rounded_tables<COLUMNS>(layout.addend) : rounded_tables<COLUMNS / 2>(layout.addend);

@@ -55,7 +55,7 @@ struct WordCodes {
     int base = 0;
     float factor = 1.0f;
     alignas(64) std::uint8_t low[64], high[64];  // of what is looked up; short tables repeat
-    int times = 1;           // signs: of the second table
+    int times = 1;           // signs: of the second table; grids: their vectors' numbers are what codes are worth
     bool looked_up = false;  // AVX-512: there, and not in the weight's own table
 
     explicit WordCodes(const lowbit_weight& weight) {
@@ -94,7 +94,6 @@ struct WordCodes {
 
 #if defined(LOWBIT_GRID_VECTORS)
     const GridVectors* grid = nullptr;  // whose numbers have signs and no base
-    int times = 1;                      // its numbers are what codes are worth
 #endif
 
 #if defined(LOWBIT_AVX512)
