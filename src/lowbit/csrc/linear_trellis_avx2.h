@@ -115,7 +115,9 @@ INLINE void each_pair(const std::uint8_t* tile, const Each& each) {
 
 template <TrellisBook BOOK, int BITS>
 __attribute__((noinline)) void decode_trellis(const std::uint8_t* tile, WordTile& w) {
-    each_pair<BOOK, BITS>(tile, [&](auto pair, SixteenInts both) __attribute__((always_inline)) { w[decltype(pair)::value] = both; });
+    each_pair<BOOK, BITS>(tile, [&](auto pair, SixteenInts both) __attribute__((always_inline)) {
+        w[decltype(pair)::value] = both;
+    });
 }
 
 template <TrellisBook BOOK, int BITS>
