@@ -105,8 +105,11 @@ INLINE void each_short(const std::uint8_t* tile, const std::int16_t* table, cons
 
 template <int LENGTH>
 INLINE void decode_short(const std::uint8_t* tile, const std::int16_t* table, WordTile& w) {
-    each_short<LENGTH>(tile, table, [&](int vector, int half, const __m256i (&words)[LENGTH / 2]) __attribute__((always_inline)) {
-        const auto put = [&](int pair, __m256i rows) __attribute__((always_inline)) { (half == 0 ? w[pair].low : w[pair].high) = rows; };
+    using Words = const __m256i (&)[LENGTH / 2];
+    each_short<LENGTH>(tile, table, [&](int vector, int half, Words words) __attribute__((always_inline)) {
+        const auto put = [&](int pair, __m256i rows) __attribute__((always_inline)) {
+            (half == 0 ? w[pair].low : w[pair].high) = rows;
+        };
         if constexpr (LENGTH == 2) {
             put(vector, words[0]);
         } else {
@@ -117,18 +120,20 @@ INLINE void decode_short(const std::uint8_t* tile, const std::int16_t* table, Wo
     });
 }
 
-// One token times a tile, from register to register.
+// One token times a tile, from register to register. Both pairs of vectors of 4 columns have sums of their own.
 template <int LENGTH>
 INLINE SixteenInts dot_short_once(const std::uint8_t* tile, const std::int16_t* table, const std::int16_t* x) {
     __m256i sums[2][LENGTH / 2];
     UNROLL
-    for (int i = 0; i < LENGTH; ++i) sums[i / (LENGTH / 2)][i % (LENGTH / 2)] = _mm256_setzero_si256();
-    each_short<LENGTH>(tile, table, [&](int vector, int half, const __m256i (&words)[LENGTH / 2]) __attribute__((always_inline)) {
+    for (int i = 0; i < LENGTH / 2; ++i) sums[0][i] = sums[1][i] = _mm256_setzero_si256();
+    using Words = const __m256i (&)[LENGTH / 2];
+    each_short<LENGTH>(tile, table, [&](int vector, int half, Words words) __attribute__((always_inline)) {
         std::int64_t columns = 0;
         std::memcpy(&columns, x + vector * LENGTH, LENGTH * sizeof *x);
-        const __m256i both = LENGTH == 2 ? _mm256_set1_epi32(static_cast<std::int32_t>(columns)) : _mm256_set1_epi64x(columns);
+        const auto pair = static_cast<std::int32_t>(columns);
+        const __m256i all = LENGTH == 2 ? _mm256_set1_epi32(pair) : _mm256_set1_epi64x(columns);
         UNROLL
-        for (int i = 0; i < LENGTH / 2; ++i) add_words(sums[half][i], words[i], both);
+        for (int i = 0; i < LENGTH / 2; ++i) add_words(sums[half][i], words[i], all);
     });
     if constexpr (LENGTH == 2) return {sums[0][0], sums[1][0]};
     else return {_mm256_hadd_epi32(sums[0][0], sums[0][1]), _mm256_hadd_epi32(sums[1][0], sums[1][1])};

@@ -126,6 +126,7 @@ struct WordCodes {
         low[i] = static_cast<std::uint8_t>(value);
         high[i] = static_cast<std::uint8_t>(value >> 8);
     }
+
 #if defined(__AVX2__) && !defined(LOWBIT_AVX512)
     // Of 64 numbers whose second half is the first one's, negative.
     void read_signs(const std::uint16_t* bfloats) {
@@ -157,6 +158,7 @@ struct WordCodes {
         return true;
     }
 #endif
+
     void read(const std::uint16_t* bfloats, int count) {
         float values[64] = {};
         for (int i = 0; i < count; ++i) values[i] = bfloat_to_float(bfloats[i]);
@@ -319,15 +321,16 @@ INLINE void operand_signs(const std::uint8_t* tile, int at, const WordCodes& cod
     const __m256i two = words_of(TWO);
     const __m256i is_second = bit_moved<TWO.shift, 7>(two);  // in a byte's uppermost bit
     const __m256i sign = _mm256_or_si256(bit_moved<TWO.shift + 1, 7>(two), _mm256_set1_epi8(1));
-    const __m256i size = _mm256_blendv_epi8(look_up_bytes<4>(codes.low, four), look_up_bytes<4>(codes.low + 16, four), is_second);
-    const __m256i number = _mm256_sign_epi8(size, sign);
-    // Products with what each second byte is multiplied with, and with 0 of the others, are 16-bit numbers.
-    const auto multiplied = [&](int by, int shift) {
-        const __m256i one = _mm256_set1_epi16(static_cast<short>(1 << shift)), times = _mm256_set1_epi16(static_cast<short>(by << shift));
+    const __m256i of_first = look_up_bytes<4>(codes.low, four), of_second = look_up_bytes<4>(codes.low + 16, four);
+    const __m256i number = _mm256_sign_epi8(_mm256_blendv_epi8(of_first, of_second, is_second), sign);
+    // Of two bytes one meets 0, so that the sum of both products is the other's, of 16 bits.
+    const auto multiplied = [&](int shift) __attribute__((always_inline)) {
+        const __m256i one = _mm256_set1_epi16(static_cast<short>(1 << shift));
+        const __m256i times = _mm256_set1_epi16(static_cast<short>(codes.times << shift));
         return _mm256_maddubs_epi16(_mm256_blendv_epi8(one, times, is_second), number);
     };
-    first = multiplied(codes.times, 0);
-    second = multiplied(codes.times, 8);
+    first = multiplied(0);
+    second = multiplied(8);
 }
 
 // Both pairs of an operand: 8 rows by 2 columns each, as 16-bit numbers. ``at``: 32 for the second 8 rows.
@@ -420,7 +423,7 @@ INLINE void dot_wide_once(const std::uint8_t* tile, const WordCodes& codes, cons
         _mm256_broadcastsi128_si256(_mm_setr_epi8(4, 5, 12, 13, 6, 7, 14, 15, 4, 5, 12, 13, 6, 7, 14, 15))};
     each_constant<COLUMNS / SUB>([&](auto number) __attribute__((always_inline)) {
         constexpr int PART = decltype(number)::value;
-        __m256i held[4];  // of eight rows those with even and odd halves of 128-bit lanes, then of the other eight
+        __m256i held[4];  // two sums each of rows 0, 1, 4 and 5 of eight, of 2, 3, 6 and 7, then of the other eight
         UNROLL
         for (__m256i& sum : held) sum = _mm256_setzero_si256();
         each_constant<SUB / 4>([&](auto index) __attribute__((always_inline)) {
