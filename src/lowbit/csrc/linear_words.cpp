@@ -396,10 +396,11 @@ void round_words(const Layout& layout, const std::uint8_t* block, const Decoding
     const Sixteen base = sixteen_set(static_cast<float>(decoding.words.base)), factor = sixteen_set(decoding.words.factor);
     Walk walk(layout, block);
     PanelWriter writer(panel);
+    BlockTiles<CODES> tiles(walk, layout.tiles);
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
         const std::uint8_t* const codes = walk.next<CODES, SUB, ADDEND>();
         WordTile w;
-        decode_words<CODES, KIND>(codes, decoding.table, decoding.words, w);
+        decode_words<CODES, KIND>(tiles.at(walk, codes), decoding.table, decoding.words, w);
         Sixteen scales[COLUMNS / SUB];
         for (int part = 0; part < COLUMNS / SUB; ++part) scales[part] = sixteen_multiply(walk.scale[part], factor);
         writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {

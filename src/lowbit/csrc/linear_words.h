@@ -368,6 +368,7 @@ INLINE void operand_words(const std::uint8_t* tile, int at, const WordCodes& cod
 
 template <Codes CODES, WordKind KIND>
 INLINE void decode_words(const std::uint8_t* tile, const Table&, const WordCodes& codes, WordTile& w) {
+    static_assert(!is_grid(CODES), "a GridTile's");
     each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value;
         SixteenInts &first = w[pair_of(OPERAND, 0)], &second = w[pair_of(OPERAND, 1)];
