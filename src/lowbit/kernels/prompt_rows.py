@@ -1,9 +1,9 @@
 """Which rows of a step are prompts' tokens: for these alone a kernel may round weights.
 
 A token's bits must not depend on who else is in its step. So what may differ for speed's sake hangs on what
-the token is, part of a prompt or generated, and never on how many there are. On processors with AMX, AVX-512 or
-AVX2 a layer with a scale for every few columns takes up to twice as long for many tokens where its sums
-are scaled one by one (csrc/linear_panels.cpp).
+the token is, part of a prompt or generated, and never on how many there are. On x86 processors a layer with
+a scale for every few columns takes up to twice as long for many tokens where its sums are scaled one by one
+(csrc/linear_panels.cpp).
 
 A step says which rows they are (``ForwardBatch.prompt_row``) while its blocks run. Layers that are given
 other rows than the step's, an expert's tokens for one, run inside ``as_stored``.
