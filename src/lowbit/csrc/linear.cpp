@@ -671,5 +671,8 @@ LOWBIT_EXPORT int lowbit_linear_takes(const lowbit_weight* weight, std::int32_t 
         const bool groups = weight->input_group == 16 ? layout.sub == 16 : weight->input_group > 0 && weight->input_group % COLUMNS == 0;
         return groups && takes_scaled(layout);
     }
-    return meets_bytes(layout, ByteCodes(*weight));
+    const ByteCodes codes(*weight);
+    const bool moved = MOVES_SIGNS && byte_base_shift(layout.codes, codes) != 0;
+    if (static_cast<InputKind>(kind) == InputKind::codes && moved) return 0;
+    return meets_bytes(layout, codes);
 }

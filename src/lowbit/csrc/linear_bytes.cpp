@@ -128,20 +128,18 @@ BlockFunction by_addend(const Layout& layout, bool grouped) {
 
 }  // namespace
 
-BlockFunction byte_function(const Layout& layout, [[maybe_unused]] const ByteCodes& codes, bool grouped) {
-    if constexpr (WHOLE_BYTES) {
-        if (layout.codes == Codes::bits4 && codes.looked_up) return by_addend<Codes::bits4, true>(layout, grouped);
-        if (layout.codes == Codes::int8) return by_addend<Codes::int8>(layout, grouped);
-        if (layout.codes == Codes::uint8) return by_addend<Codes::uint8>(layout, grouped);
-    }
+BlockFunction byte_function(const Layout& layout, const ByteCodes& codes, bool grouped) {
     switch (layout.codes) {
         case Codes::bits1: return by_addend<Codes::bits1>(layout, grouped);
         case Codes::bits2: return by_addend<Codes::bits2>(layout, grouped);
         case Codes::bits3: return by_addend<Codes::bits3>(layout, grouped);
-        case Codes::bits4: return by_addend<Codes::bits4>(layout, grouped);
+        case Codes::bits4:
+            return codes.looked_up ? by_addend<Codes::bits4, true>(layout, grouped) : by_addend<Codes::bits4>(layout, grouped);
         case Codes::bits5: return by_addend<Codes::bits5>(layout, grouped);
         case Codes::bits6: return by_addend<Codes::bits6>(layout, grouped);
         case Codes::bits7: return by_addend<Codes::bits7>(layout, grouped);
+        case Codes::int8: return by_addend<Codes::int8>(layout, grouped);
+        case Codes::uint8: return by_addend<Codes::uint8>(layout, grouped);
         default: return nullptr;
     }
 }

@@ -139,18 +139,22 @@ inline SixteenInts ints_add(SixteenInts a, SixteenInts b) {
 inline Sixteen ints_to_floats(SixteenInts x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
 
 template <Codes CODES, bool LOOKED_UP>
-inline void decode_bytes(const std::uint8_t* tile, const ByteCodes&, ByteTile& w) {
-    static_assert(!LOOKED_UP && !is_byte(CODES), "WHOLE_BYTES");
+inline void decode_bytes(const std::uint8_t* tile, const ByteCodes& codes, ByteTile& w) {
     each_constant<OPERANDS>([&](auto index) __attribute__((always_inline)) {
         constexpr int OPERAND = decltype(index)::value;
-        w[OPERAND] = {operand_codes<CODES, OPERAND>(tile, 0), operand_codes<CODES, OPERAND>(tile, 32)};
+        const auto half = [&](int at) __attribute__((always_inline)) {
+            const __m256i code = operand_codes<CODES, OPERAND>(tile, at);
+            if constexpr (!LOOKED_UP) return code;
+            return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes.table)), code);
+        };
+        w[OPERAND] = {half(0), half(32)};
     });
 }
 
-// Operands whose 16-bit sums of two products each cannot saturate.
-template <Codes CODES>
+// Operands whose 16-bit sums of two products each cannot saturate; looked-up codes have up to 8 bits.
+template <Codes CODES, bool LOOKED_UP>
 constexpr int together() {
-    if (CODES == Codes::bits7) return 1;
+    if (LOOKED_UP || is_byte(CODES) || CODES == Codes::bits7) return 1;
     return CODES == Codes::bits6 ? 2 : CODES == Codes::bits5 ? 4 : 8;
 }
 
@@ -162,8 +166,33 @@ INLINE __m256i four_bytes(const std::int8_t* from) {
 
 template <Codes CODES, bool LOOKED_UP, int FIRST, int COUNT, int TOKENS>
 inline void dot_bytes(const ByteTile& w, const std::int8_t* x, std::int64_t stride, SixteenInts* sums) {
-    constexpr int TOGETHER = std::min(together<CODES>(), COUNT);
+    constexpr int TOGETHER = std::min(together<CODES, LOOKED_UP>(), COUNT);
+    // Bytes of 8 bits would saturate: as signed numbers their size meets x with their sign. The base is 128 higher.
+    constexpr bool SIGNED = LOOKED_UP || is_byte(CODES);
     const __m256i ones = _mm256_set1_epi16(1);
+    if constexpr (TOGETHER == 1) {
+        UNROLL
+        for (int operand = FIRST; operand < FIRST + COUNT; ++operand) {
+            SixteenInts sign = w[operand], size = sign;
+            if constexpr (SIGNED) {
+                const __m256i top = _mm256_set1_epi8(-128);
+                sign = {_mm256_xor_si256(sign.low, top), _mm256_xor_si256(sign.high, top)};
+                size = {_mm256_abs_epi8(sign.low), _mm256_abs_epi8(sign.high)};
+            }
+            UNROLL
+            for (int t = 0; t < TOKENS; ++t) {
+                const __m256i four = four_bytes(x + t * stride + operand * 4);
+                const auto add = [&](__m256i sum, __m256i of_size, __m256i of_sign) __attribute__((always_inline)) {
+                    const __m256i two = _mm256_maddubs_epi16(of_size, SIGNED ? _mm256_sign_epi8(four, of_sign) : four);
+                    return _mm256_add_epi32(sum, _mm256_madd_epi16(two, ones));
+                };
+                sums[t] = {add(sums[t].low, size.low, sign.low), add(sums[t].high, size.high, sign.high)};
+                KEEP_IN_REGISTER(sums[t].low);  // else many products are made first, and wait for their sums in memory
+                KEEP_IN_REGISTER(sums[t].high);
+            }
+        }
+        return;
+    }
     constexpr bool ORDERED = TOKENS > 2;  // else many products are made first, and wait for their sums in memory
     UNROLL
     for (int first = FIRST; first < FIRST + COUNT; first += TOGETHER) {
@@ -198,20 +227,19 @@ inline void dot_bytes(const ByteTile& w, const std::int8_t* x, std::int64_t stri
 
 #endif
 
-// Whether bytes of 8 bits, of codes or looked up, meet x: under AVX2 sums of two of their products would saturate, and as signed
-// numbers that x gives its signs to they would take longer than words do.
-#if defined(__AVX2__) && !defined(LOWBIT_AVX512)
-constexpr bool WHOLE_BYTES = false;
+// What is added to the base where bytes are multiplied as signed numbers, and whether an input then takes the sign
+// of the weight's byte, which -128 cannot.
+#if defined(__AVX2__)
+constexpr bool MOVES_SIGNS = true;
 #else
-constexpr bool WHOLE_BYTES = true;
+constexpr bool MOVES_SIGNS = false;
 #endif
-
-// What is added to the base where bytes are multiplied as signed numbers.
-inline int byte_base_shift([[maybe_unused]] Codes codes, [[maybe_unused]] const ByteCodes& bytes) {
-#if defined(__ARM_NEON)
-    return bytes.looked_up || is_byte(codes) ? 128 : 0;
-#else
+inline int byte_base_shift(Codes codes, const ByteCodes& bytes) {
+#if defined(LOWBIT_AVX512)
+    (void)codes, (void)bytes;
     return 0;
+#else
+    return bytes.looked_up || is_byte(codes) ? 128 : 0;
 #endif
 }
 

@@ -135,7 +135,6 @@ BlockFunction float_function(const Layout& layout);
 
 // Whether codes are whole numbers under scales, which int8 inputs can meet.
 inline bool meets_bytes(const Layout& layout, const ByteCodes& codes) {
-    if (!WHOLE_BYTES && (codes.looked_up || is_byte(layout.codes))) return false;
     return codes.possible && layout.scales != Scales::none && layout.sub != LEAST_GROUP;
 }
 

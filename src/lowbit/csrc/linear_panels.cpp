@@ -178,8 +178,6 @@ struct PanelStep {
             each_constant<TOKENS>([&](auto t) __attribute__((always_inline)) {
                 constexpr int TOKEN = decltype(t)::value;
                 add_words(sums[TOKEN], both.low, both.high, two_words(reinterpret_cast<const std::int16_t*>(x) + TOKEN * COLUMNS + PAIR * 2));
-                KEEP_IN_REGISTER(sums[TOKEN].low);
-                KEEP_IN_REGISTER(sums[TOKEN].high);
             });
         });
     }
