@@ -398,12 +398,13 @@ void trellises(TrellisBook book, int bits) {
     multiply(weight, COLUMNS_IN, name);
 }
 
-// Two codes of a lattice's vectors: any.
+// Two codes of a lattice's vectors, of any table of them.
 void lattice_pairs() {
     constexpr std::int64_t COLUMNS_IN = 160;
     std::vector<std::uint16_t> table(64 + 256);  // behind the numbers of both books the vectors, of any
-    for (int i = 0; i < 32; ++i) {
-        const auto number = static_cast<std::uint16_t>(static_cast<int>(random_bits() % 2047) - 1023);
+    for (int i = 0; i < 32; ++i) {  // times 69, or 20, as kernels/cpu_lattice.py has them
+        const int size = i % 4 == 1 ? -3 : i % 4 * 2 + 1, shift = i % 16 < 8 ? 1 : -1;
+        const auto number = static_cast<std::uint16_t>((2 * size * (i % 8 < 4 ? 1 : -1) + shift) * (i < 16 ? 69 : 20));
         const int at = i / 16 * 32 + i % 16;
         table[static_cast<std::size_t>(at)] = table[static_cast<std::size_t>(at + 16)] = number;
     }
