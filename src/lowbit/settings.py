@@ -214,8 +214,8 @@ class Settings:
     exact_prompts: bool = option(
         False, "Let prompts' tokens meet weights exactly as they are stored, as generated tokens always do. "
         "Without it weights are rounded for them, to bfloat16 where a scale stands for every few columns "
-        "(AMX, AVX-512 with BF16), to whole numbers of 12 bits (AVX2, other AVX-512): prompts take half to "
-        "nine tenths of the time.",
+        "(AMX, AVX-512 with BF16), to whole numbers of 12 bits (AVX2, other AVX-512), which takes down to "
+        "half of the time.",
         "model",
     )  # fmt: skip
     quantization_param_path: str | None = option(

@@ -94,8 +94,7 @@ void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& 
 
 #else
 
-// A tile is decoded to float32 first, whatever its codes, and what scales it has is asked for tile by tile: codes that all tokens
-// of a step share.
+// A tile is decoded to float32 first, whatever its codes: all tokens of a step share what that costs.
 using Decode = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
 
 template <Codes CODES>
