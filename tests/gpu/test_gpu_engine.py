@@ -160,8 +160,8 @@ def test_tokens_are_those_of_the_host(device: torch.device) -> None:
                 assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-6)
                 assert [t for t, _ in ours.top] == [t for t, _ in theirs.top]
             chosen.tokens.append(token)
-            if chosen.counts is not None:
-                chosen.counts[token] += 1
+            if chosen.said is not None:
+                chosen.said.add(token)
 
 
 DELAYED = "fp8:activation=delayed,history=4"

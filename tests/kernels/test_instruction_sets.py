@@ -25,6 +25,7 @@ NATIVE = [
     *("kernels/test_row_peaks.py", "kernels/test_native_layer.py", "kernels/test_cpu_columns.py"),
     *("kernels/test_cpu_dense.py", "kernels/test_rotator.py", "kernels/test_recurrent.py"),
     *("kernels/test_activation_state.py", "kernels/test_probes.py", "kernels/test_screened_head.py"),
+    "kernels/test_sampling.py",
 ]
 # What runs on torch where there is no library.
 SCALAR = [

@@ -1,9 +1,10 @@
 """What a step's logits come to: whether they are sound, the tokens, log-probabilities.
 
-Two forms with one face. ``HostChoices`` has the logits in memory and samples each row when the engine asks
-for it (``sampler``). ``DeviceChoices`` leaves them on the device: everything that any row may be asked for is
-computed there when the step is launched (``DeviceSampler``), since the next step overwrites the logits, and
-only the answers are copied to the host, which waits for them when it first asks.
+Two forms with one face. ``HostChoices`` has the logits in memory, draws what depends on nothing else at once
+(``kernels.sampling``) and samples each other row when the engine asks for it (``sampler``).
+``DeviceChoices`` leaves them on the device: everything that any row may be asked for is computed there when
+the step is launched (``DeviceSampler``), since the next step overwrites the logits, and only the answers are
+copied to the host, which waits for them when it first asks.
 
 On the device rows depend on their own request only, as on the host, and a row's one uniform number is the
 same Philox draw, made on the host: equal logits give equal tokens. What rounding may change is a draw that
@@ -25,11 +26,19 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.messages import TokenLogprob
-from lowbit.engine.sampler import has_penalties, log_probabilities, sample, uniform_number
+from lowbit.engine.sampler import (
+    draws_plainly,
+    has_penalties,
+    log_probabilities,
+    plan_draw,
+    sample,
+    uniform_number,
+)
 from lowbit.engine.sequence import Sequence
 from lowbit.kernels.device_memory import upload
 from lowbit.kernels.gpu import runtime
 from lowbit.kernels.row_peaks import row_peaks
+from lowbit.kernels.sampling import draw_tokens
 from lowbit.kernels.token_lists import Changes, TokenLists
 
 _POLL_SECONDS = 2e-5
@@ -52,30 +61,6 @@ class Choices(Protocol):
         """The token's log-probability under the raw logits, and so many of the best."""
 
 
-class HostChoices:
-    """From logits on the CPU, row by row, with what the sequence knows when it is asked."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self._logits = logits
-        self._peaks, self._likeliest = row_peaks(logits)
-
-    def finite(self, row: int) -> bool:
-        """By the row's largest number: NaN where it holds one."""
-        return math.isfinite(self._peaks[row])
-
-    def broken(self, row: int) -> int:
-        """Counted when something is wrong."""
-        return int((~torch.isfinite(self._logits[row])).sum())
-
-    def token(self, row: int, sequence: Sequence) -> int:
-        """Sampled now."""
-        return sample(self._logits[row], sequence, self._likeliest[row])
-
-    def logprob(self, row: int, token: int, alternatives: int) -> TokenLogprob:
-        """Computed now."""
-        return log_probabilities(self._logits[row], token, alternatives)
-
-
 @dataclass(frozen=True)
 class Ask:
     """A row of logits that a token is to be chosen from, or the ``target`` of a prompt rated under.
@@ -87,6 +72,40 @@ class Ask:
     sequence: Sequence
     position: int
     target: int = -1
+
+
+class HostChoices:
+    """From logits on the CPU: what is drawn from raw logits all at once, the rest row by row, with what the
+    sequence knows when it is asked. ``asks``: what will be asked, where that is known."""
+
+    def __init__(self, logits: Tensor, asks: Listing[Ask] = ()) -> None:
+        self._logits = logits
+        self._peaks, self._likeliest = row_peaks(logits)
+        self._drawn: dict[int, int] = {}
+        drawn = [ask for ask in asks if ask.target < 0 and draws_plainly(ask.sequence, ask.position)]
+        drawn = [ask for ask in drawn if self.finite(ask.row)]
+        if drawn:
+            draws = [plan_draw(ask.row, ask.sequence, ask.position) for ask in drawn]
+            tokens = draw_tokens(logits, self._peaks, draws)
+            if tokens is not None:
+                self._drawn = {ask.row: token for ask, token in zip(drawn, tokens, strict=True)}
+
+    def finite(self, row: int) -> bool:
+        """By the row's largest number: NaN where it holds one."""
+        return math.isfinite(self._peaks[row])
+
+    def broken(self, row: int) -> int:
+        """Counted when something is wrong."""
+        return int((~torch.isfinite(self._logits[row])).sum())
+
+    def token(self, row: int, sequence: Sequence) -> int:
+        """Drawn beforehand, or sampled now."""
+        drawn = self._drawn.get(row)
+        return drawn if drawn is not None else sample(self._logits[row], sequence, self._likeliest[row])
+
+    def logprob(self, row: int, token: int, alternatives: int) -> TokenLogprob:
+        """Computed now."""
+        return log_probabilities(self._logits[row], token, alternatives)
 
 
 class DeviceChoices:

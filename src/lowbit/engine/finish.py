@@ -163,8 +163,8 @@ class Finisher:
             self.counters.accepted_drafts += 1
         sequence.tokens.append(token)
         turn.tokens.append(token)
-        if sequence.counts is not None:
-            sequence.counts[token] += 1
+        if sequence.said is not None:
+            sequence.said.add(token)
         self.counters.generated_tokens += 1
         if sampling.logprobs is not None:
             turn.logprobs.append(choices.logprob(turn.row, token, sampling.logprobs))

@@ -112,11 +112,12 @@ class Launcher:
         chosen = known.tokens if isinstance(known, DeviceChoices) else None
         greedy = self._sampler is None and all(wants_peak_only(chunk.sequence) for chunk in chunks)
         logits = self._runner.forward(chunks, rows, chosen, greedy=greedy)
+        asked = [] if greedy else [ask for part in parts for ask in asks(part)]
         choices: Choices
         if self._sampler is None:
-            choices = HostChoices(logits.cpu())
+            choices = HostChoices(logits.cpu(), asked)
         else:
-            choices = self._sampler.choose(logits, [ask for part in parts for ask in asks(part)])
+            choices = self._sampler.choose(logits, asked)
         self.steps += 1
         for part in parts:
             sequence = part.chunk.sequence

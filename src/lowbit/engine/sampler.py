@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 from lowbit.engine.messages import SamplingParams, TokenLogprob
+from lowbit.engine.said_tokens import SaidTokens
 from lowbit.engine.sequence import Sequence
 from lowbit.errors import LowbitError
+from lowbit.kernels.sampling import Draw, draw_tokens, rate_row
 
 _CANDIDATES = 1024  # top-p rarely needs more; then no whole vocabulary is sorted
+_MOST_CANDIDATES = 1 << 30  # no vocabulary is larger
 _LEAST_TEMPERATURE = 1e-6  # with less a float32 quotient may overflow, and nothing but the likeliest is drawn
 _BOUNDS = {
     "temperature": (0, math.inf),
@@ -59,7 +62,33 @@ def checked(sampling: SamplingParams, vocabulary: int) -> SamplingParams:
 
 def sample(logits: Tensor, sequence: Sequence, likeliest: int) -> int:
     """The next token. logits float32 (vocabulary,), finite; ``likeliest``: the first of the largest."""
-    return likeliest if _is_plain_greedy(sequence) else _sample_row(logits, sequence)
+    if _is_plain_greedy(sequence):
+        return likeliest
+    logits = _changed(logits, sequence)
+    if sequence.sampling.temperature == 0:
+        return int(logits.argmax())
+    drawn = draw_tokens(logits[None], [float(logits.max())], [plan_draw(0, sequence, len(sequence.tokens))])
+    return _draw(logits, sequence) if drawn is None else drawn[0]
+
+
+def plan_draw(row: int, sequence: Sequence, position: int) -> Draw:
+    """How the token at ``position`` is drawn from a row of logits."""
+    sampling = sequence.sampling
+    top_k = min(sampling.top_k, _MOST_CANDIDATES)
+    return Draw(
+        row, sequence.seed, position, sampling.top_p, sampling.min_p, sampling.temperature, max(top_k, 0)
+    )
+
+
+def draws_plainly(sequence: Sequence, position: int) -> bool:
+    """Whether the token at ``position`` is drawn from the raw logits, whatever is said before it."""
+    sampling = sequence.sampling
+    return (
+        sampling.temperature > 0
+        and not sampling.logit_bias
+        and sampling.min_tokens <= position - sequence.prompt_length
+        and not has_penalties(sequence)
+    )
 
 
 def _is_plain_greedy(sequence: Sequence) -> bool:
@@ -85,7 +114,8 @@ def has_penalties(sequence: Sequence) -> bool:
     return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0)
 
 
-def _sample_row(row: Tensor, sequence: Sequence) -> int:
+def _changed(row: Tensor, sequence: Sequence) -> Tensor:
+    """A copy of the logits under minimum length, biases and penalties."""
     sampling = sequence.sampling
     logits = row.cpu().clone()
     if sequence.output_length < sampling.min_tokens and sequence.stop_ids:
@@ -94,34 +124,24 @@ def _sample_row(row: Tensor, sequence: Sequence) -> int:
         logits[token] += bias
     if has_penalties(sequence):
         _penalize(logits, sequence)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    logits /= sampling.temperature
-    return _draw(logits, sequence)
+    return logits
 
 
 def _penalize(logits: Tensor, sequence: Sequence) -> None:
     """Repetition over prompt and output (Keskar et al., 2019), presence and frequency over the output."""
-    if sequence.counts is None or sequence.prompt_mask is None:
-        # The engine keeps them up to date from then on.
-        sequence.counts, sequence.prompt_mask = token_counts(sequence, len(logits))
+    if sequence.said is None:
+        # The engine keeps it up to date from then on.
+        prompt = sequence.request.prompt
+        sequence.said = SaidTokens(prompt, sequence.tokens[len(prompt) :])
     sampling = sequence.sampling
-    counts = torch.from_numpy(sequence.counts)
+    ids, counts = map(torch.from_numpy, sequence.said.arrays())
+    changed = logits[ids]
     if sampling.repetition_penalty != 1.0:
-        seen = (counts > 0) | torch.from_numpy(sequence.prompt_mask)
-        factor = torch.where(logits > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
-        torch.where(seen, logits * factor, logits, out=logits)
-    logits -= counts * sampling.frequency_penalty
-    logits -= (counts > 0) * sampling.presence_penalty
-
-
-def token_counts(sequence: Sequence, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 (vocabulary,): how often each token stands in the output; bool: whether it does in the prompt."""
-    output = np.array(sequence.tokens[sequence.prompt_length :], dtype=np.int64)
-    counts = np.bincount(output, minlength=vocabulary).astype(np.int32)
-    prompt = np.zeros(vocabulary, dtype=bool)
-    prompt[list(sequence.request.prompt)] = True
-    return counts, prompt
+        penalty = sampling.repetition_penalty
+        changed *= torch.where(changed > 0, 1 / penalty, penalty)
+    changed -= counts * sampling.frequency_penalty
+    changed -= (counts > 0) * sampling.presence_penalty
+    logits[ids] = changed
 
 
 def uniform_number(seed: int, position: int) -> float:
@@ -130,9 +150,9 @@ def uniform_number(seed: int, position: int) -> float:
 
 
 def _draw(logits: Tensor, sequence: Sequence) -> int:
-    """One token from the distribution that min-p, top-k and top-p leave."""
+    """One token from the distribution that temperature, min-p, top-k and top-p leave."""
     sampling = sequence.sampling
-    probabilities = torch.softmax(logits.double(), 0)
+    probabilities = torch.softmax((logits / sampling.temperature).double(), 0)
     if sampling.min_p > 0:
         probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
         probabilities /= probabilities.sum()
@@ -186,10 +206,15 @@ def _sorted_top(probabilities: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def log_probabilities(row: Tensor, token: int, alternatives: int) -> TokenLogprob:
     """The token's log-probability under the raw logits ``row``, and the ``alternatives`` best."""
+    count = min(alternatives, len(row))
+    normalizer, ids = rate_row(row, float(row.max()), count) or _rated(row, count)
+    best = zip(ids, row[ids].tolist(), strict=True)
+    top = tuple((id_, logit - normalizer) for id_, logit in best)
+    return TokenLogprob(token, float(row[token]) - normalizer, top)
+
+
+def _rated(row: Tensor, count: int) -> tuple[float, list[int]]:
+    """As ``rate_row``."""
     wide = row.double()
-    normalizer = torch.logsumexp(wide, 0)
-    top: tuple[tuple[int, float], ...] = ()
-    if alternatives:
-        values, ids = _sorted_top(wide, min(alternatives, len(row)))
-        top = tuple(zip(ids.tolist(), (values - normalizer).tolist(), strict=True))
-    return TokenLogprob(token, float(wide[token] - normalizer), top)
+    ids = _sorted_top(wide, count)[1].tolist() if count else []
+    return float(torch.logsumexp(wide, 0)), ids

@@ -5,10 +5,9 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from lowbit.engine.detokenizer import IncrementalDetokenizer
 from lowbit.engine.messages import Request, SamplingParams, TokenLogprob
+from lowbit.engine.said_tokens import SaidTokens
 from lowbit.engine.speculation import Drafter
 from lowbit.tokenization.tokenizer import Tokenizer
 
@@ -47,8 +46,7 @@ class Sequence:
     passed: int = 0  # how many later arrivals were admitted before it
     announced: bool = False  # whether its first event is out
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    counts: np.ndarray | None = None  # int32 (vocabulary,): output tokens so far, where penalties need them
-    prompt_mask: np.ndarray | None = None  # bool (vocabulary,): tokens of the prompt, likewise
+    said: SaidTokens | None = None  # where penalties need it
     drafter: Drafter | None = None  # where drafts are wanted
     drafts: int = 0  # computed so far
     accepted_drafts: int = 0  # of them
