@@ -38,6 +38,7 @@ EXAMPLES: dict[str, tuple[str, object]] = {
     "quantization": ("int4", "int4"),
     "load_format": ("gguf", "gguf"),
     "schedule_policy": ("lpm", "lpm"),
+    "num_continuous_decode_steps": ("4", 4),
     "lm_head_screen": ("off", "off"),
     "exact_prompts": ("true", True),
     "packed_cache": ("on", "on"),

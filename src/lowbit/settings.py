@@ -271,6 +271,10 @@ class Settings:
         "longest prefix in the cache, but none is passed over more than 16 times.", "engine",
         choices=("fcfs", "lpm"), refused=_POLICIES_REFUSED, synonyms=(("fifo", "fcfs"),),
     )  # fmt: skip
+    num_continuous_decode_steps: int | None = option(
+        None, "Decode steps taken in one go on a CPU; their tokens come together. Default: as many as take "
+        "16 ms, 8 at most.", "engine", minimum=1, maximum=64,
+    )  # fmt: skip
     disable_radix_cache: bool = option(False, "Do not reuse the KV cache of shared prefixes.", "engine")
     disable_cuda_graph: bool = option(
         False, "Run every step eagerly (CUDA graphs, CPU step plans).", "engine",

@@ -27,6 +27,7 @@ COMPARED: dict[str, str] = {
     "max_running_requests": "the same",
     "max_queued_requests": "the same; more are answered with 429",
     "schedule_policy": "fcfs, lpm; others are refused by name",
+    "num_continuous_decode_steps": "the same on a CPU, where several are the default; a GPU overlaps steps",
     "page_size": "16 only",
     "disable_radix_cache": "the same",
     "disable_cuda_graph": "the same: every step runs eagerly",
@@ -130,7 +131,7 @@ WITHOUT_EFFECT: dict[str, tuple[Arity, str]] = {
         "value",
         _SCHEDULER,
         "--max-prefill-tokens --prefill-max-requests --schedule-conservativeness "
-        "--num-continuous-decode-steps --radix-eviction-policy --radix-eviction-policy-config "
+        "--radix-eviction-policy --radix-eviction-policy-config "
         "--scheduler-recv-interval --min-free-slots-delay --batch-notify-size "
         "--load-snapshot-publish-interval "
         "--prefill-delayer-max-delay-passes --prefill-delayer-token-usage-low-watermark "

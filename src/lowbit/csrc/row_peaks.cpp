@@ -5,6 +5,7 @@
 
 #include "lowbit.h"
 #include "row_tasks.h"
+#include "sampling.h"
 #include "vector16.h"
 
 namespace lowbit {
@@ -51,7 +52,6 @@ Peak peak(const float* row, int width) {
 }  // namespace
 }  // namespace lowbit
 
-// x (rows, width) -> values, places (rows,). 0, or 1 where the rows are empty or too wide.
 LOWBIT_EXPORT int lowbit_row_peaks(const float* x, std::int64_t x_stride, std::int64_t rows, std::int64_t width,
                                    float* values, std::int64_t* places) {
     using namespace lowbit;

@@ -19,22 +19,9 @@
 
 #include "lowbit.h"
 #include "row_tasks.h"
+#include "sampling.h"
 #include "thread_pool.h"
 #include "vector16.h"
-
-extern "C" {
-
-// How a token is drawn from row ``row``.
-struct lowbit_draw {
-    std::int64_t row;
-    std::uint64_t seed, position;  // of the random number
-    double top_p;                  // 1: all
-    double min_p;                  // 0: all
-    float temperature;             // > 0
-    std::int32_t top_k;            // of a row's tokens; else all
-};
-
-}  // extern "C"
 
 namespace lowbit {
 namespace {
@@ -343,8 +330,6 @@ bool largest(const float* logits, std::int64_t width, std::int64_t count, std::i
 }  // namespace
 }  // namespace lowbit
 
-// logits float32 (rows, width), ``peaks`` their largest, finite -> a token for each of ``count`` draws. 0; 1 where the rows
-// are empty or too wide, 2 without memory.
 LOWBIT_EXPORT int lowbit_draw_tokens(const float* logits, std::int64_t stride, std::int64_t width, const float* peaks,
                                      const lowbit_draw* draws, std::int64_t count, std::int64_t* tokens) {
     using namespace lowbit;
@@ -361,7 +346,7 @@ LOWBIT_EXPORT int lowbit_draw_tokens(const float* logits, std::int64_t stride, s
 }
 
 // The logarithm of the sum of exp(logit) of one row, whose largest, finite, is ``peak``; and its ``alternatives`` largest,
-// as many as there are at most. 0, 1 and 2 as above, 1 also where too many are NaN.
+// as many as there are at most. 0, 1 and 2 as for draws, 1 also where too many are NaN.
 LOWBIT_EXPORT int lowbit_rate_row(const float* logits, std::int64_t width, float peak, std::int64_t alternatives,
                                   double* normalizer, std::int64_t* tokens) {
     using namespace lowbit;

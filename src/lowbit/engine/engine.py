@@ -24,6 +24,7 @@ import msgspec
 
 from lowbit.checkpoint.quality import Quality
 from lowbit.engine.choices import DeviceSampler
+from lowbit.engine.continuous_decode import ContinuousDecode
 from lowbit.engine.cuda_graphs import Progress
 from lowbit.engine.drafting import Drafting, log_drafts, rules_for
 from lowbit.engine.finish import Finisher
@@ -130,12 +131,16 @@ class Engine:
         self._flying: Step | None = None
         self._sequences: dict[str, Sequence] = {}
         self._finisher = Finisher(self._scheduler, self._sampler, self._sequences, model.vocab_size)
+        continuous: ContinuousDecode | None = None
+        if self._may_continue():
+            continuous = ContinuousDecode(self._scheduler, self._runner, settings.num_continuous_decode_steps)
         self._launcher = Launcher(
             self._scheduler,
             self._runner,
             self._sampler,
             self._finisher,
             self._drafting,
+            continuous,
             model.device,
             self._has_states,
         )
@@ -183,6 +188,17 @@ class Engine:
         if reason:
             _log.info("lowbit: steps do not overlap: %s", reason)
         return not reason
+
+    def _may_continue(self) -> bool:
+        """Whether several decode steps may be taken in one call. Steps behind a stop string would count
+        where inputs share scales between tokens."""
+        return (
+            self.settings.num_continuous_decode_steps != 1
+            and self._runner.replays_on_host
+            and self._sampler is None
+            and self._drafting is None
+            and not self.model.spans_tokens
+        )
 
     # ---- requests ------------------------------------------------------------------------------------
 

@@ -64,8 +64,10 @@ class Finisher:
             if event is not None:
                 events.append(event)
             elif part.chooses:
-                turns.append(Turn(sequence, part.chunk.drafts, part.known - 1))
-                self._note_drafts(part.chunk)
+                guessed = not part.chunk.chosen
+                turns.append(Turn(sequence, part.chunk.drafts, part.known - 1, guessed))
+                if guessed:
+                    self._note_drafts(part.chunk)
         return events + self._choose(turns, step.choices)
 
     def _account(self, part: Part, choices: Choices) -> TokenEvent | None:
@@ -158,7 +160,7 @@ class Finisher:
         sequence = turn.sequence
         token = choices.token(turn.row, sequence)
         sampling = sequence.sampling
-        if turn.drafts[len(turn.tokens) : len(turn.tokens) + 1] == (token,):
+        if turn.guessed and turn.drafts[len(turn.tokens) : len(turn.tokens) + 1] == (token,):
             sequence.accepted_drafts += 1
             self.counters.accepted_drafts += 1
         sequence.tokens.append(token)

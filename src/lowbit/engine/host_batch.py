@@ -45,16 +45,18 @@ class HostBatch:
         states: bool,
         greedy: bool = False,
         prompts_apart: bool = False,
+        room: int = 0,
     ) -> HostBatch:
         """``states``: whether recurrent layers keep a state of each sequence. ``prompts_apart``: whether
-        prompts' chunks stand behind all others, and are to be told from them."""
+        prompts' chunks stand behind all others, and are to be told from them. ``room``: tokens behind each
+        chunk whose pages the table holds too."""
         parts = [chunk.tokens for chunk in chunks]
         counts = [len(part) for part in parts]
         starts = [chunk.sequence.computed for chunk in chunks]
         contexts = [start + count for start, count in zip(starts, counts, strict=True)]
-        table = np.zeros((len(chunks), -(-max(contexts) // page_size)), dtype=np.int32)
+        table = np.zeros((len(chunks), -(-(max(contexts) + room) // page_size)), dtype=np.int32)
         for row, (chunk, context) in enumerate(zip(chunks, contexts, strict=True)):
-            width = -(-context // page_size)
+            width = -(-(context + room) // page_size)
             table[row, :width] = chunk.sequence.pages[:width]
         if max(counts) == 1:
             firsts = list(range(len(chunks)))

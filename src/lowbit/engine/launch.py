@@ -7,6 +7,7 @@ import logging
 import torch
 
 from lowbit.engine.choices import Choices, DeviceChoices, DeviceSampler, HostChoices
+from lowbit.engine.continuous_decode import ContinuousDecode
 from lowbit.engine.drafting import Drafting
 from lowbit.engine.finish import Finisher
 from lowbit.engine.messages import TokenEvent
@@ -14,7 +15,7 @@ from lowbit.engine.runner import Runner
 from lowbit.engine.sampler import wants_peak_only
 from lowbit.engine.scheduler import Chunk, Scheduler
 from lowbit.engine.sequence import Flight
-from lowbit.engine.step_parts import Step, asks, tokens_of, wanted_rows
+from lowbit.engine.step_parts import Part, Step, asks, tokens_of, wanted_rows
 from lowbit.errors import printable
 from lowbit.kernels.device_memory import release_memory
 
@@ -31,6 +32,7 @@ class Launcher:
         sampler: DeviceSampler | None,
         finisher: Finisher,
         drafting: Drafting | None,
+        continuous: ContinuousDecode | None,
         device: torch.device,
         has_states: bool,
     ) -> None:
@@ -40,6 +42,7 @@ class Launcher:
         self._sampler = sampler
         self._finisher = finisher
         self._drafting = drafting
+        self._continuous = continuous
         self._device = device
         self._has_states = has_states
 
@@ -107,18 +110,22 @@ class Launcher:
         """Compute the chunks. Where this fails nothing has changed but what is in their pages."""
         if not chunks:
             return None
+        continued = None if self._continuous is None else self._continuous.run(chunks)
+        if continued is not None:
+            chunks, choices = continued
+            return self._launched(wanted_rows(chunks)[1], choices, choices.steps)
         rows, parts = wanted_rows(chunks)
         known = flying.choices if flying is not None else None
         chosen = known.tokens if isinstance(known, DeviceChoices) else None
         greedy = self._sampler is None and all(wants_peak_only(chunk.sequence) for chunk in chunks)
         logits = self._runner.forward(chunks, rows, chosen, greedy=greedy)
         asked = [] if greedy else [ask for part in parts for ask in asks(part)]
-        choices: Choices
         if self._sampler is None:
-            choices = HostChoices(logits.cpu(), asked)
-        else:
-            choices = self._sampler.choose(logits, asked)
-        self.steps += 1
+            return self._launched(parts, HostChoices(logits.cpu(), asked), 1)
+        return self._launched(parts, self._sampler.choose(logits, asked), 1)
+
+    def _launched(self, parts: list[Part], choices: Choices, steps: int) -> Step:
+        self.steps += steps
         for part in parts:
             sequence = part.chunk.sequence
             sequence.flights.append(Flight(part.start, part.known - 1 if part.chooses else -1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Listing
 
 import torch
 from torch import Tensor
@@ -25,9 +26,11 @@ from lowbit.engine.step_capture import StepCapture
 from lowbit.errors import printable
 from lowbit.kernels import native
 from lowbit.kernels.attention import LayerCache
+from lowbit.kernels.decode_steps import DecodedSteps
 from lowbit.kernels.device_memory import release_memory
 from lowbit.kernels.forward_batch import ForwardBatch
 from lowbit.kernels.recurrent import LayerMemory, allocate_layer, state_bytes
+from lowbit.kernels.sampling import Draw
 from lowbit.models.model import Model
 from lowbit.settings import Settings
 
@@ -196,6 +199,11 @@ class Runner:
             yield from cache.populate(first, last)
 
     @property
+    def replays_on_host(self) -> bool:
+        """Whether steps are replayed by this machine's own processors."""
+        return isinstance(self._capture, StepCapture)
+
+    @property
     def captured_steps(self) -> int:
         """Steps that were replayed."""
         return self._capture.replayed if self._capture else 0
@@ -230,6 +238,18 @@ class Runner:
         if isinstance(self._capture, StepCapture):
             return self._capture.run_prompts(batch)
         return self._run(batch)
+
+    def decode(
+        self, chunks: list[Chunk], draws: list[Draw], stops: Listing[Listing[int]], most: int, *, greedy: bool
+    ) -> tuple[DecodedSteps, Tensor] | None:
+        """Up to ``most`` decode steps one after another (``kernels.decode_steps``), and the last one's
+        logits; None where they are not captured. Each chunk is one generated token, and its sequence has
+        pages for all steps."""
+        if not isinstance(self._capture, StepCapture):
+            return None
+        greedy = greedy and self._is_screened
+        host = HostBatch.of(chunks, self._page_size, states=self._has_states, greedy=greedy, room=most - 1)
+        return self._capture.decode(host, draws, stops, most)
 
     def _run(self, batch: ForwardBatch) -> Tensor:
         return self._model.forward(batch, self._caches)

@@ -33,11 +33,15 @@ PROMPT_LOGPROB_ROWS = 128  # rows of logits a prompt with log-probabilities may 
 
 @dataclass(frozen=True)
 class Chunk:
-    """``count`` tokens of a sequence, from ``sequence.computed`` on, and ``drafts`` that may follow them."""
+    """``count`` tokens of a sequence, from ``sequence.computed`` on, and ``drafts`` that may follow them.
+
+    ``chosen``: the drafts are what was chosen there, step by step (``continuous_decode``).
+    """
 
     sequence: Sequence
     count: int
     drafts: tuple[int, ...] = ()
+    chosen: bool = False
 
     @property
     def tokens(self) -> list[int]:
@@ -251,6 +255,19 @@ class Scheduler:
         count = min(count, (len(sequence.pages) + self.pool.free) * self.page_size - known)
         sequence.pages += self.pool.take(max(self._pages_for(known + count) - len(sequence.pages), 0))
         return count
+
+    def room_for_steps(self, chunks: list[Chunk], steps: int) -> int:
+        """Give each chunk's sequence, all of one token, pages for so many steps; how many steps fit. As for
+        drafts nobody makes room."""
+
+        def needed(sequence: Sequence, count: int) -> int:
+            return max(self._pages_for(sequence.computed + count) - len(sequence.pages), 0)
+
+        while sum(needed(chunk.sequence, steps) for chunk in chunks) > self.pool.free:
+            steps -= 1
+        for chunk in chunks:
+            chunk.sequence.pages += self.pool.take(needed(chunk.sequence, steps))
+        return steps
 
     def drop_drafts(self, sequence: Sequence) -> None:
         """Take back the pages that only wrong drafts are in; K and V of those in kept pages are overwritten

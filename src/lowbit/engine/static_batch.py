@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowbit.engine.host_batch import HostBatch
+from lowbit.kernels.decode_steps import DecodeInputs
 from lowbit.kernels.forward_batch import ForwardBatch
 
 # What a row that belongs to no sequence holds: its token is not stored, and it looks back at nothing.
@@ -53,6 +55,13 @@ class StaticBatch:
         if isinstance(batch, ForwardBatch):
             self._picked[: len(batch.sample_rows)] = batch.sample_rows
         self._used = max(self._used, batch.tokens.shape[0])
+
+    @cached_property
+    def decode_inputs(self) -> DecodeInputs:
+        """Where a decode step's inputs lie, on a CPU."""
+        names = DecodeInputs._fields[:4]
+        addresses = [self._rows[name].data_ptr() for name in names]
+        return DecodeInputs(*addresses, self._page_table.data_ptr(), self.limits[2])
 
     def picked(self, rows: int) -> Tensor:
         """``sample_rows`` of the batch that was copied in, where those are not all rows."""

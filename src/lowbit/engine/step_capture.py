@@ -17,6 +17,7 @@ import logging
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Listing
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,7 +26,9 @@ from torch import Tensor
 
 from lowbit.engine.host_batch import HostBatch
 from lowbit.engine.static_batch import StaticBatch
+from lowbit.kernels.decode_steps import DecodedSteps, decode_steps
 from lowbit.kernels.forward_batch import ForwardBatch
+from lowbit.kernels.sampling import Draw
 from lowbit.kernels.step_plan import Arena, Recorder, StepPlan
 
 _log = logging.getLogger(__name__)
@@ -73,6 +76,23 @@ class StepCapture:
         """The logits of a decode step, which the next one overwrites; None where it has no plan (yet)."""
         size = (batch.query_lengths.shape[0], batch.tokens.shape[0])
         return self._replay(_Shape(size, batch.greedy), batch)
+
+    def decode(
+        self, batch: HostBatch, draws: list[Draw], stops: Listing[Listing[int]], most: int
+    ) -> tuple[DecodedSteps, Tensor] | None:
+        """Decode steps one after another (``decode_steps``), each of one token a sequence, and the last one's
+        logits; None where their size has no plan (yet)."""
+        size = (batch.query_lengths.shape[0], batch.tokens.shape[0])
+        pages = -(-(int(batch.context_lengths.max()) + most - 1) // batch.page_size)
+        plan = self._plans.get(_Shape(size, batch.greedy))
+        assert size[0] == size[1] and pages == batch.page_table.shape[1], "one token, pages for all steps"
+        if plan is None or not self._fits(*size, pages):
+            return None
+        self._inputs.fill(batch)
+        self._plans.move_to_end(_Shape(size, batch.greedy))
+        found = decode_steps(plan, self._inputs.decode_inputs, batch.page_size, draws, stops, most)
+        self.replayed += len(found.tokens)
+        return found, plan.result
 
     def run(self, batch: ForwardBatch) -> Tensor:
         """The logits of a decode step, recorded where it can be; the next one overwrites them."""

@@ -37,6 +37,7 @@ class Turn:
     sequence: Sequence
     drafts: tuple[int, ...]
     row: int
+    guessed: bool = True  # the drafts
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -61,6 +61,11 @@ def _takes(logits: Tensor) -> bool:
     return logits.is_cpu and logits.dtype is float32 and logits.stride(-1) == 1
 
 
+def rules_of(draws: list[Draw]) -> ctypes.Array[_Draw]:
+    """As native functions read them."""
+    return (_Draw * len(draws))(*(_Draw(*draw) for draw in draws))
+
+
 def draw_tokens(logits: Tensor, peaks: list[float], draws: list[Draw]) -> list[int] | None:
     """A token for each draw from float32 (rows, vocabulary) logits, all threads at work; None: see above.
 
@@ -72,7 +77,7 @@ def draw_tokens(logits: Tensor, peaks: list[float], draws: list[Draw]) -> list[i
     count, (rows, width) = len(draws), logits.shape
     assert all(0 <= draw.row < rows for draw in draws), "rows of the logits"
     tokens = (ctypes.c_int64 * count)()
-    largest, rules = (ctypes.c_float * rows)(*peaks), (_Draw * count)(*(_Draw(*draw) for draw in draws))
+    largest, rules = (ctypes.c_float * rows)(*peaks), rules_of(draws)
     status = library.lowbit_draw_tokens(
         logits.data_ptr(), logits.stride(0), width, largest, rules, count, tokens
     )

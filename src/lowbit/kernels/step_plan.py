@@ -196,13 +196,14 @@ class StepPlan:
     kept: tuple[object, ...]  # structures whose addresses are among the words
 
     @cached_property
-    def _address(self) -> int:
+    def address(self) -> int:
+        """Of the words."""
         return int(self.words.ctypes.data)
 
     def run(self) -> Tensor:
         """Replay it; the result is overwritten by the next plan of the same arena."""
         status = ctypes.c_int32()
-        failed = _run_function()(self._address, len(self.words), ctypes.byref(status))
+        failed = _run_function()(self.address, len(self.words), ctypes.byref(status))
         if failed >= 0:
             raise self.operations[failed].fault(status.value)
         return self.result
@@ -213,7 +214,7 @@ class StepPlan:
         spent = np.zeros(len(self.operations), dtype=np.int64)
         for _ in range(runs):
             failed = _profile_function()(
-                self.words.ctypes.data, len(self.words), ctypes.byref(status), spent.ctypes.data
+                self.address, len(self.words), ctypes.byref(status), spent.ctypes.data
             )
             if failed >= 0:
                 raise self.operations[failed].fault(status.value)
