@@ -86,7 +86,7 @@ def sequences_of(rule: dict[str, Any]) -> list[Sequence]:
 def row_figures(logits: Tensor, rule: dict[str, Any], repeats: int) -> dict[str, float]:
     """Seconds a row: native on all threads and on one, torch."""
     sequences = sequences_of(rule)
-    draws = [sampler.plan_draw(row, sequence, 1) for row, sequence in enumerate(sequences)]
+    draws = [sampler.plan_draw(row, sequence, 1, logits.shape[1]) for row, sequence in enumerate(sequences)]
     peaks = row_peaks(logits)[0]
 
     def with_torch() -> list[int]:

@@ -178,7 +178,7 @@ def test_what_needs_a_look_takes_a_step_at_a_time(model: Model) -> None:
         engine = make(model, num_continuous_decode_steps=8)
         together = count_together(engine)
         events = run(engine, asked("a", max_tokens=12, **options))
-        assert all(len(event.tokens) == 1 for listed in events for event in listed), options
+        assert all(len(event.tokens) <= 1 for listed in events for event in listed), options
         assert together == [0]
     engine = make(model, num_continuous_decode_steps=8)
     events = run(engine, asked("a", max_tokens=30, min_tokens=6, ignore_eos=False))

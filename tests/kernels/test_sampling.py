@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowbit.engine.sampler import _changed
 from lowbit.kernels import native
-from lowbit.kernels.sampling import Draw, draw_tokens, rate_row
+from lowbit.kernels.sampling import Draw, LogitChanges, draw_tokens, rate_row
 
 pytestmark = pytest.mark.skipif(native.isa() == "scalar", reason="no native library")
 
@@ -82,7 +83,7 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_draws_what_the_uniform_number_says(width: int, rule: dict[str, float]) -> None:
     logits = logits_of(4, width)
-    base = Draw(0, 0, 0, top_p=1.0, min_p=0.0, temperature=1.0, top_k=0)._replace(**rule)
+    base = Draw(0, 0, 0, top_p=1.0, min_p=0.0, temperature=1.0, top_k=0)._replace(**rule)  # type: ignore[arg-type]
     draws = [
         base._replace(row=row, seed=7 * row + seed, position=seed) for row in range(4) for seed in range(6)
     ]
@@ -135,6 +136,45 @@ def test_what_overflows_is_still_a_token() -> None:
     logits = torch.tensor([[3e38, 1.0, -3e38]])
     for rule in ((1.0, 0), (0.5, 0), (1.0, 2)):
         assert drawn(logits, [Draw(0, 1, 1, rule[0], 0.0, 0.01, rule[1])])[0] in range(3)
+
+
+def some_changes(generator: np.random.Generator, width: int) -> LogitChanges:
+    """Tokens in either list, in both and in none; bans among the biases."""
+    biased = generator.permutation(width)[: generator.integers(0, 6)]
+    bias = generator.normal(0, 3, len(biased)).astype(np.float32)
+    bias[generator.random(len(bias)) < 0.2] = -np.inf
+    said = generator.permutation(width)[: generator.integers(0, 40)]
+    counts = generator.integers(0, 4, len(said)).astype(np.int32)
+    numbers = (generator.choice((1.0, 1.1, 0.7)), generator.choice((0.0, 0.4)), generator.choice((0.0, -0.3)))
+    return LogitChanges(biased, bias, said, counts, *map(float, numbers))
+
+
+@pytest.mark.parametrize("width", [7, 40, 5000])
+def test_changes_are_torchs_and_leave_no_trace(width: int) -> None:
+    generator = np.random.default_rng(width)
+    logits = logits_of(60, width, 1.0)
+    logits[:, 2] = -math.inf
+    before = logits.clone()
+    rules = [(0.0, 1.0, 0), (1.0, 1.0, 0), (0.8, 0.9, 0), (0.8, 0.9, 5)]
+    draws = []
+    for row in range(60):
+        temperature, top_p, top_k = rules[row % 4]
+        changes = some_changes(generator, width)
+        draws.append(Draw(row, row, 3, top_p, 0.0, temperature, top_k, changes))
+    tokens = drawn(logits, draws)
+    assert torch.equal(logits, before)
+    for draw, token in zip(draws, tokens, strict=True):
+        assert draw.changes is not None
+        changed = _changed(logits[draw.row], draw.changes)
+        if draw.temperature == 0:
+            assert token == int((changed == changed.max()).nonzero()[0])
+        else:
+            assert_drawn(changed, draw, token)
+    for bad in (width, -1):
+        changes = LogitChanges(
+            np.array([bad]), np.zeros(1, np.float32), np.zeros(0, np.int64), np.zeros(0, np.int32)
+        )
+        assert draw_tokens(logits, [0.0] * 60, [draws[0]._replace(changes=changes)]) is None
 
 
 @pytest.mark.parametrize("width", [1, 5, 16, 130, 49_152])

@@ -26,7 +26,7 @@ struct lowbit_decode_steps {
     const std::int32_t* page_table;  // (sequences, pages)
     std::int64_t pages, page_size, sequences;
     // What it leaves: (sequences, width) logits.
-    const float* logits;
+    float* logits;
     std::int64_t stride, width;
     // How tokens are chosen; with temperature 0 the first of the largest. Positions are the first step's.
     const lowbit_draw* draws;

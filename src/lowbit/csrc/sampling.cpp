@@ -15,6 +15,7 @@
 #include <functional>
 #include <limits>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "lowbit.h"
@@ -253,7 +254,7 @@ class Ranking {
 struct Scratch {
     Weights weights;
     Ranking ranking;
-    std::vector<float> sorted;
+    std::vector<float> sorted, kept;
     std::vector<std::uint64_t> keys;
 };
 
@@ -286,6 +287,52 @@ std::int64_t draw(const float* logits, std::int64_t width, float peak, const low
     if (ranking.size() == 0) return 0;  // of NaN
     if (rule.top_p < 1.0) kept = ranking.keep(rule.top_p * kept, ranking.size());
     return ranking.token_at(uniform * kept);
+}
+
+// A row under its changes, for as long as this lives.
+class Changed {
+  public:
+    Changed(float* logits, const lowbit_logit_changes& changes, std::vector<float>& kept)
+        : logits_(logits), changes_(changes), kept_(kept) {
+        kept.resize(static_cast<std::size_t>(changes.biases + changes.said_count));
+        float* before = kept.data();
+        for (std::int64_t i = 0; i < changes.biases; ++i) {
+            float& logit = logits[changes.biased[i]];
+            *before++ = logit;
+            logit += changes.bias[i];
+        }
+        const auto repetition = static_cast<float>(changes.repetition);
+        const auto reward = static_cast<float>(1.0 / changes.repetition);
+        const auto frequency = static_cast<float>(changes.frequency), presence = static_cast<float>(changes.presence);
+        for (std::int64_t i = 0; i < changes.said_count; ++i) {
+            float& logit = logits[changes.said[i]];
+            *before++ = logit;
+            if (repetition != 1.0f) logit *= logit > 0.0f ? reward : repetition;
+            logit -= static_cast<float>(changes.counts[i]) * frequency;
+            if (changes.counts[i] > 0) logit -= presence;
+        }
+    }
+    ~Changed() {  // the last change first: a token may be in both lists
+        const float* before = kept_.data() + kept_.size();
+        for (std::int64_t i = changes_.said_count; i-- > 0;) logits_[changes_.said[i]] = *--before;
+        for (std::int64_t i = changes_.biases; i-- > 0;) logits_[changes_.biased[i]] = *--before;
+    }
+    Changed(const Changed&) = delete;
+    Changed& operator=(const Changed&) = delete;
+
+  private:
+    float* logits_;
+    const lowbit_logit_changes& changes_;
+    std::vector<float>& kept_;
+};
+
+std::int64_t choose(float* logits, std::int64_t width, float peak, const lowbit_draw& rule) {
+    if (rule.changes == nullptr && rule.temperature > 0.0f) return draw(logits, width, peak, rule);
+    std::optional<Changed> changed;
+    if (rule.changes != nullptr) changed.emplace(logits, *rule.changes, own_scratch().kept);
+    std::int64_t likeliest = 0;
+    lowbit_row_peaks(logits, width, 1, width, &peak, &likeliest);
+    return rule.temperature > 0.0f ? draw(logits, width, peak, rule) : likeliest;
 }
 
 // Numbers in the order of their bits, the largest first.
@@ -330,14 +377,22 @@ bool largest(const float* logits, std::int64_t width, std::int64_t count, std::i
 }  // namespace
 }  // namespace lowbit
 
-LOWBIT_EXPORT int lowbit_draw_tokens(const float* logits, std::int64_t stride, std::int64_t width, const float* peaks,
+LOWBIT_EXPORT int lowbit_draw_tokens(float* logits, std::int64_t stride, std::int64_t width, const float* peaks,
                                      const lowbit_draw* draws, std::int64_t count, std::int64_t* tokens) {
     using namespace lowbit;
     if (width < 1 || width > WIDEST) return 1;
+    for (std::int64_t index = 0; index < count; ++index) {
+        const lowbit_logit_changes* changes = draws[index].changes;
+        const auto within = [&](std::int64_t token) { return 0 <= token && token < width; };
+        if (changes != nullptr && !(std::all_of(changes->biased, changes->biased + changes->biases, within) &&
+                                    std::all_of(changes->said, changes->said + changes->said_count, within))) {
+            return 1;
+        }
+    }
     try {
         parallel_for(count, [&](std::int64_t index) {
             const lowbit_draw& rule = draws[index];
-            tokens[index] = draw(logits + rule.row * stride, width, peaks[rule.row], rule);
+            tokens[index] = choose(logits + rule.row * stride, width, peaks[rule.row], rule);
         });
     } catch (const std::bad_alloc&) {
         return 2;

@@ -27,11 +27,12 @@ from torch import Tensor
 
 from lowbit.engine.messages import TokenLogprob
 from lowbit.engine.sampler import (
-    draws_plainly,
     has_penalties,
     log_probabilities,
     plan_draw,
     sample,
+    takes_peak,
+    takes_raw_logits,
     uniform_number,
 )
 from lowbit.engine.sequence import Sequence
@@ -75,20 +76,27 @@ class Ask:
 
 
 class HostChoices:
-    """From logits on the CPU: what is drawn from raw logits all at once, the rest row by row, with what the
-    sequence knows when it is asked. ``asks``: what will be asked, where that is known."""
+    """From logits on the CPU: what depends on nothing that is not known yet all at once, the rest row by row,
+    with what the sequence knows when it is asked. ``asks``: what will be asked, where that is known."""
 
     def __init__(self, logits: Tensor, asks: Listing[Ask] = ()) -> None:
         self._logits = logits
         self._peaks, self._likeliest = row_peaks(logits)
         self._drawn: dict[int, int] = {}
-        drawn = [ask for ask in asks if ask.target < 0 and draws_plainly(ask.sequence, ask.position)]
-        drawn = [ask for ask in drawn if self.finite(ask.row)]
+        drawn = [ask for ask in asks if self._at_once(ask)]
         if drawn:
-            draws = [plan_draw(ask.row, ask.sequence, ask.position) for ask in drawn]
+            size = logits.shape[1]
+            draws = [plan_draw(ask.row, ask.sequence, ask.position, size) for ask in drawn]
             tokens = draw_tokens(logits, self._peaks, draws)
             if tokens is not None:
                 self._drawn = {ask.row: token for ask, token in zip(drawn, tokens, strict=True)}
+
+    def _at_once(self, ask: Ask) -> bool:
+        """Whether a token is wanted that depends on nothing that is not known yet, and is not the peak's."""
+        sequence, position = ask.sequence, ask.position
+        if ask.target >= 0 or takes_peak(sequence, position) or not self.finite(ask.row):
+            return False
+        return position == len(sequence.tokens) or takes_raw_logits(sequence, position)
 
     def finite(self, row: int) -> bool:
         """By the row's largest number: NaN where it holds one."""

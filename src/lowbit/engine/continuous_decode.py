@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowbit.engine.messages import TokenLogprob
 from lowbit.engine.runner import Runner
-from lowbit.engine.sampler import draws_plainly, plan_draw, wants_peak_only
+from lowbit.engine.sampler import plan_draw, takes_raw_logits, wants_peak_only
 from lowbit.engine.scheduler import Chunk, Scheduler
 from lowbit.engine.sequence import Sequence
 from lowbit.kernels.decode_steps import DecodedSteps
@@ -35,9 +35,10 @@ _FORGET = 0.98  # how soon a slow call is forgotten: each time one step is all t
 class ContinuousDecode:
     """``steps``: so many in one call; None: as many as go into ``SECONDS``."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, steps: int | None) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, vocabulary: int, steps: int | None) -> None:
         self._scheduler = scheduler
         self._runner = runner
+        self._vocabulary = vocabulary
         self._steps = steps
         self._seconds: dict[int, float] = {}  # of a step, by sequences
 
@@ -56,7 +57,7 @@ class ContinuousDecode:
         began = time.perf_counter()
         found = self._runner.decode(
             chunks,
-            [plan_draw(row, one, len(one.tokens)) for row, one in enumerate(sequences)],
+            [plan_draw(row, one, len(one.tokens), self._vocabulary) for row, one in enumerate(sequences)],
             [tuple(one.stop_ids) for one in sequences],
             steps,
             greedy=all(map(wants_peak_only, sequences)),
@@ -88,9 +89,7 @@ def _goes_on(chunk: Chunk) -> bool:
     sequence = chunk.sequence
     if chunk.count != 1 or chunk.drafts or chunk.of_prompt or sequence.pending != 1 or sequence.flights:
         return False
-    if wants_peak_only(sequence):
-        return True
-    return sequence.sampling.logprobs is None and draws_plainly(sequence, len(sequence.tokens))
+    return sequence.sampling.logprobs is None and takes_raw_logits(sequence, len(sequence.tokens))
 
 
 class ContinuedChoices:

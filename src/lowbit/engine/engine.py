@@ -133,7 +133,8 @@ class Engine:
         self._finisher = Finisher(self._scheduler, self._sampler, self._sequences, model.vocab_size)
         continuous: ContinuousDecode | None = None
         if self._may_continue():
-            continuous = ContinuousDecode(self._scheduler, self._runner, settings.num_continuous_decode_steps)
+            steps = settings.num_continuous_decode_steps
+            continuous = ContinuousDecode(self._scheduler, self._runner, model.vocab_size, steps)
         self._launcher = Launcher(
             self._scheduler,
             self._runner,

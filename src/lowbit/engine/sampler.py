@@ -18,9 +18,10 @@ from lowbit.engine.messages import SamplingParams, TokenLogprob
 from lowbit.engine.said_tokens import SaidTokens
 from lowbit.engine.sequence import Sequence
 from lowbit.errors import LowbitError
-from lowbit.kernels.sampling import Draw, draw_tokens, rate_row
+from lowbit.kernels.sampling import Draw, LogitChanges, draw_tokens, rate_row
 
 _CANDIDATES = 1024  # top-p rarely needs more; then no whole vocabulary is sorted
+_NO_TOKENS, _NO_COUNTS = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
 _MOST_CANDIDATES = 1 << 30  # no vocabulary is larger
 _LEAST_TEMPERATURE = 1e-6  # with less a float32 quotient may overflow, and nothing but the likeliest is drawn
 _BOUNDS = {
@@ -62,50 +63,50 @@ def checked(sampling: SamplingParams, vocabulary: int) -> SamplingParams:
 
 def sample(logits: Tensor, sequence: Sequence, likeliest: int) -> int:
     """The next token. logits float32 (vocabulary,), finite; ``likeliest``: the first of the largest."""
-    if _is_plain_greedy(sequence):
+    position = len(sequence.tokens)
+    if takes_peak(sequence, position):
         return likeliest
-    logits = _changed(logits, sequence)
-    if sequence.sampling.temperature == 0:
-        return int(logits.argmax())
-    drawn = draw_tokens(logits[None], [float(logits.max())], [plan_draw(0, sequence, len(sequence.tokens))])
-    return _draw(logits, sequence) if drawn is None else drawn[0]
+    plan = plan_draw(0, sequence, position, len(logits))
+    drawn = draw_tokens(logits[None], [float(logits[likeliest])], [plan])
+    if drawn is not None:
+        return drawn[0]
+    if plan.changes is not None:
+        logits = _changed(logits, plan.changes)
+    return int(logits.argmax()) if sequence.sampling.temperature == 0 else _draw(logits, sequence)
 
 
-def plan_draw(row: int, sequence: Sequence, position: int) -> Draw:
-    """How the token at ``position`` is drawn from a row of logits."""
+def plan_draw(row: int, sequence: Sequence, position: int, vocabulary: int) -> Draw:
+    """How the token at ``position`` is chosen from a row of logits."""
     sampling = sequence.sampling
     top_k = min(sampling.top_k, _MOST_CANDIDATES)
     return Draw(
-        row, sequence.seed, position, sampling.top_p, sampling.min_p, sampling.temperature, max(top_k, 0)
+        row,
+        sequence.seed,
+        position,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.temperature,
+        max(top_k, 0),
+        None if takes_raw_logits(sequence, position) else _changes(sequence, position, vocabulary),
     )
 
 
-def draws_plainly(sequence: Sequence, position: int) -> bool:
-    """Whether the token at ``position`` is drawn from the raw logits, whatever is said before it."""
+def takes_raw_logits(sequence: Sequence, position: int) -> bool:
+    """Whether the token at ``position`` is chosen from the logits as they are, whatever is said before it."""
     sampling = sequence.sampling
-    return (
-        sampling.temperature > 0
-        and not sampling.logit_bias
-        and sampling.min_tokens <= position - sequence.prompt_length
-        and not has_penalties(sequence)
-    )
+    early = position - sequence.prompt_length < sampling.min_tokens
+    return not sampling.logit_bias and not early and not has_penalties(sequence)
 
 
-def _is_plain_greedy(sequence: Sequence) -> bool:
+def takes_peak(sequence: Sequence, position: int) -> bool:
     """Whether the largest raw logit is the answer."""
-    sampling = sequence.sampling
-    return (
-        sampling.temperature == 0
-        and not sampling.logit_bias
-        and sampling.min_tokens <= sequence.output_length
-        and not has_penalties(sequence)
-    )
+    return sequence.sampling.temperature == 0 and takes_raw_logits(sequence, position)
 
 
 def wants_peak_only(sequence: Sequence) -> bool:
     """Whether nothing is asked of its logits but the largest, this time and after it has said more."""
     rated = sequence.sampling.logprobs is not None or sequence.wants_prompt_logprobs
-    return not rated and _is_plain_greedy(sequence)
+    return not rated and takes_peak(sequence, len(sequence.tokens))
 
 
 def has_penalties(sequence: Sequence) -> bool:
@@ -114,34 +115,43 @@ def has_penalties(sequence: Sequence) -> bool:
     return bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0)
 
 
-def _changed(row: Tensor, sequence: Sequence) -> Tensor:
-    """A copy of the logits under minimum length, biases and penalties."""
+def _changes(sequence: Sequence, position: int, vocabulary: int) -> LogitChanges:
+    """Minimum length and biases, then penalties: of repetition over prompt and output (Keskar et al., 2019),
+    of presence and frequency over the output."""
     sampling = sequence.sampling
-    logits = row.cpu().clone()
-    if sequence.output_length < sampling.min_tokens and sequence.stop_ids:
-        logits[[token for token in sequence.stop_ids if 0 <= token < len(logits)]] = -torch.inf
-    for token, bias in sampling.logit_bias.items():
-        logits[token] += bias
+    biases = dict(sampling.logit_bias)
+    if position - sequence.prompt_length < sampling.min_tokens:
+        biases |= {token: -math.inf for token in sequence.stop_ids if 0 <= token < vocabulary}
+    said, counts = _NO_TOKENS, _NO_COUNTS
     if has_penalties(sequence):
-        _penalize(logits, sequence)
+        if sequence.said is None:
+            # The engine keeps it up to date from then on.
+            prompt = sequence.request.prompt
+            sequence.said = SaidTokens(prompt, sequence.tokens[len(prompt) :])
+        said, counts = sequence.said.arrays()
+    return LogitChanges(
+        np.array(list(biases), dtype=np.int64),
+        np.array(list(biases.values()), dtype=np.float32),
+        said,
+        counts,
+        sampling.repetition_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+    )
+
+
+def _changed(row: Tensor, changes: LogitChanges) -> Tensor:
+    """A copy of the logits under the changes."""
+    logits = row.cpu().clone()
+    logits[torch.from_numpy(changes.biased)] += torch.from_numpy(changes.bias)
+    ids, counts = torch.from_numpy(changes.said), torch.from_numpy(changes.counts)
+    said = logits[ids]
+    if changes.repetition != 1.0:
+        said *= torch.where(said > 0, 1 / changes.repetition, changes.repetition)
+    said -= counts * changes.frequency
+    said -= (counts > 0) * changes.presence
+    logits[ids] = said
     return logits
-
-
-def _penalize(logits: Tensor, sequence: Sequence) -> None:
-    """Repetition over prompt and output (Keskar et al., 2019), presence and frequency over the output."""
-    if sequence.said is None:
-        # The engine keeps it up to date from then on.
-        prompt = sequence.request.prompt
-        sequence.said = SaidTokens(prompt, sequence.tokens[len(prompt) :])
-    sampling = sequence.sampling
-    ids, counts = map(torch.from_numpy, sequence.said.arrays())
-    changed = logits[ids]
-    if sampling.repetition_penalty != 1.0:
-        penalty = sampling.repetition_penalty
-        changed *= torch.where(changed > 0, 1 / penalty, penalty)
-    changed -= counts * sampling.frequency_penalty
-    changed -= (counts > 0) * sampling.presence_penalty
-    logits[ids] = changed
 
 
 def uniform_number(seed: int, position: int) -> float:

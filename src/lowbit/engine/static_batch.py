@@ -59,9 +59,18 @@ class StaticBatch:
     @cached_property
     def decode_inputs(self) -> DecodeInputs:
         """Where a decode step's inputs lie, on a CPU."""
-        names = DecodeInputs._fields[:4]
-        addresses = [self._rows[name].data_ptr() for name in names]
-        return DecodeInputs(*addresses, self._page_table.data_ptr(), self.limits[2])
+
+        def at(name: str) -> int:
+            return self._rows[name].data_ptr()
+
+        return DecodeInputs(
+            tokens=at("tokens"),
+            positions=at("positions"),
+            write_slots=at("write_slots"),
+            context_lengths=at("context_lengths"),
+            page_table=self._page_table.data_ptr(),
+            pages=self.limits[2],
+        )
 
     def picked(self, rows: int) -> Tensor:
         """``sample_rows`` of the batch that was copied in, where those are not all rows."""

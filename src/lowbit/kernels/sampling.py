@@ -11,16 +11,34 @@ import ctypes
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor, float32
 
 from lowbit.kernels import native
 
 
+class LogitChanges(NamedTuple):
+    """What is done to a row's logits first: ``bias`` is added, then penalties go to tokens that occur.
+
+    ``biased`` (n,) int64 and ``said`` (m,) int64: tokens, none twice; ``bias`` (n,) float32; ``counts`` (m,)
+    int32: how often each stands in the output. ``repetition``: what logits of ``said`` are divided by, or
+    multiplied with where they are not above 0.
+    """
+
+    biased: np.ndarray
+    bias: np.ndarray
+    said: np.ndarray
+    counts: np.ndarray
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+
+
 class Draw(NamedTuple):
-    """How a token is drawn from row ``row`` of the logits.
+    """How a token is chosen from row ``row`` of the logits.
 
     ``seed`` and ``position``: key and counter of the Philox generator whose first number decides. ``top_k``:
-    none where it is not between 1 and the vocabulary. ``temperature``: above 0.
+    none where it is not between 1 and the vocabulary. ``temperature``: 0 takes the first of the largest.
     """
 
     row: int
@@ -30,6 +48,30 @@ class Draw(NamedTuple):
     min_p: float
     temperature: float
     top_k: int
+    changes: LogitChanges | None = None
+
+
+class _Changes(ctypes.Structure):
+    _fields_ = (
+        ("biased", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("biases", ctypes.c_int64),
+        ("said", ctypes.c_void_p),
+        ("counts", ctypes.c_void_p),
+        ("said_count", ctypes.c_int64),
+        ("repetition", ctypes.c_double),
+        ("frequency", ctypes.c_double),
+        ("presence", ctypes.c_double),
+    )
+
+    @classmethod
+    def of(cls, changes: LogitChanges) -> _Changes:
+        """It holds addresses: the arrays must live as long."""
+        biased, bias, said, counts, *numbers = changes
+        kinds = ((biased, np.int64), (bias, np.float32), (said, np.int64), (counts, np.int32))
+        assert all(array.dtype == kind and array.flags.c_contiguous for array, kind in kinds)
+        first, second = (biased.ctypes.data, bias.ctypes.data), (said.ctypes.data, counts.ctypes.data)
+        return cls(*first, len(biased), *second, len(said), *numbers)
 
 
 class _Draw(ctypes.Structure):
@@ -39,6 +81,7 @@ class _Draw(ctypes.Structure):
         ("position", ctypes.c_uint64),
         ("top_p", ctypes.c_double),
         ("min_p", ctypes.c_double),
+        ("changes", ctypes.POINTER(_Changes)),
         ("temperature", ctypes.c_float),
         ("top_k", ctypes.c_int32),
     )
@@ -62,14 +105,21 @@ def _takes(logits: Tensor) -> bool:
 
 
 def rules_of(draws: list[Draw]) -> ctypes.Array[_Draw]:
-    """As native functions read them."""
-    return (_Draw * len(draws))(*(_Draw(*draw) for draw in draws))
+    """As native functions read them; changed rows' arrays must live as long."""
+    rules = (_Draw * len(draws))()
+    for rule, draw in zip(rules, draws, strict=True):
+        rule.row, rule.seed, rule.position, rule.top_p, rule.min_p = draw[:5]
+        rule.temperature, rule.top_k = draw.temperature, draw.top_k
+        if draw.changes is not None:
+            rule.changes = ctypes.pointer(_Changes.of(draw.changes))
+    return rules
 
 
 def draw_tokens(logits: Tensor, peaks: list[float], draws: list[Draw]) -> list[int] | None:
     """A token for each draw from float32 (rows, vocabulary) logits, all threads at work; None: see above.
 
-    ``peaks``: the largest logit of each row; finite where anybody draws.
+    ``peaks``: the largest logit of each row; finite where anybody draws. A row that is changed is drawn from
+    once only, and is afterwards what it was.
     """
     library = _library()
     if library is None or not _takes(logits):
