@@ -1,8 +1,8 @@
 """Everything that docs/results.md says of CPU speed, on this machine: ``make bench-cpu``.
 
-Runs linear.py, with --cliffs too, attention.py, serving.py --rival all for the embedded model and for the 1B
-one, and served_formats.py, keeps what they say under docs/results/ and writes the page's section anew.
-Rivals' Pythons: LOWBIT_RIVAL_PYTHON
+Runs linear.py, with --cliffs too, attention.py, sampling.py, serving.py --rival all for the embedded model
+and for the 1B one, and served_formats.py, keeps what they say under docs/results/ and writes the page's
+section anew. Rivals' Pythons: LOWBIT_RIVAL_PYTHON
 ("llama.cpp=V/bin/python,openvino=W/bin/python,vllm=X/bin/python"; serving.py tells how each is made), and
 LOWBIT_RIVAL_PYTHON_AVX2 for a llama.cpp built with CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=OFF
 -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" and --no-cache-dir, which adds a
@@ -58,6 +58,7 @@ def steps(quick: bool, folder: Path) -> list[Step]:
         Step("linear", ("linear.py", *few, *plot)),
         Step("cliffs", ("linear.py", "--cliffs", *(("--tokens", "32", "--repeats", "1") if quick else ()))),
         Step("attention", ("attention.py", *(("--repeats", "2") if quick else ()))),
+        Step("sampling", ("sampling.py", *(("--repeats", "2", "--streams", "1") if quick else ()))),
         Step("serving-smollm2", ("serving.py", "--rival", "all", *short)),
         Step("served-formats", ("served_formats.py", *some)),
     ]

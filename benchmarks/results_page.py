@@ -102,7 +102,7 @@ def _machine(place: Path, records: dict[str, Record]) -> list[str]:
     where = "" if first["isa"] == "cuda" else f", {first['isa']}, {threads} threads"
     lines = [f"### {first['machine']}{where}", ""]
     kinds = {"serving": _serving, "linear": _linear, "attention": _attention, "cliffs": _cliffs}
-    kinds |= {"gpu_step": _gpu_step, "served formats": _served_formats}
+    kinds |= {"gpu_step": _gpu_step, "served formats": _served_formats, "sampling": _sampling}
     for record in records.values():
         write = kinds[record["benchmark"]]
         lines += [f"`{record['command']}` at {record['commit']}:", "", *write(record), ""]
@@ -195,6 +195,19 @@ def _cliffs(record: Record) -> list[str]:
         if max(row["ratios"].values()) > CLIFF
     ]
     return lines + _table(["time beside the fastest", "bits", *heads.values()], cells)
+
+
+def _sampling(record: Record) -> list[str]:
+    """What drawing a token takes, then whole steps beside greedy ones."""
+    names = list(next(iter(record["rows"].values())))
+    rows = ([rule, *(f"{found[name] * 1e6:.0f}" for name in names)] for rule, found in record["rows"].items())
+    lines = [*_table(["µs a token drawn", *names], rows), ""]
+    steps, greedy = record["steps"], record["steps"]["greedy"]
+    cells = (
+        [kind, *(f"{found[n] * 1e3:.2f} ({found[n] / greedy[n]:.2f})" for n in greedy)]
+        for kind, found in steps.items()
+    )
+    return lines + _table(["ms a step (beside greedy)", *(f"{n} streams" for n in greedy)], cells)
 
 
 def _served_formats(record: Record) -> list[str]:

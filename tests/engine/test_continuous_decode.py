@@ -124,6 +124,8 @@ def run(engine: Engine, *requests: Request) -> list[list[TokenEvent]]:
     listed = []
     while engine.has_work():
         listed.append(engine.step())
+        for sequence in engine._scheduler.running:
+            assert len(sequence.pages) == -(-sequence.computed // engine.settings.page_size)
     return listed
 
 

@@ -58,6 +58,7 @@ def model(folder: Path, request: pytest.FixtureRequest) -> Model:
 
 def engine_of(model: Model, forced: ForcedModes | None = None, **options: object) -> Engine:
     values = {"device": "cpu", "max_total_tokens": 2048, "max_running_requests": 8, **options}
+    values.setdefault("num_continuous_decode_steps", 1)  # a recorder sees each step's logits
     return Engine(model, Tokenizer(), Settings(**values), forced=forced)
 
 
@@ -102,6 +103,16 @@ CASES = {
     "overlapping, retracted": ({}, ForcedModes(overlap=True, chunk=21, retract_every=5)),
     "eager": ({"disable_cuda_graph": True}, ForcedModes(on_device=True)),
 }
+
+
+@pytest.mark.skipif(native.library() is None, reason="no native library: nothing is captured")
+@pytest.mark.parametrize("forced", [ForcedModes(), ForcedModes(chunk=13, retract_every=2)], ids=str)
+def test_steps_in_one_call_carry_states_on(
+    forced: ForcedModes, model: Model, given: list[list[int]], alone: tuple[Recorder, list[list[int]]]
+) -> None:
+    engine = engine_of(model, forced, num_continuous_decode_steps=5)
+    assert answers(engine, given) == alone[1]
+    assert engine._launcher._continuous is not None
 
 
 @pytest.mark.parametrize("case", CASES)

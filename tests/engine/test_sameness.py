@@ -94,7 +94,9 @@ def request(index: int, prompt: tuple[int, ...]) -> Request:
 
 
 def settings(**changes: object) -> Settings:
-    return Settings(**{"device": "cpu", "max_running_requests": 32, **changes})
+    # A step at a time: the recorder sees each one's logits.
+    alone = {"device": "cpu", "max_running_requests": 32, "num_continuous_decode_steps": 1}
+    return Settings(**{**alone, **changes})
 
 
 def collect(events: list[TokenEvent], tokens: dict[str, list[int]]) -> None:

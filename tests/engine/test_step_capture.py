@@ -491,7 +491,11 @@ def serve(
     """Requests at random times, some with shared prefixes, some with log-probabilities; their tokens."""
     draw = random.Random(seed)
     settings = Settings(
-        device="cpu", max_total_tokens=368, max_running_requests=7, disable_cuda_graph=not capture
+        device="cpu",
+        max_total_tokens=368,
+        max_running_requests=7,
+        disable_cuda_graph=not capture,
+        num_continuous_decode_steps=1,  # some schemes here let a step's tokens share scales
     )
     engine = Engine(model, ByteTokenizer(), settings, forced=forced or ForcedModes(check=True))
     prefix = [draw.randrange(4, 40) for _ in range(2 * PAGE + 3)]

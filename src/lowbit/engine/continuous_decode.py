@@ -63,6 +63,8 @@ class ContinuousDecode:
             greedy=all(map(wants_peak_only, sequences)),
         )
         if found is None:
+            for sequence in sequences:
+                self._scheduler.drop_drafts(sequence, kept_tokens=1)
             return None
         decoded, logits = found
         self._seconds[len(chunks)] = (time.perf_counter() - began) / len(decoded.tokens)

@@ -131,7 +131,7 @@ class Finisher:
                     events.append(self.end(turn.sequence, "error", "model_numerical_error", error))
             going = continuing
         for turn in turns:
-            if turn.drafts and turn.sequence.id in self._sequences:
+            if (turn.drafts or not turn.guessed) and turn.sequence.id in self._sequences:
                 self._scheduler.drop_drafts(turn.sequence)
         return events
 

@@ -269,10 +269,10 @@ class Scheduler:
             chunk.sequence.pages += self.pool.take(needed(chunk.sequence, steps))
         return steps
 
-    def drop_drafts(self, sequence: Sequence) -> None:
-        """Take back the pages that only wrong drafts are in; K and V of those in kept pages are overwritten
-        before they are read."""
-        kept = self._pages_for(sequence.computed)
+    def drop_drafts(self, sequence: Sequence, kept_tokens: int = 0) -> None:
+        """Take back the pages that only wrong drafts are in, not those of ``kept_tokens`` more; K and V of
+        drafts in kept pages are overwritten before they are read."""
+        kept = self._pages_for(sequence.computed + kept_tokens)
         self.pool.release(sequence.pages[kept:])
         del sequence.pages[kept:]
 
