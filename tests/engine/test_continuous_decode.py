@@ -172,9 +172,6 @@ def test_no_page_is_taken_from_anybody_for_it(model: Model) -> None:
 def test_what_needs_a_look_takes_a_step_at_a_time(model: Model) -> None:
     for options in (
         {"logprobs": 1},
-        {"repetition_penalty": 1.2},
-        {"logit_bias": {5: 1.0}},
-        {"temperature": 1.0, "presence_penalty": 0.5},
         {"temperature": 1.0, "logprobs": 0},
     ):
         engine = make(model, num_continuous_decode_steps=8)

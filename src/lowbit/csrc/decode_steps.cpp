@@ -28,7 +28,7 @@ struct lowbit_decode_steps {
     // What it leaves: (sequences, width) logits.
     float* logits;
     std::int64_t stride, width;
-    // How tokens are chosen; with temperature 0 the first of the largest. Positions are the first step's.
+    // How tokens are chosen; positions and what was said are the first step's.
     const lowbit_draw* draws;
     // Tokens after which a sequence ends: ``stops[stop_ends[i - 1]]`` to ``stops[stop_ends[i]]``, exclusive.
     const std::int64_t* stops;
@@ -46,16 +46,60 @@ namespace {
 
 constexpr std::int32_t BAD_LOGITS = -2, NO_MEMORY = -3;
 
+// How a sequence's tokens are chosen, step by step. What it says counts for its penalties, in a copy of its lists: whoever
+// keeps those learns afterwards what was said.
+class Rule {
+  public:
+    Rule(const lowbit_draw& draw, std::int64_t most) : draw_(draw) {
+        if (draw.changes == nullptr) return;
+        const lowbit_logit_changes& changes = *draw.changes;
+        said_.reserve(static_cast<std::size_t>(changes.said_count + most));
+        said_.assign(changes.said, changes.said + changes.said_count);
+        counts_.assign(changes.counts, changes.counts + changes.said_count);
+        changes_ = changes;
+    }
+
+    bool takes_peak() const { return draw_.temperature == 0.0f && draw_.changes == nullptr; }
+
+    // Valid until something is said.
+    lowbit_draw next() {
+        lowbit_draw draw = draw_;
+        if (draw.changes != nullptr) {
+            changes_.said = said_.data();
+            changes_.counts = counts_.data();
+            changes_.said_count = static_cast<std::int64_t>(said_.size());
+            draw.changes = &changes_;
+        }
+        return draw;
+    }
+
+    void say(std::int64_t token) {
+        ++draw_.position;
+        const bool penalized = changes_.repetition != 1.0 || changes_.frequency != 0.0 || changes_.presence != 0.0;
+        if (draw_.changes == nullptr || !penalized) return;
+        const auto place = std::find(said_.begin(), said_.end(), token) - said_.begin();
+        if (place == static_cast<std::ptrdiff_t>(said_.size())) {
+            said_.push_back(token);
+            counts_.push_back(0);
+        }
+        ++counts_[static_cast<std::size_t>(place)];
+    }
+
+  private:
+    lowbit_draw draw_;
+    lowbit_logit_changes changes_{};
+    std::vector<std::int64_t> said_;
+    std::vector<std::int32_t> counts_;
+};
+
 // 0 or a status of those above.
-std::int32_t choose(const lowbit_decode_steps& steps, std::int64_t step, std::int64_t* chosen, float* peaks) {
+std::int32_t choose(const lowbit_decode_steps& steps, std::vector<Rule>& rules, std::int64_t* chosen, float* peaks) {
     if (lowbit_row_peaks(steps.logits, steps.stride, steps.sequences, steps.width, peaks, chosen) != 0) return BAD_LOGITS;
     static thread_local std::vector<lowbit_draw> drawn;
     static thread_local std::vector<std::int64_t> tokens;
     drawn.clear();
-    for (std::int64_t i = 0; i < steps.sequences; ++i) {
-        lowbit_draw draw = steps.draws[i];
-        draw.position += static_cast<std::uint64_t>(step);
-        if (draw.temperature > 0.0f && std::isfinite(peaks[i])) drawn.push_back(draw);
+    for (std::size_t i = 0; i < rules.size(); ++i) {
+        if (!rules[i].takes_peak() && std::isfinite(peaks[i])) drawn.push_back(rules[i].next());
     }
     if (drawn.empty()) return 0;
     tokens.resize(drawn.size());
@@ -95,14 +139,17 @@ LOWBIT_EXPORT std::int64_t lowbit_plan_decode(const std::int64_t* words, std::in
                                               const lowbit_decode_steps* steps, std::int64_t* done) {
     using namespace lowbit;
     try {
+        std::vector<Rule> rules;
+        for (std::int64_t i = 0; i < steps->sequences; ++i) rules.emplace_back(steps->draws[i], steps->most);
         for (*done = 0; *done < steps->most;) {
             std::int64_t* chosen = steps->chosen + *done * steps->sequences;
             float* peaks = steps->peaks + *done * steps->sequences;
             const std::int64_t failed = lowbit_plan_run(words, count, status);
             if (failed >= 0) return failed;
-            if (const std::int32_t bad = choose(*steps, *done, chosen, peaks); bad != 0) return bad;
+            if (const std::int32_t bad = choose(*steps, rules, chosen, peaks); bad != 0) return bad;
             if (++*done == steps->most || ends(*steps, chosen, peaks)) break;
             advance(*steps, chosen);
+            for (std::size_t i = 0; i < rules.size(); ++i) rules[i].say(chosen[i]);
         }
     } catch (const std::bad_alloc&) {
         return NO_MEMORY;

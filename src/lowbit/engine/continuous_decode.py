@@ -2,8 +2,8 @@
 
 Between two steps the next one's numbers are a matter of course, so long as nobody ends or joins: each token
 chosen is the next input, one place further on. What Python does there takes a tenth of a small model's step,
-because the weights have driven its code and data out of the caches. So tokens that need nothing but the
-logits of their own step, greedy or drawn, are chosen in native code, until a sequence chooses one of its stop
+because the weights have driven its code and data out of the caches. So tokens of which nothing else is
+wanted, no log-probabilities, are chosen in native code, under penalties and biases too, until a sequence chooses one of its stop
 tokens; afterwards everything is looked at as drafts that all were right (``finish``). A stop string may turn
 up earlier: the steps behind it were in vain, and their tokens are dropped unseen.
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lowbit.engine.messages import TokenLogprob
 from lowbit.engine.runner import Runner
-from lowbit.engine.sampler import plan_draw, takes_raw_logits, wants_peak_only
+from lowbit.engine.sampler import plan_draw, wants_peak_only
 from lowbit.engine.scheduler import Chunk, Scheduler
 from lowbit.engine.sequence import Sequence
 from lowbit.kernels.decode_steps import DecodedSteps
@@ -87,11 +87,12 @@ class ContinuousDecode:
 
 
 def _goes_on(chunk: Chunk) -> bool:
-    """Whether it is one generated token, behind which more can be chosen by their own logits."""
+    """Whether it is one generated token, behind which more can be chosen without asking anybody."""
     sequence = chunk.sequence
     if chunk.count != 1 or chunk.drafts or chunk.of_prompt or sequence.pending != 1 or sequence.flights:
         return False
-    return sequence.sampling.logprobs is None and takes_raw_logits(sequence, len(sequence.tokens))
+    sampling = sequence.sampling
+    return sampling.logprobs is None and sampling.min_tokens <= sequence.output_length
 
 
 class ContinuedChoices:
