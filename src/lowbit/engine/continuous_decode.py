@@ -3,9 +3,9 @@
 Between two steps the next one's numbers are a matter of course, so long as nobody ends or joins: each token
 chosen is the next input, one place further on. What Python does there takes a tenth of a small model's step,
 because the weights have driven its code and data out of the caches. So tokens of which nothing else is
-wanted, no log-probabilities, are chosen in native code, under penalties and biases too, until a sequence chooses one of its stop
-tokens; afterwards everything is looked at as drafts that all were right (``finish``). A stop string may turn
-up earlier: the steps behind it were in vain, and their tokens are dropped unseen.
+wanted, no log-probabilities, are chosen in native code, under penalties and biases too, until a sequence
+chooses one of its stop tokens; afterwards everything is looked at as drafts that all were right (``finish``).
+A stop string may turn up earlier: the steps behind it were in vain, and their tokens are dropped unseen.
 
 Text comes that many tokens at a time, and a new request waits until they are there: together they take no
 longer than ``SECONDS``. Large models take a step at a time, and would gain nothing.
