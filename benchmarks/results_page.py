@@ -207,7 +207,10 @@ def _sampling(record: Record) -> list[str]:
         [kind, *(f"{found[n] * 1e3:.2f} ({found[n] / greedy[n]:.2f})" for n in greedy)]
         for kind, found in steps.items()
     )
-    return lines + _table(["ms a step (beside greedy)", *(f"{n} streams" for n in greedy)], cells)
+    lines += [*_table(["ms a step (beside greedy)", *(f"{n} streams" for n in greedy)], cells), ""]
+    rates = [f"{found['one']:.0f} → {found['default']:.0f}" for found in record["continued"].values()]
+    titles = ["greedy tok/s", *(f"{n} streams" for n in record["continued"])]
+    return lines + _table(titles, [["a step a call → several", *rates]])
 
 
 def _served_formats(record: Record) -> list[str]:

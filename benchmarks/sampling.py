@@ -7,7 +7,8 @@ Logits are those of the embedded model after tokens of English text. *Native* dr
 all threads and on one, *torch* is what runs where there is no native library, *llama.cpp* its sampler chain
 on one thread, as it samples; each is the fastest of --repeats, in microseconds a token. Before anything is
 timed native and torch draw the same tokens. A step's figure is the median of engine steps in which all
-streams decode. The last line is JSON.
+streams decode, each step a call of its own; greedy decoding several steps a call stands beside it at last
+(engine.continuous_decode), both engines taking turns. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import quality_originals as originals
 from comparison import rival_pythons
 from machine import run_record
+from regimes import SHORT_PROMPT, Prompts, decode_rate, decode_window_rate
 from rich.console import Console
 from rich.table import Table
 from targets import EngineTarget
@@ -149,6 +151,27 @@ def step_seconds(target: EngineTarget, streams: int, rule: dict[str, Any], token
     return statistics.median(times[2:])
 
 
+def continued_rates(streams: list[int], tokens: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Tokens a second of all streams, greedy, by steps in a call; the median of so many turns."""
+    targets = {
+        "one": EngineTarget(originals.SOURCE, None, num_continuous_decode_steps=1),
+        "default": EngineTarget(originals.SOURCE, None),
+    }
+    prompts = Prompts(48_000)
+    found: dict[str, dict[str, float]] = {}
+    for count in streams:
+        rates: dict[str, list[float]] = {name: [] for name in targets}
+        for _ in range(repeats + 1):
+            asked = prompts.take(count, SHORT_PROMPT)
+            answers = {name: target.complete(asked, tokens) for name, target in targets.items()}
+            if any(a.ids != b.ids for a, b in zip(*answers.values(), strict=True)):
+                raise SystemExit("steps in one call chose other tokens")
+            for name, listed in answers.items():
+                rates[name].append((decode_rate if count == 1 else decode_window_rate)(listed).popitem()[1])
+        found[str(count)] = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--repeats", type=int, default=20)
@@ -194,13 +217,16 @@ def main() -> None:
         cells = [(f"{v * 1e3:.2f}", f"{v / steps['greedy'][n]:.2f}") for n, v in by_streams.items()]
         table.add_row(name, *(text for cell in cells for text in cell))
     console.print(table)
-    record = run_record("sampling") | {
-        "isa": native.isa(),
-        "threads": native.threads(),
-        "rows": rows,
-        "steps": steps,
-        "rival": rival,
-    }
+    continued = continued_rates(options.streams, 2 * options.tokens, max(options.repeats // 4, 3))
+    table = Table(title="greedy tokens a second, by steps in a call")
+    for heading in ("streams", "one", "default", "ratio"):
+        table.add_column(heading, justify="right")
+    for count, by_steps in continued.items():
+        one, default = by_steps.values()
+        table.add_row(count, f"{one:.0f}", f"{default:.0f}", f"{default / one:.3f}")
+    console.print(table)
+    record = run_record("sampling") | {"isa": native.isa(), "threads": native.threads()}
+    record |= {"rows": rows, "steps": steps, "continued": continued, "rival": rival}
     print(json.dumps(record))
 
 

@@ -337,11 +337,13 @@ def test_sampling_shows_tokens_drawn_and_steps_beside_greedy_ones(tmp_path: Path
     rows = {"temperature 1": {"native": 2e-5, "torch": 3e-4, "llama.cpp": 4e-4}}
     steps = {"greedy": {"1": 0.004, "32": 0.05}, "temperature 1": {"1": 0.005, "32": 0.05}}
     record = serving_record("One", 1.0) | {"benchmark": "sampling", "rows": rows, "steps": steps}
+    record["continued"] = {"1": {"one": 250.0, "default": 270.4}}
     page.store("sampling", record, tmp_path / "results")
     text = page.section(tmp_path / "results")
     assert "| µs a token drawn | native | torch | llama.cpp |" in text
     assert "| temperature 1 | 20 | 300 | 400 |" in text
     assert "| temperature 1 | 5.00 (1.25) | 50.00 (1.00) |" in text
+    assert "| a step a call → several | 250 → 270 |" in text
 
 
 def test_cliffs_are_beside_formats_of_their_size_and_inputs() -> None:
