@@ -1,4 +1,4 @@
-"""What libraries for other CPUs make of the inputs of cross_driver.cpp, compiled and compared by slow tests."""
+"""What libraries for other CPUs make of cross_driver.cpp's inputs: compiled and compared by slow tests."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def assert_same(name: str, found: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_close(name: str, found: np.ndarray, expected: np.ndarray, size: np.ndarray, limit: float) -> None:
-    """Sums of products, by what |x| |w|^T is, to which the error of a sum is relative."""
+    """``size``: to what the error is relative; for sums of products that is |x| |w|^T."""
     difference = np.abs(found.astype(np.float64) - expected)
     assert np.nanmax(difference / size) < limit, name
     assert np.array_equal(np.isnan(found), np.isnan(expected)), name

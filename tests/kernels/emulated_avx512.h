@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 
 #define LOWBIT_EMULATED_AVX512
@@ -114,7 +115,12 @@ EMULATED std::uint32_t bits_of(float x) { return part<std::uint32_t>(x, 0); }
 EMULATED float float_of(std::uint32_t bits) { return part<float>(bits, 0); }
 // Subnormal numbers count as zeros.
 EMULATED float flushed(float x) { return (bits_of(x) & 0x7F800000u) == 0 ? float_of(bits_of(x) & 0x80000000u) : x; }
-EMULATED float widened(std::uint16_t bfloat) { return flushed(float_of(std::uint32_t{bfloat} << 16)); }
+EMULATED __m256 flushed(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x), size = _mm256_set1_epi32(0x7FFFFFFF);
+    const __m256i exponent = _mm256_and_si256(bits, _mm256_set1_epi32(0x7F800000));
+    const __m256i small = _mm256_cmpeq_epi32(exponent, _mm256_setzero_si256());
+    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_and_si256(small, size), bits));
+}
 EMULATED std::uint16_t narrowed(float x) {  // to nearest, ties to even
     const std::uint32_t bits = bits_of(flushed(x));
     if (x != x) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);
@@ -124,13 +130,13 @@ EMULATED std::uint16_t narrowed(float x) {  // to nearest, ties to even
 // x times 2^floor(power).
 EMULATED float scaled(float x, float power) {
     constexpr float INF = std::numeric_limits<float>::infinity(), NOT = std::numeric_limits<float>::quiet_NaN();
+    const auto whole = [&] { return static_cast<int>(std::floor(power)); };
+    if (power >= -126.0f && power < 128.0f) return x * float_of(static_cast<std::uint32_t>(whole() + 127) << 23);
     if (x != x) return power == INF ? INF : power == -INF ? 0.0f : x;
     if (power != power) return power;
     if (power == INF) return x == 0.0f ? NOT : std::copysign(INF, x);
     if (power == -INF) return std::isinf(x) ? NOT : std::copysign(0.0f, x);
-    const int whole = static_cast<int>(std::floor(std::fmax(-1000.0f, std::fmin(1000.0f, power))));
-    if (whole >= -126 && whole <= 127) return x * float_of(static_cast<std::uint32_t>(whole + 127) << 23);
-    return std::ldexp(x, whole);
+    return std::ldexp(x, power < -1000.0f ? -1000 : power > 1000.0f ? 1000 : whole());
 }
 // x less floor(x), rounded downwards like floor's own result.
 EMULATED float less_floor(float x) {
@@ -360,18 +366,11 @@ CALLED __m512i _mm512_permutex2var_epi32(__m512i a, __m512i index, __m512i b) {
 
 // Bits.
 CALLED __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, int table) {
-    const auto x = lanes<std::uint64_t>(a);
-    const auto y = lanes<std::uint64_t>(b);
-    const auto z = lanes<std::uint64_t>(c);
-    return made<__m512i, std::uint64_t>([&](int i) {
-        std::uint64_t bits = 0;
-        for (int entry = 0; entry < 8; ++entry) {
-            const std::uint64_t of_x = entry & 4 ? x.at[i] : ~x.at[i], of_y = entry & 2 ? y.at[i] : ~y.at[i];
-            const std::uint64_t of_z = entry & 1 ? z.at[i] : ~z.at[i];
-            if ((table >> entry & 1) != 0) bits |= of_x & of_y & of_z;
-        }
-        return bits;
-    });
+    __m512i bits = {};
+    for (int entry = 0; entry < 8; ++entry) {
+        if ((table >> entry & 1) != 0) bits |= (entry & 4 ? a : ~a) & (entry & 2 ? b : ~b) & (entry & 1 ? c : ~c);
+    }
+    return bits;
 }
 EMULATED __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
     return _mm512_ternarylogic_epi64(a, b, c, table);
@@ -449,19 +448,20 @@ CALLED int _mm512_reduce_max_epi32(__m512i a) {
 }
 
 // VNNI: sums wrap around.
-CALLED __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
-    const auto sum = lanes<std::uint32_t>(sums);
-    const auto x = lanes<std::uint8_t>(a);
-    const auto y = lanes<std::int8_t>(b);
-    return made<__m512i, std::uint32_t>([&](int i) {
-        int four = 0;
-        for (int j = 4 * i; j < 4 * i + 4; ++j) four += x.at[j] * y.at[j];
-        return sum.at[i] + static_cast<std::uint32_t>(four);
-    });
-}
 EMULATED __m512i _mm512_dpwssd_epi32(__m512i sums, __m512i a, __m512i b) {
     return _mm512_add_epi32(sums, joined(_mm256_madd_epi16(half(a, 0), half(b, 0)),
                                          _mm256_madd_epi16(half(a, 1), half(b, 1))));
+}
+CALLED __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {  // a's bytes have no sign
+    for (const bool odd : {false, true}) {
+        const auto words_of = [&](int which) {
+            const __m256i x = half(a, which), y = odd ? half(b, which) : _mm256_slli_epi16(half(b, which), 8);
+            const __m256i bytes = odd ? _mm256_srli_epi16(x, 8) : _mm256_and_si256(x, _mm256_set1_epi16(0xFF));
+            return _mm256_madd_epi16(bytes, _mm256_srai_epi16(y, 8));
+        };
+        sums = _mm512_add_epi32(sums, joined(words_of(0), words_of(1)));
+    }
+    return sums;
 }
 #undef _mm_dpwssd_epi32
 EMULATED __m128i _mm_dpwssd_epi32(__m128i sum, __m128i a, __m128i b) {
@@ -470,12 +470,16 @@ EMULATED __m128i _mm_dpwssd_epi32(__m128i sum, __m128i a, __m128i b) {
 
 // BF16: the upper one of each pair is added first, each sum is rounded, and subnormal numbers are zeros.
 CALLED __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
-    const auto sum = lanes<float>(sums);
-    const auto x = lanes<std::uint16_t>(a), y = lanes<std::uint16_t>(b);
-    return made<__m512, float>([&](int i) {
-        const float first = __builtin_fmaf(widened(x.at[2 * i + 1]), widened(y.at[2 * i + 1]), flushed(sum.at[i]));
-        return flushed(__builtin_fmaf(widened(x.at[2 * i]), widened(y.at[2 * i]), flushed(first)));
-    });
+    const __m512i pairs = reinterpret_cast<__m512i>(a), others = reinterpret_cast<__m512i>(b);
+    const auto sum_of = [&](int which) {
+        const __m256i x = half(pairs, which), y = half(others, which), upper = _mm256_set1_epi32(-65536);
+        const __m256 first = flushed(_mm256_fmadd_ps(flushed(_mm256_castsi256_ps(_mm256_and_si256(x, upper))),
+                                                     flushed(_mm256_castsi256_ps(_mm256_and_si256(y, upper))),
+                                                     flushed(half(sums, which))));
+        return flushed(_mm256_fmadd_ps(flushed(_mm256_castsi256_ps(_mm256_slli_epi32(x, 16))),
+                                       flushed(_mm256_castsi256_ps(_mm256_slli_epi32(y, 16))), first));
+    };
+    return joined(sum_of(0), sum_of(1));
 }
 CALLED __m256bh _mm512_cvtneps_pbh(__m512 a) {
     const auto x = lanes<float>(a);
