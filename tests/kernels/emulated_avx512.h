@@ -1,8 +1,8 @@
 // AVX-512 on a CPU that has AVX2 only: the functions of <immintrin.h> that the kernels use, in plain C++ and AVX2.
 //
-// Included before a whole source (GCC's -include; CMake's LOWBIT_EMULATE_AVX512), it says what the compiler says where
-// it has AVX-512 with VNNI and VBMI, with LOWBIT_EMULATE_BF16 also BF16, and declares the functions anew in the kernels'
-// namespace, where they hide the processor's own: a kernel that uses one which is not here does not compile. They follow
+// Included before a whole source (GCC's -include; CMake's LOWBIT_EMULATE_AVX512), it says what a compiler says that has
+// AVX-512 with VNNI and VBMI, with LOWBIT_EMULATE_BF16 also BF16, and declares the functions anew in the kernels' own
+// namespace, where they hide the processor's: a kernel that uses one which is not here does not compile. They follow
 // the pseudocode of Intel's manual; a use that the processor would fault ends the program, and what it leaves undefined
 // is not zero.
 #pragma once
