@@ -105,12 +105,14 @@ bench-gpu:
 gpu-compile: install
 	@$(BIN)/python -m pytest -m "" -rP tests/gpu/test_compiles.py $(PYTEST_FLAGS)
 
-# The ARM libraries, compiled and run by an emulator: Debian's g++-aarch64-linux-gnu and qemu-user.
+# Libraries for other CPUs: ARM's, compiled and run by an emulator (Debian's g++-aarch64-linux-gnu and qemu-user), and
+# AVX-512's with its instructions emulated.
 cross-check: install
 	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64 > /dev/null || { \
 	    echo "cross-check needs g++-aarch64-linux-gnu and qemu-user. Run: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; \
 	    exit 2; }
-	@$(BIN)/python -m pytest -m "" tests/kernels/test_cross_build.py $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -m "" tests/kernels/test_emulated_avx512.py tests/kernels/test_cross_build.py \
+		$(PYTEST_FLAGS)
 
 lint: install
 	@$(BIN)/ruff check src tests benchmarks

@@ -11,7 +11,7 @@ from lowbit.kernels import PackedWeight, native
 from lowbit.kernels.packed_linear import INPUT_WORDS, NativeWeight, takes
 
 # Whether products of codes that bfloat16 holds round x to it, as those of bfloat16 matrices do everywhere.
-ROUNDS_INPUTS = native.isa() in ("amx", "amx_emulated", "avx512", "neon_bf16")
+ROUNDS_INPUTS = native.base_isa() in ("amx", "avx512", "neon_bf16")
 
 
 def in_words(x: torch.Tensor, largest: int = 16383) -> torch.Tensor:

@@ -69,8 +69,8 @@ def test_without_libraries_lowbit_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.fixture
 def every_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """A library was built for each instruction set, and which one is in use is asked anew."""
-    for isa in native.INSTRUCTION_SETS:
+    """A library was built for each set, also for emulated ones, and which one is in use is asked anew."""
+    for isa in native._NEEDED_FLAGS:
         (tmp_path / f"liblowbit_{isa}.so").touch()
     monkeypatch.setattr(native, "_directories", lambda: [tmp_path])
     monkeypatch.setattr(native, "isa", native.isa.__wrapped__)
@@ -93,6 +93,14 @@ def test_x86_takes_what_its_features_allow(
 ) -> None:
     every_library.setattr(native, "cpu_flags", lambda: native._NEEDED_FLAGS["amx"] - missing)
     assert native.isa() == wanted
+
+
+def test_an_emulated_set_has_the_kernels_of_the_real_one(every_library: pytest.MonkeyPatch) -> None:
+    every_library.setattr(native, "cpu_flags", lambda: native._NEEDED_FLAGS["avx2"])
+    assert native.isa() == native.base_isa() == "avx2", "none is chosen by itself"
+    for isa in ("avx512", "avx512_vnni"):
+        every_library.setenv("LOWBIT_ISA", f"{isa}_emulated")
+        assert native.isa() == f"{isa}_emulated" and native.base_isa() == isa
 
 
 @pytest.mark.parametrize(

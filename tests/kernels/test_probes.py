@@ -27,14 +27,14 @@ def test_every_multiply_add_is_in_the_sum(kind: str) -> None:
     done, total = probes.dot(kind, rounds)
     tiles = kind.endswith("tiles")
     if not done:
-        assert tiles or (kind == "bf16 dot" and native.isa() in ("avx2", "avx512_vnni", "neon"))
+        assert tiles or (kind == "bf16 dot" and native.base_isa() in ("avx2", "avx512_vnni", "neon"))
         assert total == 0 and probes.dot_peak(kind) == 0
         return
-    arm = native.isa().startswith("neon")
-    lanes = 256 if tiles else 4 if arm else 8 if native.isa() == "avx2" else 16
+    arm = native.base_isa().startswith("neon")
+    lanes = 256 if tiles else 4 if arm else 8 if native.base_isa() == "avx2" else 16
     assert done == total * lanes
     depth = {"fp32 fma": 1, "bf16 dot": 2, "int8 dot": 4, "bf16 tiles": 32, "int8 tiles": 64}[kind]
-    accumulators = 4 if tiles else 12 if native.isa() == "avx2" else 16
+    accumulators = 4 if tiles else 12 if native.base_isa() == "avx2" else 16
     assert total == native.threads() * accumulators * rounds * depth
 
 

@@ -21,9 +21,9 @@ FORMATS = benchmark_module("linear_formats")
 # largest of 128 numbers.
 LEAST_OFF, MOST_OFF = 2e-4, 4e-3
 # All their numbers are bfloat16's, or sums go on to the end of a row: with AVX-512 in another order.
-REORDERED = 1e-6 if native.isa() == "avx512" else 0.0
+REORDERED = 1e-6 if native.base_isa() == "avx512" else 0.0
 # Without products of bfloat16 prompts meet whole numbers, which these are not either.
-WHOLE = native.isa() in ("avx2", "avx512_vnni")
+WHOLE = native.base_isa() in ("avx2", "avx512_vnni")
 EXACT = set() if WHOLE else {"bf16", "f16", "int8 channel", "fp8 channel", "mxfp4"}
 OWN_INPUTS = {"w8a8", "fp8 row x row"}  # inputs are codes, or each row of weights has one scale
 

@@ -273,7 +273,7 @@ struct QuadDecoder {
             upper = _mm512_permutexvar_epi8(codes, high);
         } else {
             __m512i codes = _mm512_loadu_si512(from);
-            asm("" : "+v"(codes));  // GCC 12 would load them anew for each use
+            asm("" : "+" ZMM(codes));  // GCC 12 would load them anew for each use
             const __m512i sign = _mm512_set1_epi8(-128);
             lower = _mm512_permutex2var_epi8(low, codes, low_end);
             upper = _mm512_permutex2var_epi8(high, codes, high_end);

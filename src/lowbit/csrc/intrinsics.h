@@ -28,6 +28,13 @@
 #define LOWBIT_AVX512
 #endif
 
+// What holds 64 bytes in an asm statement: memory where tests emulate AVX-512 (tests/kernels/emulated_avx512.h).
+#if defined(LOWBIT_EMULATED_AVX512)
+#define ZMM "m"
+#else
+#define ZMM "v"
+#endif
+
 // Unrolls the loop that follows: what a variable indexes would not stay in registers.
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll 16")

@@ -114,7 +114,7 @@ INLINE void look_up_grid(const std::uint8_t* table, const __m512i (&index)[TILES
     if constexpr (BITS == 8) {
         __m512i a = _mm512_loadu_si512(table), b = _mm512_loadu_si512(table + 64);
         __m512i c = _mm512_loadu_si512(table + 128), d = _mm512_loadu_si512(table + 192);
-        if constexpr (TILES > 1) asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));  // read once for all tiles
+        if constexpr (TILES > 1) asm volatile("" : "+" ZMM(a), "+" ZMM(b), "+" ZMM(c), "+" ZMM(d));  // read once for all tiles
         UNROLL
         for (int t = 0; t < TILES; ++t) {
             found[t] = _mm512_mask_blend_epi8(masks[t][0], _mm512_permutex2var_epi8(a, index[t], b),

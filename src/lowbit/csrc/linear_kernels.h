@@ -43,6 +43,9 @@ INLINE void fetch_ahead(const std::uint8_t* tile, std::int64_t bytes) {
 constexpr unsigned ZEN5 = 26;
 // Of the processor at hand; 0: it is no AMD's.
 inline unsigned amd_family() {
+#if defined(LOWBIT_EMULATED_AVX512)
+    return ZEN5;  // which has use for all kernels
+#else
     static const unsigned family = [] {
         unsigned a = 0, b = 0, c = 0, d = 0;
         if (__get_cpuid(0, &a, &b, &c, &d) == 0 || b != signature_AMD_ebx || d != signature_AMD_edx) return 0u;
@@ -50,6 +53,7 @@ inline unsigned amd_family() {
         return (a >> 8 & 15) == 15 ? 15 + (a >> 20 & 255) : a >> 8 & 15;
     }();
     return family;
+#endif
 }
 #endif
 

@@ -64,8 +64,12 @@ struct Words {
 
     static INLINE Sum start(const Input& x, std::int64_t span) { return ints_set(BASED ? x.bases[span] : 0); }
     static INLINE Sum dot(Sum sum, __m512i w, __m512i x) {
+#if defined(LOWBIT_EMULATED_AVX512)
+        return _mm512_dpwssd_epi32(sum, w, x);
+#else
         asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));  // GCC 12 copies the sums of its own function at every turn
         return sum;
+#endif
     }
     template <Addend ADDEND>
     static INLINE Sixteen added(Sixteen total, Sum sum, const Walk& walk, int part, const Input& x, std::int64_t span, std::int64_t) {
@@ -101,13 +105,13 @@ INLINE void dot_both(const std::uint8_t* const (&w)[2], const std::uint8_t* x, s
     for (int operand = 0; operand < COUNT; ++operand) {
         __m512i one = _mm512_loadu_si512(w[0] + operand * OPERAND_BYTES), other = _mm512_loadu_si512(w[1] + operand * OPERAND_BYTES);
         // Each is read once, and not by every product.
-        asm volatile("" : "+v"(one), "+v"(other));
+        asm volatile("" : "+" ZMM(one), "+" ZMM(other));
         UNROLL
         for (int t = 0; t < TOKENS; ++t) {
             std::int32_t four;
             std::memcpy(&four, x + t * stride + operand * 4, sizeof four);
             __m512i both = _mm512_set1_epi32(four);
-            asm volatile("" : "+v"(both));
+            asm volatile("" : "+" ZMM(both));
             sums[0][t] = Kind::dot(sums[0][t], one, both);
             sums[1][t] = Kind::dot(sums[1][t], other, both);
         }

@@ -85,7 +85,7 @@ INLINE void read_lines(const Next& next, const Table& table, CodeLines<CODES, IN
             UNROLL
             for (int line = 0; line < own.LINES; ++line) {
                 own.lines[line] = _mm512_loadu_si512(own.tile + line * 64);
-                asm volatile("" : "+v"(own.lines[line]));  // the compiler leaves these in their order
+                asm volatile("" : "+" ZMM(own.lines[line]));  // the compiler leaves these in their order
             }
         }
     }

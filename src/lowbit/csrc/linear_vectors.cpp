@@ -417,7 +417,7 @@ INLINE void add_products(const std::uint8_t* const (&at)[4 * FOURS], std::int64_
             const std::uint8_t* const from = products + number * VECTORS_OF_BYTE;
             __m512i a = _mm512_load_si512(from), b = _mm512_load_si512(from + 64);
             __m512i c = _mm512_load_si512(from + 128), d = _mm512_load_si512(from + 192);
-            asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d));  // else each is read for every 64 rows
+            asm volatile("" : "+" ZMM(a), "+" ZMM(b), "+" ZMM(c), "+" ZMM(d));  // else each is read for every 64 rows
             UNROLL
             for (int f = 0; f < FOURS; ++f) {
                 found[f] = _mm512_mask_blend_epi8(upper[f], _mm512_permutex2var_epi8(a, index[f], b),

@@ -64,6 +64,8 @@ template <class Register>
 inline void hide(Register& x) {
 #if defined(__ARM_NEON)
     asm volatile("" : "+w"(x));
+#elif defined(LOWBIT_EMULATED_AVX512)
+    asm volatile("" : "+m"(x));
 #else
     asm volatile("" : "+x"(x));
 #endif
@@ -139,9 +141,13 @@ Work int8_work(std::int64_t rounds) {
 #if defined(__AVX512VNNI__)
     const __m512i ones = _mm512_set1_epi8(1);
     return in_registers(rounds, 4, _mm512_setzero_si512(), ones, ones, [](__m512i sum, __m512i a, __m512i b) {
+#if defined(LOWBIT_EMULATED_AVX512)
+        return _mm512_dpbusd_epi32(sum, a, b);
+#else
         // GCC 12 copies the sums of its own function at every turn, which took an Intel core as long again.
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
         return sum;
+#endif
     });
 #elif defined(__ARM_NEON)
     const int8x16_t ones = vdupq_n_s8(1);

@@ -32,7 +32,9 @@ _NEEDED_FLAGS = {
 }
 _NEEDED_FLAGS["avx512"] = _NEEDED_FLAGS["avx512_vnni"] | {"avx512_bf16"}
 _NEEDED_FLAGS["amx"] = _NEEDED_FLAGS["avx512"] | {"amx_tile", "amx_bf16", "amx_int8"}
-_NEEDED_FLAGS["amx_emulated"] = _NEEDED_FLAGS["avx512"]  # AMX code with tiles in plain C++, for tests
+# For tests: AMX code with tiles in plain C++, AVX-512 code in plain C++ and AVX2.
+_NEEDED_FLAGS["amx_emulated"] = _NEEDED_FLAGS["avx512"]
+_NEEDED_FLAGS["avx512_emulated"] = _NEEDED_FLAGS["avx512_vnni_emulated"] = _NEEDED_FLAGS["avx2"]
 # An ARM CPU's features: Linux's name, its place in the auxiliary vector (entry, bit), macOS's name.
 _ARM_FEATURES = {
     "asimddp": (16, 20, "FEAT_DotProd"),
@@ -139,6 +141,11 @@ def isa() -> str:
         if has(candidate) and _library_file(candidate) and (candidate != "amx" or _ask_for_tiles()):
             return candidate
     return "scalar"
+
+
+def base_isa() -> str:
+    """``isa()``, or the instruction set that it emulates: whose kernels are in use."""
+    return isa().removesuffix("_emulated")
 
 
 @cache

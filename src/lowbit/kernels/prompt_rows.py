@@ -26,12 +26,12 @@ class _Step(threading.local):
 
 
 _step = _Step()
-_ROUNDING = ("amx", "amx_emulated", "avx512", "avx512_vnni", "avx2")
+_ROUNDING = ("amx", "avx512", "avx512_vnni", "avx2")
 
 
 def rounding(device: str) -> bool:
     """Whether any kernel on such a device ("cpu", "cuda") rounds weights for prompts."""
-    return device == "cpu" and native.isa() in _ROUNDING and native.library() is not None
+    return device == "cpu" and native.base_isa() in _ROUNDING and native.library() is not None
 
 
 @contextmanager
