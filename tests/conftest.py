@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,9 @@ if not torch.cuda.is_available():
 
 from guard_page import poison_new_tensors
 from lowbit.checkpoint.embedded import embedded_model
+
+# What is imported and collected stays to the end: no garbage is looked for meanwhile, nor among it later.
+gc.disable()
 
 TESTS = Path(__file__).parent
 # What takes longest (a compiler, whole models, other processes) begins first, so that no worker waits for it
@@ -58,6 +62,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     counts = Counter(item.path for item in items)
     ranks = {path: rank for rank, path in enumerate(LONGEST)}
     items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), -counts[item.path], str(item.path)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ class Hub:
                 repo, revision, name = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
                 content = hub.repos.get(repo, {}).get(name)
                 if name in hub.lost:
-                    return self._answer(500, b"", head)
+                    return self._answer(410, b"", head)  # for 500 the hub's client waits and asks again
                 if content is None or revision not in (COMMIT, "main"):
                     return self._answer(404, b"", head, X_Error_Code="EntryNotFound")
                 etag = f'"{hashlib.sha256(content).hexdigest()}"'

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 from formats.conversions import conversions
@@ -149,6 +150,7 @@ def cases() -> list[tuple[Path, dict[str, str]]]:
     return [(path.parent, json.loads(path.read_text())) for path in found]
 
 
+@cache
 def format_of(folder: Path) -> str:
     """The format that claims it."""
     return detect(open_checkpoint(str(folder))).name

@@ -18,7 +18,8 @@ TRITON = "3.7."  # whose internals these are
 def hasten(changes: pytest.MonkeyPatch, *, overflows: bool) -> None:
     """Until ``changes`` are undone.
 
-    ``overflows``: each sum and product of integers is computed once more, in 64 bits, to see whether it fits.
+    ``overflows``: each sum and product of integers is computed once more, in 64 bits, to see whether it fits;
+    and what the interpreter makes is checked.
     """
     import triton
 
@@ -32,9 +33,13 @@ def hasten(changes: pytest.MonkeyPatch, *, overflows: bool) -> None:
     changes.setattr(language.core, "_unwrap_if_constexpr", _unwrapped_by(language.core))
     changes.setattr(language.block_type, "__init__", _block_type_of(language.core))
     changes.setattr(language.tensor, "__init__", _tensor_of(language.core))
+    semantic = language.semantic.TritonSemantic
+    changes.setattr(semantic, "broadcast_impl_value", _broadcast_of(semantic.broadcast_impl_value))
     if not overflows:
         builder = interpreter.interpreter_builder
         changes.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        # Whether numpy's numbers are as wide as their types: of the interpreter's own making.
+        changes.setattr(interpreter.TensorHandle, "__post_init__", lambda _: None)
 
 
 def _patches_once(interpreter: Any, language: Any) -> Any:
@@ -121,3 +126,12 @@ def _tensor_of(core: Any) -> Any:
         self.handle, self.type, self.dtype = handle, type, type.scalar
 
     return init
+
+
+def _broadcast_of(original: Any) -> Any:
+    """Tensors of one shape, which share it, stay as they are."""
+
+    def broadcast(self: Any, left: Any, right: Any) -> tuple[Any, Any]:
+        return (left, right) if left.shape is right.shape else original(self, left, right)
+
+    return broadcast

@@ -33,9 +33,15 @@ from attention_helpers import (
 from forward_helpers import chunk_batch
 from lowbit.checkpoint import open_checkpoint
 from lowbit.errors import LowbitError
-from lowbit.kernels.attention import AttentionParameters, CacheSpec, LayerCache, choose_attention
+from lowbit.kernels.attention import (
+    AttentionKernel,
+    AttentionParameters,
+    CacheSpec,
+    LayerCache,
+    choose_attention,
+)
 from lowbit.kernels.attention_reference import ReferenceAttention
-from lowbit.kernels.gpu import attention
+from lowbit.kernels.gpu import attention, runtime
 from lowbit.kernels.gpu.attention import GpuAttention
 from lowbit.loading import load_model
 from lowbit.numerics.cache_format import KvDtype
@@ -485,7 +491,7 @@ def gpt_oss(folder: Path) -> None:
     ],
 )
 def test_models_give_the_references_logits(
-    kind: str, dtype: str, tmp_path: Path, device: torch.device
+    kind: str, dtype: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "latent":
         make_checkpoint("DeepseekV3 one group", tmp_path)
@@ -496,9 +502,15 @@ def test_models_give_the_references_logits(
     assert {choose_attention(spec, device).name for spec in specs} == {"gpu"}
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, 131, (n,), generator=generator).tolist() for n in (43, 9)]
-    found, wanted = (
-        chunked_logits(model, prompts, [kernel.allocate(spec, 20, 16, device) for spec in specs], device)
-        for kernel in (GpuAttention(), ReferenceAttention())
-    )
+
+    def logits(kernel: AttentionKernel) -> Tensor:
+        return chunked_logits(
+            model, prompts, [kernel.allocate(spec, 20, 16, device) for spec in specs], device
+        )
+
+    found = logits(GpuAttention())
+    # Most of the time is that of other interpreted kernels: now norms, rotation and routing are torch's.
+    monkeypatch.setitem(runtime._state, "interpreting", False)
+    wanted = logits(ReferenceAttention())
     worst = ((found - wanted).abs().amax(1) / wanted.abs().amax(1)).max()
     assert worst <= (1e-4 if dtype == "f32" else 0.03), f"{worst:.2e}"

@@ -322,7 +322,8 @@ def test_every_scheme(name: str, device: torch.device) -> None:
 def test_codes_stay_packed(name: str, device: torch.device) -> None:
     """Gate and up are weights of their own, as codebooks and scales of columns are; x becomes float16."""
     pair = make(device, [CODED[name]] * 2, hidden=2 * BLOCK, inner=BLOCK)
-    check(pair, 3, device, within=1e-3, again="," not in name)
+    repeats = device.type == "cuda" and "," not in name  # interpreted, programs run one after another
+    check(pair, 3, device, within=1e-3, again=repeats)
     chosen = torch.tensor([[0, 3]] * 9 + [[3, 1]])  # several blocks of one expert's, and one that none chose
     check(pair, 10, device, torch.bfloat16, within=0.02, chosen=chosen)
 

@@ -370,9 +370,9 @@ def iq3_points() -> tuple[np.ndarray, list[list[int]]]:
     for point in range(4096):
         numbers = np.array([2 * (point >> 3 * i & 7) + 1 for i in range(4)])
         distance = ((grid - numbers) ** 2).sum(-1)
-        near = sorted(range(512), key=lambda j: (distance[j], j))
-        allowed = [0] if distance[near[0]] == 0 else sorted(set(distance.tolist()))[:3]
-        choices.append([j for j in near if distance[j] in allowed])
+        near = np.argsort(distance, kind="stable")
+        allowed = [0] if distance[near[0]] == 0 else np.unique(distance)[:3]
+        choices.append(near[np.isin(distance[near], allowed)].tolist())
     return grid, choices
 
 

@@ -22,6 +22,25 @@ constexpr int OPERAND_BYTES = 64;
 // How far ahead of what is rounded weights are asked for.
 constexpr std::int64_t ROUNDED_AHEAD = 4096;
 
+// The codes of whole numbers as bytes; a last odd tile has zeros behind it.
+template <Codes CODES, bool LOOKED_UP>
+void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    Walk walk(layout, block);
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, panel += OPERANDS * OPERAND_BYTES) {
+        const std::uint8_t* const codes = walk.next();
+        fetch_tile(codes + ROUNDED_AHEAD, tile_bytes(CODES));
+        ByteTile w;
+        decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
+        UNROLL
+        for (int operand = 0; operand < OPERANDS; ++operand) _mm512_store_si512(panel + operand * OPERAND_BYTES, w[operand]);
+    }
+    if (layout.tiles % 2 != 0) std::memset(panel, 0, OPERANDS * OPERAND_BYTES);  // AMX: what x has there is anything
+}
+
+#endif
+
+#if defined(__AVX512BF16__)
+
 // Whether such codes may have a scale for each LEAST_GROUP columns (linear_exact.cpp).
 constexpr bool in_least_groups(Codes codes) {
     return codes == Codes::bits2 || codes == Codes::bits3 || codes == Codes::bits4 || is_byte(codes);
@@ -46,23 +65,6 @@ void round_block(const Layout& layout, const std::uint8_t* block, const Decoding
     }
 }
 
-// Numbers without scales.
-template <Codes CODES>
-void round_codes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
-    PanelWriter writer(panel);
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        const std::uint8_t* const codes = block + tile * tile_bytes(CODES);
-        fetch_tile(codes + ROUNDED_AHEAD, tile_bytes(CODES));
-        BfloatTile w;
-        decode<CODES>(codes, decoding.table, w);
-        writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
-            even = _mm512_castsi512_ps(_mm512_slli_epi32(w[decltype(number)::value], 16));
-            odd = _mm512_castsi512_ps(_mm512_and_si512(w[decltype(number)::value], upper));
-        });
-    }
-}
-
 // The codes alone, which are bfloat16 numbers.
 template <Codes CODES>
 void lay_codes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
@@ -77,35 +79,21 @@ void lay_codes(const Layout& layout, const std::uint8_t* block, const Decoding& 
     }
 }
 
-// The same as bytes; a last odd tile has zeros behind it.
-template <Codes CODES, bool LOOKED_UP>
-void lay_bytes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
-    Walk walk(layout, block);
-    for (std::int64_t tile = 0; tile < layout.tiles; ++tile, panel += OPERANDS * OPERAND_BYTES) {
-        const std::uint8_t* const codes = walk.next();
-        fetch_tile(codes + ROUNDED_AHEAD, tile_bytes(CODES));
-        ByteTile w;
-        decode_bytes<CODES, LOOKED_UP>(codes, decoding.bytes, w);
-        UNROLL
-        for (int operand = 0; operand < OPERANDS; ++operand) _mm512_store_si512(panel + operand * OPERAND_BYTES, w[operand]);
-    }
-    if (layout.tiles % 2 != 0) std::memset(panel, 0, OPERANDS * OPERAND_BYTES);  // AMX: what x has there is anything
-}
-
 #else
 
-// A tile is decoded to float32 first, whatever its codes: all tokens of a step share what that costs.
+// A tile is decoded to memory first, whatever its codes: all tokens of a step share what that costs.
 using Decode = void (*)(const std::uint8_t* tile, const Table&, BfloatTile& w);
 
 template <Codes CODES>
 void decode_numbers(const std::uint8_t* tile, const Table& table, BfloatTile& w) {
+#if !defined(LOWBIT_AVX512)
     if constexpr (fits_f16(CODES)) {
         FaultyRows<CODES> rows;
         decode_halves(tile, rows, w);
         for (float(&column)[ROWS] : w.columns) sixteen_store(column, rows.finished(sixteen_load(column)));
-    } else {
+    } else
+#endif
         decode<CODES>(tile, table, w);
-    }
 }
 
 // Null for codes that are no numbers by themselves.
@@ -113,20 +101,41 @@ Decode decode_function(Codes codes) {
     return of_exact_codes<Decode>(codes, [](auto constant) -> Decode { return decode_numbers<decltype(constant)::value>; });
 }
 
+// The columns of a pair.
+INLINE void columns_of(const BfloatTile& w, int pair, Sixteen& even, Sixteen& odd) {
+#if defined(LOWBIT_AVX512)
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(w[pair], 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(w[pair], _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+#else
+    even = sixteen_load(w.columns[pair * 2]);
+    odd = sixteen_load(w.columns[pair * 2 + 1]);
+#endif
+}
+
+INLINE void decode_ahead(Decode decode, const std::uint8_t* codes, [[maybe_unused]] std::int64_t bytes,
+                         const Decoding& decoding, BfloatTile& w) {
+#if defined(LOWBIT_AVX512)
+    fetch_tile(codes + ROUNDED_AHEAD, bytes);
+#endif
+    decode(codes, decoding.table, w);
+}
+
 template <Addend ADDEND>
 void round_block(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
     const Decode decode = decode_function(layout.codes);
+    const std::int64_t bytes = tile_bytes(layout.codes);
     const int pairs = layout.sub / 2;  // that share a scale
     Walk walk(layout, block);
     PanelWriter writer(panel);
     BfloatTile w;
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        decode(walk.next(), decoding.table, w);
+        decode_ahead(decode, walk.next(), bytes, decoding, w);
         writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
             constexpr int PAIR = decltype(number)::value;
             const Sixteen scale = walk.scale[PAIR / pairs], addend = walk.addend[PAIR / pairs];
-            even = weight_of<ADDEND>(sixteen_load(w.columns[PAIR * 2]), scale, addend);
-            odd = weight_of<ADDEND>(sixteen_load(w.columns[PAIR * 2 + 1]), scale, addend);
+            columns_of(w, PAIR, even, odd);
+            even = weight_of<ADDEND>(even, scale, addend);
+            odd = weight_of<ADDEND>(odd, scale, addend);
         });
     }
 }
@@ -134,16 +143,20 @@ void round_block(const Layout& layout, const std::uint8_t* block, const Decoding
 // Numbers without scales.
 void round_codes(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
     const Decode decode = decode_function(layout.codes);
+    const std::int64_t bytes = tile_bytes(layout.codes);
     PanelWriter writer(panel);
     BfloatTile w;
     for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
-        decode(block + tile * tile_bytes(layout.codes), decoding.table, w);
+        decode_ahead(decode, block + tile * bytes, bytes, decoding, w);
         writer.put([&](auto number, Sixteen& even, Sixteen& odd) __attribute__((always_inline)) {
-            even = sixteen_load(w.columns[decltype(number)::value * 2]);
-            odd = sixteen_load(w.columns[decltype(number)::value * 2 + 1]);
+            columns_of(w, decltype(number)::value, even, odd);
         });
     }
 }
+
+#endif
+
+#if !defined(LOWBIT_AVX512)
 
 // Some tokens times up to WORD_PANEL_COLUMNS columns of two blocks, one after the other.
 struct PanelStep {
@@ -219,7 +232,7 @@ void round_spqr(const Layout& layout, const std::uint8_t* block, const Decoding&
     });
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX512BF16__)
 template <Codes CODES, int SUB>
 RoundFunction by_addend(Addend addend) {
     if constexpr (has_addends(CODES)) {
@@ -242,10 +255,10 @@ RoundFunction round_function(const Layout& layout, const WordCodes& words, bool 
     if (layout.codes == Codes::halves3) return round_spqr;
     if (is_words(layout.codes) || layout.codes == Codes::e8p || layout.codes == Codes::e8p_pair) return rounded_words(layout, words);
     if ((!WORD_PANELS || exact) && sums_go_on(layout)) return nullptr;
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX512BF16__)
+    if (layout.scales == Scales::none) return nullptr;
     return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
         constexpr Codes CODES = decltype(codes)::value;
-        if (layout.scales == Scales::none) return WORD_PANELS ? round_codes<CODES> : nullptr;
         if constexpr (CODES == Codes::bf16) return nullptr;
         else if (layout.sub == COLUMNS) return by_addend<CODES, COLUMNS>(layout.addend);
         else if (layout.sub == COLUMNS / 2) return by_addend<CODES, COLUMNS / 2>(layout.addend);
@@ -264,15 +277,23 @@ RoundFunction round_function(const Layout& layout, const WordCodes& words, bool 
 #endif
 }
 
-#if defined(LOWBIT_AVX512)
+#if defined(__AVX512BF16__)
 
 RoundFunction code_function(const Layout& layout) {
-    if (WORD_PANELS || !sums_go_on(layout) || layout.addend != Addend::none) return nullptr;
+    if (!sums_go_on(layout) || layout.addend != Addend::none) return nullptr;
     return of_exact_codes<RoundFunction>(layout.codes, [&](auto codes) -> RoundFunction {
         constexpr Codes CODES = decltype(codes)::value;
         return CODES != Codes::bf16 || layout.scales == Scales::none ? lay_codes<CODES> : nullptr;
     });
 }
+
+#else
+
+RoundFunction code_function(const Layout&) { return nullptr; }
+
+#endif
+
+#if defined(LOWBIT_AVX512)
 
 RoundFunction byte_code_function(const Layout& layout, const ByteCodes& codes, bool grouped, std::int64_t tokens) {
     if (tokens < LEAST_OF_PANELS || grouped || layout.unit != layout.tiles * COLUMNS) return nullptr;
@@ -300,7 +321,6 @@ void scale_sums(const Layout& layout, const std::uint8_t* block, bool bytes, con
 
 #else
 
-RoundFunction code_function(const Layout&) { return nullptr; }
 RoundFunction byte_code_function(const Layout&, const ByteCodes&, bool, std::int64_t) { return nullptr; }
 void scale_sums(const Layout&, const std::uint8_t*, bool, const Input&, float (*)[ROWS]) {}  // of code_function's alone
 

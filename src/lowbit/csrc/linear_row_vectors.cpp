@@ -234,13 +234,28 @@ __attribute__((noinline)) void multiply_once(const Layout& layout, const RowVect
     sixteen_store(totals, total);
 }
 
+#if !defined(LOWBIT_AVX512)
+
+// What is the same for all books is compiled once, as tiles lie in memory (TILE_FUNCTION).
+__attribute__((noinline)) void multiply_outliers(const Layout& layout, const RowVectors& vectors, const std::uint8_t* block,
+                                                 const Input& x, float (*totals)[ROWS]) {
+    multiply_tiles({block, RowVectors::WORD_TILE, 0, vectors.outlier_tiles}, 0, layout, x, totals,
+                   [](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) { load_words(tile, w); });
+}
+
+#endif
+
 template <int STRIDE, int MAIN, int SECOND>
 void multiply_many(const Layout& layout, const RowVectors& vectors, const std::uint8_t* block, const std::int16_t* table,
                    const Input& x, float (*totals)[ROWS]) {
     using Codebooks = Book<STRIDE, MAIN, SECOND>;
     const Turns turns;
+#if defined(LOWBIT_AVX512)
     multiply_tiles({block, RowVectors::WORD_TILE, 0, vectors.outlier_tiles}, 0, layout, x, totals,
                    [](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) { load_words(tile, w); });
+#else
+    multiply_outliers(layout, vectors, block, x, totals);
+#endif
     each_book<STRIDE, MAIN, SECOND>(layout, vectors, block, table, [&](const Codebooks& book, const Tiles& tiles)
                                     __attribute__((always_inline)) {
         const auto decode = [&](const std::uint8_t* tile, WordTile& w) __attribute__((always_inline)) {
@@ -266,7 +281,7 @@ void multiply_row_vectors(const Layout& layout, const std::uint8_t* block, const
     }
 }
 
-#if defined(__AVX2__)
+#if defined(LOWBIT_AVX512)
 
 template <int STRIDE, int MAIN, int SECOND>
 void round_row_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
@@ -275,19 +290,8 @@ void round_row_vectors(const Layout& layout, const std::uint8_t* block, const De
     have_near(decoding.vectors, vectors.table_bytes(), vectors.indices(layout.blocks * layout.tiles));
     alignas(64) std::int32_t lanes[ROWS];
     for (int row = 0; row < ROWS; ++row) lanes[row] = row < layout.height ? vectors.lane(row) : 0;
-#if defined(LOWBIT_AVX512)
     const __m512i order = _mm512_load_si512(lanes);
     const auto in_rows = [&](__m512i both) __attribute__((always_inline)) { return _mm512_permutexvar_epi32(order, both); };
-#else
-    const bool ordered = vectors.length == STRIDE;
-    const auto in_rows = [&](SixteenInts both) __attribute__((always_inline)) {
-        if (ordered) return both;
-        alignas(32) std::int32_t from[ROWS], to[ROWS];
-        ints_store(from, both);
-        for (int row = 0; row < ROWS; ++row) to[row] = from[lanes[row]];
-        return ints_load(to);
-    };
-#endif
     const Turns turns;
     const Sixteen one = sixteen_set(1.0f);
     PanelWriter writer(panel);
@@ -306,6 +310,54 @@ void round_row_vectors(const Layout& layout, const std::uint8_t* block, const De
         }
     });
 }
+
+#elif defined(__AVX2__)
+
+// Rows of vectors that do not fill their lanes.
+__attribute__((noinline)) void put_in_rows(const RowVectors& vectors, WordTile& w) {
+    for (SixteenInts& both : w) {
+        alignas(32) std::int32_t from[ROWS], to[ROWS];
+        ints_store(from, both);
+        for (int row = 0; row < ROWS; ++row) to[row] = row < vectors.height() ? from[vectors.lane(row)] : from[0];
+        both = ints_load(to);
+    }
+}
+
+template <int STRIDE, int MAIN, int SECOND>
+void round_row_vectors(const Layout& layout, const std::uint8_t* block, const Decoding& decoding, std::uint8_t* panel) {
+    using Codebooks = Book<STRIDE, MAIN, SECOND>;
+    const RowVectors vectors(*layout.row_vectors);
+    have_near(decoding.vectors, vectors.table_bytes(), vectors.indices(layout.blocks * layout.tiles));
+    const Turns turns;
+    const Sixteen one = sixteen_set(1.0f);
+    const std::int64_t of_book = vectors.book_tiles(layout.tiles);
+    std::int64_t next = vectors.outlier_tiles;  // tile of another book
+    Codebooks book{};
+    int number = 0;
+    PanelWriter writer(panel);
+    // One loop: what is written of a tile is most of what this takes to compile.
+    for (std::int64_t tile = 0; tile < layout.tiles; ++tile) {
+        WordTile w;
+        if (tile < vectors.outlier_tiles) {
+            load_words(block, w);
+            block += RowVectors::WORD_TILE;
+        } else {
+            if (tile == next) {
+                book = book_of<STRIDE, MAIN, SECOND>(vectors, decoding.vectors, number++);
+                next += of_book;
+            }
+            fetch_indices(block, Codebooks::BYTES);
+            decode_row_vectors(block, book, turns, w);
+            block += Codebooks::BYTES;
+        }
+        if (vectors.length != STRIDE) put_in_rows(vectors, w);
+        writer.put_words(w, one);
+    }
+}
+
+#endif
+
+#if defined(__AVX2__)
 
 template <int STRIDE, int MAIN>
 RoundFunction rounded_by_second(int bytes) {
