@@ -37,7 +37,9 @@ def defined(logits: Tensor, biases: dict[int, float], spoken: Sequence | None) -
     for token, bias in biases.items():
         changed[token] += bias
     if spoken is not None:
-        sampler._penalize(changed, spoken)
+        changes = sampler._changes(spoken, len(spoken.tokens), SIZE)
+        assert len(changes.biased) == 0
+        changed = sampler._changed(changed, changes)
     return changed
 
 

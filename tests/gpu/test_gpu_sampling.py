@@ -41,13 +41,14 @@ class Drawn:
 
 
 def defined(logits: Tensor, options: dict[str, float], uniform: float) -> int:
-    """The engine's token of one row."""
+    """The engine's token of one row, as torch draws it."""
     if options["temperature"] == 0:
         return int(logits.argmax())
     request = Request(id="x", prompt=(1,), sampling=SamplingParams(**options))
     sequence = Sequence.start(request, 1000, frozenset({3}), ByteTokenizer(), None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.random, "Generator", lambda _: Drawn(uniform))
+        patch.setattr(sampler, "draw_tokens", lambda *_: None)
         return sampler.sample(logits, sequence, -1)
 
 
