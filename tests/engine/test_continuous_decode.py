@@ -14,9 +14,10 @@ from engine.stand_in import ByteTokenizer, StandIn
 from engine.test_choices import some_sampling
 from engine.test_overlap import answers
 from lowbit.checkpoint import open_checkpoint
-from lowbit.engine import continuous_decode
+from lowbit.engine import continuous_decode, sampler
 from lowbit.engine.engine import Engine, ForcedModes
 from lowbit.engine.messages import Request, SamplingParams, TokenEvent
+from lowbit.engine.sequence import Sequence
 from lowbit.kernels import native
 from lowbit.loading import load_model
 from lowbit.models.model import Model
@@ -195,6 +196,25 @@ def test_the_number_follows_the_time_a_step_takes(model: Model, monkeypatch: pyt
     together = count_together(engine)
     run(engine, asked("a", max_tokens=60))
     assert together == [0, 2], "slow steps are taken one at a time"
+
+
+def test_what_fails_for_one_sequence_is_its_own(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn with others, in a step or in several."""
+    changes = sampler._changes
+
+    def failing(sequence: Sequence, *rest: int) -> object:
+        if sequence.id == "bad" and sequence.output_length >= 4:
+            raise RuntimeError("no such changes")
+        return changes(sequence, *rest)
+
+    monkeypatch.setattr(sampler, "_changes", failing)
+    for steps in (1, 8):
+        engine = make(model, num_continuous_decode_steps=steps)
+        bias = {BROKEN: -100.0}
+        requests = [asked(name, max_tokens=20, logit_bias=bias) for name in ("good", "bad")]
+        last = {event.id: event for listed in run(engine, *requests) for event in listed}
+        assert (last["good"].finish_reason, last["bad"].finish_reason) == ("length", "error")
+        assert last["bad"].error_code == "internal" and last["bad"].completion_tokens >= 4
 
 
 def test_where_it_is_off(model: Model) -> None:

@@ -14,6 +14,7 @@ lies within 1e-7 of the border between two tokens. Where Triton runs its kernels
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -85,11 +86,16 @@ class HostChoices:
         self._drawn: dict[int, int] = {}
         drawn = [ask for ask in asks if self._at_once(ask)]
         if drawn:
-            size = logits.shape[1]
-            draws = [plan_draw(ask.row, ask.sequence, ask.position, size) for ask in drawn]
-            tokens = draw_tokens(logits, self._peaks, draws)
-            if tokens is not None:
-                self._drawn = {ask.row: token for ask, token in zip(drawn, tokens, strict=True)}
+            # What fails is asked for again, each row by itself, and is then that sequence's alone.
+            with contextlib.suppress(Exception):
+                self._draw(drawn)
+
+    def _draw(self, asks: list[Ask]) -> None:
+        size = self._logits.shape[1]
+        draws = [plan_draw(ask.row, ask.sequence, ask.position, size) for ask in asks]
+        tokens = draw_tokens(self._logits, self._peaks, draws)
+        if tokens is not None:
+            self._drawn = {ask.row: token for ask, token in zip(asks, tokens, strict=True)}
 
     def _at_once(self, ask: Ask) -> bool:
         """Whether a token is wanted that depends on nothing that is not known yet, and is not the peak's."""

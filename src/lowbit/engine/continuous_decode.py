@@ -47,17 +47,24 @@ class ContinuousDecode:
         has to be looked at first."""
         if not all(map(_goes_on, chunks)):
             return None
-        left = min(chunk.sequence.limit - len(chunk.sequence.tokens) for chunk in chunks)
+        sequences = [chunk.sequence for chunk in chunks]
+        left = min(one.limit - len(one.tokens) for one in sequences)
         steps = min(self._wanted(len(chunks)), left)
-        if steps > 1:
-            steps = self._scheduler.room_for_steps(chunks, steps)
         if steps <= 1:
             return None
-        sequences = [chunk.sequence for chunk in chunks]
+        try:
+            draws = [
+                plan_draw(row, one, len(one.tokens), self._vocabulary) for row, one in enumerate(sequences)
+            ]
+        except Exception:
+            return None  # a step by itself ends the sequence that it is of, and no other
+        steps = self._scheduler.room_for_steps(chunks, steps)
+        if steps <= 1:
+            return None
         began = time.perf_counter()
         found = self._runner.decode(
             chunks,
-            [plan_draw(row, one, len(one.tokens), self._vocabulary) for row, one in enumerate(sequences)],
+            draws,
             [tuple(one.stop_ids) for one in sequences],
             steps,
             greedy=all(map(wants_peak_only, sequences)),
