@@ -1,6 +1,6 @@
 // Decode steps one after another: a plan is run, tokens are chosen and written where the next run reads them.
 //
-// What Python does between two steps takes a tenth of a small model's step, since the weights have driven its code and data
+// What Python does between two steps takes 0.3 ms of a small model's 3.6, since the weights have driven its code and data
 // out of the caches. Tokens, their order and their bits are those of steps taken singly.
 
 #include <algorithm>

@@ -36,8 +36,8 @@ struct lowbit_draw {
 LOWBIT_EXPORT int lowbit_row_peaks(const float* x, std::int64_t x_stride, std::int64_t rows, std::int64_t width,
                                    float* values, std::int64_t* places);
 
-// logits float32 (rows, width), ``peaks`` their largest, finite -> a token for each of ``count`` draws, no two of which
-// change the same row. Changed logits are afterwards what they were. 0; 1 where the rows are empty or too wide or have
+// logits float32 (rows, width), ``peaks`` their largest, finite -> a token for each of ``count`` draws; from a
+// row that is changed no other draw is made. Changed logits are afterwards what they were. 0; 1 where the rows are empty or too wide or have
 // no such tokens to change, 2 without memory.
 LOWBIT_EXPORT int lowbit_draw_tokens(float* logits, std::int64_t stride, std::int64_t width, const float* peaks,
                                      const lowbit_draw* draws, std::int64_t count, std::int64_t* tokens);

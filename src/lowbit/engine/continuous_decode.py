@@ -1,7 +1,7 @@
 """Continuous decode: several decode steps of the same sequences in one call, without Python between them.
 
 Between two steps the next one's numbers are a matter of course, so long as nobody ends or joins: each token
-chosen is the next input, one place further on. What Python does there takes a tenth of a small model's step,
+chosen is the next input, one place further on. What Python does there takes 0.3 ms of a small model's 3.6,
 because the weights have driven its code and data out of the caches. So tokens of which nothing else is
 wanted, no log-probabilities, are chosen in native code, under penalties and biases too, until a sequence
 chooses one of its stop tokens; afterwards everything is looked at as drafts that all were right (``finish``).
